@@ -1,0 +1,1 @@
+"""The story: order, branching, failure isolation. Knows tasks and the nouns."""

@@ -1,0 +1,1 @@
+"""The policy: one library verb each, with its retries, limits, tags and names."""

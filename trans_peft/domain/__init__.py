@@ -1,0 +1,1 @@
+"""The nouns: frozen dataclasses that check themselves. Standard library only."""

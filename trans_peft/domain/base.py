@@ -1,0 +1,138 @@
+"""Base models: what a version is, what an adapter can feel of it, and what an upload must state."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from trans_peft.domain.identity import content_sha256
+from trans_peft.errors import InvalidSpecError
+
+__all__ = [
+    "BaseVersion",
+    "Fingerprint",
+    "Manifest",
+    "ManifestFile",
+    "TensorSignature",
+    "serving_alias",
+]
+
+
+def serving_alias(fingerprint_sha256: str) -> str:
+    """Return the alias that an adapter version carries while it serves on the base with this digest."""
+    return f"on-{fingerprint_sha256[:12]}"
+
+
+@dataclass(frozen=True)
+class TensorSignature:
+    """One weight of a base, told apart without keeping it.
+
+    `sketch` holds some of its values at positions that depend on the shape alone, so that two
+    versions of one weight can be compared (cosine, drift) without either file. It is derived from
+    the content and therefore not part of the fingerprint's digest.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+    sketch: tuple[float, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What an adapter can feel of a base: nothing that changes a logit is left out.
+
+    `config_sha256` covers the config without what cannot change a result (names, library version).
+    `vocabulary_sha256` covers token -> id, `tokenizer_sha256` the whole tokenizer (merges, added
+    tokens, normaliser), `chat_template_sha256` is empty where there is no template.
+    """
+
+    architecture: str
+    layer_count: int
+    config_sha256: str
+    tensors: Mapping[str, TensorSignature]
+    vocabulary_sha256: str
+    tokenizer_sha256: str
+    chat_template_sha256: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 (64 hex digits) of everything above, sketches left out."""
+        tensors = {
+            name: [list(tensor.shape), tensor.dtype, tensor.sha256]
+            for name, tensor in self.tensors.items()
+        }
+        return content_sha256(
+            [
+                self.architecture,
+                self.layer_count,
+                self.config_sha256,
+                tensors,
+                self.vocabulary_sha256,
+                self.tokenizer_sha256,
+                self.chat_template_sha256,
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class BaseVersion:
+    """One version of a base family, as the catalog knows it.
+
+    `version` is the publisher's word for it ("v2", "2026-01"); `number` is its place in the
+    family's order, given by the catalog (1 is the oldest). `fingerprint_sha256` is the digest of
+    its `Fingerprint`, empty until ingestion has verified the files. Only a `ready` version exists
+    for anything but ingestion.
+    """
+
+    family: str
+    version: str
+    uri: str
+    number: int
+    fingerprint_sha256: str = ""
+    parent: str | None = None
+    ready: bool = False
+
+    @property
+    def alias(self) -> str:
+        """The alias of adapter versions that serve on this base."""
+        return serving_alias(self.fingerprint_sha256)
+
+    def __str__(self) -> str:
+        return f"{self.family}/{self.version}"
+
+
+@dataclass(frozen=True)
+class ManifestFile:
+    """One file of an upload: its name relative to the prefix, its size in bytes, its sha256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an upload claims to be. Written last, as `trans_peft_manifest.json`."""
+
+    family: str
+    version: str
+    parent: str | None
+    files: tuple[ManifestFile, ...]
+
+    FILE_NAME = "trans_peft_manifest.json"
+    FORMAT = "trans-peft/base-manifest/1"
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is empty"
+            for name, value in (("family", self.family), ("version", self.version))
+            if not value
+        ]
+        if not self.files:
+            problems.append("it lists no files")
+        names = [file.name for file in self.files]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            problems.append(f"it lists twice: {', '.join(doubled)}")
+        if problems:
+            raise InvalidSpecError(f"the manifest cannot be used: {'; '.join(problems)}")

@@ -1,0 +1,30 @@
+"""Where rows come from."""
+
+from dataclasses import dataclass, replace
+
+from trans_peft.errors import InvalidSpecError
+
+__all__ = ["DataSource"]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Rows of training or evaluation data.
+
+    `uri` is a local path or `s3://...` ending in `.jsonl`, `.json` (one JSON value a line) or
+    `.parquet`, or `hub:NAME[:CONFIG[:SPLIT]]` for a hub data set. `sha256` is the hash of the bytes read; empty means
+    "not pinned yet". A pinned source whose bytes differ is an error, never a warning.
+    """
+
+    uri: str
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.uri:
+            raise InvalidSpecError(
+                "a data source without a uri", do="give a path, s3://... or hub:..."
+            )
+
+    def pinned(self, sha256: str) -> "DataSource":
+        """Return this source bound to the bytes with that hash."""
+        return replace(self, sha256=sha256)

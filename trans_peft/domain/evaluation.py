@@ -1,0 +1,217 @@
+"""Evaluations and verdicts: what is asked, what was answered, what follows.
+
+An evaluation keeps its result item by item, so that a gate can compare in pairs. The statistics
+that turn evaluations into a verdict are in `trans_peft.validation.gate`.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.identity import content_sha256
+from trans_peft.errors import InvalidSpecError
+
+__all__ = [
+    "BARE",
+    "Evaluation",
+    "GatePolicy",
+    "ItemResult",
+    "Judgement",
+    "Suite",
+    "SuiteJudgement",
+    "Verdict",
+    "evaluation_key",
+    "verdict_key",
+]
+
+BARE = "bare"
+"""Stands where an adapter's weights hash would, for the base without any adapter."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of questions, how they are answered and when an answer is right.
+
+    `data` holds prompt/completion (or chat) rows; the completion is the reference answer.
+    `scoring` names a rule in `trans_peft.validation.scoring`; `threshold` is for rules that give a
+    degree (chrF, ROUGE): an item is right at or above it. Answers are decoded greedily with at most
+    `max_new_tokens`, and end at the first of `stop`. `limit` keeps the first so many rows.
+    """
+
+    name: str
+    data: DataSource
+    scoring: str = "exact_match"
+    threshold: float | None = None
+    max_new_tokens: int = 16
+    stop: tuple[str, ...] = ("\n",)
+    limit: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    keep_answers: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.name:
+            problems.append("name is empty")
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.limit is not None and self.limit < 1:
+            problems.append(f"limit must be at least 1, not {self.limit}")
+        if problems:
+            raise InvalidSpecError(f"suite {self.name!r}: {'; '.join(problems)}")
+
+    @property
+    def suite_sha256(self) -> str:
+        """Hash of the questions and of the rule that marks them; needs pinned data.
+
+        Where the data lies does not count, only its bytes.
+        """
+        if not self.data.sha256:
+            raise InvalidSpecError(
+                f"suite {self.name!r} has no hash: its data is not pinned",
+                do="read the data once (trans_peft.data.pin) and keep the pinned suite",
+            )
+        return content_sha256(
+            [self.name, self.data.sha256, self.limit, self.scoring, self.threshold]
+        )
+
+    @property
+    def decoding_sha256(self) -> str:
+        """Hash of everything that decides which tokens a model answers with."""
+        return content_sha256(["greedy", self.max_new_tokens, list(self.stop), self.dtype])
+
+
+def evaluation_key(
+    weights_sha256: str, base_fingerprint_sha256: str, suite_sha256: str, decoding_sha256: str
+) -> str:
+    """Return the key of one evaluation: the same four hashes always give the same result."""
+    return content_sha256(
+        [weights_sha256, base_fingerprint_sha256, suite_sha256, decoding_sha256]
+    )
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """One answered question. `answer` is user data: kept only where the suite says so."""
+
+    id: str
+    correct: bool
+    answer_sha256: str = ""
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One adapter (or `BARE`) on one base, item by item."""
+
+    suite: str
+    weights_sha256: str
+    base_fingerprint_sha256: str
+    suite_sha256: str
+    decoding_sha256: str
+    items: tuple[ItemResult, ...]
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        ids = [item.id for item in self.items]
+        if not ids:
+            raise InvalidSpecError(f"suite {self.suite!r}: an evaluation without items")
+        if len(set(ids)) != len(ids):
+            raise InvalidSpecError(f"suite {self.suite!r}: item ids are not unique")
+
+    @property
+    def key(self) -> str:
+        """The evaluation's key (see `evaluation_key`)."""
+        return evaluation_key(
+            self.weights_sha256,
+            self.base_fingerprint_sha256,
+            self.suite_sha256,
+            self.decoding_sha256,
+        )
+
+    @property
+    def score(self) -> float:
+        """Share of right answers, in points (0 to 100)."""
+        return 100.0 * sum(item.correct for item in self.items) / len(self.items)
+
+
+class Verdict(StrEnum):
+    """What follows for one adapter on one base. The table is in docs/verdicts.md."""
+
+    PASSED = "passed"
+    NEEDS_RETUNING = "needs-retuning"
+    INCONCLUSIVE = "inconclusive"
+    INCOMPATIBLE = "incompatible"
+    RETIRE = "retire"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class GatePolicy:
+    """When an adapter may serve on a new base.
+
+    `margin_points`: the largest loss against the base it was trained on that still counts as none.
+    `alpha`: one-sided level of each bound. `required`: suites that must all pass; empty means every
+    suite that the adapter was registered with. `must_beat_bare`: it must also do better than the
+    bare new base.
+    """
+
+    margin_points: float = 5.0
+    alpha: float = 0.05
+    required: tuple[str, ...] = ()
+    must_beat_bare: bool = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 < self.margin_points < 100:
+            problems.append(f"margin_points must lie in (0, 100), not {self.margin_points}")
+        if not 0 < self.alpha < 0.5:
+            problems.append(f"alpha must lie in (0, 0.5), not {self.alpha}")
+        if problems:
+            raise InvalidSpecError(f"the gate's policy cannot be used: {'; '.join(problems)}")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the policy; part of every verdict's key."""
+        return content_sha256(self)
+
+
+def verdict_key(evaluation_keys: tuple[str, ...], policy: GatePolicy) -> str:
+    """Return the key of one verdict: its evaluations (in any order) and its policy."""
+    return content_sha256([sorted(evaluation_keys), policy.sha256])
+
+
+@dataclass(frozen=True)
+class SuiteJudgement:
+    """The figures of one suite behind a verdict; all scores and differences in points.
+
+    `difference` is the adapter on the new base minus the same adapter on the base it was trained
+    on, `lower`/`upper` its one-sided bounds at the policy's alpha. `over_bare` compares the adapter
+    with the bare new base likewise. `discordant`: items on which the two bases differ. `power`: the
+    chance of passing when nothing was lost, with as many discordant pairs as were seen.
+    `more_items`: how many further items would decide, 0 where it is decided.
+    """
+
+    suite: str
+    items: int
+    reference: float
+    score: float
+    bare: float | None
+    difference: float
+    lower: float
+    upper: float
+    discordant: int
+    power: float
+    over_bare: float | None = None
+    over_bare_lower: float | None = None
+    over_bare_upper: float | None = None
+    more_items: int = 0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict with its reason in words and the figures of every suite."""
+
+    verdict: Verdict
+    reason: str
+    suites: tuple[SuiteJudgement, ...] = ()

@@ -1,0 +1,34 @@
+"""Content hashes of nouns: the same value has the same hash in every process and on every machine."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+__all__ = ["content_sha256"]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def content_sha256(value: Any) -> str:
+    """Return the sha256 (64 hex digits) of a noun's canonical JSON.
+
+    Keys are sorted, tuples and lists are one, sets are sorted. Raises TypeError for a value that
+    JSON cannot hold.
+    """
+    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

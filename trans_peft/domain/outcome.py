@@ -1,0 +1,85 @@
+"""What became of one adapter on one new base: the audit record, and the work that leads to it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from trans_peft.domain.evaluation import Evaluation, Judgement, Verdict
+
+__all__ = ["Compatibility", "Effect", "Reason", "TransferOutcome", "Work"]
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """Whether an adapter's bytes mean anything on a base. No mismatch: compatible.
+
+    `notes` are differences that do not forbid the transfer (a changed chat template, added tokens).
+    """
+
+    mismatches: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing forbids the transfer."""
+        return not self.mismatches
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The effect probe: the largest change of a logit that the adapter makes on the probe prompts."""
+
+    max_logit_change: float
+
+    @property
+    def found(self) -> bool:
+        """Whether the adapter changes anything at all."""
+        return self.max_logit_change > 0
+
+
+class Reason(StrEnum):
+    """Why an adapter has work to do on a base."""
+
+    NEVER_JUDGED = "never judged on this base"
+    POLICY_CHANGED = "the policy changed: judged anew from stored results"
+    RETRY = "an earlier attempt failed"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One adapter to be judged on one base: one line of `--dry-run`."""
+
+    adapter: str
+    source_number: int
+    base_version: str
+    reason: Reason
+    attempt: int = 1
+    estimated_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class TransferOutcome:
+    """The audit record of one adapter on one new base.
+
+    `new_number` is the version made on the new base; none where the verdict is `incompatible` or
+    `failed`. `evaluations` are those that the verdict rests on, per item.
+    """
+
+    adapter: str
+    source_number: int
+    family: str
+    base_version: str
+    base_fingerprint_sha256: str
+    weights_sha256: str
+    policy_sha256: str
+    judgement: Judgement
+    compatibility: Compatibility = Compatibility()
+    effect: Effect | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    new_number: int | None = None
+    attempts: int = 1
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict alone."""
+        return self.judgement.verdict

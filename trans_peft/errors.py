@@ -1,0 +1,103 @@
+"""Every error this library raises on purpose, as one tree.
+
+    TransPeftError
+    ├── InvalidSpecError      (ValueError)    a recipe, spec, perturbation, suite or policy that cannot work
+    ├── DataError             (ValueError)    rows of training or evaluation data; all bad rows at once
+    ├── UploadError           (ValueError)    a base upload that is refused; all reasons at once
+    ├── AdapterError          (ValueError)    a PEFT folder that is not what it must be
+    ├── UnsupportedModelError (TypeError)     a model in which what we look for is not to be found
+    ├── NotFoundError         (LookupError)   no such family, version, adapter, alias or file
+    │   └── NotServedError                    the adapter exists, but no version of it serves on that base
+    ├── IntegrityError        (OSError)       bytes that are not what their hash says
+    ├── StoreError            (OSError)       a store that cannot be reached or refuses
+    └── TrainingError         (RuntimeError)  a training process that ended without an adapter
+        ├── OutOfMemoryError  (MemoryError)
+        └── TrainingCancelled
+
+Each also inherits the builtin that a caller who does not know us would catch. A verdict about an
+adapter is never an exception: it is a value (`trans_peft.domain.evaluation.Verdict`).
+"""
+
+__all__ = [
+    "AdapterError",
+    "DataError",
+    "IntegrityError",
+    "InvalidSpecError",
+    "NotFoundError",
+    "NotServedError",
+    "OutOfMemoryError",
+    "StoreError",
+    "TrainingCancelled",
+    "TrainingError",
+    "TransPeftError",
+    "UnsupportedModelError",
+    "UploadError",
+]
+
+
+class TransPeftError(Exception):
+    """What went wrong, in words: the problem, what was expected, what was found, what to do.
+
+    The parts are joined into one message at once, so that the error survives pickling between
+    processes with nothing but its text.
+    """
+
+    def __init__(
+        self, problem: str, *, expected: object = None, found: object = None, do: str | None = None
+    ) -> None:
+        parts = [problem]
+        if expected is not None:
+            parts.append(f"  expected: {expected}")
+        if found is not None:
+            parts.append(f"  found:    {found}")
+        if do is not None:
+            parts.append(f"  do:       {do}")
+        super().__init__("\n".join(parts))
+
+
+class InvalidSpecError(TransPeftError, ValueError):
+    """A recipe, spec, perturbation, suite or policy that cannot work."""
+
+
+class DataError(TransPeftError, ValueError):
+    """Rows of training or evaluation data that cannot be used; the message lists every one."""
+
+
+class UploadError(TransPeftError, ValueError):
+    """A base upload that is refused; the message lists every reason."""
+
+
+class AdapterError(TransPeftError, ValueError):
+    """A PEFT folder that is not what it must be."""
+
+
+class UnsupportedModelError(TransPeftError, TypeError):
+    """A model in which what we look for is not to be found."""
+
+
+class NotFoundError(TransPeftError, LookupError):
+    """No such family, version, adapter, alias or file."""
+
+
+class NotServedError(NotFoundError):
+    """The adapter exists, but no version of it serves on the base asked for."""
+
+
+class IntegrityError(TransPeftError, OSError):
+    """Bytes that are not what their hash says."""
+
+
+class StoreError(TransPeftError, OSError):
+    """A store that cannot be reached or refuses."""
+
+
+class TrainingError(TransPeftError, RuntimeError):
+    """A training process that ended without an adapter."""
+
+
+class OutOfMemoryError(TrainingError, MemoryError):
+    """The training process ran out of device or host memory."""
+
+
+class TrainingCancelled(TrainingError):
+    """The training process was ended because its owner was."""

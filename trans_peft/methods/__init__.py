@@ -1,0 +1,1 @@
+"""Which adapters exist: `AdapterSpec` <-> PEFT's config."""

@@ -1,0 +1,170 @@
+"""The doors through which this library touches the outside, as Protocols.
+
+Each has an in-memory twin in `trans_peft.edges.memory` that passes the same contract tests as the
+real one. `Platform` bundles them: the composition root builds one and hands it to a verb of
+`trans_peft.lifecycle`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.outcome import TransferOutcome
+
+__all__ = [
+    "AdapterRegistry",
+    "ArtifactStore",
+    "BaseCatalog",
+    "EvaluationStore",
+    "Platform",
+    "Run",
+    "RunLog",
+    "StoredFile",
+]
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One object under a prefix: its name relative to it, its size in bytes, its store's ETag."""
+
+    name: str
+    size: int
+    etag: str
+
+
+class ArtifactStore(Protocol):
+    """Bytes under a URI (`s3://bucket/key`, a path, or `file://path`)."""
+
+    def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
+        """Return every file below the prefix, sorted by name. Empty where there is nothing."""
+
+    def read(self, uri: str, *, etag: str | None = None) -> AbstractContextManager[Iterator[bytes]]:
+        """Stream one file in chunks. NotFoundError; IntegrityError if it no longer has that ETag."""
+
+    def write(self, uri: str, data: BinaryIO) -> None:
+        """Write one file, whole or not at all."""
+
+
+class BaseCatalog(Protocol):
+    """Base families and their versions."""
+
+    def families(self) -> tuple[str, ...]:
+        """Return the names of all base families, sorted."""
+
+    def versions(self, family: str) -> tuple[BaseVersion, ...]:
+        """Return all versions of a family, ready or not, oldest first. NotFoundError."""
+
+    def alias(self, family: str, alias: str) -> int | None:
+        """Return the number of the version that carries the alias (`champion`, `serving`)."""
+
+    def set_serving(self, base: BaseVersion) -> None:
+        """Move `serving` to this version. Reconcile alone calls it. A version that is not ready: InvalidSpecError."""
+
+    def make_ready(
+        self,
+        family: str,
+        version: str,
+        uri: str,
+        *,
+        fingerprint: Fingerprint,
+        parent: str | None,
+        source: str,
+        number: int | None = None,
+    ) -> BaseVersion:
+        """Register a verified version, or complete the registered one with that `number`; `ready` last.
+
+        The same family, version and fingerprint again returns the version that is there. The same
+        version with another fingerprint is an UploadError.
+        """
+
+    def fingerprint(self, base: BaseVersion) -> Fingerprint:
+        """Return the whole fingerprint of a ready version."""
+
+
+class AdapterRegistry(Protocol):
+    """Adapters and their versions. No method deletes or rewrites bytes."""
+
+    def adapters(self, family: str) -> tuple[str, ...]:
+        """Return the names of the family's live (not retired) adapters, sorted."""
+
+    def versions(self, adapter: str) -> tuple[AdapterVersion, ...]:
+        """Return all versions of one adapter, oldest first. NotFoundError."""
+
+    def register(
+        self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
+    ) -> AdapterVersion:
+        """Register the PEFT folder as a new version; the draft's `number` is ignored.
+
+        The same adapter, weights and base again returns the version that is there (the lowest;
+        any other is marked superseded).
+        """
+
+    def record(self, outcome: TransferOutcome) -> None:
+        """Keep an outcome: on the version it made, or on its source where it made none.
+
+        An outcome whose verdict is `failed` counts as one attempt.
+        """
+
+    def outcomes(self, adapter: str) -> tuple[TransferOutcome, ...]:
+        """Return the newest outcome per base (evaluations left out), ordered by base fingerprint."""
+
+    def alias(self, adapter: str, alias: str) -> int | None:
+        """Return the number of the version that carries the alias."""
+
+    def set_alias(self, adapter: str, alias: str, number: int | None) -> None:
+        """Move the alias to a version, or take it away (None). Ours is remembered, see `owns_alias`."""
+
+    def owns_alias(self, adapter: str, alias: str) -> bool:
+        """Whether the alias stands as we last set it (or was never touched). False: a person's word."""
+
+    def download(self, version: AdapterVersion, folder: Path) -> Path:
+        """Write the version's PEFT folder below `folder` and return where it is."""
+
+
+class EvaluationStore(Protocol):
+    """Evaluations by key: computed once, shared by everybody."""
+
+    def get(self, key: str) -> Evaluation | None:
+        """Return the evaluation with that key, or None."""
+
+    def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
+        """Keep an evaluation. The same key again changes nothing."""
+
+
+class Run(Protocol):
+    """One run of something that is worth looking at while it runs."""
+
+    id: str
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Record what it was started with."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record figures at a step."""
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """Attach a file."""
+
+
+class RunLog(Protocol):
+    """Where runs are recorded."""
+
+    def run(self, name: str, *, tags: Mapping[str, str]) -> AbstractContextManager[Run]:
+        """Record one run; it is marked failed where the block raises."""
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Every port, and the folder in which this worker keeps what it can fetch again."""
+
+    store: ArtifactStore
+    catalog: BaseCatalog
+    registry: AdapterRegistry
+    evaluations: EvaluationStore
+    runs: RunLog
+    work_dir: Path

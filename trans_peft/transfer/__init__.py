@@ -1,0 +1,1 @@
+"""Carry an adapter's bytes to another base: compatibility, transplant, effect probe."""

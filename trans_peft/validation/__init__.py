@@ -1,0 +1,1 @@
+"""Judge an adapter: suites, generation, scoring, and the gate's statistics."""
