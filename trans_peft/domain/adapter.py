@@ -47,7 +47,8 @@ class AdapterVersion:
 
     `number` is the registry's. `base_*` is the base these bytes are bound to, `trained_on_*` the
     base they were trained on: the same for a trained version, different for a transferred one,
-    whose `transferred_from` is the number of the version it was made from.
+    whose `transferred_from` is the number of the version it was made from. `recipe_sha256` is empty
+    for an adopted adapter: nobody knows how it was trained.
     """
 
     adapter: str
@@ -61,6 +62,7 @@ class AdapterVersion:
     method: str
     suites: tuple[Suite, ...]
     transferred_from: int | None = None
+    recipe_sha256: str = ""
     run_id: str | None = None
     state: VersionState = VersionState()
 
