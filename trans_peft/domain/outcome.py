@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from trans_peft.domain.evaluation import Evaluation, Judgement, Verdict
 
-__all__ = ["Compatibility", "Effect", "Reason", "TransferOutcome", "Work"]
+__all__ = ["Compatibility", "Effect", "FleetChanges", "Plan", "Reason", "TransferOutcome", "Work"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,26 @@ class TransferOutcome:
     def verdict(self) -> Verdict:
         """The verdict alone."""
         return self.judgement.verdict
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What reconcile found missing, and what it leaves to a person (three attempts failed)."""
+
+    family: str
+    work: tuple[Work, ...]
+    parked: tuple[Work, ...] = ()
+
+
+@dataclass(frozen=True)
+class FleetChanges:
+    """What reconcile wrote, in words, and why it did not write the rest.
+
+    `overruled`: aliases that a person set or took away, left as they are. `promoted`: the base that
+    serves from now on. `waiting`: why `champion` does not serve yet.
+    """
+
+    aliases: tuple[str, ...] = ()
+    overruled: tuple[str, ...] = ()
+    promoted: str | None = None
+    waiting: str | None = None

@@ -1,0 +1,105 @@
+"""Evaluations by key: looked up first, computed only where nobody has."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from trans_peft.bases.cache import download
+from trans_peft.data import pin, read_examples
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import BARE, Evaluation, Suite, evaluation_key
+from trans_peft.ports import Platform
+
+__all__ = ["Progress", "base_folder", "evaluate_on", "pin_suites"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being answered, the items done and the items in all."""
+
+
+def base_folder(base: BaseVersion, platform: Platform) -> Path:
+    """Return the folder of this worker's verified copy of a base, fetched once."""
+    return download(
+        base.uri,
+        platform.store,
+        platform.work_dir / "bases",
+        fingerprint=platform.catalog.fingerprint(base),
+    )
+
+
+def pin_suites(suites: Sequence[Suite], platform: Platform) -> tuple[Suite, ...]:
+    """Bind each suite to the bytes that its data has now (a pinned one keeps its hash)."""
+    from dataclasses import replace
+
+    return tuple(
+        suite if suite.data.sha256 else replace(suite, data=pin(suite.data, platform.store))
+        for suite in suites
+    )
+
+
+def evaluate_on(
+    base: BaseVersion,
+    suites: Sequence[Suite],
+    platform: Platform,
+    *,
+    adapter_folder: Path | None,
+    weights_sha256: str = BARE,
+    labels: Mapping[str, str] | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Evaluation]:
+    """Return one evaluation per suite name of an adapter (None: the bare base) on a base.
+
+    What the store already holds under its key is taken from there; a model is loaded only if
+    something is missing, and each new evaluation is kept the moment it is known.
+    """
+    keys = {
+        suite.name: evaluation_key(
+            weights_sha256, base.fingerprint_sha256, suite.suite_sha256, suite.decoding_sha256
+        )
+        for suite in suites
+    }
+    known = {name: platform.evaluations.get(key) for name, key in keys.items()}
+    for suite in suites:
+        if known[suite.name] is None:
+            evaluation = _evaluate(
+                base, suite, platform, adapter_folder, weights_sha256, on_progress
+            )
+            platform.evaluations.put(
+                evaluation, labels={"family": base.family, "base": base.version} | dict(labels or {})
+            )
+            known[suite.name] = evaluation
+    return {name: evaluation for name, evaluation in known.items() if evaluation is not None}
+
+
+def _evaluate(
+    base: BaseVersion,
+    suite: Suite,
+    platform: Platform,
+    adapter_folder: Path | None,
+    weights_sha256: str,
+    on_progress: Progress | None,
+) -> Evaluation:
+    from trans_peft.models import load_base
+    from trans_peft.transfer.transplant import attached
+    from trans_peft.validation.evaluate import evaluate
+
+    examples = read_examples(suite.data, platform.store, limit=suite.limit)
+    loaded = load_base(base_folder(base, platform), suite.dtype)
+
+    def report(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(f"{suite.name} on {base.version}", done, total)
+
+    def answer(model: object) -> Evaluation:
+        return evaluate(
+            model,
+            loaded.tokenizer,
+            suite,
+            examples,
+            weights_sha256=weights_sha256,
+            base_fingerprint_sha256=base.fingerprint_sha256,
+            on_progress=report,
+        )
+
+    if adapter_folder is None:
+        return answer(loaded.model)
+    with attached(loaded.model, adapter_folder) as model:
+        return answer(model)

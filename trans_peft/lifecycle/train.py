@@ -1,0 +1,130 @@
+"""From a recipe to a live adapter: train, evaluate where it was trained, register, serve there."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from trans_peft.data import pin, read_examples
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.lifecycle.bases import find_base
+from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
+from trans_peft.ports import Platform
+from trans_peft.training.events import Event, Progress as TrainingProgress
+from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.launch import fit
+
+__all__ = ["resolve_recipe", "train"]
+
+
+def resolve_recipe(recipe: TrainingRecipe, platform: Platform) -> tuple[TrainingRecipe, BaseVersion]:
+    """Bind a recipe to what its names mean now: the base version, the bytes of its data.
+
+    All data is read and checked here, before any model is loaded. The hash of the recipe that
+    comes back names the result.
+    """
+    base = find_base(recipe.family, recipe.base_version, platform)
+    data = recipe.data if recipe.data.sha256 else pin(recipe.data, platform.store)
+    resolved = replace(
+        recipe,
+        base_version=base.version,
+        data=data,
+        suites=pin_suites(recipe.suites, platform),
+    )
+    read_examples(data, platform.store)
+    for suite in resolved.suites:
+        read_examples(suite.data, platform.store, limit=suite.limit)
+    return resolved, base
+
+
+def train(
+    recipe: TrainingRecipe,
+    platform: Platform,
+    *,
+    on_event: Callable[[Event], None],
+    on_progress: Progress | None = None,
+) -> AdapterVersion:
+    """Train one adapter as the recipe says and register it, live, on the base it was trained on.
+
+    The same recipe on the same base and data again returns the version that is there. A run that
+    was killed resumes from its last checkpoint on the same worker. Raises TrainingError,
+    OutOfMemoryError, DataError, NotFoundError; then nothing is registered.
+    """
+    resolved, base = resolve_recipe(recipe, platform)
+    existing = _registered(resolved, base, platform)
+    if existing is not None:
+        return existing
+
+    tags = {"family": base.family, "base": base.version, "adapter": resolved.adapter}
+    with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:
+        run.params(_params(resolved))
+
+        def on_training_event(event: Event) -> None:
+            if isinstance(event, TrainingProgress):
+                run.metrics(event.metrics, event.step)
+            on_event(event)
+
+        result = fit(
+            TrainingJob(
+                recipe=resolved,
+                base_folder=base_folder(base, platform),
+                base_name=base.uri,
+                base_revision=base.fingerprint_sha256,
+                data_file=_data_file(resolved, platform),
+                work_dir=platform.work_dir / "training" / resolved.sha256[:16],
+            ),
+            on_event=on_training_event,
+        )
+        evaluations = evaluate_on(
+            base,
+            resolved.suites,
+            platform,
+            adapter_folder=result.folder,
+            weights_sha256=result.weights_sha256,
+            labels={"adapter": resolved.adapter},
+            on_progress=on_progress,
+        )
+        for suite, evaluation in evaluations.items():
+            run.metrics({f"score/{suite}": evaluation.score}, result.steps)
+        _attach_recipe(run, resolved)
+        draft = AdapterVersion(
+            adapter=resolved.adapter,
+            number=0,
+            family=base.family,
+            base_version=base.version,
+            base_fingerprint_sha256=base.fingerprint_sha256,
+            trained_on_version=base.version,
+            trained_on_fingerprint_sha256=base.fingerprint_sha256,
+            weights_sha256=result.weights_sha256,
+            method=resolved.spec.peft_type,
+            suites=resolved.suites,
+            recipe_sha256=resolved.sha256,
+            run_id=run.id,
+        )
+        version = platform.registry.register(
+            draft, result.folder, tags=_tags(resolved, result, evaluations)
+        )
+    platform.registry.set_alias(version.adapter, version.alias, version.number)
+    return version
+
+
+def _registered(
+    recipe: TrainingRecipe, base: BaseVersion, platform: Platform
+) -> AdapterVersion | None:
+    if recipe.adapter not in platform.registry.adapters(recipe.family):
+        return None
+    return next(
+        (
+            version
+            for version in platform.registry.versions(recipe.adapter)
+            if version.recipe_sha256 == recipe.sha256
+            and version.base_fingerprint_sha256 == base.fingerprint_sha256
+            and version.is_trained
+            and not version.state.superseded
+        ),
+        None,
+    )
