@@ -1,0 +1,155 @@
+"""Load a base model and its tokenizer; know an adapter's weights by their hash.
+
+A thin layer over transformers that fixes what must not vary: local safetensors only, never code
+that came with the files, one base per process however many adapters are put on it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trans_peft.errors import AdapterError, NotFoundError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["LoadedBase", "adapter_weights_sha256", "load_base", "load_tokenizer"]
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base in evaluation mode on its device, and its tokenizer."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+@dataclass(frozen=True)
+class _Held:
+    key: tuple[Any, ...]
+    parameters: frozenset[str]
+    base: LoadedBase
+
+
+_held: _Held | None = None
+
+
+def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase:
+    """Load a Hugging Face folder (config, safetensors, tokenizer), or hand out the one loaded last.
+
+    `dtype` is torch's name ("float32"); `device` any of torch's, by default cuda where there is
+    one, else cpu. A process holds one base at a time: asking for another lets go of the first
+    before it loads. A held base that was left with an adapter inside is loaded afresh. Raises
+    NotFoundError for a folder that is not a base, UnsupportedModelError where no causal language
+    model or no end-of-text token is found.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    global _held
+    folder = Path(folder).resolve()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    key = (folder, dtype, device, _files(folder))
+    if _held is not None:
+        if _held.key == key and _held.parameters == _parameters(_held.base.model):
+            _held.base.model.eval()
+            return _held.base
+        _held = None
+    tokenizer = load_tokenizer(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"transformers has no causal language model for {folder}",
+            found=error,
+            do="convert it to a layout that transformers knows; its own code is never run",
+        ) from error
+    model.to(device).eval()
+    _held = _Held(key, _parameters(model), LoadedBase(model, tokenizer))
+    return _held.base
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load a folder's tokenizer. One without a padding token pads with its end-of-text token.
+
+    Padding is masked wherever this library pads, so the choice changes no result; it is made in
+    memory only. UnsupportedModelError if there is no end-of-text token either.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    if tokenizer.eos_token is None:
+        raise UnsupportedModelError(
+            f"the tokenizer in {folder} has no end-of-text token",
+            expected="eos_token in tokenizer_config.json: without it no answer ever ends",
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def adapter_weights_sha256(folder: Path) -> str:
+    """Return the sha256 of an adapter's tensors: names (sorted), dtypes, shapes and bytes.
+
+    The file's own metadata and the order of its tensors do not count, so the same weights have the
+    same hash whoever saved them. Reads `adapter_model.safetensors` without torch (format:
+    huggingface/safetensors, README). Raises AdapterError, NotFoundError.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise NotFoundError(
+            f"{folder} holds no adapter weights",
+            expected="adapter_model.safetensors",
+            do="save it with model.save_pretrained(folder); pickle weights are never loaded",
+        )
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        try:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+            header.pop("__metadata__", None)
+            for name in sorted(header):
+                tensor = header[name]
+                begin, end = tensor["data_offsets"]
+                file.seek(8 + header_size + begin)
+                data = file.read(end - begin)
+                if len(data) != end - begin:
+                    raise ValueError(f"{name} ends early")
+                sha256.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
+                sha256.update(data)
+        except (ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+            raise AdapterError(f"{path} is not a safetensors file", found=error) from error
+    return sha256.hexdigest()
+
+
+def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    files = {path.name: path for path in folder.glob("*") if path.is_file()}
+    missing = []
+    if "config.json" not in files:
+        missing.append("config.json")
+    if not any(name.endswith(".safetensors") for name in files):
+        missing.append("weights as .safetensors (pickle weights are never loaded)")
+    if not {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"} & files.keys():
+        missing.append("a tokenizer (tokenizer.json)")
+    if missing:
+        raise NotFoundError(
+            f"{folder} is not a base model's folder",
+            expected="; ".join(missing),
+            found=", ".join(sorted(files)) or "nothing",
+        )
+    stats = ((name, path.stat()) for name, path in sorted(files.items()))
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def _parameters(model: "PreTrainedModel") -> frozenset[str]:
+    return frozenset(name for name, _ in model.named_parameters())
