@@ -1,0 +1,91 @@
+"""Which evaluations may be compared, and the counts that a comparison in pairs rests on."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from trans_peft.domain.evaluation import BARE, Evaluation
+from trans_peft.errors import InvalidSpecError
+
+__all__ = ["Pairs", "check_comparable", "count_pairs"]
+
+_SHOWN = 5
+
+
+class Pairs(NamedTuple):
+    """How many items were answered twice, and how many rightly in only one of the two places."""
+
+    n: int
+    only_first: int
+    only_second: int
+
+    @property
+    def points(self) -> float:
+        """Second minus first, in points."""
+        return 100.0 * (self.only_second - self.only_first) / self.n
+
+    @property
+    def discordant(self) -> int:
+        """How many items were answered rightly in just one of the two places."""
+        return self.only_first + self.only_second
+
+
+def count_pairs(first: Evaluation, second: Evaluation) -> Pairs:
+    """Count the pairs of two comparable evaluations, item by item."""
+    before = {item.id: item.correct for item in first.items}
+    changes = [item.correct - before[item.id] for item in second.items]
+    return Pairs(len(changes), changes.count(-1), changes.count(1))
+
+
+def check_comparable(
+    required: Sequence[str],
+    reference: Mapping[str, Evaluation],
+    candidate: Mapping[str, Evaluation],
+    bare: Mapping[str, Evaluation],
+    *,
+    bare_required: bool,
+) -> None:
+    """Raise InvalidSpecError, with all reasons, unless every suite can be compared in pairs.
+
+    Comparable are the same questions (suite hash, item ids) marked by the same rule and decoded in
+    the same way. Bare results may be missing where they are not required.
+    """
+    problems = [] if required else ["there is no suite to judge by"]
+    for name in sorted({*required, *reference, *candidate, *bare}):
+        sides = {
+            "adapter on its old base": reference.get(name),
+            "adapter on the new base": candidate.get(name),
+            "bare new base": bare.get(name),
+        }
+        optional = set() if bare_required and name in required else {"bare new base"}
+        results = {side: result for side, result in sides.items() if result is not None}
+        told = [f"no result: {side}" for side in sides if side not in {*results, *optional}]
+        told += _differences(results)
+        if name in candidate and name in bare:
+            if candidate[name].base_fingerprint_sha256 != bare[name].base_fingerprint_sha256:
+                told.append("adapter and bare base were run on different bases")
+            if bare[name].weights_sha256 != BARE:
+                told.append("the result of the bare base was made with an adapter")
+        problems += [f"suite {name!r}: {problem}" for problem in told]
+    if problems:
+        raise InvalidSpecError(
+            "the evaluations cannot be compared:\n    " + "\n    ".join(problems),
+            expected="the same items, marked by the same rule, decoded in the same way",
+            do="evaluate all sides on the same pinned suite; nothing was judged",
+        )
+
+
+def _differences(results: Mapping[str, Evaluation]) -> list[str]:
+    problems = []
+    for what in ("suite", "suite_sha256", "decoding_sha256"):
+        found = {side: getattr(result, what) for side, result in results.items()}
+        if len(set(found.values())) > 1:
+            told = ", ".join(f"{value[:12]} ({side})" for side, value in found.items())
+            problems.append(f"{what} differs: {told}")
+    asked = Counter(item.id for result in results.values() for item in result.items)
+    unshared = sorted(id_ for id_, count in asked.items() if count < len(results))
+    if unshared:
+        dots = ", ..." if len(unshared) > _SHOWN else ""
+        shown = ", ".join(unshared[:_SHOWN])
+        problems.append(f"{len(unshared)} items are not answered on all sides: {shown}{dots}")
+    return problems
