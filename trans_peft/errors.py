@@ -1,13 +1,13 @@
 """Every error this library raises on purpose, as one tree.
 
     TransPeftError
-    ├── InvalidSpecError      (ValueError)    a recipe, spec, perturbation, suite or policy that cannot work
-    ├── DataError             (ValueError)    rows of training or evaluation data; all bad rows at once
+    ├── InvalidSpecError      (ValueError)    a recipe, spec, suite or policy that cannot work
+    ├── DataError             (ValueError)    rows of data that cannot be used; all at once
     ├── UploadError           (ValueError)    a base upload that is refused; all reasons at once
     ├── AdapterError          (ValueError)    a PEFT folder that is not what it must be
     ├── UnsupportedModelError (TypeError)     a model in which what we look for is not to be found
-    ├── NotFoundError         (LookupError)   no such family, version, adapter, alias or file
-    │   └── NotServedError                    the adapter exists, but no version of it serves on that base
+    ├── NotFoundError         (LookupError)   no such family, version, adapter or file
+    │   └── NotServedError                    no version of the adapter serves on that base
     ├── IntegrityError        (OSError)       bytes that are not what their hash says
     ├── StoreError            (OSError)       a store that cannot be reached or refuses
     └── TrainingError         (RuntimeError)  a training process that ended without an adapter
@@ -17,6 +17,8 @@
 Each also inherits the builtin that a caller who does not know us would catch. A verdict about an
 adapter is never an exception: it is a value (`trans_peft.domain.evaluation.Verdict`).
 """
+
+from collections.abc import Sequence
 
 __all__ = [
     "AdapterError",
@@ -32,7 +34,14 @@ __all__ = [
     "TransPeftError",
     "UnsupportedModelError",
     "UploadError",
+    "listed",
 ]
+
+
+def listed(values: Sequence[str], count: int = 5) -> str:
+    """Return the first `count` values for a message, and how many more there are."""
+    more = f" and {len(values) - count} more" if len(values) > count else ""
+    return ", ".join(values[:count]) + more
 
 
 class TransPeftError(Exception):
@@ -99,5 +108,5 @@ class OutOfMemoryError(TrainingError, MemoryError):
     """The training process ran out of device or host memory."""
 
 
-class TrainingCancelled(TrainingError):
+class TrainingCancelled(TrainingError):  # noqa: N818  somebody's wish, not an error
     """The training process was ended because its owner was."""

@@ -1,0 +1,198 @@
+"""Bind an adapter's bytes to another base: as a folder, and on a model in memory.
+
+`transplant` writes a stock PEFT folder that names the new base. `attach` puts a folder on a loaded
+base; unlike `PeftModel.from_pretrained` it compares the file's keys with the adapter's both ways
+and refuses any difference. `attached` gives the base back as it came, so that one base in memory
+serves many adapters, one after the other.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trans_peft.errors import AdapterError, UnsupportedModelError, listed
+from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, PeftFolder, read_peft_folder
+from trans_peft.transfer.surface import Surface
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+
+__all__ = ["attach", "attached", "transplant"]
+
+_CHAT_TEMPLATE_NAME = "chat_template.jinja"
+
+
+def transplant(folder: Path, target: Path, *, base_name: str, base_revision: str | None) -> Path:
+    """Write the adapter in `folder` to `target`, bound to another base, and return `target`.
+
+    The weights are the same bytes; of the config only `base_model_name_or_path` and `revision`
+    change. A chat template that lies beside the adapter comes along. Whole or not at all; the same
+    transplant again changes nothing. AdapterError for a folder that is not PEFT or a `target` that
+    holds something else.
+    """
+    source = read_peft_folder(folder)
+    config = {**source.config, "base_model_name_or_path": base_name, "revision": base_revision}
+    if target.exists() and any(target.iterdir()):
+        there = read_peft_folder(target)
+        if (there.weights_sha256, there.config) == (source.weights_sha256, config):
+            return target
+        raise AdapterError(
+            f"{target} already holds another adapter",
+            expected=f"nothing there, or the weights {source.weights_sha256[:12]} on {base_name}",
+            found=f"{there.weights_sha256[:12]} on {there.config.get('base_model_name_or_path')}",
+            do="write to another folder",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as draft_name:
+        draft = Path(draft_name) / target.name
+        draft.mkdir()
+        shutil.copyfile(folder / WEIGHTS_NAME, draft / WEIGHTS_NAME)
+        (draft / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if (folder / _CHAT_TEMPLATE_NAME).is_file():
+            shutil.copyfile(folder / _CHAT_TEMPLATE_NAME, draft / _CHAT_TEMPLATE_NAME)
+        draft.replace(target)
+    return target
+
+
+@contextmanager
+def attached(model: "nn.Module", folder: Path, name: str = "default") -> Iterator["PeftModel"]:
+    """Lend `model` with the adapter in `folder` on it, and give it back exactly as it came.
+
+    Within the block the PeftModel is `attach`'s; after it, the PeftModel is empty and must not be
+    used. UnsupportedModelError if the base's weights were written to in between, as merging does.
+    """
+    surface = Surface(model)
+    peft_model = attach(model, folder, name)
+    try:
+        yield peft_model
+        merged = any(getattr(module, "merged", False) for module in peft_model.modules())
+    finally:
+        surface.restore()
+    written = surface.written()
+    if merged or written:
+        raise UnsupportedModelError(
+            "the base's own weights were changed while the adapter was attached",
+            found="the adapter is merged into them" if merged else ", ".join(written[:3]),
+            do="load the base again, and do not merge an attached adapter",
+        )
+
+
+def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftModel":
+    """Put the adapter in `folder` on a loaded base and return it as a PeftModel, for inference.
+
+    The logits are those of `PeftModel.from_pretrained`, but the keys and shapes in the file must be
+    exactly those of the adapter on this base. AdapterError with every difference; `model` is then
+    as it came. Nothing is trainable afterwards, and torch's random state is untouched.
+    """
+    import torch
+    from peft import PeftModel, set_peft_model_state_dict
+    from peft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    from safetensors.torch import load_file
+
+    source = read_peft_folder(folder)
+    config = _peft_config(source)
+    if hasattr(model, "peft_config"):
+        raise AdapterError(
+            "the model already carries an adapter",
+            do="leave the `attached` block of the other one first, or pass its base model",
+        )
+    surface = Surface(model)
+    try:
+        build = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and overwritten below
+            peft_model = build(model, config, adapter_name=name)
+        _check_keys(peft_model, source, name)
+        tensors = load_file(folder / WEIGHTS_NAME)
+        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise AdapterError(f"{folder}: not finite: {listed(broken)}")
+        unexpected = set_peft_model_state_dict(peft_model, tensors, name).unexpected_keys
+        if unexpected:
+            raise AdapterError(f"{folder}: PEFT has no place for {listed(unexpected)}")
+    except (ValueError, KeyError, RuntimeError) as error:
+        surface.restore()
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(
+            f"{folder} cannot be put on {type(model).__name__}: {error}",
+            do="check that the adapter was trained on this architecture",
+        ) from error
+    except BaseException:
+        surface.restore()
+        raise
+    peft_model.requires_grad_(False)
+    peft_model.eval()
+    return peft_model
+
+
+def _peft_config(source: PeftFolder) -> "PeftConfig":
+    """Build PEFT's config; PEFT itself warns about fields it does not know, and drops them."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if source.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterError(
+            f"{source.path}: unknown method {source.peft_type}",
+            expected=", ".join(
+                sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_CONFIG_MAPPING)
+            ),
+        )
+    if source.rewriting_init:
+        raise AdapterError(
+            f"{source.path}: loading it would rewrite the base's own weights",
+            expected="an adapter that leaves the base alone",
+            found=f"init_lora_weights={source.rewriting_init!r}",
+            do="convert it: save_pretrained(folder, path_initial_model_for_weight_conversion=...)",
+        )
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[source.peft_type])}
+    known.add("runtime_config")  # never part of an adapter
+    unknown = sorted(key for key, value in source.config.items() if key not in known and value)
+    if unknown:
+        raise AdapterError(
+            f"{source.path}: this PEFT does not know {listed(unknown)}, and would ignore it",
+            found=f"saved by PEFT {source.config.get('peft_version', 'of unknown version')}",
+            do="install the PEFT that saved it",
+        )
+    config = PeftConfig.from_pretrained(str(source.path))
+    config.inference_mode = True
+    return config
+
+
+def _check_keys(peft_model: "PeftModel", source: PeftFolder, name: str) -> None:
+    from peft import get_peft_model_state_dict
+
+    wanted = {
+        key: tuple(tensor.shape)
+        for key, tensor in get_peft_model_state_dict(
+            peft_model, adapter_name=name, save_embedding_layers=False
+        ).items()
+    }
+    absent = sorted(set(wanted) - set(source.tensors))
+    homeless = sorted(set(source.tensors) - set(wanted))
+    reshaped = [
+        f"{key} {source.tensors[key]} for {shape}"
+        for key, shape in sorted(wanted.items())
+        if key in source.tensors and source.tensors[key] != shape
+    ]
+    problems = [
+        f"{len(found)} {what}: {listed(found)}"
+        for found, what in (
+            (homeless, "keys of the file have no place on this base"),
+            (absent, "places on this base have no key in the file"),
+            (reshaped, "tensors have another shape"),
+        )
+        if found
+    ]
+    if problems:
+        raise AdapterError(
+            f"{source.path} does not fit this base: {'; '.join(problems)}",
+            expected=f"{len(wanted)} tensors for {source.peft_type} on this base",
+            found=f"{len(source.tensors)} tensors in {WEIGHTS_NAME}",
+            do="compare the base with the one that the adapter was trained on (trans-peft check)",
+        )
