@@ -44,7 +44,7 @@ class ArtifactStore(Protocol):
         """Return every file below the prefix, sorted by name. Empty where there is nothing."""
 
     def read(self, uri: str, *, etag: str | None = None) -> AbstractContextManager[Iterator[bytes]]:
-        """Stream one file in chunks. NotFoundError; IntegrityError if it no longer has that ETag."""
+        """Stream one file in chunks. NotFoundError; IntegrityError if its ETag is another."""
 
     def write(self, uri: str, data: BinaryIO) -> None:
         """Write one file, whole or not at all."""
@@ -63,7 +63,7 @@ class BaseCatalog(Protocol):
         """Return the number of the version that carries the alias (`champion`, `serving`)."""
 
     def set_serving(self, base: BaseVersion) -> None:
-        """Move `serving` to this version. Reconcile alone calls it. A version that is not ready: InvalidSpecError."""
+        """Move `serving` to this version; reconcile alone does. Not ready: InvalidSpecError."""
 
     def make_ready(
         self,
@@ -76,7 +76,7 @@ class BaseCatalog(Protocol):
         source: str,
         number: int | None = None,
     ) -> BaseVersion:
-        """Register a verified version, or complete the registered one with that `number`; `ready` last.
+        """Register a verified version, or complete the one with that `number`; `ready` last.
 
         The same family, version and fingerprint again returns the version that is there. The same
         version with another fingerprint is an UploadError.
@@ -111,16 +111,16 @@ class AdapterRegistry(Protocol):
         """
 
     def outcomes(self, adapter: str) -> tuple[TransferOutcome, ...]:
-        """Return the newest outcome per base (evaluations left out), ordered by base fingerprint."""
+        """Return the newest outcome per base (evaluations left out), by base fingerprint."""
 
     def alias(self, adapter: str, alias: str) -> int | None:
         """Return the number of the version that carries the alias."""
 
     def set_alias(self, adapter: str, alias: str, number: int | None) -> None:
-        """Move the alias to a version, or take it away (None). Ours is remembered, see `owns_alias`."""
+        """Move the alias to a version, or take it away (None), and remember that we did."""
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
-        """Whether the alias stands as we last set it (or was never touched). False: a person's word."""
+        """Whether the alias stands as we last set it (or nobody ever did). False: a person's."""
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
         """Write the version's PEFT folder below `folder` and return where it is."""

@@ -13,12 +13,13 @@ __all__ = [
     "Manifest",
     "ManifestFile",
     "TensorSignature",
+    "Upload",
     "serving_alias",
 ]
 
 
 def serving_alias(fingerprint_sha256: str) -> str:
-    """Return the alias that an adapter version carries while it serves on the base with this digest."""
+    """Return the alias of an adapter version that serves on the base with this digest."""
     return f"on-{fingerprint_sha256[:12]}"
 
 
@@ -136,3 +137,19 @@ class Manifest:
             problems.append(f"it lists twice: {', '.join(doubled)}")
         if problems:
             raise InvalidSpecError(f"the manifest cannot be used: {'; '.join(problems)}")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Files that might become a base version: an uploaded prefix, or a version somebody registered.
+
+    `etag` is the manifest's, where there is one. `registered` is the catalog's version that waits
+    for its files to be verified; None for a prefix that came with a manifest.
+    """
+
+    uri: str
+    etag: str = ""
+    registered: BaseVersion | None = None
+
+    def __str__(self) -> str:
+        return str(self.registered) if self.registered else self.uri

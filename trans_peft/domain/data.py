@@ -12,8 +12,9 @@ class DataSource:
     """Rows of training or evaluation data.
 
     `uri` is a local path or `s3://...` ending in `.jsonl`, `.json` (one JSON value a line) or
-    `.parquet`, or `hub:NAME[:CONFIG[:SPLIT]]` for a hub data set. `sha256` is the hash of the bytes read; empty means
-    "not pinned yet". A pinned source whose bytes differ is an error, never a warning.
+    `.parquet`, or `hub:NAME[:CONFIG[:SPLIT]]` for a hub data set. `sha256` is the hash of the
+    bytes read; empty means "not pinned yet". A pinned source
+    whose bytes differ is an error, never a warning.
     """
 
     uri: str

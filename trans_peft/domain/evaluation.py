@@ -85,9 +85,7 @@ def evaluation_key(
     weights_sha256: str, base_fingerprint_sha256: str, suite_sha256: str, decoding_sha256: str
 ) -> str:
     """Return the key of one evaluation: the same four hashes always give the same result."""
-    return content_sha256(
-        [weights_sha256, base_fingerprint_sha256, suite_sha256, decoding_sha256]
-    )
+    return content_sha256([weights_sha256, base_fingerprint_sha256, suite_sha256, decoding_sha256])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Content hashes of nouns: the same value has the same hash in every process and on every machine."""
+"""Content hashes of nouns: the same value, the same hash, in every process on every machine."""
 
 import dataclasses
 import hashlib

@@ -26,7 +26,7 @@ class Compatibility:
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect probe: the largest change of a logit that the adapter makes on the probe prompts."""
+    """The effect probe: the largest change of a logit that the adapter makes on its prompts."""
 
     max_logit_change: float
 
@@ -106,3 +106,11 @@ class FleetChanges:
     overruled: tuple[str, ...] = ()
     promoted: str | None = None
     waiting: str | None = None
+
+    def markdown(self) -> str:
+        """Return what was written, a line each."""
+        lines = [f"- {alias}" for alias in self.aliases]
+        lines += [f"- left alone: {alias}" for alias in self.overruled]
+        lines += [f"- **serving moved to {self.promoted}**"] if self.promoted else []
+        lines += [f"- **serving did not move**: {self.waiting}"] if self.waiting else []
+        return "\n".join(["## Changes", "", *(lines or ["- none"])])

@@ -20,9 +20,9 @@ class Perturbation:
     `masking_p` (p_m, eq. 4-5): chance that an intermediate neuron of a FFN is masked in one forward
     pass. `dropping_p` (p_d, eq. 6-7): chance that a whole FFN sub-layer is dropped. `granularity`:
     one mask of shape (d_ff,) per forward (`neuron`, the formula) or one bit per element of
-    (batch, sequence, d_ff) (`element`, the authors' code). `where`: which sub-layers are perturbed (the
-    paper's fig. 10). `spared_layers`: layers left alone. It belongs to the recipe, never to the
-    adapter: nothing of it is in the saved weights.
+    (batch, sequence, d_ff) (`element`, the authors' code). `where`: which sub-layers are perturbed
+    (the paper's fig. 10). `spared_layers`: layers left alone. It belongs to the recipe, never to
+    the adapter: nothing of it is in the saved weights.
     """
 
     masking_p: float = 0.0
@@ -86,7 +86,8 @@ class TrainingRecipe:
 
     `base_version` is a version ("v1") or an alias of the base ("serving", "champion"); it is
     resolved once, when training starts, and the resolved version is what gets recorded.
-    `processes` are started by `accelerate launch`. `suites` are what it is judged by, now and on every new base.
+    `processes` are started by `accelerate launch`. `suites` are what it is judged by, now and on
+    every new base.
     """
 
     adapter: str
@@ -111,7 +112,7 @@ class TrainingRecipe:
         ]
         if not self.suites:
             problems.append(
-                "no suite: without one the adapter can never be judged on a new base; name at least one"
+                "no suite: without one it can never be judged on a new base; name at least one"
             )
         names = [suite.name for suite in self.suites]
         if len(set(names)) != len(names):

@@ -1,1 +1,1 @@
-"""The verbs: ingest, train, adopt, transfer, reconcile, resolve. Each takes a `Platform` of ports."""
+"""The verbs: ingest, train, adopt, transfer, reconcile, resolve. Each takes a `Platform`."""

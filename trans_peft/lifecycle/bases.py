@@ -1,23 +1,15 @@
 """From an upload, or a version that somebody registered, to a base version that is ready."""
 
 import json
-from dataclasses import dataclass
+from pathlib import Path
 
-from trans_peft.bases.upload import verify
-from trans_peft.domain.base import BaseVersion, Manifest
+from trans_peft.bases.upload import VerifiedUpload, verify
+from trans_peft.domain.base import BaseVersion, Manifest, Upload
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import NotFoundError, UploadError
 from trans_peft.ports import Platform
 
-__all__ = ["Pending", "find_base", "ingest", "ingest_registered", "pending_uploads"]
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A complete upload that no ready version stands for: its prefix and its manifest's ETag."""
-
-    uri: str
-    etag: str
+__all__ = ["find_base", "ingest", "pending"]
 
 
 def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
@@ -28,7 +20,9 @@ def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
     versions = platform.catalog.versions(family)
     number = platform.catalog.alias(family, version)
     for base in versions:
-        if base.ready and (base.number == number if number is not None else base.version == version):
+        if base.ready and (
+            base.number == number if number is not None else base.version == version
+        ):
             return base
     raise NotFoundError(
         f"family {family!r} has no ready base version {version!r}",
@@ -39,91 +33,79 @@ def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
     )
 
 
-def ingest(uri: str, platform: Platform) -> BaseVersion:
+def ingest(upload: Upload, platform: Platform) -> BaseVersion:
     """Verify an upload (every byte against its manifest), fingerprint it and make it ready.
 
     The same upload again returns the version that is there. Raises UploadError with every reason
-    for which it is refused; then nothing is registered.
+    for which it is refused: nothing is made ready then, and `pending` leaves it out from now on.
     """
-    upload = verify(uri, platform.store)
-    if upload.manifest is None:
-        raise UploadError(
-            f"{uri} is not a complete upload",
-            expected=f"{Manifest.FILE_NAME}, written last",
-            found="no such file",
-            do="write it with `trans-peft publish`, or register the version in MLflow instead",
+    try:
+        verified = verify(upload.uri, platform.store)
+        family, version, parent = _claimed(upload, verified)
+        return platform.catalog.make_ready(
+            family,
+            version,
+            upload.uri,
+            fingerprint=verified.fingerprint,
+            parent=parent,
+            source="registered" if upload.registered else "upload",
+            number=upload.registered.number if upload.registered else None,
         )
-    return platform.catalog.make_ready(
-        upload.manifest.family,
-        upload.manifest.version,
-        uri,
-        fingerprint=upload.fingerprint,
-        parent=upload.manifest.parent,
-        source="upload",
-    )
+    except UploadError as refusal:
+        _remember(upload, refusal, platform)
+        raise
 
 
-def ingest_registered(base: BaseVersion, platform: Platform) -> BaseVersion:
-    """Verify and fingerprint a version that another client registered, and make it ready.
+def pending(platform: Platform, *, root_uri: str = "") -> tuple[Upload, ...]:
+    """Return what could become ready: complete uploads below `root_uri`, registered versions.
 
-    Where the files come with a manifest, it must agree with what was registered. Raises UploadError.
+    What was refused is left out until its manifest changes (a registered version: until it is
+    registered anew): reading it again, whole, would end the same way.
     """
-    upload = verify(base.uri, platform.store)
-    parent = base.parent
-    if upload.manifest is not None:
-        claimed = upload.manifest.family
-        if claimed != base.family:
-            raise UploadError(
-                f"{base} points at files of another family",
-                expected=base.family,
-                found=f"{claimed} (in the manifest at {base.uri})",
-                do="register the version under the family that its manifest names",
-            )
-        parent = parent or upload.manifest.parent
-    return platform.catalog.make_ready(
-        base.family,
-        base.version,
-        base.uri,
-        fingerprint=upload.fingerprint,
-        parent=parent,
-        source="registered",
-        number=base.number,
-    )
-
-
-def pending_uploads(root_uri: str, platform: Platform) -> tuple[Pending, ...]:
-    """Return the complete uploads below `root_uri` that no ready version stands for.
-
-    An upload refused before is left out until its manifest changes: reading it again, whole, would
-    end the same way.
-    """
+    versions = [
+        base for family in platform.catalog.families() for base in platform.catalog.versions(family)
+    ]
+    known = {base.uri.rstrip("/") for base in versions}
     root = root_uri.rstrip("/")
-    known = {
-        base.uri.rstrip("/")
-        for family in platform.catalog.families()
-        for base in platform.catalog.versions(family)
-        if base.ready
-    }
-    found = (
-        Pending(f"{root}/{file.name.removesuffix(Manifest.FILE_NAME)}".rstrip("/"), file.etag)
-        for file in platform.store.list(root)
-        if file.name.endswith(f"/{Manifest.FILE_NAME}") or file.name == Manifest.FILE_NAME
-    )
-    return tuple(
-        upload for upload in found if upload.uri not in known and not _refusal(upload, platform)
-    )
+    uploaded = [
+        Upload(f"{root}/{file.name}".removesuffix(f"/{Manifest.FILE_NAME}"), etag=file.etag)
+        for file in (platform.store.list(root) if root else ())
+        if f"/{file.name}".endswith(f"/{Manifest.FILE_NAME}")
+    ]
+    registered = [Upload(base.uri, registered=base) for base in versions if not base.ready]
+    candidates = [upload for upload in uploaded if upload.uri not in known] + registered
+    return tuple(item for item in candidates if not _refusal(item, platform).exists())
 
 
-def refuse(upload: Pending, reason: str, platform: Platform) -> None:
-    """Remember that an upload was refused, so that the schedule does not read it for ever."""
-    path = _refusal_path(upload, platform)
+def _claimed(upload: Upload, verified: VerifiedUpload) -> tuple[str, str, str | None]:
+    manifest, registered = verified.manifest, upload.registered
+    if registered is None:
+        if manifest is None:
+            raise UploadError(
+                f"{upload.uri} is not a complete upload",
+                expected=f"{Manifest.FILE_NAME}, written last",
+                found="no such file",
+                do="write it with `trans-peft publish`, or register the version in MLflow instead",
+            )
+        return manifest.family, manifest.version, manifest.parent
+    if manifest is not None and manifest.family != registered.family:
+        raise UploadError(
+            f"{registered} points at files of another family",
+            expected=registered.family,
+            found=f"{manifest.family} (in the manifest at {upload.uri})",
+            do="register the version under the family that its manifest names",
+        )
+    parent = registered.parent or (manifest.parent if manifest else None)
+    return registered.family, registered.version, parent
+
+
+def _remember(upload: Upload, refusal: UploadError, platform: Platform) -> None:
+    path = _refusal(upload, platform)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"uri": upload.uri, "etag": upload.etag, "reason": reason}))
+    path.write_text(json.dumps({"upload": str(upload), "uri": upload.uri, "why": str(refusal)}))
 
 
-def _refusal(upload: Pending, platform: Platform) -> bool:
-    return _refusal_path(upload, platform).exists()
-
-
-def _refusal_path(upload: Pending, platform: Platform):
-    return platform.work_dir / "refused" / f"{content_sha256([upload.uri, upload.etag])[:16]}.json"
+def _refusal(upload: Upload, platform: Platform) -> Path:
+    number = upload.registered.number if upload.registered else None
+    name = content_sha256([upload.uri, upload.etag, number])[:16]
+    return platform.work_dir / "refused" / f"{name}.json"

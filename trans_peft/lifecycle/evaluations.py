@@ -1,6 +1,7 @@
 """Evaluations by key: looked up first, computed only where nobody has."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from trans_peft.bases.cache import download
@@ -9,7 +10,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite, evaluation_key
 from trans_peft.ports import Platform
 
-__all__ = ["Progress", "base_folder", "evaluate_on", "pin_suites"]
+__all__ = ["Progress", "base_folder", "evaluate_on", "pin_suites", "tokenizer_folder"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being answered, the items done and the items in all."""
@@ -25,10 +26,19 @@ def base_folder(base: BaseVersion, platform: Platform) -> Path:
     )
 
 
+def tokenizer_folder(base: BaseVersion, platform: Platform, folder: Path) -> Path:
+    """Write a base's tokenizer.json into `folder`, without fetching its weights, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        platform.store.read(f"{base.uri.rstrip('/')}/tokenizer.json") as chunks,
+        (folder / "tokenizer.json").open("wb") as file,
+    ):
+        file.writelines(chunks)
+    return folder
+
+
 def pin_suites(suites: Sequence[Suite], platform: Platform) -> tuple[Suite, ...]:
     """Bind each suite to the bytes that its data has now (a pinned one keeps its hash)."""
-    from dataclasses import replace
-
     return tuple(
         suite if suite.data.sha256 else replace(suite, data=pin(suite.data, platform.store))
         for suite in suites
@@ -40,14 +50,15 @@ def evaluate_on(
     suites: Sequence[Suite],
     platform: Platform,
     *,
-    adapter_folder: Path | None,
+    adapter: Callable[[], Path] | None = None,
     weights_sha256: str = BARE,
     labels: Mapping[str, str] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
     """Return one evaluation per suite name of an adapter (None: the bare base) on a base.
 
-    What the store already holds under its key is taken from there; a model is loaded only if
+    `adapter` gives the adapter's PEFT folder and is called only if something must be
+    computed. What the store holds under its key is taken from there; a model is loaded only if
     something is missing, and each new evaluation is kept the moment it is known.
     """
     keys = {
@@ -59,11 +70,10 @@ def evaluate_on(
     known = {name: platform.evaluations.get(key) for name, key in keys.items()}
     for suite in suites:
         if known[suite.name] is None:
-            evaluation = _evaluate(
-                base, suite, platform, adapter_folder, weights_sha256, on_progress
-            )
+            evaluation = _evaluate(base, suite, platform, adapter, weights_sha256, on_progress)
             platform.evaluations.put(
-                evaluation, labels={"family": base.family, "base": base.version} | dict(labels or {})
+                evaluation,
+                labels={"family": base.family, "base": base.version} | dict(labels or {}),
             )
             known[suite.name] = evaluation
     return {name: evaluation for name, evaluation in known.items() if evaluation is not None}
@@ -73,7 +83,7 @@ def _evaluate(
     base: BaseVersion,
     suite: Suite,
     platform: Platform,
-    adapter_folder: Path | None,
+    adapter: Callable[[], Path] | None,
     weights_sha256: str,
     on_progress: Progress | None,
 ) -> Evaluation:
@@ -99,7 +109,7 @@ def _evaluate(
             on_progress=report,
         )
 
-    if adapter_folder is None:
+    if adapter is None:
         return answer(loaded.model)
-    with attached(loaded.model, adapter_folder) as model:
+    with attached(loaded.model, adapter()) as model:
         return answer(model)

@@ -24,7 +24,7 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Adapter:
-    """One live adapter as the registry shows it. `reference_seconds`: its evaluation when trained."""
+    """One live adapter as the registry shows it. `reference_seconds`: what evaluating it took."""
 
     name: str
     versions: tuple[AdapterVersion, ...]
@@ -182,9 +182,7 @@ def _promote(fleet: Fleet, policy: GatePolicy, platform: Platform) -> tuple[str 
     if champion is None:
         return None, f"champion is version {fleet.champion}, which is not ready"
     missing = [
-        item.adapter
-        for item in plan(fleet, policy).work
-        if item.base_version == champion.version
+        item.adapter for item in plan(fleet, policy).work if item.base_version == champion.version
     ]
     if missing:
         return None, f"{champion} waits for {len(missing)} verdicts: {', '.join(missing[:10])}"

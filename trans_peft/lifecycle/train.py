@@ -1,9 +1,8 @@
 """From a recipe to a live adapter: train, evaluate where it was trained, register, serve there."""
 
 import json
-import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from trans_peft.data import pin, read_examples
@@ -14,14 +13,17 @@ from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.lifecycle.bases import find_base
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
 from trans_peft.ports import Platform
-from trans_peft.training.events import Event, Progress as TrainingProgress
+from trans_peft.training.events import Event
+from trans_peft.training.events import Progress as TrainingProgress
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 
 __all__ = ["resolve_recipe", "train"]
 
 
-def resolve_recipe(recipe: TrainingRecipe, platform: Platform) -> tuple[TrainingRecipe, BaseVersion]:
+def resolve_recipe(
+    recipe: TrainingRecipe, platform: Platform
+) -> tuple[TrainingRecipe, BaseVersion]:
     """Bind a recipe to what its names mean now: the base version, the bytes of its data.
 
     All data is read and checked here, before any model is loaded. The hash of the recipe that
@@ -74,7 +76,6 @@ def train(
                 base_folder=base_folder(base, platform),
                 base_name=base.uri,
                 base_revision=base.fingerprint_sha256,
-                data_file=_data_file(resolved, platform),
                 work_dir=platform.work_dir / "training" / resolved.sha256[:16],
             ),
             on_event=on_training_event,
@@ -83,14 +84,14 @@ def train(
             base,
             resolved.suites,
             platform,
-            adapter_folder=result.folder,
+            adapter=lambda: result.folder,
             weights_sha256=result.weights_sha256,
             labels={"adapter": resolved.adapter},
             on_progress=on_progress,
         )
         for suite, evaluation in evaluations.items():
             run.metrics({f"score/{suite}": evaluation.score}, result.steps)
-        _attach_recipe(run, resolved)
+        run.file(_written(resolved, platform))
         draft = AdapterVersion(
             adapter=resolved.adapter,
             number=0,
@@ -128,3 +129,39 @@ def _registered(
         ),
         None,
     )
+
+
+def _params(recipe: TrainingRecipe) -> dict[str, object]:
+    """Flatten a recipe into what MLflow's page shows and compares."""
+    optimizer = {f"optimizer.{k}": v for k, v in asdict(recipe.optimizer).items()}
+    options = {f"{recipe.spec.peft_type}.{k}": v for k, v in recipe.spec.options.items()}
+    return {
+        **asdict(recipe.perturbation),
+        **optimizer,
+        **options,
+        "dtype": recipe.dtype,
+        "seed": recipe.seed,
+        "processes": recipe.processes,
+        "packing": recipe.packing,
+        "data": recipe.data.uri,
+    }
+
+
+def _tags(
+    recipe: TrainingRecipe, result: TrainingResult, evaluations: Mapping[str, Evaluation]
+) -> dict[str, str]:
+    return {
+        "masking_p": str(recipe.perturbation.masking_p),
+        "dropping_p": str(recipe.perturbation.dropping_p),
+        "seed": str(recipe.seed),
+        "data_sha256": recipe.data.sha256,
+        "final_loss": f"{result.final_loss:.4f}",
+        **{f"score.{suite}": f"{item.score:.2f}" for suite, item in evaluations.items()},
+    }
+
+
+def _written(recipe: TrainingRecipe, platform: Platform) -> Path:
+    path = platform.work_dir / "training" / recipe.sha256[:16] / "recipe.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(recipe), indent=2))
+    return path

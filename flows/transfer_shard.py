@@ -1,0 +1,28 @@
+"""Several adapters on one new base: one base load, one verdict after the other."""
+
+from prefect import flow, get_run_logger
+from prefect.states import Completed, Failed, State
+
+from tasks import transfer
+from tasks.limits import gpu_slot
+from trans_peft.domain.evaluation import GatePolicy
+from trans_peft.domain.outcome import Work
+
+
+@flow(name="transfer-shard", flow_run_name="{family}: {shard[0].base_version} x {shard}")
+def transfer_shard(family: str, shard: tuple[Work, ...], policy: GatePolicy) -> State:
+    """Judge each adapter of the shard; one that fails is recorded and stops nobody else."""
+    logger = get_run_logger()
+    failed = []
+    with gpu_slot():
+        for work in shard:
+            state = transfer.transfer_adapter(family, work, policy, return_state=True)
+            if state.is_completed():
+                outcome = state.result()
+                logger.info("%s: %s. %s", work.adapter, outcome.verdict, outcome.judgement.reason)
+            else:
+                transfer.record_failure(family, work, policy, reason=str(state.message))
+                failed.append(work.adapter)
+    if failed:
+        return Failed(message=f"{len(failed)} of {len(shard)} failed: {', '.join(failed)}")
+    return Completed(message=f"{len(shard)} adapters judged")

@@ -1,0 +1,46 @@
+"""What a person sees while a task works: log lines, and a progress bar on the run's page."""
+
+import time
+from collections.abc import Callable
+
+from prefect import get_run_logger
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from trans_peft.training.events import Event, LogLine, Progress
+
+__all__ = ["evaluation_progress", "training_progress"]
+
+_EVERY_S = 5.0
+
+
+def training_progress(adapter: str) -> Callable[[Event], None]:
+    """Return a callback that shows training events as they come."""
+    logger = get_run_logger()
+    bar = create_progress_artifact(progress=0.0, description=f"training {adapter}")
+    last = 0.0
+
+    def show(event: Event) -> None:
+        nonlocal last
+        if isinstance(event, LogLine):
+            logger.info("%s", event.text)
+        elif isinstance(event, Progress) and (
+            time.monotonic() - last >= _EVERY_S or event.step == event.total_steps
+        ):
+            last = time.monotonic()
+            update_progress_artifact(bar, progress=100.0 * event.step / event.total_steps)
+            logger.info("%s", event)
+
+    return show
+
+
+def evaluation_progress() -> Callable[[str, int, int], None]:
+    """Return a callback that logs how far an evaluation is, every few seconds."""
+    logger = get_run_logger()
+    last = 0.0
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _EVERY_S or done == total:
+            last = time.monotonic()
+            logger.info("%s: %d of %d items", what, done, total)
+
+    return show

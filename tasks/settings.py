@@ -1,0 +1,30 @@
+"""The one place that reads the environment."""
+
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+__all__ = ["Settings", "settings"]
+
+
+class Settings(BaseSettings):
+    """What a worker must be told. S3 credentials and endpoint: boto3's own `AWS_*` variables.
+
+    `TRANS_PEFT_STATE` is a folder of this worker's alone: base copies that can be fetched again and
+    checkpoints of unfinished training. `TRANS_PEFT_BASES_URI` is the prefix below which uploads of
+    base versions are looked for; empty means that only registered versions are.
+    """
+
+    model_config = SettingsConfigDict(populate_by_name=True)
+
+    mlflow_tracking_uri: str = Field(alias="MLFLOW_TRACKING_URI")
+    state_dir: Path = Field(alias="TRANS_PEFT_STATE")
+    bases_uri: str = Field(default="", alias="TRANS_PEFT_BASES_URI")
+
+
+@cache
+def settings() -> Settings:
+    """Return this process's settings; a pydantic ValidationError names what is not set."""
+    return Settings()  # type: ignore[call-arg]  # its values come from the environment

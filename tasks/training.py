@@ -1,0 +1,44 @@
+"""Training and adoption."""
+
+from prefect import task
+
+from tasks.composition import platform
+from tasks.limits import adapter_lock
+from tasks.policy import RETRIES
+from tasks.progress import evaluation_progress, training_progress
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.lifecycle.adopt import adopt
+from trans_peft.lifecycle.train import train
+
+__all__ = ["adopt_adapter", "train_adapter"]
+
+
+@task(**RETRIES, task_run_name="train {recipe.adapter}")
+def train_adapter(recipe: TrainingRecipe) -> AdapterVersion:
+    """Train, evaluate and register one adapter."""
+    with adapter_lock(recipe.adapter):
+        return train(
+            recipe,
+            platform(),
+            on_event=training_progress(recipe.adapter),
+            on_progress=evaluation_progress(),
+        )
+
+
+@task(**RETRIES, task_run_name="adopt {adapter}")
+def adopt_adapter(
+    adapter: str, folder_uri: str, family: str, suites: tuple[Suite, ...], base_version: str | None
+) -> AdapterVersion:
+    """Check, evaluate and register a PEFT folder that already exists."""
+    with adapter_lock(adapter):
+        return adopt(
+            adapter,
+            folder_uri,
+            family,
+            suites,
+            platform(),
+            base_version=base_version,
+            on_progress=evaluation_progress(),
+        )

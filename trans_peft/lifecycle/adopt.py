@@ -1,0 +1,136 @@
+"""Adapters that already exist become live like any other."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import Suite
+from trans_peft.errors import AdapterError, NotFoundError
+from trans_peft.lifecycle.bases import find_base
+from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.ports import Platform
+from trans_peft.transfer.compatibility import compare
+
+__all__ = ["adopt"]
+
+
+def adopt(
+    adapter: str,
+    folder_uri: str,
+    family: str,
+    suites: Sequence[Suite],
+    platform: Platform,
+    *,
+    base_version: str | None = None,
+    on_progress: Progress | None = None,
+) -> AdapterVersion:
+    """Register a PEFT folder (local or `s3://`) as a live adapter, judged on the base it names.
+
+    Its base is the ready version that a person names (`base_version`, a label or alias), else the
+    one whose fingerprint or version is the `revision` in its adapter_config.json. The shapes must
+    fit and the adapter must change a logit there. The same folder again returns the version that
+    is there. Raises AdapterError, NotFoundError, DataError; then nothing is registered.
+    """
+    from trans_peft.models import load_base
+    from trans_peft.transfer.effect import probe_effect
+    from trans_peft.transfer.transplant import attached, transplant
+
+    pinned = pin_suites(suites, platform)
+    with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
+        folder = _fetch(folder_uri, Path(scratch) / "peft", platform)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        base = _base(adapter, family, base_version, config, platform)
+        fingerprint = platform.catalog.fingerprint(base)
+        fit = compare(fingerprint, fingerprint, folder, old_tokenizer=None, new_tokenizer=None)
+        if not fit.ok:
+            raise AdapterError(
+                f"{adapter} does not fit {base}",
+                found="; ".join(fit.mismatches),
+                do="name the base version that it was trained on",
+            )
+        loaded = load_base(base_folder(base, platform), pinned[0].dtype)
+        with attached(loaded.model, folder) as model:
+            effect = probe_effect(model, loaded.tokenizer)
+        if not effect.found:
+            raise AdapterError(
+                f"{adapter} changes nothing on {base}",
+                expected="at least one logit that differs from the bare base's",
+                found="none: every weight of it is without effect there",
+                do="check that the folder holds trained weights for this model",
+            )
+        weights_sha256 = adapter_weights_sha256(folder)
+        evaluate_on(
+            base,
+            pinned,
+            platform,
+            adapter=lambda: folder,
+            weights_sha256=weights_sha256,
+            labels={"adapter": adapter},
+            on_progress=on_progress,
+        )
+        version = platform.registry.register(
+            AdapterVersion(
+                adapter=adapter,
+                number=0,
+                family=base.family,
+                base_version=base.version,
+                base_fingerprint_sha256=base.fingerprint_sha256,
+                trained_on_version=base.version,
+                trained_on_fingerprint_sha256=base.fingerprint_sha256,
+                weights_sha256=weights_sha256,
+                method=str(config["peft_type"]),
+                suites=pinned,
+            ),
+            transplant(
+                folder,
+                Path(scratch) / "adopted",
+                base_name=base.uri,
+                base_revision=base.fingerprint_sha256,
+            ),
+            tags={"adopted_from": folder_uri},
+        )
+    platform.registry.set_alias(adapter, version.alias, version.number)
+    return version
+
+
+def _fetch(uri: str, folder: Path, platform: Platform) -> Path:
+    files = [file for file in platform.store.list(uri) if "/" not in file.name]
+    names = {file.name for file in files}
+    missing = {"adapter_config.json", "adapter_model.safetensors"} - names
+    if missing:
+        raise AdapterError(
+            f"{uri} is not a PEFT folder that can be adopted",
+            expected="adapter_config.json and adapter_model.safetensors",
+            found=", ".join(sorted(names)) or "nothing",
+            do="save it with model.save_pretrained(folder); pickle weights are never loaded",
+        )
+    folder.mkdir(parents=True)
+    for file in files:
+        with (
+            platform.store.read(f"{uri.rstrip('/')}/{file.name}", etag=file.etag) as chunks,
+            (folder / file.name).open("wb") as target,
+        ):
+            target.writelines(chunks)
+    return folder
+
+
+def _base(
+    adapter: str, family: str, named: str | None, config: dict, platform: Platform
+) -> BaseVersion:
+    if named is not None:
+        return find_base(family, named, platform)
+    revision = config.get("revision")
+    ready = [base for base in platform.catalog.versions(family) if base.ready]
+    for base in ready:
+        if revision and revision in (base.version, base.fingerprint_sha256):
+            return base
+    raise NotFoundError(
+        f"which version of {family} {adapter} was trained on is not known",
+        expected=f"a revision in adapter_config.json that is one of {[b.version for b in ready]}",
+        found=repr(revision),
+        do="name the base version yourself",
+    )

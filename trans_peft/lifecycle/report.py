@@ -1,0 +1,126 @@
+"""The fleet report: adapters x base versions, with the figures behind each verdict."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trans_peft.domain.evaluation import Evaluation, SuiteJudgement, Verdict, evaluation_key
+from trans_peft.lifecycle.reconcile import Fleet, observe
+from trans_peft.lifecycle.transfer import source_version
+from trans_peft.ports import Platform
+
+__all__ = ["FleetReport", "FleetRow", "report"]
+
+
+@dataclass(frozen=True)
+class FleetRow:
+    """One adapter on one base.
+
+    `verdict` is None on the base it was trained on (there it is the reference itself) and where no
+    verdict is known yet (`reason` says which). `serves`: whether its alias on that base is set.
+    """
+
+    adapter: str
+    method: str
+    trained_on: str
+    base: str
+    verdict: Verdict | None
+    reason: str
+    serves: bool
+    suites: tuple[SuiteJudgement, ...] = ()
+    scores: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class FleetReport:
+    """One family: what serves, what should, and a row for each adapter on each base."""
+
+    family: str
+    serving: str | None
+    champion: str | None
+    bases: tuple[str, ...]
+    rows: tuple[FleetRow, ...]
+
+    def markdown(self) -> str:
+        """Return the report as a page: adapters down, base versions across, then the reasons."""
+        cells = {(row.adapter, row.base): row for row in self.rows}
+        adapters = list(dict.fromkeys(row.adapter for row in self.rows))
+        lines = [
+            f"# Fleet of {self.family}",
+            "",
+            f"serving: **{self.serving or 'nothing'}**, champion: **{self.champion or 'not set'}**",
+            "",
+            "| adapter | " + " | ".join(self.bases) + " |",
+            "|---|" + "---|" * len(self.bases),
+        ]
+        lines += [
+            f"| {name} | " + " | ".join(_cell(cells[name, base]) for base in self.bases) + " |"
+            for name in adapters
+        ]
+        lines += ["", "| adapter | base | verdict | why |", "|---|---|---|---|"]
+        lines += [
+            f"| {row.adapter} | {row.base} | {row.verdict} | {row.reason} |"
+            for row in self.rows
+            if row.verdict is not None
+        ]
+        return "\n".join(lines)
+
+
+def report(family: str, platform: Platform) -> FleetReport:
+    """Read one family's fleet and return its report."""
+    fleet = observe(family, platform)
+    serving, champion = fleet.base(fleet.serving), fleet.base(fleet.champion)
+    return FleetReport(
+        family=family,
+        serving=serving.version if serving else None,
+        champion=champion.version if champion else None,
+        bases=tuple(base.version for base in fleet.bases),
+        rows=tuple(_rows(fleet, platform)),
+    )
+
+
+def _rows(fleet: Fleet, platform: Platform) -> Sequence[FleetRow]:
+    rows = []
+    for adapter in fleet.adapters:
+        source = source_version(adapter.versions)
+        for base in fleet.bases:
+            outcome = adapter.outcome_on(base)
+            trained_here = base.fingerprint_sha256 == source.base_fingerprint_sha256
+            evaluations: list[Evaluation] = []
+            if trained_here:
+                for suite in source.suites:
+                    key = evaluation_key(
+                        source.weights_sha256,
+                        base.fingerprint_sha256,
+                        suite.suite_sha256,
+                        suite.decoding_sha256,
+                    )
+                    found = platform.evaluations.get(key)
+                    evaluations += [found] if found is not None else []
+            rows.append(
+                FleetRow(
+                    adapter=adapter.name,
+                    method=source.method,
+                    trained_on=source.trained_on_version,
+                    base=base.version,
+                    verdict=outcome.verdict if outcome and not trained_here else None,
+                    reason=(
+                        "trained here"
+                        if trained_here
+                        else outcome.judgement.reason
+                        if outcome
+                        else "not judged"
+                    ),
+                    serves=platform.registry.alias(adapter.name, base.alias) is not None,
+                    suites=outcome.judgement.suites if outcome else (),
+                    scores=tuple((item.suite, item.score) for item in evaluations),
+                )
+            )
+    return rows
+
+
+def _cell(row: FleetRow) -> str:
+    figures = ", ".join(f"{suite} {score:.1f}" for suite, score in row.scores) or ", ".join(
+        f"{suite.suite} {suite.score:.1f}" for suite in row.suites
+    )
+    word = str(row.verdict) if row.verdict else row.reason
+    return f"{word}{' (serves)' if row.serves else ''} {figures}".strip()
