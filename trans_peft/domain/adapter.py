@@ -1,14 +1,14 @@
 """Adapters: how one is configured, and one registered version of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trans_peft.domain.base import serving_alias
 from trans_peft.domain.evaluation import Suite
-from trans_peft.errors import InvalidSpecError
+from trans_peft.errors import InvalidSpecError, NotFoundError
 
-__all__ = ["AdapterSpec", "AdapterVersion", "VersionState"]
+__all__ = ["AdapterSpec", "AdapterVersion", "VersionState", "source_version"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,19 @@ class AdapterVersion:
 
     def __str__(self) -> str:
         return f"{self.adapter} version {self.number}"
+
+
+def source_version(versions: Sequence[AdapterVersion]) -> AdapterVersion:
+    """Return the version whose bytes are carried to new bases: the latest that was trained.
+
+    Raises NotFoundError where none was (every version is a transferred or a superseded one).
+    """
+    trained = [v for v in versions if v.is_trained and not v.state.superseded]
+    if not trained:
+        raise NotFoundError(
+            "the adapter has no trained version to carry over",
+            expected="a version bound to the base it was trained on",
+            found=", ".join(str(version) for version in versions) or "no version at all",
+            do="train it, or adopt the PEFT folder it came from",
+        )
+    return max(trained, key=lambda version: version.number)

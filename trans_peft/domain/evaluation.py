@@ -174,9 +174,9 @@ class GatePolicy:
         return content_sha256(self)
 
 
-def verdict_key(evaluation_keys: tuple[str, ...], policy: GatePolicy) -> str:
+def verdict_key(evaluation_keys: tuple[str, ...], policy_sha256: str) -> str:
     """Return the key of one verdict: its evaluations (in any order) and its policy."""
-    return content_sha256([sorted(evaluation_keys), policy.sha256])
+    return content_sha256([sorted(evaluation_keys), policy_sha256])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What became of one adapter on one new base: the audit record, and the work that leads to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from trans_peft.domain.evaluation import Evaluation, Judgement, Verdict
+from trans_peft.domain.evaluation import Evaluation, Judgement, Verdict, verdict_key
 
 __all__ = ["Compatibility", "Effect", "FleetChanges", "Plan", "Reason", "TransferOutcome", "Work"]
 
@@ -83,6 +83,27 @@ class TransferOutcome:
     def verdict(self) -> Verdict:
         """The verdict alone."""
         return self.judgement.verdict
+
+    @property
+    def verdict_key(self) -> str:
+        """The verdict's key: the evaluations it rests on and the policy (see `verdict_key`)."""
+        return verdict_key(tuple(e.key for e in self.evaluations), self.policy_sha256)
+
+    def counted_after(self, previous: "TransferOutcome | None") -> "TransferOutcome":
+        """Return this outcome with its attempts counted by what the registry held before.
+
+        A failure that follows failures of the same bytes under the same policy is one more attempt;
+        any other failure is the first.
+        """
+        if self.verdict is not Verdict.FAILED:
+            return self
+        again = (
+            previous is not None
+            and previous.verdict is Verdict.FAILED
+            and previous.weights_sha256 == self.weights_sha256
+            and previous.policy_sha256 == self.policy_sha256
+        )
+        return replace(self, attempts=previous.attempts + 1 if previous and again else 1)
 
 
 @dataclass(frozen=True)

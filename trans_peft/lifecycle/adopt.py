@@ -9,8 +9,8 @@ from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import AdapterError, NotFoundError
-from trans_peft.lifecycle.bases import find_base
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
+from trans_peft.lifecycle.resolve import find_base
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare

@@ -6,31 +6,10 @@ from pathlib import Path
 from trans_peft.bases.upload import VerifiedUpload, verify
 from trans_peft.domain.base import BaseVersion, Manifest, Upload
 from trans_peft.domain.identity import content_sha256
-from trans_peft.errors import NotFoundError, UploadError
+from trans_peft.errors import UploadError
 from trans_peft.ports import Platform
 
-__all__ = ["find_base", "ingest", "pending"]
-
-
-def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
-    """Return the ready base version with that label or alias (`serving`, `champion`).
-
-    Raises NotFoundError, listing what there is, also where the version exists but is not ready.
-    """
-    versions = platform.catalog.versions(family)
-    number = platform.catalog.alias(family, version)
-    for base in versions:
-        if base.ready and (
-            base.number == number if number is not None else base.version == version
-        ):
-            return base
-    raise NotFoundError(
-        f"family {family!r} has no ready base version {version!r}",
-        expected=", ".join(base.version for base in versions if base.ready) or "none is ready yet",
-        found=", ".join(f"{base.version} (not ready)" for base in versions if not base.ready)
-        or repr(version),
-        do="ingest the base first, or set the alias on a version that is ready",
-    )
+__all__ = ["ingest", "pending"]
 
 
 def ingest(upload: Upload, platform: Platform) -> BaseVersion:

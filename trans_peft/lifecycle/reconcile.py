@@ -9,11 +9,10 @@ A hint, lost, doubled or out of order, changes nothing here: nothing but the reg
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import GatePolicy, Verdict
+from trans_peft.domain.evaluation import GatePolicy, Verdict, evaluation_key
 from trans_peft.domain.outcome import FleetChanges, Plan, Reason, TransferOutcome, Work
-from trans_peft.lifecycle.transfer import source_version
 from trans_peft.ports import Platform
 
 __all__ = ["MAX_ATTEMPTS", "Adapter", "Fleet", "observe", "plan", "settle"]
@@ -120,8 +119,6 @@ def _adapter(name: str, platform: Platform) -> Adapter:
 
 
 def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float | None:
-    from trans_peft.domain.evaluation import evaluation_key
-
     source = source_version(versions)
     found = [
         platform.evaluations.get(
@@ -169,7 +166,9 @@ def _wanted_aliases(adapter: Adapter, fleet: Fleet) -> Mapping[str, int | None]:
             wanted[base.alias] = source.number
             continue
         outcome = adapter.outcome_on(base)
-        if outcome is not None:
+        if (
+            outcome is not None and outcome.verdict is not Verdict.FAILED
+        ):  # an error decides nothing
             passed = outcome.verdict is Verdict.PASSED
             wanted[base.alias] = outcome.new_number if passed else None
     return wanted

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trans_peft.domain.adapter import source_version
 from trans_peft.domain.evaluation import Evaluation, SuiteJudgement, Verdict, evaluation_key
 from trans_peft.lifecycle.reconcile import Fleet, observe
-from trans_peft.lifecycle.transfer import source_version
 from trans_peft.ports import Platform
 
 __all__ = ["FleetReport", "FleetRow", "report"]

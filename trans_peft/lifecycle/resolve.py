@@ -1,11 +1,32 @@
-"""The one way for a consumer to get an adapter."""
+"""Names to things: the one way for a consumer to get an adapter, or a base by label or alias."""
 
 from trans_peft.domain.adapter import AdapterVersion
-from trans_peft.errors import NotServedError
-from trans_peft.lifecycle.bases import find_base
+from trans_peft.domain.base import BaseVersion
+from trans_peft.errors import NotFoundError, NotServedError
 from trans_peft.ports import Platform
 
-__all__ = ["resolve"]
+__all__ = ["find_base", "resolve"]
+
+
+def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
+    """Return the ready base version with that label or alias (`serving`, `champion`).
+
+    Raises NotFoundError, listing what there is, also where the version exists but is not ready.
+    """
+    versions = platform.catalog.versions(family)
+    number = platform.catalog.alias(family, version)
+    for base in versions:
+        if base.ready and (
+            base.number == number if number is not None else base.version == version
+        ):
+            return base
+    raise NotFoundError(
+        f"family {family!r} has no ready base version {version!r}",
+        expected=", ".join(base.version for base in versions if base.ready) or "none is ready yet",
+        found=", ".join(f"{base.version} (not ready)" for base in versions if not base.ready)
+        or repr(version),
+        do="ingest the base first, or set the alias on a version that is ready",
+    )
 
 
 def resolve(

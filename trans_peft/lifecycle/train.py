@@ -10,8 +10,8 @@ from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.lifecycle.bases import find_base
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
+from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
 from trans_peft.training.events import Event
 from trans_peft.training.events import Progress as TrainingProgress

@@ -2,39 +2,23 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Judgement, Verdict
 from trans_peft.domain.outcome import Compatibility, Effect, TransferOutcome, Work
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.bases import find_base
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, tokenizer_folder
+from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare
 from trans_peft.validation.gate import judge
 
-__all__ = ["record_failure", "source_version", "transfer"]
-
-
-def source_version(versions: Sequence[AdapterVersion]) -> AdapterVersion:
-    """Return the version whose bytes are carried to new bases: the latest that was trained.
-
-    Raises NotFoundError where none was (every version is a transferred or a superseded one).
-    """
-    trained = [v for v in versions if v.is_trained and not v.state.superseded]
-    if not trained:
-        raise NotFoundError(
-            "the adapter has no trained version to carry over",
-            expected="a version bound to the base it was trained on",
-            found=", ".join(str(version) for version in versions) or "no version at all",
-            do="train it, or adopt the PEFT folder it came from",
-        )
-    return max(trained, key=lambda version: version.number)
+__all__ = ["record_failure", "transfer"]
 
 
 def transfer(

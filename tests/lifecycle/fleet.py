@@ -1,0 +1,133 @@
+"""A fleet in memory, without any model: bases and adapters that only have names and hashes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import (
+    Evaluation,
+    GatePolicy,
+    ItemResult,
+    Judgement,
+    Suite,
+    Verdict,
+)
+from trans_peft.domain.outcome import TransferOutcome, Work
+from trans_peft.edges.memory import memory_platform
+from trans_peft.lifecycle.reconcile import observe, plan, settle
+from trans_peft.ports import Platform
+
+FAMILY = "small"
+SUITE = Suite("exam", DataSource("exam.jsonl", sha256="e" * 64))
+POLICY = GatePolicy(margin_points=5.0)
+
+
+@dataclass
+class MemoryFleet:
+    work_dir: Path
+    platform: Platform = field(init=False)
+
+    def __post_init__(self):
+        self.platform = memory_platform(self.work_dir)
+
+    def add_base(self, version: str) -> BaseVersion:
+        return self.platform.catalog.make_ready(
+            FAMILY,
+            version,
+            f"memory://bases/{version}",
+            fingerprint=Fingerprint("Llama", 2, version, {}, "v", "t"),
+            parent=None,
+            source="upload",
+        )
+
+    def add_adapter(self, name: str, base: BaseVersion, weights: str = "w") -> AdapterVersion:
+        folder = self.work_dir / "peft"
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_model.safetensors").write_bytes(weights.encode())
+        version = self.platform.registry.register(
+            AdapterVersion(
+                adapter=name,
+                number=0,
+                family=FAMILY,
+                base_version=base.version,
+                base_fingerprint_sha256=base.fingerprint_sha256,
+                trained_on_version=base.version,
+                trained_on_fingerprint_sha256=base.fingerprint_sha256,
+                weights_sha256=f"{name}-{weights}",
+                method="LORA",
+                suites=(SUITE,),
+            ),
+            folder,
+        )
+        self.platform.registry.set_alias(name, version.alias, version.number)
+        return version
+
+    def judge(
+        self, work: Work, verdict: Verdict = Verdict.PASSED, policy: GatePolicy = POLICY
+    ) -> TransferOutcome:
+        """Do one piece of work as a shard does, with the verdict given instead of found."""
+        registry = self.platform.registry
+        base = next(
+            b for b in self.platform.catalog.versions(FAMILY) if b.version == work.base_version
+        )
+        source = next(v for v in registry.versions(work.adapter) if v.number == work.source_number)
+        number = None
+        if verdict not in (Verdict.FAILED, Verdict.INCOMPATIBLE):
+            from dataclasses import replace
+
+            draft = replace(
+                source,
+                base_version=base.version,
+                base_fingerprint_sha256=base.fingerprint_sha256,
+                transferred_from=source.number,
+            )
+            number = registry.register(draft, self.work_dir / "peft").number
+        outcome = TransferOutcome(
+            adapter=work.adapter,
+            source_number=source.number,
+            family=FAMILY,
+            base_version=base.version,
+            base_fingerprint_sha256=base.fingerprint_sha256,
+            weights_sha256=source.weights_sha256,
+            policy_sha256=policy.sha256,
+            judgement=Judgement(verdict, "as the test says"),
+            new_number=number,
+            attempts=work.attempt,
+        )
+        registry.record(outcome)
+        return outcome
+
+    def work(self, policy: GatePolicy = POLICY) -> tuple[Work, ...]:
+        return plan(observe(FAMILY, self.platform), policy).work
+
+    def work_off(self, verdict: Verdict = Verdict.PASSED) -> None:
+        for work in self.work():
+            self.judge(work, verdict)
+
+    def settle(self):
+        return settle(observe(FAMILY, self.platform), POLICY, self.platform)
+
+    def promote(self, base: BaseVersion | None) -> None:
+        """A person moves (or removes) `champion` in the page."""
+        number = base.number if base else None
+        self.platform.catalog.set_alias_by_hand(FAMILY, "champion", number)
+
+    @property
+    def serving(self) -> int | None:
+        return self.platform.catalog.alias(FAMILY, "serving")
+
+
+def evaluation(
+    weights: str, base: BaseVersion, right: int, of: int, seconds: float = 0.0
+) -> Evaluation:
+    return Evaluation(
+        suite=SUITE.name,
+        weights_sha256=weights,
+        base_fingerprint_sha256=base.fingerprint_sha256,
+        suite_sha256=SUITE.suite_sha256,
+        decoding_sha256=SUITE.decoding_sha256,
+        items=tuple(ItemResult(f"q{i}", i < right) for i in range(of)),
+        seconds=seconds,
+    )

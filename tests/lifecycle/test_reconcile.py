@@ -1,0 +1,255 @@
+"""Desired state against registry: who is judged where, what serves, and whose word counts."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.lifecycle.fleet import FAMILY, POLICY, SUITE, MemoryFleet, evaluation
+from trans_peft.domain.evaluation import GatePolicy, Verdict
+from trans_peft.domain.outcome import Reason
+from trans_peft.errors import NotFoundError, NotServedError
+from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS, observe, plan
+from trans_peft.lifecycle.resolve import resolve
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    return MemoryFleet(tmp_path)
+
+
+@pytest.fixture
+def two_bases(fleet):
+    """v1 serves two adapters that were trained on it; v2 has just become ready."""
+    v1 = fleet.add_base("v1")
+    fleet.add_adapter("chat", v1)
+    fleet.add_adapter("code", v1)
+    fleet.promote(v1)
+    fleet.settle()
+    return v1, fleet.add_base("v2")
+
+
+def lines(work):
+    return [(item.adapter, item.base_version, item.reason, item.attempt) for item in work]
+
+
+def test_every_live_adapter_is_judged_on_a_new_base_before_anyone_promotes_it(fleet, two_bases):
+    assert lines(fleet.work()) == [
+        ("chat", "v2", Reason.NEVER_JUDGED, 1),
+        ("code", "v2", Reason.NEVER_JUDGED, 1),
+    ]
+
+
+def test_a_second_run_finds_nothing_to_do(fleet, two_bases):
+    fleet.work_off()
+    fleet.settle()
+    assert fleet.work() == ()
+    assert fleet.settle().aliases == ()
+
+
+def test_a_base_that_is_not_ready_asks_for_nothing(fleet, two_bases):
+    fleet.work_off()
+    fleet.platform.catalog.register_by_hand(FAMILY, "memory://bases/v3")
+    assert fleet.work() == ()
+
+
+def test_a_base_older_than_the_serving_one_asks_for_nothing(fleet):
+    v1, v2 = fleet.add_base("v1"), fleet.add_base("v2")
+    fleet.promote(v2)
+    fleet.settle()
+    fleet.add_adapter("new", v2)
+    assert fleet.work() == ()
+    fleet.promote(v1)  # until a person wants it back
+    assert lines(fleet.work()) == [("new", "v1", Reason.NEVER_JUDGED, 1)]
+
+
+def test_each_adapter_is_tried_on_each_candidate_whatever_failed_before(fleet, two_bases):
+    fleet.work_off(Verdict.NEEDS_RETUNING)
+    fleet.add_base("v3")
+    assert {(w.adapter, w.base_version, w.source_number) for w in fleet.work()} == {
+        ("chat", "v3", 1),
+        ("code", "v3", 1),
+    }
+
+
+def test_a_changed_policy_is_judged_anew_at_no_cost(fleet, two_bases):
+    fleet.work_off()
+    stricter = GatePolicy(margin_points=1.0)
+    again = fleet.work(stricter)
+    assert [w.reason for w in again] == [Reason.POLICY_CHANGED] * 2
+    assert [w.estimated_seconds for w in again] == [0.0, 0.0]
+
+
+def test_incompatible_stays_incompatible_under_another_policy(fleet, two_bases):
+    fleet.work_off(Verdict.INCOMPATIBLE)
+    assert fleet.work(GatePolicy(margin_points=1.0)) == ()
+
+
+def test_the_estimate_is_what_evaluating_took_where_it_was_trained(fleet, two_bases):
+    v1, _ = two_bases
+    fleet.platform.evaluations.put(evaluation("chat-w", v1, 8, 10, seconds=42.0))
+    estimates = {w.adapter: w.estimated_seconds for w in fleet.work()}
+    assert estimates == {"chat": 42.0, "code": None}
+
+
+def test_a_failed_key_is_tried_three_times_then_parked(fleet, two_bases):
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        work = [w for w in fleet.work() if w.adapter == "chat"]
+        assert [w.attempt for w in work] == [attempt]
+        fleet.judge(work[0], Verdict.FAILED)
+    found = plan(observe(FAMILY, fleet.platform), POLICY)
+    assert [w.adapter for w in found.work] == ["code"]
+    assert [w.adapter for w in found.parked] == ["chat"]
+
+
+def test_a_retuned_adapter_is_judged_with_its_new_bytes(fleet, two_bases):
+    v1, _ = two_bases
+    fleet.work_off()
+    fleet.add_adapter("chat", v1, weights="retuned")
+    assert lines(fleet.work()) == [("chat", "v2", Reason.NEVER_JUDGED, 1)]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "serves"),
+    [
+        (Verdict.PASSED, True),
+        (Verdict.NEEDS_RETUNING, False),
+        (Verdict.INCONCLUSIVE, False),
+        (Verdict.RETIRE, False),
+        (Verdict.INCOMPATIBLE, False),
+    ],
+)
+def test_the_verdict_decides_the_alias(fleet, two_bases, verdict, serves):
+    _, v2 = two_bases
+    fleet.work_off(verdict)
+    fleet.settle()
+    assert (fleet.platform.registry.alias("chat", v2.alias) is not None) is serves
+
+
+def test_promotion_waits_for_missing_verdicts_then_moves_and_rolls_back(fleet, two_bases):
+    v1, v2 = two_bases
+    fleet.promote(v2)
+    waiting = fleet.settle()
+    assert fleet.serving == v1.number
+    assert "waits for 2 verdicts: chat, code" in (waiting.waiting or "")
+
+    fleet.work_off()
+    assert fleet.settle().promoted == f"{FAMILY}/v2"
+    assert resolve("chat", FAMILY, fleet.platform).base_version == "v2"
+
+    fleet.promote(v1)
+    fleet.settle()
+    assert resolve("chat", FAMILY, fleet.platform).base_version == "v1"
+    assert resolve("chat", FAMILY, fleet.platform, base="v2").base_version == "v2"
+
+
+def test_removing_champion_pauses(fleet, two_bases):
+    v1, _ = two_bases
+    fleet.work_off()
+    fleet.promote(None)
+    assert fleet.settle().promoted is None
+    assert fleet.serving == v1.number
+
+
+def test_promoting_a_version_that_is_not_ready_says_so(fleet, two_bases):
+    number = fleet.platform.catalog.register_by_hand(FAMILY, "memory://bases/v3")
+    fleet.platform.catalog.set_alias_by_hand(FAMILY, "champion", number)
+    assert "not ready" in (fleet.settle().waiting or "")
+
+
+def test_a_person_who_blocks_a_passed_adapter_is_respected(fleet, two_bases):
+    _, v2 = two_bases
+    fleet.work_off()
+    fleet.settle()
+    fleet.platform.registry.set_alias_by_hand("chat", v2.alias, None)
+    changes = fleet.settle()
+    assert fleet.platform.registry.alias("chat", v2.alias) is None
+    assert changes.overruled == (f"chat: {v2.alias} is a person's (none)",)
+
+
+def test_a_person_who_approves_an_inconclusive_adapter_is_respected(fleet, two_bases):
+    _, v2 = two_bases
+    fleet.work_off(Verdict.INCONCLUSIVE)
+    fleet.settle()
+    fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 2)
+    fleet.settle()
+    assert resolve("chat", FAMILY, fleet.platform, base="v2").number == 2
+
+
+def test_an_error_takes_nothing_out_of_service(fleet, two_bases):
+    _, v2 = two_bases
+    fleet.work_off()
+    fleet.settle()
+    again = next(w for w in fleet.work(GatePolicy(margin_points=1.0)) if w.adapter == "chat")
+    fleet.judge(again, Verdict.FAILED, GatePolicy(margin_points=1.0))
+    fleet.settle()
+    assert fleet.platform.registry.alias("chat", v2.alias) == 2
+
+
+def test_a_retired_adapter_is_left_alone(fleet, two_bases):
+    fleet.platform.registry.retire_by_hand("chat")
+    assert {w.adapter for w in fleet.work()} == {"code"}
+
+
+def test_resolve_fails_closed_and_says_why(fleet, two_bases):
+    fleet.work_off(Verdict.NEEDS_RETUNING)
+    fleet.settle()
+    with pytest.raises(NotServedError, match=r"needs-retuning: as the test says"):
+        resolve("chat", FAMILY, fleet.platform, base="v2")
+    with pytest.raises(NotFoundError, match="no ready base version 'v9'"):
+        resolve("chat", FAMILY, fleet.platform, base="v9")
+
+
+def test_the_suite_of_an_adapter_has_one_hash_wherever_its_data_lies():
+    moved = replace(SUITE, data=replace(SUITE.data, uri="s3://elsewhere/exam.jsonl"))
+    assert moved.suite_sha256 == SUITE.suite_sha256
+
+
+EVENTS = st.lists(
+    st.sampled_from(["base", "adapter", "promote first", "promote last", "work", "settle", "fail"]),
+    max_size=14,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=EVENTS)
+def test_whatever_happened_working_the_plan_off_ends_in_the_desired_state(tmp_path_factory, events):
+    fleet = MemoryFleet(tmp_path_factory.mktemp("fleet"))
+    bases = [fleet.add_base("v1")]
+    for event in events:
+        match event:
+            case "base":
+                bases.append(fleet.add_base(f"v{len(bases) + 1}"))
+            case "adapter":
+                name = f"a{len(fleet.platform.registry.adapters(FAMILY))}"
+                fleet.add_adapter(name, bases[-1])
+            case "promote first":
+                fleet.promote(bases[0])
+            case "promote last":
+                fleet.promote(bases[-1])
+            case "work":
+                for work in fleet.work()[:1]:
+                    fleet.judge(work)
+            case "fail":
+                for work in fleet.work()[:1]:
+                    fleet.judge(work, Verdict.FAILED)
+            case "settle":
+                fleet.settle()
+    while fleet.work():
+        fleet.work_off()
+    fleet.settle()
+    fleet.work_off()  # moving `serving` to an older base may ask for verdicts there
+    fleet.settle()
+
+    seen = observe(FAMILY, fleet.platform)
+    parked = {(w.adapter, w.base_version) for w in plan(seen, POLICY).parked}
+    assert plan(seen, POLICY).work == ()
+    assert seen.champion is None or seen.serving == seen.champion
+    for adapter in seen.adapters:
+        keys = [(v.weights_sha256, v.base_fingerprint_sha256) for v in adapter.versions]
+        assert len(set(keys)) == len(keys)  # one version per base
+        for base in seen.wanted:
+            judged = adapter.outcome_on(base) is not None
+            trained = adapter.versions[0].base_fingerprint_sha256 == base.fingerprint_sha256
+            assert judged or trained or (adapter.name, base.version) in parked
