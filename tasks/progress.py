@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from trans_peft.training.events import Event, LogLine, Progress
+
+from trans_peft.training.events import Event, Progress
 
 __all__ = ["evaluation_progress", "training_progress"]
 
@@ -20,14 +21,12 @@ def training_progress(adapter: str) -> Callable[[Event], None]:
 
     def show(event: Event) -> None:
         nonlocal last
-        if isinstance(event, LogLine):
-            logger.info("%s", event.text)
-        elif isinstance(event, Progress) and (
-            time.monotonic() - last >= _EVERY_S or event.step == event.total_steps
-        ):
+        if isinstance(event, Progress):
+            if time.monotonic() - last < _EVERY_S and event.step < event.total_steps:
+                return
             last = time.monotonic()
             update_progress_artifact(bar, progress=100.0 * event.step / event.total_steps)
-            logger.info("%s", event)
+        logger.info("%s", event)
 
     return show
 

@@ -1,6 +1,6 @@
 """A fleet in memory, without any model: bases and adapters that only have names and hashes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trans_peft.domain.adapter import AdapterVersion
@@ -17,6 +17,7 @@ from trans_peft.domain.evaluation import (
 from trans_peft.domain.outcome import TransferOutcome, Work
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.reconcile import observe, plan, settle
+from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
 
 FAMILY = "small"
@@ -69,14 +70,10 @@ class MemoryFleet:
     ) -> TransferOutcome:
         """Do one piece of work as a shard does, with the verdict given instead of found."""
         registry = self.platform.registry
-        base = next(
-            b for b in self.platform.catalog.versions(FAMILY) if b.version == work.base_version
-        )
+        base = find_base(FAMILY, work.base_version, self.platform)
         source = next(v for v in registry.versions(work.adapter) if v.number == work.source_number)
         number = None
         if verdict not in (Verdict.FAILED, Verdict.INCOMPATIBLE):
-            from dataclasses import replace
-
             draft = replace(
                 source,
                 base_version=base.version,

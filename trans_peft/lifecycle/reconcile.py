@@ -166,9 +166,7 @@ def _wanted_aliases(adapter: Adapter, fleet: Fleet) -> Mapping[str, int | None]:
             wanted[base.alias] = source.number
             continue
         outcome = adapter.outcome_on(base)
-        if (
-            outcome is not None and outcome.verdict is not Verdict.FAILED
-        ):  # an error decides nothing
+        if outcome is not None and outcome.verdict is not Verdict.FAILED:  # errors decide nothing
             passed = outcome.verdict is Verdict.PASSED
             wanted[base.alias] = outcome.new_number if passed else None
     return wanted

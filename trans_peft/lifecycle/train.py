@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from trans_peft.data import pin, read_examples
+from trans_peft.data import pin, read_examples, write_examples
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
@@ -13,8 +13,8 @@ from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
+from trans_peft.training import events
 from trans_peft.training.events import Event
-from trans_peft.training.events import Progress as TrainingProgress
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 
@@ -66,17 +66,20 @@ def train(
         run.params(_params(resolved))
 
         def on_training_event(event: Event) -> None:
-            if isinstance(event, TrainingProgress):
+            if isinstance(event, events.Progress):
                 run.metrics(event.metrics, event.step)
             on_event(event)
 
+        work_dir = platform.work_dir / "training" / resolved.sha256[:16]
+        examples = read_examples(resolved.data, platform.store)
         result = fit(
             TrainingJob(
                 recipe=resolved,
                 base_folder=base_folder(base, platform),
                 base_name=base.uri,
                 base_revision=base.fingerprint_sha256,
-                work_dir=platform.work_dir / "training" / resolved.sha256[:16],
+                data_file=write_examples(examples, work_dir / "data.jsonl"),
+                work_dir=work_dir,
             ),
             on_event=on_training_event,
         )
@@ -91,7 +94,7 @@ def train(
         )
         for suite, evaluation in evaluations.items():
             run.metrics({f"score/{suite}": evaluation.score}, result.steps)
-        run.file(_written(resolved, platform))
+        run.file(_written(resolved, work_dir))
         draft = AdapterVersion(
             adapter=resolved.adapter,
             number=0,
@@ -160,8 +163,7 @@ def _tags(
     }
 
 
-def _written(recipe: TrainingRecipe, platform: Platform) -> Path:
-    path = platform.work_dir / "training" / recipe.sha256[:16] / "recipe.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _written(recipe: TrainingRecipe, folder: Path) -> Path:
+    path = folder / "recipe.json"
     path.write_text(json.dumps(asdict(recipe), indent=2))
     return path
