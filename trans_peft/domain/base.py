@@ -42,7 +42,8 @@ class TensorSignature:
 class Fingerprint:
     """What an adapter can feel of a base: nothing that changes a logit is left out.
 
-    `config_sha256` covers the config without what cannot change a result (names, library version).
+    `config_sha256` covers config.json and generation_config.json without what cannot change a
+    result (names, library version).
     `vocabulary_sha256` covers token -> id, `tokenizer_sha256` the whole tokenizer (merges, added
     tokens, normaliser), `chat_template_sha256` is empty where there is no template.
     """

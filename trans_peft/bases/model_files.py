@@ -1,0 +1,196 @@
+"""A Hugging Face model folder, learned file by file from streams.
+
+Knows which files transformers loads a causal language model from, how they must fit together, and
+how they become a `Fingerprint`. Says everything that is wrong at once, in `problems`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trans_peft.bases.safetensors_stream import MalformedSafetensorsError, tensor_signatures
+from trans_peft.bases.tokenizer_files import chat_template_sha256, tokenizer_sha256, vocabulary
+from trans_peft.domain.base import Fingerprint, TensorSignature
+from trans_peft.domain.identity import content_sha256
+from trans_peft.ports import StoredFile
+
+__all__ = ["ModelFiles", "is_felt"]
+
+MAX_TEXT_BYTES = 256 << 20
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_JSON_FILES = frozenset({
+    _INDEX, "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json",
+    "tokenizer_config.json",
+})  # fmt: skip
+_TEMPLATE = "chat_template.jinja"
+_MORE_TEMPLATES = "additional_chat_templates/"
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+# Names and versions, and what this library sets itself whenever it loads or calls a model (the
+# dtype, the cache, what is returned). Anything not listed here counts.
+_UNFELT = frozenset({
+    "_commit_hash", "_from_model_config", "_name_or_path", "dtype", "output_attentions",
+    "output_hidden_states", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+})  # fmt: skip
+
+
+def is_felt(name: str) -> bool:
+    """Whether a file of that name counts: a folder with these alone loads as the same model."""
+    return (
+        name in _JSON_FILES
+        or name == _TEMPLATE
+        or (name.startswith(_MORE_TEMPLATES) and name.endswith(".jinja"))
+        or name.endswith(".safetensors")
+    )
+
+
+class ModelFiles:
+    """What the files seen so far have told."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._seen: set[str] = set()
+        self._json: dict[str, dict[str, Any]] = {}
+        self._templates: dict[str, str] = {}
+        self._weights: dict[str, Mapping[str, TensorSignature]] = {}
+
+    def take(self, file: StoredFile, stream: Iterator[bytes]) -> None:
+        """Learn from one file; one that does not count is left unread."""
+        self._seen.add(file.name)
+        try:
+            if file.name.endswith(".safetensors"):
+                self._weights[file.name] = tensor_signatures(stream)
+            elif is_felt(file.name):
+                self._take_text(file, stream)
+        except (MalformedSafetensorsError, UnicodeDecodeError) as error:
+            self.problems.append(f"{file.name}: {error}")
+
+    def _take_text(self, file: StoredFile, stream: Iterator[bytes]) -> None:
+        if file.size > MAX_TEXT_BYTES:
+            self.problems.append(
+                f"{file.name}: {file.size} bytes; at most {MAX_TEXT_BYTES} are read"
+            )
+            return
+        text = b"".join(stream).decode()
+        if not file.name.endswith(".json"):
+            name = file.name.removeprefix(_MORE_TEMPLATES).removesuffix(".jinja")
+            self._templates["default" if file.name == _TEMPLATE else name] = text
+            return
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            self.problems.append(f"{file.name}: no JSON: {error}")
+            return
+        if isinstance(value, dict):
+            self._json[file.name] = value
+        else:
+            self.problems.append(f"{file.name}: no JSON object")
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Return what the files make together; None if anything is wrong, then see `problems`."""
+        missing = sorted({"config.json", "tokenizer.json"} - self._seen)
+        self.problems += [f"{name}: missing" for name in missing]
+        architecture, layers = self._shape()
+        tensors = self._tensors()
+        tokens = self._vocabulary()
+        if self.problems:
+            return None
+        settings = self._json.get("special_tokens_map.json", {})
+        settings = settings | self._json.get("tokenizer_config.json", {})
+        generation = self._json.get("generation_config.json", {})
+        return Fingerprint(
+            architecture=architecture,
+            layer_count=layers,
+            config_sha256=content_sha256([_felt(self._json["config.json"]), _felt(generation)]),
+            tensors=tensors,
+            vocabulary_sha256=content_sha256(tokens),
+            tokenizer_sha256=tokenizer_sha256(self._json["tokenizer.json"], settings),
+            chat_template_sha256=chat_template_sha256(settings, self._templates),
+        )
+
+    def _shape(self) -> tuple[str, int]:
+        config = self._json.get("config.json")
+        if config is None:
+            return "", 0
+        match config.get("architectures"):
+            case [str(architecture), *_]:
+                pass
+            case other:
+                architecture = ""
+                self.problems.append(
+                    f"config.json: `architectures` must name the model's class, not {other!r}"
+                )
+        text = config.get("text_config")
+        places = [config, text] if isinstance(text, dict) else [config]
+        counts = [place[key] for place in places for key in _LAYER_COUNTS if key in place]
+        if not counts or type(counts[0]) is not int or counts[0] < 1:
+            self.problems.append(f"config.json: no layer count (one of {', '.join(_LAYER_COUNTS)})")
+            return architecture, 0
+        return architecture, counts[0]
+
+    def _vocabulary(self) -> dict[str, int]:
+        if "tokenizer.json" not in self._json:
+            return {}
+        try:
+            return vocabulary(self._json["tokenizer.json"])
+        except ValueError as error:
+            self.problems.append(f"tokenizer.json: {error}")
+            return {}
+
+    def _tensors(self) -> dict[str, TensorSignature]:
+        """Return every tensor, whichever file holds it; the index must say the same."""
+        index = self._index()
+        if index is None:
+            return {}
+        stored = {name for name in self._seen if name.endswith(".safetensors")}
+        needed = set(index.values()) or {_WEIGHTS}
+        self.problems += [f"{name}: missing" for name in sorted(needed - stored)]
+        self.problems += [
+            f"{name}: weights that belong to no model; expected {_WEIGHTS} or what {_INDEX} names"
+            for name in sorted(stored - needed)
+        ]
+        found: dict[str, str] = {}
+        tensors: dict[str, TensorSignature] = {}
+        for file in sorted(needed & self._weights.keys()):
+            doubled = sorted(found.keys() & self._weights[file].keys())
+            if doubled:
+                self.problems.append(f"{file}: stands in another file too: {_some(doubled)}")
+            found |= dict.fromkeys(self._weights[file], file)
+            tensors |= self._weights[file]
+        if needed <= self._weights.keys():
+            wrong = sorted(n for n in index.keys() | found.keys() if index.get(n) != found.get(n))
+            if wrong:
+                self.problems.append(f"{_INDEX}: the files disagree about {_some(wrong)}")
+            if not tensors:
+                self.problems.append("no tensors in the weights")
+        return tensors
+
+    def _index(self) -> dict[str, str] | None:
+        """Return tensor name -> file name, as stated or as found; None where that is not known."""
+        if _INDEX not in self._seen:
+            return dict.fromkeys(self._weights.get(_WEIGHTS, {}), _WEIGHTS)
+        if _WEIGHTS in self._seen:
+            self.problems.append(f"{_WEIGHTS} and {_INDEX}: only one of the two can be meant")
+            return None
+        if _INDEX not in self._json:
+            return None
+        index = self._json[_INDEX].get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
+            self.problems.append(f"{_INDEX}: no `weight_map` of tensor name -> file name")
+            return None
+        return index
+
+
+def _felt(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _felt(item) for key, item in value.items() if key not in _UNFELT}
+    if isinstance(value, list):
+        return [_felt(item) for item in value]
+    return value
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,381 @@
+"""Every port in memory: plain dictionaries that pass the same contract tests as the real edges.
+
+For notebooks and tests. What a person does in MLflow's pages is done here by the methods that end
+in `_by_hand`; no port has them.
+"""
+
+import hashlib
+import itertools
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.outcome import TransferOutcome
+from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
+from trans_peft.ports import Platform, StoredFile
+
+__all__ = [
+    "MemoryCatalog",
+    "MemoryEvaluations",
+    "MemoryRegistry",
+    "MemoryRun",
+    "MemoryRunLog",
+    "MemoryStore",
+    "memory_platform",
+]
+
+
+def memory_platform(work_dir: Path) -> Platform:
+    """Return a platform that forgets everything when it is dropped."""
+    return Platform(
+        MemoryStore(),
+        MemoryCatalog(),
+        MemoryRegistry(),
+        MemoryEvaluations(),
+        MemoryRunLog(),
+        work_dir,
+    )
+
+
+class MemoryStore:
+    """`ArtifactStore` in a dictionary; any scheme will do. Reads in chunks of `chunk_bytes`."""
+
+    def __init__(self, chunk_bytes: int = 1 << 20) -> None:
+        self._files: dict[str, bytes] = {}
+        self._chunk_bytes = chunk_bytes
+
+    def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
+        """Return every file below the prefix, sorted by name."""
+        prefix = prefix_uri.rstrip("/") + "/"
+        return tuple(
+            StoredFile(uri.removeprefix(prefix), len(data), _etag(data))
+            for uri, data in sorted(self._files.items())
+            if uri.startswith(prefix)
+        )
+
+    def read(self, uri: str, *, etag: str | None = None) -> AbstractContextManager[Iterator[bytes]]:
+        """Stream one file in chunks. NotFoundError; IntegrityError if its ETag is another."""
+        return self._read(uri, etag)
+
+    @contextmanager
+    def _read(self, uri: str, etag: str | None) -> Iterator[Iterator[bytes]]:
+        if uri not in self._files:
+            raise NotFoundError(f"there is no file {uri}")
+        data = self._files[uri]
+        if etag is not None and _etag(data) != etag:
+            raise IntegrityError(f"{uri} changed", expected=f"ETag {etag}", found=_etag(data))
+        size = self._chunk_bytes
+        yield (data[at : at + size] for at in range(0, len(data), size))
+
+    def write(self, uri: str, data: BinaryIO) -> None:
+        """Write one file."""
+        self._files[uri] = data.read()
+
+    def remove_by_hand(self, uri: str) -> None:
+        """Delete a file, as its owner may."""
+        del self._files[uri]
+
+
+def _etag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+class MemoryCatalog:
+    """`BaseCatalog` in dictionaries."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, list[BaseVersion]] = {}
+        self._aliases: dict[tuple[str, str], int] = {}
+        self._fingerprints: dict[str, Fingerprint] = {}
+        self._sources: dict[tuple[str, int], str] = {}
+        self._lock = threading.Lock()
+
+    def families(self) -> tuple[str, ...]:
+        """Return the names of all base families, sorted."""
+        return tuple(sorted(self._versions))
+
+    def versions(self, family: str) -> tuple[BaseVersion, ...]:
+        """Return all versions of a family, ready or not, oldest first. NotFoundError."""
+        if family not in self._versions:
+            raise NotFoundError(f"there is no base family {family!r}")
+        return tuple(self._versions[family])
+
+    def alias(self, family: str, alias: str) -> int | None:
+        """Return the number of the version that carries the alias."""
+        self.versions(family)
+        return self._aliases.get((family, alias))
+
+    def set_serving(self, base: BaseVersion) -> None:
+        """Move `serving` to this version. InvalidSpecError for one that is not ready."""
+        known = next((b for b in self.versions(base.family) if b.number == base.number), None)
+        if known is None:
+            raise NotFoundError(f"there is no version number {base.number} of {base.family}")
+        if not known.ready:
+            raise InvalidSpecError(f"{known} is not ready: it cannot serve")
+        self._aliases[base.family, "serving"] = base.number
+
+    def make_ready(
+        self,
+        family: str,
+        version: str,
+        uri: str,
+        *,
+        fingerprint: Fingerprint,
+        parent: str | None,
+        source: str,
+        number: int | None = None,
+    ) -> BaseVersion:
+        """Register a verified version, or complete the registered one with that `number`."""
+        with self._lock:
+            versions = self._versions.setdefault(family, [])
+            if number is not None and not any(b.number == number for b in versions):
+                raise NotFoundError(f"there is no version number {number} of {family}")
+            for known in versions:
+                if not known.ready or (known.version != version and known.number != number):
+                    continue
+                if (known.version, known.fingerprint_sha256) != (version, fingerprint.digest):
+                    raise UploadError(
+                        f"{known} is ready already and is another one",
+                        expected=f"{known.version}, fingerprint {known.fingerprint_sha256}",
+                        found=f"{version}, fingerprint {fingerprint.digest}",
+                        do="publish it under a new version",
+                    )
+                if number is not None and known.number != number:
+                    versions[:] = [b for b in versions if b.number != number]
+                return known
+            if number is None:
+                number = self._next_number(family)
+                versions.append(BaseVersion(family, version, uri, number))
+            ready = BaseVersion(
+                family, version, uri, number, fingerprint.digest, parent, ready=True
+            )
+            versions[:] = [ready if b.number == number else b for b in versions]
+            self._fingerprints[fingerprint.digest] = fingerprint
+            self._sources[family, number] = source
+            return ready
+
+    def fingerprint(self, base: BaseVersion) -> Fingerprint:
+        """Return the whole fingerprint of a ready version."""
+        if base.fingerprint_sha256 not in self._fingerprints:
+            raise NotFoundError(f"{base} has no fingerprint: it was never made ready")
+        return self._fingerprints[base.fingerprint_sha256]
+
+    def register_by_hand(self, family: str, uri: str) -> int:
+        """Register a version as a person does in MLflow: a source and nothing else."""
+        with self._lock:
+            number = self._next_number(family)
+            versions = self._versions.setdefault(family, [])
+            versions.append(BaseVersion(family, str(number), uri, number))
+            return number
+
+    def set_alias_by_hand(self, family: str, alias: str, number: int | None) -> None:
+        """Move or remove an alias as a person does."""
+        _move(self._aliases, (family, alias), number)
+
+    def _next_number(self, family: str) -> int:
+        return max((b.number for b in self._versions.get(family, ())), default=0) + 1
+
+
+class MemoryRegistry:
+    """`AdapterRegistry` in dictionaries; the PEFT folders lie in a temporary folder."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="trans-peft-registry-")
+        self._families: dict[str, str] = {}
+        self._retired: set[str] = set()
+        self._versions: dict[str, list[AdapterVersion]] = {}
+        self._tags: dict[tuple[str, int], dict[str, str]] = {}
+        self._outcomes: dict[tuple[str, str], TransferOutcome] = {}
+        self._aliases: dict[tuple[str, str], int] = {}
+        self._ours: dict[tuple[str, str], int | None] = {}
+        self._lock = threading.Lock()
+
+    def adapters(self, family: str) -> tuple[str, ...]:
+        """Return the names of the family's live adapters, sorted."""
+        return tuple(
+            sorted(
+                name
+                for name, its_family in self._families.items()
+                if its_family == family and name not in self._retired
+            )
+        )
+
+    def versions(self, adapter: str) -> tuple[AdapterVersion, ...]:
+        """Return all versions of one adapter, oldest first. NotFoundError."""
+        if adapter not in self._versions:
+            raise NotFoundError(f"there is no adapter {adapter!r}")
+        return tuple(self._versions[adapter])
+
+    def register(
+        self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
+    ) -> AdapterVersion:
+        """Register the PEFT folder as a new version, or return the one that is there."""
+        with self._lock:
+            family = self._families.setdefault(draft.adapter, draft.family)
+            if family != draft.family:
+                raise InvalidSpecError(
+                    f"the adapter {draft.adapter!r} belongs to another family",
+                    expected=family,
+                    found=draft.family,
+                    do="give the new adapter another name",
+                )
+            versions = self._versions.setdefault(draft.adapter, [])
+            for known in versions:
+                if _bytes_and_base(known) == _bytes_and_base(draft):
+                    return known
+            version = replace(draft, number=len(versions) + 1)
+            shutil.copytree(folder, self._where(version))
+            self._tags[version.adapter, version.number] = dict(tags or {})
+            versions.append(version)
+            return version
+
+    def tags(self, version: AdapterVersion) -> Mapping[str, str]:
+        """Return the tags that the caller of `register` gave."""
+        return self._tags[version.adapter, version.number]
+
+    def record(self, outcome: TransferOutcome) -> None:
+        """Keep an outcome: on the version it made, or on its source where it made none."""
+        with self._lock:
+            versions = self.versions(outcome.adapter)
+            number = outcome.new_number or outcome.source_number
+            if not any(version.number == number for version in versions):
+                raise NotFoundError(f"there is no version {number} of {outcome.adapter}")
+            base = outcome.base_fingerprint_sha256
+            previous = self._outcomes.get((outcome.adapter, base))
+            self._outcomes[outcome.adapter, base] = outcome.counted_after(previous)
+            if outcome.new_number is not None:
+                self._versions[outcome.adapter] = [
+                    replace(
+                        version,
+                        state=replace(
+                            version.state,
+                            verdict=outcome.verdict.value,
+                            verdict_key=outcome.verdict_key,
+                        ),
+                    )
+                    if version.number == outcome.new_number
+                    else version
+                    for version in versions
+                ]
+
+    def outcomes(self, adapter: str) -> tuple[TransferOutcome, ...]:
+        """Return the newest outcome per base (evaluations left out), by base fingerprint."""
+        self.versions(adapter)
+        return tuple(
+            replace(outcome, evaluations=())
+            for (name, _), outcome in sorted(self._outcomes.items(), key=lambda item: item[0])
+            if name == adapter
+        )
+
+    def alias(self, adapter: str, alias: str) -> int | None:
+        """Return the number of the version that carries the alias."""
+        self.versions(adapter)
+        return self._aliases.get((adapter, alias))
+
+    def set_alias(self, adapter: str, alias: str, number: int | None) -> None:
+        """Move the alias to a version, or take it away (None)."""
+        if number is not None and number not in [v.number for v in self.versions(adapter)]:
+            raise NotFoundError(f"there is no version {number} of {adapter}")
+        _move(self._aliases, (adapter, alias), number)
+        self._ours[adapter, alias] = number
+
+    def owns_alias(self, adapter: str, alias: str) -> bool:
+        """Whether the alias stands as we last set it (or was never touched)."""
+        return self.alias(adapter, alias) == self._ours.get((adapter, alias))
+
+    def download(self, version: AdapterVersion, folder: Path) -> Path:
+        """Write the version's PEFT folder below `folder` and return where it is."""
+        if not self._where(version).is_dir():
+            raise NotFoundError(f"there is no {version}")
+        return Path(shutil.copytree(self._where(version), folder, dirs_exist_ok=True))
+
+    def retire_by_hand(self, adapter: str) -> None:
+        """Tag an adapter as retired, as a person does."""
+        self._retired.add(adapter)
+
+    def set_alias_by_hand(self, adapter: str, alias: str, number: int | None) -> None:
+        """Move or remove an alias as a person does: it is not ours from then on."""
+        _move(self._aliases, (adapter, alias), number)
+
+    def _where(self, version: AdapterVersion) -> Path:
+        return Path(self._folder.name, version.adapter, str(version.number))
+
+
+def _bytes_and_base(version: AdapterVersion) -> tuple[str, str]:
+    return version.weights_sha256, version.base_fingerprint_sha256
+
+
+def _move(aliases: dict[tuple[str, str], int], key: tuple[str, str], number: int | None) -> None:
+    if number is None:
+        aliases.pop(key, None)
+    else:
+        aliases[key] = number
+
+
+class MemoryEvaluations:
+    """`EvaluationStore` in a dictionary."""
+
+    def __init__(self) -> None:
+        self._evaluations: dict[str, Evaluation] = {}
+
+    def get(self, key: str) -> Evaluation | None:
+        """Return the evaluation with that key, or None."""
+        return self._evaluations.get(key)
+
+    def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
+        """Keep an evaluation. The same key again changes nothing."""
+        self._evaluations.setdefault(evaluation.key, evaluation)
+
+
+@dataclass
+class MemoryRun:
+    """One recorded run, to be looked at."""
+
+    id: str
+    name: str
+    tags: dict[str, str]
+    status: Literal["running", "finished", "failed"] = "running"
+    recorded_params: dict[str, object] = field(default_factory=dict)
+    recorded_metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Record what it was started with."""
+        self.recorded_params.update(values)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record figures at a step."""
+        for name, value in values.items():
+            self.recorded_metrics.setdefault(name, []).append((step, value))
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """Attach a file."""
+        self.files[f"{folder}/{path.name}" if folder else path.name] = path.read_bytes()
+
+
+class MemoryRunLog:
+    """`RunLog` in a list."""
+
+    def __init__(self) -> None:
+        self.runs: list[MemoryRun] = []
+        self._ids = itertools.count(1)
+
+    @contextmanager
+    def run(self, name: str, *, tags: Mapping[str, str]) -> Iterator[MemoryRun]:
+        """Record one run; it is marked failed where the block raises."""
+        run = MemoryRun(f"run-{next(self._ids)}", name, dict(tags))
+        self.runs.append(run)
+        try:
+            yield run
+        except BaseException:
+            run.status = "failed"
+            raise
+        run.status = "finished"
