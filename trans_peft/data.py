@@ -8,7 +8,6 @@ pinned is never read with other bytes.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -64,9 +63,9 @@ class Example:
     messages: tuple[Message, ...] | None = None
 
     def prompt_ids(self, tokenizer: Any) -> list[int]:
-        """Return the token ids a model is given before it answers: the same in training and evaluation.
+        """Return the token ids that a model is given before it answers, trained or evaluated.
 
-        A chat is rendered with the tokenizer's own template; a tokenizer without one is a DataError.
+        A chat is rendered with the tokenizer's own template; without one it is a DataError.
         """
         if self.messages is None:
             return list(tokenizer(text=self.prompt)["input_ids"])
@@ -112,7 +111,7 @@ def read_examples(
 def pin(source: DataSource, store: ArtifactStore) -> DataSource:
     """Return the source bound to the bytes it has now. IntegrityError if it was bound to others.
 
-    A hub data set has no file of its own: there the hash is that of its rows as canonical JSON Lines.
+    A hub data set has no one file: its hash is that of its rows as canonical JSON Lines.
     """
     _, sha256 = _load(source, store)
     _check_pin(source, sha256)

@@ -1,0 +1,219 @@
+"""Start one training run as a child process, follow it live, and leave nothing of it behind.
+
+`accelerate launch` starts the processes; torch and transformers are imported there, never here.
+What a bare `subprocess.run(["accelerate", "launch", ...])` lacks: typed progress while it runs, an
+end of every process when the caller is cancelled or dies, and causes of death told in words. A
+user's own accelerate configuration is not read: it could change the result silently.
+"""
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, NoReturn
+
+import trans_peft.errors
+from trans_peft.errors import OutOfMemoryError, TrainingCancelled, TrainingError, TransPeftError
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.training.events import (
+    Event,
+    Failed,
+    Finished,
+    LogLine,
+    Message,
+    ProcessStarted,
+    decode,
+)
+from trans_peft.training.job import TrainingJob, TrainingResult
+
+__all__ = ["fit"]
+
+_LESS_MEMORY = (
+    "lower optimizer.batch_size (and raise gradient_accumulation by the same factor), lower "
+    "max_length, or train in bfloat16"
+)
+_TAIL_LINES = 25
+
+
+def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResult:
+    """Train one adapter in a child process and return what came of it.
+
+    `on_event` is called in this thread with each event as it happens. A run that was killed
+    resumes from its last complete checkpoint, to the same weights as an unbroken one; a run that
+    is done is not done again. Whatever ends this call (an exception in it, the death of this
+    process) ends every process of the training. Raises NotFoundError and InvalidSpecError before
+    anything starts, DataError, OutOfMemoryError, TrainingCancelled, TrainingError.
+    """
+    job.check()
+    done = _finished(job)
+    if done is not None:
+        return done
+    with _Training(job) as training:
+        training.follow(on_event)
+    result = _finished(job)
+    if result is None:
+        raise TrainingError("training ended without a word and without an adapter")
+    return result
+
+
+def _finished(job: TrainingJob) -> TrainingResult | None:
+    if not job.result_file.is_file():
+        return None
+    result = TrainingResult.read(job.result_file)
+    try:
+        intact = adapter_weights_sha256(job.adapter_folder) == result.weights_sha256
+    except TransPeftError:
+        intact = False
+    return result if intact else None
+
+
+class _Training:
+    """The processes of one run: started on entry, all gone on exit."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+        self._lines: queue.SimpleQueue[Message | LogLine | None] = queue.SimpleQueue()
+        self._groups: set[int] = set()
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+    def __enter__(self) -> "_Training":
+        self._process = subprocess.Popen(
+            _command(self._job),
+            stdin=subprocess.PIPE,  # the lifeline; nothing is ever written to it
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(),
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._groups.add(self._process.pid)
+        assert self._process.stdout is not None and self._process.stderr is not None
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, parse), daemon=True)
+            for stream, parse in ((self._process.stdout, decode), (self._process.stderr, LogLine))
+        ]
+        for reader in self._readers:
+            reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if self._process.poll() != 0:
+            for group in self._groups:  # torch's elastic agent gives each process its own group
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, signal.SIGKILL)
+            self._process.wait()
+
+    def follow(self, on_event: Callable[[Event], None]) -> None:
+        """Pass on events until the processes end. Raises unless they ended well."""
+        finished, failure = False, None
+        open_streams = len(self._readers)
+        while open_streams:
+            try:
+                # A bounded wait: an exception sent to this thread from another one (Prefect cancels
+                # so) is raised only between two bytecodes.
+                message = self._lines.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            match message:
+                case None:
+                    open_streams -= 1
+                case ProcessStarted():
+                    self._groups.add(message.process_group)
+                case Failed():
+                    failure = failure or message
+                case Finished():
+                    finished = True
+                case _:
+                    if isinstance(message, LogLine):
+                        self._tail.append(message.text)
+                    on_event(message)
+        code = self._process.wait()
+        if failure is not None:
+            raise _error(failure)
+        if code != 0 or not finished:
+            self._raise_for(code)
+
+    def _read(self, stream: IO[str], parse: Callable[[str], Message | LogLine]) -> None:
+        for line in stream:
+            if line.strip():
+                self._lines.put(parse(line.rstrip("\n")))
+        self._lines.put(None)
+
+    def _raise_for(self, code: int) -> NoReturn:
+        tail = "\n".join(self._tail)
+        log = "\n    ".join(self._tail) or "(empty)"
+        if re.search(r"out of memory|can't allocate memory|MemoryError", tail):
+            raise OutOfMemoryError(
+                "the training process ran out of memory", found=log, do=_LESS_MEMORY
+            )
+        # The launcher reports a child's signal in its own words, and exits with 1.
+        if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "SIGKILL" in tail:
+            raise OutOfMemoryError(
+                "the training process was killed from outside (SIGKILL): the system does so when "
+                "memory runs out",
+                do=_LESS_MEMORY,
+            )
+        if code in (-signal.SIGTERM, 128 + signal.SIGTERM) or "SIGTERM" in tail:
+            raise TrainingCancelled("the training process was asked to end (SIGTERM)")
+        raise TrainingError(
+            f"the training process ended with exit code {code}",
+            found=f"its last words:\n    {log}",
+        )
+
+
+def _error(failure: Failed) -> TransPeftError:
+    kind = getattr(trans_peft.errors, failure.error, TrainingError)
+    if kind is OutOfMemoryError:
+        return OutOfMemoryError(
+            "the training process ran out of memory", found=failure.message, do=_LESS_MEMORY
+        )
+    return kind(failure.message)
+
+
+def _command(job: TrainingJob) -> list[str]:
+    processes = job.recipe.processes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // processes))
+    return [
+        sys.executable,
+        *("-m", "accelerate.commands.launch"),
+        *("--config_file", str(_launch_config(job))),
+        *("--num_cpu_threads_per_process", threads),
+        *("--module", "trans_peft.training.worker", str(job.write())),
+    ]
+
+
+def _launch_config(job: TrainingJob) -> Path:
+    processes = job.recipe.processes
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        # accelerate starts several processes only under this name; without a GPU each of them
+        # falls back to the CPU, and they talk through gloo.
+        "distributed_type": "MULTI_GPU" if processes > 1 else "NO",
+        "num_processes": processes,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "main_process_port": 0,
+        "mixed_precision": "no",
+        "use_cpu": False,
+        "debug": False,
+    }
+    path = job.work_dir / "accelerate.json"
+    path.write_text(json.dumps(config, indent=2))
+    return path
+
+
+def _environment() -> dict[str, str]:
+    ours = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | ours

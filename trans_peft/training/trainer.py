@@ -1,0 +1,146 @@
+"""TRL's SFT trainer, with its loss computed where it costs least, and its life told as events."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from trans_peft.errors import TrainingError
+from trans_peft.training.events import CheckpointSaved, Message, Progress
+
+__all__ = ["AnswerTrainer", "Narrator", "last_checkpoint"]
+
+_COMPLETE = "complete"
+
+
+class AnswerTrainer(SFTTrainer):
+    """`SFTTrainer` whose logits exist only where there is a label.
+
+    TRL does so with a Triton kernel; without one its fused head scores every position, tile by
+    tile, and pays for the vocabulary three times. On a device without Triton this trainer narrows
+    the hidden states just before the output embedding instead. The loss is the same sum over the
+    same tokens.
+    """
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the summed negative log-likelihood of the labels over `num_items_in_batch`."""
+        if return_outputs or self.args.device.type == "cuda":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        kept = targets != -100
+        with _only_positions(self.model.get_output_embeddings(), kept):
+            logits = model(**inputs, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum")
+        items = kept.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.as_tensor(items).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
+        return loss
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write no card: a checkpoint is not something to publish."""
+
+
+@contextmanager
+def _only_positions(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
+    """Give the output embedding only the hidden states of the kept (batch, sequence) positions."""
+
+    def narrow(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (arguments[0][kept], *arguments[1:])
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Narrator(TrainerCallback):
+    """Tells progress, marks complete checkpoints, and stops a run whose loss is not a number.
+
+    `tokens_per_step[i]` are the tokens (without padding) of step i + 1 over all processes.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Message], None],
+        tokens_per_step: Sequence[int],
+    ) -> None:
+        self._send = send
+        self._tokens_per_step = tokens_per_step
+        self._first_step = 0
+        self._started_s = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        self._first_step = state.global_step
+        self._started_s = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """Tell the figures of the step."""
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise TrainingError(
+                f"the loss is {logs['loss']} at step {state.global_step}",
+                do="lower optimizer.learning_rate, raise warmup_steps, or train in float32",
+            )
+        if not state.is_world_process_zero:
+            return
+        seconds = time.monotonic() - self._started_s
+        steps = state.global_step - self._first_step
+        tokens = sum(self._tokens_per_step[self._first_step : state.global_step])
+        self._send(
+            Progress(
+                step=state.global_step,
+                total_steps=state.max_steps,
+                loss=logs["loss"],
+                learning_rate=logs["learning_rate"],
+                grad_norm=float(logs.get("grad_norm", 0.0)),
+                tokens_per_s=tokens / seconds,
+                eta_s=seconds / steps * (state.max_steps - state.global_step),
+            )
+        )
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Mark the checkpoint complete once every process has written its part."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / _COMPLETE).touch()
+            self._send(CheckpointSaved(state.global_step))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end, or None."""
+    steps = [
+        int(mark.parent.name.removeprefix("checkpoint-"))
+        for mark in folder.glob(f"checkpoint-*/{_COMPLETE}")
+    ]
+    return folder / f"checkpoint-{max(steps)}" if steps else None
