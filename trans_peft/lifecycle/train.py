@@ -26,8 +26,7 @@ def resolve_recipe(
 ) -> tuple[TrainingRecipe, BaseVersion]:
     """Bind a recipe to what its names mean now: the base version, the bytes of its data.
 
-    All data is read and checked here, before any model is loaded. The hash of the recipe that
-    comes back names the result.
+    The hash of the recipe that comes back names the result.
     """
     base = find_base(recipe.family, recipe.base_version, platform)
     data = recipe.data if recipe.data.sha256 else pin(recipe.data, platform.store)
@@ -37,9 +36,6 @@ def resolve_recipe(
         data=data,
         suites=pin_suites(recipe.suites, platform),
     )
-    read_examples(data, platform.store)
-    for suite in resolved.suites:
-        read_examples(suite.data, platform.store, limit=suite.limit)
     return resolved, base
 
 
@@ -60,6 +56,9 @@ def train(
     existing = _registered(resolved, base, platform)
     if existing is not None:
         return existing
+    examples = read_examples(resolved.data, platform.store)
+    for suite in resolved.suites:  # a bad row is better told now than after hours of training
+        read_examples(suite.data, platform.store, limit=suite.limit)
 
     tags = {"family": base.family, "base": base.version, "adapter": resolved.adapter}
     with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:
@@ -71,7 +70,6 @@ def train(
             on_event(event)
 
         work_dir = platform.work_dir / "training" / resolved.sha256[:16]
-        examples = read_examples(resolved.data, platform.store)
         result = fit(
             TrainingJob(
                 recipe=resolved,
