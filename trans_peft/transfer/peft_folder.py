@@ -5,15 +5,12 @@ The format is what `PeftModel.save_pretrained` writes (PEFT 0.21): `adapter_conf
 out. Pickled weights are never opened.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import AdapterError
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "PeftFolder", "read_peft_folder"]
@@ -21,13 +18,6 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "PeftFolder", "read_peft_folder"]
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-_NO_EFFECT = (
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_version",
-    "auto_mapping",
-)
 _REWRITING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -43,22 +33,6 @@ class PeftFolder:
     def peft_type(self) -> str:
         """The method, in PEFT's spelling ("LORA")."""
         return str(self.config["peft_type"])
-
-    @cached_property
-    def weights_sha256(self) -> str:
-        """The sha256 of the weights file."""
-        with (self.path / WEIGHTS_NAME).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    @cached_property
-    def adapter_sha256(self) -> str:
-        """Hash of everything that decides what the adapter does to a given base.
-
-        The weights alone do not: the same tensors under another `lora_alpha` answer differently.
-        What merely names the base, and PEFT's version, are left out.
-        """
-        config = {key: value for key, value in self.config.items() if key not in _NO_EFFECT}
-        return content_sha256([self.weights_sha256, config])
 
     @property
     def rewriting_init(self) -> str | None:

@@ -31,7 +31,7 @@ def compare_places(
         )
     old_modules, new_modules = _modules(old), _modules(new)
     targets = adapter.config.get("target_modules")
-    copied = adapter.config.get("modules_to_save")
+    copied = tuple(adapter.config.get("modules_to_save") or ())
     occupied: set[str] = set()
     lost: dict[str, str] = {}
     for key in adapter.tensors:
@@ -41,7 +41,7 @@ def compare_places(
             continue
         module = module_of(path, old_modules, targets)
         if path in old or path.replace(".base_layer.", ".") in old:
-            if _is_target(module, copied):
+            if module.endswith(copied):  # PEFT's rule for these is looser than for targets
                 notes.append(
                     f"the adapter brings its own {path}, trained on the old base, in place of the"
                     " new base's"

@@ -6,6 +6,7 @@ and refuses any difference. `attached` gives the base back as it came, so that o
 serves many adapters, one after the other.
 """
 
+import filecmp
 import json
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from trans_peft.transfer.surface import Surface
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["attach", "attached", "transplant"]
 
@@ -40,12 +41,14 @@ def transplant(folder: Path, target: Path, *, base_name: str, base_revision: str
     config = {**source.config, "base_model_name_or_path": base_name, "revision": base_revision}
     if target.exists() and any(target.iterdir()):
         there = read_peft_folder(target)
-        if (there.weights_sha256, there.config) == (source.weights_sha256, config):
+        same = filecmp.cmp(folder / WEIGHTS_NAME, target / WEIGHTS_NAME, shallow=False)
+        if same and there.config == config:
             return target
         raise AdapterError(
             f"{target} already holds another adapter",
-            expected=f"nothing there, or the weights {source.weights_sha256[:12]} on {base_name}",
-            found=f"{there.weights_sha256[:12]} on {there.config.get('base_model_name_or_path')}",
+            expected=f"nothing there, or the same adapter bound to {base_name}",
+            found=f"{'the same' if same else 'other'} weights, bound to"
+            f" {there.config.get('base_model_name_or_path')}",
             do="write to another folder",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
     """
     import torch
     from peft import PeftModel, set_peft_model_state_dict
-    from peft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from safetensors.torch import load_file
 
     source = read_peft_folder(folder)
@@ -112,9 +115,11 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
         broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if broken:
             raise AdapterError(f"{folder}: not finite: {listed(broken)}")
-        unexpected = set_peft_model_state_dict(peft_model, tensors, name).unexpected_keys
-        if unexpected:
-            raise AdapterError(f"{folder}: PEFT has no place for {listed(unexpected)}")
+        set_peft_model_state_dict(peft_model, tensors, name)
+        loaded = _state(peft_model, name)
+        astray = [key for key in tensors if not _same(tensors[key], loaded[key])]
+        if astray:
+            raise AdapterError(f"{folder}: PEFT did not load {listed(astray)}")
     except (ValueError, KeyError, RuntimeError) as error:
         surface.restore()
         if isinstance(error, AdapterError):
@@ -165,14 +170,7 @@ def _peft_config(source: PeftFolder) -> "PeftConfig":
 
 
 def _check_keys(peft_model: "PeftModel", source: PeftFolder, name: str) -> None:
-    from peft import get_peft_model_state_dict
-
-    wanted = {
-        key: tuple(tensor.shape)
-        for key, tensor in get_peft_model_state_dict(
-            peft_model, adapter_name=name, save_embedding_layers=False
-        ).items()
-    }
+    wanted = {key: tuple(tensor.shape) for key, tensor in _state(peft_model, name).items()}
     absent = sorted(set(wanted) - set(source.tensors))
     homeless = sorted(set(source.tensors) - set(wanted))
     reshaped = [
@@ -196,3 +194,13 @@ def _check_keys(peft_model: "PeftModel", source: PeftFolder, name: str) -> None:
             found=f"{len(source.tensors)} tensors in {WEIGHTS_NAME}",
             do="compare the base with the one that the adapter was trained on (trans-peft check)",
         )
+
+
+def _state(peft_model: "PeftModel", name: str) -> dict[str, "Tensor"]:
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+
+
+def _same(in_file: "Tensor", loaded: "Tensor") -> bool:
+    return bool((in_file.to(loaded) == loaded).all())
