@@ -7,7 +7,7 @@ library that saved it leave no trace in the digest; one changed element of one w
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,13 @@ from trans_peft.domain.base import Fingerprint, ManifestFile
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError
 from trans_peft.ports import ArtifactStore, StoredFile
 
-__all__ = ["Progress", "Scan", "fingerprint", "scan"]
+__all__ = ["Progress", "Reader", "Scan", "fingerprint", "reader", "scan"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes in all."""
+
+Reader = Callable[[StoredFile], AbstractContextManager[Iterator[bytes]]]
+"""Opens one file as a stream of chunks."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,29 @@ def fingerprint(
     files = store.list(uri)
     if not files:
         raise NotFoundError(f"there are no files below {uri}")
-    found = scan(uri, store, [f for f in files if is_felt(f.name)], on_progress=on_progress)
+    felt = [file for file in files if is_felt(file.name)]
+    found = scan(felt, reader(uri, store), on_progress=on_progress)
     if found.fingerprint is None:
         raise UploadError("\n  - ".join([f"{uri} has no fingerprint:", *found.problems]))
     return found.fingerprint
 
 
+def reader(uri: str, store: ArtifactStore) -> Reader:
+    """Return how the listed files below a prefix are read: none but the version that was listed."""
+    return lambda file: store.read(child_uri(uri, file.name), etag=file.etag)
+
+
 def scan(
-    uri: str,
-    store: ArtifactStore,
     files: Iterable[StoredFile],
+    read: Reader,
     *,
     copy_to: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Scan:
-    """Read each of the files below `uri` once; copy them to a folder on the way where one is given.
+    """Read each of the files once; copy them to a folder on the way where one is given.
 
     Memory: the JSON files and one chunk. What is wrong with the files is listed in `problems`, all
-    of it; StoreError and NotFoundError of the store are raised.
+    of it; what `read` raises, IntegrityError aside, is raised.
     """
     files = tuple(files)
     total, done = sum(file.size for file in files), 0
@@ -73,31 +81,30 @@ def scan(
 
     for file in files:
         try:
-            hashes.append(_read(uri, store, file, model, copy_to, count))
+            with read(file) as chunks:
+                hashes.append(_pass_by(file, chunks, model, copy_to, count))
         except IntegrityError:
             changed.append(f"{file.name}: it changed while it was being read")
     found = model.fingerprint()
     return Scan(tuple(hashes), None if changed else found, (*changed, *model.problems))
 
 
-def _read(
-    uri: str,
-    store: ArtifactStore,
+def _pass_by(
     file: StoredFile,
+    chunks: Iterator[bytes],
     model: ModelFiles,
     copy_to: Path | None,
     count: Callable[[int], None],
 ) -> ManifestFile:
     sha256, size = hashlib.sha256(), 0
     with ExitStack() as stack:
-        chunks = stack.enter_context(store.read(child_uri(uri, file.name), etag=file.etag))
         copy = None
         if copy_to is not None:
             path = copy_to / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
             copy = stack.enter_context(path.open("wb"))
 
-        def passing_by() -> Iterator[bytes]:
+        def passing() -> Iterator[bytes]:
             nonlocal size
             for chunk in chunks:
                 sha256.update(chunk)
@@ -107,7 +114,7 @@ def _read(
                 count(len(chunk))
                 yield chunk
 
-        stream = passing_by()
+        stream = passing()
         model.take(file, stream)
         for _ in stream:  # what the reader left: the hash covers the whole file
             pass

@@ -83,10 +83,12 @@ class ModelFiles:
         except (ValueError, RecursionError) as error:
             self.problems.append(f"{file.name}: no JSON: {error}")
             return
-        if isinstance(value, dict):
-            self._json[file.name] = value
-        else:
+        if not isinstance(value, dict):
             self.problems.append(f"{file.name}: no JSON object")
+            return
+        self._json[file.name] = value
+        if file.name.endswith("config.json") and (asked := _remote_code(value)):
+            self.problems.append(f"{file.name}: asks for remote code ({', '.join(asked)})")
 
     def fingerprint(self) -> Fingerprint | None:
         """Return what the files make together; None if anything is wrong, then see `problems`."""
@@ -181,6 +183,15 @@ class ModelFiles:
             self.problems.append(f"{_INDEX}: no `weight_map` of tensor name -> file name")
             return None
         return index
+
+
+def _remote_code(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [asked for item in value for asked in _remote_code(item)]
+    if not isinstance(value, dict):
+        return []
+    here = [key for key in ("auto_map", "custom_pipelines") if value.get(key)]
+    return here + [asked for item in value.values() for asked in _remote_code(item)]
 
 
 def _felt(value: Any) -> Any:

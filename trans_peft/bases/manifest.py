@@ -1,0 +1,75 @@
+"""The manifest of an upload as JSON: strict where it comes from outside.
+
+{"format": "trans-peft/base-manifest/1", "family": "smol", "version": "v2", "parent": "v1",
+ "files": [{"name": "config.json", "size": 861, "sha256": "..."}]}
+"""
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trans_peft.domain.base import Manifest, ManifestFile
+from trans_peft.errors import UploadError
+
+__all__ = ["MAX_MANIFEST_BYTES", "dump_manifest", "parse_manifest"]
+
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_FILE_BYTES = 1 << 50
+
+_Word = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f/:]+$")]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal["trans-peft/base-manifest/1"]
+    family: _Word
+    version: _Word
+    parent: _Word | None
+    files: list[_File]
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Return the manifest that the bytes state. UploadError, with every reason, if they do not."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise UploadError(f"it has {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read")
+    try:
+        stated = _Manifest.model_validate_json(data)
+        return Manifest(
+            stated.family,
+            stated.version,
+            stated.parent,
+            tuple(ManifestFile(file.name, file.size, file.sha256) for file in stated.files),
+        )
+    except ValidationError as error:
+        details = [
+            f"{'.'.join(map(str, detail['loc'])) or 'JSON'}: {detail['msg']}"
+            for detail in error.errors(include_url=False)
+        ]
+        raise UploadError("; ".join(details)) from error
+    except ValueError as error:
+        raise UploadError(str(error)) from error
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """Return the JSON of a manifest: the same manifest, the same bytes."""
+    stated = {
+        "format": Manifest.FORMAT,
+        "family": manifest.family,
+        "version": manifest.version,
+        "parent": manifest.parent,
+        "files": [
+            {"name": file.name, "size": file.size, "sha256": file.sha256}
+            for file in sorted(manifest.files, key=lambda file: file.name)
+        ],
+    }
+    return json.dumps(stated, indent=1).encode() + b"\n"

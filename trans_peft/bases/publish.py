@@ -1,0 +1,111 @@
+"""Write an upload that ingestion will accept: the files first, the manifest last.
+
+Nothing here is needed to publish: any S3 client that writes the same files does as well.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trans_peft.bases.fingerprint import Progress, scan
+from trans_peft.bases.manifest import dump_manifest, parse_manifest
+from trans_peft.bases.refusals import refusal
+from trans_peft.bases.uris import child_uri
+from trans_peft.domain.base import Manifest
+from trans_peft.errors import NotFoundError, UploadError
+from trans_peft.ports import ArtifactStore, StoredFile
+
+__all__ = ["publish"]
+
+_CHUNK_BYTES = 1 << 20
+
+
+def publish(
+    folder: Path,
+    uri: str,
+    *,
+    family: str,
+    version: str,
+    parent: str | None = None,
+    store: ArtifactStore,
+    on_progress: Progress | None = None,
+) -> Manifest:
+    """Upload a Hugging Face folder (hidden files left out) as one version of a base family.
+
+    All is checked before anything is written. An upload that was broken off is taken up again; one
+    that is complete and the same is left alone. `on_progress` counts each byte twice: hashed, sent.
+    Raises NotFoundError for an empty folder, UploadError with all that speaks against it.
+    """
+    folder = Path(folder)
+    files = _files(folder)
+    if not files:
+        raise NotFoundError(f"there are no files in {folder}", do="give a Hugging Face folder")
+    total = sum(file.size for file in files)
+    report = on_progress or (lambda done, total: None)
+
+    @contextmanager
+    def read(file: StoredFile) -> Iterator[Iterator[bytes]]:
+        with (folder / file.name).open("rb") as opened:
+            yield iter(lambda: opened.read(_CHUNK_BYTES), b"")
+
+    refusals = {file.name: refusal(file.name) for file in files}
+    found = scan(
+        [file for file in files if not refusals[file.name]],
+        read,
+        on_progress=lambda done, _: report(done, 2 * total),
+    )
+    problems = [*filter(None, refusals.values()), *found.problems]
+    if problems:
+        raise UploadError("\n  - ".join([f"{folder} cannot be published:", *problems]))
+    manifest = parse_manifest(dump_manifest(Manifest(family, version, parent, found.files)))
+
+    if _is_there(manifest, uri, store):
+        report(2 * total, 2 * total)
+        return manifest
+    sent = total
+    for file in manifest.files:
+        with (folder / file.name).open("rb") as data:
+            store.write(child_uri(uri, file.name), data)
+        sent += file.size
+        report(sent, 2 * total)
+    store.write(child_uri(uri, Manifest.FILE_NAME), io.BytesIO(dump_manifest(manifest)))
+    return manifest
+
+
+def _files(folder: Path) -> list[StoredFile]:
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
+    return [
+        StoredFile(path.relative_to(folder).as_posix(), path.stat().st_size, "")
+        for path in paths
+        if path.name != Manifest.FILE_NAME
+    ]
+
+
+def _is_there(manifest: Manifest, uri: str, store: ArtifactStore) -> bool:
+    """Whether this upload is complete already. UploadError if something else is in its place."""
+    there = {file.name for file in store.list(uri)}
+    if Manifest.FILE_NAME in there:
+        with store.read(child_uri(uri, Manifest.FILE_NAME)) as chunks:
+            earlier = parse_manifest(b"".join(chunks))
+        if earlier == manifest:
+            return True
+        raise UploadError(
+            f"there is another upload at {uri}",
+            expected=f"{manifest.family}/{manifest.version}, the files of this folder",
+            found=f"{earlier.family}/{earlier.version}, {len(earlier.files)} files",
+            do="an upload is never overwritten: publish to another prefix",
+        )
+    foreign = sorted(there - {file.name for file in manifest.files})
+    if foreign:
+        raise UploadError(
+            f"there are other files at {uri}",
+            expected="an empty prefix, or this upload broken off",
+            found=", ".join(foreign),
+            do="publish to another prefix",
+        )
+    return False
