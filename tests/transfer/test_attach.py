@@ -201,7 +201,10 @@ def cut_off(folder):
 BROKEN = {
     "a key is missing": (drop_key, "1 places on this base have no key in the file: .*lora_B"),
     "a key too many": (add_key, "1 keys of the file have no place on this base: .*layers.7"),
-    "a weight of the base": (add_embedding, "have no place on this base: .*embed_tokens"),
+    "a weight of the base": (
+        add_embedding,
+        r"(?s)have no place on this base: .*embed_tokens.*save_embedding_layers=False",
+    ),
     "another rank": (reshape, r"8 tensors have another shape: .*\(4, 32\) for \(8, 32\)"),
     "not finite": (poison, "not finite: .*lora_A"),
     "pickle": (pickle_it, r"pickled \(adapter_model.bin\)"),

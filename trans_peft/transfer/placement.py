@@ -14,6 +14,8 @@ from trans_peft.transfer.peft_folder import PeftFolder
 
 __all__ = ["compare_places", "module_of"]
 
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
 Tensors = Mapping[str, TensorSignature]
 
 
@@ -21,6 +23,7 @@ def compare_places(
     adapter: PeftFolder, old: Tensors, new: Tensors
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (mismatches, notes) about every place that the adapter occupies on the old base."""
+    old, new = _with_tied_head(old), _with_tied_head(new)
     mismatches: list[str] = []
     notes: list[str] = []
     if adapter.rewriting_init:
@@ -31,7 +34,9 @@ def compare_places(
         )
     old_modules, new_modules = _modules(old), _modules(new)
     targets = adapter.config.get("target_modules")
-    copied = tuple(adapter.config.get("modules_to_save") or ())
+    whole = tuple(adapter.config.get("modules_to_save") or ())
+    brought: list[str] = []
+    foreign: list[str] = []
     occupied: set[str] = set()
     lost: dict[str, str] = {}
     for key in adapter.tensors:
@@ -41,22 +46,24 @@ def compare_places(
             continue
         module = module_of(path, old_modules, targets)
         if path in old or path.replace(".base_layer.", ".") in old:
-            if module.endswith(copied):  # PEFT's rule for these is looser than for targets
-                notes.append(
-                    f"the adapter brings its own {path}, trained on the old base, in place of the"
-                    " new base's"
-                )
-            else:
-                mismatches.append(
-                    f"the adapter's file holds {path}, a weight of the old base itself, which would"
-                    " overwrite the new base's; save it with save_embedding_layers=False"
-                )
+            # PEFT's rule for modules_to_save is looser than its rule for targets.
+            (brought if module.endswith(whole) else foreign).append(path)
         if module not in old_modules:
             lost[module] = "does not exist in the base that the adapter was trained on"
         elif module not in new_modules:
             lost[module] = "exists in the old base and is missing from the new one"
         else:
             occupied.add(module)
+    if brought:
+        notes.append(
+            f"the adapter brings its own {listed(brought)}, trained on the old base, in place of"
+            " the new base's"
+        )
+    if foreign:
+        mismatches.append(
+            f"the adapter's file holds weights of the old base itself ({listed(foreign)}), which"
+            " would overwrite the new base's; save it with save_embedding_layers=False"
+        )
     mismatches += [
         f"{module}, where the adapter sits, {why}" for module, why in sorted(lost.items())
     ]
@@ -87,6 +94,14 @@ def module_of(path: str, modules: set[str], targets: str | Iterable[str] | None)
             is_list = f"{module}.0" in modules
             return ".".join(parts[: end + 1]) if is_list else module
     return parts[0]
+
+
+def _with_tied_head(tensors: Tensors) -> Tensors:
+    """Add the head of a base that ties it to its embedding: files hold such a weight once."""
+    embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
+    if embedding is None or "lm_head.weight" in tensors:
+        return tensors
+    return {**tensors, "lm_head.weight": tensors[embedding]}
 
 
 def _modules(tensors: Tensors) -> set[str]:

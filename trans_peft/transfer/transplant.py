@@ -188,11 +188,16 @@ def _check_keys(peft_model: "PeftModel", source: PeftFolder, name: str) -> None:
         if found
     ]
     if problems:
+        do = "compare the base with the one it was trained on: trans-peft check"
+        if {key for key in homeless for key in (key, key.replace(".base_layer.", "."))} & set(
+            peft_model.state_dict()
+        ):
+            do = "leave the base's weights out: save_pretrained(..., save_embedding_layers=False)"
         raise AdapterError(
             f"{source.path} does not fit this base: {'; '.join(problems)}",
             expected=f"{len(wanted)} tensors for {source.peft_type} on this base",
             found=f"{len(source.tensors)} tensors in {WEIGHTS_NAME}",
-            do="compare the base with the one that the adapter was trained on (trans-peft check)",
+            do=do,
         )
 
 
