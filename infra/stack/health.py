@@ -1,0 +1,64 @@
+"""Whether each program does its work: asked as a client would, not by looking at its process."""
+
+from typing import Any
+
+import boto3
+import httpx
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from infra.stack.programs import WORK_POOL
+from infra.stack.settings import BUCKETS, StackSettings
+from trans_peft.errors import StoreError
+
+__all__ = ["healthy", "make_buckets"]
+
+
+def healthy(name: str, settings: StackSettings) -> bool:
+    """Whether the program of this name answers, within 5 s."""
+    urls = settings.urls
+    try:
+        with httpx.Client(timeout=5, trust_env=False) as http:
+            match name:
+                case "s3":
+                    return bool(_s3(settings, attempts=1).list_buckets())
+                case "mlflow":
+                    return http.get(f"{urls['mlflow']}/health").is_success
+                case "prefect":
+                    return http.get(f"{urls['prefect']}/api/health").is_success
+                case _:
+                    pool = f"{urls['prefect']}/api/work_pools/{WORK_POOL}"
+                    answer = http.post(f"{pool}/workers/filter", json={}).raise_for_status()
+                    return any(worker["status"] == "ONLINE" for worker in answer.json())
+    except (httpx.HTTPError, BotoCoreError, ClientError):
+        return False
+
+
+def make_buckets(settings: StackSettings) -> None:
+    """Make the buckets that are not there yet. StoreError."""
+    client = _s3(settings, attempts=8)
+    try:
+        there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+        for bucket in BUCKETS:
+            if bucket not in there:
+                client.create_bucket(Bucket=bucket)
+    except (BotoCoreError, ClientError) as error:
+        raise StoreError(
+            f"The S3 server makes no buckets: {error}", do=f"read {settings.logs / 's3.log'}"
+        ) from error
+
+
+def _s3(settings: StackSettings, attempts: int) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=settings.urls["s3"],
+        aws_access_key_id=settings.secrets.s3_access_key,
+        aws_secret_access_key=settings.secrets.s3_secret_key,
+        region_name="us-east-1",
+        config=Config(
+            connect_timeout=2,
+            read_timeout=5,
+            proxies={},
+            retries={"total_max_attempts": attempts},
+        ),
+    )

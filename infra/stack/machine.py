@@ -1,0 +1,83 @@
+"""Ports and processes of this machine: who listens where, which processes are ours.
+
+A process is ours if it inherited our mark from the process manager. That holds for the flow runs
+too, which a Prefect worker starts in sessions of their own, where no process group reaches them,
+and it still holds when the manager was killed or the state folder deleted.
+"""
+
+import os
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from infra.stack.settings import HOST
+
+__all__ = ["MARK", "end", "free_ports", "marked", "owner", "port_is_free"]
+
+MARK = "TRANS_PEFT_STARTED_BY"
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server can listen on this port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_ports(count: int) -> list[int]:
+    """Return this many different ports that nobody listens on now."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def owner(port: int) -> str:
+    """Say which process listens on this port, as far as this user may know."""
+    try:
+        found = (c for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port)
+        pid = next((c.pid for c in found if c.status == psutil.CONN_LISTEN and c.pid), None)
+        if pid is None:
+            return "a process of another user"
+        return f"process {pid}: {' '.join(psutil.Process(pid).cmdline())[:120]}"
+    except psutil.Error:
+        return "a process that this user may not see"
+
+
+def marked(state: Path) -> list[psutil.Process]:
+    """Return the running processes that carry the mark of this state folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == str(state):
+                found.append(process)
+        except (psutil.Error, OSError):  # gone meanwhile, or another user's
+            continue
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
+    """Ask the processes to end, and kill those that have not after the grace period."""
+    processes = list(processes)
+    for process in processes:
+        _signal(process, kill=False)
+    _, alive = psutil.wait_procs(processes, timeout=grace_s)
+    for process in alive:
+        _signal(process, kill=True)
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _signal(process: psutil.Process, *, kill: bool) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.kill() if kill else process.terminate()

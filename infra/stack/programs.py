@@ -1,0 +1,194 @@
+"""The four programs of the stack: the command and the environment of each.
+
+The process manager starts each as `python -m infra.stack run NAME`, which turns into the program.
+So no secret and no database password stands in a configuration file or in a command line, and what
+a start has to find out first (a free port) is found out at every start.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.stack.machine import free_ports, port_is_free
+from infra.stack.settings import HOST, StackSettings, without_services
+
+__all__ = ["PROGRAMS", "WORK_POOL", "Program", "become", "left_behind"]
+
+WORK_POOL = "trans-peft"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program: how to start it, what it reads, how long it may take to end in good order."""
+
+    name: str
+    command: Callable[[StackSettings], list[str]]
+    environment: Callable[[StackSettings], Mapping[str, str]]
+    stop_s: int
+
+
+def _s3_command(settings: StackSettings) -> list[str]:
+    folder = _folder(settings, "s3")
+    secrets = settings.secrets
+    config = folder / "s3.json"
+    config.touch(mode=0o600)
+    config.write_text(
+        json.dumps(
+            {
+                "identities": [
+                    {
+                        "name": "trans-peft",
+                        "credentials": [
+                            {"accessKey": secrets.s3_access_key, "secretKey": secrets.s3_secret_key}
+                        ],
+                        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+                    }
+                ]
+            }
+        )
+    )
+    options = {
+        "dir": folder,
+        "ip": HOST,
+        "ip.bind": HOST,
+        "master.peers": "none",
+        "master.telemetry": "false",
+        "master.volumeSizeLimitMB": 1024,
+        "volume.max": 200,  # every bucket takes several; with 20 the third bucket answers 500
+        "volume.preStopSeconds": 1,
+        "filer": "true",
+        "filer.localSocket": folder / "filer.sock",
+        "s3": "true",
+        "s3.config": config,
+        "s3.port": settings.s3_port,
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.localSocket": folder / "s3.sock",
+    }
+    options.update(_inner_ports(folder))
+    weed = Path(sys.executable).with_name("weed")
+    return [str(weed), "-logtostderr", "server", *(f"-{k}={v}" for k, v in options.items())]
+
+
+def left_behind(settings: StackSettings) -> list[Path]:
+    """Return the sockets that SeaweedFS always makes in /tmp and leaves there when it is killed."""
+    path = settings.state / "s3" / "ports.json"
+    ports = json.loads(path.read_text()).values() if path.exists() else ()
+    parts = ("master", "volume", "filer", "s3")
+    sockets = (Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock") for port in ports for part in parts)  # noqa: S108
+    return [socket for socket in sockets if socket.exists()]
+
+
+def _inner_ports(folder: Path) -> dict[str, int]:
+    """Ports that only SeaweedFS's parts use among themselves: chosen once, again where taken.
+
+    Its master keeps what it knows in a folder that is named after its port.
+    """
+    names = [
+        f"{part}.port{kind}" for part in ("master", "volume", "filer") for kind in ("", ".grpc")
+    ]
+    names.append("s3.port.grpc")
+    path = folder / "ports.json"
+    ports = json.loads(path.read_text()) if path.exists() else {}
+    taken = [name for name in names if name not in ports or not port_is_free(ports[name])]
+    ports.update(zip(taken, free_ports(len(taken)), strict=True))
+    path.write_text(json.dumps(ports, indent=2))
+    return ports
+
+
+def _mlflow_command(settings: StackSettings) -> list[str]:
+    names = ",".join(f"{host}:{settings.mlflow_port}" for host in (HOST, "localhost"))
+    return [
+        sys.executable, "-m", "mlflow", "server",
+        "--host", HOST,
+        "--port", str(settings.mlflow_port),
+        "--workers", "1",  # an adapter's upload runs in a thread; each worker more costs 300 MB
+        "--allowed-hosts", names,
+        "--artifacts-destination", "s3://mlflow/",
+    ]  # fmt: skip
+
+
+def _mlflow_environment(settings: StackSettings) -> dict[str, str]:
+    sqlite = f"sqlite:///{_folder(settings, 'mlflow')}/mlflow.db"
+    client = settings.client_environment
+    return {
+        **{name: value for name, value in client.items() if name.startswith("AWS_")},
+        "MLFLOW_BACKEND_STORE_URI": settings.mlflow_database or sqlite,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # scorers of traces: eight processes more
+        # Webhooks go to this very machine, and their secrets must be readable after a restart.
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": settings.secrets.webhook_key,
+    }
+
+
+def _prefect_command(settings: StackSettings) -> list[str]:
+    port = str(settings.prefect_port)
+    return [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", port]
+
+
+def _prefect_environment(settings: StackSettings) -> dict[str, str]:
+    folder = _folder(settings, "prefect")
+    client = settings.client_environment
+    return {
+        **{name: value for name, value in client.items() if name.startswith("PREFECT_")},
+        "PREFECT_API_DATABASE_CONNECTION_URL": settings.prefect_database
+        or f"sqlite+aiosqlite:///{folder}/prefect.db",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder / "ui"),
+        # A GPU slot whose holder was killed comes back even if the server was restarted meanwhile.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+            "prefect.server.concurrency.lease_storage.filesystem"
+        ),
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def _worker_command(settings: StackSettings) -> list[str]:
+    return [
+        sys.executable, "-m", "prefect", "worker", "start",
+        "--pool", WORK_POOL, "--type", "process", "--name", "local", "--install-policy", "never",
+    ]  # fmt: skip
+
+
+def _worker_environment(settings: StackSettings) -> dict[str, str]:
+    return {
+        **settings.client_environment,
+        "TRANS_PEFT_STATE": str(_folder(settings, "work")),
+        "TRANS_PEFT_CHECKOUT": str(settings.checkout),
+        "TRANS_PEFT_BASES_URI": "s3://bases/",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    }
+
+
+PROGRAMS = {
+    program.name: program
+    for program in (
+        Program("s3", _s3_command, lambda settings: {}, stop_s=4),
+        Program("mlflow", _mlflow_command, _mlflow_environment, stop_s=10),
+        Program("prefect", _prefect_command, _prefect_environment, stop_s=10),
+        Program("worker", _worker_command, _worker_environment, stop_s=30),
+    )
+}
+
+
+def become(name: str, settings: StackSettings) -> None:
+    """Replace this process by the program of this name. Does not return."""
+    program = PROGRAMS[name]
+    command = program.command(settings)
+    environment = {**without_services(os.environ), **program.environment(settings)}
+    os.chdir(_folder(settings, name))
+    os.execve(command[0], command, environment)  # noqa: S606  our own command, without a shell
+
+
+def _folder(settings: StackSettings, name: str) -> Path:
+    folder = settings.state / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,155 @@
+"""The process manager: supervisor (supervisord.org), with its configuration below the state folder.
+
+It starts each program again when it dies, bounds the logs, and stops whole process groups. It is
+asked through its unix socket (XML-RPC), which only this user may open.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from configparser import RawConfigParser
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from xmlrpc.client import Fault, ServerProxy
+
+import psutil
+from supervisor.xmlrpc import Faults, SupervisorTransport
+
+from infra.stack.machine import MARK
+from infra.stack.programs import PROGRAMS
+from infra.stack.settings import StackSettings
+
+__all__ = ["ProgramState", "Supervisor", "configuration"]
+
+_CODE = str(Path(__file__).resolve().parents[2])
+
+
+@dataclass(frozen=True)
+class ProgramState:
+    """What the process manager knows of one program: RUNNING, BACKOFF ...; pid 0: not running."""
+
+    name: str
+    state: str
+    pid: int
+    since_s: int
+
+
+def configuration(settings: StackSettings) -> RawConfigParser:
+    """Return supervisor's configuration: one program a section, in the order of starting."""
+    config = RawConfigParser()
+    here = str(settings.state).replace("%", "%%")  # supervisor expands %(...)s
+    config["unix_http_server"] = {"file": f"{here}/supervisor.sock", "chmod": "0700"}
+    config["rpcinterface:supervisor"] = {
+        "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+    }
+    config["supervisord"] = {
+        "logfile": f"{here}/logs/supervisor.log",
+        "logfile_maxbytes": "1MB",
+        "pidfile": f"{here}/supervisor.pid",
+        "childlogdir": f"{here}/logs",
+        "directory": str(settings.checkout).replace("%", "%%"),
+        "umask": "077",
+    }
+    for priority, program in enumerate(PROGRAMS.values()):
+        config[f"program:{program.name}"] = {
+            "command": f'"{sys.executable}" -m infra.stack run {program.name}'.replace("%", "%%"),
+            "priority": str(priority),
+            # The worker starts once the pool that it serves is there.
+            "autostart": str(program.name != "worker").lower(),
+            "autorestart": "true",
+            "startsecs": "2",
+            "startretries": "10",
+            "stopwaitsecs": str(program.stop_s),
+            "stopasgroup": "true",
+            "killasgroup": "true",
+            "redirect_stderr": "true",
+            "stdout_logfile": f"{here}/logs/{program.name}.log",
+            "stdout_logfile_maxbytes": "10MB",
+            "stdout_logfile_backups": "1",
+        }
+    return config
+
+
+class Supervisor:
+    """The process manager of one state folder, running or not."""
+
+    def __init__(self, settings: StackSettings) -> None:
+        self._settings = settings
+        transport = SupervisorTransport(None, None, f"unix://{settings.socket}")
+        self._rpc = ServerProxy("http://127.0.0.1", transport=transport)
+
+    def start(self) -> None:
+        """Start the manager, which starts the servers. CalledProcessError with its words."""
+        path = self._settings.state / "supervisor.conf"
+        with path.open("w") as file:
+            configuration(self._settings).write(file)
+        environment = {
+            **os.environ,
+            **self._settings.to_environment(),
+            "PYTHONUNBUFFERED": "1",
+            # The code of the stack is this file's, whatever checkout is deployed.
+            "PYTHONPATH": os.pathsep.join(filter(None, [_CODE, os.environ.get("PYTHONPATH")])),
+            MARK: str(self._settings.state),
+        }
+        subprocess.run(
+            [sys.executable, "-m", "supervisor.supervisord", "-c", str(path)],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        deadline = time.monotonic() + 10
+        while not self.is_running() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def is_running(self) -> bool:
+        """Whether the manager answers."""
+        return bool(self._ask("getState"))
+
+    def programs(self) -> dict[str, ProgramState]:
+        """Return the state of every program, in the order of starting; empty without a manager."""
+        known = {p["name"]: p for p in self._ask("getAllProcessInfo") or []}
+        return {
+            name: ProgramState(
+                name,
+                known[name]["statename"],
+                known[name]["pid"],
+                known[name]["now"] - known[name]["start"] if known[name]["pid"] else 0,
+            )
+            for name in PROGRAMS
+            if name in known
+        }
+
+    def start_program(self, name: str) -> None:
+        """Start one program, if it does not run."""
+        try:
+            self._rpc.supervisor.startProcess(name, False)
+        except Fault as fault:
+            if fault.faultCode != Faults.ALREADY_STARTED:
+                raise
+
+    def stop_program(self, name: str) -> None:
+        """Ask one program to stop. Returns at once."""
+        self._ask("stopProcess", name, False)
+
+    def shut_down(self) -> None:
+        """Ask the manager to end, and wait until it has."""
+        pid = self._ask("getPID")
+        self._ask("shutdown")
+        if pid and psutil.pid_exists(pid):
+            psutil.wait_procs([psutil.Process(pid)], timeout=60)
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        """Call the manager; None where there is none, or where it is about to end."""
+        try:
+            return getattr(self._rpc.supervisor, method)(*arguments)
+        except (OSError, HTTPException):
+            self._rpc("close")()
+            return None
+        except Fault as fault:
+            if fault.faultCode in (Faults.SHUTDOWN_STATE, Faults.NOT_RUNNING):
+                return None
+            raise
