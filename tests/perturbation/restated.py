@@ -1,0 +1,74 @@
+"""The paper's formulas, restated on weights: the reference that the perturbation is compared with.
+
+Masking neurons i is zeroing the columns i of the down projection; dropping a FFN is zeroing its
+down projection altogether. Both are said by calling the model with other weights
+(`torch.func.functional_call`): no hook, no slicing, no other forward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trans_peft.domain.recipe import Perturbation
+from trans_peft.perturbation.draws import Moment, draw
+
+
+@dataclass(frozen=True)
+class Down:
+    """Names of the weights that take a layer's neurons in, as formats of the layer number.
+
+    `axis` is their neuron axis; `biases` are added after the sum over neurons.
+    """
+
+    weights: tuple[str, ...]
+    axis: int = -1
+    biases: tuple[str, ...] = ()
+
+
+def restated_weights(
+    model: nn.Module,
+    down: Down,
+    perturbation: Perturbation,
+    *,
+    layers: int,
+    seed: int,
+    moment: Moment = Moment(0, 0),
+    rank: int = 0,
+    kind: str = "ffn",
+) -> dict[str, torch.Tensor]:
+    """Return the weights that say the same as the draws of one forward pass."""
+    own = dict(model.named_parameters())
+    replaced = {}
+    for layer in set(range(layers)) - set(perturbation.spared_layers):
+        weights = [own[name.format(layer)] for name in down.weights]
+        sizes = [weight.shape[down.axis] for weight in weights]
+        drawn = draw(
+            perturbation, moment, seed=seed, rank=rank, layer=layer, kind=kind, neurons=sum(sizes)
+        )
+        kept = (
+            torch.ones(sum(sizes)) if drawn.kept is None else torch.from_numpy(drawn.kept).float()
+        )
+        z = 0.0 if drawn.dropped else 1.0
+        for name, weight, mask in zip(down.weights, weights, kept.split(sizes), strict=True):
+            shape = [1] * weight.dim()
+            shape[down.axis] = -1
+            replaced[name.format(layer)] = weight * mask.view(shape).to(weight) * z
+        for name in down.biases:
+            replaced[name.format(layer)] = own[name.format(layer)] * z
+    return replaced
+
+
+def loss_and_gradients(
+    model: nn.Module, ids: torch.Tensor, weights: dict[str, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the logits, and the gradient of every trainable parameter (zeros where none)."""
+    model.zero_grad()
+    output = torch.func.functional_call(model, weights or {}, (), {"input_ids": ids, "labels": ids})
+    output.loss.backward()
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    return output.logits.detach(), gradients

@@ -1,0 +1,170 @@
+"""`perturbed`: Trans-PEFT's masking and dropping around anybody's training code.
+
+Follows the paper's equations 4-7. For the time of a `with` block some modules get a `forward` of
+their own (never a wrapper, so the state dict keeps its keys and the saved adapter is stock PEFT).
+It differs from the authors' two patched model files in that it needs no model file, draws the same
+when a layer is recomputed, keeps dtypes, and does not compute what is masked or dropped.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
+
+from torch import nn
+
+from trans_peft.domain.recipe import Perturbation
+from trans_peft.errors import InvalidSpecError, UnsupportedModelError
+from trans_peft.perturbation.clock import Clock
+from trans_peft.perturbation.draws import SubLayerKind
+from trans_peft.perturbation.dropping import drop_attention, drop_ffn
+from trans_peft.perturbation.ffn import DecoderLayer, find_layers
+from trans_peft.perturbation.layout import Layout, layers_by_name
+from trans_peft.perturbation.masking import mask_attention, mask_ffn
+from trans_peft.perturbation.site import Site
+
+__all__ = ["PerturbationHandle", "perturbed"]
+
+_perturbed_stacks: WeakSet[nn.Module] = WeakSet()
+
+
+class PerturbationHandle:
+    """What `perturbed` yields: where training stands, and what cannot be sliced.
+
+    `multiplied` names the sub-layers ("layer 3 ffn") whose masked neurons are multiplied by zero
+    instead of being left out of the computation, with the reason.
+    """
+
+    def __init__(self, clock: Clock | None, multiplied: Mapping[str, str]) -> None:
+        self._clock = clock
+        self.multiplied = multiplied
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done, as the draws count them (0 while nothing is perturbed)."""
+        return 0 if self._clock is None else self._clock.step
+
+    def seek(self, step: int) -> None:
+        """Continue as after `step` optimiser steps: call it when a run is resumed."""
+        if step < 0:
+            raise InvalidSpecError("cannot seek to a negative step", found=step)
+        if self._clock is not None:
+            self._clock.seek(step)
+
+
+@contextmanager
+def perturbed(
+    model: nn.Module,
+    perturbation: Perturbation,
+    *,
+    seed: int,
+    rank: int | None = None,
+    step: int = 0,
+    layout: Layout | None = None,
+) -> Iterator[PerturbationHandle]:
+    """Perturb a causal language model in training mode for as long as the block lasts.
+
+    One line around any training code (a plain loop, HF Trainer, TRL, accelerate), entered after
+    PEFT has added its adapter:
+
+        with perturbed(model, Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
+            trainer.train()
+
+    Each draw is a pure function of (seed, rank, optimiser step, micro-step, layer). `rank` is this
+    process's (torch.distributed's unless given: processes that share one batch, as in tensor
+    parallelism, must be given the same); `step` the optimiser steps already done. In eval mode, and
+    with `perturbation.is_off`, nothing is perturbed, to the bit. `layout` states by name where the
+    sub-layers are, for a model in which they are not found. Each draw decides on a whole forward
+    pass: all rows of a batch share it.
+
+    Errors: InvalidSpecError (spared layers out of range, a model in eval mode or already perturbed,
+    numbers out of range; nothing is changed then), UnsupportedModelError (no FFN found, a module
+    changed inside the block, nn.DataParallel).
+    """
+    problems = [
+        f"{name} must lie in [0, 2^64), not {value}"
+        for name, value in (("seed", seed), ("rank", rank or 0), ("step", step))
+        if not 0 <= value < 2**64
+    ]
+    if not model.training:
+        problems.append("the model is in eval mode: call model.train() first")
+    if perturbation.is_off and not problems:
+        yield PerturbationHandle(None, {})
+        return
+    stack, layers = find_layers(model) if layout is None else layers_by_name(model, layout)
+    beyond = [index for index in perturbation.spared_layers if index >= len(layers)]
+    if beyond:
+        problems.append(f"spared_layers {beyond} are not among its layers 0 to {len(layers) - 1}")
+    if stack in _perturbed_stacks:
+        problems.append("it is already perturbed: leave the first block before entering another")
+    if problems:
+        raise InvalidSpecError(f"the model cannot be perturbed: {'; '.join(problems)}")
+
+    chosen = [layer for layer in enumerate(layers) if layer[0] not in perturbation.spared_layers]
+    if perturbation.where != "ffn":
+        _check_attention([layer for _, layer in chosen])
+    snapshot = _children_of([layer.module for _, layer in chosen])
+    clock = Clock(stack, step, lambda: _check_pass(stack, snapshot))
+    multiplied: dict[str, str] = {}
+    with ExitStack() as undo:
+        for index, layer in chosen:
+            for kind in _kinds(perturbation):
+                site = Site(perturbation, clock, seed, rank, index, kind, layer.neurons(kind))
+                if reason := _perturb(site, layer, kind, undo):
+                    multiplied[f"layer {index} {kind}"] = reason
+        for observer in clock.start():
+            undo.callback(observer.remove)
+        _perturbed_stacks.add(stack)
+        undo.callback(_perturbed_stacks.discard, stack)
+        yield PerturbationHandle(clock, multiplied)
+
+
+def _kinds(perturbation: Perturbation) -> tuple[SubLayerKind, ...]:
+    return ("ffn", "attention") if perturbation.where == "both" else (perturbation.where,)
+
+
+def _check_attention(layers: list[DecoderLayer]) -> None:
+    for layer in layers:
+        if layer.attention is None:
+            raise UnsupportedModelError(
+                f"the attention of a {type(layer.module).__name__} was not found",
+                expected="one module beside the FFN whose projections include one back to the "
+                "hidden size",
+                found=[name for name, _ in layer.module.named_children()],
+                do="state where it is: Layout(..., attention=..., attention_output=...)",
+            )
+
+
+def _perturb(site: Site, layer: DecoderLayer, kind: SubLayerKind, undo: ExitStack) -> str | None:
+    """Perturb one sub-layer until `undo` closes; return why it is not sliced, None if it is."""
+    reason = None
+    if site.perturbation.masking_p:
+        if kind == "ffn":
+            reason = mask_ffn(site, layer.ffn, undo)
+        elif layer.attention is not None:
+            reason = mask_attention(site, layer.attention, undo)
+    if site.perturbation.dropping_p:
+        (drop_ffn if kind == "ffn" else drop_attention)(site, layer, undo)
+    return reason
+
+
+Snapshot = list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]]
+
+
+def _children_of(layers: list[nn.Module]) -> Snapshot:
+    """Return the children of every module in these layers, to be compared later."""
+    dicts = [module._modules for layer in layers for module in layer.modules() if module._modules]
+    return [(children, tuple(children.values())) for children in dicts]
+
+
+def _check_pass(stack: nn.Module, snapshot: Snapshot) -> None:
+    if getattr(stack, "_is_replica", False):
+        raise UnsupportedModelError(
+            "nn.DataParallel copies the model for every forward, which would go unperturbed",
+            do="start one process per device (accelerate launch, torchrun), or show it one device",
+        )
+    if any(tuple(children.values()) != before for children, before in snapshot):
+        raise UnsupportedModelError(
+            "modules of the model changed after perturbed() was entered; an adapter added there "
+            "would go unmasked",
+            do="add the adapter first (get_peft_model), then enter perturbed()",
+        )

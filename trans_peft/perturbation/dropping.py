@@ -1,0 +1,144 @@
+"""Cross-layer dropping (eq. 6-7): z * FFN(x), one z for every layer and forward.
+
+With z = 0 the FFN is not computed, forward or backward. The formula gives its parameters a gradient
+all the same, and it is zero: leaving them out of the graph would save nothing more, make an
+optimiser skip them, and stop data-parallel training, which waits for the gradient of every
+trainable parameter. A dropped attention sub-layer is computed up to its output projection, whose
+zeros have no graph behind them: no backward pass is computed for it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from trans_peft.perturbation.draws import SubLayerKind
+from trans_peft.perturbation.ffn import DecoderLayer, Experts, projection_shape
+from trans_peft.perturbation.site import Site, override
+
+__all__ = ["drop_attention", "drop_ffn"]
+
+Parameters = Callable[[], Iterator[nn.Parameter]]
+
+
+def drop_ffn(site: Site, layer: DecoderLayer, undo: ExitStack) -> None:
+    """Drop the FFN of a layer, adapters in it and after it included, until `undo` closes."""
+    parameters = _parameters_beside(layer, "attention")
+    for unit in layer.ffn:
+        if isinstance(unit, Experts):
+            _drop_whole(site, unit.module, parameters, undo)
+        elif unit.whole is not None:
+            _drop_whole(site, unit.whole, parameters, undo)
+        else:
+            for projection in unit.inputs:
+                _drop_input(site, projection, undo)
+            _drop_output(site, unit.down, parameters, undo)
+    _leave_out_adapters(
+        site, layer, [module for unit in layer.ffn for module in unit.modules], undo
+    )
+
+
+def drop_attention(site: Site, layer: DecoderLayer, undo: ExitStack) -> None:
+    """Drop the attention of a layer, an adapter after it included, until `undo` closes."""
+    if layer.attention is not None:
+        output = layer.attention.output
+        _drop_output(site, output, _parameters_beside(layer, "ffn"), undo)
+        _leave_out_adapters(site, layer, [output], undo)
+
+
+def _drop_whole(site: Site, whole: nn.Module, trainable: Parameters, undo: ExitStack) -> None:
+    original = whole.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _nothing(x, trainable()) if site.dropped else original(x, *args, **kwargs)
+
+    override(whole, forward, undo)
+
+
+def _drop_input(site: Site, projection: nn.Module, undo: ExitStack) -> None:
+    """Compute no neurons: what follows works on a width of zero."""
+    original = projection.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return x.detach()[..., :0] if site.dropped else original(x, *args, **kwargs)
+
+    override(projection, forward, undo)
+
+
+def _drop_output(site: Site, projection: nn.Module, trainable: Parameters, undo: ExitStack) -> None:
+    original = projection.forward
+    _, out = projection_shape(projection) or (0, 0)
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if site.dropped:
+            return _nothing(x.new_empty((*x.shape[:-1], out)), trainable())
+        return original(x, *args, **kwargs)
+
+    override(projection, forward, undo)
+
+
+def _leave_out_adapters(
+    site: Site, layer: DecoderLayer, inside: list[nn.Module], undo: ExitStack
+) -> None:
+    """Drop an adapter that PEFT put after the whole sub-layer together with it."""
+    for child in layer.module.children():
+        if isinstance(child, BaseTunerLayer) and not any(child is module for module in inside):
+            if not any(part is module for part in child.modules() for module in inside):
+                continue
+            _leave_out_adapter(site, child, undo)
+
+
+def _leave_out_adapter(site: Site, child: BaseTunerLayer, undo: ExitStack) -> None:
+    original = child.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (child.get_base_layer() if site.dropped else original)(*args, **kwargs)
+
+    override(child, forward, undo)
+
+
+def _parameters_beside(layer: DecoderLayer, other: SubLayerKind) -> Parameters:
+    """Return a view of the layer's parameters without those of its other sub-layer.
+
+    Norms are among them: one that feeds only a dropped sub-layer has a gradient of zero as well.
+    """
+
+    def parameters() -> Iterator[nn.Parameter]:
+        attention = layer.attention
+        if other == "attention":
+            roots = [] if attention is None else [attention.module]
+        else:
+            roots = [module for unit in layer.ffn for module in unit.modules]
+        theirs = {id(parameter) for root in roots for parameter in root.parameters()}
+        return (p for p in layer.module.parameters() if id(p) not in theirs)
+
+    return parameters
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, like: torch.Tensor, *parameters: nn.Parameter) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return torch.zeros_like(like)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def _nothing(x: torch.Tensor, parameters: Iterator[nn.Parameter]) -> torch.Tensor:
+    """Return zeros shaped as x, in the graph of the trainable ones among `parameters`.
+
+    The dtype is that which a layer would give: x's, or autocast's where it is on.
+    """
+    device = x.device.type
+    like = x.detach()
+    if torch.is_autocast_enabled(device):
+        like = like.to(torch.get_autocast_dtype(device))
+    result: torch.Tensor = _Nothing.apply(like, *(p for p in parameters if p.requires_grad))
+    return result

@@ -1,0 +1,79 @@
+"""Where the sub-layers of a model are, stated by names: for what `ffn` does not find."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from trans_peft.errors import UnsupportedModelError
+from trans_peft.perturbation.ffn import (
+    Attention,
+    DecoderLayer,
+    FeedForward,
+    base_of,
+    named_lists,
+    projection_shape,
+)
+
+__all__ = ["Layout", "layers_by_name"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of the sub-layers of a model.
+
+    `layers` is the path of the ModuleList of decoder layers, the others are paths inside one layer.
+    Of the attention, `attention_output` is the projection back to the hidden size.
+
+        Layout("transformer.blocks", ffn_inputs=("ffn.w1", "ffn.w3"), ffn_down="ffn.w2")
+    """
+
+    layers: str
+    ffn_inputs: tuple[str, ...]
+    ffn_down: str
+    attention: str | None = None
+    attention_output: str | None = None
+
+
+def layers_by_name(model: nn.Module, layout: Layout) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
+    """Return the decoder stack and its layers as `ffn.find_layers` does. UnsupportedModelError."""
+    # PEFT and data parallelism put their own names before the model's.
+    matches = [
+        (owner, layers)
+        for name, owner, layers in named_lists(model)
+        if f".{name}".endswith(f".{layout.layers}")
+    ]
+    if len(matches) != 1:
+        raise UnsupportedModelError(
+            f"{layout.layers!r} is not the path of one ModuleList of {type(model).__name__}",
+            found=[name for name, _, _ in named_lists(model)],
+        )
+    owner, layers = matches[0]
+    return owner, tuple(_layer(index, layer, layout) for index, layer in enumerate(layers))
+
+
+def _layer(index: int, layer: nn.Module, layout: Layout) -> DecoderLayer:
+    problems: list[str] = []
+
+    def get(path: str) -> tuple[nn.Module, tuple[int, int]]:
+        module: nn.Module | None = layer
+        for name in path.split("."):
+            module = getattr(base_of(module), name, None) if module is not None else None
+        size = None if module is None else projection_shape(base_of(module))
+        if module is None or (size is None and path != layout.attention):
+            problems.append(
+                f"layer {index} has no {'module' if module is None else 'projection'} {path}"
+            )
+        return module or layer, size or (0, 0)
+
+    inputs = tuple(get(path)[0] for path in layout.ffn_inputs)
+    down, (neurons, _) = get(layout.ffn_down)
+    attention = None
+    if layout.attention is not None and layout.attention_output is not None:
+        output, (width, _) = get(layout.attention_output)
+        attention = Attention(get(layout.attention)[0], output, width)
+    if problems:
+        raise UnsupportedModelError(
+            f"the layout does not fit: {'; '.join(problems)}",
+            found=[name for name, _ in layer.named_modules() if name],
+        )
+    return DecoderLayer(layer, (FeedForward(inputs, down, neurons, None),), attention)
