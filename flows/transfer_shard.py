@@ -9,7 +9,7 @@ from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import Work
 
 
-@flow(name="transfer-shard", flow_run_name="{family}: {shard[0].base_version} x {shard}")
+@flow(name="transfer-shard", flow_run_name="judge {family}")
 def transfer_shard(family: str, shard: tuple[Work, ...], policy: GatePolicy) -> State:
     """Judge each adapter of the shard; one that fails is recorded and stops nobody else."""
     logger = get_run_logger()

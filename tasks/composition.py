@@ -2,7 +2,6 @@
 
 from functools import cache
 
-from tasks.settings import settings
 from trans_peft.edges.mlflow_registry import (
     MlflowCatalog,
     MlflowEvaluations,
@@ -10,6 +9,8 @@ from trans_peft.edges.mlflow_registry import (
     MlflowRunLog,
 )
 from trans_peft.edges.stores import SchemeStore
+
+from tasks.settings import settings
 from trans_peft.ports import Platform
 
 __all__ = ["platform"]
