@@ -1,0 +1,167 @@
+"""Tasks: how examples from source files become training and evaluation rows that share nothing.
+
+Three things keep an evaluation row from being seen in training: a text occurs once (compared by
+its words, `demo.sources.words`); a file gives rows to one side only; and a training row that
+shares most of its words with an evaluation row is dropped.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from demo.sources import SourceFile, jaccard, rank, words
+from trans_peft.errors import DataError
+
+__all__ = ["Example", "HeldOut", "Row", "Split", "Task", "read_held_out", "split", "write"]
+
+EVALUATION_SHARE = 0.4  # of the files; what is not chosen from them is not used at all
+MAX_SHARED_WORDS = 0.7  # Jaccard index of a training and an evaluation row, quoted names left out
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: prompt and completion; `text` is what must not stand twice; `label` is balanced."""
+
+    prompt: str
+    completion: str
+    text: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An example with its origin; `id` is stable across machines that hold the same text."""
+
+    example: Example
+    file: str
+
+    @property
+    def id(self) -> str:
+        """Hash of prompt and completion, 12 hex digits."""
+        return sha256(f"{self.example.prompt}\0{self.example.completion}".encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named source of examples, and how many rows of each label are kept."""
+
+    name: str
+    examples: Callable[[SourceFile], Iterator[Example]]
+    train_per_label: int
+    evaluation_per_label: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one task, both sides in the order in which they are written."""
+
+    train: tuple[Row, ...]
+    evaluation: tuple[Row, ...]
+
+
+def split(task: Task, files: Iterable[SourceFile], seed: int = 0) -> Split:
+    """Mine the task's examples and part them. DataError where a label has too few rows.
+
+    `seed` decides which files are for evaluation and which rows of a label are kept.
+    """
+    rows = _unique(Row(example, file.name) for file in files for example in task.examples(file))
+    rows.sort(key=lambda row: rank(row.id, seed))
+    evaluation: list[Row] = []
+    train: list[Row] = []
+    for row in rows:
+        side = evaluation if rank(row.file, seed) < EVALUATION_SHARE else train
+        side.append(row)
+    evaluation = _balanced(evaluation, task.evaluation_per_label)
+    train = _balanced(_apart_from(train, evaluation), task.train_per_label)
+
+    counts = {
+        label: (count, Counter(row.example.label for row in train)[label])
+        for label, count in Counter(row.example.label for row in evaluation).items()
+    }
+    short = {label: found for label, found in counts.items() if min(found) < 20}
+    if short or not counts:
+        raise DataError(
+            f"task {task.name}: too few rows in the installed packages",
+            expected="20 evaluation and 20 training rows of each label",
+            found=short or "none",
+        )
+    return Split(tuple(train), tuple(evaluation))
+
+
+def write(parts: Split, folder: Path) -> None:
+    """Write train.jsonl and eval.jsonl (prompt, completion, id), and held_out.json for HeldOut."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train.jsonl", parts.train), ("eval.jsonl", parts.evaluation)):
+        lines = (
+            {"prompt": row.example.prompt, "completion": row.example.completion, "id": row.id}
+            for row in rows
+        )
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held_out = {
+        "files": sorted({row.file for row in parts.evaluation}),
+        "texts": [row.example.text for row in parts.evaluation],
+    }
+    (folder / "held_out.json").write_text(json.dumps(held_out, indent=1))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What no model may see before it is evaluated: the evaluation rows' files and texts."""
+
+    files: frozenset[str]
+    texts: tuple[tuple[str, ...], ...]
+
+    def touches(self, file: SourceFile) -> bool:
+        """Whether a file supplied an evaluation row, or says the same as one anywhere in it."""
+        if file.name in self.files:
+            return True
+        said = f" {' '.join(words(file.text))} "
+        return any(f" {' '.join(text)} " in said for text in self.texts)
+
+
+def read_held_out(folders: Iterable[Path]) -> HeldOut:
+    """Read what `write` left in these folders, as one."""
+    parts = [json.loads((folder / "held_out.json").read_text()) for folder in folders]
+    return HeldOut(
+        frozenset(name for part in parts for name in part["files"]),
+        tuple(words(text) for part in parts for text in part["texts"]),
+    )
+
+
+def _unique(rows: Iterable[Row]) -> list[Row]:
+    """Keep the first row of each text; none where equal texts have different labels."""
+    by_text: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        by_text[words(row.example.text)].append(row)
+    return [
+        same[0] for same in by_text.values() if len({row.example.completion for row in same}) == 1
+    ]
+
+
+def _balanced(rows: Iterable[Row], per_label: int) -> list[Row]:
+    kept: Counter[str] = Counter()
+    chosen = []
+    for row in rows:
+        kept[row.example.label] += 1
+        if kept[row.example.label] <= per_label:
+            chosen.append(row)
+    return chosen
+
+
+def _apart_from(rows: Iterable[Row], others: Iterable[Row]) -> list[Row]:
+    """Drop every row that shares more than MAX_SHARED_WORDS of its words with one of the others."""
+    taken = [frozenset(words(other.example.text, drop_quoted=True)) for other in others]
+    by_word: dict[str, set[int]] = defaultdict(set)
+    for index, bag in enumerate(taken):
+        for word in bag:
+            by_word[word].add(index)
+    kept = []
+    for row in rows:
+        own = frozenset(words(row.example.text, drop_quoted=True))
+        near = set().union(*(by_word[word] for word in own)) if own else set()
+        if all(jaccard(own, taken[index]) <= MAX_SHARED_WORDS for index in near):
+            kept.append(row)
+    return kept

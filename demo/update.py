@@ -1,0 +1,220 @@
+"""Base v2: v1 trained on, with all its weights, on Python source from the same machine.
+
+An ordinary small update of a language model, made here because no hub is at hand: next-token
+prediction, AdamW, cosine schedule, a stated number of tokens. No file that supplied an evaluation
+row and none that repeats one is in the text, nor in the held-out text on which the update itself
+is measured. The same seed, files, torch and processor give the same v2.
+
+    python -m demo.update --base V1 --to V2 --report update.json --held-out DATA [...]
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from demo.sources import rank, source_files
+from demo.tasks import HeldOut, read_held_out
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["UpdateSettings", "main", "update", "update_text"]
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How v2 is made; `steps * rows * length` is its budget in tokens."""
+
+    steps: int = 40
+    learning_rate: float = 3e-4
+    rows: int = 4
+    length: int = 256
+    warmup_steps: int = 4
+    weight_decay: float = 0.01
+    seed: int = 0
+    held_out_rows: int = 32
+    tokens_per_file: int = 2_048
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in training."""
+        return self.steps * self.rows * self.length
+
+
+def update_text(held_out: HeldOut, seed: int) -> Iterator[str]:
+    """Yield source files in an order that the seed decides, without what evaluation touches."""
+    for file in sorted(source_files(), key=lambda file: rank(file.name, seed)):
+        if not held_out.touches(file):
+            yield file.text
+
+
+def update(
+    base: Path, folder: Path, settings: UpdateSettings, held_out: HeldOut
+) -> dict[str, float]:
+    """Train `base` on and write the new version (bfloat16, same tokenizer files) to `folder`.
+
+    Returns the figures of the update: tokens, held-out loss before and after (nats per token), and
+    how far the weights moved (|new - old| / |old|, in percent) in attention, FFN and embeddings.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows_needed = settings.held_out_rows + settings.steps * settings.rows
+    rows = _rows(update_text(held_out, settings.seed), tokenizer, rows_needed, settings)
+    test, train = rows[: settings.held_out_rows], rows[settings.held_out_rows :]
+    print(f"update: {settings.tokens:,} tokens of Python source to train on", flush=True)
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.config.use_cache = False
+    old = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    before = _loss(model, test)
+    print(f"update: held-out loss of v1 {before:.3f}", flush=True)
+    _train(model, train, settings)
+    after = _loss(model, test)
+    figures = {
+        "tokens": settings.tokens,
+        "held_out_loss_before": before,
+        "held_out_loss_after": after,
+        **_drift(old, model),
+    }
+    print("update: " + ", ".join(f"{name} {value:,.4g}" for name, value in figures.items()))
+
+    model.config.use_cache = True
+    partial = folder / "partial"
+    model.to(torch.bfloat16).save_pretrained(partial)
+    for file in sorted(base.iterdir()):
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
+    weights = partial / "model.safetensors"
+    weights.replace(folder / weights.name)  # last: it marks the folder as whole
+    shutil.rmtree(partial)
+    return figures
+
+
+def _rows(
+    texts: Iterator[str], tokenizer: "object", count: int, settings: UpdateSettings
+) -> "torch.Tensor":
+    """Pack (count, length) tokens from the beginnings of files, an end token after each."""
+    import torch
+
+    stream: list[int] = []
+    while len(stream) < count * settings.length:
+        encoded = tokenizer(next(texts))["input_ids"]  # type: ignore[operator]
+        stream += [*encoded[: settings.tokens_per_file], tokenizer.eos_token_id]  # type: ignore[attr-defined]
+    return torch.tensor(stream[: count * settings.length]).view(count, settings.length)
+
+
+def _bfloat16() -> "torch.autocast":
+    """Compute in bfloat16 where the processor multiplies it natively: half the time."""
+    import torch
+
+    native = "amx_bf16" in _processor_flags() or "avx512_bf16" in _processor_flags()
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native)
+
+
+def _processor_flags() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.exists() else ""
+
+
+def _loss(model: "PreTrainedModel", rows: "torch.Tensor") -> float:
+    import torch
+
+    model.eval()
+    with torch.no_grad(), _bfloat16():
+        losses = [model(input_ids=part, labels=part).loss.item() for part in rows.split(4)]
+    return sum(losses) / len(losses)
+
+
+def _train(model: "PreTrainedModel", rows: "torch.Tensor", settings: UpdateSettings) -> None:
+    import torch
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=settings.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _share_of_rate(step, settings)
+    )
+    model.train()
+    started = told = time.monotonic()
+    for step, batch in enumerate(rows.split(settings.rows), start=1):
+        with _bfloat16():
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        now = time.monotonic()
+        if now - told > 2 or step == settings.steps:
+            told, left = now, (now - started) / step * (settings.steps - step)
+            print(
+                f"update: step {step}/{settings.steps}, loss {loss.item():.3f}, "
+                f"{step * batch.numel() / (now - started):.0f} tokens/s, {left:.0f} s left",
+                flush=True,
+            )
+
+
+def _share_of_rate(step: int, settings: UpdateSettings) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def _drift(old: "dict[str, torch.Tensor]", model: "PreTrainedModel") -> dict[str, float]:
+    squares: dict[str, list[float]] = {}
+    for name, weight in model.named_parameters():
+        kind = next((k for k in ("attn", "mlp", "embed") if k in name), "norm")
+        moved, was = squares.setdefault(kind, [0.0, 0.0])
+        squares[kind] = [
+            moved + (weight.detach() - old[name]).square().sum().item(),
+            was + old[name].square().sum().item(),
+        ]
+    words = {"attn": "attention", "mlp": "ffn", "embed": "embeddings", "norm": "norms"}
+    return {
+        f"drift_{words[kind]}_percent": 100 * math.sqrt(moved / was)
+        for kind, (moved, was) in squares.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make v2 in a process of its own, whose memory goes back when it is done."""
+    parser = argparse.ArgumentParser(description="train a base on, with all its weights")
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, nargs="+", required=True)
+    parser.add_argument("--steps", type=int, default=UpdateSettings.steps)
+    parser.add_argument("--learning-rate", type=float, default=UpdateSettings.learning_rate)
+    parser.add_argument("--seed", type=int, default=UpdateSettings.seed)
+    given = parser.parse_args(arguments)
+    settings = UpdateSettings(given.steps, given.learning_rate, seed=given.seed)
+
+    started = time.monotonic()
+    given.to.mkdir(parents=True, exist_ok=True)
+    figures = update(given.base, given.to, settings, read_held_out(given.held_out))
+    seconds = time.monotonic() - started
+    report = {"settings": asdict(settings), "figures": figures, "seconds": seconds}
+    given.report.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"
+    main()
