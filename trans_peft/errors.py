@@ -10,6 +10,7 @@
     │   └── NotServedError                    no version of the adapter serves on that base
     ├── IntegrityError        (OSError)       bytes that are not what their hash says
     ├── StoreError            (OSError)       a store that cannot be reached or refuses
+    ├── EvaluationError       (RuntimeError)  a model that gives no answers that could be marked
     └── TrainingError         (RuntimeError)  a training process that ended without an adapter
         ├── OutOfMemoryError  (MemoryError)
         └── TrainingCancelled
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 __all__ = [
     "AdapterError",
     "DataError",
+    "EvaluationError",
     "IntegrityError",
     "InvalidSpecError",
     "NotFoundError",
@@ -98,6 +100,10 @@ class IntegrityError(TransPeftError, OSError):
 
 class StoreError(TransPeftError, OSError):
     """A store that cannot be reached or refuses."""
+
+
+class EvaluationError(TransPeftError, RuntimeError):
+    """A model that gives no answers that could be marked: logits not finite, or out of memory."""
 
 
 class TrainingError(TransPeftError, RuntimeError):
