@@ -14,3 +14,6 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_tiny_base
 
     return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+from tests.servers import servers, unique  # noqa: E402, F401

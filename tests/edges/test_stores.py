@@ -1,0 +1,154 @@
+"""One contract for every store: in memory, on disk, in S3."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from trans_peft.edges.memory import MemoryStore
+from trans_peft.edges.stores import SchemeStore
+from trans_peft.errors import IntegrityError, NotFoundError, StoreError
+from trans_peft.ports import ArtifactStore
+
+BIG = 40 << 20  # more than one part of a multipart upload
+
+
+@pytest.fixture(
+    params=["memory", "folder", "file-uri", pytest.param("s3", marks=pytest.mark.servers)]
+)
+def place(request, tmp_path: Path, unique: str) -> tuple[ArtifactStore, str]:
+    """A store and an empty prefix in it."""
+    if request.param == "memory":
+        return MemoryStore(chunk_bytes=5), f"memory://{unique}"
+    if request.param == "s3":
+        servers = request.getfixturevalue("servers")
+        return SchemeStore(), f"s3://{servers.bucket}/{unique}"
+    folder = tmp_path / "a folder"
+    return SchemeStore(), folder.as_uri() if request.param == "file-uri" else str(folder)
+
+
+def read(store: ArtifactStore, uri: str, etag: str | None = None) -> bytes:
+    with store.read(uri, etag=etag) as chunks:
+        return b"".join(chunks)
+
+
+class TestEveryStore:
+    def test_an_empty_prefix_lists_nothing(self, place):
+        store, prefix = place
+        assert store.list(prefix) == ()
+
+    def test_gives_back_what_was_written(self, place):
+        store, prefix = place
+        store.write(f"{prefix}/a/b.json", io.BytesIO(b"hello there"))
+        assert read(store, f"{prefix}/a/b.json") == b"hello there"
+
+    def test_lists_names_below_the_prefix_sorted_with_sizes(self, place):
+        store, prefix = place
+        for name in ("b", "a/c", "a-d"):
+            store.write(f"{prefix}/{name}", io.BytesIO(name.encode()))
+        store.write(f"{prefix}-beside/x", io.BytesIO(b"x"))
+        assert [(f.name, f.size) for f in store.list(prefix)] == [("a-d", 3), ("a/c", 3), ("b", 1)]
+        assert store.list(f"{prefix}/") == store.list(prefix)
+
+    def test_holds_an_empty_file(self, place):
+        store, prefix = place
+        store.write(f"{prefix}/empty", io.BytesIO(b""))
+        assert [(f.name, f.size) for f in store.list(prefix)] == [("empty", 0)]
+        assert read(store, f"{prefix}/empty") == b""
+
+    def test_a_missing_file_is_not_found(self, place):
+        store, prefix = place
+        with pytest.raises(NotFoundError, match="nowhere"):
+            read(store, f"{prefix}/nowhere")
+
+    def test_reads_the_version_that_was_listed_and_no_other(self, place):
+        store, prefix = place
+        store.write(f"{prefix}/x", io.BytesIO(b"old"))
+        (listed,) = store.list(prefix)
+        assert read(store, f"{prefix}/x", listed.etag) == b"old"
+        store.write(f"{prefix}/x", io.BytesIO(b"newer"))
+        with pytest.raises(IntegrityError, match="changed"):
+            read(store, f"{prefix}/x", listed.etag)
+
+    def test_leaves_the_file_of_the_caller_open(self, place):
+        store, prefix = place
+        data = io.BytesIO(b"x")
+        store.write(f"{prefix}/x", data)
+        assert not data.closed
+
+
+class TestS3:
+    pytestmark = pytest.mark.servers
+
+    def test_an_object_of_many_parts_comes_back_whole(self, servers, unique):
+        store, uri = SchemeStore(), f"s3://{servers.bucket}/{unique}/big"
+        data = bytes(range(256)) * (BIG // 256)
+        store.write(uri, io.BytesIO(data))
+        (listed,) = store.list(f"s3://{servers.bucket}/{unique}")
+        assert (listed.size, read(store, uri, listed.etag)) == (BIG, data)
+
+    def test_lists_more_than_one_page(self, servers, unique):
+        import boto3
+
+        client = boto3.client("s3")
+
+        def put(i: int) -> None:
+            client.put_object(Bucket=servers.bucket, Key=f"{unique}/{i:04}", Body=b"x")
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(put, range(1005)))
+        assert len(SchemeStore().list(f"s3://{servers.bucket}/{unique}")) == 1005
+
+    def test_a_missing_bucket_is_not_found(self, servers):
+        with pytest.raises(NotFoundError, match="no-such-bucket"):
+            SchemeStore().list("s3://no-such-bucket/x")
+
+    def test_folder_markers_are_no_files(self, servers, unique):
+        import boto3
+
+        boto3.client("s3").put_object(Bucket=servers.bucket, Key=f"{unique}/sub/", Body=b"")
+        assert SchemeStore().list(f"s3://{servers.bucket}/{unique}") == ()
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("AWS_ENDPOINT_URL", "http://127.0.0.1:9"), ("AWS_SECRET_ACCESS_KEY", "wrong")],
+    )
+    def test_says_what_to_check_when_it_is_not_let_in(self, servers, monkeypatch, name, value):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(StoreError, match="check AWS_ENDPOINT_URL") as caught:
+            SchemeStore().list(f"s3://{servers.bucket}/x")
+        assert not isinstance(caught.value, NotFoundError)
+
+
+class TestFiles:
+    def test_a_file_that_grows_while_it_is_read_is_noticed(self, tmp_path):
+        from trans_peft.edges.file_store import FileStore
+
+        path = tmp_path / "x"
+        path.write_bytes(b"0123456789")
+        with FileStore(chunk_bytes=4).read(str(path)) as chunks:
+            next(chunks)
+            with path.open("ab") as file:
+                file.write(b"more")
+            with pytest.raises(IntegrityError, match="changed"):
+                list(chunks)
+
+    def test_a_write_that_breaks_off_leaves_what_was_there(self, tmp_path):
+        from trans_peft.edges.file_store import FileStore
+
+        class Breaking(io.RawIOBase):
+            def read(self, size=-1):
+                raise OSError(5, "the cable was pulled")
+
+        store, path = FileStore(), tmp_path / "x"
+        path.write_bytes(b"before")
+        with pytest.raises(StoreError, match="the cable was pulled"):
+            store.write(str(path), Breaking())
+        assert path.read_bytes() == b"before"
+        assert [f.name for f in store.list(str(tmp_path))] == ["x"]
+
+    @pytest.mark.parametrize("uri", ["http://example.org/x", "gs://bucket/x", "file://host/x"])
+    def test_other_schemes_are_refused(self, uri):
+        with pytest.raises(StoreError, match="no local file"):
+            SchemeStore().list(uri)

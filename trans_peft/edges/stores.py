@@ -1,0 +1,39 @@
+"""One store for every URI: the scheme says which."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import BinaryIO
+
+from trans_peft.edges.file_store import FileStore
+from trans_peft.ports import ArtifactStore, StoredFile
+
+__all__ = ["SchemeStore"]
+
+
+class SchemeStore:
+    """`ArtifactStore` for `s3://` URIs, paths and `file://` URIs. boto3 is loaded only for S3."""
+
+    def __init__(self) -> None:
+        self._files = FileStore()
+
+    @cached_property
+    def _s3(self) -> ArtifactStore:
+        from trans_peft.edges.s3_store import S3Store
+
+        return S3Store()
+
+    def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
+        """Return every file below the prefix, sorted by name."""
+        return self._store(prefix_uri).list(prefix_uri)
+
+    def read(self, uri: str, *, etag: str | None = None) -> AbstractContextManager[Iterator[bytes]]:
+        """Stream one file in chunks. NotFoundError; IntegrityError if its ETag is another."""
+        return self._store(uri).read(uri, etag=etag)
+
+    def write(self, uri: str, data: BinaryIO) -> None:
+        """Write one file, whole or not at all."""
+        self._store(uri).write(uri, data)
+
+    def _store(self, uri: str) -> ArtifactStore:
+        return self._s3 if uri.startswith("s3://") else self._files
