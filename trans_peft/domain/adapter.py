@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from trans_peft.domain.base import serving_alias
 from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError, NotFoundError
 
 __all__ = ["AdapterSpec", "AdapterVersion", "VersionState", "source_version"]
@@ -18,6 +19,8 @@ class AdapterSpec:
     `options` are PEFT's own names (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...). They are
     checked against PEFT when the config is built (`trans_peft.methods.specs`).
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     peft_type: str = "LORA"
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,7 +1,9 @@
 """Where rows come from."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
+from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["DataSource"]
@@ -16,6 +18,8 @@ class DataSource:
     bytes read; empty means "not pinned yet". A pinned source
     whose bytes differ is an error, never a warning.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     uri: str
     sha256: str = ""

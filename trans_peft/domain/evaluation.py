@@ -6,10 +6,11 @@ that turn evaluations into a verdict are in `trans_peft.validation.gate`.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
 __all__ = [
@@ -38,6 +39,8 @@ class Suite:
     degree (chrF, ROUGE): an item is right at or above it. Answers are decoded greedily with at most
     `max_new_tokens`, and end at the first of `stop`. `limit` keeps the first so many rows.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     name: str
     data: DataSource
@@ -153,6 +156,8 @@ class GatePolicy:
     suite that the adapter was registered with. `must_beat_bare`: it must also do better than the
     bare new base.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     margin_points: float = 5.0
     alpha: float = 0.05

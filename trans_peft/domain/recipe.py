@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["OptimizerSettings", "Perturbation", "TrainingRecipe"]
@@ -24,6 +25,8 @@ class Perturbation:
     (the paper's fig. 10). `spared_layers`: layers left alone. It belongs to the recipe, never to
     the adapter: nothing of it is in the saved weights.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     masking_p: float = 0.0
     dropping_p: float = 0.0
@@ -57,6 +60,8 @@ class Perturbation:
 class OptimizerSettings:
     """AdamW with a cosine schedule. `batch_size` is per process and per micro-step."""
 
+    __pydantic_config__: ClassVar = STRICT
+
     learning_rate: float = 3e-4
     steps: int = 100
     batch_size: int = 16
@@ -89,6 +94,8 @@ class TrainingRecipe:
     `processes` are started by `accelerate launch`. `suites` are what it is judged by, now and on
     every new base.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     adapter: str
     family: str
