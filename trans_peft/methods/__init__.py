@@ -1,1 +1,1 @@
-"""Which adapters exist: `AdapterSpec` <-> PEFT's config."""
+"""Which adapters exist: every PEFT method by its own name, and the Houlsby bottleneck adapter."""

@@ -1,0 +1,44 @@
+"""Settings of a bottleneck adapter, beside those that every PEFT config has."""
+
+from dataclasses import dataclass
+
+from peft import PeftConfig
+
+from trans_peft.methods.bottleneck.peft_type import BOTTLENECK
+
+__all__ = ["NON_LINEARITIES", "BottleneckConfig"]
+
+NON_LINEARITIES = ("relu", "gelu", "silu", "tanh")
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """The Houlsby adapter: `h <- h + W_up f(W_down h)` after attention and after the FFN (eq. 2).
+
+    `bottleneck_dim` is b, the width between W_down (b, d) and W_up (d, b); `non_linearity` is f.
+    `target_modules` are the sub-layers that an adapter follows, as names or a regular expression:
+    by default both, for the model types that `BottleneckModel` knows. `init_bottleneck_weights`
+    has W_up zero at the start, so that a new adapter changes nothing.
+    """
+
+    bottleneck_dim: int = 64
+    non_linearity: str = "relu"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_bottleneck_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = BOTTLENECK
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        problems = []
+        if self.bottleneck_dim < 1:
+            problems.append(f"bottleneck_dim must be at least 1, not {self.bottleneck_dim}")
+        if self.non_linearity not in NON_LINEARITIES:
+            problems.append(
+                f"non_linearity must be one of {NON_LINEARITIES}, not {self.non_linearity!r}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))

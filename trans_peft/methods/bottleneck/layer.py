@@ -1,0 +1,87 @@
+"""A sub-layer with a bottleneck adapter after it."""
+
+# mypy does not follow PEFT, and takes what its mixin brings for a submodule.
+# mypy: disable-error-code="operator, union-attr"
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.activations import ACT2FN
+
+from trans_peft.methods.bottleneck.config import BottleneckConfig
+
+__all__ = ["BottleneckLayer"]
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """Calls a sub-layer and adds to its output h (..., d) what the active adapters make of it.
+
+    A sub-layer that returns a tuple (attention) has h in its first place. Nothing can be merged:
+    the adapter is not linear. Follows eq. 2, without biases, so that an adapter after a sub-layer
+    that contributes nothing contributes nothing either.
+    """
+
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    other_param_names = ("bottleneck_non_linearity",)
+
+    def __init__(
+        self, base_layer: nn.Module, hidden_size: int, adapter_name: str, config: BottleneckConfig
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.hidden_size = hidden_size
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
+        self.bottleneck_non_linearity: dict[str, nn.Module] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.update_layer(adapter_name, config)
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
+        """Add an adapter, on the device and in the dtype of the sub-layer."""
+        down = nn.Linear(self.hidden_size, config.bottleneck_dim, bias=False)
+        up = nn.Linear(config.bottleneck_dim, self.hidden_size, bias=False)
+        if config.init_bottleneck_weights:
+            nn.init.zeros_(up.weight)
+        self.bottleneck_down[adapter_name] = down
+        self.bottleneck_up[adapter_name] = up
+        self.bottleneck_non_linearity[adapter_name] = ACT2FN[config.non_linearity]
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        """Answer for a whole sub-layer what PEFT asks of one weight."""
+        for parameter in base_layer.parameters():
+            if parameter.dtype.is_floating_point:
+                return parameter.device, parameter.dtype
+        return None, None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: there is no weight that a bottleneck adapter could be merged into."""
+        raise NotImplementedError(
+            "a bottleneck adapter is not linear and cannot be merged: keep it, or unload() it"
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the sub-layer, h replaced by h + W_up f(W_down h)."""
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        for name in self.active_adapters:
+            if name in self.bottleneck_down:
+                hidden = hidden + self._adapted(name, hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _adapted(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+        x = self._cast_input_dtype(hidden, down.weight.dtype)
+        return up(self.bottleneck_non_linearity[name](down(x))).to(hidden.dtype)
+
+    def __repr__(self) -> str:
+        return "bottleneck." + super().__repr__()

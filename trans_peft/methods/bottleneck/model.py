@@ -1,0 +1,67 @@
+"""A model whose sub-layers have bottleneck adapters after them."""
+
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from trans_peft.methods.bottleneck.config import BottleneckConfig
+from trans_peft.methods.bottleneck.layer import BottleneckLayer
+
+__all__ = ["BottleneckModel"]
+
+_LLAMA_LIKE = ["self_attn", "mlp"]
+
+
+class BottleneckModel(BaseTuner):
+    """Puts a `BottleneckLayer` around every targeted sub-layer.
+
+    Follows PEFT's own tuners. The targets must return what is added to the residual stream: an
+    attention, a FFN, or the last projection of one.
+    """
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping = {  # noqa: RUF012 - PEFT reads it as a class attribute
+        "cohere": _LLAMA_LIKE,
+        "falcon": ["self_attention", "mlp"],
+        "gemma": _LLAMA_LIKE,
+        "gemma2": _LLAMA_LIKE,
+        "gemma3_text": _LLAMA_LIKE,
+        "gpt2": ["attn", "mlp"],
+        "gpt_neox": ["attention", "mlp"],
+        "internlm3": _LLAMA_LIKE,
+        "llama": _LLAMA_LIKE,
+        "mistral": _LLAMA_LIKE,
+        "mixtral": _LLAMA_LIKE,
+        "olmo2": _LLAMA_LIKE,
+        "opt": ["self_attn", "fc2"],
+        "phi3": _LLAMA_LIKE,
+        "qwen2": _LLAMA_LIKE,
+        "qwen2_moe": _LLAMA_LIKE,
+        "qwen3": _LLAMA_LIKE,
+    }
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, BottleneckConfig)
+        if isinstance(target, BottleneckLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        hidden_size = self.model.config.get_text_config().hidden_size
+        layer = BottleneckLayer(target, hidden_size, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new: Any, child: Any) -> None:
+        setattr(parent, child_name, new)
