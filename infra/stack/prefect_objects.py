@@ -15,6 +15,7 @@ Doing it again changes what differs and nothing else.
 import asyncio
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -28,7 +29,18 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from infra.stack.programs import WORK_POOL
 from infra.stack.settings import StackSettings
 
-__all__ = ["ZOMBIES", "register"]
+__all__ = ["QUEUES", "ZOMBIES", "Queue", "register"]
+
+
+@dataclass(frozen=True)
+class Queue:
+    """A queue of the work pool: its priority (1 is first), and whether GPU slots limit it."""
+
+    priority: int
+    limited: bool
+
+
+QUEUES = {"control": Queue(1, limited=False), "gpu": Queue(2, limited=True)}
 
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 ZOMBIES = AutomationCore(
@@ -61,12 +73,13 @@ async def register(client: PrefectClient, gpu_slots: int) -> None:
     """Create or update the pool, its queues, the GPU slots and the automation."""
     with suppress(ObjectAlreadyExists):
         await client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"))
-    for queue, priority, limit in (("control", 1, None), ("gpu", 2, gpu_slots)):
+    for name, queue in QUEUES.items():
         try:
-            found = await client.read_work_queue_by_name(queue, work_pool_name=WORK_POOL)
+            found = await client.read_work_queue_by_name(name, work_pool_name=WORK_POOL)
         except ObjectNotFound:
-            found = await client.create_work_queue(queue, work_pool_name=WORK_POOL)
-        await client.update_work_queue(found.id, priority=priority, concurrency_limit=limit)
+            found = await client.create_work_queue(name, work_pool_name=WORK_POOL)
+        limit = gpu_slots if queue.limited else None
+        await client.update_work_queue(found.id, priority=queue.priority, concurrency_limit=limit)
     await client.upsert_global_concurrency_limit_by_name("gpu", gpu_slots)
     await client.update_global_concurrency_limit("gpu", GlobalConcurrencyLimitUpdate(active=True))
     if not await client.read_automations_by_name(ZOMBIES.name):

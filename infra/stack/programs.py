@@ -162,6 +162,7 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
         "TRANS_PEFT_STATE": str(_folder(settings, "work")),
         "TRANS_PEFT_CHECKOUT": str(settings.checkout),
         "TRANS_PEFT_BASES_URI": "s3://bases/",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",

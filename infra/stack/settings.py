@@ -68,9 +68,9 @@ class StackSettings:
         if self.gpu_slots < 1:
             problems.append(f"GPU_SLOTS is {self.gpu_slots}, not a positive number")
         if len(os.fsencode(self.socket)) > 100:  # 104 on macOS, 108 on Linux
-            problems.append(
-                f"too long for a unix socket: {self.socket}; choose a shorter TRANS_PEFT_STATE"
-            )
+            problems.append(f"TRANS_PEFT_STATE is too long a path for a socket: {self.socket}")
+        if "%" in str(self.state):  # supervisor expands %(...)s, some values twice
+            problems.append(f"TRANS_PEFT_STATE has a % in it: {self.state}")
         if problems:
             raise InvalidSpecError("This stack cannot start: " + "; ".join(problems))
 

@@ -40,7 +40,7 @@ class ProgramState:
 def configuration(settings: StackSettings) -> RawConfigParser:
     """Return supervisor's configuration: one program a section, in the order of starting."""
     config = RawConfigParser()
-    here = str(settings.state).replace("%", "%%")  # supervisor expands %(...)s
+    here = settings.state
     config["unix_http_server"] = {"file": f"{here}/supervisor.sock", "chmod": "0700"}
     config["rpcinterface:supervisor"] = {
         "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
@@ -50,12 +50,11 @@ def configuration(settings: StackSettings) -> RawConfigParser:
         "logfile_maxbytes": "1MB",
         "pidfile": f"{here}/supervisor.pid",
         "childlogdir": f"{here}/logs",
-        "directory": str(settings.checkout).replace("%", "%%"),
         "umask": "077",
     }
     for priority, program in enumerate(PROGRAMS.values()):
         config[f"program:{program.name}"] = {
-            "command": f'"{sys.executable}" -m infra.stack run {program.name}'.replace("%", "%%"),
+            "command": f'"{sys.executable}" -m infra.stack run {program.name}',
             "priority": str(priority),
             # The worker starts once the pool that it serves is there.
             "autostart": str(program.name != "worker").lower(),

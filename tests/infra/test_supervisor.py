@@ -1,0 +1,50 @@
+import pytest
+from supervisor.options import ServerOptions
+
+from infra.stack.programs import PROGRAMS
+from infra.stack.settings import StackSettings
+from infra.stack.supervisor import Supervisor, configuration
+
+
+@pytest.fixture(params=["state", "with space", "quo'te"])
+def read_back(request, tmp_path):
+    """What supervisor itself reads out of our configuration."""
+    settings = StackSettings(tmp_path / request.param)
+    settings.logs.mkdir(parents=True)
+    path = settings.state / "supervisor.conf"
+    with path.open("w") as file:
+        configuration(settings).write(file)
+    options = ServerOptions()
+    options.realize(["-c", str(path)])
+    return settings, options
+
+
+def test_every_program_is_restarted_bounded_and_stopped_with_its_group(read_back):
+    settings, options = read_back
+    programs = {group.name: group.process_configs[0] for group in options.process_group_configs}
+    assert list(programs) == list(PROGRAMS)
+    for name, program in programs.items():
+        assert program.autorestart is not False
+        assert program.stopasgroup
+        assert program.killasgroup
+        assert program.stdout_logfile == str(settings.logs / f"{name}.log")
+        assert 0 < program.stdout_logfile_maxbytes <= 10 * 2**20
+        assert program.command.endswith(f"-m infra.stack run {name}")
+    assert [name for name, program in programs.items() if not program.autostart] == ["worker"]
+
+
+def test_only_the_owner_may_ask_and_everything_lies_below_the_state(read_back):
+    settings, options = read_back
+    (server,) = options.server_configs
+    assert server["file"] == str(settings.socket)
+    assert server["chmod"] == 0o700
+    assert options.pidfile == str(settings.state / "supervisor.pid")
+    assert options.logfile == str(settings.logs / "supervisor.log")
+
+
+def test_without_a_manager_there_is_nothing_to_ask_and_nothing_to_stop(tmp_path):
+    supervisor = Supervisor(StackSettings(tmp_path))
+    assert not supervisor.is_running()
+    assert supervisor.programs() == {}
+    supervisor.stop_program("s3")
+    supervisor.shut_down()
