@@ -1,0 +1,7 @@
+"""`python -m trans_peft.cli`."""
+
+import sys
+
+from trans_peft.cli import main
+
+sys.exit(main())

@@ -1,0 +1,204 @@
+"""`train`, `evaluate` and `adopt`: an adapter and the base that it was trained on."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from trans_peft.cli.files import read_recipe, read_suites, write_json
+from trans_peft.cli.options import Adapter, BaseUri, Json, Out, State, SuiteFiles
+from trans_peft.cli.show import evaluation_table, print_json, progress
+from trans_peft.cli.show import out as stdout
+from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name, check_free
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.evaluation import BARE, Evaluation, Suite
+from trans_peft.errors import InvalidSpecError
+
+__all__ = ["adopt", "evaluate", "train"]
+
+
+def train(
+    recipe: Annotated[Path, Parameter(help="Training recipe, as a JSON or YAML file.")],
+    /,
+    *,
+    base: BaseUri,
+    out: Out,
+    json: Json = False,
+    state: State = Path(".trans-peft"),
+) -> int:
+    """Train an adapter as a recipe says, and evaluate it on the base that it was trained on.
+
+    Writes `adapter/`, a stock PEFT folder, and beside it `evaluations/` (item by item),
+    `training.json` (the figures of each step) and `record.json`. A command that was killed goes on
+    from its last checkpoint when it is given again.
+
+    Example: `trans-peft train recipe.yaml --base models/v1 --out runs/mine`
+    """
+    from trans_peft.lifecycle.train import train as train_on
+    from trans_peft.training import events
+
+    check_free(out)
+    wanted = replace(read_recipe(recipe), base_version=base)
+    steps: list[events.Progress] = []
+    with progress() as shown:
+        workspace = Workspace.at(state, shown)
+        workspace.base(base, wanted.family)
+
+        def on_event(event: events.Event) -> None:
+            if isinstance(event, events.Progress):
+                steps.append(event)
+                figures = f"steps, loss {event.loss:.3f}, {event.tokens_per_s:,.0f} tokens/s"
+                shown.show(f"training {wanted.adapter}", event.step, event.total_steps, figures)
+            elif isinstance(event, events.TrainingStarted):
+                shown.say(str(event))
+
+        version = train_on(
+            wanted, workspace.platform, on_event=on_event, on_progress=shown.evaluation
+        )
+        write_json(out / "training.json", steps)
+        evaluations = _keep(version, workspace, out)
+    return _tell(version, evaluations, out, json=json)
+
+
+def evaluate(
+    adapter: Annotated[
+        str | None, Parameter(help="PEFT folder of the adapter: a path or an `s3://` prefix.")
+    ] = None,
+    /,
+    *,
+    base: BaseUri,
+    suite: SuiteFiles,
+    bare: Annotated[bool, Parameter(negative=(), help="Evaluate the base alone.")] = False,
+    out: Annotated[
+        Path | None, Parameter(help="Folder for the results, item by item, a file per suite.")
+    ] = None,
+    json: Json = False,
+    state: State = Path(".trans-peft"),
+) -> int:
+    """Answer one or several suites with an adapter on a base, or with the bare base.
+
+    Example: `trans-peft evaluate runs/mine/adapter --base models/v1 --suite suite.yaml`
+
+    Example: `trans-peft evaluate --bare --base models/v2 --suite suite.yaml --json`
+    """
+    from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
+    from trans_peft.models import adapter_weights_sha256
+
+    if bare == (adapter is not None):
+        raise InvalidSpecError(
+            "what is to be evaluated is not clear", expected="either an adapter or --bare"
+        )
+    suites = read_suites(suite)
+    with progress() as shown:
+        workspace = Workspace.at(state, shown)
+        folder = workspace.adapter(adapter) if adapter is not None else None
+        found = evaluate_on(
+            workspace.base(base, LOCAL),
+            pin_suites(suites, workspace.platform),
+            workspace.platform,
+            adapter=None if folder is None else lambda: folder,
+            weights_sha256=BARE if folder is None else adapter_weights_sha256(folder),
+            on_progress=shown.evaluation,
+        )
+    if out is not None:
+        _write_evaluations(found.values(), out)
+    if json:
+        print_json([_summary(evaluation) for evaluation in found.values()])
+    else:
+        stdout.print(evaluation_table(found.values()))
+    return 0
+
+
+def adopt(
+    adapter: Adapter,
+    /,
+    *,
+    base: BaseUri,
+    suite: SuiteFiles,
+    out: Out,
+    name: Annotated[str | None, Parameter(help="Its name; default: its folder's.")] = None,
+    json: Json = False,
+    state: State = Path(".trans-peft"),
+) -> int:
+    """Take over an adapter that exists: does it fit the base, does it do anything, how good is it?
+
+    Writes `adapter/` (bound to this base), `evaluations/` and `record.json`: from then on it is
+    judged on new bases like one that was trained here. Exit code 2 if it does not fit.
+
+    Example: `trans-peft adopt downloads/lora --base models/v1 --suite suite.yaml --out runs/lora`
+    """
+    from trans_peft.lifecycle.adopt import adopt as adopt_on
+
+    check_free(out)
+    suites = read_suites(suite)
+    with progress() as shown:
+        workspace = Workspace.at(state, shown)
+        folder = workspace.adapter(adapter)
+        workspace.base(base, LOCAL)
+        version = adopt_on(
+            name or adapter_name(adapter),
+            str(folder),
+            LOCAL,
+            suites,
+            workspace.platform,
+            base_version=base,
+            on_progress=shown.evaluation,
+        )
+        evaluations = _keep(version, workspace, out)
+    return _tell(version, evaluations, out, json=json)
+
+
+def _keep(version: AdapterVersion, workspace: Workspace, out: Path) -> list[Evaluation]:
+    """Write a registered version, its evaluations and its record; return the evaluations."""
+    found = [_evaluation(version, suite, workspace) for suite in version.suites]
+    evaluations = [evaluation for evaluation in found if evaluation is not None]
+    workspace.platform.registry.download(version, out / "adapter")
+    _write_evaluations(evaluations, out / "evaluations")
+    write_json(out / "record.json", version)
+    return evaluations
+
+
+def _evaluation(version: AdapterVersion, suite: Suite, workspace: Workspace) -> Evaluation | None:
+    from trans_peft.domain.evaluation import evaluation_key
+
+    return workspace.platform.evaluations.get(
+        evaluation_key(
+            version.weights_sha256,
+            version.base_fingerprint_sha256,
+            suite.suite_sha256,
+            suite.decoding_sha256,
+        )
+    )
+
+
+def _tell(version: AdapterVersion, evaluations: list[Evaluation], out: Path, *, json: bool) -> int:
+    if json:
+        print_json(
+            {
+                "adapter": out / "adapter",
+                "record": version,
+                "evaluations": [_summary(evaluation) for evaluation in evaluations],
+            }
+        )
+    else:
+        stdout.print(evaluation_table(evaluations))
+        stdout.print(f"{version.adapter} is in {out / 'adapter'}")
+    return 0
+
+
+def _write_evaluations(evaluations: Iterable[Evaluation], folder: Path) -> None:
+    for evaluation in evaluations:
+        write_json(folder / f"{evaluation.suite}.json", evaluation)
+
+
+def _summary(evaluation: Evaluation) -> dict[str, object]:
+    return {
+        "suite": evaluation.suite,
+        "items": len(evaluation.items),
+        "score": evaluation.score,
+        "key": evaluation.key,
+        "weights_sha256": evaluation.weights_sha256,
+        "base_fingerprint_sha256": evaluation.base_fingerprint_sha256,
+    }

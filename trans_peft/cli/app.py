@@ -1,0 +1,49 @@
+"""The commands by name, and the page that `trans-peft --help` shows."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+from cyclopts import App
+
+from trans_peft.cli.adapters import adopt, evaluate, train
+from trans_peft.cli.bases import fingerprint, publish
+from trans_peft.cli.transfers import check, transfer
+
+__all__ = ["app"]
+
+_INTRODUCTION = """
+Train adapters that survive an update of their base model, and judge them when one comes.
+
+Works on local folders and `s3://` prefixes; needs no server. A life in five commands:
+
+1. `trans-peft train recipe.yaml --base models/v1 --out runs/mine`
+2. `trans-peft publish models/v2 s3://bases/mine/v2 --family mine --version v2 --parent v1`
+3. `trans-peft check runs/mine/adapter --old models/v1 --new models/v2`
+4. `trans-peft transfer runs/mine/adapter --old models/v1 --new models/v2 --suite suite.yaml --out runs/mine-v2`
+5. serve `runs/mine-v2/adapter` if the verdict is `passed`
+"""  # noqa: E501
+
+_EPILOGUE = """
+**Exit codes:** 0 all is well · 1 the adapter is not compatible, or its verdict is not `passed` ·
+2 the input is at fault · 3 the command failed.
+Every command takes `--json` (one JSON value on stdout; progress and errors on stderr).
+"""
+
+app = App(
+    name="trans-peft",
+    help=_INTRODUCTION,
+    help_epilogue=_EPILOGUE,
+    help_format="markdown",
+    version=lambda: version("trans-peft"),
+)
+_COMMANDS: tuple[Callable[..., int], ...] = (
+    train,
+    evaluate,
+    adopt,
+    check,
+    transfer,
+    fingerprint,
+    publish,
+)
+for _place, _command in enumerate(_COMMANDS, start=1):
+    app.command(_command, sort_key=_place)

@@ -1,0 +1,104 @@
+"""Recipes, suites and policies from JSON or YAML files, and results to JSON files."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import GatePolicy, Suite
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.errors import InvalidSpecError, NotFoundError
+
+__all__ = ["read_policy", "read_recipe", "read_suites", "write_json"]
+
+T = TypeVar("T")
+
+
+def read_recipe(path: Path) -> TrainingRecipe:
+    """Read a training recipe. Paths of data in it are relative to the file.
+
+    Raises NotFoundError, InvalidSpecError with every problem.
+    """
+    recipe = _read(path, TrainingRecipe)
+    suites = tuple(_beside(path, suite) for suite in recipe.suites)
+    return replace(recipe, data=_source_beside(path, recipe.data), suites=suites)
+
+
+def read_suites(paths: Sequence[Path]) -> tuple[Suite, ...]:
+    """Read evaluation suites, one a file. Paths of data in them are relative to their file."""
+    suites = tuple(_beside(path, _read(path, Suite)) for path in paths)
+    names = [suite.name for suite in suites]
+    if len(set(names)) != len(names):
+        raise InvalidSpecError(f"suites share a name: {', '.join(names)}")
+    return suites
+
+
+def read_policy(path: Path | None) -> GatePolicy:
+    """Read the gate's policy; without a file it is the default one."""
+    return GatePolicy() if path is None else _read(path, GatePolicy)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a noun as JSON, whole or not at all."""
+    from pydantic_core import to_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_bytes(to_json(value, indent=2) + b"\n")
+    draft.replace(path)
+
+
+def _read(path: Path, noun: type[T]) -> T:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(noun).validate_python(_parse(path))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in problem['loc']) or 'the whole'}: {_words(problem)}"
+            for problem in error.errors()
+        ]
+        raise InvalidSpecError(
+            "\n    ".join([f"{path} is not a {noun.__name__} that can be used:", *problems])
+        ) from error
+
+
+def _parse(path: Path) -> Any:
+    import json
+
+    import yaml
+
+    if not path.is_file():
+        raise NotFoundError(f"there is no file {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        if path.suffix in (".yaml", ".yml"):
+            return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise InvalidSpecError(f"{path} cannot be read: {error}") from error
+    raise InvalidSpecError(
+        f"{path} is of no kind that can be read", expected=".json, .yaml or .yml", found=path.suffix
+    )
+
+
+def _words(problem: Any) -> str:
+    if problem["type"] == "unexpected_keyword_argument":
+        return "there is no such field"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "missing":
+        return "is missing"
+    return f"{problem['msg'].lower()} (found {problem['input']!r})"
+
+
+def _beside(path: Path, suite: Suite) -> Suite:
+    return replace(suite, data=_source_beside(path, suite.data))
+
+
+def _source_beside(path: Path, source: DataSource) -> DataSource:
+    if "://" in source.uri or source.uri.startswith("hub:"):
+        return source
+    return replace(source, uri=str((path.parent / source.uri).resolve()))

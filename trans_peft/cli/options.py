@@ -1,0 +1,38 @@
+"""The arguments that several commands share, with the words that help shows for them."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+__all__ = ["Adapter", "BaseUri", "Json", "NewBase", "OldBase", "Out", "State", "SuiteFiles"]
+
+Adapter = Annotated[str, Parameter(help="PEFT folder of the adapter: a path or an `s3://` prefix.")]
+BaseUri = Annotated[
+    str, Parameter(name="--base", metavar="BASE", help="Folder or `s3://` prefix of the base.")
+]
+OldBase = Annotated[
+    str, Parameter(name="--old", metavar="BASE", help="The base that it was trained on.")
+]
+NewBase = Annotated[
+    str, Parameter(name="--new", metavar="BASE", help="The base that is to replace it.")
+]
+SuiteFiles = Annotated[
+    list[Path],
+    Parameter(
+        name="--suite",
+        negative=(),
+        help="Evaluation suite, as a JSON or YAML file. Repeat it for several suites.",
+    ),
+]
+Out = Annotated[Path, Parameter(name="--out", help="New folder for the results.")]
+State = Annotated[
+    Path,
+    Parameter(
+        name="--state",
+        help="Folder for what the next command need not compute again. Can be deleted.",
+    ),
+]
+Json = Annotated[
+    bool, Parameter(name="--json", negative=(), help="Print one JSON value instead of words.")
+]

@@ -1,0 +1,137 @@
+"""What people see: tables, progress, words on the terminal; or one JSON value on stdout."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from trans_peft.domain.evaluation import Evaluation, Verdict
+from trans_peft.domain.outcome import Compatibility, TransferOutcome
+
+__all__ = [
+    "Progress",
+    "errors_out",
+    "evaluation_table",
+    "out",
+    "print_compatibility",
+    "print_json",
+    "print_outcome",
+    "progress",
+]
+
+out = Console(soft_wrap=True, highlight=False)
+errors_out = Console(stderr=True, soft_wrap=True, highlight=False)
+
+_QUIET_S = 10.0
+_COLOURS = {Verdict.PASSED: "green", Verdict.INCONCLUSIVE: "yellow", Verdict.RETIRE: "yellow"}
+
+
+class Progress:
+    """Bars on a terminal; elsewhere a line every ten seconds and at each end."""
+
+    def __init__(self, bars: Bars | None) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = time.monotonic()
+
+    def show(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Tell that `done` of `total` are done of something; `note` is its unit or a figure."""
+        if self._bars is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, total=total, note="")
+            self._bars.update(self._tasks[what], completed=done, total=total, note=note)
+        elif done == total or time.monotonic() - self._last_line > _QUIET_S:
+            self._last_line = time.monotonic()
+            self.say(f"{what}: {done:,} of {total:,} {note}".rstrip())
+
+    def say(self, line: str) -> None:
+        """Print one line above the bars."""
+        console = errors_out if self._bars is None else self._bars.console
+        console.print(line, markup=False, style="dim")
+
+    def evaluation(self, what: str, done: int, total: int) -> None:
+        """Tell how far an evaluation is (`trans_peft.lifecycle.evaluations.Progress`)."""
+        self.show(f"evaluating {what}", done, total, "items")
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Show progress on stderr within the block."""
+    if not errors_out.is_terminal:
+        yield Progress(None)
+        return
+    with Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=errors_out,
+        transient=True,
+    ) as bars:
+        yield Progress(bars)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON value on stdout."""
+    from pydantic_core import to_json
+
+    print(to_json(value, indent=2).decode())  # noqa: T201
+
+
+def evaluation_table(evaluations: Iterable[Evaluation]) -> Table:
+    """Return a table with a row per suite; scores in points."""
+    table = _table("suite", "items", "score")
+    for found in evaluations:
+        table.add_row(found.suite, str(len(found.items)), f"{found.score:.1f}")
+    return table
+
+
+def print_compatibility(found: Compatibility) -> None:
+    """Print every mismatch and every note."""
+    if found.ok:
+        out.print("[green]compatible[/]")
+    else:
+        out.print(f"[red]not compatible[/]: {len(found.mismatches)} mismatches")
+    _print_lines("mismatch", found.mismatches)
+    _print_lines("note", found.notes)
+
+
+def print_outcome(outcome: TransferOutcome) -> None:
+    """Print the figures of every suite, then the verdict and why."""
+    if outcome.judgement.suites:
+        table = _table(
+            "suite", "items", "old base", "new base", "bare", "difference", "at least", "at most"
+        )
+        for suite in outcome.judgement.suites:
+            table.add_row(
+                suite.suite,
+                str(suite.items),
+                f"{suite.reference:.1f}",
+                f"{suite.score:.1f}",
+                "" if suite.bare is None else f"{suite.bare:.1f}",
+                f"{suite.difference:+.1f}",
+                f"{suite.lower:+.1f}",
+                f"{suite.upper:+.1f}",
+            )
+        out.print(table)
+    _print_lines("note", outcome.compatibility.notes)
+    colour = _COLOURS.get(outcome.verdict, "red")
+    out.print(f"verdict: [bold {colour}]{outcome.verdict}[/]")
+    out.print(outcome.judgement.reason, markup=False)
+
+
+def _print_lines(word: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        out.print(f"  {word}: {line}", markup=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table

@@ -1,0 +1,150 @@
+"""The ports that the command line works with, and what it keeps between two commands.
+
+The state folder holds evaluations by key, fingerprints by the state of the files they were read
+from, copies of bases from buckets, and checkpoints of unfinished training. All of it can be
+deleted: it only saves time.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trans_peft.cli.files import write_json
+from trans_peft.cli.show import Progress
+from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.identity import content_sha256
+from trans_peft.edges.memory import MemoryCatalog, MemoryRegistry, MemoryRunLog
+from trans_peft.edges.stores import SchemeStore
+from trans_peft.errors import InvalidSpecError, NotFoundError
+from trans_peft.ports import Platform
+
+__all__ = ["LOCAL", "EvaluationFolder", "Workspace", "adapter_name", "check_free"]
+
+LOCAL = "local"
+"""The family of bases that nobody named one for."""
+
+
+class EvaluationFolder:
+    """`EvaluationStore` as JSON files named by key."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, key: str) -> Evaluation | None:
+        """Return the evaluation with that key, or None."""
+        from pydantic import TypeAdapter
+
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        return TypeAdapter(Evaluation).validate_json(path.read_bytes())
+
+    def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
+        """Keep an evaluation. The same key again changes nothing."""
+        if not self._path(evaluation.key).exists():
+            write_json(self._path(evaluation.key), evaluation)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.json"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A platform of files and memory, and the progress that its user sees."""
+
+    platform: Platform
+    progress: Progress
+
+    @classmethod
+    def at(cls, state: Path, progress: Progress) -> "Workspace":
+        """Open a workspace whose state lies in a folder."""
+        state = state.resolve()
+        platform = Platform(
+            store=SchemeStore(),
+            catalog=MemoryCatalog(),
+            registry=MemoryRegistry(),
+            evaluations=EvaluationFolder(state / "evaluations"),
+            runs=MemoryRunLog(),
+            work_dir=state,
+        )
+        return cls(platform, progress)
+
+    def base(self, named: str, family: str) -> BaseVersion:
+        """Fingerprint a base and put it in the catalog; its version is the path that was named."""
+        uri = _absolute(named)
+        fingerprint = self.fingerprint(uri)
+        if "://" not in uri:
+            self._use_in_place(Path(uri), fingerprint)
+        return self.platform.catalog.make_ready(
+            family, named, uri, fingerprint=fingerprint, parent=None, source="command line"
+        )
+
+    def fingerprint(self, uri: str) -> Fingerprint:
+        """Return a base's fingerprint, read anew only if one of its files changed."""
+        from pydantic import TypeAdapter
+
+        from trans_peft.bases.fingerprint import fingerprint
+
+        uri = _absolute(uri)
+        files = [(file.name, file.size, file.etag) for file in self.platform.store.list(uri)]
+        known = self.platform.work_dir / "fingerprints" / f"{content_sha256([uri, files])}.json"
+        if known.is_file():
+            return TypeAdapter(Fingerprint).validate_json(known.read_bytes())
+        found = fingerprint(
+            uri,
+            self.platform.store,
+            on_progress=lambda done, total: self.progress.show(f"reading {uri}", done, total, "B"),
+        )
+        write_json(known, found)
+        return found
+
+    def adapter(self, uri: str) -> Path:
+        """Return the folder of a PEFT adapter, fetched where it is in a bucket. AdapterError."""
+        from trans_peft.transfer.peft_folder import read_peft_folder
+
+        if "://" not in uri:
+            return read_peft_folder(Path(uri)).path
+        files = [file for file in self.platform.store.list(uri) if "/" not in file.name]
+        if not files:
+            raise NotFoundError(f"there is nothing at {uri}")
+        name = hashlib.sha256(repr((uri, files)).encode()).hexdigest()
+        folder = self.platform.work_dir / "adapters" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            if file.name.endswith((".json", ".safetensors", ".jinja")):
+                source = f"{uri.rstrip('/')}/{file.name}"
+                with (
+                    self.platform.store.read(source, etag=file.etag) as chunks,
+                    (folder / file.name).open("wb") as target,
+                ):
+                    target.writelines(chunks)
+        return read_peft_folder(folder).path
+
+    def _use_in_place(self, folder: Path, fingerprint: Fingerprint) -> None:
+        """Let the cache of bases point at a local folder, which needs no copy."""
+        link = self.platform.work_dir / "bases" / fingerprint.digest
+        if link.is_symlink():
+            link.unlink()
+        if not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(folder, target_is_directory=True)
+
+
+def adapter_name(uri: str) -> str:
+    """Return what an adapter is called where nobody named it: `runs/mine/adapter` is `mine`."""
+    path = Path(uri.partition("://")[2]) if "://" in uri else Path(uri).resolve()
+    return path.parent.name if path.name == "adapter" and path.parent.name else path.name
+
+
+def check_free(out: Path) -> None:
+    """Raise InvalidSpecError unless the folder is new or empty: results are never mixed."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InvalidSpecError(
+            f"{out} is in use already", expected="a new or empty folder", do="name another --out"
+        )
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).resolve())
