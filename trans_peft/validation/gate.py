@@ -205,9 +205,11 @@ def _lost_words(policy: GatePolicy, f: _Finding) -> str:
 
 
 def _retire_words(policy: GatePolicy, s: SuiteJudgement) -> str:
+    over = s.over_bare_upper or 0.0
+    gap = f"at most {over:.2f} points worse" if over > 0 else f"at least {-over:.2f} points better"
     return (
-        f"{_scores(s)}; the bare new base has {s.bare:.1f} and is at most "
-        f"{max(s.over_bare_upper or 0.0, 0.0):.2f} points worse, margin {policy.margin_points:g}"
+        f"{_scores(s)}; the bare new base has {s.bare:.1f} without the adapter, {gap}, "
+        f"margin {policy.margin_points:g}"
     )
 
 

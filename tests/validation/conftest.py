@@ -1,0 +1,12 @@
+import pytest
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny matrices are multiplied faster by one thread than by many that wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,183 @@
+from dataclasses import replace
+from hashlib import sha256
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model, tiny_tokenizer
+from trans_peft.data import Example, Message
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import BARE, Suite
+from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
+from trans_peft.validation.evaluate import evaluate
+from trans_peft.validation.generation import generate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SUITE = Suite("bytes", DataSource("bytes.jsonl", "0" * 64), max_new_tokens=3, stop=())
+QUESTIONS = ("a b c", "What is it?", "x", "a rather longer question than the others")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(seed=4).eval()
+
+
+@pytest.fixture(scope="module")
+def answers(model, tokenizer):
+    """The model's own answers, question by question."""
+    return [
+        generate(model, tokenizer, [tokenizer(q)["input_ids"]], max_new_tokens=3)[0]
+        for q in QUESTIONS
+    ]
+
+
+def examples_of(answers):
+    return [
+        Example(f"q{i}", question, answer)
+        for i, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True))
+    ]
+
+
+def run(model, tokenizer, examples, suite=SUITE, **options):
+    return evaluate(
+        model,
+        tokenizer,
+        suite,
+        examples,
+        weights_sha256=BARE,
+        base_fingerprint_sha256="base",
+        **options,
+    )
+
+
+def test_right_is_who_answers_as_the_reference(model, tokenizer, answers):
+    examples = examples_of(answers)
+    examples[2] = replace(examples[2], completion="something else")
+    result = run(model, tokenizer, examples)
+    assert [(item.id, item.correct) for item in result.items] == [
+        ("q0", True), ("q1", True), ("q2", False), ("q3", True),
+    ]  # fmt: skip
+    assert result.score == 75
+    assert (result.suite, result.weights_sha256) == ("bytes", BARE)
+    assert result.suite_sha256 == SUITE.suite_sha256
+    assert result.decoding_sha256 == SUITE.decoding_sha256
+    assert result.seconds > 0
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_answers_are_kept_only_where_the_suite_says_so(keep, model, tokenizer, answers):
+    result = run(model, tokenizer, examples_of(answers), replace(SUITE, keep_answers=keep))
+    assert [item.answer for item in result.items] == (answers if keep else [None] * 4)
+    hashes = [sha256(answer.encode()).hexdigest() for answer in answers]
+    assert [item.answer_sha256 for item in result.items] == hashes
+
+
+def test_the_order_of_examples_and_the_batch_change_no_item(model, tokenizer, answers):
+    examples = examples_of(answers)
+    whole = run(model, tokenizer, examples)
+    turned = run(model, tokenizer, examples[::-1], batch_size=2)
+    assert set(whole.items) == set(turned.items)
+
+
+def test_only_the_first_rows_count_where_the_suite_has_a_limit(model, tokenizer, answers):
+    result = run(model, tokenizer, examples_of(answers), replace(SUITE, limit=2))
+    assert [item.id for item in result.items] == ["q0", "q1"]
+
+
+def test_a_chat_is_asked_with_the_tokenizers_own_template(model, tokenizer):
+    (answer,) = generate(
+        model, tokenizer, [tokenizer("<|user|>hi<eos><|assistant|>")["input_ids"]], max_new_tokens=3
+    )
+    chat = Example("c", "", answer, (Message("user", "hi"), Message("assistant", answer)))
+    assert run(model, tokenizer, [chat]).score == 100
+
+
+def test_the_model_is_left_as_it_was_found(tokenizer, answers):
+    model = tiny_model(seed=4)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = run(model, tokenizer, examples_of(answers))
+    assert result.score == 100
+    assert all(module.training for module in model.modules())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_progress_counts_items(model, tokenizer, answers):
+    told = []
+    run(model, tokenizer, examples_of(answers), on_progress=lambda *p: told.append(p), batch_size=3)
+    assert told == [(3, 4), (4, 4)]
+
+
+def test_all_bad_items_are_told_at_once_before_the_model_is_asked(tokenizer):
+    examples = [
+        Example("twice", "a", "b"),
+        Example("twice", "c", "d"),
+        Example("long", "x" * 510, "y"),
+        Example("empty", "", "y"),
+    ]
+    with pytest.raises(DataError) as error:
+        run(tiny_model(), tokenizer, examples)
+    for part in (
+        "twice: 2 items have this id",
+        "long: 510 tokens and 3 new ones are 513, the context is 512",
+        "empty: its prompt has no tokens",
+    ):
+        assert part in str(error.value)
+
+
+def test_the_longest_prompt_that_fits_is_answered(model, tokenizer):
+    assert len(run(model, tokenizer, [Example("fits", "x" * 509, "y")]).items) == 1
+
+
+class Merging:
+    """A tokenizer that makes one token of a space and the letter after it, as BPE does."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __call__(self, text):
+        return {"input_ids": self._tokenizer(text.replace(" y", "~"))["input_ids"]}
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+
+def test_a_prompt_that_training_cut_differently_is_refused(model, tokenizer):
+    with pytest.raises(DataError, match=r"item cut: .*move the white space"):
+        run(model, Merging(tokenizer), [Example("cut", "answer: ", "yes")])
+    assert run(model, Merging(tokenizer), [Example("uncut", "answer:", " yes")]).items
+
+
+def test_a_suite_without_items_is_refused(model, tokenizer):
+    with pytest.raises(DataError, match="no items"):
+        run(model, tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scoring": "guess"}, "exact_match"),
+        ({"data": DataSource("bytes.jsonl")}, "not pinned"),
+        ({"dtype": "bfloat16"}, "expected: bfloat16"),
+    ],
+)
+def test_a_suite_that_cannot_be_run_is_refused(changes, told, model, tokenizer, answers):
+    with pytest.raises(InvalidSpecError, match=told):
+        run(model, tokenizer, examples_of(answers), replace(SUITE, **changes))
+
+
+def test_logits_that_are_not_numbers_are_an_error_in_words(tokenizer, answers):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(EvaluationError, match="not finite"):
+        run(model, tokenizer, examples_of(answers))

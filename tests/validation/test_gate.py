@@ -1,0 +1,233 @@
+import re
+from collections import ChainMap
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, ItemResult, Verdict
+from trans_peft.errors import InvalidSpecError
+from trans_peft.validation.gate import judge
+from trans_peft.validation.intervals import lower_bound, upper_bound
+
+POLICY = GatePolicy(margin_points=5, alpha=0.05)
+
+
+def results(right, suite="imports", weights="adapter", base="new"):
+    """An evaluation with these right (1) and wrong (0) answers, as a mapping of one suite."""
+    items = tuple(ItemResult(f"item-{i}", bool(bit)) for i, bit in enumerate(right))
+    return {suite: Evaluation(suite, weights, base, f"hash of {suite}", "greedy", items)}
+
+
+def three(reference, candidate, bare, suite="imports"):
+    return (
+        results(reference, suite, base="old"),
+        results(candidate, suite),
+        results(bare, suite, BARE),
+    )
+
+
+def merged(*triples):
+    return tuple(dict(ChainMap(*parts)) for parts in zip(*triples, strict=True))
+
+
+def bits(right, wrong, shift=0):
+    row = [1] * right + [0] * wrong
+    return row[shift:] + row[:shift]
+
+
+GOOD, POOR = bits(260, 40), bits(20, 280)
+
+ONE_SUITE = {
+    "kept, and far better than bare": (GOOD, bits(258, 42), POOR, "passed"),
+    "gained": (GOOD, bits(300, 0), POOR, "passed"),
+    "lost twenty points": (GOOD, bits(200, 100), POOR, "needs-retuning"),
+    "collapsed, so that bare is as good": (GOOD, bits(0, 300), POOR, "needs-retuning"),
+    "kept, but bare is as good": (GOOD, bits(258, 42), bits(262, 38), "retire"),
+    "open, and bare is as good": (GOOD, bits(252, 48, 20), bits(252, 48, 20), "retire"),
+    "open, better than bare": (GOOD, bits(250, 50, 20), POOR, "inconclusive"),
+    "kept, bare open": (GOOD, bits(258, 42), bits(250, 50, 30), "inconclusive"),
+    "too few items for the margin": ([1] * 30, [1] * 30, [0] * 30, "inconclusive"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_SUITE)
+def test_the_table_of_verdicts_with_one_suite(case):
+    *sides, verdict = ONE_SUITE[case]
+    judgement = judge(POLICY, *three(*sides))
+    assert judgement.verdict == verdict
+    assert "imports" in judgement.reason and "level 5 %" in judgement.reason
+    undecided = judgement.suites[0].more_items > 0
+    assert undecided == (verdict == "inconclusive")
+
+
+A_KEPT = (GOOD, bits(258, 42), POOR)
+A_LOST = (GOOD, bits(200, 100), POOR)
+A_OPEN = (GOOD, bits(250, 50, 20), POOR)
+A_IDLE = (GOOD, bits(258, 42), bits(262, 38))
+
+TWO_SUITES = [
+    (A_KEPT, A_KEPT, "passed"),
+    (A_KEPT, A_LOST, "needs-retuning"),
+    (A_IDLE, A_LOST, "needs-retuning"),
+    (A_KEPT, A_OPEN, "inconclusive"),
+    (A_IDLE, A_IDLE, "retire"),
+    (A_KEPT, A_IDLE, "inconclusive"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "verdict"), TWO_SUITES)
+def test_every_required_suite_must_pass(first, second, verdict):
+    sides = merged(three(*first, suite="a"), three(*second, suite="b"))
+    assert judge(POLICY, *sides).verdict == verdict
+
+
+def test_more_items_are_named_only_for_the_suite_that_is_open():
+    judgement = judge(POLICY, *merged(three(*A_KEPT, suite="a"), three(*A_OPEN, suite="b")))
+    assert [s.more_items > 0 for s in judgement.suites] == [False, True]
+    assert judgement.reason.startswith("b:")
+
+
+def test_where_no_number_of_items_decides_the_reason_says_so():
+    judgement = judge(POLICY, *merged(three(*A_KEPT, suite="a"), three(*A_IDLE, suite="b")))
+    assert [s.more_items for s in judgement.suites] == [0, 0]
+    assert "more items will not decide" in judgement.reason
+
+
+def test_a_suite_that_is_not_required_warns_and_decides_nothing():
+    policy = replace(POLICY, required=("a",))
+    judgement = judge(policy, *merged(three(*A_KEPT, suite="a"), three(*A_LOST, suite="b")))
+    assert judgement.verdict is Verdict.PASSED
+    assert [s.suite for s in judgement.suites] == ["a", "b"]
+    assert "not required, but b:" in judgement.reason
+
+
+def test_retuning_shares_the_level_among_the_suites_that_could_ask_for_it():
+    """Lost just beyond the margin at alpha, not at alpha / 2: enough alone, not as one of two."""
+    lost = 24
+    assert upper_bound(300, lost + 5, 5, 0.05) < -0.05 < upper_bound(300, lost + 5, 5, 0.025)
+    candidate = [0] * (lost + 5) + [1] * (260 - lost - 5) + [1] * 5 + [0] * 35
+    alone = three(GOOD, candidate, POOR, suite="a")
+    assert judge(POLICY, *alone).verdict is Verdict.NEEDS_RETUNING
+    both = merged(alone, three(*A_KEPT, suite="b"))
+    judgement = judge(POLICY, *both)
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert judgement.suites[0].more_items > 0
+
+
+def test_a_policy_that_does_not_ask_for_it_needs_no_bare_results():
+    reference, candidate, _ = three(*A_KEPT)
+    judgement = judge(replace(POLICY, must_beat_bare=False), reference, candidate, {})
+    assert judgement.verdict is Verdict.PASSED
+    assert judgement.suites[0].bare is judgement.suites[0].over_bare is None
+
+
+def test_a_policy_that_does_not_ask_for_it_passes_where_bare_is_as_good():
+    policy = replace(POLICY, must_beat_bare=False)
+    assert judge(policy, *three(*A_IDLE)).verdict is Verdict.PASSED
+
+
+def test_the_figures_are_those_of_the_bounds():
+    reference, candidate, bare = [1, 1, 1, 0, 0] * 20, [1, 1, 0, 1, 0] * 20, [0, 1, 0, 0, 0] * 20
+    (figures,) = judge(POLICY, *three(reference, candidate, bare)).suites
+    assert (figures.items, figures.reference, figures.score, figures.bare) == (100, 60, 60, 20)
+    assert (figures.difference, figures.discordant, figures.over_bare) == (0, 40, 40)
+    assert figures.lower == 100 * lower_bound(100, 20, 20, 0.05)
+    assert figures.upper == 100 * upper_bound(100, 20, 20, 0.05)
+    assert figures.over_bare_lower == 100 * lower_bound(100, 0, 40, 0.05)
+    assert 0 < figures.power < 1
+
+
+def test_items_are_paired_by_id_whatever_their_order():
+    reference, candidate, bare = three(GOOD, bits(255, 45, 3), POOR)
+    turned = {k: replace(v, items=v.items[::-1]) for k, v in candidate.items()}
+    assert judge(POLICY, reference, candidate, bare) == judge(POLICY, reference, turned, bare)
+
+
+# Properties.
+
+ROWS = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=80)
+POLICIES = st.builds(
+    GatePolicy,
+    margin_points=st.sampled_from([2.0, 5.0, 15.0, 40.0]),
+    alpha=st.sampled_from([0.01, 0.05, 0.2]),
+    must_beat_bare=st.booleans(),
+)
+
+
+@given(ROWS, POLICIES, st.data())
+def test_one_more_right_answer_on_the_new_base_never_turns_a_pass_into_less(rows, policy, data):
+    rows = [(True, True, False)] * data.draw(st.integers(0, 60)) + rows
+    reference, candidate, bare = (list(side) for side in zip(*rows, strict=True))
+    before = judge(policy, *three(reference, candidate, bare)).verdict
+    wrong = [i for i, right in enumerate(candidate) if not right]
+    if wrong:
+        candidate[data.draw(st.sampled_from(wrong))] = True
+    after = judge(policy, *three(reference, candidate, bare)).verdict
+    if before is Verdict.PASSED:
+        assert after is Verdict.PASSED
+    if before is not Verdict.NEEDS_RETUNING:
+        assert after is not Verdict.NEEDS_RETUNING
+
+
+@given(ROWS, POLICIES)
+def test_every_verdict_follows_from_its_own_figures(rows, policy):
+    judgement = judge(policy, *three(*zip(*rows, strict=True)))
+    (s,) = judgement.suites
+    passed = s.lower > -policy.margin_points and (
+        not policy.must_beat_bare or s.over_bare_lower > 0
+    )
+    lost, idle = s.upper < -policy.margin_points, s.over_bare_upper < policy.margin_points
+    expected = (
+        "passed" if passed
+        else "needs-retuning" if lost
+        else "retire" if idle
+        else "inconclusive"
+    )  # fmt: skip
+    assert judgement.verdict == expected
+    assert (s.more_items > 0) == (expected == "inconclusive")
+    assert not re.search(r"nan|inf[^e]|None", judgement.reason)
+
+
+# What cannot be compared.
+
+
+def changed(side, **values):
+    return {name: replace(evaluation, **values) for name, evaluation in side.items()}
+
+
+INCOMPARABLE = {
+    "suite_sha256 differs": lambda r, c, b: (changed(r, suite_sha256="other"), c, b),
+    "decoding_sha256 differs": lambda r, c, b: (r, c, changed(b, decoding_sha256="other")),
+    "no result: adapter on the new base": lambda r, c, b: (r, {}, b),
+    "no result: adapter on its old base": lambda r, c, b: ({**r}, {**c, "x": c["imports"]}, b),
+    "no result: bare new base": lambda r, c, b: (r, c, {}),
+    "different bases": lambda r, c, b: (r, c, changed(b, base_fingerprint_sha256="other")),
+    "made with an adapter": lambda r, c, b: (r, c, changed(b, weights_sha256="adapter")),
+    "2 items are not answered on all sides: item-298, item-299": lambda r, c, b: (
+        r,
+        changed(c, items=c["imports"].items[:298]),
+        b,
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", INCOMPARABLE)
+def test_results_that_cannot_be_compared_are_refused(problem):
+    with pytest.raises(InvalidSpecError, match=problem):
+        judge(POLICY, *INCOMPARABLE[problem](*three(*A_KEPT)))
+
+
+def test_all_reasons_are_told_at_once():
+    reference, candidate, bare = three(*A_KEPT)
+    bare = changed(bare, decoding_sha256="other", weights_sha256="adapter")
+    with pytest.raises(InvalidSpecError) as error:
+        judge(replace(POLICY, required=("imports", "absent")), reference, candidate, bare)
+    for part in ("decoding_sha256", "made with an adapter", "suite 'absent': no result"):
+        assert part in str(error.value)
+
+
+def test_without_any_suite_nothing_is_judged():
+    with pytest.raises(InvalidSpecError, match="no suite to judge by"):
+        judge(POLICY, {}, {}, {})
