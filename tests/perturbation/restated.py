@@ -13,6 +13,8 @@ from torch import nn
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.perturbation.draws import Moment, draw
 
+START = Moment(0, 0)
+
 
 @dataclass(frozen=True)
 class Down:
@@ -33,7 +35,7 @@ def restated_weights(
     *,
     layers: int,
     seed: int,
-    moment: Moment = Moment(0, 0),
+    moment: Moment = START,
     rank: int = 0,
     kind: str = "ffn",
 ) -> dict[str, torch.Tensor]:

@@ -31,15 +31,14 @@ def drop_ffn(site: Site, layer: DecoderLayer, undo: ExitStack) -> None:
     for unit in layer.ffn:
         if isinstance(unit, Experts):
             _drop_whole(site, unit.module, parameters, undo)
+            _leave_out_adapters(site, layer, unit.modules, undo)
         elif unit.whole is not None:
             _drop_whole(site, unit.whole, parameters, undo)
         else:
             for projection in unit.inputs:
                 _drop_input(site, projection, undo)
             _drop_output(site, unit.down, parameters, undo)
-    _leave_out_adapters(
-        site, layer, [module for unit in layer.ffn for module in unit.modules], undo
-    )
+            _leave_out_adapters(site, layer, unit.modules, undo)
 
 
 def drop_attention(site: Site, layer: DecoderLayer, undo: ExitStack) -> None:
@@ -47,7 +46,7 @@ def drop_attention(site: Site, layer: DecoderLayer, undo: ExitStack) -> None:
     if layer.attention is not None:
         output = layer.attention.output
         _drop_output(site, output, _parameters_beside(layer, "ffn"), undo)
-        _leave_out_adapters(site, layer, [output], undo)
+        _leave_out_adapters(site, layer, (output,), undo)
 
 
 def _drop_whole(site: Site, whole: nn.Module, trainable: Parameters, undo: ExitStack) -> None:
@@ -82,13 +81,12 @@ def _drop_output(site: Site, projection: nn.Module, trainable: Parameters, undo:
 
 
 def _leave_out_adapters(
-    site: Site, layer: DecoderLayer, inside: list[nn.Module], undo: ExitStack
+    site: Site, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
 ) -> None:
-    """Drop an adapter that PEFT put after the whole sub-layer together with it."""
+    """Drop an adapter that PEFT put after the whole sub-layer of these parts together with it."""
     for child in layer.module.children():
-        if isinstance(child, BaseTunerLayer) and not any(child is module for module in inside):
-            if not any(part is module for part in child.modules() for module in inside):
-                continue
+        inside = {id(module) for module in child.modules() if module is not child}
+        if isinstance(child, BaseTunerLayer) and any(id(part) in inside for part in parts):
             _leave_out_adapter(site, child, undo)
 
 

@@ -136,7 +136,8 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
 
 
 def projection_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) of a projection, quantised ones included."""
+    """Return (in, out) of a projection, quantised and adapted ones included; None of others."""
+    module = base_of(module)
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.nf
     size = (getattr(module, "in_features", None), getattr(module, "out_features", None))
@@ -261,4 +262,4 @@ def _attention(layer: nn.Module, ffn: tuple[FeedForward | Experts, ...]) -> Atte
 
 
 def _shape_of_down(unit: FeedForward | Experts) -> tuple[int, int] | None:
-    return projection_shape(base_of(unit.down)) if isinstance(unit, FeedForward) else None
+    return projection_shape(unit.down) if isinstance(unit, FeedForward) else None

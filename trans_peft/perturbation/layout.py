@@ -58,7 +58,7 @@ def _layer(index: int, layer: nn.Module, layout: Layout) -> DecoderLayer:
         module: nn.Module | None = layer
         for name in path.split("."):
             module = getattr(base_of(module), name, None) if module is not None else None
-        size = None if module is None else projection_shape(base_of(module))
+        size = None if module is None else projection_shape(module)
         if module is None or (size is None and path != layout.attention):
             problems.append(
                 f"layer {index} has no {'module' if module is None else 'projection'} {path}"
