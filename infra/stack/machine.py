@@ -15,9 +15,10 @@ import psutil
 
 from infra.stack.settings import HOST
 
-__all__ = ["MARK", "end", "free_ports", "marked", "owner", "port_is_free"]
+__all__ = ["MARK", "PROGRAM_MARK", "end", "free_ports", "marked", "owner", "port_is_free"]
 
 MARK = "TRANS_PEFT_STARTED_BY"
+PROGRAM_MARK = "TRANS_PEFT_PROGRAM"
 
 
 def port_is_free(port: int) -> bool:
@@ -55,15 +56,17 @@ def owner(port: int) -> str:
         return "a process that this user may not see"
 
 
-def marked(state: Path) -> list[psutil.Process]:
-    """Return the running processes that carry the mark of this state folder."""
+def marked(state: Path, program: str | None = None) -> list[psutil.Process]:
+    """Return the running processes with the mark of this state folder, of one program or of all."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == str(state):
-                found.append(process)
+            environment = process.environ()
         except (psutil.Error, OSError):  # gone meanwhile, or another user's
             continue
+        ours = process.pid != os.getpid() and environment.get(MARK) == str(state)
+        if ours and program in (None, environment.get(PROGRAM_MARK)):
+            found.append(process)
     return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.stack.machine import free_ports, port_is_free
+from infra.stack.machine import PROGRAM_MARK, end, free_ports, marked, port_is_free
 from infra.stack.settings import HOST, StackSettings, without_services
 
 __all__ = ["PROGRAMS", "WORK_POOL", "Program", "become", "left_behind"]
@@ -181,10 +181,19 @@ PROGRAMS = {
 
 
 def become(name: str, settings: StackSettings) -> None:
-    """Replace this process by the program of this name. Does not return."""
+    """Replace this process by the program of this name. Does not return.
+
+    What an earlier life of the program left behind when it was killed (the child that holds the
+    port, flow runs that nobody watches any more) is ended first.
+    """
+    end(marked(settings.state, name), grace_s=5)
     program = PROGRAMS[name]
     command = program.command(settings)
-    environment = {**without_services(os.environ), **program.environment(settings)}
+    environment = {
+        **without_services(os.environ),
+        **program.environment(settings),
+        PROGRAM_MARK: name,
+    }
     os.chdir(_folder(settings, name))
     os.execve(command[0], command, environment)  # noqa: S606  our own command, without a shell
 

@@ -24,6 +24,7 @@ from infra.stack.settings import StackSettings
 
 __all__ = ["ProgramState", "Supervisor", "configuration"]
 
+_NOTHING_TO_DO = (Faults.SHUTDOWN_STATE, Faults.ALREADY_STARTED, Faults.NOT_RUNNING)
 _CODE = str(Path(__file__).resolve().parents[2])
 
 
@@ -77,8 +78,6 @@ class Supervisor:
 
     def __init__(self, settings: StackSettings) -> None:
         self._settings = settings
-        transport = SupervisorTransport(None, None, f"unix://{settings.socket}")
-        self._rpc = ServerProxy("http://127.0.0.1", transport=transport)
 
     def start(self) -> None:
         """Start the manager, which starts the servers. CalledProcessError with its words."""
@@ -124,11 +123,7 @@ class Supervisor:
 
     def start_program(self, name: str) -> None:
         """Start one program, if it does not run."""
-        try:
-            self._rpc.supervisor.startProcess(name, False)
-        except Fault as fault:
-            if fault.faultCode != Faults.ALREADY_STARTED:
-                raise
+        self._ask("startProcess", name, False)
 
     def stop_program(self, name: str) -> None:
         """Ask one program to stop. Returns at once."""
@@ -142,13 +137,14 @@ class Supervisor:
             psutil.wait_procs([psutil.Process(pid)], timeout=60)
 
     def _ask(self, method: str, *arguments: object) -> Any:
-        """Call the manager; None where there is none, or where it is about to end."""
-        try:
-            return getattr(self._rpc.supervisor, method)(*arguments)
-        except (OSError, HTTPException):
-            self._rpc("close")()
-            return None
-        except Fault as fault:
-            if fault.faultCode in (Faults.SHUTDOWN_STATE, Faults.NOT_RUNNING):
+        """Call the manager; None where there is none, or nothing to do."""
+        transport = SupervisorTransport(None, None, f"unix://{self._settings.socket}")
+        with ServerProxy("http://127.0.0.1", transport=transport) as manager:
+            try:
+                return getattr(manager.supervisor, method)(*arguments)
+            except (OSError, HTTPException):
                 return None
-            raise
+            except Fault as fault:
+                if fault.faultCode in _NOTHING_TO_DO:
+                    return None
+                raise

@@ -1,0 +1,223 @@
+"""The stack as a person meets it: by its command line, with real servers."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import httpx
+import psutil
+import pytest
+
+from infra.stack.health import healthy
+from infra.stack.machine import free_ports, marked, port_is_free
+from infra.stack.programs import left_behind
+from infra.stack.settings import BUCKETS, StackSettings
+from infra.stack.supervisor import Supervisor
+
+ROOT = Path(__file__).parents[2]
+
+
+def stack(verb, settings, **more):
+    environment = {**os.environ, **settings.to_environment(), **more}
+    return subprocess.run(
+        [sys.executable, "-m", "infra.stack", verb],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def settings_below(state):
+    s3, mlflow, prefect = free_ports(3)
+    return StackSettings(state, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect)
+
+
+def test_a_port_in_use_is_told_at_once_with_its_owner_and_nothing_starts(tmp_path):
+    settings = settings_below(tmp_path / "state")
+    with socket.socket() as somebody:
+        somebody.bind(("127.0.0.1", settings.mlflow_port))
+        somebody.listen()
+        refused = stack("up", settings)
+    assert refused.returncode == 1
+    assert f"port {settings.mlflow_port} is in use by process {os.getpid()}" in refused.stderr
+    assert "MLFLOW_PORT=" in refused.stderr
+    assert marked(settings.state) == []
+
+
+def test_down_and_status_without_a_stack(tmp_path):
+    settings = settings_below(tmp_path / "state")
+    assert stack("down", settings).returncode == 0
+    assert not settings.state.exists()
+    assert stack("status", settings).returncode == 1
+
+
+@pytest.mark.servers
+def test_a_server_that_dies_is_told_with_its_last_words_and_nothing_stays(tmp_path):
+    settings = settings_below(tmp_path / "state")
+    died = stack("up", settings, MLFLOW_BACKEND_STORE_URI="no-such-database://")
+    assert died.returncode == 1
+    assert "mlflow died while it started" in died.stderr
+    assert "no-such-database" in died.stderr
+    assert marked(settings.state) == []
+
+
+@dataclass
+class Running:
+    settings: StackSettings
+    output: str
+
+    def pids(self):
+        return {name: p.pid for name, p in Supervisor(self.settings).programs().items()}
+
+    def prefect(self, path, **body):
+        url = f"{self.settings.urls['prefect']}/api/{path}"
+        return httpx.post(url, json=body, timeout=30).raise_for_status().json()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    settings = settings_below(tmp_path_factory.mktemp("stack") / "state")
+    up = stack("up", settings)
+    try:
+        assert up.returncode == 0, up.stdout + up.stderr
+        yield Running(settings, up.stdout)
+    finally:
+        stack("down", settings)
+
+
+@pytest.mark.servers
+def test_up_tells_the_three_urls_and_every_program_is_healthy(running):
+    for url in running.settings.urls.values():
+        assert url in running.output
+    assert stack("status", running.settings).returncode == 0
+
+
+@pytest.mark.servers
+def test_every_deployment_of_prefect_yaml_is_there(running):
+    found = {d["entrypoint"].split(":")[1]: d for d in running.prefect("deployments/filter")}
+    assert set(found) == {
+        "adopt_adapter",
+        "ingest_base",
+        "reconcile",
+        "train_adapter",
+        "transfer_shard",
+    }
+    reconcile = found["reconcile"]
+    assert reconcile["parameters"] == {"family": None}
+    assert reconcile["schedules"][0]["schedule"]["cron"] == "*/10 * * * *"
+    assert reconcile["global_concurrency_limit"]["limit"] == 1
+    assert reconcile["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    (slots,) = [
+        limit for limit in running.prefect("v2/concurrency_limits/filter") if limit["name"] == "gpu"
+    ]
+    assert slots["limit"] == 1
+    assert slots["active"]
+
+
+@pytest.mark.servers
+def test_the_worker_runs_a_flow_from_the_checkout_against_the_servers(running):
+    (deployment,) = [
+        d for d in running.prefect("deployments/filter") if d["entrypoint"].endswith(":reconcile")
+    ]
+    run = running.prefect(
+        f"deployments/{deployment['id']}/create_flow_run", parameters={"dry_run": True}
+    )
+    url = f"{running.settings.urls['prefect']}/api/flow_runs/{run['id']}"
+    deadline = time.monotonic() + 120
+    while (state := httpx.get(url, timeout=30).json()["state"])["type"] not in {
+        "COMPLETED",
+        "FAILED",
+        "CRASHED",
+    }:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.5)
+    worker_log = (running.settings.logs / "worker.log").read_text()
+    assert state["type"] == "COMPLETED", worker_log[-3000:]
+
+
+@pytest.mark.servers
+def test_what_mlflow_is_given_lies_in_its_bucket(running):
+    url = f"{running.settings.urls['mlflow']}/api/2.0/mlflow-artifacts/artifacts/a/b.txt"
+    httpx.put(url, content=b"bytes", timeout=30).raise_for_status()
+    client = running.settings.client_environment
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=client["AWS_ENDPOINT_URL"],
+        aws_access_key_id=client["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=client["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    assert {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]} == set(BUCKETS)
+    assert s3.get_object(Bucket="mlflow", Key="a/b.txt")["Body"].read() == b"bytes"
+
+
+@pytest.mark.servers
+def test_only_this_machine_is_served(running):
+    ours = {process.pid for process in marked(running.settings.state)}
+    listening = [
+        c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours
+    ]
+    assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
+    strange = httpx.get(
+        f"{running.settings.urls['mlflow']}/api/2.0/mlflow/experiments/search",
+        headers={"Host": "evil.example"},
+    )
+    assert strange.status_code == 403
+
+
+@pytest.mark.servers
+def test_up_again_changes_nothing_that_runs(running):
+    before = running.pids()
+    assert stack("up", running.settings).returncode == 0
+    assert running.pids() == before
+
+
+@pytest.mark.servers
+def test_up_with_another_port_is_refused_while_it_runs(running):
+    before = running.pids()
+    other = stack("up", running.settings, MLFLOW_PORT="5999")
+    assert other.returncode == 1
+    assert "MLFLOW_PORT=5999" in other.stderr
+    assert running.pids() == before
+
+
+@pytest.mark.servers
+def test_a_killed_server_comes_back(running):
+    before = running.pids()["mlflow"]
+    psutil.Process(before).kill()  # its child holds the port and lives on
+    deadline = time.monotonic() + 90
+    while not serves_by_itself(running, "mlflow", before):
+        assert time.monotonic() < deadline
+        time.sleep(0.25)
+
+
+def serves_by_itself(running, name, before):
+    pid = running.pids()[name]
+    if pid in (0, before) or not healthy(name, running.settings):
+        return False
+    process = psutil.Process(pid)
+    family = {pid, *(child.pid for child in process.children(recursive=True))}
+    port = running.settings.mlflow_port
+    return family >= {
+        c.pid
+        for c in psutil.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN and c.laddr.port == port
+    }
+
+
+@pytest.mark.servers
+def test_down_ends_everything_it_started(running):
+    ended = stack("down", running.settings)
+    assert ended.returncode == 0, ended.stderr
+    assert marked(running.settings.state) == []
+    assert left_behind(running.settings) == []
+    assert all(port_is_free(port) for port in running.settings.ports.values())
+    assert stack("down", running.settings).returncode == 0
