@@ -1,0 +1,318 @@
+"""The command line from outside: arguments in; exit code, words and files out."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
+from trans_peft.cli import main
+
+COMMANDS = ("train", "evaluate", "adopt", "check", "transfer", "fingerprint", "publish")
+SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}, "max_new_tokens": 2}
+RECIPE = {
+    "adapter": "sums",
+    "family": "tiny",
+    "data": {"uri": "rows.jsonl"},
+    "suites": [SUITE],
+    "spec": {"options": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
+    "perturbation": {"masking_p": 0.1},
+    "optimizer": {"learning_rate": 0.01, "steps": 2, "batch_size": 4, "max_length": 32},
+}
+
+
+class Table:
+    """A folder with two related bases, an unrelated one, data, and one adapter; and `run`."""
+
+    def __init__(self, folder: Path, capsys) -> None:
+        self.folder, self.capsys = folder, capsys
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        code = main([*map(str, arguments)])
+        said = self.capsys.readouterr()
+        return code, said.out, said.err
+
+    def json(self, *arguments: str) -> tuple[int, object]:
+        code, out, _ = self.run(*arguments, "--json")
+        return code, json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("table")
+    write_tiny_base(folder / "v1")
+    write_tiny_base(folder / "unrelated", seed=4)
+    updated = tiny_model()
+    with torch.no_grad():
+        for weight in updated.parameters():
+            weight += 0.01 * torch.randn_like(weight)
+    updated.save_pretrained(folder / "v2")
+    tiny_tokenizer().save_pretrained(folder / "v2")
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(tiny_model(), config).save_pretrained(folder / "mine")
+    rows = [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(8)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "suite.json").write_text(json.dumps(SUITE))
+    (folder / "suite.yaml").write_text("name: sums\ndata: {uri: rows.jsonl}\nmax_new_tokens: 2\n")
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    return folder
+
+
+@pytest.fixture
+def table(made, capsys, monkeypatch) -> Table:
+    monkeypatch.chdir(made)
+    torch.set_num_threads(1)
+    return Table(made, capsys)
+
+
+# Help.
+
+
+def test_help_teaches_and_loads_nothing_heavy():
+    program = (
+        "import sys; from trans_peft.cli import main; code = main(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'peft', 'boto3', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(code or ', '.join(heavy) or 0)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 10
+    for word in (*COMMANDS, "Exit codes", "s3://", "--suite suite.yaml"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_an_example_and_json(command, table):
+    code, out, _ = table.run(command, "--help")
+    assert code == 0
+    assert f"Example: trans-peft {command} " in " ".join(out.split())
+    assert "--json" in out
+
+
+# Bad input: exit code 2, words, no traceback, nothing written.
+
+TRANSFER = ("transfer", "mine", "--old", "v1", "--new", "v2", "--suite", "suite.json")
+BAD_INPUT = {
+    "an unknown command": (["chekc"], 'Did you mean "check"'),
+    "an argument missing": (["check", "mine", "--old", "v1"], "--new"),
+    "no such recipe": (["train", "no.json", "--base", "v1", "--out", "x"], "no file no.json"),
+    "no such base": (["fingerprint", "nowhere"], "no files below"),
+    "no such policy": ([*TRANSFER, "--out", "x", "--policy", "no.yaml"], "no file no.yaml"),
+    "not an adapter": (["check", "v1", "--old", "v1", "--new", "v2"], "no adapter_config.json"),
+    "neither adapter nor bare": (["evaluate", "--base", "v1", "--suite", "suite.json"], "--bare"),
+    "adapter and bare": (
+        ["evaluate", "mine", "--bare", "--base", "v1", "--suite", "suite.json"],
+        "either an adapter or --bare",
+    ),
+    "a folder in use": ([*TRANSFER, "--out", "v1"], "v1 is in use already"),
+    "the same base": (
+        ["transfer", "mine", "--old", "v1", "--new", "v1", "--suite", "suite.json", "--out", "x"],
+        "the two bases are the same",
+    ),
+    "one suite twice": ([*TRANSFER, "--suite", "suite.yaml", "--out", "x"], "suites share a name"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_told_in_words(case, table):
+    arguments, words = BAD_INPUT[case]
+    code, out, err = table.run(*arguments)
+    assert code == 2
+    assert words in err
+    assert out == ""
+    assert "Traceback" not in err
+    assert not (table.folder / "x").exists()
+
+
+def test_every_problem_of_a_recipe_is_told_at_once(table, tmp_path):
+    recipe = RECIPE | {
+        "suites": [SUITE | {"max_new_tokens": "two", "scorings": "f1"}],
+        "perturbation": {"maskng_p": 0.1},
+        "optimizer": {"steps": -1},
+    }
+    (tmp_path / "bad.json").write_text(json.dumps(recipe))
+    code, _, err = table.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
+    assert code == 2
+    assert "suites.0.scorings: there is no such field" in err
+    assert "suites.0.max_new_tokens: input should be a valid integer" in err
+    assert "perturbation.maskng_p: there is no such field" in err
+    assert "optimizer: the optimiser cannot run: steps must be at least 1, not -1" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("s.json", "{", "cannot be read"),
+        ("s.yaml", "a: [", "cannot be read"),
+        ("s.toml", "", "no kind that can be read"),
+        ("s.yaml", "- 1", "is not a Suite"),
+    ],
+)
+def test_files_that_are_no_recipe_are_told(name, text, words, table, tmp_path):
+    (tmp_path / name).write_text(text)
+    code, _, err = table.run("evaluate", "mine", "--base", "v1", "--suite", tmp_path / name)
+    assert code == 2
+    assert words in err
+
+
+def test_a_failure_has_another_code_than_bad_input(table, monkeypatch):
+    def lost(*_: object, **__: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr("trans_peft.cli.workspace.Workspace.fingerprint", lost)
+    from trans_peft.errors import StoreError
+
+    trouble: Exception = StoreError("the bucket does not answer")
+    code, _, err = table.run("fingerprint", "v1")
+    assert (code, err) == (3, "StoreError: the bucket does not answer\n")
+    trouble = RuntimeError("a mistake of ours")
+    code, _, err = table.run("fingerprint", "v1")
+    assert code == 3
+    assert "Traceback" in err
+
+
+# What the commands do.
+
+
+def test_fingerprint_is_the_same_for_a_path_and_a_published_copy(table, tmp_path):
+    uri = (tmp_path / "bucket" / "v1").as_uri()
+    code, out, _ = table.run(
+        *("publish", "v1", uri, "--family", "tiny", "--version", "v1", "--parent", "v0")
+    )
+    assert (code, out.split()[:4]) == (0, ["tiny/v1", "is", "at", f"{uri}:"])
+    manifest = json.loads((tmp_path / "bucket/v1/trans_peft_manifest.json").read_text())
+    assert (manifest["family"], manifest["version"], manifest["parent"]) == ("tiny", "v1", "v0")
+    _, there = table.json("fingerprint", uri)
+    _, here = table.json("fingerprint", "v1")
+    _, other = table.json("fingerprint", "v2")
+    assert there["digest"] == here["digest"] != other["digest"]
+    assert here["layer_count"] == 2
+
+
+def test_a_changed_file_is_read_again(table, tmp_path):
+    write_tiny_base(tmp_path / "base")
+    _, before = table.json("fingerprint", tmp_path / "base")
+    write_tiny_base(tmp_path / "base", seed=1)
+    _, after = table.json("fingerprint", tmp_path / "base")
+    assert before["digest"] != after["digest"]
+
+
+def test_check_says_what_fits_and_what_does_not(table):
+    code, found = table.json("check", "mine", "--old", "v1", "--new", "v2")
+    assert (code, found["fits"], found["compatibility"]["mismatches"]) == (0, True, [])
+    assert found["effect"]["max_logit_change"] > 0
+    code, found = table.json("check", "mine", "--old", "v1", "--new", "unrelated")
+    assert (code, found["fits"], found["effect"]) == (1, False, None)
+    assert "re-pretraining" in found["compatibility"]["mismatches"][0]
+    code, out, _ = table.run("check", "mine", "--old", "v1", "--new", "unrelated")
+    assert code == 1
+    assert out.startswith("not compatible: 1 mismatches\n  mismatch: the weights are unrelated")
+
+
+def test_an_adapter_that_does_nothing_does_not_fit(table, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "zero")
+    code, out, _ = table.run("check", tmp_path / "zero", "--old", "v1", "--new", "v2")
+    assert code == 1
+    assert "it changes no logit" in out
+
+
+def test_evaluate_answers_once_and_keeps_the_items(table, tmp_path):
+    arguments = ("evaluate", "mine", "--base", "v1", "--suite", "suite.yaml", "--state", tmp_path)
+    code, _, err = table.run(*arguments, "--out", tmp_path / "out")
+    assert code == 0
+    assert "evaluating sums on v1: 8 of 8 items" in err
+    kept = json.loads((tmp_path / "out" / "sums.json").read_text())
+    assert len(kept["items"]) == 8
+    code, out, err = table.run(*arguments, "--json")
+    assert (code, err) == (0, "")  # nothing was evaluated again
+    (summary,) = json.loads(out)
+    assert summary["items"] == 8
+    code, (bare,) = table.json("evaluate", "--bare", *arguments[2:])
+    assert (code, bare["weights_sha256"]) == (0, "bare")
+
+
+def test_adopt_binds_a_folder_to_its_base(table, tmp_path):
+    folder = (table.folder / "mine").as_uri()  # fetched, as from a bucket
+    code, told = table.json(
+        *("adopt", folder, "--base", "v1", "--suite", "suite.json", "--out", tmp_path / "out")
+    )
+    assert code == 0
+    assert told["record"]["adapter"] == "mine"
+    assert told["evaluations"][0]["items"] == 8
+    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(table.folder / "v1")
+    assert (tmp_path / "out/evaluations/sums.json").is_file()
+
+
+def test_adopt_refuses_what_does_not_fit(table, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny_model(layers=3), config).save_pretrained(tmp_path / "deep")
+    code, _, err = table.run(
+        *("adopt", tmp_path / "deep", "--base", "v1", "--suite", "suite.json"),
+        *("--out", tmp_path / "out"),
+    )
+    assert code == 2
+    assert "model.layers.2.self_attn.q_proj" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_transfer_judges_and_transplants(table, tmp_path):
+    (tmp_path / "policy.yaml").write_text("margin_points: 60\nmust_beat_bare: false\n")
+    code, _, _ = table.run(
+        *(*TRANSFER, "--out", tmp_path / "out", "--policy", tmp_path / "policy.yaml")
+    )
+    outcome = json.loads((tmp_path / "out/outcome.json").read_text())
+    assert (code, outcome["judgement"]["verdict"]) == (0, "passed")
+    assert len(outcome["evaluations"]) == 3
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").read_bytes() == (
+        table.folder / "mine/adapter_model.safetensors"
+    ).read_bytes()
+    PeftModel.from_pretrained(tiny_model(), tmp_path / "out/adapter")
+
+    # Another policy is judged from what was kept: the code says that it did not pass.
+    code, out, err = table.run(*TRANSFER, "--out", tmp_path / "strict")
+    assert code == 1
+    assert "verdict: " in out
+    assert "evaluating" not in err
+
+
+def test_an_incompatible_adapter_is_a_verdict_not_an_error(table, tmp_path):
+    arguments = ("transfer", "mine", "--old", "v1", "--new", "unrelated", "--suite", "suite.json")
+    code, told = table.json(*arguments, "--out", tmp_path / "out")
+    assert (code, told["judgement"]["verdict"]) == (1, "incompatible")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"outcome.json"}
+
+
+def test_train_writes_a_stock_folder_and_its_evaluation(table, tmp_path):
+    out = tmp_path / "out"
+    code, told = table.json("train", "recipe.json", "--base", "v1", "--out", out)
+    assert code == 0
+    assert told["record"]["method"] == "LORA"
+    assert told["evaluations"][0]["items"] == 8
+    assert [step["step"] for step in json.loads((out / "training.json").read_text())] == [1, 2]
+    model = PeftModel.from_pretrained(tiny_model(), out / "adapter")
+    assert model.peft_config["default"].base_model_name_or_path == str(table.folder / "v1")
+    assert json.loads((out / "evaluations/sums.json").read_text())["suite"] == "sums"
+    code, _, err = table.run("train", "recipe.json", "--base", "v1", "--out", out)
+    assert code == 2
+    assert "in use already" in err
+
+
+def test_as_a_program_it_exits_with_the_code():
+    environment = os.environ | {"COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-m", "trans_peft.cli", "fingerprint", "/nowhere"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "NotFoundError: there are no files below /nowhere\n"
