@@ -17,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_model
 from tests.transfer.conftest import edit_config
 from trans_peft.errors import AdapterError, UnsupportedModelError
+from trans_peft.methods.bottleneck.config import BottleneckConfig
+from trans_peft.methods.registration import register_methods
 from trans_peft.transfer.transplant import attach, attached
 
+register_methods()
 TOKENS = torch.tensor([[5, 17, 101, 33, 250, 8]])
 LM = {"task_type": "CAUSAL_LM"}
 METHODS = {
@@ -44,6 +47,7 @@ METHODS = {
     ),
     "oft": OFTConfig(target_modules=["q_proj"], oft_block_size=4, init_weights=False, **LM),
     "vera": VeraConfig(target_modules=["q_proj"], r=4, init_weights=False, **LM),
+    "bottleneck": BottleneckConfig(init_bottleneck_weights=False, **LM),
     "prompt tuning": PromptTuningConfig(
         num_virtual_tokens=3, num_layers=2, token_dim=32, num_attention_heads=4, **LM
     ),

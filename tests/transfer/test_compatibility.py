@@ -14,6 +14,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.transfer.conftest import edit_config, fingerprint_of
 from trans_peft.domain.base import TensorSignature
 from trans_peft.errors import AdapterError, InvalidSpecError, NotFoundError
+from trans_peft.methods.bottleneck.config import BottleneckConfig
+from trans_peft.methods.registration import register_methods
 from trans_peft.transfer.compatibility import UNRELATED_COSINE, compare, weight_cosine
 from trans_peft.transfer.placement import module_of
 
@@ -303,6 +305,13 @@ def test_differing_tokenizers_that_nobody_shows_are_an_error(write_adapter, tmp_
         compare(OLD, new, write_adapter())
     with pytest.raises(NotFoundError, match=r"no tokenizer.json"):
         compare(OLD, new, write_adapter(), old_tokenizer=tmp_path, new_tokenizer=tmp_path)
+
+
+def test_an_adapter_after_a_sub_layer_sits_on_all_of_it(write_adapter):
+    register_methods()
+    folder = write_adapter(config=BottleneckConfig(init_bottleneck_weights=False))
+    assert compare(OLD, fingerprint_of(drifted(0.1)), folder).ok
+    assert "has 4 more modules" in mismatches(fingerprint_of(tiny_model(layers=4)), folder)
 
 
 def test_lora_on_everything_is_compatible_with_an_update(write_adapter):

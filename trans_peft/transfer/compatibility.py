@@ -29,7 +29,8 @@ UNRELATED_COSINE = 0.2
 
 Sampled cosines of independent weights scatter around 0: over 1,000 draws the largest median was
 0.05 with 32 values of each of 210 matrices (a model of 30 layers), 0.20 with 32 of each of 15 (a
-toy of 2). Continued training stays far above: a drift as large as the weights themselves still leaves 0.7.
+toy of 2). Continued training stays far above: a drift as large as the weights themselves still
+leaves 0.7.
 """
 
 

@@ -141,6 +141,9 @@ def _peft_config(source: PeftFolder) -> "PeftConfig":
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    from trans_peft.methods.registration import register_methods
+
+    register_methods()
     if source.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(
             f"{source.path}: unknown method {source.peft_type}",
