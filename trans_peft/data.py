@@ -286,8 +286,8 @@ def _reasons(row: Any) -> Iterator[str]:
         found = " and ".join(shapes) if shapes else f"the fields {', '.join(row) or '(none)'}"
         yield f"one known shape is needed, found {found}"
         return
-    if not isinstance(row.get("id"), (str, int, type(None))) or row.get("id") == "":
-        yield f"id must be a text or a number, found {row['id']!r}"
+    if type(row.get("id")) not in (str, int, type(None)) or row.get("id") == "":
+        yield f"id must be text or a whole number, found {row['id']!r}"
     if shapes == ["messages"]:
         yield from _chat_reasons(row["messages"])
         return

@@ -57,8 +57,8 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
             _held.base.model.eval()
             return _held.base
         _held = None
-    tokenizer = load_tokenizer(folder)
     try:
+        tokenizer = load_tokenizer(folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
@@ -66,7 +66,7 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:  # transformers' words for a layout it has no class for
         raise UnsupportedModelError(
             f"transformers has no causal language model for {folder}",
             found=error,
@@ -116,6 +116,8 @@ def adapter_weights_sha256(folder: Path) -> str:
     with path.open("rb") as file:
         try:
             header_size = int.from_bytes(file.read(8), "little")
+            if header_size > path.stat().st_size:
+                raise ValueError(f"a header of {header_size} bytes in a smaller file")
             header = json.loads(file.read(header_size))
             header.pop("__metadata__", None)
             for name in sorted(header):
@@ -127,7 +129,7 @@ def adapter_weights_sha256(folder: Path) -> str:
                     raise ValueError(f"{name} ends early")
                 sha256.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
                 sha256.update(data)
-        except (ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"{path} is not a safetensors file", found=error) from error
     return sha256.hexdigest()
 

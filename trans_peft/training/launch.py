@@ -108,15 +108,14 @@ class _Training:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        if self._process.poll() != 0:
-            for group in self._groups:  # torch's elastic agent gives each process its own group
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, signal.SIGKILL)
-            self._process.wait()
+        for group in self._groups:  # torch's elastic agent gives each process its own group
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
+        self._process.wait()
 
     def follow(self, on_event: Callable[[Event], None]) -> None:
-        """Pass on events until the processes end. Raises unless they ended well."""
-        finished, failure = False, None
+        """Pass on events until the adapter is saved. Raises if the processes end before."""
+        failure = None
         open_streams = len(self._readers)
         while open_streams:
             try:
@@ -133,16 +132,14 @@ class _Training:
                 case Failed():
                     failure = failure or message
                 case Finished():
-                    finished = True
+                    return  # the rest is interpreters taking themselves apart, for seconds
                 case _:
                     if isinstance(message, LogLine):
                         self._tail.append(message.text)
                     on_event(message)
-        code = self._process.wait()
         if failure is not None:
             raise _error(failure)
-        if code != 0 or not finished:
-            self._raise_for(code)
+        self._raise_for(self._process.wait())
 
     def _read(self, stream: IO[str], parse: Callable[[str], Message | LogLine]) -> None:
         for line in stream:

@@ -51,6 +51,8 @@ def _train(job: TrainingJob, events: EventStream) -> None:
     from accelerate import PartialState
     from accelerate.utils import set_seed
     from datasets import Dataset, disable_progress_bars
+    from transformers import PrinterCallback
+    from transformers.utils import logging
 
     from trans_peft.data import parse_examples
     from trans_peft.methods.specs import attach
@@ -60,6 +62,7 @@ def _train(job: TrainingJob, events: EventStream) -> None:
     from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
 
     disable_progress_bars()
+    logging.disable_progress_bar()
     recipe = job.recipe
     steps = recipe.optimizer.steps
     state = PartialState()
@@ -103,7 +106,9 @@ def _train(job: TrainingJob, events: EventStream) -> None:
                 TrainingStarted(first_step, steps, trainable, str(state.device), recipe.processes)
             )
         set_seed(recipe.seed, device_specific=True)  # dropout: its own draws in each process
+        trainer.remove_callback(PrinterCallback)  # it prints what Narrator tells
         trainer.add_callback(Narrator(events.send, tokens_per_step))
+        model.train()
         started_s = time.monotonic()
         with perturbed(
             model,

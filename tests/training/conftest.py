@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+
+from trans_peft.data import Example, write_examples
+from trans_peft.domain.adapter import AdapterSpec
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
+from trans_peft.training.job import TrainingJob
+
+EXAMPLES = tuple(
+    Example(str(i), f"What is {i} plus {i}? " * (1 + i % 3), f"It is {2 * i}.") for i in range(20)
+)
+
+
+def recipe(
+    *,
+    dropout: float = 0.0,
+    masking_p: float = 0.0,
+    dropping_p: float = 0.0,
+    processes: int = 1,
+    **optimizer,
+) -> TrainingRecipe:
+    return TrainingRecipe(
+        adapter="sums",
+        family="tiny",
+        data=DataSource("rows.jsonl"),
+        suites=(Suite("sums", DataSource("rows.jsonl")),),
+        spec=AdapterSpec(
+            "LORA",
+            {
+                "r": 4,
+                "lora_alpha": 8,
+                "lora_dropout": dropout,
+                "target_modules": ["q_proj", "v_proj", "down_proj"],
+            },
+        ),
+        perturbation=Perturbation(masking_p=masking_p, dropping_p=dropping_p),
+        optimizer=OptimizerSettings(
+            **{"learning_rate": 1e-2, "steps": 8, "batch_size": 2, "warmup_steps": 2} | optimizer
+        ),
+        processes=processes,
+        checkpoint_steps=3,
+    )
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_examples(EXAMPLES, tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def make_job(tiny_base: Path, data_file: Path):
+    def make(work_dir: Path, recipe: TrainingRecipe) -> TrainingJob:
+        return TrainingJob(recipe, tiny_base, "s3://bases/tiny/v1", "f00d", data_file, work_dir)
+
+    return make

@@ -1,0 +1,151 @@
+"""The loss against plain restatements of it, and the callback's promises."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import TrainerControl, TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training.conftest import EXAMPLES
+from trans_peft.data import Example, Message
+from trans_peft.errors import TrainingError
+from trans_peft.training.events import CheckpointSaved, Progress
+from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
+
+CHATS = tuple(
+    Example(e.id, "", e.completion, (Message("user", e.prompt), Message("assistant", e.completion)))
+    for e in EXAMPLES[:6]
+)
+
+
+def trainer(folder, examples=EXAMPLES[:6], **settings) -> AnswerTrainer:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        completion_only_loss=True,
+        max_length=512,
+        **settings,
+    )
+    return AnswerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list([example.trl_row() for example in examples]),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def restated(model: torch.nn.Module, examples: tuple[Example, ...]) -> torch.Tensor:
+    """Mean negative log-likelihood of the answers, one row at a time: no padding, no mask."""
+    tokenizer = tiny_tokenizer()
+    total, tokens = torch.zeros(()), 0
+    for example in examples:
+        prompt, whole = example.prompt_ids(tokenizer), example.full_ids(tokenizer)
+        ids = torch.tensor([whole])
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        total = total + cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")
+        tokens += len(whole) - len(prompt)
+    return total / tokens
+
+
+def loss_and_gradients(loss: torch.Tensor, model: torch.nn.Module) -> list[torch.Tensor]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [loss, *torch.autograd.grad(loss, parameters)]
+
+
+@pytest.mark.parametrize("examples", [EXAMPLES[:6], CHATS], ids=["plain", "chat"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_the_loss_is_that_of_the_answers_alone(tmp_path, examples, packing):
+    ours = trainer(tmp_path, examples, packing=packing)
+    batch = ours.data_collator([dict(row) for row in ours.train_dataset])
+    items = (batch["labels"] != -100).sum()
+    assert packing == (batch["input_ids"].shape[0] == 1)
+    model = ours.model.train()
+    loss = ours.compute_loss(model, dict(batch), num_items_in_batch=items)
+    expected = restated(model, examples)
+    torch.testing.assert_close(
+        loss_and_gradients(loss, model), loss_and_gradients(expected, model), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_loss_is_trls(tmp_path):
+    ours = trainer(tmp_path)
+    batch = ours.data_collator([dict(row) for row in ours.train_dataset])
+    model = ours.model.train()
+    torch.testing.assert_close(
+        loss_and_gradients(ours.compute_loss(model, dict(batch)), model),
+        loss_and_gradients(SFTTrainer.compute_loss(ours, model, dict(batch)), model),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_the_output_embedding_sees_only_what_has_a_label(tmp_path):
+    ours = trainer(tmp_path)
+    batch = ours.data_collator([dict(row) for row in ours.train_dataset])
+    seen = []
+    ours.model.get_output_embeddings().register_forward_hook(lambda *a: seen.append(a[2].shape))
+    labels = int((batch["labels"] != -100).sum())
+    ours.compute_loss(ours.model, dict(batch))
+    assert seen == [(labels, 258)]
+    ours.model(input_ids=batch["input_ids"])
+    assert seen[1] == (*batch["input_ids"].shape, 258)
+
+
+def test_what_is_trained_on_is_what_an_evaluation_asks(tmp_path):
+    tokenizer = tiny_tokenizer()
+    for examples in (EXAMPLES[:6], CHATS):
+        prepared = trainer(tmp_path, examples).train_dataset
+        for example, ids, labels in zip(
+            examples, prepared["input_ids"], prepared["labels"], strict=True
+        ):
+            prompt = example.prompt_ids(tokenizer)
+            assert ids == example.full_ids(tokenizer)
+            assert labels == [-100] * len(prompt) + ids[len(prompt) :]
+
+
+def state(step: int) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=8, is_world_process_zero=True)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_training(loss):
+    narrator = Narrator([].append, [10] * 8)
+    with pytest.raises(TrainingError, match="at step 3"):
+        narrator.on_log(SimpleNamespace(), state(3), TrainerControl(), {"loss": loss})
+
+
+def test_figures_count_from_where_training_resumed():
+    told: list[Progress] = []
+    narrator = Narrator(told.append, [10, 20, 30, 40, 50, 60, 70, 80])
+    narrator.on_train_begin(SimpleNamespace(), state(2), TrainerControl())
+    logs = {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 2.0}
+    narrator.on_log(SimpleNamespace(), state(4), TrainerControl(), logs)
+    narrator.on_log(SimpleNamespace(), state(4), TrainerControl(), {"train_runtime": 1.0})
+    (progress,) = told
+    assert (progress.step, progress.total_steps, progress.loss) == (4, 8, 1.0)
+    # 70 tokens and 2 steps in the same seconds, 4 steps to come
+    assert progress.tokens_per_s * progress.eta_s == pytest.approx(70 * 4 / 2)
+
+
+def test_a_checkpoint_counts_only_when_it_is_complete(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    told = []
+    narrator = Narrator(told.append, [])
+    for step in (3, 6, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    for step in (3, 6):
+        narrator.on_save(SimpleNamespace(output_dir=tmp_path), state(step), TrainerControl())
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert told == [CheckpointSaved(3), CheckpointSaved(6)]
