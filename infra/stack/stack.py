@@ -19,7 +19,7 @@ from trans_peft.errors import TransPeftError
 __all__ = ["Say", "StackError", "down", "status", "up"]
 
 Say = Callable[[str], None]
-_PATIENCE_S = 180.0
+_PATIENCE_S = 300.0
 _SILENCE_S = 5.0
 _CODE = Path(__file__).resolve().parents[2]
 
