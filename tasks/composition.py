@@ -2,15 +2,12 @@
 
 from functools import cache
 
-from trans_peft.edges.mlflow_registry import (
-    MlflowCatalog,
-    MlflowEvaluations,
-    MlflowRegistry,
-    MlflowRunLog,
-)
-from trans_peft.edges.stores import SchemeStore
-
 from tasks.settings import settings
+from trans_peft.edges.mlflow_catalog import MlflowCatalog
+from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
+from trans_peft.edges.mlflow_registry import MlflowRegistry
+from trans_peft.edges.mlflow_runs import MlflowRunLog
+from trans_peft.edges.stores import SchemeStore
 from trans_peft.ports import Platform
 
 __all__ = ["platform"]
