@@ -27,8 +27,8 @@ def probe_effect(peft_model: "PeftModel", tokenizer: Any) -> Effect:
 
     Each prompt goes through the same model with the adapter on and off, so an adapter that does
     nothing gives exactly 0. (In half precision a method that rebuilds the weight, as DoRA does,
-    shows rounding instead; the gate then finds it no better than the bare base.) AdapterError if the adapter makes logits that are not finite;
-    UnsupportedModelError if the base alone does.
+    shows rounding instead; the gate then finds it no better than the bare base.) AdapterError if
+    the adapter makes logits that are not finite; UnsupportedModelError if the base alone does.
     """
     import torch
 
