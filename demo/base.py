@@ -6,6 +6,8 @@ Hugging Face files in bfloat16. So v1 is the quantised model's weights, not the 
 """
 
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 from trans_peft.errors import NotFoundError
@@ -67,3 +69,8 @@ def write_base_v1(folder: Path) -> Path:
         f"base v1: {model.num_parameters() / 1e6:.0f} M parameters written to {folder}", flush=True
     )
     return folder
+
+
+if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"
+    write_base_v1(Path(sys.argv[1]))

@@ -46,12 +46,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """A named source of examples, and how many rows of each label are kept."""
+    """A named source of examples, and how many rows of each label are kept.
+
+    `files_share` of all files are looked at.
+    """
 
     name: str
     examples: Callable[[SourceFile], Iterator[Example]]
     train_per_label: int
     evaluation_per_label: int
+    files_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def split(task: Task, files: Iterable[SourceFile], seed: int = 0) -> Split:
 
     `seed` decides which files are for evaluation and which rows of a label are kept.
     """
-    rows = _unique(Row(example, file.name) for file in files for example in task.examples(file))
+    looked_at = (file for file in files if rank(file.name, seed + 1_000) < task.files_share)
+    rows = _unique(Row(example, file.name) for file in looked_at for example in task.examples(file))
     rows.sort(key=lambda row: rank(row.id, seed))
     evaluation: list[Row] = []
     train: list[Row] = []

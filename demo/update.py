@@ -78,7 +78,6 @@ def update(
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.config.use_cache = False
-    old = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     before = _loss(model, test)
     print(f"update: held-out loss of v1 {before:.3f}", flush=True)
     _train(model, train, settings)
@@ -87,7 +86,7 @@ def update(
         "tokens": settings.tokens,
         "held_out_loss_before": before,
         "held_out_loss_after": after,
-        **_drift(old, model),
+        **_drift(base, model),
     }
     print("update: " + ", ".join(f"{name} {value:,.4g}" for name, value in figures.items()))
 
@@ -178,14 +177,18 @@ def _share_of_rate(step: int, settings: UpdateSettings) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-def _drift(old: "dict[str, torch.Tensor]", model: "PreTrainedModel") -> dict[str, float]:
+def _drift(base: Path, model: "PreTrainedModel") -> dict[str, float]:
+    """Return the relative change of each kind of weight against the files of `base`, in percent."""
+    from safetensors.torch import load_file
+
+    old = load_file(base / "model.safetensors")
     squares: dict[str, list[float]] = {}
     for name, weight in model.named_parameters():
         kind = next((k for k in ("attn", "mlp", "embed") if k in name), "norm")
         moved, was = squares.setdefault(kind, [0.0, 0.0])
         squares[kind] = [
-            moved + (weight.detach() - old[name]).square().sum().item(),
-            was + old[name].square().sum().item(),
+            moved + (weight.detach() - old[name].float()).square().sum().item(),
+            was + old[name].float().square().sum().item(),
         ]
     words = {"attn": "attention", "mlp": "ffn", "embed": "embeddings", "norm": "norms"}
     return {

@@ -1,0 +1,123 @@
+"""Start a Prefect deployment on the worker and show what it says until it is over.
+
+A run belongs to its key: a second demo joins the run that the first one left under way, and starts
+another only where the last one is over. A run that crashed (its worker was killed, say) is started
+again; one that failed ends the demo.
+"""
+
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from itertools import count
+from typing import Any, cast
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
+    LogFilter,
+    LogFilterFlowRunId,
+    LogFilterLevel,
+    LogFilterTimestamp,
+)
+from prefect.client.schemas.objects import FlowRun, Log
+from prefect.client.schemas.sorting import LogSort
+from prefect.deployments import run_deployment
+
+from demo.screen import Screen
+from trans_peft.errors import TransPeftError
+
+__all__ = ["DemoError", "run"]
+
+_POLL_S = 1.0
+_MAX_CRASHES = 3
+_INFO = 20
+_NOISE = ("Created task run", "Beginning flow run", "Beginning subflow run", "Finished in state")
+_MACHINERY = ("prefect.flow_runs.worker", "prefect.flow_runs.runner", "prefect.task_runs.engine")
+
+
+class DemoError(TransPeftError, RuntimeError):
+    """A part of the story that did not end as it must."""
+
+
+def run(deployment: str, parameters: Mapping[str, Any], *, key: str, screen: Screen) -> None:
+    """Run a deployment to its end. DemoError where it fails, or crashes too often."""
+    crashes = 0
+    for take in count():
+        flow_run = cast(
+            FlowRun,
+            run_deployment(
+                deployment,
+                parameters=dict(parameters),
+                idempotency_key=f"demo/{key}/{take}",
+                timeout=0,
+                as_subflow=False,
+            ),
+        )
+        if flow_run.state is not None and flow_run.state.is_final():
+            continue  # of an earlier demo
+        screen.say(f"{deployment}: flow run {flow_run.name}", "dim")
+        ended = _follow(flow_run.id, deployment, screen)
+        state = ended.state
+        if state is not None and state.is_completed():
+            return
+        message = state.message if state else ""
+        words = f"{deployment} ({ended.name}) ended as {ended.state_name}: {message}"
+        if state is None or not state.is_crashed() or crashes == _MAX_CRASHES:
+            raise DemoError(words, do="look at the run's page in Prefect; `make demo` goes on here")
+        crashes += 1
+        screen.say(f"{words}. Once more.", "yellow")
+
+
+def _follow(run_id: UUID, deployment: str, screen: Screen) -> FlowRun:
+    with get_client(sync_client=True) as client:
+        logs = _Logs(client, run_id)
+        said = ""
+        while True:
+            flow_run = client.read_flow_run(run_id)
+            for log in logs.new():
+                screen.say(log.message, "" if log.level == _INFO else "yellow")
+            if flow_run.state_name != said:
+                said = flow_run.state_name or ""
+                screen.say(f"{deployment}: {said.lower()}", "dim")
+            if flow_run.state is not None and flow_run.state.is_final():
+                for log in logs.new():
+                    screen.say(log.message)
+                return flow_run
+            screen.alive(f"{deployment}: {said.lower()}")
+            time.sleep(_POLL_S)
+
+
+class _Logs:
+    """The log lines of a flow run and of the runs that it started, each once."""
+
+    def __init__(self, client: SyncPrefectClient, run_id: UUID) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._seen: set[UUID] = set()
+        self._since: datetime | None = None
+
+    def new(self) -> list[Log]:
+        children = self._client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[self._run_id])
+            )
+        )
+        found = self._client.read_logs(
+            LogFilter(
+                flow_run_id=LogFilterFlowRunId(any_=[self._run_id, *(run.id for run in children)]),
+                level=LogFilterLevel(ge_=_INFO),
+                timestamp=LogFilterTimestamp(after_=cast(Any, self._since)),
+            ),
+            sort=LogSort.TIMESTAMP_ASC,
+        )
+        fresh = [log for log in found if log.id not in self._seen]
+        self._seen.update(log.id for log in fresh)
+        if found:
+            self._since = found[-1].timestamp
+        return [
+            log
+            for log in fresh
+            if log.name not in _MACHINERY and not log.message.startswith(_NOISE)
+        ]

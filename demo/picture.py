@@ -1,0 +1,134 @@
+"""One picture of the result: where each adapter stood on v1, and where it stands on v2."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from demo.results import Result
+from demo.settings import POLICY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw"]
+
+_PLAIN, _OURS, _GREY, _INK = "#E07A1F", "#1F6FB2", "#8A8F98", "#22262B"
+
+
+def draw(found: Sequence[Result], path: Path) -> Path:
+    """Write the picture (PNG): scores per task with 95 % intervals, differences with the margin."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tasks = list(dict.fromkeys(result.task for result in found))
+    style = {"font.size": 11, "axes.edgecolor": _GREY, "text.color": _INK, "xtick.color": _INK}
+    with plt.rc_context({**style, "ytick.color": _INK, "axes.labelcolor": _INK}):
+        figure, axes = plt.subplots(
+            len(tasks), 2, figsize=(11, 4.2 * len(tasks)), squeeze=False, layout="constrained"
+        )
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+        for (left, right), task in zip(axes, tasks, strict=True):
+            arms = [result for result in found if result.task == task]
+            _scores(left, arms)
+            _differences(right, arms)
+        figure.savefig(path, dpi=150, facecolor="white")
+        plt.close(figure)
+    return path
+
+
+def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
+    for offset, arm in zip((-0.03, 0.03), arms, strict=False):
+        figures = arm.figures
+        scores = (figures.reference, figures.score)
+        errors = [_wilson(score, figures.items) for score in scores]
+        below_above = list(zip(*errors, strict=True))
+        axes.errorbar(
+            [offset, 1 + offset],
+            scores,
+            yerr=below_above,
+            color=_colour(arm),
+            marker="o",
+            markersize=7,
+            linewidth=2,
+            elinewidth=1.2,
+            capsize=4,
+            label=arm.method,
+        )
+        for x, score in zip((offset, 1 + offset), scores, strict=True):
+            side = -1 if x < 0.5 else 1
+            axes.annotate(
+                f"{score:.1f}",
+                (x, score),
+                xytext=(14 * side, 0),
+                textcoords="offset points",
+                ha="right" if side < 0 else "left",
+                va="center",
+                color=_colour(arm),
+                fontweight="bold",
+            )
+    bare = [arms[0].bare_v1, arms[0].figures.bare or 0.0]
+    axes.plot(
+        [0, 1], bare, color=_GREY, linestyle="--", marker="o", markersize=4, label="bare base"
+    )
+    axes.set_xticks([0, 1], ["base v1\n(trained here)", "base v2\n(same adapter bytes)"])
+    axes.set_xlim(-0.35, 1.35)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("right answers, %")
+    axes.set_title(f"{arms[0].task}: {arms[0].figures.items} items, 95 % intervals", loc="left")
+    _clean(axes)
+    axes.grid(axis="y", color="#E6E8EB", linewidth=0.8)
+    axes.legend(frameon=False, loc="upper right", fontsize=10)
+
+
+def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
+    margin = POLICY.margin_points
+    axes.axvline(0, color=_GREY, linewidth=1)
+    axes.axvline(-margin, color="#B3261E", linewidth=1.2, linestyle="--")
+    for y, arm in enumerate(reversed(arms)):
+        figures = arm.figures
+        axes.plot([figures.lower, figures.upper], [y, y], color=_colour(arm), linewidth=3)
+        axes.plot(figures.difference, y, "o", color=_colour(arm), markersize=9)
+        axes.annotate(
+            f"{arm.method}: {arm.verdict}",
+            (figures.difference, y),
+            xytext=(0, 12),
+            textcoords="offset points",
+            ha="center",
+            color=_colour(arm),
+            fontweight="bold",
+        )
+    reach = max(margin, *(max(-arm.figures.lower, arm.figures.upper) for arm in arms)) * 1.25
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-0.7, len(arms) - 0.2)
+    axes.set_yticks([])
+    axes.set_xlabel("v2 minus v1, points (one-sided 95 % bounds)")
+    axes.annotate(
+        f"margin -{margin:g}",
+        (-margin, -0.62),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color="#B3261E",
+        fontsize=10,
+    )
+    axes.set_title("what the update cost, in pairs", loc="left")
+    _clean(axes)
+    axes.spines["left"].set_visible(False)
+
+
+def _clean(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _colour(arm: Result) -> str:
+    return _PLAIN if arm.method == "plain LoRA" else _OURS
+
+
+def _wilson(score: float, items: int) -> tuple[float, float]:
+    """Return how far a score's 95 % interval (Wilson) reaches below and above it, in points."""
+    from scipy.stats import binomtest
+
+    right = round(score * items / 100)
+    interval = binomtest(right, items).proportion_ci(0.95, method="wilson")
+    return score - 100 * interval.low, 100 * interval.high - score

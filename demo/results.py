@@ -1,0 +1,149 @@
+"""The end of the story: what was measured, read back from the registry, as a table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from demo.base import FAMILY
+from demo.settings import POLICY, Chapter, recipes
+from trans_peft.domain.evaluation import SuiteJudgement, Verdict
+from trans_peft.errors import NotFoundError
+from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
+from trans_peft.lifecycle.report import report
+from trans_peft.lifecycle.resolve import find_base
+from trans_peft.ports import Platform
+
+__all__ = ["Result", "notes", "results", "table"]
+
+_STYLES = {
+    Verdict.PASSED: "green",
+    Verdict.INCONCLUSIVE: "yellow",
+    Verdict.NEEDS_RETUNING: "red",
+    Verdict.RETIRE: "magenta",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One adapter, trained on v1 and judged on v2; scores in points."""
+
+    adapter: str
+    task: str
+    method: str
+    bare_v1: float
+    figures: SuiteJudgement
+    verdict: Verdict
+    reason: str
+    serves: bool
+
+
+def results(chapters: Sequence[Chapter], version: str, platform: Platform) -> list[Result]:
+    """Read every result on a new base version. NotFoundError where a verdict is missing.
+
+    The bare v1 is the only figure that no flow needs: it is taken from the store of evaluations,
+    and computed where nobody has done so yet.
+    """
+    v1 = find_base(FAMILY, "v1", platform)
+    rows = {row.adapter: row for row in report(FAMILY, platform).rows if row.base == version}
+    found = []
+    for chapter in chapters:
+        suites = pin_suites((chapter.suite,), platform)
+        bare = evaluate_on(v1, suites, platform)[chapter.suite.name].score
+        for recipe in recipes(chapter):
+            row = rows.get(recipe.adapter)
+            if row is None or row.verdict is None or not row.suites:
+                raise NotFoundError(
+                    f"{recipe.adapter} has no verdict with figures on {version}",
+                    found=row.reason if row else "not in the registry",
+                )
+            found.append(
+                Result(
+                    adapter=recipe.adapter,
+                    task=chapter.task.name,
+                    method=_method(recipe.perturbation.masking_p, recipe.perturbation.dropping_p),
+                    bare_v1=bare,
+                    figures=row.suites[0],
+                    verdict=row.verdict,
+                    reason=row.reason,
+                    serves=row.serves,
+                )
+            )
+    return found
+
+
+def _method(masking_p: float, dropping_p: float) -> str:
+    parts = [f"{word} {p:g}" for word, p in (("mask", masking_p), ("drop", dropping_p)) if p]
+    return f"Trans-PEFT ({', '.join(parts)})" if parts else "plain LoRA"
+
+
+def table(found: Sequence[Result]) -> Table:
+    """Return the table: one row per adapter, scores and differences in points."""
+    shown = Table(title_justify="left", show_lines=False, pad_edge=False)
+    for name, right in (
+        ("adapter", False),
+        ("method", False),
+        ("v1", True),
+        ("v2", True),
+        ("bare v1", True),
+        ("bare v2", True),
+        ("v2 - v1 [bounds]", True),
+        ("items", True),
+        ("differ", True),
+        ("power", True),
+        ("verdict", False),
+    ):
+        shown.add_column(name, justify="right" if right else "left", no_wrap=name != "method")
+    for result in found:
+        figures = result.figures
+        style = _STYLES.get(result.verdict, "red")
+        shown.add_row(
+            result.adapter,
+            result.method,
+            f"{figures.reference:.1f}",
+            f"{figures.score:.1f}",
+            f"{result.bare_v1:.1f}",
+            f"{figures.bare:.1f}" if figures.bare is not None else "-",
+            f"{figures.difference:+.1f} [{figures.lower:+.1f}, {figures.upper:+.1f}]",
+            f"{figures.items}",
+            f"{figures.discordant}",
+            f"{100 * figures.power:.0f} %",
+            f"[{style}]{result.verdict}[/]",
+        )
+    return shown
+
+
+def notes(found: Sequence[Result]) -> list[str]:
+    """Return what the table cannot say by itself: reasons, and how the figures are to be read."""
+    lines = [f"{result.adapter}: {result.reason}" for result in found]
+    lines.append(
+        f"The margin of {POLICY.margin_points:g} points and the one-sided level {POLICY.alpha:g} "
+        "were fixed before anything was scored. Bounds: Tango's score interval of the paired "
+        "difference. differ: items that the two bases answer differently. power: the "
+        "chance to pass if nothing were lost, with as many such items as were seen."
+    )
+    for task in dict.fromkeys(result.task for result in found):
+        lines += _comparison([result for result in found if result.task == task])
+    return lines
+
+
+def _comparison(arms: Sequence[Result]) -> list[str]:
+    """Say in words how the two arms of a task compare, whoever is ahead."""
+    plain = next((arm for arm in arms if arm.method == "plain LoRA"), None)
+    ours = next((arm for arm in arms if arm.method != "plain LoRA"), None)
+    if plain is None or ours is None:
+        return []
+    lost = [-arm.figures.difference for arm in (plain, ours)]
+    on_v2 = ours.figures.score - plain.figures.score
+    on_v1 = ours.figures.reference - plain.figures.reference
+    return [
+        f"{ours.task}: the update cost the plain adapter {lost[0]:.1f} points and the Trans-PEFT "
+        f"one {lost[1]:.1f}. Trans-PEFT is {_ahead(on_v1)} on v1 and {_ahead(on_v2)} on v2. One "
+        "seed, one update: a direction, not a result."
+    ]
+
+
+def _ahead(points: float) -> str:
+    if abs(points) < 0.05:
+        return "level"
+    return f"{abs(points):.1f} points {'ahead' if points > 0 else 'behind'}"
