@@ -112,5 +112,6 @@ def override(module: nn.Module, forward: Forward, undo: ExitStack) -> None:
         if before is not None:
             module.forward = before
 
-    module.forward = wraps(module.forward)(forward)
+    # A compiler would trace into the draws: what is around this module is compiled, not it.
+    module.forward = torch.compiler.disable(wraps(module.forward)(forward))
     undo.callback(restore)
