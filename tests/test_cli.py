@@ -316,3 +316,32 @@ def test_as_a_program_it_exits_with_the_code():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "NotFoundError: there are no files below /nowhere\n"
+
+
+@pytest.mark.servers
+def test_bases_and_adapters_may_lie_in_buckets(table, tmp_path, servers, unique):
+    from trans_peft.edges.s3_store import S3Store
+
+    root = f"s3://{servers.bucket}/{unique}"
+    for name in ("v1", "v2"):
+        code, _, _ = table.run(
+            "publish", name, f"{root}/{name}", "--family", unique, "--version", name
+        )
+        assert code == 0
+    for path in (table.folder / "mine").iterdir():
+        with path.open("rb") as file:
+            S3Store().write(f"{root}/mine/{path.name}", file)
+    state = ("--state", tmp_path)
+    bases = ("--old", f"{root}/v1", "--new", f"{root}/v2")
+    code, found = table.json("check", f"{root}/mine", *bases, *state)
+    assert (code, found["fits"]) == (0, True)
+    out = tmp_path / "out"
+    arguments = ("transfer", f"{root}/mine", *bases, "--suite", "suite.json", "--out", out)
+    code, told = table.json(*arguments, *state)
+    assert told["adapter"] == "mine"
+    assert code == (told["judgement"]["verdict"] != "passed")
+    config = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"{root}/v2"
+    code, _, err = table.run("fingerprint", f"s3://{servers.bucket}/{unique}/nothing")
+    assert code == 2
+    assert "no files below" in err
