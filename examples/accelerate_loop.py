@@ -1,0 +1,46 @@
+"""Trans-PEFT in an accelerate loop: accelerate launch examples/accelerate_loop.py BASE OUTPUT"""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trans_peft.domain.recipe import Perturbation
+from trans_peft.perturbation import perturbed
+
+TEXTS = [f"{n} and {n + 1} make {2 * n + 1}" for n in range(32)]
+
+
+def main(base: str, output: str) -> None:
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    torch.manual_seed(42)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(
+        model, LoraConfig(r=8, task_type="CAUSAL_LM", target_modules="all-linear")
+    )
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    loader = DataLoader(
+        TEXTS, 4, collate_fn=lambda t: tokenizer(t, padding=True, return_tensors="pt")
+    )
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    with perturbed(model, Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+                loss = model(**batch, labels=labels).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            accelerator.print(f"loss {loss.item():.3f}")
+    accelerator.unwrap_model(model).save_pretrained(
+        output, is_main_process=accelerator.is_main_process
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
