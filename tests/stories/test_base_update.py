@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import boto3
 import httpx
@@ -23,7 +24,7 @@ from infra.stack.machine import free_ports
 from infra.stack.settings import StackSettings
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
 
-pytestmark = pytest.mark.servers
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -46,21 +47,28 @@ class Stack:
         self.environment = {**os.environ, **client}
 
     def run(self, deployment, **parameters):
-        """Start a deployment through Prefect's API, wait for its end, return its state."""
-        api = f"{self.settings.urls['prefect']}/api"
-        found = httpx.get(f"{api}/deployments/name/{deployment}/default").raise_for_status().json()
-        run = httpx.post(
-            f"{api}/deployments/{found['id']}/create_flow_run", json={"parameters": parameters}
-        )
-        run = run.raise_for_status().json()
+        """Start a deployment, wait for its end, return its state."""
+        found = self._prefect("GET", f"deployments/name/{deployment}/default")
+        body = {"parameters": parameters, "idempotency_key": str(uuid4())}
+        run = self._prefect("POST", f"deployments/{found['id']}/create_flow_run", json=body)
         deadline = time.monotonic() + 240
         while (state := run["state"])["type"] not in FINAL:
             assert time.monotonic() < deadline, state
             time.sleep(0.5)
-            run = httpx.get(f"{api}/flow_runs/{run['id']}", timeout=30).json()
+            run = self._prefect("GET", f"flow_runs/{run['id']}")
         if state["type"] != "COMPLETED":
-            print((self.settings.logs / "worker.log").read_text()[-6000:])
+            sys.stdout.write((self.settings.logs / "worker.log").read_text()[-6000:])
         return state
+
+    def _prefect(self, method, path, **body):
+        """Ask Prefect's API; on a busy machine its SQLite answers 503 now and then."""
+        url = f"{self.settings.urls['prefect']}/api/{path}"
+        for _ in range(10):
+            answer = httpx.request(method, url, timeout=60, **body)
+            if answer.status_code != 503:
+                break
+            time.sleep(1)
+        return answer.raise_for_status().json()
 
     def publish(self, folder, version):
         """Upload a base with this project's command."""

@@ -67,6 +67,7 @@ def evaluate_on(
         )
         for suite in suites
     }
+    who = (labels or {}).get("adapter", "bare base")
     known = {name: platform.evaluations.get(key) for name, key in keys.items()}
     for suite in suites:
         if known[suite.name] is None:
@@ -85,6 +86,7 @@ def _evaluate(
     platform: Platform,
     adapter: Callable[[], Path] | None,
     weights_sha256: str,
+    who: str,
     on_progress: Progress | None,
 ) -> Evaluation:
     from trans_peft.models import load_base
@@ -96,7 +98,7 @@ def _evaluate(
 
     def report(done: int, total: int) -> None:
         if on_progress is not None:
-            on_progress(f"{suite.name} on {base.version}", done, total)
+            on_progress(f"{who}: {suite.name} on {base.version}", done, total)
 
     def answer(model: object) -> Evaluation:
         return evaluate(

@@ -90,8 +90,8 @@ def train(
             labels={"adapter": resolved.adapter},
             on_progress=on_progress,
         )
-        for suite, evaluation in evaluations.items():
-            run.metrics({f"score/{suite}": evaluation.score}, result.steps)
+        scores = {f"score/{name}": item.score for name, item in evaluations.items()}
+        run.metrics(scores, result.steps)
         run.file(_written(resolved, work_dir))
         draft = AdapterVersion(
             adapter=resolved.adapter,
