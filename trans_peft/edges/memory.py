@@ -6,8 +6,6 @@ in `_by_hand`; no port has them.
 
 import hashlib
 import itertools
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -185,10 +183,10 @@ class MemoryCatalog:
 
 
 class MemoryRegistry:
-    """`AdapterRegistry` in dictionaries; the PEFT folders lie in a temporary folder."""
+    """`AdapterRegistry` in dictionaries, the files of the PEFT folders too."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="trans-peft-registry-")
+        self._files: dict[tuple[str, int], dict[str, bytes]] = {}
         self._families: dict[str, str] = {}
         self._retired: set[str] = set()
         self._versions: dict[str, list[AdapterVersion]] = {}
@@ -232,7 +230,11 @@ class MemoryRegistry:
                 if _bytes_and_base(known) == _bytes_and_base(draft):
                     return known
             version = replace(draft, number=len(versions) + 1)
-            shutil.copytree(folder, self._where(version))
+            self._files[version.adapter, version.number] = {
+                path.relative_to(folder).as_posix(): path.read_bytes()
+                for path in Path(folder).rglob("*")
+                if path.is_file()
+            }
             self._tags[version.adapter, version.number] = dict(tags or {})
             versions.append(version)
             return version
@@ -293,9 +295,13 @@ class MemoryRegistry:
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
         """Write the version's PEFT folder below `folder` and return where it is."""
-        if not self._where(version).is_dir():
+        if (version.adapter, version.number) not in self._files:
             raise NotFoundError(f"there is no {version}")
-        return Path(shutil.copytree(self._where(version), folder, dirs_exist_ok=True))
+        for name, data in self._files[version.adapter, version.number].items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return Path(folder)
 
     def retire_by_hand(self, adapter: str) -> None:
         """Tag an adapter as retired, as a person does."""
@@ -304,9 +310,6 @@ class MemoryRegistry:
     def set_alias_by_hand(self, adapter: str, alias: str, number: int | None) -> None:
         """Move or remove an alias as a person does: it is not ours from then on."""
         _move(self._aliases, (adapter, alias), number)
-
-    def _where(self, version: AdapterVersion) -> Path:
-        return Path(self._folder.name, version.adapter, str(version.number))
 
 
 def _bytes_and_base(version: AdapterVersion) -> tuple[str, str]:

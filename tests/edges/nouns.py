@@ -1,0 +1,105 @@
+"""Nouns to put behind the doors, small and with every field used."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.base import Fingerprint, TensorSignature
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import (
+    Evaluation,
+    ItemResult,
+    Judgement,
+    Suite,
+    SuiteJudgement,
+    Verdict,
+)
+from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.outcome import Compatibility, Effect, TransferOutcome
+from trans_peft.models import adapter_weights_sha256
+
+SUITE = Suite("exceptions", DataSource("s3://data/x.jsonl", "ab" * 32), threshold=0.5, limit=7)
+
+
+def fingerprint(seed: int = 0) -> Fingerprint:
+    weight = TensorSignature((2, 3), "F32", content_sha256(seed), (0.5, -1e-7, 3.25))
+    return Fingerprint(
+        architecture="LlamaForCausalLM",
+        layer_count=2,
+        config_sha256="c" * 64,
+        tensors={"model.embed_tokens.weight": weight},
+        vocabulary_sha256="d" * 64,
+        tokenizer_sha256="e" * 64,
+    )
+
+
+def peft_folder(folder: Path, seed: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": "s3://bases/smol/v1"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    weights = np.random.default_rng(seed).normal(size=(4, 3)).astype(np.float32)
+    save_file({"base_model.model.q.lora_A.weight": weights}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def draft(adapter: str, family: str, folder: Path, base: str = "1" * 64) -> AdapterVersion:
+    return AdapterVersion(
+        adapter=adapter,
+        number=0,
+        family=family,
+        base_version="v1",
+        base_fingerprint_sha256=base,
+        trained_on_version="v1",
+        trained_on_fingerprint_sha256="1" * 64,
+        weights_sha256=adapter_weights_sha256(folder),
+        method="LORA",
+        suites=(SUITE,),
+        recipe_sha256="5" * 64,
+    )
+
+
+def transferred(version: AdapterVersion, base: str = "2" * 64) -> AdapterVersion:
+    return replace(
+        version,
+        number=0,
+        base_version="v2",
+        base_fingerprint_sha256=base,
+        transferred_from=version.number,
+    )
+
+
+def evaluation(key: str, right: int = 3) -> Evaluation:
+    items = tuple(ItemResult(f"item-{i}", i < right, "f" * 64) for i in range(4))
+    return Evaluation("exceptions", key, "2" * 64, "3" * 64, "4" * 64, items, seconds=1.5)
+
+
+def outcome(
+    source: AdapterVersion,
+    verdict: Verdict = Verdict.PASSED,
+    *,
+    new_number: int | None = None,
+    policy: str = "6" * 64,
+    base: str = "2" * 64,
+) -> TransferOutcome:
+    suite = SuiteJudgement(
+        "exceptions", 4, 80.0, 79.0, None, -1.0, -4.5, float("inf"), 3, 0.8, more_items=9
+    )
+    return TransferOutcome(
+        adapter=source.adapter,
+        source_number=source.number,
+        family=source.family,
+        base_version="v2",
+        base_fingerprint_sha256=base,
+        weights_sha256=source.weights_sha256,
+        policy_sha256=policy,
+        judgement=Judgement(verdict, "because", (suite,)),
+        compatibility=Compatibility(notes=("the chat template changed",)),
+        effect=Effect(0.25),
+        evaluations=(evaluation(source.weights_sha256),),
+        new_number=new_number,
+        seconds=12.5,
+    )

@@ -1,0 +1,242 @@
+"""One contract for every base catalog: in memory and in MLflow."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.edges.nouns import fingerprint
+from trans_peft.domain.base import BaseVersion
+from trans_peft.edges.memory import MemoryCatalog
+from trans_peft.errors import InvalidSpecError, NotFoundError, StoreError, UploadError
+from trans_peft.ports import BaseCatalog
+
+
+@dataclass
+class Place:
+    """A catalog, a family name that is free in it, and what a person can do there."""
+
+    catalog: BaseCatalog
+    family: str
+    person: Any
+
+    def publish(self, version: str, seed: int = 0, **changes: Any) -> BaseVersion:
+        arguments = {"fingerprint": fingerprint(seed), "parent": None, "source": "upload"}
+        return self.catalog.make_ready(
+            self.family, version, f"s3://bases/{self.family}/{version}", **arguments | changes
+        )
+
+
+class MlflowPerson:
+    """What a person does in MLflow's pages."""
+
+    def __init__(self) -> None:
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient()
+
+    def register_by_hand(self, family: str, uri: str) -> int:
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):
+            self.client.create_registered_model(family, tags={"trans_peft.kind": "base"})
+        return int(self.client.create_model_version(family, uri).version)
+
+    def set_alias_by_hand(self, family: str, alias: str, number: int | None) -> None:
+        if number is None:
+            self.client.delete_registered_model_alias(family, alias)
+        else:
+            self.client.set_registered_model_alias(family, alias, str(number))
+
+
+@pytest.fixture(params=["memory", pytest.param("mlflow", marks=pytest.mark.servers)])
+def place(request: pytest.FixtureRequest, unique: str) -> Iterator[Place]:
+    if request.param == "memory":
+        catalog = MemoryCatalog()
+        yield Place(catalog, unique, catalog)
+    else:
+        servers = request.getfixturevalue("servers")
+        from trans_peft.edges.mlflow_catalog import MlflowCatalog
+
+        yield Place(MlflowCatalog(servers.mlflow_url), unique, MlflowPerson())
+
+
+class TestEveryCatalog:
+    def test_an_unknown_family_is_not_found(self, place):
+        assert place.family not in place.catalog.families()
+        with pytest.raises(NotFoundError):
+            place.catalog.versions(place.family)
+        with pytest.raises(NotFoundError):
+            place.catalog.alias(place.family, "serving")
+
+    def test_a_published_version_is_ready_and_keeps_what_was_said(self, place):
+        base = place.publish("v1", parent="v0")
+        assert base == BaseVersion(
+            family=place.family,
+            version="v1",
+            uri=f"s3://bases/{place.family}/v1",
+            number=1,
+            fingerprint_sha256=fingerprint().digest,
+            parent="v0",
+            ready=True,
+        )
+        assert place.catalog.versions(place.family) == (base,)
+        assert place.family in place.catalog.families()
+
+    def test_the_whole_fingerprint_comes_back_sketches_too(self, place):
+        base = place.publish("v1", seed=1)
+        found = place.catalog.fingerprint(base)
+        assert found == fingerprint(1)
+        assert [t.sketch for t in found.tensors.values()] == [(0.5, -1e-7, 3.25)]
+
+    def test_versions_come_oldest_first(self, place):
+        for seed, version in enumerate(("v2", "v1", "v10")):
+            place.publish(version, seed)
+        assert [b.version for b in place.catalog.versions(place.family)] == ["v2", "v1", "v10"]
+        assert [b.number for b in place.catalog.versions(place.family)] == [1, 2, 3]
+
+    def test_the_same_upload_twice_is_one_version(self, place):
+        assert place.publish("v1") == place.publish("v1")
+        assert len(place.catalog.versions(place.family)) == 1
+
+    def test_a_version_never_changes_its_content(self, place):
+        base = place.publish("v1", seed=1)
+        with pytest.raises(UploadError, match="publish it under a new version"):
+            place.publish("v1", seed=2)
+        assert place.catalog.versions(place.family) == (base,)
+
+    def test_one_content_may_have_two_names(self, place):
+        first, second = place.publish("v1"), place.publish("v1-again")
+        assert (first.number, second.number) == (1, 2)
+        assert first.alias == second.alias
+
+    def test_a_version_that_a_person_registered_waits_and_is_completed(self, place):
+        uri = "s3://elsewhere/base"
+        number = place.person.register_by_hand(place.family, uri)
+        waiting = BaseVersion(place.family, "1", uri, number)
+        assert place.catalog.versions(place.family) == (waiting,)
+        with pytest.raises(NotFoundError, match="never made ready"):
+            place.catalog.fingerprint(waiting)
+        ready = place.catalog.make_ready(
+            place.family, "v1", uri, fingerprint=fingerprint(), parent=None, source="registered",
+            number=number,
+        )  # fmt: skip
+        assert (ready.number, ready.version, ready.uri, ready.ready) == (number, "v1", uri, True)
+        assert place.catalog.versions(place.family) == (ready,)
+
+    def test_a_person_who_registers_what_is_there_makes_no_second_version(self, place):
+        base = place.publish("v1")
+        number = place.person.register_by_hand(place.family, base.uri)
+        assert place.publish("v1", number=number) == base
+        assert place.catalog.versions(place.family) == (base,)
+
+    def test_no_number_that_is_not_there_can_be_completed(self, place):
+        place.publish("v1")
+        with pytest.raises(NotFoundError, match="number 7"):
+            place.publish("v2", number=7)
+
+    def test_champion_is_read_and_serving_is_written(self, place):
+        one, two = place.publish("v1", 1), place.publish("v2", 2)
+        assert place.catalog.alias(place.family, "champion") is None
+        place.person.set_alias_by_hand(place.family, "champion", 2)
+        assert place.catalog.alias(place.family, "champion") == 2
+        for base in (one, two, one):
+            place.catalog.set_serving(base)
+            assert place.catalog.alias(place.family, "serving") == base.number
+        place.person.set_alias_by_hand(place.family, "champion", None)
+        assert place.catalog.alias(place.family, "champion") is None
+
+    def test_what_is_not_ready_cannot_serve(self, place):
+        number = place.person.register_by_hand(place.family, "s3://elsewhere/base")
+        with pytest.raises(InvalidSpecError, match="not ready"):
+            place.catalog.set_serving(BaseVersion(place.family, "1", "s3://x", number, ready=True))
+        assert place.catalog.alias(place.family, "serving") is None
+
+    def test_two_who_register_one_version_at_once_get_the_same_one(self, place):
+        place.publish("v0", seed=9)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: place.publish("v1"), range(4)))
+        live = [b for b in place.catalog.versions(place.family) if b.version == "v1"]
+        assert live == [found[0]]
+        assert set(found) == {found[0]}
+        assert found[0].ready
+
+
+@pytest.mark.servers
+class TestMlflow:
+    @pytest.fixture
+    def place(self, servers, unique):
+        from trans_peft.edges.mlflow_catalog import MlflowCatalog
+
+        return Place(MlflowCatalog(servers.mlflow_url), unique, MlflowPerson())
+
+    def test_what_a_killed_ingestion_left_is_completed_not_doubled(self, place, monkeypatch):
+        from trans_peft.edges.mlflow_client import Tracking
+
+        def killed(self, name, number, tags):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Tracking, "tag_version", killed)
+            place.publish("v1")
+        assert [b.ready for b in place.catalog.versions(place.family)] == [False]
+        base = place.publish("v1")
+        assert (base.number, base.ready) == (1, True)
+        assert place.catalog.versions(place.family) == (base,)
+        assert place.catalog.fingerprint(base) == fingerprint()
+
+    def test_the_ready_tag_comes_last(self, place, monkeypatch):
+        from trans_peft.edges.mlflow_client import Tracking
+
+        tagged = []
+        tag_version = Tracking.tag_version
+
+        def spy(self, name, number, tags):
+            tagged.extend(tags)
+            tag_version(self, name, number, tags)
+
+        monkeypatch.setattr(Tracking, "tag_version", spy)
+        number = place.person.register_by_hand(place.family, "s3://elsewhere/base")
+        place.publish("v1", number=number)
+        assert tagged[-1] == "ready"
+        assert tagged.count("ready") == 1
+
+    def test_a_promoted_copy_waits_for_its_own_ingestion(self, place, unique):
+        base = place.publish("v1")
+        other = f"{unique}-other"
+        place.person.client.copy_model_version(f"models:/{place.family}/{base.number}", other)
+        (copy,) = place.catalog.versions(other)
+        assert (copy.version, copy.uri, copy.ready) == ("v1", base.uri, False)
+
+    def test_a_person_makes_a_family_with_the_kind_tag_alone(self, place):
+        place.person.client.create_registered_model(place.family)
+        assert place.family not in place.catalog.families()
+        place.person.client.set_registered_model_tag(place.family, "trans_peft.kind", "base")
+        assert place.family in place.catalog.families()
+
+    def test_an_adapter_is_no_family(self, place):
+        place.person.client.create_registered_model(
+            place.family, tags={"trans_peft.kind": "adapter"}
+        )
+        with pytest.raises(NotFoundError, match="no base"):
+            place.catalog.versions(place.family)
+        with pytest.raises(InvalidSpecError, match="not as a base"):
+            place.publish("v1")
+
+    def test_more_families_than_a_page_are_all_listed(self, place, monkeypatch):
+        monkeypatch.setattr("trans_peft.edges.mlflow_client._PAGE", 2)
+        names = [f"{place.family}-{i}" for i in range(5)]
+        for name in names:
+            place.person.client.create_registered_model(name, tags={"trans_peft.kind": "base"})
+        assert set(names) <= set(place.catalog.families())
+
+    def test_an_unreachable_server_is_named(self, monkeypatch):
+        from trans_peft.edges.mlflow_catalog import MlflowCatalog
+
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with pytest.raises(StoreError, match=r"MLflow at http://127\.0\.0\.1:9 ") as caught:
+            MlflowCatalog("http://127.0.0.1:9").families()
+        assert not isinstance(caught.value, NotFoundError)

@@ -1,0 +1,88 @@
+"""One contract for every store of evaluations: in memory and in MLflow."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from tests.edges.nouns import evaluation
+from trans_peft.edges.memory import MemoryEvaluations
+
+
+@pytest.fixture(params=["memory", pytest.param("mlflow", marks=pytest.mark.servers)])
+def evaluations(request: pytest.FixtureRequest):
+    if request.param == "memory":
+        return MemoryEvaluations()
+    servers = request.getfixturevalue("servers")
+    from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
+
+    return MlflowEvaluations(servers.mlflow_url)
+
+
+class TestEveryStoreOfEvaluations:
+    def test_what_nobody_computed_is_none(self, evaluations, unique):
+        assert evaluations.get(evaluation(unique).key) is None
+
+    def test_an_evaluation_comes_back_item_by_item(self, evaluations, unique):
+        known = evaluation(unique)
+        evaluations.put(known, labels={"adapter": unique})
+        assert evaluations.get(known.key) == known
+        assert evaluations.get(evaluation(f"{unique}-other").key) is None
+
+    def test_an_answer_that_is_kept_comes_back(self, evaluations, unique):
+        known = evaluation(unique)
+        items = (replace(known.items[0], answer="ValueError \u00e4\n"), *known.items[1:])
+        evaluations.put(replace(known, items=items))
+        assert evaluations.get(known.key).items == items
+
+    def test_the_same_key_again_changes_nothing(self, evaluations, unique):
+        evaluations.put(evaluation(unique, right=3))
+        evaluations.put(evaluation(unique, right=1))
+        assert evaluations.get(evaluation(unique).key).score == 75.0
+
+
+@pytest.mark.servers
+def test_one_that_was_broken_off_is_not_taken_for_whole(servers, unique, monkeypatch):
+    from trans_peft.edges.mlflow_client import Tracking
+    from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
+
+    evaluations, known = MlflowEvaluations(servers.mlflow_url), evaluation(unique)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        patch.setattr(Tracking, "write_text", killed)
+        evaluations.put(known)
+    assert evaluations.get(known.key) is None
+    evaluations.put(known)
+    assert evaluations.get(known.key) == known
+
+
+@pytest.mark.servers
+def test_of_two_that_were_made_at_once_everybody_gets_the_same(servers, unique, monkeypatch):
+    from trans_peft.edges.mlflow_client import Tracking
+    from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
+
+    both_looked = threading.Barrier(2)
+    oldest_run = Tracking.oldest_run
+
+    def look(self, *arguments):
+        found = oldest_run(self, *arguments)
+        both_looked.wait(timeout=60)
+        return found
+
+    stores = [MlflowEvaluations(servers.mlflow_url) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracking, "oldest_run", look)
+        threads = [
+            threading.Thread(target=store.put, args=(evaluation(unique, right=right),))
+            for right, store in enumerate(stores, start=1)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    first, second = (store.get(evaluation(unique).key) for store in stores)
+    assert first == second
+    assert first is not None

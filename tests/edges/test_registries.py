@@ -1,0 +1,334 @@
+"""One contract for every adapter registry: in memory and in MLflow."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.edges.nouns import draft, evaluation, outcome, peft_folder, transferred
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.evaluation import Verdict, verdict_key
+from trans_peft.edges.memory import MemoryRegistry
+from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
+from trans_peft.ports import AdapterRegistry
+
+
+@dataclass
+class Place:
+    """A registry, an adapter name that is free in it, and what a person can do there."""
+
+    registry: AdapterRegistry
+    adapter: str
+    person: Any
+    folder: Path
+
+    @property
+    def family(self) -> str:
+        return f"{self.adapter}-family"
+
+    def trained(self, name: str = "", seed: int = 0) -> AdapterVersion:
+        folder = self.peft_folder(seed)
+        return self.registry.register(draft(name or self.adapter, self.family, folder), folder)
+
+    def peft_folder(self, seed: int = 0) -> Path:
+        folder = self.folder / str(seed)
+        return folder if folder.exists() else peft_folder(folder, seed)
+
+
+class MlflowPerson:
+    """What a person does in MLflow's pages."""
+
+    def __init__(self) -> None:
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient()
+
+    def retire_by_hand(self, adapter: str) -> None:
+        self.client.set_registered_model_tag(adapter, "trans_peft.retired", "true")
+
+    def set_alias_by_hand(self, adapter: str, alias: str, number: int | None) -> None:
+        if number is None:
+            self.client.delete_registered_model_alias(adapter, alias)
+        else:
+            self.client.set_registered_model_alias(adapter, alias, str(number))
+
+
+def place_in_mlflow(servers: Any, unique: str, folder: Path) -> Place:
+    from trans_peft.edges.mlflow_registry import MlflowRegistry
+
+    return Place(MlflowRegistry(servers.mlflow_url), unique, MlflowPerson(), folder)
+
+
+@pytest.fixture(params=["memory", pytest.param("mlflow", marks=pytest.mark.servers)])
+def place(request: pytest.FixtureRequest, unique: str, tmp_path: Path) -> Iterator[Place]:
+    if request.param == "memory":
+        registry = MemoryRegistry()
+        yield Place(registry, unique, registry, tmp_path)
+    else:
+        yield place_in_mlflow(request.getfixturevalue("servers"), unique, tmp_path)
+
+
+class TestEveryRegistry:
+    def test_an_unknown_adapter_is_not_found(self, place):
+        assert place.registry.adapters(place.family) == ()
+        for ask in (place.registry.versions, place.registry.outcomes):
+            with pytest.raises(NotFoundError):
+                ask(place.adapter)
+        with pytest.raises(NotFoundError):
+            place.registry.alias(place.adapter, "on-1")
+
+    def test_a_version_comes_back_as_it_went_in(self, place):
+        version = place.trained()
+        asked = draft(place.adapter, place.family, place.peft_folder())
+        assert version == replace(asked, number=1)
+        assert place.registry.versions(place.adapter) == (version,)
+        assert place.registry.adapters(place.family) == (place.adapter,)
+
+    def test_a_transferred_version_is_a_second_one(self, place):
+        first = place.trained()
+        second = place.registry.register(transferred(first), place.peft_folder())
+        assert (second.number, second.transferred_from, second.is_trained) == (2, 1, False)
+        assert place.registry.versions(place.adapter) == (first, second)
+
+    def test_the_same_bytes_on_the_same_base_are_one_version(self, place):
+        first = place.trained()
+        assert place.trained() == first
+        assert len(place.registry.versions(place.adapter)) == 1
+
+    def test_other_bytes_on_the_same_base_are_another_version(self, place):
+        place.trained()
+        assert place.trained(seed=1).number == 2
+
+    def test_a_name_belongs_to_one_family(self, place):
+        place.trained()
+        folder = place.peft_folder(1)
+        with pytest.raises(InvalidSpecError, match="another name"):
+            place.registry.register(draft(place.adapter, "other-family", folder), folder)
+        assert place.registry.adapters("other-family") == ()
+
+    def test_the_live_ones_of_a_family_are_listed(self, place):
+        names = [f"{place.adapter}-{i}" for i in (2, 0, 1)]
+        for name in names:
+            place.trained(name)
+        place.person.retire_by_hand(names[0])
+        assert place.registry.adapters(place.family) == tuple(sorted(names[1:]))
+
+    def test_the_folder_comes_back_byte_by_byte(self, place, tmp_path):
+        version = place.trained()
+        found = place.registry.download(version, tmp_path / "downloaded")
+        for original in place.peft_folder().iterdir():
+            assert (found / original.name).read_bytes() == original.read_bytes()
+        assert len(list(found.iterdir())) == 2
+
+    def test_what_is_not_there_cannot_be_downloaded(self, place, tmp_path):
+        with pytest.raises(NotFoundError):
+            place.registry.download(replace(place.trained(), number=7), tmp_path / "downloaded")
+
+    def test_an_outcome_marks_the_version_it_made(self, place):
+        first = place.trained()
+        second = place.registry.register(transferred(first), place.peft_folder())
+        passed = outcome(first, new_number=2)
+        place.registry.record(passed)
+        state = place.registry.versions(place.adapter)[1].state
+        key = verdict_key((evaluation(first.weights_sha256).key,), passed.policy_sha256)
+        assert (state.verdict, state.verdict_key) == ("passed", key)
+        assert place.registry.versions(place.adapter)[0] == first
+        assert place.registry.outcomes(place.adapter) == (replace(passed, evaluations=()),)
+        assert second.state.verdict is None
+
+    def test_an_outcome_without_a_version_leaves_its_source_alone(self, place):
+        first = place.trained()
+        refused = outcome(first, Verdict.INCOMPATIBLE)
+        place.registry.record(refused)
+        assert place.registry.versions(place.adapter) == (first,)
+        assert place.registry.outcomes(place.adapter) == (replace(refused, evaluations=()),)
+
+    def test_the_newest_outcome_per_base_counts(self, place):
+        first = place.trained()
+        place.registry.register(transferred(first), place.peft_folder())
+        for verdict, number, base in (
+            (Verdict.FAILED, None, "2"),
+            (Verdict.INCONCLUSIVE, 2, "2"),
+            (Verdict.INCOMPATIBLE, None, "0"),
+            (Verdict.PASSED, 2, "2"),
+        ):
+            place.registry.record(outcome(first, verdict, new_number=number, base=base * 64))
+        found = [(o.base_fingerprint_sha256[0], o.verdict.value)
+                 for o in place.registry.outcomes(place.adapter)]  # fmt: skip
+        assert found == [("0", "incompatible"), ("2", "passed")]
+
+    def test_attempts_that_fail_are_counted_per_policy(self, place):
+        first = place.trained()
+        counted = []
+        for verdict, policy in (
+            (Verdict.FAILED, "6"), (Verdict.FAILED, "6"), (Verdict.FAILED, "6"),
+            (Verdict.FAILED, "7"), (Verdict.INCOMPATIBLE, "7"), (Verdict.FAILED, "7"),
+        ):  # fmt: skip
+            place.registry.record(outcome(first, verdict, policy=policy * 64))
+            counted.append(place.registry.outcomes(place.adapter)[0].attempts)
+        assert counted == [1, 2, 3, 1, 1, 1]
+
+    def test_no_outcome_is_kept_for_a_version_that_is_not_there(self, place):
+        first = place.trained()
+        with pytest.raises(NotFoundError, match="version 7"):
+            place.registry.record(outcome(first, new_number=7))
+        assert place.registry.outcomes(place.adapter) == ()
+
+    def test_an_alias_moves_and_goes(self, place):
+        first, alias = place.trained(), "on-222222222222"
+        place.registry.register(transferred(first), place.peft_folder())
+        assert place.registry.alias(place.adapter, alias) is None
+        for number in (1, 2, None, None, 1):
+            place.registry.set_alias(place.adapter, alias, number)
+            assert place.registry.alias(place.adapter, alias) == number
+            assert place.registry.owns_alias(place.adapter, alias)
+        with pytest.raises(NotFoundError):
+            place.registry.set_alias(place.adapter, alias, 7)
+        assert place.registry.alias(place.adapter, alias) == 1
+        assert place.registry.owns_alias(place.adapter, alias)
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs"),
+        [(1, 2), (1, None), (None, 1)],
+        ids=["moved", "taken-away", "set"],
+    )
+    def test_what_a_person_does_to_an_alias_is_noticed(self, place, ours, theirs):
+        first, alias = place.trained(), "on-222222222222"
+        place.registry.register(transferred(first), place.peft_folder())
+        assert place.registry.owns_alias(place.adapter, alias)
+        if ours is not None:
+            place.registry.set_alias(place.adapter, alias, ours)
+        place.person.set_alias_by_hand(place.adapter, alias, theirs)
+        assert not place.registry.owns_alias(place.adapter, alias)
+        assert place.registry.alias(place.adapter, alias) == theirs
+
+    def test_two_who_register_the_same_at_once_get_the_same_live_version(self, place):
+        first, folder = place.trained(), place.peft_folder()
+        with ThreadPoolExecutor(3) as pool:
+            found = list(
+                pool.map(lambda _: place.registry.register(transferred(first), folder), range(3))
+            )
+        live = [v for v in place.registry.versions(place.adapter) if not v.state.superseded]
+        assert live == [first, found[0]]
+        assert {version.number for version in found} == {2}
+
+
+@pytest.mark.servers
+class TestMlflow:
+    @pytest.fixture
+    def place(self, servers, unique, tmp_path):
+        return place_in_mlflow(servers, unique, tmp_path)
+
+    def test_mlflows_own_download_gives_a_stock_peft_folder(self, place, tmp_path):
+        import mlflow
+
+        place.trained()
+        uri = f"models:/{place.adapter}/1"
+        found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "d")))
+        assert {p.name for p in found.iterdir()} == {
+            "adapter_config.json", "adapter_model.safetensors",
+        }  # fmt: skip
+
+    def test_people_see_what_it_is_in_the_tags(self, place):
+        folder = place.peft_folder()
+        place.registry.register(
+            draft(place.adapter, place.family, folder), folder, tags={"masking_p": "0.1"}
+        )
+        tags = place.person.client.get_model_version(place.adapter, "1").tags
+        assert tags["trans_peft.masking_p"] == "0.1"
+        assert tags["trans_peft.base_version"] == "v1"
+        assert tags["trans_peft.method"] == "LORA"
+        assert "trans_peft.transferred_from" not in tags
+
+    def test_a_tag_of_the_registrys_own_name_is_refused(self, place):
+        folder = place.peft_folder()
+        with pytest.raises(InvalidSpecError, match="family"):
+            place.registry.register(
+                draft(place.adapter, place.family, folder), folder, tags={"family": "x"}
+            )
+        assert place.registry.adapters(place.family) == ()
+
+    def test_a_run_that_trained_it_is_linked(self, place, servers):
+        from trans_peft.edges.mlflow_runs import MlflowRunLog
+
+        folder = place.peft_folder()
+        with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
+            asked = replace(draft(place.adapter, place.family, folder), run_id=run.id)
+            assert place.registry.register(asked, folder).run_id == run.id
+
+    def test_a_shard_that_comes_back_from_the_dead_is_superseded(self, place):
+        first = place.trained()
+        second = place.registry.register(transferred(first), place.peft_folder())
+        found = place.person.client.get_model_version(place.adapter, "2")
+        place.person.client.create_model_version(
+            place.adapter,
+            found.source,
+            tags=found.tags,
+            model_id=found.source.removeprefix("models:/"),
+        )
+        again = place.registry.register(transferred(first), place.peft_folder())
+        assert again == second
+        states = [v.state.superseded for v in place.registry.versions(place.adapter)]
+        assert states == [False, False, True]
+
+    def test_a_crash_between_two_writes_leaves_the_alias_ours(self, place, monkeypatch):
+        place.trained()
+        alias = "on-222222222222"
+
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        from mlflow import MlflowClient
+
+        for method, stands in (("set_registered_model_alias", None),
+                               ("set_registered_model_tag", 1)):  # fmt: skip
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                if stands is None:
+                    patch.setattr(MlflowClient, method, killed)
+                else:
+                    patch.setattr(place.registry, "_remember", _only_once(place.registry._remember))
+                place.registry.set_alias(place.adapter, alias, 1)
+            assert place.registry.alias(place.adapter, alias) == stands
+            assert place.registry.owns_alias(place.adapter, alias)
+
+    def test_weights_that_were_exchanged_in_the_store_are_noticed(self, place, tmp_path):
+        version = place.trained()
+        with pytest.raises(IntegrityError, match="other ones"):
+            place.registry.download(replace(version, weights_sha256="0" * 64), tmp_path / "d")
+
+    def test_a_copy_that_a_person_promoted_is_no_adapter(self, place):
+        place.trained()
+        name = f"{place.adapter}-production"
+        place.person.client.copy_model_version(f"models:/{place.adapter}/1", name)
+        with pytest.raises(NotFoundError, match="no adapter"):
+            place.registry.versions(name)
+
+    def test_a_long_outcome_fits_into_its_tag_and_is_whole_in_its_run(self, place):
+        first = place.trained()
+        long = outcome(first, Verdict.INCOMPATIBLE)
+        lines = tuple(f"layer {i}: \u00e4{'x' * 2000}" for i in range(500))
+        long = replace(long, compatibility=replace(long.compatibility, mismatches=lines))
+        place.registry.record(long)
+        (found,) = place.registry.outcomes(place.adapter)
+        assert found.compatibility.mismatches[-1] == "and 480 more"
+        client = place.person.client
+        experiment = client.get_experiment_by_name("trans-peft/transfers").experiment_id
+        (run,) = client.search_runs([experiment], f"tags.`trans_peft.adapter` = '{place.adapter}'")
+        assert run.data.metrics["exceptions/lower"] == -4.5
+        text = Path(client.download_artifacts(run.info.run_id, "outcome.json")).read_text()
+        assert text.count("layer ") == 500
+
+
+def _only_once(remember):
+    calls = []
+
+    def limited(*arguments):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        remember(*arguments)
+
+    return limited

@@ -1,0 +1,131 @@
+"""One contract for every run log: in memory and in MLflow."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from trans_peft.edges.memory import MemoryRunLog
+from trans_peft.ports import RunLog
+
+
+@dataclass
+class Seen:
+    """A run as somebody sees it who looks from outside."""
+
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, list[tuple[int, float]]]
+    files: set[str]
+
+
+class MemoryEye:
+    def __init__(self, log: MemoryRunLog) -> None:
+        self.log = log
+
+    def look(self, run_id: str) -> Seen:
+        (run,) = [run for run in self.log.runs if run.id == run_id]
+        params = {name: str(value) for name, value in run.recorded_params.items()}
+        return Seen(run.status, run.tags, params, run.recorded_metrics, set(run.files))
+
+
+class MlflowEye:
+    def __init__(self) -> None:
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient()
+
+    def look(self, run_id: str) -> Seen:
+        run = self.client.get_run(run_id)
+        own = {k.removeprefix("trans_peft."): v for k, v in run.data.tags.items()
+               if k.startswith("trans_peft.")}  # fmt: skip
+        metrics = {
+            name: [(m.step, m.value) for m in self.client.get_metric_history(run_id, name)]
+            for name in run.data.metrics
+            if not name.startswith("system/")
+        }
+        files = {
+            file.path
+            for folder in (None, "plots")
+            for file in self.client.list_artifacts(run_id, folder)
+            if not file.is_dir
+        }
+        return Seen(run.info.status.lower(), own, run.data.params, metrics, files)
+
+
+@pytest.fixture(params=["memory", pytest.param("mlflow", marks=pytest.mark.servers)])
+def log_and_eye(request: pytest.FixtureRequest):
+    if request.param == "memory":
+        log = MemoryRunLog()
+        return log, MemoryEye(log)
+    servers = request.getfixturevalue("servers")
+    from trans_peft.edges.mlflow_runs import MlflowRunLog
+
+    return MlflowRunLog(servers.mlflow_url), MlflowEye()
+
+
+class TestEveryRunLog:
+    def test_a_run_is_seen_while_it_runs_and_when_it_is_over(self, log_and_eye, tmp_path: Path):
+        log, eye = log_and_eye
+        path = tmp_path / "recipe.json"
+        path.write_text("{}")
+        with log.run("train tone", tags={"adapter": "tone"}) as run:
+            run.params({"optimizer.learning_rate": 0.001, "suites": ("a", "b")})
+            for step in (1, 2):
+                run.metrics({"loss": 2.0 / step, "score/held-out": step}, step)
+            assert eye.look(run.id).status == "running"
+            assert eye.look(run.id).metrics["loss"] == [(1, 2.0), (2, 1.0)]
+            run.file(path)
+            run.file(path, "plots")
+        seen = eye.look(run.id)
+        assert seen.status == "finished"
+        assert seen.tags == {"adapter": "tone"}
+        assert seen.params["optimizer.learning_rate"] == "0.001"
+        assert seen.metrics["score/held-out"] == [(1, 1.0), (2, 2.0)]
+        assert seen.files == {"recipe.json", "plots/recipe.json"}
+
+    def test_a_run_whose_block_raises_is_failed(self, log_and_eye):
+        log: RunLog
+        log, eye = log_and_eye
+        with pytest.raises(KeyboardInterrupt), log.run("train", tags={}) as run:
+            raise KeyboardInterrupt
+        assert eye.look(run.id).status == "failed"
+
+
+@pytest.mark.servers
+class TestMlflow:
+    def test_the_machines_own_figures_stand_beside(self, servers, monkeypatch):
+        import time
+
+        from trans_peft.edges.mlflow_runs import MlflowRunLog
+
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+        eye = MlflowEye()
+        with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                found = eye.client.get_run(run.id).data.metrics
+                if "system/cpu_utilization_percentage" in found:
+                    break
+                time.sleep(0.2)
+        assert found["system/system_memory_usage_megabytes"] > 0
+
+    def test_what_mlflow_would_refuse_is_made_to_fit(self, servers):
+        from trans_peft.edges.mlflow_runs import MlflowRunLog
+
+        with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
+            run.params({f"p{i}": "x" * 9000 for i in range(101)})
+            run.metrics({"score (%)": float("nan"), "a/b": float("inf")}, 0)
+        data = MlflowEye().client.get_run(run.id).data
+        assert len(data.params) == 101
+        assert set(data.metrics) >= {"score ___", "a/b"}
+
+    def test_two_servers_in_one_process_are_told_apart(self, servers, monkeypatch):
+        from trans_peft.edges.mlflow_runs import MlflowRunLog
+
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
+            run.metrics({"loss": 1.0}, 0)
+        monkeypatch.undo()
+        assert MlflowEye().look(run.id).metrics == {"loss": [(0, 1.0)]}

@@ -1,0 +1,185 @@
+"""`BaseCatalog` in MLflow's model registry: one registered model per family.
+
+    registered model   kind=base
+      version          family, version, fingerprint, parent, source, fingerprint_run, ready=true
+
+A registered model is a base family by its tag `kind=base`, which a person may set, and which
+`make_ready` sets. A version is ready when its tags say so and name this family: a version that
+MLflow's "Promote model" copied here with all its tags still waits for ingestion. MLflow has no
+compare-and-set: where two processes register one version at once, the lowest number wins and the
+other is tagged `superseded`, which hides it.
+"""
+
+from typing import Any
+
+from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.edges.json_nouns import from_json, to_json
+from trans_peft.edges.mlflow_client import Tracking, own_tags, tag
+from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
+
+__all__ = ["MlflowCatalog"]
+
+_FILE = "fingerprint.json"
+
+
+class MlflowCatalog:
+    """Base families and their versions in the MLflow server at `tracking_uri`."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._tracking = Tracking(tracking_uri)
+        self._fingerprints: dict[str, Fingerprint] = {}
+
+    def families(self) -> tuple[str, ...]:
+        """Return the names of all base families, sorted."""
+        return tuple(sorted(model.name for model in self._tracking.models({"kind": "base"})))
+
+    def versions(self, family: str) -> tuple[BaseVersion, ...]:
+        """Return all versions of a family, ready or not, oldest first. NotFoundError."""
+        self._tracking.model(family, "base")
+        return tuple(self._base(found) for found in self._live(family))
+
+    def alias(self, family: str, alias: str) -> int | None:
+        """Return the number of the version that carries the alias. NotFoundError for a family."""
+        number = self._tracking.model(family, "base").aliases.get(alias)
+        return None if number is None else int(number)
+
+    def set_serving(self, base: BaseVersion) -> None:
+        """Move `serving` to this version. InvalidSpecError for one that is not ready."""
+        known = next((b for b in self.versions(base.family) if b.number == base.number), None)
+        if known is None:
+            raise NotFoundError(f"there is no version number {base.number} of {base.family}")
+        if not known.ready:
+            raise InvalidSpecError(f"{known} is not ready: it cannot serve")
+        self._tracking.client.set_registered_model_alias(base.family, "serving", str(base.number))
+
+    def make_ready(
+        self,
+        family: str,
+        version: str,
+        uri: str,
+        *,
+        fingerprint: Fingerprint,
+        parent: str | None,
+        source: str,
+        number: int | None = None,
+    ) -> BaseVersion:
+        """Register a verified version, or complete the one with that `number`; `ready` last.
+
+        Safe to run twice and in two processes at once. UploadError where the version, or that
+        number, is ready already with another fingerprint.
+        """
+        self._make_family(family)
+        known = {b.number: b for b in self.versions(family)}
+        if number is not None and number not in known:
+            raise NotFoundError(f"there is no version number {number} of {family}")
+        for base in known.values():
+            if base.ready and (base.version == version or base.number == number):
+                return self._same(base, version, fingerprint, number)
+        run_id = self._keep(family, version, uri, fingerprint)
+        tags = {
+            "family": family,
+            "version": version,
+            "parent": parent,
+            "source": source,
+            "fingerprint": fingerprint.digest,
+            "fingerprint_run": run_id,
+        }
+        if number is not None:
+            self._tracking.tag_version(family, number, tags)
+        elif not self._claims(family, version):
+            number = self._tracking.make_version(family, uri, tags)
+        winner = self._claims(family, version)[0]
+        if winner.fingerprint_sha256 == fingerprint.digest:
+            last = {"fingerprint_run": run_id, "ready": "true"}
+            self._tracking.tag_version(family, winner.number, last)
+        return self._same(winner, version, fingerprint, number)
+
+    def fingerprint(self, base: BaseVersion) -> Fingerprint:
+        """Return the whole fingerprint of a ready version. NotFoundError, IntegrityError."""
+        digest = base.fingerprint_sha256
+        if digest not in self._fingerprints:
+            found = self._tracking.client.get_model_version(base.family, str(base.number))
+            run_id = own_tags(found.tags).get("fingerprint_run")
+            if run_id is None:
+                raise NotFoundError(f"{base} has no fingerprint: it was never made ready")
+            text = self._tracking.read_text(run_id, _FILE)
+            stored = from_json(Fingerprint, text, where=f"{_FILE} of run {run_id}")
+            if stored.digest != digest:
+                raise IntegrityError(
+                    f"the stored fingerprint of {base} is another one",
+                    expected=digest,
+                    found=stored.digest,
+                )
+            self._fingerprints[digest] = stored
+        return self._fingerprints[digest]
+
+    def _make_family(self, family: str) -> None:
+        model = self._tracking.make_model(family, {"kind": "base"})
+        kind = own_tags(model.tags).get("kind")
+        if kind is None:
+            self._tracking.client.set_registered_model_tag(family, tag("kind"), "base")
+        elif kind != "base":
+            raise InvalidSpecError(
+                f"{family!r} is registered already, and not as a base",
+                expected="kind base",
+                found=f"kind {kind}",
+                do="give the family another name",
+            )
+
+    def _live(self, family: str) -> list[Any]:
+        found = self._tracking.versions(family)
+        return [version for version in found if "superseded" not in own_tags(version.tags)]
+
+    def _base(self, found: Any) -> BaseVersion:
+        tags = own_tags(found.tags)
+        ours = tags.get("family") == found.name
+        number = int(found.version)
+        uri = found.source
+        if uri.startswith("models:/"):  # a version that "Promote model" copied
+            uri = self._tracking.client.get_model_version_download_uri(found.name, str(number))
+        return BaseVersion(
+            family=found.name,
+            version=tags.get("version", str(number)),
+            uri=uri,
+            number=number,
+            fingerprint_sha256=tags.get("fingerprint", "") if ours else "",
+            parent=tags.get("parent"),
+            ready=ours and tags.get("ready") == "true",
+        )
+
+    def _claims(self, family: str, version: str) -> list[BaseVersion]:
+        """Return the versions that claim this name with a fingerprint: ready ones, then oldest."""
+        bases = [self._base(found) for found in self._live(family)]
+        claims = [b for b in bases if b.version == version and b.fingerprint_sha256]
+        return sorted(claims, key=lambda base: (not base.ready, base.number))
+
+    def _same(
+        self, winner: BaseVersion, version: str, fingerprint: Fingerprint, number: int | None
+    ) -> BaseVersion:
+        """Settle for the winner: any other number is superseded; another content is refused."""
+        if number is not None and number != winner.number:
+            self._tracking.tag_version(winner.family, number, {"superseded": "true"})
+        if (winner.version, winner.fingerprint_sha256) != (version, fingerprint.digest):
+            raise UploadError(
+                f"{winner} (number {winner.number}) is registered already and is another one",
+                expected=f"{winner.version}, fingerprint {winner.fingerprint_sha256}",
+                found=f"{version}, fingerprint {fingerprint.digest}",
+                do="publish it under a new version",
+            )
+        return next(b for b in self.versions(winner.family) if b.number == winner.number)
+
+    def _keep(self, family: str, version: str, uri: str, fingerprint: Fingerprint) -> str:
+        """Store the whole fingerprint as a file of a run and return the run's id."""
+        tags = {"family": family, "base": version, "fingerprint": fingerprint.digest}
+        with self._tracking.run("bases", f"{family}/{version}", tags) as run_id:
+            self._tracking.log_params(
+                run_id,
+                {
+                    "uri": uri,
+                    "architecture": fingerprint.architecture,
+                    "layers": fingerprint.layer_count,
+                    "tensors": len(fingerprint.tensors),
+                },
+            )
+            self._tracking.write_text(run_id, _FILE, to_json(Fingerprint, fingerprint))
+        return run_id

@@ -1,0 +1,118 @@
+"""What became of an adapter on a base, in MLflow: in full as a run, in short on the version.
+
+The run (experiment `trans-peft/transfers`) holds `outcome.json` with every item, and the figures as
+metrics. The tag `outcome.on-<base>` on the version holds what reconcile needs, so that a fleet is
+read without fetching a file. It is written last: an outcome that is not there yet is made again.
+"""
+
+import json
+import re
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+from trans_peft.domain.base import serving_alias
+from trans_peft.domain.outcome import TransferOutcome
+from trans_peft.edges.json_nouns import from_json, to_json
+from trans_peft.edges.mlflow_client import Tracking, own_tags
+
+__all__ = ["MlflowOutcomes"]
+
+_FILE = "outcome.json"
+_TAG = re.compile(r"outcome\.on-[0-9a-f]+$")
+_LONGEST_REASON, _LONGEST_LINE, _MOST_LINES = 2000, 300, 20  # below MLflow's 100,000 together
+
+
+class MlflowOutcomes:
+    """The outcomes of adapters; `found` are MLflow's versions of one adapter."""
+
+    def __init__(self, tracking: Tracking) -> None:
+        self._tracking = tracking
+
+    def record(self, outcome: TransferOutcome, number: int, found: list[Any]) -> None:
+        """Write an outcome on the version with that number, with its attempts counted."""
+        stored = _stored(found)
+        base = serving_alias(outcome.base_fingerprint_sha256)
+        previous = max((s for s in stored if s[0] == base), key=lambda s: s[1], default=None)
+        outcome = outcome.counted_after(previous[2] if previous else None)
+        time_ms = max(int(time.time() * 1000), previous[1] + 1 if previous else 0)
+        tags = {
+            "adapter": outcome.adapter,
+            "family": outcome.family,
+            "base": outcome.base_version,
+            "base_fingerprint": outcome.base_fingerprint_sha256,
+            "verdict": outcome.verdict.value,
+        }
+        name = f"{outcome.adapter} on {outcome.base_version}"
+        with self._tracking.run("transfers", name, tags) as run_id:
+            self._tracking.write_text(run_id, _FILE, to_json(TransferOutcome, outcome))
+            self._tracking.log_metrics(run_id, _figures(outcome), step=0, time_ms=time_ms)
+        verdict = {"verdict": outcome.verdict.value}
+        if outcome.new_number is None:
+            verdict = {f"verdict.{base}": outcome.verdict.value}
+        else:
+            verdict["verdict_key"] = outcome.verdict_key
+            verdict["verdict_reason"] = outcome.judgement.reason[:_LONGEST_REASON]
+        kept = {"time_ms": time_ms, "run_id": run_id, "outcome": _short(outcome)}
+        self._tracking.tag_version(
+            outcome.adapter, number, {**verdict, f"outcome.{base}": json.dumps(kept)}
+        )
+
+    def newest(self, found: list[Any]) -> tuple[TransferOutcome, ...]:
+        """Return the newest outcome per base (evaluations left out), by base fingerprint."""
+        newest: dict[str, tuple[int, TransferOutcome]] = {}
+        for base, time_ms, outcome in _stored(found):
+            if base not in newest or time_ms > newest[base][0]:
+                newest[base] = (time_ms, outcome)
+        return tuple(
+            sorted(
+                (outcome for _, outcome in newest.values()),
+                key=lambda outcome: outcome.base_fingerprint_sha256,
+            )
+        )
+
+
+def _stored(found: list[Any]) -> list[tuple[str, int, TransferOutcome]]:
+    """Return (base alias, time, outcome) of every outcome on the versions of one adapter."""
+    outcomes = []
+    for version in found:
+        for name, text in own_tags(version.tags).items():
+            if _TAG.match(name):
+                where = f"the tag {name} of version {version.version} of {version.name}"
+                kept = json.loads(text)
+                outcome = from_json(TransferOutcome, json.dumps(kept["outcome"]), where=where)
+                outcomes.append((name.removeprefix("outcome."), kept["time_ms"], outcome))
+    return outcomes
+
+
+def _short(outcome: TransferOutcome) -> Any:
+    """Return what fits into a tag: no evaluations, long texts cut; the run has them in full."""
+    compatibility = outcome.compatibility
+    short = replace(
+        outcome,
+        evaluations=(),
+        compatibility=replace(
+            compatibility,
+            mismatches=_first(compatibility.mismatches),
+            notes=_first(compatibility.notes),
+        ),
+        judgement=replace(outcome.judgement, reason=outcome.judgement.reason[:_LONGEST_REASON]),
+    )
+    return json.loads(to_json(TransferOutcome, short))
+
+
+def _first(lines: tuple[str, ...]) -> tuple[str, ...]:
+    more = len(lines) - _MOST_LINES
+    kept = tuple(line[:_LONGEST_LINE] for line in lines[:_MOST_LINES])
+    return (*kept, f"and {more} more") if more > 0 else kept
+
+
+def _figures(outcome: TransferOutcome) -> dict[str, float]:
+    figures = {"seconds": outcome.seconds, "attempts": float(outcome.attempts)}
+    if outcome.effect is not None:
+        figures["max_logit_change"] = outcome.effect.max_logit_change
+    for suite in outcome.judgement.suites:
+        for name, value in asdict(suite).items():
+            if isinstance(value, int | float):
+                figures[f"{suite.suite}/{name}"] = float(value)
+    return figures

@@ -1,0 +1,52 @@
+"""`RunLog` in MLflow: what a training run does, in the page while it does it.
+
+Experiment `trans-peft/training`. Every figure is written when it is given, and the machine's own
+(processor, memory, network, devices) every few seconds beside them.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from trans_peft.edges.mlflow_client import Tracking
+
+__all__ = ["MlflowRun", "MlflowRunLog"]
+
+
+class MlflowRun:
+    """One run that is being recorded."""
+
+    def __init__(self, run_id: str, tracking: Tracking) -> None:
+        self.id = run_id
+        self._tracking = tracking
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Record what it was started with; long values are cut to what MLflow takes."""
+        self._tracking.log_params(self.id, values)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record figures at a step."""
+        self._tracking.log_metrics(self.id, values, step=step, time_ms=int(time.time() * 1000))
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """Attach a file."""
+        self._tracking.client.log_artifact(self.id, str(path), folder or None)
+
+
+class MlflowRunLog:
+    """Runs in the MLflow server at `tracking_uri`."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._tracking = Tracking(tracking_uri)
+
+    @contextmanager
+    def run(self, name: str, *, tags: Mapping[str, str]) -> Iterator[MlflowRun]:
+        """Record one run with the machine's figures; it is failed where the block raises."""
+        with self._tracking.run("training", name, tags) as run_id:
+            machine = self._tracking.system_metrics(run_id)
+            machine.start()
+            try:
+                yield MlflowRun(run_id, self._tracking)
+            finally:
+                machine.finish()
