@@ -1,7 +1,8 @@
 """Every live adapter gets a verdict on every base that may serve; then the verdicts take effect."""
 
 from prefect import flow
-from prefect.states import Completed, Failed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
 
 from tasks import ingestion, reconciliation, reporting, shards, transfer
 from trans_peft.domain.evaluation import GatePolicy

@@ -1,7 +1,8 @@
 """Several adapters on one new base: one base load, one verdict after the other."""
 
 from prefect import flow, get_run_logger
-from prefect.states import Completed, Failed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
 
 from tasks import transfer
 from tasks.limits import gpu_slot

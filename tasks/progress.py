@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable
+from typing import cast
+from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -16,7 +18,8 @@ _EVERY_S = 5.0
 def training_progress(adapter: str) -> Callable[[Event], None]:
     """Return a callback that shows training events as they come."""
     logger = get_run_logger()
-    bar = create_progress_artifact(progress=0.0, description=f"training {adapter}")
+    description = f"training {adapter}"
+    bar = cast(UUID, create_progress_artifact(progress=0.0, description=description))
     last = 0.0
 
     def show(event: Event) -> None:

@@ -4,10 +4,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import cast
 from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 
 from trans_peft.domain.evaluation import GatePolicy
@@ -56,11 +58,14 @@ def start(family: str, work: tuple[Work, ...], policy: GatePolicy) -> Started:
     """
     key = content_sha256([family, work, policy])
     for take in count():
-        run = run_deployment(
-            "transfer-shard/default",
-            parameters={"family": family, "shard": work, "policy": policy},
-            idempotency_key=f"{key}:{take}",
-            timeout=0,
+        run = cast(  # a coroutine only in asynchronous code
+            FlowRun,
+            run_deployment(
+                "transfer-shard/default",
+                parameters={"family": family, "shard": work, "policy": policy},
+                idempotency_key=f"{key}:{take}",
+                timeout=0,
+            ),
         )
         if run.state is None or not run.state.is_final():
             break

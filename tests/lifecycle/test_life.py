@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trans_peft.bases.publish import publish
 
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
+from trans_peft.bases.publish import publish
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource

@@ -71,7 +71,7 @@ def evaluate_on(
     known = {name: platform.evaluations.get(key) for name, key in keys.items()}
     for suite in suites:
         if known[suite.name] is None:
-            evaluation = _evaluate(base, suite, platform, adapter, weights_sha256, on_progress)
+            evaluation = _evaluate(base, suite, platform, adapter, weights_sha256, who, on_progress)
             platform.evaluations.put(
                 evaluation,
                 labels={"family": base.family, "base": base.version} | dict(labels or {}),

@@ -61,10 +61,11 @@ class Fleet:
     @property
     def wanted(self) -> tuple[BaseVersion, ...]:
         """The bases on which every live adapter needs a verdict, oldest first."""
-        marks = [mark for mark in (self.serving, self.champion) if self.base(mark) is not None]
-        if self.serving is None or not marks:
+        named = [base for base in map(self.base, (self.serving, self.champion)) if base]
+        if self.serving is None or not named:
             return self.bases
-        return tuple(base for base in self.bases if base.number >= min(marks))
+        oldest = min(base.number for base in named)
+        return tuple(base for base in self.bases if base.number >= oldest)
 
 
 def observe(family: str, platform: Platform) -> Fleet:
@@ -80,7 +81,8 @@ def observe(family: str, platform: Platform) -> Fleet:
 
 def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
     """Return the work that is missing, base by base, and what is parked for a person."""
-    work, parked = [], []
+    work: list[Work] = []
+    parked: list[Work] = []
     for base in fleet.wanted:
         for adapter in fleet.adapters:
             item = _missing(adapter, base, policy)
