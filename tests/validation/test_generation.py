@@ -2,7 +2,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from trans_peft.errors import EvaluationError, InvalidSpecError
+from trans_peft.errors import EvaluationError, InvalidSpecError, UnsupportedModelError
 from trans_peft.validation.generation import evaluating, generate, generate_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,6 +168,14 @@ def test_the_same_with_an_adapter_on_the_model(tokenizer, prompts):
     assert generate_ids(model, tokenizer, prompts[:5], max_new_tokens=4) == expected
     with model.disable_adapter():
         assert generate_ids(model, tokenizer, prompts[:5], max_new_tokens=4) != expected
+
+
+def test_an_adapter_that_adds_tokens_of_its_own_is_refused(tokenizer, prompts):
+    model = get_peft_model(
+        model_of("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    )
+    with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING"):
+        generate_ids(model, tokenizer, prompts, max_new_tokens=2)
 
 
 class Counting(nn.Module):

@@ -183,15 +183,14 @@ def _reason(
 
 def _scores(s: SuiteJudgement) -> str:
     return (
-        f"{s.suite}: {s.reference:.1f} on the old base, {s.score:.1f} on the new, {s.items} items"
+        f"{s.suite}: {s.reference:.1f} on the base it was trained on, {s.score:.1f} on the new one, "
+        f"{s.items} items"
     )
 
 
 def _kept_words(policy: GatePolicy, s: SuiteJudgement) -> str:
-    bound = (
-        f"lost at most {-s.lower:.2f} points" if s.lower < 0 else f"gained {s.lower:.2f} or more"
-    )
-    words = f"{_scores(s)}; {bound}, margin {policy.margin_points:g}"
+    change = "lost at most" if s.lower < 0 else "gained at least"
+    words = f"{_scores(s)}; {change} {abs(s.lower):.2f} points, margin {policy.margin_points:g}"
     if s.bare is not None and s.over_bare_lower is not None and s.over_bare_lower > 0:
         words += f"; at least {s.over_bare_lower:.2f} better than the bare new base ({s.bare:.1f})"
     return words

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trans_peft.errors import EvaluationError, InvalidSpecError
+from trans_peft.errors import EvaluationError, InvalidSpecError, UnsupportedModelError
 
 __all__ = ["Progress", "evaluating", "generate", "generate_ids"]
 
@@ -64,8 +64,16 @@ def generate_ids(
     tokenizer's, kept), with the token that completes one of the `stop` strings (kept), or after
     `max_new_tokens`. A batch that does not fit into memory is halved and tried again. The model is
     left as it was found. Raises EvaluationError where logits are not finite or one prompt alone
-    does not fit, InvalidSpecError for prompts without tokens.
+    does not fit, InvalidSpecError for prompts without tokens, UnsupportedModelError for an adapter
+    that adds tokens of its own (prompt tuning, prefix tuning).
     """
+    peft_config: Any = getattr(model, "active_peft_config", None)
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise UnsupportedModelError(
+            "answers of prompt-learning adapters cannot be decoded here",
+            expected="an adapter inside the layers, such as LORA",
+            found=peft_config.peft_type,
+        )
     empty = [i for i, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise InvalidSpecError("prompts without a single token", found=f"positions {empty[:10]}")
