@@ -20,6 +20,7 @@ def recipe(
     masking_p: float = 0.0,
     dropping_p: float = 0.0,
     processes: int = 1,
+    checkpoint_steps: int = 3,
     **optimizer,
 ) -> TrainingRecipe:
     return TrainingRecipe(
@@ -41,7 +42,7 @@ def recipe(
             **{"learning_rate": 1e-2, "steps": 8, "batch_size": 2, "warmup_steps": 2} | optimizer
         ),
         processes=processes,
-        checkpoint_steps=3,
+        checkpoint_steps=checkpoint_steps,
     )
 
 

@@ -112,6 +112,8 @@ class _Training:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)
         self._process.wait()
+        for reader in self._readers:
+            reader.join()
 
     def follow(self, on_event: Callable[[Event], None]) -> None:
         """Pass on events until the adapter is saved. Raises if the processes end before."""
@@ -142,9 +144,10 @@ class _Training:
         self._raise_for(self._process.wait())
 
     def _read(self, stream: IO[str], parse: Callable[[str], Message | LogLine]) -> None:
-        for line in stream:
-            if line.strip():
-                self._lines.put(parse(line.rstrip("\n")))
+        with stream:
+            for line in stream:
+                if line.strip():
+                    self._lines.put(parse(line.rstrip("\n")))
         self._lines.put(None)
 
     def _raise_for(self, code: int) -> NoReturn:

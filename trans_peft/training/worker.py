@@ -48,6 +48,7 @@ def main() -> None:
 
 
 def _train(job: TrainingJob, events: EventStream) -> None:
+    import torch
     from accelerate import PartialState
     from accelerate.utils import set_seed
     from datasets import Dataset, disable_progress_bars
@@ -65,7 +66,8 @@ def _train(job: TrainingJob, events: EventStream) -> None:
     logging.disable_progress_bar()
     recipe = job.recipe
     steps = recipe.optimizer.steps
-    state = PartialState()
+    # Without a GPU, processes find each other only if accelerate is told that they are on CPUs.
+    state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != recipe.processes:
         raise TrainingError(
             "accelerate did not start the processes that were asked for",
@@ -167,6 +169,7 @@ def _arguments(job: TrainingJob) -> Any:
         logging_nan_inf_filter=False,
         save_steps=recipe.checkpoint_steps,
         save_total_limit=2,  # the one before is needed until the newest is complete
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         # A dropped FFN leaves the adapters inside it without a gradient in that step.
         ddp_find_unused_parameters=recipe.perturbation.dropping_p > 0,

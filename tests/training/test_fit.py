@@ -1,0 +1,249 @@
+"""Real child processes: few of them, shared by the tests, because each start costs seconds."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training.conftest import EXAMPLES, recipe
+from trans_peft.errors import OutOfMemoryError, TrainingCancelled, TrainingError
+from trans_peft.methods.specs import attach
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.training import launch
+from trans_peft.training.batches import training_order
+from trans_peft.training.events import CheckpointSaved, Event, Progress, TrainingStarted
+from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.launch import fit
+
+PERTURBED = recipe(dropout=0.1, masking_p=0.2, dropping_p=0.3)
+TWO_PROCESSES = recipe(processes=2, checkpoint_steps=2)
+
+
+@dataclass(frozen=True)
+class Run:
+    job: TrainingJob
+    result: TrainingResult
+    events: list[Event]
+
+    def of(self, kind: type) -> list[Event]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def run(job: TrainingJob) -> Run:
+    events: list[Event] = []
+    return Run(job, fit(job, on_event=events.append), events)
+
+
+def processes_of(job: TrainingJob) -> set[int]:
+    """The ids of all processes that work on this job, whatever their group."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(job.work_dir / "job.json") in (entry / "cmdline").read_text():
+                found.add(int(entry.name))
+    return found
+
+
+def all_gone(job: TrainingJob, timeout_s: float = 10) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while processes_of(job) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not processes_of(job)
+
+
+@pytest.fixture(scope="session")
+def unbroken(make_job, tmp_path_factory) -> Run:
+    return run(make_job(tmp_path_factory.mktemp("unbroken"), PERTURBED))
+
+
+class Cancelled(BaseException):
+    """As Prefect's TerminationSignal: no Exception."""
+
+
+@pytest.fixture(scope="session")
+def cancelled(make_job, tmp_path_factory) -> TrainingJob:
+    """A run that is cancelled from within after its fifth step: its checkpoint is of the third."""
+    job = make_job(tmp_path_factory.mktemp("cancelled"), PERTURBED)
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Progress) and event.step == 5:
+            assert processes_of(job)
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        fit(job, on_event=on_event)
+    assert all_gone(job, timeout_s=1)
+    return job
+
+
+@pytest.fixture(scope="session")
+def orphaned(make_job, tmp_path_factory) -> TrainingJob:
+    """Two processes whose parent is killed, without a chance to say so, after a checkpoint."""
+    job = make_job(tmp_path_factory.mktemp("orphaned"), TWO_PROCESSES)
+    command = [sys.executable, "-c", PARENT, str(job.write())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        seen = []
+        for line in parent.stdout:
+            seen.append(line)
+            if line.startswith("checkpoint after step 2"):
+                break
+        children = processes_of(job) - {parent.pid}
+        parent.send_signal(signal.SIGKILL)
+    assert len(children) == 3, f"the launcher and two that train; seen {''.join(seen)}"
+    assert all_gone(job)
+    return job
+
+
+PARENT = """
+import sys, pathlib
+from trans_peft.training.job import TrainingJob
+from trans_peft.training.launch import fit
+fit(TrainingJob.read(pathlib.Path(sys.argv[1])), on_event=lambda event: print(event, flush=True))
+"""
+
+
+def test_a_run_tells_its_life(unbroken):
+    (started,) = unbroken.of(TrainingStarted)
+    assert (started.step, started.total_steps, started.processes) == (0, 8, 1)
+    assert [event.step for event in unbroken.of(Progress)] == list(range(1, 9))
+    assert {3, 6} <= {event.step for event in unbroken.of(CheckpointSaved)}
+    for event in unbroken.of(Progress):
+        assert event.loss > 0
+        assert event.tokens_per_s > 0
+    rates = [event.learning_rate for event in unbroken.of(Progress)]
+    assert max(rates) == rates[2] == 1e-2, "two steps of warming up, then the cosine"
+    assert rates[-1] < 1e-3
+
+
+def test_the_result_is_what_lies_on_disk(unbroken):
+    result = unbroken.result
+    assert result.weights_sha256 == adapter_weights_sha256(result.folder)
+    assert sorted(path.name for path in result.folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert (result.steps, result.shortened_rows) == (8, 0)
+    (started,) = unbroken.of(TrainingStarted)
+    assert result.trainable_parameters == started.trainable_parameters
+    losses = [event.loss for event in unbroken.of(Progress)]
+    assert result.final_loss == pytest.approx(sum(losses) / 8)
+
+
+def test_the_adapter_names_its_base_and_revision(unbroken):
+    config = json.loads((unbroken.result.folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "s3://bases/tiny/v1"
+    assert config["revision"] == "f00d"
+    assert config["peft_type"] == "LORA"
+
+
+def test_a_run_that_is_done_is_not_done_again(unbroken):
+    again = run(unbroken.job)
+    assert again.result == unbroken.result
+    assert again.events == []
+
+
+def test_a_cancelled_run_resumes_to_the_same_weights(unbroken, cancelled):
+    resumed = run(cancelled)
+    (started,) = resumed.of(TrainingStarted)
+    assert started.step == 3
+    assert resumed.result.weights_sha256 == unbroken.result.weights_sha256
+    assert [(e.step, e.loss) for e in resumed.of(Progress)] == [
+        (e.step, e.loss) for e in unbroken.of(Progress)[3:]
+    ]
+
+
+def test_two_processes_outlive_a_killed_parent_nowhere_and_end_as_a_plain_loop(orphaned, tiny_base):
+    """The reference is one process, one batch a step, and nothing of accelerate, TRL or DDP."""
+    resumed = run(orphaned)
+    (started,) = resumed.of(TrainingStarted)
+    assert started.step >= 2
+    assert started.processes == 2
+
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base), resumed.result.folder
+    ).eval()
+    plain = plainly_trained()
+    ids = torch.arange(40)[None]
+    logits = stock(ids).logits
+    torch.testing.assert_close(logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (logits - tiny_model().eval()(ids).logits).abs().max() > 1e-2, "it has learned something"
+
+
+def plainly_trained() -> torch.nn.Module:
+    tokenizer, settings = tiny_tokenizer(), TWO_PROCESSES.optimizer
+    torch.manual_seed(TWO_PROCESSES.seed)
+    base = tiny_model()
+    torch.manual_seed(TWO_PROCESSES.seed)
+    model = attach(base, TWO_PROCESSES.spec).train()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        weight_decay=0.0,
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
+    rows = [(len(e.prompt_ids(tokenizer)), e.full_ids(tokenizer)) for e in EXAMPLES]
+    order = training_order([len(whole) for _, whole in rows], 4, settings.steps, TWO_PROCESSES.seed)
+    for step in range(settings.steps):
+        batch = [rows[i] for i in order[4 * step : 4 * step + 4]]
+        answer_tokens = sum(len(whole) - prompt for prompt, whole in batch)
+        for prompt, whole in batch:
+            ids = torch.tensor([whole])
+            log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+            picked = log_probs[torch.arange(len(whole) - 1), ids[0, 1:]]
+            (-picked[prompt - 1 :].sum() / answer_tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+DEATHS = {
+    "host": (
+        "import sys; sys.exit('RuntimeError: DefaultCPUAllocator: can\\'t allocate memory')",
+        OutOfMemoryError,
+        "batch_size",
+    ),
+    "killed": ("import os; os.kill(os.getpid(), 9)", OutOfMemoryError, "killed from outside"),
+    "child killed": (
+        "import sys; sys.exit('died with <Signals.SIGKILL: 9>.')",
+        OutOfMemoryError,
+        "killed from outside",
+    ),
+    "ended": ("import os; os.kill(os.getpid(), 15)", TrainingCancelled, "SIGTERM"),
+    "crash": ("raise SystemError('a wheel came off')", TrainingError, "a wheel came off"),
+    "device": (
+        'print(\'{"event": "Failed", "error": "OutOfMemoryError", "message": "CUDA: no"}\')',
+        OutOfMemoryError,
+        "CUDA: no",
+    ),
+    "silent": ("pass", TrainingError, "exit code 0"),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_death_is_told_in_words(make_job, tmp_path, monkeypatch, death):
+    script, kind, words = DEATHS[death]
+    monkeypatch.setattr(launch, "_command", lambda job: [sys.executable, "-c", script])
+    with pytest.raises(TrainingError, match=words) as caught:
+        fit(make_job(tmp_path, recipe()), on_event=lambda event: None)
+    assert type(caught.value) is kind
+
+
+def test_a_users_accelerate_configuration_changes_nothing(make_job, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    environment = launch._environment()
+    assert not any(name.startswith("ACCELERATE_") for name in environment)
+    command = launch._command(make_job(tmp_path, recipe()))
+    assert "--config_file" in command
