@@ -1,6 +1,7 @@
 """The message of a raised exception -> its class: `raise TypeError("unhashable type: 'list'")`.
 
-Placeholders of f-strings, `%` and `.format` are shown as `{}`.
+Placeholders of f-strings, `%` and `.format` are shown as `{}`. The question is put as source code
+("# message", "raise"), so that a base without an adapter has a fair chance too.
 """
 
 import ast
@@ -40,7 +41,7 @@ def examples(file: SourceFile) -> Iterator[Example]:
         message = " ".join((_text(raised.args[0]) or "").split())
         if len(message) in _MESSAGE_LENGTH and len(words(message)) >= 3:
             name = raised.func.id if isinstance(raised.func, ast.Name) else ""
-            yield Example(f"Error: {message}\nClass:", f" {name}\n", text=message, label=name)
+            yield Example(f"# {message}\nraise", f" {name}\n", text=message, label=name)
 
 
 def _parse(source: str) -> ast.Call | None:

@@ -1,0 +1,77 @@
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from uuid import uuid4
+
+import pytest
+from prefect.client.schemas.objects import State, StateType
+from rich.console import Console
+
+from demo import deployments
+from demo.deployments import DemoError, run
+from demo.screen import Screen
+
+
+def _state(kind: StateType) -> State:
+    return State(type=kind, name=kind.value.title(), message=f"it {kind.value.lower()}")
+
+
+@dataclass
+class Server:
+    """Answers each idempotency key with one run, as Prefect does; `ends` is how new ones end."""
+
+    ends: list[StateType]
+    runs: dict[str, SimpleNamespace] = field(default_factory=dict)
+
+    def run_deployment(self, name: str, *, idempotency_key: str, **_: object) -> SimpleNamespace:
+        made = SimpleNamespace(
+            id=uuid4(), name="busy-bee", state=_state(StateType.SCHEDULED), state_name="Scheduled"
+        )
+        return self.runs.setdefault(idempotency_key, made)
+
+    def follow(self, run_id: object, *_: object) -> SimpleNamespace:
+        run = next(run for run in self.runs.values() if run.id == run_id)
+        run.state = _state(self.ends.pop(0))
+        run.state_name = run.state.name
+        return run
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch):
+    def tell(*ends: StateType, server: Server | None = None) -> Server:
+        server = server or Server([])
+        server.ends = list(ends)
+        monkeypatch.setattr(deployments, "run_deployment", server.run_deployment)
+        monkeypatch.setattr(deployments, "_follow", server.follow)
+        run("train/default", {}, key="k", screen=Screen(Console(quiet=True)))
+        return server
+
+    return tell
+
+
+def test_a_run_that_completes_is_started_once(told):
+    assert list(told(StateType.COMPLETED).runs) == ["demo/k/0"]
+
+
+def test_a_crashed_run_is_started_again_under_another_key(told):
+    server = told(StateType.CRASHED, StateType.CRASHED, StateType.COMPLETED)
+    assert list(server.runs) == ["demo/k/0", "demo/k/1", "demo/k/2"]
+
+
+def test_a_run_that_always_crashes_ends_the_demo(told):
+    with pytest.raises(DemoError, match="it crashed"):
+        told(*[StateType.CRASHED] * 9)
+
+
+@pytest.mark.parametrize("end", [StateType.FAILED, StateType.CANCELLED])
+def test_a_run_that_fails_is_not_tried_again(told, end: StateType):
+    with pytest.raises(DemoError, match="goes on here"):
+        told(end, StateType.COMPLETED)
+
+
+def test_a_second_demo_joins_what_runs_and_passes_over_what_is_over(told):
+    server = told(StateType.CRASHED, StateType.COMPLETED)
+    told(StateType.COMPLETED, server=server)
+    assert list(server.runs) == ["demo/k/0", "demo/k/1", "demo/k/2"]
+    server.runs["demo/k/2"].state = _state(StateType.RUNNING)  # left under way
+    told(StateType.COMPLETED, server=server)
+    assert list(server.runs) == ["demo/k/0", "demo/k/1", "demo/k/2"]

@@ -1,0 +1,39 @@
+import pytest
+
+from demo.functions import ANNOTATIONS, docstrings, returns
+from demo.sources import SourceFile
+
+SOURCE = '''
+class A:
+    def is_empty(self, rows: list) -> bool:
+        """Tell whether no row is left.
+
+        More.
+        """
+        return not rows
+
+    def load(self, path) -> "Tensor":
+        """load it"""
+        return read(path)
+'''
+
+
+def test_a_function_is_asked_about_without_its_answer():
+    file = SourceFile("p/f.py", SOURCE)
+    assert [(e.label, "->" in e.prompt, "row is left" in e.prompt) for e in returns(file)] == [
+        ("bool", False, False),
+        ("torch.Tensor", False, False),
+    ]
+    (line,) = docstrings(file)
+    assert line.completion == " Tell whether no row is left.\n"
+    assert line.prompt == ("def is_empty(self, rows: list):\n    return not rows\n# what it does:")
+
+
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_every_annotation_is_found(name: str):
+    (example,) = returns(SourceFile("p/f.py", f"def made() -> {name}:\n    return thing\n"))
+    assert example.completion == f" {name}\n"
+
+
+def test_a_file_that_does_not_parse_gives_nothing():
+    assert list(returns(SourceFile("p/f.py", "print 'python 2'"))) == []

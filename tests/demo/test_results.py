@@ -1,0 +1,82 @@
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from demo.picture import draw
+from demo.results import Result, notes, table
+from demo.settings import ARMS, FULL, POLICY, recipes
+from trans_peft.domain.evaluation import SuiteJudgement, Verdict
+from trans_peft.validation.scoring import marker
+
+FIGURES = SuiteJudgement(
+    suite="exceptions", items=512, reference=61.5, score=52.25, bare=20.0, difference=-9.25,
+    lower=-12.1, upper=-6.4, discordant=131, power=0.71,
+)  # fmt: skip
+PLAIN = Result(
+    "exceptions-plain", "exceptions", "plain LoRA", 12.5, FIGURES, Verdict.NEEDS_RETUNING,
+    "it lost 9.25 points", False,
+)  # fmt: skip
+OURS = replace(
+    PLAIN,
+    adapter="exceptions-trans-peft",
+    method="Trans-PEFT (mask 0.1)",
+    figures=replace(FIGURES, reference=60.0, score=59.0, difference=-1.0, lower=-3.0, upper=1.0),
+    verdict=Verdict.PASSED,
+    reason="it lost nothing that counts",
+)
+
+
+def _printed(found: list[Result]) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(found))
+    return console.export_text()
+
+
+def test_the_table_shows_every_figure_a_verdict_rests_on():
+    text = _printed([PLAIN, OURS])
+    for figure in ("61.5", "52.2", "12.5", "20.0", "-9.2", "-12.1", "-6.4", "512", "131", "71 %"):
+        assert figure in text
+    assert "needs-retuning" in text and "passed" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "words"),
+    [
+        (59.0, "6.8 points ahead on v2"),
+        (50.0, "2.2 points behind on v2"),
+        (52.25, "level on v2"),
+    ],
+)
+def test_who_is_ahead_is_said_whoever_it_is(ours: float, words: str):
+    arms = [PLAIN, replace(OURS, figures=replace(OURS.figures, score=ours))]
+    assert words in notes(arms)[-1]
+
+
+def test_a_reason_and_the_margin_are_told():
+    text = "\n".join(notes([PLAIN, OURS]))
+    assert "it lost 9.25 points" in text
+    assert f"margin of {POLICY.margin_points:g} points" in text
+
+
+def test_the_picture_has_a_row_for_each_task(tmp_path: Path):
+    other = [replace(arm, task="returns") for arm in (PLAIN, OURS)]
+    with (
+        Image.open(draw([PLAIN, OURS], tmp_path / "one.png")) as one,
+        Image.open(draw([PLAIN, OURS, *other], tmp_path / "two.png")) as two,
+    ):
+        assert one.width == two.width
+        assert two.height == 2 * one.height
+
+
+@pytest.mark.parametrize("chapter", FULL, ids=lambda chapter: chapter.task.name)
+def test_the_arms_of_a_task_differ_in_their_perturbation_alone(chapter):
+    arms = list(recipes(chapter))
+    assert len(arms) == len(ARMS) == 2
+    assert arms[0].perturbation.is_off and not arms[1].perturbation.is_off
+    same = [replace(arm, adapter="x", perturbation=arms[0].perturbation) for arm in arms]
+    assert same[0] == same[1]
+    marker(chapter.suite)  # its scoring and threshold can be used
