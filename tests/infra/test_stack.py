@@ -214,6 +214,18 @@ def serves_by_itself(running, name, before):
 
 
 @pytest.mark.servers
+def test_after_a_killed_manager_up_begins_anew(running):
+    before = running.pids()
+    manager = psutil.Process(before["s3"]).parent()
+    manager.kill()
+    manager.wait()
+    assert all(psutil.pid_exists(pid) for pid in before.values())
+    again = stack("up", running.settings)
+    assert again.returncode == 0, again.stderr
+    assert not set(before.values()) & {p.pid for p in marked(running.settings.state)}
+
+
+@pytest.mark.servers
 def test_down_ends_everything_it_started(running):
     ended = stack("down", running.settings)
     assert ended.returncode == 0, ended.stderr

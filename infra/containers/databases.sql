@@ -1,0 +1,5 @@
+-- Run once by the postgres image on an empty volume. Prefect searches by trigram.
+CREATE DATABASE mlflow;
+CREATE DATABASE prefect;
+\connect prefect
+CREATE EXTENSION IF NOT EXISTS pg_trgm;
