@@ -243,7 +243,18 @@ def test_a_death_is_told_in_words(make_job, tmp_path, monkeypatch, death):
 
 def test_a_users_accelerate_configuration_changes_nothing(make_job, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    environment = launch._environment()
-    assert not any(name.startswith("ACCELERATE_") for name in environment)
+    assert not any(name.startswith("ACCELERATE_") for name in launch._environment(1))
     command = launch._command(make_job(tmp_path, recipe()))
-    assert "--config_file" in command
+    config = json.loads(Path(command[command.index("--config_file") + 1]).read_text())
+    assert (config["mixed_precision"], config["distributed_type"]) == ("no", "NO")
+
+
+@pytest.mark.parametrize(
+    ("visible", "processes", "given"),
+    [(None, 2, "0,1"), ("3,5,7", 1, "3"), ("3,5,7", 2, "3,5"), ("", 1, ""), ("4", 2, "4")],
+)
+def test_each_process_gets_one_of_the_visible_gpus(monkeypatch, visible, processes, given):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launch._environment(processes)["CUDA_VISIBLE_DEVICES"] == given

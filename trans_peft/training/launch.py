@@ -41,6 +41,7 @@ _LESS_MEMORY = (
     "max_length, or train in bfloat16"
 )
 _TAIL_LINES = 25
+_READERS_S = 5
 
 
 def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResult:
@@ -90,7 +91,7 @@ class _Training:
             stdin=subprocess.PIPE,  # the lifeline; nothing is ever written to it
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_environment(),
+            env=_environment(self._job.recipe.processes),
             text=True,
             errors="replace",
             start_new_session=True,
@@ -113,7 +114,7 @@ class _Training:
                 os.killpg(group, signal.SIGKILL)
         self._process.wait()
         for reader in self._readers:
-            reader.join()
+            reader.join(timeout=_READERS_S)
 
     def follow(self, on_event: Callable[[Event], None]) -> None:
         """Pass on events until the adapter is saved. Raises if the processes end before."""
@@ -214,6 +215,10 @@ def _launch_config(job: TrainingJob) -> Path:
     return path
 
 
-def _environment() -> dict[str, str]:
+def _environment(processes: int) -> dict[str, str]:
+    """The caller's environment, with one GPU a process: with more, DataParallel is taken."""
     ours = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = map(str, range(processes)) if visible is None else visible.split(",")[:processes]
+    ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | ours

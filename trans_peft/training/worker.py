@@ -8,15 +8,17 @@ that the adapter's branch feels what the base feels.
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trans_peft.errors import DataError, TrainingError, TransPeftError
+from trans_peft.errors import DataError, InvalidSpecError, TrainingError, TransPeftError
 from trans_peft.training.events import Failed, Finished, ProcessStarted, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.lifeline import EventStream, hold_lifeline
@@ -28,23 +30,30 @@ if TYPE_CHECKING:
     from trans_peft.data import Example
 
 _LOCK_WAIT_S = 20
+_TRACEBACK_CHARACTERS = 3000
 
 
 def main() -> None:
-    """Run the job whose file is the only argument. A failure with a name is sent as an event."""
+    """Run the job whose file is the only argument. A failure is sent as an event."""
     events = EventStream()
     hold_lifeline()
     events.send(ProcessStarted(os.getpgid(0)))
-    import torch
-
     try:
         _train(TrainingJob.read(Path(sys.argv[1])), events)
-    except TransPeftError as error:
-        events.send(Failed(type(error).__name__, str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        events.send(_failure(error))
         sys.exit(3)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        events.send(Failed("OutOfMemoryError", str(error) or type(error).__name__))
-        sys.exit(3)
+
+
+def _failure(error: Exception) -> Failed:
+    if isinstance(error, TransPeftError):
+        return Failed(type(error).__name__, str(error))
+    # torch has a class for a full GPU, none for a full host.
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        return Failed("OutOfMemoryError", str(error) or type(error).__name__)
+    text = "".join(traceback.format_exception(error))
+    return Failed("TrainingError", f"the training process crashed\n{text[-_TRACEBACK_CHARACTERS:]}")
 
 
 def _train(job: TrainingJob, events: EventStream) -> None:
@@ -66,17 +75,22 @@ def _train(job: TrainingJob, events: EventStream) -> None:
     logging.disable_progress_bar()
     recipe = job.recipe
     steps = recipe.optimizer.steps
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < recipe.processes:
+        raise InvalidSpecError(
+            "there are fewer GPUs than processes", expected=recipe.processes, found=gpus
+        )
     # Without a GPU, processes find each other only if accelerate is told that they are on CPUs.
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=gpus == 0)
     if state.num_processes != recipe.processes:
         raise TrainingError(
             "accelerate did not start the processes that were asked for",
             expected=recipe.processes,
             found=state.num_processes,
         )
-    with _sole_owner(job.work_dir, held=state.is_main_process):
+    with sole_owner(job.work_dir, held=state.is_main_process):
         examples = parse_examples(job.data_file.read_bytes(), str(job.data_file))
-        shortened = _check_lengths(
+        shortened = check_lengths(
             examples, load_tokenizer(job.base_folder), recipe.optimizer.max_length
         )
         base = load_base(job.base_folder, recipe.dtype, str(state.device))
@@ -176,7 +190,7 @@ def _arguments(job: TrainingJob) -> Any:
     )
 
 
-def _check_lengths(
+def check_lengths(
     examples: tuple["Example", ...], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> int:
     """Return how many rows are cut at `max_length`. DataError if one keeps nothing to learn."""
@@ -206,7 +220,7 @@ def _save(model: "PeftModel", job: TrainingJob) -> None:
 
 
 @contextmanager
-def _sole_owner(work_dir: Path, *, held: bool) -> Iterator[None]:
+def sole_owner(work_dir: Path, *, held: bool) -> Iterator[None]:
     """Keep a second training out of a work folder (`held`: only one process of ours has to).
 
     The lock goes with the process: one that is just being killed is waited for.

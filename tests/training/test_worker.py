@@ -1,0 +1,69 @@
+import fcntl
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.tiny import tiny_tokenizer
+from tests.training.conftest import EXAMPLES
+from trans_peft.data import Example
+from trans_peft.errors import DataError, TrainingError
+from trans_peft.training import worker
+from trans_peft.training.events import Failed
+
+TOKENIZER = tiny_tokenizer()
+LONGEST = max(len(example.full_ids(TOKENIZER)) for example in EXAMPLES)
+
+
+def test_rows_that_are_cut_are_counted():
+    assert worker.check_lengths(EXAMPLES, TOKENIZER, LONGEST) == 0
+    cut = [e for e in EXAMPLES if len(e.full_ids(TOKENIZER)) == LONGEST]
+    assert worker.check_lengths(EXAMPLES, TOKENIZER, LONGEST - 1) == len(cut) > 0
+
+
+def test_a_row_of_which_no_answer_is_left_is_an_error():
+    long = Example("long", "x" * 60, "y")
+    assert worker.check_lengths((long, *EXAMPLES), TOKENIZER, 61) >= 1
+    with pytest.raises(DataError, match=r"1 of 2 rows have a prompt that fills.*\n.*ids long"):
+        worker.check_lengths((long, Example("short", "x", "y")), TOKENIZER, 60)
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (DataError("no rows"), "DataError"),
+        (MemoryError(), "OutOfMemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "OutOfMemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "OutOfMemoryError"),
+        (RuntimeError("size mismatch"), "TrainingError"),
+    ],
+)
+def test_a_failure_is_sent_by_its_name(error, name):
+    failure = worker._failure(error)
+    assert isinstance(failure, Failed)
+    assert failure.error == name
+    assert (str(error) or "MemoryError") in failure.message
+
+
+def test_a_work_folder_has_one_owner_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "_LOCK_WAIT_S", 0.1)
+    with worker.sole_owner(tmp_path, held=True):
+        with (
+            pytest.raises(TrainingError, match="another training process"),
+            worker.sole_owner(tmp_path, held=True),
+        ):
+            pass
+        with worker.sole_owner(tmp_path, held=False):
+            pass
+    with worker.sole_owner(tmp_path, held=True):
+        pass
+
+
+def test_an_owner_that_is_just_ending_is_waited_for(tmp_path):
+    file = (tmp_path / "lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    threading.Timer(0.3, file.close).start()
+    started_s = time.monotonic()
+    with worker.sole_owner(tmp_path, held=True):
+        assert time.monotonic() - started_s >= 0.3
