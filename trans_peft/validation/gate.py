@@ -183,8 +183,8 @@ def _reason(
 
 def _scores(s: SuiteJudgement) -> str:
     return (
-        f"{s.suite}: {s.reference:.1f} on the base it was trained on, {s.score:.1f} on the new one, "
-        f"{s.items} items"
+        f"{s.suite}: {s.reference:.1f} on the base it was trained on, "
+        f"{s.score:.1f} on the new one, {s.items} items"
     )
 
 
