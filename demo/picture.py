@@ -1,6 +1,7 @@
 """One picture of the result: where each adapter stood on v1, and where it stands on v2."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,14 +57,17 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
             capsize=4,
             label=arm.method,
         )
-        for x, score in zip((offset, 1 + offset), scores, strict=True):
-            side = -1 if x < 0.5 else 1
+    for x, scores in (
+        (0, [arm.figures.reference for arm in arms]),
+        (1, [arm.figures.score for arm in arms]),
+    ):
+        for arm, score, y in zip(arms, scores, _apart(scores), strict=True):
             axes.annotate(
                 f"{score:.1f}",
-                (x, score),
-                xytext=(14 * side, 0),
+                (x, y),
+                xytext=(-16 if x == 0 else 16, 0),
                 textcoords="offset points",
-                ha="right" if side < 0 else "left",
+                ha="right" if x == 0 else "left",
                 va="center",
                 color=_colour(arm),
                 fontweight="bold",
@@ -93,13 +97,14 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
         axes.annotate(
             f"{arm.method}: {arm.verdict}",
             (figures.difference, y),
-            xytext=(0, 12),
+            xytext=(0, 14),
             textcoords="offset points",
             ha="center",
             color=_colour(arm),
             fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
         )
-    reach = max(margin, *(max(-arm.figures.lower, arm.figures.upper) for arm in arms)) * 1.25
+    reach = max(margin, *(max(-arm.figures.lower, arm.figures.upper) for arm in arms)) * 1.45
     axes.set_xlim(-reach, reach)
     axes.set_ylim(-0.7, len(arms) - 0.2)
     axes.set_yticks([])
@@ -107,14 +112,27 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
     axes.annotate(
         f"margin -{margin:g}",
         (-margin, -0.62),
-        xytext=(4, 0),
+        xytext=(-5, 0),
         textcoords="offset points",
+        ha="right",
         color="#B3261E",
         fontsize=10,
     )
     axes.set_title("what the update cost, in pairs", loc="left")
     _clean(axes)
     axes.spines["left"].set_visible(False)
+
+
+def _apart(scores: Sequence[float], least: float = 5.0) -> list[float]:
+    """Return heights for the scores' labels: in their order, at least so many points apart."""
+    heights = list(scores)
+    order = sorted(range(len(scores)), key=lambda i: scores[i])
+    for below, above in pairwise(order):
+        missing = least - (heights[above] - heights[below])
+        if missing > 0:
+            heights[below] -= missing / 2
+            heights[above] += missing / 2
+    return heights
 
 
 def _clean(axes: "Axes") -> None:
