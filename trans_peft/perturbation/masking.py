@@ -61,8 +61,8 @@ def _slice_part(
     dense = part.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        indices = site.kept(number, parts, x.device)
-        return dense(x) if indices is None else sliced_linear(part, side, x, indices)
+        kept = site.kept(number, parts, x.device)
+        return dense(x) if kept is None else sliced_linear(part, side, x, kept)
 
     override(part, forward, undo)
 

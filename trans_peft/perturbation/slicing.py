@@ -6,6 +6,7 @@ the backward pass instead of being kept until then, so a masked step needs no mo
 plain one.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,14 +15,27 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Side", "sliced_linear", "sliced_parts", "why_not_sliced"]
+__all__ = ["Kept", "Side", "sliced_linear", "sliced_parts", "why_not_sliced"]
 
 Side = Literal["output", "input"]
 """Which side of a layer the masked neurons are on: the output of gate and up, the input of down."""
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The neurons to compute, as indices (n,) int64 on the device of the weights.
+
+    The last `idle` of them are masked ones that round n up to a width matrix kernels like; the
+    input side takes their weights for zero, so that they add nothing. For a fused layer the indices
+    are those of its parts, one after the other.
+    """
+
+    indices: torch.Tensor
+    idle: int
+
+
 class _SlicedLinear(torch.autograd.Function):
-    """y = x W[:, kept]^T + b or y = x W[kept]^T + b[kept], without keeping the slice."""
+    """y = x W[indices]^T + b (axis 0) or y = x W[:, indices]^T + b, without keeping the slice."""
 
     @staticmethod
     def forward(
@@ -29,13 +43,14 @@ class _SlicedLinear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        indices: torch.Tensor,
+        kept: Kept,
         axis: int,
         transposed: bool,
     ) -> torch.Tensor:
-        ctx.axis, ctx.transposed, ctx.has_bias = axis, transposed, bias is not None
-        ctx.save_for_backward(x if weight.requires_grad else None, weight, indices)
-        part = weight.index_select(axis, indices).to(x.dtype)
+        ctx.idle, ctx.axis, ctx.transposed = kept.idle, axis, transposed
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, kept.indices)
+        part = _without(weight.index_select(axis, kept.indices), kept.idle, axis).to(x.dtype)
         return nn.functional.linear(x, part.t() if transposed else part, bias)
 
     @staticmethod
@@ -44,38 +59,46 @@ class _SlicedLinear(torch.autograd.Function):
         x, weight, indices = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            part = weight.index_select(ctx.axis, indices).to(grad.dtype)
+            part = _without(weight.index_select(ctx.axis, indices), ctx.idle, ctx.axis)
+            part = part.to(grad.dtype)
             grad_x = grad @ (part.t() if ctx.transposed else part)
         if ctx.needs_input_grad[1]:
             rows, columns = grad.flatten(0, -2), x.flatten(0, -2)
             part = columns.t() @ rows if ctx.transposed else rows.t() @ columns
-            grad_weight = torch.zeros_like(weight)
-            grad_weight.index_copy_(ctx.axis, indices, part.to(weight.dtype))
+            part = _without(part, ctx.idle, ctx.axis).to(weight.dtype)
+            grad_weight = torch.zeros_like(weight).index_copy_(ctx.axis, indices, part)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def sliced_linear(
-    layer: nn.Linear | Conv1D, side: Side, x: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
-    """Return what `layer` (Linear or Conv1D) gives on the neurons at `indices` (kept,).
+def _without(part: torch.Tensor, idle: int, axis: int) -> torch.Tensor:
+    """Zero the last `idle` neurons of a slice, in place, and return it."""
+    if idle:
+        part.narrow(axis, part.shape[axis] - idle, idle).zero_()
+    return part
 
-    x: (..., in) for side "output", (..., kept) for "input"; returns (..., kept) or (..., out), in
-    the dtype that the layer itself would give, autocast included.
+
+def sliced_linear(
+    layer: nn.Linear | Conv1D, side: Side, x: torch.Tensor, kept: Kept
+) -> torch.Tensor:
+    """Return what `layer` (Linear or Conv1D) gives on the kept neurons.
+
+    x: (..., in) for side "output", (..., n) for "input"; returns (..., n) or (..., out), in the
+    dtype that the layer itself would give, autocast included.
     """
-    transposed = isinstance(layer, Conv1D)
+    bias = layer.bias
     if side == "output":
-        bias = layer.bias if layer.bias is None else layer.bias.index_select(0, indices)
-    else:
-        bias = layer.bias
+        kept = Kept(kept.indices, idle=0)
+        bias = bias if bias is None else bias.index_select(0, kept.indices)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
+    transposed = isinstance(layer, Conv1D)
     axis = (0 if side == "output" else 1) ^ int(transposed)
-    result: torch.Tensor = _SlicedLinear.apply(x, layer.weight, bias, indices, axis, transposed)
+    result: torch.Tensor = _SlicedLinear.apply(x, layer.weight, bias, kept, axis, transposed)
     return result
 
 
