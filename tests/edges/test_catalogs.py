@@ -1,5 +1,6 @@
 """One contract for every base catalog: in memory and in MLflow."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -187,6 +188,27 @@ class TestMlflow:
         assert (base.number, base.ready) == (1, True)
         assert place.catalog.versions(place.family) == (base,)
         assert place.catalog.fingerprint(base) == fingerprint()
+
+    @pytest.mark.parametrize("seeds", [(1, 1), (1, 2)], ids=["the-same", "two-contents"])
+    def test_two_processes_that_both_looked_before_either_made_settle_for_one(
+        self, place, monkeypatch, seeds
+    ):
+        from trans_peft.edges.mlflow_client import Tracking
+
+        both_looked, make_version = threading.Barrier(2), Tracking.make_version
+
+        def make(self, *arguments):
+            both_looked.wait(timeout=60)
+            return make_version(self, *arguments)
+
+        monkeypatch.setattr(Tracking, "make_version", make)
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(place.publish, "v1", seed) for seed in seeds]
+        refused = [type(e) for future in both if (e := future.exception())]
+        assert refused == [UploadError] * (len(set(seeds)) - 1)
+        (base,) = place.catalog.versions(place.family)
+        assert base.ready
+        assert base in [future.result() for future in both if not future.exception()]
 
     def test_the_ready_tag_comes_last(self, place, monkeypatch):
         from trans_peft.edges.mlflow_client import Tracking

@@ -1,5 +1,6 @@
 """One contract for every adapter registry: in memory and in MLflow."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -250,6 +251,32 @@ class TestMlflow:
                 draft(place.adapter, place.family, folder), folder, tags={"family": "x"}
             )
         assert place.registry.adapters(place.family) == ()
+
+    def test_a_dot_in_the_name_is_no_trouble(self, place):
+        assert place.trained(f"{place.adapter}-2.5").number == 1
+
+    def test_two_processes_that_both_looked_before_either_made_settle_for_one(
+        self, place, monkeypatch
+    ):
+        from trans_peft.edges.mlflow_registry import MlflowRegistry
+
+        first, folder = place.trained(), place.peft_folder()
+        both_looked, looks, same = threading.Barrier(2), threading.local(), MlflowRegistry._same
+
+        def look(self, asked):
+            found = same(self, asked)
+            if not getattr(looks, "done", False):
+                looks.done = True
+                both_looked.wait(timeout=60)
+            return found
+
+        monkeypatch.setattr(MlflowRegistry, "_same", look)
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(place.registry.register, transferred(first), folder)
+                    for _ in range(2)]  # fmt: skip
+        assert [found.result().number for found in both] == [2, 2]
+        states = [v.state.superseded for v in place.registry.versions(place.adapter)]
+        assert states == [False, False, True]
 
     def test_a_run_that_trained_it_is_linked(self, place, servers):
         from trans_peft.edges.mlflow_runs import MlflowRunLog

@@ -88,6 +88,31 @@ class TestS3:
         (listed,) = store.list(f"s3://{servers.bucket}/{unique}")
         assert (listed.size, read(store, uri, listed.etag)) == (BIG, data)
 
+    @pytest.mark.parametrize(("breaks", "survives"), [(2, True), (9, False)])
+    def test_reads_on_where_the_connection_broke_off(self, servers, unique, breaks, survives):
+        from trans_peft.edges.s3_store import S3Store
+
+        store, uri = S3Store(chunk_bytes=1000), f"s3://{servers.bucket}/{unique}"
+        data = bytes(range(250)) * 40
+        store.write(uri, io.BytesIO(data))
+        store._client = Flaky(store._client, breaks)
+        if survives:
+            assert read(store, uri) == data
+        else:
+            with pytest.raises(StoreError, match="cannot be reached"):
+                read(store, uri)
+
+    def test_reads_on_from_the_same_object_only(self, servers, unique):
+        from trans_peft.edges.s3_store import S3Store
+
+        store, uri = S3Store(chunk_bytes=1000), f"s3://{servers.bucket}/{unique}"
+        store.write(uri, io.BytesIO(bytes(10000)))
+        store._client = Flaky(store._client, 1)
+        with pytest.raises(IntegrityError, match="changed"), store.read(uri) as chunks:
+            next(chunks)
+            SchemeStore().write(uri, io.BytesIO(b"other"))
+            list(chunks)
+
     def test_lists_more_than_one_page(self, servers, unique):
         import boto3
 
@@ -119,6 +144,28 @@ class TestS3:
         with pytest.raises(StoreError, match="check AWS_ENDPOINT_URL") as caught:
             SchemeStore().list(f"s3://{servers.bucket}/x")
         assert not isinstance(caught.value, NotFoundError)
+
+
+class Flaky:
+    """An S3 client whose connection breaks off after one chunk, so many times."""
+
+    def __init__(self, client, breaks):
+        self.client, self.breaks = client, breaks
+
+    def get_object(self, **request):
+        from botocore.exceptions import ResponseStreamingError
+
+        found = self.client.get_object(**request)
+        body, self.breaks = found["Body"], self.breaks - 1
+        if self.breaks >= 0:
+            whole = body.iter_chunks
+
+            def iter_chunks(size):
+                yield next(whole(size))
+                raise ResponseStreamingError(error="connection reset")
+
+            body.iter_chunks = iter_chunks
+        return found
 
 
 class TestFiles:

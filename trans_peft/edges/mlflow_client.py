@@ -239,9 +239,12 @@ class Tracking:
     ) -> str:
         """Store a folder as it is, as a logged model, and return the model's id."""
         model = self.client.create_logged_model(
-            self.experiment(purpose), name=name, source_run_id=run_id, model_type="peft-adapter",
+            self.experiment(purpose),
+            name=re.sub(r"[/:.%\"']", "-", name),  # a logged model's name may hold none of these
+            source_run_id=run_id,
+            model_type="peft-adapter",
             tags=full_tags(tags),
-        )  # fmt: skip
+        )
         try:
             self.client.log_model_artifacts(model.model_id, str(folder))
         except BaseException:

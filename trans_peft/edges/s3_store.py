@@ -6,7 +6,7 @@ that was seen (`If-Match`), so what is verified and what is used are the same by
 """
 
 import builtins
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from trans_peft.errors import IntegrityError, NotFoundError, StoreError
 from trans_peft.ports import StoredFile
@@ -29,6 +29,7 @@ _CONFIG = Config(
     user_agent_extra="trans-peft",
 )
 _TRANSFER = TransferConfig(multipart_threshold=16 << 20, multipart_chunksize=16 << 20)
+_MOST_BREAKS = 5  # of one stream, in mid-flow
 _MISSING = frozenset({"404", "NoSuchBucket", "NoSuchKey", "NotFound"})
 _CHANGED = frozenset({"412", "PreconditionFailed"})
 
@@ -66,18 +67,37 @@ class S3Store:
 
     @contextmanager
     def _read(self, uri: str, etag: str | None) -> Iterator[Iterator[bytes]]:
-        bucket, key = _bucket_and_key(uri)
         with _in_words(uri):
-            only = {"IfMatch": etag} if etag else {}
-            body = self._client.get_object(Bucket=bucket, Key=key, **only)["Body"]
+            found = self._get(uri, **({"IfMatch": etag} if etag else {}))
+        chunks = self._chunks(uri, found["Body"], found["ETag"])
         try:
-            yield self._chunks(body, uri)
+            yield chunks
+        finally:
+            chunks.close()
+
+    def _get(self, uri: str, **conditions: str) -> Any:
+        bucket, key = _bucket_and_key(uri)
+        return self._client.get_object(Bucket=bucket, Key=key, **conditions)
+
+    def _chunks(self, uri: str, body: Any, etag: str) -> Generator[bytes, None, None]:
+        """Read on where the connection broke off, but only from the same object."""
+        position, breaks = 0, 0
+        try:
+            with _in_words(uri):
+                while True:
+                    try:
+                        for chunk in body.iter_chunks(self._chunk_bytes):
+                            position += len(chunk)
+                            yield chunk
+                        return
+                    except BotoCoreError:
+                        breaks += 1
+                        if breaks > _MOST_BREAKS:
+                            raise
+                        body.close()
+                        body = self._get(uri, IfMatch=etag, Range=f"bytes={position}-")["Body"]
         finally:
             body.close()
-
-    def _chunks(self, body: Any, uri: str) -> Iterator[bytes]:
-        with _in_words(uri):
-            yield from body.iter_chunks(self._chunk_bytes)
 
     def write(self, uri: str, data: BinaryIO) -> None:
         """Write one object, in parts where it is large; it is there whole or not at all."""
@@ -120,7 +140,7 @@ def _in_words(uri: str) -> Iterator[None]:
             found=str(error),
             do="check AWS_ENDPOINT_URL, the credentials and the bucket's policy",
         ) from error
-    except (BotoCoreError, Boto3Error, HTTPClientError) as error:
+    except (BotoCoreError, Boto3Error) as error:
         raise StoreError(
             f"S3 cannot be reached for {uri}",
             found=str(error),
