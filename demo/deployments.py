@@ -25,20 +25,18 @@ from prefect.client.schemas.objects import FlowRun, Log
 from prefect.client.schemas.sorting import LogSort
 from prefect.deployments import run_deployment
 
-from demo.screen import Screen
-from trans_peft.errors import TransPeftError
+from demo.screen import DemoError, Screen
 
-__all__ = ["DemoError", "run"]
+__all__ = ["run"]
 
 _POLL_S = 1.0
 _MAX_CRASHES = 3
 _INFO = 20
-_NOISE = ("Created task run", "Beginning flow run", "Beginning subflow run", "Finished in state")
+_NOISE = (
+    "All deployment steps", "Beginning", "Created task run", "Deployment step", "Executing deployment",
+    "Finished in state", "Running 1 deployment",
+)  # fmt: skip
 _MACHINERY = ("prefect.flow_runs.worker", "prefect.flow_runs.runner", "prefect.task_runs.engine")
-
-
-class DemoError(TransPeftError, RuntimeError):
-    """A part of the story that did not end as it must."""
 
 
 def run(deployment: str, parameters: Mapping[str, Any], *, key: str, screen: Screen) -> None:

@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 
-from demo.deployments import DemoError
-from demo.screen import Screen
+from demo.screen import DemoError, Screen
 
 __all__ = ["run_module"]
 

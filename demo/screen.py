@@ -6,9 +6,15 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["Screen"]
+from trans_peft.errors import TransPeftError
 
-_SILENCE_S = 4.0
+__all__ = ["DemoError", "Screen"]
+
+_SILENCE_S = 5.5  # the stack and the flows say something every five seconds
+
+
+class DemoError(TransPeftError, RuntimeError):
+    """A part of the story that did not end as it must."""
 
 
 class Screen:

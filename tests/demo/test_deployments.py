@@ -7,8 +7,8 @@ from prefect.client.schemas.objects import State, StateType
 from rich.console import Console
 
 from demo import deployments
-from demo.deployments import DemoError, run
-from demo.screen import Screen
+from demo.deployments import run
+from demo.screen import DemoError, Screen
 
 
 def _state(kind: StateType) -> State:
