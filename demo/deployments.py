@@ -33,9 +33,14 @@ _POLL_S = 1.0
 _MAX_CRASHES = 3
 _INFO = 20
 _NOISE = (
-    "All deployment steps", "Beginning", "Created task run", "Deployment step", "Executing deployment",
-    "Finished in state", "Running 1 deployment",
-)  # fmt: skip
+    "All deployment steps",
+    "Beginning",
+    "Created task run",
+    "Deployment step",
+    "Executing deployment",
+    "Finished in state",
+    "Running 1 deployment",
+)
 _MACHINERY = ("prefect.flow_runs.worker", "prefect.flow_runs.runner", "prefect.task_runs.engine")
 
 
@@ -71,7 +76,7 @@ def run(deployment: str, parameters: Mapping[str, Any], *, key: str, screen: Scr
 def _follow(run_id: UUID, deployment: str, screen: Screen) -> FlowRun:
     with get_client(sync_client=True) as client:
         logs = _Logs(client, run_id)
-        said = ""
+        said, started = "", time.monotonic()
         while True:
             flow_run = client.read_flow_run(run_id)
             for log in logs.new():
@@ -83,7 +88,7 @@ def _follow(run_id: UUID, deployment: str, screen: Screen) -> FlowRun:
                 for log in logs.new():
                     screen.say(log.message)
                 return flow_run
-            screen.alive(f"{deployment}: {said.lower()}")
+            screen.alive(f"{deployment}: {said.lower()}, {time.monotonic() - started:.0f} s")
             time.sleep(_POLL_S)
 
 
