@@ -88,7 +88,10 @@ def _follow(run_id: UUID, deployment: str, screen: Screen) -> FlowRun:
                 for log in logs.new():
                     screen.say(log.message)
                 return flow_run
-            screen.alive(f"{deployment}: {said.lower()}, {time.monotonic() - started:.0f} s")
+            waited_s = time.monotonic() - started
+            stuck = flow_run.state is not None and flow_run.state.is_scheduled() and waited_s > 60
+            hint = "; is the worker well? (make status)" if stuck else ""
+            screen.alive(f"{deployment}: {said.lower()}, {waited_s:.0f} s{hint}")
             time.sleep(_POLL_S)
 
 
