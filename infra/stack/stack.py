@@ -70,6 +70,7 @@ class _Stack:
         self._supervisor = Supervisor(settings)
         self._tell = say
         self._started = time.monotonic()
+        self._pids: dict[str, int] = {}
 
     def up(self) -> None:
         fresh = not self._supervisor.is_running()
@@ -92,7 +93,7 @@ class _Stack:
         for name in reversed(self._supervisor.programs()):
             self._supervisor.stop_program(name)
             spoken = time.monotonic()
-            while (program := self._supervisor.programs().get(name)) and program.pid:
+            while self._supervisor.pid(name):
                 if time.monotonic() - spoken > _SILENCE_S:
                     spoken = time.monotonic()
                     self._say(name, "is ending")
@@ -113,10 +114,9 @@ class _Stack:
 
     def _start_programs(self) -> None:
         settings = self._settings
-        servers = ("s3", "mlflow", "prefect")
-        for name in servers:
-            self._supervisor.start_program(name)
-        self._wait(*servers)
+        for name in ("s3", "mlflow", "prefect"):
+            self._start(name)
+        self._wait("s3", "prefect")  # MLflow takes longest, and nothing before the end needs it
         make_buckets(settings)
         self._say("s3", f"buckets {', '.join(BUCKETS)}")
         environment = {
@@ -127,22 +127,28 @@ class _Stack:
         }
         self._run("register", ["-m", "infra.stack.prefect_objects"], environment)
         self._say("prefect", f"work pool {WORK_POOL}, GPU slots: {settings.gpu_slots}")
-        self._supervisor.start_program("worker")
+        self._start("worker")
         self._run("deploy", ["-m", "prefect", "--no-prompt", "deploy", "--all"], environment)
         self._say("prefect", f"deployed {settings.checkout / 'prefect.yaml'}")
-        self._wait("worker")
+        self._wait("mlflow", "worker")
+
+    def _start(self, name: str) -> None:
+        self._supervisor.start_program(name)
+        self._pids[name] = self._supervisor.pid(name)
+
+    def _check_alive(self) -> None:
+        """StackError if any program that was started has died, or was started again, since."""
+        for name, pid in self._pids.items():
+            if pid == 0 or self._supervisor.pid(name) != pid:
+                raise StackError(f"{name} died while it started.\n{self._last_lines(name)}")
 
     def _wait(self, *names: str) -> None:
-        """Wait until each program is healthy; a program that ends meanwhile ends the waiting."""
+        """Wait until each of the programs is healthy."""
         spoken = time.monotonic()
-        waiting, pids = list(names), dict[str, int]()
+        waiting = list(names)
         while waiting:
-            programs = self._supervisor.programs()
+            self._check_alive()
             for name in list(waiting):
-                program = programs.get(name)
-                pid = program.pid if program else 0
-                if program is None or not pid or pids.setdefault(name, pid) != pid:
-                    raise StackError(f"{name} died while it started.\n{self._last_lines(name)}")
                 if healthy(name, self._settings):
                     waiting.remove(name)
                     spoken = time.monotonic()
@@ -166,12 +172,17 @@ class _Stack:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-            with running:
+            spoken = time.monotonic()
+            try:
                 while running.poll() is None:
-                    try:
-                        running.wait(_SILENCE_S)
-                    except subprocess.TimeoutExpired:
+                    self._check_alive()
+                    if time.monotonic() - spoken > _SILENCE_S:
+                        spoken = time.monotonic()
                         self._say("prefect", f"{name} is at work")
+                    time.sleep(0.25)
+            finally:
+                running.kill()
+                running.wait()
         if running.returncode:
             words = f"{name} ended with exit code {running.returncode}."
             raise StackError(f"{words}\n{self._last_lines(name)}")

@@ -121,6 +121,11 @@ class Supervisor:
             if name in known
         }
 
+    def pid(self, name: str) -> int:
+        """Return the process of this program; 0 if it does not run."""
+        program = self.programs().get(name)
+        return program.pid if program else 0
+
     def start_program(self, name: str) -> None:
         """Start one program, if it does not run."""
         self._ask("startProcess", name, False)

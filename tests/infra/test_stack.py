@@ -66,7 +66,9 @@ def test_a_server_that_dies_is_told_with_its_last_words_and_nothing_stays(tmp_pa
     assert died.returncode == 1
     assert "mlflow died while it started" in died.stderr
     assert "no-such-database" in died.stderr
+    assert "stopped" in died.stdout
     assert marked(settings.state) == []
+    assert left_behind(settings) == []
 
 
 @dataclass
@@ -78,8 +80,14 @@ class Running:
         return {name: p.pid for name, p in Supervisor(self.settings).programs().items()}
 
     def prefect(self, path, **body):
+        """Ask as Prefect's own client does: SQLite that is busy answers 503."""
         url = f"{self.settings.urls['prefect']}/api/{path}"
-        return httpx.post(url, json=body, timeout=30).raise_for_status().json()
+        for pause_s in (1, 2, 4, 8, 0):
+            answer = httpx.post(url, json=body, timeout=60)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(pause_s)
+        return answer.raise_for_status().json()
 
 
 @pytest.fixture(scope="module")
@@ -214,19 +222,12 @@ def serves_by_itself(running, name, before):
 
 
 @pytest.mark.servers
-def test_after_a_killed_manager_up_begins_anew(running):
+def test_down_ends_everything_even_without_its_manager(running):
     before = running.pids()
     manager = psutil.Process(before["s3"]).parent()
     manager.kill()
     manager.wait()
     assert all(psutil.pid_exists(pid) for pid in before.values())
-    again = stack("up", running.settings)
-    assert again.returncode == 0, again.stderr
-    assert not set(before.values()) & {p.pid for p in marked(running.settings.state)}
-
-
-@pytest.mark.servers
-def test_down_ends_everything_it_started(running):
     ended = stack("down", running.settings)
     assert ended.returncode == 0, ended.stderr
     assert marked(running.settings.state) == []
