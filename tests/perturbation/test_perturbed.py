@@ -352,6 +352,33 @@ def test_a_forward_that_somebody_else_set_is_called_and_given_back():
     assert mlp.forward is theirs
 
 
+def test_a_copy_made_inside_the_block_is_not_perturbed():
+    model = adapted()
+    expected = loss(model)
+    with perturbed(model, BOTH, seed=1):
+        twin = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        torch.testing.assert_close(loss(twin), expected, rtol=0, atol=0)
+
+
+def test_experts_that_bypass_their_activation_are_refused():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).train()
+    experts = model.model.layers[0].mlp.experts
+    experts.forward = lambda x, *_: x
+    with (
+        perturbed(model, MASKED, seed=1),
+        pytest.raises(UnsupportedModelError, match="experts_implementation"),
+    ):
+        loss(model)
+
+
 def test_spared_layers_are_left_alone():
     model = base()
     perturbation = Perturbation(0.3, 0.9, spared_layers=(0, 2))

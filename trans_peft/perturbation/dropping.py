@@ -9,7 +9,7 @@ zeros have no graph behind them: no backward pass is computed for it.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,14 +18,23 @@ from torch.autograd.function import once_differentiable
 
 from trans_peft.perturbation.draws import SubLayerKind
 from trans_peft.perturbation.ffn import DecoderLayer, Experts, projection_shape
-from trans_peft.perturbation.site import Site, override
+from trans_peft.perturbation.site import override
 
 __all__ = ["drop_attention", "drop_ffn"]
+
+
+class Droppable(Protocol):
+    """What says whether a sub-layer is left out of the running forward (`Site` does)."""
+
+    @property
+    def dropped(self) -> bool:
+        """Whether it is."""
+
 
 Parameters = Callable[[], Iterator[nn.Parameter]]
 
 
-def drop_ffn(site: Site, layer: DecoderLayer, undo: ExitStack) -> None:
+def drop_ffn(site: Droppable, layer: DecoderLayer, undo: ExitStack) -> None:
     """Drop the FFN of a layer, adapters in it and after it included, until `undo` closes."""
     parameters = _parameters_beside(layer, "attention")
     for unit in layer.ffn:
@@ -41,7 +50,7 @@ def drop_ffn(site: Site, layer: DecoderLayer, undo: ExitStack) -> None:
             _leave_out_adapters(site, layer, unit.modules, undo)
 
 
-def drop_attention(site: Site, layer: DecoderLayer, undo: ExitStack) -> None:
+def drop_attention(site: Droppable, layer: DecoderLayer, undo: ExitStack) -> None:
     """Drop the attention of a layer, an adapter after it included, until `undo` closes."""
     if layer.attention is not None:
         output = layer.attention.output
@@ -49,7 +58,7 @@ def drop_attention(site: Site, layer: DecoderLayer, undo: ExitStack) -> None:
         _leave_out_adapters(site, layer, (output,), undo)
 
 
-def _drop_whole(site: Site, whole: nn.Module, trainable: Parameters, undo: ExitStack) -> None:
+def _drop_whole(site: Droppable, whole: nn.Module, trainable: Parameters, undo: ExitStack) -> None:
     original = whole.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +67,7 @@ def _drop_whole(site: Site, whole: nn.Module, trainable: Parameters, undo: ExitS
     override(whole, forward, undo)
 
 
-def _drop_input(site: Site, projection: nn.Module, undo: ExitStack) -> None:
+def _drop_input(site: Droppable, projection: nn.Module, undo: ExitStack) -> None:
     """Compute no neurons: what follows works on a width of zero."""
     original = projection.forward
 
@@ -68,7 +77,9 @@ def _drop_input(site: Site, projection: nn.Module, undo: ExitStack) -> None:
     override(projection, forward, undo)
 
 
-def _drop_output(site: Site, projection: nn.Module, trainable: Parameters, undo: ExitStack) -> None:
+def _drop_output(
+    site: Droppable, projection: nn.Module, trainable: Parameters, undo: ExitStack
+) -> None:
     original = projection.forward
     _, out = projection_shape(projection) or (0, 0)
 
@@ -81,7 +92,7 @@ def _drop_output(site: Site, projection: nn.Module, trainable: Parameters, undo:
 
 
 def _leave_out_adapters(
-    site: Site, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
+    site: Droppable, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
 ) -> None:
     """Drop an adapter that PEFT put after the whole sub-layer of these parts together with it."""
     for child in layer.module.children():
@@ -90,7 +101,7 @@ def _leave_out_adapters(
             _leave_out_adapter(site, child, undo)
 
 
-def _leave_out_adapter(site: Site, child: BaseTunerLayer, undo: ExitStack) -> None:
+def _leave_out_adapter(site: Droppable, child: BaseTunerLayer, undo: ExitStack) -> None:
     original = child.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -84,16 +84,26 @@ def _mask_experts(site: Site, number: int, unit: Experts, undo: ExitStack) -> st
             "sees, and in which order, is its implementation's choice",
             do="use granularity='neuron'",
         )
-    original = unit.activation.forward
+    activate, experts = unit.activation.forward, unit.module.forward
+    applied = False
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-1] != unit.neurons:
+    def activation(x: torch.Tensor) -> torch.Tensor:
+        nonlocal applied
+        applied = x.shape[-1] == unit.neurons
+        return site.masked(number, activate(x)) if applied else activate(x)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal applied
+        applied = False
+        result = experts(*args, **kwargs)
+        if site.active and not applied:
             raise UnsupportedModelError(
-                "the experts apply their activation to something else than their neurons",
-                expected=f"(..., {unit.neurons})",
-                found=tuple(x.shape),
+                f"{type(unit.module).__name__} computes without its activation module, so that its "
+                "neurons cannot be masked",
+                do="load the model with experts_implementation='eager'",
             )
-        return site.masked(number, original(x))
+        return result
 
-    override(unit.activation, forward, undo)
+    override(unit.activation, activation, undo)
+    override(unit.module, forward, undo)
     return "experts are not sliced"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -115,14 +116,25 @@ class Site:
 
 
 def override(module: nn.Module, forward: Forward, undo: ExitStack) -> None:
-    """Give one module instance another `forward` until `undo` closes."""
+    """Give one module instance another `forward` until `undo` closes.
+
+    A deep copy made meanwhile (a reference model) computes as its class says: the override would
+    compute with the weights of the module that it was made for.
+    """
     before = module.__dict__.get("forward")
+
+    # A compiler would trace into the draws: what is around this module is compiled, not it.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @wraps(type(module).forward)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:
+            return type(self).forward(self, *args, **kwargs)
+        return forward(*args, **kwargs)
 
     def restore() -> None:
         del module.forward
         if before is not None:
             module.forward = before
 
-    # A compiler would trace into the draws: what is around this module is compiled, not it.
-    module.forward = torch.compiler.disable(wraps(module.forward)(forward))
+    module.forward = MethodType(method, module)
     undo.callback(restore)

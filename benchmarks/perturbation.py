@@ -1,0 +1,173 @@
+"""What perturbing costs and saves: one LoRA train step of a SmolLM2-size Llama, in pairs.
+
+Each pair times two steps right after one another, in alternating order, so that a busy machine
+slows both; a ratio is the median over pairs of time of the first / time of the second. `low` and
+`high` are the middle half. `time` is either the wall clock or, where other work shares the cores,
+the processor time of this process (`--clock process`, one thread).
+
+    python benchmarks/perturbation.py [--pairs 15] [--clock wall|process] [--only NAME ...]
+"""
+
+import argparse
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trans_peft.domain.recipe import Perturbation
+from trans_peft.perturbation import perturbed
+
+Clock = Callable[[], float]
+
+RESULTS = Path(__file__).with_name("results.json")
+PLAIN = None
+OFF = Perturbation()
+NEURON = Perturbation(0.2, 0.2)
+ELEMENT = Perturbation(0.2, 0.2, granularity="element")
+DROPPING = Perturbation(0.0, 0.1)
+PAIRS = {
+    "train_step.neuron_0.2_0.2_vs_plain": (NEURON, PLAIN),
+    "train_step.dropping_0.1_vs_plain": (DROPPING, PLAIN),
+    "train_step.neuron_vs_element_0.2_0.2": (NEURON, ELEMENT),
+    "train_step.off_vs_plain": (OFF, PLAIN),
+}
+MEMORY = "train_memory.neuron_vs_plain"
+BATCH, LENGTH = 4, 128
+STEPS = 2  # timed together
+
+
+def smollm2(layers: int = 30) -> PeftModel:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+            num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
+    return get_peft_model(model, config).train()
+
+
+def saved_floor(perturbation: Perturbation, model: PeftModel) -> float:
+    """The ratio if a step took as long as its multiplications: FFN work shrinks, the rest stays.
+
+    Frozen weights need a forward product and one for the gradient of their input, so the share of
+    the FFN among all weights that multiply is its share of both.
+    """
+    weights = {
+        n: p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "lora" not in n
+    }
+    ffn = sum(count for name, count in weights.items() if ".mlp." in name)
+    head = 49152 * 576
+    total = sum(count for name, count in weights.items() if "embed" not in name) + head
+    left = (1 - perturbation.masking_p) * (1 - perturbation.dropping_p)
+    return 1 - ffn / total * (1 - left)
+
+
+class Step:
+    """A few train steps of one model under one perturbation, at the next moment each time."""
+
+    def __init__(self, model: PeftModel, perturbation: Perturbation | None) -> None:
+        self.model, self.perturbation, self.steps = model, perturbation, 0
+        self.ids = torch.randint(0, 49152, (BATCH, LENGTH))
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def __call__(self, clock: Clock) -> float:
+        around = (
+            nullcontext()
+            if self.perturbation is None
+            else perturbed(self.model, self.perturbation, seed=1, step=self.steps)
+        )
+        with around:
+            started = clock()
+            for _ in range(STEPS):
+                self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            seconds = clock() - started
+        self.steps += STEPS
+        return seconds
+
+
+def time_ratio(
+    model: PeftModel,
+    first: Perturbation | None,
+    second: Perturbation | None,
+    pairs: int,
+    clock: Clock,
+) -> dict[str, float]:
+    a, b = Step(model, first), Step(model, second)
+    a(clock), b(clock)
+    ratios = []
+    for _ in range(pairs):
+        if random.random() < 0.5:
+            seconds_a, seconds_b = a(clock), b(clock)
+        else:
+            seconds_b, seconds_a = b(clock), a(clock)
+        ratios.append(seconds_a / seconds_b)
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": round(median, 4), "low": round(low, 4), "high": round(high, 4), "pairs": pairs}
+
+
+def peak_mib(which: str) -> float:
+    """Run one arm in a process of its own and return its peak resident memory in MiB."""
+    output = subprocess.run(
+        [sys.executable, __file__, "--peak", which], capture_output=True, text=True, check=True
+    ).stdout
+    return float(output.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--clock", choices=("wall", "process"), default="wall")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", choices=(*PAIRS, MEMORY), default=[*PAIRS, MEMORY])
+    parser.add_argument("--peak", choices=("neuron", "plain"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1 if options.clock == "process" else options.threads)
+    random.seed(0)
+    model = smollm2()
+    if options.peak:
+        step = Step(model, NEURON if options.peak == "neuron" else PLAIN)
+        step(time.perf_counter)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    clock = time.process_time if options.clock == "process" else time.perf_counter
+    machine = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "clock": options.clock,
+        "shape": f"SmolLM2-135M, fp32, LoRA r 16 on q,k,v,o, batch {BATCH} x {LENGTH} tokens",
+    }
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in options.only:
+        if name == MEMORY:
+            pairs = [(peak_mib("neuron"), peak_mib("plain")) for _ in range(3)]
+            ratios = sorted(ours / plain for ours, plain in pairs)
+            low, median, high = (round(ratio, 4) for ratio in ratios)
+            entry = {"ratio": median, "low": low, "high": high, "pairs": 3}
+        else:
+            first, second = PAIRS[name]
+            entry = time_ratio(model, first, second, options.pairs, clock)
+            if second is PLAIN and first is not OFF:
+                entry["floor"] = round(saved_floor(first, model), 4)
+        results[name] = {**entry, **machine}
+        print(f"{name}: {entry}", flush=True)
+        RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
