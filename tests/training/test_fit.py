@@ -258,3 +258,10 @@ def test_each_process_gets_one_of_the_visible_gpus(monkeypatch, visible, process
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert launch._environment(processes)["CUDA_VISIBLE_DEVICES"] == given
+
+
+def test_threads_wait_without_burning_unless_the_caller_says_so(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert launch._environment(1)["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert launch._environment(1)["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -217,8 +217,15 @@ def _launch_config(job: TrainingJob) -> Path:
 
 def _environment(processes: int) -> dict[str, str]:
     """The caller's environment, with one GPU a process: with more, DataParallel is taken."""
-    ours = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = map(str, range(processes)) if visible is None else visible.split(",")[:processes]
-    ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    return {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | ours
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    # OpenMP's threads burn their time slices while they wait for one another; on a machine that
+    # does anything else beside, a step then takes ten times as long.
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
+    ours = {
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return defaults | inherited | ours
