@@ -57,11 +57,11 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
             capsize=4,
             label=arm.method,
         )
-    for x, scores in (
+    for x, both in (
         (0, [arm.figures.reference for arm in arms]),
         (1, [arm.figures.score for arm in arms]),
     ):
-        for arm, score, y in zip(arms, scores, _apart(scores), strict=True):
+        for arm, score, y in zip(arms, both, _apart(both), strict=True):
             axes.annotate(
                 f"{score:.1f}",
                 (x, y),
