@@ -17,6 +17,15 @@ SETTINGS = UpdateSettings(
 NOTHING = HeldOut(frozenset(), ())
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other cost a tiny model seconds on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = [SourceFile(f"p/{n}.py", f"def f{n}():\n    return {n}\n" * 9) for n in range(40)]
