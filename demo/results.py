@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from demo.base import FAMILY
@@ -78,36 +79,23 @@ def _method(masking_p: float, dropping_p: float) -> str:
 
 
 def table(found: Sequence[Result]) -> Table:
-    """Return the table: one row per adapter, scores and differences in points."""
-    shown = Table(title_justify="left", show_lines=False, pad_edge=False)
-    for name, right in (
-        ("adapter", False),
-        ("method", False),
-        ("v1", True),
-        ("v2", True),
-        ("bare v1", True),
-        ("bare v2", True),
-        ("v2 - v1 [bounds]", True),
-        ("items", True),
-        ("differ", True),
-        ("power", True),
-        ("verdict", False),
-    ):
-        shown.add_column(name, justify="right" if right else "left", no_wrap=name != "method")
+    """Return the table: one row per adapter, scores and differences in points, 80 columns wide."""
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    shown.add_column("adapter\nmethod", no_wrap=True)
+    shown.add_column("v1 → v2\nbare base", justify="right", no_wrap=True)
+    shown.add_column("change\nbounds", justify="right", no_wrap=True)
+    shown.add_column("items\npower", justify="right", no_wrap=True)
+    shown.add_column("verdict\n", no_wrap=True)
     for result in found:
         figures = result.figures
+        bare_v2 = "?" if figures.bare is None else f"{figures.bare:.1f}"
         style = _STYLES.get(result.verdict, "red")
         shown.add_row(
-            result.adapter,
-            result.method,
-            f"{figures.reference:.1f}",
-            f"{figures.score:.1f}",
-            f"{result.bare_v1:.1f}",
-            f"{figures.bare:.1f}" if figures.bare is not None else "-",
-            f"{figures.difference:+.1f} [{figures.lower:+.1f}, {figures.upper:+.1f}]",
-            f"{figures.items}",
-            f"{figures.discordant}",
-            f"{100 * figures.power:.0f} %",
+            f"[bold]{result.adapter}[/]\n[dim]{result.method}[/]",
+            f"{figures.reference:.1f} → {figures.score:.1f}\n"
+            f"[dim]{result.bare_v1:.1f} → {bare_v2}[/]",
+            f"{figures.difference:+.1f}\n[dim]{figures.lower:+.1f}, {figures.upper:+.1f}[/]",
+            f"{figures.items}\n[dim]{100 * figures.power:.0f} %[/]",
             f"[{style}]{result.verdict}[/]",
         )
     return shown
@@ -119,8 +107,8 @@ def notes(found: Sequence[Result]) -> list[str]:
     lines.append(
         f"The margin of {POLICY.margin_points:g} points and the one-sided level {POLICY.alpha:g} "
         "were fixed before anything was scored. Bounds: Tango's score interval of the paired "
-        "difference. differ: items that the two bases answer differently. power: the "
-        "chance to pass if nothing were lost, with as many such items as were seen."
+        "difference. power: the chance to pass if nothing were lost, with as many items that "
+        "the two bases answer differently as were seen."
     )
     for task in dict.fromkeys(result.task for result in found):
         lines += _comparison([result for result in found if result.task == task])
