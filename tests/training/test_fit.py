@@ -19,6 +19,7 @@ from tests.training.conftest import EXAMPLES, recipe
 from trans_peft.errors import OutOfMemoryError, TrainingCancelled, TrainingError
 from trans_peft.methods.specs import attach
 from trans_peft.models import adapter_weights_sha256
+from trans_peft.perturbation import perturbed
 from trans_peft.training import launch
 from trans_peft.training.batches import training_order
 from trans_peft.training.events import CheckpointSaved, Event, Progress, TrainingStarted
@@ -26,7 +27,7 @@ from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 
 PERTURBED = recipe(dropout=0.1, masking_p=0.2, dropping_p=0.3)
-TWO_PROCESSES = recipe(processes=2, checkpoint_steps=2)
+TWO_PROCESSES = recipe(masking_p=0.2, dropping_p=0.3, processes=2, checkpoint_steps=2)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def test_a_cancelled_run_resumes_to_the_same_weights(unbroken, cancelled):
 
 
 def test_two_processes_outlive_a_killed_parent_nowhere_and_end_as_a_plain_loop(orphaned, tiny_base):
-    """The reference is one process, one batch a step, and nothing of accelerate, TRL or DDP."""
+    """The reference is one process, one row at a time, and nothing of accelerate, TRL or DDP."""
     resumed = run(orphaned)
     (started,) = resumed.of(TrainingStarted)
     assert started.step >= 2
@@ -197,11 +198,16 @@ def plainly_trained() -> torch.nn.Module:
     for step in range(settings.steps):
         batch = [rows[i] for i in order[4 * step : 4 * step + 4]]
         answer_tokens = sum(len(whole) - prompt for prompt, whole in batch)
-        for prompt, whole in batch:
-            ids = torch.tensor([whole])
-            log_probs = model(ids).logits[0, :-1].log_softmax(-1)
-            picked = log_probs[torch.arange(len(whole) - 1), ids[0, 1:]]
-            (-picked[prompt - 1 :].sum() / answer_tokens).backward()
+        for rank, its_rows in enumerate((batch[:2], batch[2:])):
+            with perturbed(
+                model, TWO_PROCESSES.perturbation, seed=TWO_PROCESSES.seed, rank=rank
+            ) as handle:
+                for prompt, whole in its_rows:
+                    handle.seek(step)  # a rank's rows are one batch there, and share its draws
+                    ids = torch.tensor([whole])
+                    log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+                    picked = log_probs[torch.arange(len(whole) - 1), ids[0, 1:]]
+                    (-picked[prompt - 1 :].sum() / answer_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         schedule.step()

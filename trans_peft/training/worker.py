@@ -185,8 +185,7 @@ def _arguments(job: TrainingJob) -> Any:
         save_total_limit=2,  # the one before is needed until the newest is complete
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
-        # A dropped FFN leaves the adapters inside it without a gradient in that step.
-        ddp_find_unused_parameters=recipe.perturbation.dropping_p > 0,
+        ddp_find_unused_parameters=False,  # a dropped sub-layer's adapters have gradients of zero
     )
 
 

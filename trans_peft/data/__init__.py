@@ -1,0 +1,6 @@
+"""Rows of training and evaluation data: read, checked all at once, and pinned to their bytes."""
+
+from trans_peft.data.example import Example, Message
+from trans_peft.data.sources import parse_examples, pin, read_examples, write_examples
+
+__all__ = ["Example", "Message", "parse_examples", "pin", "read_examples", "write_examples"]

@@ -1,0 +1,157 @@
+"""What a row must be, and the example it becomes.
+
+Three shapes are understood: prompt/completion, chat `messages` (the last one is the assistant's
+answer) and instruction/input/output, which is rendered with the Alpaca prompt of LLM-Adapters
+(AGI-Edgerunners/LLM-Adapters, `generate_prompt`). Unlike a loader that stops at the first bad row,
+or trains on it, all of them are told in one error.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trans_peft.data.example import Example, Message
+from trans_peft.domain.identity import content_sha256
+from trans_peft.errors import DataError
+
+__all__ = ["Row", "Unreadable", "examples_from"]
+
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_SHAPES = {
+    "prompt/completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "instruction/output": ("instruction", "output"),
+}
+_ROLES = ("system", "user", "assistant")
+_MESSAGE_LIMIT = 20
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands in the place of a row that is not even a value."""
+
+    reason: str
+
+
+Row = tuple[str, Any]
+"""Where a row stands ("line 3"), and its value; an `Unreadable` where it has none."""
+
+
+def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
+    """Turn rows into examples. DataError tells every row that cannot be used, where and why."""
+    problems: list[tuple[str, str]] = []
+    examples: list[Example] = []
+    shapes: dict[str, str] = {}  # shape -> where it was first seen
+    own_ids: dict[str, str] = {}  # id -> where
+    content_counts: dict[str, int] = {}
+    for where, row in rows:
+        reasons = list(_reasons(row))
+        if not reasons:
+            shapes.setdefault(_shape(row), where)
+            own_id = str(row["id"]) if row.get("id") is not None else ""
+            if own_id in own_ids:
+                reasons.append(f"id {own_id!r} stands in {own_ids[own_id]} already")
+            elif own_id:
+                own_ids[own_id] = where
+            examples.append(_example(row, own_id, content_counts))
+        problems += [(where, reason) for reason in reasons]
+    if not rows:
+        raise DataError(f"{name} has no rows")
+    if len(shapes) > 1:
+        seen = ", ".join(f"{shape} (first in {where})" for shape, where in shapes.items())
+        problems.append(("all rows", f"must have one shape, found {seen}"))
+    if problems:
+        bad = len({where for where, _ in problems})
+        shown = [f"{where}: {reason}" for where, reason in problems[:_MESSAGE_LIMIT]]
+        if len(problems) > _MESSAGE_LIMIT:
+            shown.append(f"and {len(problems) - _MESSAGE_LIMIT} more")
+        raise DataError(
+            f"{name}: {bad} of {len(rows)} rows cannot be used\n    " + "\n    ".join(shown),
+            expected="rows of one shape: "
+            + "; ".join(" + ".join(keys) for keys in _SHAPES.values()),
+            do="correct or remove these rows",
+        )
+    return tuple(examples)
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return next(shape for shape, keys in _SHAPES.items() if all(key in row for key in keys))
+
+
+def _reasons(row: Any) -> Iterator[str]:
+    """Yield every reason why one row cannot be used."""
+    if isinstance(row, Unreadable):
+        yield row.reason
+        return
+    if not isinstance(row, dict):
+        yield f"a JSON object is needed, found {type(row).__name__}"
+        return
+    shapes = [shape for shape, keys in _SHAPES.items() if all(key in row for key in keys)]
+    if len(shapes) != 1:
+        found = " and ".join(shapes) if shapes else f"the fields {', '.join(row) or '(none)'}"
+        yield f"one known shape is needed, found {found}"
+        return
+    if type(row.get("id")) not in (str, int, type(None)) or row.get("id") == "":
+        yield f"id must be text or a whole number, found {row['id']!r}"
+    if shapes == ["messages"]:
+        yield from _chat_reasons(row["messages"])
+        return
+    for key in _SHAPES[shapes[0]]:
+        yield from _text_reasons(key, row[key])
+    if shapes == ["instruction/output"] and not isinstance(row.get("input"), (str, type(None))):
+        yield f"input must be text, found {type(row['input']).__name__}"
+
+
+def _text_reasons(key: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, str):
+        yield f"{key} must be text, found {type(value).__name__}"
+    elif not value.strip():
+        yield f"{key} is empty"
+
+
+def _chat_reasons(messages: Any) -> Iterator[str]:
+    if not isinstance(messages, list) or len(messages) < 2:
+        yield "messages must be a list of at least a question and its answer"
+        return
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            yield f"message {number} must be an object with role and content"
+            return
+        role = message.get("role")
+        if role not in _ROLES:
+            yield f"message {number} has the role {role!r}, expected one of {', '.join(_ROLES)}"
+        elif role == "system" and number > 1:
+            yield f"message {number} is the system's; only the first may be"
+        yield from _text_reasons(f"the content of message {number}", message.get("content"))
+    if messages[-1].get("role") != "assistant":
+        yield f"the last message must be the assistant's, found {messages[-1].get('role')!r}"
+    if not any(message.get("role") == "user" for message in messages[:-1]):
+        yield "no message of the user stands before the answer"
+
+
+def _example(row: dict[str, Any], own_id: str, content_counts: dict[str, int]) -> Example:
+    messages = None
+    if "messages" in row:
+        messages = tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])
+        prompt, completion = "", messages[-1].content
+    elif "instruction" in row:
+        template = _ALPACA_WITH_INPUT if row.get("input") else _ALPACA
+        prompt = template.format(instruction=row["instruction"], input=row.get("input"))
+        completion = row["output"]
+    else:
+        prompt, completion = row["prompt"], row["completion"]
+    if not own_id:
+        # Equal rows cannot be told apart, so it does not matter which of them gets which number.
+        content = content_sha256([prompt, completion, messages])[:16]
+        content_counts[content] = count = content_counts.get(content, 0) + 1
+        own_id = content if count == 1 else f"{content}-{count}"
+    return Example(own_id, prompt, completion, messages)
