@@ -16,8 +16,14 @@ from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
 
 def saved(folder: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> str:
     folder.mkdir(exist_ok=True)
+    configure(folder)
     safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata)
     return adapter_weights_sha256(folder)
+
+
+def configure(folder: Path, **fields: object) -> None:
+    config = {"peft_type": "LORA", "lora_alpha": 8, "target_modules": ["q", "v"]} | fields
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
@@ -44,11 +50,35 @@ def test_the_hash_feels_every_change(tmp_path, other):
     assert saved(tmp_path, TENSORS) != saved(tmp_path, TENSORS | other)
 
 
+@pytest.mark.parametrize(
+    ("field", "feels"),
+    [
+        ({"lora_alpha": 16}, True),
+        ({"use_dora": True}, True),
+        ({"target_modules": ["v", "q"]}, False),  # PEFT saves a set
+        ({"base_model_name_or_path": "s3://bases/v2", "revision": "2"}, False),
+        ({"inference_mode": True, "peft_version": "0.22"}, False),
+    ],
+)
+def test_the_hash_feels_the_configuration_but_not_where_it_came_from(tmp_path, field, feels):
+    before = saved(tmp_path, TENSORS)
+    configure(tmp_path, **field)
+    assert (adapter_weights_sha256(tmp_path) != before) is feels
+
+
+def test_a_configuration_that_is_none_is_refused(tmp_path):
+    saved(tmp_path, TENSORS)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(AdapterError, match="configuration"):
+        adapter_weights_sha256(tmp_path)
+
+
 @given(data=st.binary(max_size=200))
 @settings(max_examples=50, deadline=None)
 def test_what_is_no_safetensors_file_is_refused(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "broken"
     folder.mkdir(exist_ok=True)
+    configure(folder)
     (folder / "adapter_model.safetensors").write_bytes(data)
     with pytest.raises(AdapterError):
         adapter_weights_sha256(folder)

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import AdapterError, NotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["LoadedBase", "adapter_weights_sha256", "load_base", "load_tokenizer"]
+
+_ORIGIN = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+"""Fields of adapter_config.json that no logit depends on."""
 
 
 @dataclass(frozen=True)
@@ -99,20 +103,24 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def adapter_weights_sha256(folder: Path) -> str:
-    """Return the sha256 of an adapter's tensors: names (sorted), dtypes, shapes and bytes.
+    """Return the sha256 of all that an adapter computes with: its tensors and its configuration.
 
-    The file's own metadata and the order of its tensors do not count, so the same weights have the
-    same hash whoever saved them. Reads `adapter_model.safetensors` without torch (format:
+    Of the tensors: names (sorted), dtypes, shapes, bytes. Of the configuration: every field (the
+    same tensors with another `lora_alpha` are another adapter) but those that say where it came
+    from. The file's metadata and the order of its tensors do not count, so the same adapter has the
+    same hash whoever saved it. Reads `adapter_model.safetensors` without torch (format:
     huggingface/safetensors, README). Raises AdapterError, NotFoundError.
     """
     path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
+    config = Path(folder) / "adapter_config.json"
+    missing = [file.name for file in (path, config) if not file.is_file()]
+    if missing:
         raise NotFoundError(
-            f"{folder} holds no adapter weights",
-            expected="adapter_model.safetensors",
+            f"{folder} is not an adapter's folder",
+            expected=", ".join(missing),
             do="save it with model.save_pretrained(folder); pickle weights are never loaded",
         )
-    sha256 = hashlib.sha256()
+    sha256 = hashlib.sha256(content_sha256(_computed_with(config)).encode())
     with path.open("rb") as file:
         try:
             header_size = int.from_bytes(file.read(8), "little")
@@ -132,6 +140,18 @@ def adapter_weights_sha256(folder: Path) -> str:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"{path} is not a safetensors file", found=error) from error
     return sha256.hexdigest()
+
+
+def _computed_with(config: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        return {
+            name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
+            for name, value in fields.items()
+            if name not in _ORIGIN
+        }
+    except (ValueError, AttributeError, TypeError) as error:
+        raise AdapterError(f"{config} is not an adapter's configuration", found=error) from error
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:

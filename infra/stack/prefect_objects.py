@@ -45,7 +45,7 @@ QUEUES = {"control": Queue(1, limited=False), "gpu": Queue(2, limited=True)}
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 ZOMBIES = AutomationCore(
     name="crash-zombie-flow-runs",
-    description="A flow run that sent no heartbeat for 90 s has crashed",
+    description="A flow run that sent no heartbeat for 3 minutes has crashed",
     trigger=EventTrigger(
         after={_HEARTBEAT},
         expect={
@@ -56,13 +56,13 @@ ZOMBIES = AutomationCore(
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
-        within=timedelta(seconds=90),
+        within=timedelta(minutes=3),
     ),
     actions=[
         ChangeFlowRunState(
             name=None,
             state=StateType.CRASHED,
-            message="No heartbeat for 90 s: the machine is gone.",
+            message="No heartbeat for 3 minutes: the machine is gone.",
             force=False,
         )
     ],
