@@ -11,22 +11,23 @@ from trans_peft.data import Example
 from trans_peft.errors import DataError, TrainingError
 from trans_peft.training import worker
 from trans_peft.training.events import Failed
+from trans_peft.training.finetune import check_lengths
 
 TOKENIZER = tiny_tokenizer()
 LONGEST = max(len(example.full_ids(TOKENIZER)) for example in EXAMPLES)
 
 
 def test_rows_that_are_cut_are_counted():
-    assert worker.check_lengths(EXAMPLES, TOKENIZER, LONGEST) == 0
+    assert check_lengths(EXAMPLES, TOKENIZER, LONGEST) == 0
     cut = [e for e in EXAMPLES if len(e.full_ids(TOKENIZER)) == LONGEST]
-    assert worker.check_lengths(EXAMPLES, TOKENIZER, LONGEST - 1) == len(cut) > 0
+    assert check_lengths(EXAMPLES, TOKENIZER, LONGEST - 1) == len(cut) > 0
 
 
 def test_a_row_of_which_no_answer_is_left_is_an_error():
     long = Example("long", "x" * 60, "y")
-    assert worker.check_lengths((long, *EXAMPLES), TOKENIZER, 61) >= 1
+    assert check_lengths((long, *EXAMPLES), TOKENIZER, 61) >= 1
     with pytest.raises(DataError, match=r"1 of 2 rows have a prompt that fills.*\n.*ids long"):
-        worker.check_lengths((long, Example("short", "x", "y")), TOKENIZER, 60)
+        check_lengths((long, Example("short", "x", "y")), TOKENIZER, 60)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""One adapter on one base: the work of a training process, from rows to stock PEFT files.
+
+The order follows the method: the adapter is put on the base first, the perturbation is attached
+after it, so that the adapter's branch feels what the base feels. TRL prepares the rows (chat
+template, masked prompts, packing) and transformers runs the loop; what they would draw while it
+runs is decided before, so that a resumed run ends in the weights of an unbroken one.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from trl import SFTConfig
+
+from trans_peft.data import Example, parse_examples
+from trans_peft.errors import DataError
+from trans_peft.methods.specs import attach
+from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
+from trans_peft.perturbation import perturbed
+from trans_peft.training.batches import training_order
+from trans_peft.training.events import Message, TrainingStarted
+from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
+
+__all__ = ["check_lengths", "finetune"]
+
+
+def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], None]) -> None:
+    """Train the job's adapter on this process's device and save it with its result.
+
+    Every process of the job calls it; the main one tells events, saves, and writes the result
+    last. Raises DataError before a model is loaded.
+    """
+    recipe, steps = job.recipe, job.recipe.optimizer.steps
+    examples = parse_examples(job.data_file.read_bytes(), str(job.data_file))
+    tokenizer = load_tokenizer(job.base_folder)
+    shortened_rows = check_lengths(examples, tokenizer, recipe.optimizer.max_length)
+    trainer = _trainer(job, examples, str(state.device))
+    tokens_per_step = _fix_order(trainer, job, state.num_processes)
+    model = trainer.model.train()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    checkpoint = last_checkpoint(job.checkpoint_folder)
+    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    if state.is_main_process:
+        send(TrainingStarted(first_step, steps, trainable, str(state.device), state.num_processes))
+    trainer.remove_callback(PrinterCallback)  # it prints what Narrator tells
+    trainer.add_callback(Narrator(send, tokens_per_step))
+    set_seed(recipe.seed, device_specific=True)  # dropout: its own draws in each process
+    started_s = time.monotonic()
+    with perturbed(
+        model, recipe.perturbation, seed=recipe.seed, rank=state.process_index, step=first_step
+    ):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - started_s
+    state.wait_for_everyone()
+    if state.is_main_process:
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log][-10:]
+        _save(model, job)
+        TrainingResult(
+            folder=job.adapter_folder,
+            weights_sha256=adapter_weights_sha256(job.adapter_folder),
+            steps=steps,
+            final_loss=sum(losses) / len(losses),
+            seconds=seconds,
+            tokens_per_s=sum(tokens_per_step[first_step:]) / seconds,
+            trainable_parameters=trainable,
+            shortened_rows=shortened_rows,
+        ).write(job.result_file)
+        shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
+
+
+def check_lengths(
+    examples: tuple[Example, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> int:
+    """Return how many rows are cut at `max_length`. DataError if one keeps nothing to learn."""
+    long = [e for e in examples if len(e.full_ids(tokenizer)) > max_length]
+    lost = [e.id for e in long if len(e.prompt_ids(tokenizer)) >= max_length]
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(examples)} rows have a prompt that fills max_length={max_length}",
+            found=f"ids {', '.join(lost[:10])}{', ...' if len(lost) > 10 else ''}",
+            do="raise optimizer.max_length, or remove these rows: nothing of their answers is left",
+        )
+    return len(long)
+
+
+def _trainer(job: TrainingJob, examples: tuple[Example, ...], device: str) -> AnswerTrainer:
+    base = load_base(job.base_folder, job.recipe.dtype, device)
+    set_seed(job.recipe.seed)  # the adapter's initial weights
+    return AnswerTrainer(
+        model=attach(base.model, job.recipe.spec),
+        args=_arguments(job),
+        train_dataset=Dataset.from_list([example.trl_row() for example in examples]),
+        processing_class=base.tokenizer,
+    )
+
+
+def _fix_order(trainer: AnswerTrainer, job: TrainingJob, processes: int) -> list[int]:
+    """Lay out the rows of the whole run, step by step, and return the tokens of each step."""
+    optimizer = job.recipe.optimizer
+    rows_per_step = optimizer.batch_size * optimizer.gradient_accumulation * processes
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    order = training_order(lengths, rows_per_step, optimizer.steps, job.recipe.seed)
+    trainer.train_dataset = trainer.train_dataset.select(order)
+    return [
+        sum(lengths[row] for row in order[first : first + rows_per_step])
+        for first in range(0, len(order), rows_per_step)
+    ]
+
+
+def _arguments(job: TrainingJob) -> SFTConfig:
+    recipe = job.recipe
+    optimizer = recipe.optimizer
+    return SFTConfig(
+        output_dir=str(job.checkpoint_folder),
+        max_steps=optimizer.steps,
+        per_device_train_batch_size=optimizer.batch_size,
+        gradient_accumulation_steps=optimizer.gradient_accumulation,
+        learning_rate=optimizer.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        max_length=optimizer.max_length,
+        packing=recipe.packing,
+        completion_only_loss=True,
+        seed=recipe.seed,
+        train_sampling_strategy="sequential",  # the order is decided in training.batches
+        bf16=False,  # the base has the recipe's dtype and the adapter its own: nothing to cast
+        gradient_checkpointing=False,
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.checkpoint_steps,
+        save_total_limit=2,  # the one before is needed until the newest is complete
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # a dropped sub-layer's adapters have gradients of zero
+    )
+
+
+def _save(model: PeftModel, job: TrainingJob) -> None:
+    """Write the two files of a PEFT folder, whole or not at all, with the base they belong to."""
+    partial = job.work_dir / "adapter.partial"
+    for leftover in (partial, job.adapter_folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(str(partial))
+    config_file = partial / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config |= {"base_model_name_or_path": job.base_name, "revision": job.base_revision}
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    partial.rename(job.adapter_folder)
