@@ -73,8 +73,9 @@ def perturbed(
     process's (torch.distributed's unless given: processes that share one batch, as in tensor
     parallelism, must be given the same); `step` the optimiser steps already done. In eval mode, and
     with `perturbation.is_off`, nothing is perturbed, to the bit. `layout` states by name where the
-    sub-layers are, for a model in which they are not found. Each draw decides on a whole forward
-    pass: all rows of a batch share it.
+    sub-layers are, for a model in which they are not found. All rows of a batch share what is drawn
+    (with granularity "element" each has its own bits), and so do all experts of a mixture. Where a
+    masked neuron can only be multiplied by zero, `multiplied` of the handle says why.
 
     Errors: InvalidSpecError (spared layers out of range, a model in eval mode or already perturbed,
     numbers out of range; nothing is changed then), UnsupportedModelError (no FFN found, a module
