@@ -1,6 +1,6 @@
 """Pages for people: what is planned, and the fleet as it stands."""
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks.composition import platform
@@ -13,7 +13,12 @@ __all__ = ["publish_fleet", "publish_plan"]
 
 @task(**RETRIES, task_run_name="plan of {plan.family}")
 def publish_plan(plan: Plan) -> None:
-    """Write the plan as a table: adapter, base, reason, attempt, estimated seconds."""
+    """Write the plan to the log and as a table: adapter, base, reason, attempt, estimated cost."""
+    logger = get_run_logger()
+    for item in plan.work:
+        logger.info("%s", item)
+    for item in plan.parked:
+        logger.warning("parked for a person: %s", item)
     create_table_artifact(
         key=f"plan-{_slug(plan.family)}",
         table=[

@@ -16,9 +16,12 @@ from uuid import uuid4
 
 import boto3
 import httpx
+import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
 
 from infra.stack.machine import free_ports
 from infra.stack.settings import StackSettings
@@ -28,6 +31,16 @@ pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+LENIENT = {"margin_points": 60.0, "must_beat_bare": False}
+RECIPE = {
+    "adapter": "parity",
+    "family": "tiny",
+    "data": {"uri": "s3://data/train.jsonl"},
+    "suites": [{"name": "parity", "data": {"uri": "s3://data/eval.jsonl"}, "max_new_tokens": 5}],
+    "spec": {"peft_type": "LORA", "options": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
+    "perturbation": {"masking_p": 0.1, "dropping_p": 0.1},
+    "optimizer": {"learning_rate": 0.01, "steps": 6, "batch_size": 8},
+}
 
 
 @dataclass
@@ -48,19 +61,24 @@ class Stack:
 
     def run(self, deployment, **parameters):
         """Start a deployment, wait for its end, return its state."""
-        found = self._prefect("GET", f"deployments/name/{deployment}/default")
+        return self.end_of(self.start(deployment, **parameters))
+
+    def start(self, deployment, **parameters):
+        found = self.prefect("GET", f"deployments/name/{deployment}/default")
         body = {"parameters": parameters, "idempotency_key": str(uuid4())}
-        run = self._prefect("POST", f"deployments/{found['id']}/create_flow_run", json=body)
+        return self.prefect("POST", f"deployments/{found['id']}/create_flow_run", json=body)
+
+    def end_of(self, run):
         deadline = time.monotonic() + 240
         while (state := run["state"])["type"] not in FINAL:
             assert time.monotonic() < deadline, state
             time.sleep(0.5)
-            run = self._prefect("GET", f"flow_runs/{run['id']}")
-        if state["type"] != "COMPLETED":
+            run = self.prefect("GET", f"flow_runs/{run['id']}")
+        if state["type"] in {"FAILED", "CRASHED"}:
             sys.stdout.write((self.settings.logs / "worker.log").read_text()[-6000:])
         return state
 
-    def _prefect(self, method, path, **body):
+    def prefect(self, method, path, **body):
         """Ask Prefect's API; on a busy machine its SQLite answers 503 now and then."""
         url = f"{self.settings.urls['prefect']}/api/{path}"
         for _ in range(10):
@@ -112,6 +130,13 @@ def stack(tmp_path_factory):
         make("down")
 
 
+def wait_until(holds, patience_s=120):
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.25)
+
+
 def rows(first, count):
     return "".join(
         json.dumps({"prompt": f"{i} is", "completion": " odd" if i % 2 else " even"}) + "\n"
@@ -143,18 +168,7 @@ def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
     # an adapter is trained on it
     for name, text in (("train", rows(0, 64)), ("eval", rows(100, 24))):
         stack.s3.upload_fileobj(io.BytesIO(text.encode()), "data", f"{name}.jsonl")
-    recipe = {
-        "adapter": "parity",
-        "family": "tiny",
-        "data": {"uri": "s3://data/train.jsonl"},
-        "suites": [
-            {"name": "parity", "data": {"uri": "s3://data/eval.jsonl"}, "max_new_tokens": 5}
-        ],
-        "spec": {"peft_type": "LORA", "options": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
-        "perturbation": {"masking_p": 0.1, "dropping_p": 0.1},
-        "optimizer": {"learning_rate": 0.01, "steps": 6, "batch_size": 8},
-    }
-    assert stack.run("train-adapter", recipe=recipe)["type"] == "COMPLETED"
+    assert stack.run("train-adapter", recipe=RECIPE)["type"] == "COMPLETED"
     trained = stack.mlflow.get_model_version("parity", "1")
     fingerprint = v1.tags["trans_peft.fingerprint"]
     assert stack.alias("parity", f"on-{fingerprint[:12]}") == "1"
@@ -163,11 +177,10 @@ def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
 
     # a new version appears in the bucket: the schedule's reconcile finds it and judges the fleet
     stack.publish(write_update(tmp_path / "v2"), "v2")
-    policy = {"margin_points": 60.0, "must_beat_bare": False}
-    planned = stack.run("reconcile", family="tiny", policy=policy, dry_run=True)
+    planned = stack.run("reconcile", family="tiny", policy=LENIENT, dry_run=True)
     assert planned["type"] == "COMPLETED"
     assert len(stack.mlflow.search_model_versions("name='tiny'")) == 1  # a plan changes nothing
-    assert stack.run("reconcile", policy=policy)["type"] == "COMPLETED"
+    assert stack.run("reconcile", policy=LENIENT)["type"] == "COMPLETED"
     v2 = stack.mlflow.get_model_version("tiny", "2")
     assert v2.tags["trans_peft.ready"] == "true"
     transferred = stack.mlflow.get_model_version("parity", "2")
@@ -178,11 +191,9 @@ def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
     # a person promotes it, and a second run of everything changes nothing
     stack.champion("2")
     for _ in range(2):
-        assert stack.run("reconcile", policy=policy)["type"] == "COMPLETED"
+        assert stack.run("reconcile", policy=LENIENT)["type"] == "COMPLETED"
     assert stack.alias("tiny", "serving") == "2"
     assert len(stack.mlflow.search_model_versions("name='parity'")) == 2
-    folder = Path(stack.mlflow.download_artifacts(transferred.run_id, "", str(tmp_path)))
-    assert folder.exists()
 
 
 def test_an_upload_that_is_refused_fails_loudly_and_registers_nothing(stack, tmp_path):
@@ -192,3 +203,55 @@ def test_an_upload_that_is_refused_fails_loudly_and_registers_nothing(stack, tmp
     assert refused["type"] == "FAILED"
     assert "config.json" in refused["message"]
     assert len(stack.mlflow.search_model_versions("name='tiny'")) == 2
+
+
+def test_a_version_registered_straight_in_mlflow_is_verified_and_made_ready(stack, tmp_path):
+    for file in write_tiny_base(tmp_path / "v4", seed=4).iterdir():
+        stack.s3.upload_file(str(file), "bases", f"elsewhere/v4/{file.name}")  # and no manifest
+    registered = stack.mlflow.create_model_version("tiny", source="s3://bases/elsewhere/v4")
+    stack.run("reconcile", family="tiny", policy=LENIENT)
+    version = stack.mlflow.get_model_version("tiny", registered.version)
+    assert version.tags["trans_peft.ready"] == "true"
+    # unrelated weights of the same shape: no adapter is carried over, and the reason says why
+    verdict = stack.mlflow.get_model_version("parity", "1").tags
+    assert "incompatible" in str(verdict)
+
+
+def test_an_adapter_that_exists_is_adopted_from_a_bucket(stack, tmp_path):
+    folder = download_artifacts(
+        artifact_uri="models:/parity/1",
+        dst_path=str(tmp_path),
+        tracking_uri=stack.settings.urls["mlflow"],
+    )
+    for file in Path(folder).iterdir():
+        if file.name.startswith("adapter_"):
+            stack.s3.upload_file(str(file), "data", f"theirs/{file.name}")
+    state = stack.run(
+        "adopt-adapter",
+        adapter="theirs",
+        folder_uri="s3://data/theirs",
+        family="tiny",
+        suites=RECIPE["suites"],
+        base_version="v1",
+    )
+    assert state["type"] == "COMPLETED"
+    assert stack.mlflow.get_model_version("theirs", "1").tags["trans_peft.base_version"] == "v1"
+
+
+def test_cancelling_a_training_ends_every_process_of_it(stack):
+    endless = RECIPE | {"adapter": "endless", "optimizer": {"steps": 1_000_000, "batch_size": 8}}
+    run = stack.start("train-adapter", recipe=endless)
+    state = str(stack.settings.state)
+
+    def workers():
+        commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+        return [c for c in commands if "trans_peft.training.worker" in c and state in str(c)]
+
+    wait_until(workers)
+    stack.prefect(
+        "POST", f"flow_runs/{run['id']}/set_state", json={"state": {"type": "CANCELLING"}}
+    )
+    wait_until(lambda: not workers())
+    assert stack.end_of(run)["type"] == "CANCELLED"
+    with pytest.raises(MlflowException, match="not found"):
+        stack.mlflow.get_registered_model("endless")

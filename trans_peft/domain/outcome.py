@@ -55,6 +55,10 @@ class Work:
     attempt: int = 1
     estimated_seconds: float | None = None
 
+    def __str__(self) -> str:
+        cost = "" if self.estimated_seconds is None else f", about {self.estimated_seconds:.0f} s"
+        return f"{self.adapter} on {self.base_version}: {self.reason}{cost}"
+
 
 @dataclass(frozen=True)
 class TransferOutcome:
