@@ -11,10 +11,7 @@ from trans_peft.domain.outcome import Plan
 
 @flow(name="reconcile")
 def reconcile(
-    family: str | None = None,
-    policy: GatePolicy = GatePolicy(),  # noqa: B008  frozen: one value for all runs
-    shard_size: int = 16,
-    dry_run: bool = False,
+    policy: GatePolicy, shard_size: int, family: str | None = None, dry_run: bool = False
 ) -> State:
     """Compare what should be known about a family (None: all) with the registry; do the rest.
 

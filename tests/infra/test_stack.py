@@ -119,7 +119,7 @@ def test_every_deployment_of_prefect_yaml_is_there(running):
         "transfer_shard",
     }
     reconcile = found["reconcile"]
-    assert reconcile["parameters"] == {"family": None}
+    assert reconcile["parameters"]["policy"]["margin_points"] == 5.0
     assert reconcile["schedules"][0]["schedule"]["cron"] == "*/10 * * * *"
     assert reconcile["global_concurrency_limit"]["limit"] == 1
     assert reconcile["concurrency_options"]["collision_strategy"] == "ENQUEUE"
