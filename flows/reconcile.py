@@ -25,6 +25,7 @@ def reconcile(
             problems += _judge(plan, policy, shard_size)
             changes = reconciliation.settle_fleet(name, policy)
             reporting.publish_fleet(name, changes)
+            problems += [changes.waiting] if changes.waiting else []
     if problems:
         return Failed(message="; ".join(problems))
     return Completed(message="nothing is missing" if not dry_run else "planned, nothing changed")
@@ -36,7 +37,7 @@ def _ingest_pending() -> list[str]:
         (upload, ingestion.ingest_base(upload, return_state=True))
         for upload in ingestion.find_pending()
     ]
-    return [f"{upload} was refused" for upload, state in states if not state.is_completed()]
+    return [f"{upload}: {state.message}" for upload, state in states if not state.is_completed()]
 
 
 def _judge(plan: Plan, policy: GatePolicy, shard_size: int) -> list[str]:
@@ -53,5 +54,4 @@ def _judge(plan: Plan, policy: GatePolicy, shard_size: int) -> list[str]:
         for lost in shards.in_flight(ended, plan):
             transfer.record_failure(plan.family, lost, policy, reason="its process was killed")
             plan = reconciliation.plan_fleet(plan.family, policy)
-    parked = ", ".join(f"{work.adapter} on {work.base_version}" for work in plan.parked)
-    return [f"parked for a person: {parked}"] if parked else []
+    return [f"parked for a person: {work}" for work in plan.parked] + list(plan.unreadable)

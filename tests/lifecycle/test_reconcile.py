@@ -187,6 +187,18 @@ def test_an_error_takes_nothing_out_of_service(fleet, two_bases):
     assert fleet.platform.registry.alias("chat", v2.alias) == 2
 
 
+def test_an_adapter_that_cannot_be_judged_stops_nobody_else(fleet, two_bases):
+    v1, _ = two_bases
+    orphan = replace(
+        fleet.add_adapter("orphan", v1), adapter="stray", base_fingerprint_sha256="f" * 64
+    )
+    fleet.platform.registry.register(orphan, fleet.work_dir / "peft")
+    found = plan(observe(FAMILY, fleet.platform), POLICY)
+    assert {w.adapter for w in found.work} == {"chat", "code", "orphan"}
+    (reason,) = found.unreadable
+    assert reason.startswith("stray: the adapter has no trained version")
+
+
 def test_a_retired_adapter_is_left_alone(fleet, two_bases):
     fleet.platform.registry.retire_by_hand("chat")
     assert {w.adapter for w in fleet.work()} == {"code"}

@@ -112,11 +112,15 @@ class TransferOutcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """What reconcile found missing, and what it leaves to a person (three attempts failed)."""
+    """What reconcile found missing, and what it leaves to a person.
+
+    `parked`: three attempts failed. `unreadable`: adapters that cannot be judged, and why.
+    """
 
     family: str
     work: tuple[Work, ...]
     parked: tuple[Work, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Verdict, evaluation_key
 from trans_peft.domain.outcome import FleetChanges, Plan, Reason, TransferOutcome, Work
+from trans_peft.errors import StoreError, TransPeftError
 from trans_peft.ports import Platform
 
 __all__ = ["MAX_ATTEMPTS", "Adapter", "Fleet", "observe", "plan", "settle"]
@@ -46,13 +47,17 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Everything that `plan` looks at: one family's ready bases, its aliases, its live adapters."""
+    """Everything that `plan` looks at: one family's ready bases, its aliases, its live adapters.
+
+    `unreadable`: adapters that cannot be judged, with the reason; they stop nobody else.
+    """
 
     family: str
     bases: tuple[BaseVersion, ...]
     serving: int | None
     champion: int | None
     adapters: tuple[Adapter, ...]
+    unreadable: tuple[str, ...] = ()
 
     def base(self, number: int | None) -> BaseVersion | None:
         """Return the ready base version with that number, if there is one."""
@@ -70,12 +75,22 @@ class Fleet:
 
 def observe(family: str, platform: Platform) -> Fleet:
     """Read one family's fleet from the registry."""
+    adapters: list[Adapter] = []
+    unreadable: list[str] = []
+    for name in platform.registry.adapters(family):
+        try:
+            adapters.append(_adapter(name, platform))
+        except StoreError:
+            raise  # the registry does not answer: that says nothing about the adapter
+        except TransPeftError as error:
+            unreadable.append(f"{name}: {error}")
     return Fleet(
         family=family,
         bases=tuple(base for base in platform.catalog.versions(family) if base.ready),
         serving=platform.catalog.alias(family, "serving"),
         champion=platform.catalog.alias(family, "champion"),
-        adapters=tuple(_adapter(name, platform) for name in platform.registry.adapters(family)),
+        adapters=tuple(adapters),
+        unreadable=tuple(unreadable),
     )
 
 
@@ -89,7 +104,7 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
             if item is None:
                 continue
             (parked if item.attempt > MAX_ATTEMPTS else work).append(item)
-    return Plan(family=fleet.family, work=tuple(work), parked=tuple(parked))
+    return Plan(fleet.family, tuple(work), tuple(parked), fleet.unreadable)
 
 
 def settle(fleet: Fleet, policy: GatePolicy, platform: Platform) -> FleetChanges:
