@@ -61,6 +61,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         f"http://{HOST}:{mlflow_port}", f"http://{HOST}:{s3_port}", "test-access", "test-secret"
     )
     with ExitStack() as stack:
+        stack.enter_context(_terminated_in_good_order())
         s3 = stack.enter_context(_running(_s3_command(folder / "s3", found, inner), folder / "s3"))
         mlflow = stack.enter_context(
             _running(_mlflow_command(mlflow_port), folder / "mlflow", found.environment)
@@ -189,6 +190,20 @@ def _make_buckets(server: _Server) -> None:
                 if time.monotonic() > deadline or server.process.poll() is not None:
                     raise
                 time.sleep(0.2)
+
+
+@contextmanager
+def _terminated_in_good_order() -> Iterator[None]:
+    """SIGTERM ends the session as Ctrl-C does: with its servers."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

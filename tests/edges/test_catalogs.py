@@ -210,6 +210,21 @@ class TestMlflow:
         assert base.ready
         assert base in [future.result() for future in both if not future.exception()]
 
+    def test_two_clients_that_write_the_same_tag_at_once_both_succeed(self, place):
+        from trans_peft.edges.mlflow_client import Tracking
+
+        place.publish("v1")
+        trackings = [Tracking(place.person.client.tracking_uri) for _ in range(4)]
+        start = threading.Barrier(4)
+
+        def tag(tracking: Tracking) -> None:
+            start.wait(timeout=60)
+            tracking.tag_version(place.family, 1, {f"x{i}": "y" for i in range(5)})
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(tag, trackings))
+        assert place.person.client.get_model_version(place.family, "1").tags["trans_peft.x4"] == "y"
+
     def test_the_ready_tag_comes_last(self, place, monkeypatch):
         from trans_peft.edges.mlflow_client import Tracking
 

@@ -10,11 +10,12 @@ compare-and-set: where two processes register one version at once, the lowest nu
 other is tagged `superseded`, which hides it.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.edges.json_nouns import from_json, to_json
-from trans_peft.edges.mlflow_client import Tracking, own_tags, tag
+from trans_peft.edges.mlflow_client import Tracking, own_tags
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
 
 __all__ = ["MlflowCatalog"]
@@ -50,7 +51,7 @@ class MlflowCatalog:
             raise NotFoundError(f"there is no version number {base.number} of {base.family}")
         if not known.ready:
             raise InvalidSpecError(f"{known} is not ready: it cannot serve")
-        self._tracking.client.set_registered_model_alias(base.family, "serving", str(base.number))
+        self._tracking.set_alias(base.family, "serving", base.number)
 
     def make_ready(
         self,
@@ -69,7 +70,7 @@ class MlflowCatalog:
         number, is ready already with another fingerprint.
         """
         self._make_family(family)
-        known = {b.number: b for b in self.versions(family)}
+        known = {b.number: b for b in map(self._base, self._live(family))}
         if number is not None and number not in known:
             raise NotFoundError(f"there is no version number {number} of {family}")
         for base in known.values():
@@ -117,7 +118,7 @@ class MlflowCatalog:
         model = self._tracking.make_model(family, {"kind": "base"})
         kind = own_tags(model.tags).get("kind")
         if kind is None:
-            self._tracking.client.set_registered_model_tag(family, tag("kind"), "base")
+            self._tracking.tag_model(family, "kind", "base")
         elif kind != "base":
             raise InvalidSpecError(
                 f"{family!r} is registered already, and not as a base",
@@ -166,7 +167,7 @@ class MlflowCatalog:
                 found=f"{version}, fingerprint {fingerprint.digest}",
                 do="publish it under a new version",
             )
-        return next(b for b in self.versions(winner.family) if b.number == winner.number)
+        return replace(winner, ready=True)
 
     def _keep(self, family: str, version: str, uri: str, fingerprint: Fingerprint) -> str:
         """Store the whole fingerprint as a file of a run and return the run's id."""

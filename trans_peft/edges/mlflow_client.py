@@ -43,6 +43,10 @@ def full_tags(tags: Mapping[str, str | None]) -> dict[str, str]:
     return {tag(key): value for key, value in tags.items() if value}
 
 
+class _ConflictError(StoreError):
+    """Another client wrote the same row between MLflow's look and its write."""
+
+
 class _InWords:
     """An `MlflowClient` whose every call fails with our errors."""
 
@@ -68,8 +72,10 @@ def in_words(tracking_uri: str) -> Iterator[None]:
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
             raise NotFoundError(f"MLflow at {tracking_uri}: {error.message}") from error
-        if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+        if error.error_code == "INVALID_PARAMETER_VALUE":
             raise InvalidSpecError(f"MLflow at {tracking_uri}: {error.message}") from error
+        if error.error_code in ("RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"):
+            raise _ConflictError(f"MLflow at {tracking_uri}: {error.message}") from error
         raise StoreError(
             f"MLflow at {tracking_uri} does not answer as it should",
             found=error.message,
@@ -97,7 +103,7 @@ class Tracking:
         if name not in self._experiments:
             found = self.client.get_experiment_by_name(name)
             if found is None:
-                with contextlib.suppress(StoreError, InvalidSpecError):  # somebody was faster
+                with contextlib.suppress(_ConflictError):  # somebody was faster
                     self.client.create_experiment(name)
                 found = self.client.get_experiment_by_name(name)
             if found is None or found.lifecycle_stage != "active":
@@ -194,9 +200,9 @@ class Tracking:
         """Return the registered model of that name, made with these tags where it is missing."""
         with contextlib.suppress(NotFoundError):
             return self.client.get_registered_model(name)
-        with contextlib.suppress(StoreError):  # somebody was faster
-            self.client.create_registered_model(name, tags=full_tags(tags))
-        return self.client.get_registered_model(name)
+        with contextlib.suppress(_ConflictError):
+            return self.client.create_registered_model(name, tags=full_tags(tags))
+        return self.client.get_registered_model(name)  # somebody was faster
 
     def versions(self, name: str) -> list[Any]:
         """Return all versions of a registered model, the oldest first; none where there is none."""
@@ -232,7 +238,15 @@ class Tracking:
     def tag_version(self, name: str, number: int, tags: Mapping[str, str | None]) -> None:
         """Set tags on a version, in this order."""
         for key, value in full_tags(tags).items():
-            self.client.set_model_version_tag(name, str(number), key, value)
+            _settled(self.client.set_model_version_tag, name, str(number), key, value)
+
+    def tag_model(self, name: str, key: str, value: str) -> None:
+        """Set a tag on a registered model."""
+        _settled(self.client.set_registered_model_tag, name, tag(key), value)
+
+    def set_alias(self, name: str, alias: str, number: int) -> None:
+        """Move an alias to a version."""
+        _settled(self.client.set_registered_model_alias, name, alias, str(number))
 
     def upload_model(
         self, purpose: str, name: str, folder: Path, *, run_id: str | None, tags: Mapping[str, str]
@@ -263,6 +277,14 @@ class Tracking:
                 uri, dst_path=str(folder), tracking_uri=self.uri, registry_uri=self.uri
             )
         return Path(found)
+
+
+def _settled(write: Callable[..., Any], *arguments: str) -> None:
+    """Write; where another client was writing the same, write again: the last one counts."""
+    try:
+        write(*arguments)
+    except _ConflictError:
+        write(*arguments)
 
 
 def _all_pages(search: Callable[[str | None], Any]) -> list[Any]:

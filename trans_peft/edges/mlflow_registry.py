@@ -102,7 +102,7 @@ class MlflowRegistry:
         # The intention is written down first: after a crash in between, either is ours.
         self._remember(adapter, alias, f"{old}>{new}")
         if number is not None:
-            self._tracking.client.set_registered_model_alias(adapter, alias, str(number))
+            self._tracking.set_alias(adapter, alias, number)
         elif current is not None:
             self._tracking.client.delete_registered_model_alias(adapter, alias)
         self._remember(adapter, alias, new)
@@ -160,7 +160,7 @@ class MlflowRegistry:
         ]
 
     def _remember(self, adapter: str, alias: str, where: str) -> None:
-        self._tracking.client.set_registered_model_tag(adapter, tag(f"alias.{alias}"), where)
+        self._tracking.tag_model(adapter, f"alias.{alias}", where)
 
 
 def _tags(draft: AdapterVersion) -> dict[str, str]:
