@@ -11,23 +11,32 @@ from trans_peft.data import Example
 from trans_peft.errors import DataError, TrainingError
 from trans_peft.training import worker
 from trans_peft.training.events import Failed
-from trans_peft.training.finetune import check_lengths
+from trans_peft.training.finetune import check_tokens
 
 TOKENIZER = tiny_tokenizer()
 LONGEST = max(len(example.full_ids(TOKENIZER)) for example in EXAMPLES)
 
 
 def test_rows_that_are_cut_are_counted():
-    assert check_lengths(EXAMPLES, TOKENIZER, LONGEST) == 0
+    assert check_tokens(EXAMPLES, TOKENIZER, LONGEST) == 0
     cut = [e for e in EXAMPLES if len(e.full_ids(TOKENIZER)) == LONGEST]
-    assert check_lengths(EXAMPLES, TOKENIZER, LONGEST - 1) == len(cut) > 0
+    assert check_tokens(EXAMPLES, TOKENIZER, LONGEST - 1) == len(cut) > 0
 
 
-def test_a_row_of_which_no_answer_is_left_is_an_error():
-    long = Example("long", "x" * 60, "y")
-    assert check_lengths((long, *EXAMPLES), TOKENIZER, 61) >= 1
-    with pytest.raises(DataError, match=r"1 of 2 rows have a prompt that fills.*\n.*ids long"):
-        check_lengths((long, Example("short", "x", "y")), TOKENIZER, 60)
+def test_rows_of_which_no_answer_is_left_are_told_at_once():
+    long = [Example(f"long{i}", "x" * 60, "y") for i in range(2)]
+    assert check_tokens((long[0], *EXAMPLES), TOKENIZER, 61) >= 1
+    with pytest.raises(DataError, match="2 of 3 rows") as caught:
+        check_tokens((*long, Example("short", "x", "y")), TOKENIZER, 60)
+    assert "id long0: its prompt fills max_length=60: 60 tokens" in str(caught.value)
+    assert "id long1" in str(caught.value)
+
+
+def test_a_prompt_that_the_answer_would_change_is_refused():
+    merging = tiny_tokenizer()
+    merging.add_tokens(["=4"])
+    with pytest.raises(DataError, match="id 1: with its answer the end of the prompt becomes"):
+        check_tokens((Example("1", "2+2=", "4"), Example("2", "2+2=", " 4")), merging, 60)
 
 
 @pytest.mark.parametrize(

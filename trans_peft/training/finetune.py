@@ -29,7 +29,9 @@ from trans_peft.training.events import Message, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
 
-__all__ = ["check_lengths", "finetune"]
+__all__ = ["check_tokens", "finetune"]
+
+_PROBLEMS_SHOWN = 20
 
 
 def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], None]) -> None:
@@ -41,7 +43,7 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], No
     recipe, steps = job.recipe, job.recipe.optimizer.steps
     examples = parse_examples(job.data_file.read_bytes(), str(job.data_file))
     tokenizer = load_tokenizer(job.base_folder)
-    shortened_rows = check_lengths(examples, tokenizer, recipe.optimizer.max_length)
+    shortened_rows = check_tokens(examples, tokenizer, recipe.optimizer.max_length)
     trainer = _trainer(job, examples, str(state.device))
     tokens_per_step = _fix_order(trainer, job, state.num_processes)
     model = trainer.model.train()
@@ -76,19 +78,37 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], No
         shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
 
 
-def check_lengths(
+def check_tokens(
     examples: tuple[Example, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> int:
-    """Return how many rows are cut at `max_length`. DataError if one keeps nothing to learn."""
-    long = [e for e in examples if len(e.full_ids(tokenizer)) > max_length]
-    lost = [e.id for e in long if len(e.prompt_ids(tokenizer)) >= max_length]
-    if lost:
+    """Return how many rows are cut at `max_length`; DataError lists those that cannot be learned.
+
+    Such are rows whose prompt alone fills `max_length`, and prompts whose last tokens become others
+    once the answer follows: TRL would train on another prompt than an evaluation asks. In a chat
+    the template decides on that, and is left to.
+    """
+    shortened, problems = 0, []
+    for example in examples:
+        prompt, whole = example.prompt_ids(tokenizer), example.full_ids(tokenizer)
+        shortened += len(whole) > max_length
+        if len(prompt) >= max_length:
+            problems.append(
+                f"id {example.id}: its prompt fills max_length={max_length}: {len(prompt)} tokens"
+            )
+        elif example.messages is None and whole[: len(prompt)] != prompt:
+            problems.append(
+                f"id {example.id}: with its answer the end of the prompt becomes other tokens"
+            )
+    if problems:
+        more = len(problems) - _PROBLEMS_SHOWN
+        shown = problems[:_PROBLEMS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
         raise DataError(
-            f"{len(lost)} of {len(examples)} rows have a prompt that fills max_length={max_length}",
-            found=f"ids {', '.join(lost[:10])}{', ...' if len(lost) > 10 else ''}",
-            do="raise optimizer.max_length, or remove these rows: nothing of their answers is left",
+            f"{len(problems)} of {len(examples)} rows cannot be trained on\n    "
+            + "\n    ".join(shown),
+            do="raise optimizer.max_length or remove long rows; move white space from a prompt's "
+            "end to its answer's start",
         )
-    return len(long)
+    return shortened
 
 
 def _trainer(job: TrainingJob, examples: tuple[Example, ...], device: str) -> AnswerTrainer:
