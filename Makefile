@@ -68,10 +68,10 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 check: $(READY)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache
+	@failed=; for command in "ruff format --check ." "ruff check ." mypy "lint-imports --no-logo --no-cache"; do \
+	  echo "== $$command"; $(BIN)/$$command || failed="$$failed; $$command"; \
+	done; \
+	test -z "$$failed" || { echo "== failed$$failed" >&2; exit 1; }
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -9,6 +9,7 @@ be deleted, and they listen on 127.0.0.1 only. For more than one machine see inf
     supervisor.py       the process manager: its configuration, starting it, asking it
     machine.py          ports and processes of this machine
     prefect_objects.py  what a fresh Prefect server needs: pool, queues, GPU slots, automation
+    interrupted.py      flow runs that a stopped worker left are told to Prefect
     health.py           whether each program answers
     stack.py            up, down, status
 """

@@ -7,8 +7,7 @@ import httpx
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from infra.stack.programs import WORK_POOL
-from infra.stack.settings import BUCKETS, StackSettings
+from infra.stack.settings import BUCKETS, WORK_POOL, StackSettings
 from trans_peft.errors import StoreError
 
 __all__ = ["healthy", "make_buckets"]

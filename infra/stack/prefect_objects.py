@@ -26,8 +26,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
-from infra.stack.programs import WORK_POOL
-from infra.stack.settings import StackSettings
+from infra.stack.settings import WORK_POOL, StackSettings
 
 __all__ = ["QUEUES", "ZOMBIES", "Queue", "register"]
 

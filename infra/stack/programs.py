@@ -12,22 +12,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.stack.interrupted import crash_interrupted_runs
 from infra.stack.machine import PROGRAM_MARK, end, free_ports, marked, port_is_free
-from infra.stack.settings import HOST, StackSettings, without_services
+from infra.stack.settings import HOST, WORK_POOL, StackSettings, without_services
 
-__all__ = ["PROGRAMS", "WORK_POOL", "Program", "become", "left_behind"]
-
-WORK_POOL = "trans-peft"
+__all__ = ["PROGRAMS", "Program", "become", "left_behind"]
 
 
 @dataclass(frozen=True)
 class Program:
-    """One program: how to start it, what it reads, how long it may take to end in good order."""
+    """One program: its command, its environment, how long it may take to end, what comes before."""
 
     name: str
     command: Callable[[StackSettings], list[str]]
     environment: Callable[[StackSettings], Mapping[str, str]]
     stop_s: int
+    before: Callable[[StackSettings], None] = lambda settings: None
 
 
 def _s3_command(settings: StackSettings) -> list[str]:
@@ -175,7 +175,7 @@ PROGRAMS = {
         Program("s3", _s3_command, lambda settings: {}, stop_s=4),
         Program("mlflow", _mlflow_command, _mlflow_environment, stop_s=10),
         Program("prefect", _prefect_command, _prefect_environment, stop_s=10),
-        Program("worker", _worker_command, _worker_environment, stop_s=30),
+        Program("worker", _worker_command, _worker_environment, 30, crash_interrupted_runs),
     )
 }
 
@@ -188,6 +188,7 @@ def become(name: str, settings: StackSettings) -> None:
     """
     end(marked(settings.state, name), grace_s=5)
     program = PROGRAMS[name]
+    program.before(settings)
     command = program.command(settings)
     environment = {
         **without_services(os.environ),

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["BUCKETS", "HOST", "Secrets", "StackSettings", "without_services"]
+__all__ = ["BUCKETS", "HOST", "WORK_POOL", "Secrets", "StackSettings", "without_services"]
 
 HOST = "127.0.0.1"
+WORK_POOL = "trans-peft"
 BUCKETS = ("bases", "data", "mlflow")
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _FAMILIES = ("AWS_", "MLFLOW_", "PREFECT_")

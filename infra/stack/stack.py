@@ -11,8 +11,8 @@ from pathlib import Path
 
 from infra.stack.health import healthy, make_buckets
 from infra.stack.machine import end, marked, owner, port_is_free
-from infra.stack.programs import PROGRAMS, WORK_POOL, left_behind
-from infra.stack.settings import BUCKETS, StackSettings, without_services
+from infra.stack.programs import PROGRAMS, left_behind
+from infra.stack.settings import BUCKETS, WORK_POOL, StackSettings, without_services
 from infra.stack.supervisor import Supervisor
 from trans_peft.errors import TransPeftError
 
@@ -90,7 +90,8 @@ class _Stack:
             self._tell(f"{name:8} {url}")
 
     def down(self) -> None:
-        for name in reversed(self._supervisor.programs()):
+        running = [name for name, program in self._supervisor.programs().items() if program.pid]
+        for name in reversed(running):
             self._supervisor.stop_program(name)
             spoken = time.monotonic()
             while self._supervisor.pid(name):
@@ -125,6 +126,7 @@ class _Stack:
             "GPU_SLOTS": str(settings.gpu_slots),
             "PYTHONPATH": str(_CODE),
         }
+        environment.pop("TRANS_PEFT_CHECKOUT", None)  # the worker's to fill in, not the deployer's
         self._run("register", ["-m", "infra.stack.prefect_objects"], environment)
         self._say("prefect", f"work pool {WORK_POOL}, GPU slots: {settings.gpu_slots}")
         self._start("worker")

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from infra.stack.prefect_objects import QUEUES
-from infra.stack.programs import WORK_POOL
+from infra.stack.settings import WORK_POOL
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

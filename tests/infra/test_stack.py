@@ -89,6 +89,21 @@ class Running:
             time.sleep(pause_s)
         return answer.raise_for_status().json()
 
+    def deployments(self):
+        return {d["entrypoint"].split(":")[1]: d for d in self.prefect("deployments/filter")}
+
+    def deployment(self, flow):
+        return self.deployments()[flow]
+
+    def state(self, run, until, timeout_s=120):
+        deadline = time.monotonic() + timeout_s
+        while True:
+            (found,) = self.prefect("flow_runs/filter", flow_runs={"id": {"any_": [run]}})
+            if found["state"]["type"] in until:
+                return found["state"]
+            assert time.monotonic() < deadline, found["state"]
+            time.sleep(0.5)
+
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
@@ -110,7 +125,7 @@ def test_up_tells_the_three_urls_and_every_program_is_healthy(running):
 
 @pytest.mark.servers
 def test_every_deployment_of_prefect_yaml_is_there(running):
-    found = {d["entrypoint"].split(":")[1]: d for d in running.prefect("deployments/filter")}
+    found = running.deployments()
     assert set(found) == {
         "adopt_adapter",
         "ingest_base",
@@ -132,23 +147,10 @@ def test_every_deployment_of_prefect_yaml_is_there(running):
 
 @pytest.mark.servers
 def test_the_worker_runs_a_flow_from_the_checkout_against_the_servers(running):
-    (deployment,) = [
-        d for d in running.prefect("deployments/filter") if d["entrypoint"].endswith(":reconcile")
-    ]
-    run = running.prefect(
-        f"deployments/{deployment['id']}/create_flow_run", parameters={"dry_run": True}
-    )
-    url = f"{running.settings.urls['prefect']}/api/flow_runs/{run['id']}"
-    deadline = time.monotonic() + 120
-    while (state := httpx.get(url, timeout=30).json()["state"])["type"] not in {
-        "COMPLETED",
-        "FAILED",
-        "CRASHED",
-    }:
-        assert time.monotonic() < deadline, state
-        time.sleep(0.5)
-    worker_log = (running.settings.logs / "worker.log").read_text()
-    assert state["type"] == "COMPLETED", worker_log[-3000:]
+    url = f"deployments/{running.deployment('reconcile')['id']}/create_flow_run"
+    run = running.prefect(url, parameters={"dry_run": True})["id"]
+    state = running.state(run, until=["COMPLETED", "FAILED", "CRASHED"])
+    assert state["type"] == "COMPLETED", (running.settings.logs / "worker.log").read_text()[-3000:]
 
 
 @pytest.mark.servers
@@ -195,6 +197,22 @@ def test_up_with_another_port_is_refused_while_it_runs(running):
     assert other.returncode == 1
     assert "MLFLOW_PORT=5999" in other.stderr
     assert running.pids() == before
+
+
+@pytest.mark.servers
+def test_a_run_that_its_worker_left_is_crashed_before_the_next_worker_starts(running):
+    before = running.pids()["worker"]
+    url = f"deployments/{running.deployment('transfer_shard')['id']}/create_flow_run"
+    parameters = {"family": "f", "shard": [], "policy": {}}
+    at_work = {"state": {"type": "RUNNING"}, "force": True}
+    tomorrow = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2100-01-01T00:00:00Z"}}
+    lost = running.prefect(url, parameters=parameters, state=tomorrow)["id"]
+    waits = running.prefect(url, parameters=parameters, state=tomorrow)["id"]
+    running.prefect(f"flow_runs/{lost}/set_state", **at_work)
+    psutil.Process(before).kill()
+    assert running.state(lost, until=["CRASHED"])["message"].startswith("The worker was stopped")
+    assert running.state(waits, until=["SCHEDULED"])["type"] == "SCHEDULED"
+    assert running.pids()["worker"] not in (0, before)
 
 
 @pytest.mark.servers
