@@ -2,8 +2,9 @@
 
 Each pair times two steps right after one another, in alternating order, so that a busy machine
 slows both; a ratio is the median over pairs of time of the first / time of the second. `low` and
-`high` are the middle half. `time` is either the wall clock or, where other work shares the cores,
-the processor time of this process (`--clock process`, one thread).
+`high` are the middle half. `--clock process` takes the processor time of one thread instead of the
+wall clock: for a machine whose cores others use too. `floor` is the ratio at which exactly the
+FFN's share of the step, measured by dropping every FFN, shrinks by what is masked and dropped.
 
     python benchmarks/perturbation.py [--pairs 15] [--clock wall|process] [--only NAME ...]
 """
@@ -42,9 +43,9 @@ PAIRS = {
     "train_step.neuron_vs_element_0.2_0.2": (NEURON, ELEMENT),
     "train_step.off_vs_plain": (OFF, PLAIN),
 }
+ALL_DROPPED = Perturbation(dropping_p=1 - 1e-12)
 MEMORY = "train_memory.neuron_vs_plain"
-BATCH, LENGTH = 4, 128
-STEPS = 2  # timed together
+BATCH, LENGTH = 8, 128
 
 
 def smollm2(layers: int = 30) -> PeftModel:
@@ -60,24 +61,8 @@ def smollm2(layers: int = 30) -> PeftModel:
     return get_peft_model(model, config).train()
 
 
-def saved_floor(perturbation: Perturbation, model: PeftModel) -> float:
-    """The ratio if a step took as long as its multiplications: FFN work shrinks, the rest stays.
-
-    Frozen weights need a forward product and one for the gradient of their input, so the share of
-    the FFN among all weights that multiply is its share of both.
-    """
-    weights = {
-        n: p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "lora" not in n
-    }
-    ffn = sum(count for name, count in weights.items() if ".mlp." in name)
-    head = 49152 * 576
-    total = sum(count for name, count in weights.items() if "embed" not in name) + head
-    left = (1 - perturbation.masking_p) * (1 - perturbation.dropping_p)
-    return 1 - ffn / total * (1 - left)
-
-
 class Step:
-    """A few train steps of one model under one perturbation, at the next moment each time."""
+    """One train step of a model under one perturbation, at the next moment each time."""
 
     def __init__(self, model: PeftModel, perturbation: Perturbation | None) -> None:
         self.model, self.perturbation, self.steps = model, perturbation, 0
@@ -92,12 +77,11 @@ class Step:
         )
         with around:
             started = clock()
-            for _ in range(STEPS):
-                self.model(input_ids=self.ids, labels=self.ids).loss.backward()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+            self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             seconds = clock() - started
-        self.steps += STEPS
+        self.steps += 1
         return seconds
 
 
@@ -119,6 +103,11 @@ def time_ratio(
         ratios.append(seconds_a / seconds_b)
     low, median, high = statistics.quantiles(ratios, n=4)
     return {"ratio": round(median, 4), "low": round(low, 4), "high": round(high, 4), "pairs": pairs}
+
+
+def floor(perturbation: Perturbation, ffn_share: float) -> float:
+    left = (1 - perturbation.masking_p) * (1 - perturbation.dropping_p)
+    return round(1 - ffn_share * (1 - left), 4)
 
 
 def peak_mib(which: str) -> float:
@@ -143,6 +132,7 @@ def main() -> None:
     if options.peak:
         step = Step(model, NEURON if options.peak == "neuron" else PLAIN)
         step(time.perf_counter)
+        step(time.perf_counter)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     clock = time.process_time if options.clock == "process" else time.perf_counter
@@ -152,6 +142,13 @@ def main() -> None:
         "clock": options.clock,
         "shape": f"SmolLM2-135M, fp32, LoRA r 16 on q,k,v,o, batch {BATCH} x {LENGTH} tokens",
     }
+    saving = any(
+        name.endswith("vs_plain") and name.startswith("train_step.") for name in options.only
+    )
+    ffn_share = 0.0
+    if saving:
+        ffn_share = 1 - time_ratio(model, ALL_DROPPED, PLAIN, 3, clock)["ratio"]
+        print(f"the FFNs' share of a step: {ffn_share:.3f}", flush=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in options.only:
         if name == MEMORY:
@@ -163,7 +160,7 @@ def main() -> None:
             first, second = PAIRS[name]
             entry = time_ratio(model, first, second, options.pairs, clock)
             if second is PLAIN and first is not OFF:
-                entry["floor"] = round(saved_floor(first, model), 4)
+                entry["floor"] = floor(first, ffn_share)
         results[name] = {**entry, **machine}
         print(f"{name}: {entry}", flush=True)
         RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
