@@ -23,7 +23,7 @@ CHATS = tuple(
 )
 
 
-def trainer(folder, examples=EXAMPLES[:6], **settings) -> AnswerTrainer:
+def trainer(folder, examples=EXAMPLES[:6], tokenizer=None, **settings) -> AnswerTrainer:
     torch.manual_seed(0)
     model = get_peft_model(
         tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
@@ -41,7 +41,7 @@ def trainer(folder, examples=EXAMPLES[:6], **settings) -> AnswerTrainer:
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([example.trl_row() for example in examples]),
-        processing_class=tiny_tokenizer(),
+        processing_class=tokenizer or tiny_tokenizer(),
     )
 
 
@@ -112,6 +112,15 @@ def test_what_is_trained_on_is_what_an_evaluation_asks(tmp_path):
             prompt = example.prompt_ids(tokenizer)
             assert ids == example.full_ids(tokenizer)
             assert labels == [-100] * len(prompt) + ids[len(prompt) :]
+
+
+def test_the_end_is_learned_even_where_it_also_pads(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    ours = trainer(tmp_path, tokenizer=tokenizer)
+    labels = ours.data_collator([dict(row) for row in ours.train_dataset])["labels"]
+    assert (labels == tokenizer.eos_token_id).sum(dim=1).tolist() == [1] * len(labels)
+    assert (labels[:, -1] == -100).any(), "some rows are padded"
 
 
 def state(step: int) -> TrainerState:

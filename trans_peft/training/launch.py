@@ -221,7 +221,7 @@ def _environment(processes: int) -> dict[str, str]:
     gpus = map(str, range(processes)) if visible is None else visible.split(",")[:processes]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     # OpenMP's threads burn their time slices while they wait for one another; on a machine that
-    # does anything else beside, a step then takes ten times as long.
+    # does anything else beside, a step then takes several times as long.
     defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
     ours = {
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ def _run(job: TrainingJob, events: EventStream) -> None:
 
     from trans_peft.training.finetune import finetune
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL's affair
     disable_progress_bars()
     logging.disable_progress_bar()
     processes, gpus = job.recipe.processes, torch.cuda.device_count()
