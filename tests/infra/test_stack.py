@@ -133,6 +133,11 @@ def test_every_deployment_of_prefect_yaml_is_there(running):
         "train_adapter",
         "transfer_shard",
     }
+    for deployment in found.values():
+        (step,) = deployment["pull_steps"]
+        assert step["prefect.deployments.steps.set_working_directory"] == {
+            "directory": "{{ $TRANS_PEFT_CHECKOUT }}"
+        }
     reconcile = found["reconcile"]
     assert reconcile["parameters"]["policy"]["margin_points"] == 5.0
     assert reconcile["schedules"][0]["schedule"]["cron"] == "*/10 * * * *"
