@@ -105,6 +105,8 @@ def _running(
         )
         try:
             yield _Server(process, log)
+            if process.poll() is not None:
+                pytest.fail(f"{command[:4]} died during the session:\n{log.read_text()[-3000:]}")
         finally:
             _end(process)
 
