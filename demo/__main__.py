@@ -65,6 +65,8 @@ def _be_a_client_of(stack: StackSettings) -> None:
     os.environ.update(
         TRANS_PEFT_STATE=str(stack.state / "demo"),  # not the worker's: two processes, two caches
         MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
+        MLFLOW_LOGGING_LEVEL="WARNING",
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
         PREFECT_LOGGING_LEVEL="WARNING",
         TQDM_DISABLE="1",
         TOKENIZERS_PARALLELISM="false",

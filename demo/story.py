@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mlflow import MlflowClient
+from rich.padding import Padding
+from rich.text import Text
 
 from demo.base import FAMILY
 from demo.deployments import run
@@ -173,7 +175,7 @@ class Story:
         found = results(self._chapters, self._update_to, platform())
         self._screen.console.print(table(found))
         for note in notes(found):
-            self._screen.console.print(f"  {note}", highlight=False, markup=False)
+            self._screen.console.print(Padding(Text(note), (0, 0, 0, 2)))
         picture = draw(found, self._folder / f"{self._update_to}.png")
         with platform().runs.run("demo", tags={"family": FAMILY}) as logged:
             logged.params({"update": asdict(UPDATE), "policy": asdict(POLICY)})

@@ -163,6 +163,10 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
         "TRANS_PEFT_CHECKOUT": str(settings.checkout),
         "TRANS_PEFT_BASES_URI": "s3://bases/",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a task waits and asks again, and says so
+        # Threads that spin while they wait take the cores from whatever else runs on them.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",

@@ -96,7 +96,7 @@ def test_where_no_number_of_items_decides_the_reason_says_so():
 
 
 def test_a_suite_that_is_not_required_warns_and_decides_nothing():
-    policy = replace(POLICY, required=("a",))
+    policy = replace(POLICY, required_suites=("a",))
     judgement = judge(policy, *merged(three(*A_KEPT, suite="a"), three(*A_LOST, suite="b")))
     assert judgement.verdict is Verdict.PASSED
     assert [s.suite for s in judgement.suites] == ["a", "b"]
@@ -223,7 +223,7 @@ def test_all_reasons_are_told_at_once():
     reference, candidate, bare = three(*A_KEPT)
     bare = changed(bare, decoding_sha256="other", weights_sha256="adapter")
     with pytest.raises(InvalidSpecError) as error:
-        judge(replace(POLICY, required=("imports", "absent")), reference, candidate, bare)
+        judge(replace(POLICY, required_suites=("imports", "absent")), reference, candidate, bare)
     for part in ("decoding_sha256", "made with an adapter", "suite 'absent': no result"):
         assert part in str(error.value)
 

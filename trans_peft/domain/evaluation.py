@@ -152,16 +152,16 @@ class GatePolicy:
     """When an adapter may serve on a new base.
 
     `margin_points`: the largest loss against the base it was trained on that still counts as none.
-    `alpha`: one-sided level of each bound. `required`: suites that must all pass; empty means every
-    suite that the adapter was registered with. `must_beat_bare`: it must also do better than the
-    bare new base.
+    `alpha`: one-sided level of each bound. `required_suites`: those that must all pass; empty means
+    every suite that the adapter was registered with. `must_beat_bare`: it must also do better than
+    the bare new base.
     """
 
     __pydantic_config__: ClassVar = STRICT
 
     margin_points: float = 5.0
     alpha: float = 0.05
-    required: tuple[str, ...] = ()
+    required_suites: tuple[str, ...] = ()
     must_beat_bare: bool = True
 
     def __post_init__(self) -> None:

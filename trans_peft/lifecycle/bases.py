@@ -27,7 +27,7 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
             upload.uri,
             fingerprint=verified.fingerprint,
             parent=parent,
-            source="registered" if upload.registered else "upload",
+            source=f"{'registered' if upload.registered else 'upload'}, {verified.verified}",
             number=upload.registered.number if upload.registered else None,
         )
     except UploadError as refusal:
@@ -74,8 +74,9 @@ def _claimed(upload: Upload, verified: VerifiedUpload) -> tuple[str, str, str | 
             found=f"{manifest.family} (in the manifest at {upload.uri})",
             do="register the version under the family that its manifest names",
         )
-    parent = registered.parent or (manifest.parent if manifest else None)
-    return registered.family, registered.version, parent
+    if manifest is None:
+        return registered.family, registered.version, registered.parent
+    return registered.family, manifest.version, registered.parent or manifest.parent
 
 
 def _remember(upload: Upload, refusal: UploadError, platform: Platform) -> None:

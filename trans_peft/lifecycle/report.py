@@ -56,11 +56,10 @@ class FleetReport:
             f"| {name} | " + " | ".join(_cell(cells[name, base]) for base in self.bases) + " |"
             for name in adapters
         ]
-        lines += ["", "| adapter | base | verdict | why |", "|---|---|---|---|"]
+        judged = [row for row in self.rows if row.verdict is not None]
+        lines += ["", "## Why", ""] if judged else []
         lines += [
-            f"| {row.adapter} | {row.base} | {row.verdict} | {row.reason} |"
-            for row in self.rows
-            if row.verdict is not None
+            f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}" for row in judged
         ]
         return "\n".join(lines)
 
@@ -123,4 +122,4 @@ def _cell(row: FleetRow) -> str:
         f"{suite.suite} {suite.score:.1f}" for suite in row.suites
     )
     word = str(row.verdict) if row.verdict else row.reason
-    return f"{word}{' (serves)' if row.serves else ''} {figures}".strip()
+    return ", ".join(filter(None, [figures, word, "**serves**" if row.serves else ""]))

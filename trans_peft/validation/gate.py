@@ -57,7 +57,7 @@ def judge(
     policy does not require are reported and decide nothing. InvalidSpecError, with all reasons,
     where results cannot be compared.
     """
-    required = tuple(dict.fromkeys(policy.required)) or tuple(sorted(reference))
+    required = tuple(dict.fromkeys(policy.required_suites)) or tuple(sorted(reference))
     check_comparable(required, reference, candidate, bare, bare_required=policy.must_beat_bare)
 
     def find(name: str) -> _Finding:
