@@ -95,7 +95,7 @@ def table(found: Sequence[Result]) -> Table:
             f"{figures.reference:.1f} → {figures.score:.1f}\n"
             f"[dim]{result.bare_v1:.1f} → {bare_v2}[/]",
             f"{figures.difference:+.1f}\n[dim]{figures.lower:+.1f}, {figures.upper:+.1f}[/]",
-            f"{figures.items}\n[dim]{100 * figures.power:.0f} %[/]",
+            f"{figures.items}/{figures.discordant}\n[dim]{100 * figures.power:.0f} %[/]",
             f"[{style}]{result.verdict}[/]",
         )
     return shown
@@ -107,8 +107,8 @@ def notes(found: Sequence[Result]) -> list[str]:
     lines.append(
         f"The margin of {POLICY.margin_points:g} points and the one-sided level {POLICY.alpha:g} "
         "were fixed before anything was scored. Bounds: Tango's score interval of the paired "
-        "difference. power: the chance to pass if nothing were lost, with as many items that "
-        "the two bases answer differently as were seen."
+        "difference. items: all, and those right on one base alone. power: the chance to "
+        "pass if nothing were lost, with as many such items as were seen."
     )
     for task in dict.fromkeys(result.task for result in found):
         lines += _comparison([result for result in found if result.task == task])

@@ -222,6 +222,7 @@ def test_an_adapter_that_exists_is_adopted_from_a_bucket(stack, tmp_path):
         artifact_uri="models:/parity/1",
         dst_path=str(tmp_path),
         tracking_uri=stack.settings.urls["mlflow"],
+        registry_uri=stack.settings.urls["mlflow"],
     )
     for file in Path(folder).iterdir():
         if file.name.startswith("adapter_"):
