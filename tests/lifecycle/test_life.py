@@ -211,3 +211,5 @@ def test_a_refused_upload_is_not_read_for_ever(life):
         ingest(upload, platform)
     assert pending(platform, root_uri=str(root / "bases")) == ()
     assert [base.version for base in platform.catalog.versions(FAMILY)] == ["v1", "v2"]
+    (broken / "config.json").write_bytes((root / "v1" / "config.json").read_bytes())
+    assert pending(platform, root_uri=str(root / "bases")) == (upload,)  # mended: looked at again

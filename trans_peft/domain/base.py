@@ -144,12 +144,11 @@ class Manifest:
 class Upload:
     """Files that might become a base version: an uploaded prefix, or a version somebody registered.
 
-    `etag` is the manifest's, where there is one. `registered` is the catalog's version that waits
-    for its files to be verified; None for a prefix that came with a manifest.
+    `registered` is the catalog's version that waits for its files to be verified; None for a prefix
+    that came with a manifest.
     """
 
     uri: str
-    etag: str = ""
     registered: BaseVersion | None = None
 
     def __str__(self) -> str:

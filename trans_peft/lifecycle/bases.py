@@ -6,7 +6,7 @@ from pathlib import Path
 from trans_peft.bases.upload import VerifiedUpload, verify
 from trans_peft.domain.base import BaseVersion, Manifest, Upload
 from trans_peft.domain.identity import content_sha256
-from trans_peft.errors import UploadError
+from trans_peft.errors import NotFoundError, UploadError
 from trans_peft.ports import Platform
 
 __all__ = ["ingest", "pending"]
@@ -30,7 +30,7 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
             source=f"{'registered' if upload.registered else 'upload'}, {verified.verified}",
             number=upload.registered.number if upload.registered else None,
         )
-    except UploadError as refusal:
+    except (UploadError, NotFoundError) as refusal:
         _remember(upload, refusal, platform)
         raise
 
@@ -38,8 +38,8 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
 def pending(platform: Platform, *, root_uri: str = "") -> tuple[Upload, ...]:
     """Return what could become ready: complete uploads below `root_uri`, registered versions.
 
-    What was refused is left out until its manifest changes (a registered version: until it is
-    registered anew): reading it again, whole, would end the same way.
+    What was refused is left out until a file of it changes: reading it again, whole, would end the
+    same way.
     """
     versions = [
         base for family in platform.catalog.families() for base in platform.catalog.versions(family)
@@ -47,7 +47,7 @@ def pending(platform: Platform, *, root_uri: str = "") -> tuple[Upload, ...]:
     known = {base.uri.rstrip("/") for base in versions}
     root = root_uri.rstrip("/")
     uploaded = [
-        Upload(f"{root}/{file.name}".removesuffix(f"/{Manifest.FILE_NAME}"), etag=file.etag)
+        Upload(f"{root}/{file.name}".removesuffix(f"/{Manifest.FILE_NAME}"))
         for file in (platform.store.list(root) if root else ())
         if f"/{file.name}".endswith(f"/{Manifest.FILE_NAME}")
     ]
@@ -79,13 +79,17 @@ def _claimed(upload: Upload, verified: VerifiedUpload) -> tuple[str, str, str | 
     return registered.family, manifest.version, registered.parent or manifest.parent
 
 
-def _remember(upload: Upload, refusal: UploadError, platform: Platform) -> None:
+def _remember(upload: Upload, refusal: Exception, platform: Platform) -> None:
     path = _refusal(upload, platform)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"upload": str(upload), "uri": upload.uri, "why": str(refusal)}))
 
 
 def _refusal(upload: Upload, platform: Platform) -> Path:
+    try:
+        files = [[file.name, file.etag] for file in platform.store.list(upload.uri)]
+    except NotFoundError:  # a bucket that is not there
+        files = []
     number = upload.registered.number if upload.registered else None
-    name = content_sha256([upload.uri, upload.etag, number])[:16]
+    name = content_sha256([upload.uri, files, number])[:16]
     return platform.work_dir / "refused" / f"{name}.json"
