@@ -20,12 +20,12 @@ import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 
 from infra.stack.machine import free_ports
 from infra.stack.settings import StackSettings
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
+from trans_peft.edges.mlflow_registry import MlflowRegistry
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 
@@ -218,13 +218,9 @@ def test_a_version_registered_straight_in_mlflow_is_verified_and_made_ready(stac
 
 
 def test_an_adapter_that_exists_is_adopted_from_a_bucket(stack, tmp_path):
-    folder = download_artifacts(
-        artifact_uri="models:/parity/1",
-        dst_path=str(tmp_path),
-        tracking_uri=stack.settings.urls["mlflow"],
-        registry_uri=stack.settings.urls["mlflow"],
-    )
-    for file in Path(folder).iterdir():
+    registry = MlflowRegistry(stack.settings.urls["mlflow"])
+    folder = registry.download(registry.versions("parity")[0], tmp_path)
+    for file in folder.iterdir():
         if file.name.startswith("adapter_"):
             stack.s3.upload_file(str(file), "data", f"theirs/{file.name}")
     state = stack.run(
