@@ -161,15 +161,9 @@ def _keep(version: AdapterVersion, workspace: Workspace, out: Path) -> list[Eval
 
 
 def _evaluation(version: AdapterVersion, suite: Suite, workspace: Workspace) -> Evaluation | None:
-    from trans_peft.domain.evaluation import evaluation_key
 
     return workspace.platform.evaluations.get(
-        evaluation_key(
-            version.weights_sha256,
-            version.base_fingerprint_sha256,
-            suite.suite_sha256,
-            suite.decoding_sha256,
-        )
+        suite.evaluation_key(version.weights_sha256, version.base_fingerprint_sha256)
     )
 
 

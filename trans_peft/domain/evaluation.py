@@ -83,6 +83,12 @@ class Suite:
         """Hash of everything that decides which tokens a model answers with."""
         return content_sha256(["greedy", self.max_new_tokens, list(self.stop), self.dtype])
 
+    def evaluation_key(self, weights_sha256: str, base_fingerprint_sha256: str) -> str:
+        """Return the key of this suite's evaluation of an adapter (or `BARE`) on a base."""
+        return evaluation_key(
+            weights_sha256, base_fingerprint_sha256, self.suite_sha256, self.decoding_sha256
+        )
+
 
 def evaluation_key(
     weights_sha256: str, base_fingerprint_sha256: str, suite_sha256: str, decoding_sha256: str

@@ -7,7 +7,7 @@ from pathlib import Path
 from trans_peft.bases.cache import download
 from trans_peft.data import pin, read_examples
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import BARE, Evaluation, Suite, evaluation_key
+from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.ports import Platform
 
 __all__ = ["Progress", "base_folder", "evaluate_on", "pin_suites", "tokenizer_folder"]
@@ -62,9 +62,7 @@ def evaluate_on(
     something is missing, and each new evaluation is kept the moment it is known.
     """
     keys = {
-        suite.name: evaluation_key(
-            weights_sha256, base.fingerprint_sha256, suite.suite_sha256, suite.decoding_sha256
-        )
+        suite.name: suite.evaluation_key(weights_sha256, base.fingerprint_sha256)
         for suite in suites
     }
     who = (labels or {}).get("adapter", "bare base")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import GatePolicy, Verdict, evaluation_key
+from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import FleetChanges, Plan, Reason, TransferOutcome, Work
 from trans_peft.errors import StoreError, TransPeftError
 from trans_peft.ports import Platform
@@ -139,12 +139,7 @@ def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float 
     source = source_version(versions)
     found = [
         platform.evaluations.get(
-            evaluation_key(
-                source.weights_sha256,
-                source.base_fingerprint_sha256,
-                suite.suite_sha256,
-                suite.decoding_sha256,
-            )
+            suite.evaluation_key(source.weights_sha256, source.base_fingerprint_sha256)
         )
         for suite in source.suites
     ]

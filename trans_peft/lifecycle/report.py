@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trans_peft.domain.adapter import source_version
-from trans_peft.domain.evaluation import Evaluation, SuiteJudgement, Verdict, evaluation_key
+from trans_peft.domain.evaluation import Evaluation, SuiteJudgement, Verdict
 from trans_peft.lifecycle.reconcile import Fleet, observe
 from trans_peft.ports import Platform
 
@@ -87,12 +87,7 @@ def _rows(fleet: Fleet, platform: Platform) -> Sequence[FleetRow]:
             evaluations: list[Evaluation] = []
             if trained_here:
                 for suite in source.suites:
-                    key = evaluation_key(
-                        source.weights_sha256,
-                        base.fingerprint_sha256,
-                        suite.suite_sha256,
-                        suite.decoding_sha256,
-                    )
+                    key = suite.evaluation_key(source.weights_sha256, base.fingerprint_sha256)
                     found = platform.evaluations.get(key)
                     evaluations += [found] if found is not None else []
             rows.append(
