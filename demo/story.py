@@ -155,7 +155,7 @@ class Story:
             f"held-out loss on source {update['held_out_loss_before']:.2f} -> "
             f"{update['held_out_loss_after']:.2f}; weights moved: attention "
             f"{update['drift_attention_percent']:.2f} %, FFN {update['drift_ffn_percent']:.2f} %, "
-            f"embeddings {update['drift_embeddings_percent']:.2f} %"
+            f"the rest {update['drift_other_percent']:.2f} %"
         )
 
     def upgrade(self) -> None:

@@ -1,4 +1,4 @@
-"""Base v2: v1 trained on, with all its weights, on Python source from the same machine.
+"""Base v2: v1 trained on, on Python source from the same machine.
 
 An ordinary small update of a language model, made here because no hub is at hand: next-token
 prediction, AdamW, cosine schedule, a stated number of tokens. No file that supplied an evaluation
@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from demo.sources import rank, source_files
 from demo.tasks import HeldOut, read_held_out
@@ -31,7 +31,10 @@ __all__ = ["UpdateSettings", "main", "update", "update_text"]
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """How v2 is made; `steps * rows * length` is its budget in tokens."""
+    """How v2 is made; `steps * rows * length` is its budget in tokens.
+
+    `weights` says which of v1's are trained on: all, or those of its FFNs alone.
+    """
 
     steps: int = 40
     learning_rate: float = 3e-4
@@ -42,6 +45,7 @@ class UpdateSettings:
     seed: int = 0
     held_out_rows: int = 32
     tokens_per_file: int = 2_048
+    weights: Literal["all", "ffn"] = "all"
 
     @property
     def tokens(self) -> int:
@@ -62,11 +66,14 @@ def update(
     """Train `base` on and write the new version (bfloat16, same tokenizer files) to `folder`.
 
     Returns the figures of the update: tokens, held-out loss before and after (nats per token), and
-    how far the weights moved (|new - old| / |old|, in percent) in attention, FFN and embeddings.
+    how far the weights moved (|new - old| / |old|, in percent) in attention, FFN and the rest.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from trans_peft.analysis import weight_drift
+    from trans_peft.perturbation.ffn import find_layers
 
     logging.disable_progress_bar()
     torch.manual_seed(settings.seed)
@@ -80,16 +87,14 @@ def update(
     model.config.use_cache = False
     before = _loss(model, test)
     print(f"update: held-out loss of v1 {before:.3f}", flush=True)
+    if settings.weights == "ffn":
+        model.requires_grad_(False)
+        for layer in find_layers(model)[1]:
+            for unit in layer.ffn:
+                for module in unit.modules:
+                    module.requires_grad_(True)
     _train(model, train, settings)
     after = _loss(model, test)
-    figures = {
-        "tokens": settings.tokens,
-        "held_out_loss_before": before,
-        "held_out_loss_after": after,
-        **_drift(base, model),
-    }
-    print("update: " + ", ".join(f"{name} {value:,.4g}" for name, value in figures.items()))
-
     model.config.use_cache = True
     partial = folder / "partial"
     model.to(torch.bfloat16).save_pretrained(partial)
@@ -99,6 +104,17 @@ def update(
     weights = partial / "model.safetensors"
     weights.replace(folder / weights.name)  # last: it marks the folder as whole
     shutil.rmtree(partial)
+
+    drift = weight_drift(base, folder)
+    figures = {
+        "tokens": settings.tokens,
+        "held_out_loss_before": before,
+        "held_out_loss_after": after,
+        "drift_attention_percent": 100 * drift.attention,
+        "drift_ffn_percent": 100 * drift.ffn,
+        "drift_other_percent": 100 * drift.other,
+    }
+    print("update: " + ", ".join(f"{name} {value:,.4g}" for name, value in figures.items()))
     return figures
 
 
@@ -140,8 +156,9 @@ def _loss(model: "PreTrainedModel", rows: "torch.Tensor") -> float:
 def _train(model: "PreTrainedModel", rows: "torch.Tensor", settings: UpdateSettings) -> None:
     import torch
 
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        trained,
         lr=settings.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
@@ -155,7 +172,7 @@ def _train(model: "PreTrainedModel", rows: "torch.Tensor", settings: UpdateSetti
         with _bfloat16():
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -175,26 +192,6 @@ def _share_of_rate(step: int, settings: UpdateSettings) -> float:
         return (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-
-
-def _drift(base: Path, model: "PreTrainedModel") -> dict[str, float]:
-    """Return the relative change of each kind of weight against the files of `base`, in percent."""
-    from safetensors.torch import load_file
-
-    old = load_file(base / "model.safetensors")
-    squares: dict[str, list[float]] = {}
-    for name, weight in model.named_parameters():
-        kind = next((k for k in ("attn", "mlp", "embed") if k in name), "norm")
-        moved, was = squares.setdefault(kind, [0.0, 0.0])
-        squares[kind] = [
-            moved + (weight.detach() - old[name].float()).square().sum().item(),
-            was + old[name].float().square().sum().item(),
-        ]
-    words = {"attn": "attention", "mlp": "ffn", "embed": "embeddings", "norm": "norms"}
-    return {
-        f"drift_{words[kind]}_percent": 100 * math.sqrt(moved / was)
-        for kind, (moved, was) in squares.items()
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

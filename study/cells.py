@@ -1,0 +1,181 @@
+"""From a plan to scores: bases, rows, adapters and answers, each made once.
+
+All of it is kept below one folder, an adapter under the hash of what it was made from; a training
+that was killed goes on from its last checkpoint.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Container, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from demo.base import write_base_v1
+from demo.sources import source_files
+from demo.tasks import read_held_out, split, write
+from demo.update import update, update_text
+from study.ledger import Score
+from study.plan import DATA_SEED, TASKS, UPDATES, V1, Fit, suite
+from trans_peft.bases.fingerprint import fingerprint
+from trans_peft.data import parse_examples
+from trans_peft.domain.evaluation import BARE, Suite
+from trans_peft.domain.identity import content_sha256
+from trans_peft.edges.file_store import FileStore
+from trans_peft.training.events import Event, Progress
+from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.launch import fit as train
+
+__all__ = ["Prepared", "bare_scores", "prepare", "scores", "spared_layers"]
+
+Say = Callable[[str], None]
+
+_PROBE_ROWS, _PROBE_LENGTH = 8, 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows and bases on this machine: what every cell needs, small enough for another process."""
+
+    folder: Path
+    fingerprints: dict[str, str]
+    suites: dict[str, Suite]
+
+    def base(self, name: str) -> Path:
+        """Return a base's folder."""
+        return self.folder / "bases" / name
+
+    def rows(self, task: str) -> Path:
+        """Return the folder of a task's rows: train.jsonl and eval.jsonl."""
+        return self.folder / "rows" / task
+
+    def job(self, fit: Fit) -> TrainingJob:
+        """Return the training of one adapter, in a folder named by its content."""
+        job = TrainingJob(
+            recipe=fit.recipe(self.suites[fit.task]),
+            base_folder=self.base(fit.base),
+            base_name=fit.base,
+            base_revision=self.fingerprints[fit.base],
+            data_file=self.rows(fit.task) / "train.jsonl",
+            work_dir=self.folder,
+        )
+        return replace(job, work_dir=self.folder / "adapters" / job.identity()[:16])
+
+    def key(self, adapter: str, task: str, base: str) -> str:
+        """Return the key of a score: the adapter's identity (or `BARE`), questions and base."""
+        questions = self.suites[task]
+        made_of = [adapter, self.fingerprints[base]]
+        return content_sha256([*made_of, questions.suite_sha256, questions.decoding_sha256])
+
+
+def prepare(folder: Path, say: Say) -> Prepared:
+    """Write base v1, the rows of every task and every update; what is there is left as it is.
+
+    No update sees a file that supplied an evaluation row, of whichever task.
+    """
+    rows = {name: folder / "rows" / name for name in TASKS}
+    if not all((path / "held_out.json").exists() for path in rows.values()):
+        say("reading the source of the installed packages")
+        files = list(source_files())
+        for name, path in rows.items():
+            say(f"{name}: mining {len(files):,} files")
+            write(split(TASKS[name], files, DATA_SEED), path)
+    (folder / "bases").mkdir(parents=True, exist_ok=True)
+    v1 = write_base_v1(folder / "bases" / V1)
+    held_out = read_held_out(rows.values())
+    for name, settings in UPDATES.items():
+        made = folder / "bases" / name
+        if not (made / "figures.json").exists():
+            say(f"update {name}: {settings.tokens:,} tokens")
+            made.mkdir(exist_ok=True)
+            figures = update(v1, made, settings, held_out)
+            (made / "figures.json").write_text(json.dumps(figures, indent=1))  # last
+    return Prepared(
+        folder,
+        {
+            name: fingerprint(str(folder / "bases" / name), FileStore()).sha256
+            for name in (V1, *UPDATES)
+        },
+        {
+            name: suite(name, hashlib.sha256((path / "eval.jsonl").read_bytes()).hexdigest())
+            for name, path in rows.items()
+        },
+    )
+
+
+def spared_layers(prepared: Prepared) -> tuple[int, ...]:
+    """Return the layers that the library proposes to spare in v1, from 1,024 tokens of source."""
+    import torch
+
+    from trans_peft.models import load_base
+    from trans_peft.perturbation import layer_criticality, propose_spared_layers
+
+    base = load_base(prepared.base(V1), "float32")
+    held_out = read_held_out(prepared.rows(name) for name in TASKS)
+    stream: list[int] = []
+    for text in update_text(held_out, DATA_SEED):
+        stream += base.tokenizer(text)["input_ids"][:_PROBE_LENGTH]
+        if len(stream) >= _PROBE_ROWS * _PROBE_LENGTH:
+            break
+    ids = torch.tensor(stream[: _PROBE_ROWS * _PROBE_LENGTH]).view(_PROBE_ROWS, _PROBE_LENGTH)
+    return propose_spared_layers(layer_criticality(base.model, [{"input_ids": ids, "labels": ids}]))
+
+
+def bare_scores(prepared: Prepared, known: Container[str]) -> Iterator[Score]:
+    """Yield the score of every base without an adapter that is not known yet."""
+    for base in prepared.fingerprints:
+        for task in TASKS:
+            key = prepared.key(BARE, task, base)
+            if key not in known:
+                right = _answers(prepared, task, base, None)
+                yield Score(key, task, BARE, 0, 0, "", base, right, {}, 0.0)
+
+
+def scores(fit: Fit, prepared: Prepared, known: Container[str], say: Say) -> Iterator[Score]:
+    """Train one adapter and yield its score on each base that is wanted and not known yet."""
+    job = prepared.job(fit)
+    keys = {base: prepared.key(job.identity(), fit.task, base) for base in fit.scored_on}
+    missing = {base: key for base, key in keys.items() if key not in known}
+    if not missing:
+        return
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Progress) and event.step % 20 == 0:
+            say(f"{fit}: step {event.step}, loss {event.loss:.3f}, {event.eta_s:.0f} s left")
+
+    result: TrainingResult = train(job, on_event=tell)
+    for base, key in missing.items():
+        score = Score(
+            key=key,
+            task=fit.task,
+            arm=fit.arm,
+            steps=fit.steps,
+            seed=fit.seed,
+            trained_on=fit.base,
+            scored_on=base,
+            right=_answers(prepared, fit.task, base, result.folder),
+            perturbation=asdict(fit.perturbation),
+            train_seconds=round(result.seconds, 1),
+        )
+        say(f"{fit}: {score.points:.1f} % right on {base}")
+        yield score
+
+
+def _answers(prepared: Prepared, task: str, base: str, adapter: Path | None) -> str:
+    from contextlib import nullcontext
+
+    from trans_peft.models import load_base
+    from trans_peft.transfer.transplant import attached
+    from trans_peft.validation.evaluate import evaluate
+
+    rows = prepared.rows(task) / "eval.jsonl"
+    loaded = load_base(prepared.base(base), prepared.suites[task].dtype)
+    with nullcontext(loaded.model) if adapter is None else attached(loaded.model, adapter) as model:
+        found = evaluate(
+            model,
+            loaded.tokenizer,
+            prepared.suites[task],
+            parse_examples(rows.read_bytes(), rows.name),
+            weights_sha256=BARE,
+            base_fingerprint_sha256=prepared.fingerprints[base],
+        )
+    return "".join("1" if item.correct else "0" for item in found.items)

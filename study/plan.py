@@ -1,0 +1,155 @@
+"""What is compared with what, fixed before it was scored.
+
+An arm's settings were chosen on one task, one update and one seed (`CHOSEN_ON`); the comparison is
+reported on the others. `uniform` is the paper's policy, every layer alike; `spared` leaves out the
+layers that `propose_spared_layers` names.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from demo.exceptions import examples as exceptions
+from demo.functions import returns
+from demo.sources import SourceFile
+from demo.tasks import Example, Task
+from demo.update import UpdateSettings
+from trans_peft.domain.adapter import AdapterSpec
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
+
+__all__ = ["DATA_SEED", "TASKS", "UPDATES", "V1", "Fit", "arms", "candidates", "fits", "suite"]
+
+V1 = "v1"
+DATA_SEED = 2
+"""Another split of the files than the demo's."""
+
+_LONGEST_HEAD = 120  # characters of a function's first line: about 40 tokens
+
+
+def signatures(file: SourceFile) -> Iterator[Example]:
+    """Yield each function's first line alone; what it returns is to be told from that."""
+    for example in returns(file):
+        head = example.prompt.split("\n")[0]
+        if len(head) <= _LONGEST_HEAD and head.endswith(":"):
+            prompt = f"{head}\n# returns:"
+            yield Example(prompt, example.completion, text=head, label=example.label)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("exceptions", exceptions, train_per_label=400, evaluation_per_label=64),
+        Task("signatures", signatures, train_per_label=400, evaluation_per_label=64),
+    )
+}
+
+UPDATES = {
+    "all": UpdateSettings(steps=96, learning_rate=3e-4, seed=10),
+    "ffn": UpdateSettings(steps=96, learning_rate=5e-4, seed=11, weights="ffn"),
+}
+"""v1 trained on: with all its weights, and with those of its FFNs alone (the paper's premise)."""
+
+CHOSEN_ON = ("exceptions", "all")
+"""Task and update on which the settings were chosen, with seed 0."""
+
+SEEDS = (1, 2, 3)
+STEPS = (120, 240)
+_LORA = AdapterSpec(
+    "LORA",
+    {
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),  # the paper's
+    },
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One adapter: what it is trained for, how, how long, from which draws, on which base."""
+
+    task: str
+    arm: str
+    perturbation: Perturbation
+    steps: int
+    seed: int
+    base: str = V1
+    scored_on: tuple[str, ...] = (V1, *UPDATES)
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.arm}, {self.steps} steps, seed {self.seed}, on {self.base}"
+
+    def recipe(self, suite: Suite) -> TrainingRecipe:
+        """Return what the library trains by."""
+        return TrainingRecipe(
+            adapter=self.task,
+            family="smollm2-135m",
+            base_version=self.base,
+            data=DataSource(f"{self.task}/train.jsonl"),
+            suites=(suite,),
+            spec=_LORA,
+            perturbation=self.perturbation,
+            optimizer=OptimizerSettings(
+                learning_rate=1e-3,
+                steps=self.steps,
+                batch_size=16,
+                warmup_steps=self.steps // 12,
+                max_length=128,
+            ),
+            dtype="bfloat16",
+            seed=self.seed,
+            checkpoint_steps=60,
+        )
+
+
+def suite(task: str, sha256: str) -> Suite:
+    """Return a task's questions: one of eight names, to be written out exactly."""
+    return Suite(
+        name=task,
+        data=DataSource(f"{task}/eval.jsonl", sha256),
+        max_new_tokens=8,
+        stop=("\n", "("),  # a bare base goes on with a call: its answer counts all the same
+    )
+
+
+def arms(spared_layers: Sequence[int]) -> Mapping[str, Perturbation]:
+    """Return the arms that are reported."""
+    return {
+        "plain": Perturbation(),
+        "uniform": Perturbation(masking_p=0.1, dropping_p=0.1),
+        "spared": Perturbation(masking_p=0.1, spared_layers=tuple(spared_layers)),
+    }
+
+
+def candidates(spared_layers: Sequence[int]) -> Mapping[str, Perturbation]:
+    """Return what the arm `spared` was chosen from."""
+    spared = tuple(spared_layers)
+    return {
+        "masking 0.1": Perturbation(masking_p=0.1, spared_layers=spared),
+        "masking 0.1, element": Perturbation(
+            masking_p=0.1, granularity="element", spared_layers=spared
+        ),
+        "dropping 0.1": Perturbation(dropping_p=0.1, spared_layers=spared),
+        "both 0.1": Perturbation(masking_p=0.1, dropping_p=0.1, spared_layers=spared),
+        "both 0.05": Perturbation(masking_p=0.05, dropping_p=0.05, spared_layers=spared),
+    }
+
+
+def fits(spared_layers: Sequence[int]) -> Iterator[Fit]:
+    """Yield every adapter of the study, the most telling first."""
+    task, update = CHOSEN_ON
+    for name, perturbation in candidates(spared_layers).items():
+        yield Fit(task, name, perturbation, STEPS[0], seed=0, scored_on=(V1, update))
+    yield Fit(task, "plain", Perturbation(), STEPS[0], seed=0, scored_on=(V1, update))
+    reported = arms(spared_layers)
+    for task in ("signatures", "exceptions"):
+        for steps in STEPS:
+            for seed in SEEDS:
+                for name, perturbation in reported.items():
+                    yield Fit(task, name, perturbation, steps, seed)
+                if steps == STEPS[0]:
+                    yield Fit(task, "plain", Perturbation(), steps, seed, "ffn", ("ffn",))
+        for seed in SEEDS:
+            yield Fit(task, "plain", Perturbation(), STEPS[0], seed, "all", ("all",))

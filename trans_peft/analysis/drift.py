@@ -1,0 +1,131 @@
+"""How far an update moved the weights of a base, told apart by sub-layer.
+
+Trans-PEFT rests on a premise: updates move what the FFNs store and leave attention's task patterns
+alone (section 3 of the paper, which compares activations). This is the same question put to the
+weights, |new - old| / |old| in Frobenius norms, so that it needs no data and no forward pass. The
+FFN term is the one by which theorem 1 bounds the loss of a transferred adapter.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trans_peft.errors import UnsupportedModelError
+from trans_peft.perturbation.ffn import find_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Drift", "weight_drift"]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Relative change of a base's weights, |new - old| / |old|.
+
+    `attention` and `ffn` are over all layers, their norms left out; `attention_by_layer` and
+    `ffn_by_layer` tell the layers apart. `other` is the rest: embeddings, norms, a router.
+    """
+
+    attention: float
+    ffn: float
+    other: float
+    attention_by_layer: tuple[float, ...]
+    ffn_by_layer: tuple[float, ...]
+
+
+def weight_drift(old: Path, new: Path) -> Drift:
+    """Compare two versions of one base, each a Hugging Face folder with safetensors.
+
+    One pair of tensors is in memory at a time, in float32. UnsupportedModelError where the two do
+    not hold the same tensors, or hold others than the model's own, or a layer's attention is not
+    found.
+    """
+    places = _places(old)
+    squares: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, before, after in _pairs(old, new):
+        if name not in places:
+            raise UnsupportedModelError(
+                f"{name} in {old} is no weight of the model that its config.json describes"
+            )
+        change = squares[places[name]]
+        change[0] += (after - before).square().sum().item()
+        change[1] += before.square().sum().item()
+    layers = 1 + max(layer for _, layer in squares)
+    return Drift(
+        *(
+            _relative([change for (kind, _), change in squares.items() if kind == wanted])
+            for wanted in ("attention", "ffn", "other")
+        ),
+        *(
+            tuple(_relative([squares[kind, layer]]) for layer in range(layers))
+            for kind in ("attention", "ffn")
+        ),
+    )
+
+
+def _relative(changes: list[list[float]]) -> float:
+    was = math.fsum(square for _, square in changes)
+    return math.sqrt(math.fsum(moved for moved, _ in changes) / was) if was else 0.0
+
+
+def _places(folder: Path) -> dict[str, tuple[str, int]]:
+    """Return which sub-layer of which layer each weight belongs to, ("other", -1) for the rest."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    owner: dict[int, tuple[str, int]] = {}
+    for index, layer in enumerate(find_layers(model)[1]):
+        if layer.attention is None:
+            raise UnsupportedModelError(f"the attention of layer {index} was not found in {folder}")
+        owner |= dict.fromkeys(_weights(layer.attention.module), ("attention", index))
+        for unit in layer.ffn:
+            for module in unit.modules:
+                owner |= dict.fromkeys(_weights(module), ("ffn", index))
+    return {
+        name: owner.get(id(parameter), ("other", -1))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _weights(module: "nn.Module") -> Iterator[int]:
+    return (id(parameter) for parameter in module.parameters())
+
+
+def _pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
+    """Yield (name, old, new) of every tensor, in float32."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        before, after = (
+            {
+                name: file
+                for path in sorted(folder.glob("*.safetensors"))
+                for file in [stack.enter_context(safe_open(path, "pt"))]
+                for name in file.keys()  # noqa: SIM118 (no mapping)
+            }
+            for folder in (old, new)
+        )
+        unshared = sorted(before.keys() ^ after.keys())
+        if unshared or not before:
+            raise UnsupportedModelError(
+                f"{old} and {new} do not hold the same tensors",
+                expected=f"{len(before)} tensors in both",
+                found=f"in one alone: {', '.join(unshared[:5])}" if unshared else "no tensors",
+            )
+        for name in sorted(before):
+            first, second = before[name].get_tensor(name), after[name].get_tensor(name)
+            if first.shape != second.shape:
+                raise UnsupportedModelError(
+                    f"{name} has another shape",
+                    expected=tuple(first.shape),
+                    found=tuple(second.shape),
+                )
+            yield name, first.float(), second.float()
