@@ -20,9 +20,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".study"), help="for all that is made")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="adapters at a time")
     options = parser.parse_args()
-    jobs = max(1, options.jobs)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    os.environ.update(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
+    os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
     ledger = Ledger(HERE / "scores.jsonl")
     prepared = prepare(options.folder.resolve(), say)
     for score in bare_scores(prepared, ledger):
@@ -31,7 +29,8 @@ def main() -> None:
     spared = spared_layers(prepared)
     say(f"spared layers: {spared}")
     known = frozenset(score.key for score in ledger)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(_cell, fit, prepared, known): fit for fit in fits(spared)}
         for done, future in enumerate(as_completed(running), start=1):
             for score in future.result():
