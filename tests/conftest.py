@@ -5,6 +5,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin for shared cores cost minutes
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_tiny_base
 
     return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("quantized") and find_spec("bitsandbytes") is None:
+        pytest.skip("needs the extra `quantized`, without which this .venv starts a second sooner")
 
 
 from tests.servers import servers, unique  # noqa: E402, F401

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
-from trans_peft.errors import AdapterError, NotFoundError, UnsupportedModelError
+from trans_peft.errors import (
+    AdapterError,
+    InvalidSpecError,
+    NotFoundError,
+    UnsupportedModelError,
+)
 from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
 
 
@@ -104,6 +109,26 @@ def test_a_loaded_base_computes_what_was_saved(tiny_base):
     assert not base.model.training
     assert torch.equal(base.model(ids).logits, tiny_model().eval()(ids).logits)
     assert load_base(tiny_base, "bfloat16", "cpu").model.dtype == torch.bfloat16
+
+
+@pytest.mark.quantized
+def test_a_base_in_4_bits_is_one_to_train_on(tiny_base):
+    model = load_base(tiny_base, "nf4", "cpu").model
+    packed = {name for name, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert len(packed) == 2 * 7
+    assert "lm_head" not in packed
+    assert model.model.layers[0].mlp.down_proj.weight.quant_state.quant_type == "nf4"
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    ids = torch.arange(12)[None]
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).train()
+    logits, exact = adapted(ids).logits.float(), tiny_model()(ids).logits
+    assert 0.95 < torch.cosine_similarity(logits.flatten(), exact.flatten(), dim=0) < 1
+
+
+def test_4_bits_without_bitsandbytes_are_told(tiny_base, monkeypatch):
+    monkeypatch.setattr("trans_peft.models.find_spec", lambda name: None)
+    with pytest.raises(InvalidSpecError, match=r"(?s)needs bitsandbytes.*trans-peft\[quantized\]"):
+        load_base(tiny_base, "nf4", "cpu")
 
 
 def test_one_base_serves_many_adapters(tiny_base):

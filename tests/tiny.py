@@ -29,6 +29,29 @@ def tiny_tokenizer(extra_tokens: tuple[str, ...] = ()) -> PreTrainedTokenizerFas
     )
 
 
+def tiny_model_in_4_bits() -> LlamaForCausalLM:
+    """`tiny_model()` with the linear layers of its decoder in NF4, computing in float32."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    model = tiny_model()
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    packed = Linear4bit(
+                        child.in_features, child.out_features, bias=False,
+                        compute_dtype=torch.float32, quant_type="nf4",
+                    )  # fmt: skip
+                    packed.weight = Params4bit(
+                        child.weight.data, requires_grad=False, quant_type="nf4", module=packed
+                    )
+                    # Some processors would pack the weights anew in eval mode, and round them.
+                    packed.support_avx512bf16_for_cpu = False
+                    setattr(parent, name, packed.to("cpu"))
+    model.is_loaded_in_4bit = True
+    return model
+
+
 def tiny_model(
     seed: int = 0, layers: int = 2, hidden: int = 32, vocabulary: int = 258
 ) -> LlamaForCausalLM:

@@ -7,11 +7,17 @@ that came with the files, one base per process however many adapters are put on 
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trans_peft.domain.identity import content_sha256
-from trans_peft.errors import AdapterError, NotFoundError, UnsupportedModelError
+from trans_peft.errors import (
+    AdapterError,
+    InvalidSpecError,
+    NotFoundError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,11 +49,13 @@ _held: _Held | None = None
 def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase:
     """Load a Hugging Face folder (config, safetensors, tokenizer), or hand out the one loaded last.
 
-    `dtype` is torch's name ("float32"); `device` any of torch's, by default cuda where there is
-    one, else cpu. A process holds one base at a time: asking for another lets go of the first
-    before it loads. A held base that was left with an adapter inside is loaded afresh. Raises
-    NotFoundError for a folder that is not a base, UnsupportedModelError where no causal language
-    model or no end-of-text token is found.
+    `dtype` is torch's name ("float32"), or "nf4" for linear layers in 4 bits to train on (QLoRA,
+    Dettmers et al. 2023: NF4, quantised twice, computing in bfloat16); `device` any of torch's, by
+    default cuda where there is one, else cpu. A process holds one base at a time: asking for
+    another lets go of the first before it loads. A held base that was left with an adapter inside
+    is loaded afresh. Raises NotFoundError for a folder that is not a base, UnsupportedModelError
+    where no causal language model or no end-of-text token is found, InvalidSpecError where nf4
+    needs what is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -61,11 +69,12 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
             _held.base.model.eval()
             return _held.base
         _held = None
+    precision = _four_bits(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
     try:
         tokenizer = load_tokenizer(folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, dtype),
+            **precision,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -79,6 +88,25 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
     model.to(device).eval()
     _held = _Held(key, _parameters(model), LoadedBase(model, tokenizer))
     return _held.base
+
+
+def _four_bits(device: str) -> dict[str, Any]:
+    """Return what makes transformers load a base in 4 bits, each weight straight to its device."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise InvalidSpecError(
+            "dtype nf4 needs bitsandbytes, which is not installed",
+            do="pip install 'trans-peft[quantized]', or train in bfloat16",
+        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": device}}
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

@@ -1,39 +1,68 @@
 """Every method against the behaviours that all of them share: one row a method."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.perturbation.restated import loss_and_gradients
-from tests.tiny import tiny_model, write_tiny_base
+from tests.tiny import tiny_model, tiny_model_in_4_bits, write_tiny_base
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.recipe import Perturbation
+from trans_peft.methods.bottleneck import BottleneckConfig, BottleneckLayer
 from trans_peft.methods.specs import attach
 from trans_peft.perturbation import perturbed
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*QKVO, "gate_proj", "up_proj", "down_proj"]
+QUANTIZED = pytest.mark.quantized
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter, the base it is for, and whether masked neurons are sliced out of that base."""
+
+    spec: AdapterSpec
+    base: Callable[[], nn.Module] = tiny_model
+    sliced: bool = True
+
+
+LORA_ON_ALL = AdapterSpec("LORA", {"r": 4, "target_modules": ALL})
+HOULSBY = AdapterSpec("BOTTLENECK", {"bottleneck_dim": 8})
 METHODS = {
-    "lora": AdapterSpec("LORA", {"r": 4, "target_modules": QKVO}),
-    "lora on every projection": AdapterSpec("LORA", {"r": 4, "target_modules": ALL}),
-    "rslora": AdapterSpec("LORA", {"r": 4, "use_rslora": True, "target_modules": ALL}),
-    "dora": AdapterSpec("LORA", {"r": 4, "use_dora": True, "target_modules": ALL}),
-    "houlsby": AdapterSpec("BOTTLENECK", {"bottleneck_dim": 8}),
-    "houlsby after the ffn": AdapterSpec("BOTTLENECK", {"target_modules": ["mlp"]}),
-    "ia3": AdapterSpec("IA3"),
-    "vera": AdapterSpec("VERA", {"r": 8, "target_modules": ["q_proj", "o_proj"]}),
+    "lora": Method(AdapterSpec("LORA", {"r": 4, "target_modules": QKVO})),
+    "lora on every projection": Method(LORA_ON_ALL),
+    "rslora": Method(AdapterSpec("LORA", {"r": 4, "use_rslora": True, "target_modules": ALL})),
+    "dora": Method(
+        AdapterSpec("LORA", {"r": 4, "use_dora": True, "target_modules": ALL}), sliced=False
+    ),
+    "qlora": Method(LORA_ON_ALL, tiny_model_in_4_bits, sliced=False),
+    "houlsby": Method(HOULSBY),
+    "houlsby in 4 bits": Method(HOULSBY, tiny_model_in_4_bits, sliced=False),
+    "houlsby after the ffn": Method(AdapterSpec("BOTTLENECK", {"target_modules": ["mlp"]})),
+    "ia3": Method(AdapterSpec("IA3"), sliced=False),
+    "vera": Method(AdapterSpec("VERA", {"r": 8, "target_modules": ["q_proj", "o_proj"]})),
 }
-methods = pytest.mark.parametrize("spec", METHODS.values(), ids=METHODS)
+methods = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=[] if method.base is tiny_model else [QUANTIZED])
+        for name, method in METHODS.items()
+    ],
+)
 IDS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1))
 NONE = Perturbation()
 BOTH = Perturbation(masking_p=0.3, dropping_p=0.3)
 
 
-def trained(spec, seed=0, steps=3, perturbation=NONE):
+def trained(method, seed=0, steps=3, perturbation=NONE):
     torch.manual_seed(seed)
-    model = attach(tiny_model(), spec).train()
+    model = attach(method.base(), method.spec).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     with perturbed(model, perturbation, seed=seed):
         for _ in range(steps):
@@ -49,12 +78,12 @@ def logits(model):
 
 
 @methods
-def test_training_under_perturbation_changes_the_adapter_alone(spec):
-    model = trained(spec, perturbation=BOTH)
+def test_training_under_perturbation_changes_the_adapter_alone(method):
+    model = trained(method, perturbation=BOTH)
     with model.disable_adapter():
-        assert torch.equal(logits(model), logits(tiny_model()))
-    assert not torch.allclose(logits(model), logits(tiny_model()), atol=1e-3)
-    base = tiny_model().state_dict()
+        assert torch.equal(logits(model), logits(method.base()))
+    assert not torch.allclose(logits(model), logits(method.base()), atol=1e-3)
+    base = method.base().state_dict()
     for name, value in model.get_base_model().state_dict().items():
         plain = name.replace("base_layer.", "")
         if plain in base:
@@ -62,27 +91,27 @@ def test_training_under_perturbation_changes_the_adapter_alone(spec):
 
 
 @methods
-def test_what_is_saved_loads_as_any_peft_adapter(spec, tmp_path):
-    model = trained(spec, perturbation=BOTH)
+def test_what_is_saved_loads_as_any_peft_adapter(method, tmp_path):
+    model = trained(method, perturbation=BOTH)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    loaded = PeftModel.from_pretrained(method.base(), tmp_path)
     assert torch.equal(logits(loaded), logits(model))
 
 
 @methods
-def test_the_saved_keys_are_those_of_plain_training(spec, tmp_path):
-    trained(spec).save_pretrained(tmp_path / "plain")
-    trained(spec, perturbation=BOTH).save_pretrained(tmp_path / "perturbed")
+def test_the_saved_keys_are_those_of_plain_training(method, tmp_path):
+    trained(method).save_pretrained(tmp_path / "plain")
+    trained(method, perturbation=BOTH).save_pretrained(tmp_path / "perturbed")
     plain, ours = (load_peft_weights(tmp_path / name) for name in ("plain", "perturbed"))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in plain.items()}
 
 
 @methods
-def test_many_adapters_share_one_base_and_are_switched(spec, tmp_path):
-    first, second = trained(spec), trained(spec, seed=7)
+def test_many_adapters_share_one_base_and_are_switched(method, tmp_path):
+    first, second = trained(method), trained(method, seed=7)
     first.save_pretrained(tmp_path / "first")
     second.save_pretrained(tmp_path / "second")
-    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "first", adapter_name="first")
+    model = PeftModel.from_pretrained(method.base(), tmp_path / "first", adapter_name="first")
     model.load_adapter(tmp_path / "second", "second")
     assert torch.equal(logits(model), logits(first))
     model.set_adapter("second")
@@ -95,10 +124,10 @@ def test_many_adapters_share_one_base_and_are_switched(spec, tmp_path):
 
 
 @methods
-def test_unloading_gives_the_base_back(spec):
-    bare = trained(spec).unload()
-    assert torch.equal(logits(bare), logits(tiny_model()))
-    assert list(bare.state_dict()) == list(tiny_model().state_dict())
+def test_unloading_gives_the_base_back(method):
+    bare = trained(method).unload()
+    assert torch.equal(logits(bare), logits(method.base()))
+    assert list(bare.state_dict()) == list(method.base().state_dict())
 
 
 @pytest.mark.parametrize(
@@ -118,12 +147,12 @@ def test_transformers_loads_what_is_saved(name, tmp_path):
 
 
 @methods
-def test_masking_is_zeroing_columns_of_whatever_takes_the_neurons_in(spec):
+def test_masking_is_zeroing_columns_of_whatever_takes_the_neurons_in(method):
     """The restatement is an activation hook here: it says the same for every PEFT layer."""
     from trans_peft.perturbation.draws import Moment, draw
 
     perturbation = Perturbation(masking_p=0.4)
-    model = trained(spec).train()
+    model = trained(method).train()
     hooks = []
     for index, layer in enumerate(model.get_base_model().model.layers):
         kept = draw(
@@ -139,8 +168,42 @@ def test_masking_is_zeroing_columns_of_whatever_takes_the_neurons_in(spec):
     with perturbed(model, perturbation, seed=5) as handle:
         found = loss_and_gradients(model, IDS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    sliced = spec.peft_type in ("LORA", "BOTTLENECK", "VERA") and "use_dora" not in spec.options
-    assert bool(handle.multiplied) is not sliced
+    assert bool(handle.multiplied) is not method.sliced
+
+
+@QUANTIZED
+def test_a_step_on_4_bits_is_the_sliced_step_on_the_weights_that_they_stand_for():
+    """Masking by multiplication against masking by slicing, dropping included."""
+    import bitsandbytes
+
+    spec = AdapterSpec("LORA", {"r": 4, "target_modules": ALL, "init_lora_weights": False})
+    base, rounded = tiny_model_in_4_bits(), tiny_model()
+    for name, module in base.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = module.weight
+            rounded.get_submodule(name).weight.data = bitsandbytes.functional.dequantize_4bit(
+                weight.data, weight.quant_state
+            )
+    found = []
+    for model in (base, rounded):
+        torch.manual_seed(0)
+        adapted = attach(model, spec).train()
+        with perturbed(adapted, Perturbation(0.4, 0.4), seed=0) as handle:
+            found.append((loss_and_gradients(adapted, IDS), handle.multiplied))
+    (ours, multiplied), (expected, nothing) = found
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    assert nothing == {}
+    assert set(multiplied) == {"layer 0 ffn", "layer 1 ffn"}
+    assert set(multiplied.values()) == {"Linear4bit is not a plain linear layer"}
+
+
+def test_a_bottleneck_goes_where_the_weights_are_even_if_all_are_quantised():
+    quantised = nn.Module()
+    packed = torch.zeros(4, dtype=torch.uint8, device="meta")
+    quantised.weight = nn.Parameter(packed, requires_grad=False)
+    layer = BottleneckLayer(quantised, 8, "default", BottleneckConfig())
+    up = layer.bottleneck_up["default"].weight
+    assert (up.device.type, up.dtype) == ("meta", torch.float32)
 
 
 def test_a_dropped_sub_layer_contributes_nothing_not_even_its_bottleneck():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from peft.utils import load_peft_weights
 
 from tests.tiny import tiny_model
 from tests.training.conftest import recipe
@@ -46,8 +47,13 @@ def test_a_run_that_died_while_it_saved_needs_no_further_step(make_job, tmp_path
 
 @pytest.mark.parametrize(
     "change",
-    [{"packing": True}, {"dtype": "bfloat16"}, {"spec": AdapterSpec("LORA", {"use_dora": True})}],
-    ids=lambda change: next(iter(change)),
+    [
+        {"packing": True},
+        {"dtype": "bfloat16"},
+        pytest.param({"dtype": "nf4"}, marks=pytest.mark.quantized),
+        {"spec": AdapterSpec("LORA", {"use_dora": True})},
+    ],
+    ids=str,
 )
 def test_every_kind_of_recipe_learns(make_job, tmp_path, change):
     job = make_job(tmp_path, replace(recipe(dropping_p=0.1, steps=30, max_length=96), **change))
@@ -55,6 +61,7 @@ def test_every_kind_of_recipe_learns(make_job, tmp_path, change):
     result = trained(job, lambda m: losses.append(m.loss) if isinstance(m, Progress) else None)
     assert result.final_loss < losses[0] - 0.1
     assert math.isfinite(result.final_loss)
+    assert {t.dtype for t in load_peft_weights(result.folder).values()} == {torch.float32}
     stock = PeftModel.from_pretrained(tiny_model(), result.folder)
     ids = torch.arange(20)[None]
     assert not torch.equal(stock(ids).logits, tiny_model()(ids).logits)

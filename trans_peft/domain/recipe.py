@@ -91,8 +91,10 @@ class TrainingRecipe:
 
     `base_version` is a version ("v1") or an alias of the base ("serving", "champion"); it is
     resolved once, when training starts, and the resolved version is what gets recorded.
-    `processes` are started by `accelerate launch`. `suites` are what it is judged by, now and on
-    every new base.
+    `dtype` is that of the frozen base while the adapter is trained: "nf4" is QLoRA (its linear
+    layers in 4 bits, computing in bfloat16). Evaluations, here and on every new base, never see it:
+    they run on the base as it was published, in the dtype of their suite. `processes` are started
+    by `accelerate launch`. `suites` are what it is judged by, now and on every new base.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -105,7 +107,7 @@ class TrainingRecipe:
     spec: AdapterSpec = field(default_factory=AdapterSpec)
     perturbation: Perturbation = Perturbation()
     optimizer: OptimizerSettings = OptimizerSettings()
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "nf4"] = "float32"
     seed: int = 42
     processes: int = 1
     packing: bool = False

@@ -114,12 +114,17 @@ def check_tokens(
 def _trainer(job: TrainingJob, examples: tuple[Example, ...], device: str) -> AnswerTrainer:
     base = load_base(job.base_folder, job.recipe.dtype, device)
     set_seed(job.recipe.seed)  # the adapter's initial weights
-    return AnswerTrainer(
-        model=attach(base.model, job.recipe.spec),
+    model = attach(base.model, job.recipe.spec)
+    trainable = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
+    trainer = AnswerTrainer(
+        model=model,
         args=_arguments(job),
         train_dataset=Dataset.from_list([example.trl_row() for example in examples]),
         processing_class=base.tokenizer,
     )
+    for parameter, dtype in trainable:  # TRL makes them bfloat16 on nf4: small updates would vanish
+        parameter.data = parameter.data.to(dtype)
+    return trainer
 
 
 def _fix_order(trainer: AnswerTrainer, job: TrainingJob, processes: int) -> list[int]:

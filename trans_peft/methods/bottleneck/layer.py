@@ -56,10 +56,12 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
         """Answer for a whole sub-layer what PEFT asks of one weight."""
+        device = None
         for parameter in base_layer.parameters():
+            device = parameter.device
             if parameter.dtype.is_floating_point:
-                return parameter.device, parameter.dtype
-        return None, None
+                return device, parameter.dtype
+        return device, None  # every weight is quantised
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: there is no weight that a bottleneck adapter could be merged into."""
