@@ -7,11 +7,18 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from rich.console import Console
+from rich.markdown import Markdown
+
 from study.cells import Prepared, bare_scores, prepare, scores, spared_layers
 from study.ledger import Ledger, Score
+from study.picture import draw
 from study.plan import Fit, fits
+from study.report import comparisons, markdown, page_with
 
-HERE = Path(__file__).parent
+LEDGER = Path(__file__).with_name("scores.jsonl")
+PAGE = Path(__file__).parent.parent / "docs" / "study.md"
+PICTURE = PAGE.parent / "images" / "study.png"
 
 
 def main() -> None:
@@ -19,23 +26,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".study"), help="for all that is made")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="adapters at a time")
+    parser.add_argument("--report", action="store_true", help="carry out nothing")
     options = parser.parse_args()
+    ledger = Ledger(LEDGER)
+    if not options.report:
+        carry_out(ledger, options.folder.resolve(), options.jobs)
+    tell(ledger)
+
+
+def carry_out(ledger: Ledger, folder: Path, jobs: int) -> None:
+    """Train and score whatever the ledger lacks, `jobs` adapters at a time."""
     os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
-    ledger = Ledger(HERE / "scores.jsonl")
-    prepared = prepare(options.folder.resolve(), say)
+    prepared = prepare(folder, say)
     for score in bare_scores(prepared, ledger):
         say(f"bare, {score.task}: {score.points:.1f} % right on {score.scored_on}")
         ledger.append(score)
     spared = spared_layers(prepared)
     say(f"spared layers: {spared}")
     known = frozenset(score.key for score in ledger)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(_cell, fit, prepared, known): fit for fit in fits(spared)}
         for done, future in enumerate(as_completed(running), start=1):
             for score in future.result():
                 ledger.append(score)
             say(f"{done} of {len(running)} adapters")
+
+
+def tell(ledger: Ledger) -> None:
+    """Put the tables into the page of the study, print them, and draw the picture."""
+    PAGE.write_text(page_with(PAGE.read_text(), tuple(ledger)))
+    found = list(comparisons(tuple(ledger)))
+    Console().print(Markdown("\n\n".join(map(markdown, found))))
+    print(f"\n{PAGE}\n{draw(found, PICTURE) if found else 'no picture yet'}")
 
 
 def say(what: str) -> None:

@@ -92,7 +92,7 @@ def prepare(folder: Path, say: Say) -> Prepared:
     return Prepared(
         folder,
         {
-            name: fingerprint(str(folder / "bases" / name), FileStore()).sha256
+            name: fingerprint(str(folder / "bases" / name), FileStore()).digest
             for name in (V1, *UPDATES)
         },
         {

@@ -46,7 +46,7 @@ class Ledger:
         lines = path.read_text().splitlines() if path.exists() else []
         self._scores = {score.key: score for score in (Score(**json.loads(x)) for x in lines)}
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._scores
 
     def __iter__(self) -> Iterator[Score]:

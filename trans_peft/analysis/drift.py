@@ -55,16 +55,20 @@ def weight_drift(old: Path, new: Path) -> Drift:
         change = squares[places[name]]
         change[0] += (after - before).square().sum().item()
         change[1] += before.square().sum().item()
-    layers = 1 + max(layer for _, layer in squares)
+
+    def over_layers(wanted: str) -> float:
+        return _relative([change for (kind, _), change in squares.items() if kind == wanted])
+
+    def by_layer(kind: str) -> tuple[float, ...]:
+        layers = 1 + max(layer for _, layer in squares)
+        return tuple(_relative([squares[kind, layer]]) for layer in range(layers))
+
     return Drift(
-        *(
-            _relative([change for (kind, _), change in squares.items() if kind == wanted])
-            for wanted in ("attention", "ffn", "other")
-        ),
-        *(
-            tuple(_relative([squares[kind, layer]]) for layer in range(layers))
-            for kind in ("attention", "ffn")
-        ),
+        attention=over_layers("attention"),
+        ffn=over_layers("ffn"),
+        other=over_layers("other"),
+        attention_by_layer=by_layer("attention"),
+        ffn_by_layer=by_layer("ffn"),
     )
 
 

@@ -1,0 +1,199 @@
+"""The study's figures, read from its ledger: one table for each task and update, in Markdown.
+
+Four questions are put to each. What did Trans-PEFT change on the new base after equal training?
+And at an equal score on the old base, where it needs longer training? What did it cost on the old
+base? And how much of the gap to an adapter trained on the new base did it close?
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from study.ledger import Score
+from study.plan import CHOSEN_ON, SEEDS, STEPS, V1
+from study.statistics import Draw, Interval, interval, right
+from trans_peft.domain.evaluation import BARE
+
+__all__ = ["NEW", "TITLES", "Comparison", "comparisons", "markdown", "page_with"]
+
+_BEGIN, _END = "<!-- begin {} -->", "<!-- end {} -->"
+
+PLAIN, OURS = "plain", ("uniform", "spared")
+NEW = "new"
+"""The arm Fine-tune(new): plain, trained and scored on the updated base."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All arms on one task and one update; every arm has the same seeds and items."""
+
+    task: str
+    update: str
+    scores: tuple[Score, ...]
+
+    @cached_property
+    def bare(self) -> dict[str, float]:
+        """The bases' own scores, by base."""
+        return {s.scored_on: s.points for s in self.scores if s.arm == BARE}
+
+    @cached_property
+    def arms(self) -> dict[tuple[str, int, str], np.ndarray]:
+        """Return (seeds, items) of each arm, steps and base of which every seed is known."""
+        found: dict[tuple[str, int, str], dict[int, str]] = {}
+        for score in self.scores:
+            if score.arm != BARE and score.seed in SEEDS:
+                arm = NEW if score.trained_on != V1 else score.arm
+                found.setdefault((arm, score.steps, score.scored_on), {})[score.seed] = score.right
+        return {
+            key: right(by_seed, SEEDS)
+            for key, by_seed in found.items()
+            if set(by_seed) == set(SEEDS)
+        }
+
+    def mean(self, arm: str, steps: int, base: str) -> float | None:
+        """Return an arm's mean score over seeds, None where it is not there yet."""
+        answers = self.arms.get((arm, steps, base))
+        return None if answers is None else float(100 * answers.mean())
+
+    def lost(self, arm: str, steps: int) -> Interval | None:
+        """Return what the update took from an arm: its score on the new base minus the old."""
+        return self._difference((arm, steps, self.update), (arm, steps, V1))
+
+    def gained(self, arm: str, steps: int, base: str) -> Interval | None:
+        """Return an arm's score on a base minus that of direct transfer, after equal training."""
+        return self._difference((arm, steps, base), (PLAIN, steps, base))
+
+    def at_equal_score(self, arm: str) -> Interval | None:
+        """Return the new-base score of an arm minus plain's, both at plain's old-base score.
+
+        Plain is taken after the fewer steps. The other arm's score on the new base is read off the
+        line through its two lengths of training, at the old-base score that plain has; None where
+        plain's does not lie between them.
+        """
+        first, second = STEPS
+        wanted = [(name, s, b) for name, s in ((PLAIN, first), (arm, first), (arm, second))
+                  for b in (V1, self.update)]  # fmt: skip
+        if any(key not in self.arms for key in wanted):
+            return None
+        plain_old, plain_new, old_1, new_1, old_2, new_2 = (self.arms[key] for key in wanted)
+
+        def difference(draw: Draw) -> float:
+            low, high = draw(old_1), draw(old_2)
+            if high == low:
+                return float("nan")
+            share = (draw(plain_old) - low) / (high - low)
+            return draw(new_1) + share * (draw(new_2) - draw(new_1)) - draw(plain_new)
+
+        low, at, high = (100 * float(answers.mean()) for answers in (old_1, plain_old, old_2))
+        return interval(difference, *plain_old.shape) if low <= at <= high else None
+
+    def gap(self) -> Interval | None:
+        """Return Fine-tune(new) minus direct transfer."""
+        return self._difference((NEW, STEPS[0], self.update), (PLAIN, STEPS[0], self.update))
+
+    def recovered(self, arm: str) -> float | None:
+        """Return which share of the gap an arm closes; None where the gap may be nothing."""
+        gap, gained = self.gap(), self.gained(arm, STEPS[0], self.update)
+        if gap is None or gained is None or gap.low <= 0:
+            return None
+        return gained.value / gap.value
+
+    def _difference(
+        self, first: tuple[str, int, str], second: tuple[str, int, str]
+    ) -> Interval | None:
+        if first not in self.arms or second not in self.arms:
+            return None
+        a, b = self.arms[first], self.arms[second]
+        return interval(lambda draw: draw(a) - draw(b), *a.shape)
+
+
+def comparisons(scores: Sequence[Score]) -> Iterator[Comparison]:
+    """Yield every task and update of which direct transfer is known with all its seeds."""
+    pairs = sorted({(s.task, s.scored_on) for s in scores if s.scored_on != V1})
+    for task, update in pairs:
+        ours = tuple(s for s in scores if s.task == task and s.scored_on in (V1, update))
+        comparison = Comparison(task, update, ours)
+        if comparison.lost(PLAIN, STEPS[0]):
+            yield comparison
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return one comparison as a table with its title and its reading in numbers."""
+    lines = [
+        "| arm | steps | old base | new base | lost by the update | against direct transfer |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    bare = comparison.bare
+    lines.append(f"| bare base | - | {bare[V1]:.1f} | {bare[comparison.update]:.1f} | | |")
+    new = comparison.mean(NEW, STEPS[0], comparison.update)
+    if new is not None:
+        lines.append(f"| Fine-tune(new) | {STEPS[0]} | - | {new:.1f} | | {comparison.gap()} |")
+    for steps in STEPS:
+        for arm, title in TITLES.items():
+            old, after = (comparison.mean(arm, steps, b) for b in (V1, comparison.update))
+            if old is None or after is None:
+                continue
+            gained = "" if arm == PLAIN else comparison.gained(arm, steps, comparison.update)
+            lines.append(
+                f"| {title} | {steps} | {old:.1f} | {after:.1f} | "
+                f"{comparison.lost(arm, steps)} | {gained} |"
+            )
+    equal = [
+        f"{TITLES[arm]} {found}"
+        for arm in OURS
+        if (found := comparison.at_equal_score(arm)) is not None
+    ]
+    shares = [
+        f"{TITLES[arm]} {100 * share:.0f} %"
+        for arm in OURS
+        if (share := comparison.recovered(arm)) is not None
+    ]
+    return "\n".join(
+        [
+            f"### {comparison.task}, update `{comparison.update}`",
+            "",
+            *lines,
+            "",
+            f"At direct transfer's old-base score ({STEPS[0]} steps): "
+            f"{'; '.join(equal) or 'not reached'}. "
+            f"Share of the gap to Fine-tune(new) closed: "
+            f"{'; '.join(shares) or 'no gap to speak of'}.",
+        ]
+    )
+
+
+def page_with(page: str, scores: Sequence[Score]) -> str:
+    """Return the page with its blocks `candidates` and `comparisons` made anew.
+
+    What a block holds stands between two HTML comments, and is not written by hand.
+    """
+    blocks = {
+        "candidates": _candidates_table(scores),
+        "comparisons": "\n\n".join(map(markdown, comparisons(scores))),
+    }
+    for name, block in blocks.items():
+        head, _, rest = page.partition(_BEGIN.format(name))
+        _, _, tail = rest.partition(_END.format(name))
+        page = f"{head}{_BEGIN.format(name)}\n{block}\n{_END.format(name)}{tail}"
+    return page
+
+
+def _candidates_table(scores: Sequence[Score]) -> str:
+    """Return what the arm `spared` was chosen from, as a table."""
+    task, update = CHOSEN_ON
+    lines = ["| settings | old base | new base |", "|---|---:|---:|"]
+    chosen = [s for s in scores if s.task == task and s.seed == 0 and s.arm != BARE]
+    for arm in dict.fromkeys(score.arm for score in chosen):
+        points = {s.scored_on: s.points for s in chosen if s.arm == arm}
+        if V1 in points and update in points:
+            lines.append(f"| {arm} | {points[V1]:.1f} | {points[update]:.1f} |")
+    return "\n".join(lines)
+
+
+TITLES: Mapping[str, str] = {
+    PLAIN: "direct transfer",
+    "uniform": "Trans-PEFT, uniform",
+    "spared": "Trans-PEFT, layers spared",
+}
