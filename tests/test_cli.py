@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
 from trans_peft.cli import main
 
-COMMANDS = ("train", "evaluate", "adopt", "check", "transfer", "fingerprint", "publish")
+COMMANDS = ("train", "evaluate", "adopt", "check", "transfer", "fingerprint", "convert", "publish")
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}, "max_new_tokens": 2}
 RECIPE = {
     "adapter": "sums",
@@ -144,6 +144,21 @@ def test_every_problem_of_a_recipe_is_told_at_once(table, tmp_path):
     assert "suites.0.max_new_tokens: input should be a valid integer" in err
     assert "perturbation.maskng_p: there is no such field" in err
     assert "optimizer: the optimiser cannot run: steps must be at least 1, not -1" in err
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "words"),
+    [
+        ({"masking_p": float("nan")}, "masking_p must lie in [0, 1), not nan"),
+        ({"dropping_p": 1.0}, "dropping_p must lie in [0, 1), not 1.0"),
+        ({"masking_p": 0.0, "dropping_p": 0.0, "spared_layers": [0]}, "spared_layers is given"),
+    ],
+)
+def test_a_perturbation_that_is_none_is_told(perturbation, words, table, tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps(RECIPE | {"perturbation": perturbation}))
+    code, _, err = table.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
+    assert code == 2
+    assert words in err
 
 
 @pytest.mark.parametrize(

@@ -448,6 +448,7 @@ def test_no_slice_is_kept_until_the_backward_pass():
     [
         (lambda m: m.eval(), {}, r"eval mode: call model.train\(\)"),
         (lambda m: m, {"spared_layers": (1, 4, 9)}, r"\[4, 9\] are not among its layers 0 to 3"),
+        (lambda m: m, {"spared_layers": (0, 1, 2, 3)}, "spared_layers names every layer"),
         (lambda m: m, {"seed": -1}, "seed must lie"),
         (lambda m: m, {"rank": -1}, "rank must lie"),
         (lambda m: m, {"step": -1}, "step must lie"),

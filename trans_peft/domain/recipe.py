@@ -24,6 +24,9 @@ class Perturbation:
     (batch, sequence, d_ff) (`element`, the authors' code). `where`: which sub-layers are perturbed
     (the paper's fig. 10). `spared_layers`: layers left alone. It belongs to the recipe, never to
     the adapter: nothing of it is in the saved weights.
+
+    Without arguments it is off: plain fine-tuning. To say more of it while both chances are zero
+    is an InvalidSpecError, because that asks for a perturbation that would not happen.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -47,6 +50,17 @@ class Perturbation:
         negative = [layer for layer in self.spared_layers if layer < 0]
         if negative:
             problems.append(f"spared_layers must not be negative, found {negative}")
+        asked = {
+            "granularity": self.granularity != "neuron",
+            "where": self.where != "ffn",
+            "spared_layers": bool(self.spared_layers),
+        }
+        if self.is_off and any(asked.values()):
+            problems.append(
+                f"{', '.join(name for name, said in asked.items() if said)} is given while "
+                "masking_p and dropping_p are both 0, so that nothing would be perturbed: give one "
+                "of them, or leave the perturbation out for plain fine-tuning"
+            )
         if problems:
             raise InvalidSpecError(f"the perturbation cannot be used: {'; '.join(problems)}")
 

@@ -77,9 +77,9 @@ def perturbed(
     (with granularity "element" each has its own bits), and so do all experts of a mixture. Where a
     masked neuron can only be multiplied by zero, `multiplied` of the handle says why.
 
-    Errors: InvalidSpecError (spared layers out of range, a model in eval mode or already perturbed,
-    numbers out of range; nothing is changed then), UnsupportedModelError (no FFN found, a module
-    changed inside the block, nn.DataParallel).
+    Errors: InvalidSpecError (spared layers out of range, or all of them; a model in eval mode, or
+    already perturbed; numbers out of range; nothing is changed then), UnsupportedModelError (no FFN
+    found, a module changed inside the block, nn.DataParallel).
     """
     problems = [
         f"{name} must lie in [0, 2^64), not {value}"
@@ -95,6 +95,8 @@ def perturbed(
     beyond = [index for index in perturbation.spared_layers if index >= len(layers)]
     if beyond:
         problems.append(f"spared_layers {beyond} are not among its layers 0 to {len(layers) - 1}")
+    if not set(range(len(layers))) - set(perturbation.spared_layers):
+        problems.append("spared_layers names every layer, so that nothing would be perturbed")
     if stack in _perturbed_stacks:
         problems.append("it is already perturbed: leave the first block before entering another")
     if problems:
