@@ -1,0 +1,103 @@
+"""The report on answers made by hand, where every figure can be worked out on paper."""
+
+import pytest
+
+from study.ledger import Ledger, Score
+from study.plan import SEEDS, STEPS, V1, arms, fits
+from study.report import Comparison, comparisons, page_with
+
+FIRST, SECOND = STEPS
+ITEMS = 100
+
+
+def score(arm, steps, base, points, *, trained_on=V1):
+    """Return one score a seed: the first `points` of 100 items are right."""
+    right = "1" * points + "0" * (ITEMS - points)
+    return [
+        Score(f"{arm}{steps}{seed}{trained_on}{base}", "task", arm, steps, seed, trained_on, base,
+              right, {}, 1.0)
+        for seed in SEEDS
+    ]  # fmt: skip
+
+
+def story(new=90, ours_second=(80, 76)):
+    return Comparison(
+        "task",
+        "ffn",
+        tuple(
+            score("bare", 0, V1, 10) + score("bare", 0, "ffn", 12)
+            + score("plain", FIRST, V1, 70) + score("plain", FIRST, "ffn", 50)
+            + score("spared", FIRST, V1, 60) + score("spared", FIRST, "ffn", 56)
+            + score("spared", SECOND, V1, ours_second[0])
+            + score("spared", SECOND, "ffn", ours_second[1])
+            + score("plain", FIRST, "ffn", new, trained_on="ffn")
+        ),
+    )  # fmt: skip
+
+
+def test_differences_are_between_the_means():
+    seen = story()
+    assert seen.lost("plain", FIRST).value == pytest.approx(-20)
+    assert seen.lost("spared", FIRST).value == pytest.approx(-4)
+    assert seen.gained("spared", FIRST, "ffn").value == pytest.approx(6)
+    assert seen.gained("spared", FIRST, V1).value == pytest.approx(-10)
+
+
+def test_at_an_equal_old_score_the_line_between_two_lengths_is_read_off():
+    # 70 lies half way between 60 and 80, so the new base's score is half way between 56 and 76.
+    assert story().at_equal_score("spared").value == pytest.approx(66 - 50)
+
+
+def test_an_old_score_out_of_reach_is_not_extrapolated():
+    assert story(ours_second=(65, 60)).at_equal_score("spared") is None
+
+
+def test_a_share_of_a_gap_is_given_only_where_there_is_a_gap():
+    assert story().recovered("spared") == pytest.approx(6 / 40)
+    assert story(new=50).recovered("spared") is None
+    assert story(new=40).recovered("spared") is None
+
+
+def test_an_arm_that_lacks_a_seed_is_left_out():
+    scores = story().scores
+    missing = tuple(s for s in scores if (s.arm, s.seed) != ("spared", SEEDS[-1]))
+    assert Comparison("task", "ffn", missing).mean("spared", FIRST, "ffn") is None
+
+
+def test_nothing_is_compared_before_direct_transfer_is_known():
+    scores = [s for s in story().scores if s.arm != "plain"]
+    assert not list(comparisons(scores))
+
+
+def test_a_page_keeps_its_words_and_gets_the_tables():
+    page = "a\n<!-- begin comparisons -->\nold\n<!-- end comparisons -->\nb\n"
+    page += "<!-- begin candidates -->\n<!-- end candidates -->\nc"
+    made = page_with(page, story().scores)
+    assert made.startswith("a\n") and "\nb\n" in made and made.endswith("\nc")
+    assert "old\n" not in made
+    assert "| Trans-PEFT, layers spared | 120 | 60.0 | 56.0 | -4.0" in made
+    assert page_with(made, story().scores) == made
+
+
+def test_what_is_written_down_is_known_again(tmp_path):
+    ledger = Ledger(tmp_path / "scores.jsonl")
+    for one in story().scores:
+        ledger.append(one)
+    again = Ledger(tmp_path / "scores.jsonl")
+    assert tuple(again) == story().scores
+    assert story().scores[0].key in again and "another" not in again
+
+
+def test_the_plan_trains_every_arm_with_every_seed_on_equal_terms():
+    planned = list(fits((0, 2)))
+    assert len(set(planned)) == len(planned)
+    for task in ("signatures", "exceptions"):
+        for steps in STEPS:
+            for arm, perturbation in arms((0, 2)).items():
+                seeds = {
+                    fit.seed
+                    for fit in planned
+                    if (fit.task, fit.arm, fit.steps, fit.base) == (task, arm, steps, V1)
+                    and fit.perturbation == perturbation
+                }
+                assert seeds >= set(SEEDS)
