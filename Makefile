@@ -7,7 +7,7 @@ MODEL  := .venv/.ready-demo
 STATE  := $(or $(TRANS_PEFT_STATE),.state)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full up down status logs clean-state test check format lock
+.PHONY: help setup demo demo-full study bench up down status logs clean-state test check format lock
 
 help: ## show this
 	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
@@ -15,6 +15,8 @@ help: ## show this
 	@echo "  see it work"
 	@echo "make demo         a real model, two adapters, a new version, every verdict (about 20 min)"
 	@echo "make demo-full    more tasks and adapters; no time limit, resumable"
+	@echo "make study        does Trans-PEFT help? hours; resumes where study/scores.jsonl ends"
+	@echo "make bench        what perturbing costs and saves, as ratios (about 25 min, quiet machine)"
 	@echo
 	@echo "  the platform on this machine: MLflow, Prefect, S3, one worker"
 	@echo "make up           start it, deploy prefect.yaml, wait until all are healthy"
@@ -52,6 +54,13 @@ demo: $(MODEL)
 
 demo-full: $(MODEL)
 	$(BIN)/python -m demo --full
+
+study: $(MODEL)
+	$(BIN)/python -m study
+
+bench: $(READY)
+	$(BIN)/python benchmarks/perturbation.py
+	$(BIN)/python benchmarks/trainer.py
 
 up down status: $(READY)
 	@$(BIN)/python -m infra.stack $@
