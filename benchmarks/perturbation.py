@@ -1,37 +1,26 @@
 """What perturbing costs and saves: one LoRA train step of a SmolLM2-size Llama, in pairs.
 
-Each pair times two steps right after one another, in alternating order, so that a busy machine
-slows both; a ratio is the median over pairs of time of the first / time of the second. `low` and
-`high` are the middle half. `--clock process` takes the processor time of one thread instead of the
-wall clock: for a machine whose cores others use too. `floor` is the ratio at which exactly the
-FFN's share of the step, measured by dropping every FFN, shrinks by what is masked and dropped.
+How a ratio is taken: `ratios`. `floor` is the ratio at which exactly the FFN's share of the step,
+measured by dropping every FFN, shrinks by what is masked and dropped.
 
     python benchmarks/perturbation.py [--pairs 15] [--clock wall|process] [--only NAME ...]
 """
 
 import argparse
-import json
-import platform
-import random
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from ratios import Clock, machine, middle, paired, parser, prepare, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.perturbation import perturbed
 
-Clock = Callable[[], float]
-
-RESULTS = Path(__file__).with_name("results.json")
 PLAIN = None
 OFF = Perturbation()
 NEURON = Perturbation(0.2, 0.2)
@@ -93,16 +82,7 @@ def time_ratio(
     clock: Clock,
 ) -> dict[str, float]:
     a, b = Step(model, first), Step(model, second)
-    a(clock), b(clock)
-    ratios = []
-    for _ in range(pairs):
-        if random.random() < 0.5:
-            seconds_a, seconds_b = a(clock), b(clock)
-        else:
-            seconds_b, seconds_a = b(clock), a(clock)
-        ratios.append(seconds_a / seconds_b)
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {"ratio": round(median, 4), "low": round(low, 4), "high": round(high, 4), "pairs": pairs}
+    return middle(paired(lambda: a(clock), lambda: b(clock), pairs))
 
 
 def floor(perturbation: Perturbation, ffn_share: float) -> float:
@@ -119,15 +99,11 @@ def peak_mib(which: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--clock", choices=("wall", "process"), default="wall")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", choices=(*PAIRS, MEMORY), default=[*PAIRS, MEMORY])
-    parser.add_argument("--peak", choices=("neuron", "plain"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(1 if options.clock == "process" else options.threads)
-    random.seed(0)
+    options_of = parser(__doc__, pairs=15)
+    options_of.add_argument("--only", nargs="*", choices=(*PAIRS, MEMORY), default=[*PAIRS, MEMORY])
+    options_of.add_argument("--peak", choices=("neuron", "plain"), help=argparse.SUPPRESS)
+    options = options_of.parse_args()
+    clock = prepare(options)
     model = smollm2()
     if options.peak:
         step = Step(model, NEURON if options.peak == "neuron" else PLAIN)
@@ -135,13 +111,8 @@ def main() -> None:
         step(time.perf_counter)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    clock = time.process_time if options.clock == "process" else time.perf_counter
-    machine = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "clock": options.clock,
-        "shape": f"SmolLM2-135M, fp32, LoRA r 16 on q,k,v,o, batch {BATCH} x {LENGTH} tokens",
-    }
+    shape = f"SmolLM2-135M, fp32, LoRA r 16 on q,k,v,o, batch {BATCH} x {LENGTH} tokens"
+    facts = machine(options, shape)
     saving = any(
         name.endswith("vs_plain") and name.startswith("train_step.") for name in options.only
     )
@@ -149,21 +120,15 @@ def main() -> None:
     if saving:
         ffn_share = 1 - time_ratio(model, ALL_DROPPED, PLAIN, 3, clock)["ratio"]
         print(f"the FFNs' share of a step: {ffn_share:.3f}", flush=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in options.only:
         if name == MEMORY:
-            pairs = [(peak_mib("neuron"), peak_mib("plain")) for _ in range(3)]
-            ratios = sorted(ours / plain for ours, plain in pairs)
-            low, median, high = (round(ratio, 4) for ratio in ratios)
-            entry = {"ratio": median, "low": low, "high": high, "pairs": 3}
+            entry = middle([peak_mib("neuron") / peak_mib("plain") for _ in range(3)])
         else:
             first, second = PAIRS[name]
             entry = time_ratio(model, first, second, options.pairs, clock)
             if second is PLAIN and first is not OFF:
                 entry["floor"] = floor(first, ffn_share)
-        results[name] = {**entry, **machine}
-        print(f"{name}: {entry}", flush=True)
-        RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+        record(name, entry, facts)
 
 
 if __name__ == "__main__":
