@@ -128,6 +128,14 @@ class TestEveryCatalog:
         assert (ready.number, ready.version, ready.uri, ready.ready) == (number, "v1", uri, True)
         assert place.catalog.versions(place.family) == (ready,)
 
+    def test_a_registered_version_may_serve_from_elsewhere(self, place):
+        """Its own files may be of a layout that was converted."""
+        number = place.person.register_by_hand(place.family, "s3://elsewhere/base")
+        for _ in range(2):
+            ready = place.publish("v1", number=number)
+            assert (ready.number, ready.uri) == (number, f"s3://bases/{place.family}/v1")
+            assert place.catalog.versions(place.family) == (ready,)
+
     def test_a_person_who_registers_what_is_there_makes_no_second_version(self, place):
         base = place.publish("v1")
         number = place.person.register_by_hand(place.family, base.uri)

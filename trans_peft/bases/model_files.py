@@ -14,14 +14,14 @@ from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.domain.identity import content_sha256
 from trans_peft.ports import StoredFile
 
-__all__ = ["ModelFiles", "is_felt"]
+__all__ = ["INDEX", "MAX_TEXT_BYTES", "UNFELT", "WEIGHTS", "ModelFiles", "is_felt"]
 
 MAX_TEXT_BYTES = 256 << 20
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _JSON_FILES = frozenset({
-    _INDEX, "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json",
+    INDEX, "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json",
     "tokenizer_config.json",
 })  # fmt: skip
 _TEMPLATE = "chat_template.jinja"
@@ -30,7 +30,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 # Names and versions, and what this library sets itself whenever it loads or calls a model (the
 # dtype, the cache, what is returned). Anything not listed here counts.
-_UNFELT = frozenset({
+UNFELT = frozenset({
     "_commit_hash", "_from_model_config", "_name_or_path", "dtype", "output_attentions",
     "output_hidden_states", "return_dict", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
@@ -88,7 +88,10 @@ class ModelFiles:
             return
         self._json[file.name] = value
         if file.name.endswith("config.json") and (asked := _remote_code(value)):
-            self.problems.append(f"{file.name}: asks for remote code ({', '.join(asked)})")
+            self.problems.append(
+                f"{file.name}: asks for remote code ({', '.join(asked)}), which is never run; of "
+                "layouts that come with code only InternLM2's is known, to `trans-peft convert`"
+            )
 
     def fingerprint(self) -> Fingerprint | None:
         """Return what the files make together; None if anything is wrong, then see `problems`."""
@@ -147,10 +150,10 @@ class ModelFiles:
         if index is None:
             return {}
         stored = {name for name in self._seen if name.endswith(".safetensors")}
-        needed = set(index.values()) or {_WEIGHTS}
+        needed = set(index.values()) or {WEIGHTS}
         self.problems += [f"{name}: missing" for name in sorted(needed - stored)]
         self.problems += [
-            f"{name}: weights that belong to no model; expected {_WEIGHTS} or what {_INDEX} names"
+            f"{name}: weights that belong to no model; expected {WEIGHTS} or what {INDEX} names"
             for name in sorted(stored - needed)
         ]
         found: dict[str, str] = {}
@@ -164,23 +167,23 @@ class ModelFiles:
         if needed <= self._weights.keys():
             wrong = sorted(n for n in index.keys() | found.keys() if index.get(n) != found.get(n))
             if wrong:
-                self.problems.append(f"{_INDEX}: the files disagree about {_some(wrong)}")
+                self.problems.append(f"{INDEX}: the files disagree about {_some(wrong)}")
             if not tensors:
                 self.problems.append("no tensors in the weights")
         return tensors
 
     def _index(self) -> dict[str, str] | None:
         """Return tensor name -> file name, as stated or as found; None where that is not known."""
-        if _INDEX not in self._seen:
-            return dict.fromkeys(self._weights.get(_WEIGHTS, {}), _WEIGHTS)
-        if _WEIGHTS in self._seen:
-            self.problems.append(f"{_WEIGHTS} and {_INDEX}: only one of the two can be meant")
+        if INDEX not in self._seen:
+            return dict.fromkeys(self._weights.get(WEIGHTS, {}), WEIGHTS)
+        if WEIGHTS in self._seen:
+            self.problems.append(f"{WEIGHTS} and {INDEX}: only one of the two can be meant")
             return None
-        if _INDEX not in self._json:
+        if INDEX not in self._json:
             return None
-        index = self._json[_INDEX].get("weight_map")
+        index = self._json[INDEX].get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
-            self.problems.append(f"{_INDEX}: no `weight_map` of tensor name -> file name")
+            self.problems.append(f"{INDEX}: no `weight_map` of tensor name -> file name")
             return None
         return index
 
@@ -196,7 +199,7 @@ def _remote_code(value: Any) -> list[str]:
 
 def _felt(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _felt(item) for key, item in value.items() if key not in _UNFELT}
+        return {key: _felt(item) for key, item in value.items() if key not in UNFELT}
     if isinstance(value, list):
         return [_felt(item) for item in value]
     return value

@@ -13,8 +13,13 @@ _PICKLES = frozenset({
 _CODE = frozenset({".dll", ".dylib", ".py", ".pyc", ".so"})
 
 
-def refusal(name: str) -> str | None:
-    """Return why a file of that name is refused, None if it is not."""
+def refusal(name: str, *, code_is_left_out: bool = False) -> str | None:
+    """Return why a file of that name is refused, None if it is not.
+
+    `code_is_left_out`: Python files may lie there, because the reader leaves them where they are.
+    """
+    if code_is_left_out and name.endswith(".py"):
+        return _climbs(name)
     return _climbs(name) or _unwanted(name)
 
 

@@ -15,7 +15,15 @@ from typing import Any
 
 from trans_peft.domain.base import TensorSignature
 
-__all__ = ["SKETCH_SIZE", "MalformedSafetensorsError", "sketch_positions", "tensor_signatures"]
+__all__ = [
+    "SKETCH_SIZE",
+    "ByteStream",
+    "Entry",
+    "MalformedSafetensorsError",
+    "read_header",
+    "sketch_positions",
+    "tensor_signatures",
+]
 
 SKETCH_SIZE = 32
 """So many values of a tensor are kept in its sketch (all of them where it has fewer)."""
@@ -36,7 +44,9 @@ class MalformedSafetensorsError(ValueError):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """One tensor of a header; `start` and `end` count bytes from the end of the header."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -49,14 +59,9 @@ def tensor_signatures(chunks: Iterator[bytes]) -> dict[str, TensorSignature]:
 
     Reads to the end of the stream. Raises MalformedSafetensorsError.
     """
-    stream = _Stream(chunks)
-    length = int.from_bytes(stream.exactly(8), "little")
-    if length > MAX_HEADER_BYTES:
-        raise MalformedSafetensorsError(
-            f"its header would be {length} bytes long; at most {MAX_HEADER_BYTES} are allowed"
-        )
+    stream = ByteStream(chunks)
     signatures = {}
-    for entry in _entries(stream.exactly(length)):
+    for entry in read_header(stream):
         digest = hashlib.sha256()
         sketch = _Sketch(entry)
         for piece in stream.take(entry.end - entry.start):
@@ -67,6 +72,19 @@ def tensor_signatures(chunks: Iterator[bytes]) -> dict[str, TensorSignature]:
         )
     stream.end()
     return signatures
+
+
+def read_header(stream: "ByteStream") -> list[Entry]:
+    """Return the tensors of a file in the order of their bytes, which follow in the stream.
+
+    Raises MalformedSafetensorsError with every problem of them.
+    """
+    length = int.from_bytes(stream.exactly(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise MalformedSafetensorsError(
+            f"its header would be {length} bytes long; at most {MAX_HEADER_BYTES} are allowed"
+        )
+    return _entries(stream.exactly(length))
 
 
 def sketch_positions(elements: int) -> tuple[int, ...]:
@@ -81,7 +99,7 @@ def sketch_positions(elements: int) -> tuple[int, ...]:
     return tuple(sorted({(i * golden % scale) * elements // scale for i in range(SKETCH_SIZE)}))
 
 
-class _Stream:
+class ByteStream:
     """Chunks of any size, taken in the sizes that the format asks for."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
@@ -89,6 +107,7 @@ class _Stream:
         self._rest = memoryview(b"")
 
     def take(self, count: int) -> Iterator[memoryview]:
+        """Give the next `count` bytes in pieces, as they come. MalformedSafetensorsError."""
         while count:
             if not self._rest:
                 chunk = next(self._chunks, None)
@@ -101,16 +120,17 @@ class _Stream:
             yield piece
 
     def exactly(self, count: int) -> bytes:
+        """Return the next `count` bytes. MalformedSafetensorsError."""
         return b"".join(self.take(count))
 
     def end(self) -> None:
+        """Read to the end, where nothing may be left. MalformedSafetensorsError."""
         surplus = len(self._rest) + sum(len(chunk) for chunk in self._chunks)
         if surplus:
             raise MalformedSafetensorsError(f"{surplus} bytes follow its last tensor")
 
 
-def _entries(header: bytes) -> list[_Entry]:
-    """Return the header's tensors in the order of their bytes; every problem of them at once."""
+def _entries(header: bytes) -> list[Entry]:
     try:
         tensors = json.loads(header, object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
@@ -138,7 +158,7 @@ def _entries(header: bytes) -> list[_Entry]:
     return entries
 
 
-def _entry(name: str, value: Any) -> _Entry | str:
+def _entry(name: str, value: Any) -> Entry | str:
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if all(
             type(n) is int and n >= 0 for n in (*shape, start, end)
@@ -148,7 +168,7 @@ def _entry(name: str, value: Any) -> _Entry | str:
             bits = math.prod(shape) * _BITS[dtype]
             if (end - start) * 8 != bits:
                 return f"{dtype} of shape {shape} needs {bits // 8} bytes, it has {end - start}"
-            return _Entry(name, dtype, tuple(shape), start, end)
+            return Entry(name, dtype, tuple(shape), start, end)
         case _:
             return "not described by dtype, shape and data_offsets"
 
@@ -163,7 +183,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class _Sketch:
     """Collects the sketch's elements from a tensor's bytes as they pass by."""
 
-    def __init__(self, entry: _Entry) -> None:
+    def __init__(self, entry: Entry) -> None:
         self._decode = _DECODERS.get(entry.dtype)
         self._width = _BITS[entry.dtype] // 8
         elements = math.prod(entry.shape) if self._decode else 0

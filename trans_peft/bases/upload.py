@@ -5,6 +5,7 @@ straight in MLflow), the files must make one whole model; what nobody stated can
 Either way the fingerprint comes from the bytes that were checked.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from trans_peft.domain.base import Fingerprint, Manifest, ManifestFile
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError
 from trans_peft.ports import ArtifactStore, StoredFile
 
-__all__ = ["VerifiedUpload", "verify"]
+__all__ = ["VerifiedUpload", "content_problems", "read_claim", "verify"]
 
 
 @dataclass(frozen=True)
@@ -44,25 +45,40 @@ def verify(
     if not listed:
         raise NotFoundError(f"there are no files below {uri}")
     refusals = {file.name: refusal(file.name) for file in listed}
-    problems = [reason for reason in refusals.values() if reason]
-    manifest = None
-    try:
-        manifest = _manifest(uri, store, listed)
-    except (UploadError, IntegrityError) as error:
-        problems.append(f"{Manifest.FILE_NAME}: not one of ours: {error}")
-    if manifest is not None:
-        problems += _listing_problems(manifest, listed)
-
+    manifest, problems = read_claim(uri, store, listed)
+    problems = [*filter(None, refusals.values()), *problems]
     readable = [f for f in listed if not refusals[f.name] and f.name != Manifest.FILE_NAME]
     found = scan(readable, reader(uri, store), on_progress=on_progress)
     problems += found.problems
-    if manifest is not None:
-        problems += _content_problems(manifest, found.files)
+    problems += content_problems(manifest, found.files)
     if store.list(uri) != listed:
         problems.append("files were added, changed or removed while the upload was being read")
     if problems or found.fingerprint is None:
         raise UploadError("\n  - ".join([f"the upload {uri} is refused:", *problems]))
     return VerifiedUpload(manifest, found.fingerprint)
+
+
+def read_claim(
+    uri: str, store: ArtifactStore, listed: tuple[StoredFile, ...]
+) -> tuple[Manifest | None, list[str]]:
+    """Return the manifest there (None without one), and what speaks against it in the listing."""
+    try:
+        manifest = _manifest(uri, store, listed)
+    except (UploadError, IntegrityError) as error:
+        return None, [f"{Manifest.FILE_NAME}: not one of ours: {error}"]
+    return manifest, _listing_problems(manifest, listed) if manifest else []
+
+
+def content_problems(manifest: Manifest | None, read: Iterable[ManifestFile]) -> list[str]:
+    """Return which of the files that were read are not those of the manifest, if there is one."""
+    stated = {file.name: file for file in manifest.files} if manifest else {}
+    return [
+        f"{file.name}: sha256 {file.sha256}, the manifest says {stated[file.name].sha256}"
+        for file in read
+        if file.name in stated
+        and file.size == stated[file.name].size
+        and file.sha256 != stated[file.name].sha256
+    ]
 
 
 def _manifest(uri: str, store: ArtifactStore, listed: tuple[StoredFile, ...]) -> Manifest | None:
@@ -88,15 +104,4 @@ def _listing_problems(manifest: Manifest, listed: tuple[StoredFile, ...]) -> lis
             for name in sorted(stated.keys() & there.keys())
             if there[name].size != stated[name].size
         ),
-    ]
-
-
-def _content_problems(manifest: Manifest, read: tuple[ManifestFile, ...]) -> list[str]:
-    stated = {file.name: file for file in manifest.files}
-    return [
-        f"{file.name}: sha256 {file.sha256}, the manifest says {stated[file.name].sha256}"
-        for file in read
-        if file.name in stated
-        and file.size == stated[file.name].size
-        and file.sha256 != stated[file.name].sha256
     ]

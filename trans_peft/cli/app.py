@@ -6,7 +6,7 @@ from importlib.metadata import version
 from cyclopts import App
 
 from trans_peft.cli.adapters import adopt, evaluate, train
-from trans_peft.cli.bases import fingerprint, publish
+from trans_peft.cli.bases import convert, fingerprint, publish
 from trans_peft.cli.transfers import check, transfer
 
 __all__ = ["app"]
@@ -43,6 +43,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     check,
     transfer,
     fingerprint,
+    convert,
     publish,
 )
 for _place, _command in enumerate(_COMMANDS, start=1):

@@ -1,4 +1,4 @@
-"""`fingerprint` and `publish`: bases in folders and buckets."""
+"""`fingerprint`, `convert` and `publish`: bases in folders and buckets."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +7,9 @@ from cyclopts import Parameter
 
 from trans_peft.cli.options import Json, State
 from trans_peft.cli.show import out, print_json, progress
-from trans_peft.cli.workspace import Workspace
+from trans_peft.cli.workspace import Workspace, check_free
 
-__all__ = ["fingerprint", "publish"]
+__all__ = ["convert", "fingerprint", "publish"]
 
 
 def fingerprint(
@@ -37,6 +37,37 @@ def fingerprint(
     out.print(f"vocabulary     {found.vocabulary_sha256}")
     out.print(f"tokenizer      {found.tokenizer_sha256}")
     out.print(f"chat template  {found.chat_template_sha256 or 'none'}")
+    return 0
+
+
+def convert(
+    base: Annotated[str, Parameter(help="Folder or `s3://` prefix of an InternLM2 model.")],
+    folder: Annotated[Path, Parameter(help="New folder for its Llama form.")],
+    /,
+    *,
+    json: Json = False,
+) -> int:
+    """Make a Llama folder of an InternLM2 model, without running the code that came with it.
+
+    The platform does the same by itself with an InternLM2 upload. The folder is an ordinary base.
+
+    Example: `trans-peft convert models/internlm2_5-7b models/internlm2_5-7b-llama`
+    """
+    from trans_peft.bases.convert import convert as write
+    from trans_peft.edges.stores import SchemeStore
+
+    check_free(folder)
+    with progress() as shown:
+        write(
+            base,
+            SchemeStore(),
+            folder,
+            on_progress=lambda done, total: shown.show(f"converting {base}", done, total, "B"),
+        )
+    if json:
+        print_json({"folder": str(folder)})
+        return 0
+    out.print(f"{base} is at {folder} as a Llama model")
     return 0
 
 

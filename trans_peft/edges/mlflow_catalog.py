@@ -1,7 +1,8 @@
 """`BaseCatalog` in MLflow's model registry: one registered model per family.
 
     registered model   kind=base
-      version          family, version, fingerprint, parent, source, fingerprint_run, ready=true
+      version          family, version, fingerprint, parent, source, fingerprint_run, ready=true;
+                       uri, where what serves was converted from the version's MLflow source
 
 A registered model is a base family by its tag `kind=base`, which a person may set, and which
 `make_ready` sets. A version is ready when its tags say so and name this family: a version that
@@ -86,7 +87,8 @@ class MlflowCatalog:
             "fingerprint_run": run_id,
         }
         if number is not None:
-            self._tracking.tag_version(family, number, tags)
+            elsewhere = uri if uri.rstrip("/") != known[number].uri.rstrip("/") else None
+            self._tracking.tag_version(family, number, {"uri": elsewhere, **tags})
         elif not self._claims(family, version):
             number = self._tracking.make_version(family, uri, tags)
         winner = self._claims(family, version)[0]
@@ -141,7 +143,7 @@ class MlflowCatalog:
         return BaseVersion(
             family=found.name,
             version=tags.get("version", str(number)),
-            uri=uri,
+            uri=tags.get("uri", uri) if ours else uri,
             number=number,
             fingerprint_sha256=tags.get("fingerprint", "") if ours else "",
             parent=tags.get("parent"),

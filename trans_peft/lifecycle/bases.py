@@ -1,9 +1,18 @@
-"""From an upload, or a version that somebody registered, to a base version that is ready."""
+"""From an upload, or a version that somebody registered, to a base version that is ready.
+
+An upload in InternLM2's layout comes with code that is never run: its Llama form is published
+beside it, and that is what becomes the base version.
+"""
 
 import json
+import shutil
 from pathlib import Path
 
-from trans_peft.bases.upload import VerifiedUpload, verify
+from filelock import FileLock
+
+from trans_peft.bases.convert import convert, converted_uri, needs_conversion
+from trans_peft.bases.publish import publish
+from trans_peft.bases.upload import verify
 from trans_peft.domain.base import BaseVersion, Manifest, Upload
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import NotFoundError, UploadError
@@ -17,17 +26,22 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
 
     The same upload again returns the version that is there. Raises UploadError with every reason
     for which it is refused: nothing is made ready then, and `pending` leaves it out from now on.
+    The version of an InternLM2 upload has another URI, that of its Llama form.
     """
+    uri, source = upload.uri, "registered" if upload.registered else "upload"
     try:
-        verified = verify(upload.uri, platform.store)
-        family, version, parent = _claimed(upload, verified)
+        if needs_conversion(uri, platform.store):
+            uri = _publish_converted(upload, platform)
+            source += f", converted from {upload.uri}"
+        verified = verify(uri, platform.store)
+        family, version, parent = _claimed(upload, verified.manifest)
         return platform.catalog.make_ready(
             family,
             version,
-            upload.uri,
+            uri,
             fingerprint=verified.fingerprint,
             parent=parent,
-            source=f"{'registered' if upload.registered else 'upload'}, {verified.verified}",
+            source=f"{source}, {verified.verified}",
             number=upload.registered.number if upload.registered else None,
         )
     except (UploadError, NotFoundError) as refusal:
@@ -52,12 +66,38 @@ def pending(platform: Platform, *, root_uri: str = "") -> tuple[Upload, ...]:
         if f"/{file.name}".endswith(f"/{Manifest.FILE_NAME}")
     ]
     registered = [Upload(base.uri, registered=base) for base in versions if not base.ready]
-    candidates = [upload for upload in uploaded if upload.uri not in known] + registered
-    return tuple(item for item in candidates if not _refusal(item, platform).exists())
+    fresh = [
+        upload for upload in uploaded if known.isdisjoint((upload.uri, converted_uri(upload.uri)))
+    ]
+    candidates = fresh + registered
+    ours = {converted_uri(item.uri) for item in candidates}  # their uploads bring them along
+    return tuple(
+        item
+        for item in candidates
+        if item.uri not in ours and not _refusal(item, platform).exists()
+    )
 
 
-def _claimed(upload: Upload, verified: VerifiedUpload) -> tuple[str, str, str | None]:
-    manifest, registered = verified.manifest, upload.registered
+def _publish_converted(upload: Upload, platform: Platform) -> str:
+    """Publish the Llama form of an InternLM2 upload, unless it is there, and return its URI."""
+    uri = converted_uri(upload.uri)
+    folder = platform.work_dir / "converted" / content_sha256(upload.uri)[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            manifest = convert(upload.uri, platform.store, folder)
+            family, version, parent = _claimed(upload, manifest)
+            publish(
+                folder, uri, family=family, version=version, parent=parent, store=platform.store
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return uri
+
+
+def _claimed(upload: Upload, manifest: Manifest | None) -> tuple[str, str, str | None]:
+    registered = upload.registered
     if registered is None:
         if manifest is None:
             raise UploadError(
