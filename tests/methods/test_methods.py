@@ -206,12 +206,13 @@ def test_a_bottleneck_goes_where_the_weights_are_even_if_all_are_quantised():
     assert (up.device.type, up.dtype) == ("meta", torch.float32)
 
 
-def test_a_dropped_sub_layer_contributes_nothing_not_even_its_bottleneck():
-    """Zeroing the output of the adapter's own layer says the same, gradients included."""
+@methods
+def test_a_dropped_sub_layer_contributes_nothing_nor_does_its_adapter(method):
+    """Zeroing what the sub-layer gives, an adapter after it included, says the same."""
     from trans_peft.perturbation.draws import Moment, draw
 
     perturbation = Perturbation(dropping_p=0.5, where="both")
-    model = trained(METHODS["houlsby"]).train()
+    model = trained(method).train()
     hooks = []
     for index, layer in enumerate(model.get_base_model().model.layers):
         for kind, module in (("ffn", layer.mlp), ("attention", layer.self_attn)):

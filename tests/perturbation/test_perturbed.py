@@ -559,14 +559,18 @@ def test_a_layout_that_does_not_fit_is_refused(layout, said):
 
 
 def test_a_compiled_model_is_perturbed_like_any_other():
-    """The perturbed modules run as they are, the rest is compiled around them."""
-    model = tiny_model(layers=1).train()
+    """The perturbed modules run as they are, the rest is compiled around them; gradients hold."""
+    model = tiny_model(layers=2).train()
     compiled = torch.compile(model, backend="eager")
-    weights = restated_weights(model, DOWN, MASKED, layers=1, seed=1)
-    expected = torch.func.functional_call(model, weights, (), {"input_ids": IDS, "labels": IDS})
+    drawn = Perturbation(0.3, 0.5)
+    weights = restated_weights(model, DOWN, drawn, layers=2, seed=0)
+    assert [weight.any() for weight in weights.values()] == [False, True]
+    _, expected = loss_and_gradients(model, IDS, weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = loss(compiled)
-        with perturbed(model, MASKED, seed=1):
-            torch.testing.assert_close(loss(compiled), expected.loss)
+        model.zero_grad()
+        with perturbed(model, drawn, seed=0):
+            loss(compiled).backward()
+        torch.testing.assert_close(gradients(model), expected)
         torch.testing.assert_close(loss(compiled), plain)
