@@ -1,22 +1,23 @@
 """`python -m study`: carry out what is missing, then print the table and draw the picture."""
 
 import argparse
+import json
 import multiprocessing
 import os
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from study.cells import Prepared, bare_scores, prepare, scores, spared_layers
-from study.ledger import Ledger, Score
+from study.cells import bare_scores, prepare, say, scores, spared_layers
+from study.ledger import Ledger
 from study.picture import draw
-from study.plan import Fit, fits
+from study.plan import fits
 from study.report import comparisons, markdown, page_with
 
 LEDGER = Path(__file__).with_name("scores.jsonl")
+FIGURES = Path(__file__).with_name("updates.json")
 PAGE = Path(__file__).parent.parent / "docs" / "study.md"
 PICTURE = PAGE.parent / "images" / "study.png"
 
@@ -37,7 +38,8 @@ def main() -> None:
 def carry_out(ledger: Ledger, folder: Path, jobs: int) -> None:
     """Train and score whatever the ledger lacks, `jobs` adapters at a time."""
     os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
-    prepared = prepare(folder, say)
+    prepared = prepare(folder)
+    FIGURES.write_text(json.dumps(prepared.updates, indent=1) + "\n")
     for score in bare_scores(prepared, ledger):
         say(f"bare, {score.task}: {score.points:.1f} % right on {score.scored_on}")
         ledger.append(score)
@@ -46,7 +48,7 @@ def carry_out(ledger: Ledger, folder: Path, jobs: int) -> None:
     known = frozenset(score.key for score in ledger)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(_cell, fit, prepared, known): fit for fit in fits(spared)}
+        running = {pool.submit(scores, fit, prepared, known): fit for fit in fits(spared)}
         for done, future in enumerate(as_completed(running), start=1):
             for score in future.result():
                 ledger.append(score)
@@ -55,19 +57,11 @@ def carry_out(ledger: Ledger, folder: Path, jobs: int) -> None:
 
 def tell(ledger: Ledger) -> None:
     """Put the tables into the page of the study, print them, and draw the picture."""
-    PAGE.write_text(page_with(PAGE.read_text(), tuple(ledger)))
+    updates = json.loads(FIGURES.read_text())
+    PAGE.write_text(page_with(PAGE.read_text(), tuple(ledger), updates))
     found = list(comparisons(tuple(ledger)))
     Console().print(Markdown("\n\n".join(map(markdown, found))))
     print(f"\n{PAGE}\n{draw(found, PICTURE) if found else 'no picture yet'}")
-
-
-def say(what: str) -> None:
-    """Print a line with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')}  {what}", flush=True)
-
-
-def _cell(fit: Fit, prepared: Prepared, known: frozenset[str]) -> list[Score]:
-    return list(scores(fit, prepared, known, say))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ that was killed goes on from its last checkpoint.
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator
+import time
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,14 +23,17 @@ from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.domain.identity import content_sha256
 from trans_peft.edges.file_store import FileStore
 from trans_peft.training.events import Event, Progress
-from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit as train
 
-__all__ = ["Prepared", "bare_scores", "prepare", "scores", "spared_layers"]
-
-Say = Callable[[str], None]
+__all__ = ["Prepared", "bare_scores", "prepare", "say", "scores", "spared_layers"]
 
 _PROBE_ROWS, _PROBE_LENGTH = 8, 128
+
+
+def say(what: str) -> None:
+    """Print a line with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {what}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Prepared:
 
     folder: Path
     fingerprints: dict[str, str]
+    updates: dict[str, dict[str, float]]
     suites: dict[str, Suite]
 
     def base(self, name: str) -> Path:
@@ -67,7 +72,7 @@ class Prepared:
         return content_sha256([*made_of, questions.suite_sha256, questions.decoding_sha256])
 
 
-def prepare(folder: Path, say: Say) -> Prepared:
+def prepare(folder: Path) -> Prepared:
     """Write base v1, the rows of every task and every update; what is there is left as it is.
 
     No update sees a file that supplied an evaluation row, of whichever task.
@@ -89,13 +94,14 @@ def prepare(folder: Path, say: Say) -> Prepared:
             made.mkdir(exist_ok=True)
             figures = update(v1, made, settings, held_out)
             (made / "figures.json").write_text(json.dumps(figures, indent=1))  # last
+    bases = {name: folder / "bases" / name for name in (V1, *UPDATES)}
     return Prepared(
-        folder,
-        {
-            name: fingerprint(str(folder / "bases" / name), FileStore()).digest
-            for name in (V1, *UPDATES)
+        folder=folder,
+        fingerprints={
+            name: fingerprint(str(path), FileStore()).digest for name, path in bases.items()
         },
-        {
+        updates={name: json.loads((bases[name] / "figures.json").read_text()) for name in UPDATES},
+        suites={
             name: suite(name, hashlib.sha256((path / "eval.jsonl").read_bytes()).hexdigest())
             for name, path in rows.items()
         },
@@ -130,19 +136,20 @@ def bare_scores(prepared: Prepared, known: Container[str]) -> Iterator[Score]:
                 yield Score(key, task, BARE, 0, 0, "", base, right, {}, 0.0)
 
 
-def scores(fit: Fit, prepared: Prepared, known: Container[str], say: Say) -> Iterator[Score]:
-    """Train one adapter and yield its score on each base that is wanted and not known yet."""
+def scores(fit: Fit, prepared: Prepared, known: Container[str]) -> list[Score]:
+    """Train one adapter and return its score on each base that is wanted and not known yet."""
     job = prepared.job(fit)
     keys = {base: prepared.key(job.identity(), fit.task, base) for base in fit.scored_on}
     missing = {base: key for base, key in keys.items() if key not in known}
     if not missing:
-        return
+        return []
 
     def tell(event: Event) -> None:
         if isinstance(event, Progress) and event.step % 20 == 0:
             say(f"{fit}: step {event.step}, loss {event.loss:.3f}, {event.eta_s:.0f} s left")
 
-    result: TrainingResult = train(job, on_event=tell)
+    result = train(job, on_event=tell)
+    found = []
     for base, key in missing.items():
         score = Score(
             key=key,
@@ -157,7 +164,8 @@ def scores(fit: Fit, prepared: Prepared, known: Container[str], say: Say) -> Ite
             train_seconds=round(result.seconds, 1),
         )
         say(f"{fit}: {score.points:.1f} % right on {base}")
-        yield score
+        found.append(score)
+    return found
 
 
 def _answers(prepared: Prepared, task: str, base: str, adapter: Path | None) -> str:

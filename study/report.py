@@ -164,12 +164,15 @@ def markdown(comparison: Comparison) -> str:
     )
 
 
-def page_with(page: str, scores: Sequence[Score]) -> str:
-    """Return the page with its blocks `candidates` and `comparisons` made anew.
+def page_with(
+    page: str, scores: Sequence[Score], updates: Mapping[str, Mapping[str, float]]
+) -> str:
+    """Return the page with its blocks `updates`, `comparisons` and `candidates` made anew.
 
     What a block holds stands between two HTML comments, and is not written by hand.
     """
     blocks = {
+        "updates": _updates_table(updates),
         "candidates": _candidates_table(scores),
         "comparisons": "\n\n".join(map(markdown, comparisons(scores))),
     }
@@ -178,6 +181,23 @@ def page_with(page: str, scores: Sequence[Score]) -> str:
         _, _, tail = rest.partition(_END.format(name))
         page = f"{head}{_BEGIN.format(name)}\n{block}\n{_END.format(name)}{tail}"
     return page
+
+
+def _updates_table(updates: Mapping[str, Mapping[str, float]]) -> str:
+    """Return what each update did to the base: its loss on held-out source, and its drift."""
+    lines = [
+        "| update | held-out loss, nats a token | attention moved | FFN moved | the rest moved |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, figures in updates.items():
+        moved = (figures[f"drift_{kind}_percent"] for kind in ("attention", "ffn", "other"))
+        lines.append(
+            f"| `{name}` | {figures['held_out_loss_before']:.3f} -> "
+            f"{figures['held_out_loss_after']:.3f} | "
+            + " | ".join(f"{percent:.2f} %" for percent in moved)
+            + " |"
+        )
+    return "\n".join(lines)
 
 
 def _candidates_table(scores: Sequence[Score]) -> str:

@@ -1,13 +1,25 @@
 """The report on answers made by hand, where every figure can be worked out on paper."""
 
+import json
+
 import pytest
 
+from study.__main__ import FIGURES, LEDGER, PAGE
 from study.ledger import Ledger, Score
 from study.plan import SEEDS, STEPS, V1, arms, fits
 from study.report import Comparison, comparisons, page_with
 
 FIRST, SECOND = STEPS
 ITEMS = 100
+UPDATES = {
+    "ffn": {
+        "held_out_loss_before": 2.0,
+        "held_out_loss_after": 1.5,
+        "drift_attention_percent": 0.0,
+        "drift_ffn_percent": 1.79,
+        "drift_other_percent": 0.0,
+    }
+}
 
 
 def score(arm, steps, base, points, *, trained_on=V1):
@@ -71,12 +83,20 @@ def test_nothing_is_compared_before_direct_transfer_is_known():
 
 def test_a_page_keeps_its_words_and_gets_the_tables():
     page = "a\n<!-- begin comparisons -->\nold\n<!-- end comparisons -->\nb\n"
-    page += "<!-- begin candidates -->\n<!-- end candidates -->\nc"
-    made = page_with(page, story().scores)
+    page += "<!-- begin candidates -->\n<!-- end candidates -->\n"
+    page += "<!-- begin updates -->\n<!-- end updates -->\nc"
+    made = page_with(page, story().scores, UPDATES)
     assert made.startswith("a\n") and "\nb\n" in made and made.endswith("\nc")
     assert "old\n" not in made
     assert "| Trans-PEFT, layers spared | 120 | 60.0 | 56.0 | -4.0" in made
-    assert page_with(made, story().scores) == made
+    assert "| `ffn` | 2.000 -> 1.500 | 0.00 % | 1.79 % | 0.00 % |" in made
+    assert page_with(made, story().scores, UPDATES) == made
+
+
+def test_the_page_in_the_docs_says_what_the_ledger_says():
+    written = PAGE.read_text()
+    updates = json.loads(FIGURES.read_text())
+    assert page_with(written, tuple(Ledger(LEDGER)), updates) == written
 
 
 def test_what_is_written_down_is_known_again(tmp_path):
