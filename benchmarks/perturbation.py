@@ -1,17 +1,21 @@
 """What perturbing costs and saves: one LoRA train step of a SmolLM2-size Llama, in pairs.
 
 How a ratio is taken: `ratios`. `floor` is the ratio at which exactly the FFN's share of the step,
-measured by dropping every FFN, shrinks by what is masked and dropped.
+measured by dropping every FFN, shrinks by what is masked and dropped. `element` is a restatement of
+what the authors' code computes (gccnlp/Trans-PEFT @cbd3a24, modeling_qwen2.py): a fresh float mask
+of the whole activation, and Python's coin for a layer.
 
     python benchmarks/perturbation.py [--pairs 15] [--clock wall|process] [--only NAME ...]
 """
 
 import argparse
+import random
 import resource
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,18 +25,56 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.perturbation import perturbed
 
-PLAIN = None
-OFF = Perturbation()
-NEURON = Perturbation(0.2, 0.2)
-ELEMENT = Perturbation(0.2, 0.2, granularity="element")
-DROPPING = Perturbation(0.0, 0.1)
-PAIRS = {
-    "train_step.neuron_0.2_0.2_vs_plain": (NEURON, PLAIN),
-    "train_step.dropping_0.1_vs_plain": (DROPPING, PLAIN),
-    "train_step.neuron_vs_element_0.2_0.2": (NEURON, ELEMENT),
-    "train_step.off_vs_plain": (OFF, PLAIN),
+Arm = Callable[[PeftModel, int], AbstractContextManager]
+"""What a train step is wrapped in, given the model and the steps done."""
+
+
+def under(perturbation: Perturbation) -> Arm:
+    return lambda model, steps: perturbed(model, perturbation, seed=1, step=steps)
+
+
+@contextmanager
+def element_wise(model: PeftModel, masking_p: float, dropping_p: float) -> Iterator[None]:
+    ffns = [layer.mlp for layer in model.get_base_model().model.layers]
+
+    def forward_of(ffn: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if random.random() < dropping_p:
+                return torch.zeros_like(x)
+            neurons = ffn.act_fn(ffn.gate_proj(x)) * ffn.up_proj(x)
+            return ffn.down_proj(neurons * (torch.rand_like(neurons) > masking_p).float())
+
+        return forward
+
+    for ffn in ffns:
+        ffn.forward = forward_of(ffn)
+    try:
+        yield
+    finally:
+        for ffn in ffns:
+            del ffn.forward
+
+
+def plain(model: PeftModel, steps: int) -> AbstractContextManager:
+    return nullcontext()
+
+
+off = under(Perturbation())
+neuron = under(Perturbation(0.2, 0.2))
+dropping = under(Perturbation(0.0, 0.1))
+PAIRS: dict[str, tuple[Arm, Arm]] = {
+    "train_step.neuron_0.2_0.2_vs_plain": (neuron, plain),
+    "train_step.dropping_0.1_vs_plain": (dropping, plain),
+    "train_step.neuron_vs_element_0.2_0.2": (
+        neuron,
+        lambda model, steps: element_wise(model, 0.2, 0.2),
+    ),
+    "train_step.off_vs_plain": (off, plain),
 }
-ALL_DROPPED = Perturbation(dropping_p=1 - 1e-12)
+LEFT = {neuron: 0.8 * 0.8, dropping: 0.9}
+"""The share of the FFNs' work that masking and dropping leave."""
+
+ALL_DROPPED = under(Perturbation(dropping_p=1 - 1e-12))
 MEMORY = "train_memory.neuron_vs_plain"
 BATCH, LENGTH = 8, 128
 
@@ -51,20 +93,15 @@ def smollm2(layers: int = 30) -> PeftModel:
 
 
 class Step:
-    """One train step of a model under one perturbation, at the next moment each time."""
+    """One train step of a model in one arm, at the next moment each time."""
 
-    def __init__(self, model: PeftModel, perturbation: Perturbation | None) -> None:
-        self.model, self.perturbation, self.steps = model, perturbation, 0
+    def __init__(self, model: PeftModel, arm: Arm) -> None:
+        self.model, self.arm, self.steps = model, arm, 0
         self.ids = torch.randint(0, 49152, (BATCH, LENGTH))
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def __call__(self, clock: Clock) -> float:
-        around = (
-            nullcontext()
-            if self.perturbation is None
-            else perturbed(self.model, self.perturbation, seed=1, step=self.steps)
-        )
-        with around:
+        with self.arm(self.model, self.steps):
             started = clock()
             self.model(input_ids=self.ids, labels=self.ids).loss.backward()
             self.optimizer.step()
@@ -75,19 +112,10 @@ class Step:
 
 
 def time_ratio(
-    model: PeftModel,
-    first: Perturbation | None,
-    second: Perturbation | None,
-    pairs: int,
-    clock: Clock,
+    model: PeftModel, first: Arm, second: Arm, pairs: int, clock: Clock
 ) -> dict[str, float]:
     a, b = Step(model, first), Step(model, second)
     return middle(paired(lambda: a(clock), lambda: b(clock), pairs))
-
-
-def floor(perturbation: Perturbation, ffn_share: float) -> float:
-    left = (1 - perturbation.masking_p) * (1 - perturbation.dropping_p)
-    return round(1 - ffn_share * (1 - left), 4)
 
 
 def peak_mib(which: str) -> float:
@@ -106,7 +134,7 @@ def main() -> None:
     clock = prepare(options)
     model = smollm2()
     if options.peak:
-        step = Step(model, NEURON if options.peak == "neuron" else PLAIN)
+        step = Step(model, neuron if options.peak == "neuron" else plain)
         step(time.perf_counter)
         step(time.perf_counter)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -118,7 +146,7 @@ def main() -> None:
     )
     ffn_share = 0.0
     if saving:
-        ffn_share = 1 - time_ratio(model, ALL_DROPPED, PLAIN, 3, clock)["ratio"]
+        ffn_share = 1 - time_ratio(model, ALL_DROPPED, plain, 3, clock)["ratio"]
         print(f"the FFNs' share of a step: {ffn_share:.3f}", flush=True)
     for name in options.only:
         if name == MEMORY:
@@ -126,8 +154,8 @@ def main() -> None:
         else:
             first, second = PAIRS[name]
             entry = time_ratio(model, first, second, options.pairs, clock)
-            if second is PLAIN and first is not OFF:
-                entry["floor"] = floor(first, ffn_share)
+            if first in LEFT and second is plain:
+                entry["floor"] = round(1 - ffn_share * (1 - LEFT[first]), 4)
         record(name, entry, facts)
 
 
