@@ -13,8 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
 from trans_peft.cli import main
+from trans_peft.perturbation import layer_criticality
 
-COMMANDS = ("train", "evaluate", "adopt", "check", "transfer", "fingerprint", "convert", "publish")
+COMMANDS = (
+    "train", "evaluate", "adopt", "check", "transfer",
+    "fingerprint", "criticality", "drift", "convert", "publish",
+)  # fmt: skip
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}, "max_new_tokens": 2}
 RECIPE = {
     "adapter": "sums",
@@ -194,6 +198,33 @@ def test_a_failure_has_another_code_than_bad_input(table, monkeypatch):
 
 
 # What the commands do.
+
+
+def test_criticality_is_the_librarys_and_ends_in_a_line_for_a_recipe(table, tmp_path):
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(json.dumps({"prompt": "1+" * 70, "completion": "70"}))
+    code, found = table.json("criticality", "v1", rows, "--tokens", "128")
+    assert code == 0
+    ids = tiny_tokenizer()("1+" * 70, return_tensors="pt")["input_ids"][:, :128]
+    expected = layer_criticality(tiny_model(), [{"input_ids": ids, "labels": ids}])
+    assert found["criticality"] == pytest.approx(expected, abs=1e-5)
+    code, out, _ = table.run("criticality", "v1", rows)
+    assert code == 0 and out.splitlines()[-1] == f'"spared_layers": {found["spared_layers"]}'
+
+
+def test_rows_too_short_to_measure_on_are_told(table, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    code, _, err = table.run("criticality", "v1", tmp_path / "one.jsonl")
+    assert code == 2
+    assert "too short to tell the layers apart" in err
+
+
+def test_drift_tells_attention_and_ffn_apart(table):
+    code, found = table.json("drift", "--old", "v1", "--new", "v2")
+    assert code == 0
+    assert 0.01 < found["attention"] < 1 and 0.01 < found["ffn"] < 1
+    code, out, _ = table.run("drift", "--old", "v1", "--new", "v2")
+    assert f"{found['ffn']:.2%}" in out
 
 
 def test_fingerprint_is_the_same_for_a_path_and_a_published_copy(table, tmp_path):

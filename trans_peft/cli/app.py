@@ -7,6 +7,7 @@ from cyclopts import App
 
 from trans_peft.cli.adapters import adopt, evaluate, train
 from trans_peft.cli.bases import convert, fingerprint, publish
+from trans_peft.cli.layers import criticality, drift
 from trans_peft.cli.transfers import check, transfer
 
 __all__ = ["app"]
@@ -43,6 +44,8 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     check,
     transfer,
     fingerprint,
+    criticality,
+    drift,
     convert,
     publish,
 )

@@ -21,6 +21,7 @@ __all__ = [
     "print_json",
     "print_outcome",
     "progress",
+    "table",
 ]
 
 out = Console(soft_wrap=True, highlight=False)
@@ -85,10 +86,10 @@ def print_json(value: object) -> None:
 
 def evaluation_table(evaluations: Iterable[Evaluation]) -> Table:
     """Return a table with a row per suite; scores in points."""
-    table = _table("suite", "items", "score")
+    shown = table("suite", "items", "score")
     for found in evaluations:
-        table.add_row(found.suite, str(len(found.items)), f"{found.score:.1f}")
-    return table
+        shown.add_row(found.suite, str(len(found.items)), f"{found.score:.1f}")
+    return shown
 
 
 def print_compatibility(found: Compatibility) -> None:
@@ -104,11 +105,11 @@ def print_compatibility(found: Compatibility) -> None:
 def print_outcome(outcome: TransferOutcome) -> None:
     """Print the figures of every suite, then the verdict and why."""
     if outcome.judgement.suites:
-        table = _table(
+        shown = table(
             "suite", "items", "old base", "new base", "bare", "difference", "at least", "at most"
         )
         for suite in outcome.judgement.suites:
-            table.add_row(
+            shown.add_row(
                 suite.suite,
                 str(suite.items),
                 f"{suite.reference:.1f}",
@@ -118,7 +119,7 @@ def print_outcome(outcome: TransferOutcome) -> None:
                 f"{suite.lower:+.1f}",
                 f"{suite.upper:+.1f}",
             )
-        out.print(table)
+        out.print(shown)
     _print_lines("note", outcome.compatibility.notes)
     colour = _COLOURS.get(outcome.verdict, "red")
     out.print(f"verdict: [bold {colour}]{outcome.verdict}[/]")
@@ -130,8 +131,9 @@ def _print_lines(word: str, lines: Sequence[str]) -> None:
         out.print(f"  {word}: {line}", markup=False)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def table(*columns: str) -> Table:
+    """Return an empty table; the first column holds words, the others figures."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    return table
+        shown.add_column(column, justify="left" if number == 0 else "right")
+    return shown

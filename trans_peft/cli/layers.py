@@ -1,0 +1,103 @@
+"""`criticality` and `drift`: what the layers of a base carry, and how far an update moved them."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from trans_peft.cli.options import Json, NewBase, OldBase, State
+from trans_peft.cli.show import out, print_json, progress, table
+from trans_peft.cli.workspace import LOCAL, Workspace
+
+__all__ = ["criticality", "drift"]
+
+_LENGTH = 128
+
+
+def criticality(
+    base: Annotated[str, Parameter(help="Folder or `s3://` prefix of a base.")],
+    rows: Annotated[str, Parameter(help="Training data, as a recipe's `data.uri`.")],
+    /,
+    *,
+    tokens: Annotated[int, Parameter(help="How many of its tokens are read.")] = 1024,
+    json: Json = False,
+    state: State = Path(".trans-peft"),
+) -> int:
+    """Measure what the loss gains without each layer's FFN, and propose which layers to spare.
+
+    In a small model a few FFNs carry so much that a training step without one of them teaches
+    nothing. The last line goes into a recipe's `perturbation`.
+
+    Example: `trans-peft criticality models/v1 train.jsonl`
+    """
+    import torch
+
+    from trans_peft.data import read_examples
+    from trans_peft.domain.data import DataSource
+    from trans_peft.errors import DataError
+    from trans_peft.lifecycle.evaluations import base_folder
+    from trans_peft.models import load_base
+    from trans_peft.perturbation import layer_criticality, propose_spared_layers
+
+    with progress() as shown:
+        workspace = Workspace.at(state, shown)
+        examples = read_examples(DataSource(rows), workspace.platform.store)
+        folder = base_folder(workspace.base(base, LOCAL), workspace.platform)
+        loaded = load_base(folder, "float32")
+        stream: list[int] = []
+        for example in examples:
+            stream += example.full_ids(loaded.tokenizer)
+            if len(stream) >= tokens:
+                break
+        count = min(len(stream), tokens) // _LENGTH
+        if not count:
+            raise DataError(
+                f"{rows} is too short to tell the layers apart",
+                expected=f"at least {_LENGTH} tokens",
+                found=len(stream),
+            )
+        ids = torch.tensor(stream[: count * _LENGTH]).view(count, _LENGTH)
+        ids = ids.to(loaded.model.device)
+        shown.say(f"{count * _LENGTH} tokens, one forward a layer")
+        added = layer_criticality(loaded.model, [{"input_ids": ids, "labels": ids}])
+    spared = propose_spared_layers(added)
+    if json:
+        print_json({"criticality": added, "spared_layers": spared})
+        return 0
+    found = table("layer", "nats a token", "")
+    for layer, nats in enumerate(added):
+        found.add_row(str(layer), f"{nats:.2f}", "spare" if layer in spared else "")
+    out.print(found)
+    out.print(f'"spared_layers": {list(spared)}', markup=False)
+    return 0
+
+
+def drift(
+    *, old: OldBase, new: NewBase, json: Json = False, state: State = Path(".trans-peft")
+) -> int:
+    """Tell how far an update moved a base's weights, attention and FFN apart, layer by layer.
+
+    Trans-PEFT expects updates that move the FFNs and leave attention alone.
+
+    Example: `trans-peft drift --old models/v1 --new models/v2`
+    """
+    from trans_peft.analysis import weight_drift
+    from trans_peft.lifecycle.evaluations import base_folder
+
+    with progress() as shown:
+        workspace = Workspace.at(state, shown)
+        folders = [
+            base_folder(workspace.base(uri, LOCAL), workspace.platform) for uri in (old, new)
+        ]
+        found = weight_drift(*folders)
+    if json:
+        print_json(found)
+        return 0
+    shown_table = table("layer", "attention", "FFN")
+    layers = zip(found.attention_by_layer, found.ffn_by_layer, strict=True)
+    for layer, (attention, ffn) in enumerate(layers):
+        shown_table.add_row(str(layer), f"{attention:.2%}", f"{ffn:.2%}")
+    shown_table.add_row("all", f"{found.attention:.2%}", f"{found.ffn:.2%}", style="bold")
+    out.print(shown_table)
+    out.print(f"embeddings, norms and the rest: {found.other:.2%}")
+    return 0
