@@ -23,12 +23,16 @@ class Example:
     `id` is the row's own, or a hash of its content, so that results can be paired whatever the
     order of the rows. `completion` is the answer. What stands before it is `prompt`, or in a chat
     `messages[:-1]` (`messages` is the whole chat, the answer last; `prompt` is then empty).
+    `choices` are all the answers to choose from, the completion among them. `reference` is what an
+    answer is marked against where that is not the completion (unit tests, for a program).
     """
 
     id: str
     prompt: str
     completion: str
     messages: tuple[Message, ...] | None = None
+    choices: tuple[str, ...] = ()
+    reference: str = ""
 
     def prompt_ids(self, tokenizer: Any) -> list[int]:
         """Return the token ids that a model is given before it answers, trained or evaluated.

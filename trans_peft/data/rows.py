@@ -3,7 +3,8 @@
 Three shapes are understood: prompt/completion, chat `messages` (the last one is the assistant's
 answer) and instruction/input/output, which is rendered with the Alpaca prompt of LLM-Adapters
 (AGI-Edgerunners/LLM-Adapters, `generate_prompt`). Unlike a loader that stops at the first bad row,
-or trains on it, all of them are told in one error.
+or trains on it, all of them are told in one error. A row of any shape may carry `choices` (all
+answers to choose from) and `reference` (what an answer is marked against, if not the completion).
 """
 
 from collections.abc import Iterator
@@ -102,6 +103,7 @@ def _reasons(row: Any) -> Iterator[str]:
         return
     if type(row.get("id")) not in (str, int, type(None)) or row.get("id") == "":
         yield f"id must be text or a whole number, found {row['id']!r}"
+    yield from _marking_reasons(row)
     if shapes == ["messages"]:
         yield from _chat_reasons(row["messages"])
         return
@@ -109,6 +111,29 @@ def _reasons(row: Any) -> Iterator[str]:
         yield from _text_reasons(key, row[key])
     if shapes == ["instruction/output"] and not isinstance(row.get("input"), (str, type(None))):
         yield f"input must be text, found {type(row['input']).__name__}"
+
+
+def _marking_reasons(row: dict[str, Any]) -> Iterator[str]:
+    if row.get("reference") is not None:
+        yield from _text_reasons("reference", row["reference"])
+    choices = row.get("choices")
+    if choices is None:
+        return
+    if not isinstance(choices, (list, tuple)) or not all(isinstance(c, str) for c in choices):
+        yield f"choices must be a list of texts, found {choices!r}"
+    elif len(choices) < 2 or len(set(choices)) < len(choices):
+        yield f"choices must be two texts or more, each another one, found {list(choices)!r}"
+    elif (answer := _answer(row)) not in choices:
+        yield f"the answer {answer!r} is none of the choices {list(choices)!r}"
+
+
+def _answer(row: dict[str, Any]) -> Any:
+    """Return the answer of a row of any shape, None where there is none."""
+    shape = _shape(row)
+    if shape != "messages":
+        return row[_SHAPES[shape][-1]]
+    last = row["messages"][-1:] if isinstance(row["messages"], list) else []
+    return last[0].get("content") if last and isinstance(last[0], dict) else None
 
 
 def _text_reasons(key: str, value: Any) -> Iterator[str]:
@@ -140,18 +165,21 @@ def _chat_reasons(messages: Any) -> Iterator[str]:
 
 def _example(row: dict[str, Any], own_id: str, content_counts: dict[str, int]) -> Example:
     messages = None
-    if "messages" in row:
+    shape = _shape(row)
+    if shape == "messages":
         messages = tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])
         prompt, completion = "", messages[-1].content
-    elif "instruction" in row:
+    elif shape == "instruction/output":
         template = _ALPACA_WITH_INPUT if row.get("input") else _ALPACA
         prompt = template.format(instruction=row["instruction"], input=row.get("input"))
         completion = row["output"]
     else:
         prompt, completion = row["prompt"], row["completion"]
+    choices, reference = tuple(row.get("choices") or ()), row.get("reference") or ""
     if not own_id:
         # Equal rows cannot be told apart, so it does not matter which of them gets which number.
-        content = content_sha256([prompt, completion, messages])[:16]
+        marked_by = [choices, reference] if choices or reference else []
+        content = content_sha256([prompt, completion, messages, *marked_by])[:16]
         content_counts[content] = count = content_counts.get(content, 0) + 1
         own_id = content if count == 1 else f"{content}-{count}"
-    return Example(own_id, prompt, completion, messages)
+    return Example(own_id, prompt, completion, messages, choices, reference)

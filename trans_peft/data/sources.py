@@ -3,14 +3,17 @@
 A source that is pinned is never read with other bytes.
 """
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from trans_peft.data.example import Example
 from trans_peft.data.rows import Row, Unreadable, examples_from
+from trans_peft.data.templates import through_template
 from trans_peft.domain.data import DataSource
 from trans_peft.errors import DataError, IntegrityError
 from trans_peft.ports import ArtifactStore
@@ -24,10 +27,12 @@ def read_examples(
     """Read all rows of a source (the first `limit` of them), checked.
 
     Raises DataError with every bad row and its line, IntegrityError if a pinned source has other
-    bytes, NotFoundError if there is nothing.
+    bytes, NotFoundError if there is nothing, InvalidSpecError if it names no known template.
     """
     rows, sha256 = _load(source, store)
     _check_pin(source, sha256)
+    if source.template:
+        rows = through_template(rows, source.template)
     return examples_from(rows, source.uri)[:limit]
 
 
@@ -52,6 +57,10 @@ def write_examples(examples: Iterable[Example], path: Path) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for example in examples:
             row: dict[str, Any] = {"id": example.id}
+            if example.choices:
+                row["choices"] = example.choices
+            if example.reference:
+                row["reference"] = example.reference
             if example.messages is None:
                 row |= {"prompt": example.prompt, "completion": example.completion}
             else:
@@ -68,22 +77,37 @@ def _load(source: DataSource, store: ArtifactStore) -> tuple[list[Row], str]:
         ".json": _json_rows,
         ".parquet": _parquet_rows,
     }
-    suffix = Path(source.uri).suffix
+    packed = source.uri.endswith(".gz")
+    suffix = Path(source.uri.removesuffix(".gz")).suffix
     if suffix not in readers:
         raise DataError(
             f"{source.uri} is of no kind that can be read",
-            expected=f"a name that ends in {', '.join(readers)}, or hub:NAME[:CONFIG[:SPLIT]]",
+            expected=f"a name that ends in {', '.join(readers)} (and .gz, if it is packed), "
+            "or hub:NAME[:CONFIG[:SPLIT]]",
             found=suffix or "no ending",
         )
     with store.read(source.uri) as chunks:
         data = b"".join(chunks)
-    return readers[suffix](data), hashlib.sha256(data).hexdigest()
+    rows = readers[suffix](_unpacked(data, source.uri) if packed else data)
+    return rows, hashlib.sha256(data).hexdigest()
+
+
+def _unpacked(data: bytes, uri: str) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{uri} cannot be unpacked", found=error) from error
 
 
 def _json_rows(data: bytes) -> list[Row]:
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if data.lstrip().startswith(b"["):
+        listed = _json_value(data)
+        if isinstance(listed, list):
+            return [(f"item {number}", row) for number, row in enumerate(listed, start=1)]
     return [
         (f"line {number}", _json_value(line))
-        for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+        for number, line in enumerate(data.split(b"\n"), start=1)
         if line.strip()
     ]
 

@@ -1,8 +1,9 @@
 """Where rows come from."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from trans_peft.domain.identity import ADDED_LATER
 from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
@@ -13,16 +14,19 @@ __all__ = ["DataSource"]
 class DataSource:
     """Rows of training or evaluation data.
 
-    `uri` is a local path or `s3://...` ending in `.jsonl`, `.json` (one JSON value a line) or
-    `.parquet`, or `hub:NAME[:CONFIG[:SPLIT]]` for a hub data set. `sha256` is the hash of the
-    bytes read; empty means "not pinned yet". A pinned source
-    whose bytes differ is an error, never a warning.
+    `uri` is a local path or `s3://...` ending in `.jsonl`, `.json` (one JSON value a line, or one
+    list of them), either of them with `.gz` after it, or `.parquet`; or
+    `hub:NAME[:CONFIG[:SPLIT]]` for a hub data set. `sha256` is the hash of the bytes read; empty
+    means "not pinned yet". A pinned source whose bytes differ is an error, never a warning.
+    `template` names how the rows of a public data set become questions and answers
+    (`trans_peft.data.templates`); empty: the rows are questions and answers already.
     """
 
     __pydantic_config__: ClassVar = STRICT
 
     uri: str
     sha256: str = ""
+    template: str = field(default="", metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         if not self.uri:

@@ -4,12 +4,12 @@ An evaluation keeps its result item by item, so that a gate can compare in pairs
 that turn evaluations into a verdict are in `trans_peft.validation.gate`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, Literal
 
 from trans_peft.domain.data import DataSource
-from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
@@ -35,9 +35,11 @@ class Suite:
     """A set of questions, how they are answered and when an answer is right.
 
     `data` holds prompt/completion (or chat) rows; the completion is the reference answer.
-    `scoring` names a rule in `trans_peft.validation.scoring`; `threshold` is for rules that give a
-    degree (chrF, ROUGE): an item is right at or above it. Answers are decoded greedily with at most
-    `max_new_tokens`, and end at the first of `stop`. `limit` keeps the first so many rows.
+    `scoring` names a rule in `trans_peft.validation.scoring`, with what it takes after a colon;
+    `threshold` is for rules that give a degree (chrF, ROUGE): an item is right at or above it.
+    Answers are decoded greedily with at most `max_new_tokens`, and end at the first of `stop`.
+    `limit` keeps the first so many rows. `chance_points` is the score of blind guessing, where it
+    is known: it explains a score and changes none.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -51,9 +53,12 @@ class Suite:
     limit: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     keep_answers: bool = False
+    chance_points: float | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
+        if self.chance_points is not None and not 0 <= self.chance_points < 100:
+            problems.append(f"chance_points must lie in [0, 100), not {self.chance_points}")
         if not self.name:
             problems.append("name is empty")
         if self.max_new_tokens < 1:
@@ -67,16 +72,15 @@ class Suite:
     def suite_sha256(self) -> str:
         """Hash of the questions and of the rule that marks them; needs pinned data.
 
-        Where the data lies does not count, only its bytes.
+        Where the data lies does not count, only its bytes and the template that reads them.
         """
         if not self.data.sha256:
             raise InvalidSpecError(
                 f"suite {self.name!r} has no hash: its data is not pinned",
                 do="read the data once (trans_peft.data.pin) and keep the pinned suite",
             )
-        return content_sha256(
-            [self.name, self.data.sha256, self.limit, self.scoring, self.threshold]
-        )
+        asked = [self.name, self.data.sha256, self.limit, self.scoring, self.threshold]
+        return content_sha256(asked + ([self.data.template] if self.data.template else []))
 
     @property
     def decoding_sha256(self) -> str:

@@ -7,12 +7,21 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-__all__ = ["content_sha256"]
+__all__ = ["ADDED_LATER", "content_sha256"]
+
+ADDED_LATER: Mapping[str, Any] = {"added_later": True}
+"""Metadata of a dataclass field that came when hashes of its noun were already stored: it counts
+only where it differs from its default, so that the hashes of nouns without it stay as they are."""
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        held = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {
+            field.name: _plain(item)
+            for field, item in held
+            if not ("added_later" in field.metadata and item == field.default)
+        }
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
