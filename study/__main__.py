@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from study.cells import bare_scores, prepare, say, scores, spared_layers
+from study.cells import bare_scores, end_with_parent, prepare, say, scores, spared_layers
 from study.ledger import Ledger
 from study.picture import draw
 from study.plan import fits
@@ -47,7 +47,8 @@ def carry_out(ledger: Ledger, folder: Path, jobs: int) -> None:
     say(f"spared layers: {spared}")
     known = frozenset(score.key for score in ledger)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, initializer=end_with_parent) as pool:
         running = {pool.submit(scores, fit, prepared, known): fit for fit in fits(spared)}
         for done, future in enumerate(as_completed(running), start=1):
             for score in future.result():

@@ -6,6 +6,8 @@ that was killed goes on from its last checkpoint.
 
 import hashlib
 import json
+import os
+import threading
 import time
 from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,9 +28,29 @@ from trans_peft.training.events import Event, Progress
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit as train
 
-__all__ = ["Prepared", "bare_scores", "prepare", "say", "scores", "spared_layers"]
+__all__ = [
+    "Prepared",
+    "bare_scores",
+    "end_with_parent",
+    "prepare",
+    "say",
+    "scores",
+    "spared_layers",
+]
 
 _PROBE_ROWS, _PROBE_LENGTH = 8, 128
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is gone (killed, not only interrupted)."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def say(what: str) -> None:

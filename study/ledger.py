@@ -33,21 +33,27 @@ class Score:
     train_seconds: float
 
     @property
+    def cell(self) -> tuple[str, str, int, int, str, str]:
+        """What was asked, by name: what it was made of may have changed since."""
+        who = (self.task, self.arm, self.steps, self.seed)
+        return (*who, self.trained_on, self.scored_on)
+
+    @property
     def points(self) -> float:
         """Right answers in a hundred."""
         return 100 * self.right.count("1") / len(self.right)
 
 
 class Ledger:
-    """A JSON Lines file of scores; of two with one key the later counts."""
+    """A JSON Lines file of scores; of two that answer the same question the later counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self._scores = {score.key: score for score in (Score(**json.loads(x)) for x in lines)}
+        self._scores = {score.cell: score for score in (Score(**json.loads(x)) for x in lines)}
 
     def __contains__(self, key: object) -> bool:
-        return key in self._scores
+        return any(score.key == key for score in self._scores.values())
 
     def __iter__(self) -> Iterator[Score]:
         return iter(self._scores.values())
@@ -56,4 +62,4 @@ class Ledger:
         """Write one score down; it is kept from here on."""
         with self._path.open("a") as file:
             file.write(json.dumps(asdict(score)) + "\n")
-        self._scores[score.key] = score
+        self._scores[score.cell] = score

@@ -45,10 +45,13 @@ TASKS = {
 }
 
 UPDATES = {
-    "all": UpdateSettings(steps=96, learning_rate=3e-4, seed=10),
-    "ffn": UpdateSettings(steps=96, learning_rate=5e-4, seed=11, weights="ffn"),
+    "all": UpdateSettings(steps=32, learning_rate=3e-4, seed=0),
+    "ffn": UpdateSettings(steps=64, learning_rate=2e-3, seed=11, weights="ffn"),
 }
-"""v1 trained on: with all its weights, and with those of its FFNs alone (the paper's premise)."""
+"""v1 trained on: with all its weights, and with those of its FFNs alone (the paper's premise).
+
+Both are strong enough that a plain adapter carried over loses something: see docs/study.md.
+"""
 
 CHOSEN_ON = ("exceptions", "all")
 """Task and update on which the settings were chosen, with seed 0."""
@@ -140,16 +143,17 @@ def candidates(spared_layers: Sequence[int]) -> Mapping[str, Perturbation]:
 def fits(spared_layers: Sequence[int]) -> Iterator[Fit]:
     """Yield every adapter of the study, the most telling first."""
     task, update = CHOSEN_ON
-    for name, perturbation in candidates(spared_layers).items():
+    chosen_from = {"plain": Perturbation(), **candidates(spared_layers)}
+    for name, perturbation in chosen_from.items():
         yield Fit(task, name, perturbation, STEPS[0], seed=0, scored_on=(V1, update))
-    yield Fit(task, "plain", Perturbation(), STEPS[0], seed=0, scored_on=(V1, update))
     reported = arms(spared_layers)
     for task in ("signatures", "exceptions"):
-        for steps in STEPS:
-            for seed in SEEDS:
-                for name, perturbation in reported.items():
-                    yield Fit(task, name, perturbation, steps, seed)
-                if steps == STEPS[0]:
-                    yield Fit(task, "plain", Perturbation(), steps, seed, "ffn", ("ffn",))
+        for seed in SEEDS:
+            for name, perturbation in reported.items():
+                yield Fit(task, name, perturbation, STEPS[0], seed)
+            yield Fit(task, "plain", Perturbation(), STEPS[0], seed, "ffn", ("ffn",))
+        for seed in SEEDS:
+            for name, perturbation in reported.items():
+                yield Fit(task, name, perturbation, STEPS[1], seed)
         for seed in SEEDS:
             yield Fit(task, "plain", Perturbation(), STEPS[0], seed, "all", ("all",))

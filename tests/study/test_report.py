@@ -1,6 +1,7 @@
 """The report on answers made by hand, where every figure can be worked out on paper."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -106,6 +107,15 @@ def test_what_is_written_down_is_known_again(tmp_path):
     again = Ledger(tmp_path / "scores.jsonl")
     assert tuple(again) == story().scores
     assert story().scores[0].key in again and "another" not in again
+
+
+def test_a_score_made_of_something_else_replaces_the_one_before(tmp_path):
+    ledger = Ledger(tmp_path / "scores.jsonl")
+    before = story().scores[0]
+    ledger.append(before)
+    ledger.append(replace(before, key="another", right="1" * ITEMS))
+    assert [score.key for score in Ledger(tmp_path / "scores.jsonl")] == ["another"]
+    assert before.key not in Ledger(tmp_path / "scores.jsonl")
 
 
 def test_the_plan_trains_every_arm_with_every_seed_on_equal_terms():
