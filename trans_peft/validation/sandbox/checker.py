@@ -1,0 +1,184 @@
+"""Inside, in a sandbox of its own: run tests against a program that lives in another sandbox.
+
+No line of the program runs here. What the tests call is a `Remote`, which sends the arguments over
+and gets plain values back, so that the comparison, and with it the verdict, is made where the
+program has nothing to replace, read or end.
+"""
+
+import builtins
+import os
+import socket
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from enum import StrEnum
+from typing import Any, NoReturn
+
+from trans_peft.validation.sandbox.values import Unrepresentable, decode, encode
+from trans_peft.validation.sandbox.wire import BadMessage, Stream, receive, send
+
+__all__ = ["Reason", "ask"]
+
+_TESTS = "<tests>"
+
+
+class Reason(StrEnum):
+    """Why code passed or did not."""
+
+    PASSED = "passed"
+    WRONG = "wrong"
+    RAISED = "raised"
+    ENDED = "ended"
+    TIMED_OUT = "timed-out"
+    UNREPRESENTABLE = "unrepresentable"
+
+
+_Reference = str | list[Any]  # a name of the program's, or an object's number and type
+
+
+class RemoteError(Exception):
+    """An exception of the program's whose type is not one of Python's own."""
+
+
+class _Fault(BaseException):
+    """The program cannot have passed, whatever the tests make of it."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def ask(job: Mapping[str, Any], fds: Sequence[int]) -> None:
+    """Run `job["tests"]` and write the verdict, `{"reason", "detail"}`.
+
+    `job["preamble"]` runs first; then each of `job["names"]` stands for the program's.
+    """
+    talk_fd, verdict_fd = fds
+    with (
+        os.fdopen(verdict_fd, "wb") as verdict,
+        socket.socket(fileno=talk_fd) as talk,
+        talk.makefile("rwb") as stream,
+    ):
+        program = _Program(stream)
+        reason, detail = _judge(program, job["preamble"], job["names"], job["tests"])
+        if program.fault:  # tests may have swallowed it
+            reason, detail = program.fault.reason, str(program.fault)
+        send(verdict, {"reason": reason, "detail": detail[:1000]})
+
+
+def _judge(program: "_Program", preamble: str, names: list[str], tests: str) -> tuple[Reason, str]:
+    namespace: dict[str, Any] = {"__name__": "tests"}
+    try:
+        program.wait_until_loaded()
+        exec(compile(preamble, "<preamble>", "exec", dont_inherit=True), namespace)  # noqa: S102
+        namespace |= {name: Remote(program, name) for name in names}
+        exec(compile(tests, _TESTS, "exec", dont_inherit=True), namespace)  # noqa: S102
+    except _Fault as fault:
+        return fault.reason, str(fault)
+    except BaseException as error:
+        words = traceback.format_exception_only(error)[-1].strip()
+        wrong = isinstance(error, AssertionError) and error is not program.raised
+        return Reason.WRONG if wrong else Reason.RAISED, f"{words}{_place(error, tests)}"
+    return Reason.PASSED, ""
+
+
+def _place(error: BaseException, tests: str) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == _TESTS]  # fmt: skip
+    return f" at: {tests.splitlines()[lines[-1] - 1].strip()}" if lines and lines[-1] else ""
+
+
+class _Program:
+    """The program in the other sandbox."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.fault: _Fault | None = None
+        self.raised: Exception | None = None
+
+    def wait_until_loaded(self) -> None:
+        self._receive()
+
+    def do(self, act: str, reference: _Reference, *arguments: Any) -> Any:
+        try:
+            parts = [encode(argument, _refer) for argument in arguments]
+            send(self._stream, [act, ["object", reference], *parts])
+        except (Unrepresentable, BadMessage) as error:
+            self.blame(Reason.UNREPRESENTABLE, f"an argument of a call: {error}")
+        except OSError:
+            self.blame(Reason.ENDED, "the program ended before it was asked")
+        return self._receive()
+
+    def blame(self, reason: Reason, detail: str) -> NoReturn:
+        self.fault = self.fault or _Fault(reason, detail)
+        raise self.fault
+
+    def _receive(self) -> Any:
+        try:
+            kind, *content = receive(self._stream)
+            if kind == "value":
+                (value,) = content
+                return decode(value, self._remote)
+            words = [str(word) for word in content]
+        except (EOFError, OSError):
+            self.blame(Reason.ENDED, "the program ended before it answered")
+        except (BadMessage, ArithmeticError, LookupError, MemoryError, RecursionError, TypeError,
+                ValueError) as error:  # fmt: skip
+            self.blame(Reason.ENDED, f"the program sent what is no answer: {error!r}")
+        if kind == "raised":
+            self.raised = _exception(words[0] if words else "", ": ".join(words[1:]))
+            raise self.raised
+        self.blame(Reason.UNREPRESENTABLE, f"an answer: {': '.join(words)}")
+
+    def _remote(self, reference: Any) -> "Remote":
+        number, kind = reference
+        return Remote(self, [int(number), str(kind)])
+
+
+class Remote:
+    """An object of the program's: it can be called, and its attributes read and set.
+
+    Comparing it, or asking it anything else, would let the program's own code decide about the
+    verdict: the check then fails as unrepresentable.
+    """
+
+    __slots__ = ("_program", "_reference")
+    _program: _Program
+    _reference: _Reference
+
+    def __init__(self, program: _Program, reference: _Reference) -> None:
+        object.__setattr__(self, "_program", program)
+        object.__setattr__(self, "_reference", reference)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._program.do("call", self._reference, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._program.do("get", self._reference, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._program.do("set", self._reference, name, value)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        name = self._reference if isinstance(self._reference, str) else self._reference[1]
+        detail = f"the tests compare or unpack {name}, which is no plain value"
+        self._program.blame(Reason.UNREPRESENTABLE, detail)
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
+    __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = _refuse
+
+
+def _refer(value: Any) -> _Reference:
+    if isinstance(value, Remote):
+        return object.__getattribute__(value, "_reference")
+    raise Unrepresentable(f"a value of type {type(value).__name__} cannot travel")
+
+
+def _exception(name: str, text: str) -> Exception:
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        with suppress(TypeError):  # some want more than a text
+            return kind(text)
+    return RemoteError(f"{name}: {text}")
