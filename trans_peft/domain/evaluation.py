@@ -4,6 +4,7 @@ An evaluation keeps its result item by item, so that a gate can compare in pairs
 that turn evaluations into a verdict are in `trans_peft.validation.gate`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, Literal
@@ -19,10 +20,12 @@ __all__ = [
     "GatePolicy",
     "ItemResult",
     "Judgement",
+    "Prefix",
     "Suite",
     "SuiteJudgement",
     "Verdict",
     "evaluation_key",
+    "prefix_key",
     "verdict_key",
 ]
 
@@ -101,6 +104,11 @@ def evaluation_key(
     return content_sha256([weights_sha256, base_fingerprint_sha256, suite_sha256, decoding_sha256])
 
 
+def prefix_key(whole_key: str, prefix: "Prefix", asked: int) -> str:
+    """Return the key of the part of an evaluation that the first `asked` items of an order are."""
+    return content_sha256(["prefix", whole_key, prefix.of, prefix.seed, asked])
+
+
 @dataclass(frozen=True)
 class ItemResult:
     """One answered question. `answer` is user data: kept only where the suite says so."""
@@ -112,8 +120,19 @@ class ItemResult:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Says that of a suite's `of` items only the first in the order of a `seed` were asked."""
+
+    of: int
+    seed: str
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """One adapter (or `BARE`) on one base, item by item."""
+    """One adapter (or `BARE`) on one base, item by item.
+
+    `prefix` is None where the whole suite was asked; a part of it has another key than the whole.
+    """
 
     suite: str
     weights_sha256: str
@@ -122,6 +141,7 @@ class Evaluation:
     decoding_sha256: str
     items: tuple[ItemResult, ...]
     seconds: float = 0.0
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         ids = [item.id for item in self.items]
@@ -129,16 +149,21 @@ class Evaluation:
             raise InvalidSpecError(f"suite {self.suite!r}: an evaluation without items")
         if len(set(ids)) != len(ids):
             raise InvalidSpecError(f"suite {self.suite!r}: item ids are not unique")
+        if self.prefix is not None and len(ids) >= self.prefix.of:
+            raise InvalidSpecError(
+                f"suite {self.suite!r}: {len(ids)} of {self.prefix.of} items are not a part"
+            )
 
     @property
     def key(self) -> str:
-        """The evaluation's key (see `evaluation_key`)."""
-        return evaluation_key(
+        """The evaluation's key (see `evaluation_key` and, for a part of a suite, `prefix_key`)."""
+        whole = evaluation_key(
             self.weights_sha256,
             self.base_fingerprint_sha256,
             self.suite_sha256,
             self.decoding_sha256,
         )
+        return whole if self.prefix is None else prefix_key(whole, self.prefix, len(self.items))
 
     @property
     def score(self) -> float:
@@ -164,7 +189,8 @@ class GatePolicy:
     `margin_points`: the largest loss against the base it was trained on that still counts as none.
     `alpha`: one-sided level of each bound. `required_suites`: those that must all pass; empty means
     every suite that the adapter was registered with. `must_beat_bare`: it must also do better than
-    the bare new base.
+    the bare new base. `sequential`: stop asking once the verdict is known; at the same `alpha`,
+    with less power (docs/verdicts.md).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -173,6 +199,7 @@ class GatePolicy:
     alpha: float = 0.05
     required_suites: tuple[str, ...] = ()
     must_beat_bare: bool = True
+    sequential: bool = field(default=False, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
@@ -188,6 +215,10 @@ class GatePolicy:
         """Hash of the policy; part of every verdict's key."""
         return content_sha256(self)
 
+    def requires(self, suites: Iterable[str]) -> tuple[str, ...]:
+        """Return the required suites, each once, of an adapter that was registered with these."""
+        return tuple(dict.fromkeys(self.required_suites)) or tuple(sorted(suites))
+
 
 def verdict_key(evaluation_keys: tuple[str, ...], policy_sha256: str) -> str:
     """Return the key of one verdict: its evaluations (in any order) and its policy."""
@@ -202,7 +233,9 @@ class SuiteJudgement:
     on, `lower`/`upper` its one-sided bounds at the policy's alpha. `over_bare` compares the adapter
     with the bare new base likewise. `discordant`: items on which the two bases differ. `power`: the
     chance of passing when nothing was lost, with as many discordant pairs as were seen.
-    `more_items`: how many further items would decide, 0 where it is decided.
+    `more_items`: how many further items would decide, 0 where it is decided. `prefix`: set where
+    the test was sequential; all figures are then those of the items asked, whose bounds hold
+    whenever one stops.
     """
 
     suite: str
@@ -219,6 +252,7 @@ class SuiteJudgement:
     over_bare_lower: float | None = None
     over_bare_upper: float | None = None
     more_items: int = 0
+    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True)

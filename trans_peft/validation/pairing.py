@@ -1,7 +1,7 @@
 """Which evaluations may be compared, and the counts that a comparison in pairs rests on."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from trans_peft.domain.evaluation import BARE, Evaluation
@@ -44,11 +44,13 @@ def check_comparable(
     bare: Mapping[str, Evaluation],
     *,
     bare_required: bool,
+    partial: Collection[str] = (),
 ) -> None:
     """Raise InvalidSpecError, with all reasons, unless every suite can be compared in pairs.
 
     Comparable are the same questions (suite hash, item ids) marked by the same rule and decoded in
-    the same way. Bare results may be missing where they are not required.
+    the same way. Bare results may be missing where they are not required. Of a `partial` suite, the
+    results on the new base may be missing or lack items.
     """
     problems = [] if required else ["there is no suite to judge by"]
     for name in sorted({*required, *reference, *candidate, *bare}):
@@ -58,9 +60,12 @@ def check_comparable(
             "bare new base": bare.get(name),
         }
         optional = set() if bare_required and name in required else {"bare new base"}
+        if name in partial:
+            optional = {"adapter on the new base", "bare new base"}
         results = {side: result for side, result in sides.items() if result is not None}
         told = [f"no result: {side}" for side in sides if side not in {*results, *optional}]
         told += _differences(results)
+        told += _other_items(results, reference.get(name) if name in partial else None)
         if name in candidate and name in bare:
             if candidate[name].base_fingerprint_sha256 != bare[name].base_fingerprint_sha256:
                 told.append("adapter and bare base were run on different bases")
@@ -82,10 +87,19 @@ def _differences(results: Mapping[str, Evaluation]) -> list[str]:
         if len(set(found.values())) > 1:
             told = ", ".join(f"{value[:12]} ({side})" for side, value in found.items())
             problems.append(f"{what} differs: {told}")
-    asked = Counter(item.id for result in results.values() for item in result.items)
-    unshared = sorted(id_ for id_, count in asked.items() if count < len(results))
-    if unshared:
-        dots = ", ..." if len(unshared) > _SHOWN else ""
-        shown = ", ".join(unshared[:_SHOWN])
-        problems.append(f"{len(unshared)} items are not answered on all sides: {shown}{dots}")
     return problems
+
+
+def _other_items(results: Mapping[str, Evaluation], whole: Evaluation | None) -> list[str]:
+    """Where there is a `whole`, the others may lack some of its items, but have no more."""
+    asked = Counter(item.id for result in results.values() for item in result.items)
+    if whole is None:
+        unshared = sorted(id_ for id_, count in asked.items() if count < len(results))
+    else:
+        unshared = sorted(asked.keys() - {item.id for item in whole.items})
+    if not unshared:
+        return []
+    dots = ", ..." if len(unshared) > _SHOWN else ""
+    shown = ", ".join(unshared[:_SHOWN])
+    where = "on all sides" if whole is None else "on the old base"
+    return [f"{len(unshared)} items are not answered {where}: {shown}{dots}"]
