@@ -16,13 +16,14 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
@@ -40,7 +41,8 @@ from trans_peft.validation.sandbox.nursery import Nursery
 from trans_peft.validation.sandbox.run import Outcome, missing_guards, run_code
 
 MEBIBYTE = 1 << 20
-LIMITS = Limits(wall_s=4, cpu_s=1, memory_bytes=256 * MEBIBYTE, scratch_bytes=2 * MEBIBYTE)
+LIMITS = Limits(wall_s=4, cpu_s=1, memory_bytes=128 * MEBIBYTE, scratch_bytes=2 * MEBIBYTE)
+SOON = replace(LIMITS, wall_s=0.5)
 
 
 @pytest.fixture
@@ -104,6 +106,7 @@ def there_and_back(value: object) -> object:
     return values.decode(json.loads(json.dumps(values.encode(value, nothing_else))), nothing_else)
 
 
+@settings(max_examples=50, deadline=None)
 @given(plain)
 def test_plain_values_come_back_equal_and_of_their_type(value):
     back = there_and_back(value)
@@ -139,6 +142,7 @@ def test_iterators_are_read_and_stay_iterators():
     assert there_and_back(iter([1])) != [1]
 
 
+@settings(max_examples=50, deadline=None)
 @given(json_values)
 def test_whatever_arrives_is_a_plain_value_or_an_expected_error(data):
     expected = (ArithmeticError, LookupError, TypeError, ValueError, values.Unrepresentable)
@@ -179,12 +183,13 @@ TESTS = humaneval_tests(
         ("assert False", Reason.RAISED),
         ("return area(a, b)", Reason.RAISED),
         ("return (", Reason.RAISED),
-        ("while True: pass", Reason.TIMED_OUT),
+        ("import time; time.sleep(60)", Reason.TIMED_OUT),
     ],
 )
 def test_honest_programs_get_the_verdict_of_one_interpreter(body, reason):
     program = f"{PROMPT}    {body}\n"
-    result = check_code(program, TESTS, limits=LIMITS)
+    limits = SOON if reason is Reason.TIMED_OUT else LIMITS
+    result = check_code(program, TESTS, limits=limits)
     assert result.reason is reason, result
     if reason is not Reason.TIMED_OUT:
         assert result.passed == passes_in_one_interpreter(program, TESTS)
@@ -283,7 +288,7 @@ FORGERIES = {
     "a list equal to everything": "class A(list):\n    __eq__ = lambda *_: True\nf = lambda x: A()",
     "a false class": "class A:\n    __class__ = int; __eq__ = lambda *_: True\nf = lambda x: A()",
     "no AssertionError": "import builtins\nbuiltins.AssertionError = Warning\ndef f(x): pass",
-    "asserts off": "import sys\nsys.flags = None\n__debug__x = False\ndef f(x): pass",
+    "leave the tests": "import sys\nsys.settrace(lambda *_: sys.exit(0))\ndef f(x): pass",
     "replace the checker": """
         import sys
         from types import ModuleType
@@ -316,13 +321,6 @@ FORGERIES = {
                     for value in thing.values() if isinstance(thing, dict) else thing:
                         if type(value) is int and value > 10**30: return value
     """,
-    "redefine what tests use": """
-        def set(*_): return 0
-        abs = len = sum = isinstance = check = area = set
-        import builtins
-        for name in ("set", "abs", "isinstance"): setattr(builtins, name, set)
-        def f(x): return 0
-    """,
     "stop the tests": "import os, signal\ndef f(x):\n    os.kill(-1, signal.SIGKILL); return 0",
     "answer with an iterator": "def f(x): return iter([])",
     "answer without end": "import itertools\ndef f(x): return itertools.count()",
@@ -330,7 +328,7 @@ FORGERIES = {
     "answer with a huge int": "def f(x): return 1 << (1 << 28)",
     "answer nested deep": "def f(x):\n    v = []\n    for _ in range(10**5): v = [v]\n    return v",
     "answer with itself": "def f(x):\n    v = []; v.append(v); return v",
-    "recurse deep": "import sys; sys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
+    "recurse deep": "import sys; sys.setrecursionlimit(10**9)\ndef f(x): return max([x], key=f)",
     "crash the interpreter": "import ctypes\ndef f(x): ctypes.string_at(0)",
     "source that is no text": "\ud800 = '\0'",
     "a bomb of unicode": "def f(x): return '\\u0301\\ud800' * (1 << 22)",
@@ -340,7 +338,7 @@ FORGERIES = {
             try: signal.signal(n, signal.SIG_IGN)
             except Exception: pass
         def f(x):
-            while True: pass
+            while True: signal.pause()
     """,
 }  # fmt: skip
 
@@ -349,11 +347,31 @@ FORGERIES = {
 @pytest.mark.parametrize("program", FORGERIES.values(), ids=FORGERIES)
 def test_a_forgery_is_not_scored_as_passed(program):
     answer = secrets.randbits(120) | 1 << 119
-    tests = CodeTests(f"assert set([f(1)]) == set([{answer}])\nassert f(2) == {answer}", ("f",))
-    result = check_code(dedent(program), tests, limits=LIMITS)
+    tests = CodeTests(f"assert f(1) == {answer}\nassert not f(2) != {answer}", ("f",))
+    limits = SOON if "signal.pause" in program else LIMITS
+    result = check_code(dedent(program), tests, limits=limits)
     assert not result.passed
     assert result.reason is not Reason.PASSED
-    assert str(answer) not in program
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize(
+    "test",
+    ["assert set([f(1)]) == set([3])", "assert abs(f(1) - 3) < 1e-9",
+     "assert sorted([f(1)]) == [3]", "assert math.isclose(f(1), 3)"],
+)  # fmt: skip
+def test_what_the_tests_use_is_not_the_programs_to_redefine(test):
+    program = """
+        import builtins, math
+        def set(*_, **__): return 0
+        abs = isclose = isinstance = sorted = set
+        builtins.set = builtins.abs = builtins.sorted = set
+        math.isclose = lambda *_: True
+        def f(x): return 0
+    """
+    tests = CodeTests(test, ("f",), preamble="import math")
+    result = check_code(dedent(program), tests, limits=LIMITS)
+    assert result.reason is Reason.WRONG, result
 
 
 @pytest.mark.usefixtures("guarded")
@@ -581,17 +599,17 @@ def test_open_descriptors_of_the_caller_are_closed(tmp_path):
             Limits(output_bytes=5000),
             "output",
         ),
-        ("while True: pass", Limits(cpu_s=1), "cpu"),
-        ("import time; time.sleep(60)", Limits(wall_s=0.3), "wall"),
+        ("while True: pass", replace(LIMITS, wall_s=30), "cpu"),
+        ("import time; time.sleep(60)", SOON, "wall"),
         (
             "import signal\nsignal.signal(15, 1)\nwhile True: signal.pause()",
-            Limits(wall_s=0.3),
+            SOON,
             "wall",
         ),
         (
-            "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nwhile 1: 0",
-            Limits(cpu_s=1),
-            "cpu",
+            "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nsignal.pause()",
+            SOON,
+            "wall",
         ),
     ],
 )
@@ -600,7 +618,7 @@ def test_a_program_without_end_is_ended(program, limits, stopped):
     outcome = run(program, limits)
     assert outcome.ending.stopped == stopped, outcome
     assert max(len(outcome.stdout), len(outcome.stderr)) <= limits.output_bytes
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < limits.wall_s + 2
 
 
 @pytest.mark.usefixtures("guarded")
@@ -608,7 +626,7 @@ def test_memory_is_bounded_by_every_way_to_it():
     outcome = run(
         attempts(
             "bytearray(1 << 30)",
-            "[bytearray(1 << 20) for _ in range(300)]",
+            "[bytearray(1 << 20) for _ in range(150)]",
             "mmap.mmap(-1, 1 << 30)",
             "os.memfd_create('x')",
             "assert libc.shmget(0, 4096, 0o600) >= 0",
@@ -705,6 +723,18 @@ def test_all_processes_are_few_and_end_with_the_program(program, at_most):
     written = write_while_running(program, Limits(wall_s=1, processes=4))
     assert time.monotonic() - started < 5
     assert len(set(written.split())) <= at_most
+
+
+@pytest.mark.usefixtures("guarded")
+def test_what_an_honest_program_needs_is_there():
+    outcome = run("""
+        import asyncio, concurrent.futures, hashlib, json, sqlite3, ssl, tempfile, uuid
+        print("", file=open("/dev/null", "w"))
+        with tempfile.TemporaryFile() as file: file.write(b"x")
+        with concurrent.futures.ThreadPoolExecutor(2) as pool: list(pool.map(print, "ab"))
+        asyncio.run(asyncio.sleep(0))
+    """)
+    assert (outcome.stdout, outcome.stderr) == ("a\nb\n", "")
 
 
 @pytest.mark.usefixtures("guarded")

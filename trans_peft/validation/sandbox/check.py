@@ -22,7 +22,7 @@ from trans_peft.validation.sandbox.box import Sandbox
 from trans_peft.validation.sandbox.checker import Reason
 from trans_peft.validation.sandbox.guards import Guard
 from trans_peft.validation.sandbox.limits import Limits
-from trans_peft.validation.sandbox.wire import receive
+from trans_peft.validation.sandbox.wire import BadMessage, receive
 
 __all__ = ["CodeResult", "CodeTests", "Reason", "check_code", "humaneval_tests", "mbpp_tests"]
 
@@ -143,13 +143,18 @@ def check_code(
         checker.begin("checker", asdict(tests))
         try:
             words = receive(verdict)
-        except EOFError:
-            words = {"reason": Reason.ENDED, "detail": str(checker.ending())}
-        reason, detail = Reason(words["reason"]), words["detail"]
-        if reason is Reason.ENDED:
-            candidate.stop()
-            ending = candidate.ending()
-            if ending.stopped in ("wall", "cpu"):
-                reason = Reason.TIMED_OUT
-            detail = f"{detail}; {ending}"
+            reason, detail = Reason(words["reason"]), words["detail"]
+            if reason is Reason.ENDED:
+                candidate.stop()
+                reason, ending = _ended(candidate)
+                detail = f"{detail}: {ending}"
+        except (EOFError, BadMessage):
+            reason, ending = _ended(checker)
+            detail = f"the tests themselves: {ending}"
     return CodeResult(reason is Reason.PASSED, reason, detail)
+
+
+def _ended(sandbox: Sandbox) -> tuple[Reason, str]:
+    ending = sandbox.ending()
+    timed_out = ending.stopped in ("wall", "cpu")
+    return Reason.TIMED_OUT if timed_out else Reason.ENDED, str(ending)

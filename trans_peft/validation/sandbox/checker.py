@@ -76,16 +76,21 @@ def _judge(program: "_Program", preamble: str, names: list[str], tests: str) -> 
     except _Fault as fault:
         return fault.reason, str(fault)
     except BaseException as error:
-        words = traceback.format_exception_only(error)[-1].strip()
         wrong = isinstance(error, AssertionError) and error is not program.raised
-        return Reason.WRONG if wrong else Reason.RAISED, f"{words}{_place(error, tests)}"
+        return Reason.WRONG if wrong else Reason.RAISED, f"{_words(error)}{_place(error, tests)}"
     return Reason.PASSED, ""
 
 
+def _words(error: BaseException) -> str:
+    name = "" if isinstance(error, RemoteError) else type(error).__name__
+    return ": ".join(part for part in (name, str(error)) if part)
+
+
 def _place(error: BaseException, tests: str) -> str:
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-             if frame.filename == _TESTS]  # fmt: skip
-    return f" at: {tests.splitlines()[lines[-1] - 1].strip()}" if lines and lines[-1] else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    numbers = [frame.lineno or 0 for frame in frames if frame.filename == _TESTS]
+    lines = dict(enumerate(tests.split("\n"), start=1))
+    return f" at: {lines.get(numbers[-1], '').strip()}" if numbers else ""
 
 
 class _Program:

@@ -172,9 +172,13 @@ def _become_nobody(limits: Limits, missing: Mapping[str, str], *, change_ids: bo
     # The process above this one runs under the same id, and is counted, where ids are not changed.
     impose(limits, others=0 if change_ids else 1)
     if change_ids:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        except PermissionError:
+            if Guard.USER not in missing:
+                raise
     kernel.drop_capabilities()
     kernel.allow_no_debugger()
     kernel.die_with_parent()

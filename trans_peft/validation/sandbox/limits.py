@@ -16,7 +16,7 @@ class Limits:
     """Upper bounds for one sandbox.
 
     `cpu_s` is processor time of one process, so that a verdict does not hang on how busy the
-    machine is; `wall_s` is there for code that waits, and generous. `memory_bytes` is address space of one
+    machine is; `wall_s` is generous, for code that waits. `memory_bytes` is address space of one
     process, `processes` counts threads too: at worst a sandbox takes their product.
     `output_bytes` bounds stdout and stderr each, `scratch_bytes` the scratch folder and any file.
     """
