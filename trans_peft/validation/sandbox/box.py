@@ -2,7 +2,7 @@
 
 Why not the `unshare` program, bubblewrap or nsjail: workers that evaluate adapters run in
 containers, where none of them need be installed, and each lacks a part (limits, a filter of system
-calls, a wall clock, a private root). What is needed is a dozen system calls, in `kernel`.
+calls, a wall clock, a private root). What is needed is eight system calls, in `kernel`.
 
 This process only writes the id maps of the sandbox, which a process outside has to, sends it an
 order and hears how it ended. It trusts nothing that generated code says to be more than bytes.
