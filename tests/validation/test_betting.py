@@ -1,5 +1,7 @@
+import re
 from itertools import pairwise, product
 from math import erf, log, sqrt
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.sequential import simulate
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.betting import Claim, lower_limit, power_by_betting, stake
-from trans_peft.validation.intervals import lower_bound
+from trans_peft.validation.intervals import lower_bound, power_of_non_inferiority
 
 NORMAL = NormalDist()
 X = st.sampled_from([-1, 0, 1])
@@ -132,6 +134,25 @@ def test_of_10000_adapters_that_lost_the_margin_at_most_alpha_pass(n, discordant
     assert 0.03 < passed <= 0.05 + three_errors
 
 
+PAGE = (Path(__file__).parents[2] / "docs" / "verdicts.md").read_text()
+EARLY = [
+    [float(number) for number in re.findall(r"[\d.]+", line)]
+    for line in PAGE.split("<!-- early:")[1].splitlines()[3:12]
+]
+
+
+@pytest.mark.parametrize("row", EARLY, ids=lambda row: f"{row[0]:.0f} items, {row[1]:.0f} %")
+def test_the_page_prints_what_the_simulation_gives(row):
+    n, discordant, at_margin, at_none, fixed, asked, share = row
+    assert fixed == round(100 * power_of_non_inferiority(int(n), discordant / 100, 0.05, 0.05))
+    assert share == round(100 * asked / n)
+    assert at_margin <= 5 + 3 * 0.22
+    if n == 200:  # the others take too long here
+        found = simulate(200, discordant / 100, 0.0, adapters=2000, seed=5)
+        assert 100 * found.passed == pytest.approx(at_none, abs=4)
+        assert found.asked == pytest.approx(asked, abs=4)
+
+
 def test_what_is_shown_stays_shown():
     claim = Claim(-0.05, items=100, alpha=0.05, effect=0.05)
     for x in [1] * 20 + [-1] * 80:
@@ -151,8 +172,6 @@ def test_the_chance_left_is_about_the_power_and_falls_with_losses():
 
 
 def test_the_power_is_that_of_the_bets_and_below_the_fixed_tests():
-    from trans_peft.validation.intervals import power_of_non_inferiority
-
     for n, share in ((200, 0.1), (500, 0.2)):
         fixed = power_of_non_inferiority(n, share, 0.05, 0.05)
         assert fixed - 0.12 < power_by_betting(n, share, 0.05, 0.05) < fixed

@@ -12,6 +12,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Judgement, Verdict
 from trans_peft.domain.outcome import Compatibility, Effect, TransferOutcome, Work
 from trans_peft.errors import NotFoundError
+from trans_peft.lifecycle.early import evaluate_early
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, tokenizer_folder
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
@@ -33,7 +34,8 @@ def transfer(
 
     Compatibility (no weights on a device), transplant, effect probe, evaluation, gate against the
     results on the base that it was trained on. Whatever the registry knows already is taken from
-    there: a changed policy is judged from stored results, without a model.
+    there: a changed policy is judged from stored results, without a model, as far as they go (a
+    sequential policy stops asking once the verdict is known).
     """
     started = time.monotonic()
     base = find_base(family, work.base_version, platform)
@@ -120,11 +122,21 @@ def _judge(
             on_progress=on_progress,
         )
 
-    reference, candidate, bare = (
-        answers(trained_on, folder),
-        answers(base, folder),
-        answers(base, None),
-    )
+    reference = answers(trained_on, folder)
+    if policy.sequential:
+        candidate, bare = evaluate_early(
+            policy,
+            base,
+            source.suites,
+            reference,
+            platform,
+            adapter=folder,
+            weights_sha256=source.weights_sha256,
+            labels={"adapter": source.adapter},
+            on_progress=on_progress,
+        )
+    else:
+        candidate, bare = answers(base, folder), answers(base, None)
     number = earlier.new_number if earlier else _register(source, base, folder(), platform, scratch)
     return replace(
         outcome,

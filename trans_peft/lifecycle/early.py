@@ -1,0 +1,175 @@
+"""Answers on a new base, asked for only as far as the verdict on an adapter needs them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trans_peft.data import Example, read_examples
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Prefix, Suite, prefix_key
+from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on
+from trans_peft.ports import Platform
+from trans_peft.validation.sequential import SequentialGate, Side, SuiteTest, batch_ends
+
+__all__ = ["evaluate_early"]
+
+
+def evaluate_early(
+    policy: GatePolicy,
+    base: BaseVersion,
+    suites: Sequence[Suite],
+    reference: Mapping[str, Evaluation],
+    platform: Platform,
+    *,
+    adapter: Callable[[], Path],
+    weights_sha256: str,
+    labels: Mapping[str, str] | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+    """Return what the adapter and what the bare base answered until the verdict was known.
+
+    By suite name; a suite of which nothing was asked is missing. Required suites are asked in their
+    seeded order and kept as parts (asking starts where the longest part in the store ends), the
+    others whole. `reference` is the adapter's whole result on the base it was trained on; the other
+    arguments are `evaluate_on`'s.
+    """
+    gate = SequentialGate(policy, reference, base.fingerprint_sha256)
+    named = {suite.name: suite for suite in suites}
+    sides = {
+        Side.CANDIDATE: _Side(weights_sha256, adapter, dict(labels or {})),
+        Side.BARE: _Side(BARE, None, {}),
+    }
+    with _Respondent(base, platform, on_progress) as respondent:
+        while (want := gate.wants()) is not None:
+            side, suite, test = sides[want.side], named[want.suite], gate.suites[want.suite]
+            if suite.name not in side.asked:
+                side.asked[suite.name] = _stored(base, suite, test, side, platform)
+            known = side.asked[suite.name]
+            answered = {item.id: item for item in known.items} if known else {}
+            if missing := [id_ for id_ in want.ids if id_ not in answered]:
+                chunk = respondent.answer(side, suite, missing, len(answered), len(test.order))
+                side.asked[suite.name] = _joined(known, chunk, test, reference[suite.name])
+                side.new.add(suite.name)
+                answered |= {item.id: item for item in chunk.items}
+            gate.observe(suite.name, want.side, [answered[id_] for id_ in want.ids])
+
+    def results(side: _Side) -> dict[str, Evaluation]:
+        asked = {name: found for name, found in side.asked.items() if found is not None}
+        for name in sorted(side.new):
+            place = {"family": base.family, "base": base.version}
+            platform.evaluations.put(asked[name], labels=place | side.labels)
+        return asked | evaluate_on(
+            base,
+            [suite for suite in suites if suite.name not in gate.suites],
+            platform,
+            adapter=side.adapter,
+            weights_sha256=side.weights_sha256,
+            labels=side.labels,
+            on_progress=on_progress,
+        )
+
+    return results(sides[Side.CANDIDATE]), results(sides[Side.BARE])
+
+
+class _Side:
+    """Who answers, and what of each suite is answered; `new`: what the store does not hold yet."""
+
+    def __init__(
+        self, weights_sha256: str, adapter: Callable[[], Path] | None, labels: dict[str, str]
+    ) -> None:
+        self.weights_sha256, self.adapter, self.labels = weights_sha256, adapter, labels
+        self.asked: dict[str, Evaluation | None] = {}
+        self.new: set[str] = set()
+
+
+def _stored(
+    base: BaseVersion, suite: Suite, test: SuiteTest, side: _Side, platform: Platform
+) -> Evaluation | None:
+    """Return the whole evaluation from the store, or else the longest part of it."""
+    whole = suite.evaluation_key(side.weights_sha256, base.fingerprint_sha256)
+    n = len(test.order)
+    ends = [end for end in reversed(batch_ends(n)) if end < n]
+    keys = [whole, *(prefix_key(whole, Prefix(n, test.seed), end) for end in ends)]
+    return next((found for key in keys if (found := platform.evaluations.get(key))), None)
+
+
+def _joined(
+    known: Evaluation | None, chunk: Evaluation, test: SuiteTest, reference: Evaluation
+) -> Evaluation:
+    """Return both as one; the whole suite, once it is there, in the suite's own order."""
+    before = known.items if known else ()
+    items = {item.id: item for item in (*before, *chunk.items)}
+    n = len(test.order)
+    ids = test.order[: len(items)] if len(items) < n else [item.id for item in reference.items]
+    return replace(
+        chunk,
+        items=tuple(items[id_] for id_ in ids),
+        seconds=chunk.seconds + (known.seconds if known else 0.0),
+        prefix=Prefix(n, test.seed) if len(items) < n else None,
+    )
+
+
+@dataclass
+class _Lent:
+    """The model that is ready to answer for one side, in one dtype."""
+
+    side: _Side
+    dtype: str
+    model: Any
+    tokenizer: Any
+
+
+class _Respondent:
+    """Answers batches; the adapter stays on the base from one batch to the next."""
+
+    def __init__(self, base: BaseVersion, platform: Platform, on_progress: Progress | None) -> None:
+        self._base, self._platform, self._on_progress = base, platform, on_progress
+        self._examples: dict[str, dict[str, Example]] = {}
+        self._stack = ExitStack()
+        self._lent: _Lent | None = None
+
+    def __enter__(self) -> "_Respondent":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def answer(
+        self, side: _Side, suite: Suite, ids: Sequence[str], done: int, total: int
+    ) -> Evaluation:
+        from trans_peft.validation.evaluate import evaluate
+
+        lent = self._lend(side, suite.dtype)
+        if suite.name not in self._examples:
+            read = read_examples(suite.data, self._platform.store, limit=suite.limit)
+            self._examples[suite.name] = {example.id: example for example in read}
+        who = f"{side.labels.get('adapter', 'bare base')}: {suite.name} on {self._base.version}"
+
+        def report(more: int, _: int) -> None:
+            if self._on_progress is not None:
+                self._on_progress(who, done + more, total)
+
+        return evaluate(
+            lent.model,
+            lent.tokenizer,
+            suite,
+            [self._examples[suite.name][id_] for id_ in ids],
+            weights_sha256=side.weights_sha256,
+            base_fingerprint_sha256=self._base.fingerprint_sha256,
+            on_progress=report,
+        )
+
+    def _lend(self, side: _Side, dtype: str) -> _Lent:
+        from trans_peft.models import load_base
+        from trans_peft.transfer.transplant import attached
+
+        if self._lent is None or (self._lent.side, self._lent.dtype) != (side, dtype):
+            self._stack.close()  # the adapter leaves the base before anybody else uses it
+            loaded = load_base(base_folder(self._base, self._platform), dtype)
+            model = loaded.model
+            if side.adapter is not None:
+                model = self._stack.enter_context(attached(model, side.adapter()))
+            self._lent = _Lent(side, dtype, model, loaded.tokenizer)
+        return self._lent
