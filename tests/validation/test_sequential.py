@@ -130,6 +130,15 @@ def test_asking_stops_where_no_verdict_has_a_chance():
     assert judgement.suites[0].more_items > 0
 
 
+def test_nothing_is_asked_where_no_verdict_ever_had_a_chance():
+    policy = replace(EARLY, margin_points=1.0, alpha=0.001)
+    gate, candidate, bare = drive(policy, *three([1] * 3, [1] * 3, [0] * 3))
+    assert (gate.verdict, candidate, bare) == (Verdict.INCONCLUSIVE, {}, {})
+    judgement = judge(policy, three([1] * 3, [1] * 3, [0] * 3)[0], {}, {})
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert "nothing was asked" in judgement.reason
+
+
 def test_a_suite_that_is_not_required_is_asked_whole_and_decides_nothing():
     policy = replace(EARLY, required_suites=("a",))
     reference, candidate, bare = merged(three(*A_KEPT, suite="a"), three(*A_LOST, suite="b"))

@@ -53,9 +53,10 @@ def stake(
     effect, which decides sooner in suites much larger than needed.
     """
     wealth, threshold = np.maximum(wealth, _TINY), np.asarray(threshold, dtype=np.float64)
+    variance = np.asarray(variance, dtype=np.float64)
     z = -ndtri(wealth / 2)
     hedge = np.exp(-z * z / 2 - log_ndtr(-z)) / np.sqrt(2 * np.pi * left * variance)
-    wanted = np.maximum(hedge, effect / (2 * np.asarray(variance)))
+    wanted = np.maximum(hedge, effect / (2 * variance))
     # No more than what reaches the goal with the smallest gain that an item can bring.
     smallest_gain = np.where(threshold < -1e-9, -threshold, 1 - threshold)
     enough = (1 / wealth - 1) / smallest_gain
@@ -76,7 +77,7 @@ class Claim:
             raise InvalidSpecError(
                 "a claim that cannot be tested",
                 expected="items >= 1, alpha in (0, 1), effect > 0, threshold in (-1, 1)",
-                found=f"items={items}, alpha={alpha}, effect={effect}, threshold={threshold}",
+                found=f"items={items}, alpha={alpha}, effect={effect}, threshold={self.threshold}",
             )
         self.items, self.alpha, self.effect, self.seen = items, alpha, effect, 0
         self.wealth: NDArray[np.float64] = np.full(self.threshold.shape, alpha)

@@ -105,7 +105,9 @@ def _reason(
         told = [_retire_words(policy, f.figures) for f in deciding]
     else:
         told = [words for f in deciding if (words := _open_words(policy, f))]
-        if not any(f.items_wanted for f in deciding):
+        if not deciding:
+            told.append("nothing was asked: so few items give no verdict much of a chance")
+        elif not any(f.items_wanted for f in deciding):
             told.append(
                 "the adapter is no better than the bare new base on some required suites and "
                 "better on others: more items will not decide that, a person must"
