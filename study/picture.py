@@ -81,4 +81,4 @@ def _panel(axes: "Axes", comparison: Comparison) -> None:
     axes.set_ylabel("right on the new base, %")
     axes.set_title(f"{comparison.task}, update {comparison.update}", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.legend(frameon=False, loc="best", fontsize=9)

@@ -147,16 +147,13 @@ def fits(spared_layers: Sequence[int]) -> Iterator[Fit]:
     for name, perturbation in chosen_from.items():
         yield Fit(task, name, perturbation, STEPS[0], seed=0, scored_on=(V1, update))
     reported = arms(spared_layers)
-    tasks = ("signatures", "exceptions")
-    for task in tasks:
+    for task in ("signatures", "exceptions"):
         for seed in SEEDS:
             for name, perturbation in reported.items():
                 yield Fit(task, name, perturbation, STEPS[0], seed)
             yield Fit(task, "plain", Perturbation(), STEPS[0], seed, "ffn", ("ffn",))
-    for task in tasks:
-        for seed in SEEDS:
-            yield Fit(task, "plain", Perturbation(), STEPS[0], seed, "all", ("all",))
-    for name in ("spared", "plain", "uniform"):
-        for task in tasks:
+        for name in ("spared", "plain", "uniform"):
             for seed in SEEDS:
                 yield Fit(task, name, reported[name], STEPS[1], seed)
+        for seed in SEEDS:
+            yield Fit(task, "plain", Perturbation(), STEPS[0], seed, "all", ("all",))

@@ -156,10 +156,10 @@ def markdown(comparison: Comparison) -> str:
             "",
             *lines,
             "",
-            f"At direct transfer's old-base score ({STEPS[0]} steps): "
+            f"At direct transfer's old-base score ({STEPS[0]} steps), against it: "
             f"{'; '.join(equal) or 'not reached'}. "
             f"Share of the gap to Fine-tune(new) closed: "
-            f"{'; '.join(shares) or 'no gap to speak of'}.",
+            f"{'; '.join(shares) or ('not known' if new is None else 'no gap to speak of')}.",
         ]
     )
 
