@@ -1,72 +1,50 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
-from trans_peft.errors import InvalidSpecError
-from trans_peft.validation.scoring import RULES, chrf, exact_match, marker
+from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
+from trans_peft.validation.rules import entry_point
+from trans_peft.validation.rules.text import chrf
+from trans_peft.validation.scoring import RULES, marker
 
-# sacrebleu 2.6.0, `sentence_chrf(answer, [reference]).score`
-SACREBLEU = [
-    ("Return the sum.", "Return the sum.", 100.0),
-    ("", "x", 0.0),
-    ("x", "", 0.0),
-    ("abc", "xyz", 0.0),
-    ("Load a model from disk.", "Loads the model from a file", 44.3763),
-    ("a", "a", 100.0),
-    ("ab", "abcdefgh", 23.4043),
-    ("Return  the\tsize\n", "Return the size of x", 81.0746),
-    ("héllo wörld", "hello world", 31.2235),
-    ("the the the", "the", 61.4919),
-    ("Parse arguments and run", "Run the command line", 14.5542),
-    ("none a open folder in is files", "in ü of list list the is 12", 10.4976),
-    ("files none ü", "folder the a raise ü 12", 9.2126),
-    ("a folder the ü ü the found none", "raise", 6.8182),
-    ("open files found of or open", "is a the", 5.4348),
-    ("found 12 folder files open list", "is or 12 raise or a", 13.41),
-    ("files open of is return 12 open", "the none", 14.8732),
-    ("ü found ü", "found folder folder open of if found", 10.4364),
-    ("or a if 12 ü is the", "folder raise", 16.815),
-    ("open none the of", "files is the", 13.2729),
-    ("found of is", "return raise", 8.0255),
-    ("in in", "return return", 4.8077),
-    ("none folder none", "ü", 0.0),
-]
-
-WORDS = st.text("ab cé\n", max_size=12)
+# rule -> how a suite names it, an answer that is right, one that is wrong, the reference, and a
+# reference that nothing could equal (None: there is none)
+EXAMPLES = {
+    "exact_match": ("exact_match", "ValueError", "valueerror", "ValueError", None),
+    "regex": ("regex:true|false", "it is true", "false", "true", "maybe"),
+    "json_equal": ("json_equal", '{"a": 1}', "{'a': 1}", '{ "a": 1.0 }', "{a}"),
+    "choice": ("choice", " yes", "yes", " yes", None),
+    "math_verify": ("math_verify:####", "so #### 1/2.", "1/2", "#### 1/2", "1/2"),
+    "paper_gsm8k": (
+        "paper_gsm8k", "The answer is: 12.3 km", "12", "#### 12\nThe answer is: 12", "12",
+    ),
+    "paper_math": ("paper_math", "The answer is: \\frac12.", "1/2", "The answer is: 0.5", "0.5"),
+    "chrf": ("chrf", "Loads the model", "xyz", "Load the model", None),
+    "rouge_l": ("rouge_l", "Loads the model!", "Laden", "loads a model", "你好"),
+    "label_f1": ("label_f1", "b, a", "c", "a\nb", " ,"),
+}  # fmt: skip
 
 
 def suite(**options):
     return Suite("docs", DataSource("docs.jsonl", "0" * 64), **options)
 
 
-@pytest.mark.parametrize(("answer", "reference", "score"), SACREBLEU)
-def test_chrf_is_sacrebleus(answer, reference, score):
-    assert chrf(answer, reference) == pytest.approx(score, abs=1e-4)
+def marked(name):
+    scoring, *_ = EXAMPLES[name]
+    return marker(suite(scoring=scoring, threshold=50.0 if RULES[name].graded else None))
 
 
-@given(WORDS, WORDS)
-def test_chrf_lies_between_0_and_100_and_is_100_for_the_same_text(answer, reference):
-    assert 0 <= chrf(answer, reference) <= 100 + 1e-9
-    if reference.strip():
-        assert chrf(reference, reference) == pytest.approx(100)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "right"),
-    [
-        (" ValueError\n", "ValueError", True),
-        ("ValueError", " ValueError", True),
-        ("valueerror", "ValueError", False),
-        ("ValueError.", "ValueError", False),
-        ("Value Error", "ValueError", False),
-        ("", "ValueError", False),
-    ],
-)
-def test_exact_match_leaves_aside_only_the_white_space_around(answer, reference, right):
-    assert exact_match(answer, reference) == (100 if right else 0)
-    assert marker(suite())(answer, reference) is right
+@pytest.mark.parametrize("name", sorted(RULES.keys() - {"python", "code"}))
+def test_every_rule_knows_a_right_answer_from_a_wrong_one(name):
+    _, right, wrong, reference, unusable = EXAMPLES[name]
+    is_right = marked(name)
+    assert is_right(right, reference)
+    assert is_right(reference, reference)
+    assert not is_right(wrong, reference)
+    assert not is_right("", reference)
+    if unusable is not None:
+        with pytest.raises(DataError):
+            is_right("", unusable)
 
 
 def test_a_graded_rule_is_right_at_its_threshold_and_above():
@@ -79,11 +57,17 @@ def test_a_graded_rule_is_right_at_its_threshold_and_above():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"scoring": "bleu"}, "exact_match, chrf"),
+        ({"scoring": "bleu"}, "exact_match, regex"),
         ({"scoring": "chrf"}, "needs a threshold"),
         ({"scoring": "chrf", "threshold": 0.0}, "needs a threshold"),
         ({"scoring": "chrf", "threshold": 101.0}, "needs a threshold"),
         ({"scoring": "exact_match", "threshold": 50.0}, "takes no threshold"),
+        ({"scoring": "exact_match:x"}, "does not take"),
+        ({"scoring": "exact_match:"}, "does not take"),
+        ({"scoring": "regex"}, "regex:PATTERN"),
+        ({"scoring": "regex:("}, "cannot be read"),
+        ({"scoring": "choice:per_word"}, "choice:per_token or"),
+        ({"scoring": "python"}, "python:NAME==VERSION"),
     ],
 )
 def test_a_suite_that_cannot_be_marked_is_refused(options, told):
@@ -91,8 +75,58 @@ def test_a_suite_that_cannot_be_marked_is_refused(options, told):
         marker(suite(**options))
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_every_rule_knows_a_right_answer_from_a_wrong_one(name):
-    rule = RULES[name]
-    assert rule.degree("ValueError", "ValueError") == pytest.approx(100)
-    assert rule.degree("xyz", "ValueError") == 0
+class Point:
+    """An entry point of an installed package, as importlib.metadata gives it."""
+
+    def __init__(self, name, version, function):
+        self.name, self.dist, self._function = name, self, function
+        self.version = version
+
+    def load(self):
+        return self._function()
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    def loaded(function):
+        return lambda: function
+
+    def broken():
+        raise ImportError("no such module")
+
+    points = [
+        Point("longer", "1.2.0", loaded(lambda answer, reference: len(answer) > len(reference))),
+        Point("vague", "1.2.0", loaded(lambda answer, reference: 0.7)),
+        Point("broken", "1.2.0", broken),
+    ]
+    monkeypatch.setattr(
+        entry_point, "entry_points", lambda group: points if group == "trans_peft.scoring" else []
+    )
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_rule_of_ones_own_comes_by_entry_point():
+    is_right = marker(suite(scoring="python:longer==1.2.0"))
+    assert is_right("abc", "ab")
+    assert not is_right("a", "ab")
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("scoring", "told"),
+    [
+        ("python:longer", "longer==1.2.0, vague"),
+        ("python:longer==1.3.0", "longer==1.2.0"),
+        ("python:shorter==1.2.0", "found:    python:shorter==1.2.0"),
+        ("python:broken==1.2.0", "ImportError: no such module"),
+    ],
+)
+def test_a_rule_that_is_not_installed_in_that_version_is_refused(scoring, told):
+    with pytest.raises(InvalidSpecError, match=told):
+        marker(suite(scoring=scoring))
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_rule_that_does_not_decide_is_an_error():
+    with pytest.raises(EvaluationError, match="True or False"):
+        marker(suite(scoring="python:vague==1.2.0"))("a", "b")

@@ -41,7 +41,6 @@ _METAMATH = (
     "### Instruction:\n{}\n\n### Response: Let's think step by step."
 )
 _CALCULATOR = re.compile(r"<<.*?>>")
-_DEFINED = re.compile(r"^(?:def|class) +(\w+)", re.MULTILINE)
 _MBPP_TEST_SPLIT = range(11, 511)
 
 
@@ -153,57 +152,38 @@ def _last_boxed(solution: str) -> str:
 
 
 def _human_eval(row: Mapping[str, Any]) -> dict[str, Any]:
-    return _program(
-        row,
-        prompt=row["prompt"].strip() + "\n",
-        solution=row["canonical_solution"],
-        names=[row["entry_point"]],
-        preamble=row["prompt"],  # tests call functions that the prompt defines, too
-        tests=f"{row['test']}\ncheck({row['entry_point']})",
-    )
+    prompt = row["prompt"].strip() + "\n"
+    tests = {"test": row["test"], "entry_point": row["entry_point"]}
+    return _program(row, prompt, row["canonical_solution"], tests)
 
 
 def _mbpp(row: Mapping[str, Any]) -> dict[str, Any] | None:
     if row["task_id"] not in _MBPP_TEST_SPLIT:
         return None
-    return _asserted(row, row["text"], shown=3, preamble=row.get("test_setup_code") or "")
+    return _asserted(row, row["text"], shown=3, setup=row.get("test_setup_code") or "")
 
 
 def _mbpp_plus(row: Mapping[str, Any]) -> dict[str, Any]:
-    return _asserted(row, row["prompt"], shown=1, preamble="\n".join(row["test_imports"]))
+    return _asserted(row, row["prompt"], shown=1, setup="\n".join(row["test_imports"]))
 
 
-def _asserted(row: Mapping[str, Any], text: str, *, shown: int, preamble: str) -> dict[str, Any]:
-    tests, solution = row["test_list"], row["code"].replace("\r\n", "\n")
-    called = set(re.findall(r"\w+", " ".join(tests)))
-    return _program(
-        row,
-        prompt="\n".join(['"""', text, *tests[:shown], '"""', ""]),
-        solution=solution,
-        names=[name for name in _DEFINED.findall(solution) if name in called],
-        preamble=preamble,
-        tests="\n".join(tests),
-    )
+def _asserted(row: Mapping[str, Any], text: str, *, shown: int, setup: str) -> dict[str, Any]:
+    solution = row["code"].replace("\r\n", "\n")
+    prompt = "\n".join(['"""', text, *row["test_list"][:shown], '"""', ""])
+    tests = {"test_list": row["test_list"], "reference": solution, "setup": setup}
+    return _program(row, prompt, solution, tests)
 
 
 def _program(
-    row: Mapping[str, Any],
-    *,
-    prompt: str,
-    solution: str,
-    names: list[str],
-    preamble: str,
-    tests: str,
+    row: Mapping[str, Any], prompt: str, solution: str, tests: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return a row whose answer is marked by running it (`trans_peft.validation.rules.program`)."""
-    if not names:
-        raise ValueError("its tests call nothing that its solution defines")
-    reference = {"prompt": prompt, "names": names, "preamble": preamble, "tests": tests}
+    reference = json.dumps({"prompt": prompt, **tests}, ensure_ascii=False)
     return {
         "id": row["task_id"],
         "prompt": prompt,
         "completion": solution,
-        "reference": json.dumps(reference, ensure_ascii=False),
+        "reference": reference,
     }
 
 

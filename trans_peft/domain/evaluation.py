@@ -72,6 +72,11 @@ class Suite:
             raise InvalidSpecError(f"suite {self.name!r}: {'; '.join(problems)}")
 
     @property
+    def is_choice(self) -> bool:
+        """Whether an answer is the likeliest of an item's choices, and nothing is decoded."""
+        return self.scoring.partition(":")[0] == "choice"
+
+    @property
     def suite_sha256(self) -> str:
         """Hash of the questions and of the rule that marks them; needs pinned data.
 
@@ -88,6 +93,8 @@ class Suite:
     @property
     def decoding_sha256(self) -> str:
         """Hash of everything that decides which tokens a model answers with."""
+        if self.is_choice:
+            return content_sha256(["choice", self.dtype])
         return content_sha256(["greedy", self.max_new_tokens, list(self.stop), self.dtype])
 
     def evaluation_key(self, weights_sha256: str, base_fingerprint_sha256: str) -> str:

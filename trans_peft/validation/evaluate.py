@@ -9,12 +9,18 @@ from typing import Any
 from trans_peft.data import Example
 from trans_peft.domain.evaluation import Evaluation, ItemResult, Suite
 from trans_peft.errors import DataError, InvalidSpecError
+from trans_peft.validation.choice import choice_ids, choose
 from trans_peft.validation.generation import generate
+from trans_peft.validation.rules.choice import Measure
 from trans_peft.validation.scoring import marker
 
 __all__ = ["evaluate"]
 
 _SHOWN = 20
+_CUT = (
+    "the end of the prompt becomes other tokens: move the white space from the prompt's end to the "
+    "answer's start"
+)
 
 
 def evaluate(
@@ -28,8 +34,9 @@ def evaluate(
     batch_size: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Answer a suite's examples greedily, mark each answer, and return the results per item.
+    """Answer a suite's examples, mark each answer, and return the results per item.
 
+    Answers are decoded greedily, or chosen by likelihood where the suite's scoring is `choice`.
     `weights_sha256` is the adapter's (or `BARE`), `base_fingerprint_sha256` the base's: they become
     part of the evaluation's key. An answer's text is kept only if the suite says so. The model is
     left as it was found; `on_progress` gets the items done and the items in all.
@@ -37,7 +44,8 @@ def evaluate(
     Everything is checked before the model is asked anything. InvalidSpecError: the suite is not
     pinned, has no such scoring, or wants another dtype than the model's. DataError, with every
     item: no items, ids that are not unique, items that do not fit the context, prompts that the
-    tokenizer cuts differently when the answer follows. EvaluationError: see `generate_ids`.
+    tokenizer cuts differently when the answer follows, items without choices, references that no
+    answer could equal. EvaluationError: see `generate_ids`, `choose`.
     """
     started = time.perf_counter()
     is_right = marker(suite)
@@ -45,16 +53,26 @@ def evaluate(
     _check_dtype(model, suite)
     examples = examples[: suite.limit]
     prompts = [example.prompt_ids(tokenizer) for example in examples]
-    _check_items(model, tokenizer, suite, examples, prompts)
-    answers = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=suite.max_new_tokens,
-        stop=suite.stop,
-        batch_size=batch_size,
-        on_progress=on_progress,
-    )
+    _check_items(model, tokenizer, suite, examples, prompts, is_right)
+    if suite.is_choice:
+        answers = choose(
+            model,
+            tokenizer,
+            examples,
+            measure=Measure(suite.scoring.partition(":")[2]),
+            batch_size=batch_size,
+            on_progress=on_progress,
+        )
+    else:
+        answers = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=suite.max_new_tokens,
+            stop=suite.stop,
+            batch_size=batch_size,
+            on_progress=on_progress,
+        )
     return Evaluation(
         suite=suite.name,
         weights_sha256=weights_sha256,
@@ -64,7 +82,7 @@ def evaluate(
         items=tuple(
             ItemResult(
                 id=example.id,
-                correct=is_right(answer, example.completion),
+                correct=is_right(answer, example.reference or example.completion),
                 answer_sha256=sha256(answer.encode()).hexdigest(),
                 answer=answer if suite.keep_answers else None,
             )
@@ -91,6 +109,7 @@ def _check_items(
     suite: Suite,
     examples: Sequence[Example],
     prompts: Sequence[Sequence[int]],
+    is_right: Callable[[str, str], bool],
 ) -> None:
     if not examples:
         raise DataError(f"suite {suite.name!r} has no items", expected="at least one")
@@ -100,19 +119,25 @@ def _check_items(
     ]
     context = getattr(model.config, "max_position_embeddings", None)
     for example, prompt in zip(examples, prompts, strict=True):
-        length = len(prompt) + suite.max_new_tokens
+        told = None
         if not prompt:
-            problems.append(f"item {example.id}: its prompt has no tokens")
-        elif context is not None and length > context:
-            problems.append(
-                f"item {example.id}: {len(prompt)} tokens and {suite.max_new_tokens} new ones "
-                f"are {length}, the context is {context}"
+            told = "its prompt has no tokens"
+        elif suite.is_choice:
+            told = _choices_problem(tokenizer, example, prompt, context)
+        elif context is not None and len(prompt) + suite.max_new_tokens > context:
+            told = (
+                f"{len(prompt)} tokens and {suite.max_new_tokens} new ones are "
+                f"{len(prompt) + suite.max_new_tokens}, the context is {context}"
             )
-        elif example.messages is None and example.full_ids(tokenizer)[: len(prompt)] != prompt:
-            problems.append(
-                f"item {example.id}: with its answer the end of the prompt becomes other tokens: "
-                "move the white space from the prompt's end to the answer's start"
-            )
+        # Where answers are marked by something else, the completion is one of many right ones.
+        elif not example.reference and _is_cut(tokenizer, example, example.completion, prompt):
+            told = f"with its answer {_CUT}"
+        if told is not None:
+            problems.append(f"item {example.id}: {told}")
+        try:
+            is_right("", example.reference or example.completion)
+        except DataError as error:
+            problems.append(f"item {example.id}: {error}")
     if problems:
         more = len(problems) - _SHOWN
         tail = [f"and {more} more"] if more > 0 else []
@@ -120,3 +145,27 @@ def _check_items(
             f"suite {suite.name!r} has {len(problems)} items that cannot be evaluated:\n    "
             + "\n    ".join([*problems[:_SHOWN], *tail])
         )
+
+
+def _choices_problem(
+    tokenizer: Any, example: Example, prompt: Sequence[int], context: int | None
+) -> str | None:
+    if not example.choices:
+        return "it has no choices, and is to be answered by one of them"
+    for choice in example.choices:
+        if _is_cut(tokenizer, example, choice, prompt):
+            return f"with the choice {choice!r} {_CUT}"
+        length = len(prompt) + len(choice_ids(tokenizer, example, choice, prompt))
+        if length == len(prompt):
+            return f"the choice {choice!r} has no tokens"
+        if context is not None and length > context:
+            return f"with the choice {choice!r} it has {length} tokens, the context is {context}"
+    return None
+
+
+def _is_cut(tokenizer: Any, example: Example, answer: str, prompt: Sequence[int]) -> bool:
+    """Whether the prompt's tokens are others once an answer follows (in a chat none can)."""
+    if example.messages is not None:
+        return False
+    whole = list(tokenizer(text=example.prompt + answer)["input_ids"])
+    return whole[: len(prompt)] != list(prompt)

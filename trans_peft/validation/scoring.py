@@ -2,90 +2,112 @@
 
 A rule gives an answer a degree from 0 to 100 against the reference. Exact rules know only 0 and
 100; graded ones need the suite's `threshold`, at or above which an answer counts as right, because
-the gate compares items that are right or wrong. A new rule is one row of `RULES`.
+the gate compares items that are right or wrong. A suite names a rule, and after a colon what the
+rule takes: `exact_match`, `regex:true|false`. All of it is part of the suite's hash, so a rule must
+never change what it does: a changed one gets another name. A new rule is one row of `RULES`.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import InvalidSpecError
+from trans_peft.validation.rules.choice import chosen
+from trans_peft.validation.rules.entry_point import entry_point
+from trans_peft.validation.rules.mathematics import math_verify
+from trans_peft.validation.rules.paper import paper_gsm8k, paper_math
+from trans_peft.validation.rules.text import (
+    chrf,
+    exact_match,
+    json_equal,
+    label_f1,
+    regex,
+    rouge_l,
+)
 
-__all__ = ["RULES", "Rule", "chrf", "exact_match", "marker"]
+__all__ = ["RULES", "Degree", "Rule", "marker"]
 
-_CHRF_ORDER = 6
-_CHRF_BETA = 2.0
-
-
-def exact_match(answer: str, reference: str) -> float:
-    """Return 100 if both are the same text, white space around them left aside, else 0."""
-    return 100.0 if answer.strip() == reference.strip() else 0.0
-
-
-def chrf(answer: str, reference: str) -> float:
-    """Return chrF of one answer, 0 to 100: character n-grams up to 6, recall weighted twice.
-
-    M. Popović, "chrF: character n-gram F-score for automatic MT evaluation", WMT 2015, as sacrebleu
-    computes it for a sentence (white space removed, orders longer than a text left out).
-    """
-    texts = ["".join(text.split()) for text in (answer, reference)]
-    precisions, recalls = [], []
-    for order in range(1, min(_CHRF_ORDER, *map(len, texts)) + 1):
-        given, wanted = (_ngrams(text, order) for text in texts)
-        shared = (given & wanted).total()
-        precisions.append(shared / given.total())
-        recalls.append(shared / wanted.total())
-    if not any(precisions):
-        return 0.0
-    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
-    weight = _CHRF_BETA**2
-    return 100.0 * (1 + weight) * precision * recall / (weight * precision + recall)
-
-
-def _ngrams(text: str, order: int) -> Counter[str]:
-    return Counter(text[i : i + order] for i in range(len(text) - order + 1))
+Degree = Callable[[str, str], float]
+"""`degree(answer, reference)`, 0 to 100; DataError for a reference that nothing could equal."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A way to mark an answer: `degree(answer, reference)` in 0 to 100, graded or all-or-none."""
+    """A way to mark an answer: all-or-none or graded, and what it takes after a colon.
 
-    degree: Callable[[str, str], float]
+    `bind` gives the rule for what was given there. `takes` says in words what that is; empty:
+    nothing may be given. `optional`: it may be left out.
+    """
+
+    bind: Callable[[str], Degree]
+    takes: str = ""
+    optional: bool = False
     graded: bool = False
 
 
+def _plain(degree: Degree, *, graded: bool = False) -> Rule:
+    return Rule(lambda _: degree, graded=graded)
+
+
 RULES: Mapping[str, Rule] = {
-    "exact_match": Rule(exact_match),
-    "chrf": Rule(chrf, graded=True),
+    "exact_match": _plain(exact_match),
+    "regex": Rule(regex, takes="PATTERN"),
+    "json_equal": _plain(json_equal),
+    "choice": Rule(chosen, takes="per_token or per_character", optional=True),
+    "math_verify": Rule(math_verify, takes="MARKER", optional=True),
+    "paper_gsm8k": _plain(paper_gsm8k),
+    "paper_math": _plain(paper_math),
+    "python": Rule(entry_point, takes="NAME==VERSION"),
+    "chrf": _plain(chrf, graded=True),
+    "rouge_l": _plain(rouge_l, graded=True),
+    "label_f1": _plain(label_f1, graded=True),
 }
 
 
 def marker(suite: Suite) -> Callable[[str, str], bool]:
     """Return `is_right(answer, reference)` as the suite asks for it.
 
-    InvalidSpecError for a rule that is not there, a graded rule without a threshold and an exact
-    one with it.
+    InvalidSpecError for a rule that is not there or does not get what it takes, a graded rule
+    without a threshold and an exact one with it. `is_right` raises DataError for a reference that
+    no answer could equal, whatever the answer.
     """
-    rule = RULES.get(suite.scoring)
+    name, colon, parameter = suite.scoring.partition(":")
+    rule = RULES.get(name)
     if rule is None:
         raise InvalidSpecError(
             f"suite {suite.name!r} asks for a scoring rule that is not there",
             expected=f"one of {', '.join(RULES)}",
             found=repr(suite.scoring),
         )
+    if bool(parameter) != bool(colon) or (parameter and not rule.takes):
+        raise InvalidSpecError(
+            f"suite {suite.name!r}: {name} is given what it does not take",
+            expected=_usage(name, rule),
+            found=repr(suite.scoring),
+        )
+    if rule.takes and not rule.optional and not parameter:
+        raise InvalidSpecError(
+            f"suite {suite.name!r}: {name} needs more than its name",
+            expected=_usage(name, rule),
+            found=repr(suite.scoring),
+        )
     threshold = suite.threshold
     if rule.graded and (threshold is None or not 0 < threshold <= 100):
         raise InvalidSpecError(
-            f"suite {suite.name!r}: {suite.scoring} gives a degree, so it needs a threshold",
+            f"suite {suite.name!r}: {name} gives a degree, so it needs a threshold",
             expected="threshold in (0, 100]: at or above it an answer is right",
             found=threshold,
         )
     if not rule.graded and threshold is not None:
         raise InvalidSpecError(
-            f"suite {suite.name!r}: {suite.scoring} is right or wrong and takes no threshold",
+            f"suite {suite.name!r}: {name} is right or wrong and takes no threshold",
             found=f"threshold={threshold}",
             do="leave the threshold out",
         )
-    least = 100.0 if threshold is None else threshold
-    return lambda answer, reference: rule.degree(answer, reference) >= least
+    degree, least = rule.bind(parameter), 100.0 if threshold is None else threshold
+    return lambda answer, reference: degree(answer, reference) >= least
+
+
+def _usage(name: str, rule: Rule) -> str:
+    whole = f"{name}:{rule.takes}" if rule.takes else name
+    return f"{name}, or {whole}" if rule.takes and rule.optional else whole

@@ -1,0 +1,152 @@
+"""Rules that compare texts: the same, alike, the same labels, the same extract, the same JSON.
+
+Each gives an answer a degree from 0 to 100 against its reference, and raises DataError for a
+reference that no answer could equal.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trans_peft.errors import DataError, InvalidSpecError
+
+__all__ = ["chrf", "exact_match", "json_equal", "label_f1", "regex", "rouge_l"]
+
+_CHRF_ORDER = 6
+_CHRF_BETA = 2.0
+_ROUGE_WORD = re.compile(r"[a-z0-9]+")
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """Return 100 if both are the same text, white space around them left aside, else 0."""
+    return 100.0 if answer.strip() == reference.strip() else 0.0
+
+
+def chrf(answer: str, reference: str) -> float:
+    """Return chrF of one answer, 0 to 100: character n-grams up to 6, recall weighted twice.
+
+    M. Popović, "chrF: character n-gram F-score for automatic MT evaluation", WMT 2015, as sacrebleu
+    computes it for a sentence (white space removed, orders longer than a text left out).
+    """
+    texts = ["".join(text.split()) for text in (answer, reference)]
+    precisions, recalls = [], []
+    for order in range(1, min(_CHRF_ORDER, *map(len, texts)) + 1):
+        given, wanted = (_ngrams(text, order) for text in texts)
+        shared = (given & wanted).total()
+        precisions.append(shared / given.total())
+        recalls.append(shared / wanted.total())
+    if not any(precisions):
+        return 0.0
+    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+    weight = _CHRF_BETA**2
+    return 100.0 * (1 + weight) * precision * recall / (weight * precision + recall)
+
+
+def _ngrams(text: str, order: int) -> Counter[str]:
+    return Counter(text[i : i + order] for i in range(len(text) - order + 1))
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """Return ROUGE-L of one answer, 0 to 100: F1 of the longest common subsequence of words.
+
+    C.-Y. Lin, "ROUGE: a package for automatic evaluation of summaries", 2004, as the package
+    rouge-score computes `rougeL` without a stemmer: words are runs of a-z and 0-9 in lower case, so
+    that it says nothing of other alphabets (chrF does).
+    """
+    given, wanted = (_ROUGE_WORD.findall(text.lower()) for text in (answer, reference))
+    if not wanted:
+        raise DataError("ROUGE-L finds no word in the reference", found=repr(reference))
+    shared = _longest_common_subsequence(given, wanted)
+    return 200.0 * shared / (len(given) + len(wanted))
+
+
+def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    lengths = [0] * (len(second) + 1)
+    for word in first:
+        before = 0
+        for at, other in enumerate(second, start=1):
+            longest = before + 1 if word == other else max(lengths[at], lengths[at - 1])
+            before, lengths[at] = lengths[at], longest
+    return lengths[-1]
+
+
+def label_f1(answer: str, reference: str) -> float:
+    """Return the F1, 0 to 100, of the labels in an answer against those in its reference.
+
+    Labels stand between commas or on lines of their own, in any order, a repeated one counts once.
+    With one label on each side it is exact match.
+    """
+    given, wanted = _labels(answer), _labels(reference)
+    if not wanted:
+        raise DataError("the reference names no label", found=repr(reference))
+    return 200.0 * len(given & wanted) / (len(given) + len(wanted))
+
+
+def _labels(text: str) -> set[str]:
+    return {label.strip() for label in re.split(r"[,\n]", text)} - {""}
+
+
+def regex(pattern: str) -> Callable[[str, str], float]:
+    """Return the rule under which the pattern's first match is the same in answer and reference.
+
+    What counts of a match is its first group, or all of it where the pattern has none.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InvalidSpecError(
+            "the scoring rule's regular expression cannot be read",
+            expected="regex:PATTERN, as Python's re reads it",
+            found=f"{pattern!r}: {error}",
+        ) from error
+
+    def extract(text: str) -> str | None:
+        found = compiled.search(text)
+        return found[min(compiled.groups, 1)] if found else None
+
+    def same_match(answer: str, reference: str) -> float:
+        wanted = extract(reference)
+        if wanted is None:
+            raise DataError(f"the reference does not match {pattern!r}", found=repr(reference))
+        return 100.0 if extract(answer) == wanted else 0.0
+
+    return same_match
+
+
+def json_equal(answer: str, reference: str) -> float:
+    """Return 100 if both are JSON of the same value, else 0.
+
+    The order of keys and white space do not count, 1 and 1.0 are equal, true and 1 are not. An
+    answer must be JSON as a whole, without NaN and with each key once.
+    """
+    try:
+        wanted = _json(reference)
+    except ValueError as error:
+        raise DataError("the reference is not JSON", found=f"{reference!r}: {error}") from error
+    try:
+        return 100.0 if _typed(_json(answer)) == _typed(wanted) else 0.0
+    except (RecursionError, ValueError):
+        return 0.0
+
+
+def _json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return dict(pairs)
+
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+
+
+def _typed(value: Any) -> Any:
+    """Return a value in which true is no longer 1, to Python's ==."""
+    if isinstance(value, bool):
+        return ("bool", value)
+    if isinstance(value, dict):
+        return {key: _typed(item) for key, item in value.items()}
+    return [_typed(item) for item in value] if isinstance(value, list) else value
