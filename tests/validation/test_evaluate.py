@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 
@@ -32,7 +33,7 @@ def model():
 def answers(model, tokenizer):
     """The model's own answers, question by question."""
     return [
-        generate(model, tokenizer, [tokenizer(q)["input_ids"]], max_new_tokens=3)[0]
+        generate(model, tokenizer, [tokenizer(q)["input_ids"]], max_new_tokens=3).texts[0]
         for q in QUESTIONS
     ]
 
@@ -91,9 +92,8 @@ def test_only_the_first_rows_count_where_the_suite_has_a_limit(model, tokenizer,
 
 
 def test_a_chat_is_asked_with_the_tokenizers_own_template(model, tokenizer):
-    (answer,) = generate(
-        model, tokenizer, [tokenizer("<|user|>hi<eos><|assistant|>")["input_ids"]], max_new_tokens=3
-    )
+    prompt = tokenizer("<|user|>hi<eos><|assistant|>")["input_ids"]
+    (answer,) = generate(model, tokenizer, [prompt], max_new_tokens=3).texts
     chat = Example("c", "", answer, (Message("user", "hi"), Message("assistant", answer)))
     assert run(model, tokenizer, [chat]).score == 100
 
@@ -181,3 +181,56 @@ def test_logits_that_are_not_numbers_are_an_error_in_words(tokenizer, answers):
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EvaluationError, match="not finite"):
         run(model, tokenizer, examples_of(answers))
+
+
+@contextmanager
+def passes(model):
+    """Count the forward passes inside the block."""
+    seen = []
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(1))
+    yield seen
+    hook.remove()
+
+
+def test_right_answers_take_one_forward_pass_a_batch(model, tokenizer, answers):
+    with passes(model) as seen:
+        assert run(model, tokenizer, examples_of(answers), batch_size=2).score == 100
+    assert len(seen) == 2
+
+
+def test_an_answer_known_from_elsewhere_is_expected_before_the_right_one(model, tokenizer, answers):
+    examples = [replace(example, completion="~~~") for example in examples_of(answers)]
+    plain = run(model, tokenizer, examples)
+    with passes(model) as seen:
+        drafts = {example.id: answer for example, answer in zip(examples, answers, strict=True)}
+        found = run(model, tokenizer, examples, drafts=drafts)
+    assert len(seen) == 1
+    assert (found.items, found.key) == (plain.items, plain.key)
+    assert {item.correct for item in found.items} == {False}
+
+
+def test_wrong_drafts_change_no_item(model, tokenizer, answers):
+    examples = examples_of(answers)
+    wrong = {"q0": "", "q1": answers[2] + answers[3], "q3": "~", "q9": "no such item"}
+    assert (
+        run(model, tokenizer, examples, drafts=wrong).items == run(model, tokenizer, examples).items
+    )
+
+
+def test_a_chats_draft_is_its_last_turn(model, tokenizer):
+    prompt = tokenizer("<|user|>hi<eos><|assistant|>")["input_ids"]
+    (answer,) = generate(model, tokenizer, [prompt], max_new_tokens=3).texts
+    chat = Example("c", "", "~", (Message("user", "hi"), Message("assistant", "~")))
+    with passes(model) as seen:
+        run(model, tokenizer, [chat], drafts={"c": answer})
+    assert len(seen) == 1
+
+
+def test_tokens_that_might_have_been_others_are_counted(tokenizer, answers):
+    undecided = tiny_model(seed=4).eval()
+    with torch.no_grad():
+        undecided.lm_head.weight[:256] = 0  # and with it every logit but those of special tokens
+        undecided.lm_head.weight[256:] = -1
+    result = run(undecided, tokenizer, examples_of(answers))
+    assert result.near_ties > 0
+    assert run(tiny_model(seed=4), tokenizer, examples_of(answers)).near_ties == 0

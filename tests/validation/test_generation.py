@@ -1,74 +1,20 @@
-from contextlib import contextmanager
-
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    Qwen2Config,
-)
 
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.validation.models import CONFIGS, Counting, by_transformers, ending_with, model_of
 from trans_peft.errors import EvaluationError, InvalidSpecError, UnsupportedModelError
-from trans_peft.validation.generation import evaluating, generate, generate_ids
+from trans_peft.validation.generation import evaluating, generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHAPE = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": 257,
-    "pad_token_id": 256,
-    "tie_word_embeddings": False,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE),
-    "qwen2": Qwen2Config(**SHAPE),
-    "gpt2": GPT2Config(
-        vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=256, eos_token_id=257,
-        bos_token_id=None, pad_token_id=256,
-    ),
-    "gemma3, sliding window": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=8),
-}  # fmt: skip
 LENGTHS = (1, 2, 3, 3, 7, 12, 20, 12, 33, 5, 60)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
-
-
-def model_of(name, seed=0):
-    """A model whose answers depend on the whole prompt: fresh ones repeat its last token."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.4)
-    return model.eval()
-
-
-def by_transformers(model, prompts, **options):
-    """What plain `generate` gives, prompt by prompt, without any padding."""
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **options
-        )
-        answers.append(out[0, len(prompt) :].tolist())
-    return answers
 
 
 @pytest.fixture(scope="module")
@@ -88,23 +34,14 @@ def free(llama, prompts):
     return by_transformers(llama, prompts, max_new_tokens=8)
 
 
-@contextmanager
-def ending_with(model, tokens):
-    """Let these be the model's end tokens inside the block."""
-    own = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = tokens
-    yield
-    model.generation_config.eos_token_id = own
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_tokens_are_those_of_generate_prompt_by_prompt(name, tokenizer, prompts):
     model = model_of(name)
     expected = by_transformers(model, prompts, max_new_tokens=6)
     assert len({token for answer in expected for token in answer}) > 20
     for batch_size in (1, 4, None):
-        found = generate_ids(model, tokenizer, prompts, max_new_tokens=6, batch_size=batch_size)
-        assert found == expected
+        found = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=batch_size)
+        assert found.ids == expected
 
 
 def test_an_answer_ends_with_an_end_token_and_leaves_the_others_going(
@@ -113,11 +50,10 @@ def test_an_answer_ends_with_an_end_token_and_leaves_the_others_going(
     ending = free[0][2]
     with ending_with(llama, [257, ending]):
         expected = by_transformers(llama, prompts, max_new_tokens=8)
-        found = generate_ids(llama, tokenizer, prompts, max_new_tokens=8)
-        texts = generate(llama, tokenizer, prompts, max_new_tokens=8)
-    assert found == expected
-    assert {len(answer) for answer in found} >= {3, 8}
-    assert texts == [tokenizer.decode(a[:-1] if a[-1] == ending else a) for a in expected]
+        found = generate(llama, tokenizer, prompts, max_new_tokens=8)
+    assert found.ids == expected
+    assert {len(answer) for answer in found.ids} >= {3, 8}
+    assert found.texts == [tokenizer.decode(a[:-1] if a[-1] == ending else a) for a in expected]
 
 
 def test_a_stop_string_ends_an_answer_as_in_transformers_and_is_cut_off(
@@ -129,21 +65,20 @@ def test_a_stop_string_ends_an_answer_as_in_transformers_and_is_cut_off(
     expected = by_transformers(
         llama, prompts, max_new_tokens=8, stop_strings=list(stop), tokenizer=tokenizer
     )
-    found = generate_ids(llama, tokenizer, prompts, max_new_tokens=8, stop=stop)
-    assert found == expected
-    assert min(map(len, found)) < 8
-    cut = generate(llama, tokenizer, prompts, max_new_tokens=8, stop=stop)
-    assert cut == [text.split(inside)[0] for text in texts]
+    found = generate(llama, tokenizer, prompts, max_new_tokens=8, stop=stop)
+    assert found.ids == expected
+    assert min(map(len, found.ids)) < 8
+    assert found.texts == [text.split(inside)[0] for text in texts]
 
 
 def test_a_stop_string_that_is_a_special_token_stops(llama, prompts, free):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with ending_with(llama, None):
-        assert generate_ids(llama, tokenizer, prompts[:1], max_new_tokens=8) == free[:1]
+        assert generate(llama, tokenizer, prompts[:1], max_new_tokens=8).ids == free[:1]
         stopped = _Named(tokenizer, "<end>", free[0][2])
-        found = generate_ids(llama, stopped, prompts[:1], max_new_tokens=8, stop=("<end>",))
-    assert found == [free[0][:3]]
+        found = generate(llama, stopped, prompts[:1], max_new_tokens=8, stop=("<end>",))
+    assert found.ids == [free[0][:3]]
 
 
 class _Named:
@@ -165,9 +100,9 @@ def test_the_same_with_an_adapter_on_the_model(tokenizer, prompts):
         model_of("llama"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     ).eval()
     expected = by_transformers(model, prompts[:5], max_new_tokens=4)
-    assert generate_ids(model, tokenizer, prompts[:5], max_new_tokens=4) == expected
+    assert generate(model, tokenizer, prompts[:5], max_new_tokens=4).ids == expected
     with model.disable_adapter():
-        assert generate_ids(model, tokenizer, prompts[:5], max_new_tokens=4) != expected
+        assert generate(model, tokenizer, prompts[:5], max_new_tokens=4).ids != expected
 
 
 def test_an_adapter_that_adds_tokens_of_its_own_is_refused(tokenizer, prompts):
@@ -175,27 +110,7 @@ def test_an_adapter_that_adds_tokens_of_its_own_is_refused(tokenizer, prompts):
         model_of("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     )
     with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING"):
-        generate_ids(model, tokenizer, prompts, max_new_tokens=2)
-
-
-class Counting(nn.Module):
-    """Runs the model, notes the shape of each call, and has room for so many rows only."""
-
-    def __init__(self, model, room=10**9, error=None):
-        super().__init__()
-        self.model, self.room, self.shapes = model, room, []
-        self.error = error or torch.OutOfMemoryError("no room")
-
-    @property
-    def generation_config(self):
-        return self.model.generation_config
-
-    def forward(self, **inputs):
-        rows, columns = inputs["input_ids"].shape
-        if rows > self.room:
-            raise self.error
-        self.shapes.append((rows, columns))
-        return self.model(**inputs)
+        generate(model, tokenizer, prompts, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -207,31 +122,32 @@ class Counting(nn.Module):
 )
 def test_out_of_memory_halves_the_batch_and_goes_on(error, llama, tokenizer, prompts, free):
     model = Counting(llama, room=3, error=error)
-    assert generate_ids(model, tokenizer, prompts, max_new_tokens=8, batch_size=8) == free
+    assert generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=8).ids == free
     assert max(rows for rows, _ in model.shapes) == 2
 
 
 def test_a_prompt_that_does_not_fit_alone_is_an_error_in_words(llama, tokenizer, prompts):
     with pytest.raises(EvaluationError, match="60 tokens"):
-        generate_ids(Counting(llama, room=0), tokenizer, prompts, max_new_tokens=4)
+        generate(Counting(llama, room=0), tokenizer, prompts, max_new_tokens=4)
 
 
 def test_another_runtime_error_is_not_taken_for_lack_of_memory(llama, tokenizer, prompts):
     model = Counting(llama, room=0, error=RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        generate_ids(model, tokenizer, prompts, max_new_tokens=4)
+        generate(model, tokenizer, prompts, max_new_tokens=4)
 
 
 def test_prompts_of_like_length_share_a_batch_and_are_read_once(llama, tokenizer, prompts):
     model = Counting(llama)
-    generate_ids(model, tokenizer, prompts, max_new_tokens=2, batch_size=4)
+    generate(model, tokenizer, prompts, max_new_tokens=2, batch_size=4)
     assert model.shapes == [(4, 60), (4, 1), (4, 12), (4, 1), (3, 3), (3, 1)]
 
 
 def test_a_batch_shrinks_as_answers_end_and_stops_when_all_have(llama, tokenizer, prompts, free):
     model = Counting(llama)
     with ending_with(llama, [answer[at] for at, answer in enumerate(free[:6])]):
-        lengths = [len(ids) for ids in generate_ids(model, tokenizer, prompts, max_new_tokens=8)]
+        found = generate(model, tokenizer, prompts, max_new_tokens=8)
+    lengths = [len(ids) for ids in found.ids]
     rows = [rows for rows, _ in model.shapes]
     assert rows == [sum(n > step for n in lengths) for step in range(max(lengths))]
     assert rows[-1] < rows[0]
@@ -239,7 +155,7 @@ def test_a_batch_shrinks_as_answers_end_and_stops_when_all_have(llama, tokenizer
 
 def test_progress_ends_with_all_done(tokenizer, prompts):
     told = []
-    generate_ids(
+    generate(
         tiny_model(),
         tokenizer,
         prompts,
@@ -255,16 +171,26 @@ def test_logits_that_are_not_finite_are_an_error_in_words(tokenizer, prompts):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(EvaluationError, match="not finite"):
-        generate_ids(model, tokenizer, prompts, max_new_tokens=2)
+        generate(model, tokenizer, prompts, max_new_tokens=2)
 
 
 def test_a_prompt_without_tokens_is_refused(tokenizer):
     with pytest.raises(InvalidSpecError, match=r"\[1\]"):
-        generate_ids(tiny_model(), tokenizer, [[1], []], max_new_tokens=2)
+        generate(tiny_model(), tokenizer, [[1], []], max_new_tokens=2)
+
+
+def test_answers_without_a_token_are_refused(tokenizer, prompts):
+    with pytest.raises(InvalidSpecError, match="at least one token"):
+        generate(tiny_model(), tokenizer, prompts, max_new_tokens=0)
+
+
+def test_every_prompt_has_a_draft_or_none_has(tokenizer, prompts):
+    with pytest.raises(InvalidSpecError, match="11 drafts"):
+        generate(tiny_model(), tokenizer, prompts, max_new_tokens=2, drafts=[[1]])
 
 
 def test_no_prompts_no_answers(tokenizer):
-    assert generate(tiny_model(), tokenizer, [], max_new_tokens=2) == []
+    assert generate(tiny_model(), tokenizer, [], max_new_tokens=2).ids == []
 
 
 def test_every_module_gets_its_own_mode_back():

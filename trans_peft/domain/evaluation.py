@@ -139,6 +139,8 @@ class Evaluation:
     """One adapter (or `BARE`) on one base, item by item.
 
     `prefix` is None where the whole suite was asked; a part of it has another key than the whole.
+    `near_ties`: tokens of all answers whose two best logits lay within 1e-4, so that another batch
+    or machine may say the other.
     """
 
     suite: str
@@ -149,6 +151,7 @@ class Evaluation:
     items: tuple[ItemResult, ...]
     seconds: float = 0.0
     prefix: Prefix | None = None
+    near_ties: int = 0
 
     def __post_init__(self) -> None:
         ids = [item.id for item in self.items]
@@ -176,6 +179,11 @@ class Evaluation:
     def score(self) -> float:
         """Share of right answers, in points (0 to 100)."""
         return 100.0 * sum(item.correct for item in self.items) / len(self.items)
+
+    @property
+    def kept_answers(self) -> dict[str, str]:
+        """The texts of the answers by item id; none where the suite keeps none."""
+        return {item.id: item.answer for item in self.items if item.answer is not None}
 
 
 class Verdict(StrEnum):

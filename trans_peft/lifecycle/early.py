@@ -38,8 +38,8 @@ def evaluate_early(
     gate = SequentialGate(policy, reference, base.fingerprint_sha256)
     named = {suite.name: suite for suite in suites}
     sides = {
-        Side.CANDIDATE: _Side(weights_sha256, adapter, dict(labels or {})),
-        Side.BARE: _Side(BARE, None, {}),
+        Side.CANDIDATE: _Side(weights_sha256, adapter, dict(labels or {}), reference),
+        Side.BARE: _Side(BARE, None, {}, {}),
     }
     with _Respondent(base, platform, on_progress) as respondent:
         while (want := gate.wants()) is not None:
@@ -66,6 +66,7 @@ def evaluate_early(
             platform,
             adapter=side.adapter,
             weights_sha256=side.weights_sha256,
+            elsewhere=side.elsewhere,
             labels=side.labels,
             on_progress=on_progress,
         )
@@ -77,9 +78,14 @@ class _Side:
     """Who answers, and what of each suite is answered; `new`: what the store does not hold yet."""
 
     def __init__(
-        self, weights_sha256: str, adapter: Callable[[], Path] | None, labels: dict[str, str]
+        self,
+        weights_sha256: str,
+        adapter: Callable[[], Path] | None,
+        labels: dict[str, str],
+        elsewhere: Mapping[str, Evaluation],
     ) -> None:
         self.weights_sha256, self.adapter, self.labels = weights_sha256, adapter, labels
+        self.elsewhere = elsewhere
         self.asked: dict[str, Evaluation | None] = {}
         self.new: set[str] = set()
 
@@ -107,6 +113,7 @@ def _joined(
         chunk,
         items=tuple(items[id_] for id_ in ids),
         seconds=chunk.seconds + (known.seconds if known else 0.0),
+        near_ties=chunk.near_ties + (known.near_ties if known else 0),
         prefix=Prefix(n, test.seed) if len(items) < n else None,
     )
 
@@ -146,6 +153,7 @@ class _Respondent:
             read = read_examples(suite.data, self._platform.store, limit=suite.limit)
             self._examples[suite.name] = {example.id: example for example in read}
         who = f"{side.labels.get('adapter', 'bare base')}: {suite.name} on {self._base.version}"
+        there = side.elsewhere.get(suite.name)
 
         def report(more: int, _: int) -> None:
             if self._on_progress is not None:
@@ -158,6 +166,7 @@ class _Respondent:
             [self._examples[suite.name][id_] for id_ in ids],
             weights_sha256=side.weights_sha256,
             base_fingerprint_sha256=self._base.fingerprint_sha256,
+            drafts=there.kept_answers if there is not None else {},
             on_progress=report,
         )
 

@@ -52,6 +52,7 @@ def evaluate_on(
     *,
     adapter: Callable[[], Path] | None = None,
     weights_sha256: str = BARE,
+    elsewhere: Mapping[str, Evaluation] | None = None,
     labels: Mapping[str, str] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
@@ -59,7 +60,8 @@ def evaluate_on(
 
     `adapter` gives the adapter's PEFT folder and is called only if something must be
     computed. What the store holds under its key is taken from there; a model is loaded only if
-    something is missing, and each new evaluation is kept the moment it is known.
+    something is missing, and each new evaluation is kept the moment it is known. `elsewhere` has
+    the same adapter's evaluations on another base: answers kept in them are where decoding starts.
     """
     keys = {
         suite.name: suite.evaluation_key(weights_sha256, base.fingerprint_sha256)
@@ -69,7 +71,11 @@ def evaluate_on(
     known = {name: platform.evaluations.get(key) for name, key in keys.items()}
     for suite in suites:
         if known[suite.name] is None:
-            evaluation = _evaluate(base, suite, platform, adapter, weights_sha256, who, on_progress)
+            there = (elsewhere or {}).get(suite.name)
+            drafts = there.kept_answers if there is not None else {}
+            evaluation = _evaluate(
+                base, suite, platform, adapter, weights_sha256, drafts, who, on_progress
+            )
             platform.evaluations.put(
                 evaluation,
                 labels={"family": base.family, "base": base.version} | dict(labels or {}),
@@ -84,6 +90,7 @@ def _evaluate(
     platform: Platform,
     adapter: Callable[[], Path] | None,
     weights_sha256: str,
+    drafts: Mapping[str, str],
     who: str,
     on_progress: Progress | None,
 ) -> Evaluation:
@@ -106,6 +113,7 @@ def _evaluate(
             examples,
             weights_sha256=weights_sha256,
             base_fingerprint_sha256=base.fingerprint_sha256,
+            drafts=drafts,
             on_progress=report,
         )
 

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -111,13 +111,18 @@ def _judge(
     if effect is None or not effect.found:
         return _incompatible(outcome, "the adapter changes no logit on this base")
 
-    def answers(on: BaseVersion, adapter: Callable[[], Path] | None) -> dict[str, Evaluation]:
+    def answers(
+        on: BaseVersion,
+        adapter: Callable[[], Path] | None,
+        elsewhere: Mapping[str, Evaluation] | None = None,
+    ) -> dict[str, Evaluation]:
         return evaluate_on(
             on,
             source.suites,
             platform,
             adapter=adapter,
             weights_sha256=source.weights_sha256 if adapter else BARE,
+            elsewhere=elsewhere,
             labels={"adapter": source.adapter} if adapter else {},
             on_progress=on_progress,
         )
@@ -136,7 +141,8 @@ def _judge(
             on_progress=on_progress,
         )
     else:
-        candidate, bare = answers(base, folder), answers(base, None)
+        candidate = answers(base, folder, elsewhere=reference)
+        bare = answers(base, None)
     number = earlier.new_number if earlier else _register(source, base, folder(), platform, scratch)
     return replace(
         outcome,

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -31,6 +31,7 @@ def evaluate(
     *,
     weights_sha256: str,
     base_fingerprint_sha256: str,
+    drafts: Mapping[str, str] | None = None,
     batch_size: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -38,14 +39,16 @@ def evaluate(
 
     Answers are decoded greedily, or chosen by likelihood where the suite's scoring is `choice`.
     `weights_sha256` is the adapter's (or `BARE`), `base_fingerprint_sha256` the base's: they become
-    part of the evaluation's key. An answer's text is kept only if the suite says so. The model is
-    left as it was found; `on_progress` gets the items done and the items in all.
+    part of the evaluation's key. `drafts` are answers by item id that are expected, such as those
+    on another base, and save time where they are right; where there is none, the right answer is
+    expected. No draft changes a result. An answer's text is kept only if the suite says so. The
+    model is left as it was found; `on_progress` gets the items done and the items in all.
 
     Everything is checked before the model is asked anything. InvalidSpecError: the suite is not
     pinned, has no such scoring, or wants another dtype than the model's. DataError, with every
     item: no items, ids that are not unique, items that do not fit the context, prompts that the
     tokenizer cuts differently when the answer follows, items without choices, references that no
-    answer could equal. EvaluationError: see `generate_ids`, `choose`.
+    answer could equal. EvaluationError: see `generate`, `choose`.
     """
     started = time.perf_counter()
     is_right = marker(suite)
@@ -54,6 +57,7 @@ def evaluate(
     examples = examples[: suite.limit]
     prompts = [example.prompt_ids(tokenizer) for example in examples]
     _check_items(model, tokenizer, suite, examples, prompts, is_right)
+    near_ties = 0
     if suite.is_choice:
         answers = choose(
             model,
@@ -64,15 +68,21 @@ def evaluate(
             on_progress=on_progress,
         )
     else:
-        answers = generate(
+        expected = drafts or {}
+        generated = generate(
             model,
             tokenizer,
             prompts,
             max_new_tokens=suite.max_new_tokens,
             stop=suite.stop,
+            drafts=[
+                choice_ids(tokenizer, example, expected.get(example.id, example.completion), prompt)
+                for example, prompt in zip(examples, prompts, strict=True)
+            ],
             batch_size=batch_size,
             on_progress=on_progress,
         )
+        answers, near_ties = generated.texts, generated.near_ties
     return Evaluation(
         suite=suite.name,
         weights_sha256=weights_sha256,
@@ -89,6 +99,7 @@ def evaluate(
             for example, answer in zip(examples, answers, strict=True)
         ),
         seconds=time.perf_counter() - started,
+        near_ties=near_ties,
     )
 
 

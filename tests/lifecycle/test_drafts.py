@@ -1,0 +1,51 @@
+"""Which answers go along as drafts when an adapter is judged on another base."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from tests.lifecycle.fleet import SUITE, MemoryFleet, evaluation
+from trans_peft.lifecycle.evaluations import evaluate_on
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The drafts of each evaluation that is computed; no model is loaded for it."""
+    drafts = []
+
+    def evaluate(model, tokenizer, suite, examples, *, weights_sha256, drafts: dict, **_):
+        seen.append(drafts)
+        return replace(evaluation(weights_sha256, base, 1, 2), base_fingerprint_sha256="new")
+
+    @contextmanager
+    def attached(model, folder):
+        yield model
+
+    seen, base = drafts, SimpleNamespace(fingerprint_sha256="new")
+    loaded = SimpleNamespace(model=None, tokenizer=None)
+    monkeypatch.setattr("trans_peft.validation.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("trans_peft.transfer.transplant.attached", attached)
+    monkeypatch.setattr("trans_peft.models.load_base", lambda *_: loaded)
+    monkeypatch.setattr("trans_peft.lifecycle.evaluations.base_folder", lambda *_: None)
+    monkeypatch.setattr("trans_peft.lifecycle.evaluations.read_examples", lambda *_, **__: ())
+    return drafts
+
+
+def test_only_answers_that_were_kept_are_drafts(asked, tmp_path):
+    fleet = MemoryFleet(tmp_path)
+    old, new = fleet.add_base("1"), fleet.add_base("2")
+    private = evaluation("a", old, 1, 2)
+    first, second = private.items
+    kept = replace(private, items=(replace(first, answer="yes"), second))
+    for elsewhere in (None, {}, {"other suite": kept}, {SUITE.name: private}, {SUITE.name: kept}):
+        evaluate_on(
+            new,
+            (SUITE,),
+            MemoryFleet(tmp_path).platform,  # nothing is known there
+            adapter=lambda: tmp_path,
+            weights_sha256="a",
+            elsewhere=elsewhere,
+        )
+    assert asked == [{}, {}, {}, {}, {"q0": "yes"}]
