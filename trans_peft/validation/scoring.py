@@ -16,6 +16,7 @@ from trans_peft.validation.rules.choice import chosen
 from trans_peft.validation.rules.entry_point import entry_point
 from trans_peft.validation.rules.mathematics import math_verify
 from trans_peft.validation.rules.paper import paper_gsm8k, paper_math
+from trans_peft.validation.rules.program import code
 from trans_peft.validation.rules.text import (
     chrf,
     exact_match,
@@ -57,6 +58,7 @@ RULES: Mapping[str, Rule] = {
     "math_verify": Rule(math_verify, takes="MARKER", optional=True),
     "paper_gsm8k": _plain(paper_gsm8k),
     "paper_math": _plain(paper_math),
+    "code": Rule(code, takes="pythonX.Y"),
     "python": Rule(entry_point, takes="NAME==VERSION"),
     "chrf": _plain(chrf, graded=True),
     "rouge_l": _plain(rouge_l, graded=True),

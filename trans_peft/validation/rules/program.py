@@ -1,0 +1,151 @@
+"""Whether a program that a model wrote passes its tests: what of it counts, and the sandbox.
+
+What counts is what evalplus keeps (`evalplus.sanitize`): of the prompt and its completion together
+the longest stretch of lines that is Python, and of that the imports and whatever the tested names
+need. Print statements, examples and a half-written last function do not count. Written with `ast`
+instead of tree-sitter, it also keeps what evalplus drops to a program's harm: decorated functions,
+and helpers without a `return`.
+
+The tests come with the reference (`trans_peft.data.templates`), the verdict from
+`trans_peft.validation.sandbox.check`. It hangs on Python's version, so the suite names that.
+"""
+
+import ast
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from trans_peft.errors import DataError, InvalidSpecError
+from trans_peft.validation.sandbox.check import CodeTests, check_code, humaneval_tests, mbpp_tests
+from trans_peft.validation.sandbox.guards import Guard, refuse
+from trans_peft.validation.sandbox.limits import Limits
+from trans_peft.validation.sandbox.run import missing_guards
+
+__all__ = ["PYTHON", "code", "extract"]
+
+# Processor time decides, so that a busy machine changes no result; a program that waits is cut off.
+_LIMITS = Limits(cpu_s=10.0, wall_s=120.0)
+
+PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
+"""The Python that programs are run by here, as `code` names it."""
+
+
+def code(setting: str) -> Callable[[str, str], float]:
+    """Return the rule under which the prompt and the answer together pass the reference's tests.
+
+    `setting` is the Python that runs them, and after it the guards of the sandbox that may be
+    missing: `python3.11`, `python3.11+network+user`. InvalidSpecError where this is another Python
+    or there is no such guard. The rule raises EvaluationError where this machine lacks a guard
+    that may not be missing.
+    """
+    python, *names = setting.split("+")
+    if python != PYTHON or not {*names} <= {*map(str, Guard)}:
+        raise InvalidSpecError(
+            "programs cannot be run as the suite asks for it",
+            expected=f"code:{PYTHON}, and after a + each guard that may be missing "
+            f"({', '.join(Guard)})",
+            found=f"code:{setting}",
+            do="evaluate where that Python is, or evaluate all sides again on this one",
+        )
+    allowed = frozenset(map(Guard, names))
+
+    def passes(answer: str, reference: str) -> float:
+        prompt, tests = _asked(reference)
+        refuse(missing_guards(), allowed)
+        if not answer.strip():
+            return 0.0
+        program = extract(prompt + answer, tests.names)
+        result = check_code(program, tests, limits=_LIMITS, allow_missing=allowed)
+        return 100.0 if result.passed else 0.0
+
+    return passes
+
+
+def _asked(reference: str) -> tuple[str, CodeTests]:
+    try:
+        row: dict[str, Any] = json.loads(reference)
+        prompt = row.pop("prompt")
+        tests = humaneval_tests(prompt, **row) if "entry_point" in row else mbpp_tests(**row)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            "the reference holds no tests of a program",
+            expected="what the templates humaneval, mbpp and mbpp_plus write",
+            found=reference,
+        ) from error
+    return prompt, tests
+
+
+def extract(text: str, names: Sequence[str]) -> str:
+    """Return what of a text defines the names, as Python; empty where no two lines are Python.
+
+    Where a name is defined twice, the first definition with a `return` counts, or the first. Where
+    none of the names is defined, all that is Python is returned.
+    """
+    stretch = _longest_python(text.replace("\t", "    ").split("\n"))
+    module = _parsed(stretch)
+    if module is None:
+        return ""
+    imports = [node for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    defined: dict[str, ast.stmt] = {}
+    for node in module.body:
+        for name in _defines(node):
+            known = defined.get(name)
+            if known is None or (_is_stub(known) and not _is_stub(node)):
+                defined[name] = node
+    needed, asked = set[str](), [name for name in names if name in defined]
+    if not asked:
+        return stretch
+    while asked:
+        name = asked.pop()
+        if name in defined and name not in needed:
+            needed.add(name)
+            asked += [node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)]
+    kept = {id(defined[name]) for name in needed} | set(map(id, imports))
+    body = [ast.unparse(node) for node in module.body if id(node) in kept]
+    return "\n".join(body)
+
+
+def _longest_python(lines: list[str]) -> str:
+    """Return the stretch of two lines or more with the most that are not blank; the first such."""
+    best, stretch = 0, ""
+    for start, line in enumerate(lines):
+        if line[:1].isspace() and line.strip() and not line.lstrip().startswith("#"):
+            continue  # an indented line opens no program
+        filled = sum(bool(other.strip()) for other in lines[start:])
+        for end in range(len(lines), start + 1, -1):
+            if filled <= best:
+                break
+            if lines[end - 1].strip():
+                candidate = "\n".join(lines[start:end])
+                if _parsed(candidate) is not None:
+                    best, stretch = filled, candidate
+                    break
+                filled -= 1
+    return stretch
+
+
+def _parsed(text: str) -> ast.Module | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes are the author's
+        try:
+            return ast.parse(text)
+        except (MemoryError, RecursionError, SyntaxError, ValueError):
+            return None
+
+
+def _defines(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            yield from (part.id for part in ast.walk(target) if isinstance(part, ast.Name))
+
+
+def _is_stub(node: ast.stmt) -> bool:
+    function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    return function and not any(isinstance(part, ast.Return) for part in ast.walk(node))
