@@ -63,9 +63,7 @@ def equal(answer: str, reference: str) -> bool:
     if len(answer) > _LONGEST_ANSWER:
         return False
     with _lock:
-        return _process.ask(
-            {"answer": answer, "reference": reference, "cpu_limit_s": CPU_LIMIT_S}
-        )
+        return _process.ask({"answer": answer, "reference": reference, "cpu_limit_s": CPU_LIMIT_S})
 
 
 class _Process:
