@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import tiny_tokenizer
 from tests.validation.models import CONFIGS, Counting, by_transformers, ending_with, model_of
+from trans_peft.validation.drafting import PASS
 from trans_peft.validation.generation import generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,10 +140,10 @@ def test_the_token_that_ends_an_answer_need_not_be_drafted(tokenizer, prompts, f
 
 
 def cost(model, *args, **options):
-    """The tokens that the model had to read, padding and all."""
+    """The tokens that the model had to read, padding and all, and what its passes cost besides."""
     model.shapes.clear()
     answers = generate(model, *args, **options)
-    return answers, sum(rows * columns for rows, columns in model.shapes)
+    return answers, sum(rows * columns + PASS for rows, columns in model.shapes)
 
 
 def test_one_wrong_token_costs_little_more_than_none(tokenizer, prompts, free):
@@ -154,12 +155,15 @@ def test_one_wrong_token_costs_little_more_than_none(tokenizer, prompts, free):
     assert len(model.shapes) <= 4
 
 
-def test_drafts_that_are_never_right_cost_next_to_nothing(tokenizer, prompts, free):
+@pytest.mark.parametrize(("batch_size", "times"), [(1, 1), (4, 4), (32, 32)])
+def test_drafts_that_are_never_right_cost_next_to_nothing(
+    batch_size, times, tokenizer, prompts, free
+):
     model = Counting(shared("llama"))
-    options = {"max_new_tokens": MOST, "batch_size": 4}
+    options = {"max_new_tokens": MOST, "batch_size": batch_size}
     with ending_with(model.model, None):
         unsaid = min(set(range(256)) - {token for answer in free("llama") for token in answer})
-        many = prompts * 8
+        many = prompts * times
         plain, least = cost(model, tokenizer, many, **options)
         passes = len(model.shapes)
         found, most = cost(

@@ -79,26 +79,32 @@ def test_a_draft_that_was_never_wrong_has_no_end_of_its_lead(said):
     assert draft.lead == math.inf
 
 
-def learned(*leads):
+def learned(*leads, rows=32):
     trust, drafts = Trust(), [Draft(TEXT, first=4) for _ in leads]
     for draft, lead in zip(drafts, leads, strict=True):
         draft.observe(TEXT if lead == math.inf else [*TEXT[:lead], 7])
     trust.learn(drafts)
-    return trust.first
+    return trust.first(rows)
 
 
 @pytest.mark.parametrize(
     ("leads", "first"),
     [
         ([], 16),
-        ([0], 16),  # one answer proves nothing
-        ([0] * 5, 0),
-        ([3] * 5, 6),
-        ([0] * 10 + [5] * 16, 10),
+        ([0], 16),  # one answer proves little
+        ([0] * 3, 0),
+        ([3] * 5, 3),
+        ([0] * 10 + [5] * 16, 5),
+        ([0] * 16 + [5] * 10, 0),
     ],
 )
-def test_half_of_the_answers_decide_how_far_a_draft_is_believed(leads, first):
+def test_half_of_the_answers_decide_how_far_a_draft_is_believed_in_a_large_batch(leads, first):
     assert learned(*leads) == first
+
+
+@pytest.mark.parametrize(("rows", "first"), [(1, 30), (4, 30), (8, 9), (16, 3), (32, 0), (99, 0)])
+def test_the_smaller_a_batch_the_less_a_wrong_draft_costs(rows, first):
+    assert learned(*[30] * 10, *[9] * 10, *[3] * 10, *[0] * 33, rows=rows) == first
 
 
 def test_drafts_that_are_right_are_proposed_whole():
@@ -108,7 +114,7 @@ def test_drafts_that_are_right_are_proposed_whole():
 def test_only_drafts_count():
     trust = Trust()
     trust.learn([Draft([], first=16)] * 100)
-    assert trust.first == 16
+    assert trust.first(32) == 16
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class Decoder:
 
     def answer(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Row]:
         """Answer pairs of prompt and draft (token ids). EvaluationError: logits not finite."""
-        first = self._trust.first
+        first = self._trust.first(len(batch))
         rows = [Row(prompt, Draft(draft, first)) for prompt, draft in batch]
         going, cache, columns = rows, None, 0
         while going:
