@@ -14,7 +14,7 @@ from trans_peft.validation.generation import generate
 from trans_peft.validation.rules.choice import Measure
 from trans_peft.validation.scoring import marker
 
-__all__ = ["evaluate"]
+__all__ = ["check_dtype", "evaluate"]
 
 _SHOWN = 20
 _CUT = (
@@ -53,7 +53,7 @@ def evaluate(
     started = time.perf_counter()
     is_right = marker(suite)
     suite_sha256, decoding_sha256 = suite.suite_sha256, suite.decoding_sha256
-    _check_dtype(model, suite)
+    check_dtype(model, suite)
     examples = examples[: suite.limit]
     prompts = [example.prompt_ids(tokenizer) for example in examples]
     _check_items(model, tokenizer, suite, examples, prompts, is_right)
@@ -103,7 +103,8 @@ def evaluate(
     )
 
 
-def _check_dtype(model: Any, suite: Suite) -> None:
+def check_dtype(model: Any, suite: Suite) -> None:
+    """Raise InvalidSpecError unless the model's dtype is the one that the suite is decoded in."""
     found = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     if found != suite.dtype:
         raise InvalidSpecError(
