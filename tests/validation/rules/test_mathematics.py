@@ -1,18 +1,14 @@
-import math
-import re
 import threading
-import unicodedata
-from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.validation import peers
+from tests.validation.peers import MARKER
 from trans_peft.validation.rules import mathematics
 from trans_peft.validation.rules.mathematics import equal, math_verify
 from trans_peft.validation.rules.paper import paper_gsm8k, paper_math
-
-MARKER = "The answer is: "
 
 
 @pytest.mark.parametrize(
@@ -86,42 +82,6 @@ def test_the_final_answer_is_what_stands_after_the_last_marker(answer, right):
     assert math_verify(MARKER)(answer, "9 + 9.\n#### 18\nThe answer is: 18") == (100 * right)
 
 
-# MetaMath's own reading of GSM8K (eval_gsm8k.py), restated as it stands there.
-
-
-def is_number(text):
-    try:
-        float(text)
-        return True
-    except ValueError:
-        pass
-    try:
-        unicodedata.numeric(text)
-        return True
-    except (TypeError, ValueError):
-        return False
-
-
-def metamath_number(completion):
-    parts = completion.split(MARKER)
-    if len(parts) < 2:
-        return None
-    match = re.search(r"[\-+]?\d*[\.,/]?\d+", parts[-1].strip())
-    if not match:
-        return None
-    if "/" in match.group():
-        numerator, denominator = match.group().split("/")[:2]
-        if not (is_number(denominator) and is_number(numerator)):
-            return None
-        if denominator == "0":
-            return round(float(numerator.replace(",", "")))
-        fraction = Fraction(match.group().replace(",", ""))
-        return round(float(fraction.numerator / fraction.denominator))
-    if float(match.group().replace(",", "")) == math.inf:
-        return None
-    return round(float(match.group().replace(",", "")))
-
-
 NUMBERS = st.sampled_from(
     ["18", "-18", "+18", "18.4", "18.5", ".5", "1,800", "36/2", "1/0", "/2", "0.18", "18%", "1800",
      "$18", "x", " ", "\n", MARKER, "The answer is:", ".", "eighteen", "9" * 400, "½", "٣"]
@@ -130,15 +90,22 @@ NUMBERS = st.sampled_from(
 
 @given(st.lists(NUMBERS, max_size=6).map("".join))
 def test_gsm8k_is_read_as_metamath_and_compared_as_the_paper_does(output):
-    """Right where MetaMath's number is the reference's, or a hundredth or hundredfold of it."""
-    try:
-        number = metamath_number(output)
-    except (OverflowError, ValueError, ZeroDivisionError):  # where the peer's evaluation ends
-        number = None
-    theirs = number is not None and any(
-        math.isclose(value, number, rel_tol=1e-4) for value in (0.18, 18, 1800)
-    )
+    theirs = peers.paper_gsm8k(output, f"{MARKER}18")
     assert paper_gsm8k(output, f"{MARKER}18") == (100 if theirs else 0)
+
+
+FINAL = st.sampled_from(
+    ["18", "-", "1/2", "\\frac{1}{2}", "0.5", "\\boxed{", "}", "$", "x=", ",", "(", ")", " ",
+     "dollars",
+     "\\%", "^2", ".", ".\n", MARKER, "or 7"]
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(FINAL, max_size=6).map("".join), st.sampled_from(["18", "\\frac{1}{2}", "(1,18)"]))
+def test_answers_are_compared_as_math_verify_does_by_itself(output, wanted):
+    theirs = peers.math_verify_itself(MARKER + output, MARKER + wanted)
+    assert math_verify(MARKER)(MARKER + output, MARKER + wanted) == (100 if theirs else 0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from tests.validation.peers import disagreements
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
 from trans_peft.validation.rules.program import PYTHON, code, extract
 from trans_peft.validation.sandbox.run import missing_guards
@@ -123,3 +124,15 @@ def test_a_reference_without_tests_is_told(reference):
 def test_another_python_and_unknown_guards_are_refused(setting):
     with pytest.raises(InvalidSpecError, match=f"code:{PYTHON}, and after a"):
         code(setting)
+
+
+def test_programs_are_marked_as_the_usual_harness_marks_them(rule):
+    """On programs that mean no harm; `sanitized` as evalplus gives it for each of them."""
+    rows = [
+        {"output": "    return sum(xs)\n\nprint(1)", "sanitized": STUB + "    return sum(xs)"},
+        {"output": "    return max(xs)\n", "sanitized": STUB + "    return max(xs)"},
+        {"output": "    return (\n", "sanitized": ""},
+    ]
+    rows = [row | {"reference": REFERENCE} for row in rows]
+    assert disagreements("humaneval", rule, rows) == []
+    assert [rule(row["output"], REFERENCE) for row in rows] == [100, 0, 0]

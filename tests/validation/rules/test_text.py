@@ -1,10 +1,10 @@
 import json
-import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.validation.peers import LLM_ADAPTERS, disagreements
 from trans_peft.errors import DataError
 from trans_peft.validation.rules.text import (
     chrf,
@@ -14,6 +14,8 @@ from trans_peft.validation.rules.text import (
     regex,
     rouge_l,
 )
+from trans_peft.validation.scoring import marker
+from trans_peft.validation.suites import named
 
 # sacrebleu 2.6.0, `sentence_chrf(answer, [reference]).score`
 SACREBLEU = [
@@ -139,14 +141,6 @@ def test_a_json_value_equals_itself_and_no_list_around_it(value):
     assert json_equal(f"[{text}]", text) == 0
 
 
-# What LLM-Adapters' `extract_answer` looks for (commomsense_evaluate.py), by data set.
-LLM_ADAPTERS = {
-    "boolq": r"true|false",
-    "piqa": r"solution1|solution2",
-    "science": r"answer1|answer2|answer3|answer4|answer5",
-    "hellaswag": r"ending1|ending2|ending3|ending4",
-    "winogrande": r"option1|option2",
-}
 PIECES = (
     "true", "false", "True", "answer1", "answer6", "answer 2", "answer4", "answer5", "solution1",
     "Solution2", "solution2", "ending1", "ending3", "option1", "option2", "the correct answer is ",
@@ -154,13 +148,16 @@ PIECES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern", LLM_ADAPTERS.values(), ids=LLM_ADAPTERS)
+@pytest.mark.parametrize("name", LLM_ADAPTERS)
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.data())
-def test_a_regex_marks_as_llm_adapters_does(pattern, output, data):
-    label = data.draw(st.sampled_from(pattern.split("|")))
-    found = re.findall(pattern, output.strip())
-    theirs = (found[0] if found else "") == label
-    assert regex(pattern)(output, f"the correct answer is {label}") == (100 if theirs else 0)
+def test_the_papers_suites_are_marked_as_llm_adapters_does(name, output, data):
+    suite = named(name)
+    label = data.draw(st.sampled_from(LLM_ADAPTERS[name].split("|")))
+    row = {
+        "output": output.partition(suite.stop[0])[0],  # where our decoding ends
+        "reference": f" the correct answer is {label}",
+    }
+    assert disagreements(name, marker(suite), [row]) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""How the peers that the paper follows mark an output, restated from their code: the reference.
+
+Each function takes an output and the item's reference as our suite has it (`Example.reference`, or
+the completion) and says whether the peer would count the output as right. Written without our
+rules, and as the peer's code goes; where the peer's evaluation would end with an exception, the
+output counts as wrong.
+"""
+
+import json
+import math
+import re
+import unicodedata
+from fractions import Fraction
+
+from trans_peft.validation.sandbox.run import run_code
+
+MARKER = "The answer is: "
+
+# What LLM-Adapters' `extract_answer` looks for (commomsense_evaluate.py), by data set.
+LLM_ADAPTERS = {
+    "boolq": r"true|false",
+    "piqa": r"solution1|solution2",
+    "social_i_qa": r"answer1|answer2|answer3|answer4|answer5",
+    "hellaswag": r"ending1|ending2|ending3|ending4",
+    "winogrande": r"option1|option2",
+    "arc_easy": r"answer1|answer2|answer3|answer4|answer5",
+    "arc_challenge": r"answer1|answer2|answer3|answer4|answer5",
+    "openbookqa": r"answer1|answer2|answer3|answer4|answer5",
+}
+
+
+def llm_adapters(pattern):
+    def right(output, reference):
+        label = reference.split()[-1]  # its rows: "the correct answer is answer3"
+        found = re.findall(pattern, output.split("### Response:")[0].strip())
+        return (found[0] if found else "") == label
+
+    return right
+
+
+def metamath_number(completion):
+    """`extract_answer_number` of MetaMath's eval_gsm8k.py."""
+    parts = completion.split(MARKER)
+    if len(parts) < 2:
+        return None
+    match = re.search(r"[\-+]?\d*[\.,/]?\d+", parts[-1].strip())
+    if not match:
+        return None
+    if "/" in match.group():
+        numerator, denominator = match.group().split("/")[:2]
+        if not (_is_number(denominator) and _is_number(numerator)):
+            return None
+        if denominator == "0":
+            return round(float(numerator.replace(",", "")))
+        fraction = Fraction(match.group().replace(",", ""))
+        return round(float(fraction.numerator / fraction.denominator))
+    if float(match.group().replace(",", "")) == math.inf:
+        return None
+    return round(float(match.group().replace(",", "")))
+
+
+def _is_number(text):
+    try:
+        float(text)
+        return True
+    except ValueError:
+        pass
+    try:
+        unicodedata.numeric(text)
+        return True
+    except (TypeError, ValueError):
+        return False
+
+
+def paper_gsm8k(output, reference):
+    """The paper's `gsm8k_infer.py`: MetaMath's number, or a hundredth or hundredfold of it."""
+    wanted = int(reference.split(MARKER)[-1].replace(",", ""))
+    try:
+        number = metamath_number(output)
+    except (OverflowError, ValueError, ZeroDivisionError):
+        return False
+    return number is not None and any(
+        math.isclose(value, number, rel_tol=1e-4) for value in (wanted / 100, wanted, wanted * 100)
+    )
+
+
+def math_verify_itself(output, reference):
+    """math-verify, called as its own page says (in the main thread), on MetaMath's final answer."""
+    from math_verify import parse, verify
+
+    answers = []
+    for text in (reference, output):
+        parts = text.split(MARKER)
+        if len(parts) < 2:
+            return False
+        answers.append(parts[-1].split(".\n")[0].strip().removesuffix(".").strip())
+    if not all(answers):
+        return False
+    as_formula, as_text = parse(f"${answers[1]}$"), parse(answers[1])
+    words = re.search(r"(?<![\\A-Za-z{])[A-Za-z]{3,}", answers[1])
+    wanted = parse(f"${answers[0]}$")
+    return answers[0] == answers[1] or verify(wanted, as_formula + (as_text if words else []))
+
+
+def evalplus(sanitized, reference):
+    """The tests of openai/human-eval and MBPP on what evalplus made of prompt and output.
+
+    Program and tests run as one script, as in those harnesses, judged by its exit code; a hostile
+    program could fool that. `sanitized` is `evalplus.sanitize.sanitize(prompt + output, name)`.
+    """
+    row = json.loads(reference)
+    if "entry_point" in row:
+        script = f"{row['prompt']}\n{sanitized}\n{row['test']}\ncheck({row['entry_point']})"
+    else:
+        imports = "\n".join(re.findall(r"^(?:import|from) .*", row["reference"], re.MULTILINE))
+        script = "\n".join([imports, sanitized, row["setup"], *row["test_list"]])
+    return run_code(script).ending.returncode == 0
+
+
+PEERS = {
+    **{name: llm_adapters(pattern) for name, pattern in LLM_ADAPTERS.items()},
+    "gsm8k": math_verify_itself,
+    "math": math_verify_itself,
+    "humaneval": evalplus,
+    "mbpp": evalplus,
+    "mbpp_plus": evalplus,
+}
+"""Suite -> how its peer marks an output."""
+
+
+def disagreements(suite, is_right, rows):
+    """Return the rows that our rule and the suite's peer mark apart.
+
+    A row is `{"output", "reference"}`, and "sanitized" where the peer is evalplus.
+    """
+    return [
+        row
+        for row in rows
+        if bool(is_right(row["output"], row["reference"]))
+        != bool(PEERS[suite](row.get("sanitized", row["output"]), row["reference"]))
+    ]
