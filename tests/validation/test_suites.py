@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from trans_peft.data.templates import TEMPLATES
 from trans_peft.domain.data import DataSource
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import NotFoundError
-from trans_peft.validation.scoring import marker
+from trans_peft.validation.scoring import RULES, marker
 from trans_peft.validation.suites import PUBLISHED, named
 
 PAPER = {
@@ -63,3 +64,19 @@ def test_a_local_suite_is_pinned_and_answered(tmp_path):
     assert is_right("it is false, not true", example.completion)
     assert not is_right("true or false", example.completion)
     assert re.search("Is it", example.prompt)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "suites.md").read_text()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_page_says_what_the_suite_is(name):
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
+    assert f"{PUBLISHED[name].file}" in row
+    assert PUBLISHED[name].hub.split(":")[0] in row
+    assert float(row.split("|")[-2]) == pytest.approx(PUBLISHED[name].chance_points, abs=0.05)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_page_explains_every_rule(rule):
+    assert re.search(rf"^\| [^|]*`{rule}[:`]", PAGE, re.MULTILINE)
