@@ -104,10 +104,10 @@ def test_no_draft_changes_a_token(name, data, tokenizer, prompts, free):
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_right_drafts_take_one_forward_pass_a_batch(name, batch_size, tokenizer, prompts, free):
     model = Counting(shared(name))
-    drafts = [cut(answer[:12], tokenizer, {257}, ()) for answer in free(name)]
+    drafts = [cut(answer[:9], tokenizer, {257}, ()) for answer in free(name)]
     with ending_with(model.model, None):
         found = generate(
-            model, tokenizer, prompts, max_new_tokens=12, drafts=drafts, batch_size=batch_size
+            model, tokenizer, prompts, max_new_tokens=9, drafts=drafts, batch_size=batch_size
         )
     assert found.ids == drafts
     assert len(model.shapes) == -(-len(prompts) // batch_size)
@@ -117,7 +117,7 @@ def test_right_drafts_take_one_forward_pass_a_batch(name, batch_size, tokenizer,
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_also_where_the_answers_end_by_themselves(batch_size, tokenizer, prompts, free):
     model, options = Counting(shared("llama")), {"max_new_tokens": MOST, "batch_size": batch_size}
-    with ending_with(model.model, [answer[6 + i % 3] for i, answer in enumerate(free("llama"))]):
+    with ending_with(model.model, [answer[5 + i % 3] for i, answer in enumerate(free("llama"))]):
         plain = generate(model, tokenizer, prompts, **options).ids
         model.shapes.clear()
         found = generate(model, tokenizer, prompts, drafts=plain, **options)
@@ -128,7 +128,7 @@ def test_also_where_the_answers_end_by_themselves(batch_size, tokenizer, prompts
 
 def test_the_token_that_ends_an_answer_need_not_be_drafted(tokenizer, prompts, free):
     model, answer = Counting(shared("llama")), free("llama")[5]
-    stop = (tokenizer.decode(answer)[6:9],)
+    stop = (tokenizer.decode(answer)[4:7],)
     whole = generate(model, tokenizer, prompts[5:6], max_new_tokens=MOST, stop=stop)
     model.shapes.clear()
     for draft in (whole.ids[0], whole.ids[0][:-1], answer):
@@ -152,7 +152,7 @@ def test_one_wrong_token_costs_little_more_than_none(tokenizer, prompts, free):
         drafts = [[*a[:9], (a[9] + 1) % 256, *a[10:]] for a in free("llama")]
         found, _ = cost(model, tokenizer, prompts, max_new_tokens=MOST, drafts=drafts)
     assert found.ids == free("llama")
-    assert len(model.shapes) <= 4
+    assert len(model.shapes) <= 5
 
 
 @pytest.mark.parametrize(("batch_size", "times"), [(1, 1), (4, 4), (32, 32)])

@@ -90,8 +90,8 @@ def learned(*leads, rows=32):
 @pytest.mark.parametrize(
     ("leads", "first"),
     [
-        ([], 16),
-        ([0], 16),  # one answer proves little
+        ([], 8),
+        ([0], 8),  # one answer proves little
         ([0] * 3, 0),
         ([3] * 5, 3),
         ([0] * 10 + [5] * 16, 5),
@@ -114,7 +114,7 @@ def test_drafts_that_are_right_are_proposed_whole():
 def test_only_drafts_count():
     trust = Trust()
     trust.learn([Draft([], first=16)] * 100)
-    assert trust.first(32) == 16
+    assert trust.first(32) == 8
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class Trust:
 
     def __init__(self) -> None:
         # Before the first answer: the whole of most one-string answers.
-        self._leads = deque([16.0], maxlen=64)
+        self._leads = deque([8.0], maxlen=64)
 
     def first(self, rows: int) -> int:
         """Return how many tokens to propose together with a prompt in a batch of so many rows.
