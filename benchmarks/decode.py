@@ -1,78 +1,127 @@
 """What drafts save: an adapter's answers on an updated base, checked instead of written anew.
 
-The drafts are the answers of the same adapter on the old base. `draft_vs_generate` is the time of
-our `generate` with them beside transformers' own in batches of the same size, sorted by length;
-`draft_vs_plain` beside our own without them; `draft_worst_vs_generate` and `draft_worst_vs_plain`
-are the same with drafts of which no token is ever right. All answers must be the same tokens where
-no two best logits lie within 1e-4; how a ratio is taken: `ratios`.
+The suite is a generation suite made of the study's rows: a message is to become the whole `raise`
+statement, some 15 tokens. An adapter learns it on base v1 once (minutes) and answers it on an
+updated base; the drafts are its answers on v1. `draft_vs_generate` is the time of our `generate`
+with them beside transformers' own in batches of the same size, sorted by length, `draft_vs_plain`
+beside our own without them; `draft_worst_...` is the same with drafts of which no token is right.
+Answers that differ are counted. The first of the batch sizes has the plain names, the others have
+theirs at the end. A round runs all four in random order, and a ratio is that of one round; which
+ratio is reported: `ratios`.
 
-    python benchmarks/decode.py [--old FOLDER] [--new FOLDER] [--adapter FOLDER] [--rows FILE]
-        [--items 64] [--batch 32] [--most 64] [--stop TEXT ...] [--pairs 5] [--clock wall|process]
+    python benchmarks/decode.py [--study .study] [--update ffn] [--items 64] [--batch 1 32]
+        [--pairs 5] [--clock wall|process] [--threads 2] [--tiny]
 
-The defaults are what `make study` makes. `--tiny` shows in seconds that it runs, and keeps nothing.
+Needs what `make study` makes first: the bases and the rows. `--tiny` needs nothing, shows in
+seconds that all of this runs, and keeps nothing.
 """
 
 import argparse
+import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from ratios import Clock, machine, middle, paired, parser, prepare, record
+from ratios import Clock, machine, middle, parser, prepare, record
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trans_peft.data import Example, parse_examples
+from trans_peft.data import Example, parse_examples, write_examples
+from trans_peft.domain.adapter import AdapterSpec
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
 from trans_peft.models import load_base
+from trans_peft.training.job import TrainingJob
+from trans_peft.training.launch import fit
 from trans_peft.transfer.transplant import attached
 from trans_peft.validation.generation import Answers, generate
 
-STUDY = Path(".study")
+MOST, STOP, STEPS = 64, ["\n"], 60
 
 
-class Suite:
+def prepare_rows(study: Path) -> dict[str, Path]:
+    """Write train and eval rows of which the answer is the whole statement; return their files."""
+    files = {}
+    for name in ("train", "eval"):
+        source = study / "rows" / "exceptions" / f"{name}.jsonl"
+        rows = []
+        for example in parse_examples(source.read_bytes(), source.name):
+            message = example.prompt.removeprefix("# ").partition("\n")[0]
+            if '"' not in message:
+                answer = f' {example.completion.strip()}("{message}")\n'
+                rows.append(replace(example, completion=answer))
+        files[name] = write_examples(rows, study / "decode" / f"{name}.jsonl")
+    return files
+
+
+def prepare_adapter(study: Path, rows: dict[str, Path]) -> Path:
+    """Train the adapter on base v1, unless it is there; return its folder."""
+    recipe = TrainingRecipe(
+        adapter="raise",
+        family="smollm2-135m",
+        base_version="v1",
+        data=DataSource(str(rows["train"])),
+        suites=(Suite("raise", DataSource(str(rows["eval"])), max_new_tokens=MOST),),
+        spec=AdapterSpec(
+            "LORA",
+            {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        ),
+        optimizer=OptimizerSettings(
+            learning_rate=1e-3, steps=STEPS, batch_size=16, warmup_steps=10, max_length=128
+        ),
+    )
+    base, work = study / "bases" / "v1", study / "decode" / "adapter"
+    return fit(TrainingJob(recipe, base, "v1", "study", rows["train"], work)).folder
+
+
+class Questions:
     """Prompts, and how they are answered: by us, with drafts or without, and by transformers."""
 
-    def __init__(self, tokenizer: Any, examples: Sequence[Example], options: Any) -> None:
-        self.tokenizer, self.options = tokenizer, options
+    def __init__(self, tokenizer: Any, examples: Sequence[Example]) -> None:
+        self.tokenizer = tokenizer
         self.prompts = [example.prompt_ids(tokenizer) for example in examples]
 
-    def ours(self, model: Any, drafts: Sequence[Sequence[int]] | None = None) -> Answers:
+    def ours(
+        self, model: Any, batch: int, drafts: Sequence[Sequence[int]] | None = None
+    ) -> Answers:
         return generate(
             model,
             self.tokenizer,
             self.prompts,
-            max_new_tokens=self.options.most,
-            stop=self.options.stop,
+            max_new_tokens=MOST,
+            stop=STOP,
             drafts=drafts,
-            batch_size=self.options.batch,
+            batch_size=batch,
         )
 
-    def theirs(self, model: Any) -> list[list[int]]:
+    def theirs(self, model: Any, batch: int) -> list[list[int]]:
         """As a competent user writes it; padding behind an answer's end is cut off."""
         own = model.generation_config.eos_token_id
         ends = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None}
         order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]))
         answers: list[list[int]] = [[] for _ in order]
-        for start in range(0, len(order), self.options.batch):
-            batch = order[start : start + self.options.batch]
+        for start in range(0, len(order), batch):
+            asked = order[start : start + batch]
             inputs = self.tokenizer.pad(
-                {"input_ids": [self.prompts[i] for i in batch]},
+                {"input_ids": [self.prompts[i] for i in asked]},
                 padding_side="left",
                 return_tensors="pt",
             )
-            stops = {"stop_strings": self.options.stop, "tokenizer": self.tokenizer}
             out = model.generate(
                 **inputs,
                 do_sample=False,
-                max_new_tokens=self.options.most,
+                max_new_tokens=MOST,
                 eos_token_id=sorted(ends),
                 pad_token_id=self.tokenizer.pad_token_id,
-                **(stops if self.options.stop else {}),
+                stop_strings=STOP,
+                tokenizer=self.tokenizer,
             )
             width = inputs["input_ids"].shape[1]
-            for i, ids in zip(batch, out[:, width:].tolist(), strict=True):
+            for i, ids in zip(asked, out[:, width:].tolist(), strict=True):
                 answers[i] = ids
         return answers
 
@@ -107,18 +156,31 @@ def tiny(update: float) -> tuple[Any, Any]:
 
 
 @contextmanager
-def loaded(folder: Path, options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
+def loaded(folder: Path, adapter: Path) -> Iterator[tuple[Any, Any]]:
     """A base in fp32 with the adapter on it, and its tokenizer."""
-    if options.tiny:
-        yield tiny(update=0.0 if folder == options.old else 0.001)
-        return
     base = load_base(folder, "float32")
-    with (
-        attached(base.model, options.adapter)
-        if options.adapter
-        else nullcontext(base.model) as model
-    ):
+    with attached(base.model, adapter) as model:
         yield model, base.tokenizer
+
+
+@contextmanager
+def both(
+    options: argparse.Namespace,
+) -> Iterator[tuple[Any, Questions, list[list[int]]]]:
+    """The adapter on the updated base, the questions, and what it answered on the old one."""
+    if options.tiny:
+        examples = [Example(str(i), f"question {i} {'?' * (i % 7)}", "") for i in range(4)]
+        (old, tokenizer), (new, _) = tiny(update=0.0), tiny(update=0.001)
+        questions = Questions(tokenizer, examples)
+        yield new, questions, questions.ours(old, 4).ids
+        return
+    rows = prepare_rows(options.study)
+    adapter = prepare_adapter(options.study, rows)
+    examples = list(parse_examples(rows["eval"].read_bytes(), "eval.jsonl"))[: options.items]
+    with loaded(options.study / "bases" / "v1", adapter) as (model, tokenizer):
+        recorded = Questions(tokenizer, examples).ours(model, 32).ids
+    with loaded(options.study / "bases" / options.update, adapter) as (model, tokenizer):
+        yield model, Questions(tokenizer, examples), recorded
 
 
 def never_right(answers: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -134,54 +196,69 @@ def equal(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> int:
     return sum(x[: len(y)] == y[: len(x)] and bool(x) == bool(y) for x, y in zip(a, b, strict=True))
 
 
+def compare(
+    batch: int,
+    suffix: str,
+    model: Any,
+    questions: Questions,
+    recorded: list[list[int]],
+    options: argparse.Namespace,
+    clock: Clock,
+) -> None:
+    """Take and keep the four ratios at one batch size."""
+    plain, drafted = questions.ours(model, batch), questions.ours(model, batch, recorded)
+    wrong = never_right(plain.ids)
+    worst, theirs = questions.ours(model, batch, wrong), questions.theirs(model, batch)
+    items, tokens = len(plain.ids), sum(map(len, plain.ids))
+    told = (
+        f"{items} items in batches of {batch}, answers of {tokens / items:.1f} tokens, "
+        f"{equal(recorded, plain.ids)} the same as on the old base; of {drafted.drafted} drafted "
+        f"tokens {drafted.accepted / max(drafted.drafted, 1):.0%} accepted, "
+        f"{drafted.accepted / tokens:.0%} of all; tokens as in plain decoding: with drafts "
+        f"{equal(drafted.ids, plain.ids)}, with wrong ones {equal(worst.ids, plain.ids)}, "
+        f"transformers {equal(theirs, plain.ids)} of {items}; near ties {plain.near_ties}"
+    )
+    print(told, flush=True)
+    arms = {
+        "draft": seconds(lambda: questions.ours(model, batch, recorded), clock),
+        "draft_worst": seconds(lambda: questions.ours(model, batch, wrong), clock),
+        "generate": seconds(lambda: questions.theirs(model, batch), clock),
+        "plain": seconds(lambda: questions.ours(model, batch), clock),
+    }
+    rounds = measured(arms, options.pairs)
+    for first in ("draft", "draft_worst"):
+        for second in ("generate", "plain"):
+            entry = middle([took[first] / took[second] for took in rounds])
+            name = f"decode.{first}_vs_{second}{suffix}"
+            if options.tiny:
+                print(name, entry, flush=True)
+            else:
+                record(name, entry, machine(options, f"SmolLM2-135M, fp32, {told}"))
+
+
+def measured(arms: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
+    """Return what each arm took, round by round, in random order; one round before warms up."""
+    order, names = random.Random(0), list(arms)
+    took = []
+    for _ in range(rounds + 1):
+        order.shuffle(names)
+        took.append({name: arms[name]() for name in names})
+    return took[1:]
+
+
 def main() -> None:
     ours = parser(__doc__, pairs=5)
-    ours.add_argument("--old", type=Path, default=STUDY / "bases" / "v1")
-    ours.add_argument("--new", type=Path, default=STUDY / "bases" / "all")
-    ours.add_argument("--adapter", type=Path)
-    ours.add_argument("--rows", type=Path, default=STUDY / "rows" / "signatures" / "eval.jsonl")
+    ours.add_argument("--study", type=Path, default=Path(".study"))
+    ours.add_argument("--update", default="ffn")
     ours.add_argument("--items", type=int, default=64)
-    ours.add_argument("--batch", type=int, default=32)
-    ours.add_argument("--most", type=int, default=64, help="new tokens of an answer")
-    ours.add_argument("--stop", nargs="*", default=[])
+    ours.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     ours.add_argument("--tiny", action="store_true")
     options = ours.parse_args()
     clock = prepare(options)
-    if options.tiny:
-        examples = [Example(str(i), f"question {i} {'?' * (i % 7)}", "") for i in range(12)]
-    else:
-        examples = list(parse_examples(options.rows.read_bytes(), options.rows.name))
-    examples = examples[: options.items]
-    with loaded(options.old, options) as (model, tokenizer):
-        recorded = Suite(tokenizer, examples, options).ours(model).ids
-    with loaded(options.new, options) as (model, tokenizer):
-        suite = Suite(tokenizer, examples, options)
-        plain, drafted = suite.ours(model), suite.ours(model, recorded)
-        wrong = never_right(plain.ids)
-        worst, theirs = suite.ours(model, wrong), suite.theirs(model)
-        told = (
-            f"{len(examples)} items in batches of {options.batch}, answers of "
-            f"{sum(map(len, plain.ids)) / len(examples):.1f} tokens; of {drafted.drafted} drafted "
-            f"tokens {drafted.accepted / max(drafted.drafted, 1):.0%} accepted, which is "
-            f"{drafted.accepted / sum(map(len, plain.ids)):.0%} of all tokens; equal answers: "
-            f"drafts {equal(drafted.ids, plain.ids)}, never right {equal(worst.ids, plain.ids)}, "
-            f"transformers {equal(theirs, plain.ids)}; near ties {plain.near_ties}"
-        )
-        print(told, flush=True)
-        arms = {
-            "draft": seconds(lambda: suite.ours(model, recorded), clock),
-            "draft_worst": seconds(lambda: suite.ours(model, wrong), clock),
-            "generate": seconds(lambda: suite.theirs(model), clock),
-            "plain": seconds(lambda: suite.ours(model), clock),
-        }
-        for first in ("draft", "draft_worst"):
-            for second in ("generate", "plain"):
-                entry = middle(paired(arms[first], arms[second], options.pairs))
-                name = f"decode.{first}_vs_{second}"
-                if options.tiny:
-                    print(name, entry, flush=True)
-                else:
-                    record(name, entry, machine(options, f"SmolLM2-135M, fp32, {told}"))
+    with both(options) as (model, questions, recorded):
+        for batch in options.batch:
+            suffix = "" if batch == options.batch[0] else f"_batch_{batch}"
+            compare(batch, suffix, model, questions, recorded, options, clock)
 
 
 if __name__ == "__main__":
