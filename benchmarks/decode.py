@@ -75,7 +75,8 @@ def prepare_adapter(study: Path, rows: dict[str, Path]) -> Path:
         ),
     )
     base, work = study / "bases" / "v1", study / "decode" / "adapter"
-    return fit(TrainingJob(recipe, base, "v1", "study", rows["train"], work)).folder
+    job = TrainingJob(recipe, base, "v1", "study", rows["train"], work)
+    return fit(job, on_event=lambda event: None).folder
 
 
 class Questions:
