@@ -19,7 +19,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from ratios import Clock, machine, middle, paired, parser, prepare, record
+from ratios import (
+    Clock,
+    keep_freed_memory,
+    machine,
+    middle,
+    paired,
+    parser,
+    prepare,
+    record,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trans_peft.domain.recipe import Perturbation
@@ -55,6 +64,10 @@ def element_wise(model: PeftModel, masking_p: float, dropping_p: float) -> Itera
             del ffn.forward
 
 
+def element(model: PeftModel, steps: int) -> AbstractContextManager:
+    return element_wise(model, 0.2, 0.2)
+
+
 def plain(model: PeftModel, steps: int) -> AbstractContextManager:
     return nullcontext()
 
@@ -65,13 +78,11 @@ dropping = under(Perturbation(0.0, 0.1))
 PAIRS: dict[str, tuple[Arm, Arm]] = {
     "train_step.neuron_0.2_0.2_vs_plain": (neuron, plain),
     "train_step.dropping_0.1_vs_plain": (dropping, plain),
-    "train_step.neuron_vs_element_0.2_0.2": (
-        neuron,
-        lambda model, steps: element_wise(model, 0.2, 0.2),
-    ),
+    "train_step.neuron_vs_element_0.2_0.2": (neuron, element),
+    "train_step.element_0.2_0.2_vs_plain": (element, plain),
     "train_step.off_vs_plain": (off, plain),
 }
-LEFT = {neuron: 0.8 * 0.8, dropping: 0.9}
+LEFT = {neuron: 0.8 * 0.8, dropping: 0.9, element: 0.8}
 """The share of the FFNs' work that masking and dropping leave."""
 
 ALL_DROPPED = under(Perturbation(dropping_p=1 - 1e-12))
@@ -139,6 +150,7 @@ def main() -> None:
         step(time.perf_counter)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
+    keep_freed_memory()
     shape = f"SmolLM2-135M, fp32, LoRA r 16 on q,k,v,o, batch {BATCH} x {LENGTH} tokens"
     facts = machine(options, shape)
     saving = any(

@@ -19,7 +19,16 @@ from typing import Any
 
 from datasets import Dataset, disable_progress_bars
 from perturbation import smollm2
-from ratios import Clock, machine, middle, paired, parser, prepare, record
+from ratios import (
+    Clock,
+    keep_freed_memory,
+    machine,
+    middle,
+    paired,
+    parser,
+    prepare,
+    record,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -186,6 +195,7 @@ def main() -> None:
     options_of.add_argument("--only", nargs="*", choices=OPPONENTS, default=list(OPPONENTS))
     options = options_of.parse_args()
     clock = prepare(options)
+    keep_freed_memory()
     disable_progress_bars()
     examples, source = rows(options.rows), DataSource("rows")
     recipe = TrainingRecipe(
