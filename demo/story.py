@@ -26,6 +26,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
+from trans_peft.lifecycle.progress import Answered
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.train import resolve_recipe
@@ -239,8 +240,8 @@ class Story:
             score = found[chapter.suite.name].score
             self._screen.done(f"bare v1 on {chapter.task.name}: {score:.1f} % right")
 
-    def _items(self, what: str, done: int, total: int) -> None:
-        self._screen.alive(f"{what}: {done} of {total} items")
+    def _items(self, answered: Answered) -> None:
+        self._screen.alive(str(answered))
 
     def _links(self, picture: Path, run_id: str) -> None:
         mlflow, prefect = (self._stack.urls[name] for name in ("mlflow", "prefect"))

@@ -8,6 +8,7 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from trans_peft.lifecycle.progress import Answered
 from trans_peft.training.events import Event, Progress
 
 __all__ = ["evaluation_progress", "training_progress"]
@@ -34,15 +35,15 @@ def training_progress(adapter: str) -> Callable[[Event], None]:
     return show
 
 
-def evaluation_progress() -> Callable[[str, int, int], None]:
-    """Return a callback that logs how far an evaluation is, every few seconds."""
+def evaluation_progress() -> Callable[[Answered], None]:
+    """Return a callback that logs how far an evaluation is and what is left, every few seconds."""
     logger = get_run_logger()
     last = 0.0
 
-    def show(what: str, done: int, total: int) -> None:
+    def show(answered: Answered) -> None:
         nonlocal last
-        if time.monotonic() - last >= _EVERY_S or done == total:
+        if time.monotonic() - last >= _EVERY_S or answered.done == answered.total:
             last = time.monotonic()
-            logger.info("%s: %d of %d items", what, done, total)
+            logger.info("%s", answered)
 
     return show

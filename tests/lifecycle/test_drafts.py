@@ -15,7 +15,7 @@ def asked(monkeypatch):
     """The drafts of each evaluation that is computed; no model is loaded for it."""
     drafts = []
 
-    def evaluate(model, tokenizer, suite, examples, *, weights_sha256, drafts: dict, **_):
+    def answer(model, questions, *, weights_sha256, drafts: dict, **_):
         seen.append(drafts)
         return replace(evaluation(weights_sha256, base, 1, 2), base_fingerprint_sha256="new")
 
@@ -25,11 +25,11 @@ def asked(monkeypatch):
 
     seen, base = drafts, SimpleNamespace(fingerprint_sha256="new")
     loaded = SimpleNamespace(model=None, tokenizer=None)
-    monkeypatch.setattr("trans_peft.validation.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("trans_peft.validation.evaluate.answer", answer)
     monkeypatch.setattr("trans_peft.transfer.transplant.attached", attached)
     monkeypatch.setattr("trans_peft.models.load_base", lambda *_: loaded)
     monkeypatch.setattr("trans_peft.lifecycle.evaluations.base_folder", lambda *_: None)
-    monkeypatch.setattr("trans_peft.lifecycle.evaluations.read_examples", lambda *_, **__: ())
+    monkeypatch.setattr("trans_peft.lifecycle.evaluations.questions_for", lambda *_: None)
     return drafts
 
 

@@ -51,7 +51,7 @@ def judged(platform, policy):
         FAMILY,
         policy,
         platform,
-        on_progress=lambda what, done, total: answered.update({what: (done, total)}),
+        on_progress=lambda told: answered.update({told.what: (told.done, told.total)}),
     )
     return outcome, {what: done for what, done in answered.items() if what.endswith("v2")}
 

@@ -138,7 +138,7 @@ def test_an_update_is_judged_served_and_rolled_back(life):
     (work,) = plan(observe(FAMILY, platform), POLICY).work
     answered = []
     outcome = transfer(
-        work, FAMILY, POLICY, platform, on_progress=lambda what, done, total: answered.append(what)
+        work, FAMILY, POLICY, platform, on_progress=lambda told: answered.append(told.what)
     )
     assert outcome.compatibility.ok
     assert outcome.effect is not None and outcome.effect.found
@@ -162,7 +162,7 @@ def test_an_update_is_judged_served_and_rolled_back(life):
         FAMILY,
         lenient,
         platform,
-        on_progress=lambda what, done, total: answered.append(what),
+        on_progress=lambda told: answered.append(told.what),
     )
     assert (outcome.verdict, answered) == (Verdict.PASSED, [])
     assert len(platform.registry.versions("parity")) == 2

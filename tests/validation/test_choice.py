@@ -6,8 +6,9 @@ from trans_peft.data import Example, Message
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.errors import DataError, EvaluationError
-from trans_peft.validation.choice import choice_ids, choose, log_likelihoods
+from trans_peft.validation.choice import choose, log_likelihoods
 from trans_peft.validation.evaluate import evaluate
+from trans_peft.validation.questions import prepare, with_answers
 from trans_peft.validation.rules.choice import Measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,17 +52,23 @@ def example(number, right=0):
 
 
 EXAMPLES = [example(number) for number in range(len(QUESTIONS))]
+SUITE = Suite("choices", DataSource("c.jsonl", "0" * 64), scoring="choice:per_token")
+
+
+def chosen(model, tokenizer, **options):
+    asked = prepare(tokenizer, SUITE, EXAMPLES, context=None)
+    return choose(model, asked.examples, asked.prompts, asked.choices, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_log_likelihoods_are_those_of_one_forward_pass_each(batch_size, model, tokenizer, plain):
-    pairs = [
-        (tokenizer(q)["input_ids"], tokenizer(choice)["input_ids"])
+    asked = [
+        (tokenizer(q)["input_ids"], [tokenizer(choice)["input_ids"] for choice in choices])
         for q, choices in QUESTIONS
-        for choice in choices
     ]
-    found = log_likelihoods(model, pairs, batch_size=batch_size)
-    assert found == pytest.approx([one for q in plain.values() for one in q.values()], abs=1e-4)
+    found = log_likelihoods(model, asked, batch_size=batch_size)
+    for likelihoods, q in zip(found, plain.values(), strict=True):
+        assert likelihoods == pytest.approx(list(q.values()), abs=1e-4)
 
 
 @pytest.mark.parametrize("measure", Measure)
@@ -75,21 +82,18 @@ def test_the_choice_is_the_likeliest_by_the_suites_measure(measure, model, token
         max(choices, key=lambda choice, q=q: plain[q][choice] / per(choice))
         for q, choices in QUESTIONS
     ]
-    assert choose(model, tokenizer, EXAMPLES, measure=measure, batch_size=3) == expected
+    assert chosen(model, tokenizer, measure=measure, batch_size=3) == expected
 
 
 def test_measures_differ_where_choices_differ_in_length(model, tokenizer):
-    found = {tuple(choose(model, tokenizer, EXAMPLES, measure=measure)) for measure in Measure}
+    found = {tuple(chosen(model, tokenizer, measure=measure)) for measure in Measure}
     assert len(found) > 1
 
 
 def test_a_chats_choice_stands_after_its_template(model, tokenizer):
     chat = Example("c", "", "yes", (Message("user", "hi"), Message("assistant", "yes")))
-    prompt = chat.prompt_ids(tokenizer)
-    assert (
-        prompt + choice_ids(tokenizer, chat, "no", prompt)
-        == (tokenizer("<|user|>hi<eos><|assistant|>no")["input_ids"])
-    )
+    (whole,) = with_answers(tokenizer, [(chat, chat.prompt_ids(tokenizer), "no")])
+    assert whole == tokenizer("<|user|>hi<eos><|assistant|>no")["input_ids"]
 
 
 def test_a_batch_that_does_not_fit_is_halved(tokenizer, plain):
@@ -100,17 +104,18 @@ def test_a_batch_that_does_not_fit_is_halved(tokenizer, plain):
 
         def forward(self, input_ids, **options):
             if len(input_ids) > self.room:
-                raise torch.OutOfMemoryError
+                raise self.error
             return self.inner(input_ids=input_ids, **options)
 
     model = Full()
-    model.room = 2
-    assert choose(model, tokenizer, EXAMPLES, measure=Measure.SUM) == [
-        max(likelihoods, key=likelihoods.get) for likelihoods in plain.values()
-    ]
-    model.room = 0
-    with pytest.raises(EvaluationError, match="single choice"):
-        choose(model, tokenizer, EXAMPLES, measure=Measure.SUM)
+    for model.error in (torch.OutOfMemoryError(), RuntimeError("can't allocate memory")):
+        model.room = 4  # one question's choices
+        assert chosen(model, tokenizer, measure=Measure.SUM) == [
+            max(likelihoods, key=likelihoods.get) for likelihoods in plain.values()
+        ]
+        model.room = 0
+        with pytest.raises(EvaluationError, match="single item"):
+            chosen(model, tokenizer, measure=Measure.SUM)
 
 
 def test_logits_that_are_not_numbers_are_an_error_in_words(tokenizer):
@@ -118,10 +123,7 @@ def test_logits_that_are_not_numbers_are_an_error_in_words(tokenizer):
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EvaluationError, match="not finite"):
-        choose(model, tokenizer, EXAMPLES, measure=Measure.SUM)
-
-
-SUITE = Suite("choices", DataSource("c.jsonl", "0" * 64), scoring="choice:per_token")
+        chosen(model, tokenizer, measure=Measure.SUM)
 
 
 def run(model, tokenizer, examples):
@@ -132,7 +134,7 @@ def run(model, tokenizer, examples):
 
 def test_a_suite_is_answered_by_choosing(model, tokenizer, plain):
     result = run(model, tokenizer, EXAMPLES)
-    best = choose(model, tokenizer, EXAMPLES, measure=Measure.PER_TOKEN)
+    best = chosen(model, tokenizer, measure=Measure.PER_TOKEN)
     assert [item.correct for item in result.items] == [
         answer == one.completion for answer, one in zip(best, EXAMPLES, strict=True)
     ]

@@ -144,8 +144,10 @@ class Merging:
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
 
-    def __call__(self, text):
-        return {"input_ids": self._tokenizer(text.replace(" y", "~"))["input_ids"]}
+    def __call__(self, text, **options):
+        one = text.replace(" y", "~") if isinstance(text, str) else None
+        texts = one or [each.replace(" y", "~") for each in text]
+        return {"input_ids": self._tokenizer(texts, **options)["input_ids"]}
 
     def __getattr__(self, name):
         return getattr(self._tokenizer, name)

@@ -5,7 +5,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.validation.models import CONFIGS, Counting, by_transformers, ending_with, model_of
 from trans_peft.errors import EvaluationError, InvalidSpecError, UnsupportedModelError
-from trans_peft.validation.generation import evaluating, generate
+from trans_peft.validation.batching import evaluating
+from trans_peft.validation.generation import generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

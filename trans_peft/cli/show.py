@@ -11,6 +11,7 @@ from rich.table import Table
 
 from trans_peft.domain.evaluation import Evaluation, Verdict
 from trans_peft.domain.outcome import Compatibility, TransferOutcome
+from trans_peft.lifecycle.progress import Answered
 
 __all__ = [
     "Progress",
@@ -54,9 +55,10 @@ class Progress:
         console = errors_out if self._bars is None else self._bars.console
         console.print(line, markup=False, style="dim")
 
-    def evaluation(self, what: str, done: int, total: int) -> None:
-        """Tell how far an evaluation is (`trans_peft.lifecycle.evaluations.Progress`)."""
-        self.show(f"evaluating {what}", done, total, "items")
+    def evaluation(self, answered: Answered) -> None:
+        """Tell how far an evaluation is."""
+        note = f"items, {answered.eta_s:.0f} s left" if answered.done < answered.total else "items"
+        self.show(f"evaluating {answered.what}", answered.done, answered.total, note)
 
 
 @contextmanager

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trans_peft.data import Example, read_examples
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Prefix, Suite, prefix_key
-from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on
+from trans_peft.lifecycle.evaluations import base_folder, evaluate_on
+from trans_peft.lifecycle.progress import Progress, counting
+from trans_peft.lifecycle.questions import questions_for
 from trans_peft.ports import Platform
 from trans_peft.validation.sequential import SequentialGate, Side, SuiteTest, batch_ends
 
@@ -120,12 +121,12 @@ def _joined(
 
 @dataclass
 class _Lent:
-    """The model that is ready to answer for one side, in one dtype."""
+    """The base, and the model that is ready to answer for one side on it, in one dtype."""
 
     side: _Side
     dtype: str
+    base: Any
     model: Any
-    tokenizer: Any
 
 
 class _Respondent:
@@ -133,7 +134,6 @@ class _Respondent:
 
     def __init__(self, base: BaseVersion, platform: Platform, on_progress: Progress | None) -> None:
         self._base, self._platform, self._on_progress = base, platform, on_progress
-        self._examples: dict[str, dict[str, Example]] = {}
         self._stack = ExitStack()
         self._lent: _Lent | None = None
 
@@ -146,28 +146,24 @@ class _Respondent:
     def answer(
         self, side: _Side, suite: Suite, ids: Sequence[str], done: int, total: int
     ) -> Evaluation:
-        from trans_peft.validation.evaluate import evaluate
+        from trans_peft.validation.evaluate import answer
 
         lent = self._lend(side, suite.dtype)
-        if suite.name not in self._examples:
-            read = read_examples(suite.data, self._platform.store, limit=suite.limit)
-            self._examples[suite.name] = {example.id: example for example in read}
-        who = f"{side.labels.get('adapter', 'bare base')}: {suite.name} on {self._base.version}"
         there = side.elsewhere.get(suite.name)
-
-        def report(more: int, _: int) -> None:
-            if self._on_progress is not None:
-                self._on_progress(who, done + more, total)
-
-        return evaluate(
+        return answer(
             lent.model,
-            lent.tokenizer,
-            suite,
-            [self._examples[suite.name][id_] for id_ in ids],
+            questions_for(suite, lent.base, self._platform).only(ids),
             weights_sha256=side.weights_sha256,
             base_fingerprint_sha256=self._base.fingerprint_sha256,
             drafts=there.kept_answers if there is not None else {},
-            on_progress=report,
+            on_progress=counting(
+                self._on_progress,
+                side.labels.get("adapter", "bare base"),
+                suite.name,
+                self._base.version,
+                before=done,
+                total=total,
+            ),
         )
 
     def _lend(self, side: _Side, dtype: str) -> _Lent:
@@ -180,5 +176,5 @@ class _Respondent:
             model = loaded.model
             if side.adapter is not None:
                 model = self._stack.enter_context(attached(model, side.adapter()))
-            self._lent = _Lent(side, dtype, model, loaded.tokenizer)
+            self._lent = _Lent(side, dtype, loaded, model)
         return self._lent

@@ -1,19 +1,19 @@
 """Evaluations by key: looked up first, computed only where nobody has."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from trans_peft.bases.cache import download
-from trans_peft.data import pin, read_examples
+from trans_peft.data import pin
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
+from trans_peft.lifecycle.progress import Progress, counting
+from trans_peft.lifecycle.questions import questions_for
 from trans_peft.ports import Platform
 
 __all__ = ["Progress", "base_folder", "evaluate_on", "pin_suites", "tokenizer_folder"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being answered, the items done and the items in all."""
 
 
 def base_folder(base: BaseVersion, platform: Platform) -> Path:
@@ -96,28 +96,17 @@ def _evaluate(
 ) -> Evaluation:
     from trans_peft.models import load_base
     from trans_peft.transfer.transplant import attached
-    from trans_peft.validation.evaluate import evaluate
+    from trans_peft.validation.evaluate import answer
 
-    examples = read_examples(suite.data, platform.store, limit=suite.limit)
     loaded = load_base(base_folder(base, platform), suite.dtype)
-
-    def report(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(f"{who}: {suite.name} on {base.version}", done, total)
-
-    def answer(model: object) -> Evaluation:
-        return evaluate(
+    questions = questions_for(suite, loaded, platform)
+    lent = nullcontext(loaded.model) if adapter is None else attached(loaded.model, adapter())
+    with lent as model:
+        return answer(
             model,
-            loaded.tokenizer,
-            suite,
-            examples,
+            questions,
             weights_sha256=weights_sha256,
             base_fingerprint_sha256=base.fingerprint_sha256,
             drafts=drafts,
-            on_progress=report,
+            on_progress=counting(on_progress, who, suite.name, base.version),
         )
-
-    if adapter is None:
-        return answer(loaded.model)
-    with attached(loaded.model, adapter()) as model:
-        return answer(model)

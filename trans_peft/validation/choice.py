@@ -2,10 +2,12 @@
 
 The log-likelihood of a choice is the sum of log p(token | all before it) over the choice's tokens
 after the prompt, as lm-evaluation-harness computes it for multiple choice; what may be compared
-instead of the sum is in `rules.choice.Measure`. Choices of like length share a batch, and logits
+instead of the sum is in `rules.choice.Measure`. A prompt is read once for all of its choices, and
+what all prompts begin with once for all of them; prompts of like length share a batch, and logits
 are computed for the positions of the choices only.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch import nn
 
 from trans_peft.data import Example
 from trans_peft.errors import EvaluationError
-from trans_peft.validation.generation import DEFAULT_BATCH_SIZE, Progress, evaluating
+from trans_peft.validation.batching import DEFAULT_BATCH_SIZE, Progress, evaluating, in_batches
+from trans_peft.validation.questions import with_answers
+from trans_peft.validation.reading import Part, Reader
 from trans_peft.validation.rules.choice import Measure
 
 __all__ = ["choice_ids", "choose", "log_likelihoods"]
@@ -22,8 +26,9 @@ __all__ = ["choice_ids", "choose", "log_likelihoods"]
 
 def choose(
     model: nn.Module,
-    tokenizer: Any,
     examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[Sequence[int]]],
     *,
     measure: Measure,
     batch_size: int | None = None,
@@ -31,96 +36,97 @@ def choose(
 ) -> list[str]:
     """Return each example's likeliest choice, the first of those that are equally likely.
 
-    The model is left as it was found. Raises EvaluationError where logits are not finite or one
-    choice alone does not fit into memory.
+    `prompts` and `choices` are the examples' as token ids. The model is left as
+    it was found. Raises EvaluationError where logits are not finite or one question alone does not
+    fit into memory.
     """
-    prompts = [example.prompt_ids(tokenizer) for example in examples]
-    asked = [
-        (number, choice, choice_ids(tokenizer, examples[number], choice, prompts[number]))
-        for number in range(len(examples))
-        for choice in examples[number].choices
-    ]
-    pairs = [(prompts[number], ids) for number, _, ids in asked]
-    sums = log_likelihoods(model, pairs, batch_size=batch_size, on_progress=on_progress)
-    best: dict[int, tuple[float, str]] = {}
-    for (number, choice, ids), total in zip(asked, sums, strict=True):
-        lengths = {Measure.PER_TOKEN: len(ids), Measure.PER_CHARACTER: len(choice.strip())}
-        likelihood = total / max(lengths.get(measure, 1), 1)
-        if number not in best or likelihood > best[number][0]:
-            best[number] = (likelihood, choice)
-    return [best[number][1] for number in range(len(examples))]
+    found = log_likelihoods(
+        model,
+        list(zip(prompts, choices, strict=True)),
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    best = []
+    for example, ids, sums in zip(examples, choices, found, strict=True):
+        lengths = {
+            Measure.SUM: [1] * len(sums),
+            Measure.PER_TOKEN: [len(choice) for choice in ids],
+            Measure.PER_CHARACTER: [max(len(choice.strip()), 1) for choice in example.choices],
+        }[measure]
+        likelihoods = [total / length for total, length in zip(sums, lengths, strict=True)]
+        best.append(example.choices[likelihoods.index(max(likelihoods))])
+    return best
 
 
 def choice_ids(tokenizer: Any, example: Example, choice: str, prompt: Sequence[int]) -> list[int]:
-    """Return the token ids of a choice after the prompt.
-
-    What follows a text is cut together with it; a chat's answer stands by itself in its template.
-    """
-    if example.messages is not None:
-        return list(tokenizer(text=choice, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(text=example.prompt + choice)["input_ids"])[len(prompt) :]
+    """Return the token ids of a choice after the prompt (see `questions.with_answers`)."""
+    return with_answers(tokenizer, [(example, prompt, choice)])[0][len(prompt) :]
 
 
 def log_likelihoods(
     model: nn.Module,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
     *,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
-) -> list[float]:
-    """Return the log-likelihood, in nats, of each continuation after its prompt.
+) -> list[list[float]]:
+    """Return the log-likelihood, in nats, of each continuation of each prompt.
 
-    `pairs` are (prompt, continuation) token ids, neither of them empty. A batch that does not fit
-    into memory is halved and tried again. Errors as `choose`.
+    `questions` are prompts with their continuations, all of them token ids and none empty. A batch
+    has as many questions as have `batch_size` continuations at most, but one at least; what does
+    not fit into memory is halved and tried again. Errors as `choose`.
     """
-    size = batch_size or DEFAULT_BATCH_SIZE
-    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])), reverse=True)
-    sums, done = [0.0] * len(pairs), 0
+    widest = max((len(continuations) for _, continuations in questions), default=1)
+
+    def tokens(i: int) -> int:
+        prompt, continuations = questions[i]
+        return len(prompt) + max(map(len, continuations))
+
+    order = sorted(range(len(questions)), key=tokens, reverse=True)
     with evaluating(model), torch.no_grad():
-        while done < len(order):
-            batch = order[done : done + size]
-            try:
-                found = _log_likelihoods(model, [pairs[i] for i in batch])
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise EvaluationError(
-                        "out of memory with a single choice",
-                        found=f"{sum(map(len, pairs[batch[0]]))} tokens with its prompt",
-                        do="shorten the item, or use a larger device",
-                    ) from None
-                size = len(batch) // 2
-                continue
-            for i, total in zip(batch, found, strict=True):
-                sums[i] = total
-            done += len(batch)
-            if on_progress is not None:
-                on_progress(done, len(order))
-    return sums
+        reader = Reader(model, [prompt for prompt, _ in questions])
+        found = in_batches(
+            order,
+            lambda batch: _log_likelihoods(reader, [questions[i] for i in batch]),
+            size=max(1, (batch_size or DEFAULT_BATCH_SIZE) // widest),
+            told_as=lambda i: f"a prompt of {len(questions[i][0])} tokens and its choices",
+            on_progress=on_progress,
+        )
+    of = dict(zip(order, found, strict=True))
+    return [of[i] for i in range(len(questions))]
 
 
 def _log_likelihoods(
-    model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> list[float]:
-    device = next(model.parameters()).device
-    rows = [[*prompt, *continuation] for prompt, continuation in pairs]
-    width = max(map(len, rows))
-    # Padded on the left, so that every continuation ends in the last column. Any token will do.
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    kept = max(len(continuation) for _, continuation in pairs) + 1
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=kept,
-    ).logits
-    # The logits of a position are about the token after it.
-    log_p = logits[:, -kept:-1].float().log_softmax(-1)
-    tokens = ids[:, -kept + 1 :] if kept > 1 else ids[:, :0]
-    of_tokens = log_p.gather(-1, tokens[:, :, None])[:, :, 0]
-    sums = [of_tokens[i, -len(c) :].sum().item() for i, (_, c) in enumerate(pairs)]
-    broken = next((total for total in sums if not -float("inf") < total <= 0), None)
+    reader: Reader, questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
+) -> list[list[float]]:
+    cache, columns, cached = reader.begin([prompt for prompt, _ in questions])
+    parts = [
+        Part(there, prompt[there:]) for (prompt, _), there in zip(questions, cached, strict=True)
+    ]
+    out = reader.read(parts, cache, columns)
+    columns += max(len(part.certain) for part in parts)
+    log_p = out.logits[:, -1].float().log_softmax(-1)
+    sums = [
+        [log_p[i, c[0]].item() for c in continuations]
+        for i, (_, continuations) in enumerate(questions)
+    ]
+    # What follows a continuation's first token: (question, continuation), a row each.
+    longer = [
+        (i, j)
+        for i, (_, continuations) in enumerate(questions)
+        for j, continuation in enumerate(continuations)
+        if len(continuation) > 1
+    ]
+    if longer:
+        owners = torch.tensor([i for i, _ in longer], device=reader.device)
+        out.past_key_values.reorder_cache(owners)
+        parts = [Part(len(questions[i][0]), (), questions[i][1][j][:-1]) for i, j in longer]
+        logits = reader.read(parts, out.past_key_values, columns).logits
+        for row, (i, j) in enumerate(longer):
+            rest = torch.tensor(questions[i][1][j][1:], device=reader.device)
+            log_p = logits[row, : len(rest)].float().log_softmax(-1)
+            sums[i][j] += log_p.gather(-1, rest[:, None]).sum().item()
+    broken = next((total for found in sums for total in found if not -math.inf < total <= 0), None)
     if broken is not None:
         raise EvaluationError(
             "the model's logits are not finite",

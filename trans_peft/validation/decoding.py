@@ -4,25 +4,20 @@ A forward pass reads what is known and, after it, what is expected. Of its token
 those that greedy decoding would have said, and one more that the model says itself; the rest is
 taken back out of the cache. With empty drafts this is plain decoding: there is one loop.
 
-After each pass the cache is what plain decoding would have left: each text in one piece, ending in
-the last column. So whatever looks at positions, distances or windows of columns is right (learned
-positions, rotary ones, ALiBi, local attention), and nothing depends on the architecture but whether
-a cache can be taken back at all. Where it cannot, as in linear attention or behind a sliding window
-that has moved on, nothing is proposed.
+Where a cache cannot be taken back, as in linear attention or behind a sliding window that has moved
+on, nothing is proposed (`trans_peft.validation.reading`).
 """
 
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trans_peft.errors import EvaluationError
 from trans_peft.validation.drafting import Draft, Trust, common_length
+from trans_peft.validation.reading import Part, Reader, erasable, take_back
 
 __all__ = ["NEAR_TIE", "Decoder", "Row"]
 
@@ -47,16 +42,15 @@ class Row:
     @property
     def unread(self) -> Sequence[int]:
         """The tokens that are certain and not yet in the cache."""
-        return self.answer[-1:] or self.prompt
+        return self.answer[-1:] or self.prompt[self.cached :]
 
 
 class Decoder:
-    """Answers batches with one model; what one teaches about model and drafts serves the next."""
+    """Answers batches of one suite; what one teaches about model and drafts serves the next."""
 
-    def __init__(self, model: nn.Module, over: Callable[[list[int]], bool]) -> None:
+    def __init__(self, reader: Reader, over: Callable[[list[int]], bool]) -> None:
         """`over` says of an answer whether it ends with its last token."""
-        self._model, self._over = model, over
-        self._device = next(model.parameters()).device
+        self._reader, self._over = reader, over
         self._trust = Trust()
         # Both are known from the first forward pass on.
         self._erasable, self._vocabulary = sys.maxsize, 1
@@ -64,16 +58,23 @@ class Decoder:
     def answer(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Row]:
         """Answer pairs of prompt and draft (token ids). EvaluationError: logits not finite."""
         first = self._trust.first(len(batch))
-        rows = [Row(prompt, Draft(draft, first)) for prompt, draft in batch]
-        going, cache, columns = rows, None, 0
+        cache, columns, cached = self._reader.begin([prompt for prompt, _ in batch])
+        rows = [
+            Row(prompt, Draft(draft, first), there)
+            for (prompt, draft), there in zip(batch, cached, strict=True)
+        ]
+        going = rows
         while going:
-            columns += max(len(row.unread) for row in going)
-            proposals = self._proposals(going, columns)
+            proposals = self._proposals(going, columns + max(len(row.unread) for row in going))
+            parts = [
+                Part(row.cached, row.unread, proposal)
+                for row, proposal in zip(going, proposals, strict=True)
+            ]
             longest = max(map(len, proposals))
-            columns += longest
-            out = self._forward(going, proposals, cache, columns)
+            out = self._reader.read(parts, cache, columns)
+            columns += max(len(part.certain) for part in parts) + longest
             cache = out.past_key_values
-            self._erasable, self._vocabulary = _erasable(cache), out.logits.shape[-1]
+            self._erasable, self._vocabulary = erasable(cache), out.logits.shape[-1]
             agreed = self._accept(going, proposals, out.logits[:, -longest - 1 :])
             keep = [i for i, row in enumerate(going) if not self._over(row.answer)]
             surplus = [longest - agreed[i] for i in keep]
@@ -81,9 +82,9 @@ class Decoder:
                 # Only the first forward pass can be wrong about what may be taken back.
                 return self.answer(batch)
             if 0 < len(keep) < len(going):
-                cache.reorder_cache(torch.tensor(keep, device=self._device))
+                cache.reorder_cache(torch.tensor(keep, device=self._reader.device))
             if any(surplus):
-                columns -= _erase(cache, surplus)
+                columns -= take_back(cache, surplus)
             going = [going[i] for i in keep]
         self._trust.learn(row.draft for row in rows)
         return rows
@@ -100,34 +101,6 @@ class Decoder:
             _MOST_LOGITS // (self._vocabulary * len(rows)),
         )
         return [proposal[:most] for proposal in proposals]
-
-    def _forward(
-        self, rows: Sequence[Row], proposals: Sequence[Sequence[int]], cache: Any, columns: int
-    ) -> Any:
-        """Read unread and proposed tokens into `columns` columns in all; logits of the last ones.
-
-        A row is padding, its text so far, its proposal, and padding up to the longest proposal. Any
-        token will do for padding: before the text it is masked, behind it nothing looks at it.
-        """
-        before = max(len(row.unread) for row in rows)
-        behind = max(map(len, proposals))
-        ids, starts, ends = [], [], []
-        for row, proposal in zip(rows, proposals, strict=True):
-            left, right = before - len(row.unread), behind - len(proposal)
-            ids.append([0] * left + [*row.unread, *proposal] + [0] * right)
-            starts.append(row.cached - left)
-            ends.append(row.cached + len(row.unread) + len(proposal) - 1)
-        start, end = torch.tensor([starts, ends], device=self._device)[..., None]
-        # What stands in a row's last columns is unmasked; its first column has this position.
-        position = torch.arange(columns, device=self._device) + start - (columns - before - behind)
-        return self._model(
-            input_ids=torch.tensor(ids, device=self._device),
-            attention_mask=(position >= 0).long(),
-            position_ids=position[:, -before - behind :].clamp(min=0).minimum(end),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=behind + 1,
-        )
 
     def _accept(
         self, rows: Sequence[Row], proposals: Sequence[Sequence[int]], logits: torch.Tensor
@@ -162,31 +135,3 @@ class Decoder:
             row.accepted += agreed
             confirmed.append(agreed)
         return confirmed
-
-
-def _erasable(cache: Any) -> int:
-    """Return the largest width in columns of which the last ones can be taken back."""
-    layers = getattr(cache, "layers", ())
-    if not layers or {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
-        return 0  # states that run on know no way back
-    windows = [layer.sliding_window for layer in layers if layer.is_sliding]
-    return min(windows, default=sys.maxsize) - 1  # what has left a window is gone
-
-
-def _erase(cache: Any, surplus: Sequence[int]) -> int:
-    """Take so many last columns from each row; return by how many the cache is narrower now.
-
-    A row that loses more than another moves to the right; what it loses stands to its left then,
-    where the mask hides it.
-    """
-    least = min(surplus)
-    cache.crop(-least)
-    if max(surplus) > least:
-        width = cache.layers[0].keys.shape[-2]
-        moves = torch.tensor([count - least for count in surplus])[:, None]
-        source = ((torch.arange(width) - moves) % width)[:, None, :, None]
-        for layer in cache.layers:
-            here = source.to(layer.keys.device)
-            layer.keys = layer.keys.take_along_dim(here, dim=2)
-            layer.values = layer.values.take_along_dim(here, dim=2)
-    return least

@@ -2,28 +2,26 @@
 
 The same tokens as transformers' `generate(do_sample=False)` gives prompt by prompt (in fp32; where
 the two best logits lie within 1e-4, either may come first). What differs is the cost: prompts
-of like length share a batch, logits are computed only where they are needed, a finished answer
-leaves its batch at once, and an answer that was expected is checked in one forward pass. Nothing of
-the model's own generation config counts but its end tokens.
+of like length share a batch, what all of them begin with is read once, logits are computed only
+where they are needed, a finished answer leaves its batch at once, and an answer that was expected
+is checked in one forward pass. Nothing of the model's own generation config counts but its end
+tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from trans_peft.errors import EvaluationError, InvalidSpecError, UnsupportedModelError
+from trans_peft.errors import InvalidSpecError, UnsupportedModelError
+from trans_peft.validation.batching import Progress, evaluating, in_batches
 from trans_peft.validation.decoding import Decoder, Row
+from trans_peft.validation.reading import Reader
 
-__all__ = ["Answers", "Progress", "evaluating", "generate"]
+__all__ = ["Answers", "evaluating", "generate"]
 
-Progress = Callable[[int, int], None]
-"""Called with the number of prompts answered so far, and of all."""
-
-DEFAULT_BATCH_SIZE = 32
 _SLACK = 4  # tokens that a stop string may need beyond one for each of its bytes
 
 
@@ -68,23 +66,21 @@ def generate(
     _check(model, prompts, max_new_tokens, drafts)
     ends = _Ends(model, tokenizer, stop)
     drafts = [ends.before(d, max_new_tokens) for d in drafts or [()] * len(prompts)]
-    size = batch_size or DEFAULT_BATCH_SIZE
     # The longest first: what does not fit shows at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(drafts[i]))
-    rows: dict[int, Row] = {}
     with evaluating(model), torch.no_grad():
         decoder = Decoder(
-            model, lambda answer: len(answer) == max_new_tokens or ends.reached(answer)
+            Reader(model, prompts),
+            lambda answer: len(answer) == max_new_tokens or ends.reached(answer),
         )
-        while len(rows) < len(order):
-            batch = order[len(rows) : len(rows) + size]
-            answered = _try_batch(decoder, [(prompts[i], drafts[i]) for i in batch])
-            if answered is None:
-                size = _halved(len(batch), len(prompts[batch[0]]))
-                continue
-            rows.update(zip(batch, answered, strict=True))
-            if on_progress is not None:
-                on_progress(len(rows), len(order))
+        answered: list[Row] = in_batches(
+            order,
+            lambda batch: decoder.answer([(prompts[i], drafts[i]) for i in batch]),
+            size=batch_size,
+            told_as=lambda i: f"a prompt of {len(prompts[i])} tokens",
+            on_progress=on_progress,
+        )
+    rows = dict(zip(order, answered, strict=True))
     ids = [rows[i].answer for i in range(len(prompts))]
     return Answers(
         texts=[ends.text(answer) for answer in ids],
@@ -119,18 +115,6 @@ def _check(
             expected=f"{len(prompts)} drafts",
             found=len(drafts),
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode inside the block, and back as it was after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _Ends:
@@ -169,29 +153,3 @@ class _Ends:
         return self._tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-
-
-def _try_batch(
-    decoder: Decoder, batch: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> list[Row] | None:
-    """Answer one batch; None where memory did not suffice (all of its tensors are gone by then)."""
-    try:
-        return decoder.answer(batch)
-    except torch.OutOfMemoryError:
-        return None
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # how torch says it on a CPU
-            return None
-        raise
-
-
-def _halved(size: int, tokens: int) -> int:
-    if size == 1:
-        raise EvaluationError(
-            "out of memory with a single prompt",
-            found=f"a prompt of {tokens} tokens",
-            do="shorten the item, load the base in a smaller dtype, or use a larger device",
-        )
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return size // 2

@@ -21,8 +21,8 @@ from typing import Any
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation, ItemResult, Suite
 from trans_peft.errors import DataError, IntegrityError, InvalidSpecError, NotFoundError
+from trans_peft.validation.batching import evaluating
 from trans_peft.validation.evaluate import check_dtype
-from trans_peft.validation.generation import evaluating
 
 __all__ = ["evaluate_harness", "harness_suite"]
 

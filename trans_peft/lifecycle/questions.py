@@ -1,0 +1,39 @@
+"""The suites that this process has cut into tokens, kept while their base stays in memory."""
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from trans_peft.data import read_examples
+from trans_peft.domain.evaluation import Suite
+from trans_peft.ports import Platform
+
+if TYPE_CHECKING:
+    from trans_peft.models import LoadedBase
+    from trans_peft.validation.questions import Questions
+
+__all__ = ["questions_for"]
+
+_MOST = 16
+"""So many suites of one base are kept, those that were asked last: a fleet may have one for each
+adapter, and memory is to stay flat over it."""
+
+_kept: "WeakKeyDictionary[LoadedBase, OrderedDict[Suite, Questions]]" = WeakKeyDictionary()
+
+
+def questions_for(suite: Suite, base: "LoadedBase", platform: Platform) -> "Questions":
+    """Return a pinned suite as the base's tokenizer cuts it: read, checked and cut once.
+
+    Errors as `trans_peft.data.read_examples` and `trans_peft.validation.questions.prepare`.
+    """
+    from trans_peft.validation.evaluate import context_of
+    from trans_peft.validation.questions import prepare
+
+    kept = _kept.setdefault(base, OrderedDict())
+    if suite not in kept:
+        examples = read_examples(suite.data, platform.store, limit=suite.limit)
+        kept[suite] = prepare(base.tokenizer, suite, examples, context=context_of(base.model))
+        while len(kept) > _MOST:
+            kept.popitem(last=False)
+    kept.move_to_end(suite)
+    return kept[suite]
