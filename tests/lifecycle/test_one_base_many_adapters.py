@@ -1,0 +1,215 @@
+"""A shard: one base in memory, adapters of every kind on it one after the other."""
+
+import gc
+import json
+import weakref
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from tests.lifecycle.test_life import write_update
+from tests.tiny import tiny_model, write_tiny_base
+from trans_peft import models
+from trans_peft.bases.publish import publish
+from trans_peft.data import read_examples
+from trans_peft.domain.base import Upload
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import GatePolicy, Suite
+from trans_peft.domain.outcome import Reason, Work
+from trans_peft.edges.file_store import FileStore
+from trans_peft.edges.memory import memory_platform
+from trans_peft.lifecycle import questions
+from trans_peft.lifecycle.adopt import adopt
+from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.transfer import transfer
+from trans_peft.methods.bottleneck import BottleneckConfig
+from trans_peft.transfer.transplant import attached
+from trans_peft.validation.evaluate import answer, evaluate
+
+FAMILY, ITEMS = "tiny", 40
+POLICY = GatePolicy(margin_points=10.0)
+LM = {"task_type": "CAUSAL_LM"}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+KINDS = {
+    "lora r 2": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **LM),
+    "lora r 8": LoraConfig(
+        r=8, target_modules=[*ATTENTION, "down_proj"], init_lora_weights=False, **LM
+    ),
+    "dora": LoraConfig(r=4, target_modules=ATTENTION, use_dora=True, init_lora_weights=False, **LM),
+    "bottleneck": BottleneckConfig(init_bottleneck_weights=False, **LM),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+        **LM,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    """v1, v2 and one adapter of each kind; two suites, of which one begins with examples."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("shard")
+    platform = replace(memory_platform(root / "work"), store=FileStore())
+    for version, folder in (
+        ("v1", write_tiny_base(root / "v1")),
+        ("v2", write_update(root / "v2", noise=2e-2)),
+    ):
+        uri = str(root / "bases" / version)
+        publish(folder, uri, family=FAMILY, version=version, store=FileStore())
+        ingest(Upload(uri), platform)
+    shots = "".join(f"{i} is {'odd' if i % 2 else 'even'}. " for i in range(9))
+    suites = []
+    for name, before in (("plain", ""), ("few-shot", shots)):
+        rows = [
+            {"id": f"{i}", "prompt": f"{before}{i} is", "completion": " odd"} for i in range(ITEMS)
+        ]
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        source = DataSource(str(root / f"{name}.jsonl"))
+        suites.append(Suite(name, source, max_new_tokens=4, stop=(), keep_answers=True))
+    for seed, (name, config) in enumerate(KINDS.items()):
+        torch.manual_seed(seed)
+        get_peft_model(tiny_model(), config).save_pretrained(root / name)
+        adopt(name, str(root / name), FAMILY, suites, platform, base_version="v1")
+    return platform, root
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often a base is loaded and a suite is read."""
+    calls = Counter()
+    load, read = transformers.AutoModelForCausalLM.from_pretrained, questions.read_examples
+
+    def loading(folder, **options):
+        calls["load"] += 1
+        return load(folder, **options)
+
+    def reading(source, store, **options):
+        calls[source.uri.rpartition("/")[2]] += 1
+        return read(source, store, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loading)
+    monkeypatch.setattr(questions, "read_examples", reading)
+    monkeypatch.setattr(models, "_held", None)
+    return calls
+
+
+def judge(platform, name, policy=POLICY, told=None):
+    work = Work(name, 1, "v2", Reason.NEVER_JUDGED)
+    return transfer(work, FAMILY, policy, platform, on_progress=told)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_shard_loads_its_base_once_and_asks_the_bare_base_once(shard, counted, sequential):
+    platform, root = shard
+    there = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
+    for name in KINDS:  # what is known is what each says on v1
+        version = platform.registry.versions(name)[0]
+        for suite in version.suites:
+            key = suite.evaluation_key(version.weights_sha256, version.base_fingerprint_sha256)
+            there.evaluations.put(platform.evaluations.get(key))
+    told = []
+    for name in KINDS:
+        judge(there, name, replace(POLICY, sequential=sequential), told.append)
+    assert counted == {"load": 1, "plain.jsonl": 1, "few-shot.jsonl": 1}
+    asked = Counter()
+    for step in told:
+        asked[step.what] = max(asked[step.what], step.done)
+    bare = {what: done for what, done in asked.items() if what.startswith("bare base")}
+    if not sequential:
+        assert bare == {"bare base: plain on v2": ITEMS, "bare base: few-shot on v2": ITEMS}
+        assert len([step for step in told if step.what in bare]) == 2 * 2  # batches of 32
+    assert {step.adapter for step in told} <= {*KINDS, "bare base"}
+    assert all(step.eta_s >= 0 and step.done <= step.total for step in told)
+    assert all((step.eta_s == 0) == (step.done == step.total) for step in told)
+
+
+def test_each_answers_as_on_a_base_of_its_own_and_nothing_is_left_behind(shard):
+    platform, root = shard
+    outcomes = {name: judge(platform, name) for name in KINDS}
+    for name, outcome in outcomes.items():
+        weights = outcome.weights_sha256
+        found = {
+            e.suite: e
+            for e in outcome.evaluations
+            if (e.weights_sha256, e.base_fingerprint_sha256)
+            == (weights, outcome.base_fingerprint_sha256)
+        }
+        alone = LlamaForCausalLM.from_pretrained(root / "v2")
+        alone = PeftModel.from_pretrained(alone, root / name).eval()
+        tokenizer = AutoTokenizer.from_pretrained(root / "v2")
+        for suite in platform.registry.versions(name)[0].suites:
+            expected = evaluate(
+                alone,
+                tokenizer,
+                suite,
+                read_examples(suite.data, FileStore()),
+                weights_sha256=weights,
+                base_fingerprint_sha256=outcome.base_fingerprint_sha256,
+                batch_size=7,
+            )
+            assert found[suite.name].items == expected.items
+    held = models._held.base.model
+    fresh = LlamaForCausalLM.from_pretrained(root / "v2").state_dict()
+    assert held.state_dict().keys() == fresh.keys()
+    assert all(torch.equal(weight, fresh[name]) for name, weight in held.state_dict().items())
+    assert type(held) is LlamaForCausalLM
+
+
+def alive():
+    """The bytes of all tensors and the number of all modules that anything still holds."""
+    gc.collect()
+    objects = gc.get_objects()
+    storages = {
+        found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
+        for found in objects
+        if issubclass(type(found), torch.Tensor)
+    }
+    modules = sum(issubclass(type(found), torch.nn.Module) for found in objects)
+    return sum(storages.values()), modules
+
+
+def test_the_tenth_adapter_leaves_no_more_behind_than_the_first(shard):
+    platform, root = shard
+    base = models.load_base(root / "v2", "float32")
+    suite = platform.registry.versions("dora")[0].suites[1]
+    asked = questions.questions_for(suite, base, platform)
+    before, after = alive(), []
+    for name in [*KINDS, *KINDS]:
+        with attached(base.model, root / name) as model:
+            answer(model, asked, weights_sha256=name, base_fingerprint_sha256="v2")
+        del model
+        if name == next(reversed(KINDS)):
+            after.append(alive())
+    assert after == [before, before]
+
+
+def test_tokens_go_when_their_base_goes(shard):
+    platform, root = shard
+    suite = platform.registry.versions("dora")[0].suites[0]
+    base = models.load_base(root / "v2", "float32")
+    kept = questions.questions_for(suite, base, platform)
+    assert questions.questions_for(suite, base, platform) is kept
+    there = weakref.ref(base)
+    del base
+    models.load_base(root / "v1", "float32")
+    gc.collect()
+    assert there() is None
+    assert len(questions._kept) <= 1
+
+
+def test_so_many_suites_are_kept_and_no_more(shard):
+    platform, root = shard
+    suite = platform.registry.versions("dora")[0].suites[0]
+    base = models.load_base(root / "v2", "float32")
+    many = [replace(suite, name=f"suite {i}") for i in range(questions._MOST + 3)]
+    made = [questions.questions_for(one, base, platform) for one in many]
+    assert questions.questions_for(many[-1], base, platform) is made[-1]
+    assert len(questions._kept[base]) == questions._MOST
+    assert questions.questions_for(many[0], base, platform) is not made[0]
