@@ -15,9 +15,10 @@ from demo.update import UpdateSettings
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
+from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
 
-__all__ = ["ARMS", "FULL", "POLICY", "QUICK", "UPDATE", "Chapter", "recipes"]
+__all__ = ["ARMS", "FULL", "POLICY", "PROMOTION", "QUICK", "UPDATE", "Chapter", "recipes"]
 
 DATA_SEED = 0
 """Which files are for evaluation. The settings below were chosen on the split of seed 1."""
@@ -25,6 +26,9 @@ DATA_SEED = 0
 POLICY = GatePolicy(margin_points=5.0, alpha=0.05, must_beat_bare=True)
 """The library's defaults. About 500 items tell a loss of 5 points from none with 80 % power while a
 fifth of the pairs is discordant; the table prints the power at the discordance really seen."""
+
+PROMOTION = PromotionPolicy(min_serving_share=0.0)
+"""The demo moves its fleet whatever the verdicts are: it shows what becomes of an adapter then."""
 
 UPDATE = UpdateSettings(steps=32, learning_rate=3e-4, seed=0)
 

@@ -15,7 +15,7 @@ from demo.picture import draw
 from demo.programs import run_module
 from demo.results import Result, notes, results, table
 from demo.screen import Screen
-from demo.settings import DATA_SEED, POLICY, UPDATE, Chapter, recipes
+from demo.settings import DATA_SEED, POLICY, PROMOTION, UPDATE, Chapter, recipes
 from demo.sources import source_files
 from demo.tasks import split, write
 from demo.upload import upload
@@ -227,7 +227,7 @@ class Story:
         return judged and seen.serving == self._update_to
 
     def _reconcile(self, why: str) -> None:
-        parameters = {"family": FAMILY, "policy": POLICY}
+        parameters = {"family": FAMILY, "policy": POLICY, "promotion": PROMOTION, "wait": True}
         run("reconcile/default", parameters, key=f"reconcile/{why}", screen=self._screen)
 
     def _bare_v1(self) -> None:

@@ -1,57 +1,112 @@
 """Every live adapter gets a verdict on every base that may serve; then the verdicts take effect."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from tasks import ingestion, reconciliation, reporting, shards, transfer
+from tasks.shards import Ended, Shard
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.outcome import Plan
+from trans_peft.domain.outcome import FleetChanges, Plan
+from trans_peft.domain.promotion import PromotionPolicy
 
 
 @flow(name="reconcile")
 def reconcile(
-    policy: GatePolicy, shard_size: int, family: str | None = None, dry_run: bool = False
+    policy: GatePolicy,
+    promotion: PromotionPolicy,
+    shard_size: int,
+    family: str | None = None,
+    wait: bool = False,
+    dry_run: bool = False,
 ) -> State:
     """Compare what should be known about a family (None: all) with the registry; do the rest.
 
-    Run twice, the second run finds nothing to do. `dry_run` shows the plan and changes nothing.
+    It looks at each family, starts what is missing, and looks again when that is over. It waits for
+    the shards that it started; with `wait`, also for those that it found under way. Any number of
+    these runs may be at work at once, and one that dies is continued by the next. `dry_run` shows
+    the plan and changes nothing.
     """
-    problems = [] if dry_run else _ingest_pending()
-    for name in [family] if family else reconciliation.base_families():
-        plan = reconciliation.plan_fleet(name, policy)
-        reporting.publish_plan(plan)
-        if not dry_run:
-            problems += _judge(plan, policy, shard_size)
-            changes = reconciliation.settle_fleet(name, policy)
-            reporting.publish_fleet(name, changes)
-            problems += [changes.waiting] if changes.waiting else []
-    if problems:
-        return Failed(message="; ".join(problems))
-    return Completed(message="nothing is missing" if not dry_run else "planned, nothing changed")
+    names = [name for name in reconciliation.base_families() if family in (None, name)]
+    if dry_run:
+        for name in names:
+            reporting.publish_plan(reconciliation.plan_fleet(name, policy))
+        return Completed(message="planned, nothing changed")
+
+    found = {name: _Family(name, policy, promotion, shard_size) for name in names}
+    for one in found.values():  # what is known takes effect first: a rollback waits for no upload
+        one.look()
+    refused = []
+    for upload in ingestion.find_pending():
+        state = ingestion.ingest_pending(upload, return_state=True)
+        if not state.is_completed():
+            refused.append(f"{upload}: {state.message}")
+        elif (base := state.result()) is not None and family in (None, base.family):
+            fresh = _Family(base.family, policy, promotion, shard_size)
+            found.setdefault(base.family, fresh).look()
+
+    while watched := {name: one.watched(wait) for name, one in found.items() if one.watched(wait)}:
+        name, ended = shards.wait(watched)
+        found[name].look(ended)
+
+    if family not in (None, *found):
+        refused.append(f"there is no base family {family!r}, nor an upload that would make one")
+    if problems := refused + [problem for one in found.values() for problem in one.problems]:
+        return Failed(message="\n".join(problems))
+    others = sum(len(shard.work) for one in found.values() for shard in one.others)
+    return Completed(message=f"{others} verdicts are under way" if others else "nothing is missing")
 
 
-def _ingest_pending() -> list[str]:
-    """Make ready what shows up unasked; a refused upload stops nobody else."""
-    states = [
-        (upload, ingestion.ingest_base(upload, return_state=True))
-        for upload in ingestion.find_pending()
-    ]
-    return [f"{upload}: {state.message}" for upload, state in states if not state.is_completed()]
+@dataclass
+class _Family:
+    """One family in the course of one run: what is under way, and what is wrong."""
 
+    name: str
+    policy: GatePolicy
+    promotion: PromotionPolicy
+    shard_size: int
+    started: tuple[Shard, ...] = ()
+    others: tuple[Shard, ...] = ()
+    problems: tuple[str, ...] = ()
+    left: dict[tuple, str] = field(default_factory=dict)
 
-def _judge(plan: Plan, policy: GatePolicy, shard_size: int) -> list[str]:
-    """Work a plan off, in rounds: what a killed shard left undone stands in the next plan."""
-    while plan.work:
-        started = [
-            shards.start(plan.family, shard, policy) for shard in shards.cut(plan.work, shard_size)
-        ]
-        ended = [shards.wait(run) for run in started]
-        plan = reconciliation.plan_fleet(plan.family, policy)
-        broken = [run for run in ended if run.never_ran or run.cancelled]
-        if broken:
-            return [f"shard {run.name}: {run.state_name}, left for the next run" for run in broken]
+    def watched(self, wait: bool) -> tuple[Shard, ...]:
+        """Return the shards whose end is waited for."""
+        return self.started + self.others if wait else self.started
+
+    def look(self, ended: tuple[Ended, ...] = ()) -> None:
+        """Let what is known take effect, and see to it that what is missing is under way."""
+        changes = reconciliation.settle_fleet(self.name, self.policy, self.promotion)
+        plan = reconciliation.plan_fleet(self.name, self.policy)
         for lost in shards.in_flight(ended, plan):
-            transfer.record_failure(plan.family, lost, policy, reason="its process was killed")
-            plan = reconciliation.plan_fleet(plan.family, policy)
-    return [f"parked for a person: {work}" for work in plan.parked] + list(plan.unreadable)
+            transfer.record_failure(self.name, lost, self.policy, reason="its process was killed")
+            plan = reconciliation.plan_fleet(self.name, self.policy)
+        for end in ended:
+            told = f"shard {end.name}: {end.state_name}, left for the next run"
+            self.left |= {work.key: told for work in shards.left_undone([end], plan)}
+        reporting.publish_plan(plan)
+        reporting.publish_fleet(self.name, changes)
+
+        under_way = shards.under_way(self.name, self.policy)
+        for shard in (waste := shards.superfluous(plan, under_way)):
+            shards.withdraw(shard)
+        under_way = tuple(shard for shard in under_way if shard not in waste)
+        todo = [work for work in shards.missing(plan, under_way) if work.key not in self.left]
+        ours = {shard.run_id for shard in self.started}
+        self.others = tuple(shard for shard in under_way if shard.run_id not in ours)
+        self.started = tuple(shard for shard in under_way if shard.run_id in ours)
+        for part in shards.cut(todo, self.shard_size):
+            self.started += (shards.start(self.name, part, self.policy),)
+        self.problems = tuple(self._problems(plan, changes))
+
+    def _problems(self, plan: Plan, changes: FleetChanges) -> Iterator[str]:
+        if changes.refused:
+            yield changes.refused
+        if changes.waiting and not self.watched(wait=True):
+            yield changes.waiting
+        yield from dict.fromkeys(self.left.values())
+        yield from (f"parked for a person: {work}" for work in plan.parked)
+        yield from plan.unreadable

@@ -12,18 +12,27 @@ from trans_peft.domain.outcome import Work
 
 @flow(name="transfer-shard", flow_run_name="judge {family}")
 def transfer_shard(family: str, shard: tuple[Work, ...], policy: GatePolicy) -> State:
-    """Judge each adapter of the shard; one that fails is recorded and stops nobody else."""
+    """Judge each adapter of the shard; one that fails is recorded and stops nobody else.
+
+    What is no longer wanted when its turn comes is passed over.
+    """
     logger = get_run_logger()
-    failed = []
+    failed, passed_over = [], []
     with gpu_slot():
         for work in shard:
             state = transfer.transfer_adapter(family, work, policy, return_state=True)
             if state.is_completed():
                 outcome = state.result()
+                if outcome is None:
+                    passed_over.append(work.adapter)
+                    logger.info("%s: no longer wanted", work)
+                    continue
                 logger.info("%s: %s. %s", work.adapter, outcome.verdict, outcome.judgement.reason)
             else:
                 transfer.record_failure(family, work, policy, reason=str(state.message))
                 failed.append(work.adapter)
     if failed:
         return Failed(message=f"{len(failed)} of {len(shard)} failed: {', '.join(failed)}")
-    return Completed(message=f"{len(shard)} adapters judged")
+    judged = f"{len(shard) - len(passed_over)} adapters judged"
+    more = f", {len(passed_over)} no longer wanted" if passed_over else ""
+    return Completed(message=judged + more)

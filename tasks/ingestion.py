@@ -2,13 +2,16 @@
 
 from prefect import task
 
+from tasks import events
 from tasks.composition import platform
+from tasks.limits import upload_lock
 from tasks.policy import RETRIES
 from tasks.settings import settings
 from trans_peft.domain.base import BaseVersion, Upload
+from trans_peft.errors import UploadError
 from trans_peft.lifecycle import bases
 
-__all__ = ["find_pending", "ingest_base"]
+__all__ = ["find_pending", "ingest_base", "ingest_pending"]
 
 
 @task(**RETRIES)
@@ -20,4 +23,24 @@ def find_pending() -> tuple[Upload, ...]:
 @task(**RETRIES, task_run_name="ingest {upload.uri}")
 def ingest_base(upload: Upload) -> BaseVersion:
     """Verify, fingerprint and register one upload."""
-    return bases.ingest(upload, platform())
+    with upload_lock(upload.uri):
+        return _ingest(upload)
+
+
+@task(**RETRIES, task_run_name="ingest {upload.uri}")
+def ingest_pending(upload: Upload) -> BaseVersion | None:
+    """Ingest an upload that was found a moment ago; None: another run is at it, or was."""
+    with upload_lock(upload.uri, wait=False) as held:
+        if not held or upload not in bases.pending(platform(), root_uri=settings().bases_uri):
+            return None
+        return _ingest(upload)
+
+
+def _ingest(upload: Upload) -> BaseVersion:
+    try:
+        base = bases.ingest(upload, platform())
+    except UploadError as refusal:
+        events.base_refused(str(upload), upload.uri, str(refusal))
+        raise
+    events.base_ready(base)
+    return base

@@ -2,11 +2,14 @@
 
 from prefect import task
 
+from tasks import events
 from tasks.composition import platform
 from tasks.policy import RETRIES
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import FleetChanges, Plan
+from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.lifecycle import reconcile
+from trans_peft.lifecycle.settle import settle
 
 __all__ = ["base_families", "plan_fleet", "settle_fleet"]
 
@@ -24,6 +27,14 @@ def plan_fleet(family: str, policy: GatePolicy) -> Plan:
 
 
 @task(**RETRIES, task_run_name="settle {family}")
-def settle_fleet(family: str, policy: GatePolicy) -> FleetChanges:
-    """Write aliases by verdict, then move `serving`."""
-    return reconcile.settle(reconcile.observe(family, platform()), policy, platform())
+def settle_fleet(family: str, policy: GatePolicy, promotion: PromotionPolicy) -> FleetChanges:
+    """Write aliases by verdict, then move `serving`; again where a person was faster."""
+    while True:
+        fleet = reconcile.observe(family, platform())
+        changes = settle(fleet, policy, promotion, platform())
+        if changes.promoted is not None:
+            events.fleet_promoted(family, changes.promoted)
+        if changes.refused is not None and not changes.told_before:
+            events.promotion_refused(family, changes.refused)
+        if not changes.overtaken:
+            return changes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.outcome import TransferOutcome
@@ -43,8 +43,13 @@ class ArtifactStore(Protocol):
     def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
         """Return every file below the prefix, sorted by name. Empty where there is nothing."""
 
-    def read(self, uri: str, *, etag: str | None = None) -> AbstractContextManager[Iterator[bytes]]:
-        """Stream one file in chunks. NotFoundError; IntegrityError if its ETag is another."""
+    def read(
+        self, uri: str, *, etag: str | None = None, start: int = 0, stop: int | None = None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """Stream the bytes [start, stop) of one file (all of it) in chunks.
+
+        NotFoundError; IntegrityError if its ETag is another.
+        """
 
     def write(self, uri: str, data: BinaryIO) -> None:
         """Write one file, whole or not at all."""
@@ -63,7 +68,16 @@ class BaseCatalog(Protocol):
         """Return the number of the version that carries the alias (`champion`, `serving`)."""
 
     def set_serving(self, base: BaseVersion) -> None:
-        """Move `serving` to this version; reconcile alone does. Not ready: InvalidSpecError."""
+        """Move `serving` to this version and remember that it served; reconcile alone does.
+
+        Not ready: InvalidSpecError.
+        """
+
+    def promotion_notes(self, family: str) -> Mapping[int, str]:
+        """Return what stands on versions, by number, about why `champion` there does not serve."""
+
+    def note_promotion(self, family: str, number: int, text: str) -> None:
+        """Write such a note on a version, ready or not; an empty one takes it away."""
 
     def make_ready(
         self,
@@ -75,6 +89,7 @@ class BaseCatalog(Protocol):
         parent: str | None,
         source: str,
         number: int | None = None,
+        manifest_sha256: str = "",
     ) -> BaseVersion:
         """Register a verified version, or complete the one with that `number`; `ready` last.
 
@@ -116,11 +131,20 @@ class AdapterRegistry(Protocol):
     def alias(self, adapter: str, alias: str) -> int | None:
         """Return the number of the version that carries the alias."""
 
-    def set_alias(self, adapter: str, alias: str, number: int | None) -> None:
-        """Move the alias to a version, or take it away (None), and remember that we did."""
+    def aliases(self, adapter: str) -> Mapping[str, AliasState]:
+        """Return every alias of the adapter that is set, or was set by us or recorded once."""
+
+    def set_alias(self, adapter: str, alias: str, number: int | None) -> bool:
+        """Move the alias to a version, or take it away (None), and remember that we did.
+
+        Where it stands by a person's hand nothing is written: False.
+        """
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
         """Whether the alias stands as we last set it (or nobody ever did). False: a person's."""
+
+    def record_hand(self, adapter: str, alias: str, hand: HandSet | None) -> None:
+        """Write down what a person did to the alias, for people to see (None: no longer so)."""
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
         """Write the version's PEFT folder below `folder` and return where it is."""
@@ -160,7 +184,10 @@ class RunLog(Protocol):
 
 @dataclass(frozen=True)
 class Platform:
-    """Every port, and the folder in which this worker keeps what it can fetch again."""
+    """Every port, and the folder in which this worker keeps what it can fetch again.
+
+    `cache_bytes` bounds its copies of bases (None: the disk alone does).
+    """
 
     store: ArtifactStore
     catalog: BaseCatalog
@@ -168,3 +195,4 @@ class Platform:
     evaluations: EvaluationStore
     runs: RunLog
     work_dir: Path
+    cache_bytes: int | None = None

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -158,6 +158,31 @@ class TestEveryCatalog:
         place.person.set_alias_by_hand(place.family, "champion", None)
         assert place.catalog.alias(place.family, "champion") is None
 
+    def test_what_served_once_is_remembered(self, place):
+        one, two = place.publish("v1", 1), place.publish("v2", 2)
+        place.catalog.set_serving(one)
+        place.catalog.set_serving(one)
+        assert place.catalog.versions(place.family) == (replace(one, served=True), two)
+        place.catalog.set_serving(two)
+        assert [b.served for b in place.catalog.versions(place.family)] == [True, True]
+
+    def test_a_note_about_a_promotion_stands_on_any_version_until_it_is_taken_away(self, place):
+        one = place.publish("v1")
+        waiting = place.person.register_by_hand(place.family, "s3://elsewhere/base")
+        assert place.catalog.promotion_notes(place.family) == {}
+        for number, text in (
+            (one.number, "refused:\n  found: x"),
+            (waiting, "waits"),
+            (1, "again"),
+        ):
+            place.catalog.note_promotion(place.family, number, text)
+        assert place.catalog.promotion_notes(place.family) == {1: "again", waiting: "waits"}
+        for _ in range(2):
+            place.catalog.note_promotion(place.family, 1, "")
+        assert place.catalog.promotion_notes(place.family) == {waiting: "waits"}
+        with pytest.raises(NotFoundError):
+            place.catalog.note_promotion(place.family, 7, "x")
+
     def test_what_is_not_ready_cannot_serve(self, place):
         number = place.person.register_by_hand(place.family, "s3://elsewhere/base")
         with pytest.raises(InvalidSpecError, match="not ready"):
@@ -255,6 +280,34 @@ class TestMlflow:
         place.person.client.copy_model_version(f"models:/{place.family}/{base.number}", other)
         (copy,) = place.catalog.versions(other)
         assert (copy.version, copy.uri, copy.ready) == ("v1", base.uri, False)
+
+    def test_a_copy_does_not_bring_along_that_its_original_served(self, place, unique):
+        base = place.publish("v1")
+        place.catalog.set_serving(base)
+        other = Place(place.catalog, f"{unique}-other", place.person)
+        place.person.client.copy_model_version(
+            f"models:/{place.family}/{base.number}", other.family
+        )
+        assert not other.publish("v1", number=1).served
+
+    def test_a_copy_within_its_family_is_no_second_base(self, place):
+        base = place.publish("v1")
+        copy = place.person.client.copy_model_version(
+            f"models:/{place.family}/{base.number}", place.family
+        )
+        assert place.catalog.versions(place.family) == (base,)
+        assert place.publish("v1") == base
+        place.catalog.note_promotion(place.family, int(copy.version), "refused: a copy")
+        assert place.catalog.promotion_notes(place.family) == {int(copy.version): "refused: a copy"}
+
+    def test_an_adapter_that_was_copied_into_a_family_is_no_base(self, place, unique):
+        base, client = place.publish("v1"), place.person.client
+        adapter = f"{unique}-adapter"
+        client.create_registered_model(adapter, tags={"trans_peft.kind": "adapter"})
+        tags = {"trans_peft.adapter": adapter, "trans_peft.family": place.family}
+        client.create_model_version(adapter, "s3://adapters/x", tags=tags)
+        client.copy_model_version(f"models:/{adapter}/1", place.family)
+        assert place.catalog.versions(place.family) == (base,)
 
     def test_a_person_makes_a_family_with_the_kind_tag_alone(self, place):
         place.person.client.create_registered_model(place.family)

@@ -1,5 +1,6 @@
 """One contract for every adapter registry: in memory and in MLflow."""
 
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.edges.nouns import draft, evaluation, outcome, peft_folder, transferred
-from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
 from trans_peft.domain.evaluation import Verdict, verdict_key
 from trans_peft.edges.memory import MemoryRegistry
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
@@ -206,6 +207,39 @@ class TestEveryRegistry:
         assert not place.registry.owns_alias(place.adapter, alias)
         assert place.registry.alias(place.adapter, alias) == theirs
 
+    @pytest.mark.parametrize(
+        ("ours", "theirs"),
+        [(1, 2), (1, None), (None, 1)],
+        ids=["moved", "taken-away", "set"],
+    )
+    def test_what_a_person_did_to_an_alias_is_never_overwritten(self, place, ours, theirs):
+        first, alias = place.trained(), "on-222222222222"
+        place.registry.register(transferred(first), place.peft_folder())
+        if ours is not None:
+            assert place.registry.set_alias(place.adapter, alias, ours)
+        place.person.set_alias_by_hand(place.adapter, alias, theirs)
+        for number in (1, 2, None):
+            if number != theirs:
+                assert not place.registry.set_alias(place.adapter, alias, number)
+            assert place.registry.alias(place.adapter, alias) == theirs
+
+    def test_a_person_gives_an_alias_back_by_putting_it_where_it_was(self, place):
+        first, alias = place.trained(), "on-222222222222"
+        place.registry.register(transferred(first), place.peft_folder())
+        place.registry.set_alias(place.adapter, alias, 2)
+        for number in (None, 2):
+            place.person.set_alias_by_hand(place.adapter, alias, number)
+        assert place.registry.set_alias(place.adapter, alias, None)
+        assert place.registry.alias(place.adapter, alias) is None
+
+    def test_what_a_person_did_is_recorded_and_forgotten(self, place):
+        place.trained()
+        alias, hand = "on-222222222222", HandSet(None, 2, "passed", "2026-11-24T00:00:00+00:00")
+        for record in (hand, replace(hand, number=1), None, None):
+            place.registry.record_hand(place.adapter, alias, record)
+            state = place.registry.aliases(place.adapter).get(alias, AliasState())
+            assert state == AliasState(recorded=record)
+
     def test_two_who_register_the_same_at_once_get_the_same_live_version(self, place):
         first, folder = place.trained(), place.peft_folder()
         with ThreadPoolExecutor(3) as pool:
@@ -332,6 +366,43 @@ class TestMlflow:
         place.person.client.copy_model_version(f"models:/{place.adapter}/1", name)
         with pytest.raises(NotFoundError, match="no adapter"):
             place.registry.versions(name)
+
+    def test_a_copy_within_the_adapter_is_no_second_version(self, place):
+        version = place.trained()
+        client = place.person.client
+        client.copy_model_version(f"models:/{place.adapter}/1", place.adapter)
+        assert len(client.search_model_versions(f"name='{place.adapter}'")) == 2
+        assert place.registry.versions(place.adapter) == (version,)
+        assert place.trained() == version
+
+    def test_a_copy_in_another_adapter_is_none_of_its_versions(self, place):
+        place.trained()
+        other = place.trained(f"{place.adapter}-other", seed=1)
+        place.person.client.copy_model_version(f"models:/{place.adapter}/1", other.adapter)
+        assert place.registry.versions(other.adapter) == (other,)
+
+    def test_a_write_that_was_cut_off_is_seen_and_finished(self, place, monkeypatch):
+        """Left as it is, a later block by a person would be taken for ours."""
+        place.trained()
+        alias = "on-222222222222"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place.registry, "_remember", _only_once(place.registry._remember))
+            place.registry.set_alias(place.adapter, alias, 1)
+        assert place.registry.aliases(place.adapter)[alias] == AliasState(1, unfinished=True)
+        place.registry.set_alias(place.adapter, alias, 1)
+        assert place.registry.aliases(place.adapter)[alias] == AliasState(1)
+        place.person.set_alias_by_hand(place.adapter, alias, None)
+        assert not place.registry.owns_alias(place.adapter, alias)
+
+    def test_people_see_what_was_done_by_hand_on_the_adapters_page(self, place):
+        place.trained()
+        hand = HandSet(None, 2, "passed", "2026-11-24T00:00:00+00:00")
+        place.registry.record_hand(place.adapter, "on-222222222222", hand)
+        tags = place.person.client.get_registered_model(place.adapter).tags
+        assert json.loads(tags["trans_peft.by-hand.on-222222222222"]) == {
+            "number": None, "wanted": 2, "why": "passed", "by": "unknown",
+            "first_seen": "2026-11-24T00:00:00+00:00",
+        }  # fmt: skip
 
     def test_a_long_outcome_fits_into_its_tag_and_is_whole_in_its_run(self, place):
         first = place.trained()

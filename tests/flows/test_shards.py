@@ -1,11 +1,13 @@
-"""How work is cut into shards, and who is charged when a shard's process dies."""
+"""How work is cut into shards, which are taken back, and who is charged when one is killed."""
 
 from dataclasses import replace
+from uuid import uuid4
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.shards import Ended, cut, in_flight
+from tasks.shards import Ended, Shard, cut, in_flight, left_undone, missing, superfluous
 from trans_peft.domain.outcome import Plan, Reason, Work
 
 WORK = st.lists(
@@ -21,6 +23,23 @@ WORK = st.lists(
 )
 
 
+def work(adapter: str, base: str = "v2", attempt: int = 1) -> Work:
+    return Work(adapter, 1, base, Reason.NEVER_JUDGED, attempt)
+
+
+def shard(*items: Work, waits: bool = True) -> Shard:
+    return Shard(uuid4(), items, waits)
+
+
+def plan(*items: Work) -> Plan:
+    return Plan("small", items)
+
+
+A, B, C = work("a"), work("b"), work("c")
+NEWER = work("a", "v3")
+CRASHED = Ended("shard", (A, B, C), "Crashed", never_ran=False, cancelled=False, crashed=True)
+
+
 @given(WORK, st.integers(1, 5))
 def test_a_cut_keeps_all_work_once_on_one_base_a_shard(work, size):
     shards = cut(work, size)
@@ -29,11 +48,64 @@ def test_a_cut_keeps_all_work_once_on_one_base_a_shard(work, size):
     assert all(len({item.base_version for item in shard}) == 1 for shard in shards)
 
 
+@given(WORK, st.data())
+def test_what_a_shard_has_is_not_missing_whatever_else_changed_about_it(work, data):
+    taken = data.draw(st.integers(0, len(work)))
+    estimated = [replace(item, estimated_seconds=3.0) for item in work[:taken]]
+    assert missing(plan(*work), [shard(*estimated)]) == tuple(work[taken:])
+
+
+@pytest.mark.parametrize(
+    ("planned", "waiting", "taken_back"),
+    [
+        (plan(A, B), shard(A, B), False),
+        (plan(A), shard(A, B), True),  # b was retired, or judged by somebody else
+        (plan(work("a", attempt=2)), shard(A), True),
+        (plan(), shard(A), True),
+        (plan(NEWER, A), shard(A), True),  # a newer base came: it is first in the one queue
+        (plan(A, NEWER), shard(A), False),
+        (plan(NEWER, A), shard(A, waits=False), False),  # it asks again before each adapter
+        (plan(), shard(A, waits=False), False),
+    ],
+)
+def test_a_shard_that_waits_is_taken_back_once_it_is_not_what_is_wanted_next(
+    planned, waiting, taken_back
+):
+    assert superfluous(planned, [waiting]) == ((waiting,) if taken_back else ())
+
+
+def test_a_shard_waits_on_where_the_newer_base_is_under_way():
+    assert superfluous(plan(NEWER, A), [shard(NEWER), shard(A)]) == ()
+
+
+@given(WORK, st.integers(1, 5))
+def test_no_shard_is_taken_back_when_everything_is_under_way(work, size):
+    shards = [shard(*part) for part in cut(work, size)]
+    assert superfluous(plan(*work), shards) == ()
+
+
 @given(WORK.filter(len), st.data())
 def test_only_the_work_under_way_in_a_crashed_shard_is_charged(work, data):
-    shard = cut(work, len(work))[0]
-    done = data.draw(st.integers(0, len(shard)))
-    left = Plan("small", work=shard[done:])
-    crashed = Ended("shard", shard, "Crashed", never_ran=False, cancelled=False, crashed=True)
-    assert in_flight([crashed], left) == shard[done : done + 1]
-    assert in_flight([replace(crashed, crashed=False)], left) == ()
+    on_base = cut(work, len(work))[0]
+    done = data.draw(st.integers(0, len(on_base)))
+    left = plan(*on_base[done:])
+    crashed = replace(CRASHED, work=on_base)
+    assert in_flight([crashed], left) == on_base[done : done + 1]
+    for other in ({"crashed": False}, {"never_ran": True}):
+        assert in_flight([replace(crashed, **other)], left) == ()
+
+
+@pytest.mark.parametrize(
+    ("ending", "left"),
+    [
+        ({}, ()),  # killed: what it had not begun is started again
+        ({"never_ran": True}, (B, C)),  # the worker could not start it
+        ({"crashed": False, "cancelled": True, "state_name": "Cancelled"}, (B, C)),  # a person
+        ({"crashed": False, "cancelled": True, "state_name": "Withdrawn"}, ()),  # a reconcile
+        ({"crashed": False, "state_name": "Completed"}, (B, C)),  # never for ever
+        ({"crashed": False, "state_name": "Failed"}, (B, C)),
+    ],
+    ids=["killed", "never ran", "cancelled", "withdrawn", "completed", "failed"],
+)
+def test_what_one_run_does_not_start_again(ending, left):
+    assert left_undone([replace(CRASHED, **ending)], plan(B, C)) == left

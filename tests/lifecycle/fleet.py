@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.adapter import AdapterVersion, AliasState
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import (
@@ -14,15 +14,18 @@ from trans_peft.domain.evaluation import (
     Suite,
     Verdict,
 )
-from trans_peft.domain.outcome import TransferOutcome, Work
+from trans_peft.domain.outcome import FleetChanges, TransferOutcome, Work
+from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.edges.memory import memory_platform
-from trans_peft.lifecycle.reconcile import observe, plan, settle
+from trans_peft.lifecycle.reconcile import Adapter, Fleet, observe, plan
 from trans_peft.lifecycle.resolve import find_base
+from trans_peft.lifecycle.settle import settle
 from trans_peft.ports import Platform
 
 FAMILY = "small"
 SUITE = Suite("exam", DataSource("exam.jsonl", sha256="e" * 64))
 POLICY = GatePolicy(margin_points=5.0)
+ANY = PromotionPolicy(min_serving_share=0.0)
 
 
 @dataclass
@@ -103,8 +106,8 @@ class MemoryFleet:
         for work in self.work():
             self.judge(work, verdict)
 
-    def settle(self):
-        return settle(observe(FAMILY, self.platform), POLICY, self.platform)
+    def settle(self, promotion: PromotionPolicy = ANY) -> FleetChanges:
+        return settle(observe(FAMILY, self.platform), POLICY, promotion, self.platform)
 
     def promote(self, base: BaseVersion | None) -> None:
         """A person moves (or removes) `champion` in the page."""
@@ -128,3 +131,27 @@ def evaluation(
         items=tuple(ItemResult(f"q{i}", i < right) for i in range(of)),
         seconds=seconds,
     )
+
+
+def judged_fleet(live: int, passing: int) -> tuple[Fleet, BaseVersion]:
+    """Return a fleet that was observed with so many live adapters, `passing` of them on v2."""
+    v1, v2 = (
+        BaseVersion(FAMILY, name, f"memory://{name}", number, name * 32, ready=True)
+        for number, name in ((1, "v1"), (2, "v2"))
+    )
+    adapters = tuple(
+        Adapter(
+            f"a{i}",
+            tuple(
+                AdapterVersion(
+                    f"a{i}", base.number, FAMILY, base.version, base.fingerprint_sha256,
+                    "v1", v1.fingerprint_sha256, f"w{i}", "LORA", (SUITE,),
+                )
+                for base in (v1, v2)
+            ),
+            (),
+            aliases={v2.alias: AliasState(2)} if i < passing else {},
+        )
+        for i in range(live)
+    )  # fmt: skip
+    return Fleet(FAMILY, (v1, v2), serving=1, champion=2, adapters=adapters), v2

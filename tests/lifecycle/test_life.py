@@ -12,15 +12,17 @@ from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite, Verdict
+from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import AdapterError, NotFoundError, UploadError
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest, pending
-from trans_peft.lifecycle.reconcile import observe, plan, settle
+from trans_peft.lifecycle.reconcile import observe, plan
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import resolve
+from trans_peft.lifecycle.settle import settle
 from trans_peft.lifecycle.train import train
 from trans_peft.lifecycle.transfer import transfer
 
@@ -70,7 +72,7 @@ def life(tmp_path_factory):
     )
     v1 = ingest(Upload(str(uploads / "v1")), platform)
     platform.catalog.set_alias_by_hand(FAMILY, "champion", v1.number)
-    settle(observe(FAMILY, platform), POLICY, platform)
+    settle(observe(FAMILY, platform), POLICY, PromotionPolicy(), platform)
     recipe = TrainingRecipe(
         adapter="parity",
         family=FAMILY,
@@ -168,11 +170,11 @@ def test_an_update_is_judged_served_and_rolled_back(life):
     assert len(platform.registry.versions("parity")) == 2
 
     platform.catalog.set_alias_by_hand(FAMILY, "champion", v2.number)
-    settle(observe(FAMILY, platform), lenient, platform)
+    settle(observe(FAMILY, platform), lenient, PromotionPolicy(), platform)
     assert resolve("parity", FAMILY, platform).number == transferred.number
     assert "| parity |" in report(FAMILY, platform).markdown()
     platform.catalog.set_alias_by_hand(FAMILY, "champion", 1)
-    settle(observe(FAMILY, platform), lenient, platform)
+    settle(observe(FAMILY, platform), lenient, PromotionPolicy(), platform)
     assert resolve("parity", FAMILY, platform).number == trained.number
 
 

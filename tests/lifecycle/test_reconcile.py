@@ -10,7 +10,7 @@ from tests.lifecycle.fleet import FAMILY, POLICY, SUITE, MemoryFleet, evaluation
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Reason
 from trans_peft.errors import NotFoundError, NotServedError
-from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS, observe, plan
+from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS, is_wanted, observe, plan
 from trans_peft.lifecycle.resolve import resolve
 
 
@@ -73,6 +73,54 @@ def test_each_adapter_is_tried_on_each_candidate_whatever_failed_before(fleet, t
     }
 
 
+def test_the_newest_base_is_judged_first(fleet, two_bases):
+    fleet.add_base("v3")
+    assert [w.base_version for w in fleet.work()] == ["v3", "v3", "v2", "v2"]
+
+
+def test_the_base_that_a_person_wants_is_judged_before_newer_ones(fleet, two_bases):
+    _, v2 = two_bases
+    fleet.add_base("v3")
+    fleet.promote(v2)
+    assert [w.base_version for w in fleet.work()] == ["v2", "v2", "v3", "v3"]
+
+
+def test_bases_that_a_person_passed_over_ask_for_nothing(fleet, two_bases):
+    v3 = fleet.add_base("v3")
+    fleet.promote(v3)
+    assert {w.base_version for w in fleet.work()} == {"v3"}
+    fleet.promote(None)  # paused: any of them may yet be wanted
+    assert {w.base_version for w in fleet.work()} == {"v2", "v3"}
+
+
+@pytest.mark.parametrize(
+    "meanwhile", ["judged", "failed", "retired", "retuned", "passed over", "another policy"]
+)
+def test_work_is_no_longer_wanted_once_it_is_done_or_given_up(fleet, two_bases, meanwhile):
+    v1, _ = two_bases
+    work = fleet.work()[0]
+    assert is_wanted(work, FAMILY, POLICY, fleet.platform)
+    policy = POLICY
+    match meanwhile:
+        case "judged":
+            fleet.judge(work)
+        case "failed":  # the attempt is counted: it is other work now
+            fleet.judge(work, Verdict.FAILED)
+        case "retired":
+            fleet.platform.registry.retire_by_hand(work.adapter)
+        case "retuned":
+            fleet.add_adapter(work.adapter, v1, weights="retuned")
+        case "passed over":
+            fleet.promote(fleet.add_base("v3"))
+        case "another policy":
+            fleet.judge(work)
+            policy = GatePolicy(margin_points=1.0)
+            (again,) = [w for w in fleet.work(policy) if w.adapter == work.adapter]
+            assert is_wanted(again, FAMILY, policy, fleet.platform)
+            return
+    assert not is_wanted(work, FAMILY, policy, fleet.platform)
+
+
 def test_a_changed_policy_is_judged_anew_at_no_cost(fleet, two_bases):
     fleet.work_off()
     stricter = GatePolicy(margin_points=1.0)
@@ -125,56 +173,6 @@ def test_the_verdict_decides_the_alias(fleet, two_bases, verdict, serves):
     fleet.work_off(verdict)
     fleet.settle()
     assert (fleet.platform.registry.alias("chat", v2.alias) is not None) is serves
-
-
-def test_promotion_waits_for_missing_verdicts_then_moves_and_rolls_back(fleet, two_bases):
-    v1, v2 = two_bases
-    fleet.promote(v2)
-    waiting = fleet.settle()
-    assert fleet.serving == v1.number
-    assert "waits for 2 verdicts: chat, code" in (waiting.waiting or "")
-
-    fleet.work_off()
-    assert fleet.settle().promoted == f"{FAMILY}/v2"
-    assert resolve("chat", FAMILY, fleet.platform).base_version == "v2"
-
-    fleet.promote(v1)
-    fleet.settle()
-    assert resolve("chat", FAMILY, fleet.platform).base_version == "v1"
-    assert resolve("chat", FAMILY, fleet.platform, base="v2").base_version == "v2"
-
-
-def test_removing_champion_pauses(fleet, two_bases):
-    v1, _ = two_bases
-    fleet.work_off()
-    fleet.promote(None)
-    assert fleet.settle().promoted is None
-    assert fleet.serving == v1.number
-
-
-def test_promoting_a_version_that_is_not_ready_says_so(fleet, two_bases):
-    number = fleet.platform.catalog.register_by_hand(FAMILY, "memory://bases/v3")
-    fleet.platform.catalog.set_alias_by_hand(FAMILY, "champion", number)
-    assert "not ready" in (fleet.settle().waiting or "")
-
-
-def test_a_person_who_blocks_a_passed_adapter_is_respected(fleet, two_bases):
-    _, v2 = two_bases
-    fleet.work_off()
-    fleet.settle()
-    fleet.platform.registry.set_alias_by_hand("chat", v2.alias, None)
-    changes = fleet.settle()
-    assert fleet.platform.registry.alias("chat", v2.alias) is None
-    assert changes.overruled == (f"chat: {v2.alias} is a person's (none)",)
-
-
-def test_a_person_who_approves_an_inconclusive_adapter_is_respected(fleet, two_bases):
-    _, v2 = two_bases
-    fleet.work_off(Verdict.INCONCLUSIVE)
-    fleet.settle()
-    fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 2)
-    fleet.settle()
-    assert resolve("chat", FAMILY, fleet.platform, base="v2").number == 2
 
 
 def test_an_error_takes_nothing_out_of_service(fleet, two_bases):

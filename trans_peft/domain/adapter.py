@@ -1,38 +1,23 @@
-"""Adapters: how one is configured, and one registered version of it."""
+"""Adapters: one registered version of one, and which version is carried to new bases."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from trans_peft.domain.base import serving_alias
 from trans_peft.domain.evaluation import Suite
-from trans_peft.domain.strictness import STRICT
-from trans_peft.errors import InvalidSpecError, NotFoundError
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.remedies import Rung
+from trans_peft.domain.spec import AdapterSpec
+from trans_peft.errors import NotFoundError
 
-__all__ = ["AdapterSpec", "AdapterVersion", "VersionState", "source_version"]
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """One PEFT configuration: the type in PEFT's spelling ("LORA") and the fields of its config.
-
-    `options` are PEFT's own names (`r`, `lora_alpha`, `target_modules`, `use_dora`, ...). They are
-    checked against PEFT when the config is built (`trans_peft.methods.specs`).
-    """
-
-    __pydantic_config__: ClassVar = STRICT
-
-    peft_type: str = "LORA"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.peft_type or self.peft_type != self.peft_type.upper():
-            raise InvalidSpecError(
-                "the adapter's type is not spelled as PEFT spells it",
-                expected="upper case, such as LORA",
-                found=repr(self.peft_type),
-                do="take the value that stands as peft_type in adapter_config.json",
-            )
+__all__ = [
+    "AdapterSpec",
+    "AdapterVersion",
+    "AliasState",
+    "HandSet",
+    "VersionState",
+    "source_version",
+]
 
 
 @dataclass(frozen=True)
@@ -45,13 +30,49 @@ class VersionState:
 
 
 @dataclass(frozen=True)
+class HandSet:
+    """What a person did to an alias, for the record.
+
+    `number` is where the alias was found (None: taken away), `wanted` where the verdict would have
+    it, `why` that verdict in words. `first_seen` is when reconcile noticed (ISO 8601, UTC). Without
+    authentication MLflow knows no user, so `by` stays unknown.
+    """
+
+    number: int | None
+    wanted: int | None
+    why: str
+    first_seen: str
+    by: str = "unknown"
+
+    def __str__(self) -> str:
+        stands = "taken away" if self.number is None else f"set on version {self.number}"
+        wanted = "no version" if self.wanted is None else f"version {self.wanted}"
+        return f"{stands} by hand (seen {self.first_seen}); by verdict {wanted}: {self.why}"
+
+
+@dataclass(frozen=True)
+class AliasState:
+    """Where one alias of an adapter stands, and whose word that is.
+
+    `by_hand`: not where we last put it, so a person's word. `unfinished`: a write of ours was cut
+    off; to set the alias again finishes it. `recorded`: what stands in the registry about the hand.
+    """
+
+    number: int | None = None
+    by_hand: bool = False
+    unfinished: bool = False
+    recorded: HandSet | None = None
+
+
+@dataclass(frozen=True)
 class AdapterVersion:
     """The bytes of one adapter on one base: immutable once registered.
 
     `number` is the registry's. `base_*` is the base these bytes are bound to, `trained_on_*` the
     base they were trained on: the same for a trained version, different for a transferred one,
     whose `transferred_from` is the number of the version it was made from. `recipe_sha256` is empty
-    for an adopted adapter: nobody knows how it was trained.
+    for an adopted adapter, and `recipe` missing: nobody knows how it was trained. `made_by`: which
+    rung of the ladder made these bytes of those of `transferred_from`.
     """
 
     adapter: str
@@ -68,6 +89,8 @@ class AdapterVersion:
     recipe_sha256: str = ""
     run_id: str | None = None
     state: VersionState = VersionState()
+    recipe: TrainingRecipe | None = None
+    made_by: Rung = Rung.DIRECT
 
     @property
     def alias(self) -> str:

@@ -1,11 +1,12 @@
 """Base models: what a version is, what an adapter can feel of it, and what an upload must state."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from trans_peft.domain.identity import content_sha256
-from trans_peft.errors import InvalidSpecError
+from trans_peft.errors import InvalidSpecError, listed
 
 __all__ = [
     "BaseVersion",
@@ -83,7 +84,8 @@ class BaseVersion:
     `version` is the publisher's word for it ("v2", "2026-01"); `number` is its place in the
     family's order, given by the catalog (1 is the oldest). `fingerprint_sha256` is the digest of
     its `Fingerprint`, empty until ingestion has verified the files. Only a `ready` version exists
-    for anything but ingestion.
+    for anything but ingestion. `manifest_sha256` is that of the manifest it was verified against,
+    empty without one. `served`: the fleet uses it, or once did.
     """
 
     family: str
@@ -93,6 +95,8 @@ class BaseVersion:
     fingerprint_sha256: str = ""
     parent: str | None = None
     ready: bool = False
+    manifest_sha256: str = ""
+    served: bool = False
 
     @property
     def alias(self) -> str:
@@ -132,12 +136,19 @@ class Manifest:
         ]
         if not self.files:
             problems.append("it lists no files")
-        names = [file.name for file in self.files]
-        doubled = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(file.name for file in self.files)
+        doubled = sorted(name for name, count in counts.items() if count > 1)
         if doubled:
-            problems.append(f"it lists twice: {', '.join(doubled)}")
+            problems.append(f"it lists twice: {listed(doubled)}")
         if problems:
             raise InvalidSpecError(f"the manifest cannot be used: {'; '.join(problems)}")
+
+    @cached_property
+    def sha256(self) -> str:
+        """The sha256 (64 hex digits) of what is claimed: family, version, and every file."""
+        return content_sha256(
+            [self.family, self.version, sorted(self.files, key=lambda file: file.name)]
+        )
 
 
 @dataclass(frozen=True)

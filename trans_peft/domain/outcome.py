@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from trans_peft.domain.evaluation import Evaluation, Judgement, Verdict, verdict_key
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.remedies import Rung, Tried
 
 __all__ = ["Compatibility", "Effect", "FleetChanges", "Plan", "Reason", "TransferOutcome", "Work"]
 
@@ -55,6 +57,11 @@ class Work:
     attempt: int = 1
     estimated_seconds: float | None = None
 
+    @property
+    def key(self) -> tuple[str, int, str, int]:
+        """What makes it the same work in another plan: reasons and estimates may change."""
+        return self.adapter, self.source_number, self.base_version, self.attempt
+
     def __str__(self) -> str:
         cost = "" if self.estimated_seconds is None else f", about {self.estimated_seconds:.0f} s"
         return f"{self.adapter} on {self.base_version}: {self.reason}{cost}"
@@ -65,7 +72,9 @@ class TransferOutcome:
     """The audit record of one adapter on one new base.
 
     `new_number` is the version made on the new base; none where the verdict is `incompatible` or
-    `failed`. `evaluations` are those that the verdict rests on, per item.
+    `failed`. `evaluations` are those that the verdict rests on, per item. `weights_sha256` is that
+    of the bytes that were carried over; `rung` says what the version was made by, `tried` every
+    rung with its verdict and cost. `training` is what is left to try: a recipe to train by.
     """
 
     adapter: str
@@ -82,6 +91,9 @@ class TransferOutcome:
     new_number: int | None = None
     attempts: int = 1
     seconds: float = 0.0
+    rung: Rung = Rung.DIRECT
+    tried: tuple[Tried, ...] = ()
+    training: TrainingRecipe | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -128,13 +140,18 @@ class FleetChanges:
     """What reconcile wrote, in words, and why it did not write the rest.
 
     `overruled`: aliases that a person set or took away, left as they are. `promoted`: the base that
-    serves from now on. `waiting`: why `champion` does not serve yet.
+    serves from now on. Why `champion` does not serve: `waiting` (verdicts are missing), `refused`
+    (the policy, or a version that cannot serve); `told_before` where its page said so already.
+    `overtaken`: a person moved `champion` meanwhile, so that another look is due.
     """
 
     aliases: tuple[str, ...] = ()
     overruled: tuple[str, ...] = ()
     promoted: str | None = None
     waiting: str | None = None
+    refused: str | None = None
+    told_before: bool = False
+    overtaken: bool = False
 
     def markdown(self) -> str:
         """Return what was written, a line each."""
@@ -142,4 +159,9 @@ class FleetChanges:
         lines += [f"- left alone: {alias}" for alias in self.overruled]
         lines += [f"- **serving moved to {self.promoted}**"] if self.promoted else []
         lines += [f"- **serving did not move**: {self.waiting}"] if self.waiting else []
+        lines += [f"- **promotion refused**: {_indented(self.refused)}"] if self.refused else []
         return "\n".join(["## Changes", "", *(lines or ["- none"])])
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n  ")

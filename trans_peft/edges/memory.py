@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.outcome import TransferOutcome
@@ -59,18 +59,22 @@ class MemoryStore:
             if uri.startswith(prefix)
         )
 
-    def read(self, uri: str, *, etag: str | None = None) -> AbstractContextManager[Iterator[bytes]]:
-        """Stream one file in chunks. NotFoundError; IntegrityError if its ETag is another."""
-        return self._read(uri, etag)
+    def read(
+        self, uri: str, *, etag: str | None = None, start: int = 0, stop: int | None = None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """Stream the bytes [start, stop) of one file. NotFoundError; IntegrityError."""
+        return self._read(uri, etag, start, stop)
 
     @contextmanager
-    def _read(self, uri: str, etag: str | None) -> Iterator[Iterator[bytes]]:
+    def _read(
+        self, uri: str, etag: str | None, start: int, stop: int | None
+    ) -> Iterator[Iterator[bytes]]:
         if uri not in self._files:
             raise NotFoundError(f"there is no file {uri}")
         data = self._files[uri]
         if etag is not None and _etag(data) != etag:
             raise IntegrityError(f"{uri} changed", expected=f"ETag {etag}", found=_etag(data))
-        size = self._chunk_bytes
+        data, size = data[start:stop], self._chunk_bytes
         yield (data[at : at + size] for at in range(0, len(data), size))
 
     def write(self, uri: str, data: BinaryIO) -> None:
@@ -94,6 +98,7 @@ class MemoryCatalog:
         self._aliases: dict[tuple[str, str], int] = {}
         self._fingerprints: dict[str, Fingerprint] = {}
         self._sources: dict[tuple[str, int], str] = {}
+        self._notes: dict[str, dict[int, str]] = {}
         self._lock = threading.Lock()
 
     def families(self) -> tuple[str, ...]:
@@ -112,13 +117,30 @@ class MemoryCatalog:
         return self._aliases.get((family, alias))
 
     def set_serving(self, base: BaseVersion) -> None:
-        """Move `serving` to this version. InvalidSpecError for one that is not ready."""
+        """Move `serving` to this version, marked as served. InvalidSpecError: not ready."""
         known = next((b for b in self.versions(base.family) if b.number == base.number), None)
         if known is None:
             raise NotFoundError(f"there is no version number {base.number} of {base.family}")
         if not known.ready:
             raise InvalidSpecError(f"{known} is not ready: it cannot serve")
+        self._versions[base.family] = [
+            replace(b, served=True) if b.number == base.number else b
+            for b in self._versions[base.family]
+        ]
         self._aliases[base.family, "serving"] = base.number
+
+    def promotion_notes(self, family: str) -> Mapping[int, str]:
+        """Return what stands on versions about why `champion` there does not serve."""
+        return dict(self._notes.get(family, {}))
+
+    def note_promotion(self, family: str, number: int, text: str) -> None:
+        """Write such a note on a version; an empty one takes it away."""
+        if not any(base.number == number for base in self.versions(family)):
+            raise NotFoundError(f"there is no version number {number} of {family}")
+        notes = self._notes.setdefault(family, {})
+        notes.pop(number, None)
+        if text:
+            notes[number] = text
 
     def make_ready(
         self,
@@ -130,6 +152,7 @@ class MemoryCatalog:
         parent: str | None,
         source: str,
         number: int | None = None,
+        manifest_sha256: str = "",
     ) -> BaseVersion:
         """Register a verified version, or complete the registered one with that `number`."""
         with self._lock:
@@ -153,7 +176,7 @@ class MemoryCatalog:
                 number = self._next_number(family)
                 versions.append(BaseVersion(family, version, uri, number))
             ready = BaseVersion(
-                family, version, uri, number, fingerprint.digest, parent, ready=True
+                family, version, uri, number, fingerprint.digest, parent, True, manifest_sha256
             )
             versions[:] = [ready if b.number == number else b for b in versions]
             self._fingerprints[fingerprint.digest] = fingerprint
@@ -194,6 +217,7 @@ class MemoryRegistry:
         self._outcomes: dict[tuple[str, str], TransferOutcome] = {}
         self._aliases: dict[tuple[str, str], int] = {}
         self._ours: dict[tuple[str, str], int | None] = {}
+        self._hands: dict[tuple[str, str], HandSet] = {}
         self._lock = threading.Lock()
 
     def adapters(self, family: str) -> tuple[str, ...]:
@@ -282,16 +306,41 @@ class MemoryRegistry:
         self.versions(adapter)
         return self._aliases.get((adapter, alias))
 
-    def set_alias(self, adapter: str, alias: str, number: int | None) -> None:
-        """Move the alias to a version, or take it away (None)."""
+    def aliases(self, adapter: str) -> Mapping[str, AliasState]:
+        """Return every alias of the adapter that is set, or was set by us or recorded once."""
+        self.versions(adapter)
+        known = {*self._aliases, *self._ours, *self._hands}
+        return {
+            alias: self._alias_state(adapter, alias) for name, alias in known if name == adapter
+        }
+
+    def set_alias(self, adapter: str, alias: str, number: int | None) -> bool:
+        """Move the alias to a version, or take it away (None); False where it is a person's."""
         if number is not None and number not in [v.number for v in self.versions(adapter)]:
             raise NotFoundError(f"there is no version {number} of {adapter}")
+        if self._alias_state(adapter, alias).by_hand:
+            return False
         _move(self._aliases, (adapter, alias), number)
         self._ours[adapter, alias] = number
+        return True
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
         """Whether the alias stands as we last set it (or was never touched)."""
-        return self.alias(adapter, alias) == self._ours.get((adapter, alias))
+        return not self._alias_state(adapter, alias).by_hand
+
+    def record_hand(self, adapter: str, alias: str, hand: HandSet | None) -> None:
+        """Write down what a person did to the alias (None: no longer so)."""
+        self.versions(adapter)
+        self._hands.pop((adapter, alias), None)
+        if hand is not None:
+            self._hands[adapter, alias] = hand
+
+    def _alias_state(self, adapter: str, alias: str) -> AliasState:
+        key = (adapter, alias)
+        stands = self._aliases.get(key)
+        return AliasState(
+            stands, by_hand=stands != self._ours.get(key), recorded=self._hands.get(key)
+        )
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
         """Write the version's PEFT folder below `folder` and return where it is."""

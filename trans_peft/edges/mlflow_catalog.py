@@ -2,21 +2,25 @@
 
     registered model   kind=base
       version          family, version, fingerprint, parent, source, fingerprint_run, ready=true;
+                       served=<family>; promotion (why `champion` here does not serve);
+                       manifest, where the upload had one;
                        uri, where what serves was converted from the version's MLflow source
 
 A registered model is a base family by its tag `kind=base`, which a person may set, and which
 `make_ready` sets. A version is ready when its tags say so and name this family: a version that
-MLflow's "Promote model" copied here with all its tags still waits for ingestion. MLflow has no
+MLflow's "Promote model" copied here from another family, with all its tags, still waits for
+ingestion. A copy within the family, or of an adapter, is no base version at all. MLflow has no
 compare-and-set: where two processes register one version at once, the lowest number wins and the
 other is tagged `superseded`, which hides it.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.edges.json_nouns import from_json, to_json
-from trans_peft.edges.mlflow_client import Tracking, own_tags
+from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
 
 __all__ = ["MlflowCatalog"]
@@ -52,7 +56,24 @@ class MlflowCatalog:
             raise NotFoundError(f"there is no version number {base.number} of {base.family}")
         if not known.ready:
             raise InvalidSpecError(f"{known} is not ready: it cannot serve")
+        if not known.served:
+            self._tracking.tag_version(base.family, base.number, {"served": base.family})
         self._tracking.set_alias(base.family, "serving", base.number)
+
+    def promotion_notes(self, family: str) -> Mapping[int, str]:
+        """Return what stands on versions about why `champion` there does not serve."""
+        notes = {
+            int(found.version): own_tags(found.tags).get("promotion", "")
+            for found in self._tracking.versions(family)
+        }
+        return {number: text for number, text in notes.items() if text}
+
+    def note_promotion(self, family: str, number: int, text: str) -> None:
+        """Write such a note on a version, ready or not; an empty one takes it away."""
+        if text:
+            self._tracking.tag_version(family, number, {"promotion": text})
+        elif number in self.promotion_notes(family):
+            self._tracking.untag_version(family, number, "promotion")
 
     def make_ready(
         self,
@@ -64,6 +85,7 @@ class MlflowCatalog:
         parent: str | None,
         source: str,
         number: int | None = None,
+        manifest_sha256: str = "",
     ) -> BaseVersion:
         """Register a verified version, or complete the one with that `number`; `ready` last.
 
@@ -83,6 +105,7 @@ class MlflowCatalog:
             "version": version,
             "parent": parent,
             "source": source,
+            "manifest": manifest_sha256 or None,
             "fingerprint": fingerprint.digest,
             "fingerprint_run": run_id,
         }
@@ -130,8 +153,7 @@ class MlflowCatalog:
             )
 
     def _live(self, family: str) -> list[Any]:
-        found = self._tracking.versions(family)
-        return [version for version in found if "superseded" not in own_tags(version.tags)]
+        return [found for found in self._tracking.versions(family) if _may_be_a_base(found)]
 
     def _base(self, found: Any) -> BaseVersion:
         tags = own_tags(found.tags)
@@ -148,6 +170,8 @@ class MlflowCatalog:
             fingerprint_sha256=tags.get("fingerprint", "") if ours else "",
             parent=tags.get("parent"),
             ready=ours and tags.get("ready") == "true",
+            manifest_sha256=tags.get("manifest", "") if ours else "",
+            served=tags.get("served") == found.name,  # a copy brings the tag of its original
         )
 
     def _claims(self, family: str, version: str) -> list[BaseVersion]:
@@ -186,3 +210,13 @@ class MlflowCatalog:
             )
             self._tracking.write_text(run_id, _FILE, to_json(Fingerprint, fingerprint))
         return run_id
+
+
+def _may_be_a_base(found: Any) -> bool:
+    """Tell a version of a family from what cannot serve: the superseded, adapters, its own copies.
+
+    "Promote model" with the family itself as its aim makes a second version of the same base, tags
+    and all; with an adapter as its origin it makes one that no base loader could read.
+    """
+    tags = own_tags(found.tags)
+    return copied_from(found) != found.name and "superseded" not in tags and "adapter" not in tags

@@ -21,7 +21,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from trans_peft.errors import InvalidSpecError, NotFoundError, StoreError
 
-__all__ = ["Tracking", "full_tags", "in_words", "own_tags", "tag"]
+__all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "in_words", "own_tags", "tag"]
 
 PREFIX = "trans_peft."
 _PARAM_LIMIT = 6000
@@ -182,7 +182,7 @@ class Tracking:
     def models(self, tags: Mapping[str, str]) -> list[Any]:
         """Return all registered models with these tags, sorted by name."""
         wanted = [f"tags.`{tag(key)}` = {_literal(value)}" for key, value in tags.items()]
-        return _all_pages(
+        return all_pages(
             lambda token: self.client.search_registered_models(
                 " AND ".join(wanted), max_results=_PAGE, order_by=["name ASC"], page_token=token
             )
@@ -206,7 +206,7 @@ class Tracking:
 
     def versions(self, name: str) -> list[Any]:
         """Return all versions of a registered model, the oldest first; none where there is none."""
-        return _all_pages(
+        return all_pages(
             lambda token: self.client.search_model_versions(
                 f"name = {_literal(name)}",
                 max_results=_PAGE,
@@ -240,9 +240,17 @@ class Tracking:
         for key, value in full_tags(tags).items():
             _settled(self.client.set_model_version_tag, name, str(number), key, value)
 
+    def untag_version(self, name: str, number: int, key: str) -> None:
+        """Take a tag off a version."""
+        self.client.delete_model_version_tag(name, str(number), tag(key))
+
     def tag_model(self, name: str, key: str, value: str) -> None:
         """Set a tag on a registered model."""
         _settled(self.client.set_registered_model_tag, name, tag(key), value)
+
+    def untag_model(self, name: str, key: str) -> None:
+        """Take a tag off a registered model."""
+        self.client.delete_registered_model_tag(name, tag(key))
 
     def set_alias(self, name: str, alias: str, number: int) -> None:
         """Move an alias to a version."""
@@ -279,6 +287,16 @@ class Tracking:
         return Path(found)
 
 
+def copied_from(found: Any) -> str | None:
+    """Return the registered model from which "Promote model" copied a version; None: not copied.
+
+    MLflow's `copy_model_version` makes a version whose source is `models:/<name>/<number>`; that of
+    a logged model is `models:/m-<id>`.
+    """
+    copied = re.fullmatch(r"models:/([^/]+)/\d+", found.source or "")
+    return copied and copied.group(1)
+
+
 def _settled(write: Callable[..., Any], *arguments: str) -> None:
     """Write; where another client was writing the same, write again: the last one counts."""
     try:
@@ -287,7 +305,8 @@ def _settled(write: Callable[..., Any], *arguments: str) -> None:
         write(*arguments)
 
 
-def _all_pages(search: Callable[[str | None], Any]) -> list[Any]:
+def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
+    """Return what every page of a search holds; `search` is given the token of the page."""
     found, token = [], None
     while True:
         page = search(token)

@@ -1,6 +1,7 @@
 """`AdapterRegistry` in MLflow's model registry: one registered model per adapter.
 
-    registered model   kind=adapter, family, retired, alias.<alias> (where we last set it)
+    registered model   kind=adapter, family, retired, alias.<alias> (where we last set it),
+                       by-hand.<alias> (what a person did to it, as reconcile saw it)
       version          adapter, family, base_*, trained_on_*, weights_sha256, method, suites, ...
                        verdict, verdict_key, verdict_reason, outcome.on-<base>
       alias            on-<first 12 digits of a base's fingerprint>: serves on that base
@@ -15,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trans_peft.domain.adapter import AdapterVersion, VersionState
+from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet, VersionState
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_nouns import from_json, to_json
-from trans_peft.edges.mlflow_client import Tracking, own_tags, tag
+from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
 from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
 from trans_peft.models import adapter_weights_sha256
@@ -93,25 +94,41 @@ class MlflowRegistry:
         number = self._tracking.model(adapter, "adapter").aliases.get(alias)
         return None if number is None else int(number)
 
-    def set_alias(self, adapter: str, alias: str, number: int | None) -> None:
-        """Move the alias to a version, or take it away (None), and remember that we did."""
+    def aliases(self, adapter: str) -> Mapping[str, AliasState]:
+        """Return every alias of the adapter that is set, or was set by us or recorded once."""
+        return _aliases(self._tracking.model(adapter, "adapter"))
+
+    def set_alias(self, adapter: str, alias: str, number: int | None) -> bool:
+        """Move the alias to a version, or take it away (None), and remember that we did.
+
+        Where it stands by a person's hand nothing is written: False.
+        """
         if number is not None:
             self._tracking.client.get_model_version(adapter, str(number))
-        current = self.alias(adapter, alias)
-        old, new = (_NONE if n is None else str(n) for n in (current, number))
-        # The intention is written down first: after a crash in between, either is ours.
-        self._remember(adapter, alias, f"{old}>{new}")
-        if number is not None:
-            self._tracking.set_alias(adapter, alias, number)
-        elif current is not None:
-            self._tracking.client.delete_registered_model_alias(adapter, alias)
-        self._remember(adapter, alias, new)
+        state = self.aliases(adapter).get(alias, AliasState())
+        if state.by_hand:
+            return False
+        if state.number != number:
+            # The intention is written down first: after a crash in between, either is ours.
+            self._remember(adapter, alias, f"{_word(state.number)}>{_word(number)}")
+            if number is not None:
+                self._tracking.set_alias(adapter, alias, number)
+            else:
+                self._tracking.client.delete_registered_model_alias(adapter, alias)
+        self._remember(adapter, alias, _word(number))
+        return True
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
         """Whether the alias stands as we last set it (or nobody ever did). False: a person's."""
-        model = self._tracking.model(adapter, "adapter")
-        ours = own_tags(model.tags).get(f"alias.{alias}", _NONE).split(">")
-        return str(model.aliases.get(alias, _NONE)) in ours
+        return not self.aliases(adapter).get(alias, AliasState()).by_hand
+
+    def record_hand(self, adapter: str, alias: str, hand: HandSet | None) -> None:
+        """Write down what a person did to the alias, for people to see (None: no longer so)."""
+        name = f"by-hand.{alias}"
+        if hand is not None:
+            self._tracking.tag_model(adapter, name, to_json(HandSet, hand))
+        elif name in own_tags(self._tracking.model(adapter, "adapter").tags):
+            self._tracking.untag_model(adapter, name)
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
         """Write the version's PEFT folder below `folder` and return where it is.
@@ -141,11 +158,19 @@ class MlflowRegistry:
             )
 
     def _found(self, adapter: str) -> list[Any]:
-        """Return MLflow's versions of an adapter that are ours: a copy is still its original's."""
+        """Return MLflow's versions of an adapter that are ours.
+
+        A copy that "Promote model" made is not: elsewhere it is still its original's, and in the
+        adapter itself it would be a second version with the same bytes.
+        """
         found = self._tracking.versions(adapter)
         if not found:
             self._tracking.model(adapter, "adapter")
-        ours = [version for version in found if own_tags(version.tags).get("adapter") == adapter]
+        ours = [
+            version
+            for version in found
+            if own_tags(version.tags).get("adapter") == adapter and not copied_from(version)
+        ]
         if found and not ours:
             raise NotFoundError(f"{adapter!r} is no adapter", found="versions of something else")
         return ours
@@ -161,6 +186,31 @@ class MlflowRegistry:
 
     def _remember(self, adapter: str, alias: str, where: str) -> None:
         self._tracking.tag_model(adapter, f"alias.{alias}", where)
+
+
+def _aliases(model: Any) -> dict[str, AliasState]:
+    tags = own_tags(model.tags)
+    known = {*model.aliases}
+    for prefix in ("alias.", "by-hand."):
+        known |= {name.removeprefix(prefix) for name in tags if name.startswith(prefix)}
+    return {alias: _alias_state(model, alias, tags) for alias in known}
+
+
+def _alias_state(model: Any, alias: str, tags: Mapping[str, str]) -> AliasState:
+    stands = model.aliases.get(alias)
+    ours = tags.get(f"alias.{alias}", _NONE).split(">")  # two where a write was cut off
+    name = f"by-hand.{alias}"
+    where = f"the tag {name} of {model.name}"
+    return AliasState(
+        number=None if stands is None else int(stands),
+        by_hand=str(stands or _NONE) not in ours,
+        unfinished=len(ours) > 1,
+        recorded=from_json(HandSet, tags[name], where=where) if name in tags else None,
+    )
+
+
+def _word(number: int | None) -> str:
+    return _NONE if number is None else str(number)
 
 
 def _tags(draft: AdapterVersion) -> dict[str, str]:

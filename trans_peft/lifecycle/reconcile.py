@@ -1,22 +1,22 @@
 """The difference between what should be known about a fleet and what the registry says.
 
-Desired state: every live adapter has a verdict on every ready base version that is not older than
-the serving one (nor than the one a person wants to serve). `observe` reads the registry, `plan` is
-a pure function of what was seen, `settle` writes what follows: aliases by verdict, then `serving`.
-A hint, lost, doubled or out of order, changes nothing here: nothing but the registry is read.
+Desired state: every live adapter has a verdict on every ready base version that may yet serve
+(`Fleet.wanted`). `observe` reads the registry, `plan` is a pure function of what was seen; what
+follows from the verdicts is written by `trans_peft.lifecycle.settle`. A hint, lost, doubled or out
+of order, changes nothing here: nothing but the registry is read.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from trans_peft.domain.adapter import AdapterVersion, source_version
+from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Verdict
-from trans_peft.domain.outcome import FleetChanges, Plan, Reason, TransferOutcome, Work
+from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, Work
 from trans_peft.errors import StoreError, TransPeftError
 from trans_peft.ports import Platform
 
-__all__ = ["MAX_ATTEMPTS", "Adapter", "Fleet", "observe", "plan", "settle"]
+__all__ = ["MAX_ATTEMPTS", "Adapter", "Fleet", "is_wanted", "observe", "plan"]
 
 MAX_ATTEMPTS = 3
 """A key whose attempts all failed is parked for a person after so many."""
@@ -30,6 +30,18 @@ class Adapter:
     versions: tuple[AdapterVersion, ...]
     outcomes: tuple[TransferOutcome, ...]
     reference_seconds: float | None = None
+    aliases: Mapping[str, AliasState] = field(default_factory=dict)
+
+    def alias_on(self, base: BaseVersion) -> AliasState:
+        """Return where the alias that says "serves on this base" stands."""
+        return self.aliases.get(base.alias, AliasState())
+
+    def can_serve(self, base: BaseVersion, number: int | None) -> bool:
+        """Whether the alias on that version means something: only bytes made for the base serve."""
+        return any(
+            version.number == number and version.base_fingerprint_sha256 == base.fingerprint_sha256
+            for version in self.versions
+        )
 
     def outcome_on(self, base: BaseVersion) -> TransferOutcome | None:
         """Return the newest outcome on a base for the bytes that are carried over now."""
@@ -47,9 +59,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Everything that `plan` looks at: one family's ready bases, its aliases, its live adapters.
+    """Everything that is looked at: one family's ready bases, its aliases, its live adapters.
 
     `unreadable`: adapters that cannot be judged, with the reason; they stop nobody else.
+    `notes`: what stands on base versions, by number, about a promotion that did not take place.
     """
 
     family: str
@@ -58,6 +71,7 @@ class Fleet:
     champion: int | None
     adapters: tuple[Adapter, ...]
     unreadable: tuple[str, ...] = ()
+    notes: Mapping[int, str] = field(default_factory=dict)
 
     def base(self, number: int | None) -> BaseVersion | None:
         """Return the ready base version with that number, if there is one."""
@@ -65,19 +79,26 @@ class Fleet:
 
     @property
     def wanted(self) -> tuple[BaseVersion, ...]:
-        """The bases on which every live adapter needs a verdict, oldest first."""
-        named = [base for base in map(self.base, (self.serving, self.champion)) if base]
+        """The bases on which every live adapter needs a verdict, the most wanted first.
+
+        The one that should serve and the one that does, then all that are newer, the newest first.
+        Where a person wants a newer one than serves, those in between are nobody's wish any more.
+        """
+        named = [base for base in map(self.base, (self.champion, self.serving)) if base]
+        newest_first = sorted(self.bases, key=lambda base: -base.number)
         if self.serving is None or not named:
-            return self.bases
-        oldest = min(base.number for base in named)
-        return tuple(base for base in self.bases if base.number >= oldest)
+            return tuple(dict.fromkeys([*named, *newest_first]))
+        aim = named[0].number
+        return tuple(dict.fromkeys([*named, *(b for b in newest_first if b.number >= aim)]))
 
 
-def observe(family: str, platform: Platform) -> Fleet:
-    """Read one family's fleet from the registry."""
+def observe(family: str, platform: Platform, *, only: str | None = None) -> Fleet:
+    """Read one family's fleet from the registry; `only`: with one of its live adapters at most."""
     adapters: list[Adapter] = []
     unreadable: list[str] = []
     for name in platform.registry.adapters(family):
+        if only is not None and name != only:
+            continue
         try:
             adapters.append(_adapter(name, platform))
         except StoreError:
@@ -91,6 +112,7 @@ def observe(family: str, platform: Platform) -> Fleet:
         champion=platform.catalog.alias(family, "champion"),
         adapters=tuple(adapters),
         unreadable=tuple(unreadable),
+        notes=platform.catalog.promotion_notes(family),
     )
 
 
@@ -107,32 +129,25 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
     return Plan(fleet.family, tuple(work), tuple(parked), fleet.unreadable)
 
 
-def settle(fleet: Fleet, policy: GatePolicy, platform: Platform) -> FleetChanges:
-    """Write what the verdicts say: each adapter's alias on each base, then `serving`.
+def is_wanted(work: Work, family: str, policy: GatePolicy, platform: Platform) -> bool:
+    """Whether work that was planned a while ago still is: nobody did it, nobody gave it up.
 
-    An alias that a person set or took away stays as it is. `serving` moves to `champion` only when
-    no verdict is missing on it; otherwise the reason is returned in `waiting`.
+    It no longer is where another process did it or failed at it, where the adapter was retired or
+    re-tuned, and where people moved on to a newer base.
     """
-    aliases, overruled = [], []
-    for adapter in fleet.adapters:
-        for alias, number in _wanted_aliases(adapter, fleet).items():
-            current = platform.registry.alias(adapter.name, alias)
-            if current == number:
-                continue
-            if not platform.registry.owns_alias(adapter.name, alias):
-                overruled.append(f"{adapter.name}: {alias} is a person's ({_named(current)})")
-                continue
-            platform.registry.set_alias(adapter.name, alias, number)
-            aliases.append(f"{adapter.name}: {alias} -> {_named(number)}")
-    promoted, waiting = _promote(fleet, policy, platform)
-    return FleetChanges(
-        aliases=tuple(aliases), overruled=tuple(overruled), promoted=promoted, waiting=waiting
-    )
+    now = plan(observe(family, platform, only=work.adapter), policy)
+    return any(item.key == work.key for item in now.work)
 
 
 def _adapter(name: str, platform: Platform) -> Adapter:
     versions = platform.registry.versions(name)
-    return Adapter(name, versions, platform.registry.outcomes(name), _seconds(versions, platform))
+    return Adapter(
+        name,
+        versions,
+        platform.registry.outcomes(name),
+        _seconds(versions, platform),
+        platform.registry.aliases(name),
+    )
 
 
 def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float | None:
@@ -168,36 +183,3 @@ def _missing(adapter: Adapter, base: BaseVersion, policy: GatePolicy) -> Work | 
         attempt=attempt,
         estimated_seconds=0.0 if reason is Reason.POLICY_CHANGED else adapter.reference_seconds,
     )
-
-
-def _wanted_aliases(adapter: Adapter, fleet: Fleet) -> Mapping[str, int | None]:
-    source = source_version(adapter.versions)
-    wanted: dict[str, int | None] = {}
-    for base in fleet.bases:
-        if base.fingerprint_sha256 == source.base_fingerprint_sha256:
-            wanted[base.alias] = source.number
-            continue
-        outcome = adapter.outcome_on(base)
-        if outcome is not None and outcome.verdict is not Verdict.FAILED:  # errors decide nothing
-            passed = outcome.verdict is Verdict.PASSED
-            wanted[base.alias] = outcome.new_number if passed else None
-    return wanted
-
-
-def _promote(fleet: Fleet, policy: GatePolicy, platform: Platform) -> tuple[str | None, str | None]:
-    champion = fleet.base(fleet.champion)
-    if fleet.champion is None or fleet.champion == fleet.serving:
-        return None, None
-    if champion is None:
-        return None, f"champion is version {fleet.champion}, which is not ready"
-    missing = [
-        item.adapter for item in plan(fleet, policy).work if item.base_version == champion.version
-    ]
-    if missing:
-        return None, f"{champion} waits for {len(missing)} verdicts: {', '.join(missing[:10])}"
-    platform.catalog.set_serving(champion)
-    return str(champion), None
-
-
-def _named(number: int | None) -> str:
-    return "none" if number is None else f"version {number}"

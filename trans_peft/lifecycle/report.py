@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trans_peft.domain.adapter import source_version
+from trans_peft.domain.adapter import AliasState, source_version
 from trans_peft.domain.evaluation import Evaluation, SuiteJudgement, Verdict
 from trans_peft.lifecycle.reconcile import Fleet, observe
 from trans_peft.ports import Platform
@@ -16,7 +16,8 @@ class FleetRow:
     """One adapter on one base.
 
     `verdict` is None on the base it was trained on (there it is the reference itself) and where no
-    verdict is known yet (`reason` says which). `serves`: whether its alias on that base is set.
+    verdict is known yet (`reason` says which). `serves`: whether its alias on that base is set, on
+    bytes made for that base. `by_hand`: what a person did to that alias, where one did.
     """
 
     adapter: str
@@ -26,19 +27,24 @@ class FleetRow:
     verdict: Verdict | None
     reason: str
     serves: bool
+    by_hand: str = ""
     suites: tuple[SuiteJudgement, ...] = ()
     scores: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class FleetReport:
-    """One family: what serves, what should, and a row for each adapter on each base."""
+    """One family: what serves, what should, and a row for each adapter on each base.
+
+    `note`: why what should serve does not, as it stands on that version's page.
+    """
 
     family: str
     serving: str | None
     champion: str | None
     bases: tuple[str, ...]
     rows: tuple[FleetRow, ...]
+    note: str = ""
 
     def markdown(self) -> str:
         """Return the report as a page: adapters down, base versions across, then the reasons."""
@@ -47,8 +53,10 @@ class FleetReport:
         lines = [
             f"# Fleet of {self.family}",
             "",
-            f"serving: **{self.serving or 'nothing'}**, champion: **{self.champion or 'not set'}**",
+            f"serving: **{self.serving or 'nothing'}**, champion: "
+            f"**{self.champion or 'not set (paused: what serves stays)'}**",
             "",
+            *([f"**{self.champion} does not serve**: {self.note}", ""] if self.note else []),
             "| adapter | " + " | ".join(self.bases) + " |",
             "|---|" + "---|" * len(self.bases),
         ]
@@ -61,6 +69,9 @@ class FleetReport:
         lines += [
             f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}" for row in judged
         ]
+        hands = [row for row in self.rows if row.by_hand]
+        lines += ["", "## By hand", ""] if hands else []
+        lines += [f"- **{row.adapter}** on {row.base}: {row.by_hand}" for row in hands]
         return "\n".join(lines)
 
 
@@ -74,6 +85,7 @@ def report(family: str, platform: Platform) -> FleetReport:
         champion=champion.version if champion else None,
         bases=tuple(base.version for base in fleet.bases),
         rows=tuple(_rows(fleet, platform)),
+        note=fleet.notes.get(fleet.champion, "") if fleet.champion is not None else "",
     )
 
 
@@ -104,7 +116,8 @@ def _rows(fleet: Fleet, platform: Platform) -> Sequence[FleetRow]:
                         if outcome
                         else "not judged"
                     ),
-                    serves=platform.registry.alias(adapter.name, base.alias) is not None,
+                    serves=adapter.can_serve(base, adapter.alias_on(base).number),
+                    by_hand=_hand(adapter.alias_on(base)),
                     suites=outcome.judgement.suites if outcome else (),
                     scores=tuple((item.suite, item.score) for item in evaluations),
                 )
@@ -117,4 +130,10 @@ def _cell(row: FleetRow) -> str:
         f"{suite.suite} {suite.score:.1f}" for suite in row.suites
     )
     word = str(row.verdict) if row.verdict else row.reason
-    return ", ".join(filter(None, [figures, word, "**serves**" if row.serves else ""]))
+    serves = "**serves**" if row.serves else ""
+    by_hand = "by hand" if row.by_hand and row.serves else "blocked by hand" if row.by_hand else ""
+    return ", ".join(filter(None, [figures, word, serves, by_hand]))
+
+
+def _hand(state: AliasState) -> str:
+    return str(state.recorded or "seen only now") if state.by_hand else ""

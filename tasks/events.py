@@ -1,0 +1,87 @@
+"""What happened, told to Prefect, so that people hang their own automations on it.
+
+    event                           resource                            labels to match
+    trans-peft.base.ready           trans-peft.base.FAMILY.VERSION      family, version
+    trans-peft.base.refused         trans-peft.upload.URI
+    trans-peft.adapter.judged       trans-peft.adapter.NAME             family, base, verdict
+    trans-peft.fleet.promoted       trans-peft.family.FAMILY
+    trans-peft.promotion.refused    trans-peft.family.FAMILY
+
+Labels carry the prefix `trans-peft.`; the payload says the rest. An event is sent once, after what
+it tells of was written: a process that dies in between never sends it, so nothing of this project
+waits for one. docs/promotion.md shows an automation.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect.events import emit_event
+
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.outcome import TransferOutcome
+
+__all__ = [
+    "adapter_judged",
+    "base_ready",
+    "base_refused",
+    "fleet_promoted",
+    "promotion_refused",
+]
+
+
+def base_ready(base: BaseVersion) -> None:
+    """A base version was verified and is ready to be judged on."""
+    _emit(
+        "base.ready",
+        f"base.{base.family}.{base.version}",
+        labels={"family": base.family, "version": base.version},
+        payload={"uri": base.uri, "fingerprint": base.fingerprint_sha256},
+    )
+
+
+def base_refused(upload: str, uri: str, why: str) -> None:
+    """An upload, or a version that somebody registered, cannot become a base version."""
+    _emit("base.refused", f"upload.{uri}", payload={"upload": upload, "why": why})
+
+
+def adapter_judged(outcome: TransferOutcome) -> None:
+    """An adapter got its verdict on a base, or an attempt at it failed."""
+    _emit(
+        "adapter.judged",
+        f"adapter.{outcome.adapter}",
+        labels={
+            "family": outcome.family,
+            "base": outcome.base_version,
+            "verdict": outcome.verdict.value,
+        },
+        payload={
+            "reason": outcome.judgement.reason,
+            "version": outcome.new_number,
+            "attempts": outcome.attempts,
+        },
+    )
+
+
+def fleet_promoted(family: str, base: str) -> None:
+    """The fleet moved: `base` serves from now on."""
+    _emit("fleet.promoted", f"family.{family}", payload={"base": base})
+
+
+def promotion_refused(family: str, why: str) -> None:
+    """A person's wish is not followed, for a reason that was not told before."""
+    _emit("promotion.refused", f"family.{family}", payload={"why": why})
+
+
+def _emit(
+    what: str,
+    resource: str,
+    *,
+    labels: Mapping[str, str] | None = None,
+    payload: Mapping[str, Any],
+) -> None:
+    names = {f"trans-peft.{name}": value for name, value in (labels or {}).items()}
+    emit_event(
+        f"trans-peft.{what}",
+        resource={"prefect.resource.id": f"trans-peft.{resource}", **names},
+        payload=dict(payload),
+    )

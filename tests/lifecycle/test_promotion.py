@@ -1,0 +1,327 @@
+"""A person's acts in MLflow's page: what the fleet does then, what is refused, and how it reads."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet
+from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.errors import InvalidSpecError
+from trans_peft.lifecycle.reconcile import observe
+from trans_peft.lifecycle.report import report
+from trans_peft.lifecycle.resolve import resolve
+from trans_peft.lifecycle.settle import settle
+
+ALL = PromotionPolicy(min_serving_share=1.0)
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    return MemoryFleet(tmp_path)
+
+
+@pytest.fixture
+def two_bases(fleet):
+    """v1 serves two adapters that were trained on it; v2 has just become ready."""
+    v1 = fleet.add_base("v1")
+    fleet.add_adapter("chat", v1)
+    fleet.add_adapter("code", v1)
+    fleet.promote(v1)
+    fleet.settle()
+    return v1, fleet.add_base("v2")
+
+
+def note_on(fleet, base):
+    return fleet.platform.catalog.promotion_notes(FAMILY).get(base.number)
+
+
+class TestChampion:
+    def test_it_waits_for_missing_verdicts_then_moves_the_fleet_and_rolls_it_back(
+        self, fleet, two_bases
+    ):
+        v1, v2 = two_bases
+        fleet.promote(v2)
+        assert fleet.settle(ALL).waiting == "small/v2 waits for 2 verdicts: chat, code"
+        assert note_on(fleet, v2) == "waits: small/v2 waits for 2 verdicts: chat, code"
+        assert fleet.serving == v1.number
+
+        fleet.work_off()
+        assert fleet.settle(ALL).promoted == "small/v2"
+        assert note_on(fleet, v2) is None
+        assert resolve("chat", FAMILY, fleet.platform).base_version == "v2"
+
+        fleet.promote(v1)
+        assert fleet.settle(ALL).promoted == "small/v1"
+        assert resolve("chat", FAMILY, fleet.platform).base_version == "v1"
+        assert resolve("chat", FAMILY, fleet.platform, base="v2").base_version == "v2"
+
+    def test_taking_it_away_pauses(self, fleet, two_bases):
+        v1, v2 = two_bases
+        fleet.promote(v2)
+        fleet.settle()
+        fleet.work_off()
+        fleet.promote(None)
+        changes = fleet.settle()
+        assert (changes.promoted, changes.waiting, changes.refused) == (None, None, None)
+        assert fleet.serving == v1.number
+        assert note_on(fleet, v2) is None
+        assert "not set (paused: what serves stays)" in report(FAMILY, fleet.platform).markdown()
+
+    def test_on_a_version_that_cannot_serve_it_is_refused(self, fleet, two_bases):
+        number = fleet.platform.catalog.register_by_hand(FAMILY, "memory://bases/v3")
+        fleet.platform.catalog.set_alias_by_hand(FAMILY, "champion", number)
+        refused = fleet.settle().refused
+        assert "champion stands on version 3 of small, which cannot serve" in refused
+        assert fleet.platform.catalog.promotion_notes(FAMILY) == {number: f"refused: {refused}"}
+
+    def test_that_moves_on_while_reconcile_writes_asks_for_another_look(self, fleet, two_bases):
+        v1, v2 = two_bases
+        v3 = fleet.add_base("v3")
+        fleet.work_off()
+        fleet.promote(v2)
+        seen = observe(FAMILY, fleet.platform)
+        fleet.promote(v3)
+        changes = settle(seen, POLICY, ALL, fleet.platform)
+        assert (changes.overtaken, changes.promoted, fleet.serving) == (True, None, v1.number)
+        fleet.settle()
+        assert fleet.serving == v3.number
+
+    def test_that_moves_on_in_the_very_moment_is_still_noticed(self, fleet, two_bases, monkeypatch):
+        """Whoever writes `serving` last looks at `champion` after that."""
+        _, v2 = two_bases
+        v3 = fleet.add_base("v3")
+        fleet.work_off()
+        fleet.promote(v2)
+        catalog, write = fleet.platform.catalog, fleet.platform.catalog.set_serving
+
+        def write_while_another_run_promotes(base):
+            fleet.promote(v3)
+            write(v3)
+            write(base)
+
+        monkeypatch.setattr(catalog, "set_serving", write_while_another_run_promotes)
+        assert fleet.settle().overtaken
+        monkeypatch.undo()
+        assert not fleet.settle().overtaken
+        assert fleet.serving == v3.number
+
+
+class TestPolicy:
+    def test_refuses_while_too_few_pass_and_says_what_is_missing(self, fleet, two_bases):
+        v1, v2 = two_bases
+        for work in fleet.work():
+            passed = work.adapter == "chat"
+            fleet.judge(work, Verdict.PASSED if passed else Verdict.NEEDS_RETUNING)
+        fleet.promote(v2)
+        changes = fleet.settle(ALL)
+        assert fleet.serving == v1.number
+        assert changes.refused.splitlines() == [
+            "the fleet may not move to small/v2",
+            "  expected: 100 % of the live adapters on it",
+            "  found:    1 of 2 live adapters serve there, not code (needs-retuning)",
+            f"  do:       re-tune or retire those adapters, approve one by setting its alias "
+            f"{v2.alias} by hand, or change the promotion policy in prefect.yaml",
+        ]
+        assert note_on(fleet, v2) == f"refused: {changes.refused}"
+        assert changes.refused in report(FAMILY, fleet.platform).markdown()
+        assert not changes.told_before
+        assert fleet.settle(ALL).told_before
+        assert fleet.settle(PromotionPolicy(min_serving_share=0.5)).promoted == "small/v2"
+        assert note_on(fleet, v2) is None
+
+    def test_counts_what_a_person_approved_and_not_what_a_person_blocked(self, fleet, two_bases):
+        _, v2 = two_bases
+        registry = fleet.platform.registry
+        for work in fleet.work():
+            passed = work.adapter == "chat"
+            fleet.judge(work, Verdict.PASSED if passed else Verdict.INCONCLUSIVE)
+        fleet.settle()
+        registry.set_alias_by_hand("chat", v2.alias, None)
+        fleet.promote(v2)
+        refused = fleet.settle(PromotionPolicy(min_serving_share=0.5)).refused
+        assert "0 of 2" in refused
+        assert "chat (blocked by hand), code (inconclusive)" in refused
+        registry.set_alias_by_hand("code", v2.alias, 2)
+        assert fleet.settle(PromotionPolicy(min_serving_share=0.5)).promoted == "small/v2"
+
+    def test_does_not_count_a_hand_on_the_bytes_of_another_base(self, fleet, two_bases):
+        _, v2 = two_bases
+        fleet.work_off(Verdict.INCONCLUSIVE)
+        fleet.promote(v2)
+        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 1)  # trained on v1
+        assert "chat (set by hand on another base's bytes)" in fleet.settle(ALL).refused
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("code", "required: code (needs-retuning)"),
+            ("cdoe", "required: cdoe (there is no such adapter)"),
+            ("old", "required: old (retired, or it cannot be read)"),
+            ("chat", None),
+            ("elsewhere", None),
+        ],
+    )
+    def test_may_name_adapters_that_must_serve(self, fleet, two_bases, name, why):
+        v1, v2 = two_bases
+        fleet.add_adapter("old", v1)
+        fleet.platform.registry.retire_by_hand("old")
+        other = replace(
+            fleet.platform.registry.versions("chat")[0], adapter="elsewhere", family="big"
+        )
+        fleet.platform.registry.register(other, fleet.work_dir / "peft")
+        for work in fleet.work():
+            passed = work.adapter == "chat"
+            fleet.judge(work, Verdict.PASSED if passed else Verdict.NEEDS_RETUNING)
+        fleet.promote(v2)
+        changes = fleet.settle(PromotionPolicy(0.0, required_adapters=(name,)))
+        assert (changes.promoted == "small/v2") is (why is None)
+        assert why is None or why in changes.refused
+
+    def test_parked_and_unreadable_adapters_do_not_pass(self, fleet, two_bases):
+        v1, v2 = two_bases
+        stray = replace(
+            fleet.add_adapter("x", v1), adapter="stray", base_fingerprint_sha256="f" * 64
+        )
+        fleet.platform.registry.register(stray, fleet.work_dir / "peft")
+        while fleet.work():
+            for work in fleet.work():
+                fleet.judge(work, Verdict.FAILED if work.adapter == "x" else Verdict.PASSED)
+        fleet.promote(v2)
+        refused = fleet.settle(ALL).refused
+        assert "2 of 4 live adapters" in refused
+        assert "x (failed)" in refused
+        assert "stray: the adapter has no trained version" in refused
+
+    def test_lets_an_empty_fleet_move(self, fleet):
+        fleet.promote(fleet.add_base("v1"))
+        assert fleet.settle(ALL).promoted == "small/v1"
+
+    def test_a_base_that_served_may_serve_again_at_once(self, fleet, two_bases):
+        v1, v2 = two_bases
+        fleet.work_off()
+        fleet.promote(v2)
+        fleet.settle(ALL)
+        fleet.add_adapter("new", v2)  # never judged on v1
+        fleet.promote(v1)
+        strict = replace(ALL, free_rollback=False)
+        assert fleet.settle(strict).waiting == "small/v1 waits for 1 verdicts: new"
+        assert fleet.settle(ALL).promoted == "small/v1"
+
+    def test_a_base_that_is_only_older_is_no_rollback(self, fleet, two_bases):
+        _, v2 = two_bases
+        v3 = fleet.add_base("v3")
+        fleet.work_off(Verdict.INCONCLUSIVE)
+        fleet.promote(v3)
+        fleet.settle()
+        fleet.promote(v2)
+        assert "0 of 2" in fleet.settle(ALL).refused
+
+    @pytest.mark.parametrize("wrong", [{"min_serving_share": 1.5}, {"required_adapters": ("",)}])
+    def test_that_cannot_work_is_refused(self, wrong):
+        with pytest.raises(InvalidSpecError, match="promotion policy"):
+            PromotionPolicy(**wrong)
+
+    @given(live=st.integers(0, 40), passing=st.data(), share=st.floats(0, 1))
+    def test_asks_for_a_share_of_all_live_adapters(self, live, passing, share):
+        from tests.lifecycle.fleet import judged_fleet
+        from trans_peft.lifecycle.promotion import objections
+
+        count = passing.draw(st.integers(0, live))
+        fleet, base = judged_fleet(live, count)
+        refused = objections(fleet, base, PromotionPolicy(share), platform=None)
+        assert (refused is None) is (live == 0 or count / live >= share)
+
+
+class TestHands:
+    SEEN = datetime(2026, 11, 24, tzinfo=UTC)
+
+    def settle(self, fleet, **later):
+        return settle(
+            observe(FAMILY, fleet.platform), POLICY, ALL, fleet.platform,
+            now=self.SEEN.replace(**later),
+        )  # fmt: skip
+
+    def test_a_block_is_respected_recorded_and_survives_every_later_run(self, fleet, two_bases):
+        _, v2 = two_bases
+        fleet.work_off()
+        fleet.settle()
+        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, None)
+        for day in (24, 25, 26):
+            changes = self.settle(fleet, day=day)
+            assert fleet.platform.registry.alias("chat", v2.alias) is None
+            assert changes.overruled == (
+                "chat on v2: taken away by hand (seen 2026-11-24T00:00:00+00:00); "
+                "by verdict version 2: passed",
+            )
+        page = report(FAMILY, fleet.platform).markdown()
+        assert "| chat | trained here, **serves** | passed, blocked by hand |" in page
+        assert "- **chat** on v2: taken away by hand (seen 2026-11-24T00:00:00+00:00)" in page
+
+    def test_a_block_outlives_new_bytes_and_new_policies(self, fleet, two_bases):
+        v1, v2 = two_bases
+        fleet.work_off()
+        fleet.settle()
+        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, None)
+        fleet.settle()
+        fleet.add_adapter("chat", v1, weights="retuned")
+        fleet.work_off()
+        fleet.settle()
+        assert fleet.platform.registry.alias("chat", v2.alias) is None
+        assert fleet.platform.registry.alias("code", v2.alias) == 2
+
+    def test_an_approval_serves_for_that_base_only(self, fleet, two_bases):
+        _, v2 = two_bases
+        fleet.work_off(Verdict.INCONCLUSIVE)
+        fleet.settle()
+        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 2)
+        (hand,) = self.settle(fleet).overruled
+        assert "set on version 2 by hand" in hand
+        assert "by verdict no version: inconclusive" in hand
+        assert resolve("chat", FAMILY, fleet.platform, base="v2").number == 2
+        fleet.add_base("v3")
+        fleet.work_off(Verdict.INCONCLUSIVE)
+        fleet.settle()
+        assert {row.base: row.serves for row in report(FAMILY, fleet.platform).rows
+                if row.adapter == "chat"} == {"v1": True, "v2": True, "v3": False}  # fmt: skip
+
+    def test_a_second_thought_is_recorded_with_its_own_time(self, fleet, two_bases):
+        _, v2 = two_bases
+        fleet.work_off(Verdict.INCONCLUSIVE)
+        fleet.settle()
+        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 2)
+        self.settle(fleet, day=24)
+        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 1)
+        assert "version 1 by hand (seen 2026-11-25" in self.settle(fleet, day=25).overruled[0]
+
+    def test_what_is_given_back_is_ours_again_and_the_record_goes(self, fleet, two_bases):
+        _, v2 = two_bases
+        registry = fleet.platform.registry
+        fleet.work_off()
+        fleet.settle()
+        for number in (None, 2):
+            registry.set_alias_by_hand("chat", v2.alias, number)
+            fleet.settle()
+        state = registry.aliases("chat")[v2.alias]
+        assert (state.number, state.by_hand, state.recorded) == (2, False, None)
+
+    def test_a_hand_before_any_verdict_counts_too(self, fleet, two_bases):
+        v1, _ = two_bases
+        fleet.platform.registry.set_alias_by_hand("chat", v1.alias, None)
+        fleet.settle()
+        assert fleet.platform.registry.alias("chat", v1.alias) is None
+
+    def test_a_hand_that_comes_between_looking_and_writing_wins(self, fleet, two_bases):
+        _, v2 = two_bases
+        fleet.work_off(Verdict.INCONCLUSIVE)
+        fleet.settle()
+        (again, _) = fleet.work(replace(POLICY, alpha=0.1))
+        fleet.judge(again, Verdict.PASSED)
+        seen = observe(FAMILY, fleet.platform)
+        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 1)
+        (hand,) = settle(seen, POLICY, ALL, fleet.platform).overruled
+        assert "set on version 1 by hand" in hand
+        assert fleet.platform.registry.alias("chat", v2.alias) == 1

@@ -1,0 +1,151 @@
+"""What follows from the verdicts, written down: each adapter's alias on each base, then `serving`.
+
+Every write is one that another look would make again, so a process that dies between two of them
+loses nothing. A person's word stands above all of them: an alias that was set or taken away by hand
+is recorded and left as it is, and `serving` only ever follows `champion`. MLflow has no
+compare-and-set: `champion` is read again before `serving` moves and after, and whoever finds that
+it has moved on asks for another look, so that the last one to write is right.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from trans_peft.domain.adapter import AliasState, HandSet, source_version
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import GatePolicy, Verdict
+from trans_peft.domain.outcome import FleetChanges
+from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.lifecycle.promotion import objections
+from trans_peft.lifecycle.reconcile import Adapter, Fleet, plan
+from trans_peft.ports import Platform
+
+__all__ = ["settle"]
+
+_LONGEST_NOTE = 5000  # characters, of which MLflow's page shows each
+
+
+def settle(
+    fleet: Fleet,
+    policy: GatePolicy,
+    promotion: PromotionPolicy,
+    platform: Platform,
+    *,
+    now: datetime | None = None,
+) -> FleetChanges:
+    """Write each adapter's alias on each base by its verdict, then move `serving` to `champion`.
+
+    `serving` moves when every live adapter has its verdict there and the promotion policy has no
+    objection. Why it does not is returned, and noted on the version where `champion` stands.
+    """
+    seen_at = (now or datetime.now(UTC)).isoformat(timespec="seconds")
+    aliases, overruled, adapters = [], [], []
+    for adapter in fleet.adapters:
+        states = dict(adapter.aliases)
+        for base in {base.alias: base for base in fleet.bases}.values():
+            decision, state = _decide(adapter, base), adapter.alias_on(base)
+            if _differs(state, decision):
+                if platform.registry.set_alias(adapter.name, base.alias, decision.number):
+                    state = AliasState(decision.number, recorded=state.recorded)
+                    aliases.append(f"{adapter.name}: {base.alias} -> {_named(decision.number)}")
+                else:  # a person was faster than we
+                    state = platform.registry.aliases(adapter.name)[base.alias]
+            hand = _hand(state, decision, seen_at) if state.by_hand else None
+            if hand != state.recorded:
+                platform.registry.record_hand(adapter.name, base.alias, hand)
+            if hand is not None:
+                overruled.append(f"{adapter.name} on {base.version}: {hand}")
+            states[base.alias] = state
+        adapters.append(replace(adapter, aliases=states))
+    changes = _promote(replace(fleet, adapters=tuple(adapters)), policy, promotion, platform)
+    return replace(changes, aliases=tuple(aliases), overruled=tuple(overruled))
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """Which version the verdict puts on a base (None: none), and why; `open`: no verdict yet."""
+
+    number: int | None
+    why: str
+    open: bool = False
+
+
+def _decide(adapter: Adapter, base: BaseVersion) -> _Decision:
+    source = source_version(adapter.versions)
+    if base.fingerprint_sha256 == source.base_fingerprint_sha256:
+        return _Decision(source.number, "trained here")
+    outcome = adapter.outcome_on(base)
+    if outcome is None or outcome.verdict is Verdict.FAILED:  # an error decides nothing
+        return _Decision(None, str(outcome.verdict) if outcome else "not judged", open=True)
+    passed = outcome.verdict is Verdict.PASSED
+    return _Decision(outcome.new_number if passed else None, str(outcome.verdict))
+
+
+def _differs(state: AliasState, decision: _Decision) -> bool:
+    if state.by_hand or decision.open:
+        return False
+    return state.unfinished or state.number != decision.number
+
+
+def _hand(state: AliasState, decision: _Decision, seen_at: str) -> HandSet:
+    """Return the record of a person's act; the one that stands where it says the same."""
+    known = state.recorded
+    first_seen = known.first_seen if known and known.number == state.number else seen_at
+    return HandSet(state.number, decision.number, decision.why, first_seen)
+
+
+def _promote(
+    fleet: Fleet, policy: GatePolicy, promotion: PromotionPolicy, platform: Platform
+) -> FleetChanges:
+    waiting, refused = _why_not(fleet, policy, promotion, platform)
+    note = f"waits: {waiting}" if waiting else f"refused: {refused}" if refused else ""
+    note = note[:_LONGEST_NOTE]
+    wanted_notes = {fleet.champion: note} if fleet.champion is not None and note else {}
+    for number in sorted({*fleet.notes, *wanted_notes}):
+        if fleet.notes.get(number) != wanted_notes.get(number):
+            platform.catalog.note_promotion(fleet.family, number, wanted_notes.get(number, ""))
+    changes = FleetChanges(
+        waiting=waiting,
+        refused=refused,
+        told_before=fleet.champion is not None and fleet.notes.get(fleet.champion) == note,
+    )
+    champion = fleet.base(fleet.champion)
+    if note or champion is None or champion.number == fleet.serving:
+        return changes
+    if not _overtaken(fleet, platform):
+        platform.catalog.set_serving(champion)
+        changes = replace(changes, promoted=str(champion))
+    return replace(changes, overtaken=_overtaken(fleet, platform))
+
+
+def _why_not(
+    fleet: Fleet, policy: GatePolicy, promotion: PromotionPolicy, platform: Platform
+) -> tuple[str | None, str | None]:
+    """Return what a promotion waits for, and why it is refused; neither where it may go on."""
+    champion = fleet.base(fleet.champion)
+    if fleet.champion is None or fleet.champion == fleet.serving:
+        return None, None
+    if champion is None:
+        return None, (
+            f"champion stands on version {fleet.champion} of {fleet.family}, which cannot serve\n"
+            "  expected: a version that ingestion made ready\n"
+            "  found:    one that waits for it, that it refused, or that is a copy of another\n"
+            "  do:       look at the last ingest run; put champion on the original of a copy"
+        )
+    if champion.served and promotion.free_rollback:
+        return None, None
+    missing = [w.adapter for w in plan(fleet, policy).work if w.base_version == champion.version]
+    if missing:
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        return (
+            f"{champion} waits for {len(missing)} verdicts: {', '.join(missing[:10])}{more}",
+            None,
+        )
+    return None, objections(fleet, champion, promotion, platform)
+
+
+def _overtaken(fleet: Fleet, platform: Platform) -> bool:
+    return platform.catalog.alias(fleet.family, "champion") != fleet.champion
+
+
+def _named(number: int | None) -> str:
+    return "none" if number is None else f"version {number}"
