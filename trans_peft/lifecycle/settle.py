@@ -3,8 +3,8 @@
 Every write is one that another look would make again, so a process that dies between two of them
 loses nothing. A person's word stands above all of them: an alias that was set or taken away by hand
 is recorded and left as it is, and `serving` only ever follows `champion`. MLflow has no
-compare-and-set: `champion` is read again before `serving` moves and after, and whoever finds that
-it has moved on asks for another look, so that the last one to write is right.
+compare-and-set: both aliases are read again before `serving` moves and after, and whoever finds
+that they have moved on asks for another look, so that the last one to write is right.
 """
 
 from dataclasses import dataclass, replace
@@ -97,24 +97,32 @@ def _promote(
     fleet: Fleet, policy: GatePolicy, promotion: PromotionPolicy, platform: Platform
 ) -> FleetChanges:
     waiting, refused = _why_not(fleet, policy, promotion, platform)
-    note = f"waits: {waiting}" if waiting else f"refused: {refused}" if refused else ""
-    note = note[:_LONGEST_NOTE]
-    wanted_notes = {fleet.champion: note} if fleet.champion is not None and note else {}
-    for number in sorted({*fleet.notes, *wanted_notes}):
-        if fleet.notes.get(number) != wanted_notes.get(number):
-            platform.catalog.note_promotion(fleet.family, number, wanted_notes.get(number, ""))
+    text = f"waits: {waiting}" if waiting else f"refused: {refused}" if refused else ""
+    text = text[:_LONGEST_NOTE]
+    notes = {fleet.champion: text} if fleet.champion is not None and text else {}
+    for number in sorted({*fleet.notes, *notes}):
+        if fleet.notes.get(number) != notes.get(number):
+            platform.catalog.note_promotion(fleet.family, number, notes.get(number, ""))
     changes = FleetChanges(
         waiting=waiting,
         refused=refused,
-        told_before=fleet.champion is not None and fleet.notes.get(fleet.champion) == note,
+        told_before=bool(notes) and fleet.notes.get(fleet.champion or 0) == text,
     )
     champion = fleet.base(fleet.champion)
-    if note or champion is None or champion.number == fleet.serving:
-        return changes
-    if not _overtaken(fleet, platform):
+    moves = not text and champion is not None and champion.number != fleet.serving
+    if champion is not None and moves and not _overtaken(fleet, platform):
         platform.catalog.set_serving(champion)
         changes = replace(changes, promoted=str(champion))
-    return replace(changes, overtaken=_overtaken(fleet, platform))
+        fleet = replace(fleet, serving=champion.number)
+    if moves or notes != fleet.notes:
+        changes = replace(changes, overtaken=_overtaken(fleet, platform))
+    return changes
+
+
+def _overtaken(fleet: Fleet, platform: Platform) -> bool:
+    """Whether a person or another process moved what was looked at before it was written."""
+    aliases = (platform.catalog.alias(fleet.family, name) for name in ("champion", "serving"))
+    return tuple(aliases) != (fleet.champion, fleet.serving)
 
 
 def _why_not(
@@ -141,10 +149,6 @@ def _why_not(
             None,
         )
     return None, objections(fleet, champion, promotion, platform)
-
-
-def _overtaken(fleet: Fleet, platform: Platform) -> bool:
-    return platform.catalog.alias(fleet.family, "champion") != fleet.champion
 
 
 def _named(number: int | None) -> str:

@@ -1,0 +1,280 @@
+"""Reconcile dies, doubles, and is overtaken by people: the end is that of an undisturbed run."""
+
+import pytest
+
+from tests.flows.world import Killed, World
+from tests.lifecycle.fleet import FAMILY
+from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.promotion import PromotionPolicy
+
+HALF = PromotionPolicy(min_serving_share=0.5)
+
+
+def upgrade(folder, *, promotion=HALF) -> World:
+    """v1 serves five adapters; one blocked by hand; v2 is ready, and a person wants it to serve.
+
+    One adapter will need re-tuning there, and one is approved by hand in spite of its verdict.
+    """
+    folder.mkdir()
+    verdicts = {"b": Verdict.NEEDS_RETUNING, "d": Verdict.INCONCLUSIVE}
+    world = World(folder, verdicts, promotion)
+    fleet = world.fleet
+    v1 = fleet.add_base("v1")
+    for name in "abcde":
+        fleet.add_adapter(name, v1)
+    fleet.promote(v1)
+    fleet.settle()
+    v2 = fleet.add_base("v2")
+    fleet.platform.registry.set_alias_by_hand("e", v1.alias, None)
+    fleet.platform.registry.set_alias_by_hand("d", v2.alias, 2)
+    fleet.promote(v2)
+    return world
+
+
+@pytest.fixture
+def undisturbed(tmp_path, monkeypatch):
+    world = upgrade(tmp_path / "undisturbed")
+    world.reconcile(monkeypatch)
+    return world
+
+
+class TestOneRun:
+    def test_judges_in_shards_and_moves_the_fleet(self, undisturbed):
+        assert [len(run.work) for run in undisturbed.runs] == [2, 2, 1]
+        assert undisturbed.fleet.serving == 2
+        alias = alias_on(undisturbed, "v2")
+        aliases = [undisturbed.fleet.platform.registry.alias(name, alias) for name in "abcde"]
+        assert aliases == [2, None, 2, 2, 2]
+
+    def test_twice_changes_nothing(self, undisturbed, monkeypatch):
+        before = undisturbed.final_state
+        state = undisturbed.reconcile(monkeypatch)
+        assert (state.name, state.message) == ("Completed", "nothing is missing")
+        assert undisturbed.final_state == before
+        assert len(undisturbed.runs) == 3
+
+    def test_that_is_dry_changes_nothing(self, tmp_path, monkeypatch):
+        world = upgrade(tmp_path / "dry")
+        before = world.final_state
+        assert world.reconcile(monkeypatch, dry_run=True).name == "Completed"
+        assert (world.final_state, world.runs, world.moments) == (before, [], 0)
+
+    def test_of_a_family_that_is_not_there_says_so(self, undisturbed, monkeypatch):
+        state = undisturbed.reconcile(monkeypatch, family="smal")
+        assert state.name == "Failed"
+        assert "no base family 'smal'" in state.message
+
+    def test_whose_promotion_is_refused_fails_with_the_reason(self, tmp_path, monkeypatch):
+        world = upgrade(tmp_path / "strict", promotion=PromotionPolicy(min_serving_share=1.0))
+        state = world.reconcile(monkeypatch)
+        assert state.name == "Failed"
+        assert "4 of 5 live adapters serve there, not b (needs-retuning)" in state.message
+        assert world.fleet.serving == 1
+
+    def test_finds_shards_under_way_and_does_not_start_them_again(self, tmp_path, monkeypatch):
+        world = upgrade(tmp_path / "joined")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(World, "_wait", killed)
+            world.reconcile(monkeypatch)
+        assert [run.state for run in world.runs] == ["Scheduled"] * 3
+        state = world.reconcile(monkeypatch)
+        assert (state.name, state.message) == ("Completed", "5 verdicts are under way")
+        assert len(world.runs) == 3
+        assert world.reconcile(monkeypatch, wait=True).message == "nothing is missing"
+        assert len(world.runs) == 3
+        assert world.fleet.serving == 2
+
+
+def killed(*_):
+    raise Killed
+
+
+class TestKilled:
+    def test_at_any_write_the_next_run_ends_where_an_undisturbed_one_does(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        for moment in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(moment))
+            world.at = kill_at(moment)
+            try:
+                world.reconcile(monkeypatch)
+            except Killed:
+                world.reconcile(monkeypatch, wait=True)
+            assert world.final_state == undisturbed.final_state, moment
+            assert world.moments >= moment
+            assert_judged_once(world)
+
+    def test_at_any_two_writes(self, undisturbed, tmp_path, monkeypatch):
+        for moment in range(1, undisturbed.moments + 1, 3):
+            for later in (1, 2, 5, 9):
+                world = upgrade(tmp_path / f"{moment}+{later}")
+                world.at = kill_at(moment, moment + later)
+                for _ in range(3):
+                    try:
+                        world.reconcile(monkeypatch, wait=True)
+                        break
+                    except Killed:
+                        pass
+                assert world.final_state == undisturbed.final_state, (moment, later)
+                assert_judged_once(world)
+
+    def test_an_adapter_that_kills_every_process_is_parked_and_stops_nobody(
+        self, tmp_path, monkeypatch
+    ):
+        world = upgrade(tmp_path / "killer")
+        judge = world.judge
+        world.judge = lambda work: killed() if work.adapter == "c" else judge(work)
+        state = world.reconcile(monkeypatch)
+        assert "parked for a person: c on v2" in state.message
+        assert world.fleet.serving == 2  # 3 of 5 serve there: the policy asks for half
+        assert {record[0] for record in world.records} == set("abde")
+
+    def test_by_a_person_a_shard_is_left_for_the_next_run(self, tmp_path, monkeypatch):
+        world = upgrade(tmp_path / "cancelled")
+        work_one_shard = world.work_one_shard
+
+        def cancel_the_first():
+            world.runs[0].state = "Cancelled"
+            world.work_one_shard = work_one_shard
+
+        world.work_one_shard = cancel_the_first
+        state = world.reconcile(monkeypatch)
+        assert (state.name, world.fleet.serving) == ("Failed", 1)
+        assert "Cancelled, left for the next run" in state.message
+        assert "small/v2 waits for 2 verdicts: a, b" in state.message
+        assert world.reconcile(monkeypatch).name == "Completed"
+        assert world.fleet.serving == 2
+
+
+def kill_at(*moments):
+    def at(number, what):
+        if number in moments:
+            raise Killed(what)
+
+    return at
+
+
+def assert_judged_once(world):
+    """No verdict is written twice, except that the process died before its end was seen."""
+    assert len(set(world.records)) == len(world.records)
+
+
+class TestTwoAtOnce:
+    def test_a_second_run_at_any_moment_of_the_first_changes_nothing(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        for moment in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(moment))
+            world.at = once(moment, lambda world=world: world.reconcile(monkeypatch))
+            world.reconcile(monkeypatch, wait=True)
+            assert world.final_state == undisturbed.final_state, moment
+            assert_judged_once(world)
+
+    def test_a_second_worker_at_any_moment_of_a_shard_judges_nothing_twice(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        for moment in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(moment))
+
+            def work_elsewhere(number, what, world=world, moment=moment):
+                if number == moment and what.endswith(("register", "record")):
+                    for run in world.runs:  # a shard with the same work: its lock is not ours
+                        for work in run.work[1:]:
+                            world.judge(work)
+
+            world.at = work_elsewhere
+            world.reconcile(monkeypatch, wait=True)
+            assert world.final_state == undisturbed.final_state, moment
+
+
+class TestOvertaken:
+    @pytest.mark.parametrize("number", [1, 3], ids=["rolls back", "promotes a newer one"])
+    def test_a_person_who_promotes_another_at_any_moment_gets_it(
+        self, number, undisturbed, tmp_path, monkeypatch
+    ):
+        for moment in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(moment))
+            world.fleet.add_base("v3")
+            world.at = once(moment, lambda world=world: promote(world.fleet, number))
+            world.reconcile(monkeypatch, wait=True)
+            world.reconcile(monkeypatch, wait=True)  # the hint's own run
+            assert world.fleet.serving == number, moment
+            assert_judged_once(world)
+
+    def test_a_person_who_pauses_at_any_moment_stops_what_has_not_happened(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        for moment in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(moment))
+            world.at = once(moment, lambda world=world: promote(world.fleet, None))
+            world.reconcile(monkeypatch, wait=True)
+            serving = world.fleet.serving
+            world.reconcile(monkeypatch, wait=True)
+            assert world.fleet.serving == serving, moment
+            assert world.fleet.platform.catalog.promotion_notes(FAMILY) == {}
+
+    def test_a_block_at_any_moment_stays(self, undisturbed, tmp_path, monkeypatch):
+        for moment in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(moment))
+            registry, alias, blocked = world.fleet.platform.registry, alias_on(world, "v2"), []
+
+            def block(number, what, moment=moment, registry=registry, alias=alias, blocked=blocked):
+                if number >= moment and not blocked and registry.alias("a", alias) is not None:
+                    registry.set_alias_by_hand("a", alias, None)
+                    blocked.append(number)
+
+            world.at = block
+            for _ in range(3):
+                world.reconcile(monkeypatch, wait=True)
+            assert blocked
+            assert registry.alias("a", alias) is None, moment
+
+    def test_work_that_nobody_needs_any_more_stops(self, tmp_path, monkeypatch):
+        world = upgrade(tmp_path / "newer")
+        work_one_shard, fleet = world.work_one_shard, world.fleet
+
+        def promote_v3_after_the_first_shard():
+            work_one_shard()
+            world.work_one_shard = work_one_shard
+            fleet.promote(fleet.add_base("v3"))
+            world.reconcile(monkeypatch)  # the hint's own run
+
+        world.work_one_shard = promote_v3_after_the_first_shard
+        world.reconcile(monkeypatch, wait=True)
+        assert [run.state for run in world.runs[:3]] == ["Completed", "Withdrawn", "Withdrawn"]
+        judged = [(adapter, base) for adapter, base, _ in world.records]
+        assert judged == [("a", "v2"), ("b", "v2"), *((name, "v3") for name in "abcde")]
+        assert fleet.serving == 3
+
+    def test_a_shard_at_work_asks_before_each_adapter(self, tmp_path, monkeypatch):
+        world = upgrade(tmp_path / "asks")
+        world.shard_size = 5
+        judge = world.judge
+
+        def promote_v3_after_the_first_adapter(work):
+            judge(work)
+            if len(world.records) == 1:
+                world.fleet.promote(world.fleet.add_base("v3"))
+
+        world.judge = promote_v3_after_the_first_adapter
+        world.reconcile(monkeypatch)
+        judged = [(adapter, base) for adapter, base, _ in world.records]
+        assert judged == [("a", "v2"), *((name, "v3") for name in "abcde")]
+        assert world.fleet.serving == 3
+
+
+def promote(fleet, number):
+    fleet.platform.catalog.set_alias_by_hand(FAMILY, "champion", number)
+
+
+def alias_on(world, version):
+    bases = world.fleet.platform.catalog.versions(FAMILY)
+    return next(base.alias for base in bases if base.version == version)
+
+
+def once(moment, act):
+    def at(number, what):
+        if number == moment:
+            act()
+
+    return at

@@ -1,0 +1,220 @@
+"""The reconcile flow on a fleet in memory: Prefect's part is played by a list of flow runs.
+
+Everything else is real: the flow, the pure functions of `tasks.shards`, the verbs. A process dies
+where a test says so: `Killed` is raised before or after one of the writes to the registry. In a
+shard it ends that shard's process, in reconcile that of reconcile.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from tasks.shards import Ended, Shard
+from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet
+from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.outcome import Work
+from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.lifecycle import transfer
+from trans_peft.lifecycle.reconcile import is_wanted, observe, plan
+from trans_peft.lifecycle.settle import settle
+
+WRITES = {
+    "catalog": ("set_serving", "note_promotion"),
+    "registry": ("set_alias", "record_hand", "register", "record"),
+}
+
+
+class Killed(BaseException):
+    """The process is gone, as after `kill -9`."""
+
+
+class Watched:
+    """A port whose every write runs `at` before and after it."""
+
+    def __init__(self, port: Any, writes: Sequence[str], at: Callable[[str], None]) -> None:
+        self._port, self._writes, self._at = port, writes, at
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._port, name)
+        if name not in self._writes:
+            return method
+
+        def write(*args: Any, **kwargs: Any) -> Any:
+            self._at(f"before {name}")
+            result = method(*args, **kwargs)
+            self._at(f"after {name}")
+            return result
+
+        return write
+
+
+@dataclass
+class Run:
+    id: UUID
+    key: tuple
+    work: tuple[Work, ...]
+    state: str = "Scheduled"
+    started: bool = False
+
+
+@dataclass
+class World:
+    """A fleet, and Prefect's flow runs of shards. `verdicts`: by adapter, where not passed."""
+
+    folder: Path
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    promotion: PromotionPolicy = field(default_factory=PromotionPolicy)
+    shard_size: int = 2
+    runs: list[Run] = field(default_factory=list)
+    records: list[tuple] = field(default_factory=list)
+    moments: int = 0
+    at: Callable[[int, str], None] = lambda number, what: None
+
+    def __post_init__(self) -> None:
+        self.fleet = MemoryFleet(self.folder)
+        plain = self.fleet.platform
+        self.platform = replace(
+            plain,
+            catalog=Watched(plain.catalog, WRITES["catalog"], self._moment),
+            registry=Watched(plain.registry, WRITES["registry"], self._moment),
+        )
+
+    def _moment(self, what: str) -> None:
+        self.moments += 1
+        self.at(self.moments, what)
+
+    def reconcile(self, monkeypatch: pytest.MonkeyPatch, **parameters: Any) -> Any:
+        """Run the flow's body to its end; Killed where it dies. Returns its state."""
+        from flows import reconcile as module
+
+        with monkeypatch.context() as patch:
+            for name in ("reconciliation", "ingestion", "reporting", "transfer"):
+                patch.setattr(module, name, getattr(self, f"_{name}"))
+            for name in ("start", "under_way", "withdraw", "wait"):
+                patch.setattr(module.shards, name, getattr(self, f"_{name}"))
+            given = {"policy": POLICY, "promotion": self.promotion, "shard_size": self.shard_size}
+            return module.reconcile.fn(**given | parameters)
+
+    # What tasks do, without Prefect
+
+    @property
+    def _reconciliation(self) -> SimpleNamespace:
+        def settle_fleet(family: str, policy: Any, promotion: Any) -> Any:
+            while True:
+                changes = settle(observe(family, self.platform), policy, promotion, self.platform)
+                if not changes.overtaken:
+                    return changes
+
+        return SimpleNamespace(
+            base_families=self.platform.catalog.families,
+            plan_fleet=lambda family, policy: plan(observe(family, self.platform), policy),
+            settle_fleet=settle_fleet,
+        )
+
+    _ingestion = SimpleNamespace(find_pending=lambda: ())
+    _reporting = SimpleNamespace(publish_plan=lambda plan: None, publish_fleet=lambda *a: None)
+
+    @property
+    def _transfer(self) -> SimpleNamespace:
+        def record_failure(family: str, work: Work, policy: Any, reason: str) -> None:
+            if is_wanted(work, family, policy, self.platform):
+                transfer.record_failure(work, family, policy, self.platform, reason=reason)
+
+        return SimpleNamespace(record_failure=record_failure)
+
+    # What Prefect does
+
+    def _start(self, family: str, work: tuple[Work, ...], policy: Any) -> Shard:
+        key = tuple(item.key for item in work)
+        for run in self.runs:
+            if run.key == key and run.state in ("Scheduled", "Running"):
+                return Shard(run.id, run.work, waits=True)
+        self.runs.append(Run(uuid4(), key, work))
+        return Shard(self.runs[-1].id, work, waits=True)
+
+    def _under_way(self, family: str, policy: Any) -> tuple[Shard, ...]:
+        return tuple(
+            Shard(run.id, run.work, run.state == "Scheduled")
+            for run in self.runs
+            if run.state in ("Scheduled", "Running")
+        )
+
+    def _withdraw(self, shard: Shard) -> None:
+        run = self._run(shard)
+        if run.state == "Scheduled":
+            run.state = "Withdrawn"
+
+    def _wait(self, groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[Ended, ...]]:
+        while True:
+            for name, group in groups.items():
+                runs = [self._run(shard) for shard in group]
+                if all(run.state not in ("Scheduled", "Running") for run in runs):
+                    return name, tuple(_ended(run) for run in runs)
+            self.work_one_shard()
+
+    def _run(self, shard: Shard) -> Run:
+        return next(run for run in self.runs if run.id == shard.run_id)
+
+    def work_one_shard(self) -> None:
+        """The worker takes the oldest shard that waits and works it off, or dies in it."""
+        run = next((run for run in self.runs if run.state == "Scheduled"), None)
+        if run is None:
+            return
+        run.state, run.started = "Running", True
+        try:
+            for work in run.work:
+                self.judge(work)
+        except Killed:
+            run.state = "Crashed"
+        else:
+            run.state = "Completed"
+
+    def judge(self, work: Work) -> None:
+        if not is_wanted(work, FAMILY, POLICY, self.platform):
+            return
+        plain, self.fleet.platform = self.fleet.platform, self.platform
+        try:
+            outcome = self.fleet.judge(work, self.verdicts.get(work.adapter, Verdict.PASSED))
+        finally:
+            self.fleet.platform = plain
+        self.records.append((outcome.adapter, outcome.base_version, outcome.verdict_key))
+
+    @property
+    def final_state(self) -> Any:
+        """What a person would find in the registry, without times and counts of attempts."""
+        seen = observe(FAMILY, self.fleet.platform)
+        return {
+            "serving": seen.serving,
+            "notes": dict(seen.notes),
+            "adapters": {
+                adapter.name: (
+                    [(v.base_version, v.number, v.transferred_from) for v in adapter.versions],
+                    sorted((o.base_version, o.verdict) for o in adapter.outcomes),
+                    {
+                        alias: (
+                            s.number,
+                            s.by_hand,
+                            s.recorded and (s.recorded.number, s.recorded.wanted),
+                        )
+                        for alias, s in adapter.aliases.items()
+                    },
+                )
+                for adapter in seen.adapters
+            },
+        }
+
+
+def _ended(run: Run) -> Ended:
+    return Ended(
+        str(run.id),
+        run.work,
+        run.state,
+        never_ran=not run.started,
+        cancelled=run.state in ("Cancelled", "Withdrawn"),
+        crashed=run.state == "Crashed",
+    )
