@@ -7,9 +7,10 @@
     trans-peft.fleet.promoted       trans-peft.family.FAMILY
     trans-peft.promotion.refused    trans-peft.family.FAMILY
 
-Labels carry the prefix `trans-peft.`; the payload says the rest. An event is sent once, after what
-it tells of was written: a process that dies in between never sends it, so nothing of this project
-waits for one. docs/promotion.md shows an automation.
+Labels carry the prefix `trans-peft.` and are what an automation matches; the payload says the same
+and the rest, for its templates. An event is sent once, after what it tells of was written: a
+process that dies in between never sends it, so nothing of this project waits for one.
+docs/promotion.md shows two automations.
 """
 
 from collections.abc import Mapping
@@ -55,6 +56,7 @@ def adapter_judged(outcome: TransferOutcome) -> None:
             "verdict": outcome.verdict.value,
         },
         payload={
+            "adapter": outcome.adapter,
             "reason": outcome.judgement.reason,
             "version": outcome.new_number,
             "attempts": outcome.attempts,
@@ -64,12 +66,12 @@ def adapter_judged(outcome: TransferOutcome) -> None:
 
 def fleet_promoted(family: str, base: str) -> None:
     """The fleet moved: `base` serves from now on."""
-    _emit("fleet.promoted", f"family.{family}", payload={"base": base})
+    _emit("fleet.promoted", f"family.{family}", payload={"family": family, "base": base})
 
 
 def promotion_refused(family: str, why: str) -> None:
     """A person's wish is not followed, for a reason that was not told before."""
-    _emit("promotion.refused", f"family.{family}", payload={"why": why})
+    _emit("promotion.refused", f"family.{family}", payload={"family": family, "why": why})
 
 
 def _emit(
@@ -79,9 +81,10 @@ def _emit(
     labels: Mapping[str, str] | None = None,
     payload: Mapping[str, Any],
 ) -> None:
-    names = {f"trans-peft.{name}": value for name, value in (labels or {}).items()}
+    labels = labels or {}
+    names = {f"trans-peft.{name}": value for name, value in labels.items()}
     emit_event(
         f"trans-peft.{what}",
         resource={"prefect.resource.id": f"trans-peft.{resource}", **names},
-        payload=dict(payload),
+        payload={**labels, **payload},
     )

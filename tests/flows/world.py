@@ -72,6 +72,7 @@ class World:
     shard_size: int = 2
     runs: list[Run] = field(default_factory=list)
     records: list[tuple] = field(default_factory=list)
+    locked: set[str] = field(default_factory=set)
     moments: int = 0
     at: Callable[[int, str], None] = lambda number, what: None
 
@@ -175,13 +176,16 @@ class World:
             run.state = "Completed"
 
     def judge(self, work: Work) -> None:
-        if not is_wanted(work, FAMILY, POLICY, self.platform):
+        """Judge an adapter, unless somebody else is at it (who comes second finds it done)."""
+        if work.adapter in self.locked or not is_wanted(work, FAMILY, POLICY, self.platform):
             return
+        self.locked.add(work.adapter)
         plain, self.fleet.platform = self.fleet.platform, self.platform
         try:
             outcome = self.fleet.judge(work, self.verdicts.get(work.adapter, Verdict.PASSED))
         finally:
             self.fleet.platform = plain
+            self.locked.remove(work.adapter)
         self.records.append((outcome.adapter, outcome.base_version, outcome.verdict_key))
 
     @property

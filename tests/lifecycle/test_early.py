@@ -18,6 +18,7 @@ from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.transfer import transfer
+from trans_peft.validation import evaluate
 
 ITEMS, FAMILY = 96, "tiny"
 EARLY = GatePolicy(margin_points=20.0, must_beat_bare=False, sequential=True)
@@ -116,3 +117,26 @@ def test_a_suite_that_is_not_required_is_answered_whole(fleet, tmp_path):
     )
     found = {suite.suite: suite.items for suite in outcome.judgement.suites}
     assert found == {"parity": 32, "also": ITEMS}
+
+
+def test_parts_use_what_was_said_on_the_old_base_and_add_their_near_ties_up(
+    fleet, tmp_path, monkeypatch
+):
+    platform, adapter = fleet
+    suite = replace(adapter.suites[0], name="kept", keep_answers=True)
+    peft = str(tmp_path / "peft")
+    adopted = adopt("kept", peft, FAMILY, (suite,), platform, base_version="v1")
+    on_v1 = suite.evaluation_key(adopted.weights_sha256, adopted.base_fingerprint_sha256)
+    expected = platform.evaluations.get(on_v1).kept_answers
+    drafts, answer = [], evaluate.answer
+
+    def undecided(model, questions, **options):
+        drafts.append(options["drafts"])
+        return replace(answer(model, questions, **options), near_ties=2)
+
+    monkeypatch.setattr(evaluate, "answer", undecided)
+    policy = replace(EARLY, margin_points=5.0)
+    work = Work("kept", adopted.number, "v2", Reason.NEVER_JUDGED)
+    outcome = transfer(work, FAMILY, policy, platform)
+    assert drafts == [expected] * 3 and len(expected) == ITEMS
+    assert outcome.evaluations[1].near_ties == 6

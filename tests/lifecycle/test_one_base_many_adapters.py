@@ -23,6 +23,7 @@ from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.outcome import Reason, Work
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
+from trans_peft.errors import IntegrityError
 from trans_peft.lifecycle import questions
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
@@ -128,6 +129,30 @@ def test_a_shard_loads_its_base_once_and_asks_the_bare_base_once(shard, counted,
     assert {step.adapter for step in told} <= {*KINDS, "bare base"}
     assert all(step.eta_s >= 0 and step.done <= step.total for step in told)
     assert all((step.eta_s == 0) == (step.done == step.total) for step in told)
+
+
+def test_what_was_never_asked_on_the_old_base_is_asked_there_first(shard):
+    platform, root = shard
+    empty = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
+    told = []
+    judge(empty, "ia3", told=told.append)
+    assert list(dict.fromkeys(step.what for step in told)) == [
+        "ia3: plain on v1", "ia3: few-shot on v1", "ia3: plain on v2", "ia3: few-shot on v2",
+        "bare base: plain on v2", "bare base: few-shot on v2",
+    ]  # fmt: skip
+
+
+def test_a_suite_that_is_no_longer_the_registered_one_judges_nobody(shard, counted):
+    platform, root = shard
+    empty = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
+    rows = root / "plain.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.replace("odd", "even"))
+    try:
+        with pytest.raises(IntegrityError, match="has changed since it was pinned"):
+            judge(empty, "ia3")
+    finally:
+        rows.write_text(before)
 
 
 def test_each_answers_as_on_a_base_of_its_own_and_nothing_is_left_behind(shard):

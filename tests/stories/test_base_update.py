@@ -5,154 +5,16 @@ would; only the model is small.
 """
 
 import io
-import json
-import os
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
-from uuid import uuid4
 
-import boto3
-import httpx
 import psutil
 import pytest
-import torch
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from infra.stack.machine import free_ports
-from infra.stack.settings import StackSettings
-from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
+from tests.stories.place import LENIENT, RECIPE, rows, wait_until, write_update
+from tests.tiny import write_tiny_base
 from trans_peft.edges.mlflow_registry import MlflowRegistry
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
-
-ROOT = Path(__file__).parents[2]
-FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-LENIENT = {"margin_points": 60.0, "must_beat_bare": False}
-RECIPE = {
-    "adapter": "parity",
-    "family": "tiny",
-    "data": {"uri": "s3://data/train.jsonl"},
-    "suites": [{"name": "parity", "data": {"uri": "s3://data/eval.jsonl"}, "max_new_tokens": 5}],
-    "spec": {"peft_type": "LORA", "options": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
-    "perturbation": {"masking_p": 0.1, "dropping_p": 0.1},
-    "optimizer": {"learning_rate": 0.01, "steps": 6, "batch_size": 8},
-}
-
-
-@dataclass
-class Stack:
-    settings: StackSettings
-
-    def __post_init__(self):
-        client = self.settings.client_environment
-        self.s3 = boto3.client(
-            "s3",
-            endpoint_url=client["AWS_ENDPOINT_URL"],
-            aws_access_key_id=client["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=client["AWS_SECRET_ACCESS_KEY"],
-            region_name="us-east-1",
-        )
-        self.mlflow = MlflowClient(self.settings.urls["mlflow"])
-        self.environment = {**os.environ, **client}
-
-    def run(self, deployment, **parameters):
-        """Start a deployment, wait for its end, return its state."""
-        return self.end_of(self.start(deployment, **parameters))
-
-    def start(self, deployment, **parameters):
-        found = self.prefect("GET", f"deployments/name/{deployment}/default")
-        body = {"parameters": parameters, "idempotency_key": str(uuid4())}
-        return self.prefect("POST", f"deployments/{found['id']}/create_flow_run", json=body)
-
-    def end_of(self, run):
-        deadline = time.monotonic() + 240
-        while (state := run["state"])["type"] not in FINAL:
-            assert time.monotonic() < deadline, state
-            time.sleep(0.5)
-            run = self.prefect("GET", f"flow_runs/{run['id']}")
-        if state["type"] in {"FAILED", "CRASHED"}:
-            sys.stdout.write((self.settings.logs / "worker.log").read_text()[-6000:])
-        return state
-
-    def prefect(self, method, path, **body):
-        """Ask Prefect's API; on a busy machine its SQLite answers 503 now and then."""
-        url = f"{self.settings.urls['prefect']}/api/{path}"
-        for _ in range(10):
-            answer = httpx.request(method, url, timeout=60, **body)
-            if answer.status_code != 503:
-                break
-            time.sleep(1)
-        return answer.raise_for_status().json()
-
-    def publish(self, folder, version):
-        """Upload a base with this project's command."""
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "trans_peft.cli", "publish", folder),
-                *(f"s3://bases/tiny/{version}", "--family", "tiny", "--version", version),
-            ],
-            env=self.environment,
-            cwd=ROOT,
-            check=True,
-        )
-
-    def champion(self, number):
-        """What a person does in MLflow's page."""
-        self.mlflow.set_registered_model_alias("tiny", "champion", number)
-
-    def alias(self, model, alias):
-        return self.mlflow.get_registered_model(model).aliases.get(alias)
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    s3, mlflow, prefect = free_ports(3)
-    settings = StackSettings(
-        tmp_path_factory.mktemp("story") / "state",
-        s3_port=s3,
-        mlflow_port=mlflow,
-        prefect_port=prefect,
-    )
-
-    def make(verb):
-        environment = {**os.environ, **settings.to_environment()}
-        command = [sys.executable, "-m", "infra.stack", verb]
-        return subprocess.run(command, cwd=ROOT, env=environment, check=True)
-
-    make("up")
-    try:
-        yield Stack(settings)
-    finally:
-        make("down")
-
-
-def wait_until(holds, patience_s=120):
-    deadline = time.monotonic() + patience_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.25)
-
-
-def rows(first, count):
-    return "".join(
-        json.dumps({"prompt": f"{i} is", "completion": " odd" if i % 2 else " even"}) + "\n"
-        for i in range(first, first + count)
-    )
-
-
-def write_update(folder):
-    model = tiny_model()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 1e-3 * torch.randn(weight.shape, generator=generator)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):

@@ -159,6 +159,14 @@ def test_a_prompt_that_training_cut_differently_is_refused(model, tokenizer):
     assert run(model, Merging(tokenizer), [Example("uncut", "answer:", " yes")]).items
 
 
+def test_a_tokenizer_without_a_padding_token_will_do(model, tokenizer, answers):
+    bare = tiny_tokenizer()
+    bare.pad_token = None
+    expected = run(model, tokenizer, examples_of(answers))
+    assert run(model, bare, examples_of(answers)).items == expected.items
+    assert bare.pad_token is None
+
+
 def test_a_suite_without_items_is_refused(model, tokenizer):
     with pytest.raises(DataError, match="no items"):
         run(model, tokenizer, [])

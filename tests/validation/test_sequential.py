@@ -20,6 +20,7 @@ from tests.validation.test_gate import (
 from trans_peft.domain.evaluation import GatePolicy, ItemResult, Prefix, Verdict
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.gate import judge
+from trans_peft.validation.intervals import items_to_decide
 from trans_peft.validation.sequential import SequentialGate, Side, batch_ends, order, order_seed
 
 EARLY = replace(POLICY, sequential=True)
@@ -137,6 +138,9 @@ def test_nothing_is_asked_where_no_verdict_ever_had_a_chance():
     judgement = judge(policy, three([1] * 3, [1] * 3, [0] * 3)[0], {}, {})
     assert judgement.verdict is Verdict.INCONCLUSIVE
     assert "nothing was asked" in judgement.reason
+    wanted = items_to_decide(200, 15, 15, -0.01, 0.001)
+    assert wanted > 10_000
+    assert f"about {wanted:,} would" in judgement.reason
 
 
 def test_a_suite_that_is_not_required_is_asked_whole_and_decides_nothing():

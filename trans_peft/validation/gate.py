@@ -23,10 +23,14 @@ from trans_peft.domain.evaluation import (
     Verdict,
 )
 from trans_peft.validation.findings import Finding, find, find_early
+from trans_peft.validation.intervals import items_to_decide
 from trans_peft.validation.pairing import check_comparable
 from trans_peft.validation.sequential import replay
 
 __all__ = ["judge"]
+
+_SUPPOSED = (200, 15, 15)
+"""Items and discordant pairs of a suite of which nothing is known (betting supposes the same)."""
 
 
 def judge(
@@ -106,7 +110,12 @@ def _reason(
     else:
         told = [words for f in deciding if (words := _open_words(policy, f))]
         if not deciding:
-            told.append("nothing was asked: so few items give no verdict much of a chance")
+            n, b, c = _SUPPOSED
+            wanted = items_to_decide(n, b, c, -policy.margin_points / 100, policy.alpha)
+            told.append(
+                "nothing was asked: so few items give no verdict much of a chance; about "
+                f"{wanted:,} would, where nothing was lost and {(b + c) / n:.0%} of pairs differ"
+            )
         elif not any(f.items_wanted for f in deciding):
             told.append(
                 "the adapter is no better than the bare new base on some required suites and "

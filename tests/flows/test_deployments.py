@@ -1,0 +1,50 @@
+"""What prefect.yaml says: every field in full, and no heavier a start than its flow needs."""
+
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from flows.reconcile import reconcile
+from trans_peft.domain.evaluation import GatePolicy
+from trans_peft.domain.promotion import PromotionPolicy
+
+ROOT = Path(__file__).parents[2]
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+(RECONCILE,) = [d for d in DEPLOYMENTS if d["entrypoint"].endswith(":reconcile")]
+
+
+@pytest.mark.parametrize("noun", [("policy", GatePolicy), ("promotion", PromotionPolicy)])
+def test_a_policy_is_written_out_with_every_field_at_its_default(noun):
+    name, kind = noun
+    written = RECONCILE["parameters"][name]
+    assert set(written) == _keys(kind())
+    assert TypeAdapter(kind).validate_python(written) == kind()
+
+
+def _keys(value):
+    assert is_dataclass(value)
+    return {field.name for field in fields(value)}
+
+
+def test_every_parameter_of_reconcile_but_the_dry_run_has_its_value():
+    assert set(RECONCILE["parameters"]) == set(signature(reconcile.fn).parameters) - {"dry_run"}
+
+
+def test_no_field_of_the_promotion_policy_is_part_of_a_verdicts_key():
+    assert "promotion" not in {field.name for field in fields(GatePolicy)}
+
+
+@pytest.mark.parametrize("flow", ["reconcile", "ingest_base"])
+def test_a_flow_that_computes_nothing_loads_no_machine_learning(flow):
+    heavy = ["torch", "transformers", "peft", "accelerate", "datasets", "trl", "boto3"]
+    script = f"import sys, flows.{flow}; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"

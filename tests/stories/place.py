@@ -1,0 +1,134 @@
+"""The real servers and a worker, as `make up` starts them, and a person's clicks there."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import boto3
+import httpx
+import torch
+from mlflow import MlflowClient
+
+from infra.stack.settings import StackSettings
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+LENIENT = {"margin_points": 60.0, "must_beat_bare": False}
+RECIPE = {
+    "adapter": "parity",
+    "family": "tiny",
+    "data": {"uri": "s3://data/train.jsonl"},
+    "suites": [{"name": "parity", "data": {"uri": "s3://data/eval.jsonl"}, "max_new_tokens": 5}],
+    "spec": {"peft_type": "LORA", "options": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
+    "perturbation": {"masking_p": 0.1, "dropping_p": 0.1},
+    "optimizer": {"learning_rate": 0.01, "steps": 6, "batch_size": 8},
+}
+
+
+@dataclass
+class Stack:
+    settings: StackSettings
+
+    def __post_init__(self):
+        client = self.settings.client_environment
+        self.s3 = boto3.client(
+            "s3",
+            endpoint_url=client["AWS_ENDPOINT_URL"],
+            aws_access_key_id=client["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=client["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+        )
+        self.mlflow = MlflowClient(self.settings.urls["mlflow"])
+        self.environment = {**os.environ, **client}
+
+    def run(self, deployment, **parameters):
+        """Start a deployment, wait for its end, return its state."""
+        return self.end_of(self.start(deployment, **parameters))
+
+    def start(self, deployment, **parameters):
+        found = self.prefect("GET", f"deployments/name/{deployment}/default")
+        body = {"parameters": parameters, "idempotency_key": str(uuid4())}
+        return self.prefect("POST", f"deployments/{found['id']}/create_flow_run", json=body)
+
+    def end_of(self, run):
+        deadline = time.monotonic() + 240
+        while (state := run["state"])["type"] not in FINAL:
+            assert time.monotonic() < deadline, state
+            time.sleep(0.5)
+            run = self.prefect("GET", f"flow_runs/{run['id']}")
+        if state["type"] in {"FAILED", "CRASHED"}:
+            sys.stdout.write((self.settings.logs / "worker.log").read_text()[-6000:])
+        return state
+
+    def prefect(self, method, path, **body):
+        """Ask Prefect's API; on a busy machine its SQLite answers 503 now and then."""
+        url = f"{self.settings.urls['prefect']}/api/{path}"
+        for _ in range(10):
+            answer = httpx.request(method, url, timeout=60, **body)
+            if answer.status_code != 503:
+                break
+            time.sleep(1)
+        return answer.raise_for_status().json()
+
+    def tell(self, event, **payload):
+        """Send an event to Prefect, as somebody else's program does."""
+        body = {
+            "id": str(uuid4()),
+            "occurred": datetime.now(UTC).isoformat(),
+            "event": event,
+            "resource": {"prefect.resource.id": "somebody-else"},
+            "payload": payload,
+        }
+        url = f"{self.settings.urls['prefect']}/api/events"
+        httpx.post(url, json=[body], timeout=60).raise_for_status()
+
+    def publish(self, folder, version, family="tiny"):
+        """Upload a base with this project's command."""
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "trans_peft.cli", "publish", folder),
+                *(f"s3://bases/{family}/{version}", "--family", family, "--version", version),
+            ],
+            env=self.environment,
+            cwd=ROOT,
+            check=True,
+        )
+
+    def champion(self, number, family="tiny"):
+        """What a person does in MLflow's page."""
+        self.mlflow.set_registered_model_alias(family, "champion", number)
+
+    def alias(self, model, alias):
+        return self.mlflow.get_registered_model(model).aliases.get(alias)
+
+
+def wait_until(holds, patience_s=120):
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.25)
+
+
+def rows(first, count):
+    return "".join(
+        json.dumps({"prompt": f"{i} is", "completion": " odd" if i % 2 else " even"}) + "\n"
+        for i in range(first, first + count)
+    )
+
+
+def write_update(folder, seed=1):
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1e-3 * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,194 @@
+"""People promote in MLflow's page: what is refused and where it reads so, approved, rolled back.
+
+The gate is as strict as it is deployed, and 24 questions are too few to pass it: what serves on the
+new base serves because a person said so.
+"""
+
+import io
+import json
+import re
+from contextlib import suppress
+
+import psutil
+import pytest
+import yaml
+
+from tests.stories.place import RECIPE, ROOT, rows, wait_until, write_update
+from tests.tiny import write_tiny_base
+
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
+
+FAMILY, ADAPTER = "people", "approved"
+
+
+@pytest.fixture(scope="module")
+def fleet(stack, tmp_path_factory):
+    """v1 serves one adapter; v2 is ready."""
+    folder = tmp_path_factory.mktemp("people")
+    stack.publish(write_tiny_base(folder / "v1"), "v1", FAMILY)
+    assert stack.run("ingest-base", uri=f"s3://bases/{FAMILY}/v1")["type"] == "COMPLETED"
+    stack.champion("1", FAMILY)
+    for name, text in (("train", rows(0, 64)), ("eval", rows(100, 24))):
+        stack.s3.upload_fileobj(io.BytesIO(text.encode()), "data", f"{FAMILY}-{name}.jsonl")
+    suite = RECIPE["suites"][0] | {"data": {"uri": f"s3://data/{FAMILY}-eval.jsonl"}}
+    recipe = RECIPE | {
+        "adapter": ADAPTER,
+        "family": FAMILY,
+        "data": {"uri": f"s3://data/{FAMILY}-train.jsonl"},
+        "suites": [suite],
+    }
+    assert stack.run("train-adapter", recipe=recipe)["type"] == "COMPLETED"
+    assert stack.run("reconcile", family=FAMILY, wait=True)["type"] == "COMPLETED"
+    stack.publish(write_update(folder / "v2"), "v2", FAMILY)
+    assert stack.run("ingest-base", uri=f"s3://bases/{FAMILY}/v2")["type"] == "COMPLETED"
+    return stack
+
+
+def serving(stack):
+    return stack.alias(FAMILY, "serving")
+
+
+def alias_on(stack, number):
+    fingerprint = stack.mlflow.get_model_version(FAMILY, number).tags["trans_peft.fingerprint"]
+    return f"on-{fingerprint[:12]}"
+
+
+def note_on(stack, number):
+    return stack.mlflow.get_model_version(FAMILY, number).tags.get("trans_peft.promotion", "")
+
+
+def events(stack, name, resource):
+    """Return the payloads of what was told, the oldest first."""
+    wanted = {"event": {"name": [name]}, "resource": {"id": [resource]}, "order": "ASC"}
+    found = stack.prefect("POST", "events/filter", json={"filter": wanted, "limit": 50})
+    return [event["payload"] for event in found["events"]]
+
+
+def runs_of(stack, **parameters):
+    """Return the reconcile runs with these parameters."""
+    found = stack.prefect(
+        "POST", "flow_runs/filter", json={"flows": {"name": {"any_": ["reconcile"]}}, "limit": 200}
+    )
+    return [run for run in found if parameters.items() <= run["parameters"].items()]
+
+
+def test_a_promotion_is_refused_while_too_few_adapters_pass_and_says_so_where_people_look(fleet):
+    fleet.champion("2", FAMILY)
+    refused = fleet.run("reconcile", family=FAMILY, wait=True)
+    assert refused["type"] == "FAILED"
+    assert f"the fleet may not move to {FAMILY}/v2" in refused["message"]
+    assert f"0 of 1 live adapters serve there, not {ADAPTER} (" in refused["message"]
+    assert serving(fleet) == "1"
+    assert note_on(fleet, "2").startswith(f"refused: the fleet may not move to {FAMILY}/v2")
+    family = f"trans-peft.family.{FAMILY}"
+    wait_until(lambda: events(fleet, "trans-peft.promotion.refused", family))
+    (judged,) = events(fleet, "trans-peft.adapter.judged", f"trans-peft.adapter.{ADAPTER}")
+    assert judged["base"] == "v2"
+
+
+def test_an_approval_by_hand_counts_and_is_recorded(fleet):
+    fleet.mlflow.set_registered_model_alias(ADAPTER, alias_on(fleet, "2"), "2")
+    assert fleet.run("reconcile", family=FAMILY, wait=True)["type"] == "COMPLETED"
+    assert serving(fleet) == "2"
+    assert note_on(fleet, "2") == ""
+    tags = fleet.mlflow.get_registered_model(ADAPTER).tags
+    record = json.loads(tags[f"trans_peft.by-hand.{alias_on(fleet, '2')}"])
+    assert (record["number"], record["wanted"], record["by"]) == (2, None, "unknown")
+    promoted = events(fleet, "trans-peft.fleet.promoted", f"trans-peft.family.{FAMILY}")
+    assert [event["base"] for event in promoted] == [f"{FAMILY}/v1", f"{FAMILY}/v2"]
+
+
+def test_an_event_of_somebody_else_rolls_back_without_a_further_command(fleet):
+    fleet.champion("1", FAMILY)
+    before = {run["id"] for run in runs_of(fleet, family=FAMILY)}
+    fleet.tell("trans-peft.reconcile.wanted", family=FAMILY)
+    wait_until(lambda: {run["id"] for run in runs_of(fleet, family=FAMILY)} - before)
+    wait_until(lambda: serving(fleet) == "1")
+    everyone = len(runs_of(fleet, family=None))
+    fleet.tell("trans-peft.reconcile.wanted", family=None)
+    wait_until(lambda: len(runs_of(fleet, family=None)) > everyone)
+
+
+def test_a_copy_made_with_promote_model_does_not_serve_and_says_why(fleet):
+    copy = fleet.mlflow.copy_model_version(f"models:/{FAMILY}/2", FAMILY)
+    fleet.mlflow.copy_model_version(f"models:/{ADAPTER}/1", ADAPTER)
+    fleet.champion(copy.version, FAMILY)
+    refused = fleet.run("reconcile", family=FAMILY, wait=True)
+    assert refused["type"] == "FAILED"
+    assert "or that is a copy of another" in note_on(fleet, copy.version)
+    assert serving(fleet) == "1"
+    fleet.champion("1", FAMILY)
+    assert fleet.run("reconcile", family=FAMILY, wait=True)["type"] == "COMPLETED"
+    assert note_on(fleet, copy.version) == ""
+    assert fleet.alias(ADAPTER, alias_on(fleet, "1")) == "1"
+
+
+def test_the_automations_of_the_docs_are_taken_by_the_server_and_act(fleet):
+    page = (ROOT / "docs" / "promotion.md").read_text()
+    notify, retune = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.S)[1])["automations"]
+    deployment = fleet.prefect("GET", "deployments/name/reconcile/default")["id"]
+    retune["actions"][0]["deployment_id"] = deployment  # somebody's own, in the docs
+    retune["trigger"]["match"] = {"trans-peft.base": "v2"}  # whatever the verdict
+    fleet.prefect("POST", "automations/", json=retune)
+    slack = fleet.prefect("GET", "block_types/slug/slack-webhook")
+    (schema,) = fleet.prefect(
+        "POST",
+        "block_schemas/filter",
+        json={"block_schemas": {"block_type_id": {"any_": [slack["id"]]}}},
+    )[:1]
+    block = fleet.prefect(
+        "POST",
+        "block_documents/",
+        json={
+            "name": "ops",
+            "data": {"url": "http://127.0.0.1:9/"},
+            "block_schema_id": schema["id"],
+            "block_type_id": slack["id"],
+        },
+    )
+    notify["actions"][0]["block_document_id"] = block["id"]
+    fleet.prefect("POST", "automations/", json=notify)
+
+    policy = {"margin_points": 4.0}  # judged anew from what is stored
+    fleet.run("reconcile", family=FAMILY, policy=policy, wait=True)
+    wait_until(lambda: runs_of(fleet, adapter=ADAPTER, base="v2"))
+    wait_until(
+        lambda: fleet.prefect(
+            "POST",
+            "events/filter",
+            json={"filter": {"event": {"prefix": ["prefect.automation.action."]}}},
+        )["events"]
+    )
+
+
+def test_what_was_killed_is_brought_back_by_the_next_run(fleet, tmp_path):
+    fleet.publish(write_update(tmp_path / "v3", seed=3), "v3", FAMILY)
+    assert fleet.run("ingest-base", uri=f"s3://bases/{FAMILY}/v3")["type"] == "COMPLETED"
+    fleet.champion("3", FAMILY)
+    run = fleet.start("reconcile", family=FAMILY, wait=True)
+    shard = {"tags": {"all_": [f"family:{FAMILY}"]}, "state": {"type": {"any_": ["RUNNING"]}}}
+
+    def shards_at_work():
+        return fleet.prefect("POST", "flow_runs/filter", json={"flow_runs": shard})
+
+    wait_until(shards_at_work)
+    ids = {run["id"], *(found["id"] for found in shards_at_work())}
+    for process in processes_of(ids):
+        process.kill()
+    assert fleet.end_of(run)["type"] == "CRASHED"
+    again = fleet.run("reconcile", family=FAMILY, wait=True)
+    assert again["type"] == "FAILED"  # by policy: the verdict is there
+    assert "0 of 1 live adapters serve there" in again["message"]
+    versions = fleet.mlflow.search_model_versions(f"name='{ADAPTER}'")
+    assert [v.tags["trans_peft.base_version"] for v in versions].count("v3") == 1
+    assert serving(fleet) == "1"
+
+
+def processes_of(run_ids):
+    """Return the processes that work for these flow runs."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get("PREFECT__FLOW_RUN_ID") in run_ids:
+                found.append(process)
+    return found
