@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.spec import AdapterSpec
 from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
