@@ -1,6 +1,10 @@
-"""A fleet in memory, without any model: bases and adapters that only have names and hashes."""
+"""A fleet without any model: bases and adapters that only have names and hashes.
 
-from dataclasses import dataclass, field, replace
+In memory, or on the registry of a real MLflow server (`on_mlflow`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState
@@ -20,7 +24,6 @@ from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.reconcile import Adapter, Fleet, observe, plan
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.settle import settle
-from trans_peft.ports import Platform
 
 FAMILY = "small"
 SUITE = Suite("exam", DataSource("exam.jsonl", sha256="e" * 64))
@@ -28,17 +31,53 @@ POLICY = GatePolicy(margin_points=5.0)
 ANY = PromotionPolicy(min_serving_share=0.0)
 
 
+@dataclass(frozen=True)
+class Person:
+    """What a person clicks in MLflow's page: (model, alias, version number or None)."""
+
+    sets_on_a_base: Callable[[str, str, int | None], None]
+    sets_on_an_adapter: Callable[[str, str, int | None], None]
+
+
 @dataclass
 class MemoryFleet:
     work_dir: Path
-    platform: Platform = field(init=False)
+    family: str = FAMILY
 
     def __post_init__(self):
         self.platform = memory_platform(self.work_dir)
+        self.person = Person(
+            self.platform.catalog.set_alias_by_hand, self.platform.registry.set_alias_by_hand
+        )
+
+    @classmethod
+    def on_mlflow(cls, work_dir: Path, family: str, tracking_uri: str) -> "MemoryFleet":
+        """Return a fleet whose registry is a real one; evaluations stay in memory."""
+        from mlflow import MlflowClient
+
+        from trans_peft.edges.mlflow_catalog import MlflowCatalog
+        from trans_peft.edges.mlflow_registry import MlflowRegistry
+
+        client = MlflowClient(tracking_uri)
+
+        def click(model: str, alias: str, number: int | None) -> None:
+            if number is None:
+                client.delete_registered_model_alias(model, alias)
+            else:
+                client.set_registered_model_alias(model, alias, str(number))
+
+        fleet = cls(work_dir, family)
+        fleet.platform = replace(
+            fleet.platform,
+            catalog=MlflowCatalog(tracking_uri),
+            registry=MlflowRegistry(tracking_uri),
+        )
+        fleet.person = Person(click, click)
+        return fleet
 
     def add_base(self, version: str) -> BaseVersion:
         return self.platform.catalog.make_ready(
-            FAMILY,
+            self.family,
             version,
             f"memory://bases/{version}",
             fingerprint=Fingerprint("Llama", 2, version, {}, "v", "t"),
@@ -54,7 +93,7 @@ class MemoryFleet:
             AdapterVersion(
                 adapter=name,
                 number=0,
-                family=FAMILY,
+                family=self.family,
                 base_version=base.version,
                 base_fingerprint_sha256=base.fingerprint_sha256,
                 trained_on_version=base.version,
@@ -73,7 +112,7 @@ class MemoryFleet:
     ) -> TransferOutcome:
         """Do one piece of work as a shard does, with the verdict given instead of found."""
         registry = self.platform.registry
-        base = find_base(FAMILY, work.base_version, self.platform)
+        base = find_base(self.family, work.base_version, self.platform)
         source = next(v for v in registry.versions(work.adapter) if v.number == work.source_number)
         number = None
         if verdict not in (Verdict.FAILED, Verdict.INCOMPATIBLE):
@@ -87,7 +126,7 @@ class MemoryFleet:
         outcome = TransferOutcome(
             adapter=work.adapter,
             source_number=source.number,
-            family=FAMILY,
+            family=self.family,
             base_version=base.version,
             base_fingerprint_sha256=base.fingerprint_sha256,
             weights_sha256=source.weights_sha256,
@@ -100,23 +139,23 @@ class MemoryFleet:
         return outcome
 
     def work(self, policy: GatePolicy = POLICY) -> tuple[Work, ...]:
-        return plan(observe(FAMILY, self.platform), policy).work
+        return plan(observe(self.family, self.platform), policy).work
 
     def work_off(self, verdict: Verdict = Verdict.PASSED) -> None:
         for work in self.work():
             self.judge(work, verdict)
 
     def settle(self, promotion: PromotionPolicy = ANY) -> FleetChanges:
-        return settle(observe(FAMILY, self.platform), POLICY, promotion, self.platform)
+        return settle(observe(self.family, self.platform), POLICY, promotion, self.platform)
 
     def promote(self, base: BaseVersion | None) -> None:
         """A person moves (or removes) `champion` in the page."""
         number = base.number if base else None
-        self.platform.catalog.set_alias_by_hand(FAMILY, "champion", number)
+        self.person.sets_on_a_base(self.family, "champion", number)
 
     @property
     def serving(self) -> int | None:
-        return self.platform.catalog.alias(FAMILY, "serving")
+        return self.platform.catalog.alias(self.family, "serving")
 
 
 def evaluation(

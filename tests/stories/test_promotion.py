@@ -28,6 +28,7 @@ def fleet(stack, tmp_path_factory):
     stack.publish(write_tiny_base(folder / "v1"), "v1", FAMILY)
     assert stack.run("ingest-base", uri=f"s3://bases/{FAMILY}/v1")["type"] == "COMPLETED"
     stack.champion("1", FAMILY)
+    assert stack.run("reconcile", family=FAMILY, wait=True)["type"] == "COMPLETED"
     for name, text in (("train", rows(0, 64)), ("eval", rows(100, 24))):
         stack.s3.upload_fileobj(io.BytesIO(text.encode()), "data", f"{FAMILY}-{name}.jsonl")
     suite = RECIPE["suites"][0] | {"data": {"uri": f"s3://data/{FAMILY}-eval.jsonl"}}
@@ -38,7 +39,6 @@ def fleet(stack, tmp_path_factory):
         "suites": [suite],
     }
     assert stack.run("train-adapter", recipe=recipe)["type"] == "COMPLETED"
-    assert stack.run("reconcile", family=FAMILY, wait=True)["type"] == "COMPLETED"
     stack.publish(write_update(folder / "v2"), "v2", FAMILY)
     assert stack.run("ingest-base", uri=f"s3://bases/{FAMILY}/v2")["type"] == "COMPLETED"
     return stack
@@ -164,7 +164,12 @@ def test_the_automations_of_the_docs_are_taken_by_the_server_and_act(fleet):
 def test_what_was_killed_is_brought_back_by_the_next_run(fleet, tmp_path):
     fleet.publish(write_update(tmp_path / "v3", seed=3), "v3", FAMILY)
     assert fleet.run("ingest-base", uri=f"s3://bases/{FAMILY}/v3")["type"] == "COMPLETED"
-    fleet.champion("3", FAMILY)
+    (v3,) = [
+        found.version
+        for found in fleet.mlflow.search_model_versions(f"name='{FAMILY}'")
+        if found.tags["trans_peft.version"] == "v3"
+    ]
+    fleet.champion(v3, FAMILY)
     run = fleet.start("reconcile", family=FAMILY, wait=True)
     shard = {"tags": {"all_": [f"family:{FAMILY}"]}, "state": {"type": {"any_": ["RUNNING"]}}}
 
