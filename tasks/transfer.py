@@ -1,4 +1,8 @@
-"""One adapter on one new base."""
+"""One adapter on one new base.
+
+The verb is imported where it is used: its statistics (scipy) take half a second, which reconcile,
+for which most runs find nothing to do, should not wait for.
+"""
 
 from prefect import task
 
@@ -9,7 +13,6 @@ from tasks.policy import RETRIES
 from tasks.progress import evaluation_progress
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferOutcome, Work
-from trans_peft.lifecycle import transfer
 from trans_peft.lifecycle.reconcile import is_wanted
 
 __all__ = ["record_failure", "transfer_adapter"]
@@ -22,12 +25,12 @@ def transfer_adapter(family: str, work: Work, policy: GatePolicy) -> TransferOut
     Whether it is wanted is asked under the adapter's lock: of two shards with the same work the
     second finds it done.
     """
+    from trans_peft.lifecycle.transfer import transfer
+
     with adapter_lock(work.adapter):
         if not is_wanted(work, family, policy, platform()):
             return None
-        outcome = transfer.transfer(
-            work, family, policy, platform(), on_progress=evaluation_progress()
-        )
+        outcome = transfer(work, family, policy, platform(), on_progress=evaluation_progress())
     events.adapter_judged(outcome)
     return outcome
 
@@ -37,6 +40,8 @@ def record_failure(
     family: str, work: Work, policy: GatePolicy, reason: str
 ) -> TransferOutcome | None:
     """Write down that an attempt ended in an error; None: somebody did, or it is not wanted."""
+    from trans_peft.lifecycle import transfer
+
     with adapter_lock(work.adapter):
         if not is_wanted(work, family, policy, platform()):
             return None
