@@ -105,7 +105,7 @@ def test_an_event_of_somebody_else_rolls_back_without_a_further_command(fleet):
     wait_until(lambda: {run["id"] for run in runs_of(fleet, family=FAMILY)} - before)
     wait_until(lambda: serving(fleet) == "1")
     everyone = len(runs_of(fleet, family=None))
-    fleet.tell("trans-peft.reconcile.wanted", family=None)
+    fleet.tell("trans-peft.reconcile.wanted")
     wait_until(lambda: len(runs_of(fleet, family=None)) > everyone)
 
 
