@@ -24,4 +24,5 @@ def platform() -> Platform:
         evaluations=MlflowEvaluations(tracking_uri),
         runs=MlflowRunLog(tracking_uri),
         work_dir=settings().state_dir,
+        cache_bytes=settings().cache_bytes,
     )

@@ -14,7 +14,9 @@ class Settings(BaseSettings):
 
     `TRANS_PEFT_STATE` is a folder of this worker's alone: base copies that can be fetched again and
     checkpoints of unfinished training. `TRANS_PEFT_BASES_URI` is the prefix below which uploads of
-    base versions are looked for; empty means that only registered versions are.
+    base versions are looked for; empty means that only registered versions are. Copies of bases
+    that no process uses go, oldest use first, where all would take more than
+    `TRANS_PEFT_CACHE_GIB` (not set: more than the disk holds).
     """
 
     model_config = SettingsConfigDict(populate_by_name=True)
@@ -22,6 +24,12 @@ class Settings(BaseSettings):
     mlflow_tracking_uri: str = Field(alias="MLFLOW_TRACKING_URI")
     state_dir: Path = Field(alias="TRANS_PEFT_STATE")
     bases_uri: str = Field(default="", alias="TRANS_PEFT_BASES_URI")
+    cache_gib: float | None = Field(default=None, gt=0, alias="TRANS_PEFT_CACHE_GIB")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The bound of the copies of bases in bytes, None without one."""
+        return None if self.cache_gib is None else int(self.cache_gib * (1 << 30))
 
 
 @cache

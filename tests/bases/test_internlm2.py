@@ -21,7 +21,7 @@ from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.bases.internlm2_weights import Layout, llama_shard
 from trans_peft.bases.upload import verify
 from trans_peft.edges.file_store import FileStore
-from trans_peft.errors import NotFoundError, UploadError
+from trans_peft.errors import IntegrityError, NotFoundError, UploadError
 from trans_peft.models import load_base, load_tokenizer
 
 STORE = FileStore()
@@ -288,7 +288,7 @@ def test_what_changes_while_it_is_read_is_refused(tmp_path, changed):
                 (source / changed).write_text("after")
             return STORE.read(uri, etag=etag)
 
-    with pytest.raises(UploadError, match="while they were being read"):
+    with pytest.raises(IntegrityError, match="changed while it was being read"):
         convert(str(source), Changing(), tmp_path / "llama")
     assert not (tmp_path / "llama").exists()
 
@@ -303,7 +303,7 @@ def test_weights_are_converted_from_the_version_whose_header_was_checked(tmp_pat
                 (source / "model.safetensors").write_bytes(other)
             return super().read(uri, etag=etag)
 
-    with pytest.raises(UploadError, match=r"model\.safetensors changed"):
+    with pytest.raises(IntegrityError, match=r"another version of model\.safetensors"):
         convert(str(source), Changing(), tmp_path / "llama")
 
 

@@ -14,7 +14,7 @@ from trans_peft.bases.manifest import MAX_MANIFEST_BYTES, dump_manifest, parse_m
 from trans_peft.bases.upload import verify
 from trans_peft.domain.base import Manifest, ManifestFile
 from trans_peft.edges.memory import MemoryStore
-from trans_peft.errors import NotFoundError, UploadError
+from trans_peft.errors import IntegrityError, NotFoundError, UploadError
 
 Files = dict[str, bytes]
 
@@ -201,18 +201,42 @@ def test_a_manifest_survives_being_written_and_read():
 
 def test_all_reasons_are_told_at_once():
     files = folder_of(config_json=CONFIG | {"auto_map": {"x": "y.Z"}})
-    there = flipped(files) | {"x.bin": b"", "extra.txt": b"", "tokenizer.json": None}
-    there = {name: data for name, data in there.items() if data is not None}
+    there = flipped(files) | {"x.bin": b"", "extra.txt": b""}
     store = store_of({**there, Manifest.FILE_NAME: manifest_of(files)})
     with pytest.raises(UploadError) as caught:
         verify(URI, store)
-    for reason in ("remote code", "x.bin: pickle", "extra.txt: not in", "model.safetensors: sha256",
-                   "tokenizer.json: missing, the manifest"):  # fmt: skip
+    for reason in (
+        "remote code",
+        "x.bin: pickle",
+        "extra.txt: not in",
+        "model.safetensors: sha256",
+    ):
         assert caught.match(reason)
 
 
+def test_as_long_as_files_are_missing_none_is_read():
+    files = folder_of()
+    there = {"x.bin": b"", WEIGHTS: b"half", "config.json": files["config.json"]}
+    store, reads = store_of({**there, Manifest.FILE_NAME: manifest_of(files)}), []
+
+    class Counting:
+        list = store.list
+
+        def read(self, uri, *, etag=None):
+            reads.append(uri)
+            return store.read(uri, etag=etag)
+
+    with pytest.raises(UploadError, match="is not complete") as caught:
+        verify(URI, Counting())
+    for reason in ("tokenizer.json: missing", "model.safetensors: 4 bytes", "x.bin: pickle"):
+        assert caught.match(reason)
+    assert reads == [f"{URI}/{Manifest.FILE_NAME}"]
+
+
+@pytest.mark.parametrize("change", ["written", "removed"])
+@pytest.mark.parametrize("file", [WEIGHTS, Manifest.FILE_NAME])
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_what_changes_while_it_is_read_is_refused(when):
+def test_what_changes_while_it_is_read_says_nothing_about_the_upload(when, file, change):
     store = upload(folder_of())
 
     class Changing:
@@ -220,12 +244,38 @@ def test_what_changes_while_it_is_read_is_refused(when):
 
         @contextmanager
         def read(self, uri, *, etag=None):
-            if uri.endswith(WEIGHTS) and when == "before":
-                store.write(uri, io.BytesIO(b"other"))
+            if uri.endswith(file) and when == "before":
+                self.change(uri)
             with store.read(uri, etag=etag) as chunks:
                 yield chunks
-            if uri.endswith(WEIGHTS) and when == "during":
-                store.write(f"{URI}/{WEIGHTS}", io.BytesIO(b"other"))
+            if uri.endswith(file) and when == "during":
+                self.change(uri)
 
-    with pytest.raises(UploadError, match="while"):
+        def change(self, uri):
+            if change == "removed":
+                store.remove_by_hand(uri)
+            else:
+                store.write(uri, io.BytesIO(b"other"))
+
+    with pytest.raises(IntegrityError, match="changed while it was being read"):
         verify(URI, Changing())
+
+
+def test_a_name_that_is_a_file_and_a_folder_is_refused():
+    files = folder_of() | {"x": b"1", "x/y": b"2"}
+    with pytest.raises(UploadError, match="x: a file and a folder at once"):
+        verify(URI, upload(files))
+
+
+def test_a_manifest_of_a_hundred_megabytes_is_never_read():
+    store = upload(folder_of(), b" " * 100_000_000)
+
+    class Guarded:
+        list = store.list
+
+        def read(self, uri, *, etag=None):
+            assert not uri.endswith(Manifest.FILE_NAME)
+            return store.read(uri, etag=etag)
+
+    with pytest.raises(UploadError, match="it has 100000000 bytes; at most"):
+        verify(URI, Guarded())

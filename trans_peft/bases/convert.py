@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from trans_peft.bases.safetensors_stream import (
     MalformedSafetensorsError,
     read_header,
 )
-from trans_peft.bases.upload import content_problems, read_claim
+from trans_peft.bases.upload import changed, content_problems, read_claim
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Manifest, ManifestFile
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError
@@ -64,7 +64,7 @@ def convert(
     Returns the manifest that the files were verified against, None where there is none. All that
     headers and settings tell is checked before anything is written, and the folder appears whole or
     not at all. Raises NotFoundError where there is nothing, UploadError with every reason for which
-    the files are refused, StoreError.
+    the files are refused, IntegrityError if they change while they are read, StoreError.
     """
     source, folder = _Source.at(uri, store), folder.absolute()
     part = folder.with_name(f".{folder.name}.part")
@@ -75,7 +75,7 @@ def convert(
         read = _write(source, written, part, on_progress)
         problems = content_problems(manifest, read)
         if store.list(uri) != tuple(source.files.values()):
-            problems.append("files were added, changed or removed while they were being read")
+            raise changed(uri)
         if problems:
             raise _refused(uri, problems)
         told = {
@@ -86,7 +86,7 @@ def convert(
         }
         (part / CONVERTED_FROM).write_bytes(_dumped(told))
         part.rename(folder)
-    except (MalformedSafetensorsError, IntegrityError) as error:
+    except MalformedSafetensorsError as error:
         raise _refused(uri, [str(error)]) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -108,8 +108,14 @@ class _Source:
             raise NotFoundError(f"there are no files below {uri}")
         return cls(uri, store, files)
 
-    def open(self, name: str) -> AbstractContextManager[Iterator[bytes]]:
-        return self.store.read(child_uri(self.uri, name), etag=self.files[name].etag)
+    @contextmanager
+    def open(self, name: str) -> Iterator[Iterator[bytes]]:
+        """Stream one file. IntegrityError if it is gone or another one."""
+        try:
+            with self.store.read(child_uri(self.uri, name), etag=self.files[name].etag) as chunks:
+                yield chunks
+        except (IntegrityError, NotFoundError) as error:
+            raise changed(self.uri, [name]) from error
 
     def json(self, name: str) -> dict[str, Any]:
         """Return the JSON object in a file, {} where there is none. UploadError."""
@@ -142,9 +148,14 @@ def _checked(source: _Source) -> tuple[Manifest | None, _Written]:
             found=f"model_type {config.get('model_type')}",
             do="use it as it is: InternLM2's is the one layout that is converted",
         )
-    manifest, problems = read_claim(source.uri, source.store, tuple(source.files.values()))
+    claim = read_claim(source.uri, source.store, tuple(source.files.values()))
     refusals = (refusal(name, code_is_left_out=True) for name in source.files)
-    problems = [*filter(None, refusals), *problems, *internlm2.config_problems(config)]
+    problems = [
+        *filter(None, refusals),
+        *claim.unfinished,
+        *claim.against,
+        *internlm2.config_problems(config),
+    ]
     layout = None if internlm2.config_problems(config) else Layout.of(config)
     tokenizer, more = _tokenizer(source)
     problems += more
@@ -167,7 +178,7 @@ def _checked(source: _Source) -> tuple[Manifest | None, _Written]:
     written.pop(INDEX, None)
     if headers.keys() != {WEIGHTS}:
         written[INDEX] = _dumped(_index(headers, layout))
-    return manifest, written
+    return claim.manifest, written
 
 
 def _tokenizer(source: _Source) -> tuple[dict[str, Any], list[str]]:

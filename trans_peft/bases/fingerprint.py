@@ -7,17 +7,19 @@ library that saved it leave no trace in the digest; one changed element of one w
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from trans_peft.bases.model_files import ModelFiles, is_felt
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, ManifestFile
-from trans_peft.errors import IntegrityError, NotFoundError, UploadError
+from trans_peft.errors import IntegrityError, NotFoundError, UploadError, listed
 from trans_peft.ports import ArtifactStore, StoredFile
 
-__all__ = ["Progress", "Reader", "Scan", "fingerprint", "reader", "scan"]
+__all__ = ["Progress", "Reader", "Scan", "fingerprint", "folder_reader", "reader", "scan"]
+
+_CHUNK_BYTES = 1 << 20
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes in all."""
@@ -28,11 +30,16 @@ Reader = Callable[[StoredFile], AbstractContextManager[Iterator[bytes]]]
 
 @dataclass(frozen=True)
 class Scan:
-    """One pass over a prefix. `fingerprint` is None where there are problems."""
+    """One pass over a prefix. `fingerprint` is None where there are problems.
+
+    `changed` names the files that were not those of the listing any more when they were read: then
+    the rest says nothing either.
+    """
 
     files: tuple[ManifestFile, ...]
     fingerprint: Fingerprint | None
     problems: tuple[str, ...]
+    changed: tuple[str, ...] = ()
 
 
 def fingerprint(
@@ -40,13 +47,20 @@ def fingerprint(
 ) -> Fingerprint:
     """Return the fingerprint of the Hugging Face folder at a path or URI.
 
-    Raises NotFoundError where there is nothing, UploadError with everything that is wrong with it.
+    Raises NotFoundError where there is nothing, UploadError with everything that is wrong with it,
+    IntegrityError if it changes meanwhile.
     """
     files = store.list(uri)
     if not files:
         raise NotFoundError(f"there are no files below {uri}")
     felt = [file for file in files if is_felt(file.name)]
     found = scan(felt, reader(uri, store), on_progress=on_progress)
+    if found.changed:
+        raise IntegrityError(
+            f"the files at {uri} changed while they were being read",
+            found=f"another version of {listed(found.changed)}",
+            do="try again when nobody writes there",
+        )
     if found.fingerprint is None:
         raise UploadError("\n  - ".join([f"{uri} has no fingerprint:", *found.problems]))
     return found.fingerprint
@@ -57,17 +71,22 @@ def reader(uri: str, store: ArtifactStore) -> Reader:
     return lambda file: store.read(child_uri(uri, file.name), etag=file.etag)
 
 
-def scan(
-    files: Iterable[StoredFile],
-    read: Reader,
-    *,
-    copy_to: Path | None = None,
-    on_progress: Progress | None = None,
-) -> Scan:
-    """Read each of the files once; copy them to a folder on the way where one is given.
+def folder_reader(folder: Path) -> Reader:
+    """Return how files of a folder on this machine are read."""
+
+    @contextmanager
+    def read(file: StoredFile) -> Iterator[Iterator[bytes]]:
+        with (folder / file.name).open("rb") as opened:
+            yield iter(lambda: opened.read(_CHUNK_BYTES), b"")
+
+    return read
+
+
+def scan(files: Iterable[StoredFile], read: Reader, *, on_progress: Progress | None = None) -> Scan:
+    """Read each of the files once.
 
     Memory: the JSON files and one chunk. What is wrong with the files is listed in `problems`, all
-    of it; what `read` raises, IntegrityError aside, is raised.
+    of it; what `read` raises is raised, but for a file that is gone or another one.
     """
     files = tuple(files)
     total, done = sum(file.size for file in files), 0
@@ -82,40 +101,30 @@ def scan(
     for file in files:
         try:
             with read(file) as chunks:
-                hashes.append(_pass_by(file, chunks, model, copy_to, count))
-        except IntegrityError:
-            changed.append(f"{file.name}: it changed while it was being read")
+                hashes.append(_pass_by(file, chunks, model, count))
+        except (IntegrityError, NotFoundError):
+            changed.append(file.name)
+    if changed:
+        return Scan(tuple(hashes), None, tuple(model.problems), tuple(changed))
     found = model.fingerprint()
-    return Scan(tuple(hashes), None if changed else found, (*changed, *model.problems))
+    return Scan(tuple(hashes), found, tuple(model.problems))
 
 
 def _pass_by(
-    file: StoredFile,
-    chunks: Iterator[bytes],
-    model: ModelFiles,
-    copy_to: Path | None,
-    count: Callable[[int], None],
+    file: StoredFile, chunks: Iterator[bytes], model: ModelFiles, count: Callable[[int], None]
 ) -> ManifestFile:
     sha256, size = hashlib.sha256(), 0
-    with ExitStack() as stack:
-        copy = None
-        if copy_to is not None:
-            path = copy_to / file.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            copy = stack.enter_context(path.open("wb"))
 
-        def passing() -> Iterator[bytes]:
-            nonlocal size
-            for chunk in chunks:
-                sha256.update(chunk)
-                size += len(chunk)
-                if copy is not None:
-                    copy.write(chunk)
-                count(len(chunk))
-                yield chunk
+    def passing() -> Iterator[bytes]:
+        nonlocal size
+        for chunk in chunks:
+            sha256.update(chunk)
+            size += len(chunk)
+            count(len(chunk))
+            yield chunk
 
-        stream = passing()
-        model.take(file, stream)
-        for _ in stream:  # what the reader left: the hash covers the whole file
-            pass
+    stream = passing()
+    model.take(file, stream)
+    for _ in stream:  # what the reader left: the hash covers the whole file
+        pass
     return ManifestFile(file.name, size, sha256.hexdigest())

@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trans_peft.domain.base import Manifest, ManifestFile
-from trans_peft.errors import UploadError
+from trans_peft.errors import UploadError, listed
 
 __all__ = ["MAX_MANIFEST_BYTES", "dump_manifest", "parse_manifest"]
 
-MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILES = 20_000
 MAX_FILE_BYTES = 1 << 50
 
 _Word = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f/:]+$")]
@@ -35,7 +36,7 @@ class _Manifest(BaseModel):
     family: _Word
     version: _Word
     parent: _Word | None
-    files: list[_File]
+    files: Annotated[list[_File], Field(max_length=MAX_FILES)]
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -53,9 +54,11 @@ def parse_manifest(data: bytes) -> Manifest:
     except ValidationError as error:
         details = [
             f"{'.'.join(map(str, detail['loc'])) or 'JSON'}: {detail['msg']}"
-            for detail in error.errors(include_url=False)
+            for detail in error.errors(
+                include_url=False, include_context=False, include_input=False
+            )
         ]
-        raise UploadError("; ".join(details)) from error
+        raise UploadError(listed(details, 20)) from error
     except ValueError as error:
         raise UploadError(str(error)) from error
 

@@ -4,21 +4,18 @@ Nothing here is needed to publish: any S3 client that writes the same files does
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from trans_peft.bases.fingerprint import Progress, scan
+from trans_peft.bases.fingerprint import Progress, folder_reader, scan
 from trans_peft.bases.manifest import dump_manifest, parse_manifest
 from trans_peft.bases.refusals import refusal
+from trans_peft.bases.upload import read_manifest
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Manifest
 from trans_peft.errors import NotFoundError, UploadError
 from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = ["publish"]
-
-_CHUNK_BYTES = 1 << 20
 
 
 def publish(
@@ -44,15 +41,10 @@ def publish(
     total = sum(file.size for file in files)
     report = on_progress or (lambda done, total: None)
 
-    @contextmanager
-    def read(file: StoredFile) -> Iterator[Iterator[bytes]]:
-        with (folder / file.name).open("rb") as opened:
-            yield iter(lambda: opened.read(_CHUNK_BYTES), b"")
-
     refusals = {file.name: refusal(file.name) for file in files}
     found = scan(
         [file for file in files if not refusals[file.name]],
-        read,
+        folder_reader(folder),
         on_progress=lambda done, _: report(done, 2 * total),
     )
     problems = [*filter(None, refusals.values()), *found.problems]
@@ -88,10 +80,9 @@ def _files(folder: Path) -> list[StoredFile]:
 
 def _is_there(manifest: Manifest, uri: str, store: ArtifactStore) -> bool:
     """Whether this upload is complete already. UploadError if something else is in its place."""
-    there = {file.name for file in store.list(uri)}
-    if Manifest.FILE_NAME in there:
-        with store.read(child_uri(uri, Manifest.FILE_NAME)) as chunks:
-            earlier = parse_manifest(b"".join(chunks))
+    there = store.list(uri)
+    earlier = read_manifest(uri, store, there)
+    if earlier is not None:
         if earlier == manifest:
             return True
         raise UploadError(
@@ -100,7 +91,7 @@ def _is_there(manifest: Manifest, uri: str, store: ArtifactStore) -> bool:
             found=f"{earlier.family}/{earlier.version}, {len(earlier.files)} files",
             do="an upload is never overwritten: publish to another prefix",
         )
-    foreign = sorted(there - {file.name for file in manifest.files})
+    foreign = sorted({file.name for file in there} - {file.name for file in manifest.files})
     if foreign:
         raise UploadError(
             f"there are other files at {uri}",

@@ -5,8 +5,9 @@ straight in MLflow), the files must make one whole model; what nobody stated can
 Either way the fingerprint comes from the bytes that were checked.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Literal
 
 from trans_peft.bases.fingerprint import Progress, reader, scan
@@ -14,10 +15,18 @@ from trans_peft.bases.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from trans_peft.bases.refusals import refusal
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, Manifest, ManifestFile
-from trans_peft.errors import IntegrityError, NotFoundError, UploadError
+from trans_peft.errors import IntegrityError, NotFoundError, UploadError, listed
 from trans_peft.ports import ArtifactStore, StoredFile
 
-__all__ = ["VerifiedUpload", "content_problems", "read_claim", "verify"]
+__all__ = [
+    "Claim",
+    "VerifiedUpload",
+    "changed",
+    "content_problems",
+    "read_claim",
+    "read_manifest",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -33,40 +42,79 @@ class VerifiedUpload:
         return "manifest" if self.manifest else "structure"
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What a listing tells about an upload before any file but the manifest is read.
+
+    `unfinished`: files of the manifest that are not there yet, or not in their size. `against`:
+    what no further file would mend.
+    """
+
+    manifest: Manifest | None
+    unfinished: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+
+
 def verify(
     uri: str, store: ArtifactStore, *, on_progress: Progress | None = None
 ) -> VerifiedUpload:
     """Check an upload while reading each of its files once.
 
-    Raises NotFoundError where there is nothing, UploadError with all reasons for which it is
-    refused, StoreError where the store cannot be read (which says nothing about the upload).
+    As long as files of the manifest are missing or have other sizes, nothing else is read: they may
+    be on their way. Raises NotFoundError where there is nothing, UploadError with all reasons for
+    which it is refused; and, which says nothing about the upload, IntegrityError if it changes
+    while it is being read, StoreError where the store cannot be read.
     """
-    listed = store.list(uri)
-    if not listed:
+    there = store.list(uri)
+    if not there:
         raise NotFoundError(f"there are no files below {uri}")
-    refusals = {file.name: refusal(file.name) for file in listed}
-    manifest, problems = read_claim(uri, store, listed)
-    problems = [*filter(None, refusals.values()), *problems]
-    readable = [f for f in listed if not refusals[f.name] and f.name != Manifest.FILE_NAME]
+    refusals = {file.name: refusal(file.name) for file in there}
+    claim = read_claim(uri, store, there)
+    problems = [*filter(None, refusals.values()), *_in_each_others_way(there), *claim.against]
+    if claim.unfinished:
+        raise _refused(f"the upload {uri} is not complete:", [*claim.unfinished, *problems])
+    readable = [f for f in there if not refusals[f.name] and f.name != Manifest.FILE_NAME]
     found = scan(readable, reader(uri, store), on_progress=on_progress)
-    problems += found.problems
-    problems += content_problems(manifest, found.files)
-    if store.list(uri) != listed:
-        problems.append("files were added, changed or removed while the upload was being read")
+    if found.changed or store.list(uri) != there:
+        raise changed(uri, found.changed)
+    problems += [*found.problems, *content_problems(claim.manifest, found.files)]
     if problems or found.fingerprint is None:
-        raise UploadError("\n  - ".join([f"the upload {uri} is refused:", *problems]))
-    return VerifiedUpload(manifest, found.fingerprint)
+        raise _refused(f"the upload {uri} is refused:", problems)
+    return VerifiedUpload(claim.manifest, found.fingerprint)
 
 
-def read_claim(
-    uri: str, store: ArtifactStore, listed: tuple[StoredFile, ...]
-) -> tuple[Manifest | None, list[str]]:
-    """Return the manifest there (None without one), and what speaks against it in the listing."""
+def changed(uri: str, names: Sequence[str] = ()) -> IntegrityError:
+    """Return the error about files that were written, or removed, while somebody read them."""
+    return IntegrityError(
+        f"the upload {uri} changed while it was being read",
+        found=f"another version of {listed(names)}" if names else "other files than at the start",
+        do="finish the upload; the next reconcile reads it again",
+    )
+
+
+def read_claim(uri: str, store: ArtifactStore, there: tuple[StoredFile, ...]) -> Claim:
+    """Return what the manifest among the listed files states. IntegrityError if it changes."""
     try:
-        manifest = _manifest(uri, store, listed)
-    except (UploadError, IntegrityError) as error:
-        return None, [f"{Manifest.FILE_NAME}: not one of ours: {error}"]
-    return manifest, _listing_problems(manifest, listed) if manifest else []
+        manifest = read_manifest(uri, store, there)
+    except UploadError as error:
+        return Claim(None, against=(f"{Manifest.FILE_NAME}: not one of ours: {error}",))
+    except (IntegrityError, NotFoundError) as error:
+        raise changed(uri, [Manifest.FILE_NAME]) from error
+    return _compared(manifest, there) if manifest else Claim(None)
+
+
+def read_manifest(uri: str, store: ArtifactStore, there: tuple[StoredFile, ...]) -> Manifest | None:
+    """Return the manifest among the listed files, None without one; a huge one is never read.
+
+    Raises UploadError if it is none of ours, IntegrityError or NotFoundError if it changed.
+    """
+    file = next((file for file in there if file.name == Manifest.FILE_NAME), None)
+    if file is None:
+        return None
+    if file.size > MAX_MANIFEST_BYTES:
+        raise UploadError(f"it has {file.size} bytes; at most {MAX_MANIFEST_BYTES} are read")
+    with store.read(child_uri(uri, file.name), etag=file.etag) as chunks:
+        return parse_manifest(b"".join(chunks))
 
 
 def content_problems(manifest: Manifest | None, read: Iterable[ManifestFile]) -> list[str]:
@@ -81,27 +129,32 @@ def content_problems(manifest: Manifest | None, read: Iterable[ManifestFile]) ->
     ]
 
 
-def _manifest(uri: str, store: ArtifactStore, listed: tuple[StoredFile, ...]) -> Manifest | None:
-    file = next((file for file in listed if file.name == Manifest.FILE_NAME), None)
-    if file is None:
-        return None
-    if file.size > MAX_MANIFEST_BYTES:
-        raise UploadError(f"it has {file.size} bytes; at most {MAX_MANIFEST_BYTES} are read")
-    with store.read(child_uri(uri, file.name), etag=file.etag) as chunks:
-        return parse_manifest(b"".join(chunks))
-
-
-def _listing_problems(manifest: Manifest, listed: tuple[StoredFile, ...]) -> list[str]:
+def _compared(manifest: Manifest, there: tuple[StoredFile, ...]) -> Claim:
     stated = {file.name: file for file in manifest.files}
-    there = {file.name: file for file in listed if file.name != Manifest.FILE_NAME}
-    missing = sorted(stated.keys() - there.keys())
-    return [
-        *(reason for name in missing if (reason := refusal(name))),
-        *(f"{name}: missing, the manifest lists it" for name in missing),
-        *(f"{name}: not in the manifest" for name in sorted(there.keys() - stated.keys())),
-        *(
-            f"{name}: {there[name].size} bytes, the manifest says {stated[name].size}"
-            for name in sorted(stated.keys() & there.keys())
-            if there[name].size != stated[name].size
+    found = {file.name: file for file in there if file.name != Manifest.FILE_NAME}
+    missing = sorted(stated.keys() - found.keys())
+    return Claim(
+        manifest,
+        unfinished=(
+            *(f"{name}: missing, the manifest lists it" for name in missing),
+            *(
+                f"{name}: {found[name].size} bytes, the manifest says {stated[name].size}"
+                for name in sorted(stated.keys() & found.keys())
+                if found[name].size != stated[name].size
+            ),
         ),
-    ]
+        against=(
+            *(reason for name in missing if (reason := refusal(name))),
+            *(f"{name}: not in the manifest" for name in sorted(found.keys() - stated.keys())),
+        ),
+    )
+
+
+def _in_each_others_way(there: tuple[StoredFile, ...]) -> list[str]:
+    names = {file.name for file in there}
+    folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+    return [f"{name}: a file and a folder at once" for name in sorted(names & folders)]
+
+
+def _refused(headline: str, problems: Sequence[str]) -> UploadError:
+    return UploadError("\n  - ".join([headline, *problems]))

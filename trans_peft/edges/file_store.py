@@ -50,24 +50,34 @@ class FileStore:
                     found.append(StoredFile(name, stat.st_size, _etag(stat)))
         return tuple(sorted(found, key=lambda file: file.name))
 
-    def read(self, uri: str, *, etag: str | None = None) -> AbstractContextManager[Iterator[bytes]]:
-        """Stream one file in chunks. NotFoundError; IntegrityError if it changed or changes."""
-        return self._read(uri, etag)
+    def read(
+        self, uri: str, *, etag: str | None = None, start: int = 0, stop: int | None = None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """Stream the bytes [start, stop) of one file in chunks.
+
+        NotFoundError; IntegrityError if it changed or changes.
+        """
+        return self._read(uri, etag, start, stop)
 
     @contextmanager
-    def _read(self, uri: str, etag: str | None) -> Iterator[Iterator[bytes]]:
+    def _read(
+        self, uri: str, etag: str | None, start: int, stop: int | None
+    ) -> Iterator[Iterator[bytes]]:
         path = local_path(uri)
         with _in_words(uri):
             file = path.open("rb")
         with file:
-            opened = _etag(os.fstat(file.fileno()))
-            if etag is not None and opened != etag:
-                raise _changed(uri, expected=etag, found=opened)
-            yield self._chunks(file, uri, opened)
+            stat = os.fstat(file.fileno())
+            if etag is not None and _etag(stat) != etag:
+                raise _changed(uri, expected=etag, found=_etag(stat))
+            file.seek(start)
+            wanted = (stat.st_size if stop is None else stop) - start
+            yield self._chunks(file, uri, _etag(stat), wanted)
 
-    def _chunks(self, file: BinaryIO, uri: str, etag: str) -> Iterator[bytes]:
+    def _chunks(self, file: BinaryIO, uri: str, etag: str, wanted: int) -> Iterator[bytes]:
         with _in_words(uri):
-            while chunk := file.read(self._chunk_bytes):
+            while wanted > 0 and (chunk := file.read(min(self._chunk_bytes, wanted))):
+                wanted -= len(chunk)
                 yield chunk
             now = _etag(local_path(uri).stat())
         if now != etag:

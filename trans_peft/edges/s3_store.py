@@ -15,34 +15,44 @@ import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
 
 from trans_peft.errors import IntegrityError, NotFoundError, StoreError
 from trans_peft.ports import StoredFile
 
 __all__ = ["S3Store"]
 
-_CONFIG = Config(
-    connect_timeout=5,
-    read_timeout=60,
-    retries={"mode": "standard", "total_max_attempts": 4},
-    user_agent_extra="trans-peft",
-)
 _TRANSFER = TransferConfig(multipart_threshold=16 << 20, multipart_chunksize=16 << 20)
 _MOST_BREAKS = 5  # of one stream, in mid-flow
+_MOST_CONNECTIONS = 32
 _MISSING = frozenset({"404", "NoSuchBucket", "NoSuchKey", "NotFound"})
-_CHANGED = frozenset({"412", "PreconditionFailed"})
+_CHANGED = frozenset({"412", "416", "InvalidRange", "PreconditionFailed"})
+_NOT_LET_IN = frozenset({
+    "401", "403", "AccessDenied", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException",
+    "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+})  # fmt: skip
 
 
 class S3Store:
-    """`ArtifactStore` in S3; reads in chunks of `chunk_bytes`. Safe to share between threads."""
+    """`ArtifactStore` in S3; reads in chunks of `chunk_bytes`. Safe to share between threads.
 
-    def __init__(self, *, chunk_bytes: int = 1 << 20) -> None:
+    A server that says nothing for `timeout_s` is asked again, four times in all.
+    """
+
+    def __init__(self, *, chunk_bytes: int = 1 << 20, timeout_s: float = 60) -> None:
         self._chunk_bytes = chunk_bytes
+        self._config = Config(
+            connect_timeout=min(5, timeout_s),
+            read_timeout=timeout_s,
+            retries={"mode": "standard", "total_max_attempts": 4},
+            max_pool_connections=_MOST_CONNECTIONS,
+            user_agent_extra="trans-peft",
+        )
 
     @cached_property
     def _client(self) -> Any:
-        return boto3.session.Session().client("s3", config=_CONFIG)
+        return boto3.session.Session().client("s3", config=self._config)
 
     def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
         """Return every object below the prefix, sorted by name; folder markers are no objects."""
@@ -61,27 +71,49 @@ class S3Store:
                     found.append(StoredFile(name, item["Size"], item["ETag"]))
         return tuple(sorted(found, key=lambda file: file.name))
 
-    def read(self, uri: str, *, etag: str | None = None) -> AbstractContextManager[Iterator[bytes]]:
-        """Stream one object in chunks. NotFoundError; IntegrityError if its ETag is another."""
-        return self._read(uri, etag)
+    def read(
+        self, uri: str, *, etag: str | None = None, start: int = 0, stop: int | None = None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """Stream the bytes [start, stop) of one object in chunks.
+
+        NotFoundError; IntegrityError if its ETag is another.
+        """
+        return self._read(uri, etag, start, stop)
 
     @contextmanager
-    def _read(self, uri: str, etag: str | None) -> Iterator[Iterator[bytes]]:
+    def _read(
+        self, uri: str, etag: str | None, start: int, stop: int | None
+    ) -> Iterator[Iterator[bytes]]:
         with _in_words(uri):
-            found = self._get(uri, **({"IfMatch": etag} if etag else {}))
-        chunks = self._chunks(uri, found["Body"], found["ETag"])
+            found = self._get(uri, etag, start, stop)
+        chunks = self._chunks(uri, found, start, stop)
         try:
             yield chunks
         finally:
             chunks.close()
 
-    def _get(self, uri: str, **conditions: str) -> Any:
+    def _get(self, uri: str, etag: str | None, start: int, stop: int | None) -> Any:
         bucket, key = _bucket_and_key(uri)
-        return self._client.get_object(Bucket=bucket, Key=key, **conditions)
+        request = {"IfMatch": etag} if etag else {}
+        if start or stop is not None:
+            request["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        found = self._client.get_object(Bucket=bucket, Key=key, **request)
+        if "Range" in request and not found.get("ContentRange", "").startswith(f"bytes {start}-"):
+            found["Body"].close()
+            raise StoreError(
+                f"S3 answers with other bytes of {uri} than those asked for",
+                expected=request["Range"],
+                found=found.get("ContentRange") or "the whole object",
+                do="look for a proxy in between that leaves out the Range header",
+            )
+        return found
 
-    def _chunks(self, uri: str, body: Any, etag: str) -> Generator[bytes, None, None]:
+    def _chunks(
+        self, uri: str, found: Any, start: int, stop: int | None
+    ) -> Generator[bytes, None, None]:
         """Read on where the connection broke off, but only from the same object."""
-        position, breaks = 0, 0
+        etag, body, position, breaks = found["ETag"], found["Body"], start, 0
+        end = start + found["ContentLength"]
         try:
             with _in_words(uri):
                 while True:
@@ -90,12 +122,14 @@ class S3Store:
                             position += len(chunk)
                             yield chunk
                         return
+                    except FlexibleChecksumError:  # what was given out already is not its content
+                        raise
                     except BotoCoreError:
                         breaks += 1
-                        if breaks > _MOST_BREAKS:
+                        if breaks > _MOST_BREAKS or position >= end:
                             raise
                         body.close()
-                        body = self._get(uri, IfMatch=etag, Range=f"bytes={position}-")["Body"]
+                        body = self._get(uri, etag, position, stop)["Body"]
         finally:
             body.close()
 
@@ -135,10 +169,15 @@ def _in_words(uri: str) -> Iterator[None]:
             raise NotFoundError(f"there is no {uri}", found=code) from error
         if code in _CHANGED:
             raise IntegrityError(f"{uri} changed", found="another ETag") from error
+        if code in _NOT_LET_IN:
+            raise StoreError(
+                f"S3 does not let us in to {uri}",
+                found=str(error),
+                do="check AWS_ENDPOINT_URL, the credentials (wrong or expired?), the bucket's "
+                "policy and this machine's clock",
+            ) from error
         raise StoreError(
-            f"S3 refuses {uri}",
-            found=str(error),
-            do="check AWS_ENDPOINT_URL, the credentials and the bucket's policy",
+            f"S3 failed at {uri}", found=str(error), do="try again; look at the server's log"
         ) from error
     except (BotoCoreError, Boto3Error) as error:
         raise StoreError(

@@ -27,9 +27,11 @@ class SchemeStore:
         """Return every file below the prefix, sorted by name."""
         return self._store(prefix_uri).list(prefix_uri)
 
-    def read(self, uri: str, *, etag: str | None = None) -> AbstractContextManager[Iterator[bytes]]:
-        """Stream one file in chunks. NotFoundError; IntegrityError if its ETag is another."""
-        return self._store(uri).read(uri, etag=etag)
+    def read(
+        self, uri: str, *, etag: str | None = None, start: int = 0, stop: int | None = None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """Stream the bytes [start, stop) of one file. NotFoundError; IntegrityError."""
+        return self._store(uri).read(uri, etag=etag, start=start, stop=stop)
 
     def write(self, uri: str, data: BinaryIO) -> None:
         """Write one file, whole or not at all."""

@@ -6,17 +6,20 @@ beside it, and that is what becomes the base version.
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from trans_peft.bases.convert import convert, converted_uri, needs_conversion
 from trans_peft.bases.publish import publish
-from trans_peft.bases.upload import verify
+from trans_peft.bases.upload import read_manifest, verify
+from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import BaseVersion, Manifest, Upload
 from trans_peft.domain.identity import content_sha256
-from trans_peft.errors import NotFoundError, UploadError
-from trans_peft.ports import Platform
+from trans_peft.errors import IntegrityError, NotFoundError, StoreError, UploadError
+from trans_peft.ports import Platform, StoredFile
 
 __all__ = ["ingest", "pending"]
 
@@ -25,17 +28,20 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
     """Verify an upload (every byte against its manifest), fingerprint it and make it ready.
 
     The same upload again returns the version that is there. Raises UploadError with every reason
-    for which it is refused: nothing is made ready then, and `pending` leaves it out from now on.
+    for which it is refused: nothing is made ready then, and `pending` leaves it out until a file of
+    it changes. IntegrityError if it changes while it is read: the next `pending` has it again.
     The version of an InternLM2 upload has another URI, that of its Llama form.
     """
     uri, source = upload.uri, "registered" if upload.registered else "upload"
+    memo = _memo(upload, platform)  # of what lies there now, whatever comes while it is read
     try:
         if needs_conversion(uri, platform.store):
             uri = _publish_converted(upload, platform)
             source += f", converted from {upload.uri}"
         verified = verify(uri, platform.store)
         family, version, parent = _claimed(upload, verified.manifest)
-        return platform.catalog.make_ready(
+        claimed_sha256 = verified.manifest.sha256 if verified.manifest else ""
+        ready = platform.catalog.make_ready(
             family,
             version,
             uri,
@@ -43,39 +49,59 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
             parent=parent,
             source=f"{source}, {verified.verified}",
             number=upload.registered.number if upload.registered else None,
+            manifest_sha256=claimed_sha256,
         )
     except (UploadError, NotFoundError) as refusal:
-        _remember(upload, refusal, platform)
+        _remember(memo, upload, str(refusal))
         raise
+    if ready.manifest_sha256 != claimed_sha256:
+        _remember(memo, upload, f"{ready} has the same content, from {ready.uri}")
+    return ready
 
 
 def pending(platform: Platform, *, root_uri: str = "") -> tuple[Upload, ...]:
     """Return what could become ready: complete uploads below `root_uri`, registered versions.
 
-    What was refused is left out until a file of it changes: reading it again, whole, would end the
-    same way.
+    An upload is left out while its manifest claims what a ready version was verified against. What
+    was refused is left out until a file of it changes: reading it again, whole, would end the same
+    way. One that cannot be asked for is in: `ingest` tells why.
     """
     versions = [
         base for family in platform.catalog.families() for base in platform.catalog.versions(family)
     ]
-    known = {base.uri.rstrip("/") for base in versions}
     root = root_uri.rstrip("/")
-    uploaded = [
-        Upload(f"{root}/{file.name}".removesuffix(f"/{Manifest.FILE_NAME}"))
+    manifests = {
+        child_uri(root, file.name).removesuffix(f"/{Manifest.FILE_NAME}"): file
         for file in (platform.store.list(root) if root else ())
         if f"/{file.name}".endswith(f"/{Manifest.FILE_NAME}")
-    ]
+    }
     registered = [Upload(base.uri, registered=base) for base in versions if not base.ready]
-    fresh = [
-        upload for upload in uploaded if known.isdisjoint((upload.uri, converted_uri(upload.uri)))
+    ours = {converted_uri(uri) for uri in (*manifests, *(item.uri for item in registered))}
+    uploaded = [
+        Upload(uri)
+        for uri, file in manifests.items()
+        if uri not in ours and not _is_settled(uri, file, versions, platform)
     ]
-    candidates = fresh + registered
-    ours = {converted_uri(item.uri) for item in candidates}  # their uploads bring them along
     return tuple(
         item
-        for item in candidates
-        if item.uri not in ours and not _refusal(item, platform).exists()
+        for item in (*uploaded, *registered)
+        if item.uri not in ours and not _is_remembered(item, platform)
     )
+
+
+def _is_settled(
+    uri: str, manifest: StoredFile, versions: Sequence[BaseVersion], platform: Platform
+) -> bool:
+    """Whether an upload is, or brought along, a version that the catalog knows."""
+    known = {base.uri.rstrip("/"): base for base in versions}
+    if converted_uri(uri) in known or (uri in known and not known[uri].manifest_sha256):
+        return True
+    try:
+        there = (replace(manifest, name=Manifest.FILE_NAME),)
+        claimed = read_manifest(uri, platform.store, there)
+    except (UploadError, IntegrityError, NotFoundError, StoreError):
+        return False
+    return claimed is not None and claimed.sha256 in {base.manifest_sha256 for base in versions}
 
 
 def _publish_converted(upload: Upload, platform: Platform) -> str:
@@ -119,13 +145,15 @@ def _claimed(upload: Upload, manifest: Manifest | None) -> tuple[str, str, str |
     return registered.family, manifest.version, registered.parent or manifest.parent
 
 
-def _remember(upload: Upload, refusal: Exception, platform: Platform) -> None:
-    path = _refusal(upload, platform)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"upload": str(upload), "uri": upload.uri, "why": str(refusal)}))
+def _is_remembered(upload: Upload, platform: Platform) -> bool:
+    try:
+        return _memo(upload, platform).exists()
+    except StoreError:
+        return False
 
 
-def _refusal(upload: Upload, platform: Platform) -> Path:
+def _memo(upload: Upload, platform: Platform) -> Path:
+    """Return where it is remembered that these very files need no further look."""
     try:
         files = [[file.name, file.etag] for file in platform.store.list(upload.uri)]
     except NotFoundError:  # a bucket that is not there
@@ -133,3 +161,8 @@ def _refusal(upload: Upload, platform: Platform) -> Path:
     number = upload.registered.number if upload.registered else None
     name = content_sha256([upload.uri, files, number])[:16]
     return platform.work_dir / "refused" / f"{name}.json"
+
+
+def _remember(memo: Path, upload: Upload, why: str) -> None:
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    memo.write_text(json.dumps({"upload": str(upload), "uri": upload.uri, "why": why}))

@@ -23,6 +23,7 @@ def base_folder(base: BaseVersion, platform: Platform) -> Path:
         platform.store,
         platform.work_dir / "bases",
         fingerprint=platform.catalog.fingerprint(base),
+        limit_bytes=platform.cache_bytes,
     )
 
 
