@@ -5,12 +5,13 @@ that turn evaluations into a verdict are in `trans_peft.validation.gate`.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import ClassVar, Literal
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
+from trans_peft.domain.remedies import Remedies
 from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
@@ -205,7 +206,9 @@ class GatePolicy:
     `alpha`: one-sided level of each bound. `required_suites`: those that must all pass; empty means
     every suite that the adapter was registered with. `must_beat_bare`: it must also do better than
     the bare new base. `sequential`: stop asking once the verdict is known; at the same `alpha`,
-    with less power (docs/verdicts.md).
+    with less power (docs/verdicts.md). `remedies`: what is tried where direct transfer does not
+    pass; all rungs share `alpha`. `must_match_fresh`: it must also lose no more than the margin
+    against an adapter freshly tuned on the new base. `label` is your own word for this policy.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -215,9 +218,17 @@ class GatePolicy:
     required_suites: tuple[str, ...] = ()
     must_beat_bare: bool = True
     sequential: bool = field(default=False, metadata=ADDED_LATER)
+    remedies: Remedies = field(default=Remedies(), metadata=ADDED_LATER)
+    must_match_fresh: bool = field(default=False, metadata=ADDED_LATER)
+    label: str = field(default="", metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
+        if self.sequential and self.must_match_fresh:
+            problems.append(
+                "sequential and must_match_fresh cannot be on at once: a fresh adapter is compared "
+                "on whole suites"
+            )
         if not 0 < self.margin_points < 100:
             problems.append(f"margin_points must lie in (0, 100), not {self.margin_points}")
         if not 0 < self.alpha < 0.5:
@@ -229,6 +240,11 @@ class GatePolicy:
     def sha256(self) -> str:
         """Hash of the policy; part of every verdict's key."""
         return content_sha256(self)
+
+    @property
+    def of_one_rung(self) -> "GatePolicy":
+        """The policy that judges each rung: its share of `alpha`, so that all together have it."""
+        return replace(self, alpha=self.alpha / len(self.remedies.rungs), remedies=Remedies())
 
     def requires(self, suites: Iterable[str]) -> tuple[str, ...]:
         """Return the required suites, each once, of an adapter that was registered with these."""
@@ -246,7 +262,9 @@ class SuiteJudgement:
 
     `difference` is the adapter on the new base minus the same adapter on the base it was trained
     on, `lower`/`upper` its one-sided bounds at the policy's alpha. `over_bare` compares the adapter
-    with the bare new base likewise. `discordant`: items on which the two bases differ. `power`: the
+    with the bare new base likewise; `fresh` is the score of an adapter tuned on the new base where
+    there is one, `over_fresh` the difference from it. `discordant`: items on which the two bases
+    differ. `power`: the
     chance of passing when nothing was lost, with as many discordant pairs as were seen.
     `more_items`: how many further items would decide, 0 where it is decided. `prefix`: set where
     the test was sequential; all figures are then those of the items asked, whose bounds hold
@@ -268,6 +286,10 @@ class SuiteJudgement:
     over_bare_upper: float | None = None
     more_items: int = 0
     prefix: Prefix | None = None
+    fresh: float | None = None
+    over_fresh: float | None = None
+    over_fresh_lower: float | None = None
+    over_fresh_upper: float | None = None
 
 
 @dataclass(frozen=True)

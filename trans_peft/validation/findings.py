@@ -23,12 +23,19 @@ __all__ = ["Finding", "find", "find_early"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What is shown about one suite. `items_wanted` is 0 where no more would help."""
+    """What is shown about one suite. `items_wanted` is 0 where no more would help.
+
+    `matches_fresh` and `behind_fresh` are both false where no freshly tuned adapter is there to
+    compare with.
+    """
 
     figures: SuiteJudgement
     lost_at_least: float
     kept: bool
     lost: bool
+    matches_fresh: bool = False
+    behind_fresh: bool = False
+    behind_at_least: float = 0.0
     beats_bare: bool = False
     bare_as_good: bool = False
     items_wanted: int = 0
@@ -40,12 +47,15 @@ def find(
     reference: Evaluation,
     candidate: Evaluation,
     bare: Evaluation | None,
+    fresh: Evaluation | None = None,
 ) -> Finding:
     """Return what the bounds say about one suite, all of whose items were answered."""
     alpha, margin = policy.alpha, policy.margin_points / 100
+    # Each suite has one way to ask for a re-tune, or two: the loss, and a better fresh adapter.
+    ways = required_count * (2 if policy.must_match_fresh and fresh is not None else 1)
     pairs = count_pairs(reference, candidate)
     lower = 100 * lower_bound(*pairs, alpha)
-    shared_upper = 100 * upper_bound(*pairs, alpha / required_count)
+    shared_upper = 100 * upper_bound(*pairs, alpha / ways)
     finding = Finding(
         figures=SuiteJudgement(
             suite=reference.suite,
@@ -63,7 +73,10 @@ def find(
         kept=lower > -policy.margin_points,
         lost=shared_upper < -policy.margin_points,
     )
-    finding = _with_wanted(finding, policy, pairs, alpha / required_count)
+    finding = _with_wanted(finding, policy, pairs, alpha / ways)
+    if fresh is not None:
+        over_fresh = count_pairs(fresh, candidate)
+        finding = _with_fresh(finding, policy, over_fresh, fresh.score, alpha / ways)
     if bare is None:
         return finding
     over = count_pairs(bare, candidate)
@@ -124,6 +137,31 @@ def _with_wanted(
     return replace(
         finding, items_wanted=items_to_decide(*pairs, -policy.margin_points / 100, level)
     )
+
+
+def _with_fresh(
+    finding: Finding, policy: GatePolicy, over: Pairs, fresh_score: float, shared_alpha: float
+) -> Finding:
+    lower = 100 * lower_bound(*over, policy.alpha)
+    shared_upper = 100 * upper_bound(*over, shared_alpha)
+    finding = replace(
+        finding,
+        matches_fresh=lower > -policy.margin_points,
+        behind_fresh=shared_upper < -policy.margin_points,
+        behind_at_least=-shared_upper,
+        figures=replace(
+            finding.figures,
+            fresh=fresh_score,
+            over_fresh=over.points,
+            over_fresh_lower=lower,
+            over_fresh_upper=100 * upper_bound(*over, policy.alpha),
+        ),
+    )
+    if finding.matches_fresh or finding.behind_fresh or not policy.must_match_fresh:
+        return finding
+    level = policy.alpha if over.points > -policy.margin_points else shared_alpha
+    wanted = items_to_decide(*over, -policy.margin_points / 100, level)
+    return replace(finding, items_wanted=max(finding.items_wanted, wanted))
 
 
 def _with_bare(

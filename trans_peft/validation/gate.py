@@ -10,6 +10,8 @@ Under a sequential policy the claims are shown by betting instead, on as many it
 Levels. Passing and retiring claim something of every required suite, so each bound stands at the
 policy's alpha without correction (an intersection-union test). Re-tuning claims something of at
 least one suite, so its bounds share alpha (Holm's first step). With one suite they are the same.
+A freshly tuned adapter, where there is one, is a second reference on the new base: reported beside,
+and asked for in a pass only if the policy says so.
 """
 
 from collections.abc import Mapping
@@ -38,28 +40,33 @@ def judge(
     reference: Mapping[str, Evaluation],
     candidate: Mapping[str, Evaluation],
     bare: Mapping[str, Evaluation],
+    fresh: Mapping[str, Evaluation] | None = None,
 ) -> Judgement:
     """Return the verdict on an adapter, its reason in words and the figures of every suite.
 
     Each mapping goes from a suite's name to a result: `reference` of the adapter on the base it was
-    trained on, `candidate` of the adapter on the new base, `bare` of the new base without it. The
-    last may lack a suite only if the policy does not ask the adapter to beat it. Suites that the
-    policy does not require are reported and decide nothing. Under a sequential policy the results
-    on the new base may be parts of a suite, or missing where nothing had to be asked.
-    InvalidSpecError, with all reasons, where results cannot be compared.
+    trained on, `candidate` of the adapter on the new base, `bare` of the new base without it (it
+    may lack a suite only if the policy does not ask the adapter to beat it), `fresh` of an adapter
+    that was tuned on the new base, where there is one. Suites that the policy does not require are
+    reported and decide nothing. Under a sequential policy the results on the new base may be parts
+    of a suite, or missing where nothing had to be asked. InvalidSpecError, with all reasons, where
+    results cannot be compared.
     """
+    fresh = fresh or {}
     required = policy.requires(reference)
     check_comparable(
         required,
         reference,
         candidate,
         bare,
+        fresh,
         bare_required=policy.must_beat_bare,
         partial=required if policy.sequential else (),
     )
 
     def found(name: str) -> Finding:
-        return find(policy, len(required), reference[name], candidate[name], bare.get(name))
+        sides = reference[name], candidate[name], bare.get(name), fresh.get(name)
+        return find(policy, len(required), *sides)
 
     if policy.sequential:
         gate = replay(policy, reference, candidate, bare)
@@ -79,9 +86,14 @@ def judge(
 
 
 def _verdict(policy: GatePolicy, deciding: list[Finding]) -> Verdict:
-    if all(f.kept and (f.beats_bare or not policy.must_beat_bare) for f in deciding):
+    if all(
+        f.kept
+        and (f.beats_bare or not policy.must_beat_bare)
+        and (f.matches_fresh or not policy.must_match_fresh)
+        for f in deciding
+    ):
         return Verdict.PASSED
-    if any(f.lost for f in deciding):
+    if any(f.lost or (policy.must_match_fresh and f.behind_fresh) for f in deciding):
         return Verdict.NEEDS_RETUNING
     if all(f.bare_as_good for f in deciding):
         return Verdict.RETIRE
@@ -105,6 +117,8 @@ def _reason(
         told = [_kept_words(policy, f.figures) for f in deciding]
     elif verdict is Verdict.NEEDS_RETUNING:
         told = [_lost_words(policy, f) for f in deciding if f.lost]
+        if policy.must_match_fresh:
+            told += [_behind_words(policy, f) for f in deciding if f.behind_fresh]
     elif verdict is Verdict.RETIRE:
         told = [_retire_words(policy, f.figures) for f in deciding]
     else:
@@ -115,6 +129,11 @@ def _reason(
             told.append(
                 "nothing was asked: so few items give no verdict much of a chance; about "
                 f"{wanted:,} would, where nothing was lost and {(b + c) / n:.0%} of pairs differ"
+            )
+        elif policy.must_match_fresh and any(f.figures.fresh is None for f in deciding):
+            told.append(
+                "the policy asks for a comparison with an adapter tuned on the new base, and there "
+                "is none: tune one, or judge by a policy that does not ask"
             )
         elif not any(f.items_wanted for f in deciding):
             told.append(
@@ -141,6 +160,8 @@ def _kept_words(policy: GatePolicy, s: SuiteJudgement) -> str:
     words = f"{_scores(s)}; {change} {abs(s.lower):.2f} points, margin {policy.margin_points:g}"
     if s.bare is not None and s.over_bare_lower is not None and s.over_bare_lower > 0:
         words += f"; at least {s.over_bare_lower:.2f} better than the bare new base ({s.bare:.1f})"
+    if s.fresh is not None:
+        words += f"; an adapter tuned on the new base has {s.fresh:.1f}"
     return words
 
 
@@ -148,6 +169,13 @@ def _lost_words(policy: GatePolicy, f: Finding) -> str:
     return (
         f"{_scores(f.figures)}; lost at least {f.lost_at_least:.2f} points, "
         f"margin {policy.margin_points:g}"
+    )
+
+
+def _behind_words(policy: GatePolicy, f: Finding) -> str:
+    return (
+        f"{_scores(f.figures)}; an adapter tuned on the new base has {f.figures.fresh:.1f}, at "
+        f"least {f.behind_at_least:.2f} points more, margin {policy.margin_points:g}"
     )
 
 
@@ -172,6 +200,11 @@ def _open_words(policy: GatePolicy, f: Finding) -> str:
         told.append(
             f"against the bare new base ({s.bare:.1f}) it lies between {s.over_bare_lower:+.2f} "
             f"and {s.over_bare_upper:+.2f}"
+        )
+    if policy.must_match_fresh and not f.matches_fresh and s.fresh is not None:
+        told.append(
+            f"against an adapter tuned on the new base ({s.fresh:.1f}) it lies between "
+            f"{s.over_fresh_lower:+.2f} and {s.over_fresh_upper:+.2f}"
         )
     if s.more_items:
         told.append(f"about {s.more_items:,} more items would decide")

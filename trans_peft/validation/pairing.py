@@ -7,7 +7,7 @@ from typing import NamedTuple
 from trans_peft.domain.evaluation import BARE, Evaluation
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["Pairs", "check_comparable", "count_pairs"]
+__all__ = ["Pairs", "check_comparable", "check_same_questions", "count_pairs"]
 
 _SHOWN = 5
 
@@ -37,11 +37,23 @@ def count_pairs(first: Evaluation, second: Evaluation) -> Pairs:
     return Pairs(len(changes), changes.count(-1), changes.count(1))
 
 
+def check_same_questions(first: Evaluation, second: Evaluation) -> None:
+    """Raise InvalidSpecError unless both asked the same items, decoded in the same way."""
+    sides = {"first": first, "second": second}
+    problems = _differences(sides) + _other_items(sides, None)
+    if problems:
+        raise InvalidSpecError(
+            f"two evaluations cannot be compared: {'; '.join(problems)}",
+            expected="the same items, decoded in the same way",
+        )
+
+
 def check_comparable(
     required: Sequence[str],
     reference: Mapping[str, Evaluation],
     candidate: Mapping[str, Evaluation],
     bare: Mapping[str, Evaluation],
+    fresh: Mapping[str, Evaluation] | None = None,
     *,
     bare_required: bool,
     partial: Collection[str] = (),
@@ -49,19 +61,23 @@ def check_comparable(
     """Raise InvalidSpecError, with all reasons, unless every suite can be compared in pairs.
 
     Comparable are the same questions (suite hash, item ids) marked by the same rule and decoded in
-    the same way. Bare results may be missing where they are not required. Of a `partial` suite, the
-    results on the new base may be missing or lack items.
+    the same way. Bare results may be missing where they are not required, those of a fresh adapter
+    anywhere. Of a `partial` suite, the results on the new base may be missing or lack items.
     """
+    fresh = fresh or {}
     problems = [] if required else ["there is no suite to judge by"]
-    for name in sorted({*required, *reference, *candidate, *bare}):
+    for name in sorted({*required, *reference, *candidate, *bare, *fresh}):
         sides = {
             "adapter on its old base": reference.get(name),
             "adapter on the new base": candidate.get(name),
             "bare new base": bare.get(name),
+            "fresh adapter": fresh.get(name),
         }
-        optional = set() if bare_required and name in required else {"bare new base"}
+        optional = {"fresh adapter"}
+        if not bare_required or name not in required:
+            optional.add("bare new base")
         if name in partial:
-            optional = {"adapter on the new base", "bare new base"}
+            optional |= {"adapter on the new base", "bare new base"}
         results = {side: result for side, result in sides.items() if result is not None}
         told = [f"no result: {side}" for side in sides if side not in {*results, *optional}]
         told += _differences(results)
@@ -71,6 +87,11 @@ def check_comparable(
                 told.append("adapter and bare base were run on different bases")
             if bare[name].weights_sha256 != BARE:
                 told.append("the result of the bare base was made with an adapter")
+        if name in candidate and name in fresh:
+            if candidate[name].base_fingerprint_sha256 != fresh[name].base_fingerprint_sha256:
+                told.append("adapter and fresh adapter were run on different bases")
+            if fresh[name].weights_sha256 == BARE:
+                told.append("the result of the fresh adapter was made without one")
         problems += [f"suite {name!r}: {problem}" for problem in told]
     if problems:
         raise InvalidSpecError(
