@@ -26,8 +26,8 @@ def refusal(name: str, *, code_is_left_out: bool = False) -> str | None:
 def _climbs(name: str) -> str | None:
     if len(name) > MAX_NAME_LENGTH:
         return f"{name[:40]!r}...: a name of {len(name)} characters"
-    if any(ord(character) < 32 or ord(character) == 127 for character in name):
-        return f"{name!r}: control characters in the name"
+    if not name.isprintable():
+        return f"{name!a}: control characters, or invisible ones, in the name"
     if "\\" in name or re.match("[A-Za-z]:", name):
         return f"{name!r}: no portable name"
     if any(part in ("", ".", "..") for part in name.split("/")):
