@@ -16,7 +16,7 @@ from trans_peft.cli import main
 from trans_peft.perturbation import layer_criticality
 
 COMMANDS = (
-    "train", "evaluate", "adopt", "check", "transfer",
+    "train", "evaluate", "adopt", "check", "transfer", "agreement",
     "fingerprint", "criticality", "drift", "convert", "publish",
 )  # fmt: skip
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}, "max_new_tokens": 2}
@@ -119,6 +119,10 @@ BAD_INPUT = {
     "the same base": (
         ["transfer", "mine", "--old", "v1", "--new", "v1", "--suite", "suite.json", "--out", "x"],
         "the two bases are the same",
+    ),
+    "prompts whose answers are not kept": (
+        ["agreement", "mine", "--old", "v1", "--new", "v2", "--prompts", "suite.yaml"],
+        "keep_answers",
     ),
     "one suite twice": ([*TRANSFER, "--suite", "suite.yaml", "--out", "x"], "suites share a name"),
 }
@@ -335,6 +339,24 @@ def test_an_incompatible_adapter_is_a_verdict_not_an_error(table, tmp_path):
     code, told = table.json(*arguments, "--out", tmp_path / "out")
     assert (code, told["judgement"]["verdict"]) == (1, "incompatible")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"outcome.json"}
+
+
+def test_agreement_reads_no_label(table, tmp_path):
+    kept = "name: open\ndata: {uri: %s}\nmax_new_tokens: 4\nkeep_answers: true\n"
+    (tmp_path / "prompts.yaml").write_text(kept % (table.folder / "rows.jsonl"))
+    arguments = ("agreement", "mine", "--old", "v1", "--prompts", tmp_path / "prompts.yaml")
+    code, same = table.json(*arguments, "--new", "v1")
+    assert code == 0
+    for who in ("adapter", "bare"):
+        assert (same[who]["prompts"], same[who]["equal"]) == (8, 8)
+        assert same[who]["kl"] < 1e-6
+    code, moved = table.json(*arguments, "--new", "v2")
+    assert code == 0
+    assert moved["adapter"]["kl"] > 0 < moved["bare"]["kl"]
+    assert moved["adapter"]["equal"] <= 8
+    code, out, err = table.run(*arguments, "--new", "v2")
+    assert (code, "evaluating" in err) == (0, False)  # the answers were kept
+    assert "equal answers" in out and "bare base" in out
 
 
 def test_train_writes_a_stock_folder_and_its_evaluation(table, tmp_path):

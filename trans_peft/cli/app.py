@@ -6,6 +6,7 @@ from importlib.metadata import version
 from cyclopts import App
 
 from trans_peft.cli.adapters import adopt, evaluate, train
+from trans_peft.cli.agreement import agreement
 from trans_peft.cli.bases import convert, fingerprint, publish
 from trans_peft.cli.layers import criticality, drift
 from trans_peft.cli.transfers import check, transfer
@@ -43,6 +44,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     adopt,
     check,
     transfer,
+    agreement,
     fingerprint,
     criticality,
     drift,

@@ -1,0 +1,263 @@
+"""`python -m study.label_free`: how much is known of an adapter's loss without a label?
+
+For every finished adapter of the study that was trained on v1, three things that need no label are
+measured on 64 prompts, and put beside the loss that the labels show on the other items of its task:
+agreement and KL (`trans_peft.validation.agreement`), and what is known before the adapter is put on
+the new base at all (`study.triage`). One line for each adapter and update goes into
+study/label_free.jsonl; what is there is not done again. One thread.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from study.cells import Prepared, prepare, say
+from study.label_free_report import PAGE, page_with
+from study.ledger import Ledger, Score
+from study.plan import TASKS, UPDATES, V1
+from study.triage import Activations, record_activations, risks
+from trans_peft.data import Example, parse_examples
+from trans_peft.domain.evaluation import BARE
+from trans_peft.domain.identity import content_sha256
+
+__all__ = ["PROMPTS", "Measured", "measured", "prompts_of"]
+
+PROMPTS = 64
+MEASURED = Path(__file__).with_name("label_free.jsonl")
+LEDGER = Path(__file__).with_name("scores.jsonl")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One adapter (`arm` "bare": the base's own shift) under one update, seen without labels.
+
+    `equal` of `prompts` answers are the same as on v1; `kl` is in nats a token. `risks`: what
+    `study.triage` predicts, by name.
+    """
+
+    key: str
+    task: str
+    arm: str
+    steps: int
+    seed: int
+    update: str
+    prompts: int
+    equal: int
+    kl: float
+    risks: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter of the study: its folder, and its scores by base."""
+
+    identity: str
+    folder: Path
+    scores: dict[str, Score]
+
+    @property
+    def first(self) -> Score:
+        """Its score on v1."""
+        return self.scores[V1]
+
+
+def main() -> None:
+    """Measure what is missing, then write the tables."""
+    parser = argparse.ArgumentParser(prog="python -m study.label_free", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".study"), help="what the study made")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    if not options.report:
+        import torch
+
+        torch.set_num_threads(1)
+        prepared = prepare(options.folder.resolve())
+        found = candidates(prepared, Ledger(LEDGER))
+        say(f"{len(found)} adapters")
+        measure(prepared, found)
+    page = page_with(PAGE.read_text(), tuple(Ledger(LEDGER)), measured(), _excluded(options.folder))
+    PAGE.write_text(page)
+    print(PAGE)
+
+
+def measured(path: Path = MEASURED) -> tuple[Measured, ...]:
+    """Return what was measured so far."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return tuple(Measured(**json.loads(line)) for line in lines)
+
+
+def prompts_of(examples: Sequence[Example]) -> list[int]:
+    """Return the positions of the items whose prompts are asked; the others are judged by."""
+    ranked = sorted(
+        range(len(examples)),
+        key=lambda i: hashlib.sha256(f"label-free {examples[i].id}".encode()).digest(),
+    )
+    return sorted(ranked[:PROMPTS])
+
+
+def candidates(prepared: Prepared, ledger: Ledger) -> list[Candidate]:
+    """Return every finished adapter that was trained on v1 and scored there and on an update."""
+    by_key = {score.key: score for score in ledger}
+    found = []
+    for folder in sorted((prepared.folder / "adapters").iterdir()):
+        if not (folder / "result.json").is_file():
+            continue
+        identity = (folder / "identity").read_text()
+        for task in TASKS:
+            keys = {base: prepared.key(identity, task, base) for base in (V1, *UPDATES)}
+            scores = {base: by_key[key] for base, key in keys.items() if key in by_key}
+            if V1 in scores and len(scores) > 1:
+                found.append(Candidate(identity, folder / "adapter", scores))
+    return found
+
+
+def measure(prepared: Prepared, found: Sequence[Candidate]) -> None:
+    """Append a line for each adapter and update that has none yet, base by base."""
+    known = {line.key for line in measured()}
+    wanted = [
+        (candidate, update)
+        for candidate in found
+        for update in UPDATES
+        if update in candidate.scores
+        and _key(prepared, candidate.identity, candidate.first.task, update) not in known
+    ]
+    if not wanted:
+        return
+    activations: dict[tuple[str, str], Activations] = {}
+    for base in (V1, *UPDATES):
+        for task in TASKS:
+            with _Asked(prepared, base, task, BARE, None) as bare:
+                activations[base, task] = record_activations(bare.model, bare.prompts)
+                if base != V1:
+                    key = _key(prepared, BARE, task, base)
+                    if key not in known:
+                        equal, kl = bare.compared(_on_v1(prepared, task, BARE, None))
+                        _append(Measured(key, task, BARE, 0, 0, base, PROMPTS, equal, kl, {}))
+                else:
+                    _on_v1(prepared, task, BARE, None, bare)
+        for candidate in {id(c): c for c, update in wanted if base in (V1, update)}.values():
+            task = candidate.first.task
+            with _Asked(prepared, base, task, candidate.identity, candidate.folder) as adapter:
+                if base == V1:
+                    _on_v1(prepared, task, candidate.identity, candidate.folder, adapter)
+                    continue
+                old = _on_v1(prepared, task, candidate.identity, candidate.folder)
+                equal, kl = adapter.compared(old)
+                score = candidate.first
+                line = Measured(
+                    _key(prepared, candidate.identity, task, base), score.task, score.arm,
+                    score.steps, score.seed, base, PROMPTS, equal, kl,
+                    risks(
+                        candidate.folder, prepared.base(V1), prepared.base(base),
+                        activations[V1, task], activations[base, task],
+                    ),
+                )  # fmt: skip
+                _append(line)
+                say(f"{score.task}, {score.arm} {score.steps}, {score.seed}, {base}: "
+                    f"{equal} of {PROMPTS}, KL {kl:.3f}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What was said on v1: token ids of each answer, and what else was expected beside them."""
+
+    answers: list[list[int]]
+    expected: Any
+
+
+class _Asked:
+    """One base, with an adapter or without, and the prompts it is asked."""
+
+    def __init__(
+        self, prepared: Prepared, base: str, task: str, identity: str, folder: Path | None
+    ) -> None:
+        from trans_peft.models import load_base
+        from trans_peft.transfer.transplant import attached
+
+        loaded = load_base(prepared.base(base), "float32")
+        rows = prepared.rows(task) / "eval.jsonl"
+        examples = parse_examples(rows.read_bytes(), rows.name)
+        self.tokenizer = loaded.tokenizer
+        self.prompts = [examples[i].prompt_ids(loaded.tokenizer) for i in prompts_of(examples)]
+        self._suite = prepared.suites[task]
+        self._lent = nullcontext(loaded.model) if folder is None else attached(loaded.model, folder)
+
+    def __enter__(self) -> "_Asked":
+        self.model: Any = self._lent.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._lent.__exit__(*error)
+
+    def said(self, drafts: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
+        """Return the token ids of the greedy answers."""
+        from trans_peft.validation.generation import generate
+
+        suite = self._suite
+        return generate(
+            self.model, self.tokenizer, self.prompts,
+            max_new_tokens=suite.max_new_tokens, stop=suite.stop, drafts=drafts,
+        ).ids  # fmt: skip
+
+    def compared(self, old: _Recorded) -> tuple[int, float]:
+        """Return how many answers are the same as the recorded ones, and the KL along those."""
+        from trans_peft.validation.agreement import mean_kl, next_tokens
+
+        new = self.said(drafts=old.answers)
+        equal = sum(a == b for a, b in zip(old.answers, new, strict=True))
+        pairs = list(zip(self.prompts, (a[:-1] for a in old.answers), strict=True))
+        return equal, mean_kl(old.expected, next_tokens(self.model, pairs, like=old.expected))
+
+
+def _on_v1(
+    prepared: Prepared, task: str, identity: str, folder: Path | None, asked: _Asked | None = None
+) -> _Recorded:
+    """Return what an adapter said on v1, recorded once (while `asked` has it on v1)."""
+    import torch
+
+    from trans_peft.validation.agreement import NextTokens, next_tokens
+
+    key = _key(prepared, identity, task, V1)
+    path = prepared.folder / "agreement" / f"{key[:24]}.pt"
+    if not path.exists():
+        if asked is None:
+            raise RuntimeError(f"nothing was recorded on {V1} under {path}")
+        answers = asked.said()
+        pairs = list(zip(asked.prompts, (answer[:-1] for answer in answers), strict=True))
+        expected = next_tokens(asked.model, pairs)
+        path.parent.mkdir(exist_ok=True)
+        draft = path.with_suffix(".part")
+        torch.save({"answers": answers, **vars(expected)}, draft)
+        draft.replace(path)
+    kept = torch.load(path, weights_only=True)
+    return _Recorded(kept.pop("answers"), NextTokens(**kept))
+
+
+def _key(prepared: Prepared, identity: str, task: str, base: str) -> str:
+    return content_sha256(["label-free", PROMPTS, prepared.key(identity, task, base)])
+
+
+def _append(line: Measured) -> None:
+    with MEASURED.open("a") as file:
+        file.write(json.dumps(asdict(line)) + "\n")
+
+
+def _excluded(folder: Path) -> dict[str, list[int]]:
+    """Return, by task, the positions of the items whose prompts were asked."""
+    kept = MEASURED.with_name("label_free_prompts.json")
+    if folder.is_dir() and (folder / "rows").is_dir():
+        positions = {}
+        for task in TASKS:
+            rows = folder / "rows" / task / "eval.jsonl"
+            positions[task] = prompts_of(parse_examples(rows.read_bytes(), rows.name))
+        kept.write_text(json.dumps(positions) + "\n")
+    return dict(json.loads(kept.read_text()))
+
+
+if __name__ == "__main__":
+    main()

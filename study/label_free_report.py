@@ -1,0 +1,189 @@
+"""The tables of docs/label-free.md: what is known of a loss without labels, and how well.
+
+Each predictor is a risk: the larger, the more should be lost. How it ranks the adapters of an
+update is Spearman's coefficient with the loss that the labels show on other items; the chance that
+it puts an adapter that passes below one that does not is the area under its curve (AUC). Intervals
+are the middle 95 % of draws that resample whole recipes (task, arm, steps): seeds of one recipe are
+too alike to count as independent adapters.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.stats import mannwhitneyu, spearmanr
+
+from study.ledger import Score
+from study.plan import UPDATES, V1
+from study.triage import NAMES
+from trans_peft.domain.evaluation import BARE
+from trans_peft.validation.intervals import lower_bound
+
+if TYPE_CHECKING:
+    from study.label_free import Measured
+
+__all__ = ["MARGINS", "PAGE", "Row", "area", "joined", "page_with", "rank_correlation"]
+
+PAGE = Path(__file__).parent.parent / "docs" / "label-free.md"
+MARGINS = (5.0, 10.0)
+"""Of the gate, in points: fixed before anything was measured."""
+
+_ALPHA, _DRAWS, _LEVEL = 0.05, 2_000, 0.95
+_BEGIN, _END = "<!-- begin {} -->", "<!-- end {} -->"
+_BOTH = "both"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter under one update: its risks by name, and what the labels say of its loss.
+
+    `passed` says, by margin, whether the gate's bound shows a smaller loss.
+    """
+
+    recipe: tuple[str, str, int]
+    update: str
+    risks: Mapping[str, float]
+    lost: float
+    passed: Mapping[float, bool]
+
+
+def joined(
+    measured: Sequence["Measured"],
+    scores: Sequence[Score],
+    excluded: Mapping[str, Sequence[int]],
+) -> list[Row]:
+    """Return the adapters that were measured; the loss leaves out the items that were asked."""
+    by_cell = {score.cell: score for score in scores}
+    rows = []
+    for line in measured:
+        if line.arm == BARE:
+            continue
+        who = (line.task, line.arm, line.steps, line.seed, V1)
+        old, new = (
+            _without(by_cell[*who, b].right, excluded[line.task]) for b in (V1, line.update)
+        )
+        lost_items = sum(a == "1" and b == "0" for a, b in zip(old, new, strict=True))
+        gained = sum(a == "0" and b == "1" for a, b in zip(old, new, strict=True))
+        bound = 100 * lower_bound(len(old), lost_items, gained, _ALPHA)
+        rows.append(
+            Row(
+                recipe=(line.task, line.arm, line.steps),
+                update=line.update,
+                risks={"disagreement": 1 - line.equal / line.prompts, "KL": line.kl, **line.risks},
+                lost=100 * (lost_items - gained) / len(old),
+                passed={margin: bound > -margin for margin in MARGINS},
+            )
+        )
+    return rows
+
+
+def rank_correlation(rows: Sequence[Row], risk: str) -> float:
+    """Return Spearman's coefficient of a risk with the loss; NaN where either is constant."""
+    values, lost = [row.risks[risk] for row in rows], [row.lost for row in rows]
+    if len(set(values)) < 2 or len(set(lost)) < 2:
+        return float("nan")
+    return float(spearmanr(values, lost).statistic)
+
+
+def area(rows: Sequence[Row], risk: str, margin: float) -> float:
+    """Return the chance that an adapter that fails has the larger risk; NaN without both kinds."""
+    kinds: dict[bool, list[float]] = {True: [], False: []}
+    for row in rows:
+        kinds[row.passed[margin]].append(row.risks[risk])
+    if not kinds[True] or not kinds[False]:
+        return float("nan")
+    u = mannwhitneyu(kinds[False], kinds[True]).statistic
+    return float(u) / (len(kinds[True]) * len(kinds[False]))
+
+
+def page_with(
+    page: str,
+    scores: Sequence[Score],
+    measured: Sequence["Measured"],
+    excluded: Mapping[str, Sequence[int]],
+) -> str:
+    """Return the page with its blocks made anew."""
+    rows = joined(measured, scores, excluded)
+    blocks = {
+        "shifts": _shifts(measured, rows),
+        "label-free": _predictors(rows, ("disagreement", "KL")),
+        "triage": _predictors(rows, NAMES),
+    }
+    for name, block in blocks.items():
+        head, _, rest = page.partition(_BEGIN.format(name))
+        _, _, tail = rest.partition(_END.format(name))
+        page = f"{head}{_BEGIN.format(name)}\n{block}\n{_END.format(name)}{tail}"
+    return page
+
+
+def _shifts(measured: Sequence["Measured"], rows: Sequence[Row]) -> str:
+    lines = [
+        "| update | task | bare base: equal answers, KL | adapters | equal answers | KL | "
+        "points lost |",
+        "|---|---|---|---:|---|---|---|",
+    ]
+    for update in UPDATES:
+        for bare in measured:
+            if bare.arm != BARE or bare.update != update:
+                continue
+            here = [r for r in rows if r.update == update and r.recipe[0] == bare.task]
+            if here:
+                lines.append(
+                    f"| `{update}` | {bare.task} | {100 * bare.equal / bare.prompts:.0f} %, "
+                    f"{bare.kl:.2f} | {len(here)} | "
+                    f"{_range([100 * (1 - r.risks['disagreement']) for r in here], '.0f')} % | "
+                    f"{_range([r.risks['KL'] for r in here], '.2f')} | "
+                    f"{_range([r.lost for r in here], '.1f')} |"
+                )
+    return "\n".join(lines)
+
+
+def _predictors(rows: Sequence[Row], risks: Sequence[str]) -> str:
+    heads = [f"AUC for passing, margin {margin:g} (passed)" for margin in MARGINS]
+    lines = [
+        f"| update | adapters | predictor | rank correlation with the loss | {' | '.join(heads)} |",
+        "|---|---:|---|---:|" + "---:|" * len(MARGINS),
+    ]
+    for update in (*UPDATES, _BOTH):
+        here = [row for row in rows if update in (_BOTH, row.update)]
+        for risk in risks:
+            cells = [_with_interval(here, lambda drawn, r=risk: rank_correlation(drawn, r))]
+            for margin in MARGINS:
+                passed = sum(row.passed[margin] for row in here)
+                found = _with_interval(here, lambda drawn, r=risk, m=margin: area(drawn, r, m))
+                cells.append(f"{found} ({passed} of {len(here)})")
+            name = f"`{update}`" if update != _BOTH else "both"
+            lines.append(f"| {name} | {len(here)} | {risk} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_interval(rows: Sequence[Row], statistic: Callable[[Sequence[Row]], float]) -> str:
+    """Return a statistic with its interval over resampled recipes, or a dash where it is none."""
+    value = statistic(rows)
+    if np.isnan(value):
+        return "-"
+    recipes = sorted({row.recipe for row in rows})
+    of_recipe = {recipe: [row for row in rows if row.recipe == recipe] for recipe in recipes}
+    generator = np.random.default_rng(0)
+    values = [
+        statistic([row for i in drawn for row in of_recipe[recipes[i]]])
+        for drawn in generator.integers(len(recipes), size=(_DRAWS, len(recipes)))
+    ]
+    tail = (1 - _LEVEL) / 2
+    low, high = np.nanquantile(values, [tail, 1 - tail])
+    return (
+        f"{value:+.2f} ({low:+.2f}, {high:+.2f})"
+        if value < 0 or low < 0
+        else (f"{value:.2f} ({low:.2f}, {high:.2f})")
+    )
+
+
+def _without(right: str, positions: Sequence[int]) -> str:
+    left_out = set(positions)
+    return "".join(mark for i, mark in enumerate(right) if i not in left_out)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    return f"{min(values):{form}} to {max(values):{form}}"
