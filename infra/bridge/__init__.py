@@ -1,0 +1,17 @@
+"""The bridge: hints from MLflow and S3 become one call, "start the idempotent reconcile run".
+
+A hint may be lost, doubled or late: reconcile reads the registry, never what a hint says. So the
+bridge keeps nothing. It answers 2xx once the run exists, 5xx while that cannot be said (the sender
+tries again), 4xx for what can never be right. `python -m infra.bridge serve`; docs/triggers.md.
+
+    hints.py      every shape of payload: a hint, nothing, or never right
+    senders.py    who may send: MLflow's signature, bearer tokens
+    app.py        the ASGI application: bodies with a bound, answers
+    desk.py       one hint, one answer; hints that wait together share a call
+    registry.py   what a name in a hint is, asked of MLflow
+    starter.py    the run in Prefect
+    queue.py      the other entrance: SQS
+    metrics.py    counts and lags for Prometheus
+    logs.py       one JSON object a line
+    settings.py   the environment
+"""

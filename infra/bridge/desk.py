@@ -1,0 +1,156 @@
+"""One hint, one answer: what it is about is looked up, then a run started or a waiting one found.
+
+Hints that wait together share a call: while one call for a key is at work, whoever comes waits for
+the next, which begins after all of them arrived and therefore sees what they are about. A burst of
+a thousand hints for one family is a few calls. Two bridges at once start at most a run each.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, Protocol, TypeVar
+
+from infra.bridge.hints import Hint, Kind
+
+__all__ = ["Answer", "Desk", "Outcome", "Registry", "Run", "Shared", "Starter", "UnavailableError"]
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Value = TypeVar("_Value")
+
+
+class UnavailableError(Exception):
+    """What has to be asked does not answer now: the sender should try again."""
+
+
+class Outcome(StrEnum):
+    """What became of a hint."""
+
+    STARTED = "started"  # a run was made for it
+    WAITING = "waiting"  # a run that has not started yet will see what it is about
+    NOTHING = "nothing"
+    NEVER = "never"
+    REFUSED = "refused"  # the sender, or the way it was sent
+    UNAVAILABLE = "unavailable"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A reconcile run that exists: made for this hint, or found waiting.
+
+    `begun`: it was made for an earlier attempt of this very delivery, and reads the registry or has
+    read it. That answers the delivery again, and nobody else.
+    """
+
+    id: str
+    made: bool
+    begun: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the sender is told. `run_id` is empty where nothing had to run."""
+
+    outcome: Outcome
+    run_id: str = ""
+
+
+class Registry(Protocol):
+    """Who knows the registered models."""
+
+    def family(self, hint: Hint) -> str | None:
+        """Return the base family that the hint is about; None if it means nothing.
+
+        UnavailableError. Blocking: it is called in a thread.
+        """
+
+
+class Starter(Protocol):
+    """Who starts reconcile."""
+
+    async def start(self, family: str | None, delivery_id: str) -> Run:
+        """Return a run for the family (None: all) that has read nothing yet. UnavailableError."""
+
+    async def reachable(self) -> bool:
+        """Whether a run could be started now."""
+
+
+class Shared(Generic[_Key, _Value]):
+    """Calls by key, one at a time for each; who comes meanwhile shares the next one."""
+
+    def __init__(self) -> None:
+        self._next: dict[_Key, asyncio.Task[_Value]] = {}
+        self._last: dict[_Key, asyncio.Task[_Value]] = {}
+
+    async def call(
+        self, key: _Key, function: Callable[[], Awaitable[_Value]]
+    ) -> tuple[_Value, bool]:
+        """Return what the call gave, and whether `function` was the one that was called.
+
+        Who stops waiting stops nobody else.
+        """
+        first = key not in self._next
+        if first:
+            before = self._last.get(key)
+            task = asyncio.create_task(self._run(key, before, function))
+            self._next[key] = self._last[key] = task
+        return await asyncio.shield(self._next[key]), first
+
+    async def _run(
+        self,
+        key: _Key,
+        before: "asyncio.Task[_Value] | None",
+        function: Callable[[], Awaitable[_Value]],
+    ) -> _Value:
+        if before is not None:
+            await asyncio.wait([before])
+        task = self._next.pop(key)
+        try:
+            return await function()
+        finally:
+            if self._last.get(key) is task:
+                del self._last[key]
+
+
+class Desk:
+    """Answers hints. `patience_s`: how long a sender waits before it is told to try again."""
+
+    def __init__(self, registry: Registry, starter: Starter, *, patience_s: float = 20.0) -> None:
+        self._registry = registry
+        self._starter = starter
+        self._patience_s = patience_s
+        self._families: Shared[tuple[Kind, str, str], str | None] = Shared()
+        self._runs: Shared[str | None, Run] = Shared()
+
+    async def answer(self, hint: Hint) -> Answer:
+        """Return once the run that the hint asks for exists. UnavailableError."""
+        try:
+            async with asyncio.timeout(self._patience_s):
+                return await self._answer(hint)
+        except TimeoutError as error:
+            raise UnavailableError(f"no answer within {self._patience_s:g} s") from error
+
+    async def reachable(self) -> bool:
+        """Whether hints would be answered now."""
+        try:
+            async with asyncio.timeout(self._patience_s):
+                return await self._starter.reachable()
+        except (TimeoutError, UnavailableError):
+            return False
+
+    async def _answer(self, hint: Hint) -> Answer:
+        family = None  # an upload's manifest is read by ingestion, which names its family
+        if hint.kind not in (Kind.UPLOAD, Kind.START_UP):
+            about = (hint.kind, hint.name, hint.alias)
+            family, _ = await self._families.call(
+                about, lambda: asyncio.to_thread(self._registry.family, hint)
+            )
+            if family is None:
+                return Answer(Outcome.NOTHING)
+        while True:
+            run, called = await self._runs.call(
+                family, lambda: self._starter.start(family, hint.delivery_id)
+            )
+            if called or not run.begun:
+                outcome = Outcome.STARTED if called and run.made else Outcome.WAITING
+                return Answer(outcome, run.id)

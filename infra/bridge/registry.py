@@ -1,0 +1,41 @@
+"""What a name in a hint is, asked of MLflow: a payload tells what was clicked, not what it means.
+
+An alias on an adapter is set by reconcile, by verdict, or by a person, against it, and the two
+webhooks are the same. `MlflowRegistry` remembers what reconcile set; anything else is a person's.
+"""
+
+from infra.bridge.desk import UnavailableError
+from infra.bridge.hints import Hint, Kind
+from trans_peft.edges.mlflow_client import Tracking, own_tags
+from trans_peft.edges.mlflow_registry import MlflowRegistry
+from trans_peft.errors import NotFoundError, TransPeftError
+
+__all__ = ["MlflowNames"]
+
+
+class MlflowNames:
+    """The registered models of one MLflow server."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._tracking = Tracking(tracking_uri)
+        self._adapters = MlflowRegistry(tracking_uri)
+
+    def family(self, hint: Hint) -> str | None:
+        """Return the family that the hint is about; None if it means nothing. UnavailableError."""
+        try:
+            tags = own_tags(self._tracking.client.get_registered_model(hint.name).tags)
+            match tags.get("kind"):
+                case "base" if hint.kind is not Kind.APPROVAL:
+                    return hint.name
+                case "adapter" if hint.kind is Kind.ASKED or self._is_a_persons(hint):
+                    return tags.get("family")
+            return None
+        except NotFoundError:  # deleted meanwhile
+            return None
+        except TransPeftError as error:
+            raise UnavailableError(f"MLflow: {type(error).__name__}") from error
+
+    def _is_a_persons(self, hint: Hint) -> bool:
+        if hint.kind is not Kind.APPROVAL:
+            return False
+        return not self._adapters.owns_alias(hint.name, hint.alias)

@@ -1,0 +1,72 @@
+"""The bridge as a process: the application under uvicorn, the queue, and one run on start-up."""
+
+import asyncio
+import uuid
+from collections.abc import Coroutine
+from typing import Any
+
+import uvicorn
+from prefect.client.orchestration import get_client
+
+from infra.bridge.app import Clerk, create_app
+from infra.bridge.desk import Desk, Outcome
+from infra.bridge.hints import Hint, Kind
+from infra.bridge.logs import log_to
+from infra.bridge.metrics import Metrics
+from infra.bridge.queue import SqsQueue, consume
+from infra.bridge.registry import MlflowNames
+from infra.bridge.settings import BridgeSettings
+from infra.bridge.starter import PrefectStarter
+
+__all__ = ["serve", "start_up"]
+
+_CONNECTIONS = 1024
+"""More at once are answered 503. With the longest body each, they hold 256 MiB."""
+
+
+async def serve(settings: BridgeSettings) -> None:
+    """Answer hints until the process is told to end."""
+    log_to()
+    async with get_client() as prefect:
+        desk = Desk(MlflowNames(settings.tracking_uri), PrefectStarter(prefect))
+        clerk = Clerk(desk, Metrics())
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(settings, clerk),
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,  # every hint is logged, with its delivery id
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=_CONNECTIONS,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        beside: list[Coroutine[Any, Any, None]] = [start_up(clerk)]
+        if settings.queue_url:
+            queue = SqsQueue(settings.queue_url)
+            beside.append(consume(queue, clerk, root_uri=settings.bases_uri))
+        await _until_ended(server, beside)
+
+
+async def start_up(clerk: Clerk, *, pause_s: float = 2.0) -> None:
+    """Start one reconcile of every family: hints may have come while nobody listened."""
+    hint = Hint(Kind.START_UP, "", f"start-up-{uuid.uuid4()}")
+    while True:
+        answer = await clerk.take("bridge", hint, hint.delivery_id)
+        if answer.outcome is not Outcome.UNAVAILABLE:
+            return
+        await asyncio.sleep(pause_s)
+
+
+async def _until_ended(server: uvicorn.Server, beside: list[Coroutine[Any, Any, None]]) -> None:
+    """Run the server; what runs beside it ends with it, and it ends if that fails."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in beside]
+            await server.serve()
+            for task in tasks:
+                task.cancel()
+    except* SystemExit as ended:  # uvicorn: the port is taken
+        raise ended.exceptions[0] from None

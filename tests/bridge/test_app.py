@@ -1,0 +1,280 @@
+"""The bridge as its senders meet it: a real server on a socket, MLflow and Prefect in memory."""
+
+import io
+import json
+import logging
+import socket
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+import uvicorn
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from infra.bridge import app
+from infra.bridge.app import MAX_BODY_BYTES, Clerk, create_app
+from infra.bridge.desk import Desk
+from infra.bridge.logs import LOG, JsonLines
+from infra.bridge.metrics import Metrics
+from infra.bridge.senders import sign
+from infra.bridge.settings import BridgeSettings
+from tests.bridge.fakes import FakePrefect, FakeRegistry
+
+SECRETS = ("a-secret-of-mlflow-000000", "the-former-secret-1111111")
+TOKENS = ("a-token-of-the-s3-server-22", "the-former-token-33333333333")
+CHAMPION = {"name": "smol", "alias": "champion", "version": "1"}
+
+
+class Bridge:
+    def __init__(self, settings=None):
+        self.registry, self.prefect = FakeRegistry({"smol": "smol"}), FakePrefect()
+        self.clerk = Clerk(Desk(self.registry, self.prefect, patience_s=2), Metrics())
+        chosen = settings or BridgeSettings(
+            tracking_uri="http://m", mlflow_secrets=SECRETS, s3_tokens=TOKENS
+        )
+        config = uvicorn.Config(create_app(chosen, self.clerk), port=0, log_config=None)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run)
+
+    def __enter__(self):
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        fresh = httpx.Limits(max_keepalive_connections=0)
+        url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=url, timeout=30, limits=fresh)
+        return self
+
+    def __exit__(self, *_):
+        self.http.close()
+        self._server.should_exit = True
+        self._thread.join()
+
+    def mlflow(self, body, *, secret=SECRETS[0], at=None, delivery_id="d-1", **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        timestamp = str(int(at or time.time()))
+        signed = {
+            "Content-Type": "application/json",
+            "X-MLflow-Delivery-Id": delivery_id,
+            "X-MLflow-Timestamp": timestamp,
+            "X-MLflow-Signature": sign(secret, delivery_id, timestamp, body),
+        }
+        return self.http.post("/hints/mlflow", content=body, headers={**signed, **headers})
+
+    def s3(self, body, token=TOKENS[0]):
+        headers = {"Authorization": f"Bearer {token}"}
+        return self.http.post("/hints/s3", json=body, headers=headers)
+
+
+@pytest.fixture(scope="module")
+def running():
+    with Bridge() as bridge:
+        yield bridge
+
+
+@pytest.fixture
+def bridge(running):
+    running.prefect.__init__()
+    running.registry.__init__({"smol": "smol"})
+    return running
+
+
+def champion(**more):
+    data = {**CHAMPION, **more}
+    return {"entity": "model_version_alias", "action": "created", "data": data}
+
+
+def uploaded(key="smol/v1/trans_peft_manifest.json"):
+    stored = {"bucket": {"name": "bases"}, "object": {"key": key}}
+    return {"Records": [{"eventName": "s3:ObjectCreated:Put", "s3": stored}]}
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_signed_hint_is_answered_once_its_run_exists(bridge, secret):
+    answer = bridge.mlflow(champion(), secret=secret)
+    assert (answer.status_code, answer.json()) == (200, {"outcome": "started", "run": "run-1"})
+    assert bridge.prefect.asked == [("smol", "d-1")]
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_an_upload_is_answered_once_its_run_exists(bridge, token):
+    assert bridge.s3(uploaded(), token).json() == {"outcome": "started", "run": "run-1"}
+    ((family, delivery_id),) = bridge.prefect.asked
+    assert family is None
+    bridge.s3(uploaded(), token)
+    assert bridge.prefect.asked[1] == (None, delivery_id)  # a retry has the id of the first attempt
+
+
+def test_a_replay_finds_the_run_of_the_first(bridge):
+    bridge.prefect.waiting = _Forgetful()
+    first, again = bridge.mlflow(champion()), bridge.mlflow(champion())
+    assert first.json()["run"] == again.json()["run"]
+
+
+class _Forgetful(dict):
+    """No run waits: each has begun."""
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def test_our_own_writes_start_nothing(bridge):
+    tag = {"name": "smol", "version": "1", "key": "trans_peft.verdict", "value": "passed"}
+    for hint in (
+        champion(alias="serving"),
+        {"entity": "model_version_tag", "action": "set", "data": tag},
+    ):
+        assert bridge.mlflow(hint).json() == {"outcome": "nothing", "run": ""}
+    assert bridge.s3(uploaded("smol/v1/model.safetensors")).json()["outcome"] == "nothing"
+    assert bridge.prefect.asked == []
+
+
+@pytest.mark.parametrize("ill", ["prefect", "registry"])
+def test_a_sender_is_told_to_try_again_while_somebody_is_away(bridge, ill):
+    getattr(bridge, ill).broken = True
+    answer = bridge.mlflow(champion())
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "15")
+    getattr(bridge, ill).broken = False
+    assert bridge.mlflow(champion()).status_code == 200
+
+
+def test_a_bug_is_the_sender_s_reason_to_try_again(bridge, monkeypatch):
+    monkeypatch.setattr(bridge.prefect, "asked", None)
+    assert bridge.mlflow(champion()).status_code == 500
+
+
+@pytest.mark.parametrize(
+    ("status", "send"),
+    [
+        (401, lambda b: b.mlflow(champion(), secret="wrong")),
+        (401, lambda b: b.mlflow(champion(), at=time.time() - 301)),
+        (401, lambda b: b.mlflow(champion(), at=time.time() + 310)),
+        (401, lambda b: b.mlflow(champion(), delivery_id="{{ flow.id }}")),
+        (401, lambda b: b.http.post("/hints/mlflow", json=champion())),
+        (401, lambda b: b.s3(uploaded(), "wrong")),
+        (401, lambda b: b.http.post("/hints/s3", json=uploaded())),
+        (401, lambda b: b.http.post(f"/hints/s3?token={TOKENS[0]}", json=uploaded())),
+        (415, lambda b: b.mlflow(champion(), **{"Content-Type": "text/xml"})),
+        (415, lambda b: b.mlflow(champion(), **{"Content-Type": ""})),
+        (413, lambda b: b.mlflow(b"x" * (MAX_BODY_BYTES["mlflow"] + 1))),
+        (405, lambda b: b.http.get("/hints/mlflow")),
+        (405, lambda b: b.http.put("/hints/s3", json=uploaded())),
+        (404, lambda b: b.http.post("/hints", json={})),
+        (404, lambda b: b.http.post("/hints/../../etc/passwd", json={})),
+        (400, lambda b: b.mlflow(b"{")),
+        (400, lambda b: b.mlflow({})),
+        (400, lambda b: b.mlflow(champion(name="../../etc/passwd"))),
+        (400, lambda b: b.mlflow(champion(name="x'; DROP TABLE flow_run; --"))),
+        (400, lambda b: b.mlflow(champion(name="\ud800"))),
+        (400, lambda b: b.s3(uploaded("../../trans_peft_manifest.json"))),
+        (400, lambda b: b.s3({"Records": [{}]})),
+        (200, lambda b: b.mlflow(champion(name="{{ flow_run.id }} ${HOME} %s 模型"))),
+    ],
+)
+def test_bad_senders_get_the_right_answer_and_start_nothing(bridge, status, send):
+    assert send(bridge).status_code == status
+    assert bridge.prefect.asked == []
+    assert bridge.http.get("/health").status_code == 200
+
+
+@examples(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200), st.text(max_size=20))
+def test_whatever_a_signed_sender_says_is_answered(bridge, body, name):
+    assert bridge.mlflow(body).status_code in (200, 400)
+    assert bridge.mlflow(champion(name=name)).status_code in (200, 400)
+
+
+def test_an_entrance_without_a_secret_is_closed():
+    with Bridge(BridgeSettings()) as closed:
+        assert closed.mlflow(champion()).status_code == 404
+        assert closed.s3(uploaded()).status_code == 404
+
+
+def raw(bridge, head, pieces, pause_s=0.0):
+    """Send a request in pieces and return the status line; the server may hang up first."""
+    with socket.create_connection(("127.0.0.1", bridge.port), timeout=30) as connection:
+        connection.sendall(head)
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause_s)
+        except OSError:
+            pass
+        try:
+            return connection.recv(200).split(b"\r\n")[0]
+        except OSError:
+            return b"hung up"
+
+
+HEAD = b"POST /hints/mlflow HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 104857600", b"Transfer-Encoding: chunked"])
+def test_a_body_of_100_mb_is_refused_while_memory_stays_flat(bridge, length):
+    chunk = b"x" * 65536
+    piece = chunk if b"Length" in length else b"10000\r\n" + chunk + b"\r\n"
+    me = psutil.Process()
+    before, began = me.memory_info().rss, time.monotonic()
+    for _ in range(5):
+        answer = raw(bridge, HEAD + length + b"\r\n\r\n", [piece] * 1600)
+        assert b"413" in answer or answer == b"hung up"
+    assert me.memory_info().rss - before < 16 << 20
+    assert time.monotonic() - began < 20
+    assert bridge.http.get("/health").status_code == 200
+
+
+def test_a_slow_body_ends_at_its_deadline(bridge, monkeypatch):
+    monkeypatch.setattr(app, "BODY_DEADLINE_S", 0.3)
+    began = time.monotonic()
+    answer = raw(bridge, HEAD + b"Content-Length: 100\r\n\r\n", [b"{"] * 6, pause_s=0.1)
+    assert b"408" in answer
+    assert time.monotonic() - began < 5
+
+
+def test_health_ready_and_metrics(bridge):
+    assert bridge.http.get("/ready").json() == {"prefect": True}
+    bridge.prefect.broken = True
+    assert bridge.http.get("/ready").status_code == 503
+    assert bridge.http.get("/health").json() == {"alive": True}
+    bridge.prefect.broken = False
+    bridge.mlflow({**champion(), "timestamp": "2026-01-01T00:00:00+00:00"})
+    told = bridge.http.get("/metrics").text
+    assert 'trans_peft_hints_total{kind="champion",outcome="started",sender="mlflow"}' in told
+    assert 'trans_peft_hint_lag_seconds_bucket{kind="champion",le="3600.0"}' in told
+
+
+def test_one_id_leads_from_the_hint_to_its_run_and_no_secret_is_logged(bridge):
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines())
+    root = logging.getLogger()
+    before = [(logger, logger.level) for logger in (root, LOG)]
+    root.addHandler(handler)
+    try:
+        for logger, _ in before:
+            logger.setLevel(logging.DEBUG)
+        bridge.mlflow(champion(), delivery_id="d-77")
+        bridge.mlflow(champion(), secret="wrong-" + SECRETS[0])
+        bridge.s3(uploaded())
+        bridge.s3(uploaded(), "wrong-" + TOKENS[0])
+        bridge.http.post(f"/hints/s3?token={TOKENS[0]}", json=uploaded())
+        bridge.prefect.asked = None  # a bug, with its traceback
+        bridge.mlflow(champion())
+    finally:
+        root.removeHandler(handler)
+        for logger, level in before:
+            logger.setLevel(level)
+    ours = [line for line in stream.getvalue().splitlines() if '"trans_peft.bridge"' in line]
+    (hint,) = [found for line in ours if (found := json.loads(line)).get("delivery") == "d-77"]
+    assert (hint["outcome"], hint["run"], hint["about"]) == ("started", "run-1", "smol")
+    lines = stream.getvalue().splitlines()  # the client's own, in this process, left out
+    logged = "\n".join(line for line in lines if '"logger": "http' not in line)
+    assert "Traceback" in logged
+    for secret in (*SECRETS, *TOKENS):
+        assert secret not in logged
+    assert not any(secret in repr(BridgeSettings(s3_tokens=TOKENS)) for secret in TOKENS)

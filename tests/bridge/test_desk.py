@@ -1,0 +1,133 @@
+import asyncio
+
+import pytest
+
+from infra.bridge.desk import Answer, Desk, Outcome, Run, Shared, UnavailableError
+from infra.bridge.hints import Hint, Kind
+from tests.bridge.fakes import FakePrefect, FakeRegistry
+
+
+def champion(name, delivery_id):
+    return Hint(Kind.CHAMPION, name, delivery_id, "champion")
+
+
+def answers(desk, hints):
+    async def ask():
+        return await asyncio.gather(*(desk.answer(hint) for hint in hints))
+
+    return asyncio.run(ask())
+
+
+def test_a_hint_starts_one_run_of_its_family_under_its_delivery_id():
+    prefect = FakePrefect()
+    desk = Desk(FakeRegistry({"smol": "smol"}), prefect)
+    assert answers(desk, [champion("smol", "d1")]) == [Answer(Outcome.STARTED, "run-1")]
+    assert prefect.asked == [("smol", "d1")]
+
+
+def test_a_name_that_is_no_base_and_no_adapter_starts_nothing():
+    prefect = FakePrefect()
+    desk = Desk(FakeRegistry({}), prefect)
+    assert answers(desk, [champion("theirs", "d1")]) == [Answer(Outcome.NOTHING)]
+    assert prefect.asked == []
+
+
+def test_an_adapter_s_hint_is_for_its_family():
+    prefect = FakePrefect()
+    desk = Desk(FakeRegistry({"faq": "smol"}), prefect)
+    answers(desk, [Hint(Kind.APPROVAL, "faq", "d1", "on-0123456789ab")])
+    assert prefect.asked == [("smol", "d1")]
+
+
+@pytest.mark.parametrize("kind", [Kind.UPLOAD, Kind.START_UP])
+def test_an_upload_is_for_every_family_and_nobody_is_asked(kind):
+    prefect = FakePrefect()
+    desk = Desk(FakeRegistry(None), prefect)
+    answers(desk, [Hint(kind, "s3://bases/smol/v1", "d1")])
+    assert prefect.asked == [(None, "d1")]
+
+
+def test_a_thousand_hints_at_once_are_a_few_calls_and_every_one_is_answered():
+    prefect = FakePrefect()
+    registry = FakeRegistry({"a": "a", "b": "b"})
+    hints = [champion("ab"[n % 2], f"d{n}") for n in range(1000)]
+    found = answers(Desk(registry, prefect), hints)
+    assert len(prefect.asked) <= 4
+    assert len(registry.asked) <= 4
+    assert {answer.run_id for answer in found} == {"run-1", "run-2"}
+    assert {answer.outcome for answer in found} == {Outcome.STARTED, Outcome.WAITING}
+
+
+def test_a_run_that_began_long_ago_answers_its_own_delivery_and_nobody_who_joined():
+    """The first of those who share a call may be the replay of an old delivery."""
+    prefect = FakePrefect(runs={"d1": Run("run-0", made=True, begun=True)})
+    desk = Desk(FakeRegistry({"smol": "smol"}), prefect)
+    first, second = answers(desk, [champion("smol", "d1"), champion("smol", "d2")])
+    assert first.run_id == "run-0"
+    assert second == Answer(Outcome.STARTED, "run-1")
+
+
+@pytest.mark.parametrize("broken", ["registry", "prefect"])
+def test_who_cannot_be_asked_is_unavailable_and_the_next_hint_finds_it_well_again(broken):
+    registry, prefect = FakeRegistry({"smol": "smol"}), FakePrefect()
+    desk = Desk(registry, prefect)
+    ill = registry if broken == "registry" else prefect
+    ill.broken = True
+    with pytest.raises(UnavailableError):
+        answers(desk, [champion("smol", "d1")])
+    ill.broken = False
+    assert answers(desk, [champion("smol", "d1")]) == [Answer(Outcome.STARTED, "run-1")]
+
+
+def test_who_is_slow_is_unavailable_after_the_patience():
+    prefect = FakePrefect(delay_s=5)
+    desk = Desk(FakeRegistry({"smol": "smol"}), prefect, patience_s=0.05)
+    with pytest.raises(UnavailableError, match=r"0\.05 s"):
+        answers(desk, [champion("smol", "d1")])
+    assert asyncio.run(desk.reachable()) is False
+
+
+def test_who_comes_while_a_call_is_at_work_shares_the_next_one():
+    async def story():
+        shared, began, go_on = Shared(), [], asyncio.Event()
+
+        async def call(name):
+            began.append(name)
+            await go_on.wait()
+            return name
+
+        first = asyncio.create_task(shared.call("k", lambda: call("first")))
+        await asyncio.sleep(0.01)
+        others = [
+            asyncio.create_task(shared.call("k", lambda n=n: call(f"next {n}"))) for n in range(3)
+        ]
+        await asyncio.sleep(0.01)
+        assert began == ["first"]
+        go_on.set()
+        assert await first == ("first", True)
+        assert [await other for other in others] == [
+            ("next 0", True),
+            ("next 0", False),
+            ("next 0", False),
+        ]
+        assert began == ["first", "next 0"]
+        assert shared._next == shared._last == {}
+
+    asyncio.run(story())
+
+
+def test_who_stops_waiting_stops_nobody_else():
+    async def story():
+        shared = Shared()
+
+        async def call():
+            await asyncio.sleep(0.02)
+            return "done"
+
+        impatient = asyncio.create_task(shared.call("k", call))
+        patient = asyncio.create_task(shared.call("k", call))
+        await asyncio.sleep(0.005)
+        impatient.cancel()
+        assert await patient == ("done", False)
+
+    asyncio.run(story())

@@ -1,0 +1,134 @@
+"""The queue's entrance: first in memory, then against moto's SQS and S3 (a mock of AWS's)."""
+
+import asyncio
+import json
+import threading
+
+import pytest
+
+from infra.bridge import queue as queue_module
+from infra.bridge.app import Clerk
+from infra.bridge.desk import Desk
+from infra.bridge.metrics import Metrics
+from infra.bridge.queue import SqsQueue, consume
+from tests.bridge.fakes import FakePrefect, FakeQueue, FakeRegistry
+from tests.bridge.test_app import uploaded
+
+MANIFEST = json.dumps(uploaded())
+WEIGHTS = json.dumps(uploaded("smol/v1/model.safetensors"))
+POISON = '{"neither": "nor"}'
+
+
+def consumed(queue, prefect, *, until, meanwhile=None, timeout_s=20):
+    clerk = Clerk(Desk(FakeRegistry({}), prefect), Metrics())
+
+    async def story():
+        consumer = asyncio.create_task(consume(queue, clerk, pause_s=0.02))
+        async with asyncio.timeout(timeout_s):
+            if meanwhile is not None:
+                await meanwhile()
+            while not until():
+                assert not consumer.done(), consumer.result()
+                await asyncio.sleep(0.005)
+        consumer.cancel()
+
+    asyncio.run(story())
+
+
+def test_a_message_is_deleted_once_its_run_exists_or_when_it_means_nothing():
+    queue, prefect = FakeQueue(MANIFEST, WEIGHTS), FakePrefect()
+    consumed(queue, prefect, until=lambda: len(queue.deleted) == 2)
+    assert prefect.asked == [(None, "0")]
+
+
+def test_poison_is_left_until_the_queue_moves_it_to_the_dead():
+    queue, prefect = FakeQueue(POISON, MANIFEST), FakePrefect()
+
+    def turned():
+        if queue.deleted == [MANIFEST]:
+            queue.come_back()
+        return queue.dead == [POISON]
+
+    consumed(queue, prefect, until=turned)
+    assert queue.deleted == [MANIFEST]
+    assert len(prefect.asked) == 1
+
+
+def test_while_prefect_is_away_messages_are_kept_and_none_is_counted_as_received(monkeypatch):
+    monkeypatch.setattr(queue_module, "VISIBILITY_S", 0.03)
+    queue, prefect = FakeQueue(MANIFEST), FakePrefect()
+    prefect.broken = True
+
+    async def outage():
+        await asyncio.sleep(0.2)
+        assert queue.deleted == []
+        assert len(queue.extended) >= 3
+        ((_, _, receives),) = queue.hidden.values()
+        assert receives == 1
+        prefect.broken = False
+
+    consumed(queue, prefect, until=lambda: queue.deleted == [MANIFEST], meanwhile=outage)
+
+
+def test_a_queue_that_is_silent_is_asked_again():
+    queue, prefect = FakeQueue(MANIFEST), FakePrefect()
+    queue.silent = True
+
+    async def outage():
+        await asyncio.sleep(0.1)
+        queue.silent = False
+
+    consumed(queue, prefect, until=lambda: queue.deleted == [MANIFEST], meanwhile=outage)
+
+
+@pytest.fixture(scope="module")
+def aws():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        yield threading.Lock()
+    server.stop()
+
+
+def test_an_upload_to_s3_with_a_queue_starts_reconcile_and_poison_ends_among_the_dead(
+    aws, unique, monkeypatch
+):
+    import boto3
+
+    s3, sqs = boto3.client("s3"), boto3.client("sqs")
+
+    def arn(url):
+        found = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
+        return found["Attributes"]["QueueArn"]
+
+    def count(url):
+        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        found = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
+        return sum(int(found[name]) for name in names)
+
+    dead = sqs.create_queue(QueueName=f"{unique}-dead")["QueueUrl"]
+    redrive = json.dumps({"deadLetterTargetArn": arn(dead), "maxReceiveCount": "2"})
+    url = sqs.create_queue(QueueName=unique, Attributes={"RedrivePolicy": redrive})["QueueUrl"]
+    s3.create_bucket(Bucket=unique)
+    notify = {"QueueArn": arn(url), "Events": ["s3:ObjectCreated:*"]}
+    s3.put_bucket_notification_configuration(
+        Bucket=unique, NotificationConfiguration={"QueueConfigurations": [notify]}
+    )  # sends s3:TestEvent
+    sqs.send_message(QueueUrl=url, MessageBody=POISON)
+    for name in ("model.safetensors", "trans_peft_manifest.json"):
+        s3.put_object(Bucket=unique, Key=f"smol/v1/{name}", Body=b"{}")
+    monkeypatch.setattr(queue_module, "VISIBILITY_S", 1)
+    monkeypatch.setattr(queue_module, "_POLL_S", 1)
+    prefect = FakePrefect()
+    consumed(SqsQueue(url), prefect, until=lambda: count(dead) == 1 and count(url) == 0)
+    assert len(prefect.asked) == 1
