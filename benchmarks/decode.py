@@ -1,82 +1,39 @@
 """What drafts save: an adapter's answers on an updated base, checked instead of written anew.
 
-The suite is a generation suite made of the study's rows: a message is to become the whole `raise`
-statement, some 15 tokens. An adapter learns it on base v1 once (minutes) and answers it on an
-updated base; the drafts are its answers on v1. `draft_vs_generate` is the time of our `generate`
-with them beside transformers' own in batches of the same size, sorted by length, `draft_vs_plain`
-beside our own without them; `draft_worst_...` is the same with drafts of which no token is right.
-Answers that differ are counted. The first of the batch sizes has the plain names, the others have
-theirs at the end. A round runs all four in random order, and a ratio is that of one round; which
-ratio is reported: `ratios`.
+An adapter that has learned to write `raise` statements on base v1 (`benchmarks.material`) writes
+them on an updated base; the drafts are its answers on v1. `draft_vs_generate` is the time of our
+`generate` with them beside transformers' own in batches of the same size, sorted by length,
+`draft_vs_plain` beside our own without them; `draft_worst_...` is the same with drafts of which no
+token is right. Answers that differ are counted. The first of the batch sizes has the plain names,
+the others have theirs at the end. A round runs all four in random order, and a ratio is that of one
+round; which ratio is reported: `ratios`.
 
-    python benchmarks/decode.py [--study .study] [--update ffn] [--items 64] [--batch 1 32]
+    python -m benchmarks.decode [--study .study] [--update ffn] [--items 64] [--batch 1 32]
         [--pairs 5] [--clock wall|process] [--threads 2] [--tiny]
 
-Needs what `make study` makes first: the bases and the rows. `--tiny` needs nothing, shows in
-seconds that all of this runs, and keeps nothing.
+What is not there is made first: bases, rows, the adapter (minutes). Fewer items than 64 are shown
+and not recorded. `--tiny` needs nothing, and shows in seconds that all of this runs.
 """
 
 import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from ratios import Clock, machine, middle, parser, prepare, record
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trans_peft.data import Example, parse_examples, write_examples
-from trans_peft.domain.adapter import AdapterSpec
-from trans_peft.domain.data import DataSource
-from trans_peft.domain.evaluation import Suite
-from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
+from benchmarks.material import MOST, STOP, adapter, bases_and_rows, statements
+from benchmarks.ratios import Clock, machine, middle, parser, prepare, record
+from trans_peft.data import Example, parse_examples
 from trans_peft.models import load_base
-from trans_peft.training.job import TrainingJob
-from trans_peft.training.launch import fit
 from trans_peft.transfer.transplant import attached
 from trans_peft.validation.generation import Answers, generate
 
-MOST, STOP, STEPS = 64, ["\n"], 60
-
-
-def prepare_rows(study: Path) -> dict[str, Path]:
-    """Write train and eval rows of which the answer is the whole statement; return their files."""
-    files = {}
-    for name in ("train", "eval"):
-        source = study / "rows" / "exceptions" / f"{name}.jsonl"
-        rows = []
-        for example in parse_examples(source.read_bytes(), source.name):
-            message = example.prompt.removeprefix("# ").partition("\n")[0]
-            if '"' not in message:
-                answer = f' {example.completion.strip()}("{message}")\n'
-                rows.append(replace(example, completion=answer))
-        files[name] = write_examples(rows, study / "decode" / f"{name}.jsonl")
-    return files
-
-
-def prepare_adapter(study: Path, rows: dict[str, Path]) -> Path:
-    """Train the adapter on base v1, unless it is there; return its folder."""
-    recipe = TrainingRecipe(
-        adapter="raise",
-        family="smollm2-135m",
-        base_version="v1",
-        data=DataSource(str(rows["train"])),
-        suites=(Suite("raise", DataSource(str(rows["eval"])), max_new_tokens=MOST),),
-        spec=AdapterSpec(
-            "LORA",
-            {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-        ),
-        optimizer=OptimizerSettings(
-            learning_rate=1e-3, steps=STEPS, batch_size=16, warmup_steps=10, max_length=128
-        ),
-    )
-    base, work = study / "bases" / "v1", study / "decode" / "adapter"
-    job = TrainingJob(recipe, base, "v1", "study", rows["train"], work)
-    return fit(job, on_event=lambda event: None).folder
+ITEMS = 64
 
 
 class Questions:
@@ -118,7 +75,7 @@ class Questions:
                 max_new_tokens=MOST,
                 eos_token_id=sorted(ends),
                 pad_token_id=self.tokenizer.pad_token_id,
-                stop_strings=STOP,
+                stop_strings=list(STOP),
                 tokenizer=self.tokenizer,
             )
             width = inputs["input_ids"].shape[1]
@@ -175,12 +132,13 @@ def both(
         questions = Questions(tokenizer, examples)
         yield new, questions, questions.ours(old, 4).ids
         return
-    rows = prepare_rows(options.study)
-    adapter = prepare_adapter(options.study, rows)
+    bases_and_rows(options.study, options.update)
+    rows = statements(options.study)
+    folder = adapter(options.study, rows, "lora-16", seed=1)
     examples = list(parse_examples(rows["eval"].read_bytes(), "eval.jsonl"))[: options.items]
-    with loaded(options.study / "bases" / "v1", adapter) as (model, tokenizer):
+    with loaded(options.study / "bases" / "v1", folder) as (model, tokenizer):
         recorded = Questions(tokenizer, examples).ours(model, 32).ids
-    with loaded(options.study / "bases" / options.update, adapter) as (model, tokenizer):
+    with loaded(options.study / "bases" / options.update, folder) as (model, tokenizer):
         yield model, Questions(tokenizer, examples), recorded
 
 
@@ -231,8 +189,8 @@ def compare(
         for second in ("generate", "plain"):
             entry = middle([took[first] / took[second] for took in rounds])
             name = f"decode.{first}_vs_{second}{suffix}"
-            if options.tiny:
-                print(name, entry, flush=True)
+            if options.tiny or items < ITEMS:
+                print(name, entry, "not recorded", flush=True)
             else:
                 record(name, entry, machine(options, f"SmolLM2-135M, fp32, {told}"))
 
@@ -251,7 +209,7 @@ def main() -> None:
     ours = parser(__doc__, pairs=5)
     ours.add_argument("--study", type=Path, default=Path(".study"))
     ours.add_argument("--update", default="ffn")
-    ours.add_argument("--items", type=int, default=64)
+    ours.add_argument("--items", type=int, default=ITEMS)
     ours.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     ours.add_argument("--tiny", action="store_true")
     options = ours.parse_args()

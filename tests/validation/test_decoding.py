@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import tiny_tokenizer
 from tests.validation.models import CONFIGS, Counting, by_transformers, ending_with, model_of
+from trans_peft.validation import decoding
 from trans_peft.validation.drafting import PASS
 from trans_peft.validation.generation import generate
 
@@ -173,6 +174,33 @@ def test_drafts_that_are_never_right_cost_next_to_nothing(
     assert found.accepted == 0
     assert most <= 1.05 * least
     assert len(model.shapes) <= passes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3, window 8", "lfm2, convolution"])
+@pytest.mark.parametrize("expected", [0, 2])
+def test_answers_that_outlast_their_batch_go_on_together(
+    name, expected, tokenizer, prompts, free, monkeypatch
+):
+    model, asked = Counting(shared(name)), prompts * 4
+    # Some answers go on to the end, the others do not get far.
+    most = [MOST if i % 5 == 0 else 2 for i in range(len(prompts))]
+    ends = {free(name)[i][1] for i in range(len(prompts)) if most[i] == 2}
+    answers = [cut(answer, tokenizer, {*ends, 257}, ()) for answer in free(name)] * 4
+    options = {"max_new_tokens": MOST, "batch_size": 8, "drafts": [a[:expected] for a in answers]}
+    told = []
+    with ending_with(model.model, sorted(ends)):
+        found, together = cost(
+            model, tokenizer, asked, on_progress=lambda *done: told.append(done), **options
+        )
+        monkeypatch.setattr(decoding, "_better_later", lambda *_: False)
+        alone, apart = cost(model, tokenizer, asked, **options)
+    assert len({len(answer) for answer in answers}) > 1
+    assert found.ids == alone.ids == answers
+    assert found.near_ties == alone.near_ties == 0
+    # Of the others too many answers end at once, or none.
+    assert together < (0.95 if name == "llama" else 1.1) * apart
+    assert told == sorted(told)
+    assert told[-1] == (len(asked), len(asked))
 
 
 def test_nothing_is_proposed_behind_a_window_that_has_moved_on(tokenizer, prompts, free):

@@ -66,28 +66,39 @@ def generate(
     _check(model, prompts, max_new_tokens, drafts)
     ends = _Ends(model, tokenizer, stop)
     drafts = [ends.before(d, max_new_tokens) for d in drafts or [()] * len(prompts)]
-    # The longest first: what does not fit shows at once.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(drafts[i]))
+    rows = [Row(prompt, draft) for prompt, draft in zip(prompts, drafts, strict=True)]
+
+    def told(*_: int) -> None:
+        if on_progress is not None:
+            on_progress(sum(row.is_over for row in rows), len(rows))
+
     with evaluating(model), torch.no_grad():
         decoder = Decoder(
             Reader(model, prompts),
             lambda answer: len(answer) == max_new_tokens or ends.reached(answer),
         )
-        answered: list[Row] = in_batches(
-            order,
-            lambda batch: decoder.answer([(prompts[i], drafts[i]) for i in batch]),
-            size=batch_size,
-            told_as=lambda i: f"a prompt of {len(prompts[i])} tokens",
-            on_progress=on_progress,
-        )
-    rows = dict(zip(order, answered, strict=True))
-    ids = [rows[i].answer for i in range(len(prompts))]
+        while waiting := [row for row in rows if not row.is_over]:
+            # The longest first: what does not fit shows at once.
+            waiting.sort(key=lambda row: -len(row.text) - len(row.expected))
+
+            def answer(batch: Sequence[Row], there: int = len(waiting)) -> Sequence[Row]:
+                decoder.answer(batch, aside=len(batch) < there)
+                return batch
+
+            in_batches(
+                waiting,
+                answer,
+                size=batch_size,
+                told_as=lambda row: f"a prompt of {len(row.prompt)} tokens",
+                on_progress=told,
+            )
+    ids = [row.answer for row in rows]
     return Answers(
         texts=[ends.text(answer) for answer in ids],
         ids=ids,
-        near_ties=sum(row.near_ties for row in rows.values()),
-        drafted=sum(row.drafted for row in rows.values()),
-        accepted=sum(row.accepted for row in rows.values()),
+        near_ties=sum(row.near_ties for row in rows),
+        drafted=sum(row.drafted for row in rows),
+        accepted=sum(row.accepted for row in rows),
     )
 
 

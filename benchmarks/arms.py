@@ -1,0 +1,249 @@
+"""The arms of `benchmarks.validate`, each a function of the world that it judges."""
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from benchmarks.material import FAMILY, STOP
+from benchmarks.ratios import CLOCKS
+from benchmarks.world import World
+from trans_peft.data import pin, read_examples
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import BARE, Suite
+from trans_peft.domain.outcome import Reason, Work
+from trans_peft.lifecycle.questions import questions_for
+from trans_peft.lifecycle.transfer import transfer
+from trans_peft.models import load_base, load_tokenizer
+from trans_peft.transfer.transplant import attached
+from trans_peft.validation.evaluate import answer, context_of, evaluate
+from trans_peft.validation.questions import prepare
+
+
+class Peer:
+    """`generate` as a competent user calls it: padded batches, left, in an order of theirs."""
+
+    def __init__(self, world: World, *, by_length: bool) -> None:
+        self.tokenizer = load_tokenizer(world.folder)
+        self.suite, self.batch = world.suite, world.task.batch
+        examples = read_examples(world.suite.data, world.platform.store, limit=world.suite.limit)
+        self.prompts = [example.prompt_ids(self.tokenizer) for example in examples]
+        self.order = list(range(len(self.prompts)))
+        if by_length:
+            self.order.sort(key=lambda i: -len(self.prompts[i]))
+
+    def answers(self, model: Any) -> list[str]:
+        """Return the answers in the suite's order."""
+        own = model.generation_config.eos_token_id
+        ends = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None}
+        texts = [""] * len(self.order)
+        for start in range(0, len(self.order), self.batch):
+            asked = self.order[start : start + self.batch]
+            inputs = self.tokenizer.pad(
+                {"input_ids": [self.prompts[i] for i in asked]},
+                padding_side="left",
+                return_tensors="pt",
+            )
+            out = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=self.suite.max_new_tokens,
+                eos_token_id=sorted(ends),
+                pad_token_id=self.tokenizer.pad_token_id,
+                stop_strings=list(self.suite.stop),
+                tokenizer=self.tokenizer,
+            )
+            width = inputs["input_ids"].shape[1]
+            said = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            for i, text in zip(asked, said, strict=True):
+                texts[i] = text[: min([len(text), *(text.find(s) for s in STOP if s in text)])]
+        return texts
+
+
+def reload(world: World) -> dict[str, Any]:
+    """Load base and adapter anew for each adapter."""
+    loading, peer, texts = 0.0, Peer(world, by_length=False), {}
+    clock = CLOCKS[world.task.clock]
+    bare = peer.answers(from_pretrained(world))
+    for name, folder in world.task.adapters.items():
+        started = clock()
+        model = PeftModel.from_pretrained(from_pretrained(world), folder).eval()
+        loading += clock() - started
+        texts[name] = peer.answers(model)
+        del model
+    return {"adapters": world.judged(texts, bare), "loading_s": loading}
+
+
+def set_adapter(world: World) -> dict[str, Any]:
+    """One base; the adapters of one type on it together, one of them active at a time."""
+    peer, texts = Peer(world, by_length=True), {}
+    model = from_pretrained(world)
+    bare = peer.answers(model)
+    by_type: dict[str, list[str]] = {}
+    for name, folder in world.task.adapters.items():
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        by_type.setdefault(config["peft_type"], []).append(name)
+    for first, *others in by_type.values():
+        folders = world.task.adapters
+        adapted = PeftModel.from_pretrained(model, folders[first], adapter_name=first).eval()
+        for name in others:
+            adapted.load_adapter(folders[name], adapter_name=name)
+        for name in (first, *others):
+            adapted.set_adapter(name)
+            texts[name] = peer.answers(adapted)
+        model = adapted.unload()
+    return {"adapters": world.judged({n: texts[n] for n in world.task.adapters}, bare)}
+
+
+def plain(world: World) -> dict[str, Any]:
+    """Our loop on one base, and nothing expected of any answer."""
+    base = load_base(world.folder, world.suite.dtype)
+    examples = read_examples(world.suite.data, world.platform.store, limit=world.suite.limit)
+    asked = prepare(base.tokenizer, world.suite, examples, context=context_of(base.model))
+    asked = replace(asked, expected=tuple([] for _ in asked.examples))
+
+    def answers(model: Any) -> list[str]:
+        found = answer(
+            model,
+            asked,
+            weights_sha256=BARE,
+            base_fingerprint_sha256="",
+            batch_size=world.task.batch,
+        )
+        return [item.answer or "" for item in found.items]
+
+    bare, texts = answers(base.model), {}
+    for name, folder in world.task.adapters.items():
+        with attached(base.model, Path(folder)) as model:
+            texts[name] = answers(model)
+    return {"adapters": world.judged(texts, bare)}
+
+
+def whole(world: World, *, sequential: bool = False) -> dict[str, Any]:
+    """Transfers, as a shard does them."""
+    policy = replace(world.policy, sequential=sequential)
+    found = {}
+    for name, version in world.versions.items():
+        world.platform.evaluations.put(world.reference(name))  # known, as in a registry
+        work = Work(name, version.number, world.new.version, Reason.NEVER_JUDGED)
+        outcome = transfer(work, FAMILY, policy, world.platform)
+        said = [
+            e
+            for e in outcome.evaluations
+            if e.weights_sha256 == version.weights_sha256
+            and e.base_fingerprint_sha256 == world.new.fingerprint_sha256
+        ]
+        answers = [item.answer for e in said for item in e.items]
+        found[name] = {"verdict": str(outcome.verdict), "answers": answers}
+    return {"adapters": found}
+
+
+def from_pretrained(world: World) -> Any:
+    return AutoModelForCausalLM.from_pretrained(world.folder, dtype=torch.float32).eval()
+
+
+def references(world: World) -> dict[str, Any]:
+    for name in world.task.adapters:
+        print(f"{name} on v1: {world.reference(name).score:.1f} % right", file=sys.stderr)
+    return {}
+
+
+def turns(world: World, count: int) -> dict[str, Any]:
+    """Attach, answer, detach, so many times; the most memory that the process ever had."""
+    base = load_base(world.folder, world.suite.dtype)
+    asked = questions_for(world.suite, base, world.platform)
+    folders = list(world.task.adapters.values())
+    for turn in range(count):
+        with attached(base.model, Path(folders[turn % len(folders)])) as model:
+            answer(model, asked, weights_sha256=str(turn), base_fingerprint_sha256="")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    return {"peak_bytes": peak}
+
+
+_TASK = """
+task: which_exception
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{choices.index(completion)}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+metadata: {{version: 1.0}}
+"""
+
+
+def which_exception(world: World) -> Path:
+    """Write the suite's messages with the classes to choose from, and a task of the harness."""
+    examples = read_examples(world.suite.data, world.platform.store, limit=world.suite.limit)
+    answers = {example.id: example.completion.partition("(")[0] for example in examples}
+    choices = sorted(set(answers.values()))
+    folder = Path(world.task.study) / "fleet" / f"which-exception-{len(examples)}"
+    folder.mkdir(exist_ok=True)
+    rows = [
+        {"id": e.id, "prompt": e.prompt, "completion": answers[e.id], "choices": choices}
+        for e in examples
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text(_TASK.format(rows=(folder / "rows.jsonl").resolve()))
+    return folder
+
+
+def choose(world: World) -> dict[str, Any]:
+    """Our choice by likelihood, from loading to the score."""
+    source = pin(DataSource(str(which_exception(world) / "rows.jsonl")), world.platform.store)
+    base = load_base(world.folder, "float32")
+    with attached(base.model, Path(next(iter(world.task.adapters.values())))) as model:
+        found = evaluate(
+            model,
+            base.tokenizer,
+            Suite("which_exception", source, scoring="choice"),
+            read_examples(source, world.platform.store),
+            weights_sha256="",
+            base_fingerprint_sha256="",
+            batch_size=world.task.batch,
+        )
+    return {"score": found.score, "right": [item.correct for item in found.items]}
+
+
+def harness(world: World) -> dict[str, Any]:
+    """The same by lm-evaluation-harness with `peft=`."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    folder = which_exception(world)
+    results = simple_evaluate(
+        model="hf",
+        model_args={
+            "pretrained": str(world.folder),
+            "peft": next(iter(world.task.adapters.values())),
+            "dtype": "float32",
+        },
+        tasks=["which_exception"],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        batch_size=world.task.batch,
+        bootstrap_iters=0,
+    )
+    right = [bool(sample["acc"]) for sample in results["samples"]["which_exception"]]
+    return {"score": 100 * results["results"]["which_exception"]["acc,none"], "right": right}
+
+
+ARMS: dict[str, Callable[[World], dict[str, Any]]] = {
+    "reload": reload,
+    "set": set_adapter,
+    "plain": plain,
+    "whole": whole,
+    "early": lambda world: whole(world, sequential=True),
+}
+HARNESS: dict[str, Callable[[World], dict[str, Any]]] = {"choose": choose, "harness": harness}

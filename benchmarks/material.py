@@ -1,0 +1,131 @@
+"""What the benchmarks on a real model ask and whom: bases, rows, adapters, each made where missing.
+
+The bases and rows are those of `make study`; what is only for benchmarks lies below `decode` and
+`fleet` in the study's folder. The suite is a generation suite: a message is to become the whole
+`raise` statement, some 15 tokens.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from study.cells import prepare
+from trans_peft.data import parse_examples, write_examples
+from trans_peft.domain.adapter import AdapterSpec
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
+from trans_peft.training.events import Event, Progress
+from trans_peft.training.job import TrainingJob
+from trans_peft.training.launch import fit
+
+MOST, STOP = 64, ("\n",)
+FAMILY = "smollm2-135m"
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_FFN = ["gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to adapt, and the rate at which it learns the suite in few steps."""
+
+    spec: AdapterSpec
+    learning_rate: float = 1e-3
+
+
+def _lora(r: int, targets: list[str], **options: bool) -> AdapterSpec:
+    return AdapterSpec("LORA", {"r": r, "lora_alpha": 2 * r, "target_modules": targets} | options)
+
+
+KINDS: Mapping[str, Kind] = {
+    "lora-16": Kind(_lora(16, _ATTENTION)),
+    "ia3": Kind(
+        AdapterSpec(
+            "IA3",
+            {
+                "target_modules": ["k_proj", "v_proj", "down_proj"],
+                "feedforward_modules": ["down_proj"],
+            },
+        ),
+        learning_rate=1e-2,
+    ),
+    "bottleneck-64": Kind(AdapterSpec("BOTTLENECK", {"bottleneck_dim": 64})),
+    "dora-16": Kind(_lora(16, _ATTENTION, use_dora=True)),
+    "lora-4-qv": Kind(_lora(4, ["q_proj", "v_proj"])),
+    "lora-32-all": Kind(_lora(32, [*_ATTENTION, *_FFN])),
+    "lora-8-ffn": Kind(_lora(8, _FFN)),
+    "bottleneck-16": Kind(AdapterSpec("BOTTLENECK", {"bottleneck_dim": 16})),
+}
+
+
+def bases_and_rows(study: Path, update: str) -> None:
+    """Make what `make study` makes first, unless it is there (minutes)."""
+    needed = ("bases/v1/model.safetensors", f"bases/{update}/figures.json", "rows/exceptions")
+    if not all((study / path).exists() for path in needed):
+        prepare(study)
+
+
+def statements(study: Path) -> dict[str, Path]:
+    """Write train and eval rows of which the answer is the whole statement; return their files."""
+    files = {}
+    for name in ("train", "eval"):
+        source = study / "rows" / "exceptions" / f"{name}.jsonl"
+        rows = []
+        for example in parse_examples(source.read_bytes(), source.name):
+            message = example.prompt.removeprefix("# ").partition("\n")[0]
+            if '"' not in message:
+                answer = f' {example.completion.strip()}("{message}")\n'
+                rows.append(replace(example, completion=answer))
+        files[name] = write_examples(rows, study / "decode" / f"{name}.jsonl")
+    return files
+
+
+def suite(rows: Mapping[str, Path]) -> Suite:
+    """Return the suite, not pinned."""
+    return Suite(
+        "raise", DataSource(str(rows["eval"])), max_new_tokens=MOST, stop=STOP, keep_answers=True
+    )
+
+
+def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: int = 60) -> Path:
+    """Train an adapter on base v1, unless it is there (minutes); return its folder."""
+    recipe = TrainingRecipe(
+        adapter="raise",
+        family=FAMILY,
+        base_version="v1",
+        data=DataSource("raise/train.jsonl"),  # wherever that lies here
+        suites=(Suite("raise", DataSource("raise/eval.jsonl"), max_new_tokens=MOST),),
+        spec=KINDS[kind].spec,
+        optimizer=OptimizerSettings(
+            learning_rate=KINDS[kind].learning_rate,
+            steps=steps,
+            batch_size=16,
+            warmup_steps=steps // 6,
+            max_length=128,
+        ),
+        dtype="bfloat16",
+        seed=seed,
+    )
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Progress) and event.step % 20 == 0:
+            print(f"{kind}, seed {seed}: {event}", flush=True)
+
+    work = study / "fleet" / f"{kind}-{seed}"
+    job = TrainingJob(recipe, study / "bases" / "v1", "v1", "study", rows["train"], work)
+    return fit(job, on_event=tell).folder
+
+
+def fleet(study: Path, rows: Mapping[str, Path], count: int) -> dict[str, Path]:
+    """Return the folders of `count` adapters by name: one of each kind, then with other seeds."""
+
+    def wanted() -> Iterator[tuple[str, int]]:
+        for seed in range(1, count + 1):
+            for kind in KINDS:
+                yield kind, seed
+
+    return {
+        f"{kind}-{seed}": adapter(study, rows, kind, seed) for kind, seed in islice(wanted(), count)
+    }

@@ -1,0 +1,217 @@
+"""The fleet engine beside what a competent user writes: 16 adapters of mixed kinds on one new base.
+
+Every arm judges the same adapters on the same items by the same gate, from the same answers on the
+old base; each runs in a process of its own, and what it takes is counted from its first load to its
+last verdict.
+
+    reload   for each adapter `from_pretrained` of base and adapter, `generate` in batches
+    set      one base, `load_adapter` and `set_adapter`, `generate` in batches sorted by length
+    plain    ours without drafts: one base, our own loop
+    whole    ours, `trans_peft.lifecycle.transfer`: checks, probe and verdict as in the product
+    early    the same under a sequential policy
+
+`validate.fleet16_vs_reload` is early / reload, `..._whole` whole / reload; the other peer likewise.
+Verdicts that differ between arms are named. `memory_64_vs_1` is the peak memory of 64 attach-answer
+-detach turns beside that of one; `vs_lm_eval` our time for one multiple-choice task beside
+lm-evaluation-harness' with `peft=` (extra `harness`), scores side by side.
+
+    python -m benchmarks.validate [--study .study] [--update ffn] [--adapters 16] [--items N]
+        [--batch 32] [--margin 5] [--only fleet memory lm_eval] [--pairs 3] [--clock wall|process]
+
+What is not there is made first: bases, rows, and 16 adapters of two minutes each. Fewer adapters or
+items than all are shown and not recorded.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.arms import ARMS, HARNESS, references, turns
+from benchmarks.material import bases_and_rows, fleet, statements
+from benchmarks.ratios import CLOCKS, machine, middle, parser, prepare, record
+from benchmarks.world import Task, World
+from trans_peft.methods.registration import register_methods
+
+ADAPTERS, MANY = 16, 64
+
+
+def in_child(arm: str, task: Task) -> dict[str, Any]:
+    """Run an arm in a process of its own and return what it says, with its seconds."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(vars(task), file)
+        file.flush()
+        command = [sys.executable, "-m", "benchmarks.validate", "--arm", arm, "--task", file.name]
+        child = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def be_child(arm: str, path: Path) -> None:
+    """Do one arm's work and say what came of it as the last line of stdout."""
+    task = Task(**json.loads(path.read_text()))
+    torch.set_num_threads(task.threads)
+    register_methods()
+    world, clock = World(task), CLOCKS[task.clock]
+    name, _, count = arm.partition(" ")
+    started = clock()
+    if name == "turns":
+        said = turns(world, int(count))
+    else:
+        said = {**ARMS, **HARNESS, "references": references}[name](world)
+    print(json.dumps({"seconds": clock() - started, **said}))
+
+
+def compare_fleets(task: Task, options: argparse.Namespace, full: bool) -> None:
+    """Run all arms round by round, in random order, and keep the ratios."""
+    in_child("references", task)
+    order, names = random.Random(0), list(ARMS)
+    rounds: list[dict[str, dict[str, Any]]] = []
+    for _ in range(options.pairs):
+        order.shuffle(names)
+        rounds.append({name: in_child(name, task) for name in names})
+        seconds = {name: round(said["seconds"], 1) for name, said in rounds[-1].items()}
+        print(f"seconds: {seconds}", flush=True)
+    told = f"{told_verdicts(rounds[0])}; {told_shares(rounds)}"
+    print(told, flush=True)
+    for peer in ("reload", "set"):
+        long_name = {"reload": "reload", "set": "set_adapter"}[peer]
+        for arm, suffix in (("early", ""), ("whole", "_whole"), ("plain", "_plain")):
+            entry = middle([r[arm]["seconds"] / r[peer]["seconds"] for r in rounds])
+            keep(f"validate.fleet16_vs_{long_name}{suffix}", entry, options, told, full)
+
+
+def told_verdicts(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say which verdicts came out, and where an arm's are others."""
+    found = {
+        arm: {name: one["verdict"] for name, one in said["adapters"].items()}
+        for arm, said in arms.items()
+    }
+    counts = Counter(found["whole"].values())
+    told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    for arm, verdicts in found.items():
+        others = [f"{n} {v}" for n, v in verdicts.items() if v != found["whole"][n]]
+        equal = len(verdicts) - len(others)
+        told += f"; {arm}: {equal} of {len(verdicts)} verdicts equal"
+        told += f" (not: {', '.join(others)})" if others else ""
+    ours = {name: one["answers"] for name, one in arms["whole"]["adapters"].items()}
+    for arm in ("reload", "set", "plain"):
+        pairs = [
+            pair
+            for name, one in arms[arm]["adapters"].items()
+            for pair in zip(one["answers"], ours[name], strict=True)
+        ]
+        told += f"; {arm}: {sum(a == b for a, b in pairs)} of {len(pairs)} answers equal"
+    asked = [len(one["answers"]) for one in arms["early"]["adapters"].values()]
+    whole_suite = len(next(iter(ours.values())))
+    return f"{told}; early asked {sum(asked) / len(asked):.0f} of {whole_suite} items"
+
+
+def told_shares(rounds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """Say which part of what early saves beside reload comes from what, by medians."""
+    took = {arm: median(r[arm]["seconds"] for r in rounds) for arm in ARMS}
+    loading = median(r["reload"]["loading_s"] for r in rounds)
+    saved = took["reload"] - took["early"]
+    parts = {
+        "loading once": loading,
+        "our loop": took["reload"] - loading - took["plain"],
+        "drafts, less checks and probe": took["plain"] - took["whole"],
+        "early stop": took["whole"] - took["early"],
+    }
+    seconds = ", ".join(f"{arm} {took[arm]:.0f} s" for arm in ARMS)
+    shares = ", ".join(f"{name} {part / saved:.0%}" for name, part in parts.items())
+    return f"{seconds}; of what is saved: {shares}"
+
+
+def compare_memory(task: Task, options: argparse.Namespace, full: bool) -> None:
+    """Keep the ratio of peak memories."""
+    few = replace(task, items=min(task.items or 16, 16))
+    peaks = [
+        (in_child(f"turns {MANY}", few)["peak_bytes"], in_child("turns 1", few)["peak_bytes"])
+        for _ in range(options.pairs)
+    ]
+    told = f"{MANY} turns of 16 items {peaks[0][0] / 2**20:.0f} MiB, one {peaks[0][1] / 2**20:.0f}"
+    entry = middle([many / one for many, one in peaks])
+    keep(f"validate.memory_{MANY}_vs_1", entry, options, told, full)
+
+
+def compare_harness(task: Task, options: argparse.Namespace, full: bool) -> None:
+    """Keep the ratio of times for one task, and both scores."""
+    if find_spec("lm_eval") is None:
+        print("lm-evaluation-harness is not installed: pip install 'trans-peft[harness]'")
+        return
+    rounds = [{name: in_child(name, task) for name in HARNESS} for _ in range(options.pairs)]
+    ours, theirs = rounds[0]["choose"], rounds[0]["harness"]
+    equal = sum(a == b for a, b in zip(ours["right"], theirs["right"], strict=True))
+    told = (
+        f"{len(ours['right'])} items of one task, from loading to score: ours {ours['score']:.2f} "
+        f"in {ours['seconds']:.1f} s, lm-evaluation-harness {theirs['score']:.2f} in "
+        f"{theirs['seconds']:.1f} s; {equal} items marked alike"
+    )
+    print(told, flush=True)
+    entry = middle([r["choose"]["seconds"] / r["harness"]["seconds"] for r in rounds])
+    keep("validate.vs_lm_eval", entry, options, told, full)
+
+
+def keep(
+    name: str, entry: dict[str, float], options: argparse.Namespace, told: str, full: bool
+) -> None:
+    if full:
+        record(name, entry, machine(options, f"SmolLM2-135M, fp32, {told}"))
+    else:
+        print(f"{name}: {entry}, not recorded", flush=True)
+
+
+def main() -> None:
+    ours = parser(__doc__, pairs=3)
+    ours.add_argument("--study", type=Path, default=Path(".study"))
+    ours.add_argument("--update", default="ffn")
+    ours.add_argument("--adapters", type=int, default=ADAPTERS)
+    ours.add_argument("--items", type=int)
+    ours.add_argument("--batch", type=int, default=32)
+    ours.add_argument("--margin", type=float, default=5.0)
+    ours.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    ours.add_argument("--arm", help=argparse.SUPPRESS)
+    ours.add_argument("--task", type=Path, help=argparse.SUPPRESS)
+    options = ours.parse_args()
+    if options.arm:
+        be_child(options.arm, options.task)
+        return
+    prepare(options)
+    bases_and_rows(options.study, options.update)
+    rows = statements(options.study)
+    task = Task(
+        study=str(options.study),
+        update=options.update,
+        adapters={n: str(f) for n, f in fleet(options.study, rows, options.adapters).items()},
+        rows=str(rows["eval"]),
+        items=options.items,
+        batch=options.batch,
+        margin=options.margin,
+        clock=options.clock,
+        threads=1 if options.clock == "process" else options.threads,
+        references=str(options.study / "fleet" / "evaluations"),
+    )
+    full = options.adapters == ADAPTERS and options.items is None
+    for part in options.only:
+        PARTS[part](task, options, full)
+
+
+PARTS: dict[str, Callable[[Task, argparse.Namespace, bool], None]] = {
+    "fleet": compare_fleets,
+    "memory": compare_memory,
+    "lm_eval": compare_harness,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What every arm of `benchmarks.validate` judges: the same adapters, items and gate."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.material import FAMILY, suite
+from trans_peft.bases.fingerprint import fingerprint
+from trans_peft.cli.workspace import EvaluationFolder
+from trans_peft.data import pin, read_examples
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, ItemResult
+from trans_peft.edges.file_store import FileStore
+from trans_peft.edges.memory import memory_platform
+from trans_peft.lifecycle.evaluations import base_folder, evaluate_on
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.validation.gate import judge
+from trans_peft.validation.scoring import marker
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an arm is given: JSON between processes."""
+
+    study: str
+    update: str
+    adapters: dict[str, str]
+    rows: str
+    items: int | None
+    batch: int
+    margin: float
+    clock: str
+    threads: int
+    references: str
+
+
+class World:
+    """One process' platform: both bases, and the adapters as registered versions on the old one."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, study = task, Path(task.study)
+        self.platform = replace(memory_platform(study / "fleet" / "work"), store=FileStore())
+        self.known = EvaluationFolder(Path(task.references))
+        asked = suite({"eval": Path(task.rows)})
+        self.suite = replace(asked, data=pin(asked.data, FileStore()), limit=task.items)
+        self.policy = GatePolicy(margin_points=task.margin)
+        bases = []
+        for name in ("v1", task.update):
+            uri = str(study / "bases" / name)
+            made_of = fingerprint(uri, FileStore())
+            bases.append(
+                self.platform.catalog.make_ready(
+                    FAMILY, name, uri, fingerprint=made_of, parent=None, source="benchmark"
+                )
+            )
+            base_folder(bases[-1], self.platform)
+        self.old, self.new = bases
+        self.versions = {
+            name: self.platform.registry.register(
+                AdapterVersion(
+                    adapter=name,
+                    number=0,
+                    family=FAMILY,
+                    base_version=self.old.version,
+                    base_fingerprint_sha256=self.old.fingerprint_sha256,
+                    trained_on_version=self.old.version,
+                    trained_on_fingerprint_sha256=self.old.fingerprint_sha256,
+                    weights_sha256=adapter_weights_sha256(Path(folder)),
+                    method=name.partition("-")[0],
+                    suites=(self.suite,),
+                ),
+                Path(folder),
+            )
+            for name, folder in task.adapters.items()
+        }
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the new base."""
+        return base_folder(self.new, self.platform)
+
+    def reference(self, name: str) -> Any:
+        """Return what an adapter says on the old base, asked once for all arms."""
+        platform = replace(self.platform, evaluations=self.known)
+        folder = Path(self.task.adapters[name])
+        weights = self.versions[name].weights_sha256
+        found = evaluate_on(
+            self.old, [self.suite], platform, adapter=lambda: folder, weights_sha256=weights
+        )
+        return found[self.suite.name]
+
+    def evaluation(self, texts: Sequence[str], weights_sha256: str) -> Any:
+        """Return answers on the new base as an evaluation, marked by the suite's rule."""
+        is_right = marker(self.suite)
+        examples = read_examples(self.suite.data, self.platform.store, limit=self.suite.limit)
+        items = tuple(
+            ItemResult(example.id, is_right(text, example.completion), answer=text)
+            for example, text in zip(examples, texts, strict=True)
+        )
+        return Evaluation(
+            suite=self.suite.name,
+            weights_sha256=weights_sha256,
+            base_fingerprint_sha256=self.new.fingerprint_sha256,
+            suite_sha256=self.suite.suite_sha256,
+            decoding_sha256=self.suite.decoding_sha256,
+            items=items,
+        )
+
+    def judged(self, texts: Mapping[str, Sequence[str]], bare: Sequence[str]) -> dict[str, Any]:
+        """Return each adapter's verdict and answers, given what was said on the new base."""
+        name_of = self.suite.name
+        beside = {name_of: self.evaluation(bare, BARE)}
+        found = {}
+        for name, said in texts.items():
+            candidate = {name_of: self.evaluation(said, self.versions[name].weights_sha256)}
+            reference = {name_of: self.reference(name)}
+            judgement = judge(self.policy, reference, candidate, beside)
+            found[name] = {"verdict": str(judgement.verdict), "answers": list(said)}
+        return found
