@@ -225,3 +225,12 @@ def test_progress_counts_every_byte():
     total = sum(map(len, files.values()))
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_an_infinite_setting_counts_as_it_is_written():
+    """Mamba 2 has one: `time_step_limit`."""
+    found = [
+        fingerprint(URI, store_of(folder_of(config_json=CONFIG | {"time_step_limit": limit})))
+        for limit in ([0.0, float("inf")], [0.0, 1.0])
+    ]
+    assert found[0].config_sha256 != found[1].config_sha256

@@ -5,7 +5,7 @@
 """
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,15 +36,15 @@ class _Manifest(BaseModel):
     family: _Word
     version: _Word
     parent: _Word | None
-    files: Annotated[list[_File], Field(max_length=MAX_FILES)]
+    files: list[_File]
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Return the manifest that the bytes state. UploadError, with every reason, if they do not."""
+    """Return the manifest that the bytes state. UploadError, with its reasons, if they do not."""
     if len(data) > MAX_MANIFEST_BYTES:
         raise UploadError(f"it has {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read")
     try:
-        stated = _Manifest.model_validate_json(data)
+        stated = _Manifest.model_validate(_decoded(data))
         return Manifest(
             stated.family,
             stated.version,
@@ -61,6 +61,18 @@ def parse_manifest(data: bytes) -> Manifest:
         raise UploadError(listed(details, 20)) from error
     except ValueError as error:
         raise UploadError(str(error)) from error
+
+
+def _decoded(data: bytes) -> Any:
+    """Return the JSON value. ValueError, also if it lists so much that to check it would hurt."""
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"JSON: {error}") from error
+    files = value.get("files") if isinstance(value, dict) else None
+    if isinstance(files, list) and len(files) > MAX_FILES:
+        raise ValueError(f"files: {len(files)} of them; at most {MAX_FILES} are allowed")
+    return value
 
 
 def dump_manifest(manifest: Manifest) -> bytes:

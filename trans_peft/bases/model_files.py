@@ -5,6 +5,7 @@ how they become a `Fingerprint`. Says everything that is wrong at once, in `prob
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from trans_peft.ports import StoredFile
 
 __all__ = ["INDEX", "MAX_TEXT_BYTES", "UNFELT", "WEIGHTS", "ModelFiles", "is_felt"]
 
-MAX_TEXT_BYTES = 256 << 20
+MAX_TEXT_BYTES = 64 << 20
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -79,7 +80,7 @@ class ModelFiles:
             self._templates["default" if file.name == _TEMPLATE else name] = text
             return
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=str, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             self.problems.append(f"{file.name}: no JSON: {error}")
             return
@@ -186,6 +187,11 @@ class ModelFiles:
             self.problems.append(f"{INDEX}: no `weight_map` of tensor name -> file name")
             return None
         return index
+
+
+def _finite(number: str) -> float | str:
+    """Return the number; what is infinite as it was written, since a hash covers JSON alone."""
+    return float(number) if math.isfinite(float(number)) else number
 
 
 def _remote_code(value: Any) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trans_peft.domain.base import TensorSignature
+from trans_peft.errors import listed
 
 __all__ = [
     "SKETCH_SIZE",
@@ -30,6 +31,8 @@ SKETCH_SIZE = 32
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors package's own limit."""
+
+MAX_DIMENSIONS = 16
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -146,7 +149,7 @@ def _entries(header: bytes) -> list[Entry]:
         else:
             entries.append(entry)
     if problems:
-        raise MalformedSafetensorsError("; ".join(problems))
+        raise MalformedSafetensorsError(listed(problems, 20))
     entries.sort(key=lambda entry: (entry.start, entry.end))
     position = 0
     for entry in entries:
@@ -160,8 +163,10 @@ def _entries(header: bytes) -> list[Entry]:
 
 def _entry(name: str, value: Any) -> Entry | str:
     match value:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if all(
-            type(n) is int and n >= 0 for n in (*shape, start, end)
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if len(
+            shape
+        ) <= MAX_DIMENSIONS and all(
+            type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end)
         ):
             if dtype not in _BITS:
                 return f"unknown dtype {dtype!r}"

@@ -29,7 +29,7 @@ def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
         else:
             tokens = {token: int(i) for token, i in known.items()}
         return tokens | {t["content"]: int(t["id"]) for t in tokenizer.get("added_tokens") or []}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError("no vocabulary of token -> id in it") from error
 
 
@@ -58,9 +58,15 @@ def chat_template_sha256(settings: Mapping[str, Any], files: Mapping[str, str]) 
     if isinstance(configured, str):
         templates.setdefault("default", configured)
     elif isinstance(configured, list):
-        templates = {t["name"]: t["template"] for t in configured if "name" in t} | templates
+        named = [t for t in configured if isinstance(t, dict)]
+        templates = {
+            t["name"]: t["template"]
+            for t in named
+            if isinstance(t.get("name"), str) and isinstance(t.get("template"), str)
+        } | templates
     if not templates:
         return ""
     if templates.keys() == {"default"}:
-        return hashlib.sha256(templates["default"].encode()).hexdigest()
+        text = templates["default"].encode(errors="surrogatepass")
+        return hashlib.sha256(text).hexdigest()
     return content_sha256(templates)
