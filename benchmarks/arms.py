@@ -233,6 +233,7 @@ def harness(world: World) -> dict[str, Any]:
         tasks=["which_exception"],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         batch_size=world.task.batch,
+        device="cuda" if torch.cuda.is_available() else "cpu",
         bootstrap_iters=0,
     )
     right = [bool(sample["acc"]) for sample in results["samples"]["which_exception"]]

@@ -142,8 +142,11 @@ def test_log_likelihoods_are_those_of_one_pass_each(name, beginning, batch_size)
 def test_a_prompt_is_read_once_for_all_of_its_choices():
     model, asked = Counting(shared("llama")), prompts(40)
     log_likelihoods(model, [(p, [[65], [66], [67, 68, 69], [70, 71]]) for p in asked])
-    # Eight questions have 32 choices; a choice's last token predicts nothing.
-    assert model.shapes == [(1, 40), (8, 45), (16, 2), (1, 1), (2, 2)]
+    # A choice's last token predicts nothing.
+    assert model.shapes == [(1, 40), (9, 45), (18, 2)]
+    model.shapes.clear()
+    log_likelihoods(model, [(p, [[65] * 2] * 30) for p in asked])
+    assert model.shapes[1:3] == [(4, 45), (120, 1)]  # of 30 choices each
     model.shapes.clear()
     log_likelihoods(model, [(p, [[65], [66]]) for p in asked])
     assert model.shapes == [(1, 40), (9, 45)]

@@ -23,6 +23,9 @@ from trans_peft.validation.rules.choice import Measure
 
 __all__ = ["choice_ids", "choose", "log_likelihoods"]
 
+_ROWS = 4  # of continuations for each question of a batch: they are short beside their prompt
+_MOST_LOGITS = 2**27  # half a gigabyte in fp32
+
 
 def choose(
     model: nn.Module,
@@ -73,10 +76,9 @@ def log_likelihoods(
     """Return the log-likelihood, in nats, of each continuation of each prompt.
 
     `questions` are prompts with their continuations, all of them token ids and none empty. A batch
-    has as many questions as have `batch_size` continuations at most, but one at least; what does
-    not fit into memory is halved and tried again. Errors as `choose`.
+    has `batch_size` questions, fewer where their continuations are many or long; what does not fit
+    into memory is halved and tried again. Errors as `choose`.
     """
-    widest = max((len(continuations) for _, continuations in questions), default=1)
 
     def tokens(i: int) -> int:
         prompt, continuations = questions[i]
@@ -88,12 +90,24 @@ def log_likelihoods(
         found = in_batches(
             order,
             lambda batch: _log_likelihoods(reader, [questions[i] for i in batch]),
-            size=max(1, (batch_size or DEFAULT_BATCH_SIZE) // widest),
+            size=_questions(model, questions, batch_size or DEFAULT_BATCH_SIZE),
             told_as=lambda i: f"a prompt of {len(questions[i][0])} tokens and its choices",
             on_progress=on_progress,
         )
     of = dict(zip(order, found, strict=True))
     return [of[i] for i in range(len(questions))]
+
+
+def _questions(
+    model: nn.Module,
+    questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    most: int,
+) -> int:
+    """Return how many questions share a batch: not too many rows, nor too many logits."""
+    rows = max((len(continuations) for _, continuations in questions), default=1)
+    longest = max((len(c) for _, continuations in questions for c in continuations), default=1)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1)
+    return max(1, min(most, _ROWS * most // rows, _MOST_LOGITS // (vocabulary * rows * longest)))
 
 
 def _log_likelihoods(
