@@ -3,6 +3,7 @@
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -70,6 +71,28 @@ class TestEveryStore:
         store.write(f"{prefix}/x", io.BytesIO(b"newer"))
         with pytest.raises(IntegrityError, match="changed"):
             read(store, f"{prefix}/x", listed.etag)
+
+    @pytest.mark.parametrize("start", [0, 1, 5, 11])
+    @pytest.mark.parametrize("stop", [None, 12, 11, 6])
+    def test_reads_a_range(self, place, start, stop):
+        store, prefix = place
+        store.write(f"{prefix}/x", io.BytesIO(b"hello there."))
+        (listed,) = store.list(prefix)
+        if stop is None or start < stop:
+            with store.read(f"{prefix}/x", etag=listed.etag, start=start, stop=stop) as chunks:
+                assert b"".join(chunks) == b"hello there."[start:stop]
+
+    @pytest.mark.parametrize(
+        "name", ["with space", "ünï cödé 漢字", "100%25", "a+b&c=d;e", "#hash?query", "'\"quotes"]
+    )
+    def test_holds_files_of_odd_names(self, place, name):
+        store, prefix = place
+        prefix = f"{prefix}/{name}" if "file:" not in prefix else prefix
+        uri = f"{prefix}/{quote(name)}" if "file:" in prefix else f"{prefix}/{name}"
+        store.write(uri, io.BytesIO(name.encode()))
+        (listed,) = store.list(prefix)
+        assert listed.name == name
+        assert read(store, uri, listed.etag) == name.encode()
 
     def test_leaves_the_file_of_the_caller_open(self, place):
         store, prefix = place
