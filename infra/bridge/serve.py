@@ -18,7 +18,7 @@ from infra.bridge.registry import MlflowNames
 from infra.bridge.settings import BridgeSettings
 from infra.bridge.starter import PrefectStarter
 
-__all__ = ["serve", "start_up"]
+__all__ = ["listening", "serve", "start_up"]
 
 _CONNECTIONS = 1024
 """More at once are answered 503. With the longest body each, they hold 256 MiB."""
@@ -30,24 +30,29 @@ async def serve(settings: BridgeSettings) -> None:
     async with get_client() as prefect:
         desk = Desk(MlflowNames(settings.tracking_uri), PrefectStarter(prefect))
         clerk = Clerk(desk, Metrics())
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(settings, clerk),
-                host=settings.host,
-                port=settings.port,
-                log_config=None,
-                access_log=False,  # every hint is logged, with its delivery id
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=_CONNECTIONS,
-                timeout_graceful_shutdown=5,
-            )
-        )
+        server = listening(settings, clerk)
         beside: list[Coroutine[Any, Any, None]] = [start_up(clerk)]
         if settings.queue_url:
             queue = SqsQueue(settings.queue_url)
             beside.append(consume(queue, clerk, root_uri=settings.bases_uri))
         await _until_ended(server, beside)
+
+
+def listening(settings: BridgeSettings, clerk: Clerk) -> uvicorn.Server:
+    """Return the server, not started."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings, clerk),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,  # it would show query strings; every hint is logged by its id
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_CONNECTIONS,
+            timeout_graceful_shutdown=5,
+        )
+    )
 
 
 async def start_up(clerk: Clerk, *, pause_s: float = 2.0) -> None:

@@ -13,7 +13,7 @@ from infra.stack.stack import down, status, up
 from trans_peft.errors import TransPeftError
 
 _HELP = """\
-up        start the servers and the worker, deploy prefect.yaml, wait until all are healthy
+up        start the servers, worker and bridge, deploy prefect.yaml, wait until all are healthy
 down      stop them, and nothing else; the state folder stays
 status    how each does; exit code 1 unless all are well
 env       what a shell needs to talk to them: eval "$(python -m infra.stack env)"
@@ -24,6 +24,7 @@ settings, as environment variables:
   S3_PORT           8350
   MLFLOW_PORT       5500
   PREFECT_PORT      4250
+  BRIDGE_PORT       4260
   GPU_SLOTS         flows on the GPU queue at a time (1)
   MLFLOW_BACKEND_STORE_URI, PREFECT_API_DATABASE_CONNECTION_URL
                     databases instead of SQLite: postgresql+psycopg2://..., postgresql+asyncpg://...

@@ -25,6 +25,8 @@ def healthy(name: str, settings: StackSettings) -> bool:
                     return http.get(f"{urls['mlflow']}/health").is_success
                 case "prefect":
                     return http.get(f"{urls['prefect']}/api/health").is_success
+                case "bridge":
+                    return http.get(f"{urls['bridge']}/ready").is_success
                 case _:
                     pool = f"{urls['prefect']}/api/work_pools/{WORK_POOL}"
                     answer = http.post(f"{pool}/workers/filter", json={}).raise_for_status()

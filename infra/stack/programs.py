@@ -1,4 +1,4 @@
-"""The four programs of the stack: the command and the environment of each.
+"""The five programs of the stack: the command and the environment of each.
 
 The process manager starts each as `python -m infra.stack run NAME`, which turns into the program.
 So no secret and no database password stands in a configuration file or in a command line, and what
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from infra.stack.interrupted import crash_interrupted_runs
 from infra.stack.machine import PROGRAM_MARK, end, free_ports, marked, port_is_free
-from infra.stack.settings import HOST, WORK_POOL, StackSettings, without_services
+from infra.stack.settings import BASES_URI, HOST, WORK_POOL, StackSettings, without_services
 
 __all__ = ["PROGRAMS", "Program", "become", "left_behind"]
 
@@ -50,6 +50,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
             }
         )
     )
+    _notify_bridge(settings, folder / "notification.toml")
     options = {
         "dir": folder,
         "ip": HOST,
@@ -71,6 +72,26 @@ def _s3_command(settings: StackSettings) -> list[str]:
     options.update(_inner_ports(folder))
     weed = Path(sys.executable).with_name("weed")
     return [str(weed), "-logtostderr", "server", *(f"-{k}={v}" for k, v in options.items())]
+
+
+def _notify_bridge(settings: StackSettings, path: Path) -> None:
+    """Tell the filer, which looks for this file where it runs, to post what is written to bases.
+
+    SeaweedFS has no bucket notifications. Retries end after about two minutes.
+    """
+    bucket = BASES_URI.removeprefix("s3:/")
+    path.touch(mode=0o600)
+    path.write_text(
+        f"""[notification.webhook]
+enabled = true
+endpoint = "{settings.urls["bridge"]}/hints/s3"
+bearer_token = "{settings.secrets.bridge_s3_token}"
+timeout_seconds = 30
+max_retries = 8
+event_types = ["create", "update", "rename"]
+path_prefixes = ["/buckets{bucket}"]
+"""
+    )
 
 
 def left_behind(settings: StackSettings) -> list[Path]:
@@ -123,6 +144,7 @@ def _mlflow_environment(settings: StackSettings) -> dict[str, str]:
         "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
         "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": settings.secrets.webhook_key,
+        "MLFLOW_WEBHOOK_CACHE_TTL": "2",  # s; for 60 by default a new webhook would miss events
     }
 
 
@@ -161,7 +183,7 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
         **settings.client_environment,
         "TRANS_PEFT_STATE": str(_folder(settings, "work")),
         "TRANS_PEFT_CHECKOUT": str(settings.checkout),
-        "TRANS_PEFT_BASES_URI": "s3://bases/",
+        "TRANS_PEFT_BASES_URI": BASES_URI,
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a task waits and asks again, and says so
@@ -173,6 +195,10 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
     }
 
 
+def _bridge_command(settings: StackSettings) -> list[str]:
+    return [sys.executable, "-m", "infra.bridge", "serve"]
+
+
 PROGRAMS = {
     program.name: program
     for program in (
@@ -180,6 +206,7 @@ PROGRAMS = {
         Program("mlflow", _mlflow_command, _mlflow_environment, stop_s=10),
         Program("prefect", _prefect_command, _prefect_environment, stop_s=10),
         Program("worker", _worker_command, _worker_environment, 30, crash_interrupted_runs),
+        Program("bridge", _bridge_command, lambda s: s.bridge_environment, stop_s=10),
     )
 }
 

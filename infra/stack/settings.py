@@ -14,13 +14,22 @@ from pathlib import Path
 
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["BUCKETS", "HOST", "WORK_POOL", "Secrets", "StackSettings", "without_services"]
+__all__ = [
+    "BASES_URI",
+    "BUCKETS",
+    "HOST",
+    "WORK_POOL",
+    "Secrets",
+    "StackSettings",
+    "without_services",
+]
 
 HOST = "127.0.0.1"
 WORK_POOL = "trans-peft"
 BUCKETS = ("bases", "data", "mlflow")
+BASES_URI = "s3://bases/"
 _CHECKOUT = Path(__file__).resolve().parents[2]
-_FAMILIES = ("AWS_", "MLFLOW_", "PREFECT_")
+_FAMILIES = ("AWS_", "BRIDGE_", "MLFLOW_", "PREFECT_")
 
 
 @dataclass(frozen=True)
@@ -30,19 +39,30 @@ class Secrets:
     s3_access_key: str
     s3_secret_key: str
     webhook_key: str  # Fernet: 32 bytes, URL-safe base64
+    bridge_mlflow_secret: str
+    bridge_s3_token: str
 
     @classmethod
     def of(cls, path: Path) -> "Secrets":
-        """Read the secrets in this file; make it, readable by its owner alone, if there is none."""
-        if not path.exists():
-            made = cls(
-                s3_access_key="tp" + secrets.token_hex(9).upper(),
-                s3_secret_key=secrets.token_urlsafe(30),
-                webhook_key=urlsafe_b64encode(secrets.token_bytes(32)).decode(),
-            )
-            path.touch(mode=0o600)
-            path.write_text(json.dumps(made.__dict__, indent=2))
-        return cls(**json.loads(path.read_text()))
+        """Read the secrets in this file, which only its owner may; make those that are missing.
+
+        A state folder of an earlier release keeps those that it has.
+        """
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        made = {
+            "s3_access_key": "tp" + secrets.token_hex(9).upper(),
+            "s3_secret_key": secrets.token_urlsafe(30),
+            "webhook_key": urlsafe_b64encode(secrets.token_bytes(32)).decode(),
+            "bridge_mlflow_secret": secrets.token_urlsafe(30),
+            "bridge_s3_token": secrets.token_urlsafe(30),
+        }
+        if made.keys() - kept.keys():
+            kept = {**made, **kept}
+            whole = path.with_suffix(".new")  # moved into place: whole, or not at all
+            whole.touch(mode=0o600)
+            whole.write_text(json.dumps(kept, indent=2))
+            whole.replace(path)
+        return cls(**kept)
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,7 @@ class StackSettings:
     mlflow_port: int = 5500
     prefect_port: int = 4250
     s3_port: int = 8350
+    bridge_port: int = 4260
     gpu_slots: int = 1
     mlflow_database: str = ""  # empty: SQLite below the state folder
     prefect_database: str = ""
@@ -92,6 +113,7 @@ class StackSettings:
             mlflow_port=number("MLFLOW_PORT", cls.mlflow_port),
             prefect_port=number("PREFECT_PORT", cls.prefect_port),
             s3_port=number("S3_PORT", cls.s3_port),
+            bridge_port=number("BRIDGE_PORT", cls.bridge_port),
             gpu_slots=number("GPU_SLOTS", cls.gpu_slots),
             mlflow_database=environ.get("MLFLOW_BACKEND_STORE_URI", ""),
             prefect_database=environ.get("PREFECT_API_DATABASE_CONNECTION_URL", ""),
@@ -105,6 +127,7 @@ class StackSettings:
             "MLFLOW_PORT": str(self.mlflow_port),
             "PREFECT_PORT": str(self.prefect_port),
             "S3_PORT": str(self.s3_port),
+            "BRIDGE_PORT": str(self.bridge_port),
             "GPU_SLOTS": str(self.gpu_slots),
             "MLFLOW_BACKEND_STORE_URI": self.mlflow_database,
             "PREFECT_API_DATABASE_CONNECTION_URL": self.prefect_database,
@@ -117,6 +140,7 @@ class StackSettings:
             "S3_PORT": self.s3_port,
             "MLFLOW_PORT": self.mlflow_port,
             "PREFECT_PORT": self.prefect_port,
+            "BRIDGE_PORT": self.bridge_port,
         }
 
     @property
@@ -126,6 +150,7 @@ class StackSettings:
             "s3": f"http://{HOST}:{self.s3_port}",
             "mlflow": f"http://{HOST}:{self.mlflow_port}",
             "prefect": f"http://{HOST}:{self.prefect_port}",
+            "bridge": f"http://{HOST}:{self.bridge_port}",
         }
 
     @property
@@ -159,6 +184,22 @@ class StackSettings:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             "DO_NOT_TRACK": "1",
+        }
+
+    @property
+    def bridge_environment(self) -> dict[str, str]:
+        """What the bridge needs: a client of everything, and the senders' secrets."""
+        return {
+            **self.client_environment,
+            "BRIDGE_HOST": HOST,
+            "BRIDGE_PORT": str(self.bridge_port),
+            "BRIDGE_URL": self.urls["bridge"],
+            "BRIDGE_MLFLOW_SECRETS": self.secrets.bridge_mlflow_secret,
+            "BRIDGE_S3_TOKENS": self.secrets.bridge_s3_token,
+            "TRANS_PEFT_BASES_URI": BASES_URI,
+            # A sender waits for the answer: it is told to come again rather than kept waiting.
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
         }
 
 

@@ -107,6 +107,7 @@ class _Stack:
         self._say("stack", "down")
 
     def _start_manager(self) -> None:
+        _ = self._settings.secrets  # made by one, before several programs ask for them
         self._choices_file.write_text(self._choices)
         try:
             self._supervisor.start()
@@ -132,7 +133,11 @@ class _Stack:
         self._start("worker")
         self._run("deploy", ["-m", "prefect", "--no-prompt", "deploy", "--all"], environment)
         self._say("prefect", f"deployed {settings.checkout / 'prefect.yaml'}")
-        self._wait("mlflow", "worker")
+        self._start("bridge")
+        self._wait("mlflow", "worker", "bridge")
+        webhooks = {**environment, **settings.bridge_environment}
+        self._run("webhooks", ["-m", "infra.bridge", "webhooks"], webhooks)
+        self._say("bridge", "MLflow and S3 send their hints here")
 
     def _start(self, name: str) -> None:
         self._supervisor.start_program(name)

@@ -57,8 +57,8 @@ def configuration(settings: StackSettings) -> RawConfigParser:
         config[f"program:{program.name}"] = {
             "command": f'"{sys.executable}" -m infra.stack run {program.name}',
             "priority": str(priority),
-            # The worker starts once the pool that it serves is there.
-            "autostart": str(program.name != "worker").lower(),
+            # The worker starts once its pool is there, the bridge once the deployment is.
+            "autostart": str(program.name not in ("worker", "bridge")).lower(),
             "autorestart": "true",
             "startsecs": "2",
             "startretries": "10",

@@ -6,22 +6,24 @@ import logging
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import psutil
 import pytest
-import uvicorn
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from infra.bridge import app
-from infra.bridge.app import MAX_BODY_BYTES, Clerk, create_app
+from infra.bridge.app import MAX_BODY_BYTES, Clerk
 from infra.bridge.desk import Desk
 from infra.bridge.logs import LOG, JsonLines
 from infra.bridge.metrics import Metrics
 from infra.bridge.senders import sign
+from infra.bridge.serve import listening
 from infra.bridge.settings import BridgeSettings
+from infra.stack.machine import free_ports
 from tests.bridge.fakes import FakePrefect, FakeRegistry
 
 SECRETS = ("a-secret-of-mlflow-000000", "the-former-secret-1111111")
@@ -36,15 +38,14 @@ class Bridge:
         chosen = settings or BridgeSettings(
             tracking_uri="http://m", mlflow_secrets=SECRETS, s3_tokens=TOKENS
         )
-        config = uvicorn.Config(create_app(chosen, self.clerk), port=0, log_config=None)
-        self._server = uvicorn.Server(config)
+        (self.port,) = free_ports(1)
+        self._server = listening(replace(chosen, port=self.port), self.clerk)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self):
         self._thread.start()
         while not self._server.started:
             time.sleep(0.01)
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
         fresh = httpx.Limits(max_keepalive_connections=0)
         url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=url, timeout=30, limits=fresh)

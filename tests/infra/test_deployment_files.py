@@ -29,7 +29,7 @@ def test_compose_builds_stages_that_exist_and_waits_for_services_that_exist():
         assert set(service.get("depends_on", {})) <= set(COMPOSE["services"])
 
 
-@pytest.mark.parametrize("service", ["mlflow", "prefect", "postgres"])
+@pytest.mark.parametrize("service", ["mlflow", "prefect", "postgres", "bridge"])
 def test_no_server_of_compose_is_open_to_the_network(service):
     for port in COMPOSE["services"][service].get("ports", []):
         assert port.startswith("127.0.0.1:")

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -8,17 +9,18 @@ from infra.stack.programs import PROGRAMS
 from infra.stack.settings import Secrets, StackSettings, without_services
 from trans_peft.errors import InvalidSpecError
 
-ports = st.lists(st.integers(1024, 65535), min_size=3, max_size=3, unique=True)
+ports = st.lists(st.integers(1024, 65535), min_size=4, max_size=4, unique=True)
 
 
 @given(ports, st.integers(1, 64), st.sampled_from(["", "postgresql+psycopg2://u:p%40@h/db"]))
 def test_settings_survive_the_way_through_the_environment(chosen, slots, database):
-    s3, mlflow, prefect = chosen
+    s3, mlflow, prefect, bridge = chosen
     settings = StackSettings(
         Path("/tmp/s"),
         s3_port=s3,
         mlflow_port=mlflow,
         prefect_port=prefect,
+        bridge_port=bridge,
         gpu_slots=slots,
         mlflow_database=database,
     )
@@ -59,6 +61,26 @@ def test_secrets_are_made_once_and_for_the_owner_alone(tmp_path):
     assert Secrets.of(path) == Secrets.of(path)
     assert path.stat().st_mode & 0o077 == 0
     assert Secrets.of(path) != Secrets.of(tmp_path / "other.json")
+
+
+def test_a_state_folder_of_an_earlier_release_keeps_its_secrets_and_gets_the_new_ones(tmp_path):
+    path = tmp_path / "secrets.json"
+    old = {"s3_access_key": "a", "s3_secret_key": "s", "webhook_key": "w"}
+    path.write_text(json.dumps(old))
+    found = Secrets.of(path)
+    assert {name: getattr(found, name) for name in old} == old
+    assert len(found.bridge_mlflow_secret) >= 24 <= len(found.bridge_s3_token)
+    assert Secrets.of(path) == found
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_the_bridge_alone_knows_what_its_senders_sign_with(tmp_path):
+    settings = StackSettings(tmp_path)
+    told = {name: dict(program.environment(settings)) for name, program in PROGRAMS.items()}
+    secret = settings.secrets.bridge_mlflow_secret
+    assert [name for name, environment in told.items() if secret in environment.values()] == [
+        "bridge"
+    ]
 
 
 def test_the_webhook_key_is_a_fernet_key(tmp_path):

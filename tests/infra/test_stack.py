@@ -1,5 +1,6 @@
 """The stack as a person meets it: by its command line, with real servers."""
 
+import json
 import os
 import socket
 import subprocess
@@ -36,8 +37,10 @@ def stack(verb, settings, **more):
 
 
 def settings_below(state):
-    s3, mlflow, prefect = free_ports(3)
-    return StackSettings(state, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect)
+    s3, mlflow, prefect, bridge = free_ports(4)
+    return StackSettings(
+        state, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect, bridge_port=bridge
+    )
 
 
 def test_a_port_in_use_is_told_at_once_with_its_owner_and_nothing_starts(tmp_path):
@@ -117,7 +120,7 @@ def running(tmp_path_factory):
 
 
 @pytest.mark.servers
-def test_up_tells_the_three_urls_and_every_program_is_healthy(running):
+def test_up_tells_the_four_urls_and_every_program_is_healthy(running):
     for url in running.settings.urls.values():
         assert url in running.output
     assert stack("status", running.settings).returncode == 0
@@ -141,7 +144,7 @@ def test_every_deployment_of_prefect_yaml_is_there(running):
     reconcile = found["reconcile"]
     assert reconcile["parameters"]["policy"]["margin_points"] == 5.0
     assert reconcile["schedules"][0]["schedule"]["cron"] == "*/10 * * * *"
-    assert reconcile["global_concurrency_limit"]["limit"] == 1
+    assert reconcile["global_concurrency_limit"]["limit"] == 8
     assert reconcile["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     (slots,) = [
         limit for limit in running.prefect("v2/concurrency_limits/filter") if limit["name"] == "gpu"
@@ -156,6 +159,81 @@ def test_the_worker_runs_a_flow_from_the_checkout_against_the_servers(running):
     run = running.prefect(url, parameters={"dry_run": True})["id"]
     state = running.state(run, until=["COMPLETED", "FAILED", "CRASHED"])
     assert state["type"] == "COMPLETED", (running.settings.logs / "worker.log").read_text()[-3000:]
+
+
+def hinted(running, deadline_s=30):
+    """The runs of reconcile that hints started, by the words of the bridge's log."""
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        for line in (running.settings.logs / "bridge.log").read_text().splitlines():
+            yield json.loads(line)
+        time.sleep(0.2)
+
+
+def run_of(running, kind, about):
+    """The run that the bridge started, or found waiting, for this hint."""
+    for line in hinted(running):
+        if (line.get("kind"), line.get("about")) == (kind, about):
+            assert line["outcome"] in ("started", "waiting"), line
+            asked = running.prefect("flow_runs/filter", flow_runs={"id": {"any_": [line["run"]]}})
+            assert asked[0]["deployment_id"] == running.deployment("reconcile")["id"]
+            return line, asked[0]
+    raise AssertionError((running.settings.logs / "bridge.log").read_text())
+
+
+@pytest.mark.servers
+def test_the_bridge_starts_one_reconcile_when_it_starts(running):
+    line, run = run_of(running, "start-up", "")
+    assert run["tags"] == [f"hint:{line['delivery']}"]
+    assert run["parameters"]["family"] is None
+
+
+@pytest.mark.servers
+def test_a_champion_set_in_mlflow_starts_reconcile_and_nothing_else_of_ours_does(running):
+    url = f"{running.settings.urls['mlflow']}/api/2.0/mlflow"
+    name = {"name": "hinted"}
+    tags = [{"key": "trans_peft.kind", "value": "base"}]
+    httpx.post(f"{url}/registered-models/create", json={**name, "tags": tags}).raise_for_status()
+    version = {**name, "source": "s3://bases/hinted/v1"}
+    httpx.post(f"{url}/model-versions/create", json=version).raise_for_status()
+    for alias in ("serving", "champion"):
+        wish = {**name, "alias": alias, "version": "1"}
+        httpx.post(f"{url}/registered-models/alias", json=wish).raise_for_status()
+    _, run = run_of(running, "champion", "hinted")
+    assert run["parameters"]["family"] in ("hinted", None)
+    log = (running.settings.logs / "bridge.log").read_text()
+    assert '"serving"' not in log
+
+
+@pytest.mark.servers
+def test_an_upload_s_manifest_starts_reconcile(running):
+    client = running.settings.client_environment
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=client["AWS_ENDPOINT_URL"],
+        aws_access_key_id=client["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=client["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    for name in ("config.json", "trans_peft_manifest.json"):
+        s3.put_object(Bucket="bases", Key=f"a b/v1/{name}", Body=b"{}")
+    _, run = run_of(running, "upload", "s3://bases/a b/v1")
+    assert run["parameters"]["family"] is None
+    s3.delete_objects(
+        Bucket="bases",
+        Delete={
+            "Objects": [{"Key": f"a b/v1/{n}"} for n in ("config.json", "trans_peft_manifest.json")]
+        },
+    )
+
+
+@pytest.mark.servers
+def test_no_secret_stands_in_a_log_or_a_command_line(running):
+    secrets = vars(running.settings.secrets)
+    told = [path.read_text(errors="replace") for path in running.settings.logs.glob("*.log")]
+    told += [" ".join(process.cmdline()) for process in marked(running.settings.state)]
+    for name, secret in secrets.items():
+        assert not any(secret in text for text in told), name
 
 
 @pytest.mark.servers

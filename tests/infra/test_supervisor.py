@@ -30,7 +30,10 @@ def test_every_program_is_restarted_bounded_and_stopped_with_its_group(read_back
         assert program.stdout_logfile == str(settings.logs / f"{name}.log")
         assert 0 < program.stdout_logfile_maxbytes <= 10 * 2**20
         assert program.command.endswith(f"-m infra.stack run {name}")
-    assert [name for name, program in programs.items() if not program.autostart] == ["worker"]
+    assert [name for name, program in programs.items() if not program.autostart] == [
+        "worker",
+        "bridge",
+    ]
 
 
 def test_only_the_owner_may_ask_and_everything_lies_below_the_state(read_back):
