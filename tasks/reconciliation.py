@@ -23,7 +23,8 @@ def base_families() -> tuple[str, ...]:
 @task(**RETRIES, task_run_name="plan {family}")
 def plan_fleet(family: str, policy: GatePolicy) -> Plan:
     """Compare the desired state with the registry."""
-    return reconcile.plan(reconcile.observe(family, platform()), policy)
+    fleet = reconcile.observe(family, platform())
+    return reconcile.estimated(reconcile.plan(fleet, policy), fleet, platform())
 
 
 @task(**RETRIES, task_run_name="settle {family}")

@@ -10,7 +10,7 @@ from tests.lifecycle.fleet import FAMILY, POLICY, SUITE, MemoryFleet, evaluation
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Reason
 from trans_peft.errors import NotFoundError, NotServedError
-from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS, is_wanted, observe, plan
+from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS, estimated, is_wanted, observe, plan
 from trans_peft.lifecycle.resolve import resolve
 
 
@@ -137,7 +137,9 @@ def test_incompatible_stays_incompatible_under_another_policy(fleet, two_bases):
 def test_the_estimate_is_what_evaluating_took_where_it_was_trained(fleet, two_bases):
     v1, _ = two_bases
     fleet.platform.evaluations.put(evaluation("chat-w", v1, 8, 10, seconds=42.0))
-    estimates = {w.adapter: w.estimated_seconds for w in fleet.work()}
+    seen = observe(FAMILY, fleet.platform)
+    found = estimated(plan(seen, POLICY), seen, fleet.platform)
+    estimates = {w.adapter: w.estimated_seconds for w in found.work}
     assert estimates == {"chat": 42.0, "code": None}
 
 

@@ -68,10 +68,15 @@ class Stack:
         return state
 
     def prefect(self, method, path, **body):
-        """Ask Prefect's API; on a busy machine its SQLite answers 503 now and then."""
+        """Ask Prefect's API; on a busy machine its SQLite is late or answers 503 now and then."""
         url = f"{self.settings.urls['prefect']}/api/{path}"
-        for _ in range(10):
-            answer = httpx.request(method, url, timeout=60, **body)
+        for last in (*[False] * 9, True):
+            try:
+                answer = httpx.request(method, url, timeout=60, **body)
+            except httpx.TimeoutException:
+                if last:
+                    raise
+                continue
             if answer.status_code != 503:
                 break
             time.sleep(1)

@@ -161,7 +161,7 @@ def test_the_automations_of_the_docs_are_taken_by_the_server_and_act(fleet):
     )
 
 
-def test_what_was_killed_is_brought_back_by_the_next_run(fleet, tmp_path):
+def test_what_was_killed_is_brought_back_by_the_next_runs_and_judged_once(fleet, tmp_path):
     fleet.publish(write_update(tmp_path / "v3", seed=3), "v3", FAMILY)
     assert fleet.run("ingest-base", uri=f"s3://bases/{FAMILY}/v3")["type"] == "COMPLETED"
     (v3,) = [
@@ -181,11 +181,17 @@ def test_what_was_killed_is_brought_back_by_the_next_run(fleet, tmp_path):
     for process in processes_of(ids):
         process.kill()
     assert fleet.end_of(run)["type"] == "CRASHED"
-    again = fleet.run("reconcile", family=FAMILY, wait=True)
-    assert again["type"] == "FAILED"  # by policy: the verdict is there
-    assert "0 of 1 live adapters serve there" in again["message"]
+    again = [fleet.start("reconcile", family=FAMILY, wait=True) for _ in range(3)]
+    for state in map(fleet.end_of, again):
+        assert state["type"] == "FAILED"  # by policy: the verdict is there
+        assert "0 of 1 live adapters serve there" in state["message"]
     versions = fleet.mlflow.search_model_versions(f"name='{ADAPTER}'")
     assert [v.tags["trans_peft.base_version"] for v in versions].count("v3") == 1
+    experiment = fleet.mlflow.get_experiment_by_name("trans-peft/transfers").experiment_id
+    judged = fleet.mlflow.search_runs(
+        [experiment], f"tags.`trans_peft.adapter` = '{ADAPTER}' AND tags.`trans_peft.base` = 'v3'"
+    )
+    assert [run.data.tags["trans_peft.verdict"] != "failed" for run in judged].count(True) == 1
     assert serving(fleet) == "1"
 
 

@@ -7,7 +7,7 @@ of order, changes nothing here: nothing but the registry is read.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version
 from trans_peft.domain.base import BaseVersion
@@ -16,7 +16,7 @@ from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, Work
 from trans_peft.errors import StoreError, TransPeftError
 from trans_peft.ports import Platform
 
-__all__ = ["MAX_ATTEMPTS", "Adapter", "Fleet", "is_wanted", "observe", "plan"]
+__all__ = ["MAX_ATTEMPTS", "Adapter", "Fleet", "estimated", "is_wanted", "observe", "plan"]
 
 MAX_ATTEMPTS = 3
 """A key whose attempts all failed is parked for a person after so many."""
@@ -24,12 +24,11 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Adapter:
-    """One live adapter as the registry shows it. `reference_seconds`: what evaluating it took."""
+    """One live adapter as the registry shows it."""
 
     name: str
     versions: tuple[AdapterVersion, ...]
     outcomes: tuple[TransferOutcome, ...]
-    reference_seconds: float | None = None
     aliases: Mapping[str, AliasState] = field(default_factory=dict)
 
     def alias_on(self, base: BaseVersion) -> AliasState:
@@ -139,15 +138,28 @@ def is_wanted(work: Work, family: str, policy: GatePolicy, platform: Platform) -
     return any(item.key == work.key for item in now.work)
 
 
+def estimated(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
+    """Return the plan with how long each adapter's evaluation took where it was trained.
+
+    Apart from `observe`, because it reads whole evaluations: worth it for what is going to be done.
+    """
+    adapters = {adapter.name: adapter for adapter in fleet.adapters}
+    seconds: dict[str, float | None] = {}
+    work = []
+    for item in found.work:
+        if item.estimated_seconds is None:
+            if item.adapter not in seconds:
+                seconds[item.adapter] = _seconds(adapters[item.adapter].versions, platform)
+            item = replace(item, estimated_seconds=seconds[item.adapter])
+        work.append(item)
+    return replace(found, work=tuple(work))
+
+
 def _adapter(name: str, platform: Platform) -> Adapter:
     versions = platform.registry.versions(name)
-    return Adapter(
-        name,
-        versions,
-        platform.registry.outcomes(name),
-        _seconds(versions, platform),
-        platform.registry.aliases(name),
-    )
+    source_version(versions)  # without one it cannot be judged: NotFoundError
+    outcomes, aliases = platform.registry.outcomes(name), platform.registry.aliases(name)
+    return Adapter(name, versions, outcomes, aliases)
 
 
 def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float | None:
@@ -181,5 +193,5 @@ def _missing(adapter: Adapter, base: BaseVersion, policy: GatePolicy) -> Work | 
         base_version=base.version,
         reason=reason,
         attempt=attempt,
-        estimated_seconds=0.0 if reason is Reason.POLICY_CHANGED else adapter.reference_seconds,
+        estimated_seconds=0.0 if reason is Reason.POLICY_CHANGED else None,
     )
