@@ -25,7 +25,7 @@ help: ## show this
 	@echo "make down         stop it; what it knows stays in $(STATE)"
 	@echo "make clean-state  stop it and delete $(STATE)"
 	@echo '  in a shell:     eval "$$($(BIN)/python -m infra.stack env)"'
-	@echo "  other ports:    make up MLFLOW_PORT=5501 PREFECT_PORT=4251 S3_PORT=8351"
+	@echo "  other ports:    make up MLFLOW_PORT=5501 PREFECT_PORT=4251 S3_PORT=8351 BRIDGE_PORT=4261"
 	@echo "  more:           $(BIN)/python -m infra.stack --help, infra/README.md"
 	@echo
 	@echo "  work on it"
