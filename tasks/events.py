@@ -8,9 +8,9 @@
     trans-peft.promotion.refused    trans-peft.family.FAMILY
 
 Labels carry the prefix `trans-peft.` and are what an automation matches; the payload says the same
-and the rest, for its templates. An event is sent once, after what it tells of was written: a
-process that dies in between never sends it, so nothing of this project waits for one.
-docs/promotion.md shows two automations.
+and the rest, for its templates. An event is sent after what it tells of was written: a process that
+dies in between never sends it, and two that write the same at once both do. So nothing of this
+project waits for one. docs/promotion.md shows two automations.
 """
 
 from collections.abc import Mapping

@@ -12,12 +12,13 @@ from tests.stories.place import ROOT, Stack
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory):
     """One stack for all stories: each has families and adapters of its own."""
-    s3, mlflow, prefect = free_ports(3)
+    s3, mlflow, prefect, bridge = free_ports(4)
     settings = StackSettings(
         tmp_path_factory.mktemp("story") / "state",
         s3_port=s3,
         mlflow_port=mlflow,
         prefect_port=prefect,
+        bridge_port=bridge,
     )
 
     def make(verb):

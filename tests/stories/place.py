@@ -94,12 +94,19 @@ class Stack:
         url = f"{self.settings.urls['prefect']}/api/events"
         httpx.post(url, json=[body], timeout=60).raise_for_status()
 
-    def publish(self, folder, version, family="tiny"):
+    def decide_by(self, **parameters):
+        """Change what the reconcile deployment is given: the runs that hints start take it too."""
+        found = self.prefect("GET", "deployments/name/reconcile/default")
+        url = f"{self.settings.urls['prefect']}/api/deployments/{found['id']}"
+        given = {"parameters": {**found["parameters"], **parameters}}
+        httpx.patch(url, json=given, timeout=60).raise_for_status()
+
+    def publish(self, folder, version, family="tiny", bucket="bases"):
         """Upload a base with this project's command."""
         subprocess.run(
             [
                 *(sys.executable, "-m", "trans_peft.cli", "publish", folder),
-                *(f"s3://bases/{family}/{version}", "--family", family, "--version", version),
+                *(f"s3://{bucket}/{family}/{version}", "--family", family, "--version", version),
             ],
             env=self.environment,
             cwd=ROOT,

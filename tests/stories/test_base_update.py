@@ -17,6 +17,11 @@ from trans_peft.edges.mlflow_registry import MlflowRegistry
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _lenient(stack):
+    stack.decide_by(policy=LENIENT)
+
+
 def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
     # v1 is uploaded, ingested, and promoted by a person
     stack.publish(write_tiny_base(tmp_path / "v1"), "v1")
@@ -39,12 +44,11 @@ def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
 
     # a new version appears in the bucket: the schedule's reconcile finds it and judges the fleet
     stack.publish(write_update(tmp_path / "v2"), "v2")
-    planned = stack.run("reconcile", family="tiny", policy=LENIENT, dry_run=True)
+    planned = stack.run("reconcile", family="tiny", dry_run=True)
     assert planned["type"] == "COMPLETED"
-    assert len(stack.mlflow.search_model_versions("name='tiny'")) == 1  # a plan changes nothing
-    assert stack.run("reconcile", policy=LENIENT)["type"] == "COMPLETED"
+    wait_until(lambda: ready(stack, "2"))
+    assert stack.run("reconcile", wait=True)["type"] == "COMPLETED"
     v2 = stack.mlflow.get_model_version("tiny", "2")
-    assert v2.tags["trans_peft.ready"] == "true"
     transferred = stack.mlflow.get_model_version("parity", "2")
     assert transferred.tags["trans_peft.verdict"] == "passed"
     assert stack.alias("parity", f"on-{v2.tags['trans_peft.fingerprint'][:12]}") == "2"
@@ -53,15 +57,15 @@ def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
     # a person promotes it, and a second run of everything changes nothing
     stack.champion("2")
     for _ in range(2):
-        assert stack.run("reconcile", policy=LENIENT)["type"] == "COMPLETED"
+        assert stack.run("reconcile", wait=True)["type"] == "COMPLETED"
     assert stack.alias("tiny", "serving") == "2"
     assert len(stack.mlflow.search_model_versions("name='parity'")) == 2
 
 
 def test_an_upload_that_is_refused_fails_loudly_and_registers_nothing(stack, tmp_path):
-    stack.publish(write_tiny_base(tmp_path / "v3", seed=3), "v3")
-    stack.s3.put_object(Bucket="bases", Key="tiny/v3/config.json", Body=b"{}")
-    refused = stack.run("ingest-base", uri="s3://bases/tiny/v3")
+    stack.publish(write_tiny_base(tmp_path / "v3", seed=3), "v3", bucket="data")  # not watched
+    stack.s3.put_object(Bucket="data", Key="tiny/v3/config.json", Body=b"{}")
+    refused = stack.run("ingest-base", uri="s3://data/tiny/v3")
     assert refused["type"] == "FAILED"
     assert "config.json" in refused["message"]
     assert len(stack.mlflow.search_model_versions("name='tiny'")) == 2
@@ -71,9 +75,9 @@ def test_a_version_registered_straight_in_mlflow_is_verified_and_made_ready(stac
     for file in write_tiny_base(tmp_path / "v4", seed=4).iterdir():
         stack.s3.upload_file(str(file), "bases", f"elsewhere/v4/{file.name}")  # and no manifest
     registered = stack.mlflow.create_model_version("tiny", source="s3://bases/elsewhere/v4")
-    stack.run("reconcile", family="tiny", policy=LENIENT)
-    version = stack.mlflow.get_model_version("tiny", registered.version)
-    assert version.tags["trans_peft.ready"] == "true"
+    stack.run("reconcile", family="tiny", wait=True)
+    wait_until(lambda: ready(stack, registered.version))
+    stack.run("reconcile", family="tiny", wait=True)
     # unrelated weights of the same shape: no adapter is carried over, and the reason says why
     verdict = stack.mlflow.get_model_version("parity", "1").tags
     assert "incompatible" in str(verdict)
@@ -114,3 +118,10 @@ def test_cancelling_a_training_ends_every_process_of_it(stack):
     assert stack.end_of(run)["type"] == "CANCELLED"
     with pytest.raises(MlflowException, match="not found"):
         stack.mlflow.get_registered_model("endless")
+
+
+def ready(stack, number):
+    """Whether a version is ready; whoever's run ingested it."""
+    found = stack.mlflow.search_model_versions("name='tiny'")
+    tags = [version.tags for version in found if version.version == number]
+    return bool(tags) and tags[0].get("trans_peft.ready") == "true"
