@@ -4,7 +4,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from tasks import transfer
+from tasks import training, transfer
 from tasks.limits import gpu_slot
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import Work
@@ -28,6 +28,8 @@ def transfer_shard(family: str, shard: tuple[Work, ...], policy: GatePolicy) -> 
                     logger.info("%s: no longer wanted", work)
                     continue
                 logger.info("%s: %s. %s", work.adapter, outcome.verdict, outcome.judgement.reason)
+                if outcome.training is not None:
+                    training.start_training(outcome.training, policy)
             else:
                 transfer.record_failure(family, work, policy, reason=str(state.message))
                 failed.append(work.adapter)

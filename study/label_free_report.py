@@ -9,6 +9,7 @@ too alike to count as independent adapters.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,10 +150,10 @@ def _predictors(rows: Sequence[Row], risks: Sequence[str]) -> str:
     for update in (*UPDATES, _BOTH):
         here = [row for row in rows if update in (_BOTH, row.update)]
         for risk in risks:
-            cells = [_with_interval(here, lambda drawn, r=risk: rank_correlation(drawn, r))]
+            cells = [_with_interval(here, partial(rank_correlation, risk=risk))]
             for margin in MARGINS:
                 passed = sum(row.passed[margin] for row in here)
-                found = _with_interval(here, lambda drawn, r=risk, m=margin: area(drawn, r, m))
+                found = _with_interval(here, partial(area, risk=risk, margin=margin))
                 cells.append(f"{found} ({passed} of {len(here)})")
             name = f"`{update}`" if update != _BOTH else "both"
             lines.append(f"| {name} | {len(here)} | {risk} | {' | '.join(cells)} |")

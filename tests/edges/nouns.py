@@ -20,6 +20,9 @@ from trans_peft.domain.evaluation import (
 )
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Compatibility, Effect, TransferOutcome
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.remedies import Rung, Tried
+from trans_peft.domain.spec import AdapterSpec
 from trans_peft.models import adapter_weights_sha256
 
 SUITE = Suite("exceptions", DataSource("s3://data/x.jsonl", "ab" * 32), threshold=0.5, limit=7)
@@ -59,6 +62,10 @@ def draft(adapter: str, family: str, folder: Path, base: str = "1" * 64) -> Adap
         method="LORA",
         suites=(SUITE,),
         recipe_sha256="5" * 64,
+        recipe=TrainingRecipe(
+            adapter, family, SUITE.data, (SUITE,), spec=AdapterSpec("LORA", {"r": 2})
+        ),
+        made_by=Rung.TRAINED_ANEW,
     )
 
 
@@ -102,4 +109,7 @@ def outcome(
         evaluations=(evaluation(source.weights_sha256),),
         new_number=new_number,
         seconds=12.5,
+        rung=Rung.RESCALED,
+        tried=(Tried(Rung.RESCALED, "passed", "because", 3.5, "scale x 0.5"),),
+        training=source.recipe,
     )

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from trans_peft.domain.evaluation import Evaluation, Verdict
+from trans_peft.domain.evaluation import Evaluation, Suite, Verdict
 from trans_peft.domain.outcome import Compatibility, TransferOutcome
 from trans_peft.lifecycle.progress import Answered
 
@@ -104,16 +104,19 @@ def print_compatibility(found: Compatibility) -> None:
     _print_lines("note", found.notes)
 
 
-def print_outcome(outcome: TransferOutcome) -> None:
-    """Print the figures of every suite, then the verdict and why."""
+def print_outcome(outcome: TransferOutcome, suites: Iterable[Suite] = ()) -> None:
+    """Print the figures of every suite, then what was tried, the verdict and why."""
+    chance = {suite.name: suite.chance_points for suite in suites}
     if outcome.judgement.suites:
         shown = table(
-            "suite", "items", "old base", "new base", "bare", "difference", "at least", "at most"
+            *("suite", "items", "chance", "old base", "new base", "bare"),
+            *("difference", "at least", "at most"),
         )
         for suite in outcome.judgement.suites:
             shown.add_row(
                 suite.suite,
                 str(suite.items),
+                "" if (points := chance.get(suite.suite)) is None else f"{points:.1f}",
                 f"{suite.reference:.1f}",
                 f"{suite.score:.1f}",
                 "" if suite.bare is None else f"{suite.bare:.1f}",
@@ -123,6 +126,7 @@ def print_outcome(outcome: TransferOutcome) -> None:
             )
         out.print(shown)
     _print_lines("note", outcome.compatibility.notes)
+    _print_lines("tried", [str(item) for item in outcome.tried])
     colour = _COLOURS.get(outcome.verdict, "red")
     out.print(f"verdict: [bold {colour}]{outcome.verdict}[/]")
     out.print(outcome.judgement.reason, markup=False)

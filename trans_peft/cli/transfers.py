@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from trans_peft.cli.files import read_policy, read_suites, write_json
+from trans_peft.cli.files import read_policy, read_recipe, read_suites, write_json
 from trans_peft.cli.options import Adapter, Json, NewBase, OldBase, Out, State, SuiteFiles
 from trans_peft.cli.show import out as stdout
 from trans_peft.cli.show import print_compatibility, print_json, print_outcome, progress
@@ -80,6 +80,10 @@ def transfer(
     policy: Annotated[
         Path | None, Parameter(help="The gate's policy, JSON or YAML; default: margin 5 points.")
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        Parameter(help="The recipe it was trained by; the policy's remedies read its rows."),
+    ] = None,
     json: Json = False,
     state: State = Path(".trans-peft"),
 ) -> int:
@@ -122,6 +126,7 @@ def transfer(
                 weights_sha256=adapter_weights_sha256(folder),
                 method=read_peft_folder(folder).peft_type,
                 suites=suites,
+                recipe=None if recipe is None else read_recipe(recipe),
             ),
             folder,
         )
@@ -139,7 +144,7 @@ def transfer(
     if json:
         print_json(replace(outcome, evaluations=()))
     else:
-        print_outcome(outcome)
+        print_outcome(outcome, suites)
         stdout.print(f"written to {out}")
     return 0 if outcome.verdict is Verdict.PASSED else 1
 

@@ -17,6 +17,7 @@ __all__ = [
     "HandSet",
     "VersionState",
     "source_version",
+    "version_trained_on",
 ]
 
 
@@ -120,3 +121,17 @@ def source_version(versions: Sequence[AdapterVersion]) -> AdapterVersion:
             do="train it, or adopt the PEFT folder it came from",
         )
     return max(trained, key=lambda version: version.number)
+
+
+def version_trained_on(
+    base_fingerprint_sha256: str, versions: Sequence[AdapterVersion]
+) -> AdapterVersion | None:
+    """Return the latest version whose bytes were trained on that base, if there is one."""
+    trained = [
+        version
+        for version in versions
+        if version.is_trained
+        and not version.state.superseded
+        and version.base_fingerprint_sha256 == base_fingerprint_sha256
+    ]
+    return max(trained, key=lambda version: version.number, default=None)

@@ -97,6 +97,7 @@ def _short(outcome: TransferOutcome) -> Any:
             notes=_first(compatibility.notes),
         ),
         judgement=replace(outcome.judgement, reason=outcome.judgement.reason[:_LONGEST_REASON]),
+        tried=tuple(replace(item, reason=item.reason[:_LONGEST_LINE]) for item in outcome.tried),
     )
     return json.loads(to_json(TransferOutcome, short))
 
@@ -111,6 +112,8 @@ def _figures(outcome: TransferOutcome) -> dict[str, float]:
     figures = {"seconds": outcome.seconds, "attempts": float(outcome.attempts)}
     if outcome.effect is not None:
         figures["max_logit_change"] = outcome.effect.max_logit_change
+    for item in outcome.tried:
+        figures[f"rung/{item.rung.value}/seconds"] = item.seconds
     for suite in outcome.judgement.suites:
         for name, value in asdict(suite).items():
             if isinstance(value, int | float):

@@ -19,6 +19,8 @@ from typing import Any
 from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet, VersionState
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.outcome import TransferOutcome
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.remedies import Rung
 from trans_peft.edges.json_nouns import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
 from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
@@ -227,6 +229,8 @@ def _tags(draft: AdapterVersion) -> dict[str, str]:
         "recipe_sha256": draft.recipe_sha256,
         "suites": to_json(tuple[Suite, ...], draft.suites),
         "transferred_from": "" if transferred is None else str(transferred),
+        "recipe": "" if draft.recipe is None else to_json(TrainingRecipe, draft.recipe),
+        "made_by": draft.made_by.value,
     }
 
 
@@ -248,6 +252,12 @@ def _version(found: Any) -> AdapterVersion:
             suites=from_json(tuple[Suite, ...], tags["suites"], where=f"the suites of {where}"),
             transferred_from=int(tags["transferred_from"]) if "transferred_from" in tags else None,
             run_id=found.run_id or None,
+            recipe=(
+                from_json(TrainingRecipe, tags["recipe"], where=f"the recipe of {where}")
+                if "recipe" in tags
+                else None
+            ),
+            made_by=Rung(tags.get("made_by", Rung.DIRECT)),
             state=VersionState(
                 verdict=tags.get("verdict"),
                 verdict_key=tags.get("verdict_key"),

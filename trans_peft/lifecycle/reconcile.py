@@ -9,7 +9,7 @@ of order, changes nothing here: nothing but the registry is read.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version
+from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version, version_trained_on
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, Work
@@ -176,7 +176,7 @@ def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float 
 
 def _missing(adapter: Adapter, base: BaseVersion, policy: GatePolicy) -> Work | None:
     source = source_version(adapter.versions)
-    if source.base_fingerprint_sha256 == base.fingerprint_sha256:
+    if version_trained_on(base.fingerprint_sha256, adapter.versions) is not None:
         return None
     outcome = adapter.outcome_on(base)
     if outcome is None:

@@ -1,10 +1,11 @@
 """The fleet report: adapters x base versions, with the figures behind each verdict."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from trans_peft.domain.adapter import AliasState, source_version
+from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version, version_trained_on
 from trans_peft.domain.evaluation import Evaluation, SuiteJudgement, Verdict
+from trans_peft.domain.remedies import Rung, Tried
 from trans_peft.lifecycle.reconcile import Fleet, observe
 from trans_peft.ports import Platform
 
@@ -17,7 +18,9 @@ class FleetRow:
 
     `verdict` is None on the base it was trained on (there it is the reference itself) and where no
     verdict is known yet (`reason` says which). `serves`: whether its alias on that base is set, on
-    bytes made for that base. `by_hand`: what a person did to that alias, where one did.
+    bytes made for that base. `by_hand`: what a person did to that alias, where one did. `chance`:
+    the score of blind guessing by suite, where it is known. `rung` made the version on this base;
+    `tried` are all rungs of a ladder with their cost.
     """
 
     adapter: str
@@ -30,6 +33,9 @@ class FleetRow:
     by_hand: str = ""
     suites: tuple[SuiteJudgement, ...] = ()
     scores: tuple[tuple[str, float], ...] = ()
+    chance: Mapping[str, float] = field(default_factory=dict)
+    rung: Rung = Rung.DIRECT
+    tried: tuple[Tried, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class FleetReport:
         judged = [row for row in self.rows if row.verdict is not None]
         lines += ["", "## Why", ""] if judged else []
         lines += [
-            f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}" for row in judged
+            f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}{_ladder(row)}"
+            for row in judged
         ]
         hands = [row for row in self.rows if row.by_hand]
         lines += ["", "## By hand", ""] if hands else []
@@ -95,11 +102,11 @@ def _rows(fleet: Fleet, platform: Platform) -> Sequence[FleetRow]:
         source = source_version(adapter.versions)
         for base in fleet.bases:
             outcome = adapter.outcome_on(base)
-            trained_here = base.fingerprint_sha256 == source.base_fingerprint_sha256
+            trained_here = version_trained_on(base.fingerprint_sha256, adapter.versions)
             evaluations: list[Evaluation] = []
             if trained_here:
-                for suite in source.suites:
-                    key = suite.evaluation_key(source.weights_sha256, base.fingerprint_sha256)
+                for suite in trained_here.suites:
+                    key = suite.evaluation_key(trained_here.weights_sha256, base.fingerprint_sha256)
                     found = platform.evaluations.get(key)
                     evaluations += [found] if found is not None else []
             rows.append(
@@ -110,7 +117,7 @@ def _rows(fleet: Fleet, platform: Platform) -> Sequence[FleetRow]:
                     base=base.version,
                     verdict=outcome.verdict if outcome and not trained_here else None,
                     reason=(
-                        "trained here"
+                        _trained(trained_here)
                         if trained_here
                         else outcome.judgement.reason
                         if outcome
@@ -120,19 +127,40 @@ def _rows(fleet: Fleet, platform: Platform) -> Sequence[FleetRow]:
                     by_hand=_hand(adapter.alias_on(base)),
                     suites=outcome.judgement.suites if outcome else (),
                     scores=tuple((item.suite, item.score) for item in evaluations),
+                    chance={
+                        suite.name: suite.chance_points
+                        for suite in source.suites
+                        if suite.chance_points is not None
+                    },
+                    rung=outcome.rung if outcome else Rung.DIRECT,
+                    tried=outcome.tried if outcome else (),
                 )
             )
     return rows
 
 
 def _cell(row: FleetRow) -> str:
-    figures = ", ".join(f"{suite} {score:.1f}" for suite, score in row.scores) or ", ".join(
-        f"{suite.suite} {suite.score:.1f}" for suite in row.suites
-    )
+    scores = row.scores or tuple((suite.suite, suite.score) for suite in row.suites)
+    figures = ", ".join(f"{name} {score:.1f}{_chance(row, name)}" for name, score in scores)
     word = str(row.verdict) if row.verdict else row.reason
     serves = "**serves**" if row.serves else ""
     by_hand = "by hand" if row.by_hand and row.serves else "blocked by hand" if row.by_hand else ""
     return ", ".join(filter(None, [figures, word, serves, by_hand]))
+
+
+def _chance(row: FleetRow, suite: str) -> str:
+    return f" (chance {row.chance[suite]:.1f})" if suite in row.chance else ""
+
+
+def _ladder(row: FleetRow) -> str:
+    if not row.tried:
+        return ""
+    return f" Made by {row.rung}; tried {'; '.join(map(str, row.tried))}."
+
+
+def _trained(version: AdapterVersion) -> str:
+    anew = version.made_by is Rung.TRAINED_ANEW
+    return "trained here, anew after an update" if anew else "trained here"
 
 
 def _hand(state: AliasState) -> str:

@@ -10,7 +10,7 @@ that they have moved on asks for another look, so that the last one to write is 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from trans_peft.domain.adapter import AliasState, HandSet, source_version
+from trans_peft.domain.adapter import AliasState, HandSet, version_trained_on
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import FleetChanges
@@ -70,9 +70,9 @@ class _Decision:
 
 
 def _decide(adapter: Adapter, base: BaseVersion) -> _Decision:
-    source = source_version(adapter.versions)
-    if base.fingerprint_sha256 == source.base_fingerprint_sha256:
-        return _Decision(source.number, "trained here")
+    here = version_trained_on(base.fingerprint_sha256, adapter.versions)
+    if here is not None:  # whatever was trained on another base since
+        return _Decision(here.number, "trained here")
     outcome = adapter.outcome_on(base)
     if outcome is None or outcome.verdict is Verdict.FAILED:  # an error decides nothing
         return _Decision(None, str(outcome.verdict) if outcome else "not judged", open=True)

@@ -105,6 +105,7 @@ def train(
             method=resolved.spec.peft_type,
             suites=resolved.suites,
             recipe_sha256=resolved.sha256,
+            recipe=resolved,
             run_id=run.id,
         )
         version = platform.registry.register(

@@ -2,22 +2,21 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Judgement, Verdict
-from trans_peft.domain.outcome import Compatibility, Effect, TransferOutcome, Work
+from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
+from trans_peft.domain.outcome import Compatibility, TransferOutcome, Work
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.early import evaluate_early
-from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, tokenizer_folder
+from trans_peft.lifecycle.evaluations import Progress, evaluate_on, tokenizer_folder
+from trans_peft.lifecycle.ladder import Bench, climb, probe
+from trans_peft.lifecycle.remedies import Candidate, recipe_on
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare
-from trans_peft.validation.gate import judge
 
 __all__ = ["record_failure", "transfer"]
 
@@ -35,7 +34,9 @@ def transfer(
     Compatibility (no weights on a device), transplant, effect probe, evaluation, gate against the
     results on the base that it was trained on. Whatever the registry knows already is taken from
     there: a changed policy is judged from stored results, without a model, as far as they go (a
-    sequential policy stops asking once the verdict is known).
+    sequential policy stops asking once the verdict is known). Where direct transfer does not pass,
+    the policy's remedies are tried in their order; the version is that of the first that passes, or
+    else of direct transfer.
     """
     started = time.monotonic()
     base = find_base(family, work.base_version, platform)
@@ -102,7 +103,7 @@ def _judge(
     earlier = _earlier(outcome, platform)
     if earlier is None:
         compatibility = _compare(folder(), trained_on, base, platform, scratch)
-        effect = _probe(folder(), base, source, platform) if compatibility.ok else None
+        effect = probe(folder(), base, source, platform) if compatibility.ok else None
     else:
         compatibility, effect = earlier.compatibility, earlier.effect
     outcome = replace(outcome, compatibility=compatibility, effect=effect)
@@ -111,44 +112,29 @@ def _judge(
     if effect is None or not effect.found:
         return _incompatible(outcome, "the adapter changes no logit on this base")
 
-    def answers(
-        on: BaseVersion,
-        adapter: Callable[[], Path] | None,
-        elsewhere: Mapping[str, Evaluation] | None = None,
-    ) -> dict[str, Evaluation]:
-        return evaluate_on(
-            on,
-            source.suites,
-            platform,
-            adapter=adapter,
-            weights_sha256=source.weights_sha256 if adapter else BARE,
-            elsewhere=elsewhere,
-            labels={"adapter": source.adapter} if adapter else {},
-            on_progress=on_progress,
-        )
-
-    reference = answers(trained_on, folder)
-    if policy.sequential:
-        candidate, bare = evaluate_early(
-            policy,
-            base,
-            source.suites,
-            reference,
-            platform,
-            adapter=folder,
-            weights_sha256=source.weights_sha256,
-            labels={"adapter": source.adapter},
-            on_progress=on_progress,
-        )
-    else:
-        candidate = answers(base, folder, elsewhere=reference)
-        bare = answers(base, None)
-    number = earlier.new_number if earlier else _register(source, base, folder(), platform, scratch)
+    reference = evaluate_on(
+        trained_on,
+        source.suites,
+        platform,
+        adapter=folder,
+        weights_sha256=source.weights_sha256,
+        labels={"adapter": source.adapter},
+        on_progress=on_progress,
+    )
+    bench = Bench(source, base, policy.of_one_rung, reference, platform, on_progress)
+    climbed = climb(bench, policy, folder, scratch)
     return replace(
         outcome,
-        judgement=judge(policy, reference, candidate, bare),
-        evaluations=(*reference.values(), *candidate.values(), *bare.values()),
-        new_number=number,
+        judgement=climbed.judgement,
+        evaluations=(*reference.values(), *climbed.evaluations),
+        new_number=_registered(source, base, climbed.candidate, platform, scratch),
+        rung=climbed.candidate.rung,
+        tried=climbed.tried,
+        training=(
+            recipe_on(source.recipe, base)
+            if policy.remedies.train_anew and climbed.open and source.recipe is not None
+            else None
+        ),
     )
 
 
@@ -179,29 +165,36 @@ def _compare(
     )
 
 
-def _probe(folder: Path, base: BaseVersion, source: AdapterVersion, platform: Platform) -> Effect:
-    from trans_peft.models import load_base
-    from trans_peft.transfer.effect import probe_effect
-    from trans_peft.transfer.transplant import attached
-
-    loaded = load_base(base_folder(base, platform), source.suites[0].dtype)
-    with attached(loaded.model, folder) as model:
-        return probe_effect(model, loaded.tokenizer)
-
-
-def _register(
-    source: AdapterVersion, base: BaseVersion, folder: Path, platform: Platform, scratch: Path
+def _registered(
+    source: AdapterVersion,
+    base: BaseVersion,
+    made: Candidate,
+    platform: Platform,
+    scratch: Path,
 ) -> int:
+    """Return the number of the version with these bytes on this base, registered once."""
     from trans_peft.transfer.transplant import transplant
 
+    for version in platform.registry.versions(source.adapter):
+        if (
+            version.weights_sha256 == made.weights_sha256
+            and version.base_fingerprint_sha256 == base.fingerprint_sha256
+            and not version.state.superseded
+        ):
+            return version.number
     transplanted = transplant(
-        folder, scratch / "new-version", base_name=base.uri, base_revision=base.fingerprint_sha256
+        made.folder(),
+        scratch / "new-version",
+        base_name=base.uri,
+        base_revision=base.fingerprint_sha256,
     )
     draft = replace(
         source,
         base_version=base.version,
         base_fingerprint_sha256=base.fingerprint_sha256,
+        weights_sha256=made.weights_sha256,
         transferred_from=source.number,
+        made_by=made.rung,
     )
     return platform.registry.register(draft, transplanted).number
 

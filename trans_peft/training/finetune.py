@@ -10,17 +10,19 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
 from trans_peft.data import Example, parse_examples
-from trans_peft.errors import DataError
+from trans_peft.errors import AdapterError, DataError, listed
 from trans_peft.methods.specs import attach
 from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
 from trans_peft.perturbation import perturbed
@@ -115,6 +117,8 @@ def _trainer(job: TrainingJob, examples: tuple[Example, ...], device: str) -> An
     base = load_base(job.base_folder, job.recipe.dtype, device)
     set_seed(job.recipe.seed)  # the adapter's initial weights
     model = attach(base.model, job.recipe.spec)
+    if job.start is not None:
+        _go_on_from(job.start, model)
     trainable = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
     trainer = AnswerTrainer(
         model=model,
@@ -125,6 +129,25 @@ def _trainer(job: TrainingJob, examples: tuple[Example, ...], device: str) -> An
     for parameter, dtype in trainable:  # TRL makes them bfloat16 on nf4: small updates would vanish
         parameter.data = parameter.data.to(dtype)
     return trainer
+
+
+def _go_on_from(folder: Path, model: PeftModel) -> None:
+    """Give the adapter the weights in a PEFT folder. AdapterError unless they are its very own."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    wanted = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
+    unlike = sorted(
+        key
+        for key in wanted.keys() | tensors.keys()
+        if key not in tensors or tensors[key].shape != wanted.get(key)
+    )
+    if unlike:
+        raise AdapterError(
+            f"training cannot go on from {folder}: its tensors are not those of the recipe's spec",
+            expected=f"{len(wanted)} tensors",
+            found=f"{len(tensors)} tensors, other ones or of another shape: {listed(unlike)}",
+            do="start from an adapter that was trained by the same spec",
+        )
+    set_peft_model_state_dict(model, tensors)
 
 
 def _fix_order(trainer: AnswerTrainer, job: TrainingJob, processes: int) -> list[int]:

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, NotFoundError
+from trans_peft.models import adapter_weights_sha256
 
 __all__ = ["TrainingJob", "TrainingResult"]
 
@@ -19,7 +20,8 @@ class TrainingJob:
 
     `data_file` holds the rows as JSON Lines (`trans_peft.data.write_examples`). `base_name` and
     `base_revision` are what the saved adapter says about its base. Everything that the run writes
-    stays below `work_dir`: its checkpoints, `result.json`, and the PEFT folder `adapter`.
+    stays below `work_dir`: its checkpoints, `result.json`, and the PEFT folder `adapter`. Training
+    goes on from the weights in the PEFT folder `start`, of the recipe's own kind; None: fresh ones.
     """
 
     recipe: TrainingRecipe
@@ -28,6 +30,7 @@ class TrainingJob:
     base_revision: str
     data_file: Path
     work_dir: Path
+    start: Path | None = None
 
     @property
     def adapter_folder(self) -> Path:
@@ -45,10 +48,13 @@ class TrainingJob:
         return self.work_dir / "result.json"
 
     def identity(self) -> str:
-        """Return the hash of all that the weights depend on: recipe, base, rows; no path counts."""
+        """Return the hash of all that the weights depend on; no path counts."""
         with self.data_file.open("rb") as file:
             rows = hashlib.file_digest(file, "sha256").hexdigest()
-        return content_sha256([self.recipe, self.base_name, self.base_revision, rows])
+        made_of = [self.recipe, self.base_name, self.base_revision, rows]
+        if self.start is not None:
+            made_of.append(adapter_weights_sha256(self.start))
+        return content_sha256(made_of)
 
     def check(self) -> None:
         """Raise NotFoundError for files that are not there, InvalidSpecError for a folder in use.

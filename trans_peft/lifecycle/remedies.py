@@ -1,0 +1,142 @@
+"""The rungs beyond direct transfer: how each makes a candidate for the new base.
+
+A rung that cannot be tried says why, in words; it never fails the adapter. All of them read the
+adapter's own training rows and none of the items that judge, so nothing about those was chosen to
+look good; that each rung is a further chance to pass is what `GatePolicy.of_one_rung` pays for.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trans_peft.data import Example, read_examples, write_examples
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.remedies import Remedies, Rung
+from trans_peft.errors import DataError, IntegrityError, NotFoundError
+from trans_peft.lifecycle.evaluations import base_folder
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.ports import Platform
+
+__all__ = ["Candidate", "candidate", "recipe_on"]
+
+_SEARCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Bytes that may become the adapter's version on the new base."""
+
+    rung: Rung
+    folder: Callable[[], Path]
+    weights_sha256: str
+    note: str = ""
+
+
+def candidate(
+    rung: Rung,
+    source: AdapterVersion,
+    folder: Callable[[], Path],
+    base: BaseVersion,
+    remedies: Remedies,
+    platform: Platform,
+    scratch: Path,
+) -> Candidate | str:
+    """Make what a rung would put on the base, or say why it makes nothing.
+
+    `folder` gives the PEFT folder of the source's bytes. Raises what training raises.
+    """
+    if rung is Rung.DIRECT:
+        return Candidate(rung, folder, source.weights_sha256)
+    if source.recipe is None:
+        return "how it was trained is not known, so there are no rows to read"
+    if rung is Rung.TRAINED_ANEW:
+        return "left to a training run of its own"
+    try:
+        rows = read_examples(source.recipe.data, platform.store)
+    except (NotFoundError, IntegrityError, DataError) as error:
+        return f"its training rows are not to be had: {error}"
+    make = _rescaled if rung is Rung.RESCALED else _retuned
+    return make(source, source.recipe, folder(), rows, base, remedies, platform, scratch)
+
+
+def recipe_on(recipe: TrainingRecipe, base: BaseVersion) -> TrainingRecipe:
+    """Return the recipe that trains the same adapter anew on another base."""
+    return replace(recipe, base_version=base.version)
+
+
+def _rescaled(
+    source: AdapterVersion,
+    recipe: TrainingRecipe,
+    folder: Path,
+    rows: Sequence[Example],
+    base: BaseVersion,
+    remedies: Remedies,
+    platform: Platform,
+    scratch: Path,
+) -> Candidate | str:
+    """Take the factor under which the first training rows are likeliest on the new base."""
+    from trans_peft.models import load_base
+    from trans_peft.transfer.scaling import has_scale, rescaled
+
+    if not has_scale(folder):
+        return f"a {source.method} adapter has no scale"
+    loaded = load_base(base_folder(base, platform), source.suites[0].dtype)
+    found = {1.0: _loss(loaded, folder, rows[:_SEARCH_ROWS])}
+    for factor in remedies.scales:
+        scaled = rescaled(folder, scratch / f"rescaled-{factor:g}", factor)
+        found[factor] = _loss(loaded, scaled, rows[:_SEARCH_ROWS])
+    best = min(found, key=lambda factor: (found[factor], abs(factor - 1)))
+    if best == 1:
+        return "no factor makes its training rows likelier than they are"
+    made = scratch / f"rescaled-{best:g}"
+    note = f"scale x {best:g}, {found[1.0]:.3f} -> {found[best]:.3f} nats a row"
+    return Candidate(Rung.RESCALED, lambda: made, adapter_weights_sha256(made), note)
+
+
+def _loss(loaded: Any, folder: Path, rows: Sequence[Example]) -> float:
+    """Return the negative log-likelihood of the answers, nats a row."""
+    from trans_peft.transfer.transplant import attached
+    from trans_peft.validation.choice import log_likelihoods
+
+    asked = []
+    for row in rows:
+        prompt = row.prompt_ids(loaded.tokenizer)
+        asked.append((prompt, [row.full_ids(loaded.tokenizer)[len(prompt) :]]))
+    with attached(loaded.model, folder) as model:
+        return -sum(found for (found,) in log_likelihoods(model, asked)) / len(asked)
+
+
+def _retuned(
+    source: AdapterVersion,
+    recipe: TrainingRecipe,
+    folder: Path,
+    rows: Sequence[Example],
+    base: BaseVersion,
+    remedies: Remedies,
+    platform: Platform,
+    scratch: Path,
+) -> Candidate | str:
+    """Go on training from the old weights, by the same recipe, for a few steps."""
+    from trans_peft.training.job import TrainingJob
+    from trans_peft.training.launch import fit
+
+    steps = remedies.retune_steps
+    optimizer = replace(
+        recipe.optimizer, steps=steps, warmup_steps=min(recipe.optimizer.warmup_steps, steps // 10)
+    )
+    job = TrainingJob(
+        recipe=replace(recipe_on(recipe, base), optimizer=optimizer),
+        base_folder=base_folder(base, platform),
+        base_name=base.uri,
+        base_revision=base.fingerprint_sha256,
+        data_file=write_examples(rows, scratch / "rows.jsonl"),
+        work_dir=platform.work_dir / "training",
+        start=folder,
+    )
+    job = replace(job, work_dir=job.work_dir / f"retune-{job.identity()[:16]}")
+    result = fit(job, on_event=lambda event: None)
+    note = f"{steps} steps, {result.seconds:.0f} s of training"
+    return Candidate(Rung.RETUNED, lambda: result.folder, result.weights_sha256, note)

@@ -1,0 +1,147 @@
+"""The last rung: train by the adapter's own recipe on the new base, and let the same gate decide.
+
+In a run of its own, because it takes as long as any training. Unlike `train`, what does not pass is
+not registered: the version of direct transfer stays the one on that base, and its verdict stands.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from trans_peft.data import read_examples, write_examples
+from trans_peft.domain.adapter import AdapterVersion, source_version
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Verdict
+from trans_peft.domain.outcome import TransferOutcome
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.remedies import Rung, Tried
+from trans_peft.errors import NotFoundError
+from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on
+from trans_peft.lifecycle.ladder import Bench
+from trans_peft.lifecycle.remedies import Candidate
+from trans_peft.lifecycle.resolve import find_base
+from trans_peft.lifecycle.train import resolve_recipe
+from trans_peft.ports import Platform
+from trans_peft.training.events import Event
+from trans_peft.training.job import TrainingJob
+from trans_peft.training.launch import fit
+
+__all__ = ["train_anew"]
+
+
+def train_anew(
+    recipe: TrainingRecipe,
+    policy: GatePolicy,
+    platform: Platform,
+    *,
+    on_event: Callable[[Event], None],
+    on_progress: Progress | None = None,
+) -> TransferOutcome:
+    """Train on the recipe's base, judge against the adapter on its old base, record the outcome.
+
+    `recipe` is the `training` of an outcome that a transfer left. NotFoundError where there is none
+    on that base; otherwise what training raises, and then nothing is recorded.
+    """
+    started = time.monotonic()
+    base = find_base(recipe.family, recipe.base_version, platform)
+    source = source_version(platform.registry.versions(recipe.adapter))
+    earlier = _judged(source, base, platform)
+    resolved, _ = resolve_recipe(recipe, platform)
+    work_dir = platform.work_dir / "training" / resolved.sha256[:16]
+    examples = read_examples(resolved.data, platform.store)
+    result = fit(
+        TrainingJob(
+            recipe=resolved,
+            base_folder=base_folder(base, platform),
+            base_name=base.uri,
+            base_revision=base.fingerprint_sha256,
+            data_file=write_examples(examples, work_dir / "data.jsonl"),
+            work_dir=work_dir,
+        ),
+        on_event=on_event,
+    )
+    reference = evaluate_on(
+        find_base(source.family, source.base_version, platform),
+        source.suites,
+        platform,
+        adapter=lambda: platform.registry.download(source, work_dir / "source"),
+        weights_sha256=source.weights_sha256,
+        labels={"adapter": source.adapter},
+        on_progress=on_progress,
+    )
+    bench = Bench(source, base, policy.of_one_rung, reference, platform, on_progress)
+    made = Candidate(Rung.TRAINED_ANEW, lambda: result.folder, result.weights_sha256)
+    judgement, evaluations = bench.judge(made)
+    tried = Tried(
+        Rung.TRAINED_ANEW,
+        judgement.verdict.value,
+        judgement.reason,
+        time.monotonic() - started,
+        f"{result.steps} steps, {result.seconds:.0f} s of training",
+    )
+    outcome = replace(
+        earlier,
+        tried=(*(t for t in earlier.tried if t.rung is not Rung.TRAINED_ANEW), tried),
+        training=None,
+        policy_sha256=policy.sha256,
+        evaluations=_stored(source, base, platform),
+        seconds=earlier.seconds + tried.seconds,
+    )
+    if judgement.verdict is Verdict.PASSED:
+        version = platform.registry.register(
+            AdapterVersion(
+                adapter=source.adapter,
+                number=0,
+                family=base.family,
+                base_version=base.version,
+                base_fingerprint_sha256=base.fingerprint_sha256,
+                trained_on_version=base.version,
+                trained_on_fingerprint_sha256=base.fingerprint_sha256,
+                weights_sha256=result.weights_sha256,
+                method=resolved.spec.peft_type,
+                suites=source.suites,
+                recipe_sha256=resolved.sha256,
+                recipe=resolved,
+                made_by=Rung.TRAINED_ANEW,
+            ),
+            result.folder,
+        )
+        outcome = replace(
+            outcome,
+            judgement=judgement,
+            evaluations=(*reference.values(), *evaluations),
+            new_number=version.number,
+            rung=Rung.TRAINED_ANEW,
+        )
+    platform.registry.record(outcome)
+    return outcome
+
+
+def _judged(source: AdapterVersion, base: BaseVersion, platform: Platform) -> TransferOutcome:
+    for outcome in platform.registry.outcomes(source.adapter):
+        if (outcome.base_fingerprint_sha256, outcome.weights_sha256) == (
+            base.fingerprint_sha256,
+            source.weights_sha256,
+        ):
+            return outcome
+    raise NotFoundError(
+        f"{source.adapter} was never judged on {base}: there is nothing to remedy",
+        do="transfer it first, or train it with `train`",
+    )
+
+
+def _stored(
+    source: AdapterVersion, base: BaseVersion, platform: Platform
+) -> tuple[Evaluation, ...]:
+    """Return the whole evaluations that the verdict of direct transfer rests on."""
+    sides = (
+        (source.weights_sha256, source.base_fingerprint_sha256),
+        (source.weights_sha256, base.fingerprint_sha256),
+        (BARE, base.fingerprint_sha256),
+    )
+    found = (
+        platform.evaluations.get(suite.evaluation_key(*side))
+        for side in sides
+        for suite in source.suites
+    )
+    return tuple(evaluation for evaluation in found if evaluation is not None)
