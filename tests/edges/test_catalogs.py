@@ -74,7 +74,7 @@ class TestEveryCatalog:
             place.catalog.alias(place.family, "serving")
 
     def test_a_published_version_is_ready_and_keeps_what_was_said(self, place):
-        base = place.publish("v1", parent="v0")
+        base = place.publish("v1", parent="v0", manifest_sha256="a" * 64)
         assert base == BaseVersion(
             family=place.family,
             version="v1",
@@ -83,6 +83,7 @@ class TestEveryCatalog:
             fingerprint_sha256=fingerprint().digest,
             parent="v0",
             ready=True,
+            manifest_sha256="a" * 64,
         )
         assert place.catalog.versions(place.family) == (base,)
         assert place.family in place.catalog.families()
