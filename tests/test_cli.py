@@ -334,6 +334,22 @@ def test_transfer_judges_and_transplants(table, tmp_path):
     assert "evaluating" not in err
 
 
+def test_a_policys_remedies_are_tried_and_told(table, tmp_path):
+    policy = "label: strict\nmargin_points: 1\nremedies: {scales: [0.5, 2.0]}\n"
+    (tmp_path / "policy.yaml").write_text(policy)
+    arguments = (*TRANSFER, "--policy", tmp_path / "policy.yaml")
+    code, out, _ = table.run(*arguments, "--out", tmp_path / "out", "--recipe", "recipe.json")
+    assert code == 1
+    assert "tried: direct: " in out
+    outcome = json.loads((tmp_path / "out/outcome.json").read_text())
+    assert all(item["seconds"] >= 0 for item in outcome["tried"])
+    assert "level 2.5 %" in outcome["judgement"]["reason"]
+    (tmp_path / "policy.yaml").write_text("remedies: {scale: [0.5]}\n")
+    code, _, err = table.run(*arguments, "--out", tmp_path / "none")
+    assert code == 2
+    assert "remedies.scale: there is no such field" in err
+
+
 def test_an_incompatible_adapter_is_a_verdict_not_an_error(table, tmp_path):
     arguments = ("transfer", "mine", "--old", "v1", "--new", "unrelated", "--suite", "suite.json")
     code, told = table.json(*arguments, "--out", tmp_path / "out")

@@ -13,7 +13,7 @@ from peft.utils import load_peft_weights
 from tests.tiny import tiny_model
 from tests.training.conftest import recipe
 from trans_peft.domain.adapter import AdapterSpec
-from trans_peft.errors import InvalidSpecError
+from trans_peft.errors import AdapterError, InvalidSpecError
 from trans_peft.training.events import CheckpointSaved, Progress, TrainingStarted
 from trans_peft.training.finetune import finetune
 from trans_peft.training.job import TrainingResult
@@ -65,6 +65,24 @@ def test_every_kind_of_recipe_learns(make_job, tmp_path, change):
     stock = PeftModel.from_pretrained(tiny_model(), result.folder)
     ids = torch.arange(20)[None]
     assert not torch.equal(stock(ids).logits, tiny_model()(ids).logits)
+
+
+def test_training_goes_on_from_given_weights_and_says_so_in_its_identity(make_job, tmp_path):
+    first = trained(make_job(tmp_path / "first", recipe()))
+    still = replace(recipe(steps=1, warmup_steps=0, learning_rate=1e-12))
+    job = replace(make_job(tmp_path / "second", still), start=first.folder)
+    assert job.identity() != make_job(tmp_path / "third", still).identity()
+    again = load_peft_weights(trained(job).folder)
+    for key, weight in load_peft_weights(first.folder).items():
+        assert torch.allclose(again[key], weight, atol=1e-6)
+
+
+def test_training_does_not_go_on_from_weights_of_another_kind(make_job, tmp_path):
+    first = trained(make_job(tmp_path / "first", recipe(steps=1)))
+    other = replace(recipe(), spec=AdapterSpec("LORA", {"r": 8, "target_modules": ["q_proj"]}))
+    job = replace(make_job(tmp_path / "second", other), start=first.folder)
+    with pytest.raises(AdapterError, match="not those of the recipe's spec"):
+        trained(job)
 
 
 def test_an_adapter_that_cannot_be_built_is_told(make_job, tmp_path):

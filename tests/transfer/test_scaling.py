@@ -1,0 +1,37 @@
+import json
+
+import pytest
+from peft import IA3Config
+
+from tests.transfer.conftest import edit_config
+from trans_peft.errors import AdapterError, InvalidSpecError
+from trans_peft.transfer.scaling import has_scale, rescaled
+
+
+def test_only_the_alphas_change(write_adapter, tmp_path):
+    folder = edit_config(write_adapter(), lora_alpha=8, alpha_pattern={"v_proj": 4})
+    made = rescaled(folder, tmp_path / "half", 0.5)
+    config, was = (json.loads((f / "adapter_config.json").read_text()) for f in (made, folder))
+    assert (config["lora_alpha"], config["alpha_pattern"]) == (4.0, {"v_proj": 2.0})
+    assert config | {"lora_alpha": 8, "alpha_pattern": {"v_proj": 4}} == was
+    name = "adapter_model.safetensors"
+    assert (made / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_method_without_a_scale_is_refused(write_adapter, tmp_path):
+    config = IA3Config(
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    folder = write_adapter(config=config)
+    assert not has_scale(folder)
+    with pytest.raises(AdapterError, match="has no scale"):
+        rescaled(folder, tmp_path / "half", 0.5)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_factor_is_positive_and_finite(factor, write_adapter, tmp_path):
+    with pytest.raises(InvalidSpecError, match="positive and finite"):
+        rescaled(write_adapter(), tmp_path / "made", factor)
+    assert not (tmp_path / "made").exists()
