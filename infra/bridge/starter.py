@@ -18,7 +18,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
 
-from infra.bridge.desk import Run, UnavailableError
+from infra.bridge.desk import Run, Shared, UnavailableError
 
 __all__ = ["DEPLOYMENT", "PrefectStarter"]
 
@@ -34,12 +34,13 @@ class PrefectStarter:
 
     def __init__(self, client: PrefectClient) -> None:
         self._client = client
+        self._looks: Shared[None, tuple[DeploymentResponse, list[FlowRun]]] = Shared()
 
     async def start(self, family: str | None, delivery_id: str) -> Run:
         """Return a run for the family (None: all) that has read nothing yet. UnavailableError."""
         try:
-            deployment = await self._client.read_deployment_by_name(DEPLOYMENT)
-            waiting = await self._waiting(deployment, family)
+            (deployment, due), _ = await self._looks.call(None, self._look)
+            waiting = _waiting(deployment, due, family)
             if waiting is not None:
                 return Run(str(waiting.id), made=False)
             made = await self._client.create_flow_run_from_deployment(
@@ -60,10 +61,10 @@ class PrefectStarter:
             return False
         return True
 
-    async def _waiting(self, deployment: DeploymentResponse, family: str | None) -> FlowRun | None:
-        everyone: dict[str, Any] = {**deployment.parameters, "family": None}
-        enough = (everyone, {**everyone, "family": family})
-        found = await self._client.read_flow_runs(
+    async def _look(self) -> tuple[DeploymentResponse, list[FlowRun]]:
+        """Return the deployment and its runs that are due; families that ask at once share it."""
+        deployment = await self._client.read_deployment_by_name(DEPLOYMENT)
+        due = await self._client.read_flow_runs(
             flow_run_filter=FlowRunFilter.model_validate(
                 {
                     "deployment_id": {"any_": [deployment.id]},
@@ -73,7 +74,15 @@ class PrefectStarter:
             ),
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
         )
-        return next((run for run in found if run.parameters in enough and _will_start(run)), None)
+        return deployment, due
+
+
+def _waiting(
+    deployment: DeploymentResponse, due: list[FlowRun], family: str | None
+) -> FlowRun | None:
+    everyone: dict[str, Any] = {**deployment.parameters, "family": None}
+    enough = (everyone, {**everyone, "family": family})
+    return next((run for run in due if run.parameters in enough and _will_start(run)), None)
 
 
 def _will_start(run: FlowRun) -> bool:
