@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from tests.bases.uploads import folder_of, weights
 from trans_peft.domain.base import Manifest, Upload
 from trans_peft.edges.memory import MemoryStore, memory_platform
-from trans_peft.errors import IntegrityError, NotFoundError, StoreError, UploadError
+from trans_peft.errors import (
+    IntegrityError,
+    InvalidSpecError,
+    NotFoundError,
+    StoreError,
+    UploadError,
+)
 from trans_peft.lifecycle.bases import ingest, pending
 
 ROOT = "s3://bases"
@@ -328,6 +334,21 @@ def test_one_upload_that_cannot_be_read_stops_no_other(platform):
     assert [base.uri for base in ready] == [PREFIX]
     assert reconcile(platform) == []
     assert number not in [base.number for base in registered(platform)["smol"]]
+
+
+def test_what_the_catalog_will_not_have_is_told_once(platform):
+    put(platform, WHOLE)
+
+    class Choosy:
+        families = platform.catalog.families
+
+        def make_ready(self, *_, **__):
+            raise InvalidSpecError("'smol' is registered already, and not as a base")
+
+    choosy = replace(platform, catalog=Choosy())
+    with pytest.raises(InvalidSpecError):
+        ingest(Upload(PREFIX), choosy)
+    assert pending(choosy, root_uri=ROOT) == ()
 
 
 def test_killed_anywhere_in_an_ingestion_nothing_is_half_and_the_next_is_whole(tmp_path):

@@ -18,7 +18,13 @@ from trans_peft.bases.upload import read_manifest, verify
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import BaseVersion, Manifest, Upload
 from trans_peft.domain.identity import content_sha256
-from trans_peft.errors import IntegrityError, NotFoundError, StoreError, UploadError
+from trans_peft.errors import (
+    IntegrityError,
+    InvalidSpecError,
+    NotFoundError,
+    StoreError,
+    UploadError,
+)
 from trans_peft.ports import Platform, StoredFile
 
 __all__ = ["ingest", "pending"]
@@ -28,8 +34,9 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
     """Verify an upload (every byte against its manifest), fingerprint it and make it ready.
 
     The same upload again returns the version that is there. Raises UploadError with every reason
-    for which it is refused: nothing is made ready then, and `pending` leaves it out until a file of
-    it changes. IntegrityError if it changes while it is read: the next `pending` has it again.
+    for which it is refused (InvalidSpecError where the catalog will not have its family or URI):
+    nothing is made ready then, and `pending` leaves it out until a file of it changes.
+    IntegrityError if it changes while it is read: the next `pending` has it again.
     The version of an InternLM2 upload has another URI, that of its Llama form.
     """
     uri, source = upload.uri, "registered" if upload.registered else "upload"
@@ -51,7 +58,7 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
             number=upload.registered.number if upload.registered else None,
             manifest_sha256=claimed_sha256,
         )
-    except (UploadError, NotFoundError) as refusal:
+    except (UploadError, NotFoundError, InvalidSpecError) as refusal:
         _remember(memo, upload, str(refusal))
         raise
     if ready.manifest_sha256 != claimed_sha256:
