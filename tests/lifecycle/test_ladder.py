@@ -42,12 +42,13 @@ from trans_peft.transfer.transplant import attached
 ITEMS, FAMILY = 96, "tiny"
 POLICY = GatePolicy(margin_points=10.0, must_beat_bare=False)
 OPTIONS = {"r": 2, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"]}
+SPEC = AdapterSpec("LORA", OPTIONS)
 
 
 class World:
     """v1, v2 and one adapter of v1 that got every question right there."""
 
-    def __init__(self, folder, *, recipe=True, chance=None, edit=lambda folder: None):
+    def __init__(self, folder, *, recipe=True, spec=SPEC, chance=None, edit=lambda folder: None):
         torch.set_num_threads(1)
         self.folder = folder
         self.platform = replace(memory_platform(folder / "work"), store=FileStore())
@@ -86,7 +87,7 @@ class World:
                     family=FAMILY,
                     data=data,
                     suites=(self.suite,),
-                    spec=AdapterSpec("LORA", OPTIONS),
+                    spec=spec,
                     optimizer=OptimizerSettings(learning_rate=1e-2, steps=3, batch_size=4),
                 )
                 if recipe
@@ -273,6 +274,13 @@ def test_rows_that_are_gone_are_told(world):
     world.answered("bare", world.bases[1], right=0)
     outcome = world.transfer(scales=(0.5,))
     assert "not to be had" in outcome.tried[1].reason
+
+
+def test_a_training_that_fails_leaves_the_verdict_as_it_is(tmp_path):
+    world = World(tmp_path, spec=AdapterSpec("LORA", OPTIONS | {"r": 4}))  # not what it is
+    outcome = world.transfer(retune_steps=2)
+    assert (outcome.verdict, outcome.rung) == ("needs-retuning", "direct")
+    assert "training failed" in outcome.tried[1].reason
 
 
 def test_a_remedy_that_is_none_is_refused():

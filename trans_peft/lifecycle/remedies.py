@@ -1,6 +1,6 @@
 """The rungs beyond direct transfer: how each makes a candidate for the new base.
 
-A rung that cannot be tried says why, in words; it never fails the adapter. All of them read the
+A rung that cannot be tried says why, in words, and the verdict so far stands. All of them read the
 adapter's own training rows and none of the items that judge, so nothing about those was chosen to
 look good; that each rung is a further chance to pass is what `GatePolicy.of_one_rung` pays for.
 """
@@ -15,7 +15,15 @@ from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.remedies import Remedies, Rung
-from trans_peft.errors import DataError, IntegrityError, NotFoundError
+from trans_peft.errors import (
+    AdapterError,
+    DataError,
+    IntegrityError,
+    InvalidSpecError,
+    NotFoundError,
+    TrainingCancelled,
+    TrainingError,
+)
 from trans_peft.lifecycle.evaluations import base_folder
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
@@ -46,7 +54,7 @@ def candidate(
 ) -> Candidate | str:
     """Make what a rung would put on the base, or say why it makes nothing.
 
-    `folder` gives the PEFT folder of the source's bytes. Raises what training raises.
+    `folder` gives the PEFT folder of the source's bytes. TrainingCancelled where somebody ends it.
     """
     if rung is Rung.DIRECT:
         return Candidate(rung, folder, source.weights_sha256)
@@ -137,6 +145,11 @@ def _retuned(
         start=folder,
     )
     job = replace(job, work_dir=job.work_dir / f"retune-{job.identity()[:16]}")
-    result = fit(job, on_event=lambda event: None)
+    try:
+        result = fit(job, on_event=lambda event: None)
+    except TrainingCancelled:
+        raise
+    except (TrainingError, DataError, AdapterError, InvalidSpecError) as error:
+        return f"training failed: {error}"
     note = f"{steps} steps, {result.seconds:.0f} s of training"
     return Candidate(Rung.RETUNED, lambda: result.folder, result.weights_sha256, note)
