@@ -133,7 +133,7 @@ def _worth_sharing(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[i
         for word in _CHANGING_ROPES
     ):
         return []
-    first, last = min(prompts), max(prompts)  # in order of their tokens
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # in order of their tokens
     most = min(map(len, prompts)) - 1
     agreed = next((i for i in range(most) if first[i] != last[i]), max(most, 0))
-    return list(first[:agreed]) if agreed * (len(prompts) - 1) > PASS else []
+    return first[:agreed] if agreed * (len(prompts) - 1) > PASS else []
