@@ -7,6 +7,7 @@ other parameters (somebody's dry run), one that has been starting for so long th
 gone.
 """
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -34,6 +35,8 @@ class PrefectStarter:
 
     def __init__(self, client: PrefectClient) -> None:
         self._client = client
+        # Ten writes at once lock one another out of SQLite, and each then waits for seconds.
+        self._one_at_a_time = asyncio.Lock()
         self._looks: Shared[None, tuple[DeploymentResponse, list[FlowRun]]] = Shared()
 
     async def start(self, family: str | None, delivery_id: str) -> Run:
@@ -43,12 +46,13 @@ class PrefectStarter:
             waiting = _waiting(deployment, due, family)
             if waiting is not None:
                 return Run(str(waiting.id), made=False)
-            made = await self._client.create_flow_run_from_deployment(
-                deployment.id,
-                parameters={"family": family},
-                idempotency_key=f"hint-{delivery_id}",
-                tags=[f"hint:{delivery_id}"],
-            )
+            async with self._one_at_a_time:
+                made = await self._client.create_flow_run_from_deployment(
+                    deployment.id,
+                    parameters={"family": family},
+                    idempotency_key=f"hint-{delivery_id}",
+                    tags=[f"hint:{delivery_id}"],
+                )
             return Run(str(made.id), made=True, begun=made.state_type not in _NOT_BEGUN)
         except (httpx.HTTPError, PrefectException, OSError) as error:
             raise UnavailableError(f"Prefect: {type(error).__name__}") from error

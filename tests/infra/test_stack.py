@@ -2,18 +2,24 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
 import httpx
 import psutil
 import pytest
+from mlflow import MlflowClient
 
+from infra.bridge.senders import sign
+from infra.bridge.webhooks import EVENTS
 from infra.stack.health import healthy
 from infra.stack.machine import free_ports, marked, port_is_free
 from infra.stack.programs import left_behind
@@ -206,6 +212,32 @@ def test_a_champion_set_in_mlflow_starts_reconcile_and_nothing_else_of_ours_does
 
 
 @pytest.mark.servers
+def test_the_webhook_in_mlflow_is_made_right_again(running):
+    bridge = running.settings.bridge_environment
+    client = MlflowClient(running.settings.urls["mlflow"])
+    url = f"{running.settings.urls['bridge']}/hints/mlflow"
+    (ours,) = client.list_webhooks()
+    client.update_webhook(ours.webhook_id, events=["model_version.created"], status="DISABLED")
+    client.create_webhook("another", url, ["model_version_tag.deleted"])
+    client.create_webhook("theirs", f"{url}/theirs", ["model_version.created"], secret="s" * 30)
+    again = subprocess.run(
+        [sys.executable, "-m", "infra.bridge", "webhooks"],
+        cwd=ROOT,
+        env={**os.environ, **bridge},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (again.returncode, again.stderr) == (0, ""), again.stdout
+    kept = {hook.name: hook for hook in client.list_webhooks()}
+    assert kept.keys() == {"trans-peft", "theirs"}
+    assert kept["trans-peft"].status == "ACTIVE"
+    assert {str(event) for event in kept["trans-peft"].events} == {*EVENTS}
+    client.delete_webhook(kept["theirs"].webhook_id)
+
+
+@pytest.mark.servers
 def test_an_upload_s_manifest_starts_reconcile(running):
     client = running.settings.client_environment
     s3 = boto3.client(
@@ -225,6 +257,53 @@ def test_an_upload_s_manifest_starts_reconcile(running):
             "Objects": [{"Key": f"a b/v1/{n}"} for n in ("config.json", "trans_peft_manifest.json")]
         },
     )
+
+
+@pytest.mark.servers
+def test_hints_doubled_a_hundred_times_and_shuffled_are_few_runs_and_none_is_lost(running):
+    """Whatever run answers the first of a delivery's copies begins after that copy was sent."""
+    registry = f"{running.settings.urls['mlflow']}/api/2.0/mlflow/registered-models/create"
+    families = ["doubled a", "doubled b", "doubled c"]
+    for name in families:
+        kind = [{"key": "trans_peft.kind", "value": "base"}]
+        httpx.post(registry, json={"name": name, "tags": kind}).raise_for_status()
+    sent = [(f"{family.replace(' ', '-')}-{n}", family) for family in families for n in range(3)]
+    copies = sent * 100
+    random.Random(0).shuffle(copies)
+
+    def send(copy):
+        delivery_id, family = copy
+        data = {"name": family, "alias": "champion", "version": "1"}
+        body = {"entity": "model_version_alias", "action": "created", "data": data}
+        content, at = json.dumps(body).encode(), str(int(time.time()))
+        secret = running.settings.secrets.bridge_mlflow_secret
+        headers = {
+            "Content-Type": "application/json",
+            "X-MLflow-Delivery-Id": delivery_id,
+            "X-MLflow-Timestamp": at,
+            "X-MLflow-Signature": sign(secret, delivery_id, at, content),
+        }
+        while True:  # as a sender comes again
+            now = datetime.now(UTC)
+            answer = bridge.post("/hints/mlflow", content=content, headers=headers)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(1)
+        return delivery_id, now, answer.raise_for_status().json()["run"]
+
+    with (
+        httpx.Client(base_url=running.settings.urls["bridge"], timeout=60) as bridge,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        answers = list(pool.map(send, copies))
+    first = {delivery_id: (at, run) for delivery_id, at, run in reversed(answers)}
+    runs = {run for _, _, run in answers}
+    assert len(runs) <= len(sent)
+    found = running.prefect("flow_runs/filter", flow_runs={"id": {"any_": [*runs]}})
+    began = {run["id"]: run["start_time"] for run in found}
+    assert began.keys() == runs
+    for at, run in first.values():
+        assert began[run] is None or datetime.fromisoformat(began[run]) > at
 
 
 @pytest.mark.servers
