@@ -163,10 +163,11 @@ def test_the_automations_of_the_docs_are_taken_by_the_server_and_act(fleet):
 
 
 def test_what_was_killed_is_brought_back_by_the_next_runs_and_judged_once(fleet, tmp_path):
+    fleet.run("reconcile", family=FAMILY, wait=True)  # v2 as the deployment's policy has it
     fleet.publish(write_update(tmp_path / "v3", seed=3), "v3", FAMILY)
     fleet.start("reconcile", family=FAMILY, wait=True)  # or the upload's hint starts one
-    wait_until(lambda: at_work(fleet, "transfer-shard"))
-    shards = at_work(fleet, "transfer-shard")
+    wait_until(lambda: at_work(fleet, "transfer-shard", on="v3"))
+    shards = at_work(fleet, "transfer-shard", on="v3")
     for process in processes_of(shards | at_work(fleet, "reconcile")):
         process.kill()
     for run in shards:
@@ -193,11 +194,12 @@ def test_what_was_killed_is_brought_back_by_the_next_runs_and_judged_once(fleet,
     assert serving(fleet) == "1"
 
 
-def at_work(stack, flow):
-    """Return the ids of the runs of a flow that are at work."""
+def at_work(stack, flow, on=""):
+    """Return the ids of the runs of a flow that are at work (on a base version)."""
     running = {"flows": {"name": {"any_": [flow]}}}
     running["flow_runs"] = {"state": {"type": {"any_": ["RUNNING"]}}}
-    return {run["id"] for run in stack.prefect("POST", "flow_runs/filter", json=running)}
+    found = stack.prefect("POST", "flow_runs/filter", json=running)
+    return {run["id"] for run in found if on in str(run["parameters"])}
 
 
 def processes_of(run_ids):
