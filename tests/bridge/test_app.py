@@ -253,9 +253,11 @@ def test_one_id_leads_from_the_hint_to_its_run_and_no_secret_is_logged(bridge):
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
-    root = logging.getLogger()
-    before = [(logger, logger.level) for logger in (root, LOG)]
-    root.addHandler(handler)
+    # uvicorn's own as well: Prefect's set-up, in another test, may have cut it off from the root.
+    listened = [logging.getLogger(), logging.getLogger("uvicorn")]
+    before = [(logger, logger.level) for logger in (*listened, LOG)]
+    for logger in listened:
+        logger.addHandler(handler)
     try:
         for logger, _ in before:
             logger.setLevel(logging.DEBUG)
@@ -267,7 +269,8 @@ def test_one_id_leads_from_the_hint_to_its_run_and_no_secret_is_logged(bridge):
         bridge.prefect.asked = None  # a bug, with its traceback
         bridge.mlflow(champion())
     finally:
-        root.removeHandler(handler)
+        for logger in listened:
+            logger.removeHandler(handler)
         for logger, level in before:
             logger.setLevel(level)
     ours = [line for line in stream.getvalue().splitlines() if '"trans_peft.bridge"' in line]
