@@ -1,11 +1,11 @@
 """From a recipe to a live adapter: train, evaluate where it was trained, register, serve there."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from trans_peft.data import pin, read_examples, write_examples
+from trans_peft.data import Example, pin, read_examples, write_examples
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
@@ -18,7 +18,7 @@ from trans_peft.training.events import Event
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 
-__all__ = ["resolve_recipe", "train"]
+__all__ = ["job_on", "resolve_recipe", "train", "trained_version"]
 
 
 def resolve_recipe(
@@ -37,6 +37,41 @@ def resolve_recipe(
         suites=pin_suites(recipe.suites, platform),
     )
     return resolved, base
+
+
+def job_on(
+    base: BaseVersion, recipe: TrainingRecipe, examples: Sequence[Example], platform: Platform
+) -> TrainingJob:
+    """Return the training of a resolved recipe on its base, in a folder named by its hash."""
+    work_dir = platform.work_dir / "training" / recipe.sha256[:16]
+    return TrainingJob(
+        recipe=recipe,
+        base_folder=base_folder(base, platform),
+        base_name=base.uri,
+        base_revision=base.fingerprint_sha256,
+        data_file=write_examples(examples, work_dir / "data.jsonl"),
+        work_dir=work_dir,
+    )
+
+
+def trained_version(
+    base: BaseVersion, recipe: TrainingRecipe, result: TrainingResult
+) -> AdapterVersion:
+    """Return what is to be registered of a training on a base; its number comes from there."""
+    return AdapterVersion(
+        adapter=recipe.adapter,
+        number=0,
+        family=base.family,
+        base_version=base.version,
+        base_fingerprint_sha256=base.fingerprint_sha256,
+        trained_on_version=base.version,
+        trained_on_fingerprint_sha256=base.fingerprint_sha256,
+        weights_sha256=result.weights_sha256,
+        method=recipe.spec.peft_type,
+        suites=recipe.suites,
+        recipe_sha256=recipe.sha256,
+        recipe=recipe,
+    )
 
 
 def train(
@@ -69,18 +104,8 @@ def train(
                 run.metrics(event.metrics, event.step)
             on_event(event)
 
-        work_dir = platform.work_dir / "training" / resolved.sha256[:16]
-        result = fit(
-            TrainingJob(
-                recipe=resolved,
-                base_folder=base_folder(base, platform),
-                base_name=base.uri,
-                base_revision=base.fingerprint_sha256,
-                data_file=write_examples(examples, work_dir / "data.jsonl"),
-                work_dir=work_dir,
-            ),
-            on_event=on_training_event,
-        )
+        job = job_on(base, resolved, examples, platform)
+        result = fit(job, on_event=on_training_event)
         evaluations = evaluate_on(
             base,
             resolved.suites,
@@ -92,24 +117,11 @@ def train(
         )
         scores = {f"score/{name}": item.score for name, item in evaluations.items()}
         run.metrics(scores, result.steps)
-        run.file(_written(resolved, work_dir))
-        draft = AdapterVersion(
-            adapter=resolved.adapter,
-            number=0,
-            family=base.family,
-            base_version=base.version,
-            base_fingerprint_sha256=base.fingerprint_sha256,
-            trained_on_version=base.version,
-            trained_on_fingerprint_sha256=base.fingerprint_sha256,
-            weights_sha256=result.weights_sha256,
-            method=resolved.spec.peft_type,
-            suites=resolved.suites,
-            recipe_sha256=resolved.sha256,
-            recipe=resolved,
-            run_id=run.id,
-        )
+        run.file(_written(resolved, job.work_dir))
         version = platform.registry.register(
-            draft, result.folder, tags=_tags(resolved, result, evaluations)
+            replace(trained_version(base, resolved, result), run_id=run.id),
+            result.folder,
+            tags=_tags(resolved, result, evaluations),
         )
     platform.registry.set_alias(version.adapter, version.alias, version.number)
     return version

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from trans_peft.data import read_examples, write_examples
+from trans_peft.data import read_examples
 from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Verdict
@@ -16,14 +16,13 @@ from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.remedies import Rung, Tried
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on
+from trans_peft.lifecycle.evaluations import Progress, evaluate_on
 from trans_peft.lifecycle.ladder import Bench
 from trans_peft.lifecycle.remedies import Candidate
 from trans_peft.lifecycle.resolve import find_base
-from trans_peft.lifecycle.train import resolve_recipe
+from trans_peft.lifecycle.train import job_on, resolve_recipe, trained_version
 from trans_peft.ports import Platform
 from trans_peft.training.events import Event
-from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit
 
 __all__ = ["train_anew"]
@@ -47,24 +46,13 @@ def train_anew(
     source = source_version(platform.registry.versions(recipe.adapter))
     earlier = _judged(source, base, platform)
     resolved, _ = resolve_recipe(recipe, platform)
-    work_dir = platform.work_dir / "training" / resolved.sha256[:16]
-    examples = read_examples(resolved.data, platform.store)
-    result = fit(
-        TrainingJob(
-            recipe=resolved,
-            base_folder=base_folder(base, platform),
-            base_name=base.uri,
-            base_revision=base.fingerprint_sha256,
-            data_file=write_examples(examples, work_dir / "data.jsonl"),
-            work_dir=work_dir,
-        ),
-        on_event=on_event,
-    )
+    job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
+    result = fit(job, on_event=on_event)
     reference = evaluate_on(
         find_base(source.family, source.base_version, platform),
         source.suites,
         platform,
-        adapter=lambda: platform.registry.download(source, work_dir / "source"),
+        adapter=lambda: platform.registry.download(source, job.work_dir / "source"),
         weights_sha256=source.weights_sha256,
         labels={"adapter": source.adapter},
         on_progress=on_progress,
@@ -89,19 +77,9 @@ def train_anew(
     )
     if judgement.verdict is Verdict.PASSED:
         version = platform.registry.register(
-            AdapterVersion(
-                adapter=source.adapter,
-                number=0,
-                family=base.family,
-                base_version=base.version,
-                base_fingerprint_sha256=base.fingerprint_sha256,
-                trained_on_version=base.version,
-                trained_on_fingerprint_sha256=base.fingerprint_sha256,
-                weights_sha256=result.weights_sha256,
-                method=resolved.spec.peft_type,
+            replace(
+                trained_version(base, resolved, result),
                 suites=source.suites,
-                recipe_sha256=resolved.sha256,
-                recipe=resolved,
                 made_by=Rung.TRAINED_ANEW,
             ),
             result.folder,
