@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet
+from tests.lifecycle.fleet import FAMILY, POLICY
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import InvalidSpecError
@@ -17,22 +17,6 @@ from trans_peft.lifecycle.resolve import resolve
 from trans_peft.lifecycle.settle import settle
 
 ALL = PromotionPolicy(min_serving_share=1.0)
-
-
-@pytest.fixture
-def fleet(tmp_path):
-    return MemoryFleet(tmp_path)
-
-
-@pytest.fixture
-def two_bases(fleet):
-    """v1 serves two adapters that were trained on it; v2 has just become ready."""
-    v1 = fleet.add_base("v1")
-    fleet.add_adapter("chat", v1)
-    fleet.add_adapter("code", v1)
-    fleet.promote(v1)
-    fleet.settle()
-    return v1, fleet.add_base("v2")
 
 
 def note_on(fleet, base):

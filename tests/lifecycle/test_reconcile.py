@@ -14,22 +14,6 @@ from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS, estimated, is_wanted, o
 from trans_peft.lifecycle.resolve import resolve
 
 
-@pytest.fixture
-def fleet(tmp_path):
-    return MemoryFleet(tmp_path)
-
-
-@pytest.fixture
-def two_bases(fleet):
-    """v1 serves two adapters that were trained on it; v2 has just become ready."""
-    v1 = fleet.add_base("v1")
-    fleet.add_adapter("chat", v1)
-    fleet.add_adapter("code", v1)
-    fleet.promote(v1)
-    fleet.settle()
-    return v1, fleet.add_base("v2")
-
-
 def lines(work):
     return [(item.adapter, item.base_version, item.reason, item.attempt) for item in work]
 

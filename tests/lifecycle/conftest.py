@@ -1,0 +1,19 @@
+import pytest
+
+from tests.lifecycle.fleet import MemoryFleet
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    return MemoryFleet(tmp_path)
+
+
+@pytest.fixture
+def two_bases(fleet):
+    """v1 serves two adapters that were trained on it; v2 has just become ready."""
+    v1 = fleet.add_base("v1")
+    fleet.add_adapter("chat", v1)
+    fleet.add_adapter("code", v1)
+    fleet.promote(v1)
+    fleet.settle()
+    return v1, fleet.add_base("v2")
