@@ -98,6 +98,16 @@ class Running:
             time.sleep(pause_s)
         return answer.raise_for_status().json()
 
+    def s3(self):
+        client = self.settings.client_environment
+        return boto3.client(
+            "s3",
+            endpoint_url=client["AWS_ENDPOINT_URL"],
+            aws_access_key_id=client["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=client["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+        )
+
     def deployments(self):
         return {d["entrypoint"].split(":")[1]: d for d in self.prefect("deployments/filter")}
 
@@ -239,14 +249,7 @@ def test_the_webhook_in_mlflow_is_made_right_again(running):
 
 @pytest.mark.servers
 def test_an_upload_s_manifest_starts_reconcile(running):
-    client = running.settings.client_environment
-    s3 = boto3.client(
-        "s3",
-        endpoint_url=client["AWS_ENDPOINT_URL"],
-        aws_access_key_id=client["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=client["AWS_SECRET_ACCESS_KEY"],
-        region_name="us-east-1",
-    )
+    s3 = running.s3()
     for name in ("config.json", "trans_peft_manifest.json"):
         s3.put_object(Bucket="bases", Key=f"a b/v1/{name}", Body=b"{}")
     _, run = run_of(running, "upload", "s3://bases/a b/v1")
@@ -319,14 +322,7 @@ def test_no_secret_stands_in_a_log_or_a_command_line(running):
 def test_what_mlflow_is_given_lies_in_its_bucket(running):
     url = f"{running.settings.urls['mlflow']}/api/2.0/mlflow-artifacts/artifacts/a/b.txt"
     httpx.put(url, content=b"bytes", timeout=30).raise_for_status()
-    client = running.settings.client_environment
-    s3 = boto3.client(
-        "s3",
-        endpoint_url=client["AWS_ENDPOINT_URL"],
-        aws_access_key_id=client["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=client["AWS_SECRET_ACCESS_KEY"],
-        region_name="us-east-1",
-    )
+    s3 = running.s3()
     assert {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]} == set(BUCKETS)
     assert s3.get_object(Bucket="mlflow", Key="a/b.txt")["Body"].read() == b"bytes"
 
