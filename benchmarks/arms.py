@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.material import FAMILY, STOP
 from benchmarks.ratios import CLOCKS
 from benchmarks.world import World
+from study.fleet import FAMILY, STOP
 from trans_peft.data import pin, read_examples
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite

@@ -1,6 +1,6 @@
 """What drafts save: an adapter's answers on an updated base, checked instead of written anew.
 
-An adapter that has learned to write `raise` statements on base v1 (`benchmarks.material`) writes
+An adapter that has learned to write `raise` statements on base v1 (`study.fleet`) writes
 them on an updated base; the drafts are its answers on v1. `draft_vs_generate` is the time of our
 `generate` with them beside transformers' own in batches of the same size, sorted by length,
 `draft_vs_plain` beside our own without them; `draft_worst_...` is the same with drafts of which no
@@ -26,8 +26,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.material import MOST, STOP, adapter, bases_and_rows, statements
 from benchmarks.ratios import Clock, machine, middle, parser, prepare, record
+from study.fleet import MOST, STOP, adapter, bases_and_rows, statements
 from trans_peft.data import Example, parse_examples
 from trans_peft.models import load_base
 from trans_peft.transfer.transplant import attached

@@ -39,9 +39,9 @@ from typing import Any
 import torch
 
 from benchmarks.arms import ARMS, HARNESS, references, turns
-from benchmarks.material import bases_and_rows, fleet, statements
 from benchmarks.ratios import CLOCKS, machine, middle, parser, prepare, record
 from benchmarks.world import Task, World
+from study.fleet import bases_and_rows, fleet, statements
 from trans_peft.methods.registration import register_methods
 
 ADAPTERS, MANY = 16, 64

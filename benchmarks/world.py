@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.material import FAMILY, suite
+from study.fleet import FAMILY, suite
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.cli.workspace import EvaluationFolder
 from trans_peft.data import pin, read_examples

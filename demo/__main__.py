@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from demo.screen import Screen
-from infra.stack.settings import StackSettings, without_services
+from infra.stack.settings import StackSettings
 from trans_peft.errors import TransPeftError
 
 __all__ = ["main"]
@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tell(screen: Screen, *, full: bool) -> None:
     stack = StackSettings.from_environment(os.environ)
     screen.chapter("The platform", "MLflow, Prefect, S3 and a worker, on this machine")
-    from demo.programs import run_module
+    from demo.programs import become_client_of, run_module
 
     run_module(["infra.stack", "up"], screen)
-    _be_a_client_of(stack)
+    become_client_of(stack)
 
     # Prefect reads the environment when it is imported: only now.
     from demo import settings
@@ -56,21 +56,6 @@ def _tell(screen: Screen, *, full: bool) -> None:
     story.base_v2()
     story.upgrade()
     story.ending()
-
-
-def _be_a_client_of(stack: StackSettings) -> None:
-    own = without_services(os.environ)
-    os.environ.clear()
-    os.environ.update(own, **stack.client_environment)
-    os.environ.update(
-        TRANS_PEFT_STATE=str(stack.state / "demo"),  # not the worker's: two processes, two caches
-        MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
-        MLFLOW_LOGGING_LEVEL="WARNING",
-        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
-        PREFECT_LOGGING_LEVEL="WARNING",
-        TQDM_DISABLE="1",
-        TOKENIZERS_PARALLELISM="false",
-    )
 
 
 if __name__ == "__main__":

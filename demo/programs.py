@@ -1,4 +1,7 @@
-"""Run our own programs as child processes: their lines on the screen, their memory given back."""
+"""This process among the stack's programs: a client of its servers, a parent of our own programs.
+
+Child processes put their lines on the screen and give their memory back.
+"""
 
 import os
 import subprocess
@@ -10,10 +13,27 @@ from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 
 from demo.screen import DemoError, Screen
+from infra.stack.settings import StackSettings, without_services
 
-__all__ = ["run_module"]
+__all__ = ["become_client_of", "run_module"]
 
 _POLL_S = 0.5
+
+
+def become_client_of(stack: StackSettings) -> None:
+    """Let this process speak to the stack's servers alone, in few words."""
+    own = without_services(os.environ)
+    os.environ.clear()
+    os.environ.update(own, **stack.client_environment)
+    os.environ.update(
+        TRANS_PEFT_STATE=str(stack.state / "demo"),  # not the worker's: two processes, two caches
+        MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
+        MLFLOW_LOGGING_LEVEL="WARNING",
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
+        PREFECT_LOGGING_LEVEL="WARNING",
+        TQDM_DISABLE="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
 
 
 def run_module(arguments: Sequence[str], screen: Screen) -> None:

@@ -21,7 +21,7 @@ def upload(
     *,
     version: str,
     family: str,
-    parent: str,
+    parent: str | None,
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Write every file of the folder, then the manifest. Repeating it writes the same again."""

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.stats import mannwhitneyu, spearmanr
 
 from study.ledger import Score
+from study.pages import with_blocks
 from study.plan import UPDATES, V1
 from study.triage import NAMES
 from trans_peft.domain.evaluation import BARE
@@ -32,7 +33,6 @@ MARGINS = (5.0, 10.0)
 """Of the gate, in points: fixed before anything was measured."""
 
 _ALPHA, _DRAWS, _LEVEL = 0.05, 2_000, 0.95
-_BEGIN, _END = "<!-- begin {} -->", "<!-- end {} -->"
 _BOTH = "both"
 
 
@@ -112,11 +112,7 @@ def page_with(
         "label-free": _predictors(rows, ("disagreement", "KL")),
         "triage": _predictors(rows, NAMES),
     }
-    for name, block in blocks.items():
-        head, _, rest = page.partition(_BEGIN.format(name))
-        _, _, tail = rest.partition(_END.format(name))
-        page = f"{head}{_BEGIN.format(name)}\n{block}\n{_END.format(name)}{tail}"
-    return page
+    return with_blocks(page, blocks)
 
 
 def _shifts(measured: Sequence["Measured"], rows: Sequence[Row]) -> str:

@@ -12,13 +12,13 @@ from functools import cached_property
 import numpy as np
 
 from study.ledger import Score
+from study.pages import with_blocks
 from study.plan import CHOSEN_ON, SEEDS, STEPS, V1
 from study.statistics import Draw, Interval, interval, right
 from trans_peft.domain.evaluation import BARE
 
 __all__ = ["NEW", "TITLES", "Comparison", "comparisons", "markdown", "page_with"]
 
-_BEGIN, _END = "<!-- begin {} -->", "<!-- end {} -->"
 
 PLAIN, OURS = "plain", ("uniform", "spared")
 NEW = "new"
@@ -176,11 +176,7 @@ def page_with(
         "candidates": _candidates_table(scores),
         "comparisons": "\n\n".join(map(markdown, comparisons(scores))),
     }
-    for name, block in blocks.items():
-        head, _, rest = page.partition(_BEGIN.format(name))
-        _, _, tail = rest.partition(_END.format(name))
-        page = f"{head}{_BEGIN.format(name)}\n{block}\n{_END.format(name)}{tail}"
-    return page
+    return with_blocks(page, blocks)
 
 
 def _updates_table(updates: Mapping[str, Mapping[str, float]]) -> str:

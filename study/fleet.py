@@ -1,8 +1,9 @@
-"""What the benchmarks on a real model ask and whom: bases, rows, adapters, each made where missing.
+"""A fleet of adapters of every kind on a real model, and what it is asked; made where missing.
 
-The bases and rows are those of `make study`; what is only for benchmarks lies below `decode` and
+The bases and rows are those of `make study`; what is for the fleet alone lies below `decode` and
 `fleet` in the study's folder. The suite is a generation suite: a message is to become the whole
-`raise` statement, some 15 tokens.
+`raise` statement, some 15 tokens. `study.upgrade` moves this fleet through the flows, `benchmarks`
+ask it what time that takes.
 """
 
 from collections.abc import Iterator, Mapping

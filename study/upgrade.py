@@ -1,0 +1,181 @@
+"""A fleet of sixteen adapters of eight kinds through two updates: `python -m study.upgrade`.
+
+Started, judged and reported as a platform team's would be, on the stack of `make up`: bases are
+uploaded with an S3 client, adapters are adopted, `champion` is set, and the policies of
+prefect.yaml decide, whose margin was fixed before any of these adapters was trained. Every step
+asks first whether its result is there, so a run that was broken off goes on where it was. The table
+of docs/fleet.md is written from what stands in the registry.
+"""
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from demo.deployments import run
+from demo.programs import become_client_of, run_module
+from demo.screen import Screen
+from demo.upload import upload
+from infra.stack.settings import StackSettings
+from study.fleet import bases_and_rows, fleet, statements, suite
+from study.pages import with_blocks
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Suite
+from trans_peft.errors import NotFoundError
+from trans_peft.lifecycle.report import FleetReport, FleetRow, report
+from trans_peft.ports import Platform
+
+__all__ = ["OLD", "UPDATES", "counted", "table"]
+
+FAMILY, OLD, UPDATES = "fleet", "v1", ("all", "ffn")
+ADAPTERS = 16
+_DATA = "s3://data/fleet"
+_PAGE = Path(__file__).parent.parent / "docs" / "fleet.md"
+
+
+def main() -> None:
+    """Carry out whatever the registry lacks, and write the table."""
+    parser = argparse.ArgumentParser(prog="python -m study.upgrade", description=__doc__)
+    parser.add_argument("--study", type=Path, default=Path(".study"), help="for all that is made")
+    options = parser.parse_args()
+    screen = Screen()
+    screen.chapter("The fleet", f"{ADAPTERS} adapters of eight kinds, trained on {OLD}")
+    for update in UPDATES:
+        bases_and_rows(options.study, update)
+    rows = statements(options.study)
+    folders = fleet(options.study, rows, ADAPTERS)
+    screen.done(f"{len(folders)} adapters")
+
+    screen.chapter("The platform", "MLflow, Prefect, S3, a worker and the bridge")
+    run_module(["infra.stack", "up"], screen)
+    become_client_of(StackSettings.from_environment(os.environ))
+    # Prefect reads the environment when it is imported: only now.
+    from tasks.composition import platform
+
+    story = Story(screen, options.study, platform())
+    story.old_base()
+    story.adopted(rows, folders)
+    for update in UPDATES:
+        story.updated(update)
+    seen = report(FAMILY, platform())
+    _PAGE.write_text(with_blocks(_PAGE.read_text(), {"verdicts": table(seen)}))
+    screen.done(f"{counted(seen)}; written: {_PAGE}")
+
+
+class Story:
+    """The steps in the order in which they happen. Each can be repeated."""
+
+    def __init__(self, screen: Screen, study: Path, platform: Platform) -> None:
+        self._screen, self._study, self._platform = screen, study, platform
+
+    def old_base(self) -> None:
+        """Upload v1 and let it serve."""
+        self._screen.chapter(f"Base {OLD}", "uploaded, ingested, promoted")
+        self._upload(OLD, parent=None)
+        self._wish_for(OLD)
+
+    def adopted(self, rows: Mapping[str, Path], folders: Mapping[str, Path]) -> None:
+        """Register every adapter on v1, with what it answers there."""
+        self._screen.chapter("Adapters", f"adopted: evaluated on {OLD}, registered")
+        store = self._platform.store
+        with rows["eval"].open("rb") as file:
+            store.write(f"{_DATA}/eval.jsonl", file)
+        asked = replace(suite(rows), data=DataSource(f"{_DATA}/eval.jsonl"))
+        known = self._platform.registry.adapters(FAMILY)
+        for name, folder in folders.items():
+            if name in known:
+                continue
+            for path in sorted(folder.iterdir()):
+                with path.open("rb") as file:
+                    store.write(f"{_DATA}/{name}/{path.name}", file)
+            run("adopt-adapter/default", self._adoption(name, asked), key=name, screen=self._screen)
+
+    def updated(self, update: str) -> None:
+        """Upload an update, wait for the verdicts, wish for it."""
+        self._screen.chapter(
+            f"Base {update}", "uploaded; every adapter is judged on it; then `champion` moves there"
+        )
+        self._upload(update, parent=OLD)
+        self._reconcile(f"judge {update}")
+        self._wish_for(update)
+
+    def _adoption(self, name: str, asked: Suite) -> dict[str, object]:
+        return {
+            "adapter": name,
+            "folder_uri": f"{_DATA}/{name}",
+            "family": FAMILY,
+            "suites": [asked],
+            "base_version": OLD,
+        }
+
+    def _upload(self, version: str, parent: str | None) -> None:
+        catalog = self._platform.catalog
+        if any(base.version == version for base in catalog.versions(FAMILY)):
+            return
+        counting = self._screen.counting("sent with boto3", "MB", 1e6)
+        key, folder = f"{FAMILY}/{version}", self._study / "bases" / version
+        upload(
+            folder,
+            "bases",
+            key,
+            version=version,
+            family=FAMILY,
+            parent=parent,
+            on_progress=counting,
+        )
+        uri = f"s3://bases/{key}"
+        run("ingest-base/default", {"uri": uri}, key=f"ingest/{uri}", screen=self._screen)
+
+    def _wish_for(self, version: str) -> None:
+        """Set `champion` with MLflow's own client, as a person does on its page."""
+        base = next(b for b in self._platform.catalog.versions(FAMILY) if b.version == version)
+        if report(FAMILY, self._platform).champion != version:
+            MlflowClient().set_registered_model_alias(FAMILY, "champion", str(base.number))
+        self._reconcile(f"champion {version}")
+        seen = report(FAMILY, self._platform)
+        self._screen.done(f"champion: {seen.champion}, serving: {seen.serving}. {seen.note}")
+
+    def _reconcile(self, why: str) -> None:
+        """Wait for what the upload or the alias has started, under the deployment's policies."""
+        parameters = {"family": FAMILY, "wait": True}
+        run("reconcile/default", parameters, key=f"{FAMILY}/{why}", screen=self._screen)
+
+
+def table(seen: FleetReport) -> str:
+    """Return a row for each adapter, in Markdown. NotFoundError where one was not judged."""
+    cells = {(row.adapter, row.base): row for row in seen.rows}
+    columns = [f"{base}: score, change (bounds), verdict" for base in UPDATES]
+    lines = [f"| adapter | {OLD} | {' | '.join(columns)} |", "|---|---:|" + "---|" * len(UPDATES)]
+    for name in dict.fromkeys(row.adapter for row in seen.rows):
+        (_, score), *_ = cells[name, OLD].scores
+        judged = " | ".join(_cell(cells[name, base]) for base in UPDATES)
+        lines.append(f"| {name} | {score:.1f} | {judged} |")
+    bare = [cells[name, base].suites[0].bare for base in UPDATES]
+    lines.append(f"| no adapter | | {' | '.join(f'{score:.1f}' for score in bare)} |")
+    return "\n".join([*lines, "", f"{counted(seen)}."])
+
+
+def counted(seen: FleetReport) -> str:
+    """Say how many adapters got which verdict on which base."""
+    told = []
+    for base in UPDATES:
+        verdicts = Counter(str(row.verdict) for row in seen.rows if row.base == base)
+        words = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+        told.append(f"on {base}: {words}")
+    return "; ".join(told)
+
+
+def _cell(row: FleetRow) -> str:
+    if row.verdict is None or not row.suites:
+        raise NotFoundError(f"{row.adapter} has no figures on {row.base}", found=row.reason)
+    found = row.suites[0]
+    bounds = f"({found.lower:+.1f}, {found.upper:+.1f})"
+    return f"{found.score:.1f}, {found.difference:+.1f} {bounds}, {row.verdict}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The table of docs/fleet.md on a fleet made by hand."""
+
+import pytest
+
+from study.upgrade import OLD, UPDATES, counted, table
+from trans_peft.domain.evaluation import SuiteJudgement, Verdict
+from trans_peft.errors import NotFoundError
+from trans_peft.lifecycle.report import FleetReport, FleetRow
+
+
+def row(adapter, base, verdict=None, score=40.0):
+    known = {"scores": (("raise", 50.0),)}
+    if verdict is not None:
+        figures = SuiteJudgement(
+            *("raise", 100, 50.0, score, 1.5),
+            *(score - 50, score - 54.25, score - 45.0, 10, 0.8),
+        )
+        known = {"suites": (figures,)}
+    return FleetRow(adapter, "lora", OLD, base, verdict, "because", serves=False, **known)
+
+
+def fleet(*verdicts):
+    rows = [
+        row(f"a{n}", base, given)
+        for n, judged in enumerate(verdicts)
+        for base, given in zip((OLD, *UPDATES), (None, *judged), strict=True)
+    ]
+    return FleetReport("fleet", OLD, OLD, (OLD, *UPDATES), tuple(rows))
+
+
+PASSED, RETUNE = Verdict.PASSED, Verdict.NEEDS_RETUNING
+
+
+def test_a_row_has_the_old_score_and_figures_and_verdict_on_each_update():
+    first, *_ = table(fleet((PASSED, RETUNE))).splitlines()[2:]
+    passed, retune = ("40.0, -10.0 (-14.2, -5.0), " + str(v) for v in (PASSED, RETUNE))
+    assert first == f"| a0 | 50.0 | {passed} | {retune} |"
+
+
+def test_the_bare_base_and_the_verdicts_are_counted_below():
+    said = table(fleet((PASSED, RETUNE), (RETUNE, RETUNE)))
+    assert "| no adapter | | 1.5 | 1.5 |" in said
+    assert said.endswith(f"on {UPDATES[0]}: 1 needs-retuning, 1 passed; on ffn: 2 needs-retuning.")
+
+
+def test_an_adapter_without_a_verdict_is_no_row():
+    with pytest.raises(NotFoundError, match="a0 has no figures on ffn"):
+        table(fleet((PASSED, None)))
+
+
+def test_verdicts_are_counted_by_base():
+    assert counted(fleet((PASSED, PASSED))) == "on all: 1 passed; on ffn: 1 passed"
