@@ -4,11 +4,11 @@ An adapter that has learned to write `raise` statements on base v1 (`study.fleet
 them on an updated base; the drafts are its answers on v1. `draft_vs_generate` is the time of our
 `generate` with them beside transformers' own in batches of the same size, sorted by length,
 `draft_vs_plain` beside our own without them; `draft_worst_...` is the same with drafts of which no
-token is right. Answers that differ are counted. The first of the batch sizes has the plain names,
-the others have theirs at the end. A round runs all four in random order, and a ratio is that of one
-round; which ratio is reported: `ratios`.
+token is right. Answers that differ are counted. The first update and the first batch size have the
+plain names, the others have theirs at the end. A round runs all four in random order, and a ratio
+is that of one round; which ratio is reported: `ratios`.
 
-    python -m benchmarks.decode [--study .study] [--update ffn] [--items 64] [--batch 1 32]
+    python -m benchmarks.decode [--study .study] [--update all ffn] [--items 64] [--batch 1 32]
         [--pairs 5] [--clock wall|process] [--threads 2] [--tiny]
 
 What is not there is made first: bases, rows, the adapter (minutes). Fewer items than 64 are shown
@@ -123,7 +123,7 @@ def loaded(folder: Path, adapter: Path) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def both(
-    options: argparse.Namespace,
+    options: argparse.Namespace, update: str
 ) -> Iterator[tuple[Any, Questions, list[list[int]]]]:
     """The adapter on the updated base, the questions, and what it answered on the old one."""
     if options.tiny:
@@ -132,13 +132,13 @@ def both(
         questions = Questions(tokenizer, examples)
         yield new, questions, questions.ours(old, 4).ids
         return
-    bases_and_rows(options.study, options.update)
+    bases_and_rows(options.study, update)
     rows = statements(options.study)
     folder = adapter(options.study, rows, "lora-16", seed=1)
     examples = list(parse_examples(rows["eval"].read_bytes(), "eval.jsonl"))[: options.items]
     with loaded(options.study / "bases" / "v1", folder) as (model, tokenizer):
         recorded = Questions(tokenizer, examples).ours(model, 32).ids
-    with loaded(options.study / "bases" / options.update, folder) as (model, tokenizer):
+    with loaded(options.study / "bases" / update, folder) as (model, tokenizer):
         yield model, Questions(tokenizer, examples), recorded
 
 
@@ -208,16 +208,19 @@ def measured(arms: dict[str, Callable[[], float]], rounds: int) -> list[dict[str
 def main() -> None:
     ours = parser(__doc__, pairs=5)
     ours.add_argument("--study", type=Path, default=Path(".study"))
-    ours.add_argument("--update", default="ffn")
+    ours.add_argument("--update", nargs="+", default=["all", "ffn"])
     ours.add_argument("--items", type=int, default=ITEMS)
     ours.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     ours.add_argument("--tiny", action="store_true")
     options = ours.parse_args()
     clock = prepare(options)
-    with both(options) as (model, questions, recorded):
-        for batch in options.batch:
-            suffix = "" if batch == options.batch[0] else f"_batch_{batch}"
-            compare(batch, suffix, model, questions, recorded, options, clock)
+    for update in options.update:
+        mark = "" if update == options.update[0] else f"_{update}"
+        with both(options, update) as (model, questions, recorded):
+            for batch in options.batch:
+                suffix = mark + ("" if batch == options.batch[0] else f"_batch_{batch}")
+                print(f"update {update}, batches of {batch}", flush=True)
+                compare(batch, suffix, model, questions, recorded, options, clock)
 
 
 if __name__ == "__main__":
