@@ -28,7 +28,7 @@ from trans_peft.domain.remedies import Remedies, Rung
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
-from trans_peft.errors import AdapterError, InvalidSpecError
+from trans_peft.errors import AdapterError, InvalidSpecError, NotFoundError
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.reconcile import observe, plan
 from trans_peft.lifecycle.report import report
@@ -225,6 +225,21 @@ def test_training_anew_is_judged_by_the_same_gate(world):
     assert world.platform.registry.alias("parity", v1.alias) == world.source.number
     assert world.platform.registry.alias("parity", v2.alias) == version.number
     assert "trained here, anew after an update" in report(FAMILY, world.platform).markdown()
+
+
+def test_training_anew_knows_the_old_base_by_its_fingerprint(world, monkeypatch):
+    policy = replace(POLICY, remedies=Remedies(train_anew=True))
+    left = world.transfer(train_anew=True).training
+    catalog, (v1, v2) = world.platform.catalog, world.bases
+
+    def train(*bases):
+        monkeypatch.setattr(catalog, "versions", lambda family: bases)
+        return train_anew(left, policy, world.platform, on_event=lambda event: None)
+
+    with pytest.raises(NotFoundError, match="no longer in the catalog"):
+        train(v2, replace(v1, fingerprint_sha256="f" * 64))  # the label is another base's now
+    assert not [*world.platform.work_dir.glob("training/*")]
+    assert rungs(train(v2, replace(v1, version="first")))[-1] == ("trained anew", "needs-retuning")
 
 
 def test_the_report_shows_the_ladder_with_its_cost_and_the_level_of_chance(tmp_path):

@@ -1,5 +1,6 @@
 """What became of one adapter on one new base: the audit record, and the work that leads to it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -7,7 +8,16 @@ from trans_peft.domain.evaluation import Evaluation, Judgement, Verdict, verdict
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.remedies import Rung, Tried
 
-__all__ = ["Compatibility", "Effect", "FleetChanges", "Plan", "Reason", "TransferOutcome", "Work"]
+__all__ = [
+    "Compatibility",
+    "Effect",
+    "FleetChanges",
+    "Plan",
+    "Reason",
+    "TransferOutcome",
+    "Work",
+    "outcome_of",
+]
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,19 @@ class TransferOutcome:
             and previous.policy_sha256 == self.policy_sha256
         )
         return replace(self, attempts=previous.attempts + 1 if previous and again else 1)
+
+
+def outcome_of(
+    weights_sha256: str, base_fingerprint_sha256: str, outcomes: Iterable[TransferOutcome]
+) -> TransferOutcome | None:
+    """Return the newest outcome of these bytes on that base; `outcomes` are the newest first."""
+    for outcome in outcomes:
+        if (outcome.weights_sha256, outcome.base_fingerprint_sha256) == (
+            weights_sha256,
+            base_fingerprint_sha256,
+        ):
+            return outcome
+    return None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from trans_peft.domain.outcome import Effect
 from trans_peft.domain.remedies import Rung, Tried
 from trans_peft.lifecycle.early import evaluate_early
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on
-from trans_peft.lifecycle.remedies import Candidate, candidate
+from trans_peft.lifecycle.remedies import Candidate, Material, candidate
 from trans_peft.ports import Platform
 from trans_peft.validation.gate import judge
 
@@ -104,14 +104,13 @@ def climb(bench: Bench, policy: GatePolicy, folder: Callable[[], Path], scratch:
 
     Where the bare base is shown to be as good as the adapter, there is nothing to remedy.
     """
+    material = Material(bench.source, folder, bench.base, policy.remedies, bench.platform, scratch)
     tried: list[Tried] = []
     stands: tuple[Candidate, Judgement, tuple[Evaluation, ...]] | None = None
     verdict = ""
     for rung in policy.remedies.rungs:
         started = time.monotonic()
-        made = candidate(
-            rung, bench.source, folder, bench.base, policy.remedies, bench.platform, scratch
-        )
+        made = candidate(rung, material)
         if not isinstance(made, str) and rung is not Rung.DIRECT:
             effect = probe(made.folder(), bench.base, bench.source, bench.platform)
             made = made if effect.found else "it changes no logit on this base"

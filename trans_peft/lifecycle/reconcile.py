@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version, version_trained_on
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Verdict
-from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, Work
+from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, Work, outcome_of
 from trans_peft.errors import StoreError, TransPeftError
 from trans_peft.ports import Platform
 
@@ -45,15 +45,7 @@ class Adapter:
     def outcome_on(self, base: BaseVersion) -> TransferOutcome | None:
         """Return the newest outcome on a base for the bytes that are carried over now."""
         source = source_version(self.versions)
-        return next(
-            (
-                outcome
-                for outcome in self.outcomes
-                if outcome.base_fingerprint_sha256 == base.fingerprint_sha256
-                and outcome.weights_sha256 == source.weights_sha256
-            ),
-            None,
-        )
+        return outcome_of(source.weights_sha256, base.fingerprint_sha256, self.outcomes)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from trans_peft.lifecycle.evaluations import base_folder
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
 
-__all__ = ["Candidate", "candidate", "recipe_on"]
+__all__ = ["Candidate", "Material", "candidate", "recipe_on"]
 
 _SEARCH_ROWS = 64
 
@@ -43,31 +43,38 @@ class Candidate:
     note: str = ""
 
 
-def candidate(
-    rung: Rung,
-    source: AdapterVersion,
-    folder: Callable[[], Path],
-    base: BaseVersion,
-    remedies: Remedies,
-    platform: Platform,
-    scratch: Path,
-) -> Candidate | str:
+@dataclass(frozen=True)
+class Material:
+    """What candidates for `base` are made of: the bytes of `source`, a PEFT folder from `folder`.
+
+    What is made lies in `scratch`, or among the platform's trainings.
+    """
+
+    source: AdapterVersion
+    folder: Callable[[], Path]
+    base: BaseVersion
+    remedies: Remedies
+    platform: Platform
+    scratch: Path
+
+
+def candidate(rung: Rung, of: Material) -> Candidate | str:
     """Make what a rung would put on the base, or say why it makes nothing.
 
-    `folder` gives the PEFT folder of the source's bytes. TrainingCancelled where somebody ends it.
+    TrainingCancelled where somebody ends it.
     """
     if rung is Rung.DIRECT:
-        return Candidate(rung, folder, source.weights_sha256)
-    if source.recipe is None:
+        return Candidate(rung, of.folder, of.source.weights_sha256)
+    recipe = of.source.recipe
+    if recipe is None:
         return "how it was trained is not known, so there are no rows to read"
     if rung is Rung.TRAINED_ANEW:
         return "left to a training run of its own"
     try:
-        rows = read_examples(source.recipe.data, platform.store)
+        rows = read_examples(recipe.data, of.platform.store)
     except (NotFoundError, IntegrityError, DataError) as error:
         return f"its training rows are not to be had: {error}"
-    make = _rescaled if rung is Rung.RESCALED else _retuned
-    return make(source, source.recipe, folder(), rows, base, remedies, platform, scratch)
+    return _rescaled(of, rows) if rung is Rung.RESCALED else _retuned(of, recipe, rows)
 
 
 def recipe_on(recipe: TrainingRecipe, base: BaseVersion) -> TrainingRecipe:
@@ -75,31 +82,23 @@ def recipe_on(recipe: TrainingRecipe, base: BaseVersion) -> TrainingRecipe:
     return replace(recipe, base_version=base.version)
 
 
-def _rescaled(
-    source: AdapterVersion,
-    recipe: TrainingRecipe,
-    folder: Path,
-    rows: Sequence[Example],
-    base: BaseVersion,
-    remedies: Remedies,
-    platform: Platform,
-    scratch: Path,
-) -> Candidate | str:
+def _rescaled(of: Material, rows: Sequence[Example]) -> Candidate | str:
     """Take the factor under which the first training rows are likeliest on the new base."""
     from trans_peft.models import load_base
     from trans_peft.transfer.scaling import has_scale, rescaled
 
+    folder = of.folder()
     if not has_scale(folder):
-        return f"a {source.method} adapter has no scale"
-    loaded = load_base(base_folder(base, platform), source.suites[0].dtype)
+        return f"a {of.source.method} adapter has no scale"
+    loaded = load_base(base_folder(of.base, of.platform), of.source.suites[0].dtype)
     found = {1.0: _loss(loaded, folder, rows[:_SEARCH_ROWS])}
-    for factor in remedies.scales:
-        scaled = rescaled(folder, scratch / f"rescaled-{factor:g}", factor)
+    for factor in of.remedies.scales:
+        scaled = rescaled(folder, of.scratch / f"rescaled-{factor:g}", factor)
         found[factor] = _loss(loaded, scaled, rows[:_SEARCH_ROWS])
     best = min(found, key=lambda factor: (found[factor], abs(factor - 1)))
     if best == 1:
         return "no factor makes its training rows likelier than they are"
-    made = scratch / f"rescaled-{best:g}"
+    made = of.scratch / f"rescaled-{best:g}"
     note = f"scale x {best:g}, {found[1.0]:.3f} -> {found[best]:.3f} nats a row"
     return Candidate(Rung.RESCALED, lambda: made, adapter_weights_sha256(made), note)
 
@@ -117,32 +116,23 @@ def _loss(loaded: Any, folder: Path, rows: Sequence[Example]) -> float:
         return -sum(found for (found,) in log_likelihoods(model, asked)) / len(asked)
 
 
-def _retuned(
-    source: AdapterVersion,
-    recipe: TrainingRecipe,
-    folder: Path,
-    rows: Sequence[Example],
-    base: BaseVersion,
-    remedies: Remedies,
-    platform: Platform,
-    scratch: Path,
-) -> Candidate | str:
+def _retuned(of: Material, recipe: TrainingRecipe, rows: Sequence[Example]) -> Candidate | str:
     """Go on training from the old weights, by the same recipe, for a few steps."""
     from trans_peft.training.job import TrainingJob
     from trans_peft.training.launch import fit
 
-    steps = remedies.retune_steps
+    steps = of.remedies.retune_steps
     optimizer = replace(
         recipe.optimizer, steps=steps, warmup_steps=min(recipe.optimizer.warmup_steps, steps // 10)
     )
     job = TrainingJob(
-        recipe=replace(recipe_on(recipe, base), optimizer=optimizer),
-        base_folder=base_folder(base, platform),
-        base_name=base.uri,
-        base_revision=base.fingerprint_sha256,
-        data_file=write_examples(rows, scratch / "rows.jsonl"),
-        work_dir=platform.work_dir / "training",
-        start=folder,
+        recipe=replace(recipe_on(recipe, of.base), optimizer=optimizer),
+        base_folder=base_folder(of.base, of.platform),
+        base_name=of.base.uri,
+        base_revision=of.base.fingerprint_sha256,
+        data_file=write_examples(rows, of.scratch / "rows.jsonl"),
+        work_dir=of.platform.work_dir / "training",
+        start=of.folder(),
     )
     job = replace(job, work_dir=job.work_dir / f"retune-{job.identity()[:16]}")
     try:

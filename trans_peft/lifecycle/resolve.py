@@ -5,7 +5,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.errors import NotFoundError, NotServedError
 from trans_peft.ports import Platform
 
-__all__ = ["find_base", "resolve"]
+__all__ = ["base_trained_on", "find_base", "resolve"]
 
 
 def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
@@ -26,6 +26,22 @@ def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
         found=", ".join(f"{base.version} (not ready)" for base in versions if not base.ready)
         or repr(version),
         do="ingest the base first, or set the alias on a version that is ready",
+    )
+
+
+def base_trained_on(source: AdapterVersion, platform: Platform) -> BaseVersion:
+    """Return the ready base that a version was trained on, by fingerprint: a label may move on.
+
+    Raises NotFoundError where the catalog no longer has it.
+    """
+    for base in platform.catalog.versions(source.family):
+        if base.ready and base.fingerprint_sha256 == source.trained_on_fingerprint_sha256:
+            return base
+    raise NotFoundError(
+        f"{source} was trained on a base that is no longer in the catalog",
+        expected=f"{source.family}/{source.trained_on_version} with fingerprint "
+        f"{source.trained_on_fingerprint_sha256[:12]}",
+        do="register that base version again: the gate compares with results on it",
     )
 
 

@@ -12,14 +12,14 @@ from trans_peft.data import read_examples
 from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Verdict
-from trans_peft.domain.outcome import TransferOutcome
+from trans_peft.domain.outcome import TransferOutcome, outcome_of
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.remedies import Rung, Tried
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluations import Progress, evaluate_on
 from trans_peft.lifecycle.ladder import Bench
 from trans_peft.lifecycle.remedies import Candidate
-from trans_peft.lifecycle.resolve import find_base
+from trans_peft.lifecycle.resolve import base_trained_on, find_base
 from trans_peft.lifecycle.train import job_on, resolve_recipe, trained_version
 from trans_peft.ports import Platform
 from trans_peft.training.events import Event
@@ -39,17 +39,26 @@ def train_anew(
     """Train on the recipe's base, judge against the adapter on its old base, record the outcome.
 
     `recipe` is the `training` of an outcome that a transfer left. NotFoundError where there is none
-    on that base; otherwise what training raises, and then nothing is recorded.
+    on that base, or the base that the adapter was trained on is gone, before anything is trained;
+    otherwise what training raises, and then nothing is recorded.
     """
     started = time.monotonic()
     base = find_base(recipe.family, recipe.base_version, platform)
     source = source_version(platform.registry.versions(recipe.adapter))
-    earlier = _judged(source, base, platform)
+    earlier = outcome_of(
+        source.weights_sha256, base.fingerprint_sha256, platform.registry.outcomes(source.adapter)
+    )
+    if earlier is None:
+        raise NotFoundError(
+            f"{source.adapter} was never judged on {base}: there is nothing to remedy",
+            do="transfer it first, or train it with `train`",
+        )
+    trained_on = base_trained_on(source, platform)
     resolved, _ = resolve_recipe(recipe, platform)
     job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
     result = fit(job, on_event=on_event)
     reference = evaluate_on(
-        find_base(source.family, source.base_version, platform),
+        trained_on,
         source.suites,
         platform,
         adapter=lambda: platform.registry.download(source, job.work_dir / "source"),
@@ -93,19 +102,6 @@ def train_anew(
         )
     platform.registry.record(outcome)
     return outcome
-
-
-def _judged(source: AdapterVersion, base: BaseVersion, platform: Platform) -> TransferOutcome:
-    for outcome in platform.registry.outcomes(source.adapter):
-        if (outcome.base_fingerprint_sha256, outcome.weights_sha256) == (
-            base.fingerprint_sha256,
-            source.weights_sha256,
-        ):
-            return outcome
-    raise NotFoundError(
-        f"{source.adapter} was never judged on {base}: there is nothing to remedy",
-        do="transfer it first, or train it with `train`",
-    )
 
 
 def _stored(

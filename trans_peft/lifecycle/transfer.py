@@ -9,12 +9,11 @@ from pathlib import Path
 from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
-from trans_peft.domain.outcome import Compatibility, TransferOutcome, Work
-from trans_peft.errors import NotFoundError
+from trans_peft.domain.outcome import Compatibility, TransferOutcome, Work, outcome_of
 from trans_peft.lifecycle.evaluations import Progress, evaluate_on, tokenizer_folder
 from trans_peft.lifecycle.ladder import Bench, climb, probe
 from trans_peft.lifecycle.remedies import Candidate, recipe_on
-from trans_peft.lifecycle.resolve import find_base
+from trans_peft.lifecycle.resolve import base_trained_on, find_base
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare
 
@@ -99,8 +98,13 @@ def _judge(
     def folder() -> Path:
         return platform.registry.download(source, scratch / "source")
 
-    trained_on = _trained_on(source, platform)
-    earlier = _earlier(outcome, platform)
+    trained_on = base_trained_on(source, platform)
+    outcomes = platform.registry.outcomes(source.adapter)
+    earlier = outcome_of(
+        source.weights_sha256,
+        base.fingerprint_sha256,
+        (known for known in outcomes if known.new_number is not None),
+    )
     if earlier is None:
         compatibility = _compare(folder(), trained_on, base, platform, scratch)
         effect = probe(folder(), base, source, platform) if compatibility.ok else None
@@ -135,19 +139,6 @@ def _judge(
             if policy.remedies.train_anew and climbed.open and source.recipe is not None
             else None
         ),
-    )
-
-
-def _earlier(outcome: TransferOutcome, platform: Platform) -> TransferOutcome | None:
-    return next(
-        (
-            earlier
-            for earlier in platform.registry.outcomes(outcome.adapter)
-            if earlier.base_fingerprint_sha256 == outcome.base_fingerprint_sha256
-            and earlier.weights_sha256 == outcome.weights_sha256
-            and earlier.new_number is not None
-        ),
-        None,
     )
 
 
@@ -201,15 +192,3 @@ def _registered(
 
 def _incompatible(outcome: TransferOutcome, reason: str) -> TransferOutcome:
     return replace(outcome, judgement=Judgement(Verdict.INCOMPATIBLE, reason))
-
-
-def _trained_on(source: AdapterVersion, platform: Platform) -> BaseVersion:
-    for base in platform.catalog.versions(source.family):
-        if base.ready and base.fingerprint_sha256 == source.base_fingerprint_sha256:
-            return base
-    raise NotFoundError(
-        f"{source} was trained on a base that is no longer in the catalog",
-        expected=f"{source.family}/{source.trained_on_version} with fingerprint "
-        f"{source.trained_on_fingerprint_sha256[:12]}",
-        do="register that base version again: the gate compares with results on it",
-    )
