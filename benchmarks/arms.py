@@ -3,7 +3,8 @@
 import json
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ from trans_peft.models import load_base, load_tokenizer
 from trans_peft.transfer.transplant import attached
 from trans_peft.validation.evaluate import answer, context_of, evaluate
 from trans_peft.validation.questions import prepare
+
+
+class Laps:
+    """What an arm takes for each adapter, in seconds; the rest of its time all of them share."""
+
+    def __init__(self, world: World) -> None:
+        self.seconds: dict[str, float] = {}
+        self._clock = CLOCKS[world.task.clock]
+
+    @contextmanager
+    def of(self, adapter: str) -> Iterator[None]:
+        started = self._clock()
+        yield
+        self.seconds[adapter] = self._clock() - started
 
 
 class Peer:
@@ -69,21 +84,21 @@ class Peer:
 
 def reload(world: World) -> dict[str, Any]:
     """Load base and adapter anew for each adapter."""
-    loading, peer, texts = 0.0, Peer(world, by_length=False), {}
-    clock = CLOCKS[world.task.clock]
+    laps, loads, peer, texts = Laps(world), Laps(world), Peer(world, by_length=False), {}
     bare = peer.answers(from_pretrained(world))
     for name, folder in world.task.adapters.items():
-        started = clock()
-        model = PeftModel.from_pretrained(from_pretrained(world), folder).eval()
-        loading += clock() - started
-        texts[name] = peer.answers(model)
-        del model
-    return {"adapters": world.judged(texts, bare), "loading_s": loading}
+        with laps.of(name):
+            with loads.of(name):
+                model = PeftModel.from_pretrained(from_pretrained(world), folder).eval()
+            texts[name] = peer.answers(model)
+            del model
+    loading_s = sum(loads.seconds.values())
+    return {"adapters": world.judged(texts, bare), "laps": laps.seconds, "loading_s": loading_s}
 
 
 def set_adapter(world: World) -> dict[str, Any]:
     """One base; the adapters of one type on it together, one of them active at a time."""
-    peer, texts = Peer(world, by_length=True), {}
+    laps, peer, texts = Laps(world), Peer(world, by_length=True), {}
     model = from_pretrained(world)
     bare = peer.answers(model)
     by_type: dict[str, list[str]] = {}
@@ -96,10 +111,12 @@ def set_adapter(world: World) -> dict[str, Any]:
         for name in others:
             adapted.load_adapter(folders[name], adapter_name=name)
         for name in (first, *others):
-            adapted.set_adapter(name)
-            texts[name] = peer.answers(adapted)
+            with laps.of(name):
+                adapted.set_adapter(name)
+                texts[name] = peer.answers(adapted)
         model = adapted.unload()
-    return {"adapters": world.judged({n: texts[n] for n in world.task.adapters}, bare)}
+    in_order = {name: texts[name] for name in world.task.adapters}
+    return {"adapters": world.judged(in_order, bare), "laps": laps.seconds}
 
 
 def plain(world: World) -> dict[str, Any]:
@@ -119,21 +136,22 @@ def plain(world: World) -> dict[str, Any]:
         )
         return [item.answer or "" for item in found.items]
 
-    bare, texts = answers(base.model), {}
+    laps, bare, texts = Laps(world), answers(base.model), {}
     for name, folder in world.task.adapters.items():
-        with attached(base.model, Path(folder)) as model:
+        with laps.of(name), attached(base.model, Path(folder)) as model:
             texts[name] = answers(model)
-    return {"adapters": world.judged(texts, bare)}
+    return {"adapters": world.judged(texts, bare), "laps": laps.seconds}
 
 
 def whole(world: World, *, sequential: bool = False) -> dict[str, Any]:
     """Transfers, as a shard does them."""
     policy = replace(world.policy, sequential=sequential)
-    found = {}
+    laps, found = Laps(world), {}
     for name, version in world.versions.items():
-        world.platform.evaluations.put(world.reference(name))  # known, as in a registry
-        work = Work(name, version.number, world.new.version, Reason.NEVER_JUDGED)
-        outcome = transfer(work, FAMILY, policy, world.platform)
+        with laps.of(name):
+            world.platform.evaluations.put(world.reference(name))  # known, as in a registry
+            work = Work(name, version.number, world.new.version, Reason.NEVER_JUDGED)
+            outcome = transfer(work, FAMILY, policy, world.platform)
         said = [
             e
             for e in outcome.evaluations
@@ -142,7 +160,7 @@ def whole(world: World, *, sequential: bool = False) -> dict[str, Any]:
         ]
         answers = [item.answer for e in said for item in e.items]
         found[name] = {"verdict": str(outcome.verdict), "answers": answers}
-    return {"adapters": found}
+    return {"adapters": found, "laps": laps.seconds}
 
 
 def from_pretrained(world: World) -> Any:

@@ -27,7 +27,7 @@ class Task:
     update: str
     adapters: dict[str, str]
     rows: str
-    items: int | None
+    items: int
     batch: int
     margin: float
     clock: str
