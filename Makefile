@@ -7,7 +7,7 @@ MODEL  := .venv/.ready-demo
 STATE  := $(or $(TRANS_PEFT_STATE),.state)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status logs clean-state test stories check format lock
+.PHONY: help setup demo demo-full study bench up down status logs clean-state test stories faults check format lock
 
 help: ## show this
 	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
@@ -29,8 +29,9 @@ help: ## show this
 	@echo "  more:           $(BIN)/python -m infra.stack --help, infra/README.md"
 	@echo
 	@echo "  work on it"
-	@echo "make test         every test but stories    make check   format, lint, types, imports"
+	@echo "make test         every test but the slow   make check   format, lint, types, imports"
 	@echo "make stories      people promote, approve and roll back on a whole stack (about 6 min)"
+	@echo "make faults       programs are killed, networks fail, disks are full (an hour and more)"
 	@echo "make format       let ruff format and fix   make lock    constraints.txt from this .venv"
 
 setup: $(READY) ## .venv with all dependencies
@@ -78,10 +79,15 @@ clean-state: down
 	rm -rf -- "$(STATE)"
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not stories"
+	$(BIN)/python -m pytest -m "not stories and not faults"
 
 stories: $(READY)
 	$(BIN)/python -m pytest -m stories
+
+# More of them: make faults MOMENTS=20
+MOMENTS ?= 4
+faults: $(READY)
+	$(BIN)/python -m pytest tests/faults -m faults --moments $(MOMENTS) --faults-log faults.jsonl
 
 check: $(READY)
 	@failed=; for command in "ruff format --check ." "ruff check ." mypy "lint-imports --no-logo --no-cache"; do \

@@ -1,0 +1,358 @@
+"""The upgrade of a family on a running stack, and what it leaves behind in the registry.
+
+Every family has the same weights, adapters and questions, and a chat template of its own: so the
+same answers under other fingerprints, and two families that went the same way end in the same
+state. `final_state` is all that MLflow's registry holds of one, with what names the family and what
+tells the time taken out; two are compared with ==.
+
+MLflow keeps no history of its aliases. A trigger in its database writes one (`keep_history`), so
+that "moved once" is counted where it is written and not where somebody looked.
+"""
+
+import json
+import re
+import sqlite3
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+import torch
+from botocore.exceptions import BotoCoreError, ClientError
+from mlflow.exceptions import MlflowException
+from peft import LoraConfig, get_peft_model
+
+from tests.stories.place import FINAL, LENIENT, Stack, wait_until, write_update
+from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from trans_peft.bases.publish import publish
+from trans_peft.domain.base import Manifest, Upload
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import GatePolicy, Suite, evaluation_key, verdict_key
+from trans_peft.edges.mlflow_catalog import MlflowCatalog
+from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
+from trans_peft.edges.mlflow_registry import MlflowRegistry
+from trans_peft.edges.mlflow_runs import MlflowRunLog
+from trans_peft.edges.stores import SchemeStore
+from trans_peft.lifecycle.adopt import adopt
+from trans_peft.lifecycle.bases import ingest
+from trans_peft.ports import Platform
+
+AWAY = (BotoCoreError, ClientError, MlflowException, httpx.HTTPError, OSError)
+"""What a client sees of a server that is away, or was a moment ago."""
+
+PATIENCE_S = 600
+QUESTIONS = "s3://data/faults.jsonl"
+_TRIGGERS = """
+CREATE TABLE IF NOT EXISTS moves (name TEXT, alias TEXT, number TEXT);
+CREATE TRIGGER IF NOT EXISTS set_alias AFTER INSERT ON registered_model_aliases
+    BEGIN INSERT INTO moves VALUES (new.name, new.alias, new.version); END;
+CREATE TRIGGER IF NOT EXISTS move_alias AFTER UPDATE ON registered_model_aliases
+    BEGIN INSERT INTO moves VALUES (new.name, new.alias, new.version); END;
+CREATE TRIGGER IF NOT EXISTS remove_alias AFTER DELETE ON registered_model_aliases
+    BEGIN INSERT INTO moves VALUES (old.name, old.alias, 'none'); END;
+"""
+_TIMES = {"attempts", "run_id", "seconds", "time_ms"}
+
+
+def insist(call, *arguments, patience_s=PATIENCE_S):
+    """Return what the call gives; while a server is away, ask again, as a person does."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return call(*arguments)
+        except AWAY:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of this stack: v1 serves, each adapter is live on it."""
+
+    stack: Stack
+    name: str
+    adapters: tuple[str, ...]
+    folder: Path
+
+    @property
+    def serving(self):
+        """The number of the version that serves."""
+        return insist(self.stack.alias, self.name, "serving")
+
+    def version(self, label):
+        """Return MLflow's version of the base with this label; None while it is not ready."""
+        for found in insist(self.stack.mlflow.search_model_versions, f"name='{self.name}'"):
+            tags = found.tags
+            if (tags.get("trans_peft.version"), tags.get("trans_peft.ready")) == (label, "true"):
+                return found
+        return None
+
+
+@dataclass
+class Upgrade:
+    """What a person does to a family: uploads v2 with a plain S3 client, promotes it once ready."""
+
+    family: Family
+    began: float = field(default_factory=time.monotonic)
+    person: Future | None = None
+
+    def begin(self):
+        """Upload and promote in a thread: a server that is away is asked again."""
+        self.began = time.monotonic()
+        with_one = ThreadPoolExecutor(1)
+        self.person = with_one.submit(self._upload_and_promote)
+        with_one.shutdown(wait=False)
+        return self
+
+    @property
+    def seconds(self):
+        """How long ago it began."""
+        return time.monotonic() - self.began
+
+    def over(self):
+        """Whether the fleet serves on v2."""
+        if self.person.done():
+            self.person.result()  # or its error
+        return self.person.done() and self.family.serving == "2"
+
+    def wait(self, patience_s=PATIENCE_S):
+        """Wait until the fleet serves on v2, and then until nothing is under way.
+
+        Return how many seconds the first took.
+        """
+        wait_until(self.over, patience_s)
+        took_s = self.seconds
+        wait_until(lambda: not at_work(self.family.stack), patience_s)
+        return took_s
+
+    def _upload_and_promote(self):
+        family, stack = self.family, self.family.stack
+        upload(stack, family.folder / "v2", family.name, "v2")
+        wait_until(lambda: family.version("v2"), PATIENCE_S)
+        insist(stack.champion, family.version("v2").version, family.name)
+
+
+def keep_history(stack):
+    """Have MLflow's database write down every move of an alias."""
+    with _database(stack) as database:
+        database.executescript(_TRIGGERS)
+
+
+def make_family(stack, name, folder, adapters=2):
+    """Make a family whose v1 serves with this many adapters, and write the files of its v2.
+
+    Through the library, in this process: what is tried here comes later.
+    """
+    own_template = f"{CHAT_TEMPLATE}{{# {name} #}}"
+    folder = folder / name
+    tiny_model().save_pretrained(folder / "v1")
+    write_update(folder / "v2")
+    for version in ("v1", "v2"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = own_template
+        tokenizer.save_pretrained(folder / version)
+
+    url = stack.settings.urls["mlflow"]
+    platform = Platform(
+        store=SchemeStore(),
+        catalog=MlflowCatalog(url),
+        registry=MlflowRegistry(url),
+        evaluations=MlflowEvaluations(url),
+        runs=MlflowRunLog(url),
+        work_dir=folder / "work",
+    )
+    v1 = f"s3://data/{name}/v1"  # not watched: no hint is meant
+    publish(folder / "v1", v1, family=name, version="v1", store=platform.store)
+    ingest(Upload(v1), platform)
+    suite = Suite("parity", DataSource(uri=_questions(stack)), scoring="choice")
+    names = tuple(f"{name}-{number}" for number in range(adapters))
+    for number, adapter in enumerate(names):
+        adopt(adapter, str(_adapter(folder.parent, number)), name, [suite], platform,
+              base_version="v1")  # fmt: skip
+    stack.champion("1", name)
+    wait_until(lambda: stack.alias(name, "serving") == "1")
+    wait_until(lambda: not at_work(stack))
+    return Family(stack, name, names, folder)
+
+
+def upload(stack, folder, family, version, bucket="bases"):
+    """Upload a base as any S3 client does: the files, then the manifest; again while S3 is away."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    manifest = {
+        "format": Manifest.FORMAT,
+        "family": family,
+        "version": version,
+        "parent": None,
+        "files": [
+            {"name": name, "size": len(data), "sha256": sha256(data).hexdigest()}
+            for name, data in files.items()
+        ],
+    }
+    files[Manifest.FILE_NAME] = json.dumps(manifest).encode()
+    for name, data in files.items():
+        key = f"{family}/{version}/{name}"
+        insist(lambda key=key, data=data: stack.s3.put_object(Bucket=bucket, Key=key, Body=data))
+
+
+def at_work(stack):
+    """Return Prefect's flow runs that are not over, by id, each with the name of its `flow`.
+
+    Not those that the schedule has planned for later.
+    """
+    soon = {"before_": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 1))}
+    wanted = {"state": {"type": {"not_any_": sorted(FINAL)}}, "expected_start_time": soon}
+    found = insist(
+        lambda: stack.prefect("POST", "flow_runs/filter", json={"flow_runs": wanted, "limit": 200})
+    )
+    return {run["id"]: {**run, "flow": _flow(stack.settings, run["flow_id"])} for run in found}
+
+
+def moves(stack, name, alias):
+    """Return where an alias was put, in order."""
+    with _database(stack) as database:
+        rows = database.execute(
+            "SELECT number FROM moves WHERE (name, alias) = (?, ?) ORDER BY rowid", (name, alias)
+        )
+        return [number for (number,) in rows]
+
+
+def promotions(family):
+    """Return the bases of the family's promotion events: told after the write, so perhaps not."""
+    wanted = {"event": {"name": ["trans-peft.fleet.promoted"]}, "order": "ASC"}
+    wanted["resource"] = {"id": [f"trans-peft.family.{family.name}"]}
+    found = family.stack.prefect("POST", "events/filter", json={"filter": wanted, "limit": 50})
+    return [event["payload"]["base"].removeprefix(f"{family.name}/") for event in found["events"]]
+
+
+def final_state(family):
+    """Return what the registry says of a family, in words that fit every family.
+
+    The registered models, their versions with tags and aliases (verdicts, outcomes, lineage), where
+    each alias was put in turn, and what was evaluated and judged how often. Left out: times, how
+    many attempts a verdict took, and what was begun and never finished (MLflow runs of killed
+    processes). Two things that are no comparison are asserted: each verdict's key is that of its
+    evaluations and policy, and every run that a tag names is there and finished.
+    """
+    client = family.stack.mlflow
+    names = (family.name, *family.adapters)
+    models = {name: client.get_registered_model(name) for name in names}
+    found = {
+        name: client.search_model_versions(f"name='{name}'", order_by=["version_number ASC"])
+        for name in names
+    }
+    words = {family.name: "FAMILY"}
+    for base in found[family.name]:
+        label = base.tags["trans_peft.version"]
+        words[base.tags["trans_peft.fingerprint"]] = f"FINGERPRINT-{label}"
+        words[base.tags["trans_peft.fingerprint"][:12]] = label
+        words[base.tags["trans_peft.manifest"]] = f"MANIFEST-{label}"
+    state = {
+        "models": {
+            name: {
+                "tags": dict(model.tags),
+                "aliases": dict(model.aliases),
+                "versions": [_version(client, version) for version in found[name]],
+            }
+            for name, model in models.items()
+        },
+        "moves": {
+            f"{name} {alias}": moves(family.stack, name, alias)
+            for name, model in models.items()
+            for alias in model.aliases
+        },
+        "evaluated": _counted(family, "evaluations", "adapter", "base", "suite"),
+        "judged": _counted(family, "transfers", "adapter", "base", "verdict"),
+    }
+    return json.loads(_in_words(json.dumps(state, indent=1, sort_keys=True), words))
+
+
+def _version(client, found):
+    tags = {name.removeprefix("trans_peft."): text for name, text in found.tags.items()}
+    if "fingerprint_run" in tags:
+        assert client.get_run(tags["fingerprint_run"]).info.status == "FINISHED"
+        tags["fingerprint_run"] = "FINISHED"
+    if "verdict_key" in tags:
+        (outcome,) = (json.loads(tags[name]) for name in tags if name.startswith("outcome."))
+        path = client.download_artifacts(outcome["run_id"], "outcome.json")
+        evaluations = json.loads(Path(path).read_text())["evaluations"]
+        keys = tuple(_key_of(evaluation) for evaluation in evaluations)
+        assert tags["verdict_key"] == verdict_key(keys, GatePolicy(**LENIENT).sha256)
+        tags["verdict_key"] = "of its evaluations"
+    for name in tags:
+        if name.startswith("outcome."):
+            kept = json.loads(tags[name])
+            assert client.get_run(kept["run_id"]).info.status == "FINISHED"
+            tags[name] = _timeless(kept)
+    return {"number": int(found.version), "status": found.status, "tags": tags,
+            "source": re.sub(r"m-[0-9a-f]{32}", "MODEL", found.source)}  # fmt: skip
+
+
+def _key_of(evaluation):
+    parts = ("weights_sha256", "base_fingerprint_sha256", "suite_sha256", "decoding_sha256")
+    return evaluation_key(*(evaluation[part] for part in parts))
+
+
+def _timeless(value):
+    if isinstance(value, dict):
+        return {key: _timeless(inner) for key, inner in value.items() if key not in _TIMES}
+    return [_timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _counted(family, purpose, *tags):
+    """Return how many finished MLflow runs there are for each value of the tags, but failures."""
+    client = family.stack.mlflow
+    experiment = client.get_experiment_by_name(f"trans-peft/{purpose}")
+    if experiment is None:
+        return {}
+    runs = client.search_runs(
+        [experiment.experiment_id],
+        f"tags.`trans_peft.family` = '{family.name}' AND attributes.status = 'FINISHED'",
+        max_results=1000,
+    )
+    words = (
+        " ".join(run.data.tags.get(f"trans_peft.{tag}", "bare") for tag in tags) for run in runs
+    )
+    return Counter(word for word in words if not word.endswith(" failed"))
+
+
+def _in_words(text, words):
+    for literal in sorted(words, key=len, reverse=True):
+        text = text.replace(literal, words[literal])
+    return text
+
+
+@cache
+def _flow(settings, flow_id):
+    url = f"{settings.urls['prefect']}/api/flows/{flow_id}"
+    return insist(lambda: httpx.get(url, timeout=60).raise_for_status().json())["name"]
+
+
+def _database(stack):
+    return sqlite3.connect(stack.settings.state / "mlflow" / "mlflow.db", timeout=60)
+
+
+def _questions(stack):
+    rows = (
+        {"prompt": f"{i} is", "completion": " odd" if i % 2 else " even",
+         "choices": [" odd", " even"]}
+        for i in range(48)
+    )  # fmt: skip
+    body = "".join(json.dumps(row) + "\n" for row in rows)
+    bucket, _, key = QUESTIONS.removeprefix("s3://").partition("/")
+    stack.s3.put_object(Bucket=bucket, Key=key, Body=body.encode())
+    return QUESTIONS
+
+
+@cache
+def _adapter(folder, number):
+    """Write an adapter as if it were trained: its weights are drawn, all of them."""
+    torch.manual_seed(number + 1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    path = folder / f"adapter-{number}"
+    get_peft_model(tiny_model(), config).save_pretrained(path)
+    return path
