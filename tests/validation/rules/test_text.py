@@ -1,11 +1,12 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.validation.peers import LLM_ADAPTERS, disagreements
-from trans_peft.errors import DataError
+from trans_peft.errors import DataError, EvaluationError
+from trans_peft.validation.rules import text
 from trans_peft.validation.rules.text import (
     chrf,
     exact_match,
@@ -149,6 +150,7 @@ PIECES = (
 
 
 @pytest.mark.parametrize("name", LLM_ADAPTERS)
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.data())
 def test_the_papers_suites_are_marked_as_llm_adapters_does(name, output, data):
     suite = named(name)
@@ -173,3 +175,10 @@ def test_the_papers_suites_are_marked_as_llm_adapters_does(name, output, data):
 )
 def test_a_group_is_what_counts_of_a_match(pattern, answer, right):
     assert regex(pattern)(answer, "#### 18") == (100 if right else 0)
+
+
+def test_a_pattern_that_would_search_for_ever_is_an_error_and_the_next_one_works(monkeypatch):
+    monkeypatch.setattr(text, "CPU_LIMIT_S", 0)
+    with pytest.raises(EvaluationError, match="does not come to an end"):
+        regex("(a+)+b")("a" * 64, "aab")
+    assert regex("(a+)+b")("so aab", "aab") == 100

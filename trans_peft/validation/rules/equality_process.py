@@ -1,43 +1,30 @@
-"""The process in which math-verify compares answers: one JSON question a line, one answer a line.
+"""The process in which math-verify compares answers; started by `mathematics`."""
 
-Started by `mathematics`. Before each comparison the operating system is told how much processor
-time the process may have used when it is through; a process that needs more is killed there.
-"""
-
-import json
 import logging
 import re
 import resource
-import sys
-import time
 from contextlib import suppress
 from typing import Any
+
+from trans_peft.validation.rules.limited import serve
 
 _MEMORY_BYTES = 4 * 2**30
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 
 
 def main() -> None:
-    """Answer questions until there are no more."""
+    """Answer questions, each an answer and its reference, until there are no more."""
     logging.disable(logging.CRITICAL)  # math-verify warns that nothing would limit its time
     from math_verify import verify
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError):  # not every system limits it
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    _say("ready")
-    for line in sys.stdin:
-        question = json.loads(line)
-        limit_s = int(time.process_time()) + 1 + question["cpu_limit_s"]
-        resource.setrlimit(resource.RLIMIT_CPU, (limit_s, resource.RLIM_INFINITY))
-        reference, answer = _parsed(question["reference"]), _parsed(question["answer"])
-        equal = verify(reference, answer, timeout_seconds=None)
-        _say(json.dumps(bool(equal)))
 
+    def equal(question: list[str]) -> bool:
+        answer, reference = map(_parsed, question)
+        return bool(verify(reference, answer, timeout_seconds=None))
 
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    serve(equal)
 
 
 def _parsed(text: str) -> list[Any]:

@@ -10,10 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trans_peft.errors import DataError, InvalidSpecError
+from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
+from trans_peft.validation.rules.limited import Limited
 
-__all__ = ["chrf", "exact_match", "json_equal", "label_f1", "regex", "rouge_l"]
+__all__ = ["CPU_LIMIT_S", "chrf", "exact_match", "json_equal", "label_f1", "regex", "rouge_l"]
 
+CPU_LIMIT_S = 5
+"""The processor time within which a regular expression must have searched a text."""
+
+_SHOWN = 200  # characters of an answer in an error
+_searches = Limited("trans_peft.validation.rules.regex_process")
 _CHRF_ORDER = 6
 _CHRF_BETA = 2.0
 _ROUGE_WORD = re.compile(r"[a-z0-9]+")
@@ -91,10 +97,12 @@ def _labels(text: str) -> set[str]:
 def regex(pattern: str) -> Callable[[str, str], float]:
     """Return the rule under which the pattern's first match is the same in answer and reference.
 
-    What counts of a match is its first group, or all of it where the pattern has none.
+    What counts of a match is its first group, or all of it where the pattern has none. A pattern
+    can need longer than anybody waits (`(a+)+b`): the rule raises EvaluationError where both
+    searches together take more than `CPU_LIMIT_S` of processor time.
     """
     try:
-        compiled = re.compile(pattern)
+        re.compile(pattern)
     except re.error as error:
         raise InvalidSpecError(
             "the scoring rule's regular expression cannot be read",
@@ -102,15 +110,19 @@ def regex(pattern: str) -> Callable[[str, str], float]:
             found=f"{pattern!r}: {error}",
         ) from error
 
-    def extract(text: str) -> str | None:
-        found = compiled.search(text)
-        return found[min(compiled.groups, 1)] if found else None
-
     def same_match(answer: str, reference: str) -> float:
-        wanted = extract(reference)
+        found = _searches.ask([pattern, [reference, answer]], cpu_limit_s=CPU_LIMIT_S)
+        if found is None:
+            raise EvaluationError(
+                f"the scoring rule's regular expression {pattern!r} does not come to an end",
+                expected=f"at most {CPU_LIMIT_S} s of processor time for an answer",
+                found=repr(answer if len(answer) <= _SHOWN else answer[:_SHOWN] + "..."),
+                do="write it without repetitions inside repetitions, such as (a+)+",
+            )
+        wanted, given = found
         if wanted is None:
             raise DataError(f"the reference does not match {pattern!r}", found=repr(reference))
-        return 100.0 if extract(answer) == wanted else 0.0
+        return 100.0 if given == wanted else 0.0
 
     return same_match
 
