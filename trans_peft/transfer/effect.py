@@ -10,6 +10,7 @@ from trans_peft.domain.outcome import Effect
 from trans_peft.errors import AdapterError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
 __all__ = ["PROBE_PROMPTS", "probe_effect"]
@@ -32,31 +33,44 @@ def probe_effect(peft_model: "PeftModel", tokenizer: Any) -> Effect:
     """
     import torch
 
-    largest = 0.0
     was_training = peft_model.training
     peft_model.eval()
     try:
         with torch.no_grad():
-            for prompt in PROBE_PROMPTS:
-                tokens = tokenizer(prompt, return_tensors="pt")["input_ids"].to(peft_model.device)
-                adapted = peft_model(input_ids=tokens, use_cache=False).logits.float()
-                with peft_model.disable_adapter():
-                    bare = peft_model(input_ids=tokens, use_cache=False).logits.float()
-                if not torch.isfinite(bare).all():
-                    raise UnsupportedModelError(
-                        "the base alone answers the probe with logits that are not finite",
-                        found=f"{int((~torch.isfinite(bare)).sum())} of {bare.numel()}",
-                        do="load the base in float32, or check its files",
-                    )
-                if not torch.isfinite(adapted).all():
-                    raise AdapterError(
-                        "the adapter makes logits that are not finite",
-                        found=f"{int((~torch.isfinite(adapted)).sum())} of {adapted.numel()}",
-                        do="check its weights, and the dtype that the base was loaded in",
-                    )
-                # Prompt learning puts virtual tokens in front: compare the prompt's own positions.
-                change = adapted[:, -bare.shape[1] :] - bare
-                largest = max(largest, change.abs().max().item())
+            inputs = [
+                tokenizer(prompt, return_tensors="pt")["input_ids"].to(peft_model.device)
+                for prompt in PROBE_PROMPTS
+            ]
+
+            def logits() -> "list[torch.Tensor]":
+                return [
+                    peft_model(input_ids=tokens, use_cache=False).logits.float()
+                    for tokens in inputs
+                ]
+
+            adapted = logits()
+            with peft_model.disable_adapter():
+                bare = logits()
     finally:
         peft_model.train(was_training)
-    return Effect(max_logit_change=largest)
+    if unusable := _not_finite(bare):
+        raise UnsupportedModelError(
+            "the base alone answers the probe with logits that are not finite",
+            found=unusable,
+            do="load the base in float32, or check its files",
+        )
+    if unusable := _not_finite(adapted):
+        raise AdapterError(
+            "the adapter makes logits that are not finite",
+            found=unusable,
+            do="check its weights, and the dtype that the base was loaded in",
+        )
+    # Prompt learning puts virtual tokens in front: compare the prompts' own positions.
+    changes = (a[:, -b.shape[1] :] - b for a, b in zip(adapted, bare, strict=True))
+    return Effect(max_logit_change=max(change.abs().max().item() for change in changes))
+
+
+def _not_finite(logits: "list[torch.Tensor]") -> str:
+    """Say how many are not, where some are not."""
+    bad = sum(int((~one.isfinite()).sum()) for one in logits)
+    return f"{bad} of {sum(one.numel() for one in logits)}" if bad else ""
