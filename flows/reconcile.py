@@ -85,7 +85,9 @@ class _Family:
             transfer.record_failure(self.name, lost, self.policy, reason="its process was killed")
             plan = reconciliation.plan_fleet(self.name, self.policy)
         for end in ended:
-            told = f"shard {end.name}: {end.state_name}, left for the next run"
+            told = (
+                f"shard {end.name}: {end.state_name}, left for the next run {end.message}".strip()
+            )
             self.left |= {work.key: told for work in shards.left_undone([end], plan)}
         reporting.publish_plan(plan)
         reporting.publish_fleet(self.name, changes)

@@ -6,6 +6,7 @@ from prefect.states import Completed, Failed
 
 from tasks import training, transfer
 from tasks.limits import gpu_slot
+from tasks.policy import is_nobodys_fault
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import Work
 
@@ -14,10 +15,11 @@ from trans_peft.domain.outcome import Work
 def transfer_shard(family: str, shard: tuple[Work, ...], policy: GatePolicy) -> State:
     """Judge each adapter of the shard; one that fails is recorded and stops nobody else.
 
-    What is no longer wanted when its turn comes is passed over.
+    What is no longer wanted when its turn comes is passed over. Where a service, a disk or a right
+    was missing, nothing is recorded: no attempt is charged, and the next reconcile starts it again.
     """
     logger = get_run_logger()
-    failed, passed_over = [], []
+    failed, unanswered, passed_over = [], [], []
     with gpu_slot():
         for work in shard:
             state = transfer.transfer_adapter(family, work, policy, return_state=True)
@@ -30,11 +32,14 @@ def transfer_shard(family: str, shard: tuple[Work, ...], policy: GatePolicy) -> 
                 logger.info("%s: %s. %s", work.adapter, outcome.verdict, outcome.judgement.reason)
                 if outcome.training is not None:
                     training.start_training(outcome.training, policy)
+            elif is_nobodys_fault(state):
+                unanswered.append(f"{work.adapter}: {state.message}")
             else:
                 transfer.record_failure(family, work, policy, reason=str(state.message))
                 failed.append(work.adapter)
-    if failed:
-        return Failed(message=f"{len(failed)} of {len(shard)} failed: {', '.join(failed)}")
+    if failed or unanswered:
+        words = [f"{len(failed)} of {len(shard)} failed: {', '.join(failed)}"] if failed else []
+        return Failed(message="\n".join([*words, *unanswered]))
     judged = f"{len(shard) - len(passed_over)} adapters judged"
     more = f", {len(passed_over)} no longer wanted" if passed_over else ""
     return Completed(message=judged + more)

@@ -1,23 +1,39 @@
-"""When a task is tried again: what another attempt may mend, and nothing else."""
+"""When a task is tried again, and whom its failure is about."""
 
 from typing import Any
 
+import httpx
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 
-from trans_peft.errors import StoreError
+from trans_peft.errors import AccessError, StoreError
 
-__all__ = ["RETRIES"]
+__all__ = ["RETRIES", "is_nobodys_fault"]
+
+
+def is_nobodys_fault(state: State[Any]) -> bool:
+    """Whether a task failed for want of a service, a disk or a right.
+
+    That says nothing about what it worked on: no attempt is charged, and the next reconcile starts
+    it again.
+    """
+    error = _error(state)
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.is_server_error
+    return isinstance(error, StoreError | ConnectionError | TimeoutError | httpx.TransportError)
 
 
 def _may_mend(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether it may be otherwise in a minute. Who is not let in never will be."""
+    return is_nobodys_fault(state) and not isinstance(_error(state), AccessError)
+
+
+def _error(state: State[Any]) -> BaseException | None:
     try:
         state.result()
-    except (StoreError, ConnectionError, TimeoutError):
-        return True
-    except BaseException:  # whatever else it is, the next attempt would meet it again
-        return False
-    return False
+    except BaseException as error:
+        return error
+    return None
 
 
 RETRIES: dict[str, Any] = {

@@ -66,6 +66,7 @@ class Ended:
     never_ran: bool
     cancelled: bool
     crashed: bool
+    message: str = ""
 
     @property
     def withdrawn(self) -> bool:
@@ -219,6 +220,7 @@ def _ended(run: FlowRun, state: State[Any], shard: Shard) -> Ended:
         never_ran=run.start_time is None,
         cancelled=state.is_cancelled(),
         crashed=state.is_crashed(),
+        message=state.message or "",
     )
 
 

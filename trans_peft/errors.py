@@ -9,7 +9,8 @@
     ├── NotFoundError         (LookupError)   no such family, version, adapter or file
     │   └── NotServedError                    no version of the adapter serves on that base
     ├── IntegrityError        (OSError)       bytes that are not what their hash says
-    ├── StoreError            (OSError)       a store that cannot be reached or refuses
+    ├── StoreError            (OSError)       a store, or a disk, that fails: whoever asks
+    │   └── AccessError       (PermissionError)   one that does not let us in
     ├── EvaluationError       (RuntimeError)  a model that gives no answers that could be marked
     └── TrainingError         (RuntimeError)  a training process that ended without an adapter
         ├── OutOfMemoryError  (MemoryError)
@@ -19,9 +20,13 @@ Each also inherits the builtin that a caller who does not know us would catch. A
 adapter is never an exception: it is a value (`trans_peft.domain.evaluation.Verdict`).
 """
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 __all__ = [
+    "AccessError",
     "AdapterError",
     "DataError",
     "EvaluationError",
@@ -37,7 +42,10 @@ __all__ = [
     "UnsupportedModelError",
     "UploadError",
     "listed",
+    "telling_full_disks",
 ]
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def listed(values: Sequence[str], count: int = 5) -> str:
@@ -99,7 +107,11 @@ class IntegrityError(TransPeftError, OSError):
 
 
 class StoreError(TransPeftError, OSError):
-    """A store that cannot be reached or refuses."""
+    """A store, or a disk, that fails. It says nothing about what was asked for."""
+
+
+class AccessError(StoreError, PermissionError):
+    """A store that does not let us in: asked again in a minute, it will not either."""
 
 
 class EvaluationError(TransPeftError, RuntimeError):
@@ -116,3 +128,21 @@ class OutOfMemoryError(TrainingError, MemoryError):
 
 class TrainingCancelled(TrainingError):  # noqa: N818  somebody's wish, not an error
     """The training process was ended because its owner was."""
+
+
+@contextmanager
+def telling_full_disks(folder: str | Path) -> Iterator[None]:
+    """Raise StoreError where the block finds the disk of `folder` full."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise StoreError(
+            f"the disk of {folder} is full",
+            expected="room for files that are gone when this is over",
+            found=str(error),
+            do="free some room on it, or set TMPDIR to a folder on a larger disk",
+        ) from error

@@ -192,6 +192,8 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        # What a run asks of Prefect may be asked twice, so one 500 need not end it.
+        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
     }
 
 

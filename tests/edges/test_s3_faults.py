@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.bases.uploads import folder_of
-from tests.edges.faulty_s3 import faulty
+from tests.faults.proxy import faulty
 from tests.lifecycle.test_uploads import manifest_of, registered
 from trans_peft.bases.cache import download
 from trans_peft.bases.fingerprint import fingerprint
@@ -15,7 +15,7 @@ from trans_peft.domain.base import Manifest, Upload
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.edges.s3_store import S3Store
-from trans_peft.errors import IntegrityError, StoreError
+from trans_peft.errors import AccessError, IntegrityError, StoreError
 from trans_peft.lifecycle.bases import ingest, pending
 
 pytestmark = pytest.mark.servers
@@ -154,18 +154,20 @@ def test_an_object_that_changes_between_two_ranges_is_noticed(place, stores, tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "error"),
     [
-        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9"),
-        ("AWS_ACCESS_KEY_ID", "nobody"),
-        ("AWS_SECRET_ACCESS_KEY", "wrong"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", StoreError),
+        ("AWS_ACCESS_KEY_ID", "nobody", AccessError),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", AccessError),
+        ("AWS_SECRET_ACCESS_KEY", None, AccessError),
     ],
 )
-def test_who_is_not_let_in_is_told_what_to_check(place, monkeypatch, name, value):
+def test_who_is_not_let_in_is_told_what_to_check(place, monkeypatch, name, value, error):
     platform, prefix, _ = place
-    monkeypatch.setenv(name, value)
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     locked_out = replace(platform, store=S3Store(timeout_s=0.5))
     with pytest.raises(StoreError, match=r"check AWS_ENDPOINT_URL") as caught:
         ingest(Upload(prefix), locked_out)
+    assert type(caught.value) is error
     assert "test-secret" not in str(caught.value)
     assert registered(platform) == {}

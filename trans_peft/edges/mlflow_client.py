@@ -6,6 +6,8 @@ carries its URI, so one process can talk to two servers. Tags of this product st
 """
 
 import contextlib
+import errno
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +20,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from requests.exceptions import RequestException
 
-from trans_peft.errors import InvalidSpecError, NotFoundError, StoreError
+from trans_peft.errors import (
+    AccessError,
+    InvalidSpecError,
+    NotFoundError,
+    StoreError,
+    telling_full_disks,
+)
 
 __all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "in_words", "own_tags", "tag"]
 
@@ -66,9 +75,19 @@ class _InWords:
 
 @contextlib.contextmanager
 def in_words(tracking_uri: str) -> Iterator[None]:
-    """Turn what MLflow and its client say into our errors."""
+    """Turn what MLflow and its client say into our errors.
+
+    The client's own, of requests for files, come through as they are; those of a folder that it
+    downloads, even of a full disk, as one that names them all.
+    """
     try:
-        yield
+        with telling_full_disks(tempfile.gettempdir()):
+            yield
+    except RequestException as error:
+        status = error.response.status_code if error.response is not None else None
+        if status == 404:
+            raise NotFoundError(f"MLflow at {tracking_uri}: {error}") from error
+        raise (_not_let_in if status in (401, 403) else _no_answer)(tracking_uri, error) from error
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
             raise NotFoundError(f"MLflow at {tracking_uri}: {error.message}") from error
@@ -76,11 +95,29 @@ def in_words(tracking_uri: str) -> Iterator[None]:
             raise InvalidSpecError(f"MLflow at {tracking_uri}: {error.message}") from error
         if error.error_code in ("RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"):
             raise _ConflictError(f"MLflow at {tracking_uri}: {error.message}") from error
-        raise StoreError(
-            f"MLflow at {tracking_uri} does not answer as it should",
-            found=error.message,
-            do="check that the server runs, and MLFLOW_TRACKING_URI",
-        ) from error
+        if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+            raise _not_let_in(tracking_uri, error.message) from error
+        if "while downloading" in error.message and os.strerror(errno.ENOSPC) in error.message:
+            with telling_full_disks(tempfile.gettempdir()):
+                raise OSError(errno.ENOSPC, error.message) from error
+        raise _no_answer(tracking_uri, error.message) from error
+
+
+def _not_let_in(tracking_uri: str, found: object) -> AccessError:
+    return AccessError(
+        f"MLflow at {tracking_uri} does not let us in",
+        found=found,
+        do="check MLFLOW_TRACKING_USERNAME, the password or token, what this user may do, and the "
+        "server's --allowed-hosts",
+    )
+
+
+def _no_answer(tracking_uri: str, found: object) -> StoreError:
+    return StoreError(
+        f"MLflow at {tracking_uri} does not answer as it should",
+        found=found,
+        do="check that the server runs, and MLFLOW_TRACKING_URI",
+    )
 
 
 class Tracking:
@@ -163,14 +200,14 @@ class Tracking:
 
     def write_text(self, run_id: str, name: str, text: str) -> None:
         """Attach a text file to a run."""
-        with tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
+        with in_words(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
             path = Path(folder, name)
             path.write_text(text)
             self.client.log_artifact(run_id, str(path))
 
     def read_text(self, run_id: str, name: str) -> str:
         """Return a text file of a run. NotFoundError."""
-        with tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
+        with in_words(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
             return Path(self.client.download_artifacts(run_id, name, folder)).read_text()
 
     def system_metrics(self, run_id: str) -> SystemMetricsMonitor:

@@ -15,9 +15,15 @@ import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    FlexibleChecksumError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
 
-from trans_peft.errors import IntegrityError, NotFoundError, StoreError
+from trans_peft.errors import AccessError, IntegrityError, NotFoundError, StoreError
 from trans_peft.ports import StoredFile
 
 __all__ = ["S3Store"]
@@ -170,18 +176,24 @@ def _in_words(uri: str) -> Iterator[None]:
         if code in _CHANGED:
             raise IntegrityError(f"{uri} changed", found="another ETag") from error
         if code in _NOT_LET_IN:
-            raise StoreError(
-                f"S3 does not let us in to {uri}",
-                found=str(error),
-                do="check AWS_ENDPOINT_URL, the credentials (wrong or expired?), the bucket's "
-                "policy and this machine's clock",
-            ) from error
+            raise _not_let_in(uri, error) from error
         raise StoreError(
             f"S3 failed at {uri}", found=str(error), do="try again; look at the server's log"
         ) from error
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise _not_let_in(uri, error) from error
     except (BotoCoreError, Boto3Error) as error:
         raise StoreError(
             f"S3 cannot be reached for {uri}",
             found=str(error),
             do="check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and that the server runs",
         ) from error
+
+
+def _not_let_in(uri: str, error: Exception) -> AccessError:
+    return AccessError(
+        f"S3 does not let us in to {uri}",
+        found=str(error),
+        do="check AWS_ENDPOINT_URL, the credentials (wrong or expired?), the bucket's policy and "
+        "this machine's clock",
+    )

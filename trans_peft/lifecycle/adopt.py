@@ -8,7 +8,7 @@ from pathlib import Path
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Suite
-from trans_peft.errors import AdapterError, NotFoundError
+from trans_peft.errors import AdapterError, NotFoundError, telling_full_disks
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.models import adapter_weights_sha256
@@ -40,7 +40,10 @@ def adopt(
     from trans_peft.transfer.transplant import attached, transplant
 
     pinned = pin_suites(suites, platform)
-    with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
+    with (
+        telling_full_disks(tempfile.gettempdir()),
+        tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
+    ):
         folder = _fetch(folder_uri, Path(scratch) / "peft", platform)
         config = json.loads((folder / "adapter_config.json").read_text())
         base = _base(adapter, family, base_version, config, platform)

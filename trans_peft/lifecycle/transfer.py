@@ -10,6 +10,7 @@ from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
 from trans_peft.domain.outcome import Compatibility, TransferOutcome, Work, outcome_of
+from trans_peft.errors import telling_full_disks
 from trans_peft.lifecycle.evaluations import Progress, evaluate_on, tokenizer_folder
 from trans_peft.lifecycle.ladder import Bench, climb, probe
 from trans_peft.lifecycle.remedies import Candidate, recipe_on
@@ -40,7 +41,10 @@ def transfer(
     started = time.monotonic()
     base = find_base(family, work.base_version, platform)
     source = source_version(platform.registry.versions(work.adapter))
-    with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
+    with (
+        telling_full_disks(tempfile.gettempdir()),
+        tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
+    ):
         outcome = _judge(
             _new_outcome(source, base, policy, work.attempt),
             source,

@@ -1,0 +1,207 @@
+"""A proxy before a real server that answers wrongly, cuts bodies off, waits, or hangs up.
+
+Before the server did its work, or after it: then the work is done and its answer is lost. A client
+that signs (S3) signs for the proxy's address and the server sees that very Host header: whatever
+passes untouched is answered by the real server. Websockets are passed through.
+"""
+
+import http.client
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from random import Random
+from typing import Protocol
+from urllib.parse import urlsplit
+
+BODIES = {
+    500: "InternalError",
+    503: "SlowDown",
+    403: "ExpiredToken",
+}
+BEFORE = ("500", "503", "reset")  # the server never hears of the request
+AFTER = ("answer 500", "answer 503", "answer lost")  # it did what it was asked
+
+
+class Plan(Protocol):
+    """What is done to the next request; empty: nothing."""
+
+    wait_s: float
+    cut_at_bytes: int
+
+    def next(self, path: str) -> str: ...
+
+
+@dataclass
+class Faults:
+    """What is done to the next requests whose path ends with `of`; `left` of them, one each."""
+
+    kind: str = ""
+    left: int = 0
+    of: str = ""
+    wait_s: float = 0.0
+    cut_at_bytes: int = 0
+    seen: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def next(self, path: str) -> str:
+        with self.lock:
+            self.seen.append(path)
+            if not self.left or not urlsplit(path).path.endswith(self.of):
+                return ""
+            self.left -= 1
+            return self.kind
+
+
+@dataclass
+class Weather:
+    """A share of all requests meets one of the kinds, by a seeded draw, while it is bad."""
+
+    seed: int
+    share: float
+    kinds: Sequence[str] = (*BEFORE, *AFTER)
+    wait_s: float = 0.0
+    cut_at_bytes: int = 0
+    bad: bool = True
+    met: int = 0
+    seen: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._draw = Random(self.seed)
+
+    def next(self, path: str) -> str:
+        with self.lock:
+            self.seen += 1
+            if not self.bad or self._draw.random() >= self.share:
+                return ""
+            self.met += 1
+            return self._draw.choice(self.kinds)
+
+
+@contextmanager
+def faulty(url: str) -> Iterator[tuple[str, Faults]]:
+    """Give the URL of a proxy before that server, and what it is to do wrong."""
+    faults = Faults()
+    with proxied(url, faults) as its_url:
+        yield its_url, faults
+
+
+@contextmanager
+def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
+    """Give the URL of a proxy before that server that does what the plan says.
+
+    MLflow refuses every Host header but its own: `keeps_host=False`.
+    """
+    target = urlsplit(url).netloc
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            sent = self.body()
+            kind = plan.next(self.path)
+            if kind.isdigit():
+                return self.refuse(int(kind))
+            if kind == "reset":
+                return self.hang_up()
+            if kind == "wait":
+                time.sleep(plan.wait_s)
+            if self.headers.get("Upgrade"):
+                return self.tunnel()
+            upstream = http.client.HTTPConnection(target, timeout=120)
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                host = name.lower() == "host" and not keeps_host
+                upstream.putheader(name, target if host else value)
+            upstream.endheaders(sent)
+            answer = upstream.getresponse()
+            body = answer.read()
+            upstream.close()
+            if kind == "answer lost":
+                return self.hang_up()
+            if kind.startswith("answer "):
+                return self.refuse(int(kind.removeprefix("answer ")))
+            own = {"content-length", "transfer-encoding", "connection"}
+            own |= {"content-range"} if kind == "no ranges" else set()
+            self.send_response_only(200 if kind == "no ranges" else answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in own:
+                    self.send_header(name, value)
+            size = (
+                int(answer.headers["Content-Length"] or 0) if self.command == "HEAD" else len(body)
+            )
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            if kind == "truncate":
+                self.wfile.write(body[: plan.cut_at_bytes])
+                return self.hang_up()
+            self.wfile.write(body)
+
+        do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = do_GET  # noqa: N815
+
+        def body(self):
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            whole = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                chunk = self.rfile.read(size)
+                whole += b"%x\r\n%s\r\n" % (size, chunk)
+                self.rfile.readline()
+            self.rfile.readline()
+            return whole + b"0\r\n\r\n"
+
+        def refuse(self, status):
+            body = (
+                f"<Error><Code>{BODIES[status]}</Code><Message>as told</Message></Error>".encode()
+            )
+            self.send_response_only(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def hang_up(self):
+            linger = struct.pack("ii", 1, 0)  # a reset instead of a good-bye
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+        def tunnel(self):
+            host, _, port = target.partition(":")
+            with socket.create_connection((host, int(port))) as upstream:
+                head = [self.requestline, *(f"{k}: {v}" for k, v in self.headers.items()), "", ""]
+                upstream.sendall("\r\n".join(head).encode())
+                back = threading.Thread(target=pump, args=(upstream, self.connection), daemon=True)
+                back.start()
+                pump(self.connection, upstream)
+                back.join()
+            self.close_connection = True
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # a client that hung up is part of the play
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def pump(source, target):
+    """Pass bytes on until either side has enough."""
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    for side in (source, target):
+        with suppress(OSError):
+            side.shutdown(socket.SHUT_RDWR)

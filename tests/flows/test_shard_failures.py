@@ -1,0 +1,108 @@
+"""Who is charged when an adapter of a shard fails: the adapter, or nobody."""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from prefect.states import Completed, Failed
+
+from flows import transfer_shard as module
+from tasks.policy import RETRIES, is_nobodys_fault
+from tests.edges.nouns import draft, outcome, peft_folder
+from tests.flows.test_shards import A, B, C
+from tests.lifecycle.fleet import POLICY
+from trans_peft.errors import (
+    AccessError,
+    EvaluationError,
+    IntegrityError,
+    NotFoundError,
+    StoreError,
+    telling_full_disks,
+)
+
+REQUEST = httpx.Request("GET", "http://prefect/api")
+
+
+def answered(status):
+    response = httpx.Response(status, request=REQUEST)
+    return httpx.HTTPStatusError("as told", request=REQUEST, response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "nobodys", "again"),
+    [
+        (StoreError("S3 cannot be reached"), True, True),
+        (AccessError("S3 does not let us in"), True, False),
+        (ConnectionResetError(), True, True),
+        (TimeoutError(), True, True),
+        (httpx.ConnectError("refused"), True, True),
+        (answered(500), True, True),
+        (answered(409), False, False),
+        (EvaluationError("logits are not finite"), False, False),
+        (NotFoundError("no such file"), False, False),
+        (IntegrityError("other bytes"), False, False),
+        (MemoryError(), False, False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_is_tried_again_at_once_and_what_is_charged_to_an_adapter(error, nobodys, again):
+    state = Failed(data=error)
+    assert is_nobodys_fault(state) is nobodys
+    assert RETRIES["retry_condition_fn"](None, None, state) is again
+
+
+def test_a_full_disk_is_told_in_words_and_is_nobodys_fault():
+    with (
+        pytest.raises(StoreError, match=r"the disk of /scratch is full\n  expected: .*\n  found: "),
+        telling_full_disks("/scratch"),
+    ):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(PermissionError), telling_full_disks("/scratch"):
+        raise PermissionError(13, "Permission denied")
+
+
+@pytest.fixture
+def shard(monkeypatch, tmp_path):
+    """Run a shard of A, B and C whose tasks end as told; return its state and who was charged."""
+    passed = outcome(draft("chat", "small", peft_folder(tmp_path / "peft")))
+    passed = replace(passed, training=None)
+
+    def run(errors):
+        charged = []
+
+        def transfer_adapter(family, work, policy, return_state):
+            error = errors.get(work.adapter)
+            return (
+                Completed(data=passed) if error is None else Failed(data=error, message=f"{error}")
+            )
+
+        fakes = SimpleNamespace(
+            transfer_adapter=transfer_adapter,
+            record_failure=lambda family, work, policy, reason: charged.append(work.adapter),
+        )
+        monkeypatch.setattr(module, "transfer", fakes)
+        monkeypatch.setattr(module, "gpu_slot", nullcontext)
+        monkeypatch.setattr(module, "get_run_logger", lambda: logging.getLogger("shard"))
+        return module.transfer_shard.fn("small", (A, B, C), POLICY), charged
+
+    return run
+
+
+def test_an_outage_charges_nobody_and_is_told(shard):
+    state, charged = shard({"a": StoreError("S3 cannot be reached"), "b": AccessError("locked")})
+    assert (state.name, charged) == ("Failed", [])
+    assert state.message == "a: S3 cannot be reached\nb: locked"
+
+
+def test_an_adapter_that_breaks_is_charged_beside_an_outage(shard):
+    state, charged = shard({"a": EvaluationError("nan"), "c": StoreError("S3 cannot be reached")})
+    assert (state.name, charged) == ("Failed", ["a"])
+    assert state.message == "1 of 3 failed: a\nc: S3 cannot be reached"
+
+
+def test_a_shard_that_nothing_befell_is_completed(shard):
+    state, charged = shard({})
+    assert (state.name, state.message, charged) == ("Completed", "3 adapters judged", [])
