@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from infra.stack.settings import StackSettings
 from tests.faults.upgrade import Upgrade, final_state, keep_history, make_family
-from tests.stories.conftest import stack as story_stack
-from tests.stories.place import LENIENT
+from tests.stories.conftest import stack as fresh
+from tests.stories.place import LENIENT, Stack
 
-started = story_stack
+__all__ = ["fresh"]
 
 
 def pytest_addoption(parser):
@@ -16,13 +17,20 @@ def pytest_addoption(parser):
         "--moments", type=int, default=4, help="how often each victim is killed (tests/faults)"
     )
     parser.addoption(
+        "--running", action="store_true", help="on the stack that `make up` started, here and now"
+    )
+    parser.addoption(
         "--faults-log", help="a file to which each fault is added, a JSON object a line"
     )
 
 
 @pytest.fixture(scope="session")
-def stack(started):
-    """The stack of the stories, as strict as tiny models bear, with a history of its aliases."""
+def stack(request):
+    """A whole stack, as strict as tiny models bear, with a history of its aliases."""
+    if request.config.getoption("--running"):
+        started = Stack(StackSettings.from_environment(os.environ))
+    else:
+        started = request.getfixturevalue("fresh")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in started.settings.client_environment.items():
             patch.setenv(name, value)

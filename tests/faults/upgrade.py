@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import torch
@@ -146,8 +147,10 @@ def keep_history(stack):
 def make_family(stack, name, folder, adapters=2):
     """Make a family whose v1 serves with this many adapters, and write the files of its v2.
 
-    Through the library, in this process: what is tried here comes later.
+    Through the library, in this process: what is tried here comes later. Another family of the
+    same name may be there already: a few signs are added.
     """
+    name = f"{name}-{uuid4().hex[:6]}"
     own_template = f"{CHAT_TEMPLATE}{{# {name} #}}"
     folder = folder / name
     tiny_model().save_pretrained(folder / "v1")
@@ -245,7 +248,7 @@ def final_state(family):
         name: client.search_model_versions(f"name='{name}'", order_by=["version_number ASC"])
         for name in names
     }
-    words = {family.name: "FAMILY"}
+    words = {family.name: "FAMILY", str(family.folder.parent): "FOLDER"}
     for base in found[family.name]:
         label = base.tags["trans_peft.version"]
         words[base.tags["trans_peft.fingerprint"]] = f"FINGERPRINT-{label}"
@@ -338,10 +341,9 @@ def _database(stack):
 
 def _questions(stack):
     rows = (
-        {"prompt": f"{i} is", "completion": " odd" if i % 2 else " even",
-         "choices": [" odd", " even"]}
+        {"prompt": f"{i} and", "completion": f" {i % 10}", "choices": [f" {d}" for d in range(10)]}
         for i in range(48)
-    )  # fmt: skip
+    )
     body = "".join(json.dumps(row) + "\n" for row in rows)
     bucket, _, key = QUESTIONS.removeprefix("s3://").partition("/")
     stack.s3.put_object(Bucket=bucket, Key=key, Body=body.encode())
@@ -351,8 +353,9 @@ def _questions(stack):
 @cache
 def _adapter(folder, number):
     """Write an adapter as if it were trained: its weights are drawn, all of them."""
+    model = tiny_model()
     torch.manual_seed(number + 1)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     path = folder / f"adapter-{number}"
-    get_peft_model(tiny_model(), config).save_pretrained(path)
+    get_peft_model(model, config).save_pretrained(path)
     return path
