@@ -1,12 +1,13 @@
 """Real child processes: few of them, shared by the tests, because each start costs seconds."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,13 @@ def test_a_run_that_is_done_is_not_done_again(unbroken):
     again = run(unbroken.job)
     assert again.result == unbroken.result
     assert again.events == []
+
+
+def test_a_run_that_is_done_is_found_where_its_folder_lies_now(unbroken, tmp_path):
+    moved = shutil.copytree(unbroken.job.work_dir, tmp_path / "moved")
+    again = run(replace(unbroken.job, work_dir=moved))
+    assert again.events == []
+    assert again.result == replace(unbroken.result, folder=moved / "adapter")
 
 
 def test_a_cancelled_run_resumes_to_the_same_weights(unbroken, cancelled):

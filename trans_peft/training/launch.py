@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -73,7 +74,8 @@ def _finished(job: TrainingJob) -> TrainingResult | None:
         intact = adapter_weights_sha256(job.adapter_folder) == result.weights_sha256
     except TransPeftError:
         intact = False
-    return result if intact else None
+    # The folder may have moved since: it was found by the job, not by what the result says.
+    return replace(result, folder=job.adapter_folder) if intact else None
 
 
 class _Training:
