@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from tasks import ingestion, reconciliation, reporting, shards, transfer
+from tasks import ingestion, reconciliation, remedies, reporting, shards, transfer
 from tasks.shards import Ended, Shard
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import FleetChanges, Plan
@@ -102,7 +102,12 @@ class _Family:
         self.started = tuple(shard for shard in under_way if shard.run_id in ours)
         for part in shards.cut(todo, self.shard_size):
             self.started += (shards.start(self.name, part, self.policy),)
-        self.problems = tuple(self._problems(plan, changes))
+        untrained = [
+            f"{recipe.adapter} on {recipe.base_version}: training anew failed three times"
+            for recipe in plan.trainings
+            if not remedies.start_training(recipe, self.policy)
+        ]
+        self.problems = (*self._problems(plan, changes), *untrained)
 
     def _problems(self, plan: Plan, changes: FleetChanges) -> Iterator[str]:
         if changes.refused:

@@ -4,7 +4,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from tasks import training, transfer
+from tasks import transfer
 from tasks.limits import gpu_slot
 from tasks.policy import is_nobodys_fault
 from trans_peft.domain.evaluation import GatePolicy
@@ -30,8 +30,6 @@ def transfer_shard(family: str, shard: tuple[Work, ...], policy: GatePolicy) -> 
                     logger.info("%s: no longer wanted", work)
                     continue
                 logger.info("%s: %s. %s", work.adapter, outcome.verdict, outcome.judgement.reason)
-                if outcome.training is not None:
-                    training.start_training(outcome.training, policy)
             elif is_nobodys_fault(state):
                 unanswered.append(f"{work.adapter}: {state.message}")
             else:

@@ -1,7 +1,6 @@
 """Training and adoption."""
 
 from prefect import task
-from prefect.deployments import run_deployment
 
 from tasks.composition import platform
 from tasks.limits import adapter_lock
@@ -9,14 +8,13 @@ from tasks.policy import RETRIES
 from tasks.progress import evaluation_progress, training_progress
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import GatePolicy, Suite
-from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.lifecycle import train_anew as anew
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.train import train
 
-__all__ = ["adopt_adapter", "start_training", "train_adapter", "train_anew"]
+__all__ = ["adopt_adapter", "train_adapter", "train_anew"]
 
 
 @task(**RETRIES, task_run_name="train {recipe.adapter}")
@@ -42,17 +40,6 @@ def train_anew(recipe: TrainingRecipe, policy: GatePolicy) -> TransferOutcome:
             on_event=training_progress(recipe.adapter),
             on_progress=evaluation_progress(),
         )
-
-
-@task(**RETRIES, task_run_name="start training {recipe.adapter} anew")
-def start_training(recipe: TrainingRecipe, policy: GatePolicy) -> None:
-    """Start the flow `train-adapter` for a remedy; the same recipe and policy start it once."""
-    run_deployment(
-        "train-adapter/default",
-        parameters={"recipe": recipe, "policy": policy},
-        idempotency_key=content_sha256(["train anew", recipe, policy]),
-        timeout=0,
-    )
 
 
 @task(**RETRIES, task_run_name="adopt {adapter}")

@@ -1,11 +1,16 @@
 """Reconcile dies, doubles, and is overtaken by people: the end is that of an undisturbed run."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
+from tasks.remedies import start_training
 from tests.flows.world import Killed, World
-from tests.lifecycle.fleet import FAMILY
+from tests.lifecycle.fleet import FAMILY, POLICY, SUITE
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.domain.recipe import TrainingRecipe
 
 HALF = PromotionPolicy(min_serving_share=0.5)
 
@@ -144,6 +149,48 @@ class TestKilled:
         assert "small/v2 waits for 2 verdicts: a, b" in state.message
         assert world.reconcile(monkeypatch).name == "Completed"
         assert world.fleet.serving == 2
+
+
+class TestTrainings:
+    """What a verdict leaves to train is started by whichever run sees it, so it is never lost."""
+
+    @pytest.fixture
+    def left(self, undisturbed):
+        registry = undisturbed.fleet.platform.registry
+        recipe = TrainingRecipe("b", FAMILY, SUITE.data, (SUITE,), base_version="v2")
+        (outcome,) = (o for o in registry.outcomes("b") if o.verdict is Verdict.NEEDS_RETUNING)
+        registry.record(replace(outcome, training=recipe))
+        return recipe
+
+    @pytest.mark.parametrize(("starts", "name"), [(True, "Completed"), (False, "Failed")])
+    def test_are_started_and_those_that_failed_too_often_are_told(
+        self, undisturbed, left, monkeypatch, starts, name
+    ):
+        started = []
+        monkeypatch.setattr(
+            "tasks.remedies.start_training", lambda *given: started.append(given) or starts
+        )
+        state = undisturbed.reconcile(monkeypatch)
+        assert started == [(left, POLICY)]
+        assert state.name == name
+        assert ("b on v2: training anew failed three times" in state.message) is not starts
+
+    def test_are_tried_three_times(self, left, monkeypatch):
+        runs = {}
+
+        def run_deployment(name, *, idempotency_key, **_):
+            state = SimpleNamespace(is_final=lambda: idempotency_key in over)
+            return runs.setdefault(idempotency_key, SimpleNamespace(state=state))
+
+        monkeypatch.setattr("tasks.remedies.run_deployment", run_deployment)
+        over = set()
+        for count in (1, 2, 3):
+            assert start_training.fn(left, POLICY)
+            assert start_training.fn(left, POLICY)
+            assert len(runs) == count
+            over |= runs.keys()
+        assert not start_training.fn(left, POLICY)
+        assert len(runs) == 3
 
 
 def kill_at(*moments):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.lifecycle.fleet import FAMILY, POLICY, SUITE, MemoryFleet, evaluation
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Reason
+from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import NotFoundError, NotServedError
 from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS, estimated, is_wanted, observe, plan
 from trans_peft.lifecycle.resolve import resolve
@@ -23,6 +24,18 @@ def test_every_live_adapter_is_judged_on_a_new_base_before_anyone_promotes_it(fl
         ("chat", "v2", Reason.NEVER_JUDGED, 1),
         ("code", "v2", Reason.NEVER_JUDGED, 1),
     ]
+
+
+def test_a_recipe_that_a_verdict_leaves_to_try_is_planned_until_it_was_tried(fleet, two_bases):
+    recipe = TrainingRecipe("chat", FAMILY, SUITE.data, (SUITE,), base_version="v2")
+    chat, code = fleet.work()
+    judged = fleet.judge(chat, Verdict.NEEDS_RETUNING)
+    fleet.judge(code)
+    for left in (recipe, None):
+        fleet.platform.registry.record(replace(judged, training=left))
+        seen = observe(FAMILY, fleet.platform)
+        assert plan(seen, POLICY).trainings == ((recipe,) if left else ())
+        assert plan(seen, replace(POLICY, margin_points=1.0)).trainings == ()  # judged anew first
 
 
 def test_a_second_run_finds_nothing_to_do(fleet, two_bases):

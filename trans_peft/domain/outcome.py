@@ -150,12 +150,14 @@ class Plan:
     """What reconcile found missing, and what it leaves to a person.
 
     `parked`: three attempts failed. `unreadable`: adapters that cannot be judged, and why.
+    `trainings`: recipes that judged adapters have left to try.
     """
 
     family: str
     work: tuple[Work, ...]
     parked: tuple[Work, ...] = ()
     unreadable: tuple[str, ...] = ()
+    trainings: tuple[TrainingRecipe, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, Work, outcome_of
+from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import StoreError, TransPeftError
 from trans_peft.ports import Platform
 
@@ -111,13 +112,15 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
     """Return the work that is missing, base by base, and what is parked for a person."""
     work: list[Work] = []
     parked: list[Work] = []
+    trainings: list[TrainingRecipe] = []
     for base in fleet.wanted:
         for adapter in fleet.adapters:
             item = _missing(adapter, base, policy)
-            if item is None:
-                continue
-            (parked if item.attempt > MAX_ATTEMPTS else work).append(item)
-    return Plan(fleet.family, tuple(work), tuple(parked), fleet.unreadable)
+            if item is not None:
+                (parked if item.attempt > MAX_ATTEMPTS else work).append(item)
+            elif (recipe := _left_to_train(adapter, base, policy)) is not None:
+                trainings.append(recipe)
+    return Plan(fleet.family, tuple(work), tuple(parked), fleet.unreadable, tuple(trainings))
 
 
 def is_wanted(work: Work, family: str, policy: GatePolicy, platform: Platform) -> bool:
@@ -164,6 +167,16 @@ def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float 
     ]
     known = [evaluation.seconds for evaluation in found if evaluation is not None]
     return sum(known) if known else None
+
+
+def _left_to_train(
+    adapter: Adapter, base: BaseVersion, policy: GatePolicy
+) -> TrainingRecipe | None:
+    """Return the recipe that the outcome leaves to try. Trained by it, the outcome leaves none."""
+    outcome = adapter.outcome_on(base)
+    if outcome is None or outcome.policy_sha256 != policy.sha256:
+        return None
+    return outcome.training
 
 
 def _missing(adapter: Adapter, base: BaseVersion, policy: GatePolicy) -> Work | None:
