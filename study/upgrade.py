@@ -32,7 +32,7 @@ from trans_peft.ports import Platform
 __all__ = ["OLD", "UPDATES", "counted", "table"]
 
 FAMILY, OLD, UPDATES = "fleet", "v1", ("all", "ffn")
-ADAPTERS = 16
+ADAPTERS, ITEMS = 16, 240
 _DATA = "s3://data/fleet"
 _PAGE = Path(__file__).parent.parent / "docs" / "fleet.md"
 
@@ -84,7 +84,7 @@ class Story:
         store = self._platform.store
         with rows["eval"].open("rb") as file:
             store.write(f"{_DATA}/eval.jsonl", file)
-        asked = replace(suite(rows), data=DataSource(f"{_DATA}/eval.jsonl"))
+        asked = replace(suite(rows), data=DataSource(f"{_DATA}/eval.jsonl"), limit=ITEMS)
         known = self._platform.registry.adapters(FAMILY)
         for name, folder in folders.items():
             if name in known:
