@@ -27,6 +27,7 @@ from tests.faults.upgrade import (
     Upgrade,
     at_work,
     final_state,
+    forget,
     insist,
     make_family,
     promotions,
@@ -60,6 +61,7 @@ def test_whoever_is_killed_the_registry_ends_as_if_nothing_had_been(
                 told(victim=victim, family=family.name, undisturbed_s=round(took_s, 1), **kill)
         ends[family.name] = final_state(family)
         assert promotions(family).count("v2") <= 1
+        forget(family)
     assert ends == dict.fromkeys(ends, expected)
 
 

@@ -45,7 +45,7 @@ from trans_peft.ports import Platform
 AWAY = (BotoCoreError, ClientError, MlflowException, httpx.HTTPError, OSError)
 """What a client sees of a server that is away, or was a moment ago."""
 
-PATIENCE_S = 600
+PATIENCE_S = 900
 QUESTIONS = "s3://data/faults.jsonl"
 _TRIGGERS = """
 CREATE TABLE IF NOT EXISTS moves (name TEXT, alias TEXT, number TEXT);
@@ -178,9 +178,19 @@ def make_family(stack, name, folder, adapters=2):
         adopt(adapter, str(_adapter(folder.parent, number)), name, [suite], platform,
               base_version="v1")  # fmt: skip
     stack.champion("1", name)
-    wait_until(lambda: stack.alias(name, "serving") == "1")
-    wait_until(lambda: not at_work(stack))
+    wait_until(lambda: stack.alias(name, "serving") == "1", PATIENCE_S)
+    wait_until(lambda: not at_work(stack), PATIENCE_S)
     return Family(stack, name, names, folder)
+
+
+def forget(family):
+    """Remove a family, uploads first: every reconcile of all families would look at it again."""
+    stack = family.stack
+    uploads = {"Bucket": "bases", "Prefix": f"{family.name}/"}
+    for found in stack.s3.list_objects_v2(**uploads).get("Contents", []):
+        stack.s3.delete_object(Bucket="bases", Key=found["Key"])
+    for name in (*family.adapters, family.name):
+        stack.mlflow.delete_registered_model(name)
 
 
 def upload(stack, folder, family, version, bucket="bases"):
