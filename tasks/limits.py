@@ -1,10 +1,11 @@
 """Who may do what at once: GPU slots, one writer per adapter, one reader per upload."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
 
 from trans_peft.domain.identity import content_sha256
 
@@ -51,7 +52,7 @@ def upload_lock(uri: str, *, wait: bool = True) -> Iterator[bool]:
 @contextmanager
 def _alone(name: str, *, timeout_s: float | None = None) -> Iterator[None]:
     """Hold a limit of one, made where it is missing. TimeoutError."""
-    with get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):  # made meanwhile
         client.upsert_global_concurrency_limit_by_name(name, 1)
     with concurrency(
         name, occupy=1, timeout_seconds=timeout_s, lease_duration=_LEASE_S, strict=True

@@ -5,10 +5,20 @@ from typing import Any
 import httpx
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
 from trans_peft.errors import AccessError, StoreError
 
 __all__ = ["RETRIES", "is_nobodys_fault"]
+
+
+_NO_ANSWER = (
+    StoreError,
+    ConnectionError,
+    TimeoutError,
+    ConcurrencySlotAcquisitionError,
+    httpx.TransportError,
+)
 
 
 def is_nobodys_fault(state: State[Any]) -> bool:
@@ -20,7 +30,7 @@ def is_nobodys_fault(state: State[Any]) -> bool:
     error = _error(state)
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.is_server_error
-    return isinstance(error, StoreError | ConnectionError | TimeoutError | httpx.TransportError)
+    return isinstance(error, _NO_ANSWER)
 
 
 def _may_mend(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Completed, Failed
 
 from flows import transfer_shard as module
+from tasks import limits
 from tasks.policy import RETRIES, is_nobodys_fault
 from tests.edges.nouns import draft, outcome, peft_folder
 from tests.flows.test_shards import A, B, C
@@ -40,6 +43,7 @@ def answered(status):
         (TimeoutError(), True, True),
         (httpx.ConnectError("refused"), True, True),
         (answered(500), True, True),
+        (ConcurrencySlotAcquisitionError("no lock"), True, True),
         (answered(409), False, False),
         (EvaluationError("logits are not finite"), False, False),
         (NotFoundError("no such file"), False, False),
@@ -106,3 +110,15 @@ def test_an_adapter_that_breaks_is_charged_beside_an_outage(shard):
 def test_a_shard_that_nothing_befell_is_completed(shard):
     state, charged = shard({})
     assert (state.name, state.message, charged) == ("Completed", "3 adapters judged", [])
+
+
+def test_a_lock_that_another_makes_at_the_same_moment_is_taken_all_the_same(monkeypatch):
+    class Prefect:
+        def upsert_global_concurrency_limit_by_name(self, name, limit):
+            raise ObjectAlreadyExists(None)
+
+    taken = []
+    monkeypatch.setattr(limits, "get_client", lambda **_: nullcontext(Prefect()))
+    monkeypatch.setattr(limits, "concurrency", lambda name, **_: nullcontext(taken.append(name)))
+    with limits.adapter_lock("chat"):
+        assert taken == ["adapter:chat"]
