@@ -8,9 +8,10 @@
     trans-peft.promotion.refused    trans-peft.family.FAMILY
 
 Labels carry the prefix `trans-peft.` and are what an automation matches; the payload says the same
-and the rest, for its templates. An event is sent after what it tells of was written: a process that
-dies in between never sends it, and two that write the same at once both do. So nothing of this
-project waits for one. docs/promotion.md shows two automations.
+and the rest, for its templates: also, as `hint`, `hint_kind` and `hint_at`, the hint that the run
+goes back to. An event is sent after what it tells of was written: a process that dies in between
+never sends it, and two that write the same at once both do. So nothing of this project waits for
+one. docs/promotion.md shows two automations.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any
 
 from prefect.events import emit_event
 
+from tasks.origin import origin
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.outcome import TransferOutcome
 
@@ -81,10 +83,10 @@ def _emit(
     labels: Mapping[str, str] | None = None,
     payload: Mapping[str, Any],
 ) -> None:
-    labels = labels or {}
+    labels, goes_back_to = labels or {}, origin()
     names = {f"trans-peft.{name}": value for name, value in labels.items()}
     emit_event(
         f"trans-peft.{what}",
         resource={"prefect.resource.id": f"trans-peft.{resource}", **names},
-        payload={**labels, **payload},
+        payload={**labels, **payload, **(goes_back_to.payload if goes_back_to else {})},
     )

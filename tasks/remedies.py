@@ -6,6 +6,7 @@ from prefect import task
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 
+from tasks.origin import handed_on
 from tasks.policy import RETRIES
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import content_sha256
@@ -30,6 +31,7 @@ def start_training(recipe: TrainingRecipe, policy: GatePolicy) -> bool:
                 "train-adapter/default",
                 parameters={"recipe": recipe, "policy": policy},
                 idempotency_key=f"{key}:{take}",
+                tags=handed_on(),
                 timeout=0,
             ),
         )

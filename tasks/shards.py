@@ -23,6 +23,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
 
+from tasks.origin import handed_on
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Plan, Work
@@ -140,7 +141,7 @@ def start(family: str, work: tuple[Work, ...], policy: GatePolicy) -> Shard:
                 "transfer-shard/default",
                 parameters={"family": family, "shard": work, "policy": policy},
                 idempotency_key=f"{key}:{take}",
-                tags=_tags(family, policy),
+                tags=[*_tags(family, policy), *handed_on()],
                 timeout=0,
             ),
         )

@@ -9,8 +9,9 @@ tries again), 4xx for what can never be right. `python -m infra.bridge serve`; d
     app.py        the ASGI application: bodies with a bound, answers
     desk.py       one hint, one answer; hints that wait together share a call
     registry.py   what a name in a hint is, asked of MLflow
-    starter.py    the run in Prefect
+    starter.py    the runs in Prefect
     queue.py      the other entrance: SQS
+    verdicts.py   the first verdict of each hint, asked of Prefect's events
     metrics.py    counts and lags for Prometheus
     logs.py       one JSON object a line
     settings.py   the environment

@@ -1,12 +1,13 @@
 """One hint, one answer: what it is about is looked up, then a run started or a waiting one found.
 
-Hints that wait together share a call: while one call for a key is at work, whoever comes waits for
-the next, which begins after all of them arrived and therefore sees what they are about. A burst of
-a thousand hints for one family is a few calls. Two bridges at once start at most a run each.
+Hints that wait together share a call. One call for runs is at work at a time; whoever comes
+meanwhile waits for the next, which begins after all of them arrived and therefore sees what they
+are about. A burst of a thousand hints is a few calls, whatever families it is about, and Prefect
+never has more than one of them to answer. Two bridges at once start at most a run each.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
@@ -36,15 +37,19 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Run:
-    """A reconcile run that exists: made for this hint, or found waiting.
+    """A reconcile run that exists: made under a delivery's id, or (`delivery_id` empty) found.
 
-    `begun`: it was made for an earlier attempt of this very delivery, and reads the registry or has
-    read it. That answers the delivery again, and nobody else.
+    `begun`: it was made for an earlier attempt of that delivery, and reads the registry or has read
+    it, or was for another family. That answers the delivery again, and nobody else.
     """
 
     id: str
-    made: bool
+    delivery_id: str = ""
     begun: bool = False
+
+    def answers(self, hint: Hint) -> bool:
+        """Whether the hint may be answered with this run."""
+        return not self.begun or self.delivery_id == hint.delivery_id
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,11 @@ class Registry(Protocol):
 class Starter(Protocol):
     """Who starts reconcile."""
 
-    async def start(self, family: str | None, delivery_id: str) -> Run:
-        """Return a run for the family (None: all) that has read nothing yet. UnavailableError."""
+    async def start(self, wanted: Mapping[str | None, Hint]) -> Mapping[str | None, Run]:
+        """Return a run for each family (None: all) that has read nothing yet. UnavailableError.
+
+        The hints are the first of each family; one of them gives a run that is made its key.
+        """
 
     async def reachable(self) -> bool:
         """Whether a run could be started now."""
@@ -115,12 +123,13 @@ class Shared(Generic[_Key, _Value]):
 class Desk:
     """Answers hints. `patience_s`: how long a sender waits before it is told to try again."""
 
-    def __init__(self, registry: Registry, starter: Starter, *, patience_s: float = 20.0) -> None:
+    def __init__(self, registry: Registry, starter: Starter, *, patience_s: float = 25.0) -> None:
         self._registry = registry
         self._starter = starter
         self._patience_s = patience_s
         self._families: Shared[tuple[Kind, str, str], str | None] = Shared()
-        self._runs: Shared[str | None, Run] = Shared()
+        self._wanted: dict[str | None, Hint] = {}
+        self._runs: Shared[None, Mapping[str | None, Run]] = Shared()
 
     async def answer(self, hint: Hint) -> Answer:
         """Return once the run that the hint asks for exists. UnavailableError."""
@@ -148,9 +157,13 @@ class Desk:
             if family is None:
                 return Answer(Outcome.NOTHING)
         while True:
-            run, called = await self._runs.call(
-                family, lambda: self._starter.start(family, hint.delivery_id)
-            )
-            if called or not run.begun:
-                outcome = Outcome.STARTED if called and run.made else Outcome.WAITING
-                return Answer(outcome, run.id)
+            self._wanted.setdefault(family, hint)
+            runs, _ = await self._runs.call(None, self._start)
+            run = runs[family]
+            if run.answers(hint):
+                ours = run.delivery_id == hint.delivery_id
+                return Answer(Outcome.STARTED if ours else Outcome.WAITING, run.id)
+
+    async def _start(self) -> Mapping[str | None, Run]:
+        wanted, self._wanted = self._wanted, {}  # who comes from now on waits for the next call
+        return await self._starter.start(wanted)

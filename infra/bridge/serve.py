@@ -16,7 +16,8 @@ from infra.bridge.metrics import Metrics
 from infra.bridge.queue import SqsQueue, consume
 from infra.bridge.registry import MlflowNames
 from infra.bridge.settings import BridgeSettings
-from infra.bridge.starter import PrefectStarter
+from infra.bridge.starter import PrefectStarter, come_again_soon
+from infra.bridge.verdicts import Verdicts, watch
 
 __all__ = ["listening", "serve", "start_up"]
 
@@ -27,11 +28,15 @@ _CONNECTIONS = 1024
 async def serve(settings: BridgeSettings) -> None:
     """Answer hints until the process is told to end."""
     log_to()
-    async with get_client() as prefect:
+    hooks = {"event_hooks": {"response": [come_again_soon]}}
+    async with get_client(httpx_settings=hooks) as prefect:
         desk = Desk(MlflowNames(settings.tracking_uri), PrefectStarter(prefect))
-        clerk = Clerk(desk, Metrics())
+        clerk = Clerk(desk, metrics := Metrics())
         server = listening(settings, clerk)
-        beside: list[Coroutine[Any, Any, None]] = [start_up(clerk)]
+        beside: list[Coroutine[Any, Any, None]] = [
+            start_up(clerk),
+            watch(Verdicts(prefect, metrics)),
+        ]
         if settings.queue_url:
             queue = SqsQueue(settings.queue_url)
             beside.append(consume(queue, clerk, root_uri=settings.bases_uri))

@@ -1,13 +1,16 @@
-"""A reconcile run in Prefect, started once for each delivery, or one that waits already.
+"""Reconcile runs in Prefect: made for hints, or found waiting.
 
-The idempotency key is the delivery id, never (family, base): the champions A, B, A, B are four
-hints and may be four runs. A run that has not started reads the registry later than this hint
-came, so it answers the hint too. Not counted: a run planned for later (the schedule's), one with
-other parameters (somebody's dry run), one that has been starting for so long that its worker is
-gone.
+A run that has not started reads the registry later than this hint came, so it answers the hint too.
+Not counted: a run planned for later (the schedule's), one with other parameters (somebody's dry
+run), one that has been starting for so long that its worker is gone.
+
+The idempotency key of a run is the delivery id, never (family, base): the champions A, B, A, B are
+four hints and may be four runs. Many families that ask at once share one run for all families:
+docs/decisions/0099-a-burst-shares-a-run.md.
 """
 
 import asyncio
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,9 +22,11 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
 
-from infra.bridge.desk import Run, Shared, UnavailableError
+from infra.bridge.desk import Run, UnavailableError
+from infra.bridge.hints import Hint
+from tasks.origin import Origin
 
-__all__ = ["DEPLOYMENT", "PrefectStarter"]
+__all__ = ["DEPLOYMENT", "PrefectStarter", "come_again_soon"]
 
 DEPLOYMENT = "reconcile/default"
 _NOT_BEGUN = (StateType.SCHEDULED, StateType.PENDING)
@@ -29,31 +34,25 @@ _SOON = timedelta(seconds=1)
 _STARTING = timedelta(seconds=60)
 """How long a run may take from being fetched by a worker to its first line."""
 
+_MOST_RUNS = 4
+"""More families than this at once share a run: each run is a process that starts for seconds."""
+
 
 class PrefectStarter:
-    """Starts runs of the deployment `reconcile/default`."""
+    """Starts runs of the deployment `reconcile/default`. `patience_s`: for one call, at most."""
 
-    def __init__(self, client: PrefectClient) -> None:
+    def __init__(self, client: PrefectClient, *, patience_s: float = 12.0) -> None:
         self._client = client
-        # Ten writes at once lock one another out of SQLite, and each then waits for seconds.
-        self._one_at_a_time = asyncio.Lock()
-        self._looks: Shared[None, tuple[DeploymentResponse, list[FlowRun]]] = Shared()
+        self._patience_s = patience_s
 
-    async def start(self, family: str | None, delivery_id: str) -> Run:
-        """Return a run for the family (None: all) that has read nothing yet. UnavailableError."""
+    async def start(self, wanted: Mapping[str | None, Hint]) -> Mapping[str | None, Run]:
+        """Return a run for each family (None: all) that has read nothing yet. UnavailableError.
+
+        Two reads, and at most `_MOST_RUNS` writes, one after another.
+        """
         try:
-            (deployment, due), _ = await self._looks.call(None, self._look)
-            waiting = _waiting(deployment, due, family)
-            if waiting is not None:
-                return Run(str(waiting.id), made=False)
-            async with self._one_at_a_time:
-                made = await self._client.create_flow_run_from_deployment(
-                    deployment.id,
-                    parameters={"family": family},
-                    idempotency_key=f"hint-{delivery_id}",
-                    tags=[f"hint:{delivery_id}"],
-                )
-            return Run(str(made.id), made=True, begun=made.state_type not in _NOT_BEGUN)
+            async with asyncio.timeout(self._patience_s):
+                return await self._start(wanted)
         except (httpx.HTTPError, PrefectException, OSError) as error:
             raise UnavailableError(f"Prefect: {type(error).__name__}") from error
 
@@ -65,10 +64,33 @@ class PrefectStarter:
             return False
         return True
 
-    async def _look(self) -> tuple[DeploymentResponse, list[FlowRun]]:
-        """Return the deployment and its runs that are due; families that ask at once share it."""
+    async def _start(self, wanted: Mapping[str | None, Hint]) -> Mapping[str | None, Run]:
         deployment = await self._client.read_deployment_by_name(DEPLOYMENT)
-        due = await self._client.read_flow_runs(
+        due = await self._due(deployment)
+        waiting = {family: _waiting(deployment, due, family) for family in wanted}
+        found = {family: Run(str(run.id)) for family, run in waiting.items() if run is not None}
+        left = {family: hint for family, hint in wanted.items() if family not in found}
+        if None in left or len(left) > _MOST_RUNS:
+            first = left.get(None) or next(iter(left.values()))
+            return {**found, **dict.fromkeys(left, await self._make(deployment, None, first))}
+        for family, hint in left.items():  # at once they would lock one another out of SQLite
+            found[family] = await self._make(deployment, family, hint)
+        return found
+
+    async def _make(self, deployment: DeploymentResponse, family: str | None, hint: Hint) -> Run:
+        origin = Origin(hint.delivery_id, hint.kind, hint.at or datetime.now(UTC))
+        made = await self._client.create_flow_run_from_deployment(
+            deployment.id,
+            parameters={"family": family},
+            idempotency_key=f"hint-{hint.delivery_id}",
+            tags=origin.tags,
+        )
+        # The key may be that of an earlier attempt, when fewer families asked.
+        begun = made.state_type not in _NOT_BEGUN or made.parameters.get("family") != family
+        return Run(str(made.id), hint.delivery_id, begun)
+
+    async def _due(self, deployment: DeploymentResponse) -> list[FlowRun]:
+        return await self._client.read_flow_runs(
             flow_run_filter=FlowRunFilter.model_validate(
                 {
                     "deployment_id": {"any_": [deployment.id]},
@@ -78,7 +100,15 @@ class PrefectStarter:
             ),
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
         )
-        return deployment, due
+
+
+async def come_again_soon(response: httpx.Response) -> None:
+    """Have Prefect's client wait half a second where the server is busy, not 2, 4, 8 s.
+
+    A hook for httpx. SQLite's lock, which the server answers with 503, is held for a moment.
+    """
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        response.headers.setdefault("Retry-After", "0.5")
 
 
 def _waiting(

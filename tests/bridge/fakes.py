@@ -27,21 +27,25 @@ class FakePrefect:
 
     def __init__(self, runs=None, delay_s=0.005):
         self.runs = dict(runs or {})
-        self.asked = []
+        self.asked, self.calls = [], 0
         self.waiting = {}
         self.broken = False
         self.delay_s = delay_s
 
-    async def start(self, family, delivery_id):
+    async def start(self, wanted):
+        self.calls += 1
         await asyncio.sleep(self.delay_s)
         if self.broken:
             raise UnavailableError("Prefect: down")
+        return {family: self._run(family, hint.delivery_id) for family, hint in wanted.items()}
+
+    def _run(self, family, delivery_id):
         self.asked.append((family, delivery_id))
         if family in self.waiting:
-            return Run(self.waiting[family], made=False)
+            return Run(self.waiting[family])
         if delivery_id not in self.runs:
             made = sum(not run.begun for run in self.runs.values())
-            self.runs[delivery_id] = Run(f"run-{made + 1}", made=True)
+            self.runs[delivery_id] = Run(f"run-{made + 1}", delivery_id)
             self.waiting[family] = self.runs[delivery_id].id
         return self.runs[delivery_id]
 

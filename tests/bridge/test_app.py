@@ -1,5 +1,6 @@
 """The bridge as its senders meet it: a real server on a socket, MLflow and Prefect in memory."""
 
+import asyncio
 import io
 import json
 import logging
@@ -34,7 +35,7 @@ CHAMPION = {"name": "smol", "alias": "champion", "version": "1"}
 class Bridge:
     def __init__(self, settings=None):
         self.registry, self.prefect = FakeRegistry({"smol": "smol"}), FakePrefect()
-        self.clerk = Clerk(Desk(self.registry, self.prefect, patience_s=2), Metrics())
+        self.clerk = Clerk(Desk(self.registry, self.prefect, patience_s=60), Metrics())
         chosen = settings or BridgeSettings(
             tracking_uri="http://m", mlflow_secrets=SECRETS, s3_tokens=TOKENS
         )
@@ -183,7 +184,9 @@ def test_bad_senders_get_the_right_answer_and_start_nothing(bridge, status, send
     assert bridge.http.get("/health").status_code == 200
 
 
-@examples(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.binary(max_size=200), st.text(max_size=20))
 def test_whatever_a_signed_sender_says_is_answered(bridge, body, name):
     assert bridge.mlflow(body).status_code in (200, 400)
@@ -235,6 +238,39 @@ def test_a_slow_body_ends_at_its_deadline(bridge, monkeypatch):
     answer = raw(bridge, HEAD + b"Content-Length: 100\r\n\r\n", [b"{"] * 6, pause_s=0.1)
     assert b"408" in answer
     assert time.monotonic() - began < 5
+
+
+def test_a_thousand_hints_at_once_are_all_answered_with_a_few_calls_to_prefect(bridge):
+    """Of ten families, each delivery twice, over a connection each."""
+    names = [f"f{n}" for n in range(10)]
+    bridge.registry.families = {name: name for name in names}
+    bridge.prefect.delay_s = 0.05
+
+    async def send(number):
+        body = json.dumps(champion(name=names[number % 10])).encode()
+        delivery, at = f"burst-{number // 2}", str(int(time.time()))
+        head = (
+            f"POST /hints/mlflow HTTP/1.1\r\nHost: b\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"X-MLflow-Delivery-Id: {delivery}\r\nX-MLflow-Timestamp: {at}\r\n"
+            f"X-MLflow-Signature: {sign(SECRETS[0], delivery, at, body)}\r\n\r\n"
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", bridge.port)
+        writer.write(head.encode() + body)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    async def burst():
+        return await asyncio.gather(*(send(number) for number in range(1000)))
+
+    answers = asyncio.run(burst())
+    assert {answer.split(b"\r\n", 1)[0] for answer in answers} == {b"HTTP/1.1 200 OK"}
+    assert {json.loads(answer.rpartition(b"\r\n")[2])["run"] for answer in answers} == {
+        f"run-{n}" for n in range(1, 11)
+    }
+    assert bridge.prefect.calls <= 50
+    assert len(bridge.registry.asked) <= 200
 
 
 def test_health_ready_and_metrics(bridge):

@@ -52,18 +52,51 @@ def test_a_thousand_hints_at_once_are_a_few_calls_and_every_one_is_answered():
     registry = FakeRegistry({"a": "a", "b": "b"})
     hints = [champion("ab"[n % 2], f"d{n}") for n in range(1000)]
     found = answers(Desk(registry, prefect), hints)
-    assert len(prefect.asked) <= 4
+    assert prefect.calls <= 3
     assert len(registry.asked) <= 4
     assert {answer.run_id for answer in found} == {"run-1", "run-2"}
     assert {answer.outcome for answer in found} == {Outcome.STARTED, Outcome.WAITING}
 
 
+def test_families_that_ask_at_once_share_a_call():
+    prefect = FakePrefect()
+    names = [f"f{n}" for n in range(50)]
+    desk = Desk(FakeRegistry({name: name for name in names}), prefect)
+    found = answers(desk, [champion(name, f"d-{name}") for name in names])
+    assert len({answer.run_id for answer in found}) == 50
+    assert prefect.calls <= 20  # six threads ask the registry
+
+
+def test_a_hint_that_comes_while_a_call_is_at_work_is_not_answered_by_it():
+    """Its run may have read the registry before: what the call found is as old as the call."""
+
+    async def story():
+        prefect = FakePrefect(delay_s=0.05)
+        desk = Desk(FakeRegistry({"smol": "smol"}), prefect)
+        first = asyncio.create_task(desk.answer(champion("smol", "d1")))
+        await asyncio.sleep(0.03)
+        prefect.waiting = _Forgetful()  # whatever is made from now on begins at once
+        second = asyncio.create_task(desk.answer(champion("smol", "d2")))
+        assert await first == Answer(Outcome.STARTED, "run-1")
+        assert await second == Answer(Outcome.STARTED, "run-2")
+        assert prefect.calls == 2
+
+    asyncio.run(story())
+
+
+class _Forgetful(dict):
+    def __setitem__(self, key, value):
+        pass
+
+
 def test_a_run_that_began_long_ago_answers_its_own_delivery_and_nobody_who_joined():
     """The first of those who share a call may be the replay of an old delivery."""
-    prefect = FakePrefect(runs={"d1": Run("run-0", made=True, begun=True)})
+    prefect = FakePrefect(runs={"d1": Run("run-0", "d1", begun=True)})
     desk = Desk(FakeRegistry({"smol": "smol"}), prefect)
-    first, second = answers(desk, [champion("smol", "d1"), champion("smol", "d2")])
-    assert first.run_id == "run-0"
+    first, again, second = answers(
+        desk, [champion("smol", "d1"), champion("smol", "d1"), champion("smol", "d2")]
+    )
+    assert first == again == Answer(Outcome.STARTED, "run-0")
     assert second == Answer(Outcome.STARTED, "run-1")
 
 

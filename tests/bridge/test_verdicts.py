@@ -1,0 +1,135 @@
+"""From a hint to its first verdict: the tags of a run, the events of its verdicts, the metric."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import pytest
+from prefect.events import Event
+
+from infra.bridge.metrics import Metrics
+from infra.bridge.verdicts import Verdicts
+from tasks import events, origin
+from tasks.origin import Origin
+from tests.edges.nouns import draft, outcome, peft_folder
+from trans_peft.domain.evaluation import Verdict
+
+NOW = datetime.now(UTC)
+HINT = Origin("d-1", "upload", NOW - timedelta(seconds=40))
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The events that a run with the tags of `HINT` sends."""
+    sent = []
+    monkeypatch.setattr(
+        events, "emit_event", lambda event, **rest: sent.append(Event(event=event, **rest))
+    )
+    monkeypatch.setattr(origin, "runtime", running([*HINT.tags, "family:smol"]))
+    return sent
+
+
+def running(tags):
+    return SimpleNamespace(flow_run=SimpleNamespace(tags=tags))
+
+
+class Client:
+    """Prefect's events, two to a page."""
+
+    def __init__(self, *stored):
+        self.stored = list(stored)
+
+    async def read_events(self, wanted, limit):
+        found = [event for event in self.stored if wanted.includes(event)]
+        self._rest = sorted(found, key=lambda event: event.occurred)
+        return await self.read_events_page("the first")
+
+    async def read_events_page(self, _):
+        page, self._rest = self._rest[:2], self._rest[2:]
+        return SimpleNamespace(events=page, next_page="http://p/next" if self._rest else None)
+
+
+def judged(hint="d-1", *, lag_s=40, ago_s=0):
+    at = datetime.now(UTC) - timedelta(seconds=ago_s)
+    return Event(
+        event="trans-peft.adapter.judged",
+        resource={"prefect.resource.id": "trans-peft.adapter.chat"},
+        payload=Origin(hint, "upload", at - timedelta(seconds=lag_s)).payload if hint else {},
+        occurred=at,
+    )
+
+
+def lags(metrics):
+    """Return how many verdicts were first, and the sum of their lags in seconds."""
+    lines = dict(line.rsplit(" ", 1) for line in metrics.text().decode().splitlines())
+    name = "trans_peft_first_verdict_lag_seconds"
+    count, total = (lines.get(f'{name}_{what}{{kind="upload"}}', 0) for what in ("count", "sum"))
+    return float(count), round(float(total))
+
+
+def looked(*stored, again=()):
+    """Look at the events as if they had come a moment after the start; then at more of them."""
+
+    async def story():
+        client, metrics = Client(*stored), Metrics()
+        verdicts = Verdicts(client, metrics)
+        verdicts._began -= timedelta(minutes=10)
+        await verdicts.look()
+        client.stored += again
+        await verdicts.look()
+        return lags(metrics)
+
+    return asyncio.run(story())
+
+
+def test_the_tags_and_the_payload_say_what_hint_it_was():
+    assert Origin.of_tags(HINT.tags) == Origin.of_payload(HINT.payload) == HINT
+    assert Origin.of_tags(["hint:a:b=c", "hinted:start-up:2026-01-01T00:00:00+00:00"]) == Origin(
+        "a:b=c", "start-up", datetime(2026, 1, 1, tzinfo=UTC)
+    )
+
+
+@pytest.mark.parametrize(
+    "tags", [[], ["family:x"], ["hint:d"], ["hint:d", "hinted:x"], ["hint:", HINT.tags[1]]]
+)
+def test_tags_that_say_it_by_half_say_nothing(tags):
+    assert Origin.of_tags(tags) is None
+
+
+def test_a_run_hands_its_hint_on_and_nothing_else(told):
+    assert origin.handed_on() == HINT.tags
+
+
+def test_a_run_outside_of_prefect_goes_back_to_no_hint():
+    assert origin.origin() is None
+    assert origin.handed_on() == []
+
+
+def test_an_event_tells_the_hint_that_its_run_goes_back_to(told, tmp_path):
+    source = draft("chat", "smol", peft_folder(tmp_path / "peft"))
+    events.adapter_judged(outcome(source, Verdict.PASSED, new_number=2))
+    events.base_refused("smol/3", "s3://b/x", "why")
+    assert [Origin.of_payload(event.payload) for event in told] == [HINT, HINT]
+
+
+def test_the_event_of_a_verdict_is_the_one_that_is_counted(told, tmp_path):
+    source = draft("chat", "smol", peft_folder(tmp_path / "peft"))
+    events.adapter_judged(outcome(source, Verdict.PASSED, new_number=2))
+    count, lag_s = looked(*told)
+    assert count == 1
+    assert lag_s >= 40
+
+
+def test_the_first_verdict_of_each_hint_is_counted_once():
+    stored = [judged(ago_s=2, lag_s=38), judged(ago_s=0, lag_s=40), judged("d-2", ago_s=1)]
+    late = [judged(ago_s=3, lag_s=37), judged("d-3", ago_s=0, lag_s=7)]
+    assert looked(*stored) == (2, 38 + 40)
+    assert looked(*stored, again=late) == (3, 38 + 40 + 7)
+
+
+def test_what_was_judged_before_the_bridge_began_is_not_counted_and_its_hint_has_its_first():
+    assert looked(judged(ago_s=3600), judged(ago_s=0)) == (0, 0)
+
+
+def test_a_verdict_that_goes_back_to_no_hint_is_not_counted():
+    assert looked(judged(hint=None)) == (0, 0)
