@@ -41,6 +41,7 @@ __all__ = [
     "TransPeftError",
     "UnsupportedModelError",
     "UploadError",
+    "full_disk",
     "listed",
     "telling_full_disks",
 ]
@@ -140,9 +141,14 @@ def telling_full_disks(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        raise StoreError(
-            f"the disk of {folder} is full",
-            expected="room for files that are gone when this is over",
-            found=str(error),
-            do="free some room on it, or set TMPDIR to a folder on a larger disk",
-        ) from error
+        raise full_disk(folder, error) from error
+
+
+def full_disk(folder: str | Path, found: object) -> StoreError:
+    """Return the error about the disk of a folder for files that soon are gone."""
+    return StoreError(
+        f"the disk of {folder} is full",
+        expected="room for files that are gone when this is over",
+        found=found,
+        do="free some room on it, or set TMPDIR to a folder on a larger disk",
+    )

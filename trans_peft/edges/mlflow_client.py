@@ -27,6 +27,8 @@ from trans_peft.errors import (
     InvalidSpecError,
     NotFoundError,
     StoreError,
+    TransPeftError,
+    full_disk,
     telling_full_disks,
 )
 
@@ -75,20 +77,15 @@ class _InWords:
 
 @contextlib.contextmanager
 def in_words(tracking_uri: str) -> Iterator[None]:
-    """Turn what MLflow and its client say into our errors.
-
-    The client's own, of requests for files, come through as they are; those of a folder that it
-    downloads, even of a full disk, as one that names them all.
-    """
+    """Turn what MLflow and its client say into our errors."""
     try:
         with telling_full_disks(tempfile.gettempdir()):
             yield
-    except RequestException as error:
-        status = error.response.status_code if error.response is not None else None
-        if status == 404:
-            raise NotFoundError(f"MLflow at {tracking_uri}: {error}") from error
-        raise (_not_let_in if status in (401, 403) else _no_answer)(tracking_uri, error) from error
+    except RequestException as error:  # for a file that is sent
+        raise _of_a_file(tracking_uri, str(error)) from error
     except MlflowException as error:
+        if "failures occurred while downloading" in error.message:
+            raise _of_a_file(tracking_uri, error.message) from error
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
             raise NotFoundError(f"MLflow at {tracking_uri}: {error.message}") from error
         if error.error_code == "INVALID_PARAMETER_VALUE":
@@ -97,10 +94,19 @@ def in_words(tracking_uri: str) -> Iterator[None]:
             raise _ConflictError(f"MLflow at {tracking_uri}: {error.message}") from error
         if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
             raise _not_let_in(tracking_uri, error.message) from error
-        if "while downloading" in error.message and os.strerror(errno.ENOSPC) in error.message:
-            with telling_full_disks(tempfile.gettempdir()):
-                raise OSError(errno.ENOSPC, error.message) from error
         raise _no_answer(tracking_uri, error.message) from error
+
+
+def _of_a_file(tracking_uri: str, text: str) -> TransPeftError:
+    """Return what went wrong with a file, of which MLflow's client keeps nothing but the text."""
+    status = re.search(r"(\d{3}) Client Error", text)
+    if status and status[1] == "404":
+        return NotFoundError(f"MLflow at {tracking_uri}: {text}")
+    if status and status[1] in ("401", "403"):
+        return _not_let_in(tracking_uri, text)
+    if os.strerror(errno.ENOSPC) in text:
+        return full_disk(tempfile.gettempdir(), text)
+    return _no_answer(tracking_uri, text)
 
 
 def _not_let_in(tracking_uri: str, found: object) -> AccessError:
@@ -207,8 +213,10 @@ class Tracking:
 
     def read_text(self, run_id: str, name: str) -> str:
         """Return a text file of a run. NotFoundError."""
+        # `client.download_artifacts` takes whatever goes wrong for a file that is not there.
+        folder_uri = self.client.get_run(run_id).info.artifact_uri
         with in_words(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
-            return Path(self.client.download_artifacts(run_id, name, folder)).read_text()
+            return self._download(f"{folder_uri}/{name}", folder).read_text()
 
     def system_metrics(self, run_id: str) -> SystemMetricsMonitor:
         """Return what samples this machine (processor, memory, devices) into a run, not started."""
@@ -318,9 +326,12 @@ class Tracking:
         # `models:/` URIs are resolved through MLflow's global state, so it is done here by hand.
         uri = self.client.get_model_version_download_uri(name, str(number))
         with in_words(self.uri):
-            found = mlflow.artifacts.download_artifacts(
-                uri, dst_path=str(folder), tracking_uri=self.uri, registry_uri=self.uri
-            )
+            return self._download(uri, str(folder))
+
+    def _download(self, uri: str, folder: str) -> Path:
+        found = mlflow.artifacts.download_artifacts(
+            uri, dst_path=folder, tracking_uri=self.uri, registry_uri=self.uri
+        )
         return Path(found)
 
 

@@ -1,0 +1,140 @@
+"""A real MLflow server behind a bad network: requests that fail, and work whose answer is lost.
+
+Every call is made again where its task would, and the registry ends as on a good day. One storm of
+ten seconds in every run; more with STORMS=20.
+"""
+
+import errno
+import os
+from dataclasses import replace
+
+import pytest
+
+from tests.edges.nouns import evaluation
+from tests.faults.proxy import Faults, Weather, proxied
+from tests.lifecycle.fleet import MemoryFleet
+from tests.lifecycle.test_two_worlds import Upgrade
+from trans_peft.edges.mlflow_catalog import MlflowCatalog
+from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
+from trans_peft.errors import AccessError, StoreError
+
+pytestmark = pytest.mark.servers
+
+STORMS = int(os.environ.get("STORMS", "1"))
+
+
+@pytest.fixture(autouse=True)
+def in_no_time(monkeypatch):
+    """MLflow's client waits between its attempts; the number of them stays."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
+
+
+class Again:
+    """A port whose every call is made again for as long as it says that nobody answers."""
+
+    def __init__(self, port):
+        self.port = port
+
+    def __getattr__(self, name):
+        method = getattr(self.port, name)
+
+        def call(*arguments, **options):
+            for _ in range(30):
+                try:
+                    return method(*arguments, **options)
+                except StoreError:
+                    pass
+            raise AssertionError(f"{name} never gets through")
+
+        return call
+
+
+def story(fleet):
+    """A person promotes, approves by hand and rolls back, and all of it is followed."""
+    upgrade = Upgrade(fleet)
+    fleet.promote(upgrade.v2)
+    upgrade.settle()
+    upgrade.click(upgrade.bad, 2)
+    upgrade.settle()
+    fleet.promote(upgrade.v1)
+    upgrade.settle()
+    return upgrade.state
+
+
+@pytest.mark.timeout(300 * STORMS)
+def test_whatever_fails_on_the_way_the_registry_ends_as_on_a_good_day(
+    servers, unique, tmp_path, monkeypatch
+):
+    expected = story(MemoryFleet.on_mlflow(tmp_path, f"{unique}-calm", servers.mlflow_url))
+    for seed in range(1, STORMS + 1):
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(seed % 2))
+        weather = Weather(seed, share=0.08)
+        with proxied(servers.mlflow_url, weather, keeps_host=False) as url:
+            fleet = MemoryFleet.on_mlflow(tmp_path, f"{unique}-{seed}", url)
+            person = MemoryFleet.on_mlflow(tmp_path, "", servers.mlflow_url).person
+            ports = fleet.platform
+            fleet.person = person
+            fleet.platform = replace(
+                ports, catalog=Again(ports.catalog), registry=Again(ports.registry)
+            )
+            assert story(fleet) == expected, seed
+        assert weather.met > 5
+
+
+@pytest.fixture
+def place(servers):
+    """A server behind a proxy, and what the proxy is to do wrong."""
+    faults = Faults()
+    with proxied(servers.mlflow_url, faults, keeps_host=False) as url:
+        yield url, faults
+
+
+KINDS = {
+    "500": (StoreError, "does not answer as it should"),
+    "reset": (StoreError, "does not answer as it should"),
+    "truncate": (StoreError, "does not answer as it should"),
+    "403": (AccessError, "does not let us in"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lasts_is_told_whatever_is_asked_for(place, servers, unique, kind):
+    url, faults = place
+    known = evaluation(unique)
+    MlflowEvaluations(servers.mlflow_url).put(known)
+    error, words = KINDS[kind]
+    asked = {
+        "": lambda: MlflowCatalog(url).families(),
+        "evaluation.json": lambda: MlflowEvaluations(url).get(known.key),
+        "/evaluation.json": lambda: MlflowEvaluations(url).put(evaluation(f"{unique}-more")),
+    }
+    if kind == "truncate":
+        del asked["/evaluation.json"]  # it was kept, whatever is missing of the answer
+    for path, ask in asked.items():
+        faults.kind, faults.left, faults.of = kind, 1000, path
+        with pytest.raises(StoreError, match=words) as caught:
+            ask()
+        assert type(caught.value) is error
+        assert "do:" in str(caught.value)
+        faults.left = 0
+        ask()
+
+
+def test_a_full_disk_is_not_blamed_on_the_server(servers, unique, monkeypatch):
+    store, known = MlflowEvaluations(servers.mlflow_url), evaluation(unique)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", full)
+        with pytest.raises(StoreError, match=r"the disk of .* is full"):
+            store.put(known)
+    store.put(known)
+    with monkeypatch.context() as patch:
+        repository = "mlflow.store.artifact.mlflow_artifacts_repo.MlflowArtifactsRepository"
+        patch.setattr(f"{repository}._download_file", full)
+        with pytest.raises(StoreError, match=r"the disk of .* is full"):
+            store.get(known.key)
+    assert store.get(known.key) == known
