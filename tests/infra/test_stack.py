@@ -358,7 +358,7 @@ def test_up_with_another_port_is_refused_while_it_runs(running):
 
 
 @pytest.mark.servers
-def test_a_run_that_its_worker_left_is_crashed_before_the_next_worker_starts(running):
+def test_a_run_that_its_worker_left_is_crashed_before_the_next_starts_and_looked_for(running):
     before = running.pids()["worker"]
     url = f"deployments/{running.deployment('transfer_shard')['id']}/create_flow_run"
     parameters = {"family": "f", "shard": [], "policy": {}}
@@ -371,6 +371,17 @@ def test_a_run_that_its_worker_left_is_crashed_before_the_next_worker_starts(run
     assert running.state(lost, until=["CRASHED"])["message"].startswith("The worker was stopped")
     assert running.state(waits, until=["SCHEDULED"])["type"] == "SCHEDULED"
     assert running.pids()["worker"] not in (0, before)
+    deadline = time.monotonic() + 60
+    while "AUTOMATION" not in who_started(running, "reconcile"):
+        assert time.monotonic() < deadline
+        time.sleep(0.25)
+
+
+def who_started(running, name):
+    of_it = {"deployment_id": {"any_": [running.deployment(name)["id"]]}}
+    return {
+        run["created_by"]["type"] for run in running.prefect("flow_runs/filter", flow_runs=of_it)
+    }
 
 
 @pytest.mark.servers
