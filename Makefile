@@ -16,7 +16,7 @@ help: ## show this
 	@echo "make demo         a real model, two adapters, a new version, every verdict (about 20 min)"
 	@echo "make demo-full    more tasks and adapters; no time limit, resumable"
 	@echo "make study        does Trans-PEFT help? hours; resumes where study/scores.jsonl ends"
-	@echo "make bench        what training and judging cost, as ratios (hours, quiet machine)"
+	@echo "make bench        what training, judging, downloads and hints cost (hours, quiet machine)"
 	@echo
 	@echo "  the platform on this machine: MLflow, Prefect, S3, one worker"
 	@echo "make up           start it, deploy prefect.yaml, wait until all are healthy"
@@ -60,12 +60,17 @@ demo-full: $(MODEL)
 study: $(MODEL)
 	$(BIN)/python -m study
 
-# The last two ask a real model; they train what they need and leave it in .study.
+# decode and validate ask a real model: they train what they need and leave it in .study. The bridge
+# has a stack of its own; the download asks the S3 server of `make up`, which stays up.
 bench: $(MODEL)
 	$(BIN)/python benchmarks/perturbation.py
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.validate
+	$(BIN)/python -m benchmarks.bridge
+	$(MAKE) up
+	eval "$$($(BIN)/python -m infra.stack env)" && \
+	  $(BIN)/python benchmarks/download.py s3://data/benchmark
 
 up down status: $(READY)
 	@$(BIN)/python -m infra.stack $@

@@ -1,16 +1,25 @@
-"""How long a hint takes: 1,000 at once, and one from MLflow to the first line of reconcile.
+"""How long a hint takes: a thousand at once, a promotion to reconcile, an upload to a verdict.
 
-    python benchmarks/bridge.py [--runs 20] [--hints 1000] [--bursts 5]
+    python -m benchmarks.bridge [--bursts 5] [--promotions 20] [--uploads 7] [--hints 1000] [--dry]
 
 On a stack of its own (`make up`, in a temporary folder, on free ports), with the settings of every
-stack. `bridge.p99_ms`: the slowest hundredth of a burst, over bursts; half of the hints are copies
-of others, of ten families. `trigger.alias_to_reconcile_s`: `champion` is set by MLflow's client
-until the run's state is Running, over runs that are over before the next, split by what Prefect and
-the bridge wrote down. `low` and `high` are the middle half.
+stack. `low` and `high` are the middle half; 0 leaves a part out.
+
+`bridge.p99_ms`: the slowest hundredth of a burst, over bursts. Ten families, every delivery twice,
+a connection each, from this machine. A hint that is answered 503 comes again after a second, and
+its time goes on.
+
+`trigger.alias_to_reconcile_s`: `champion` is set by MLflow's client until the state of the run is
+Running, split by what Prefect and the bridge wrote down.
+
+`trigger.upload_to_first_verdict_s`: boto3 puts the manifest of a tiny base, after its files, until
+the first of two adapters has its verdict on it in MLflow. `to_reconcile` and `to_shard` are a poll
+of the worker, the start of a process and its imports; `ingest` is also the plan.
 """
 
 import argparse
 import asyncio
+import io
 import json
 import os
 import signal
@@ -18,177 +27,267 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
-from ratios import record
-
+from benchmarks.ratios import record
 from infra.bridge.senders import sign
 from infra.stack.machine import free_ports
 from infra.stack.settings import StackSettings
 from infra.stack.stack import down, up
+from tests.stories.place import RECIPE, Stack, rows, wait_until, write_update
+from tests.tiny import write_tiny_base
+from trans_peft.bases.fingerprint import fingerprint
+from trans_peft.bases.publish import publish
+from trans_peft.domain.base import Manifest
+from trans_peft.edges.file_store import FileStore
+from trans_peft.edges.mlflow_catalog import MlflowCatalog
 
 FAMILIES = [f"bench-{n}" for n in range(10)]
+ADAPTERS = ("parity", "parity-again")
+PROMOTION = ("webhook", "run_creation", "poll", "process_and_imports")
+UPLOAD = ("hint", "to_reconcile", "ingest", "to_shard", "verdict")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--runs", type=int, default=20)
-    options.add_argument("--hints", type=int, default=1000)
     options.add_argument("--bursts", type=int, default=5)
+    options.add_argument("--promotions", type=int, default=20)
+    options.add_argument("--uploads", type=int, default=7)
+    options.add_argument("--hints", type=int, default=1000)
     options.add_argument("--dry", action="store_true", help="print, and leave results.json alone")
     chosen = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stack ends with us
-    keep = (lambda name, entry, facts: print(name, entry, facts)) if chosen.dry else record
-    facts = {
-        "machine": f"{os.cpu_count()} cores",
-        "prefect": version("prefect"),
-        "mlflow": version("mlflow"),
-    }
-    with tempfile.TemporaryDirectory(prefix="tp-bench-") as folder:
-        s3, mlflow, prefect, bridge = free_ports(4)
-        settings = StackSettings(
-            Path(folder) / "state",
-            s3_port=s3,
-            mlflow_port=mlflow,
-            prefect_port=prefect,
-            bridge_port=bridge,
-        )
-        up(settings, print)
-        try:
-            stack = Stack(settings)
-            stack.register()
-            stack.settle()
-            taken = [stack.promotion(n) for n in range(chosen.runs)]
-            for part in ("all", *PARTS):
-                name = "trigger.alias_to_reconcile_s"
-                name += "" if part == "all" else f".{part}"
-                keep(name, middle([one[part] for one in taken]), facts)
-            bursts = [asyncio.run(stack.burst(chosen.hints, n)) for n in range(chosen.bursts)]
-            shape = {"shape": f"{chosen.hints} hints at once, {len(FAMILIES)} families"}
-            for name, at in (("p50", 50), ("p99", 99)):
-                values = [statistics.quantiles(burst, n=100)[at - 1] * 1000 for burst in bursts]
-                keep(f"bridge.{name}_ms", middle(values), {**facts, **shape})
-        finally:
-            down(settings, print)
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    names = ("prefect", "mlflow")
+    facts = {"machine": f"{os.cpu_count()} cores", **{name: version(name) for name in names}}
+
+    def keep(name: str, values: Sequence[float], **more: str) -> None:
+        if chosen.dry:
+            print(name, middle(values), more, flush=True)
+        else:
+            record(name, middle(values), {**facts, **more})
+
+    def keep_split(name: str, parts: Sequence[str], taken: Sequence[Mapping[str, float]]) -> None:
+        for part in ("all", *parts) if taken else ():
+            keep(name if part == "all" else f"{name}.{part}", [one[part] for one in taken])
+
+    with tempfile.TemporaryDirectory(prefix="tp-bench-") as folder, running(Path(folder)) as stack:
+        bench = Bench(stack, Path(folder))
+        if chosen.bursts or chosen.promotions:
+            bench.make_families()
+        bursts = [bench.burst(chosen.hints, n) for n in range(chosen.bursts)]
+        again = sum(times for _, times in bursts)
+        shape = f"{chosen.hints} hints at once, {len(FAMILIES)} families; {again} answers were 503"
+        for name, at in (("p50", 50), ("p99", 99)) if bursts else ():
+            values = [statistics.quantiles(burst, n=100)[at - 1] * 1000 for burst, _ in bursts]
+            keep(f"bridge.{name}_ms", values, shape=shape)
+        promotions = [bench.promotion(n) for n in range(chosen.promotions)]
+        keep_split("trigger.alias_to_reconcile_s", PROMOTION, promotions)
+        if chosen.uploads:
+            bench.make_fleet()
+        uploads = [bench.upload(n) for n in range(2, 2 + chosen.uploads)]
+        keep_split("trigger.upload_to_first_verdict_s", UPLOAD, uploads)
 
 
-PARTS = ("webhook", "run_creation", "poll", "process_and_imports")
+@contextmanager
+def running(folder: Path) -> Iterator[Stack]:
+    s3, mlflow, prefect, bridge = free_ports(4)
+    settings = StackSettings(
+        folder / "state", s3_port=s3, mlflow_port=mlflow, prefect_port=prefect, bridge_port=bridge
+    )
+    up(settings, print)
+    try:
+        yield Stack(settings)
+    finally:
+        down(settings, print)
 
 
-class Stack:
+class Bench:
     """A running stack, asked as its clients ask it."""
 
-    def __init__(self, settings: StackSettings) -> None:
-        self._settings = settings
-        self._mlflow = httpx.Client(base_url=f"{settings.urls['mlflow']}/api/2.0/mlflow/")
-        self._prefect = httpx.Client(base_url=f"{settings.urls['prefect']}/api/", timeout=60)
+    def __init__(self, stack: Stack, folder: Path) -> None:
+        self._stack = stack
+        self._folder = folder
+        self._log = stack.settings.logs / "bridge.log"
+        self._read = 0  # bytes of the bridge's log
 
-    def register(self) -> None:
-        """Make base families with two versions each; what they point at is not there."""
-        tags = [{"key": "trans_peft.kind", "value": "base"}]
-        for name in FAMILIES:
-            self._post("registered-models/create", {"name": name, "tags": tags})
-            for number in (1, 2):
-                source = f"s3://bases/{name}/v{number}"
-                ours = [{"key": "trans_peft.family", "value": name}]
-                self._post("model-versions/create", {"name": name, "source": source, "tags": ours})
+    def make_families(self) -> None:
+        """Make base families with two ready versions each, and no adapter."""
+        content = fingerprint(str(write_tiny_base(self._folder / "content")), FileStore())
+        catalog = MlflowCatalog(self._stack.settings.urls["mlflow"])
+        for family in FAMILIES:
+            for name in ("v1", "v2"):
+                uri = f"s3://data/{family}/{name}"
+                catalog.make_ready(
+                    family, name, uri, fingerprint=content, parent=None, source="benchmark"
+                )
+        self._settle()
 
-    def settle(self) -> None:
-        """Wait until no run is due or at work."""
-        states = {"type": {"any_": ["PENDING", "RUNNING"]}}
-        due = {"type": {"any_": ["SCHEDULED"]}}
-        while True:
-            soon = {"before_": datetime.fromtimestamp(time.time() + 20).astimezone().isoformat()}
-            work = self._runs(state=states) + self._runs(state=due, expected_start_time=soon)
-            if not work:
-                return
-            time.sleep(0.5)
+    def make_fleet(self) -> None:
+        """Make a tiny base that serves, and two adapters that were trained on it."""
+        stack = self._stack
+        for name, text in (("train", rows(0, 64)), ("eval", rows(100, 24))):
+            stack.s3.upload_fileobj(io.BytesIO(text.encode()), "data", f"{name}.jsonl")
+        self._put(write_tiny_base(self._folder / "v1"), "v1")
+        wait_until(lambda: stack.mlflow.search_model_versions("name='tiny'"), patience_s=300)
+        self._settle()
+        stack.champion("1")
+        for adapter in ADAPTERS:
+            state = stack.run("train-adapter", recipe=RECIPE | {"adapter": adapter})
+            if state["type"] != "COMPLETED":
+                raise RuntimeError(f"{adapter} was not trained: {state}")
+        self._settle()
+
+    def burst(self, hints: int, number: int) -> tuple[list[float], int]:
+        """Send so many hints at once; return the seconds of each, and how many answers were 503."""
+        port = self._stack.settings.bridge_port
+        secret = self._stack.settings.secrets.bridge_mlflow_secret
+        requests = [_request(secret, number, n // 2) for n in range(hints)]
+        again = 0
+
+        async def send(request: bytes) -> float:
+            nonlocal again
+            began = time.perf_counter()
+            while True:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(request)
+                status = (await reader.read()).split(b" ", 2)[1]
+                writer.close()
+                if status == b"200":
+                    return time.perf_counter() - began
+                if status != b"503":
+                    raise RuntimeError(f"a hint was answered {status!r}")
+                again += 1
+                await asyncio.sleep(1)
+
+        async def all_at_once() -> list[float]:
+            return await asyncio.gather(*(send(request) for request in requests))
+
+        taken = asyncio.run(all_at_once())
+        self._settle()
+        return taken, again
 
     def promotion(self, number: int) -> dict[str, float]:
         """Set `champion` and return the seconds until its run's first line, and what they were."""
-        family = FAMILIES[0]
-        wish = {"name": family, "alias": "champion", "version": str(1 + number % 2)}
         set_at = time.time()
-        self._post("registered-models/alias", wish)
-        line = self._log_line(set_at)
-        run = self._begun(line["run"])
-        history = self._history(line["run"])
-        answered = _seconds(line["time"])
-        created, pending, running = _seconds(run["created"]), history["PENDING"], history["RUNNING"]
-        self.settle()
-        return {
-            "all": running - set_at,
-            "webhook": answered - line["seconds"] - set_at,
-            "run_creation": created - (answered - line["seconds"]),
-            "poll": pending - created,
-            "process_and_imports": running - pending,
-        }
+        self._stack.champion(str(1 + number % 2), FAMILIES[0])
+        hint = self._hint("champion")
+        run = self._began(hint["run"])
+        states = self._stack.prefect("GET", f"flow_run_states/?flow_run_id={hint['run']}")
+        at = {state["type"]: _seconds(state["timestamp"]) for state in states}
+        heard, created = _seconds(hint["time"]) - hint["seconds"], _seconds(run["created"])
+        self._settle()
+        return _split(PROMOTION, (set_at, heard, created, at["PENDING"], at["RUNNING"]))
 
-    async def burst(self, hints: int, number: int) -> list[float]:
-        """Send so many hints at once and return the seconds until each was answered 200."""
-        secret = self._settings.secrets.bridge_mlflow_secret
-        limits = httpx.Limits(max_connections=hints)
-        url = self._settings.urls["bridge"]
-        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as bridge:
+    def upload(self, number: int) -> dict[str, float]:
+        """Upload a base; return the seconds from its manifest to its first verdict, and a split."""
+        name = f"v{number}"
+        put_at = self._put(write_update(self._folder / name, seed=number), name)
+        hint = self._hint("upload")
+        stack, judged = self._stack, []
 
-            async def send(n: int) -> float:
-                delivery_id = f"burst-{number}-{n // 2}"  # every delivery twice
-                data = {"name": FAMILIES[n // 2 % len(FAMILIES)], "alias": "champion"}
-                body = {"entity": "model_version_alias", "action": "deleted", "data": data}
-                content, at = json.dumps(body).encode(), str(int(time.time()))
-                headers = {
-                    "Content-Type": "application/json",
-                    "X-MLflow-Delivery-Id": delivery_id,
-                    "X-MLflow-Timestamp": at,
-                    "X-MLflow-Signature": sign(secret, delivery_id, at, content),
-                }
-                began = time.perf_counter()
-                while True:
-                    answer = await bridge.post("/hints/mlflow", content=content, headers=headers)
-                    if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
-                        break
-                    await asyncio.sleep(1)  # as a sender comes again
-                answer.raise_for_status()
-                return time.perf_counter() - began
+        def verdict() -> bool:
+            found = [
+                version.tags
+                for adapter in ADAPTERS
+                for version in stack.mlflow.search_model_versions(f"name='{adapter}'")
+            ]
+            judged[:] = [
+                tags
+                for tags in found
+                if tags.get("trans_peft.base_version") == name and "trans_peft.verdict" in tags
+            ]
+            return bool(judged)
 
-            taken = await asyncio.gather(*(send(n) for n in range(hints)))
-        self.settle()
-        return list(taken)
+        wait_until(verdict, patience_s=600)
+        judged_at = time.time()
+        run = self._began(hint["run"])
+        shards = self._runs(tags={"all_": ["family:tiny"]})
+        created = {_seconds(shard["created"]): shard for shard in shards}
+        shard = created[min(at for at in created if at > put_at)]
+        self._settle()
+        moments = (shard["created"], shard["start_time"])
+        moments = (run["created"], run["start_time"], *moments)
+        return _split(UPLOAD, (put_at, *map(_seconds, moments), judged_at))
 
-    def _log_line(self, since: float) -> dict[str, Any]:
-        """Return what the bridge logged of the champion set at this time."""
-        log = self._settings.logs / "bridge.log"
+    def _put(self, folder: Path, name: str) -> float:
+        """Upload a folder as a plain client does, the manifest last; return when that began."""
+        local = f"{folder}-published"
+        publish(folder, local, family="tiny", version=name, store=FileStore())
+        began = 0.0
+        files = sorted(Path(local).iterdir(), key=lambda file: file.name == Manifest.FILE_NAME)
+        for file in files:
+            began = time.time()
+            self._stack.s3.upload_file(str(file), "bases", f"tiny/{name}/{file.name}")
+        return began
+
+    def _settle(self) -> None:
+        """Wait until no run is due or at work, and read the bridge's log up to here."""
+        at_work = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+        due = {"state": {"type": {"any_": ["SCHEDULED"]}}}
         while True:
-            for text in reversed(log.read_text().splitlines()):
-                line = json.loads(text)
-                if line.get("kind") == "champion" and _seconds(line["time"]) > since:
-                    return line
-            time.sleep(0.02)
+            soon = datetime.fromtimestamp(time.time() + 20).astimezone().isoformat()
+            if not self._runs(**at_work) + self._runs(**due, expected_start_time={"before_": soon}):
+                break
+            time.sleep(0.5)
+        self._read = self._log.stat().st_size
 
-    def _begun(self, run_id: str) -> dict[str, Any]:
+    def _hint(self, kind: str) -> dict[str, Any]:
+        """Return what the bridge logs next of a hint of this kind."""
+        found: list[dict[str, Any]] = []
+
+        def logged() -> bool:
+            text = self._log.read_bytes()[self._read :].decode()
+            lines = (json.loads(line) for line in text.splitlines() if line.endswith("}"))
+            found[:] = [line for line in lines if line.get("kind") == kind and line.get("run")]
+            return bool(found)
+
+        wait_until(logged)
+        return found[0]
+
+    def _began(self, run_id: str) -> dict[str, Any]:
+        """Return the run once it has started."""
         while True:
-            (run,) = self._runs(id={"any_": [run_id]})
+            run = self._stack.prefect("GET", f"flow_runs/{run_id}")
             if run["start_time"]:
                 return run
             time.sleep(0.1)
 
-    def _history(self, run_id: str) -> dict[str, float]:
-        found = self._prefect.get("flow_run_states/", params={"flow_run_id": run_id})
-        return {
-            state["type"]: _seconds(state["timestamp"]) for state in found.raise_for_status().json()
-        }
-
     def _runs(self, **wanted: Any) -> list[dict[str, Any]]:
-        found = self._prefect.post("flow_runs/filter", json={"flow_runs": wanted, "limit": 200})
-        return found.raise_for_status().json()
+        return self._stack.prefect(
+            "POST", "flow_runs/filter", json={"flow_runs": wanted, "limit": 200}
+        )
 
-    def _post(self, path: str, body: dict[str, Any]) -> None:
-        self._mlflow.post(path, json=body, timeout=60).raise_for_status()
+
+def _request(secret: str, burst: int, delivery: int) -> bytes:
+    """Return MLflow's webhook for a champion that was taken away, as bytes of HTTP."""
+    data = {"name": FAMILIES[delivery % len(FAMILIES)], "alias": "champion"}
+    event = {"entity": "model_version_alias", "action": "deleted", "data": data}
+    body, at = json.dumps(event).encode(), str(int(time.time()))
+    name = f"burst-{burst}-{delivery}"
+    head = {
+        "Host": "bridge",
+        "Connection": "close",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "X-MLflow-Delivery-Id": name,
+        "X-MLflow-Timestamp": at,
+        "X-MLflow-Signature": sign(secret, name, at, body),
+    }
+    lines = ["POST /hints/mlflow HTTP/1.1", *(f"{k}: {v}" for k, v in head.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def _split(parts: Sequence[str], moments: Sequence[float]) -> dict[str, float]:
+    """Return the seconds between neighbouring moments by name, and all of them."""
+    steps = [later - earlier for earlier, later in pairwise(moments)]
+    return {"all": moments[-1] - moments[0], **dict(zip(parts, steps, strict=True))}
 
 
 def middle(values: Sequence[float]) -> dict[str, float]:
