@@ -208,7 +208,14 @@ class TestMlflow:
 
         return Place(MlflowCatalog(servers.mlflow_url), unique, MlflowPerson())
 
-    def test_what_a_killed_ingestion_left_is_completed_not_doubled(self, place, monkeypatch):
+    @pytest.mark.parametrize(
+        "found_as",
+        [{}, {"number": 1, "source": "registered"}],
+        ids=["an-upload", "a-registered-version"],
+    )
+    def test_what_a_killed_ingestion_left_is_completed_not_doubled(
+        self, place, monkeypatch, found_as
+    ):
         from trans_peft.edges.mlflow_client import Tracking
 
         def killed(self, name, number, tags):
@@ -218,10 +225,13 @@ class TestMlflow:
             patch.setattr(Tracking, "tag_version", killed)
             place.publish("v1")
         assert [b.ready for b in place.catalog.versions(place.family)] == [False]
-        base = place.publish("v1")
+        # what is not ready is found again among the versions that people register
+        base = place.publish("v1", **found_as)
         assert (base.number, base.ready) == (1, True)
         assert place.catalog.versions(place.family) == (base,)
         assert place.catalog.fingerprint(base) == fingerprint()
+        tags = place.person.client.get_model_version(place.family, "1").tags
+        assert tags["trans_peft.source"] == "upload"
 
     @pytest.mark.parametrize("seeds", [(1, 1), (1, 2)], ids=["the-same", "two-contents"])
     def test_two_processes_that_both_looked_before_either_made_settle_for_one(

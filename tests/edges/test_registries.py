@@ -404,6 +404,20 @@ class TestMlflow:
             "first_seen": "2026-11-24T00:00:00+00:00",
         }  # fmt: skip
 
+    def test_a_verdict_that_was_cut_off_before_its_tag_is_kept_in_one_run(self, place, monkeypatch):
+        first = place.trained()
+        verdicts = (Verdict.INCOMPATIBLE, Verdict.FAILED)
+        for verdict in verdicts:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(place.registry._tracking, "tag_version", _interrupted)
+                place.registry.record(outcome(first, verdict))
+            place.registry.record(outcome(first, verdict))
+        client = place.person.client
+        experiment = client.get_experiment_by_name("trans-peft/transfers").experiment_id
+        runs = client.search_runs([experiment], f"tags.`trans_peft.adapter` = '{place.adapter}'")
+        kept = [run.data.tags["trans_peft.verdict"] for run in runs]
+        assert sorted(kept) == ["failed", "failed", "incompatible"]  # each attempt is its own
+
     def test_a_long_outcome_fits_into_its_tag_and_is_whole_in_its_run(self, place):
         first = place.trained()
         long = outcome(first, Verdict.INCOMPATIBLE)
@@ -418,6 +432,10 @@ class TestMlflow:
         assert run.data.metrics["exceptions/lower"] == -4.5
         text = Path(client.download_artifacts(run.info.run_id, "outcome.json")).read_text()
         assert text.count("layer ") == 500
+
+
+def _interrupted(*arguments):
+    raise KeyboardInterrupt
 
 
 def _only_once(remember):

@@ -110,8 +110,11 @@ class MlflowCatalog:
             "fingerprint_run": run_id,
         }
         if number is not None:
-            elsewhere = uri if uri.rstrip("/") != known[number].uri.rstrip("/") else None
-            self._tracking.tag_version(family, number, {"uri": elsewhere, **tags})
+            begun = known[number]
+            if (begun.version, begun.fingerprint_sha256) != (version, fingerprint.digest):
+                elsewhere = uri if uri.rstrip("/") != begun.uri.rstrip("/") else None
+                self._tracking.tag_version(family, number, {"uri": elsewhere, **tags})
+            # else all but `ready` was written before, and says where the version is from
         elif not self._claims(family, version):
             number = self._tracking.make_version(family, uri, tags)
         winner = self._claims(family, version)[0]

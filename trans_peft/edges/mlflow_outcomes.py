@@ -2,7 +2,8 @@
 
 The run (experiment `trans-peft/transfers`) holds `outcome.json` with every item, and the figures as
 metrics. The tag `outcome.on-<base>` on the version holds what reconcile needs, so that a fleet is
-read without fetching a file. It is written last: an outcome that is not there yet is made again.
+read without fetching a file. It is written last: an outcome that is not there yet is made again,
+and a verdict whose run is finished is not given a second one.
 """
 
 import json
@@ -12,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from trans_peft.domain.base import serving_alias
+from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_nouns import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking, own_tags
@@ -41,12 +43,17 @@ class MlflowOutcomes:
             "family": outcome.family,
             "base": outcome.base_version,
             "base_fingerprint": outcome.base_fingerprint_sha256,
+            "weights_sha256": outcome.weights_sha256,
             "verdict": outcome.verdict.value,
+            "verdict_key": outcome.verdict_key,
         }
-        name = f"{outcome.adapter} on {outcome.base_version}"
-        with self._tracking.run("transfers", name, tags) as run_id:
-            self._tracking.write_text(run_id, _FILE, to_json(TransferOutcome, outcome))
-            self._tracking.log_metrics(run_id, _figures(outcome), step=0, time_ms=time_ms)
+        again = outcome.verdict is not Verdict.FAILED  # every attempt that failed is its own
+        run_id = self._tracking.oldest_run("transfers", tags) if again else None
+        if run_id is None:
+            name = f"{outcome.adapter} on {outcome.base_version}"
+            with self._tracking.run("transfers", name, tags) as run_id:
+                self._tracking.write_text(run_id, _FILE, to_json(TransferOutcome, outcome))
+                self._tracking.log_metrics(run_id, _figures(outcome), step=0, time_ms=time_ms)
         verdict = {"verdict": outcome.verdict.value}
         if outcome.new_number is None:
             verdict = {f"verdict.{base}": outcome.verdict.value}
