@@ -145,10 +145,10 @@ def telling_full_disks(folder: str | Path) -> Iterator[None]:
 
 
 def full_disk(folder: str | Path, found: object) -> StoreError:
-    """Return the error about the disk of a folder for files that soon are gone."""
+    """Return the error about the full disk of a worker's folder, temporary or its own."""
     return StoreError(
         f"the disk of {folder} is full",
-        expected="room for files that are gone when this is over",
+        expected="room for what a worker writes down while it works",
         found=found,
-        do="free some room on it, or set TMPDIR to a folder on a larger disk",
+        do="free some room on it, or let TMPDIR or TRANS_PEFT_STATE lie on a larger one",
     )

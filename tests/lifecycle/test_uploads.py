@@ -1,5 +1,6 @@
 """Uploads in any order, by halves, twice, rewritten: what the registry holds in the end."""
 
+import errno
 import hashlib
 import io
 import json
@@ -228,6 +229,21 @@ def test_the_same_version_with_other_content_is_refused_once_and_nothing_changes
     assert "publish it under a new version" in said
     assert reconcile(platform) == []
     assert registered(platform) == before
+
+
+def test_a_refusal_is_told_though_a_full_disk_forgets_it(platform, monkeypatch):
+    put(platform, WHOLE | {"config.json": b"{}"})
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", full_disk)
+        first, second = reconcile(platform), reconcile(platform)
+    assert first == second
+    assert "config.json" in first[0]
+    assert reconcile(platform) == first
+    assert reconcile(platform) == []
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_the_same_upload_in_another_place_is_the_same_version_and_not_read_again(platform):

@@ -7,6 +7,7 @@ beside it, and that is what becomes the base version.
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from trans_peft.errors import (
     NotFoundError,
     StoreError,
     UploadError,
+    telling_full_disks,
 )
 from trans_peft.ports import Platform, StoredFile
 
@@ -116,7 +118,7 @@ def _publish_converted(upload: Upload, platform: Platform) -> str:
     uri = converted_uri(upload.uri)
     folder = platform.work_dir / "converted" / content_sha256(upload.uri)[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(folder.with_suffix(".lock")), telling_full_disks(folder.parent):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             manifest = convert(upload.uri, platform.store, folder)
@@ -171,5 +173,6 @@ def _memo(upload: Upload, platform: Platform) -> Path:
 
 
 def _remember(memo: Path, upload: Upload, why: str) -> None:
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    memo.write_text(json.dumps({"upload": str(upload), "uri": upload.uri, "why": why}))
+    with suppress(OSError):  # a full disk: the next look reads the upload once more
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        memo.write_text(json.dumps({"upload": str(upload), "uri": upload.uri, "why": why}))

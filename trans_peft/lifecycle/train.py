@@ -10,6 +10,7 @@ from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.errors import telling_full_disks
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
@@ -44,12 +45,14 @@ def job_on(
 ) -> TrainingJob:
     """Return the training of a resolved recipe on its base, in a folder named by its hash."""
     work_dir = platform.work_dir / "training" / recipe.sha256[:16]
+    with telling_full_disks(platform.work_dir):
+        data_file = write_examples(examples, work_dir / "data.jsonl")
     return TrainingJob(
         recipe=recipe,
         base_folder=base_folder(base, platform),
         base_name=base.uri,
         base_revision=base.fingerprint_sha256,
-        data_file=write_examples(examples, work_dir / "data.jsonl"),
+        data_file=data_file,
         work_dir=work_dir,
     )
 
