@@ -79,6 +79,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="tp-bench-") as folder, running(Path(folder)) as stack:
         bench = Bench(stack, Path(folder))
+        if chosen.uploads:
+            bench.make_fleet()
+        uploads = [bench.upload(n) for n in range(2, 2 + chosen.uploads)]
+        keep_split("trigger.upload_to_first_verdict_s", UPLOAD, uploads)
         if chosen.bursts or chosen.promotions:
             bench.make_families()
         bursts = [bench.burst(chosen.hints, n) for n in range(chosen.bursts)]
@@ -89,10 +93,6 @@ def main() -> None:
             keep(f"bridge.{name}_ms", values, shape=shape)
         promotions = [bench.promotion(n) for n in range(chosen.promotions)]
         keep_split("trigger.alias_to_reconcile_s", PROMOTION, promotions)
-        if chosen.uploads:
-            bench.make_fleet()
-        uploads = [bench.upload(n) for n in range(2, 2 + chosen.uploads)]
-        keep_split("trigger.upload_to_first_verdict_s", UPLOAD, uploads)
 
 
 @contextmanager

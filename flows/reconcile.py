@@ -89,8 +89,6 @@ class _Family:
                 f"shard {end.name}: {end.state_name}, left for the next run {end.message}".strip()
             )
             self.left |= {work.key: told for work in shards.left_undone([end], plan)}
-        reporting.publish_plan(plan)
-        reporting.publish_fleet(self.name, changes)
 
         under_way = shards.under_way(self.name, self.policy)
         for shard in (waste := shards.superfluous(plan, under_way)):
@@ -108,6 +106,8 @@ class _Family:
             if not remedies.start_training(recipe, self.policy)
         ]
         self.problems = (*self._problems(plan, changes), *untrained)
+        reporting.publish_plan(plan)  # what people read waits for what is started, not it for them
+        reporting.publish_fleet(self.name, changes)
 
     def _problems(self, plan: Plan, changes: FleetChanges) -> Iterator[str]:
         if changes.refused:
