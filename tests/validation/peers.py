@@ -9,12 +9,10 @@ output counts as wrong.
 import json
 import math
 import re
-import unicodedata
-from fractions import Fraction
 
+from tests.validation import metamath
+from tests.validation.metamath import MARKER
 from trans_peft.validation.sandbox.run import run_code
-
-MARKER = "The answer is: "
 
 # What LLM-Adapters' `extract_answer` looks for (commomsense_evaluate.py), by data set.
 LLM_ADAPTERS = {
@@ -38,45 +36,11 @@ def llm_adapters(pattern):
     return right
 
 
-def metamath_number(completion):
-    """`extract_answer_number` of MetaMath's eval_gsm8k.py."""
-    parts = completion.split(MARKER)
-    if len(parts) < 2:
-        return None
-    match = re.search(r"[\-+]?\d*[\.,/]?\d+", parts[-1].strip())
-    if not match:
-        return None
-    if "/" in match.group():
-        numerator, denominator = match.group().split("/")[:2]
-        if not (_is_number(denominator) and _is_number(numerator)):
-            return None
-        if denominator == "0":
-            return round(float(numerator.replace(",", "")))
-        fraction = Fraction(match.group().replace(",", ""))
-        return round(float(fraction.numerator / fraction.denominator))
-    if float(match.group().replace(",", "")) == math.inf:
-        return None
-    return round(float(match.group().replace(",", "")))
-
-
-def _is_number(text):
-    try:
-        float(text)
-        return True
-    except ValueError:
-        pass
-    try:
-        unicodedata.numeric(text)
-        return True
-    except (TypeError, ValueError):
-        return False
-
-
 def paper_gsm8k(output, reference):
     """The paper's `gsm8k_infer.py`: MetaMath's number, or a hundredth or hundredfold of it."""
     wanted = int(reference.split(MARKER)[-1].replace(",", ""))
     try:
-        number = metamath_number(output)
+        number = metamath.number(output)
     except (OverflowError, ValueError, ZeroDivisionError):
         return False
     return number is not None and any(

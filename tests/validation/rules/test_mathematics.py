@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.validation import peers
-from tests.validation.peers import MARKER
+from tests.validation import metamath, peers
+from tests.validation.metamath import MARKER
 from trans_peft.validation.rules import mathematics
 from trans_peft.validation.rules.mathematics import equal, math_verify
 from trans_peft.validation.rules.paper import paper_gsm8k, paper_math
@@ -135,6 +135,13 @@ def test_answers_are_compared_as_math_verify_does_by_itself(output, wanted):
 )
 def test_math_is_compared_as_loosely_as_in_the_paper(answer, reference, right):
     assert paper_math(f"so\n{MARKER}{answer}", f"{MARKER}{reference}") == (100 if right else 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(FINAL, max_size=6).map("".join), st.sampled_from(["18", "\\frac{1}{2}", "(1,18)"]))
+def test_the_papers_marking_of_math_is_nowhere_stricter_than_metamaths(output, wanted):
+    if metamath.math_problem(MARKER + output, MARKER + wanted):
+        assert paper_math(MARKER + output, MARKER + wanted) == 100
 
 
 @settings(max_examples=60, deadline=None)
