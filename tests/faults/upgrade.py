@@ -45,7 +45,7 @@ from trans_peft.ports import Platform
 AWAY = (BotoCoreError, ClientError, MlflowException, httpx.HTTPError, OSError)
 """What a client sees of a server that is away, or was a moment ago."""
 
-PATIENCE_S = 900
+PATIENCE_S = 1800
 QUESTIONS = "s3://data/faults.jsonl"
 _TRIGGERS = """
 CREATE TABLE IF NOT EXISTS moves (name TEXT, alias TEXT, number TEXT);
