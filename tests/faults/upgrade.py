@@ -247,15 +247,23 @@ def final_state(family):
 
     The registered models, their versions with tags and aliases (verdicts, outcomes, lineage), where
     each alias was put in turn, and what was evaluated and judged how often. Left out: times, how
-    many attempts a verdict took, and what was begun and never finished (MLflow runs of killed
-    processes). Two things that are no comparison are asserted: each verdict's key is that of its
-    evaluations and policy, and every run that a tag names is there and finished.
+    many attempts a verdict took, what was begun and never finished (MLflow runs of killed
+    processes), and what is hidden: a version whose registration lost its answer is made again, and
+    all but the lowest are tagged superseded. Two things that are no comparison are asserted: each
+    verdict's key is that of its evaluations and policy, and every run that a tag names is there and
+    finished.
     """
     client = family.stack.mlflow
     names = (family.name, *family.adapters)
     models = {name: client.get_registered_model(name) for name in names}
     found = {
-        name: client.search_model_versions(f"name='{name}'", order_by=["version_number ASC"])
+        name: [
+            version
+            for version in client.search_model_versions(
+                f"name='{name}'", order_by=["version_number ASC"]
+            )
+            if "trans_peft.superseded" not in version.tags
+        ]
         for name in names
     }
     words = {family.name: "FAMILY", str(family.folder.parent): "FOLDER"}
