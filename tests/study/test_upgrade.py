@@ -40,13 +40,17 @@ def test_a_row_has_the_old_score_and_figures_and_verdict_on_each_update():
 def test_the_bare_base_and_the_verdicts_are_counted_below():
     said = table(fleet((PASSED, RETUNE), (RETUNE, RETUNE)))
     assert "| no adapter | | 1.5 | 1.5 |" in said
-    assert said.endswith(f"on {UPDATES[0]}: 1 needs-retuning, 1 passed; on ffn: 2 needs-retuning.")
+    first, second = UPDATES
+    assert said.endswith(f"on {first}: 1 needs-retuning, 1 passed; on {second}: 2 needs-retuning.")
 
 
 def test_an_adapter_without_a_verdict_is_no_row():
-    with pytest.raises(NotFoundError, match="a0 has no figures on ffn"):
+    with pytest.raises(NotFoundError, match=f"a0 has no figures on {UPDATES[1]}"):
         table(fleet((PASSED, None)))
 
 
 def test_verdicts_are_counted_by_base():
-    assert counted(fleet((PASSED, PASSED))) == "on all: 1 passed; on ffn: 1 passed"
+    first, second = UPDATES
+    assert (
+        counted(fleet((PASSED, RETUNE))) == f"on {first}: 1 passed; on {second}: 1 needs-retuning"
+    )
