@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from infra.stack.settings import StackSettings
-from tests.faults.upgrade import Upgrade, final_state, keep_history, make_family
+from tests.faults.upgrade import Upgrade, final_state, insist, keep_history, make_family
 from tests.stories.conftest import stack as fresh
 from tests.stories.place import LENIENT, Stack
 
@@ -37,7 +37,7 @@ def stack(request):
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # `insist` asks again
         patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         patch.setenv("NO_PROXY", os.environ.get("NO_PROXY", "") + ",127.0.0.1")
-        started.decide_by(policy=LENIENT)
+        insist(lambda: started.decide_by(policy=LENIENT))
         keep_history(started)
         yield started
 
