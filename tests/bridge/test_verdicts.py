@@ -3,16 +3,17 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 from prefect.events import Event
 
 from infra.bridge.metrics import Metrics
 from infra.bridge.verdicts import Verdicts
-from tasks import events, origin
+from tasks import events, origin, shards
 from tasks.origin import Origin
 from tests.edges.nouns import draft, outcome, peft_folder
-from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.evaluation import GatePolicy, Verdict
 
 NOW = datetime.now(UTC)
 HINT = Origin("d-1", "upload", NOW - timedelta(seconds=40))
@@ -98,6 +99,17 @@ def test_tags_that_say_it_by_half_say_nothing(tags):
 
 def test_a_run_hands_its_hint_on_and_nothing_else(told):
     assert origin.handed_on() == HINT.tags
+
+
+def test_a_shard_goes_back_to_the_hint_of_the_run_that_started_it(told, monkeypatch):
+    started = []
+    made = SimpleNamespace(id=uuid4(), state=None)
+    monkeypatch.setattr(
+        shards, "run_deployment", lambda name, **rest: started.append(rest["tags"]) or made
+    )
+    shards.start("smol", (), GatePolicy())
+    assert {*HINT.tags, "family:smol"} < {*started[0]}
+    assert Origin.of_tags(started[0]) == HINT
 
 
 def test_a_run_outside_of_prefect_goes_back_to_no_hint():
