@@ -32,6 +32,7 @@ from tests.faults.upgrade import (
     make_family,
     promotions,
 )
+from tests.stories.place import wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(4 * 3600)]
 
@@ -105,21 +106,21 @@ class Trial:
         self.kills.append(kill)
 
     def kill_program(self):
-        settings, manager = self.stack.settings, Supervisor(self.stack.settings)
-        pid = manager.pid(self.victim)
+        """Kill the program, which is up, and wait until it is up again."""
+        settings = self.stack.settings
+        pid = Supervisor(settings).pid(self.victim)
         everyone = marked(settings.state, self.victim)
         for process in sorted(everyone, key=lambda process: process.pid != pid):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        deadline = time.monotonic() + PATIENCE_S
-        while not self.is_back(manager, pid):
-            assert time.monotonic() < deadline, f"{self.victim} does not come back"
-            time.sleep(0.2)
+        wait_until(lambda: self.is_back(pid), PATIENCE_S)
 
-    def is_back(self, manager, old_pid):
-        program = manager.programs()[self.victim]
-        started = program.state == "RUNNING" and program.pid != old_pid
-        return started and healthy(self.victim, self.stack.settings)
+    def is_back(self, old_pid):
+        """Whether another process has become the program, and answers."""
+        settings = self.stack.settings
+        pid = Supervisor(settings).pid(self.victim)
+        became = pid != old_pid and pid in {p.pid for p in marked(settings.state, self.victim)}
+        return became and healthy(self.victim, settings)
 
     def kill_flow(self):
         """Kill one flow run at work, as soon as there is one, and return whose it was."""
@@ -145,6 +146,7 @@ class Trial:
 
     def see_through(self):
         """Wait until the fleet serves on v2 and nothing is under way."""
+        self.look()
         deadline = time.monotonic() + PATIENCE_S
         while not self.upgrade.over() or self.runs:
             assert time.monotonic() < deadline, (self.kills, self.runs)
