@@ -1,0 +1,72 @@
+"""A worker whose disk is full: told in words, nothing half registered, and made good later."""
+
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+
+from tests.faults.disturb import ends_as, schedule, see_through, stopped, worker
+from tests.faults.upgrade import PATIENCE_S, Upgrade, at_work, make_family
+from tests.stories.place import wait_until
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(2 * 3600)]
+
+LEFT_BYTES = 16 << 10
+"""Room for locks and notes, not for a model."""
+
+
+@contextmanager
+def small_disk(folder, size_bytes=8 << 20):
+    """A disk of this size; skips where this user may not mount one."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder):
+    """Leave LEFT_BYTES on the disk of this folder; return the file that holds the rest."""
+    filler = folder / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(folder).free - LEFT_BYTES))
+    return filler
+
+
+def test_a_full_disk_is_told_and_the_upgrade_ends_once_it_has_room(
+    stack, undisturbed, told, tmp_path
+):
+    family = make_family(stack, "full", tmp_path)
+    with small_disk(tmp_path / "disk") as disk:
+        filler = fill(disk)
+        with (
+            stopped(stack, "worker"),
+            worker(stack, family.name, tmp_path / "worker", TRANS_PEFT_STATE=str(disk)),
+        ):
+            upgrade = Upgrade(family).begin()
+            wait_until(lambda: family.version("v2"), PATIENCE_S)
+            wait_until(lambda: told_of(disk, family), PATIENCE_S)
+            wait_until(lambda: not at_work(stack), PATIENCE_S)
+            assert [len(versions(stack, name)) for name in family.adapters] == [1, 1]
+            assert family.serving == "1"
+            filler.unlink()
+            schedule(stack)
+            see_through(upgrade)
+    told(fault="full disk", seconds=upgrade.seconds)
+    ends_as(undisturbed, family)
+
+
+def versions(stack, name):
+    return stack.mlflow.search_model_versions(f"name='{name}'")
+
+
+def told_of(disk, family):
+    """Whether a reconcile failed with words about that disk: what is needed, what is there."""
+    found = family.stack.prefect("POST", "flow_runs/filter", json={"limit": 200})
+    messages = [run["state"]["message"] or "" for run in found if run["state_type"] == "FAILED"]
+    words = (f"the disk of {disk}", "expected: ", "found: ", "do: ", "left for the next run")
+    return any(all(word in message for word in words) for message in messages)
