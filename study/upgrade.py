@@ -19,7 +19,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from demo.programs import become_client_of, run_module
-from demo.screen import Screen
+from demo.screen import DemoError, Screen
 from demo.tasks import read_held_out
 from demo.update import UpdateSettings
 from demo.update import update as train_on
@@ -172,9 +172,16 @@ class Story:
         self._screen.done(f"champion: {seen.champion}, serving: {seen.serving}. {seen.note}")
 
     def _reconcile(self, why: str) -> None:
-        """Wait for what the upload or the alias has started, under the deployment's policies."""
+        """Wait for what the upload or the alias has started, under the deployment's policies.
+
+        A promotion that is refused fails the run, and is one way for this story to end.
+        """
         parameters = {"family": FAMILY, "wait": True}
-        self._run("reconcile/default", parameters, key=f"{FAMILY}/{why}")
+        try:
+            self._run("reconcile/default", parameters, key=f"{FAMILY}/{why}")
+        except DemoError:
+            if not report(FAMILY, self._platform).note:
+                raise
 
 
 def table(seen: FleetReport) -> str:
