@@ -121,9 +121,12 @@ class Shared(Generic[_Key, _Value]):
 
 
 class Desk:
-    """Answers hints. `patience_s`: how long a sender waits before it is told to try again."""
+    """Answers hints. `patience_s`: how long a sender waits before it is told to try again.
 
-    def __init__(self, registry: Registry, starter: Starter, *, patience_s: float = 25.0) -> None:
+    MLflow and SeaweedFS hang up after 30 s.
+    """
+
+    def __init__(self, registry: Registry, starter: Starter, *, patience_s: float = 28.0) -> None:
         self._registry = registry
         self._starter = starter
         self._patience_s = patience_s

@@ -41,7 +41,7 @@ _MOST_RUNS = 4
 class PrefectStarter:
     """Starts runs of the deployment `reconcile/default`. `patience_s`: for one call, at most."""
 
-    def __init__(self, client: PrefectClient, *, patience_s: float = 12.0) -> None:
+    def __init__(self, client: PrefectClient, *, patience_s: float = 20.0) -> None:
         self._client = client
         self._patience_s = patience_s
 
