@@ -1,7 +1,9 @@
 """The process manager: supervisor (supervisord.org), with its configuration below the state folder.
 
 It starts each program again when it dies, bounds the logs, and stops whole process groups. It is
-asked through its unix socket (XML-RPC), which only this user may open.
+asked through its unix socket (XML-RPC), which only this user may open. It reads what the programs
+write, so where it is killed itself, they die one after another as they write (weed of SIGPIPE, the
+worker as rich ends it): `up` ends what is left and starts all of it again.
 """
 
 import os
