@@ -418,6 +418,19 @@ class TestMlflow:
         kept = [run.data.tags["trans_peft.verdict"] for run in runs]
         assert sorted(kept) == ["failed", "failed", "incompatible"]  # each attempt is its own
 
+    def test_a_verdict_takes_the_place_of_the_failures_before_it(self, place):
+        first = place.trained()
+        place.registry.register(transferred(first), place.peft_folder())
+        client = place.person.client
+        untouched = client.get_model_version(place.adapter, "1").tags
+        for _ in range(2):
+            place.registry.record(outcome(first, Verdict.FAILED))
+        failed = client.get_model_version(place.adapter, "1").tags
+        assert failed["trans_peft.verdict.on-222222222222"] == "failed"
+        place.registry.record(outcome(first, new_number=2))
+        assert client.get_model_version(place.adapter, "1").tags == untouched
+        assert client.get_model_version(place.adapter, "2").tags["trans_peft.verdict"] == "passed"
+
     def test_a_long_outcome_fits_into_its_tag_and_is_whole_in_its_run(self, place):
         first = place.trained()
         long = outcome(first, Verdict.INCOMPATIBLE)

@@ -9,6 +9,7 @@ and a verdict whose run is finished is not given a second one.
 import json
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -32,7 +33,12 @@ class MlflowOutcomes:
         self._tracking = tracking
 
     def record(self, outcome: TransferOutcome, number: int, found: list[Any]) -> None:
-        """Write an outcome on the version with that number, with its attempts counted."""
+        """Write an outcome on the version with that number, with its attempts counted.
+
+        One that made a version takes the place of the failures before it, which stand on the
+        source: people would read two verdicts for one base. They go first: whoever dies in between
+        leaves an adapter that was never judged there, and it is judged again from what is stored.
+        """
         stored = _stored(found)
         base = serving_alias(outcome.base_fingerprint_sha256)
         previous = max((s for s in stored if s[0] == base), key=lambda s: s[1], default=None)
@@ -60,10 +66,17 @@ class MlflowOutcomes:
         else:
             verdict["verdict_key"] = outcome.verdict_key
             verdict["verdict_reason"] = outcome.judgement.reason[:_LONGEST_REASON]
+            self._forget(base, (v for v in found if int(v.version) != number))
         kept = {"time_ms": time_ms, "run_id": run_id, "outcome": _short(outcome)}
         self._tracking.tag_version(
             outcome.adapter, number, {**verdict, f"outcome.{base}": json.dumps(kept)}
         )
+
+    def _forget(self, base: str, versions: Iterable[Any]) -> None:
+        for version in versions:
+            for name in (f"outcome.{base}", f"verdict.{base}"):
+                if name in own_tags(version.tags):
+                    self._tracking.untag_version(version.name, int(version.version), name)
 
     def newest(self, found: list[Any]) -> tuple[TransferOutcome, ...]:
         """Return the newest outcome per base (evaluations left out), by base fingerprint."""
