@@ -54,7 +54,7 @@ def judging(stack, family):
 
 def ends_as(undisturbed, family):
     """Assert that the family ended as an undisturbed one, and remove it."""
-    assert final_state(family) == undisturbed[1]
+    assert final_state(family) == undisturbed.after(2)
     forget(family)
 
 

@@ -1,9 +1,10 @@
-"""The upgrade of a family on a running stack, and what it leaves behind in the registry.
+"""Upgrades of a family on a running stack, and what they leave behind in the registry.
 
 Every family has the same weights, adapters and questions, and a chat template of its own: so the
 same answers under other fingerprints, and two families that went the same way end in the same
 state. `final_state` is all that MLflow's registry holds of one, with what names the family and what
-tells the time taken out; two are compared with ==.
+tells the time taken out; two are compared with ==. A family is upgraded again and again, v1 to v2
+to v3: to make one takes as long as an upgrade.
 
 MLflow keeps no history of its aliases. A trigger in its database writes one (`keep_history`), so
 that "moved once" is counted where it is written and not where somebody looked.
@@ -85,6 +86,12 @@ class Family:
         """The number of the version that serves."""
         return insist(self.stack.alias, self.name, "serving")
 
+    def write(self, label):
+        """Write the files of a version, the same weights for every family, and return where."""
+        folder = self.folder / label
+        _write_base(folder, self.name, label)
+        return folder
+
     def version(self, label):
         """Return MLflow's version of the base with this label; None while it is not ready."""
         for found in insist(self.stack.mlflow.search_model_versions, f"name='{self.name}'"):
@@ -96,17 +103,19 @@ class Family:
 
 @dataclass
 class Upgrade:
-    """What a person does to a family: uploads v2 with a plain S3 client, promotes it once ready."""
+    """What a person does to a family: uploads a base with a plain S3 client, and promotes it."""
 
     family: Family
+    label: str = "v2"
     began: float = field(default_factory=time.monotonic)
     person: Future | None = None
 
     def begin(self):
         """Upload and promote in a thread: a server that is away is asked again."""
+        folder = self.family.write(self.label)
         self.began = time.monotonic()
         with_one = ThreadPoolExecutor(1)
-        self.person = with_one.submit(self._upload_and_promote)
+        self.person = with_one.submit(self._upload_and_promote, folder)
         with_one.shutdown(wait=False)
         return self
 
@@ -116,13 +125,11 @@ class Upgrade:
         return time.monotonic() - self.began
 
     def over(self):
-        """Whether the fleet serves on v2."""
-        if self.person.done():
-            self.person.result()  # or its error
-        return self.person.done() and self.family.serving == "2"
+        """Whether the fleet serves on the new version."""
+        return self.person.done() and self.family.serving == self.person.result()  # or its error
 
     def wait(self, patience_s=PATIENCE_S):
-        """Wait until the fleet serves on v2, and then until nothing is under way.
+        """Wait until the fleet serves on the new version, and then until nothing is under way.
 
         Return how many seconds the first took.
         """
@@ -131,11 +138,13 @@ class Upgrade:
         wait_until(lambda: not at_work(self.family.stack), patience_s)
         return took_s
 
-    def _upload_and_promote(self):
+    def _upload_and_promote(self, folder):
         family, stack = self.family, self.family.stack
-        upload(stack, family.folder / "v2", family.name, "v2")
-        wait_until(lambda: family.version("v2"), PATIENCE_S)
-        insist(stack.champion, family.version("v2").version, family.name)
+        upload(stack, folder, family.name, self.label)
+        wait_until(lambda: family.version(self.label), PATIENCE_S)
+        number = family.version(self.label).version
+        insist(stack.champion, number, family.name)
+        return number
 
 
 def keep_history(stack):
@@ -145,20 +154,14 @@ def keep_history(stack):
 
 
 def make_family(stack, name, folder, adapters=2):
-    """Make a family whose v1 serves with this many adapters, and write the files of its v2.
+    """Make a family whose v1 serves with this many adapters.
 
     Through the library, in this process: what is tried here comes later. Another family of the
     same name may be there already: a few signs are added.
     """
     name = f"{name}-{uuid4().hex[:6]}"
-    own_template = f"{CHAT_TEMPLATE}{{# {name} #}}"
     folder = folder / name
-    tiny_model().save_pretrained(folder / "v1")
-    write_update(folder / "v2")
-    for version in ("v1", "v2"):
-        tokenizer = tiny_tokenizer()
-        tokenizer.chat_template = own_template
-        tokenizer.save_pretrained(folder / version)
+    _write_base(folder / "v1", name, "v1")
 
     url = stack.settings.urls["mlflow"]
     platform = Platform(
@@ -249,9 +252,9 @@ def final_state(family):
     each alias was put in turn, and what was evaluated and judged how often. Left out: times, how
     many attempts a verdict took, what was begun and never finished (MLflow runs of killed
     processes), and what is hidden: a version whose registration lost its answer is made again, and
-    all but the lowest are tagged superseded. Two things that are no comparison are asserted: each
-    verdict's key is that of its evaluations and policy, and every run that a tag names is there and
-    finished.
+    all but the lowest are tagged superseded. So versions are numbered by those that are seen. Two
+    things that are no comparison are asserted: each verdict's key is that of its evaluations and
+    policy, and every run that a tag names is there and finished.
     """
     client = family.stack.mlflow
     names = (family.name, *family.adapters)
@@ -272,17 +275,20 @@ def final_state(family):
         words[base.tags["trans_peft.fingerprint"]] = f"FINGERPRINT-{label}"
         words[base.tags["trans_peft.fingerprint"][:12]] = label
         words[base.tags["trans_peft.manifest"]] = f"MANIFEST-{label}"
+    numbers = {name: _numbers(found[name]) for name in names}
     state = {
         "models": {
             name: {
-                "tags": dict(model.tags),
-                "aliases": dict(model.aliases),
-                "versions": [_version(client, version) for version in found[name]],
+                "tags": _numbered(model.tags, numbers[name]),
+                "aliases": _numbered(model.aliases, numbers[name]),
+                "versions": [_version(client, version, numbers[name]) for version in found[name]],
             }
             for name, model in models.items()
         },
         "moves": {
-            f"{name} {alias}": moves(family.stack, name, alias)
+            f"{name} {alias}": [
+                numbers[name].get(number, number) for number in moves(family.stack, name, alias)
+            ]
             for name, model in models.items()
             for alias in model.aliases
         },
@@ -292,7 +298,16 @@ def final_state(family):
     return json.loads(_in_words(json.dumps(state, indent=1, sort_keys=True), words))
 
 
-def _version(client, found):
+def _numbers(found):
+    """Return which of the versions that are seen each is, by MLflow's number."""
+    return {version.version: str(place) for place, version in enumerate(found, start=1)}
+
+
+def _numbered(values, numbers):
+    return {name: numbers.get(value, value) for name, value in values.items()}
+
+
+def _version(client, found, numbers):
     tags = {name.removeprefix("trans_peft."): text for name, text in found.tags.items()}
     if "fingerprint_run" in tags:
         assert client.get_run(tags["fingerprint_run"]).info.status == "FINISHED"
@@ -308,8 +323,10 @@ def _version(client, found):
         if name.startswith("outcome."):
             kept = json.loads(tags[name])
             assert client.get_run(kept["run_id"]).info.status == "FINISHED"
+            made = kept["outcome"]
+            made["new_number"] = numbers.get(str(made["new_number"]))
             tags[name] = _timeless(kept)
-    return {"number": int(found.version), "status": found.status, "tags": tags,
+    return {"status": found.status, "tags": tags,
             "source": re.sub(r"m-[0-9a-f]{32}", "MODEL", found.source)}  # fmt: skip
 
 
@@ -377,3 +394,15 @@ def _adapter(folder, number):
     path = folder / f"adapter-{number}"
     get_peft_model(model, config).save_pretrained(path)
     return path
+
+
+def _write_base(folder, family, label):
+    """Write a base: v1, or an update of it by the number of the version."""
+    number = int(label.removeprefix("v"))
+    if number == 1:
+        tiny_model().save_pretrained(folder)
+    else:
+        write_update(folder, seed=number)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = f"{CHAT_TEMPLATE}{{# {family} #}}"
+    tokenizer.save_pretrained(folder)
