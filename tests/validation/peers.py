@@ -76,8 +76,7 @@ def evalplus(sanitized, reference):
     if "entry_point" in row:
         script = f"{row['prompt']}\n{sanitized}\n{row['test']}\ncheck({row['entry_point']})"
     else:
-        imports = "\n".join(re.findall(r"^(?:import|from) .*", row["reference"], re.MULTILINE))
-        script = "\n".join([imports, sanitized, row["setup"], *row["test_list"]])
+        script = "\n".join([sanitized, row["setup"], *row["test_list"]])
     return run_code(script).ending.returncode == 0
 
 

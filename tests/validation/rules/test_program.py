@@ -136,3 +136,18 @@ def test_programs_are_marked_as_the_usual_harness_marks_them(rule):
     rows = [row | {"reference": REFERENCE} for row in rows]
     assert disagreements("humaneval", rule, rows) == []
     assert [rule(row["output"], REFERENCE) for row in rows] == [100, 0, 0]
+
+
+def test_a_program_brings_its_own_imports(rule):
+    """The reference's are the tests' alone, as the solution is not there in the usual harness."""
+    reference = json.loads(MBPP_REFERENCE) | {
+        "test_list": ["assert root(4) == 2"],
+        "reference": "import math\ndef root(x):\n    return math.sqrt(x)",
+    }
+    without = "def root(x):\n    return math.sqrt(x)\n"
+    rows = [
+        {"output": text, "sanitized": text, "reference": json.dumps(reference)}
+        for text in (without, f"import math\n{without}")
+    ]
+    assert disagreements("mbpp", rule, rows) == []
+    assert [rule(row["output"], row["reference"]) for row in rows] == [0, 100]
