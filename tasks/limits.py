@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+import httpx
 from prefect.client.orchestration import get_client
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 
@@ -37,24 +39,33 @@ def adapter_lock(adapter: str) -> Iterator[None]:
 def upload_lock(uri: str, *, wait: bool = True) -> Iterator[bool]:
     """Hold the one right to ingest an upload; without `wait`, False where another holds it.
 
-    Ingesting twice at once changes nothing but reads every byte twice.
+    Ingesting twice at once changes nothing but reads every byte twice. Prefect has to answer that
+    another holds it: a server that is slow or away must not look like one, or the upload would be
+    passed over.
     """
+    held = True
     with ExitStack() as stack:
         try:
             name = f"upload:{content_sha256(uri)[:16]}"
-            stack.enter_context(_alone(name, timeout_s=None if wait else 1.0))
-        except TimeoutError:
-            yield False
-        else:
-            yield True
+            stack.enter_context(_alone(name, max_retries=None if wait else 0))
+        except ConcurrencySlotAcquisitionError as error:
+            if not _is_taken(error):
+                raise
+            held = False
+        yield held
 
 
 @contextmanager
-def _alone(name: str, *, timeout_s: float | None = None) -> Iterator[None]:
-    """Hold a limit of one, made where it is missing. TimeoutError."""
+def _alone(name: str, *, max_retries: int | None = None) -> Iterator[None]:
+    """Hold a limit of one, made where it is missing. ConcurrencySlotAcquisitionError."""
     with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):  # made meanwhile
         client.upsert_global_concurrency_limit_by_name(name, 1)
-    with concurrency(
-        name, occupy=1, timeout_seconds=timeout_s, lease_duration=_LEASE_S, strict=True
-    ):
+    with concurrency(name, occupy=1, max_retries=max_retries, lease_duration=_LEASE_S, strict=True):
         yield
+
+
+def _is_taken(error: ConcurrencySlotAcquisitionError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code == (
+        httpx.codes.LOCKED
+    )

@@ -1,7 +1,7 @@
 """Who is charged when an adapter of a shard fails: the adapter, or nobody."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,6 +32,12 @@ REQUEST = httpx.Request("GET", "http://prefect/api")
 def answered(status):
     response = httpx.Response(status, request=REQUEST)
     return httpx.HTTPStatusError("as told", request=REQUEST, response=response)
+
+
+def no_slot(cause):
+    error = ConcurrencySlotAcquisitionError("no slot")
+    error.__cause__ = cause
+    return error
 
 
 @pytest.mark.parametrize(
@@ -122,3 +128,36 @@ def test_a_lock_that_another_makes_at_the_same_moment_is_taken_all_the_same(monk
     monkeypatch.setattr(limits, "concurrency", lambda name, **_: nullcontext(taken.append(name)))
     with limits.adapter_lock("chat"):
         assert taken == ["adapter:chat"]
+
+
+@pytest.fixture
+def prefect_answers(monkeypatch):
+    """Have Prefect give no slot, for this reason."""
+
+    def answer(error):
+        @contextmanager
+        def concurrency(name, **_):
+            raise error
+            yield
+
+        client = SimpleNamespace(upsert_global_concurrency_limit_by_name=lambda name, limit: None)
+        monkeypatch.setattr(limits, "get_client", lambda **_: nullcontext(client))
+        monkeypatch.setattr(limits, "concurrency", concurrency)
+
+    return answer
+
+
+def test_an_upload_that_another_reads_is_passed_over(prefect_answers):
+    prefect_answers(no_slot(answered(423)))
+    with limits.upload_lock("s3://bases/smol/v2", wait=False) as held:
+        assert not held
+
+
+@pytest.mark.parametrize("error", [no_slot(answered(503)), no_slot(httpx.ReadTimeout("slow"))])
+def test_a_prefect_that_is_slow_or_away_is_nobody_who_reads_the_upload(prefect_answers, error):
+    prefect_answers(error)
+    with (
+        pytest.raises(ConcurrencySlotAcquisitionError),
+        limits.upload_lock("s3://bases/smol/v2", wait=False),
+    ):
+        pass
