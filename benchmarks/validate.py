@@ -20,7 +20,7 @@ side.
     python -m benchmarks.validate [--study .study] [--update ffn] [--adapters 16] [--items 240]
         [--batch 32] [--margin 5] [--only fleet memory lm_eval] [--pairs 3] [--clock wall|process]
 
-What is not there is made first: bases, rows, and 16 adapters of two minutes each. Other numbers of
+What is not there is made first: bases, rows, and 16 adapters of some minutes each. Other numbers of
 adapters or items are shown and not recorded. A round takes three quarters of an hour on two cores.
 """
 

@@ -90,7 +90,7 @@ def suite(rows: Mapping[str, Path]) -> Suite:
     )
 
 
-def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: int = 60) -> Path:
+def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: int = 40) -> Path:
     """Train an adapter on base v1, unless it is there (minutes); return its folder."""
     recipe = TrainingRecipe(
         adapter="raise",
@@ -102,11 +102,10 @@ def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: 
         optimizer=OptimizerSettings(
             learning_rate=KINDS[kind].learning_rate,
             steps=steps,
-            batch_size=16,
+            batch_size=8,
             warmup_steps=steps // 6,
             max_length=128,
         ),
-        dtype="bfloat16",
         seed=seed,
     )
 

@@ -43,7 +43,7 @@ PATCH = UpdateSettings(steps=32, learning_rate=3e-5, seed=0)
 """The study's update `all` with a tenth of its learning rate. Chosen before any adapter met it."""
 
 UPDATES = ("patch", "all")
-ADAPTERS, ITEMS = 16, 240
+ADAPTERS, ITEMS = 16, 120
 _DATA = "s3://data/fleet"
 _PAGE = Path(__file__).parent.parent / "docs" / "fleet.md"
 
