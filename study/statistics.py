@@ -51,20 +51,21 @@ def interval(statistic: Callable[[Draw], float], seeds: int, items: int) -> Inte
     generator = np.random.default_rng(0)
 
     def weighted(by_seed: np.ndarray, by_item: np.ndarray) -> Draw:
-        return lambda answers: float(100 * by_seed @ answers @ by_item)
+        # Counts, divided last: sums of whole numbers are the same on every machine.
+        return lambda answers: float(100 * (by_seed @ answers @ by_item) / (seeds * items))
 
     values = np.array(
         [
             statistic(
                 weighted(
-                    generator.multinomial(seeds, np.full(seeds, 1 / seeds)) / seeds,
-                    generator.multinomial(items, np.full(items, 1 / items)) / items,
+                    generator.multinomial(seeds, np.full(seeds, 1 / seeds)),
+                    generator.multinomial(items, np.full(items, 1 / items)),
                 )
             )
             for _ in range(_DRAWS)
         ]
     )
-    estimate = statistic(weighted(np.full(seeds, 1 / seeds), np.full(items, 1 / items)))
+    estimate = statistic(weighted(np.ones(seeds), np.ones(items)))
     tail = (1 - _LEVEL) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high))
