@@ -83,8 +83,10 @@ clean-state: down
 	  echo "$(STATE) is no state folder of this stack: left alone" >&2; exit 1; }
 	rm -rf -- "$(STATE)"
 
+# Two at a time, file by file, the longest first: most of it waits for servers.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not stories and not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  -m "not stories and not faults" tests/stories tests
 
 stories: $(READY)
 	$(BIN)/python -m pytest -m stories

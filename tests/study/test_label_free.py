@@ -1,11 +1,13 @@
 """The tables of docs/label-free.md on figures made by hand, and the measures on a tiny model."""
 
 import json
+import random
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from scipy.stats import mannwhitneyu, spearmanr
 
 from study.label_free import LEDGER, MEASURED, PROMPTS, Measured, measured, prompts_of
 from study.label_free_report import PAGE, area, joined, page_with, rank_correlation
@@ -46,6 +48,20 @@ def test_the_area_counts_pairs_of_one_that_passes_and_one_that_fails():
     assert [row.passed[5.0] for row in rows] == [True, False, False]
     assert area(rows, "KL", 5.0) == 1
     assert area(story(kls=(0.3, 0.2, 0.4)), "KL", 5.0) == 0.5
+
+
+def test_both_measures_are_scipys_with_ties_too():
+    draw = random.Random(0)
+    for _ in range(20):
+        losses = [0, *(draw.randrange(6) for _ in range(12))]  # one passes at least
+        rows = story(kls=[draw.randrange(4) / 10 for _ in losses], losses=losses)
+        risks, lost = [row.risks["KL"] for row in rows], [row.lost for row in rows]
+        assert rank_correlation(rows, "KL") == pytest.approx(spearmanr(risks, lost).statistic)
+        kinds = [
+            [r.risks["KL"] for r in rows if r.passed[5.0] is passed] for passed in (False, True)
+        ]
+        u = mannwhitneyu(*kinds).statistic
+        assert area(rows, "KL", 5.0) == pytest.approx(u / len(kinds[0]) / len(kinds[1]))
 
 
 def test_items_that_were_asked_do_not_count_for_the_loss():

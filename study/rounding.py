@@ -1,0 +1,135 @@
+"""How far the shape of a batch may move a logit: derived for a model, and measured on it.
+
+Two shapes add the same products in another order. In fp32 one addition rounds by at most u = 2^-24
+of its result, as often up as down. A sum of n products a_i b_i grows like sqrt(k) on its way, so
+its rounding errors add up to a standard deviation of
+
+    u sqrt(n / 6) sqrt(sum of (a_i b_i)^2)
+
+(N. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput.
+41 (2019) A2815-A2835). What becomes of them on the way to the logits is the model's own matter: a
+sharp softmax makes a score's error many times as large, a norm makes others small. So it is taken
+from the model: every product of matrices in it gets normal errors of that size, a thousand times as
+large so that its own do not count beside them, and what moves the logits is divided by a thousand
+(D. Parker, "Monte Carlo arithmetic", 1997). Both shapes round, which is sqrt(2) of one, and six
+standard deviations hold for a thousand million logits.
+
+    python -m study.rounding [--folder .study] [--base v1] [--adapter lora-16-1]
+
+asks the study's model: prompts alone and in batches of 2, 8, 16 and 48.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trans_peft.data import parse_examples
+from trans_peft.models import load_base
+from trans_peft.transfer.transplant import attached
+from trans_peft.validation.reading import Part, Reader
+
+__all__ = ["derived", "logits", "measured"]
+
+_PRODUCTS = {  # and what they are without a bias
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.addmm.default: torch.mm,
+    torch.ops.aten.bmm.default: torch.bmm,
+}
+_SIZES = (1, 2, 8, 16, 48)
+
+
+class _Rounding(TorchDispatchMode):
+    """Adds to each product of matrices what rounding its sums one by one would, `by` times over."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self._unit = by * 2**-24
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        if operator in _PRODUCTS:
+            a, b = args[-2:]
+            size = _PRODUCTS[operator](a * a, b * b).sqrt()
+            out += torch.randn_like(out) * size * (self._unit * math.sqrt(a.shape[-1] / 6))
+        return out
+
+
+@torch.no_grad()
+def logits(model: Any, asked: Sequence[list[int]], shared: Sequence[list[int]] = ()) -> Tensor:
+    """Return the logits behind each prompt, read as the engine reads a batch: (prompts, tokens).
+
+    What all of `shared` begin with is read once, as the beginning of a suite.
+    """
+    reader = Reader(model, shared)
+    cache, columns, cached = reader.begin(asked)
+    parts = [Part(there, prompt[there:]) for prompt, there in zip(asked, cached, strict=True)]
+    return reader.read(parts, cache, columns).logits[:, -1]
+
+
+def derived(model: Any, prompts: Sequence[list[int]], *, by: int = 1024, draws: int = 16) -> float:
+    """Return the bound for one model in fp32: over all prompts and tokens, what may move most.
+
+    The model computes attention by `eager` afterwards, whose products can be seen.
+    """
+    torch.manual_seed(5)
+    model.set_attn_implementation("eager")
+    largest = 0.0
+    for prompt in prompts:
+        exact = logits(model, [prompt])
+        with _Rounding(by):
+            moved = logits(model, [prompt] * draws)
+        largest = max(largest, ((moved - exact) / by).pow(2).mean(0).max().item())
+    return 6 * math.sqrt(2) * math.sqrt(largest)
+
+
+def measured(
+    model: Any, prompts: Sequence[list[int]], sizes: Sequence[int], *, share: bool
+) -> float:
+    """Return how far a logit moves at most between a prompt alone and in batches of `sizes`.
+
+    With `share`, what all prompts begin with is read once in each batch.
+    """
+    alone, largest = torch.cat([logits(model, [prompt]) for prompt in prompts]), 0.0
+    for size in sizes:
+        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        found = torch.cat([logits(model, b, prompts if share else ()) for b in batches])
+        largest = max(largest, (found - alone).abs().max().item())
+    return largest
+
+
+def main() -> None:
+    """Print both for the study's model, bare or under an adapter of the fleet."""
+    parser = argparse.ArgumentParser(prog="python -m study.rounding")
+    parser.add_argument("--folder", type=Path, default=Path(".study"))
+    parser.add_argument("--base", default="v1")
+    parser.add_argument("--adapter", help="one of the fleet; without it the base is bare")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    base = load_base(options.folder / "bases" / options.base, "float32")
+    rows = (options.folder / "rows" / "exceptions" / "eval.jsonl").read_bytes()
+    examples = list(parse_examples(rows, "eval.jsonl"))[: max(_SIZES)]
+    prompts = [example.prompt_ids(base.tokenizer) for example in examples]
+    with ExitStack() as stack:
+        model = base.model.eval()
+        if options.adapter:
+            folder = options.folder / "fleet" / options.adapter / "adapter"
+            model = stack.enter_context(attached(model, folder))
+        moved = measured(model, prompts, _SIZES, share=False)
+        lengths = sorted(map(len, prompts))
+        print(
+            f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, batches of {_SIZES}: "
+            f"moved by {moved:.1e} at most; derived: {derived(model, prompts):.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()
