@@ -247,7 +247,7 @@ def test_a_thousand_hints_at_once_are_all_answered_with_a_few_calls_to_prefect(b
     bridge.prefect.delay_s = 0.05
 
     async def send(number):
-        body = json.dumps(champion(name=names[number % 10])).encode()
+        body = json.dumps(champion(name=names[number // 2 % 10])).encode()
         delivery, at = f"burst-{number // 2}", str(int(time.time()))
         head = (
             f"POST /hints/mlflow HTTP/1.1\r\nHost: b\r\nConnection: close\r\n"
