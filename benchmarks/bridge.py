@@ -141,6 +141,7 @@ class Bench:
         wait_until(lambda: stack.mlflow.search_model_versions("name='tiny'"), patience_s=300)
         self._settle()
         stack.champion("1")
+        wait_until(lambda: stack.alias("tiny", "serving") == "1", patience_s=300)
         for adapter in ADAPTERS:
             state = stack.run("train-adapter", recipe=RECIPE | {"adapter": adapter})
             if state["type"] != "COMPLETED":
