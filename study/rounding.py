@@ -22,7 +22,7 @@ asks the study's model: prompts alone and in batches of 2, 8, 16 and 48.
 import argparse
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ _PRODUCTS = {  # and what they are without a bias
     torch.ops.aten.addmm.default: torch.mm,
     torch.ops.aten.bmm.default: torch.bmm,
 }
-_SIZES = (1, 2, 8, 16, 48)
+_SIZES = (2, 8, 16, 48)
 
 
 class _Rounding(TorchDispatchMode):
@@ -118,11 +118,9 @@ def main() -> None:
     rows = (options.folder / "rows" / "exceptions" / "eval.jsonl").read_bytes()
     examples = list(parse_examples(rows, "eval.jsonl"))[: max(_SIZES)]
     prompts = [example.prompt_ids(base.tokenizer) for example in examples]
-    with ExitStack() as stack:
-        model = base.model.eval()
-        if options.adapter:
-            folder = options.folder / "fleet" / options.adapter / "adapter"
-            model = stack.enter_context(attached(model, folder))
+    bare = base.model.eval()
+    folder = options.folder / "fleet" / str(options.adapter) / "adapter"
+    with attached(bare, folder) if options.adapter else nullcontext(bare) as model:
         moved = measured(model, prompts, _SIZES, share=False)
         lengths = sorted(map(len, prompts))
         print(
