@@ -78,16 +78,17 @@ def logits(model: Any, asked: Sequence[list[int]], shared: Sequence[list[int]] =
 def derived(model: Any, prompts: Sequence[list[int]], *, by: int = 1024, draws: int = 16) -> float:
     """Return the bound for one model in fp32: over all prompts and tokens, what may move most.
 
-    The model computes attention by `eager` afterwards, whose products can be seen.
+    Meanwhile the model computes attention by `eager`, whose products can be seen.
     """
     torch.manual_seed(5)
+    own, largest = model.config._attn_implementation, 0.0
     model.set_attn_implementation("eager")
-    largest = 0.0
     for prompt in prompts:
         exact = logits(model, [prompt])
         with _Rounding(by):
             moved = logits(model, [prompt] * draws)
         largest = max(largest, ((moved - exact) / by).pow(2).mean(0).max().item())
+    model.set_attn_implementation(own)
     return 6 * math.sqrt(2) * math.sqrt(largest)
 
 
