@@ -189,7 +189,7 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a task waits and asks again, and says so
         # Threads that spin while they wait take the cores from whatever else runs on them.
         "OMP_WAIT_POLICY": "PASSIVE",
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         # What a run asks of Prefect may be asked twice, so one 500 need not end it.
