@@ -7,7 +7,7 @@ MODEL  := .venv/.ready-demo
 STATE  := $(or $(TRANS_PEFT_STATE),.state)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status logs clean-state test stories faults check format lock
+.PHONY: help setup demo demo-full study bench up down status logs clean-state test test-stack stories faults check format lock
 
 help: ## show this
 	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
@@ -30,6 +30,7 @@ help: ## show this
 	@echo
 	@echo "  work on it"
 	@echo "make test         every test but the slow   make check   format, lint, types, imports"
+	@echo "make test-stack   make up and a base update on whole stacks, as CI does after make test"
 	@echo "make stories      people promote, approve and roll back on a whole stack (about 6 min)"
 	@echo "make faults       programs are killed, networks fail, disks are full (an hour and more)"
 	@echo "make format       let ruff format and fix   make lock    constraints.txt from this .venv"
@@ -83,10 +84,14 @@ clean-state: down
 	  echo "$(STATE) is no state folder of this stack: left alone" >&2; exit 1; }
 	rm -rf -- "$(STATE)"
 
-# Two at a time, file by file, the longest first: most of it waits for servers.
+# Two at a time, file by file: much of it waits for servers.
+TEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-	  -m "not stories and not faults" tests/stories tests
+	$(TEST) -m "not stack and not stories and not faults"
+
+test-stack: $(READY)
+	$(TEST) -m stack tests/stories tests/infra
 
 stories: $(READY)
 	$(BIN)/python -m pytest -m stories

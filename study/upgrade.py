@@ -32,6 +32,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import NotFoundError
+from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
 from trans_peft.lifecycle.report import FleetReport, FleetRow, report
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
@@ -71,10 +72,11 @@ def main() -> None:
     story = Story(screen, options.study, platform(), partial(run, screen=screen))
     story.old_base()
     story.adopted(rows, folders)
+    bare_on_old = story.bare_on_old(rows)
     for update in UPDATES:
         story.updated(update)
     seen = report(FAMILY, platform())
-    _PAGE.write_text(with_blocks(_PAGE.read_text(), {"verdicts": table(seen)}))
+    _PAGE.write_text(with_blocks(_PAGE.read_text(), {"verdicts": table(seen, bare_on_old)}))
     screen.done(f"{counted(seen)}; written: {_PAGE}")
 
 
@@ -109,10 +111,9 @@ class Story:
     def adopted(self, rows: Mapping[str, Path], folders: Mapping[str, Path]) -> None:
         """Register every adapter on v1, with what it answers there."""
         self._screen.chapter("Adapters", f"adopted: evaluated on {OLD}, registered")
-        store = self._platform.store
+        store, asked = self._platform.store, _asked(rows)
         with rows["eval"].open("rb") as file:
-            store.write(f"{_DATA}/eval.jsonl", file)
-        asked = replace(suite(rows), data=DataSource(f"{_DATA}/eval.jsonl"), limit=ITEMS)
+            store.write(asked.data.uri, file)
         known = self._platform.registry.adapters(FAMILY)
         for name, folder in folders.items():
             if name in known:
@@ -121,6 +122,13 @@ class Story:
                 with path.open("rb") as file:
                     store.write(f"{_DATA}/{name}/{path.name}", file)
             self._run("adopt-adapter/default", self._adoption(name, asked), key=name)
+
+    def bare_on_old(self, rows: Mapping[str, Path]) -> float:
+        """Return what v1 without an adapter answers right, in percent: no verdict asks for it."""
+        base = find_base(FAMILY, OLD, self._platform)
+        suites = pin_suites([_asked(rows)], self._platform)
+        (found,) = evaluate_on(base, suites, self._platform).values()
+        return found.score
 
     def updated(self, update: str) -> None:
         """Upload an update, wait for the verdicts, wish for it."""
@@ -185,7 +193,11 @@ class Story:
                 raise
 
 
-def table(seen: FleetReport) -> str:
+def _asked(rows: Mapping[str, Path]) -> Suite:
+    return replace(suite(rows), data=DataSource(f"{_DATA}/eval.jsonl"), limit=ITEMS)
+
+
+def table(seen: FleetReport, bare_on_old: float) -> str:
     """Return a row for each adapter, in Markdown. NotFoundError where one was not judged."""
     cells = {(row.adapter, row.base): row for row in seen.rows}
     columns = [f"{base}: score, change (bounds), verdict" for base in UPDATES]
@@ -195,7 +207,9 @@ def table(seen: FleetReport) -> str:
         judged = " | ".join(_cell(cells[name, base]) for base in UPDATES)
         lines.append(f"| {name} | {score:.1f} | {judged} |")
     bare = [cells[name, base].suites[0].bare for base in UPDATES]
-    lines.append(f"| no adapter | | {' | '.join(f'{score:.1f}' for score in bare)} |")
+    lines.append(
+        f"| no adapter | {bare_on_old:.1f} | {' | '.join(f'{score:.1f}' for score in bare)} |"
+    )
     return "\n".join([*lines, "", f"{counted(seen)}."])
 
 

@@ -26,6 +26,8 @@ from infra.stack.programs import left_behind
 from infra.stack.settings import BUCKETS, StackSettings
 from infra.stack.supervisor import Supervisor
 
+pytestmark = pytest.mark.stack
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -68,7 +70,6 @@ def test_down_and_status_without_a_stack(tmp_path):
     assert stack("status", settings).returncode == 1
 
 
-@pytest.mark.servers
 def test_a_server_that_dies_is_told_with_its_last_words_and_nothing_stays(tmp_path):
     settings = settings_below(tmp_path / "state")
     died = stack("up", settings, MLFLOW_BACKEND_STORE_URI="no-such-database://")
@@ -135,14 +136,12 @@ def running(tmp_path_factory):
         stack("down", settings)
 
 
-@pytest.mark.servers
 def test_up_tells_the_four_urls_and_every_program_is_healthy(running):
     for url in running.settings.urls.values():
         assert url in running.output
     assert stack("status", running.settings).returncode == 0
 
 
-@pytest.mark.servers
 def test_every_deployment_of_prefect_yaml_is_there(running):
     found = running.deployments()
     assert set(found) == {
@@ -169,7 +168,6 @@ def test_every_deployment_of_prefect_yaml_is_there(running):
     assert slots["active"]
 
 
-@pytest.mark.servers
 def test_the_worker_runs_a_flow_from_the_checkout_against_the_servers(running):
     url = f"deployments/{running.deployment('reconcile')['id']}/create_flow_run"
     run = running.prefect(url, parameters={"dry_run": True})["id"]
@@ -197,7 +195,6 @@ def run_of(running, kind, about):
     raise AssertionError((running.settings.logs / "bridge.log").read_text())
 
 
-@pytest.mark.servers
 def test_the_bridge_starts_one_reconcile_when_it_starts(running):
     line, run = run_of(running, "start-up", "")
     hint, hinted_at = sorted(run["tags"])
@@ -207,7 +204,6 @@ def test_the_bridge_starts_one_reconcile_when_it_starts(running):
     assert run["parameters"]["family"] is None
 
 
-@pytest.mark.servers
 def test_a_champion_set_in_mlflow_starts_reconcile_and_nothing_else_of_ours_does(running):
     url = f"{running.settings.urls['mlflow']}/api/2.0/mlflow"
     name = {"name": "hinted"}
@@ -224,7 +220,6 @@ def test_a_champion_set_in_mlflow_starts_reconcile_and_nothing_else_of_ours_does
     assert '"serving"' not in log
 
 
-@pytest.mark.servers
 def test_the_webhook_in_mlflow_is_made_right_again(running):
     bridge = running.settings.bridge_environment
     client = MlflowClient(running.settings.urls["mlflow"])
@@ -250,7 +245,6 @@ def test_the_webhook_in_mlflow_is_made_right_again(running):
     client.delete_webhook(kept["theirs"].webhook_id)
 
 
-@pytest.mark.servers
 def test_an_upload_s_manifest_starts_reconcile(running):
     s3 = running.s3()
     for name in ("config.json", "trans_peft_manifest.json"):
@@ -265,7 +259,6 @@ def test_an_upload_s_manifest_starts_reconcile(running):
     )
 
 
-@pytest.mark.servers
 def test_hints_doubled_a_hundred_times_and_shuffled_are_few_runs_and_none_is_lost(running):
     """Whatever run answers the first of a delivery's copies begins after that copy was sent."""
     registry = f"{running.settings.urls['mlflow']}/api/2.0/mlflow/registered-models/create"
@@ -312,7 +305,6 @@ def test_hints_doubled_a_hundred_times_and_shuffled_are_few_runs_and_none_is_los
         assert began[run] is None or datetime.fromisoformat(began[run]) > at
 
 
-@pytest.mark.servers
 def test_no_secret_stands_in_a_log_or_a_command_line(running):
     secrets = vars(running.settings.secrets)
     told = [path.read_text(errors="replace") for path in running.settings.logs.glob("*.log")]
@@ -321,7 +313,6 @@ def test_no_secret_stands_in_a_log_or_a_command_line(running):
         assert not any(secret in text for text in told), name
 
 
-@pytest.mark.servers
 def test_what_mlflow_is_given_lies_in_its_bucket(running):
     url = f"{running.settings.urls['mlflow']}/api/2.0/mlflow-artifacts/artifacts/a/b.txt"
     httpx.put(url, content=b"bytes", timeout=30).raise_for_status()
@@ -330,7 +321,6 @@ def test_what_mlflow_is_given_lies_in_its_bucket(running):
     assert s3.get_object(Bucket="mlflow", Key="a/b.txt")["Body"].read() == b"bytes"
 
 
-@pytest.mark.servers
 def test_only_this_machine_is_served(running):
     ours = {process.pid for process in marked(running.settings.state)}
     listening = [
@@ -344,14 +334,12 @@ def test_only_this_machine_is_served(running):
     assert strange.status_code == 403
 
 
-@pytest.mark.servers
 def test_up_again_changes_nothing_that_runs(running):
     before = running.pids()
     assert stack("up", running.settings).returncode == 0
     assert running.pids() == before
 
 
-@pytest.mark.servers
 def test_up_with_another_port_is_refused_while_it_runs(running):
     before = running.pids()
     other = stack("up", running.settings, MLFLOW_PORT="5999")
@@ -360,7 +348,6 @@ def test_up_with_another_port_is_refused_while_it_runs(running):
     assert running.pids() == before
 
 
-@pytest.mark.servers
 def test_a_run_that_its_worker_left_is_crashed_before_the_next_starts_and_looked_for(running):
     before = running.pids()["worker"]
     url = f"deployments/{running.deployment('transfer_shard')['id']}/create_flow_run"
@@ -386,7 +373,6 @@ def who_started(running, name):
     return {run["created_by"]["type"] for run in runs if run["created_by"]}
 
 
-@pytest.mark.servers
 def test_a_killed_server_comes_back(running):
     before = running.pids()["mlflow"]
     psutil.Process(before).kill()  # its child holds the port and lives on
@@ -410,7 +396,6 @@ def serves_by_itself(running, name, before):
     }
 
 
-@pytest.mark.servers
 def test_down_ends_everything_even_without_its_manager(running):
     """Without it nobody reads what the programs write: some die of that at once, some never."""
     manager = psutil.Process(running.pids()["s3"]).parent()

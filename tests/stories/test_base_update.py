@@ -14,7 +14,7 @@ from tests.stories.place import LENIENT, RECIPE, rows, wait_until, write_update
 from tests.tiny import write_tiny_base
 from trans_peft.edges.mlflow_registry import MlflowRegistry
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,7 +16,7 @@ import yaml
 from tests.stories.place import RECIPE, ROOT, rows, wait_until, write_update
 from tests.tiny import write_tiny_base
 
-pytestmark = [pytest.mark.servers, pytest.mark.stories, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.stories, pytest.mark.timeout(900)]
 
 FAMILY, ADAPTER = "people", "approved"
 

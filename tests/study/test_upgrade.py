@@ -32,21 +32,21 @@ PASSED, RETUNE = Verdict.PASSED, Verdict.NEEDS_RETUNING
 
 
 def test_a_row_has_the_old_score_and_figures_and_verdict_on_each_update():
-    first, *_ = table(fleet((PASSED, RETUNE))).splitlines()[2:]
+    first, *_ = table(fleet((PASSED, RETUNE)), 4.0).splitlines()[2:]
     passed, retune = ("40.0, -10.0 (-14.2, -5.0), " + str(v) for v in (PASSED, RETUNE))
     assert first == f"| a0 | 50.0 | {passed} | {retune} |"
 
 
 def test_the_bare_base_and_the_verdicts_are_counted_below():
-    said = table(fleet((PASSED, RETUNE), (RETUNE, RETUNE)))
-    assert "| no adapter | | 1.5 | 1.5 |" in said
+    said = table(fleet((PASSED, RETUNE), (RETUNE, RETUNE)), 4.0)
+    assert "| no adapter | 4.0 | 1.5 | 1.5 |" in said
     first, second = UPDATES
     assert said.endswith(f"on {first}: 1 needs-retuning, 1 passed; on {second}: 2 needs-retuning.")
 
 
 def test_an_adapter_without_a_verdict_is_no_row():
     with pytest.raises(NotFoundError, match=f"a0 has no figures on {UPDATES[1]}"):
-        table(fleet((PASSED, None)))
+        table(fleet((PASSED, None)), 4.0)
 
 
 def test_verdicts_are_counted_by_base():
