@@ -8,7 +8,7 @@ token is right. Answers that differ are counted. The first update and the first 
 plain names, the others have theirs at the end. A round runs all four in random order, and a ratio
 is that of one round; which ratio is reported: `ratios`.
 
-    python -m benchmarks.decode [--study .study] [--update all ffn] [--items 64] [--batch 1 32]
+    python -m benchmarks.decode [--study .study] [--update patch all] [--items 64] [--batch 1 32]
         [--pairs 5] [--clock wall|process] [--threads 2] [--tiny]
 
 What is not there is made first: bases, rows, the adapter (minutes). Fewer items than 64 are shown
@@ -208,7 +208,7 @@ def measured(arms: dict[str, Callable[[], float]], rounds: int) -> list[dict[str
 def main() -> None:
     ours = parser(__doc__, pairs=5)
     ours.add_argument("--study", type=Path, default=Path(".study"))
-    ours.add_argument("--update", nargs="+", default=["all", "ffn"])
+    ours.add_argument("--update", nargs="+", default=["patch", "all"])
     ours.add_argument("--items", type=int, default=ITEMS)
     ours.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     ours.add_argument("--tiny", action="store_true")

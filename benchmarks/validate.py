@@ -17,7 +17,7 @@ kinds differ more than rounds do. Verdicts and answers that differ from the firs
 `vs_lm_eval` our time for one multiple-choice task beside lm-evaluation-harness' with `peft=` (extra
 `harness`), scores side by side.
 
-    python -m benchmarks.validate [--study .study] [--update ffn] [--adapters 16] [--items 479]
+    python -m benchmarks.validate [--study .study] [--update all] [--adapters 16] [--items 479]
         [--batch 32] [--margin 5] [--pairs 3] [--clock wall|process]
         [--only fleet memory lm_eval] [--arms reload set plain whole early]
 
@@ -198,7 +198,7 @@ def keep(
 def main() -> None:
     ours = parser(__doc__, pairs=3)
     ours.add_argument("--study", type=Path, default=Path(".study"))
-    ours.add_argument("--update", default="ffn")
+    ours.add_argument("--update", default="all")
     ours.add_argument("--adapters", type=int, default=ADAPTERS)
     ours.add_argument("--items", type=int, default=ITEMS, help="of the suite's 479")
     ours.add_argument("--batch", type=int, default=32)

@@ -8,7 +8,6 @@ of docs/fleet.md is written from what stands in the registry.
 """
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,14 +19,10 @@ from mlflow import MlflowClient
 
 from demo.programs import become_client_of, run_module
 from demo.screen import DemoError, Screen
-from demo.tasks import read_held_out
-from demo.update import UpdateSettings
-from demo.update import update as train_on
 from demo.upload import upload
 from infra.stack.settings import StackSettings
-from study.fleet import bases_and_rows, fleet, statements, suite
+from study.fleet import PATCH, bases_and_rows, fleet, statements, suite
 from study.pages import with_blocks
-from study.plan import TASKS
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
@@ -40,10 +35,7 @@ from trans_peft.ports import Platform
 __all__ = ["OLD", "UPDATES", "counted", "table"]
 
 FAMILY, OLD = "fleet", "v1"
-PATCH = UpdateSettings(steps=32, learning_rate=3e-5, seed=0)
-"""The study's update `all` with a tenth of its learning rate. Chosen before any adapter met it."""
-
-UPDATES = ("patch", "all")
+UPDATES = (PATCH, "all")
 ADAPTERS, ITEMS = 16, 120
 _DATA = "s3://data/fleet"
 _PAGE = Path(__file__).parent.parent / "docs" / "fleet.md"
@@ -56,8 +48,8 @@ def main() -> None:
     options = parser.parse_args()
     screen = Screen()
     screen.chapter("The fleet", f"{ADAPTERS} adapters of eight kinds, trained on {OLD}")
-    bases_and_rows(options.study, "all")
-    make_patch(options.study)
+    for update in UPDATES:
+        bases_and_rows(options.study, update)
     rows = statements(options.study)
     folders = fleet(options.study, rows, ADAPTERS)
     screen.done(f"{len(folders)} adapters")
@@ -78,16 +70,6 @@ def main() -> None:
     seen = report(FAMILY, platform())
     _PAGE.write_text(with_blocks(_PAGE.read_text(), {"verdicts": table(seen, bare_on_old)}))
     screen.done(f"{counted(seen)}; written: {_PAGE}")
-
-
-def make_patch(study: Path) -> None:
-    """Train v1 on a little, unless that was done (two minutes)."""
-    folder = study / "bases" / "patch"
-    if not (study / "patch.json").exists():
-        folder.mkdir(exist_ok=True)
-        held_out = read_held_out(study / "rows" / name for name in TASKS)
-        figures = train_on(study / "bases" / OLD, folder, PATCH, held_out)
-        (study / "patch.json").write_text(json.dumps(figures, indent=1))  # last
 
 
 class Story:
