@@ -238,7 +238,11 @@ def moves(stack, name, alias):
 
 
 def promotions(family):
-    """Return the bases of the family's promotion events: told after the write, so perhaps not."""
+    """Return the bases of the family's promotion events, which are told after the write.
+
+    So none where the process died in between, and two where two wrote the same at once: how often
+    an alias was really moved is in `final_state`.
+    """
     wanted = {"event": {"name": ["trans-peft.fleet.promoted"]}, "order": "ASC"}
     wanted["resource"] = {"id": [f"trans-peft.family.{family.name}"]}
     found = family.stack.prefect("POST", "events/filter", json={"filter": wanted, "limit": 50})
