@@ -3,9 +3,10 @@
 For each victim `--moments` moments are drawn (by a seed, uniformly) from the length of an
 undisturbed upgrade, A_TIME for each upgrade of its family. At each moment all processes of the
 program get SIGKILL, its children too, for the worker also the flow runs; the process manager starts
-it again. "flow" is one flow run at work, whichever; where none is, the next. Until the program
-answers again the clock stands still by which the moments are counted. Where an upgrade ends before
-its last moment, that one comes right after the end.
+it again. "flow" is one flow run at work, whichever; where none is, the next. "shard" is one that
+judges, some seconds after it was seen, so that it dies in its work as often as in its imports.
+Until the program answers again the clock stands still by which the moments are counted. Where an
+upgrade ends before its last moment, that one comes right after the end.
 
 At the third death of the process that judges it an adapter is parked for a person, as it should be:
 a moment that would be the third of an upgrade is left for the next one.
@@ -41,13 +42,15 @@ from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(4 * 3600)]
 
-VICTIMS = ("worker", "flow", "bridge", "prefect", "mlflow", "s3")
+VICTIMS = ("worker", "flow", "shard", "bridge", "prefect", "mlflow", "s3")
 JUDGE = "transfer-shard"
 JUDGES = ("worker", "prefect")
 """With them a judge dies, or may: it asks for Prefect no longer than a minute or so."""
 A_TIME = 5
 MAX_DEATHS = MAX_ATTEMPTS - 1
 LULL_S = 20
+SHARD_S = 15
+"""About as long as a shard's process lives in an undisturbed upgrade."""
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
@@ -111,7 +114,7 @@ class Trial:
         began = time.monotonic()
         kill = {"moment_s": round(moment_s, 1), "seconds": self.upgrade.seconds}
         at_work = sorted(f"{run['flow']} {run['state_name']}" for run in self.runs.values())
-        killed = self.kill_flow() if self.victim == "flow" else self.kill_program()
+        killed = self.kill_flow() if self.victim in ("flow", "shard") else self.kill_program()
         if killed:
             away_s = time.monotonic() - began
             self.away_s += away_s
@@ -147,6 +150,10 @@ class Trial:
         while not (found := self.flow_processes()) and not self.upgrade.over():
             self.look()
             time.sleep(0.1)
+        if found and self.victim == "shard":
+            time.sleep(self.draw.uniform(0, SHARD_S))
+            self.look()
+            found = self.flow_processes()
         if not found:
             return None
         run_id = self.draw.choice(sorted(found))
@@ -164,9 +171,10 @@ class Trial:
             with suppress(psutil.NoSuchProcess):
                 if run_id := process.environ().get("PREFECT__FLOW_RUN_ID"):
                     found.setdefault(run_id, []).append(process)
-        if self.deaths < MAX_DEATHS:
-            return found
-        return {run_id: its for run_id, its in found.items() if self.flow_of(run_id) == "reconcile"}
+        wanted = {JUDGE} if self.victim == "shard" else {JUDGE, "reconcile"}
+        if self.deaths == MAX_DEATHS:
+            wanted.discard(JUDGE)
+        return {run_id: its for run_id, its in found.items() if self.flow_of(run_id) in wanted}
 
     def flow_of(self, run_id):
         return self.runs.get(run_id, {"flow": "just started"})["flow"]
