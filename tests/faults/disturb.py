@@ -6,7 +6,7 @@ The schedule comes every ten minutes; a test that waits for it starts the very r
 import os
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from infra.stack.health import healthy
 from infra.stack.machine import MARK, PROGRAM_MARK, end, marked
@@ -92,5 +92,6 @@ def worker(stack, name, folder, **environment):
         yield running
     finally:
         running.terminate()
-        running.wait()
+        with suppress(subprocess.TimeoutExpired):  # then, as the process manager does, by force
+            running.wait(program.stop_s)
         end(marked(settings.state, name), grace_s=10)

@@ -57,8 +57,9 @@ def disturbed(stack, behind_proxies, family, weathers):
     with behind_proxies(family, weathers):
         upgrade = Upgrade(family).begin()
         scheduled = see_through(upgrade)
+        seconds = round(upgrade.seconds)
     return {
-        "seconds": round(upgrade.seconds),
+        "seconds": seconds,
         "scheduled": scheduled,
         "requests": {server: weather.seen for server, weather in weathers.items()},
         "disturbed": {server: weather.met for server, weather in weathers.items()},
