@@ -30,7 +30,7 @@ help: ## show this
 	@echo
 	@echo "  work on it"
 	@echo "make test         every test but the slow   make check   format, lint, types, imports"
-	@echo "make test-stack   make up and a base update on whole stacks, as CI does after make test"
+	@echo "make test-stack   make up and a base update on whole stacks, as CI does beside make test"
 	@echo "make stories      people promote, approve and roll back on a whole stack (about 6 min)"
 	@echo "make faults       programs are killed, networks fail, disks are full (an hour and more)"
 	@echo "make format       let ruff format and fix   make lock    constraints.txt from this .venv"

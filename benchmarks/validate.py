@@ -79,14 +79,13 @@ def be_child(arm: str, path: Path) -> None:
 def compare_fleets(task: Task, options: argparse.Namespace, full: bool) -> None:
     """Run the arms round by round, in random order, and keep the ratios."""
     in_child("references", task)
+    arms = [arm for arm in ARMS if arm in options.arms]  # early last: it does not ask all
     order, rounds = random.Random(0), list[dict[str, dict[str, Any]]]()
     for _ in range(options.pairs):
-        shuffled = order.sample(options.arms, k=len(options.arms))
-        said = {name: in_child(name, task) for name in shuffled}
-        rounds.append({name: said[name] for name in options.arms})
-        seconds = {name: round(said["seconds"], 1) for name, said in rounds[-1].items()}
-        print(f"seconds: {seconds}", flush=True)
-    took = {arm: median(r[arm]["seconds"] for r in rounds) for arm in options.arms}
+        said = {arm: in_child(arm, task) for arm in order.sample(arms, k=len(arms))}
+        rounds.append({arm: said[arm] for arm in arms})
+        print(f"seconds: { {arm: round(said[arm]['seconds'], 1) for arm in arms} }", flush=True)
+    took = {arm: median(r[arm]["seconds"] for r in rounds) for arm in arms}
     told = f"{told_verdicts(rounds[0])}; " + ", ".join(f"{a} {s:.0f} s" for a, s in took.items())
     if set(took) == set(ARMS):
         told += f"; {told_shares(took, median(r['reload']['loading_s'] for r in rounds))}"
@@ -127,12 +126,12 @@ def told_verdicts(arms: Mapping[str, Mapping[str, Any]]) -> str:
         arm: [answer for one in said["adapters"].values() for answer in one["answers"]]
         for arm, said in arms.items()
     }
-    first = next(iter(arms))
+    first, *rest = arms
     counts = Counter(found[first].values())
     told = f"{first}: " + ", ".join(
         f"{count} {verdict}" for verdict, count in sorted(counts.items())
     )
-    for arm in [arm for arm in arms if arm != first]:
+    for arm in rest:
         others = [f"{name} {v}" for name, v in found[arm].items() if v != found[first][name]]
         told += f"; {arm}: {len(found[arm]) - len(others)} of {len(found[arm])} verdicts equal"
         told += f" (not: {', '.join(others)})" if others else ""
