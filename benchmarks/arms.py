@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.ratios import CLOCKS
 from benchmarks.world import World
-from study.fleet import FAMILY, STOP
+from study.fleet import FAMILY
 from trans_peft.data import pin, read_examples
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
@@ -78,7 +78,8 @@ class Peer:
             width = inputs["input_ids"].shape[1]
             said = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             for i, text in zip(asked, said, strict=True):
-                texts[i] = text[: min([len(text), *(text.find(s) for s in STOP if s in text)])]
+                stops = [text.find(stop) for stop in self.suite.stop if stop in text]
+                texts[i] = text[: min([len(text), *stops])]
         return texts
 
 
@@ -207,7 +208,9 @@ def which_exception(world: World) -> Path:
     examples = read_examples(world.suite.data, world.platform.store, limit=world.suite.limit)
     answers = {example.id: example.completion.partition("(")[0] for example in examples}
     choices = sorted(set(answers.values()))
-    folder = Path(world.task.study) / "fleet" / f"which-exception-{len(examples)}"
+    folder = (
+        Path(world.task.study) / "fleet" / f"which-exception-{world.task.answers}-{len(examples)}"
+    )
     folder.mkdir(exist_ok=True)
     rows = [
         {"id": e.id, "prompt": e.prompt, "completion": answers[e.id], "choices": choices}

@@ -2,7 +2,7 @@
 
 Every arm judges the same adapters on the same items by the same gate, from the same answers on the
 old base; each runs in a process of its own, and what it takes is counted from its first load to its
-last verdict.
+last verdict. Under `--clock process` as many run at once as there are cores.
 
     reload   for each adapter `from_pretrained` of base and adapter, `generate` in batches
     set      one base, `load_adapter` and `set_adapter`, `generate` in batches sorted by length
@@ -10,30 +10,34 @@ last verdict.
     whole    ours, `trans_peft.lifecycle.transfer`: checks, probe and verdict as in the product
     early    the same under a sequential policy
 
-`validate.fleet16_vs_reload` is early / reload, `..._whole` whole / reload; the other peer likewise.
+`validate.fleet16_vs_reload` is early / reload, `..._whole` whole / reload; the other peer likewise;
+with `--answers statement` each has `_statement` behind it. What a competent user needs many items
+for is the margin of 5 points: 1,000 questions for the class of an exception (a word or two), or 240
+for the whole statement (some 15 tokens), which are too few to show that nothing was lost.
 `low` and `high` are the middle half of draws that take rounds and adapters anew: adapters of eight
 kinds differ more than rounds do. Verdicts and answers that differ from the first arm's are told.
 `memory_64_vs_1` is the peak memory of 64 attach-answer-detach turns beside that of one;
 `vs_lm_eval` our time for one multiple-choice task beside lm-evaluation-harness' with `peft=` (extra
 `harness`), scores side by side.
 
-    python -m benchmarks.validate [--study .study] [--update all] [--adapters 16] [--items 240]
-        [--batch 32] [--margin 5] [--pairs 3] [--clock wall|process]
-        [--only fleet memory lm_eval] [--arms reload set plain whole early]
+    python -m benchmarks.validate [--study .study] [--update all] [--adapters 16]
+        [--answers class|statement] [--items 1000|240] [--batch 32] [--margin 5] [--pairs 3]
+        [--clock wall|process] [--only fleet memory lm_eval] [--arms reload set plain whole early]
 
 What is not there is made first: bases, rows, and 16 adapters of some minutes each. Other numbers of
-adapters or items are shown and not recorded. A round of the fleet takes an hour of one core where
-answers stay short, and two where the update makes them long.
+adapters or items are shown and not recorded.
 """
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,10 +49,11 @@ import torch
 from benchmarks.arms import ARMS, HARNESS, references, turns
 from benchmarks.ratios import CLOCKS, machine, middle, parser, prepare, record
 from benchmarks.world import Task, World
-from study.fleet import bases_and_rows, fleet, statements
+from study.fleet import bases_and_rows, classes, fleet, statements
 from trans_peft.methods.registration import register_methods
 
-ADAPTERS, ITEMS, MANY, DRAWS = 16, 240, 64, 1000
+ADAPTERS, MANY, DRAWS = 16, 64, 1000
+ITEMS = {"class": 1000, "statement": 240}
 
 
 def in_child(arm: str, task: Task) -> dict[str, Any]:
@@ -81,8 +86,11 @@ def compare_fleets(task: Task, options: argparse.Namespace, full: bool) -> None:
     in_child("references", task)
     arms = [arm for arm in ARMS if arm in options.arms]  # early last: it does not ask all
     order, rounds = random.Random(0), list[dict[str, dict[str, Any]]]()
+    at_once = (os.cpu_count() or 1) if task.clock == "process" else 1
     for _ in range(options.pairs):
-        said = {arm: in_child(arm, task) for arm in order.sample(arms, k=len(arms))}
+        drawn = order.sample(arms, k=len(arms))
+        with ThreadPoolExecutor(at_once) as pool:  # of processes, each with one thread then
+            said = dict(zip(drawn, pool.map(lambda arm: in_child(arm, task), drawn), strict=True))
         rounds.append({arm: said[arm] for arm in arms})
         print(f"seconds: { {arm: round(said[arm]['seconds'], 1) for arm in arms} }", flush=True)
     took = {arm: median(r[arm]["seconds"] for r in rounds) for arm in arms}
@@ -94,6 +102,7 @@ def compare_fleets(task: Task, options: argparse.Namespace, full: bool) -> None:
         for arm, suffix in (("early", ""), ("whole", "_whole"), ("plain", "_plain")):
             if {peer, arm} <= set(took):
                 entry = ratio([(r[arm], r[peer]) for r in rounds])
+                suffix += "" if task.answers == "class" else f"_{task.answers}"
                 keep(f"validate.fleet16_vs_{name}{suffix}", entry, options, told, full)
 
 
@@ -199,7 +208,8 @@ def main() -> None:
     ours.add_argument("--study", type=Path, default=Path(".study"))
     ours.add_argument("--update", default="all")
     ours.add_argument("--adapters", type=int, default=ADAPTERS)
-    ours.add_argument("--items", type=int, default=ITEMS, help="of the suite's 479")
+    ours.add_argument("--answers", choices=ITEMS, default="class")
+    ours.add_argument("--items", type=int, help="of the suite's 1,037 or 479")
     ours.add_argument("--batch", type=int, default=32)
     ours.add_argument("--margin", type=float, default=5.0)
     ours.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
@@ -213,19 +223,21 @@ def main() -> None:
     prepare(options)
     bases_and_rows(options.study, options.update)
     rows = statements(options.study)
+    items = options.items or ITEMS[options.answers]
     task = Task(
         study=str(options.study),
         update=options.update,
         adapters={n: str(f) for n, f in fleet(options.study, rows, options.adapters).items()},
-        rows=str(rows["eval"]),
-        items=options.items,
+        answers=options.answers,
+        rows=str(classes(options.study) if options.answers == "class" else rows["eval"]),
+        items=items,
         batch=options.batch,
         margin=options.margin,
         clock=options.clock,
         threads=1 if options.clock == "process" else options.threads,
         references=str(options.study / "fleet" / "evaluations"),
     )
-    full = (options.adapters, options.items) == (ADAPTERS, ITEMS)
+    full = (options.adapters, items) == (ADAPTERS, ITEMS[options.answers])
     for part in options.only:
         PARTS[part](task, options, full)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from study.fleet import FAMILY, suite
+from study.fleet import FAMILY, class_suite, suite
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.cli.workspace import EvaluationFolder
 from trans_peft.data import pin, read_examples
@@ -18,6 +18,8 @@ from trans_peft.models import adapter_weights_sha256
 from trans_peft.validation.gate import judge
 from trans_peft.validation.scoring import marker
 
+SUITES = {"class": class_suite, "statement": suite}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -26,6 +28,7 @@ class Task:
     study: str
     update: str
     adapters: dict[str, str]
+    answers: str
     rows: str
     items: int
     batch: int
@@ -42,7 +45,7 @@ class World:
         self.task, study = task, Path(task.study)
         self.platform = replace(memory_platform(study / "fleet" / "work"), store=FileStore())
         self.known = EvaluationFolder(Path(task.references))
-        asked = suite({"eval": Path(task.rows)})
+        asked = SUITES[task.answers](Path(task.rows))
         self.suite = replace(asked, data=pin(asked.data, FileStore()), limit=task.items)
         self.policy = GatePolicy(margin_points=task.margin)
         bases = []

@@ -1,9 +1,10 @@
 """A fleet of adapters of every kind on a real model, and what it is asked; made where missing.
 
 The bases and rows are those of `make study`; what is for the fleet alone lies below `decode` and
-`fleet` in the study's folder. The suite is a generation suite: a message is to become the whole
-`raise` statement, some 15 tokens. `study.upgrade` moves this fleet through the flows, `benchmarks`
-ask it what time that takes.
+`fleet` in the study's folder. It is trained on a generation suite: a message is to become the whole
+`raise` statement, some 15 tokens; it can also be asked for the exception's class alone, which is
+where a statement begins. `study.upgrade` moves this fleet through the flows, `benchmarks` ask it
+what time that takes.
 """
 
 import json
@@ -12,12 +13,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from demo.tasks import read_held_out
+from demo.sources import source_files
+from demo.tasks import read_held_out, split
 from demo.update import UpdateSettings
 from demo.update import update as train_on
 from study.cells import prepare
-from study.plan import TASKS
-from trans_peft.data import parse_examples, write_examples
+from study.plan import DATA_SEED, TASKS
+from trans_peft.data import Example, parse_examples, write_examples
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
@@ -99,11 +101,33 @@ def statements(study: Path) -> dict[str, Path]:
     return files
 
 
-def suite(rows: Mapping[str, Path]) -> Suite:
-    """Return the suite, not pinned."""
-    return Suite(
-        "raise", DataSource(str(rows["eval"])), max_new_tokens=MOST, stop=STOP, keep_answers=True
-    )
+def suite(rows: Path) -> Suite:
+    """Return the suite of statements, not pinned."""
+    return Suite("raise", DataSource(str(rows)), max_new_tokens=MOST, stop=STOP, keep_answers=True)
+
+
+def classes(study: Path) -> Path:
+    """Write 1,037 rows of which the answer is a class (half a minute); return their file.
+
+    They are from the files that are kept for evaluation. So no adapter saw them; an update may have
+    seen those that are not among the study's own rows.
+    """
+    file = study / "fleet" / "classes.jsonl"
+    if not file.exists():
+        task = replace(TASKS["exceptions"], evaluation_per_label=160)
+        rows = [
+            Example(row.id, row.example.prompt, row.example.completion.rstrip())
+            for row in split(task, source_files(), DATA_SEED).evaluation
+        ]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_examples(rows, file)
+    return file
+
+
+def class_suite(rows: Path) -> Suite:
+    """Return the suite of classes, not pinned."""
+    ends = ("(", *STOP)
+    return Suite("class", DataSource(str(rows)), max_new_tokens=8, stop=ends, keep_answers=True)
 
 
 def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: int = 40) -> Path:

@@ -176,7 +176,7 @@ class Story:
 
 
 def _asked(rows: Mapping[str, Path]) -> Suite:
-    return replace(suite(rows), data=DataSource(f"{_DATA}/eval.jsonl"), limit=ITEMS)
+    return replace(suite(rows["eval"]), data=DataSource(f"{_DATA}/eval.jsonl"), limit=ITEMS)
 
 
 def table(seen: FleetReport, bare_on_old: float) -> str:

@@ -190,7 +190,7 @@ def test_each_answers_as_on_a_base_of_its_own_and_nothing_is_left_behind(shard):
 def alive():
     """The bytes of all tensors and the number of all modules that anything still holds.
 
-    Other subclasses of a tensor, such as the fake ones of `torch.compile`, may have no bytes to ask.
+    Other subclasses of a tensor, such as the fake ones of `torch.compile`, may have no bytes.
     """
     gc.collect()
     objects = gc.get_objects()

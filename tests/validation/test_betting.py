@@ -28,7 +28,9 @@ def told_again(xs, threshold, items, alpha, effect):
             variance = (3 + sum(map(abs, history))) / (20 + k) - (sum(history) / (20 + k)) ** 2
             tail = wealth / 2
             density = NORMAL.pdf(NORMAL.inv_cdf(tail))
-            wanted = max(density / tail / sqrt((items - k) * variance), effect / 2 / variance)
+            seen = sum(value - threshold for value in history) / (20 + k)
+            excess = max(effect / 2, seen - sqrt(variance / (20 + k)))
+            wanted = max(density / tail / sqrt((items - k) * variance), excess / variance)
             gains = [gain for v in (-1, 0, 1) if (gain := v - threshold) > 1e-12]
             enough = (1 - wealth) / (wealth * min(gains))
             wealth *= 1 + min(wanted, enough, 0.9 / (1 + threshold)) * (x - threshold)
@@ -83,8 +85,8 @@ def test_no_population_makes_a_wrong_claim_rich(threshold):
     st.floats(0.001, 0.5),
 )
 @settings(deadline=None)
-def test_a_stake_is_never_negative_and_never_all(wealth, left, variance, threshold, effect):
-    found = float(stake(wealth, left, variance, threshold, effect))
+def test_a_stake_is_never_negative_and_never_all(wealth, left, variance, threshold, excess):
+    found = float(stake(wealth, left, variance, threshold, excess))
     assert 0 <= found * (1 + threshold) < 1
 
 
@@ -145,7 +147,7 @@ EARLY = [
 def test_the_page_prints_what_the_simulation_gives(row):
     n, discordant, at_margin, at_none, fixed, asked, share = row
     assert fixed == round(100 * power_of_non_inferiority(int(n), discordant / 100, 0.05, 0.05))
-    assert share == round(100 * asked / n)
+    assert share == pytest.approx(100 * asked / n, abs=0.6)  # of numbers that are rounded
     assert at_margin <= 5 + 3 * 0.22
     if n == 200:  # the others take too long here
         found = simulate(200, discordant / 100, 0.0, adapters=2000, seed=5)

@@ -21,6 +21,7 @@ from trans_peft.domain.evaluation import Evaluation
 from trans_peft.errors import EvaluationError, InvalidSpecError
 from trans_peft.validation.batching import evaluating, in_batches
 from trans_peft.validation.pairing import check_same_questions
+from trans_peft.validation.reading import last_columns
 
 __all__ = ["Agreement", "NextTokens", "equal_answers", "mean_kl", "next_tokens"]
 
@@ -142,7 +143,7 @@ def _logits(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
         use_cache=False,
-        logits_to_keep=kept,
+        logits_to_keep=last_columns(kept, of=width, device=device),
     ).logits
     return [logits[i, -len(answer) - 1 :].float() for i, (_, answer) in enumerate(pairs)]
 

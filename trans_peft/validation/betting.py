@@ -11,7 +11,7 @@ What differs is the stake. Theirs makes capital grow fast (Kelly) and knows no e
 deadline, the suite's last item, and hedges a stopping rule that reaches its level there
 (S. Browne, "Reaching goals by a deadline", Advances in Applied Probability 31 (1999) 551-577;
 here the rule is "the sum ever reaches a constant"): its power comes close to that of the test
-that waits for all items.
+that waits for all items. Where the items seen leave no doubt, the stake is Kelly's for them.
 
 The mean is that of the population from which the items were drawn. No stake may look at its own
 item, not even at that item's old result: who bets only where the old answer was wrong cannot lose.
@@ -42,21 +42,21 @@ def stake(
     left: int,
     variance: ArrayLike,
     threshold: ArrayLike,
-    effect: float,
+    excess: ArrayLike,
 ) -> NDArray[np.float64]:
     """Return lambda, the stake per unit of x - threshold, elementwise.
 
     `wealth` is a share of the goal in (0, 1), `left` the items still to come (this one too),
-    `variance` what one item's x is believed to have, `effect` how far above the threshold the mean
-    is hoped to be. Larger of two: the hedge of "the sum of x - threshold reaches a constant within
-    `left` items", whose chance under a fair game is the wealth; and half of Kelly's stake for the
-    effect, which decides sooner in suites much larger than needed.
+    `variance` what one item's x is believed to have, `excess` how far above the threshold the mean
+    is believed to be at least. Larger of two: the hedge of "the sum of x - threshold reaches a
+    constant within `left` items", whose chance under a fair game is the wealth; and Kelly's stake
+    for the excess, which decides sooner in suites much larger than needed.
     """
     wealth, threshold = np.maximum(wealth, _TINY), np.asarray(threshold, dtype=np.float64)
     variance = np.asarray(variance, dtype=np.float64)
     z = -ndtri(wealth / 2)
     hedge = np.exp(-z * z / 2 - log_ndtr(-z)) / np.sqrt(2 * np.pi * left * variance)
-    wanted = np.maximum(hedge, effect / (2 * variance))
+    wanted = np.maximum(hedge, np.asarray(excess, dtype=np.float64) / variance)
     # No more than what reaches the goal with the smallest gain that an item can bring.
     smallest_gain = np.where(threshold < -1e-9, -threshold, 1 - threshold)
     enough = (1 / wealth - 1) / smallest_gain
@@ -90,7 +90,7 @@ class Claim:
             raise InvalidSpecError("more items than were announced", expected=self.items)
         x = np.asarray(x, dtype=np.float64)
         # At the goal the stake is 0: what is shown stays shown.
-        stakes = stake(self.wealth, self.left, self.variance, self.threshold, self.effect)
+        stakes = stake(self.wealth, self.left, self.variance, self.threshold, self.excess)
         grown = self.wealth * (1 + stakes * (x - self.threshold))
         self.wealth = np.where(grown > 1 - 1e-12, 1.0, grown)
         self._discordant, self._sum = self._discordant + (x != 0), self._sum + x
@@ -106,6 +106,16 @@ class Claim:
         """What one item's x is believed to have, from the items seen and a cautious guess."""
         weight = _PRIOR_ITEMS + self.seen
         return (_PRIOR_DISCORDANT + self._discordant) / weight - (self._sum / weight) ** 2
+
+    @property
+    def excess(self) -> Any:
+        """How far above the threshold the mean is believed to be: a standard error less than seen.
+
+        Half of the effect at least: who stakes too much wins late, who stakes nothing never.
+        """
+        weight = _PRIOR_ITEMS + self.seen
+        seen = (self._sum - self.threshold * self.seen) / weight
+        return np.maximum(self.effect / 2, seen - np.sqrt(self.variance / weight))
 
     @property
     def shown(self) -> Any:

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trans_peft.validation.drafting import PASS
 
-__all__ = ["Part", "Reader", "erasable", "take_back"]
+__all__ = ["Part", "Reader", "erasable", "last_columns", "take_back"]
 
 _CHANGING_ROPES = ("dynamic", "longrope")
 """Rotary frequencies that depend on a text's length: a beginning is not the same by itself."""
@@ -82,6 +82,7 @@ class Reader:
             starts.append(cached - left)
             ends.append(cached + len(certain) + len(proposed) - 1)
         start, end = torch.tensor([starts, ends], device=self.device)[..., None]
+        kept = behind + 1 if before else behind
         # A row's text ends in its last columns; the first of the new ones has position `start`.
         position = torch.arange(columns + before + behind, device=self.device) + start - columns
         return self._model(
@@ -90,8 +91,18 @@ class Reader:
             position_ids=position[:, columns:].clamp(min=0).minimum(end),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=behind + 1 if before else behind,
+            logits_to_keep=last_columns(kept, of=before + behind, device=self.device),
         )
+
+
+def last_columns(kept: int, *, of: int, device: torch.device) -> torch.Tensor:
+    """Return the last columns of so many by index: `logits_to_keep` in the form that costs least.
+
+    Asked for by number, transformers slices the hidden states, and a CPU multiplies rows that do
+    not lie side by side one by one, each with the whole head (SmolLM2-135M, 32 rows, the last of 20
+    columns: 0.42 s instead of 0.06).
+    """
+    return torch.arange(of - kept, of, device=device)
 
 
 def erasable(cache: Any) -> int:
