@@ -115,6 +115,23 @@ def test_rotary_frequencies_that_change_with_the_length_are_left_alone(tokenizer
     assert model.shapes == [(9, 85)]
 
 
+@pytest.mark.parametrize("beginning", [0, 40])
+def test_what_the_head_multiplies_lies_side_by_side(tokenizer, beginning):
+    """Else a CPU takes it row by row, each with the whole head: many times as long."""
+    model, seen = shared("llama"), []
+    asked = prompts(beginning)
+    drafts = [[65, 66, 67]] * len(asked)
+    hook = model.lm_head.register_forward_pre_hook(
+        lambda _, args: seen.append((tuple(args[0].shape[:2]), args[0].is_contiguous()))
+    )
+    with hook:
+        generate(model, tokenizer, asked, max_new_tokens=MOST, drafts=drafts)
+        log_likelihoods(model, [(prompt, [[65], [66, 67]]) for prompt in asked])
+    columns = {shape[1] for shape, _ in seen}
+    assert len(columns) > 1 and max(columns) < max(map(len, asked))
+    assert all(beside for _, beside in seen)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 @pytest.mark.parametrize("batch_size", [1, 32])
