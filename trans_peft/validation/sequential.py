@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _SMALLEST_BATCH = 32
-_MOST_BATCHES = 32
+_MOST_BATCHES = 16
 
 
 class Side(StrEnum):
