@@ -37,6 +37,15 @@ def test_what_does_not_fit_is_halved_and_every_item_answered_once(error, room, s
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
+def test_a_batch_is_what_is_better_answered_together():
+    answer = Room(3, ERRORS[0])
+    found = in_batches(
+        range(11), answer, size=8, told_as=str, together=lambda batch: 5 if batch[0] == 2 else 2
+    )
+    assert found == [item**2 for item in range(11)]
+    assert answer.sizes == [2, 5, 2, 2, 2, 2, 1]
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_item_that_does_not_fit_alone_is_named(error):
     with pytest.raises(EvaluationError, match="item seven"):

@@ -176,6 +176,23 @@ def test_drafts_that_are_never_right_cost_next_to_nothing(
     assert len(model.shapes) <= passes
 
 
+@pytest.mark.parametrize(("short", "passes"), [(3, 2), (31, 1)])
+def test_rows_have_passes_of_their_own_where_padding_would_cost_more(
+    short, passes, tokenizer, prompts, free, monkeypatch
+):
+    model = Counting(shared("llama"))
+    asked = [prompts[8]] * 4 + [prompts[8][::-1][:short]] * 8
+    with ending_with(model.model, None):
+        answers = by_transformers(model.model, asked, max_new_tokens=3)
+        options = {"max_new_tokens": 3, "drafts": answers}
+        cut, least = cost(model, tokenizer, asked, **options)
+        assert len(model.shapes) == passes
+        monkeypatch.setattr(decoding.Decoder, "together", lambda _, batch: len(batch))
+        whole, most = cost(model, tokenizer, asked, **options)
+    assert cut.ids == whole.ids == answers
+    assert least <= most
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3, window 8", "lfm2, convolution"])
 @pytest.mark.parametrize("expected", [0, 2])
 def test_answers_that_outlast_their_batch_go_on_together(

@@ -26,18 +26,21 @@ def in_batches(
     *,
     size: int | None,
     told_as: Callable[[Item], str],
+    together: Callable[[Sequence[Item]], int] = len,
     on_progress: Progress | None = None,
 ) -> list[Answer]:
     """Return `answer` of all items, taken in their order in batches of `size` (None: 32).
 
-    A batch that does not fit into memory is halved and tried again, and all that follow are of the
-    size that did. Give the largest items first: what does not fit shows at once. Raises
-    EvaluationError where one item alone does not fit; `told_as` says which it was.
+    `together` says how many of a batch, from its first, are better answered without the others,
+    which begin the next one. A batch that does not fit into memory is halved and tried again, and
+    all that follow are of the size that did. Give the largest items first: what does not fit shows
+    at once. Raises EvaluationError where one item alone does not fit; `told_as` says which it was.
     """
     size = size or DEFAULT_BATCH_SIZE
     answers: list[Answer] = []
     while len(answers) < len(items):
         batch = items[len(answers) : len(answers) + size]
+        batch = batch[: together(batch)]
         found = _tried(answer, batch)
         if found is None:
             if len(batch) == 1:

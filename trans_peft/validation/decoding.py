@@ -70,6 +70,7 @@ class Decoder:
         self._trust = Trust()
         # Both are known from the first forward pass on.
         self._erasable, self._vocabulary = sys.maxsize, 1
+        self._passes = 0  # of the last batch
 
     def answer(self, batch: Sequence[Row], *, aside: bool = False) -> None:
         """Go on with answers until all are over. EvaluationError: logits not finite.
@@ -83,8 +84,9 @@ class Decoder:
         for row, there in zip(rows, cached, strict=True):
             row.cached = there
             row.draft = row.draft or Draft(row.expected, first)
-        going = rows
+        going, self._passes = rows, 0
         while going and not (aside and _better_later(going, len(rows))):
+            self._passes += 1
             proposals = self._proposals(going, columns + max(len(row.unread) for row in going))
             parts = [
                 Part(row.cached, row.unread, proposal)
@@ -109,6 +111,24 @@ class Decoder:
                 columns -= take_back(cache, surplus)
             going = [going[i] for i in keep]
         self._trust.learn(row.draft for row in rows if row.is_over and row.draft)
+
+    def together(self, batch: Sequence[Row]) -> int:
+        """Return how many of these rows, the longest first, to answer without those behind them.
+
+        All, unless the others would read more padding than passes of their own cost: as many as the
+        batch before took, or at first as there are tokens expected. Only on a CPU: on a GPU a pass
+        costs far more tokens than `PASS`.
+        """
+        if self._reader.device.type != "cpu":
+            return len(batch)
+        lengths = [len(row.text) for row in batch]
+        passes = self._passes or max(len(row.expected) for row in batch) or math.inf
+
+        def spared(rows: int) -> float:
+            shorter = lengths[rows:]
+            return len(shorter) * (lengths[0] - shorter[0]) - PASS * passes if shorter else 0
+
+        return max(range(len(batch), 0, -1), key=spared)
 
     def _proposals(self, rows: Sequence[Row], columns: int) -> list[list[int]]:
         """Return the tokens to check after the unread ones, which end in column `columns`."""

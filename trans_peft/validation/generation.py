@@ -90,6 +90,7 @@ def generate(
                 answer,
                 size=batch_size,
                 told_as=lambda row: f"a prompt of {len(row.prompt)} tokens",
+                together=decoder.together,
                 on_progress=told,
             )
     ids = [row.answer for row in rows]
