@@ -48,12 +48,11 @@ import torch
 
 from benchmarks.arms import ARMS, HARNESS, references, turns
 from benchmarks.ratios import CLOCKS, machine, middle, parser, prepare, record
-from benchmarks.world import Task, World
-from study.fleet import bases_and_rows, classes, fleet, statements
+from benchmarks.world import ANSWERS, Task, World
+from study.fleet import bases_and_rows, fleet, statements
 from trans_peft.methods.registration import register_methods
 
 ADAPTERS, MANY, DRAWS = 16, 64, 1000
-ITEMS = {"class": 1000, "statement": 240}
 
 
 def in_child(arm: str, task: Task) -> dict[str, Any]:
@@ -208,7 +207,7 @@ def main() -> None:
     ours.add_argument("--study", type=Path, default=Path(".study"))
     ours.add_argument("--update", default="all")
     ours.add_argument("--adapters", type=int, default=ADAPTERS)
-    ours.add_argument("--answers", choices=ITEMS, default="class")
+    ours.add_argument("--answers", choices=ANSWERS, default="class")
     ours.add_argument("--items", type=int, help="of the suite's 1,037 or 479")
     ours.add_argument("--batch", type=int, default=32)
     ours.add_argument("--margin", type=float, default=5.0)
@@ -222,14 +221,15 @@ def main() -> None:
         return
     prepare(options)
     bases_and_rows(options.study, options.update)
-    rows = statements(options.study)
-    items = options.items or ITEMS[options.answers]
+    trained_on = statements(options.study)
+    answers = ANSWERS[options.answers]
+    items = options.items or answers.items
     task = Task(
         study=str(options.study),
         update=options.update,
-        adapters={n: str(f) for n, f in fleet(options.study, rows, options.adapters).items()},
+        adapters={n: str(f) for n, f in fleet(options.study, trained_on, options.adapters).items()},
         answers=options.answers,
-        rows=str(classes(options.study) if options.answers == "class" else rows["eval"]),
+        rows=str(answers.rows(options.study)),
         items=items,
         batch=options.batch,
         margin=options.margin,
@@ -237,7 +237,7 @@ def main() -> None:
         threads=1 if options.clock == "process" else options.threads,
         references=str(options.study / "fleet" / "evaluations"),
     )
-    full = (options.adapters, items) == (ADAPTERS, ITEMS[options.answers])
+    full = (options.adapters, items) == (ADAPTERS, answers.items)
     for part in options.only:
         PARTS[part](task, options, full)
 

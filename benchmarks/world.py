@@ -1,16 +1,16 @@
 """What every arm of `benchmarks.validate` judges: the same adapters, items and gate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from study.fleet import FAMILY, class_suite, suite
+from study.fleet import FAMILY, class_suite, classes, statements, suite
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.cli.workspace import EvaluationFolder
 from trans_peft.data import pin, read_examples
 from trans_peft.domain.adapter import AdapterVersion
-from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, ItemResult
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, ItemResult, Suite
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.evaluations import base_folder, evaluate_on
@@ -18,7 +18,19 @@ from trans_peft.models import adapter_weights_sha256
 from trans_peft.validation.gate import judge
 from trans_peft.validation.scoring import marker
 
-SUITES = {"class": class_suite, "statement": suite}
+
+class Answers(NamedTuple):
+    """What the messages may be answered with: the rows in a study, their suite, how many asked."""
+
+    rows: Callable[[Path], Path]
+    suite: Callable[[Path], Suite]
+    items: int
+
+
+ANSWERS = {
+    "class": Answers(classes, class_suite, 1000),
+    "statement": Answers(lambda study: statements(study)["eval"], suite, 240),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class World:
         self.task, study = task, Path(task.study)
         self.platform = replace(memory_platform(study / "fleet" / "work"), store=FileStore())
         self.known = EvaluationFolder(Path(task.references))
-        asked = SUITES[task.answers](Path(task.rows))
+        asked = ANSWERS[task.answers].suite(Path(task.rows))
         self.suite = replace(asked, data=pin(asked.data, FileStore()), limit=task.items)
         self.policy = GatePolicy(margin_points=task.margin)
         bases = []
