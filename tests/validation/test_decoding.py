@@ -1,4 +1,5 @@
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +192,23 @@ def test_rows_have_passes_of_their_own_where_padding_would_cost_more(
         whole, most = cost(model, tokenizer, asked, **options)
     assert cut.ids == whole.ids == answers
     assert least <= most
+
+
+@pytest.mark.parametrize(
+    ("device", "expected", "lengths", "rows"),
+    [
+        ("cpu", 1, [40, 40, 8, 8], 2),
+        ("cpu", 3, [40, 40, 8, 8], 4),  # three passes cost more than what they spare
+        ("cpu", 3, [40, 40, 24, 4, 4, 4], 3),
+        ("cpu", 0, [400, 8, 8], 3),  # of as many passes as one likes
+        ("cpu", 1, [40], 1),
+        ("cuda", 1, [40, 40, 8, 8], 4),
+    ],
+)
+def test_how_many_rows_are_answered_together(device, expected, lengths, rows):
+    decoder = decoding.Decoder(SimpleNamespace(device=torch.device(device)), lambda _: True)
+    batch = [decoding.Row([1] * length, [2] * expected) for length in lengths]
+    assert decoder.together(batch) == rows
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3, window 8", "lfm2, convolution"])
