@@ -4,8 +4,8 @@ An adapter that has learned to write `raise` statements on base v1 (`study.fleet
 them on an updated base; the drafts are its answers on v1. `draft_vs_generate` is the time of our
 `generate` with them beside transformers' own in batches of the same size, sorted by length,
 `draft_vs_plain` beside our own without them; `draft_worst_...` is the same with drafts of which no
-token is right. Answers that differ are counted. The first update and the first batch size have the
-plain names, the others have theirs at the end. A round runs all four in random order, and a ratio
+token is right. Answers that differ are counted. The update `patch` and answers one at a time have
+the plain names, others have theirs at the end. A round runs all four in random order, and a ratio
 is that of one round; which ratio is reported: `ratios`.
 
     python -m benchmarks.decode [--study .study] [--update patch all] [--items 64] [--batch 1 32]
@@ -27,13 +27,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.ratios import Clock, machine, middle, parser, prepare, record
-from study.fleet import MOST, STOP, adapter, bases_and_rows, statements
+from study.fleet import MOST, PATCH, STOP, adapter, bases_and_rows, statements
 from trans_peft.data import Example, parse_examples
 from trans_peft.models import load_base
 from trans_peft.transfer.transplant import attached
 from trans_peft.validation.generation import Answers, generate
 
 ITEMS = 64
+PLAIN_UPDATE, PLAIN_BATCH = PATCH, 1
 
 
 class Questions:
@@ -208,17 +209,17 @@ def measured(arms: dict[str, Callable[[], float]], rounds: int) -> list[dict[str
 def main() -> None:
     ours = parser(__doc__, pairs=5)
     ours.add_argument("--study", type=Path, default=Path(".study"))
-    ours.add_argument("--update", nargs="+", default=["patch", "all"])
+    ours.add_argument("--update", nargs="+", default=[PLAIN_UPDATE, "all"])
     ours.add_argument("--items", type=int, default=ITEMS)
-    ours.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    ours.add_argument("--batch", type=int, nargs="+", default=[PLAIN_BATCH, 32])
     ours.add_argument("--tiny", action="store_true")
     options = ours.parse_args()
     clock = prepare(options)
     for update in options.update:
-        mark = "" if update == options.update[0] else f"_{update}"
+        mark = "" if update == PLAIN_UPDATE else f"_{update}"
         with both(options, update) as (model, questions, recorded):
             for batch in options.batch:
-                suffix = mark + ("" if batch == options.batch[0] else f"_batch_{batch}")
+                suffix = mark + ("" if batch == PLAIN_BATCH else f"_batch_{batch}")
                 print(f"update {update}, batches of {batch}", flush=True)
                 compare(batch, suffix, model, questions, recorded, options, clock)
 
