@@ -34,7 +34,6 @@ from trans_peft.transfer.transplant import attached
 from trans_peft.validation.generation import Answers, generate
 
 ITEMS = 64
-PLAIN_UPDATE, PLAIN_BATCH = PATCH, 1
 
 
 class Questions:
@@ -209,17 +208,17 @@ def measured(arms: dict[str, Callable[[], float]], rounds: int) -> list[dict[str
 def main() -> None:
     ours = parser(__doc__, pairs=5)
     ours.add_argument("--study", type=Path, default=Path(".study"))
-    ours.add_argument("--update", nargs="+", default=[PLAIN_UPDATE, "all"])
+    ours.add_argument("--update", nargs="+", default=[PATCH, "all"])
     ours.add_argument("--items", type=int, default=ITEMS)
-    ours.add_argument("--batch", type=int, nargs="+", default=[PLAIN_BATCH, 32])
+    ours.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     ours.add_argument("--tiny", action="store_true")
     options = ours.parse_args()
     clock = prepare(options)
     for update in options.update:
-        mark = "" if update == PLAIN_UPDATE else f"_{update}"
+        mark = "" if update == PATCH else f"_{update}"
         with both(options, update) as (model, questions, recorded):
             for batch in options.batch:
-                suffix = mark + ("" if batch == PLAIN_BATCH else f"_batch_{batch}")
+                suffix = mark + ("" if batch == 1 else f"_batch_{batch}")
                 print(f"update {update}, batches of {batch}", flush=True)
                 compare(batch, suffix, model, questions, recorded, options, clock)
 

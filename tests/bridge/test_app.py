@@ -26,6 +26,7 @@ from infra.bridge.serve import listening
 from infra.bridge.settings import BridgeSettings
 from infra.stack.machine import free_ports
 from tests.bridge.fakes import FakePrefect, FakeRegistry
+from tests.stories.place import wait_until
 
 SECRETS = ("a-secret-of-mlflow-000000", "the-former-secret-1111111")
 TOKENS = ("a-token-of-the-s3-server-22", "the-former-token-33333333333")
@@ -304,9 +305,8 @@ def test_one_id_leads_from_the_hint_to_its_run_and_no_secret_is_logged(bridge):
         bridge.http.post(f"/hints/s3?token={TOKENS[0]}", json=uploaded())
         bridge.prefect.asked = None  # a bug, with its traceback
         bridge.mlflow(champion())
-        patience = time.monotonic() + 30  # uvicorn answers first, and tells of the bug then
-        while "Traceback" not in stream.getvalue() and time.monotonic() < patience:
-            time.sleep(0.01)
+        # uvicorn answers first, and tells of the bug then
+        wait_until(lambda: "Traceback" in stream.getvalue(), patience_s=30)
     finally:
         for logger in listened:
             logger.removeHandler(handler)

@@ -179,7 +179,7 @@ def test_drafts_that_are_never_right_cost_next_to_nothing(
 
 @pytest.mark.parametrize(("short", "passes"), [(3, 2), (31, 1)])
 def test_rows_have_passes_of_their_own_where_padding_would_cost_more(
-    short, passes, tokenizer, prompts, free, monkeypatch
+    short, passes, tokenizer, prompts, monkeypatch
 ):
     model = Counting(shared("llama"))
     asked = [prompts[8]] * 4 + [prompts[8][::-1][:short]] * 8

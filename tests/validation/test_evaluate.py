@@ -216,7 +216,7 @@ def test_an_answer_known_from_elsewhere_is_expected_before_the_right_one(model, 
     with passes(model) as seen:
         drafts = {example.id: answer for example, answer in zip(examples, answers, strict=True)}
         found = run(model, tokenizer, examples, drafts=drafts)
-    assert sum(seen) == len(examples)
+    assert seen == [1, 3]  # each read once; the longest is not worth padding for
     assert (found.items, found.key) == (plain.items, plain.key)
     assert {item.correct for item in found.items} == {False}
 
