@@ -30,7 +30,7 @@ fifth of the pairs is discordant; the table prints the power at the discordance 
 PROMOTION = PromotionPolicy(min_serving_share=0.0)
 """The demo moves its fleet whatever the verdicts are: it shows what becomes of an adapter then."""
 
-UPDATE = UpdateSettings(steps=32, learning_rate=3e-4, seed=0)
+UPDATE = UpdateSettings(steps=24, learning_rate=3e-4, seed=0)
 
 SPEC = AdapterSpec(
     "LORA",
@@ -79,9 +79,7 @@ class Chapter:
 
 EXCEPTIONS = Chapter(
     Task("exceptions", exceptions, train_per_label=400, evaluation_per_label=64),
-    OptimizerSettings(
-        learning_rate=1e-3, steps=120, batch_size=16, warmup_steps=10, max_length=128
-    ),
+    OptimizerSettings(learning_rate=1e-3, steps=64, batch_size=16, warmup_steps=10, max_length=128),
     stop=("\n", "("),  # a bare base goes on with the call: its class counts all the same
 )
 RETURNS = Chapter(
