@@ -96,10 +96,10 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
         axes.plot(figures.difference, y, "o", color=_colour(arm), markersize=9)
         axes.annotate(
             f"{arm.method}: {arm.verdict}",
-            (figures.difference, y),
+            (figures.lower, y),
             xytext=(0, 14),
             textcoords="offset points",
-            ha="center",
+            ha="left",  # centred, long words would reach past the axis
             color=_colour(arm),
             fontweight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},

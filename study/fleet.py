@@ -130,13 +130,13 @@ def class_suite(rows: Path) -> Suite:
     return Suite("class", DataSource(str(rows)), max_new_tokens=8, stop=ends, keep_answers=True)
 
 
-def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: int = 40) -> Path:
-    """Train an adapter on base v1, unless it is there (minutes); return its folder."""
-    recipe = TrainingRecipe(
+def recipe(kind: str, seed: int, steps: int = 40) -> TrainingRecipe:
+    """Return how an adapter of the fleet is trained, wherever its rows lie."""
+    return TrainingRecipe(
         adapter="raise",
         family=FAMILY,
         base_version="v1",
-        data=DataSource("raise/train.jsonl"),  # wherever that lies here
+        data=DataSource("raise/train.jsonl"),
         suites=(Suite("raise", DataSource("raise/eval.jsonl"), max_new_tokens=MOST),),
         spec=KINDS[kind].spec,
         optimizer=OptimizerSettings(
@@ -149,12 +149,18 @@ def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: 
         seed=seed,
     )
 
+
+def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: int = 40) -> Path:
+    """Train an adapter on base v1, unless it is there (minutes); return its folder."""
+
     def tell(event: Event) -> None:
         if isinstance(event, Progress) and event.step % 20 == 0:
             print(f"{kind}, seed {seed}: {event}", flush=True)
 
     work = study / "fleet" / f"{kind}-{seed}"
-    job = TrainingJob(recipe, study / "bases" / "v1", "v1", "study", rows["train"], work)
+    job = TrainingJob(
+        recipe(kind, seed, steps), study / "bases" / "v1", "v1", "study", rows["train"], work
+    )
     return fit(job, on_event=tell).folder
 
 
