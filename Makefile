@@ -13,7 +13,7 @@ help: ## show this
 	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
 	@echo
 	@echo "  see it work"
-	@echo "make demo         a real model, two adapters, a new version, every verdict (20 min or more)"
+	@echo "make demo         a real model, two adapters, a new version, every verdict (21 min on 2 cores)"
 	@echo "make demo-full    more tasks and adapters; no time limit, resumable"
 	@echo "make study        does Trans-PEFT help? hours; resumes where study/scores.jsonl ends"
 	@echo "make bench        what training, judging, downloads and hints cost (hours, quiet machine)"
