@@ -37,13 +37,12 @@ help: ## show this
 
 setup: $(READY) ## .venv with all dependencies
 
-# Not compiled: Python compiles what is imported, and most of it never is.
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "$(PYTHON) is not installed; with another name: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "== .venv: 2 minutes or so, once, and again when pyproject.toml or constraints.txt change"
+	@echo "== .venv: 2 to 4 minutes, once, and again when pyproject.toml or constraints.txt change"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt \
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
 	  --editable ".[platform,stack,demo,dev]"
 	@touch $@
 
