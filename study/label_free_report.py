@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import rankdata
 
 from study.ledger import Score
 from study.pages import with_blocks
@@ -80,24 +79,42 @@ def joined(
     return rows
 
 
-def rank_correlation(rows: Sequence[Row], risk: str) -> float:
-    """Return Spearman's coefficient of a risk with the loss; NaN where either is constant."""
+def rank_correlation(rows: Sequence[Row], counts: np.ndarray, risk: str) -> np.ndarray:
+    """Return Spearman's coefficient of a risk with the loss; NaN where either is constant.
+
+    `counts` (draws, rows) says how often each row is drawn; one coefficient a draw.
+    """
     values, lost = [row.risks[risk] for row in rows], [row.lost for row in rows]
-    if len(set(values)) < 2 or len(set(lost)) < 2:
-        return float("nan")
-    return float(np.corrcoef(rankdata(values), rankdata(lost))[0, 1])
+    a, b = (counts @ _below(measure).T for measure in (values, lost))  # mid-ranks, less a half
+    drawn = counts.sum(axis=1)
+
+    def covariance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Times drawn squared: sums of quarters, so exactly 0 where one is constant."""
+        sums = [(counts * product).sum(axis=1) for product in (x * y, x, y)]
+        return drawn * sums[0] - sums[1] * sums[2]
+
+    with np.errstate(invalid="ignore"):
+        return covariance(a, b) / np.sqrt(covariance(a, a) * covariance(b, b))
 
 
-def area(rows: Sequence[Row], risk: str, margin: float) -> float:
-    """Return the chance that an adapter that fails has the larger risk; NaN without both kinds."""
-    ranks = rankdata([row.risks[risk] for row in rows])
+def area(rows: Sequence[Row], counts: np.ndarray, risk: str, margin: float) -> np.ndarray:
+    """Return the chance that an adapter that fails has the larger risk; NaN without both kinds.
+
+    A tie counts half. `counts` as in `rank_correlation`.
+    """
     fails = np.array([not row.passed[margin] for row in rows])
-    failed, passed = int(fails.sum()), int((~fails).sum())
-    if not failed or not passed:
-        return float("nan")
-    # Mann and Whitney's U: pairs in which the one that fails ranks higher, ties by half.
-    above = ranks[fails].sum() - failed * (failed + 1) / 2
-    return float(above / (failed * passed))
+    failed, passed = counts * fails, counts * ~fails
+    above = _below([row.risks[risk] for row in rows])
+    pairs = failed.sum(axis=1) * passed.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return ((failed @ above) * passed).sum(axis=1) / pairs
+
+
+def _below(values: Sequence[float]) -> np.ndarray:
+    """Return (n, n): 1 where the column's value is below the row's, a half where they are equal."""
+    column = np.array(values)
+    row = column[:, None]
+    return (column < row) + (column == row) / 2
 
 
 def page_with(
@@ -157,18 +174,17 @@ def _predictors(rows: Sequence[Row], risks: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _with_interval(rows: Sequence[Row], statistic: Callable[[Sequence[Row]], float]) -> str:
+def _with_interval(
+    rows: Sequence[Row], statistic: Callable[[Sequence[Row], np.ndarray], np.ndarray]
+) -> str:
     """Return a statistic with its interval over resampled recipes, or a dash where it is none."""
-    value = statistic(rows)
+    (value,) = statistic(rows, np.ones((1, len(rows))))
     if np.isnan(value):
         return "-"
     recipes = sorted({row.recipe for row in rows})
-    of_recipe = {recipe: [row for row in rows if row.recipe == recipe] for recipe in recipes}
-    generator = np.random.default_rng(0)
-    values = [
-        statistic([row for i in drawn for row in of_recipe[recipes[i]]])
-        for drawn in generator.integers(len(recipes), size=(_DRAWS, len(recipes)))
-    ]
+    drawn = np.random.default_rng(0).integers(len(recipes), size=(_DRAWS, len(recipes)))
+    of_recipe = np.stack([(drawn == i).sum(axis=1) for i in range(len(recipes))], axis=1)
+    values = statistic(rows, of_recipe[:, [recipes.index(row.recipe) for row in rows]])
     tail = (1 - _LEVEL) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])
     return (

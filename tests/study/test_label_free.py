@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -37,31 +38,52 @@ def story(kls=(0.1, 0.2, 0.4), losses=(0, 20, 50)):
     return joined(lines, scores, {"signatures": []})
 
 
+def once(rows):
+    return np.ones((1, len(rows)))
+
+
 def test_a_risk_that_rises_with_the_loss_has_correlation_one():
-    assert rank_correlation(story(), "KL") == pytest.approx(1)
-    assert rank_correlation(story(), "disagreement") == pytest.approx(1)
-    assert rank_correlation(story(kls=(0.4, 0.2, 0.1)), "KL") == pytest.approx(-1)
+    up, down = story(), story(kls=(0.4, 0.2, 0.1))
+    assert rank_correlation(up, once(up), "KL") == pytest.approx([1])
+    assert rank_correlation(up, once(up), "disagreement") == pytest.approx([1])
+    assert rank_correlation(down, once(down), "KL") == pytest.approx([-1])
 
 
 def test_the_area_counts_pairs_of_one_that_passes_and_one_that_fails():
-    rows = story()
+    rows, mixed = story(), story(kls=(0.3, 0.2, 0.4))
     assert [row.passed[5.0] for row in rows] == [True, False, False]
-    assert area(rows, "KL", 5.0) == 1
-    assert area(story(kls=(0.3, 0.2, 0.4)), "KL", 5.0) == 0.5
+    assert area(rows, once(rows), "KL", 5.0) == [1]
+    assert area(mixed, once(mixed), "KL", 5.0) == [0.5]
 
 
-def test_both_measures_are_scipys_with_ties_too():
+def test_what_cannot_be_told_is_nan():
+    flat, broken = story(kls=(0.1, 0.1, 0.1)), story(losses=(20, 30, 50))
+    assert np.isnan(rank_correlation(flat, once(flat), "KL"))
+    assert np.isnan(area(broken, once(broken), "KL", 5.0))
+
+
+def test_both_measures_are_scipys_on_the_rows_that_were_drawn_with_ties_too():
     draw = random.Random(0)
     for _ in range(20):
-        losses = [0, *(draw.randrange(6) for _ in range(12))]  # one passes at least
+        losses = [0, *(draw.randrange(6) for _ in range(12))]
         rows = story(kls=[draw.randrange(4) / 10 for _ in losses], losses=losses)
-        risks, lost = [row.risks["KL"] for row in rows], [row.lost for row in rows]
-        assert rank_correlation(rows, "KL") == pytest.approx(spearmanr(risks, lost).statistic)
-        kinds = [
-            [r.risks["KL"] for r in rows if r.passed[5.0] is passed] for passed in (False, True)
-        ]
-        u = mannwhitneyu(*kinds).statistic
-        assert area(rows, "KL", 5.0) == pytest.approx(u / len(kinds[0]) / len(kinds[1]))
+        counts = np.array([[1 + draw.randrange(2), *draw.choices(range(4), k=12)] for _ in losses])
+        found = zip(
+            counts,
+            rank_correlation(rows, counts, "KL"),
+            area(rows, counts, "KL", 5.0),
+            strict=True,
+        )
+        for times, coefficient, chance in found:
+            drawn = [row for row, n in zip(rows, times, strict=True) for _ in range(n)]
+            risks, lost = [row.risks["KL"] for row in drawn], [row.lost for row in drawn]
+            assert coefficient == pytest.approx(spearmanr(risks, lost).statistic)
+            failed, passed = (
+                [row.risks["KL"] for row in drawn if row.passed[5.0] is kind]
+                for kind in (False, True)
+            )
+            u = mannwhitneyu(failed, passed).statistic
+            assert chance == pytest.approx(u / len(failed) / len(passed))
 
 
 def test_items_that_were_asked_do_not_count_for_the_loss():
