@@ -21,10 +21,11 @@ from mlflow import MlflowClient
 from infra.bridge.senders import sign
 from infra.bridge.webhooks import EVENTS
 from infra.stack.health import healthy
-from infra.stack.machine import free_ports, marked, port_is_free
+from infra.stack.machine import marked, port_is_free
 from infra.stack.programs import left_behind
 from infra.stack.settings import BUCKETS, StackSettings
 from infra.stack.supervisor import Supervisor
+from tests.stories.place import settings_below
 
 pytestmark = pytest.mark.stack
 
@@ -41,13 +42,6 @@ def stack(verb, settings, **more):
         text=True,
         timeout=240,
         check=False,
-    )
-
-
-def settings_below(state):
-    s3, mlflow, prefect, bridge = free_ports(4)
-    return StackSettings(
-        state, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect, bridge_port=bridge
     )
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,6 +16,7 @@ import httpx
 import torch
 from mlflow import MlflowClient
 
+from infra.stack.machine import port_is_free
 from infra.stack.settings import StackSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -30,6 +32,28 @@ RECIPE = {
     "perturbation": {"masking_p": 0.1, "dropping_p": 0.1},
     "optimizer": {"learning_rate": 0.01, "steps": 6, "batch_size": 8},
 }
+
+
+def _ports():
+    """Yield ports that the kernel gives to nobody who asks for any, and no other worker of xdist.
+
+    One that is merely free now may be taken before the stack has come to listen on it.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = range(lowest - 1_000 * (worker + 1), lowest - 1_000 * worker)
+    yield from filter(port_is_free, cycle(own))
+
+
+_PORTS = _ports()
+
+
+def settings_below(state):
+    """The settings of a stack of its own, at ports of its own."""
+    s3, mlflow, prefect, bridge = islice(_PORTS, 4)
+    return StackSettings(
+        state, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect, bridge_port=bridge
+    )
 
 
 @dataclass
