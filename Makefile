@@ -40,7 +40,7 @@ setup: $(READY) ## .venv with all dependencies
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "$(PYTHON) is not installed; with another name: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "== .venv: 2 to 4 minutes, once, and again when pyproject.toml or constraints.txt change"
+	@echo "== .venv: 2 to 5 minutes, once, and again when pyproject.toml or constraints.txt change"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
 	  --editable ".[platform,stack,demo,dev]"

@@ -29,6 +29,8 @@ from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit
 
 MOST, STOP = 64, ("\n",)
+ITEMS = 120
+"""Of the suite of statements, wherever this fleet gets a verdict."""
 FAMILY = "smollm2-135m"
 PATCH = "patch"
 """The study's update `all` with a tenth of its learning rate. Chosen before any adapter met it."""

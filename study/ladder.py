@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from study.fleet import adapter, bases_and_rows, recipe, statements, suite
+from study.fleet import ITEMS, adapter, bases_and_rows, recipe, statements, suite
 from trans_peft.cli.app import app
 from trans_peft.domain.data import DataSource
 
 __all__ = ["files"]
 
-KIND, SEED, UPDATE, ITEMS = "lora-32-all", 1, "all", 120
+KIND, SEED, UPDATE = "lora-32-all", 1, "all"
 POLICY = {"remedies": {"scales": [0.5, 0.7, 1.4, 2.0], "retune_steps": 20}}
 
 

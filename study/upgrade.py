@@ -21,7 +21,7 @@ from demo.programs import become_client_of, run_module
 from demo.screen import DemoError, Screen
 from demo.upload import upload
 from infra.stack.settings import StackSettings
-from study.fleet import PATCH, bases_and_rows, fleet, statements, suite
+from study.fleet import ITEMS, PATCH, bases_and_rows, fleet, statements, suite
 from study.pages import with_blocks
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.data import DataSource
@@ -36,7 +36,7 @@ __all__ = ["OLD", "UPDATES", "counted", "table"]
 
 FAMILY, OLD = "fleet", "v1"
 UPDATES = (PATCH, "all")
-ADAPTERS, ITEMS = 16, 120
+ADAPTERS = 16
 _DATA = "s3://data/fleet"
 _PAGE = Path(__file__).parent.parent / "docs" / "fleet.md"
 

@@ -10,7 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import boto3
 import httpx
@@ -25,11 +24,9 @@ from infra.stack.machine import marked, port_is_free
 from infra.stack.programs import left_behind
 from infra.stack.settings import BUCKETS, StackSettings
 from infra.stack.supervisor import Supervisor
-from tests.stories.place import settings_below
+from tests.stories.place import ROOT, settings_below
 
 pytestmark = pytest.mark.stack
-
-ROOT = Path(__file__).parents[2]
 
 
 def stack(verb, settings, **more):
