@@ -7,13 +7,14 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
-from trans_peft.errors import AccessError, StoreError
+from trans_peft.errors import AccessError, IsolationError, StoreError
 
 __all__ = ["RETRIES", "is_nobodys_fault"]
 
 
 _NO_ANSWER = (
     StoreError,
+    IsolationError,
     ConnectionError,
     TimeoutError,
     ConcurrencySlotAcquisitionError,

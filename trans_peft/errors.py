@@ -5,6 +5,9 @@
     ├── DataError             (ValueError)    rows of data that cannot be used; all at once
     ├── UploadError           (ValueError)    a base upload that is refused; all reasons at once
     ├── AdapterError          (ValueError)    a PEFT folder that is not what it must be
+    ├── ContentError          (ValueError)    untrusted content that cannot be evaluated
+    │   └── LimitExceededError                it needs more time, memory or room than allowed
+    ├── IsolationError        (RuntimeError)  a child process killed from outside: try again
     ├── UnsupportedModelError (TypeError)     a model in which what we look for is not to be found
     ├── NotFoundError         (LookupError)   no such family, version, adapter or file
     │   └── NotServedError                    no version of the adapter serves on that base
@@ -28,10 +31,13 @@ from pathlib import Path
 __all__ = [
     "AccessError",
     "AdapterError",
+    "ContentError",
     "DataError",
     "EvaluationError",
     "IntegrityError",
     "InvalidSpecError",
+    "IsolationError",
+    "LimitExceededError",
     "NotFoundError",
     "NotServedError",
     "OutOfMemoryError",
@@ -89,6 +95,18 @@ class UploadError(TransPeftError, ValueError):
 
 class AdapterError(TransPeftError, ValueError):
     """A PEFT folder that is not what it must be."""
+
+
+class ContentError(TransPeftError, ValueError):
+    """Untrusted content (a tokenizer, a template, a pattern, a file) that cannot be evaluated."""
+
+
+class LimitExceededError(ContentError):
+    """Untrusted content that needs more time, memory or room than its evaluation may take."""
+
+
+class IsolationError(TransPeftError, RuntimeError):
+    """A child process that was killed from outside or did not start: says nothing of its content."""
 
 
 class UnsupportedModelError(TransPeftError, TypeError):

@@ -1,0 +1,288 @@
+"""Calls in a child process: their answers, their errors, their limits, and their end."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.isolation import functions
+from trans_peft import errors
+from trans_peft.errors import (
+    ContentError,
+    DataError,
+    IsolationError,
+    LimitExceededError,
+    TransPeftError,
+)
+from trans_peft.isolation import Limits, call_isolated
+
+SUBJECT = "the tokenizer of s3://bases/mine"
+TORCH = ("torch",)
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+def call(function, *args, **options):
+    return call_isolated(function, *args, subject=SUBJECT, **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(plain)
+def test_plain_values_arrive_as_they_were_sent(value):
+    assert call(functions.echo, value) == [value]
+
+
+def test_lone_surrogates_and_paths_travel(tmp_path):
+    assert call(functions.echo, "\ud800 \N{SNOWMAN}") == ["\ud800 \N{SNOWMAN}"]
+    with pytest.raises(ContentError, match="plain JSON values, not PosixPath"):
+        call(functions.echo, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["object", "set", "int keys", "bytes", "deep"])
+def test_what_json_cannot_hold_is_an_error(kind):
+    with pytest.raises(ContentError):
+        call(functions.returns, kind)
+
+
+def test_a_function_that_cannot_be_imported_is_refused():
+    with pytest.raises(TypeError, match="cannot be imported"):
+        call(lambda: 1)
+
+
+KINDS = sorted(
+    name
+    for name in errors.__all__
+    if isinstance(kind := getattr(errors, name), type) and issubclass(kind, TransPeftError)
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_our_errors_arrive_as_they_were_raised(name):
+    with pytest.raises(TransPeftError) as caught:
+        call(functions.raises, name, "row 3\n  found: x")
+    assert type(caught.value) is getattr(errors, name)
+    assert str(caught.value) == "row 3\n  found: x"
+
+
+@pytest.mark.parametrize("name", ["ValueError", "KeyError", "OSError", "RecursionError"])
+def test_other_errors_name_the_content_and_their_type(name):
+    with pytest.raises(ContentError, match=f"(?s){SUBJECT} cannot be evaluated.*{name}.*odd"):
+        call(functions.raises, name, "odd")
+
+
+def test_endless_recursion_is_an_error():
+    with pytest.raises(ContentError, match="RecursionError"):
+        call(functions.recurses, 0)
+
+
+@pytest.mark.parametrize("function", [functions.matches_for_ever, functions.loops_in_threads])
+def test_processor_time_is_limited(function):
+    with pytest.raises(LimitExceededError, match=f"(?s){SUBJECT}.*processor time.*at most 1 s"):
+        call(function, limits=Limits(cpu_s=1))
+
+
+@pytest.mark.parametrize("function", [functions.sleeps, functions.ignores_signals])
+def test_elapsed_time_is_limited(function):
+    started = time.monotonic()
+    with pytest.raises(LimitExceededError, match=f"(?s){SUBJECT}.*time.*at most 1 s"):
+        call(function, limits=Limits(wall_s=1, cpu_s=3600))
+    assert time.monotonic() - started < 20
+
+
+MEMORY = Limits(memory_bytes=256 << 20, cpu_s=60)
+
+
+@pytest.mark.parametrize(
+    ("function", "size", "imports"),
+    [
+        (functions.allocates, 4 << 30, ()),
+        (functions.allocates_little_by_little, 4 << 30, ()),
+        (functions.allocates_with_torch, 4 << 30, TORCH),
+        (functions.encodes_huge, 2, ("tokenizers",)),
+    ],
+)
+def test_memory_is_limited(function, size, imports):
+    with pytest.raises(LimitExceededError, match=f"(?s){SUBJECT}.*memory.*at most 256 MiB"):
+        call(function, size, limits=MEMORY, imports=imports)
+
+
+def test_what_is_below_the_limit_of_memory_works_with_torch():
+    assert call(functions.adds_with_torch, 10 << 20, limits=MEMORY, imports=TORCH) == 10 << 20
+
+
+def test_the_size_of_a_result_is_limited():
+    with pytest.raises(LimitExceededError, match="room for its result"):
+        call(functions.returns, "large", limits=Limits(result_bytes=1000))
+
+
+def test_the_size_of_a_file_is_limited(tmp_path):
+    with pytest.raises(ContentError, match="File too large"):
+        call(functions.writes, str(tmp_path / "file"), 2 << 20, limits=Limits(file_bytes=1 << 20))
+
+
+@pytest.mark.parametrize("wrong", [{"cpu_s": 0}, {"memory_bytes": -1}, {"wall_s": float("nan")}])
+def test_a_limit_that_limits_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match="must be positive"):
+        Limits(**wrong)
+
+
+def test_a_crash_is_an_error_about_the_content():
+    with pytest.raises(ContentError, match=r"(?s)crashed.*SIGSEGV"):
+        call(functions.reads_null)
+    with pytest.raises(ContentError, match=r"(?s)crashed.*exit code 7"):
+        call(functions.exits, 7)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kill_from_outside_says_nothing_about_the_content(number):
+    with pytest.raises(IsolationError, match="killed from outside"):
+        call(functions.dies, number)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        "garbage",
+        "\x00" * 7 + "\x05" + "hello",
+        "\xff" * 8,
+        "\x00" * 7 + "\x02" + "[]",
+        "\x00" * 7 + "\x04" + "null",
+        "\x00" * 7 + "\x0f" + '{"limit": "odd"}'[:15],
+        "\x00" * 7 + "\x0f" + '{"limit": "no"}',
+        "\x00" * 7 + "\x09" + '{"text":1}'[:9],
+    ],
+)
+def test_a_child_that_answers_nonsense_is_an_error(nonsense):
+    with pytest.raises((ContentError, IsolationError)):
+        call(functions.answers_nonsense, nonsense)
+    assert call(functions.echo, 1) == [1]
+
+
+def test_calls_share_no_state_and_run_at_once():
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: [*call(functions.pids), n], range(16)))
+    assert len({pid for pid, _, _ in found}) == 16
+    assert len({parent for _, parent, _ in found}) == 1
+
+
+def test_a_server_that_was_killed_is_started_again():
+    _, server = call(functions.pids)
+    os.kill(server, signal.SIGKILL)
+    assert call(functions.pids)[1] != server
+
+
+def test_a_server_killed_during_a_call_is_reported(tmp_path):
+    def kill():
+        path = tmp_path / "pids"
+        while not path.exists() or not path.read_text().endswith("\n"):
+            time.sleep(0.02)
+        os.kill(int(path.read_text().split()[1]), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(IsolationError):
+        call(functions.reports_and_sleeps, str(tmp_path / "pids"))
+    thread.join()
+    child, server = map(int, (tmp_path / "pids").read_text().split())
+    _wait_until(lambda: not _alive(child) and not _alive(server))
+
+
+def test_the_child_gets_no_credentials_and_the_callers_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.chdir(tmp_path)
+    os.kill(call(functions.pids)[1], signal.SIGKILL)
+    assert not [n for n in call(functions.environment) if n.startswith(("AWS_", "MLFLOW_"))]
+    assert call(functions.folder) == str(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_child_ends_with_its_parent(tmp_path, number):
+    code = f"""
+        from tests.isolation import functions
+        from trans_peft.isolation import call_isolated
+        call_isolated(functions.reports_and_sleeps, {str(tmp_path / "pids")!r}, subject="x")
+    """
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=root,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    ) as parent:
+        pids = tmp_path / "pids"
+        _wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"))
+        parent.send_signal(number)
+    child, server = map(int, pids.read_text().split())
+    _wait_until(lambda: not _alive(child) and not _alive(server))
+
+
+def test_a_fork_of_the_caller_starts_its_own_server():
+    _, server = call(functions.pids)
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(0 if call(functions.pids)[1] != server else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert call(functions.pids)[1] == server
+
+
+def test_an_abandoned_call_ends(tmp_path):
+    code = f"""
+        import signal
+        from tests.isolation import functions
+        from trans_peft.isolation import call_isolated
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.alarm(4)
+        try:
+            call_isolated(functions.reports_and_sleeps, {str(tmp_path / "pids")!r}, subject="x")
+        except KeyboardInterrupt:
+            call_isolated(functions.sleeps, subject="x")
+    """
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    ) as parent:
+        pids = tmp_path / "pids"
+        _wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"))
+        child, server = map(int, pids.read_text().split())
+        _wait_until(lambda: not _alive(child))
+        assert _alive(server)
+        parent.kill()
+
+
+def test_errors_of_data_keep_their_builtin():
+    with pytest.raises(ValueError, match="odd"):
+        call(functions.raises, DataError.__name__, "odd")
+
+
+def _alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait_until(true, seconds=30):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.05)

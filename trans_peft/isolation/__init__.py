@@ -1,0 +1,16 @@
+"""Run a function on untrusted content in a child process with limits on CPU, memory and time.
+
+    from trans_peft.isolation import Limits, call_isolated
+
+    ids = call_isolated(encode, folder, texts, subject=f"the tokenizer of {uri}")
+
+Tokenizers, chat templates, regular expressions and data files come from outside, and evaluating
+them can take unbounded time or memory, or crash the interpreter. The child process bounds that. It
+is no security sandbox: it runs as the same user and can read what this process can read. Programs
+that a model wrote run in `trans_peft.validation.sandbox` instead.
+"""
+
+from trans_peft.isolation.call import call_isolated
+from trans_peft.isolation.limits import Limits
+
+__all__ = ["Limits", "call_isolated"]

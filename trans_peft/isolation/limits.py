@@ -1,0 +1,68 @@
+"""Limits on one isolated call, and how the kernel enforces them in the child process."""
+
+import math
+import resource
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Limits"]
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one isolated call may use.
+
+    Attributes:
+        cpu_s: processor time of all threads together, in seconds. It decides in normal operation,
+            because it does not depend on how busy the machine is.
+        wall_s: elapsed time in seconds, for a call that sleeps or waits.
+        memory_bytes: private writable memory (RLIMIT_DATA) in addition to what the interpreter and
+            its imported modules occupy. Enforced on Linux only.
+        result_bytes: size of the result as JSON.
+        file_bytes: size of each file that the call writes.
+    """
+
+    cpu_s: float = 60.0
+    wall_s: float = 600.0
+    memory_bytes: int = 2 * _GIB
+    result_bytes: int = 256 * _MIB
+    file_bytes: int = 64 * _MIB
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a limit that is not positive."""
+        wrong = [name for name, value in vars(self).items() if not value > 0]
+        if wrong:
+            raise ValueError(f"limits must be positive: {', '.join(wrong)}")
+
+    def apply(self) -> None:
+        """Set these limits for this process; the wall time is up to its parent."""
+        _set(resource.RLIMIT_CORE, 0)
+        _set(resource.RLIMIT_FSIZE, self.file_bytes)
+        _set(resource.RLIMIT_CPU, math.ceil(self.cpu_s))
+        # RLIMIT_AS would also count the address space that torch and CUDA reserve and never use.
+        if (used := _data_bytes()) is not None:
+            _set(resource.RLIMIT_DATA, used + self.memory_bytes)
+
+
+def _set(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    with suppress(OSError, ValueError):  # not every system knows every limit
+        resource.setrlimit(kind, (value, value if kind != resource.RLIMIT_CPU else hard))
+
+
+def _data_bytes() -> int | None:
+    """Return this process' private writable memory, None on a system without /proc."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    return None
