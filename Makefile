@@ -7,7 +7,7 @@ MODEL  := .venv/.ready-demo
 STATE  := $(or $(TRANS_PEFT_STATE),.state)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status logs clean-state test test-stack stories faults check format lock
+.PHONY: help setup demo demo-full study bench up down status logs clean-state test test-stack test-wheel stories faults check format lock
 
 help: ## show this
 	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
@@ -31,6 +31,7 @@ help: ## show this
 	@echo "  work on it"
 	@echo "make test         every test but the slow   make check   format, lint, types, imports"
 	@echo "make test-stack   make up and a base update on whole stacks, as CI does beside make test"
+	@echo "make test-wheel   the wheel alone in an empty environment, as CI does"
 	@echo "make stories      people promote, approve and roll back on a whole stack (about 6 min)"
 	@echo "make faults       programs are killed, networks fail, disks are full (an hour and more)"
 	@echo "make format       let ruff format and fix   make lock    constraints.txt from this .venv"
@@ -88,7 +89,11 @@ clean-state: down
 TEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(READY)
-	$(TEST) -m "not stack and not stories and not faults"
+	$(TEST) -m "not stack and not stories and not faults and not wheel"
+
+# Builds the wheel and installs it, without extras, into an empty environment (about 90 s).
+test-wheel: $(READY)
+	$(BIN)/python -m pytest tests/package -m wheel
 
 test-stack: $(READY)
 	$(TEST) -m stack tests/stories tests/infra

@@ -8,8 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trans_peft.domain.recipe import Perturbation
-from trans_peft.perturbation import perturbed
+import trans_peft as tp
 
 TEXTS = [f"{n} and {n + 1} make {2 * n + 1}" for n in range(32)]
 
@@ -28,7 +27,7 @@ def main(base: str, output: str) -> None:
     )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
-    with perturbed(model, Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
+    with tp.perturbed(model, tp.Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
         for batch in loader:
             with accelerator.accumulate(model):
                 labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

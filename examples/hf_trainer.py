@@ -13,8 +13,7 @@ from transformers import (
     set_seed,
 )
 
-from trans_peft.domain.recipe import Perturbation
-from trans_peft.perturbation import perturbed
+import trans_peft as tp
 
 TEXTS = [f"{n} and {n + 1} make {2 * n + 1}" for n in range(16)]
 
@@ -37,7 +36,7 @@ def main(base: str, output: str, steps: int = 4) -> None:
         ),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )  # fmt: skip
-    with perturbed(model.train(), Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
+    with tp.perturbed(model.train(), tp.Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
         trainer.train()
     trainer.save_model(output)
 

@@ -6,8 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trans_peft.domain.recipe import Perturbation
-from trans_peft.perturbation import perturbed
+import trans_peft as tp
 
 TEXTS = [f"{n} and {n + 1} make {2 * n + 1}" for n in range(16)]
 
@@ -24,7 +23,7 @@ def main(base: str, output: str, steps: int = 8) -> None:
         tokenizer(TEXTS[i : i + 4], padding=True, return_tensors="pt") for i in range(0, 16, 4)
     ]
     model.train()
-    with perturbed(model, Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
+    with tp.perturbed(model, tp.Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
         for step in range(steps):
             batch = batches[step % len(batches)]
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -7,8 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from trans_peft.domain.recipe import Perturbation
-from trans_peft.perturbation import perturbed
+import trans_peft as tp
 
 ROWS = [{"prompt": f"{n} and {n + 1} make ", "completion": f"{2 * n + 1}"} for n in range(16)]
 
@@ -28,7 +27,7 @@ def main(base: str, output: str, steps: int = 4) -> None:
         train_dataset=Dataset.from_list(ROWS),
         processing_class=AutoTokenizer.from_pretrained(base),
     )  # fmt: skip
-    with perturbed(model.train(), Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
+    with tp.perturbed(model.train(), tp.Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
         trainer.train()
     trainer.save_model(output)
 

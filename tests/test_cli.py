@@ -16,7 +16,7 @@ from trans_peft.cli import main
 from trans_peft.perturbation import layer_criticality
 
 COMMANDS = (
-    "train", "evaluate", "adopt", "check", "transfer", "agreement",
+    "train", "evaluate", "adopt", "check", "transfer", "resolve", "agreement",
     "fingerprint", "criticality", "drift", "convert", "publish",
 )  # fmt: skip
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}, "max_new_tokens": 2}

@@ -55,7 +55,7 @@ def test_one_line_perturbs_each_style_of_training(
             watch.remove()
 
     example = load(name)
-    monkeypatch.setattr(example, "perturbed", observed)
+    monkeypatch.setattr(example.tp, "perturbed", observed)
     example.main(str(tiny_base), str(tmp_path))
     assert moments == [(step, micro) for step in range(steps) for micro in range(forwards)]
     check_adapter(tiny_base, tmp_path)

@@ -22,6 +22,7 @@ REQUIREMENTS = [
     Requirement(line)
     for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for line in group
+    if not line.startswith("trans-peft[")  # an extra that bundles other extras
 ]
 PINS = {
     canonicalize_name(pin.name): str(pin.specifier).removeprefix("==")

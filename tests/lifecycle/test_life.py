@@ -92,7 +92,7 @@ def test_training_registers_a_live_adapter_that_serves_where_it_was_trained(life
     assert platform.registry.adapters(FAMILY) == ("parity",)
     assert version.is_trained
     assert version.suites[0].data.sha256  # pinned
-    assert resolve("parity", FAMILY, platform) == version
+    assert resolve("parity", platform) == version
     run = platform.runs.runs[0]
     assert run.status == "finished"
     assert [step for step, _ in run.recorded_metrics["loss"]] == list(range(1, 7))
@@ -171,11 +171,11 @@ def test_an_update_is_judged_served_and_rolled_back(life):
 
     platform.catalog.set_alias_by_hand(FAMILY, "champion", v2.number)
     settle(observe(FAMILY, platform), lenient, PromotionPolicy(), platform)
-    assert resolve("parity", FAMILY, platform).number == transferred.number
+    assert resolve("parity", platform).number == transferred.number
     assert "| parity |" in report(FAMILY, platform).markdown()
     platform.catalog.set_alias_by_hand(FAMILY, "champion", 1)
     settle(observe(FAMILY, platform), lenient, PromotionPolicy(), platform)
-    assert resolve("parity", FAMILY, platform).number == trained.number
+    assert resolve("parity", platform).number == trained.number
 
 
 def test_an_existing_peft_folder_is_adopted_once(life, tmp_path):
@@ -187,7 +187,7 @@ def test_an_existing_peft_folder_is_adopted_once(life, tmp_path):
     assert (
         adopt("theirs", str(folder), FAMILY, recipe.suites, platform, base_version="v1") == adopted
     )
-    assert resolve("theirs", FAMILY, platform, base="v1") == adopted
+    assert resolve("theirs", platform, base="v1") == adopted
 
 
 def test_adoption_refuses_what_it_cannot_place(life, tmp_path):

@@ -36,12 +36,12 @@ class TestChampion:
         fleet.work_off()
         assert fleet.settle(ALL).promoted == "small/v2"
         assert note_on(fleet, v2) is None
-        assert resolve("chat", FAMILY, fleet.platform).base_version == "v2"
+        assert resolve("chat", fleet.platform).base_version == "v2"
 
         fleet.promote(v1)
         assert fleet.settle(ALL).promoted == "small/v1"
-        assert resolve("chat", FAMILY, fleet.platform).base_version == "v1"
-        assert resolve("chat", FAMILY, fleet.platform, base="v2").base_version == "v2"
+        assert resolve("chat", fleet.platform).base_version == "v1"
+        assert resolve("chat", fleet.platform, base="v2").base_version == "v2"
 
     def test_taking_it_away_pauses(self, fleet, two_bases):
         v1, v2 = two_bases
@@ -265,7 +265,7 @@ class TestHands:
         (hand,) = self.settle(fleet).overruled
         assert "set on version 2 by hand" in hand
         assert "by verdict no version: inconclusive" in hand
-        assert resolve("chat", FAMILY, fleet.platform, base="v2").number == 2
+        assert resolve("chat", fleet.platform, base="v2").number == 2
         fleet.add_base("v3")
         fleet.work_off(Verdict.INCONCLUSIVE)
         fleet.settle()

@@ -205,9 +205,9 @@ def test_resolve_fails_closed_and_says_why(fleet, two_bases):
     fleet.work_off(Verdict.NEEDS_RETUNING)
     fleet.settle()
     with pytest.raises(NotServedError, match=r"needs-retuning: as the test says"):
-        resolve("chat", FAMILY, fleet.platform, base="v2")
+        resolve("chat", fleet.platform, base="v2")
     with pytest.raises(NotFoundError, match="no ready base version 'v9'"):
-        resolve("chat", FAMILY, fleet.platform, base="v9")
+        resolve("chat", fleet.platform, base="v9")
 
 
 def test_the_suite_of_an_adapter_has_one_hash_wherever_its_data_lies():

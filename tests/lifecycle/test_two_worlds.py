@@ -74,11 +74,11 @@ def test_a_promotion_is_refused_approved_by_hand_rolled_back_and_paused(upgrade)
     assert changes.promoted == f"{fleet.family}/v2"
     assert "set on version 2 by hand" in changes.overruled[0]
     assert fleet.platform.catalog.promotion_notes(fleet.family) == {}
-    assert resolve(upgrade.bad, fleet.family, fleet.platform).base_version == "v2"
+    assert resolve(upgrade.bad, fleet.platform).base_version == "v2"
 
     fleet.promote(upgrade.v1)
     assert upgrade.settle().promoted == f"{fleet.family}/v1"
-    assert resolve(upgrade.bad, fleet.family, fleet.platform).base_version == "v1"
+    assert resolve(upgrade.bad, fleet.platform).base_version == "v1"
 
     fleet.promote(upgrade.v2)
     fleet.promote(None)

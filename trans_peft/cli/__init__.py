@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from trans_peft.errors import TransPeftError
+from trans_peft.extras import explaining_missing_extras
 
 __all__ = ["main"]
 
@@ -22,7 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 all is well, 1 an adapter is not compatible or did not pass, 2 the input is at fault, 3 the
     command failed. An error of `trans_peft.errors` is told in words, never as a traceback.
     """
-    from trans_peft.cli.app import app
+    try:
+        with explaining_missing_extras():
+            from trans_peft.cli.app import app
+    except ModuleNotFoundError as error:
+        print(error, file=sys.stderr)  # noqa: T201  the console needs the missing extra
+        return 3
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -9,6 +9,7 @@ from trans_peft.cli.adapters import adopt, evaluate, train
 from trans_peft.cli.agreement import agreement
 from trans_peft.cli.bases import convert, fingerprint, publish
 from trans_peft.cli.layers import criticality, drift
+from trans_peft.cli.resolve import resolve
 from trans_peft.cli.transfers import check, transfer
 
 __all__ = ["app"]
@@ -44,6 +45,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     adopt,
     check,
     transfer,
+    resolve,
     agreement,
     fingerprint,
     criticality,

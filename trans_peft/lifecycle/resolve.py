@@ -1,4 +1,4 @@
-"""Names to things: the one way for a consumer to get an adapter, or a base by label or alias."""
+"""Look up the adapter version that serves on a base, and bases by version, alias or fingerprint."""
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
@@ -45,16 +45,26 @@ def base_trained_on(source: AdapterVersion, platform: Platform) -> BaseVersion:
     )
 
 
-def resolve(
-    adapter: str, family: str, platform: Platform, *, base: str = "serving"
-) -> AdapterVersion:
-    """Return the version of an adapter that serves on a base version (or alias) of its family.
+def resolve(adapter: str, platform: Platform, *, base: str = "serving") -> AdapterVersion:
+    """Return the version of an adapter that serves on a base version of its family.
 
-    It fails closed: NotServedError rather than another version or the bare base.
+    `base` is a version ("v2") or an alias ("serving", "champion").
+
+    Raises NotServedError with the verdict where no version of the adapter serves on that base;
+    never returns another version instead. Raises NotFoundError for an unknown adapter or base.
+
+    Example::
+
+        platform = connect("http://mlflow:5000")
+        version = resolve("chat", platform)
+        platform.registry.download(version, Path("adapters/chat"))
     """
-    target = find_base(family, base, platform)
+    versions = platform.registry.versions(adapter)
+    if not versions:
+        raise NotFoundError(f"adapter {adapter!r} has no versions", do="train or adopt it first")
+    target = find_base(versions[0].family, base, platform)
     number = platform.registry.alias(adapter, target.alias)
-    for version in platform.registry.versions(adapter):
+    for version in versions:
         if (
             version.number == number
             and version.base_fingerprint_sha256 == target.fingerprint_sha256

@@ -14,12 +14,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import trans_peft
 from trans_peft.validation.sandbox.root import SCRATCH
 
 __all__ = ["LIBRARY", "Nursery"]
 
-LIBRARY = str(Path(trans_peft.__file__).parents[1])
+LIBRARY = str(Path(__file__).parents[3])
 _START = (
     f"import sys; sys.path.insert(0, {LIBRARY!r}); "
     "from trans_peft.validation.sandbox.inside import main; main({fd})"

@@ -1,0 +1,65 @@
+"""The wheel, installed alone into an empty environment: what `pip install trans-peft` gives."""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_tiny_base
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.wheel, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """Return the interpreter of an environment that holds the wheel and its dependencies only."""
+    folder = tmp_path_factory.mktemp("wheel")
+    _run(
+        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT,
+    )  # fmt: skip
+    (wheel,) = folder.glob("trans_peft-*.whl")
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    constraints = ROOT / "constraints.txt"
+    _run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, wheel)
+    return python
+
+
+def test_only_what_perturbed_needs_is_installed(python):
+    listed = _run(python, "-m", "pip", "list", "--format=freeze").lower()
+    names = {line.partition("==")[0].replace("_", "-") for line in listed.splitlines()}
+    assert {"torch", "transformers", "peft", "numpy", "trans-peft"} <= names
+    assert not {"trl", "mlflow", "prefect", "boto3", "scipy", "cyclopts", "datasets"} & names
+
+
+def test_the_wheel_carries_its_licence_and_its_types(python):
+    shown = _run(python, "-m", "pip", "show", "--files", "trans-peft")
+    assert "licenses/LICENSE" in shown
+    assert "trans_peft/py.typed" in shown
+    assert "tests/" not in shown
+    assert "flows/" not in shown
+
+
+def test_the_example_of_the_readme_trains_an_adapter(python, tmp_path):
+    write_tiny_base(tmp_path / "base")
+    example = ROOT / "examples" / "plain_loop.py"
+    printed = _run(python, example, tmp_path / "base", tmp_path / "adapter", cwd=tmp_path)
+    assert printed.count("loss") == 8
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_command_line_names_the_extra_that_it_needs(python):
+    command = python.parent / "trans-peft"
+    ran = subprocess.run([command, "--help"], capture_output=True, text=True)
+    assert ran.returncode == 3
+    assert "pip install 'trans-peft[cli]'" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def _run(*command: object, cwd: Path | None = None) -> str:
+    ran = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return ran.stdout

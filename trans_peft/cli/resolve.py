@@ -1,0 +1,51 @@
+"""`resolve`: which version of an adapter serves on a base, and its files."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from trans_peft.cli.options import Json
+from trans_peft.cli.show import out, print_json
+from trans_peft.cli.workspace import check_free
+
+__all__ = ["resolve"]
+
+
+def resolve(
+    adapter: Annotated[str, Parameter(help="Name of the adapter in the registry.")],
+    /,
+    *,
+    base: Annotated[str, Parameter(help="Base version, such as `v2`, or an alias.")] = "serving",
+    download: Annotated[
+        Path | None, Parameter(help="New folder for the adapter's files (stock PEFT).")
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, Parameter(help="MLflow server; default: the variable `MLFLOW_TRACKING_URI`.")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Print the version of an adapter that serves on a base, and download it on request.
+
+    Fails if no version of the adapter serves on that base. It never falls back to another version.
+
+    Example: `trans-peft resolve chat --base serving --download adapters/chat`
+    """
+    from trans_peft.client import connect
+    from trans_peft.lifecycle.resolve import resolve as find
+
+    if download is not None:
+        check_free(download)
+    platform = connect(tracking_uri)
+    version = find(adapter, platform, base=base)
+    folder = None if download is None else platform.registry.download(version, download)
+    if json:
+        print_json({**vars(version), "alias": version.alias, "folder": folder})
+        return 0
+    out.print(f"{version.adapter} version {version.number}", markup=False)
+    out.print(f"base           {version.family}/{version.base_version}", markup=False)
+    out.print(f"fingerprint    {version.base_fingerprint_sha256}")
+    out.print(f"weights        {version.weights_sha256}")
+    if folder is not None:
+        out.print(f"files          {folder}", markup=False)
+    return 0

@@ -1,0 +1,40 @@
+"""Optional dependencies: which extra of the distribution installs which package."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["EXTRA_OF", "explaining_missing_extras"]
+
+EXTRA_OF = {
+    "accelerate": "train",
+    "boto3": "s3",
+    "botocore": "s3",
+    "cyclopts": "cli",
+    "datasets": "eval",
+    "math_verify": "eval",
+    "mlflow": "mlflow",
+    "psutil": "mlflow",
+    "pydantic": "cli",
+    "rich": "cli",
+    "scipy": "eval",
+    "trl": "train",
+    "yaml": "cli",
+}
+"""Top-level module -> extra that installs it, as declared in pyproject.toml."""
+
+
+@contextmanager
+def explaining_missing_extras() -> Iterator[None]:
+    """Raise ModuleNotFoundError with the pip command where the block imports a missing extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = EXTRA_OF.get(package)
+        if extra is None or "pip install" in str(error):
+            raise
+        raise ModuleNotFoundError(
+            f"{package} is not installed: run `pip install 'trans-peft[{extra}]'`, or install "
+            "everything with `pip install 'trans-peft[all]'`",
+            name=error.name,
+        ) from error
