@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import tiny_tokenizer
-from trans_peft.data import Example, Message, parse_examples, pin, read_examples, write_examples
+from trans_peft.data import (
+    Example,
+    Message,
+    parse_examples,
+    pin,
+    prompt_ids,
+    read_examples,
+    write_examples,
+)
 from trans_peft.domain.data import DataSource
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import DataError, IntegrityError, NotFoundError
@@ -250,3 +258,20 @@ def test_a_chat_needs_a_chat_template():
     chat = Example("1", "", "4", (Message("user", "2 + 2?"), Message("assistant", "4")))
     with pytest.raises(DataError, match="no chat template"):
         chat.prompt_ids(tokenizer)
+
+
+def test_every_chat_that_the_template_refuses_is_told():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no ' ~ messages[0].role) }}"
+    chats = [
+        Example(id_, "", "4", (Message("user", "2 + 2?"), Message("assistant", "4")))
+        for id_ in ("1", "2")
+    ]
+    with pytest.raises(DataError) as caught:
+        prompt_ids([Example("0", "plain", "4"), *chats], tokenizer)
+    assert "2 of 3 rows" in str(caught.value)
+    assert "id 1: the chat template failed: TemplateError: no user" in str(caught.value)
+    assert "id 2" in str(caught.value)
+    given_template = "{{ messages[0].content }}"
+    found = prompt_ids([Example("0", "plain", "4"), *chats], tokenizer, given_template)
+    assert [tokenizer.decode(ids) for ids in found] == ["plain", "2 + 2?", "2 + 2?"]

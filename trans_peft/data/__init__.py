@@ -1,6 +1,15 @@
 """Rows of training and evaluation data: read, checked all at once, and pinned to their bytes."""
 
-from trans_peft.data.example import Example, Message
+from trans_peft.data.example import Example, Message, full_ids, prompt_ids
 from trans_peft.data.sources import parse_examples, pin, read_examples, write_examples
 
-__all__ = ["Example", "Message", "parse_examples", "pin", "read_examples", "write_examples"]
+__all__ = [
+    "Example",
+    "Message",
+    "full_ids",
+    "parse_examples",
+    "pin",
+    "prompt_ids",
+    "read_examples",
+    "write_examples",
+]

@@ -1,11 +1,15 @@
 """One question and its answer, as text or as a chat, and the token ids that a model sees of it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trans_peft.errors import DataError
+from trans_peft.text.chat import render_prompts, template_of
 
-__all__ = ["Example", "Message"]
+__all__ = ["Example", "Message", "full_ids", "prompt_ids"]
+
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -35,29 +39,12 @@ class Example:
     reference: str = ""
 
     def prompt_ids(self, tokenizer: Any) -> list[int]:
-        """Return the token ids that a model is given before it answers, trained or evaluated.
-
-        A chat is rendered with the tokenizer's own template; without one it is a DataError.
-        """
-        if self.messages is None:
-            return list(tokenizer(text=self.prompt)["input_ids"])
-        _need_template(tokenizer)
-        turns = [{"role": turn.role, "content": turn.content} for turn in self.messages[:-1]]
-        rendered = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(rendered["input_ids"])
+        """Return `prompt_ids` of this example alone, with the tokenizer's own chat template."""
+        return prompt_ids([self], tokenizer)[0]
 
     def full_ids(self, tokenizer: Any) -> list[int]:
-        """Return the token ids of the prompt, the answer, and the token that ends it."""
-        if self.messages is None:
-            end = "" if self.completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-            return list(tokenizer(text=self.prompt + self.completion + end)["input_ids"])
-        _need_template(tokenizer)
-        turns = [{"role": turn.role, "content": turn.content} for turn in self.messages]
-        return list(
-            tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
-        )
+        """Return `full_ids` of this example alone, with the tokenizer's own chat template."""
+        return full_ids([self], tokenizer)[0]
 
     def trl_row(self) -> dict[str, Any]:
         """Return the example in TRL's prompt/completion format (text, or lists of messages)."""
@@ -67,9 +54,88 @@ class Example:
         return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
-def _need_template(tokenizer: Any) -> None:
-    if not tokenizer.chat_template:
+def prompt_ids(
+    examples: Sequence[Example], tokenizer: Any, template: str | None = None
+) -> list[list[int]]:
+    """Return, for each example, the token ids that a model gets before it answers.
+
+    Chats are rendered with `template`, or with the tokenizer's own where that is None. DataError,
+    with every row: no template, or a template that fails.
+    """
+    asked = {
+        i: _turns(example.messages[:-1])
+        for i, example in enumerate(examples)
+        if example.messages is not None
+    }
+    chats = _chat_ids(examples, asked, tokenizer, template, add_generation_prompt=True)
+    return [
+        chats[i] if i in chats else list(tokenizer(text=example.prompt)["input_ids"])
+        for i, example in enumerate(examples)
+    ]
+
+
+def full_ids(
+    examples: Sequence[Example], tokenizer: Any, template: str | None = None
+) -> list[list[int]]:
+    """Return, for each example, the token ids of prompt, answer and what ends the answer.
+
+    A text ends with the end-of-text token, a chat as its template ends it. Otherwise as
+    `prompt_ids`.
+    """
+    whole = {
+        i: _turns(example.messages)
+        for i, example in enumerate(examples)
+        if example.messages is not None
+    }
+    chats = _chat_ids(examples, whole, tokenizer, template, add_generation_prompt=False)
+    found = []
+    for i, example in enumerate(examples):
+        if i in chats:
+            found.append(chats[i])
+            continue
+        end = "" if example.completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        found.append(list(tokenizer(text=example.prompt + example.completion + end)["input_ids"]))
+    return found
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in messages]
+
+
+def _chat_ids(
+    examples: Sequence[Example],
+    conversations: Mapping[int, list[dict[str, str]]],
+    tokenizer: Any,
+    template: str | None,
+    *,
+    add_generation_prompt: bool,
+) -> dict[int, list[int]]:
+    """Return the token ids of each conversation, by the position of its example."""
+    if not conversations:
+        return {}
+    template = template_of(tokenizer) if template is None else template
+    if template is None:
         raise DataError(
             "the data is a chat, but the base's tokenizer has no chat template",
             do="take prompt/completion rows, or a base with a chat template",
         )
+    texts, problems = render_prompts(
+        template,
+        list(conversations.values()),
+        special_tokens=tokenizer.special_tokens_map,
+        add_generation_prompt=add_generation_prompt,
+    )
+    rows = [
+        f"id {examples[i].id}: {told}"
+        for i, told in zip(conversations, problems, strict=True)
+        if told
+    ]
+    if rows:
+        more = [f"and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
+        raise DataError(
+            f"{len(rows)} of {len(examples)} rows cannot be rendered as chats\n    "
+            + "\n    ".join(rows[:_SHOWN] + more),
+            do="change these rows so that the template takes them, or mend the template",
+        )
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return {number: list(row) for number, row in zip(conversations, ids, strict=True)}
