@@ -106,7 +106,7 @@ class LimitExceededError(ContentError):
 
 
 class IsolationError(TransPeftError, RuntimeError):
-    """A child process that was killed from outside or did not start: says nothing of its content."""
+    """A child process that was killed from outside or did not start. Its content may be fine."""
 
 
 class UnsupportedModelError(TransPeftError, TypeError):

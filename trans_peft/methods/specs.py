@@ -18,10 +18,13 @@ from torch import nn
 
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.errors import InvalidSpecError
+from trans_peft.methods.allocation import BoundedAllocation
+from trans_peft.methods.patterns import check_options, names_of
 from trans_peft.methods.registration import register_methods
 
 __all__ = ["attach", "to_config", "to_spec"]
 
+_ROOM = 1 << 26  # elements that any adapter may have; on a larger base, as many as the base has
 _NOT_OPTIONS = {  # fields that say where a config came from, not what the adapter is
     "auto_mapping",
     "base_model_name_or_path",
@@ -99,6 +102,8 @@ def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
             "the model already has an adapter",
             do="load the base again, or take the adapter off with unload()",
         )
+    subject = f"the {spec.peft_type} adapter"
+    check_options(spec.options, [*names_of(model)], subject)
     missing = _missing_targets(model, config)
     if missing:
         raise InvalidSpecError(
@@ -106,8 +111,10 @@ def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
             expected=f"some of {', '.join(_names(model))}",
         )
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    room = max(_ROOM, sum(parameter.numel() for parameter, _ in trainable))
     try:
-        return get_peft_model(model, config)
+        with BoundedAllocation(room, subject):
+            return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         _detach(model)
         for parameter, requires_grad in trainable:

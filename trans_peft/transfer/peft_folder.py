@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES
 from trans_peft.errors import AdapterError
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "PeftFolder", "read_peft_folder"]
@@ -65,9 +66,12 @@ def _config(folder: Path, problems: list[str]) -> dict[str, Any]:
     if not path.is_file():
         problems.append(f"it has no {CONFIG_NAME}")
         return {}
+    if path.stat().st_size > MAX_ADAPTER_CONFIG_BYTES:
+        problems.append(f"{CONFIG_NAME} has more than {MAX_ADAPTER_CONFIG_BYTES} bytes")
+        return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"{CONFIG_NAME} is not JSON ({error})")
         return {}
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):

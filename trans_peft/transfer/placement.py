@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from trans_peft.domain.base import TensorSignature
 from trans_peft.errors import listed
+from trans_peft.methods.patterns import check_options
 from trans_peft.transfer.peft_folder import PeftFolder
 
 __all__ = ["compare_places", "module_of"]
@@ -33,6 +34,9 @@ def compare_places(
             " first (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     old_modules, new_modules = _modules(old), _modules(new)
+    paths = [key.removeprefix("base_model.model.") for key in adapter.tensors]
+    candidates = {part for path in paths for part in _prefixes(path)} | old_modules | new_modules
+    check_options(adapter.config, sorted(candidates), f"the adapter in {adapter.path}")
     targets = adapter.config.get("target_modules")
     whole = tuple(adapter.config.get("modules_to_save") or ())
     brought: list[str] = []
@@ -110,6 +114,11 @@ def _modules(tensors: Tensors) -> set[str]:
         parts = name.split(".")
         modules |= {".".join(parts[:end]) for end in range(1, len(parts))}
     return modules
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _is_target(module: str, targets: str | Iterable[str] | None) -> bool:

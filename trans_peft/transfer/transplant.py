@@ -13,10 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trans_peft.errors import AdapterError, UnsupportedModelError, listed
+from trans_peft.errors import AdapterError, IsolationError, UnsupportedModelError, listed
+from trans_peft.methods.patterns import check_options, names_of
 from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, PeftFolder, read_peft_folder
 from trans_peft.transfer.surface import Surface
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["attach", "attached", "transplant"]
 
+# Some methods build tensors that they do not save: an adapter may take this multiple of its file's
+# elements, and this many more.
+_ROOM_FACTOR, _ROOM = 4, 1 << 26
 _CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
 
@@ -98,6 +103,8 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from safetensors.torch import load_file
 
+    from trans_peft.methods.allocation import BoundedAllocation
+
     source = read_peft_folder(folder)
     config = _peft_config(source)
     if hasattr(model, "peft_config"):
@@ -105,10 +112,16 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
             "the model already carries an adapter",
             do="leave the `attached` block of the other one first, or pass its base model",
         )
+    subject = f"the adapter in {folder}"
     surface = Surface(model)
     try:
+        check_options(source.config, [*names_of(model)], subject)
         build = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and overwritten below
+        room = _ROOM_FACTOR * sum(map(prod, source.tensors.values())) + _ROOM
+        with (
+            BoundedAllocation(room, subject),
+            torch.random.fork_rng(devices=[]),  # fresh weights are drawn, and overwritten below
+        ):
             peft_model = build(model, config, adapter_name=name)
         _check_keys(peft_model, source, name)
         tensors = load_file(folder / WEIGHTS_NAME)
@@ -122,7 +135,7 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
             raise AdapterError(f"{folder}: PEFT did not load {listed(astray)}")
     except (ValueError, KeyError, RuntimeError) as error:
         surface.restore()
-        if isinstance(error, AdapterError):
+        if isinstance(error, (AdapterError, IsolationError)):
             raise
         raise AdapterError(
             f"{folder} cannot be put on {type(model).__name__}: {error}",

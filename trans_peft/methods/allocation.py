@@ -1,0 +1,68 @@
+"""A bound on the tensors that are made while PEFT builds an adapter.
+
+A rank of 400,000,000 in adapter_config.json would be allocated before anybody compares shapes with
+the adapter's file.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from trans_peft.errors import LimitExceededError
+
+__all__ = ["BoundedAllocation"]
+
+_FACTORIES: frozenset[Callable[..., Any]] = frozenset({
+    torch.empty, torch.empty_permuted, torch.empty_strided, torch.ones, torch.zeros, torch.full,
+    torch.eye, torch.arange, torch.linspace, torch.logspace, torch.rand, torch.randn, torch.randint,
+    torch.randperm, torch.tril_indices, torch.triu_indices, torch.Tensor.new_empty,
+    torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.repeat,
+})  # fmt: skip
+_NOT_ON_META = ("generator", "pin_memory", "out")
+
+
+class BoundedAllocation(TorchFunctionMode):
+    """Within the block, this thread's new tensors have at most `elements` elements in all.
+
+    LimitExceededError before the tensor that would exceed it is allocated. Counts what torch's
+    factory functions make, as `torch.device` contexts see them; copies of tensors that exist are
+    not counted.
+    """
+
+    def __init__(self, elements: int, subject: str) -> None:
+        super().__init__()
+        self._bound = elements
+        self._used = 0
+        self._subject = subject
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Count what a factory function is about to allocate, and refuse what is too much."""
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            self._used += self._elements(func, args, kwargs)
+            if self._used > self._bound:
+                raise LimitExceededError(
+                    f"{self._subject} needs larger tensors than it may",
+                    expected=f"at most {self._bound:,} elements in all",
+                    found=f"{self._used:,} or more",
+                    do="check its ranks and sizes against its weights and its base",
+                )
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _elements(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        on_meta = {key: value for key, value in kwargs.items() if key not in _NOT_ON_META}
+        try:
+            if func is torch.Tensor.repeat:
+                return int(func(args[0].to("meta"), *args[1:], **on_meta).numel())
+            return int(func(*args, **on_meta | {"device": "meta"}).numel())
+        except (RuntimeError, TypeError, NotImplementedError):
+            return 0  # the real call reports the same error

@@ -1,0 +1,122 @@
+"""Regular expressions among an adapter's options, tried in a child process before PEFT uses them.
+
+PEFT matches them with `re` against every module of a model, and a pattern with nested quantifiers
+can take exponential time. Here each pattern is matched once against the same names in the ways
+that PEFT 0.21 matches (`peft.tuners.tuners_utils`, `peft.utils.other`), in a process with limits.
+This module imports no torch.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trans_peft.domain.bounds import MAX_ADAPTER_NUMBER, MAX_PATTERN_LENGTH
+from trans_peft.errors import InvalidSpecError, listed
+from trans_peft.isolation import Limits, call_isolated
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["check_options", "names_of"]
+
+_LIMITS = Limits(cpu_s=10, memory_bytes=1 << 29)
+_QUANTIFIERS = frozenset("*+?{")
+_FORMS = (
+    "{}",
+    r"(.*\.)?({})$",
+    r"(^|.*\.){}($|\..*)",
+    r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    r".*\.{}$",
+)
+"""How PEFT embeds a pattern: targets, patterns by module, modules_to_save, layers, the rest."""
+_NOT_PATTERNS = frozenset({
+    "auto_mapping", "base_model_name_or_path", "peft_type", "peft_version",
+    "prompt_tuning_init_text", "revision", "task_type", "tokenizer_name_or_path",
+})  # fmt: skip
+_EXPRESSIONS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
+"""Options that are one regular expression where they are one text (in a list: ends of names)."""
+_SEEDS = ("seed", "prng_key")
+_DEEPEST = 16
+
+
+def check_options(options: Mapping[str, Any], names: Sequence[str], subject: str) -> None:
+    """Raise an error unless an adapter's options can be matched against a model in bounded time.
+
+    `options` are those of a spec or the fields of an adapter_config.json, `names` the model's
+    modules and parameters. InvalidSpecError for options that are nested too deeply, numbers above
+    MAX_ADAPTER_NUMBER, and patterns that are longer than MAX_PATTERN_LENGTH or no regular
+    expressions; LimitExceededError for a pattern that takes longer than 10 s of processor time.
+    """
+    problems: list[str] = []
+    patterns: list[str] = []
+    for field, value in _leaves(options):
+        seed = field.rpartition(".")[2].endswith(_SEEDS)
+        if type(value) is int and abs(value) > MAX_ADAPTER_NUMBER and not seed:
+            problems.append(f"{field}: {value} exceeds {MAX_ADAPTER_NUMBER}")
+        elif isinstance(value, str) and field.partition(".")[0] not in _NOT_PATTERNS:
+            if len(value) > MAX_PATTERN_LENGTH:
+                problems.append(
+                    f"{field}: a text of {len(value)} characters exceeds {MAX_PATTERN_LENGTH}"
+                )
+            elif field in _EXPRESSIONS and (wrong := _not_an_expression(value)):
+                problems.append(f"{field}: {value!r} is not a regular expression: {wrong}")
+            elif _QUANTIFIERS & set(value):
+                patterns.append(value)
+    if problems:
+        raise InvalidSpecError(f"{subject} cannot be used", found=listed(problems, 20))
+    if patterns:
+        unique = list(dict.fromkeys(patterns))
+        call_isolated(
+            _match,
+            unique,
+            list(names),
+            limits=_LIMITS,
+            subject=f"a pattern of {subject} ({listed([repr(p[:80]) for p in unique], 3)})",
+        )
+
+
+def names_of(model: "nn.Module") -> Iterator[str]:
+    """Yield the names of a model's modules and parameters."""
+    for name, _ in model.named_modules():
+        yield name
+    for name, _ in model.named_parameters():
+        yield name
+
+
+def _leaves(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every key and every scalar value of nested options with its place in dots."""
+    stack: list[tuple[str, Any, int]] = [("", options, 0)]
+    while stack:
+        place, value, depth = stack.pop()
+        if depth > _DEEPEST:
+            raise InvalidSpecError(f"{place[:80]}: options are nested more than {_DEEPEST} deep")
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                if place:
+                    yield place, key
+                stack.append((f"{place}.{key}" if place else str(key), item, depth + 1))
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            stack += [(place, item, depth + 1) for item in value]
+        else:
+            yield place, value
+
+
+def _not_an_expression(value: str) -> str | None:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        return str(error)
+    return None
+
+
+def _match(patterns: list[str], names: list[str]) -> None:
+    """Match every pattern against every name: runs in the child process."""
+    for pattern in patterns:
+        for form in _FORMS:
+            try:
+                compiled = re.compile(form.format(pattern))
+            except (re.error, RecursionError, OverflowError):
+                continue  # PEFT does not use every text in every form
+            for name in names:
+                compiled.match(name)
+                compiled.fullmatch(name)
