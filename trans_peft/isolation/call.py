@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-import trans_peft
 from trans_peft import errors
 from trans_peft.errors import ContentError, IsolationError, LimitExceededError, TransPeftError
 from trans_peft.isolation.limits import Limits
@@ -271,7 +270,7 @@ class _Server:
 
 def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)}
-    library = str(Path(trans_peft.__file__).parents[1])
+    library = str(Path(__file__).parents[2])
     return kept | {
         "PYTHONPATH": os.pathsep.join([library, *filter(None, sys.path)]),
         "PYTHONHASHSEED": "0",  # sympy's order of terms, and so its time, would differ by run
