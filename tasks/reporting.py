@@ -5,6 +5,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks.composition import platform
 from tasks.policy import RETRIES
+from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import FleetChanges, Plan
 from trans_peft.lifecycle.report import report
 
@@ -45,5 +46,9 @@ def publish_fleet(family: str, changes: FleetChanges) -> str:
 
 
 def _slug(family: str) -> str:
-    """Return the name as Prefect's artifact keys allow it: lower case, digits, dashes."""
-    return "".join(sign if sign.isalnum() else "-" for sign in family.lower()).strip("-")
+    """Return the name as Prefect's artifact keys allow it: lower case, digits, dashes.
+
+    A name that has other signs gets a hash, so that `a.b` and `a-b` keep two pages.
+    """
+    slug = "".join(sign if sign.isalnum() else "-" for sign in family.lower())
+    return slug if slug == family else f"{slug}-{content_sha256(family)[:8]}"

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 from trans_peft.domain.base import Manifest
+from trans_peft.domain.names import CONVERTED_SUFFIX, name_problem
 
 __all__ = ["Hint", "Kind", "Never", "Nothing", "Parsed", "from_mlflow", "from_s3", "is_delivery_id"]
 
@@ -69,10 +70,8 @@ ASK = "trans_peft.reconcile"
 """The tag of a version by which a person asks for a reconcile in MLflow's page."""
 
 _OURS = "trans_peft."
-_CONVERTED = ".as-llama"  # the Llama form that ingestion publishes beside an InternLM2 upload
 _APPROVAL = re.compile(r"on-[0-9a-f]{12}")
 _DELIVERY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:=-]{0,127}")
-_NAME = re.compile(r"[^\x00-\x1f\x7f/:'\"`\ud800-\udfff]{1,200}")  # a manifest's, quotable
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1024}")
 _ENVELOPES = 3  # SQS(SNS(EventBridge)) at most
@@ -141,7 +140,7 @@ def _mlflow(document: dict[str, Any], delivery_id: str) -> Parsed:
 def _name(data: dict[str, Any]) -> str:
     """Return the registered model that the event names, if a family could be called so."""
     name = data.get("name")
-    if not isinstance(name, str) or name in (".", "..") or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or name_problem("name", name):
         raise _NeverRightError("no base family and no adapter can have this name")
     return name
 
@@ -155,7 +154,7 @@ def _s3(document: dict[str, Any], delivery_id: str, root_uri: str) -> Parsed:
             nothing = "a file that is no manifest"
         elif not _BUCKET.fullmatch(bucket) or not _is_plain(key):
             raise _NeverRightError("no base can be stored under this name")
-        elif folder.endswith(_CONVERTED):
+        elif folder.endswith(CONVERTED_SUFFIX):
             nothing = "the converted form of another upload"
         elif not f"{uri}/".startswith(f"{root_uri.rstrip('/')}/" if root_uri else ""):
             nothing = "not where bases are uploaded"

@@ -6,6 +6,7 @@ webhooks are the same. `MlflowRegistry` remembers what reconcile set; anything e
 
 from infra.bridge.desk import UnavailableError
 from infra.bridge.hints import Hint, Kind
+from trans_peft.domain.names import name_problem
 from trans_peft.edges.mlflow_client import Tracking, own_tags
 from trans_peft.edges.mlflow_registry import MlflowRegistry
 from trans_peft.errors import NotFoundError, TransPeftError
@@ -28,7 +29,8 @@ class MlflowNames:
                 case "base" if hint.kind is not Kind.APPROVAL:
                     return hint.name
                 case "adapter" if hint.kind is Kind.ASKED or self._is_a_persons(hint):
-                    return tags.get("family")
+                    family = tags.get("family")
+                    return None if name_problem("family", family) else family
             return None
         except NotFoundError:  # deleted meanwhile
             return None

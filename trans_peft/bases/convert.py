@@ -30,6 +30,7 @@ from trans_peft.bases.safetensors_stream import (
 from trans_peft.bases.upload import changed, content_problems, read_claim
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Manifest, ManifestFile
+from trans_peft.domain.names import CONVERTED_SUFFIX
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError
 from trans_peft.ports import ArtifactStore, StoredFile
 
@@ -44,7 +45,7 @@ _SPECIAL = "special_tokens_map.json"
 
 def converted_uri(uri: str) -> str:
     """Return where the Llama form of the upload at `uri` belongs: beside it."""
-    return f"{uri.rstrip('/')}.as-llama"
+    return f"{uri.rstrip('/')}{CONVERTED_SUFFIX}"
 
 
 def needs_conversion(uri: str, store: ArtifactStore) -> bool:

@@ -18,8 +18,6 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 1 << 50
 
-_Word = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f/:]+$")]
-
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -33,9 +31,9 @@ class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     format: Literal["trans-peft/base-manifest/1"]
-    family: _Word
-    version: _Word
-    parent: _Word | None
+    family: str
+    version: str
+    parent: str | None
     files: list[_File]
 
 

@@ -40,11 +40,12 @@ def train(
     from trans_peft.training import events
 
     check_free(out)
-    wanted = replace(read_recipe(recipe), base_version=base)
+    wanted = read_recipe(recipe)
     steps: list[events.Progress] = []
     with progress() as shown:
         workspace = Workspace.at(state, shown)
-        workspace.base(base, wanted.family)
+        version_name = workspace.base(base, wanted.family).version
+        wanted = replace(wanted, base_version=version_name)
 
         def on_event(event: events.Event) -> None:
             if isinstance(event, events.Progress):
@@ -136,14 +137,14 @@ def adopt(
     with progress() as shown:
         workspace = Workspace.at(state, shown)
         folder = workspace.adapter(adapter)
-        workspace.base(base, LOCAL)
+        trained_on = workspace.base(base, LOCAL)
         version = adopt_on(
             name or adapter_name(adapter),
             str(folder),
             LOCAL,
             suites,
             workspace.platform,
-            base_version=base,
+            base_version=trained_on.version,
             on_progress=shown.evaluation,
         )
         evaluations = _keep(version, workspace, out)

@@ -6,6 +6,7 @@ deleted: it only saves time.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,20 @@ from trans_peft.cli.show import Progress
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.names import LONGEST_NAME, name_problem
 from trans_peft.edges.memory import MemoryCatalog, MemoryRegistry, MemoryRunLog
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import InvalidSpecError, NotFoundError
 from trans_peft.ports import Platform
 
-__all__ = ["LOCAL", "EvaluationFolder", "Workspace", "adapter_name", "check_free"]
+__all__ = [
+    "LOCAL",
+    "EvaluationFolder",
+    "Workspace",
+    "adapter_name",
+    "base_label",
+    "check_free",
+]
 
 LOCAL = "local"
 """The family of bases that nobody named one for."""
@@ -72,13 +81,18 @@ class Workspace:
         return cls(platform, progress)
 
     def base(self, named: str, family: str) -> BaseVersion:
-        """Fingerprint a base and put it in the catalog; its version is the path that was named."""
+        """Fingerprint a base and put it in the catalog; its version is named after its path."""
         uri = _absolute(named)
         fingerprint = self.fingerprint(uri)
         if "://" not in uri:
             self._use_in_place(Path(uri), fingerprint)
         return self.platform.catalog.make_ready(
-            family, named, uri, fingerprint=fingerprint, parent=None, source="command line"
+            family,
+            base_label(uri),
+            uri,
+            fingerprint=fingerprint,
+            parent=None,
+            source="command line",
         )
 
     def fingerprint(self, uri: str) -> Fingerprint:
@@ -133,9 +147,25 @@ class Workspace:
 
 
 def adapter_name(uri: str) -> str:
-    """Return what an adapter is called where nobody named it: `runs/mine/adapter` is `mine`."""
+    """Return what an adapter is called where nobody named it: `runs/mine/adapter` is `mine`.
+
+    Signs that no name may hold become dashes.
+    """
     path = Path(uri.partition("://")[2]) if "://" in uri else Path(uri).resolve()
-    return path.parent.name if path.name == "adapter" and path.parent.name else path.name
+    name = path.parent.name if path.name == "adapter" and path.parent.name else path.name
+    named = _as_name(name, LONGEST_NAME)
+    return f"{named}-adapter" if name_problem("adapter", named) else named
+
+
+def base_label(uri: str) -> str:
+    """Return the version name of the base at a path or URI: its last part and a short hash."""
+    last = _as_name(uri.rstrip("/").rpartition("/")[2], 40)
+    return f"{last}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
+
+
+def _as_name(text: str, longest: int) -> str:
+    """Return the text with dashes for what no name may hold, and an `x` where nothing is left."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:longest].strip("-_.") or "x"
 
 
 def check_free(out: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from trans_peft.domain.base import serving_alias
 from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.names import check_names
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.remedies import Rung
 from trans_peft.domain.spec import AdapterSpec
@@ -92,6 +93,15 @@ class AdapterVersion:
     state: VersionState = VersionState()
     recipe: TrainingRecipe | None = None
     made_by: Rung = Rung.DIRECT
+
+    def __post_init__(self) -> None:
+        check_names(
+            f"the adapter version with the number {self.number}",
+            adapter=self.adapter,
+            family=self.family,
+            base_version=self.base_version,
+            trained_on_version=self.trained_on_version,
+        )
 
     @property
     def alias(self) -> str:

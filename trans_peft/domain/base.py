@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.names import check_names, name_problem
 from trans_peft.errors import InvalidSpecError, listed
 
 __all__ = [
@@ -98,6 +99,12 @@ class BaseVersion:
     manifest_sha256: str = ""
     served: bool = False
 
+    def __post_init__(self) -> None:
+        names = {"family": self.family, "version": self.version}
+        if self.parent is not None:
+            names["parent"] = self.parent
+        check_names(f"the base version with the number {self.number}", **names)
+
     @property
     def alias(self) -> str:
         """The alias of adapter versions that serve on this base."""
@@ -129,11 +136,10 @@ class Manifest:
     FORMAT = "trans-peft/base-manifest/1"
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is empty"
-            for name, value in (("family", self.family), ("version", self.version))
-            if not value
-        ]
+        names = {"family": self.family, "version": self.version}
+        if self.parent is not None:
+            names["parent"] = self.parent
+        problems = [p for what, name in names.items() if (p := name_problem(what, name))]
         if not self.files:
             problems.append("it lists no files")
         counts = Counter(file.name for file in self.files)

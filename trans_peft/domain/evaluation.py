@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
+from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.remedies import Remedies
 from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
@@ -63,14 +64,14 @@ class Suite:
         problems = []
         if self.chance_points is not None and not 0 <= self.chance_points < 100:
             problems.append(f"chance_points must lie in [0, 100), not {self.chance_points}")
-        if not self.name:
-            problems.append("name is empty")
+        if problem := name_problem("name", self.name):
+            problems.append(problem)
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.limit is not None and self.limit < 1:
             problems.append(f"limit must be at least 1, not {self.limit}")
         if problems:
-            raise InvalidSpecError(f"suite {self.name!r}: {'; '.join(problems)}")
+            raise InvalidSpecError(f"suite {quoted(self.name)}: {'; '.join(problems)}")
 
     @property
     def is_choice(self) -> bool:
@@ -233,6 +234,11 @@ class GatePolicy:
             problems.append(f"margin_points must lie in (0, 100), not {self.margin_points}")
         if not 0 < self.alpha < 0.5:
             problems.append(f"alpha must lie in (0, 0.5), not {self.alpha}")
+        problems += filter(
+            None, (name_problem("a required suite", s) for s in self.required_suites)
+        )
+        if self.label and (problem := name_problem("label", self.label)):
+            problems.append(problem)
         if problems:
             raise InvalidSpecError(f"the gate's policy cannot be used: {'; '.join(problems)}")
 

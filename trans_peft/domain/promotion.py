@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trans_peft.domain.names import name_problem
 from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
@@ -31,7 +32,8 @@ class PromotionPolicy:
         problems = []
         if not 0 <= self.min_serving_share <= 1:
             problems.append(f"min_serving_share must lie in [0, 1], not {self.min_serving_share}")
-        if not all(self.required_adapters):
-            problems.append("required_adapters holds an empty name")
+        problems += filter(
+            None, (name_problem("a required adapter", name) for name in self.required_adapters)
+        )
         if problems:
             raise InvalidSpecError(f"the promotion policy cannot be used: {'; '.join(problems)}")

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.names import BASE_ALIASES, name_problem
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
@@ -129,10 +130,14 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is empty"
-            for name in ("adapter", "family", "base_version")
-            if not getattr(self, name)
+            problem
+            for what in ("adapter", "family")
+            if (problem := name_problem(what, getattr(self, what)))
         ]
+        if self.base_version not in BASE_ALIASES and (
+            problem := name_problem("base_version", self.base_version)
+        ):
+            problems.append(problem)
         if not self.suites:
             problems.append(
                 "no suite: without one it can never be judged on a new base; name at least one"

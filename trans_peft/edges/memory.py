@@ -16,6 +16,7 @@ from typing import BinaryIO, Literal
 from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.names import check_case
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
 from trans_peft.ports import Platform, StoredFile
@@ -156,6 +157,10 @@ class MemoryCatalog:
     ) -> BaseVersion:
         """Register a verified version, or complete the registered one with that `number`."""
         with self._lock:
+            BaseVersion(family, version, uri, number or 0, parent=parent)  # checks the names
+            check_case("the family", family, self._versions)
+            labels = [known.version for known in self._versions.get(family, ())]
+            check_case("the version", version, labels)
             versions = self._versions.setdefault(family, [])
             if number is not None and not any(b.number == number for b in versions):
                 raise NotFoundError(f"there is no version number {number} of {family}")
@@ -241,6 +246,7 @@ class MemoryRegistry:
     ) -> AdapterVersion:
         """Register the PEFT folder as a new version, or return the one that is there."""
         with self._lock:
+            check_case("the adapter", draft.adapter, self._families)
             family = self._families.setdefault(draft.adapter, draft.family)
             if family != draft.family:
                 raise InvalidSpecError(

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.names import check_case
 from trans_peft.edges.json_nouns import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
@@ -92,8 +93,10 @@ class MlflowCatalog:
         Safe to run twice and in two processes at once. UploadError where the version, or that
         number, is ready already with another fingerprint.
         """
+        BaseVersion(family, version, uri, number or 0, parent=parent)  # checks the names
         self._make_family(family)
         known = {b.number: b for b in map(self._base, self._live(family))}
+        check_case("the version", version, [b.version for b in known.values()])
         if number is not None and number not in known:
             raise NotFoundError(f"there is no version number {number} of {family}")
         for base in known.values():

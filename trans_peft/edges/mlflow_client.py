@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from requests.exceptions import RequestException
 
+from trans_peft.domain.names import check_case
 from trans_peft.errors import (
     AccessError,
     InvalidSpecError,
@@ -245,9 +246,20 @@ class Tracking:
         """Return the registered model of that name, made with these tags where it is missing."""
         with contextlib.suppress(NotFoundError):
             return self.client.get_registered_model(name)
+        check_case("the name", name, self._like(name))
         with contextlib.suppress(_ConflictError):
             return self.client.create_registered_model(name, tags=full_tags(tags))
         return self.client.get_registered_model(name)  # somebody was faster
+
+    def _like(self, name: str) -> list[str]:
+        """Return the names of registered models that ILIKE finds: `_` matches any character."""
+        wanted = f"name ILIKE {_literal(name)}"
+        found = all_pages(
+            lambda token: self.client.search_registered_models(
+                wanted, max_results=_PAGE, page_token=token
+            )
+        )
+        return [model.name for model in found]
 
     def versions(self, name: str) -> list[Any]:
         """Return all versions of a registered model, the oldest first; none where there is none."""

@@ -1,0 +1,105 @@
+"""The rule for every name that a person chooses: families, base versions, adapters, suites, labels.
+
+A name ends up in many stores, and each has rules of its own:
+
+- MLflow refuses `/` and `:` in names of registered models, takes letters, digits and `_-./ :` in
+  names of metrics (a suite's name is a part of one, at most 250 characters), and its search
+  language has no escape for quotes.
+- Prefect refuses `/ % & < >` in names of concurrency limits and tags, and takes lower-case
+  letters, digits and dashes in keys of artifacts.
+- S3 keys and files on disk take a name as one component of a path.
+- PostgreSQL and SQLite tell upper case from lower case; MySQL, SQL Server and the file systems of
+  macOS and Windows do not.
+
+So a name has 1 to 100 ASCII letters, digits, `-`, `_` and `.`, and begins and ends with a letter or
+a digit. ASCII alone leaves no look-alikes, invisible characters or several Unicode forms of one
+name. Two names in one store may not differ by case alone (`same_but_for_case`).
+"""
+
+import re
+from collections.abc import Iterable
+
+from trans_peft.errors import InvalidSpecError
+
+__all__ = [
+    "BASE_ALIASES",
+    "CONVERTED_SUFFIX",
+    "LONGEST_NAME",
+    "check_case",
+    "check_names",
+    "name_problem",
+    "quoted",
+    "same_but_for_case",
+]
+
+BASE_ALIASES = ("serving", "champion")
+"""Aliases of a base family that stand where a version may stand."""
+
+LONGEST_NAME = 100
+"""The most characters in a name."""
+
+CONVERTED_SUFFIX = ".as-llama"
+"""Ends the prefix of the Llama form that ingestion publishes beside an InternLM2 upload."""
+
+_RULE = (
+    f"1 to {LONGEST_NAME} ASCII letters, digits, '-', '_' or '.', a letter or a digit at both ends"
+)
+_NAME = re.compile(rf"[A-Za-z0-9](?:[A-Za-z0-9._-]{{0,{LONGEST_NAME - 2}}}[A-Za-z0-9])?")
+_RESERVED = frozenset({"latest", *BASE_ALIASES})
+# `on-...`: the alias of an adapter on a base. `m-...`: MLflow's id of a logged model.
+_RESERVED_SHAPE = re.compile(r"on-[0-9a-f]{12}|m-[0-9a-f]{32}", re.IGNORECASE)
+
+
+def name_problem(what: str, name: object) -> str | None:
+    """Return why `name` cannot be used as the name of a `what` ("family"), or None if it can."""
+    if not isinstance(name, str):
+        return f"{what} must be text, not {type(name).__name__}"
+    if not name:
+        return f"{what} is empty"
+    if not _NAME.fullmatch(name):
+        return f"{what} must be {_RULE}; found {quoted(name)}"
+    if name.lower() in _RESERVED or _RESERVED_SHAPE.fullmatch(name):
+        return f"{what} must not be {quoted(name)}: that name is reserved for an alias"
+    if name.lower().endswith(CONVERTED_SUFFIX):
+        return (
+            f"{what} must not be {quoted(name)}: the ending {CONVERTED_SUFFIX} is reserved for "
+            "converted bases"
+        )
+    return None
+
+
+def check_names(where: str, **names: object) -> None:
+    """Raise InvalidSpecError with every value of `names` (by what it names) that is no name."""
+    problems = [
+        problem
+        for what, name in names.items()
+        if (problem := name_problem(what.replace("_", " "), name))
+    ]
+    if problems:
+        raise InvalidSpecError(
+            f"{where}: {'; '.join(problems)}", do="choose a name that follows the rule"
+        )
+
+
+def same_but_for_case(name: str, others: Iterable[str]) -> str | None:
+    """Return the first of `others` that differs from `name` in upper and lower case alone."""
+    return next((o for o in others if o != name and o.lower() == name.lower()), None)
+
+
+def check_case(what: str, name: str, others: Iterable[str]) -> None:
+    """Raise InvalidSpecError if one of `others` differs from `name` in case alone."""
+    if (other := same_but_for_case(name, others)) is not None:
+        raise InvalidSpecError(
+            f"{what} {quoted(name)} differs from an existing one in upper and lower case alone",
+            expected=other,
+            found=name,
+            do="use the existing name, or one that differs in more than case: some databases and "
+            "file systems take both for one",
+        )
+
+
+def quoted(text: object, longest: int = 60) -> str:
+    """Return any text for a message: escaped, on one line, in ASCII, cut after `longest`."""
+    shown = str(text)
+    cut = f"{shown[:longest]}..." if len(shown) > longest else shown
+    return ascii(cut)
