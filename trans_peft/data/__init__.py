@@ -1,7 +1,8 @@
 """Rows of training and evaluation data: read, checked all at once, and pinned to their bytes."""
 
 from trans_peft.data.example import Example, Message, full_ids, prompt_ids
-from trans_peft.data.sources import parse_examples, pin, read_examples, write_examples
+from trans_peft.data.parsing import parse_examples
+from trans_peft.data.sources import pin, read_examples, write_examples
 
 __all__ = [
     "Example",

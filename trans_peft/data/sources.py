@@ -3,22 +3,23 @@
 A source that is pinned is never read with other bytes.
 """
 
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from trans_peft.data.example import Example
-from trans_peft.data.rows import Row, Unreadable, examples_from
-from trans_peft.data.templates import through_template
+from trans_peft.data.parsing import check_kind, checked, examples_in
+from trans_peft.data.rows import Row
+from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS
 from trans_peft.domain.data import DataSource
 from trans_peft.errors import DataError, IntegrityError
 from trans_peft.ports import ArtifactStore
 
-__all__ = ["parse_examples", "pin", "read_examples", "write_examples"]
+__all__ = ["pin", "read_examples", "write_examples"]
+
+_HUB = "hub:"
 
 
 def read_examples(
@@ -29,11 +30,13 @@ def read_examples(
     Raises DataError with every bad row and its line, IntegrityError if a pinned source has other
     bytes, NotFoundError if there is nothing, InvalidSpecError if it names no known template.
     """
-    rows, sha256 = _load(source, store)
+    if source.uri.startswith(_HUB):
+        rows, sha256 = _hub_rows(source.uri)
+        _check_pin(source, sha256)
+        return checked(rows, source.uri, source.template)[:limit]
+    data, sha256 = _file(source.uri, store)
     _check_pin(source, sha256)
-    if source.template:
-        rows = through_template(rows, source.template)
-    return examples_from(rows, source.uri)[:limit]
+    return examples_in(data, source.uri, template=source.template, limit=limit)
 
 
 def pin(source: DataSource, store: ArtifactStore) -> DataSource:
@@ -41,14 +44,10 @@ def pin(source: DataSource, store: ArtifactStore) -> DataSource:
 
     A hub data set has no one file: its hash is that of its rows as canonical JSON Lines.
     """
-    _, sha256 = _load(source, store)
+    read = _hub_rows(source.uri) if source.uri.startswith(_HUB) else _file(source.uri, store)
+    sha256 = read[1]
     _check_pin(source, sha256)
     return source.pinned(sha256)
-
-
-def parse_examples(lines: bytes, name: str) -> tuple[Example, ...]:
-    """Read JSON Lines that are already here; `name` is for the messages of a DataError."""
-    return examples_from(_json_rows(lines), name)
 
 
 def write_examples(examples: Iterable[Example], path: Path) -> Path:
@@ -69,74 +68,25 @@ def write_examples(examples: Iterable[Example], path: Path) -> Path:
     return path
 
 
-def _load(source: DataSource, store: ArtifactStore) -> tuple[list[Row], str]:
-    if source.uri.startswith("hub:"):
-        return _hub_rows(source.uri)
-    readers: dict[str, Callable[[bytes], list[Row]]] = {
-        ".jsonl": _json_rows,
-        ".json": _json_rows,
-        ".parquet": _parquet_rows,
-    }
-    packed = source.uri.endswith(".gz")
-    suffix = Path(source.uri.removesuffix(".gz")).suffix
-    if suffix not in readers:
-        raise DataError(
-            f"{source.uri} is of no kind that can be read",
-            expected=f"a name that ends in {', '.join(readers)} (and .gz, if it is packed), "
-            "or hub:NAME[:CONFIG[:SPLIT]]",
-            found=suffix or "no ending",
-        )
-    with store.read(source.uri) as chunks:
-        data = b"".join(chunks)
-    rows = readers[suffix](_unpacked(data, source.uri) if packed else data)
-    return rows, hashlib.sha256(data).hexdigest()
-
-
-def _unpacked(data: bytes, uri: str) -> bytes:
-    try:
-        return gzip.decompress(data)
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{uri} cannot be unpacked", found=error) from error
-
-
-def _json_rows(data: bytes) -> list[Row]:
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if data.lstrip().startswith(b"["):
-        listed = _json_value(data)
-        if isinstance(listed, list):
-            return [(f"item {number}", row) for number, row in enumerate(listed, start=1)]
-    return [
-        (f"line {number}", _json_value(line))
-        for number, line in enumerate(data.split(b"\n"), start=1)
-        if line.strip()
-    ]
-
-
-def _json_value(line: bytes) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(line.decode(), parse_constant=refuse)
-    except UnicodeDecodeError:
-        return Unreadable("not UTF-8 text")
-    except ValueError as error:
-        return Unreadable(f"not JSON ({error})")
-
-
-def _parquet_rows(data: bytes) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-    except pyarrow.ArrowException as error:
-        raise DataError("the file is not Parquet", found=error) from error
-    return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
+def _file(uri: str, store: ArtifactStore) -> tuple[bytes, str]:
+    """Return a file's bytes and their hash. DataError for a kind or size that cannot be read."""
+    check_kind(uri)
+    data = bytearray()
+    with store.read(uri) as chunks:
+        for chunk in chunks:
+            data += chunk
+            if len(data) > MAX_DATA_BYTES:
+                raise DataError(
+                    f"{uri} is too large",
+                    expected=f"at most {MAX_DATA_BYTES >> 20} MiB",
+                    found="more",
+                    do="divide it into several data files",
+                )
+    return bytes(data), hashlib.sha256(data).hexdigest()
 
 
 def _hub_rows(uri: str) -> tuple[list[Row], str]:
-    name, config, split, *rest = [*uri.removeprefix("hub:").split(":"), "", ""]
+    name, config, split, *rest = [*uri.removeprefix(_HUB).split(":"), "", ""]
     if not name or any(rest):
         raise DataError(f"{uri} names no hub data set", expected="hub:NAME[:CONFIG[:SPLIT]]")
     import datasets
@@ -149,6 +99,13 @@ def _hub_rows(uri: str) -> tuple[list[Row], str]:
             found=f"{type(error).__name__}: {error}",
             do="check its name, configuration and split, and that the hub can be reached",
         ) from error
+    if table.num_rows > MAX_DATA_ROWS or table.data.nbytes > MAX_DATA_BYTES:
+        raise DataError(
+            f"the hub data set {uri} is too large",
+            expected=f"at most {MAX_DATA_ROWS} rows and {MAX_DATA_BYTES >> 20} MiB",
+            found=f"{table.num_rows} rows and {table.data.nbytes >> 20} MiB",
+            do="name a smaller split",
+        )
     rows = list(table)
     sha256 = hashlib.sha256()
     for row in rows:

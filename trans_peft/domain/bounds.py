@@ -9,7 +9,10 @@ tensors in 9 MB, Gemma's tokenizer.json has 33 MB, MetaMathQA has 395,000 rows i
 __all__ = [
     "MAX_ADAPTER_CONFIG_BYTES",
     "MAX_ADAPTER_NUMBER",
+    "MAX_DATA_BYTES",
+    "MAX_DATA_ROWS",
     "MAX_PATTERN_LENGTH",
+    "MAX_ROW_CHARACTERS",
 ]
 
 MAX_ADAPTER_CONFIG_BYTES = 1 << 20
@@ -20,3 +23,12 @@ MAX_ADAPTER_NUMBER = 1 << 24
 
 MAX_PATTERN_LENGTH = 4_000
 """Characters of a regular expression among an adapter's options."""
+
+MAX_DATA_BYTES = 1 << 30
+"""Size of a data file, stored and unpacked."""
+
+MAX_DATA_ROWS = 2_000_000
+"""Rows of a data file."""
+
+MAX_ROW_CHARACTERS = 1 << 24
+"""Characters of one row of a data file."""
