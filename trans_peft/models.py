@@ -18,6 +18,7 @@ from trans_peft.errors import (
     NotFoundError,
     UnsupportedModelError,
 )
+from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,8 +55,9 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
     default cuda where there is one, else cpu. A process holds one base at a time: asking for
     another lets go of the first before it loads. A held base that was left with an adapter inside
     is loaded afresh. Raises NotFoundError for a folder that is not a base, UnsupportedModelError
-    where no causal language model or no end-of-text token is found, InvalidSpecError where nf4
-    needs what is not installed.
+    where no causal language model or no end-of-text token is found, or where the files lack a
+    tensor of the model or hold one that it does not have; InvalidSpecError where nf4 needs what is
+    not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -72,12 +74,14 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
     precision = _four_bits(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
     try:
         tokenizer = load_tokenizer(folder)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             **precision,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report has all of them; the default stops at one
         )
     except (ValueError, KeyError) as error:  # transformers' words for a layout it has no class for
         raise UnsupportedModelError(
@@ -85,9 +89,34 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
             found=error,
             do="convert it to a layout that transformers knows; its own code is never run",
         ) from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise _unfilled(folder, [f"the files' tensors do not convert: {error}"]) from error
+    if problems := _differences(folder, model, report):
+        raise _unfilled(folder, problems)
     model.to(device).eval()
     _held = _Held(key, _parameters(model), LoadedBase(model, tokenizer))
     return _held.base
+
+
+def _differences(folder: Path, model: "PreTrainedModel", report: dict[str, Any]) -> list[str]:
+    """Return every way in which the files' tensors are not those of the model."""
+    from transformers import AutoConfig
+
+    unexpected = unexpected_names(model, report["unexpected_keys"])
+    if unexpected:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if is_text_backbone(type(model), config):
+            unexpected = []
+    return loading_problems(report["missing_keys"], unexpected, report["mismatched_keys"])
+
+
+def _unfilled(folder: Path, problems: list[str]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "\n  - ".join([f"the files in {folder} do not hold the model of config.json:", *problems]),
+        do="save the model again with save_pretrained(folder), or correct config.json",
+    )
 
 
 def _four_bits(device: str) -> dict[str, Any]:
