@@ -7,15 +7,29 @@ So events tell the hint that a verdict goes back to. The registry does not: what
 same whoever started the run.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from prefect import runtime
 
-__all__ = ["Origin", "handed_on", "origin"]
+__all__ = ["Origin", "handed_on", "is_delivery_id", "is_plausible", "origin"]
 
 _HINT, _HINTED = "hint:", "hinted:"
+_DELIVERY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:=-]{0,127}")
+_KIND = re.compile(r"[a-z-]{1,20}")
+_FIRST, _END = datetime(2000, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
+
+
+def is_delivery_id(text: str) -> bool:
+    """Whether the text can be the id of a delivery: it goes into keys, tags and logs."""
+    return _DELIVERY_ID.fullmatch(text) is not None
+
+
+def is_plausible(at: datetime) -> bool:
+    """Whether a time has a time zone and lies between the years 2000 and 2099."""
+    return at.utcoffset() is not None and _FIRST <= at < _END
 
 
 @dataclass(frozen=True)
@@ -50,11 +64,15 @@ class Origin:
 
     @classmethod
     def _of(cls, delivery_id: object, kind: object, at: object) -> "Origin | None":
-        try:
-            happened = datetime.fromisoformat(str(at))
-        except ValueError:  # somebody else's tags
+        """Return the hint if its fields are well formed: tags and payloads may be anybody's."""
+        if not (isinstance(delivery_id, str) and isinstance(kind, str) and isinstance(at, str)):
             return None
-        return cls(str(delivery_id), str(kind), happened) if delivery_id and kind else None
+        try:
+            happened = datetime.fromisoformat(at)
+        except ValueError:
+            return None
+        well_formed = is_delivery_id(delivery_id) and _KIND.fullmatch(kind)
+        return cls(delivery_id, kind, happened) if well_formed and is_plausible(happened) else None
 
 
 def origin() -> Origin | None:

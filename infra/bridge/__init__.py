@@ -7,9 +7,13 @@ tries again), 4xx for what can never be right. `python -m infra.bridge serve`; d
     hints.py      every shape of payload: a hint, nothing, or never right
     senders.py    who may send: MLflow's signature, bearer tokens
     app.py        the ASGI application: bodies with a bound, answers
+    protocol.py   HTTP/1.1 with a bound and a deadline for headers
     desk.py       one hint, one answer; hints that wait together share a call
+    readiness.py  the shared, cached probe behind /ready
     registry.py   what a name in a hint is, asked of MLflow
     starter.py    the runs in Prefect
+    prefect_calls.py  calls to Prefect with a deadline, through a client that is replaced
+    loops.py      loops that survive what fails in one step
     queue.py      the other entrance: SQS
     verdicts.py   the first verdict of each hint, asked of Prefect's events
     metrics.py    counts and lags for Prometheus

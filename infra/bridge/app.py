@@ -18,7 +18,8 @@ from starlette.routing import Route
 from infra.bridge.desk import Answer, Desk, Outcome, UnavailableError
 from infra.bridge.hints import Hint, Never, Nothing, Parsed, from_mlflow, from_s3
 from infra.bridge.logs import LOG
-from infra.bridge.metrics import Metrics
+from infra.bridge.loops import Failures
+from infra.bridge.metrics import Metrics, Place
 from infra.bridge.senders import RefusedError, check_token, mlflow_delivery
 from infra.bridge.settings import BridgeSettings
 
@@ -45,9 +46,10 @@ class Clerk:
     def __init__(self, desk: Desk, metrics: Metrics) -> None:
         self.desk = desk
         self.metrics = metrics
+        self.failures = Failures(metrics)
 
     async def take(self, sender: str, parsed: Parsed, delivery_id: str) -> Answer:
-        """Return the answer to one delivery; UNAVAILABLE is one of them."""
+        """Return the answer to one delivery. Raises nothing: see UNAVAILABLE and FAILED."""
         began = time.monotonic()
         kind = parsed.kind if isinstance(parsed, Hint) else "none"
         why = parsed.why if isinstance(parsed, Never | Nothing) else ""
@@ -57,6 +59,9 @@ class Clerk:
                     answer = await self.desk.answer(parsed)
                 except UnavailableError as error:
                     answer, why = Answer(Outcome.UNAVAILABLE), str(error)
+                except Exception as error:
+                    self.failures.note(Place.HINT, error, delivery=delivery_id)
+                    answer, why = Answer(Outcome.FAILED), type(error).__name__
             case Nothing():
                 answer = Answer(Outcome.NOTHING)
             case Never():
@@ -87,8 +92,8 @@ class Clerk:
         LOG.warning("request refused", extra={"sender": sender, "status": status, "why": why})
 
 
-_LEVELS = {Outcome.NOTHING: 10, Outcome.NEVER: 30, Outcome.UNAVAILABLE: 30}
-_STATUS = {Outcome.NEVER: 400, Outcome.UNAVAILABLE: 503}
+_LEVELS = {Outcome.NOTHING: 10, Outcome.NEVER: 30, Outcome.UNAVAILABLE: 30, Outcome.FAILED: 30}
+_STATUS = {Outcome.NEVER: 400, Outcome.UNAVAILABLE: 503, Outcome.FAILED: 500}
 
 
 def create_app(settings: BridgeSettings, clerk: Clerk) -> Starlette:
@@ -138,7 +143,7 @@ def _entrance(sender: str, read: _Reader, clerk: Clerk) -> Callable[[Request], A
             clerk.refused(sender, status, str(refusal))
             return JSONResponse({"refused": str(refusal)}, status, {"Connection": "close"})
         answer = await clerk.take(sender, parsed, delivery_id)
-        again = answer.outcome is Outcome.UNAVAILABLE
+        again = answer.outcome in (Outcome.UNAVAILABLE, Outcome.FAILED)
         return JSONResponse(
             {"outcome": answer.outcome, "run": answer.run_id},
             _STATUS.get(answer.outcome, 200),

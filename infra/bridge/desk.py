@@ -8,14 +8,18 @@ never has more than one of them to answer. Two bridges at once start at most a r
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
 from infra.bridge.hints import Hint, Kind
+from infra.bridge.readiness import Readiness
 
 __all__ = ["Answer", "Desk", "Outcome", "Registry", "Run", "Shared", "Starter", "UnavailableError"]
 
+_LOOK_UPS = 8
+_PROBE_S = 5.0
 _Key = TypeVar("_Key", bound=Hashable)
 _Value = TypeVar("_Value")
 
@@ -33,6 +37,7 @@ class Outcome(StrEnum):
     NEVER = "never"
     REFUSED = "refused"  # the sender, or the way it was sent
     UNAVAILABLE = "unavailable"
+    FAILED = "failed"  # an error of the bridge itself
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,9 @@ class Desk:
         self._families: Shared[tuple[Kind, str, str], str | None] = Shared()
         self._wanted: dict[str | None, Hint] = {}
         self._runs: Shared[None, Mapping[str | None, Run]] = Shared()
+        # Threads of its own: while MLflow hangs, the queue still needs those of the event loop.
+        self._threads = ThreadPoolExecutor(_LOOK_UPS, thread_name_prefix="registry")
+        self._readiness = Readiness(starter.reachable, patience_s=min(_PROBE_S, patience_s))
 
     async def answer(self, hint: Hint) -> Answer:
         """Return once the run that the hint asks for exists. UnavailableError."""
@@ -143,20 +151,14 @@ class Desk:
             raise UnavailableError(f"no answer within {self._patience_s:g} s") from error
 
     async def reachable(self) -> bool:
-        """Whether hints would be answered now."""
-        try:
-            async with asyncio.timeout(self._patience_s):
-                return await self._starter.reachable()
-        except (TimeoutError, UnavailableError):
-            return False
+        """Whether hints would be answered now, as of the last two seconds."""
+        return await self._readiness.now()
 
     async def _answer(self, hint: Hint) -> Answer:
         family = None  # an upload's manifest is read by ingestion, which names its family
         if hint.kind not in (Kind.UPLOAD, Kind.START_UP):
             about = (hint.kind, hint.name, hint.alias)
-            family, _ = await self._families.call(
-                about, lambda: asyncio.to_thread(self._registry.family, hint)
-            )
+            family, _ = await self._families.call(about, lambda: self._family(hint))
             if family is None:
                 return Answer(Outcome.NOTHING)
         while True:
@@ -166,6 +168,10 @@ class Desk:
             if run.answers(hint):
                 ours = run.delivery_id == hint.delivery_id
                 return Answer(Outcome.STARTED if ours else Outcome.WAITING, run.id)
+
+    async def _family(self, hint: Hint) -> str | None:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._registry.family, hint)
 
     async def _start(self) -> Mapping[str | None, Run]:
         wanted, self._wanted = self._wanted, {}  # who comes from now on waits for the next call

@@ -19,10 +19,20 @@ from enum import StrEnum
 from typing import Any
 from urllib.parse import unquote_plus
 
+from tasks.origin import is_delivery_id, is_plausible
 from trans_peft.domain.base import Manifest
 from trans_peft.domain.names import CONVERTED_SUFFIX, name_problem
 
-__all__ = ["Hint", "Kind", "Never", "Nothing", "Parsed", "from_mlflow", "from_s3", "is_delivery_id"]
+__all__ = [
+    "Hint",
+    "Kind",
+    "Never",
+    "Nothing",
+    "Parsed",
+    "from_mlflow",
+    "from_s3",
+    "is_delivery_id",
+]
 
 
 class Kind(StrEnum):
@@ -71,7 +81,6 @@ ASK = "trans_peft.reconcile"
 
 _OURS = "trans_peft."
 _APPROVAL = re.compile(r"on-[0-9a-f]{12}")
-_DELIVERY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:=-]{0,127}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1024}")
 _ENVELOPES = 3  # SQS(SNS(EventBridge)) at most
@@ -79,11 +88,6 @@ _ENVELOPES = 3  # SQS(SNS(EventBridge)) at most
 
 class _NeverRightError(Exception):
     pass
-
-
-def is_delivery_id(text: str) -> bool:
-    """Whether the text can be the id of a delivery: it goes into keys, tags and logs."""
-    return _DELIVERY_ID.fullmatch(text) is not None
 
 
 def from_mlflow(body: bytes, delivery_id: str) -> Parsed:
@@ -251,13 +255,18 @@ def _text(value: object, *path: str) -> str:
 
 
 def _time(value: object) -> datetime | None:
-    """Return the time that ISO 8601 or seconds since 1970 mean; None for anything else."""
+    """Return the time that ISO 8601 or seconds since 1970 mean; None for anything else.
+
+    A time before 2000 or after 2099 comes from a broken clock, and is None as well.
+    """
     try:
         if isinstance(value, str):
             time = datetime.fromisoformat(value)
-            return time if time.tzinfo else time.replace(tzinfo=UTC)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return datetime.fromtimestamp(value, UTC)
+            time = time if time.tzinfo else time.replace(tzinfo=UTC)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            time = datetime.fromtimestamp(value, UTC)
+        else:
+            return None
     except (ValueError, OverflowError, OSError):
-        pass
-    return None
+        return None
+    return time if is_plausible(time) else None

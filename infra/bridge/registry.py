@@ -9,7 +9,7 @@ from infra.bridge.hints import Hint, Kind
 from trans_peft.domain.names import name_problem
 from trans_peft.edges.mlflow_client import Tracking, own_tags
 from trans_peft.edges.mlflow_registry import MlflowRegistry
-from trans_peft.errors import NotFoundError, TransPeftError
+from trans_peft.errors import NotFoundError
 
 __all__ = ["MlflowNames"]
 
@@ -34,7 +34,7 @@ class MlflowNames:
             return None
         except NotFoundError:  # deleted meanwhile
             return None
-        except TransPeftError as error:
+        except Exception as error:  # also an answer that cannot be read, such as a proxy's HTML
             raise UnavailableError(f"MLflow: {type(error).__name__}") from error
 
     def _is_a_persons(self, hint: Hint) -> bool:

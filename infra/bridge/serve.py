@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -12,15 +13,20 @@ from infra.bridge.app import Clerk, create_app
 from infra.bridge.desk import Desk, Outcome
 from infra.bridge.hints import Hint, Kind
 from infra.bridge.logs import log_to
-from infra.bridge.metrics import Metrics
+from infra.bridge.loops import forever
+from infra.bridge.metrics import Metrics, Place
+from infra.bridge.prefect_calls import PrefectCalls
+from infra.bridge.protocol import MAX_HEAD_BYTES, DeadlineProtocol
 from infra.bridge.queue import SqsQueue, consume
 from infra.bridge.registry import MlflowNames
 from infra.bridge.settings import BridgeSettings
 from infra.bridge.starter import PrefectStarter, come_again_soon
-from infra.bridge.verdicts import Verdicts, watch
+from infra.bridge.verdicts import Verdicts
 
 __all__ = ["listening", "serve", "start_up"]
 
+_EVENTS_S = 15.0
+_LONGEST_PAUSE_S = 30.0
 _CONNECTIONS = 1024
 """More at once are answered 503. With the longest body each, they hold 256 MiB."""
 
@@ -29,18 +35,22 @@ async def serve(settings: BridgeSettings) -> None:
     """Answer hints until the process is told to end."""
     log_to()
     hooks = {"event_hooks": {"response": [come_again_soon]}}
-    async with get_client(httpx_settings=hooks) as prefect:
-        desk = Desk(MlflowNames(settings.tracking_uri), PrefectStarter(prefect))
-        clerk = Clerk(desk, metrics := Metrics())
-        server = listening(settings, clerk)
-        beside: list[Coroutine[Any, Any, None]] = [
-            start_up(clerk),
-            watch(Verdicts(prefect, metrics)),
-        ]
-        if settings.queue_url:
-            queue = SqsQueue(settings.queue_url)
-            beside.append(consume(queue, clerk, root_uri=settings.bases_uri))
+    prefect = PrefectCalls(partial(get_client, httpx_settings=hooks))
+    desk = Desk(MlflowNames(settings.tracking_uri), PrefectStarter(prefect))
+    clerk = Clerk(desk, metrics := Metrics())
+    server = listening(settings, clerk)
+    verdicts = Verdicts(prefect, metrics, clerk.failures)
+    beside: list[Coroutine[Any, Any, None]] = [
+        start_up(clerk),
+        forever(Place.EVENTS, verdicts.look, every_s=_EVENTS_S, failures=clerk.failures),
+    ]
+    if settings.queue_url:
+        queue = SqsQueue(settings.queue_url)
+        beside.append(consume(queue, clerk, root_uri=settings.bases_uri))
+    try:
         await _until_ended(server, beside)
+    finally:
+        await prefect.close()
 
 
 def listening(settings: BridgeSettings, clerk: Clerk) -> uvicorn.Server:
@@ -55,6 +65,9 @@ def listening(settings: BridgeSettings, clerk: Clerk) -> uvicorn.Server:
             server_header=False,
             proxy_headers=False,
             limit_concurrency=_CONNECTIONS,
+            http=DeadlineProtocol,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            ws="none",
             timeout_graceful_shutdown=5,
         )
     )
@@ -65,9 +78,10 @@ async def start_up(clerk: Clerk, *, pause_s: float = 2.0) -> None:
     hint = Hint(Kind.START_UP, "", f"start-up-{uuid.uuid4()}")
     while True:
         answer = await clerk.take("bridge", hint, hint.delivery_id)
-        if answer.outcome is not Outcome.UNAVAILABLE:
+        if answer.outcome not in (Outcome.UNAVAILABLE, Outcome.FAILED):
             return
         await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 async def _until_ended(server: uvicorn.Server, beside: list[Coroutine[Any, Any, None]]) -> None:

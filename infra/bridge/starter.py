@@ -9,7 +9,6 @@ four hints and may be four runs. Many families that ask at once share one run fo
 docs/decisions/0099-a-burst-shares-a-run.md.
 """
 
-import asyncio
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,10 +19,10 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import PrefectException
 
 from infra.bridge.desk import Run, UnavailableError
 from infra.bridge.hints import Hint
+from infra.bridge.prefect_calls import PrefectCalls
 from tasks.origin import Origin
 
 __all__ = ["DEPLOYMENT", "PrefectStarter", "come_again_soon"]
@@ -41,8 +40,8 @@ _MOST_RUNS = 4
 class PrefectStarter:
     """Starts runs of the deployment `reconcile/default`. `patience_s`: for one call, at most."""
 
-    def __init__(self, client: PrefectClient, *, patience_s: float = 20.0) -> None:
-        self._client = client
+    def __init__(self, prefect: PrefectCalls, *, patience_s: float = 20.0) -> None:
+        self._prefect = prefect
         self._patience_s = patience_s
 
     async def start(self, wanted: Mapping[str | None, Hint]) -> Mapping[str | None, Run]:
@@ -51,55 +50,66 @@ class PrefectStarter:
         Two reads, and at most `_MOST_RUNS` writes, one after another.
         """
         try:
-            async with asyncio.timeout(self._patience_s):
-                return await self._start(wanted)
-        except (httpx.HTTPError, PrefectException, OSError) as error:
+            return await self._prefect.call(
+                lambda client: self._start(client, wanted), patience_s=self._patience_s
+            )
+        except Exception as error:  # also an answer that cannot be read, such as a proxy's HTML
             raise UnavailableError(f"Prefect: {type(error).__name__}") from error
 
     async def reachable(self) -> bool:
         """Whether Prefect answers and knows the deployment."""
         try:
-            await self._client.read_deployment_by_name(DEPLOYMENT)
-        except (httpx.HTTPError, PrefectException, OSError):
+            await self._prefect.call(
+                lambda client: client.read_deployment_by_name(DEPLOYMENT),
+                patience_s=self._patience_s,
+            )
+        except Exception:
             return False
         return True
 
-    async def _start(self, wanted: Mapping[str | None, Hint]) -> Mapping[str | None, Run]:
-        deployment = await self._client.read_deployment_by_name(DEPLOYMENT)
-        due = await self._due(deployment)
+    async def _start(
+        self, client: PrefectClient, wanted: Mapping[str | None, Hint]
+    ) -> Mapping[str | None, Run]:
+        deployment = await client.read_deployment_by_name(DEPLOYMENT)
+        due = await _due(client, deployment)
         waiting = {family: _waiting(deployment, due, family) for family in wanted}
         found = {family: Run(str(run.id)) for family, run in waiting.items() if run is not None}
         left = {family: hint for family, hint in wanted.items() if family not in found}
         if None in left or len(left) > _MOST_RUNS:
             first = left.get(None) or next(iter(left.values()))
-            return {**found, **dict.fromkeys(left, await self._make(deployment, None, first))}
+            made = await _make(client, deployment, None, first)
+            return {**found, **dict.fromkeys(left, made)}
         for family, hint in left.items():  # at once they would lock one another out of SQLite
-            found[family] = await self._make(deployment, family, hint)
+            found[family] = await _make(client, deployment, family, hint)
         return found
 
-    async def _make(self, deployment: DeploymentResponse, family: str | None, hint: Hint) -> Run:
-        origin = Origin(hint.delivery_id, hint.kind, hint.at or datetime.now(UTC))
-        made = await self._client.create_flow_run_from_deployment(
-            deployment.id,
-            parameters={"family": family},
-            idempotency_key=f"hint-{hint.delivery_id}",
-            tags=origin.tags,
-        )
-        # The key may be that of an earlier attempt, when fewer families asked.
-        begun = made.state_type not in _NOT_BEGUN or made.parameters.get("family") != family
-        return Run(str(made.id), hint.delivery_id, begun)
 
-    async def _due(self, deployment: DeploymentResponse) -> list[FlowRun]:
-        return await self._client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate(
-                {
-                    "deployment_id": {"any_": [deployment.id]},
-                    "state": {"type": {"any_": _NOT_BEGUN}},
-                    "expected_start_time": {"before_": datetime.now(UTC) + _SOON},
-                }
-            ),
-            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-        )
+async def _make(
+    client: PrefectClient, deployment: DeploymentResponse, family: str | None, hint: Hint
+) -> Run:
+    origin = Origin(hint.delivery_id, hint.kind, hint.at or datetime.now(UTC))
+    made = await client.create_flow_run_from_deployment(
+        deployment.id,
+        parameters={"family": family},
+        idempotency_key=f"hint-{hint.delivery_id}",
+        tags=origin.tags,
+    )
+    # The key may be that of an earlier attempt, when fewer families asked.
+    begun = made.state_type not in _NOT_BEGUN or made.parameters.get("family") != family
+    return Run(str(made.id), hint.delivery_id, begun)
+
+
+async def _due(client: PrefectClient, deployment: DeploymentResponse) -> list[FlowRun]:
+    return await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate(
+            {
+                "deployment_id": {"any_": [deployment.id]},
+                "state": {"type": {"any_": _NOT_BEGUN}},
+                "expected_start_time": {"before_": datetime.now(UTC) + _SOON},
+            }
+        ),
+        sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+    )
 
 
 async def come_again_soon(response: httpx.Response) -> None:

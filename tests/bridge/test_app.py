@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
@@ -16,11 +17,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from infra.bridge import app
+from infra.bridge import app, protocol
 from infra.bridge.app import MAX_BODY_BYTES, Clerk
 from infra.bridge.desk import Desk
 from infra.bridge.logs import LOG, JsonLines
 from infra.bridge.metrics import Metrics
+from infra.bridge.readiness import Readiness
 from infra.bridge.senders import sign
 from infra.bridge.serve import listening
 from infra.bridge.settings import BridgeSettings
@@ -176,7 +178,7 @@ def test_a_bug_is_the_sender_s_reason_to_try_again(bridge, monkeypatch):
         (400, lambda b: b.mlflow(champion(name="\ud800"))),
         (400, lambda b: b.s3(uploaded("../../trans_peft_manifest.json"))),
         (400, lambda b: b.s3({"Records": [{}]})),
-        (200, lambda b: b.mlflow(champion(name="{{ flow_run.id }} ${HOME} %s 模型"))),
+        (400, lambda b: b.mlflow(champion(name="{{ flow_run.id }} ${HOME} %s 模型"))),
     ],
 )
 def test_bad_senders_get_the_right_answer_and_start_nothing(bridge, status, send):
@@ -192,6 +194,68 @@ def test_bad_senders_get_the_right_answer_and_start_nothing(bridge, status, send
 def test_whatever_a_signed_sender_says_is_answered(bridge, body, name):
     assert bridge.mlflow(body).status_code in (200, 400)
     assert bridge.mlflow(champion(name=name)).status_code in (200, 400)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=8,
+)
+HEADERS = ["X-MLflow-Delivery-Id", "X-MLflow-Timestamp", "X-MLflow-Signature", "Authorization"]
+HEADERS += ["Content-Type", "Host", "Accept", "Transfer-Encoding", "Upgrade", "Connection"]
+
+
+@examples(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(HEADERS),
+    st.binary(max_size=300).filter(lambda value: not {*b"\r\n"} & {*value}),
+    st.sampled_from(["/hints/mlflow", "/hints/s3", "/ready", "/metrics", "/nowhere"]),
+)
+def test_whatever_a_stranger_s_headers_say_is_refused_or_answered(bridge, name, value, path):
+    head = f"POST {path} HTTP/1.1\r\nHost: b\r\nConnection: close\r\nContent-Length: 2\r\n"
+    answer = raw(bridge, head.encode() + name.encode() + b": " + value + b"\r\n\r\n", [b"{}"])
+    assert answer == b"hung up" or 400 <= int(answer.split()[1]) < 500
+    assert bridge.prefect.asked == []
+
+
+FIELDS = [("entity",), ("action",), ("timestamp",), ("data",)]
+FIELDS += [("data", name) for name in ("name", "alias", "version", "tags", "key")]
+
+
+@examples(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(FIELDS), JSON, st.sampled_from(["alias", "", "tag"]))
+def test_any_field_of_a_webhook_may_have_any_value(bridge, path, value, what):
+    body = champion(tags={}, key="trans_peft.reconcile") | {"timestamp": "2026-01-01T00:00:00Z"}
+    body["entity"] = "model_version" + (f"_{what}" if what else "")
+    body["action"] = "set" if what == "tag" else "created"
+    *parents, last = path
+    inner = body
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    assert bridge.mlflow(json.dumps(body).encode()).status_code in (200, 400)
+
+
+TIMES = ["0001-01-01", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "1e308"]
+
+
+@pytest.mark.parametrize("at", [*TIMES, 1e308, -1e308, 0, 1 << 70, float("nan"), True, [], {}])
+def test_an_odd_time_is_no_time(bridge, at):
+    before = lags(bridge)
+    assert bridge.mlflow(champion() | {"timestamp": at}).status_code == 200
+    record = uploaded()
+    record["Records"][0]["eventTime"] = at
+    assert bridge.s3(json.loads(json.dumps(record).replace("NaN", "0"))).status_code == 200
+    assert lags(bridge) == before
+
+
+def lags(bridge):
+    text = bridge.http.get("/metrics").text
+    return [line for line in text.splitlines() if "lag_seconds_count" in line]
 
 
 def test_an_entrance_without_a_secret_is_closed():
@@ -231,6 +295,63 @@ def test_a_body_of_100_mb_is_refused_while_memory_stays_flat(bridge, length):
     assert me.memory_info().rss - before < 16 << 20
     assert time.monotonic() - began < 20
     assert bridge.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("head", [b"X: " + b"x" * 60, b"X" * 60 + b": x"])
+def test_a_head_of_any_length_is_refused_once_it_is_too_long(bridge, head):
+    answer = raw(bridge, HEAD, [head + b"\r\n"] * 1000)
+    assert b"400" in answer or answer == b"hung up"
+    assert bridge.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /health HTTP/1.1\r\nHost: b\r\n\r\n"])
+def test_a_slow_head_ends_at_its_deadline(bridge, monkeypatch, first):
+    """Also the head of the second request of a connection."""
+    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.3)
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", bridge.port), timeout=30) as connection:
+        connection.sendall(first)
+        try:
+            while time.monotonic() - began < 20:
+                connection.sendall(b"X")
+                time.sleep(0.05)
+        except OSError:
+            pass
+    assert time.monotonic() - began < 5
+
+
+def test_slow_connections_keep_nobody_else_out(bridge, monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.5)
+    slow = [socket.create_connection(("127.0.0.1", bridge.port)) for _ in range(1100)]
+    try:
+        for connection in slow:
+            connection.send(b"POST /hints")
+        wait_until(lambda: bridge.http.get("/health").status_code == 200, patience_s=20)
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+@pytest.mark.parametrize("prefect", ["well", "slow", "broken"])
+def test_any_number_of_open_calls_of_ready_are_few_calls_of_prefect(bridge, monkeypatch, prefect):
+    """And answers of hints come as before."""
+    asked = []
+
+    async def reachable():
+        asked.append(time.monotonic())
+        if prefect == "broken":
+            raise RuntimeError("odd")
+        await asyncio.sleep(0.3 if prefect == "slow" else 0)
+        return True
+
+    monkeypatch.setattr(bridge.clerk.desk, "_readiness", Readiness(reachable, patience_s=0.1))
+    with ThreadPoolExecutor(40) as pool:
+        began = time.monotonic()
+        codes = set(pool.map(lambda _: bridge.http.get("/ready").status_code, range(400)))
+        took_s = time.monotonic() - began
+    assert codes == {200 if prefect == "well" else 503}
+    assert len(asked) <= 2 + took_s / 2
+    assert bridge.mlflow(champion()).status_code == 200
 
 
 def test_a_slow_body_ends_at_its_deadline(bridge, monkeypatch):
@@ -277,7 +398,7 @@ def test_a_thousand_hints_at_once_are_all_answered_with_a_few_calls_to_prefect(b
 def test_health_ready_and_metrics(bridge):
     assert bridge.http.get("/ready").json() == {"prefect": True}
     bridge.prefect.broken = True
-    assert bridge.http.get("/ready").status_code == 503
+    wait_until(lambda: bridge.http.get("/ready").status_code == 503, patience_s=10)
     assert bridge.http.get("/health").json() == {"alive": True}
     bridge.prefect.broken = False
     bridge.mlflow({**champion(), "timestamp": "2026-01-01T00:00:00+00:00"})

@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from prefect.exceptions import ObjectNotFound
 
 from infra.bridge.desk import UnavailableError
 from infra.bridge.hints import Hint, Kind
+from infra.bridge.prefect_calls import PrefectCalls
 from infra.bridge.starter import PrefectStarter, come_again_soon
 from tasks.origin import Origin
 
@@ -55,10 +57,14 @@ def hint(name, delivery_id):
     return Hint(Kind.CHAMPION, name, delivery_id, "champion", AT)
 
 
+def calls_to(client):
+    return PrefectCalls(lambda: nullcontext(client))
+
+
 def all_started(client, wanted):
     """Start runs for a mapping of families to delivery ids."""
     hints = {family: hint(family or "", delivery) for family, delivery in wanted.items()}
-    return asyncio.run(PrefectStarter(client).start(hints))
+    return asyncio.run(PrefectStarter(calls_to(client)).start(hints))
 
 
 def started(client, family="smol", delivery_id="d1"):
@@ -163,7 +169,9 @@ def test_a_prefect_that_is_slow_is_unavailable_after_the_patience():
             await asyncio.sleep(5)
 
     with pytest.raises(UnavailableError, match="TimeoutError"):
-        asyncio.run(PrefectStarter(Slow(), patience_s=0.05).start({"smol": hint("smol", "d1")}))
+        asyncio.run(
+            PrefectStarter(calls_to(Slow()), patience_s=0.05).start({"smol": hint("smol", "d1")})
+        )
 
 
 @pytest.mark.parametrize(
@@ -172,4 +180,4 @@ def test_a_prefect_that_is_slow_is_unavailable_after_the_patience():
 def test_whatever_keeps_prefect_from_answering_is_unavailable(error):
     with pytest.raises(UnavailableError, match="Prefect"):
         started(Client(error=error))
-    assert asyncio.run(PrefectStarter(Client(error=error)).reachable()) is False
+    assert asyncio.run(PrefectStarter(calls_to(Client(error=error))).reachable()) is False

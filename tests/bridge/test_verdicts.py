@@ -1,6 +1,7 @@
 """From a hint to its first verdict: the tags of a run, the events of its verdicts, the metric."""
 
 import asyncio
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from uuid import uuid4
@@ -8,7 +9,9 @@ from uuid import uuid4
 import pytest
 from prefect.events import Event
 
+from infra.bridge.loops import Failures
 from infra.bridge.metrics import Metrics
+from infra.bridge.prefect_calls import PrefectCalls
 from infra.bridge.verdicts import Verdicts
 from tasks import events, origin, shards
 from tasks.origin import Origin
@@ -68,12 +71,16 @@ def lags(metrics):
     return float(count), round(float(total))
 
 
+def verdicts_of(client, metrics):
+    return Verdicts(PrefectCalls(lambda: nullcontext(client)), metrics, Failures(metrics))
+
+
 def looked(*stored, again=()):
     """Look at the events as if they had come a moment after the start; then at more of them."""
 
     async def story():
         client, metrics = Client(*stored), Metrics()
-        verdicts = Verdicts(client, metrics)
+        verdicts = verdicts_of(client, metrics)
         verdicts._began -= timedelta(minutes=10)
         await verdicts.look()
         client.stored += again
