@@ -6,6 +6,7 @@ that came with the files, one base per process however many adapters are put on 
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,13 +18,17 @@ from trans_peft.errors import (
     InvalidSpecError,
     NotFoundError,
     UnsupportedModelError,
+    listed,
 )
 from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
+from trans_peft.snapshot import Snapshot, snapshot, tokenizer_snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["LoadedBase", "adapter_weights_sha256", "load_base", "load_tokenizer"]
+
+_log = logging.getLogger(__name__)
 
 _ORIGIN = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
 """Fields of adapter_config.json that no logit depends on."""
@@ -40,7 +45,7 @@ class LoadedBase:
 @dataclass(frozen=True)
 class _Held:
     key: tuple[Any, ...]
-    parameters: frozenset[str]
+    state: Snapshot
     base: LoadedBase
 
 
@@ -53,8 +58,9 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
     `dtype` is torch's name ("float32"), or "nf4" for linear layers in 4 bits to train on (QLoRA,
     Dettmers et al. 2023: NF4, quantised twice, computing in bfloat16); `device` any of torch's, by
     default cuda where there is one, else cpu. A process holds one base at a time: asking for
-    another lets go of the first before it loads. A held base that was left with an adapter inside
-    is loaded afresh. Raises NotFoundError for a folder that is not a base, UnsupportedModelError
+    another lets go of the first before it loads. Before a held base is handed out again, its
+    content is compared with what was loaded (`trans_peft.snapshot`); after any change it is dropped
+    and loaded afresh. Raises NotFoundError for a folder that is not a base, UnsupportedModelError
     where no causal language model or no end-of-text token is found, or where the files lack a
     tensor of the model or hold one that it does not have; InvalidSpecError where nf4 needs what is
     not installed.
@@ -67,9 +73,11 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     key = (folder, dtype, device, _files(folder))
     if _held is not None:
-        if _held.key == key and _held.parameters == _parameters(_held.base.model):
+        if _held.key == key and not (changed := _held.state.changes(_state(_held.base))):
             _held.base.model.eval()
             return _held.base
+        if _held.key == key:
+            _log.warning("%s changed in memory and is loaded again: %s", folder, listed(changed))
         _held = None
     precision = _four_bits(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
     try:
@@ -96,8 +104,9 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
     if problems := _differences(folder, model, report):
         raise _unfilled(folder, problems)
     model.to(device).eval()
-    _held = _Held(key, _parameters(model), LoadedBase(model, tokenizer))
-    return _held.base
+    base = LoadedBase(model, tokenizer)
+    _held = _Held(key, _state(base), base)
+    return base
 
 
 def _differences(folder: Path, model: "PreTrainedModel", report: dict[str, Any]) -> list[str]:
@@ -230,5 +239,6 @@ def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def _parameters(model: "PreTrainedModel") -> frozenset[str]:
-    return frozenset(name for name, _ in model.named_parameters())
+def _state(base: LoadedBase) -> Snapshot:
+    parts = snapshot(base.model).parts
+    return Snapshot({**parts, **tokenizer_snapshot(base.tokenizer).parts})

@@ -11,14 +11,17 @@ from peft import (
     PeftModel,
     PromptTuningConfig,
     VeraConfig,
+    get_peft_model,
 )
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny import tiny_model
 from tests.transfer.conftest import edit_config
 from trans_peft.errors import AdapterError, UnsupportedModelError
 from trans_peft.methods.bottleneck.config import BottleneckConfig
 from trans_peft.methods.registration import register_methods
+from trans_peft.snapshot import snapshot
 from trans_peft.transfer.transplant import attach, attached
 
 register_methods()
@@ -247,6 +250,32 @@ def test_a_broken_adapter_is_refused_and_the_base_untouched(case, write_adapter)
 def test_another_number_of_layers_is_refused(layers, message, write_adapter):
     with pytest.raises(AdapterError, match=message):
         attach(tiny_model(layers=layers), write_adapter())
+
+
+def model_with_biases() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig.from_dict(tiny_model().config.to_dict() | {"attention_bias": True})
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_brings_biases_of_the_base_is_refused_before_it_writes_them(bias, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, bias=bias, **LM)
+    trained = get_peft_model(model_with_biases(), config)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data += 1.0
+    trained.save_pretrained(tmp_path)
+    model = model_with_biases()
+    before, alone = snapshot(model), logits(model)
+    with pytest.raises(AdapterError, match=r"overwrite weights of the base: .*q_proj.*bias"):
+        attach(model, tmp_path)
+    assert not before.changes(snapshot(model))
+    assert torch.equal(logits(model), alone)
 
 
 def test_both_differences_and_every_problem_are_told_at_once(write_adapter, tmp_path):

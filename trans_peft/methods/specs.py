@@ -21,6 +21,7 @@ from trans_peft.errors import InvalidSpecError
 from trans_peft.methods.allocation import BoundedAllocation
 from trans_peft.methods.patterns import check_options, names_of
 from trans_peft.methods.registration import register_methods
+from trans_peft.surface import Surface
 
 __all__ = ["attach", "to_config", "to_spec"]
 
@@ -110,15 +111,13 @@ def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
             f"target_modules that the model does not have: {', '.join(missing)}",
             expected=f"some of {', '.join(_names(model))}",
         )
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    room = max(_ROOM, sum(parameter.numel() for parameter, _ in trainable))
+    surface = Surface(model)
+    room = max(_ROOM, sum(parameter.numel() for parameter in model.parameters()))
     try:
         with BoundedAllocation(room, subject):
             return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
-        _detach(model)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        surface.restore()
         raise InvalidSpecError(
             f"PEFT cannot put the {spec.peft_type} adapter on {type(model).__name__}: {error}"
         ) from error
@@ -167,13 +166,3 @@ def _names(model: nn.Module) -> list[str]:
     )
     last = (name.rpartition(".")[2] for name in held)
     return list(dict.fromkeys(name for name in last if name and not name.isdigit()))
-
-
-def _detach(model: nn.Module) -> None:
-    """Take off what PEFT has put on a model before it gave up."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, BaseTunerLayer):
-                setattr(module, name, child.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from trans_peft.errors import AdapterError, IsolationError, UnsupportedModelError, listed
 from trans_peft.methods.patterns import check_options, names_of
+from trans_peft.snapshot import snapshot
+from trans_peft.surface import Surface
 from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, PeftFolder, read_peft_folder
-from trans_peft.transfer.surface import Surface
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -73,20 +74,22 @@ def attached(model: "nn.Module", folder: Path, name: str = "default") -> Iterato
     """Lend `model` with the adapter in `folder` on it, and give it back exactly as it came.
 
     Within the block the PeftModel is `attach`'s; after it, the PeftModel is empty and must not be
-    used. UnsupportedModelError if the base's weights were written to in between, as merging does.
+    used. UnsupportedModelError if the base's content changed in between, as merging does; the
+    comparison is by `trans_peft.snapshot`. After any other error in the block nothing is compared:
+    `load_base` compares before it hands a base out again.
     """
-    surface = Surface(model)
+    before, surface = snapshot(model), Surface(model)
     peft_model = attach(model, folder, name)
     try:
         yield peft_model
         merged = any(getattr(module, "merged", False) for module in peft_model.modules())
     finally:
         surface.restore()
-    written = surface.written()
-    if merged or written:
+    changed = before.changes(snapshot(model))
+    if merged or changed:
         raise UnsupportedModelError(
             "the base's own weights were changed while the adapter was attached",
-            found="the adapter is merged into them" if merged else ", ".join(written[:3]),
+            found="the adapter is merged into them" if merged else listed(changed, 3),
             do="load the base again, and do not merge an attached adapter",
         )
 
@@ -124,6 +127,13 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
         ):
             peft_model = build(model, config, adapter_name=name)
         _check_keys(peft_model, source, name)
+        written = surface.overlapping(_state(peft_model, name))
+        if written:
+            raise AdapterError(
+                f"{folder}: loading it would overwrite weights of the base: {listed(written)}",
+                expected="an adapter with weights of its own",
+                do="train it with bias='none', and with modules_to_save instead of base weights",
+            )
         tensors = load_file(folder / WEIGHTS_NAME)
         broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if broken:

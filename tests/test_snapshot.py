@@ -1,0 +1,221 @@
+"""Any change of a model is found by content, and nothing else is taken for a change."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
+from trans_peft.domain.recipe import Perturbation
+from trans_peft.errors import UnsupportedModelError
+from trans_peft.models import load_base
+from trans_peft.perturbation import perturbed
+from trans_peft.snapshot import snapshot
+from trans_peft.transfer.transplant import attached
+
+IDS = torch.arange(12)[None]
+
+
+def weight(model):
+    return model.model.layers[0].self_attn.q_proj.weight
+
+
+def by_numpy(model):
+    weight(model).detach().numpy()[3, 4] += 1
+
+
+def swap_two_values(model):
+    data = weight(model).data.view(-1)
+    data[[5, 700]] = data[[700, 5]]
+
+
+def swap_two_rows(model):
+    rows = model.model.embed_tokens.weight.data
+    rows[[1, 200]] = rows[[200, 1]]
+
+
+def untie(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def patch_forward(model):
+    norm = model.model.norm
+    norm.forward = lambda hidden: 2 * type(norm).forward(norm, hidden)
+
+
+def leave_perturbed(model):
+    model.left = perturbed(model.train(), Perturbation(masking_p=0.5), seed=1)
+    model.left.__enter__()
+
+
+def merge(model):
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, config).merge_and_unload()
+
+
+CHANGES = {
+    "a value through .data": lambda m: weight(m).data.view(-1)[7].add_(1e-3),
+    "a sign": lambda m: weight(m).data.view(-1)[7:8].neg_(),
+    "a value in numpy": by_numpy,
+    "two values swapped": swap_two_values,
+    "two rows swapped": swap_two_rows,
+    "everything negated": lambda m: m.lm_head.weight.data.neg_(),
+    "a buffer": lambda m: m.model.rotary_emb.inv_freq.mul_(2),
+    "a dtype": lambda m: m.model.layers[1].to(torch.bfloat16),
+    "a head that is no longer tied": untie,
+    "resized embeddings": lambda m: m.resize_token_embeddings(300),
+    "a merged adapter": merge,
+    "an adapter": lambda m: get_peft_model(m, LoraConfig(target_modules=["q_proj"])),
+    "a saved module": lambda m: get_peft_model(
+        m, LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    ),
+    "a perturbation": leave_perturbed,
+    "a hook": lambda m: m.model.norm.register_forward_hook(lambda _, __, out: 2 * out),
+    "a hook before": lambda m: m.register_forward_pre_hook(lambda *_: None),
+    "a patched forward": patch_forward,
+    "a scale": lambda m: setattr(m.model.layers[0].self_attn, "scaling", 9.0),
+    "a norm's epsilon": lambda m: setattr(m.model.norm, "variance_epsilon", 1.0),
+    "use_cache": lambda m: setattr(m.config, "use_cache", False),
+    "a nested setting": lambda m: m.config.rope_parameters.update(rope_theta=1.0),
+    "how it generates": lambda m: setattr(m.generation_config, "repetition_penalty", 2.0),
+    "frozen": lambda m: weight(m).requires_grad_(False),
+    "a layer less": lambda m: m.model.layers.__delitem__(1),
+    "layers in another order": lambda m: m.model.layers.insert(0, m.model.layers.pop(1)),
+}
+TOKENIZER_CHANGES = {
+    "a chat template": lambda t: setattr(t, "chat_template", "{{ messages }}"),
+    "another end": lambda t: setattr(t, "eos_token", "<pad>"),
+    "a token more": lambda t: t.add_tokens(["<new>"]),
+    "the other side": lambda t: setattr(t, "padding_side", "left" * (t.padding_side == "right")),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_found_and_the_base_is_loaded_again(change, base):
+    held = load_base(base, "float32", "cpu")
+    CHANGES[change](held.model)
+    again = load_base(base, "float32", "cpu")
+    assert again.model is not held.model
+    assert not snapshot(again.model).changes(snapshot(fresh(base)))
+
+
+@pytest.mark.parametrize("change", TOKENIZER_CHANGES)
+def test_a_changed_tokenizer_is_loaded_again(change, base):
+    held = load_base(base, "float32", "cpu")
+    TOKENIZER_CHANGES[change](held.tokenizer)
+    again = load_base(base, "float32", "cpu")
+    assert again.tokenizer is not held.tokenizer
+    assert len(again.tokenizer) == len(tiny_tokenizer())
+
+
+def fresh(base):
+    held = load_base(base, "float32", "cpu")
+    return type(held.model).from_pretrained(base).eval()
+
+
+UNCHANGED = {
+    "a forward pass": lambda m: m(input_ids=IDS),
+    "training mode": lambda m: m.train(),
+    "an answer": lambda m: m.generate(input_ids=IDS, max_new_tokens=3, do_sample=False),
+    "a version counter": lambda m: weight(m).copy_(weight(m).clone()),
+    "a parametrisation that is removed again": lambda m: parametrize_and_back(m),
+}
+
+
+def parametrize_and_back(model):
+    module = model.model.layers[0].self_attn.q_proj
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+    nn.utils.parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+
+
+@pytest.mark.parametrize("use", UNCHANGED)
+def test_what_changes_nothing_keeps_the_base(use, base):
+    held = load_base(base, "float32", "cpu")
+    with torch.no_grad():
+        UNCHANGED[use](held.model)
+    again = load_base(base, "float32", "cpu")
+    assert again.model is held.model
+    assert not again.model.training
+
+
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]),
+    st.integers(1, 70_000),
+    st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_one_byte_anywhere_changes_the_checksum(dtype, size, data):
+    module = nn.Module()
+    values = torch.zeros(size, dtype=dtype)
+    module.register_buffer("values", values)
+    before = snapshot(module)
+    raw = values.view(torch.uint8).numpy()
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] ^= np.uint8(1)
+    assert before.changes(snapshot(module)) == ["values"]
+    raw[at] ^= np.uint8(1)
+    assert not before.changes(snapshot(module))
+
+
+def test_scalars_empty_tensors_views_and_meta_tensors_have_snapshots():
+    module = nn.Module()
+    module.register_buffer("scalar", torch.tensor(3.0))
+    module.register_buffer("empty", torch.zeros(0, 4))
+    module.register_buffer("meta", torch.zeros(2, device="meta"))
+    module.register_buffer("view", torch.arange(20.0).reshape(4, 5).T[1:, ::2])
+    before = snapshot(module)
+    module.view[0, 1] += 1
+    module.scalar += 1
+    assert before.changes(snapshot(module)) == ["scalar", "view"]
+
+
+def test_an_adapter_on_expert_parameters_gives_the_base_back(tmp_path):
+    """PEFT parametrises those in every pass, which raises their version counters."""
+
+    def mixtral():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+            )
+        ).eval()  # fmt: skip
+
+    torch.manual_seed(1)
+    config = LoraConfig(
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(mixtral(), config).eval()
+    adapted.save_pretrained(tmp_path)
+    model = mixtral()
+    before = snapshot(model)
+    with torch.no_grad():
+        bare = model(input_ids=IDS).logits
+        with attached(model, tmp_path) as lent:
+            assert torch.equal(lent(input_ids=IDS).logits, adapted(input_ids=IDS).logits)
+        assert torch.equal(model(input_ids=IDS).logits, bare)
+    assert not before.changes(snapshot(model))
+
+
+def test_a_write_that_no_version_counter_shows_is_reported(tmp_path):
+    get_peft_model(
+        tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ).save_pretrained(tmp_path)
+    model = tiny_model()
+    with (
+        pytest.raises(UnsupportedModelError, match=r"model.norm.weight"),
+        attached(model, tmp_path),
+    ):
+        model.model.norm.weight.data.add_(1)
