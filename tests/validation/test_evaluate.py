@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.validation.fake_tokenizers import Merging
 from trans_peft.data import Example, Message
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
@@ -136,21 +137,6 @@ def test_all_bad_items_are_told_at_once_before_the_model_is_asked(tokenizer):
 
 def test_the_longest_prompt_that_fits_is_answered(model, tokenizer):
     assert len(run(model, tokenizer, [Example("fits", "x" * 509, "y")]).items) == 1
-
-
-class Merging:
-    """A tokenizer that makes one token of a space and the letter after it, as BPE does."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-
-    def __call__(self, text, **options):
-        one = text.replace(" y", "~") if isinstance(text, str) else None
-        texts = one or [each.replace(" y", "~") for each in text]
-        return {"input_ids": self._tokenizer(texts, **options)["input_ids"]}
-
-    def __getattr__(self, name):
-        return getattr(self._tokenizer, name)
 
 
 def test_a_prompt_that_training_cut_differently_is_refused(model, tokenizer):

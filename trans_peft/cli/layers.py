@@ -30,9 +30,11 @@ def criticality(
 
     Example: `trans-peft criticality models/v1 train.jsonl`
     """
+    from itertools import chain
+
     import torch
 
-    from trans_peft.data import read_examples
+    from trans_peft.data import full_ids, read_examples
     from trans_peft.domain.data import DataSource
     from trans_peft.errors import DataError
     from trans_peft.lifecycle.evaluations import base_folder
@@ -44,11 +46,7 @@ def criticality(
         examples = read_examples(DataSource(rows), workspace.platform.store)
         folder = base_folder(workspace.base(base, LOCAL), workspace.platform)
         loaded = load_base(folder, "float32")
-        stream: list[int] = []
-        for example in examples:
-            stream += example.full_ids(loaded.tokenizer)
-            if len(stream) >= tokens:
-                break
+        stream = list(chain.from_iterable(full_ids(examples[:tokens], loaded.tokenizer)))
         count = min(len(stream), tokens) // _LENGTH
         if not count:
             raise DataError(

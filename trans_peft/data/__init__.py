@@ -1,6 +1,7 @@
 """Rows of training and evaluation data: read, checked all at once, and pinned to their bytes."""
 
-from trans_peft.data.example import Example, Message, full_ids, prompt_ids
+from trans_peft.data.encoding import token_ids
+from trans_peft.data.example import Example, Message, full_ids, prompt_ids, token_counts
 from trans_peft.data.parsing import parse_examples
 from trans_peft.data.sources import pin, read_examples, write_examples
 
@@ -12,5 +13,7 @@ __all__ = [
     "pin",
     "prompt_ids",
     "read_examples",
+    "token_counts",
+    "token_ids",
     "write_examples",
 ]

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trans_peft.data.encoding import encoded
 from trans_peft.errors import DataError
 from trans_peft.text.chat import render_prompts, template_of
 
-__all__ = ["Example", "Message", "full_ids", "prompt_ids"]
+__all__ = ["Example", "Message", "full_ids", "prompt_ids", "token_counts"]
 
 _SHOWN = 20
 
@@ -38,6 +39,13 @@ class Example:
     choices: tuple[str, ...] = ()
     reference: str = ""
 
+    @property
+    def characters(self) -> int:
+        """How many characters the example has in all its texts."""
+        texts = [self.prompt, self.completion, self.reference, *self.choices]
+        texts += [turn.content for turn in self.messages or ()]
+        return sum(map(len, texts))
+
     def prompt_ids(self, tokenizer: Any) -> list[int]:
         """Return `prompt_ids` of this example alone, with the tokenizer's own chat template."""
         return prompt_ids([self], tokenizer)[0]
@@ -59,9 +67,39 @@ def prompt_ids(
 ) -> list[list[int]]:
     """Return, for each example, the token ids that a model gets before it answers.
 
-    Chats are rendered with `template`, or with the tokenizer's own where that is None. DataError,
-    with every row: no template, or a template that fails.
+    Chats are rendered with `template`, or with the tokenizer's own where that is None. Both the
+    template and the tokenizer run in a child process with limits. DataError, with every row: no
+    template, or a template that fails; LimitExceededError.
     """
+    return encoded(_prompt_ids, examples, tokenizer, template, characters=_characters)
+
+
+def full_ids(
+    examples: Sequence[Example], tokenizer: Any, template: str | None = None
+) -> list[list[int]]:
+    """Return, for each example, the token ids of prompt, answer and what ends the answer.
+
+    A text ends with the end-of-text token, a chat as its template ends it. Otherwise as
+    `prompt_ids`.
+    """
+    return encoded(_full_ids, examples, tokenizer, template, characters=_characters)
+
+
+def token_counts(
+    examples: Sequence[Example], tokenizer: Any, template: str | None = None
+) -> list[tuple[int, int, bool]]:
+    """Return the lengths of `prompt_ids` and `full_ids`, and whether one is the other's start."""
+    found = encoded(_token_counts, examples, tokenizer, template, characters=_characters)
+    return [(prompt, whole, starts) for prompt, whole, starts in found]
+
+
+def _characters(example: Example) -> int:
+    return example.characters
+
+
+def _prompt_ids(
+    examples: Sequence[Example], tokenizer: Any, template: str | None
+) -> list[list[int]]:
     asked = {
         i: _turns(example.messages[:-1])
         for i, example in enumerate(examples)
@@ -74,14 +112,7 @@ def prompt_ids(
     ]
 
 
-def full_ids(
-    examples: Sequence[Example], tokenizer: Any, template: str | None = None
-) -> list[list[int]]:
-    """Return, for each example, the token ids of prompt, answer and what ends the answer.
-
-    A text ends with the end-of-text token, a chat as its template ends it. Otherwise as
-    `prompt_ids`.
-    """
+def _full_ids(examples: Sequence[Example], tokenizer: Any, template: str | None) -> list[list[int]]:
     whole = {
         i: _turns(example.messages)
         for i, example in enumerate(examples)
@@ -96,6 +127,17 @@ def full_ids(
         end = "" if example.completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
         found.append(list(tokenizer(text=example.prompt + example.completion + end)["input_ids"]))
     return found
+
+
+def _token_counts(
+    examples: Sequence[Example], tokenizer: Any, template: str | None
+) -> list[tuple[int, int, bool]]:
+    prompts = _prompt_ids(examples, tokenizer, template)
+    wholes = _full_ids(examples, tokenizer, template)
+    return [
+        (len(prompt), len(whole), whole[: len(prompt)] == prompt)
+        for prompt, whole in zip(prompts, wholes, strict=True)
+    ]
 
 
 def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:

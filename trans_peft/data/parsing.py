@@ -74,7 +74,7 @@ def checked(rows: list[Row], uri: str, template: str) -> tuple[Example, ...]:
     long = [
         f"id {example.id}: {size} characters"
         for example in examples
-        if (size := _characters(example)) > MAX_ROW_CHARACTERS
+        if (size := example.characters) > MAX_ROW_CHARACTERS
     ]
     if long:
         raise DataError(
@@ -117,17 +117,6 @@ def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> 
 
 def _suffix(uri: str) -> str:
     return Path(uri.removesuffix(".gz")).suffix
-
-
-def _characters(example: Example) -> int:
-    turns = example.messages or ()
-    return (
-        len(example.prompt)
-        + len(example.completion)
-        + len(example.reference)
-        + sum(len(turn.content) for turn in turns)
-        + sum(map(len, example.choices))
-    )
 
 
 def _unpacked(data: bytes, uri: str, most: int) -> bytes:

@@ -56,7 +56,7 @@ def _answer(request: bytes, limits: Limits) -> dict[str, Any]:
         return {"error": type(error).__name__, "text": str(error)}
     except MemoryError:
         return {"limit": "memory"}
-    except Exception as error:
+    except BaseException as error:  # a panic in Rust is no Exception
         text = str(error)
         if any(sign in text.lower() for sign in _MEMORY_TEXTS):
             return {"limit": "memory"}

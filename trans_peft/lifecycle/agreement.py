@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from trans_peft.data import read_examples
+from trans_peft.data import prompt_ids, read_examples
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.errors import InvalidSpecError
@@ -22,7 +22,7 @@ from trans_peft.validation.agreement import (
     mean_kl,
     next_tokens,
 )
-from trans_peft.validation.choice import choice_ids
+from trans_peft.validation.questions import with_answers
 
 __all__ = ["Shift", "compare_without_labels"]
 
@@ -108,16 +108,18 @@ def _expected(
     from trans_peft.transfer.transplant import attached
 
     loaded = load_base(base_folder(base, platform), prompts.dtype)
-    pairs = []
-    for example in read_examples(prompts.data, platform.store, limit=prompts.limit):
-        if example.id not in said.kept_answers:
-            raise InvalidSpecError(
-                f"the stored answers to suite {prompts.name!r} on {base.version} have no texts",
-                found="they were given while the suite did not keep its answers",
-                do="give the suite another name, so that they are asked for again",
-            )
-        prompt = example.prompt_ids(loaded.tokenizer)
-        answer = said.kept_answers[example.id]
-        pairs.append((prompt, choice_ids(loaded.tokenizer, example, answer, prompt)))
+    examples = read_examples(prompts.data, platform.store, limit=prompts.limit)
+    if any(example.id not in said.kept_answers for example in examples):
+        raise InvalidSpecError(
+            f"the stored answers to suite {prompts.name!r} on {base.version} have no texts",
+            found="they were given while the suite did not keep its answers",
+            do="give the suite another name, so that they are asked for again",
+        )
+    asked = prompt_ids(examples, loaded.tokenizer)
+    wholes = with_answers(
+        loaded.tokenizer,
+        [(e, ids, said.kept_answers[e.id]) for e, ids in zip(examples, asked, strict=True)],
+    )
+    pairs = [(ids, whole[len(ids) :]) for ids, whole in zip(asked, wholes, strict=True)]
     with nullcontext(loaded.model) if adapter is None else attached(loaded.model, adapter) as model:
         return next_tokens(model, pairs, like=like)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trans_peft.data import Example, read_examples, write_examples
+from trans_peft.data import Example, full_ids, prompt_ids, read_examples, write_examples
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.recipe import TrainingRecipe
@@ -108,10 +108,10 @@ def _loss(loaded: Any, folder: Path, rows: Sequence[Example]) -> float:
     from trans_peft.transfer.transplant import attached
     from trans_peft.validation.choice import log_likelihoods
 
-    asked = []
-    for row in rows:
-        prompt = row.prompt_ids(loaded.tokenizer)
-        asked.append((prompt, [row.full_ids(loaded.tokenizer)[len(prompt) :]]))
+    prompts, wholes = prompt_ids(rows, loaded.tokenizer), full_ids(rows, loaded.tokenizer)
+    asked = [
+        (prompt, [whole[len(prompt) :]]) for prompt, whole in zip(prompts, wholes, strict=True)
+    ]
     with attached(loaded.model, folder) as model:
         return -sum(found for (found,) in log_likelihoods(model, asked)) / len(asked)
 

@@ -133,6 +133,8 @@ def render_prompts(
             contents = "\n".join(str(message.get("content")) for message in messages)
             if set(_ADDRESS.findall(text)) - set(_ADDRESS.findall(template + contents)):
                 raise ValueError("it writes a memory address into the prompt")
+        except MemoryError:
+            raise
         except Exception as error:  # whatever an untrusted program raises
             text, problem = "", f"the chat template failed: {_told(error)}"
         texts.append(text)

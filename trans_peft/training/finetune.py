@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
-from trans_peft.data import Example, parse_examples
+from trans_peft.data import Example, parse_examples, token_counts
 from trans_peft.errors import AdapterError, DataError, listed
 from trans_peft.methods.specs import attach
 from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
@@ -90,14 +90,14 @@ def check_tokens(
     the template decides on that, and is left to.
     """
     shortened, problems = 0, []
-    for example in examples:
-        prompt, whole = example.prompt_ids(tokenizer), example.full_ids(tokenizer)
-        shortened += len(whole) > max_length
-        if len(prompt) >= max_length:
+    counts = token_counts(examples, tokenizer)
+    for example, (prompt, whole, starts) in zip(examples, counts, strict=True):
+        shortened += whole > max_length
+        if prompt >= max_length:
             problems.append(
-                f"id {example.id}: its prompt fills max_length={max_length}: {len(prompt)} tokens"
+                f"id {example.id}: its prompt fills max_length={max_length}: {prompt} tokens"
             )
-        elif example.messages is None and whole[: len(prompt)] != prompt:
+        elif example.messages is None and not starts:
             problems.append(
                 f"id {example.id}: with its answer the end of the prompt becomes other tokens"
             )

@@ -9,7 +9,6 @@ are computed for the positions of the choices only.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +16,10 @@ from torch import nn
 from trans_peft.data import Example
 from trans_peft.errors import EvaluationError
 from trans_peft.validation.batching import DEFAULT_BATCH_SIZE, Progress, evaluating, in_batches
-from trans_peft.validation.questions import with_answers
 from trans_peft.validation.reading import Part, Reader
 from trans_peft.validation.rules.choice import Measure
 
-__all__ = ["choice_ids", "choose", "log_likelihoods"]
+__all__ = ["choose", "log_likelihoods"]
 
 _ROWS = 4  # of continuations for each question of a batch: they are short beside their prompt
 _MOST_LOGITS = 2**27  # half a gigabyte in fp32
@@ -59,11 +57,6 @@ def choose(
         likelihoods = [total / length for total, length in zip(sums, lengths, strict=True)]
         best.append(example.choices[likelihoods.index(max(likelihoods))])
     return best
-
-
-def choice_ids(tokenizer: Any, example: Example, choice: str, prompt: Sequence[int]) -> list[int]:
-    """Return the token ids of a choice after the prompt (see `questions.with_answers`)."""
-    return with_answers(tokenizer, [(example, prompt, choice)])[0][len(prompt) :]
 
 
 def log_likelihoods(

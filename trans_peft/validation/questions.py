@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trans_peft.data import Example
+from trans_peft.data import Example, prompt_ids, token_ids
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import DataError
 from trans_peft.validation.scoring import marker
@@ -71,7 +71,7 @@ def prepare(
     is_right = marker(suite)
     _ = suite.suite_sha256  # pinned, or else what is made here would be kept under no name
     examples = tuple(examples[: suite.limit])
-    prompts = tuple(example.prompt_ids(tokenizer) for example in examples)
+    prompts = tuple(prompt_ids(examples, tokenizer))
     answers = [e.choices if suite.is_choice else (e.completion,) for e in examples]
     asked = [
         (example, prompt, answer)
@@ -117,7 +117,7 @@ def with_answers(
     for chat in (False, True):
         chosen = [i for i, (e, _, _) in enumerate(asked) if (e.messages is not None) == chat]
         if chosen:
-            cut = tokenizer([texts[i] for i in chosen], add_special_tokens=not chat)["input_ids"]
+            cut = token_ids([texts[i] for i in chosen], tokenizer, add_special_tokens=not chat)
             for i, ids in zip(chosen, cut, strict=True):
                 wholes[i] = [*asked[i][1], *ids] if chat else list(ids)
     return wholes

@@ -1,0 +1,72 @@
+"""Render and tokenize examples in child processes with limits.
+
+Chat templates are programs and tokenizers hold regular expressions and replacement rules; both come
+from outside. Their cost can depend on the text, so a check of either alone is not enough.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from trans_peft.isolation import Limits, call_isolated
+
+__all__ = ["encoded", "token_ids"]
+
+_LIMITS = Limits(cpu_s=300, wall_s=1800, memory_bytes=4 << 30)
+_CHUNK_CHARACTERS, _CHUNK_ITEMS = 1 << 24, 10_000
+_MODULES = ("jinja2.sandbox", "transformers.utils.chat_template_utils")
+
+T = TypeVar("T")
+
+
+def encoded(
+    function: Callable[..., list[Any]],
+    items: Sequence[T],
+    tokenizer: Any,
+    *arguments: Any,
+    characters: Callable[[T], int],
+) -> list[Any]:
+    """Return `function(items, tokenizer, *arguments)`, one result for each item, from children.
+
+    `function` is importable by name and handles each item by itself. Items are sent in chunks; a
+    chunk may take 5 minutes of processor time and 4 GiB. `characters` says how long an item is.
+    Raises what `function` raises, for one chunk, and LimitExceededError.
+    """
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    found: list[Any] = []
+    for chunk in _chunks(items, characters):
+        found += call_isolated(
+            function,
+            chunk,
+            tokenizer,
+            *arguments,
+            limits=_LIMITS,
+            subject=f"the tokenizer or the chat template of {name}",
+            imports=(*_MODULES, type(tokenizer).__module__),
+        )
+    return found
+
+
+def token_ids(
+    texts: Sequence[str], tokenizer: Any, *, add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Return the token ids of each text, from a tokenizer that runs in a child process."""
+    return encoded(_token_ids, texts, tokenizer, add_special_tokens, characters=len)
+
+
+def _token_ids(texts: list[str], tokenizer: Any, add_special_tokens: bool) -> list[list[int]]:
+    ids = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+    return [list(row) for row in ids]
+
+
+def _chunks(items: Sequence[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    chunk: list[T] = []
+    size = 0
+    for item in items:
+        length = characters(item)
+        if chunk and (size + length > _CHUNK_CHARACTERS or len(chunk) == _CHUNK_ITEMS):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(item)
+        size += length
+    if chunk:
+        yield chunk
