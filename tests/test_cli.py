@@ -1,8 +1,8 @@
 """The command line from outside: arguments in; exit code, words and files out."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 import time
