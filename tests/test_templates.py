@@ -231,9 +231,3 @@ def test_choices_and_references_are_read_and_written(tmp_path):
 def test_choices_and_references_that_cannot_be_used_are_told(changes, told, tmp_path):
     with pytest.raises(DataError, match=told):
         read(tmp_path, "", CHOOSING | changes)
-
-
-def test_an_extra_field_of_another_shape_changes_nothing(tmp_path):
-    row = {"prompt": "p", "completion": "a", "instruction": "left over"}
-    (example,) = read(tmp_path, "", row)
-    assert (example.prompt, example.completion) == ("p", "a")

@@ -6,20 +6,20 @@ child process with limits, and stops at the bounds on bytes and rows of `trans_p
 
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trans_peft.data.example import Example, Message
-from trans_peft.data.rows import Row, Unreadable, examples_from
+from trans_peft.data.json_rows import json_rows
+from trans_peft.data.rows import Row, examples_from
 from trans_peft.data.templates import through_template
 from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS, MAX_ROW_CHARACTERS
 from trans_peft.errors import DataError, listed
 from trans_peft.isolation import Limits, call_isolated
 
-__all__ = ["check_kind", "checked", "examples_in", "parse_examples"]
+__all__ = ["check_kind", "checked", "examples_in", "parse_examples", "unpacked_rows"]
 
 _LIMITS = Limits(cpu_s=600, wall_s=1800, memory_bytes=8 << 30, result_bytes=1 << 30)
 _BATCH_ROWS, _SLICE_ROWS = 1024, 16
@@ -27,7 +27,7 @@ _BATCH_ROWS, _SLICE_ROWS = 1024, 16
 
 def parse_examples(lines: bytes, name: str) -> tuple[Example, ...]:
     """Read JSON Lines from memory; `name` is for the messages of a DataError."""
-    return examples_from(_json_rows(lines, name), name)
+    return examples_from(json_rows(lines, name), name)
 
 
 def examples_in(
@@ -97,11 +97,20 @@ def check_kind(uri: str) -> None:
         )
 
 
-def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> list[list[Any]]:
-    """Parse a file and return its examples as plain lists: runs in the child process."""
+def unpacked_rows(data: bytes, uri: str) -> list[Row]:
+    """Return the rows that a file holds, not checked. DataError for what is no such file.
+
+    It takes as much time and memory as the file asks for, within the bounds on bytes and rows:
+    `examples_in` runs it in a child process.
+    """
     if uri.endswith(".gz"):
         data = _unpacked(data, uri, MAX_DATA_BYTES)
-    examples = checked(_READERS[_suffix(uri)](data, uri), uri, template)
+    return _READERS[_suffix(uri)](data, uri)
+
+
+def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> list[list[Any]]:
+    """Parse a file and return its examples as plain lists: runs in the child process."""
+    examples = checked(unpacked_rows(data, uri), uri, template)
     return [
         [
             example.id,
@@ -130,33 +139,6 @@ def _unpacked(data: bytes, uri: str, most: int) -> bytes:
     return unpacked
 
 
-def _json_rows(data: bytes, _uri: str) -> list[Row]:
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if data.lstrip().startswith(b"["):
-        listed_rows = _json_value(data)
-        if isinstance(listed_rows, list):
-            return [(f"item {number}", row) for number, row in enumerate(listed_rows, start=1)]
-    return [
-        (f"line {number}", _json_value(line))
-        for number, line in enumerate(io.BytesIO(data), start=1)
-        if line.strip()
-    ]
-
-
-def _json_value(line: bytes) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(line.decode(), parse_constant=refuse)
-    except UnicodeDecodeError:
-        return Unreadable("not UTF-8 text")
-    except RecursionError:
-        return Unreadable("not JSON that can be read (nested too deeply)")
-    except ValueError as error:
-        return Unreadable(f"not JSON ({error})")
-
-
 def _parquet_rows(data: bytes, uri: str) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -165,13 +147,32 @@ def _parquet_rows(data: bytes, uri: str) -> list[Row]:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         if file.metadata.num_rows > MAX_DATA_ROWS:
             raise _too_many_rows(uri, file.metadata.num_rows)
+        twice = list(_columns_twice(file.schema_arrow))
+        if twice:
+            raise DataError(
+                f"{uri}: the same column stands twice",
+                found=listed(twice),
+                do="rename or remove one of each",
+            )
         return [
             (f"row {number}", row) for number, row in enumerate(_parquet_values(file, uri), start=1)
         ]
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, MemoryError):
-            raise
-        raise DataError(f"{uri} is not Parquet that can be read", found=error) from error
+    except (DataError, MemoryError):
+        raise
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError, LookupError) as error:
+        # to_pylist raises the last three for texts, dates and time zones that Python cannot hold.
+        raise DataError(
+            f"{uri} is not Parquet that can be read", found=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _columns_twice(fields: Any, above: str = "") -> Iterator[str]:
+    """Yield the names of columns that stand twice in one schema or struct, at any depth."""
+    names = [field.name for field in fields]
+    yield from sorted({f"{above}{name}" for name in names if names.count(name) > 1})
+    for field in fields:
+        inner = [field.type.field(number) for number in range(field.type.num_fields)]
+        yield from _columns_twice(inner, f"{above}{field.name}.")
 
 
 def _parquet_values(file: Any, uri: str) -> Iterator[Any]:
@@ -220,7 +221,7 @@ def _too_many_rows(uri: str, rows: int) -> DataError:
 
 
 _READERS: Mapping[str, Callable[[bytes, str], list[Row]]] = {
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
+    ".jsonl": json_rows,
+    ".json": json_rows,
     ".parquet": _parquet_rows,
 }

@@ -5,13 +5,16 @@ answer) and instruction/input/output, which is rendered with the Alpaca prompt o
 (AGI-Edgerunners/LLM-Adapters, `generate_prompt`). Unlike a loader that stops at the first bad row,
 or trains on it, all of them are told in one error. A row of any shape may carry `choices` (all
 answers to choose from) and `reference` (what an answer is marked against, if not the completion).
+Other fields are metadata, or an error where they could change the result (`fields`).
 """
 
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from trans_peft.data.example import Example, Message
+from trans_peft.data.fields import OWN_FIELDS, unsupported_fields
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import DataError
 
@@ -32,8 +35,17 @@ _SHAPES = {
     "messages": ("messages",),
     "instruction/output": ("instruction", "output"),
 }
+_READ = {
+    shape: OWN_FIELDS.union(keys, ("input",) if shape == "instruction/output" else ())
+    for shape, keys in _SHAPES.items()
+}
+_MESSAGE_FIELDS = ("role", "content")
 _ROLES = ("system", "user", "assistant")
 _MESSAGE_LIMIT = 20
+_NAME_LIMIT = 60
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel = 3
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,9 @@ def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
                 reasons.append(f"id {own_id!r} stands in {own_ids[own_id]} already")
             elif own_id:
                 own_ids[own_id] = where
-            examples.append(_example(row, own_id, content_counts))
+            example = _example(row, own_id, content_counts)
+            reasons += unsupported_fields(row, _READ[_shape(row)], _text(example))
+            examples.append(example)
         problems += [(where, reason) for reason in reasons]
     if not rows:
         raise DataError(f"{name} has no rows")
@@ -98,19 +112,25 @@ def _reasons(row: Any) -> Iterator[str]:
         return
     shapes = [shape for shape, keys in _SHAPES.items() if all(key in row for key in keys)]
     if len(shapes) != 1:
-        found = " and ".join(shapes) if shapes else f"the fields {', '.join(row) or '(none)'}"
+        found = " and ".join(shapes) if shapes else f"the fields {_names(row)}"
         yield f"one known shape is needed, found {found}"
         return
     if type(row.get("id")) not in (str, int, type(None)) or row.get("id") == "":
-        yield f"id must be text or a whole number, found {row['id']!r}"
+        yield f"id must be text or a whole number, found {_shown(row['id'])}"
+    elif isinstance(row.get("id"), str):
+        yield from _unicode_reasons("id", row["id"])
     yield from _marking_reasons(row)
     if shapes == ["messages"]:
         yield from _chat_reasons(row["messages"])
         return
     for key in _SHAPES[shapes[0]]:
         yield from _text_reasons(key, row[key])
-    if shapes == ["instruction/output"] and not isinstance(row.get("input"), (str, type(None))):
-        yield f"input must be text, found {type(row['input']).__name__}"
+    if shapes == ["instruction/output"]:
+        given = row.get("input")
+        if not isinstance(given, (str, type(None))):
+            yield f"input must be text, found {type(given).__name__}"
+        elif given:
+            yield from _unicode_reasons("input", given)
 
 
 def _marking_reasons(row: dict[str, Any]) -> Iterator[str]:
@@ -120,11 +140,14 @@ def _marking_reasons(row: dict[str, Any]) -> Iterator[str]:
     if choices is None:
         return
     if not isinstance(choices, (list, tuple)) or not all(isinstance(c, str) for c in choices):
-        yield f"choices must be a list of texts, found {choices!r}"
+        yield f"choices must be a list of texts, found {_shown(choices)}"
     elif len(choices) < 2 or len(set(choices)) < len(choices):
-        yield f"choices must be two texts or more, each another one, found {list(choices)!r}"
+        yield f"choices must be two texts or more, each another one, found {_shown(choices)}"
     elif (answer := _answer(row)) not in choices:
-        yield f"the answer {answer!r} is none of the choices {list(choices)!r}"
+        yield f"the answer {_shown(answer)} is none of the choices {_shown(choices)}"
+    else:
+        for choice in choices:
+            yield from _unicode_reasons("a choice", choice)
 
 
 def _answer(row: dict[str, Any]) -> Any:
@@ -141,6 +164,29 @@ def _text_reasons(key: str, value: Any) -> Iterator[str]:
         yield f"{key} must be text, found {type(value).__name__}"
     elif not value.strip():
         yield f"{key} is empty"
+    else:
+        yield from _unicode_reasons(key, value)
+
+
+def _unicode_reasons(key: str, text: str) -> Iterator[str]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        yield f"{key} has half of a surrogate pair (\\u{code:04x}), which is no character"
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message: short, however long or deeply nested the value is."""
+    return _SHORT.repr(value)
+
+
+def _names(row: dict[str, Any]) -> str:
+    """Return the names of a row's fields for a message."""
+    names = [name if name.isprintable() else repr(name) for name in row]
+    shown = [name if len(name) <= _NAME_LIMIT else f"{name[:_NAME_LIMIT]}..." for name in names]
+    more = f" and {len(shown) - _MESSAGE_LIMIT} more" if len(shown) > _MESSAGE_LIMIT else ""
+    return (", ".join(shown[:_MESSAGE_LIMIT]) or "(none)") + more
 
 
 def _chat_reasons(messages: Any) -> Iterator[str]:
@@ -152,15 +198,27 @@ def _chat_reasons(messages: Any) -> Iterator[str]:
             yield f"message {number} must be an object with role and content"
             return
         role = message.get("role")
-        if role not in _ROLES:
-            yield f"message {number} has the role {role!r}, expected one of {', '.join(_ROLES)}"
+        if not isinstance(role, str) or role not in _ROLES:
+            yield (
+                f"message {number} has the role {_shown(role)}, expected one of "
+                + ", ".join(_ROLES)
+            )
         elif role == "system" and number > 1:
             yield f"message {number} is the system's; only the first may be"
         yield from _text_reasons(f"the content of message {number}", message.get("content"))
+        for name, value in message.items():
+            if name not in _MESSAGE_FIELDS and value is not None:
+                yield f"message {number} has the field {_shown(name)}, which is not supported"
     if messages[-1].get("role") != "assistant":
-        yield f"the last message must be the assistant's, found {messages[-1].get('role')!r}"
+        yield f"the last message must be the assistant's, found {_shown(messages[-1].get('role'))}"
     if not any(message.get("role") == "user" for message in messages[:-1]):
         yield "no message of the user stands before the answer"
+
+
+def _text(example: Example) -> str:
+    """Return the prompt and the answer of an example."""
+    turns = [turn.content for turn in example.messages or ()]
+    return "\n".join([example.prompt, *turns, example.completion])
 
 
 def _example(row: dict[str, Any], own_id: str, content_counts: dict[str, int]) -> Example:

@@ -1,0 +1,238 @@
+"""Bytes of a data file: whatever they are, rows or a DataError with the place come of them."""
+
+import gzip
+import io
+import json
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from trans_peft.data import parse_examples, read_examples, write_examples
+from trans_peft.data.json_rows import json_rows
+from trans_peft.data.parsing import checked, unpacked_rows
+from trans_peft.data.rows import Unreadable
+from trans_peft.data.templates import TEMPLATES
+from trans_peft.domain.data import DataSource
+from trans_peft.edges.file_store import FileStore
+from trans_peft.errors import DataError
+
+PLAIN = {"prompt": "2 + 2 =", "completion": " 4"}
+GOOD = json.dumps(PLAIN)
+DEEP = "[" * 100_000 + "]" * 100_000
+LONG = "1" * (sys.get_int_max_str_digits() + 1)
+
+
+def row(fields):
+    return GOOD[:-1] + ", " + fields + "}"
+
+
+FAULTS = {
+    "a key twice": (row('"prompt": "x"'), "the key 'prompt' stands twice"),
+    "a key of metadata twice": (row('"a": 1, "a": 2'), "the key 'a' stands twice"),
+    "a nested key twice": (row('"a": [{"b": 1, "b": 1}]'), "the key 'b' stands twice"),
+    "an escaped key twice": (row('"\\u0070rompt": "x"'), "the key 'prompt' stands twice"),
+    "NaN": (row('"a": NaN'), "NaN is not JSON"),
+    "Infinity": (row('"a": [-Infinity]'), "-Infinity is not JSON"),
+    "a float too large": (row('"a": 1e999'), "the number 1e999 is too large"),
+    "an integer too large": (row(f'"id": {LONG}'), "digits is too large"),
+    "a negative integer too large": (row(f'"a": -{LONG}'), "digits is too large"),
+    "nested too deeply": (row(f'"a": {DEEP}'), "nested too deeply"),
+    "a lone surrogate in the prompt": (
+        '{"prompt": "\\ud800", "completion": "x"}', "prompt has half of a surrogate pair (\\ud800)"
+    ),
+    "a lone surrogate in the answer": (
+        '{"prompt": "x", "completion": "a\\udfff"}', "completion has half of a surrogate pair"
+    ),
+    "a lone surrogate in the id": (row('"id": "\\ud800"'), "id has half of a surrogate pair"),
+    "a lone surrogate in the reference": (
+        row('"reference": "\\ud800"'), "reference has half of a surrogate pair"
+    ),
+    "a lone surrogate in a choice": (
+        row('"choices": [" 4", "\\ud800"]'), "a choice has half of a surrogate pair"
+    ),
+    "a lone surrogate in a message": (
+        '{"messages": [{"role": "user", "content": "\\udc00"}, '
+        '{"role": "assistant", "content": "x"}]}',
+        "the content of message 1 has half of a surrogate pair",
+    ),
+    "a lone surrogate in the input": (
+        '{"instruction": "x", "input": "\\udc00", "output": "x"}', "input has half of a"
+    ),
+    "a NUL byte": (GOOD[:5] + "\0" + GOOD[5:], "not JSON (Invalid control character"),
+    "a byte order mark": ("\ufeff" + GOOD, "not JSON"),
+    "two values": (GOOD + GOOD, "more behind the value"),
+    "no value": ("undefined", "not JSON"),
+    "half a row": (GOOD[:-3], "not JSON"),
+    "a row nested too deeply": (DEEP, "nested too deeply"),
+    "a role that is a list": (
+        '{"messages": [{"role": [], "content": "x"}, {"role": "assistant", "content": "x"}]}',
+        "message 1 has the role []",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_line_that_cannot_be_used_is_told_with_its_place(fault):
+    line, told = FAULTS[fault]
+    with pytest.raises(DataError) as caught:
+        parse_examples(f"{GOOD}\n\n{line}\n{GOOD}".encode(), "mine.jsonl")
+    assert "mine.jsonl: 1 of 3 rows" in str(caught.value)
+    assert "line 3: " in str(caught.value)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_item_that_cannot_be_used_is_told_with_its_place(fault):
+    line, told = FAULTS[fault]
+    with pytest.raises(DataError) as caught:
+        parse_examples(f"[{GOOD},\n {line}, {GOOD}]".encode(), "mine.json")
+    assert "mine.json: " in str(caught.value)
+    assert "item 2: " in str(caught.value)
+    if fault != "two values":
+        assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[", "[,]", f"[{GOOD}", f"[{GOOD},", f"[{GOOD},]", f"[{GOOD}] x", f"[{GOOD} {GOOD}]", "]",
+     f"[{GOOD}]\n[{GOOD}]"],
+)  # fmt: skip
+def test_a_broken_list_is_refused(text):
+    with pytest.raises(DataError, match=r"not JSON|object is needed"):
+        parse_examples(text.encode(), "mine.json")
+
+
+@pytest.mark.parametrize("text", ["[]", " [ ] ", "", " \r\n\t"])
+def test_a_file_without_rows_is_refused(text):
+    with pytest.raises(DataError, match=r"mine\.json has no rows"):
+        parse_examples(text.encode(), "mine.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "latin-1", "cp1252"])
+def test_a_file_in_another_encoding_is_refused(encoding):
+    text = json.dumps(PLAIN | {"prompt": "é"}, ensure_ascii=False)
+    with pytest.raises(DataError, match=r"mine\.jsonl(?s:.*)(UTF-|not JSON)"):
+        parse_examples(f"{text}\n".encode(encoding), "mine.jsonl")
+
+
+@pytest.mark.parametrize("text", [GOOD, f"[{GOOD}]", f"[\n{GOOD}\n]\n", f"\r\n{GOOD}\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_list_lines_and_a_byte_order_mark_make_no_difference(text, mark):
+    assert parse_examples((mark + text).encode(), "x") == parse_examples(GOOD.encode(), "x")
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(st.lists(values, min_size=1, max_size=4), st.sampled_from([None, 1]))
+@settings(max_examples=60, deadline=None)
+def test_any_json_is_read_as_json_reads_it(rows, indent):
+    text = json.dumps(rows, indent=indent)
+    read = [value for _, value in json_rows(text.encode(), "x")]
+    lines = "\n".join(map(json.dumps, rows))
+    if not isinstance(rows[0], list):  # a list in the first line may open a list of rows
+        assert [value for _, value in json_rows(lines.encode(), "x")] == rows
+    if indent or len(rows) > 1 or not isinstance(rows[0], list):
+        assert read == rows
+
+
+messy = st.one_of(
+    st.binary(max_size=60),
+    st.text('{}[]",:\\ud80nulltrue01e+-. \n\0', max_size=40).map(str.encode),
+    st.lists(values, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(
+                ["prompt", "completion", "messages", "instruction", "input", "output", "id",
+                 "choices", "reference", "system", "label"]
+            ),
+            values,
+            max_size=4,
+        ),
+        max_size=3,
+    ).map(lambda rows: json.dumps(rows).encode()),
+)  # fmt: skip
+
+
+def rows_or_a_data_error(data, name, template=""):
+    try:
+        examples = checked(unpacked_rows(data, name), name, template)
+    except DataError as error:
+        assert name in str(error)
+    else:
+        assert examples
+
+
+@given(messy, st.sampled_from(["mine.jsonl", "mine.json"]), st.sampled_from(["", *TEMPLATES]))
+@example(DEEP.encode(), "mine.json", "")
+@example(b'{"prompt": "\\ud800", "completion": "\\ud800"}', "mine.jsonl", "")
+@example(("[" * 900 + "]" * 900).encode(), "mine.json", "boolq")
+@settings(max_examples=150, deadline=None)
+def test_no_bytes_raise_anything_but_a_data_error(data, name, template):
+    rows_or_a_data_error(data, name, template)
+
+
+def parquet(rows):
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_changed_bytes_of_parquet_or_gzip_raise_anything_but_a_data_error(data):
+    name = data.draw(st.sampled_from(["mine.parquet", "mine.jsonl.gz", "mine.parquet.gz"]))
+    raw = parquet([PLAIN, PLAIN]) if ".parquet" in name else GOOD.encode()
+    raw = bytearray(gzip.compress(raw, mtime=0) if name.endswith(".gz") else raw)
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    rows_or_a_data_error(bytes(raw[: data.draw(st.integers(0, len(raw)))]), name)
+
+
+def two_columns(name):
+    return pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["completion", name, name])
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    source = DataSource(str(tmp_path / "mine.parquet"))
+    pyarrow.parquet.write_table(two_columns("prompt"), source.uri)
+    with pytest.raises(DataError, match=r"mine\.parquet: the same column stands twice"):
+        read_examples(source, FileStore())
+    struct = pyarrow.struct([("role", pyarrow.string()), ("role", pyarrow.string())])
+    turns = pyarrow.array([[]], pyarrow.list_(struct))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": turns}), source.uri)
+    with pytest.raises(DataError, match=r"messages.*role"):
+        read_examples(source, FileStore())
+
+
+def test_a_text_in_parquet_that_is_not_utf_8_is_refused(tmp_path):
+    source = DataSource(str(tmp_path / "mine.parquet"))
+    text = pyarrow.array([b"\xff"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": text, "completion": ["a"]}), source.uri)
+    with pytest.raises(DataError, match=r"mine\.parquet"):
+        read_examples(source, FileStore())
+
+
+def test_what_was_read_can_be_written(tmp_path):
+    """A text that no file can hold is refused on reading, not found while writing."""
+    texts = ["\u2028", "\0", "\U0001f600", "\ufeff", "\\ud800"]
+    rows = [{"prompt": text + "x", "completion": text + "y"} for text in texts]
+    examples = parse_examples("\n".join(map(json.dumps, rows)).encode(), "x")
+    path = write_examples(examples, tmp_path / "rows.jsonl")
+    assert parse_examples(path.read_bytes(), "x") == examples
+
+
+def test_only_rows_with_faults_are_lost_in_a_list():
+    text = f'[{GOOD}, {{"a": 1, "a": 2}}, 5, {GOOD}]'
+    read = json_rows(text.encode(), "x")
+    assert [where for where, _ in read] == ["item 1", "item 2", "item 3", "item 4"]
+    assert [isinstance(value, Unreadable) for _, value in read] == [False, True, False, False]
