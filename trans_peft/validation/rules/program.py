@@ -13,11 +13,11 @@ The tests come with the reference (`trans_peft.data.templates`), the verdict fro
 import ast
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from trans_peft.errors import DataError, InvalidSpecError
+from trans_peft.validation.rules.longest_python import longest_python, parsed
 from trans_peft.validation.sandbox.check import CodeTests, check_code, humaneval_tests, mbpp_tests
 from trans_peft.validation.sandbox.guards import Guard, refuse
 from trans_peft.validation.sandbox.limits import Limits
@@ -85,17 +85,22 @@ def extract(text: str, names: Sequence[str]) -> str:
     Where a name is defined twice, the first definition with a `return` counts, or the first. Where
     none of the names is defined, all that is Python is returned.
     """
-    stretch = _longest_python(text.replace("\t", "    ").split("\n"))
-    module = _parsed(stretch)
+    stretch = longest_python(text.replace("\t", "    ").split("\n"))
+    module = parsed(stretch)
     if module is None:
         return ""
     imports = [node for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     defined: dict[str, ast.stmt] = {}
+    whole = set[str]()  # names whose definition is no stub
     for node in module.body:
-        for name in _defines(node):
-            known = defined.get(name)
-            if known is None or (_is_stub(known) and not _is_stub(node)):
+        names_here = [name for name in _defines(node) if name not in whole]
+        stub = bool(names_here) and _is_stub(node)
+        for name in names_here:
+            if not stub:
+                whole.add(name)
                 defined[name] = node
+            else:
+                defined.setdefault(name, node)
     needed, asked = set[str](), [name for name in names if name in defined]
     if not asked:
         return stretch
@@ -105,36 +110,11 @@ def extract(text: str, names: Sequence[str]) -> str:
             needed.add(name)
             asked += [node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)]
     kept = {id(defined[name]) for name in needed} | set(map(id, imports))
-    body = [ast.unparse(node) for node in module.body if id(node) in kept]
+    try:
+        body = [ast.unparse(node) for node in module.body if id(node) in kept]
+    except RecursionError:  # nested too deeply to be written again
+        return stretch
     return "\n".join(body)
-
-
-def _longest_python(lines: list[str]) -> str:
-    """Return the stretch of two lines or more with the most that are not blank; the first such."""
-    best, stretch = 0, ""
-    for start, line in enumerate(lines):
-        if line[:1].isspace() and line.strip() and not line.lstrip().startswith("#"):
-            continue  # an indented line opens no program
-        filled = sum(bool(other.strip()) for other in lines[start:])
-        for end in range(len(lines), start + 1, -1):
-            if filled <= best:
-                break
-            if lines[end - 1].strip():
-                candidate = "\n".join(lines[start:end])
-                if _parsed(candidate) is not None:
-                    best, stretch = filled, candidate
-                    break
-                filled -= 1
-    return stretch
-
-
-def _parsed(text: str) -> ast.Module | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes are the author's
-        try:
-            return ast.parse(text)
-        except (MemoryError, RecursionError, SyntaxError, ValueError):
-            return None
 
 
 def _defines(node: ast.stmt) -> Iterator[str]:
