@@ -31,6 +31,11 @@ __all__ = [
     "verdict_key",
 ]
 
+_TEXT_RULES = 2
+"""Counts up when prompts or answers come to be other texts under the same suite, template and
+model, so that older results are never compared with newer ones. 2: answers keep special tokens, the
+token that ends a chat's turn ends an answer, chat templates see a fixed date."""
+
 BARE = "bare"
 """Stands where an adapter's weights hash would, for the base without any adapter."""
 
@@ -94,10 +99,12 @@ class Suite:
 
     @property
     def decoding_sha256(self) -> str:
-        """Hash of everything that decides which tokens a model answers with."""
+        """Hash of everything that decides which text a model answers with."""
         if self.is_choice:
-            return content_sha256(["choice", self.dtype])
-        return content_sha256(["greedy", self.max_new_tokens, list(self.stop), self.dtype])
+            return content_sha256(["choice", _TEXT_RULES, self.dtype])
+        return content_sha256(
+            ["greedy", _TEXT_RULES, self.max_new_tokens, list(self.stop), self.dtype]
+        )
 
     def evaluation_key(self, weights_sha256: str, base_fingerprint_sha256: str) -> str:
         """Return the key of this suite's evaluation of an adapter (or `BARE`) on a base."""

@@ -25,6 +25,7 @@ __all__ = [
     "render_prompts",
     "template_of",
     "template_problems",
+    "turn_end",
 ]
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
@@ -52,6 +53,7 @@ _PIN = (
     + ' | replace("%%", "%") }}{% endmacro %}\n'
 )
 
+_PROBE = "an answer"
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")
 
 
@@ -140,6 +142,30 @@ def render_prompts(
         texts.append(text)
         problems.append(problem)
     return texts, problems
+
+
+def turn_end(
+    tokenizer: Any, conversation: Sequence[Mapping[str, Any]], template: str | None = None
+) -> int | None:
+    """Return the special token by which a template ends the last turn of a conversation.
+
+    In a chat, a model is trained to end its answer with it (such as `<|im_end|>`), although the
+    tokenizer's end-of-text token is often another one. None where no special token follows.
+    `template`: the tokenizer's own where it is None.
+    """
+    template = template_of(tokenizer) if template is None else template
+    if template is None:
+        return None
+    probe = [*conversation[:-1], {**conversation[-1], "content": _PROBE}]
+    (text,), _ = render_prompts(
+        template,
+        [probe],
+        special_tokens=tokenizer.special_tokens_map,
+        add_generation_prompt=False,
+    )
+    _, found, rest = text.rpartition(_PROBE)
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 @lru_cache(maxsize=16)

@@ -88,6 +88,7 @@ def answer(
             questions.prompts,
             max_new_tokens=suite.max_new_tokens,
             stop=suite.stop,
+            end_tokens=questions.end_tokens,
             drafts=questions.drafts(drafts or {}),
             batch_size=batch_size,
             on_progress=on_progress,
@@ -102,11 +103,11 @@ def answer(
         items=tuple(
             ItemResult(
                 id=example.id,
-                correct=questions.is_right(said, example.reference or example.completion),
+                correct=questions.mark(number, said),
                 answer_sha256=sha256(said.encode()).hexdigest(),
                 answer=said if suite.keep_answers else None,
             )
-            for example, said in zip(examples, answers, strict=True)
+            for number, (example, said) in enumerate(zip(examples, answers, strict=True))
         ),
         seconds=time.perf_counter() - started,
         near_ties=near_ties,

@@ -8,7 +8,7 @@ is checked in one forward pass. Nothing of the model's own generation config cou
 tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from trans_peft.errors import InvalidSpecError, UnsupportedModelError
+from trans_peft.text.answers import answer_text, spoken
 from trans_peft.validation.batching import Progress, evaluating, in_batches
 from trans_peft.validation.decoding import Decoder, Row
 from trans_peft.validation.reading import Reader
@@ -30,7 +31,8 @@ class Answers:
     """What was answered, in the prompts' order.
 
     `ids` are the new tokens, with the one that ended the answer; `texts` are cut before the end
-    token or the first stop string. `near_ties` counts the tokens of all answers that might as well
+    token or the first stop string, and keep the special tokens before it.
+    `near_ties` counts the tokens of all answers that might as well
     have been others; `accepted` of the `drafted` tokens were what the model says.
     """
 
@@ -48,23 +50,24 @@ def generate(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    end_tokens: Collection[int] = (),
     drafts: Sequence[Sequence[int]] | None = None,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> Answers:
     """Return what greedy decoding adds to each prompt.
 
-    `prompts` are token ids, not padded. An answer ends with an end token (the model's or the
-    tokenizer's), with the token that completes one of the `stop` strings, or after
-    `max_new_tokens`. `drafts` are the token ids that each answer is expected to have, as far as
-    known: right ones save time, no draft changes an answer. A batch that does not fit into memory
-    is halved and tried again. The model is left as it was found. Raises EvaluationError where
-    logits are not finite or one prompt alone does not fit, InvalidSpecError for prompts without
-    tokens, no tokens to answer with, and more or fewer drafts than prompts, UnsupportedModelError
-    for an adapter that adds tokens of its own (prompt tuning, prefix tuning).
+    `prompts` are token ids, not padded. An answer ends with an end token (the model's, the
+    tokenizer's, or one of `end_tokens`), with the token that completes one of the `stop` strings,
+    or after `max_new_tokens`. `drafts` are the token ids that each answer is expected to have, as
+    far as known: right ones save time, no draft changes an answer. A batch that does not fit into
+    memory is halved and tried again. The model is left as it was found. Raises EvaluationError
+    where logits are not finite or one prompt alone does not fit, InvalidSpecError for prompts
+    without tokens, no tokens to answer with, and more or fewer drafts than prompts,
+    UnsupportedModelError for an adapter that adds tokens of its own (prompt tuning, prefix tuning).
     """
     _check(model, prompts, max_new_tokens, drafts)
-    ends = _Ends(model, tokenizer, stop)
+    ends = _Ends(model, tokenizer, stop, end_tokens)
     drafts = [ends.before(d, max_new_tokens) for d in drafts or [()] * len(prompts)]
     rows = [Row(prompt, draft) for prompt, draft in zip(prompts, drafts, strict=True)]
 
@@ -132,12 +135,14 @@ def _check(
 class _Ends:
     """Knows when an answer has ended, and which text it is."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, stop: Sequence[str], end_tokens: Collection[int]
+    ) -> None:
         added = tokenizer.get_added_vocab()
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         own = own if isinstance(own, list) else [own]
-        # A stop string that is one special token would not be seen in text without them.
-        ids = {*own, tokenizer.eos_token_id, *(added[text] for text in stop if text in added)}
+        stops = (added[text] for text in stop if text in added)
+        ids = {*own, tokenizer.eos_token_id, *end_tokens, *stops}
         self.tokens = frozenset(ids - {None})
         self._strings = [text for text in stop if text not in added]
         self._tail = max((len(text.encode()) for text in self._strings), default=0) + _SLACK
@@ -148,7 +153,7 @@ class _Ends:
             return True
         if not self._strings:
             return False
-        tail = self._decode(answer[-self._tail :])
+        tail = spoken(self._tokenizer, answer[-self._tail :])
         return any(text in tail for text in self._strings)
 
     def before(self, draft: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -158,10 +163,5 @@ class _Ends:
         return draft[: next(over, None)]
 
     def text(self, answer: list[int]) -> str:
-        text = self._decode(answer[:-1] if answer and answer[-1] in self.tokens else answer)
+        text = answer_text(self._tokenizer, answer, self.tokens)
         return text[: min((at for s in self._strings if (at := text.find(s)) >= 0), default=None)]
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )

@@ -21,6 +21,7 @@ from typing import Any
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation, ItemResult, Suite
 from trans_peft.errors import DataError, IntegrityError, InvalidSpecError, NotFoundError
+from trans_peft.text.answers import answer_text
 from trans_peft.validation.batching import evaluating
 from trans_peft.validation.evaluate import check_dtype
 
@@ -77,7 +78,6 @@ def evaluate_harness(
     neither right nor wrong, or the model has another dtype; further errors as `harness_suite`.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     started = time.perf_counter()
     check_dtype(model, suite)
@@ -93,7 +93,7 @@ def evaluate_harness(
         )
     own = copy.deepcopy(tokenizer)  # it is given a padding token
     with evaluating(model):
-        judged = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size)
+        judged = _answering(model, own, batch_size)
         results = simple_evaluate(
             judged,
             tasks=[task],
@@ -123,6 +123,22 @@ def evaluate_harness(
         items=tuple(_item(sample, metric, suite) for sample in samples),
         seconds=time.perf_counter() - started,
     )
+
+
+def _answering(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """Return the harness's model whose answers keep their special tokens, as references do."""
+    from lm_eval.models.huggingface import HFLM
+
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+
+    class Answering(HFLM):  # type: ignore[misc]
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool | None = None) -> str:
+            if skip_special_tokens is None:  # an answer, padded to the longest of its batch
+                return answer_text(self.tokenizer, tokens, ends)
+            return str(super().tok_decode(tokens, skip_special_tokens))
+
+    return Answering(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _item(sample: Mapping[str, Any], metric: str, suite: Suite) -> ItemResult:

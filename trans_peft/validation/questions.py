@@ -8,6 +8,8 @@ from typing import Any
 from trans_peft.data import Example, prompt_ids, token_ids
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import DataError
+from trans_peft.text.answers import spoken
+from trans_peft.text.chat import turn_end
 from trans_peft.validation.scoring import marker
 
 __all__ = ["Questions", "prepare", "with_answers"]
@@ -25,7 +27,9 @@ class Questions:
 
     Of each item `prompts` has the question and `expected` the right answer; `choices` has all
     answers to choose from where the suite is answered so, and nothing elsewhere.
-    `is_right(answer, reference)` marks by the suite's rule.
+    `is_right(answer, reference)` marks by the suite's rule. `exact` has the text of `expected`
+    where the tokenizer writes the right answer in another way, and None elsewhere. `end_tokens` end
+    an answer beside those of the model and the tokenizer.
     """
 
     suite: Suite
@@ -35,6 +39,8 @@ class Questions:
     expected: tuple[list[int], ...]
     choices: tuple[list[list[int]], ...]
     is_right: Callable[[str, str], bool]
+    exact: tuple[str | None, ...]
+    end_tokens: frozenset[int]
 
     def only(self, ids: Sequence[str]) -> "Questions":
         """Return the items with these ids, in this order. KeyError for one that is not there."""
@@ -46,7 +52,19 @@ class Questions:
             prompts=tuple(self.prompts[i] for i in chosen),
             expected=tuple(self.expected[i] for i in chosen),
             choices=tuple(self.choices[i] for i in chosen),
+            exact=tuple(self.exact[i] for i in chosen),
         )
+
+    def mark(self, number: int, answer: str) -> bool:
+        """Whether an answer to the item at a position is right, by the suite's rule.
+
+        The very tokens of the right answer are right, even where the tokenizer does not give its
+        text back letter by letter (a space after a special token, a normaliser).
+        """
+        example, exact = self.examples[number], self.exact[number]
+        if self.is_right(answer, example.reference or example.completion):
+            return True
+        return exact is not None and self.is_right(answer, exact)
 
     def drafts(self, answers: Mapping[str, str]) -> list[list[int]]:
         """Return the answer that each item will probably get, by id in `answers` or else right."""
@@ -59,10 +77,16 @@ class Questions:
 
 
 def prepare(
-    tokenizer: Any, suite: Suite, examples: Sequence[Example], *, context: int | None
+    tokenizer: Any,
+    suite: Suite,
+    examples: Sequence[Example],
+    *,
+    context: int | None,
+    template: str | None = None,
 ) -> Questions:
     """Return a suite's items; `context` is how many tokens a text may have in all (None: any).
 
+    Chats are rendered with `template` (an adapter's own), or with the tokenizer's where it is None.
     InvalidSpecError: the suite is not pinned, or has no such scoring. DataError, with every item:
     no items, ids that are not unique, items that do not fit the context, prompts that the tokenizer
     cuts differently when the answer follows, items without choices, references that no answer could
@@ -71,7 +95,7 @@ def prepare(
     is_right = marker(suite)
     _ = suite.suite_sha256  # pinned, or else what is made here would be kept under no name
     examples = tuple(examples[: suite.limit])
-    prompts = tuple(prompt_ids(examples, tokenizer))
+    prompts = tuple(prompt_ids(examples, tokenizer, template))
     answers = [e.choices if suite.is_choice else (e.completion,) for e in examples]
     asked = [
         (example, prompt, answer)
@@ -93,14 +117,20 @@ def prepare(
         [whole[len(prompt) :] for whole in of_item]
         for prompt, of_item in zip(prompts, wholes, strict=True)
     ]
+    expected = tuple([] if suite.is_choice else ids[0] for ids in behind)
     return Questions(
         suite=suite,
         tokenizer=tokenizer,
         examples=examples,
         prompts=prompts,
-        expected=tuple([] if suite.is_choice else ids[0] for ids in behind),
+        expected=expected,
         choices=tuple(ids if suite.is_choice else [] for ids in behind),
         is_right=is_right,
+        exact=tuple(
+            _exact(tokenizer, example, ids, is_right)
+            for example, ids in zip(examples, expected, strict=True)
+        ),
+        end_tokens=_end_tokens(tokenizer, suite, examples, template),
     )
 
 
@@ -121,6 +151,30 @@ def with_answers(
             for i, ids in zip(chosen, cut, strict=True):
                 wholes[i] = [*asked[i][1], *ids] if chat else list(ids)
     return wholes
+
+
+def _exact(
+    tokenizer: Any, example: Example, ids: list[int], is_right: Callable[[str, str], bool]
+) -> str | None:
+    """Return how the tokenizer writes the right answer, where that differs and is a reference."""
+    if not ids or example.reference or tokenizer.unk_token_id in ids:
+        return None
+    text = spoken(tokenizer, ids)
+    try:
+        is_right("", text)
+    except DataError:
+        return None
+    return None if text == example.completion else text
+
+
+def _end_tokens(
+    tokenizer: Any, suite: Suite, examples: Sequence[Example], template: str | None
+) -> frozenset[int]:
+    chat = next((e.messages for e in examples if e.messages is not None), None)
+    if chat is None or suite.is_choice:
+        return frozenset()
+    end = turn_end(tokenizer, [{"role": m.role, "content": m.content} for m in chat], template)
+    return frozenset() if end is None else frozenset({end})
 
 
 def _doubled(examples: Sequence[Example]) -> Iterator[str]:
