@@ -1,13 +1,21 @@
 """Rows of training and evaluation data: read, checked all at once, and pinned to their bytes."""
 
 from trans_peft.data.encoding import token_ids
-from trans_peft.data.example import Example, Message, full_ids, prompt_ids, token_counts
+from trans_peft.data.example import (
+    Example,
+    Message,
+    end_of_turn,
+    full_ids,
+    prompt_ids,
+    token_counts,
+)
 from trans_peft.data.parsing import parse_examples
 from trans_peft.data.sources import pin, read_examples, write_examples
 
 __all__ = [
     "Example",
     "Message",
+    "end_of_turn",
     "full_ids",
     "parse_examples",
     "pin",

@@ -6,9 +6,9 @@ from typing import Any
 
 from trans_peft.data.encoding import encoded
 from trans_peft.errors import DataError
-from trans_peft.text.chat import render_prompts, template_of
+from trans_peft.text.chat import render_prompts, template_of, turn_end
 
-__all__ = ["Example", "Message", "full_ids", "prompt_ids", "token_counts"]
+__all__ = ["Example", "Message", "end_of_turn", "full_ids", "prompt_ids", "token_counts"]
 
 _SHOWN = 20
 
@@ -91,6 +91,20 @@ def token_counts(
     """Return the lengths of `prompt_ids` and `full_ids`, and whether one is the other's start."""
     found = encoded(_token_counts, examples, tokenizer, template, characters=_characters)
     return [(prompt, whole, starts) for prompt, whole, starts in found]
+
+
+def end_of_turn(example: Example, tokenizer: Any, template: str | None = None) -> int | None:
+    """Return the special token by which the template ends an answer; None for none, or a text."""
+    (found,) = encoded(_ends_of_turns, [example], tokenizer, template, characters=_characters)
+    return None if found is None else int(found)
+
+
+def _ends_of_turns(
+    examples: Sequence[Example], tokenizer: Any, template: str | None
+) -> list[int | None]:
+    return [
+        turn_end(tokenizer, _turns(e.messages), template) if e.messages else None for e in examples
+    ]
 
 
 def _characters(example: Example) -> int:

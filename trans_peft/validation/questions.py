@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trans_peft.data import Example, prompt_ids, token_ids
+from trans_peft.data import Example, end_of_turn, prompt_ids, token_ids
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import DataError
 from trans_peft.text.answers import spoken
-from trans_peft.text.chat import turn_end
 from trans_peft.validation.scoring import marker
 
 __all__ = ["Questions", "prepare", "with_answers"]
@@ -170,10 +169,10 @@ def _exact(
 def _end_tokens(
     tokenizer: Any, suite: Suite, examples: Sequence[Example], template: str | None
 ) -> frozenset[int]:
-    chat = next((e.messages for e in examples if e.messages is not None), None)
+    chat = next((example for example in examples if example.messages is not None), None)
     if chat is None or suite.is_choice:
         return frozenset()
-    end = turn_end(tokenizer, [{"role": m.role, "content": m.content} for m in chat], template)
+    end = end_of_turn(chat, tokenizer, template)
     return frozenset() if end is None else frozenset({end})
 
 
