@@ -7,7 +7,7 @@ MODEL  := .venv/.ready-demo
 STATE  := $(or $(TRANS_PEFT_STATE),.state)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status logs clean-state test test-stack test-wheel stories faults check format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel stories faults check format lock
 
 help: ## show this
 	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
@@ -21,6 +21,7 @@ help: ## show this
 	@echo "  the platform on this machine: MLflow, Prefect, S3, one worker"
 	@echo "make up           start it, deploy prefect.yaml, wait until all are healthy"
 	@echo "make status       how each program does"
+	@echo "make login        the password that Prefect's page asks for"
 	@echo "make logs         follow their logs"
 	@echo "make down         stop it; what it knows stays in $(STATE)"
 	@echo "make clean-state  stop it and delete $(STATE)"
@@ -74,7 +75,7 @@ bench: $(MODEL)
 	eval "$$($(BIN)/python -m infra.stack env)" && \
 	  $(BIN)/python benchmarks/download.py s3://data/benchmark
 
-up down status: $(READY)
+up down status login: $(READY)
 	@$(BIN)/python -m infra.stack $@
 
 logs:

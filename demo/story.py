@@ -253,6 +253,7 @@ class Story:
             ("this result", f"{mlflow}/#/experiments/{experiment}/runs/{run_id}"),
             ("flow runs", f"{prefect}/runs"),
             ("fleet report", f"{prefect}/artifacts/key/fleet-{FAMILY}"),
+            ("password of Prefect's pages", "make login"),
         ):
             self._screen.console.print(f"  {name:27} {link}", highlight=False, soft_wrap=True)
 

@@ -5,7 +5,6 @@ keeps its state in a temporary folder; both end with the session. Tests tell the
 names of their own (`unique`), not by servers of their own.
 """
 
-import json
 import os
 import signal
 import socket
@@ -21,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from infra.stack import seaweed
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 120
@@ -119,37 +120,13 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _s3_command(folder: Path, found: Servers, inner: list[int]) -> list[str]:
-    folder.mkdir()
-    config = folder / "s3.json"
-    credentials = {"accessKey": found.access_key, "secretKey": found.secret_key}
-    identity = {
-        "name": "tests",
-        "credentials": [credentials],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    config.write_text(json.dumps({"identities": [identity]}))
-    parts = [f"{p}.port{kind}" for p in ("master", "volume", "filer") for kind in ("", ".grpc")]
-    options = {
-        "dir": folder,
-        "ip": HOST,
-        "ip.bind": HOST,
-        "master.peers": "none",
-        "master.telemetry": "false",
-        "master.volumeSizeLimitMB": 64,
-        "volume.max": 200,  # every bucket takes several; with 20 the third bucket answers 500
-        "volume.preStopSeconds": 1,
-        "filer": "true",
-        "filer.localSocket": folder / "filer.sock",
-        "s3": "true",
-        "s3.localSocket": folder / "s3.sock",
-        "s3.config": config,
-        "s3.port": found.s3_url.rpartition(":")[2],
-        "s3.port.iceberg": 0,
-        "s3.port.lance": 0,
-        **dict(zip([*parts, "s3.port.grpc"], inner, strict=True)),
-    }
-    weed = Path(sys.executable).with_name("weed")
-    return [str(weed), "-logtostderr", "server", *(f"-{k}={v}" for k, v in options.items())]
+    return seaweed.command(
+        folder,
+        port=int(found.s3_url.rpartition(":")[2]),
+        inner_ports=dict(zip(seaweed.INNER_PORTS, inner, strict=True)),
+        credentials=(found.access_key, found.secret_key),
+        volume_mb=64,
+    )
 
 
 def _mlflow_command(port: int) -> list[str]:

@@ -16,6 +16,7 @@ _HELP = """\
 up        start the servers, worker and bridge, deploy prefect.yaml, wait until all are healthy
 down      stop them, and nothing else; the state folder stays
 status    how each does; exit code 1 unless all are well
+login     the password that Prefect's page asks for, once in each browser
 env       what a shell needs to talk to them: eval "$(python -m infra.stack env)"
 run NAME  become one of the programs (the process manager calls this)
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=["up", "down", "status", "env", "run"])
+    parser.add_argument("verb", choices=["up", "down", "status", "login", "env", "run"])
     parser.add_argument("program", nargs="?", choices=list(PROGRAMS))
     chosen = parser.parse_args(arguments)
     # A terminated `up` stops what it started, as an interrupted one does.
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 down(settings, _say)
             case "status":
                 return 0 if status(settings, _say) else 1
+            case "login":
+                _say(":".join(settings.prefect_auth))
             case "env":
                 for name, value in settings.client_environment.items():
                     _say(f"export {name}={shlex.quote(value)}")

@@ -29,7 +29,9 @@ def healthy(name: str, settings: StackSettings) -> bool:
                     return http.get(f"{urls['bridge']}/ready").is_success
                 case _:
                     pool = f"{urls['prefect']}/api/work_pools/{WORK_POOL}"
-                    answer = http.post(f"{pool}/workers/filter", json={}).raise_for_status()
+                    answer = http.post(
+                        f"{pool}/workers/filter", json={}, auth=settings.prefect_auth
+                    ).raise_for_status()
                     return any(worker["status"] == "ONLINE" for worker in answer.json())
     except (httpx.HTTPError, BotoCoreError, ClientError):
         return False

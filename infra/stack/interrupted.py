@@ -32,7 +32,8 @@ def crash_interrupted_runs(settings: StackSettings) -> None:
     Prefect's REST API: `POST /flow_runs/filter`, `POST /flow_runs/{id}/set_state`.
     """
     deadline = time.monotonic() + _PATIENCE_S
-    with httpx.Client(base_url=settings.urls["prefect"], timeout=30, trust_env=False) as prefect:
+    url, auth = settings.urls["prefect"], settings.prefect_auth
+    with httpx.Client(base_url=url, auth=auth, timeout=30, trust_env=False) as prefect:
         while True:
             try:
                 found = prefect.post("/api/flow_runs/filter", json=_AT_WORK)

@@ -1,9 +1,10 @@
 """What a fresh Prefect server needs before the first deployment; run as a program by `up`.
 
-- The work pool, with two queues. `control` (ingest, reconcile) is not limited; `gpu` (training,
-  shards) runs as many flows at a time as there are GPU slots. A reconcile that waits for its shards
-  therefore never holds what its shards wait for. The worker itself has no limit: one limit over
-  both queues would deadlock as soon as that many reconciles wait.
+- The work pool, for whose runs nobody chooses a command (`job_template.py`).
+- Its two queues. `control` (ingest, reconcile) is not limited; `gpu` (training, shards) runs as
+  many flows at a time as there are GPU slots. A reconcile that waits for its shards therefore never
+  holds what its shards wait for. The worker itself has no limit: one limit over both queues would
+  deadlock as soon as that many reconciles wait.
 - The GPU slots: `with concurrency("gpu")` holds one, whichever queue or program the work is from.
 - The zombie automation (docs.prefect.io, "detect zombie flows"): a run whose machine went away
   without a word is marked crashed when its heartbeat stops. Until then it holds its place in the
@@ -19,13 +20,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate, WorkPoolCreate
+from prefect.client.schemas.actions import (
+    GlobalConcurrencyLimitUpdate,
+    WorkPoolCreate,
+    WorkPoolUpdate,
+)
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
+from infra.stack.job_template import PROCESS_JOB_TEMPLATE
 from infra.stack.settings import WORK_POOL, StackSettings
 
 __all__ = ["QUEUES", "ZOMBIES", "Queue", "register"]
@@ -70,8 +76,14 @@ ZOMBIES = AutomationCore(
 
 async def register(client: PrefectClient, gpu_slots: int) -> None:
     """Create or update the pool, its queues, the GPU slots and the automation."""
+    template = PROCESS_JOB_TEMPLATE
     with suppress(ObjectAlreadyExists):
-        await client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"))
+        pool = WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template)
+        await client.create_work_pool(pool)
+    found_pool = await client.read_work_pool(WORK_POOL)
+    # The template of a pool of Kubernetes is the operator's: infra/kubernetes.
+    if found_pool.type == "process" and found_pool.base_job_template != template:
+        await client.update_work_pool(WORK_POOL, WorkPoolUpdate(base_job_template=template))
     for name, queue in QUEUES.items():
         try:
             found = await client.read_work_queue_by_name(name, work_pool_name=WORK_POOL)

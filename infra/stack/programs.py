@@ -12,9 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.stack import seaweed
 from infra.stack.interrupted import crash_interrupted_runs
 from infra.stack.machine import PROGRAM_MARK, end, free_ports, marked, port_is_free
-from infra.stack.settings import BASES_URI, HOST, WORK_POOL, StackSettings, without_services
+from infra.stack.settings import (
+    BASES_URI,
+    HOST,
+    LOCAL_NAMES,
+    WORK_POOL,
+    StackSettings,
+    without_services,
+)
 
 __all__ = ["PROGRAMS", "Program", "become", "left_behind"]
 
@@ -32,46 +40,13 @@ class Program:
 
 def _s3_command(settings: StackSettings) -> list[str]:
     folder = _folder(settings, "s3")
-    secrets = settings.secrets
-    config = folder / "s3.json"
-    config.touch(mode=0o600)
-    config.write_text(
-        json.dumps(
-            {
-                "identities": [
-                    {
-                        "name": "trans-peft",
-                        "credentials": [
-                            {"accessKey": secrets.s3_access_key, "secretKey": secrets.s3_secret_key}
-                        ],
-                        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-                    }
-                ]
-            }
-        )
-    )
     _notify_bridge(settings, folder / "notification.toml")
-    options = {
-        "dir": folder,
-        "ip": HOST,
-        "ip.bind": HOST,
-        "master.peers": "none",
-        "master.telemetry": "false",
-        "master.volumeSizeLimitMB": 1024,
-        "volume.max": 200,  # every bucket takes several; with 20 the third bucket answers 500
-        "volume.preStopSeconds": 1,
-        "filer": "true",
-        "filer.localSocket": folder / "filer.sock",
-        "s3": "true",
-        "s3.config": config,
-        "s3.port": settings.s3_port,
-        "s3.port.iceberg": 0,
-        "s3.port.lance": 0,
-        "s3.localSocket": folder / "s3.sock",
-    }
-    options.update(_inner_ports(folder))
-    weed = Path(sys.executable).with_name("weed")
-    return [str(weed), "-logtostderr", "server", *(f"-{k}={v}" for k, v in options.items())]
+    return seaweed.command(
+        folder,
+        port=settings.s3_port,
+        inner_ports=_inner_ports(folder),
+        credentials=(settings.secrets.s3_access_key, settings.secrets.s3_secret_key),
+    )
 
 
 def _notify_bridge(settings: StackSettings, path: Path) -> None:
@@ -108,26 +83,24 @@ def _inner_ports(folder: Path) -> dict[str, int]:
 
     Its master keeps what it knows in a folder that is named after its port.
     """
-    names = [
-        f"{part}.port{kind}" for part in ("master", "volume", "filer") for kind in ("", ".grpc")
-    ]
-    names.append("s3.port.grpc")
     path = folder / "ports.json"
     ports = json.loads(path.read_text()) if path.exists() else {}
-    taken = [name for name in names if name not in ports or not port_is_free(ports[name])]
+    taken = [
+        name for name in seaweed.INNER_PORTS if name not in ports or not port_is_free(ports[name])
+    ]
     ports.update(zip(taken, free_ports(len(taken)), strict=True))
     path.write_text(json.dumps(ports, indent=2))
     return ports
 
 
 def _mlflow_command(settings: StackSettings) -> list[str]:
-    names = ",".join(f"{host}:{settings.mlflow_port}" for host in (HOST, "localhost"))
+    hosts = [f"{host}:{settings.mlflow_port}" for host in LOCAL_NAMES]
     return [
         sys.executable, "-m", "mlflow", "server",
         "--host", HOST,
         "--port", str(settings.mlflow_port),
         "--workers", "1",  # an adapter's upload runs in a thread; each worker more costs 300 MB
-        "--allowed-hosts", names,
+        "--allowed-hosts", ",".join(hosts),
         "--artifacts-destination", "s3://mlflow/",
     ]  # fmt: skip
 
@@ -160,6 +133,11 @@ def _prefect_environment(settings: StackSettings) -> dict[str, str]:
         **{name: value for name, value in client.items() if name.startswith("PREFECT_")},
         "PREFECT_API_DATABASE_CONNECTION_URL": settings.prefect_database
         or f"sqlite+aiosqlite:///{folder}/prefect.db",
+        "PREFECT_SERVER_API_AUTH_STRING": client["PREFECT_API_AUTH_STRING"],
+        # The page asks the API at 127.0.0.1, and may itself have been opened at localhost.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(
+            f"http://{name}:{settings.prefect_port}" for name in LOCAL_NAMES
+        ),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder / "ui"),

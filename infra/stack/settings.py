@@ -18,6 +18,7 @@ __all__ = [
     "BASES_URI",
     "BUCKETS",
     "HOST",
+    "LOCAL_NAMES",
     "WORK_POOL",
     "Secrets",
     "StackSettings",
@@ -25,9 +26,11 @@ __all__ = [
 ]
 
 HOST = "127.0.0.1"
+LOCAL_NAMES = (HOST, "localhost")
 WORK_POOL = "trans-peft"
 BUCKETS = ("bases", "data", "mlflow")
 BASES_URI = "s3://bases/"
+_PREFECT_USER = "trans-peft"
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _FAMILIES = ("AWS_", "BRIDGE_", "MLFLOW_", "PREFECT_")
 
@@ -41,6 +44,7 @@ class Secrets:
     webhook_key: str  # Fernet: 32 bytes, URL-safe base64
     bridge_mlflow_secret: str
     bridge_s3_token: str
+    prefect_password: str
 
     @classmethod
     def of(cls, path: Path) -> "Secrets":
@@ -55,6 +59,7 @@ class Secrets:
             "webhook_key": urlsafe_b64encode(secrets.token_bytes(32)).decode(),
             "bridge_mlflow_secret": secrets.token_urlsafe(30),
             "bridge_s3_token": secrets.token_urlsafe(30),
+            "prefect_password": secrets.token_urlsafe(30),
         }
         if made.keys() - kept.keys():
             kept = {**made, **kept}
@@ -169,6 +174,11 @@ class StackSettings:
         return Secrets.of(self.state / "secrets.json")
 
     @property
+    def prefect_auth(self) -> tuple[str, str]:
+        """User and password for Prefect's API (HTTP basic authentication)."""
+        return _PREFECT_USER, self.secrets.prefect_password
+
+    @property
     def client_environment(self) -> dict[str, str]:
         """What any client of the stack needs: a shell, a notebook, the worker."""
         secrets = self.secrets
@@ -176,6 +186,7 @@ class StackSettings:
             "MLFLOW_TRACKING_URI": self.urls["mlflow"],
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "PREFECT_API_URL": f"{self.urls['prefect']}/api",
+            "PREFECT_API_AUTH_STRING": ":".join(self.prefect_auth),
             "PREFECT_HOME": str(self.state / "prefect"),
             "PREFECT_PROFILES_PATH": str(self.state / "prefect" / "profiles.toml"),
             "AWS_ENDPOINT_URL": self.urls["s3"],

@@ -88,6 +88,7 @@ class _Stack:
             raise
         for name, url in self._settings.urls.items():
             self._tell(f"{name:8} {url}")
+        self._tell("Prefect's page asks for a password: make login, or python -m infra.stack login")
 
     def down(self) -> None:
         running = [name for name, program in self._supervisor.programs().items() if program.pid]

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
@@ -371,7 +371,8 @@ def _in_words(text, words):
 @cache
 def _flow(settings, flow_id):
     url = f"{settings.urls['prefect']}/api/flows/{flow_id}"
-    return insist(lambda: httpx.get(url, timeout=60).raise_for_status().json())["name"]
+    ask = partial(httpx.get, url, auth=settings.prefect_auth, timeout=60)
+    return insist(lambda: ask().raise_for_status().json())["name"]
 
 
 def _database(stack):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from infra.stack.job_template import PROCESS_JOB_TEMPLATE
 from infra.stack.programs import PROGRAMS
 from infra.stack.settings import StackSettings
 
@@ -33,6 +34,33 @@ def test_compose_builds_stages_that_exist_and_waits_for_services_that_exist():
 def test_no_server_of_compose_is_open_to_the_network(service):
     for port in COMPOSE["services"][service].get("ports", []):
         assert port.startswith("127.0.0.1:")
+
+
+def test_prefect_of_compose_asks_for_a_password_and_answers_no_other_page():
+    server = COMPOSE["services"]["prefect"]["environment"]
+    assert server["PREFECT_SERVER_API_AUTH_STRING"] == "${PREFECT_AUTH:?}"
+    assert "*" not in server["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
+    clients = {"deploy", "bridge", "webhooks", "worker"}
+    told = {
+        name
+        for name, service in COMPOSE["services"].items()
+        if service.get("environment", {}).get("PREFECT_API_AUTH_STRING") == "${PREFECT_AUTH:?}"
+    }
+    assert told == clients
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, PROCESS_JOB_TEMPLATE], ids=["kubernetes", "process"]
+)
+def test_no_template_lets_a_run_choose_what_is_executed_with_which_rights(template):
+    chosen = template["variables"]["properties"]
+    assert template["variables"]["additionalProperties"] is False
+    assert not chosen.keys() & {
+        "command", "env", "working_dir", "image", "namespace", "service_account_name", "secret",
+        "annotations", "image_pull_policy", "job_manifest",
+    }  # fmt: skip
+    placeholders = re.findall(r"\{\{ (\w+)", json.dumps(template["job_configuration"]))
+    assert {*placeholders} <= chosen.keys()
 
 
 def test_the_image_carries_what_the_worker_imports():

@@ -30,7 +30,7 @@ PINS = {
     if not line.startswith("#")
     for pin in [Requirement(line)]
 }
-TARGETS = ["setup", "demo", "demo-full", "up", "status", "logs", "down", "clean-state"]
+TARGETS = ["setup", "demo", "demo-full", "up", "status", "login", "logs", "down", "clean-state"]
 TARGETS += ["test", "check", "format", "lock"]
 
 

@@ -83,6 +83,19 @@ def test_the_bridge_alone_knows_what_its_senders_sign_with(tmp_path):
     ]
 
 
+def test_prefect_s_clients_have_the_password_that_its_server_asks_for(tmp_path):
+    settings = StackSettings(tmp_path)
+    told = {name: dict(program.environment(settings)) for name, program in PROGRAMS.items()}
+    password = told["prefect"]["PREFECT_SERVER_API_AUTH_STRING"]
+    assert password == ":".join(settings.prefect_auth)
+    for name in ("prefect", "worker", "bridge"):
+        assert told[name]["PREFECT_API_AUTH_STRING"] == password
+    assert settings.client_environment["PREFECT_API_AUTH_STRING"] == password
+    assert settings.secrets.prefect_password not in str(told["s3"]) + str(told["mlflow"])
+    origins = told["prefect"]["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    assert origins == ["http://127.0.0.1:4250", "http://localhost:4250"]
+
+
 def test_the_webhook_key_is_a_fernet_key(tmp_path):
     from cryptography.fernet import Fernet
 

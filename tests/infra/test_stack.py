@@ -20,10 +20,12 @@ from mlflow import MlflowClient
 from infra.bridge.senders import sign
 from infra.bridge.webhooks import EVENTS
 from infra.stack.health import healthy
+from infra.stack.job_template import PROCESS_JOB_TEMPLATE
 from infra.stack.machine import marked, port_is_free
 from infra.stack.programs import left_behind
 from infra.stack.settings import BUCKETS, StackSettings
 from infra.stack.supervisor import Supervisor
+from tests.infra.strangers import SECRET, answers_without_credentials, ports_of
 from tests.stories.place import ROOT, settings_below
 
 pytestmark = pytest.mark.stack
@@ -84,7 +86,7 @@ class Running:
         """Ask as Prefect's own client does: SQLite that is busy answers 503."""
         url = f"{self.settings.urls['prefect']}/api/{path}"
         for pause_s in (1, 2, 4, 8, 0):
-            answer = httpx.post(url, json=body, timeout=60)
+            answer = httpx.post(url, json=body, auth=self.settings.prefect_auth, timeout=60)
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(pause_s)
@@ -253,11 +255,11 @@ def test_an_upload_s_manifest_starts_reconcile(running):
 def test_hints_doubled_a_hundred_times_and_shuffled_are_few_runs_and_none_is_lost(running):
     """Whatever run answers the first of a delivery's copies begins after that copy was sent."""
     registry = f"{running.settings.urls['mlflow']}/api/2.0/mlflow/registered-models/create"
-    families = ["doubled a", "doubled b", "doubled c"]
+    families = ["doubled-a", "doubled-b", "doubled-c"]
     for name in families:
         kind = [{"key": "trans_peft.kind", "value": "base"}]
         httpx.post(registry, json={"name": name, "tags": kind}).raise_for_status()
-    sent = [(f"{family.replace(' ', '-')}-{n}", family) for family in families for n in range(3)]
+    sent = [(f"{family}-{n}", family) for family in families for n in range(3)]
     copies = sent * 100
     random.Random(0).shuffle(copies)
 
@@ -323,6 +325,166 @@ def test_only_this_machine_is_served(running):
         headers={"Host": "evil.example"},
     )
     assert strange.status_code == 403
+
+
+EVIL = {"Origin": "http://evil.example"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "admin/settings"),
+        ("POST", "flow_runs/filter"),
+        ("POST", "work_pools/filter"),
+        ("POST", "events"),
+        ("POST", "deployments/"),
+        ("GET", "csrf-token?client=x"),
+        ("GET", "work_pools/trans-peft"),
+        ("GET", "%2e%2e/api/work_pools/trans-peft"),
+        ("GET", "health/../work_pools/trans-peft"),
+        ("PATCH", "work_pools/trans-peft"),
+    ],
+)
+@pytest.mark.parametrize("auth", [None, ("trans-peft", ""), ("trans-peft", "x"), ("", "x" * 40)])
+def test_prefect_answers_nobody_without_its_password(running, method, path, auth):
+    url = f"{running.settings.urls['prefect']}/api/{path}"
+    body = {} if method != "GET" else None
+    answer = httpx.request(method, url, headers=EVIL, json=body, auth=auth, timeout=60)
+    assert answer.status_code == 401
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_prefect_lets_its_own_pages_ask_and_no_other(running):
+    url = f"{running.settings.urls['prefect']}/api/flow_runs/filter"
+    port = running.settings.prefect_port
+    wish = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    own = [f"http://127.0.0.1:{port}", f"http://localhost:{port}"]
+    others = ["http://evil.example", "null", f"http://evil.example:{port}", "http://127.0.0.1:1"]
+    for origin in own + others:
+        answer = httpx.options(url, headers={"Origin": origin, **wish}, timeout=60)
+        allowed = answer.headers.get("access-control-allow-origin")
+        assert allowed == (origin if origin in own else None)
+
+
+@pytest.mark.parametrize(
+    "path", ["events/in", "events/out", "logs/out", "task_runs/subscriptions/scheduled"]
+)
+def test_prefect_s_sockets_take_nobody_without_its_password(running, path):
+    from websockets.exceptions import WebSocketException
+    from websockets.sync.client import connect
+
+    url = f"ws://127.0.0.1:{running.settings.prefect_port}/api/{path}"
+    for subprotocols in (None, ["prefect"]):
+        with pytest.raises((WebSocketException, OSError)):  # noqa: SIM117
+            with connect(url, subprotocols=subprotocols, open_timeout=30) as socket_:
+                socket_.send(json.dumps({"type": "auth", "token": "wrong"}))
+                assert json.loads(socket_.recv(timeout=30)).get("type") != "auth_success"
+                socket_.send(json.dumps({"type": "filter", "filter": {}}))
+                socket_.recv(timeout=30)
+
+
+def test_login_prints_the_password_of_prefect_s_page(running):
+    assert stack("login", running.settings).stdout.strip() == ":".join(
+        running.settings.prefect_auth
+    )
+    assert "infra.stack login" in running.output
+    assert running.settings.secrets.prefect_password not in running.output
+    settings = httpx.get(f"{running.settings.urls['prefect']}/ui-settings", timeout=60).json()
+    assert settings["auth"] == "BASIC"
+
+
+def test_nobody_chooses_what_a_run_executes(running, tmp_path):
+    """Not for a run, not for a deployment, not for a run without one: refused, or ignored."""
+    deployment = running.deployment("reconcile")
+    evil = tmp_path / "written"
+    tomorrow = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2100-01-01T00:00:00Z"}}
+    create = f"deployments/{deployment['id']}/create_flow_run"
+    for wish in (
+        {"command": f"touch {evil}"},
+        {"env": {"PYTHONPATH": str(tmp_path)}},
+        {"env.PYTHONPATH": str(tmp_path)},
+        {"working_dir": str(tmp_path)},
+        {"image": "evil"},
+    ):
+        with pytest.raises(httpx.HTTPStatusError, match="422"):
+            running.prefect(create, job_variables=wish, state=tomorrow)
+    assert running.prefect(create, job_variables={"gpus": 1}, state=tomorrow)["id"]
+
+    url = f"{running.settings.urls['prefect']}/api"
+    auth = running.settings.prefect_auth
+    of_deployment = f"{url}/deployments/{deployment['id']}"
+    without = {
+        "flow_id": deployment["flow_id"],
+        "work_pool_name": "trans-peft",
+        "job_variables": {"command": f"touch {evil}"},
+        "state": {"type": "SCHEDULED"},
+    }
+    try:
+        changed = httpx.patch(
+            of_deployment, json={"job_variables": without["job_variables"]}, auth=auth, timeout=60
+        )
+        if changed.is_success:
+            with pytest.raises(httpx.HTTPStatusError, match="422"):
+                running.prefect(create, parameters={"dry_run": True})
+        made = httpx.post(f"{url}/flow_runs/", json=without, auth=auth, timeout=60)
+        if made.is_success:
+            ended = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
+            assert running.state(made.json()["id"], until=ended)["type"] != "COMPLETED"
+    finally:
+        httpx.patch(of_deployment, json={"job_variables": {}}, auth=auth, timeout=60)
+    assert not evil.exists()
+
+
+def test_a_pool_of_an_earlier_release_gets_the_template_that_chooses_no_command(running):
+    url = f"{running.settings.urls['prefect']}/api/work_pools/trans-peft"
+    auth = running.settings.prefect_auth
+    old = {
+        "job_configuration": {"command": "{{ command }}"},
+        "variables": {"properties": {"command": {}}},
+    }
+    httpx.patch(url, json={"base_job_template": old}, auth=auth, timeout=60).raise_for_status()
+    environment = {**os.environ, **running.settings.to_environment()}
+    subprocess.run(
+        [sys.executable, "-m", "infra.stack.prefect_objects"],
+        cwd=ROOT,
+        env={**environment, **running.settings.client_environment},
+        check=True,
+        timeout=120,
+    )
+    found = httpx.get(url, auth=auth, timeout=60).json()["base_job_template"]
+    assert found == PROCESS_JOB_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("POST", "api/2.0/mlflow/registered-models/create", EVIL),
+        ("POST", "api/2.0/mlflow/registered-models/create", {"Origin": "null"}),
+        ("POST", "api/2.0/mlflow/registered-models/create", {"Host": "evil.example"}),
+        ("POST", "ajax-api/2.0/mlflow/experiments/create", EVIL),
+        ("PUT", "api/2.0/mlflow-artifacts/artifacts/x", EVIL),
+        ("GET", "api/2.0/mlflow-artifacts/artifacts?path=", {"Host": "evil.example"}),
+        ("GET", "api/2.0/mlflow/registered-models/search", {"Host": "evil.example"}),
+    ],
+)
+def test_no_web_page_writes_into_mlflow_or_reads_it_under_another_name(
+    running, method, path, headers
+):
+    url = f"{running.settings.urls['mlflow']}/{path}"
+    body = {"name": "evil"} if method != "GET" else None
+    assert httpx.request(method, url, headers=headers, json=body, timeout=60).status_code == 403
+
+
+def test_no_bucket_is_open_on_any_port_of_the_stack(running):
+    """MLflow's own bucket is reached through MLflow: infra/README.md."""
+    running.s3().put_object(Bucket="bases", Key="secret/x.txt", Body=SECRET)
+    ports = ports_of(marked(running.settings.state))
+    assert len(ports) > 8
+    assert answers_without_credentials(ports, "bases") == []
+    running.s3().delete_object(Bucket="bases", Key="secret/x.txt")
 
 
 def test_up_again_changes_nothing_that_runs(running):

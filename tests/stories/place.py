@@ -96,7 +96,9 @@ class Stack:
         url = f"{self.settings.urls['prefect']}/api/{path}"
         for last in (*[False] * 9, True):
             try:
-                answer = httpx.request(method, url, timeout=60, **body)
+                answer = httpx.request(
+                    method, url, auth=self.settings.prefect_auth, timeout=60, **body
+                )
             except httpx.TimeoutException:
                 if last:
                     raise
@@ -117,7 +119,8 @@ class Stack:
             "payload": payload,
         }
         url = f"{self.settings.urls['prefect']}/api/events"
-        httpx.post(url, json=[body], timeout=60).raise_for_status()
+        auth = self.settings.prefect_auth
+        httpx.post(url, json=[body], auth=auth, timeout=60).raise_for_status()
 
     def decide_by(self, **parameters):
         """Change what the reconcile deployment is given: the runs that hints start take it too."""
