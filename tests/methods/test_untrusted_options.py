@@ -107,8 +107,8 @@ def test_a_spec_larger_than_its_base_is_refused_before_it_is_allocated(options):
     "spec",
     [
         AdapterSpec("BOTTLENECK", {"bottleneck_dim": 16_000_000}),
-        AdapterSpec("PROMPT_TUNING", {"num_virtual_tokens": 16_000_000}),
-        AdapterSpec("P_TUNING", {"num_virtual_tokens": 4, "encoder_hidden_size": 16_000_000}),
+        AdapterSpec("DELORA", {"target_modules": ["q_proj"], "r": 16_000_000}),
+        AdapterSpec("HIRA", {"target_modules": ["q_proj"], "r": 16_000_000}),
         AdapterSpec("VERA", {"target_modules": ["q_proj"], "r": 16_000_000}),
         AdapterSpec("LOHA", {"target_modules": ["q_proj"], "r": 16_000_000}),
     ],

@@ -7,18 +7,22 @@ was.
 
 import dataclasses
 import re
-import typing
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from trans_peft.domain.adapter import AdapterSpec
-from trans_peft.errors import InvalidSpecError
+from trans_peft.errors import InvalidSpecError, listed
 from trans_peft.methods.allocation import BoundedAllocation
+from trans_peft.methods.matching import invalid_patterns, unmatched_entries, unused_entries
+from trans_peft.methods.options import not_trainable, option_problems
 from trans_peft.methods.patterns import check_options, names_of
 from trans_peft.methods.registration import register_methods
 from trans_peft.surface import Surface
@@ -26,6 +30,7 @@ from trans_peft.surface import Surface
 __all__ = ["attach", "to_config", "to_spec"]
 
 _ROOM = 1 << 26  # elements that any adapter may have; on a larger base, as many as the base has
+_PASSED_ON = (InvalidSpecError, MemoryError, torch.OutOfMemoryError)
 _NOT_OPTIONS = {  # fields that say where a config came from, not what the adapter is
     "auto_mapping",
     "base_model_name_or_path",
@@ -57,17 +62,25 @@ def to_config(spec: AdapterSpec) -> PeftConfig:
     problems = [f"{spec.peft_type} has no option {name!r}" for name in unknown]
     if unknown:
         problems.append(f"its options are {', '.join(options)}")
-    types = typing.get_type_hints(config_class)
-    for name, value in spec.options.items():
-        kind = types.get(name)
-        if name in options and kind in (bool, int, float, str) and not _is_a(value, kind):
-            problems.append(f"{name} must be {kind.__name__}, not {value!r}")
+    known_options = {k: _plain(v) for k, v in spec.options.items() if k in options}
+    problems += option_problems(config_class, known_options)
+    problems += invalid_patterns(known_options) if not problems else []
+    problems += not_trainable(spec.peft_type, known_options)
     if problems:
         raise InvalidSpecError(f"the adapter cannot be built: {'; '.join(problems)}")
     try:
-        return config_class(task_type=TaskType.CAUSAL_LM, **_plain(spec.options))
-    except (TypeError, ValueError, ImportError) as error:
+        with _telling_ignored(spec):
+            config = config_class(task_type=TaskType.CAUSAL_LM, **known_options)
+    except InvalidSpecError:
+        raise
+    except Exception as error:
         raise InvalidSpecError(f"PEFT refuses the {spec.peft_type} adapter: {error}") from error
+    if config.is_prompt_learning:
+        raise InvalidSpecError(
+            f"{spec.peft_type} is not supported: evaluation cannot decode after virtual tokens",
+            expected="an adapter inside the layers, such as LORA",
+        )
+    return config
 
 
 def to_spec(config: PeftConfig) -> AdapterSpec:
@@ -95,7 +108,9 @@ def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
     """Put a new adapter on a model, named "default", and return the PEFT model around it.
 
     Its initial weights come from torch's global generator. InvalidSpecError, and an unchanged
-    model, where an adapter is already there, a target module is not, or PEFT cannot adapt one.
+    model, where an adapter is already there, an entry of an option matches nothing, PEFT would
+    ignore or change an option, the adapter would train the model's own weights, or PEFT cannot
+    build it.
     """
     config = to_config(spec)
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
@@ -105,28 +120,86 @@ def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
         )
     subject = f"the {spec.peft_type} adapter"
     check_options(spec.options, [*names_of(model)], subject)
-    missing = _missing_targets(model, config)
-    if missing:
-        raise InvalidSpecError(
-            f"target_modules that the model does not have: {', '.join(missing)}",
-            expected=f"some of {', '.join(_names(model))}",
-        )
+    _refuse(_unmatched(model, spec), model, "options that match nothing in the model")
     surface = Surface(model)
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
     room = max(_ROOM, sum(parameter.numel() for parameter in model.parameters()))
     try:
-        with BoundedAllocation(room, subject):
-            return get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError) as error:
+        with BoundedAllocation(room, subject), _telling_ignored(spec):
+            peft_model = get_peft_model(model, config)
+        _refuse(_unused(peft_model, spec), model, "options that have no effect")
+        trained = [own[id(p)] for p in peft_model.parameters() if p.requires_grad and id(p) in own]
+        if trained:
+            raise InvalidSpecError(
+                f"{subject} would train weights of the base itself: {listed(trained)}",
+                do="use an adapter that has weights of its own, such as modules_to_save",
+            )
+        if not any(parameter.requires_grad for parameter in peft_model.parameters()):
+            raise InvalidSpecError(f"{subject} has nothing to train")
+        return peft_model
+    except BaseException as error:
         surface.restore()
+        if not isinstance(error, Exception) or isinstance(error, _PASSED_ON):
+            raise
         raise InvalidSpecError(
             f"PEFT cannot put the {spec.peft_type} adapter on {type(model).__name__}: {error}"
         ) from error
 
 
-def _is_a(value: object, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+def _unmatched(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = 0 if embedding is None else embedding.weight.shape[0]
+    return unmatched_entries(spec.options, modules, parameters, rows)
+
+
+def _unused(peft_model: PeftModel, spec: AdapterSpec) -> list[str]:
+    """Return a problem for each option that PEFT did not use, or used with another value."""
+    tuner = peft_model.base_model
+    names = ("targeted_module_names", "targeted_parameter_names")
+    targeted = [target for name in names for target in vars(tuner).get(name, ())]
+    problems = unused_entries(spec.options, targeted, spec.peft_type) if targeted else []
+    config = peft_model.peft_config["default"]
+    for name, value in spec.options.items():
+        found = getattr(config, name, value)
+        plain = isinstance(value, bool | int | float | str) and name != "target_modules"
+        if plain and found != value:
+            problems.append(f"{name}: PEFT changed {value!r} to {found!r}")
+    return problems
+
+
+def _refuse(problems: list[str], model: nn.Module, what: str) -> None:
+    if problems:
+        raise InvalidSpecError(
+            f"the adapter has {what}: {'; '.join(problems)}",
+            expected=f"entries that match in {type(model).__name__}, which has "
+            + ", ".join(_names(model)),
+        )
+
+
+@contextmanager
+def _telling_ignored(spec: AdapterSpec) -> Iterator[None]:
+    """Raise InvalidSpecError where PEFT warns about an option that the spec sets.
+
+    PEFT warns where it ignores an option or changes it. Other warnings pass.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    about = [
+        text
+        for text in dict.fromkeys(str(warning.message) for warning in caught)
+        if "merging LoRA weights" not in text  # nothing is merged here
+        and any(
+            value not in (None, False) and re.search(rf"\b{re.escape(name)}\b", text)
+            for name, value in spec.options.items()
+        )
+    ]
+    if about:
+        raise InvalidSpecError(f"PEFT would ignore or change an option: {' '.join(about)}")
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _plain(value: Any) -> Any:
@@ -140,23 +213,6 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
     return value
-
-
-def _missing_targets(model: nn.Module, config: PeftConfig) -> list[str]:
-    names = [name for name, _ in model.named_modules()]
-    missing = []
-    for field in ("target_modules", "feedforward_modules", "modules_to_save"):
-        targets = getattr(config, field, None)
-        if isinstance(targets, str):
-            found = targets == "all-linear" or any(re.fullmatch(targets, name) for name in names)
-            missing += [] if found else [targets]
-        else:
-            missing += [
-                target
-                for target in sorted(targets or ())
-                if not any(name == target or name.endswith(f".{target}") for name in names)
-            ]
-    return list(dict.fromkeys(missing))
 
 
 def _names(model: nn.Module) -> list[str]:
