@@ -5,11 +5,14 @@ all build their `Platform` here.
 """
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
+from trans_peft.domain.places import Places
 from trans_peft.errors import InvalidSpecError
 from trans_peft.extras import explaining_missing_extras
 from trans_peft.ports import Platform
+from trans_peft.validation.sandbox.guards import guards_named
 
 __all__ = ["DEFAULT_WORK_DIR", "connect"]
 
@@ -22,15 +25,19 @@ def connect(
     *,
     work_dir: str | Path = DEFAULT_WORK_DIR,
     cache_bytes: int | None = None,
+    places: Places = Places(),  # noqa: B008  frozen
+    may_lack: Collection[str] = (),
 ) -> Platform:
     """Return the platform behind an MLflow tracking server. Nothing is requested yet.
 
     `tracking_uri` defaults to the environment variable `MLFLOW_TRACKING_URI`. S3 uses boto3's own
     `AWS_*` variables and profiles. `work_dir` holds copies of bases, downloads and checkpoints of
     unfinished training; it must not be shared between machines. `cache_bytes` limits the copies of
-    bases (None: the disk is the limit).
+    bases (None: the disk is the limit). `places` limits which local folders and hub data sets are
+    read (by default any, as suits a user's own machine). `may_lack` names the guards of the sandbox
+    for generated code that this machine may lack (by default none; see docs/suites.md).
 
-    Raises InvalidSpecError without a tracking URI, ModuleNotFoundError without the extra `mlflow`.
+    Raises InvalidSpecError without a tracking URI or for a guard that does not exist, ModuleNotFoundError without the extra `mlflow`.
 
     Example::
 
@@ -55,11 +62,12 @@ def connect(
         from trans_peft.edges.stores import SchemeStore
 
         return Platform(
-            store=SchemeStore(),
+            store=SchemeStore(places),
             catalog=MlflowCatalog(tracking_uri),
             registry=MlflowRegistry(tracking_uri),
             evaluations=MlflowEvaluations(tracking_uri),
             runs=MlflowRunLog(tracking_uri),
             work_dir=Path(work_dir).expanduser(),
             cache_bytes=cache_bytes,
+            may_lack=guards_named(may_lack),
         )

@@ -15,6 +15,7 @@ from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.outcome import TransferOutcome
+from trans_peft.domain.places import Places
 
 __all__ = [
     "AdapterRegistry",
@@ -38,7 +39,13 @@ class StoredFile:
 
 
 class ArtifactStore(Protocol):
-    """Bytes under a URI (`s3://bucket/key`, a path, or `file://path`)."""
+    """Bytes under a URI (`s3://bucket/key`, a path, or `file://path`).
+
+    Every method raises AccessError for a local path outside of `places`.
+    """
+
+    places: Places
+    """The local folders and the hub data sets that may be read."""
 
     def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
         """Return every file below the prefix, sorted by name. Empty where there is nothing."""
@@ -186,7 +193,8 @@ class RunLog(Protocol):
 class Platform:
     """Every port, and the folder in which this worker keeps what it can fetch again.
 
-    `cache_bytes` bounds its copies of bases (None: the disk alone does).
+    `cache_bytes` bounds its copies of bases (None: the disk alone does). `may_lack` names the guards
+    of the sandbox for generated code without which this worker may run it.
     """
 
     store: ArtifactStore
@@ -196,3 +204,4 @@ class Platform:
     runs: RunLog
     work_dir: Path
     cache_bytes: int | None = None
+    may_lack: frozenset[str] = frozenset()

@@ -5,6 +5,7 @@ A source that is pinned is never read with other bytes.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from trans_peft.data.parsing import check_kind, checked, examples_in
 from trans_peft.data.rows import Row
 from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS
 from trans_peft.domain.data import DataSource
+from trans_peft.domain.places import HUB, Places
 from trans_peft.errors import DataError, IntegrityError
 from trans_peft.ports import ArtifactStore
 
 __all__ = ["pin", "read_examples", "write_examples"]
 
-_HUB = "hub:"
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def read_examples(
@@ -30,8 +32,8 @@ def read_examples(
     Raises DataError with every bad row and its line, IntegrityError if a pinned source has other
     bytes, NotFoundError if there is nothing, InvalidSpecError if it names no known template.
     """
-    if source.uri.startswith(_HUB):
-        rows, sha256 = _hub_rows(source.uri)
+    if source.uri.startswith(HUB):
+        rows, sha256 = _hub_rows(source.uri, store.places)
         _check_pin(source, sha256)
         return checked(rows, source.uri, source.template)[:limit]
     data, sha256 = _file(source.uri, store)
@@ -44,7 +46,7 @@ def pin(source: DataSource, store: ArtifactStore) -> DataSource:
 
     A hub data set has no one file: its hash is that of its rows as canonical JSON Lines.
     """
-    read = _hub_rows(source.uri) if source.uri.startswith(_HUB) else _file(source.uri, store)
+    read = _hub_rows(source.uri, store.places) if source.uri.startswith(HUB) else _file(source.uri, store)
     sha256 = read[1]
     _check_pin(source, sha256)
     return source.pinned(sha256)
@@ -85,10 +87,20 @@ def _file(uri: str, store: ArtifactStore) -> tuple[bytes, str]:
     return bytes(data), hashlib.sha256(data).hexdigest()
 
 
-def _hub_rows(uri: str) -> tuple[list[Row], str]:
-    name, config, split, *rest = [*uri.removeprefix(_HUB).split(":"), "", ""]
-    if not name or any(rest):
-        raise DataError(f"{uri} names no hub data set", expected="hub:NAME[:CONFIG[:SPLIT]]")
+def _hub_rows(uri: str, places: Places) -> tuple[list[Row], str]:
+    name, config, split, *rest = [*uri.removeprefix(HUB).split(":"), "", ""]
+    if not _NAME.fullmatch(name) or any(rest):
+        raise DataError(
+            f"{uri} names no hub data set",
+            expected="hub:NAME[:CONFIG[:SPLIT]], with a NAME such as openai/gsm8k",
+        )
+    places.check_data_set(name, uri)
+    if Path(name).exists():  # datasets would read the folder, not the hub
+        raise DataError(
+            f"{uri} has the name of a local folder",
+            found=str(Path(name).resolve()),
+            do="name the folder's files by their path, or run in another folder",
+        )
     import datasets
 
     try:

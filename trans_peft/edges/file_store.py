@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
+from trans_peft.domain.places import Places
 from trans_peft.errors import IntegrityError, NotFoundError, StoreError
 from trans_peft.ports import StoredFile
 
-__all__ = ["FileStore", "local_path"]
+__all__ = ["ANYWHERE", "FileStore", "local_path"]
 
+ANYWHERE = Places()
 _PART_PREFIX, _PART_SUFFIX = ".trans-peft-", ".part"
 
 
@@ -31,20 +33,26 @@ def local_path(uri: str) -> Path:
 
 
 class FileStore:
-    """`ArtifactStore` on the local file system; reads in chunks of `chunk_bytes`."""
+    """`ArtifactStore` on the local file system; reads in chunks of `chunk_bytes`.
 
-    def __init__(self, chunk_bytes: int = 1 << 20) -> None:
+    Paths outside of `places` are an AccessError, also where a symbolic link or `..` leads there.
+    """
+
+    def __init__(self, chunk_bytes: int = 1 << 20, *, places: Places = ANYWHERE) -> None:
+        self.places = places
         self._chunk_bytes = chunk_bytes
 
     def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
         """Return every file below the folder, sorted by name; empty where there is no folder."""
-        root = local_path(prefix_uri)
+        root = self._path(prefix_uri)
         found = []
         with _in_words(prefix_uri):
             for folder, _, names in os.walk(root):
                 for path in (Path(folder, name) for name in names):
                     if _is_part(path):
                         continue
+                    if path.is_symlink():
+                        self.places.check_path(path, str(path))
                     stat = path.stat()
                     name = path.relative_to(root).as_posix()
                     found.append(StoredFile(name, stat.st_size, _etag(stat)))
@@ -63,7 +71,7 @@ class FileStore:
     def _read(
         self, uri: str, etag: str | None, start: int, stop: int | None
     ) -> Iterator[Iterator[bytes]]:
-        path = local_path(uri)
+        path = self._path(uri)
         with _in_words(uri):
             file = path.open("rb")
         with file:
@@ -79,13 +87,18 @@ class FileStore:
             while wanted > 0 and (chunk := file.read(min(self._chunk_bytes, wanted))):
                 wanted -= len(chunk)
                 yield chunk
-            now = _etag(local_path(uri).stat())
+            now = _etag(self._path(uri).stat())
         if now != etag:
             raise _changed(uri, expected=etag, found=now)
 
+    def _path(self, uri: str) -> Path:
+        path = local_path(uri)
+        # Without a list of places, a path stays as it was named: a folder may be a link.
+        return path if self.places.folders is None else self.places.check_path(path, uri)
+
     def write(self, uri: str, data: BinaryIO) -> None:
         """Write one file through a temporary one beside it: whole or not at all."""
-        path = local_path(uri)
+        path = self._path(uri)
         with _in_words(uri):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(

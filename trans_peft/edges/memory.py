@@ -18,6 +18,7 @@ from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.names import check_case
 from trans_peft.domain.outcome import TransferOutcome
+from trans_peft.domain.places import Places
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
 from trans_peft.ports import Platform, StoredFile
 
@@ -48,6 +49,7 @@ class MemoryStore:
     """`ArtifactStore` in a dictionary; any scheme will do. Reads in chunks of `chunk_bytes`."""
 
     def __init__(self, chunk_bytes: int = 1 << 20) -> None:
+        self.places = Places()
         self._files: dict[str, bytes] = {}
         self._chunk_bytes = chunk_bytes
 

@@ -23,6 +23,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 
+from trans_peft.domain.places import Places
 from trans_peft.errors import AccessError, IntegrityError, NotFoundError, StoreError
 from trans_peft.ports import StoredFile
 
@@ -47,6 +48,7 @@ class S3Store:
     """
 
     def __init__(self, *, chunk_bytes: int = 1 << 20, timeout_s: float = 60) -> None:
+        self.places = Places()
         self._chunk_bytes = chunk_bytes
         self._config = Config(
             connect_timeout=min(5, timeout_s),

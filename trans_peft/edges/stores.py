@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import BinaryIO
 
-from trans_peft.edges.file_store import FileStore
+from trans_peft.domain.places import Places
+from trans_peft.edges.file_store import ANYWHERE, FileStore
 from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = ["SchemeStore"]
@@ -14,8 +15,9 @@ __all__ = ["SchemeStore"]
 class SchemeStore:
     """`ArtifactStore` for `s3://` URIs, paths and `file://` URIs. boto3 is loaded only for S3."""
 
-    def __init__(self) -> None:
-        self._files = FileStore()
+    def __init__(self, places: Places = ANYWHERE) -> None:
+        self.places = places
+        self._files = FileStore(places=places)
 
     @cached_property
     def _s3(self) -> ArtifactStore:

@@ -7,7 +7,7 @@ rule takes: `exact_match`, `regex:true|false`. All of it is part of the suite's 
 never change what it does: a changed one gets another name. A new rule is one row of `RULES`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from trans_peft.domain.evaluation import Suite
@@ -37,13 +37,15 @@ class Rule:
     """A way to mark an answer: all-or-none or graded, and what it takes after a colon.
 
     `bind` gives the rule for what was given there. `takes` says in words what that is; empty:
-    nothing may be given. `optional`: it may be left out.
+    nothing may be given. `optional`: it may be left out. `sandboxed`: `bind` also gets the guards
+    of the sandbox that the worker may lack.
     """
 
-    bind: Callable[[str], Degree]
+    bind: Callable[..., Degree]
     takes: str = ""
     optional: bool = False
     graded: bool = False
+    sandboxed: bool = False
 
 
 def _plain(degree: Degree, *, graded: bool = False) -> Rule:
@@ -58,7 +60,7 @@ RULES: Mapping[str, Rule] = {
     "math_verify": Rule(math_verify, takes="MARKER", optional=True),
     "paper_gsm8k": _plain(paper_gsm8k),
     "paper_math": _plain(paper_math),
-    "code": Rule(code, takes="pythonX.Y"),
+    "code": Rule(code, takes="pythonX.Y", sandboxed=True),
     "python": Rule(entry_point, takes="NAME==VERSION"),
     "chrf": _plain(chrf, graded=True),
     "rouge_l": _plain(rouge_l, graded=True),
@@ -66,8 +68,11 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def marker(suite: Suite) -> Callable[[str, str], bool]:
+def marker(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, str], bool]:
     """Return `is_right(answer, reference)` as the suite asks for it.
+
+    `may_lack` names the guards of the sandbox for programs that this worker may lack; it comes from
+    the worker's operator and never from the suite.
 
     InvalidSpecError for a rule that is not there or does not get what it takes, a graded rule
     without a threshold and an exact one with it. `is_right` raises DataError for a reference that
@@ -106,7 +111,8 @@ def marker(suite: Suite) -> Callable[[str, str], bool]:
             found=f"threshold={threshold}",
             do="leave the threshold out",
         )
-    degree, least = rule.bind(parameter), 100.0 if threshold is None else threshold
+    degree = rule.bind(parameter, may_lack) if rule.sandboxed else rule.bind(parameter)
+    least = 100.0 if threshold is None else threshold
     return lambda answer, reference: degree(answer, reference) >= least
 
 

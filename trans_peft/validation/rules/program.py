@@ -13,13 +13,13 @@ The tests come with the reference (`trans_peft.data.templates`), the verdict fro
 import ast
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from trans_peft.errors import DataError, InvalidSpecError
 from trans_peft.validation.rules.longest_python import longest_python, parsed
 from trans_peft.validation.sandbox.check import CodeTests, check_code, humaneval_tests, mbpp_tests
-from trans_peft.validation.sandbox.guards import Guard, refuse
+from trans_peft.validation.sandbox.guards import Guard, guards_named, refuse
 from trans_peft.validation.sandbox.limits import Limits
 from trans_peft.validation.sandbox.run import missing_guards
 
@@ -32,13 +32,17 @@ PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 """The Python that programs are run by here, as `code` names it."""
 
 
-def code(setting: str) -> Callable[[str, str], float]:
+def code(
+    setting: str, may_lack: Collection[str] = frozenset()
+) -> Callable[[str, str], float]:
     """Return the rule under which the prompt and the answer together pass the reference's tests.
 
-    `setting` is the Python that runs them, and after it the guards of the sandbox that may be
-    missing: `python3.11`, `python3.11+network+user`. InvalidSpecError where this is another Python
-    or there is no such guard. The rule raises EvaluationError where this machine lacks a guard
-    that may not be missing.
+    `setting` is a suite's: the Python that runs the programs, and after it the guards of the
+    sandbox without which the suite's author would run them (`python3.11`,
+    `python3.11+network+user`). `may_lack` is the worker's: the guards that its operator lets it
+    lack. A guard may be missing where both name it, so a suite can demand more guards than the
+    operator and never fewer. InvalidSpecError where this is another Python or there is no such
+    guard. The rule raises EvaluationError where this machine lacks a guard that may not be missing.
     """
     python, *names = setting.split("+")
     if python != PYTHON or not {*names} <= {*map(str, Guard)}:
@@ -49,7 +53,7 @@ def code(setting: str) -> Callable[[str, str], float]:
             found=f"code:{setting}",
             do="evaluate where that Python is, or evaluate all sides again on this one",
         )
-    allowed = frozenset(map(Guard, names))
+    allowed = guards_named(names) & guards_named(may_lack)
 
     def passes(answer: str, reference: str) -> float:
         prompt, tests = _asked(reference)

@@ -6,12 +6,12 @@ memory, files and output, and the loss of every privilege, are to be had on any 
 guards to be missing, but errors.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from enum import StrEnum
 
-from trans_peft.errors import EvaluationError
+from trans_peft.errors import EvaluationError, InvalidSpecError
 
-__all__ = ["Guard", "refuse"]
+__all__ = ["Guard", "guards_named", "refuse"]
 
 
 class Guard(StrEnum):
@@ -40,6 +40,16 @@ _WORDS = {
 }
 
 
+def guards_named(names: Collection[str]) -> frozenset[Guard]:
+    """Return the guards with these names. InvalidSpecError for a name that is none of them."""
+    unknown = sorted({*names} - {*map(str, Guard)})
+    if unknown:
+        raise InvalidSpecError(
+            "the sandbox has no such guard", expected=", ".join(Guard), found=", ".join(unknown)
+        )
+    return frozenset(map(Guard, names))
+
+
 def refuse(missing: Mapping[Guard, str], allowed: Set[Guard]) -> None:
     """Raise EvaluationError, naming every guard that is missing and not allowed to be."""
     wanted = {guard: why for guard, why in missing.items() if guard not in allowed}
@@ -51,6 +61,8 @@ def refuse(missing: Mapping[Guard, str], allowed: Set[Guard]) -> None:
         expected="\n    ".join(("", *(f"{guard}: {guard.words}" for guard in wanted))),
         found="\n    ".join(("", *(f"{guard}: {why}" for guard, why in wanted.items()))),
         do="run it where unprivileged user namespaces are allowed (in Docker: a seccomp profile "
-        "that allows unshare and mount; Linux 5.14 or later), or, where the machine itself is "
-        f"thrown away afterwards, say so: allow_missing=frozenset({{{names}}})",
+        "that allows unshare and mount; Linux 5.14 or later). Only where the machine is thrown away "
+        "afterwards: the operator of a worker sets TRANS_PEFT_SANDBOX_MAY_LACK="
+        f"{','.join(sorted({*wanted, *allowed}))} and the suite names these guards after a + "
+        f"(in Python: allow_missing=frozenset({{{names}}}))",
     )
