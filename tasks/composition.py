@@ -16,4 +16,6 @@ def platform() -> Platform:
         settings().mlflow_tracking_uri,
         work_dir=settings().state_dir,
         cache_bytes=settings().cache_bytes,
+        places=settings().places,
+        may_lack=settings().may_lack,
     )

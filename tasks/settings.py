@@ -6,6 +6,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from trans_peft.domain.places import Places
+
 __all__ = ["Settings", "settings"]
 
 
@@ -17,6 +19,11 @@ class Settings(BaseSettings):
     base versions are looked for; empty means that only registered versions are. Copies of bases
     that no process uses go, oldest use first, where all would take more than
     `TRANS_PEFT_CACHE_GIB` (not set: more than the disk holds).
+
+    `TRANS_PEFT_READABLE` lists the local folders and the hub data sets (`hub:NAME`) that recipes,
+    suites and adapters may name, separated by commas; empty means none.
+    `TRANS_PEFT_SANDBOX_MAY_LACK` lists the guards of the sandbox for generated code that this
+    worker may lack, separated by commas; empty means none.
     """
 
     model_config = SettingsConfigDict(populate_by_name=True)
@@ -25,6 +32,19 @@ class Settings(BaseSettings):
     state_dir: Path = Field(alias="TRANS_PEFT_STATE")
     bases_uri: str = Field(default="", alias="TRANS_PEFT_BASES_URI")
     cache_gib: float | None = Field(default=None, gt=0, alias="TRANS_PEFT_CACHE_GIB")
+
+    readable: str = Field(default="", alias="TRANS_PEFT_READABLE")
+    sandbox_may_lack: str = Field(default="", alias="TRANS_PEFT_SANDBOX_MAY_LACK")
+
+    @property
+    def places(self) -> Places:
+        """The places that may be read; a local `TRANS_PEFT_BASES_URI` is one of them."""
+        return Places.named(self.readable, also=(self.bases_uri,))
+
+    @property
+    def may_lack(self) -> tuple[str, ...]:
+        """The names of the guards that may be missing."""
+        return tuple(name.strip() for name in self.sandbox_may_lack.split(",") if name.strip())
 
     @property
     def cache_bytes(self) -> int | None:

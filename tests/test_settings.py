@@ -1,9 +1,13 @@
 """What a worker is told by its environment."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from tasks.settings import Settings
+from tasks.composition import platform
+from tasks.settings import Settings, settings
+from trans_peft.domain.places import Places
 
 
 @pytest.fixture
@@ -29,3 +33,29 @@ def test_a_bound_that_is_none_is_refused(told, gib):
     told.setenv("TRANS_PEFT_CACHE_GIB", gib)
     with pytest.raises(ValidationError, match="TRANS_PEFT_CACHE_GIB"):
         Settings()
+
+
+def test_a_worker_reads_no_local_folder_and_lacks_no_guard_unless_it_is_told(told):
+    for name in ("TRANS_PEFT_READABLE", "TRANS_PEFT_SANDBOX_MAY_LACK", "TRANS_PEFT_BASES_URI"):
+        told.delenv(name, raising=False)
+    assert Settings().places == Places((), ())
+    assert Settings().may_lack == ()
+    told.setenv("TRANS_PEFT_READABLE", "/data, hub:openai/*")
+    told.setenv("TRANS_PEFT_BASES_URI", "/bases")
+    told.setenv("TRANS_PEFT_SANDBOX_MAY_LACK", "user, files")
+    assert Settings().places == Places((Path("/bases"), Path("/data")), ("openai/*",))
+    assert Settings().may_lack == ("user", "files")
+
+
+def test_a_worker_s_platform_has_the_limits_of_its_settings(told, tmp_path):
+    told.setenv("TRANS_PEFT_STATE", str(tmp_path))
+    told.setenv("TRANS_PEFT_READABLE", "")
+    told.setenv("TRANS_PEFT_SANDBOX_MAY_LACK", "network")
+    for cached in (settings, platform):
+        cached.cache_clear()
+    try:
+        assert platform().store.places == Places((), ())
+        assert platform().may_lack == {"network"}
+    finally:
+        for cached in (settings, platform):
+            cached.cache_clear()

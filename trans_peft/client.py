@@ -37,7 +37,8 @@ def connect(
     read (by default any, as suits a user's own machine). `may_lack` names the guards of the sandbox
     for generated code that this machine may lack (by default none; see docs/suites.md).
 
-    Raises InvalidSpecError without a tracking URI or for a guard that does not exist, ModuleNotFoundError without the extra `mlflow`.
+    Raises InvalidSpecError without a tracking URI or for a guard that does not exist,
+    ModuleNotFoundError without the extra `mlflow`.
 
     Example::
 

@@ -193,8 +193,8 @@ class RunLog(Protocol):
 class Platform:
     """Every port, and the folder in which this worker keeps what it can fetch again.
 
-    `cache_bytes` bounds its copies of bases (None: the disk alone does). `may_lack` names the guards
-    of the sandbox for generated code without which this worker may run it.
+    `cache_bytes` bounds its copies of bases (None: the disk alone does). `may_lack` names the
+    guards of the sandbox for generated code that this worker may lack; its operator decides.
     """
 
     store: ArtifactStore

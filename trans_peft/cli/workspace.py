@@ -6,6 +6,7 @@ deleted: it only saves time.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from trans_peft.edges.memory import MemoryCatalog, MemoryRegistry, MemoryRunLog
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import InvalidSpecError, NotFoundError
 from trans_peft.ports import Platform
+from trans_peft.validation.sandbox.guards import guards_named
 
 __all__ = [
     "LOCAL",
@@ -68,8 +70,14 @@ class Workspace:
 
     @classmethod
     def at(cls, state: Path, progress: Progress) -> "Workspace":
-        """Open a workspace whose state lies in a folder."""
+        """Open a workspace whose state lies in a folder.
+
+        It reads any local path, since its user named it. The environment variable
+        TRANS_PEFT_SANDBOX_MAY_LACK lists the guards of the sandbox for generated code that this
+        machine may lack.
+        """
         state = state.resolve()
+        lacking = os.environ.get("TRANS_PEFT_SANDBOX_MAY_LACK", "")
         platform = Platform(
             store=SchemeStore(),
             catalog=MemoryCatalog(),
@@ -77,6 +85,7 @@ class Workspace:
             evaluations=EvaluationFolder(state / "evaluations"),
             runs=MemoryRunLog(),
             work_dir=state,
+            may_lack=guards_named([name.strip() for name in lacking.split(",") if name.strip()]),
         )
         return cls(platform, progress)
 

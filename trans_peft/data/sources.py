@@ -46,7 +46,11 @@ def pin(source: DataSource, store: ArtifactStore) -> DataSource:
 
     A hub data set has no one file: its hash is that of its rows as canonical JSON Lines.
     """
-    read = _hub_rows(source.uri, store.places) if source.uri.startswith(HUB) else _file(source.uri, store)
+    read = (
+        _hub_rows(source.uri, store.places)
+        if source.uri.startswith(HUB)
+        else _file(source.uri, store)
+    )
     sha256 = read[1]
     _check_pin(source, sha256)
     return source.pinned(sha256)

@@ -32,7 +32,13 @@ def questions_for(suite: Suite, base: "LoadedBase", platform: Platform) -> "Ques
     kept = _kept.setdefault(base, OrderedDict())
     if suite not in kept:
         examples = read_examples(suite.data, platform.store, limit=suite.limit)
-        kept[suite] = prepare(base.tokenizer, suite, examples, context=context_of(base.model))
+        kept[suite] = prepare(
+            base.tokenizer,
+            suite,
+            examples,
+            context=context_of(base.model),
+            may_lack=platform.may_lack,
+        )
         while len(kept) > _MOST:
             kept.popitem(last=False)
     kept.move_to_end(suite)

@@ -35,6 +35,8 @@ _NOT_PATTERNS = frozenset({
 })  # fmt: skip
 _EXPRESSIONS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
 """Options that are one regular expression where they are one text (in a list: ends of names)."""
+_OPENED = frozenset({"adapters"})  # of XLORA
+_PATHS = ("_path", "_dir", "_file", "_folder")
 _SEEDS = ("seed", "prng_key")
 _DEEPEST = 16
 
@@ -44,8 +46,9 @@ def check_options(options: Mapping[str, Any], names: Sequence[str], subject: str
 
     `options` are those of a spec or the fields of an adapter_config.json, `names` the model's
     modules and parameters. InvalidSpecError for options that are nested too deeply, numbers above
-    MAX_ADAPTER_NUMBER, and patterns that are longer than MAX_PATTERN_LENGTH or no regular
-    expressions; LimitExceededError for a pattern that takes longer than 10 s of processor time.
+    MAX_ADAPTER_NUMBER, options that name files, and patterns that are longer than
+    MAX_PATTERN_LENGTH or no regular expressions; LimitExceededError for a pattern that takes longer
+    than 10 s of processor time.
     """
     problems: list[str] = []
     patterns: list[str] = []
@@ -53,6 +56,8 @@ def check_options(options: Mapping[str, Any], names: Sequence[str], subject: str
         seed = field.rpartition(".")[2].endswith(_SEEDS)
         if type(value) is int and abs(value) > MAX_ADAPTER_NUMBER and not seed:
             problems.append(f"{field}: {value} exceeds {MAX_ADAPTER_NUMBER}")
+        elif isinstance(value, str) and value and _is_path(field):
+            problems.append(f"{field}: an adapter's options may not name files, found {value!r}")
         elif isinstance(value, str) and field.partition(".")[0] not in _NOT_PATTERNS:
             if len(value) > MAX_PATTERN_LENGTH:
                 problems.append(
@@ -99,6 +104,14 @@ def _leaves(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             stack += [(place, item, depth + 1) for item in value]
         else:
             yield place, value
+
+
+def _is_path(field: str) -> bool:
+    """Whether PEFT opens what the option names: a path here, or a repository of the hub."""
+    name = field.partition(".")[0]
+    if name in _NOT_PATTERNS:
+        return False
+    return name in _OPENED or field.rpartition(".")[2].endswith(_PATHS)
 
 
 def _not_an_expression(value: str) -> str | None:

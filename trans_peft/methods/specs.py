@@ -40,6 +40,7 @@ _NOT_OPTIONS = {  # fields that say where a config came from, not what the adapt
     "revision",
     "runtime_config",
     "task_type",
+    "tokenizer_name_or_path",  # PEFT would open whatever place it names
 }
 
 

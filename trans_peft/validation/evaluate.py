@@ -1,7 +1,7 @@
 """Evaluate one model, with or without an adapter, on one suite: item by item, right or wrong."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -26,17 +26,19 @@ def evaluate(
     weights_sha256: str,
     base_fingerprint_sha256: str,
     drafts: Mapping[str, str] | None = None,
+    may_lack: Collection[str] = (),
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Answer a suite's examples once: `answer` of what `prepare` makes of them.
 
+    `may_lack` names the guards of the sandbox for programs that this machine may lack.
     Everything is checked before the model is asked anything. Errors as both of these.
     """
     check_dtype(model, suite)
     return answer(
         model,
-        prepare(tokenizer, suite, examples, context=context_of(model)),
+        prepare(tokenizer, suite, examples, context=context_of(model), may_lack=may_lack),
         weights_sha256=weights_sha256,
         base_fingerprint_sha256=base_fingerprint_sha256,
         drafts=drafts,

@@ -1,7 +1,7 @@
 """A suite's items as one tokenizer cuts them: checked and made once, for any number of adapters."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,16 +82,18 @@ def prepare(
     *,
     context: int | None,
     template: str | None = None,
+    may_lack: Collection[str] = (),
 ) -> Questions:
     """Return a suite's items; `context` is how many tokens a text may have in all (None: any).
 
     Chats are rendered with `template` (an adapter's own), or with the tokenizer's where it is None.
+    `may_lack` names the guards of the sandbox for programs that this worker may lack.
     InvalidSpecError: the suite is not pinned, or has no such scoring. DataError, with every item:
     no items, ids that are not unique, items that do not fit the context, prompts that the tokenizer
     cuts differently when the answer follows, items without choices, references that no answer could
     equal.
     """
-    is_right = marker(suite)
+    is_right = marker(suite, may_lack)
     _ = suite.suite_sha256  # pinned, or else what is made here would be kept under no name
     examples = tuple(examples[: suite.limit])
     prompts = tuple(prompt_ids(examples, tokenizer, template))

@@ -188,4 +188,4 @@ def _is_transparent(line: str) -> bool:
 def _parse(text: str, flags: int = ast.PyCF_ONLY_AST) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes are the author's
-        return compile(text, "<unknown>", "exec", flags, dont_inherit=True)  # type: ignore[return-value]
+        return compile(text, "<unknown>", "exec", flags, dont_inherit=True)

@@ -32,9 +32,7 @@ PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 """The Python that programs are run by here, as `code` names it."""
 
 
-def code(
-    setting: str, may_lack: Collection[str] = frozenset()
-) -> Callable[[str, str], float]:
+def code(setting: str, may_lack: Collection[str] = frozenset()) -> Callable[[str, str], float]:
     """Return the rule under which the prompt and the answer together pass the reference's tests.
 
     `setting` is a suite's: the Python that runs the programs, and after it the guards of the

@@ -46,7 +46,7 @@ class CodeTests:
         for what, text in (("tests", self.tests), ("preamble", self.preamble)):
             try:
                 ast.parse(text)
-            except (SyntaxError, ValueError) as error:
+            except (MemoryError, RecursionError, SyntaxError, ValueError) as error:
                 problems.append(f"the {what} are not Python: {error}")
         if problems:
             raise DataError(f"tests that cannot be used: {'; '.join(problems)}", found=self.tests)

@@ -61,8 +61,8 @@ def refuse(missing: Mapping[Guard, str], allowed: Set[Guard]) -> None:
         expected="\n    ".join(("", *(f"{guard}: {guard.words}" for guard in wanted))),
         found="\n    ".join(("", *(f"{guard}: {why}" for guard, why in wanted.items()))),
         do="run it where unprivileged user namespaces are allowed (in Docker: a seccomp profile "
-        "that allows unshare and mount; Linux 5.14 or later). Only where the machine is thrown away "
-        "afterwards: the operator of a worker sets TRANS_PEFT_SANDBOX_MAY_LACK="
+        "that allows unshare and mount; Linux 5.14 or later). Only where the machine is thrown "
+        "away afterwards: the operator of a worker sets TRANS_PEFT_SANDBOX_MAY_LACK="
         f"{','.join(sorted({*wanted, *allowed}))} and the suite names these guards after a + "
         f"(in Python: allow_missing=frozenset({{{names}}}))",
     )
