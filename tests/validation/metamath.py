@@ -16,7 +16,8 @@ def gsm8k(output, reference):
     """The number after the last marker, rounded, is the reference's."""
     wanted = int(reference.split(MARKER)[-1].replace(",", ""))
     try:
-        return number(output) == wanted
+        given = number(output)
+        return given is not None and float(given) == float(wanted)
     except (OverflowError, ValueError, ZeroDivisionError):
         return False
 
@@ -58,7 +59,7 @@ def _is_number(text):
 def math_problem(output, reference):
     """`process_results`: the final answer has the normal form of the reference's."""
     given = final(output)
-    return given is not None and is_equiv(given, final(reference))
+    return given is not None and is_equiv(given, reference.split(MARKER)[-1])
 
 
 def final(completion):

@@ -10,6 +10,7 @@ import ast
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_every_mark_that_metamath_gives_otherwise_has_a_reason(name):
         if is_right(row["output"], row["reference"]) != theirs(row["output"], row["reference"])
     }
     assert other == ELSEWHERE[name].keys()
+
+
+@pytest.mark.parametrize("name", sorted(METAMATH))
+def test_metamaths_rules_mark_as_metamath_does(name):
+    is_right = marker(replace(named(name), scoring=f"metamath_{name}"))
+    marks = [
+        (is_right(row["output"], row["reference"]), METAMATH[name](row["output"], row["reference"]))
+        for row in outputs(name)
+    ]
+    assert [ours for ours, _ in marks] == [theirs for _, theirs in marks]
+    assert {ours for ours, _ in marks} == {True, False}
 
 
 @pytest.mark.parametrize("name", [name for name in SUITES if name in PROGRAMS])

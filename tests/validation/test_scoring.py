@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
@@ -15,6 +17,14 @@ EXAMPLES = {
     "json_equal": ("json_equal", '{"a": 1}', "{'a': 1}", '{ "a": 1.0 }', "{a}"),
     "choice": ("choice", " yes", "yes", " yes", None),
     "math_verify": ("math_verify:####", "so #### 1/2.", "1/2", "#### 1/2", "1/2"),
+    "metamath_gsm8k": (
+        "metamath_gsm8k", "The answer is: 12.3 km", "The answer is: 1200", "The answer is: 12",
+        "The answer is: twelve",
+    ),
+    "metamath_math": (
+        "metamath_math", "The answer is: \\dfrac12.", "The answer is: 0.51", "The answer is: 1/2",
+        "1/2",
+    ),
     "paper_gsm8k": (
         "paper_gsm8k", "The answer is: 12.3 km", "12", "#### 12\nThe answer is: 12", "12",
     ),
@@ -66,6 +76,11 @@ def test_a_graded_rule_is_right_at_its_threshold_and_above():
         ({"scoring": "exact_match:"}, "does not take"),
         ({"scoring": "regex"}, "regex:PATTERN"),
         ({"scoring": "regex:("}, "cannot be read"),
+        ({"scoring": "regex:[z-a]"}, "cannot be read"),
+        ({"scoring": "regex:(?P<a>x)(?P<a>x)"}, "cannot be read"),
+        ({"scoring": "regex:a{99999999999999999999}"}, "cannot be read"),
+        ({"scoring": "regex:(?L)a"}, "cannot be read"),
+        ({"scoring": "regex:" + "(" * 5000 + ")" * 5000}, "cannot be read"),
         ({"scoring": "choice:per_word"}, "choice:per_token or"),
         ({"scoring": "python"}, "python:NAME==VERSION"),
     ],
@@ -73,6 +88,26 @@ def test_a_graded_rule_is_right_at_its_threshold_and_above():
 def test_a_suite_that_cannot_be_marked_is_refused(options, told):
     with pytest.raises(InvalidSpecError, match=told):
         marker(suite(**options))
+
+
+@given(st.text("ab(){}[]?*+|\\\\^$.1,<>=!:P-LiumsxakdDwWbBAZ0#\ud800", max_size=12))
+@settings(max_examples=200, deadline=None)
+def test_any_pattern_is_bound_or_refused(pattern):
+    try:
+        marker(suite(scoring=f"regex:{pattern}"))
+    except InvalidSpecError as error:
+        assert "cannot be read" in str(error) or not pattern
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 5000 + "]" * 5000, "1" * 5000, "\ud800", "NaN", '{"a":1,"a":1}']
+)
+def test_json_that_cannot_be_read_is_a_bad_reference_and_a_wrong_answer(text):
+    is_right = marker(suite(scoring="json_equal"))
+    if text != "\ud800":
+        assert not is_right(text, "[1]")
+    with pytest.raises(DataError, match="not JSON"):
+        is_right("[1]", text)
 
 
 class Point:

@@ -34,7 +34,13 @@ __all__ = [
 _TEXT_RULES = 2
 """Counts up when prompts or answers come to be other texts under the same suite, template and
 model, so that older results are never compared with newer ones. 2: answers keep special tokens, the
-token that ends a chat's turn ends an answer, chat templates see a fixed date."""
+token that ends a chat's turn ends an answer, chat templates see a fixed date, HumanEval/115's
+import stands in front."""
+
+_MARKING_RULES = {"code": 2, "math_verify": 2}
+"""Counts up where a scoring rule comes to mark answers otherwise under its name, so that older
+marks are never compared with newer ones. `math_verify` 2: numbers in other notations, percentages
+and points. `code` 2: floats within evalplus' tolerance, exceptions that end an iteration."""
 
 BARE = "bare"
 """Stands where an adapter's weights hash would, for the base without any adapter."""
@@ -95,7 +101,12 @@ class Suite:
                 do="read the data once (trans_peft.data.pin) and keep the pinned suite",
             )
         asked = [self.name, self.data.sha256, self.limit, self.scoring, self.threshold]
-        return content_sha256(asked + ([self.data.template] if self.data.template else []))
+        marked = _MARKING_RULES.get(self.scoring.partition(":")[0])
+        return content_sha256(
+            asked
+            + ([self.data.template] if self.data.template else [])
+            + ([["marking", marked]] if marked else [])
+        )
 
     @property
     def decoding_sha256(self) -> str:

@@ -3,8 +3,9 @@
 A rule gives an answer a degree from 0 to 100 against the reference. Exact rules know only 0 and
 100; graded ones need the suite's `threshold`, at or above which an answer counts as right, because
 the gate compares items that are right or wrong. A suite names a rule, and after a colon what the
-rule takes: `exact_match`, `regex:true|false`. All of it is part of the suite's hash, so a rule must
-never change what it does: a changed one gets another name. A new rule is one row of `RULES`.
+rule takes: `exact_match`, `regex:true|false`. All of it is part of the suite's hash. A rule that
+comes to mark otherwise gets another name, or another number in `trans_peft.domain.evaluation`,
+which is part of the hash too. A new rule is one row of `RULES`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -15,6 +16,7 @@ from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.rules.choice import chosen
 from trans_peft.validation.rules.entry_point import entry_point
 from trans_peft.validation.rules.mathematics import math_verify
+from trans_peft.validation.rules.metamath import metamath_gsm8k, metamath_math
 from trans_peft.validation.rules.paper import paper_gsm8k, paper_math
 from trans_peft.validation.rules.program import code
 from trans_peft.validation.rules.text import (
@@ -58,6 +60,8 @@ RULES: Mapping[str, Rule] = {
     "json_equal": _plain(json_equal),
     "choice": Rule(chosen, takes="per_token or per_character", optional=True),
     "math_verify": Rule(math_verify, takes="MARKER", optional=True),
+    "metamath_gsm8k": _plain(metamath_gsm8k),
+    "metamath_math": _plain(metamath_math),
     "paper_gsm8k": _plain(paper_gsm8k),
     "paper_math": _plain(paper_math),
     "code": Rule(code, takes="pythonX.Y", sandboxed=True),

@@ -12,17 +12,19 @@ authors' compares it with itself there, which makes it right whatever the refere
 """
 
 import math
-import re
 from contextlib import suppress
-from fractions import Fraction
 
 from trans_peft.errors import DataError
 from trans_peft.validation.rules.mathematics import equal
+from trans_peft.validation.rules.metamath import (
+    MARKER,
+    final_answer,
+    normal_form,
+    rounded_number,
+)
 
 __all__ = ["paper_gsm8k", "paper_math"]
 
-_MARKER = "The answer is: "
-_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _TOLERANCE = 1e-4
 _BRACKETS = str.maketrans("", "", "{}()")
 
@@ -32,43 +34,24 @@ def paper_gsm8k(answer: str, reference: str) -> float:
 
     Or a hundredth of it, or a hundred times as much.
     """
-    wanted = _rounded_number(reference)
+    wanted = rounded_number(reference)
     if wanted is None:
-        raise DataError(f"no number stands after {_MARKER!r} in the reference", found=reference)
-    given = _rounded_number(answer)
+        raise DataError(f"no number stands after {MARKER!r} in the reference", found=reference)
+    given = rounded_number(answer)
     return 100.0 if given is not None and _close(float(given), float(wanted)) else 0.0
 
 
 def paper_math(answer: str, reference: str) -> float:
     """Return 100 if the text after the last "The answer is: " equals the reference's, loosely."""
-    wanted = _final(reference)
+    wanted = final_answer(reference)
     if not wanted:
-        raise DataError(f"nothing stands after {_MARKER!r} in the reference", found=reference)
-    given = _final(answer)
+        raise DataError(f"nothing stands after {MARKER!r} in the reference", found=reference)
+    given = final_answer(answer)
     if given is None:
         return 0.0
     with suppress(IndexError, ValueError):  # then as they are
-        given, wanted = _normal_form(given), _normal_form(wanted)
+        given, wanted = normal_form(given), normal_form(wanted)
     return 100.0 if given == wanted or _math_equal(given, wanted) else 0.0
-
-
-def _rounded_number(text: str) -> int | None:
-    _, found, rest = text.rpartition(_MARKER)
-    number = _NUMBER.search(rest.strip()) if found else None
-    if number is None:
-        return None
-    above, _, below = number.group().replace(",", "").partition("/")
-    try:
-        if below and int(below):
-            return round(float(Fraction(int(above), int(below))))
-        return round(float(above))
-    except (OverflowError, ValueError):
-        return None
-
-
-def _final(text: str) -> str | None:
-    _, found, rest = text.rpartition(_MARKER)
-    return rest.split(".\n")[0].strip().removesuffix(".").strip() if found else None
 
 
 def _close(given: float, wanted: float) -> bool:
@@ -104,53 +87,3 @@ def _number(text: str) -> float | None:
         return float(text.replace(",", ""))
     except ValueError:
         return None
-
-
-def _normal_form(text: str) -> str:
-    """Return the text as Hendrycks' MATH release compares it (`math_equivalence.strip_string`).
-
-    Raises ValueError or IndexError where that code fails.
-    """
-    for old, new in (
-        ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
-        ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
-    ):  # fmt: skip
-        text = text.replace(old, new)
-    text, *units = text.split("\\text{ ")
-    if len(units) > 1:
-        raise ValueError("two units")
-    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
-    if not text:
-        return text
-    text = "0" + text if text[0] == "." else text
-    sides = text.split("=")
-    if len(sides) == 2 and len(sides[0]) <= 2:
-        text = sides[1]
-    text = _with_braces(text, "\\sqrt", arguments=1).replace(" ", "")
-    text = _with_braces(text, "\\frac", arguments=2)
-    if text == "0.5":
-        text = "\\frac{1}{2}"
-    above, *below = text.split("/")
-    if len(below) != 1:
-        return text
-    whole = int(above), int(below[0])
-    return f"\\frac{{{whole[0]}}}{{{whole[1]}}}" if text == f"{whole[0]}/{whole[1]}" else text
-
-
-def _with_braces(text: str, command: str, *, arguments: int) -> str:
-    """Return the text with the command's one-character arguments in braces: \\sqrt3, \\frac12."""
-    before, *parts = text.split(command)
-    done = before
-    for part in parts:
-        done += command
-        if part[0] == "{":
-            done += part
-        elif arguments == 1:
-            done += f"{{{part[0]}}}{part[1:]}"
-        elif len(part) < 2:
-            return text
-        elif part[1] == "{":
-            done += f"{{{part[0]}}}{part[1:]}"
-        else:
-            done += f"{{{part[0]}}}{{{part[1]}}}{part[2:]}"
-    return done

@@ -103,7 +103,7 @@ def regex(pattern: str) -> Callable[[str, str], float]:
     """
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise InvalidSpecError(
             "the scoring rule's regular expression cannot be read",
             expected="regex:PATTERN, as Python's re reads it",
@@ -134,11 +134,12 @@ def json_equal(answer: str, reference: str) -> float:
     answer must be JSON as a whole, without NaN and with each key once.
     """
     try:
-        wanted = _json(reference)
-    except ValueError as error:
-        raise DataError("the reference is not JSON", found=f"{reference!r}: {error}") from error
+        wanted = _typed(_json(reference))
+    except (RecursionError, ValueError) as error:
+        shown = reference if len(reference) <= _SHOWN else reference[:_SHOWN] + "..."
+        raise DataError("the reference is not JSON", found=f"{shown!r}: {error}") from error
     try:
-        return 100.0 if _typed(_json(answer)) == _typed(wanted) else 0.0
+        return 100.0 if _typed(_json(answer)) == wanted else 0.0
     except (RecursionError, ValueError):
         return 0.0
 

@@ -83,8 +83,10 @@ class _Program:
 
 
 def _raised(error: BaseException) -> list[Any]:
+    # What a program raises may lie about its name and its text, or raise when asked for them.
+    name = type.__getattribute__(type(error), "__name__")
     try:
-        text = str(error)[:1000]
-    except Exception as why:
-        text = f"(its text raised {type(why).__name__})"
-    return ["raised", type(error).__name__, text]
+        text = str.__getitem__(str(error), slice(1000))
+    except BaseException as why:
+        text = f"(its text raised {type.__getattribute__(type(why), '__name__')})"
+    return ["raised", name, text]

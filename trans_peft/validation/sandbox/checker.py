@@ -3,9 +3,14 @@
 No line of the program runs here. What the tests call is a `Remote`, which sends the arguments over
 and gets plain values back, so that the comparison, and with it the verdict, is made where the
 program has nothing to replace, read or end.
+
+`assert f(x) == expected` compares floats, and lists and tuples of floats, within evalplus'
+tolerance (`evalplus.eval`, release 0.3.1: rtol 1e-7, atol 1e-6).
 """
 
+import ast
 import builtins
+import math
 import os
 import socket
 import traceback
@@ -20,6 +25,9 @@ from trans_peft.validation.sandbox.wire import BadMessage, Stream, receive, send
 __all__ = ["Reason", "ask"]
 
 _TESTS = "<tests>"
+_EQUAL = "<equal>"  # no identifier, so no test can use or replace it
+_RTOL, _ATOL = 1e-7, 1e-6
+_ENDS_AN_ITERATION = (StopIteration, StopAsyncIteration)
 
 
 class Reason(StrEnum):
@@ -71,14 +79,64 @@ def _judge(program: "_Program", preamble: str, names: list[str], tests: str) -> 
     try:
         program.wait_until_loaded()
         exec(compile(preamble, "<preamble>", "exec", dont_inherit=True), namespace)  # noqa: S102
-        namespace |= {name: Remote(program, name) for name in names}
-        exec(compile(tests, _TESTS, "exec", dont_inherit=True), namespace)  # noqa: S102
+        namespace |= {name: Remote(program, name) for name in names} | {_EQUAL: _equal}
+        tree = _Tolerant(names).visit(ast.parse(tests, _TESTS))
+        exec(compile(tree, _TESTS, "exec", dont_inherit=True), namespace)  # noqa: S102
     except _Fault as fault:
         return fault.reason, str(fault)
     except BaseException as error:
         wrong = isinstance(error, AssertionError) and error is not program.raised
         return Reason.WRONG if wrong else Reason.RAISED, f"{_words(error)}{_place(error, tests)}"
     return Reason.PASSED, ""
+
+
+class _Tolerant(ast.NodeTransformer):
+    """Lets `assert a == b`, also between `and`s, compare by `_equal`.
+
+    The side that uses one of the program's names is what the program answered.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = frozenset(names)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.Assert:
+        node.test = self._tolerant(node.test)
+        return node
+
+    def _tolerant(self, test: ast.expr) -> ast.expr:
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            test.values = [self._tolerant(value) for value in test.values]
+        elif isinstance(test, ast.Compare) and [type(op) for op in test.ops] == [ast.Eq]:
+            sides = [test.left, *test.comparators]
+            swapped = self._uses_program(sides[1]) and not self._uses_program(sides[0])
+            call = ast.Call(ast.Name(_EQUAL, ast.Load()), [*sides, ast.Constant(swapped)], [])
+            return ast.fix_missing_locations(ast.copy_location(call, test))
+        return test
+
+    def _uses_program(self, side: ast.expr) -> bool:
+        return any(isinstance(n, ast.Name) and n.id in self._names for n in ast.walk(side))
+
+
+def _equal(first: Any, second: Any, swapped: bool) -> Any:
+    """Return whether both are equal, or the answer is as close to what was expected as may be."""
+    exact = first == second
+    answer, expected = (second, first) if swapped else (first, second)
+    if exact or type(answer) is not type(expected):
+        return exact
+    if isinstance(expected, float):
+        return _close(answer, expected)
+    if not isinstance(expected, (list, tuple)) or len(answer) != len(expected):
+        return exact
+    return all(map(_close, answer, expected))
+
+
+def _close(answer: Any, expected: Any) -> bool:
+    """Return what numpy's `allclose` says of a number and an expected float."""
+    if not isinstance(expected, float) or not isinstance(answer, (int, float)):
+        return False
+    if not (math.isfinite(answer) and math.isfinite(expected)):
+        return answer == expected
+    return abs(answer - expected) <= _ATOL + _RTOL * abs(expected)
 
 
 def _words(error: BaseException) -> str:
@@ -182,8 +240,14 @@ def _refer(value: Any) -> _Reference:
 
 
 def _exception(name: str, text: str) -> Exception:
+    """Return the program's exception as Python's own, unless that would end a loop of the tests.
+
+    `all(map(f, values))` takes a StopIteration of f's for the end of the values, and passes.
+    """
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    if not isinstance(kind, type) or not issubclass(kind, Exception):
+        return RemoteError(f"{name}: {text}")
+    if not issubclass(kind, _ENDS_AN_ITERATION):
         with suppress(TypeError):  # some want more than a text
             return kind(text)
     return RemoteError(f"{name}: {text}")

@@ -1,0 +1,146 @@
+"""How MetaMath's own code marks GSM8K and MATH: `eval_gsm8k.py`, `eval_math.py` and `util.py`.
+
+GSM8K: the first number after the last "The answer is: ", rounded to a whole number, is the
+reference's. MATH: the text after it, up to a full stop at a line's end, has the normal form of the
+reference's, that of Hendrycks' MATH release (`math_equivalence.py`).
+
+An output on which MetaMath's evaluation would end with an exception ("1/00") is wrong.
+"""
+
+import math
+import re
+import unicodedata
+from fractions import Fraction
+
+from trans_peft.errors import DataError
+
+__all__ = [
+    "MARKER",
+    "final_answer",
+    "metamath_gsm8k",
+    "metamath_math",
+    "normal_form",
+    "rounded_number",
+]
+
+MARKER = "The answer is: "
+_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
+
+
+def metamath_gsm8k(answer: str, reference: str) -> float:
+    """Return 100 if the answer's number, rounded, is the reference's whole number, else 0."""
+    _, found, rest = reference.rpartition(MARKER)
+    try:
+        wanted = float(int(rest.replace(",", ""))) if found else None
+    except (OverflowError, ValueError):
+        wanted = None
+    if wanted is None:
+        raise DataError(
+            f"no whole number stands after {MARKER!r} in the reference", found=reference
+        )
+    given = rounded_number(answer)
+    return 100.0 if given is not None and float(given) == wanted else 0.0
+
+
+def metamath_math(answer: str, reference: str) -> float:
+    """Return 100 if the answer has the reference's normal form, else 0.
+
+    Where one of them has none, the same text is right.
+    """
+    _, _, wanted = reference.rpartition(MARKER)
+    if MARKER not in reference or not wanted.strip():
+        raise DataError(f"nothing stands after {MARKER!r} in the reference", found=reference)
+    given = final_answer(answer)
+    if given is None:
+        return 0.0
+    try:
+        return 100.0 if normal_form(given) == normal_form(wanted) else 0.0
+    except (IndexError, ValueError):
+        return 100.0 if given == wanted else 0.0
+
+
+def rounded_number(text: str) -> int | None:
+    """Return the first number after the last marker, rounded half to even.
+
+    None where there is no such number, or where MetaMath's evaluation ends with an exception.
+    """
+    _, found, rest = text.rpartition(MARKER)
+    number = _NUMBER.search(rest.strip()) if found else None
+    if number is None:
+        return None
+    above, slash, below = number.group().replace(",", "").partition("/")
+    try:
+        if not slash:
+            return None if float(above) == math.inf else round(float(above))
+        if not (_is_number(above) and _is_number(below)):
+            return None
+        if below == "0":
+            return round(float(above))
+        fraction = Fraction(number.group())
+        return round(fraction.numerator / fraction.denominator)
+    except (OverflowError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return len(text) == 1 and unicodedata.numeric(text, None) is not None
+    return True
+
+
+def final_answer(text: str) -> str | None:
+    """Return the text after the last marker, up to a full stop at a line's end; None without."""
+    _, found, rest = text.rpartition(MARKER)
+    return rest.split(".\n")[0].strip().removesuffix(".").strip() if found else None
+
+
+def normal_form(text: str) -> str:
+    """Return the text as Hendrycks' MATH release compares it (`math_equivalence.strip_string`).
+
+    Raises ValueError or IndexError where that code fails.
+    """
+    for old, new in (
+        ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
+        ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
+    ):  # fmt: skip
+        text = text.replace(old, new)
+    text, *units = text.split("\\text{ ")
+    if len(units) > 1:
+        raise ValueError("two units")
+    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    if not text:
+        return text
+    text = "0" + text if text[0] == "." else text
+    sides = text.split("=")
+    if len(sides) == 2 and len(sides[0]) <= 2:
+        text = sides[1]
+    text = _with_braces(text, "\\sqrt", arguments=1).replace(" ", "")
+    text = _with_braces(text, "\\frac", arguments=2)
+    if text == "0.5":
+        text = "\\frac{1}{2}"
+    above, *below = text.split("/")
+    if len(below) != 1:
+        return text
+    whole = int(above), int(below[0])
+    return f"\\frac{{{whole[0]}}}{{{whole[1]}}}" if text == f"{whole[0]}/{whole[1]}" else text
+
+
+def _with_braces(text: str, command: str, *, arguments: int) -> str:
+    """Return the text with the command's one-character arguments in braces: \\sqrt3, \\frac12."""
+    before, *parts = text.split(command)
+    done = before
+    for part in parts:
+        done += command
+        if part[0] == "{":
+            done += part
+        elif arguments == 1:
+            done += f"{{{part[0]}}}{part[1:]}"
+        elif len(part) < 2:
+            return text
+        elif part[1] == "{":
+            done += f"{{{part[0]}}}{part[1:]}"
+        else:
+            done += f"{{{part[0]}}}{{{part[1]}}}{part[2:]}"
+    return done
