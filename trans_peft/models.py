@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trans_peft.domain.bounds import MAX_HEADER_BYTES
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import (
     AdapterError,
@@ -30,6 +31,7 @@ __all__ = ["LoadedBase", "adapter_weights_sha256", "load_base", "load_tokenizer"
 
 _log = logging.getLogger(__name__)
 
+_CHUNK_BYTES = 1 << 20
 _ORIGIN = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
 """Fields of adapter_config.json that no logit depends on."""
 
@@ -190,20 +192,23 @@ def adapter_weights_sha256(folder: Path) -> str:
     with path.open("rb") as file:
         try:
             header_size = int.from_bytes(file.read(8), "little")
-            if header_size > path.stat().st_size:
+            room = path.stat().st_size - 8 - header_size
+            if room < 0:
                 raise ValueError(f"a header of {header_size} bytes in a smaller file")
+            if header_size > MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {header_size} bytes, more than {MAX_HEADER_BYTES}")
             header = json.loads(file.read(header_size))
             header.pop("__metadata__", None)
             for name in sorted(header):
                 tensor = header[name]
                 begin, end = tensor["data_offsets"]
-                file.seek(8 + header_size + begin)
-                data = file.read(end - begin)
-                if len(data) != end - begin:
+                if not 0 <= begin <= end <= room:
                     raise ValueError(f"{name} ends early")
                 sha256.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
-                sha256.update(data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                file.seek(8 + header_size + begin)
+                for start in range(begin, end, _CHUNK_BYTES):
+                    sha256.update(file.read(min(_CHUNK_BYTES, end - start)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(f"{path} is not a safetensors file", found=error) from error
     return sha256.hexdigest()
 
@@ -216,7 +221,7 @@ def _computed_with(config: Path) -> dict[str, Any]:
             for name, value in fields.items()
             if name not in _ORIGIN
         }
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise AdapterError(f"{config} is not an adapter's configuration", found=error) from error
 
 

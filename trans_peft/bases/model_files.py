@@ -12,6 +12,7 @@ from typing import Any
 from trans_peft.bases.safetensors_stream import MalformedSafetensorsError, tensor_signatures
 from trans_peft.bases.tokenizer_files import chat_template_sha256, tokenizer_sha256, vocabulary
 from trans_peft.domain.base import Fingerprint, TensorSignature
+from trans_peft.domain.bounds import MAX_TENSORS
 from trans_peft.domain.identity import content_sha256
 from trans_peft.ports import StoredFile
 
@@ -165,6 +166,8 @@ class ModelFiles:
                 self.problems.append(f"{file}: stands in another file too: {_some(doubled)}")
             found |= dict.fromkeys(self._weights[file], file)
             tensors |= self._weights[file]
+        if len(tensors) > MAX_TENSORS:
+            self.problems.append(f"{len(tensors)} tensors; at most {MAX_TENSORS} are read")
         if needed <= self._weights.keys():
             wrong = sorted(n for n in index.keys() | found.keys() if index.get(n) != found.get(n))
             if wrong:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trans_peft.domain.base import TensorSignature
+from trans_peft.domain.bounds import MAX_HEADER_BYTES, MAX_TENSORS
 from trans_peft.errors import listed
 
 __all__ = [
@@ -28,9 +29,6 @@ __all__ = [
 
 SKETCH_SIZE = 32
 """So many values of a tensor are kept in its sketch (all of them where it has fewer)."""
-
-MAX_HEADER_BYTES = 100_000_000
-"""The safetensors package's own limit."""
 
 MAX_DIMENSIONS = 16
 
@@ -141,6 +139,10 @@ def _entries(header: bytes) -> list[Entry]:
     if not isinstance(tensors, dict):
         raise MalformedSafetensorsError("its header is no JSON object")
     tensors.pop("__metadata__", None)
+    if len(tensors) > MAX_TENSORS:
+        raise MalformedSafetensorsError(
+            f"it holds {len(tensors)} tensors; at most {MAX_TENSORS} are read"
+        )
     entries, problems = [], []
     for name, value in tensors.items():
         entry = _entry(name, value)

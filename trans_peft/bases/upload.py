@@ -15,6 +15,7 @@ from trans_peft.bases.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from trans_peft.bases.refusals import refusal
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, Manifest, ManifestFile
+from trans_peft.domain.bounds import MAX_FILES
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError, listed
 from trans_peft.ports import ArtifactStore, StoredFile
 
@@ -68,6 +69,10 @@ def verify(
     there = store.list(uri)
     if not there:
         raise NotFoundError(f"there are no files below {uri}")
+    if len(there) > MAX_FILES:
+        raise _refused(
+            f"the upload {uri} is refused:", [f"{len(there)} files; at most {MAX_FILES} are read"]
+        )
     refusals = {file.name: refusal(file.name) for file in there}
     claim = read_claim(uri, store, there)
     problems = [*filter(None, refusals.values()), *_in_each_others_way(there), *claim.against]

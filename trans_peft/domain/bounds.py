@@ -11,8 +11,13 @@ __all__ = [
     "MAX_ADAPTER_NUMBER",
     "MAX_DATA_BYTES",
     "MAX_DATA_ROWS",
+    "MAX_DECODER_GROWTH",
+    "MAX_FILES",
+    "MAX_HEADER_BYTES",
     "MAX_PATTERN_LENGTH",
     "MAX_ROW_CHARACTERS",
+    "MAX_TENSORS",
+    "MAX_TOKEN_CHARACTERS",
 ]
 
 MAX_ADAPTER_CONFIG_BYTES = 1 << 20
@@ -32,3 +37,18 @@ MAX_DATA_ROWS = 2_000_000
 
 MAX_ROW_CHARACTERS = 1 << 24
 """Characters of one row of a data file."""
+
+MAX_FILES = 10_000
+"""Files of an upload."""
+
+MAX_HEADER_BYTES = 1 << 25
+"""Size of the header of a safetensors file (the format allows 100 MB)."""
+
+MAX_TENSORS = 250_000
+"""Tensors of a base or of an adapter."""
+
+MAX_TOKEN_CHARACTERS = 4_096
+"""Characters of one token of a vocabulary."""
+
+MAX_DECODER_GROWTH = 16
+"""How many times longer a tokenizer's decoder may make a text."""

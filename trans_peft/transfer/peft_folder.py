@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES
+from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES, MAX_TENSORS
 from trans_peft.errors import AdapterError
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "PeftFolder", "read_peft_folder"]
@@ -98,6 +98,9 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
         return {}
     try:
         with safe_open(path, framework="numpy") as file:
+            if (count := len(file.keys())) > MAX_TENSORS:
+                problems.append(f"{WEIGHTS_NAME} holds {count} tensors, more than {MAX_TENSORS}")
+                return {}
             tensors = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         problems.append(f"{WEIGHTS_NAME} cannot be read ({error})")

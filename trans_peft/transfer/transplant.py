@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["attach", "attached", "transplant"]
 
 # Some methods build tensors that they do not save: an adapter may take this multiple of its file's
-# elements, and this many more.
+# elements, though not more than its base has, and this many more.
 _ROOM_FACTOR, _ROOM = 4, 1 << 26
 _CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
@@ -120,7 +120,10 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
     try:
         check_options(source.config, [*names_of(model)], subject)
         build = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        room = _ROOM_FACTOR * sum(map(prod, source.tensors.values())) + _ROOM
+        room = _ROOM + min(
+            _ROOM_FACTOR * sum(map(prod, source.tensors.values())),
+            sum(weight.numel() for weight in model.parameters()),
+        )
         with (
             BoundedAllocation(room, subject),
             torch.random.fork_rng(devices=[]),  # fresh weights are drawn, and overwritten below

@@ -1,0 +1,118 @@
+"""Bounds on the files of a base and of an adapter, checked before memory is spent on them."""
+
+import json
+
+import pytest
+
+from trans_peft.bases import model_files, safetensors_stream, upload
+from trans_peft.bases.safetensors_stream import MalformedSafetensorsError, tensor_signatures
+from trans_peft.bases.upload import verify
+from trans_peft.domain.bounds import MAX_HEADER_BYTES
+from trans_peft.edges.memory import MemoryStore
+from trans_peft.errors import AdapterError, UploadError
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.ports import StoredFile
+from trans_peft.transfer import peft_folder
+from trans_peft.transfer.peft_folder import read_peft_folder
+
+
+def safetensors(header: dict | bytes, data: bytes = b"", size: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if size is None else size).to_bytes(8, "little") + text + data
+
+
+def tensors(count: int) -> dict:
+    return {
+        f"t{n}": {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]} for n in range(count)
+    }
+
+
+@pytest.mark.parametrize("size", [MAX_HEADER_BYTES + 1, 1 << 40, (1 << 64) - 1])
+def test_a_long_header_is_not_read(size):
+    def chunks():
+        yield safetensors(b"{", size=size)
+        pytest.fail("it was read on")
+
+    with pytest.raises(MalformedSafetensorsError, match=f"at most {MAX_HEADER_BYTES}"):
+        tensor_signatures(chunks())
+
+
+def test_too_many_tensors_are_refused(monkeypatch):
+    monkeypatch.setattr(safetensors_stream, "MAX_TENSORS", 3)
+    assert len(tensor_signatures(iter([safetensors(tensors(3), b"abc")]))) == 3
+    with pytest.raises(MalformedSafetensorsError, match="4 tensors; at most 3"):
+        tensor_signatures(iter([safetensors(tensors(4), b"abcd")]))
+
+
+def test_the_tensors_of_all_files_count_together(monkeypatch):
+    monkeypatch.setattr(model_files, "MAX_TENSORS", 3)
+    files = model_files.ModelFiles()
+    for name, first in (("a", 0), ("b", 2)):
+        header = {
+            f"t{first + n}": {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]}
+            for n in range(2)
+        }
+        data = safetensors(header, b"ab")
+        files.take(StoredFile(f"{name}.safetensors", len(data), name), iter([data]))
+    index = json.dumps({"weight_map": {f"t{n}": f"{'ab'[n // 2]}.safetensors" for n in range(4)}})
+    files.take(StoredFile(model_files.INDEX, len(index), "i"), iter([index.encode()]))
+    assert files.fingerprint() is None
+    assert any("4 tensors; at most 3" in problem for problem in files.problems)
+
+
+def test_too_many_files_are_refused(monkeypatch):
+    import io
+
+    monkeypatch.setattr(upload, "MAX_FILES", 3)
+    store = MemoryStore()
+    for n in range(4):
+        store.write(f"memory://x/{n}", io.BytesIO(b""))
+    with pytest.raises(UploadError, match="4 files; at most 3"):
+        verify("memory://x", store)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    def write(data: bytes, config: str = '{"peft_type": "LORA"}'):
+        (tmp_path / "adapter_model.safetensors").write_bytes(data)
+        (tmp_path / "adapter_config.json").write_text(config)
+        return tmp_path
+
+    return write
+
+
+HUGE = 10**18
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        safetensors(b"{}", size=HUGE),
+        safetensors({"t": {"dtype": "U8", "shape": [HUGE], "data_offsets": [0, HUGE]}}),
+        safetensors({"t": {"dtype": "U8", "shape": [1], "data_offsets": [-5, 1]}}, b"x"),
+        safetensors({"t": {"dtype": "U8", "shape": [1], "data_offsets": [1, 0]}}, b"x"),
+        safetensors(b'{"a":' * 50_000),
+        safetensors(b" " * (MAX_HEADER_BYTES + 1)),
+    ],
+)
+def test_an_adapters_file_with_a_false_header_is_an_error(adapter, data):
+    folder = adapter(data)
+    with pytest.raises(AdapterError):
+        adapter_weights_sha256(folder)
+    with pytest.raises(AdapterError):
+        read_peft_folder(folder)
+
+
+def test_an_adapter_with_too_many_tensors_is_an_error(adapter, monkeypatch):
+    monkeypatch.setattr(peft_folder, "MAX_TENSORS", 3)
+    assert len(read_peft_folder(adapter(safetensors(tensors(3), b"abc"))).tensors) == 3
+    with pytest.raises(AdapterError, match="4 tensors, more than 3"):
+        read_peft_folder(adapter(safetensors(tensors(4), b"abcd")))
+
+
+def test_the_hash_of_an_adapter_is_what_it_was(adapter):
+    """Versions are registered under it."""
+    folder = adapter(safetensors({"__metadata__": {"a": "b"}} | tensors(5), b"hello"))
+    assert adapter_weights_sha256(folder) == (
+        "19c7ae59547a84ac0b2d0fa8d4f4539bd02fa4e6c1b5209004455feaf70de8a3"
+    )
