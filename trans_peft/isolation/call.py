@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from trans_peft import errors
 from trans_peft.errors import ContentError, IsolationError, LimitExceededError, TransPeftError
+from trans_peft.isolation.environment import child_environment
 from trans_peft.isolation.limits import Limits
 from trans_peft.isolation.server import LENGTH, receive_exactly
 
@@ -29,7 +30,6 @@ _START_S = 600.0
 _GRACE_S = 30.0
 """How long after its wall limit the end of a call is awaited before the server is restarted."""
 _STDERR_BYTES = 2_000
-_SECRETS = ("AWS_", "MLFLOW_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _RAISE = "if the content is trusted, simplify it; the limits are constants of this version"
 
 
@@ -262,26 +262,10 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=_environment(),
+                env=child_environment(),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)}
-    library = str(Path(__file__).parents[2])
-    return kept | {
-        "PYTHONPATH": os.pathsep.join([library, *filter(None, sys.path)]),
-        "PYTHONHASHSEED": "0",  # sympy's order of terms, and so its time, would differ by run
-        "CUDA_VISIBLE_DEVICES": "",  # a forked process cannot use CUDA
-        "HF_HUB_OFFLINE": "1",
-        "RUST_BACKTRACE": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-    }
 
 
 def _scratch() -> BinaryIO:

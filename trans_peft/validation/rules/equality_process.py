@@ -7,12 +7,10 @@ with each other. Such pairs are not compared here, or by their value.
 
 import logging
 import re
-import resource
-from contextlib import suppress
 from itertools import product
 from typing import Any
 
-from trans_peft.validation.rules.limited import serve
+from trans_peft.isolation.limited import serve
 from trans_peft.validation.rules.notation import counts_words, plain
 
 _MEMORY_BYTES = 4 * 2**30
@@ -23,14 +21,12 @@ _EMPTY = re.compile(r"\\(?:emptyset|varnothing)|\\\{\s*\\\}")
 def main() -> None:
     """Answer questions, each an answer and its reference, until there are no more."""
     logging.disable(logging.CRITICAL)  # math-verify warns that nothing would limit its time
-    with suppress(OSError, ValueError):  # not every system limits it
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
 
     def equal(question: list[str]) -> bool:
         answer, reference = map(_parsed, question)
         return any(_same(*pair) for pair in product(reference, answer))
 
-    serve(equal)
+    serve(equal, memory_bytes=_MEMORY_BYTES)
 
 
 def _same(reference: Any, answer: Any) -> bool:

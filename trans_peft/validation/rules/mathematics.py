@@ -1,13 +1,14 @@
 """Whether two mathematical answers are equal, by math-verify, in a process that may be killed.
 
 math-verify guards itself with SIGALRM, which works in a main thread only and does not interrupt a
-long operation on huge numbers. Here it runs without that guard in a process of its own (`limited`),
-which is ended after `CPU_LIMIT_S` of processor time on one comparison. What takes longer, or more
-memory, is not equal. A machine that gives the process no time at all is an error.
+long operation on huge numbers. Here it runs without that guard in a process of its own
+(`trans_peft.isolation.limited`), which is ended after `CPU_LIMIT_S` of processor time on one
+comparison. What takes longer, or more memory, is not equal. A machine that gives the process no
+time at all is an error.
 """
 
 from trans_peft.errors import DataError
-from trans_peft.validation.rules.limited import Limited
+from trans_peft.isolation.limited import Limited
 
 __all__ = ["CPU_LIMIT_S", "equal", "math_verify"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
-from trans_peft.validation.rules.limited import Limited
+from trans_peft.isolation.limited import Limited
 
 __all__ = ["CPU_LIMIT_S", "chrf", "exact_match", "json_equal", "label_f1", "regex", "rouge_l"]
 

@@ -1,13 +1,13 @@
-"""A function that may never end, asked in a process of its own that the operating system ends.
+"""A long-lived process for many small questions, ended and started anew when one takes too long.
 
-The limit is one of processor time, so a busy machine changes no result, and it holds in any thread
-and inside C code, where no signal handler of Python's would run. Questions and answers are JSON, a
-line each.
+`call_isolated` forks a process for each call. Comparing answers asks thousands of questions of a
+millisecond each, so they share a process; each question has its own limit on processor time. That
+holds in any thread and inside C code, where no signal handler of Python would run. Questions and
+answers are JSON, a line each.
 """
 
 import atexit
 import json
-import os
 import resource
 import select
 import subprocess
@@ -18,10 +18,13 @@ from collections.abc import Callable
 from typing import Any
 
 from trans_peft.errors import EvaluationError
+from trans_peft.isolation.environment import child_environment
+from trans_peft.isolation.limits import Limits
 
 __all__ = ["Limited", "serve"]
 
 _WALL_LIMIT_S = 600.0  # of a process that gets no processor time: says nothing of an answer
+_ANY_CPU_S = 1 << 30  # each question brings its own
 _READY = "ready\n"
 
 
@@ -63,13 +66,12 @@ class Limited:
 
     def _start(self) -> "subprocess.Popen[str]":
         self._running = process = subprocess.Popen(
-            [sys.executable, "-m", self._module],
+            [sys.executable, "-P", "-m", self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            # sympy's order of terms, and so the time it takes, would differ from run to run.
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            env=child_environment(),
         )
         if self._line(process) != _READY:
             self.stop()
@@ -93,9 +95,13 @@ class Limited:
         return process.stdout.readline()
 
 
-def serve(answer: Callable[[Any], Any]) -> None:
-    """Answer questions from standard input until there are no more: the process's side."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def serve(answer: Callable[[Any], Any], *, memory_bytes: int = 1 << 30) -> None:
+    """Answer questions from standard input until there are no more: the process's side.
+
+    `memory_bytes` bounds what answers may take beyond what the process has when it begins.
+    """
+    limits = Limits(cpu_s=_ANY_CPU_S, memory_bytes=memory_bytes)
+    limits.apply()
     _say(_READY)
     for line in sys.stdin:
         question, cpu_limit_s = json.loads(line)

@@ -1,0 +1,26 @@
+"""The environment of a child process that evaluates untrusted content."""
+
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["child_environment"]
+
+_SECRETS = ("AWS_", "MLFLOW_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def child_environment() -> dict[str, str]:
+    """Return this process's environment without credentials, threads, CUDA and network access."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)}
+    library = str(Path(__file__).parents[2])
+    return kept | {
+        "PYTHONPATH": os.pathsep.join([library, *filter(None, sys.path)]),
+        "PYTHONHASHSEED": "0",  # sympy's order of terms, and so its time, would differ by run
+        "CUDA_VISIBLE_DEVICES": "",  # a forked process cannot use CUDA
+        "HF_HUB_OFFLINE": "1",
+        "RUST_BACKTRACE": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
