@@ -114,6 +114,7 @@ UNSUPPORTED = {
     "aLoRA": ("LORA", {"alora_invocation_tokens": [1]}, "batched evaluation"),
     "Arrow": ("LORA", {"arrow_config": {}}, "other adapters"),
     "ranks by a schedule": ("ADALORA", {"total_step": 9}, "after each step"),
+    "shapes of the base": ("ADAMSS", {}, "no other base fits"),
     "virtual tokens": ("PROMPT_TUNING", {"num_virtual_tokens": 3}, "virtual tokens"),
     "other people's adapters": ("XLORA", {"hidden_size": 32, "adapters": {}}, "paths"),
     "routing over a batch": ("LILY", {}, "neighbours"),

@@ -25,6 +25,7 @@ _NOT_EVALUATED: Mapping[str, str] = {  # methods and options
     "megatron_config": "the model does not run in Megatron",
 }
 _NOT_TRAINED: Mapping[str, str] = {
+    "ADAMSS": "the shapes of its weights depend on the base's weights, so no other base fits",
     "ADALORA": "its ranks change by a call after each step, which training does not make",
     "monteclora_config": "its loss term is not part of the training loss",
     "use_asa": "its budget changes by a call after each step, which training does not make",

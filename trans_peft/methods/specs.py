@@ -31,6 +31,10 @@ __all__ = ["attach", "to_config", "to_spec"]
 
 _ROOM = 1 << 26  # elements that any adapter may have; on a larger base, as many as the base has
 _PASSED_ON = (InvalidSpecError, MemoryError, torch.OutOfMemoryError)
+_HARMLESS_WARNINGS = (
+    "merging LoRA weights",  # nothing is merged here
+    "did not match any targeted module",  # leaves out target_parameters; see `unused_entries`
+)
 _NOT_OPTIONS = {  # fields that say where a config came from, not what the adapter is
     "auto_mapping",
     "base_model_name_or_path",
@@ -188,11 +192,11 @@ def _telling_ignored(spec: AdapterSpec) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
+    caught = [w for w in caught if not any(t in str(w.message) for t in _HARMLESS_WARNINGS)]
     about = [
         text
         for text in dict.fromkeys(str(warning.message) for warning in caught)
-        if "merging LoRA weights" not in text  # nothing is merged here
-        and any(
+        if any(
             value not in (None, False) and re.search(rf"\b{re.escape(name)}\b", text)
             for name, value in spec.options.items()
         )

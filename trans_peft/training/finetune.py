@@ -29,6 +29,7 @@ from trans_peft.perturbation import perturbed
 from trans_peft.training.batches import training_order
 from trans_peft.training.events import Message, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.rehearsal import rehearse, save_adapter
 from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
 
 __all__ = ["check_tokens", "finetune"]
@@ -115,6 +116,7 @@ def check_tokens(
 
 def _trainer(job: TrainingJob, examples: tuple[Example, ...], device: str) -> AnswerTrainer:
     base = load_base(job.base_folder, job.recipe.dtype, device)
+    rehearse(base, job.recipe.spec, job.work_dir)
     set_seed(job.recipe.seed)  # the adapter's initial weights
     model = attach(base.model, job.recipe.spec)
     if job.start is not None:
@@ -200,7 +202,7 @@ def _save(model: PeftModel, job: TrainingJob) -> None:
     partial = job.work_dir / "adapter.partial"
     for leftover in (partial, job.adapter_folder):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(str(partial))
+    save_adapter(model, partial)
     config_file = partial / "adapter_config.json"
     config = json.loads(config_file.read_text())
     config |= {"base_model_name_or_path": job.base_name, "revision": job.base_revision}

@@ -51,7 +51,8 @@ def compare_places(
         module = module_of(path, old_modules, targets)
         if path in old or path.replace(".base_layer.", ".") in old:
             # PEFT's rule for modules_to_save is looser than its rule for targets.
-            (brought if module.endswith(whole) else foreign).append(path)
+            saved = any(part.endswith(whole) for part in _prefixes(module))
+            (brought if saved else foreign).append(path)
         if module not in old_modules:
             lost[module] = "does not exist in the base that the adapter was trained on"
         elif module not in new_modules:
