@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from trans_peft.errors import LimitExceededError
@@ -20,21 +21,24 @@ _FACTORIES: frozenset[Callable[..., Any]] = frozenset({
     torch.randperm, torch.tril_indices, torch.triu_indices, torch.Tensor.new_empty,
     torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.repeat,
 })  # fmt: skip
+_LARGE = 1 << 20
 _NOT_ON_META = ("generator", "pin_memory", "out")
 
 
 class BoundedAllocation(TorchFunctionMode):
-    """Within the block, this thread's new tensors have at most `elements` elements in all.
+    """Within the block, this thread's new tensors have at most `elements` elements at any time.
 
     LimitExceededError before the tensor that would exceed it is allocated. Counts what torch's
     factory functions make, as `torch.device` contexts see them; copies of tensors that exist are
-    not counted.
+    not counted. Large tensors count while they are alive, since some methods need large temporary
+    ones; small ones count for good.
     """
 
     def __init__(self, elements: int, subject: str) -> None:
         super().__init__()
         self._bound = elements
-        self._used = 0
+        self._small = 0
+        self._large: list[tuple[StorageWeakRef, int]] = []
         self._subject = subject
 
     def __torch_function__(
@@ -46,16 +50,24 @@ class BoundedAllocation(TorchFunctionMode):
     ) -> Any:
         """Count what a factory function is about to allocate, and refuse what is too much."""
         kwargs = kwargs or {}
-        if func in _FACTORIES:
-            self._used += self._elements(func, args, kwargs)
-            if self._used > self._bound:
-                raise LimitExceededError(
-                    f"{self._subject} needs larger tensors than it may",
-                    expected=f"at most {self._bound:,} elements in all",
-                    found=f"{self._used:,} or more",
-                    do="check its ranks and sizes against its weights and its base",
-                )
-        return func(*args, **kwargs)
+        if func not in _FACTORIES:
+            return func(*args, **kwargs)
+        elements = self._elements(func, args, kwargs)
+        self._large = [(made, size) for made, size in self._large if not made.expired()]
+        used = self._small + sum(size for _, size in self._large) + elements
+        if used > self._bound:
+            raise LimitExceededError(
+                f"{self._subject} needs larger tensors than it may",
+                expected=f"at most {self._bound:,} elements at a time",
+                found=f"{used:,} or more",
+                do="check its ranks and sizes against its weights and its base",
+            )
+        made = func(*args, **kwargs)
+        if elements < _LARGE:
+            self._small += elements
+        elif isinstance(made, torch.Tensor) and made.device.type != "meta":
+            self._large.append((StorageWeakRef(made.untyped_storage()), elements))
+        return made
 
     @staticmethod
     def _elements(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

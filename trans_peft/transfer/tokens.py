@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trans_peft.errors import NotFoundError, listed
+from trans_peft.isolation import Limits, call_isolated
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["PROBE_CORPUS", "compare_tokens"]
+
+_LIMITS = Limits(cpu_s=120, memory_bytes=2 << 30)
 
 PROBE_CORPUS = (
     "The quick brown fox doesn't jump over 13 lazy dogs; it costs $4.50 (or 1,234.5e-6 €).",
@@ -28,8 +31,21 @@ def compare_tokens(old: Path, new: Path) -> tuple[tuple[str, ...], tuple[str, ..
     """Return (mismatches, notes) about the tokenizers in two folders.
 
     Every old token must keep its id, and the probe corpus must become the same ids; added tokens
-    are a note. NotFoundError for a folder without `tokenizer.json`.
+    are a note. NotFoundError for a folder without `tokenizer.json`; LimitExceededError where the
+    tokenizers, which run in a child process, need too much time or memory.
     """
+    mismatches, notes = call_isolated(
+        _compare,
+        old,
+        new,
+        limits=_LIMITS,
+        subject=f"the tokenizer in {old} or {new}",
+        imports=("tokenizers",),
+    )
+    return tuple(mismatches), tuple(notes)
+
+
+def _compare(old: Path, new: Path) -> tuple[list[str], list[str]]:
     before, after = _tokenizer(old), _tokenizer(new)
     old_ids, new_ids = before.get_vocab(), after.get_vocab()
     mismatches, notes = [], []
@@ -53,7 +69,7 @@ def compare_tokens(old: Path, new: Path) -> tuple[tuple[str, ...], tuple[str, ..
             f"{len(differing)} of {len(PROBE_CORPUS)} probe texts become other tokens:"
             f" {listed(differing, 1)}"
         )
-    return tuple(mismatches), tuple(notes)
+    return mismatches, notes
 
 
 def _tokenizer(folder: Path) -> "Tokenizer":

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["attach", "attached", "transplant"]
 
-# Some methods build tensors that they do not save: an adapter may take this multiple of its file's
-# elements, though not more than its base has, and this many more.
+# An adapter may build as many elements as its base has, and `_ROOM` more. With a method that saves
+# nearly all that it builds, it may take a multiple of its file's elements instead; FourierFT, BOFT
+# and others build dense matrices that they do not save.
 _ROOM_FACTOR, _ROOM = 4, 1 << 26
+_SAVED_WHOLE = frozenset({"ADALORA", "BOTTLENECK", "IA3", "LOHA", "LOKR", "LORA", "PROMPT_TUNING"})
 _CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
 
@@ -120,12 +122,11 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
     try:
         check_options(source.config, [*names_of(model)], subject)
         build = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        room = _ROOM + min(
-            _ROOM_FACTOR * sum(map(prod, source.tensors.values())),
-            sum(weight.numel() for weight in model.parameters()),
-        )
+        room = sum(weight.numel() for weight in model.parameters())
+        if source.peft_type in _SAVED_WHOLE:
+            room = min(room, _ROOM_FACTOR * sum(map(prod, source.tensors.values())))
         with (
-            BoundedAllocation(room, subject),
+            BoundedAllocation(_ROOM + room, subject),
             torch.random.fork_rng(devices=[]),  # fresh weights are drawn, and overwritten below
         ):
             peft_model = build(model, config, adapter_name=name)
