@@ -86,7 +86,7 @@ def test_a_stored_file_is_not_read_beyond_the_bound(tmp_path, monkeypatch):
 def test_rows_that_are_too_long_are_refused_by_id():
     rows = [("line 1", ROW), ("line 2", {"id": "b", "prompt": "x", "completion": "y"})]
     rows.append(("line 3", {"id": "c", "prompt": "x" * MAX_ROW_CHARACTERS, "completion": "y"}))
-    with pytest.raises(DataError, match=r"(?s)1 of 3 rows are too long.*id c: "):
+    with pytest.raises(DataError, match=r"(?s)1 of 3 rows are too long.*line 3 \(id c\): "):
         checked(rows, "rows", "")
 
 

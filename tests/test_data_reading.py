@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import sys
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trans_peft.data import parse_examples, read_examples, write_examples
+from tests.tiny import tiny_tokenizer
+from trans_peft.data import parse_examples, prompt_ids, read_examples, write_examples
 from trans_peft.data.json_rows import json_rows
 from trans_peft.data.parsing import checked, unpacked_rows
 from trans_peft.data.rows import Unreadable
@@ -236,3 +238,18 @@ def test_only_rows_with_faults_are_lost_in_a_list():
     read = json_rows(text.encode(), "x")
     assert [where for where, _ in read] == ["item 1", "item 2", "item 3", "item 4"]
     assert [isinstance(value, Unreadable) for _, value in read] == [False, True, False, False]
+
+
+def test_an_example_knows_where_its_row_stands(tmp_path):
+    """A row without an id has a hash for one, by which nobody finds it."""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"\n{json.dumps({'messages': turns})}\n{json.dumps({'messages': turns})}")
+    examples = read_examples(DataSource(str(path)), FileStore())
+    assert [example.place for example in examples] == ["line 2", "line 3"]
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(
+        DataError, match=rf"line 3 \(id {examples[1].id}\): the chat template failed"
+    ):
+        prompt_ids(examples, tokenizer, "{{ raise_exception('no') }}")
+    assert replace(examples[0], place="") == examples[0]

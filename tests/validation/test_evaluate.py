@@ -140,7 +140,7 @@ def test_the_longest_prompt_that_fits_is_answered(model, tokenizer):
 
 
 def test_a_prompt_that_training_cut_differently_is_refused(model, tokenizer):
-    with pytest.raises(DataError, match=r"item cut: .*move the white space"):
+    with pytest.raises(DataError, match=r"id cut: .*move the white space"):
         run(model, Merging(tokenizer), [Example("cut", "answer: ", "yes")])
     assert run(model, Merging(tokenizer), [Example("uncut", "answer:", " yes")]).items
 

@@ -1,7 +1,7 @@
 """One question and its answer, as text or as a chat, and the token ids that a model sees of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trans_peft.data.encoding import encoded
@@ -29,7 +29,8 @@ class Example:
     order of the rows. `completion` is the answer. What stands before it is `prompt`, or in a chat
     `messages[:-1]` (`messages` is the whole chat, the answer last; `prompt` is then empty).
     `choices` are all the answers to choose from, the completion among them. `reference` is what an
-    answer is marked against where that is not the completion (unit tests, for a program).
+    answer is marked against where that is not the completion (unit tests, for a program). `place`
+    is where the row stands in its file ("line 3"), for messages; it does not make examples differ.
     """
 
     id: str
@@ -38,6 +39,12 @@ class Example:
     messages: tuple[Message, ...] | None = None
     choices: tuple[str, ...] = ()
     reference: str = ""
+    place: str = field(default="", compare=False)
+
+    @property
+    def location(self) -> str:
+        """Where the row stands and its id, for a message: a row without an id is known by place."""
+        return f"{self.place} (id {self.id})" if self.place else f"id {self.id}"
 
     @property
     def characters(self) -> int:
@@ -182,7 +189,7 @@ def _chat_ids(
         add_generation_prompt=add_generation_prompt,
     )
     rows = [
-        f"id {examples[i].id}: {told}"
+        f"{examples[i].location}: {told}"
         for i, told in zip(conversations, problems, strict=True)
         if told
     ]

@@ -58,8 +58,9 @@ def examples_in(
             messages=messages and tuple(Message(role, content) for role, content in messages),
             choices=tuple(choices),
             reference=reference,
+            place=place,
         )
-        for id_, prompt, completion, messages, choices, reference in rows
+        for id_, prompt, completion, messages, choices, reference, place in rows
     )
 
 
@@ -72,7 +73,7 @@ def checked(rows: list[Row], uri: str, template: str) -> tuple[Example, ...]:
         raise _too_many_rows(uri, len(rows))
     examples = examples_from(through_template(rows, template) if template else rows, uri)
     long = [
-        f"id {example.id}: {size} characters"
+        f"{example.location}: {size} characters"
         for example in examples
         if (size := example.characters) > MAX_ROW_CHARACTERS
     ]
@@ -119,6 +120,7 @@ def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> 
             example.messages and [[turn.role, turn.content] for turn in example.messages],
             list(example.choices),
             example.reference,
+            example.place,
         ]
         for example in examples[:limit]
     ]

@@ -75,7 +75,7 @@ def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
                 reasons.append(f"id {own_id!r} stands in {own_ids[own_id]} already")
             elif own_id:
                 own_ids[own_id] = where
-            example = _example(row, own_id, content_counts)
+            example = _example(row, own_id, content_counts, where)
             reasons += unsupported_fields(row, _READ[_shape(row)], _text(example))
             examples.append(example)
         problems += [(where, reason) for reason in reasons]
@@ -221,7 +221,9 @@ def _text(example: Example) -> str:
     return "\n".join([example.prompt, *turns, example.completion])
 
 
-def _example(row: dict[str, Any], own_id: str, content_counts: dict[str, int]) -> Example:
+def _example(
+    row: dict[str, Any], own_id: str, content_counts: dict[str, int], where: str
+) -> Example:
     messages = None
     shape = _shape(row)
     if shape == "messages":
@@ -240,4 +242,4 @@ def _example(row: dict[str, Any], own_id: str, content_counts: dict[str, int]) -
         content = content_sha256([prompt, completion, messages, *marked_by])[:16]
         content_counts[content] = count = content_counts.get(content, 0) + 1
         own_id = content if count == 1 else f"{content}-{count}"
-    return Example(own_id, prompt, completion, messages, choices, reference)
+    return Example(own_id, prompt, completion, messages, choices, reference, where)

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], No
     last. Raises DataError before a model is loaded.
     """
     recipe, steps = job.recipe, job.recipe.optimizer.steps
-    examples = parse_examples(job.data_file.read_bytes(), str(job.data_file))
+    read = parse_examples(job.data_file.read_bytes(), recipe.data.uri)
+    # The places are those of the job's file, not of the user's.
+    examples = tuple(replace(example, place="") for example in read)
     tokenizer = load_tokenizer(job.base_folder)
     shortened_rows = check_tokens(examples, tokenizer, recipe.optimizer.max_length)
     trainer = _trainer(job, examples, str(state.device))
@@ -96,11 +99,11 @@ def check_tokens(
         shortened += whole > max_length
         if prompt >= max_length:
             problems.append(
-                f"id {example.id}: its prompt fills max_length={max_length}: {prompt} tokens"
+                f"{example.location}: its prompt fills max_length={max_length}: {prompt} tokens"
             )
         elif example.messages is None and not starts:
             problems.append(
-                f"id {example.id}: with its answer the end of the prompt becomes other tokens"
+                f"{example.location}: with its answer the end of the prompt becomes other tokens"
             )
     if problems:
         more = len(problems) - _PROBLEMS_SHOWN

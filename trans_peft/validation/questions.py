@@ -108,11 +108,11 @@ def prepare(
     problems = [*_doubled(examples)]
     for example, prompt, of_item in zip(examples, prompts, wholes, strict=True):
         if told := _problem(suite, example, prompt, of_item, context):
-            problems.append(f"item {example.id}: {told}")
+            problems.append(f"{example.location}: {told}")
         try:
             is_right("", example.reference or example.completion)
         except DataError as error:
-            problems.append(f"item {example.id}: {error}")
+            problems.append(f"{example.location}: {error}")
     _refuse(suite, examples, problems)
     behind = [
         [whole[len(prompt) :] for whole in of_item]
