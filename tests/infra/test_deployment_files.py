@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,58 @@ def test_compose_builds_stages_that_exist_and_waits_for_services_that_exist():
     for service in COMPOSE["services"].values():
         assert service.get("build", {}).get("target", "worker") in stages
         assert set(service.get("depends_on", {})) <= set(COMPOSE["services"])
+
+
+def test_no_image_comes_from_a_tag():
+    """A name that is not built here ends with a digest, and a digest has no default."""
+    digest = r"@sha256:\$\{(\w+)(:\?[^}]*)?\}"
+    from_outside = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    stages = set(re.findall(r"^FROM \S+ AS (\w+)", DOCKERFILE, re.MULTILINE))
+    images = [name for name in from_outside if name not in stages]
+    services = COMPOSE["services"].values()
+    built = {service["image"] for service in services if "build" in service}
+    images += [s["image"] for s in services if s["image"] not in built]
+    assert len(images) == 2
+    for image in images:
+        assert re.search(rf"{digest}$", image), image
+    example = (INFRA / "containers" / "env.example").read_text()
+    assert re.search(r"^ARG PYTHON_SHA256$", DOCKERFILE, re.MULTILINE)
+    assert re.findall(r"^(\w+_SHA256)=(.*)$", example, re.MULTILINE) == [
+        ("PYTHON_SHA256", ""),
+        ("POSTGRES_SHA256", ""),
+    ]
+    for service in services:
+        if "build" in service:
+            assert service["build"]["args"]["PYTHON_SHA256"].startswith("${PYTHON_SHA256:?")
+
+
+@pytest.mark.parametrize("tool", ["skopeo", "docker"])
+@pytest.mark.parametrize("answer", ["sha256:" + "a1" * 32, "", "latest", "sha256:xyz", "sha256:ab"])
+def test_pin_writes_digests_and_nothing_else(tool, answer, tmp_path):
+    for name in ("pin.sh", "env.example"):
+        shutil.copy(INFRA / "containers" / name, tmp_path / name)
+    before = "POSTGRES_PASSWORD=word\nPYTHON_SHA256=old\nPOSTGRES_SHA256=\n"
+    (tmp_path / ".env").write_text(before)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for needed in ("sh", "dirname", "grep", "chmod", "mv"):
+        (programs / needed).symlink_to(shutil.which(needed))
+    (programs / tool).write_text(f"#!/bin/sh\necho '{answer}'\n")
+    (programs / tool).chmod(0o755)
+    pinned = subprocess.run(
+        [tmp_path / "pin.sh"], env={"PATH": str(programs)}, capture_output=True, check=False
+    )
+    written = (tmp_path / ".env").read_text().splitlines()
+    if answer.endswith("a1"):
+        digest = answer.removeprefix("sha256:")
+        assert pinned.returncode == 0, pinned.stderr
+        assert written == [
+            "POSTGRES_PASSWORD=word", f"PYTHON_SHA256={digest}", f"POSTGRES_SHA256={digest}"
+        ]  # fmt: skip
+        assert (tmp_path / ".env").stat().st_mode & 0o077 == 0
+    else:
+        assert pinned.returncode != 0
+        assert written == before.splitlines()
 
 
 @pytest.mark.parametrize("service", ["mlflow", "prefect", "postgres", "bridge"])
@@ -66,7 +120,7 @@ def test_no_template_lets_a_run_choose_what_is_executed_with_which_rights(templa
 def test_the_image_carries_what_the_worker_imports():
     copied = set(re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE))
     names = {name for line in copied for name in line.split()}
-    assert {"trans_peft", "tasks", "flows", "infra", "prefect.yaml"} <= names
+    assert {"trans_peft", "tasks", "flows", "infra", "prefect.yaml", "locks"} <= names
     ignored = (INFRA / "containers" / "Dockerfile.dockerignore").read_text().splitlines()
     assert {f"!{name}" for name in names} <= set(ignored)
 

@@ -1,10 +1,12 @@
 """The files at the root say the same things as the code."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from infra.locks import LEFT_OUT, SETS, pins
 from infra.stack.prefect_objects import QUEUES
 from infra.stack.settings import WORK_POOL
 
@@ -60,6 +63,50 @@ def test_no_path_of_one_machine_is_deployed():
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)
 def test_every_dependency_is_locked_within_its_range(requirement):
     assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_lock_has_the_versions_of_the_constraints_and_a_hash_for_each(name):
+    text = (ROOT / "locks" / f"{name}.txt").read_text()
+    blocks = re.split(r"\n(?=\S)", text.partition("\n")[2].strip())
+    locked = pins(text)
+    assert len(blocks) == len(locked) > 0
+    for block in blocks:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), block.splitlines()[0]
+    assert not [package for package in locked if LEFT_OUT.fullmatch(package)]
+    other = {p: v for p, v in locked.items() if PINS.get(p, v) != v}
+    assert not other, f"make lock KEEP=--keep: {other}"
+
+
+def test_setup_installs_by_hash_whatever_the_project_needs_but_torch():
+    locked = pins((ROOT / "locks" / "setup.txt").read_text())
+    extras = {"platform", "stack", "demo", "dev"}
+    needed, seen = {("trans-peft", extra) for extra in extras} | {("trans-peft", "")}, set()
+    while needed - seen:
+        package, extra = (needed - seen).pop()
+        seen.add((package, extra))
+        for line in distribution(package).requires or ():
+            wanted = Requirement(line)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+                name = canonicalize_name(wanted.name)
+                needed |= {(name, part) for part in {"", *wanted.extras}}
+    names = {package for package, _ in seen} - {"trans-peft"}
+    missing = {name for name in names - locked.keys() if not LEFT_OUT.fullmatch(name)}
+    assert not missing, f"make lock KEEP=--keep: {missing}"
+    # Before Python 3.11.3 there is async-timeout as well.
+    assert locked.keys() - {"setuptools", "async-timeout"} <= PINS.keys()
+
+
+@pytest.mark.parametrize("path", ["Makefile", ".ci/run", "infra/containers/Dockerfile"])
+def test_whatever_installs_a_package_by_version_alone_has_installed_its_dependencies_by_hash(path):
+    """The rest is this project, and torch."""
+    text = (ROOT / path).read_text().replace("\\\n", " ")
+    for line in text.splitlines():
+        if "pip install" in line and not line.startswith("#"):
+            for command in line.split("&&"):
+                hashed = "--require-hashes" in command and "--no-deps" in command
+                own = "--no-build-isolation" in command and "--constraint" in command
+                assert hashed or own, command
 
 
 @pytest.mark.parametrize("target", TARGETS)
