@@ -29,6 +29,8 @@ _START_S = 600.0
 """How long the server may take to start and to import modules on a busy machine."""
 _GRACE_S = 30.0
 """How long after its wall limit the end of a call is awaited before the server is restarted."""
+_STOP_S = 0.5
+"""How long the server may take to end by itself; its children end with it."""
 _STDERR_BYTES = 2_000
 _RAISE = "if the content is trusted, simplify it; the limits are constants of this version"
 
@@ -233,7 +235,7 @@ class _Server:
             control.close()
         if process is not None:
             try:
-                process.wait(5)
+                process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
