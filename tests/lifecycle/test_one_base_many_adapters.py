@@ -37,8 +37,8 @@ POLICY = GatePolicy(margin_points=10.0)
 LM = {"task_type": "CAUSAL_LM"}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 KINDS = {
-    "lora r 2": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **LM),
-    "lora r 8": LoraConfig(
+    "lora-r-2": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **LM),
+    "lora-r-8": LoraConfig(
         r=8, target_modules=[*ATTENTION, "down_proj"], init_lora_weights=False, **LM
     ),
     "dora": LoraConfig(r=4, target_modules=ATTENTION, use_dora=True, init_lora_weights=False, **LM),
@@ -236,7 +236,7 @@ def test_so_many_suites_are_kept_and_no_more(shard):
     platform, root = shard
     suite = platform.registry.versions("dora")[0].suites[0]
     base = models.load_base(root / "v2", "float32")
-    many = [replace(suite, name=f"suite {i}") for i in range(questions._MOST + 3)]
+    many = [replace(suite, name=f"suite-{i}") for i in range(questions._MOST + 3)]
     made = [questions.questions_for(one, base, platform) for one in many]
     assert questions.questions_for(many[-1], base, platform) is made[-1]
     assert len(questions._kept[base]) == questions._MOST

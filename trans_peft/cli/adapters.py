@@ -85,6 +85,7 @@ def evaluate(
     Example: `trans-peft evaluate --bare --base models/v2 --suite suite.yaml --json`
     """
     from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
+    from trans_peft.lifecycle.preflight import check_suites
     from trans_peft.models import adapter_weights_sha256
 
     if bare == (adapter is not None):
@@ -95,9 +96,11 @@ def evaluate(
     with progress() as shown:
         workspace = Workspace.at(state, shown)
         folder = workspace.adapter(adapter) if adapter is not None else None
+        on, pinned = workspace.base(base, LOCAL), pin_suites(suites, workspace.platform)
+        check_suites(on, pinned, workspace.platform)
         found = evaluate_on(
-            workspace.base(base, LOCAL),
-            pin_suites(suites, workspace.platform),
+            on,
+            pinned,
             workspace.platform,
             adapter=None if folder is None else lambda: folder,
             weights_sha256=BARE if folder is None else adapter_weights_sha256(folder),

@@ -10,6 +10,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import AdapterError, NotFoundError, telling_full_disks
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
+from trans_peft.lifecycle.preflight import check_registration, check_suites
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
@@ -39,6 +40,7 @@ def adopt(
     from trans_peft.transfer.effect import probe_effect
     from trans_peft.transfer.transplant import attached, transplant
 
+    check_registration(adapter, family, platform)
     pinned = pin_suites(suites, platform)
     with (
         telling_full_disks(tempfile.gettempdir()),
@@ -47,6 +49,7 @@ def adopt(
         folder = _fetch(folder_uri, Path(scratch) / "peft", platform)
         config = json.loads((folder / "adapter_config.json").read_text())
         base = _base(adapter, family, base_version, config, platform)
+        check_suites(base, pinned, platform)
         fingerprint = platform.catalog.fingerprint(base)
         fit = compare(fingerprint, fingerprint, folder, old_tokenizer=None, new_tokenizer=None)
         if not fit.ok:

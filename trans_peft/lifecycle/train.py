@@ -12,6 +12,7 @@ from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import telling_full_disks
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
+from trans_peft.lifecycle.preflight import check_registration, check_suites
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
 from trans_peft.training import events
@@ -87,16 +88,17 @@ def train(
     """Train one adapter as the recipe says and register it, live, on the base it was trained on.
 
     The same recipe on the same base and data again returns the version that is there. A run that
-    was killed resumes from its last checkpoint on the same worker. Raises TrainingError,
-    OutOfMemoryError, DataError, NotFoundError; then nothing is registered.
+    was killed resumes from its last checkpoint on the same worker. What evaluation and registration
+    need is checked before the first step (`preflight`). Raises TrainingError, OutOfMemoryError,
+    DataError, InvalidSpecError, NotFoundError; then nothing is registered.
     """
     resolved, base = resolve_recipe(recipe, platform)
     existing = _registered(resolved, base, platform)
     if existing is not None:
         return existing
+    check_registration(resolved.adapter, base.family, platform)
     examples = read_examples(resolved.data, platform.store)
-    for suite in resolved.suites:  # a bad row is better told now than after hours of training
-        read_examples(suite.data, platform.store, limit=suite.limit)
+    check_suites(base, resolved.suites, platform)
 
     tags = {"family": base.family, "base": base.version, "adapter": resolved.adapter}
     with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:
@@ -108,6 +110,7 @@ def train(
             on_event(event)
 
         job = job_on(base, resolved, examples, platform)
+        run.file(_written(resolved, job.work_dir))  # first: it shows that files can be stored
         result = fit(job, on_event=on_training_event)
         evaluations = evaluate_on(
             base,
@@ -120,7 +123,6 @@ def train(
         )
         scores = {f"score/{name}": item.score for name, item in evaluations.items()}
         run.metrics(scores, result.steps)
-        run.file(_written(resolved, job.work_dir))
         version = platform.registry.register(
             replace(trained_version(base, resolved, result), run_id=run.id),
             result.folder,

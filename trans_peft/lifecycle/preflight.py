@@ -1,0 +1,100 @@
+"""Before hours of training: everything that evaluation and registration will need afterwards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import uuid4
+
+from trans_peft.data import read_examples
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.names import check_case, check_names
+from trans_peft.errors import (
+    DataError,
+    InvalidSpecError,
+    NotFoundError,
+    StoreError,
+    TransPeftError,
+    UnsupportedModelError,
+)
+from trans_peft.lifecycle.evaluations import base_folder
+from trans_peft.ports import Platform
+
+__all__ = ["check_registration", "check_suites"]
+
+
+def check_registration(adapter: str, family: str, platform: Platform) -> None:
+    """Raise InvalidSpecError unless a version of `adapter` can be registered in `family`.
+
+    Checks the name, that no other family has it, and that the registry, the evaluation store and
+    this worker's folder answer. Errors of these pass.
+    """
+    check_names("the adapter cannot be registered", adapter=adapter, family=family)
+    check_case("adapter", adapter, platform.registry.adapters(family))
+    try:
+        families = {version.family for version in platform.registry.versions(adapter)}
+    except NotFoundError:
+        families = set()
+    if families - {family}:
+        raise InvalidSpecError(
+            f"the adapter {adapter!r} belongs to another family",
+            expected=", ".join(sorted(families)),
+            found=family,
+            do="give the new adapter another name",
+        )
+    platform.evaluations.get("0" * 64)
+    _check_writable(platform.work_dir)
+
+
+def check_suites(base: BaseVersion, suites: Sequence[Suite], platform: Platform) -> None:
+    """Raise an error unless every pinned suite can be asked on a base; no model is loaded.
+
+    As an evaluation does, it reads the rows, binds the scoring rule, renders and tokenizes the
+    prompts, and holds them against the context and the choices. DataError with the problems of all
+    suites; another error of a suite (a rule that does not exist) where there is one alone.
+    """
+    from trans_peft.models import load_tokenizer
+    from trans_peft.validation.questions import prepare
+
+    folder = base_folder(base, platform)
+    tokenizer, context = load_tokenizer(folder), _context(folder)
+    errors: list[TransPeftError] = []
+    for suite in suites:
+        try:
+            examples = read_examples(suite.data, platform.store, limit=suite.limit)
+            prepare(tokenizer, suite, examples, context=context, may_lack=platform.may_lack)
+        except (DataError, InvalidSpecError) as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise DataError(
+            f"{len(errors)} of {len(suites)} suites cannot be evaluated on {base}:\n"
+            + "\n".join(str(error) for error in errors)
+        )
+
+
+def _context(folder: Path) -> int | None:
+    """Return how many tokens a text may have, from config.json as transformers reads it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"transformers has no model for the config.json in {folder}", found=error
+        ) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / f".writable-{uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0")
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"this worker cannot write to its folder {folder}",
+            found=error,
+            do="make it writable and free room on its disk, or set another one",
+        ) from error
