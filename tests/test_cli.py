@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
+from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer, write_tiny_base
 from trans_peft.cli import main
 from trans_peft.perturbation import layer_criticality
 
@@ -313,6 +313,24 @@ def test_adopt_refuses_what_does_not_fit(table, tmp_path):
     assert code == 2
     assert "model.layers.2.self_attn.q_proj" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_transfer_keeps_the_old_bases_chat_template(table, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    tiny_model().save_pretrained(tmp_path / "v3")
+    tokenizer.save_pretrained(tmp_path / "v3")
+    code, told = table.json("check", "mine", "--old", "v1", "--new", tmp_path / "v3")
+    assert code == 0
+    assert "has none of its own" in told["compatibility"]["notes"][0]
+    table.run(
+        *("transfer", "mine", "--old", "v1", "--new", tmp_path / "v3", "--suite", "suite.json"),
+        *("--out", tmp_path / "out"),
+    )
+    assert (tmp_path / "out/adapter/chat_template.jinja").read_text() == CHAT_TEMPLATE
+    outcome = json.loads((tmp_path / "out/outcome.json").read_text())
+    assert "keeps the one it was trained with" in outcome["compatibility"]["notes"][0]
+    assert not (table.folder / "mine/chat_template.jinja").exists()
 
 
 def test_transfer_judges_and_transplants(table, tmp_path):

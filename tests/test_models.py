@@ -16,7 +16,13 @@ from trans_peft.errors import (
     NotFoundError,
     UnsupportedModelError,
 )
-from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
+from trans_peft.models import (
+    adapter_weights_sha256,
+    keeps_no_template,
+    load_base,
+    load_tokenizer,
+)
+from trans_peft.text.chat import pinned
 
 
 def saved(folder: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> str:
@@ -190,3 +196,28 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="no end-of-text token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_chat_template_is_part_of_an_adapter(tmp_path):
+    before = saved(tmp_path, TENSORS)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    first = adapter_weights_sha256(tmp_path)
+    assert first != before
+    assert adapter_weights_sha256(tmp_path, template=False) == before
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }} ")
+    assert adapter_weights_sha256(tmp_path) not in (before, first)
+    # Pinned or not, a template renders the same prompts.
+    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
+    unpinned = adapter_weights_sha256(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(pinned("{{ strftime_now('%Y') }}"))
+    assert adapter_weights_sha256(tmp_path) == unpinned
+
+
+def test_a_version_from_before_templates_is_used_as_it_was_evaluated(tmp_path):
+    before = saved(tmp_path, TENSORS)
+    assert not keeps_no_template(tmp_path, before)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert not keeps_no_template(tmp_path, "another hash")
+    assert (tmp_path / "chat_template.jinja").is_file()
+    assert keeps_no_template(tmp_path, before)
+    assert adapter_weights_sha256(tmp_path) == before

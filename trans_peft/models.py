@@ -23,11 +23,18 @@ from trans_peft.errors import (
 )
 from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
 from trans_peft.snapshot import Snapshot, snapshot, tokenizer_snapshot
+from trans_peft.text.saved_template import TEMPLATE_NAME, saved_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LoadedBase", "adapter_weights_sha256", "load_base", "load_tokenizer"]
+__all__ = [
+    "LoadedBase",
+    "adapter_weights_sha256",
+    "keeps_no_template",
+    "load_base",
+    "load_tokenizer",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -170,13 +177,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def adapter_weights_sha256(folder: Path) -> str:
-    """Return the sha256 of all that an adapter computes with: its tensors and its configuration.
+def adapter_weights_sha256(folder: Path, *, template: bool = True) -> str:
+    """Return the sha256 of all that an adapter computes with: tensors, configuration, template.
 
     Of the tensors: names (sorted), dtypes, shapes, bytes. Of the configuration: every field (the
     same tensors with another `lora_alpha` are another adapter) but those that say where it came
     from. The file's metadata and the order of its tensors do not count, so the same adapter has the
-    same hash whoever saved it. Reads `adapter_model.safetensors` without torch (format:
+    same hash whoever saved it. Of the chat template, where the folder holds one: its bytes, since
+    prompts depend on it (`template=False` leaves it out, as versions of this library did that kept
+    none). Reads `adapter_model.safetensors` without torch (format:
     huggingface/safetensors, README). Raises AdapterError, NotFoundError.
     """
     path = Path(folder) / "adapter_model.safetensors"
@@ -210,7 +219,24 @@ def adapter_weights_sha256(folder: Path) -> str:
                     sha256.update(file.read(min(_CHUNK_BYTES, end - start)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(f"{path} is not a safetensors file", found=error) from error
+    beside = Path(folder) / TEMPLATE_NAME
+    if template and beside.is_file():
+        sha256.update(content_sha256([TEMPLATE_NAME, saved_template(Path(folder))]).encode())
     return sha256.hexdigest()
+
+
+def keeps_no_template(folder: Path, weights_sha256: str) -> bool:
+    """Whether a registered adapter has this hash without the chat template in its folder.
+
+    Versions that were registered before templates belonged to an adapter were evaluated with their
+    base's. The file is then removed from this copy of the folder, so that the adapter is used as it
+    was evaluated.
+    """
+    beside = Path(folder) / TEMPLATE_NAME
+    if not beside.is_file() or adapter_weights_sha256(folder, template=False) != weights_sha256:
+        return False
+    beside.unlink()
+    return True
 
 
 def _computed_with(config: Path) -> dict[str, Any]:

@@ -15,12 +15,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tests.training.conftest import EXAMPLES, recipe
 from trans_peft.errors import OutOfMemoryError, TrainingCancelled, TrainingError
 from trans_peft.methods.specs import attach
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.perturbation import perturbed
+from trans_peft.text.saved_template import saved_template
 from trans_peft.training import launch
 from trans_peft.training.batches import training_order
 from trans_peft.training.events import CheckpointSaved, Event, Progress, TrainingStarted
@@ -134,7 +135,9 @@ def test_the_result_is_what_lies_on_disk(unbroken):
     assert sorted(path.name for path in result.folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
     ]
+    assert saved_template(result.folder) == CHAT_TEMPLATE
     assert (result.steps, result.shortened_rows) == (8, 0)
     (started,) = unbroken.of(TrainingStarted)
     assert result.trainable_parameters == started.trainable_parameters

@@ -10,11 +10,12 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tests.training.conftest import EXAMPLES
 from trans_peft.data import Example, Message
 from trans_peft.errors import TrainingError
 from trans_peft.training.events import CheckpointSaved, Progress
+from trans_peft.training.finetune import token_rows
 from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
 
 CHATS = tuple(
@@ -23,7 +24,7 @@ CHATS = tuple(
 )
 
 
-def trainer(folder, examples=EXAMPLES[:6], tokenizer=None, **settings) -> AnswerTrainer:
+def trainer(folder, examples=EXAMPLES[:6], tokenizer=None, rows=None, **settings):
     torch.manual_seed(0)
     model = get_peft_model(
         tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
@@ -40,7 +41,7 @@ def trainer(folder, examples=EXAMPLES[:6], tokenizer=None, **settings) -> Answer
     return AnswerTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list([example.trl_row() for example in examples]),
+        train_dataset=Dataset.from_list(rows or [example.trl_row() for example in examples]),
         processing_class=tokenizer or tiny_tokenizer(),
     )
 
@@ -112,6 +113,22 @@ def test_what_is_trained_on_is_what_an_evaluation_asks(tmp_path):
             prompt = example.prompt_ids(tokenizer)
             assert ids == example.full_ids(tokenizer)
             assert labels == [-100] * len(prompt) + ids[len(prompt) :]
+
+
+ODD = "{% for m in messages %}{{ '<last>' if loop.last }}{{ m.content }}{% endfor %}!"
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, ODD], ids=["plain", "prompt is no prefix"])
+@pytest.mark.parametrize("examples", [EXAMPLES[:6], CHATS], ids=["text", "chat"])
+def test_our_rows_are_those_that_trl_makes_of_the_texts(tmp_path, examples, template, packing):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    theirs = trainer(tmp_path, examples, tokenizer, packing=packing).train_dataset
+    rows = token_rows(examples, tokenizer)
+    ours = trainer(tmp_path, examples, tokenizer, rows=rows, packing=packing).train_dataset
+    for column in ("input_ids", "labels"):
+        assert ours[column] == theirs[column]
 
 
 def test_the_end_is_learned_even_where_it_also_pads(tmp_path):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -91,19 +92,21 @@ def transfer(
 
     Evaluates it on both bases, and the bare new base, as far as no earlier command did. Writes
     `outcome.json` (every figure behind the verdict) and `adapter/`, the same weights bound to the
-    new base. Exit code 0 only if the verdict is `passed`.
+    new base, with the chat template that the adapter keeps (its own, or that of the old base). Exit
+    code 0 only if the verdict is `passed`.
 
     Example: `trans-peft transfer runs/mine/adapter --old models/v1 --new models/v2 --suite
     suite.yaml --out runs/mine-v2`
     """
     from trans_peft.lifecycle.evaluations import pin_suites
+    from trans_peft.lifecycle.templates import keep_template
     from trans_peft.lifecycle.transfer import transfer as judge_on
     from trans_peft.models import adapter_weights_sha256
     from trans_peft.transfer.peft_folder import read_peft_folder
 
     check_free(out)
     suites, gate = read_suites(suite), read_policy(policy)
-    with progress() as shown:
+    with progress() as shown, TemporaryDirectory(prefix="trans-peft-") as scratch:
         workspace = Workspace.at(state, shown)
         platform, folder = workspace.platform, workspace.adapter(adapter)
         suites = pin_suites(suites, platform)
@@ -114,6 +117,7 @@ def transfer(
                 expected="a new base with other weights, config or tokens",
                 found=f"the fingerprint {trained_on.fingerprint_sha256[:12]} at {old} and {new}",
             )
+        folder = keep_template(folder, trained_on, candidate, platform, Path(scratch) / "peft")
         source = platform.registry.register(
             AdapterVersion(
                 adapter=adapter_name(adapter),

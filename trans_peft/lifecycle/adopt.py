@@ -14,6 +14,8 @@ from trans_peft.lifecycle.preflight import check_registration, check_suites
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
+from trans_peft.text.chat import template_of
+from trans_peft.text.saved_template import settle_template
 from trans_peft.transfer.compatibility import compare
 
 __all__ = ["adopt"]
@@ -33,8 +35,9 @@ def adopt(
 
     Its base is the ready version that a person names (`base_version`, a label or alias), else the
     one whose fingerprint or version is the `revision` in its adapter_config.json. The shapes must
-    fit and the adapter must change a logit there. The same folder again returns the version that
-    is there. Raises AdapterError, NotFoundError, DataError; then nothing is registered.
+    fit and the adapter must change a logit there. Its chat template is the one in its folder, else
+    that of its base; the tag `chat_template` says which. The same folder again returns the version
+    that is there. Raises AdapterError, NotFoundError, DataError; then nothing is registered.
     """
     from trans_peft.models import load_base
     from trans_peft.transfer.effect import probe_effect
@@ -68,6 +71,7 @@ def adopt(
                 found="none: every weight of it is without effect there",
                 do="check that the folder holds trained weights for this model",
             )
+        template = settle_template(folder, template_of(loaded.tokenizer))
         weights_sha256 = adapter_weights_sha256(folder)
         evaluate_on(
             base,
@@ -97,7 +101,10 @@ def adopt(
                 base_name=base.uri,
                 base_revision=base.fingerprint_sha256,
             ),
-            tags={"adopted_from": folder_uri},
+            tags={
+                "adopted_from": folder_uri,
+                "chat_template": f"of {base}" if template == "base" else template,
+            },
         )
     platform.registry.set_alias(adapter, version.alias, version.number)
     return version

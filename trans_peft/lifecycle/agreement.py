@@ -15,6 +15,7 @@ from trans_peft.errors import InvalidSpecError
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
+from trans_peft.text.saved_template import saved_template
 from trans_peft.validation.agreement import (
     Agreement,
     NextTokens,
@@ -115,7 +116,8 @@ def _expected(
             found="they were given while the suite did not keep its answers",
             do="give the suite another name, so that they are asked for again",
         )
-    asked = prompt_ids(examples, loaded.tokenizer)
+    template = None if adapter is None else saved_template(adapter)
+    asked = prompt_ids(examples, loaded.tokenizer, template)
     wholes = with_answers(
         loaded.tokenizer,
         [(e, ids, said.kept_answers[e.id]) for e, ids in zip(examples, asked, strict=True)],

@@ -12,6 +12,7 @@ from trans_peft.lifecycle.evaluations import base_folder, evaluate_on
 from trans_peft.lifecycle.progress import Progress, counting
 from trans_peft.lifecycle.questions import questions_for
 from trans_peft.ports import Platform
+from trans_peft.text.saved_template import saved_template
 from trans_peft.validation.sequential import SequentialGate, Side, SuiteTest, batch_ends
 
 __all__ = ["evaluate_early"]
@@ -121,12 +122,16 @@ def _joined(
 
 @dataclass
 class _Lent:
-    """The base, and the model that is ready to answer for one side on it, in one dtype."""
+    """The base, and the model that is ready to answer for one side on it, in one dtype.
+
+    `template` is the adapter's own chat template; None: the base's.
+    """
 
     side: _Side
     dtype: str
     base: Any
     model: Any
+    template: str | None
 
 
 class _Respondent:
@@ -152,7 +157,7 @@ class _Respondent:
         there = side.elsewhere.get(suite.name)
         return answer(
             lent.model,
-            questions_for(suite, lent.base, self._platform).only(ids),
+            questions_for(suite, lent.base, self._platform, lent.template).only(ids),
             weights_sha256=side.weights_sha256,
             base_fingerprint_sha256=self._base.fingerprint_sha256,
             drafts=there.kept_answers if there is not None else {},
@@ -173,8 +178,10 @@ class _Respondent:
         if self._lent is None or (self._lent.side, self._lent.dtype) != (side, dtype):
             self._stack.close()  # the adapter leaves the base before anybody else uses it
             loaded = load_base(base_folder(self._base, self._platform), dtype)
-            model = loaded.model
+            model, template = loaded.model, None
             if side.adapter is not None:
-                model = self._stack.enter_context(attached(model, side.adapter()))
-            self._lent = _Lent(side, dtype, loaded, model)
+                folder = side.adapter()
+                template = saved_template(folder)
+                model = self._stack.enter_context(attached(model, folder))
+            self._lent = _Lent(side, dtype, loaded, model, template)
         return self._lent

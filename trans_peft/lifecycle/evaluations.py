@@ -12,6 +12,7 @@ from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.lifecycle.progress import Progress, counting
 from trans_peft.lifecycle.questions import questions_for
 from trans_peft.ports import Platform
+from trans_peft.text.saved_template import saved_template
 
 __all__ = ["Progress", "base_folder", "evaluate_on", "pin_suites", "tokenizer_folder"]
 
@@ -100,8 +101,10 @@ def _evaluate(
     from trans_peft.validation.evaluate import answer
 
     loaded = load_base(base_folder(base, platform), suite.dtype)
-    questions = questions_for(suite, loaded, platform)
-    lent = nullcontext(loaded.model) if adapter is None else attached(loaded.model, adapter())
+    folder = None if adapter is None else adapter()
+    template = None if folder is None else saved_template(folder)
+    questions = questions_for(suite, loaded, platform, template)
+    lent = nullcontext(loaded.model) if folder is None else attached(loaded.model, folder)
     with lent as model:
         return answer(
             model,

@@ -7,10 +7,13 @@ from weakref import WeakKeyDictionary
 from trans_peft.data import read_examples
 from trans_peft.domain.evaluation import Suite
 from trans_peft.ports import Platform
+from trans_peft.text.chat import template_of
 
 if TYPE_CHECKING:
     from trans_peft.models import LoadedBase
     from trans_peft.validation.questions import Questions
+
+    _OfBase = OrderedDict[tuple[Suite, str | None], Questions]
 
 __all__ = ["questions_for"]
 
@@ -18,28 +21,34 @@ _MOST = 16
 """So many suites of one base are kept, those that were asked last: a fleet may have one for each
 adapter, and memory is to stay flat over it."""
 
-_kept: "WeakKeyDictionary[LoadedBase, OrderedDict[Suite, Questions]]" = WeakKeyDictionary()
+_kept: "WeakKeyDictionary[LoadedBase, _OfBase]" = WeakKeyDictionary()
 
 
-def questions_for(suite: Suite, base: "LoadedBase", platform: Platform) -> "Questions":
+def questions_for(
+    suite: Suite, base: "LoadedBase", platform: Platform, template: str | None = None
+) -> "Questions":
     """Return a pinned suite as the base's tokenizer cuts it: read, checked and cut once.
 
+    `template` is the chat template of the adapter that is asked; None: the base's.
     Errors as `trans_peft.data.read_examples` and `trans_peft.validation.questions.prepare`.
     """
     from trans_peft.validation.evaluate import context_of
     from trans_peft.validation.questions import prepare
 
     kept = _kept.setdefault(base, OrderedDict())
-    if suite not in kept:
+    template = template_of(base.tokenizer) if template is None else template
+    key = (suite, template)
+    if key not in kept:
         examples = read_examples(suite.data, platform.store, limit=suite.limit)
-        kept[suite] = prepare(
+        kept[key] = prepare(
             base.tokenizer,
             suite,
             examples,
             context=context_of(base.model),
+            template=template,
             may_lack=platform.may_lack,
         )
         while len(kept) > _MOST:
             kept.popitem(last=False)
-    kept.move_to_end(suite)
-    return kept[suite]
+    kept.move_to_end(key)
+    return kept[key]

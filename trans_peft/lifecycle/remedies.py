@@ -27,6 +27,7 @@ from trans_peft.errors import (
 from trans_peft.lifecycle.evaluations import base_folder
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
+from trans_peft.text.saved_template import saved_template
 
 __all__ = ["Candidate", "Material", "candidate", "recipe_on"]
 
@@ -108,7 +109,9 @@ def _loss(loaded: Any, folder: Path, rows: Sequence[Example]) -> float:
     from trans_peft.transfer.transplant import attached
     from trans_peft.validation.choice import log_likelihoods
 
-    prompts, wholes = prompt_ids(rows, loaded.tokenizer), full_ids(rows, loaded.tokenizer)
+    template = saved_template(folder)
+    prompts = prompt_ids(rows, loaded.tokenizer, template)
+    wholes = full_ids(rows, loaded.tokenizer, template)
     asked = [
         (prompt, [whole[len(prompt) :]]) for prompt, whole in zip(prompts, wholes, strict=True)
     ]

@@ -1,15 +1,15 @@
 """One adapter on one base: the work of a training process, from rows to stock PEFT files.
 
 The order follows the method: the adapter is put on the base first, the perturbation is attached
-after it, so that the adapter's branch feels what the base feels. TRL prepares the rows (chat
-template, masked prompts, packing) and transformers runs the loop; what they would draw while it
-runs is decided before, so that a resumed run ends in the weights of an unbroken one.
+after it, so that the adapter's branch feels what the base feels. Rows become token ids as in an
+evaluation, TRL masks their prompts and packs them, and transformers runs the loop; what they would
+draw while it runs is decided before, so that a resumed run ends in the weights of an unbroken one.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,18 +22,20 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
-from trans_peft.data import Example, parse_examples, token_counts
+from trans_peft.data import Example, full_ids, parse_examples, prompt_ids, token_counts
 from trans_peft.errors import AdapterError, DataError, listed
 from trans_peft.methods.specs import attach
 from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
 from trans_peft.perturbation import perturbed
+from trans_peft.text.chat import template_of
+from trans_peft.text.saved_template import check_template, saved_template, write_template
 from trans_peft.training.batches import training_order
 from trans_peft.training.events import Message, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.rehearsal import rehearse, save_adapter
 from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
 
-__all__ = ["check_tokens", "finetune"]
+__all__ = ["check_tokens", "finetune", "token_rows"]
 
 _PROBLEMS_SHOWN = 20
 
@@ -49,8 +51,9 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], No
     # The places are those of the job's file, not of the user's.
     examples = tuple(replace(example, place="") for example in read)
     tokenizer = load_tokenizer(job.base_folder)
-    shortened_rows = check_tokens(examples, tokenizer, recipe.optimizer.max_length)
-    trainer = _trainer(job, examples, str(state.device))
+    template = _template(job, tokenizer)
+    shortened_rows = check_tokens(examples, tokenizer, recipe.optimizer.max_length, template)
+    trainer = _trainer(job, token_rows(examples, tokenizer, template), str(state.device))
     tokens_per_step = _fix_order(trainer, job, state.num_processes)
     model = trainer.model.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -70,7 +73,7 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], No
     state.wait_for_everyone()
     if state.is_main_process:
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log][-10:]
-        _save(model, job)
+        _save(model, job, template)
         TrainingResult(
             folder=job.adapter_folder,
             weights_sha256=adapter_weights_sha256(job.adapter_folder),
@@ -85,7 +88,10 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], No
 
 
 def check_tokens(
-    examples: tuple[Example, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: tuple[Example, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: str | None = None,
 ) -> int:
     """Return how many rows are cut at `max_length`; DataError lists those that cannot be learned.
 
@@ -94,7 +100,7 @@ def check_tokens(
     the template decides on that, and is left to.
     """
     shortened, problems = 0, []
-    counts = token_counts(examples, tokenizer)
+    counts = token_counts(examples, tokenizer, template)
     for example, (prompt, whole, starts) in zip(examples, counts, strict=True):
         shortened += whole > max_length
         if prompt >= max_length:
@@ -117,7 +123,35 @@ def check_tokens(
     return shortened
 
 
-def _trainer(job: TrainingJob, examples: tuple[Example, ...], device: str) -> AnswerTrainer:
+def token_rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str | None = None
+) -> list[dict[str, list[int]]]:
+    """Return the examples in TRL's format of token ids, the answers marked for the loss.
+
+    TRL would give the same rows of the texts, but it would render chats itself, where no limits
+    hold and the date is today's. In a chat the answer starts where prompt and whole part.
+    """
+    rows = []
+    prompts = prompt_ids(examples, tokenizer, template)
+    for prompt, whole in zip(prompts, full_ids(examples, tokenizer, template), strict=True):
+        pairs = zip(prompt, whole, strict=False)
+        start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
+        mask = [0] * start + [1] * (len(whole) - start)
+        rows.append({"input_ids": whole, "completion_mask": mask})
+    return rows
+
+
+def _template(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the chat template to train with: that of the adapter to go on from, or the base's."""
+    template = saved_template(job.start) if job.start is not None else None
+    if template is not None:
+        check_template(template, f"the chat template of {job.start}")
+    elif (template := template_of(tokenizer)) is not None:
+        check_template(template, f"the chat template of {job.base_name}")
+    return template
+
+
+def _trainer(job: TrainingJob, rows: list[dict[str, list[int]]], device: str) -> AnswerTrainer:
     base = load_base(job.base_folder, job.recipe.dtype, device)
     rehearse(base, job.recipe.spec, job.work_dir)
     set_seed(job.recipe.seed)  # the adapter's initial weights
@@ -128,7 +162,7 @@ def _trainer(job: TrainingJob, examples: tuple[Example, ...], device: str) -> An
     trainer = AnswerTrainer(
         model=model,
         args=_arguments(job),
-        train_dataset=Dataset.from_list([example.trl_row() for example in examples]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
     )
     for parameter, dtype in trainable:  # TRL makes them bfloat16 on nf4: small updates would vanish
@@ -200,8 +234,8 @@ def _arguments(job: TrainingJob) -> SFTConfig:
     )
 
 
-def _save(model: PeftModel, job: TrainingJob) -> None:
-    """Write the two files of a PEFT folder, whole or not at all, with the base they belong to."""
+def _save(model: PeftModel, job: TrainingJob, template: str | None) -> None:
+    """Write a PEFT folder, whole or not at all, with its base's name and its chat template."""
     partial = job.work_dir / "adapter.partial"
     for leftover in (partial, job.adapter_folder):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -210,5 +244,7 @@ def _save(model: PeftModel, job: TrainingJob) -> None:
     config = json.loads(config_file.read_text())
     config |= {"base_model_name_or_path": job.base_name, "revision": job.base_revision}
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if template is not None:
+        write_template(partial, template)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     partial.rename(job.adapter_folder)

@@ -18,6 +18,7 @@ from statistics import median
 from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.domain.outcome import Compatibility
 from trans_peft.errors import InvalidSpecError
+from trans_peft.text.saved_template import TEMPLATE_NAME
 from trans_peft.transfer.peft_folder import read_peft_folder
 from trans_peft.transfer.placement import compare_places
 from trans_peft.transfer.tokens import compare_tokens
@@ -58,7 +59,7 @@ def compare(
         compare_places(read_peft_folder(adapter_folder), old.tensors, new.tensors),
         _compare_values(old, new),
         _compare_tokenizers(old, new, old_tokenizer, new_tokenizer),
-        ((), _changed_texts(old, new)),
+        ((), _changed_texts(old, new, adapter_folder)),
     ):
         mismatches += findings[0]
         notes += findings[1]
@@ -117,7 +118,7 @@ def _compare_tokenizers(
     return compare_tokens(old_folder, new_folder)
 
 
-def _changed_texts(old: Fingerprint, new: Fingerprint) -> tuple[str, ...]:
+def _changed_texts(old: Fingerprint, new: Fingerprint, adapter: Path) -> tuple[str, ...]:
     notes = []
     if old.config_sha256 != new.config_sha256:
         notes.append(
@@ -126,6 +127,12 @@ def _changed_texts(old: Fingerprint, new: Fingerprint) -> tuple[str, ...]:
         )
     if old.chat_template_sha256 != new.chat_template_sha256:
         notes.append(
-            "the base's chat template changed: the adapter keeps the one it was trained with"
+            "the base's chat template changed: "
+            + (
+                f"the adapter keeps the one it was trained with ({TEMPLATE_NAME} in its folder)"
+                if (adapter / TEMPLATE_NAME).is_file()
+                else "the adapter has none of its own, so its chats are rendered with the new"
+                " one; adopt it on the old base to keep that one's"
+            )
         )
     return tuple(notes)

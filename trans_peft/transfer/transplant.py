@@ -21,6 +21,7 @@ from trans_peft.errors import AdapterError, IsolationError, UnsupportedModelErro
 from trans_peft.methods.patterns import check_options, names_of
 from trans_peft.snapshot import snapshot
 from trans_peft.surface import Surface
+from trans_peft.text.saved_template import TEMPLATE_NAME, saved_template
 from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, PeftFolder, read_peft_folder
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ __all__ = ["attach", "attached", "transplant"]
 # and others build dense matrices that they do not save.
 _ROOM_FACTOR, _ROOM = 4, 1 << 26
 _SAVED_WHOLE = frozenset({"ADALORA", "BOTTLENECK", "IA3", "LOHA", "LOKR", "LORA", "PROMPT_TUNING"})
-_CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
 
 def transplant(folder: Path, target: Path, *, base_name: str, base_revision: str | None) -> Path:
@@ -50,7 +50,7 @@ def transplant(folder: Path, target: Path, *, base_name: str, base_revision: str
     if target.exists() and any(target.iterdir()):
         there = read_peft_folder(target)
         same = filecmp.cmp(folder / WEIGHTS_NAME, target / WEIGHTS_NAME, shallow=False)
-        if same and there.config == config:
+        if same and there.config == config and saved_template(folder) == saved_template(target):
             return target
         raise AdapterError(
             f"{target} already holds another adapter",
@@ -65,8 +65,8 @@ def transplant(folder: Path, target: Path, *, base_name: str, base_revision: str
         draft.mkdir()
         shutil.copyfile(folder / WEIGHTS_NAME, draft / WEIGHTS_NAME)
         (draft / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        if (folder / _CHAT_TEMPLATE_NAME).is_file():
-            shutil.copyfile(folder / _CHAT_TEMPLATE_NAME, draft / _CHAT_TEMPLATE_NAME)
+        if (folder / TEMPLATE_NAME).is_file():
+            shutil.copyfile(folder / TEMPLATE_NAME, draft / TEMPLATE_NAME)
         draft.replace(target)
     return target
 
