@@ -1,6 +1,7 @@
 """Every live adapter gets a verdict on every base that may serve; then the verdicts take effect."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from prefect import flow
@@ -31,16 +32,22 @@ def reconcile(
     the plan and changes nothing.
     """
     names = [name for name in reconciliation.base_families() if family in (None, name)]
+    found = {name: _Family(name, policy, promotion, shard_size) for name in names}
     if dry_run:
-        for name in names:
-            reporting.publish_plan(reconciliation.plan_fleet(name, policy))
+        for one in found.values():
+            one.publish_plan()
+        problems = [problem for one in found.values() for problem in one.problems]
+        if problems:
+            return Failed(message="\n".join(["planned, nothing changed", *problems]))
         return Completed(message="planned, nothing changed")
 
-    found = {name: _Family(name, policy, promotion, shard_size) for name in names}
     for one in found.values():  # what is known takes effect first: a rollback waits for no upload
         one.look()
     refused = []
-    for upload in ingestion.find_pending():
+    waiting = ingestion.find_pending(return_state=True)
+    if not waiting.is_completed():
+        refused.append(f"uploads cannot be listed: {waiting.message}")
+    for upload in waiting.result() if waiting.is_completed() else ():
         state = ingestion.ingest_pending(upload, return_state=True)
         if not state.is_completed():
             refused.append(f"{upload}: {state.message}")
@@ -52,6 +59,8 @@ def reconcile(
         name, ended = shards.wait(watched)
         found[name].look(ended)
 
+    if family is None:
+        refused += reconciliation.set_aside()
     if family not in (None, *found):
         refused.append(f"there is no base family {family!r}, nor an upload that would make one")
     if problems := refused + [problem for one in found.values() for problem in one.problems]:
@@ -62,7 +71,10 @@ def reconcile(
 
 @dataclass
 class _Family:
-    """One family in the course of one run: what is under way, and what is wrong."""
+    """One family in the course of one run: what is under way, and what is wrong.
+
+    What goes wrong in one family is a problem of that family: no exception leaves a method.
+    """
 
     name: str
     policy: GatePolicy
@@ -77,8 +89,29 @@ class _Family:
         """Return the shards whose end is waited for."""
         return self.started + self.others if wait else self.started
 
+    def publish_plan(self) -> None:
+        """Publish what is missing, and change nothing."""
+        with self._kept_apart():
+            reporting.publish_plan(reconciliation.plan_fleet(self.name, self.policy))
+
     def look(self, ended: tuple[Ended, ...] = ()) -> None:
         """Let what is known take effect, and see to it that what is missing is under way."""
+        with self._kept_apart():
+            self._look(ended)
+
+    @contextmanager
+    def _kept_apart(self) -> Iterator[None]:
+        """Turn an exception into a problem of this family, and watch its shards no longer."""
+        try:
+            yield
+        except Exception as error:
+            self.started = self.others = ()
+            self.problems = (
+                *self.problems,
+                f"the family {self.name} cannot be reconciled: {type(error).__name__}: {error}",
+            )
+
+    def _look(self, ended: tuple[Ended, ...]) -> None:
         changes = reconciliation.settle_fleet(self.name, self.policy, self.promotion)
         plan = reconciliation.plan_fleet(self.name, self.policy)
         for lost in shards.in_flight(ended, plan):

@@ -11,13 +11,19 @@ from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.lifecycle import reconcile
 from trans_peft.lifecycle.settle import settle
 
-__all__ = ["base_families", "plan_fleet", "settle_fleet"]
+__all__ = ["base_families", "plan_fleet", "set_aside", "settle_fleet"]
 
 
 @task(**RETRIES)
 def base_families() -> tuple[str, ...]:
     """Return every base family in the catalog."""
     return platform().catalog.families()
+
+
+@task(**RETRIES)
+def set_aside() -> tuple[str, ...]:
+    """Return what stands in the registry under no family that can be reconciled, and why."""
+    return (*platform().catalog.set_aside(), *platform().registry.set_aside())
 
 
 @task(**RETRIES, task_run_name="plan {family}")

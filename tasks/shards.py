@@ -42,6 +42,7 @@ __all__ = [
     "withdraw",
 ]
 
+_WORK = TypeAdapter(tuple[Work, ...])
 _POLL_S = 2.0
 _PAGE = 200  # Prefect's own limit for one answer
 _WITHDRAWN = "Withdrawn"
@@ -120,11 +121,15 @@ def under_way(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
             found += runs
             if len(runs) < _PAGE:
                 break
-    read = TypeAdapter(tuple[Work, ...]).validate_python
-    return tuple(
-        Shard(run.id, read(run.parameters["shard"]), run.state is None or run.state.is_scheduled())
-        for run in sorted(found, key=lambda run: str(run.id))
-    )
+    shards = []
+    for run in sorted(found, key=lambda run: str(run.id)):
+        try:
+            work = _WORK.validate_python(run.parameters["shard"])
+        except (KeyError, ValueError):
+            get_run_logger().warning("flow run %s has a shard's tags and is none", run.name)
+            continue
+        shards.append(Shard(run.id, work, run.state is None or run.state.is_scheduled()))
+    return tuple(shards)
 
 
 def start(family: str, work: tuple[Work, ...], policy: GatePolicy) -> Shard:

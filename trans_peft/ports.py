@@ -66,10 +66,20 @@ class BaseCatalog(Protocol):
     """Base families and their versions."""
 
     def families(self) -> tuple[str, ...]:
-        """Return the names of all base families, sorted."""
+        """Return the names of all base families, sorted; names that break the rule left out."""
+
+    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
+        """Return what stands in the catalog and cannot be read, a line each, with the reason.
+
+        Without a family: registered families whose name breaks the rule. With one: its versions
+        that `versions` leaves out.
+        """
 
     def versions(self, family: str) -> tuple[BaseVersion, ...]:
-        """Return all versions of a family, ready or not, oldest first. NotFoundError."""
+        """Return all versions of a family, ready or not, oldest first. NotFoundError.
+
+        What cannot be read is left out: see `set_aside`.
+        """
 
     def alias(self, family: str, alias: str) -> int | None:
         """Return the number of the version that carries the alias (`champion`, `serving`)."""
@@ -114,8 +124,22 @@ class AdapterRegistry(Protocol):
     def adapters(self, family: str) -> tuple[str, ...]:
         """Return the names of the family's live (not retired) adapters, sorted."""
 
+    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
+        """Return what `adapters` leaves out because it cannot be read, a line each.
+
+        With a family: registered models that claim to be adapters of it. Without one: those that
+        claim a family that does not exist.
+        """
+
+    def family(self, adapter: str) -> str:
+        """Return the family of an adapter, live or not. NotFoundError."""
+
     def versions(self, adapter: str) -> tuple[AdapterVersion, ...]:
-        """Return all versions of one adapter, oldest first. NotFoundError."""
+        """Return all versions of one adapter, oldest first.
+
+        NotFoundError; IntegrityError if one of them cannot be read: which version would be carried
+        to new bases could then be another one.
+        """
 
     def register(
         self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None

@@ -88,6 +88,35 @@ class TestEveryCatalog:
         assert place.catalog.versions(place.family) == (base,)
         assert place.family in place.catalog.families()
 
+    def test_a_name_that_breaks_the_rule_is_refused_before_anything_is_written(self, place):
+        place.publish("v1")
+        before = place.catalog.families(), place.catalog.set_aside()
+        for version, changes in (
+            ("a b", {}),
+            ("latest", {}),
+            ("v2", {"parent": "a/b"}),
+            ("V1", {}),
+        ):
+            with pytest.raises(InvalidSpecError):
+                place.publish(version, 1, **changes)
+        for family in ("A's base", "größe", "a/b", place.family.upper()):
+            with pytest.raises(InvalidSpecError):
+                replace(place, family=family).publish("v1")
+            with pytest.raises((InvalidSpecError, NotFoundError)):
+                place.catalog.versions(family)
+        assert (place.catalog.families(), place.catalog.set_aside()) == before
+        assert len(place.catalog.versions(place.family)) == 1
+
+    def test_a_family_that_another_client_gave_an_odd_name_is_set_aside(self, place):
+        place.publish("v1")
+        odd = f"{place.family}'s base"
+        place.person.register_by_hand(odd, "s3://bases/x/v1")
+        assert odd not in place.catalog.families()
+        (line,) = (line for line in place.catalog.set_aside() if place.family in line)
+        assert "must be 1 to 100 ASCII letters" in line
+        assert place.catalog.set_aside(place.family) == ()
+        assert len(place.catalog.versions(place.family)) == 1
+
     def test_the_whole_fingerprint_comes_back_sketches_too(self, place):
         base = place.publish("v1", seed=1)
         found = place.catalog.fingerprint(base)

@@ -89,6 +89,18 @@ class TestEveryRegistry:
         assert place.registry.versions(place.adapter) == (version,)
         assert place.registry.adapters(place.family) == (place.adapter,)
 
+    def test_a_name_that_breaks_the_rule_is_refused_before_anything_is_written(self, place):
+        place.trained()
+        folder = place.peft_folder()
+        for name in ("a b", "A's", "latest", place.adapter.upper()):
+            with pytest.raises(InvalidSpecError):
+                place.registry.register(draft(name, place.family, folder), folder)
+        assert place.registry.adapters(place.family) == (place.adapter,)
+        assert place.registry.set_aside(place.family) == ()
+        assert place.registry.family(place.adapter) == place.family
+        with pytest.raises(NotFoundError):
+            place.registry.family("nobody-there")
+
     def test_a_transferred_version_is_a_second_one(self, place):
         first = place.trained()
         second = place.registry.register(transferred(first), place.peft_folder())
@@ -461,3 +473,25 @@ def _only_once(remember):
         remember(*arguments)
 
     return limited
+
+
+@pytest.mark.servers
+def test_odd_tags_and_names_in_mlflow_are_set_aside_with_the_reason(servers, unique, tmp_path):
+    place = place_in_mlflow(servers, unique, tmp_path)
+    version = place.trained()
+    client = place.person.client
+    client.create_registered_model(
+        f"{unique}'s", tags={"trans_peft.kind": "adapter", "trans_peft.family": place.family}
+    )
+    client.set_model_version_tag(place.adapter, str(version.number), "trans_peft.made_by", "x")
+    assert place.registry.adapters(place.family) == (place.adapter,)
+    (line,) = place.registry.set_aside(place.family)
+    assert "must be 1 to 100 ASCII letters" in line
+    assert any(place.adapter in line for line in place.registry.set_aside())
+    with pytest.raises(IntegrityError, match=r"the tag trans_peft\.made_by of version 1"):
+        place.registry.versions(place.adapter)
+    client.set_model_version_tag(place.adapter, "1", "trans_peft.made_by", version.made_by.value)
+    assert place.registry.versions(place.adapter) == (version,)
+    client.set_registered_model_tag(place.adapter, "trans_peft.retired", "yes")
+    assert place.registry.adapters(place.family) == ()
+    assert any("must be true or false" in line for line in place.registry.set_aside(place.family))

@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from prefect.states import Failed
 
 from tasks.remedies import start_training
 from tests.flows.world import Killed, World
@@ -11,6 +12,7 @@ from tests.lifecycle.fleet import FAMILY, POLICY, SUITE
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.errors import StoreError
 
 HALF = PromotionPolicy(min_serving_share=0.5)
 
@@ -324,3 +326,60 @@ def once(moment, act):
             act()
 
     return at
+
+
+class TestOneFamilyThatFails:
+    """It is told as that family's problem, and the others are judged and promoted."""
+
+    @pytest.fixture
+    def world(self, tmp_path):
+        world = upgrade(tmp_path / "two")
+        catalog = world.fleet.platform.catalog
+        catalog.register_by_hand("broken", "s3://bases/broken/v1")
+        catalog.register_by_hand("A's base", "s3://bases/odd/v1")
+        return world
+
+    @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), StoreError("away")])
+    @pytest.mark.parametrize("step", ["settle_fleet", "plan_fleet"])
+    def test_in_any_step(self, world, monkeypatch, step, error):
+        verbs = world._reconciliation
+        plain = getattr(verbs, step)
+
+        def failing(family, *rest):
+            if family == "broken":
+                raise error
+            return plain(family, *rest)
+
+        setattr(verbs, step, failing)
+        monkeypatch.setattr(World, "_reconciliation", verbs)
+        state = world.reconcile(monkeypatch)
+        assert state.name == "Failed"
+        assert f"the family broken cannot be reconciled: {type(error).__name__}" in state.message
+        assert 'the base family "A\'s base": the name must be 1 to 100' in state.message
+        assert world.fleet.serving == 2
+        assert {record[0] for record in world.records} == set("abcde")
+        if step == "plan_fleet":
+            dry = world.reconcile(monkeypatch, dry_run=True)
+            assert "the family broken cannot be reconciled" in dry.message
+
+    def test_when_its_shards_are_over(self, undisturbed, tmp_path, monkeypatch):
+        world = upgrade(tmp_path / "late")
+        verbs = world._reconciliation
+        plain = verbs.settle_fleet
+
+        def failing(family, *rest):
+            if world.records:
+                raise ValueError("spoilt meanwhile")
+            return plain(family, *rest)
+
+        verbs.settle_fleet = failing
+        monkeypatch.setattr(World, "_reconciliation", verbs)
+        state = world.reconcile(monkeypatch)  # and it ends
+        assert "the family small cannot be reconciled: ValueError" in state.message
+
+    def test_uploads_that_cannot_be_listed_stop_no_family(self, world, monkeypatch):
+        away = SimpleNamespace(find_pending=lambda return_state: Failed(message="no such bucket"))
+        monkeypatch.setattr(World, "_ingestion", away)
+        state = world.reconcile(monkeypatch)
+        assert "uploads cannot be listed: no such bucket" in state.message
+        assert world.fleet.serving == 2

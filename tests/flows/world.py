@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from prefect.states import Completed
 
 from tasks.shards import Ended, Shard
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet
@@ -113,11 +114,12 @@ class World:
 
         return SimpleNamespace(
             base_families=self.platform.catalog.families,
+            set_aside=lambda: self.platform.catalog.set_aside(),
             plan_fleet=lambda family, policy: plan(observe(family, self.platform), policy),
             settle_fleet=settle_fleet,
         )
 
-    _ingestion = SimpleNamespace(find_pending=lambda: ())
+    _ingestion = SimpleNamespace(find_pending=lambda return_state: Completed(data=()))
     _reporting = SimpleNamespace(publish_plan=lambda plan: None, publish_fleet=lambda *a: None)
 
     @property

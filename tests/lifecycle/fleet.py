@@ -18,6 +18,7 @@ from trans_peft.domain.evaluation import (
     Suite,
     Verdict,
 )
+from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import FleetChanges, TransferOutcome, Work
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.edges.memory import memory_platform
@@ -98,7 +99,7 @@ class MemoryFleet:
                 base_fingerprint_sha256=base.fingerprint_sha256,
                 trained_on_version=base.version,
                 trained_on_fingerprint_sha256=base.fingerprint_sha256,
-                weights_sha256=f"{name}-{weights}",
+                weights_sha256=content_sha256([name, weights]),
                 method="LORA",
                 suites=(SUITE,),
             ),

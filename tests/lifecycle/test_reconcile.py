@@ -133,7 +133,8 @@ def test_incompatible_stays_incompatible_under_another_policy(fleet, two_bases):
 
 def test_the_estimate_is_what_evaluating_took_where_it_was_trained(fleet, two_bases):
     v1, _ = two_bases
-    fleet.platform.evaluations.put(evaluation("chat-w", v1, 8, 10, seconds=42.0))
+    (chat,) = fleet.platform.registry.versions("chat")
+    fleet.platform.evaluations.put(evaluation(chat.weights_sha256, v1, 8, 10, seconds=42.0))
     seen = observe(FAMILY, fleet.platform)
     found = estimated(plan(seen, POLICY), seen, fleet.platform)
     estimates = {w.adapter: w.estimated_seconds for w in found.work}

@@ -149,7 +149,8 @@ def outcome_of(
 class Plan:
     """What reconcile found missing, and what it leaves to a person.
 
-    `parked`: three attempts failed. `unreadable`: adapters that cannot be judged, and why.
+    `parked`: three attempts failed. `unreadable`: what stands in the registry and cannot be read
+    (adapters, base versions), and why.
     `trainings`: recipes that judged adapters have left to try.
     """
 
@@ -167,7 +168,8 @@ class FleetChanges:
     `overruled`: aliases that a person set or took away, left as they are. `promoted`: the base that
     serves from now on. Why `champion` does not serve: `waiting` (verdicts are missing), `refused`
     (the policy, or a version that cannot serve); `told_before` where its page said so already.
-    `overtaken`: a person moved `champion` meanwhile, so that another look is due.
+    `overtaken`: a person moved `champion` meanwhile, so that another look is due. `unreadable`:
+    what stands in the registry and cannot be read, and why.
     """
 
     aliases: tuple[str, ...] = ()
@@ -177,6 +179,7 @@ class FleetChanges:
     refused: str | None = None
     told_before: bool = False
     overtaken: bool = False
+    unreadable: tuple[str, ...] = ()
 
     def markdown(self) -> str:
         """Return what was written, a line each."""

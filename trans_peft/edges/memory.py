@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
-from trans_peft.domain.names import check_case
+from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.places import Places
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
@@ -102,14 +102,23 @@ class MemoryCatalog:
         self._fingerprints: dict[str, Fingerprint] = {}
         self._sources: dict[tuple[str, int], str] = {}
         self._notes: dict[str, dict[int, str]] = {}
+        self._odd: set[str] = set()
         self._lock = threading.Lock()
 
     def families(self) -> tuple[str, ...]:
-        """Return the names of all base families, sorted."""
+        """Return the names of all base families, sorted; names that break the rule left out."""
         return tuple(sorted(self._versions))
+
+    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
+        """Return the families with names that break the rule; a dictionary has nothing else odd."""
+        names = sorted(self._odd) if family is None else ()
+        return tuple(
+            f"the base family {quoted(name)}: {name_problem('the name', name)}" for name in names
+        )
 
     def versions(self, family: str) -> tuple[BaseVersion, ...]:
         """Return all versions of a family, ready or not, oldest first. NotFoundError."""
+        check_names("the catalog", family=family)
         if family not in self._versions:
             raise NotFoundError(f"there is no base family {family!r}")
         return tuple(self._versions[family])
@@ -198,6 +207,9 @@ class MemoryCatalog:
 
     def register_by_hand(self, family: str, uri: str) -> int:
         """Register a version as a person does in MLflow: a source and nothing else."""
+        if name_problem("the name", family):
+            self._odd.add(family)
+            return 1
         with self._lock:
             number = self._next_number(family)
             versions = self._versions.setdefault(family, [])
@@ -236,6 +248,15 @@ class MemoryRegistry:
                 if its_family == family and name not in self._retired
             )
         )
+
+    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
+        """Return nothing: only `register` makes adapters here, and it checks their names."""
+        return ()
+
+    def family(self, adapter: str) -> str:
+        """Return the family of an adapter, live or not. NotFoundError."""
+        self.versions(adapter)
+        return self._families[adapter]
 
     def versions(self, adapter: str) -> tuple[AdapterVersion, ...]:
         """Return all versions of one adapter, oldest first. NotFoundError."""

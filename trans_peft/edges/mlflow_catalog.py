@@ -12,21 +12,40 @@ MLflow's "Promote model" copied here from another family, with all its tags, sti
 ingestion. A copy within the family, or of an adapter, is no base version at all. MLflow has no
 compare-and-set: where two processes register one version at once, the lowest number wins and the
 other is tagged `superseded`, which hides it.
+
+Anybody with access to MLflow can write any text into any tag, and give any name to a model. What
+cannot be read is set aside with its reason (`set_aside`) and stops nothing else.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from trans_peft.domain.base import BaseVersion, Fingerprint
-from trans_peft.domain.names import check_case
+from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.edges.json_nouns import from_json, to_json
-from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags
-from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
+from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
+from trans_peft.edges.mlflow_tags import checked_sha256
+from trans_peft.errors import (
+    IntegrityError,
+    InvalidSpecError,
+    NotFoundError,
+    StoreError,
+    TransPeftError,
+    UploadError,
+)
 
 __all__ = ["MlflowCatalog"]
 
 _FILE = "fingerprint.json"
+_HASHES = ("fingerprint", "manifest")
+
+
+class _Read(NamedTuple):
+    """The versions of a family, and why others of its versions are set aside."""
+
+    versions: tuple[BaseVersion, ...]
+    set_aside: tuple[str, ...]
 
 
 class MlflowCatalog:
@@ -37,13 +56,24 @@ class MlflowCatalog:
         self._fingerprints: dict[str, Fingerprint] = {}
 
     def families(self) -> tuple[str, ...]:
-        """Return the names of all base families, sorted."""
-        return tuple(sorted(model.name for model in self._tracking.models({"kind": "base"})))
+        """Return the names of all base families, sorted; names that break the rule left out."""
+        return tuple(name for name in self._names() if not name_problem("family", name))
+
+    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
+        """Return what `families`, or `versions` of a family, leave out, with the reason."""
+        if family is not None:
+            return self._read(family).set_aside
+        return tuple(
+            f"the base family {quoted(name)}: {problem}"
+            for name in self._names()
+            if (problem := name_problem("the name", name))
+        )
 
     def versions(self, family: str) -> tuple[BaseVersion, ...]:
         """Return all versions of a family, ready or not, oldest first. NotFoundError."""
+        check_names("the catalog", family=family)
         self._tracking.model(family, "base")
-        return tuple(self._base(found) for found in self._live(family))
+        return self._read(family).versions
 
     def alias(self, family: str, alias: str) -> int | None:
         """Return the number of the version that carries the alias. NotFoundError for a family."""
@@ -95,7 +125,7 @@ class MlflowCatalog:
         """
         BaseVersion(family, version, uri, number or 0, parent=parent)  # checks the names
         self._make_family(family)
-        known = {b.number: b for b in map(self._base, self._live(family))}
+        known = {base.number: base for base in self._read(family).versions}
         check_case("the version", version, [b.version for b in known.values()])
         if number is not None and number not in known:
             raise NotFoundError(f"there is no version number {number} of {family}")
@@ -158,31 +188,60 @@ class MlflowCatalog:
                 do="give the family another name",
             )
 
-    def _live(self, family: str) -> list[Any]:
-        return [found for found in self._tracking.versions(family) if _may_be_a_base(found)]
+    def _names(self) -> list[str]:
+        return sorted(model.name for model in self._tracking.models({"kind": "base"}))
+
+    def _read(self, family: str) -> _Read:
+        """Read every version of a family; what cannot be read is set aside and stops no other."""
+        versions: list[BaseVersion] = []
+        aside = []
+        labels: dict[str, int] = {}
+        for found in filter(_may_be_a_base, self._tracking.versions(family)):
+            try:
+                base = self._base(found)
+            except StoreError:
+                raise  # the server does not answer: that says nothing about the version
+            except TransPeftError as error:
+                aside.append(f"version {found.version} of {family}: {error}")
+                continue
+            if base.ready and labels.setdefault(base.version, base.number) != base.number:
+                first = labels[base.version]
+                aside.append(
+                    f"version {base.number} of {family}: it is called {base.version}, and so is "
+                    f"version {first}"
+                )
+                continue
+            versions.append(base)
+        return _Read(tuple(versions), tuple(aside))
 
     def _base(self, found: Any) -> BaseVersion:
+        """Return what the tags of MLflow's version say. InvalidSpecError, IntegrityError."""
         tags = own_tags(found.tags)
+        where = f"version {found.version} of {found.name}"
         ours = tags.get("family") == found.name
         number = int(found.version)
-        uri = found.source
+        uri = found.source or ""
         if uri.startswith("models:/"):  # a version that "Promote model" copied
             uri = self._tracking.client.get_model_version_download_uri(found.name, str(number))
+        ready = ours and tags.get("ready") == "true"
+        if ready and "fingerprint" not in tags:
+            raise IntegrityError(f"{where} is ready and has lost its tag {tag('fingerprint')}")
+        known = {name: checked_sha256(tags, name, where) for name in _HASHES if name in tags}
         return BaseVersion(
             family=found.name,
             version=tags.get("version", str(number)),
             uri=tags.get("uri", uri) if ours else uri,
             number=number,
-            fingerprint_sha256=tags.get("fingerprint", "") if ours else "",
+            fingerprint_sha256=known.get("fingerprint", "") if ours else "",
             parent=tags.get("parent"),
-            ready=ours and tags.get("ready") == "true",
-            manifest_sha256=tags.get("manifest", "") if ours else "",
+            ready=ready,
+            manifest_sha256=known.get("manifest", "") if ours else "",
             served=tags.get("served") == found.name,  # a copy brings the tag of its original
         )
 
     def _claims(self, family: str, version: str) -> list[BaseVersion]:
         """Return the versions that claim this name with a fingerprint: ready ones, then oldest."""
-        bases = [self._base(found) for found in self._live(family)]
+        bases = self._read(family).versions
         claims = [b for b in bases if b.version == version and b.fingerprint_sha256]
         return sorted(claims, key=lambda base: (not base.ready, base.number))
 

@@ -25,6 +25,7 @@ from requests.exceptions import RequestException
 from trans_peft.domain.names import check_case
 from trans_peft.errors import (
     AccessError,
+    IntegrityError,
     InvalidSpecError,
     NotFoundError,
     StoreError,
@@ -213,11 +214,15 @@ class Tracking:
             self.client.log_artifact(run_id, str(path))
 
     def read_text(self, run_id: str, name: str) -> str:
-        """Return a text file of a run. NotFoundError."""
+        """Return a text file of a run. NotFoundError, IntegrityError."""
         # `client.download_artifacts` takes whatever goes wrong for a file that is not there.
         folder_uri = self.client.get_run(run_id).info.artifact_uri
         with in_words(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
-            return self._download(f"{folder_uri}/{name}", folder).read_text()
+            content = self._download(f"{folder_uri}/{name}", folder).read_bytes()
+        try:
+            return content.decode()
+        except UnicodeError as error:
+            raise IntegrityError(f"{name} of run {run_id} is not text", found=error) from error
 
     def system_metrics(self, run_id: str) -> SystemMetricsMonitor:
         """Return what samples this machine (processor, memory, devices) into a run, not started."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.edges.json_nouns import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking
+from trans_peft.errors import IntegrityError
 
 __all__ = ["MlflowEvaluations"]
 
@@ -23,12 +24,21 @@ class MlflowEvaluations:
         self._tracking = Tracking(tracking_uri)
 
     def get(self, key: str) -> Evaluation | None:
-        """Return the evaluation with that key, or None. Of two, the older one, always."""
+        """Return the evaluation with that key, or None. Of two, the older one. IntegrityError."""
         run_id = self._tracking.oldest_run("evaluations", {"evaluation_key": key})
         if run_id is None:
             return None
         text = self._tracking.read_text(run_id, _FILE)
-        return from_json(Evaluation, text, where=f"{_FILE} of run {run_id}")
+        where = f"{_FILE} of run {run_id}"
+        evaluation: Evaluation = from_json(Evaluation, text, where=where)
+        if evaluation.key != key:
+            raise IntegrityError(
+                f"{where} holds another evaluation",
+                expected=key,
+                found=evaluation.key,
+                do="delete the run in MLflow: the evaluation is made again",
+            )
+        return evaluation
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
         """Keep an evaluation. The same key again changes nothing."""

@@ -10,20 +10,31 @@ import json
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trans_peft.domain.base import serving_alias
 from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.names import quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_nouns import from_json, to_json
-from trans_peft.edges.mlflow_client import Tracking, own_tags
+from trans_peft.edges.mlflow_client import Tracking, own_tags, tag
+from trans_peft.errors import IntegrityError
 
 __all__ = ["MlflowOutcomes"]
 
 _FILE = "outcome.json"
-_TAG = re.compile(r"outcome\.on-[0-9a-f]+$")
+_TAG = re.compile(r"outcome\.on-[0-9a-f]+")
 _LONGEST_REASON, _LONGEST_LINE, _MOST_LINES = 2000, 300, 20  # below MLflow's 100,000 together
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a tag holds: the outcome in short, when it was written (ms), the run with all of it."""
+
+    time_ms: int
+    run_id: str
+    outcome: TransferOutcome
 
 
 class MlflowOutcomes:
@@ -97,12 +108,27 @@ def _stored(found: list[Any]) -> list[tuple[str, int, TransferOutcome]]:
     outcomes = []
     for version in found:
         for name, text in own_tags(version.tags).items():
-            if _TAG.match(name):
-                where = f"the tag {name} of version {version.version} of {version.name}"
-                kept = json.loads(text)
-                outcome = from_json(TransferOutcome, json.dumps(kept["outcome"]), where=where)
-                outcomes.append((name.removeprefix("outcome."), kept["time_ms"], outcome))
+            if _TAG.fullmatch(name):
+                where = f"the tag {tag(name)} of version {version.version} of {version.name}"
+                kept: _Kept = from_json(_Kept, text, where=where)
+                _check(kept.outcome, name, version.name, where)
+                outcomes.append((name.removeprefix("outcome."), kept.time_ms, kept.outcome))
     return outcomes
+
+
+def _check(outcome: TransferOutcome, name: str, adapter: str, where: str) -> None:
+    """Raise IntegrityError unless the outcome, and its recipe, are this adapter's on this base."""
+    about = (outcome.adapter, f"outcome.{serving_alias(outcome.base_fingerprint_sha256)}")
+    training = outcome.training
+    if about != (adapter, name) or (
+        training and (training.adapter, training.family) != (adapter, outcome.family)
+    ):
+        raise IntegrityError(
+            f"{where} is about something else",
+            expected=f"an outcome of {adapter}, on the base that the tag names",
+            found=quoted(f"{outcome.adapter} on {outcome.base_fingerprint_sha256[:12]}"),
+            do="remove the tag in MLflow's page: the adapter is judged again from stored results",
+        )
 
 
 def _short(outcome: TransferOutcome) -> Any:

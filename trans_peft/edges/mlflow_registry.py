@@ -16,20 +16,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet, VersionState
-from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
+from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
-from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.domain.remedies import Rung
-from trans_peft.edges.json_nouns import from_json, to_json
+from trans_peft.edges.json_nouns import to_json
 from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
 from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
+from trans_peft.edges.mlflow_tags import NONE, adapter_version, alias_states, version_tags
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
 from trans_peft.models import adapter_weights_sha256, keeps_no_template
 
 __all__ = ["MlflowRegistry"]
-
-_NONE = "none"
 
 
 class MlflowRegistry:
@@ -42,12 +39,31 @@ class MlflowRegistry:
     def adapters(self, family: str) -> tuple[str, ...]:
         """Return the names of the family's live adapters (not tagged `retired`), sorted."""
         models = self._tracking.models({"kind": "adapter", "family": family})
-        live = (m.name for m in models if own_tags(m.tags).get("retired", "false") == "false")
-        return tuple(sorted(live))
+        return tuple(sorted(m.name for m in models if not _why_aside(m) and not _is_retired(m)))
+
+    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
+        """Return what `adapters` leaves out because it cannot be read, with the reason."""
+        if family is not None:
+            models = self._tracking.models({"kind": "adapter", "family": family})
+            return tuple(filter(None, map(_why_aside, models)))
+        families = {model.name for model in self._tracking.models({"kind": "base"})}
+        claims = [
+            (model.name, own_tags(model.tags).get("family", ""))
+            for model in self._tracking.models({"kind": "adapter"})
+        ]
+        return tuple(
+            f"the adapter {quoted(name)} claims the family {quoted(claimed)}, which does not exist"
+            for name, claimed in claims
+            if claimed not in families
+        )
+
+    def family(self, adapter: str) -> str:
+        """Return the family of an adapter, live or not. NotFoundError."""
+        return own_tags(self._tracking.model(adapter, "adapter").tags).get("family", "")
 
     def versions(self, adapter: str) -> tuple[AdapterVersion, ...]:
-        """Return all versions of one adapter, oldest first. NotFoundError."""
-        return tuple(_version(found) for found in self._found(adapter))
+        """Return all versions of one adapter, oldest first. NotFoundError, IntegrityError."""
+        return tuple(adapter_version(found) for found in self._found(adapter))
 
     def register(
         self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
@@ -56,7 +72,7 @@ class MlflowRegistry:
 
         `tags` are for people who look at the page; InvalidSpecError if one has a name of ours.
         """
-        ours = _tags(draft)
+        ours = version_tags(draft)
         taken = sorted(ours.keys() & (tags or {}).keys())
         if taken:
             raise InvalidSpecError(f"these tags are the registry's own: {', '.join(taken)}")
@@ -98,7 +114,7 @@ class MlflowRegistry:
 
     def aliases(self, adapter: str) -> Mapping[str, AliasState]:
         """Return every alias of the adapter that is set, or was set by us or recorded once."""
-        return _aliases(self._tracking.model(adapter, "adapter"))
+        return alias_states(self._tracking.model(adapter, "adapter"))
 
     def set_alias(self, adapter: str, alias: str, number: int | None) -> bool:
         """Move the alias to a version, or take it away (None), and remember that we did.
@@ -170,11 +186,7 @@ class MlflowRegistry:
         found = self._tracking.versions(adapter)
         if not found:
             self._tracking.model(adapter, "adapter")
-        ours = [
-            version
-            for version in found
-            if own_tags(version.tags).get("adapter") == adapter and not copied_from(version)
-        ]
+        ours = [version for version in found if _is_ours(version)]
         if found and not ours:
             raise NotFoundError(f"{adapter!r} is no adapter", found="versions of something else")
         return ours
@@ -192,83 +204,30 @@ class MlflowRegistry:
         self._tracking.tag_model(adapter, f"alias.{alias}", where)
 
 
-def _aliases(model: Any) -> dict[str, AliasState]:
-    tags = own_tags(model.tags)
-    known = {*model.aliases}
-    for prefix in ("alias.", "by-hand."):
-        known |= {name.removeprefix(prefix) for name in tags if name.startswith(prefix)}
-    return {alias: _alias_state(model, alias, tags) for alias in known}
-
-
-def _alias_state(model: Any, alias: str, tags: Mapping[str, str]) -> AliasState:
-    stands = model.aliases.get(alias)
-    ours = tags.get(f"alias.{alias}", _NONE).split(">")  # two where a write was cut off
-    name = f"by-hand.{alias}"
-    where = f"the tag {name} of {model.name}"
-    return AliasState(
-        number=None if stands is None else int(stands),
-        by_hand=str(stands or _NONE) not in ours,
-        unfinished=len(ours) > 1,
-        recorded=from_json(HandSet, tags[name], where=where) if name in tags else None,
-    )
-
-
 def _word(number: int | None) -> str:
-    return _NONE if number is None else str(number)
+    return NONE if number is None else str(number)
 
 
-def _tags(draft: AdapterVersion) -> dict[str, str]:
-    transferred = draft.transferred_from
-    return {
-        "adapter": draft.adapter,
-        "family": draft.family,
-        "base_version": draft.base_version,
-        "base_fingerprint": draft.base_fingerprint_sha256,
-        "trained_on_version": draft.trained_on_version,
-        "trained_on_fingerprint": draft.trained_on_fingerprint_sha256,
-        "weights_sha256": draft.weights_sha256,
-        "method": draft.method,
-        "recipe_sha256": draft.recipe_sha256,
-        "suites": to_json(tuple[Suite, ...], draft.suites),
-        "transferred_from": "" if transferred is None else str(transferred),
-        "recipe": "" if draft.recipe is None else to_json(TrainingRecipe, draft.recipe),
-        "made_by": draft.made_by.value,
-    }
-
-
-def _version(found: Any) -> AdapterVersion:
+def _is_ours(found: Any) -> bool:
+    """Whether a version was registered here: it has our tags and is no copy of another."""
     tags = own_tags(found.tags)
-    where = f"version {found.version} of {found.name}"
-    try:
-        return AdapterVersion(
-            adapter=found.name,
-            number=int(found.version),
-            family=tags["family"],
-            base_version=tags["base_version"],
-            base_fingerprint_sha256=tags["base_fingerprint"],
-            trained_on_version=tags["trained_on_version"],
-            trained_on_fingerprint_sha256=tags["trained_on_fingerprint"],
-            weights_sha256=tags["weights_sha256"],
-            method=tags["method"],
-            recipe_sha256=tags.get("recipe_sha256", ""),
-            suites=from_json(tuple[Suite, ...], tags["suites"], where=f"the suites of {where}"),
-            transferred_from=int(tags["transferred_from"]) if "transferred_from" in tags else None,
-            run_id=found.run_id or None,
-            recipe=(
-                from_json(TrainingRecipe, tags["recipe"], where=f"the recipe of {where}")
-                if "recipe" in tags
-                else None
-            ),
-            made_by=Rung(tags.get("made_by", Rung.DIRECT)),
-            state=VersionState(
-                verdict=tags.get("verdict"),
-                verdict_key=tags.get("verdict_key"),
-                superseded="superseded" in tags,
-            ),
+    return not copied_from(found) and ("weights_sha256" in tags or "adapter" in tags)
+
+
+def _is_retired(model: Any) -> bool:
+    return own_tags(model.tags).get("retired", "false") == "true"
+
+
+def _why_aside(model: Any) -> str | None:
+    """Return why a registered model that claims to be an adapter is set aside, None if it is not.
+
+    A `retired` that is neither true nor false is a person's slip: nobody knows what was meant.
+    """
+    if problem := name_problem("the name", model.name):
+        return f"the adapter {quoted(model.name)}: {problem}"
+    retired = own_tags(model.tags).get("retired", "false")
+    if retired not in ("true", "false"):
+        return (
+            f"{model.name}: the tag {tag('retired')} must be true or false; found {quoted(retired)}"
         )
-    except KeyError as error:
-        raise IntegrityError(
-            f"{where} has lost a tag",
-            expected=tag(error.args[0]),
-            do="set the tag again in MLflow's page, or delete the version",
-        ) from error
+    return None

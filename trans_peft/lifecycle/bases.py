@@ -20,10 +20,10 @@ from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import BaseVersion, Manifest, Upload
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import (
-    IntegrityError,
     InvalidSpecError,
     NotFoundError,
     StoreError,
+    TransPeftError,
     UploadError,
     telling_full_disks,
 )
@@ -75,9 +75,7 @@ def pending(platform: Platform, *, root_uri: str = "") -> tuple[Upload, ...]:
     was refused is left out until a file of it changes: reading it again, whole, would end the same
     way. One that cannot be asked for is in: `ingest` tells why.
     """
-    versions = [
-        base for family in platform.catalog.families() for base in platform.catalog.versions(family)
-    ]
+    versions = _known(platform)
     root = root_uri.rstrip("/")
     manifests = {
         child_uri(root, file.name).removesuffix(f"/{Manifest.FILE_NAME}"): file
@@ -98,6 +96,19 @@ def pending(platform: Platform, *, root_uri: str = "") -> tuple[Upload, ...]:
     )
 
 
+def _known(platform: Platform) -> list[BaseVersion]:
+    """Return every version of every family. One that cannot be read stops no other."""
+    versions: list[BaseVersion] = []
+    for family in platform.catalog.families():
+        try:
+            versions += platform.catalog.versions(family)
+        except StoreError:
+            raise  # the catalog does not answer: that says nothing about the family
+        except TransPeftError:  # its own look says why; or it was deleted a moment ago
+            continue
+    return versions
+
+
 def _is_settled(
     uri: str, manifest: StoredFile, versions: Sequence[BaseVersion], platform: Platform
 ) -> bool:
@@ -108,7 +119,7 @@ def _is_settled(
     try:
         there = (replace(manifest, name=Manifest.FILE_NAME),)
         claimed = read_manifest(uri, platform.store, there)
-    except (UploadError, IntegrityError, NotFoundError, StoreError):
+    except TransPeftError:
         return False
     return claimed is not None and claimed.sha256 in {base.manifest_sha256 for base in versions}
 
@@ -157,7 +168,7 @@ def _claimed(upload: Upload, manifest: Manifest | None) -> tuple[str, str, str |
 def _is_remembered(upload: Upload, platform: Platform) -> bool:
     try:
         return _memo(upload, platform).exists()
-    except StoreError:
+    except TransPeftError:
         return False
 
 
@@ -165,7 +176,7 @@ def _memo(upload: Upload, platform: Platform) -> Path:
     """Return where it is remembered that these very files need no further look."""
     try:
         files = [[file.name, file.etag] for file in platform.store.list(upload.uri)]
-    except NotFoundError:  # a bucket that is not there
+    except (NotFoundError, InvalidSpecError):  # no such bucket, or a URI of no store
         files = []
     number = upload.registered.number if upload.registered else None
     name = content_sha256([upload.uri, files, number])[:16]

@@ -64,10 +64,10 @@ def _missing(
                 problems.append(f"required: {name} ({_why_idle(adapters[name], base)})")
             continue
         try:
-            families = {version.family for version in platform.registry.versions(name)}
+            family = platform.registry.family(name)
         except NotFoundError:
             problems.append(f"required: {name} (there is no such adapter)")
         else:
-            if fleet.family in families:
+            if family == fleet.family:
                 problems.append(f"required: {name} (retired, or it cannot be read)")
     return problems

@@ -14,7 +14,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, Work, outcome_of
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.errors import StoreError, TransPeftError
+from trans_peft.errors import IntegrityError, StoreError, TransPeftError
 from trans_peft.ports import Platform
 
 __all__ = ["MAX_ATTEMPTS", "Adapter", "Fleet", "estimated", "is_wanted", "observe", "plan"]
@@ -54,6 +54,7 @@ class Fleet:
     """Everything that is looked at: one family's ready bases, its aliases, its live adapters.
 
     `unreadable`: adapters that cannot be judged, with the reason; they stop nobody else.
+    `set_aside`: what else stands in the registry and cannot be read, with the reason.
     `notes`: what stands on base versions, by number, about a promotion that did not take place.
     """
 
@@ -64,6 +65,7 @@ class Fleet:
     adapters: tuple[Adapter, ...]
     unreadable: tuple[str, ...] = ()
     notes: Mapping[int, str] = field(default_factory=dict)
+    set_aside: tuple[str, ...] = ()
 
     def base(self, number: int | None) -> BaseVersion | None:
         """Return the ready base version with that number, if there is one."""
@@ -92,7 +94,7 @@ def observe(family: str, platform: Platform, *, only: str | None = None) -> Flee
         if only is not None and name != only:
             continue
         try:
-            adapters.append(_adapter(name, platform))
+            adapters.append(_adapter(name, family, platform))
         except StoreError:
             raise  # the registry does not answer: that says nothing about the adapter
         except TransPeftError as error:
@@ -105,6 +107,7 @@ def observe(family: str, platform: Platform, *, only: str | None = None) -> Flee
         adapters=tuple(adapters),
         unreadable=tuple(unreadable),
         notes=platform.catalog.promotion_notes(family),
+        set_aside=(*platform.catalog.set_aside(family), *platform.registry.set_aside(family)),
     )
 
 
@@ -120,7 +123,8 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
                 (parked if item.attempt > MAX_ATTEMPTS else work).append(item)
             elif (recipe := _left_to_train(adapter, base, policy)) is not None:
                 trainings.append(recipe)
-    return Plan(fleet.family, tuple(work), tuple(parked), fleet.unreadable, tuple(trainings))
+    aside = (*fleet.unreadable, *fleet.set_aside)
+    return Plan(fleet.family, tuple(work), tuple(parked), aside, tuple(trainings))
 
 
 def is_wanted(work: Work, family: str, policy: GatePolicy, platform: Platform) -> bool:
@@ -150,22 +154,57 @@ def estimated(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
     return replace(found, work=tuple(work))
 
 
-def _adapter(name: str, platform: Platform) -> Adapter:
+def _adapter(name: str, family: str, platform: Platform) -> Adapter:
     versions = platform.registry.versions(name)
     source_version(versions)  # without one it cannot be judged: NotFoundError
     outcomes, aliases = platform.registry.outcomes(name), platform.registry.aliases(name)
-    return Adapter(name, versions, outcomes, aliases)
+    adapter = Adapter(name, versions, outcomes, aliases)
+    _check(adapter, family)
+    return adapter
+
+
+def _check(adapter: Adapter, family: str) -> None:
+    """Raise IntegrityError where versions and outcomes contradict one another or the family."""
+    problems = [
+        f"version {version.number} is of the family {version.family}"
+        for version in adapter.versions
+        if version.family != family
+    ]
+    made = {version.number: version.base_fingerprint_sha256 for version in adapter.versions}
+    for outcome in adapter.outcomes:
+        number = outcome.new_number
+        if outcome.family != family:
+            problems.append(
+                f"an outcome on {outcome.base_version} is of the family {outcome.family}"
+            )
+        elif number is not None and made.get(number) != outcome.base_fingerprint_sha256:
+            problems.append(
+                f"the outcome on {outcome.base_version} names version {number}, which is not made "
+                "for that base"
+            )
+    if problems:
+        raise IntegrityError(
+            f"the registry's records of {adapter.name} contradict one another",
+            expected=f"versions and outcomes in the family {family}",
+            found="; ".join(problems),
+            do="set the tags right in MLflow's page, or remove the outcome's tag: the adapter is "
+            "then judged again",
+        )
 
 
 def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float | None:
     source = source_version(versions)
-    found = [
-        platform.evaluations.get(
-            suite.evaluation_key(source.weights_sha256, source.base_fingerprint_sha256)
-        )
-        for suite in source.suites
-    ]
-    known = [evaluation.seconds for evaluation in found if evaluation is not None]
+    known = []
+    for suite in source.suites:
+        try:
+            found = platform.evaluations.get(
+                suite.evaluation_key(source.weights_sha256, source.base_fingerprint_sha256)
+            )
+        except StoreError:
+            raise
+        except TransPeftError:  # it cannot be read: no estimate; whoever judges says why
+            continue
+        known += [found.seconds] if found is not None else []
     return sum(known) if known else None
 
 

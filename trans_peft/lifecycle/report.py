@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version, version_trained_on
-from trans_peft.domain.evaluation import Evaluation, SuiteJudgement, Verdict
+from trans_peft.domain.evaluation import SuiteJudgement, Verdict
 from trans_peft.domain.remedies import Rung, Tried
+from trans_peft.errors import StoreError, TransPeftError
 from trans_peft.lifecycle.reconcile import Fleet, observe
 from trans_peft.ports import Platform
 
@@ -42,7 +43,8 @@ class FleetRow:
 class FleetReport:
     """One family: what serves, what should, and a row for each adapter on each base.
 
-    `note`: why what should serve does not, as it stands on that version's page.
+    `note`: why what should serve does not, as it stands on that version's page. `unreadable`: what
+    stands in the registry and cannot be read, by name, with the reason.
     """
 
     family: str
@@ -51,6 +53,7 @@ class FleetReport:
     bases: tuple[str, ...]
     rows: tuple[FleetRow, ...]
     note: str = ""
+    unreadable: tuple[str, ...] = ()
 
     def markdown(self) -> str:
         """Return the report as a page: adapters down, base versions across, then the reasons."""
@@ -79,6 +82,8 @@ class FleetReport:
         hands = [row for row in self.rows if row.by_hand]
         lines += ["", "## By hand", ""] if hands else []
         lines += [f"- **{row.adapter}** on {row.base}: {row.by_hand}" for row in hands]
+        lines += ["", "## Set aside: cannot be read", ""] if self.unreadable else []
+        lines += [f"- {' '.join(text.split())}" for text in self.unreadable]
         return "\n".join(lines)
 
 
@@ -86,29 +91,45 @@ def report(family: str, platform: Platform) -> FleetReport:
     """Read one family's fleet and return its report."""
     fleet = observe(family, platform)
     serving, champion = fleet.base(fleet.serving), fleet.base(fleet.champion)
+    unreadable = [*fleet.unreadable, *fleet.set_aside]
+    rows = _rows(fleet, platform, unreadable)
     return FleetReport(
         family=family,
         serving=serving.version if serving else None,
         champion=champion.version if champion else None,
         bases=tuple(base.version for base in fleet.bases),
-        rows=tuple(_rows(fleet, platform)),
+        rows=tuple(rows),
         note=fleet.notes.get(fleet.champion, "") if fleet.champion is not None else "",
+        unreadable=tuple(unreadable),
     )
 
 
-def _rows(fleet: Fleet, platform: Platform) -> Sequence[FleetRow]:
+def _scores(
+    version: AdapterVersion, platform: Platform, unreadable: list[str]
+) -> tuple[tuple[str, float], ...]:
+    """Return the stored score of each suite; what cannot be read is added to `unreadable`."""
+    scores = []
+    for suite in version.suites:
+        try:
+            found = platform.evaluations.get(
+                suite.evaluation_key(version.weights_sha256, version.base_fingerprint_sha256)
+            )
+        except StoreError:
+            raise
+        except TransPeftError as error:
+            unreadable.append(f"{version}, suite {suite.name}: {error}")
+            continue
+        scores += [(found.suite, found.score)] if found is not None else []
+    return tuple(scores)
+
+
+def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[FleetRow]:
     rows = []
     for adapter in fleet.adapters:
         source = source_version(adapter.versions)
         for base in fleet.bases:
             outcome = adapter.outcome_on(base)
             trained_here = version_trained_on(base.fingerprint_sha256, adapter.versions)
-            evaluations: list[Evaluation] = []
-            if trained_here:
-                for suite in trained_here.suites:
-                    key = suite.evaluation_key(trained_here.weights_sha256, base.fingerprint_sha256)
-                    found = platform.evaluations.get(key)
-                    evaluations += [found] if found is not None else []
             rows.append(
                 FleetRow(
                     adapter=adapter.name,
@@ -126,7 +147,7 @@ def _rows(fleet: Fleet, platform: Platform) -> Sequence[FleetRow]:
                     serves=adapter.can_serve(base, adapter.alias_on(base).number),
                     by_hand=_hand(adapter.alias_on(base)),
                     suites=outcome.judgement.suites if outcome else (),
-                    scores=tuple((item.suite, item.score) for item in evaluations),
+                    scores=_scores(trained_here, platform, unreadable) if trained_here else (),
                     chance={
                         suite.name: suite.chance_points
                         for suite in source.suites

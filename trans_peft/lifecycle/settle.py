@@ -7,7 +7,8 @@ compare-and-set: both aliases are read again before `serving` moves and after, a
 that they have moved on asks for another look, so that the last one to write is right.
 """
 
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from trans_peft.domain.adapter import AliasState, HandSet, version_trained_on
@@ -15,6 +16,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import FleetChanges
 from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.errors import NotFoundError, StoreError, TransPeftError
 from trans_peft.lifecycle.promotion import objections
 from trans_peft.lifecycle.reconcile import Adapter, Fleet, plan
 from trans_peft.ports import Platform
@@ -38,26 +40,52 @@ def settle(
     objection. Why it does not is returned, and noted on the version where `champion` stands.
     """
     seen_at = (now or datetime.now(UTC)).isoformat(timespec="seconds")
-    aliases, overruled, adapters = [], [], []
+    written = _Written()
+    adapters, unreadable = [], [*fleet.unreadable]
     for adapter in fleet.adapters:
-        states = dict(adapter.aliases)
-        for base in {base.alias: base for base in fleet.bases}.values():
-            decision, state = _decide(adapter, base), adapter.alias_on(base)
-            if _differs(state, decision):
-                if platform.registry.set_alias(adapter.name, base.alias, decision.number):
-                    state = AliasState(decision.number, recorded=state.recorded)
-                    aliases.append(f"{adapter.name}: {base.alias} -> {_named(decision.number)}")
-                else:  # a person was faster than we
-                    state = platform.registry.aliases(adapter.name)[base.alias]
-            hand = _hand(state, decision, seen_at) if state.by_hand else None
-            if hand != state.recorded:
-                platform.registry.record_hand(adapter.name, base.alias, hand)
-            if hand is not None:
-                overruled.append(f"{adapter.name} on {base.version}: {hand}")
-            states[base.alias] = state
-        adapters.append(replace(adapter, aliases=states))
-    changes = _promote(replace(fleet, adapters=tuple(adapters)), policy, promotion, platform)
-    return replace(changes, aliases=tuple(aliases), overruled=tuple(overruled))
+        try:
+            adapters.append(_settled(adapter, fleet, platform, seen_at, written))
+        except StoreError:
+            raise  # the registry does not answer: that says nothing about the adapter
+        except TransPeftError as error:
+            unreadable.append(f"{adapter.name}: {error}")
+    settled = replace(fleet, adapters=tuple(adapters), unreadable=tuple(unreadable))
+    return replace(
+        _promote(settled, policy, promotion, platform),
+        aliases=tuple(written.aliases),
+        overruled=tuple(written.overruled),
+        unreadable=(*unreadable, *fleet.set_aside),
+    )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Lines about aliases that were moved, and about those that a person moved."""
+
+    aliases: list[str] = field(default_factory=list)
+    overruled: list[str] = field(default_factory=list)
+
+
+def _settled(
+    adapter: Adapter, fleet: Fleet, platform: Platform, seen_at: str, written: _Written
+) -> Adapter:
+    """Write one adapter's alias on each base by its verdict; return it with the aliases as set."""
+    states = dict(adapter.aliases)
+    for base in {base.alias: base for base in fleet.bases}.values():
+        decision, state = _decide(adapter, base), adapter.alias_on(base)
+        if _differs(state, decision):
+            if platform.registry.set_alias(adapter.name, base.alias, decision.number):
+                state = AliasState(decision.number, recorded=state.recorded)
+                written.aliases.append(f"{adapter.name}: {base.alias} -> {_named(decision.number)}")
+            else:  # a person was faster
+                state = platform.registry.aliases(adapter.name)[base.alias]
+        hand = _hand(state, decision, seen_at) if state.by_hand else None
+        if hand != state.recorded:
+            platform.registry.record_hand(adapter.name, base.alias, hand)
+        if hand is not None:
+            written.overruled.append(f"{adapter.name} on {base.version}: {hand}")
+        states[base.alias] = state
+    return replace(adapter, aliases=states)
 
 
 @dataclass(frozen=True)
@@ -102,7 +130,8 @@ def _promote(
     notes = {fleet.champion: text} if fleet.champion is not None and text else {}
     for number in sorted({*fleet.notes, *notes}):
         if fleet.notes.get(number) != notes.get(number):
-            platform.catalog.note_promotion(fleet.family, number, notes.get(number, ""))
+            with suppress(NotFoundError):  # the version was deleted; its alias may outlive it
+                platform.catalog.note_promotion(fleet.family, number, notes.get(number, ""))
     changes = FleetChanges(
         waiting=waiting,
         refused=refused,

@@ -1,0 +1,316 @@
+"""What other clients and people may leave in MLflow stops no other adapter and no other family."""
+
+import json
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.edges.fake_tracking import FakeTracking, Model, Version
+from tests.edges.nouns import evaluation
+from tests.lifecycle.fleet import POLICY, MemoryFleet
+from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.edges.mlflow_catalog import MlflowCatalog
+from trans_peft.edges.mlflow_client import own_tags, tag
+from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
+from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
+from trans_peft.edges.mlflow_registry import MlflowRegistry
+from trans_peft.errors import IntegrityError, InvalidSpecError
+from trans_peft.lifecycle.bases import pending
+from trans_peft.lifecycle.reconcile import estimated, observe, plan
+from trans_peft.lifecycle.report import report
+from trans_peft.lifecycle.settle import settle
+
+ANY_SHARE = PromotionPolicy(min_serving_share=0.0)
+ODD = [
+    *("x", "", " ", "0", "-1", "1.5", "true", "null", "[]", "{}", "NaN", '"', "'", "{", "1>2>3"),
+    *(
+        "[[" * 5000,
+        '{"a":' * 5000,
+        "größe",
+        "\x00",
+        "\u202e",
+        "A's base",
+        "a/b",
+        "../..",
+        "9" * 5000,
+    ),
+    *(
+        '{"outcome": {}, "time_ms": "x"}',
+        '{"outcome": null}',
+        '[{"name": "../x"}]',
+        "on-",
+        "f" * 64,
+    ),
+    *("latest", "serving", "F" * 64, "0" * 64, "99", "none", "1>none", "x" * 4000, "f" * 64),
+]
+texts = st.one_of(
+    st.sampled_from(ODD),
+    st.text(max_size=80),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+        max_leaves=8,
+    ).map(json.dumps),
+)
+
+
+class Two:
+    """Two families in one registry. `spoilt` has v1 and v2 and two adapters; `other` has one."""
+
+    def __init__(self, folder):
+        self.tracking = FakeTracking()
+        self.spoilt, self.other = (self.fleet(folder, name) for name in ("spoilt", "other"))
+        for fleet, adapters in ((self.spoilt, ("bad", "good")), (self.other, ("apart",))):
+            self.v1 = fleet.add_base("v1")
+            for name in adapters:
+                fleet.add_adapter(name, self.v1)
+            fleet.promote(self.v1)
+            fleet.settle()
+            self.v2 = fleet.add_base("v2")
+            fleet.work_off(Verdict.PASSED)
+            fleet.settle()
+
+    def fleet(self, folder, family):
+        """Return a fleet on the doors to MLflow, with dictionaries behind them."""
+        (folder / family).mkdir()
+        fleet = MemoryFleet(folder / family, family)
+        catalog, registry = MlflowCatalog("fake://"), MlflowRegistry("fake://")
+        catalog._tracking = registry._tracking = self.tracking
+        registry._outcomes = MlflowOutcomes(self.tracking)
+        fleet.platform = replace(fleet.platform, catalog=catalog, registry=registry)
+
+        def click(model, alias, number):
+            self.tracking.set_alias(model, alias, number)
+
+        fleet.person = replace(fleet.person, sets_on_a_base=click)
+        return fleet
+
+    @contextmanager
+    def spoiling(self, tags, name, text):
+        """Put a text into a tag; afterwards everything stands as before."""
+        before = json.dumps([*map(vars, self.tracking.known.values())])
+        made = json.dumps([vars(v) for many in self.tracking.made.values() for v in many])
+        tags[tag(name)] = text
+        try:
+            yield
+        finally:
+            self.tracking.known = {m["name"]: Model(**m) for m in json.loads(before)}
+            self.tracking.made = {}
+            for version in json.loads(made):
+                self.tracking.made.setdefault(version["name"], []).append(Version(**version))
+
+    def version_tag(self, model, number, name, text):
+        return self.spoiling(self.tracking.version(model, int(number)).tags, name, text)
+
+    def model_tag(self, model, name, text):
+        return self.spoiling(self.tracking.known[model].tags, name, text)
+
+    def nobody_else_is_stopped(self):
+        """Look at, plan, promote, roll back and report both families; `good` and `other` move."""
+        for fleet, adapter in ((self.spoilt, "good"), (self.other, "apart")):
+            assert fleet.family in fleet.platform.catalog.families()
+            pending(fleet.platform)
+            fleet.platform.catalog.set_aside()
+            fleet.platform.registry.set_aside()
+            for number in (2, 1):
+                fleet.person.sets_on_a_base(fleet.family, "champion", number)
+                changes = settle(observe(fleet.family, fleet.platform), POLICY, ANY_SHARE,
+                                 fleet.platform)  # fmt: skip
+                if changes.waiting:  # something spoilt has no verdict any more: a rollback is free
+                    assert "bad" in changes.waiting
+                elif changes.refused is None:
+                    assert fleet.serving == number
+            seen = observe(fleet.family, fleet.platform)
+            estimated(plan(seen, POLICY), seen, fleet.platform)
+            (found,) = (one for one in seen.adapters if one.name == adapter)
+            assert len(found.versions) == 2
+            report(fleet.family, fleet.platform).markdown()
+        assert self.other.serving == 1
+        return observe("spoilt", self.spoilt.platform)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return Two(tmp_path_factory.mktemp("registry"))
+
+
+ADAPTER_TAGS = (
+    *("adapter", "family", "base_version", "base_fingerprint", "trained_on_version"),
+    *("trained_on_fingerprint", "weights_sha256", "method", "suites", "transferred_from"),
+    *("recipe", "recipe_sha256", "made_by", "verdict", "verdict_key", "superseded", "OUTCOME"),
+)
+BASE_TAGS = (
+    *("family", "version", "fingerprint", "fingerprint_run", "parent", "ready", "served", "uri"),
+    *("source", "manifest", "promotion", "superseded", "adapter"),
+)
+MODEL_TAGS = ("retired", "ALIAS", "BY-HAND", "by-hand.x", "alias.'", "kind", "family")
+odd = settings(max_examples=20, deadline=None)
+
+
+@pytest.mark.parametrize("tag", ADAPTER_TAGS)
+@odd
+@given(text=texts, number=st.sampled_from(["1", "2"]))
+@example("x", "2")
+@example("{}", "1")
+@example("99", "2")
+def test_any_text_in_a_tag_of_an_adapter_version(two, tag, text, number):
+    name = f"outcome.{two.v2.alias}" if tag == "OUTCOME" else tag
+    with two.version_tag("bad", number, name, text):
+        two.nobody_else_is_stopped()
+
+
+@pytest.mark.parametrize("tag", MODEL_TAGS)
+@odd
+@given(text=texts)
+@example("x")
+def test_any_text_in_a_tag_of_an_adapter(two, tag, text):
+    name = {"ALIAS": f"alias.{two.v2.alias}", "BY-HAND": f"by-hand.{two.v2.alias}"}.get(tag, tag)
+    with two.model_tag("bad", name.replace("'", "-"), text):
+        two.nobody_else_is_stopped()
+
+
+@pytest.mark.parametrize("tag", BASE_TAGS)
+@odd
+@given(text=texts)
+@example("x")
+@example("v1")
+@example("f" * 64)
+def test_any_text_in_a_tag_of_a_base_version(two, tag, text):
+    with two.version_tag("spoilt", "2", tag, text):
+        two.nobody_else_is_stopped()
+
+
+@pytest.mark.parametrize(
+    ("tag", "text", "said"),
+    [
+        ("made_by", "x", r"bad: the tag trans_peft.made_by of version 2 of bad cannot be read"),
+        ("suites", "{", r"bad: the tag trans_peft.suites of version 2 of bad cannot be read"),
+        ("suites", "[]", r"bad: the tag trans_peft.suites of version 2 of bad"),
+        ("transferred_from", "one", r"bad: the tag trans_peft.transferred_from of version 2"),
+        ("base_fingerprint", "on", r"bad: the tag trans_peft.base_fingerprint of version 2"),
+        ("family", "other", r"bad: the registry's records of bad contradict one another"),
+        ("adapter", "good", r"bad: the tag trans_peft.adapter of version 2"),
+        ("OUTCOME", "{}", r"bad: the tag trans_peft.outcome.on-[0-9a-f]+ of version 2 of bad"),
+        ("OUTCOME", "[[" * 5000, r"bad: the tag trans_peft.outcome"),
+    ],
+)
+def test_what_cannot_be_read_is_named_in_the_plan_and_in_the_report(two, tag, text, said):
+    name = f"outcome.{two.v2.alias}" if tag == "OUTCOME" else tag
+    with two.version_tag("bad", "2", name, text):
+        seen = two.nobody_else_is_stopped()
+        assert [adapter.name for adapter in seen.adapters] == ["good"]
+        (line,) = plan(seen, POLICY).unreadable
+        assert re.match(said, line)
+        assert "## Set aside" in (page := report("spoilt", two.spoilt.platform).markdown())
+        assert line.split(":")[1].strip()[:40] in page
+    assert [adapter.name for adapter in two.nobody_else_is_stopped().adapters] == ["bad", "good"]
+
+
+def test_an_outcome_of_another_adapter_on_the_version_is_set_aside(two):
+    name = f"outcome.{two.v2.alias}"
+    good = own_tags(two.tracking.version("good", 2).tags)[name]
+    with two.version_tag("bad", "2", name, good):
+        (line,) = two.nobody_else_is_stopped().unreadable
+        assert "is about something else" in line
+
+
+@pytest.mark.parametrize(
+    ("tag", "text", "said"),
+    [
+        ("version", "v1", "it is called v1, and so is version 1"),
+        ("version", "a b", "version must be 1 to 100 ASCII letters"),
+        ("fingerprint", "x", "the tag trans_peft.fingerprint of version 2 of spoilt"),
+    ],
+)
+def test_a_base_version_that_cannot_be_read_is_named(two, tag, text, said):
+    with two.version_tag("spoilt", "2", tag, text):
+        seen = two.nobody_else_is_stopped()
+        assert [base.version for base in seen.bases] == ["v1"]
+        (line,) = seen.set_aside
+        assert line.startswith("version 2 of spoilt")
+        assert said in line
+        assert said in report("spoilt", two.spoilt.platform).markdown()
+
+
+@pytest.mark.parametrize("name", ["A's base", 'say "hi"', "`x`", "a/b", "größe 2", "latest"])
+@pytest.mark.parametrize(
+    "tags", [{"kind": "base"}, {"kind": "adapter", "family": "spoilt"}], ids=["base", "adapter"]
+)
+def test_a_registered_model_with_an_odd_name_is_named_and_left_alone(two, name, tags):
+    with two.spoiling({}, "", ""):
+        two.tracking.known[name] = Model(name, {tag(key): value for key, value in tags.items()})
+        seen = two.nobody_else_is_stopped()
+        assert [adapter.name for adapter in seen.adapters] == ["bad", "good"]
+        catalog, registry = two.spoilt.platform.catalog, two.spoilt.platform.registry
+        lines = catalog.set_aside() if tags["kind"] == "base" else registry.set_aside("spoilt")
+        assert len(lines) == 1
+        assert lines[0].isascii()
+
+
+def test_an_adapter_of_a_family_that_does_not_exist_is_named(two):
+    with two.model_tag("bad", "family", "spolit"):
+        seen = two.nobody_else_is_stopped()
+        assert [adapter.name for adapter in seen.adapters] == ["good"]
+        (line,) = two.spoilt.platform.registry.set_aside()
+        assert "'bad' claims the family 'spolit', which does not exist" in line
+
+
+def test_a_name_that_differs_by_case_alone_is_not_registered(two):
+    with pytest.raises(InvalidSpecError, match="upper and lower case alone"):
+        two.spoilt.add_adapter("BAD", two.v1)
+    with pytest.raises(InvalidSpecError, match="upper and lower case alone"):
+        two.spoilt.add_base("V1")
+    assert two.spoilt.platform.registry.adapters("spoilt") == ("bad", "good")
+
+
+@pytest.mark.parametrize("source", ["models:/gone/1", "models:/m-0", "dbfs:/x", "x", "", None])
+def test_a_version_with_an_odd_source_stops_no_other(two, source):
+    with two.spoiling({}, "", ""):
+        two.tracking.make_version("spoilt", source, {})
+        two.nobody_else_is_stopped()
+
+
+@pytest.mark.parametrize("alias", ["champion", "serving"])
+def test_aliases_of_a_version_that_was_deleted_stop_nobody(two, alias):
+    with two.spoiling({}, "", ""):
+        two.tracking.known["spoilt"].aliases[alias] = "99"
+        two.tracking.known["bad"].aliases[two.v2.alias] = "99"
+        settle(observe("spoilt", two.spoilt.platform), POLICY, ANY_SHARE, two.spoilt.platform)
+        two.nobody_else_is_stopped()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"suite": "x"}', "null", "[[" * 5000, "OTHER"])
+def test_an_evaluation_that_cannot_be_read_is_set_aside(two, text):
+    store = MlflowEvaluations("fake://")
+    store._tracking = two.tracking
+    version = two.spoilt.platform.registry.versions("good")[0]
+    (suite,) = version.suites
+    one = replace(
+        evaluation(version.weights_sha256),
+        suite=suite.name,
+        base_fingerprint_sha256=version.base_fingerprint_sha256,
+        suite_sha256=suite.suite_sha256,
+        decoding_sha256=suite.decoding_sha256,
+    )
+    store.put(one)
+    assert store.get(one.key) == one
+    run_id = two.tracking.oldest_run("evaluations", {"evaluation_key": one.key})
+    kept = two.tracking.read_text(run_id, "evaluation.json")
+    other = kept.replace(version.weights_sha256, "0" * 64)
+    two.tracking.write_text(run_id, "evaluation.json", other if text == "OTHER" else text)
+    with pytest.raises(IntegrityError):
+        store.get(one.key)
+    platform = two.spoilt.platform
+    two.spoilt.platform = replace(platform, evaluations=store)
+    try:
+        two.nobody_else_is_stopped()
+        page = report("spoilt", two.spoilt.platform).markdown()
+        assert "good version 1, suite exam: evaluation.json of run" in page
+    finally:
+        two.spoilt.platform = platform
+        two.tracking.write_text(run_id, "evaluation.json", kept)

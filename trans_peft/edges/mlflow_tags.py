@@ -1,0 +1,156 @@
+"""Tags in MLflow's registry to adapter versions and alias states, and back.
+
+Anybody with access to MLflow can write any text into any tag. So every tag is checked on the way
+in: one that is missing, or is not what it must be, is an IntegrityError that names the tag and the
+version, never another exception.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet, VersionState
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.names import quoted
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.remedies import Rung
+from trans_peft.edges.json_nouns import from_json, to_json
+from trans_peft.edges.mlflow_client import own_tags, tag
+from trans_peft.errors import IntegrityError, InvalidSpecError
+
+__all__ = ["NONE", "adapter_version", "alias_states", "checked_sha256", "version_tags"]
+
+NONE = "none"
+"""Stands in the tag of an alias for "no version"."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NUMBER = re.compile(r"[1-9][0-9]{0,9}")
+
+
+def version_tags(draft: AdapterVersion) -> dict[str, str]:
+    """Return the tags of a version that is to be registered, without the prefix."""
+    transferred = draft.transferred_from
+    return {
+        "adapter": draft.adapter,
+        "family": draft.family,
+        "base_version": draft.base_version,
+        "base_fingerprint": draft.base_fingerprint_sha256,
+        "trained_on_version": draft.trained_on_version,
+        "trained_on_fingerprint": draft.trained_on_fingerprint_sha256,
+        "weights_sha256": draft.weights_sha256,
+        "method": draft.method,
+        "recipe_sha256": draft.recipe_sha256,
+        "suites": to_json(tuple[Suite, ...], draft.suites),
+        "transferred_from": "" if transferred is None else str(transferred),
+        "recipe": "" if draft.recipe is None else to_json(TrainingRecipe, draft.recipe),
+        "made_by": draft.made_by.value,
+    }
+
+
+def adapter_version(found: Any) -> AdapterVersion:
+    """Return what the tags of MLflow's version say. IntegrityError, with the tag's name."""
+    tags = own_tags(found.tags)
+    where = f"version {found.version} of {found.name}"
+    try:
+        version = AdapterVersion(
+            adapter=found.name,
+            number=int(found.version),
+            family=tags["family"],
+            base_version=tags["base_version"],
+            base_fingerprint_sha256=checked_sha256(tags, "base_fingerprint", where),
+            trained_on_version=tags["trained_on_version"],
+            trained_on_fingerprint_sha256=checked_sha256(tags, "trained_on_fingerprint", where),
+            weights_sha256=checked_sha256(tags, "weights_sha256", where),
+            method=tags["method"],
+            recipe_sha256=tags.get("recipe_sha256", ""),
+            suites=_noun(tuple[Suite, ...], tags, "suites", where),
+            transferred_from=_number(tags, "transferred_from", where),
+            run_id=found.run_id or None,
+            recipe=_noun(TrainingRecipe, tags, "recipe", where) if "recipe" in tags else None,
+            made_by=_rung(tags, where),
+            state=VersionState(
+                verdict=tags.get("verdict"),
+                verdict_key=tags.get("verdict_key"),
+                superseded="superseded" in tags,
+            ),
+        )
+    except KeyError as error:
+        raise IntegrityError(
+            f"{where} has lost a tag",
+            expected=tag(error.args[0]),
+            do="set the tag again in MLflow's page, or delete the version",
+        ) from error
+    except InvalidSpecError as error:  # a name that breaks the rule
+        raise IntegrityError(f"the tags of {where} cannot be read", found=error) from error
+    if tags.get("adapter") != found.name:
+        raise _spoilt("adapter", tags.get("adapter", ""), where, found.name)
+    if not version.suites:
+        raise _spoilt("suites", tags["suites"], where, "at least one suite")
+    recipe = version.recipe
+    if recipe and (recipe.adapter, recipe.family) != (version.adapter, version.family):
+        found_recipe = f"a recipe of {recipe.adapter} in the family {recipe.family}"
+        raise _spoilt("recipe", found_recipe, where, "the recipe of this adapter")
+    return version
+
+
+def alias_states(model: Any) -> dict[str, AliasState]:
+    """Return each alias of MLflow's registered model that is set, was set by us, or recorded."""
+    tags = own_tags(model.tags)
+    known = {*model.aliases}
+    for prefix in ("alias.", "by-hand."):
+        known |= {name.removeprefix(prefix) for name in tags if name.startswith(prefix)}
+    return {alias: _alias_state(model, alias, tags) for alias in known}
+
+
+def checked_sha256(tags: Mapping[str, str], name: str, where: str) -> str:
+    """Return the tag, 64 hex digits. KeyError where it is missing, IntegrityError otherwise."""
+    if not _SHA256.fullmatch(tags[name]):
+        raise _spoilt(name, tags[name], where, "a sha256, 64 hex digits")
+    return tags[name]
+
+
+def _alias_state(model: Any, alias: str, tags: Mapping[str, str]) -> AliasState:
+    stands = model.aliases.get(alias)
+    ours = tags.get(f"alias.{alias}", NONE).split(">")  # two where a write was cut off
+    return AliasState(
+        number=None if stands is None else int(stands),
+        by_hand=str(stands or NONE) not in ours,
+        unfinished=len(ours) > 1,
+        recorded=_recorded(tags.get(f"by-hand.{alias}")),
+    )
+
+
+def _recorded(text: str | None) -> HandSet | None:
+    """Return the record of a person's act; one that cannot be read is written anew, so None."""
+    try:
+        return None if text is None else from_json(HandSet, text, where="the record")
+    except IntegrityError:
+        return None
+
+
+def _noun(kind: Any, tags: Mapping[str, str], name: str, where: str) -> Any:
+    return from_json(kind, tags[name], where=f"the tag {tag(name)} of {where}")
+
+
+def _number(tags: Mapping[str, str], name: str, where: str) -> int | None:
+    if name not in tags:
+        return None
+    if not _NUMBER.fullmatch(tags[name]):
+        raise _spoilt(name, tags[name], where, "the number of a version")
+    return int(tags[name])
+
+
+def _rung(tags: Mapping[str, str], where: str) -> Rung:
+    text = tags.get("made_by", Rung.DIRECT.value)
+    if text not in [rung.value for rung in Rung]:
+        raise _spoilt("made_by", text, where, ", ".join(Rung))
+    return Rung(text)
+
+
+def _spoilt(name: str, text: str, where: str, expected: str) -> IntegrityError:
+    return IntegrityError(
+        f"the tag {tag(name)} of {where} cannot be read",
+        expected=expected,
+        found=quoted(text),
+        do="set the tag again in MLflow's page, or delete the version",
+    )
