@@ -50,8 +50,16 @@ class Secrets:
     def of(cls, path: Path) -> "Secrets":
         """Read the secrets in this file, which only its owner may; make those that are missing.
 
-        A state folder of an earlier release keeps those that it has.
+        A state folder of an earlier release keeps those that it has. InvalidSpecError where there
+        is no folder.
         """
+        if not path.parent.is_dir():
+            raise InvalidSpecError(
+                "This state folder has no stack.",
+                expected="a folder that `make up` made",
+                found=str(path.parent),
+                do="run make up, or set TRANS_PEFT_STATE to the folder of another stack",
+            )
         kept = json.loads(path.read_text()) if path.exists() else {}
         made = {
             "s3_access_key": "tp" + secrets.token_hex(9).upper(),

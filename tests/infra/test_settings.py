@@ -1,10 +1,12 @@
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infra.stack.__main__ import main
 from infra.stack.programs import PROGRAMS
 from infra.stack.settings import Secrets, StackSettings, without_services
 from trans_peft.errors import InvalidSpecError
@@ -72,6 +74,15 @@ def test_a_state_folder_of_an_earlier_release_keeps_its_secrets_and_gets_the_new
     assert len(found.bridge_mlflow_secret) >= 24 <= len(found.bridge_s3_token)
     assert Secrets.of(path) == found
     assert path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("verb", ["login", "env"])
+def test_without_a_stack_there_is_no_password(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRANS_PEFT_STATE", str(tmp_path / "nothing"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
+    assert main([verb]) == 1
+    assert "make up" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_the_bridge_alone_knows_what_its_senders_sign_with(tmp_path):
