@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import AdapterError, NotFoundError, telling_full_disks
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
@@ -19,6 +20,8 @@ from trans_peft.text.saved_template import settle_template
 from trans_peft.transfer.compatibility import compare
 
 __all__ = ["adopt"]
+
+_USED = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja")
 
 
 def adopt(
@@ -121,8 +124,17 @@ def _fetch(uri: str, folder: Path, platform: Platform) -> Path:
             found=", ".join(sorted(names)) or "nothing",
             do="save it with model.save_pretrained(folder); pickle weights are never loaded",
         )
+    config = next(file for file in files if file.name == "adapter_config.json")
+    if config.size > MAX_ADAPTER_CONFIG_BYTES:
+        raise AdapterError(
+            f"the adapter_config.json in {uri} is too large",
+            expected=f"at most {MAX_ADAPTER_CONFIG_BYTES} bytes",
+            found=f"{config.size} bytes",
+        )
     folder.mkdir(parents=True)
     for file in files:
+        if file.name not in _USED:
+            continue
         with (
             platform.store.read(f"{uri.rstrip('/')}/{file.name}", etag=file.etag) as chunks,
             (folder / file.name).open("wb") as target,

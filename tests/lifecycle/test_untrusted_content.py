@@ -1,0 +1,89 @@
+"""Uploads and adapters that would hang or exhaust a worker, through the verbs that meet them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from tests.tiny import tiny_model, write_tiny_base
+from trans_peft.bases.publish import publish
+from trans_peft.domain.base import Upload
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.places import Places
+from trans_peft.edges.file_store import FileStore
+from trans_peft.edges.memory import memory_platform
+from trans_peft.errors import AccessError, AdapterError, TransPeftError
+from trans_peft.isolation import Limits
+from trans_peft.lifecycle.adopt import adopt
+from trans_peft.lifecycle.bases import ingest
+from trans_peft.methods import patterns
+
+FAMILY = "tiny"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A platform with v1 ready, an adapter's folder and a suite."""
+    root = tmp_path_factory.mktemp("untrusted")
+    platform = replace(memory_platform(root / "work"), store=FileStore())
+    uri = str(root / "bases" / "v1")
+    publish(write_tiny_base(root / "v1"), uri, family=FAMILY, version="v1", store=platform.store)
+    ingest(Upload(uri), platform)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny_model(), config).save_pretrained(root / "peft")
+    rows = [{"id": f"{i}", "prompt": f"{i} is", "completion": " odd"} for i in range(4)]
+    (root / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    suite = Suite("parity", DataSource(str(root / "eval.jsonl")), max_new_tokens=2)
+    return platform, root, suite
+
+
+@pytest.fixture
+def adopted(world, tmp_path):
+    """Return a function that adopts the adapter with other options in its config."""
+    platform, root, suite = world
+
+    def run(**changes):
+        folder = tmp_path / "peft"
+        folder.mkdir()
+        for file in (root / "peft").iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+        return adopt("theirs", str(folder), FAMILY, [suite], platform, base_version="v1")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r"(([a-z_.0-9]+)+)+X"},
+        {"rank_pattern": {r"(([a-z_.0-9]+)+)+X": 2}},
+        {"r": 400_000_000},
+        {"r": 16_000_000},
+        {"target_modules": "(q_proj"},
+        {"xlora_path": "x" * (1 << 20)},
+    ],
+)
+def test_an_adapter_that_needs_too_much_is_not_adopted(world, adopted, changes, monkeypatch):
+    monkeypatch.setattr(patterns, "_LIMITS", Limits(cpu_s=1))
+    with pytest.raises(TransPeftError):
+        adopted(**changes)
+    assert "theirs" not in world[0].registry.adapters(FAMILY)
+
+
+def test_a_worker_reads_adapters_and_suites_from_its_places_only(world, tmp_path):
+    platform, root, suite = world
+    closed = replace(platform, store=FileStore(places=Places((root / "bases",), ())))
+    with pytest.raises(AccessError, match="does not read"):
+        adopt("theirs", str(root / "peft"), FAMILY, [suite], closed, base_version="v1")
+    pinned = replace(suite, data=suite.data.pinned("0" * 64))
+    with pytest.raises(AccessError, match="does not read"):
+        adopt("theirs", str(root / "peft"), FAMILY, [pinned], closed, base_version="v1")
+
+
+def test_adoption_takes_the_files_of_an_adapter_alone(world, adopted, tmp_path):
+    with pytest.raises(AdapterError, match="too large"):
+        adopted(note="x" * (1 << 20))
