@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bases.uploads import URI, folder_of, store_of
+from tests.bases.uploads import URI, folder_of, model_of, store_of
 from trans_peft.bases import cache, ranges, room
 from trans_peft.bases.cache import download
 from trans_peft.bases.fingerprint import fingerprint
@@ -302,14 +302,14 @@ def test_what_came_beside_the_manifest_later_is_left_where_it_is(tmp_path):
 
     source = tmp_path / "source"
     source.mkdir()
-    for name, data in files_of().items():
+    for name, data in model_of().items():
         (source / name).write_bytes(data)
     uri, store = str(tmp_path / "upload"), FileStore()
     publish(source, uri, family="smol", version="v1", store=store)
     wanted = fingerprint(uri, store)
     (tmp_path / "upload" / "extra.safetensors").write_bytes(b"x")
     copy = download(uri, store, tmp_path / "cache", fingerprint=wanted)
-    assert {path.name for path in copy.iterdir()} == set(files_of())
+    assert {path.name for path in copy.iterdir()} == set(model_of())
 
 
 def test_other_bytes_are_told_and_nothing_of_them_is_kept(base, tmp_path):

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from tests.bases.uploads import URI, folder_of, store_of, weights
+from tests.bases.uploads import URI, model_of, model_weights, store_of
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.bases.publish import publish
 from trans_peft.bases.upload import verify
@@ -24,7 +24,7 @@ def write(folder, files):
 
 @pytest.fixture
 def folder(tmp_path):
-    return write(tmp_path / "model", folder_of())
+    return write(tmp_path / "model", model_of())
 
 
 def publish_v1(folder, store, uri=URI, **changes):
@@ -78,7 +78,7 @@ def test_a_broken_off_upload_is_taken_up_again(folder):
 def test_another_upload_is_never_overwritten(folder, tmp_path):
     store = MemoryStore()
     publish_v1(folder, store)
-    other = write(tmp_path / "other", folder_of(weights(seed=1)))
+    other = write(tmp_path / "other", model_of(model_weights(seed=1)))
     with pytest.raises(UploadError, match="another prefix"):
         publish_v1(other, store)
     assert verify(URI, store).fingerprint == fingerprint(str(folder), FileStore())

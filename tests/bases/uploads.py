@@ -1,4 +1,7 @@
-"""The smallest Hugging Face folder there is, as a dictionary of files."""
+"""The smallest Hugging Face folders there are, as dictionaries of files.
+
+`folder_of()` has a fingerprint and is no model; `model_of()` also loads.
+"""
 
 import io
 import json
@@ -17,7 +20,17 @@ TOKENIZER = {
     "version": "1.0",
     "padding": None,
     "truncation": None,
-    "added_tokens": [{"id": 3, "content": "<eos>", "special": True}],
+    "added_tokens": [
+        {
+            "id": 3,
+            "content": "<eos>",
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+    ],
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
 }
 SETTINGS = {"eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -43,6 +56,34 @@ def folder_of(tensors: Mapping[str, np.ndarray] | None = None, **files: Any) -> 
         for name, content in made.items()
         if content is not None
     }
+
+
+MODEL_CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4, "hidden_size": 4,
+    "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "max_position_embeddings": 16, "tie_word_embeddings": True,
+    "bos_token_id": None, "eos_token_id": 3,
+}  # fmt: skip
+
+
+def model_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    layer = "model.layers.0"
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (4, 4),
+        "model.norm.weight": (4,),
+        f"{layer}.input_layernorm.weight": (4,),
+        f"{layer}.post_attention_layernorm.weight": (4,),
+        f"{layer}.mlp.gate_proj.weight": (6, 4),
+        f"{layer}.mlp.up_proj.weight": (6, 4),
+        f"{layer}.mlp.down_proj.weight": (4, 6),
+    } | {f"{layer}.self_attn.{name}_proj.weight": (4, 4) for name in "qkvo"}
+    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def model_of(tensors: Mapping[str, np.ndarray] | None = None, **files: Any) -> dict[str, bytes]:
+    """Return the files of a Llama of 4 tokens; `files` as in `folder_of`."""
+    return folder_of(tensors or model_weights(), **({"config_json": MODEL_CONFIG} | files))
 
 
 def sharded(tensors: Mapping[str, np.ndarray], shards: Mapping[str, int]) -> dict[str, bytes]:

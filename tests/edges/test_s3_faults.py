@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.bases.uploads import folder_of
+from tests.bases.uploads import model_of
 from tests.faults.proxy import faulty
 from tests.lifecycle.test_uploads import manifest_of, registered
 from trans_peft.bases.cache import download
@@ -20,7 +20,7 @@ from trans_peft.lifecycle.bases import ingest, pending
 
 pytestmark = pytest.mark.servers
 
-FILES = folder_of()
+FILES = model_of()
 
 
 @pytest.fixture(autouse=True)

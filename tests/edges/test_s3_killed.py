@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 
-from tests.bases.uploads import folder_of
+from tests.bases.uploads import model_of
 from tests.lifecycle.test_uploads import manifest_of, registered
 from tests.servers import (
     Servers,
@@ -38,7 +38,7 @@ from trans_peft.lifecycle.bases import ingest, pending
 
 pytestmark = pytest.mark.servers
 
-FILES = folder_of() | {"README.md": bytes(range(256)) * (1 << 14)}  # 4 MiB
+FILES = model_of() | {"README.md": bytes(range(256)) * (1 << 14)}  # 4 MiB
 PREFIX = "s3://bases/smol/v1"
 KILLS = int(os.environ.get("KILLS", "3"))
 

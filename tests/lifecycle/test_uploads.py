@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.bases.uploads import folder_of, weights
+from tests.bases.uploads import model_of, model_weights
 from trans_peft.domain.base import Manifest, Upload
 from trans_peft.edges.memory import MemoryStore, memory_platform
 from trans_peft.errors import (
@@ -25,7 +25,7 @@ from trans_peft.lifecycle.bases import ingest, pending
 
 ROOT = "s3://bases"
 PREFIX = f"{ROOT}/smol/v1"
-FILES = folder_of()
+FILES = model_of()
 
 
 def manifest_of(files, **changes):
@@ -215,7 +215,7 @@ def test_mended_while_it_was_being_refused_it_is_looked_at_again(platform):
 
 
 def other():
-    return folder_of(weights(seed=1))
+    return model_of(model_weights(seed=1))
 
 
 @pytest.mark.parametrize("prefix", [PREFIX, f"{ROOT}/elsewhere"])

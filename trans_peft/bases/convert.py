@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from trans_peft.bases import internlm2
+from trans_peft.bases.checkpoint import folder_checkpoint
 from trans_peft.bases.fingerprint import Progress
 from trans_peft.bases.internlm2_tokenizer import llama_tokenizer, tokenizer_problems
 from trans_peft.bases.internlm2_weights import Layout, llama_shard, tensor_problems
+from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.model_files import INDEX, MAX_TEXT_BYTES, WEIGHTS, is_felt
 from trans_peft.bases.refusals import refusal
 from trans_peft.bases.safetensors_stream import (
@@ -79,6 +81,7 @@ def convert(
             raise changed(uri)
         if problems:
             raise _refused(uri, problems)
+        check_checkpoint(folder_checkpoint(part), f"the Llama form of {uri}")
         told = {
             "format": "trans-peft/converted-from/1",
             "layout": internlm2.ARCHITECTURE,

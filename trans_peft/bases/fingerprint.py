@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from trans_peft.bases.checkpoint import Checkpoint
 from trans_peft.bases.model_files import ModelFiles, is_felt
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, ManifestFile
@@ -30,7 +31,7 @@ Reader = Callable[[StoredFile], AbstractContextManager[Iterator[bytes]]]
 
 @dataclass(frozen=True)
 class Scan:
-    """One pass over a prefix. `fingerprint` is None where there are problems.
+    """One pass over a prefix. `fingerprint` and `checkpoint` are None where there are problems.
 
     `changed` names the files that were not those of the listing any more when they were read: then
     the rest says nothing either.
@@ -40,6 +41,7 @@ class Scan:
     fingerprint: Fingerprint | None
     problems: tuple[str, ...]
     changed: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
 
 
 def fingerprint(
@@ -107,7 +109,7 @@ def scan(files: Iterable[StoredFile], read: Reader, *, on_progress: Progress | N
     if changed:
         return Scan(tuple(hashes), None, tuple(model.problems), tuple(changed))
     found = model.fingerprint()
-    return Scan(tuple(hashes), found, tuple(model.problems))
+    return Scan(tuple(hashes), found, tuple(model.problems), checkpoint=model.checkpoint)
 
 
 def _pass_by(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trans_peft.bases.checkpoint import MAX_TEXT_BYTES, Checkpoint, is_tokenizer_file
 from trans_peft.bases.safetensors_stream import MalformedSafetensorsError, tensor_signatures
 from trans_peft.bases.tokenizer_files import chat_template_sha256, tokenizer_sha256, vocabulary
 from trans_peft.domain.base import Fingerprint, TensorSignature
@@ -16,9 +17,7 @@ from trans_peft.domain.bounds import MAX_TENSORS
 from trans_peft.domain.identity import content_sha256
 from trans_peft.ports import StoredFile
 
-__all__ = ["INDEX", "MAX_TEXT_BYTES", "UNFELT", "WEIGHTS", "ModelFiles", "is_felt"]
-
-MAX_TEXT_BYTES = 64 << 20
+__all__ = ["INDEX", "MAX_TEXT_BYTES", "UNFELT", "WEIGHTS", "ModelFiles", "config_sha256", "is_felt"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,11 +48,13 @@ def is_felt(name: str) -> bool:
 
 
 class ModelFiles:
-    """What the files seen so far have told."""
+    """What the files seen so far have told. `checkpoint` is set where they have a fingerprint."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self.checkpoint: Checkpoint | None = None
         self._seen: set[str] = set()
+        self._texts: dict[str, str] = {}
         self._json: dict[str, dict[str, Any]] = {}
         self._templates: dict[str, str] = {}
         self._weights: dict[str, Mapping[str, TensorSignature]] = {}
@@ -76,12 +77,13 @@ class ModelFiles:
             )
             return
         text = b"".join(stream).decode()
+        self._texts[file.name] = text
         if not file.name.endswith(".json"):
             name = file.name.removeprefix(_MORE_TEMPLATES).removesuffix(".jinja")
             self._templates["default" if file.name == _TEMPLATE else name] = text
             return
         try:
-            value = json.loads(text, parse_constant=str, parse_float=_finite)
+            value = _parsed(text)
         except (ValueError, RecursionError) as error:
             self.problems.append(f"{file.name}: no JSON: {error}")
             return
@@ -104,6 +106,8 @@ class ModelFiles:
         tokens = self._vocabulary()
         if self.problems:
             return None
+        tokenizer = {name: text for name, text in self._texts.items() if is_tokenizer_file(name)}
+        self.checkpoint = Checkpoint(self._texts["config.json"], tensors, tokenizer)
         settings = self._json.get("special_tokens_map.json", {})
         settings = settings | self._json.get("tokenizer_config.json", {})
         generation = self._json.get("generation_config.json", {})
@@ -115,6 +119,7 @@ class ModelFiles:
             vocabulary_sha256=content_sha256(tokens),
             tokenizer_sha256=tokenizer_sha256(self._json["tokenizer.json"], settings),
             chat_template_sha256=chat_template_sha256(settings, self._templates),
+            config=self._texts["config.json"],
         )
 
     def _shape(self) -> tuple[str, int]:
@@ -190,6 +195,18 @@ class ModelFiles:
             self.problems.append(f"{INDEX}: no `weight_map` of tensor name -> file name")
             return None
         return index
+
+
+def config_sha256(config: str, generation: str) -> str:
+    """Return what a fingerprint says of the texts of config.json and generation_config.json.
+
+    Raises ValueError for a text that is no JSON.
+    """
+    return content_sha256([_felt(_parsed(config)), _felt(_parsed(generation))])
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_constant=str, parse_float=_finite)
 
 
 def _finite(number: str) -> float | str:

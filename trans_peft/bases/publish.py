@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trans_peft.bases.fingerprint import Progress, folder_reader, scan
 from trans_peft.bases.manifest import dump_manifest, parse_manifest
+from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.refusals import refusal
 from trans_peft.bases.upload import read_manifest
 from trans_peft.bases.uris import child_uri
@@ -32,7 +33,8 @@ def publish(
 
     All is checked before anything is written. An upload that was broken off is taken up again; one
     that is complete and the same is left alone. `on_progress` counts each byte twice: hashed, sent.
-    Raises NotFoundError for an empty folder, UploadError with all that speaks against it.
+    Raises NotFoundError for an empty folder, UploadError with all that speaks against it; the
+    model must load from these files (`model_check`).
     """
     folder = Path(folder)
     files = _files(folder)
@@ -48,8 +50,9 @@ def publish(
         on_progress=lambda done, _: report(done, 2 * total),
     )
     problems = [*filter(None, refusals.values()), *found.problems]
-    if problems:
+    if problems or found.checkpoint is None:
         raise UploadError("\n  - ".join([f"{folder} cannot be published:", *problems]))
+    check_checkpoint(found.checkpoint, str(folder))
     manifest = parse_manifest(dump_manifest(Manifest(family, version, parent, found.files)))
 
     if _is_there(manifest, uri, store):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
+from trans_peft.bases.checkpoint import Checkpoint
 from trans_peft.bases.fingerprint import Progress, reader, scan
 from trans_peft.bases.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from trans_peft.bases.refusals import refusal
@@ -36,6 +37,7 @@ class VerifiedUpload:
 
     manifest: Manifest | None
     fingerprint: Fingerprint
+    checkpoint: Checkpoint
 
     @property
     def verified(self) -> Literal["manifest", "structure"]:
@@ -83,9 +85,9 @@ def verify(
     if found.changed or store.list(uri) != there:
         raise changed(uri, found.changed)
     problems += [*found.problems, *content_problems(claim.manifest, found.files)]
-    if problems or found.fingerprint is None:
+    if problems or found.fingerprint is None or found.checkpoint is None:
         raise _refused(f"the upload {uri} is refused:", problems)
-    return VerifiedUpload(claim.manifest, found.fingerprint)
+    return VerifiedUpload(claim.manifest, found.fingerprint, found.checkpoint)
 
 
 def changed(uri: str, names: Sequence[str] = ()) -> IntegrityError:

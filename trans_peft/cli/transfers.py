@@ -40,14 +40,14 @@ def check(
 
     Example: `trans-peft check runs/mine/adapter --old models/v1 --new models/v2`
     """
-    from trans_peft.lifecycle.evaluations import base_folder, tokenizer_folder
+    from trans_peft.lifecycle.evaluations import base_folder, named_fingerprint, tokenizer_folder
     from trans_peft.transfer.compatibility import compare
 
     with progress() as shown:
         workspace = Workspace.at(state, shown)
         platform, folder = workspace.platform, workspace.adapter(adapter)
         bases = [workspace.base(uri, LOCAL) for uri in (old, new)]
-        before, after = (platform.catalog.fingerprint(base) for base in bases)
+        before, after = (named_fingerprint(base, platform) for base in bases)
         tokenizers: list[Path | None] = [None, None]
         if before.tokenizer_sha256 != after.tokenizer_sha256:
             tokenizers = [

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from trans_peft.cli.files import write_json
@@ -90,9 +91,13 @@ class Workspace:
         return cls(platform, progress)
 
     def base(self, named: str, family: str) -> BaseVersion:
-        """Fingerprint a base and put it in the catalog; its version is named after its path."""
+        """Fingerprint a base and put it in the catalog; its version is named after its path.
+
+        UploadError where its files do not fill the model that loads them.
+        """
         uri = _absolute(named)
         fingerprint = self.fingerprint(uri)
+        self._check(uri, fingerprint)
         if "://" not in uri:
             self._use_in_place(Path(uri), fingerprint)
         return self.platform.catalog.make_ready(
@@ -144,6 +149,19 @@ class Workspace:
                 ):
                     target.writelines(chunks)
         return read_peft_folder(folder).path
+
+    def _check(self, uri: str, fingerprint: Fingerprint) -> None:
+        """Hold a base against the model that loads it, once for each content."""
+        from trans_peft.bases.checkpoint import read_checkpoint
+        from trans_peft.bases.model_check import check_checkpoint
+
+        key = content_sha256([fingerprint.digest, version("transformers")])
+        passed = self.platform.work_dir / "checked" / key
+        if not passed.exists():
+            read = read_checkpoint(uri, self.platform.store, fingerprint.tensors)
+            check_checkpoint(read, uri)
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
 
     def _use_in_place(self, folder: Path, fingerprint: Fingerprint) -> None:
         """Let the cache of bases point at a local folder, which needs no copy."""

@@ -47,7 +47,9 @@ class Fingerprint:
     `config_sha256` covers config.json and generation_config.json without what cannot change a
     result (names, library version).
     `vocabulary_sha256` covers token -> id, `tokenizer_sha256` the whole tokenizer (merges, added
-    tokens, normaliser), `chat_template_sha256` is empty where there is no template.
+    tokens, normaliser), `chat_template_sha256` is empty where there is no template. `config` is the
+    text of config.json, from which the model's own names of the tensors follow; it is no part of
+    the digest, and empty in fingerprints that older versions of this library recorded.
     """
 
     architecture: str
@@ -57,6 +59,7 @@ class Fingerprint:
     vocabulary_sha256: str
     tokenizer_sha256: str
     chat_template_sha256: str = ""
+    config: str = field(default="", compare=False)
 
     @cached_property
     def digest(self) -> str:

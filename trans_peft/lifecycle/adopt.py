@@ -10,7 +10,13 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import AdapterError, NotFoundError, telling_full_disks
-from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
+from trans_peft.lifecycle.evaluations import (
+    Progress,
+    base_folder,
+    evaluate_on,
+    named_fingerprint,
+    pin_suites,
+)
 from trans_peft.lifecycle.preflight import check_registration, check_suites
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.models import adapter_weights_sha256
@@ -56,7 +62,7 @@ def adopt(
         config = json.loads((folder / "adapter_config.json").read_text())
         base = _base(adapter, family, base_version, config, platform)
         check_suites(base, pinned, platform)
-        fingerprint = platform.catalog.fingerprint(base)
+        fingerprint = named_fingerprint(base, platform)
         fit = compare(fingerprint, fingerprint, folder, old_tokenizer=None, new_tokenizer=None)
         if not fit.ok:
             raise AdapterError(

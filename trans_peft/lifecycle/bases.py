@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from trans_peft.bases.convert import convert, converted_uri, needs_conversion
+from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.publish import publish
 from trans_peft.bases.upload import read_manifest, verify
 from trans_peft.bases.uris import child_uri
@@ -35,6 +36,8 @@ __all__ = ["ingest", "pending"]
 def ingest(upload: Upload, platform: Platform) -> BaseVersion:
     """Verify an upload (every byte against its manifest), fingerprint it and make it ready.
 
+    Its files must fill the model that loads them, exactly (`bases.model_check`).
+
     The same upload again returns the version that is there. Raises UploadError with every reason
     for which it is refused (InvalidSpecError where the catalog will not have its family or URI):
     nothing is made ready then, and `pending` leaves it out until a file of it changes.
@@ -48,6 +51,7 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
             uri = _publish_converted(upload, platform)
             source += f", converted from {upload.uri}"
         verified = verify(uri, platform.store)
+        check_checkpoint(verified.checkpoint, f"the upload {uri}")
         family, version, parent = _claimed(upload, verified.manifest)
         claimed_sha256 = verified.manifest.sha256 if verified.manifest else ""
         ready = platform.catalog.make_ready(

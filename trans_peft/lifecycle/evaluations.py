@@ -6,15 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from trans_peft.bases.cache import download
+from trans_peft.bases.model_names import in_model_names
 from trans_peft.data import pin
-from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.lifecycle.progress import Progress, counting
 from trans_peft.lifecycle.questions import questions_for
 from trans_peft.ports import Platform
 from trans_peft.text.saved_template import saved_template
 
-__all__ = ["Progress", "base_folder", "evaluate_on", "pin_suites", "tokenizer_folder"]
+__all__ = [
+    "Progress",
+    "base_folder",
+    "evaluate_on",
+    "named_fingerprint",
+    "pin_suites",
+    "tokenizer_folder",
+]
 
 
 def base_folder(base: BaseVersion, platform: Platform) -> Path:
@@ -25,6 +33,16 @@ def base_folder(base: BaseVersion, platform: Platform) -> Path:
         platform.work_dir / "bases",
         fingerprint=platform.catalog.fingerprint(base),
         limit_bytes=platform.cache_bytes,
+    )
+
+
+def named_fingerprint(base: BaseVersion, platform: Platform) -> Fingerprint:
+    """Return a base's fingerprint with its tensors under the loaded model's own names."""
+    return in_model_names(
+        platform.catalog.fingerprint(base),
+        base.uri,
+        platform.store,
+        platform.work_dir / "model-names",
     )
 
 

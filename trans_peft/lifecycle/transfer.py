@@ -11,7 +11,12 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
 from trans_peft.domain.outcome import Compatibility, TransferOutcome, Work, outcome_of
 from trans_peft.errors import telling_full_disks
-from trans_peft.lifecycle.evaluations import Progress, evaluate_on, tokenizer_folder
+from trans_peft.lifecycle.evaluations import (
+    Progress,
+    evaluate_on,
+    named_fingerprint,
+    tokenizer_folder,
+)
 from trans_peft.lifecycle.ladder import Bench, climb, probe
 from trans_peft.lifecycle.remedies import Candidate, recipe_on
 from trans_peft.lifecycle.resolve import base_trained_on, find_base
@@ -149,7 +154,7 @@ def _judge(
 def _compare(
     folder: Path, trained_on: BaseVersion, base: BaseVersion, platform: Platform, scratch: Path
 ) -> Compatibility:
-    old, new = platform.catalog.fingerprint(trained_on), platform.catalog.fingerprint(base)
+    old, new = named_fingerprint(trained_on, platform), named_fingerprint(base, platform)
     same = old.tokenizer_sha256 == new.tokenizer_sha256
     return compare(
         old,

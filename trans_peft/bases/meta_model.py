@@ -1,0 +1,313 @@
+"""Build the model of a checkpoint without its weights, and report how the two differ.
+
+The model is built on torch's `meta` device, and transformers loads tensors into it that have
+shapes and no content, so its own report (`output_loading_info`) covers renamed tensors, converted
+ones, fused experts and tied weights exactly as a real load does. config.json is untrusted: call
+`inspect_checkpoint` through `trans_peft.isolation`.
+"""
+
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["inspect_checkpoint"]
+
+_PREFIX = "trans-peft-model-"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_INTEGERS = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+}  # fmt: skip
+MAX_BUFFER_BYTES = 4 << 30
+"""Bound on what a model computes for itself, such as position tables, beside its weights."""
+
+
+def inspect_checkpoint(
+    config: str, tensors: Sequence[Sequence[Any]], tokenizer: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return every difference between a checkpoint and its model, and the model's weights.
+
+    `config` is the text of config.json; `tensors` holds (name in the files, dtype as safetensors
+    spells it, shape, sha256 or ""); `tokenizer` holds file name -> text, nothing to leave the
+    tokenizer out. The result has `problems`, sentences, and `weights`, one of (name in the model,
+    shape, name in the files or None) for each tensor of the model's state dict: None where
+    the weight is converted from several tensors, or missing.
+    """
+    try:
+        full_config, model_class, own_config = _model_class(config)
+        checkpoint = _Checkpoint(tensors)
+        loaded = _load(model_class, own_config, checkpoint)
+    except MemoryError:
+        raise
+    except Exception as error:  # an untrusted config can make any line of transformers fail
+        return {
+            "problems": [
+                "config.json: transformers cannot build and load its model:"
+                f" {type(error).__name__}: {_first_lines(error)}",
+            ],
+            "weights": [],
+        }
+    unexpected = unexpected_names(loaded.model, loaded.unexpected)
+    if unexpected and is_text_backbone(model_class, full_config):
+        unexpected = _unexpected_by_the_whole(full_config, checkpoint, unexpected)
+    problems = [
+        *loading_problems(loaded.missing, unexpected, loaded.mismatched),
+        *(f"{name}: its tensors in the files do not convert: {why}" for name, why in loaded.broken),
+        *_masks_that_are_weights(loaded, checkpoint),
+        *_integers_as_weights(loaded, checkpoint),
+        *_untied(loaded.model, checkpoint),
+        *_huge_buffers(loaded.model),
+        *_tokens_without_rows(loaded.model, tokenizer),
+    ]
+    weights = [
+        [name, list(tensor.shape), checkpoint.source(tensor)]
+        for name, tensor in loaded.model.state_dict(keep_vars=True).items()
+        if hasattr(tensor, "shape")
+    ]
+    return {"problems": problems, "weights": weights}
+
+
+def _model_class(config: str) -> tuple["PreTrainedConfig", type, "PreTrainedConfig"]:
+    """Return the config, the class that AutoModelForCausalLM loads, and that class's config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+        (Path(folder) / "config.json").write_text(config, encoding="utf-8")
+        full = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(full, trust_remote_code=False)
+    return full, type(model), model.config
+
+
+class _Checkpoint:
+    """Tensors with the shapes of a checkpoint's, on the meta device.
+
+    All floating-point tensors are views of one flat tensor, each at its own offset. A weight of the
+    loaded model that still has such an offset came from that tensor and no other.
+    """
+
+    def __init__(self, tensors: Sequence[Sequence[Any]]) -> None:
+        import torch
+
+        self.dtypes = {name: dtype for name, dtype, _, _ in tensors}
+        self.shapes = {name: tuple(shape) for name, _, shape, _ in tensors}
+        self.hashes = {name: sha256 for name, _, _, sha256 in tensors}
+        floats = [name for name in self.shapes if self.dtypes[name] in _FLOATS]
+        total = 1 + sum(max(1, math.prod(self.shapes[name])) for name in floats)
+        flat = torch.empty(total, dtype=torch.float32, device="meta")
+        self._names: dict[int, str] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        offset = 1  # 0 is the offset of every tensor that is computed anew
+        for name, shape in self.shapes.items():
+            if self.dtypes[name] in _FLOATS:
+                size = math.prod(shape)
+                self._names[offset] = name
+                self.tensors[name] = flat[offset : offset + size].view(shape)
+                offset += max(1, size)
+            else:
+                dtype = getattr(torch, _INTEGERS.get(self.dtypes[name], "uint8"))
+                self.tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+
+    def source(self, tensor: "torch.Tensor") -> str | None:
+        """Return the tensor of the files that a weight is, None where it is made of others."""
+        name = self._names.get(tensor.storage_offset())
+        same = (
+            name is not None
+            and tuple(tensor.shape) == self.shapes[name]
+            and tensor.stride() == self.tensors[name].stride()
+        )
+        return name if same else None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: "PreTrainedModel"
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, Any, Any]]
+    broken: list[tuple[str, str]]
+
+
+def _load(
+    model_class: Any,
+    config: "PreTrainedConfig",
+    checkpoint: _Checkpoint,
+    leave_out: frozenset[str] = frozenset(),
+) -> _Loaded:
+    import torch
+
+    tensors = {name: t for name, t in checkpoint.tensors.items() if name not in leave_out}
+    with _capturing_reports() as reports:
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    broken = {
+        name: _first_lines(str(why).strip().rpartition("\n")[2])
+        for found in reports
+        for name, why in getattr(found, "conversion_errors", {}).items()
+    }
+    missing = [name for name in report["missing_keys"] if name not in broken]
+    return _Loaded(
+        model,
+        missing,
+        list(report["unexpected_keys"]),
+        list(report["mismatched_keys"]),
+        sorted(broken.items()),
+    )
+
+
+@contextmanager
+def _capturing_reports() -> Iterator[list[Any]]:
+    """Keep each loading report as data instead of having it logged, or raised as one error."""
+    from transformers import modeling_utils
+    from transformers.utils import logging
+
+    reports: list[Any] = []
+
+    def keep(*, loading_info: Any, **_: Any) -> None:
+        reports.append(loading_info)
+
+    original, shown = modeling_utils.log_state_dict_report, logging.is_progress_bar_enabled()
+    modeling_utils.log_state_dict_report = keep
+    logging.disable_progress_bar()
+    try:
+        yield reports
+    finally:
+        modeling_utils.log_state_dict_report = original
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _unexpected_by_the_whole(
+    config: "PreTrainedConfig", checkpoint: _Checkpoint, unexpected: list[str]
+) -> list[str]:
+    """Return which tensors the whole multimodal model does not have either."""
+    import transformers
+
+    for name in config.architectures or ():
+        whole = getattr(transformers, str(name), None)
+        if isinstance(whole, type) and getattr(whole, "config_class", None) is type(config):
+            loaded = _load(whole, config, checkpoint)
+            return unexpected_names(loaded.model, loaded.unexpected)
+    return unexpected
+
+
+def _masks_that_are_weights(loaded: _Loaded, checkpoint: _Checkpoint) -> list[str]:
+    """Return the tensors that have the name of a removed constant but the shape of a weight."""
+    kept = set(unexpected_names(loaded.model, loaded.unexpected))
+    found = []
+    for name in set(loaded.unexpected) - kept:
+        for stored, shape in checkpoint.shapes.items():
+            same = name == stored or name.endswith(f".{stored}")
+            if same and name.endswith(".bias") and len(shape) == 1 and shape[0] > 1:
+                found.append(stored)
+    return loading_problems(unexpected=found)
+
+
+def _integers_as_weights(loaded: _Loaded, checkpoint: _Checkpoint) -> list[str]:
+    """Return where an integer tensor of the files would become a floating-point weight."""
+    integers = frozenset(n for n, dtype in checkpoint.dtypes.items() if dtype not in _FLOATS)
+    if not integers:
+        return []
+    without = _load(type(loaded.model), loaded.model.config, checkpoint, integers)
+    weights = without.model.state_dict()
+    filled = set(without.missing) - set(loaded.missing)
+    names = sorted(name for name in filled if weights[name].is_floating_point())
+    dtypes = ", ".join(sorted({checkpoint.dtypes[name] for name in integers}))
+    return [f"{name}: integers in the files ({dtypes}), as in a quantised model" for name in names]
+
+
+def _untied(model: "PreTrainedModel", checkpoint: _Checkpoint) -> list[str]:
+    """Return the weights that the config ties and the files hold with different values."""
+    problems = []
+    for target, source in model.all_tied_weights_keys.items():
+        names = [checkpoint.source(model.get_parameter(name)) for name in (target, source)]
+        hashes = [checkpoint.hashes[name] for name in names if name is not None]
+        if len(hashes) == 2 and all(hashes) and hashes[0] != hashes[1]:
+            problems.append(
+                f"config.json ties {target} to {source}, but the files hold different values for"
+                " them; set tie_word_embeddings to false, or leave one of them out"
+            )
+    return problems
+
+
+def _huge_buffers(model: "PreTrainedModel") -> list[str]:
+    saved = model.state_dict().keys()
+    size = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n not in saved)
+    if size <= MAX_BUFFER_BYTES:
+        return []
+    return [
+        f"config.json: its position tables and masks would take {size:,} bytes; at most"
+        f" {MAX_BUFFER_BYTES:,} are allowed"
+    ]
+
+
+def _tokens_without_rows(model: "PreTrainedModel", files: Mapping[str, str]) -> list[str]:
+    """Return the tokens whose ids lie beyond the embedding's rows or the head's."""
+    from trans_peft.models import load_tokenizer
+
+    if not files:
+        return []
+    try:
+        with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+            for name, text in files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8", errors="surrogatepass")
+            tokens = load_tokenizer(Path(folder)).get_vocab()
+    except MemoryError:
+        raise
+    except Exception as error:
+        return [f"the tokenizer cannot be loaded: {type(error).__name__}: {_first_lines(error)}"]
+    problems = []
+    for part, rows in _rows(model).items():
+        beyond = sorted((i, token) for token, i in tokens.items() if not 0 <= i < rows)
+        if beyond:
+            shown = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
+            more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+            problems.append(
+                f"the tokenizer has tokens without a row in the {part}, which has {rows} rows:"
+                f" {shown}{more}"
+            )
+    return problems
+
+
+def _rows(model: "PreTrainedModel") -> dict[str, int]:
+    rows = {}
+    for part, get in (
+        ("embedding", model.get_input_embeddings),
+        ("output head", model.get_output_embeddings),
+    ):
+        try:
+            weight = getattr(get(), "weight", None)
+        except NotImplementedError:
+            continue
+        if weight is not None and weight.dim() == 2:
+            rows[part] = weight.shape[0]
+    if not rows and isinstance(size := getattr(model.config, "vocab_size", None), int):
+        rows["model"] = size
+    return rows
+
+
+def _first_lines(error: object, length: int = 600) -> str:
+    text = " ".join(str(error).split())
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/{_PREFIX}\w+", "the upload", text)
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -1,0 +1,151 @@
+"""Hold an upload against the model that will load it, before it is ready.
+
+Part of this needs no model: a quantised checkpoint, or a config.json with more layers than the
+files have tensors, is refused before anything is built. The rest is transformers' own loading
+report, made without weights in a child process with limits (`meta_model`).
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trans_peft.bases.checkpoint import Checkpoint
+from trans_peft.bases.meta_model import inspect_checkpoint
+from trans_peft.domain.base import TensorSignature
+from trans_peft.domain.identity import content_sha256
+from trans_peft.errors import ContentError, UploadError, listed
+from trans_peft.isolation import Limits, call_isolated
+
+__all__ = ["LIMITS", "ModelWeight", "check_checkpoint", "inspect"]
+
+LIMITS = Limits(cpu_s=120, wall_s=900, memory_bytes=4 << 30, file_bytes=128 << 20)
+"""For building one model without weights, and loading one tokenizer."""
+
+_IMPORTS = (  # 3 s, once for each fork server and not in each child
+    "transformers.generation.utils", "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama", "peft", "trans_peft.models",
+)  # fmt: skip
+_LAYERS = re.compile(r"(num|n)_(hidden_|encoder_|decoder_)?layers?|(encoder|decoder)_layers|depth")
+_QUANTISED = ("quantization_config", "compression_config")
+_PACKED = re.compile(r"F[468]_|F4$")
+
+
+_MOST_KEPT = 16
+
+
+@dataclass(frozen=True)
+class ModelWeight:
+    """One tensor of the model's state dict; `source` is its name in the files, if it has one."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: str | None
+
+
+_passed: dict[str, tuple[ModelWeight, ...]] = {}
+"""What passed in this process, by content: one upload is converted, published and ingested."""
+
+
+def check_checkpoint(checkpoint: Checkpoint, subject: str) -> tuple[ModelWeight, ...]:
+    """Return the weights of the model that the files fill completely and exactly.
+
+    `subject` names the files in messages. Raises UploadError with every difference: tensors that
+    are missing, unexpected or of another shape, tied weights with two values, tokens without an
+    embedding row, quantised weights, sizes that no file supports, a config or tokenizer that
+    transformers cannot load within `LIMITS`. Raises IsolationError where no child process can run.
+    """
+    key = _key(checkpoint)
+    if key in _passed:
+        return _passed[key]
+    config = checkpoint.fields()
+    tensors = checkpoint.tensors
+    problems = [*_quantised(config, tensors), *_elsewhere(config), *_absurd(config, len(tensors))]
+    weights: tuple[ModelWeight, ...] = ()
+    if not problems:
+        try:
+            problems, weights = inspect(checkpoint, subject)
+        except ContentError as error:
+            problems = [str(error)]
+    if problems:
+        headline = f"{subject} is refused: its files and the model that loads them do not agree:"
+        raise UploadError("\n  - ".join([headline, *problems]))
+    if len(_passed) >= _MOST_KEPT:
+        _passed.pop(next(iter(_passed)), None)
+    _passed[key] = weights
+    return weights
+
+
+def inspect(checkpoint: Checkpoint, subject: str) -> tuple[list[str], tuple[ModelWeight, ...]]:
+    """Build the model in a child process; return the differences and the model's weights.
+
+    Raises ContentError where that cannot be done within `LIMITS`, IsolationError.
+    """
+    found = call_isolated(
+        inspect_checkpoint,
+        checkpoint.config,
+        [
+            (name, tensor.dtype, tensor.shape, tensor.sha256)
+            for name, tensor in checkpoint.tensors.items()
+        ],
+        dict(checkpoint.tokenizer),
+        subject=f"the model of {subject}",
+        limits=LIMITS,
+        imports=_IMPORTS,
+    )
+    weights = tuple(
+        ModelWeight(name, tuple(shape), source) for name, shape, source in found["weights"]
+    )
+    return list(found["problems"]), weights
+
+
+def _key(checkpoint: Checkpoint) -> str:
+    tensors = [
+        [name, tensor.dtype, list(tensor.shape), tensor.sha256]
+        for name, tensor in sorted(checkpoint.tensors.items())
+    ]
+    return content_sha256([checkpoint.config, tensors, dict(checkpoint.tokenizer)])
+
+
+def _quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSignature]) -> Iterator[str]:
+    do = "publish the model in float32, bfloat16 or float16"
+    for path, key, value in _fields(config):
+        if key in _QUANTISED and value:
+            yield f"config.json: {path} says that the checkpoint is quantised; {do}"
+    packed = [name for name, tensor in tensors.items() if _PACKED.match(tensor.dtype)]
+    if packed:
+        dtypes = sorted({tensors[name].dtype for name in packed})
+        yield f"{len(packed)} tensors are quantised ({', '.join(dtypes)}): {listed(packed)}; {do}"
+
+
+def _elsewhere(config: Mapping[str, Any]) -> Iterator[str]:
+    """Return the fields that would make transformers load other files or other code."""
+    for path, key, value in _fields(config):
+        if key == "transformers_weights" and value:
+            yield f"config.json: {path} names other weights than model.safetensors; leave it out"
+        if "attn_implementation" in key or "experts_implementation" in key:
+            values = value.values() if isinstance(value, dict) else [value]
+            if any("/" in str(item) for item in values):
+                yield f"config.json: {path} names code on a hub, which is never run; leave it out"
+
+
+def _absurd(config: Mapping[str, Any], tensors: int) -> Iterator[str]:
+    """Return the layer counts that exceed the number of tensors: every layer has at least one."""
+    for path, key, value in _fields(config):
+        if _LAYERS.fullmatch(key) and isinstance(value, int) and value > tensors:
+            yield f"config.json: {path} is {value:,}, but the files hold {tensors:,} tensors"
+
+
+def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield (path, key, value) of every field, however deep."""
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                here = f"{path}.{key}" if path else str(key)
+                yield here, str(key), item
+                waiting.append((here, item))
+        elif isinstance(value, list):
+            waiting += [(path, item) for item in value]

@@ -1,0 +1,90 @@
+"""A base's fingerprint by the model's own names of its weights.
+
+Adapters sit on modules, and PEFT names modules as the loaded model does. Names in files can differ:
+GPT-2 and BLOOM on the hub lack the prefix `transformer.`, experts that files hold one by one are
+one fused weight in the model, a text backbone drops the prefix of its multimodal checkpoint, and a
+tied head is in no file. The names are derived, and not recorded with the base, because they depend
+on the installed version of transformers.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from trans_peft.bases.checkpoint import Checkpoint, read_text
+from trans_peft.bases.model_check import ModelWeight, inspect
+from trans_peft.bases.model_files import config_sha256
+from trans_peft.domain.base import Fingerprint, TensorSignature
+from trans_peft.errors import IntegrityError, NotFoundError, UploadError, telling_full_disks
+from trans_peft.ports import ArtifactStore
+
+__all__ = ["in_model_names"]
+
+
+def in_model_names(
+    fingerprint: Fingerprint, uri: str, store: ArtifactStore, cache_dir: Path
+) -> Fingerprint:
+    """Return the fingerprint with the tensors of the loaded model's state dict.
+
+    A weight that is one tensor of the files has its signature; one that is made of several has its
+    shape alone. The fingerprint comes back as it is where config.json is neither recorded in it nor
+    found unchanged at `uri`. Results are kept in `cache_dir`, by digest and version of
+    transformers. Raises ContentError where the model cannot be built, IsolationError, StoreError.
+    """
+    kept = cache_dir / f"{fingerprint.digest}-{version('transformers')}.json"
+    weights = _kept(kept)
+    if weights is None:
+        config = fingerprint.config or _config_at(uri, store, fingerprint)
+        if not config:
+            return fingerprint
+        _, weights = inspect(Checkpoint(config, fingerprint.tensors, {}), uri)
+        _keep(kept, weights)
+    if not weights:
+        return fingerprint
+    return replace(fingerprint, tensors=_signatures(weights, fingerprint.tensors))
+
+
+def _signatures(
+    weights: tuple[ModelWeight, ...], tensors: Mapping[str, TensorSignature]
+) -> dict[str, TensorSignature]:
+    return {
+        weight.name: tensors[weight.source]
+        if weight.source in tensors
+        else TensorSignature(weight.shape, "", "")
+        for weight in weights
+    }
+
+
+def _config_at(uri: str, store: ArtifactStore, fingerprint: Fingerprint) -> str:
+    """Return the text of config.json where it is still the one that was fingerprinted."""
+    try:
+        files = {file.name: file for file in store.list(uri)}
+        config, generation = (
+            read_text(uri, store, files[name]) if name in files else "{}"
+            for name in ("config.json", "generation_config.json")
+        )
+        same = config_sha256(config, generation) == fingerprint.config_sha256
+    except (NotFoundError, IntegrityError, UploadError, ValueError):
+        return ""
+    return config if same else ""
+
+
+def _kept(path: Path) -> tuple[ModelWeight, ...] | None:
+    try:
+        return tuple(
+            ModelWeight(name, tuple(shape), source)
+            for name, shape, source in json.loads(path.read_text())
+        )
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _keep(path: Path, weights: tuple[ModelWeight, ...]) -> None:
+    with telling_full_disks(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps([[w.name, w.shape, w.source] for w in weights]))
+        part.replace(path)
