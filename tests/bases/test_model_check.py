@@ -170,7 +170,16 @@ def test_a_special_token_that_only_the_settings_name_needs_a_row(llama):
 def test_a_tokenizer_that_does_not_load_is_a_reason(llama):
     files = llama.tokenizer | {"tokenizer.json": '{"model": {"type": "BPE", "vocab": {}}}'}
     problems, _ = inspected(Checkpoint(llama.config, llama.tensors, files))
-    assert "the tokenizer cannot be loaded" in problems
+    assert "the tokenizer cannot be used" in problems
+
+
+def test_a_chat_template_that_never_ends_is_refused(llama, monkeypatch):
+    monkeypatch.setattr(model_check, "LIMITS", Limits(cpu_s=2, file_bytes=128 << 20))
+    loops = "".join(f"{{% for a{i} in range(99999) %}}" for i in range(3))
+    template = loops + "x" + "{% endfor %}" * 3
+    files = llama.tokenizer | {"chat_template.jinja": template}
+    with pytest.raises(UploadError, match="more processor time"):
+        check_checkpoint(Checkpoint(llama.config, llama.tensors, files), "the upload")
 
 
 MULTIMODAL = {

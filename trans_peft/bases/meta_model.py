@@ -67,7 +67,7 @@ def inspect_checkpoint(
         *_integers_as_weights(loaded, checkpoint),
         *_untied(loaded.model, checkpoint),
         *_huge_buffers(loaded.model),
-        *_tokens_without_rows(loaded.model, tokenizer),
+        *_tokenizer_problems(loaded.model, tokenizer),
     ]
     weights = [
         [name, list(tensor.shape), checkpoint.source(tensor)]
@@ -260,9 +260,10 @@ def _huge_buffers(model: "PreTrainedModel") -> list[str]:
     ]
 
 
-def _tokens_without_rows(model: "PreTrainedModel", files: Mapping[str, str]) -> list[str]:
-    """Return the tokens whose ids lie beyond the embedding's rows or the head's."""
+def _tokenizer_problems(model: "PreTrainedModel", files: Mapping[str, str]) -> list[str]:
+    """Return why the tokenizer cannot be used, or not with this model."""
     from trans_peft.models import load_tokenizer
+    from trans_peft.text.probe import tokenizer_problems
 
     if not files:
         return []
@@ -272,11 +273,17 @@ def _tokens_without_rows(model: "PreTrainedModel", files: Mapping[str, str]) -> 
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8", errors="surrogatepass")
-            tokens = load_tokenizer(Path(folder)).get_vocab()
+            tokenizer = load_tokenizer(Path(folder))
+        problems = tokenizer_problems(tokenizer)
     except MemoryError:
         raise
     except Exception as error:
-        return [f"the tokenizer cannot be loaded: {type(error).__name__}: {_first_lines(error)}"]
+        return [f"the tokenizer cannot be used: {type(error).__name__}: {_first_lines(error)}"]
+    return problems + _tokens_without_rows(model, tokenizer.get_vocab())
+
+
+def _tokens_without_rows(model: "PreTrainedModel", tokens: Mapping[str, int]) -> list[str]:
+    """Return the tokens whose ids lie beyond the embedding's rows or the head's."""
     problems = []
     for part, rows in _rows(model).items():
         beyond = sorted((i, token) for token, i in tokens.items() if not 0 <= i < rows)
