@@ -55,7 +55,9 @@ class ArtifactStore(Protocol):
     ) -> AbstractContextManager[Iterator[bytes]]:
         """Stream the bytes [start, stop) of one file (all of it) in chunks.
 
-        NotFoundError; IntegrityError if its ETag is another.
+        NotFoundError; IntegrityError if its ETag is another; StoreError, at the latest after the
+        last chunk, if fewer or other bytes arrive than the store lists. A caller that needs the
+        whole file must read to the end.
         """
 
     def write(self, uri: str, data: BinaryIO) -> None:

@@ -11,11 +11,14 @@ from tests.faults.proxy import faulty
 from tests.lifecycle.test_uploads import manifest_of, registered
 from trans_peft.bases.cache import download
 from trans_peft.bases.fingerprint import fingerprint
+from trans_peft.data import pin, read_examples
 from trans_peft.domain.base import Manifest, Upload
+from trans_peft.domain.data import DataSource
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.edges.s3_store import S3Store
 from trans_peft.errors import AccessError, IntegrityError, StoreError
+from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest, pending
 
 pytestmark = pytest.mark.servers
@@ -171,3 +174,100 @@ def test_who_is_not_let_in_is_told_what_to_check(place, monkeypatch, name, value
     assert type(caught.value) is error
     assert "test-secret" not in str(caught.value)
     assert registered(platform) == {}
+
+
+# Answers that are complete HTTP and not the object.
+
+ROWS = b"".join(b'{"prompt": "%03d", "completion": "y"}\n' % i for i in range(100))
+
+
+@pytest.mark.parametrize("kind", ["shorten", "alter"])
+def test_rows_that_a_proxy_shortened_or_changed_are_never_pinned(place, stores, kind):
+    platform, prefix, faults = place
+    uri = f"{prefix}/rows.jsonl"
+    stores[0].write(uri, io.BytesIO(ROWS))
+    line = len(ROWS) // 100
+    faults.kind, faults.left, faults.of, faults.cut_at_bytes = kind, 1000, "rows.jsonl", 51 * line
+    with pytest.raises(StoreError, match=r"do: "):
+        pin(DataSource(uri), platform.store)
+    faults.left = 0
+    assert len(read_examples(pin(DataSource(uri), platform.store), platform.store)) == 100
+
+
+def read(store, uri, etag=None, **how):
+    with store.read(uri, etag=etag, **how) as chunks:
+        return b"".join(chunks)
+
+
+@pytest.mark.parametrize("checksums", ["when_supported", "when_required"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_shortened_object_is_noticed_with_and_without_checksums(
+    servers, stores, unique, monkeypatch, checksums, parts
+):
+    """Of one part it has an MD5, of several its size alone; boto3 may send a checksum or not."""
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", checksums)
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", checksums)
+    direct, proxied, faults = stores
+    prefix = f"s3://{servers.bucket}/{unique}"
+    data = bytes(range(256)) * (1 << 12) * (17 if parts == 2 else 1)
+    S3Store().write(f"{prefix}/x", io.BytesIO(data))
+    (listed,) = direct.list(prefix)
+    assert listed.size == len(data)
+    assert ("-" in listed.etag) == (parts == 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", str(proxied._client.meta.endpoint_url))
+        store = S3Store(timeout_s=5)
+        vars(faults).update(kind="shorten", left=1000, of="/x", cut_at_bytes=len(data) // 2)
+        for etag in (None, listed.etag):
+            with pytest.raises(StoreError):
+                read(store, f"{prefix}/x", etag)
+        faults.left = 0
+        assert read(store, f"{prefix}/x", listed.etag) == data
+
+
+@pytest.mark.parametrize("bounds", [{"start": 10}, {"stop": 90}, {"start": 10, "stop": 90}])
+def test_a_shortened_range_is_noticed(place, stores, bounds):
+    platform, prefix, faults = place
+    uri = f"{prefix}/rows.jsonl"
+    stores[0].write(uri, io.BytesIO(ROWS))
+    whole = ROWS[bounds.get("start", 0) : bounds.get("stop")]
+    assert read(platform.store, uri, **bounds) == whole
+    faults.kind, faults.left, faults.of, faults.cut_at_bytes = "shorten", 1000, "rows.jsonl", 7
+    with pytest.raises(StoreError, match="answers with other bytes"):
+        read(platform.store, uri, **bounds)
+
+
+@pytest.mark.parametrize("of", FILES)
+def test_a_shortened_upload_is_neither_ready_nor_refused(place, of):
+    platform, prefix, faults = place
+    faults.kind, faults.left, faults.of, faults.cut_at_bytes = "shorten", 1000, of, 20
+    with pytest.raises(StoreError):
+        ingest(Upload(prefix), platform)
+    faults.left = 0
+    assert pending(platform, root_uri=prefix.removesuffix("/v1")) == (Upload(prefix),)
+    assert ingest(Upload(prefix), platform).ready
+
+
+@pytest.mark.parametrize("kind", ["shorten", "alter"])
+def test_a_download_never_keeps_what_a_proxy_shortened_or_changed(place, kind, tmp_path):
+    platform, prefix, faults = place
+    wanted = fingerprint(prefix, platform.store)
+    faults.kind, faults.left, faults.of, faults.cut_at_bytes = kind, 1000, "tokenizer.json", 20
+    with pytest.raises((StoreError, IntegrityError)):
+        download(prefix, platform.store, tmp_path, fingerprint=wanted, range_bytes=64)
+    faults.left = 0
+    copy = download(prefix, platform.store, tmp_path, fingerprint=wanted, range_bytes=64)
+    assert fingerprint(str(copy), FileStore()) == wanted
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_shortened_adapter_is_not_adopted(place, stores, name):
+    platform, prefix, faults = place
+    ingest(Upload(prefix), platform)
+    uri = f"{prefix.removesuffix('/v1')}/adapter"
+    config = b'{"peft_type": "LORA", "target_modules": ["q_proj"], "revision": "v1"}'
+    for file, data in (("adapter_config.json", config), ("adapter_model.safetensors", ROWS)):
+        stores[0].write(f"{uri}/{file}", io.BytesIO(data))
+    faults.kind, faults.left, faults.of, faults.cut_at_bytes = "shorten", 1000, name, 20
+    with pytest.raises(StoreError):
+        adopt("a", uri, "smol", (), platform)

@@ -1,6 +1,7 @@
 """One contract for every store: in memory, on disk, in S3."""
 
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
@@ -71,6 +72,14 @@ class TestEveryStore:
         store.write(f"{prefix}/x", io.BytesIO(b"newer"))
         with pytest.raises(IntegrityError, match="changed"):
             read(store, f"{prefix}/x", listed.etag)
+
+    @pytest.mark.parametrize("size", [0, 1, 5, 11, 4096])
+    def test_gives_as_many_bytes_as_it_lists_or_raises(self, place, size):
+        store, prefix = place
+        store.write(f"{prefix}/x", io.BytesIO(bytes(size)))
+        (listed,) = store.list(prefix)
+        assert len(read(store, f"{prefix}/x")) == listed.size == size
+        assert len(read(store, f"{prefix}/x", listed.etag)) == size
 
     @pytest.mark.parametrize("start", [0, 1, 5, 11])
     @pytest.mark.parametrize("stop", [None, 12, 11, 6])
@@ -192,6 +201,29 @@ class Flaky:
 
 
 class TestFiles:
+    @pytest.mark.parametrize("bounds", [{}, {"start": 2}, {"stop": 12}, {"start": 2, "stop": 99}])
+    def test_a_file_system_that_gives_fewer_bytes_than_it_lists_is_noticed(
+        self, tmp_path, monkeypatch, bounds
+    ):
+        from trans_peft.edges import file_store
+
+        path = tmp_path / "x"
+        path.write_bytes(b"0123456789")
+
+        def fstat(handle, listed=os.fstat):
+            short = list(listed(handle))
+            short[6] = 10 + 5
+            return os.stat_result(short)
+
+        monkeypatch.setattr(file_store.os, "fstat", fstat)
+        monkeypatch.setattr(file_store, "_etag", lambda stat: "the same")
+        store = file_store.FileStore(chunk_bytes=4)
+        with (
+            pytest.raises(StoreError, match="ends before its size"),
+            store.read(str(path), **bounds) as chunks,
+        ):
+            list(chunks)
+
     def test_a_file_that_grows_while_it_is_read_is_noticed(self, tmp_path):
         from trans_peft.edges.file_store import FileStore
 

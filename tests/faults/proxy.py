@@ -132,6 +132,10 @@ def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
             for name, value in answer.getheaders():
                 if name.lower() not in own:
                     self.send_header(name, value)
+            if kind == "shorten" and self.command == "GET":  # and say that this is all
+                body = body[: plan.cut_at_bytes]
+            if kind == "alter":
+                body = body[:-1] + bytes([body[-1] ^ 1])
             size = (
                 int(answer.headers["Content-Length"] or 0) if self.command == "HEAD" else len(body)
             )

@@ -72,7 +72,7 @@ def folder_checkpoint(folder: Path) -> Checkpoint:
 
     The folder must hold a config.json and well-formed files.
     """
-    tensors = {}
+    tensors: dict[str, TensorSignature] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             entries = read_header(ByteStream(iter(lambda: file.read(_CHUNK_BYTES), b"")))

@@ -15,7 +15,7 @@ from trans_peft.bases.checkpoint import Checkpoint
 from trans_peft.bases.model_files import ModelFiles, is_felt
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, ManifestFile
-from trans_peft.errors import IntegrityError, NotFoundError, UploadError, listed
+from trans_peft.errors import IntegrityError, NotFoundError, StoreError, UploadError, listed
 from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = ["Progress", "Reader", "Scan", "fingerprint", "folder_reader", "reader", "scan"]
@@ -129,4 +129,11 @@ def _pass_by(
     model.take(file, stream)
     for _ in stream:  # what the reader left: the hash covers the whole file
         pass
+    if size != file.size:
+        raise StoreError(
+            f"{file.name} was read in another size than it is listed with",
+            expected=f"{file.size} bytes",
+            found=f"{size} bytes",
+            do="try again; look for a proxy in between that shortens answers",
+        )
     return ManifestFile(file.name, size, sha256.hexdigest())

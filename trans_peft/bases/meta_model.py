@@ -121,7 +121,7 @@ class _Checkpoint:
 
     def source(self, tensor: "torch.Tensor") -> str | None:
         """Return the tensor of the files that a weight is, None where it is made of others."""
-        name = self._names.get(tensor.storage_offset())
+        name = self._names.get(int(tensor.storage_offset()))
         same = (
             name is not None
             and tuple(tensor.shape) == self.shapes[name]

@@ -52,7 +52,7 @@ def _signatures(
 ) -> dict[str, TensorSignature]:
     return {
         weight.name: tensors[weight.source]
-        if weight.source in tensors
+        if weight.source is not None and weight.source in tensors
         else TensorSignature(weight.shape, "", "")
         for weight in weights
     }

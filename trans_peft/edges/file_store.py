@@ -80,16 +80,27 @@ class FileStore:
                 raise _changed(uri, expected=etag, found=_etag(stat))
             file.seek(start)
             wanted = (stat.st_size if stop is None else stop) - start
-            yield self._chunks(file, uri, _etag(stat), wanted)
+            yield self._chunks(file, uri, stat, wanted)
 
-    def _chunks(self, file: BinaryIO, uri: str, etag: str, wanted: int) -> Iterator[bytes]:
+    def _chunks(
+        self, file: BinaryIO, uri: str, stat: os.stat_result, wanted: int
+    ) -> Iterator[bytes]:
+        size, etag = stat.st_size, _etag(stat)
         with _in_words(uri):
             while wanted > 0 and (chunk := file.read(min(self._chunk_bytes, wanted))):
                 wanted -= len(chunk)
                 yield chunk
+            missing = min(wanted, size - file.tell())
             now = _etag(self._path(uri).stat())
         if now != etag:
             raise _changed(uri, expected=etag, found=now)
+        if missing > 0:
+            raise StoreError(
+                f"{uri} ends before its size",
+                expected=f"{size} bytes",
+                found=f"{size - missing} bytes",
+                do="check the file system that it lies on, and try again",
+            )
 
     def _path(self, uri: str) -> Path:
         path = local_path(uri)

@@ -2,10 +2,14 @@
 
 The one place that imports boto3. Credentials, region and endpoint come from where every AWS client
 takes them (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, profiles, roles). A read is bound to the ETag
-that was seen (`If-Match`), so what is verified and what is used are the same bytes.
+that was seen (`If-Match`), so what is verified and what is used are the same bytes. What is read
+whole is compared with the object's MD5 where the ETag is one, else with its listed size; boto3
+compares checksums (`x-amz-checksum-*`) where objects have one.
 """
 
 import builtins
+import hashlib
+import re
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -32,6 +36,7 @@ __all__ = ["S3Store"]
 _TRANSFER = TransferConfig(multipart_threshold=16 << 20, multipart_chunksize=16 << 20)
 _MOST_BREAKS = 5  # of one stream, in mid-flow
 _MOST_CONNECTIONS = 32
+_MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 _MISSING = frozenset({"404", "NoSuchBucket", "NoSuchKey", "NotFound"})
 _CHANGED = frozenset({"412", "416", "InvalidRange", "PreconditionFailed"})
 _NOT_LET_IN = frozenset({
@@ -84,7 +89,8 @@ class S3Store:
     ) -> AbstractContextManager[Iterator[bytes]]:
         """Stream the bytes [start, stop) of one object in chunks.
 
-        NotFoundError; IntegrityError if its ETag is another.
+        NotFoundError; IntegrityError if its ETag is another; StoreError, at the latest after the
+        last chunk, if the answer is not what the store lists.
         """
         return self._read(uri, etag, start, stop)
 
@@ -101,17 +107,22 @@ class S3Store:
             chunks.close()
 
     def _get(self, uri: str, etag: str | None, start: int, stop: int | None) -> Any:
+        """Return the answer for the bytes [start, stop), which must be of this ETag and extent."""
         bucket, key = _bucket_and_key(uri)
         request = {"IfMatch": etag} if etag else {}
         if start or stop is not None:
             request["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         found = self._client.get_object(Bucket=bucket, Key=key, **request)
-        if "Range" in request and not found.get("ContentRange", "").startswith(f"bytes {start}-"):
+        if etag and found["ETag"] != etag:
+            found["Body"].close()
+            raise IntegrityError(f"{uri} changed", expected=f"ETag {etag}", found=found["ETag"])
+        if "Range" in request and not _is_range(found, start, stop):
             found["Body"].close()
             raise StoreError(
                 f"S3 answers with other bytes of {uri} than those asked for",
                 expected=request["Range"],
-                found=found.get("ContentRange") or "the whole object",
+                found=f"{found.get('ContentRange') or 'the whole object'},"
+                f" {found['ContentLength']} bytes",
                 do="look for a proxy in between that leaves out the Range header",
             )
         return found
@@ -119,17 +130,24 @@ class S3Store:
     def _chunks(
         self, uri: str, found: Any, start: int, stop: int | None
     ) -> Generator[bytes, None, None]:
-        """Read on where the connection broke off, but only from the same object."""
+        """Read on where the connection broke off, but only from the same object.
+
+        A whole object is compared with its checksum, or with its size, before the last read ends.
+        """
         etag, body, position, breaks = found["ETag"], found["Body"], start, 0
         end = start + found["ContentLength"]
+        whole = not start and stop is None
+        md5 = hashlib.md5(usedforsecurity=False) if whole and _is_md5(uri, found) else None
         try:
             with _in_words(uri):
                 while True:
                     try:
                         for chunk in body.iter_chunks(self._chunk_bytes):
                             position += len(chunk)
+                            if md5 is not None:
+                                md5.update(chunk)
                             yield chunk
-                        return
+                        break
                     except FlexibleChecksumError:  # what was given out already is not its content
                         raise
                     except BotoCoreError:
@@ -138,8 +156,22 @@ class S3Store:
                             raise
                         body.close()
                         body = self._get(uri, etag, position, stop)["Body"]
+                if md5 is not None and md5.hexdigest() != etag.strip('"'):
+                    raise _other_bytes(uri, f"MD5 {etag}", f"MD5 {md5.hexdigest()}", position)
+                if position != end or (whole and md5 is None):
+                    size = self._size(uri, etag) if whole else end
+                    if position != size:
+                        raise _other_bytes(
+                            uri, f"{size - start} bytes", "too few", position - start
+                        )
         finally:
             body.close()
+
+    def _size(self, uri: str, etag: str) -> int:
+        """Return the size of this version of an object as its store lists it."""
+        bucket, key = _bucket_and_key(uri)
+        found = self._client.head_object(Bucket=bucket, Key=key, IfMatch=etag)
+        return found["ContentLength"]
 
     def write(self, uri: str, data: BinaryIO) -> None:
         """Write one object, in parts where it is large; it is there whole or not at all."""
@@ -156,6 +188,36 @@ class _Unclosed:
 
     def read(self, size: int = -1) -> bytes:
         return self._file.read(size)
+
+
+def _is_range(found: Any, start: int, stop: int | None) -> bool:
+    """Whether an answer holds [start, stop) of its object, or as much of that as there is."""
+    told = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", found.get("ContentRange") or "")
+    if told is None:
+        return False
+    first, last, total = map(int, told.groups())
+    end = total if stop is None else min(stop, total)
+    return (first, last + 1, found["ContentLength"]) == (start, end, end - start)
+
+
+def _is_md5(uri: str, found: Any) -> bool:
+    """Whether an object's ETag is the MD5 of its bytes.
+
+    It is for objects of one part, unless they are encrypted with keys from KMS or of the customer,
+    or lie in a directory bucket (Amazon S3 API reference, "Object").
+    """
+    encrypted = found.get("SSECustomerAlgorithm") or "kms" in found.get("ServerSideEncryption", "")
+    directory = _bucket_and_key(uri)[0].endswith("--x-s3")
+    return bool(_MD5.fullmatch(found["ETag"])) and not encrypted and not directory
+
+
+def _other_bytes(uri: str, expected: str, found: str, size: int) -> StoreError:
+    return StoreError(
+        f"S3 gave other bytes of {uri} than the object has",
+        expected=expected,
+        found=f"{found}, in {size} bytes",
+        do="try again; look for a proxy or cache in between that shortens or changes answers",
+    )
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:
