@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from tokenizers import normalizers
 
-from tests.tiny import tiny_model, write_tiny_base
+from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
 from trans_peft.bases.publish import publish
 from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
@@ -14,7 +15,7 @@ from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.places import Places
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
-from trans_peft.errors import AccessError, AdapterError, TransPeftError
+from trans_peft.errors import AccessError, AdapterError, TransPeftError, UploadError
 from trans_peft.isolation import Limits
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
@@ -82,6 +83,40 @@ def test_a_worker_reads_adapters_and_suites_from_its_places_only(world, tmp_path
     pinned = replace(suite, data=suite.data.pinned("0" * 64))
     with pytest.raises(AccessError, match="does not read"):
         adopt("theirs", str(root / "peft"), FAMILY, [pinned], closed, base_version="v1")
+
+
+def growing(tokenizer):
+    rule = normalizers.Replace("a", "a" * 1500)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([rule] * 3)
+
+
+def looping(tokenizer):
+    tokenizer.chat_template = (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endfor %}"
+    )
+
+
+def broken(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}"
+
+
+@pytest.mark.parametrize("spoil", [growing, looping, broken])
+def test_a_base_whose_tokenizer_needs_too_much_is_never_ready(world, tmp_path, spoil, monkeypatch):
+    from trans_peft.bases import model_check
+
+    monkeypatch.setattr(
+        model_check, "LIMITS", replace(model_check.LIMITS, cpu_s=5, memory_bytes=1 << 30)
+    )
+    platform, _, _ = world
+    folder = write_tiny_base(tmp_path / "v2")
+    tokenizer = tiny_tokenizer()
+    spoil(tokenizer)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UploadError, match=r"tokenizer|template|processor time|memory"):
+        publish(folder, str(tmp_path / "up"), family=FAMILY, version="v2", store=platform.store)
+        ingest(Upload(str(tmp_path / "up")), platform)
+    assert [base.version for base in platform.catalog.versions(FAMILY)] == ["v1"]
 
 
 def test_adoption_takes_the_files_of_an_adapter_alone(world, adopted, tmp_path):
