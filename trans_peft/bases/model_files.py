@@ -25,6 +25,7 @@ _JSON_FILES = frozenset({
     INDEX, "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json",
     "tokenizer_config.json",
 })  # fmt: skip
+_MAX_RECORDED_CHARACTERS = 1 << 20  # a registry keeps it with every version
 _TEMPLATE = "chat_template.jinja"
 _MORE_TEMPLATES = "additional_chat_templates/"
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -107,7 +108,8 @@ class ModelFiles:
         if self.problems:
             return None
         tokenizer = {name: text for name, text in self._texts.items() if is_tokenizer_file(name)}
-        self.checkpoint = Checkpoint(self._texts["config.json"], tensors, tokenizer)
+        config = self._texts["config.json"]
+        self.checkpoint = Checkpoint(config, tensors, tokenizer)
         settings = self._json.get("special_tokens_map.json", {})
         settings = settings | self._json.get("tokenizer_config.json", {})
         generation = self._json.get("generation_config.json", {})
@@ -119,7 +121,7 @@ class ModelFiles:
             vocabulary_sha256=content_sha256(tokens),
             tokenizer_sha256=tokenizer_sha256(self._json["tokenizer.json"], settings),
             chat_template_sha256=chat_template_sha256(settings, self._templates),
-            config=self._texts["config.json"],
+            config=config if len(config) <= _MAX_RECORDED_CHARACTERS else "",
         )
 
     def _shape(self) -> tuple[str, int]:
