@@ -24,7 +24,7 @@ adapter is never an exception: it is a value (`trans_peft.domain.evaluation.Verd
 """
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,6 +49,7 @@ __all__ = [
     "UploadError",
     "full_disk",
     "listed",
+    "naming",
     "telling_full_disks",
 ]
 
@@ -59,6 +60,23 @@ def listed(values: Sequence[str], count: int = 5) -> str:
     """Return the first `count` values for a message, and how many more there are."""
     more = f" and {len(values) - count} more" if len(values) > count else ""
     return ", ".join(values[:count]) + more
+
+
+@contextmanager
+def naming(names: Mapping[Path, str]) -> Iterator[None]:
+    """Write names in place of paths in the texts of the block's errors.
+
+    For temporary copies: the reader of an error knows the folder that was copied, not the copy.
+    """
+    try:
+        yield
+    except TransPeftError as error:
+        text = str(error)
+        for path, name in names.items():
+            text = text.replace(str(path), name)
+        if text == str(error):
+            raise
+        raise type(error)(text) from error
 
 
 class TransPeftError(Exception):

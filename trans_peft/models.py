@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trans_peft.domain.adapter_config import parse_adapter_config
 from trans_peft.domain.bounds import MAX_HEADER_BYTES
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import (
@@ -241,14 +242,14 @@ def keeps_no_template(folder: Path, weights_sha256: str) -> bool:
 
 def _computed_with(config: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-        return {
-            name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
-            for name, value in fields.items()
-            if name not in _ORIGIN
-        }
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        fields = parse_adapter_config(config.read_bytes())
+    except ValueError as error:
         raise AdapterError(f"{config} is not an adapter's configuration", found=error) from error
+    return {
+        name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
+        for name, value in fields.items()
+        if name not in _ORIGIN
+    }
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:

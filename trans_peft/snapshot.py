@@ -109,10 +109,9 @@ def _tensors(model: "nn.Module") -> dict[str, object]:
     sums: dict[tuple[object, ...], torch.Tensor] = {}
     first: dict[tuple[object, ...], str] = {}
     for name, tensor in _named_tensors(model):
-        where = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.is_meta:
-            where = (name, *where)
-        elif where not in sums:
+        at: object = name if tensor.is_meta else tensor.data_ptr()
+        where = (tensor.device, at, tensor.dtype, tensor.shape, tensor.stride())
+        if where not in sums and not tensor.is_meta:
             sums[where] = _checksum(tensor)
         tied = first.setdefault(where, name)
         about = (_class(tensor), str(tensor.dtype), tuple(tensor.shape), str(tensor.device))

@@ -58,6 +58,17 @@ class Surface:
             weight.requires_grad_(requires_grad)
             weight.grad = grad
 
+    def holds(self, adapted: "nn.Module") -> bool:
+        """Whether `adapted`, made from the model, still has every parameter of it, unchanged.
+
+        A method that rewrites weights replaces the parameter or its storage.
+        """
+        kept = {id(parameter) for parameter in adapted.parameters()}
+        return all(
+            id(weight) in kept and weight.data_ptr() == data.data_ptr()
+            for weight, data, *_ in self._weights
+        )
+
     def overlapping(self, tensors: "Mapping[str, Tensor]") -> list[str]:
         """Return the keys of the tensors that share their storage with the model's own tensors."""
         return [

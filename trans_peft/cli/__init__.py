@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _told(error: TransPeftError, code: int) -> int:
     from trans_peft.cli.show import errors_out
+    from trans_peft.cli.workspace import FETCHED
 
-    errors_out.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, style="red")
+    text = str(error)
+    for folder, uri in FETCHED.items():
+        text = text.replace(str(folder), uri)
+    errors_out.print(f"{type(error).__name__}: {text}", markup=False, highlight=False, style="red")
     return code

@@ -26,6 +26,7 @@ from trans_peft.ports import Platform
 from trans_peft.validation.sandbox.guards import guards_named
 
 __all__ = [
+    "FETCHED",
     "LOCAL",
     "EvaluationFolder",
     "Workspace",
@@ -33,6 +34,9 @@ __all__ = [
     "base_label",
     "check_free",
 ]
+
+FETCHED: dict[Path, str] = {}
+"""Copies of adapters from buckets, and where each came from: errors name that place."""
 
 LOCAL = "local"
 """The family of bases that nobody named one for."""
@@ -140,6 +144,7 @@ class Workspace:
         name = hashlib.sha256(repr((uri, files)).encode()).hexdigest()
         folder = self.platform.work_dir / "adapters" / name
         folder.mkdir(parents=True, exist_ok=True)
+        FETCHED[folder] = uri
         for file in files:
             if file.name.endswith((".json", ".safetensors", ".jinja")):
                 source = f"{uri.rstrip('/')}/{file.name}"

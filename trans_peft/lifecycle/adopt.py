@@ -1,15 +1,15 @@
 """Adapters that already exist become live like any other."""
 
-import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES
 from trans_peft.domain.evaluation import Suite
-from trans_peft.errors import AdapterError, NotFoundError, telling_full_disks
+from trans_peft.errors import AdapterError, NotFoundError, naming, telling_full_disks
 from trans_peft.lifecycle.evaluations import (
     Progress,
     base_folder,
@@ -24,6 +24,7 @@ from trans_peft.ports import Platform
 from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import settle_template
 from trans_peft.transfer.compatibility import compare
+from trans_peft.transfer.peft_folder import read_peft_folder
 
 __all__ = ["adopt"]
 
@@ -57,10 +58,11 @@ def adopt(
     with (
         telling_full_disks(tempfile.gettempdir()),
         tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
+        naming({Path(scratch) / "peft": folder_uri}),
     ):
         folder = _fetch(folder_uri, Path(scratch) / "peft", platform)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        base = _base(adapter, family, base_version, config, platform)
+        source = read_peft_folder(folder)
+        base = _base(adapter, family, base_version, source.config, platform)
         check_suites(base, pinned, platform)
         fingerprint = named_fingerprint(base, platform)
         fit = compare(fingerprint, fingerprint, folder, old_tokenizer=None, new_tokenizer=None)
@@ -101,7 +103,7 @@ def adopt(
                 trained_on_version=base.version,
                 trained_on_fingerprint_sha256=base.fingerprint_sha256,
                 weights_sha256=weights_sha256,
-                method=str(config["peft_type"]),
+                method=source.peft_type,
                 suites=pinned,
             ),
             transplant(
@@ -150,7 +152,11 @@ def _fetch(uri: str, folder: Path, platform: Platform) -> Path:
 
 
 def _base(
-    adapter: str, family: str, named: str | None, config: dict, platform: Platform
+    adapter: str,
+    family: str,
+    named: str | None,
+    config: Mapping[str, Any],
+    platform: Platform,
 ) -> BaseVersion:
     if named is not None:
         return find_base(family, named, platform)

@@ -15,6 +15,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Judgement, Verdict
 from trans_peft.domain.outcome import Effect
 from trans_peft.domain.remedies import Rung, Tried
+from trans_peft.errors import naming
 from trans_peft.lifecycle.early import evaluate_early
 from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on
 from trans_peft.lifecycle.remedies import Candidate, Material, candidate
@@ -81,7 +82,10 @@ class Bench:
         )
         if fresh is None:
             return {}
-        with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
+        with (
+            tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
+            naming({Path(scratch) / "fresh": str(fresh)}),
+        ):
             return self._answers(
                 lambda: self.platform.registry.download(fresh, Path(scratch) / "fresh"),
                 fresh.weights_sha256,

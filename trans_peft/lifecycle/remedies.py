@@ -143,6 +143,6 @@ def _retuned(of: Material, recipe: TrainingRecipe, rows: Sequence[Example]) -> C
     except TrainingCancelled:
         raise
     except (TrainingError, DataError, AdapterError, InvalidSpecError) as error:
-        return f"training failed: {error}"
+        return f"training failed: {error}".replace(str(job.start), str(of.source))
     note = f"{steps} steps, {result.seconds:.0f} s of training"
     return Candidate(Rung.RETUNED, lambda: result.folder, result.weights_sha256, note)

@@ -10,7 +10,7 @@ from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
 from trans_peft.domain.outcome import Compatibility, TransferOutcome, Work, outcome_of
-from trans_peft.errors import telling_full_disks
+from trans_peft.errors import naming, telling_full_disks
 from trans_peft.lifecycle.evaluations import (
     Progress,
     evaluate_on,
@@ -49,6 +49,7 @@ def transfer(
     with (
         telling_full_disks(tempfile.gettempdir()),
         tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
+        naming({Path(scratch) / "source": str(source), Path(scratch): f"a copy of {source}"}),
     ):
         outcome = _judge(
             _new_outcome(source, base, policy, work.attempt),

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftConfig
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-__all__ = ["not_evaluable", "not_trainable", "option_problems"]
+__all__ = ["not_evaluable", "not_trainable", "option_problems", "saved_problems"]
 
 _NOT_EVALUATED: Mapping[str, str] = {  # methods and options
     "LILY": "its routing averages over a whole batch, so that an answer depends on its neighbours",
@@ -73,6 +73,33 @@ def _listed_in(reasons: Mapping[str, str], peft_type: str, options: Mapping[str,
         for name, why in reasons.items()
         if name == peft_type or options.get(name) not in (None, False)
     ]
+
+
+def saved_problems(config_class: type[PeftConfig], options: Mapping[str, Any]) -> list[str]:
+    """Return a problem for each field of an adapter_config.json that has another type than PEFT's.
+
+    More is allowed than in a spec, because PEFT saved it: numbers may be fractions where PEFT
+    declares whole ones, and literal values may be those of another version.
+    """
+    problems = []
+    types = typing.get_type_hints(config_class)
+    for name, value in options.items():
+        kind = str(types.get(name, "Any"))
+        fraction = isinstance(value, float) and "int" in kind
+        word = isinstance(value, str) and "Literal" in kind
+        sub_config = isinstance(value, dict) and "config" in name
+        if name in types and not (fraction or word or sub_config):
+            wrong = _wrong_type(types[name], value)
+            problems += [] if wrong is None else [
+                f"{name} must be {_named(types[name])}, not {value!r}{wrong}"
+            ]  # fmt: skip
+        if name.endswith("_pattern") and isinstance(value, Mapping):
+            problems += [
+                f"{name}: {key!r} must have a number, not {item!r}"
+                for key, item in value.items()
+                if isinstance(item, bool) or not isinstance(item, int | float | list)
+            ]
+    return problems
 
 
 def option_problems(config_class: type[PeftConfig], options: Mapping[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ from trans_peft.training.events import Message, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.rehearsal import rehearse, save_adapter
 from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
+from trans_peft.transfer.peft_folder import WEIGHTS_NAME, read_peft_folder
 
 __all__ = ["check_tokens", "finetune", "token_rows"]
 
@@ -172,7 +173,7 @@ def _trainer(job: TrainingJob, rows: list[dict[str, list[int]]], device: str) ->
 
 def _go_on_from(folder: Path, model: PeftModel) -> None:
     """Give the adapter the weights in a PEFT folder. AdapterError unless they are its very own."""
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(read_peft_folder(folder).path / WEIGHTS_NAME)
     wanted = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
     unlike = sorted(
         key

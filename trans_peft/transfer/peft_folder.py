@@ -5,20 +5,23 @@ The format is what `PeftModel.save_pretrained` writes (PEFT 0.21): `adapter_conf
 out. Pickled weights are never opened.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trans_peft.domain.adapter_config import parse_adapter_config
 from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES, MAX_TENSORS
-from trans_peft.errors import AdapterError
+from trans_peft.errors import AdapterError, listed
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "PeftFolder", "read_peft_folder"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
+_DTYPES = frozenset(
+    {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+)  # in safetensors' spelling; whole numbers are indices, as SHiRA and VB-LoRA save them
 _REWRITING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -70,14 +73,10 @@ def _config(folder: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{CONFIG_NAME} has more than {MAX_ADAPTER_CONFIG_BYTES} bytes")
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{CONFIG_NAME} is not JSON ({error})")
+        return parse_adapter_config(path.read_bytes())
+    except (ValueError, OSError) as error:
+        problems.append(f"{CONFIG_NAME} cannot be used: {error}")
         return {}
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        problems.append(f"{CONFIG_NAME} names no peft_type")
-        return {}
-    return config
 
 
 def _tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
@@ -101,10 +100,18 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
             if (count := len(file.keys())) > MAX_TENSORS:
                 problems.append(f"{WEIGHTS_NAME} holds {count} tensors, more than {MAX_TENSORS}")
                 return {}
-            tensors = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: tuple(found.get_shape()) for key, found in slices.items()}
+            types = {key: str(found.get_dtype()) for key, found in slices.items()}
     except (SafetensorError, OSError) as error:
         problems.append(f"{WEIGHTS_NAME} cannot be read ({error})")
         return {}
     if not tensors:
         problems.append(f"{WEIGHTS_NAME} holds no tensor")
+    strange = [f"{key} ({kind})" for key, kind in types.items() if kind not in _DTYPES]
+    if strange:
+        problems.append(
+            f"{WEIGHTS_NAME} holds tensors that PEFT cannot compute with: {listed(strange)};"
+            f" expected {', '.join(sorted(_DTYPES))}"
+        )
     return tensors

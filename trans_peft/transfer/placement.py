@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from trans_peft.domain.base import TensorSignature
-from trans_peft.errors import listed
+from trans_peft.errors import AdapterError, InvalidSpecError, listed
 from trans_peft.methods.patterns import check_options
 from trans_peft.transfer.peft_folder import PeftFolder
 
@@ -36,7 +36,10 @@ def compare_places(
     old_modules, new_modules = _modules(old), _modules(new)
     paths = [key.removeprefix("base_model.model.") for key in adapter.tensors]
     candidates = {part for path in paths for part in _prefixes(path)} | old_modules | new_modules
-    check_options(adapter.config, sorted(candidates), f"the adapter in {adapter.path}")
+    try:
+        check_options(adapter.config, sorted(candidates), f"the adapter in {adapter.path}")
+    except InvalidSpecError as error:
+        raise AdapterError(str(error)) from error
     targets = adapter.config.get("target_modules")
     whole = tuple(adapter.config.get("modules_to_save") or ())
     brought: list[str] = []

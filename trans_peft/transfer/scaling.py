@@ -9,7 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
-from trans_peft.errors import AdapterError, InvalidSpecError
+from trans_peft.errors import AdapterError, InvalidSpecError, listed
 from trans_peft.transfer.peft_folder import CONFIG_NAME, read_peft_folder
 
 __all__ = ["has_scale", "rescaled"]
@@ -31,9 +31,17 @@ def rescaled(folder: Path, target: Path, factor: float) -> Path:
     if not 0 < factor < float("inf"):
         raise InvalidSpecError("a scale's factor is positive and finite", found=factor)
     config = dict(source.config)
-    config["lora_alpha"] = config["lora_alpha"] * factor
     pattern = config.get("alpha_pattern") or {}
+    alphas = {"lora_alpha": config.get("lora_alpha"), **pattern}
+    wrong = [f"{key}: {alpha!r}" for key, alpha in alphas.items() if not _is_number(alpha)]
+    if wrong:
+        raise AdapterError(f"{folder}: a scale must be a number", found=listed(wrong))
+    config["lora_alpha"] = config["lora_alpha"] * factor
     config["alpha_pattern"] = {name: alpha * factor for name, alpha in pattern.items()}
     shutil.copytree(folder, target)
     (target / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return target
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -17,7 +17,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trans_peft.errors import AdapterError, IsolationError, UnsupportedModelError, listed
+from trans_peft.errors import (
+    AdapterError,
+    IsolationError,
+    TransPeftError,
+    UnsupportedModelError,
+    listed,
+)
 from trans_peft.methods.patterns import check_options, names_of
 from trans_peft.snapshot import snapshot
 from trans_peft.surface import Surface
@@ -131,6 +137,12 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
         ):
             peft_model = build(model, config, adapter_name=name)
         _check_keys(peft_model, source, name)
+        if not surface.holds(peft_model):
+            raise AdapterError(
+                f"{folder}: loading it would rewrite the base's own weights",
+                expected="an adapter that leaves the base alone",
+                found=f"a {source.peft_type} adapter that replaces some of them",
+            )
         written = surface.overlapping(_state(peft_model, name))
         if written:
             raise AdapterError(
@@ -147,17 +159,15 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
         astray = [key for key in tensors if not _same(tensors[key], loaded[key])]
         if astray:
             raise AdapterError(f"{folder}: PEFT did not load {listed(astray)}")
-    except (ValueError, KeyError, RuntimeError) as error:
+    except BaseException as error:
         surface.restore()
-        if isinstance(error, (AdapterError, IsolationError)):
+        passed_on = (AdapterError, IsolationError, MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, Exception) or isinstance(error, passed_on):
             raise
         raise AdapterError(
-            f"{folder} cannot be put on {type(model).__name__}: {error}",
+            f"{folder} cannot be put on {type(model).__name__}: {_said(error)}",
             do="check that the adapter was trained on this architecture",
         ) from error
-    except BaseException:
-        surface.restore()
-        raise
     peft_model.requires_grad_(False)
     peft_model.eval()
     return peft_model
@@ -168,6 +178,7 @@ def _peft_config(source: PeftFolder) -> "PeftConfig":
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    from trans_peft.methods.options import not_evaluable, saved_problems
     from trans_peft.methods.registration import register_methods
 
     register_methods()
@@ -194,9 +205,24 @@ def _peft_config(source: PeftFolder) -> "PeftConfig":
             found=f"saved by PEFT {source.config.get('peft_version', 'of unknown version')}",
             do="install the PEFT that saved it",
         )
-    config = PeftConfig.from_pretrained(str(source.path))
+    options = {k: v for k, v in source.config.items() if v is not None}
+    problems = saved_problems(PEFT_TYPE_TO_CONFIG_MAPPING[source.peft_type], options)
+    problems += not_evaluable(source.peft_type, options)
+    if problems:
+        raise AdapterError(f"{source.path}: {CONFIG_NAME} cannot be used: {'; '.join(problems)}")
+    try:
+        config = PeftConfig.from_pretrained(str(source.path))
+    except Exception as error:
+        raise AdapterError(
+            f"{source.path}: PEFT cannot read {CONFIG_NAME}: {_said(error)}",
+            found=f"saved by PEFT {source.config.get('peft_version', 'of unknown version')}",
+        ) from error
     config.inference_mode = True
     return config
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, TransPeftError) else f"{type(error).__name__}: {error}"
 
 
 def _check_keys(peft_model: "PeftModel", source: PeftFolder, name: str) -> None:

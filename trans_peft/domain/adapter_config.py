@@ -1,0 +1,76 @@
+"""What adapter_config.json may hold: JSON that has one meaning, and fields of the types we rely on.
+
+PEFT checks few types and reads whatever JSON it finds. The rules here hold before torch or PEFT is
+imported; `trans_peft.methods.options` knows the types of each method's own options.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["parse_adapter_config"]
+
+_TEXTS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
+_NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+_LISTS = ("modules_to_save", "target_parameters")
+
+
+def parse_adapter_config(data: bytes) -> dict[str, Any]:
+    """Return the fields in an adapter_config.json.
+
+    ValueError with every problem: not UTF-8 or JSON, nested too deeply, a key that is given twice,
+    a number that is not finite, text that is not Unicode (a lone surrogate), no `peft_type`, or a
+    field of another type than PEFT gives it.
+    """
+    try:
+        config = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_finite
+        )
+        json.dumps(config, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds text that is not Unicode: a lone surrogate") from error
+    except RecursionError as error:
+        raise ValueError("it is not JSON (nested too deeply)") from error
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"it is not JSON of an object, but of a {type(config).__name__}")
+    problems = list(_problems(config))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
+
+
+def _problems(config: Mapping[str, Any]) -> Iterable[str]:
+    if not isinstance(config.get("peft_type"), str) or not config["peft_type"]:
+        yield f"it names no peft_type, but {config.get('peft_type')!r}"
+    for name in _TEXTS:
+        if not isinstance(config.get(name), str | None):
+            yield f"{name} must be text, not {config[name]!r}"
+    for name in _NAMES:
+        if not isinstance(config.get(name), str | None) and not _texts(config[name]):
+            yield f"{name} must be text or a list of texts, not {config[name]!r}"
+    for name in _LISTS:
+        if config.get(name) is not None and not _texts(config[name]):
+            yield f"{name} must be a list of texts, not {config[name]!r}"
+    for name, value in config.items():
+        by_module = name.endswith("_pattern") and name != "layers_pattern"
+        if by_module and not isinstance(value, dict | None):
+            yield f"{name} must map patterns to numbers, not {value!r}"
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"keys that are given twice: {', '.join(twice)}")
+    return fields
+
+
+def _not_finite(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON")
