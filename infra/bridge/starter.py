@@ -6,7 +6,7 @@ run), one that has been starting for so long that its worker is gone.
 
 The idempotency key of a run is the delivery id, never (family, base): the champions A, B, A, B are
 four hints and may be four runs. Many families that ask at once share one run for all families:
-docs/decisions/0099-a-burst-shares-a-run.md.
+docs/decisions/0099-bursts-share-calls-and-runs.md.
 """
 
 from collections.abc import Mapping
