@@ -11,7 +11,7 @@ LOCKED := $(BIN)/python -m pip install --disable-pip-version-check --no-deps --r
   --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel stories faults check format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel stories faults check docs format lock
 
 help: ## show this
 	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
@@ -39,6 +39,7 @@ help: ## show this
 	@echo "make test-wheel   the wheel alone in an empty environment, as CI does"
 	@echo "make stories      people promote, approve and roll back on a whole stack (about 6 min)"
 	@echo "make faults       programs are killed, networks fail, disks are full (an hour and more)"
+	@echo "make docs         the documentation site, in build/site"
 	@echo "make format       let ruff format and fix   make lock    versions and hashes of this .venv"
 
 # By hash, but for torch and its CUDA libraries, whose builds differ by machine: by version.
@@ -112,11 +113,19 @@ MOMENTS ?= 4
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m faults --moments $(MOMENTS) --faults-log faults.jsonl
 
+# Pages that follow docs/style.md; the others are to come.
+PAGES := README.md docs/security.md docs/decisions
+
 check: $(READY)
-	@failed=; for command in "ruff format --check ." "ruff check ." mypy "lint-imports --no-logo --no-cache"; do \
+	@failed=; for command in "ruff format --check ." "ruff check ." mypy "lint-imports --no-logo --no-cache" \
+	    codespell "codespell --dictionary - --dictionary docs/style-words.txt $(PAGES)" "mdformat --check $(PAGES)"; do \
 	  echo "== $$command"; $(BIN)/$$command || failed="$$failed; $$command"; \
 	done; \
+	echo "== documentation site"; $(MAKE) --no-print-directory docs || failed="$$failed; docs"; \
 	test -z "$$failed" || { echo "== failed$$failed" >&2; exit 1; }
+
+docs: $(READY)
+	@$(BIN)/python docs/site.py && $(BIN)/zensical build --strict
 
 format: $(READY)
 	$(BIN)/ruff format .
