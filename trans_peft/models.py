@@ -25,6 +25,7 @@ from trans_peft.errors import (
 from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
 from trans_peft.snapshot import Snapshot, snapshot, tokenizer_snapshot
 from trans_peft.text.saved_template import TEMPLATE_NAME, saved_template
+from trans_peft.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -155,27 +156,6 @@ def _four_bits(device: str) -> dict[str, Any]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": device}}
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load a folder's tokenizer. One without a padding token pads with its end-of-text token.
-
-    Padding is masked wherever this library pads, so the choice changes no result; it is made in
-    memory only. UnsupportedModelError if there is no end-of-text token either.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
-    if tokenizer.eos_token is None:
-        raise UnsupportedModelError(
-            f"the tokenizer in {folder} has no end-of-text token",
-            expected="eos_token in tokenizer_config.json: without it no answer ever ends",
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def adapter_weights_sha256(folder: Path, *, template: bool = True) -> str:

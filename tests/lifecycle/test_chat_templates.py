@@ -17,9 +17,10 @@ from trans_peft.domain.outcome import Reason, Work
 from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
-from trans_peft.errors import ContentError
+from trans_peft.errors import ContentError, DataError, IntegrityError
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.evaluations import tokenizer_folder
 from trans_peft.lifecycle.resolve import resolve
 from trans_peft.lifecycle.train import train
 from trans_peft.lifecycle.transfer import transfer
@@ -171,3 +172,41 @@ def test_a_trained_adapter_keeps_the_template_it_was_trained_with(world, asked):
     asked.clear()
     judge(platform, trained)
     assert sorted(asked) == sorted([rendered(CHAT_TEMPLATE), rendered(NEW)])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer_config.json", lambda text: text.replace("<eos>", "<pad>")),
+        ("tokenizer.json", lambda text: text.replace('"a"', '"#"')),
+        ("chat_template.jinja", lambda text: text + "!"),
+        ("config.json", lambda text: text.replace('"llama"', '"gpt2"')),
+        ("special_tokens_map.json", lambda text: '{"bos_token": "a"}'),
+    ],
+)
+def test_a_tokenizer_that_was_rewritten_after_ready_is_not_compared(name, change, world):
+    platform, root, suites = world
+    adopted = adopt(
+        "theirs", str(write_adapter(root / "peft")), FAMILY, suites, platform, base_version="v1"
+    )
+    path = root / "bases" / "v2" / name
+    path.write_text(change(path.read_text() if path.exists() else ""))
+    v2 = next(base for base in platform.catalog.versions(FAMILY) if base.version == "v2")
+    if name == "special_tokens_map.json":  # it came beside the manifest, so it does not count
+        tokenizer_folder(v2, platform, root / "tokenizer")
+        assert not (root / "tokenizer" / name).exists()
+        return
+    with pytest.raises(IntegrityError, match="no longer what was made ready"):
+        tokenizer_folder(v2, platform, root / "tokenizer")
+    with pytest.raises(IntegrityError):
+        judge(platform, adopted)
+
+
+def test_an_adapter_may_bring_a_template_to_a_base_without_one(world, asked):
+    platform, root, suites = world
+    add_base(platform, root, "v3", None)
+    folder = write_adapter(root / "peft", OWN)
+    adopt("theirs", str(folder), FAMILY, suites, platform, base_version="v3")
+    assert asked == [rendered(OWN)]
+    with pytest.raises(DataError, match="no chat template"):
+        adopt("bare", str(write_adapter(root / "x")), FAMILY, suites, platform, base_version="v3")

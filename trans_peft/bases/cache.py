@@ -35,7 +35,7 @@ from trans_peft.domain.base import Fingerprint
 from trans_peft.errors import IntegrityError, NotFoundError, StoreError, UploadError
 from trans_peft.ports import ArtifactStore, StoredFile
 
-__all__ = ["download"]
+__all__ = ["download", "model_files"]
 
 _TRUSTED_S = 7 * 24 * 3600.0
 """After so long a copy is hashed again, whatever its files' times say: disks forget."""
@@ -140,7 +140,7 @@ def _fetch(
     on_progress: Progress | None,
 ) -> None:
     partial = Partial(copy.path("part"))
-    files = _model_files(uri, store)
+    files = model_files(uri, store)
     try:
         with FileLock(copy.cache_dir / "room.lock"):
             size = sum(file.size for file in files)
@@ -166,7 +166,7 @@ def _fetch(
     partial.clear()
 
 
-def _model_files(uri: str, store: ArtifactStore) -> list[StoredFile]:
+def model_files(uri: str, store: ArtifactStore) -> list[StoredFile]:
     """Return the files that count; of those, what came beside a manifest later does not."""
     there = store.list(uri)
     try:

@@ -9,7 +9,7 @@ settings, whatever tokenizer.json says. (transformers does it by tokenizer.json 
 from collections.abc import Container, Mapping
 from typing import Any
 
-from trans_peft.bases.tokenizer_files import vocabulary
+from trans_peft.text.tokenizer_files import vocabulary
 
 __all__ = ["llama_tokenizer", "tokenizer_problems"]
 

@@ -67,7 +67,7 @@ def inspect_checkpoint(
         *_integers_as_weights(loaded, checkpoint),
         *_untied(loaded.model, checkpoint),
         *_huge_buffers(loaded.model),
-        *_tokenizer_problems(loaded.model, tokenizer),
+        *_tokenizer_problems(loaded.model, config, tokenizer),
     ]
     weights = [
         [name, list(tensor.shape), checkpoint.source(tensor)]
@@ -260,7 +260,9 @@ def _huge_buffers(model: "PreTrainedModel") -> list[str]:
     ]
 
 
-def _tokenizer_problems(model: "PreTrainedModel", files: Mapping[str, str]) -> list[str]:
+def _tokenizer_problems(
+    model: "PreTrainedModel", config: str, files: Mapping[str, str]
+) -> list[str]:
     """Return why the tokenizer cannot be used, or not with this model."""
     from trans_peft.models import load_tokenizer
     from trans_peft.text.probe import tokenizer_problems
@@ -269,7 +271,8 @@ def _tokenizer_problems(model: "PreTrainedModel", files: Mapping[str, str]) -> l
         return []
     try:
         with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
-            for name, text in files.items():
+            # config.json decides with them which class of transformers the tokenizer is.
+            for name, text in {**files, "config.json": config}.items():
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8", errors="surrogatepass")

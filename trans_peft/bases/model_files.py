@@ -11,11 +11,17 @@ from typing import Any
 
 from trans_peft.bases.checkpoint import MAX_TEXT_BYTES, Checkpoint, is_tokenizer_file
 from trans_peft.bases.safetensors_stream import MalformedSafetensorsError, tensor_signatures
-from trans_peft.bases.tokenizer_files import chat_template_sha256, tokenizer_sha256, vocabulary
 from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.domain.bounds import MAX_TENSORS
 from trans_peft.domain.identity import content_sha256
 from trans_peft.ports import StoredFile
+from trans_peft.text.tokenizer_files import (
+    chat_template_sha256,
+    setting_conflicts,
+    settings_of,
+    tokenizer_sha256,
+    vocabulary,
+)
 
 __all__ = ["INDEX", "MAX_TEXT_BYTES", "UNFELT", "WEIGHTS", "ModelFiles", "config_sha256", "is_felt"]
 
@@ -27,6 +33,7 @@ _JSON_FILES = frozenset({
 })  # fmt: skip
 _MAX_RECORDED_CHARACTERS = 1 << 20  # a registry keeps it with every version
 _TEMPLATE = "chat_template.jinja"
+_ADDED_TOKENS = "added_tokens.json"  # of old tokenizers: compared with tokenizer.json, never used
 _MORE_TEMPLATES = "additional_chat_templates/"
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -59,6 +66,7 @@ class ModelFiles:
         self._json: dict[str, dict[str, Any]] = {}
         self._templates: dict[str, str] = {}
         self._weights: dict[str, Mapping[str, TensorSignature]] = {}
+        self._added: dict[str, Any] = {}
 
     def take(self, file: StoredFile, stream: Iterator[bytes]) -> None:
         """Learn from one file; one that does not count is left unread."""
@@ -66,7 +74,7 @@ class ModelFiles:
         try:
             if file.name.endswith(".safetensors"):
                 self._weights[file.name] = tensor_signatures(stream)
-            elif is_felt(file.name):
+            elif is_felt(file.name) or file.name == _ADDED_TOKENS:
                 self._take_text(file, stream)
         except (MalformedSafetensorsError, UnicodeDecodeError) as error:
             self.problems.append(f"{file.name}: {error}")
@@ -91,6 +99,9 @@ class ModelFiles:
         if not isinstance(value, dict):
             self.problems.append(f"{file.name}: no JSON object")
             return
+        if file.name == _ADDED_TOKENS:
+            self._added = value
+            return
         self._json[file.name] = value
         if file.name.endswith("config.json") and (asked := _remote_code(value)):
             self.problems.append(
@@ -105,24 +116,57 @@ class ModelFiles:
         architecture, layers = self._shape()
         tensors = self._tensors()
         tokens = self._vocabulary()
+        self.problems += self._tokenizer_problems(tokens)
         if self.problems:
             return None
         tokenizer = {name: text for name, text in self._texts.items() if is_tokenizer_file(name)}
         config = self._texts["config.json"]
         self.checkpoint = Checkpoint(config, tensors, tokenizer)
-        settings = self._json.get("special_tokens_map.json", {})
-        settings = settings | self._json.get("tokenizer_config.json", {})
-        generation = self._json.get("generation_config.json", {})
         return Fingerprint(
             architecture=architecture,
             layer_count=layers,
-            config_sha256=content_sha256([_felt(self._json["config.json"]), _felt(generation)]),
             tensors=tensors,
-            vocabulary_sha256=content_sha256(tokens),
-            tokenizer_sha256=tokenizer_sha256(self._json["tokenizer.json"], settings),
-            chat_template_sha256=chat_template_sha256(settings, self._templates),
             config=config if len(config) <= _MAX_RECORDED_CHARACTERS else "",
+            **self._text_hashes(tokens),
         )
+
+    def text_hashes(self) -> dict[str, str] | None:
+        """Return the fields of `Fingerprint` that tokenizer and config make, by name.
+
+        None if anything is wrong with these files, then see `problems`.
+        """
+        missing = sorted({"config.json", "tokenizer.json"} - self._seen)
+        self.problems += [f"{name}: missing" for name in missing]
+        tokens = self._vocabulary()
+        return None if self.problems else self._text_hashes(tokens)
+
+    def _text_hashes(self, tokens: dict[str, int]) -> dict[str, str]:
+        special = self._json.get("special_tokens_map.json", {})
+        settings = settings_of(special, self._json.get("tokenizer_config.json", {}))
+        generation = self._json.get("generation_config.json", {})
+        return {
+            "config_sha256": content_sha256([_felt(self._json["config.json"]), _felt(generation)]),
+            "vocabulary_sha256": content_sha256(tokens),
+            "tokenizer_sha256": tokenizer_sha256(self._json["tokenizer.json"], settings),
+            "chat_template_sha256": chat_template_sha256(settings, self._templates),
+        }
+
+    def _tokenizer_problems(self, tokens: dict[str, int]) -> list[str]:
+        """Return what transformers would read otherwise than the hashes say."""
+        settings = self._json.get("tokenizer_config.json", {})
+        problems = setting_conflicts(self._json.get("special_tokens_map.json", {}), settings)
+        if settings.get("fast_tokenizer_files") not in (None, [], ["tokenizer.json"]):
+            problems.append(
+                "tokenizer_config.json: fast_tokenizer_files names other files than "
+                "tokenizer.json, which alone is read; remove the field"
+            )
+        lost = sorted(t for t, number in self._added.items() if tokens and tokens.get(t) != number)
+        if lost:
+            problems.append(
+                f"added_tokens.json: tokenizer.json lacks {_some(lost)}, or gives another id; save "
+                "the tokenizer again with this version of transformers"
+            )
+        return problems
 
     def _shape(self) -> tuple[str, int]:
         config = self._json.get("config.json")

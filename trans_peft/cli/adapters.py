@@ -87,6 +87,7 @@ def evaluate(
     from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
     from trans_peft.lifecycle.preflight import check_suites
     from trans_peft.models import adapter_weights_sha256
+    from trans_peft.text.saved_template import saved_template
 
     if bare == (adapter is not None):
         raise InvalidSpecError(
@@ -97,7 +98,8 @@ def evaluate(
         workspace = Workspace.at(state, shown)
         folder = workspace.adapter(adapter) if adapter is not None else None
         on, pinned = workspace.base(base, LOCAL), pin_suites(suites, workspace.platform)
-        check_suites(on, pinned, workspace.platform)
+        template = None if folder is None else saved_template(folder)
+        check_suites(on, pinned, workspace.platform, template=template)
         found = evaluate_on(
             on,
             pinned,

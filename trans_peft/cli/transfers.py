@@ -41,7 +41,7 @@ def check(
     Example: `trans-peft check runs/mine/adapter --old models/v1 --new models/v2`
     """
     from trans_peft.lifecycle.evaluations import base_folder, named_fingerprint, tokenizer_folder
-    from trans_peft.transfer.compatibility import compare
+    from trans_peft.transfer.compatibility import compare, may_differ
 
     with progress() as shown:
         workspace = Workspace.at(state, shown)
@@ -49,14 +49,14 @@ def check(
         bases = [workspace.base(uri, LOCAL) for uri in (old, new)]
         before, after = (named_fingerprint(base, platform) for base in bases)
         tokenizers: list[Path | None] = [None, None]
-        if before.tokenizer_sha256 != after.tokenizer_sha256:
-            tokenizers = [
-                tokenizer_folder(base, platform, platform.work_dir / "tokenizers" / base.alias)
-                for base in bases
-            ]
-        found = compare(
-            before, after, folder, old_tokenizer=tokenizers[0], new_tokenizer=tokenizers[1]
-        )
+        with TemporaryDirectory(prefix="trans-peft-") as scratch:
+            if may_differ(before, after):
+                tokenizers = [
+                    tokenizer_folder(base, platform, Path(scratch) / base.alias) for base in bases
+                ]
+            found = compare(
+                before, after, folder, old_tokenizer=tokenizers[0], new_tokenizer=tokenizers[1]
+            )
         effect = _probe(base_folder(bases[1], platform), folder, dtype) if found.ok else None
     fits = found.ok and effect is not None and effect.found
     if json:

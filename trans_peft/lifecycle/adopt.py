@@ -22,13 +22,16 @@ from trans_peft.lifecycle.resolve import find_base
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
 from trans_peft.text.chat import template_of
-from trans_peft.text.saved_template import settle_template
+from trans_peft.text.saved_template import saved_template, settle_template
 from trans_peft.transfer.compatibility import compare
 from trans_peft.transfer.peft_folder import read_peft_folder
 
 __all__ = ["adopt"]
 
-_USED = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja")
+_USED = (
+    "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+    "tokenizer_config.json",  # the chat template of older versions of transformers
+)  # fmt: skip
 
 
 def adopt(
@@ -49,7 +52,7 @@ def adopt(
     that of its base; the tag `chat_template` says which. The same folder again returns the version
     that is there. Raises AdapterError, NotFoundError, DataError; then nothing is registered.
     """
-    from trans_peft.models import load_base
+    from trans_peft.models import load_base, load_tokenizer
     from trans_peft.transfer.effect import probe_effect
     from trans_peft.transfer.transplant import attached, transplant
 
@@ -63,7 +66,8 @@ def adopt(
         folder = _fetch(folder_uri, Path(scratch) / "peft", platform)
         source = read_peft_folder(folder)
         base = _base(adapter, family, base_version, source.config, platform)
-        check_suites(base, pinned, platform)
+        template = settle_template(folder, template_of(load_tokenizer(base_folder(base, platform))))
+        check_suites(base, pinned, platform, template=saved_template(folder))
         fingerprint = named_fingerprint(base, platform)
         fit = compare(fingerprint, fingerprint, folder, old_tokenizer=None, new_tokenizer=None)
         if not fit.ok:
@@ -82,7 +86,6 @@ def adopt(
                 found="none: every weight of it is without effect there",
                 do="check that the folder holds trained weights for this model",
             )
-        template = settle_template(folder, template_of(loaded.tokenizer))
         weights_sha256 = adapter_weights_sha256(folder)
         evaluate_on(
             base,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trans_peft.bases.cache import download
 from trans_peft.bases.model_names import in_model_names
+from trans_peft.bases.tokenizer_copy import copy_tokenizer
 from trans_peft.data import pin
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
@@ -47,14 +48,13 @@ def named_fingerprint(base: BaseVersion, platform: Platform) -> Fingerprint:
 
 
 def tokenizer_folder(base: BaseVersion, platform: Platform, folder: Path) -> Path:
-    """Write a base's tokenizer.json into `folder`, without fetching its weights, and return it."""
+    """Write a base's tokenizer into `folder`, without fetching its weights, and return it.
+
+    IntegrityError where its files are no longer those that were made ready.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        platform.store.read(f"{base.uri.rstrip('/')}/tokenizer.json") as chunks,
-        (folder / "tokenizer.json").open("wb") as file,
-    ):
-        file.writelines(chunks)
-    return folder
+    fingerprint = platform.catalog.fingerprint(base)
+    return copy_tokenizer(base.uri, platform.store, folder, fingerprint=fingerprint)
 
 
 def pin_suites(suites: Sequence[Suite], platform: Platform) -> tuple[Suite, ...]:

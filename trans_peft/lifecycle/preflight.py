@@ -45,12 +45,15 @@ def check_registration(adapter: str, family: str, platform: Platform) -> None:
     _check_writable(platform.work_dir)
 
 
-def check_suites(base: BaseVersion, suites: Sequence[Suite], platform: Platform) -> None:
+def check_suites(
+    base: BaseVersion, suites: Sequence[Suite], platform: Platform, *, template: str | None = None
+) -> None:
     """Raise an error unless every pinned suite can be asked on a base; no model is loaded.
 
     As an evaluation does, it reads the rows, binds the scoring rule, renders and tokenizes the
-    prompts, and holds them against the context and the choices. DataError with the problems of all
-    suites; another error of a suite (a rule that does not exist) where there is one alone.
+    prompts, and holds them against the context and the choices. `template` is the adapter's own
+    chat template; None: the base's. DataError with the problems of all suites; another error of a
+    suite (a rule that does not exist) where there is one alone.
     """
     from trans_peft.models import load_tokenizer
     from trans_peft.validation.questions import prepare
@@ -61,7 +64,14 @@ def check_suites(base: BaseVersion, suites: Sequence[Suite], platform: Platform)
     for suite in suites:
         try:
             examples = read_examples(suite.data, platform.store, limit=suite.limit)
-            prepare(tokenizer, suite, examples, context=context, may_lack=platform.may_lack)
+            prepare(
+                tokenizer,
+                suite,
+                examples,
+                context=context,
+                template=template,
+                may_lack=platform.may_lack,
+            )
         except (DataError, InvalidSpecError) as error:
             errors.append(error)
     if len(errors) == 1:

@@ -21,7 +21,7 @@ from trans_peft.lifecycle.ladder import Bench, climb, probe
 from trans_peft.lifecycle.remedies import Candidate, recipe_on
 from trans_peft.lifecycle.resolve import base_trained_on, find_base
 from trans_peft.ports import Platform
-from trans_peft.transfer.compatibility import compare
+from trans_peft.transfer.compatibility import compare, may_differ
 
 __all__ = ["record_failure", "transfer"]
 
@@ -156,7 +156,7 @@ def _compare(
     folder: Path, trained_on: BaseVersion, base: BaseVersion, platform: Platform, scratch: Path
 ) -> Compatibility:
     old, new = named_fingerprint(trained_on, platform), named_fingerprint(base, platform)
-    same = old.tokenizer_sha256 == new.tokenizer_sha256
+    same = not may_differ(old, new)
     return compare(
         old,
         new,

@@ -18,12 +18,12 @@ from statistics import median
 from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.domain.outcome import Compatibility
 from trans_peft.errors import InvalidSpecError
-from trans_peft.text.saved_template import TEMPLATE_NAME
+from trans_peft.text.saved_template import TEMPLATE_NAME, saved_template
 from trans_peft.transfer.peft_folder import read_peft_folder
 from trans_peft.transfer.placement import compare_places
 from trans_peft.transfer.tokens import compare_tokens
 
-__all__ = ["UNRELATED_COSINE", "compare", "weight_cosine"]
+__all__ = ["UNRELATED_COSINE", "compare", "may_differ", "weight_cosine"]
 
 UNRELATED_COSINE = 0.2
 """Below this median cosine, two bases of equal shapes count as unrelated.
@@ -45,9 +45,9 @@ def compare(
 ) -> Compatibility:
     """Return every mismatch and every note for an adapter trained on `old` and meant for `new`.
 
-    The tokenizer folders (each with a `tokenizer.json`) are read only where the fingerprints' token
-    hashes differ; InvalidSpecError if one is needed and missing. AdapterError for a folder that is
-    not PEFT.
+    The tokenizer folders (each verified, with a `tokenizer.json`) are read where `may_differ` says
+    so; InvalidSpecError where the tokens' hashes differ and a folder is missing. AdapterError for a
+    folder that is not PEFT.
     """
     mismatches: list[str] = []
     notes: list[str] = []
@@ -58,7 +58,7 @@ def compare(
     for findings in (
         compare_places(read_peft_folder(adapter_folder), old.tensors, new.tensors),
         _compare_values(old, new),
-        _compare_tokenizers(old, new, old_tokenizer, new_tokenizer),
+        _compare_tokenizers(old, new, adapter_folder, old_tokenizer, new_tokenizer),
         ((), _changed_texts(old, new, adapter_folder)),
     ):
         mismatches += findings[0]
@@ -100,22 +100,34 @@ def _compare_values(old: Fingerprint, new: Fingerprint) -> tuple[tuple[str, ...]
     return (), ()
 
 
+def may_differ(old: Fingerprint, new: Fingerprint) -> bool:
+    """Whether two bases' loaded tokenizers may differ; config.json names the model type as well."""
+    return _tokens(old) != _tokens(new) or old.config_sha256 != new.config_sha256
+
+
+def _tokens(of: Fingerprint) -> tuple[str, str]:
+    return of.vocabulary_sha256, of.tokenizer_sha256
+
+
 def _compare_tokenizers(
-    old: Fingerprint, new: Fingerprint, old_folder: Path | None, new_folder: Path | None
+    old: Fingerprint,
+    new: Fingerprint,
+    adapter: Path,
+    old_folder: Path | None,
+    new_folder: Path | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if (old.vocabulary_sha256, old.tokenizer_sha256) == (
-        new.vocabulary_sha256,
-        new.tokenizer_sha256,
-    ):
+    if not may_differ(old, new):
         return (), ()
     if old_folder is None or new_folder is None:
+        if _tokens(old) == _tokens(new):
+            return (), ()
         raise InvalidSpecError(
             "the two bases' tokenizers differ, and hashes do not tell which tokens",
             expected="the folder of each base's tokenizer",
             found=f"old: {old_folder}, new: {new_folder}",
             do="pass both folders",
         )
-    return compare_tokens(old_folder, new_folder)
+    return compare_tokens(old_folder, new_folder, saved_template(adapter))
 
 
 def _changed_texts(old: Fingerprint, new: Fingerprint, adapter: Path) -> tuple[str, ...]:

@@ -1,0 +1,196 @@
+"""A tokenizer is what the hashes of its files say, whatever lies beside them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_model, tiny_tokenizer
+from trans_peft.bases.fingerprint import fingerprint
+from trans_peft.edges.file_store import FileStore
+from trans_peft.errors import UnsupportedModelError, UploadError
+from trans_peft.text.tokenizer import load_tokenizer
+
+TEXT = "Hi 123, <eos>é <pad>"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(base, tmp_path) -> Path:
+    return Path(shutil.copytree(base, tmp_path / "deepseek-ai/deepseek-coder-1"))
+
+
+def edit(path: Path, **changes) -> None:
+    value = json.loads(path.read_text()) if path.exists() else {}
+    value.update(changes)
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+
+def behaviour(tokenizer) -> dict:
+    return {
+        "ids": tokenizer(TEXT)["input_ids"],
+        "text": tokenizer.decode(tokenizer(TEXT)["input_ids"]),
+        "special": tokenizer.special_tokens_map,
+        "vocabulary": tokenizer.get_vocab(),
+        "template": tokenizer.chat_template,
+        "class": type(tokenizer).__name__,
+        "length": tokenizer.model_max_length,
+        "sides": (tokenizer.padding_side, tokenizer.truncation_side),
+    }
+
+
+BESIDE = {
+    "vocab.json": '{"a": 0}',
+    "merges.txt": "a b",
+    "added_tokens.json": '{"<tool>": 300}',
+    "tokenizer.model": "x",
+    "spiece.model": "x",
+    "tekken.json": "{}",
+    "tiktoken.model": "x",
+    "tokenizer.4.0.0.json": "{}",
+    "chat_template.json": '{"chat_template": "x"}',
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_file_that_no_hash_covers_changes_nothing(name, folder):
+    expected = behaviour(load_tokenizer(folder))
+    (folder / name).write_text(BESIDE[name])
+    assert behaviour(load_tokenizer(folder)) == expected
+
+
+def called(state):
+    state["padding"] = {
+        "strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None,
+        "pad_id": 65, "pad_type_id": 0, "pad_token": "b",
+    }  # fmt: skip
+    state["truncation"] = {
+        "direction": "Left", "max_length": 2, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+
+
+def by_last_call(folder):
+    state = json.loads((folder / "tokenizer.json").read_text())
+    called(state)
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+
+
+def by_version(folder):
+    edit(folder / "config.json", transformers_version="4.1.0", _name_or_path="google/umt5-small")
+    edit(folder / "tokenizer_config.json", transformers_version="4.1.0", name_or_path="x")
+
+
+def by_path(folder):
+    edit(folder / "tokenizer_config.json", tokenizer_file="/etc/hostname")
+
+
+@pytest.mark.parametrize("change", [by_last_call, by_version, by_path])
+def test_equal_hashes_are_equal_tokenizers(change, folder):
+    before, expected = fingerprint(str(folder), FileStore()), behaviour(load_tokenizer(folder))
+    change(folder)
+    assert fingerprint(str(folder), FileStore()).digest == before.digest
+    assert behaviour(load_tokenizer(folder)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<pad>"}),
+        ("tokenizer_config.json", {"model_max_length": 7}),
+        ("tokenizer_config.json", {"split_special_tokens": True}),
+        ("tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"}),
+        ("special_tokens_map.json", {"bos_token": "a"}),
+        ("config.json", {"model_type": "gpt2"}),
+    ],
+)
+def test_what_the_tokenizer_is_loaded_by_is_in_the_fingerprint(name, changes, folder):
+    before = fingerprint(str(folder), FileStore())
+    edit(folder / name, **changes)
+    assert fingerprint(str(folder), FileStore()).digest != before.digest
+
+
+def test_a_tokenizer_is_that_of_transformers(folder):
+    from transformers import AutoTokenizer
+
+    assert behaviour(load_tokenizer(folder)) == behaviour(AutoTokenizer.from_pretrained(folder))
+    assert load_tokenizer(folder).name_or_path == str(folder)
+
+
+def test_two_files_that_disagree_about_a_token_are_refused(folder):
+    edit(folder / "special_tokens_map.json", eos_token="<eos>")
+    expected = behaviour(load_tokenizer(folder))
+    assert expected["special"]["eos_token"] == "<eos>"
+    edit(folder / "special_tokens_map.json", eos_token={"content": "<pad>", "lstrip": False})
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=...)
+    told = "disagree about eos_token: '<pad>' and '<eos>'"
+    with pytest.raises(UnsupportedModelError, match=told):
+        load_tokenizer(folder)
+    with pytest.raises(UploadError, match=told):
+        fingerprint(str(folder), FileStore())
+
+
+def test_template_files_and_settings_become_one_set_of_templates(folder):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    named = [{"name": "default", "template": "A"}, {"name": "../../../tool", "template": "B"}]
+    edit(folder / "tokenizer_config.json", chat_template=named)
+    found = load_tokenizer(folder)
+    assert found.chat_template == {"default": "A", "../../../tool": "B"}
+    (folder / "chat_template.jinja").write_text("C")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("D")
+    found = load_tokenizer(folder)
+    assert found.chat_template == {"default": "C", "../../../tool": "B", "rag": "D"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("tokenizer.json", None, "has no tokenizer.json"),
+        ("tokenizer.json", "{", "is not JSON"),
+        ("tokenizer.json", "[]", "not a JSON object"),
+        ("tokenizer.json", "{}", "cannot be loaded"),
+        ("tokenizer_config.json", '{"eos_token": null}', "no end-of-text token"),
+        ("tokenizer_config.json", '{"tokenizer_class": "CTRLTokenizer"}', "cannot be loaded"),
+    ],
+)
+def test_what_makes_no_tokenizer_is_told_with_the_folder(name, text, told, folder):
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(UnsupportedModelError, match=told) as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value)
+    assert "trans-peft-tokenizer" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("added_tokens.json", {"<tool>": 300}, "tokenizer.json lacks <tool>"),
+        ("added_tokens.json", {"<eos>": 3}, "tokenizer.json lacks <eos>"),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.json"]}, "fast_tokenizer"),
+    ],
+)
+def test_an_upload_that_transformers_would_read_otherwise_is_refused(name, value, told, folder):
+    from trans_peft.bases.fingerprint import folder_reader, scan
+
+    edit(folder / name, **value)
+    store = FileStore()
+    found = scan(store.list(str(folder)), folder_reader(folder))
+    assert [problem for problem in found.problems if told in problem]
+
+
+def test_added_tokens_that_tokenizer_json_has_as_well_are_no_problem(folder):
+    from trans_peft.bases.fingerprint import folder_reader, scan
+
+    edit(folder / "added_tokens.json", **{"<eos>": 257})
+    found = scan(FileStore().list(str(folder)), folder_reader(folder))
+    assert found.problems == ()

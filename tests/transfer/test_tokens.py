@@ -1,0 +1,137 @@
+"""Two bases' tokenizers, compared as they are loaded: ids, ends, texts and settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import tiny_model
+from trans_peft.transfer.tokens import compare_tokens
+
+CHAT = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def saved(folder: Path, change=lambda state, settings, config: None) -> Path:
+    """A tokenizer that takes digits one by one, with merges of digits, a BOS, and a chat template.
+
+    `change` edits its tokenizer.json, its tokenizer_config.json and the base's config.json.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, "<pad>", "<eos>", "<bos>", "<tool>", "12", "123"]
+    tokenizer = Tokenizer(
+        models.BPE({p: i for i, p in enumerate(pieces)}, [("1", "2"), ("12", "3")])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", pieces.index("<bos>"))]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        additional_special_tokens=[AddedToken("<tool>", special=True)],
+        chat_template=CHAT,
+    ).save_pretrained(folder)
+    tiny_model(vocabulary=270).config.save_pretrained(folder)
+    paths = [folder / n for n in ("tokenizer.json", "tokenizer_config.json", "config.json")]
+    values = [json.loads(path.read_text()) for path in paths]
+    change(*values)
+    for path, value in zip(paths, values, strict=True):
+        path.write_text(json.dumps(value))
+    return folder
+
+
+def setting(**values):
+    return lambda state, settings, config: settings.update(values)
+
+
+def by_class(name):
+    return setting(tokenizer_class=name)
+
+
+def by_config(state, settings, config):
+    del settings["tokenizer_class"]
+    config["tokenizer_class"] = "ByT5Tokenizer"
+
+
+def without_bos(state, settings, config):
+    state["post_processor"] = None
+
+
+def other_digits(state, settings, config):
+    state["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
+
+
+def other_decoder(state, settings, config):
+    replace = {"type": "Replace", "pattern": {"String": "x"}, "content": "y"}
+    state["decoder"] = {"type": "Sequence", "decoders": [state["decoder"], replace]}
+
+
+def special_as_text(state, settings, config):
+    for token in state["added_tokens"]:
+        if token["content"] == "<tool>":
+            token["rstrip"] = True
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (by_class("ByT5Tokenizer"), "tokens lost their id"),
+        (by_config, "tokens lost their id"),
+        (by_class("GPT2Tokenizer"), "probe texts become other tokens"),
+        (by_class("Qwen2Tokenizer"), "probe texts become other tokens"),
+        (other_digits, "probe texts become other tokens"),
+        (without_bos, "where special tokens are added"),
+        (special_as_text, "1 of"),
+        (setting(split_special_tokens=True), "probe texts become other tokens"),
+        (other_decoder, "the same tokens become other text"),
+        (setting(eos_token="<tool>"), "an answer ended with '<eos>' and ends with '<tool>'"),
+        (setting(bos_token="<pad>"), ""),
+    ],
+)
+def test_what_changes_an_input_or_an_end_is_a_mismatch(change, told, tmp_path):
+    mismatches, _ = compare_tokens(saved(tmp_path / "old"), saved(tmp_path / "new", change))
+    assert mismatches
+    assert told in "; ".join(mismatches)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"pad_token": "<tool>"}, "pad_token was '<pad>' and is '<tool>'"),
+        ({"clean_up_tokenization_spaces": True}, "clean_up_tokenization_spaces was"),
+        ({"model_max_length": 99}, "and is 99"),
+        ({"padding_side": "left"}, "padding_side was 'right' and is 'left'"),
+        ({"truncation_side": "left"}, "truncation_side was 'right' and is 'left'"),
+        ({"unk_token": "<tool>"}, "unk_token was None and is '<tool>'"),
+    ],
+)
+def test_other_settings_are_told_as_a_note(values, told, tmp_path):
+    old, new = saved(tmp_path / "old"), saved(tmp_path / "new", setting(**values))
+    mismatches, notes = compare_tokens(old, new)
+    assert mismatches == ()
+    assert told in "; ".join(notes)
+
+
+def test_the_same_tokenizer_has_nothing_to_tell(tmp_path):
+    assert compare_tokens(saved(tmp_path / "old"), saved(tmp_path / "new")) == ((), ())
+
+
+def test_a_changed_special_token_counts_where_the_adapters_template_writes_it(tmp_path):
+    """`bos_token` is a variable of templates; the tokens of plain texts stay the same."""
+    old, new = saved(tmp_path / "old"), saved(tmp_path / "new", setting(bos_token="<tool>"))
+    for folder in (old, new):  # no BOS by the post-processor, which would tell as well
+        state = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
+        (folder / "tokenizer.json").write_text(json.dumps(state))
+    mismatches, notes = compare_tokens(old, new)
+    assert "chats become other tokens: '<bos>" in mismatches[0]
+    assert "bos_token was '<bos>' and is '<tool>'" in notes[0]
+    mismatches, notes = compare_tokens(old, new, "{{ messages[0].content }}")
+    assert mismatches == ()
+    assert "bos_token was" in notes[0]
