@@ -132,7 +132,7 @@ def _answering(model: Any, tokenizer: Any, batch_size: int) -> Any:
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
-    class Answering(HFLM):  # type: ignore[misc]
+    class Answering(HFLM):
         def tok_decode(self, tokens: Any, skip_special_tokens: bool | None = None) -> str:
             if skip_special_tokens is None:  # an answer, padded to the longest of its batch
                 return answer_text(self.tokenizer, tokens, ends)
