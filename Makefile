@@ -11,7 +11,7 @@ LOCKED := $(BIN)/python -m pip install --disable-pip-version-check --no-deps --r
   --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel stories faults check docs format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-architectures stories faults check docs format lock
 
 help: ## show this
 	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
@@ -96,11 +96,15 @@ clean-state: down
 TEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(READY)
-	$(TEST) -m "not stack and not stories and not faults and not wheel"
+	$(TEST) -m "not stack and not stories and not faults and not wheel and not architectures"
 
 # Builds the wheel and installs it, without extras, into an empty environment (about 90 s).
 test-wheel: $(READY)
 	$(BIN)/python -m pytest tests/package -m wheel
+
+# Judges every architecture of transformers again (some minutes).
+test-architectures: $(READY)
+	$(TEST) -m architectures tests/perturbation
 
 test-stack: $(READY)
 	$(TEST) -m stack tests/stories tests/infra

@@ -17,10 +17,11 @@ from trans_peft.errors import InvalidSpecError, UnsupportedModelError
 from trans_peft.perturbation.clock import Clock
 from trans_peft.perturbation.draws import SubLayerKind
 from trans_peft.perturbation.dropping import drop_attention, drop_ffn
-from trans_peft.perturbation.ffn import DecoderLayer, find_layers
-from trans_peft.perturbation.layout import Layout, layers_by_name
+from trans_peft.perturbation.layout import Layout
 from trans_peft.perturbation.masking import mask_attention, mask_ffn
 from trans_peft.perturbation.site import Site
+from trans_peft.perturbation.units import DecoderLayer
+from trans_peft.perturbation.verified import found_layers, verified_layers
 
 __all__ = ["PerturbationHandle", "perturbed"]
 
@@ -31,12 +32,19 @@ class PerturbationHandle:
     """What `perturbed` yields: where training stands, and what cannot be sliced.
 
     `multiplied` names the sub-layers ("layer 3 ffn") whose masked neurons are multiplied by zero
-    instead of being left out of the computation, with the reason.
+    instead of being left out of the computation, with the reason. `without_ffn` are the layers that
+    have no FFN (the state-space layers of a hybrid), which are left alone.
     """
 
-    def __init__(self, clock: Clock | None, multiplied: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        clock: Clock | None,
+        multiplied: Mapping[str, str],
+        without_ffn: tuple[int, ...] = (),
+    ) -> None:
         self._clock = clock
         self.multiplied = multiplied
+        self.without_ffn = without_ffn
 
     @property
     def step(self) -> int:
@@ -91,26 +99,31 @@ def perturbed(
     if perturbation.is_off and not problems:
         yield PerturbationHandle(None, {})
         return
-    stack, layers = find_layers(model) if layout is None else layers_by_name(model, layout)
+    kinds = _kinds(perturbation)
+    stack, layers = found_layers(model, layout, kinds)
     beyond = [index for index in perturbation.spared_layers if index >= len(layers)]
     if beyond:
         problems.append(f"spared_layers {beyond} are not among its layers 0 to {len(layers) - 1}")
-    if not set(range(len(layers))) - set(perturbation.spared_layers):
-        problems.append("spared_layers names every layer, so that nothing would be perturbed")
-    if stack in _perturbed_stacks:
+    perturbed_already = stack in _perturbed_stacks
+    if perturbed_already:
         problems.append("it is already perturbed: leave the first block before entering another")
+    else:
+        layers = verified_layers(model, stack, layers, kinds=kinds, stated=layout is not None)
+    perturbable = {index for index, layer in enumerate(layers) if any(map(layer.neurons, kinds))}
+    if not perturbable - set(perturbation.spared_layers):
+        problems.append("spared_layers names every layer, so that nothing would be perturbed")
     if problems:
         raise InvalidSpecError(f"the model cannot be perturbed: {'; '.join(problems)}")
 
     chosen = [layer for layer in enumerate(layers) if layer[0] not in perturbation.spared_layers]
-    if perturbation.where != "ffn":
-        _check_attention([layer for _, layer in chosen])
     snapshot = _children_of([layer.module for _, layer in chosen])
     clock = Clock(stack, step, lambda: _check_pass(stack, snapshot))
     multiplied: dict[str, str] = {}
     with ExitStack() as undo:
         for index, layer in chosen:
-            for kind in _kinds(perturbation):
+            for kind in kinds:
+                if not layer.neurons(kind):
+                    continue
                 site = Site(perturbation, clock, seed, rank, index, kind, layer.neurons(kind))
                 if reason := _perturb(site, layer, kind, undo):
                     multiplied[f"layer {index} {kind}"] = reason
@@ -118,23 +131,12 @@ def perturbed(
             undo.callback(observer.remove)
         _perturbed_stacks.add(stack)
         undo.callback(_perturbed_stacks.discard, stack)
-        yield PerturbationHandle(clock, multiplied)
+        without_ffn = tuple(index for index, layer in enumerate(layers) if not layer.ffn)
+        yield PerturbationHandle(clock, multiplied, without_ffn)
 
 
 def _kinds(perturbation: Perturbation) -> tuple[SubLayerKind, ...]:
     return ("ffn", "attention") if perturbation.where == "both" else (perturbation.where,)
-
-
-def _check_attention(layers: list[DecoderLayer]) -> None:
-    for layer in layers:
-        if layer.attention is None:
-            raise UnsupportedModelError(
-                f"the attention of a {type(layer.module).__name__} was not found",
-                expected="one module beside the FFN whose projections include one back to the "
-                "hidden size",
-                found=[name for name, _ in layer.module.named_children()],
-                do="state where it is: Layout(..., attention=..., attention_output=...)",
-            )
 
 
 def _perturb(site: Site, layer: DecoderLayer, kind: SubLayerKind, undo: ExitStack) -> str | None:

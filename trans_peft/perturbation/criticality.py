@@ -14,8 +14,8 @@ from torch import nn
 
 from trans_peft.errors import InvalidSpecError
 from trans_peft.perturbation.dropping import drop_ffn
-from trans_peft.perturbation.ffn import find_layers
-from trans_peft.perturbation.layout import Layout, layers_by_name
+from trans_peft.perturbation.layout import Layout
+from trans_peft.perturbation.verified import found_layers, verified_layers
 
 __all__ = ["layer_criticality", "propose_spared_layers"]
 
@@ -45,10 +45,11 @@ def layer_criticality(
             "no token has a label to measure the loss on",
             do="give batches whose labels are not all -100",
         )
-    _, layers = find_layers(model) if layout is None else layers_by_name(model, layout)
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
+        stack, found = found_layers(model, layout)
+        layers = verified_layers(model, stack, found, stated=layout is not None)
         whole = _loss(model, batches, tokens)
         added = []
         for layer in layers:

@@ -17,8 +17,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from trans_peft.perturbation.draws import SubLayerKind
-from trans_peft.perturbation.ffn import DecoderLayer, Experts, projection_shape
 from trans_peft.perturbation.site import override
+from trans_peft.perturbation.units import DecoderLayer, Experts, projection_shape
 
 __all__ = ["drop_attention", "drop_ffn"]
 
@@ -44,10 +44,12 @@ def drop_ffn(site: Droppable, layer: DecoderLayer, undo: ExitStack) -> None:
         elif unit.whole is not None:
             _drop_whole(site, unit.whole, parameters, undo)
         else:
-            for projection in unit.inputs:
+            for projection in unit.inputs if unit.narrows else ():
                 _drop_input(site, projection, undo)
             _drop_output(site, unit.down, parameters, undo)
             _leave_out_adapters(site, layer, unit.modules, undo)
+    for module in layer.biased:
+        _zero_output(site, module, undo)
 
 
 def drop_attention(site: Droppable, layer: DecoderLayer, undo: ExitStack) -> None:
@@ -65,6 +67,26 @@ def _drop_whole(site: Droppable, whole: nn.Module, trainable: Parameters, undo: 
         return _nothing(x, trainable()) if site.dropped else original(x, *args, **kwargs)
 
     override(whole, forward, undo)
+
+
+def _zero_output(site: Droppable, module: nn.Module, undo: ExitStack) -> None:
+    """Drop what a module adds to the output of its dropped parts: zero the first tensor of it."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if not site.dropped:
+            return result
+        if isinstance(result, torch.Tensor):
+            return _zeroed(result)
+        return type(result)((_zeroed(result[0]), *result[1:]))
+
+    override(module, forward, undo)
+
+
+def _zeroed(x: torch.Tensor) -> torch.Tensor:
+    """Return zeros in the graph of x, where x is infinite as well."""
+    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
 
 
 def _drop_input(site: Droppable, projection: nn.Module, undo: ExitStack) -> None:

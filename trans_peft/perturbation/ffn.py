@@ -1,151 +1,123 @@
-"""Find the FFN and attention sub-layers of a causal language model in its module graph.
+"""Find what may be a FFN in the decoder layers of a causal language model, by shape.
 
 Names differ from model to model (mlp, feed_forward, fc1 beside the attention, ...), shapes do not.
-A FFN is a module that directly holds one `down` projection (f -> d) and one or two projections
-(d -> f), or one fused one (d -> 2f), and, where that is not yet unique, an activation. Experts of a
-mixture are a module that holds an activation and two weights of three dimensions. Everything is
-found through PEFT's layers, whose base layer stands for them. What has another shape can be stated
-by names (`layout.Layout`).
+A FFN is a `down` projection (f -> d) with one or two projections (d -> f), or one fused one
+(d -> 2f), in one module or in two neighbours (BERT's `intermediate` and `output`). The experts of a
+mixture are a module with raw weights of three dimensions and an activation. Everything is found
+through PEFT's layers, whose base layer stands for them. Shapes are not proof: `verified` runs the
+layers. What has another shape can be stated by names (`layout.Layout`).
 """
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Container, Iterator
+from dataclasses import replace
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch.nn.modules.conv import _ConvNd
 
 from trans_peft.errors import UnsupportedModelError
+from trans_peft.perturbation.units import (
+    Attention,
+    DecoderLayer,
+    Experts,
+    FeedForward,
+    Unit,
+    base_of,
+    projection_shape,
+)
 
 __all__ = [
-    "Attention",
-    "DecoderLayer",
-    "Experts",
-    "FeedForward",
-    "base_of",
+    "attention_of",
+    "candidate_layers",
     "find_layers",
+    "is_norm",
+    "is_other",
     "named_lists",
-    "projection_shape",
+    "preferred",
 ]
 
 _ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
-_OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
+_ACTIVATION = re.compile(r"(^|_)act(ivation)?(_fn|_func|_function)?$")
+_OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "proj", "attention_out")
+_OTHER = re.compile(
+    r"per_layer_|laurel|altup"  # Gemma: embeddings of each layer, low-rank residual, stream mixing
+    r"|hyper_connection|(^|_)hc($|_)"  # mixing of several residual streams
+    r"|latent_proj"  # Nemotron-H: linear maps around the experts
+    r"|adapter_modules"  # X-MOD: an adapter for each language
+)
+"""Names of parts of a decoder layer that have weights and are neither FFN nor attention."""
 
 
-@dataclass(frozen=True, eq=False)
-class FeedForward:
-    """One FFN: `down(act(inputs(x)))`, d -> f -> d, with f = `neurons`.
-
-    `whole` is the module whose output is the FFN's contribution to the residual stream; None where
-    the FFN has no module of its own (OPT) or one that does more (BLOOM's adds the residual).
-    """
-
-    inputs: tuple[nn.Module, ...]
-    down: nn.Module
-    neurons: int
-    whole: nn.Module | None
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Return what computes it."""
-        return (*self.inputs, self.down)
+_NORM = re.compile(
+    r"(Layer|RMS|RMSN|Batch|Group|Instance|Scale|L1|L2)_?Norm(\d+d)?$", re.IGNORECASE
+)
 
 
-@dataclass(frozen=True, eq=False)
-class Experts:
-    """The experts of a mixture, in one module: each has the same number of `neurons`."""
-
-    module: nn.Module
-    activation: nn.Module
-    neurons: int
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Return what computes them."""
-        return (self.module,)
+def is_other(name: str) -> bool:
+    """Whether the last part of a module's path names a known part that holds no FFN."""
+    return _OTHER.search(name) is not None
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """One attention sub-layer; its neurons are the inputs of its output projection."""
-
-    module: nn.Module
-    output: nn.Module
-    neurons: int
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderLayer:
-    """One decoder layer: its FFN (several units in a mixture of experts) and its attention."""
-
-    module: nn.Module
-    ffn: tuple[FeedForward | Experts, ...]
-    attention: Attention | None
-
-    def neurons(self, kind: str) -> tuple[int, ...]:
-        """Return the number of neurons of each unit of a sub-layer."""
-        if kind == "ffn":
-            return tuple(unit.neurons for unit in self.ffn)
-        return () if self.attention is None else (self.attention.neurons,)
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation, by its class."""
+    return _NORM.search(type(module).__name__) is not None
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
     """Return the decoder stack (the module that owns the layers) and its layers, in order.
 
-    UnsupportedModelError where there is no such list of layers, or a layer without a FFN.
+    They are found by shape alone, on any device, `meta` included. UnsupportedModelError where there
+    is not exactly one such list of layers, or a layer has no FFN.
     """
-    lists = [found for found in _outermost_lists(model) if any(map(_units, found[1]))]
-    count = _layer_count(model)
-    chosen = [found for found in lists if len(found[1]) == count] if len(lists) > 1 else lists
-    if len(chosen) != 1:
-        raise UnsupportedModelError(
-            f"the FFN sub-layers of {type(model).__name__} were not found",
-            expected="one ModuleList of decoder layers, each with a FFN: a projection f -> d "
-            "beside one or two d -> f or a fused one d -> 2f, or experts in 3-d weights",
-            found=[name for name, _, _ in named_lists(model)] or "no ModuleList at all",
-            do="state where they are: perturbed(..., layout=Layout(...))",
-        )
-    owner, modules = chosen[0]
-    layers = tuple(DecoderLayer(module, _units(module), None) for module in modules)
+    owner, candidates = candidate_layers(model)
+    layers = tuple(replace(layer, ffn=preferred(layer.ffn)) for layer in candidates)
     without = [index for index, layer in enumerate(layers) if not layer.ffn]
     if without:
         raise UnsupportedModelError(
             f"layers {without} of {type(model).__name__} have no FFN that could be found",
             expected="in every layer a projection f -> d beside one or two projections d -> f",
             found=sorted({type(layers[index].module).__name__ for index in without}),
-            do="state where they are: perturbed(..., layout=Layout(...))",
         )
-    return owner, tuple(
-        DecoderLayer(layer.module, layer.ffn, _attention(layer.module, layer.ffn))
-        for layer in layers
-    )
+    return owner, layers
 
 
-def base_of(module: nn.Module) -> nn.Module:
-    """Return the module under PEFT's layers, or the module itself."""
-    while isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    return module
+def candidate_layers(
+    model: nn.Module, *, with_ffn: bool = True, do: str | None = None
+) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
+    """Return the decoder stack and its layers; `ffn` holds all that has the shape of a FFN.
+
+    UnsupportedModelError where there is not exactly one list of layers with such candidates (with
+    or without, unless `with_ffn`); `do` is what it advises.
+    """
+    lists = _outermost_lists(model)
+    if with_ffn:
+        lists = [found for found in lists if any(map(_candidates, found[2]))]
+    chosen = lists if len(lists) == 1 else _of_the_decoder(model, lists)
+    if len(chosen) != 1:
+        raise UnsupportedModelError(
+            f"the FFN sub-layers of {type(model).__name__} were not found",
+            expected="one ModuleList of decoder layers, with FFNs of a projection f -> d beside "
+            "one or two d -> f or a fused one d -> 2f, or experts in raw 3-d weights",
+            found=[name for name, _, _ in lists or named_lists(model)] or "no ModuleList at all",
+            do=do,
+        )
+    _, owner, modules = chosen[0]
+    layers = []
+    for module in modules:
+        units = _candidates(module)
+        layers.append(DecoderLayer(module, units, attention_of(module, preferred(units))))
+    return owner, tuple(layers)
 
 
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Yield (name, child as the model calls it, child under PEFT's layers)."""
-    for name, child in module.named_children():
-        yield name, child, base_of(child)
+def preferred(units: tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """Return the candidates to go by where a layer cannot be run.
 
-
-def projection_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) of a projection, quantised and adapted ones included; None of others."""
-    module = base_of(module)
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.nf
-    size = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return size if all(isinstance(n, int) for n in size) else None  # type: ignore[return-value]
-
-
-def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ in _ACTIVATION_MODULES
+    Those beside an activation; without any, the only candidate.
+    """
+    certain = tuple(u for u in units if isinstance(u, Experts) or u.activated)
+    return certain or (units if len(units) == 1 else ())
 
 
 def named_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
@@ -156,10 +128,26 @@ def named_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.ModuleLis
                 yield f"{name}.{child_name}".lstrip("."), module, child
 
 
-def _outermost_lists(model: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+LayerList = tuple[str, nn.Module, list[nn.Module]]
+
+
+def _outermost_lists(model: nn.Module) -> list[LayerList]:
     found = list(named_lists(model))
     nested = {id(inner) for _, _, outer in found for inner in outer.modules() if inner is not outer}
-    return [(owner, list(items)) for _, owner, items in found if id(items) not in nested]
+    return [(name, owner, list(items)) for name, owner, items in found if id(items) not in nested]
+
+
+def _of_the_decoder(model: nn.Module, lists: list[LayerList]) -> list[LayerList]:
+    """Choose the list of the text decoder among those of a model that has other stacks as well."""
+    count = _layer_count(model)
+    by_count = [found for found in lists if len(found[2]) == count]
+    if len(by_count) > 1:
+        for module in model.modules():
+            get_decoder: Any = getattr(module, "get_decoder", None)
+            if get_decoder is not None and hasattr(module, "config"):
+                inside = {id(owner) for owner in get_decoder().modules()}
+                return [found for found in by_count if id(found[1]) in inside]
+    return by_count
 
 
 def _layer_count(model: nn.Module) -> int | None:
@@ -170,83 +158,145 @@ def _layer_count(model: nn.Module) -> int | None:
     return None
 
 
-def _units(layer: nn.Module) -> tuple[FeedForward | Experts, ...]:
-    """Return the FFN units of one decoder layer, in the order of the module graph."""
-    certain: list[FeedForward | Experts] = []
-    likely: list[FeedForward | Experts] = []
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield (name, child as the model calls it, child under PEFT's layers)."""
+    for name, child in module.named_children():
+        if not is_other(name):
+            yield name, child, base_of(child)
+
+
+def _activations(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the attributes of a module that are activations."""
+    modules = (
+        name
+        for name, child in module.named_children()
+        if type(child).__module__ in _ACTIVATION_MODULES or _ACTIVATION.search(name)
+    )
+    functions = (
+        name
+        for name, value in vars(module).items()
+        if _ACTIVATION.search(name) and callable(value) and not isinstance(value, str)
+    )
+    return (*modules, *functions)
+
+
+def _candidates(layer: nn.Module) -> tuple[Unit, ...]:
+    """Return everything in one decoder layer that has the shape of a FFN, in graph order."""
+    found: list[Unit] = []
+    seen: set[int] = set()
 
     def visit(called: nn.Module, module: nn.Module) -> None:
-        children = list(_children(module))
-        activations = [base for _, _, base in children if _is_activation(base)]
-        unit: FeedForward | Experts | None = _feed_forward(
-            None if called is layer else called, children
-        )
-        if unit is None and activations:
-            unit = _experts(module, activations[0])
+        # A normalisation may hold projections of its own (A.X-K2's gated norm).
+        if id(module) in seen or is_norm(module):
+            return
+        seen.add(id(module))
+        unit: Unit | None = _experts(module)
+        if unit is None and not _holds_other_weights(module):
+            unit = _feed_forward(called, module, layer) or _split(called, module)
         if unit is not None:
-            (certain if activations else likely).append(unit)
-        for _, child, base in children:
+            found.append(unit)
+        for _, child, base in _children(module):
             visit(child, base)
 
     visit(layer, layer)
-    if certain:
-        return tuple(certain)
-    return tuple(likely) if len(likely) == 1 else ()
+    return tuple(found)
 
 
-def _feed_forward(
-    whole: nn.Module | None, children: list[tuple[str, nn.Module, nn.Module]]
-) -> FeedForward | None:
+def _holds_other_weights(module: nn.Module) -> bool:
+    """Whether a module holds weights directly that a FFN has not: convolutions, raw matrices."""
+    return any(isinstance(base, _ConvNd) for _, _, base in _children(module)) or any(
+        weight.dim() > 1 for weight in module.parameters(recurse=False)
+    )
+
+
+Projection = tuple[nn.Module, tuple[int, int]]
+
+
+def _projections(module: nn.Module) -> list[Projection]:
+    sizes = ((child, projection_shape(base)) for _, child, base in _children(module))
+    return [(child, size) for child, size in sizes if size is not None]
+
+
+def _feed_forward(called: nn.Module, module: nn.Module, layer: nn.Module) -> FeedForward | None:
     """Match the direct children of a module against the shapes of a FFN."""
-    projections = [
-        (child, size) for _, child, base in children if (size := projection_shape(base)) is not None
-    ]
+    projections = _projections(module)
     # Where d == f every order fits: the down projection is the one registered last.
-    for down, (f, d) in reversed(projections):
-        rest = [(child, size) for child, size in projections if child is not down]
-        sizes = [size for _, size in rest]
-        if sizes in ([(d, f)], [(d, f), (d, f)], [(d, 2 * f)]):
+    for down, size in reversed(projections):
+        rest = [projection for projection in projections if projection[0] is not down]
+        if _are_inputs(rest, size):
             inputs = tuple(child for child, _ in rest)
-            return FeedForward(inputs, down, f, whole if _is_contribution(whole) else None)
+            whole = called if called is not layer and _takes_only_x(called) else None
+            return FeedForward(inputs, down, size[0], called, whole, bool(_activations(module)))
     return None
 
 
-def _is_contribution(whole: nn.Module | None) -> bool:
-    """Whether a module turns x alone into something that is added to the residual stream."""
-    if whole is None:
-        return False
-    parameters = inspect.signature(type(base_of(whole)).forward).parameters.values()
+def _split(called: nn.Module, module: nn.Module) -> FeedForward | None:
+    """Match a FFN in two neighbours: inputs and activation in one child, down in or beside it."""
+    groups = [(base, _projections(base)) for _, _, base in _children(module)]
+    direct = _projections(module)
+    for base, inputs in groups:
+        if not inputs or not _activations(base):
+            continue
+        others = [found[0] for other, found in groups if other is not base and len(found) == 1]
+        for down, size in [*direct, *others]:
+            if size[0] != size[1] and _are_inputs(inputs, size):
+                parts = tuple(child for child, _ in inputs)
+                return FeedForward(parts, down, size[0], called)
+    return None
+
+
+def _are_inputs(projections: list[Projection], down: tuple[int, int]) -> bool:
+    f, d = down
+    sizes = [size for _, size in projections]
+    return sizes in ([(d, f)], [(d, f), (d, f)], [(d, 2 * f)])
+
+
+def _takes_only_x(module: nn.Module) -> bool:
+    """Whether a module is called with x alone, and may return the FFN's output alone."""
+    parameters = inspect.signature(type(base_of(module)).forward).parameters.values()
     required = [
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD,)
     ]
     return len(required) == 2  # self and x
 
 
-def _experts(module: nn.Module, activation: nn.Module) -> Experts | None:
-    weights = [weight.shape for weight in module.parameters(recurse=False) if weight.dim() == 3]
-    if len(weights) != 2:
+def _experts(module: nn.Module) -> Experts | None:
+    """Match the raw weights of a module against the shapes of experts."""
+    gates = tuple(name for name in ("_apply_gate",) if hasattr(module, name))
+    gates = (*gates, *_activations(module))
+    weights = [w.shape for w in module.parameters(recurse=False) if w.dim() > 1]
+    if not gates or len(weights) < 2:
         return None
-    into, down = weights
-    d, f = (down[2], down[1]) if getattr(module, "is_transposed", False) else (down[1], down[2])
-    if sorted(into[1:]) in (sorted((d, 2 * f)), sorted((d, f))):
-        return Experts(module, activation, f)
+    if all(len(shape) == 2 for shape in weights):  # DBRX: (experts * f, d), three times
+        neurons = getattr(module, "ffn_hidden_size", 0)
+        fits = neurons and len(set(weights)) == 1 and weights[0][0] % neurons == 0
+        return Experts(module, gates, neurons) if fits else None
+    matrices = [shape[1:] for shape in weights if len(shape) == 3]
+    if len(matrices) < 2:
+        return None
+    *into, down = matrices
+    for f, d in (down[::-1], down):
+        if all(sorted(size) in (sorted((d, f)), sorted((d, 2 * f))) for size in into):
+            return Experts(module, gates, f)
     return None
 
 
-def _attention(layer: nn.Module, ffn: tuple[FeedForward | Experts, ...]) -> Attention | None:
-    """Return the one child of a layer with projections that is no FFN; None if there are others."""
+def attention_of(
+    layer: nn.Module, ffn: tuple[Unit, ...], called: Container[int] | None = None
+) -> Attention | None:
+    """Return the one child of a layer with projections that is no FFN; None if there are others.
+
+    Where the ids of the `called` modules are known, a child that is not called is passed over.
+    """
     ours = {id(module) for unit in ffn for module in unit.modules}
     candidates = []
     for _, child, base in _children(layer):
         inside = list(base.modules())
         if any(id(module) in ours for module in inside) or projection_shape(base) is not None:
             continue
-        projections = [
-            (name, called, size)
-            for name, called, module in _children(base)
-            if (size := projection_shape(module)) is not None
-        ]
-        if projections:
+        if is_norm(base) or (called is not None and id(child) not in called):
+            continue
+        if projections := (_named_projections(base) or _nested_projections(base)):
             candidates.append((child, projections))
     if len(candidates) != 1:
         return None
@@ -261,5 +311,17 @@ def _attention(layer: nn.Module, ffn: tuple[FeedForward | Experts, ...]) -> Atte
     return Attention(module, output, neurons)
 
 
-def _shape_of_down(unit: FeedForward | Experts) -> tuple[int, int] | None:
+NamedProjection = tuple[str, nn.Module, tuple[int, int]]
+
+
+def _named_projections(module: nn.Module) -> list[NamedProjection]:
+    sizes = ((name, child, projection_shape(base)) for name, child, base in _children(module))
+    return [(name, child, size) for name, child, size in sizes if size is not None]
+
+
+def _nested_projections(module: nn.Module) -> list[NamedProjection]:
+    return [found for child in module.children() for found in _named_projections(base_of(child))]
+
+
+def _shape_of_down(unit: Unit) -> tuple[int, int] | None:
     return projection_shape(unit.down) if isinstance(unit, FeedForward) else None

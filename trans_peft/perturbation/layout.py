@@ -1,20 +1,21 @@
 """Where the sub-layers of a model are, stated by names: for what `ffn` does not find."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from trans_peft.errors import UnsupportedModelError
-from trans_peft.perturbation.ffn import (
+from trans_peft.perturbation.ffn import named_lists
+from trans_peft.perturbation.units import (
     Attention,
     DecoderLayer,
     FeedForward,
     base_of,
-    named_lists,
     projection_shape,
 )
 
-__all__ = ["Layout", "layers_by_name"]
+__all__ = ["Layout", "layers_by_name", "layouts_by_shape"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,25 @@ class Layout:
     ffn_down: str
     attention: str | None = None
     attention_output: str | None = None
+
+    def __str__(self) -> str:
+        return f"Layout({self.layers!r}, ffn_inputs={self.ffn_inputs}, ffn_down={self.ffn_down!r})"
+
+
+def layouts_by_shape(model: nn.Module) -> Iterator[Layout]:
+    """Yield layouts that may fit a model: in each list, a projection f -> d beside some d -> f."""
+    for path, _, layers in named_lists(model):
+        for name, module in layers[0].named_modules() if len(layers) else ():
+            sizes = {
+                f"{name}.{child_name}".lstrip("."): size
+                for child_name, child in module.named_children()
+                if (size := projection_shape(child)) is not None
+            }
+            # The down projection is registered last.
+            for down, (f, d) in reversed(sizes.items()):
+                inputs = {other: size for other, size in sizes.items() if other != down}
+                if inputs and set(inputs.values()) == {(d, f)}:
+                    yield Layout(path, tuple(inputs), down)
 
 
 def layers_by_name(model: nn.Module, layout: Layout) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
@@ -76,4 +96,15 @@ def _layer(index: int, layer: nn.Module, layout: Layout) -> DecoderLayer:
             f"the layout does not fit: {'; '.join(problems)}",
             found=[name for name, _ in layer.named_modules() if name],
         )
-    return DecoderLayer(layer, (FeedForward(inputs, down, neurons, None),), attention)
+    unit = FeedForward(inputs, down, neurons, _common(layer, [*layout.ffn_inputs, layout.ffn_down]))
+    return DecoderLayer(layer, (unit,), attention)
+
+
+def _common(layer: nn.Module, paths: list[str]) -> nn.Module:
+    """Return the smallest module around all of these paths, the layer where there is none."""
+    module = layer
+    for names in zip(*(path.split(".")[:-1] for path in paths), strict=False):
+        if len(set(names)) > 1:
+            break
+        module = getattr(base_of(module), names[0])
+    return module

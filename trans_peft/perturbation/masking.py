@@ -5,21 +5,46 @@ the intermediate activation is multiplied by the mask: the same sum, without the
 """
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import UnsupportedModelError
-from trans_peft.perturbation.ffn import Attention, Experts, FeedForward, projection_shape
-from trans_peft.perturbation.site import Site, override
-from trans_peft.perturbation.slicing import Side, sliced_linear, sliced_parts, why_not_sliced
+from trans_peft.perturbation.site import override
+from trans_peft.perturbation.slicing import (
+    Kept,
+    Side,
+    sliced_linear,
+    sliced_parts,
+    why_not_sliced,
+)
+from trans_peft.perturbation.units import Attention, Experts, FeedForward, Unit, projection_shape
 
 __all__ = ["mask_attention", "mask_ffn"]
 
 
-def mask_ffn(site: Site, units: tuple[FeedForward | Experts, ...], undo: ExitStack) -> str | None:
+class Masks(Protocol):
+    """Which neurons of each unit are masked in the running forward (`Site` draws them)."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is in training mode."""
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """The chances and the granularity."""
+
+    def kept(self, unit: int, parts: int, device: torch.device) -> Kept | None:
+        """Return the neurons of a unit to compute; None where all are."""
+
+    def masked(self, unit: int, x: torch.Tensor) -> torch.Tensor:
+        """Return x (..., neurons of the unit) with its masked neurons at zero."""
+
+
+def mask_ffn(site: Masks, units: tuple[Unit, ...], undo: ExitStack) -> str | None:
     """Mask a FFN until `undo` closes; return why it is not sliced, None if it is."""
     reasons = []
     for number, unit in enumerate(units):
@@ -33,20 +58,22 @@ def mask_ffn(site: Site, units: tuple[FeedForward | Experts, ...], undo: ExitSta
     return "; ".join(dict.fromkeys(reasons)) or None
 
 
-def mask_attention(site: Site, attention: Attention, undo: ExitStack) -> str:
+def mask_attention(site: Masks, attention: Attention, undo: ExitStack) -> str:
     """Mask the inputs of the output projection; heads are never sliced, return that."""
     _mask_input(site, 0, attention.output, undo)
     return "heads are not sliced"
 
 
-def _why_multiplied(site: Site, unit: FeedForward) -> str | None:
+def _why_multiplied(site: Masks, unit: FeedForward) -> str | None:
     if site.perturbation.granularity == "element":
         return "each element has its own bit"
+    if unit.multiplied is not None:
+        return unit.multiplied
     reasons = (why_not_sliced(projection) for projection in (*unit.inputs, unit.down))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _slice(site: Site, number: int, unit: FeedForward, undo: ExitStack) -> None:
+def _slice(site: Masks, number: int, unit: FeedForward, undo: ExitStack) -> None:
     sides: list[tuple[nn.Module, Side]] = [(projection, "output") for projection in unit.inputs]
     for projection, side in [*sides, (unit.down, "input")]:
         _, out = projection_shape(projection) or (0, 0)
@@ -56,7 +83,7 @@ def _slice(site: Site, number: int, unit: FeedForward, undo: ExitStack) -> None:
 
 
 def _slice_part(
-    site: Site, number: int, part: nn.Linear | Conv1D, side: Side, parts: int, undo: ExitStack
+    site: Masks, number: int, part: nn.Linear | Conv1D, side: Side, parts: int, undo: ExitStack
 ) -> None:
     dense = part.forward
 
@@ -67,7 +94,7 @@ def _slice_part(
     override(part, forward, undo)
 
 
-def _mask_input(site: Site, number: int, projection: nn.Module, undo: ExitStack) -> None:
+def _mask_input(site: Masks, number: int, projection: nn.Module, undo: ExitStack) -> None:
     original = projection.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -76,34 +103,44 @@ def _mask_input(site: Site, number: int, projection: nn.Module, undo: ExitStack)
     override(projection, forward, undo)
 
 
-def _mask_experts(site: Site, number: int, unit: Experts, undo: ExitStack) -> str:
-    """Mask the same neurons in every expert, where they leave the activation (before `* up`)."""
+def _mask_experts(site: Masks, number: int, unit: Experts, undo: ExitStack) -> str:
+    """Mask the same neurons in every expert, where a gate of the module returns them."""
     if site.perturbation.granularity == "element":
         raise UnsupportedModelError(
             "element-wise masks are not defined for a mixture of experts: which tokens an expert "
             "sees, and in which order, is its implementation's choice",
             do="use granularity='neuron'",
         )
-    activate, experts = unit.activation.forward, unit.module.forward
+    experts = unit.module.forward
     applied = False
 
-    def activation(x: torch.Tensor) -> torch.Tensor:
-        nonlocal applied
-        applied = x.shape[-1] == unit.neurons
-        return site.masked(number, activate(x)) if applied else activate(x)
+    def mask_gate(name: str) -> None:
+        gate = getattr(unit.module, name)
+        owner, attribute = (gate, "forward") if isinstance(gate, nn.Module) else (unit.module, name)
+        original = getattr(owner, attribute)
+
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            nonlocal applied
+            result = original(*args, **kwargs)
+            if not isinstance(result, torch.Tensor) or result.shape[-1] != unit.neurons:
+                return result
+            applied = True
+            return site.masked(number, result)
+
+        override(owner, masked, undo, attribute)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal applied
         applied = False
         result = experts(*args, **kwargs)
-        if site.active and not applied:
+        if site.active and not applied and result.numel():
             raise UnsupportedModelError(
-                f"{type(unit.module).__name__} computes without its activation module, so that its "
-                "neurons cannot be masked",
-                do="load the model with experts_implementation='eager'",
+                f"{type(unit.module).__name__} computes without calling {' or '.join(unit.gates)}, "
+                "so that its neurons cannot be masked",
             )
         return result
 
-    override(unit.activation, activation, undo)
+    for name in unit.gates:
+        mask_gate(name)
     override(unit.module, forward, undo)
     return "experts are not sliced"

@@ -6,7 +6,6 @@ from functools import wraps
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,15 +13,11 @@ from torch import nn
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.perturbation.clock import Clock
 from trans_peft.perturbation.draws import Draw, Moment, SubLayerKind, draw, element_mask
-from trans_peft.perturbation.slicing import Kept
+from trans_peft.perturbation.slicing import Kept, neurons_to_compute
 
 __all__ = ["Site", "override"]
 
 Forward = Callable[..., Any]
-
-_WIDTH = (
-    16  # neurons are computed in multiples: odd widths cost 5 % on a CPU, and tensor cores more
-)
 
 
 class Site:
@@ -67,15 +62,7 @@ class Site:
             return None
         place = (unit, parts, device)
         if place not in self._kept:
-            mine = stays[self._span(unit)]
-            (kept,), (masked,) = mine.nonzero(), (~mine).nonzero()
-            idle = masked[: -len(kept) % _WIDTH]
-            indices = torch.from_numpy(np.concatenate([kept, idle]))
-            fused = torch.cat([indices + part * self.neurons[unit] for part in range(parts)])
-            whole = len(indices) == self.neurons[unit] and not len(idle)
-            self._kept[place] = (
-                None if whole else Kept(fused.to(device, non_blocking=True), len(idle))
-            )
+            self._kept[place] = neurons_to_compute(stays[self._span(unit)], parts, device)
         return self._kept[place]
 
     def masked(self, unit: int, x: torch.Tensor) -> torch.Tensor:
@@ -115,26 +102,28 @@ class Site:
         return self._draw
 
 
-def override(module: nn.Module, forward: Forward, undo: ExitStack) -> None:
-    """Give one module instance another `forward` until `undo` closes.
+def override(module: nn.Module, forward: Forward, undo: ExitStack, name: str = "forward") -> None:
+    """Give one module instance another `forward` (or method `name`) until `undo` closes.
 
     A deep copy made meanwhile (a reference model) computes as its class says: the override would
     compute with the weights of the module that it was made for.
     """
-    before = module.__dict__.get("forward")
+    before = module.__dict__.get(name)
+    of_class: Forward = getattr(type(module), name, before or forward)
 
     # A compiler would trace into the draws: what is around this module is compiled, not it.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @wraps(type(module).forward)
+    @wraps(of_class)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self is not module:
-            return type(self).forward(self, *args, **kwargs)
+            own = getattr(type(self), name, None)
+            return of_class(*args, **kwargs) if own is None else own(self, *args, **kwargs)
         return forward(*args, **kwargs)
 
     def restore() -> None:
-        del module.forward
+        delattr(module, name)
         if before is not None:
-            module.forward = before
+            setattr(module, name, before)
 
-    module.forward = MethodType(method, module)
+    setattr(module, name, MethodType(method, module))
     undo.callback(restore)

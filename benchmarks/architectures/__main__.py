@@ -1,0 +1,35 @@
+"""Perturb a tiny model of every architecture and write what became of it to the page.
+
+    python -m benchmarks.architectures [NAME ...]
+
+Without names all are judged (about two minutes on one core) and docs/architectures.md is
+written anew; with names their rows are printed.
+"""
+
+import argparse
+import warnings
+
+import transformers
+
+from benchmarks.architectures.page import PAGE, write
+from benchmarks.architectures.tiny import ARCHITECTURES
+from benchmarks.architectures.verdicts import judge
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *ARCHITECTURES], metavar="NAME")
+    names = parser.parse_args().names
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    verdicts = []
+    for name in names or ARCHITECTURES:
+        verdicts.append(judge(name))
+        print(verdicts[-1].row, flush=True)
+    if not names:
+        write(verdicts)
+        print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

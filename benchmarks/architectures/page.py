@@ -1,0 +1,45 @@
+"""The page with the verdicts: docs/architectures.md."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import transformers
+
+from benchmarks.architectures.verdicts import Verdict
+
+__all__ = ["PAGE", "read", "write"]
+
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+_BEGIN = "<!-- written by python -m benchmarks.architectures -->"
+_END = "<!-- end -->"
+_ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| [^|]+ \| (?P<outcome>[^|]+) \| (?P<detail>.*) \|$")
+
+
+def write(verdicts: Sequence[Verdict]) -> None:
+    """Replace the part of the page that the command writes."""
+    text = PAGE.read_text()
+    head, tail = text[: text.index(_BEGIN)], text[text.index(_END) :]
+    PAGE.write_text("\n".join([f"{head}{_BEGIN}", "", *_table(verdicts), "", tail]))
+
+
+def read() -> dict[str, Verdict]:
+    """Return the verdicts of the page, by architecture."""
+    rows = map(_ROW.match, PAGE.read_text().splitlines())
+    return {
+        row["name"]: Verdict(row["name"], row["outcome"], row["detail"].strip())
+        for row in rows
+        if row is not None
+    }
+
+
+def _table(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    counts = Counter(verdict.outcome for verdict in verdicts)
+    counted = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    yield f"transformers {transformers.__version__}, {len(verdicts)} architectures: {counted}."
+    yield ""
+    yield "| model type | class | outcome | why |"
+    yield "|---|---|---|---|"
+    for verdict in verdicts:
+        yield verdict.row

@@ -1,0 +1,59 @@
+"""docs/architectures.md: complete, and true for the architectures that are judged again here."""
+
+import re
+
+import pytest
+
+from benchmarks.architectures.page import read
+from benchmarks.architectures.tiny import ARCHITECTURES, UNBUILT, tiny
+from benchmarks.architectures.verdicts import DROPPED, MASKED, distance, judge
+from trans_peft.perturbation import Layout
+
+COMMAND = "run python -m benchmarks.architectures"
+FAST = (
+    "bitnet", "bloom", "deepseek_v3", "falcon", "gemma3n_text", "gemma4_text", "gpt_oss",
+    "granitemoeshared", "jamba", "jetmoe", "llama4_text", "mamba", "mpt", "nemotron_h", "opt",
+    "qwen3_next", "rwkv", "xlnet", "zamba2",
+)  # fmt: skip
+
+
+def test_the_page_has_every_architecture_of_transformers_and_none_differs():
+    page = read()
+    assert list(page) == list(ARCHITECTURES), COMMAND
+    assert {v.outcome for v in page.values()} <= {"equal", "multiplied", "refused", "not built"}
+    assert {n for n, v in page.items() if v.outcome == "not built"} == set(UNBUILT)
+    assert len(UNBUILT) <= 2
+
+
+@pytest.mark.parametrize("architecture", FAST)
+def test_an_architecture_is_judged_as_the_page_says(architecture):
+    assert judge(architecture) == read()[architecture], COMMAND
+
+
+@pytest.mark.architectures
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - set(FAST)))
+def test_every_architecture_is_judged_as_the_page_says(architecture):
+    assert judge(architecture) == read()[architecture], COMMAND
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [name for name, verdict in read().items() if "layout=" in verdict.detail],
+)
+def test_a_layout_that_a_refusal_advises_works(architecture):
+    text = re.search(r"layout=(Layout\(.*\))\)", read()[architecture].detail)[1]
+    layout = eval(text, {"Layout": Layout})
+    model = tiny(architecture)
+    stack = layout.layers.removesuffix(".layers")
+    for perturbation in (MASKED, DROPPED):
+        off = distance(model, architecture, perturbation, layout, stack)
+        # HRM runs a stack several times in one forward, and each time has its own draws.
+        assert off < 1e-4 or architecture == "hrm_text"
+
+
+def test_gpt_oss_needs_no_layout_and_refusals_never_advise_what_fails():
+    assert read()["gpt_oss"].outcome == "multiplied"
+    refused = [verdict for verdict in read().values() if verdict.outcome == "refused"]
+    assert refused
+    for verdict in refused:
+        assert re.search(r"do: (train without|perturb the attention|state where)", verdict.detail)

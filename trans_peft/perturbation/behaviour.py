@@ -1,0 +1,217 @@
+"""What the modules of a decoder layer do to tokens, seen by running them on changed inputs.
+
+Shapes cannot tell a FFN from an attention that happens to have the same ones. What they do can: a
+FFN maps each token by itself, and not linearly; attention, convolutions and state-space models mix
+tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from trans_peft.perturbation.site import override
+from trans_peft.perturbation.undisturbed import reseed
+
+__all__ = [
+    "Behaviour",
+    "Call",
+    "cloned",
+    "differs",
+    "floats_of",
+    "record_calls",
+    "rows_of",
+    "seeded",
+    "tolerance",
+]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module, copied before the module could change them."""
+
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def again(self) -> Any:
+        """Repeat the call, with the same random numbers each time."""
+        args, kwargs = cloned((self.args, self.kwargs))
+        return seeded(self.forward, *args, **kwargs)
+
+    def with_noise(self, hidden: int, scale: float, *, everywhere: bool = False) -> Any:
+        """Repeat the call with noise on the first row (token) of its input.
+
+        With `everywhere`, that row is changed in every tensor that has the input's rows (the
+        residual, keys and values of another layer).
+        """
+
+        def changed(x: torch.Tensor) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(x.shape[-1], generator=generator).to(x)
+            rows = rows_of(x).clone()
+            rows[0] += scale * noise * x.float().std().clamp(min=1e-3).to(x)
+            return rows.view(x.shape)
+
+        return self._with(hidden, changed, everywhere=everywhere)
+
+    def with_equal_rows(self, hidden: int) -> Any:
+        """Repeat the call with the first row (token) of all that has rows in place of every row."""
+
+        def equal(x: torch.Tensor) -> torch.Tensor:
+            return rows_of(x)[:1].expand(len(rows_of(x)), -1).reshape(x.shape)
+
+        return self._with(hidden, equal, everywhere=True)
+
+    def _with(
+        self, hidden: int, change: Callable[[torch.Tensor], torch.Tensor], *, everywhere: bool
+    ) -> Any:
+        x = self.input(hidden)
+        assert x is not None
+
+        def changed(value: Any) -> Any:
+            if value is x:
+                return change(value)
+            beside = isinstance(value, torch.Tensor) and value.shape[:-1] == x.shape[:-1]
+            if everywhere and beside and value.is_floating_point():
+                return change(value)
+            return value
+
+        args, kwargs = tree_map(changed, (self.args, self.kwargs))
+        return Call(self.forward, args, kwargs).again()
+
+    def input(self, hidden: int) -> torch.Tensor | None:
+        """Return the first floating tensor that is `hidden` wide, else the first one."""
+        floats = list(floats_of((self.args, self.kwargs)))
+        return next((x for x in floats if x.shape[-1] == hidden), next(iter(floats), None))
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What one module returned.
+
+    `wide`: a tensor with as many rows as its input that is as wide as the hidden state. Only then
+    the rest says more: `mixes`, other tokens change with one; `linear`, the change is proportional;
+    `responds`, there is a change at all (weights of zero give none); `alone`, equal tokens give
+    equal results, so that nothing beside them has a part in it (keys and values of another layer).
+    """
+
+    wide: bool
+    mixes: bool = False
+    linear: bool = False
+    responds: bool = False
+    alone: bool = True
+
+    @property
+    def per_token(self) -> bool:
+        """Whether it maps each token by itself to something as wide as the hidden state."""
+        return self.wide and self.alone and not self.mixes
+
+    @classmethod
+    def of(cls, call: Call, hidden: int) -> "Behaviour":
+        """Run a module again as it was called, with changed tokens, and with equal ones."""
+        x = call.input(hidden)
+        rows = 0 if x is None else len(rows_of(x))
+
+        def wide(output: Any) -> torch.Tensor | None:
+            found = (x for x in floats_of(output) if x.shape[-1] == hidden)
+            return next((rows_of(x) for x in found if len(rows_of(x)) == rows), None)
+
+        plain = wide(call.again())
+        if plain is None:
+            return cls(wide=False)
+        outputs = [
+            wide(output)
+            for output in (
+                call.with_noise(hidden, 1.0),
+                call.with_noise(hidden, 2.0),
+                call.with_noise(hidden, 1.0, everywhere=True),
+                call.with_equal_rows(hidden),
+            )
+        ]
+        once, twice, beside, equal = (x.float() for x in outputs if x is not None)
+        first, second = once - plain.float(), twice - plain.float()
+        # The rows of a matrix product do not depend on each other, but for how they are grouped.
+        rounding = (64 if plain.dtype == torch.float32 else 2) * torch.finfo(plain.dtype).eps
+        others = torch.stack((first, beside - plain.float()))[:, 1:].flatten(1).norm(dim=1)
+        bend = (second - 2 * first)[:1].norm()
+        return cls(
+            wide=True,
+            mixes=bool((others > rounding * plain[1:].float().norm()).any()),
+            linear=bool(0 < second[:1].norm() * tolerance(plain) > bend),
+            responds=bool(second.any()),
+            alone=differs(equal, equal[:1].expand_as(equal)) is None,
+        )
+
+
+def tolerance(x: torch.Tensor) -> float:
+    """Return how far two computations of one sum in the dtype of x may differ, relative to it."""
+    tf32 = x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return max(8e-3 if tf32 else 1e-3, 4 * torch.finfo(x.dtype).eps)
+
+
+def differs(found: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """Return |found - expected| / |expected| where it is beyond rounding, None where it is not."""
+    if found.shape != expected.shape:
+        return float("inf")
+    scale = expected.float().norm()
+    distance = (found.float() - expected.float()).norm()
+    if distance <= tolerance(expected) * scale:
+        return None
+    return float(distance / scale)
+
+
+def seeded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call with torch's random numbers beginning at the same place each time."""
+    reseed()
+    return forward(*args, **kwargs)
+
+
+def cloned(values: Any) -> Any:
+    """Return a copy of nested arguments; a tensor that occurs twice is copied once."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = value.clone()
+        return copies[id(value)]
+
+    return tree_map(copy, values)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """Return x as (tokens, width), a view where that is possible."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def record_calls(modules: list[nn.Module], undo: ExitStack) -> dict[int, Call]:
+    """Record the first call of each module, by its id, until `undo` closes."""
+    calls: dict[int, Call] = {}
+
+    def record(module: nn.Module) -> None:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if id(module) not in calls:
+                calls[id(module)] = Call(original, *cloned((args, kwargs)))
+            return original(*args, **kwargs)
+
+        override(module, forward, undo)
+
+    for module in modules:
+        record(module)
+    return calls
+
+
+def floats_of(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the floating tensors of nested values that have rows."""
+    leaves, _ = tree_flatten(values)
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
+            yield leaf

@@ -1,0 +1,223 @@
+"""Which candidates of a layer are FFNs, and which other weights of the layer may be one."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from trans_peft.perturbation.behaviour import (
+    Behaviour,
+    Call,
+    differs,
+    floats_of,
+    record_calls,
+    rows_of,
+)
+from trans_peft.perturbation.ffn import is_norm, is_other
+from trans_peft.perturbation.site import override
+from trans_peft.perturbation.units import Experts, FeedForward, Unit, base_of, projection_shape
+
+__all__ = ["Claims", "unclaimed_by_shape"]
+
+
+class Claims:
+    """What a run of one layer says about its candidates and about the rest of its weights."""
+
+    def __init__(self, layer: nn.Module, call: Call, candidates: tuple[Unit, ...]) -> None:
+        self.layer = layer
+        self.call = call
+        self.candidates = candidates
+        x = next(floats_of((call.args, call.kwargs)), None)
+        self.hidden = 0 if x is None else x.shape[-1]
+        self._names = {id(module): name for name, module in layer.named_modules()}
+        self._seen: dict[int, Behaviour | None] = {}
+
+    @cached_property
+    def calls(self) -> dict[int, Call]:
+        """The first call of each module below the layer."""
+        inside = [module for module in self.layer.modules() if module is not self.layer]
+        with ExitStack() as undo:
+            calls = record_calls(inside, undo)
+            self.call.again()
+        return calls
+
+    def why_not(self, unit: Unit) -> str | None:
+        """Return why a candidate is no FFN, None where it is one."""
+        if isinstance(unit, Experts):
+            return None
+        around = self._called_around(unit)
+        if around is None:
+            return self._why_not_inline(unit)
+        seen = self.behaviour(around)
+        if seen is None:
+            return "it could not be run by itself"
+        if seen.wide and seen.mixes:
+            return "it mixes tokens"
+        if seen.wide and not seen.alone:
+            return "it depends on more than its input"
+        if seen.wide and seen.linear:
+            return "it is linear"
+        return None
+
+    def behaviour(self, module: nn.Module) -> Behaviour | None:
+        """Return what a called module does to tokens; None where it cannot be run by itself."""
+        if id(module) not in self._seen:
+            try:
+                seen = Behaviour.of(self.calls[id(module)], self.hidden)
+            except Exception:  # whatever a module raises on a changed input
+                seen = None
+            self._seen[id(module)] = seen
+        return self._seen[id(module)]
+
+    def unclaimed(self, units: tuple[Unit, ...]) -> list[str]:
+        """Return the names of weights that may belong to a FFN and that none of `units` holds."""
+        claimed = {id(base_of(part)) for unit in units for part in unit.modules}
+        found: list[str] = []
+        linear: list[tuple[str, nn.Module]] = []
+        for name, module in self._rest(self.layer, "", claimed):
+            if isinstance(module, nn.Parameter):
+                if self.hidden in module.shape and sum(n > 1 for n in module.shape) > 1:
+                    found.append(name)
+            elif id(module) not in self.calls:
+                continue
+            elif projection_shape(module) is not None:
+                linear.append((name, module))
+            elif (seen := self.behaviour(module)) is None or seen.per_token:
+                if seen is None or not seen.linear or isinstance(module, nn.Embedding):
+                    found.append(name)
+            elif seen.wide:
+                found += self._hidden_in(name, module)
+        return found + _pairs(linear, self.hidden)
+
+    def unclaimed_in_layout(self, units: tuple[Unit, ...]) -> list[str]:
+        """Return the weights beside stated units that may belong to them, by name."""
+        names = []
+        for unit in units:
+            if isinstance(unit, FeedForward) and unit.container is not self.layer:
+                path = self._names[id(unit.container)]
+                names += [name for name in self.unclaimed(units) if name.startswith(f"{path}.")]
+                if (reason := self._why_not_inline(unit)) is not None:
+                    names.append(f"{path} ({reason})")
+        return names
+
+    def _hidden_in(self, name: str, mixer: nn.Module) -> Iterator[str]:
+        """Yield the parts of a module that mixes tokens which map each token nonlinearly."""
+        adapters = {
+            id(part)
+            for tuner in mixer.modules()
+            if isinstance(tuner, BaseTunerLayer)
+            for part in set(tuner.modules()) - set(base_of(tuner).modules())
+        }
+        for path, module in mixer.named_modules():
+            weights = sum(p.dim() > 1 for p in module.parameters())
+            if module is mixer or weights < 2 or id(module) not in self.calls:
+                continue
+            if id(module) in adapters or projection_shape(module) is not None:
+                continue
+            seen = self.behaviour(module)
+            if seen and seen.per_token and seen.responds and not seen.linear:
+                yield f"{name}.{path}"
+
+    def _rest(
+        self, module: nn.Module, prefix: str, claimed: set[int]
+    ) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+        """Yield the largest modules with weights and without a claimed one, and raw weights."""
+        base = base_of(module)
+        for name, weight in base.named_parameters(recurse=False):
+            if weight.dim() > 1:
+                yield prefix + name, weight
+        for name, child in base.named_children():
+            if is_other(name) or is_norm(child):
+                continue
+            inside = {id(part) for part in child.modules()}
+            if not any(parameter.dim() > 1 for parameter in child.parameters()):
+                continue
+            if id(base_of(child)) in claimed:
+                continue
+            if inside & claimed or isinstance(child, nn.ModuleList | nn.ModuleDict):
+                yield from self._rest(child, f"{prefix}{name}.", claimed)
+            else:
+                yield prefix + name, child
+
+    def _called_around(self, unit: FeedForward) -> nn.Module | None:
+        """Return the smallest called module around a unit; None where that is the layer."""
+        path = self._names.get(id(unit.container), "")
+        while path:
+            module = self.layer.get_submodule(path)
+            if id(module) in self.calls:
+                return module
+            path = path.rpartition(".")[0]
+        return None
+
+    def _why_not_inline(self, unit: FeedForward) -> str | None:
+        """Test a unit without a module of its own: its neurons must come from its inputs alone."""
+        if id(unit.down) not in self.calls:
+            return "its down projection is not called"
+        with ExitStack() as undo:
+            for projection in unit.inputs:
+                _repeat_first_row(projection, undo)
+            calls = record_calls([unit.down], undo)
+            self.call.again()
+        neurons = next(floats_of((calls[id(unit.down)].args, calls[id(unit.down)].kwargs)))
+        rows = rows_of(neurons)
+        if differs(rows, rows[:1].expand_as(rows)) is not None:
+            return "its neurons depend on something beside its projections"
+        return None
+
+
+def unclaimed_by_shape(layer: nn.Module, units: tuple[Unit, ...]) -> list[str]:
+    """Return the names of weights that may belong to a FFN, in a layer that was not run.
+
+    They are raw weights of three dimensions, and projections beside those of a unit that have the
+    shape of one of them.
+    """
+    claimed = {id(base_of(part)) for unit in units for part in unit.modules}
+    beside = {
+        (id(base_of(unit.container)), projection_shape(part))
+        for unit in units
+        if isinstance(unit, FeedForward)
+        for part in unit.inputs
+    }
+    found = []
+    for name, module in layer.named_modules():
+        if id(module) in claimed or is_other(name.rpartition(".")[2]):
+            continue
+        raw = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        if projection_shape(module) is None and not isinstance(module, nn.Conv1d):
+            found += [f"{name}.{n}".lstrip(".") for n in raw]
+        for child_name, child in module.named_children():
+            unknown = id(base_of(child)) not in claimed and projection_shape(child) is not None
+            if unknown and (id(module), projection_shape(child)) in beside:
+                found.append(f"{name}.{child_name}".lstrip("."))
+    return found
+
+
+def _repeat_first_row(projection: nn.Module, undo: ExitStack) -> None:
+    """Make a projection return the result of its first row (token) for every row."""
+    original = projection.forward
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result = original(*args, **kwargs)
+        return rows_of(result)[:1].expand_as(rows_of(result)).reshape(result.shape)
+
+    override(projection, forward, undo)
+
+
+def _pairs(linear: list[tuple[str, nn.Module]], hidden: int) -> list[str]:
+    """Return the names of projections back to the hidden size and of those that may feed them.
+
+    One projection alone has no neurons; two may be a FFN with its activation in the layer's code.
+    """
+    shapes = [(name, projection_shape(module)) for name, module in linear]
+    found = [
+        name
+        for number, (name, shape) in enumerate(shapes)
+        for other, (_, second) in enumerate(shapes)
+        if other != number and shape is not None and second is not None
+        if shape == second[::-1] and hidden in shape
+    ]
+    return list(dict.fromkeys(found))

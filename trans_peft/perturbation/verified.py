@@ -1,0 +1,211 @@
+"""Find the FFNs of a model and show, on one layer of each kind, that they are what they seem.
+
+Shapes propose candidates (`ffn`). The model is run once on a few tokens, and the first layer of
+each kind is then run again on its own input in several ways:
+
+-   what a candidate does to tokens shows whether it is a FFN (`claims`);
+-   a weight that may belong to a FFN and that no unit claims refuses the model, by name;
+-   the sliced result must equal the multiplied one under two masks, or the unit is multiplied;
+-   a dropped FFN must add nothing (`trials`).
+"""
+
+from collections.abc import Hashable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from trans_peft.errors import UnsupportedModelError
+from trans_peft.perturbation.behaviour import Call, record_calls
+from trans_peft.perturbation.claims import Claims, unclaimed_by_shape
+from trans_peft.perturbation.draws import SubLayerKind
+from trans_peft.perturbation.ffn import attention_of, candidate_layers, preferred
+from trans_peft.perturbation.kinds import kind_of
+from trans_peft.perturbation.layout import Layout, layers_by_name, layouts_by_shape
+from trans_peft.perturbation.trials import dropped, masked, why_attention_stays
+from trans_peft.perturbation.undisturbed import run_on_tokens, undisturbed
+from trans_peft.perturbation.units import DecoderLayer, FeedForward, Unit
+
+__all__ = ["found_layers", "verified_layers"]
+
+
+def found_layers(
+    model: nn.Module, layout: Layout | None, kinds: Sequence[SubLayerKind] = ("ffn",)
+) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
+    """Return the decoder stack of a model and its layers, with candidates for FFNs.
+
+    UnsupportedModelError where they are not found; it advises a layout only if that works.
+    """
+    if layout is not None:
+        return layers_by_name(model, layout)
+    try:
+        return candidate_layers(model, with_ffn="ffn" in kinds)
+    except UnsupportedModelError:
+        candidate_layers(model, with_ffn="ffn" in kinds, do=_advice(model, kinds))
+        raise
+
+
+def verified_layers(
+    model: nn.Module,
+    stack: nn.Module,
+    layers: Sequence[DecoderLayer],
+    *,
+    kinds: Sequence[SubLayerKind] = ("ffn",),
+    stated: bool = False,
+) -> tuple[DecoderLayer, ...]:
+    """Return the layers with what can be masked and dropped in them.
+
+    `kinds` are the sub-layers that must be found; `stated`, the layers were named by a layout.
+    Layers without a FFN stay without one, if some layer has one. A model that cannot be run on
+    token ids is judged by shapes, and its units are multiplied. The model is left as it was, random
+    states included. UnsupportedModelError names all that stands against perturbing the model.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for index, layer in enumerate(layers):
+        alike.setdefault(kind_of(layer.module), []).append(index)
+    found = list(layers)
+    problems: list[str] = []
+    with undisturbed(model):
+        firsts = [layers[indices[0]] for indices in alike.values()]
+        with ExitStack() as undo:
+            calls = record_calls([first.module for first in firsts], undo)
+            failure = run_on_tokens(model, stack)
+        for indices, first in zip(alike.values(), firsts, strict=True):
+            judged = _judged(first, calls.get(id(first.module)), failure, stated=stated)
+            where = f"layer{'s' if len(indices) > 1 else ''} {_ranges(indices)}"
+            where = f"{where} ({type(first.module).__name__})"
+            if "ffn" in kinds:
+                problems += [f"{where}: {problem}" for problem in judged.ffn]
+            if "attention" in kinds and judged.why_no_attention:
+                problems.append(f"{where}: attention: {judged.why_no_attention}")
+            for index in indices:
+                found[index] = _likewise(first, judged.layer, layers[index])
+    if "ffn" in kinds and not problems and not any(layer.ffn for layer in found):
+        problems.append("no layer has a FFN: nothing in them maps each token, and not linearly")
+    if problems:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be perturbed:\n    " + "\n    ".join(problems),
+            expected="every weight of a FFN found, and nothing else taken for one",
+            do=None if stated else _advice(model, kinds),
+        )
+    return tuple(found)
+
+
+def _advice(model: nn.Module, kinds: Sequence[SubLayerKind]) -> str:
+    """Return what to do about a model that is refused; only what was tried and works."""
+    if "ffn" in kinds:
+        for layout in layouts_by_shape(model):
+            with suppress(UnsupportedModelError):
+                verified_layers(model, *layers_by_name(model, layout), stated=True)
+                return f"state where the FFN is: perturbed(..., layout={layout})"
+        with suppress(UnsupportedModelError):
+            stack, layers = candidate_layers(model, with_ffn=False)
+            verified_layers(model, stack, layers, kinds=("attention",))
+            return "perturb the attention alone: Perturbation(..., where='attention')"
+    return "train without masking and dropping: Perturbation()"
+
+
+def _judged(
+    layer: DecoderLayer, call: Call | None, failure: str | None, *, stated: bool
+) -> "_Judged":
+    reason = "the layer is not called" if call is None else _why_not_again(call)
+    if call is None or reason is not None:
+        return _by_shape(layer, f"not compared: {failure or reason}")
+    return _by_running(layer, call, stated=stated)
+
+
+def _why_not_again(call: Call) -> str | None:
+    try:
+        call.again()
+    except Exception as error:  # whatever a layer raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What holds for one layer: what was found in it, and what stands against perturbing it."""
+
+    layer: DecoderLayer
+    ffn: tuple[str, ...]
+    why_no_attention: str | None
+
+
+def _by_shape(layer: DecoderLayer, reason: str) -> _Judged:
+    units = tuple(
+        replace(unit, multiplied=reason, whole=None, narrows=False)
+        if isinstance(unit, FeedForward)
+        else unit
+        for unit in preferred(layer.ffn)
+    )
+    problems = []
+    if names := unclaimed_by_shape(layer.module, units):
+        problems.append(f"no FFN was recognised in {', '.join(names)}")
+    if not units:
+        problems.append(f"no FFN was recognised; {reason}")
+    attention = None if layer.attention else "it was not found"
+    return _Judged(replace(layer, ffn=units), tuple(problems), attention)
+
+
+def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _Judged:
+    claims = Claims(layer.module, call, layer.ffn)
+    reasons = [(unit, claims.why_not(unit)) for unit in layer.ffn]
+    units = tuple(unit for unit, reason in reasons if reason is None)
+    attention = layer.attention
+    if not stated:
+        attention = attention_of(layer.module, units, called=claims.calls)
+    result = replace(layer, ffn=units, attention=attention)
+    why_no_attention = why_attention_stays(result, call)
+    if attention is not None and why_no_attention is None:
+        seen = claims.behaviour(attention.module)
+        if seen is None or seen.per_token:
+            why_no_attention = f"{type(attention.module).__name__} mixes no tokens"
+    problems = [f"what the layout states is no FFN: {r}" for _, r in reasons if r and stated]
+    names = claims.unclaimed_in_layout(units) if stated else claims.unclaimed(units)
+    if names:
+        problems.append(f"no FFN was recognised in {', '.join(names)}")
+    if not problems and units:
+        try:
+            result = replace(result, ffn=masked(result, call))
+            result = dropped(result, call)
+        except UnsupportedModelError as error:
+            problems.append(str(error))
+    return _Judged(result, tuple(problems), why_no_attention)
+
+
+def _likewise(first: DecoderLayer, judged: DecoderLayer, other: DecoderLayer) -> DecoderLayer:
+    """Return another layer of the same kind with what was found in the first of them."""
+
+    def place(unit: Unit) -> int:
+        return next(n for n, u in enumerate(first.ffn) if u.modules == unit.modules)
+
+    def same(unit: Unit) -> Unit:
+        mine = other.ffn[place(unit)]
+        if not isinstance(unit, FeedForward) or not isinstance(mine, FeedForward):
+            return mine
+        return replace(
+            mine,
+            multiplied=unit.multiplied,
+            narrows=unit.narrows,
+            whole=mine.whole if unit.whole is not None else None,
+        )
+
+    twins = dict(zip(map(id, first.module.modules()), other.module.modules(), strict=True))
+    attention = judged.attention
+    return DecoderLayer(
+        other.module,
+        tuple(map(same, judged.ffn)),
+        attention
+        and replace(
+            attention, module=twins[id(attention.module)], output=twins[id(attention.output)]
+        ),
+        tuple(twins[id(module)] for module in judged.biased),
+    )
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Return "0 to 5, 7" for consecutive numbers."""
+    starts = [i for i in indices if i - 1 not in indices]
+    ends = [i for i in indices if i + 1 not in indices]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in pairs)
