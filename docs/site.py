@@ -81,9 +81,9 @@ def deployments() -> str:
         lines += ["", "| Parameter | Type | Default |", "| --- | --- | --- |"]
         for parameter, kind in rows(schema):
             field = schema["properties"][parameter]
-            stated = {**({"default": field["default"]} if "default" in field else {})}
-            stated |= {"default": v for k, v in item.get("parameters", {}).items() if k == parameter}
-            shown = f"`{json.dumps(stated['default'])}`" if stated else "required"
+            known = {"default": field.get("default")} if "default" in field else {}
+            stated = item.get("parameters", {}).get(parameter, known.get("default", "required"))
+            shown = stated if stated == "required" else f"`{json.dumps(stated)}`"
             lines.append(f"| `{parameter}` | {kind} | {shown} |")
         lines.append("")
         for title, definition in schema.get("definitions", {}).items():
