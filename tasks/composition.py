@@ -18,4 +18,5 @@ def platform() -> Platform:
         cache_bytes=settings().cache_bytes,
         places=settings().places,
         may_lack=settings().may_lack,
+        owners=settings().owners,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from trans_peft.domain.owners import FamilyRule, Owners
 from trans_peft.domain.places import Places
 
 __all__ = ["Settings", "settings"]
@@ -24,9 +25,14 @@ class Settings(BaseSettings):
     suites and adapters may name, separated by commas; empty means none.
     `TRANS_PEFT_SANDBOX_MAY_LACK` lists the guards of the sandbox for generated code that this
     worker may lack, separated by commas; empty means none.
+
+    `TRANS_PEFT_FAMILIES` is a JSON object of the base families that have rules of their own:
+    `{"smol": {"prefixes": ["s3://team-a/smol/"], "key": "/etc/trans-peft/smol.pem"}}`. The versions
+    of a family come from below its prefixes; without any, from below `TRANS_PEFT_BASES_URI`/NAME/.
+    With a key, each upload must be signed for it (docs/uploads.md).
     """
 
-    model_config = SettingsConfigDict(populate_by_name=True)
+    model_config = SettingsConfigDict(populate_by_name=True, env_ignore_empty=True)
 
     mlflow_tracking_uri: str = Field(alias="MLFLOW_TRACKING_URI")
     state_dir: Path = Field(alias="TRANS_PEFT_STATE")
@@ -35,6 +41,13 @@ class Settings(BaseSettings):
 
     readable: str = Field(default="", alias="TRANS_PEFT_READABLE")
     sandbox_may_lack: str = Field(default="", alias="TRANS_PEFT_SANDBOX_MAY_LACK")
+
+    families: dict[str, FamilyRule] = Field(default_factory=dict, alias="TRANS_PEFT_FAMILIES")
+
+    @property
+    def owners(self) -> Owners:
+        """From where, and with whose signature, each base family takes its versions."""
+        return Owners(self.bases_uri, self.families)
 
     @property
     def places(self) -> Places:

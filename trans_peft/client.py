@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from trans_peft.domain.owners import Owners
 from trans_peft.domain.places import Places
 from trans_peft.errors import InvalidSpecError
 from trans_peft.extras import explaining_missing_extras
@@ -27,6 +28,7 @@ def connect(
     cache_bytes: int | None = None,
     places: Places = Places(),  # noqa: B008  frozen
     may_lack: Collection[str] = (),
+    owners: Owners = Owners(),  # noqa: B008  frozen
 ) -> Platform:
     """Return the platform behind an MLflow tracking server. Nothing is requested yet.
 
@@ -35,7 +37,9 @@ def connect(
     unfinished training; it must not be shared between machines. `cache_bytes` limits the copies of
     bases (None: the disk is the limit). `places` limits which local folders and hub data sets are
     read (by default any, as suits a user's own machine). `may_lack` names the guards of the sandbox
-    for generated code that this machine may lack (by default none; see docs/suites.md).
+    for generated code that this machine may lack (by default none; see docs/suites.md). `owners`
+    says from where each base family takes its versions (by default from anywhere; see
+    docs/uploads.md).
 
     Raises InvalidSpecError without a tracking URI or for a guard that does not exist,
     ModuleNotFoundError without the extra `mlflow`.
@@ -71,4 +75,5 @@ def connect(
             work_dir=Path(work_dir).expanduser(),
             cache_bytes=cache_bytes,
             may_lack=guards_named(may_lack),
+            owners=owners,
         )

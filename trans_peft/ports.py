@@ -15,6 +15,7 @@ from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.outcome import TransferOutcome
+from trans_peft.domain.owners import Owners
 from trans_peft.domain.places import Places
 
 __all__ = [
@@ -221,6 +222,7 @@ class Platform:
 
     `cache_bytes` bounds its copies of bases (None: the disk alone does). `may_lack` names the
     guards of the sandbox for generated code that this worker may lack; its operator decides.
+    `owners` says from where, and with whose signature, each base family takes its versions.
     """
 
     store: ArtifactStore
@@ -231,3 +233,4 @@ class Platform:
     work_dir: Path
     cache_bytes: int | None = None
     may_lack: frozenset[str] = frozenset()
+    owners: Owners = Owners()  # noqa: RUF009  frozen

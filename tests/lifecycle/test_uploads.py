@@ -204,7 +204,7 @@ def test_mended_while_it_was_being_refused_it_is_looked_at_again(platform):
             found = super().list(prefix_uri)
             if prefix_uri == PREFIX:
                 self.listings += 1
-                if self.listings == 5:  # the last look of `verify`: from here on it is refused
+                if self.listings == 6:  # the last look of `verify`: from here on it is refused
                     put(platform, {"tokenizer.json": FILES["tokenizer.json"]})
             return found
 

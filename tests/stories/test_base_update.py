@@ -63,18 +63,17 @@ def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
 
 
 def test_an_upload_that_is_refused_fails_loudly_and_registers_nothing(stack, tmp_path):
-    stack.publish(write_tiny_base(tmp_path / "v3", seed=3), "v3", bucket="data")  # not watched
-    stack.s3.put_object(Bucket="data", Key="tiny/v3/config.json", Body=b"{}")
+    stack.publish(write_tiny_base(tmp_path / "v3", seed=3), "v3", bucket="data")  # not its place
     refused = stack.run("ingest-base", uri="s3://data/tiny/v3")
     assert refused["type"] == "FAILED"
-    assert "config.json" in refused["message"]
+    assert "a place below s3://bases/tiny/" in refused["message"]
     assert len(stack.mlflow.search_model_versions("name='tiny'")) == 2
 
 
 def test_a_version_registered_straight_in_mlflow_is_verified_and_made_ready(stack, tmp_path):
     for file in write_tiny_base(tmp_path / "v4", seed=4).iterdir():
-        stack.s3.upload_file(str(file), "bases", f"elsewhere/v4/{file.name}")  # and no manifest
-    registered = stack.mlflow.create_model_version("tiny", source="s3://bases/elsewhere/v4")
+        stack.s3.upload_file(str(file), "bases", f"tiny/by-hand/{file.name}")  # and no manifest
+    registered = stack.mlflow.create_model_version("tiny", source="s3://bases/tiny/by-hand")
     stack.run("reconcile", family="tiny", wait=True)
     wait_until(lambda: ready(stack, registered.version))
     stack.run("reconcile", family="tiny", wait=True)

@@ -29,7 +29,7 @@ from trans_peft.bases.safetensors_stream import (
     MalformedSafetensorsError,
     read_header,
 )
-from trans_peft.bases.upload import changed, content_problems, read_claim
+from trans_peft.bases.upload import BESIDE_THE_FILES, changed, content_problems, read_claim
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Manifest, ManifestFile
 from trans_peft.domain.names import CONVERTED_SUFFIX
@@ -238,7 +238,7 @@ def _write(
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
     for name, file in source.files.items():
-        if name == Manifest.FILE_NAME:
+        if name in BESIDE_THE_FILES:
             continue
         sha256, become = hashlib.sha256(), written.get(name)
         with source.open(name) as chunks:

@@ -10,7 +10,8 @@ from trans_peft.bases.fingerprint import Progress, folder_reader, scan
 from trans_peft.bases.manifest import dump_manifest, parse_manifest
 from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.refusals import refusal
-from trans_peft.bases.upload import read_manifest
+from trans_peft.bases.signatures import SIGNATURE_NAME, sign
+from trans_peft.bases.upload import BESIDE_THE_FILES, read_manifest
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Manifest
 from trans_peft.errors import NotFoundError, UploadError
@@ -27,14 +28,17 @@ def publish(
     version: str,
     parent: str | None = None,
     store: ArtifactStore,
+    sign_key: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Manifest:
     """Upload a Hugging Face folder (hidden files left out) as one version of a base family.
 
     All is checked before anything is written. An upload that was broken off is taken up again; one
-    that is complete and the same is left alone. `on_progress` counts each byte twice: hashed, sent.
+    that is complete and the same is left alone. With `sign_key`, a private key (PEM), the upload is
+    signed; one that is complete already gets a new signature. `on_progress` counts each byte
+    twice: hashed, sent.
     Raises NotFoundError for an empty folder, UploadError with all that speaks against it; the
-    model must load from these files (`model_check`).
+    model must load from these files (`model_check`). InvalidSpecError for a key that cannot sign.
     """
     folder = Path(folder)
     files = _files(folder)
@@ -55,8 +59,11 @@ def publish(
     check_checkpoint(found.checkpoint, str(folder))
     manifest = parse_manifest(dump_manifest(Manifest(family, version, parent, found.files)))
 
+    signature = None if sign_key is None else sign(manifest, sign_key)
     if _is_there(manifest, uri, store):
         report(2 * total, 2 * total)
+        if signature is not None:
+            _finish(manifest, signature, uri, store)
         return manifest
     sent = total
     for file in manifest.files:
@@ -64,8 +71,15 @@ def publish(
             store.write(child_uri(uri, file.name), data)
         sent += file.size
         report(sent, 2 * total)
-    store.write(child_uri(uri, Manifest.FILE_NAME), io.BytesIO(dump_manifest(manifest)))
+    _finish(manifest, signature, uri, store)
     return manifest
+
+
+def _finish(manifest: Manifest, signature: bytes | None, uri: str, store: ArtifactStore) -> None:
+    """Write the signature, if there is one, and the manifest last."""
+    if signature is not None:
+        store.write(child_uri(uri, SIGNATURE_NAME), io.BytesIO(signature))
+    store.write(child_uri(uri, Manifest.FILE_NAME), io.BytesIO(dump_manifest(manifest)))
 
 
 def _files(folder: Path) -> list[StoredFile]:
@@ -77,7 +91,7 @@ def _files(folder: Path) -> list[StoredFile]:
     return [
         StoredFile(path.relative_to(folder).as_posix(), path.stat().st_size, "")
         for path in paths
-        if path.name != Manifest.FILE_NAME
+        if path.name not in BESIDE_THE_FILES
     ]
 
 
@@ -94,7 +108,8 @@ def _is_there(manifest: Manifest, uri: str, store: ArtifactStore) -> bool:
             found=f"{earlier.family}/{earlier.version}, {len(earlier.files)} files",
             do="an upload is never overwritten: publish to another prefix",
         )
-    foreign = sorted({file.name for file in there} - {file.name for file in manifest.files})
+    ours = {file.name for file in manifest.files} | BESIDE_THE_FILES
+    foreign = sorted({file.name for file in there} - ours)
     if foreign:
         raise UploadError(
             f"there are other files at {uri}",

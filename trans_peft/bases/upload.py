@@ -14,6 +14,7 @@ from trans_peft.bases.checkpoint import Checkpoint
 from trans_peft.bases.fingerprint import Progress, reader, scan
 from trans_peft.bases.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from trans_peft.bases.refusals import refusal
+from trans_peft.bases.signatures import SIGNATURE_NAME
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, Manifest, ManifestFile
 from trans_peft.domain.bounds import MAX_FILES
@@ -21,6 +22,7 @@ from trans_peft.errors import IntegrityError, NotFoundError, UploadError, listed
 from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = [
+    "BESIDE_THE_FILES",
     "Claim",
     "VerifiedUpload",
     "changed",
@@ -29,6 +31,10 @@ __all__ = [
     "read_manifest",
     "verify",
 ]
+
+
+BESIDE_THE_FILES = frozenset({Manifest.FILE_NAME, SIGNATURE_NAME})
+"""What a manifest does not list: itself and its signature. Neither is a file of the base."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def verify(
     problems = [*filter(None, refusals.values()), *_in_each_others_way(there), *claim.against]
     if claim.unfinished:
         raise _refused(f"the upload {uri} is not complete:", [*claim.unfinished, *problems])
-    readable = [f for f in there if not refusals[f.name] and f.name != Manifest.FILE_NAME]
+    readable = [f for f in there if not refusals[f.name] and f.name not in BESIDE_THE_FILES]
     found = scan(readable, reader(uri, store), on_progress=on_progress)
     if found.changed or store.list(uri) != there:
         raise changed(uri, found.changed)
@@ -138,7 +144,7 @@ def content_problems(manifest: Manifest | None, read: Iterable[ManifestFile]) ->
 
 def _compared(manifest: Manifest, there: tuple[StoredFile, ...]) -> Claim:
     stated = {file.name: file for file in manifest.files}
-    found = {file.name: file for file in there if file.name != Manifest.FILE_NAME}
+    found = {file.name: file for file in there if file.name not in BESIDE_THE_FILES}
     missing = sorted(stated.keys() - found.keys())
     return Claim(
         manifest,

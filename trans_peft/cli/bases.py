@@ -79,12 +79,16 @@ def publish(
     family: Annotated[str, Parameter(help="Family of the base, such as `smollm2`.")],
     version: Annotated[str, Parameter(help="Your word for this version, such as `v2`.")],
     parent: Annotated[str | None, Parameter(help="The version that it was made from.")] = None,
+    sign_key: Annotated[
+        Path | None, Parameter(help="Private key (PEM, elliptic curve) to sign the upload with.")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Upload a base as one version of a family: the files first, a manifest with their hashes last.
 
     The platform takes an upload up when its manifest is there. The same upload again changes
-    nothing; another one in its place is refused.
+    nothing; another one in its place is refused. With a key, an OpenSSF model signature goes beside
+    the manifest.
 
     Example: `trans-peft publish models/v2 s3://bases/smollm2/v2 --family smollm2 --version v2
     --parent v1`
@@ -100,6 +104,7 @@ def publish(
             version=version,
             parent=parent,
             store=SchemeStore(),
+            sign_key=sign_key,
             on_progress=lambda done, total: shown.show(f"publishing {uri}", done, total, "B"),
         )
     if json:

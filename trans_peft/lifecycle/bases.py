@@ -16,11 +16,13 @@ from filelock import FileLock
 from trans_peft.bases.convert import convert, converted_uri, needs_conversion
 from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.publish import publish
-from trans_peft.bases.upload import read_manifest, verify
+from trans_peft.bases.signatures import signed_manifest
+from trans_peft.bases.upload import changed, read_manifest, verify
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import BaseVersion, Manifest, Upload
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import (
+    IntegrityError,
     InvalidSpecError,
     NotFoundError,
     StoreError,
@@ -40,17 +42,21 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
 
     The same upload again returns the version that is there. Raises UploadError with every reason
     for which it is refused (InvalidSpecError where the catalog will not have its family or URI):
-    nothing is made ready then, and `pending` leaves it out until a file of it changes.
+    nothing is made ready then, and `pending` leaves it out until a file of it changes. Among the
+    reasons: the family takes no versions from there, or has a key and the signature is not right.
     IntegrityError if it changes while it is read: the next `pending` has it again.
     The version of an InternLM2 upload has another URI, that of its Llama form.
     """
     uri, source = upload.uri, "registered" if upload.registered else "upload"
     memo = _memo(upload, platform)  # of what lies there now, whatever comes while it is read
     try:
+        expected = _admitted(upload, platform)
         if needs_conversion(uri, platform.store):
-            uri = _publish_converted(upload, platform)
+            uri, expected = _publish_converted(upload, expected, platform)
             source += f", converted from {upload.uri}"
         verified = verify(uri, platform.store)
+        if verified.manifest != expected:  # another one than was admitted
+            raise changed(uri, [Manifest.FILE_NAME])
         check_checkpoint(verified.checkpoint, f"the upload {uri}")
         family, version, parent = _claimed(upload, verified.manifest)
         claimed_sha256 = verified.manifest.sha256 if verified.manifest else ""
@@ -128,8 +134,44 @@ def _is_settled(
     return claimed is not None and claimed.sha256 in {base.manifest_sha256 for base in versions}
 
 
-def _publish_converted(upload: Upload, platform: Platform) -> str:
-    """Publish the Llama form of an InternLM2 upload, unless it is there, and return its URI."""
+def _admitted(upload: Upload, platform: Platform) -> Manifest | None:
+    """Return the manifest of an upload that its family takes from this place, None without one.
+
+    Raises UploadError if it does not, or if the family has a key and the signature is not right.
+    Only the manifest and the signature are read.
+    """
+    uri, store = upload.uri, platform.store
+    there = store.list(uri)
+    try:
+        manifest = read_manifest(uri, store, there)
+    except UploadError:
+        return None  # `verify` refuses it, with every other reason
+    except (IntegrityError, NotFoundError) as error:
+        raise changed(uri, [Manifest.FILE_NAME]) from error
+    named = upload.registered or manifest
+    if named is None:
+        return None
+    if objection := platform.owners.objection(named.family, uri):
+        raise UploadError(
+            f"{upload} cannot bring a version of the base family {named.family}: {objection}",
+            expected=f"a place below {' or '.join(platform.owners.prefixes(named.family))}",
+            found=uri,
+            do="upload it there, or let the operator add the place to TRANS_PEFT_FAMILIES",
+        )
+    if key := platform.owners.key(named.family):
+        signed = signed_manifest(uri, store, there, key)
+        if signed != manifest:
+            raise changed(uri, [Manifest.FILE_NAME])
+    return manifest
+
+
+def _publish_converted(
+    upload: Upload, admitted: Manifest | None, platform: Platform
+) -> tuple[str, Manifest]:
+    """Publish the Llama form of an InternLM2 upload, unless it is there; return URI and manifest.
+
+    Raises IntegrityError if the upload is not the one that was admitted any more.
+    """
     uri = converted_uri(upload.uri)
     folder = platform.work_dir / "converted" / content_sha256(upload.uri)[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -137,13 +179,15 @@ def _publish_converted(upload: Upload, platform: Platform) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             manifest = convert(upload.uri, platform.store, folder)
+            if manifest != admitted:
+                raise changed(upload.uri, [Manifest.FILE_NAME])
             family, version, parent = _claimed(upload, manifest)
-            publish(
+            published = publish(
                 folder, uri, family=family, version=version, parent=parent, store=platform.store
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    return uri
+    return uri, published
 
 
 def _claimed(upload: Upload, manifest: Manifest | None) -> tuple[str, str, str | None]:
@@ -183,8 +227,19 @@ def _memo(upload: Upload, platform: Platform) -> Path:
     except (NotFoundError, InvalidSpecError):  # no such bucket, or a URI of no store
         files = []
     number = upload.registered.number if upload.registered else None
-    name = content_sha256([upload.uri, files, number])[:16]
+    name = content_sha256([upload.uri, files, number, platform.owners, _keys(platform)])[:16]
     return platform.work_dir / "refused" / f"{name}.json"
+
+
+def _keys(platform: Platform) -> list[str]:
+    """Return the public keys of all families: with another key, a refusal is no longer right."""
+    keys = []
+    for _, rule in sorted(platform.owners.families.items()):
+        try:
+            keys.append(Path(rule.key).read_text() if rule.key else "")
+        except (OSError, ValueError):
+            keys.append("unreadable")
+    return keys
 
 
 def _remember(memo: Path, upload: Upload, why: str) -> None:
