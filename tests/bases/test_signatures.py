@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.bases.uploads import folder_of
+from tests.bases.uploads import model_of
 from trans_peft.bases.manifest import dump_manifest
 from trans_peft.bases.publish import publish
 from trans_peft.bases.signatures import SIGNATURE_NAME, sign, signed_manifest
@@ -64,7 +65,7 @@ def keys(tmp_path_factory):
 def folder(tmp_path):
     made = tmp_path / "model"
     made.mkdir()
-    for name, data in folder_of().items():
+    for name, data in model_of().items():
         (made / name).write_bytes(data)
     return made
 
@@ -78,10 +79,19 @@ def get(store, name):
         return b"".join(chunks)
 
 
-def published(folder, key, **changes):
-    store = MemoryStore()
-    given = {"family": "smol", "version": "v1", "store": store, "sign_key": key}
-    publish(folder, URI, **given | changes)
+def published(folder, key, version="v1"):
+    """Store an upload without looking at its files: most tests are about the signature alone."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    listed = [
+        ManifestFile(name, len(data), hashlib.sha256(data).hexdigest())
+        for name, data in files.items()
+    ]
+    manifest, store = Manifest("smol", version, None, tuple(listed)), MemoryStore()
+    files[Manifest.FILE_NAME] = dump_manifest(manifest)
+    if key is not None:
+        files[SIGNATURE_NAME] = sign(manifest, key)
+    for name, data in files.items():
+        put(store, name, data)
     return store
 
 
@@ -92,7 +102,8 @@ def check(store, public):
 @pytest.mark.parametrize("curve", CURVES)
 def test_a_published_upload_is_signed_and_stays_one_that_is_accepted(folder, keys, curve):
     private, public = keys[curve]
-    store = published(folder, private)
+    store = MemoryStore()
+    publish(folder, URI, family="smol", version="v1", store=store, sign_key=private)
     manifest = check(store, public)
     assert (manifest.family, manifest.version) == ("smol", "v1")
     assert verify(URI, store).manifest == manifest

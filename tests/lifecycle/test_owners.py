@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.bases.internlm2_uploads import write_internlm2
 from tests.bases.test_signatures import write_keys
-from tests.bases.uploads import folder_of, weights
+from tests.bases.uploads import model_of, model_weights
 from tests.lifecycle.test_uploads import FILES, manifest_of, put, reconcile, registered
 from trans_peft.bases.manifest import dump_manifest, parse_manifest
 from trans_peft.bases.publish import publish
@@ -25,7 +25,7 @@ from trans_peft.lifecycle.bases import ingest, pending
 
 ROOT = "s3://bases"
 HOME = f"{ROOT}/smol/v1"
-OTHERS = folder_of(weights(1))
+OTHERS = model_of(model_weights(seed=1))
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ class TestKeys:
     def test_a_file_that_differs_from_the_signed_manifest_is_refused(self, platform, keys):
         platform = keyed(platform, keys[0][1])
         upload(platform, HOME, keys[0][0])
-        config = FILES["config.json"].replace(b"2", b"3", 1)
+        config = FILES["config.json"][:-1] + b" "
         platform.store.write(f"{HOME}/config.json", io.BytesIO(config))
         (said,) = reconcile(platform)
         assert "config.json: sha256" in said
