@@ -6,6 +6,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.validation.models import CONFIGS, Counting, by_transformers, ending_with, model_of
 from trans_peft.errors import EvaluationError, InvalidSpecError, UnsupportedModelError
 from trans_peft.validation.batching import evaluating
+from trans_peft.validation.choice import log_likelihoods
 from trans_peft.validation.generation import generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +113,8 @@ def test_an_adapter_that_adds_tokens_of_its_own_is_refused(tokenizer, prompts):
     )
     with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING"):
         generate(model, tokenizer, prompts, max_new_tokens=2)
+    with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING"):
+        log_likelihoods(model, [([5, 6], [[7], [8, 9]])])
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trans_peft.errors import InvalidSpecError, UnsupportedModelError
+from trans_peft.errors import InvalidSpecError
 from trans_peft.text.answers import answer_text, spoken
 from trans_peft.validation.batching import Progress, evaluating, in_batches
 from trans_peft.validation.decoding import Decoder, Row
-from trans_peft.validation.reading import Reader
+from trans_peft.validation.reading import Reader, check_adapter
 
 __all__ = ["Answers", "evaluating", "generate"]
 
@@ -112,13 +112,7 @@ def _check(
     max_new_tokens: int,
     drafts: Sequence[Sequence[int]] | None,
 ) -> None:
-    peft_config: Any = getattr(model, "active_peft_config", None)
-    if peft_config is not None and peft_config.is_prompt_learning:
-        raise UnsupportedModelError(
-            "answers of prompt-learning adapters cannot be decoded here",
-            expected="an adapter inside the layers, such as LORA",
-            found=peft_config.peft_type,
-        )
+    check_adapter(model)
     empty = [i for i, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise InvalidSpecError("prompts without a single token", found=f"positions {empty[:10]}")

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from trans_peft.errors import UnsupportedModelError
 from trans_peft.validation.drafting import PASS
 
-__all__ = ["Part", "Reader", "erasable", "last_columns", "take_back"]
+__all__ = ["Part", "Reader", "check_adapter", "erasable", "last_columns", "take_back"]
 
 _CHANGING_ROPES = ("dynamic", "longrope")
 """Rotary frequencies that depend on a text's length: a beginning is not the same by itself."""
@@ -40,6 +41,7 @@ class Reader:
     """Reads texts with one model; begins them with what all its `prompts` begin with."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]] = ()) -> None:
+        check_adapter(model)
         self._model = model
         self.device = next(model.parameters()).device
         self._beginning = _worth_sharing(model, prompts)
@@ -92,6 +94,20 @@ class Reader:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=last_columns(kept, of=before + behind, device=self.device),
+        )
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for an adapter that puts virtual tokens in front of every pass.
+
+    A pass that continues from a cache would then read them again, in the middle of the text.
+    """
+    peft_config: Any = getattr(model, "active_peft_config", None)
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise UnsupportedModelError(
+            "answers of prompt-learning adapters cannot be evaluated",
+            expected="an adapter inside the layers, such as LORA",
+            found=peft_config.peft_type,
         )
 
 
