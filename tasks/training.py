@@ -8,6 +8,7 @@ from tasks.policy import RETRIES
 from tasks.progress import evaluation_progress, training_progress
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import GatePolicy, Suite
+from trans_peft.domain.names import check_names
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.lifecycle import train_anew as anew
@@ -47,6 +48,7 @@ def adopt_adapter(
     adapter: str, folder_uri: str, family: str, suites: tuple[Suite, ...], base_version: str | None
 ) -> AdapterVersion:
     """Check, evaluate and register a PEFT folder that already exists."""
+    check_names("the adapter", adapter=adapter, family=family)  # the lock takes the name, too
     with adapter_lock(adapter):
         return adopt(
             adapter,

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tasks.training import adopt_adapter
 from trans_peft.bases.manifest import parse_manifest
 from trans_peft.cli.workspace import adapter_name, base_label
 from trans_peft.domain.adapter import AdapterVersion
@@ -20,6 +21,7 @@ from trans_peft.domain.names import (
     quoted,
     same_but_for_case,
 )
+from trans_peft.domain.outcome import Reason, Work
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, UploadError
@@ -77,6 +79,8 @@ def test_a_name_satisfies_the_rules_of_every_store(name):
         lambda name: BaseVersion(name, "v1", "s3://x", 1),
         lambda name: BaseVersion("f", name, "s3://x", 1),
         lambda name: BaseVersion("f", "v1", "s3://x", 1, parent=name),
+        lambda name: Work(name, 1, "v1", Reason.NEVER_JUDGED),
+        lambda name: Work("a", 1, name, Reason.NEVER_JUDGED),
         lambda name: Suite(name, DATA),
         lambda name: TrainingRecipe(name, "f", DATA, (SUITE,)),
         lambda name: TrainingRecipe("a", name, DATA, (SUITE,)),
@@ -135,3 +139,11 @@ def test_names_that_the_command_line_makes_of_paths_are_names(path):
             assert name_problem("version", base_label(uri)) is None
             assert name_problem("adapter", adapter_name(uri)) is None
     assert base_label("/a/v1") != base_label("/b/v1")
+
+
+@pytest.mark.parametrize("name", ["A's adapter", "a/b", "latest", ""])
+@pytest.mark.parametrize("field", ["adapter", "family"])
+def test_an_adoption_under_another_name_ends_before_it_locks_or_writes(field, name):
+    given = {"adapter": "a", "family": "f"} | {field: name}
+    with pytest.raises(InvalidSpecError, match=field):
+        adopt_adapter.fn(given["adapter"], "s3://x", given["family"], (SUITE,), None)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from trans_peft.domain.evaluation import Evaluation, Judgement, Verdict, verdict_key
+from trans_peft.domain.names import check_names
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.remedies import Rung, Tried
 
@@ -66,6 +67,9 @@ class Work:
     reason: Reason
     attempt: int = 1
     estimated_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        check_names("the work", adapter=self.adapter, base_version=self.base_version)
 
     @property
     def key(self) -> tuple[str, int, str, int]:
