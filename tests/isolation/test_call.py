@@ -24,7 +24,7 @@ from trans_peft.errors import (
     LimitExceededError,
     TransPeftError,
 )
-from trans_peft.isolation import Limits, call_isolated
+from trans_peft.isolation import Limits, call_isolated, is_out_of_memory
 
 SUBJECT = "the tokenizer of s3://bases/mine"
 TORCH = ("torch",)
@@ -286,3 +286,19 @@ def _wait_until(true, seconds=30):
     while not true():
         assert time.monotonic() < until, "it did not happen"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("memory"), False),
+    ],
+)
+def test_every_form_of_a_reached_memory_limit_is_recognized(error, expected):
+    assert is_out_of_memory(error) is expected

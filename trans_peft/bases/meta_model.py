@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trans_peft.isolation import is_out_of_memory
 from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ def inspect_checkpoint(
         full_config, model_class, own_config = _model_class(config)
         checkpoint = _Checkpoint(tensors)
         loaded = _load(model_class, own_config, checkpoint)
-    except MemoryError:
-        raise
     except Exception as error:  # an untrusted config can make any line of transformers fail
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
         return {
             "problems": [
                 "config.json: transformers cannot build and load its model:"
@@ -278,9 +279,9 @@ def _tokenizer_problems(
                 path.write_text(text, encoding="utf-8", errors="surrogatepass")
             tokenizer = load_tokenizer(Path(folder))
         problems = tokenizer_problems(tokenizer)
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
         return [f"the tokenizer cannot be used: {type(error).__name__}: {_first_lines(error)}"]
     return problems + _tokens_without_rows(model, tokenizer.get_vocab())
 

@@ -11,6 +11,6 @@ that a model wrote run in `trans_peft.validation.sandbox` instead.
 """
 
 from trans_peft.isolation.call import call_isolated
-from trans_peft.isolation.limits import Limits
+from trans_peft.isolation.limits import Limits, is_out_of_memory
 
-__all__ = ["Limits", "call_isolated"]
+__all__ = ["Limits", "call_isolated", "is_out_of_memory"]

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trans_peft.errors import TransPeftError
-from trans_peft.isolation.limits import Limits
+from trans_peft.isolation.limits import Limits, is_out_of_memory
 
 __all__ = ["run"]
-
-_MEMORY_TEXTS = ("can't allocate memory", "std::bad_alloc", "cannot allocate memory")
-"""How torch and pyarrow report that the memory limit was reached, besides MemoryError."""
 
 
 def run(call: socket.socket, stderr: int, header: dict[str, Any]) -> NoReturn:
@@ -54,13 +51,10 @@ def _answer(request: bytes, limits: Limits) -> dict[str, Any]:
         return {"result": result}
     except TransPeftError as error:
         return {"error": type(error).__name__, "text": str(error)}
-    except MemoryError:
-        return {"limit": "memory"}
     except BaseException as error:  # a panic in Rust is no Exception
-        text = str(error)
-        if any(sign in text.lower() for sign in _MEMORY_TEXTS):
+        if is_out_of_memory(error):
             return {"limit": "memory"}
-        return {"other": type(error).__name__, "text": text[:2000]}
+        return {"other": type(error).__name__, "text": str(error)[:2000]}
 
 
 def _check_plain(value: Any) -> None:

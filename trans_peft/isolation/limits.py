@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Limits"]
+__all__ = ["Limits", "is_out_of_memory"]
 
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -66,3 +66,17 @@ def _data_bytes() -> int | None:
         if line.startswith("VmData:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+_MEMORY_TEXTS = (
+    "can't allocate memory",  # torch
+    "cannot allocate memory",  # the C library
+    "std::bad_alloc",  # pyarrow
+    "can't start new thread",  # Python, which has no memory for the thread's stack
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of a child process means that its memory limit was reached."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in _MEMORY_TEXTS)

@@ -18,6 +18,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+from trans_peft.isolation import is_out_of_memory
+
 __all__ = [
     "MAX_TEMPLATE_CHARACTERS",
     "PINNED_DATE",
@@ -135,9 +137,9 @@ def render_prompts(
             contents = "\n".join(str(message.get("content")) for message in messages)
             if set(_ADDRESS.findall(text)) - set(_ADDRESS.findall(template + contents)):
                 raise ValueError("it writes a memory address into the prompt")
-        except MemoryError:
-            raise
         except Exception as error:  # whatever an untrusted program raises
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
             text, problem = "", f"the chat template failed: {_told(error)}"
         texts.append(text)
         problems.append(problem)

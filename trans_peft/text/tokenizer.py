@@ -5,6 +5,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from trans_peft.errors import UnsupportedModelError
+from trans_peft.isolation import is_out_of_memory
 from trans_peft.text.tokenizer_files import TOKENIZER_NAME, stage
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             tokenizer = AutoTokenizer.from_pretrained(
                 scratch, trust_remote_code=False, local_files_only=True
             )
-        except MemoryError:
-            raise
         except Exception as error:  # transformers raises many kinds for files that fit no class
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
             raise UnsupportedModelError(
                 f"the tokenizer in {folder} cannot be loaded",
                 expected=f"a class of transformers that needs no file but {TOKENIZER_NAME}",
