@@ -25,7 +25,7 @@ def upload(
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Write every file of the folder, then the manifest. Repeating it writes the same again."""
-    s3 = boto3.client("s3")
+    s3 = boto3.Session().client("s3")
     files = sorted(file for file in folder.iterdir() if file.is_file())
     total, sent = sum(file.stat().st_size for file in files), 0
 

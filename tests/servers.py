@@ -156,7 +156,7 @@ def _make_buckets(server: _Server) -> None:
     import boto3
     from botocore.exceptions import ClientError
 
-    client = boto3.client("s3")
+    client = boto3.Session().client("s3")
     deadline = time.monotonic() + START_TIMEOUT_S
     for bucket in ("bases", "mlflow"):
         while True:  # the gateway is healthy a moment before it can store

@@ -79,8 +79,8 @@ class SqsQueue:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        # Told by hand: AWS_ENDPOINT_URL may lead to an S3 server that has no queues.
-        self._sqs: Any = boto3.client(
+        # The URL is explicit: AWS_ENDPOINT_URL may name an S3 server without queues.
+        self._sqs: Any = boto3.Session().client(
             "sqs",
             endpoint_url=url.rsplit("/", 2)[0],
             config=Config(

@@ -52,7 +52,7 @@ def make_buckets(settings: StackSettings) -> None:
 
 
 def _s3(settings: StackSettings, attempts: int) -> Any:
-    return boto3.client(
+    return boto3.Session().client(
         "s3",
         endpoint_url=settings.urls["s3"],
         aws_access_key_id=settings.secrets.s3_access_key,

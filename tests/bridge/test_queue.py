@@ -105,7 +105,7 @@ def test_an_upload_to_s3_with_a_queue_starts_reconcile_and_poison_ends_among_the
 ):
     import boto3
 
-    s3, sqs = boto3.client("s3"), boto3.client("sqs")
+    s3, sqs = boto3.Session().client("s3"), boto3.Session().client("sqs")
 
     def arn(url):
         found = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])

@@ -148,7 +148,7 @@ class TestS3:
     def test_lists_more_than_one_page(self, servers, unique):
         import boto3
 
-        client = boto3.client("s3")
+        client = boto3.Session().client("s3")
 
         def put(i: int) -> None:
             client.put_object(Bucket=servers.bucket, Key=f"{unique}/{i:04}", Body=b"x")
@@ -164,7 +164,8 @@ class TestS3:
     def test_folder_markers_are_no_files(self, servers, unique):
         import boto3
 
-        boto3.client("s3").put_object(Bucket=servers.bucket, Key=f"{unique}/sub/", Body=b"")
+        client = boto3.Session().client("s3")
+        client.put_object(Bucket=servers.bucket, Key=f"{unique}/sub/", Body=b"")
         assert SchemeStore().list(f"s3://{servers.bucket}/{unique}") == ()
 
     @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def option(process, name):
 
 
 def test_no_port_reads_or_writes_a_bucket_without_credentials(servers, weed):
-    s3 = boto3.client("s3")
+    s3 = boto3.Session().client("s3")
     s3.put_object(Bucket="bases", Key="secret/x.txt", Body=SECRET)
     s3.put_object(Bucket="bases", Key="secret/big", Body=SECRET * 500_000)  # in several chunks
     ports = ports_of([weed])

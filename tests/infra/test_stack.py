@@ -95,7 +95,7 @@ class Running:
 
     def s3(self):
         client = self.settings.client_environment
-        return boto3.client(
+        return boto3.Session().client(
             "s3",
             endpoint_url=client["AWS_ENDPOINT_URL"],
             aws_access_key_id=client["AWS_ACCESS_KEY_ID"],

@@ -26,7 +26,11 @@ def s3(servers):
     from botocore.config import Config
 
     silent = Config(request_checksum_calculation="when_required")
-    return {"boto3": boto3.client("s3"), "without checksums": boto3.client("s3", config=silent)}
+    session = boto3.Session()
+    return {
+        "boto3": session.client("s3"),
+        "without checksums": session.client("s3", config=silent),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ class Stack:
 
     def __post_init__(self):
         client = self.settings.client_environment
-        self.s3 = boto3.client(
+        self.s3 = boto3.Session().client(
             "s3",
             endpoint_url=client["AWS_ENDPOINT_URL"],
             aws_access_key_id=client["AWS_ACCESS_KEY_ID"],

@@ -65,7 +65,7 @@ class S3Store:
 
     @cached_property
     def _client(self) -> Any:
-        return boto3.session.Session().client("s3", config=self._config)
+        return boto3.Session().client("s3", config=self._config)
 
     def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
         """Return every object below the prefix, sorted by name; folder markers are no objects."""
