@@ -217,14 +217,14 @@ def test_what_is_no_signature_is_refused_in_words(folder, keys, content):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_a_signature_with_any_changed_byte_is_refused_or_says_the_same(keys, data):
+@given(place=st.integers(0), other=st.binary(max_size=3))
+def test_a_signature_with_any_changed_byte_is_refused_or_says_the_same(keys, place, other):
     manifest = Manifest("f", "v1", None, (ManifestFile("a", 1, "1" * 64),))
     store = MemoryStore()
     kept = sign(manifest, keys["P-256"][0])
-    at = data.draw(st.integers(0, len(kept) - 1))
+    at = place % len(kept)  # every signing makes another signature, of another length
     put(store, Manifest.FILE_NAME, dump_manifest(manifest))
-    put(store, SIGNATURE_NAME, kept[:at] + data.draw(st.binary(max_size=3)) + kept[at + 1 :])
+    put(store, SIGNATURE_NAME, kept[:at] + other + kept[at + 1 :])
     with contextlib.suppress(UploadError):
         assert check(store, keys["P-256"][1]) == manifest
 

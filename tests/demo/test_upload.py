@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +26,8 @@ def test_the_manifest_comes_last_and_is_one_that_ingestion_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     bucket = Bucket()
-    monkeypatch.setattr(module.boto3, "client", lambda name: bucket)
+    session = SimpleNamespace(client=lambda name: bucket)
+    monkeypatch.setattr(module.boto3, "Session", lambda: session)
     for name, content in (("config.json", b"{}"), ("model.safetensors", b"12345")):
         (tmp_path / name).write_bytes(content)
     seen = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.bases.uploads import folder_of
+from tests.bases.uploads import model_of
 from tests.lifecycle.test_uploads import manifest_of, registered
 from trans_peft.domain.base import Manifest
 from trans_peft.edges.memory import memory_platform
@@ -16,7 +16,7 @@ from trans_peft.lifecycle.bases import ingest, pending
 pytestmark = pytest.mark.servers
 
 BIG = {"README.md": b"0123456789abcdef" * (6 << 16)}  # 6 MiB: two parts
-FILES = folder_of() | BIG
+FILES = model_of() | BIG
 WHOLE = FILES | {Manifest.FILE_NAME: manifest_of(FILES)}
 
 
