@@ -19,13 +19,13 @@ from study.fleet import FAMILY
 from trans_peft.data import pin, read_examples
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
-from trans_peft.domain.outcome import Reason, Work
-from trans_peft.lifecycle.questions import questions_for
+from trans_peft.domain.outcome import Reason, TransferTask
+from trans_peft.lifecycle.questions import tokenized_suite_for
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.models import load_base, load_tokenizer
-from trans_peft.transfer.transplant import attached
+from trans_peft.transfer.load_adapter import attached
 from trans_peft.validation.evaluate import answer, context_of, evaluate
-from trans_peft.validation.questions import prepare
+from trans_peft.validation.tokenized_suite import prepare
 
 
 class Laps:
@@ -151,7 +151,7 @@ def whole(world: World, *, sequential: bool = False) -> dict[str, Any]:
     for name, version in world.versions.items():
         with laps.of(name):
             world.platform.evaluations.put(world.reference(name))  # known, as in a registry
-            work = Work(name, version.number, world.new.version, Reason.NEVER_JUDGED)
+            work = TransferTask(name, version.number, world.new.version, Reason.NEVER_JUDGED)
             outcome = transfer(work, FAMILY, policy, world.platform)
         said = [
             e
@@ -177,7 +177,7 @@ def references(world: World) -> dict[str, Any]:
 def turns(world: World, count: int) -> dict[str, Any]:
     """Attach, answer, detach, so many times; the most memory that the process ever had."""
     base = load_base(world.folder, world.suite.dtype)
-    asked = questions_for(world.suite, base, world.platform)
+    asked = tokenized_suite_for(world.suite, base, world.platform)
     folders = list(world.task.adapters.values())
     for turn in range(count):
         with attached(base.model, Path(folders[turn % len(folders)])) as model:

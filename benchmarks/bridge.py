@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ratios import record
-from infra.bridge.senders import sign
+from infra.bridge.authentication import sign
 from infra.stack.machine import free_ports
 from infra.stack.settings import StackSettings
 from infra.stack.stack import down, up
@@ -78,16 +78,17 @@ def main() -> None:
             keep(name if part == "all" else f"{name}.{part}", [one[part] for one in taken])
 
     with tempfile.TemporaryDirectory(prefix="tp-bench-") as folder, running(Path(folder)) as stack:
-        bench = Bench(stack, Path(folder))
+        bench = CandidateEvaluator(stack, Path(folder))
         if chosen.uploads:
             bench.make_fleet()
         uploads = [bench.upload(n) for n in range(2, 2 + chosen.uploads)]
         keep_split("trigger.upload_to_first_verdict_s", UPLOAD, uploads)
         if chosen.bursts or chosen.promotions:
             bench.make_families()
-        bursts = [bench.burst(chosen.hints, n) for n in range(chosen.bursts)]
+        bursts = [bench.burst(chosen.notifications, n) for n in range(chosen.bursts)]
         again = sum(times for _, times in bursts)
-        shape = f"{chosen.hints} hints at once, {len(FAMILIES)} families; {again} answers were 503"
+        count = f"{chosen.notifications} notifications at once, {len(FAMILIES)} families"
+        shape = f"{count}; {again} answers were 503"
         for name, at in (("p50", 50), ("p99", 99)) if bursts else ():
             values = [statistics.quantiles(burst, n=100)[at - 1] * 1000 for burst, _ in bursts]
             keep(f"bridge.{name}_ms", values, shape=shape)
@@ -108,7 +109,7 @@ def running(folder: Path) -> Iterator[Stack]:
         down(settings, print)
 
 
-class Bench:
+class CandidateEvaluator:
     """A running stack, asked as its clients ask it."""
 
     def __init__(self, stack: Stack, folder: Path) -> None:
@@ -148,11 +149,11 @@ class Bench:
                 raise RuntimeError(f"{adapter} was not trained: {state}")
         self._settle()
 
-    def burst(self, hints: int, number: int) -> tuple[list[float], int]:
+    def burst(self, notifications: int, number: int) -> tuple[list[float], int]:
         """Send so many hints at once; return the seconds of each, and how many answers were 503."""
         port = self._stack.settings.bridge_port
         secret = self._stack.settings.secrets.bridge_mlflow_secret
-        requests = [_request(secret, number, n // 2) for n in range(hints)]
+        requests = [_request(secret, number, n // 2) for n in range(notifications)]
         again = 0
 
         async def send(request: bytes) -> float:
@@ -181,11 +182,14 @@ class Bench:
         """Set `champion` and return the seconds until its run's first line, and what they were."""
         set_at = time.time()
         self._stack.champion(str(1 + number % 2), FAMILIES[0])
-        hint = self._hint("champion")
-        run = self._began(hint["run"])
-        states = self._stack.prefect("GET", f"flow_run_states/?flow_run_id={hint['run']}")
+        notification = self._hint("champion")
+        run = self._began(notification["run"])
+        states = self._stack.prefect("GET", f"flow_run_states/?flow_run_id={notification['run']}")
         at = {state["type"]: _seconds(state["timestamp"]) for state in states}
-        heard, created = _seconds(hint["time"]) - hint["seconds"], _seconds(run["created"])
+        heard, created = (
+            _seconds(notification["time"]) - notification["seconds"],
+            _seconds(run["created"]),
+        )
         self._settle()
         return _split(PROMOTION, (set_at, heard, created, at["PENDING"], at["RUNNING"]))
 
@@ -193,7 +197,7 @@ class Bench:
         """Upload a base; return the seconds from its manifest to its first verdict, and a split."""
         name = f"v{number}"
         put_at = self._put(write_update(self._folder / name, seed=number), name)
-        hint = self._hint("upload")
+        notification = self._hint("upload")
         stack, judged = self._stack, []
 
         def verdict() -> bool:
@@ -211,7 +215,7 @@ class Bench:
 
         wait_until(verdict, patience_s=600)
         judged_at = time.time()
-        run = self._began(hint["run"])
+        run = self._began(notification["run"])
         shards = self._runs(tags={"all_": ["family:tiny"]})
         created = {_seconds(shard["created"]): shard for shard in shards}
         shard = created[min(at for at in created if at > put_at)]

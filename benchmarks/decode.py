@@ -26,17 +26,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.ratios import Clock, machine, middle, parser, prepare, record
+from benchmarks.ratios import StepCounter, machine, middle, parser, prepare, record
 from study.fleet import MOST, PATCH, STOP, adapter, bases_and_rows, statements
 from trans_peft.data import Example, parse_examples
 from trans_peft.models import load_base
-from trans_peft.transfer.transplant import attached
-from trans_peft.validation.generation import Answers, generate
+from trans_peft.transfer.load_adapter import attached
+from trans_peft.validation.decoding.generation import Answers, generate
 
 ITEMS = 64
 
 
-class Questions:
+class TokenizedSuite:
     """Prompts, and how they are answered: by us, with drafts or without, and by transformers."""
 
     def __init__(self, tokenizer: Any, examples: Sequence[Example]) -> None:
@@ -84,7 +84,7 @@ class Questions:
         return answers
 
 
-def seconds(answer: Callable[[], object], clock: Clock) -> Callable[[], float]:
+def seconds(answer: Callable[[], object], clock: StepCounter) -> Callable[[], float]:
     def timed() -> float:
         started = clock()
         answer()
@@ -124,12 +124,12 @@ def loaded(folder: Path, adapter: Path) -> Iterator[tuple[Any, Any]]:
 @contextmanager
 def both(
     options: argparse.Namespace, update: str
-) -> Iterator[tuple[Any, Questions, list[list[int]]]]:
+) -> Iterator[tuple[Any, TokenizedSuite, list[list[int]]]]:
     """The adapter on the updated base, the questions, and what it answered on the old one."""
     if options.tiny:
         examples = [Example(str(i), f"question {i} {'?' * (i % 7)}", "") for i in range(4)]
         (old, tokenizer), (new, _) = tiny(update=0.0), tiny(update=0.001)
-        questions = Questions(tokenizer, examples)
+        questions = TokenizedSuite(tokenizer, examples)
         yield new, questions, questions.ours(old, 4).ids
         return
     bases_and_rows(options.study, update)
@@ -137,9 +137,9 @@ def both(
     folder = adapter(options.study, rows, "lora-16", seed=1)
     examples = list(parse_examples(rows["eval"].read_bytes(), "eval.jsonl"))[: options.items]
     with loaded(options.study / "bases" / "v1", folder) as (model, tokenizer):
-        recorded = Questions(tokenizer, examples).ours(model, 32).ids
+        recorded = TokenizedSuite(tokenizer, examples).ours(model, 32).ids
     with loaded(options.study / "bases" / update, folder) as (model, tokenizer):
-        yield model, Questions(tokenizer, examples), recorded
+        yield model, TokenizedSuite(tokenizer, examples), recorded
 
 
 def never_right(answers: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -159,10 +159,10 @@ def compare(
     batch: int,
     suffix: str,
     model: Any,
-    questions: Questions,
+    questions: TokenizedSuite,
     recorded: list[list[int]],
     options: argparse.Namespace,
-    clock: Clock,
+    clock: StepCounter,
 ) -> None:
     """Take and keep the four ratios at one batch size."""
     plain, drafted = questions.ours(model, batch), questions.ours(model, batch, recorded)

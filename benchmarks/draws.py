@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from trans_peft.domain.recipe import Perturbation
-from trans_peft.perturbation.draws import Moment, SubLayerKind, draw
+from trans_peft.perturbation.draws import SubLayerKind, TrainingPosition, draw
 
 __all__ = ["AXES", "bits", "families"]
 
@@ -36,7 +36,7 @@ def bits(seed: int, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, np.ndar
         step, layer, rank, micro_step, kind = place
         drawn = draw(
             PERTURBATION,
-            Moment(step, micro_step),
+            TrainingPosition(step, micro_step),
             seed=seed,
             rank=rank,
             layer=layer,

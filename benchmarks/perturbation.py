@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from ratios import (
-    Clock,
+    StepCounter,
     keep_freed_memory,
     machine,
     middle,
@@ -111,7 +111,7 @@ class Step:
         self.ids = torch.randint(0, 49152, (BATCH, LENGTH))
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
-    def __call__(self, clock: Clock) -> float:
+    def __call__(self, clock: StepCounter) -> float:
         with self.arm(self.model, self.steps):
             started = clock()
             self.model(input_ids=self.ids, labels=self.ids).loss.backward()
@@ -123,7 +123,7 @@ class Step:
 
 
 def time_ratio(
-    model: PeftModel, first: Arm, second: Arm, pairs: int, clock: Clock
+    model: PeftModel, first: Arm, second: Arm, pairs: int, clock: StepCounter
 ) -> dict[str, float]:
     a, b = Step(model, first), Step(model, second)
     return middle(paired(lambda: a(clock), lambda: b(clock), pairs))

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-Clock = Callable[[], float]
+StepCounter = Callable[[], float]
 RESULTS = Path(__file__).with_name("results.json")
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "process": time.process_time}
+CLOCKS: dict[str, StepCounter] = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def parser(description: str | None, pairs: int) -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def parser(description: str | None, pairs: int) -> argparse.ArgumentParser:
     return ours
 
 
-def prepare(options: argparse.Namespace) -> Clock:
+def prepare(options: argparse.Namespace) -> StepCounter:
     """Set threads as the options say; return the clock."""
     torch.set_num_threads(1 if options.clock == "process" else options.threads)
     return CLOCKS[options.clock]

@@ -2,10 +2,10 @@
 
     python -m benchmarks.sequential [--adapters 10000]
 
-Each adapter is judged by the very claims of `trans_peft.validation.sequential`, looked at after
-each batch, on one suite and without the bare base; the fixed-size figures are exact. The loss of
-an adapter is that of the population; its items are drawn anew for each. Takes under a minute of
-one core. The tables stand in docs/verdicts.md.
+Each adapter is judged by the very claims of `trans_peft.validation.statistics.sequential`, looked
+at after each batch, on one suite and without the bare base; the fixed-size figures are exact. The
+loss of an adapter is that of the population; its items are drawn anew for each. Takes under a
+minute of one core. The tables stand in docs/verdicts.md.
 """
 
 import argparse
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom, norm
 
-from trans_peft.validation.betting import Claim
-from trans_peft.validation.intervals import power_of_non_inferiority, score_statistic
-from trans_peft.validation.sequential import batch_ends
+from trans_peft.validation.statistics.betting import BettingTest
+from trans_peft.validation.statistics.intervals import power_of_non_inferiority, score_statistic
+from trans_peft.validation.statistics.sequential import batch_ends
 
 MARGIN, ALPHA = 0.05, 0.05
 
@@ -40,19 +40,23 @@ def changes(n: int, adapters: int, discordant: float, loss: float, seed: int) ->
 
 def simulate(n: int, discordant: float, loss: float, *, adapters: int, seed: int = 0) -> Shares:
     """Judge adapters that lost `loss`, batch after batch, until each is decided or given up."""
-    kept = Claim(-MARGIN, items=n, alpha=ALPHA, effect=MARGIN)
-    lost = Claim(MARGIN, items=n, alpha=ALPHA, effect=MARGIN)
+    non_inferior = BettingTest(-MARGIN, items=n, alpha=ALPHA, effect=MARGIN)
+    inferior = BettingTest(MARGIN, items=n, alpha=ALPHA, effect=MARGIN)
     ends = {min(end, n) for end in batch_ends(n)}
     asked = np.zeros(adapters, dtype=np.int64)
     passed, retuned = np.zeros(adapters, dtype=bool), np.zeros(adapters, dtype=bool)
     for i, x in enumerate(changes(n, adapters, discordant, loss, seed), start=1):
-        kept.observe(x)
-        lost.observe(-x)
+        non_inferior.observe(x)
+        inferior.observe(-x)
         if i in ends:
-            stops = (asked == 0) & (kept.shown | lost.shown | ~(kept.open | lost.open))
+            stops = (asked == 0) & (
+                non_inferior.is_significant
+                | inferior.is_significant
+                | ~(non_inferior.open | inferior.open)
+            )
             asked[stops] = i
-            passed |= stops & kept.shown
-            retuned |= stops & lost.shown & ~kept.shown
+            passed |= stops & non_inferior.is_significant
+            retuned |= stops & inferior.is_significant & ~non_inferior.is_significant
         if asked.all():
             break
     return Shares(float(passed.mean()), float(retuned.mean()), float(asked.mean()))
@@ -61,8 +65,8 @@ def simulate(n: int, discordant: float, loss: float, *, adapters: int, seed: int
 def fixed(n: int, discordant: float, loss: float) -> tuple[float, float]:
     """Return the exact chances that all n items show the loss to be smaller, and larger."""
     b, c = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
-    worse, better = (discordant + loss) / 2, (discordant - loss) / 2
-    p = binom.pmf(b, n, worse) * binom.pmf(c, np.maximum(n - b, 0), better / (1 - worse))
+    worse, superior = (discordant + loss) / 2, (discordant - loss) / 2
+    p = binom.pmf(b, n, worse) * binom.pmf(c, np.maximum(n - b, 0), superior / (1 - worse))
     with np.errstate(invalid="ignore"):
         t = np.where(b + c <= n, score_statistic(n, b, np.minimum(c, n - b), -MARGIN), 0.0)
     z = norm.isf(ALPHA)

@@ -20,7 +20,7 @@ from typing import Any
 from datasets import Dataset, disable_progress_bars
 from perturbation import smollm2
 from ratios import (
-    Clock,
+    StepCounter,
     keep_freed_memory,
     machine,
     middle,
@@ -46,7 +46,7 @@ from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
 from trans_peft.training.finetune import _arguments, _fix_order
 from trans_peft.training.job import TrainingJob
-from trans_peft.training.trainer import AnswerTrainer, Narrator
+from trans_peft.training.trainer import AnswerTrainer, EventCallback
 
 BATCH, MAX_LENGTH, LAYERS = 8, 512, 30
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>"}
@@ -75,7 +75,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Stopwatch(TrainerCallback):
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: StepCounter) -> None:
         self.clock, self.started, self.seconds = clock, 0.0, 0.0
 
     def on_train_begin(self, *_: object, **__: object) -> None:
@@ -88,7 +88,7 @@ class Stopwatch(TrainerCallback):
 class Arm:
     """One trainer, run over all rows again and again; what it computes on is counted."""
 
-    def __init__(self, trainer: Trainer, tokens: int, clock: Clock) -> None:
+    def __init__(self, trainer: Trainer, tokens: int, clock: StepCounter) -> None:
         self.trainer, self.tokens = trainer, tokens
         self.stopwatch = Stopwatch(clock)
         self.seconds: list[float] = []
@@ -118,7 +118,7 @@ class Arm:
         )
 
 
-def ours(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: Clock) -> Arm:
+def ours(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: StepCounter) -> Arm:
     """As `finetune` builds and runs it, without a perturbation."""
     arguments = _arguments(job)
     arguments.save_strategy = "no"
@@ -129,7 +129,7 @@ def ours(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: Cl
         processing_class=tokenizer(),
     )
     tokens_per_step = _fix_order(trainer, job, 1)
-    trainer.add_callback(Narrator(lambda message: None, tokens_per_step))
+    trainer.add_callback(EventCallback(lambda message: None, tokens_per_step))
     return Arm(trainer, sum(tokens_per_step), clock)
 
 
@@ -151,7 +151,9 @@ def stock(job: TrainingJob) -> dict[str, Any]:
     }
 
 
-def plain_trl(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: Clock) -> Arm:
+def plain_trl(
+    job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: StepCounter
+) -> Arm:
     arguments = SFTConfig(**stock(job), max_length=MAX_LENGTH, completion_only_loss=True)
     trainer = SFTTrainer(
         model=smollm2(layers),
@@ -162,7 +164,9 @@ def plain_trl(job: TrainingJob, examples: tuple[Example, ...], layers: int, cloc
     return Arm(trainer, sum(map(len, trainer.train_dataset["input_ids"])), clock)
 
 
-def plain_hf(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: Clock) -> Arm:
+def plain_hf(
+    job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: StepCounter
+) -> Arm:
     words = tokenizer()
     prepared = []
     for example in examples:

@@ -15,8 +15,8 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.evaluations import base_folder, evaluate_on
 from trans_peft.models import adapter_weights_sha256
-from trans_peft.validation.gate import judge
-from trans_peft.validation.scoring import marker
+from trans_peft.validation.gate.judge import judge
+from trans_peft.validation.scoring import make_scorer
 
 
 class Answers(NamedTuple):
@@ -107,7 +107,7 @@ class World:
 
     def evaluation(self, texts: Sequence[str], weights_sha256: str) -> Any:
         """Return answers on the new base as an evaluation, marked by the suite's rule."""
-        is_right = marker(self.suite)
+        is_right = make_scorer(self.suite)
         examples = read_examples(self.suite.data, self.platform.store, limit=self.suite.limit)
         items = tuple(
             ItemResult(example.id, is_right(text, example.completion), answer=text)

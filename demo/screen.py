@@ -51,7 +51,9 @@ class Screen:
         if time.monotonic() - self._spoken > _SILENCE_S:
             self.say(words, "dim")
 
-    def counting(self, what: str, unit: str, per: float = 1.0) -> Callable[[int, int], None]:
+    def progress_reporter(
+        self, what: str, unit: str, per: float = 1.0
+    ) -> Callable[[int, int], None]:
         """Return a callback (done, total) that tells how far something is, every few seconds."""
 
         def show(done: int, total: int) -> None:

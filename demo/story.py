@@ -26,7 +26,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
-from trans_peft.lifecycle.progress import Answered
+from trans_peft.lifecycle.progress import EvaluationProgress
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.train import resolve_recipe
@@ -64,7 +64,7 @@ class Story:
                 family=FAMILY,
                 version="v1",
                 store=platform().store,
-                on_progress=self._screen.counting("hashed and sent", "MB", 1e6),
+                on_progress=self._screen.progress_reporter("hashed and sent", "MB", 1e6),
             )
             self._screen.say(f"published at {_uri('v1')}")
         self._ingest("v1")
@@ -147,7 +147,7 @@ class Story:
                 version=new,
                 family=FAMILY,
                 parent="v1",
-                on_progress=self._screen.counting("sent with boto3", "MB", 1e6),
+                on_progress=self._screen.progress_reporter("sent with boto3", "MB", 1e6),
             )
             self._screen.say(f"uploaded to {_uri(new)}")
         self._ingest(new)
@@ -240,7 +240,7 @@ class Story:
             score = found[chapter.suite.name].score
             self._screen.done(f"bare v1 on {chapter.task.name}: {score:.1f} % right")
 
-    def _items(self, answered: Answered) -> None:
+    def _items(self, answered: EvaluationProgress) -> None:
         self._screen.alive(str(answered))
 
     def _links(self, picture: Path, run_id: str) -> None:

@@ -72,7 +72,7 @@ def update(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from trans_peft.analysis import weight_drift
+    from trans_peft.bases.drift import weight_drift
     from trans_peft.perturbation.ffn import find_layers
 
     logging.disable_progress_bar()

@@ -21,9 +21,9 @@ import trans_peft as tp
 from trans_peft.bases.publish import publish
 from trans_peft.domain.base import Upload
 from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.reconcile import observe, plan
-from trans_peft.lifecycle.settle import settle
 from trans_peft.lifecycle.train import train
 from trans_peft.lifecycle.transfer import transfer
 
@@ -93,7 +93,7 @@ print(f"{trained.adapter} version {trained.number}, trained on {trained.base_ver
 # +
 policy = tp.GatePolicy(margin_points=10.0)
 mlflow.set_registered_model_alias(FAMILY, "champion", str(v1.number))
-settle(observe(FAMILY, platform), policy, PromotionPolicy(), platform)
+apply_verdicts(observe(FAMILY, platform), policy, PromotionPolicy(), platform)
 print(tp.resolve("parity", platform).base_version)
 # -
 
@@ -141,7 +141,7 @@ for task in plan(observe(FAMILY, platform), policy).work:
 
 # +
 mlflow.set_registered_model_alias(FAMILY, "champion", str(v2.number))
-changes = settle(observe(FAMILY, platform), policy, PromotionPolicy(), platform)
+changes = apply_verdicts(observe(FAMILY, platform), policy, PromotionPolicy(), platform)
 print(changes.markdown())
 version = tp.resolve("parity", platform)
 print(version.base_version, platform.registry.download(version, work / "serving"))

@@ -8,8 +8,8 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from tasks import ingestion, reconciliation, remedies, reporting, shards, transfer
-from tasks.shards import Ended, Shard
+from tasks import ingestion, reconciliation, recovery, reporting, shards, transfer
+from tasks.shards import EndedShard, Shard
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import FleetChanges, Plan
 from trans_peft.domain.promotion import PromotionPolicy
@@ -94,7 +94,7 @@ class _Family:
         with self._kept_apart():
             reporting.publish_plan(reconciliation.plan_fleet(self.name, self.policy))
 
-    def look(self, ended: tuple[Ended, ...] = ()) -> None:
+    def look(self, ended: tuple[EndedShard, ...] = ()) -> None:
         """Let what is known take effect, and see to it that what is missing is under way."""
         with self._kept_apart():
             self._look(ended)
@@ -111,8 +111,8 @@ class _Family:
                 f"the family {self.name} cannot be reconciled: {type(error).__name__}: {error}",
             )
 
-    def _look(self, ended: tuple[Ended, ...]) -> None:
-        changes = reconciliation.settle_fleet(self.name, self.policy, self.promotion)
+    def _look(self, ended: tuple[EndedShard, ...]) -> None:
+        changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
         plan = reconciliation.plan_fleet(self.name, self.policy)
         for lost in shards.in_flight(ended, plan):
             transfer.record_failure(self.name, lost, self.policy, reason="its process was killed")
@@ -121,22 +121,22 @@ class _Family:
             told = (
                 f"shard {end.name}: {end.state_name}, left for the next run {end.message}".strip()
             )
-            self.left |= {work.key: told for work in shards.left_undone([end], plan)}
+            self.left |= {work.key: told for work in shards.unfinished_tasks([end], plan)}
 
-        under_way = shards.under_way(self.name, self.policy)
-        for shard in (waste := shards.superfluous(plan, under_way)):
-            shards.withdraw(shard)
-        under_way = tuple(shard for shard in under_way if shard not in waste)
-        todo = [work for work in shards.missing(plan, under_way) if work.key not in self.left]
+        active_shards = shards.active_shards(self.name, self.policy)
+        for shard in (waste := shards.obsolete_shards(plan, active_shards)):
+            shards.cancel_shard(shard)
+        active_shards = tuple(shard for shard in active_shards if shard not in waste)
+        todo = [work for work in shards.missing(plan, active_shards) if work.key not in self.left]
         ours = {shard.run_id for shard in self.started}
-        self.others = tuple(shard for shard in under_way if shard.run_id not in ours)
-        self.started = tuple(shard for shard in under_way if shard.run_id in ours)
+        self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)
+        self.started = tuple(shard for shard in active_shards if shard.run_id in ours)
         for part in shards.cut(todo, self.shard_size):
             self.started += (shards.start(self.name, part, self.policy),)
         untrained = [
             f"{recipe.adapter} on {recipe.base_version}: training anew failed three times"
             for recipe in plan.trainings
-            if not remedies.start_training(recipe, self.policy)
+            if not recovery.start_training(recipe, self.policy)
         ]
         self.problems = (*self._problems(plan, changes), *untrained)
         reporting.publish_plan(plan)  # what people read waits for what is started, not it for them

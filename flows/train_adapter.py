@@ -21,5 +21,5 @@ def train_adapter(
     """
     with gpu_slot():
         if policy is not None:
-            return training.train_anew(recipe, policy)
+            return training.retrain(recipe, policy)
         return training.train_adapter(recipe)

@@ -6,13 +6,13 @@ from prefect.states import Completed, Failed
 
 from tasks import transfer
 from tasks.limits import gpu_slot
-from tasks.policy import is_nobodys_fault
+from tasks.policy import is_infrastructure_failure
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.outcome import Work
+from trans_peft.domain.outcome import TransferTask
 
 
 @flow(name="transfer-shard", flow_run_name="judge {family}")
-def transfer_shard(family: str, shard: tuple[Work, ...], policy: GatePolicy) -> State:
+def transfer_shard(family: str, shard: tuple[TransferTask, ...], policy: GatePolicy) -> State:
     """Judge each adapter of the shard; one that fails is recorded and stops nobody else.
 
     What is no longer wanted when its turn comes is passed over. Where a service, a disk or a right
@@ -30,7 +30,7 @@ def transfer_shard(family: str, shard: tuple[Work, ...], policy: GatePolicy) -> 
                     logger.info("%s: no longer wanted", work)
                     continue
                 logger.info("%s: %s. %s", work.adapter, outcome.verdict, outcome.judgement.reason)
-            elif is_nobodys_fault(state):
+            elif is_infrastructure_failure(state):
                 unanswered.append(f"{work.adapter}: {state.message}")
             else:
                 transfer.record_failure(family, work, policy, reason=str(state.message))

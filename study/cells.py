@@ -24,7 +24,7 @@ from trans_peft.data import parse_examples
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.domain.identity import content_sha256
 from trans_peft.edges.file_store import FileStore
-from trans_peft.training.events import Event, Progress
+from trans_peft.training.events import Event, TrainingMetrics
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit as train
 
@@ -167,7 +167,7 @@ def scores(fit: Fit, prepared: Prepared, known: Container[str]) -> list[Score]:
         return []
 
     def tell(event: Event) -> None:
-        if isinstance(event, Progress) and event.step % 20 == 0:
+        if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
             say(f"{fit}: step {event.step}, loss {event.loss:.3f}, {event.eta_s:.0f} s left")
 
     result = train(job, on_event=tell)
@@ -194,7 +194,7 @@ def _answers(prepared: Prepared, task: str, base: str, adapter: Path | None) -> 
     from contextlib import nullcontext
 
     from trans_peft.models import load_base
-    from trans_peft.transfer.transplant import attached
+    from trans_peft.transfer.load_adapter import attached
     from trans_peft.validation.evaluate import evaluate
 
     rows = prepared.rows(task) / "eval.jsonl"

@@ -24,7 +24,7 @@ from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
-from trans_peft.training.events import Event, Progress
+from trans_peft.training.events import Event, TrainingMetrics
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit
 
@@ -156,7 +156,7 @@ def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: 
     """Train an adapter on base v1, unless it is there (minutes); return its folder."""
 
     def tell(event: Event) -> None:
-        if isinstance(event, Progress) and event.step % 20 == 0:
+        if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
             print(f"{kind}, seed {seed}: {event}", flush=True)
 
     work = study / "fleet" / f"{kind}-{seed}"

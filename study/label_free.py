@@ -177,7 +177,7 @@ class _Asked:
         self, prepared: Prepared, base: str, task: str, identity: str, folder: Path | None
     ) -> None:
         from trans_peft.models import load_base
-        from trans_peft.transfer.transplant import attached
+        from trans_peft.transfer.load_adapter import attached
 
         loaded = load_base(prepared.base(base), "float32")
         rows = prepared.rows(task) / "eval.jsonl"
@@ -196,7 +196,7 @@ class _Asked:
 
     def said(self, drafts: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
         """Return the token ids of the greedy answers."""
-        from trans_peft.validation.generation import generate
+        from trans_peft.validation.decoding.generation import generate
 
         suite = self._suite
         return generate(

@@ -20,7 +20,7 @@ from study.pages import with_blocks
 from study.plan import UPDATES, V1
 from study.triage import NAMES
 from trans_peft.domain.evaluation import BARE
-from trans_peft.validation.intervals import lower_bound
+from trans_peft.validation.statistics.intervals import lower_bound
 
 if TYPE_CHECKING:
     from study.label_free import Measured

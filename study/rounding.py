@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trans_peft.data import parse_examples
 from trans_peft.models import load_base
-from trans_peft.transfer.transplant import attached
-from trans_peft.validation.reading import Part, Reader
+from trans_peft.transfer.load_adapter import attached
+from trans_peft.validation.decoding.prefixes import PrefixReader, PromptPart
 
 __all__ = ["derived", "logits", "measured"]
 
@@ -69,9 +69,9 @@ def logits(model: Any, asked: Sequence[list[int]], shared: Sequence[list[int]] =
 
     What all of `shared` begin with is read once, as the beginning of a suite.
     """
-    reader = Reader(model, shared)
+    reader = PrefixReader(model, shared)
     cache, columns, cached = reader.begin(asked)
-    parts = [Part(there, prompt[there:]) for prompt, there in zip(asked, cached, strict=True)]
+    parts = [PromptPart(there, prompt[there:]) for prompt, there in zip(asked, cached, strict=True)]
     return reader.read(parts, cache, columns).logits[:, -1]
 
 

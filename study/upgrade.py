@@ -133,7 +133,7 @@ class Story:
     def _upload(self, version: str, parent: str | None) -> None:
         if self._found(version) is not None:
             return
-        counting = self._screen.counting("sent with boto3", "MB", 1e6)
+        progress_reporter = self._screen.progress_reporter("sent with boto3", "MB", 1e6)
         key, folder = f"{FAMILY}/{version}", self._study / "bases" / version
         upload(
             folder,
@@ -142,7 +142,7 @@ class Story:
             version=version,
             family=FAMILY,
             parent=parent,
-            on_progress=counting,
+            on_progress=progress_reporter,
         )
         uri = f"s3://bases/{key}"
         self._run("ingest-base/default", {"uri": uri}, key=f"ingest/{uri}")

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from prefect import runtime
 
-__all__ = ["Origin", "handed_on", "is_delivery_id", "is_plausible", "origin"]
+__all__ = ["Origin", "inherited_tags", "is_delivery_id", "is_plausible", "origin"]
 
 _HINT, _HINTED = "hint:", "hinted:"
 _DELIVERY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:=-]{0,127}")
@@ -80,7 +80,7 @@ def origin() -> Origin | None:
     return Origin.of_tags(runtime.flow_run.tags or ())
 
 
-def handed_on() -> list[str]:
+def inherited_tags() -> list[str]:
     """Return the tags for a run that the run at work starts."""
     found = origin()
     return found.tags if found else []

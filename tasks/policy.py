@@ -9,7 +9,7 @@ from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
 from trans_peft.errors import AccessError, IsolationError, StoreError
 
-__all__ = ["RETRIES", "is_nobodys_fault"]
+__all__ = ["RETRIES", "is_infrastructure_failure"]
 
 
 _NO_ANSWER = (
@@ -22,7 +22,7 @@ _NO_ANSWER = (
 )
 
 
-def is_nobodys_fault(state: State[Any]) -> bool:
+def is_infrastructure_failure(state: State[Any]) -> bool:
     """Whether a task failed for want of a service, a disk or a right.
 
     That says nothing about what it worked on: no attempt is charged, and the next reconcile starts
@@ -36,7 +36,7 @@ def is_nobodys_fault(state: State[Any]) -> bool:
 
 def _may_mend(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Whether it may be otherwise in a minute. Who is not let in never will be."""
-    return is_nobodys_fault(state) and not isinstance(_error(state), AccessError)
+    return is_infrastructure_failure(state) and not isinstance(_error(state), AccessError)
 
 
 def _error(state: State[Any]) -> BaseException | None:

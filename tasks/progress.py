@@ -8,8 +8,8 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from trans_peft.lifecycle.progress import Answered
-from trans_peft.training.events import Event, Progress
+from trans_peft.lifecycle.progress import EvaluationProgress
+from trans_peft.training.events import Event, TrainingMetrics
 
 __all__ = ["evaluation_progress", "training_progress"]
 
@@ -25,7 +25,7 @@ def training_progress(adapter: str) -> Callable[[Event], None]:
 
     def show(event: Event) -> None:
         nonlocal last
-        if isinstance(event, Progress):
+        if isinstance(event, TrainingMetrics):
             if time.monotonic() - last < _EVERY_S and event.step < event.total_steps:
                 return
             last = time.monotonic()
@@ -35,12 +35,12 @@ def training_progress(adapter: str) -> Callable[[Event], None]:
     return show
 
 
-def evaluation_progress() -> Callable[[Answered], None]:
+def evaluation_progress() -> Callable[[EvaluationProgress], None]:
     """Return a callback that logs how far an evaluation is and what is left, every few seconds."""
     logger = get_run_logger()
     last = 0.0
 
-    def show(answered: Answered) -> None:
+    def show(answered: EvaluationProgress) -> None:
         nonlocal last
         if time.monotonic() - last >= _EVERY_S or answered.done == answered.total:
             last = time.monotonic()

@@ -9,9 +9,9 @@ from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import FleetChanges, Plan
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.lifecycle import reconcile
-from trans_peft.lifecycle.settle import settle
+from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 
-__all__ = ["base_families", "plan_fleet", "set_aside", "settle_fleet"]
+__all__ = ["apply_fleet_verdicts", "base_families", "plan_fleet", "set_aside"]
 
 
 @task(**RETRIES)
@@ -30,18 +30,20 @@ def set_aside() -> tuple[str, ...]:
 def plan_fleet(family: str, policy: GatePolicy) -> Plan:
     """Compare the desired state with the registry."""
     fleet = reconcile.observe(family, platform())
-    return reconcile.estimated(reconcile.plan(fleet, policy), fleet, platform())
+    return reconcile.with_cost_estimates(reconcile.plan(fleet, policy), fleet, platform())
 
 
 @task(**RETRIES, task_run_name="settle {family}")
-def settle_fleet(family: str, policy: GatePolicy, promotion: PromotionPolicy) -> FleetChanges:
+def apply_fleet_verdicts(
+    family: str, policy: GatePolicy, promotion: PromotionPolicy
+) -> FleetChanges:
     """Write aliases by verdict, then move `serving`; again where a person was faster."""
     while True:
         fleet = reconcile.observe(family, platform())
-        changes = settle(fleet, policy, promotion, platform())
+        changes = apply_verdicts(fleet, policy, promotion, platform())
         if changes.promoted is not None:
             events.fleet_promoted(family, changes.promoted)
-        if changes.refused is not None and not changes.told_before:
+        if changes.refused is not None and not changes.already_reported:
             events.promotion_refused(family, changes.refused)
-        if not changes.overtaken:
+        if not changes.is_outdated:
             return changes

@@ -23,26 +23,26 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
 
-from tasks.origin import handed_on
+from tasks.origin import inherited_tags
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import content_sha256
-from trans_peft.domain.outcome import Plan, Work
+from trans_peft.domain.outcome import Plan, TransferTask
 
 __all__ = [
-    "Ended",
+    "EndedShard",
     "Shard",
+    "active_shards",
+    "cancel_shard",
     "cut",
     "in_flight",
-    "left_undone",
     "missing",
+    "obsolete_shards",
     "start",
-    "superfluous",
-    "under_way",
+    "unfinished_tasks",
     "wait",
-    "withdraw",
 ]
 
-_WORK = TypeAdapter(tuple[Work, ...])
+_WORK = TypeAdapter(tuple[TransferTask, ...])
 _POLL_S = 2.0
 _PAGE = 200  # Prefect's own limit for one answer
 _WITHDRAWN = "Withdrawn"
@@ -54,16 +54,16 @@ class Shard:
     """A shard that is not over: its flow run and the work in it. `waits`: it has not started."""
 
     run_id: UUID
-    work: tuple[Work, ...]
+    work: tuple[TransferTask, ...]
     waits: bool = False
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedShard:
     """A shard whose flow run is over, one way or another. `withdrawn`: by a reconcile."""
 
     name: str
-    work: tuple[Work, ...]
+    work: tuple[TransferTask, ...]
     state_name: str
     never_ran: bool
     cancelled: bool
@@ -76,13 +76,13 @@ class Ended:
         return self.state_name == _WITHDRAWN
 
 
-def missing(plan: Plan, under_way: Sequence[Shard]) -> tuple[Work, ...]:
+def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, ...]:
     """Return the work of a plan that no shard has, in the plan's order."""
-    taken = {item.key for shard in under_way for item in shard.work}
+    taken = {item.key for shard in active_shards for item in shard.work}
     return tuple(item for item in plan.work if item.key not in taken)
 
 
-def superfluous(plan: Plan, under_way: Sequence[Shard]) -> tuple[Shard, ...]:
+def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, ...]:
     """Return the shards that wait and should not: unwanted work, or before work wanted more.
 
     A base that is wanted more than theirs has work that nobody does yet; in one queue, it would
@@ -90,16 +90,18 @@ def superfluous(plan: Plan, under_way: Sequence[Shard]) -> tuple[Shard, ...]:
     """
     planned = {item.key for item in plan.work}
     rank = {base: i for i, base in enumerate(dict.fromkeys(w.base_version for w in plan.work))}
-    first = min((rank[item.base_version] for item in missing(plan, under_way)), default=len(rank))
+    first = min(
+        (rank[item.base_version] for item in missing(plan, active_shards)), default=len(rank)
+    )
     return tuple(
         shard
-        for shard in under_way
+        for shard in active_shards
         if shard.waits
         and any(w.key not in planned or rank[w.base_version] > first for w in shard.work)
     )
 
 
-def cut(work: Sequence[Work], size: int) -> tuple[tuple[Work, ...], ...]:
+def cut(work: Sequence[TransferTask], size: int) -> tuple[tuple[TransferTask, ...], ...]:
     """Return the work in shards: one base each, at most `size` adapters."""
     shards = []
     for base in dict.fromkeys(item.base_version for item in work):
@@ -108,7 +110,7 @@ def cut(work: Sequence[Work], size: int) -> tuple[tuple[Work, ...], ...]:
     return tuple(shards)
 
 
-def under_way(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
+def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
     """Return the shards of a family under this policy that are not over, whoever started them."""
     wanted = FlowRunFilter(
         tags=FlowRunFilterTags(all_=_tags(family, policy)),
@@ -132,7 +134,7 @@ def under_way(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
-def start(family: str, work: tuple[Work, ...], policy: GatePolicy) -> Shard:
+def start(family: str, work: tuple[TransferTask, ...], policy: GatePolicy) -> Shard:
     """Start a shard's flow run, or join the one that another reconcile started a moment ago.
 
     Prefect answers an idempotency key with the same run for ever; a run that is over and left the
@@ -146,7 +148,7 @@ def start(family: str, work: tuple[Work, ...], policy: GatePolicy) -> Shard:
                 "transfer-shard/default",
                 parameters={"family": family, "shard": work, "policy": policy},
                 idempotency_key=f"{key}:{take}",
-                tags=[*_tags(family, policy), *handed_on()],
+                tags=[*_tags(family, policy), *inherited_tags()],
                 timeout=0,
             ),
         )
@@ -155,7 +157,7 @@ def start(family: str, work: tuple[Work, ...], policy: GatePolicy) -> Shard:
     return Shard(run.id, work, waits=True)
 
 
-def withdraw(shard: Shard) -> None:
+def cancel_shard(shard: Shard) -> None:
     """Take back a shard that waits. One that starts in this moment asks for itself what to do."""
     state: State[Any] = State(
         type=StateType.CANCELLED, name=_WITHDRAWN, message="no longer wanted, or wanted later"
@@ -166,11 +168,11 @@ def withdraw(shard: Shard) -> None:
             client.set_flow_run_state(shard.run_id, state)
 
 
-def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[Ended, ...]]:
+def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, ...]]:
     """Wait until all shards of one group are over; return its name and how they ended."""
     logger = get_run_logger()
     said: dict[UUID, str] = {}
-    ended: dict[UUID, Ended] = {}
+    ended: dict[UUID, EndedShard] = {}
     with get_client(sync_client=True) as client:
         while True:
             for shard in (shard for group in groups.values() for shard in group):
@@ -190,7 +192,7 @@ def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[Ended, ...]]
             time.sleep(_POLL_S)
 
 
-def in_flight(ended: Sequence[Ended], plan: Plan) -> tuple[Work, ...]:
+def in_flight(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
     """Return what each killed shard was working on: the first of its work that is still missing.
 
     It counts as an attempt, so that an adapter that kills every process it meets is parked.
@@ -203,7 +205,7 @@ def in_flight(ended: Sequence[Ended], plan: Plan) -> tuple[Work, ...]:
     )
 
 
-def left_undone(ended: Sequence[Ended], plan: Plan) -> tuple[Work, ...]:
+def unfinished_tasks(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
     """Return what is not started again by the same run: its shard ended and did not do it.
 
     A person cancelled it, its process could not be started, or it broke before it came that far.
@@ -218,8 +220,8 @@ def left_undone(ended: Sequence[Ended], plan: Plan) -> tuple[Work, ...]:
     return tuple(item for item in plan.work if item.key in undone)
 
 
-def _ended(run: FlowRun, state: State[Any], shard: Shard) -> Ended:
-    return Ended(
+def _ended(run: FlowRun, state: State[Any], shard: Shard) -> EndedShard:
+    return EndedShard(
         name=run.name,
         work=shard.work,
         state_name=state.name or "",

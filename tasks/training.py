@@ -11,11 +11,11 @@ from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.names import check_names
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.lifecycle import train_anew as anew
 from trans_peft.lifecycle.adopt import adopt
+from trans_peft.lifecycle.recovery import retraining
 from trans_peft.lifecycle.train import train
 
-__all__ = ["adopt_adapter", "train_adapter", "train_anew"]
+__all__ = ["adopt_adapter", "retrain", "train_adapter"]
 
 
 @task(**RETRIES, task_run_name="train {recipe.adapter}")
@@ -31,10 +31,10 @@ def train_adapter(recipe: TrainingRecipe) -> AdapterVersion:
 
 
 @task(**RETRIES, task_run_name="train {recipe.adapter} anew")
-def train_anew(recipe: TrainingRecipe, policy: GatePolicy) -> TransferOutcome:
+def retrain(recipe: TrainingRecipe, policy: GatePolicy) -> TransferOutcome:
     """Train an adapter on a new base where transfer did not pass, and judge it by the same gate."""
     with adapter_lock(recipe.adapter):
-        return anew.train_anew(
+        return retraining.retrain(
             recipe,
             policy,
             platform(),

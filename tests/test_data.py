@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import tiny_tokenizer
 from trans_peft.data import (
+    ChatMessage,
     Example,
-    Message,
     parse_examples,
     pin,
     prompt_ids,
@@ -245,7 +245,7 @@ def test_limit_keeps_the_first_rows_but_checks_all(tmp_path):
 
 def test_a_prompt_is_the_start_of_the_whole_in_token_ids():
     tokenizer = tiny_tokenizer()
-    chat = Example("1", "", "4", (Message("user", "2 + 2?"), Message("assistant", "4")))
+    chat = Example("1", "", "4", (ChatMessage("user", "2 + 2?"), ChatMessage("assistant", "4")))
     for example in (Example("2", "2 + 2 =", " 4"), chat):
         prompt, whole = example.prompt_ids(tokenizer), example.full_ids(tokenizer)
         assert whole[: len(prompt)] == prompt
@@ -255,7 +255,7 @@ def test_a_prompt_is_the_start_of_the_whole_in_token_ids():
 def test_a_chat_needs_a_chat_template():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    chat = Example("1", "", "4", (Message("user", "2 + 2?"), Message("assistant", "4")))
+    chat = Example("1", "", "4", (ChatMessage("user", "2 + 2?"), ChatMessage("assistant", "4")))
     with pytest.raises(DataError, match="no chat template"):
         chat.prompt_ids(tokenizer)
 
@@ -264,7 +264,7 @@ def test_every_chat_that_the_template_refuses_is_told():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no ' ~ messages[0].role) }}"
     chats = [
-        Example(id_, "", "4", (Message("user", "2 + 2?"), Message("assistant", "4")))
+        Example(id_, "", "4", (ChatMessage("user", "2 + 2?"), ChatMessage("assistant", "4")))
         for id_ in ("1", "2")
     ]
     with pytest.raises(DataError) as caught:

@@ -16,7 +16,7 @@ from tests.tiny import tiny_tokenizer
 from trans_peft.data import parse_examples, prompt_ids, read_examples, write_examples
 from trans_peft.data.json_rows import json_rows
 from trans_peft.data.parsing import checked, unpacked_rows
-from trans_peft.data.rows import Unreadable
+from trans_peft.data.rows import InvalidRow
 from trans_peft.data.templates import TEMPLATES
 from trans_peft.domain.data import DataSource
 from trans_peft.edges.file_store import FileStore
@@ -237,7 +237,7 @@ def test_only_rows_with_faults_are_lost_in_a_list():
     text = f'[{GOOD}, {{"a": 1, "a": 2}}, 5, {GOOD}]'
     read = json_rows(text.encode(), "x")
     assert [where for where, _ in read] == ["item 1", "item 2", "item 3", "item 4"]
-    assert [isinstance(value, Unreadable) for _, value in read] == [False, True, False, False]
+    assert [isinstance(value, InvalidRow) for _, value in read] == [False, True, False, False]
 
 
 def test_an_example_knows_where_its_row_stands(tmp_path):

@@ -13,7 +13,7 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import ContentError, LimitExceededError
 from trans_peft.isolation import Limits
-from trans_peft.validation.questions import prepare, with_answers
+from trans_peft.validation.tokenized_suite import prepare, with_answers
 
 TEXT = Example("text", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", " b")
 CHAT = Example(

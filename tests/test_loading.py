@@ -28,7 +28,7 @@ def configure(folder: Path, **fields: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-def refusal(folder: Path) -> str:
+def filename_problem(folder: Path) -> str:
     with pytest.raises(UnsupportedModelError) as refused:
         load_base(folder, "float32", "cpu")
     return str(refused.value)
@@ -36,12 +36,12 @@ def refusal(folder: Path) -> str:
 
 def test_a_base_without_its_untied_head_is_refused(base):
     configure(base, tie_word_embeddings=False)
-    assert "missing from the files, which would be random: lm_head.weight" in refusal(base)
+    assert "missing from the files, which would be random: lm_head.weight" in filename_problem(base)
 
 
 def test_a_missing_layer_is_refused_by_name(base):
     configure(base, num_hidden_layers=3)
-    assert "model.layers.2.mlp.down_proj.weight" in refusal(base)
+    assert "model.layers.2.mlp.down_proj.weight" in filename_problem(base)
 
 
 def test_all_differences_are_reported_at_once(base):
@@ -51,7 +51,7 @@ def test_all_differences_are_reported_at_once(base):
         tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(64, 33)
 
     edit(base, change)
-    text = refusal(base)
+    text = filename_problem(base)
     assert "random: model.norm.weight" in text
     assert "does not have: model.final_norm.weight" in text
     assert "2 tensors of another shape: model.layers.0.mlp.up_proj.weight is (3, 32)" in text
@@ -59,7 +59,9 @@ def test_all_differences_are_reported_at_once(base):
 
 def test_a_vocabulary_unlike_the_rows_is_refused(base):
     configure(base, vocab_size=260)
-    assert "model.embed_tokens.weight is (258, 32), the model needs (260, 32)" in refusal(base)
+    assert "model.embed_tokens.weight is (258, 32), the model needs (260, 32)" in filename_problem(
+        base
+    )
 
 
 def test_experts_that_do_not_fuse_are_refused(tmp_path):
@@ -72,7 +74,7 @@ def test_experts_that_do_not_fuse_are_refused(tmp_path):
     load_base(tmp_path, "float32", "cpu")
     expert = "model.layers.0.block_sparse_moe.experts.1"
     edit(tmp_path, lambda tensors: tensors.pop(f"{expert}.w1.weight"))
-    assert "do not convert" in refusal(tmp_path)
+    assert "do not convert" in filename_problem(tmp_path)
 
 
 def test_the_hubs_names_and_saved_masks_of_old_checkpoints_load(tmp_path):

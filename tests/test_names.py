@@ -21,7 +21,7 @@ from trans_peft.domain.names import (
     quoted,
     same_but_for_case,
 )
-from trans_peft.domain.outcome import Reason, Work
+from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, UploadError
@@ -79,8 +79,8 @@ def test_a_name_satisfies_the_rules_of_every_store(name):
         lambda name: BaseVersion(name, "v1", "s3://x", 1),
         lambda name: BaseVersion("f", name, "s3://x", 1),
         lambda name: BaseVersion("f", "v1", "s3://x", 1, parent=name),
-        lambda name: Work(name, 1, "v1", Reason.NEVER_JUDGED),
-        lambda name: Work("a", 1, name, Reason.NEVER_JUDGED),
+        lambda name: TransferTask(name, 1, "v1", Reason.NEVER_JUDGED),
+        lambda name: TransferTask("a", 1, name, Reason.NEVER_JUDGED),
         lambda name: Suite(name, DATA),
         lambda name: TrainingRecipe(name, "f", DATA, (SUITE,)),
         lambda name: TrainingRecipe("a", name, DATA, (SUITE,)),

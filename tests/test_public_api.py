@@ -83,7 +83,7 @@ def consumer(request, unique, tmp_path, monkeypatch):
     v1 = fleet.add_base("v1")
     fleet.add_adapter(f"{unique}-chat", v1)
     fleet.promote(v1)
-    fleet.settle()
+    fleet.apply_verdicts()
     fleet.add_base("v2")
     for work in fleet.work():
         fleet.judge(work, Verdict.INCONCLUSIVE)

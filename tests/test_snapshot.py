@@ -15,7 +15,7 @@ from trans_peft.errors import UnsupportedModelError
 from trans_peft.models import load_base
 from trans_peft.perturbation import perturbed
 from trans_peft.snapshot import snapshot
-from trans_peft.transfer.transplant import attached
+from trans_peft.transfer.load_adapter import attached
 
 IDS = torch.arange(12)[None]
 

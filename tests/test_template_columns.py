@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trans_peft.data.rows import Unreadable, examples_from
+from trans_peft.data.rows import InvalidRow, examples_from
 from trans_peft.data.templates import TEMPLATES, through_template
 from trans_peft.errors import DataError
 
@@ -92,7 +92,7 @@ def test_every_value_of_the_data_set_is_taken(name):
     for column, known in values.items():
         for value in known:
             read_row = read(name, row | {column: value})
-            assert not isinstance(read_row, Unreadable), (column, value)
+            assert not isinstance(read_row, InvalidRow), (column, value)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -120,7 +120,7 @@ def test_a_missing_column_is_refused(name):
     row, _ = ROWS[name]
     for column in row.keys() - {"test_setup_code"}:
         value = read(name, {key: value for key, value in row.items() if key != column})
-        assert isinstance(value, Unreadable)
+        assert isinstance(value, InvalidRow)
         assert "is missing" in value.reason
 
 
@@ -173,7 +173,7 @@ def test_a_missing_column_is_refused(name):
 )
 def test_a_label_that_the_data_set_does_not_have_is_told(name, changes, told):
     value = read(name, ROWS[name][0] | changes)
-    assert isinstance(value, Unreadable)
+    assert isinstance(value, InvalidRow)
     assert told in value.reason
 
 

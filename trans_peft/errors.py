@@ -47,10 +47,10 @@ __all__ = [
     "TransPeftError",
     "UnsupportedModelError",
     "UploadError",
-    "full_disk",
+    "full_disk_error",
     "listed",
     "naming",
-    "telling_full_disks",
+    "translating_full_disk_errors",
 ]
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -168,7 +168,7 @@ class TrainingCancelled(TrainingError):  # noqa: N818  somebody's wish, not an e
 
 
 @contextmanager
-def telling_full_disks(folder: str | Path) -> Iterator[None]:
+def translating_full_disk_errors(folder: str | Path) -> Iterator[None]:
     """Raise StoreError where the block finds the disk of `folder` full."""
     try:
         yield
@@ -177,10 +177,10 @@ def telling_full_disks(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        raise full_disk(folder, error) from error
+        raise full_disk_error(folder, error) from error
 
 
-def full_disk(folder: str | Path, found: object) -> StoreError:
+def full_disk_error(folder: str | Path, found: object) -> StoreError:
     """Return the error about the full disk of a worker's folder, temporary or its own."""
     return StoreError(
         f"the disk of {folder} is full",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
+from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.outcome import TransferOutcome
@@ -177,7 +177,7 @@ class AdapterRegistry(Protocol):
     def owns_alias(self, adapter: str, alias: str) -> bool:
         """Whether the alias stands as we last set it (or nobody ever did). False: a person's."""
 
-    def record_hand(self, adapter: str, alias: str, hand: HandSet | None) -> None:
+    def record_manual_override(self, adapter: str, alias: str, hand: ManualOverride | None) -> None:
         """Write down what a person did to the alias, for people to see (None: no longer so)."""
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:

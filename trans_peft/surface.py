@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Surface"]
+__all__ = ["ModelSnapshot"]
 
 
-class Surface:
+class ModelSnapshot:
     """The children, parameters, hooks, flags and configurations of a model at one moment."""
 
     def __init__(self, model: "nn.Module") -> None:

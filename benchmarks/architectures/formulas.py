@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trans_peft.domain.recipe import Perturbation
-from trans_peft.perturbation.draws import Moment, draw
+from trans_peft.perturbation.draws import TrainingPosition, draw
 
 __all__ = ["formula_weights"]
 
@@ -63,7 +63,7 @@ def formula_weights(
         sizes = [down.neurons for down in downs]
         drawn = draw(
             perturbation,
-            Moment(0, 0),
+            TrainingPosition(0, 0),
             seed=seed,
             rank=0,
             layer=layer,

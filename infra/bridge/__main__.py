@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             asyncio.run(serve(settings))
             return 0
-        from infra.bridge.webhooks import keep_webhook
+        from infra.bridge.webhooks import ensure_bridge_webhook
 
-        problem = keep_webhook(settings)
+        problem = ensure_bridge_webhook(settings)
     except TransPeftError as error:
         sys.stderr.write(f"{error}\n")
         return 1

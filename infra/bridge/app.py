@@ -15,15 +15,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from infra.bridge.desk import Answer, Desk, Outcome, UnavailableError
-from infra.bridge.hints import Hint, Never, Nothing, Parsed, from_mlflow, from_s3
+from infra.bridge.authentication import AuthenticationError, check_token, mlflow_delivery
+from infra.bridge.dispatcher import Dispatcher, DispatchOutcome, DispatchResult, UnavailableError
 from infra.bridge.logs import LOG
 from infra.bridge.loops import Failures
 from infra.bridge.metrics import Metrics, Place
-from infra.bridge.senders import RefusedError, check_token, mlflow_delivery
+from infra.bridge.notifications import Ignored, Notification, Parsed, Rejected, from_mlflow, from_s3
 from infra.bridge.settings import BridgeSettings
 
-__all__ = ["MAX_BODY_BYTES", "Clerk", "create_app"]
+__all__ = ["MAX_BODY_BYTES", "NotificationHandler", "create_app"]
 
 MAX_BODY_BYTES = {"mlflow": 256 << 10, "s3": 4 << 20}
 """MLflow's signature can be checked once the body is read, an S3 server's token before: it may send
@@ -40,35 +40,35 @@ class _Refusal(Exception):  # noqa: N818  an answer, not an error of ours
         self.status = status
 
 
-class Clerk:
+class NotificationHandler:
     """Takes what was parsed to the desk, and counts and logs what became of it."""
 
-    def __init__(self, desk: Desk, metrics: Metrics) -> None:
-        self.desk = desk
+    def __init__(self, dispatcher: Dispatcher, metrics: Metrics) -> None:
+        self.dispatcher = dispatcher
         self.metrics = metrics
         self.failures = Failures(metrics)
 
-    async def take(self, sender: str, parsed: Parsed, delivery_id: str) -> Answer:
+    async def take(self, sender: str, parsed: Parsed, delivery_id: str) -> DispatchResult:
         """Return the answer to one delivery. Raises nothing: see UNAVAILABLE and FAILED."""
         began = time.monotonic()
-        kind = parsed.kind if isinstance(parsed, Hint) else "none"
-        why = parsed.why if isinstance(parsed, Never | Nothing) else ""
+        kind = parsed.kind if isinstance(parsed, Notification) else "none"
+        why = parsed.why if isinstance(parsed, Rejected | Ignored) else ""
         match parsed:
-            case Hint():
+            case Notification():
                 try:
-                    answer = await self.desk.answer(parsed)
+                    answer = await self.dispatcher.answer(parsed)
                 except UnavailableError as error:
-                    answer, why = Answer(Outcome.UNAVAILABLE), str(error)
+                    answer, why = DispatchResult(DispatchOutcome.UNAVAILABLE), str(error)
                 except Exception as error:
                     self.failures.note(Place.HINT, error, delivery=delivery_id)
-                    answer, why = Answer(Outcome.FAILED), type(error).__name__
-            case Nothing():
-                answer = Answer(Outcome.NOTHING)
-            case Never():
-                answer = Answer(Outcome.NEVER)
+                    answer, why = DispatchResult(DispatchOutcome.FAILED), type(error).__name__
+            case Ignored():
+                answer = DispatchResult(DispatchOutcome.IGNORED)
+            case Rejected():
+                answer = DispatchResult(DispatchOutcome.REJECTED)
         seconds = time.monotonic() - began
         self.metrics.answered(sender, kind, answer.outcome, seconds)
-        if isinstance(parsed, Hint) and answer.run_id:
+        if isinstance(parsed, Notification) and answer.run_id:
             self.metrics.run_exists(kind, parsed.at)
         LOG.log(
             _LEVELS.get(answer.outcome, 20),
@@ -77,7 +77,7 @@ class Clerk:
                 "sender": sender,
                 "delivery": delivery_id,
                 "kind": kind,
-                "about": parsed.name if isinstance(parsed, Hint) else "",
+                "about": parsed.name if isinstance(parsed, Notification) else "",
                 "outcome": answer.outcome,
                 "run": answer.run_id,
                 "why": why,
@@ -88,15 +88,24 @@ class Clerk:
 
     def refused(self, sender: str, status: int, why: str) -> None:
         """Count and log a request that was turned away before it was read."""
-        self.metrics.answered(sender, "none", Outcome.REFUSED, 0.0)
+        self.metrics.answered(sender, "none", DispatchOutcome.REFUSED, 0.0)
         LOG.warning("request refused", extra={"sender": sender, "status": status, "why": why})
 
 
-_LEVELS = {Outcome.NOTHING: 10, Outcome.NEVER: 30, Outcome.UNAVAILABLE: 30, Outcome.FAILED: 30}
-_STATUS = {Outcome.NEVER: 400, Outcome.UNAVAILABLE: 503, Outcome.FAILED: 500}
+_LEVELS = {
+    DispatchOutcome.IGNORED: 10,
+    DispatchOutcome.REJECTED: 30,
+    DispatchOutcome.UNAVAILABLE: 30,
+    DispatchOutcome.FAILED: 30,
+}
+_STATUS = {
+    DispatchOutcome.REJECTED: 400,
+    DispatchOutcome.UNAVAILABLE: 503,
+    DispatchOutcome.FAILED: 500,
+}
 
 
-def create_app(settings: BridgeSettings, clerk: Clerk) -> Starlette:
+def create_app(settings: BridgeSettings, handler: NotificationHandler) -> Starlette:
     """Return the application. An entrance without a secret is not there: 404."""
 
     async def mlflow(request: Request) -> tuple[str, Parsed]:
@@ -117,33 +126,37 @@ def create_app(settings: BridgeSettings, clerk: Clerk) -> Starlette:
         return JSONResponse({"alive": True})
 
     async def ready(request: Request) -> Response:
-        reachable = await clerk.desk.reachable()
+        reachable = await handler.dispatcher.reachable()
         return JSONResponse({"prefect": reachable}, 200 if reachable else 503)
 
     async def metrics(request: Request) -> Response:
-        return Response(clerk.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(handler.metrics.text(), media_type="text/plain; version=0.0.4")
 
     routes = [Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)]
     if settings.mlflow_secrets:
-        routes.append(Route("/hints/mlflow", _entrance("mlflow", mlflow, clerk), methods=["POST"]))
+        routes.append(
+            Route("/hints/mlflow", _entrance("mlflow", mlflow, handler), methods=["POST"])
+        )
     if settings.s3_tokens:
-        routes.append(Route("/hints/s3", _entrance("s3", s3, clerk), methods=["POST"]))
+        routes.append(Route("/hints/s3", _entrance("s3", s3, handler), methods=["POST"]))
     return Starlette(routes=routes)
 
 
 _Reader = Callable[[Request], Awaitable[tuple[str, Parsed]]]
 
 
-def _entrance(sender: str, read: _Reader, clerk: Clerk) -> Callable[[Request], Awaitable[Response]]:
+def _entrance(
+    sender: str, read: _Reader, handler: NotificationHandler
+) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         try:
             delivery_id, parsed = await read(request)
-        except (RefusedError, _Refusal) as refusal:
-            status = refusal.status if isinstance(refusal, _Refusal) else 401
-            clerk.refused(sender, status, str(refusal))
-            return JSONResponse({"refused": str(refusal)}, status, {"Connection": "close"})
-        answer = await clerk.take(sender, parsed, delivery_id)
-        again = answer.outcome in (Outcome.UNAVAILABLE, Outcome.FAILED)
+        except (AuthenticationError, _Refusal) as filename_problem:
+            status = filename_problem.status if isinstance(filename_problem, _Refusal) else 401
+            handler.refused(sender, status, str(filename_problem))
+            return JSONResponse({"refused": str(filename_problem)}, status, {"Connection": "close"})
+        answer = await handler.take(sender, parsed, delivery_id)
+        again = answer.outcome in (DispatchOutcome.UNAVAILABLE, DispatchOutcome.FAILED)
         return JSONResponse(
             {"outcome": answer.outcome, "run": answer.run_id},
             _STATUS.get(answer.outcome, 200),

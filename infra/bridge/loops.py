@@ -7,7 +7,7 @@ from typing import NoReturn
 import httpx
 from prefect.exceptions import PrefectException
 
-from infra.bridge.desk import UnavailableError
+from infra.bridge.dispatcher import UnavailableError
 from infra.bridge.logs import LOG
 from infra.bridge.metrics import Metrics, Place
 

@@ -11,16 +11,16 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from infra.bridge.desk import Outcome
-from infra.bridge.hints import Kind
+from infra.bridge.dispatcher import DispatchOutcome
+from infra.bridge.notifications import NotificationKind
 
 __all__ = ["Metrics", "Place"]
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600)
 _TO_A_VERDICT = (5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
 _SENDERS = frozenset({"mlflow", "s3", "sqs", "bridge"})
-_KINDS = frozenset({*Kind, "none"})
-_OUTCOMES = frozenset(Outcome)
+_KINDS = frozenset({*NotificationKind, "none"})
+_OUTCOMES = frozenset(DispatchOutcome)
 
 
 class Place(StrEnum):
@@ -75,7 +75,7 @@ class Metrics:
             registry=self._registry,
         )
 
-    def answered(self, sender: str, kind: str, outcome: Outcome, seconds: float) -> None:
+    def answered(self, sender: str, kind: str, outcome: DispatchOutcome, seconds: float) -> None:
         """Count one hint that was answered after so many seconds."""
         sender = _one_of(_SENDERS, sender)
         self._hints.labels(sender, _one_of(_KINDS, kind), _one_of(_OUTCOMES, outcome)).inc()

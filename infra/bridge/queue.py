@@ -22,12 +22,12 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from infra.bridge.app import Clerk
-from infra.bridge.desk import Outcome, UnavailableError
-from infra.bridge.hints import from_s3, is_delivery_id
+from infra.bridge.app import NotificationHandler
+from infra.bridge.dispatcher import DispatchOutcome, UnavailableError
 from infra.bridge.logs import LOG
 from infra.bridge.loops import forever
 from infra.bridge.metrics import Place
+from infra.bridge.notifications import from_s3, is_delivery_id
 
 __all__ = ["MOST_RECEIVES", "Message", "Queue", "SqsQueue", "consume"]
 
@@ -133,7 +133,7 @@ def _message(found: dict[str, Any]) -> Message:
 
 
 async def consume(
-    queue: Queue, clerk: Clerk, *, root_uri: str = "", pause_s: float = 5.0
+    queue: Queue, handler: NotificationHandler, *, root_uri: str = "", pause_s: float = 5.0
 ) -> NoReturn:
     """Answer the messages of the queue, for ever. `pause_s`: before what failed is tried again."""
 
@@ -143,18 +143,18 @@ async def consume(
             await asyncio.sleep(min(pause_s, _LULL_S))
         async with asyncio.TaskGroup() as group:
             for message in received:
-                group.create_task(_settle(message, queue, clerk, root_uri, pause_s))
+                group.create_task(_settle(message, queue, handler, root_uri, pause_s))
 
-    await forever(Place.QUEUE, step, every_s=0.0, retry_s=pause_s, failures=clerk.failures)
+    await forever(Place.QUEUE, step, every_s=0.0, retry_s=pause_s, failures=handler.failures)
 
 
 async def _settle(
-    message: Message, queue: Queue, clerk: Clerk, root_uri: str, pause_s: float
+    message: Message, queue: Queue, handler: NotificationHandler, root_uri: str, pause_s: float
 ) -> None:
     """Answer one message. What fails is noted, and the message comes back."""
     try:
-        outcome = await _answered(message, queue, clerk, root_uri, pause_s)
-        useless = outcome in (Outcome.NEVER, Outcome.FAILED)
+        outcome = await _answered(message, queue, handler, root_uri, pause_s)
+        useless = outcome in (DispatchOutcome.REJECTED, DispatchOutcome.FAILED)
         if useless and message.receives >= MOST_RECEIVES:
             LOG.warning(
                 "message deleted",
@@ -168,29 +168,29 @@ async def _settle(
         # If this fails, the message comes back with the same id and finds its run.
         await asyncio.to_thread(queue.delete, message)
     except Exception as error:
-        clerk.failures.note(Place.MESSAGE, error, delivery=message.delivery_id)
+        handler.failures.note(Place.MESSAGE, error, delivery=message.delivery_id)
 
 
 async def _answered(
-    message: Message, queue: Queue, clerk: Clerk, root_uri: str, pause_s: float
-) -> Outcome:
+    message: Message, queue: Queue, handler: NotificationHandler, root_uri: str, pause_s: float
+) -> DispatchOutcome:
     """Return what became of the message, however long Prefect is away."""
     body = message.body.encode(errors="surrogatepass")
     parsed = from_s3(body, message.delivery_id, root_uri=root_uri)
-    keeping = asyncio.create_task(_keep(message, queue, clerk))
+    keeping = asyncio.create_task(_keep(message, queue, handler))
     try:
         while True:
-            answer = await clerk.take("sqs", parsed, message.delivery_id)
-            if answer.outcome is not Outcome.UNAVAILABLE:
+            answer = await handler.take("sqs", parsed, message.delivery_id)
+            if answer.outcome is not DispatchOutcome.UNAVAILABLE:
                 return answer.outcome
             await asyncio.sleep(pause_s)
     finally:
         keeping.cancel()
 
 
-async def _keep(message: Message, queue: Queue, clerk: Clerk) -> NoReturn:
+async def _keep(message: Message, queue: Queue, handler: NotificationHandler) -> NoReturn:
     async def extend() -> None:
         await asyncio.to_thread(queue.extend, message)
 
     await asyncio.sleep(VISIBILITY_S / 3)
-    await forever(Place.MESSAGE, extend, every_s=VISIBILITY_S / 3, failures=clerk.failures)
+    await forever(Place.MESSAGE, extend, every_s=VISIBILITY_S / 3, failures=handler.failures)

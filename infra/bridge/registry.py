@@ -4,8 +4,8 @@ An alias on an adapter is set by reconcile, by verdict, or by a person, against 
 webhooks are the same. `MlflowRegistry` remembers what reconcile set; anything else is a person's.
 """
 
-from infra.bridge.desk import UnavailableError
-from infra.bridge.hints import Hint, Kind
+from infra.bridge.dispatcher import UnavailableError
+from infra.bridge.notifications import Notification, NotificationKind
 from trans_peft.domain.names import name_problem
 from trans_peft.edges.mlflow_client import Tracking, own_tags
 from trans_peft.edges.mlflow_registry import MlflowRegistry
@@ -21,14 +21,16 @@ class MlflowNames:
         self._tracking = Tracking(tracking_uri)
         self._adapters = MlflowRegistry(tracking_uri)
 
-    def family(self, hint: Hint) -> str | None:
+    def family(self, notification: Notification) -> str | None:
         """Return the family that the hint is about; None if it means nothing. UnavailableError."""
         try:
-            tags = own_tags(self._tracking.client.get_registered_model(hint.name).tags)
+            tags = own_tags(self._tracking.client.get_registered_model(notification.name).tags)
             match tags.get("kind"):
-                case "base" if hint.kind is not Kind.APPROVAL:
-                    return hint.name
-                case "adapter" if hint.kind is Kind.ASKED or self._is_a_persons(hint):
+                case "base" if notification.kind is not NotificationKind.APPROVAL:
+                    return notification.name
+                case "adapter" if notification.kind is NotificationKind.ASKED or self._is_a_persons(
+                    notification
+                ):
                     family = tags.get("family")
                     return None if name_problem("family", family) else family
             return None
@@ -37,7 +39,7 @@ class MlflowNames:
         except Exception as error:  # also an answer that cannot be read, such as a proxy's HTML
             raise UnavailableError(f"MLflow: {type(error).__name__}") from error
 
-    def _is_a_persons(self, hint: Hint) -> bool:
-        if hint.kind is not Kind.APPROVAL:
+    def _is_a_persons(self, notification: Notification) -> bool:
+        if notification.kind is not NotificationKind.APPROVAL:
             return False
-        return not self._adapters.owns_alias(hint.name, hint.alias)
+        return not self._adapters.owns_alias(notification.name, notification.alias)

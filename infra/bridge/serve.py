@@ -9,18 +9,18 @@ from typing import Any
 import uvicorn
 from prefect.client.orchestration import get_client
 
-from infra.bridge.app import Clerk, create_app
-from infra.bridge.desk import Desk, Outcome
-from infra.bridge.hints import Hint, Kind
+from infra.bridge.app import NotificationHandler, create_app
+from infra.bridge.dispatcher import Dispatcher, DispatchOutcome
 from infra.bridge.logs import log_to
 from infra.bridge.loops import forever
 from infra.bridge.metrics import Metrics, Place
+from infra.bridge.notifications import Notification, NotificationKind
 from infra.bridge.prefect_calls import PrefectCalls
 from infra.bridge.protocol import MAX_HEAD_BYTES, DeadlineProtocol
 from infra.bridge.queue import SqsQueue, consume
 from infra.bridge.registry import MlflowNames
+from infra.bridge.run_starter import PrefectStarter, come_again_soon
 from infra.bridge.settings import BridgeSettings
-from infra.bridge.starter import PrefectStarter, come_again_soon
 from infra.bridge.verdicts import Verdicts
 
 __all__ = ["listening", "serve", "start_up"]
@@ -36,28 +36,28 @@ async def serve(settings: BridgeSettings) -> None:
     log_to()
     hooks = {"event_hooks": {"response": [come_again_soon]}}
     prefect = PrefectCalls(partial(get_client, httpx_settings=hooks))
-    desk = Desk(MlflowNames(settings.tracking_uri), PrefectStarter(prefect))
-    clerk = Clerk(desk, metrics := Metrics())
-    server = listening(settings, clerk)
-    verdicts = Verdicts(prefect, metrics, clerk.failures)
+    dispatcher = Dispatcher(MlflowNames(settings.tracking_uri), PrefectStarter(prefect))
+    handler = NotificationHandler(dispatcher, metrics := Metrics())
+    server = listening(settings, handler)
+    verdicts = Verdicts(prefect, metrics, handler.failures)
     beside: list[Coroutine[Any, Any, None]] = [
-        start_up(clerk),
-        forever(Place.EVENTS, verdicts.look, every_s=_EVENTS_S, failures=clerk.failures),
+        start_up(handler),
+        forever(Place.EVENTS, verdicts.look, every_s=_EVENTS_S, failures=handler.failures),
     ]
     if settings.queue_url:
         queue = SqsQueue(settings.queue_url)
-        beside.append(consume(queue, clerk, root_uri=settings.bases_uri))
+        beside.append(consume(queue, handler, root_uri=settings.bases_uri))
     try:
         await _until_ended(server, beside)
     finally:
         await prefect.close()
 
 
-def listening(settings: BridgeSettings, clerk: Clerk) -> uvicorn.Server:
+def listening(settings: BridgeSettings, handler: NotificationHandler) -> uvicorn.Server:
     """Return the server, not started."""
     return uvicorn.Server(
         uvicorn.Config(
-            create_app(settings, clerk),
+            create_app(settings, handler),
             host=settings.host,
             port=settings.port,
             log_config=None,
@@ -73,12 +73,12 @@ def listening(settings: BridgeSettings, clerk: Clerk) -> uvicorn.Server:
     )
 
 
-async def start_up(clerk: Clerk, *, pause_s: float = 2.0) -> None:
+async def start_up(handler: NotificationHandler, *, pause_s: float = 2.0) -> None:
     """Start one reconcile of every family: hints may have come while nobody listened."""
-    hint = Hint(Kind.START_UP, "", f"start-up-{uuid.uuid4()}")
+    notification = Notification(NotificationKind.START_UP, "", f"start-up-{uuid.uuid4()}")
     while True:
-        answer = await clerk.take("bridge", hint, hint.delivery_id)
-        if answer.outcome not in (Outcome.UNAVAILABLE, Outcome.FAILED):
+        answer = await handler.take("bridge", notification, notification.delivery_id)
+        if answer.outcome not in (DispatchOutcome.UNAVAILABLE, DispatchOutcome.FAILED):
             return
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

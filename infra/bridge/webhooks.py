@@ -1,10 +1,10 @@
 """MLflow's webhook for this bridge, created and kept right by code."""
 
 from infra.bridge.settings import BridgeSettings
-from trans_peft.edges.mlflow_webhooks import Webhook, keep, try_out
+from trans_peft.edges.mlflow_webhooks import Webhook, keep, send_test_delivery
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["EVENTS", "keep_webhook"]
+__all__ = ["EVENTS", "ensure_bridge_webhook"]
 
 _TRIAL = "model_version_alias.created"  # MLflow sends it with an alias that decides nothing
 EVENTS = (
@@ -15,7 +15,7 @@ EVENTS = (
 )
 
 
-def keep_webhook(settings: BridgeSettings) -> str:
+def ensure_bridge_webhook(settings: BridgeSettings) -> str:
     """Make MLflow's webhooks what they should be; return what speaks against it, empty if nothing.
 
     InvalidSpecError without a secret; StoreError where MLflow cannot be reached.
@@ -34,4 +34,4 @@ def keep_webhook(settings: BridgeSettings) -> str:
         secret=settings.mlflow_secrets[0],
     )
     kept = keep(settings.tracking_uri, wanted)
-    return try_out(settings.tracking_uri, kept, _TRIAL)
+    return send_test_delivery(settings.tracking_uri, kept, _TRIAL)

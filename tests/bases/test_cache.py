@@ -77,7 +77,7 @@ def test_other_bytes_under_the_same_name_are_no_copy(tmp_path):
 def test_a_folder_that_lost_a_file_is_told_apart(tmp_path):
     store = store_of(folder_of())
     expected = fingerprint(URI, store)
-    store.remove_by_hand(f"{URI}/config.json")
+    store.remove_manually(f"{URI}/config.json")
     with pytest.raises(IntegrityError, match=r"config\.json: missing"):
         download(URI, store, tmp_path, fingerprint=expected)
 

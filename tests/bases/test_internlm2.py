@@ -16,9 +16,9 @@ from tests.bases.internlm2_uploads import (
     random_weights,
     write_internlm2,
 )
-from trans_peft.bases.convert import CONVERTED_FROM, convert, needs_conversion
 from trans_peft.bases.fingerprint import fingerprint
-from trans_peft.bases.internlm2_weights import Layout, llama_shard
+from trans_peft.bases.internlm2.convert import CONVERTED_FROM, convert, needs_conversion
+from trans_peft.bases.internlm2.weights import Layout, llama_shard
 from trans_peft.bases.upload import verify
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError
@@ -310,7 +310,7 @@ def test_weights_are_converted_from_the_version_whose_header_was_checked(tmp_pat
 # What is refused.
 
 
-def refusal(folder):
+def filename_problem(folder):
     out = folder.with_name("out")
     with pytest.raises(UploadError) as caught:
         convert(str(folder), STORE, out)
@@ -343,14 +343,16 @@ def refusal(folder):
 )
 def test_a_config_that_llama_has_no_words_for_is_refused(tmp_path, changes, reason):
     weights = random_weights(CONFIG)
-    assert reason in refusal(write_internlm2(tmp_path / "upload", CONFIG | changes, weights))
+    assert reason in filename_problem(
+        write_internlm2(tmp_path / "upload", CONFIG | changes, weights)
+    )
 
 
 @pytest.mark.parametrize("field", ["bias", "rope_theta", "rms_norm_eps", "tie_word_embeddings"])
 def test_what_the_release_leaves_to_its_code_must_be_stated(tmp_path, field):
     config = {name: value for name, value in CONFIG.items() if name != field}
     folder = write_internlm2(tmp_path / "upload", config, random_weights(CONFIG))
-    assert f"does not state {field}" in refusal(folder)
+    assert f"does not state {field}" in filename_problem(folder)
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
@@ -366,7 +368,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"")
     (folder / "adapter_config.json").write_bytes(b"{}")
     (folder / "model-extra.safetensors").write_bytes(b"short")
-    said = refusal(folder)
+    said = filename_problem(folder)
     for reason in (
         "wqkv.weight has the shape [64, 31], by config.json it must have [64, 32]",
         "model.layers.1.attention.wo.weight is I8",
@@ -383,7 +385,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
 
 def test_a_start_token_without_an_id_is_refused(tmp_path):
     told = TOKENIZER_SETTINGS | {"bos_token": "<begin>"}
-    assert "no id for '<begin>'" in refusal(
+    assert "no id for '<begin>'" in filename_problem(
         write_internlm2(tmp_path / "upload", tokenizer_config_json=told)
     )
 
@@ -391,20 +393,20 @@ def test_a_start_token_without_an_id_is_refused(tmp_path):
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     folder = write_internlm2(tmp_path / "upload")
     (folder / "copy.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    assert "stands in another file too" in refusal(folder)
+    assert "stands in another file too" in filename_problem(folder)
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path):
     folder = write_internlm2(tmp_path / "upload")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-1])
-    assert "ends 1 bytes too early" in refusal(folder)
+    assert "ends 1 bytes too early" in filename_problem(folder)
 
 
 def test_other_layouts_with_code_stay_refused_and_the_known_one_is_named(tmp_path):
     folder = write_internlm2(tmp_path / "upload", CONFIG | {"model_type": "internlm3"}, {})
     assert not needs_conversion(str(folder), STORE)
-    assert "model_type internlm3" in refusal(folder)
+    assert "model_type internlm3" in filename_problem(folder)
     with pytest.raises(UploadError, match=r"only InternLM2's is known"):
         verify(str(folder), STORE)
 

@@ -312,7 +312,7 @@ def test_ingestion_refuses_it_once(tmp_path, registered):
     for name, data in BROKEN.items():
         platform.store.write(f"s3://bases/smol/v1/{name}", io.BytesIO(data))
     if registered:
-        platform.catalog.register_by_hand("smol", "s3://bases/smol/v1")
+        platform.catalog.register_manually("smol", "s3://bases/smol/v1")
         (upload,) = pending(platform, root_uri="")
     else:
         upload = Upload("s3://bases/smol/v1")

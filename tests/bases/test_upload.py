@@ -253,7 +253,7 @@ def test_what_changes_while_it_is_read_says_nothing_about_the_upload(when, file,
 
         def change(self, uri):
             if change == "removed":
-                store.remove_by_hand(uri)
+                store.remove_manually(uri)
             else:
                 store.write(uri, io.BytesIO(b"other"))
 

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 
-from infra.bridge.desk import Run, UnavailableError
+from infra.bridge.dispatcher import Run, UnavailableError
 from infra.bridge.queue import Message
 
 
@@ -14,12 +14,12 @@ class FakeRegistry:
         self.asked = []
         self.broken = False
 
-    def family(self, hint):
+    def family(self, notification):
         if self.broken:
             raise UnavailableError("MLflow: down")
-        self.asked.append(hint)
+        self.asked.append(notification)
         time.sleep(0.005)
-        return self.families.get(hint.name)
+        return self.families.get(notification.name)
 
 
 class FakePrefect:
@@ -37,7 +37,10 @@ class FakePrefect:
         await asyncio.sleep(self.delay_s)
         if self.broken:
             raise UnavailableError("Prefect: down")
-        return {family: self._run(family, hint.delivery_id) for family, hint in wanted.items()}
+        return {
+            family: self._run(family, notification.delivery_id)
+            for family, notification in wanted.items()
+        }
 
     def _run(self, family, delivery_id):
         self.asked.append((family, delivery_id))

@@ -18,12 +18,12 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from infra.bridge import app, protocol
-from infra.bridge.app import MAX_BODY_BYTES, Clerk
-from infra.bridge.desk import Desk
+from infra.bridge.app import MAX_BODY_BYTES, NotificationHandler
+from infra.bridge.authentication import sign
+from infra.bridge.dispatcher import Dispatcher
 from infra.bridge.logs import LOG, JsonLines
 from infra.bridge.metrics import Metrics
 from infra.bridge.readiness import Readiness
-from infra.bridge.senders import sign
 from infra.bridge.serve import listening
 from infra.bridge.settings import BridgeSettings
 from infra.stack.machine import free_ports
@@ -38,12 +38,14 @@ CHAMPION = {"name": "smol", "alias": "champion", "version": "1"}
 class Bridge:
     def __init__(self, settings=None):
         self.registry, self.prefect = FakeRegistry({"smol": "smol"}), FakePrefect()
-        self.clerk = Clerk(Desk(self.registry, self.prefect, patience_s=60), Metrics())
+        self.handler = NotificationHandler(
+            Dispatcher(self.registry, self.prefect, patience_s=60), Metrics()
+        )
         chosen = settings or BridgeSettings(
             tracking_uri="http://m", mlflow_secrets=SECRETS, s3_tokens=TOKENS
         )
         (self.port,) = free_ports(1)
-        self._server = listening(replace(chosen, port=self.port), self.clerk)
+        self._server = listening(replace(chosen, port=self.port), self.handler)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self):
@@ -130,11 +132,11 @@ class _Forgetful(dict):
 
 def test_our_own_writes_start_nothing(bridge):
     tag = {"name": "smol", "version": "1", "key": "trans_peft.verdict", "value": "passed"}
-    for hint in (
+    for notification in (
         champion(alias="serving"),
         {"entity": "model_version_tag", "action": "set", "data": tag},
     ):
-        assert bridge.mlflow(hint).json() == {"outcome": "nothing", "run": ""}
+        assert bridge.mlflow(notification).json() == {"outcome": "nothing", "run": ""}
     assert bridge.s3(uploaded("smol/v1/model.safetensors")).json()["outcome"] == "nothing"
     assert bridge.prefect.asked == []
 
@@ -344,7 +346,9 @@ def test_any_number_of_open_calls_of_ready_are_few_calls_of_prefect(bridge, monk
         await asyncio.sleep(0.3 if prefect == "slow" else 0)
         return True
 
-    monkeypatch.setattr(bridge.clerk.desk, "_readiness", Readiness(reachable, patience_s=0.1))
+    monkeypatch.setattr(
+        bridge.handler.dispatcher, "_readiness", Readiness(reachable, patience_s=0.1)
+    )
     with ThreadPoolExecutor(40) as pool:
         began = time.monotonic()
         codes = set(pool.map(lambda _: bridge.http.get("/ready").status_code, range(400)))
@@ -434,8 +438,14 @@ def test_one_id_leads_from_the_hint_to_its_run_and_no_secret_is_logged(bridge):
         for logger, level in before:
             logger.setLevel(level)
     ours = [line for line in stream.getvalue().splitlines() if '"trans_peft.bridge"' in line]
-    (hint,) = [found for line in ours if (found := json.loads(line)).get("delivery") == "d-77"]
-    assert (hint["outcome"], hint["run"], hint["about"]) == ("started", "run-1", "smol")
+    (notification,) = [
+        found for line in ours if (found := json.loads(line)).get("delivery") == "d-77"
+    ]
+    assert (notification["outcome"], notification["run"], notification["about"]) == (
+        "started",
+        "run-1",
+        "smol",
+    )
     lines = stream.getvalue().splitlines()  # the client's own, in this process, left out
     logged = "\n".join(line for line in lines if '"logger": "http' not in line)
     assert "Traceback" in logged

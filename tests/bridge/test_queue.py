@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from infra.bridge import queue as queue_module
-from infra.bridge.app import Clerk
-from infra.bridge.desk import Desk
+from infra.bridge.app import NotificationHandler
+from infra.bridge.dispatcher import Dispatcher
 from infra.bridge.metrics import Metrics
 from infra.bridge.queue import SqsQueue, consume
 from tests.bridge.fakes import FakePrefect, FakeQueue, FakeRegistry
@@ -20,10 +20,10 @@ POISON = '{"neither": "nor"}'
 
 
 def consumed(queue, prefect, *, until, meanwhile=None, timeout_s=20):
-    clerk = Clerk(Desk(FakeRegistry({}), prefect), Metrics())
+    handler = NotificationHandler(Dispatcher(FakeRegistry({}), prefect), Metrics())
 
     async def story():
-        consumer = asyncio.create_task(consume(queue, clerk, pause_s=0.02))
+        consumer = asyncio.create_task(consume(queue, handler, pause_s=0.02))
         async with asyncio.timeout(timeout_s):
             if meanwhile is not None:
                 await meanwhile()

@@ -17,22 +17,22 @@ from hypothesis import strategies as st
 from prefect.client.orchestration import PrefectClient
 from prefect.events import Event
 
-from infra.bridge.app import Clerk
-from infra.bridge.desk import Desk, Run, UnavailableError
-from infra.bridge.hints import Hint, Kind
+from infra.bridge.app import NotificationHandler
+from infra.bridge.dispatcher import Dispatcher, Run, UnavailableError
 from infra.bridge.loops import Failures, forever
 from infra.bridge.metrics import Metrics, Place
+from infra.bridge.notifications import Notification, NotificationKind
 from infra.bridge.prefect_calls import PrefectCalls
 from infra.bridge.queue import MOST_RECEIVES, Message, SqsQueue, consume
 from infra.bridge.readiness import Readiness
 from infra.bridge.registry import MlflowNames
-from infra.bridge.starter import PrefectStarter
+from infra.bridge.run_starter import PrefectStarter
 from infra.bridge.verdicts import Verdicts
 from tasks.origin import Origin
 from tests.bridge.fakes import FakePrefect, FakeRegistry
 from tests.bridge.test_app import JSON, uploaded
 
-HINT = Hint(Kind.CHAMPION, "smol", "d-1", "champion")
+HINT = Notification(NotificationKind.CHAMPION, "smol", "d-1", "champion")
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 ODD_ANSWERS = [
     b"<html>504 Gateway Time-out</html>", b"", b"null", b"[]", b"{}", b"{", b'"text"', b"1",
@@ -170,16 +170,16 @@ def asked_of(prefect):
     """Return a run or UnavailableError, and readiness."""
 
     async def story():
-        starter = PrefectStarter(prefect, patience_s=5)
+        run_starter = PrefectStarter(prefect, patience_s=5)
         try:
-            started = (await starter.start({"smol": HINT}))["smol"]
+            started = (await run_starter.start({"smol": HINT}))["smol"]
         except UnavailableError as error:
             started = error
         metrics = Metrics()
         looks = Verdicts(prefect, metrics, Failures(metrics))
         with suppress(Exception):  # `forever` notes it
             await looks.look()
-        return started, await starter.reachable()
+        return started, await run_starter.reachable()
 
     return asyncio.run(story())
 
@@ -227,9 +227,9 @@ def mlflow():
     server.server_close()
 
 
-def family(mlflow, kind=Kind.CHAMPION):
+def family(mlflow, kind=NotificationKind.CHAMPION):
     try:
-        return mlflow.names.family(Hint(kind, "smol", "d-1", "on-0123456789ab"))
+        return mlflow.names.family(Notification(kind, "smol", "d-1", "on-0123456789ab"))
     except UnavailableError:
         return UnavailableError
 
@@ -238,7 +238,7 @@ def family(mlflow, kind=Kind.CHAMPION):
 @pytest.mark.parametrize("body", ODD_ANSWERS)
 def test_any_answer_of_mlflow_is_nothing_or_unavailable(mlflow, body, status):
     mlflow.body, mlflow.status = body, status
-    for kind in (Kind.CHAMPION, Kind.APPROVAL, Kind.ASKED):
+    for kind in (NotificationKind.CHAMPION, NotificationKind.APPROVAL, NotificationKind.ASKED):
         assert family(mlflow, kind) in (None, UnavailableError)
 
 
@@ -259,7 +259,7 @@ def test_the_family_in_a_tag_is_a_name_or_nothing(mlflow, name):
     ]
     mlflow.body = json.dumps({"registered_model": {"name": "chat", "tags": tags}}).encode()
     mlflow.status = 200
-    assert family(mlflow, Kind.ASKED) in (None, UnavailableError)
+    assert family(mlflow, NotificationKind.ASKED) in (None, UnavailableError)
 
 
 # ------------------------------------------------------------------------------------- events
@@ -445,9 +445,9 @@ class Mailbox:
         del self.messages[int(message.receipt)]
 
 
-def emptied(mailbox, clerk, timeout_s=20):
+def emptied(mailbox, handler, timeout_s=20):
     async def story():
-        loop = asyncio.create_task(consume(mailbox, clerk, pause_s=0.01))
+        loop = asyncio.create_task(consume(mailbox, handler, pause_s=0.01))
         async with asyncio.timeout(timeout_s):
             while mailbox.messages:
                 assert not loop.done(), loop.result()
@@ -455,11 +455,11 @@ def emptied(mailbox, clerk, timeout_s=20):
         loop.cancel()
 
     asyncio.run(story())
-    return clerk.metrics
+    return handler.metrics
 
 
 def clerk_with(prefect):
-    return Clerk(Desk(FakeRegistry({}), prefect), Metrics())
+    return NotificationHandler(Dispatcher(FakeRegistry({}), prefect), Metrics())
 
 
 BODIES = [

@@ -53,12 +53,14 @@ class Client:
         return SimpleNamespace(events=page, next_page="http://p/next" if self._rest else None)
 
 
-def judged(hint="d-1", *, lag_s=40, ago_s=0):
+def judged(notification="d-1", *, lag_s=40, ago_s=0):
     at = datetime.now(UTC) - timedelta(seconds=ago_s)
     return Event(
         event="trans-peft.adapter.judged",
         resource={"prefect.resource.id": "trans-peft.adapter.chat"},
-        payload=Origin(hint, "upload", at - timedelta(seconds=lag_s)).payload if hint else {},
+        payload=Origin(notification, "upload", at - timedelta(seconds=lag_s)).payload
+        if notification
+        else {},
         occurred=at,
     )
 
@@ -105,7 +107,7 @@ def test_tags_that_say_it_by_half_say_nothing(tags):
 
 
 def test_a_run_hands_its_hint_on_and_nothing_else(told):
-    assert origin.handed_on() == HINT.tags
+    assert origin.inherited_tags() == HINT.tags
 
 
 def test_a_shard_goes_back_to_the_hint_of_the_run_that_started_it(told, monkeypatch):
@@ -121,7 +123,7 @@ def test_a_shard_goes_back_to_the_hint_of_the_run_that_started_it(told, monkeypa
 
 def test_a_run_outside_of_prefect_goes_back_to_no_hint():
     assert origin.origin() is None
-    assert origin.handed_on() == []
+    assert origin.inherited_tags() == []
 
 
 def test_an_event_tells_the_hint_that_its_run_goes_back_to(told, tmp_path):
@@ -151,4 +153,4 @@ def test_what_was_judged_before_the_bridge_began_is_not_counted_and_its_hint_has
 
 
 def test_a_verdict_that_goes_back_to_no_hint_is_not_counted():
-    assert looked(judged(hint=None)) == (0, 0)
+    assert looked(judged(notification=None)) == (0, 0)

@@ -10,7 +10,7 @@ from demo.picture import draw
 from demo.results import Result, notes, table
 from demo.settings import ARMS, FULL, POLICY, recipes
 from trans_peft.domain.evaluation import SuiteJudgement, Verdict
-from trans_peft.validation.scoring import marker
+from trans_peft.validation.scoring import make_scorer
 
 FIGURES = SuiteJudgement(
     suite="exceptions", items=512, reference=61.5, score=52.25, bare=20.0, difference=-9.25,
@@ -79,4 +79,4 @@ def test_the_arms_of_a_task_differ_in_their_perturbation_alone(chapter):
     assert arms[0].perturbation.is_off and not arms[1].perturbation.is_off
     same = [replace(arm, adapter="x", perturbation=arms[0].perturbation) for arm in arms]
     assert same[0] == same[1]
-    marker(chapter.suite)  # its scoring and threshold can be used
+    make_scorer(chapter.suite)  # its scoring and threshold can be used

@@ -21,7 +21,7 @@ from trans_peft.domain.evaluation import (
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Compatibility, Effect, TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.domain.remedies import Rung, Tried
+from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.models import adapter_weights_sha256
 
@@ -65,7 +65,7 @@ def draft(adapter: str, family: str, folder: Path, base: str = "1" * 64) -> Adap
         recipe=TrainingRecipe(
             adapter, family, SUITE.data, (SUITE,), spec=AdapterSpec("LORA", {"r": 2})
         ),
-        made_by=Rung.TRAINED_ANEW,
+        made_by=RecoveryStrategy.RETRAINED,
     )
 
 
@@ -109,7 +109,9 @@ def outcome(
         evaluations=(evaluation(source.weights_sha256),),
         new_number=new_number,
         seconds=12.5,
-        rung=Rung.RESCALED,
-        tried=(Tried(Rung.RESCALED, "passed", "because", 3.5, "scale x 0.5"),),
+        strategy=RecoveryStrategy.RESCALED,
+        tried=(
+            StrategyAttempt(RecoveryStrategy.RESCALED, "passed", "because", 3.5, "scale x 0.5"),
+        ),
         training=source.recipe,
     )

@@ -39,14 +39,14 @@ class MlflowPerson:
 
         self.client = MlflowClient()
 
-    def register_by_hand(self, family: str, uri: str) -> int:
+    def register_manually(self, family: str, uri: str) -> int:
         from mlflow.exceptions import MlflowException
 
         with suppress(MlflowException):
             self.client.create_registered_model(family, tags={"trans_peft.kind": "base"})
         return int(self.client.create_model_version(family, uri).version)
 
-    def set_alias_by_hand(self, family: str, alias: str, number: int | None) -> None:
+    def set_alias_manually(self, family: str, alias: str, number: int | None) -> None:
         if number is None:
             self.client.delete_registered_model_alias(family, alias)
         else:
@@ -110,7 +110,7 @@ class TestEveryCatalog:
     def test_a_family_that_another_client_gave_an_odd_name_is_set_aside(self, place):
         place.publish("v1")
         odd = f"{place.family}'s base"
-        place.person.register_by_hand(odd, "s3://bases/x/v1")
+        place.person.register_manually(odd, "s3://bases/x/v1")
         assert odd not in place.catalog.families()
         (line,) = (line for line in place.catalog.set_aside() if place.family in line)
         assert "must be 1 to 100 ASCII letters" in line
@@ -146,7 +146,7 @@ class TestEveryCatalog:
 
     def test_a_version_that_a_person_registered_waits_and_is_completed(self, place):
         uri = "s3://elsewhere/base"
-        number = place.person.register_by_hand(place.family, uri)
+        number = place.person.register_manually(place.family, uri)
         waiting = BaseVersion(place.family, "1", uri, number)
         assert place.catalog.versions(place.family) == (waiting,)
         with pytest.raises(NotFoundError, match="never made ready"):
@@ -160,7 +160,7 @@ class TestEveryCatalog:
 
     def test_a_registered_version_may_serve_from_elsewhere(self, place):
         """Its own files may be of a layout that was converted."""
-        number = place.person.register_by_hand(place.family, "s3://elsewhere/base")
+        number = place.person.register_manually(place.family, "s3://elsewhere/base")
         for _ in range(2):
             ready = place.publish("v1", number=number)
             assert (ready.number, ready.uri) == (number, f"s3://bases/{place.family}/v1")
@@ -168,7 +168,7 @@ class TestEveryCatalog:
 
     def test_a_person_who_registers_what_is_there_makes_no_second_version(self, place):
         base = place.publish("v1")
-        number = place.person.register_by_hand(place.family, base.uri)
+        number = place.person.register_manually(place.family, base.uri)
         assert place.publish("v1", number=number) == base
         assert place.catalog.versions(place.family) == (base,)
 
@@ -180,12 +180,12 @@ class TestEveryCatalog:
     def test_champion_is_read_and_serving_is_written(self, place):
         one, two = place.publish("v1", 1), place.publish("v2", 2)
         assert place.catalog.alias(place.family, "champion") is None
-        place.person.set_alias_by_hand(place.family, "champion", 2)
+        place.person.set_alias_manually(place.family, "champion", 2)
         assert place.catalog.alias(place.family, "champion") == 2
         for base in (one, two, one):
             place.catalog.set_serving(base)
             assert place.catalog.alias(place.family, "serving") == base.number
-        place.person.set_alias_by_hand(place.family, "champion", None)
+        place.person.set_alias_manually(place.family, "champion", None)
         assert place.catalog.alias(place.family, "champion") is None
 
     def test_what_served_once_is_remembered(self, place):
@@ -198,7 +198,7 @@ class TestEveryCatalog:
 
     def test_a_note_about_a_promotion_stands_on_any_version_until_it_is_taken_away(self, place):
         one = place.publish("v1")
-        waiting = place.person.register_by_hand(place.family, "s3://elsewhere/base")
+        waiting = place.person.register_manually(place.family, "s3://elsewhere/base")
         assert place.catalog.promotion_notes(place.family) == {}
         for number, text in (
             (one.number, "refused:\n  found: x"),
@@ -214,7 +214,7 @@ class TestEveryCatalog:
             place.catalog.note_promotion(place.family, 7, "x")
 
     def test_what_is_not_ready_cannot_serve(self, place):
-        number = place.person.register_by_hand(place.family, "s3://elsewhere/base")
+        number = place.person.register_manually(place.family, "s3://elsewhere/base")
         with pytest.raises(InvalidSpecError, match="not ready"):
             place.catalog.set_serving(BaseVersion(place.family, "1", "s3://x", number, ready=True))
         assert place.catalog.alias(place.family, "serving") is None
@@ -309,7 +309,7 @@ class TestMlflow:
             tag_version(self, name, number, tags)
 
         monkeypatch.setattr(Tracking, "tag_version", spy)
-        number = place.person.register_by_hand(place.family, "s3://elsewhere/base")
+        number = place.person.register_manually(place.family, "s3://elsewhere/base")
         place.publish("v1", number=number)
         assert tagged[-1] == "ready"
         assert tagged.count("ready") == 1

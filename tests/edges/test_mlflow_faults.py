@@ -13,7 +13,7 @@ import pytest
 from tests.edges.nouns import evaluation
 from tests.faults.proxy import Faults, Weather, proxied
 from tests.lifecycle.fleet import MemoryFleet
-from tests.lifecycle.test_two_worlds import Upgrade
+from tests.lifecycle.test_memory_and_mlflow import Upgrade
 from trans_peft.edges.mlflow_catalog import MlflowCatalog
 from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
 from trans_peft.errors import AccessError, StoreError
@@ -54,11 +54,11 @@ def story(fleet):
     """A person promotes, approves by hand and rolls back, and all of it is followed."""
     upgrade = Upgrade(fleet)
     fleet.promote(upgrade.v2)
-    upgrade.settle()
+    upgrade.apply_verdicts()
     upgrade.click(upgrade.bad, 2)
-    upgrade.settle()
+    upgrade.apply_verdicts()
     fleet.promote(upgrade.v1)
-    upgrade.settle()
+    upgrade.apply_verdicts()
     return upgrade.state
 
 

@@ -20,10 +20,10 @@ from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
 from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
 from trans_peft.edges.mlflow_registry import MlflowRegistry
 from trans_peft.errors import IntegrityError, InvalidSpecError
+from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.bases import pending
-from trans_peft.lifecycle.reconcile import estimated, observe, plan
+from trans_peft.lifecycle.reconcile import observe, plan, with_cost_estimates
 from trans_peft.lifecycle.report import report
-from trans_peft.lifecycle.settle import settle
 
 ANY_SHARE = PromotionPolicy(min_serving_share=0.0)
 ODD = [
@@ -70,10 +70,10 @@ class Two:
             for name in adapters:
                 fleet.add_adapter(name, self.v1)
             fleet.promote(self.v1)
-            fleet.settle()
+            fleet.apply_verdicts()
             self.v2 = fleet.add_base("v2")
             fleet.work_off(Verdict.PASSED)
-            fleet.settle()
+            fleet.apply_verdicts()
 
     def fleet(self, folder, family):
         """Return a fleet on the doors to MLflow, with dictionaries behind them."""
@@ -119,14 +119,14 @@ class Two:
             fleet.platform.registry.set_aside()
             for number in (2, 1):
                 fleet.person.sets_on_a_base(fleet.family, "champion", number)
-                changes = settle(observe(fleet.family, fleet.platform), POLICY, ANY_SHARE,
+                changes = apply_verdicts(observe(fleet.family, fleet.platform), POLICY, ANY_SHARE,
                                  fleet.platform)  # fmt: skip
                 if changes.waiting:  # something spoilt has no verdict any more: a rollback is free
                     assert "bad" in changes.waiting
                 elif changes.refused is None:
                     assert fleet.serving == number
             seen = observe(fleet.family, fleet.platform)
-            estimated(plan(seen, POLICY), seen, fleet.platform)
+            with_cost_estimates(plan(seen, POLICY), seen, fleet.platform)
             (found,) = (one for one in seen.adapters if one.name == adapter)
             assert len(found.versions) == 2
             report(fleet.family, fleet.platform).markdown()
@@ -280,7 +280,9 @@ def test_aliases_of_a_version_that_was_deleted_stop_nobody(two, alias):
     with two.spoiling({}, "", ""):
         two.tracking.known["spoilt"].aliases[alias] = "99"
         two.tracking.known["bad"].aliases[two.v2.alias] = "99"
-        settle(observe("spoilt", two.spoilt.platform), POLICY, ANY_SHARE, two.spoilt.platform)
+        apply_verdicts(
+            observe("spoilt", two.spoilt.platform), POLICY, ANY_SHARE, two.spoilt.platform
+        )
         two.nobody_else_is_stopped()
 
 

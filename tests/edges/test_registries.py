@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.edges.nouns import draft, evaluation, outcome, peft_folder, transferred
-from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
+from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.evaluation import Verdict, verdict_key
 from trans_peft.edges.memory import MemoryRegistry
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
@@ -48,10 +48,10 @@ class MlflowPerson:
 
         self.client = MlflowClient()
 
-    def retire_by_hand(self, adapter: str) -> None:
+    def retire_manually(self, adapter: str) -> None:
         self.client.set_registered_model_tag(adapter, "trans_peft.retired", "true")
 
-    def set_alias_by_hand(self, adapter: str, alias: str, number: int | None) -> None:
+    def set_alias_manually(self, adapter: str, alias: str, number: int | None) -> None:
         if number is None:
             self.client.delete_registered_model_alias(adapter, alias)
         else:
@@ -127,7 +127,7 @@ class TestEveryRegistry:
         names = [f"{place.adapter}-{i}" for i in (2, 0, 1)]
         for name in names:
             place.trained(name)
-        place.person.retire_by_hand(names[0])
+        place.person.retire_manually(names[0])
         assert place.registry.adapters(place.family) == tuple(sorted(names[1:]))
 
     def test_the_folder_comes_back_byte_by_byte(self, place, tmp_path):
@@ -215,7 +215,7 @@ class TestEveryRegistry:
         assert place.registry.owns_alias(place.adapter, alias)
         if ours is not None:
             place.registry.set_alias(place.adapter, alias, ours)
-        place.person.set_alias_by_hand(place.adapter, alias, theirs)
+        place.person.set_alias_manually(place.adapter, alias, theirs)
         assert not place.registry.owns_alias(place.adapter, alias)
         assert place.registry.alias(place.adapter, alias) == theirs
 
@@ -229,7 +229,7 @@ class TestEveryRegistry:
         place.registry.register(transferred(first), place.peft_folder())
         if ours is not None:
             assert place.registry.set_alias(place.adapter, alias, ours)
-        place.person.set_alias_by_hand(place.adapter, alias, theirs)
+        place.person.set_alias_manually(place.adapter, alias, theirs)
         for number in (1, 2, None):
             if number != theirs:
                 assert not place.registry.set_alias(place.adapter, alias, number)
@@ -240,15 +240,18 @@ class TestEveryRegistry:
         place.registry.register(transferred(first), place.peft_folder())
         place.registry.set_alias(place.adapter, alias, 2)
         for number in (None, 2):
-            place.person.set_alias_by_hand(place.adapter, alias, number)
+            place.person.set_alias_manually(place.adapter, alias, number)
         assert place.registry.set_alias(place.adapter, alias, None)
         assert place.registry.alias(place.adapter, alias) is None
 
     def test_what_a_person_did_is_recorded_and_forgotten(self, place):
         place.trained()
-        alias, hand = "on-222222222222", HandSet(None, 2, "passed", "2026-11-24T00:00:00+00:00")
+        alias, hand = (
+            "on-222222222222",
+            ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00"),
+        )
         for record in (hand, replace(hand, number=1), None, None):
-            place.registry.record_hand(place.adapter, alias, record)
+            place.registry.record_manual_override(place.adapter, alias, record)
             state = place.registry.aliases(place.adapter).get(alias, AliasState())
             assert state == AliasState(recorded=record)
 
@@ -403,13 +406,13 @@ class TestMlflow:
         assert place.registry.aliases(place.adapter)[alias] == AliasState(1, unfinished=True)
         place.registry.set_alias(place.adapter, alias, 1)
         assert place.registry.aliases(place.adapter)[alias] == AliasState(1)
-        place.person.set_alias_by_hand(place.adapter, alias, None)
+        place.person.set_alias_manually(place.adapter, alias, None)
         assert not place.registry.owns_alias(place.adapter, alias)
 
     def test_people_see_what_was_done_by_hand_on_the_adapters_page(self, place):
         place.trained()
-        hand = HandSet(None, 2, "passed", "2026-11-24T00:00:00+00:00")
-        place.registry.record_hand(place.adapter, "on-222222222222", hand)
+        hand = ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00")
+        place.registry.record_manual_override(place.adapter, "on-222222222222", hand)
         tags = place.person.client.get_registered_model(place.adapter).tags
         assert json.loads(tags["trans_peft.by-hand.on-222222222222"]) == {
             "number": None, "wanted": 2, "why": "passed", "by": "unknown",

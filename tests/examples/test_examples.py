@@ -46,10 +46,12 @@ def test_one_line_perturbs_each_style_of_training(
     @contextmanager
     def observed(model, *args, **options):
         with perturbed(model, *args, **options) as handle:
-            clock = handle._clock
-            stack = clock._stack
+            step_counter = handle._step_counter
+            stack = step_counter._stack
             watch = stack.register_forward_pre_hook(
-                lambda module, _: moments.append((clock.now.step, clock.now.micro_step))
+                lambda module, _: moments.append(
+                    (step_counter.now.step, step_counter.now.micro_step)
+                )
             )
             yield handle
             watch.remove()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from prefect.states import Failed
 
-from tasks.remedies import start_training
+from tasks.recovery import start_training
 from tests.flows.world import Killed, World
 from tests.lifecycle.fleet import FAMILY, POLICY, SUITE
 from trans_peft.domain.evaluation import Verdict
@@ -30,10 +30,10 @@ def upgrade(folder, *, promotion=HALF) -> World:
     for name in "abcde":
         fleet.add_adapter(name, v1)
     fleet.promote(v1)
-    fleet.settle()
+    fleet.apply_verdicts()
     v2 = fleet.add_base("v2")
-    fleet.platform.registry.set_alias_by_hand("e", v1.alias, None)
-    fleet.platform.registry.set_alias_by_hand("d", v2.alias, 2)
+    fleet.platform.registry.set_alias_manually("e", v1.alias, None)
+    fleet.platform.registry.set_alias_manually("d", v2.alias, 2)
     fleet.promote(v2)
     return world
 
@@ -100,29 +100,29 @@ class TestKilled:
     def test_at_any_write_the_next_run_ends_where_an_undisturbed_one_does(
         self, undisturbed, tmp_path, monkeypatch
     ):
-        for moment in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(moment))
-            world.at = kill_at(moment)
+        for position in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(position))
+            world.at = kill_at(position)
             try:
                 world.reconcile(monkeypatch)
             except Killed:
                 world.reconcile(monkeypatch, wait=True)
-            assert world.final_state == undisturbed.final_state, moment
-            assert world.moments >= moment
+            assert world.final_state == undisturbed.final_state, position
+            assert world.moments >= position
             assert_judged_once(world)
 
     def test_at_any_two_writes(self, undisturbed, tmp_path, monkeypatch):
-        for moment in range(1, undisturbed.moments + 1, 3):
+        for position in range(1, undisturbed.moments + 1, 3):
             for later in (1, 2, 5, 9):
-                world = upgrade(tmp_path / f"{moment}+{later}")
-                world.at = kill_at(moment, moment + later)
+                world = upgrade(tmp_path / f"{position}+{later}")
+                world.at = kill_at(position, position + later)
                 for _ in range(3):
                     try:
                         world.reconcile(monkeypatch, wait=True)
                         break
                     except Killed:
                         pass
-                assert world.final_state == undisturbed.final_state, (moment, later)
+                assert world.final_state == undisturbed.final_state, (position, later)
                 assert_judged_once(world)
 
     def test_an_adapter_that_kills_every_process_is_parked_and_stops_nobody(
@@ -170,7 +170,7 @@ class TestTrainings:
     ):
         started = []
         monkeypatch.setattr(
-            "tasks.remedies.start_training", lambda *given: started.append(given) or starts
+            "tasks.recovery.start_training", lambda *given: started.append(given) or starts
         )
         state = undisturbed.reconcile(monkeypatch)
         assert started == [(left, POLICY)]
@@ -184,7 +184,7 @@ class TestTrainings:
             state = SimpleNamespace(is_final=lambda: idempotency_key in over)
             return runs.setdefault(idempotency_key, SimpleNamespace(state=state))
 
-        monkeypatch.setattr("tasks.remedies.run_deployment", run_deployment)
+        monkeypatch.setattr("tasks.recovery.run_deployment", run_deployment)
         over = set()
         for count in (1, 2, 3):
             assert start_training.fn(left, POLICY)
@@ -212,26 +212,26 @@ class TestTwoAtOnce:
     def test_a_second_run_at_any_moment_of_the_first_changes_nothing(
         self, undisturbed, tmp_path, monkeypatch
     ):
-        for moment in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(moment))
-            world.at = once(moment, lambda world=world: world.reconcile(monkeypatch))
+        for position in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(position))
+            world.at = once(position, lambda world=world: world.reconcile(monkeypatch))
             world.reconcile(monkeypatch, wait=True)
-            assert world.final_state == undisturbed.final_state, moment
+            assert world.final_state == undisturbed.final_state, position
             assert_judged_once(world)
 
     def test_a_second_worker_with_the_same_work_judges_nothing_twice(
         self, undisturbed, tmp_path, monkeypatch
     ):
-        for moment in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(moment))
+        for position in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(position))
 
             def work_elsewhere(world=world):
                 for work in [work for run in world.runs for work in run.work]:
                     world.judge(work)
 
-            world.at = once(moment, work_elsewhere)
+            world.at = once(position, work_elsewhere)
             world.reconcile(monkeypatch, wait=True)
-            assert world.final_state == undisturbed.final_state, moment
+            assert world.final_state == undisturbed.final_state, position
             assert_judged_once(world)
 
 
@@ -240,42 +240,44 @@ class TestOvertaken:
     def test_a_person_who_promotes_another_at_any_moment_gets_it(
         self, number, undisturbed, tmp_path, monkeypatch
     ):
-        for moment in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(moment))
+        for position in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(position))
             world.fleet.add_base("v3")
-            world.at = once(moment, lambda world=world: promote(world.fleet, number))
+            world.at = once(position, lambda world=world: promote(world.fleet, number))
             world.reconcile(monkeypatch, wait=True)
             world.reconcile(monkeypatch, wait=True)  # the hint's own run
-            assert world.fleet.serving == number, moment
+            assert world.fleet.serving == number, position
             assert_judged_once(world)
 
     def test_a_person_who_pauses_at_any_moment_stops_what_has_not_happened(
         self, undisturbed, tmp_path, monkeypatch
     ):
-        for moment in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(moment))
-            world.at = once(moment, lambda world=world: promote(world.fleet, None))
+        for position in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(position))
+            world.at = once(position, lambda world=world: promote(world.fleet, None))
             world.reconcile(monkeypatch, wait=True)
             serving = world.fleet.serving
             world.reconcile(monkeypatch, wait=True)
-            assert world.fleet.serving == serving, moment
+            assert world.fleet.serving == serving, position
             assert world.fleet.platform.catalog.promotion_notes(FAMILY) == {}
 
     def test_a_block_at_any_moment_stays(self, undisturbed, tmp_path, monkeypatch):
-        for moment in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(moment))
+        for position in range(1, undisturbed.moments + 1):
+            world = upgrade(tmp_path / str(position))
             registry, alias, blocked = world.fleet.platform.registry, alias_on(world, "v2"), []
 
-            def block(number, what, moment=moment, registry=registry, alias=alias, blocked=blocked):
-                if number >= moment and not blocked and registry.alias("a", alias) is not None:
-                    registry.set_alias_by_hand("a", alias, None)
+            def block(
+                number, what, position=position, registry=registry, alias=alias, blocked=blocked
+            ):
+                if number >= position and not blocked and registry.alias("a", alias) is not None:
+                    registry.set_alias_manually("a", alias, None)
                     blocked.append(number)
 
             world.at = block
             for _ in range(3):
                 world.reconcile(monkeypatch, wait=True)
             assert blocked
-            assert registry.alias("a", alias) is None, moment
+            assert registry.alias("a", alias) is None, position
 
     def test_work_that_nobody_needs_any_more_stops(self, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "newer")
@@ -312,7 +314,7 @@ class TestOvertaken:
 
 
 def promote(fleet, number):
-    fleet.platform.catalog.set_alias_by_hand(FAMILY, "champion", number)
+    fleet.platform.catalog.set_alias_manually(FAMILY, "champion", number)
 
 
 def alias_on(world, version):
@@ -320,9 +322,9 @@ def alias_on(world, version):
     return next(base.alias for base in bases if base.version == version)
 
 
-def once(moment, act):
+def once(position, act):
     def at(number, what):
-        if number == moment:
+        if number == position:
             act()
 
     return at
@@ -335,8 +337,8 @@ class TestOneFamilyThatFails:
     def world(self, tmp_path):
         world = upgrade(tmp_path / "two")
         catalog = world.fleet.platform.catalog
-        catalog.register_by_hand("broken", "s3://bases/broken/v1")
-        catalog.register_by_hand("A's base", "s3://bases/odd/v1")
+        catalog.register_manually("broken", "s3://bases/broken/v1")
+        catalog.register_manually("A's base", "s3://bases/odd/v1")
         return world
 
     @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), StoreError("away")])
@@ -365,14 +367,14 @@ class TestOneFamilyThatFails:
     def test_when_its_shards_are_over(self, undisturbed, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "late")
         verbs = world._reconciliation
-        plain = verbs.settle_fleet
+        plain = verbs.apply_fleet_verdicts
 
         def failing(family, *rest):
             if world.records:
                 raise ValueError("spoilt meanwhile")
             return plain(family, *rest)
 
-        verbs.settle_fleet = failing
+        verbs.apply_fleet_verdicts = failing
         monkeypatch.setattr(World, "_reconciliation", verbs)
         state = world.reconcile(monkeypatch)  # and it ends
         assert "the family small cannot be reconciled: ValueError" in state.message

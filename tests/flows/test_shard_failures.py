@@ -13,7 +13,7 @@ from prefect.states import Completed, Failed
 
 from flows import transfer_shard as module
 from tasks import limits
-from tasks.policy import RETRIES, is_nobodys_fault
+from tasks.policy import RETRIES, is_infrastructure_failure
 from tests.edges.nouns import draft, outcome, peft_folder
 from tests.flows.test_shards import A, B, C
 from tests.lifecycle.fleet import POLICY
@@ -23,7 +23,7 @@ from trans_peft.errors import (
     IntegrityError,
     NotFoundError,
     StoreError,
-    telling_full_disks,
+    translating_full_disk_errors,
 )
 
 REQUEST = httpx.Request("GET", "http://prefect/api")
@@ -60,17 +60,17 @@ def no_slot(cause):
 )
 def test_what_is_tried_again_at_once_and_what_is_charged_to_an_adapter(error, nobodys, again):
     state = Failed(data=error)
-    assert is_nobodys_fault(state) is nobodys
+    assert is_infrastructure_failure(state) is nobodys
     assert RETRIES["retry_condition_fn"](None, None, state) is again
 
 
 def test_a_full_disk_is_told_in_words_and_is_nobodys_fault():
     with (
         pytest.raises(StoreError, match=r"the disk of /scratch is full\n  expected: .*\n  found: "),
-        telling_full_disks("/scratch"),
+        translating_full_disk_errors("/scratch"),
     ):
         raise OSError(28, "No space left on device")
-    with pytest.raises(PermissionError), telling_full_disks("/scratch"):
+    with pytest.raises(PermissionError), translating_full_disk_errors("/scratch"):
         raise PermissionError(13, "Permission denied")
 
 

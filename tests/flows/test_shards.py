@@ -7,12 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.shards import Ended, Shard, cut, in_flight, left_undone, missing, superfluous
-from trans_peft.domain.outcome import Plan, Reason, Work
+from tasks.shards import (
+    EndedShard,
+    Shard,
+    cut,
+    in_flight,
+    missing,
+    obsolete_shards,
+    unfinished_tasks,
+)
+from trans_peft.domain.outcome import Plan, Reason, TransferTask
 
 WORK = st.lists(
     st.builds(
-        Work,
+        TransferTask,
         adapter=st.text("abc", min_size=1, max_size=3),
         source_number=st.just(1),
         base_version=st.sampled_from(["v2", "v3"]),
@@ -23,21 +31,21 @@ WORK = st.lists(
 )
 
 
-def work(adapter: str, base: str = "v2", attempt: int = 1) -> Work:
-    return Work(adapter, 1, base, Reason.NEVER_JUDGED, attempt)
+def work(adapter: str, base: str = "v2", attempt: int = 1) -> TransferTask:
+    return TransferTask(adapter, 1, base, Reason.NEVER_JUDGED, attempt)
 
 
-def shard(*items: Work, waits: bool = True) -> Shard:
+def shard(*items: TransferTask, waits: bool = True) -> Shard:
     return Shard(uuid4(), items, waits)
 
 
-def plan(*items: Work) -> Plan:
+def plan(*items: TransferTask) -> Plan:
     return Plan("small", items)
 
 
 A, B, C = work("a"), work("b"), work("c")
 NEWER = work("a", "v3")
-CRASHED = Ended("shard", (A, B, C), "Crashed", never_ran=False, cancelled=False, crashed=True)
+CRASHED = EndedShard("shard", (A, B, C), "Crashed", never_ran=False, cancelled=False, crashed=True)
 
 
 @given(WORK, st.integers(1, 5))
@@ -51,8 +59,8 @@ def test_a_cut_keeps_all_work_once_on_one_base_a_shard(work, size):
 @given(WORK, st.data())
 def test_what_a_shard_has_is_not_missing_whatever_else_changed_about_it(work, data):
     taken = data.draw(st.integers(0, len(work)))
-    estimated = [replace(item, estimated_seconds=3.0) for item in work[:taken]]
-    assert missing(plan(*work), [shard(*estimated)]) == tuple(work[taken:])
+    with_cost_estimates = [replace(item, estimated_seconds=3.0) for item in work[:taken]]
+    assert missing(plan(*work), [shard(*with_cost_estimates)]) == tuple(work[taken:])
 
 
 @pytest.mark.parametrize(
@@ -71,17 +79,17 @@ def test_what_a_shard_has_is_not_missing_whatever_else_changed_about_it(work, da
 def test_a_shard_that_waits_is_taken_back_once_it_is_not_what_is_wanted_next(
     planned, waiting, taken_back
 ):
-    assert superfluous(planned, [waiting]) == ((waiting,) if taken_back else ())
+    assert obsolete_shards(planned, [waiting]) == ((waiting,) if taken_back else ())
 
 
 def test_a_shard_waits_on_where_the_newer_base_is_under_way():
-    assert superfluous(plan(NEWER, A), [shard(NEWER), shard(A)]) == ()
+    assert obsolete_shards(plan(NEWER, A), [shard(NEWER), shard(A)]) == ()
 
 
 @given(WORK, st.integers(1, 5))
 def test_no_shard_is_taken_back_when_everything_is_under_way(work, size):
     shards = [shard(*part) for part in cut(work, size)]
-    assert superfluous(plan(*work), shards) == ()
+    assert obsolete_shards(plan(*work), shards) == ()
 
 
 @given(WORK.filter(len), st.data())
@@ -108,4 +116,4 @@ def test_only_the_work_under_way_in_a_crashed_shard_is_charged(work, data):
     ids=["killed", "never ran", "cancelled", "withdrawn", "completed", "failed"],
 )
 def test_what_one_run_does_not_start_again(ending, left):
-    assert left_undone([replace(CRASHED, **ending)], plan(B, C)) == left
+    assert unfinished_tasks([replace(CRASHED, **ending)], plan(B, C)) == left

@@ -15,14 +15,14 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.states import Completed
 
-from tasks.shards import Ended, Shard
+from tasks.shards import EndedShard, Shard
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet
 from trans_peft.domain.evaluation import Verdict
-from trans_peft.domain.outcome import Work
+from trans_peft.domain.outcome import TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.lifecycle import transfer
-from trans_peft.lifecycle.reconcile import is_wanted, observe, plan
-from trans_peft.lifecycle.settle import settle
+from trans_peft.lifecycle.apply_verdicts import apply_verdicts
+from trans_peft.lifecycle.reconcile import is_still_needed, observe, plan
 
 WRITES = {
     "catalog": ("set_serving", "note_promotion"),
@@ -58,7 +58,7 @@ class Watched:
 class Run:
     id: UUID
     key: tuple
-    work: tuple[Work, ...]
+    work: tuple[TransferTask, ...]
     state: str = "Scheduled"
     started: bool = False
 
@@ -106,17 +106,19 @@ class World:
 
     @property
     def _reconciliation(self) -> SimpleNamespace:
-        def settle_fleet(family: str, policy: Any, promotion: Any) -> Any:
+        def apply_fleet_verdicts(family: str, policy: Any, promotion: Any) -> Any:
             while True:
-                changes = settle(observe(family, self.platform), policy, promotion, self.platform)
-                if not changes.overtaken:
+                changes = apply_verdicts(
+                    observe(family, self.platform), policy, promotion, self.platform
+                )
+                if not changes.is_outdated:
                     return changes
 
         return SimpleNamespace(
             base_families=self.platform.catalog.families,
             set_aside=lambda: self.platform.catalog.set_aside(),
             plan_fleet=lambda family, policy: plan(observe(family, self.platform), policy),
-            settle_fleet=settle_fleet,
+            apply_fleet_verdicts=apply_fleet_verdicts,
         )
 
     _ingestion = SimpleNamespace(find_pending=lambda return_state: Completed(data=()))
@@ -124,15 +126,15 @@ class World:
 
     @property
     def _transfer(self) -> SimpleNamespace:
-        def record_failure(family: str, work: Work, policy: Any, reason: str) -> None:
-            if is_wanted(work, family, policy, self.platform):
+        def record_failure(family: str, work: TransferTask, policy: Any, reason: str) -> None:
+            if is_still_needed(work, family, policy, self.platform):
                 transfer.record_failure(work, family, policy, self.platform, reason=reason)
 
         return SimpleNamespace(record_failure=record_failure)
 
     # What Prefect does
 
-    def _start(self, family: str, work: tuple[Work, ...], policy: Any) -> Shard:
+    def _start(self, family: str, work: tuple[TransferTask, ...], policy: Any) -> Shard:
         key = tuple(item.key for item in work)
         for run in self.runs:
             if run.key == key and run.state in ("Scheduled", "Running"):
@@ -152,7 +154,7 @@ class World:
         if run.state == "Scheduled":
             run.state = "Withdrawn"
 
-    def _wait(self, groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[Ended, ...]]:
+    def _wait(self, groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, ...]]:
         while True:
             for name, group in groups.items():
                 runs = [self._run(shard) for shard in group]
@@ -177,9 +179,9 @@ class World:
         else:
             run.state = "Completed"
 
-    def judge(self, work: Work) -> None:
+    def judge(self, work: TransferTask) -> None:
         """Judge an adapter, unless somebody else is at it (who comes second finds it done)."""
-        if work.adapter in self.locked or not is_wanted(work, FAMILY, POLICY, self.platform):
+        if work.adapter in self.locked or not is_still_needed(work, FAMILY, POLICY, self.platform):
             return
         self.locked.add(work.adapter)
         plain, self.fleet.platform = self.fleet.platform, self.platform
@@ -204,7 +206,7 @@ class World:
                     {
                         alias: (
                             s.number,
-                            s.by_hand,
+                            s.manual,
                             s.recorded and (s.recorded.number, s.recorded.wanted),
                         )
                         for alias, s in adapter.aliases.items()
@@ -215,8 +217,8 @@ class World:
         }
 
 
-def _ended(run: Run) -> Ended:
-    return Ended(
+def _ended(run: Run) -> EndedShard:
+    return EndedShard(
         str(run.id),
         run.work,
         run.state,

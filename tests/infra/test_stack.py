@@ -17,7 +17,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from infra.bridge.senders import sign
+from infra.bridge.authentication import sign
 from infra.bridge.webhooks import EVENTS
 from infra.stack.health import healthy
 from infra.stack.job_template import PROCESS_JOB_TEMPLATE

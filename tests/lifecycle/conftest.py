@@ -15,5 +15,5 @@ def two_bases(fleet):
     fleet.add_adapter("chat", v1)
     fleet.add_adapter("code", v1)
     fleet.promote(v1)
-    fleet.settle()
+    fleet.apply_verdicts()
     return v1, fleet.add_base("v2")

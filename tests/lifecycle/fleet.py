@@ -19,12 +19,12 @@ from trans_peft.domain.evaluation import (
     Verdict,
 )
 from trans_peft.domain.identity import content_sha256
-from trans_peft.domain.outcome import FleetChanges, TransferOutcome, Work
+from trans_peft.domain.outcome import FleetChanges, TransferOutcome, TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.edges.memory import memory_platform
+from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.reconcile import Adapter, Fleet, observe, plan
 from trans_peft.lifecycle.resolve import find_base
-from trans_peft.lifecycle.settle import settle
 
 FAMILY = "small"
 SUITE = Suite("exam", DataSource("exam.jsonl", sha256="e" * 64))
@@ -48,7 +48,7 @@ class MemoryFleet:
     def __post_init__(self):
         self.platform = memory_platform(self.work_dir)
         self.person = Person(
-            self.platform.catalog.set_alias_by_hand, self.platform.registry.set_alias_by_hand
+            self.platform.catalog.set_alias_manually, self.platform.registry.set_alias_manually
         )
 
     @classmethod
@@ -109,7 +109,7 @@ class MemoryFleet:
         return version
 
     def judge(
-        self, work: Work, verdict: Verdict = Verdict.PASSED, policy: GatePolicy = POLICY
+        self, work: TransferTask, verdict: Verdict = Verdict.PASSED, policy: GatePolicy = POLICY
     ) -> TransferOutcome:
         """Do one piece of work as a shard does, with the verdict given instead of found."""
         registry = self.platform.registry
@@ -139,15 +139,15 @@ class MemoryFleet:
         registry.record(outcome)
         return outcome
 
-    def work(self, policy: GatePolicy = POLICY) -> tuple[Work, ...]:
+    def work(self, policy: GatePolicy = POLICY) -> tuple[TransferTask, ...]:
         return plan(observe(self.family, self.platform), policy).work
 
-    def work_off(self, verdict: Verdict = Verdict.PASSED) -> None:
+    def complete_tasks(self, verdict: Verdict = Verdict.PASSED) -> None:
         for work in self.work():
             self.judge(work, verdict)
 
-    def settle(self, promotion: PromotionPolicy = ANY) -> FleetChanges:
-        return settle(observe(self.family, self.platform), POLICY, promotion, self.platform)
+    def apply_verdicts(self, promotion: PromotionPolicy = ANY) -> FleetChanges:
+        return apply_verdicts(observe(self.family, self.platform), POLICY, promotion, self.platform)
 
     def promote(self, base: BaseVersion | None) -> None:
         """A person moves (or removes) `champion` in the page."""

@@ -13,7 +13,7 @@ from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
-from trans_peft.domain.outcome import Reason, Work
+from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
@@ -103,7 +103,7 @@ def rendered(template):
 
 
 def judge(platform, adapter, **policy):
-    work = Work(adapter.adapter, adapter.number, "v2", Reason.NEVER_JUDGED)
+    work = TransferTask(adapter.adapter, adapter.number, "v2", Reason.NEVER_JUDGED)
     return transfer(work, FAMILY, GatePolicy(margin_points=60.0, **policy), platform)
 
 

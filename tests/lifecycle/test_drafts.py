@@ -26,10 +26,10 @@ def asked(monkeypatch):
     seen, base = drafts, SimpleNamespace(fingerprint_sha256="new")
     loaded = SimpleNamespace(model=None, tokenizer=None)
     monkeypatch.setattr("trans_peft.validation.evaluate.answer", answer)
-    monkeypatch.setattr("trans_peft.transfer.transplant.attached", attached)
+    monkeypatch.setattr("trans_peft.transfer.load_adapter.attached", attached)
     monkeypatch.setattr("trans_peft.models.load_base", lambda *_: loaded)
     monkeypatch.setattr("trans_peft.lifecycle.evaluations.base_folder", lambda *_: None)
-    monkeypatch.setattr("trans_peft.lifecycle.evaluations.questions_for", lambda *_: None)
+    monkeypatch.setattr("trans_peft.lifecycle.evaluations.tokenized_suite_for", lambda *_: None)
     return drafts
 
 

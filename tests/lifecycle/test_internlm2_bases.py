@@ -15,7 +15,7 @@ from tests.bases.internlm2_uploads import (
     write_internlm2,
 )
 from trans_peft.bases.cache import download
-from trans_peft.bases.convert import CONVERTED_FROM
+from trans_peft.bases.internlm2.convert import CONVERTED_FROM
 from trans_peft.bases.manifest import dump_manifest
 from trans_peft.domain.base import Manifest, ManifestFile, Upload
 from trans_peft.edges.file_store import FileStore
@@ -99,7 +99,7 @@ def test_its_provenance_is_told(platform, upload):
 
 def test_a_version_that_was_registered_by_hand_is_converted_too(platform, tmp_path):
     folder = write_internlm2(tmp_path / "elsewhere" / "base")
-    number = platform.catalog.register_by_hand(FAMILY, str(folder))
+    number = platform.catalog.register_manually(FAMILY, str(folder))
     (found,) = pending(platform)
     base = ingest(found, platform)
     assert (base.number, base.ready, base.uri) == (number, True, f"{folder}.as-llama")

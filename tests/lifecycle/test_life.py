@@ -18,11 +18,11 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import AdapterError, NotFoundError, UploadError
 from trans_peft.lifecycle.adopt import adopt
+from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.bases import ingest, pending
 from trans_peft.lifecycle.reconcile import observe, plan
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import resolve
-from trans_peft.lifecycle.settle import settle
 from trans_peft.lifecycle.train import train
 from trans_peft.lifecycle.transfer import transfer
 
@@ -71,8 +71,8 @@ def life(tmp_path_factory):
         store=FileStore(),
     )
     v1 = ingest(Upload(str(uploads / "v1")), platform)
-    platform.catalog.set_alias_by_hand(FAMILY, "champion", v1.number)
-    settle(observe(FAMILY, platform), POLICY, PromotionPolicy(), platform)
+    platform.catalog.set_alias_manually(FAMILY, "champion", v1.number)
+    apply_verdicts(observe(FAMILY, platform), POLICY, PromotionPolicy(), platform)
     recipe = TrainingRecipe(
         adapter="parity",
         family=FAMILY,
@@ -169,12 +169,12 @@ def test_an_update_is_judged_served_and_rolled_back(life):
     assert (outcome.verdict, answered) == (Verdict.PASSED, [])
     assert len(platform.registry.versions("parity")) == 2
 
-    platform.catalog.set_alias_by_hand(FAMILY, "champion", v2.number)
-    settle(observe(FAMILY, platform), lenient, PromotionPolicy(), platform)
+    platform.catalog.set_alias_manually(FAMILY, "champion", v2.number)
+    apply_verdicts(observe(FAMILY, platform), lenient, PromotionPolicy(), platform)
     assert resolve("parity", platform).number == transferred.number
     assert "| parity |" in report(FAMILY, platform).markdown()
-    platform.catalog.set_alias_by_hand(FAMILY, "champion", 1)
-    settle(observe(FAMILY, platform), lenient, PromotionPolicy(), platform)
+    platform.catalog.set_alias_manually(FAMILY, "champion", 1)
+    apply_verdicts(observe(FAMILY, platform), lenient, PromotionPolicy(), platform)
     assert resolve("parity", platform).number == trained.number
 
 

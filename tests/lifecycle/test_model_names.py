@@ -19,7 +19,7 @@ from trans_peft.bases.publish import publish
 from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
-from trans_peft.domain.outcome import Reason, Work
+from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.adopt import adopt
@@ -186,7 +186,7 @@ def test_gpt2_with_the_hubs_names_is_adopted_and_transferred(tmp_path):
     suite = Suite("parity", DataSource(str(tmp_path / "rows.jsonl")), max_new_tokens=2)
     version = adopt("parity", str(adapter), "gpt2", (suite,), platform, base_version="v1")
     v2 = platform.catalog.versions("gpt2")[1]
-    work = Work("parity", version.number, v2.version, Reason.NEVER_JUDGED)
+    work = TransferTask("parity", version.number, v2.version, Reason.NEVER_JUDGED)
     outcome = transfer(work, "gpt2", GatePolicy(margin_points=10.0), platform)
     assert outcome.compatibility.ok
     assert outcome.judgement.suites[0].items == 8

@@ -20,7 +20,7 @@ from trans_peft.data import read_examples
 from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
-from trans_peft.domain.outcome import Reason, Work
+from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import IntegrityError
@@ -29,7 +29,7 @@ from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.methods.bottleneck import BottleneckConfig
-from trans_peft.transfer.transplant import attached
+from trans_peft.transfer.load_adapter import attached
 from trans_peft.validation.evaluate import answer, evaluate
 
 FAMILY, ITEMS = "tiny", 40
@@ -102,7 +102,7 @@ def counted(monkeypatch):
 
 
 def judge(platform, name, policy=POLICY, told=None):
-    work = Work(name, 1, "v2", Reason.NEVER_JUDGED)
+    work = TransferTask(name, 1, "v2", Reason.NEVER_JUDGED)
     return transfer(work, FAMILY, policy, platform, on_progress=told)
 
 
@@ -207,7 +207,7 @@ def test_the_tenth_adapter_leaves_no_more_behind_than_the_first(shard):
     platform, root = shard
     base = models.load_base(root / "v2", "float32")
     suite = platform.registry.versions("dora")[0].suites[1]
-    asked = questions.questions_for(suite, base, platform)
+    asked = questions.tokenized_suite_for(suite, base, platform)
     before, after = alive(), []
     for name in [*KINDS, *KINDS]:
         with attached(base.model, root / name) as model:
@@ -222,8 +222,8 @@ def test_tokens_go_when_their_base_goes(shard):
     platform, root = shard
     suite = platform.registry.versions("dora")[0].suites[0]
     base = models.load_base(root / "v2", "float32")
-    kept = questions.questions_for(suite, base, platform)
-    assert questions.questions_for(suite, base, platform) is kept
+    kept = questions.tokenized_suite_for(suite, base, platform)
+    assert questions.tokenized_suite_for(suite, base, platform) is kept
     there = weakref.ref(base)
     del base
     models.load_base(root / "v1", "float32")
@@ -237,7 +237,7 @@ def test_so_many_suites_are_kept_and_no_more(shard):
     suite = platform.registry.versions("dora")[0].suites[0]
     base = models.load_base(root / "v2", "float32")
     many = [replace(suite, name=f"suite-{i}") for i in range(questions._MOST + 3)]
-    made = [questions.questions_for(one, base, platform) for one in many]
-    assert questions.questions_for(many[-1], base, platform) is made[-1]
+    made = [questions.tokenized_suite_for(one, base, platform) for one in many]
+    assert questions.tokenized_suite_for(many[-1], base, platform) is made[-1]
     assert len(questions._kept[base]) == questions._MOST
-    assert questions.questions_for(many[0], base, platform) is not made[0]
+    assert questions.tokenized_suite_for(many[0], base, platform) is not made[0]

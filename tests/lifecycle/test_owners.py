@@ -73,7 +73,7 @@ class TestPlaces:
         upload(platform, prefix, version="v2", files=OTHERS)
         with pytest.raises(UploadError, match="cannot bring a version of the base family smol"):
             ingest(Upload(prefix), platform)
-        number = platform.catalog.register_by_hand("smol", prefix)  # straight in MLflow
+        number = platform.catalog.register_manually("smol", prefix)  # straight in MLflow
         (waiting,) = (b for b in platform.catalog.versions("smol") if b.number == number)
         with pytest.raises(UploadError, match=f"a place below {ROOT}/smol/"):
             ingest(Upload(prefix, waiting), platform)
@@ -89,7 +89,7 @@ class TestPlaces:
         assert reconcile(platform) == []
         assert [base.uri for base in registered(platform)["smol"]] == [HOME]
         upload(platform, f"{ROOT}/other/again")
-        number = platform.catalog.register_by_hand("smol", f"{ROOT}/other/again")
+        number = platform.catalog.register_manually("smol", f"{ROOT}/other/again")
         reconcile(platform)
         ready = [base for base in registered(platform)["smol"] if base.ready]
         assert [base.uri for base in ready] == [HOME]
@@ -184,7 +184,7 @@ class TestKeys:
     def test_a_registered_version_needs_the_signature_too(self, platform, keys):
         platform = keyed(platform, keys[0][1])
         put(platform, FILES, HOME)  # files alone, as a person registers them in MLflow
-        platform.catalog.register_by_hand("smol", HOME)
+        platform.catalog.register_manually("smol", HOME)
         (said,) = reconcile(platform)
         assert f"no {Manifest.FILE_NAME}" in said
         assert not any(base.ready for base in registered(platform)["smol"])

@@ -11,10 +11,10 @@ from tests.lifecycle.fleet import FAMILY, POLICY
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import InvalidSpecError
+from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import resolve
-from trans_peft.lifecycle.settle import settle
 
 ALL = PromotionPolicy(min_serving_share=1.0)
 
@@ -29,56 +29,56 @@ class TestChampion:
     ):
         v1, v2 = two_bases
         fleet.promote(v2)
-        assert fleet.settle(ALL).waiting == "small/v2 waits for 2 verdicts: chat, code"
+        assert fleet.apply_verdicts(ALL).waiting == "small/v2 waits for 2 verdicts: chat, code"
         assert note_on(fleet, v2) == "waits: small/v2 waits for 2 verdicts: chat, code"
         assert fleet.serving == v1.number
 
-        fleet.work_off()
-        assert fleet.settle(ALL).promoted == "small/v2"
+        fleet.complete_tasks()
+        assert fleet.apply_verdicts(ALL).promoted == "small/v2"
         assert note_on(fleet, v2) is None
         assert resolve("chat", fleet.platform).base_version == "v2"
 
         fleet.promote(v1)
-        assert fleet.settle(ALL).promoted == "small/v1"
+        assert fleet.apply_verdicts(ALL).promoted == "small/v1"
         assert resolve("chat", fleet.platform).base_version == "v1"
         assert resolve("chat", fleet.platform, base="v2").base_version == "v2"
 
     def test_taking_it_away_pauses(self, fleet, two_bases):
         v1, v2 = two_bases
         fleet.promote(v2)
-        fleet.settle()
-        fleet.work_off()
+        fleet.apply_verdicts()
+        fleet.complete_tasks()
         fleet.promote(None)
-        changes = fleet.settle()
+        changes = fleet.apply_verdicts()
         assert (changes.promoted, changes.waiting, changes.refused) == (None, None, None)
         assert fleet.serving == v1.number
         assert note_on(fleet, v2) is None
         assert "not set (paused: what serves stays)" in report(FAMILY, fleet.platform).markdown()
 
     def test_on_a_version_that_cannot_serve_it_is_refused(self, fleet, two_bases):
-        number = fleet.platform.catalog.register_by_hand(FAMILY, "memory://bases/v3")
-        fleet.platform.catalog.set_alias_by_hand(FAMILY, "champion", number)
-        refused = fleet.settle().refused
+        number = fleet.platform.catalog.register_manually(FAMILY, "memory://bases/v3")
+        fleet.platform.catalog.set_alias_manually(FAMILY, "champion", number)
+        refused = fleet.apply_verdicts().refused
         assert "champion stands on version 3 of small, which cannot serve" in refused
         assert fleet.platform.catalog.promotion_notes(FAMILY) == {number: f"refused: {refused}"}
 
     def test_that_moves_on_while_reconcile_writes_asks_for_another_look(self, fleet, two_bases):
         v1, v2 = two_bases
         v3 = fleet.add_base("v3")
-        fleet.work_off()
+        fleet.complete_tasks()
         fleet.promote(v2)
         seen = observe(FAMILY, fleet.platform)
         fleet.promote(v3)
-        changes = settle(seen, POLICY, ALL, fleet.platform)
-        assert (changes.overtaken, changes.promoted, fleet.serving) == (True, None, v1.number)
-        fleet.settle()
+        changes = apply_verdicts(seen, POLICY, ALL, fleet.platform)
+        assert (changes.is_outdated, changes.promoted, fleet.serving) == (True, None, v1.number)
+        fleet.apply_verdicts()
         assert fleet.serving == v3.number
 
     def test_that_moves_on_in_the_very_moment_is_still_noticed(self, fleet, two_bases, monkeypatch):
         """Whoever writes `serving` last looks at `champion` after that."""
         _, v2 = two_bases
         v3 = fleet.add_base("v3")
-        fleet.work_off()
+        fleet.complete_tasks()
         fleet.promote(v2)
         catalog, write = fleet.platform.catalog, fleet.platform.catalog.set_serving
 
@@ -88,9 +88,9 @@ class TestChampion:
             write(base)
 
         monkeypatch.setattr(catalog, "set_serving", write_while_another_run_promotes)
-        assert fleet.settle().overtaken
+        assert fleet.apply_verdicts().is_outdated
         monkeypatch.undo()
-        assert not fleet.settle().overtaken
+        assert not fleet.apply_verdicts().is_outdated
         assert fleet.serving == v3.number
 
 
@@ -101,7 +101,7 @@ class TestPolicy:
             passed = work.adapter == "chat"
             fleet.judge(work, Verdict.PASSED if passed else Verdict.NEEDS_RETUNING)
         fleet.promote(v2)
-        changes = fleet.settle(ALL)
+        changes = fleet.apply_verdicts(ALL)
         assert fleet.serving == v1.number
         assert changes.refused.splitlines() == [
             "the fleet may not move to small/v2",
@@ -112,9 +112,9 @@ class TestPolicy:
         ]
         assert note_on(fleet, v2) == f"refused: {changes.refused}"
         assert changes.refused in report(FAMILY, fleet.platform).markdown()
-        assert not changes.told_before
-        assert fleet.settle(ALL).told_before
-        assert fleet.settle(PromotionPolicy(min_serving_share=0.5)).promoted == "small/v2"
+        assert not changes.already_reported
+        assert fleet.apply_verdicts(ALL).already_reported
+        assert fleet.apply_verdicts(PromotionPolicy(min_serving_share=0.5)).promoted == "small/v2"
         assert note_on(fleet, v2) is None
 
     def test_counts_what_a_person_approved_and_not_what_a_person_blocked(self, fleet, two_bases):
@@ -123,21 +123,21 @@ class TestPolicy:
         for work in fleet.work():
             passed = work.adapter == "chat"
             fleet.judge(work, Verdict.PASSED if passed else Verdict.INCONCLUSIVE)
-        fleet.settle()
-        registry.set_alias_by_hand("chat", v2.alias, None)
+        fleet.apply_verdicts()
+        registry.set_alias_manually("chat", v2.alias, None)
         fleet.promote(v2)
-        refused = fleet.settle(PromotionPolicy(min_serving_share=0.5)).refused
+        refused = fleet.apply_verdicts(PromotionPolicy(min_serving_share=0.5)).refused
         assert "0 of 2" in refused
         assert "chat (blocked by hand), code (inconclusive)" in refused
-        registry.set_alias_by_hand("code", v2.alias, 2)
-        assert fleet.settle(PromotionPolicy(min_serving_share=0.5)).promoted == "small/v2"
+        registry.set_alias_manually("code", v2.alias, 2)
+        assert fleet.apply_verdicts(PromotionPolicy(min_serving_share=0.5)).promoted == "small/v2"
 
     def test_does_not_count_a_hand_on_the_bytes_of_another_base(self, fleet, two_bases):
         _, v2 = two_bases
-        fleet.work_off(Verdict.INCONCLUSIVE)
+        fleet.complete_tasks(Verdict.INCONCLUSIVE)
         fleet.promote(v2)
-        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 1)  # trained on v1
-        assert "chat (set by hand on another base's bytes)" in fleet.settle(ALL).refused
+        fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)  # trained on v1
+        assert "chat (set by hand on another base's bytes)" in fleet.apply_verdicts(ALL).refused
 
     @pytest.mark.parametrize(
         ("name", "why"),
@@ -152,7 +152,7 @@ class TestPolicy:
     def test_may_name_adapters_that_must_serve(self, fleet, two_bases, name, why):
         v1, v2 = two_bases
         fleet.add_adapter("old", v1)
-        fleet.platform.registry.retire_by_hand("old")
+        fleet.platform.registry.retire_manually("old")
         other = replace(
             fleet.platform.registry.versions("chat")[0], adapter="elsewhere", family="big"
         )
@@ -161,7 +161,7 @@ class TestPolicy:
             passed = work.adapter == "chat"
             fleet.judge(work, Verdict.PASSED if passed else Verdict.NEEDS_RETUNING)
         fleet.promote(v2)
-        changes = fleet.settle(PromotionPolicy(0.0, required_adapters=(name,)))
+        changes = fleet.apply_verdicts(PromotionPolicy(0.0, required_adapters=(name,)))
         assert (changes.promoted == "small/v2") is (why is None)
         assert why is None or why in changes.refused
 
@@ -175,34 +175,34 @@ class TestPolicy:
             for work in fleet.work():
                 fleet.judge(work, Verdict.FAILED if work.adapter == "x" else Verdict.PASSED)
         fleet.promote(v2)
-        refused = fleet.settle(ALL).refused
+        refused = fleet.apply_verdicts(ALL).refused
         assert "2 of 4 live adapters" in refused
         assert "x (failed)" in refused
         assert "stray: the adapter has no trained version" in refused
 
     def test_lets_an_empty_fleet_move(self, fleet):
         fleet.promote(fleet.add_base("v1"))
-        assert fleet.settle(ALL).promoted == "small/v1"
+        assert fleet.apply_verdicts(ALL).promoted == "small/v1"
 
     def test_a_base_that_served_may_serve_again_at_once(self, fleet, two_bases):
         v1, v2 = two_bases
-        fleet.work_off()
+        fleet.complete_tasks()
         fleet.promote(v2)
-        fleet.settle(ALL)
+        fleet.apply_verdicts(ALL)
         fleet.add_adapter("new", v2)  # never judged on v1
         fleet.promote(v1)
         strict = replace(ALL, free_rollback=False)
-        assert fleet.settle(strict).waiting == "small/v1 waits for 1 verdicts: new"
-        assert fleet.settle(ALL).promoted == "small/v1"
+        assert fleet.apply_verdicts(strict).waiting == "small/v1 waits for 1 verdicts: new"
+        assert fleet.apply_verdicts(ALL).promoted == "small/v1"
 
     def test_a_base_that_is_only_older_is_no_rollback(self, fleet, two_bases):
         _, v2 = two_bases
         v3 = fleet.add_base("v3")
-        fleet.work_off(Verdict.INCONCLUSIVE)
+        fleet.complete_tasks(Verdict.INCONCLUSIVE)
         fleet.promote(v3)
-        fleet.settle()
+        fleet.apply_verdicts()
         fleet.promote(v2)
-        assert "0 of 2" in fleet.settle(ALL).refused
+        assert "0 of 2" in fleet.apply_verdicts(ALL).refused
 
     @pytest.mark.parametrize("wrong", [{"min_serving_share": 1.5}, {"required_adapters": ("",)}])
     def test_that_cannot_work_is_refused(self, wrong):
@@ -212,32 +212,32 @@ class TestPolicy:
     @given(live=st.integers(0, 40), passing=st.data(), share=st.floats(0, 1))
     def test_asks_for_a_share_of_all_live_adapters(self, live, passing, share):
         from tests.lifecycle.fleet import judged_fleet
-        from trans_peft.lifecycle.promotion import objections
+        from trans_peft.lifecycle.promotion import promotion_blockers
 
         count = passing.draw(st.integers(0, live))
         fleet, base = judged_fleet(live, count)
-        refused = objections(fleet, base, PromotionPolicy(share), platform=None)
+        refused = promotion_blockers(fleet, base, PromotionPolicy(share), platform=None)
         assert (refused is None) is (live == 0 or count / live >= share)
 
 
 class TestHands:
     SEEN = datetime(2026, 11, 24, tzinfo=UTC)
 
-    def settle(self, fleet, **later):
-        return settle(
+    def apply_verdicts(self, fleet, **later):
+        return apply_verdicts(
             observe(FAMILY, fleet.platform), POLICY, ALL, fleet.platform,
             now=self.SEEN.replace(**later),
         )  # fmt: skip
 
     def test_a_block_is_respected_recorded_and_survives_every_later_run(self, fleet, two_bases):
         _, v2 = two_bases
-        fleet.work_off()
-        fleet.settle()
-        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, None)
+        fleet.complete_tasks()
+        fleet.apply_verdicts()
+        fleet.platform.registry.set_alias_manually("chat", v2.alias, None)
         for day in (24, 25, 26):
-            changes = self.settle(fleet, day=day)
+            changes = self.apply_verdicts(fleet, day=day)
             assert fleet.platform.registry.alias("chat", v2.alias) is None
-            assert changes.overruled == (
+            assert changes.manual_overrides == (
                 "chat on v2: taken away by hand (seen 2026-11-24T00:00:00+00:00); "
                 "by verdict version 2: passed",
             )
@@ -247,65 +247,68 @@ class TestHands:
 
     def test_a_block_outlives_new_bytes_and_new_policies(self, fleet, two_bases):
         v1, v2 = two_bases
-        fleet.work_off()
-        fleet.settle()
-        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, None)
-        fleet.settle()
+        fleet.complete_tasks()
+        fleet.apply_verdicts()
+        fleet.platform.registry.set_alias_manually("chat", v2.alias, None)
+        fleet.apply_verdicts()
         fleet.add_adapter("chat", v1, weights="retuned")
-        fleet.work_off()
-        fleet.settle()
+        fleet.complete_tasks()
+        fleet.apply_verdicts()
         assert fleet.platform.registry.alias("chat", v2.alias) is None
         assert fleet.platform.registry.alias("code", v2.alias) == 2
 
     def test_an_approval_serves_for_that_base_only(self, fleet, two_bases):
         _, v2 = two_bases
-        fleet.work_off(Verdict.INCONCLUSIVE)
-        fleet.settle()
-        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 2)
-        (hand,) = self.settle(fleet).overruled
+        fleet.complete_tasks(Verdict.INCONCLUSIVE)
+        fleet.apply_verdicts()
+        fleet.platform.registry.set_alias_manually("chat", v2.alias, 2)
+        (hand,) = self.apply_verdicts(fleet).manual_overrides
         assert "set on version 2 by hand" in hand
         assert "by verdict no version: inconclusive" in hand
         assert resolve("chat", fleet.platform, base="v2").number == 2
         fleet.add_base("v3")
-        fleet.work_off(Verdict.INCONCLUSIVE)
-        fleet.settle()
+        fleet.complete_tasks(Verdict.INCONCLUSIVE)
+        fleet.apply_verdicts()
         assert {row.base: row.serves for row in report(FAMILY, fleet.platform).rows
                 if row.adapter == "chat"} == {"v1": True, "v2": True, "v3": False}  # fmt: skip
 
     def test_a_second_thought_is_recorded_with_its_own_time(self, fleet, two_bases):
         _, v2 = two_bases
-        fleet.work_off(Verdict.INCONCLUSIVE)
-        fleet.settle()
-        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 2)
-        self.settle(fleet, day=24)
-        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 1)
-        assert "version 1 by hand (seen 2026-11-25" in self.settle(fleet, day=25).overruled[0]
+        fleet.complete_tasks(Verdict.INCONCLUSIVE)
+        fleet.apply_verdicts()
+        fleet.platform.registry.set_alias_manually("chat", v2.alias, 2)
+        self.apply_verdicts(fleet, day=24)
+        fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)
+        assert (
+            "version 1 by hand (seen 2026-11-25"
+            in self.apply_verdicts(fleet, day=25).manual_overrides[0]
+        )
 
     def test_what_is_given_back_is_ours_again_and_the_record_goes(self, fleet, two_bases):
         _, v2 = two_bases
         registry = fleet.platform.registry
-        fleet.work_off()
-        fleet.settle()
+        fleet.complete_tasks()
+        fleet.apply_verdicts()
         for number in (None, 2):
-            registry.set_alias_by_hand("chat", v2.alias, number)
-            fleet.settle()
+            registry.set_alias_manually("chat", v2.alias, number)
+            fleet.apply_verdicts()
         state = registry.aliases("chat")[v2.alias]
-        assert (state.number, state.by_hand, state.recorded) == (2, False, None)
+        assert (state.number, state.manual, state.recorded) == (2, False, None)
 
     def test_a_hand_before_any_verdict_counts_too(self, fleet, two_bases):
         v1, _ = two_bases
-        fleet.platform.registry.set_alias_by_hand("chat", v1.alias, None)
-        fleet.settle()
+        fleet.platform.registry.set_alias_manually("chat", v1.alias, None)
+        fleet.apply_verdicts()
         assert fleet.platform.registry.alias("chat", v1.alias) is None
 
     def test_a_hand_that_comes_between_looking_and_writing_wins(self, fleet, two_bases):
         _, v2 = two_bases
-        fleet.work_off(Verdict.INCONCLUSIVE)
-        fleet.settle()
+        fleet.complete_tasks(Verdict.INCONCLUSIVE)
+        fleet.apply_verdicts()
         (again, _) = fleet.work(replace(POLICY, alpha=0.1))
         fleet.judge(again, Verdict.PASSED)
         seen = observe(FAMILY, fleet.platform)
-        fleet.platform.registry.set_alias_by_hand("chat", v2.alias, 1)
-        (hand,) = settle(seen, POLICY, ALL, fleet.platform).overruled
+        fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)
+        (hand,) = apply_verdicts(seen, POLICY, ALL, fleet.platform).manual_overrides
         assert "set on version 1 by hand" in hand
         assert fleet.platform.registry.alias("chat", v2.alias) == 1

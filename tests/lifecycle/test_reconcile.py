@@ -11,7 +11,13 @@ from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Reason
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import NotFoundError, NotServedError
-from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS, estimated, is_wanted, observe, plan
+from trans_peft.lifecycle.reconcile import (
+    MAX_ATTEMPTS,
+    is_still_needed,
+    observe,
+    plan,
+    with_cost_estimates,
+)
 from trans_peft.lifecycle.resolve import resolve
 
 
@@ -39,22 +45,22 @@ def test_a_recipe_that_a_verdict_leaves_to_try_is_planned_until_it_was_tried(fle
 
 
 def test_a_second_run_finds_nothing_to_do(fleet, two_bases):
-    fleet.work_off()
-    fleet.settle()
+    fleet.complete_tasks()
+    fleet.apply_verdicts()
     assert fleet.work() == ()
-    assert fleet.settle().aliases == ()
+    assert fleet.apply_verdicts().aliases == ()
 
 
 def test_a_base_that_is_not_ready_asks_for_nothing(fleet, two_bases):
-    fleet.work_off()
-    fleet.platform.catalog.register_by_hand(FAMILY, "memory://bases/v3")
+    fleet.complete_tasks()
+    fleet.platform.catalog.register_manually(FAMILY, "memory://bases/v3")
     assert fleet.work() == ()
 
 
 def test_a_base_older_than_the_serving_one_asks_for_nothing(fleet):
     v1, v2 = fleet.add_base("v1"), fleet.add_base("v2")
     fleet.promote(v2)
-    fleet.settle()
+    fleet.apply_verdicts()
     fleet.add_adapter("new", v2)
     assert fleet.work() == ()
     fleet.promote(v1)  # until a person wants it back
@@ -62,7 +68,7 @@ def test_a_base_older_than_the_serving_one_asks_for_nothing(fleet):
 
 
 def test_each_adapter_is_tried_on_each_candidate_whatever_failed_before(fleet, two_bases):
-    fleet.work_off(Verdict.NEEDS_RETUNING)
+    fleet.complete_tasks(Verdict.NEEDS_RETUNING)
     fleet.add_base("v3")
     assert {(w.adapter, w.base_version, w.source_number) for w in fleet.work()} == {
         ("chat", "v3", 1),
@@ -96,7 +102,7 @@ def test_bases_that_a_person_passed_over_ask_for_nothing(fleet, two_bases):
 def test_work_is_no_longer_wanted_once_it_is_done_or_given_up(fleet, two_bases, meanwhile):
     v1, _ = two_bases
     work = fleet.work()[0]
-    assert is_wanted(work, FAMILY, POLICY, fleet.platform)
+    assert is_still_needed(work, FAMILY, POLICY, fleet.platform)
     policy = POLICY
     match meanwhile:
         case "judged":
@@ -104,7 +110,7 @@ def test_work_is_no_longer_wanted_once_it_is_done_or_given_up(fleet, two_bases, 
         case "failed":  # the attempt is counted: it is other work now
             fleet.judge(work, Verdict.FAILED)
         case "retired":
-            fleet.platform.registry.retire_by_hand(work.adapter)
+            fleet.platform.registry.retire_manually(work.adapter)
         case "retuned":
             fleet.add_adapter(work.adapter, v1, weights="retuned")
         case "passed over":
@@ -113,13 +119,13 @@ def test_work_is_no_longer_wanted_once_it_is_done_or_given_up(fleet, two_bases, 
             fleet.judge(work)
             policy = GatePolicy(margin_points=1.0)
             (again,) = [w for w in fleet.work(policy) if w.adapter == work.adapter]
-            assert is_wanted(again, FAMILY, policy, fleet.platform)
+            assert is_still_needed(again, FAMILY, policy, fleet.platform)
             return
-    assert not is_wanted(work, FAMILY, policy, fleet.platform)
+    assert not is_still_needed(work, FAMILY, policy, fleet.platform)
 
 
 def test_a_changed_policy_is_judged_anew_at_no_cost(fleet, two_bases):
-    fleet.work_off()
+    fleet.complete_tasks()
     stricter = GatePolicy(margin_points=1.0)
     again = fleet.work(stricter)
     assert [w.reason for w in again] == [Reason.POLICY_CHANGED] * 2
@@ -127,7 +133,7 @@ def test_a_changed_policy_is_judged_anew_at_no_cost(fleet, two_bases):
 
 
 def test_incompatible_stays_incompatible_under_another_policy(fleet, two_bases):
-    fleet.work_off(Verdict.INCOMPATIBLE)
+    fleet.complete_tasks(Verdict.INCOMPATIBLE)
     assert fleet.work(GatePolicy(margin_points=1.0)) == ()
 
 
@@ -136,7 +142,7 @@ def test_the_estimate_is_what_evaluating_took_where_it_was_trained(fleet, two_ba
     (chat,) = fleet.platform.registry.versions("chat")
     fleet.platform.evaluations.put(evaluation(chat.weights_sha256, v1, 8, 10, seconds=42.0))
     seen = observe(FAMILY, fleet.platform)
-    found = estimated(plan(seen, POLICY), seen, fleet.platform)
+    found = with_cost_estimates(plan(seen, POLICY), seen, fleet.platform)
     estimates = {w.adapter: w.estimated_seconds for w in found.work}
     assert estimates == {"chat": 42.0, "code": None}
 
@@ -153,7 +159,7 @@ def test_a_failed_key_is_tried_three_times_then_parked(fleet, two_bases):
 
 def test_a_retuned_adapter_is_judged_with_its_new_bytes(fleet, two_bases):
     v1, _ = two_bases
-    fleet.work_off()
+    fleet.complete_tasks()
     fleet.add_adapter("chat", v1, weights="retuned")
     assert lines(fleet.work()) == [("chat", "v2", Reason.NEVER_JUDGED, 1)]
 
@@ -170,18 +176,18 @@ def test_a_retuned_adapter_is_judged_with_its_new_bytes(fleet, two_bases):
 )
 def test_the_verdict_decides_the_alias(fleet, two_bases, verdict, serves):
     _, v2 = two_bases
-    fleet.work_off(verdict)
-    fleet.settle()
+    fleet.complete_tasks(verdict)
+    fleet.apply_verdicts()
     assert (fleet.platform.registry.alias("chat", v2.alias) is not None) is serves
 
 
 def test_an_error_takes_nothing_out_of_service(fleet, two_bases):
     _, v2 = two_bases
-    fleet.work_off()
-    fleet.settle()
+    fleet.complete_tasks()
+    fleet.apply_verdicts()
     again = next(w for w in fleet.work(GatePolicy(margin_points=1.0)) if w.adapter == "chat")
     fleet.judge(again, Verdict.FAILED, GatePolicy(margin_points=1.0))
-    fleet.settle()
+    fleet.apply_verdicts()
     assert fleet.platform.registry.alias("chat", v2.alias) == 2
 
 
@@ -198,13 +204,13 @@ def test_an_adapter_that_cannot_be_judged_stops_nobody_else(fleet, two_bases):
 
 
 def test_a_retired_adapter_is_left_alone(fleet, two_bases):
-    fleet.platform.registry.retire_by_hand("chat")
+    fleet.platform.registry.retire_manually("chat")
     assert {w.adapter for w in fleet.work()} == {"code"}
 
 
 def test_resolve_fails_closed_and_says_why(fleet, two_bases):
-    fleet.work_off(Verdict.NEEDS_RETUNING)
-    fleet.settle()
+    fleet.complete_tasks(Verdict.NEEDS_RETUNING)
+    fleet.apply_verdicts()
     with pytest.raises(NotServedError, match=r"needs-retuning: as the test says"):
         resolve("chat", fleet.platform, base="v2")
     with pytest.raises(NotFoundError, match="no ready base version 'v9'"):
@@ -245,12 +251,12 @@ def test_whatever_happened_working_the_plan_off_ends_in_the_desired_state(tmp_pa
                 for work in fleet.work()[:1]:
                     fleet.judge(work, Verdict.FAILED)
             case "settle":
-                fleet.settle()
+                fleet.apply_verdicts()
     while fleet.work():
-        fleet.work_off()
-    fleet.settle()
-    fleet.work_off()  # moving `serving` to an older base may ask for verdicts there
-    fleet.settle()
+        fleet.complete_tasks()
+    fleet.apply_verdicts()
+    fleet.complete_tasks()  # moving `serving` to an older base may ask for verdicts there
+    fleet.apply_verdicts()
 
     seen = observe(FAMILY, fleet.platform)
     parked = {(w.adapter, w.base_version) for w in plan(seen, POLICY).parked}

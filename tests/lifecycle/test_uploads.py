@@ -234,7 +234,7 @@ def test_the_same_version_with_other_content_is_refused_once_and_nothing_changes
 def test_a_refusal_is_told_though_a_full_disk_forgets_it(platform, monkeypatch):
     put(platform, WHOLE | {"config.json": b"{}"})
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.write_text", full_disk)
+        patch.setattr("pathlib.Path.write_text", full_disk_error)
         first, second = reconcile(platform), reconcile(platform)
     assert first == second
     assert "config.json" in first[0]
@@ -242,7 +242,7 @@ def test_a_refusal_is_told_though_a_full_disk_forgets_it(platform, monkeypatch):
     assert reconcile(platform) == []
 
 
-def full_disk(*_, **__):
+def full_disk_error(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -332,7 +332,7 @@ def test_names_that_lead_astray_are_refused(platform, name):
 def test_one_upload_that_cannot_be_read_stops_no_other(platform):
     put(platform, WHOLE)
     put(platform, WHOLE, f"{ROOT}/closed")
-    number = platform.catalog.register_by_hand("smol", f"{ROOT}/closed")
+    number = platform.catalog.register_manually("smol", f"{ROOT}/closed")
 
     class Closed(MemoryStore):
         def __init__(self):

@@ -149,14 +149,20 @@ def test_transformers_loads_what_is_saved(name, tmp_path):
 @methods
 def test_masking_is_zeroing_columns_of_whatever_takes_the_neurons_in(method):
     """The restatement is an activation hook here: it says the same for every PEFT layer."""
-    from trans_peft.perturbation.draws import Moment, draw
+    from trans_peft.perturbation.draws import TrainingPosition, draw
 
     perturbation = Perturbation(masking_p=0.4)
     model = trained(method).train()
     hooks = []
     for index, layer in enumerate(model.get_base_model().model.layers):
         kept = draw(
-            perturbation, Moment(0, 0), seed=5, rank=0, layer=index, kind="ffn", neurons=64
+            perturbation,
+            TrainingPosition(0, 0),
+            seed=5,
+            rank=0,
+            layer=index,
+            kind="ffn",
+            neurons=64,
         ).kept
         mask = torch.from_numpy(kept).float()
         down = layer.mlp.get_submodule("down_proj") if hasattr(layer.mlp, "down_proj") else None
@@ -209,7 +215,7 @@ def test_a_bottleneck_goes_where_the_weights_are_even_if_all_are_quantised():
 @methods
 def test_a_dropped_sub_layer_contributes_nothing_nor_does_its_adapter(method):
     """Zeroing what the sub-layer gives, an adapter after it included, says the same."""
-    from trans_peft.perturbation.draws import Moment, draw
+    from trans_peft.perturbation.draws import TrainingPosition, draw
 
     perturbation = Perturbation(dropping_p=0.5, where="both")
     model = trained(method).train()
@@ -219,7 +225,13 @@ def test_a_dropped_sub_layer_contributes_nothing_nor_does_its_adapter(method):
             z = (
                 1.0
                 - draw(
-                    perturbation, Moment(0, 0), seed=5, rank=0, layer=index, kind=kind, neurons=1
+                    perturbation,
+                    TrainingPosition(0, 0),
+                    seed=5,
+                    rank=0,
+                    layer=index,
+                    kind=kind,
+                    neurons=1,
                 ).dropped
             )
 

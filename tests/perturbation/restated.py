@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from trans_peft.domain.recipe import Perturbation
-from trans_peft.perturbation.draws import Moment, draw
+from trans_peft.perturbation.draws import TrainingPosition, draw
 
-START = Moment(0, 0)
+START = TrainingPosition(0, 0)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def restated_weights(
     *,
     layers: int,
     seed: int,
-    moment: Moment = START,
+    position: TrainingPosition = START,
     rank: int = 0,
     kind: str = "ffn",
 ) -> dict[str, torch.Tensor]:
@@ -46,7 +46,7 @@ def restated_weights(
         weights = [own[name.format(layer)] for name in down.weights]
         sizes = [weight.shape[down.axis] for weight in weights]
         drawn = draw(
-            perturbation, moment, seed=seed, rank=rank, layer=layer, kind=kind, neurons=sum(sizes)
+            perturbation, position, seed=seed, rank=rank, layer=layer, kind=kind, neurons=sum(sizes)
         )
         kept = (
             torch.ones(sum(sizes)) if drawn.kept is None else torch.from_numpy(drawn.kept).float()

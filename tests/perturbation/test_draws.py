@@ -8,7 +8,7 @@ from scipy import stats
 
 from benchmarks.draws import families
 from trans_peft.domain.recipe import Perturbation
-from trans_peft.perturbation.draws import Moment, draw
+from trans_peft.perturbation.draws import TrainingPosition, draw
 
 WORD = 2**64
 
@@ -48,7 +48,7 @@ def test_a_draw_is_philox_at_its_place(seed, rank, step, micro_step, layer, kind
         words += philox(place, [seed, rank])
     drawn = draw(
         Perturbation(p, p),
-        Moment(step, micro_step),
+        TrainingPosition(step, micro_step),
         seed=seed,
         rank=rank,
         layer=layer,

@@ -18,7 +18,7 @@ from tests.tiny import tiny_model
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import InvalidSpecError, UnsupportedModelError
 from trans_peft.perturbation import Layout, perturbed
-from trans_peft.perturbation.draws import Moment, draw
+from trans_peft.perturbation.draws import TrainingPosition, draw
 
 LAYERS = 4
 BOTH = Perturbation(masking_p=0.3, dropping_p=0.3)
@@ -51,9 +51,9 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def restated(model, moment, *, seed=1, rank=0):
+def restated(model, position, *, seed=1, rank=0):
     weights = restated_weights(
-        model, DOWN, BOTH, layers=LAYERS, seed=seed, rank=rank, moment=Moment(*moment)
+        model, DOWN, BOTH, layers=LAYERS, seed=seed, rank=rank, position=TrainingPosition(*position)
     )
     return torch.func.functional_call(model, weights, (), {"input_ids": IDS, "labels": IDS}).loss
 
@@ -68,15 +68,15 @@ def restated(model, moment, *, seed=1, rank=0):
 )  # fmt: skip
 def test_a_draw_depends_on_its_place_alone(seed, rank, step, micro_step, layer):
     place = {"seed": seed, "rank": rank, "layer": layer, "kind": "ffn", "neurons": 40}
-    first = draw(BOTH, Moment(step, micro_step), **place)
-    again = draw(BOTH, Moment(step, micro_step), **place)
+    first = draw(BOTH, TrainingPosition(step, micro_step), **place)
+    again = draw(BOTH, TrainingPosition(step, micro_step), **place)
     assert first.dropped == again.dropped
     assert (first.kept == again.kept).all()
     others = [
-        draw(BOTH, Moment(step + 1, micro_step), **place),
-        draw(BOTH, Moment(step, micro_step + 1), **place),
+        draw(BOTH, TrainingPosition(step + 1, micro_step), **place),
+        draw(BOTH, TrainingPosition(step, micro_step + 1), **place),
         *(
-            draw(BOTH, Moment(step, micro_step), **{**place, name: value})
+            draw(BOTH, TrainingPosition(step, micro_step), **{**place, name: value})
             for name, value in (
                 ("seed", seed ^ 1), ("rank", rank + 1), ("layer", layer + 1), ("kind", "attention")
             )
@@ -88,7 +88,13 @@ def test_a_draw_depends_on_its_place_alone(seed, rank, step, micro_step, layer):
 def test_draws_have_the_rates_of_the_formula():
     drawn = [
         draw(
-            Perturbation(0.2, 0.1), Moment(step, 0), seed=1, rank=0, layer=0, kind="ffn", neurons=50
+            Perturbation(0.2, 0.1),
+            TrainingPosition(step, 0),
+            seed=1,
+            rank=0,
+            layer=0,
+            kind="ffn",
+            neurons=50,
         )
         for step in range(4000)
     ]
@@ -250,7 +256,13 @@ def test_element_masks_are_the_authors_formula_given_the_same_bits():
     hooks = []
     for index, layer in enumerate(model.model.layers):
         drawn = draw(
-            perturbation, Moment(0, 0), seed=1, rank=0, layer=index, kind="ffn", neurons=64
+            perturbation,
+            TrainingPosition(0, 0),
+            seed=1,
+            rank=0,
+            layer=index,
+            kind="ffn",
+            neurons=64,
         )
         mask = element_mask(drawn.element_seed, 0.3, torch.Size((2, 9, 64)), torch.device("cpu"))
         assert 0.6 < mask.float().mean() < 0.8
@@ -407,7 +419,7 @@ def test_a_dropped_ffn_is_not_computed_and_masked_neurons_are_not_either():
     widths = []
     perturbation = Perturbation(0.5, 0.5)
     drawn = [
-        draw(perturbation, Moment(0, 0), seed=1, rank=0, layer=i, kind="ffn", neurons=64)
+        draw(perturbation, TrainingPosition(0, 0), seed=1, rank=0, layer=i, kind="ffn", neurons=64)
         for i in range(LAYERS)
     ]
     assert {d.dropped for d in drawn} == {True, False}

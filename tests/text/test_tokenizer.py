@@ -180,17 +180,17 @@ def test_what_makes_no_tokenizer_is_told_with_the_folder(name, text, told, folde
     ],
 )
 def test_an_upload_that_transformers_would_read_otherwise_is_refused(name, value, told, folder):
-    from trans_peft.bases.fingerprint import folder_reader, scan
+    from trans_peft.bases.fingerprint import folder_file_reader, scan
 
     edit(folder / name, **value)
     store = FileStore()
-    found = scan(store.list(str(folder)), folder_reader(folder))
+    found = scan(store.list(str(folder)), folder_file_reader(folder))
     assert [problem for problem in found.problems if told in problem]
 
 
 def test_added_tokens_that_tokenizer_json_has_as_well_are_no_problem(folder):
-    from trans_peft.bases.fingerprint import folder_reader, scan
+    from trans_peft.bases.fingerprint import folder_file_reader, scan
 
     edit(folder / "added_tokens.json", **{"<eos>": 257})
-    found = scan(FileStore().list(str(folder)), folder_reader(folder))
+    found = scan(FileStore().list(str(folder)), folder_file_reader(folder))
     assert found.problems == ()

@@ -6,7 +6,7 @@ from trans_peft.training.events import (
     Finished,
     LogLine,
     ProcessStarted,
-    Progress,
+    TrainingMetrics,
     TrainingStarted,
     decode,
     encode,
@@ -14,7 +14,7 @@ from trans_peft.training.events import (
 
 MESSAGES = [
     TrainingStarted(0, 8, 100, "cpu", 1),
-    Progress(3, 8, 1.5, 1e-3, 0.1, 100.0, 5.0),
+    TrainingMetrics(3, 8, 1.5, 1e-3, 0.1, 100.0, 5.0),
     CheckpointSaved(3),
     ProcessStarted(17),
     Failed("DataError", "line 1\nline 2"),
@@ -38,7 +38,7 @@ def test_any_other_line_is_log(line):
 
 
 def test_progress_reads_as_a_sentence_and_as_figures():
-    progress = Progress(3, 8, 1.5, 1e-3, 0.1, 1234.5, 5.0)
+    progress = TrainingMetrics(3, 8, 1.5, 1e-3, 0.1, 1234.5, 5.0)
     assert str(progress) == "step 3/8  loss 1.5000  lr 1.00e-03  1,234 tokens/s  5 s left"
     assert progress.metrics == {
         "loss": 1.5,

@@ -14,7 +14,7 @@ from tests.tiny import tiny_model
 from tests.training.conftest import recipe
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.errors import AdapterError, InvalidSpecError
-from trans_peft.training.events import CheckpointSaved, Progress, TrainingStarted
+from trans_peft.training.events import CheckpointSaved, TrainingMetrics, TrainingStarted
 from trans_peft.training.finetune import finetune
 from trans_peft.training.job import TrainingResult
 
@@ -41,7 +41,7 @@ def test_a_run_that_died_while_it_saved_needs_no_further_step(make_job, tmp_path
     again = trained(job, told.append)
     assert again.weights_sha256 == first.weights_sha256
     assert again.final_loss == first.final_loss
-    assert not [message for message in told if isinstance(message, Progress)]
+    assert not [message for message in told if isinstance(message, TrainingMetrics)]
     assert [message.step for message in told if isinstance(message, TrainingStarted)] == [8]
 
 
@@ -58,7 +58,9 @@ def test_a_run_that_died_while_it_saved_needs_no_further_step(make_job, tmp_path
 def test_every_kind_of_recipe_learns(make_job, tmp_path, change):
     job = make_job(tmp_path, replace(recipe(dropping_p=0.1, steps=30, max_length=96), **change))
     losses = []
-    result = trained(job, lambda m: losses.append(m.loss) if isinstance(m, Progress) else None)
+    result = trained(
+        job, lambda m: losses.append(m.loss) if isinstance(m, TrainingMetrics) else None
+    )
     assert result.final_loss < losses[0] - 0.1
     assert math.isfinite(result.final_loss)
     assert {t.dtype for t in load_peft_weights(result.folder).values()} == {torch.float32}

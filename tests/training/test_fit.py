@@ -24,7 +24,7 @@ from trans_peft.perturbation import perturbed
 from trans_peft.text.saved_template import saved_template
 from trans_peft.training import launch
 from trans_peft.training.batches import training_order
-from trans_peft.training.events import CheckpointSaved, Event, Progress, TrainingStarted
+from trans_peft.training.events import CheckpointSaved, Event, TrainingMetrics, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 
@@ -79,7 +79,7 @@ def cancelled(make_job, tmp_path_factory) -> TrainingJob:
     job = make_job(tmp_path_factory.mktemp("cancelled"), PERTURBED)
 
     def on_event(event: Event) -> None:
-        if isinstance(event, Progress) and event.step == 5:
+        if isinstance(event, TrainingMetrics) and event.step == 5:
             assert processes_of(job)
             raise Cancelled
 
@@ -119,12 +119,12 @@ fit(TrainingJob.read(pathlib.Path(sys.argv[1])), on_event=lambda event: print(ev
 def test_a_run_tells_its_life(unbroken):
     (started,) = unbroken.of(TrainingStarted)
     assert (started.step, started.total_steps, started.processes) == (0, 8, 1)
-    assert [event.step for event in unbroken.of(Progress)] == list(range(1, 9))
+    assert [event.step for event in unbroken.of(TrainingMetrics)] == list(range(1, 9))
     assert {3, 6} <= {event.step for event in unbroken.of(CheckpointSaved)}
-    for event in unbroken.of(Progress):
+    for event in unbroken.of(TrainingMetrics):
         assert event.loss > 0
         assert event.tokens_per_s > 0
-    rates = [event.learning_rate for event in unbroken.of(Progress)]
+    rates = [event.learning_rate for event in unbroken.of(TrainingMetrics)]
     assert max(rates) == rates[2] == 1e-2, "two steps of warming up, then the cosine"
     assert rates[-1] < 1e-3
 
@@ -141,7 +141,7 @@ def test_the_result_is_what_lies_on_disk(unbroken):
     assert (result.steps, result.shortened_rows) == (8, 0)
     (started,) = unbroken.of(TrainingStarted)
     assert result.trainable_parameters == started.trainable_parameters
-    losses = [event.loss for event in unbroken.of(Progress)]
+    losses = [event.loss for event in unbroken.of(TrainingMetrics)]
     assert result.final_loss == pytest.approx(sum(losses) / 8)
 
 
@@ -170,8 +170,8 @@ def test_a_cancelled_run_resumes_to_the_same_weights(unbroken, cancelled):
     (started,) = resumed.of(TrainingStarted)
     assert started.step == 3
     assert resumed.result.weights_sha256 == unbroken.result.weights_sha256
-    assert [(e.step, e.loss) for e in resumed.of(Progress)] == [
-        (e.step, e.loss) for e in unbroken.of(Progress)[3:]
+    assert [(e.step, e.loss) for e in resumed.of(TrainingMetrics)] == [
+        (e.step, e.loss) for e in unbroken.of(TrainingMetrics)[3:]
     ]
 
 

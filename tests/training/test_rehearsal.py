@@ -13,8 +13,8 @@ from trans_peft.models import LoadedBase
 from trans_peft.snapshot import snapshot
 from trans_peft.training.rehearsal import rehearse, save_adapter
 from trans_peft.transfer.compatibility import compare
-from trans_peft.transfer.transplant import attached, transplant
-from trans_peft.validation.generation import generate
+from trans_peft.transfer.load_adapter import attached, transplant
+from trans_peft.validation.decoding.generation import generate
 
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 PROMPTS = [[35, 36, 37, 38], [40, 41], [50] * 7]

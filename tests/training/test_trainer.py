@@ -12,14 +12,19 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tests.training.conftest import EXAMPLES
-from trans_peft.data import Example, Message
+from trans_peft.data import EventMessage, Example
 from trans_peft.errors import TrainingError
-from trans_peft.training.events import CheckpointSaved, Progress
+from trans_peft.training.events import CheckpointSaved, TrainingMetrics
 from trans_peft.training.finetune import token_rows
-from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
+from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
 
 CHATS = tuple(
-    Example(e.id, "", e.completion, (Message("user", e.prompt), Message("assistant", e.completion)))
+    Example(
+        e.id,
+        "",
+        e.completion,
+        (EventMessage("user", e.prompt), EventMessage("assistant", e.completion)),
+    )
     for e in EXAMPLES[:6]
 )
 
@@ -146,14 +151,14 @@ def state(step: int) -> TrainerState:
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_ends_the_training(loss):
-    narrator = Narrator([].append, [10] * 8)
+    narrator = EventCallback([].append, [10] * 8)
     with pytest.raises(TrainingError, match="at step 3"):
         narrator.on_log(SimpleNamespace(), state(3), TrainerControl(), {"loss": loss})
 
 
 def test_figures_count_from_where_training_resumed():
-    told: list[Progress] = []
-    narrator = Narrator(told.append, [10, 20, 30, 40, 50, 60, 70, 80])
+    told: list[TrainingMetrics] = []
+    narrator = EventCallback(told.append, [10, 20, 30, 40, 50, 60, 70, 80])
     narrator.on_train_begin(SimpleNamespace(), state(2), TrainerControl())
     logs = {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 2.0}
     narrator.on_log(SimpleNamespace(), state(4), TrainerControl(), logs)
@@ -167,7 +172,7 @@ def test_figures_count_from_where_training_resumed():
 def test_a_checkpoint_counts_only_when_it_is_complete(tmp_path):
     assert last_checkpoint(tmp_path) is None
     told = []
-    narrator = Narrator(told.append, [])
+    narrator = EventCallback(told.append, [])
     for step in (3, 6, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert last_checkpoint(tmp_path) is None

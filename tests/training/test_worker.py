@@ -58,15 +58,15 @@ def test_a_failure_is_sent_by_its_name(error, name):
 
 def test_a_work_folder_has_one_owner_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "_LOCK_WAIT_S", 0.1)
-    with worker.sole_owner(tmp_path, held=True):
+    with worker.exclusive_work_dir(tmp_path, held=True):
         with (
             pytest.raises(TrainingError, match="another training process"),
-            worker.sole_owner(tmp_path, held=True),
+            worker.exclusive_work_dir(tmp_path, held=True),
         ):
             pass
-        with worker.sole_owner(tmp_path, held=False):
+        with worker.exclusive_work_dir(tmp_path, held=False):
             pass
-    with worker.sole_owner(tmp_path, held=True):
+    with worker.exclusive_work_dir(tmp_path, held=True):
         pass
 
 
@@ -75,5 +75,5 @@ def test_an_owner_that_is_just_ending_is_waited_for(tmp_path):
     fcntl.flock(file, fcntl.LOCK_EX)
     threading.Timer(0.3, file.close).start()
     started_s = time.monotonic()
-    with worker.sole_owner(tmp_path, held=True):
+    with worker.exclusive_work_dir(tmp_path, held=True):
         assert time.monotonic() - started_s >= 0.3

@@ -22,7 +22,7 @@ from trans_peft.errors import AdapterError, UnsupportedModelError
 from trans_peft.methods.bottleneck.config import BottleneckConfig
 from trans_peft.methods.registration import register_methods
 from trans_peft.snapshot import snapshot
-from trans_peft.transfer.transplant import attach, attached
+from trans_peft.transfer.load_adapter import attach, attached
 
 register_methods()
 TOKENS = torch.tensor([[5, 17, 101, 33, 250, 8]])

@@ -17,7 +17,7 @@ from trans_peft.errors import AdapterError, InvalidSpecError, UnsupportedModelEr
 from trans_peft.methods.bottleneck.config import BottleneckConfig
 from trans_peft.methods.registration import register_methods
 from trans_peft.transfer.compatibility import UNRELATED_COSINE, compare, weight_cosine
-from trans_peft.transfer.placement import module_of
+from trans_peft.transfer.target_modules import module_of
 
 OLD = fingerprint_of(tiny_model())
 

@@ -6,7 +6,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.transfer.conftest import edit_config
 from trans_peft.errors import AdapterError, UnsupportedModelError
 from trans_peft.transfer.effect import PROBE_PROMPTS, probe_effect
-from trans_peft.transfer.transplant import attached
+from trans_peft.transfer.load_adapter import attached
 
 
 def test_it_is_the_largest_change_of_any_logit(write_adapter):

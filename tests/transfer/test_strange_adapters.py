@@ -17,8 +17,8 @@ from trans_peft.errors import AdapterError, TransPeftError, naming
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.snapshot import snapshot
 from trans_peft.transfer.compatibility import compare
+from trans_peft.transfer.load_adapter import attached, transplant
 from trans_peft.transfer.scaling import rescaled
-from trans_peft.transfer.transplant import attached, transplant
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import tiny_model
-from trans_peft.transfer.tokens import compare_tokens
+from trans_peft.transfer.tokenizers import compare_tokenizers
 
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 
@@ -96,7 +96,7 @@ def special_as_text(state, settings, config):
     ],
 )
 def test_what_changes_an_input_or_an_end_is_a_mismatch(change, told, tmp_path):
-    mismatches, _ = compare_tokens(saved(tmp_path / "old"), saved(tmp_path / "new", change))
+    mismatches, _ = compare_tokenizers(saved(tmp_path / "old"), saved(tmp_path / "new", change))
     assert mismatches
     assert told in "; ".join(mismatches)
 
@@ -114,13 +114,13 @@ def test_what_changes_an_input_or_an_end_is_a_mismatch(change, told, tmp_path):
 )
 def test_other_settings_are_told_as_a_note(values, told, tmp_path):
     old, new = saved(tmp_path / "old"), saved(tmp_path / "new", setting(**values))
-    mismatches, notes = compare_tokens(old, new)
+    mismatches, notes = compare_tokenizers(old, new)
     assert mismatches == ()
     assert told in "; ".join(notes)
 
 
 def test_the_same_tokenizer_has_nothing_to_tell(tmp_path):
-    assert compare_tokens(saved(tmp_path / "old"), saved(tmp_path / "new")) == ((), ())
+    assert compare_tokenizers(saved(tmp_path / "old"), saved(tmp_path / "new")) == ((), ())
 
 
 def test_a_changed_special_token_counts_where_the_adapters_template_writes_it(tmp_path):
@@ -129,9 +129,9 @@ def test_a_changed_special_token_counts_where_the_adapters_template_writes_it(tm
     for folder in (old, new):  # no BOS by the post-processor, which would tell as well
         state = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
         (folder / "tokenizer.json").write_text(json.dumps(state))
-    mismatches, notes = compare_tokens(old, new)
+    mismatches, notes = compare_tokenizers(old, new)
     assert "chats become other tokens: '<bos>" in mismatches[0]
     assert "bos_token was '<bos>' and is '<tool>'" in notes[0]
-    mismatches, notes = compare_tokens(old, new, "{{ messages[0].content }}")
+    mismatches, notes = compare_tokenizers(old, new, "{{ messages[0].content }}")
     assert mismatches == ()
     assert "bos_token was" in notes[0]

@@ -7,7 +7,7 @@ from peft import PeftModel
 
 from tests.tiny import tiny_model, write_tiny_base
 from trans_peft.errors import AdapterError
-from trans_peft.transfer.transplant import transplant
+from trans_peft.transfer.load_adapter import transplant
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

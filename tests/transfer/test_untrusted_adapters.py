@@ -9,9 +9,9 @@ from tests.tiny import tiny_model
 from tests.transfer.conftest import edit_config, fingerprint_of
 from trans_peft.errors import AdapterError, IsolationError, TransPeftError
 from trans_peft.methods import patterns
-from trans_peft.transfer import transplant
+from trans_peft.transfer import load_adapter
 from trans_peft.transfer.compatibility import compare
-from trans_peft.transfer.transplant import attach
+from trans_peft.transfer.load_adapter import attach
 
 SLOW = r"(([a-z_.0-9]+)+)+X"
 HANGS = [
@@ -82,7 +82,7 @@ def test_a_killed_check_does_not_blame_the_adapter(write_adapter, monkeypatch):
     def killed(*_):
         raise IsolationError("killed")
 
-    monkeypatch.setattr(transplant, "check_options", killed)
+    monkeypatch.setattr(load_adapter, "check_options", killed)
     with pytest.raises(IsolationError):
         attach(tiny_model(), write_adapter())
 

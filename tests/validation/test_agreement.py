@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [([65, 66, 67], [68, 69]), ([70], []), ([71, 72, 73, 74, 75], [76]), ([66, 66], [65] * 7)]
 
 
-def by_hand(old, new, pairs=PAIRS):
+def manual(old, new, pairs=PAIRS):
     """KL(old || new) over the whole vocabulary, pair by pair, mean over positions."""
     found = []
     for prompt, answer in pairs:
@@ -49,13 +49,13 @@ def between(models, **options):
 
 
 def test_with_the_whole_vocabulary_it_is_the_kl(models):
-    assert between(models, k=258) == pytest.approx(by_hand(*models), rel=1e-4)
+    assert between(models, k=258) == pytest.approx(manual(*models), rel=1e-4)
 
 
 def test_fewer_tokens_give_less_and_never_more(models):
     found = [between(models, k=k) for k in (1, 4, 64, 257, 1000)]
     assert found == sorted(found)
-    assert found[-1] == pytest.approx(by_hand(*models), rel=1e-4)
+    assert found[-1] == pytest.approx(manual(*models), rel=1e-4)
     assert found[0] > 0
 
 
@@ -72,7 +72,7 @@ def test_there_is_one_position_before_each_token_and_one_after_the_last(models):
 @pytest.mark.parametrize("name", ["gpt2", "falcon, alibi", "gemma3, window 8"])
 def test_padding_plays_no_part_in_any_architecture(name):
     models = model_of(name, 0), model_of(name, 1)
-    assert between(models, k=258) == pytest.approx(by_hand(*models), rel=1e-3)
+    assert between(models, k=258) == pytest.approx(manual(*models), rel=1e-3)
 
 
 @settings(max_examples=50)

@@ -11,8 +11,8 @@ from trans_peft.data import Example, Message
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
+from trans_peft.validation.decoding.generation import generate
 from trans_peft.validation.evaluate import evaluate
-from trans_peft.validation.generation import generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, ItemResult, Verdict
 from trans_peft.errors import InvalidSpecError
-from trans_peft.validation.gate import judge
-from trans_peft.validation.intervals import lower_bound, upper_bound
+from trans_peft.validation.gate.judge import judge
+from trans_peft.validation.statistics.intervals import lower_bound, upper_bound
 
 POLICY = GatePolicy(margin_points=5, alpha=0.05)
 
@@ -54,8 +54,8 @@ ONE_SUITE = {
 
 @pytest.mark.parametrize("case", ONE_SUITE)
 def test_the_table_of_verdicts_with_one_suite(case):
-    *sides, verdict = ONE_SUITE[case]
-    judgement = judge(POLICY, *three(*sides))
+    *arms, verdict = ONE_SUITE[case]
+    judgement = judge(POLICY, *three(*arms))
     assert judgement.verdict == verdict
     assert "imports" in judgement.reason and "level 5 %" in judgement.reason
     undecided = judgement.suites[0].more_items > 0
@@ -79,8 +79,8 @@ TWO_SUITES = [
 
 @pytest.mark.parametrize(("first", "second", "verdict"), TWO_SUITES)
 def test_every_required_suite_must_pass(first, second, verdict):
-    sides = merged(three(*first, suite="a"), three(*second, suite="b"))
-    assert judge(POLICY, *sides).verdict == verdict
+    arms = merged(three(*first, suite="a"), three(*second, suite="b"))
+    assert judge(POLICY, *arms).verdict == verdict
 
 
 def test_more_items_are_named_only_for_the_suite_that_is_open():
@@ -105,9 +105,11 @@ def test_a_suite_that_is_not_required_warns_and_decides_nothing():
 
 def test_retuning_shares_the_level_among_the_suites_that_could_ask_for_it():
     """Lost just beyond the margin at alpha, not at alpha / 2: enough alone, not as one of two."""
-    lost = 24
-    assert upper_bound(300, lost + 5, 5, 0.05) < -0.05 < upper_bound(300, lost + 5, 5, 0.025)
-    candidate = [0] * (lost + 5) + [1] * (260 - lost - 5) + [1] * 5 + [0] * 35
+    inferior = 24
+    assert (
+        upper_bound(300, inferior + 5, 5, 0.05) < -0.05 < upper_bound(300, inferior + 5, 5, 0.025)
+    )
+    candidate = [0] * (inferior + 5) + [1] * (260 - inferior - 5) + [1] * 5 + [0] * 35
     alone = three(GOOD, candidate, POOR, suite="a")
     assert judge(POLICY, *alone).verdict is Verdict.NEEDS_RETUNING
     both = merged(alone, three(*A_KEPT, suite="b"))
@@ -159,7 +161,7 @@ POLICIES = st.builds(
 @given(ROWS, POLICIES, st.data())
 def test_one_more_right_answer_on_the_new_base_never_turns_a_pass_into_less(rows, policy, data):
     rows = [(True, True, False)] * data.draw(st.integers(0, 60)) + rows
-    reference, candidate, bare = (list(side) for side in zip(*rows, strict=True))
+    reference, candidate, bare = (list(arm) for arm in zip(*rows, strict=True))
     before = judge(policy, *three(reference, candidate, bare)).verdict
     wrong = [i for i, right in enumerate(candidate) if not right]
     if wrong:
@@ -178,11 +180,14 @@ def test_every_verdict_follows_from_its_own_figures(rows, policy):
     passed = s.lower > -policy.margin_points and (
         not policy.must_beat_bare or s.over_bare_lower > 0
     )
-    lost, idle = s.upper < -policy.margin_points, s.over_bare_upper < policy.margin_points
+    inferior, baseline_non_inferior = (
+        s.upper < -policy.margin_points,
+        s.over_bare_upper < policy.margin_points,
+    )
     expected = (
         "passed" if passed
-        else "needs-retuning" if lost
-        else "retire" if idle
+        else "needs-retuning" if inferior
+        else "retire" if baseline_non_inferior
         else "inconclusive"
     )  # fmt: skip
     assert judgement.verdict == expected
@@ -193,8 +198,8 @@ def test_every_verdict_follows_from_its_own_figures(rows, policy):
 # What cannot be compared.
 
 
-def changed(side, **values):
-    return {name: replace(evaluation, **values) for name, evaluation in side.items()}
+def changed(arm, **values):
+    return {name: replace(evaluation, **values) for name, evaluation in arm.items()}
 
 
 INCOMPARABLE = {

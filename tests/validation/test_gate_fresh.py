@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.validation.test_gate import A_IDLE, A_KEPT, A_LOST, bits, merged, results, three
 from trans_peft.domain.evaluation import BARE, GatePolicy, Verdict
 from trans_peft.errors import InvalidSpecError
-from trans_peft.validation.gate import judge
-from trans_peft.validation.intervals import lower_bound, upper_bound
+from trans_peft.validation.gate.judge import judge
+from trans_peft.validation.statistics.intervals import lower_bound, upper_bound
 
 POLICY = GatePolicy(margin_points=5, alpha=0.05)
 ASKED = replace(POLICY, must_match_fresh=True)
@@ -21,8 +21,8 @@ def fresh(right, suite="imports"):
 
 
 def test_its_score_stands_beside_and_decides_nothing_unasked():
-    sides = three(*A_KEPT)
-    alone, beside = judge(POLICY, *sides), judge(POLICY, *sides, fresh(bits(298, 2)))
+    arms = three(*A_KEPT)
+    alone, beside = judge(POLICY, *arms), judge(POLICY, *arms, fresh(bits(298, 2)))
     assert alone.verdict == beside.verdict == Verdict.PASSED
     (figures,) = beside.suites
     assert figures.fresh == pytest.approx(100 * 298 / 300)
@@ -43,8 +43,8 @@ def test_its_score_stands_beside_and_decides_nothing_unasked():
         (A_IDLE, bits(258, 42), "retire"),
     ],
 )
-def test_the_table_of_verdicts_where_the_policy_asks(sides, right, verdict):
-    judgement = judge(ASKED, *three(*sides), fresh(right))
+def test_the_table_of_verdicts_where_the_policy_asks(arms, right, verdict):
+    judgement = judge(ASKED, *three(*arms), fresh(right))
     assert judgement.verdict == verdict
     assert (judgement.suites[0].more_items > 0) == (verdict == "inconclusive")
 
@@ -56,11 +56,11 @@ def test_where_there_is_none_nothing_can_be_shown_against_it():
 
 
 def test_every_required_suite_is_compared():
-    sides = merged(three(*A_KEPT, suite="a"), three(*A_KEPT, suite="b"))
+    arms = merged(three(*A_KEPT, suite="a"), three(*A_KEPT, suite="b"))
     good = fresh(bits(258, 42), "a")
-    assert judge(ASKED, *sides, good | fresh(bits(258, 42), "b")).verdict is Verdict.PASSED
-    assert judge(ASKED, *sides, good).verdict is Verdict.INCONCLUSIVE
-    judgement = judge(ASKED, *sides, good | fresh(bits(298, 2), "b"))
+    assert judge(ASKED, *arms, good | fresh(bits(258, 42), "b")).verdict is Verdict.PASSED
+    assert judge(ASKED, *arms, good).verdict is Verdict.INCONCLUSIVE
+    judgement = judge(ASKED, *arms, good | fresh(bits(298, 2), "b"))
     assert judgement.verdict is Verdict.NEEDS_RETUNING
     assert judgement.reason.startswith("b:")
 
@@ -94,7 +94,7 @@ def test_one_more_right_answer_on_the_new_base_never_turns_a_pass_into_less(
 ):
     policy = GatePolicy(margin_points=margin, must_match_fresh=asked)
     rows = [(True, True, False, True)] * data.draw(st.integers(0, 60)) + rows
-    reference, candidate, bare, tuned = (list(side) for side in zip(*rows, strict=True))
+    reference, candidate, bare, tuned = (list(arm) for arm in zip(*rows, strict=True))
     before = judge(policy, *three(reference, candidate, bare), fresh(tuned)).verdict
     wrong = [i for i, right in enumerate(candidate) if not right]
     if wrong:

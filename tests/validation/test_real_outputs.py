@@ -21,7 +21,7 @@ from trans_peft.data import read_examples
 from trans_peft.data.templates import TEMPLATES
 from trans_peft.edges.file_store import FileStore
 from trans_peft.validation.rules.program import extract
-from trans_peft.validation.scoring import marker
+from trans_peft.validation.scoring import make_scorer
 from trans_peft.validation.suites import PUBLISHED, named
 
 OUTPUTS = Path(__file__).parent / "outputs"
@@ -58,12 +58,12 @@ def test_every_suite_has_a_peer_and_outputs():
 
 @pytest.mark.parametrize("name", [name for name in SUITES if name not in PROGRAMS])
 def test_real_outputs_are_marked_as_the_peer_marks_them(name):
-    assert disagreements(name, marker(named(name)), outputs(name)) == []
+    assert disagreements(name, make_scorer(named(name)), outputs(name)) == []
 
 
 @pytest.mark.parametrize("name", [name for name in SUITES if name in METAMATH])
 def test_every_mark_that_metamath_gives_otherwise_has_a_reason(name):
-    is_right, theirs = marker(named(name)), METAMATH[name]
+    is_right, theirs = make_scorer(named(name)), METAMATH[name]
     other = {
         (metamath.final(row["output"]), metamath.final(row["reference"]))
         for row in outputs(name)
@@ -74,7 +74,7 @@ def test_every_mark_that_metamath_gives_otherwise_has_a_reason(name):
 
 @pytest.mark.parametrize("name", sorted(METAMATH))
 def test_metamaths_rules_mark_as_metamath_does(name):
-    is_right = marker(replace(named(name), scoring=f"metamath_{name}"))
+    is_right = make_scorer(replace(named(name), scoring=f"metamath_{name}"))
     marks = [
         (is_right(row["output"], row["reference"]), METAMATH[name](row["output"], row["reference"]))
         for row in outputs(name)
@@ -143,7 +143,7 @@ def is_literal(node):
 @pytest.mark.skipif(not DATA, reason="the tests of programs are in the data sets: TRANS_PEFT_DATA")
 @pytest.mark.parametrize("name", [name for name in SUITES if name in PROGRAMS])
 def test_what_evalplus_keeps_passes_where_the_answer_does(name):
-    is_right, references = marker(named(name)), references_of(name)
+    is_right, references = make_scorer(named(name)), references_of(name)
     other = [
         (row["id"], row["by"])
         for row in outputs(name)

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from study.rounding import derived, logits, measured
 from tests.tiny import tiny_model
 from tests.validation.models import model_of
-from trans_peft.transfer.transplant import attached
-from trans_peft.validation.decoding import NEAR_TIE
+from trans_peft.transfer.load_adapter import attached
+from trans_peft.validation.decoding.decoder import NEAR_TIE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,17 +28,17 @@ from hypothesis import strategies as st
 
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
 from trans_peft.validation.sandbox import box, values, wire
-from trans_peft.validation.sandbox.box import Sandbox
 from trans_peft.validation.sandbox.check import (
     CodeTests,
-    Reason,
+    FailureReason,
     check_code,
     humaneval_tests,
     mbpp_tests,
 )
+from trans_peft.validation.sandbox.forkserver import ForkServer
 from trans_peft.validation.sandbox.limits import Limits
-from trans_peft.validation.sandbox.nursery import Nursery
-from trans_peft.validation.sandbox.run import Outcome, missing_guards, run_code
+from trans_peft.validation.sandbox.process import Sandbox
+from trans_peft.validation.sandbox.run import RunResult, missing_guards, run_code
 
 MEBIBYTE = 1 << 20
 LIMITS = Limits(wall_s=4, cpu_s=1, memory_bytes=128 * MEBIBYTE, scratch_bytes=2 * MEBIBYTE)
@@ -54,7 +54,7 @@ def guarded() -> None:
         pytest.skip(f"lacks {', '.join(missing_guards())}: refused, as it must be")
 
 
-def run(program: str, limits: Limits = LIMITS) -> Outcome:
+def run(program: str, limits: Limits = LIMITS) -> RunResult:
     return run_code(dedent(program), limits=limits)
 
 
@@ -174,24 +174,24 @@ TESTS = humaneval_tests(
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("return a * b", Reason.PASSED),
-        ("import math; return math.prod([a]) * b", Reason.PASSED),
-        ("print(a); return a * b", Reason.PASSED),
-        ("return a + b", Reason.WRONG),
-        ("return a * b if isinstance(b, int) else None", Reason.WRONG),
-        ("return 1 / 0", Reason.RAISED),
-        ("assert False", Reason.RAISED),
-        ("return area(a, b)", Reason.RAISED),
-        ("return (", Reason.RAISED),
-        ("import time; time.sleep(60)", Reason.TIMED_OUT),
+        ("return a * b", FailureReason.PASSED),
+        ("import math; return math.prod([a]) * b", FailureReason.PASSED),
+        ("print(a); return a * b", FailureReason.PASSED),
+        ("return a + b", FailureReason.WRONG),
+        ("return a * b if isinstance(b, int) else None", FailureReason.WRONG),
+        ("return 1 / 0", FailureReason.RAISED),
+        ("assert False", FailureReason.RAISED),
+        ("return area(a, b)", FailureReason.RAISED),
+        ("return (", FailureReason.RAISED),
+        ("import time; time.sleep(60)", FailureReason.TIMED_OUT),
     ],
 )
 def test_honest_programs_get_the_verdict_of_one_interpreter(body, reason):
     program = f"{PROMPT}    {body}\n"
-    limits = SOON if reason is Reason.TIMED_OUT else LIMITS
+    limits = SOON if reason is FailureReason.TIMED_OUT else LIMITS
     result = check_code(program, TESTS, limits=limits)
     assert result.reason is reason, result
-    if reason is not Reason.TIMED_OUT:
+    if reason is not FailureReason.TIMED_OUT:
         assert result.passed == passes_in_one_interpreter(program, TESTS)
 
 
@@ -351,7 +351,7 @@ def test_a_forgery_is_not_scored_as_passed(program):
     limits = SOON if "signal.pause" in program else LIMITS
     result = check_code(dedent(program), tests, limits=limits)
     assert not result.passed
-    assert result.reason is not Reason.PASSED
+    assert result.reason is not FailureReason.PASSED
 
 
 @pytest.mark.usefixtures("guarded")
@@ -371,7 +371,7 @@ def test_what_the_tests_use_is_not_the_programs_to_redefine(test):
     """
     tests = CodeTests(test, ("f",), preamble="import math")
     result = check_code(dedent(program), tests, limits=LIMITS)
-    assert result.reason is Reason.WRONG, result
+    assert result.reason is FailureReason.WRONG, result
 
 
 @pytest.mark.usefixtures("guarded")
@@ -384,7 +384,7 @@ def test_what_the_tests_use_is_not_the_programs_to_redefine(test):
 def test_tests_never_ask_an_object_of_the_programs_own(test):
     program = "class A:\n    pass\ndef f(x): return A()"
     result = check_code(program, CodeTests(test, ("f",)), limits=LIMITS)
-    assert (result.passed, result.reason) == (False, Reason.UNREPRESENTABLE)
+    assert (result.passed, result.reason) == (False, FailureReason.UNREPRESENTABLE)
 
 
 @pytest.mark.usefixtures("guarded")
@@ -403,7 +403,7 @@ def test_helpers_of_the_prompt_are_not_the_programs_to_define():
 def test_nothing_of_the_callers_environment_is_seen(monkeypatch, tmp_path):
     secret = secrets.token_hex(16)
     monkeypatch.setenv("TRANS_PEFT_SECRET", secret)
-    monkeypatch.setattr(box, "_NURSERY", Nursery())  # started with the secret in the environment
+    monkeypatch.setattr(box, "_NURSERY", ForkServer())  # started with the secret in the environment
     (tmp_path / "token").write_text(secret)
     outcome = run(f"""
         import glob, os, subprocess
@@ -762,7 +762,7 @@ def test_the_program_dies_with_whoever_started_it(victim):
     read_fd, write_fd = os.pipe()
     script = f"""
         import os, signal, threading
-        from trans_peft.validation.sandbox.box import Sandbox
+        from trans_peft.validation.sandbox.process import Sandbox
         from trans_peft.validation.sandbox.limits import Limits
         with Sandbox(Limits(), frozenset(), [{write_fd}, 2]) as sandbox:
             os.close({write_fd})

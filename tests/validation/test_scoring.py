@@ -7,7 +7,7 @@ from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
 from trans_peft.validation.rules import entry_point
 from trans_peft.validation.rules.text import chrf
-from trans_peft.validation.scoring import RULES, marker
+from trans_peft.validation.scoring import RULES, make_scorer
 
 # rule -> how a suite names it, an answer that is right, one that is wrong, the reference, and a
 # reference that nothing could equal (None: there is none)
@@ -41,7 +41,7 @@ def suite(**options):
 
 def marked(name):
     scoring, *_ = EXAMPLES[name]
-    return marker(suite(scoring=scoring, threshold=50.0 if RULES[name].graded else None))
+    return make_scorer(suite(scoring=scoring, threshold=50.0 if RULES[name].graded else None))
 
 
 @pytest.mark.parametrize("name", sorted(RULES.keys() - {"python", "code"}))
@@ -60,7 +60,7 @@ def test_every_rule_knows_a_right_answer_from_a_wrong_one(name):
 def test_a_graded_rule_is_right_at_its_threshold_and_above():
     degree = chrf("Loads the model from a file", "Load a model from disk.")
     for threshold, right in [(degree, True), (degree + 0.01, False)]:
-        is_right = marker(suite(scoring="chrf", threshold=threshold))
+        is_right = make_scorer(suite(scoring="chrf", threshold=threshold))
         assert is_right("Loads the model from a file", "Load a model from disk.") is right
 
 
@@ -87,14 +87,14 @@ def test_a_graded_rule_is_right_at_its_threshold_and_above():
 )
 def test_a_suite_that_cannot_be_marked_is_refused(options, told):
     with pytest.raises(InvalidSpecError, match=told):
-        marker(suite(**options))
+        make_scorer(suite(**options))
 
 
 @given(st.text("ab(){}[]?*+|\\\\^$.1,<>=!:P-LiumsxakdDwWbBAZ0#\ud800", max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_any_pattern_is_bound_or_refused(pattern):
     try:
-        marker(suite(scoring=f"regex:{pattern}"))
+        make_scorer(suite(scoring=f"regex:{pattern}"))
     except InvalidSpecError as error:
         assert "cannot be read" in str(error) or not pattern
 
@@ -103,7 +103,7 @@ def test_any_pattern_is_bound_or_refused(pattern):
     "text", ["[" * 5000 + "]" * 5000, "1" * 5000, "\ud800", "NaN", '{"a":1,"a":1}']
 )
 def test_json_that_cannot_be_read_is_a_bad_reference_and_a_wrong_answer(text):
-    is_right = marker(suite(scoring="json_equal"))
+    is_right = make_scorer(suite(scoring="json_equal"))
     if text != "\ud800":
         assert not is_right(text, "[1]")
     with pytest.raises(DataError, match="not JSON"):
@@ -141,7 +141,7 @@ def installed(monkeypatch):
 
 @pytest.mark.usefixtures("installed")
 def test_a_rule_of_ones_own_comes_by_entry_point():
-    is_right = marker(suite(scoring="python:longer==1.2.0"))
+    is_right = make_scorer(suite(scoring="python:longer==1.2.0"))
     assert is_right("abc", "ab")
     assert not is_right("a", "ab")
 
@@ -158,10 +158,10 @@ def test_a_rule_of_ones_own_comes_by_entry_point():
 )
 def test_a_rule_that_is_not_installed_in_that_version_is_refused(scoring, told):
     with pytest.raises(InvalidSpecError, match=told):
-        marker(suite(scoring=scoring))
+        make_scorer(suite(scoring=scoring))
 
 
 @pytest.mark.usefixtures("installed")
 def test_a_rule_that_does_not_decide_is_an_error():
     with pytest.raises(EvaluationError, match="True or False"):
-        marker(suite(scoring="python:vague==1.2.0"))("a", "b")
+        make_scorer(suite(scoring="python:vague==1.2.0"))("a", "b")

@@ -17,9 +17,9 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.text.answers import answer_text
 from trans_peft.text.chat import turn_end
+from trans_peft.validation.decoding.generation import generate
 from trans_peft.validation.evaluate import evaluate
-from trans_peft.validation.generation import generate
-from trans_peft.validation.questions import prepare
+from trans_peft.validation.tokenized_suite import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from trans_peft.data.templates import TEMPLATES
 from trans_peft.domain.data import DataSource
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import NotFoundError
-from trans_peft.validation.scoring import RULES, marker
+from trans_peft.validation.scoring import RULES, make_scorer
 from trans_peft.validation.suites import PUBLISHED, named
 
 PAPER = {
@@ -31,7 +31,7 @@ def test_a_suite_can_be_read_and_marked(name):
     assert named(name).data.uri == f"hub:{published.hub}"
     assert len(named(name).data.uri.split(":")) == 4  # the split is said, never a default
     assert suite.data.template in TEMPLATES
-    marker(suite)
+    make_scorer(suite)
     assert 0 <= suite.chance_points <= 50
 
 
@@ -59,7 +59,7 @@ def test_a_local_suite_is_pinned_and_answered(tmp_path):
     file.write_text(json.dumps([row]))
     store, suite = FileStore(), named("boolq", str(tmp_path))
     (example,) = read_examples(pin(suite.data, store), store)
-    is_right = marker(suite)
+    is_right = make_scorer(suite)
     assert is_right("the correct answer is false", example.completion)
     assert is_right("it is false, not true", example.completion)
     assert not is_right("true or false", example.completion)

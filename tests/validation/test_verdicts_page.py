@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from scipy.stats import norm
 
-from tests.validation.test_intervals import trinomial
+from tests.validation.statistics.test_intervals import trinomial
 from trans_peft.domain.evaluation import Verdict
-from trans_peft.validation.intervals import power_of_non_inferiority, score_statistic
 from trans_peft.validation.scoring import RULES
+from trans_peft.validation.statistics.intervals import power_of_non_inferiority, score_statistic
 
 PAGE = (Path(__file__).parents[2] / "docs" / "verdicts.md").read_text()
 

@@ -25,11 +25,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trans_peft.bases.fingerprint import Progress, Scan, folder_reader, scan
-from trans_peft.bases.model_files import is_felt
+from trans_peft.bases.eviction import evict
+from trans_peft.bases.filename_checks import filename_problem
+from trans_peft.bases.fingerprint import ByteProgress, Scan, folder_file_reader, scan
+from trans_peft.bases.model_files import affects_outputs
 from trans_peft.bases.ranges import RANGE_BYTES, Partial, fetching
-from trans_peft.bases.refusals import refusal
-from trans_peft.bases.room import make_room
 from trans_peft.bases.upload import read_manifest
 from trans_peft.domain.base import Fingerprint
 from trans_peft.errors import IntegrityError, NotFoundError, StoreError, UploadError
@@ -51,7 +51,7 @@ def download(
     fingerprint: Fingerprint,
     limit_bytes: int | None = None,
     range_bytes: int = RANGE_BYTES,
-    on_progress: Progress | None = None,
+    on_progress: ByteProgress | None = None,
 ) -> Path:
     """Return the folder of a base's verified copy, fetching it first where it is not there yet.
 
@@ -103,7 +103,7 @@ class _Copy:
         if not self.folder.is_dir():
             return False
         files = [StoredFile(name, stat[0], "") for name, stat in _stats(self.folder).items()]
-        if self._is_right(scan(files, folder_reader(self.folder))):
+        if self._is_right(scan(files, folder_file_reader(self.folder))):
             self.seal(self.folder)
             return True
         self.path("json").unlink(missing_ok=True)
@@ -137,14 +137,14 @@ def _fetch(
     copy: _Copy,
     limit_bytes: int | None,
     range_bytes: int,
-    on_progress: Progress | None,
+    on_progress: ByteProgress | None,
 ) -> None:
     partial = Partial(copy.path("part"))
     files = model_files(uri, store)
     try:
         with FileLock(copy.cache_dir / "room.lock"):
             size = sum(file.size for file in files)
-            make_room(copy.folder, size, partial.bytes_written(uri, files), limit_bytes)
+            evict(copy.folder, size, partial.bytes_written(uri, files), limit_bytes)
             missing = partial.prepare(uri, files, range_bytes)
         resumed = sum(item.stop - item.start for item in missing) < size
         with fetching(partial, missing, store) as read:
@@ -177,7 +177,9 @@ def model_files(uri: str, store: ArtifactStore) -> list[StoredFile]:
     files = [
         file
         for file in there
-        if is_felt(file.name) and not refusal(file.name) and (stated is None or file.name in stated)
+        if affects_outputs(file.name)
+        and not filename_problem(file.name)
+        and (stated is None or file.name in stated)
     ]
     if not files:
         raise NotFoundError(f"there are no model files below {uri}")

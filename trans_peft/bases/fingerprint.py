@@ -12,20 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trans_peft.bases.checkpoint import Checkpoint
-from trans_peft.bases.model_files import ModelFiles, is_felt
+from trans_peft.bases.model_files import ModelFiles, affects_outputs
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, ManifestFile
 from trans_peft.errors import IntegrityError, NotFoundError, StoreError, UploadError, listed
 from trans_peft.ports import ArtifactStore, StoredFile
 
-__all__ = ["Progress", "Reader", "Scan", "fingerprint", "folder_reader", "reader", "scan"]
+__all__ = [
+    "ByteProgress",
+    "FileReader",
+    "Scan",
+    "fingerprint",
+    "folder_file_reader",
+    "reader",
+    "scan",
+]
 
 _CHUNK_BYTES = 1 << 20
 
-Progress = Callable[[int, int], None]
+ByteProgress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes in all."""
 
-Reader = Callable[[StoredFile], AbstractContextManager[Iterator[bytes]]]
+FileReader = Callable[[StoredFile], AbstractContextManager[Iterator[bytes]]]
 """Opens one file as a stream of chunks."""
 
 
@@ -45,7 +53,7 @@ class Scan:
 
 
 def fingerprint(
-    uri: str, store: ArtifactStore, *, on_progress: Progress | None = None
+    uri: str, store: ArtifactStore, *, on_progress: ByteProgress | None = None
 ) -> Fingerprint:
     """Return the fingerprint of the Hugging Face folder at a path or URI.
 
@@ -55,7 +63,7 @@ def fingerprint(
     files = store.list(uri)
     if not files:
         raise NotFoundError(f"there are no files below {uri}")
-    felt = [file for file in files if is_felt(file.name)]
+    felt = [file for file in files if affects_outputs(file.name)]
     found = scan(felt, reader(uri, store), on_progress=on_progress)
     if found.changed:
         raise IntegrityError(
@@ -68,12 +76,12 @@ def fingerprint(
     return found.fingerprint
 
 
-def reader(uri: str, store: ArtifactStore) -> Reader:
+def reader(uri: str, store: ArtifactStore) -> FileReader:
     """Return how the listed files below a prefix are read: none but the version that was listed."""
     return lambda file: store.read(child_uri(uri, file.name), etag=file.etag)
 
 
-def folder_reader(folder: Path) -> Reader:
+def folder_file_reader(folder: Path) -> FileReader:
     """Return how files of a folder on this machine are read."""
 
     @contextmanager
@@ -84,7 +92,9 @@ def folder_reader(folder: Path) -> Reader:
     return read
 
 
-def scan(files: Iterable[StoredFile], read: Reader, *, on_progress: Progress | None = None) -> Scan:
+def scan(
+    files: Iterable[StoredFile], read: FileReader, *, on_progress: ByteProgress | None = None
+) -> Scan:
     """Read each of the files once.
 
     Memory: the JSON files and one chunk. What is wrong with the files is listed in `problems`, all

@@ -23,7 +23,15 @@ from trans_peft.text.tokenizer_files import (
     vocabulary,
 )
 
-__all__ = ["INDEX", "MAX_TEXT_BYTES", "UNFELT", "WEIGHTS", "ModelFiles", "config_sha256", "is_felt"]
+__all__ = [
+    "INDEX",
+    "MAX_TEXT_BYTES",
+    "OUTPUT_NEUTRAL_FIELDS",
+    "WEIGHTS",
+    "ModelFiles",
+    "affects_outputs",
+    "config_sha256",
+]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,13 +47,13 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 # Names and versions, and what this library sets itself whenever it loads or calls a model (the
 # dtype, the cache, what is returned). Anything not listed here counts.
-UNFELT = frozenset({
+OUTPUT_NEUTRAL_FIELDS = frozenset({
     "_commit_hash", "_from_model_config", "_name_or_path", "dtype", "output_attentions",
     "output_hidden_states", "return_dict", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
 
 
-def is_felt(name: str) -> bool:
+def affects_outputs(name: str) -> bool:
     """Whether a file of that name counts: a folder with these alone loads as the same model."""
     return (
         name in _JSON_FILES
@@ -74,7 +82,7 @@ class ModelFiles:
         try:
             if file.name.endswith(".safetensors"):
                 self._weights[file.name] = tensor_signatures(stream)
-            elif is_felt(file.name) or file.name == _ADDED_TOKENS:
+            elif affects_outputs(file.name) or file.name == _ADDED_TOKENS:
                 self._take_text(file, stream)
         except (MalformedSafetensorsError, UnicodeDecodeError) as error:
             self.problems.append(f"{file.name}: {error}")
@@ -271,7 +279,7 @@ def _remote_code(value: Any) -> list[str]:
 
 def _felt(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _felt(item) for key, item in value.items() if key not in UNFELT}
+        return {key: _felt(item) for key, item in value.items() if key not in OUTPUT_NEUTRAL_FIELDS}
     if isinstance(value, list):
         return [_felt(item) for item in value]
     return value

@@ -18,7 +18,12 @@ from trans_peft.bases.checkpoint import Checkpoint, read_text
 from trans_peft.bases.model_check import ModelWeight, inspect
 from trans_peft.bases.model_files import config_sha256
 from trans_peft.domain.base import Fingerprint, TensorSignature
-from trans_peft.errors import IntegrityError, NotFoundError, UploadError, telling_full_disks
+from trans_peft.errors import (
+    IntegrityError,
+    NotFoundError,
+    UploadError,
+    translating_full_disk_errors,
+)
 from trans_peft.ports import ArtifactStore
 
 __all__ = ["in_model_names"]
@@ -83,7 +88,7 @@ def _kept(path: Path) -> tuple[ModelWeight, ...] | None:
 
 
 def _keep(path: Path, weights: tuple[ModelWeight, ...]) -> None:
-    with telling_full_disks(path.parent):
+    with translating_full_disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         part.write_text(json.dumps([[w.name, w.shape, w.source] for w in weights]))

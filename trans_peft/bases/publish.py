@@ -6,10 +6,10 @@ Nothing here is needed to publish: any S3 client that writes the same files does
 import io
 from pathlib import Path
 
-from trans_peft.bases.fingerprint import Progress, folder_reader, scan
+from trans_peft.bases.filename_checks import filename_problem
+from trans_peft.bases.fingerprint import ByteProgress, folder_file_reader, scan
 from trans_peft.bases.manifest import dump_manifest, parse_manifest
 from trans_peft.bases.model_check import check_checkpoint
-from trans_peft.bases.refusals import refusal
 from trans_peft.bases.signatures import SIGNATURE_NAME, sign
 from trans_peft.bases.upload import BESIDE_THE_FILES, read_manifest
 from trans_peft.bases.uris import child_uri
@@ -29,7 +29,7 @@ def publish(
     parent: str | None = None,
     store: ArtifactStore,
     sign_key: Path | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ByteProgress | None = None,
 ) -> Manifest:
     """Upload a Hugging Face folder (hidden files left out) as one version of a base family.
 
@@ -47,10 +47,10 @@ def publish(
     total = sum(file.size for file in files)
     report = on_progress or (lambda done, total: None)
 
-    refusals = {file.name: refusal(file.name) for file in files}
+    refusals = {file.name: filename_problem(file.name) for file in files}
     found = scan(
         [file for file in files if not refusals[file.name]],
-        folder_reader(folder),
+        folder_file_reader(folder),
         on_progress=lambda done, _: report(done, 2 * total),
     )
     problems = [*filter(None, refusals.values()), *found.problems]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trans_peft.bases.fingerprint import Reader
+from trans_peft.bases.fingerprint import FileReader
 from trans_peft.bases.uris import child_uri
 from trans_peft.errors import StoreError
 from trans_peft.ports import ArtifactStore, StoredFile
@@ -119,8 +119,10 @@ class Partial:
 
 
 @contextmanager
-def fetching(partial: Partial, missing: Sequence[Range], store: ArtifactStore) -> Iterator[Reader]:
-    """Fetch the missing ranges in the background and give a `Reader` of the files meanwhile.
+def fetching(
+    partial: Partial, missing: Sequence[Range], store: ArtifactStore
+) -> Iterator[FileReader]:
+    """Fetch the missing ranges in the background and give a `FileReader` of the files meanwhile.
 
     The reader waits for the range that it has come to. The first range that fails ends it all: its
     error is raised, ranges under way are left unfinished, those written stay.
@@ -153,7 +155,7 @@ def _reader(
     folder: Path,
     futures: dict[str, list[tuple[int, Future[None]]]],
     wait_for: Callable[[Future[None]], None],
-) -> Reader:
+) -> FileReader:
     @contextmanager
     def read(file: StoredFile) -> Iterator[Iterator[bytes]]:
         # Unbuffered: what is read ahead might not have been written yet.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trans_peft.bases.cache import model_files
-from trans_peft.bases.fingerprint import folder_reader
+from trans_peft.bases.fingerprint import folder_file_reader
 from trans_peft.bases.model_files import MAX_TEXT_BYTES, ModelFiles
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint
@@ -33,7 +33,7 @@ def copy_tokenizer(
         ):
             written.writelines(chunks)
         copied = StoredFile(file.name, target.stat().st_size, "")
-        with folder_reader(folder)(copied) as stream:
+        with folder_file_reader(folder)(copied) as stream:
             found.take(copied, stream)
     hashes = found.text_hashes()
     differing = [

@@ -11,9 +11,9 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from trans_peft.bases.checkpoint import Checkpoint
-from trans_peft.bases.fingerprint import Progress, reader, scan
+from trans_peft.bases.filename_checks import filename_problem
+from trans_peft.bases.fingerprint import ByteProgress, reader, scan
 from trans_peft.bases.manifest import MAX_MANIFEST_BYTES, parse_manifest
-from trans_peft.bases.refusals import refusal
 from trans_peft.bases.signatures import SIGNATURE_NAME
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, Manifest, ManifestFile
@@ -23,12 +23,12 @@ from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = [
     "BESIDE_THE_FILES",
-    "Claim",
+    "ManifestClaim",
     "VerifiedUpload",
     "changed",
     "content_problems",
-    "read_claim",
     "read_manifest",
+    "read_manifest_claim",
     "verify",
 ]
 
@@ -52,7 +52,7 @@ class VerifiedUpload:
 
 
 @dataclass(frozen=True)
-class Claim:
+class ManifestClaim:
     """What a listing tells about an upload before any file but the manifest is read.
 
     `unfinished`: files of the manifest that are not there yet, or not in their size. `against`:
@@ -65,7 +65,7 @@ class Claim:
 
 
 def verify(
-    uri: str, store: ArtifactStore, *, on_progress: Progress | None = None
+    uri: str, store: ArtifactStore, *, on_progress: ByteProgress | None = None
 ) -> VerifiedUpload:
     """Check an upload while reading each of its files once.
 
@@ -81,8 +81,8 @@ def verify(
         raise _refused(
             f"the upload {uri} is refused:", [f"{len(there)} files; at most {MAX_FILES} are read"]
         )
-    refusals = {file.name: refusal(file.name) for file in there}
-    claim = read_claim(uri, store, there)
+    refusals = {file.name: filename_problem(file.name) for file in there}
+    claim = read_manifest_claim(uri, store, there)
     problems = [*filter(None, refusals.values()), *_in_each_others_way(there), *claim.against]
     if claim.unfinished:
         raise _refused(f"the upload {uri} is not complete:", [*claim.unfinished, *problems])
@@ -105,15 +105,17 @@ def changed(uri: str, names: Sequence[str] = ()) -> IntegrityError:
     )
 
 
-def read_claim(uri: str, store: ArtifactStore, there: tuple[StoredFile, ...]) -> Claim:
+def read_manifest_claim(
+    uri: str, store: ArtifactStore, there: tuple[StoredFile, ...]
+) -> ManifestClaim:
     """Return what the manifest among the listed files states. IntegrityError if it changes."""
     try:
         manifest = read_manifest(uri, store, there)
     except UploadError as error:
-        return Claim(None, against=(f"{Manifest.FILE_NAME}: not one of ours: {error}",))
+        return ManifestClaim(None, against=(f"{Manifest.FILE_NAME}: not one of ours: {error}",))
     except (IntegrityError, NotFoundError) as error:
         raise changed(uri, [Manifest.FILE_NAME]) from error
-    return _compared(manifest, there) if manifest else Claim(None)
+    return _compared(manifest, there) if manifest else ManifestClaim(None)
 
 
 def read_manifest(uri: str, store: ArtifactStore, there: tuple[StoredFile, ...]) -> Manifest | None:
@@ -142,11 +144,11 @@ def content_problems(manifest: Manifest | None, read: Iterable[ManifestFile]) ->
     ]
 
 
-def _compared(manifest: Manifest, there: tuple[StoredFile, ...]) -> Claim:
+def _compared(manifest: Manifest, there: tuple[StoredFile, ...]) -> ManifestClaim:
     stated = {file.name: file for file in manifest.files}
     found = {file.name: file for file in there if file.name not in BESIDE_THE_FILES}
     missing = sorted(stated.keys() - found.keys())
-    return Claim(
+    return ManifestClaim(
         manifest,
         unfinished=(
             *(f"{name}: missing, the manifest lists it" for name in missing),
@@ -157,7 +159,7 @@ def _compared(manifest: Manifest, there: tuple[StoredFile, ...]) -> Claim:
             ),
         ),
         against=(
-            *(reason for name in missing if (reason := refusal(name))),
+            *(reason for name in missing if (reason := filename_problem(name))),
             *(f"{name}: not in the manifest" for name in sorted(found.keys() - stated.keys())),
         ),
     )

@@ -41,14 +41,14 @@ def train(
 
     check_free(out)
     wanted = read_recipe(recipe)
-    steps: list[events.Progress] = []
+    steps: list[events.TrainingMetrics] = []
     with progress() as shown:
         workspace = Workspace.at(state, shown)
         version_name = workspace.base(base, wanted.family).version
         wanted = replace(wanted, base_version=version_name)
 
         def on_event(event: events.Event) -> None:
-            if isinstance(event, events.Progress):
+            if isinstance(event, events.TrainingMetrics):
                 steps.append(event)
                 figures = f"steps, loss {event.loss:.3f}, {event.tokens_per_s:,.0f} tokens/s"
                 shown.show(f"training {wanted.adapter}", event.step, event.total_steps, figures)

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from cyclopts import App
 
 from trans_peft.cli.adapters import adopt, evaluate, train
-from trans_peft.cli.agreement import agreement
 from trans_peft.cli.bases import convert, fingerprint, publish
+from trans_peft.cli.label_free import agreement
 from trans_peft.cli.layers import criticality, drift
 from trans_peft.cli.resolve import resolve
 from trans_peft.cli.transfers import check, transfer

@@ -79,7 +79,7 @@ def drift(
 
     Example: `trans-peft drift --old models/v1 --new models/v2`
     """
-    from trans_peft.analysis import weight_drift
+    from trans_peft.bases.drift import weight_drift
     from trans_peft.lifecycle.evaluations import base_folder
 
     with progress() as shown:

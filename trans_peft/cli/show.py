@@ -11,10 +11,10 @@ from rich.table import Table
 
 from trans_peft.domain.evaluation import Evaluation, Suite, Verdict
 from trans_peft.domain.outcome import Compatibility, TransferOutcome
-from trans_peft.lifecycle.progress import Answered
+from trans_peft.lifecycle.progress import EvaluationProgress
 
 __all__ = [
-    "Progress",
+    "ProgressDisplay",
     "errors_out",
     "evaluation_table",
     "out",
@@ -32,7 +32,7 @@ _QUIET_S = 10.0
 _COLOURS = {Verdict.PASSED: "green", Verdict.INCONCLUSIVE: "yellow", Verdict.RETIRE: "yellow"}
 
 
-class Progress:
+class ProgressDisplay:
     """Bars on a terminal; elsewhere a line every ten seconds and at each end."""
 
     def __init__(self, bars: Bars | None) -> None:
@@ -55,17 +55,17 @@ class Progress:
         console = errors_out if self._bars is None else self._bars.console
         console.print(line, markup=False, style="dim")
 
-    def evaluation(self, answered: Answered) -> None:
+    def evaluation(self, answered: EvaluationProgress) -> None:
         """Tell how far an evaluation is."""
         note = f"items, {answered.eta_s:.0f} s left" if answered.done < answered.total else "items"
         self.show(f"evaluating {answered.what}", answered.done, answered.total, note)
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
+def progress() -> Iterator[ProgressDisplay]:
     """Show progress on stderr within the block."""
     if not errors_out.is_terminal:
-        yield Progress(None)
+        yield ProgressDisplay(None)
         return
     with Bars(
         TextColumn("{task.description}"),
@@ -76,7 +76,7 @@ def progress() -> Iterator[Progress]:
         console=errors_out,
         transient=True,
     ) as bars:
-        yield Progress(bars)
+        yield ProgressDisplay(bars)
 
 
 def print_json(value: object) -> None:

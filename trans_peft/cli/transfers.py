@@ -14,7 +14,7 @@ from trans_peft.cli.show import print_compatibility, print_json, print_outcome, 
 from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name, check_free
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import Verdict
-from trans_peft.domain.outcome import Effect, Reason, Work
+from trans_peft.domain.outcome import Effect, Reason, TransferTask
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["check", "transfer"]
@@ -135,7 +135,7 @@ def transfer(
             folder,
         )
         outcome = judge_on(
-            Work(source.adapter, source.number, candidate.version, Reason.NEVER_JUDGED),
+            TransferTask(source.adapter, source.number, candidate.version, Reason.NEVER_JUDGED),
             LOCAL,
             gate,
             platform,
@@ -156,7 +156,7 @@ def transfer(
 def _probe(base_folder: Path, adapter_folder: Path, dtype: str) -> Effect:
     from trans_peft.models import load_base
     from trans_peft.transfer.effect import probe_effect
-    from trans_peft.transfer.transplant import attached
+    from trans_peft.transfer.load_adapter import attached
 
     base = load_base(base_folder, dtype)
     with attached(base.model, adapter_folder) as model:

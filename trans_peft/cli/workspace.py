@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trans_peft.cli.files import write_json
-from trans_peft.cli.show import Progress
+from trans_peft.cli.show import ProgressDisplay
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.identity import content_sha256
@@ -71,10 +71,10 @@ class Workspace:
     """A platform of files and memory, and the progress that its user sees."""
 
     platform: Platform
-    progress: Progress
+    progress: ProgressDisplay
 
     @classmethod
-    def at(cls, state: Path, progress: Progress) -> "Workspace":
+    def at(cls, state: Path, progress: ProgressDisplay) -> "Workspace":
         """Open a workspace whose state lies in a folder.
 
         It reads any local path, since its user named it. The environment variable

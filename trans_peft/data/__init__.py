@@ -2,8 +2,8 @@
 
 from trans_peft.data.encoding import token_ids
 from trans_peft.data.example import (
+    ChatMessage,
     Example,
-    Message,
     end_of_turn,
     full_ids,
     prompt_ids,
@@ -13,8 +13,8 @@ from trans_peft.data.parsing import parse_examples
 from trans_peft.data.sources import pin, read_examples, write_examples
 
 __all__ = [
+    "ChatMessage",
     "Example",
-    "Message",
     "end_of_turn",
     "full_ids",
     "parse_examples",

@@ -8,13 +8,13 @@ from trans_peft.data.encoding import encoded
 from trans_peft.errors import DataError
 from trans_peft.text.chat import render_prompts, template_of, turn_end
 
-__all__ = ["Example", "Message", "end_of_turn", "full_ids", "prompt_ids", "token_counts"]
+__all__ = ["ChatMessage", "Example", "end_of_turn", "full_ids", "prompt_ids", "token_counts"]
 
 _SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
     """One turn of a chat."""
 
     role: str
@@ -36,7 +36,7 @@ class Example:
     id: str
     prompt: str
     completion: str
-    messages: tuple[Message, ...] | None = None
+    messages: tuple[ChatMessage, ...] | None = None
     choices: tuple[str, ...] = ()
     reference: str = ""
     place: str = field(default="", compare=False)
@@ -161,7 +161,7 @@ def _token_counts(
     ]
 
 
-def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": turn.role, "content": turn.content} for turn in messages]
 
 

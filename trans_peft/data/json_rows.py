@@ -14,7 +14,7 @@ import re
 import sys
 from typing import Any
 
-from trans_peft.data.rows import Row, Unreadable
+from trans_peft.data.rows import InvalidRow, Row
 from trans_peft.errors import DataError
 
 __all__ = ["json_rows"]
@@ -32,7 +32,7 @@ _NAME_LIMIT = 60
 def json_rows(data: bytes, name: str) -> list[Row]:
     """Return each row with its place. DataError for a file that is not UTF-8 from its beginning.
 
-    What cannot be read stands as an `Unreadable` in its place.
+    What cannot be read stands as an `InvalidRow` in its place.
     """
     for mark, encoding in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
@@ -57,13 +57,13 @@ def _listed(data: bytes) -> list[Row] | None:
     Behind what is not JSON nothing can be read, so the rows end there.
     """
     first = data.lstrip().split(b"\n", 1)
-    if len(first) == 2 and first[1].strip() and not isinstance(_line(first[0]), Unreadable):
+    if len(first) == 2 and first[1].strip() and not isinstance(_line(first[0]), InvalidRow):
         return None
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        return [(f"line {line}", Unreadable("not UTF-8 text"))]
+        return [(f"line {line}", InvalidRow("not UTF-8 text"))]
     reader, rows = _Reader(), list[Row]()
     at = _after_space(text, text.index("[") + 1)
     if text[at : at + 1] == "]":
@@ -81,7 +81,7 @@ def _listed(data: bytes) -> list[Row] | None:
         if sign != ",":
             rows[-1] = (
                 where,
-                Unreadable(f"not JSON (no comma or ] behind it, at {_place(text, at)})"),
+                InvalidRow(f"not JSON (no comma or ] behind it, at {_place(text, at)})"),
             )
             return rows
         at = _after_space(text, at + 1)
@@ -90,7 +90,7 @@ def _listed(data: bytes) -> list[Row] | None:
 def _ended(text: str, at: int, rows: list[Row]) -> list[Row]:
     at = _after_space(text, at)
     if at < len(text):
-        rows.append(("behind the list", Unreadable(f"not JSON (more at {_place(text, at)})")))
+        rows.append(("behind the list", InvalidRow(f"not JSON (more at {_place(text, at)})")))
     return rows
 
 
@@ -98,10 +98,10 @@ def _line(line: bytes) -> Any:
     try:
         text = line.decode()
     except UnicodeDecodeError:
-        return Unreadable("not UTF-8 text")
+        return InvalidRow("not UTF-8 text")
     value, at = _Reader().value(text, _after_space(text, 0))
     if at >= 0 and _after_space(text, at) < len(text):
-        return Unreadable(f"not JSON (more behind the value, at column {at + 1})")
+        return InvalidRow(f"not JSON (more behind the value, at column {at + 1})")
     return value
 
 
@@ -123,11 +123,11 @@ class _Reader:
         try:
             value, end = self._decoder.raw_decode(text, at)
         except RecursionError:
-            return Unreadable("not JSON that can be read (nested too deeply)"), -1
+            return InvalidRow("not JSON that can be read (nested too deeply)"), -1
         except json.JSONDecodeError as error:
-            return Unreadable(f"not JSON ({error.msg} at {_place(text, error.pos)})"), -1
+            return InvalidRow(f"not JSON ({error.msg} at {_place(text, error.pos)})"), -1
         if self._faults:
-            return Unreadable("; ".join(dict.fromkeys(self._faults))), end
+            return InvalidRow("; ".join(dict.fromkeys(self._faults))), end
         return value, end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

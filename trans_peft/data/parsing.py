@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trans_peft.data.example import Example, Message
+from trans_peft.data.example import ChatMessage, Example
 from trans_peft.data.json_rows import json_rows
 from trans_peft.data.rows import Row, examples_from
 from trans_peft.data.templates import through_template
@@ -55,7 +55,7 @@ def examples_in(
             id=id_,
             prompt=prompt,
             completion=completion,
-            messages=messages and tuple(Message(role, content) for role, content in messages),
+            messages=messages and tuple(ChatMessage(role, content) for role, content in messages),
             choices=tuple(choices),
             reference=reference,
             place=place,

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trans_peft.data.example import Example, Message
+from trans_peft.data.example import ChatMessage, Example
 from trans_peft.data.fields import OWN_FIELDS, unsupported_fields
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import DataError
 
-__all__ = ["Row", "Unreadable", "examples_from"]
+__all__ = ["InvalidRow", "Row", "examples_from"]
 
 _ALPACA = (
     "Below is an instruction that describes a task. "
@@ -49,14 +49,14 @@ _SHORT.maxlevel = 3
 
 
 @dataclass(frozen=True)
-class Unreadable:
+class InvalidRow:
     """What stands in the place of a row that is not even a value."""
 
     reason: str
 
 
 Row = tuple[str, Any]
-"""Where a row stands ("line 3"), and its value; an `Unreadable` where it has none."""
+"""Where a row stands ("line 3"), and its value; an `InvalidRow` where it has none."""
 
 
 def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
@@ -104,7 +104,7 @@ def _shape(row: dict[str, Any]) -> str:
 
 def _reasons(row: Any) -> Iterator[str]:
     """Yield every reason why one row cannot be used."""
-    if isinstance(row, Unreadable):
+    if isinstance(row, InvalidRow):
         yield row.reason
         return
     if not isinstance(row, dict):
@@ -227,7 +227,7 @@ def _example(
     messages = None
     shape = _shape(row)
     if shape == "messages":
-        messages = tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])
+        messages = tuple(ChatMessage(turn["role"], turn["content"]) for turn in row["messages"])
         prompt, completion = "", messages[-1].content
     elif shape == "instruction/output":
         template = _ALPACA_WITH_INPUT if row.get("input") else _ALPACA

@@ -22,7 +22,7 @@ from typing import Any
 from trans_peft.data import commonsense
 from trans_peft.data.columns import TEXT, Column, Form, Template, texts, whole
 from trans_peft.data.fields import unsupported_fields
-from trans_peft.data.rows import Row, Unreadable
+from trans_peft.data.rows import InvalidRow, Row
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["TEMPLATES", "through_template"]
@@ -183,10 +183,10 @@ def through_template(rows: list[Row], name: str) -> list[Row]:
 
 
 def _read(template: Template, name: str, row: Any) -> Any:
-    if isinstance(row, Unreadable):
+    if isinstance(row, InvalidRow):
         return row
     if not isinstance(row, Mapping):
-        return Unreadable(f"not a row of {name}: an object is needed, found {type(row).__name__}")
+        return InvalidRow(f"not a row of {name}: an object is needed, found {type(row).__name__}")
     columns = template.form(row).columns
     told = [*template.reasons(row), *unsupported_fields(row, frozenset(columns), None)]
     if not told:
@@ -194,4 +194,4 @@ def _read(template: Template, name: str, row: Any) -> Any:
             return template(row)
         except ValueError as error:
             told = [str(error)]
-    return Unreadable(f"not a row of {name}: {'; '.join(told)}")
+    return InvalidRow(f"not a row of {name}: {'; '.join(told)}")

@@ -7,7 +7,7 @@ from trans_peft.domain.base import serving_alias
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.names import check_names
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.domain.remedies import Rung
+from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.errors import NotFoundError
 
@@ -15,7 +15,7 @@ __all__ = [
     "AdapterSpec",
     "AdapterVersion",
     "AliasState",
-    "HandSet",
+    "ManualOverride",
     "VersionState",
     "source_version",
     "version_trained_on",
@@ -32,7 +32,7 @@ class VersionState:
 
 
 @dataclass(frozen=True)
-class HandSet:
+class ManualOverride:
     """What a person did to an alias, for the record.
 
     `number` is where the alias was found (None: taken away), `wanted` where the verdict would have
@@ -56,14 +56,14 @@ class HandSet:
 class AliasState:
     """Where one alias of an adapter stands, and whose word that is.
 
-    `by_hand`: not where we last put it, so a person's word. `unfinished`: a write of ours was cut
+    `manual`: not where we last put it, so a person's word. `unfinished`: a write of ours was cut
     off; to set the alias again finishes it. `recorded`: what stands in the registry about the hand.
     """
 
     number: int | None = None
-    by_hand: bool = False
+    manual: bool = False
     unfinished: bool = False
-    recorded: HandSet | None = None
+    recorded: ManualOverride | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class AdapterVersion:
     run_id: str | None = None
     state: VersionState = VersionState()
     recipe: TrainingRecipe | None = None
-    made_by: Rung = Rung.DIRECT
+    made_by: RecoveryStrategy = RecoveryStrategy.DIRECT
 
     def __post_init__(self) -> None:
         check_names(

@@ -1,7 +1,7 @@
 """Evaluations and verdicts: what is asked, what was answered, what follows.
 
 An evaluation keeps its result item by item, so that a gate can compare in pairs. The statistics
-that turn evaluations into a verdict are in `trans_peft.validation.gate`.
+that turn evaluations into a verdict are in `trans_peft.validation.gate.judge`.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.names import name_problem, quoted
-from trans_peft.domain.remedies import Remedies
+from trans_peft.domain.recovery import RecoveryPolicy
 from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
@@ -225,7 +225,7 @@ class GatePolicy:
     `alpha`: one-sided level of each bound. `required_suites`: those that must all pass; empty means
     every suite that the adapter was registered with. `must_beat_bare`: it must also do better than
     the bare new base. `sequential`: stop asking once the verdict is known; at the same `alpha`,
-    with less power (docs/verdicts.md). `remedies`: what is tried where direct transfer does not
+    with less power (docs/verdicts.md). `recovery`: what is tried where direct transfer does not
     pass; all rungs share `alpha`. `must_match_fresh`: it must also lose no more than the margin
     against an adapter freshly tuned on the new base. `label` is your own word for this policy.
     """
@@ -237,7 +237,7 @@ class GatePolicy:
     required_suites: tuple[str, ...] = ()
     must_beat_bare: bool = True
     sequential: bool = field(default=False, metadata=ADDED_LATER)
-    remedies: Remedies = field(default=Remedies(), metadata=ADDED_LATER)
+    recovery: RecoveryPolicy = field(default=RecoveryPolicy(), metadata=ADDED_LATER)
     must_match_fresh: bool = field(default=False, metadata=ADDED_LATER)
     label: str = field(default="", metadata=ADDED_LATER)
 
@@ -266,9 +266,11 @@ class GatePolicy:
         return content_sha256(self)
 
     @property
-    def of_one_rung(self) -> "GatePolicy":
+    def per_strategy(self) -> "GatePolicy":
         """The policy that judges each rung: its share of `alpha`, so that all together have it."""
-        return replace(self, alpha=self.alpha / len(self.remedies.rungs), remedies=Remedies())
+        return replace(
+            self, alpha=self.alpha / len(self.recovery.strategies), recovery=RecoveryPolicy()
+        )
 
     def requires(self, suites: Iterable[str]) -> tuple[str, ...]:
         """Return the required suites, each once, of an adapter that was registered with these."""

@@ -7,7 +7,7 @@ from enum import StrEnum
 from trans_peft.domain.evaluation import Evaluation, Judgement, Verdict, verdict_key
 from trans_peft.domain.names import check_names
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.domain.remedies import Rung, Tried
+from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 
 __all__ = [
     "Compatibility",
@@ -16,7 +16,7 @@ __all__ = [
     "Plan",
     "Reason",
     "TransferOutcome",
-    "Work",
+    "TransferTask",
     "outcome_of",
 ]
 
@@ -58,7 +58,7 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True)
-class Work:
+class TransferTask:
     """One adapter to be judged on one base: one line of `--dry-run`."""
 
     adapter: str
@@ -87,7 +87,7 @@ class TransferOutcome:
 
     `new_number` is the version made on the new base; none where the verdict is `incompatible` or
     `failed`. `evaluations` are those that the verdict rests on, per item. `weights_sha256` is that
-    of the bytes that were carried over; `rung` says what the version was made by, `tried` every
+    of the bytes that were carried over; `strategy` says what the version was made by, `tried` every
     rung with its verdict and cost. `training` is what is left to try: a recipe to train by.
     """
 
@@ -105,8 +105,8 @@ class TransferOutcome:
     new_number: int | None = None
     attempts: int = 1
     seconds: float = 0.0
-    rung: Rung = Rung.DIRECT
-    tried: tuple[Tried, ...] = ()
+    strategy: RecoveryStrategy = RecoveryStrategy.DIRECT
+    tried: tuple[StrategyAttempt, ...] = ()
     training: TrainingRecipe | None = None
 
     @property
@@ -159,8 +159,8 @@ class Plan:
     """
 
     family: str
-    work: tuple[Work, ...]
-    parked: tuple[Work, ...] = ()
+    work: tuple[TransferTask, ...]
+    parked: tuple[TransferTask, ...] = ()
     unreadable: tuple[str, ...] = ()
     trainings: tuple[TrainingRecipe, ...] = ()
 
@@ -169,26 +169,27 @@ class Plan:
 class FleetChanges:
     """What reconcile wrote, in words, and why it did not write the rest.
 
-    `overruled`: aliases that a person set or took away, left as they are. `promoted`: the base that
-    serves from now on. Why `champion` does not serve: `waiting` (verdicts are missing), `refused`
-    (the policy, or a version that cannot serve); `told_before` where its page said so already.
-    `overtaken`: a person moved `champion` meanwhile, so that another look is due. `unreadable`:
+    `manual_overrides`: aliases that a person set or took away, left as they are. `promoted`: the
+    base that serves from now on. Why `champion` does not serve: `waiting` (verdicts are missing),
+    `refused` (the policy, or a version that cannot serve); `already_reported` where its page said
+    so already.
+    `is_outdated`: a person moved `champion` meanwhile, so that another look is due. `unreadable`:
     what stands in the registry and cannot be read, and why.
     """
 
     aliases: tuple[str, ...] = ()
-    overruled: tuple[str, ...] = ()
+    manual_overrides: tuple[str, ...] = ()
     promoted: str | None = None
     waiting: str | None = None
     refused: str | None = None
-    told_before: bool = False
-    overtaken: bool = False
+    already_reported: bool = False
+    is_outdated: bool = False
     unreadable: tuple[str, ...] = ()
 
     def markdown(self) -> str:
         """Return what was written, a line each."""
         lines = [f"- {alias}" for alias in self.aliases]
-        lines += [f"- left alone: {alias}" for alias in self.overruled]
+        lines += [f"- left alone: {alias}" for alias in self.manual_overrides]
         lines += [f"- **serving moved to {self.promoted}**"] if self.promoted else []
         lines += [f"- **serving did not move**: {self.waiting}"] if self.waiting else []
         lines += [f"- **promotion refused**: {_indented(self.refused)}"] if self.refused else []

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
+from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
@@ -84,7 +84,7 @@ class MemoryStore:
         """Write one file."""
         self._files[uri] = data.read()
 
-    def remove_by_hand(self, uri: str) -> None:
+    def remove_manually(self, uri: str) -> None:
         """Delete a file, as its owner may."""
         del self._files[uri]
 
@@ -205,7 +205,7 @@ class MemoryCatalog:
             raise NotFoundError(f"{base} has no fingerprint: it was never made ready")
         return self._fingerprints[base.fingerprint_sha256]
 
-    def register_by_hand(self, family: str, uri: str) -> int:
+    def register_manually(self, family: str, uri: str) -> int:
         """Register a version as a person does in MLflow: a source and nothing else."""
         if name_problem("the name", family):
             self._odd.add(family)
@@ -216,7 +216,7 @@ class MemoryCatalog:
             versions.append(BaseVersion(family, str(number), uri, number))
             return number
 
-    def set_alias_by_hand(self, family: str, alias: str, number: int | None) -> None:
+    def set_alias_manually(self, family: str, alias: str, number: int | None) -> None:
         """Move or remove an alias as a person does."""
         _move(self._aliases, (family, alias), number)
 
@@ -236,7 +236,7 @@ class MemoryRegistry:
         self._outcomes: dict[tuple[str, str], TransferOutcome] = {}
         self._aliases: dict[tuple[str, str], int] = {}
         self._ours: dict[tuple[str, str], int | None] = {}
-        self._hands: dict[tuple[str, str], HandSet] = {}
+        self._hands: dict[tuple[str, str], ManualOverride] = {}
         self._lock = threading.Lock()
 
     def adapters(self, family: str) -> tuple[str, ...]:
@@ -347,7 +347,7 @@ class MemoryRegistry:
         """Move the alias to a version, or take it away (None); False where it is a person's."""
         if number is not None and number not in [v.number for v in self.versions(adapter)]:
             raise NotFoundError(f"there is no version {number} of {adapter}")
-        if self._alias_state(adapter, alias).by_hand:
+        if self._alias_state(adapter, alias).manual:
             return False
         _move(self._aliases, (adapter, alias), number)
         self._ours[adapter, alias] = number
@@ -355,9 +355,9 @@ class MemoryRegistry:
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
         """Whether the alias stands as we last set it (or was never touched)."""
-        return not self._alias_state(adapter, alias).by_hand
+        return not self._alias_state(adapter, alias).manual
 
-    def record_hand(self, adapter: str, alias: str, hand: HandSet | None) -> None:
+    def record_manual_override(self, adapter: str, alias: str, hand: ManualOverride | None) -> None:
         """Write down what a person did to the alias (None: no longer so)."""
         self.versions(adapter)
         self._hands.pop((adapter, alias), None)
@@ -368,7 +368,7 @@ class MemoryRegistry:
         key = (adapter, alias)
         stands = self._aliases.get(key)
         return AliasState(
-            stands, by_hand=stands != self._ours.get(key), recorded=self._hands.get(key)
+            stands, manual=stands != self._ours.get(key), recorded=self._hands.get(key)
         )
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
@@ -381,11 +381,11 @@ class MemoryRegistry:
             path.write_bytes(data)
         return Path(folder)
 
-    def retire_by_hand(self, adapter: str) -> None:
+    def retire_manually(self, adapter: str) -> None:
         """Tag an adapter as retired, as a person does."""
         self._retired.add(adapter)
 
-    def set_alias_by_hand(self, adapter: str, alias: str, number: int | None) -> None:
+    def set_alias_manually(self, adapter: str, alias: str, number: int | None) -> None:
         """Move or remove an alias as a person does: it is not ours from then on."""
         _move(self._aliases, (adapter, alias), number)
 

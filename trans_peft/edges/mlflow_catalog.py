@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
-from trans_peft.edges.json_nouns import from_json, to_json
+from trans_peft.edges.json_codec import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
 from trans_peft.edges.mlflow_tags import checked_sha256
 from trans_peft.errors import (

@@ -30,11 +30,11 @@ from trans_peft.errors import (
     NotFoundError,
     StoreError,
     TransPeftError,
-    full_disk,
-    telling_full_disks,
+    full_disk_error,
+    translating_full_disk_errors,
 )
 
-__all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "in_words", "own_tags", "tag"]
+__all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "map_exceptions", "own_tags", "tag"]
 
 PREFIX = "trans_peft."
 _PARAM_LIMIT = 6000
@@ -71,17 +71,17 @@ class _InWords:
         method = getattr(self._client, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with in_words(self._tracking_uri):
+            with map_exceptions(self._tracking_uri):
                 return method(*args, **kwargs)
 
         return call
 
 
 @contextlib.contextmanager
-def in_words(tracking_uri: str) -> Iterator[None]:
+def map_exceptions(tracking_uri: str) -> Iterator[None]:
     """Turn what MLflow and its client say into our errors."""
     try:
-        with telling_full_disks(tempfile.gettempdir()):
+        with translating_full_disk_errors(tempfile.gettempdir()):
             yield
     except RequestException as error:  # for a file that is sent
         raise _of_a_file(tracking_uri, str(error)) from error
@@ -107,7 +107,7 @@ def _of_a_file(tracking_uri: str, text: str) -> TransPeftError:
     if status and status[1] in ("401", "403"):
         return _not_let_in(tracking_uri, text)
     if os.strerror(errno.ENOSPC) in text:
-        return full_disk(tempfile.gettempdir(), text)
+        return full_disk_error(tempfile.gettempdir(), text)
     return _no_answer(tracking_uri, text)
 
 
@@ -208,7 +208,7 @@ class Tracking:
 
     def write_text(self, run_id: str, name: str, text: str) -> None:
         """Attach a text file to a run."""
-        with in_words(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
+        with map_exceptions(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
             path = Path(folder, name)
             path.write_text(text)
             self.client.log_artifact(run_id, str(path))
@@ -217,7 +217,7 @@ class Tracking:
         """Return a text file of a run. NotFoundError, IntegrityError."""
         # `client.download_artifacts` takes whatever goes wrong for a file that is not there.
         folder_uri = self.client.get_run(run_id).info.artifact_uri
-        with in_words(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
+        with map_exceptions(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
             content = self._download(f"{folder_uri}/{name}", folder).read_bytes()
         try:
             return content.decode()
@@ -342,7 +342,7 @@ class Tracking:
         """Write the files of a model version below a folder and return where. NotFoundError."""
         # `models:/` URIs are resolved through MLflow's global state, so it is done here by hand.
         uri = self.client.get_model_version_download_uri(name, str(number))
-        with in_words(self.uri):
+        with map_exceptions(self.uri):
             return self._download(uri, str(folder))
 
     def _download(self, uri: str, folder: str) -> Path:

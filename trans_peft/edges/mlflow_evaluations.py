@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 
 from trans_peft.domain.evaluation import Evaluation
-from trans_peft.edges.json_nouns import from_json, to_json
+from trans_peft.edges.json_codec import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking
 from trans_peft.errors import IntegrityError
 

@@ -17,7 +17,7 @@ from trans_peft.domain.base import serving_alias
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.names import quoted
 from trans_peft.domain.outcome import TransferOutcome
-from trans_peft.edges.json_nouns import from_json, to_json
+from trans_peft.edges.json_codec import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking, own_tags, tag
 from trans_peft.errors import IntegrityError
 
@@ -159,7 +159,7 @@ def _figures(outcome: TransferOutcome) -> dict[str, float]:
     if outcome.effect is not None:
         figures["max_logit_change"] = outcome.effect.max_logit_change
     for item in outcome.tried:
-        figures[f"rung/{item.rung.value}/seconds"] = item.seconds
+        figures[f"rung/{item.strategy.value}/seconds"] = item.seconds
     for suite in outcome.judgement.suites:
         for name, value in asdict(suite).items():
             if isinstance(value, int | float):

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet
+from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
-from trans_peft.edges.json_nouns import to_json
+from trans_peft.edges.json_codec import to_json
 from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
 from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
 from trans_peft.edges.mlflow_tags import NONE, adapter_version, alias_states, version_tags
@@ -124,7 +124,7 @@ class MlflowRegistry:
         if number is not None:
             self._tracking.client.get_model_version(adapter, str(number))
         state = self.aliases(adapter).get(alias, AliasState())
-        if state.by_hand:
+        if state.manual:
             return False
         if state.number != number:
             # The intention is written down first: after a crash in between, either is ours.
@@ -138,13 +138,13 @@ class MlflowRegistry:
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
         """Whether the alias stands as we last set it (or nobody ever did). False: a person's."""
-        return not self.aliases(adapter).get(alias, AliasState()).by_hand
+        return not self.aliases(adapter).get(alias, AliasState()).manual
 
-    def record_hand(self, adapter: str, alias: str, hand: HandSet | None) -> None:
+    def record_manual_override(self, adapter: str, alias: str, hand: ManualOverride | None) -> None:
         """Write down what a person did to the alias, for people to see (None: no longer so)."""
         name = f"by-hand.{alias}"
         if hand is not None:
-            self._tracking.tag_model(adapter, name, to_json(HandSet, hand))
+            self._tracking.tag_model(adapter, name, to_json(ManualOverride, hand))
         elif name in own_tags(self._tracking.model(adapter, "adapter").tags):
             self._tracking.untag_model(adapter, name)
 

@@ -9,12 +9,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, HandSet, VersionState
+from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride, VersionState
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.names import quoted
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.domain.remedies import Rung
-from trans_peft.edges.json_nouns import from_json, to_json
+from trans_peft.domain.recovery import RecoveryStrategy
+from trans_peft.edges.json_codec import from_json, to_json
 from trans_peft.edges.mlflow_client import own_tags, tag
 from trans_peft.errors import IntegrityError, InvalidSpecError
 
@@ -114,16 +114,16 @@ def _alias_state(model: Any, alias: str, tags: Mapping[str, str]) -> AliasState:
     ours = tags.get(f"alias.{alias}", NONE).split(">")  # two where a write was cut off
     return AliasState(
         number=None if stands is None else int(stands),
-        by_hand=str(stands or NONE) not in ours,
+        manual=str(stands or NONE) not in ours,
         unfinished=len(ours) > 1,
         recorded=_recorded(tags.get(f"by-hand.{alias}")),
     )
 
 
-def _recorded(text: str | None) -> HandSet | None:
+def _recorded(text: str | None) -> ManualOverride | None:
     """Return the record of a person's act; one that cannot be read is written anew, so None."""
     try:
-        return None if text is None else from_json(HandSet, text, where="the record")
+        return None if text is None else from_json(ManualOverride, text, where="the record")
     except IntegrityError:
         return None
 
@@ -140,11 +140,11 @@ def _number(tags: Mapping[str, str], name: str, where: str) -> int | None:
     return int(tags[name])
 
 
-def _rung(tags: Mapping[str, str], where: str) -> Rung:
-    text = tags.get("made_by", Rung.DIRECT.value)
-    if text not in [rung.value for rung in Rung]:
-        raise _spoilt("made_by", text, where, ", ".join(Rung))
-    return Rung(text)
+def _rung(tags: Mapping[str, str], where: str) -> RecoveryStrategy:
+    text = tags.get("made_by", RecoveryStrategy.DIRECT.value)
+    if text not in [strategy.value for strategy in RecoveryStrategy]:
+        raise _spoilt("made_by", text, where, ", ".join(RecoveryStrategy))
+    return RecoveryStrategy(text)
 
 
 def _spoilt(name: str, text: str, where: str, expected: str) -> IntegrityError:

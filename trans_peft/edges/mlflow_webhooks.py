@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from trans_peft.edges.mlflow_client import Tracking, all_pages
 
-__all__ = ["Webhook", "keep", "try_out"]
+__all__ = ["Webhook", "keep", "send_test_delivery"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def keep(tracking_uri: str, wanted: Webhook) -> str:
     return str(client.create_webhook(**settings).webhook_id)
 
 
-def try_out(tracking_uri: str, webhook_id: str, event: str) -> str:
+def send_test_delivery(tracking_uri: str, webhook_id: str, event: str) -> str:
     """Let MLflow send its example of an event; return what went wrong, or nothing."""
     result = Tracking(tracking_uri).client.test_webhook(webhook_id, event)
     if result.success:

@@ -9,9 +9,9 @@ from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES
 from trans_peft.domain.evaluation import Suite
-from trans_peft.errors import AdapterError, NotFoundError, naming, telling_full_disks
+from trans_peft.errors import AdapterError, NotFoundError, naming, translating_full_disk_errors
 from trans_peft.lifecycle.evaluations import (
-    Progress,
+    ProgressCallback,
     base_folder,
     evaluate_on,
     named_fingerprint,
@@ -42,7 +42,7 @@ def adopt(
     platform: Platform,
     *,
     base_version: str | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> AdapterVersion:
     """Register a PEFT folder (local or `s3://`) as a live adapter, judged on the base it names.
 
@@ -54,12 +54,12 @@ def adopt(
     """
     from trans_peft.models import load_base, load_tokenizer
     from trans_peft.transfer.effect import probe_effect
-    from trans_peft.transfer.transplant import attached, transplant
+    from trans_peft.transfer.load_adapter import attached, transplant
 
     check_registration(adapter, family, platform)
     pinned = pin_suites(suites, platform)
     with (
-        telling_full_disks(tempfile.gettempdir()),
+        translating_full_disk_errors(tempfile.gettempdir()),
         tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
         naming({Path(scratch) / "peft": folder_uri}),
     ):

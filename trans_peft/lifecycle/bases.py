@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trans_peft.bases.convert import convert, converted_uri, needs_conversion
+from trans_peft.bases.internlm2.convert import convert, converted_uri, needs_conversion
 from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.publish import publish
 from trans_peft.bases.signatures import signed_manifest
@@ -28,7 +28,7 @@ from trans_peft.errors import (
     StoreError,
     TransPeftError,
     UploadError,
-    telling_full_disks,
+    translating_full_disk_errors,
 )
 from trans_peft.ports import Platform, StoredFile
 
@@ -70,8 +70,8 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
             number=upload.registered.number if upload.registered else None,
             manifest_sha256=claimed_sha256,
         )
-    except (UploadError, NotFoundError, InvalidSpecError) as refusal:
-        _remember(memo, upload, str(refusal))
+    except (UploadError, NotFoundError, InvalidSpecError) as filename_problem:
+        _remember(memo, upload, str(filename_problem))
         raise
     if ready.manifest_sha256 != claimed_sha256:
         _remember(memo, upload, f"{ready} has the same content, from {ready.uri}")
@@ -175,7 +175,7 @@ def _publish_converted(
     uri = converted_uri(upload.uri)
     folder = platform.work_dir / "converted" / content_sha256(upload.uri)[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")), telling_full_disks(folder.parent):
+    with FileLock(folder.with_suffix(".lock")), translating_full_disk_errors(folder.parent):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             manifest = convert(upload.uri, platform.store, folder)

@@ -11,13 +11,13 @@ from trans_peft.bases.tokenizer_copy import copy_tokenizer
 from trans_peft.data import pin
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
-from trans_peft.lifecycle.progress import Progress, counting
-from trans_peft.lifecycle.questions import questions_for
+from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
+from trans_peft.lifecycle.questions import tokenized_suite_for
 from trans_peft.ports import Platform
 from trans_peft.text.saved_template import saved_template
 
 __all__ = [
-    "Progress",
+    "ProgressCallback",
     "base_folder",
     "evaluate_on",
     "named_fingerprint",
@@ -74,7 +74,7 @@ def evaluate_on(
     weights_sha256: str = BARE,
     elsewhere: Mapping[str, Evaluation] | None = None,
     labels: Mapping[str, str] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> dict[str, Evaluation]:
     """Return one evaluation per suite name of an adapter (None: the bare base) on a base.
 
@@ -112,16 +112,16 @@ def _evaluate(
     weights_sha256: str,
     drafts: Mapping[str, str],
     who: str,
-    on_progress: Progress | None,
+    on_progress: ProgressCallback | None,
 ) -> Evaluation:
     from trans_peft.models import load_base
-    from trans_peft.transfer.transplant import attached
+    from trans_peft.transfer.load_adapter import attached
     from trans_peft.validation.evaluate import answer
 
     loaded = load_base(base_folder(base, platform), suite.dtype)
     folder = None if adapter is None else adapter()
     template = None if folder is None else saved_template(folder)
-    questions = questions_for(suite, loaded, platform, template)
+    questions = tokenized_suite_for(suite, loaded, platform, template)
     lent = nullcontext(loaded.model) if folder is None else attached(loaded.model, folder)
     with lent as model:
         return answer(
@@ -130,5 +130,5 @@ def _evaluate(
             weights_sha256=weights_sha256,
             base_fingerprint_sha256=base.fingerprint_sha256,
             drafts=drafts,
-            on_progress=counting(on_progress, who, suite.name, base.version),
+            on_progress=progress_reporter(on_progress, who, suite.name, base.version),
         )

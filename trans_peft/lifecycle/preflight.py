@@ -56,7 +56,7 @@ def check_suites(
     suite (a rule that does not exist) where there is one alone.
     """
     from trans_peft.models import load_tokenizer
-    from trans_peft.validation.questions import prepare
+    from trans_peft.validation.tokenized_suite import prepare
 
     folder = base_folder(base, platform)
     tokenizer, context = load_tokenizer(folder), _context(folder)

@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Answered", "Progress", "counting"]
+__all__ = ["EvaluationProgress", "ProgressCallback", "progress_reporter"]
 
 
 @dataclass(frozen=True)
-class Answered:
+class EvaluationProgress:
     """How far one adapter (or the bare base) is with one suite on one base.
 
     `eta_s` is how long the rest takes if its items take as long as those before: rather too much,
@@ -32,12 +32,12 @@ class Answered:
         return f"{self.what}: {self.done} of {self.total} items{rest}"
 
 
-Progress = Callable[[Answered], None]
+ProgressCallback = Callable[[EvaluationProgress], None]
 """Called each time that a batch is answered."""
 
 
-def counting(
-    on_progress: Progress | None,
+def progress_reporter(
+    on_progress: ProgressCallback | None,
     adapter: str,
     suite: str,
     base: str,
@@ -56,6 +56,6 @@ def counting(
             return
         whole, done = (of if total is None else total), before + done
         eta_s = (time.monotonic() - started) / (done - before) * (whole - done)
-        on_progress(Answered(adapter, suite, base, done, whole, eta_s))
+        on_progress(EvaluationProgress(adapter, suite, base, done, whole, eta_s))
 
     return report

@@ -6,10 +6,10 @@ from trans_peft.errors import NotFoundError, listed
 from trans_peft.lifecycle.reconcile import Adapter, Fleet
 from trans_peft.ports import Platform
 
-__all__ = ["objections"]
+__all__ = ["promotion_blockers"]
 
 
-def objections(
+def promotion_blockers(
     fleet: Fleet, base: BaseVersion, policy: PromotionPolicy, platform: Platform
 ) -> str | None:
     """Return why the fleet may not move to `base` (what was expected, found, what to do), or None.
@@ -47,7 +47,7 @@ def _serves(adapter: Adapter, base: BaseVersion) -> bool:
 
 def _why_idle(adapter: Adapter, base: BaseVersion) -> str:
     state, outcome = adapter.alias_on(base), adapter.outcome_on(base)
-    if state.by_hand:
+    if state.manual:
         return "blocked by hand" if state.number is None else "set by hand on another base's bytes"
     return str(outcome.verdict) if outcome else "not judged"
 

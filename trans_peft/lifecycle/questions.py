@@ -11,11 +11,11 @@ from trans_peft.text.chat import template_of
 
 if TYPE_CHECKING:
     from trans_peft.models import LoadedBase
-    from trans_peft.validation.questions import Questions
+    from trans_peft.validation.tokenized_suite import TokenizedSuite
 
-    _OfBase = OrderedDict[tuple[Suite, str | None], Questions]
+    _OfBase = OrderedDict[tuple[Suite, str | None], TokenizedSuite]
 
-__all__ = ["questions_for"]
+__all__ = ["tokenized_suite_for"]
 
 _MOST = 16
 """So many suites of one base are kept, those that were asked last: a fleet may have one for each
@@ -24,16 +24,16 @@ adapter, and memory is to stay flat over it."""
 _kept: "WeakKeyDictionary[LoadedBase, _OfBase]" = WeakKeyDictionary()
 
 
-def questions_for(
+def tokenized_suite_for(
     suite: Suite, base: "LoadedBase", platform: Platform, template: str | None = None
-) -> "Questions":
+) -> "TokenizedSuite":
     """Return a pinned suite as the base's tokenizer cuts it: read, checked and cut once.
 
     `template` is the chat template of the adapter that is asked; None: the base's.
-    Errors as `trans_peft.data.read_examples` and `trans_peft.validation.questions.prepare`.
+    Errors as `trans_peft.data.read_examples` and `trans_peft.validation.tokenized_suite.prepare`.
     """
     from trans_peft.validation.evaluate import context_of
-    from trans_peft.validation.questions import prepare
+    from trans_peft.validation.tokenized_suite import prepare
 
     kept = _kept.setdefault(base, OrderedDict())
     template = template_of(base.tokenizer) if template is None else template

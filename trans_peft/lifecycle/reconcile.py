@@ -2,8 +2,8 @@
 
 Desired state: every live adapter has a verdict on every ready base version that may yet serve
 (`Fleet.wanted`). `observe` reads the registry, `plan` is a pure function of what was seen; what
-follows from the verdicts is written by `trans_peft.lifecycle.settle`. A hint, lost, doubled or out
-of order, changes nothing here: nothing but the registry is read.
+follows from the verdicts is written by `trans_peft.lifecycle.apply_verdicts`. A hint, lost, doubled
+or out of order, changes nothing here: nothing but the registry is read.
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,20 @@ from dataclasses import dataclass, field, replace
 from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version, version_trained_on
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Verdict
-from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, Work, outcome_of
+from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, TransferTask, outcome_of
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import IntegrityError, StoreError, TransPeftError
 from trans_peft.ports import Platform
 
-__all__ = ["MAX_ATTEMPTS", "Adapter", "Fleet", "estimated", "is_wanted", "observe", "plan"]
+__all__ = [
+    "MAX_ATTEMPTS",
+    "Adapter",
+    "Fleet",
+    "is_still_needed",
+    "observe",
+    "plan",
+    "with_cost_estimates",
+]
 
 MAX_ATTEMPTS = 3
 """A key whose attempts all failed is parked for a person after so many."""
@@ -113,8 +121,8 @@ def observe(family: str, platform: Platform, *, only: str | None = None) -> Flee
 
 def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
     """Return the work that is missing, base by base, and what is parked for a person."""
-    work: list[Work] = []
-    parked: list[Work] = []
+    work: list[TransferTask] = []
+    parked: list[TransferTask] = []
     trainings: list[TrainingRecipe] = []
     for base in fleet.wanted:
         for adapter in fleet.adapters:
@@ -127,7 +135,9 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
     return Plan(fleet.family, tuple(work), tuple(parked), aside, tuple(trainings))
 
 
-def is_wanted(work: Work, family: str, policy: GatePolicy, platform: Platform) -> bool:
+def is_still_needed(
+    work: TransferTask, family: str, policy: GatePolicy, platform: Platform
+) -> bool:
     """Whether work that was planned a while ago still is: nobody did it, nobody gave it up.
 
     It no longer is where another process did it or failed at it, where the adapter was retired or
@@ -137,7 +147,7 @@ def is_wanted(work: Work, family: str, policy: GatePolicy, platform: Platform) -
     return any(item.key == work.key for item in now.work)
 
 
-def estimated(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
+def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
     """Return the plan with how long each adapter's evaluation took where it was trained.
 
     Apart from `observe`, because it reads whole evaluations: worth it for what is going to be done.
@@ -218,7 +228,7 @@ def _left_to_train(
     return outcome.training
 
 
-def _missing(adapter: Adapter, base: BaseVersion, policy: GatePolicy) -> Work | None:
+def _missing(adapter: Adapter, base: BaseVersion, policy: GatePolicy) -> TransferTask | None:
     source = source_version(adapter.versions)
     if version_trained_on(base.fingerprint_sha256, adapter.versions) is not None:
         return None
@@ -231,7 +241,7 @@ def _missing(adapter: Adapter, base: BaseVersion, policy: GatePolicy) -> Work | 
         reason, attempt = Reason.POLICY_CHANGED, 1
     else:
         return None
-    return Work(
+    return TransferTask(
         adapter=adapter.name,
         source_number=source.number,
         base_version=base.version,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version, version_trained_on
 from trans_peft.domain.evaluation import SuiteJudgement, Verdict
-from trans_peft.domain.remedies import Rung, Tried
+from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import StoreError, TransPeftError
 from trans_peft.lifecycle.reconcile import Fleet, observe
 from trans_peft.ports import Platform
@@ -19,9 +19,9 @@ class FleetRow:
 
     `verdict` is None on the base it was trained on (there it is the reference itself) and where no
     verdict is known yet (`reason` says which). `serves`: whether its alias on that base is set, on
-    bytes made for that base. `by_hand`: what a person did to that alias, where one did. `chance`:
-    the score of blind guessing by suite, where it is known. `rung` made the version on this base;
-    `tried` are all rungs of a ladder with their cost.
+    bytes made for that base. `manual`: what a person did to that alias, where one did. `chance`:
+    the score of blind guessing by suite, where it is known. `strategy` made the version on this
+    base; `tried` are all rungs of a ladder with their cost.
     """
 
     adapter: str
@@ -31,12 +31,12 @@ class FleetRow:
     verdict: Verdict | None
     reason: str
     serves: bool
-    by_hand: str = ""
+    manual: str = ""
     suites: tuple[SuiteJudgement, ...] = ()
     scores: tuple[tuple[str, float], ...] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
-    rung: Rung = Rung.DIRECT
-    tried: tuple[Tried, ...] = ()
+    strategy: RecoveryStrategy = RecoveryStrategy.DIRECT
+    tried: tuple[StrategyAttempt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class FleetReport:
             f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}{_ladder(row)}"
             for row in judged
         ]
-        hands = [row for row in self.rows if row.by_hand]
+        hands = [row for row in self.rows if row.manual]
         lines += ["", "## By hand", ""] if hands else []
-        lines += [f"- **{row.adapter}** on {row.base}: {row.by_hand}" for row in hands]
+        lines += [f"- **{row.adapter}** on {row.base}: {row.manual}" for row in hands]
         lines += ["", "## Set aside: cannot be read", ""] if self.unreadable else []
         lines += [f"- {' '.join(text.split())}" for text in self.unreadable]
         return "\n".join(lines)
@@ -145,7 +145,7 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
                         else "not judged"
                     ),
                     serves=adapter.can_serve(base, adapter.alias_on(base).number),
-                    by_hand=_hand(adapter.alias_on(base)),
+                    manual=_hand(adapter.alias_on(base)),
                     suites=outcome.judgement.suites if outcome else (),
                     scores=_scores(trained_here, platform, unreadable) if trained_here else (),
                     chance={
@@ -153,7 +153,7 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
                         for suite in source.suites
                         if suite.chance_points is not None
                     },
-                    rung=outcome.rung if outcome else Rung.DIRECT,
+                    strategy=outcome.strategy if outcome else RecoveryStrategy.DIRECT,
                     tried=outcome.tried if outcome else (),
                 )
             )
@@ -165,8 +165,8 @@ def _cell(row: FleetRow) -> str:
     figures = ", ".join(f"{name} {score:.1f}{_chance(row, name)}" for name, score in scores)
     word = str(row.verdict) if row.verdict else row.reason
     serves = "**serves**" if row.serves else ""
-    by_hand = "by hand" if row.by_hand and row.serves else "blocked by hand" if row.by_hand else ""
-    return ", ".join(filter(None, [figures, word, serves, by_hand]))
+    manual = "by hand" if row.manual and row.serves else "blocked by hand" if row.manual else ""
+    return ", ".join(filter(None, [figures, word, serves, manual]))
 
 
 def _chance(row: FleetRow, suite: str) -> str:
@@ -176,13 +176,13 @@ def _chance(row: FleetRow, suite: str) -> str:
 def _ladder(row: FleetRow) -> str:
     if not row.tried:
         return ""
-    return f" Made by {row.rung}; tried {'; '.join(map(str, row.tried))}."
+    return f" Made by {row.strategy}; tried {'; '.join(map(str, row.tried))}."
 
 
 def _trained(version: AdapterVersion) -> str:
-    anew = version.made_by is Rung.TRAINED_ANEW
+    anew = version.made_by is RecoveryStrategy.RETRAINED
     return "trained here, anew after an update" if anew else "trained here"
 
 
 def _hand(state: AliasState) -> str:
-    return str(state.recorded or "seen only now") if state.by_hand else ""
+    return str(state.recorded or "seen only now") if state.manual else ""

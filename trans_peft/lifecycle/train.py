@@ -10,8 +10,8 @@ from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.errors import telling_full_disks
-from trans_peft.lifecycle.evaluations import Progress, base_folder, evaluate_on, pin_suites
+from trans_peft.errors import translating_full_disk_errors
+from trans_peft.lifecycle.evaluations import ProgressCallback, base_folder, evaluate_on, pin_suites
 from trans_peft.lifecycle.preflight import check_registration, check_suites
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
@@ -46,7 +46,7 @@ def job_on(
 ) -> TrainingJob:
     """Return the training of a resolved recipe on its base, in a folder named by its hash."""
     work_dir = platform.work_dir / "training" / recipe.sha256[:16]
-    with telling_full_disks(platform.work_dir):
+    with translating_full_disk_errors(platform.work_dir):
         data_file = write_examples(examples, work_dir / "data.jsonl")
     return TrainingJob(
         recipe=recipe,
@@ -83,7 +83,7 @@ def train(
     platform: Platform,
     *,
     on_event: Callable[[Event], None],
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> AdapterVersion:
     """Train one adapter as the recipe says and register it, live, on the base it was trained on.
 
@@ -105,7 +105,7 @@ def train(
         run.params(_params(resolved))
 
         def on_training_event(event: Event) -> None:
-            if isinstance(event, events.Progress):
+            if isinstance(event, events.TrainingMetrics):
                 run.metrics(event.metrics, event.step)
             on_event(event)
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
-from trans_peft.domain.outcome import Compatibility, TransferOutcome, Work, outcome_of
-from trans_peft.errors import naming, telling_full_disks
+from trans_peft.domain.outcome import Compatibility, TransferOutcome, TransferTask, outcome_of
+from trans_peft.errors import naming, translating_full_disk_errors
 from trans_peft.lifecycle.evaluations import (
-    Progress,
+    ProgressCallback,
     evaluate_on,
     named_fingerprint,
     tokenizer_folder,
 )
-from trans_peft.lifecycle.ladder import Bench, climb, probe
-from trans_peft.lifecycle.remedies import Candidate, recipe_on
+from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, probe, recover
+from trans_peft.lifecycle.recovery.strategies import Candidate, recipe_on
 from trans_peft.lifecycle.resolve import base_trained_on, find_base
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare, may_differ
@@ -27,12 +27,12 @@ __all__ = ["record_failure", "transfer"]
 
 
 def transfer(
-    work: Work,
+    work: TransferTask,
     family: str,
     policy: GatePolicy,
     platform: Platform,
     *,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> TransferOutcome:
     """Judge one adapter on one new base; record the verdict and the version that has it.
 
@@ -47,7 +47,7 @@ def transfer(
     base = find_base(family, work.base_version, platform)
     source = source_version(platform.registry.versions(work.adapter))
     with (
-        telling_full_disks(tempfile.gettempdir()),
+        translating_full_disk_errors(tempfile.gettempdir()),
         tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
         naming({Path(scratch) / "source": str(source), Path(scratch): f"a copy of {source}"}),
     ):
@@ -66,7 +66,7 @@ def transfer(
 
 
 def record_failure(
-    work: Work, family: str, policy: GatePolicy, platform: Platform, *, reason: str
+    work: TransferTask, family: str, policy: GatePolicy, platform: Platform, *, reason: str
 ) -> TransferOutcome:
     """Record that an attempt ended in an error; reconcile parks the key after three of them."""
     base = find_base(family, work.base_version, platform)
@@ -102,7 +102,7 @@ def _judge(
     policy: GatePolicy,
     platform: Platform,
     scratch: Path,
-    on_progress: Progress | None,
+    on_progress: ProgressCallback | None,
 ) -> TransferOutcome:
     @cache  # fetched at most once, and not at all where every result is stored
     def folder() -> Path:
@@ -135,18 +135,18 @@ def _judge(
         labels={"adapter": source.adapter},
         on_progress=on_progress,
     )
-    bench = Bench(source, base, policy.of_one_rung, reference, platform, on_progress)
-    climbed = climb(bench, policy, folder, scratch)
+    bench = CandidateEvaluator(source, base, policy.per_strategy, reference, platform, on_progress)
+    climbed = recover(bench, policy, folder, scratch)
     return replace(
         outcome,
         judgement=climbed.judgement,
         evaluations=(*reference.values(), *climbed.evaluations),
         new_number=_registered(source, base, climbed.candidate, platform, scratch),
-        rung=climbed.candidate.rung,
+        strategy=climbed.candidate.strategy,
         tried=climbed.tried,
         training=(
             recipe_on(source.recipe, base)
-            if policy.remedies.train_anew and climbed.open and source.recipe is not None
+            if policy.recovery.retrain and climbed.open and source.recipe is not None
             else None
         ),
     )
@@ -174,7 +174,7 @@ def _registered(
     scratch: Path,
 ) -> int:
     """Return the number of the version with these bytes on this base, registered once."""
-    from trans_peft.transfer.transplant import transplant
+    from trans_peft.transfer.load_adapter import transplant
 
     for version in platform.registry.versions(source.adapter):
         if (
@@ -195,7 +195,7 @@ def _registered(
         base_fingerprint_sha256=base.fingerprint_sha256,
         weights_sha256=made.weights_sha256,
         transferred_from=source.number,
-        made_by=made.rung,
+        made_by=made.strategy,
     )
     return platform.registry.register(draft, transplanted).number
 

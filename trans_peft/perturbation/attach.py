@@ -14,12 +14,12 @@ from torch import nn
 
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import InvalidSpecError, UnsupportedModelError
-from trans_peft.perturbation.clock import Clock
 from trans_peft.perturbation.draws import SubLayerKind
 from trans_peft.perturbation.dropping import drop_attention, drop_ffn
 from trans_peft.perturbation.layout import Layout
+from trans_peft.perturbation.mask_site import MaskSite
 from trans_peft.perturbation.masking import mask_attention, mask_ffn
-from trans_peft.perturbation.site import Site
+from trans_peft.perturbation.step_counter import StepCounter
 from trans_peft.perturbation.units import DecoderLayer
 from trans_peft.perturbation.verified import found_layers, verified_layers
 
@@ -38,25 +38,25 @@ class PerturbationHandle:
 
     def __init__(
         self,
-        clock: Clock | None,
+        step_counter: StepCounter | None,
         multiplied: Mapping[str, str],
         without_ffn: tuple[int, ...] = (),
     ) -> None:
-        self._clock = clock
+        self._step_counter = step_counter
         self.multiplied = multiplied
         self.without_ffn = without_ffn
 
     @property
     def step(self) -> int:
         """Optimiser steps done, as the draws count them (0 while nothing is perturbed)."""
-        return 0 if self._clock is None else self._clock.step
+        return 0 if self._step_counter is None else self._step_counter.step
 
     def seek(self, step: int) -> None:
         """Continue as after `step` optimiser steps: call it when a run is resumed."""
         if step < 0:
             raise InvalidSpecError("cannot seek to a negative step", found=step)
-        if self._clock is not None:
-            self._clock.seek(step)
+        if self._step_counter is not None:
+            self._step_counter.seek(step)
 
 
 @contextmanager
@@ -117,38 +117,42 @@ def perturbed(
 
     chosen = [layer for layer in enumerate(layers) if layer[0] not in perturbation.spared_layers]
     snapshot = _children_of([layer.module for _, layer in chosen])
-    clock = Clock(stack, step, lambda: _check_pass(stack, snapshot))
+    step_counter = StepCounter(stack, step, lambda: _check_pass(stack, snapshot))
     multiplied: dict[str, str] = {}
     with ExitStack() as undo:
         for index, layer in chosen:
             for kind in kinds:
                 if not layer.neurons(kind):
                     continue
-                site = Site(perturbation, clock, seed, rank, index, kind, layer.neurons(kind))
-                if reason := _perturb(site, layer, kind, undo):
+                mask_site = MaskSite(
+                    perturbation, step_counter, seed, rank, index, kind, layer.neurons(kind)
+                )
+                if reason := _perturb(mask_site, layer, kind, undo):
                     multiplied[f"layer {index} {kind}"] = reason
-        for observer in clock.start():
+        for observer in step_counter.start():
             undo.callback(observer.remove)
         _perturbed_stacks.add(stack)
         undo.callback(_perturbed_stacks.discard, stack)
         without_ffn = tuple(index for index, layer in enumerate(layers) if not layer.ffn)
-        yield PerturbationHandle(clock, multiplied, without_ffn)
+        yield PerturbationHandle(step_counter, multiplied, without_ffn)
 
 
 def _kinds(perturbation: Perturbation) -> tuple[SubLayerKind, ...]:
     return ("ffn", "attention") if perturbation.where == "both" else (perturbation.where,)
 
 
-def _perturb(site: Site, layer: DecoderLayer, kind: SubLayerKind, undo: ExitStack) -> str | None:
+def _perturb(
+    mask_site: MaskSite, layer: DecoderLayer, kind: SubLayerKind, undo: ExitStack
+) -> str | None:
     """Perturb one sub-layer until `undo` closes; return why it is not sliced, None if it is."""
     reason = None
-    if site.perturbation.masking_p:
+    if mask_site.perturbation.masking_p:
         if kind == "ffn":
-            reason = mask_ffn(site, layer.ffn, undo)
+            reason = mask_ffn(mask_site, layer.ffn, undo)
         elif layer.attention is not None:
-            reason = mask_attention(site, layer.attention, undo)
-    if site.perturbation.dropping_p:
-        (drop_ffn if kind == "ffn" else drop_attention)(site, layer, undo)
+            reason = mask_attention(mask_site, layer.attention, undo)
+    if mask_site.perturbation.dropping_p:
+        (drop_ffn if kind == "ffn" else drop_attention)(mask_site, layer, undo)
     return reason
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from trans_peft.perturbation.site import override
+from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.undisturbed import reseed
 
 __all__ = [

@@ -18,7 +18,7 @@ from trans_peft.perturbation.behaviour import (
     rows_of,
 )
 from trans_peft.perturbation.ffn import is_norm, is_other
-from trans_peft.perturbation.site import override
+from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.units import Experts, FeedForward, Unit, base_of, projection_shape
 
 __all__ = ["Claims", "unclaimed_by_shape"]

@@ -15,7 +15,7 @@ import torch
 
 from trans_peft.domain.recipe import Perturbation
 
-__all__ = ["Draw", "Moment", "SubLayerKind", "draw", "element_mask"]
+__all__ = ["Draw", "SubLayerKind", "TrainingPosition", "draw", "element_mask"]
 
 SubLayerKind = Literal["ffn", "attention"]
 
@@ -23,7 +23,7 @@ _KINDS: dict[SubLayerKind, int] = {"ffn": 0, "attention": 1}
 
 
 @dataclass(frozen=True)
-class Moment:
+class TrainingPosition:
     """Where training stands: optimiser steps done, and training forwards since the last of them."""
 
     step: int
@@ -45,7 +45,7 @@ class Draw:
 
 def draw(
     perturbation: Perturbation,
-    moment: Moment,
+    position: TrainingPosition,
     *,
     seed: int,
     rank: int,
@@ -58,7 +58,8 @@ def draw(
     philox = np.random.Philox(
         key=np.array([seed, rank], dtype=np.uint64),
         counter=np.array(
-            [0, len(_KINDS) * layer + _KINDS[kind], moment.step, moment.micro_step], dtype=np.uint64
+            [0, len(_KINDS) * layer + _KINDS[kind], position.step, position.micro_step],
+            dtype=np.uint64,
         ),
     )
     element_seed = int(philox.random_raw() >> np.uint64(1))

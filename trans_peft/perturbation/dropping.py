@@ -17,14 +17,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from trans_peft.perturbation.draws import SubLayerKind
-from trans_peft.perturbation.site import override
+from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.units import DecoderLayer, Experts, projection_shape
 
 __all__ = ["drop_attention", "drop_ffn"]
 
 
-class Droppable(Protocol):
-    """What says whether a sub-layer is left out of the running forward (`Site` does)."""
+class DroppableModule(Protocol):
+    """What says whether a sub-layer is left out of the running forward (`MaskSite` does)."""
 
     @property
     def dropped(self) -> bool:
@@ -34,48 +34,50 @@ class Droppable(Protocol):
 Parameters = Callable[[], Iterator[nn.Parameter]]
 
 
-def drop_ffn(site: Droppable, layer: DecoderLayer, undo: ExitStack) -> None:
+def drop_ffn(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -> None:
     """Drop the FFN of a layer, adapters in it and after it included, until `undo` closes."""
     parameters = _parameters_beside(layer, "attention")
     for unit in layer.ffn:
         if isinstance(unit, Experts):
-            _drop_whole(site, unit.module, parameters, undo)
-            _leave_out_adapters(site, layer, unit.modules, undo)
+            _drop_whole(mask_site, unit.module, parameters, undo)
+            _leave_out_adapters(mask_site, layer, unit.modules, undo)
         elif unit.whole is not None:
-            _drop_whole(site, unit.whole, parameters, undo)
+            _drop_whole(mask_site, unit.whole, parameters, undo)
         else:
             for projection in unit.inputs if unit.narrows else ():
-                _drop_input(site, projection, undo)
-            _drop_output(site, unit.down, parameters, undo)
-            _leave_out_adapters(site, layer, unit.modules, undo)
+                _drop_input(mask_site, projection, undo)
+            _drop_output(mask_site, unit.down, parameters, undo)
+            _leave_out_adapters(mask_site, layer, unit.modules, undo)
     for module in layer.biased:
-        _zero_output(site, module, undo)
+        _zero_output(mask_site, module, undo)
 
 
-def drop_attention(site: Droppable, layer: DecoderLayer, undo: ExitStack) -> None:
+def drop_attention(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -> None:
     """Drop the attention of a layer, an adapter after it included, until `undo` closes."""
     if layer.attention is not None:
         output = layer.attention.output
-        _drop_output(site, output, _parameters_beside(layer, "ffn"), undo)
-        _leave_out_adapters(site, layer, (output,), undo)
+        _drop_output(mask_site, output, _parameters_beside(layer, "ffn"), undo)
+        _leave_out_adapters(mask_site, layer, (output,), undo)
 
 
-def _drop_whole(site: Droppable, whole: nn.Module, trainable: Parameters, undo: ExitStack) -> None:
+def _drop_whole(
+    mask_site: DroppableModule, whole: nn.Module, trainable: Parameters, undo: ExitStack
+) -> None:
     original = whole.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return _nothing(x, trainable()) if site.dropped else original(x, *args, **kwargs)
+        return _nothing(x, trainable()) if mask_site.dropped else original(x, *args, **kwargs)
 
     override(whole, forward, undo)
 
 
-def _zero_output(site: Droppable, module: nn.Module, undo: ExitStack) -> None:
+def _zero_output(mask_site: DroppableModule, module: nn.Module, undo: ExitStack) -> None:
     """Drop what a module adds to the output of its dropped parts: zero the first tensor of it."""
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if not site.dropped:
+        if not mask_site.dropped:
             return result
         if isinstance(result, torch.Tensor):
             return _zeroed(result)
@@ -89,24 +91,24 @@ def _zeroed(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
 
 
-def _drop_input(site: Droppable, projection: nn.Module, undo: ExitStack) -> None:
+def _drop_input(mask_site: DroppableModule, projection: nn.Module, undo: ExitStack) -> None:
     """Compute no neurons: what follows works on a width of zero."""
     original = projection.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return x.detach()[..., :0] if site.dropped else original(x, *args, **kwargs)
+        return x.detach()[..., :0] if mask_site.dropped else original(x, *args, **kwargs)
 
     override(projection, forward, undo)
 
 
 def _drop_output(
-    site: Droppable, projection: nn.Module, trainable: Parameters, undo: ExitStack
+    mask_site: DroppableModule, projection: nn.Module, trainable: Parameters, undo: ExitStack
 ) -> None:
     original = projection.forward
     _, out = projection_shape(projection) or (0, 0)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if site.dropped:
+        if mask_site.dropped:
             return _nothing(x.new_empty((*x.shape[:-1], out)), trainable())
         return original(x, *args, **kwargs)
 
@@ -114,20 +116,20 @@ def _drop_output(
 
 
 def _leave_out_adapters(
-    site: Droppable, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
+    mask_site: DroppableModule, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
 ) -> None:
     """Drop an adapter that PEFT put after the whole sub-layer of these parts together with it."""
     for child in layer.module.children():
         inside = {id(module) for module in child.modules() if module is not child}
         if isinstance(child, BaseTunerLayer) and any(id(part) in inside for part in parts):
-            _leave_out_adapter(site, child, undo)
+            _leave_out_adapter(mask_site, child, undo)
 
 
-def _leave_out_adapter(site: Droppable, child: BaseTunerLayer, undo: ExitStack) -> None:
+def _leave_out_adapter(mask_site: DroppableModule, child: BaseTunerLayer, undo: ExitStack) -> None:
     original = child.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (child.get_base_layer() if site.dropped else original)(*args, **kwargs)
+        return (child.get_base_layer() if mask_site.dropped else original)(*args, **kwargs)
 
     override(child, forward, undo)
 

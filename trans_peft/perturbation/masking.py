@@ -13,13 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import UnsupportedModelError
-from trans_peft.perturbation.site import override
+from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.slicing import (
-    Kept,
-    Side,
+    Arm,
+    NeuronSelection,
+    reason_not_sliced,
     sliced_linear,
     sliced_parts,
-    why_not_sliced,
 )
 from trans_peft.perturbation.units import Attention, Experts, FeedForward, Unit, projection_shape
 
@@ -27,7 +27,7 @@ __all__ = ["mask_attention", "mask_ffn"]
 
 
 class Masks(Protocol):
-    """Which neurons of each unit are masked in the running forward (`Site` draws them)."""
+    """Which neurons of each unit are masked in the running forward (`MaskSite` draws them)."""
 
     @property
     def active(self) -> bool:
@@ -37,75 +37,75 @@ class Masks(Protocol):
     def perturbation(self) -> Perturbation:
         """The chances and the granularity."""
 
-    def kept(self, unit: int, parts: int, device: torch.device) -> Kept | None:
+    def kept(self, unit: int, parts: int, device: torch.device) -> NeuronSelection | None:
         """Return the neurons of a unit to compute; None where all are."""
 
     def masked(self, unit: int, x: torch.Tensor) -> torch.Tensor:
         """Return x (..., neurons of the unit) with its masked neurons at zero."""
 
 
-def mask_ffn(site: Masks, units: tuple[Unit, ...], undo: ExitStack) -> str | None:
+def mask_ffn(mask_site: Masks, units: tuple[Unit, ...], undo: ExitStack) -> str | None:
     """Mask a FFN until `undo` closes; return why it is not sliced, None if it is."""
     reasons = []
     for number, unit in enumerate(units):
         if isinstance(unit, Experts):
-            reasons.append(_mask_experts(site, number, unit, undo))
-        elif reason := _why_multiplied(site, unit):
+            reasons.append(_mask_experts(mask_site, number, unit, undo))
+        elif reason := _why_multiplied(mask_site, unit):
             reasons.append(reason)
-            _mask_input(site, number, unit.down, undo)
+            _mask_input(mask_site, number, unit.down, undo)
         else:
-            _slice(site, number, unit, undo)
+            _slice(mask_site, number, unit, undo)
     return "; ".join(dict.fromkeys(reasons)) or None
 
 
-def mask_attention(site: Masks, attention: Attention, undo: ExitStack) -> str:
+def mask_attention(mask_site: Masks, attention: Attention, undo: ExitStack) -> str:
     """Mask the inputs of the output projection; heads are never sliced, return that."""
-    _mask_input(site, 0, attention.output, undo)
+    _mask_input(mask_site, 0, attention.output, undo)
     return "heads are not sliced"
 
 
-def _why_multiplied(site: Masks, unit: FeedForward) -> str | None:
-    if site.perturbation.granularity == "element":
+def _why_multiplied(mask_site: Masks, unit: FeedForward) -> str | None:
+    if mask_site.perturbation.granularity == "element":
         return "each element has its own bit"
     if unit.multiplied is not None:
         return unit.multiplied
-    reasons = (why_not_sliced(projection) for projection in (*unit.inputs, unit.down))
+    reasons = (reason_not_sliced(projection) for projection in (*unit.inputs, unit.down))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _slice(site: Masks, number: int, unit: FeedForward, undo: ExitStack) -> None:
-    sides: list[tuple[nn.Module, Side]] = [(projection, "output") for projection in unit.inputs]
+def _slice(mask_site: Masks, number: int, unit: FeedForward, undo: ExitStack) -> None:
+    sides: list[tuple[nn.Module, Arm]] = [(projection, "output") for projection in unit.inputs]
     for projection, side in [*sides, (unit.down, "input")]:
         _, out = projection_shape(projection) or (0, 0)
         parts = out // unit.neurons if side == "output" else 1
         for part in sliced_parts(projection, side):
-            _slice_part(site, number, part, side, parts, undo)
+            _slice_part(mask_site, number, part, side, parts, undo)
 
 
 def _slice_part(
-    site: Masks, number: int, part: nn.Linear | Conv1D, side: Side, parts: int, undo: ExitStack
+    mask_site: Masks, number: int, part: nn.Linear | Conv1D, side: Arm, parts: int, undo: ExitStack
 ) -> None:
     dense = part.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        kept = site.kept(number, parts, x.device)
+        kept = mask_site.kept(number, parts, x.device)
         return dense(x) if kept is None else sliced_linear(part, side, x, kept)
 
     override(part, forward, undo)
 
 
-def _mask_input(site: Masks, number: int, projection: nn.Module, undo: ExitStack) -> None:
+def _mask_input(mask_site: Masks, number: int, projection: nn.Module, undo: ExitStack) -> None:
     original = projection.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return original(site.masked(number, x), *args, **kwargs)
+        return original(mask_site.masked(number, x), *args, **kwargs)
 
     override(projection, forward, undo)
 
 
-def _mask_experts(site: Masks, number: int, unit: Experts, undo: ExitStack) -> str:
+def _mask_experts(mask_site: Masks, number: int, unit: Experts, undo: ExitStack) -> str:
     """Mask the same neurons in every expert, where a gate of the module returns them."""
-    if site.perturbation.granularity == "element":
+    if mask_site.perturbation.granularity == "element":
         raise UnsupportedModelError(
             "element-wise masks are not defined for a mixture of experts: which tokens an expert "
             "sees, and in which order, is its implementation's choice",
@@ -125,7 +125,7 @@ def _mask_experts(site: Masks, number: int, unit: Experts, undo: ExitStack) -> s
             if not isinstance(result, torch.Tensor) or result.shape[-1] != unit.neurons:
                 return result
             applied = True
-            return site.masked(number, result)
+            return mask_site.masked(number, result)
 
         override(owner, masked, undo, attribute)
 
@@ -133,7 +133,7 @@ def _mask_experts(site: Masks, number: int, unit: Experts, undo: ExitStack) -> s
         nonlocal applied
         applied = False
         result = experts(*args, **kwargs)
-        if site.active and not applied and result.numel():
+        if mask_site.active and not applied and result.numel():
             raise UnsupportedModelError(
                 f"{type(unit.module).__name__} computes without calling {' or '.join(unit.gates)}, "
                 "so that its neurons cannot be masked",

@@ -17,35 +17,38 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 __all__ = [
-    "Kept",
-    "Side",
+    "Arm",
+    "NeuronSelection",
     "neurons_to_compute",
+    "reason_not_sliced",
     "sliced_linear",
     "sliced_parts",
-    "why_not_sliced",
 ]
 
 _WIDTH = 16
 """Neurons are computed in multiples: odd widths cost 5 % on a CPU, and tensor cores more."""
 
-Side = Literal["output", "input"]
+Arm = Literal["output", "input"]
 """Which side of a layer the masked neurons are on: the output of gate and up, the input of down."""
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class NeuronSelection:
     """The neurons to compute, as ascending indices (n,) int64 on the device of the weights.
 
-    Some of them may be masked ones that round n up to a width matrix kernels like; `idle` are their
-    positions among the indices, None for none. The input side takes their weights for zero, so that
-    they add nothing. For a fused layer the indices are those of its parts, one after the other.
+    Some of them may be masked ones that round n up to a width matrix kernels like; `padding` are
+    their positions among the indices, None for none. The input side takes their weights for zero,
+    so that they add nothing. For a fused layer the indices are those of its parts, one after the
+    other.
     """
 
     indices: torch.Tensor
-    idle: torch.Tensor | None
+    padding: torch.Tensor | None
 
 
-def neurons_to_compute(kept: np.ndarray, parts: int, device: torch.device) -> Kept | None:
+def neurons_to_compute(
+    kept: np.ndarray, parts: int, device: torch.device
+) -> NeuronSelection | None:
     """Return what to compute where `kept` (neurons,) is true; None where that is everything.
 
     A fused projection holds the neurons in `parts` parts, one after the other.
@@ -56,11 +59,11 @@ def neurons_to_compute(kept: np.ndarray, parts: int, device: torch.device) -> Ke
     computed = kept.copy()
     computed[masked[: -int(kept.sum()) % _WIDTH]] = True
     (indices,) = computed.nonzero()
-    (idle,) = (~kept[indices]).nonzero()
+    (padding,) = (~kept[indices]).nonzero()
     fused = np.concatenate([indices + part * len(kept) for part in range(parts)])
-    return Kept(
+    return NeuronSelection(
         torch.from_numpy(fused).to(device, non_blocking=True),
-        torch.from_numpy(idle).to(device, non_blocking=True) if len(idle) else None,
+        torch.from_numpy(padding).to(device, non_blocking=True) if len(padding) else None,
     )
 
 
@@ -73,42 +76,44 @@ class _SlicedLinear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        kept: Kept,
+        kept: NeuronSelection,
         axis: int,
         transposed: bool,
     ) -> torch.Tensor:
         ctx.axis, ctx.transposed = axis, transposed
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(x if weight.requires_grad else None, weight, kept.indices, kept.idle)
-        part = _without(weight.index_select(axis, kept.indices), kept.idle, axis).to(x.dtype)
+        ctx.save_for_backward(
+            x if weight.requires_grad else None, weight, kept.indices, kept.padding
+        )
+        part = _without(weight.index_select(axis, kept.indices), kept.padding, axis).to(x.dtype)
         return nn.functional.linear(x, part.t() if transposed else part, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, indices, idle = ctx.saved_tensors
+        x, weight, indices, padding = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            part = _without(weight.index_select(ctx.axis, indices), idle, ctx.axis)
+            part = _without(weight.index_select(ctx.axis, indices), padding, ctx.axis)
             part = part.to(grad.dtype)
             grad_x = grad @ (part.t() if ctx.transposed else part)
         if ctx.needs_input_grad[1]:
             rows, columns = grad.flatten(0, -2), x.flatten(0, -2)
             part = columns.t() @ rows if ctx.transposed else rows.t() @ columns
-            part = _without(part, idle, ctx.axis).to(weight.dtype)
+            part = _without(part, padding, ctx.axis).to(weight.dtype)
             grad_weight = torch.zeros_like(weight).index_copy_(ctx.axis, indices, part)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _without(part: torch.Tensor, idle: torch.Tensor | None, axis: int) -> torch.Tensor:
+def _without(part: torch.Tensor, padding: torch.Tensor | None, axis: int) -> torch.Tensor:
     """Zero the idle neurons of a slice, in place, and return it."""
-    return part if idle is None else part.index_fill_(axis, idle, 0)
+    return part if padding is None else part.index_fill_(axis, padding, 0)
 
 
 def sliced_linear(
-    layer: nn.Linear | Conv1D, side: Side, x: torch.Tensor, kept: Kept
+    layer: nn.Linear | Conv1D, side: Arm, x: torch.Tensor, kept: NeuronSelection
 ) -> torch.Tensor:
     """Return what `layer` (Linear or Conv1D) gives on the kept neurons.
 
@@ -117,7 +122,7 @@ def sliced_linear(
     """
     bias = layer.bias
     if side == "output":
-        kept = Kept(kept.indices, idle=None)
+        kept = NeuronSelection(kept.indices, padding=None)
         bias = bias if bias is None else bias.index_select(0, kept.indices)
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -134,7 +139,7 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) in (nn.Linear, Conv1D) and "forward" not in layer.__dict__
 
 
-def why_not_sliced(projection: Any) -> str | None:
+def reason_not_sliced(projection: Any) -> str | None:
     """Return why a projection cannot be sliced, or None where it can.
 
     A plain Linear or Conv1D can, and LoRA on one. What computes anything else of its weight cannot:
@@ -154,7 +159,7 @@ def why_not_sliced(projection: Any) -> str | None:
     return None
 
 
-def sliced_parts(projection: Any, side: Side) -> tuple[nn.Linear | Conv1D, ...]:
+def sliced_parts(projection: Any, side: Arm) -> tuple[nn.Linear | Conv1D, ...]:
     """Return the layers inside a sliceable projection that touch its masked side."""
     if isinstance(projection, nn.Linear | Conv1D):
         return (projection,)

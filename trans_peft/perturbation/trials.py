@@ -13,9 +13,9 @@ from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import UnsupportedModelError
 from trans_peft.perturbation.behaviour import Call, differs, floats_of, record_calls, rows_of
 from trans_peft.perturbation.dropping import drop_attention, drop_ffn
+from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.masking import mask_ffn
-from trans_peft.perturbation.site import override
-from trans_peft.perturbation.slicing import Kept, neurons_to_compute, why_not_sliced
+from trans_peft.perturbation.slicing import NeuronSelection, neurons_to_compute, reason_not_sliced
 from trans_peft.perturbation.units import DecoderLayer, Experts, FeedForward, Unit
 
 __all__ = ["dropped", "masked", "why_attention_stays"]
@@ -29,7 +29,7 @@ class _Masks:
     perturbation: Perturbation = field(default=Perturbation(masking_p=0.5))
     active: bool = True
 
-    def kept(self, unit: int, parts: int, device: torch.device) -> Kept | None:
+    def kept(self, unit: int, parts: int, device: torch.device) -> NeuronSelection | None:
         return neurons_to_compute(self.stays[unit], parts, device)
 
     def masked(self, unit: int, x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def _all_but_one(neurons: int) -> np.ndarray:
 
 
 def _can_be_sliced(unit: FeedForward) -> bool:
-    return all(why_not_sliced(part) is None for part in unit.modules)
+    return all(reason_not_sliced(part) is None for part in unit.modules)
 
 
 def _why_unequal(

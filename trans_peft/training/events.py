@@ -13,7 +13,7 @@ __all__ = [
     "Finished",
     "LogLine",
     "ProcessStarted",
-    "Progress",
+    "TrainingMetrics",
     "TrainingStarted",
     "decode",
     "encode",
@@ -49,7 +49,7 @@ class TrainingStarted:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingMetrics:
     """Figures after one optimiser step.
 
     `loss` is the mean over the answers' tokens of this step, in nats. `tokens_per_s` counts all
@@ -91,7 +91,7 @@ class CheckpointSaved:
         return f"checkpoint after step {self.step}"
 
 
-Event = LogLine | TrainingStarted | Progress | CheckpointSaved
+Event = LogLine | TrainingStarted | TrainingMetrics | CheckpointSaved
 """What the caller of `fit` is told."""
 
 
@@ -115,19 +115,28 @@ class Finished:
     """The adapter is saved; the result stands in the work folder."""
 
 
-Message = TrainingStarted | Progress | CheckpointSaved | ProcessStarted | Failed | Finished
-_MESSAGES: dict[str, type[Message]] = {
+EventMessage = (
+    TrainingStarted | TrainingMetrics | CheckpointSaved | ProcessStarted | Failed | Finished
+)
+_MESSAGES: dict[str, type[EventMessage]] = {
     kind.__name__: kind
-    for kind in (TrainingStarted, Progress, CheckpointSaved, ProcessStarted, Failed, Finished)
+    for kind in (
+        TrainingStarted,
+        TrainingMetrics,
+        CheckpointSaved,
+        ProcessStarted,
+        Failed,
+        Finished,
+    )
 }
 
 
-def encode(message: Message) -> str:
+def encode(message: EventMessage) -> str:
     """Return a message as one line of JSON."""
     return json.dumps({"event": type(message).__name__} | asdict(message))
 
 
-def decode(line: str) -> Message | LogLine:
+def decode(line: str) -> EventMessage | LogLine:
     """Return the message in a line; whatever is none is a line of the log."""
     try:
         fields = json.loads(line)

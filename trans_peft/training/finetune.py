@@ -30,10 +30,10 @@ from trans_peft.perturbation import perturbed
 from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import check_template, saved_template, write_template
 from trans_peft.training.batches import training_order
-from trans_peft.training.events import Message, TrainingStarted
+from trans_peft.training.events import EventMessage, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.rehearsal import rehearse, save_adapter
-from trans_peft.training.trainer import AnswerTrainer, Narrator, last_checkpoint
+from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
 from trans_peft.transfer.peft_folder import WEIGHTS_NAME, read_peft_folder
 
 __all__ = ["check_tokens", "finetune", "token_rows"]
@@ -41,7 +41,7 @@ __all__ = ["check_tokens", "finetune", "token_rows"]
 _PROBLEMS_SHOWN = 20
 
 
-def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], None]) -> None:
+def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage], None]) -> None:
     """Train the job's adapter on this process's device and save it with its result.
 
     Every process of the job calls it; the main one tells events, saves, and writes the result
@@ -63,7 +63,7 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[Message], No
     if state.is_main_process:
         send(TrainingStarted(first_step, steps, trainable, str(state.device), state.num_processes))
     trainer.remove_callback(PrinterCallback)  # it prints what Narrator tells
-    trainer.add_callback(Narrator(send, tokens_per_step))
+    trainer.add_callback(EventCallback(send, tokens_per_step))
     set_seed(recipe.seed, device_specific=True)  # dropout: its own draws in each process
     started_s = time.monotonic()
     with perturbed(

@@ -26,10 +26,10 @@ from trans_peft.errors import OutOfMemoryError, TrainingCancelled, TrainingError
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.training.events import (
     Event,
+    EventMessage,
     Failed,
     Finished,
     LogLine,
-    Message,
     ProcessStarted,
     decode,
 )
@@ -83,7 +83,7 @@ class _Training:
 
     def __init__(self, job: TrainingJob) -> None:
         self._job = job
-        self._lines: queue.SimpleQueue[Message | LogLine | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[EventMessage | LogLine | None] = queue.SimpleQueue()
         self._groups: set[int] = set()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
 
@@ -146,7 +146,7 @@ class _Training:
             raise _error(failure)
         self._raise_for(self._process.wait())
 
-    def _read(self, stream: IO[str], parse: Callable[[str], Message | LogLine]) -> None:
+    def _read(self, stream: IO[str], parse: Callable[[str], EventMessage | LogLine]) -> None:
         with stream:
             for line in stream:
                 if line.strip():

@@ -16,11 +16,11 @@ from trans_peft.domain.base import TensorSignature
 from trans_peft.errors import AdapterError, ContentError, InvalidSpecError, UnsupportedModelError
 from trans_peft.methods.specs import attach
 from trans_peft.models import LoadedBase
-from trans_peft.surface import Surface
+from trans_peft.surface import ModelSnapshot
 from trans_peft.transfer.effect import probe_effect
+from trans_peft.transfer.load_adapter import attached
 from trans_peft.transfer.peft_folder import read_peft_folder
-from trans_peft.transfer.placement import compare_places
-from trans_peft.transfer.transplant import attached
+from trans_peft.transfer.target_modules import compare_target_modules
 
 __all__ = ["rehearse", "save_adapter"]
 
@@ -36,7 +36,7 @@ def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="rehearsal-") as scratch:
         folder = Path(scratch) / "adapter"
-        surface = Surface(base.model)
+        surface = ModelSnapshot(base.model)
         try:
             model = attach(base.model, spec)
             _add_noise(model)
@@ -45,7 +45,7 @@ def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
             surface.restore()
         try:
             places = _places(base.model)
-            mismatches, _ = compare_places(read_peft_folder(folder), places, places)
+            mismatches, _ = compare_target_modules(read_peft_folder(folder), places, places)
             with attached(base.model, folder) as model:
                 effect = probe_effect(model, base.tokenizer)
         except (AdapterError, ContentError, InvalidSpecError, UnsupportedModelError) as error:

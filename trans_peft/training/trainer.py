@@ -14,9 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from trans_peft.errors import TrainingError
-from trans_peft.training.events import CheckpointSaved, Message, Progress
+from trans_peft.training.events import CheckpointSaved, EventMessage, TrainingMetrics
 
-__all__ = ["AnswerTrainer", "Narrator", "last_checkpoint"]
+__all__ = ["AnswerTrainer", "EventCallback", "last_checkpoint"]
 
 _COMPLETE = "complete"
 
@@ -70,7 +70,7 @@ def _only_positions(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
         handle.remove()
 
 
-class Narrator(TrainerCallback):
+class EventCallback(TrainerCallback):
     """Tells progress, marks complete checkpoints, and stops a run whose loss is not a number.
 
     `tokens_per_step[i]` are the tokens (without padding) of step i + 1 over all processes.
@@ -78,7 +78,7 @@ class Narrator(TrainerCallback):
 
     def __init__(
         self,
-        send: Callable[[Message], None],
+        send: Callable[[EventMessage], None],
         tokens_per_step: Sequence[int],
     ) -> None:
         self._send = send
@@ -115,7 +115,7 @@ class Narrator(TrainerCallback):
         steps = state.global_step - self._first_step
         tokens = sum(self._tokens_per_step[self._first_step : state.global_step])
         self._send(
-            Progress(
+            TrainingMetrics(
                 step=state.global_step,
                 total_steps=state.max_steps,
                 loss=logs["loss"],

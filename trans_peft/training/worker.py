@@ -18,7 +18,7 @@ from pathlib import Path
 from trans_peft.errors import InvalidSpecError, TrainingError, TransPeftError
 from trans_peft.training.events import Failed, Finished, ProcessStarted
 from trans_peft.training.job import TrainingJob
-from trans_peft.training.lifeline import EventStream, hold_lifeline
+from trans_peft.training.parent_watch import EventStream, exit_with_parent
 
 _LOCK_WAIT_S = 20
 _TRACEBACK_CHARACTERS = 3000
@@ -27,7 +27,7 @@ _TRACEBACK_CHARACTERS = 3000
 def main() -> None:
     """Run the job whose file is the only argument. A failure is sent as an event."""
     events = EventStream()
-    hold_lifeline()
+    exit_with_parent()
     events.send(ProcessStarted(os.getpgid(0)))
     try:
         _run(TrainingJob.read(Path(sys.argv[1])), events)
@@ -61,7 +61,7 @@ def _run(job: TrainingJob, events: EventStream) -> None:
             expected=processes,
             found=state.num_processes,
         )
-    with sole_owner(job.work_dir, held=state.is_main_process):
+    with exclusive_work_dir(job.work_dir, held=state.is_main_process):
         state.wait_for_everyone()  # before that, another owner could still complete a checkpoint
         finetune(job, state, events.send)
         if state.is_main_process:
@@ -79,7 +79,7 @@ def _failure(error: Exception) -> Failed:
 
 
 @contextmanager
-def sole_owner(work_dir: Path, *, held: bool) -> Iterator[None]:
+def exclusive_work_dir(work_dir: Path, *, held: bool) -> Iterator[None]:
     """Keep a second training out of a work folder (`held`: only one process of ours has to).
 
     The lock goes with the process: one that is just being killed is waited for.

@@ -20,8 +20,8 @@ from trans_peft.domain.outcome import Compatibility
 from trans_peft.errors import InvalidSpecError
 from trans_peft.text.saved_template import TEMPLATE_NAME, saved_template
 from trans_peft.transfer.peft_folder import read_peft_folder
-from trans_peft.transfer.placement import compare_places
-from trans_peft.transfer.tokens import compare_tokens
+from trans_peft.transfer.target_modules import compare_target_modules
+from trans_peft.transfer.tokenizers import compare_tokenizers
 
 __all__ = ["UNRELATED_COSINE", "compare", "may_differ", "weight_cosine"]
 
@@ -56,7 +56,7 @@ def compare(
     if old.layer_count != new.layer_count:
         mismatches.append(f"the base had {old.layer_count} layers and has {new.layer_count}")
     for findings in (
-        compare_places(read_peft_folder(adapter_folder), old.tensors, new.tensors),
+        compare_target_modules(read_peft_folder(adapter_folder), old.tensors, new.tensors),
         _compare_values(old, new),
         _compare_tokenizers(old, new, adapter_folder, old_tokenizer, new_tokenizer),
         ((), _changed_texts(old, new, adapter_folder)),
@@ -127,7 +127,7 @@ def _compare_tokenizers(
             found=f"old: {old_folder}, new: {new_folder}",
             do="pass both folders",
         )
-    return compare_tokens(old_folder, new_folder, saved_template(adapter))
+    return compare_tokenizers(old_folder, new_folder, saved_template(adapter))
 
 
 def _changed_texts(old: Fingerprint, new: Fingerprint, adapter: Path) -> tuple[str, ...]:

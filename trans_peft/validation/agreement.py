@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.errors import EvaluationError, InvalidSpecError
-from trans_peft.validation.batching import evaluating, in_batches
-from trans_peft.validation.pairing import check_same_questions
-from trans_peft.validation.reading import last_columns
+from trans_peft.validation.decoding.batching import evaluating, in_batches
+from trans_peft.validation.decoding.prefixes import last_columns
+from trans_peft.validation.statistics.pairing import check_same_questions
 
 __all__ = ["Agreement", "NextTokens", "equal_answers", "mean_kl", "next_tokens"]
 

@@ -8,11 +8,11 @@ from typing import Any
 from trans_peft.data import Example
 from trans_peft.domain.evaluation import Evaluation, ItemResult, Suite
 from trans_peft.errors import InvalidSpecError
-from trans_peft.validation.batching import Progress
-from trans_peft.validation.choice import choose
-from trans_peft.validation.generation import generate
-from trans_peft.validation.questions import Questions, prepare
-from trans_peft.validation.rules.choice import Measure
+from trans_peft.validation.decoding.batching import Progress
+from trans_peft.validation.decoding.generation import generate
+from trans_peft.validation.decoding.likelihoods import choose
+from trans_peft.validation.rules.multiple_choice import Measure
+from trans_peft.validation.tokenized_suite import TokenizedSuite, prepare
 
 __all__ = ["answer", "check_dtype", "context_of", "evaluate"]
 
@@ -49,7 +49,7 @@ def evaluate(
 
 def answer(
     model: Any,
-    questions: Questions,
+    questions: TokenizedSuite,
     *,
     weights_sha256: str,
     base_fingerprint_sha256: str,

@@ -22,7 +22,7 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation, ItemResult, Suite
 from trans_peft.errors import DataError, IntegrityError, InvalidSpecError, NotFoundError
 from trans_peft.text.answers import answer_text
-from trans_peft.validation.batching import evaluating
+from trans_peft.validation.decoding.batching import evaluating
 from trans_peft.validation.evaluate import check_dtype
 
 __all__ = ["evaluate_harness", "harness_suite"]

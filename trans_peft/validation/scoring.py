@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import InvalidSpecError
-from trans_peft.validation.rules.choice import chosen
 from trans_peft.validation.rules.entry_point import entry_point
 from trans_peft.validation.rules.mathematics import math_verify
 from trans_peft.validation.rules.metamath import metamath_gsm8k, metamath_math
+from trans_peft.validation.rules.multiple_choice import chosen
 from trans_peft.validation.rules.paper import paper_gsm8k, paper_math
 from trans_peft.validation.rules.program import code
 from trans_peft.validation.rules.text import (
@@ -28,7 +28,7 @@ from trans_peft.validation.rules.text import (
     rouge_l,
 )
 
-__all__ = ["RULES", "Degree", "Rule", "marker"]
+__all__ = ["RULES", "Degree", "Rule", "make_scorer"]
 
 Degree = Callable[[str, str], float]
 """`degree(answer, reference)`, 0 to 100; DataError for a reference that nothing could equal."""
@@ -72,7 +72,7 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def marker(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, str], bool]:
+def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, str], bool]:
     """Return `is_right(answer, reference)` as the suite asks for it.
 
     `may_lack` names the guards of the sandbox for programs that this worker may lack; it comes from

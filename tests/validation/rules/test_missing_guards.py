@@ -12,7 +12,7 @@ from trans_peft.errors import EvaluationError, InvalidSpecError
 from trans_peft.validation.rules import program
 from trans_peft.validation.rules.program import PYTHON
 from trans_peft.validation.sandbox.guards import Guard, guards_named
-from trans_peft.validation.scoring import marker
+from trans_peft.validation.scoring import make_scorer
 
 SUITE = Suite("programs", DataSource("rows.jsonl", "0" * 64))
 REFERENCE = json.dumps(
@@ -43,7 +43,7 @@ def runs(monkeypatch):
         monkeypatch.setattr(program, "check_code", check)
         monkeypatch.setattr(program, "missing_guards", lambda: dict.fromkeys(missing, "not here"))
         scoring = "+".join([f"code:{PYTHON}", *sorted(suites)])
-        is_right = marker(replace(SUITE, scoring=scoring), operators)
+        is_right = make_scorer(replace(SUITE, scoring=scoring), operators)
         try:
             assert is_right("    return 1\n", REFERENCE)
         except EvaluationError:
@@ -75,4 +75,4 @@ def test_a_guard_that_does_not_exist_is_refused():
     with pytest.raises(InvalidSpecError, match=r"(?s)no such guard.*system-calls.*firewall"):
         guards_named(["user", "firewall"])
     with pytest.raises(InvalidSpecError, match="cannot be run as the suite asks"):
-        marker(replace(SUITE, scoring=f"code:{PYTHON}+firewall"))
+        make_scorer(replace(SUITE, scoring=f"code:{PYTHON}+firewall"))

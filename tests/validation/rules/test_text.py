@@ -15,7 +15,7 @@ from trans_peft.validation.rules.text import (
     regex,
     rouge_l,
 )
-from trans_peft.validation.scoring import marker
+from trans_peft.validation.scoring import make_scorer
 from trans_peft.validation.suites import named
 
 # sacrebleu 2.6.0, `sentence_chrf(answer, [reference]).score`
@@ -159,7 +159,7 @@ def test_the_papers_suites_are_marked_as_llm_adapters_does(name, output, data):
         "output": output.partition(suite.stop[0])[0],  # where our decoding ends
         "reference": f" the correct answer is {label}",
     }
-    assert disagreements(name, marker(suite), [row]) == []
+    assert disagreements(name, make_scorer(suite), [row]) == []
 
 
 @pytest.mark.parametrize(

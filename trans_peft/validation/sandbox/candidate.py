@@ -11,8 +11,8 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
+from trans_peft.validation.sandbox.protocol import BadMessage, Writable, receive, send
 from trans_peft.validation.sandbox.values import Unrepresentable, decode, encode
-from trans_peft.validation.sandbox.wire import BadMessage, Writable, receive, send
 
 __all__ = ["answer"]
 

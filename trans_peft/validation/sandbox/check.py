@@ -18,13 +18,20 @@ from dataclasses import asdict, dataclass, replace
 from symtable import Symbol, SymbolTable, symtable
 
 from trans_peft.errors import DataError
-from trans_peft.validation.sandbox.box import Sandbox
-from trans_peft.validation.sandbox.checker import Reason
+from trans_peft.validation.sandbox.checker import FailureReason
 from trans_peft.validation.sandbox.guards import Guard
 from trans_peft.validation.sandbox.limits import Limits
-from trans_peft.validation.sandbox.wire import BadMessage, receive
+from trans_peft.validation.sandbox.process import Sandbox
+from trans_peft.validation.sandbox.protocol import BadMessage, receive
 
-__all__ = ["CodeResult", "CodeTests", "Reason", "check_code", "humaneval_tests", "mbpp_tests"]
+__all__ = [
+    "CodeResult",
+    "CodeTests",
+    "FailureReason",
+    "check_code",
+    "humaneval_tests",
+    "mbpp_tests",
+]
 
 _PATIENCE_S = 5.0  # of the tests' side, so that it sees a program end whose time is up
 
@@ -57,7 +64,7 @@ class CodeResult:
     """Whether a program passed, and why not; `detail` may quote the tests and the program."""
 
     passed: bool
-    reason: Reason
+    reason: FailureReason
     detail: str = ""
 
 
@@ -143,18 +150,18 @@ def check_code(
         checker.begin("checker", asdict(tests))
         try:
             words = receive(verdict)
-            reason, detail = Reason(words["reason"]), words["detail"]
-            if reason is Reason.ENDED:
+            reason, detail = FailureReason(words["reason"]), words["detail"]
+            if reason is FailureReason.ENDED:
                 candidate.stop()
                 reason, ending = _ended(candidate)
                 detail = f"{detail}: {ending}"
         except (EOFError, BadMessage):
             reason, ending = _ended(checker)
             detail = f"the tests themselves: {ending}"
-    return CodeResult(reason is Reason.PASSED, reason, detail)
+    return CodeResult(reason is FailureReason.PASSED, reason, detail)
 
 
-def _ended(sandbox: Sandbox) -> tuple[Reason, str]:
+def _ended(sandbox: Sandbox) -> tuple[FailureReason, str]:
     ending = sandbox.ending()
     timed_out = ending.stopped in ("wall", "cpu")
-    return Reason.TIMED_OUT if timed_out else Reason.ENDED, str(ending)
+    return FailureReason.TIMED_OUT if timed_out else FailureReason.ENDED, str(ending)

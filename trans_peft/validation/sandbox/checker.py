@@ -19,10 +19,10 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import Any, NoReturn
 
+from trans_peft.validation.sandbox.protocol import BadMessage, Stream, receive, send
 from trans_peft.validation.sandbox.values import Unrepresentable, decode, encode
-from trans_peft.validation.sandbox.wire import BadMessage, Stream, receive, send
 
-__all__ = ["Reason", "ask"]
+__all__ = ["FailureReason", "ask"]
 
 _TESTS = "<tests>"
 _EQUAL = "<equal>"  # no identifier, so no test can use or replace it
@@ -30,7 +30,7 @@ _RTOL, _ATOL = 1e-7, 1e-6
 _ENDS_AN_ITERATION = (StopIteration, StopAsyncIteration)
 
 
-class Reason(StrEnum):
+class FailureReason(StrEnum):
     """Why code passed or did not."""
 
     PASSED = "passed"
@@ -51,7 +51,7 @@ class RemoteError(Exception):
 class _Fault(BaseException):
     """The program cannot have passed, whatever the tests make of it."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: FailureReason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
@@ -74,7 +74,9 @@ def ask(job: Mapping[str, Any], fds: Sequence[int]) -> None:
         send(verdict, {"reason": reason, "detail": detail[:1000]})
 
 
-def _judge(program: "_Program", preamble: str, names: list[str], tests: str) -> tuple[Reason, str]:
+def _judge(
+    program: "_Program", preamble: str, names: list[str], tests: str
+) -> tuple[FailureReason, str]:
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
         program.wait_until_loaded()
@@ -86,8 +88,11 @@ def _judge(program: "_Program", preamble: str, names: list[str], tests: str) -> 
         return fault.reason, str(fault)
     except BaseException as error:
         wrong = isinstance(error, AssertionError) and error is not program.raised
-        return Reason.WRONG if wrong else Reason.RAISED, f"{_words(error)}{_place(error, tests)}"
-    return Reason.PASSED, ""
+        return (
+            FailureReason.WRONG if wrong else FailureReason.RAISED,
+            f"{_words(error)}{_place(error, tests)}",
+        )
+    return FailureReason.PASSED, ""
 
 
 class _Tolerant(ast.NodeTransformer):
@@ -167,12 +172,12 @@ class _Program:
             parts = [encode(argument, _refer) for argument in arguments]
             send(self._stream, [act, ["object", reference], *parts])
         except (Unrepresentable, BadMessage) as error:
-            self.blame(Reason.UNREPRESENTABLE, f"an argument of a call: {error}")
+            self.blame(FailureReason.UNREPRESENTABLE, f"an argument of a call: {error}")
         except OSError:
-            self.blame(Reason.ENDED, "the program ended before it was asked")
+            self.blame(FailureReason.ENDED, "the program ended before it was asked")
         return self._receive()
 
-    def blame(self, reason: Reason, detail: str) -> NoReturn:
+    def blame(self, reason: FailureReason, detail: str) -> NoReturn:
         self.fault = self.fault or _Fault(reason, detail)
         raise self.fault
 
@@ -184,14 +189,14 @@ class _Program:
                 return decode(value, self._remote)
             words = [str(word) for word in content]
         except (EOFError, OSError):
-            self.blame(Reason.ENDED, "the program ended before it answered")
+            self.blame(FailureReason.ENDED, "the program ended before it answered")
         except (BadMessage, ArithmeticError, LookupError, MemoryError, RecursionError, TypeError,
                 ValueError) as error:  # fmt: skip
-            self.blame(Reason.ENDED, f"the program sent what is no answer: {error!r}")
+            self.blame(FailureReason.ENDED, f"the program sent what is no answer: {error!r}")
         if kind == "raised":
             self.raised = _exception(words[0] if words else "", ": ".join(words[1:]))
             raise self.raised
-        self.blame(Reason.UNREPRESENTABLE, f"an answer: {': '.join(words)}")
+        self.blame(FailureReason.UNREPRESENTABLE, f"an answer: {': '.join(words)}")
 
     def _remote(self, reference: Any) -> "Remote":
         number, kind = reference
@@ -227,7 +232,7 @@ class Remote:
     def _refuse(self, *_: object) -> NoReturn:
         name = self._reference if isinstance(self._reference, str) else self._reference[1]
         detail = f"the tests compare or unpack {name}, which is no plain value"
-        self._program.blame(Reason.UNREPRESENTABLE, detail)
+        self._program.blame(FailureReason.UNREPRESENTABLE, detail)
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
     __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = _refuse

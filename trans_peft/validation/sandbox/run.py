@@ -7,20 +7,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 
-from trans_peft.validation.sandbox.box import Ending, Sandbox
 from trans_peft.validation.sandbox.guards import Guard
 from trans_peft.validation.sandbox.limits import Limits
+from trans_peft.validation.sandbox.process import ProcessExit, Sandbox
 
-__all__ = ["Outcome", "missing_guards", "run_code"]
+__all__ = ["RunResult", "missing_guards", "run_code"]
 
 _CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """What a program did: how it ended, and the first `Limits.output_bytes` of what it wrote."""
 
-    ending: Ending
+    ending: ProcessExit
     stdout: str
     stderr: str
 
@@ -30,7 +30,7 @@ def run_code(
     *,
     limits: Limits = Limits(),  # noqa: B008  frozen
     allow_missing: Set[Guard] = frozenset(),
-) -> Outcome:
+) -> RunResult:
     """Run a Python program (its text) as a script in a sandbox of its own, standard library only.
 
     An exit code of 0 says that the program ended with 0, never that it is right
@@ -56,7 +56,7 @@ def run_code(
     stdout, stderr = (
         data[: limits.output_bytes].decode(errors="replace") for data in kept.values()
     )
-    return Outcome(replace(ending, stopped="output") if overflown else ending, stdout, stderr)
+    return RunResult(replace(ending, stopped="output") if overflown else ending, stdout, stderr)
 
 
 def _read(sandbox: Sandbox, kept: Mapping[int, bytearray], limit_bytes: int) -> bool:

@@ -1,0 +1,376 @@
+"""Remedies and the effect probe in a transfer: real (tiny) models, results written by hand.
+
+What was right is put into the store under the key of the bytes that a rung makes, so a test chooses
+which rung passes; everything else is really done.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from tests.lifecycle.test_life import write_update
+from tests.tiny import tiny_model, write_tiny_base
+from trans_peft.bases.publish import publish
+from trans_peft.data import pin
+from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.base import Upload
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Evaluation, GatePolicy, ItemResult, Suite, Verdict
+from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.outcome import Reason, TransferTask
+from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
+from trans_peft.domain.recovery import RecoveryPolicy, RecoveryStrategy
+from trans_peft.domain.spec import AdapterSpec
+from trans_peft.edges.file_store import FileStore
+from trans_peft.edges.memory import memory_platform
+from trans_peft.errors import AdapterError, InvalidSpecError, NotFoundError
+from trans_peft.lifecycle.apply_verdicts import apply_verdicts
+from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.reconcile import observe, plan
+from trans_peft.lifecycle.recovery.retraining import retrain
+from trans_peft.lifecycle.report import report
+from trans_peft.lifecycle.transfer import transfer
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.transfer.load_adapter import attached
+from trans_peft.transfer.scaling import rescaled
+
+ITEMS, FAMILY = 96, "tiny"
+POLICY = GatePolicy(margin_points=10.0, must_beat_bare=False)
+OPTIONS = {"r": 2, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"]}
+SPEC = AdapterSpec("LORA", OPTIONS)
+
+
+class World:
+    """v1, v2 and one adapter of v1 that got every question right there."""
+
+    def __init__(self, folder, *, recipe=True, spec=SPEC, chance=None, edit=lambda folder: None):
+        torch.set_num_threads(1)
+        self.folder = folder
+        self.platform = replace(memory_platform(folder / "work"), store=FileStore())
+        self.bases = []
+        for version, written in (
+            ("v1", write_tiny_base(folder / "v1")),
+            ("v2", write_update(folder / "v2")),
+        ):
+            uri = str(folder / "bases" / version)
+            publish(written, uri, family=FAMILY, version=version, store=FileStore())
+            self.bases.append(ingest(Upload(uri), self.platform))
+        rows = [{"id": f"{i}", "prompt": f"{i} is", "completion": " odd"} for i in range(ITEMS)]
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        data = pin(DataSource(str(folder / "rows.jsonl")), self.platform.store)
+        self.suite = Suite("parity", data, max_new_tokens=2, chance_points=chance)
+        torch.manual_seed(3)
+        self.peft = folder / "peft"
+        model = get_peft_model(tiny_model(), LoraConfig(**OPTIONS, init_lora_weights=False))
+        model.save_pretrained(self.peft)
+        edit(self.peft)
+        v1 = self.bases[0]
+        self.source = self.platform.registry.register(
+            AdapterVersion(
+                adapter="parity",
+                number=0,
+                family=FAMILY,
+                base_version="v1",
+                base_fingerprint_sha256=v1.fingerprint_sha256,
+                trained_on_version="v1",
+                trained_on_fingerprint_sha256=v1.fingerprint_sha256,
+                weights_sha256=adapter_weights_sha256(self.peft),
+                method="LORA",
+                suites=(self.suite,),
+                recipe=TrainingRecipe(
+                    adapter="parity",
+                    family=FAMILY,
+                    data=data,
+                    suites=(self.suite,),
+                    spec=spec,
+                    optimizer=OptimizerSettings(learning_rate=1e-2, steps=3, batch_size=4),
+                )
+                if recipe
+                else None,
+            ),
+            self.peft,
+        )
+        self.answered(self.source.weights_sha256, v1, right=ITEMS)
+
+    def answered(self, weights_sha256, base, right):
+        self.platform.evaluations.put(
+            Evaluation(
+                suite="parity",
+                weights_sha256=weights_sha256,
+                base_fingerprint_sha256=base.fingerprint_sha256,
+                suite_sha256=self.suite.suite_sha256,
+                decoding_sha256=self.suite.decoding_sha256,
+                items=tuple(ItemResult(f"{i}", i < right, "a") for i in range(ITEMS)),
+            )
+        )
+
+    def forget(self, weights_sha256, base):
+        key = self.suite.evaluation_key(weights_sha256, base.fingerprint_sha256)
+        self.platform.evaluations._evaluations.pop(key)
+
+    def transfer(self, **recovery):
+        policy = replace(POLICY, recovery=RecoveryPolicy(**recovery))
+        work = TransferTask("parity", self.source.number, "v2", Reason.NEVER_JUDGED)
+        return transfer(work, FAMILY, policy, self.platform)
+
+    def version(self, outcome):
+        versions = self.platform.registry.versions("parity")
+        return next(v for v in versions if v.number == outcome.new_number)
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def strategies(outcome):
+    return [(item.strategy, item.verdict) for item in outcome.tried]
+
+
+def test_without_remedies_there_is_no_ladder(world):
+    outcome = world.transfer()
+    assert (outcome.verdict, outcome.strategy) == (Verdict.NEEDS_RETUNING, RecoveryStrategy.DIRECT)
+    assert (outcome.tried, outcome.training) == ((), None)
+    assert "level 5 %" in outcome.judgement.reason
+
+
+def test_a_ladder_ends_at_the_first_that_passes_and_makes_one_version(world, tmp_path):
+    scaled = rescaled(world.peft, tmp_path / "scaled", 1.1)
+    world.answered(adapter_weights_sha256(scaled), world.bases[1], right=ITEMS)
+    outcome = world.transfer(scales=(0.25, 1.1), retune_steps=5, retrain=True)
+    assert strategies(outcome) == [("direct", "needs-retuning"), ("rescaled", "passed")]
+    assert (outcome.verdict, outcome.strategy, outcome.training) == ("passed", "rescaled", None)
+    assert "level 1.25 %" in outcome.judgement.reason  # one of four rungs
+    assert "scale x 1.1" in outcome.tried[1].note
+    assert 0 < sum(item.seconds for item in outcome.tried) <= outcome.seconds
+    assert outcome.weights_sha256 == world.source.weights_sha256  # what was carried over
+    first, second = world.platform.registry.versions("parity")
+    assert (second.made_by, second.transferred_from) == ("rescaled", first.number)
+    assert second.weights_sha256 == adapter_weights_sha256(scaled)
+    assert not second.is_trained  # the trained bytes are carried to the next base
+    again = world.transfer(scales=(0.25, 1.1), retune_steps=5, retrain=True)
+    assert (again.new_number, again.verdict_key) == (outcome.new_number, outcome.verdict_key)
+    assert len(world.platform.registry.versions("parity")) == 2
+
+
+def test_where_nothing_passes_direct_transfer_stands_and_training_is_left_to_do(world):
+    outcome = world.transfer(scales=(1.1,), retrain=True)
+    assert strategies(outcome) == [
+        ("direct", "needs-retuning"),
+        ("rescaled", "needs-retuning"),
+        ("trained anew", ""),
+    ]
+    assert (outcome.strategy, world.version(outcome).made_by) == ("direct", "direct")
+    assert world.version(outcome).weights_sha256 == world.source.weights_sha256
+    assert outcome.training == replace(world.source.recipe, base_version="v2")
+
+
+def test_a_short_retune_goes_on_from_the_old_weights(world):
+    outcome = world.transfer(retune_steps=2)
+    assert strategies(outcome) == [("direct", "needs-retuning"), ("re-tuned", "needs-retuning")]
+    (result,) = world.platform.work_dir.glob("training/retune-*/result.json")
+    weights = json.loads(result.read_text())["weights_sha256"]
+    old, new = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (world.peft, result.parent / "adapter")
+    )
+    for key in old:  # two steps at 1e-2 move a weight by 0.02 at most
+        assert 0 < (old[key] - new[key]).abs().max() < 0.03
+    world.forget(weights, world.bases[1])
+    world.answered(weights, world.bases[1], right=ITEMS)
+    outcome = world.transfer(retune_steps=2)
+    assert (outcome.verdict, outcome.strategy) == ("passed", "re-tuned")
+    assert world.version(outcome).made_by is RecoveryStrategy.RETUNED
+    assert world.version(outcome).trained_on_version == "v1"  # the reference stays where it was
+
+
+def test_a_factor_is_tried_only_if_it_suits_the_training_rows(world):
+    outcome = world.transfer(scales=(0.25,))
+    assert "no factor" in outcome.tried[1].reason
+
+
+def test_training_anew_is_judged_by_the_same_gate(world):
+    v1, v2 = world.bases
+    world.platform.registry.set_alias("parity", v1.alias, world.source.number)
+    policy = replace(POLICY, recovery=RecoveryPolicy(retrain=True))
+    direct = world.transfer(retrain=True)
+
+    def train():
+        return retrain(direct.training, policy, world.platform, on_event=lambda event: None)
+
+    failed = train()
+    assert strategies(failed) == [("direct", "needs-retuning"), ("trained anew", "needs-retuning")]
+    assert (failed.strategy, failed.new_number, failed.training) == (
+        "direct",
+        direct.new_number,
+        None,
+    )
+    assert failed.verdict_key == direct.verdict_key
+    assert len(world.platform.registry.versions("parity")) == 2
+
+    (result,) = world.platform.work_dir.glob("training/*/result.json")
+    weights = json.loads(result.read_text())["weights_sha256"]
+    world.forget(weights, v2)
+    world.answered(weights, v2, right=ITEMS)
+    passed = train()
+    assert (passed.verdict, passed.strategy) == ("passed", "trained anew")
+    version = world.version(passed)
+    assert (version.is_trained, version.made_by) == (True, "trained anew")
+
+    # Each base has what was trained on it, and neither is judged by the other.
+    fleet = observe(FAMILY, world.platform)
+    assert plan(fleet, policy).work == ()
+    apply_verdicts(fleet, policy, PromotionPolicy(), world.platform)
+    assert world.platform.registry.alias("parity", v1.alias) == world.source.number
+    assert world.platform.registry.alias("parity", v2.alias) == version.number
+    assert "trained here, anew after an update" in report(FAMILY, world.platform).markdown()
+
+
+def test_training_anew_knows_the_old_base_by_its_fingerprint(world, monkeypatch):
+    policy = replace(POLICY, recovery=RecoveryPolicy(retrain=True))
+    left = world.transfer(retrain=True).training
+    catalog, (v1, v2) = world.platform.catalog, world.bases
+
+    def train(*bases):
+        monkeypatch.setattr(catalog, "versions", lambda family: bases)
+        return retrain(left, policy, world.platform, on_event=lambda event: None)
+
+    with pytest.raises(NotFoundError, match="no longer in the catalog"):
+        train(v2, replace(v1, fingerprint_sha256="f" * 64))  # the label is another base's now
+    assert not [*world.platform.work_dir.glob("training/*")]
+    assert strategies(train(v2, replace(v1, version="first")))[-1] == (
+        "trained anew",
+        "needs-retuning",
+    )
+
+
+def test_the_report_shows_the_ladder_with_its_cost_and_the_level_of_chance(tmp_path):
+    world = World(tmp_path, chance=50.0)
+    world.transfer(scales=(0.25,))
+    page = report(FAMILY, world.platform).markdown()
+    assert "parity 100.0 (chance 50.0)" in page
+    assert "Made by direct; tried direct: needs-retuning, " in page
+    assert "rescaled: not tried, " in page
+
+
+def test_an_adapter_tuned_on_the_new_base_is_a_second_reference(world):
+    fresh = get_peft_model(tiny_model(), LoraConfig(**OPTIONS, init_lora_weights=False))
+    fresh.save_pretrained(world.folder / "fresh")
+    v2, weights = world.bases[1], adapter_weights_sha256(world.folder / "fresh")
+    world.platform.registry.register(
+        replace(
+            world.source,
+            base_version="v2",
+            base_fingerprint_sha256=v2.fingerprint_sha256,
+            trained_on_version="v2",
+            trained_on_fingerprint_sha256=v2.fingerprint_sha256,
+            weights_sha256=weights,
+        ),
+        world.folder / "fresh",
+    )
+    later = replace(world.source, weights_sha256="later")  # trained on v1 once more
+    world.answered("later", world.bases[0], right=ITEMS)
+    world.answered("later", v2, right=ITEMS)
+    world.answered(weights, v2, right=90)
+    world.platform.registry.register(later, world.peft)
+    outcome = world.transfer()
+    assert outcome.judgement.suites[0].fresh == pytest.approx(100 * 90 / ITEMS)
+    assert outcome.verdict is Verdict.PASSED
+
+
+def test_what_nobody_knows_how_to_train_is_not_remedied(tmp_path):
+    outcome = World(tmp_path, recipe=False).transfer(scales=(0.5,), retune_steps=2, retrain=True)
+    assert [item.verdict for item in outcome.tried] == ["needs-retuning", "", "", ""]
+    assert all("not known" in item.reason for item in outcome.tried[1:])
+    assert (outcome.strategy, outcome.training) == ("direct", None)
+
+
+def test_rows_that_are_gone_are_told(world):
+    (world.folder / "rows.jsonl").rename(world.folder / "kept.jsonl")
+    world.answered(world.source.weights_sha256, world.bases[1], right=0)
+    world.answered("bare", world.bases[1], right=0)
+    outcome = world.transfer(scales=(0.5,))
+    assert "not to be had" in outcome.tried[1].reason
+
+
+def test_a_training_that_fails_leaves_the_verdict_as_it_is(tmp_path):
+    world = World(tmp_path, spec=AdapterSpec("LORA", OPTIONS | {"r": 4}))  # not what it is
+    outcome = world.transfer(retune_steps=2)
+    assert (outcome.verdict, outcome.strategy) == ("needs-retuning", "direct")
+    assert "training failed" in outcome.tried[1].reason
+
+
+def test_a_remedy_that_is_none_is_refused():
+    for wrong in ({"scales": (1.0,)}, {"scales": (0.5, 0.5)}, {"scales": (-1,)}):
+        with pytest.raises(InvalidSpecError):
+            RecoveryPolicy(**wrong)
+    with pytest.raises(InvalidSpecError, match="retune_steps"):
+        RecoveryPolicy(retune_steps=-1)
+
+
+def test_a_policy_without_remedies_has_the_hash_that_it_always_had():
+    known = {"margin_points": 5.0, "alpha": 0.05, "required_suites": [], "must_beat_bare": True}
+    assert GatePolicy().sha256 == content_sha256(known)
+    assert GatePolicy(recovery=RecoveryPolicy(scales=(0.5,))).sha256 != content_sha256(known)
+
+
+def test_a_rescaled_adapter_does_so_much_more(world, tmp_path):
+    ids = torch.tensor([[65, 66, 67]])
+
+    def change(folder):
+        base = tiny_model().eval()
+        with torch.no_grad():
+            bare = base.model.layers[0].self_attn.v_proj(torch.ones(1, 32))
+            with attached(base, folder) as model:
+                layer = model.get_base_model().model.layers[0].self_attn.v_proj
+                model(ids)
+                return layer(torch.ones(1, 32)) - bare
+
+    twice = change(rescaled(world.peft, tmp_path / "twice", 2.0))
+    assert torch.allclose(twice, 2 * change(world.peft), atol=1e-5)
+
+
+# The effect probe comes before any question is asked on the new base.
+
+
+def silence(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0}))
+
+
+def rename(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({k.replace("q_proj", "qq_proj"): v for k, v in load_file(path).items()}, path)
+
+
+def thin_out(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "layers.1." not in k}, path)
+
+
+def zero(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({k: torch.zeros_like(v) for k, v in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("edit", [silence, zero])
+def test_an_adapter_without_effect_is_caught_before_any_question(edit, tmp_path):
+    world = World(tmp_path, edit=edit)
+    outcome = world.transfer(scales=(2.0,), retune_steps=2)
+    assert outcome.verdict is Verdict.INCOMPATIBLE
+    assert "no logit" in outcome.judgement.reason
+    assert (outcome.tried, outcome.evaluations) == ((), ())
+    assert len(world.platform.evaluations._evaluations) == 1  # that on v1, written by hand
+
+
+@pytest.mark.parametrize("edit", [thin_out, rename])
+def test_modules_that_would_be_skipped_are_an_error_before_any_question(edit, tmp_path):
+    world = World(tmp_path, edit=edit)
+    with pytest.raises(AdapterError, match="have no key in the file"):
+        world.transfer()
+    assert len(world.platform.evaluations._evaluations) == 1

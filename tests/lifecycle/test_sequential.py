@@ -1,0 +1,142 @@
+"""A transfer that stops asking, with a real (tiny) model and ports in memory."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from tests.lifecycle.test_life import write_update
+from tests.tiny import tiny_model, write_tiny_base
+from trans_peft.bases.publish import publish
+from trans_peft.domain.base import Upload
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import BARE, GatePolicy, Suite, Verdict
+from trans_peft.domain.outcome import Reason, TransferTask
+from trans_peft.edges.file_store import FileStore
+from trans_peft.edges.memory import memory_platform
+from trans_peft.lifecycle.adopt import adopt
+from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.transfer import transfer
+from trans_peft.validation import evaluate
+
+ITEMS, FAMILY = 96, "tiny"
+EARLY = GatePolicy(margin_points=20.0, must_beat_bare=False, sequential=True)
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """v1, v2 and an adapter that answers every question wrongly on both: nothing is lost."""
+    platform = replace(memory_platform(tmp_path / "work"), store=FileStore())
+    for version, folder in (
+        ("v1", write_tiny_base(tmp_path / "v1")),
+        ("v2", write_update(tmp_path / "v2")),
+    ):
+        uri = str(tmp_path / "bases" / version)
+        publish(folder, uri, family=FAMILY, version=version, store=FileStore())
+        ingest(Upload(uri), platform)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "peft")
+    rows = [{"id": f"{i}", "prompt": f"{i} is", "completion": " odd"} for i in range(ITEMS)]
+    (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    suite = Suite("parity", DataSource(str(tmp_path / "eval.jsonl")), max_new_tokens=2)
+    adopted = adopt("parity", str(tmp_path / "peft"), FAMILY, (suite,), platform, base_version="v1")
+    return platform, adopted
+
+
+def judged(platform, policy):
+    """The outcome on v2, and how many items were answered on it, by whom."""
+    answered = {}
+    outcome = transfer(
+        TransferTask("parity", 1, "v2", Reason.NEVER_JUDGED),
+        FAMILY,
+        policy,
+        platform,
+        on_progress=lambda told: answered.update({told.what: (told.done, told.total)}),
+    )
+    return outcome, {what: done for what, done in answered.items() if what.endswith("v2")}
+
+
+def test_a_part_of_a_suite_is_enough_and_never_taken_for_all_of_it(fleet):
+    platform, adapter = fleet
+    outcome, answered = judged(platform, EARLY)
+    assert answered == {"parity: parity on v2": (32, ITEMS)}
+    assert outcome.verdict is Verdict.PASSED
+    (figures,) = outcome.judgement.suites
+    assert (figures.items, figures.prefix.of) == (32, ITEMS)
+    assert "32 of 96 items" in outcome.judgement.reason
+    reference, part = outcome.evaluations
+    assert (len(reference.items), reference.prefix) == (ITEMS, None)
+    assert (len(part.items), part.prefix) == (32, figures.prefix)
+    assert platform.evaluations.get(part.key) == part
+    whole = adapter.suites[0].evaluation_key(
+        adapter.weights_sha256, outcome.base_fingerprint_sha256
+    )
+    assert platform.evaluations.get(whole) is None
+
+    again, answered = judged(platform, EARLY)
+    assert (again.judgement, answered) == (outcome.judgement, {})
+    stricter, answered = judged(platform, replace(EARLY, margin_points=5.0))
+    assert answered == {"parity: parity on v2": (96, ITEMS)}  # it went on after the first 32
+    assert stricter.verdict is Verdict.PASSED
+
+    fixed, answered = judged(platform, replace(EARLY, sequential=False))
+    assert fixed.judgement.suites[0].items == ITEMS
+    assert "sequential" not in fixed.judgement.reason
+    assert answered["bare base: parity on v2"] == (ITEMS, ITEMS)
+    from_whole, answered = judged(platform, EARLY)
+    assert (from_whole.judgement, answered) == (outcome.judgement, {})
+
+
+def test_both_sides_are_asked_in_one_order_where_bare_counts(fleet):
+    platform, _ = fleet
+    outcome, answered = judged(platform, replace(EARLY, must_beat_bare=True))
+    assert outcome.verdict is Verdict.RETIRE
+    assert answered["bare base: parity on v2"] == answered["parity: parity on v2"]
+    _, candidate, bare = outcome.evaluations
+    assert bare.weights_sha256 == BARE
+    assert [item.id for item in candidate.items] == [item.id for item in bare.items]
+
+
+def test_a_suite_that_is_not_required_is_answered_whole(fleet, tmp_path):
+    platform, adapter = fleet
+    second = replace(adapter.suites[0], name="also")
+    adopted = adopt(
+        "both",
+        str(tmp_path / "peft"),
+        FAMILY,
+        (adapter.suites[0], second),
+        platform,
+        base_version="v1",
+    )
+    outcome = transfer(
+        TransferTask("both", adopted.number, "v2", Reason.NEVER_JUDGED),
+        FAMILY,
+        replace(EARLY, required_suites=("parity",)),
+        platform,
+    )
+    found = {suite.suite: suite.items for suite in outcome.judgement.suites}
+    assert found == {"parity": 32, "also": ITEMS}
+
+
+def test_parts_use_what_was_said_on_the_old_base_and_add_their_near_ties_up(
+    fleet, tmp_path, monkeypatch
+):
+    platform, adapter = fleet
+    suite = replace(adapter.suites[0], name="kept", keep_answers=True)
+    peft = str(tmp_path / "peft")
+    adopted = adopt("kept", peft, FAMILY, (suite,), platform, base_version="v1")
+    on_v1 = suite.evaluation_key(adopted.weights_sha256, adopted.base_fingerprint_sha256)
+    expected = platform.evaluations.get(on_v1).kept_answers
+    drafts, answer = [], evaluate.answer
+
+    def undecided(model, questions, **options):
+        drafts.append(options["drafts"])
+        return replace(answer(model, questions, **options), near_ties=2)
+
+    monkeypatch.setattr(evaluate, "answer", undecided)
+    policy = replace(EARLY, margin_points=5.0)
+    work = TransferTask("kept", adopted.number, "v2", Reason.NEVER_JUDGED)
+    outcome = transfer(work, FAMILY, policy, platform)
+    assert drafts == [expected] * 3 and len(expected) == ITEMS
+    assert outcome.evaluations[1].near_ties == 6

@@ -1,0 +1,288 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.validation.test_gate import (
+    A_KEPT,
+    A_LOST,
+    GOOD,
+    ONE_SUITE,
+    POLICY,
+    POOR,
+    TWO_SUITES,
+    bits,
+    changed,
+    merged,
+    three,
+)
+from trans_peft.domain.evaluation import GatePolicy, ItemResult, Prefix, Verdict
+from trans_peft.errors import InvalidSpecError
+from trans_peft.validation.gate.judge import judge
+from trans_peft.validation.statistics.intervals import items_to_decide
+from trans_peft.validation.statistics.sequential import (
+    Arm,
+    SequentialGate,
+    batch_ends,
+    order,
+    order_seed,
+)
+
+EARLY = replace(POLICY, sequential=True)
+
+
+def drive(policy, reference, candidate, bare):
+    """Ask as a caller would. Returns the gate, and what was answered: parts of the suites."""
+    (base,) = {evaluation.base_fingerprint_sha256 for evaluation in candidate.values()}
+    gate = SequentialGate(policy, reference, base)
+    answers = {Arm.CANDIDATE: candidate, Arm.BARE: bare}
+    asked = {Arm.CANDIDATE: {}, Arm.BARE: {}}
+    while (request := gate.next_request()) is not None:
+        whole = answers[request.arm][request.suite]
+        known = {item.id: item for item in whole.items}
+        items = [known[id_] for id_ in request.ids]
+        gate.observe(request.suite, request.arm, items)
+        asked[request.arm].setdefault(request.suite, []).extend(items)
+    return gate, *(
+        {
+            name: replace(
+                answers[arm][name],
+                items=tuple(items),
+                prefix=Prefix(n, gate.suites[name].seed)
+                if len(items) < (n := len(reference[name].items))
+                else None,
+            )
+            for name, items in asked[arm].items()
+        }
+        for arm in Arm
+    )
+
+
+CLEAR = [
+    "kept, and far better than bare",
+    "gained",
+    "lost twenty points",
+    "collapsed, so that bare is as good",
+    "kept, but bare is as good",
+    "open, and bare is as good",
+    "too few items for the margin",
+]
+
+
+@pytest.mark.parametrize("case", CLEAR)
+def test_where_all_items_are_clear_so_are_the_first(case):
+    *arms, verdict = ONE_SUITE[case]
+    arms = three(*arms)
+    gate, candidate, bare = drive(EARLY, *arms)
+    assert gate.verdict == verdict
+    judgement = judge(EARLY, arms[0], candidate, bare)
+    assert judgement.verdict == verdict
+    assert judgement == judge(EARLY, *arms)  # stored whole or in part: the same
+    (figures,) = judgement.suites
+    assert figures.items == len(candidate["imports"].items)
+    assert figures.prefix == Prefix(len(arms[0]["imports"].items), gate.suites["imports"].seed)
+    assert f"{figures.items} of {figures.prefix.of} items" in judgement.reason
+    assert "sequential, one-sided level 5 %" in judgement.reason
+
+
+def test_clear_cases_take_a_part_of_the_items():
+    asked = {}
+    for case in ("gained", "lost twenty points", "collapsed, so that bare is as good"):
+        *arms, _ = ONE_SUITE[case]
+        _, candidate, _ = drive(EARLY, *three(*arms))
+        asked[case] = len(candidate["imports"].items)
+    assert asked == {
+        "gained": 32,
+        "lost twenty points": 96,
+        "collapsed, so that bare is as good": 32,
+    }
+
+
+@pytest.mark.parametrize(("first", "second", "verdict"), TWO_SUITES)
+def test_every_required_suite_must_pass(first, second, verdict):
+    arms = merged(three(*first, suite="a"), three(*second, suite="b"))
+    gate, candidate, bare = drive(EARLY, *arms)
+    assert gate.verdict == verdict
+    assert judge(EARLY, arms[0], candidate, bare).verdict == verdict
+
+
+def test_a_loss_on_the_first_suite_leaves_the_second_unasked():
+    arms = merged(three(*A_LOST, suite="a"), three(*A_KEPT, suite="b"))
+    _, candidate, bare = drive(EARLY, *arms)
+    assert set(candidate) == {"a"}
+    judgement = judge(EARLY, arms[0], candidate, bare)
+    assert (judgement.verdict, len(judgement.suites)) == (Verdict.NEEDS_RETUNING, 1)
+
+
+def test_the_bare_base_is_asked_only_where_that_matters():
+    arms = three(*A_KEPT)
+    _, candidate, bare = drive(EARLY, *arms)
+    assert 0 < len(bare["imports"].items) < len(candidate["imports"].items)
+    gate, candidate, bare = drive(replace(EARLY, must_beat_bare=False), *arms)
+    assert (gate.verdict, bare) == (Verdict.PASSED, {})
+    judgement = judge(replace(EARLY, must_beat_bare=False), arms[0], candidate, {})
+    assert judgement.verdict is Verdict.PASSED
+
+
+def test_asking_stops_where_no_verdict_has_a_chance():
+    """Lost just the margin: no more a pass, not yet a loss; and far better than bare."""
+    candidate = [0] * 125 + [1] * 575 + [1] * 75 + [0] * 225
+    arms = three([1] * 700 + [0] * 300, candidate, [0] * 1000)
+    gate, candidate, bare = drive(EARLY, *arms)
+    assert gate.verdict is Verdict.INCONCLUSIVE
+    assert len(candidate["imports"].items) < 900
+    judgement = judge(EARLY, arms[0], candidate, bare)
+    assert "asking was stopped" in judgement.reason
+    assert judgement.suites[0].more_items > 0
+
+
+def test_nothing_is_asked_where_no_verdict_ever_had_a_chance():
+    policy = replace(EARLY, margin_points=1.0, alpha=0.001)
+    gate, candidate, bare = drive(policy, *three([1] * 3, [1] * 3, [0] * 3))
+    assert (gate.verdict, candidate, bare) == (Verdict.INCONCLUSIVE, {}, {})
+    judgement = judge(policy, three([1] * 3, [1] * 3, [0] * 3)[0], {}, {})
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert "nothing was asked" in judgement.reason
+    wanted = items_to_decide(200, 15, 15, -0.01, 0.001)
+    assert wanted > 10_000
+    assert f"about {wanted:,} would" in judgement.reason
+
+
+def test_a_suite_that_is_not_required_is_asked_whole_and_decides_nothing():
+    policy = replace(EARLY, required_suites=("a",))
+    reference, candidate, bare = merged(three(*A_KEPT, suite="a"), three(*A_LOST, suite="b"))
+    gate = SequentialGate(policy, reference, "new")
+    assert set(gate.suites) == {"a"}
+    judgement = judge(policy, reference, candidate, bare)
+    assert judgement.verdict is Verdict.PASSED
+    assert [s.prefix is None for s in judgement.suites] == [False, True]
+    assert "not required, but b:" in judgement.reason
+
+
+ROWS = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=60)
+POLICIES = st.builds(
+    GatePolicy,
+    margin_points=st.sampled_from([5.0, 15.0, 40.0]),
+    alpha=st.sampled_from([0.05, 0.2]),
+    must_beat_bare=st.booleans(),
+    sequential=st.just(True),
+)
+
+
+@given(ROWS, ROWS, POLICIES)
+@settings(deadline=None, max_examples=10)
+def test_every_verdict_follows_from_what_was_shown(first, second, policy):
+    arms = merged(
+        three(*zip(*first, strict=True), suite="a"), three(*zip(*second, strict=True), suite="b")
+    )
+    gate, candidate, bare = drive(policy, *arms)
+    tests = gate.suites.values()
+    passed = all(
+        t.non_inferior.is_significant and (t.superior.is_significant or not policy.must_beat_bare)
+        for t in tests
+    )
+    inferior, baseline_non_inferior = (
+        any(t.inferior.is_significant for t in tests),
+        all(t.baseline_non_inferior.is_significant for t in tests),
+    )
+    expected = (
+        "passed" if passed
+        else "needs-retuning" if inferior
+        else "retire" if baseline_non_inferior
+        else "inconclusive"
+    )  # fmt: skip
+    assert gate.verdict == expected
+    judgement = judge(policy, arms[0], candidate, bare)
+    assert judgement.verdict == expected
+    for s in judgement.suites:
+        test = gate.suites[s.suite]
+        assert (s.lower >= -policy.margin_points) == bool(test.non_inferior.is_significant)
+        assert len(test.changes) == s.items == len(candidate[s.suite].items)
+
+
+# The order and its keys.
+
+
+@given(st.sets(st.text(min_size=1), max_size=50), st.text())
+def test_an_order_asks_every_item_once_whatever_the_rows_order(ids, seed):
+    found = order(ids, seed)
+    assert sorted(found) == sorted(ids)
+    assert found == order(sorted(ids, reverse=True), seed)
+
+
+def test_each_item_is_as_likely_as_any_to_come_early():
+    ids = [f"item-{i}" for i in range(20)]
+    counts = dict.fromkeys(ids, 0)
+    for seed in range(2000):
+        for id_ in order(ids, str(seed))[:5]:
+            counts[id_] += 1
+    assert all(400 < count < 600 for count in counts.values())  # 500 expected, error 19
+
+
+def test_another_base_is_asked_in_another_order():
+    assert order_seed("suite", "base") == order_seed("suite", "base")
+    assert len({order_seed(s, b) for s in ("x", "y") for b in ("x", "y")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("items", "ends"), [(1, [32]), (32, [32]), (33, [32, 64]), (1319, range(83, 1329, 83))]
+)
+def test_one_looks_at_most_16_times_after_at_least_32_items(items, ends):
+    assert list(batch_ends(items)) == list(ends)
+    assert len(batch_ends(items)) <= 16 and batch_ends(items)[-1] >= items
+
+
+def part(evaluation, asked, seed="seed"):
+    return replace(
+        evaluation, items=evaluation.items[:asked], prefix=Prefix(len(evaluation.items), seed)
+    )
+
+
+def test_a_part_is_never_taken_for_the_whole():
+    reference, candidate, bare = three(*A_KEPT)
+    whole = candidate["imports"]
+    keys = {whole.key, part(whole, 32).key, part(whole, 64).key, part(whole, 32, "other").key}
+    assert len(keys) == 4
+    with pytest.raises(InvalidSpecError, match="are not a part"):
+        part(whole, 300)
+    with pytest.raises(InvalidSpecError, match="268 items are not answered on all sides"):
+        judge(POLICY, reference, {"imports": part(whole, 32)}, bare)
+
+
+def test_the_switch_alone_makes_another_policy():
+    """The hashes of policies that verdicts are stored under, from before there was a switch."""
+    assert GatePolicy().sha256 == (
+        "4c4a73e348cccc60615f829a4310c6481d5cf10c0b997f673bf975c3f611eeb6"
+    )
+    assert GatePolicy(3.0, 0.01, ("a", "b"), False).sha256 == (
+        "225c32f25f5652a35dec3910f293940c5a146c8e85efaf3523aae5f13cf83795"
+    )
+    assert GatePolicy(sequential=True).sha256 != GatePolicy().sha256
+
+
+# What is refused.
+
+
+def test_answers_that_end_too_early_are_refused():
+    reference, candidate, bare = three(*A_KEPT)
+    short = changed(candidate, items=candidate["imports"].items[:40])
+    with pytest.raises(InvalidSpecError, match="candidate has too few answers for a verdict"):
+        judge(EARLY, reference, short, bare)
+    with pytest.raises(InvalidSpecError, match="bare has too few answers for a verdict"):
+        judge(EARLY, reference, candidate, changed(bare, items=bare["imports"].items[:1]))
+
+
+def test_items_that_the_old_base_was_not_asked_are_refused():
+    reference, candidate, bare = three(*A_KEPT)
+    short = changed(reference, items=reference["imports"].items[:299])
+    with pytest.raises(InvalidSpecError, match="1 items are not answered on the old base"):
+        judge(EARLY, short, candidate, bare)
+
+
+def test_answers_out_of_turn_are_refused():
+    gate = SequentialGate(EARLY, three(GOOD, bits(255, 45), POOR)[0], "new")
+    request = gate.next_request()
+    later = gate.suites["imports"].order[-len(request.ids) :]
+    with pytest.raises(InvalidSpecError, match="whose turn it is"):
+        gate.observe("imports", Arm.CANDIDATE, [ItemResult(id_, True) for id_ in later])

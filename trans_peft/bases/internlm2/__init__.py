@@ -1,0 +1,1 @@
+"""Convert InternLM2 checkpoints to the Llama layout without running the code that they contain."""

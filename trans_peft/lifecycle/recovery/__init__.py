@@ -1,0 +1,1 @@
+"""Recovery strategies for adapters that direct transfer does not carry over."""

@@ -1,0 +1,121 @@
+"""The last rung: train by the adapter's own recipe on the new base, and let the same gate decide.
+
+In a run of its own, because it takes as long as any training. Unlike `train`, what does not pass is
+not registered: the version of direct transfer stays the one on that base, and its verdict stands.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from trans_peft.data import read_examples
+from trans_peft.domain.adapter import AdapterVersion, source_version
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Verdict
+from trans_peft.domain.outcome import TransferOutcome, outcome_of
+from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
+from trans_peft.errors import NotFoundError
+from trans_peft.lifecycle.evaluations import ProgressCallback, evaluate_on
+from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator
+from trans_peft.lifecycle.recovery.strategies import Candidate
+from trans_peft.lifecycle.resolve import base_trained_on, find_base
+from trans_peft.lifecycle.train import job_on, resolve_recipe, trained_version
+from trans_peft.ports import Platform
+from trans_peft.training.events import Event
+from trans_peft.training.launch import fit
+
+__all__ = ["retrain"]
+
+
+def retrain(
+    recipe: TrainingRecipe,
+    policy: GatePolicy,
+    platform: Platform,
+    *,
+    on_event: Callable[[Event], None],
+    on_progress: ProgressCallback | None = None,
+) -> TransferOutcome:
+    """Train on the recipe's base, judge against the adapter on its old base, record the outcome.
+
+    `recipe` is the `training` of an outcome that a transfer left. NotFoundError where there is none
+    on that base, or the base that the adapter was trained on is gone, before anything is trained;
+    otherwise what training raises, and then nothing is recorded.
+    """
+    started = time.monotonic()
+    base = find_base(recipe.family, recipe.base_version, platform)
+    source = source_version(platform.registry.versions(recipe.adapter))
+    earlier = outcome_of(
+        source.weights_sha256, base.fingerprint_sha256, platform.registry.outcomes(source.adapter)
+    )
+    if earlier is None:
+        raise NotFoundError(
+            f"{source.adapter} was never judged on {base}: there is nothing to remedy",
+            do="transfer it first, or train it with `train`",
+        )
+    trained_on = base_trained_on(source, platform)
+    resolved, _ = resolve_recipe(recipe, platform)
+    job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
+    result = fit(job, on_event=on_event)
+    reference = evaluate_on(
+        trained_on,
+        source.suites,
+        platform,
+        adapter=lambda: platform.registry.download(source, job.work_dir / "source"),
+        weights_sha256=source.weights_sha256,
+        labels={"adapter": source.adapter},
+        on_progress=on_progress,
+    )
+    bench = CandidateEvaluator(source, base, policy.per_strategy, reference, platform, on_progress)
+    made = Candidate(RecoveryStrategy.RETRAINED, lambda: result.folder, result.weights_sha256)
+    judgement, evaluations = bench.judge(made)
+    tried = StrategyAttempt(
+        RecoveryStrategy.RETRAINED,
+        judgement.verdict.value,
+        judgement.reason,
+        time.monotonic() - started,
+        f"{result.steps} steps, {result.seconds:.0f} s of training",
+    )
+    outcome = replace(
+        earlier,
+        tried=(*(t for t in earlier.tried if t.strategy is not RecoveryStrategy.RETRAINED), tried),
+        training=None,
+        policy_sha256=policy.sha256,
+        evaluations=_stored(source, base, platform),
+        seconds=earlier.seconds + tried.seconds,
+    )
+    if judgement.verdict is Verdict.PASSED:
+        version = platform.registry.register(
+            replace(
+                trained_version(base, resolved, result),
+                suites=source.suites,
+                made_by=RecoveryStrategy.RETRAINED,
+            ),
+            result.folder,
+        )
+        outcome = replace(
+            outcome,
+            judgement=judgement,
+            evaluations=(*reference.values(), *evaluations),
+            new_number=version.number,
+            strategy=RecoveryStrategy.RETRAINED,
+        )
+    platform.registry.record(outcome)
+    return outcome
+
+
+def _stored(
+    source: AdapterVersion, base: BaseVersion, platform: Platform
+) -> tuple[Evaluation, ...]:
+    """Return the whole evaluations that the verdict of direct transfer rests on."""
+    sides = (
+        (source.weights_sha256, source.base_fingerprint_sha256),
+        (source.weights_sha256, base.fingerprint_sha256),
+        (BARE, base.fingerprint_sha256),
+    )
+    found = (
+        platform.evaluations.get(suite.evaluation_key(*side))
+        for side in sides
+        for suite in source.suites
+    )
+    return tuple(evaluation for evaluation in found if evaluation is not None)

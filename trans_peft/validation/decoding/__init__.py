@@ -1,0 +1,1 @@
+"""Greedy decoding and likelihoods for many adapters on one base."""

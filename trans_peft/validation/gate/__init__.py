@@ -1,0 +1,1 @@
+"""The gate: statistical tests on paired results, and the verdict that follows from them."""

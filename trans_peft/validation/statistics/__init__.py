@@ -1,0 +1,1 @@
+"""Statistics of paired results: score intervals, sequential tests, power."""
