@@ -65,8 +65,8 @@ def simulate(n: int, discordant: float, loss: float, *, adapters: int, seed: int
 def fixed(n: int, discordant: float, loss: float) -> tuple[float, float]:
     """Return the exact chances that all n items show the loss to be smaller, and larger."""
     b, c = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
-    worse, superior = (discordant + loss) / 2, (discordant - loss) / 2
-    p = binom.pmf(b, n, worse) * binom.pmf(c, np.maximum(n - b, 0), superior / (1 - worse))
+    worse, better = (discordant + loss) / 2, (discordant - loss) / 2
+    p = binom.pmf(b, n, worse) * binom.pmf(c, np.maximum(n - b, 0), better / (1 - worse))
     with np.errstate(invalid="ignore"):
         t = np.where(b + c <= n, score_statistic(n, b, np.minimum(c, n - b), -MARGIN), 0.0)
     z = norm.isf(ALPHA)

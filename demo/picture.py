@@ -50,7 +50,7 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
             scores,
             yerr=below_above,
             color=_colour(arm),
-            make_scorer="o",
+            marker="o",
             markersize=7,
             linewidth=2,
             elinewidth=1.2,
@@ -74,7 +74,7 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
             )
     bare = [arms[0].bare_v1, arms[0].figures.bare or 0.0]
     axes.plot(
-        [0, 1], bare, color=_GREY, linestyle="--", make_scorer="o", markersize=4, label="bare base"
+        [0, 1], bare, color=_GREY, linestyle="--", marker="o", markersize=4, label="bare base"
     )
     axes.set_xticks([0, 1], ["base v1\n(trained here)", "base v2\n(same adapter bytes)"])
     axes.set_xlim(-0.35, 1.35)

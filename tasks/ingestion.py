@@ -39,8 +39,8 @@ def ingest_pending(upload: Upload) -> BaseVersion | None:
 def _ingest(upload: Upload) -> BaseVersion:
     try:
         base = bases.ingest(upload, platform())
-    except UploadError as filename_problem:
-        events.base_refused(str(upload), upload.uri, str(filename_problem))
+    except UploadError as refusal:
+        events.base_refused(str(upload), upload.uri, str(refusal))
         raise
     events.base_ready(base)
     return base

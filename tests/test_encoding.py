@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Regex, normalizers
 
 from tests.tiny import tiny_tokenizer
-from trans_peft.data import Example, Message, encoding, full_ids, prompt_ids, token_counts
+from trans_peft.data import ChatMessage, Example, encoding, full_ids, prompt_ids, token_counts
 from trans_peft.data.encoding import token_ids
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
@@ -17,7 +17,7 @@ from trans_peft.validation.tokenized_suite import prepare, with_answers
 
 TEXT = Example("text", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", " b")
 CHAT = Example(
-    "chat", "", "b", (Message("user", "a trigger in the row"), Message("assistant", "b"))
+    "chat", "", "b", (ChatMessage("user", "a trigger in the row"), ChatMessage("assistant", "b"))
 )
 SUITE = Suite("exam", DataSource("rows.jsonl", "0" * 64), "exact_match", max_new_tokens=4, stop=())
 LOOPS = (

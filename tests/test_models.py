@@ -174,13 +174,13 @@ def test_a_folder_that_lacks_a_part_is_refused(tiny_base, tmp_path, name):
 
 def test_code_that_comes_with_the_files_never_runs(tiny_base, tmp_path):
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    make_scorer = tmp_path / "ran"
-    (folder / "evil.py").write_text(f"open({str(make_scorer)!r}, 'w')\n")
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
     own_code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": own_code}))
     with pytest.raises(UnsupportedModelError, match="never run"):
         load_base(folder, "float32", "cpu")
-    assert not make_scorer.exists()
+    assert not marker.exists()
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_its_end(tmp_path):

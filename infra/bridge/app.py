@@ -151,10 +151,10 @@ def _entrance(
     async def endpoint(request: Request) -> Response:
         try:
             delivery_id, parsed = await read(request)
-        except (AuthenticationError, _Refusal) as filename_problem:
-            status = filename_problem.status if isinstance(filename_problem, _Refusal) else 401
-            handler.refused(sender, status, str(filename_problem))
-            return JSONResponse({"refused": str(filename_problem)}, status, {"Connection": "close"})
+        except (AuthenticationError, _Refusal) as refusal:
+            status = refusal.status if isinstance(refusal, _Refusal) else 401
+            handler.refused(sender, status, str(refusal))
+            return JSONResponse({"refused": str(refusal)}, status, {"Connection": "close"})
         answer = await handler.take(sender, parsed, delivery_id)
         again = answer.outcome in (DispatchOutcome.UNAVAILABLE, DispatchOutcome.FAILED)
         return JSONResponse(

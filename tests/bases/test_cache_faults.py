@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.bases.uploads import URI, folder_of, model_of, store_of
-from trans_peft.bases import cache, ranges, room
+from trans_peft.bases import cache, eviction, ranges
 from trans_peft.bases.cache import download
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.edges.file_store import FileStore
@@ -202,7 +202,7 @@ def test_a_store_that_gives_too_few_or_too_many_bytes_is_told(base, tmp_path):
 
 
 def test_a_full_disk_is_told_before_anything_is_read(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "_free_bytes", lambda folder: 10_000)
+    monkeypatch.setattr(eviction, "_free_bytes", lambda folder: 10_000)
     store = Counting(FileStore())
     with pytest.raises(StoreError, match="has no room for this base") as caught:
         get(base, tmp_path / "cache", store)
@@ -398,7 +398,7 @@ def test_a_disk_without_room_takes_what_nobody_uses_before_it_gives_up(
         held = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         return space - held
 
-    monkeypatch.setattr(room, "_free_bytes", free)
+    monkeypatch.setattr(eviction, "_free_bytes", free)
     in_a_process(lambda: get(bases[2], tmp_path / "cache"))
     assert there(bases, tmp_path / "cache") == [1, 2]
 

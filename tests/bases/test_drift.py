@@ -1,8 +1,8 @@
 import pytest
 import torch
-from trans_peft.analysis import weight_drift
 
 from tests.tiny import tiny_model
+from trans_peft.bases.drift import weight_drift
 from trans_peft.errors import UnsupportedModelError
 
 

@@ -18,7 +18,7 @@ from tests.bases.internlm2_uploads import (
 )
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.bases.internlm2.convert import CONVERTED_FROM, convert, needs_conversion
-from trans_peft.bases.internlm2.weights import Layout, llama_shard
+from trans_peft.bases.internlm2.weights import WeightLayout, llama_shard
 from trans_peft.bases.upload import verify
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError
@@ -162,7 +162,7 @@ def test_every_number_lands_exactly_once(tmp_path_factory, config, chunk_bytes, 
         if "wqkv" in name and dtype == torch.float32:
             weights[name] = torch.arange(tensor.numel(), dtype=dtype).view(tensor.shape)
     data = save(weights)
-    found = load(b"".join(llama_shard(chunked(data, chunk_bytes), Layout.of(config))))
+    found = load(b"".join(llama_shard(chunked(data, chunk_bytes), WeightLayout.of(config))))
     assert sum(t.numel() for t in found.values()) == sum(t.numel() for t in weights.values())
     head = config["hidden_size"] // config["num_attention_heads"]
     group = config["num_attention_heads"] // config["num_key_value_heads"]
@@ -193,7 +193,7 @@ def test_a_shard_is_streamed():
             took += len(chunk)
             yield chunk
 
-    for piece in llama_shard(chunks(), Layout.of(config)):
+    for piece in llama_shard(chunks(), WeightLayout.of(config)):
         gave += len(piece)
         most = max(most, took - gave)
     fused = random_weights(config)["model.layers.0.attention.wqkv.weight"].nbytes

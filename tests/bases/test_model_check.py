@@ -14,8 +14,9 @@ from tests.bases.internlm2_uploads import write_internlm2
 from tests.bases.uploads import MODEL_CONFIG, model_of
 from tests.perturbation.architectures import ARCHITECTURES
 from tests.tiny import tiny_model, tiny_tokenizer
-from trans_peft.bases import convert, meta_model, model_check
+from trans_peft.bases import meta_model, model_check
 from trans_peft.bases.checkpoint import Checkpoint, folder_checkpoint
+from trans_peft.bases.internlm2 import convert
 from trans_peft.bases.meta_model import inspect_checkpoint
 from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.publish import publish

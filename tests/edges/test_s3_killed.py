@@ -144,8 +144,8 @@ def reconciled(platform):
     for upload in pending(platform, root_uri="s3://bases"):
         try:
             ingest(upload, platform)
-        except (UploadError, NotFoundError) as filename_problem:
-            pytest.fail(f"a dying server was taken for a bad upload: {filename_problem}")
+        except (UploadError, NotFoundError) as refusal:
+            pytest.fail(f"a dying server was taken for a bad upload: {refusal}")
     found = registered(platform)
     if "smol" not in found:
         raise StoreError("the listing was empty: the server is not all there yet")

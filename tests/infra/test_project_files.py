@@ -87,7 +87,7 @@ def test_setup_installs_by_hash_whatever_the_project_needs_but_torch():
         seen.add((package, extra))
         for line in distribution(package).requires or ():
             wanted = Requirement(line)
-            if wanted.make_scorer is None or wanted.make_scorer.evaluate({"extra": extra}):
+            if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
                 name = canonicalize_name(wanted.name)
                 needed |= {(name, part) for part in {"", *wanted.extras}}
     names = {package for package, _ in seen} - {"trans-peft"}

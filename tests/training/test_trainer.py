@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tests.training.conftest import EXAMPLES
-from trans_peft.data import EventMessage, Example
+from trans_peft.data import ChatMessage, Example
 from trans_peft.errors import TrainingError
 from trans_peft.training.events import CheckpointSaved, TrainingMetrics
 from trans_peft.training.finetune import token_rows
@@ -23,7 +23,7 @@ CHATS = tuple(
         e.id,
         "",
         e.completion,
-        (EventMessage("user", e.prompt), EventMessage("assistant", e.completion)),
+        (ChatMessage("user", e.prompt), ChatMessage("assistant", e.completion)),
     )
     for e in EXAMPLES[:6]
 )

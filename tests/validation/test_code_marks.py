@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trans_peft.errors import EvaluationError
-from trans_peft.validation.sandbox.check import Reason, check_code, humaneval_tests, mbpp_tests
+from trans_peft.validation.sandbox.check import (
+    FailureReason,
+    check_code,
+    humaneval_tests,
+    mbpp_tests,
+)
 from trans_peft.validation.sandbox.checker import _equal
 from trans_peft.validation.sandbox.limits import Limits
 from trans_peft.validation.sandbox.run import missing_guards, run_code
@@ -108,7 +113,7 @@ def test_every_assert_of_equality_is_tolerant_and_nothing_else():
         "assert f(1.0) <= 1.0",
         "assert 0 < f(1.0) == 1.0",
     ):
-        assert mbpp(close, exact).reason is Reason.WRONG
+        assert mbpp(close, exact).reason is FailureReason.WRONG
     wrong = mbpp(close, "x = 1\nassert f(1.0) == 1.1")
     assert "assert f(1.0) == 1.1" in wrong.detail
 
@@ -166,7 +171,7 @@ def test_an_exception_of_the_program_is_no_answer(kind):
     for test in LOOPS if "Stop" in kind or kind in ("Mute", "Deaf", "Nameless") else LOOPS[:4]:
         result = mbpp(program, test)
         assert not result.passed, (test, result)
-        assert result.reason in (Reason.RAISED, Reason.ENDED)
+        assert result.reason in (FailureReason.RAISED, FailureReason.ENDED)
 
 
 @pytest.mark.parametrize("kind", ["StopIteration", "Deaf", "KeyboardInterrupt", "Odd"])

@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.validation.fake_tokenizers import Merging
-from trans_peft.data import Example, Message
+from trans_peft.data import ChatMessage, Example
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
@@ -95,7 +95,7 @@ def test_only_the_first_rows_count_where_the_suite_has_a_limit(model, tokenizer,
 def test_a_chat_is_asked_with_the_tokenizers_own_template(model, tokenizer):
     prompt = tokenizer("<|user|>hi<eos><|assistant|>")["input_ids"]
     (answer,) = generate(model, tokenizer, [prompt], max_new_tokens=3).texts
-    chat = Example("c", "", answer, (Message("user", "hi"), Message("assistant", answer)))
+    chat = Example("c", "", answer, (ChatMessage("user", "hi"), ChatMessage("assistant", answer)))
     assert run(model, tokenizer, [chat]).score == 100
 
 
@@ -218,7 +218,7 @@ def test_wrong_drafts_change_no_item(model, tokenizer, answers):
 def test_a_chats_draft_is_its_last_turn(model, tokenizer):
     prompt = tokenizer("<|user|>hi<eos><|assistant|>")["input_ids"]
     (answer,) = generate(model, tokenizer, [prompt], max_new_tokens=3).texts
-    chat = Example("c", "", "~", (Message("user", "hi"), Message("assistant", "~")))
+    chat = Example("c", "", "~", (ChatMessage("user", "hi"), ChatMessage("assistant", "~")))
     with passes(model) as seen:
         run(model, tokenizer, [chat], drafts={"c": answer})
     assert len(seen) == 1

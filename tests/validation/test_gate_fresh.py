@@ -34,7 +34,7 @@ def test_its_score_stands_beside_and_decides_nothing_unasked():
 
 
 @pytest.mark.parametrize(
-    ("sides", "right", "verdict"),
+    ("arms", "right", "verdict"),
     [
         (A_KEPT, bits(258, 42), "passed"),
         (A_KEPT, bits(298, 2), "needs-retuning"),  # nothing lost, and far behind all the same

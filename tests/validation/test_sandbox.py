@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
-from trans_peft.validation.sandbox import box, values, wire
+from trans_peft.validation.sandbox import protocol, values
 from trans_peft.validation.sandbox.check import (
     CodeTests,
     FailureReason,
@@ -505,7 +505,7 @@ def test_the_network_is_away_even_without_the_filter(monkeypatch):
         class Forked:
             def fork(self, line, fds):
                 socket.send_fds(nursery, [b"."], (line.fileno(), *fds))
-        box._NURSERY = Forked()
+        process._NURSERY = Forked()
         from trans_peft.validation.sandbox.run import run_code
         print(run_code({program!r}))
     """
@@ -834,5 +834,5 @@ def test_a_message_too_long_is_not_sent():
 
         flush = write
 
-    with pytest.raises(wire.BadMessage):
-        wire.send(Sink(), "x" * wire.MAX_MESSAGE_BYTES)
+    with pytest.raises(protocol.BadMessage):
+        protocol.send(Sink(), "x" * protocol.MAX_MESSAGE_BYTES)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
-from trans_peft.data import Example, Message
+from trans_peft.data import ChatMessage, Example
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.text.answers import answer_text
@@ -157,7 +157,7 @@ def test_the_token_that_ends_a_turn_ends_an_answer():
     tokenizer = naming({ids[at]: "<|end|>"})
     tokenizer.chat_template = template
     text = tokenizer.decode(ids[:at])
-    chat = Example("1", "", text, (Message("user", "a b c"), Message("assistant", text)))
+    chat = Example("1", "", text, (ChatMessage("user", "a b c"), ChatMessage("assistant", text)))
     assert chat.prompt_ids(tokenizer) == prompt
     (item,) = run(tokenizer, [chat]).items
     assert item.answer == text

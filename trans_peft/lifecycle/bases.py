@@ -70,8 +70,8 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
             number=upload.registered.number if upload.registered else None,
             manifest_sha256=claimed_sha256,
         )
-    except (UploadError, NotFoundError, InvalidSpecError) as filename_problem:
-        _remember(memo, upload, str(filename_problem))
+    except (UploadError, NotFoundError, InvalidSpecError) as refusal:
+        _remember(memo, upload, str(refusal))
         raise
     if ready.manifest_sha256 != claimed_sha256:
         _remember(memo, upload, f"{ready} has the same content, from {ready.uri}")

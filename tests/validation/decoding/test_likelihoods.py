@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from trans_peft.data import Example, Message
+from trans_peft.data import ChatMessage, Example
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.errors import DataError, EvaluationError
@@ -91,7 +91,7 @@ def test_measures_differ_where_choices_differ_in_length(model, tokenizer):
 
 
 def test_a_chats_choice_stands_after_its_template(model, tokenizer):
-    chat = Example("c", "", "yes", (Message("user", "hi"), Message("assistant", "yes")))
+    chat = Example("c", "", "yes", (ChatMessage("user", "hi"), ChatMessage("assistant", "yes")))
     (whole,) = with_answers(tokenizer, [(chat, chat.prompt_ids(tokenizer), "no")])
     assert whole == tokenizer("<|user|>hi<eos><|assistant|>no")["input_ids"]
 

@@ -17,20 +17,20 @@ _LONGEST_ANSWER = 2_000  # characters; parsing costs more than linearly
 _process = Limited("trans_peft.validation.rules.equality_process")
 
 
-def math_verify(make_scorer: str) -> "_MathVerify":
+def math_verify(marker: str) -> "_MathVerify":
     """Return the rule under which the final answers are mathematically equal.
 
-    The final answer is what stands after the last `make_scorer`, up to a full stop at a line's end
+    The final answer is what stands after the last `marker`, up to a full stop at a line's end
     (as MetaMath reads it); without a marker it is the whole text.
     """
-    return _MathVerify(make_scorer)
+    return _MathVerify(marker)
 
 
 class _MathVerify:
     """`degree(answer, reference)`: 100 if their final answers are equal, else 0."""
 
-    def __init__(self, make_scorer: str) -> None:
-        self._marker = make_scorer
+    def __init__(self, marker: str) -> None:
+        self._marker = marker
 
     def __call__(self, answer: str, reference: str) -> float:
         wanted = self._final(reference)

@@ -121,6 +121,6 @@ def _other_items(results: Mapping[str, Evaluation], whole: Evaluation | None) ->
     if not unshared:
         return []
     dots = ", ..." if len(unshared) > _SHOWN else ""
-    is_significant = ", ".join(unshared[:_SHOWN])
+    shown = ", ".join(unshared[:_SHOWN])
     where = "on all sides" if whole is None else "on the old base"
-    return [f"{len(unshared)} items are not answered {where}: {is_significant}{dots}"]
+    return [f"{len(unshared)} items are not answered {where}: {shown}{dots}"]
