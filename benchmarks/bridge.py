@@ -1,6 +1,7 @@
 """How long a hint takes: a thousand at once, a promotion to reconcile, an upload to a verdict.
 
-    python -m benchmarks.bridge [--bursts 5] [--promotions 20] [--uploads 7] [--hints 1000] [--dry]
+    python -m benchmarks.bridge [--bursts 5] [--promotions 20] [--uploads 7]
+                                [--notifications 1000] [--dry]
 
 On a stack of its own (`make up`, in a temporary folder, on free ports), with the settings of every
 stack, its schedule paused. `low` and `high` are the middle half; 0 leaves a part out.
@@ -45,8 +46,10 @@ from tests.tiny import write_tiny_base
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.bases.publish import publish
 from trans_peft.domain.base import Manifest
+from trans_peft.domain.conventions import CHAMPION_ALIAS, Deployment
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.mlflow_catalog import MlflowCatalog
+from trans_peft.edges.mlflow_client import tag
 
 FAMILIES = [f"bench-{n}" for n in range(10)]
 ADAPTERS = ("parity", "parity-again")
@@ -59,7 +62,7 @@ def main() -> None:
     options.add_argument("--bursts", type=int, default=5)
     options.add_argument("--promotions", type=int, default=20)
     options.add_argument("--uploads", type=int, default=7)
-    options.add_argument("--hints", type=int, default=1000)
+    options.add_argument("--notifications", type=int, default=1000)
     options.add_argument("--dry", action="store_true", help="print, and leave results.json alone")
     chosen = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stack ends with us
@@ -78,21 +81,21 @@ def main() -> None:
             keep(name if part == "all" else f"{name}.{part}", [one[part] for one in taken])
 
     with tempfile.TemporaryDirectory(prefix="tp-bench-") as folder, running(Path(folder)) as stack:
-        bench = CandidateEvaluator(stack, Path(folder))
+        benchmark = BridgeBenchmark(stack, Path(folder))
         if chosen.uploads:
-            bench.make_fleet()
-        uploads = [bench.upload(n) for n in range(2, 2 + chosen.uploads)]
+            benchmark.make_fleet()
+        uploads = [benchmark.upload(n) for n in range(2, 2 + chosen.uploads)]
         keep_split("trigger.upload_to_first_verdict_s", UPLOAD, uploads)
         if chosen.bursts or chosen.promotions:
-            bench.make_families()
-        bursts = [bench.burst(chosen.notifications, n) for n in range(chosen.bursts)]
+            benchmark.make_families()
+        bursts = [benchmark.burst(chosen.notifications, n) for n in range(chosen.bursts)]
         again = sum(times for _, times in bursts)
         count = f"{chosen.notifications} notifications at once, {len(FAMILIES)} families"
         shape = f"{count}; {again} answers were 503"
         for name, at in (("p50", 50), ("p99", 99)) if bursts else ():
             values = [statistics.quantiles(burst, n=100)[at - 1] * 1000 for burst, _ in bursts]
             keep(f"bridge.{name}_ms", values, shape=shape)
-        promotions = [bench.promotion(n) for n in range(chosen.promotions)]
+        promotions = [benchmark.promotion(n) for n in range(chosen.promotions)]
         keep_split("trigger.alias_to_reconcile_s", PROMOTION, promotions)
 
 
@@ -109,7 +112,7 @@ def running(folder: Path) -> Iterator[Stack]:
         down(settings, print)
 
 
-class CandidateEvaluator:
+class BridgeBenchmark:
     """A running stack, asked as its clients ask it."""
 
     def __init__(self, stack: Stack, folder: Path) -> None:
@@ -118,7 +121,7 @@ class CandidateEvaluator:
         self._log = stack.settings.logs / "bridge.log"
         self._read = 0  # bytes of the bridge's log
         # The schedule's own run, which may answer a hint, was made long before it.
-        found = stack.prefect("GET", "deployments/name/reconcile/default")
+        found = stack.prefect("GET", f"deployments/name/{Deployment.RECONCILE}")
         stack.prefect("POST", f"deployments/{found['id']}/pause_deployment")
 
     def make_families(self) -> None:
@@ -209,7 +212,7 @@ class CandidateEvaluator:
             judged[:] = [
                 tags
                 for tags in found
-                if tags.get("trans_peft.base_version") == name and "trans_peft.verdict" in tags
+                if tags.get(tag("base_version")) == name and tag("verdict") in tags
             ]
             return bool(judged)
 
@@ -275,7 +278,7 @@ class CandidateEvaluator:
 
 def _request(secret: str, burst: int, delivery: int) -> bytes:
     """Return MLflow's webhook for a champion that was taken away, as bytes of HTTP."""
-    data = {"name": FAMILIES[delivery % len(FAMILIES)], "alias": "champion"}
+    data = {"name": FAMILIES[delivery % len(FAMILIES)], "alias": CHAMPION_ALIAS}
     event = {"entity": "model_version_alias", "action": "deleted", "data": data}
     body, at = json.dumps(event).encode(), str(int(time.time()))
     name = f"burst-{burst}-{delivery}"

@@ -23,6 +23,7 @@ from infra.stack.settings import StackSettings
 from tasks.composition import platform
 from trans_peft.bases.publish import publish
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS, Deployment
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
@@ -96,7 +97,7 @@ class Story:
     def first_promotion(self) -> None:
         """Let v1 serve, unless something serves already."""
         self._screen.chapter("v1 serves", "a person sets `champion`, reconcile moves `serving`")
-        if platform().catalog.alias(FAMILY, "serving") is None:
+        if platform().catalog.alias(FAMILY, SERVING_ALIAS) is None:
             self._promote("v1")
             self._reconcile("first promotion")
         self._screen.done(f"serving: {report(FAMILY, platform()).serving}")
@@ -109,7 +110,7 @@ class Story:
                 resolved, base = resolve_recipe(recipe, platform())
                 if not self._is_trained(resolved):
                     key = f"train/{resolved.sha256}/{base.fingerprint_sha256}"
-                    run("train-adapter/default", {"recipe": recipe}, key=key, screen=self._screen)
+                    run(Deployment.TRAIN_ADAPTER, {"recipe": recipe}, key=key, screen=self._screen)
                 suite = resolved.suites[0]
                 score = next(
                     score
@@ -205,14 +206,14 @@ class Story:
     def _ingest(self, version: str) -> None:
         if self._ready(version) is None:
             uri = _uri(version)
-            run("ingest-base/default", {"uri": uri}, key=f"ingest/{uri}", screen=self._screen)
+            run(Deployment.INGEST_BASE, {"uri": uri}, key=f"ingest/{uri}", screen=self._screen)
         base = find_base(FAMILY, version, platform())
         self._screen.done(f"{base} is ready, fingerprint {base.fingerprint_sha256[:12]}")
 
     def _promote(self, version: str) -> None:
         """Set `champion` with MLflow's own client, as a person does on its page."""
         base = find_base(FAMILY, version, platform())
-        self._mlflow.set_registered_model_alias(FAMILY, "champion", str(base.number))
+        self._mlflow.set_registered_model_alias(FAMILY, CHAMPION_ALIAS, str(base.number))
         self._screen.say(f"champion: {base}")
 
     def _is_trained(self, recipe: TrainingRecipe) -> bool:
@@ -228,7 +229,7 @@ class Story:
 
     def _reconcile(self, why: str) -> None:
         parameters = {"family": FAMILY, "policy": POLICY, "promotion": PROMOTION, "wait": True}
-        run("reconcile/default", parameters, key=f"reconcile/{why}", screen=self._screen)
+        run(Deployment.RECONCILE, parameters, key=f"reconcile/{why}", screen=self._screen)
 
     def _bare_v1(self) -> None:
         """Answer the questions with the bare v1 too: what did the adapters learn?"""

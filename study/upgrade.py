@@ -24,6 +24,7 @@ from infra.stack.settings import StackSettings
 from study.fleet import ITEMS, PATCH, bases_and_rows, fleet, statements, suite
 from study.pages import with_blocks
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS, Deployment
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import NotFoundError
@@ -87,7 +88,7 @@ class Story:
         """Upload v1 and let it serve."""
         self._screen.chapter(f"Base {OLD}", "uploaded, ingested, promoted")
         self._upload(OLD, parent=None)
-        if self._platform.catalog.alias(FAMILY, "serving") is None:
+        if self._platform.catalog.alias(FAMILY, SERVING_ALIAS) is None:
             self._wish_for(OLD)
 
     def adopted(self, rows: Mapping[str, Path], folders: Mapping[str, Path]) -> None:
@@ -103,7 +104,7 @@ class Story:
             for path in sorted(folder.iterdir()):
                 with path.open("rb") as file:
                     store.write(f"{_DATA}/{name}/{path.name}", file)
-            self._run("adopt-adapter/default", self._adoption(name, asked), key=name)
+            self._run(Deployment.ADOPT_ADAPTER, self._adoption(name, asked), key=name)
 
     def bare_on_old(self, rows: Mapping[str, Path]) -> float:
         """Return what v1 without an adapter answers right, in percent: no verdict asks for it."""
@@ -145,7 +146,7 @@ class Story:
             on_progress=progress_reporter,
         )
         uri = f"s3://bases/{key}"
-        self._run("ingest-base/default", {"uri": uri}, key=f"ingest/{uri}")
+        self._run(Deployment.INGEST_BASE, {"uri": uri}, key=f"ingest/{uri}")
 
     def _found(self, version: str) -> BaseVersion | None:
         try:
@@ -157,7 +158,7 @@ class Story:
         """Set `champion` with MLflow's own client, as a person does on its page."""
         base = find_base(FAMILY, version, self._platform)
         if report(FAMILY, self._platform).champion != version:
-            MlflowClient().set_registered_model_alias(FAMILY, "champion", str(base.number))
+            MlflowClient().set_registered_model_alias(FAMILY, CHAMPION_ALIAS, str(base.number))
         self._reconcile(f"champion {version}")
         seen = report(FAMILY, self._platform)
         self._screen.done(f"champion: {seen.champion}, serving: {seen.serving}. {seen.note}")
@@ -169,7 +170,7 @@ class Story:
         """
         parameters = {"family": FAMILY, "wait": True}
         try:
-            self._run("reconcile/default", parameters, key=f"{FAMILY}/{why}")
+            self._run(Deployment.RECONCILE, parameters, key=f"{FAMILY}/{why}")
         except DemoError:
             if not report(FAMILY, self._platform).note:
                 raise

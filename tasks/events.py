@@ -21,6 +21,7 @@ from prefect.events import emit_event
 
 from tasks.origin import origin
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.conventions import EVENT_PREFIX, Event
 from trans_peft.domain.outcome import TransferOutcome
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 def base_ready(base: BaseVersion) -> None:
     """A base version was verified and is ready to be judged on."""
     _emit(
-        "base.ready",
+        Event.BASE_READY,
         f"base.{base.family}.{base.version}",
         labels={"family": base.family, "version": base.version},
         payload={"uri": base.uri, "fingerprint": base.fingerprint_sha256},
@@ -44,13 +45,13 @@ def base_ready(base: BaseVersion) -> None:
 
 def base_refused(upload: str, uri: str, why: str) -> None:
     """An upload, or a version that somebody registered, cannot become a base version."""
-    _emit("base.refused", f"upload.{uri}", payload={"upload": upload, "why": why})
+    _emit(Event.BASE_REFUSED, f"upload.{uri}", payload={"upload": upload, "why": why})
 
 
 def adapter_judged(outcome: TransferOutcome) -> None:
     """An adapter got its verdict on a base, or an attempt at it failed."""
     _emit(
-        "adapter.judged",
+        Event.ADAPTER_JUDGED,
         f"adapter.{outcome.adapter}",
         labels={
             "family": outcome.family,
@@ -68,25 +69,25 @@ def adapter_judged(outcome: TransferOutcome) -> None:
 
 def fleet_promoted(family: str, base: str) -> None:
     """The fleet moved: `base` serves from now on."""
-    _emit("fleet.promoted", f"family.{family}", payload={"family": family, "base": base})
+    _emit(Event.FLEET_PROMOTED, f"family.{family}", payload={"family": family, "base": base})
 
 
 def promotion_refused(family: str, why: str) -> None:
     """A person's wish is not followed, for a reason that was not told before."""
-    _emit("promotion.refused", f"family.{family}", payload={"family": family, "why": why})
+    _emit(Event.PROMOTION_REFUSED, f"family.{family}", payload={"family": family, "why": why})
 
 
 def _emit(
-    what: str,
+    event: Event,
     resource: str,
     *,
     labels: Mapping[str, str] | None = None,
     payload: Mapping[str, Any],
 ) -> None:
     labels, goes_back_to = labels or {}, origin()
-    names = {f"trans-peft.{name}": value for name, value in labels.items()}
+    names = {f"{EVENT_PREFIX}{name}": value for name, value in labels.items()}
     emit_event(
-        f"trans-peft.{what}",
-        resource={"prefect.resource.id": f"trans-peft.{resource}", **names},
+        event,
+        resource={"prefect.resource.id": f"{EVENT_PREFIX}{resource}", **names},
         payload={**labels, **payload, **(goes_back_to.payload if goes_back_to else {})},
     )

@@ -9,6 +9,7 @@ from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 
+from trans_peft.domain.conventions import GPU_LIMIT
 from trans_peft.domain.identity import content_sha256
 
 __all__ = ["adapter_lock", "gpu_slot", "upload_lock"]
@@ -20,7 +21,7 @@ _LEASE_S = 60.0
 @contextmanager
 def gpu_slot() -> Iterator[None]:
     """Hold one slot of the concurrency limit `gpu` (`prefect gcl create gpu --limit N`)."""
-    with concurrency("gpu", occupy=1, lease_duration=_LEASE_S, strict=True):
+    with concurrency(GPU_LIMIT, occupy=1, lease_duration=_LEASE_S, strict=True):
         yield
 
 

@@ -8,6 +8,7 @@ from prefect.deployments import run_deployment
 
 from tasks.origin import inherited_tags
 from tasks.policy import RETRIES
+from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.recipe import TrainingRecipe
@@ -28,7 +29,7 @@ def start_training(recipe: TrainingRecipe, policy: GatePolicy) -> bool:
         run = cast(  # a coroutine only in asynchronous code
             FlowRun,
             run_deployment(
-                "train-adapter/default",
+                Deployment.TRAIN_ADAPTER,
                 parameters={"recipe": recipe, "policy": policy},
                 idempotency_key=f"{key}:{take}",
                 tags=inherited_tags(),

@@ -24,6 +24,7 @@ from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
 
 from tasks.origin import inherited_tags
+from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Plan, TransferTask
@@ -145,7 +146,7 @@ def start(family: str, work: tuple[TransferTask, ...], policy: GatePolicy) -> Sh
         run = cast(  # a coroutine only in asynchronous code
             FlowRun,
             run_deployment(
-                "transfer-shard/default",
+                Deployment.TRANSFER_SHARD,
                 parameters={"family": family, "shard": work, "policy": policy},
                 idempotency_key=f"{key}:{take}",
                 tags=[*_tags(family, policy), *inherited_tags()],

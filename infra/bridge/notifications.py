@@ -21,7 +21,14 @@ from urllib.parse import unquote_plus
 
 from tasks.origin import is_delivery_id, is_plausible
 from trans_peft.domain.base import Manifest
-from trans_peft.domain.names import CONVERTED_SUFFIX, name_problem
+from trans_peft.domain.conventions import (
+    ADAPTER_ALIAS,
+    CHAMPION_ALIAS,
+    CONVERTED_SUFFIX,
+    RECONCILE_TAG,
+    TAG_PREFIX,
+)
+from trans_peft.domain.names import name_problem
 
 __all__ = [
     "Ignored",
@@ -76,11 +83,6 @@ class Rejected:
 
 Parsed = Notification | Ignored | Rejected
 
-ASK = "trans_peft.reconcile"
-"""The tag of a version by which a person asks for a reconcile in MLflow's page."""
-
-_OURS = "trans_peft."
-_APPROVAL = re.compile(r"on-[0-9a-f]{12}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1024}")
 _ENVELOPES = 3  # SQS(SNS(EventBridge)) at most
@@ -122,20 +124,20 @@ def _mlflow(document: dict[str, Any], delivery_id: str) -> Parsed:
             if not isinstance(tags, dict):
                 raise _RejectedError("the tags of a version are no object")
             # A version that a person copied ("Promote model") has our tags too, under another name.
-            if name in (tags.get(f"{_OURS}family"), tags.get(f"{_OURS}adapter")):
+            if name in (tags.get(f"{TAG_PREFIX}family"), tags.get(f"{TAG_PREFIX}adapter")):
                 return Ignored("a version that this product registered")
             return Notification(NotificationKind.VERSION, name, delivery_id, at=at)
         case "model_version_alias.created" | "model_version_alias.deleted":
             name, alias = _name(data), data.get("alias")
             if not isinstance(alias, str):
                 raise _RejectedError("an alias without a name")
-            if alias == "champion":
+            if alias == CHAMPION_ALIAS:
                 return Notification(NotificationKind.CHAMPION, name, delivery_id, alias, at)
-            if _APPROVAL.fullmatch(alias):
+            if ADAPTER_ALIAS.fullmatch(alias):
                 return Notification(NotificationKind.APPROVAL, name, delivery_id, alias, at)
             return Ignored("an alias that decides nothing here")
         case "model_version_tag.set":
-            if data.get("key") == ASK:
+            if data.get("key") == RECONCILE_TAG:
                 return Notification(NotificationKind.ASKED, _name(data), delivery_id, at=at)
             return Ignored("a tag that decides nothing here")
     return Ignored("an event that decides nothing here")

@@ -24,10 +24,10 @@ from infra.bridge.dispatcher import Run, UnavailableError
 from infra.bridge.notifications import Notification
 from infra.bridge.prefect_calls import PrefectCalls
 from tasks.origin import Origin
+from trans_peft.domain.conventions import Deployment
 
-__all__ = ["DEPLOYMENT", "PrefectStarter", "come_again_soon"]
+__all__ = ["PrefectStarter", "come_again_soon"]
 
-DEPLOYMENT = "reconcile/default"
 _NOT_BEGUN = (StateType.SCHEDULED, StateType.PENDING)
 _SOON = timedelta(seconds=1)
 _STARTING = timedelta(seconds=60)
@@ -60,7 +60,7 @@ class PrefectStarter:
         """Whether Prefect answers and knows the deployment."""
         try:
             await self._prefect.call(
-                lambda client: client.read_deployment_by_name(DEPLOYMENT),
+                lambda client: client.read_deployment_by_name(Deployment.RECONCILE),
                 patience_s=self._patience_s,
             )
         except Exception:
@@ -70,7 +70,7 @@ class PrefectStarter:
     async def _start(
         self, client: PrefectClient, wanted: Mapping[str | None, Notification]
     ) -> Mapping[str | None, Run]:
-        deployment = await client.read_deployment_by_name(DEPLOYMENT)
+        deployment = await client.read_deployment_by_name(Deployment.RECONCILE)
         due = await _due(client, deployment)
         waiting = {family: _waiting(deployment, due, family) for family in wanted}
         found = {family: Run(str(run.id)) for family, run in waiting.items() if run is not None}

@@ -22,10 +22,10 @@ from infra.bridge.loops import Failures
 from infra.bridge.metrics import Metrics, Place
 from infra.bridge.prefect_calls import PrefectCalls
 from tasks.origin import Origin
+from trans_peft.domain.conventions import Event
 
 __all__ = ["Verdicts"]
 
-_JUDGED = "trans-peft.adapter.judged"
 _KNOWN_AT_START = timedelta(days=1)
 _LATE = timedelta(minutes=10)
 """How long after it happened an event may be stored: a run sends them in batches."""
@@ -120,7 +120,7 @@ async def _pages(
     client: PrefectClient, since: datetime, until: datetime
 ) -> AsyncIterator[Sequence[ReceivedEvent]]:
     wanted = {
-        "event": {"name": [_JUDGED]},
+        "event": {"name": [Event.ADAPTER_JUDGED]},
         "occurred": {"since": since, "until": until},
         "order": "ASC",
     }

@@ -7,7 +7,8 @@ import httpx
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from infra.stack.settings import BUCKETS, WORK_POOL, StackSettings
+from infra.stack.settings import BUCKETS, StackSettings
+from trans_peft.domain.conventions import WORK_POOL
 from trans_peft.errors import StoreError
 
 __all__ = ["healthy", "make_buckets"]

@@ -10,7 +10,8 @@ import time
 
 import httpx
 
-from infra.stack.settings import WORK_POOL, StackSettings
+from infra.stack.settings import StackSettings
+from trans_peft.domain.conventions import WORK_POOL
 
 __all__ = ["crash_interrupted_runs"]
 

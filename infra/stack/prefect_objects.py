@@ -32,7 +32,8 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from infra.stack.job_template import PROCESS_JOB_TEMPLATE
-from infra.stack.settings import WORK_POOL, StackSettings
+from infra.stack.settings import StackSettings
+from trans_peft.domain.conventions import GPU_LIMIT, WORK_POOL
 
 __all__ = ["QUEUES", "ZOMBIES", "Queue", "register"]
 
@@ -91,8 +92,10 @@ async def register(client: PrefectClient, gpu_slots: int) -> None:
             found = await client.create_work_queue(name, work_pool_name=WORK_POOL)
         limit = gpu_slots if queue.limited else None
         await client.update_work_queue(found.id, priority=queue.priority, concurrency_limit=limit)
-    await client.upsert_global_concurrency_limit_by_name("gpu", gpu_slots)
-    await client.update_global_concurrency_limit("gpu", GlobalConcurrencyLimitUpdate(active=True))
+    await client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, gpu_slots)
+    await client.update_global_concurrency_limit(
+        GPU_LIMIT, GlobalConcurrencyLimitUpdate(active=True)
+    )
     if not await client.read_automations_by_name(ZOMBIES.name):
         await client.create_automation(ZOMBIES)
 

@@ -19,10 +19,10 @@ from infra.stack.settings import (
     BASES_URI,
     HOST,
     LOCAL_NAMES,
-    WORK_POOL,
     StackSettings,
     without_services,
 )
+from trans_peft.domain.conventions import WORK_POOL
 
 __all__ = ["PROGRAMS", "Program", "become", "left_behind"]
 

@@ -19,7 +19,6 @@ __all__ = [
     "BUCKETS",
     "HOST",
     "LOCAL_NAMES",
-    "WORK_POOL",
     "Secrets",
     "StackSettings",
     "without_services",
@@ -27,7 +26,6 @@ __all__ = [
 
 HOST = "127.0.0.1"
 LOCAL_NAMES = (HOST, "localhost")
-WORK_POOL = "trans-peft"
 BUCKETS = ("bases", "data", "mlflow")
 BASES_URI = "s3://bases/"
 _PREFECT_USER = "trans-peft"

@@ -12,8 +12,9 @@ from pathlib import Path
 from infra.stack.health import healthy, make_buckets
 from infra.stack.machine import end, marked, owner, port_is_free
 from infra.stack.programs import PROGRAMS, left_behind
-from infra.stack.settings import BUCKETS, WORK_POOL, StackSettings, without_services
+from infra.stack.settings import BUCKETS, StackSettings, without_services
 from infra.stack.supervisor import Supervisor
+from trans_peft.domain.conventions import WORK_POOL
 from trans_peft.errors import TransPeftError
 
 __all__ = ["Say", "StackError", "down", "status", "up"]

@@ -72,7 +72,7 @@ class Two:
             fleet.promote(self.v1)
             fleet.apply_verdicts()
             self.v2 = fleet.add_base("v2")
-            fleet.work_off(Verdict.PASSED)
+            fleet.complete_tasks(Verdict.PASSED)
             fleet.apply_verdicts()
 
     def fleet(self, folder, family):
@@ -148,7 +148,7 @@ BASE_TAGS = (
     *("family", "version", "fingerprint", "fingerprint_run", "parent", "ready", "served", "uri"),
     *("source", "manifest", "promotion", "superseded", "adapter"),
 )
-MODEL_TAGS = ("retired", "ALIAS", "BY-HAND", "by-hand.x", "alias.'", "kind", "family")
+MODEL_TAGS = ("retired", "ALIAS", "OVERRIDE", "manual-override.x", "alias.'", "kind", "family")
 odd = settings(max_examples=20, deadline=None)
 
 
@@ -169,7 +169,9 @@ def test_any_text_in_a_tag_of_an_adapter_version(two, tag, text, number):
 @given(text=texts)
 @example("x")
 def test_any_text_in_a_tag_of_an_adapter(two, tag, text):
-    name = {"ALIAS": f"alias.{two.v2.alias}", "BY-HAND": f"by-hand.{two.v2.alias}"}.get(tag, tag)
+    name = {"ALIAS": f"alias.{two.v2.alias}", "OVERRIDE": f"manual-override.{two.v2.alias}"}.get(
+        tag, tag
+    )
     with two.model_tag("bad", name.replace("'", "-"), text):
         two.nobody_else_is_stopped()
 

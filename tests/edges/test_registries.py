@@ -414,7 +414,7 @@ class TestMlflow:
         hand = ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00")
         place.registry.record_manual_override(place.adapter, "on-222222222222", hand)
         tags = place.person.client.get_registered_model(place.adapter).tags
-        assert json.loads(tags["trans_peft.by-hand.on-222222222222"]) == {
+        assert json.loads(tags["trans_peft.manual-override.on-222222222222"]) == {
             "number": None, "wanted": 2, "why": "passed", "by": "unknown",
             "first_seen": "2026-11-24T00:00:00+00:00",
         }  # fmt: skip

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 from infra.locks import LEFT_OUT, SETS, pins
 from infra.stack.prefect_objects import QUEUES
-from infra.stack.settings import WORK_POOL
+from trans_peft.domain.conventions import WORK_POOL
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

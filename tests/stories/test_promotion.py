@@ -93,7 +93,7 @@ def test_an_approval_by_hand_counts_and_is_recorded(fleet):
     assert serving(fleet) == "2"
     assert note_on(fleet, "2") == ""
     tags = fleet.mlflow.get_registered_model(ADAPTER).tags
-    record = json.loads(tags[f"trans_peft.by-hand.{alias_on(fleet, '2')}"])
+    record = json.loads(tags[f"trans_peft.manual-override.{alias_on(fleet, '2')}"])
     assert (record["number"], record["wanted"], record["by"]) == (2, None, "unknown")
     promoted = events(fleet, "trans-peft.fleet.promoted", f"trans-peft.family.{FAMILY}")
     assert {event["base"] for event in promoted} == {f"{FAMILY}/v1", f"{FAMILY}/v2"}
@@ -102,11 +102,11 @@ def test_an_approval_by_hand_counts_and_is_recorded(fleet):
 def test_an_event_of_somebody_else_rolls_back_without_a_further_command(fleet):
     fleet.champion("1", FAMILY)
     before = {run["id"] for run in runs_of(fleet, family=FAMILY)}
-    fleet.tell("trans-peft.reconcile.wanted", family=FAMILY)
+    fleet.tell("trans-peft.reconcile.requested", family=FAMILY)
     wait_until(lambda: {run["id"] for run in runs_of(fleet, family=FAMILY)} - before)
     wait_until(lambda: serving(fleet) == "1")
     everyone = len(runs_of(fleet, family=None))
-    fleet.tell("trans-peft.reconcile.wanted")
+    fleet.tell("trans-peft.reconcile.requested")
     wait_until(lambda: len(runs_of(fleet, family=None)) > everyone)
 
 

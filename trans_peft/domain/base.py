@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from trans_peft.domain.conventions import ADAPTER_ALIAS_PREFIX
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.names import check_names, name_problem
 from trans_peft.errors import InvalidSpecError, listed
@@ -22,7 +23,7 @@ __all__ = [
 
 def serving_alias(fingerprint_sha256: str) -> str:
     """Return the alias of an adapter version that serves on the base with this digest."""
-    return f"on-{fingerprint_sha256[:12]}"
+    return f"{ADAPTER_ALIAS_PREFIX}{fingerprint_sha256[:12]}"
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ name. Two names in one store may not differ by case alone (`same_but_for_case`).
 import re
 from collections.abc import Iterable
 
+from trans_peft.domain.conventions import ADAPTER_ALIAS, BASE_ALIASES, CONVERTED_SUFFIX
 from trans_peft.errors import InvalidSpecError
 
 __all__ = [
-    "BASE_ALIASES",
-    "CONVERTED_SUFFIX",
     "LONGEST_NAME",
     "check_case",
     "check_names",
@@ -32,22 +31,16 @@ __all__ = [
     "same_but_for_case",
 ]
 
-BASE_ALIASES = ("serving", "champion")
-"""Aliases of a base family that stand where a version may stand."""
-
 LONGEST_NAME = 100
 """The most characters in a name."""
-
-CONVERTED_SUFFIX = ".as-llama"
-"""Ends the prefix of the Llama form that ingestion publishes beside an InternLM2 upload."""
 
 _RULE = (
     f"1 to {LONGEST_NAME} ASCII letters, digits, '-', '_' or '.', a letter or a digit at both ends"
 )
 _NAME = re.compile(rf"[A-Za-z0-9](?:[A-Za-z0-9._-]{{0,{LONGEST_NAME - 2}}}[A-Za-z0-9])?")
 _RESERVED = frozenset({"latest", *BASE_ALIASES})
-# `on-...`: the alias of an adapter on a base. `m-...`: MLflow's id of a logged model.
-_RESERVED_SHAPE = re.compile(r"on-[0-9a-f]{12}|m-[0-9a-f]{32}", re.IGNORECASE)
+# `m-...`: MLflow's id of a logged model.
+_RESERVED_SHAPE = re.compile(rf"{ADAPTER_ALIAS.pattern}|m-[0-9a-f]{{32}}", re.IGNORECASE)
 
 
 def name_problem(what: str, name: object) -> str | None:

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from trans_peft.domain.conventions import BASE_ALIASES
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.identity import content_sha256
-from trans_peft.domain.names import BASE_ALIASES, name_problem
+from trans_peft.domain.names import name_problem
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError

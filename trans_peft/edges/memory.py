@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.conventions import SERVING_ALIAS
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
@@ -139,7 +140,7 @@ class MemoryCatalog:
             replace(b, served=True) if b.number == base.number else b
             for b in self._versions[base.family]
         ]
-        self._aliases[base.family, "serving"] = base.number
+        self._aliases[base.family, SERVING_ALIAS] = base.number
 
     def promotion_notes(self, family: str) -> Mapping[int, str]:
         """Return what stands on versions about why `champion` there does not serve."""

@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.conventions import SERVING_ALIAS
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.edges.json_codec import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
@@ -89,7 +90,7 @@ class MlflowCatalog:
             raise InvalidSpecError(f"{known} is not ready: it cannot serve")
         if not known.served:
             self._tracking.tag_version(base.family, base.number, {"served": base.family})
-        self._tracking.set_alias(base.family, "serving", base.number)
+        self._tracking.set_alias(base.family, SERVING_ALIAS, base.number)
 
     def promotion_notes(self, family: str) -> Mapping[int, str]:
         """Return what stands on versions about why `champion` there does not serve."""

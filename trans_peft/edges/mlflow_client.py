@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from requests.exceptions import RequestException
 
+from trans_peft.domain.conventions import TAG_PREFIX
 from trans_peft.domain.names import check_case
 from trans_peft.errors import (
     AccessError,
@@ -36,19 +37,20 @@ from trans_peft.errors import (
 
 __all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "map_exceptions", "own_tags", "tag"]
 
-PREFIX = "trans_peft."
 _PARAM_LIMIT = 6000
 _PAGE = 1000
 
 
 def tag(name: str) -> str:
     """Return the full name of one of our tags."""
-    return f"{PREFIX}{name}"
+    return f"{TAG_PREFIX}{name}"
 
 
 def own_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Return our tags among those that MLflow has, without the prefix."""
-    return {key.removeprefix(PREFIX): v for key, v in tags.items() if key.startswith(PREFIX)}
+    return {
+        key.removeprefix(TAG_PREFIX): v for key, v in tags.items() if key.startswith(TAG_PREFIX)
+    }
 
 
 def full_tags(tags: Mapping[str, str | None]) -> dict[str, str]:

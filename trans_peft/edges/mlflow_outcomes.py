@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trans_peft.domain.base import serving_alias
+from trans_peft.domain.conventions import ADAPTER_ALIAS_PREFIX
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.names import quoted
 from trans_peft.domain.outcome import TransferOutcome
@@ -24,7 +25,7 @@ from trans_peft.errors import IntegrityError
 __all__ = ["MlflowOutcomes"]
 
 _FILE = "outcome.json"
-_TAG = re.compile(r"outcome\.on-[0-9a-f]+")
+_TAG = re.compile(rf"outcome\.{ADAPTER_ALIAS_PREFIX}[0-9a-f]+")
 _LONGEST_REASON, _LONGEST_LINE, _MOST_LINES = 2000, 300, 20  # below MLflow's 100,000 together
 
 

@@ -1,7 +1,7 @@
 """`AdapterRegistry` in MLflow's model registry: one registered model per adapter.
 
     registered model   kind=adapter, family, retired, alias.<alias> (where we last set it),
-                       by-hand.<alias> (what a person did to it, as reconcile saw it)
+                       manual-override.<alias> (the record of a user's change of that alias)
       version          adapter, family, base_*, trained_on_*, weights_sha256, method, suites, ...
                        verdict, verdict_key, verdict_reason, outcome.on-<base>
       alias            on-<first 12 digits of a base's fingerprint>: serves on that base
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
+from trans_peft.domain.conventions import ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_codec import to_json
@@ -142,7 +143,7 @@ class MlflowRegistry:
 
     def record_manual_override(self, adapter: str, alias: str, hand: ManualOverride | None) -> None:
         """Write down what a person did to the alias, for people to see (None: no longer so)."""
-        name = f"by-hand.{alias}"
+        name = f"{OVERRIDE_TAG_PREFIX}{alias}"
         if hand is not None:
             self._tracking.tag_model(adapter, name, to_json(ManualOverride, hand))
         elif name in own_tags(self._tracking.model(adapter, "adapter").tags):
@@ -201,7 +202,7 @@ class MlflowRegistry:
         ]
 
     def _remember(self, adapter: str, alias: str, where: str) -> None:
-        self._tracking.tag_model(adapter, f"alias.{alias}", where)
+        self._tracking.tag_model(adapter, f"{ALIAS_TAG_PREFIX}{alias}", where)
 
 
 def _word(number: int | None) -> str:

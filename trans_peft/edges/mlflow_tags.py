@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride, VersionState
+from trans_peft.domain.conventions import ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.names import quoted
 from trans_peft.domain.recipe import TrainingRecipe
@@ -97,7 +98,7 @@ def alias_states(model: Any) -> dict[str, AliasState]:
     """Return each alias of MLflow's registered model that is set, was set by us, or recorded."""
     tags = own_tags(model.tags)
     known = {*model.aliases}
-    for prefix in ("alias.", "by-hand."):
+    for prefix in (ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX):
         known |= {name.removeprefix(prefix) for name in tags if name.startswith(prefix)}
     return {alias: _alias_state(model, alias, tags) for alias in known}
 
@@ -111,12 +112,12 @@ def checked_sha256(tags: Mapping[str, str], name: str, where: str) -> str:
 
 def _alias_state(model: Any, alias: str, tags: Mapping[str, str]) -> AliasState:
     stands = model.aliases.get(alias)
-    ours = tags.get(f"alias.{alias}", NONE).split(">")  # two where a write was cut off
+    ours = tags.get(f"{ALIAS_TAG_PREFIX}{alias}", NONE).split(">")  # two where a write was cut off
     return AliasState(
         number=None if stands is None else int(stands),
         manual=str(stands or NONE) not in ours,
         unfinished=len(ours) > 1,
-        recorded=_recorded(tags.get(f"by-hand.{alias}")),
+        recorded=_recorded(tags.get(f"{OVERRIDE_TAG_PREFIX}{alias}")),
     )
 
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 
 from trans_peft.domain.adapter import AliasState, ManualOverride, version_trained_on
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import FleetChanges
 from trans_peft.domain.promotion import PromotionPolicy
@@ -150,7 +151,9 @@ def _promote(
 
 def _overtaken(fleet: Fleet, platform: Platform) -> bool:
     """Whether a person or another process moved what was looked at before it was written."""
-    aliases = (platform.catalog.alias(fleet.family, name) for name in ("champion", "serving"))
+    aliases = (
+        platform.catalog.alias(fleet.family, name) for name in (CHAMPION_ALIAS, SERVING_ALIAS)
+    )
     return tuple(aliases) != (fleet.champion, fleet.serving)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version, version_trained_on
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, TransferTask, outcome_of
 from trans_peft.domain.recipe import TrainingRecipe
@@ -110,8 +111,8 @@ def observe(family: str, platform: Platform, *, only: str | None = None) -> Flee
     return Fleet(
         family=family,
         bases=tuple(base for base in platform.catalog.versions(family) if base.ready),
-        serving=platform.catalog.alias(family, "serving"),
-        champion=platform.catalog.alias(family, "champion"),
+        serving=platform.catalog.alias(family, SERVING_ALIAS),
+        champion=platform.catalog.alias(family, CHAMPION_ALIAS),
         adapters=tuple(adapters),
         unreadable=tuple(unreadable),
         notes=platform.catalog.promotion_notes(family),

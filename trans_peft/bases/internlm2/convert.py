@@ -32,7 +32,7 @@ from trans_peft.bases.safetensors_stream import (
 from trans_peft.bases.upload import BESIDE_THE_FILES, changed, content_problems, read_manifest_claim
 from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Manifest, ManifestFile
-from trans_peft.domain.names import CONVERTED_SUFFIX
+from trans_peft.domain.conventions import CONVERTED_SUFFIX
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError
 from trans_peft.ports import ArtifactStore, StoredFile
 

@@ -1,0 +1,82 @@
+"""Fixed names that several processes share: S3 suffixes, MLflow tags and aliases, Prefect objects.
+
+One process writes such a name and another one reads it, so every module imports it from here.
+Renaming one also changes prefect.yaml and the pages in docs/ that show it.
+"""
+
+import re
+from enum import StrEnum
+
+__all__ = [
+    "ADAPTER_ALIAS",
+    "ADAPTER_ALIAS_PREFIX",
+    "ALIAS_TAG_PREFIX",
+    "BASE_ALIASES",
+    "CHAMPION_ALIAS",
+    "CONVERTED_SUFFIX",
+    "EVENT_PREFIX",
+    "GPU_LIMIT",
+    "OVERRIDE_TAG_PREFIX",
+    "RECONCILE_TAG",
+    "SERVING_ALIAS",
+    "TAG_PREFIX",
+    "WORK_POOL",
+    "Deployment",
+    "Event",
+]
+
+CONVERTED_SUFFIX = ".as-llama"
+"""Ends the prefix of the Llama form that ingestion publishes beside an InternLM2 upload."""
+
+TAG_PREFIX = "trans_peft."
+"""Starts every MLflow tag that this project writes."""
+
+RECONCILE_TAG = f"{TAG_PREFIX}reconcile"
+"""A user sets this tag on a registered version to start reconcile from MLflow's page."""
+
+ALIAS_TAG_PREFIX = "alias."
+"""Starts the tag (after `TAG_PREFIX`) that records where reconcile last set an alias."""
+
+OVERRIDE_TAG_PREFIX = "manual-override."
+"""Starts the tag (after `TAG_PREFIX`) that records the manual override of an alias."""
+
+SERVING_ALIAS, CHAMPION_ALIAS = "serving", "champion"
+BASE_ALIASES = (SERVING_ALIAS, CHAMPION_ALIAS)
+"""Aliases of a base family. A recipe or a command may name one instead of a version."""
+
+ADAPTER_ALIAS_PREFIX = "on-"
+"""Starts the alias of an adapter version that serves on one base (`domain.base.serving_alias`)."""
+
+ADAPTER_ALIAS = re.compile(rf"{ADAPTER_ALIAS_PREFIX}[0-9a-f]{{12}}")
+"""Matches such an alias: the prefix and the first 12 hex digits of the base's fingerprint."""
+
+EVENT_PREFIX = "trans-peft."
+"""Starts the names, resources and labels of this project's Prefect events."""
+
+
+class Event(StrEnum):
+    """Names of Prefect events. `RECONCILE_REQUESTED` is received, all others are emitted."""
+
+    BASE_READY = f"{EVENT_PREFIX}base.ready"
+    BASE_REFUSED = f"{EVENT_PREFIX}base.refused"
+    ADAPTER_JUDGED = f"{EVENT_PREFIX}adapter.judged"
+    FLEET_PROMOTED = f"{EVENT_PREFIX}fleet.promoted"
+    PROMOTION_REFUSED = f"{EVENT_PREFIX}promotion.refused"
+    RECONCILE_REQUESTED = f"{EVENT_PREFIX}reconcile.requested"
+
+
+class Deployment(StrEnum):
+    """Prefect deployments of prefect.yaml, as FLOW/NAME."""
+
+    INGEST_BASE = "ingest-base/default"
+    RECONCILE = "reconcile/default"
+    TRAIN_ADAPTER = "train-adapter/default"
+    ADOPT_ADAPTER = "adopt-adapter/default"
+    TRANSFER_SHARD = "transfer-shard/default"
+
+
+WORK_POOL = "trans-peft"
+"""Prefect work pool of all deployments."""
+
+GPU_LIMIT = "gpu"
+"""Prefect's global concurrency limit that holds the GPU slots."""
