@@ -152,20 +152,28 @@ def _name(data: dict[str, Any]) -> str:
 
 
 def _s3(document: dict[str, Any], delivery_id: str, root_uri: str) -> Parsed:
+    """Return the first upload among the records; a rejected record does not hide a later one."""
     nothing = "no object was written"
-    for key, bucket, at in _written(document, _ENVELOPES):
+    rejected: _RejectedError | None = None
+    for written in _written(document, _ENVELOPES):
+        if isinstance(written, _RejectedError):
+            rejected = rejected or written
+            continue
+        key, bucket, at = written
         folder, _, file = key.rpartition("/")
         uri = f"s3://{bucket}/{folder}"
         if file != Manifest.FILE_NAME:
             nothing = "a file that is no manifest"
         elif not _BUCKET.fullmatch(bucket) or not _is_plain(key):
-            raise _RejectedError("no base can be stored under this name")
+            rejected = rejected or _RejectedError("no base can be stored under this name")
         elif folder.endswith(CONVERTED_SUFFIX):
             nothing = "the converted form of another upload"
         elif not f"{uri}/".startswith(f"{root_uri.rstrip('/')}/" if root_uri else ""):
             nothing = "not where bases are uploaded"
         else:
             return Notification(NotificationKind.UPLOAD, uri, delivery_id, at=at)
+    if rejected is not None:
+        raise rejected
     return Ignored(nothing)
 
 
@@ -179,14 +187,17 @@ def _is_plain(key: str) -> bool:
 _Written = tuple[str, str, datetime | None]
 
 
-def _written(document: dict[str, Any], envelopes: int) -> Iterator[_Written]:
-    """Yield key, bucket and time of each object that the event says was written."""
+def _written(document: dict[str, Any], envelopes: int) -> Iterator[_Written | _RejectedError]:
+    """Yield key, bucket and time of each written object, or the error of a malformed record."""
     match document:
         case {"Event": "s3:TestEvent"}:  # sent once, when a notification is configured
             return
         case {"Records": [*records]}:  # S3, also inside MinIO's webhook
             for record in records:
-                yield from _record(record)
+                try:
+                    yield from _record(record)
+                except _RejectedError as error:
+                    yield error
         case {"Type": "Notification", "Message": str(message)}:  # SNS
             if envelopes == 0:
                 raise _RejectedError("too many envelopes")

@@ -1,6 +1,7 @@
 """The bridge as its senders meet it: a real server on a socket, MLflow and Prefect in memory."""
 
 import asyncio
+import http.client
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import httpx
@@ -320,6 +322,77 @@ def test_a_slow_head_ends_at_its_deadline(bridge, monkeypatch, first):
         except OSError:
             pass
     assert time.monotonic() - began < 5
+
+
+REFUSED_EARLY = [
+    b"GET /health HTTP/1.1\r\nHost: b\r\nContent-Length: 9\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: b\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"POST /nothing HTTP/1.1\r\nHost: b\r\nContent-Length: 9\r\n\r\n",
+    b"GET /hints/s3 HTTP/1.1\r\nHost: b\r\nContent-Length: 9\r\n\r\n",
+]
+
+
+def read_response(connection):
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    response.read()
+    return response.status
+
+
+@pytest.mark.parametrize("head", REFUSED_EARLY)
+@pytest.mark.parametrize("late", [b"", b"1", b"1\r\nx\r\n"])
+def test_a_body_after_its_response_ends_at_its_deadline(bridge, monkeypatch, head, late):
+    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.3)
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", bridge.port), timeout=20) as connection:
+        connection.sendall(head)
+        read_response(connection)
+        connection.sendall(late)
+        with suppress(ConnectionError):
+            assert connection.recv(65536) == b""
+    assert time.monotonic() - began < 4  # uvicorn's own keep-alive deadline is 5 s
+
+
+def test_connections_with_a_late_body_keep_no_other_client_out(bridge, monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.5)
+    late = [socket.create_connection(("127.0.0.1", bridge.port)) for _ in range(1024)]
+    try:
+        for connection in late:
+            connection.sendall(REFUSED_EARLY[0])
+        for connection in late:
+            with suppress(ConnectionError):
+                connection.recv(4096)
+                connection.sendall(b"x")
+        wait_until(lambda: bridge.http.get("/health").status_code == 200, patience_s=20)
+    finally:
+        for connection in late:
+            connection.close()
+
+
+def test_a_client_that_reads_no_response_ends_at_its_deadline(bridge, monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.5)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(2)
+        connection.connect(("127.0.0.1", bridge.port))
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):  # `timed out` is no ConnectionError
+            while time.monotonic() - began < 20:
+                try:
+                    connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: b\r\n\r\n" * 1000)
+                except TimeoutError:
+                    continue
+
+
+def test_a_connection_serves_one_request_after_another(bridge, monkeypatch):
+    """Also beyond the deadline, and with a request that arrives in pieces."""
+    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.5)
+    with socket.create_connection(("127.0.0.1", bridge.port), timeout=5) as connection:
+        for _ in range(6):
+            connection.sendall(b"GET /health HT")
+            time.sleep(0.2)
+            connection.sendall(b"TP/1.1\r\nHost: b\r\n\r\n")
+            assert read_response(connection) == 200
 
 
 def test_slow_connections_keep_nobody_else_out(bridge, monkeypatch):

@@ -214,6 +214,23 @@ def test_one_manifest_among_several_records_is_enough():
     assert s3(document).name == "s3://bases/smol/v1"
 
 
+ODD_RECORDS = [
+    *({}, None, 3, record("%ff"), record(f"%ff/{MANIFEST}"), record(MANIFEST)),
+    *(record(f"/{MANIFEST}"), record(f"a//{MANIFEST}"), record(f"x/{MANIFEST}", bucket="b/")),
+    *({"eventName": "ObjectCreated:Put"}, {"eventName": "ObjectCreated:Put", "s3": {"object": 1}}),
+]
+
+
+@pytest.mark.parametrize("odd", ODD_RECORDS, ids=range(len(ODD_RECORDS)))
+@pytest.mark.parametrize("envelope", [lambda document: document, sns], ids=["plain", "sns"])
+def test_an_odd_record_hides_no_good_one(odd, envelope):
+    good = record(f"smol/v1/{MANIFEST}")
+    for order in ([odd, good], [good, odd], [odd, record("a/b.bin"), odd, good]):
+        parsed = s3(envelope({"Records": order}))
+        assert parsed == Notification(NotificationKind.UPLOAD, "s3://bases/smol/v1", "d1")
+    assert isinstance(s3(envelope({"Records": [odd, record("a/b.bin")]})), Rejected)
+
+
 def test_uploads_elsewhere_mean_nothing():
     key = f"smol/v1/{MANIFEST}"
     assert isinstance(s3(records(key), root_uri="s3://bases/"), Notification)

@@ -403,7 +403,9 @@ def test_helpers_of_the_prompt_are_not_the_programs_to_define():
 def test_nothing_of_the_callers_environment_is_seen(monkeypatch, tmp_path):
     secret = secrets.token_hex(16)
     monkeypatch.setenv("TRANS_PEFT_SECRET", secret)
-    monkeypatch.setattr(process, "_NURSERY", ForkServer())  # started with the secret in the environment
+    monkeypatch.setattr(
+        process, "_NURSERY", ForkServer()
+    )  # started with the secret in the environment
     (tmp_path / "token").write_text(secret)
     outcome = run(f"""
         import glob, os, subprocess
