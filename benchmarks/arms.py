@@ -21,6 +21,7 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.lifecycle.questions import tokenized_suite_for
+from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.models import load_base, load_tokenizer
 from trans_peft.transfer.load_adapter import attached
@@ -152,7 +153,8 @@ def whole(world: World, *, sequential: bool = False) -> dict[str, Any]:
         with laps.of(name):
             world.platform.evaluations.put(world.reference(name))  # known, as in a registry
             work = TransferTask(name, version.number, world.new.version, Reason.NEVER_JUDGED)
-            outcome = transfer(work, FAMILY, policy, world.platform)
+            fleet = observe_adapter(name, FAMILY, world.platform)
+            outcome = transfer(work, fleet, policy, world.platform)
         said = [
             e
             for e in outcome.evaluations

@@ -128,8 +128,9 @@ v2 = ingest(Upload(f"{work}/bases/{FAMILY}/v2"), platform)
 # and registers the result. In production the flow `reconcile` does this for every adapter.
 
 # +
-for task in plan(observe(FAMILY, platform), policy).work:
-    outcome = transfer(task, FAMILY, policy, platform)
+fleet = observe(FAMILY, platform)
+for task in plan(fleet, policy).work:
+    outcome = transfer(task, fleet, policy, platform)
     print(task.adapter, "on", task.base_version, "->", outcome.verdict)
     print(outcome.judgement.reason)
 # -

@@ -13,7 +13,7 @@ from tasks.policy import RETRIES
 from tasks.progress import evaluation_progress
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferOutcome, TransferTask
-from trans_peft.lifecycle.reconcile import is_still_needed
+from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
 
 __all__ = ["record_failure", "transfer_adapter"]
 
@@ -28,9 +28,10 @@ def transfer_adapter(family: str, work: TransferTask, policy: GatePolicy) -> Tra
     from trans_peft.lifecycle.transfer import transfer
 
     with adapter_lock(work.adapter):
-        if not is_still_needed(work, family, policy, platform()):
+        fleet = observe_adapter(work.adapter, family, platform())
+        if not is_still_needed(work, fleet, policy):
             return None
-        outcome = transfer(work, family, policy, platform(), on_progress=evaluation_progress())
+        outcome = transfer(work, fleet, policy, platform(), on_progress=evaluation_progress())
     events.adapter_judged(outcome)
     return outcome
 
@@ -43,8 +44,9 @@ def record_failure(
     from trans_peft.lifecycle import transfer
 
     with adapter_lock(work.adapter):
-        if not is_still_needed(work, family, policy, platform()):
+        fleet = observe_adapter(work.adapter, family, platform())
+        if not is_still_needed(work, fleet, policy):
             return None
-        outcome = transfer.record_failure(work, family, policy, platform(), reason=reason)
+        outcome = transfer.record_failure(work, fleet, policy, platform(), reason=reason)
     events.adapter_judged(outcome)
     return outcome

@@ -14,6 +14,7 @@ from typing import BinaryIO, Protocol
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.owners import Owners
 from trans_peft.domain.places import Places
@@ -132,6 +133,12 @@ class AdapterRegistry(Protocol):
 
         With a family: registered models that claim to be adapters of it. Without one: those that
         claim a family that does not exist.
+        """
+
+    def adapter(self, name: str) -> RegisteredAdapter:
+        """Return one adapter, live or not, with its versions, outcomes and aliases.
+
+        Raises NotFoundError; IntegrityError if a version or an outcome cannot be read.
         """
 
     def family(self, adapter: str) -> str:

@@ -89,6 +89,20 @@ class TestEveryRegistry:
         assert place.registry.versions(place.adapter) == (version,)
         assert place.registry.adapters(place.family) == (place.adapter,)
 
+    def test_one_read_returns_what_the_single_methods_return(self, place):
+        registry, version = place.registry, place.trained()
+        registry.set_alias(place.adapter, version.alias, version.number)
+        registry.record(outcome(version))
+        found = registry.adapter(place.adapter)
+        assert (found.name, found.family, found.is_live) == (place.adapter, place.family, True)
+        assert found.versions == registry.versions(place.adapter)
+        assert found.outcomes == registry.outcomes(place.adapter) != ()
+        assert found.aliases == registry.aliases(place.adapter) != {}
+        place.person.retire_manually(place.adapter)
+        assert registry.adapter(place.adapter) == replace(found, is_live=False)
+        with pytest.raises(NotFoundError):
+            registry.adapter("unknown-adapter")
+
     def test_a_name_that_breaks_the_rule_is_refused_before_anything_is_written(self, place):
         place.trained()
         folder = place.peft_folder()

@@ -22,7 +22,7 @@ from trans_peft.domain.outcome import TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.lifecycle import transfer
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
-from trans_peft.lifecycle.reconcile import is_still_needed, observe, plan
+from trans_peft.lifecycle.reconcile import is_still_needed, observe, observe_adapter, plan
 
 WRITES = {
     "catalog": ("set_serving", "note_promotion"),
@@ -127,8 +127,9 @@ class World:
     @property
     def _transfer(self) -> SimpleNamespace:
         def record_failure(family: str, work: TransferTask, policy: Any, reason: str) -> None:
-            if is_still_needed(work, family, policy, self.platform):
-                transfer.record_failure(work, family, policy, self.platform, reason=reason)
+            fleet = observe_adapter(work.adapter, family, self.platform)
+            if is_still_needed(work, fleet, policy):
+                transfer.record_failure(work, fleet, policy, self.platform, reason=reason)
 
         return SimpleNamespace(record_failure=record_failure)
 
@@ -181,7 +182,9 @@ class World:
 
     def judge(self, work: TransferTask) -> None:
         """Judge an adapter, unless somebody else is at it (who comes second finds it done)."""
-        if work.adapter in self.locked or not is_still_needed(work, FAMILY, POLICY, self.platform):
+        if work.adapter in self.locked:
+            return
+        if not is_still_needed(work, observe_adapter(work.adapter, FAMILY, self.platform), POLICY):
             return
         self.locked.add(work.adapter)
         plain, self.fleet.platform = self.fleet.platform, self.platform

@@ -18,12 +18,13 @@ from trans_peft.domain.evaluation import (
     Suite,
     Verdict,
 )
+from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import FleetChanges, TransferOutcome, TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
-from trans_peft.lifecycle.reconcile import Adapter, Fleet, observe, plan
+from trans_peft.lifecycle.reconcile import is_still_needed, observe, observe_adapter, plan
 from trans_peft.lifecycle.resolve import find_base
 
 FAMILY = "small"
@@ -142,6 +143,11 @@ class MemoryFleet:
     def work(self, policy: GatePolicy = POLICY) -> tuple[TransferTask, ...]:
         return plan(observe(self.family, self.platform), policy).work
 
+    def needs(self, task: TransferTask, policy: GatePolicy = POLICY) -> bool:
+        """Return what a shard finds when it reads the adapter before it starts the task."""
+        seen = observe_adapter(task.adapter, self.family, self.platform)
+        return is_still_needed(task, seen, policy)
+
     def complete_tasks(self, verdict: Verdict = Verdict.PASSED) -> None:
         for work in self.work():
             self.judge(work, verdict)
@@ -180,8 +186,9 @@ def judged_fleet(live: int, passing: int) -> tuple[Fleet, BaseVersion]:
         for number, name in ((1, "v1"), (2, "v2"))
     )
     adapters = tuple(
-        Adapter(
+        RegisteredAdapter(
             f"a{i}",
+            FAMILY,
             tuple(
                 AdapterVersion(
                     f"a{i}", base.number, FAMILY, base.version, base.fingerprint_sha256,

@@ -21,6 +21,7 @@ from trans_peft.errors import ContentError, DataError, IntegrityError
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.evaluations import tokenizer_folder
+from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.resolve import resolve
 from trans_peft.lifecycle.train import train
 from trans_peft.lifecycle.transfer import transfer
@@ -104,7 +105,8 @@ def rendered(template):
 
 def judge(platform, adapter, **policy):
     work = TransferTask(adapter.adapter, adapter.number, "v2", Reason.NEVER_JUDGED)
-    return transfer(work, FAMILY, GatePolicy(margin_points=60.0, **policy), platform)
+    fleet = observe_adapter(work.adapter, FAMILY, platform)
+    return transfer(work, fleet, GatePolicy(margin_points=60.0, **policy), platform)
 
 
 @pytest.mark.parametrize("sequential", [False, True])

@@ -137,10 +137,11 @@ def test_an_update_is_judged_served_and_rolled_back(life):
     v2 = ingest(upload, platform)
     assert pending(platform, root_uri=str(root / "bases")) == ()
 
-    (work,) = plan(observe(FAMILY, platform), POLICY).work
+    fleet = observe(FAMILY, platform)
+    (work,) = plan(fleet, POLICY).work
     answered = []
     outcome = transfer(
-        work, FAMILY, POLICY, platform, on_progress=lambda told: answered.append(told.what)
+        work, fleet, POLICY, platform, on_progress=lambda told: answered.append(told.what)
     )
     assert outcome.compatibility.ok
     assert outcome.effect is not None and outcome.effect.found
@@ -158,10 +159,11 @@ def test_an_update_is_judged_served_and_rolled_back(life):
     # under another policy it is judged again from what is stored: no model is asked anything
     answered.clear()
     lenient = GatePolicy(margin_points=60.0, must_beat_bare=False)
-    (again,) = plan(observe(FAMILY, platform), lenient).work
+    fleet = observe(FAMILY, platform)
+    (again,) = plan(fleet, lenient).work
     outcome = transfer(
         again,
-        FAMILY,
+        fleet,
         lenient,
         platform,
         on_progress=lambda told: answered.append(told.what),

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.promotion import PromotionPolicy
-from trans_peft.lifecycle.reconcile import is_still_needed, observe
+from trans_peft.lifecycle.reconcile import is_still_needed, observe, observe_adapter
 
 HALF = PromotionPolicy(min_serving_share=0.5)
 JUDGED = [Verdict.PASSED, Verdict.NEEDS_RETUNING, Verdict.INCONCLUSIVE, Verdict.INCOMPATIBLE]
@@ -83,7 +83,8 @@ class FleetAndPeople(RuleBasedStateMachine):
     @rule(verdict=st.sampled_from(JUDGED), count=st.integers(1, 4))
     def judge(self, verdict, count):
         for work in self.fleet.work()[:count]:
-            if is_still_needed(work, FAMILY, POLICY, self.fleet.platform):
+            seen = observe_adapter(work.adapter, FAMILY, self.fleet.platform)
+            if is_still_needed(work, seen, POLICY):
                 outcome = self.fleet.judge(work, verdict)
                 key = (outcome.adapter, outcome.weights_sha256, outcome.base_version)
                 assert key not in self.judged

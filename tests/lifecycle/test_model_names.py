@@ -24,6 +24,7 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.models import load_base
 from trans_peft.transfer.compatibility import compare
@@ -187,6 +188,7 @@ def test_gpt2_with_the_hubs_names_is_adopted_and_transferred(tmp_path):
     version = adopt("parity", str(adapter), "gpt2", (suite,), platform, base_version="v1")
     v2 = platform.catalog.versions("gpt2")[1]
     work = TransferTask("parity", version.number, v2.version, Reason.NEVER_JUDGED)
-    outcome = transfer(work, "gpt2", GatePolicy(margin_points=10.0), platform)
+    fleet = observe_adapter(work.adapter, "gpt2", platform)
+    outcome = transfer(work, fleet, GatePolicy(margin_points=10.0), platform)
     assert outcome.compatibility.ok
     assert outcome.judgement.suites[0].items == 8

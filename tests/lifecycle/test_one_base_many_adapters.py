@@ -27,6 +27,7 @@ from trans_peft.errors import IntegrityError
 from trans_peft.lifecycle import questions
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.methods.bottleneck import BottleneckConfig
 from trans_peft.transfer.load_adapter import attached
@@ -103,7 +104,8 @@ def counted(monkeypatch):
 
 def judge(platform, name, policy=POLICY, told=None):
     work = TransferTask(name, 1, "v2", Reason.NEVER_JUDGED)
-    return transfer(work, FAMILY, policy, platform, on_progress=told)
+    fleet = observe_adapter(name, FAMILY, platform)
+    return transfer(work, fleet, policy, platform, on_progress=told)
 
 
 @pytest.mark.parametrize("sequential", [False, True])

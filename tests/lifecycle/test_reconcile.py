@@ -13,7 +13,6 @@ from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import NotFoundError, NotServedError
 from trans_peft.lifecycle.reconcile import (
     MAX_ATTEMPTS,
-    is_still_needed,
     observe,
     plan,
     with_cost_estimates,
@@ -102,7 +101,7 @@ def test_bases_that_a_person_passed_over_ask_for_nothing(fleet, two_bases):
 def test_work_is_no_longer_wanted_once_it_is_done_or_given_up(fleet, two_bases, meanwhile):
     v1, _ = two_bases
     work = fleet.work()[0]
-    assert is_still_needed(work, FAMILY, POLICY, fleet.platform)
+    assert fleet.needs(work)
     policy = POLICY
     match meanwhile:
         case "judged":
@@ -119,9 +118,9 @@ def test_work_is_no_longer_wanted_once_it_is_done_or_given_up(fleet, two_bases, 
             fleet.judge(work)
             policy = GatePolicy(margin_points=1.0)
             (again,) = [w for w in fleet.work(policy) if w.adapter == work.adapter]
-            assert is_still_needed(again, FAMILY, policy, fleet.platform)
+            assert fleet.needs(again, policy)
             return
-    assert not is_still_needed(work, FAMILY, policy, fleet.platform)
+    assert not fleet.needs(work, policy)
 
 
 def test_a_changed_policy_is_judged_anew_at_no_cost(fleet, two_bases):

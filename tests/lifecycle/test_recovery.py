@@ -31,7 +31,7 @@ from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import AdapterError, InvalidSpecError, NotFoundError
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.bases import ingest
-from trans_peft.lifecycle.reconcile import observe, plan
+from trans_peft.lifecycle.reconcile import observe, observe_adapter, plan
 from trans_peft.lifecycle.recovery.retraining import retrain
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.transfer import transfer
@@ -116,7 +116,8 @@ class World:
     def transfer(self, **recovery):
         policy = replace(POLICY, recovery=RecoveryPolicy(**recovery))
         work = TransferTask("parity", self.source.number, "v2", Reason.NEVER_JUDGED)
-        return transfer(work, FAMILY, policy, self.platform)
+        fleet = observe_adapter("parity", FAMILY, self.platform)
+        return transfer(work, fleet, policy, self.platform)
 
     def version(self, outcome):
         versions = self.platform.registry.versions("parity")

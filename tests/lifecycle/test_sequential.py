@@ -17,6 +17,7 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.validation import evaluate
 
@@ -49,7 +50,7 @@ def judged(platform, policy):
     answered = {}
     outcome = transfer(
         TransferTask("parity", 1, "v2", Reason.NEVER_JUDGED),
-        FAMILY,
+        observe_adapter("parity", FAMILY, platform),
         policy,
         platform,
         on_progress=lambda told: answered.update({told.what: (told.done, told.total)}),
@@ -111,7 +112,7 @@ def test_a_suite_that_is_not_required_is_answered_whole(fleet, tmp_path):
     )
     outcome = transfer(
         TransferTask("both", adopted.number, "v2", Reason.NEVER_JUDGED),
-        FAMILY,
+        observe_adapter("both", FAMILY, platform),
         replace(EARLY, required_suites=("parity",)),
         platform,
     )
@@ -137,6 +138,6 @@ def test_parts_use_what_was_said_on_the_old_base_and_add_their_near_ties_up(
     monkeypatch.setattr(evaluate, "answer", undecided)
     policy = replace(EARLY, margin_points=5.0)
     work = TransferTask("kept", adopted.number, "v2", Reason.NEVER_JUDGED)
-    outcome = transfer(work, FAMILY, policy, platform)
+    outcome = transfer(work, observe_adapter("kept", FAMILY, platform), policy, platform)
     assert drafts == [expected] * 3 and len(expected) == ITEMS
     assert outcome.evaluations[1].near_ties == 6

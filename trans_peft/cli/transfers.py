@@ -99,6 +99,7 @@ def transfer(
     suite.yaml --out runs/mine-v2`
     """
     from trans_peft.lifecycle.evaluations import pin_suites
+    from trans_peft.lifecycle.reconcile import observe_adapter
     from trans_peft.lifecycle.templates import keep_template
     from trans_peft.lifecycle.transfer import transfer as judge_on
     from trans_peft.models import adapter_weights_sha256
@@ -136,7 +137,7 @@ def transfer(
         )
         outcome = judge_on(
             TransferTask(source.adapter, source.number, candidate.version, Reason.NEVER_JUDGED),
-            LOCAL,
+            observe_adapter(source.adapter, LOCAL, platform),
             gate,
             platform,
             on_progress=shown.evaluation,

@@ -17,6 +17,7 @@ from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.conventions import SERVING_ALIAS
 from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.places import Places
@@ -253,6 +254,17 @@ class MemoryRegistry:
     def set_aside(self, family: str | None = None) -> tuple[str, ...]:
         """Return nothing: only `register` makes adapters here, and it checks their names."""
         return ()
+
+    def adapter(self, name: str) -> RegisteredAdapter:
+        """Return one adapter with its versions, outcomes and aliases. Raises NotFoundError."""
+        return RegisteredAdapter(
+            name=name,
+            family=self.family(name),
+            versions=self.versions(name),
+            outcomes=self.outcomes(name),
+            aliases=self.aliases(name),
+            is_live=name not in self._retired,
+        )
 
     def family(self, adapter: str) -> str:
         """Return the family of an adapter, live or not. NotFoundError."""

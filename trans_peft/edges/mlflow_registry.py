@@ -18,6 +18,7 @@ from typing import Any
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.conventions import ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX
+from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_codec import to_json
@@ -56,6 +57,21 @@ class MlflowRegistry:
             f"the adapter {quoted(name)} claims the family {quoted(claimed)}, which does not exist"
             for name, claimed in claims
             if claimed not in families
+        )
+
+    def adapter(self, name: str) -> RegisteredAdapter:
+        """Return one adapter with its versions, outcomes and aliases, in two requests.
+
+        Raises NotFoundError, IntegrityError.
+        """
+        model, found = self._tracking.model(name, "adapter"), self._found(name)
+        return RegisteredAdapter(
+            name=name,
+            family=own_tags(model.tags).get("family", ""),
+            versions=tuple(map(adapter_version, found)),
+            outcomes=self._outcomes.newest(found),
+            aliases=alias_states(model),
+            is_live=not _why_aside(model) and not _is_retired(model),
         )
 
     def family(self, adapter: str) -> str:

@@ -15,11 +15,12 @@ from trans_peft.domain.adapter import AliasState, ManualOverride, version_traine
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
 from trans_peft.domain.evaluation import GatePolicy, Verdict
+from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import FleetChanges
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import NotFoundError, StoreError, TransPeftError
 from trans_peft.lifecycle.promotion import promotion_blockers
-from trans_peft.lifecycle.reconcile import Adapter, Fleet, plan
+from trans_peft.lifecycle.reconcile import plan
 from trans_peft.ports import Platform
 
 __all__ = ["apply_verdicts"]
@@ -68,8 +69,8 @@ class _Written:
 
 
 def _settled(
-    adapter: Adapter, fleet: Fleet, platform: Platform, seen_at: str, written: _Written
-) -> Adapter:
+    adapter: RegisteredAdapter, fleet: Fleet, platform: Platform, seen_at: str, written: _Written
+) -> RegisteredAdapter:
     """Write one adapter's alias on each base by its verdict; return it with the aliases as set."""
     states = dict(adapter.aliases)
     for base in {base.alias: base for base in fleet.bases}.values():
@@ -98,7 +99,7 @@ class _Decision:
     open: bool = False
 
 
-def _decide(adapter: Adapter, base: BaseVersion) -> _Decision:
+def _decide(adapter: RegisteredAdapter, base: BaseVersion) -> _Decision:
     here = version_trained_on(base.fingerprint_sha256, adapter.versions)
     if here is not None:  # whatever was trained on another base since
         return _Decision(here.number, "trained here")

@@ -1,9 +1,9 @@
 """What a promotion policy has against a base: too few adapters would serve there, and which not."""
 
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import NotFoundError, listed
-from trans_peft.lifecycle.reconcile import Adapter, Fleet
 from trans_peft.ports import Platform
 
 __all__ = ["promotion_blockers"]
@@ -41,11 +41,11 @@ def promotion_blockers(
     )
 
 
-def _serves(adapter: Adapter, base: BaseVersion) -> bool:
+def _serves(adapter: RegisteredAdapter, base: BaseVersion) -> bool:
     return adapter.can_serve(base, adapter.alias_on(base).number)
 
 
-def _why_idle(adapter: Adapter, base: BaseVersion) -> str:
+def _why_idle(adapter: RegisteredAdapter, base: BaseVersion) -> str:
     state, outcome = adapter.alias_on(base), adapter.outcome_on(base)
     if state.manual:
         return "blocked by hand" if state.number is None else "set by hand on another base's bytes"

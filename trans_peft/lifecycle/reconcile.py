@@ -6,24 +6,23 @@ follows from the verdicts is written by `trans_peft.lifecycle.apply_verdicts`. A
 or out of order, changes nothing here: nothing but the registry is read.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version, version_trained_on
+from trans_peft.domain.adapter import AdapterVersion, source_version, version_trained_on
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
 from trans_peft.domain.evaluation import GatePolicy, Verdict
-from trans_peft.domain.outcome import Plan, Reason, TransferOutcome, TransferTask, outcome_of
+from trans_peft.domain.fleet import Fleet, RegisteredAdapter
+from trans_peft.domain.outcome import Plan, Reason, TransferTask
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import IntegrityError, StoreError, TransPeftError
 from trans_peft.ports import Platform
 
 __all__ = [
     "MAX_ATTEMPTS",
-    "Adapter",
-    "Fleet",
     "is_still_needed",
     "observe",
+    "observe_adapter",
     "plan",
     "with_cost_estimates",
 ]
@@ -32,91 +31,38 @@ MAX_ATTEMPTS = 3
 """A key whose attempts all failed is parked for a person after so many."""
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One live adapter as the registry shows it."""
+def observe(family: str, platform: Platform) -> Fleet:
+    """Read the whole fleet of one family from the registry.
 
-    name: str
-    versions: tuple[AdapterVersion, ...]
-    outcomes: tuple[TransferOutcome, ...]
-    aliases: Mapping[str, AliasState] = field(default_factory=dict)
-
-    def alias_on(self, base: BaseVersion) -> AliasState:
-        """Return where the alias that says "serves on this base" stands."""
-        return self.aliases.get(base.alias, AliasState())
-
-    def can_serve(self, base: BaseVersion, number: int | None) -> bool:
-        """Whether the alias on that version means something: only bytes made for the base serve."""
-        return any(
-            version.number == number and version.base_fingerprint_sha256 == base.fingerprint_sha256
-            for version in self.versions
-        )
-
-    def outcome_on(self, base: BaseVersion) -> TransferOutcome | None:
-        """Return the newest outcome on a base for the bytes that are carried over now."""
-        source = source_version(self.versions)
-        return outcome_of(source.weights_sha256, base.fingerprint_sha256, self.outcomes)
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """Everything that is looked at: one family's ready bases, its aliases, its live adapters.
-
-    `unreadable`: adapters that cannot be judged, with the reason; they stop nobody else.
-    `set_aside`: what else stands in the registry and cannot be read, with the reason.
-    `notes`: what stands on base versions, by number, about a promotion that did not take place.
+    An adapter that cannot be read is listed in `unreadable` and does not affect the others. Raises
+    StoreError if the registry does not respond.
     """
-
-    family: str
-    bases: tuple[BaseVersion, ...]
-    serving: int | None
-    champion: int | None
-    adapters: tuple[Adapter, ...]
-    unreadable: tuple[str, ...] = ()
-    notes: Mapping[int, str] = field(default_factory=dict)
-    set_aside: tuple[str, ...] = ()
-
-    def base(self, number: int | None) -> BaseVersion | None:
-        """Return the ready base version with that number, if there is one."""
-        return next((base for base in self.bases if base.number == number), None)
-
-    @property
-    def wanted(self) -> tuple[BaseVersion, ...]:
-        """The bases on which every live adapter needs a verdict, the most wanted first.
-
-        The one that should serve and the one that does, then all that are newer, the newest first.
-        Where a person wants a newer one than serves, those in between are nobody's wish any more.
-        """
-        named = [base for base in map(self.base, (self.champion, self.serving)) if base]
-        newest_first = sorted(self.bases, key=lambda base: -base.number)
-        if self.serving is None or not named:
-            return tuple(dict.fromkeys([*named, *newest_first]))
-        aim = named[0].number
-        return tuple(dict.fromkeys([*named, *(b for b in newest_first if b.number >= aim)]))
-
-
-def observe(family: str, platform: Platform, *, only: str | None = None) -> Fleet:
-    """Read one family's fleet from the registry; `only`: with one of its live adapters at most."""
-    adapters: list[Adapter] = []
+    adapters: list[RegisteredAdapter] = []
     unreadable: list[str] = []
     for name in platform.registry.adapters(family):
-        if only is not None and name != only:
-            continue
-        try:
-            adapters.append(_adapter(name, family, platform))
-        except StoreError:
-            raise  # the registry does not answer: that says nothing about the adapter
-        except TransPeftError as error:
-            unreadable.append(f"{name}: {error}")
-    return Fleet(
-        family=family,
-        bases=tuple(base for base in platform.catalog.versions(family) if base.ready),
-        serving=platform.catalog.alias(family, SERVING_ALIAS),
-        champion=platform.catalog.alias(family, CHAMPION_ALIAS),
+        found = _read_adapter(name, family, platform, unreadable)
+        adapters += [found] if found is not None else []
+    return replace(
+        _observe_bases(family, platform),
         adapters=tuple(adapters),
         unreadable=tuple(unreadable),
         notes=platform.catalog.promotion_notes(family),
         set_aside=(*platform.catalog.set_aside(family), *platform.registry.set_aside(family)),
+    )
+
+
+def observe_adapter(adapter: str, family: str, platform: Platform) -> Fleet:
+    """Read one adapter and the base versions of its family: all that one transfer needs.
+
+    Returns a fleet with this adapter alone, without `notes` and `set_aside`. It has no adapter if
+    this one is retired or unknown, belongs to another family, or cannot be read.
+    """
+    unreadable: list[str] = []
+    found = _read_adapter(adapter, family, platform, unreadable)
+    return replace(
+        _observe_bases(family, platform),
+        adapters=(found,) if found is not None and found.is_live else (),
+        unreadable=tuple(unreadable),
     )
 
 
@@ -136,16 +82,13 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
     return Plan(fleet.family, tuple(work), tuple(parked), aside, tuple(trainings))
 
 
-def is_still_needed(
-    work: TransferTask, family: str, policy: GatePolicy, platform: Platform
-) -> bool:
-    """Whether work that was planned a while ago still is: nobody did it, nobody gave it up.
+def is_still_needed(task: TransferTask, fleet: Fleet, policy: GatePolicy) -> bool:
+    """Return whether a planned task is still part of the plan for a fleet that was just read.
 
-    It no longer is where another process did it or failed at it, where the adapter was retired or
-    re-tuned, and where people moved on to a newer base.
+    It is not if another process completed or failed the task, if the adapter was retired or
+    re-tuned, or if `champion` moved to a newer base version.
     """
-    now = plan(observe(family, platform, only=work.adapter), policy)
-    return any(item.key == work.key for item in now.work)
+    return any(item.key == task.key for item in plan(fleet, policy).work)
 
 
 def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
@@ -165,16 +108,33 @@ def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
     return replace(found, work=tuple(work))
 
 
-def _adapter(name: str, family: str, platform: Platform) -> Adapter:
-    versions = platform.registry.versions(name)
-    source_version(versions)  # without one it cannot be judged: NotFoundError
-    outcomes, aliases = platform.registry.outcomes(name), platform.registry.aliases(name)
-    adapter = Adapter(name, versions, outcomes, aliases)
-    _check(adapter, family)
-    return adapter
+def _observe_bases(family: str, platform: Platform) -> Fleet:
+    return Fleet(
+        family=family,
+        bases=tuple(base for base in platform.catalog.versions(family) if base.ready),
+        serving=platform.catalog.alias(family, SERVING_ALIAS),
+        champion=platform.catalog.alias(family, CHAMPION_ALIAS),
+        adapters=(),
+    )
 
 
-def _check(adapter: Adapter, family: str) -> None:
+def _read_adapter(
+    name: str, family: str, platform: Platform, unreadable: list[str]
+) -> RegisteredAdapter | None:
+    """Read one adapter; if it cannot be read, add the reason to `unreadable` and return None."""
+    try:
+        found = platform.registry.adapter(name)
+        source_version(found.versions)  # raises NotFoundError if no version was trained
+        _check(found, family)
+    except StoreError:
+        raise  # the registry did not respond, which is no fault of the adapter
+    except TransPeftError as error:
+        unreadable.append(f"{name}: {error}")
+        return None
+    return found
+
+
+def _check(adapter: RegisteredAdapter, family: str) -> None:
     """Raise IntegrityError where versions and outcomes contradict one another or the family."""
     problems = [
         f"version {version.number} is of the family {version.family}"
@@ -220,7 +180,7 @@ def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float 
 
 
 def _left_to_train(
-    adapter: Adapter, base: BaseVersion, policy: GatePolicy
+    adapter: RegisteredAdapter, base: BaseVersion, policy: GatePolicy
 ) -> TrainingRecipe | None:
     """Return the recipe that the outcome leaves to try. Trained by it, the outcome leaves none."""
     outcome = adapter.outcome_on(base)
@@ -229,8 +189,10 @@ def _left_to_train(
     return outcome.training
 
 
-def _missing(adapter: Adapter, base: BaseVersion, policy: GatePolicy) -> TransferTask | None:
-    source = source_version(adapter.versions)
+def _missing(
+    adapter: RegisteredAdapter, base: BaseVersion, policy: GatePolicy
+) -> TransferTask | None:
+    source = adapter.source
     if version_trained_on(base.fingerprint_sha256, adapter.versions) is not None:
         return None
     outcome = adapter.outcome_on(base)

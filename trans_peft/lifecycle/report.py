@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version, version_trained_on
+from trans_peft.domain.adapter import AdapterVersion, AliasState, version_trained_on
 from trans_peft.domain.evaluation import SuiteJudgement, Verdict
+from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import StoreError, TransPeftError
-from trans_peft.lifecycle.reconcile import Fleet, observe
+from trans_peft.lifecycle.reconcile import observe
 from trans_peft.ports import Platform
 
 __all__ = ["FleetReport", "FleetRow", "report"]
@@ -126,7 +127,7 @@ def _scores(
 def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[FleetRow]:
     rows = []
     for adapter in fleet.adapters:
-        source = source_version(adapter.versions)
+        source = adapter.source
         for base in fleet.bases:
             outcome = adapter.outcome_on(base)
             trained_here = version_trained_on(base.fingerprint_sha256, adapter.versions)

@@ -1,5 +1,7 @@
 """Look up the adapter version that serves on a base, and bases by version, alias or fingerprint."""
 
+from collections.abc import Iterable
+
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.errors import NotFoundError, NotServedError
@@ -29,12 +31,13 @@ def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
     )
 
 
-def base_trained_on(source: AdapterVersion, platform: Platform) -> BaseVersion:
-    """Return the ready base that a version was trained on, by fingerprint: a label may move on.
+def base_trained_on(source: AdapterVersion, bases: Iterable[BaseVersion]) -> BaseVersion:
+    """Return the ready base version that an adapter version was trained on, by fingerprint.
 
-    Raises NotFoundError where the catalog no longer has it.
+    The label is not compared, because another base version may have it by now. Raises NotFoundError
+    if `bases`, the versions of the family, do not contain it.
     """
-    for base in platform.catalog.versions(source.family):
+    for base in bases:
         if base.ready and base.fingerprint_sha256 == source.trained_on_fingerprint_sha256:
             return base
     raise NotFoundError(

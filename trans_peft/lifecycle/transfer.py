@@ -1,14 +1,15 @@
-"""One adapter on one new base: from its bytes to a verdict in the registry."""
+"""Transfer one adapter to one new base version: evaluate, apply the gate, register the result."""
 
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from trans_peft.domain.adapter import AdapterVersion, source_version
+from trans_peft.domain.adapter import AdapterVersion, version_trained_on
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
+from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import Compatibility, TransferOutcome, TransferTask, outcome_of
 from trans_peft.errors import naming, translating_full_disk_errors
 from trans_peft.lifecycle.evaluations import (
@@ -19,7 +20,7 @@ from trans_peft.lifecycle.evaluations import (
 )
 from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, probe, recover
 from trans_peft.lifecycle.recovery.strategies import Candidate, recipe_on
-from trans_peft.lifecycle.resolve import base_trained_on, find_base
+from trans_peft.lifecycle.resolve import base_trained_on
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare, may_differ
 
@@ -27,38 +28,36 @@ __all__ = ["record_failure", "transfer"]
 
 
 def transfer(
-    work: TransferTask,
-    family: str,
+    task: TransferTask,
+    fleet: Fleet,
     policy: GatePolicy,
     platform: Platform,
     *,
     on_progress: ProgressCallback | None = None,
 ) -> TransferOutcome:
-    """Judge one adapter on one new base; record the verdict and the version that has it.
+    """Evaluate one adapter on one new base, apply the gate, and register the result.
 
-    Compatibility (no weights on a device), transplant, effect probe, evaluation, gate against the
-    results on the base that it was trained on. Whatever the registry knows already is taken from
-    there: a changed policy is judged from stored results, without a model, as far as they go (a
-    sequential policy stops asking once the verdict is known). Where direct transfer does not pass,
-    the policy's remedies are tried in their order; the version is that of the first that passes, or
-    else of direct transfer.
+    The steps are: compatibility (reads no weights), effect probe, evaluation on the new base, and
+    the gate, which compares with the results on the base that the adapter was trained on. If direct
+    transfer does not pass, the recovery strategies of the policy are tried in order. The registered
+    version is that of the first strategy that passes, or else of direct transfer.
+
+    Stored results are reused. After a change of the policy no model is loaded, unless a sequential
+    policy needs items that were not evaluated before.
+
+    `fleet` comes from `observe_adapter` (or `observe`); the registry is not read again, except by
+    the port methods that write. Raises NotFoundError if the adapter or the base is not in `fleet`.
     """
     started = time.monotonic()
-    base = find_base(family, work.base_version, platform)
-    source = source_version(platform.registry.versions(work.adapter))
+    inputs = _Inputs.of(task, fleet)
+    source = inputs.source
     with (
         translating_full_disk_errors(tempfile.gettempdir()),
         tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
         naming({Path(scratch) / "source": str(source), Path(scratch): f"a copy of {source}"}),
     ):
-        outcome = _judge(
-            _new_outcome(source, base, policy, work.attempt),
-            source,
-            base,
-            policy,
-            platform,
-            Path(scratch),
-            on_progress,
+        outcome = _evaluate(
+            _new_outcome(inputs, policy), inputs, policy, platform, Path(scratch), on_progress
         )
     outcome = replace(outcome, seconds=time.monotonic() - started)
     platform.registry.record(outcome)
@@ -66,22 +65,51 @@ def transfer(
 
 
 def record_failure(
-    work: TransferTask, family: str, policy: GatePolicy, platform: Platform, *, reason: str
+    task: TransferTask, fleet: Fleet, policy: GatePolicy, platform: Platform, *, reason: str
 ) -> TransferOutcome:
-    """Record that an attempt ended in an error; reconcile parks the key after three of them."""
-    base = find_base(family, work.base_version, platform)
-    source = source_version(platform.registry.versions(work.adapter))
+    """Record that an attempt ended with an error. Reconcile parks a task after three failures."""
     outcome = replace(
-        _new_outcome(source, base, policy, work.attempt),
+        _new_outcome(_Inputs.of(task, fleet), policy),
         judgement=Judgement(Verdict.FAILED, reason),
     )
     platform.registry.record(outcome)
     return outcome
 
 
-def _new_outcome(
-    source: AdapterVersion, base: BaseVersion, policy: GatePolicy, attempt: int
-) -> TransferOutcome:
+@dataclass(frozen=True)
+class _Inputs:
+    """What one transfer needs from the registry, taken from one read of the fleet."""
+
+    task: TransferTask
+    adapter: RegisteredAdapter
+    base: BaseVersion
+    bases: tuple[BaseVersion, ...]
+
+    @classmethod
+    def of(cls, task: TransferTask, fleet: Fleet) -> "_Inputs":
+        return cls(
+            task, fleet.adapter(task.adapter), fleet.base_named(task.base_version), fleet.bases
+        )
+
+    @property
+    def source(self) -> AdapterVersion:
+        return self.adapter.source
+
+    @property
+    def trained_on(self) -> BaseVersion:
+        return base_trained_on(self.source, self.bases)
+
+    def known_outcome(self) -> TransferOutcome | None:
+        """Return the outcome of these weights on this base that made a version, if there is one."""
+        return outcome_of(
+            self.source.weights_sha256,
+            self.base.fingerprint_sha256,
+            (outcome for outcome in self.adapter.outcomes if outcome.new_number is not None),
+        )
+
+
+def _new_outcome(inputs: _Inputs, policy: GatePolicy) -> TransferOutcome:
+    source, base = inputs.source, inputs.base
     return TransferOutcome(
         adapter=source.adapter,
         source_number=source.number,
@@ -90,36 +118,31 @@ def _new_outcome(
         base_fingerprint_sha256=base.fingerprint_sha256,
         weights_sha256=source.weights_sha256,
         policy_sha256=policy.sha256,
-        judgement=Judgement(Verdict.FAILED, "not judged"),
-        attempts=attempt,
+        judgement=Judgement(Verdict.FAILED, "not evaluated"),
+        attempts=inputs.task.attempt,
     )
 
 
-def _judge(
+def _evaluate(
     outcome: TransferOutcome,
-    source: AdapterVersion,
-    base: BaseVersion,
+    inputs: _Inputs,
     policy: GatePolicy,
     platform: Platform,
     scratch: Path,
     on_progress: ProgressCallback | None,
 ) -> TransferOutcome:
-    @cache  # fetched at most once, and not at all where every result is stored
+    source, base, trained_on = inputs.source, inputs.base, inputs.trained_on
+
+    @cache  # downloaded once, and only if something has to be computed
     def folder() -> Path:
         return platform.registry.download(source, scratch / "source")
 
-    trained_on = base_trained_on(source, platform)
-    outcomes = platform.registry.outcomes(source.adapter)
-    earlier = outcome_of(
-        source.weights_sha256,
-        base.fingerprint_sha256,
-        (known for known in outcomes if known.new_number is not None),
-    )
-    if earlier is None:
+    known = inputs.known_outcome()
+    if known is None:
         compatibility = _compare(folder(), trained_on, base, platform, scratch)
         effect = probe(folder(), base, source, platform) if compatibility.ok else None
     else:
-        compatibility, effect = earlier.compatibility, earlier.effect
+        compatibility, effect = known.compatibility, known.effect
     outcome = replace(outcome, compatibility=compatibility, effect=effect)
     if not compatibility.ok:
         return _incompatible(outcome, "; ".join(compatibility.mismatches))
@@ -135,18 +158,26 @@ def _judge(
         labels={"adapter": source.adapter},
         on_progress=on_progress,
     )
-    bench = CandidateEvaluator(source, base, policy.per_strategy, reference, platform, on_progress)
-    climbed = recover(bench, policy, folder, scratch)
+    evaluator = CandidateEvaluator(
+        source,
+        base,
+        policy.per_strategy,
+        reference,
+        platform,
+        fresh=version_trained_on(base.fingerprint_sha256, inputs.adapter.versions),
+        on_progress=on_progress,
+    )
+    result = recover(evaluator, policy, folder, scratch)
     return replace(
         outcome,
-        judgement=climbed.judgement,
-        evaluations=(*reference.values(), *climbed.evaluations),
-        new_number=_registered(source, base, climbed.candidate, platform, scratch),
-        strategy=climbed.candidate.strategy,
-        tried=climbed.tried,
+        judgement=result.judgement,
+        evaluations=(*reference.values(), *result.evaluations),
+        new_number=_registered(inputs, result.candidate, platform, scratch),
+        strategy=result.candidate.strategy,
+        tried=result.tried,
         training=(
             recipe_on(source.recipe, base)
-            if policy.recovery.retrain and climbed.open and source.recipe is not None
+            if policy.recovery.retrain and result.open and source.recipe is not None
             else None
         ),
     )
@@ -166,25 +197,23 @@ def _compare(
     )
 
 
-def _registered(
-    source: AdapterVersion,
-    base: BaseVersion,
-    made: Candidate,
-    platform: Platform,
-    scratch: Path,
-) -> int:
-    """Return the number of the version with these bytes on this base, registered once."""
+def _registered(inputs: _Inputs, candidate: Candidate, platform: Platform, scratch: Path) -> int:
+    """Register the candidate's weights on the new base and return the number of the version.
+
+    Returns the number of the existing version if the same weights are registered on this base.
+    """
     from trans_peft.transfer.load_adapter import transplant
 
-    for version in platform.registry.versions(source.adapter):
+    source, base = inputs.source, inputs.base
+    for version in inputs.adapter.versions:
         if (
-            version.weights_sha256 == made.weights_sha256
+            version.weights_sha256 == candidate.weights_sha256
             and version.base_fingerprint_sha256 == base.fingerprint_sha256
             and not version.state.superseded
         ):
             return version.number
     transplanted = transplant(
-        made.folder(),
+        candidate.folder(),
         scratch / "new-version",
         base_name=base.uri,
         base_revision=base.fingerprint_sha256,
@@ -193,9 +222,9 @@ def _registered(
         source,
         base_version=base.version,
         base_fingerprint_sha256=base.fingerprint_sha256,
-        weights_sha256=made.weights_sha256,
+        weights_sha256=candidate.weights_sha256,
         transferred_from=source.number,
-        made_by=made.strategy,
+        made_by=candidate.strategy,
     )
     return platform.registry.register(draft, transplanted).number
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trans_peft.domain.adapter import AdapterVersion, version_trained_on
+from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Judgement, Verdict
 from trans_peft.domain.outcome import Effect
@@ -34,7 +34,8 @@ class CandidateEvaluator:
     policy: GatePolicy
     reference: Mapping[str, Evaluation]
     platform: Platform
-    on_progress: ProgressCallback | None
+    fresh: AdapterVersion | None = None
+    on_progress: ProgressCallback | None = None
 
     def judge(self, made: Candidate) -> tuple[Judgement, tuple[Evaluation, ...]]:
         """Return the verdict on a candidate, and what was answered on the new base for it."""
@@ -77,9 +78,7 @@ class CandidateEvaluator:
 
     def _fresh(self) -> dict[str, Evaluation]:
         """Return what another version of the adapter answers that was trained on this base."""
-        fresh = version_trained_on(
-            self.base.fingerprint_sha256, self.platform.registry.versions(self.source.adapter)
-        )
+        fresh = self.fresh
         if fresh is None:
             return {}
         with (
@@ -104,14 +103,14 @@ class RecoveryResult:
 
 
 def recover(
-    bench: CandidateEvaluator, policy: GatePolicy, folder: Callable[[], Path], scratch: Path
+    evaluator: CandidateEvaluator, policy: GatePolicy, folder: Callable[[], Path], scratch: Path
 ) -> RecoveryResult:
     """Try one rung after the other until one passes; without one, direct transfer stands.
 
     Where the bare base is shown to be as good as the adapter, there is nothing to remedy.
     """
     material = CandidateInputs(
-        bench.source, folder, bench.base, policy.recovery, bench.platform, scratch
+        evaluator.source, folder, evaluator.base, policy.recovery, evaluator.platform, scratch
     )
     tried: list[StrategyAttempt] = []
     stands: tuple[Candidate, Judgement, tuple[Evaluation, ...]] | None = None
@@ -120,12 +119,12 @@ def recover(
         started = time.monotonic()
         made = candidate(strategy, material)
         if not isinstance(made, str) and strategy is not RecoveryStrategy.DIRECT:
-            effect = probe(made.folder(), bench.base, bench.source, bench.platform)
+            effect = probe(made.folder(), evaluator.base, evaluator.source, evaluator.platform)
             made = made if effect.found else "it changes no logit on this base"
         if isinstance(made, str):
             tried.append(StrategyAttempt(strategy, "", made, time.monotonic() - started))
             continue
-        judgement, evaluations = bench.judge(made)
+        judgement, evaluations = evaluator.judge(made)
         verdict = judgement.verdict.value
         seconds = time.monotonic() - started
         tried.append(StrategyAttempt(strategy, verdict, judgement.reason, seconds, made.note))

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from trans_peft.data import read_examples
-from trans_peft.domain.adapter import AdapterVersion, source_version
+from trans_peft.domain.adapter import AdapterVersion, version_trained_on
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Verdict
-from trans_peft.domain.outcome import TransferOutcome, outcome_of
+from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import NotFoundError
@@ -44,16 +44,14 @@ def retrain(
     """
     started = time.monotonic()
     base = find_base(recipe.family, recipe.base_version, platform)
-    source = source_version(platform.registry.versions(recipe.adapter))
-    earlier = outcome_of(
-        source.weights_sha256, base.fingerprint_sha256, platform.registry.outcomes(source.adapter)
-    )
+    adapter = platform.registry.adapter(recipe.adapter)
+    source, earlier = adapter.source, adapter.outcome_on(base)
     if earlier is None:
         raise NotFoundError(
             f"{source.adapter} was never judged on {base}: there is nothing to remedy",
             do="transfer it first, or train it with `train`",
         )
-    trained_on = base_trained_on(source, platform)
+    trained_on = base_trained_on(source, platform.catalog.versions(source.family))
     resolved, _ = resolve_recipe(recipe, platform)
     job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
     result = fit(job, on_event=on_event)
@@ -66,9 +64,17 @@ def retrain(
         labels={"adapter": source.adapter},
         on_progress=on_progress,
     )
-    bench = CandidateEvaluator(source, base, policy.per_strategy, reference, platform, on_progress)
-    made = Candidate(RecoveryStrategy.RETRAINED, lambda: result.folder, result.weights_sha256)
-    judgement, evaluations = bench.judge(made)
+    evaluator = CandidateEvaluator(
+        source,
+        base,
+        policy.per_strategy,
+        reference,
+        platform,
+        fresh=version_trained_on(base.fingerprint_sha256, adapter.versions),
+        on_progress=on_progress,
+    )
+    candidate = Candidate(RecoveryStrategy.RETRAINED, lambda: result.folder, result.weights_sha256)
+    judgement, evaluations = evaluator.judge(candidate)
     tried = StrategyAttempt(
         RecoveryStrategy.RETRAINED,
         judgement.verdict.value,

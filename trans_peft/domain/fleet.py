@@ -1,0 +1,123 @@
+"""The state of one family as it was read from the registry: its base versions and its adapters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.outcome import TransferOutcome, outcome_of
+from trans_peft.errors import NotFoundError
+
+__all__ = ["Fleet", "RegisteredAdapter"]
+
+
+@dataclass(frozen=True)
+class RegisteredAdapter:
+    """One adapter with everything that the registry holds about it.
+
+    Attributes:
+        name: The adapter's name.
+        family: The base family that it belongs to.
+        is_live: False for an adapter that is tagged as retired.
+        versions: All versions, oldest first.
+        outcomes: The newest outcome per base, without evaluations.
+        aliases: The state of each alias that is set, was set by reconcile, or has a record.
+    """
+
+    name: str
+    family: str
+    versions: tuple[AdapterVersion, ...]
+    outcomes: tuple[TransferOutcome, ...] = ()
+    aliases: Mapping[str, AliasState] = field(default_factory=dict)
+    is_live: bool = True
+
+    @property
+    def source(self) -> AdapterVersion:
+        """The version whose weights are transferred to new bases.
+
+        Raises NotFoundError if no version was trained.
+        """
+        return source_version(self.versions)
+
+    def alias_on(self, base: BaseVersion) -> AliasState:
+        """Return the state of the alias that marks the version which serves on a base."""
+        return self.aliases.get(base.alias, AliasState())
+
+    def can_serve(self, base: BaseVersion, number: int | None) -> bool:
+        """Return whether the version with that number is bound to this base."""
+        return any(
+            version.number == number and version.base_fingerprint_sha256 == base.fingerprint_sha256
+            for version in self.versions
+        )
+
+    def outcome_on(self, base: BaseVersion) -> TransferOutcome | None:
+        """Return the newest outcome of the source version's weights on a base."""
+        return outcome_of(self.source.weights_sha256, base.fingerprint_sha256, self.outcomes)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """One family's ready base versions, its aliases and its live adapters, as they were read.
+
+    Attributes:
+        family: The name of the base family.
+        bases: The ready base versions, oldest first.
+        serving: The number of the base version with the alias `serving`.
+        champion: The number of the base version with the alias `champion`, ready or not.
+        adapters: The live adapters.
+        unreadable: Live adapters that cannot be read, each with the reason.
+        notes: Stored notes about refused promotions, by number of the base version.
+        set_aside: Other registry entries that cannot be read, each with the reason.
+    """
+
+    family: str
+    bases: tuple[BaseVersion, ...]
+    serving: int | None
+    champion: int | None
+    adapters: tuple[RegisteredAdapter, ...]
+    unreadable: tuple[str, ...] = ()
+    notes: Mapping[int, str] = field(default_factory=dict)
+    set_aside: tuple[str, ...] = ()
+
+    def base(self, number: int | None) -> BaseVersion | None:
+        """Return the ready base version with that number, or None."""
+        return next((base for base in self.bases if base.number == number), None)
+
+    def base_named(self, version: str) -> BaseVersion:
+        """Return the ready base version with that label. Raises NotFoundError."""
+        for base in self.bases:
+            if base.version == version:
+                return base
+        raise NotFoundError(
+            f"family {self.family!r} has no ready base version {version!r}",
+            expected=", ".join(base.version for base in self.bases) or "none is ready yet",
+            found=repr(version),
+            do="ingest the base first",
+        )
+
+    def adapter(self, name: str) -> RegisteredAdapter:
+        """Return the live adapter with that name. Raises NotFoundError."""
+        for adapter in self.adapters:
+            if adapter.name == name:
+                return adapter
+        raise NotFoundError(
+            f"family {self.family!r} has no live adapter {name!r}",
+            expected=", ".join(adapter.name for adapter in self.adapters) or "no live adapter",
+            found="; ".join(self.unreadable) or repr(name),
+            do="train or adopt the adapter, or remove its tag `retired`",
+        )
+
+    @property
+    def wanted(self) -> tuple[BaseVersion, ...]:
+        """The base versions on which every live adapter needs a verdict, most important first.
+
+        `champion` and `serving` come first, then every version that is newer than `champion` (or
+        than `serving` without a champion), the newest first. Older versions are left out. If
+        nothing serves yet, every version is included.
+        """
+        named = [base for base in map(self.base, (self.champion, self.serving)) if base]
+        newest_first = sorted(self.bases, key=lambda base: -base.number)
+        if self.serving is None or not named:
+            return tuple(dict.fromkeys([*named, *newest_first]))
+        lowest = named[0].number
+        return tuple(dict.fromkeys([*named, *(b for b in newest_first if b.number >= lowest)]))
