@@ -13,7 +13,7 @@ from trans_peft.domain.places import Places
 from trans_peft.errors import InvalidSpecError
 from trans_peft.extras import explaining_missing_extras
 from trans_peft.ports import Platform
-from trans_peft.validation.sandbox.guards import guards_named
+from trans_peft.validation.guards import guards_named
 
 __all__ = ["DEFAULT_WORK_DIR", "connect"]
 

@@ -12,7 +12,7 @@ import re
 
 from tests.validation import metamath
 from tests.validation.metamath import MARKER
-from trans_peft.validation.sandbox.run import run_code
+from trans_peft.sandbox.run import run_script
 
 # What LLM-Adapters' `extract_answer` looks for (commomsense_evaluate.py), by data set.
 LLM_ADAPTERS = {
@@ -77,7 +77,7 @@ def evalplus(sanitized, reference):
         script = f"{row['prompt']}\n{sanitized}\n{row['test']}\ncheck({row['entry_point']})"
     else:
         script = "\n".join([sanitized, row["setup"], *row["test_list"]])
-    return run_code(script).ending.returncode == 0
+    return run_script(script).exit.returncode == 0
 
 
 PEERS = {

@@ -23,7 +23,7 @@ from trans_peft.edges.memory import MemoryCatalog, MemoryRegistry, MemoryRunLog
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import InvalidSpecError, NotFoundError
 from trans_peft.ports import Platform
-from trans_peft.validation.sandbox.guards import guards_named
+from trans_peft.validation.guards import guards_named
 
 __all__ = [
     "FETCHED",

@@ -7,7 +7,7 @@
 Tokenizers, chat templates, regular expressions and data files come from outside, and evaluating
 them can take unbounded time or memory, or crash the interpreter. The child process bounds that. It
 is no security sandbox: it runs as the same user and can read what this process can read. Programs
-that a model wrote run in `trans_peft.validation.sandbox` instead.
+that a model wrote run in `trans_peft.sandbox` instead.
 """
 
 from trans_peft.isolation.call import call_isolated

@@ -1,11 +1,13 @@
+"""The rule `code`: which part of an answer is the program, and which programs are right."""
+
 import json
 
 import pytest
 
 from tests.validation.peers import disagreements
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
+from trans_peft.sandbox.run import missing_guards
 from trans_peft.validation.rules.program import PYTHON, code, extract
-from trans_peft.validation.sandbox.run import missing_guards
 
 STUB = 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """Add them up."""\n'
 
@@ -28,7 +30,7 @@ STUB = 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """Ad
         ("class Sum:\n    x = 1\n\ndef total(xs):\n    return Sum.x\n", ["Sum", "total"]),
     ],
 )  # fmt: skip
-def test_what_defines_the_names_is_kept(text, kept):
+def test_the_definitions_of_the_names_are_kept(text, kept):
     program = extract(text, ["total"])
     names = [
         line.split()[1].split("(")[0].rstrip(":") if line.startswith(("def", "class")) else line[0]
@@ -39,7 +41,7 @@ def test_what_defines_the_names_is_kept(text, kept):
     assert "pass" not in program
 
 
-def test_a_later_whole_definition_is_taken_before_an_unfinished_one():
+def test_a_complete_definition_is_preferred_to_an_earlier_stub():
     program = extract(STUB + "\n\ndef total(xs):\n    return 7\n", ["total"])
     assert "return 7" in program
     assert "Add them up" not in program
@@ -56,11 +58,11 @@ def test_a_later_whole_definition_is_taken_before_an_unfinished_one():
         ("\x00\n\x00", ""),
     ],
 )
-def test_without_the_names_all_that_is_python_is_kept(text, program):
+def test_without_the_names_all_python_code_is_kept(text, program):
     assert extract(text, ["total"]) == program
 
 
-def test_many_broken_lines_are_looked_through_in_no_time():
+def test_many_broken_lines_are_searched_quickly():
     text = "def total(xs):\n    return (\n" + "  x = )\n" * 400
     assert extract(text, ["total"]) == ""
 
@@ -84,12 +86,12 @@ MBPP_REFERENCE = json.dumps(
 
 @pytest.fixture
 def rule():
-    """The rule; where the machine lacks a guard the refusal is asserted instead."""
+    """Return the rule. On a machine that lacks a guard, check the refusal and skip the test."""
     found = code(PYTHON)
     if missing_guards():
         with pytest.raises(EvaluationError, match="lacks guards"):
             found("    return 3\n", REFERENCE)
-        pytest.skip("lacks guards: refused, as it must be")
+        pytest.skip("the rule refuses to run programs without all guards")
     return found
 
 
@@ -105,17 +107,17 @@ def rule():
         ("", False),
     ],
 )
-def test_a_completion_is_right_if_it_passes_its_tests(rule, answer, right):
+def test_a_completion_is_right_if_it_passes_the_tests(rule, answer, right):
     assert rule(answer, REFERENCE) == (100 if right else 0)
 
 
-def test_a_program_after_a_docstring_is_marked_likewise(rule):
+def test_a_program_of_mbpp_is_right_if_it_passes_the_tests(rule):
     assert rule("def total(xs):\n    return sum(xs)\n", MBPP_REFERENCE) == 100
     assert rule("def total(xs):\n    return 0\n", MBPP_REFERENCE) == 0
 
 
 @pytest.mark.parametrize("reference", ["{", "[]", "{}", '{"prompt": ""}', "return 3"])
-def test_a_reference_without_tests_is_told(reference):
+def test_a_reference_without_tests_is_refused(reference):
     with pytest.raises(DataError):
         code(PYTHON)("", reference)
 
@@ -126,8 +128,8 @@ def test_another_python_and_unknown_guards_are_refused(setting):
         code(setting)
 
 
-def test_programs_are_marked_as_the_usual_harness_marks_them(rule):
-    """On programs that mean no harm; `sanitized` as evalplus gives it for each of them."""
+def test_programs_get_the_score_of_the_reference_harness(rule):
+    """`sanitized` is evalplus' output for each answer."""
     rows = [
         {"output": "    return sum(xs)\n\nprint(1)", "sanitized": STUB + "    return sum(xs)"},
         {"output": "    return max(xs)\n", "sanitized": STUB + "    return max(xs)"},
@@ -138,8 +140,8 @@ def test_programs_are_marked_as_the_usual_harness_marks_them(rule):
     assert [rule(row["output"], REFERENCE) for row in rows] == [100, 0, 0]
 
 
-def test_a_program_brings_its_own_imports(rule):
-    """The reference's are the tests' alone, as the solution is not there in the usual harness."""
+def test_a_program_needs_its_own_imports(rule):
+    """The reference's imports serve the tests only, as in the reference harness."""
     reference = json.loads(MBPP_REFERENCE) | {
         "test_list": ["assert root(4) == 2"],
         "reference": "import math\ndef root(x):\n    return math.sqrt(x)",

@@ -1,125 +1,158 @@
-"""Whether a program that a model wrote passes its tests: what of it counts, and the sandbox.
+"""The scoring rule `code`: a program that a model wrote passes its tests in the sandbox.
 
-What counts is what evalplus keeps (`evalplus.sanitize`): of the prompt and its completion together
-the longest stretch of lines that is Python, and of that the imports and whatever the tested names
-need. Print statements, examples and a half-written last function do not count. Written with `ast`
-instead of tree-sitter, it also keeps what evalplus drops to a program's harm: decorated functions,
-and helpers without a `return`.
+The rule keeps what evalplus keeps (`evalplus.sanitize`): of the prompt and its completion, the
+longest sequence of lines that is Python, and of that the imports and the definitions that the
+tested names need. Print statements, examples and an unfinished last function are dropped. This
+implementation uses `ast` instead of tree-sitter. Unlike evalplus, it also keeps decorated functions
+and helper functions without a `return`, which a program may need.
 
-The tests come with the reference (`trans_peft.data.templates`), the verdict from
-`trans_peft.validation.sandbox.check`. It hangs on Python's version, so the suite names that.
+The tests come with the reference (`trans_peft.data.templates`). The verdict comes from
+`trans_peft.sandbox.check` and depends on Python's version, so that a suite names the version.
 """
 
 import ast
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from trans_peft.errors import DataError, InvalidSpecError
+from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
+from trans_peft.sandbox.check import CodeTests
+from trans_peft.sandbox.errors import InvalidTestsError, SandboxError
+from trans_peft.sandbox.guards import MACHINE_REQUIREMENTS, Guard, MissingGuardsError
+from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.runner import select_runner
+from trans_peft.validation.guards import guards_named
 from trans_peft.validation.rules.longest_python import longest_python, parsed
-from trans_peft.validation.sandbox.check import CodeTests, check_code, humaneval_tests, mbpp_tests
-from trans_peft.validation.sandbox.guards import Guard, guards_named, refuse
-from trans_peft.validation.sandbox.limits import Limits
-from trans_peft.validation.sandbox.run import missing_guards
+from trans_peft.validation.rules.program_tests import humaneval_tests, mbpp_tests
 
 __all__ = ["PYTHON", "code", "extract"]
 
-# Processor time decides, so that a busy machine changes no result; a program that waits is cut off.
+# Processor time decides, so that a busy machine changes no result. The wall limit ends programs
+# that wait.
 _LIMITS = Limits(cpu_s=10.0, wall_s=120.0)
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
-"""The Python that programs are run by here, as `code` names it."""
+"""The version of Python that runs programs here, in the form that `code` expects."""
 
 
 def code(setting: str, may_lack: Collection[str] = frozenset()) -> Callable[[str, str], float]:
-    """Return the rule under which the prompt and the answer together pass the reference's tests.
+    """Return the rule that gives 100 to a program that passes its tests, and 0 to others.
 
-    `setting` is a suite's: the Python that runs the programs, and after it the guards of the
-    sandbox without which the suite's author would run them (`python3.11`,
-    `python3.11+network+user`). `may_lack` is the worker's: the guards that its operator lets it
-    lack. A guard may be missing where both name it, so a suite can demand more guards than the
-    operator and never fewer. InvalidSpecError where this is another Python or there is no such
-    guard. The rule raises EvaluationError where this machine lacks a guard that may not be missing.
+    The program is the prompt and the answer together. The tests are in the reference. `setting`
+    comes from the suite: the version of Python, and after it the guards that the suite's author
+    allows to be missing (`python3.11`, `python3.11+network+user`). `may_lack` comes from the
+    operator of the worker: the guards that the worker may lack. A guard may be missing only if both
+    name it, so that a suite can demand more guards than the operator, and never fewer.
+
+    InvalidSpecError for another version of Python or an unknown guard. The rule raises
+    EvaluationError if this machine lacks a guard that must not be missing, and DataError for a
+    reference without usable tests.
     """
     python, *names = setting.split("+")
     if python != PYTHON or not {*names} <= {*map(str, Guard)}:
         raise InvalidSpecError(
-            "programs cannot be run as the suite asks for it",
+            "this worker cannot run programs with the suite's settings",
             expected=f"code:{PYTHON}, and after a + each guard that may be missing "
             f"({', '.join(Guard)})",
             found=f"code:{setting}",
-            do="evaluate where that Python is, or evaluate all sides again on this one",
+            do="evaluate on a worker with that version of Python, or change the suite and evaluate "
+            "all adapters and bases again",
         )
     allowed = guards_named(names) & guards_named(may_lack)
 
     def passes(answer: str, reference: str) -> float:
-        prompt, tests = _asked(reference)
-        refuse(missing_guards(), allowed)
-        if not answer.strip():
-            return 0.0
-        program = extract(prompt + answer, tests.names)
-        result = check_code(program, tests, limits=_LIMITS, allow_missing=allowed)
-        return 100.0 if result.passed else 0.0
+        prompt, tests = _parse_reference(reference)
+        with _translating_sandbox_errors():
+            runner = select_runner(allowed)
+            if not answer.strip():
+                return 0.0
+            program = extract(prompt + answer, tests.names)
+            return 100.0 if runner.check(program, tests, _LIMITS).passed else 0.0
 
     return passes
 
 
-def _asked(reference: str) -> tuple[str, CodeTests]:
+@contextmanager
+def _translating_sandbox_errors() -> Iterator[None]:
+    """Raise EvaluationError for errors of the sandbox."""
+    try:
+        yield
+    except MissingGuardsError as error:
+        guards = sorted({*error.missing, *error.allowed})
+        raise EvaluationError(
+            error.problem,
+            expected=error.expected,
+            found=error.found,
+            do=f"{MACHINE_REQUIREMENTS}. On a machine that is discarded afterwards, the operator "
+            f"may set TRANS_PEFT_SANDBOX_MAY_LACK={','.join(guards)} on the worker, if the suite "
+            f"names these guards too: code:{'+'.join([PYTHON, *guards])}",
+        ) from error
+    except SandboxError as error:
+        raise EvaluationError(str(error)) from error
+
+
+def _parse_reference(reference: str) -> tuple[str, CodeTests]:
+    """Return the prompt and the tests that a reference contains."""
     try:
         row: dict[str, Any] = json.loads(reference)
         prompt = row.pop("prompt")
         tests = humaneval_tests(prompt, **row) if "entry_point" in row else mbpp_tests(**row)
+    except InvalidTestsError as error:
+        raise DataError(str(error)) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            "the reference holds no tests of a program",
-            expected="what the templates humaneval, mbpp and mbpp_plus write",
+            "the reference contains no tests of a program",
+            expected="a reference that the template humaneval, mbpp or mbpp_plus wrote",
             found=reference,
         ) from error
     return prompt, tests
 
 
 def extract(text: str, names: Sequence[str]) -> str:
-    """Return what of a text defines the names, as Python; empty where no two lines are Python.
+    """Return the Python code of a text that defines the names, with everything that it uses.
 
-    Where a name is defined twice, the first definition with a `return` counts, or the first. Where
-    none of the names is defined, all that is Python is returned.
+    Of several definitions of a name, the first with a `return` is taken, or the first. If the text
+    defines none of the names, the result is all of its Python code. If no two lines of the text are
+    Python, the result is empty.
     """
-    stretch = longest_python(text.replace("\t", "    ").split("\n"))
-    module = parsed(stretch)
+    source = longest_python(text.replace("\t", "    ").split("\n"))
+    module = parsed(source)
     if module is None:
         return ""
     imports = [node for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    defined: dict[str, ast.stmt] = {}
-    whole = set[str]()  # names whose definition is no stub
+    definitions: dict[str, ast.stmt] = {}
+    complete = set[str]()  # names with a definition that is not a stub
     for node in module.body:
-        names_here = [name for name in _defines(node) if name not in whole]
-        stub = bool(names_here) and _is_stub(node)
-        for name in names_here:
-            if not stub:
-                whole.add(name)
-                defined[name] = node
+        new_names = [name for name in _defined_names(node) if name not in complete]
+        is_stub = bool(new_names) and _is_stub(node)
+        for name in new_names:
+            if is_stub:
+                definitions.setdefault(name, node)
             else:
-                defined.setdefault(name, node)
-    needed, asked = set[str](), [name for name in names if name in defined]
-    if not asked:
-        return stretch
-    while asked:
-        name = asked.pop()
-        if name in defined and name not in needed:
+                complete.add(name)
+                definitions[name] = node
+    needed, queue = set[str](), [name for name in names if name in definitions]
+    if not queue:
+        return source
+    while queue:
+        name = queue.pop()
+        if name in definitions and name not in needed:
             needed.add(name)
-            asked += [node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)]
-    kept = {id(defined[name]) for name in needed} | set(map(id, imports))
+            nodes = ast.walk(definitions[name])
+            queue += [node.id for node in nodes if isinstance(node, ast.Name)]
+    kept = {id(definitions[name]) for name in needed} | set(map(id, imports))
     try:
         body = [ast.unparse(node) for node in module.body if id(node) in kept]
-    except RecursionError:  # nested too deeply to be written again
-        return stretch
+    except RecursionError:  # nested too deeply for ast.unparse
+        return source
     return "\n".join(body)
 
 
-def _defines(node: ast.stmt) -> Iterator[str]:
+def _defined_names(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         yield node.name
     elif isinstance(node, (ast.Assign, ast.AnnAssign)):

@@ -1,8 +1,9 @@
-"""A warm interpreter that forks sandboxes: a fork costs a fraction of a Python that starts.
+"""A running interpreter that forks sandboxes, much faster than a new interpreter starts.
 
-One for each process that checks code, started at first use with an environment of its own. It holds
-nothing but the sandbox's modules and runs no code but theirs, so that each sandbox is as fresh as
-the first. It ends when this process does: the kernel closes their socket.
+Each process that runs sandboxes has one server, started at first use with an environment of its
+own. The server loads only the modules of the sandbox and runs no other code, so that every sandbox
+starts from the same state. It ends with the process that started it, because the kernel then closes
+their socket.
 """
 
 import atexit
@@ -14,41 +15,43 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from trans_peft.validation.sandbox.root import SCRATCH
+from trans_peft.sandbox.root import SCRATCH
 
 __all__ = ["LIBRARY", "ForkServer"]
 
-LIBRARY = str(Path(__file__).parents[3])
+LIBRARY = str(Path(__file__).parents[2])
+"""The folder from which the server imports this package."""
+
 _START = (
     f"import sys; sys.path.insert(0, {LIBRARY!r}); "
-    "from trans_peft.validation.sandbox.child import main; main({fd})"
+    "from trans_peft.sandbox.child import main; main({fd})"
 )
 
 
 class ForkServer:
-    """Forks a sandbox for each `fork`; starts, and starts again, where there is none to do it."""
+    """Forks a sandbox for each `fork`. The server starts when it is needed and does not run."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
-    def fork(self, line: socket.socket, fds: Sequence[int]) -> None:
-        """Start a sandbox at the other end of `line`, with these descriptors for its job.
+    def fork(self, control: socket.socket, fds: Sequence[int]) -> None:
+        """Start a sandbox that talks on `control`, with these descriptors for its job.
 
-        It is heard of on that line alone: where nothing could be started, the line ends.
+        If no sandbox could be started, the other end of `control` reads as closed.
         """
         with self._lock:
             alive = self._process is not None and self._owner == os.getpid()
             if not alive or self._process is None or self._process.poll() is not None:
                 self._start()
-            socket.send_fds(self._socket, [b"."], (line.fileno(), *fds))
+            socket.send_fds(self._socket, [b"."], (control.fileno(), *fds))
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                # No site-packages (-S): a score must not hang on what else is installed.
+                # No site-packages (-S): a score must not depend on what else is installed.
                 [sys.executable, "-BPSs", "-c", _START.format(fd=theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -62,18 +65,18 @@ class ForkServer:
         atexit.register(self._stop, self._process, self._socket)
 
     @staticmethod
-    def _stop(process: "subprocess.Popen[bytes]", line: socket.socket) -> None:
-        line.close()
-        process.kill()  # sandboxes that are left end by their own lines
+    def _stop(process: "subprocess.Popen[bytes]", server_socket: socket.socket) -> None:
+        server_socket.close()
+        process.kill()  # running sandboxes end with their own sockets
         process.wait()
 
 
 def _environment() -> dict[str, str]:
-    """Nothing of the caller's, but where its interpreter finds its own libraries."""
+    """Return an environment without the caller's variables, except the path of its libraries."""
     environment = {
         "HOME": SCRATCH,
         "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",  # the order of a set is to be the same in every run
+        "PYTHONHASHSEED": "0",  # the same order of sets in every run
         "TMPDIR": SCRATCH,
     }
     if "LD_LIBRARY_PATH" in os.environ:

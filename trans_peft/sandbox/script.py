@@ -1,4 +1,4 @@
-"""Inside: run a program as a script."""
+"""Runs inside a sandbox: executes a program as a script."""
 
 import os
 import sys

@@ -1,8 +1,8 @@
-"""Inside, in a sandbox of its own: run tests against a program that lives in another sandbox.
+"""Runs inside a sandbox of its own: executes tests against a program in another sandbox.
 
-No line of the program runs here. What the tests call is a `Remote`, which sends the arguments over
-and gets plain values back, so that the comparison, and with it the verdict, is made where the
-program has nothing to replace, read or end.
+No line of the program runs in this process. The tests call a `Remote`, which sends the arguments to
+the other sandbox and receives plain values. The comparison, and so the verdict, is made where the
+program can replace, read or end nothing.
 
 `assert f(x) == expected` compares floats, and lists and tuples of floats, within evalplus'
 tolerance (`evalplus.eval`, release 0.3.1: rtol 1e-7, atol 1e-6).
@@ -19,62 +19,63 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import Any, NoReturn
 
-from trans_peft.validation.sandbox.protocol import BadMessage, Stream, receive, send
-from trans_peft.validation.sandbox.values import Unrepresentable, decode, encode
+from trans_peft.sandbox.protocol import InvalidMessageError, Stream, receive, send
+from trans_peft.sandbox.values import UnrepresentableError, decode, encode
 
-__all__ = ["FailureReason", "ask"]
+__all__ = ["FailureReason", "run_tests"]
 
 _TESTS = "<tests>"
-_EQUAL = "<equal>"  # no identifier, so no test can use or replace it
+_EQUAL = "<equal>"  # not an identifier, so that no test can use or replace it
 _RTOL, _ATOL = 1e-7, 1e-6
 _ENDS_AN_ITERATION = (StopIteration, StopAsyncIteration)
 
 
 class FailureReason(StrEnum):
-    """Why code passed or did not."""
+    """Why a program passed or failed its tests."""
 
     PASSED = "passed"
-    WRONG = "wrong"
-    RAISED = "raised"
-    ENDED = "ended"
+    WRONG = "wrong"  # an assertion of the tests failed
+    RAISED = "raised"  # the program or the tests raised an exception
+    ENDED = "ended"  # a process ended, or sent an invalid message
     TIMED_OUT = "timed-out"
-    UNREPRESENTABLE = "unrepresentable"
+    UNREPRESENTABLE = "unrepresentable"  # the tests need a value that cannot be sent
 
 
-_Reference = str | list[Any]  # a name of the program's, or an object's number and type
+_Reference = str | list[Any]  # a name that the program defines, or an object's number and type
 
 
 class RemoteError(Exception):
-    """An exception of the program's whose type is not one of Python's own."""
+    """An exception of the program whose type is not one of Python's own."""
 
 
-class _Fault(BaseException):
-    """The program cannot have passed, whatever the tests make of it."""
+class _ProgramFailure(BaseException):
+    """The program has failed. Tests that catch this exception do not change that."""
 
     def __init__(self, reason: FailureReason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
 
-def ask(job: Mapping[str, Any], fds: Sequence[int]) -> None:
-    """Run `job["tests"]` and write the verdict, `{"reason", "detail"}`.
+def run_tests(job: Mapping[str, Any], fds: Sequence[int]) -> None:
+    """Run `job["tests"]` and write the verdict, `{"reason", "detail"}`, to the second descriptor.
 
-    `job["preamble"]` runs first; then each of `job["names"]` stands for the program's.
+    The first descriptor is the socket of the program's sandbox. `job["preamble"]` runs first. Each
+    of `job["names"]` then refers to the program.
     """
-    talk_fd, verdict_fd = fds
+    program_fd, verdict_fd = fds
     with (
         os.fdopen(verdict_fd, "wb") as verdict,
-        socket.socket(fileno=talk_fd) as talk,
-        talk.makefile("rwb") as stream,
+        socket.socket(fileno=program_fd) as sock,
+        sock.makefile("rwb") as stream,
     ):
         program = _Program(stream)
-        reason, detail = _judge(program, job["preamble"], job["names"], job["tests"])
-        if program.fault:  # tests may have swallowed it
-            reason, detail = program.fault.reason, str(program.fault)
+        reason, detail = _evaluate(program, job["preamble"], job["names"], job["tests"])
+        if program.failure:  # the tests may have caught it
+            reason, detail = program.failure.reason, str(program.failure)
         send(verdict, {"reason": reason, "detail": detail[:1000]})
 
 
-def _judge(
+def _evaluate(
     program: "_Program", preamble: str, names: list[str], tests: str
 ) -> tuple[FailureReason, str]:
     namespace: dict[str, Any] = {"__name__": "tests"}
@@ -82,23 +83,23 @@ def _judge(
         program.wait_until_loaded()
         exec(compile(preamble, "<preamble>", "exec", dont_inherit=True), namespace)  # noqa: S102
         namespace |= {name: Remote(program, name) for name in names} | {_EQUAL: _equal}
-        tree = _Tolerant(names).visit(ast.parse(tests, _TESTS))
+        tree = _TolerantAsserts(names).visit(ast.parse(tests, _TESTS))
         exec(compile(tree, _TESTS, "exec", dont_inherit=True), namespace)  # noqa: S102
-    except _Fault as fault:
-        return fault.reason, str(fault)
+    except _ProgramFailure as failure:
+        return failure.reason, str(failure)
     except BaseException as error:
         wrong = isinstance(error, AssertionError) and error is not program.raised
         return (
             FailureReason.WRONG if wrong else FailureReason.RAISED,
-            f"{_words(error)}{_place(error, tests)}",
+            f"{_error_text(error)}{_failed_line(error, tests)}",
         )
     return FailureReason.PASSED, ""
 
 
-class _Tolerant(ast.NodeTransformer):
-    """Lets `assert a == b`, also between `and`s, compare by `_equal`.
+class _TolerantAsserts(ast.NodeTransformer):
+    """Replace `==` by `_equal` in `assert a == b` and `assert a == b and c == d`.
 
-    The side that uses one of the program's names is what the program answered.
+    The side that uses one of the program's names counts as the answer.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -123,20 +124,23 @@ class _Tolerant(ast.NodeTransformer):
 
 
 def _equal(first: Any, second: Any, swapped: bool) -> Any:
-    """Return whether both are equal, or the answer is as close to what was expected as may be."""
+    """Return whether an answer equals the expected value, floats within the tolerance.
+
+    `first` is the answer, or `second` if `swapped`.
+    """
     exact = first == second
     answer, expected = (second, first) if swapped else (first, second)
     if exact or type(answer) is not type(expected):
         return exact
     if isinstance(expected, float):
-        return _close(answer, expected)
+        return _is_close(answer, expected)
     if not isinstance(expected, (list, tuple)) or len(answer) != len(expected):
         return exact
-    return all(map(_close, answer, expected))
+    return all(map(_is_close, answer, expected))
 
 
-def _close(answer: Any, expected: Any) -> bool:
-    """Return what numpy's `allclose` says of a number and an expected float."""
+def _is_close(answer: Any, expected: Any) -> bool:
+    """Return what numpy's `allclose` returns for a number and an expected float."""
     if not isinstance(expected, float) or not isinstance(answer, (int, float)):
         return False
     if not (math.isfinite(answer) and math.isfinite(expected)):
@@ -144,12 +148,12 @@ def _close(answer: Any, expected: Any) -> bool:
     return abs(answer - expected) <= _ATOL + _RTOL * abs(expected)
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     name = "" if isinstance(error, RemoteError) else type(error).__name__
     return ": ".join(part for part in (name, str(error)) if part)
 
 
-def _place(error: BaseException, tests: str) -> str:
+def _failed_line(error: BaseException, tests: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     numbers = [frame.lineno or 0 for frame in frames if frame.filename == _TESTS]
     lines = dict(enumerate(tests.split("\n"), start=1))
@@ -161,25 +165,25 @@ class _Program:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self.fault: _Fault | None = None
+        self.failure: _ProgramFailure | None = None
         self.raised: Exception | None = None
 
     def wait_until_loaded(self) -> None:
         self._receive()
 
-    def do(self, act: str, reference: _Reference, *arguments: Any) -> Any:
+    def request(self, action: str, reference: _Reference, *arguments: Any) -> Any:
         try:
             parts = [encode(argument, _refer) for argument in arguments]
-            send(self._stream, [act, ["object", reference], *parts])
-        except (Unrepresentable, BadMessage) as error:
-            self.blame(FailureReason.UNREPRESENTABLE, f"an argument of a call: {error}")
+            send(self._stream, [action, ["object", reference], *parts])
+        except (UnrepresentableError, InvalidMessageError) as error:
+            self.fail(FailureReason.UNREPRESENTABLE, f"an argument of a call: {error}")
         except OSError:
-            self.blame(FailureReason.ENDED, "the program ended before it was asked")
+            self.fail(FailureReason.ENDED, "the program ended before a call was sent")
         return self._receive()
 
-    def blame(self, reason: FailureReason, detail: str) -> NoReturn:
-        self.fault = self.fault or _Fault(reason, detail)
-        raise self.fault
+    def fail(self, reason: FailureReason, detail: str) -> NoReturn:
+        self.failure = self.failure or _ProgramFailure(reason, detail)
+        raise self.failure
 
     def _receive(self) -> Any:
         try:
@@ -187,16 +191,16 @@ class _Program:
             if kind == "value":
                 (value,) = content
                 return decode(value, self._remote)
-            words = [str(word) for word in content]
+            texts = [str(part) for part in content]
         except (EOFError, OSError):
-            self.blame(FailureReason.ENDED, "the program ended before it answered")
-        except (BadMessage, ArithmeticError, LookupError, MemoryError, RecursionError, TypeError,
-                ValueError) as error:  # fmt: skip
-            self.blame(FailureReason.ENDED, f"the program sent what is no answer: {error!r}")
+            self.fail(FailureReason.ENDED, "the program ended before it returned a value")
+        except (InvalidMessageError, ArithmeticError, LookupError, MemoryError, RecursionError,
+                TypeError, ValueError) as error:  # fmt: skip
+            self.fail(FailureReason.ENDED, f"the program sent an invalid reply: {error!r}")
         if kind == "raised":
-            self.raised = _exception(words[0] if words else "", ": ".join(words[1:]))
+            self.raised = _exception(texts[0] if texts else "", ": ".join(texts[1:]))
             raise self.raised
-        self.blame(FailureReason.UNREPRESENTABLE, f"an answer: {': '.join(words)}")
+        self.fail(FailureReason.UNREPRESENTABLE, f"a returned value: {': '.join(texts)}")
 
     def _remote(self, reference: Any) -> "Remote":
         number, kind = reference
@@ -204,10 +208,10 @@ class _Program:
 
 
 class Remote:
-    """An object of the program's: it can be called, and its attributes read and set.
+    """An object in the program's sandbox, which can be called, and has attributes.
 
-    Comparing it, or asking it anything else, would let the program's own code decide about the
-    verdict: the check then fails as unrepresentable.
+    Any other operation, such as a comparison, would let the program's code decide the verdict. The
+    check then fails as unrepresentable.
     """
 
     __slots__ = ("_program", "_reference")
@@ -219,20 +223,20 @@ class Remote:
         object.__setattr__(self, "_reference", reference)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._program.do("call", self._reference, args, kwargs)
+        return self._program.request("call", self._reference, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._program.do("get", self._reference, name)
+        return self._program.request("get", self._reference, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._program.do("set", self._reference, name, value)
+        self._program.request("set", self._reference, name, value)
 
     def _refuse(self, *_: object) -> NoReturn:
         name = self._reference if isinstance(self._reference, str) else self._reference[1]
-        detail = f"the tests compare or unpack {name}, which is no plain value"
-        self._program.blame(FailureReason.UNREPRESENTABLE, detail)
+        detail = f"the tests compare or unpack {name}, which is not a plain value"
+        self._program.fail(FailureReason.UNREPRESENTABLE, detail)
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
     __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = _refuse
@@ -241,18 +245,18 @@ class Remote:
 def _refer(value: Any) -> _Reference:
     if isinstance(value, Remote):
         return object.__getattribute__(value, "_reference")
-    raise Unrepresentable(f"a value of type {type(value).__name__} cannot travel")
+    raise UnrepresentableError(f"a value of type {type(value).__name__} cannot be sent")
 
 
 def _exception(name: str, text: str) -> Exception:
-    """Return the program's exception as Python's own, unless that would end a loop of the tests.
+    """Return the program's exception as one of Python's own types where that is safe.
 
-    `all(map(f, values))` takes a StopIteration of f's for the end of the values, and passes.
+    A StopIteration of `f` would end `all(map(f, values))` early and let the test pass.
     """
     kind = getattr(builtins, name, None)
     if not isinstance(kind, type) or not issubclass(kind, Exception):
         return RemoteError(f"{name}: {text}")
     if not issubclass(kind, _ENDS_AN_ITERATION):
-        with suppress(TypeError):  # some want more than a text
+        with suppress(TypeError):  # some types need more arguments than a text
             return kind(text)
     return RemoteError(f"{name}: {text}")

@@ -1,7 +1,8 @@
-"""The few doors to the Linux kernel that Python 3.11 does not have, through ctypes and libc.
+"""Linux system calls that Python 3.11 does not offer, called through ctypes and libc.
 
-Each raises OSError with the call's name. Python 3.12 has `os.unshare`; mount, prctl and capset it
-has not either. See namespaces(7), mount_setattr(2), pivot_root(2), capabilities(7), prctl(2).
+Each function raises OSError with the name of the call. Python 3.12 adds `os.unshare`, but neither
+mount, prctl nor capset. See namespaces(7), mount_setattr(2), pivot_root(2), capabilities(7) and
+prctl(2).
 """
 
 import ctypes
@@ -17,18 +18,18 @@ __all__ = [
     "CLONE_NEWNS",
     "CLONE_NEWPID",
     "CLONE_NEWUSER",
-    "allow_no_debugger",
     "bind",
     "die_with_parent",
     "drop_capabilities",
-    "forget_keys",
-    "gain_no_privileges",
+    "forbid_tracing",
     "install_filter",
+    "leave_session_keyring",
+    "make_mounts_private",
     "make_read_only",
     "mount_tmpfs",
-    "move_root",
     "numbers",
-    "receive_no_mounts_back",
+    "pivot_root",
+    "set_no_new_privileges",
     "unshare",
 ]
 
@@ -53,7 +54,7 @@ _KEYCTL_JOIN_SESSION_KEYRING = 1
 
 
 class _Numbers(NamedTuple):
-    """The numbers of calls without a wrapper in libc, and the architecture's name in audit.h."""
+    """System calls without a wrapper in libc, and the architecture's constant in audit.h."""
 
     audit: int
     pivot_root: int
@@ -68,10 +69,11 @@ _NUMBERS = {
 
 
 def numbers() -> _Numbers:
-    """Return this machine's numbers; OSError on an architecture that nobody has looked up."""
+    """Return this machine's numbers. OSError on an architecture that is not in the table."""
     machine = platform.machine()
     if machine not in _NUMBERS:
-        raise OSError(f"no system call numbers are known here for {machine}")
+        supported = ", ".join(_NUMBERS)
+        raise OSError(f"the sandbox has no system call numbers for {machine}, only {supported}")
     return _NUMBERS[machine]
 
 
@@ -81,37 +83,37 @@ def _libc() -> ctypes.CDLL:
 
 
 def _call(name: str, *arguments: int | bytes | ctypes.Array | None) -> None:
-    # As longs: the kernel reads whole registers, and ctypes would pass an int in half of one.
-    words = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
-    if getattr(_libc(), name)(*words) == -1:
+    # The kernel reads whole registers; ctypes would pass an int in half of one.
+    values = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+    if getattr(_libc(), name)(*values) == -1:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
 
 
 def unshare(flags: int) -> None:
-    """Leave the caller's namespaces for new ones (`CLONE_NEW...`)."""
+    """Move this process into new namespaces; `flags` are `CLONE_NEW...`."""
     _call("unshare", flags)
 
 
-def receive_no_mounts_back() -> None:
-    """Keep this namespace's mounts from reaching any other."""
+def make_mounts_private() -> None:
+    """Keep mounts of this namespace from propagating to any other."""
     _call("mount", b"none", b"/", None, _MS_REC | _MS_SLAVE, None)
 
 
 def mount_tmpfs(path: str, options: str, *, executable: bool = True) -> None:
-    """Mount an empty folder in memory; `options` as in tmpfs(5)."""
+    """Mount an empty folder in memory. `options` are those of tmpfs(5)."""
     flags = _MS_NOSUID | _MS_NODEV | (0 if executable else _MS_NOEXEC)
     _call("mount", b"tmpfs", os.fsencode(path), b"tmpfs", flags, options.encode())
 
 
 def bind(source: str, target: str) -> None:
-    """Let `target` show what `source` shows, with everything mounted below it."""
+    """Mount `source` at `target` too, with everything mounted below it."""
     flags = _MS_BIND | _MS_REC
     _call("mount", os.fsencode(source), os.fsencode(target), None, flags, None)
 
 
 def make_read_only(path: str) -> None:
-    """Make a mount and everything mounted below it read-only, and its set-uid bits void."""
+    """Make a mount and all mounts below it read-only, and ignore their set-uid bits."""
     attributes = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
     number = numbers().mount_setattr
     _call(
@@ -119,36 +121,36 @@ def make_read_only(path: str) -> None:
     )
 
 
-def move_root(path: str) -> None:
-    """Make the mount at `path` the root, and let go of the old one."""
+def pivot_root(path: str) -> None:
+    """Make the mount at `path` the root, and unmount the old root."""
     os.chdir(path)
     _call("syscall", numbers().pivot_root, b".", b".")
     _call("umount2", b".", _MNT_DETACH)
     os.chdir("/")
 
 
-def forget_keys() -> None:
-    """Leave the caller's session keyring (Kerberos tickets may lie there) for an empty one."""
+def leave_session_keyring() -> None:
+    """Replace the caller's session keyring, which may hold Kerberos tickets, by an empty one."""
     _call("syscall", numbers().keyctl, _KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
 def die_with_parent() -> None:
-    """Ask for SIGKILL when the parent ends. The kernel forgets it when ids change."""
+    """Let the kernel send SIGKILL when the parent ends. A change of ids cancels this."""
     _call("prctl", _PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
 
 
-def allow_no_debugger() -> None:
-    """Let no process of the same user trace this one or read its memory."""
+def forbid_tracing() -> None:
+    """Forbid other processes of the same user to trace this one or to read its memory."""
     _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def gain_no_privileges() -> None:
-    """Let no program that this process starts have more privileges than itself."""
+def set_no_new_privileges() -> None:
+    """Forbid programs that this process starts to gain privileges, as set-uid programs do."""
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def drop_capabilities() -> None:
-    """Give up every capability; with `gain_no_privileges` before it, for good."""
+    """Give up every capability, irrevocably after `set_no_new_privileges`."""
     _call("capset", struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0), bytes(24))
 
 

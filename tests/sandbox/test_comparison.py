@@ -1,4 +1,4 @@
-"""Which programs pass: evalplus' tolerance for floats, and exceptions that pass for no answer."""
+"""How answers are compared: evalplus' tolerance for floats, and exceptions that are no answer."""
 
 import math
 
@@ -6,34 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trans_peft.errors import EvaluationError
-from trans_peft.validation.sandbox.check import (
-    FailureReason,
-    check_code,
-    humaneval_tests,
-    mbpp_tests,
-)
-from trans_peft.validation.sandbox.checker import _equal
-from trans_peft.validation.sandbox.limits import Limits
-from trans_peft.validation.sandbox.run import missing_guards, run_code
+from trans_peft.sandbox.check import FailureReason, check_program
+from trans_peft.sandbox.checker import _equal
+from trans_peft.sandbox.limits import Limits
+from trans_peft.validation.rules.program_tests import humaneval_tests, mbpp_tests
+
+pytestmark = pytest.mark.usefixtures("all_guards")
 
 LIMITS = Limits(wall_s=10, cpu_s=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def guarded():
-    if missing_guards():
-        with pytest.raises(EvaluationError, match="lacks guards"):
-            run_code("print('must not run')")
-        pytest.skip(f"lacks {', '.join(missing_guards())}: refused, as it must be")
-
-
 def mbpp(program, *asserts, reference="def f(*args): pass"):
-    return check_code(program, mbpp_tests(asserts, reference), limits=LIMITS)
+    return check_program(program, mbpp_tests(asserts, reference), limits=LIMITS)
 
 
 def evalplus(answer, expected):
-    """`evalplus.eval.unsafe_execute` (0.3.1), restated with numpy."""
+    """The comparison in `evalplus.eval.unsafe_execute` (0.3.1), with numpy."""
     import numpy
 
     def is_floats(value):
@@ -94,7 +82,7 @@ numbers = floats | st.integers(-3, 3)
     st.floats(-3e-6, 3e-6),
 )
 @settings(max_examples=200, deadline=None)
-def test_closeness_is_evalplus(first, second, step):
+def test_floats_are_close_where_evalplus_accepts_them(first, second, step):
     near = first + step if isinstance(first, float) and math.isfinite(first) else first
     for answer, expected in ((first, second), (near, first), (first, near)):
         wanted = evalplus(answer, expected) if expected != [] else answer == expected
@@ -102,7 +90,7 @@ def test_closeness_is_evalplus(first, second, step):
         assert bool(_equal(expected, answer, True)) is wanted
 
 
-def test_every_assert_of_equality_is_tolerant_and_nothing_else():
+def test_only_an_assert_of_equality_is_tolerant():
     close = "def f(x):\n    return x + 1e-10"
     assert mbpp(close, "assert f(1.0) == 1.0 and f(2.0) == 2.0").passed
     assert mbpp(close, "for x in (0.5, 1.5):\n    assert f(x) == x, 'no'").passed
@@ -118,37 +106,37 @@ def test_every_assert_of_equality_is_tolerant_and_nothing_else():
     assert "assert f(1.0) == 1.1" in wrong.detail
 
 
-def test_humanevals_floats_are_compared_like_mbpps():
-    """The paper marks both by evalplus."""
+def test_floats_of_humaneval_are_compared_as_those_of_mbpp():
+    """The paper scores both with evalplus."""
     test = "def check(candidate):\n    assert candidate(5) == 7.5\n"
     tests = humaneval_tests('def f(x):\n    """Half."""\n', test, "f")
-    assert check_code("def f(x):\n    return 7.5 + 1e-10", tests, limits=LIMITS).passed
-    assert not check_code("def f(x):\n    return 7.5 + 1e-5", tests, limits=LIMITS).passed
+    assert check_program("def f(x):\n    return 7.5 + 1e-10", tests, limits=LIMITS).passed
+    assert not check_program("def f(x):\n    return 7.5 + 1e-5", tests, limits=LIMITS).passed
 
 
 RAISED = [
     "StopIteration", "StopAsyncIteration", "GeneratorExit", "KeyboardInterrupt", "SystemExit",
     "AssertionError", "BaseException", "Exception", "IndexError", "KeyError", "AttributeError",
     "TypeError", "LookupError", "RecursionError", "EOFError", "OSError", "NotImplementedError",
-    "UnicodeError", "Warning", "MemoryError", "Own", "OwnStop", "OwnBase", "Odd", "Deaf", "Mute",
-    "Nameless",
+    "UnicodeError", "Warning", "MemoryError", "Own", "OwnStop", "OwnBase",
+    "FalseButEqual", "ExitsInStr", "ReturnsOddStr", "FalseName",
 ]  # fmt: skip
 OWN = """
 class Own(Exception): pass
 class OwnStop(StopIteration): pass
 class OwnBase(BaseException): pass
-class Odd(Exception):
+class FalseButEqual(Exception):
     def __eq__(self, other): return True
     def __bool__(self): return False
-class Deaf(StopIteration):
+class ExitsInStr(StopIteration):
     def __str__(self): raise SystemExit(0)
 class Text(str):
     def __getitem__(self, key): return self
-class Mute(StopIteration):
+class ReturnsOddStr(StopIteration):
     def __str__(self): return Text("x")
 class Named(type):
     __name__ = property(lambda cls: "StopIteration")
-class Nameless(Exception, metaclass=Named): pass
+class FalseName(Exception, metaclass=Named): pass
 """
 LOOPS = [
     "assert all(map(f, [1, 2]))",
@@ -166,28 +154,34 @@ LOOPS = [
 
 
 @pytest.mark.parametrize("kind", RAISED)
-def test_an_exception_of_the_program_is_no_answer(kind):
+def test_a_program_that_raises_does_not_pass(kind):
     program = f"{OWN}\ndef f(*args):\n    raise {kind}()"
-    for test in LOOPS if "Stop" in kind or kind in ("Mute", "Deaf", "Nameless") else LOOPS[:4]:
+    for test in (
+        LOOPS
+        if "Stop" in kind or kind in ("ReturnsOddStr", "ExitsInStr", "FalseName")
+        else LOOPS[:4]
+    ):
         result = mbpp(program, test)
         assert not result.passed, (test, result)
         assert result.reason in (FailureReason.RAISED, FailureReason.ENDED)
 
 
-@pytest.mark.parametrize("kind", ["StopIteration", "Deaf", "KeyboardInterrupt", "Odd"])
-def test_an_exception_while_the_program_loads_is_no_answer(kind):
+@pytest.mark.parametrize(
+    "kind", ["StopIteration", "ExitsInStr", "KeyboardInterrupt", "FalseButEqual"]
+)
+def test_a_program_that_raises_while_it_loads_does_not_pass(kind):
     assert not mbpp(f"{OWN}\ndef f(*args): return 1\nraise {kind}()", LOOPS[0]).passed
 
 
-def test_tests_may_still_expect_an_exception():
-    """Of Python's own kinds, as where they ran in one interpreter."""
+def test_tests_can_expect_an_exception():
+    """This works for Python's own exception types."""
     test = "try:\n    f(1)\n    assert 0\nexcept ValueError as error:\n    assert 'x' in str(error)"
     assert mbpp("def f(x):\n    raise ValueError('x')", test).passed
     assert not mbpp("def f(x):\n    raise KeyError('x')", test).passed
 
 
-LIES = """
-class Liar:
+FALSE_EQUALITY = """
+class EqualToAll:
     def __eq__(self, other): return True
     def __bool__(self): return True
     def __iter__(self): return iter(())
@@ -208,8 +202,10 @@ class Many(list):
 
 @pytest.mark.parametrize(
     "answer",
-    ["Liar()", "Number(9)", "Whole(9)", "Word('9')", "Many([9.0])", "[Liar()]", "[Number(9)]"],
+    ["EqualToAll()", "Number(9)", "Whole(9)", "Word('9')", "Many([9.0])", "[EqualToAll()]",
+     "[Number(9)]"],
 )  # fmt: skip
 @pytest.mark.parametrize("expected", ["1.5", "[1.5]", "1", "'x'"])
-def test_an_answer_that_says_it_is_equal_is_not(answer, expected):
-    assert not mbpp(f"{LIES}\ndef f(): return {answer}", f"assert f() == {expected}").passed
+def test_an_answer_with_its_own_equality_does_not_pass(answer, expected):
+    program = f"{FALSE_EQUALITY}\ndef f(): return {answer}"
+    assert not mbpp(program, f"assert f() == {expected}").passed
