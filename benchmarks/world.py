@@ -15,7 +15,7 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.evaluations import base_folder, evaluate_on
 from trans_peft.models import adapter_weights_sha256
-from trans_peft.validation.gate.judge import judge
+from trans_peft.validation.gate import judge
 from trans_peft.validation.scoring import make_scorer
 
 

@@ -42,7 +42,7 @@ def draw(found: Sequence[Result], path: Path) -> Path:
 def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
     for offset, arm in zip((-0.03, 0.03), arms, strict=False):
         figures = arm.figures
-        scores = (figures.reference, figures.score)
+        scores = (figures.versus_old_base.reference_score, figures.score)
         errors = [_wilson(score, figures.items) for score in scores]
         below_above = list(zip(*errors, strict=True))
         axes.errorbar(
@@ -58,7 +58,7 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
             label=arm.method,
         )
     for x, both in (
-        (0, [arm.figures.reference for arm in arms]),
+        (0, [arm.figures.versus_old_base.reference_score for arm in arms]),
         (1, [arm.figures.score for arm in arms]),
     ):
         for arm, score, y in zip(arms, both, _apart(both), strict=True):
@@ -72,7 +72,8 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
                 color=_colour(arm),
                 fontweight="bold",
             )
-    bare = [arms[0].bare_v1, arms[0].figures.bare or 0.0]
+    bare_v2 = arms[0].figures.versus_bare_base
+    bare = [arms[0].bare_v1, bare_v2.reference_score if bare_v2 else 0.0]
     axes.plot(
         [0, 1], bare, color=_GREY, linestyle="--", marker="o", markersize=4, label="bare base"
     )
@@ -91,12 +92,12 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
     axes.axvline(0, color=_GREY, linewidth=1)
     axes.axvline(-margin, color="#B3261E", linewidth=1.2, linestyle="--")
     for y, arm in enumerate(reversed(arms)):
-        figures = arm.figures
-        axes.plot([figures.lower, figures.upper], [y, y], color=_colour(arm), linewidth=3)
-        axes.plot(figures.difference, y, "o", color=_colour(arm), markersize=9)
+        change = arm.figures.versus_old_base
+        axes.plot([change.lower, change.upper], [y, y], color=_colour(arm), linewidth=3)
+        axes.plot(change.difference, y, "o", color=_colour(arm), markersize=9)
         axes.annotate(
             f"{arm.method}: {arm.verdict}",
-            (figures.lower, y),
+            (change.lower, y),
             xytext=(0, 14),
             textcoords="offset points",
             ha="left",  # centred, long words would reach past the axis
@@ -104,7 +105,8 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
             fontweight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
         )
-    reach = max(margin, *(max(-arm.figures.lower, arm.figures.upper) for arm in arms)) * 1.45
+    changes = [arm.figures.versus_old_base for arm in arms]
+    reach = max(margin, *(max(-change.lower, change.upper) for change in changes)) * 1.45
     axes.set_xlim(-reach, reach)
     axes.set_ylim(-0.7, len(arms) - 0.2)
     axes.set_yticks([])

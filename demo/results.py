@@ -88,14 +88,15 @@ def table(found: Sequence[Result]) -> Table:
     shown.add_column("verdict\n", no_wrap=True)
     for result in found:
         figures = result.figures
-        bare_v2 = "?" if figures.bare is None else f"{figures.bare:.1f}"
+        old, bare = figures.versus_old_base, figures.versus_bare_base
+        bare_v2 = "?" if bare is None else f"{bare.reference_score:.1f}"
         style = _STYLES.get(result.verdict, "red")
         shown.add_row(
             f"[bold]{result.adapter}[/]\n[dim]{result.method}[/]",
-            f"{figures.reference:.1f} → {figures.score:.1f}\n"
+            f"{old.reference_score:.1f} → {figures.score:.1f}\n"
             f"[dim]{result.bare_v1:.1f} → {bare_v2}[/]",
-            f"{figures.difference:+.1f}\n[dim]{figures.lower:+.1f}, {figures.upper:+.1f}[/]",
-            f"{figures.items}/{figures.discordant}\n[dim]{100 * figures.power:.0f} %[/]",
+            f"{old.difference:+.1f}\n[dim]{old.lower:+.1f}, {old.upper:+.1f}[/]",
+            f"{figures.items}/{old.discordant}\n[dim]{100 * figures.power:.0f} %[/]",
             f"[{style}]{result.verdict}[/]",
         )
     return shown
@@ -121,9 +122,11 @@ def _comparison(arms: Sequence[Result]) -> list[str]:
     ours = next((arm for arm in arms if arm.method != "plain LoRA"), None)
     if plain is None or ours is None:
         return []
-    lost = [-arm.figures.difference for arm in (plain, ours)]
+    lost = [-arm.figures.versus_old_base.difference for arm in (plain, ours)]
     on_v2 = ours.figures.score - plain.figures.score
-    on_v1 = ours.figures.reference - plain.figures.reference
+    on_v1 = (
+        ours.figures.versus_old_base.reference_score - plain.figures.versus_old_base.reference_score
+    )
     return [
         f"{ours.task}: the update cost the plain adapter {lost[0]:.1f} points and the Trans-PEFT "
         f"one {lost[1]:.1f}. Trans-PEFT is {_ahead(on_v1)} on v1 and {_ahead(on_v2)} on v2. One "

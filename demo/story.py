@@ -184,9 +184,9 @@ class Story:
             for result in found:
                 logged.metrics(
                     {
-                        f"{result.adapter}/v1": result.figures.reference,
+                        f"{result.adapter}/v1": result.figures.versus_old_base.reference_score,
                         f"{result.adapter}/v2": result.figures.score,
-                        f"{result.adapter}/difference": result.figures.difference,
+                        f"{result.adapter}/difference": result.figures.versus_old_base.difference,
                     },
                     0,
                 )

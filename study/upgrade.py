@@ -189,10 +189,9 @@ def table(seen: FleetReport, bare_on_old: float) -> str:
         (_, score), *_ = cells[name, OLD].scores
         judged = " | ".join(_cell(cells[name, base]) for base in UPDATES)
         lines.append(f"| {name} | {score:.1f} | {judged} |")
-    bare = [cells[name, base].suites[0].bare for base in UPDATES]
-    lines.append(
-        f"| no adapter | {bare_on_old:.1f} | {' | '.join(f'{score:.1f}' for score in bare)} |"
-    )
+    compared = [cells[name, base].suites[0].versus_bare_base for base in UPDATES]
+    bare = [f"{found.reference_score:.1f}" if found else "-" for found in compared]
+    lines.append(f"| no adapter | {bare_on_old:.1f} | {' | '.join(bare)} |")
     return "\n".join([*lines, "", f"{counted(seen)}."])
 
 
@@ -210,8 +209,9 @@ def _cell(row: FleetRow) -> str:
     if row.verdict is None or not row.suites:
         raise NotFoundError(f"{row.adapter} has no figures on {row.base}", found=row.reason)
     found = row.suites[0]
-    bounds = f"({found.lower:+.1f}, {found.upper:+.1f})"
-    return f"{found.score:.1f}, {found.difference:+.1f} {bounds}, {row.verdict}"
+    change = found.versus_old_base
+    bounds = f"({change.lower:+.1f}, {change.upper:+.1f})"
+    return f"{found.score:.1f}, {change.difference:+.1f} {bounds}, {row.verdict}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import (
+    Comparison,
     Evaluation,
     ItemResult,
     Judgement,
@@ -92,9 +93,20 @@ def outcome(
     policy: str = "6" * 64,
     base: str = "2" * 64,
 ) -> TransferOutcome:
-    suite = SuiteJudgement(
-        "exceptions", 4, 80.0, 79.0, None, -1.0, -4.5, float("inf"), 3, 0.8, more_items=9
+    change = Comparison(
+        reference_score=80.0,
+        items=4,
+        discordant=3,
+        difference=-1.0,
+        lower=-4.5,
+        upper=float("inf"),
+        inferiority_bound=float("inf"),
+        non_inferior=True,
+        inferior=False,
+        superior=False,
+        reference_non_inferior=False,
     )
+    suite = SuiteJudgement("exceptions", 79.0, change, power=0.8, items_needed=9)
     return TransferOutcome(
         adapter=source.adapter,
         source_number=source.number,

@@ -280,7 +280,8 @@ def test_an_adapter_tuned_on_the_new_base_is_a_second_reference(world):
     world.answered(weights, v2, right=90)
     world.platform.registry.register(later, world.peft)
     outcome = world.transfer()
-    assert outcome.judgement.suites[0].fresh == pytest.approx(100 * 90 / ITEMS)
+    compared = outcome.judgement.suites[0].versus_fresh_adapter
+    assert compared.reference_score == pytest.approx(100 * 90 / ITEMS)
     assert outcome.verdict is Verdict.PASSED
 
 

@@ -3,17 +3,37 @@
 import pytest
 
 from study.upgrade import OLD, UPDATES, counted, table
-from trans_peft.domain.evaluation import SuiteJudgement, Verdict
+from trans_peft.domain.evaluation import Comparison, SuiteJudgement, Verdict
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.report import FleetReport, FleetRow
+
+
+def comparison(reference, score):
+    difference = score - reference
+    return Comparison(
+        reference_score=reference,
+        items=100,
+        discordant=10,
+        difference=difference,
+        lower=difference - 4.25,
+        upper=difference + 5,
+        inferiority_bound=difference + 5,
+        non_inferior=False,
+        inferior=False,
+        superior=False,
+        reference_non_inferior=False,
+    )
 
 
 def row(adapter, base, verdict=None, score=40.0):
     known = {"scores": (("raise", 50.0),)}
     if verdict is not None:
         figures = SuiteJudgement(
-            *("raise", 100, 50.0, score, 1.5),
-            *(score - 50, score - 54.25, score - 45.0, 10, 0.8),
+            "raise",
+            score,
+            versus_old_base=comparison(50.0, score),
+            power=0.8,
+            versus_bare_base=comparison(1.5, score),
         )
         known = {"suites": (figures,)}
     return FleetRow(adapter, "lora", OLD, base, verdict, "because", serves=False, **known)

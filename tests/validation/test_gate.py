@@ -6,9 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, ItemResult, Verdict
+from trans_peft.domain.evaluation import (
+    BARE,
+    Comparison,
+    Evaluation,
+    GatePolicy,
+    ItemResult,
+    Verdict,
+)
 from trans_peft.errors import InvalidSpecError
-from trans_peft.validation.gate.judge import judge
+from trans_peft.validation.gate import judge
 from trans_peft.validation.statistics.intervals import lower_bound, upper_bound
 
 POLICY = GatePolicy(margin_points=5, alpha=0.05)
@@ -100,7 +107,7 @@ def test_a_suite_that_is_not_required_warns_and_decides_nothing():
     judgement = judge(policy, *merged(three(*A_KEPT, suite="a"), three(*A_LOST, suite="b")))
     assert judgement.verdict is Verdict.PASSED
     assert [s.suite for s in judgement.suites] == ["a", "b"]
-    assert "not required, but b:" in judgement.reason
+    assert "not required, but inferior: b:" in judgement.reason
 
 
 def test_retuning_shares_the_level_among_the_suites_that_could_ask_for_it():
@@ -122,7 +129,7 @@ def test_a_policy_that_does_not_ask_for_it_needs_no_bare_results():
     reference, candidate, _ = three(*A_KEPT)
     judgement = judge(replace(POLICY, must_beat_bare=False), reference, candidate, {})
     assert judgement.verdict is Verdict.PASSED
-    assert judgement.suites[0].bare is judgement.suites[0].over_bare is None
+    assert judgement.suites[0].versus_bare_base is None
 
 
 def test_a_policy_that_does_not_ask_for_it_passes_where_bare_is_as_good():
@@ -133,11 +140,35 @@ def test_a_policy_that_does_not_ask_for_it_passes_where_bare_is_as_good():
 def test_the_figures_are_those_of_the_bounds():
     reference, candidate, bare = [1, 1, 1, 0, 0] * 20, [1, 1, 0, 1, 0] * 20, [0, 1, 0, 0, 0] * 20
     (figures,) = judge(POLICY, *three(reference, candidate, bare)).suites
-    assert (figures.items, figures.reference, figures.score, figures.bare) == (100, 60, 60, 20)
-    assert (figures.difference, figures.discordant, figures.over_bare) == (0, 40, 40)
-    assert figures.lower == 100 * lower_bound(100, 20, 20, 0.05)
-    assert figures.upper == 100 * upper_bound(100, 20, 20, 0.05)
-    assert figures.over_bare_lower == 100 * lower_bound(100, 0, 40, 0.05)
+    assert (figures.items, figures.score) == (100, 60)
+    lower, upper = (100 * bound(100, 20, 20, 0.05) for bound in (lower_bound, upper_bound))
+    assert figures.versus_old_base == Comparison(
+        reference_score=60,
+        items=100,
+        discordant=40,
+        difference=0,
+        lower=lower,
+        upper=upper,
+        inferiority_bound=upper,
+        non_inferior=False,
+        inferior=False,
+        superior=False,
+        reference_non_inferior=False,
+    )
+    lower, upper = (100 * bound(100, 0, 40, 0.05) for bound in (lower_bound, upper_bound))
+    assert figures.versus_bare_base == Comparison(
+        reference_score=20,
+        items=100,
+        discordant=40,
+        difference=40,
+        lower=lower,
+        upper=upper,
+        inferiority_bound=upper,
+        non_inferior=True,
+        inferior=False,
+        superior=True,
+        reference_non_inferior=False,
+    )
     assert 0 < figures.power < 1
 
 
@@ -177,13 +208,9 @@ def test_one_more_right_answer_on_the_new_base_never_turns_a_pass_into_less(rows
 def test_every_verdict_follows_from_its_own_figures(rows, policy):
     judgement = judge(policy, *three(*zip(*rows, strict=True)))
     (s,) = judgement.suites
-    passed = s.lower > -policy.margin_points and (
-        not policy.must_beat_bare or s.over_bare_lower > 0
-    )
-    inferior, baseline_non_inferior = (
-        s.upper < -policy.margin_points,
-        s.over_bare_upper < policy.margin_points,
-    )
+    old, bare, margin = s.versus_old_base, s.versus_bare_base, policy.margin_points
+    passed = old.lower > -margin and (not policy.must_beat_bare or bare.lower > 0)
+    inferior, baseline_non_inferior = old.upper < -margin, bare.upper < margin
     expected = (
         "passed" if passed
         else "needs-retuning" if inferior
@@ -192,6 +219,11 @@ def test_every_verdict_follows_from_its_own_figures(rows, policy):
     )  # fmt: skip
     assert judgement.verdict == expected
     assert (s.more_items > 0) == (expected == "inconclusive")
+    for found in (old, bare):
+        assert found.non_inferior == (found.lower > -margin)
+        assert found.inferior == (found.inferiority_bound < -margin)
+        assert found.superior == (found.lower > 0)
+        assert found.reference_non_inferior == (found.upper < margin)
     assert not re.search(r"nan|inf[^e]|None", judgement.reason)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.validation.test_gate import A_IDLE, A_KEPT, A_LOST, bits, merged, results, three
 from trans_peft.domain.evaluation import BARE, GatePolicy, Verdict
 from trans_peft.errors import InvalidSpecError
-from trans_peft.validation.gate.judge import judge
+from trans_peft.validation.gate import judge
 from trans_peft.validation.statistics.intervals import lower_bound, upper_bound
 
 POLICY = GatePolicy(margin_points=5, alpha=0.05)
@@ -25,12 +25,11 @@ def test_its_score_stands_beside_and_decides_nothing_unasked():
     alone, beside = judge(POLICY, *arms), judge(POLICY, *arms, fresh(bits(298, 2)))
     assert alone.verdict == beside.verdict == Verdict.PASSED
     (figures,) = beside.suites
-    assert figures.fresh == pytest.approx(100 * 298 / 300)
-    assert figures.over_fresh == pytest.approx(100 * (258 - 298) / 300)
-    assert "an adapter tuned on the new base has 99.3" in beside.reason
-    assert replace(
-        figures, fresh=None, over_fresh=None, over_fresh_lower=None, over_fresh_upper=None
-    ) == alone.suites[0]  # fmt: skip
+    assert figures.versus_fresh_adapter.reference_score == pytest.approx(100 * 298 / 300)
+    assert figures.versus_fresh_adapter.difference == pytest.approx(100 * (258 - 298) / 300)
+    assert figures.versus_fresh_adapter.inferior
+    assert "a freshly tuned adapter scores 99.3" in beside.reason
+    assert replace(figures, versus_fresh_adapter=None) == alone.suites[0]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_the_table_of_verdicts_where_the_policy_asks(arms, right, verdict):
 def test_where_there_is_none_nothing_can_be_shown_against_it():
     judgement = judge(ASKED, *three(*A_KEPT))
     assert judgement.verdict is Verdict.INCONCLUSIVE
-    assert "and there is none" in judgement.reason
+    assert "no adapter was tuned on the new base" in judgement.reason
 
 
 def test_every_required_suite_is_compared():
@@ -68,8 +67,9 @@ def test_every_required_suite_is_compared():
 def test_the_figures_are_those_of_the_bounds():
     candidate, right = [1, 1, 0, 1, 0] * 20, [1, 0, 1, 1, 0] * 20
     (figures,) = judge(POLICY, *three([1] * 100, candidate, [0] * 100), fresh(right)).suites
-    assert figures.over_fresh_lower == 100 * lower_bound(100, 20, 20, 0.05)
-    assert figures.over_fresh_upper == 100 * upper_bound(100, 20, 20, 0.05)
+    fresh_comparison = figures.versus_fresh_adapter
+    assert fresh_comparison.lower == 100 * lower_bound(100, 20, 20, 0.05)
+    assert fresh_comparison.upper == 100 * upper_bound(100, 20, 20, 0.05)
 
 
 def test_a_second_reason_to_retune_shares_the_level():

@@ -113,16 +113,17 @@ def print_outcome(outcome: TransferOutcome, suites: Iterable[Suite] = ()) -> Non
             *("difference", "at least", "at most"),
         )
         for suite in outcome.judgement.suites:
+            old, bare = suite.versus_old_base, suite.versus_bare_base
             shown.add_row(
                 suite.suite,
                 str(suite.items),
                 "" if (points := chance.get(suite.suite)) is None else f"{points:.1f}",
-                f"{suite.reference:.1f}",
+                f"{old.reference_score:.1f}",
                 f"{suite.score:.1f}",
-                "" if suite.bare is None else f"{suite.bare:.1f}",
-                f"{suite.difference:+.1f}",
-                f"{suite.lower:+.1f}",
-                f"{suite.upper:+.1f}",
+                "" if bare is None else f"{bare.reference_score:.1f}",
+                f"{old.difference:+.1f}",
+                f"{old.lower:+.1f}",
+                f"{old.upper:+.1f}",
             )
         out.print(shown)
     _print_lines("note", outcome.compatibility.notes)

@@ -1,13 +1,13 @@
 """Evaluations and verdicts: what is asked, what was answered, what follows.
 
 An evaluation keeps its result item by item, so that a gate can compare in pairs. The statistics
-that turn evaluations into a verdict are in `trans_peft.validation.gate.judge`.
+that turn evaluations into a verdict are in `trans_peft.validation.gate`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
@@ -18,10 +18,12 @@ from trans_peft.errors import InvalidSpecError
 
 __all__ = [
     "BARE",
+    "Comparison",
     "Evaluation",
     "GatePolicy",
     "ItemResult",
     "Judgement",
+    "Levels",
     "Prefix",
     "Suite",
     "SuiteJudgement",
@@ -217,6 +219,19 @@ class Verdict(StrEnum):
     FAILED = "failed"
 
 
+class Levels(NamedTuple):
+    """Significance levels of the one-sided tests of one suite.
+
+    Attributes:
+        alpha: level of the tests that must hold on every required suite.
+        inferiority: level of the inferiority tests. One significant test on one suite is enough for
+            `needs-retuning`, so these tests share `alpha`.
+    """
+
+    alpha: float
+    inferiority: float
+
+
 @dataclass(frozen=True)
 class GatePolicy:
     """When an adapter may serve on a new base.
@@ -272,6 +287,13 @@ class GatePolicy:
             self, alpha=self.alpha / len(self.recovery.strategies), recovery=RecoveryPolicy()
         )
 
+    def levels(self, inferiority_tests: int) -> Levels:
+        """Return the levels of one suite's tests. No other code turns `alpha` into a level.
+
+        `inferiority_tests` is the number of inferiority tests on all required suites together.
+        """
+        return Levels(self.alpha, self.alpha / inferiority_tests)
+
     def requires(self, suites: Iterable[str]) -> tuple[str, ...]:
         """Return the required suites, each once, of an adapter that was registered with these."""
         return tuple(dict.fromkeys(self.required_suites)) or tuple(sorted(suites))
@@ -283,44 +305,86 @@ def verdict_key(evaluation_keys: tuple[str, ...], policy_sha256: str) -> str:
 
 
 @dataclass(frozen=True)
-class SuiteJudgement:
-    """The figures of one suite behind a verdict; all scores and differences in points.
+class Comparison:
+    """The adapter on a new base compared with one reference, item by item, on one suite.
 
-    `difference` is the adapter on the new base minus the same adapter on the base it was trained
-    on, `lower`/`upper` its one-sided bounds at the policy's alpha. `over_bare` compares the adapter
-    with the bare new base likewise; `fresh` is the score of an adapter tuned on the new base where
-    there is one, `over_fresh` the difference from it. `discordant`: items on which the two bases
-    differ. `power`: the
-    chance of passing when nothing was lost, with as many discordant pairs as were seen.
-    `more_items`: how many further items would decide, 0 where it is decided. `prefix`: set where
-    the test was sequential; all figures are then those of the items asked, whose bounds hold
-    whenever one stops.
+    The reference is the adapter on its old base, the bare new base, or a freshly tuned adapter.
+    Scores, differences and bounds are in points; a positive difference means that the adapter on
+    the new base scores higher. The bounds are one-sided. The flags are the results of one-sided
+    tests; a flag that is False means "not shown", never "shown to be wrong".
+
+    Attributes:
+        reference_score: score of the reference on the compared items.
+        items: number of items that both sides answered.
+        discordant: number of items that exactly one side answered correctly.
+        difference: score of the adapter minus `reference_score`, on the compared items.
+        lower: lower confidence bound of `difference` at level `Levels.alpha`.
+        upper: upper confidence bound of `difference` at level `Levels.alpha`.
+        inferiority_bound: upper confidence bound of `difference` at level `Levels.inferiority`.
+        non_inferior: `lower` lies above minus the margin: it is less than the margin worse.
+        inferior: `inferiority_bound` lies below minus the margin: it is more than the margin worse.
+        superior: `lower` lies above 0: the adapter is better than the reference.
+        reference_non_inferior: `upper` lies below the margin: the reference is less than the margin
+            worse than the adapter.
     """
 
-    suite: str
+    reference_score: float
     items: int
-    reference: float
-    score: float
-    bare: float | None
+    discordant: int
     difference: float
     lower: float
     upper: float
-    discordant: int
+    inferiority_bound: float
+    non_inferior: bool
+    inferior: bool
+    superior: bool
+    reference_non_inferior: bool
+
+
+@dataclass(frozen=True)
+class SuiteJudgement:
+    """The figures of one suite behind a verdict.
+
+    Attributes:
+        suite: name of the suite.
+        score: score of the adapter on the new base, in points.
+        versus_old_base: comparison with the same adapter on the base that it was trained on.
+        power: probability that `versus_old_base` shows non-inferiority if nothing was lost, given
+            the observed share of discordant items.
+        versus_bare_base: comparison with the bare new base; None if the bare base has no results.
+        versus_fresh_adapter: comparison with an adapter that was tuned on the new base; None if
+            there is none.
+        items_needed: estimated size of a suite that would decide every undecided test of this suite
+            with a probability of 80 %. 0 if the verdict is not `inconclusive`, if this suite is not
+            required, or if more items would not help.
+        prefix: the part of the suite that was evaluated in a sequential test; None for other tests.
+            All figures are then those of that part, and the bounds hold at any stopping time.
+    """
+
+    suite: str
+    score: float
+    versus_old_base: Comparison
     power: float
-    over_bare: float | None = None
-    over_bare_lower: float | None = None
-    over_bare_upper: float | None = None
-    more_items: int = 0
+    versus_bare_base: Comparison | None = None
+    versus_fresh_adapter: Comparison | None = None
+    items_needed: int = 0
     prefix: Prefix | None = None
-    fresh: float | None = None
-    over_fresh: float | None = None
-    over_fresh_lower: float | None = None
-    over_fresh_upper: float | None = None
+
+    @property
+    def items(self) -> int:
+        """Number of items that the adapter answered on the new base."""
+        return self.versus_old_base.items
+
+    @property
+    def more_items(self) -> int:
+        """Number of items to add to the suite to reach `items_needed`; 0 if it has enough."""
+        suite_items = self.prefix.of if self.prefix else self.items
+        return max(self.items_needed - suite_items, 0)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict with its reason in words and the figures of every suite."""
+    """A verdict, its reason as a sentence, and the figures of every suite."""
 
     verdict: Verdict
     reason: str

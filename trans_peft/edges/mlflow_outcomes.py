@@ -9,7 +9,7 @@ and a verdict whose run is finished is not given a second one.
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -162,7 +162,15 @@ def _figures(outcome: TransferOutcome) -> dict[str, float]:
     for item in outcome.tried:
         figures[f"rung/{item.strategy.value}/seconds"] = item.seconds
     for suite in outcome.judgement.suites:
-        for name, value in asdict(suite).items():
-            if isinstance(value, int | float):
-                figures[f"{suite.suite}/{name}"] = float(value)
+        for name, value in _numbers(asdict(suite)):
+            figures[f"{suite.suite}/{name}"] = value
     return figures
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield every number in nested mappings, with the path to it. Booleans are left out."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", number) for inner, number in _numbers(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, float(value)

@@ -19,7 +19,7 @@ from tests.validation.test_gate import (
 )
 from trans_peft.domain.evaluation import GatePolicy, ItemResult, Prefix, Verdict
 from trans_peft.errors import InvalidSpecError
-from trans_peft.validation.gate.judge import judge
+from trans_peft.validation.gate import judge
 from trans_peft.validation.statistics.intervals import items_to_decide
 from trans_peft.validation.statistics.sequential import (
     Arm,
@@ -83,7 +83,7 @@ def test_where_all_items_are_clear_so_are_the_first(case):
     assert figures.items == len(candidate["imports"].items)
     assert figures.prefix == Prefix(len(arms[0]["imports"].items), gate.suites["imports"].seed)
     assert f"{figures.items} of {figures.prefix.of} items" in judgement.reason
-    assert "sequential, one-sided level 5 %" in judgement.reason
+    assert "sequential test, one-sided level 5 %" in judgement.reason
 
 
 def test_clear_cases_take_a_part_of_the_items():
@@ -133,7 +133,7 @@ def test_asking_stops_where_no_verdict_has_a_chance():
     assert gate.verdict is Verdict.INCONCLUSIVE
     assert len(candidate["imports"].items) < 900
     judgement = judge(EARLY, arms[0], candidate, bare)
-    assert "asking was stopped" in judgement.reason
+    assert "evaluation stopped early" in judgement.reason
     assert judgement.suites[0].more_items > 0
 
 
@@ -143,7 +143,7 @@ def test_nothing_is_asked_where_no_verdict_ever_had_a_chance():
     assert (gate.verdict, candidate, bare) == (Verdict.INCONCLUSIVE, {}, {})
     judgement = judge(policy, three([1] * 3, [1] * 3, [0] * 3)[0], {}, {})
     assert judgement.verdict is Verdict.INCONCLUSIVE
-    assert "nothing was asked" in judgement.reason
+    assert "no item was evaluated" in judgement.reason
     wanted = items_to_decide(200, 15, 15, -0.01, 0.001)
     assert wanted > 10_000
     assert f"about {wanted:,} would" in judgement.reason
@@ -157,7 +157,7 @@ def test_a_suite_that_is_not_required_is_asked_whole_and_decides_nothing():
     judgement = judge(policy, reference, candidate, bare)
     assert judgement.verdict is Verdict.PASSED
     assert [s.prefix is None for s in judgement.suites] == [False, True]
-    assert "not required, but b:" in judgement.reason
+    assert "not required, but inferior: b:" in judgement.reason
 
 
 ROWS = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -197,7 +197,14 @@ def test_every_verdict_follows_from_what_was_shown(first, second, policy):
     assert judgement.verdict == expected
     for s in judgement.suites:
         test = gate.suites[s.suite]
-        assert (s.lower >= -policy.margin_points) == bool(test.non_inferior.is_significant)
+        old, bare = s.versus_old_base, s.versus_bare_base
+        assert old.non_inferior == bool(test.non_inferior.is_significant)
+        assert old.inferior == bool(test.inferior.is_significant)
+        assert (old.lower >= -policy.margin_points) == old.non_inferior
+        assert (bare is None) == (not test.bare_differences)
+        if bare is not None:
+            assert bare.superior == bool(test.superior.is_significant)
+            assert bare.reference_non_inferior == bool(test.baseline_non_inferior.is_significant)
         assert len(test.changes) == s.items == len(candidate[s.suite].items)
 
 

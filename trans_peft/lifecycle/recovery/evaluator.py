@@ -20,7 +20,7 @@ from trans_peft.lifecycle.evaluations import ProgressCallback, base_folder, eval
 from trans_peft.lifecycle.recovery.strategies import Candidate, CandidateInputs, candidate
 from trans_peft.lifecycle.sequential import evaluate_sequentially
 from trans_peft.ports import Platform
-from trans_peft.validation.gate.judge import judge
+from trans_peft.validation.gate import judge
 
 __all__ = ["CandidateEvaluator", "RecoveryResult", "probe", "recover"]
 

@@ -72,12 +72,19 @@ def batch_ends(items: int) -> range:
 
 
 class SequentialSuiteTest:
-    """One required suite while it is asked.
+    """The four betting tests of one required suite, and the results observed so far.
 
-    `changes` are new minus old, `over_bare` adapter minus bare base, each -1, 0 or 1, in the order
-    asked. Four claims: `non_inferior` (the loss is smaller than the margin), `inferior` (it is
-    larger), `superior` (than the bare base), `baseline_non_inferior` (the bare base is at most the
-    margin worse).
+    Attributes:
+        suite: name of the suite.
+        seed: seed of the order.
+        order: all item ids, in the order in which they are evaluated.
+        levels: significance levels of the tests.
+        changes: new base minus old base for each item, in this order; each -1, 0 or 1.
+        bare_differences: adapter minus bare base for each item, likewise.
+        non_inferior: test that the loss against the old base is smaller than the margin.
+        inferior: test that the loss against the old base is larger than the margin.
+        superior: test that the adapter is better than the bare base.
+        baseline_non_inferior: test that the bare base is less than the margin worse.
     """
 
     def __init__(
@@ -86,18 +93,19 @@ class SequentialSuiteTest:
         self.suite, self.seed = reference.suite, seed
         self.order = order([item.id for item in reference.items], seed)
         self.changes: list[int] = []
-        self.over_bare: list[int] = []
+        self.bare_differences: list[int] = []
         self._old = {item.id: item.correct for item in reference.items}
         self._answers: dict[Arm, list[bool]] = {Arm.CANDIDATE: [], Arm.BARE: []}
+        self.levels = policy.levels(suites)
         margin = policy.margin_points / 100
 
         def betting_test(threshold: float, alpha: float) -> BettingTest:
             return BettingTest(threshold, items=len(self.order), alpha=alpha, effect=margin)
 
-        self.non_inferior = betting_test(-margin, policy.alpha)
-        self.inferior = betting_test(margin, policy.alpha / suites)
-        self.superior = betting_test(0.0, policy.alpha)
-        self.baseline_non_inferior = betting_test(-margin, policy.alpha)
+        self.non_inferior = betting_test(-margin, self.levels.alpha)
+        self.inferior = betting_test(margin, self.levels.inferiority)
+        self.superior = betting_test(0.0, self.levels.alpha)
+        self.baseline_non_inferior = betting_test(-margin, self.levels.alpha)
 
     def asked(self, arm: Arm) -> int:
         """How many items that side has answered."""
@@ -137,9 +145,9 @@ class SequentialSuiteTest:
             self.changes.append(change)
             self.non_inferior.observe(change)
             self.inferior.observe(-change)
-        for i in range(len(self.over_bare), min(len(new), len(bare))):
+        for i in range(len(self.bare_differences), min(len(new), len(bare))):
             over = int(new[i]) - int(bare[i])
-            self.over_bare.append(over)
+            self.bare_differences.append(over)
             self.superior.observe(over)
             self.baseline_non_inferior.observe(-over)
 

@@ -1,0 +1,126 @@
+"""The table of verdicts: which test results lead to which verdict.
+
+docs/verdicts.md explains the table. The verdicts `incompatible` and `failed` do not depend on
+statistics and are set elsewhere (`trans_peft.lifecycle.transfer`).
+
+Levels. `passed` and `retire` require a significant test on every required suite, so each test is
+run at the policy's `alpha` without correction (an intersection-union test). For `needs-retuning`
+one significant inferiority test is enough, so the inferiority tests share `alpha` (the first step
+of Holm's method).
+
+A level per suite does not exist yet. `GatePolicy.levels` (`trans_peft.domain.evaluation`) is the
+place to add it: all bounds, tests, powers and item counts of a suite use its result. It is called
+in `judge_suite` (`comparison.py`) and `SequentialSuiteTest` (`statistics/sequential.py`).
+
+Sequential policies use betting tests on as many items as the verdict needs
+(`trans_peft.validation.statistics.sequential`). The table and the levels are the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from trans_peft.domain.evaluation import (
+    Evaluation,
+    GatePolicy,
+    Judgement,
+    SuiteJudgement,
+    Verdict,
+)
+from trans_peft.validation.gate.comparison import judge_sequential_suite, judge_suite
+from trans_peft.validation.gate.reason import reason
+from trans_peft.validation.statistics.pairing import check_comparable
+from trans_peft.validation.statistics.sequential import replay
+
+__all__ = ["judge"]
+
+
+def judge(
+    policy: GatePolicy,
+    reference: Mapping[str, Evaluation],
+    candidate: Mapping[str, Evaluation],
+    bare: Mapping[str, Evaluation],
+    fresh: Mapping[str, Evaluation] | None = None,
+) -> Judgement:
+    """Return the verdict on an adapter on a new base, with its reason and the figures.
+
+    Suites that the policy does not require are compared as well, but do not affect the verdict.
+
+    Args:
+        policy: the margin, the level and the required suites.
+        reference: results of the adapter on the base that it was trained on, by suite name.
+        candidate: results of the adapter on the new base, by suite name. A sequential policy
+            accepts parts of required suites, and suites that needed no evaluation may be missing.
+        bare: results of the new base without an adapter, by suite name. May lack suites if the
+            policy does not set `must_beat_bare`; parts are accepted as for `candidate`.
+        fresh: results of an adapter that was tuned on the new base, by suite name.
+
+    Raises:
+        InvalidSpecError: results cannot be compared. The message lists all reasons.
+    """
+    fresh = fresh or {}
+    required = policy.requires(reference)
+    check_comparable(
+        required,
+        reference,
+        candidate,
+        bare,
+        fresh,
+        bare_required=policy.must_beat_bare,
+        partial=required if policy.sequential else (),
+    )
+
+    def judge_whole(suite: str) -> SuiteJudgement:
+        return judge_suite(
+            policy,
+            len(required),
+            reference[suite],
+            candidate[suite],
+            bare.get(suite),
+            fresh.get(suite),
+        )
+
+    if policy.sequential:
+        gate = replay(policy, reference, candidate, bare)
+        verdict = gate.verdict
+        deciding = [
+            judge_sequential_suite(policy, test) for test in gate.suites.values() if test.changes
+        ]
+    else:
+        deciding = [judge_whole(suite) for suite in required]
+        verdict = _verdict(policy, deciding)
+    if verdict is not Verdict.INCONCLUSIVE:
+        deciding = [replace(suite, items_needed=0) for suite in deciding]
+    other = [
+        replace(judge_whole(suite), items_needed=0)
+        for suite in sorted(set(reference) - {*required})
+    ]
+    return Judgement(verdict, reason(policy, verdict, deciding, other), (*deciding, *other))
+
+
+def _verdict(policy: GatePolicy, suites: Sequence[SuiteJudgement]) -> Verdict:
+    if all(_passes(policy, suite) for suite in suites):
+        return Verdict.PASSED
+    if any(_needs_retuning(policy, suite) for suite in suites):
+        return Verdict.NEEDS_RETUNING
+    if all(
+        suite.versus_bare_base is not None and suite.versus_bare_base.reference_non_inferior
+        for suite in suites
+    ):
+        return Verdict.RETIRE
+    return Verdict.INCONCLUSIVE
+
+
+def _passes(policy: GatePolicy, suite: SuiteJudgement) -> bool:
+    bare, fresh = suite.versus_bare_base, suite.versus_fresh_adapter
+    return (
+        suite.versus_old_base.non_inferior
+        and (not policy.must_beat_bare or (bare is not None and bare.superior))
+        and (not policy.must_match_fresh or (fresh is not None and fresh.non_inferior))
+    )
+
+
+def _needs_retuning(policy: GatePolicy, suite: SuiteJudgement) -> bool:
+    fresh = suite.versus_fresh_adapter
+    return suite.versus_old_base.inferior or (
+        policy.must_match_fresh and fresh is not None and fresh.inferior
+    )
