@@ -24,6 +24,7 @@ from study.triage import Activations, record_activations, risks
 from trans_peft.data import Example, parse_examples
 from trans_peft.domain.evaluation import BARE
 from trans_peft.domain.identity import content_sha256
+from trans_peft.files import open_atomic
 
 __all__ = ["PROMPTS", "Measured", "measured", "prompts_of"]
 
@@ -230,10 +231,8 @@ def _on_v1(
         answers = asked.said()
         pairs = list(zip(asked.prompts, (answer[:-1] for answer in answers), strict=True))
         expected = next_tokens(asked.model, pairs)
-        path.parent.mkdir(exist_ok=True)
-        draft = path.with_suffix(".part")
-        torch.save({"answers": answers, **vars(expected)}, draft)
-        draft.replace(path)
+        with open_atomic(path) as file:
+            torch.save({"answers": answers, **vars(expected)}, file)
     kept = torch.load(path, weights_only=True)
     return _Recorded(kept.pop("answers"), NextTokens(**kept))
 

@@ -99,7 +99,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     saved(tmp_path, TENSORS)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(AdapterError, match="ends early"):
+    with pytest.raises(AdapterError, match="ends 1 bytes too early"):
         adapter_weights_sha256(tmp_path)
 
 

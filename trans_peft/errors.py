@@ -1,32 +1,33 @@
-"""Every error this library raises on purpose, as one tree.
+"""The exceptions of this library, and helpers to raise them.
 
     TransPeftError
     ├── InvalidSpecError      (ValueError)    a recipe, spec, suite or policy that cannot work
-    ├── DataError             (ValueError)    rows of data that cannot be used; all at once
-    ├── UploadError           (ValueError)    a base upload that is refused; all reasons at once
-    ├── AdapterError          (ValueError)    a PEFT folder that is not what it must be
+    ├── DataError             (ValueError)    rows of data that cannot be used; lists all of them
+    ├── UploadError           (ValueError)    a base upload that is refused; lists all reasons
+    ├── AdapterError          (ValueError)    a PEFT folder that cannot be used
     ├── ContentError          (ValueError)    untrusted content that cannot be evaluated
-    │   └── LimitExceededError                it needs more time, memory or room than allowed
-    ├── IsolationError        (RuntimeError)  a child process killed from outside: try again
-    ├── UnsupportedModelError (TypeError)     a model in which what we look for is not to be found
+    │   └── LimitExceededError                it exceeds a limit on time, memory or size
+    ├── IsolationError        (RuntimeError)  a child process was killed or did not start: retry
+    ├── UnsupportedModelError (TypeError)     a model of an architecture that is not supported
     ├── NotFoundError         (LookupError)   no such family, version, adapter or file
     │   └── NotServedError                    no version of the adapter serves on that base
-    ├── IntegrityError        (OSError)       bytes that are not what their hash says
-    ├── StoreError            (OSError)       a store, or a disk, that fails: whoever asks
-    │   └── AccessError       (PermissionError)   one that does not let us in
-    ├── EvaluationError       (RuntimeError)  a model that gives no answers that could be marked
-    └── TrainingError         (RuntimeError)  a training process that ended without an adapter
+    ├── IntegrityError        (OSError)       content does not match its hash or ETag
+    ├── StoreError            (OSError)       a store, a server or a disk fails
+    │   └── AccessError       (PermissionError)   it denies access: do not retry
+    ├── EvaluationError       (RuntimeError)  a model produced no answers that can be scored
+    └── TrainingError         (RuntimeError)  a training process ended without an adapter
         ├── OutOfMemoryError  (MemoryError)
         └── TrainingCancelled
 
-Each also inherits the builtin that a caller who does not know us would catch. A verdict about an
-adapter is never an exception: it is a value (`trans_peft.domain.evaluation.Verdict`).
+Each class also inherits from the builtin in parentheses, so that callers can catch that. A verdict
+about an adapter is a value (`trans_peft.domain.evaluation.Verdict`), never an exception.
 """
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "AccessError",
@@ -48,25 +49,58 @@ __all__ = [
     "UnsupportedModelError",
     "UploadError",
     "full_disk_error",
+    "is_full_disk",
     "listed",
-    "naming",
+    "listed_lines",
+    "map_exceptions",
+    "replacing_paths_in_errors",
     "translating_full_disk_errors",
 ]
 
-FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
-
 
 def listed(values: Sequence[str], count: int = 5) -> str:
-    """Return the first `count` values for a message, and how many more there are."""
+    """Return the first `count` values, separated by commas, and how many others there are.
+
+    Example: `listed(["a", "b", "c"], 2)` is "a, b and 1 more".
+    """
     more = f" and {len(values) - count} more" if len(values) > count else ""
     return ", ".join(values[:count]) + more
 
 
-@contextmanager
-def naming(names: Mapping[Path, str]) -> Iterator[None]:
-    """Write names in place of paths in the texts of the block's errors.
+def listed_lines(values: Sequence[str], count: int) -> list[str]:
+    """Return the first `count` values and, if there are others, a last line "and N more"."""
+    more = [f"and {len(values) - count} more"] if len(values) > count else []
+    return [*values[:count], *more]
 
-    For temporary copies: the reader of an error knows the folder that was copied, not the copy.
+
+@contextmanager
+def map_exceptions(
+    table: Mapping[type[Exception], Callable[[Any], "TransPeftError | None"]],
+) -> Iterator[None]:
+    """Translate exceptions of the block: raise what the first entry for their type returns.
+
+    An exception passes unchanged if it is a TransPeftError already, if no entry matches its type,
+    or if the entry returns None.
+    """
+    try:
+        yield
+    except TransPeftError:
+        raise
+    except Exception as error:
+        for kind, translate in table.items():
+            if isinstance(error, kind):
+                translated = translate(error)
+                if translated is None:
+                    raise
+                raise translated from error
+        raise
+
+
+@contextmanager
+def replacing_paths_in_errors(names: Mapping[Path, str]) -> Iterator[None]:
+    """Replace paths by names in the messages of the block's errors.
+
+    A temporary copy of a folder is then reported under the name of the folder that was copied.
     """
     try:
         yield
@@ -80,10 +114,9 @@ def naming(names: Mapping[Path, str]) -> Iterator[None]:
 
 
 class TransPeftError(Exception):
-    """What went wrong, in words: the problem, what was expected, what was found, what to do.
+    """Base class. The message states the problem, what was expected and found, and what to do.
 
-    The parts are joined into one message at once, so that the error survives pickling between
-    processes with nothing but its text.
+    The parts are joined into one text, so that the error can be pickled between processes.
     """
 
     def __init__(
@@ -112,7 +145,7 @@ class UploadError(TransPeftError, ValueError):
 
 
 class AdapterError(TransPeftError, ValueError):
-    """A PEFT folder that is not what it must be."""
+    """A PEFT folder that cannot be used."""
 
 
 class ContentError(TransPeftError, ValueError):
@@ -120,15 +153,15 @@ class ContentError(TransPeftError, ValueError):
 
 
 class LimitExceededError(ContentError):
-    """Untrusted content that needs more time, memory or room than its evaluation may take."""
+    """Evaluating untrusted content exceeds a limit on time, memory or size."""
 
 
 class IsolationError(TransPeftError, RuntimeError):
-    """A child process that was killed from outside or did not start. Its content may be fine."""
+    """A child process was killed from outside or did not start. Its content may be valid."""
 
 
 class UnsupportedModelError(TransPeftError, TypeError):
-    """A model in which what we look for is not to be found."""
+    """A model of an architecture that this library does not support."""
 
 
 class NotFoundError(TransPeftError, LookupError):
@@ -136,23 +169,23 @@ class NotFoundError(TransPeftError, LookupError):
 
 
 class NotServedError(NotFoundError):
-    """The adapter exists, but no version of it serves on the base asked for."""
+    """The adapter exists, but no version of it serves on the requested base."""
 
 
 class IntegrityError(TransPeftError, OSError):
-    """Bytes that are not what their hash says."""
+    """Content does not match its recorded hash or ETag, or cannot be decoded."""
 
 
 class StoreError(TransPeftError, OSError):
-    """A store, or a disk, that fails. It says nothing about what was asked for."""
+    """A store, a server or a disk fails. The request itself may be valid: retry later."""
 
 
 class AccessError(StoreError, PermissionError):
-    """A store that does not let us in: asked again in a minute, it will not either."""
+    """A store or server denies access. Retrying does not help."""
 
 
 class EvaluationError(TransPeftError, RuntimeError):
-    """A model that gives no answers that could be marked: logits not finite, or out of memory."""
+    """A model produced no answers that can be scored: logits not finite, or out of memory."""
 
 
 class TrainingError(TransPeftError, RuntimeError):
@@ -163,28 +196,27 @@ class OutOfMemoryError(TrainingError, MemoryError):
     """The training process ran out of device or host memory."""
 
 
-class TrainingCancelled(TrainingError):  # noqa: N818  somebody's wish, not an error
-    """The training process was ended because its owner was."""
+class TrainingCancelled(TrainingError):  # noqa: N818  a cancellation is not an error
+    """The training process was stopped because the process that started it ended."""
 
 
-@contextmanager
-def translating_full_disk_errors(folder: str | Path) -> Iterator[None]:
-    """Raise StoreError where the block finds the disk of `folder` full."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise full_disk_error(folder, error) from error
+def translating_full_disk_errors(folder: str | Path) -> AbstractContextManager[None]:
+    """Raise StoreError if the block fails because the disk of `folder` is full."""
+    return map_exceptions(
+        {OSError: lambda error: full_disk_error(folder, error) if is_full_disk(error) else None}
+    )
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether the operating system reports a full disk or an exhausted quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def full_disk_error(folder: str | Path, found: object) -> StoreError:
-    """Return the error about the full disk of a worker's folder, temporary or its own."""
+    """Return the error for a full disk. `folder` is a temporary or a state folder of a worker."""
     return StoreError(
         f"the disk of {folder} is full",
-        expected="room for what a worker writes down while it works",
+        expected="free space for temporary files and for the state of the worker",
         found=found,
-        do="free some room on it, or let TMPDIR or TRANS_PEFT_STATE lie on a larger one",
+        do="free space on it, or set TMPDIR or TRANS_PEFT_STATE to a folder on a larger disk",
     )

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trans_peft.checksums import ModelChecksums, model_checksums, tokenizer_checksums
 from trans_peft.domain.adapter_config import parse_adapter_config
-from trans_peft.domain.bounds import MAX_HEADER_BYTES
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import (
     AdapterError,
@@ -23,7 +23,7 @@ from trans_peft.errors import (
     listed,
 )
 from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
-from trans_peft.snapshot import Snapshot, snapshot, tokenizer_snapshot
+from trans_peft.safetensors_header import MalformedSafetensorsError, read_file_header
 from trans_peft.text.saved_template import TEMPLATE_NAME, saved_template
 from trans_peft.text.tokenizer import load_tokenizer
 
@@ -56,7 +56,7 @@ class LoadedBase:
 @dataclass(frozen=True)
 class _Held:
     key: tuple[Any, ...]
-    state: Snapshot
+    state: ModelChecksums
     base: LoadedBase
 
 
@@ -70,11 +70,11 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
     Dettmers et al. 2023: NF4, quantised twice, computing in bfloat16); `device` any of torch's, by
     default cuda where there is one, else cpu. A process holds one base at a time: asking for
     another lets go of the first before it loads. Before a held base is handed out again, its
-    content is compared with what was loaded (`trans_peft.snapshot`); after any change it is dropped
-    and loaded afresh. Raises NotFoundError for a folder that is not a base, UnsupportedModelError
-    where no causal language model or no end-of-text token is found, or where the files lack a
-    tensor of the model or hold one that it does not have; InvalidSpecError where nf4 needs what is
-    not installed.
+    content is compared with what was loaded (`trans_peft.checksums`); after any change it is
+    dropped and loaded again. Raises NotFoundError for a folder that is not a base,
+    UnsupportedModelError where no causal language model or no end-of-text token is found, or where
+    the files lack a tensor of the model or hold one that it does not have; InvalidSpecError where
+    a package that nf4 needs is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -179,27 +179,16 @@ def adapter_weights_sha256(folder: Path, *, template: bool = True) -> str:
             do="save it with model.save_pretrained(folder); pickle weights are never loaded",
         )
     sha256 = hashlib.sha256(content_sha256(_computed_with(config)).encode())
+    try:
+        header = read_file_header(path)
+    except MalformedSafetensorsError as error:
+        raise AdapterError(f"{path} is not a safetensors file", found=error) from error
     with path.open("rb") as file:
-        try:
-            header_size = int.from_bytes(file.read(8), "little")
-            room = path.stat().st_size - 8 - header_size
-            if room < 0:
-                raise ValueError(f"a header of {header_size} bytes in a smaller file")
-            if header_size > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {header_size} bytes, more than {MAX_HEADER_BYTES}")
-            header = json.loads(file.read(header_size))
-            header.pop("__metadata__", None)
-            for name in sorted(header):
-                tensor = header[name]
-                begin, end = tensor["data_offsets"]
-                if not 0 <= begin <= end <= room:
-                    raise ValueError(f"{name} ends early")
-                sha256.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
-                file.seek(8 + header_size + begin)
-                for start in range(begin, end, _CHUNK_BYTES):
-                    sha256.update(file.read(min(_CHUNK_BYTES, end - start)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise AdapterError(f"{path} is not a safetensors file", found=error) from error
+        for tensor in sorted(header.entries, key=lambda tensor: tensor.name):
+            sha256.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
+            file.seek(header.data_offset + tensor.start)
+            for start in range(tensor.start, tensor.end, _CHUNK_BYTES):
+                sha256.update(file.read(min(_CHUNK_BYTES, tensor.end - start)))
     beside = Path(folder) / TEMPLATE_NAME
     if template and beside.is_file():
         sha256.update(content_sha256([TEMPLATE_NAME, saved_template(Path(folder))]).encode())
@@ -251,6 +240,6 @@ def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def _state(base: LoadedBase) -> Snapshot:
-    parts = snapshot(base.model).parts
-    return Snapshot({**parts, **tokenizer_snapshot(base.tokenizer).parts})
+def _state(base: LoadedBase) -> ModelChecksums:
+    parts = model_checksums(base.model).parts
+    return ModelChecksums({**parts, **tokenizer_checksums(base.tokenizer).parts})

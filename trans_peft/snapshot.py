@@ -1,175 +1,99 @@
-"""The state of a model in memory, by content: detects whatever changed the model since.
+"""Record the structure of a model (all but the values of its weights), and restore it.
 
-Version counters of tensors are not enough. They miss writes through `.data` and numpy, and they
-count writes that change nothing, such as a parametrisation that is registered and removed again.
+PEFT methods replace modules, wrap them, patch `forward`, hook or parametrise it. Putting every
+module's own attributes back undoes all of that, whichever method did it; `PeftModel.unload` exists
+for some methods only, and leaves flags and patches behind.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from torch import Tensor, nn
 
-__all__ = ["Snapshot", "snapshot", "tokenizer_snapshot"]
-
-_WORDS = 1 << 14
-"""64-bit words in one row of a checksum: 128 KiB, which stay in a processor's cache."""
-
-_BLOCK_BYTES = 1 << 28
-"""Temporary memory of one checksum on an accelerator."""
-
-_CONTAINERS = {"_parameters", "_buffers", "_modules"}
+__all__ = ["ModelSnapshot"]
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything a model's output depends on, as text and checksums by name.
+class ModelSnapshot:
+    """The submodules, parameters, hooks, flags and configurations of a model at one moment."""
 
-    Train or eval mode is left out, because callers set it themselves.
-    """
+    def __init__(self, model: "nn.Module") -> None:
+        owners: list[Any] = [*model.modules()]
+        for name in ("config", "generation_config"):
+            owners += _configs(getattr(model, name, None))
+        self._owners = [
+            (owner, type(owner), dict(vars(owner)), _contents(owner)) for owner in owners
+        ]
+        self._weights = [
+            (weight, weight.data, weight.requires_grad, weight.grad)
+            for weight in model.parameters()
+        ]
+        self._stored = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in (*model.parameters(), *model.buffers())
+            if _real(tensor)
+        }
 
-    parts: Mapping[str, object]
+    def restore(self) -> None:
+        """Restore the model, including the storage and dtype of its parameters.
 
-    def changes(self, now: "Snapshot") -> list[str]:
-        """Return the sorted names of the parts that differ, were added or were removed."""
-        missing = object()
-        return sorted(
-            name
-            for name in self.parts.keys() | now.parts.keys()
-            if self.parts.get(name, missing) != now.parts.get(name, missing)
+        Values that were overwritten in place stay overwritten: `trans_peft.checksums` detects
+        those.
+        """
+        for owner, kind, attributes, contents in self._owners:
+            if type(owner) is not kind:  # a parametrised module is of a class made for it
+                owner.__class__ = kind
+            vars(owner).clear()
+            vars(owner).update(attributes)
+            for key, before in contents.items():
+                # In place: handles of hooks that a caller registered point at these containers.
+                container = attributes[key]
+                container.clear()
+                if isinstance(container, list):
+                    container.extend(before)
+                else:
+                    container.update(before)
+        for weight, data, requires_grad, grad in self._weights:
+            if weight.data_ptr() != data.data_ptr() or weight.dtype != data.dtype:
+                weight.data = data
+            weight.requires_grad_(requires_grad)
+            weight.grad = grad
+
+    def holds(self, adapted: "nn.Module") -> bool:
+        """Whether `adapted`, made from the model, still has every parameter of it, in place.
+
+        A method that rewrites weights replaces the parameter or its storage.
+        """
+        kept = {id(parameter) for parameter in adapted.parameters()}
+        return all(
+            id(weight) in kept and weight.data_ptr() == data.data_ptr()
+            for weight, data, *_ in self._weights
         )
 
-
-def snapshot(model: "nn.Module") -> Snapshot:
-    """Take a snapshot of a model: its modules, tensors, hooks, attributes and configurations.
-
-    Reads every parameter and buffer once, on its device. One thread of a CPU takes about 0.3 s
-    for the 135 million float32 parameters of SmolLM2-135M.
-    """
-    parts: dict[str, object] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        parts[f"module {name or '(model)'}"] = _class(module), _attributes(module)
-    for owner in ("config", "generation_config"):
-        if hasattr(model, owner):
-            parts[owner] = _plain(getattr(model, owner))
-    return Snapshot(parts | _tensors(model))
+    def overlapping(self, tensors: "Mapping[str, Tensor]") -> list[str]:
+        """Return the keys of the tensors that share their storage with the model's own tensors."""
+        return [
+            key
+            for key, tensor in tensors.items()
+            if _real(tensor) and tensor.untyped_storage().data_ptr() in self._stored
+        ]
 
 
-def tokenizer_snapshot(tokenizer: Any) -> Snapshot:
-    """Take a snapshot of a tokenizer: its settings, special tokens, chat template and size."""
-    settings = {
-        f"tokenizer {key}": _plain(value)
-        for key, value in vars(tokenizer).items()
-        if not key.startswith("_in_")
-    }
-    return Snapshot(settings | {"tokenizer": (_class(tokenizer), len(tokenizer))})
+def _real(tensor: "Tensor") -> bool:
+    return not tensor.is_meta and tensor.untyped_storage().nbytes() > 0
 
 
-def _attributes(module: "nn.Module") -> dict[str, object]:
+def _configs(config: Any) -> Iterator[Any]:
+    """Yield a configuration and those nested in it."""
+    if hasattr(config, "to_dict") and hasattr(config, "__dict__"):
+        yield config
+        for value in vars(config).values():
+            yield from _configs(value)
+
+
+def _contents(owner: Any) -> dict[str, Any]:
     return {
-        key: tuple(value) if key.endswith("_hooks") else _plain(value)
-        for key, value in vars(module).items()
-        if key not in _CONTAINERS and key != "training" and not _is_config(value)
+        key: value.copy()
+        for key, value in vars(owner).items()
+        if isinstance(value, (dict, list, set))
     }
-
-
-def _class(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _is_config(value: object) -> bool:
-    return hasattr(value, "to_dict") and hasattr(value, "__dict__")
-
-
-def _plain(value: Any) -> object:
-    """Return settings as values that compare by content; of other objects their class."""
-    if value is None or isinstance(value, bool | int | float | str | bytes):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
-    if _is_config(value):
-        return _class(value), {key: _plain(item) for key, item in vars(value).items()}
-    if callable(value) and not isinstance(value, type):
-        return _class(value), id(value)  # a patched method
-    return _class(value)
-
-
-def _tensors(model: "nn.Module") -> dict[str, object]:
-    """Return what each parameter and buffer is: properties, ties and the checksum of its bytes."""
-    import torch
-
-    described: dict[str, tuple[object, ...]] = {}
-    sums: dict[tuple[object, ...], torch.Tensor] = {}
-    first: dict[tuple[object, ...], str] = {}
-    for name, tensor in _named_tensors(model):
-        at: object = name if tensor.is_meta else tensor.data_ptr()
-        where = (tensor.device, at, tensor.dtype, tensor.shape, tensor.stride())
-        if where not in sums and not tensor.is_meta:
-            sums[where] = _checksum(tensor)
-        tied = first.setdefault(where, name)
-        about = (_class(tensor), str(tensor.dtype), tuple(tensor.shape), str(tensor.device))
-        described[name] = (*about, tensor.requires_grad, tied, where)
-    values = _values(sums)
-    return {name: (*about, values.get(where)) for name, (*about, where) in described.items()}
-
-
-def _named_tensors(model: "nn.Module") -> "Iterator[tuple[str, torch.Tensor]]":
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _values(sums: "Mapping[tuple[object, ...], torch.Tensor]") -> dict[object, int]:
-    """Read checksums from their devices, each device once."""
-    import torch
-
-    values: dict[object, int] = {}
-    for device in {found.device for found in sums.values()}:
-        here = {where: found for where, found in sums.items() if found.device == device}
-        values |= zip(here, torch.stack(list(here.values())).tolist(), strict=True)
-    return values
-
-
-def _checksum(tensor: "torch.Tensor") -> "torch.Tensor":
-    """Return a 64-bit checksum of a tensor's bytes, as a scalar on its device.
-
-    A sum of the bytes' 64-bit words, each times an odd number that depends on its place, modulo
-    2**64. Any change of one word changes the sum. Any other change keeps it with a chance of 2**-63
-    or less. It does not resist an attacker who knows the factors.
-    """
-    import torch
-
-    data = tensor.detach().flatten().contiguous().view(torch.uint8)
-    whole = data.numel() // 8 * 8
-    aligned = data[:whole]
-    if aligned.data_ptr() % 8:
-        aligned = aligned.clone()
-    words = aligned.view(torch.int64)
-    factors = _factors(words.device)
-    rows = len(words) // _WORDS
-    step = 1 if words.device.type == "cpu" else max(1, _BLOCK_BYTES // (8 * _WORDS))
-    sums, product = [], torch.empty(min(step, rows), _WORDS, dtype=torch.int64, device=words.device)
-    for row in range(0, rows, step):
-        block = words[row * _WORDS : min(row + step, rows) * _WORDS].view(-1, _WORDS)
-        sums.append(torch.mul(block, factors, out=product[: len(block)]).sum(1))
-    rest = words[rows * _WORDS :]
-    sums.append((rest * factors[: len(rest)]).sum()[None])
-    end = data[whole:].to(torch.int64)
-    sums.append((end * factors[: len(end)]).sum()[None])
-    places = 2 * torch.arange(rows + 2, device=words.device) + 1
-    return (torch.cat(sums) * places).sum()
-
-
-@cache
-def _factors(device: "torch.device") -> "torch.Tensor":
-    import torch
-
-    generator = torch.Generator().manual_seed(20250731)
-    drawn = torch.randint(-(2**62), 2**62, (_WORDS,), generator=generator)
-    return (2 * drawn + 1).to(device)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trans_peft.errors import InvalidSpecError
+from trans_peft.files import atomic_write
 
 __all__ = [
     "BASES_URI",
@@ -69,10 +70,7 @@ class Secrets:
         }
         if made.keys() - kept.keys():
             kept = {**made, **kept}
-            whole = path.with_suffix(".new")  # moved into place: whole, or not at all
-            whole.touch(mode=0o600)
-            whole.write_text(json.dumps(kept, indent=2))
-            whole.replace(path)
+            atomic_write(path, json.dumps(kept, indent=2), mode=0o600)
         return cls(**kept)
 
 

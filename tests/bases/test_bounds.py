@@ -4,15 +4,16 @@ import json
 
 import pytest
 
-from trans_peft.bases import model_files, safetensors_stream, upload
-from trans_peft.bases.safetensors_stream import MalformedSafetensorsError, tensor_signatures
+from trans_peft import safetensors_header
+from trans_peft.bases import model_files, upload
+from trans_peft.bases.safetensors_stream import tensor_signatures
 from trans_peft.bases.upload import verify
 from trans_peft.domain.bounds import MAX_HEADER_BYTES
 from trans_peft.edges.memory import MemoryStore
 from trans_peft.errors import AdapterError, UploadError
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import StoredFile
-from trans_peft.transfer import peft_folder
+from trans_peft.safetensors_header import MalformedSafetensorsError
 from trans_peft.transfer.peft_folder import read_peft_folder
 
 
@@ -38,7 +39,7 @@ def test_a_long_header_is_not_read(size):
 
 
 def test_too_many_tensors_are_refused(monkeypatch):
-    monkeypatch.setattr(safetensors_stream, "MAX_TENSORS", 3)
+    monkeypatch.setattr(safetensors_header, "MAX_TENSORS", 3)
     assert len(tensor_signatures(iter([safetensors(tensors(3), b"abc")]))) == 3
     with pytest.raises(MalformedSafetensorsError, match="4 tensors; at most 3"):
         tensor_signatures(iter([safetensors(tensors(4), b"abcd")]))
@@ -104,9 +105,9 @@ def test_an_adapters_file_with_a_false_header_is_an_error(adapter, data):
 
 
 def test_an_adapter_with_too_many_tensors_is_an_error(adapter, monkeypatch):
-    monkeypatch.setattr(peft_folder, "MAX_TENSORS", 3)
+    monkeypatch.setattr(safetensors_header, "MAX_TENSORS", 3)
     assert len(read_peft_folder(adapter(safetensors(tensors(3), b"abc"))).tensors) == 3
-    with pytest.raises(AdapterError, match="4 tensors, more than 3"):
+    with pytest.raises(AdapterError, match="4 tensors; at most 3"):
         read_peft_folder(adapter(safetensors(tensors(4), b"abcd")))
 
 

@@ -184,8 +184,8 @@ def index_without(name: str) -> bytes:
         (folder_of(config_json=None), ["config.json: missing"]),
         (folder_of(tokenizer_json=None), ["tokenizer.json: missing"]),
         (folder_of(**{"model.safetensors": None}), ["model.safetensors: missing"]),
-        (folder_of(config_json=b"{"), ["config.json: no JSON"]),
-        (folder_of(config_json=b"[]"), ["config.json: no JSON object"]),
+        (folder_of(config_json=b"{"), ["config.json: not JSON"]),
+        (folder_of(config_json=b"[]"), ["config.json: not a JSON object"]),
         (folder_of(config_json=b"\xff"), ["config.json: .*decode"]),
         (folder_of(config_json={}), ["architectures", "no layer count"]),
         (folder_of(config_json=CONFIG | {"num_hidden_layers": "2"}), ["no layer count"]),
@@ -203,7 +203,7 @@ def index_without(name: str) -> bytes:
         ),
         (
             folder_of(config_json={}, tokenizer_json=b"", **{"model.safetensors": b""}),
-            ["architectures", "layer count", "tokenizer.json: no JSON", "model.safetensors: it"],
+            ["architectures", "layer count", "tokenizer.json: not JSON", "model.safetensors: it"],
         ),
     ],
 )

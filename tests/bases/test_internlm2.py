@@ -16,8 +16,9 @@ from tests.bases.internlm2_uploads import (
     random_weights,
     write_internlm2,
 )
+from trans_peft.bases.conversion import CONVERTED_FROM
+from trans_peft.bases.converters import convert, needs_conversion
 from trans_peft.bases.fingerprint import fingerprint
-from trans_peft.bases.internlm2.convert import CONVERTED_FROM, convert, needs_conversion
 from trans_peft.bases.internlm2.weights import WeightLayout, llama_shard
 from trans_peft.bases.upload import verify
 from trans_peft.edges.file_store import FileStore
@@ -105,8 +106,8 @@ def test_a_generation_is_the_release_s_token_for_token(tmp_path):
     ids=["as-released", "no-start", "both", "another-start", "no-code-asked-for"],
 )
 def test_the_tokenizer_puts_around_a_text_what_the_release_s_does(tmp_path, stated, start, end):
-    told = {n: v for n, v in (TOKENIZER_SETTINGS | stated).items() if n != "auto_map" or v}
-    folder = write_internlm2(tmp_path / "internlm2", tokenizer_config_json=told)
+    settings = {n: v for n, v in (TOKENIZER_SETTINGS | stated).items() if n != "auto_map" or v}
+    folder = write_internlm2(tmp_path / "internlm2", tokenizer_config_json=settings)
     tokenizer = load_tokenizer(converted(folder, tmp_path / "llama"))
     assert tokenizer("ab").input_ids == [*start, 64, 65, *end]
     assert tokenizer("a", "b").input_ids == [*start, 64, *end, *start, 65, *end]
@@ -117,10 +118,10 @@ def test_the_tokenizer_puts_around_a_text_what_the_release_s_does(tmp_path, stat
 
 
 def test_the_release_s_defaults_are_written_down(tmp_path):
-    told = {"tokenizer_class": "InternLM2TokenizerFast"}
+    settings = {"tokenizer_class": "InternLM2TokenizerFast"}
     folder = write_internlm2(
         tmp_path / "internlm2",
-        tokenizer_config_json=told,
+        tokenizer_config_json=settings,
         special_tokens_map_json={"eos_token": "<eos>"},
     )
     tokenizer = load_tokenizer(converted(folder, tmp_path / "llama"))
@@ -310,7 +311,7 @@ def test_weights_are_converted_from_the_version_whose_header_was_checked(tmp_pat
 # What is refused.
 
 
-def filename_problem(folder):
+def upload_error(folder):
     out = folder.with_name("out")
     with pytest.raises(UploadError) as caught:
         convert(str(folder), STORE, out)
@@ -323,39 +324,37 @@ def filename_problem(folder):
     [
         ({"architectures": ["InternLM2ForRewardModel"]}, "InternLM2ForRewardModel"),
         ({"architectures": None}, "`architectures` must be"),
-        ({"sliding_window": 4096}, "without an equal in Llama: sliding_window"),
-        ({"knowledge_masking": 0.0}, "without an equal in Llama: knowledge_masking"),
-        ({"quantization_config": {}}, "without an equal in Llama: quantization_config"),
+        ({"sliding_window": 4096}, "without an equivalent in Llama: sliding_window"),
+        ({"knowledge_masking": 0.0}, "without an equivalent in Llama: knowledge_masking"),
+        ({"quantization_config": {}}, "without an equivalent in Llama: quantization_config"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling"),
         ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "rope_scaling"),
         ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "beta": 1}}, "rope_scaling"),
         ({"rope_scaling": 2.0}, "rope_scaling"),
         ({"pretraining_tp": 2}, "pretraining_tp"),
-        ({"num_key_value_heads": 3}, "4 heads cannot share 3 key/value heads"),
-        ({"hidden_size": 30}, "no even width of one head"),
-        ({"num_hidden_layers": 0}, "`num_hidden_layers` must be a whole number above 0"),
-        ({"num_hidden_layers": True}, "`num_hidden_layers` must be a whole number above 0"),
-        ({"rms_norm_eps": "1e-5"}, "`rms_norm_eps` must be a number above 0"),
+        ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3 key/value heads"),
+        ({"hidden_size": 30}, "give no even head size"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` must be a positive integer"),
+        ({"num_hidden_layers": True}, "`num_hidden_layers` must be a positive integer"),
+        ({"rms_norm_eps": "1e-5"}, "`rms_norm_eps` must be a positive number"),
         ({"bias": "no"}, "`bias` must be true or false"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_config_that_llama_has_no_words_for_is_refused(tmp_path, changes, reason):
+def test_a_config_without_a_llama_equivalent_is_refused(tmp_path, changes, reason):
     weights = random_weights(CONFIG)
-    assert reason in filename_problem(
-        write_internlm2(tmp_path / "upload", CONFIG | changes, weights)
-    )
+    assert reason in upload_error(write_internlm2(tmp_path / "upload", CONFIG | changes, weights))
 
 
 @pytest.mark.parametrize("field", ["bias", "rope_theta", "rms_norm_eps", "tie_word_embeddings"])
-def test_what_the_release_leaves_to_its_code_must_be_stated(tmp_path, field):
+def test_fields_with_a_default_in_the_release_are_required(tmp_path, field):
     config = {name: value for name, value in CONFIG.items() if name != field}
     folder = write_internlm2(tmp_path / "upload", config, random_weights(CONFIG))
-    assert f"does not state {field}" in filename_problem(folder)
+    assert f"missing fields: {field}" in upload_error(folder)
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     weights = random_weights(CONFIG)
     weights["model.layers.0.attention.wqkv.weight"] = torch.zeros(64, 31)
     weights["model.layers.1.attention.wo.weight"] = torch.zeros(32, 32, dtype=torch.int8)
@@ -368,50 +367,50 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"")
     (folder / "adapter_config.json").write_bytes(b"{}")
     (folder / "model-extra.safetensors").write_bytes(b"short")
-    said = filename_problem(folder)
+    message = upload_error(folder)
     for reason in (
-        "wqkv.weight has the shape [64, 31], by config.json it must have [64, 32]",
-        "model.layers.1.attention.wo.weight is I8",
-        "no tensors of InternLM2: model.layers.0.attention.wqkv.qweight",
-        "missing weights: model.layers.1.ffn_norm.weight, output.weight",
-        "tokenizer.json: missing; only the release's own InternLM2TokenizerFast makes one",
+        "wqkv.weight has the shape [64, 31], but config.json requires [64, 32]",
+        "model.layers.1.attention.wo.weight has dtype I8",
+        "not tensors of InternLM2: model.layers.0.attention.wqkv.qweight",
+        "missing tensors: model.layers.1.ffn_norm.weight, output.weight",
+        "tokenizer.json: missing; only the release's InternLM2TokenizerFast can create it",
         "'TheirTokenizer'",
         "pytorch_model.bin: pickle",
         "adapter_config.json: transformers would load",
         "model-extra.safetensors: it ends 3 bytes too early",
     ):
-        assert reason in said
+        assert reason in message
 
 
 def test_a_start_token_without_an_id_is_refused(tmp_path):
-    told = TOKENIZER_SETTINGS | {"bos_token": "<begin>"}
-    assert "no id for '<begin>'" in filename_problem(
-        write_internlm2(tmp_path / "upload", tokenizer_config_json=told)
+    settings = TOKENIZER_SETTINGS | {"bos_token": "<begin>"}
+    assert "no id for the start or end token '<begin>'" in upload_error(
+        write_internlm2(tmp_path / "upload", tokenizer_config_json=settings)
     )
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     folder = write_internlm2(tmp_path / "upload")
     (folder / "copy.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    assert "stands in another file too" in filename_problem(folder)
+    assert "also in another file" in upload_error(folder)
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path):
     folder = write_internlm2(tmp_path / "upload")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-1])
-    assert "ends 1 bytes too early" in filename_problem(folder)
+    assert "ends 1 bytes too early" in upload_error(folder)
 
 
-def test_other_layouts_with_code_stay_refused_and_the_known_one_is_named(tmp_path):
+def test_layouts_with_code_and_without_a_converter_are_refused(tmp_path):
     folder = write_internlm2(tmp_path / "upload", CONFIG | {"model_type": "internlm3"}, {})
     assert not needs_conversion(str(folder), STORE)
-    assert "model_type internlm3" in filename_problem(folder)
-    with pytest.raises(UploadError, match=r"only InternLM2's is known"):
+    assert "model_type internlm3" in upload_error(folder)
+    with pytest.raises(UploadError, match=r"trans-peft convert"):
         verify(str(folder), STORE)
 
 
-def test_nothing_is_not_found(tmp_path):
+def test_an_empty_prefix_is_not_found(tmp_path):
     assert not needs_conversion(str(tmp_path / "nothing"), STORE)
     with pytest.raises(NotFoundError):
         convert(str(tmp_path / "nothing"), STORE, tmp_path / "out")

@@ -16,7 +16,8 @@ from tests.perturbation.architectures import ARCHITECTURES
 from tests.tiny import tiny_model, tiny_tokenizer
 from trans_peft.bases import meta_model, model_check
 from trans_peft.bases.checkpoint import Checkpoint, folder_checkpoint
-from trans_peft.bases.internlm2 import convert
+from trans_peft.bases.converters import convert
+from trans_peft.bases.internlm2 import config as internlm2
 from trans_peft.bases.meta_model import inspect_checkpoint
 from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.publish import publish
@@ -328,13 +329,13 @@ def test_ingestion_refuses_it_once(tmp_path, registered):
 def test_convert_refuses_what_it_would_write(tmp_path, monkeypatch):
     source = tmp_path / "internlm2"
     write_internlm2(source)
-    convert.convert(str(source), FileStore(), tmp_path / "good")
-    original = convert.internlm2.llama_config
+    convert(str(source), FileStore(), tmp_path / "good")
+    original = internlm2.llama_config
     monkeypatch.setattr(
-        convert.internlm2, "llama_config", lambda config: original(config) | {"hidden_size": 48}
+        internlm2, "llama_config", lambda config: original(config) | {"hidden_size": 48}
     )
     with pytest.raises(UploadError, match=r"embed_tokens\.weight is .*, the model needs .*48"):
-        convert.convert(str(source), FileStore(), tmp_path / "bad")
+        convert(str(source), FileStore(), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 
 

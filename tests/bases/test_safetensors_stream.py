@@ -17,10 +17,10 @@ from safetensors.torch import save as save_torch
 
 from trans_peft.bases.safetensors_stream import (
     SKETCH_SIZE,
-    MalformedSafetensorsError,
     sketch_positions,
     tensor_signatures,
 )
+from trans_peft.safetensors_header import MalformedSafetensorsError
 
 SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 DTYPES = st.sampled_from(["float32", "float16", "float64", "int8", "int64", "uint8", "bool"])
@@ -100,22 +100,22 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (b"\x00\x00", "too early"),
         (b"\xff" * 8, "header would be"),
         ((4).to_bytes(8, "little") + b"{}", "too early"),
-        ((4).to_bytes(8, "little") + b"nope", "no JSON"),
-        ((2).to_bytes(8, "little") + b"[]", "no JSON object"),
-        ((10**5).to_bytes(8, "little") + b"[" * 10**5, "no JSON"),
+        ((4).to_bytes(8, "little") + b"nope", "not JSON"),
+        ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
+        ((10**5).to_bytes(8, "little") + b"[" * 10**5, "not JSON"),
         (header(x=ONE) + b"123", "1 bytes too early"),
         (header(x=ONE) + b"12345", "1 bytes follow"),
         (header(x=ONE | {"dtype": "F99"}) + b"1234", "unknown dtype"),
-        (header(x=ONE | {"shape": [2]}) + b"1234", "needs 8 bytes, it has 4"),
-        (header(x=ONE | {"shape": [-1]}) + b"1234", "not described"),
-        (header(x=ONE | {"shape": [True]}) + b"1234", "not described"),
-        (header(x=ONE | {"data_offsets": [4, 0]}), "needs 4 bytes, it has -4"),
-        (header(x={"dtype": "F32"}), "not described"),
-        (header(x=ONE, y=ONE) + b"1234", "starts at byte 0, not at 4"),
-        (header(x=ONE | {"data_offsets": [4, 8]}) + b"12345678", "starts at byte 4, not at 0"),
+        (header(x=ONE | {"shape": [2]}) + b"1234", "needs 8 bytes, but has 4"),
+        (header(x=ONE | {"shape": [-1]}) + b"1234", "missing or invalid"),
+        (header(x=ONE | {"shape": [True]}) + b"1234", "missing or invalid"),
+        (header(x=ONE | {"data_offsets": [4, 0]}), "needs 4 bytes, but has -4"),
+        (header(x={"dtype": "F32"}), "missing or invalid"),
+        (header(x=ONE, y=ONE) + b"1234", "starts at byte 0; expected 4"),
+        (header(x=ONE | {"data_offsets": [4, 8]}) + b"12345678", "starts at byte 4; expected 0"),
         (
             (len(t := b'{"x":{},"x":{}}')).to_bytes(8, "little") + t,
-            "stands there twice",
+            "listed twice",
         ),
     ],
 )

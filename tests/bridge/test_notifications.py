@@ -17,7 +17,7 @@ from infra.bridge.notifications import (
     from_s3,
     is_delivery_id,
 )
-from trans_peft.bases.internlm2.convert import converted_uri
+from trans_peft.bases.converters import converted_uri
 
 PAYLOADS = Path(__file__).with_name("payloads")
 MANIFEST = "trans_peft_manifest.json"

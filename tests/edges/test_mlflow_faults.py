@@ -91,10 +91,10 @@ def place(servers):
 
 
 KINDS = {
-    "500": (StoreError, "does not answer as it should"),
-    "reset": (StoreError, "does not answer as it should"),
-    "truncate": (StoreError, "does not answer as it should"),
-    "403": (AccessError, "does not let us in"),
+    "500": (StoreError, "failed or cannot be reached"),
+    "reset": (StoreError, "failed or cannot be reached"),
+    "truncate": (StoreError, "failed or cannot be reached"),
+    "403": (AccessError, "denies access"),
 }
 
 

@@ -44,7 +44,7 @@ def no_slot(cause):
     ("error", "nobodys", "again"),
     [
         (StoreError("S3 cannot be reached"), True, True),
-        (AccessError("S3 does not let us in"), True, False),
+        (AccessError("S3 denies access"), True, False),
         (ConnectionResetError(), True, True),
         (TimeoutError(), True, True),
         (httpx.ConnectError("refused"), True, True),

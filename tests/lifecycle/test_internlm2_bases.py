@@ -15,7 +15,7 @@ from tests.bases.internlm2_uploads import (
     write_internlm2,
 )
 from trans_peft.bases.cache import download
-from trans_peft.bases.internlm2.convert import CONVERTED_FROM
+from trans_peft.bases.conversion import CONVERTED_FROM
 from trans_peft.bases.manifest import dump_manifest
 from trans_peft.domain.base import Manifest, ManifestFile, Upload
 from trans_peft.edges.file_store import FileStore

@@ -9,11 +9,11 @@ from peft.utils.other import get_pattern_key
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.tiny import tiny_model
+from trans_peft.checksums import model_checksums
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.errors import InvalidSpecError
 from trans_peft.methods.matching import unmatched_entries, unused_entries
 from trans_peft.methods.specs import attach
-from trans_peft.snapshot import snapshot
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 IGNORED = {
@@ -131,10 +131,10 @@ def spec_of(peft_type, options):
 def test_what_peft_would_ignore_or_fail_on_is_refused_by_name(case):
     peft_type, options, message = REFUSED[case]
     model = tiny_model()
-    before = snapshot(model)
+    before = model_checksums(model)
     with pytest.raises(InvalidSpecError, match=f"(?s){message}"):
         attach(model, spec_of(peft_type, options))
-    assert not before.changes(snapshot(model))
+    assert not before.changes(model_checksums(model))
 
 
 ACCEPTED = {

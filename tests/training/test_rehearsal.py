@@ -6,11 +6,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.transfer.conftest import fingerprint_of
+from trans_peft.checksums import model_checksums
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.errors import InvalidSpecError
 from trans_peft.methods.specs import attach
 from trans_peft.models import LoadedBase
-from trans_peft.snapshot import snapshot
 from trans_peft.training.rehearsal import rehearse, save_adapter
 from trans_peft.transfer.compatibility import compare
 from trans_peft.transfer.load_adapter import attached, transplant
@@ -133,10 +133,10 @@ def test_what_the_rehearsal_accepts_survives_training_saving_and_transfer(
     make, peft_type, options, tmp_path
 ):
     base = LoadedBase(make().eval(), tiny_tokenizer())
-    before = snapshot(base.model)
+    before = model_checksums(base.model)
     spec = AdapterSpec(peft_type, options)
     rehearse(base, spec, tmp_path)
-    assert not before.changes(snapshot(base.model))
+    assert not before.changes(model_checksums(base.model))
     torch.manual_seed(0)
     model = attach(base.model, spec).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -179,8 +179,8 @@ def one_by_one(model, prompt):
 )
 def test_what_would_be_of_no_use_is_refused_before_it_is_trained(options, message, tmp_path):
     base = LoadedBase(tiny_model().eval(), tiny_tokenizer())
-    before = snapshot(base.model)
+    before = model_checksums(base.model)
     with pytest.raises(InvalidSpecError, match=message):
         rehearse(base, AdapterSpec("LORA", QV | options), tmp_path)
-    assert not before.changes(snapshot(base.model))
+    assert not before.changes(model_checksums(base.model))
     assert not any(tmp_path.iterdir())

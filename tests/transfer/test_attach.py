@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny import tiny_model
 from tests.transfer.conftest import edit_config
+from trans_peft.checksums import model_checksums
 from trans_peft.errors import AdapterError, UnsupportedModelError
 from trans_peft.methods.bottleneck.config import BottleneckConfig
 from trans_peft.methods.registration import register_methods
-from trans_peft.snapshot import snapshot
 from trans_peft.transfer.load_adapter import attach, attached
 
 register_methods()
@@ -271,10 +271,10 @@ def test_an_adapter_that_brings_biases_of_the_base_is_refused_before_it_writes_t
             parameter.data += 1.0
     trained.save_pretrained(tmp_path)
     model = model_with_biases()
-    before, alone = snapshot(model), logits(model)
+    before, alone = model_checksums(model), logits(model)
     with pytest.raises(AdapterError, match=r"overwrite weights of the base: .*q_proj.*bias"):
         attach(model, tmp_path)
-    assert not before.changes(snapshot(model))
+    assert not before.changes(model_checksums(model))
     assert torch.equal(logits(model), alone)
 
 

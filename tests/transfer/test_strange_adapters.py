@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_model
 from tests.transfer.conftest import edit_config, fingerprint_of
+from trans_peft.checksums import model_checksums
 from trans_peft.domain.adapter_config import parse_adapter_config
-from trans_peft.errors import AdapterError, TransPeftError, naming
+from trans_peft.errors import AdapterError, TransPeftError, replacing_paths_in_errors
 from trans_peft.models import adapter_weights_sha256
-from trans_peft.snapshot import snapshot
 from trans_peft.transfer.compatibility import compare
 from trans_peft.transfer.load_adapter import attached, transplant
 from trans_peft.transfer.scaling import rescaled
@@ -27,7 +27,7 @@ def everything(folder, tmp_path):
     """Do with a folder all that the library does; return the errors of ours, by what was done."""
     base = fingerprint_of(tiny_model())
     model = tiny_model()
-    before = snapshot(model)
+    before = model_checksums(model)
 
     def attach():
         with attached(model, folder) as lent, torch.no_grad():
@@ -48,7 +48,7 @@ def everything(folder, tmp_path):
         except TransPeftError as error:
             str(error).encode()
             found[name] = error
-    assert not before.changes(snapshot(model))
+    assert not before.changes(model_checksums(model))
     return found
 
 
@@ -156,7 +156,7 @@ STRANGE = {
     "weights cut off": (
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
         "hash",
-        "ends early",
+        "ends 9 bytes too early",
     ),
     "weights that are a folder": (
         lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()),
@@ -236,8 +236,8 @@ def test_any_bytes_are_a_config_or_an_error_in_words(data):
 def test_errors_about_a_copy_name_what_was_copied(tmp_path):
     with (
         pytest.raises(AdapterError, match=r"^s3://team/lora/adapter_config\.json is wrong$"),
-        naming({tmp_path / "copy": "s3://team/lora"}),
+        replacing_paths_in_errors({tmp_path / "copy": "s3://team/lora"}),
     ):
         raise AdapterError(f"{tmp_path / 'copy'}/adapter_config.json is wrong")
-    with pytest.raises(AdapterError, match=r"^other$"), naming({tmp_path: "x"}):
+    with pytest.raises(AdapterError, match=r"^other$"), replacing_paths_in_errors({tmp_path: "x"}):
         raise AdapterError("other")

@@ -1,25 +1,23 @@
-"""This worker's verified copies of bases: `<cache>/<digest>/`, a folder that transformers loads.
+"""The worker's cache of verified base models: `<cache>/<digest>/`, folders for transformers.
 
-The name of a copy is the fingerprint of its content, so a copy is never out of date and is shared
-by every family and version with the same bytes. It holds the files that the fingerprint covers and
-no others: what came into the prefix after it was verified cannot get in here.
+A copy is named by the fingerprint of its content. It is therefore never out of date, and families
+and versions with the same content share it. It contains only files that the fingerprint covers:
+files that are added to the prefix after verification are not downloaded.
 
-    <digest>/       a copy, whole: it gets this name after every byte of it was verified
+    <digest>/       a complete copy; renamed to this after all of its bytes were verified
     <digest>.json   its seal: size, times and inode of each file when its bytes were last hashed
-    <digest>.part/  a download under way, or broken off (`ranges`)
+    <digest>.part/  an unfinished download (`ranges`)
     <digest>.use    locked (shared) by each process that uses the copy; touched at each use
-    <digest>.lock   locked by the process that fetches or mends it
+    <digest>.lock   locked by the process that downloads or verifies it
 """
 
-import errno
 import fcntl
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +30,21 @@ from trans_peft.bases.model_files import affects_outputs
 from trans_peft.bases.ranges import RANGE_BYTES, Partial, fetching
 from trans_peft.bases.upload import read_manifest
 from trans_peft.domain.base import Fingerprint
-from trans_peft.errors import IntegrityError, NotFoundError, StoreError, UploadError
+from trans_peft.errors import (
+    IntegrityError,
+    NotFoundError,
+    StoreError,
+    UploadError,
+    is_full_disk,
+    map_exceptions,
+)
+from trans_peft.files import atomic_write
 from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = ["download", "model_files"]
 
-_TRUSTED_S = 7 * 24 * 3600.0
-"""After so long a copy is hashed again, whatever its files' times say: disks forget."""
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_SEAL_LIFETIME_S = 7 * 24 * 3600.0
+"""A copy is hashed again after this time, in case the disk has changed bytes silently."""
 
 
 def download(
@@ -53,31 +57,32 @@ def download(
     range_bytes: int = RANGE_BYTES,
     on_progress: ByteProgress | None = None,
 ) -> Path:
-    """Return the folder of a base's verified copy, fetching it first where it is not there yet.
+    """Return the folder with the verified copy of a base; download it first if it is missing.
 
-    One caller fetches, the others wait for it; one that was killed leaves nothing behind that is
-    taken for a copy, and the next reads only what is missing. The copy is this process's until it
-    ends. Copies that no process uses make room, oldest use first, where all together would exceed
-    `limit_bytes` or the disk; a single base is always fetched. Raises NotFoundError; StoreError,
-    also for a full disk (then the unfinished download is removed); IntegrityError if the files are
-    no longer those of the fingerprint.
+    One process downloads while the others wait. After a killed download, the next call reads only
+    the missing ranges. This process holds the copy until it ends, so that it is not evicted. Copies
+    that no process holds are removed, least recently used first, if all copies together would
+    exceed `limit_bytes` or the disk; a single base is downloaded whatever the limit.
+
+    Raises NotFoundError; StoreError, also for a full disk, after the unfinished download was
+    removed; IntegrityError if the files no longer match the fingerprint.
     """
     copy = _Copy(Path(cache_dir), fingerprint)
-    if copy.folder.is_symlink():  # a folder of the user's own, fingerprinted a moment ago
+    if copy.folder.is_symlink():  # a local folder of the user, which `cli` has just fingerprinted
         return copy.folder
-    with _in_words(copy):
+    with _mapped_errors(copy):
         copy.cache_dir.mkdir(parents=True, exist_ok=True)
-        _use_until_the_end(copy.path("use"))
-        if not copy.is_whole():
+        _hold_until_exit(copy.path("use"))
+        if not copy.is_sealed():
             with FileLock(copy.path("lock")):
-                if not (copy.is_whole() or copy.is_mended()):
-                    _fetch(uri, store, copy, limit_bytes, range_bytes, on_progress)
+                if not (copy.is_sealed() or copy.verify_again()):
+                    _download(uri, store, copy, limit_bytes, range_bytes, on_progress)
     return copy.folder
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """Where one base's copy is, or is going to be."""
+    """The paths of one copy, which may not exist yet."""
 
     cache_dir: Path
     fingerprint: Fingerprint
@@ -89,21 +94,21 @@ class _Copy:
     def path(self, kind: str) -> Path:
         return self.cache_dir / f"{self.fingerprint.digest}.{kind}"
 
-    def is_whole(self) -> bool:
-        """Whether the files are those that were hashed, as far as the file system can tell."""
+    def is_sealed(self) -> bool:
+        """Whether a valid seal shows that no file changed since it was hashed."""
         try:
             seal = json.loads(self.path("json").read_text())
             age_s = time.time() - seal["hashed_s"]
-            return 0 <= age_s < _TRUSTED_S and seal["files"] == _stats(self.folder)
+            return 0 <= age_s < _SEAL_LIFETIME_S and seal["files"] == _stats(self.folder)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def is_mended(self) -> bool:
-        """Hash a copy without a valid seal and seal it; one with other bytes is removed."""
+    def verify_again(self) -> bool:
+        """Hash a copy without a valid seal. Seal it if it is correct, else remove it."""
         if not self.folder.is_dir():
             return False
         files = [StoredFile(name, stat[0], "") for name, stat in _stats(self.folder).items()]
-        if self._is_right(scan(files, folder_file_reader(self.folder))):
+        if self._matches(scan(files, folder_file_reader(self.folder))):
             self.seal(self.folder)
             return True
         self.path("json").unlink(missing_ok=True)
@@ -111,27 +116,26 @@ class _Copy:
         return False
 
     def seal(self, folder: Path) -> None:
-        """Write down how the files look whose bytes were just hashed."""
-        part = self.path("json.part")
-        part.write_text(json.dumps({"hashed_s": time.time(), "files": _stats(folder)}))
-        part.replace(self.path("json"))
+        """Record the size, times and inodes of the files that were just hashed."""
+        seal = {"hashed_s": time.time(), "files": _stats(folder)}
+        atomic_write(self.path("json"), json.dumps(seal))
 
-    def _is_right(self, found: Scan) -> bool:
+    def _matches(self, found: Scan) -> bool:
         return found.fingerprint is not None and found.fingerprint.digest == self.fingerprint.digest
 
     def check(self, found: Scan, uri: str) -> None:
-        """Raise IntegrityError unless the files that were read are those of the fingerprint."""
-        if not self._is_right(found):
+        """Raise IntegrityError unless the files that were read match the fingerprint."""
+        if not self._matches(found):
             differences = found.problems or _differences(self.fingerprint, found.fingerprint)
             raise IntegrityError(
-                f"the files at {uri} are no longer those that were made ready",
+                f"the files at {uri} changed after the base was made ready",
                 expected=f"fingerprint {self.fingerprint.digest}",
-                found=f"other files: {'; '.join(differences)}",
+                found=f"differences: {'; '.join(differences)}",
                 do="restore them, or publish the new ones under a new version",
             )
 
 
-def _fetch(
+def _download(
     uri: str,
     store: ArtifactStore,
     copy: _Copy,
@@ -142,7 +146,7 @@ def _fetch(
     partial = Partial(copy.path("part"))
     files = model_files(uri, store)
     try:
-        with FileLock(copy.cache_dir / "room.lock"):
+        with FileLock(copy.cache_dir / "eviction.lock"):
             size = sum(file.size for file in files)
             evict(copy.folder, size, partial.bytes_written(uri, files), limit_bytes)
             missing = partial.prepare(uri, files, range_bytes)
@@ -153,25 +157,25 @@ def _fetch(
             copy.check(found, uri)
         except IntegrityError:
             partial.clear()
-            if resumed:  # perhaps only what a crash left: it is not blamed on the upload
-                return _fetch(uri, store, copy, limit_bytes, range_bytes, on_progress)
+            if resumed:  # ranges of an earlier process may be corrupt: read all of them again
+                return _download(uri, store, copy, limit_bytes, range_bytes, on_progress)
             raise
         _sync(partial.files)
         copy.seal(partial.files)
         partial.files.rename(copy.folder)
     except OSError as error:
-        if error.errno in _FULL:
+        if is_full_disk(error):
             partial.clear()
         raise
     partial.clear()
 
 
 def model_files(uri: str, store: ArtifactStore) -> list[StoredFile]:
-    """Return the files that count; of those, what came beside a manifest later does not."""
+    """Return the files that outputs depend on, without those that its manifest does not list."""
     there = store.list(uri)
     try:
         manifest = read_manifest(uri, store, there)
-    except UploadError:  # somebody wrote another one: the fingerprint tells what became of the rest
+    except UploadError:  # replaced since verification: the fingerprint decides about the files
         manifest = None
     stated = {file.name for file in manifest.files} if manifest else None
     files = [
@@ -186,22 +190,23 @@ def model_files(uri: str, store: ArtifactStore) -> list[StoredFile]:
     return files
 
 
-_used: dict[Path, int] = {}
-_using = threading.Lock()
+_use_locks: dict[Path, int] = {}
+"""File descriptors that hold the shared locks of this process."""
+_use_locks_guard = threading.Lock()
 
 
-def _use_until_the_end(path: Path) -> None:
-    """Hold a shared lock as long as this process lives: the kernel takes it back, come what may."""
-    with _using:
-        if path not in _used:
+def _hold_until_exit(path: Path) -> None:
+    """Hold a shared lock until this process ends; the kernel releases it even after a kill."""
+    with _use_locks_guard:
+        if path not in _use_locks:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.flock(handle, fcntl.LOCK_SH)
-            _used[path] = handle
+            _use_locks[path] = handle
         os.utime(path)
 
 
 def _stats(folder: Path) -> dict[str, list[int]]:
-    """Return name -> size, times and inode of every file: a write cannot leave all of it alone."""
+    """Return name -> size, times and inode of every file; any write changes one of them."""
     found = {}
     for path in sorted(folder.rglob("*")):
         stat = path.stat()
@@ -212,27 +217,24 @@ def _stats(folder: Path) -> dict[str, list[int]]:
 
 
 def _sync(folder: Path) -> None:
-    """Have the files on the disk before anything says that they are whole."""
+    """Flush all files to the disk, before a seal or a name declares them complete."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
 
-@contextmanager
-def _in_words(copy: _Copy) -> Iterator[None]:
-    try:
-        yield
-    except (IntegrityError, StoreError):
-        raise
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StoreError(
+def _mapped_errors(copy: _Copy) -> AbstractContextManager[None]:
+    def cache_error(error: OSError) -> StoreError:
+        if is_full_disk(error):
+            return StoreError(
                 f"the disk of {copy.cache_dir} is full; the unfinished download was removed",
                 found=str(error),
-                do="free some room on it, or let the worker's state lie on a larger disk",
-            ) from error
-        raise StoreError(f"the cache {copy.cache_dir} cannot be used: {error}") from error
+                do="free space on it, or move the state of the worker to a larger disk",
+            )
+        return StoreError(f"the cache {copy.cache_dir} cannot be used: {error}")
+
+    return map_exceptions({OSError: cache_error})
 
 
 def _differences(expected: Fingerprint, found: Fingerprint | None) -> list[str]:

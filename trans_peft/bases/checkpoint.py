@@ -1,4 +1,4 @@
-"""The parts of a base's files that decide how it loads: all but the values of its weights."""
+"""The parts of a checkpoint that determine how it loads: all but the values of its weights."""
 
 import json
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trans_peft.bases.safetensors_stream import ByteStream, read_header
-from trans_peft.bases.uris import child_uri
+from trans_peft.artifacts import read_file
 from trans_peft.domain.base import TensorSignature
 from trans_peft.errors import UploadError
 from trans_peft.ports import ArtifactStore, StoredFile
+from trans_peft.safetensors_header import read_file_header
 
 __all__ = [
     "MAX_TEXT_BYTES",
@@ -24,15 +24,16 @@ __all__ = [
 MAX_TEXT_BYTES = 64 << 20
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE = ".jinja"
-_CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What loading a base depends on.
+    """The configuration, tensors and tokenizer of a checkpoint.
 
-    `config` is the text of config.json. `tensors` maps the names in the files; a signature read
-    from a header alone has an empty sha256. `tokenizer` maps file names to texts.
+    Attributes:
+        config: the text of config.json.
+        tensors: name in the files -> signature; read from a header alone, its sha256 is empty.
+        tokenizer: name of a tokenizer's file -> its text.
     """
 
     config: str
@@ -40,21 +41,21 @@ class Checkpoint:
     tokenizer: Mapping[str, str]
 
     def fields(self) -> Mapping[str, Any]:
-        """Return config.json as parsed."""
+        """Return the parsed config.json."""
         return json.loads(self.config)
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a tokenizer is loaded from a file of that name."""
+    """Whether transformers loads tokenizers from files of this name."""
     return name in _TOKENIZER or name.endswith(_TEMPLATE)
 
 
 def read_checkpoint(
     uri: str, store: ArtifactStore, tensors: Mapping[str, TensorSignature]
 ) -> Checkpoint:
-    """Read config.json and the tokenizer's files at a path or URI whose tensors are known.
+    """Read config.json and the tokenizer at a path or URI, and combine them with known tensors.
 
-    Raises UploadError for a file that is too large or is no UTF-8 text, NotFoundError without a
+    Raises UploadError for a file that is too large or not UTF-8, NotFoundError if there is no
     config.json, IntegrityError, StoreError.
     """
     files = {file.name: file for file in store.list(uri)}
@@ -68,14 +69,13 @@ def read_checkpoint(
 
 
 def folder_checkpoint(folder: Path) -> Checkpoint:
-    """Read the same of a folder on this machine, and of its weights the headers alone.
+    """Read the checkpoint in a local folder; only the headers of its weights are read.
 
-    The folder must hold a config.json and well-formed files.
+    The folder must contain a config.json and well-formed files. Raises OSError, ValueError.
     """
     tensors: dict[str, TensorSignature] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            entries = read_header(ByteStream(iter(lambda: file.read(_CHUNK_BYTES), b"")))
+        entries = read_file_header(path).entries
         tensors |= {e.name: TensorSignature(e.shape, e.dtype, "") for e in entries}
     names = [path.name for path in folder.iterdir() if is_tokenizer_file(path.name)]
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in ("config.json", *names)}
@@ -83,12 +83,10 @@ def folder_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_text(uri: str, store: ArtifactStore, file: StoredFile) -> str:
-    """Return the text of one listed file. UploadError, NotFoundError, IntegrityError."""
+    """Return the text of a listed file. Raises UploadError, NotFoundError, IntegrityError."""
     if file.size > MAX_TEXT_BYTES:
-        raise UploadError(f"{file.name}: {file.size} bytes; at most {MAX_TEXT_BYTES} are read")
-    with store.read(child_uri(uri, file.name), etag=file.etag or None) as chunks:
-        data = b"".join(chunks)
+        raise UploadError(f"{file.name}: {file.size} bytes; at most {MAX_TEXT_BYTES} are allowed")
     try:
-        return data.decode()
+        return read_file(uri, file, store).decode()
     except UnicodeDecodeError as error:
         raise UploadError(f"{file.name}: {error}") from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trans_peft.errors import UnsupportedModelError
+from trans_peft.errors import UnsupportedModelError, listed
 from trans_peft.perturbation.ffn import find_layers
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
             raise UnsupportedModelError(
                 f"{old} and {new} do not hold the same tensors",
                 expected=f"{len(before)} tensors in both",
-                found=f"in one alone: {', '.join(unshared[:5])}" if unshared else "no tensors",
+                found=f"in one alone: {listed(unshared)}" if unshared else "no tensors",
             )
         for name in sorted(before):
             first, second = before[name].get_tensor(name), after[name].get_tensor(name)

@@ -1,4 +1,4 @@
-"""Room for one more base in a worker's cache: what no process uses goes, oldest use first."""
+"""Evict base models from a worker's cache, least recently used first."""
 
 import fcntl
 import os
@@ -14,11 +14,12 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def evict(target: Path, size_bytes: int, written_bytes: int, limit_bytes: int | None) -> None:
-    """Remove copies until one of `size_bytes` at `target` fits, `written_bytes` of it being there.
+    """Remove copies that no process uses until one of `size_bytes` fits at `target`.
 
-    It fits where all copies and downloads together stay within `limit_bytes` (None: no limit), and
-    the rest of it on the disk. What some process uses stays, so the limit may be exceeded: whatever
-    else there is, one base is always let in. Raises StoreError if the disk has too little room.
+    It fits if all copies and downloads together have at most `limit_bytes` (None: no limit), and if
+    the disk has space for the rest of it, `written_bytes` of it being written already. Copies in
+    use stay. The limit may therefore be exceeded: the new base is admitted in any case. Raises
+    StoreError if the disk has too little space.
     """
     others = [digest for digest in _digests(target.parent) if digest != target.name]
     sizes = {digest: _size_bytes(target.parent, digest) for digest in others}
@@ -30,15 +31,15 @@ def evict(target: Path, size_bytes: int, written_bytes: int, limit_bytes: int | 
             excess -= sizes[digest]
     if size_bytes - written_bytes > (free := _free_bytes(target.parent)):
         raise StoreError(
-            f"the disk of {target.parent} has no room for this base",
+            f"the disk of {target.parent} has too little space for this base",
             expected=f"{size_bytes - written_bytes:,} bytes",
-            found=f"{free:,} bytes free; every copy there that no process uses was removed",
-            do="free some room on it, or let the worker's state lie on a larger disk",
+            found=f"{free:,} bytes free, after all copies that no process uses were removed",
+            do="free space on it, or move the state of the worker to a larger disk",
         )
 
 
 def _digests(cache_dir: Path) -> set[str]:
-    """Return the digests of all copies and downloads; links lead to folders of the user's own."""
+    """Return the digests of all copies and downloads; links, to folders of users, are left out."""
     return {
         path.name[:64]
         for path in cache_dir.iterdir()
@@ -51,7 +52,7 @@ def _folders(cache_dir: Path, digest: str) -> tuple[Path, Path]:
 
 
 def _size_bytes(cache_dir: Path, digest: str) -> int:
-    """Return the bytes of a copy, and of a download what it will have when it is done."""
+    """Return the size of a copy; a download has its final size from the start."""
     return sum(
         path.stat().st_size
         for folder in _folders(cache_dir, digest)
@@ -70,7 +71,7 @@ def _free_bytes(cache_dir: Path) -> int:
 
 
 def _remove_unused(cache_dir: Path, digest: str) -> bool:
-    """Remove a copy unless a process uses it; its seal first, so that no half looks whole."""
+    """Remove a copy unless a process uses it. The seal goes first, so that no part looks sealed."""
     handle = os.open(cache_dir / f"{digest}.use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

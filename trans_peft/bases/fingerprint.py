@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from trans_peft.artifacts import child_uri
 from trans_peft.bases.checkpoint import Checkpoint
 from trans_peft.bases.model_files import ModelFiles, affects_outputs
-from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, ManifestFile
 from trans_peft.errors import IntegrityError, NotFoundError, StoreError, UploadError, listed
 from trans_peft.ports import ArtifactStore, StoredFile

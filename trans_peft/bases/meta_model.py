@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trans_peft.errors import listed
 from trans_peft.isolation import is_out_of_memory
 from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
 
@@ -292,11 +293,10 @@ def _tokens_without_rows(model: "PreTrainedModel", tokens: Mapping[str, int]) ->
     for part, rows in _rows(model).items():
         beyond = sorted((i, token) for token, i in tokens.items() if not 0 <= i < rows)
         if beyond:
-            shown = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
-            more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+            shown = listed([f"{token!r} ({i})" for i, token in beyond])
             problems.append(
                 f"the tokenizer has tokens without a row in the {part}, which has {rows} rows:"
-                f" {shown}{more}"
+                f" {shown}"
             )
     return problems
 

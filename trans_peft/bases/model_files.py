@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trans_peft.bases.checkpoint import MAX_TEXT_BYTES, Checkpoint, is_tokenizer_file
-from trans_peft.bases.safetensors_stream import MalformedSafetensorsError, tensor_signatures
+from trans_peft.bases.safetensors_stream import tensor_signatures
 from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.domain.bounds import MAX_TENSORS
 from trans_peft.domain.identity import content_sha256
 from trans_peft.ports import StoredFile
+from trans_peft.safetensors_header import MalformedSafetensorsError
 from trans_peft.text.tokenizer_files import (
     chat_template_sha256,
     setting_conflicts,
@@ -102,10 +103,10 @@ class ModelFiles:
         try:
             value = _parsed(text)
         except (ValueError, RecursionError) as error:
-            self.problems.append(f"{file.name}: no JSON: {error}")
+            self.problems.append(f"{file.name}: not JSON: {error}")
             return
         if not isinstance(value, dict):
-            self.problems.append(f"{file.name}: no JSON object")
+            self.problems.append(f"{file.name}: not a JSON object")
             return
         if file.name == _ADDED_TOKENS:
             self._added = value
@@ -113,8 +114,8 @@ class ModelFiles:
         self._json[file.name] = value
         if file.name.endswith("config.json") and (asked := _remote_code(value)):
             self.problems.append(
-                f"{file.name}: asks for remote code ({', '.join(asked)}), which is never run; of "
-                "layouts that come with code only InternLM2's is known, to `trans-peft convert`"
+                f"{file.name}: needs remote code ({', '.join(asked)}), which is never run; convert "
+                "the model (`trans-peft convert --help` lists the layouts that can be converted)"
             )
 
     def fingerprint(self) -> Fingerprint | None:

@@ -8,7 +8,6 @@ on the installed version of transformers.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from trans_peft.errors import (
     UploadError,
     translating_full_disk_errors,
 )
+from trans_peft.files import atomic_write
 from trans_peft.ports import ArtifactStore
 
 __all__ = ["in_model_names"]
@@ -89,7 +89,4 @@ def _kept(path: Path) -> tuple[ModelWeight, ...] | None:
 
 def _keep(path: Path, weights: tuple[ModelWeight, ...]) -> None:
     with translating_full_disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps([[w.name, w.shape, w.source] for w in weights]))
-        part.replace(path)
+        atomic_write(path, json.dumps([[w.name, w.shape, w.source] for w in weights]))

@@ -6,13 +6,13 @@ Nothing here is needed to publish: any S3 client that writes the same files does
 import io
 from pathlib import Path
 
+from trans_peft.artifacts import child_uri
 from trans_peft.bases.filename_checks import filename_problem
 from trans_peft.bases.fingerprint import ByteProgress, folder_file_reader, scan
 from trans_peft.bases.manifest import dump_manifest, parse_manifest
 from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.signatures import SIGNATURE_NAME, sign
 from trans_peft.bases.upload import BESIDE_THE_FILES, read_manifest
-from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Manifest
 from trans_peft.errors import NotFoundError, UploadError
 from trans_peft.ports import ArtifactStore, StoredFile

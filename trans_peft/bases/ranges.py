@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from trans_peft.artifacts import child_uri
 from trans_peft.bases.fingerprint import FileReader
-from trans_peft.bases.uris import child_uri
 from trans_peft.errors import StoreError
+from trans_peft.files import atomic_write
 from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = ["RANGE_BYTES", "STREAMS", "Partial", "Range", "fetching"]
@@ -74,9 +75,7 @@ class Partial:
             with path.open("ab") as opened:
                 opened.truncate(file.size)
         kept = [item for item in ranges if item in written]
-        renewed = self._journal.with_suffix(".new")  # without the lines of what is no longer wanted
-        renewed.write_text("".join(map(_line, kept)))
-        renewed.replace(self._journal)
+        atomic_write(self._journal, "".join(map(_line, kept)))
         return [item for item in ranges if item not in written]
 
     def written(self) -> set[Range]:

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trans_peft.artifacts import child_uri
 from trans_peft.bases.manifest import MAX_MANIFEST_BYTES, dump_manifest, parse_manifest
-from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Manifest
 from trans_peft.errors import (
     IntegrityError,

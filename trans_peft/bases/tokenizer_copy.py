@@ -1,11 +1,11 @@
-"""A base's tokenizer without its weights: fetched, and held against the base's fingerprint."""
+"""Download the tokenizer of a base without its weights, and compare it with the fingerprint."""
 
 from pathlib import Path
 
+from trans_peft.artifacts import download_files
 from trans_peft.bases.cache import model_files
 from trans_peft.bases.fingerprint import folder_file_reader
 from trans_peft.bases.model_files import MAX_TEXT_BYTES, ModelFiles
-from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint
 from trans_peft.errors import IntegrityError
 from trans_peft.ports import ArtifactStore, StoredFile
@@ -16,23 +16,20 @@ __all__ = ["copy_tokenizer"]
 def copy_tokenizer(
     uri: str, store: ArtifactStore, folder: Path, *, fingerprint: Fingerprint
 ) -> Path:
-    """Write a base's tokenizer and configuration into `folder` and return it.
+    """Write the tokenizer and the configuration of a base into `folder`, and return `folder`.
 
-    What was written is hashed, not what the store holds at another moment. NotFoundError where the
-    files are gone; IntegrityError where they are no longer those of the fingerprint.
+    The hashes are computed from the written files. Raises NotFoundError if the store has no such
+    files, IntegrityError if the files no longer match the fingerprint.
     """
+    texts = [
+        file
+        for file in model_files(uri, store)
+        if not file.name.endswith(".safetensors") and file.size <= MAX_TEXT_BYTES
+    ]
+    download_files(uri, texts, store, folder)
     found = ModelFiles()
-    for file in model_files(uri, store):
-        if file.name.endswith(".safetensors") or file.size > MAX_TEXT_BYTES:
-            continue
-        target = folder / file.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            store.read(child_uri(uri, file.name), etag=file.etag or None) as chunks,
-            target.open("wb") as written,
-        ):
-            written.writelines(chunks)
-        copied = StoredFile(file.name, target.stat().st_size, "")
+    for file in texts:
+        copied = StoredFile(file.name, (folder / file.name).stat().st_size, "")
         with folder_file_reader(folder)(copied) as stream:
             found.take(copied, stream)
     hashes = found.text_hashes()
@@ -41,9 +38,9 @@ def copy_tokenizer(
     ]
     if hashes is None or differing:
         raise IntegrityError(
-            f"the tokenizer or the configuration at {uri} is no longer what was made ready",
+            f"the tokenizer or the configuration at {uri} changed after the base was made ready",
             expected=f"the files of fingerprint {fingerprint.digest}",
-            found="; ".join(found.problems or [f"another {name}" for name in differing]),
+            found="; ".join(found.problems or [f"a different {name}" for name in differing]),
             do="restore them, or publish the new ones under a new version",
         )
     return folder

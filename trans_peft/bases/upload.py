@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
+from trans_peft.artifacts import child_uri
 from trans_peft.bases.checkpoint import Checkpoint
 from trans_peft.bases.filename_checks import filename_problem
 from trans_peft.bases.fingerprint import ByteProgress, reader, scan
 from trans_peft.bases.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from trans_peft.bases.signatures import SIGNATURE_NAME
-from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import Fingerprint, Manifest, ManifestFile
 from trans_peft.domain.bounds import MAX_FILES
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError, listed

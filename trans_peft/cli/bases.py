@@ -53,7 +53,7 @@ def convert(
 
     Example: `trans-peft convert models/internlm2_5-7b models/internlm2_5-7b-llama`
     """
-    from trans_peft.bases.internlm2.convert import convert as write
+    from trans_peft.bases.converters import convert as write
     from trans_peft.edges.stores import SchemeStore
 
     check_free(folder)

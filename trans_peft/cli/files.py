@@ -9,6 +9,7 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, NotFoundError
+from trans_peft.files import atomic_write
 
 __all__ = ["read_policy", "read_recipe", "read_suites", "write_json"]
 
@@ -40,13 +41,10 @@ def read_policy(path: Path | None) -> GatePolicy:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a noun as JSON, whole or not at all."""
+    """Write a domain object as JSON, atomically."""
     from pydantic_core import to_json
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_bytes(to_json(value, indent=2) + b"\n")
-    draft.replace(path)
+    atomic_write(path, to_json(value, indent=2) + b"\n")
 
 
 def _read(path: Path, noun: type[T]) -> T:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from trans_peft.artifacts import download_files
 from trans_peft.cli.files import write_json
 from trans_peft.cli.show import ProgressDisplay
 from trans_peft.domain.base import BaseVersion, Fingerprint
@@ -145,14 +146,8 @@ class Workspace:
         folder = self.platform.work_dir / "adapters" / name
         folder.mkdir(parents=True, exist_ok=True)
         FETCHED[folder] = uri
-        for file in files:
-            if file.name.endswith((".json", ".safetensors", ".jinja")):
-                source = f"{uri.rstrip('/')}/{file.name}"
-                with (
-                    self.platform.store.read(source, etag=file.etag) as chunks,
-                    (folder / file.name).open("wb") as target,
-                ):
-                    target.writelines(chunks)
+        used = [file for file in files if file.name.endswith((".json", ".safetensors", ".jinja"))]
+        download_files(uri, used, self.platform.store, folder)
         return read_peft_folder(folder).path
 
     def _check(self, uri: str, fingerprint: Fingerprint) -> None:

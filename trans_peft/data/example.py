@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trans_peft.data.encoding import encoded
-from trans_peft.errors import DataError
+from trans_peft.errors import DataError, listed_lines
 from trans_peft.text.chat import render_prompts, template_of, turn_end
 
 __all__ = ["ChatMessage", "Example", "end_of_turn", "full_ids", "prompt_ids", "token_counts"]
@@ -194,10 +194,9 @@ def _chat_ids(
         if told
     ]
     if rows:
-        more = [f"and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
         raise DataError(
             f"{len(rows)} of {len(examples)} rows cannot be rendered as chats\n    "
-            + "\n    ".join(rows[:_SHOWN] + more),
+            + "\n    ".join(listed_lines(rows, _SHOWN)),
             do="change these rows so that the template takes them, or mend the template",
         )
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -16,7 +16,7 @@ from typing import Any
 from trans_peft.data.example import ChatMessage, Example
 from trans_peft.data.fields import OWN_FIELDS, unsupported_fields
 from trans_peft.domain.identity import content_sha256
-from trans_peft.errors import DataError
+from trans_peft.errors import DataError, listed, listed_lines
 
 __all__ = ["InvalidRow", "Row", "examples_from"]
 
@@ -86,9 +86,8 @@ def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
         problems.append(("all rows", f"must have one shape, found {seen}"))
     if problems:
         bad = len({where for where, _ in problems})
-        shown = [f"{where}: {reason}" for where, reason in problems[:_MESSAGE_LIMIT]]
-        if len(problems) > _MESSAGE_LIMIT:
-            shown.append(f"and {len(problems) - _MESSAGE_LIMIT} more")
+        lines = [f"{where}: {reason}" for where, reason in problems]
+        shown = listed_lines(lines, _MESSAGE_LIMIT)
         raise DataError(
             f"{name}: {bad} of {len(rows)} rows cannot be used\n    " + "\n    ".join(shown),
             expected="rows of one shape: "
@@ -185,8 +184,7 @@ def _names(row: dict[str, Any]) -> str:
     """Return the names of a row's fields for a message."""
     names = [name if name.isprintable() else repr(name) for name in row]
     shown = [name if len(name) <= _NAME_LIMIT else f"{name[:_NAME_LIMIT]}..." for name in names]
-    more = f" and {len(shown) - _MESSAGE_LIMIT} more" if len(shown) > _MESSAGE_LIMIT else ""
-    return (", ".join(shown[:_MESSAGE_LIMIT]) or "(none)") + more
+    return listed(shown, _MESSAGE_LIMIT) or "(none)"
 
 
 def _chat_reasons(messages: Any) -> Iterator[str]:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.identity import ADDED_LATER
-from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["DataSource"]
@@ -22,7 +22,7 @@ class DataSource:
     (`trans_peft.data.templates`); empty: the rows are questions and answers already.
     """
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     uri: str
     sha256: str = ""

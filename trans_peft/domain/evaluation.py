@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import ClassVar, Literal, NamedTuple
 
+from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.recovery import RecoveryPolicy
-from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
 __all__ = [
@@ -60,7 +60,7 @@ class Suite:
     is known: it explains a score and changes none.
     """
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     name: str
     data: DataSource
@@ -245,7 +245,7 @@ class GatePolicy:
     against an adapter freshly tuned on the new base. `label` is your own word for this policy.
     """
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     margin_points: float = 5.0
     alpha: float = 0.05

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 from urllib.parse import unquote
 
+from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.names import name_problem, quoted
-from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["FamilyRule", "Owners"]
@@ -26,7 +26,7 @@ class FamilyRule:
     empty: none needs a signature.
     """
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     prefixes: tuple[str, ...] = ()
     key: str = ""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.names import name_problem
-from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["PromotionPolicy"]
@@ -22,7 +22,7 @@ class PromotionPolicy:
     It decides what serves, never what a verdict is: no verdict's key depends on it.
     """
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     min_serving_share: float = 0.9
     required_adapters: tuple[str, ...] = ()

@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.conventions import BASE_ALIASES
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.names import name_problem
 from trans_peft.domain.spec import AdapterSpec
-from trans_peft.domain.strictness import STRICT
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["OptimizerSettings", "Perturbation", "TrainingRecipe"]
@@ -31,7 +31,7 @@ class Perturbation:
     is an InvalidSpecError, because that asks for a perturbation that would not happen.
     """
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     masking_p: float = 0.0
     dropping_p: float = 0.0
@@ -76,7 +76,7 @@ class Perturbation:
 class OptimizerSettings:
     """AdamW with a cosine schedule. `batch_size` is per process and per micro-step."""
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     learning_rate: float = 3e-4
     steps: int = 100
@@ -113,7 +113,7 @@ class TrainingRecipe:
     by `accelerate launch`. `suites` are what it is judged by, now and on every new base.
     """
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     adapter: str
     family: str

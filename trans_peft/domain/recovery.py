@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from trans_peft.domain.strictness import STRICT
+from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["RecoveryPolicy", "RecoveryStrategy", "StrategyAttempt"]
@@ -29,7 +29,7 @@ class RecoveryPolicy:
     of them read training rows, never an item that judges.
     """
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     scales: tuple[float, ...] = ()
     retune_steps: int = 0

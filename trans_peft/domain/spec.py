@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from trans_peft.domain.strictness import STRICT
+from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["AdapterSpec"]
@@ -18,7 +18,7 @@ class AdapterSpec:
     checked against PEFT when the config is built (`trans_peft.methods.specs`).
     """
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     peft_type: str = "LORA"
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,11 +1,10 @@
 """Files on this machine: paths and `file://` URIs as an `ArtifactStore`.
 
-The ETag of a file is made of its inode, size and modification time: enough to notice that a file
-was replaced or written to, without reading it.
+The ETag of a file consists of its inode, size and modification time. It changes when the file is
+replaced or written to, and is computed without reading the file.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,29 +12,30 @@ from typing import BinaryIO
 from urllib.parse import unquote
 
 from trans_peft.domain.places import Places
-from trans_peft.errors import IntegrityError, NotFoundError, StoreError
+from trans_peft.errors import IntegrityError, NotFoundError, StoreError, map_exceptions
+from trans_peft.files import is_temporary, open_atomic
 from trans_peft.ports import StoredFile
 
 __all__ = ["ANYWHERE", "FileStore", "local_path"]
 
 ANYWHERE = Places()
-_PART_PREFIX, _PART_SUFFIX = ".trans-peft-", ".part"
 
 
 def local_path(uri: str) -> Path:
-    """Return the path that a path or a `file://` URI means. StoreError for any other scheme."""
+    """Return a path or a `file://` URI as a path. Raises StoreError for any other scheme."""
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return Path(uri)
     if scheme == "file" and rest.startswith("/"):
         return Path(unquote(rest))
-    raise StoreError("this is no local file", expected="a path or file:///path", found=uri)
+    raise StoreError("not a local path", expected="a path or file:///path", found=uri)
 
 
 class FileStore:
     """`ArtifactStore` on the local file system; reads in chunks of `chunk_bytes`.
 
-    Paths outside of `places` are an AccessError, also where a symbolic link or `..` leads there.
+    Every method raises AccessError for a path outside of `places`, after symbolic links and `..`
+    are resolved.
     """
 
     def __init__(self, chunk_bytes: int = 1 << 20, *, places: Places = ANYWHERE) -> None:
@@ -43,13 +43,13 @@ class FileStore:
         self._chunk_bytes = chunk_bytes
 
     def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
-        """Return every file below the folder, sorted by name; empty where there is no folder."""
+        """Return all files below a folder, sorted by name; empty if there is no such folder."""
         root = self._path(prefix_uri)
         found = []
-        with _in_words(prefix_uri):
+        with _mapped_errors(prefix_uri):
             for folder, _, names in os.walk(root):
                 for path in (Path(folder, name) for name in names):
-                    if _is_part(path):
+                    if is_temporary(path.name):
                         continue
                     if path.is_symlink():
                         self.places.check_path(path, str(path))
@@ -63,7 +63,8 @@ class FileStore:
     ) -> AbstractContextManager[Iterator[bytes]]:
         """Stream the bytes [start, stop) of one file in chunks.
 
-        NotFoundError; IntegrityError if it changed or changes.
+        Raises NotFoundError, IntegrityError if the ETag differs or the file changes while it is
+        read, StoreError if the file ends early.
         """
         return self._read(uri, etag, start, stop)
 
@@ -72,7 +73,7 @@ class FileStore:
         self, uri: str, etag: str | None, start: int, stop: int | None
     ) -> Iterator[Iterator[bytes]]:
         path = self._path(uri)
-        with _in_words(uri):
+        with _mapped_errors(uri):
             file = path.open("rb")
         with file:
             stat = os.fstat(file.fileno())
@@ -86,7 +87,7 @@ class FileStore:
         self, file: BinaryIO, uri: str, stat: os.stat_result, wanted: int
     ) -> Iterator[bytes]:
         size, etag = stat.st_size, _etag(stat)
-        with _in_words(uri):
+        with _mapped_errors(uri):
             while wanted > 0 and (chunk := file.read(min(self._chunk_bytes, wanted))):
                 wanted -= len(chunk)
                 yield chunk
@@ -96,41 +97,23 @@ class FileStore:
             raise _changed(uri, expected=etag, found=now)
         if missing > 0:
             raise StoreError(
-                f"{uri} ends before its size",
+                f"{uri} is shorter than the file system reports",
                 expected=f"{size} bytes",
                 found=f"{size - missing} bytes",
-                do="check the file system that it lies on, and try again",
+                do="check its file system, and try again",
             )
 
     def _path(self, uri: str) -> Path:
         path = local_path(uri)
-        # Without a list of places, a path stays as it was named: a folder may be a link.
+        # Without a list of places the path is not resolved, so that a link to a folder stays.
         return path if self.places.folders is None else self.places.check_path(path, uri)
 
     def write(self, uri: str, data: BinaryIO) -> None:
-        """Write one file through a temporary one beside it: whole or not at all."""
+        """Write one file atomically. Raises StoreError."""
         path = self._path(uri)
-        with _in_words(uri):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(
-                dir=path.parent, prefix=_PART_PREFIX, suffix=_PART_SUFFIX
-            )
-            part = Path(name)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    while chunk := data.read(self._chunk_bytes):
-                        file.write(chunk)
-                    file.flush()
-                    os.fsync(file.fileno())
-                part.chmod(0o644)
-                part.replace(path)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
-
-
-def _is_part(path: Path) -> bool:
-    return path.name.startswith(_PART_PREFIX) and path.name.endswith(_PART_SUFFIX)
+        with _mapped_errors(uri), open_atomic(path) as file:
+            while chunk := data.read(self._chunk_bytes):
+                file.write(chunk)
 
 
 def _etag(stat: os.stat_result) -> str:
@@ -141,14 +124,14 @@ def _changed(uri: str, *, expected: str, found: str) -> IntegrityError:
     return IntegrityError(f"{uri} changed", expected=f"ETag {expected}", found=found)
 
 
-@contextmanager
-def _in_words(uri: str) -> Iterator[None]:
-    """Turn what the operating system says about a file into our errors."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise NotFoundError(f"there is no file {uri}") from error
-    except (IntegrityError, StoreError):
-        raise
-    except OSError as error:
-        raise StoreError(f"{uri} cannot be used: {error.strerror or error}") from error
+def _mapped_errors(uri: str) -> AbstractContextManager[None]:
+    """Translate errors of the operating system about a file."""
+    missing = NotFoundError(f"there is no file {uri}")
+    return map_exceptions(
+        {
+            FileNotFoundError: lambda _: missing,
+            NotADirectoryError: lambda _: missing,
+            IsADirectoryError: lambda _: missing,
+            OSError: lambda e: StoreError(f"{uri} cannot be used: {e.strerror or e}"),
+        }
+    )

@@ -1,8 +1,8 @@
-"""The door to MLflow: one server, its errors in our words, and what its API leaves to the caller.
+"""A client of one MLflow server, with paging, retries of conflicting writes, and mapped errors.
 
-The one place that imports mlflow. Nothing here reads or sets MLflow's global state: each `Tracking`
-carries its URI, so one process can talk to two servers. Tags of this product start with
-`trans_peft.`; the methods here take and give their names without it.
+Only this module imports mlflow. It neither reads nor sets MLflow's global state: each `Tracking`
+has its own URI, so that one process can use two servers. Tags of this library start with
+`trans_peft.`; the methods here take and return tag names without that prefix.
 """
 
 import contextlib
@@ -32,38 +32,39 @@ from trans_peft.errors import (
     StoreError,
     TransPeftError,
     full_disk_error,
-    translating_full_disk_errors,
+    is_full_disk,
+    map_exceptions,
 )
 
-__all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "map_exceptions", "own_tags", "tag"]
+__all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "mapped_errors", "own_tags", "tag"]
 
 _PARAM_LIMIT = 6000
 _PAGE = 1000
 
 
 def tag(name: str) -> str:
-    """Return the full name of one of our tags."""
+    """Return the full name of a tag of this library."""
     return f"{TAG_PREFIX}{name}"
 
 
 def own_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return our tags among those that MLflow has, without the prefix."""
+    """Return the tags of this library among MLflow's, without the prefix."""
     return {
         key.removeprefix(TAG_PREFIX): v for key, v in tags.items() if key.startswith(TAG_PREFIX)
     }
 
 
 def full_tags(tags: Mapping[str, str | None]) -> dict[str, str]:
-    """Return tags as MLflow takes them: prefixed, those without a value left out."""
+    """Return tags with the prefix, without those that have no value."""
     return {tag(key): value for key, value in tags.items() if value}
 
 
 class _ConflictError(StoreError):
-    """Another client wrote the same row between MLflow's look and its write."""
+    """Another client wrote the same row between MLflow's read and its write."""
 
 
-class _InWords:
-    """An `MlflowClient` whose every call fails with our errors."""
+class _MappedClient:
+    """An `MlflowClient` whose methods raise errors of `trans_peft.errors`."""
 
     def __init__(self, client: MlflowClient, tracking_uri: str) -> None:
         self._client = client
@@ -73,60 +74,68 @@ class _InWords:
         method = getattr(self._client, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with map_exceptions(self._tracking_uri):
+            with mapped_errors(self._tracking_uri):
                 return method(*args, **kwargs)
 
         return call
 
 
-@contextlib.contextmanager
-def map_exceptions(tracking_uri: str) -> Iterator[None]:
-    """Turn what MLflow and its client say into our errors."""
-    try:
-        with translating_full_disk_errors(tempfile.gettempdir()):
-            yield
-    except RequestException as error:  # for a file that is sent
-        raise _of_a_file(tracking_uri, str(error)) from error
-    except MlflowException as error:
-        if "failures occurred while downloading" in error.message:
-            raise _of_a_file(tracking_uri, error.message) from error
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
-            raise NotFoundError(f"MLflow at {tracking_uri}: {error.message}") from error
-        if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise InvalidSpecError(f"MLflow at {tracking_uri}: {error.message}") from error
-        if error.error_code in ("RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"):
-            raise _ConflictError(f"MLflow at {tracking_uri}: {error.message}") from error
-        if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
-            raise _not_let_in(tracking_uri, error.message) from error
-        raise _no_answer(tracking_uri, error.message) from error
+def mapped_errors(tracking_uri: str) -> contextlib.AbstractContextManager[None]:
+    """Translate errors of MLflow and of its client, and a full disk for temporary files."""
+    return map_exceptions(
+        {
+            RequestException: lambda error: _transfer_error(tracking_uri, str(error)),
+            MlflowException: lambda error: _response_error(tracking_uri, error),
+            OSError: _disk_error,
+        }
+    )
 
 
-def _of_a_file(tracking_uri: str, text: str) -> TransPeftError:
-    """Return what went wrong with a file, of which MLflow's client keeps nothing but the text."""
+def _response_error(tracking_uri: str, error: MlflowException) -> TransPeftError:
+    message = f"MLflow at {tracking_uri}: {error.message}"
+    if "failures occurred while downloading" in error.message:
+        return _transfer_error(tracking_uri, error.message)
+    if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+        return NotFoundError(message)
+    if error.error_code == "INVALID_PARAMETER_VALUE":
+        return InvalidSpecError(message)
+    if error.error_code in ("RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"):
+        return _ConflictError(message)
+    if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+        return _denied(tracking_uri, error.message)
+    return _unavailable(tracking_uri, error.message)
+
+
+def _transfer_error(tracking_uri: str, text: str) -> TransPeftError:
+    """Return the error for a failed file transfer. MLflow's client keeps only the text of it."""
     status = re.search(r"(\d{3}) Client Error", text)
     if status and status[1] == "404":
         return NotFoundError(f"MLflow at {tracking_uri}: {text}")
     if status and status[1] in ("401", "403"):
-        return _not_let_in(tracking_uri, text)
+        return _denied(tracking_uri, text)
     if os.strerror(errno.ENOSPC) in text:
         return full_disk_error(tempfile.gettempdir(), text)
-    return _no_answer(tracking_uri, text)
+    return _unavailable(tracking_uri, text)
 
 
-def _not_let_in(tracking_uri: str, found: object) -> AccessError:
+def _disk_error(error: OSError) -> StoreError | None:
+    return full_disk_error(tempfile.gettempdir(), error) if is_full_disk(error) else None
+
+
+def _denied(tracking_uri: str, found: object) -> AccessError:
     return AccessError(
-        f"MLflow at {tracking_uri} does not let us in",
+        f"MLflow at {tracking_uri} denies access",
         found=found,
-        do="check MLFLOW_TRACKING_USERNAME, the password or token, what this user may do, and the "
-        "server's --allowed-hosts",
+        do="check MLFLOW_TRACKING_USERNAME, the password or token, the permissions of this user "
+        "and --allowed-hosts of the server",
     )
 
 
-def _no_answer(tracking_uri: str, found: object) -> StoreError:
+def _unavailable(tracking_uri: str, found: object) -> StoreError:
     return StoreError(
-        f"MLflow at {tracking_uri} does not answer as it should",
+        f"MLflow at {tracking_uri} failed or cannot be reached",
         found=found,
-        do="check that the server runs, and MLFLOW_TRACKING_URI",
+        do="check that the server runs, and check MLFLOW_TRACKING_URI",
     )
 
 
@@ -139,24 +148,24 @@ class Tracking:
 
     @cached_property
     def client(self) -> Any:
-        """An `MlflowClient` whose errors are ours."""
-        return _InWords(MlflowClient(self.uri, registry_uri=self.uri), self.uri)
+        """An `MlflowClient` whose methods raise errors of `trans_peft.errors`."""
+        return _MappedClient(MlflowClient(self.uri, registry_uri=self.uri), self.uri)
 
     # Experiments and runs
 
     def experiment(self, purpose: str) -> str:
-        """Return the id of the experiment `trans-peft/<purpose>`, made where it is missing."""
+        """Return the id of the experiment `trans-peft/<purpose>`, created if it is missing."""
         name = f"trans-peft/{purpose}"
         if name not in self._experiments:
             found = self.client.get_experiment_by_name(name)
             if found is None:
-                with contextlib.suppress(_ConflictError):  # somebody was faster
+                with contextlib.suppress(_ConflictError):  # another process created it first
                     self.client.create_experiment(name)
                 found = self.client.get_experiment_by_name(name)
             if found is None or found.lifecycle_stage != "active":
                 raise StoreError(
                     f"the experiment {name!r} at {self.uri} cannot be used",
-                    found="deleted" if found else "it could not be made",
+                    found="it is deleted" if found else "it could not be created",
                     do="restore it with `mlflow experiments restore`",
                 )
             self._experiments[name] = found.experiment_id
@@ -169,12 +178,12 @@ class Tracking:
 
     @contextlib.contextmanager
     def run(self, purpose: str, name: str, tags: Mapping[str, str | None]) -> Iterator[str]:
-        """Start a run; it is finished, or failed where the block raises."""
+        """Start a run. It is finished at the end of the block, or failed if the block raises."""
         run_id = self.start_run(purpose, name, tags)
         try:
             yield run_id
         except BaseException:
-            with contextlib.suppress(StoreError):  # what happened in the block matters more
+            with contextlib.suppress(StoreError):  # the error of the block matters more
                 self.client.set_terminated(run_id, status="FAILED")
             raise
         self.client.set_terminated(run_id, status="FINISHED")
@@ -193,7 +202,7 @@ class Tracking:
     def log_metrics(
         self, run_id: str, values: Mapping[str, float], *, step: int, time_ms: int
     ) -> None:
-        """Record figures at a step; they are in the page when this returns."""
+        """Record metrics at a step, synchronously."""
         metrics = [
             Metric(_metric_name(name), float(value), time_ms, step)
             for name, value in values.items()
@@ -201,7 +210,7 @@ class Tracking:
         self.client.log_batch(run_id, metrics=metrics)
 
     def log_params(self, run_id: str, values: Mapping[str, object]) -> None:
-        """Record parameters, shortened where MLflow would refuse them."""
+        """Record parameters, cut to the length that MLflow accepts."""
         params = [
             Param(_metric_name(name), str(value)[:_PARAM_LIMIT]) for name, value in values.items()
         ]
@@ -210,16 +219,16 @@ class Tracking:
 
     def write_text(self, run_id: str, name: str, text: str) -> None:
         """Attach a text file to a run."""
-        with map_exceptions(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
+        with mapped_errors(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
             path = Path(folder, name)
             path.write_text(text)
             self.client.log_artifact(run_id, str(path))
 
     def read_text(self, run_id: str, name: str) -> str:
-        """Return a text file of a run. NotFoundError, IntegrityError."""
-        # `client.download_artifacts` takes whatever goes wrong for a file that is not there.
+        """Return a text file of a run. Raises NotFoundError, IntegrityError, StoreError."""
+        # `client.download_artifacts` reports every failure as a missing file.
         folder_uri = self.client.get_run(run_id).info.artifact_uri
-        with map_exceptions(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
+        with mapped_errors(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
             content = self._download(f"{folder_uri}/{name}", folder).read_bytes()
         try:
             return content.decode()
@@ -227,7 +236,7 @@ class Tracking:
             raise IntegrityError(f"{name} of run {run_id} is not text", found=error) from error
 
     def system_metrics(self, run_id: str) -> SystemMetricsMonitor:
-        """Return what samples this machine (processor, memory, devices) into a run, not started."""
+        """Return a monitor, not yet started, that records CPU, memory and devices into a run."""
         return SystemMetricsMonitor(run_id, tracking_uri=self.uri)
 
     # The model registry
@@ -242,24 +251,26 @@ class Tracking:
         )
 
     def model(self, name: str, kind: str) -> Any:
-        """Return a registered model, its aliases with it. NotFoundError, also for another kind."""
+        """Return a registered model and its aliases. NotFoundError, also for another kind."""
         found = self.client.get_registered_model(name)
-        its_kind = own_tags(found.tags).get("kind", "base")  # what a person made may become a base
+        its_kind = own_tags(found.tags).get("kind", "base")  # users register bases without this tag
         if its_kind != kind:
-            raise NotFoundError(f"{name!r} is no {kind}", found=f"a registered {its_kind}")
+            raise NotFoundError(
+                f"{name!r} is not a registered {kind}", found=f"a registered {its_kind}"
+            )
         return found
 
     def make_model(self, name: str, tags: Mapping[str, str]) -> Any:
-        """Return the registered model of that name, made with these tags where it is missing."""
+        """Return the registered model of that name; create it with these tags if it is missing."""
         with contextlib.suppress(NotFoundError):
             return self.client.get_registered_model(name)
         check_case("the name", name, self._like(name))
         with contextlib.suppress(_ConflictError):
             return self.client.create_registered_model(name, tags=full_tags(tags))
-        return self.client.get_registered_model(name)  # somebody was faster
+        return self.client.get_registered_model(name)  # another process created it first
 
     def _like(self, name: str) -> list[str]:
-        """Return the names of registered models that ILIKE finds: `_` matches any character."""
+        """Return the names of registered models that ILIKE finds; `_` matches any character."""
         wanted = f"name ILIKE {_literal(name)}"
         found = all_pages(
             lambda token: self.client.search_registered_models(
@@ -269,7 +280,7 @@ class Tracking:
         return [model.name for model in found]
 
     def versions(self, name: str) -> list[Any]:
-        """Return all versions of a registered model, the oldest first; none where there is none."""
+        """Return all versions of a registered model, oldest first; empty if there is no model."""
         return all_pages(
             lambda token: self.client.search_model_versions(
                 f"name = {_literal(name)}",
@@ -288,45 +299,47 @@ class Tracking:
         run_id: str | None = None,
         model_id: str | None = None,
     ) -> int:
-        """Register a version with its tags, in one step, and return its number."""
-        made = self.client.create_model_version(
+        """Register a version with its tags in one request, and return its number."""
+        created = self.client.create_model_version(
             name,
             source,
             run_id=run_id,
             tags=full_tags(tags),
             model_id=model_id,
-            await_creation_for=0,  # the open-source server makes it at once
+            await_creation_for=0,  # the open-source server creates it synchronously
         )
-        return int(made.version)
+        return int(created.version)
 
     def tag_version(self, name: str, number: int, tags: Mapping[str, str | None]) -> None:
         """Set tags on a version, in this order."""
         for key, value in full_tags(tags).items():
-            _settled(self.client.set_model_version_tag, name, str(number), key, value)
+            _retry_conflict(self.client.set_model_version_tag, name, str(number), key, value)
 
     def untag_version(self, name: str, number: int, key: str) -> None:
-        """Take a tag off a version."""
+        """Remove a tag from a version."""
         self.client.delete_model_version_tag(name, str(number), tag(key))
 
     def tag_model(self, name: str, key: str, value: str) -> None:
         """Set a tag on a registered model."""
-        _settled(self.client.set_registered_model_tag, name, tag(key), value)
+        _retry_conflict(self.client.set_registered_model_tag, name, tag(key), value)
 
     def untag_model(self, name: str, key: str) -> None:
-        """Take a tag off a registered model."""
+        """Remove a tag from a registered model."""
         self.client.delete_registered_model_tag(name, tag(key))
 
     def set_alias(self, name: str, alias: str, number: int) -> None:
         """Move an alias to a version."""
-        _settled(self.client.set_registered_model_alias, name, alias, str(number))
+        _retry_conflict(self.client.set_registered_model_alias, name, alias, str(number))
 
     def upload_model(
         self, purpose: str, name: str, folder: Path, *, run_id: str | None, tags: Mapping[str, str]
     ) -> str:
-        """Store a folder as it is, as a logged model, and return the model's id."""
+        """Upload a folder as a logged model, and return the id of that model."""
         model = self.client.create_logged_model(
             self.experiment(purpose),
-            name=re.sub(r"[/:.%\"']", "-", name),  # a logged model's name may hold none of these
+            name=re.sub(
+                r"[/:.%\"']", "-", name
+            ),  # characters that MLflow refuses in the names of logged models
             source_run_id=run_id,
             model_type="peft-adapter",
             tags=full_tags(tags),
@@ -341,10 +354,10 @@ class Tracking:
         return str(model.model_id)
 
     def download_model(self, name: str, number: int, folder: Path) -> Path:
-        """Write the files of a model version below a folder and return where. NotFoundError."""
-        # `models:/` URIs are resolved through MLflow's global state, so it is done here by hand.
+        """Write the files of a version below a folder and return their folder. NotFoundError."""
+        # MLflow resolves `models:/` URIs through its global state: resolve the URI here instead.
         uri = self.client.get_model_version_download_uri(name, str(number))
-        with map_exceptions(self.uri):
+        with mapped_errors(self.uri):
             return self._download(uri, str(folder))
 
     def _download(self, uri: str, folder: str) -> Path:
@@ -355,17 +368,17 @@ class Tracking:
 
 
 def copied_from(found: Any) -> str | None:
-    """Return the registered model from which "Promote model" copied a version; None: not copied.
+    """Return the registered model that a version was copied from ("Promote model"), or None.
 
-    MLflow's `copy_model_version` makes a version whose source is `models:/<name>/<number>`; that of
-    a logged model is `models:/m-<id>`.
+    MLflow's `copy_model_version` creates a version whose source is `models:/<name>/<number>`. The
+    source of a logged model is `models:/m-<id>`.
     """
     copied = re.fullmatch(r"models:/([^/]+)/\d+", found.source or "")
     return copied and copied.group(1)
 
 
-def _settled(write: Callable[..., Any], *arguments: str) -> None:
-    """Write; where another client was writing the same, write again: the last one counts."""
+def _retry_conflict(write: Callable[..., Any], *arguments: str) -> None:
+    """Write, and write again if another client wrote the same row meanwhile."""
     try:
         write(*arguments)
     except _ConflictError:
@@ -373,7 +386,7 @@ def _settled(write: Callable[..., Any], *arguments: str) -> None:
 
 
 def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
-    """Return what every page of a search holds; `search` is given the token of the page."""
+    """Return the items of all pages of a search. `search` takes the token of a page, or None."""
     found, token = [], None
     while True:
         page = search(token)
@@ -385,10 +398,12 @@ def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
 
 def _literal(value: str) -> str:
     if "'" in value or '"' in value or "`" in value:
-        raise InvalidSpecError(f"quotes in a name: {value!r}", do="choose one without them")
+        raise InvalidSpecError(
+            f"the name {value!r} contains quotes", do="choose one without quotes"
+        )
     return f"'{value}'"
 
 
 def _metric_name(name: str) -> str:
-    """MLflow's alphabet for the names of metrics and parameters."""
+    """Replace characters that MLflow refuses in the names of metrics and parameters."""
     return re.sub(r"[^\w\-./: ]", "_", name)

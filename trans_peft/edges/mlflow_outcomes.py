@@ -20,13 +20,14 @@ from trans_peft.domain.names import quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_codec import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking, own_tags, tag
-from trans_peft.errors import IntegrityError
+from trans_peft.errors import IntegrityError, listed_lines
 
 __all__ = ["MlflowOutcomes"]
 
 _FILE = "outcome.json"
 _TAG = re.compile(rf"outcome\.{ADAPTER_ALIAS_PREFIX}[0-9a-f]+")
-_LONGEST_REASON, _LONGEST_LINE, _MOST_LINES = 2000, 300, 20  # below MLflow's 100,000 together
+_MAX_REASON, _MAX_LINE, _MAX_LINES = 2000, 300, 20
+"""Characters and lines. All texts together stay below MLflow's limit of 100,000 characters."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class MlflowOutcomes:
             verdict = {f"verdict.{base}": outcome.verdict.value}
         else:
             verdict["verdict_key"] = outcome.verdict_key
-            verdict["verdict_reason"] = outcome.judgement.reason[:_LONGEST_REASON]
+            verdict["verdict_reason"] = outcome.judgement.reason[:_MAX_REASON]
             self._forget(base, (v for v in found if int(v.version) != number))
         kept = {"time_ms": time_ms, "run_id": run_id, "outcome": _short(outcome)}
         self._tracking.tag_version(
@@ -143,16 +144,14 @@ def _short(outcome: TransferOutcome) -> Any:
             mismatches=_first(compatibility.mismatches),
             notes=_first(compatibility.notes),
         ),
-        judgement=replace(outcome.judgement, reason=outcome.judgement.reason[:_LONGEST_REASON]),
-        tried=tuple(replace(item, reason=item.reason[:_LONGEST_LINE]) for item in outcome.tried),
+        judgement=replace(outcome.judgement, reason=outcome.judgement.reason[:_MAX_REASON]),
+        tried=tuple(replace(item, reason=item.reason[:_MAX_LINE]) for item in outcome.tried),
     )
     return json.loads(to_json(TransferOutcome, short))
 
 
 def _first(lines: tuple[str, ...]) -> tuple[str, ...]:
-    more = len(lines) - _MOST_LINES
-    kept = tuple(line[:_LONGEST_LINE] for line in lines[:_MOST_LINES])
-    return (*kept, f"and {more} more") if more > 0 else kept
+    return tuple(line[:_MAX_LINE] for line in listed_lines(lines, _MAX_LINES))
 
 
 def _figures(outcome: TransferOutcome) -> dict[str, float]:

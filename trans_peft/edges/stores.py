@@ -1,4 +1,4 @@
-"""One store for every URI: the scheme says which."""
+"""One store for all URIs, which selects S3 or local files by the scheme."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ __all__ = ["SchemeStore"]
 
 
 class SchemeStore:
-    """`ArtifactStore` for `s3://` URIs, paths and `file://` URIs. boto3 is loaded only for S3."""
+    """`ArtifactStore` for `s3://` URIs, paths and `file://` URIs. boto3 is imported only for S3."""
 
     def __init__(self, places: Places = ANYWHERE) -> None:
         self.places = places
@@ -26,17 +26,17 @@ class SchemeStore:
         return S3Store()
 
     def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
-        """Return every file below the prefix, sorted by name."""
+        """Return all files below a prefix, sorted by name."""
         return self._store(prefix_uri).list(prefix_uri)
 
     def read(
         self, uri: str, *, etag: str | None = None, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
-        """Stream the bytes [start, stop) of one file. NotFoundError; IntegrityError."""
+        """Stream the bytes [start, stop) of one file. See `ArtifactStore.read` for the errors."""
         return self._store(uri).read(uri, etag=etag, start=start, stop=stop)
 
     def write(self, uri: str, data: BinaryIO) -> None:
-        """Write one file, whole or not at all."""
+        """Write one file atomically."""
         self._store(uri).write(uri, data)
 
     def _store(self, uri: str) -> ArtifactStore:

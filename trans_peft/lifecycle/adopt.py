@@ -5,11 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trans_peft.artifacts import download_files
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES
 from trans_peft.domain.evaluation import Suite
-from trans_peft.errors import AdapterError, NotFoundError, naming, translating_full_disk_errors
+from trans_peft.errors import (
+    AdapterError,
+    NotFoundError,
+    replacing_paths_in_errors,
+    translating_full_disk_errors,
+)
 from trans_peft.lifecycle.evaluations import (
     ProgressCallback,
     base_folder,
@@ -61,7 +67,7 @@ def adopt(
     with (
         translating_full_disk_errors(tempfile.gettempdir()),
         tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
-        naming({Path(scratch) / "peft": folder_uri}),
+        replacing_paths_in_errors({Path(scratch) / "peft": folder_uri}),
     ):
         folder = _fetch(folder_uri, Path(scratch) / "peft", platform)
         source = read_peft_folder(folder)
@@ -143,14 +149,7 @@ def _fetch(uri: str, folder: Path, platform: Platform) -> Path:
             found=f"{config.size} bytes",
         )
     folder.mkdir(parents=True)
-    for file in files:
-        if file.name not in _USED:
-            continue
-        with (
-            platform.store.read(f"{uri.rstrip('/')}/{file.name}", etag=file.etag) as chunks,
-            (folder / file.name).open("wb") as target,
-        ):
-            target.writelines(chunks)
+    download_files(uri, [file for file in files if file.name in _USED], platform.store, folder)
     return folder
 
 

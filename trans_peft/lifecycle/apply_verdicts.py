@@ -18,7 +18,7 @@ from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import FleetChanges
 from trans_peft.domain.promotion import PromotionPolicy
-from trans_peft.errors import NotFoundError, StoreError, TransPeftError
+from trans_peft.errors import NotFoundError, StoreError, TransPeftError, listed
 from trans_peft.lifecycle.promotion import promotion_blockers
 from trans_peft.lifecycle.reconcile import plan
 from trans_peft.ports import Platform
@@ -176,11 +176,7 @@ def _why_not(
         return None, None
     missing = [w.adapter for w in plan(fleet, policy).work if w.base_version == champion.version]
     if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        return (
-            f"{champion} waits for {len(missing)} verdicts: {', '.join(missing[:10])}{more}",
-            None,
-        )
+        return f"{champion} waits for {len(missing)} verdicts: {listed(missing, 10)}", None
     return None, promotion_blockers(fleet, champion, promotion, platform)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trans_peft.bases.internlm2.convert import convert, converted_uri, needs_conversion
+from trans_peft.artifacts import child_uri
+from trans_peft.bases.converters import convert, converted_uri, needs_conversion
 from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.publish import publish
 from trans_peft.bases.signatures import signed_manifest
 from trans_peft.bases.upload import changed, read_manifest, verify
-from trans_peft.bases.uris import child_uri
 from trans_peft.domain.base import BaseVersion, Manifest, Upload
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import (

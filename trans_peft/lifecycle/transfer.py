@@ -11,7 +11,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import Compatibility, TransferOutcome, TransferTask, outcome_of
-from trans_peft.errors import naming, translating_full_disk_errors
+from trans_peft.errors import replacing_paths_in_errors, translating_full_disk_errors
 from trans_peft.lifecycle.evaluations import (
     ProgressCallback,
     evaluate_on,
@@ -54,7 +54,9 @@ def transfer(
     with (
         translating_full_disk_errors(tempfile.gettempdir()),
         tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
-        naming({Path(scratch) / "source": str(source), Path(scratch): f"a copy of {source}"}),
+        replacing_paths_in_errors(
+            {Path(scratch) / "source": str(source), Path(scratch): f"a copy of {source}"}
+        ),
     ):
         outcome = _evaluate(
             _new_outcome(inputs, policy), inputs, policy, platform, Path(scratch), on_progress

@@ -25,7 +25,7 @@ from trans_peft.methods.matching import invalid_patterns, unmatched_entries, unu
 from trans_peft.methods.options import not_trainable, option_problems
 from trans_peft.methods.patterns import check_options, names_of
 from trans_peft.methods.registration import register_methods
-from trans_peft.surface import ModelSnapshot
+from trans_peft.snapshot import ModelSnapshot
 
 __all__ = ["attach", "to_config", "to_spec"]
 
@@ -126,7 +126,7 @@ def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
     subject = f"the {spec.peft_type} adapter"
     check_options(spec.options, [*names_of(model)], subject)
     _refuse(_unmatched(model, spec), model, "options that match nothing in the model")
-    surface = ModelSnapshot(model)
+    snapshot = ModelSnapshot(model)
     own = {id(parameter): name for name, parameter in model.named_parameters()}
     room = max(_ROOM, sum(parameter.numel() for parameter in model.parameters()))
     try:
@@ -143,7 +143,7 @@ def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
             raise InvalidSpecError(f"{subject} has nothing to train")
         return peft_model
     except BaseException as error:
-        surface.restore()
+        snapshot.restore()
         if not isinstance(error, Exception) or isinstance(error, _PASSED_ON):
             raise
         raise InvalidSpecError(

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
 from trans_peft.data import Example, full_ids, parse_examples, prompt_ids, token_counts
-from trans_peft.errors import AdapterError, DataError, listed
+from trans_peft.errors import AdapterError, DataError, listed, listed_lines
 from trans_peft.methods.specs import attach
 from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
 from trans_peft.perturbation import perturbed
@@ -113,11 +113,9 @@ def check_tokens(
                 f"{example.location}: with its answer the end of the prompt becomes other tokens"
             )
     if problems:
-        more = len(problems) - _PROBLEMS_SHOWN
-        shown = problems[:_PROBLEMS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
         raise DataError(
             f"{len(problems)} of {len(examples)} rows cannot be trained on\n    "
-            + "\n    ".join(shown),
+            + "\n    ".join(listed_lines(problems, _PROBLEMS_SHOWN)),
             do="raise optimizer.max_length or remove long rows; move white space from a prompt's "
             "end to its answer's start",
         )

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, NotFoundError
+from trans_peft.files import atomic_write
 from trans_peft.models import adapter_weights_sha256
 
 __all__ = ["TrainingJob", "TrainingResult"]
@@ -114,10 +115,8 @@ class TrainingResult:
     shortened_rows: int
 
     def write(self, path: Path) -> None:
-        """Write the result as JSON, whole or not at all."""
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(_RESULT.dump_json(self, indent=2))
-        partial.replace(path)
+        """Write the result as JSON, atomically."""
+        atomic_write(path, _RESULT.dump_json(self, indent=2))
 
     @classmethod
     def read(cls, path: Path) -> "TrainingResult":

@@ -16,7 +16,7 @@ from trans_peft.domain.base import TensorSignature
 from trans_peft.errors import AdapterError, ContentError, InvalidSpecError, UnsupportedModelError
 from trans_peft.methods.specs import attach
 from trans_peft.models import LoadedBase
-from trans_peft.surface import ModelSnapshot
+from trans_peft.snapshot import ModelSnapshot
 from trans_peft.transfer.effect import probe_effect
 from trans_peft.transfer.load_adapter import attached
 from trans_peft.transfer.peft_folder import read_peft_folder
@@ -36,13 +36,13 @@ def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="rehearsal-") as scratch:
         folder = Path(scratch) / "adapter"
-        surface = ModelSnapshot(base.model)
+        snapshot = ModelSnapshot(base.model)
         try:
             model = attach(base.model, spec)
             _add_noise(model)
             save_adapter(model, folder)
         finally:
-            surface.restore()
+            snapshot.restore()
         try:
             places = _places(base.model)
             mismatches, _ = compare_target_modules(read_peft_folder(folder), places, places)

@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trans_peft.checksums import model_checksums
 from trans_peft.errors import (
     AdapterError,
     IsolationError,
@@ -25,8 +26,7 @@ from trans_peft.errors import (
     listed,
 )
 from trans_peft.methods.patterns import check_options, names_of
-from trans_peft.snapshot import snapshot
-from trans_peft.surface import ModelSnapshot
+from trans_peft.snapshot import ModelSnapshot
 from trans_peft.text.saved_template import TEMPLATE_NAME, saved_template
 from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, PeftFolder, read_peft_folder
 
@@ -83,17 +83,17 @@ def attached(model: "nn.Module", folder: Path, name: str = "default") -> Iterato
 
     Within the block the PeftModel is `attach`'s; after it, the PeftModel is empty and must not be
     used. UnsupportedModelError if the base's content changed in between, as merging does; the
-    comparison is by `trans_peft.snapshot`. After any other error in the block nothing is compared:
+    comparison is by `trans_peft.checksums`. After any other error in the block nothing is compared:
     `load_base` compares before it hands a base out again.
     """
-    before, surface = snapshot(model), ModelSnapshot(model)
+    before, snapshot = model_checksums(model), ModelSnapshot(model)
     peft_model = attach(model, folder, name)
     try:
         yield peft_model
         merged = any(getattr(module, "merged", False) for module in peft_model.modules())
     finally:
-        surface.restore()
-    changed = before.changes(snapshot(model))
+        snapshot.restore()
+    changed = before.changes(model_checksums(model))
     if merged or changed:
         raise UnsupportedModelError(
             "the base's own weights were changed while the adapter was attached",
@@ -124,7 +124,7 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
             do="leave the `attached` block of the other one first, or pass its base model",
         )
     subject = f"the adapter in {folder}"
-    surface = ModelSnapshot(model)
+    snapshot = ModelSnapshot(model)
     try:
         check_options(source.config, [*names_of(model)], subject)
         build = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
@@ -137,13 +137,13 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
         ):
             peft_model = build(model, config, adapter_name=name)
         _check_keys(peft_model, source, name)
-        if not surface.holds(peft_model):
+        if not snapshot.holds(peft_model):
             raise AdapterError(
                 f"{folder}: loading it would rewrite the base's own weights",
                 expected="an adapter that leaves the base alone",
                 found=f"a {source.peft_type} adapter that replaces some of them",
             )
-        written = surface.overlapping(_state(peft_model, name))
+        written = snapshot.overlapping(_state(peft_model, name))
         if written:
             raise AdapterError(
                 f"{folder}: loading it would overwrite weights of the base: {listed(written)}",
@@ -160,7 +160,7 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
         if astray:
             raise AdapterError(f"{folder}: PEFT did not load {listed(astray)}")
     except BaseException as error:
-        surface.restore()
+        snapshot.restore()
         passed_on = (AdapterError, IsolationError, MemoryError, torch.OutOfMemoryError)
         if not isinstance(error, Exception) or isinstance(error, passed_on):
             raise

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from trans_peft.domain.adapter_config import parse_adapter_config
-from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES, MAX_TENSORS
+from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES
 from trans_peft.errors import AdapterError, listed
+from trans_peft.safetensors_header import MalformedSafetensorsError, read_file_header
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "PeftFolder", "read_peft_folder"]
 
@@ -80,8 +81,6 @@ def _config(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         pickled = sorted(
@@ -96,16 +95,12 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
         )
         return {}
     try:
-        with safe_open(path, framework="numpy") as file:
-            if (count := len(file.keys())) > MAX_TENSORS:
-                problems.append(f"{WEIGHTS_NAME} holds {count} tensors, more than {MAX_TENSORS}")
-                return {}
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            tensors = {key: tuple(found.get_shape()) for key, found in slices.items()}
-            types = {key: str(found.get_dtype()) for key, found in slices.items()}
-    except (SafetensorError, OSError) as error:
+        entries = read_file_header(path).entries
+    except (MalformedSafetensorsError, OSError) as error:
         problems.append(f"{WEIGHTS_NAME} cannot be read ({error})")
         return {}
+    tensors = {entry.name: entry.shape for entry in entries}
+    types = {entry.name: entry.dtype for entry in entries}
     if not tensors:
         problems.append(f"{WEIGHTS_NAME} holds no tensor")
     strange = [f"{key} ({kind})" for key, kind in types.items() if kind not in _DTYPES]

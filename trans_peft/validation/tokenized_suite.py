@@ -7,7 +7,7 @@ from typing import Any
 
 from trans_peft.data import Example, end_of_turn, prompt_ids, token_ids
 from trans_peft.domain.evaluation import Suite
-from trans_peft.errors import DataError
+from trans_peft.errors import DataError, listed_lines
 from trans_peft.text.answers import spoken
 from trans_peft.validation.scoring import make_scorer
 
@@ -229,9 +229,7 @@ def _refuse(suite: Suite, examples: Sequence[Example], problems: Sequence[str]) 
     if not examples:
         raise DataError(f"suite {suite.name!r} has no items", expected="at least one")
     if problems:
-        more = len(problems) - _SHOWN
-        tail = [f"and {more} more"] if more > 0 else []
         raise DataError(
             f"suite {suite.name!r} has {len(problems)} items that cannot be evaluated:\n    "
-            + "\n    ".join([*problems[:_SHOWN], *tail])
+            + "\n    ".join(listed_lines(problems, _SHOWN))
         )

@@ -1,9 +1,9 @@
-"""InternLM2's tokenizer as transformers' own fast tokenizer: tokenizer.json and its settings.
+"""Convert InternLM2's tokenizer to a fast tokenizer of transformers.
 
-Follows the release's tokenization_internlm2_fast.py, read for facts and never run. Its class is
-transformers' fast tokenizer but for two things, and both are written down here instead: defaults
-for what the settings leave out, and the start and end tokens, which it puts around a text by its
-settings, whatever tokenizer.json says. (transformers does it by tokenizer.json alone.)
+Follows tokenization_internlm2_fast.py of the release, which was read and is never run. Its class
+differs from transformers' in two points, and the conversion writes both into the files: defaults of
+missing settings, and the start and end tokens around a text, which its settings control.
+(transformers takes them from tokenizer.json alone.)
 """
 
 from collections.abc import Container, Mapping
@@ -25,18 +25,18 @@ _DEFAULTS = {
 
 
 def tokenizer_problems(names: Container[str], settings: Mapping[str, Any]) -> list[str]:
-    """Return why the tokenizer of a folder with these files cannot be had without its code."""
+    """Return why the tokenizer in a folder with these files cannot be converted."""
     problems = []
     if "tokenizer.json" not in names:
         problems.append(
-            "tokenizer.json: missing; only the release's own InternLM2TokenizerFast makes one of "
-            "tokenizer.model: call its save_pretrained once, on a machine where you let that code "
-            "run, and put the tokenizer.json into the folder"
+            "tokenizer.json: missing; only the release's InternLM2TokenizerFast can create it from "
+            "tokenizer.model: run its save_pretrained once, on a machine where that code may run, "
+            "and add tokenizer.json to the folder"
         )
     if "auto_map" in settings and settings.get("tokenizer_class") not in _CLASSES:
         problems.append(
-            "tokenizer_config.json: asks for remote code of which nothing is known "
-            f"({settings.get('tokenizer_class')!r}); known: {', '.join(_CLASSES)}"
+            "tokenizer_config.json: needs remote code of an unknown class "
+            f"({settings.get('tokenizer_class')!r}); expected {' or '.join(_CLASSES)}"
         )
     return problems
 
@@ -46,8 +46,8 @@ def llama_tokenizer(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return tokenizer.json and tokenizer_config.json for transformers' fast tokenizer.
 
-    `special` is special_tokens_map.json. Both stay as they are where the settings name none of the
-    release's classes. Raises ValueError where a token that belongs around a text has no id.
+    `special` is special_tokens_map.json. Both files stay unchanged if the settings name another
+    class than the release's. Raises ValueError if a start or end token has no id.
     """
     if settings.get("tokenizer_class") not in _CLASSES:
         return dict(tokenizer), dict(settings)
@@ -63,7 +63,7 @@ def llama_tokenizer(
     end = [tokens["eos_token"]] if switches["add_eos_token"] else []
     ids = vocabulary(tokenizer)
     if unknown := [repr(token) for token in (*start, *end) if token not in ids]:
-        raise ValueError(f"no id for {', '.join(unknown)}, which belong around a text")
+        raise ValueError(f"no id for the start or end token {', '.join(unknown)}")
     first, second = (
         [
             *({"SpecialToken": {"id": token, "type_id": place}} for token in start),

@@ -1,9 +1,9 @@
-"""InternLM2's weights as Llama's: the same numbers under other names, streamed from file to file.
+"""Convert InternLM2's weights to Llama's: rename tensors and split the fused projection.
 
-Follows the release's modeling_internlm2.py, read for facts and never run. Beside the names one
-thing differs: `wqkv` is one tensor whose rows go, for each key/value head, through the query heads
-of its group, then that key head, then that value head. A safetensors file holds row after row, so
-they are put in order as bytes: no torch, no arithmetic, nothing that could round.
+Follows modeling_internlm2.py of the release, which was read and is never run. Apart from names, one
+tensor differs: the rows of `wqkv` are, for each key/value head, those of the query heads of its
+group, then that key head, then that value head. A safetensors file stores tensors row by row.
+The conversion therefore moves bytes, without torch, arithmetic or rounding.
 """
 
 import json
@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trans_peft.bases.safetensors_stream import ByteStream, Entry, read_header
+from trans_peft.bases.safetensors_stream import ByteStream
 from trans_peft.errors import listed
+from trans_peft.safetensors_header import TensorEntry, read_header
 
 __all__ = ["Weight", "WeightLayout", "llama_shard", "tensor_problems"]
 
@@ -24,15 +25,15 @@ _DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of InternLM2: its shape, and name -> shape of the Llama tensors that it becomes."""
+    """A tensor of InternLM2: its shape, and name -> shape of the Llama tensors made of it."""
 
     shape: Shape
-    becomes: Mapping[str, Shape]
+    llama: Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """The sizes on which names, shapes and the order of rows depend."""
+    """The sizes that determine names, shapes and the order of rows."""
 
     layers: int
     vocabulary: int
@@ -45,7 +46,7 @@ class WeightLayout:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "WeightLayout":
-        """Read the sizes from an InternLM2 config without problems."""
+        """Read the sizes from an InternLM2 config without `config_problems`."""
         return cls(
             layers=config["num_hidden_layers"],
             vocabulary=config["vocab_size"],
@@ -58,7 +59,7 @@ class WeightLayout:
         )
 
     def weights(self) -> dict[str, Weight]:
-        """Return InternLM2 name -> weight, for every tensor that the model has and no other."""
+        """Return InternLM2 name -> weight for exactly the tensors of the model."""
         table, width = (self.vocabulary, self.hidden), (self.hidden,)
         found = {
             "model.tok_embeddings.weight": _same("model.embed_tokens.weight", table),
@@ -69,8 +70,8 @@ class WeightLayout:
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
             for name, weight in self._layer().items():
-                becomes = {prefix + llama: shape for llama, shape in weight.becomes.items()}
-                found[prefix + name] = Weight(weight.shape, becomes)
+                renamed = {prefix + llama: shape for llama, shape in weight.llama.items()}
+                found[prefix + name] = Weight(weight.shape, renamed)
         return found
 
     def _layer(self) -> dict[str, Weight]:
@@ -93,8 +94,8 @@ class WeightLayout:
     def _fused(self, part: str, row: Shape) -> Weight:
         narrow = self.hidden // self.heads * self.kv_heads
         rows = {"q": self.hidden, "k": narrow, "v": narrow}
-        becomes = {f"self_attn.{n}_proj.{part}": (count, *row) for n, count in rows.items()}
-        return Weight((sum(rows.values()), *row), becomes)
+        split = {f"self_attn.{n}_proj.{part}": (count, *row) for n, count in rows.items()}
+        return Weight((sum(rows.values()), *row), split)
 
     def split(self, wqkv: bytes) -> tuple[bytes, bytes, bytes]:
         """Return the rows of q, k and v from the rows of a fused weight or bias, all as bytes."""
@@ -113,59 +114,60 @@ class WeightLayout:
         )
 
 
-def tensor_problems(files: Mapping[str, Sequence[Entry]], layout: WeightLayout) -> list[str]:
-    """Return every way in which the tensors of the files are not those of the layout."""
+def tensor_problems(files: Mapping[str, Sequence[TensorEntry]], layout: WeightLayout) -> list[str]:
+    """Return all differences between the tensors of the files and those of the layout."""
     weights, problems, seen = layout.weights(), [], set[str]()
     for file, entries in files.items():
         names = [entry.name for entry in entries]
-        if doubled := sorted(seen.intersection(names)):
-            problems.append(f"{file}: stands in another file too: {listed(doubled)}")
+        if duplicates := sorted(seen.intersection(names)):
+            problems.append(f"{file}: also in another file: {listed(duplicates)}")
         if unknown := sorted(set(names) - weights.keys()):
-            problems.append(f"{file}: no tensors of InternLM2: {listed(unknown)}")
+            problems.append(f"{file}: not tensors of InternLM2: {listed(unknown)}")
         seen.update(names)
         for entry in entries:
             expected = weights.get(entry.name)
             if expected and entry.shape != expected.shape:
                 problems.append(
                     f"{file}: {entry.name} has the shape {list(entry.shape)}, "
-                    f"by config.json it must have {list(expected.shape)}"
+                    f"but config.json requires {list(expected.shape)}"
                 )
             if expected and entry.dtype not in _DTYPES:
-                problems.append(f"{file}: {entry.name} is {entry.dtype}, no plain float")
+                dtypes = ", ".join(sorted(_DTYPES))
+                problems.append(f"{file}: {entry.name} has dtype {entry.dtype}; expected {dtypes}")
     if missing := sorted(weights.keys() - seen):
-        problems.append(f"missing weights: {listed(missing)}")
+        problems.append(f"missing tensors: {listed(missing)}")
     return problems
 
 
 def llama_shard(chunks: Iterator[bytes], layout: WeightLayout) -> Iterator[bytes | memoryview]:
-    """Turn the stream of one InternLM2 safetensors file into that of a Llama one.
+    """Convert the stream of one InternLM2 safetensors file to the stream of a Llama file.
 
-    Memory: a chunk and one fused tensor, twice. The file must be without `tensor_problems`; raises
-    MalformedSafetensorsError where its bytes are not what its header says.
+    Needs memory for one chunk and twice the largest fused tensor. The file must be without
+    `tensor_problems`. Raises MalformedSafetensorsError if its bytes do not match its header.
     """
     stream, weights = ByteStream(chunks), layout.weights()
-    entries = read_header(stream)
+    entries = read_header(stream.exactly)
     yield _header(entries, weights)
     for entry in entries:
         size = entry.end - entry.start
-        if len(weights[entry.name].becomes) == 1:
+        if len(weights[entry.name].llama) == 1:
             yield from stream.take(size)
         else:
             yield from layout.split(stream.exactly(size))
     stream.end()
 
 
-def _header(entries: Sequence[Entry], weights: Mapping[str, Weight]) -> bytes:
+def _header(entries: Sequence[TensorEntry], weights: Mapping[str, Weight]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for entry in entries:
         width = (entry.end - entry.start) // math.prod(entry.shape)
-        for name, shape in weights[entry.name].becomes.items():
+        for name, shape in weights[entry.name].llama.items():
             end = start + width * math.prod(shape)
             header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [start, end]}
             start = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # as the safetensors package does, to align the tensors
+    text += b" " * (-len(text) % 8)  # aligns the tensors, as the safetensors package does
     return len(text).to_bytes(8, "little") + text
 
 

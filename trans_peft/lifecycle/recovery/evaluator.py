@@ -15,7 +15,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Judgement, Verdict
 from trans_peft.domain.outcome import Effect
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
-from trans_peft.errors import naming
+from trans_peft.errors import replacing_paths_in_errors
 from trans_peft.lifecycle.evaluations import ProgressCallback, base_folder, evaluate_on
 from trans_peft.lifecycle.recovery.strategies import Candidate, CandidateInputs, candidate
 from trans_peft.lifecycle.sequential import evaluate_sequentially
@@ -83,7 +83,7 @@ class CandidateEvaluator:
             return {}
         with (
             tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
-            naming({Path(scratch) / "fresh": str(fresh)}),
+            replacing_paths_in_errors({Path(scratch) / "fresh": str(fresh)}),
         ):
             return self._answers(
                 lambda: self.platform.registry.download(fresh, Path(scratch) / "fresh"),

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
+from trans_peft.checksums import model_checksums
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import UnsupportedModelError
 from trans_peft.models import load_base
 from trans_peft.perturbation import perturbed
-from trans_peft.snapshot import snapshot
 from trans_peft.transfer.load_adapter import attached
 
 IDS = torch.arange(12)[None]
@@ -105,7 +105,7 @@ def test_a_change_is_found_and_the_base_is_loaded_again(change, base):
     CHANGES[change](held.model)
     again = load_base(base, "float32", "cpu")
     assert again.model is not held.model
-    assert not snapshot(again.model).changes(snapshot(fresh(base)))
+    assert not model_checksums(again.model).changes(model_checksums(fresh(base)))
 
 
 @pytest.mark.parametrize("change", TOKENIZER_CHANGES)
@@ -157,25 +157,25 @@ def test_one_byte_anywhere_changes_the_checksum(dtype, size, data):
     module = nn.Module()
     values = torch.zeros(size, dtype=dtype)
     module.register_buffer("values", values)
-    before = snapshot(module)
+    before = model_checksums(module)
     raw = values.view(torch.uint8).numpy()
     at = data.draw(st.integers(0, len(raw) - 1))
     raw[at] ^= np.uint8(1)
-    assert before.changes(snapshot(module)) == ["values"]
+    assert before.changes(model_checksums(module)) == ["values"]
     raw[at] ^= np.uint8(1)
-    assert not before.changes(snapshot(module))
+    assert not before.changes(model_checksums(module))
 
 
-def test_scalars_empty_tensors_views_and_meta_tensors_have_snapshots():
+def test_scalars_empty_tensors_views_and_meta_tensors_have_checksums():
     module = nn.Module()
     module.register_buffer("scalar", torch.tensor(3.0))
     module.register_buffer("empty", torch.zeros(0, 4))
     module.register_buffer("meta", torch.zeros(2, device="meta"))
     module.register_buffer("view", torch.arange(20.0).reshape(4, 5).T[1:, ::2])
-    before = snapshot(module)
+    before = model_checksums(module)
     module.view[0, 1] += 1
     module.scalar += 1
-    assert before.changes(snapshot(module)) == ["scalar", "view"]
+    assert before.changes(model_checksums(module)) == ["scalar", "view"]
 
 
 def test_an_adapter_on_expert_parameters_gives_the_base_back(tmp_path):
@@ -200,13 +200,13 @@ def test_an_adapter_on_expert_parameters_gives_the_base_back(tmp_path):
     adapted = get_peft_model(mixtral(), config).eval()
     adapted.save_pretrained(tmp_path)
     model = mixtral()
-    before = snapshot(model)
+    before = model_checksums(model)
     with torch.no_grad():
         bare = model(input_ids=IDS).logits
         with attached(model, tmp_path) as lent:
             assert torch.equal(lent(input_ids=IDS).logits, adapted(input_ids=IDS).logits)
         assert torch.equal(model(input_ids=IDS).logits, bare)
-    assert not before.changes(snapshot(model))
+    assert not before.changes(model_checksums(model))
 
 
 def test_a_write_that_no_version_counter_shows_is_reported(tmp_path):

@@ -1,0 +1,178 @@
+"""Checksums of a model in memory, to detect that it was changed.
+
+Version counters of tensors are not enough. They miss writes through `.data` and numpy, and they
+count writes that change nothing, such as a parametrisation that is registered and removed again.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["ModelChecksums", "model_checksums", "tokenizer_checksums"]
+
+_WORDS = 1 << 14
+"""64-bit words in one row of a checksum: 128 KiB, which stay in a processor's cache."""
+
+_BLOCK_BYTES = 1 << 28
+"""Temporary memory of one checksum on an accelerator."""
+
+_CONTAINERS = {"_parameters", "_buffers", "_modules"}
+
+
+@dataclass(frozen=True)
+class ModelChecksums:
+    """Checksums and settings of all parts of a model or tokenizer that its output depends on.
+
+    Train or eval mode is left out, because callers set it themselves.
+
+    Attributes:
+        parts: name of a module, tensor or configuration -> a value that compares by content.
+    """
+
+    parts: Mapping[str, object]
+
+    def changes(self, now: "ModelChecksums") -> list[str]:
+        """Return the sorted names of the parts that differ, were added or were removed."""
+        missing = object()
+        return sorted(
+            name
+            for name in self.parts.keys() | now.parts.keys()
+            if self.parts.get(name, missing) != now.parts.get(name, missing)
+        )
+
+
+def model_checksums(model: "nn.Module") -> ModelChecksums:
+    """Return the checksums of a model: its modules, tensors, hooks, attributes and configurations.
+
+    Reads every parameter and buffer once, on its device. One thread of a CPU takes about 0.3 s
+    for the 135 million float32 parameters of SmolLM2-135M.
+    """
+    parts: dict[str, object] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        parts[f"module {name or '(model)'}"] = _class(module), _attributes(module)
+    for owner in ("config", "generation_config"):
+        if hasattr(model, owner):
+            parts[owner] = _plain(getattr(model, owner))
+    return ModelChecksums(parts | _tensors(model))
+
+
+def tokenizer_checksums(tokenizer: Any) -> ModelChecksums:
+    """Return the checksums of a tokenizer: its settings, special tokens, template and size."""
+    settings = {
+        f"tokenizer {key}": _plain(value)
+        for key, value in vars(tokenizer).items()
+        if not key.startswith("_in_")
+    }
+    return ModelChecksums(settings | {"tokenizer": (_class(tokenizer), len(tokenizer))})
+
+
+def _attributes(module: "nn.Module") -> dict[str, object]:
+    return {
+        key: tuple(value) if key.endswith("_hooks") else _plain(value)
+        for key, value in vars(module).items()
+        if key not in _CONTAINERS and key != "training" and not _is_config(value)
+    }
+
+
+def _class(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_config(value: object) -> bool:
+    return hasattr(value, "to_dict") and hasattr(value, "__dict__")
+
+
+def _plain(value: Any) -> object:
+    """Return a setting as a value that compares by content; for other objects, the class."""
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if _is_config(value):
+        return _class(value), {key: _plain(item) for key, item in vars(value).items()}
+    if callable(value) and not isinstance(value, type):
+        return _class(value), id(value)  # a patched method
+    return _class(value)
+
+
+def _tensors(model: "nn.Module") -> dict[str, object]:
+    """Return for each parameter and buffer its properties, its ties and a checksum of its bytes."""
+    import torch
+
+    described: dict[str, tuple[object, ...]] = {}
+    sums: dict[tuple[object, ...], torch.Tensor] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in _named_tensors(model):
+        at: object = name if tensor.is_meta else tensor.data_ptr()
+        where = (tensor.device, at, tensor.dtype, tensor.shape, tensor.stride())
+        if where not in sums and not tensor.is_meta:
+            sums[where] = _checksum(tensor)
+        tied = first.setdefault(where, name)
+        about = (_class(tensor), str(tensor.dtype), tuple(tensor.shape), str(tensor.device))
+        described[name] = (*about, tensor.requires_grad, tied, where)
+    values = _values(sums)
+    return {name: (*about, values.get(where)) for name, (*about, where) in described.items()}
+
+
+def _named_tensors(model: "nn.Module") -> "Iterator[tuple[str, torch.Tensor]]":
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _values(sums: "Mapping[tuple[object, ...], torch.Tensor]") -> dict[object, int]:
+    """Read checksums from their devices, each device once."""
+    import torch
+
+    values: dict[object, int] = {}
+    for device in {found.device for found in sums.values()}:
+        here = {where: found for where, found in sums.items() if found.device == device}
+        values |= zip(here, torch.stack(list(here.values())).tolist(), strict=True)
+    return values
+
+
+def _checksum(tensor: "torch.Tensor") -> "torch.Tensor":
+    """Return a 64-bit checksum of a tensor's bytes, as a scalar on its device.
+
+    A sum of the bytes' 64-bit words, each times an odd number that depends on its place, modulo
+    2**64. Any change of one word changes the sum. Any other change keeps it with a chance of 2**-63
+    or less. It does not resist an attacker who knows the factors.
+    """
+    import torch
+
+    data = tensor.detach().flatten().contiguous().view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    aligned = data[:whole]
+    if aligned.data_ptr() % 8:
+        aligned = aligned.clone()
+    words = aligned.view(torch.int64)
+    factors = _factors(words.device)
+    rows = len(words) // _WORDS
+    step = 1 if words.device.type == "cpu" else max(1, _BLOCK_BYTES // (8 * _WORDS))
+    sums, product = [], torch.empty(min(step, rows), _WORDS, dtype=torch.int64, device=words.device)
+    for row in range(0, rows, step):
+        block = words[row * _WORDS : min(row + step, rows) * _WORDS].view(-1, _WORDS)
+        sums.append(torch.mul(block, factors, out=product[: len(block)]).sum(1))
+    rest = words[rows * _WORDS :]
+    sums.append((rest * factors[: len(rest)]).sum()[None])
+    end = data[whole:].to(torch.int64)
+    sums.append((end * factors[: len(end)]).sum()[None])
+    places = 2 * torch.arange(rows + 2, device=words.device) + 1
+    return (torch.cat(sums) * places).sum()
+
+
+@cache
+def _factors(device: "torch.device") -> "torch.Tensor":
+    import torch
+
+    generator = torch.Generator().manual_seed(20250731)
+    drawn = torch.randint(-(2**62), 2**62, (_WORDS,), generator=generator)
+    return (2 * drawn + 1).to(device)
