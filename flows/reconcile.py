@@ -115,7 +115,14 @@ class _Family:
         changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
         plan = reconciliation.plan_fleet(self.name, self.policy)
         for lost in shards.in_flight(ended, plan):
-            transfer.record_failure(self.name, lost, self.policy, reason="its process was killed")
+            state = transfer.record_failure(
+                self.name, lost, self.policy, reason="its process was killed", return_state=True
+            )
+            if not state.is_completed():
+                self.left[lost.key] = (
+                    f"{lost}: its process was killed, and this attempt could not be recorded: "
+                    f"{state.message}"
+                )
             plan = reconciliation.plan_fleet(self.name, self.policy)
         for end in ended:
             told = (

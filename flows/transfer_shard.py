@@ -33,8 +33,15 @@ def transfer_shard(family: str, shard: tuple[TransferTask, ...], policy: GatePol
             elif is_infrastructure_failure(state):
                 unanswered.append(f"{work.adapter}: {state.message}")
             else:
-                transfer.record_failure(family, work, policy, reason=str(state.message))
-                failed.append(work.adapter)
+                reason = str(state.message)
+                record = transfer.record_failure(family, work, policy, reason, return_state=True)
+                if record.is_completed():
+                    failed.append(work.adapter)
+                else:
+                    unanswered.append(
+                        f"{work.adapter}: {reason}; this attempt is not counted, because it could "
+                        f"not be recorded: {record.message}"
+                    )
     if failed or unanswered:
         words = [f"{len(failed)} of {len(shard)} failed: {', '.join(failed)}"] if failed else []
         return Failed(message="\n".join([*words, *unanswered]))

@@ -7,7 +7,7 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
-from trans_peft.errors import AccessError, IsolationError, StoreError
+from trans_peft.errors import AccessError, BaseUnreadableError, IsolationError, StoreError
 
 __all__ = ["RETRIES", "is_infrastructure_failure"]
 
@@ -35,8 +35,9 @@ def is_infrastructure_failure(state: State[Any]) -> bool:
 
 
 def _may_mend(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether it may be otherwise in a minute. Who is not let in never will be."""
-    return is_infrastructure_failure(state) and not isinstance(_error(state), AccessError)
+    """Whether another attempt within a minute can succeed: not if access or a base is missing."""
+    lasting = isinstance(_error(state), AccessError | BaseUnreadableError)
+    return is_infrastructure_failure(state) and not lasting
 
 
 def _error(state: State[Any]) -> BaseException | None:

@@ -13,7 +13,8 @@
     │   └── NotServedError                    no version of the adapter serves on that base
     ├── IntegrityError        (OSError)       content does not match its hash or ETag
     ├── StoreError            (OSError)       a store, a server or a disk fails
-    │   └── AccessError       (PermissionError)   it denies access: do not retry
+    │   ├── AccessError       (PermissionError)   it denies access: do not retry
+    │   └── BaseUnreadableError               a base version cannot be read: repair it first
     ├── EvaluationError       (RuntimeError)  a model produced no answers that can be scored
     └── TrainingError         (RuntimeError)  a training process ended without an adapter
         ├── OutOfMemoryError  (MemoryError)
@@ -32,6 +33,7 @@ from typing import Any
 __all__ = [
     "AccessError",
     "AdapterError",
+    "BaseUnreadableError",
     "ContentError",
     "DataError",
     "EvaluationError",
@@ -182,6 +184,10 @@ class StoreError(TransPeftError, OSError):
 
 class AccessError(StoreError, PermissionError):
     """A store or server denies access. Retrying does not help."""
+
+
+class BaseUnreadableError(StoreError):
+    """The record or the files of a base version cannot be read. No adapter is at fault."""
 
 
 class EvaluationError(TransPeftError, RuntimeError):

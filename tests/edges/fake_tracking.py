@@ -46,6 +46,7 @@ class FakeTracking:
         return SimpleNamespace(
             get_model_version=lambda name, number: self.version(name, int(number)),
             get_model_version_download_uri=self._download_uri,
+            get_registered_model=lambda name: self.known[name],
             delete_registered_model_alias=lambda name, alias: self.known[name].aliases.pop(
                 alias, 0
             ),
@@ -73,6 +74,14 @@ class FakeTracking:
 
     def versions(self, name: str) -> list[Version]:
         return list(self.made.get(name, ()))
+
+    def tagged_versions(self, tags: dict[str, str]) -> list[Version]:
+        return [
+            version
+            for _, versions in sorted(self.made.items())
+            for version in versions
+            if full_tags(tags).items() <= version.tags.items()
+        ]
 
     def version(self, name: str, number: int) -> Version:
         for version in self.made.get(name, ()):
@@ -112,8 +121,10 @@ class FakeTracking:
         yield run_id
 
     def oldest_run(self, purpose: str, tags: dict[str, str]) -> str | None:
-        found = (run_id for run_id, (its, _) in self._runs.items() if tags.items() <= its.items())
-        return next(found, None)
+        return next(iter(self.finished_runs(purpose, tags)), None)
+
+    def finished_runs(self, purpose: str, tags: dict[str, str]) -> list[str]:
+        return [run_id for run_id, (its, _) in self._runs.items() if tags.items() <= its.items()]
 
     def log_params(self, *_: object) -> None:
         pass

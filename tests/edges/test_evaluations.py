@@ -60,21 +60,50 @@ def test_one_that_was_broken_off_is_not_taken_for_whole(servers, unique, monkeyp
 
 
 @pytest.mark.servers
+@pytest.mark.parametrize("left", [None, "", "{", '{"suite": "x"}', "another"])
+def test_one_whose_file_is_missing_or_damaged_is_stored_again(servers, unique, tmp_path, left):
+    from mlflow import MlflowClient
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    from trans_peft.edges.json_codec import to_json
+    from trans_peft.edges.mlflow_client import Tracking
+    from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
+
+    evaluations, known = MlflowEvaluations(servers.mlflow_url), evaluation(unique)
+    evaluations.put(known)
+    run_id = Tracking(servers.mlflow_url).oldest_run("evaluations", {"evaluation_key": known.key})
+    client = MlflowClient(servers.mlflow_url)
+    files = get_artifact_repository(
+        client.get_run(run_id).info.artifact_uri, tracking_uri=servers.mlflow_url
+    )
+    if left is None:
+        files.delete_artifacts("evaluation.json")
+    else:
+        other = to_json(type(known), evaluation(f"{unique}-other"))
+        (tmp_path / "evaluation.json").write_text(other if left == "another" else left)
+        files.log_artifact(str(tmp_path / "evaluation.json"))
+    assert evaluations.get(known.key) is None
+    evaluations.put(known)
+    evaluations.put(evaluation(unique, right=1))
+    assert evaluations.get(known.key) == known
+
+
+@pytest.mark.servers
 def test_of_two_that_were_made_at_once_everybody_gets_the_same(servers, unique, monkeypatch):
     from trans_peft.edges.mlflow_client import Tracking
     from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
 
     both_looked = threading.Barrier(2)
-    oldest_run = Tracking.oldest_run
+    finished_runs = Tracking.finished_runs
 
     def look(self, *arguments):
-        found = oldest_run(self, *arguments)
+        found = finished_runs(self, *arguments)
         both_looked.wait(timeout=60)
         return found
 
     stores = [MlflowEvaluations(servers.mlflow_url) for _ in range(2)]
     with monkeypatch.context() as patch:
-        patch.setattr(Tracking, "oldest_run", look)
+        patch.setattr(Tracking, "finished_runs", look)
         threads = [
             threading.Thread(target=store.put, args=(evaluation(unique, right=right),))
             for right, store in enumerate(stores, start=1)

@@ -19,13 +19,15 @@ from trans_peft.edges.mlflow_client import own_tags, tag
 from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
 from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
 from trans_peft.edges.mlflow_registry import MlflowRegistry
-from trans_peft.errors import IntegrityError, InvalidSpecError
+from trans_peft.edges.stores import SchemeStore
+from trans_peft.errors import InvalidSpecError, StoreError, TransPeftError
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
-from trans_peft.lifecycle.bases import pending
+from trans_peft.lifecycle.bases import ingest, pending
 from trans_peft.lifecycle.reconcile import observe, plan, with_cost_estimates
 from trans_peft.lifecycle.report import report
 
 ANY_SHARE = PromotionPolicy(min_serving_share=0.0)
+NO_ROLLBACK = PromotionPolicy(min_serving_share=0.0, free_rollback=False)
 ODD = [
     *("x", "", " ", "0", "-1", "1.5", "true", "null", "[]", "{}", "NaN", '"', "'", "{", "1>2>3"),
     *(
@@ -187,6 +189,9 @@ def test_any_text_in_a_tag_of_a_base_version(two, tag, text):
         two.nobody_else_is_stopped()
 
 
+THRESHOLD = '[{"name": "exam", "data": {"uri": "x", "sha256": "0"}, "threshold": %s}]'
+
+
 @pytest.mark.parametrize(
     ("tag", "text", "said"),
     [
@@ -199,6 +204,9 @@ def test_any_text_in_a_tag_of_a_base_version(two, tag, text):
         ("adapter", "good", r"bad: the tag trans_peft.adapter of version 2"),
         ("OUTCOME", "{}", r"bad: the tag trans_peft.outcome.on-[0-9a-f]+ of version 2 of bad"),
         ("OUTCOME", "[[" * 5000, r"bad: the tag trans_peft.outcome"),
+        ("suites", THRESHOLD % "NaN", r"bad: the tag trans_peft.suites of version 2 of bad"),
+        ("suites", THRESHOLD % "Infinity", r"bad: the tag trans_peft.suites of version 2 of bad"),
+        ("suites", THRESHOLD % '"nan"', r"bad: the tag trans_peft.suites of version 2 of bad"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_the_plan_and_in_the_report(two, tag, text, said):
@@ -262,6 +270,83 @@ def test_an_adapter_of_a_family_that_does_not_exist_is_named(two):
         assert "'bad' claims the family 'spolit', which does not exist" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *[("kind", kind) for kind in ("Adapter", "ADAPTER", "adapter ", "lora", "base", None)],
+        *[("family", family) for family in ("spolit", "Spoilt", "other", None)],
+    ],
+)
+@pytest.mark.parametrize("judged", [True, False], ids=["judged", "new"])
+def test_an_adapter_with_a_wrong_tag_of_its_model_blocks_the_promotion(two, name, text, judged):
+    with two.spoiling({}, "", ""):
+        if not judged:
+            two.spoilt.add_base("v3")
+        tags = two.tracking.known["bad"].tags
+        del tags[tag(name)]
+        if text is not None:
+            tags[tag(name)] = text
+        champion = 2 if judged else 3
+        two.spoilt.person.sets_on_a_base("spoilt", "champion", champion)
+        two.spoilt.complete_tasks()
+        changes = two.spoilt.apply_verdicts(NO_ROLLBACK)
+        assert changes.promoted is None
+        assert f"the tag trans_peft.{name} must be" in changes.refused
+        assert any(line.startswith("bad: the tag") for line in changes.unreadable)
+        assert two.spoilt.serving == 1
+        assert "spoilt" in two.spoilt.platform.catalog.families()
+        two.tracking.known["bad"].tags.update({tag("kind"): "adapter", tag("family"): "spoilt"})
+        two.spoilt.complete_tasks()
+        assert two.spoilt.apply_verdicts(ANY_SHARE).promoted == f"spoilt/v{champion}"
+
+
+@pytest.mark.parametrize("name", ["kind", "family"])
+def test_a_retired_adapter_with_a_wrong_tag_blocks_nothing(two, name):
+    with two.model_tag("bad", "retired", "true"), two.model_tag("bad", name, "x"):
+        two.spoilt.person.sets_on_a_base("spoilt", "champion", 2)
+        assert two.spoilt.apply_verdicts(ANY_SHARE).promoted == "spoilt/v2"
+
+
+def test_a_version_with_the_tag_of_another_family_blocks_its_own_family_alone(two):
+    with two.version_tag("bad", "2", "family", "other"):
+        for fleet in (two.spoilt, two.other):
+            fleet.person.sets_on_a_base(fleet.family, "champion", 2)
+        assert two.other.apply_verdicts(NO_ROLLBACK).promoted == "other/v2"
+        assert "bad" in two.spoilt.apply_verdicts(NO_ROLLBACK).refused
+        two.other.platform.catalog.set_serving(two.other.platform.catalog.versions("other")[0])
+
+
+def test_a_copy_of_an_adapter_elsewhere_blocks_nothing(two):
+    with two.spoiling({}, "", ""):
+        tags = own_tags(two.tracking.version("good", 1).tags)
+        two.tracking.known["prod"] = Model("prod", {})
+        two.tracking.make_version("prod", "models:/good/1", tags)
+        two.spoilt.person.sets_on_a_base("spoilt", "champion", 2)
+        assert two.spoilt.apply_verdicts(ANY_SHARE).promoted == "spoilt/v2"
+
+
+@pytest.mark.parametrize("kind", ["Base", "bsae", "adapter", None])
+def test_a_base_family_with_a_wrong_kind_is_named(two, kind):
+    with two.spoiling({}, "", ""):
+        tags = two.tracking.known["spoilt"].tags
+        del tags[tag("kind")]
+        if kind is not None:
+            tags[tag("kind")] = kind
+        catalog = two.spoilt.platform.catalog
+        assert catalog.families() == ("other",)
+        (line,) = catalog.set_aside()
+        assert line.startswith("the base family 'spoilt': the tag trans_peft.kind must be base")
+
+
+def test_a_model_of_unknown_kind_is_named_and_a_foreign_one_is_not(two):
+    with two.spoiling({}, "", ""):
+        two.tracking.known["theirs"] = Model("theirs", {"team": "x"})
+        two.tracking.known["slip"] = Model("slip", {tag("kind"): "Base"})
+        (line,) = two.spoilt.platform.catalog.set_aside()
+        assert "'slip'" in line and "found 'Base'" in line
+        assert two.spoilt.platform.registry.set_aside() == ()
+
+
 def test_a_name_that_differs_by_case_alone_is_not_registered(two):
     with pytest.raises(InvalidSpecError, match="upper and lower case alone"):
         two.spoilt.add_adapter("BAD", two.v1)
@@ -307,14 +392,85 @@ def test_an_evaluation_that_cannot_be_read_is_set_aside(two, text):
     kept = two.tracking.read_text(run_id, "evaluation.json")
     other = kept.replace(version.weights_sha256, "0" * 64)
     two.tracking.write_text(run_id, "evaluation.json", other if text == "OTHER" else text)
-    with pytest.raises(IntegrityError):
-        store.get(one.key)
+    assert store.get(one.key) is None
     platform = two.spoilt.platform
     two.spoilt.platform = replace(platform, evaluations=store)
     try:
         two.nobody_else_is_stopped()
-        page = report("spoilt", two.spoilt.platform).markdown()
-        assert "good version 1, suite exam: evaluation.json of run" in page
+        store.put(one)
+        assert store.get(one.key) == one
     finally:
         two.spoilt.platform = platform
         two.tracking.write_text(run_id, "evaluation.json", kept)
+        for other_id in two.tracking.finished_runs("evaluations", {"evaluation_key": one.key})[1:]:
+            del two.tracking._runs[other_id]
+
+
+class NoAnswer:
+    """A store of evaluations whose experiment was deleted."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def get(self, key):
+        self.calls += 1
+        raise StoreError("the experiment 'trans-peft/evaluations' cannot be used", found="deleted")
+
+
+def test_a_store_of_evaluations_without_an_answer_stops_no_planning(two):
+    with two.spoiling({}, "", ""):
+        two.spoilt.add_base("v3")
+        platform = replace(two.spoilt.platform, evaluations=NoAnswer())
+        seen = observe("spoilt", platform)
+        found = with_cost_estimates(plan(seen, POLICY), seen, platform)
+        assert {work.adapter for work in found.work} == {"bad", "good"}
+        assert {work.estimated_seconds for work in found.work} == {None}
+        assert platform.evaluations.calls == 1
+        page = report("spoilt", platform).markdown()
+        assert page.count("the scores of stored evaluations are left out") == 1
+        assert platform.evaluations.calls == 2
+
+
+RECIPE = {
+    "adapter": "bad",
+    "family": "spoilt",
+    "data": {"uri": "x"},
+    "suites": [{"name": "exam", "data": {"uri": "x"}}],
+}
+
+
+@pytest.mark.parametrize(
+    "odd", [{"optimizer": {"learning_rate": "ODD"}}, {"spec": {"options": {"r": "ODD"}}}]
+)
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_a_recipe_with_a_number_that_is_not_finite_sets_its_adapter_aside(
+    two, odd, number, version
+):
+    text = json.dumps(RECIPE | odd).replace('"ODD"', number)
+    with two.version_tag("bad", version, "recipe", text):
+        seen = two.nobody_else_is_stopped()
+        assert [adapter.name for adapter in seen.adapters] == ["good"]
+        (line,) = seen.unreadable
+        assert line.startswith("bad: ")
+
+
+@pytest.mark.parametrize(
+    "uri", ["file:///a%00b", "/a\x00b", "/a\ud800b", "{loop}", "s3://", "x://y"]
+)
+def test_a_version_with_an_odd_uri_stops_no_upload(two, tmp_path, uri):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    uri = uri.replace("{loop}", str(tmp_path / "loop"))
+    platform = replace(two.spoilt.platform, store=SchemeStore())
+    upload = tmp_path / "bases" / "smol" / "v1"
+    upload.mkdir(parents=True)
+    (upload / "trans_peft_manifest.json").write_text("{}")
+    with two.spoiling({}, "", ""):
+        own = {tag("family"): "spoilt", tag("uri"): uri}
+        number = two.tracking.make_version("spoilt", "s3://bases/spoilt/v9", own_tags(own))
+        found = pending(platform, root_uri=str(tmp_path / "bases"))
+        assert [item.uri for item in found] == [str(upload), uri]
+        assert found[1].registered.number == number
+        for item in found:
+            with pytest.raises(TransPeftError):
+                ingest(item, platform)

@@ -46,6 +46,19 @@ ESCAPES = (
 )
 
 
+@pytest.mark.parametrize(
+    "uri", ["file:///a%00b", "/a\x00b", "/a\ud800b", "file:///a\ud800b", "{loop}", "{loop}/x"]
+)
+@pytest.mark.parametrize("places", [Places(), Places((Path("/"),), ())], ids=["any", "listed"])
+def test_what_can_be_no_path_is_refused(tmp_path, uri, places):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    store, uri = SchemeStore(places), uri.replace("{loop}", str(tmp_path / "loop"))
+    with pytest.raises(AccessError, match="cannot be used as a local path"):
+        store.list(uri)
+    with pytest.raises(AccessError), store.read(uri):
+        pass
+
+
 @pytest.mark.parametrize("escape", ESCAPES)
 @pytest.mark.parametrize("listed", [True, False])
 def test_no_path_leads_out_of_the_list(folders, escape, listed, monkeypatch):

@@ -342,7 +342,7 @@ class TestOneFamilyThatFails:
         return world
 
     @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), StoreError("away")])
-    @pytest.mark.parametrize("step", ["settle_fleet", "plan_fleet"])
+    @pytest.mark.parametrize("step", ["apply_fleet_verdicts", "plan_fleet"])
     def test_in_any_step(self, world, monkeypatch, step, error):
         verbs = world._reconciliation
         plain = getattr(verbs, step)

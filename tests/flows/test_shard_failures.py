@@ -80,8 +80,14 @@ def shard(monkeypatch, tmp_path):
     passed = outcome(draft("chat", "small", peft_folder(tmp_path / "peft")))
     passed = replace(passed, training=None)
 
-    def run(errors):
+    def run(errors, not_recorded=None):
         charged = []
+
+        def record_failure(family, work, policy, reason, return_state):
+            if error := (not_recorded or {}).get(work.adapter):
+                return Failed(data=error, message=f"{error}")
+            charged.append(work.adapter)
+            return Completed(data=None)
 
         def transfer_adapter(family, work, policy, return_state):
             error = errors.get(work.adapter)
@@ -91,7 +97,7 @@ def shard(monkeypatch, tmp_path):
 
         fakes = SimpleNamespace(
             transfer_adapter=transfer_adapter,
-            record_failure=lambda family, work, policy, reason: charged.append(work.adapter),
+            record_failure=record_failure,
         )
         monkeypatch.setattr(module, "transfer", fakes)
         monkeypatch.setattr(module, "gpu_slot", nullcontext)
@@ -111,6 +117,16 @@ def test_an_adapter_that_breaks_is_charged_beside_an_outage(shard):
     state, charged = shard({"a": EvaluationError("nan"), "c": StoreError("S3 cannot be reached")})
     assert (state.name, charged) == ("Failed", ["a"])
     assert state.message == "1 of 3 failed: a\nc: S3 cannot be reached"
+
+
+def test_a_failure_that_cannot_be_recorded_stops_no_other_adapter(shard):
+    broken = EvaluationError("nan")
+    state, charged = shard({"a": broken, "b": broken}, {"a": NotFoundError("no base v2")})
+    assert (state.name, charged) == ("Failed", ["b"])
+    assert state.message == (
+        "1 of 3 failed: b\na: nan; this attempt is not counted, because it could not be recorded: "
+        "no base v2"
+    )
 
 
 def test_a_shard_that_nothing_befell_is_completed(shard):

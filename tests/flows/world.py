@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
 from tasks.shards import EndedShard, Shard
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet
@@ -26,7 +26,7 @@ from trans_peft.lifecycle.reconcile import is_still_needed, observe, observe_ada
 
 WRITES = {
     "catalog": ("set_serving", "note_promotion"),
-    "registry": ("set_alias", "record_hand", "register", "record"),
+    "registry": ("set_alias", "record_manual_override", "register", "record"),
 }
 
 
@@ -97,7 +97,7 @@ class World:
         with monkeypatch.context() as patch:
             for name in ("reconciliation", "ingestion", "reporting", "transfer"):
                 patch.setattr(module, name, getattr(self, f"_{name}"))
-            for name in ("start", "under_way", "withdraw", "wait"):
+            for name in ("start", "active_shards", "cancel_shard", "wait"):
                 patch.setattr(module.shards, name, getattr(self, f"_{name}"))
             given = {"policy": POLICY, "promotion": self.promotion, "shard_size": self.shard_size}
             return module.reconcile.fn(**given | parameters)
@@ -126,10 +126,16 @@ class World:
 
     @property
     def _transfer(self) -> SimpleNamespace:
-        def record_failure(family: str, work: TransferTask, policy: Any, reason: str) -> None:
-            fleet = observe_adapter(work.adapter, family, self.platform)
-            if is_still_needed(work, fleet, policy):
-                transfer.record_failure(work, fleet, policy, self.platform, reason=reason)
+        def record_failure(
+            family: str, work: TransferTask, policy: Any, reason: str, return_state: bool
+        ) -> Any:
+            try:
+                fleet = observe_adapter(work.adapter, family, self.platform)
+                if is_still_needed(work, fleet, policy):
+                    transfer.record_failure(work, fleet, policy, self.platform, reason=reason)
+            except Exception as error:
+                return Failed(data=error, message=str(error))
+            return Completed(data=None)
 
         return SimpleNamespace(record_failure=record_failure)
 
@@ -143,14 +149,14 @@ class World:
         self.runs.append(Run(uuid4(), key, work))
         return Shard(self.runs[-1].id, work, waits=True)
 
-    def _under_way(self, family: str, policy: Any) -> tuple[Shard, ...]:
+    def _active_shards(self, family: str, policy: Any) -> tuple[Shard, ...]:
         return tuple(
             Shard(run.id, run.work, run.state == "Scheduled")
             for run in self.runs
             if run.state in ("Scheduled", "Running")
         )
 
-    def _withdraw(self, shard: Shard) -> None:
+    def _cancel_shard(self, shard: Shard) -> None:
         run = self._run(shard)
         if run.state == "Scheduled":
             run.state = "Withdrawn"

@@ -1,16 +1,20 @@
 """What a person does, and what comes of it, in memory and in MLflow: the same."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from tests.lifecycle.fleet import POLICY, MemoryFleet
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.errors import BaseUnreadableError, NotFoundError, NotServedError
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
-from trans_peft.lifecycle.reconcile import observe
+from trans_peft.lifecycle.evaluations import base_folder, named_fingerprint, tokenizer_folder
+from trans_peft.lifecycle.reconcile import observe, observe_adapter
 from trans_peft.lifecycle.report import report
-from trans_peft.lifecycle.resolve import resolve
+from trans_peft.lifecycle.resolve import find_base, resolve
+from trans_peft.lifecycle.transfer import record_failure
 
 ALL = PromotionPolicy(min_serving_share=1.0)
 
@@ -33,6 +37,24 @@ class Upgrade:
 
     def click(self, adapter, number):
         self.fleet.person.sets_on_an_adapter(adapter, self.v2.alias, number)
+
+    def registers_manually(self, uri):
+        if hasattr(self.fleet.platform.catalog, "register_manually"):
+            return self.fleet.platform.catalog.register_manually(self.fleet.family, uri)
+        from mlflow import MlflowClient
+
+        tracking_uri = self.fleet.platform.catalog._tracking.uri
+        return int(MlflowClient(tracking_uri).create_model_version(self.fleet.family, uri).version)
+
+    def loses_fingerprint(self, base):
+        """Return a platform on which the base's stored fingerprint is gone."""
+        platform = self.fleet.platform
+        if hasattr(platform.catalog, "_tracking"):
+            catalog = type(platform.catalog)(platform.catalog._tracking.uri)
+            catalog._tracking.tag_version(base.family, base.number, {"fingerprint_run": "0" * 32})
+            return replace(platform, catalog=catalog)
+        del platform.catalog._fingerprints[base.fingerprint_sha256]
+        return platform
 
     def apply_verdicts(self, promotion=ALL):
         seen = observe(self.fleet.family, self.fleet.platform)
@@ -98,6 +120,78 @@ def test_a_block_stays_and_is_recorded_until_it_is_given_back(upgrade):
     upgrade.click(upgrade.good, 2)
     upgrade.apply_verdicts()
     assert upgrade.registry.aliases(upgrade.good)[upgrade.v2.alias].recorded is None
+
+
+@pytest.mark.parametrize("alias", ["2026-02", "staging", "v2-rc"])
+def test_an_alias_that_is_spelled_like_a_label_replaces_no_version(upgrade, alias):
+    fleet, platform = upgrade.fleet, upgrade.fleet.platform
+    fleet.person.sets_on_a_base(fleet.family, alias, upgrade.v1.number)
+    with pytest.raises(NotFoundError):
+        find_base(fleet.family, alias, platform)
+    version = fleet.add_base(alias)
+    assert find_base(fleet.family, alias, platform).number == version.number
+    with pytest.raises(NotServedError):
+        resolve(upgrade.good, platform, base=alias)
+    work = next(work for work in fleet.work() if work.adapter == upgrade.good)
+    seen = observe_adapter(work.adapter, fleet.family, platform)
+    record_failure(work, seen, POLICY, platform, reason="as the test says")
+    outcomes = {o.base_version: o.verdict for o in platform.registry.outcomes(upgrade.good)}
+    assert outcomes == {"v2": Verdict.PASSED, alias: Verdict.FAILED}
+
+
+def test_an_alias_on_a_version_that_is_not_ready_stops_no_work(upgrade):
+    fleet = upgrade.fleet
+    number = upgrade.registers_manually("s3://bases/waiting")
+    fleet.add_base("2026-02")
+    fleet.person.sets_on_a_base(fleet.family, "2026-02", number)
+    for work in fleet.work():
+        seen = observe_adapter(work.adapter, fleet.family, fleet.platform)
+        record_failure(work, seen, POLICY, fleet.platform, reason="as the test says")
+        fleet.judge(replace(work, attempt=2))
+    assert fleet.work() == ()
+
+
+def test_a_base_that_cannot_be_read_is_charged_to_no_adapter(upgrade, tmp_path):
+    platform = upgrade.loses_fingerprint(upgrade.v2)
+    for read in (
+        lambda: base_folder(upgrade.v2, platform),
+        lambda: named_fingerprint(upgrade.v2, platform),
+        lambda: tokenizer_folder(upgrade.v2, platform, tmp_path / "tokenizer"),
+    ):
+        with pytest.raises(BaseUnreadableError, match=r"the base .*/v2 cannot be read"):
+            read()
+
+
+def test_an_adapter_that_cannot_be_read_blocks_the_promotion(upgrade):
+    upgrade.fleet.promote(upgrade.v2)
+    seen = observe(upgrade.fleet.family, upgrade.fleet.platform)
+    seen = replace(seen, unreadable=("x: the tag cannot be read",))
+    any_share = PromotionPolicy(min_serving_share=0.0)
+    changes = apply_verdicts(seen, POLICY, any_share, upgrade.fleet.platform)
+    assert changes.promoted is None
+    assert "adapters that cannot be read: x: the tag cannot be read" in changes.refused
+    assert upgrade.apply_verdicts(any_share).promoted == f"{upgrade.fleet.family}/v2"
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind", ["Adapter", "base", None])
+def test_a_wrong_kind_on_a_real_server_blocks_the_promotion(servers, unique, tmp_path, kind):
+    from mlflow import MlflowClient
+
+    upgrade = Upgrade(MemoryFleet.on_mlflow(tmp_path, unique, servers.mlflow_url))
+    client = MlflowClient(servers.mlflow_url)
+    upgrade.fleet.promote(upgrade.v2)
+    if kind is None:
+        client.delete_registered_model_tag(upgrade.bad, "trans_peft.kind")
+    else:
+        client.set_registered_model_tag(upgrade.bad, "trans_peft.kind", kind)
+    changes = upgrade.apply_verdicts(PromotionPolicy(min_serving_share=0.0))
+    assert changes.promoted is None
+    assert f"{upgrade.bad}: the tag trans_peft.kind must be adapter" in changes.refused
+    client.set_registered_model_tag(upgrade.bad, "trans_peft.kind", "adapter")
+    client.delete_registered_model_tag(unique, "trans_peft.kind")
+    assert unique not in upgrade.fleet.platform.catalog.families()
+    assert any(repr(unique) in line for line in upgrade.fleet.platform.catalog.set_aside())
 
 
 @pytest.mark.servers

@@ -52,6 +52,16 @@ def keyed(platform, public, **families):
 
 
 class TestPlaces:
+    @pytest.mark.parametrize("name", ["SMOL", "Smol"])
+    def test_a_name_that_differs_from_a_ruled_family_in_case_alone_is_refused(
+        self, platform, keys, name
+    ):
+        upload(platform, f"{ROOT}/{name}/v1", family=name)
+        ruled = keyed(platform, keys[0][1])
+        (refusal,) = reconcile(ruled)
+        assert "differs from that of smol in upper and lower case alone" in refusal
+        assert registered(ruled) == {}
+
     def test_a_family_takes_versions_from_below_its_own_prefix(self, platform):
         upload(platform, HOME)
         upload(platform, f"{ROOT}/smol/a/deeper/place", version="v2", files=OTHERS)

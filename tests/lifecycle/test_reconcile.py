@@ -5,19 +5,23 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prefect.states import Failed
 
+from tasks.policy import RETRIES, is_infrastructure_failure
 from tests.lifecycle.fleet import FAMILY, POLICY, SUITE, MemoryFleet, evaluation
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Reason
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.errors import NotFoundError, NotServedError
+from trans_peft.errors import BaseUnreadableError, NotFoundError, NotServedError
 from trans_peft.lifecycle.reconcile import (
     MAX_ATTEMPTS,
     observe,
+    observe_adapter,
     plan,
     with_cost_estimates,
 )
 from trans_peft.lifecycle.resolve import resolve
+from trans_peft.lifecycle.transfer import transfer
 
 
 def lines(work):
@@ -200,6 +204,20 @@ def test_an_adapter_that_cannot_be_judged_stops_nobody_else(fleet, two_bases):
     assert {w.adapter for w in found.work} == {"chat", "code", "orphan"}
     (reason,) = found.unreadable
     assert reason.startswith("stray: the adapter has no trained version")
+
+
+def test_a_base_that_cannot_be_read_charges_no_adapter_and_parks_none(fleet, two_bases):
+    v1, v2 = two_bases
+    for base in (v2, v1):
+        lost = fleet.platform.catalog._fingerprints.pop(base.fingerprint_sha256)
+        for work in fleet.work():
+            seen = observe_adapter(work.adapter, FAMILY, fleet.platform)
+            with pytest.raises(BaseUnreadableError, match=f"the base small/{base.version}") as told:
+                transfer(work, seen, POLICY, fleet.platform)
+            assert is_infrastructure_failure(Failed(data=told.value))
+            assert not RETRIES["retry_condition_fn"](None, None, Failed(data=told.value))
+        fleet.platform.catalog._fingerprints[base.fingerprint_sha256] = lost
+    assert {work.attempt for work in fleet.work()} == {1}
 
 
 def test_a_retired_adapter_is_left_alone(fleet, two_bases):

@@ -7,6 +7,7 @@ that turn evaluations into a verdict are in `trans_peft.validation.gate`.
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import isfinite
 from typing import ClassVar, Literal, NamedTuple
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
@@ -77,6 +78,8 @@ class Suite:
         problems = []
         if self.chance_points is not None and not 0 <= self.chance_points < 100:
             problems.append(f"chance_points must lie in [0, 100), not {self.chance_points}")
+        if self.threshold is not None and not _is_finite(self.threshold):
+            problems.append(f"threshold must be a finite number, not {quoted(self.threshold)}")
         if problem := name_problem("name", self.name):
             problems.append(problem)
         if self.max_new_tokens < 1:
@@ -124,6 +127,10 @@ class Suite:
         return evaluation_key(
             weights_sha256, base_fingerprint_sha256, self.suite_sha256, self.decoding_sha256
         )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def evaluation_key(

@@ -65,9 +65,9 @@ class Fleet:
         serving: The number of the base version with the alias `serving`.
         champion: The number of the base version with the alias `champion`, ready or not.
         adapters: The live adapters.
-        unreadable: Live adapters that cannot be read, each with the reason.
+        unreadable: Adapters that cannot be read, each with the reason. They block a promotion.
         notes: Stored notes about refused promotions, by number of the base version.
-        set_aside: Other registry entries that cannot be read, each with the reason.
+        set_aside: Base versions that cannot be read, each with the reason.
     """
 
     family: str

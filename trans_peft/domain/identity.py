@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+from trans_peft.errors import InvalidSpecError
+
 __all__ = ["ADDED_LATER", "content_sha256"]
 
 ADDED_LATER: Mapping[str, Any] = {"added_later": True}
@@ -36,8 +38,19 @@ def _plain(value: Any) -> Any:
 def content_sha256(value: Any) -> str:
     """Return the sha256 (64 hex digits) of a noun's canonical JSON.
 
-    Keys are sorted, tuples and lists are one, sets are sorted. Raises TypeError for a value that
-    JSON cannot hold.
+    Keys are sorted, tuples and lists are one, sets are sorted.
+
+    Raises:
+        TypeError: for a value of a type that JSON does not have.
+        InvalidSpecError: for an infinite number or NaN, which JSON does not have either.
     """
-    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    try:
+        text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise InvalidSpecError(
+            "a value has no content hash",
+            expected="finite numbers",
+            found=str(error),
+            do="look for NaN or an infinite number in the recipe, suite or policy",
+        ) from error
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,7 +11,7 @@ from typing import ClassVar
 from urllib.parse import unquote
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
-from trans_peft.domain.names import name_problem, quoted
+from trans_peft.domain.names import name_problem, quoted, same_but_for_case
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["FamilyRule", "Owners"]
@@ -42,6 +42,11 @@ class Owners:
     def __post_init__(self) -> None:
         problems = [problem for name in self.families if (problem := name_problem("family", name))]
         problems += [
+            f"{other} and {name} differ in upper and lower case alone"
+            for name in self.families
+            if (other := same_but_for_case(name, self.families)) is not None and other < name
+        ]
+        problems += [
             f"a prefix of {name} must be a plain URI or path; found {quoted(prefix)}"
             for name, rule in self.families.items()
             for prefix in rule.prefixes
@@ -52,18 +57,24 @@ class Owners:
 
     def prefixes(self, family: str) -> tuple[str, ...]:
         """Return the URIs below which a family's versions lie; empty: anywhere."""
-        rule = self.families.get(family)
+        rule = self._rule(family)
         if rule and rule.prefixes:
             return rule.prefixes
         return (f"{self.root_uri.rstrip('/')}/{family}/",) if self.root_uri else ()
 
     def key(self, family: str) -> str:
         """Return the path of the public key that a family's uploads are signed for, or nothing."""
-        rule = self.families.get(family)
+        rule = self._rule(family)
         return rule.key if rule else ""
+
+    def _rule(self, family: str) -> FamilyRule | None:
+        """Return the rule of the family, also for a name that differs in case alone."""
+        return self.families.get(same_but_for_case(family, self.families) or family)
 
     def objection(self, family: str, uri: str) -> str | None:
         """Return why a version of a family may not come from `uri`, or None if it may."""
+        if other := same_but_for_case(family, self.families):
+            return f"its name differs from that of {other} in upper and lower case alone"
         allowed = self.prefixes(family)
         if not allowed:
             return None

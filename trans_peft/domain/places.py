@@ -5,11 +5,13 @@ reach the worker's own files, so its operator lists the places that may be read.
 machine has no such list. Buckets are not listed here: the credentials decide about them.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from trans_peft.domain.names import quoted
 from trans_peft.errors import AccessError, InvalidSpecError
 
 __all__ = ["HUB", "Places"]
@@ -53,8 +55,22 @@ class Places:
         return cls(tuple(folders), names)
 
     def check_path(self, path: Path, uri: str) -> Path:
-        """Return the path without symbolic links and `..`. AccessError where it may not be read."""
-        real = path.resolve()
+        """Return the path without symbolic links and `..`.
+
+        AccessError if the path may not be read, and if no file can have it: with a NUL character,
+        with text that the file system cannot encode, or through a loop of symbolic links.
+        """
+        try:
+            real = path.resolve()
+            os.fsencode(real)
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
+            raise AccessError(
+                f"{quoted(uri, 200)} cannot be used as a local path",
+                expected="the path of a file or folder",
+                found=str(error),
+                do="correct the URI: MLflow's page shows it as the version's source, or in the tag "
+                "trans_peft.uri",
+            ) from error
         if self.folders is None:
             return real
         if any(real.is_relative_to(folder.resolve()) for folder in self.folders):

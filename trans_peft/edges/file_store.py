@@ -105,8 +105,9 @@ class FileStore:
 
     def _path(self, uri: str) -> Path:
         path = local_path(uri)
+        real = self.places.check_path(path, uri)
         # Without a list of places the path is not resolved, so that a link to a folder stays.
-        return path if self.places.folders is None else self.places.check_path(path, uri)
+        return path if self.places.folders is None else real
 
     def write(self, uri: str, data: BinaryIO) -> None:
         """Write one file atomically. Raises StoreError."""

@@ -58,16 +58,22 @@ class MlflowCatalog:
 
     def families(self) -> tuple[str, ...]:
         """Return the names of all base families, sorted; names that break the rule left out."""
-        return tuple(name for name in self._names() if not name_problem("family", name))
+        models = self._tracking.models({"kind": "base"})
+        return tuple(sorted(model.name for model in models if not _why_aside(model)))
 
     def set_aside(self, family: str | None = None) -> tuple[str, ...]:
         """Return what `families`, or `versions` of a family, leave out, with the reason."""
         if family is not None:
             return self._read(family).set_aside
+        ready = {
+            found.name
+            for found in self._tracking.tagged_versions({"ready": "true"})
+            if own_tags(found.tags).get("family") == found.name and _may_be_a_base(found)
+        }
         return tuple(
-            f"the base family {quoted(name)}: {problem}"
-            for name in self._names()
-            if (problem := name_problem("the name", name))
+            f"the base family {quoted(model.name)}: {problem}"
+            for model in self._tracking.models({})
+            if _claims_to_be_a_base(model, ready) and (problem := _why_aside(model))
         )
 
     def versions(self, family: str) -> tuple[BaseVersion, ...]:
@@ -189,9 +195,6 @@ class MlflowCatalog:
                 do="give the family another name",
             )
 
-    def _names(self) -> list[str]:
-        return sorted(model.name for model in self._tracking.models({"kind": "base"}))
-
     def _read(self, family: str) -> _Read:
         """Read every version of a family; what cannot be read is set aside and stops no other."""
         versions: list[BaseVersion] = []
@@ -276,6 +279,29 @@ class MlflowCatalog:
             )
             self._tracking.write_text(run_id, _FILE, to_json(Fingerprint, fingerprint))
         return run_id
+
+
+def _claims_to_be_a_base(model: Any, ready: set[str]) -> bool:
+    """Whether a model is tagged as a base, has ready versions, or has a kind that is unknown.
+
+    The registry of adapters reports a model with a `family`.
+    """
+    tags = own_tags(model.tags)
+    kind = tags.get("kind", "adapter")
+    return kind == "base" or model.name in ready or (kind != "adapter" and "family" not in tags)
+
+
+def _why_aside(model: Any) -> str | None:
+    """Return why a registered model cannot be read as a base family, or None if it can."""
+    tags = own_tags(model.tags)
+    if problem := name_problem("the name", model.name):
+        return problem
+    if tags.get("kind") != "base":
+        found = quoted(tags["kind"]) if "kind" in tags else "no such tag"
+        return f"the tag {tag('kind')} must be base; found {found}"
+    if tags.get("family", model.name) != model.name:
+        return f"the tag {tag('family')} belongs to adapters; found {quoted(tags['family'])}"
+    return None
 
 
 def _may_be_a_base(found: Any) -> bool:

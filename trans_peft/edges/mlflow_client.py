@@ -59,6 +59,23 @@ def full_tags(tags: Mapping[str, str | None]) -> dict[str, str]:
     return {tag(key): value for key, value in tags.items() if value}
 
 
+_FILE_ERROR = re.compile(
+    r"(\d{3}) Client Error"  # requests: files behind MLflow's server
+    r"|An error occurred \((\w+)\) when calling"  # boto3: s3://
+    r"|(\d{3}) (?:GET|HEAD) https?://"  # google-cloud-storage: gs://
+    r"|ErrorCode:(\w+)"  # azure-storage-blob: wasbs://
+)
+"""Matches the error code in the text of a failed file transfer, in the form of each store."""
+
+_MISSING = {"404", "NoSuchKey", "BlobNotFound"}
+_DENIED = {
+    *("401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
+    *("ExpiredToken", "InvalidToken", "AuthenticationFailed", "AuthorizationFailure"),
+}
+_CLIENTS = ("botocore.", "boto3.", "s3transfer.", "google.", "azure.")
+"""Packages whose exceptions MLflow's client does not translate."""
+
+
 class _ConflictError(StoreError):
     """Another client wrote the same row between MLflow's read and its write."""
 
@@ -87,6 +104,7 @@ def mapped_errors(tracking_uri: str) -> contextlib.AbstractContextManager[None]:
             RequestException: lambda error: _transfer_error(tracking_uri, str(error)),
             MlflowException: lambda error: _response_error(tracking_uri, error),
             OSError: _disk_error,
+            Exception: lambda error: _client_error(tracking_uri, error),
         }
     )
 
@@ -106,12 +124,19 @@ def _response_error(tracking_uri: str, error: MlflowException) -> TransPeftError
     return _unavailable(tracking_uri, error.message)
 
 
+def _client_error(tracking_uri: str, error: Exception) -> TransPeftError | None:
+    """Return the error for one of a store's own client, None for any other exception."""
+    if not type(error).__module__.startswith(_CLIENTS):
+        return None
+    return _transfer_error(tracking_uri, str(error))
+
+
 def _transfer_error(tracking_uri: str, text: str) -> TransPeftError:
     """Return the error for a failed file transfer. MLflow's client keeps only the text of it."""
-    status = re.search(r"(\d{3}) Client Error", text)
-    if status and status[1] == "404":
+    codes = {code for groups in _FILE_ERROR.findall(text) for code in groups if code}
+    if codes and codes <= _MISSING:
         return NotFoundError(f"MLflow at {tracking_uri}: {text}")
-    if status and status[1] in ("401", "403"):
+    if codes & _DENIED or "Unable to locate credentials" in text:
         return _denied(tracking_uri, text)
     if os.strerror(errno.ENOSPC) in text:
         return full_disk_error(tempfile.gettempdir(), text)
@@ -190,14 +215,19 @@ class Tracking:
 
     def oldest_run(self, purpose: str, tags: Mapping[str, str]) -> str | None:
         """Return the id of the oldest finished run with these tags."""
-        wanted = [f"tags.`{tag(key)}` = {_literal(value)}" for key, value in tags.items()]
+        return next(iter(self.finished_runs(purpose, tags, limit=1)), None)
+
+    def finished_runs(
+        self, purpose: str, tags: Mapping[str, str], *, limit: int = 100
+    ) -> tuple[str, ...]:
+        """Return the ids of at most `limit` finished runs with these tags, the oldest first."""
         runs = self.client.search_runs(
             [self.experiment(purpose)],
-            filter_string=" AND ".join([*wanted, "attributes.status = 'FINISHED'"]),
+            filter_string=f"{_with_tags(tags)} AND attributes.status = 'FINISHED'",
             order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
-            max_results=1,
+            max_results=limit,
         )
-        return runs[0].info.run_id if runs else None
+        return tuple(run.info.run_id for run in runs)
 
     def log_metrics(
         self, run_id: str, values: Mapping[str, float], *, step: int, time_ms: int
@@ -243,10 +273,9 @@ class Tracking:
 
     def models(self, tags: Mapping[str, str]) -> list[Any]:
         """Return all registered models with these tags, sorted by name."""
-        wanted = [f"tags.`{tag(key)}` = {_literal(value)}" for key, value in tags.items()]
         return all_pages(
             lambda token: self.client.search_registered_models(
-                " AND ".join(wanted), max_results=_PAGE, order_by=["name ASC"], page_token=token
+                _with_tags(tags), max_results=_PAGE, order_by=["name ASC"], page_token=token
             )
         )
 
@@ -284,6 +313,17 @@ class Tracking:
         return all_pages(
             lambda token: self.client.search_model_versions(
                 f"name = {_literal(name)}",
+                max_results=_PAGE,
+                order_by=["name ASC", "version_number ASC"],
+                page_token=token,
+            )
+        )
+
+    def tagged_versions(self, tags: Mapping[str, str]) -> list[Any]:
+        """Return the versions of all registered models with these tags, by name and number."""
+        return all_pages(
+            lambda token: self.client.search_model_versions(
+                _with_tags(tags),
                 max_results=_PAGE,
                 order_by=["name ASC", "version_number ASC"],
                 page_token=token,
@@ -394,6 +434,11 @@ def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
         token = page.token
         if not token:
             return found
+
+
+def _with_tags(tags: Mapping[str, str]) -> str:
+    """Return MLflow's filter for all of these tags."""
+    return " AND ".join(f"tags.`{tag(key)}` = {_literal(value)}" for key, value in tags.items())
 
 
 def _literal(value: str) -> str:

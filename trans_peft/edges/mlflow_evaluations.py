@@ -6,11 +6,12 @@ for people, `evaluation.json` holds every item.
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.edges.json_codec import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking
-from trans_peft.errors import IntegrityError
+from trans_peft.errors import IntegrityError, NotFoundError
 
 __all__ = ["MlflowEvaluations"]
 
@@ -24,25 +25,22 @@ class MlflowEvaluations:
         self._tracking = Tracking(tracking_uri)
 
     def get(self, key: str) -> Evaluation | None:
-        """Return the evaluation with that key, or None. Of two, the older one. IntegrityError."""
-        run_id = self._tracking.oldest_run("evaluations", {"evaluation_key": key})
-        if run_id is None:
-            return None
-        text = self._tracking.read_text(run_id, _FILE)
-        where = f"{_FILE} of run {run_id}"
-        evaluation: Evaluation = from_json(Evaluation, text, where=where)
-        if evaluation.key != key:
-            raise IntegrityError(
-                f"{where} holds another evaluation",
-                expected=key,
-                found=evaluation.key,
-                do="delete the run in MLflow: the evaluation is made again",
-            )
-        return evaluation
+        """Return the evaluation with that key, the oldest that can be read, or None.
+
+        A run whose file is missing or damaged does not count: the same key always has the same
+        evaluation, so it is computed and stored again.
+        """
+        for run_id in self._tracking.finished_runs("evaluations", {"evaluation_key": key}):
+            with suppress(NotFoundError, IntegrityError):
+                text = self._tracking.read_text(run_id, _FILE)
+                evaluation: Evaluation = from_json(Evaluation, text, where=_FILE)
+                if evaluation.key == key:
+                    return evaluation
+        return None
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
-        """Keep an evaluation. The same key again changes nothing."""
-        if self._tracking.oldest_run("evaluations", {"evaluation_key": evaluation.key}) is not None:
+        """Keep an evaluation. Changes nothing where `get` returns one with the same key."""
+        if self.get(evaluation.key) is not None:
             return
         tags = {
             **(labels or {}),

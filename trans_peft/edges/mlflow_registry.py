@@ -41,22 +41,33 @@ class MlflowRegistry:
     def adapters(self, family: str) -> tuple[str, ...]:
         """Return the names of the family's live adapters (not tagged `retired`), sorted."""
         models = self._tracking.models({"kind": "adapter", "family": family})
-        return tuple(sorted(m.name for m in models if not _why_aside(m) and not _is_retired(m)))
+        live = [m.name for m in models if not _why_aside(m, family) and not _is_retired(m)]
+        return tuple(sorted(live))
 
     def set_aside(self, family: str | None = None) -> tuple[str, ...]:
-        """Return what `adapters` leaves out because it cannot be read, with the reason."""
+        """Return what `adapters` leaves out because it cannot be read, with the reason.
+
+        Tags of the registered model and of its versions both claim a family: an adapter is found
+        when either lost the claim, or when its `kind` is missing or another.
+        """
         if family is not None:
-            models = self._tracking.models({"kind": "adapter", "family": family})
-            return tuple(filter(None, map(_why_aside, models)))
-        families = {model.name for model in self._tracking.models({"kind": "base"})}
-        claims = [
-            (model.name, own_tags(model.tags).get("family", ""))
-            for model in self._tracking.models({"kind": "adapter"})
-        ]
+            claiming = self._tracking.models({"family": family})
+            known = {model.name for model in claiming if model.name != family}
+            named = {
+                found.name
+                for found in self._tracking.tagged_versions({"family": family})
+                if _is_ours(found)
+            }
+            lost = [self._lost(name, family) for name in sorted(named - known)]
+            problems = [_why_aside(model, family) for model in (*claiming, *filter(None, lost))]
+            return tuple(filter(None, problems))
+        models = [(model.name, own_tags(model.tags)) for model in self._tracking.models({})]
+        families = {name for name, tags in models if tags.get("kind") == "base"}
         return tuple(
             f"the adapter {quoted(name)} claims the family {quoted(claimed)}, which does not exist"
-            for name, claimed in claims
-            if claimed not in families
+            for name, tags in models
+            if tags.get("kind") != "base" and (tags.get("kind") == "adapter" or "family" in tags)
+            if (claimed := tags.get("family", "")) not in families
         )
 
     def adapter(self, name: str) -> RegisteredAdapter:
@@ -65,14 +76,33 @@ class MlflowRegistry:
         Raises NotFoundError, IntegrityError.
         """
         model, found = self._tracking.model(name, "adapter"), self._found(name)
+        family = own_tags(model.tags).get("family", "")
         return RegisteredAdapter(
             name=name,
-            family=own_tags(model.tags).get("family", ""),
+            family=family,
             versions=tuple(map(adapter_version, found)),
             outcomes=self._outcomes.newest(found),
             aliases=alias_states(model),
-            is_live=not _why_aside(model) and not _is_retired(model),
+            is_live=not _why_aside(model, family) and not _is_retired(model),
         )
+
+    def _lost(self, name: str, family: str) -> Any | None:
+        """Return the model whose versions are adapters of the family while its own tags are not.
+
+        None if a version confirms the model's tags: the version with the other family is then
+        reported in the model's family.
+        """
+        try:
+            model = self._tracking.client.get_registered_model(name)
+        except NotFoundError:  # deleted since the search
+            return None
+        tags = own_tags(model.tags)
+        confirmed = tags.get("kind") == "adapter" and any(
+            own_tags(found.tags).get("family") == tags.get("family")
+            for found in self._tracking.versions(name)
+            if _is_ours(found)
+        )
+        return None if confirmed else model
 
     def family(self, adapter: str) -> str:
         """Return the family of an adapter, live or not. NotFoundError."""
@@ -235,14 +265,21 @@ def _is_retired(model: Any) -> bool:
     return own_tags(model.tags).get("retired", "false") == "true"
 
 
-def _why_aside(model: Any) -> str | None:
-    """Return why a registered model that claims to be an adapter is set aside, None if it is not.
-
-    A `retired` that is neither true nor false is a person's slip: nobody knows what was meant.
-    """
+def _why_aside(model: Any, family: str) -> str | None:
+    """Return why a model that claims to be an adapter of the family cannot be read, or None."""
+    tags = own_tags(model.tags)
+    if model.name == family and tags.get("kind") == "base":
+        return None
     if problem := name_problem("the name", model.name):
         return f"the adapter {quoted(model.name)}: {problem}"
-    retired = own_tags(model.tags).get("retired", "false")
+    retired = tags.get("retired", "false")
+    wanted = {"kind": "adapter", "family": family}
+    if retired != "true" and (wrong := {k: v for k, v in wanted.items() if tags.get(k) != v}):
+        return "; ".join(
+            f"{model.name}: the tag {tag(key)} must be {value} for an adapter of {family}; found "
+            + (quoted(tags[key]) if key in tags else "no such tag")
+            for key, value in wrong.items()
+        )
     if retired not in ("true", "false"):
         return (
             f"{model.name}: the tag {tag('retired')} must be true or false; found {quoted(retired)}"

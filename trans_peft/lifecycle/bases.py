@@ -129,7 +129,7 @@ def _is_settled(
     try:
         there = (replace(manifest, name=Manifest.FILE_NAME),)
         claimed = read_manifest(uri, platform.store, there)
-    except TransPeftError:
+    except Exception:  # one item stops no other; `ingest` raises the error again and reports it
         return False
     return claimed is not None and claimed.sha256 in {base.manifest_sha256 for base in versions}
 
@@ -216,7 +216,7 @@ def _claimed(upload: Upload, manifest: Manifest | None) -> tuple[str, str, str |
 def _is_remembered(upload: Upload, platform: Platform) -> bool:
     try:
         return _memo(upload, platform).exists()
-    except TransPeftError:
+    except Exception:  # one item stops no other; `ingest` raises the error again and reports it
         return False
 
 

@@ -1,7 +1,7 @@
 """Evaluations by key: looked up first, computed only where nobody has."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from trans_peft.bases.tokenizer_copy import copy_tokenizer
 from trans_peft.data import pin
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
+from trans_peft.errors import BaseUnreadableError, IsolationError, StoreError, TransPeftError
 from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.lifecycle.questions import tokenized_suite_for
 from trans_peft.ports import Platform
@@ -22,39 +23,58 @@ __all__ = [
     "evaluate_on",
     "named_fingerprint",
     "pin_suites",
+    "reading_base",
     "tokenizer_folder",
 ]
 
 
+@contextmanager
+def reading_base(name: object) -> Iterator[None]:
+    """Raise BaseUnreadableError for an error of the block, which reads a base and nothing else.
+
+    Every adapter that is judged on the base meets the same error. It must not count as an attempt
+    of each of them, or all would stay parked after the base has been repaired.
+    """
+    try:
+        yield
+    except (StoreError, IsolationError):
+        raise
+    except TransPeftError as error:
+        raise BaseUnreadableError(f"the base {name} cannot be read: {error}") from error
+
+
 def base_folder(base: BaseVersion, platform: Platform) -> Path:
     """Return the folder of this worker's verified copy of a base, fetched once."""
-    return download(
-        base.uri,
-        platform.store,
-        platform.work_dir / "bases",
-        fingerprint=platform.catalog.fingerprint(base),
-        limit_bytes=platform.cache_bytes,
-    )
+    with reading_base(base):
+        return download(
+            base.uri,
+            platform.store,
+            platform.work_dir / "bases",
+            fingerprint=platform.catalog.fingerprint(base),
+            limit_bytes=platform.cache_bytes,
+        )
 
 
 def named_fingerprint(base: BaseVersion, platform: Platform) -> Fingerprint:
     """Return a base's fingerprint with its tensors under the loaded model's own names."""
-    return in_model_names(
-        platform.catalog.fingerprint(base),
-        base.uri,
-        platform.store,
-        platform.work_dir / "model-names",
-    )
+    with reading_base(base):
+        return in_model_names(
+            platform.catalog.fingerprint(base),
+            base.uri,
+            platform.store,
+            platform.work_dir / "model-names",
+        )
 
 
 def tokenizer_folder(base: BaseVersion, platform: Platform, folder: Path) -> Path:
     """Write a base's tokenizer into `folder`, without fetching its weights, and return it.
 
-    IntegrityError where its files are no longer those that were made ready.
+    BaseUnreadableError where its files are no longer those that were made ready.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = platform.catalog.fingerprint(base)
-    return copy_tokenizer(base.uri, platform.store, folder, fingerprint=fingerprint)
+    with reading_base(base):
+        fingerprint = platform.catalog.fingerprint(base)
+        return copy_tokenizer(base.uri, platform.store, folder, fingerprint=fingerprint)
 
 
 def pin_suites(suites: Sequence[Suite], platform: Platform) -> tuple[Suite, ...]:

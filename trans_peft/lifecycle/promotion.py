@@ -15,13 +15,16 @@ def promotion_blockers(
     """Return why the fleet may not move to `base` (what was expected, found, what to do), or None.
 
     An adapter counts where its alias on the base stands on bytes made for that base, by whoever's
-    hand: a person's approval is a pass, and a person's block is none. One that cannot be read does
-    not serve. A required adapter of another family is that family's matter.
+    hand: a person's approval is a pass, and a person's block is none. An adapter that cannot be
+    read has no verdict and blocks the move, whatever the policy's share. A required adapter of
+    another family is that family's matter.
     """
     idle = [f"{a.name} ({_why_idle(a, base)})" for a in fleet.adapters if not _serves(a, base)]
     idle += fleet.unreadable
     live = len(fleet.adapters) + len(fleet.unreadable)
     problems = []
+    if fleet.unreadable:
+        problems.append(f"adapters that cannot be read: {listed(fleet.unreadable, 10)}")
     if live and (live - len(idle)) / live < policy.min_serving_share:
         problems.append(
             f"{live - len(idle)} of {live} live adapters serve there, not {listed(idle, 10)}"

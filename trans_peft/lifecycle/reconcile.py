@@ -45,9 +45,9 @@ def observe(family: str, platform: Platform) -> Fleet:
     return replace(
         _observe_bases(family, platform),
         adapters=tuple(adapters),
-        unreadable=tuple(unreadable),
+        unreadable=(*unreadable, *platform.registry.set_aside(family)),
         notes=platform.catalog.promotion_notes(family),
-        set_aside=(*platform.catalog.set_aside(family), *platform.registry.set_aside(family)),
+        set_aside=platform.catalog.set_aside(family),
     )
 
 
@@ -102,7 +102,10 @@ def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
     for item in found.work:
         if item.estimated_seconds is None:
             if item.adapter not in seconds:
-                seconds[item.adapter] = _seconds(adapters[item.adapter].versions, platform)
+                try:
+                    seconds[item.adapter] = _seconds(adapters[item.adapter].versions, platform)
+                except StoreError:  # a plan without estimates is better than no plan
+                    return found
             item = replace(item, estimated_seconds=seconds[item.adapter])
         work.append(item)
     return replace(found, work=tuple(work))
@@ -124,7 +127,12 @@ def _read_adapter(
     """Read one adapter; if it cannot be read, add the reason to `unreadable` and return None."""
     try:
         found = platform.registry.adapter(name)
-        source_version(found.versions)  # raises NotFoundError if no version was trained
+        source = source_version(found.versions)  # raises NotFoundError if no version was trained
+        for suite in source.suites:
+            _ = suite.suite_sha256  # raises InvalidSpecError if its evaluations have no key
+        for version in found.versions:
+            if version.recipe is not None:
+                _ = version.recipe.sha256  # raises InvalidSpecError if it cannot be trained again
         _check(found, family)
     except StoreError:
         raise  # the registry did not respond, which is no fault of the adapter

@@ -108,7 +108,10 @@ def report(family: str, platform: Platform) -> FleetReport:
 def _scores(
     version: AdapterVersion, platform: Platform, unreadable: list[str]
 ) -> tuple[tuple[str, float], ...]:
-    """Return the stored score of each suite; what cannot be read is added to `unreadable`."""
+    """Return the stored score of each suite; what cannot be read is added to `unreadable`.
+
+    StoreError where the store of evaluations does not answer.
+    """
     scores = []
     for suite in version.suites:
         try:
@@ -126,6 +129,19 @@ def _scores(
 
 def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[FleetRow]:
     rows = []
+    no_answer = False
+
+    def scores(version: AdapterVersion) -> tuple[tuple[str, float], ...]:
+        nonlocal no_answer
+        if no_answer:
+            return ()
+        try:
+            return _scores(version, platform, unreadable)
+        except StoreError as error:
+            no_answer = True
+            unreadable.append(f"the scores of stored evaluations are left out: {error}")
+            return ()
+
     for adapter in fleet.adapters:
         source = adapter.source
         for base in fleet.bases:
@@ -148,7 +164,7 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
                     serves=adapter.can_serve(base, adapter.alias_on(base).number),
                     manual=_hand(adapter.alias_on(base)),
                     suites=outcome.judgement.suites if outcome else (),
-                    scores=_scores(trained_here, platform, unreadable) if trained_here else (),
+                    scores=scores(trained_here) if trained_here else (),
                     chance={
                         suite.name: suite.chance_points
                         for suite in source.suites

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.names import BASE_ALIASES
 from trans_peft.errors import NotFoundError, NotServedError
 from trans_peft.ports import Platform
 
@@ -13,10 +14,12 @@ __all__ = ["base_trained_on", "find_base", "resolve"]
 def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
     """Return the ready base version with that label or alias (`serving`, `champion`).
 
+    Other aliases count for nothing: MLflow accepts an alias that is spelled like a label.
+
     Raises NotFoundError, listing what there is, also where the version exists but is not ready.
     """
     versions = platform.catalog.versions(family)
-    number = platform.catalog.alias(family, version)
+    number = platform.catalog.alias(family, version) if version in BASE_ALIASES else None
     for base in versions:
         if base.ready and (
             base.number == number if number is not None else base.version == version

@@ -16,6 +16,7 @@ from trans_peft.lifecycle.evaluations import (
     ProgressCallback,
     evaluate_on,
     named_fingerprint,
+    reading_base,
     tokenizer_folder,
 )
 from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, probe, recover
@@ -99,7 +100,8 @@ class _Inputs:
 
     @property
     def trained_on(self) -> BaseVersion:
-        return base_trained_on(self.source, self.bases)
+        with reading_base(f"{self.source.family}/{self.source.trained_on_version}"):
+            return base_trained_on(self.source, self.bases)
 
     def known_outcome(self) -> TransferOutcome | None:
         """Return the outcome of these weights on this base that made a version, if there is one."""
