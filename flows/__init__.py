@@ -1,1 +1,1 @@
-"""The story: order, branching, failure isolation. Knows tasks and the nouns."""
+"""The Prefect flows: order of the tasks, branches, and isolation of failures."""

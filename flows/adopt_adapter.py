@@ -1,4 +1,4 @@
-"""An adapter that exists already becomes a live one."""
+"""Flow `adopt-adapter`: register an adapter that was trained elsewhere."""
 
 from prefect import flow
 
@@ -16,6 +16,15 @@ def adopt_adapter(
     suites: tuple[Suite, ...],
     base_version: str | None = None,
 ) -> AdapterVersion:
-    """Check a PEFT folder on its base, evaluate it there, register it."""
+    """Check a PEFT folder on its base, evaluate it there, and register it as a live adapter.
+
+    Args:
+        adapter: Name of the new adapter.
+        folder_uri: PEFT folder, as a path or an `s3://` prefix that the worker may read.
+        family: Base family that the adapter was trained on.
+        suites: Evaluation suites by which the adapter is judged on each new base version.
+        base_version: Base version that the adapter was trained on. None: the one that `revision` in
+            adapter_config.json names.
+    """
     with gpu_slot():
         return training.adopt_adapter(adapter, folder_uri, family, suites, base_version)

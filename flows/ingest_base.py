@@ -1,4 +1,4 @@
-"""A base version shows up: verify every byte, fingerprint it, make it ready."""
+"""Flow `ingest-base`: verify an uploaded base version, fingerprint it and make it ready."""
 
 from prefect import flow
 
@@ -8,5 +8,9 @@ from trans_peft.domain.base import BaseVersion, Upload
 
 @flow(name="ingest-base", flow_run_name="ingest {uri}")
 def ingest_base(uri: str) -> BaseVersion:
-    """Make the upload under `uri` (files and a manifest) a ready base version."""
+    """Verify an upload against its manifest and register it as a ready base version.
+
+    Args:
+        uri: Prefix of the upload: the files and `trans_peft_manifest.json`.
+    """
     return ingestion.ingest_base(Upload(uri))

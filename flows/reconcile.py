@@ -1,4 +1,4 @@
-"""Every live adapter gets a verdict on every base that may serve; then the verdicts take effect."""
+"""Flow `reconcile`: judge each live adapter on each base that may serve, and apply the verdicts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +24,19 @@ def reconcile(
     wait: bool = False,
     dry_run: bool = False,
 ) -> State:
-    """Compare what should be known about a family (None: all) with the registry; do the rest.
+    """Compare the desired state of the fleets with the registry, and start what is missing.
 
-    It looks at each family, starts what is missing, and looks again when that is over. It waits for
-    the shards that it started; with `wait`, also for those that it found under way. Any number of
-    these runs may be at work at once, and one that dies is continued by the next. `dry_run` shows
-    the plan and changes nothing.
+    For each family, the run applies the known verdicts, ingests uploads, starts shards for missing
+    verdicts, and applies the new verdicts when its shards have ended. Several runs can work at the
+    same time. If a run dies, the next one continues its work.
+
+    Args:
+        policy: Gate policy: when an adapter may serve on a new base.
+        promotion: Promotion policy: when a base may serve.
+        shard_size: Maximum number of adapters in a shard. They share one load of the base.
+        family: Base family to reconcile. None: all families.
+        wait: Wait also for shards that other runs started.
+        dry_run: Publish the plan and change nothing.
     """
     names = [name for name in reconciliation.base_families() if family in (None, name)]
     found = {name: _Family(name, policy, promotion, shard_size) for name in names}
@@ -41,8 +48,8 @@ def reconcile(
             return Failed(message="\n".join(["planned, nothing changed", *problems]))
         return Completed(message="planned, nothing changed")
 
-    for one in found.values():  # what is known takes effect first: a rollback waits for no upload
-        one.look()
+    for one in found.values():  # before ingestion, so that a rollback does not wait for an upload
+        one.update()
     refused = []
     waiting = ingestion.find_pending(return_state=True)
     if not waiting.is_completed():
@@ -53,27 +60,39 @@ def reconcile(
             refused.append(f"{upload}: {state.message}")
         elif (base := state.result()) is not None and family in (None, base.family):
             fresh = _Family(base.family, policy, promotion, shard_size)
-            found.setdefault(base.family, fresh).look()
+            found.setdefault(base.family, fresh).update()
 
-    while watched := {name: one.watched(wait) for name, one in found.items() if one.watched(wait)}:
-        name, ended = shards.wait(watched)
-        found[name].look(ended)
+    while awaited := {name: one.awaited(wait) for name, one in found.items() if one.awaited(wait)}:
+        name, ended = shards.wait(awaited)
+        found[name].update(ended)
 
     if family is None:
         refused += reconciliation.set_aside()
     if family not in (None, *found):
-        refused.append(f"there is no base family {family!r}, nor an upload that would make one")
+        refused.append(f"there is no base family {family!r}, and no upload of one")
     if problems := refused + [problem for one in found.values() for problem in one.problems]:
         return Failed(message="\n".join(problems))
     others = sum(len(shard.work) for one in found.values() for shard in one.others)
-    return Completed(message=f"{others} verdicts are under way" if others else "nothing is missing")
+    return Completed(
+        message=f"other runs work on {others} verdicts" if others else "no verdict is missing"
+    )
 
 
 @dataclass
 class _Family:
-    """One family in the course of one run: what is under way, and what is wrong.
+    """The state of one family during one run.
 
-    What goes wrong in one family is a problem of that family: no exception leaves a method.
+    The methods raise no exceptions, so that a failure in one family does not affect the others.
+
+    Attributes:
+        name: Name of the base family.
+        policy: Gate policy.
+        promotion: Promotion policy.
+        shard_size: Maximum number of adapters in a shard.
+        started: Active shards that this run started.
+        others: Active shards that other runs started.
+        problems: Problems to report at the end of the run.
+        left: Transfers that this run does not start again, by key, with the reason.
     """
 
     name: str
@@ -85,23 +104,23 @@ class _Family:
     problems: tuple[str, ...] = ()
     left: dict[tuple, str] = field(default_factory=dict)
 
-    def watched(self, wait: bool) -> tuple[Shard, ...]:
-        """Return the shards whose end is waited for."""
+    def awaited(self, wait: bool) -> tuple[Shard, ...]:
+        """Return the shards for which this run waits."""
         return self.started + self.others if wait else self.started
 
     def publish_plan(self) -> None:
-        """Publish what is missing, and change nothing."""
-        with self._kept_apart():
+        """Publish the missing work, and change nothing."""
+        with self._collecting_errors():
             reporting.publish_plan(reconciliation.plan_fleet(self.name, self.policy))
 
-    def look(self, ended: tuple[EndedShard, ...] = ()) -> None:
-        """Let what is known take effect, and see to it that what is missing is under way."""
-        with self._kept_apart():
-            self._look(ended)
+    def update(self, ended: tuple[EndedShard, ...] = ()) -> None:
+        """Apply the known verdicts, and start shards for missing ones. `ended` are ended shards."""
+        with self._collecting_errors():
+            self._update(ended)
 
     @contextmanager
-    def _kept_apart(self) -> Iterator[None]:
-        """Turn an exception into a problem of this family, and watch its shards no longer."""
+    def _collecting_errors(self) -> Iterator[None]:
+        """Turn an exception into a problem of this family, and stop waiting for its shards."""
         try:
             yield
         except Exception as error:
@@ -111,7 +130,7 @@ class _Family:
                 f"the family {self.name} cannot be reconciled: {type(error).__name__}: {error}",
             )
 
-    def _look(self, ended: tuple[EndedShard, ...]) -> None:
+    def _update(self, ended: tuple[EndedShard, ...]) -> None:
         changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
         plan = reconciliation.plan_fleet(self.name, self.policy)
         for lost in shards.in_flight(ended, plan):
@@ -125,15 +144,15 @@ class _Family:
                 )
             plan = reconciliation.plan_fleet(self.name, self.policy)
         for end in ended:
-            told = (
-                f"shard {end.name}: {end.state_name}, left for the next run {end.message}".strip()
-            )
-            self.left |= {work.key: told for work in shards.unfinished_tasks([end], plan)}
+            reason = f"shard {end.name} ended as {end.state_name}; the next run continues its work"
+            if end.message:
+                reason += f": {end.message}"
+            self.left |= {work.key: reason for work in shards.unfinished_tasks([end], plan)}
 
         active_shards = shards.active_shards(self.name, self.policy)
-        for shard in (waste := shards.obsolete_shards(plan, active_shards)):
+        for shard in (obsolete := shards.obsolete_shards(plan, active_shards)):
             shards.cancel_shard(shard)
-        active_shards = tuple(shard for shard in active_shards if shard not in waste)
+        active_shards = tuple(shard for shard in active_shards if shard not in obsolete)
         todo = [work for work in shards.missing(plan, active_shards) if work.key not in self.left]
         ours = {shard.run_id for shard in self.started}
         self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)
@@ -141,19 +160,19 @@ class _Family:
         for part in shards.cut(todo, self.shard_size):
             self.started += (shards.start(self.name, part, self.policy),)
         untrained = [
-            f"{recipe.adapter} on {recipe.base_version}: training anew failed three times"
+            f"{recipe.adapter} on {recipe.base_version}: retraining failed three times"
             for recipe in plan.trainings
             if not recovery.start_training(recipe, self.policy)
         ]
         self.problems = (*self._problems(plan, changes), *untrained)
-        reporting.publish_plan(plan)  # what people read waits for what is started, not it for them
+        reporting.publish_plan(plan)  # after the shards, which must not wait for a report
         reporting.publish_fleet(self.name, changes)
 
     def _problems(self, plan: Plan, changes: FleetChanges) -> Iterator[str]:
         if changes.refused:
             yield changes.refused
-        if changes.waiting and not self.watched(wait=True):
+        if changes.waiting and not self.awaited(wait=True):
             yield changes.waiting
         yield from dict.fromkeys(self.left.values())
-        yield from (f"parked for a person: {work}" for work in plan.parked)
+        yield from (f"parked after three failed attempts: {work}" for work in plan.parked)
         yield from plan.unreadable

@@ -1,4 +1,4 @@
-"""A recipe becomes a live adapter."""
+"""Flow `train-adapter`: train an adapter by a recipe and register it."""
 
 from prefect import flow
 
@@ -14,10 +14,13 @@ from trans_peft.domain.recipe import TrainingRecipe
 def train_adapter(
     recipe: TrainingRecipe, policy: GatePolicy | None = None
 ) -> AdapterVersion | TransferOutcome:
-    """Train one adapter on a GPU, evaluate it on its base, register it.
+    """Train one adapter on a GPU, evaluate it on its base, and register it.
 
-    With a policy it is a remedy for an adapter that did not pass on that base: registered only if
-    it passes the gate against the results on the old one.
+    Args:
+        recipe: Training recipe.
+        policy: Gate policy, if the recipe trains an existing adapter again on a new base. The
+            result is then registered only if it passes the gate against the adapter's results on
+            the old base. None: train a new adapter, or a new version of one.
     """
     with gpu_slot():
         if policy is not None:

@@ -1,4 +1,4 @@
-"""Several adapters on one new base: one base load, one verdict after the other."""
+"""Flow `transfer-shard`: judge several adapters on one new base, which is loaded once."""
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
@@ -13,38 +13,44 @@ from trans_peft.domain.outcome import TransferTask
 
 @flow(name="transfer-shard", flow_run_name="judge {family}")
 def transfer_shard(family: str, shard: tuple[TransferTask, ...], policy: GatePolicy) -> State:
-    """Judge each adapter of the shard; one that fails is recorded and stops nobody else.
+    """Judge the adapters of the shard one after the other. A failure affects one adapter only.
 
-    What is no longer wanted when its turn comes is passed over. Where a service, a disk or a right
-    was missing, nothing is recorded: no attempt is charged, and the next reconcile starts it again.
+    A transfer that is no longer needed is skipped. A failure of an adapter is recorded as one
+    attempt. A failure of a service, a disk, an access right or a base version is not recorded as an
+    attempt, and the next reconcile starts the transfer again.
+
+    Args:
+        family: Base family.
+        shard: Transfers to the same base version.
+        policy: Gate policy.
     """
     logger = get_run_logger()
-    failed, unanswered, passed_over = [], [], []
+    failed, not_recorded, skipped = [], [], []
     with gpu_slot():
         for work in shard:
             state = transfer.transfer_adapter(family, work, policy, return_state=True)
             if state.is_completed():
                 outcome = state.result()
                 if outcome is None:
-                    passed_over.append(work.adapter)
-                    logger.info("%s: no longer wanted", work)
+                    skipped.append(work.adapter)
+                    logger.info("%s: skipped, because it is no longer needed", work)
                     continue
                 logger.info("%s: %s. %s", work.adapter, outcome.verdict, outcome.judgement.reason)
             elif is_infrastructure_failure(state):
-                unanswered.append(f"{work.adapter}: {state.message}")
+                not_recorded.append(f"{work.adapter}: {state.message}")
             else:
                 reason = str(state.message)
                 record = transfer.record_failure(family, work, policy, reason, return_state=True)
                 if record.is_completed():
                     failed.append(work.adapter)
                 else:
-                    unanswered.append(
+                    not_recorded.append(
                         f"{work.adapter}: {reason}; this attempt is not counted, because it could "
                         f"not be recorded: {record.message}"
                     )
-    if failed or unanswered:
-        words = [f"{len(failed)} of {len(shard)} failed: {', '.join(failed)}"] if failed else []
-        return Failed(message="\n".join([*words, *unanswered]))
-    judged = f"{len(shard) - len(passed_over)} adapters judged"
-    more = f", {len(passed_over)} no longer wanted" if passed_over else ""
+    if failed or not_recorded:
+        lines = [f"{len(failed)} of {len(shard)} failed: {', '.join(failed)}"] if failed else []
+        return Failed(message="\n".join([*lines, *not_recorded]))
+    judged = f"{len(shard) - len(skipped)} adapters judged"
+    more = f", {len(skipped)} no longer needed" if skipped else ""
     return Completed(message=judged + more)

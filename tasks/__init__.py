@@ -1,1 +1,1 @@
-"""The policy: one library verb each, with its retries, limits, tags and names."""
+"""The Prefect tasks: one library function each, with its retries, limits, tags and names."""

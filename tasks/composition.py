@@ -1,4 +1,4 @@
-"""The platform of this worker process, built once from its settings."""
+"""The platform of a worker process, built once from its settings."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ __all__ = ["platform"]
 
 @cache
 def platform() -> Platform:
-    """Return this process's platform."""
+    """Return the platform of this process: MLflow, S3 and local folders."""
     return connect(
         settings().mlflow_tracking_uri,
         work_dir=settings().state_dir,

@@ -1,4 +1,4 @@
-"""Ingestion of base versions, one step at a time."""
+"""Tasks that find and ingest base versions."""
 
 from prefect import task
 
@@ -16,20 +16,20 @@ __all__ = ["find_pending", "ingest_base", "ingest_pending"]
 
 @task(**RETRIES)
 def find_pending() -> tuple[Upload, ...]:
-    """Find uploads and registered versions that are not ready yet."""
+    """Return the uploads and registered versions that are not ready yet."""
     return bases.pending(platform(), root_uri=settings().bases_uri)
 
 
 @task(**RETRIES, task_run_name="ingest {upload.uri}")
 def ingest_base(upload: Upload) -> BaseVersion:
-    """Verify, fingerprint and register one upload."""
+    """Verify, fingerprint and register one upload. Waits while another run ingests it."""
     with upload_lock(upload.uri):
         return _ingest(upload)
 
 
 @task(**RETRIES, task_run_name="ingest {upload.uri}")
 def ingest_pending(upload: Upload) -> BaseVersion | None:
-    """Ingest an upload that was found a moment ago; None: another run is at it, or was."""
+    """Ingest an upload that `find_pending` returned; None if another run ingests it, or has."""
     with upload_lock(upload.uri, wait=False) as held:
         if not held or upload not in bases.pending(platform(), root_uri=settings().bases_uri):
             return None

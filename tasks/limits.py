@@ -1,4 +1,4 @@
-"""Who may do what at once: GPU slots, one writer per adapter, one reader per upload."""
+"""Concurrency limits: GPU slots, one writer per adapter, one ingestion per upload."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,7 +15,7 @@ from trans_peft.domain.identity import content_sha256
 __all__ = ["adapter_lock", "gpu_slot", "upload_lock"]
 
 _LEASE_S = 60.0
-"""A holder that was killed blocks nobody for longer: the shortest lease Prefect renews in time."""
+"""After a holder is killed, its slot is free within this time. Prefect renews no shorter lease."""
 
 
 @contextmanager
@@ -27,28 +27,28 @@ def gpu_slot() -> Iterator[None]:
 
 @contextmanager
 def adapter_lock(adapter: str) -> Iterator[None]:
-    """Hold the one right to write versions and verdicts of an adapter.
+    """Hold the lock for writing versions and verdicts of an adapter.
 
-    MLflow has no compare-and-set: without the lock two shards could make the same version twice.
-    (If it happens all the same, after a lease that ran out, the lowest version wins.)
+    MLflow has no compare-and-set: without the lock, two shards could register the same version
+    twice. If that happens after a lease has expired, the lowest number counts.
     """
-    with _alone(f"adapter:{adapter}"):
+    with _lock(f"adapter:{adapter}"):
         yield
 
 
 @contextmanager
 def upload_lock(uri: str, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the one right to ingest an upload; without `wait`, False where another holds it.
+    """Hold the lock for ingesting an upload. Without `wait`, yield False if another run holds it.
 
-    Ingesting twice at once changes nothing but reads every byte twice. Prefect has to answer that
-    another holds it: a server that is slow or away must not look like one, or the upload would be
-    passed over.
+    Two ingestions at once do no harm, but read every byte twice. False means that Prefect reported
+    the lock as taken. If Prefect does not respond, the error is raised, so that the upload is not
+    skipped by mistake.
     """
     held = True
     with ExitStack() as stack:
         try:
             name = f"upload:{content_sha256(uri)[:16]}"
-            stack.enter_context(_alone(name, max_retries=None if wait else 0))
+            stack.enter_context(_lock(name, max_retries=None if wait else 0))
         except ConcurrencySlotAcquisitionError as error:
             if not _is_taken(error):
                 raise
@@ -57,9 +57,12 @@ def upload_lock(uri: str, *, wait: bool = True) -> Iterator[bool]:
 
 
 @contextmanager
-def _alone(name: str, *, max_retries: int | None = None) -> Iterator[None]:
-    """Hold a limit of one, made where it is missing. ConcurrencySlotAcquisitionError."""
-    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):  # made meanwhile
+def _lock(name: str, *, max_retries: int | None = None) -> Iterator[None]:
+    """Hold a concurrency limit of one, created if it is missing.
+
+    Raises ConcurrencySlotAcquisitionError.
+    """
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):  # by another run
         client.upsert_global_concurrency_limit_by_name(name, 1)
     with concurrency(name, occupy=1, max_retries=max_retries, lease_duration=_LEASE_S, strict=True):
         yield

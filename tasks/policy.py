@@ -1,4 +1,4 @@
-"""When a task is tried again, and whom its failure is about."""
+"""Retries of tasks, and which failures count as attempts of an adapter."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from trans_peft.errors import AccessError, BaseUnreadableError, IsolationError, 
 __all__ = ["RETRIES", "is_infrastructure_failure"]
 
 
-_NO_ANSWER = (
+_INFRASTRUCTURE = (
     StoreError,
     IsolationError,
     ConnectionError,
@@ -23,19 +23,22 @@ _NO_ANSWER = (
 
 
 def is_infrastructure_failure(state: State[Any]) -> bool:
-    """Whether a task failed for want of a service, a disk or a right.
+    """Whether a task failed because of a service, a disk, an access right or a base version.
 
-    That says nothing about what it worked on: no attempt is charged, and the next reconcile starts
-    it again.
+    Such a failure does not count as an attempt of the adapter. The next reconcile starts the task
+    again.
     """
     error = _error(state)
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.is_server_error
-    return isinstance(error, _NO_ANSWER)
+    return isinstance(error, _INFRASTRUCTURE)
 
 
-def _may_mend(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether another attempt within a minute can succeed: not if access or a base is missing."""
+def _is_worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether another attempt within a minute can succeed.
+
+    It cannot if access is denied or a base version cannot be read: a person has to act first.
+    """
     lasting = isinstance(_error(state), AccessError | BaseUnreadableError)
     return is_infrastructure_failure(state) and not lasting
 
@@ -51,6 +54,6 @@ def _error(state: State[Any]) -> BaseException | None:
 RETRIES: dict[str, Any] = {
     "retries": 3,
     "retry_delay_seconds": [2, 10, 30],
-    "retry_condition_fn": _may_mend,
+    "retry_condition_fn": _is_worth_a_retry,
 }
-"""A service that did not answer is asked again; bad input, bad data and crashes are not."""
+"""Options of a task that is retried if a service did not respond, and not for other errors."""

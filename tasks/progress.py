@@ -1,4 +1,4 @@
-"""What a person sees while a task works: log lines, and a progress bar on the run's page."""
+"""Progress of a task: log lines, and a progress bar on the page of its flow run."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _EVERY_S = 5.0
 
 
 def training_progress(adapter: str) -> Callable[[Event], None]:
-    """Return a callback that shows training events as they come."""
+    """Return a callback that logs training events and updates a progress bar."""
     logger = get_run_logger()
     description = f"training {adapter}"
     bar = cast(UUID, create_progress_artifact(progress=0.0, description=description))
@@ -36,7 +36,7 @@ def training_progress(adapter: str) -> Callable[[Event], None]:
 
 
 def evaluation_progress() -> Callable[[EvaluationProgress], None]:
-    """Return a callback that logs how far an evaluation is and what is left, every few seconds."""
+    """Return a callback that logs the progress of an evaluation every few seconds."""
     logger = get_run_logger()
     last = 0.0
 

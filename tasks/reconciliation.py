@@ -1,4 +1,4 @@
-"""What is missing, and what follows from the verdicts."""
+"""Tasks that plan missing work and apply verdicts."""
 
 from prefect import task
 
@@ -16,28 +16,28 @@ __all__ = ["apply_fleet_verdicts", "base_families", "plan_fleet", "set_aside"]
 
 @task(**RETRIES)
 def base_families() -> tuple[str, ...]:
-    """Return every base family in the catalog."""
+    """Return the names of all base families."""
     return platform().catalog.families()
 
 
 @task(**RETRIES)
 def set_aside() -> tuple[str, ...]:
-    """Return what stands in the registry under no family that can be reconciled, and why."""
+    """Return registry entries that belong to no readable family, each with the reason."""
     return (*platform().catalog.set_aside(), *platform().registry.set_aside())
 
 
 @task(**RETRIES, task_run_name="plan {family}")
 def plan_fleet(family: str, policy: GatePolicy) -> Plan:
-    """Compare the desired state with the registry."""
+    """Compare the desired state of a family with the registry, and return the missing work."""
     fleet = reconcile.observe(family, platform())
     return reconcile.with_cost_estimates(reconcile.plan(fleet, policy), fleet, platform())
 
 
-@task(**RETRIES, task_run_name="settle {family}")
+@task(**RETRIES, task_run_name="apply verdicts of {family}")
 def apply_fleet_verdicts(
     family: str, policy: GatePolicy, promotion: PromotionPolicy
 ) -> FleetChanges:
-    """Write aliases by verdict, then move `serving`; again where a person was faster."""
+    """Set aliases by verdict, then move `serving`. Repeats if `champion` moved meanwhile."""
     while True:
         fleet = reconcile.observe(family, platform())
         changes = apply_verdicts(fleet, policy, promotion, platform())

@@ -1,4 +1,7 @@
-"""The remedy that takes a flow run of its own: training anew. Light, for reconcile starts it."""
+"""Task that starts retraining, the recovery strategy with a flow run of its own.
+
+Reconcile imports this module, so it imports no machine-learning libraries.
+"""
 
 from typing import cast
 
@@ -17,21 +20,21 @@ from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS
 __all__ = ["start_training"]
 
 
-@task(**RETRIES, task_run_name="start training {recipe.adapter} anew")
+@task(**RETRIES, task_run_name="start retraining of {recipe.adapter}")
 def start_training(recipe: TrainingRecipe, policy: GatePolicy) -> bool:
-    """Start the flow `train-adapter` for a recipe that is left to try, unless it is under way.
+    """Start the flow `train-adapter` for a recipe, unless a run of it is active.
 
-    Asked at every look for as long as the recipe is left: a run that is over did not do it. False
-    after three of them, which leave it to a person.
+    Reconcile calls this as long as the outcome of the adapter has an untried recipe. Each call
+    starts a new run if the earlier ones have ended without success. Returns False after three runs.
     """
     key = content_sha256(["train anew", recipe, policy])
-    for take in range(MAX_ATTEMPTS):
-        run = cast(  # a coroutine only in asynchronous code
+    for attempt in range(MAX_ATTEMPTS):
+        run = cast(  # `run_deployment` returns a coroutine in asynchronous code only
             FlowRun,
             run_deployment(
                 Deployment.TRAIN_ADAPTER,
                 parameters={"recipe": recipe, "policy": policy},
-                idempotency_key=f"{key}:{take}",
+                idempotency_key=f"{key}:{attempt}",
                 tags=inherited_tags(),
                 timeout=0,
             ),

@@ -1,7 +1,7 @@
-"""Shards: cut the work, start each shard as a flow run of its own, wait for it, or withdraw it.
+"""Shards: divide the work, start each shard as a flow run, wait for it, or withdraw it.
 
-Several reconciles may be at work at once, and one may have died. So what is under way is asked of
-Prefect, by the tags that every shard carries, and never remembered.
+Several reconcile runs can work at once, and each can die. Active shards are therefore always read
+from Prefect, by the tags of their flow runs.
 """
 
 import time
@@ -52,7 +52,13 @@ _NOT_OVER = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateTyp
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that is not over: its flow run and the work in it. `waits`: it has not started."""
+    """A shard that has not ended.
+
+    Attributes:
+        run_id: Id of its flow run.
+        work: Its transfers.
+        waits: Whether the flow run has not started.
+    """
 
     run_id: UUID
     work: tuple[TransferTask, ...]
@@ -61,7 +67,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class EndedShard:
-    """A shard whose flow run is over, one way or another. `withdrawn`: by a reconcile."""
+    """A shard whose flow run has ended.
+
+    Attributes:
+        name: Name of the flow run.
+        work: Its transfers.
+        state_name: Name of the final state.
+        never_ran: Whether it ended before it started.
+        cancelled: Whether it was cancelled.
+        crashed: Whether its process was killed or lost.
+        message: Message of the final state.
+    """
 
     name: str
     work: tuple[TransferTask, ...]
@@ -73,21 +89,21 @@ class EndedShard:
 
     @property
     def withdrawn(self) -> bool:
-        """Whether a reconcile took it back before it started."""
+        """Whether reconcile withdrew it before it started."""
         return self.state_name == _WITHDRAWN
 
 
 def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, ...]:
-    """Return the work of a plan that no shard has, in the plan's order."""
+    """Return the work of a plan that is in no active shard, in the plan's order."""
     taken = {item.key for shard in active_shards for item in shard.work}
     return tuple(item for item in plan.work if item.key not in taken)
 
 
 def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Return the shards that wait and should not: unwanted work, or before work wanted more.
+    """Return the waiting shards to withdraw.
 
-    A base that is wanted more than theirs has work that nobody does yet; in one queue, it would
-    have to wait for them.
+    These are shards with work that is no longer planned, and shards whose base comes after a base
+    with work in no shard. In one queue, that work would have to wait for them.
     """
     planned = {item.key for item in plan.work}
     rank = {base: i for i, base in enumerate(dict.fromkeys(w.base_version for w in plan.work))}
@@ -103,7 +119,7 @@ def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, 
 
 
 def cut(work: Sequence[TransferTask], size: int) -> tuple[tuple[TransferTask, ...], ...]:
-    """Return the work in shards: one base each, at most `size` adapters."""
+    """Divide the work into shards of one base and at most `size` adapters."""
     shards = []
     for base in dict.fromkeys(item.base_version for item in work):
         on_base = [item for item in work if item.base_version == base]
@@ -112,7 +128,7 @@ def cut(work: Sequence[TransferTask], size: int) -> tuple[tuple[TransferTask, ..
 
 
 def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
-    """Return the shards of a family under this policy that are not over, whoever started them."""
+    """Return the shards of a family and policy that have not ended, of all reconcile runs."""
     wanted = FlowRunFilter(
         tags=FlowRunFilterTags(all_=_tags(family, policy)),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_NOT_OVER)),
@@ -129,26 +145,30 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
         try:
             work = _WORK.validate_python(run.parameters["shard"])
         except (KeyError, ValueError):
-            get_run_logger().warning("flow run %s has a shard's tags and is none", run.name)
+            get_run_logger().warning(
+                "flow run %s has the tags of a shard, but its parameter `shard` cannot be read: "
+                "ignored",
+                run.name,
+            )
             continue
         shards.append(Shard(run.id, work, run.state is None or run.state.is_scheduled()))
     return tuple(shards)
 
 
 def start(family: str, work: tuple[TransferTask, ...], policy: GatePolicy) -> Shard:
-    """Start a shard's flow run, or join the one that another reconcile started a moment ago.
+    """Start the flow run of a shard, or return the active one with the same work.
 
-    Prefect answers an idempotency key with the same run for ever; a run that is over and left the
-    work undone is history, so the next key is taken.
+    Prefect returns the same run for an idempotency key for ever. If that run has ended without
+    doing the work, the next key starts a new run.
     """
     key = content_sha256([family, [item.key for item in work], policy])
-    for take in count():
-        run = cast(  # a coroutine only in asynchronous code
+    for attempt in count():
+        run = cast(  # `run_deployment` returns a coroutine in asynchronous code only
             FlowRun,
             run_deployment(
                 Deployment.TRANSFER_SHARD,
                 parameters={"family": family, "shard": work, "policy": policy},
-                idempotency_key=f"{key}:{take}",
+                idempotency_key=f"{key}:{attempt}",
                 tags=[*_tags(family, policy), *inherited_tags()],
                 timeout=0,
             ),
@@ -159,9 +179,11 @@ def start(family: str, work: tuple[TransferTask, ...], policy: GatePolicy) -> Sh
 
 
 def cancel_shard(shard: Shard) -> None:
-    """Take back a shard that waits. One that starts in this moment asks for itself what to do."""
+    """Withdraw a waiting shard. One that has just started skips work that is not needed itself."""
     state: State[Any] = State(
-        type=StateType.CANCELLED, name=_WITHDRAWN, message="no longer wanted, or wanted later"
+        type=StateType.CANCELLED,
+        name=_WITHDRAWN,
+        message="no longer needed, or less urgent than other work",
     )
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(shard.run_id)
@@ -170,9 +192,9 @@ def cancel_shard(shard: Shard) -> None:
 
 
 def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, ...]]:
-    """Wait until all shards of one group are over; return its name and how they ended."""
+    """Wait until all shards of one group have ended. Return the group's name and its shards."""
     logger = get_run_logger()
-    said: dict[UUID, str] = {}
+    logged: dict[UUID, str] = {}
     ended: dict[UUID, EndedShard] = {}
     with get_client(sync_client=True) as client:
         while True:
@@ -180,8 +202,8 @@ def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, 
                 if shard.run_id in ended:
                     continue
                 run = client.read_flow_run(shard.run_id)
-                if run.state is not None and run.state.name != said.get(shard.run_id, ""):
-                    said[shard.run_id] = run.state.name or ""
+                if run.state is not None and run.state.name != logged.get(shard.run_id, ""):
+                    logged[shard.run_id] = run.state.name or ""
                     logger.info(
                         "shard %s: %s %s", run.name, run.state.name, run.state.message or ""
                     )
@@ -194,9 +216,9 @@ def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, 
 
 
 def in_flight(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
-    """Return what each killed shard was working on: the first of its work that is still missing.
+    """Return the transfer that each killed shard was working on: the first that is still planned.
 
-    It counts as an attempt, so that an adapter that kills every process it meets is parked.
+    It counts as a failed attempt, so that an adapter that kills each process is parked in the end.
     """
     planned = {item.key for item in plan.work}
     return tuple(
@@ -207,10 +229,10 @@ def in_flight(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ..
 
 
 def unfinished_tasks(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
-    """Return what is not started again by the same run: its shard ended and did not do it.
+    """Return the planned work that the same run does not start again.
 
-    A person cancelled it, its process could not be started, or it broke before it came that far.
-    What a killed shard had not begun is started again, and so is what was withdrawn.
+    Its shard was cancelled, could not start, or failed before it reached this work. The remaining
+    work of shards that were killed or withdrawn is started again.
     """
     undone = {
         item.key

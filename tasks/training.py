@@ -1,4 +1,4 @@
-"""Training and adoption."""
+"""Tasks that train and adopt adapters."""
 
 from prefect import task
 
@@ -30,9 +30,9 @@ def train_adapter(recipe: TrainingRecipe) -> AdapterVersion:
         )
 
 
-@task(**RETRIES, task_run_name="train {recipe.adapter} anew")
+@task(**RETRIES, task_run_name="retrain {recipe.adapter}")
 def retrain(recipe: TrainingRecipe, policy: GatePolicy) -> TransferOutcome:
-    """Train an adapter on a new base where transfer did not pass, and judge it by the same gate."""
+    """Train an adapter again on a new base on which transfer did not pass, and apply the gate."""
     with adapter_lock(recipe.adapter):
         return retraining.retrain(
             recipe,
@@ -47,8 +47,8 @@ def retrain(recipe: TrainingRecipe, policy: GatePolicy) -> TransferOutcome:
 def adopt_adapter(
     adapter: str, folder_uri: str, family: str, suites: tuple[Suite, ...], base_version: str | None
 ) -> AdapterVersion:
-    """Check, evaluate and register a PEFT folder that already exists."""
-    check_names("the adapter", adapter=adapter, family=family)  # the lock takes the name, too
+    """Check, evaluate and register an existing PEFT folder."""
+    check_names("the adapter", adapter=adapter, family=family)  # the lock contains the name
     with adapter_lock(adapter):
         return adopt(
             adapter,

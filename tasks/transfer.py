@@ -1,7 +1,7 @@
-"""One adapter on one new base.
+"""Tasks that transfer one adapter to one new base.
 
-The verb is imported where it is used: its statistics (scipy) take half a second, which reconcile,
-for which most runs find nothing to do, should not wait for.
+The functions import `trans_peft.lifecycle.transfer` themselves, because importing its statistics
+(scipy) takes half a second. Most reconcile runs start no transfer.
 """
 
 from prefect import task
@@ -20,10 +20,10 @@ __all__ = ["record_failure", "transfer_adapter"]
 
 @task(**RETRIES, task_run_name="transfer {work.adapter} to {work.base_version}")
 def transfer_adapter(family: str, work: TransferTask, policy: GatePolicy) -> TransferOutcome | None:
-    """Judge one adapter on the base and write the verdict at once; None: no longer wanted.
+    """Judge one adapter on a base and record the verdict; None if that is no longer needed.
 
-    Whether it is wanted is asked under the adapter's lock: of two shards with the same work the
-    second finds it done.
+    The check runs under the adapter's lock: if two shards have the same work, the second one finds
+    it done.
     """
     from trans_peft.lifecycle.transfer import transfer
 
@@ -40,7 +40,7 @@ def transfer_adapter(family: str, work: TransferTask, policy: GatePolicy) -> Tra
 def record_failure(
     family: str, work: TransferTask, policy: GatePolicy, reason: str
 ) -> TransferOutcome | None:
-    """Write down that an attempt ended in an error; None: somebody did, or it is not wanted."""
+    """Record a failed attempt; None if the transfer is no longer needed."""
     from trans_peft.lifecycle import transfer
 
     with adapter_lock(work.adapter):

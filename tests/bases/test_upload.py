@@ -177,7 +177,7 @@ GOOD = {"name": "config.json", "size": 2, "sha256": "0" * 64}
         (manifest_of({}, files=[GOOD], parent=1), "parent"),
         (manifest_of({}, files=[GOOD], files_=[]), "files_"),
         (manifest_of({}, files=[]), "no files"),
-        (manifest_of({}, files=[GOOD, GOOD]), "lists twice: config.json"),
+        (manifest_of({}, files=[GOOD, GOOD]), "lists these files twice: config.json"),
         (manifest_of({}, files=[GOOD | {"size": "2"}]), "size"),
         (manifest_of({}, files=[GOOD | {"size": -1}]), "size"),
         (manifest_of({}, files=[GOOD | {"size": 2**60}]), "size"),

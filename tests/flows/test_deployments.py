@@ -1,5 +1,6 @@
-"""What prefect.yaml says: every field in full, and no heavier a start than its flow needs."""
+"""prefect.yaml: all fields have a value, and flows import no more than they need."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter
 
 from flows.reconcile import reconcile
@@ -32,8 +34,17 @@ def _keys(value):
     return {field.name for field in fields(value)}
 
 
-def test_every_parameter_of_reconcile_but_the_dry_run_has_its_value():
+def test_every_parameter_of_reconcile_except_dry_run_has_a_value():
     assert set(RECONCILE["parameters"]) == set(signature(reconcile.fn).parameters) - {"dry_run"}
+
+
+def test_every_parameter_of_every_flow_has_a_description():
+    for deployment in DEPLOYMENTS:
+        path, _, name = deployment["entrypoint"].partition(":")
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        schema = parameter_schema(getattr(module, name))
+        assert all(field.get("description") for field in schema.properties.values()), name
+        assert deployment["description"]
 
 
 def test_no_field_of_the_promotion_policy_is_part_of_a_verdicts_key():
@@ -41,7 +52,7 @@ def test_no_field_of_the_promotion_policy_is_part_of_a_verdicts_key():
 
 
 @pytest.mark.parametrize("flow", ["reconcile", "ingest_base"])
-def test_a_flow_that_computes_nothing_loads_no_machine_learning(flow):
+def test_light_flows_import_no_machine_learning(flow):
     heavy = [
         "torch",
         "transformers",

@@ -1,4 +1,4 @@
-"""The events that people hang automations on: their names, and the labels that they match."""
+"""Prefect events for automations: their names, resources, labels and payloads."""
 
 import pytest
 
@@ -9,15 +9,15 @@ from trans_peft.domain.evaluation import Verdict
 
 
 @pytest.fixture
-def told(monkeypatch):
-    sent = []
-    monkeypatch.setattr(events, "emit_event", lambda event, **rest: sent.append((event, rest)))
-    return sent
+def sent(monkeypatch):
+    found = []
+    monkeypatch.setattr(events, "emit_event", lambda event, **rest: found.append((event, rest)))
+    return found
 
 
-def test_a_base_that_is_ready_is_told_by_family_and_version(told):
+def test_a_ready_base_is_sent_with_family_and_version(sent):
     events.base_ready(BaseVersion("smol", "v2", "s3://bases/smol/v2", 2, "f" * 64, ready=True))
-    assert told == [
+    assert sent == [
         (
             "trans-peft.base.ready",
             {
@@ -37,10 +37,10 @@ def test_a_base_that_is_ready_is_told_by_family_and_version(told):
     ]
 
 
-def test_a_verdict_is_told_with_labels_to_match(told, tmp_path):
+def test_a_verdict_is_sent_with_labels(sent, tmp_path):
     source = draft("chat", "smol", peft_folder(tmp_path / "peft"))
     events.adapter_judged(outcome(source, Verdict.NEEDS_RETUNING, new_number=2))
-    ((event, rest),) = told
+    ((event, rest),) = sent
     assert event == "trans-peft.adapter.judged"
     assert rest["resource"] == {
         "prefect.resource.id": "trans-peft.adapter.chat",
@@ -60,7 +60,7 @@ def test_a_verdict_is_told_with_labels_to_match(told, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tell", "event", "resource", "payload"),
+    ("emit", "event", "resource", "payload"),
     [
         (
             lambda: events.base_refused("smol/3", "s3://b/x", "config.json is missing"),
@@ -82,12 +82,12 @@ def test_a_verdict_is_told_with_labels_to_match(told, tmp_path):
         ),
     ],
 )
-def test_what_happens_to_a_family_is_told(told, tell, event, resource, payload):
-    tell()
-    assert told == [(event, {"resource": {"prefect.resource.id": resource}, "payload": payload})]
+def test_changes_of_a_family_are_sent(sent, emit, event, resource, payload):
+    emit()
+    assert sent == [(event, {"resource": {"prefect.resource.id": resource}, "payload": payload})]
 
 
-def test_the_table_of_events_is_whole():
+def test_the_table_of_events_is_complete():
     table = [line.split()[0] for line in events.__doc__.splitlines() if "trans-peft." in line[:16]]
-    told = {"trans-peft." + name.replace("_", ".") for name in events.__all__}
-    assert {name for name in table if name.startswith("trans-peft.")} == told
+    sent = {"trans-peft." + name.replace("_", ".") for name in events.__all__}
+    assert {name for name in table if name.startswith("trans-peft.")} == sent

@@ -1,4 +1,4 @@
-"""Reconcile dies, doubles, and is overtaken by people: the end is that of an undisturbed run."""
+"""Reconcile runs that are killed, run twice, or meet manual changes end like an undisturbed run."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,9 +18,9 @@ HALF = PromotionPolicy(min_serving_share=0.5)
 
 
 def upgrade(folder, *, promotion=HALF) -> World:
-    """v1 serves five adapters; one blocked by hand; v2 is ready, and a person wants it to serve.
+    """v1 serves five adapters, one of them blocked manually; v2 is ready and is the champion.
 
-    One adapter will need re-tuning there, and one is approved by hand in spite of its verdict.
+    On v2, one adapter needs re-tuning, and one is approved manually in spite of its verdict.
     """
     folder.mkdir()
     verdicts = {"b": Verdict.NEEDS_RETUNING, "d": Verdict.INCONCLUSIVE}
@@ -56,38 +56,38 @@ class TestOneRun:
     def test_twice_changes_nothing(self, undisturbed, monkeypatch):
         before = undisturbed.final_state
         state = undisturbed.reconcile(monkeypatch)
-        assert (state.name, state.message) == ("Completed", "nothing is missing")
+        assert (state.name, state.message) == ("Completed", "no verdict is missing")
         assert undisturbed.final_state == before
         assert len(undisturbed.runs) == 3
 
-    def test_that_is_dry_changes_nothing(self, tmp_path, monkeypatch):
+    def test_a_dry_run_changes_nothing(self, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "dry")
         before = world.final_state
         assert world.reconcile(monkeypatch, dry_run=True).name == "Completed"
         assert (world.final_state, world.runs, world.moments) == (before, [], 0)
 
-    def test_of_a_family_that_is_not_there_says_so(self, undisturbed, monkeypatch):
+    def test_reports_an_unknown_family(self, undisturbed, monkeypatch):
         state = undisturbed.reconcile(monkeypatch, family="smal")
         assert state.name == "Failed"
         assert "no base family 'smal'" in state.message
 
-    def test_whose_promotion_is_refused_fails_with_the_reason(self, tmp_path, monkeypatch):
+    def test_fails_with_the_reason_if_the_promotion_is_refused(self, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "strict", promotion=PromotionPolicy(min_serving_share=1.0))
         state = world.reconcile(monkeypatch)
         assert state.name == "Failed"
         assert "4 of 5 live adapters serve there, not b (needs-retuning)" in state.message
         assert world.fleet.serving == 1
 
-    def test_finds_shards_under_way_and_does_not_start_them_again(self, tmp_path, monkeypatch):
+    def test_finds_active_shards_and_does_not_start_them_again(self, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "joined")
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(World, "_wait", killed)
             world.reconcile(monkeypatch)
         assert [run.state for run in world.runs] == ["Scheduled"] * 3
         state = world.reconcile(monkeypatch)
-        assert (state.name, state.message) == ("Completed", "5 verdicts are under way")
+        assert (state.name, state.message) == ("Completed", "other runs work on 5 verdicts")
         assert len(world.runs) == 3
-        assert world.reconcile(monkeypatch, wait=True).message == "nothing is missing"
+        assert world.reconcile(monkeypatch, wait=True).message == "no verdict is missing"
         assert len(world.runs) == 3
         assert world.fleet.serving == 2
 
@@ -125,18 +125,33 @@ class TestKilled:
                 assert world.final_state == undisturbed.final_state, (position, later)
                 assert_judged_once(world)
 
-    def test_an_adapter_that_kills_every_process_is_parked_and_stops_nobody(
+    def test_an_adapter_that_kills_every_process_is_parked_and_stops_no_other(
         self, tmp_path, monkeypatch
     ):
         world = upgrade(tmp_path / "killer")
         judge = world.judge
         world.judge = lambda work: killed() if work.adapter == "c" else judge(work)
         state = world.reconcile(monkeypatch)
-        assert "parked for a person: c on v2" in state.message
+        assert "parked after three failed attempts: c on v2" in state.message
         assert world.fleet.serving == 2  # 3 of 5 serve there: the policy asks for half
         assert {record[0] for record in world.records} == set("abde")
 
-    def test_by_a_person_a_shard_is_left_for_the_next_run(self, tmp_path, monkeypatch):
+    def test_an_attempt_that_cannot_be_recorded_stops_no_other_adapter(self, tmp_path, monkeypatch):
+        world = upgrade(tmp_path / "not-recorded")
+        judge = world.judge
+        world.judge = lambda work: killed() if work.adapter == "c" else judge(work)
+
+        def record_failure(family, work, policy, reason, return_state):
+            return Failed(message="there is no base v2")
+
+        fake = SimpleNamespace(record_failure=record_failure)
+        monkeypatch.setattr(World, "_transfer", fake)
+        state = world.reconcile(monkeypatch)
+        assert "this attempt could not be recorded: there is no base v2" in state.message
+        assert "cannot be reconciled" not in state.message
+        assert {record[0] for record in world.records} == set("abde")
+
+    def test_a_cancelled_shard_is_continued_by_the_next_run(self, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "cancelled")
         work_one_shard = world.work_one_shard
 
@@ -147,14 +162,14 @@ class TestKilled:
         world.work_one_shard = cancel_the_first
         state = world.reconcile(monkeypatch)
         assert (state.name, world.fleet.serving) == ("Failed", 1)
-        assert "Cancelled, left for the next run" in state.message
+        assert "ended as Cancelled; the next run continues its work" in state.message
         assert "small/v2 waits for 2 verdicts: a, b" in state.message
         assert world.reconcile(monkeypatch).name == "Completed"
         assert world.fleet.serving == 2
 
 
 class TestTrainings:
-    """What a verdict leaves to train is started by whichever run sees it, so it is never lost."""
+    """Each run starts the retraining that an outcome has left, so it is never lost."""
 
     @pytest.fixture
     def left(self, undisturbed):
@@ -165,7 +180,7 @@ class TestTrainings:
         return recipe
 
     @pytest.mark.parametrize(("starts", "name"), [(True, "Completed"), (False, "Failed")])
-    def test_are_started_and_those_that_failed_too_often_are_told(
+    def test_are_started_and_reported_after_three_failures(
         self, undisturbed, left, monkeypatch, starts, name
     ):
         started = []
@@ -175,7 +190,7 @@ class TestTrainings:
         state = undisturbed.reconcile(monkeypatch)
         assert started == [(left, POLICY)]
         assert state.name == name
-        assert ("b on v2: training anew failed three times" in state.message) is not starts
+        assert ("b on v2: retraining failed three times" in state.message) is not starts
 
     def test_are_tried_three_times(self, left, monkeypatch):
         runs = {}
@@ -204,7 +219,7 @@ def kill_at(*moments):
 
 
 def assert_judged_once(world):
-    """No verdict is written twice, except that the process died before its end was seen."""
+    """Check that no verdict was recorded twice."""
     assert len(set(world.records)) == len(world.records)
 
 
@@ -237,7 +252,7 @@ class TestTwoAtOnce:
 
 class TestOvertaken:
     @pytest.mark.parametrize("number", [1, 3], ids=["rolls back", "promotes a newer one"])
-    def test_a_person_who_promotes_another_at_any_moment_gets_it(
+    def test_another_champion_at_any_moment_is_followed(
         self, number, undisturbed, tmp_path, monkeypatch
     ):
         for position in range(1, undisturbed.moments + 1):
@@ -249,7 +264,7 @@ class TestOvertaken:
             assert world.fleet.serving == number, position
             assert_judged_once(world)
 
-    def test_a_person_who_pauses_at_any_moment_stops_what_has_not_happened(
+    def test_removing_champion_at_any_moment_stops_the_promotion(
         self, undisturbed, tmp_path, monkeypatch
     ):
         for position in range(1, undisturbed.moments + 1):
@@ -261,7 +276,7 @@ class TestOvertaken:
             assert world.fleet.serving == serving, position
             assert world.fleet.platform.catalog.promotion_notes(FAMILY) == {}
 
-    def test_a_block_at_any_moment_stays(self, undisturbed, tmp_path, monkeypatch):
+    def test_a_manual_block_at_any_moment_is_kept(self, undisturbed, tmp_path, monkeypatch):
         for position in range(1, undisturbed.moments + 1):
             world = upgrade(tmp_path / str(position))
             registry, alias, blocked = world.fleet.platform.registry, alias_on(world, "v2"), []
@@ -279,7 +294,7 @@ class TestOvertaken:
             assert blocked
             assert registry.alias("a", alias) is None, position
 
-    def test_work_that_nobody_needs_any_more_stops(self, tmp_path, monkeypatch):
+    def test_work_that_is_no_longer_needed_is_withdrawn(self, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "newer")
         work_one_shard, fleet = world.work_one_shard, world.fleet
 
@@ -296,7 +311,7 @@ class TestOvertaken:
         assert judged == [("a", "v2"), ("b", "v2"), *((name, "v3") for name in "abcde")]
         assert fleet.serving == 3
 
-    def test_a_shard_at_work_asks_before_each_adapter(self, tmp_path, monkeypatch):
+    def test_a_running_shard_checks_before_each_adapter(self, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "asks")
         world.shard_size = 5
         judge = world.judge
@@ -331,7 +346,7 @@ def once(position, act):
 
 
 class TestOneFamilyThatFails:
-    """It is told as that family's problem, and the others are judged and promoted."""
+    """The problem is reported with its family, and the others are judged and promoted."""
 
     @pytest.fixture
     def world(self, tmp_path):
@@ -344,16 +359,16 @@ class TestOneFamilyThatFails:
     @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), StoreError("away")])
     @pytest.mark.parametrize("step", ["apply_fleet_verdicts", "plan_fleet"])
     def test_in_any_step(self, world, monkeypatch, step, error):
-        verbs = world._reconciliation
-        plain = getattr(verbs, step)
+        tasks = world._reconciliation
+        plain = getattr(tasks, step)
 
         def failing(family, *rest):
             if family == "broken":
                 raise error
             return plain(family, *rest)
 
-        setattr(verbs, step, failing)
-        monkeypatch.setattr(World, "_reconciliation", verbs)
+        setattr(tasks, step, failing)
+        monkeypatch.setattr(World, "_reconciliation", tasks)
         state = world.reconcile(monkeypatch)
         assert state.name == "Failed"
         assert f"the family broken cannot be reconciled: {type(error).__name__}" in state.message
@@ -364,18 +379,18 @@ class TestOneFamilyThatFails:
             dry = world.reconcile(monkeypatch, dry_run=True)
             assert "the family broken cannot be reconciled" in dry.message
 
-    def test_when_its_shards_are_over(self, undisturbed, tmp_path, monkeypatch):
+    def test_after_its_shards_have_ended(self, undisturbed, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "late")
-        verbs = world._reconciliation
-        plain = verbs.apply_fleet_verdicts
+        tasks = world._reconciliation
+        plain = tasks.apply_fleet_verdicts
 
         def failing(family, *rest):
             if world.records:
-                raise ValueError("spoilt meanwhile")
+                raise ValueError("damaged meanwhile")
             return plain(family, *rest)
 
-        verbs.apply_fleet_verdicts = failing
-        monkeypatch.setattr(World, "_reconciliation", verbs)
+        tasks.apply_fleet_verdicts = failing
+        monkeypatch.setattr(World, "_reconciliation", tasks)
         state = world.reconcile(monkeypatch)  # and it ends
         assert "the family small cannot be reconciled: ValueError" in state.message
 

@@ -1,4 +1,4 @@
-"""Who is charged when an adapter of a shard fails: the adapter, or nobody."""
+"""Which failures of a shard count as attempts of an adapter, and which are retried."""
 
 import logging
 from contextlib import contextmanager, nullcontext
@@ -19,6 +19,7 @@ from tests.flows.test_shards import A, B, C
 from tests.lifecycle.fleet import POLICY
 from trans_peft.errors import (
     AccessError,
+    BaseUnreadableError,
     EvaluationError,
     IntegrityError,
     NotFoundError,
@@ -31,7 +32,7 @@ REQUEST = httpx.Request("GET", "http://prefect/api")
 
 def answered(status):
     response = httpx.Response(status, request=REQUEST)
-    return httpx.HTTPStatusError("as told", request=REQUEST, response=response)
+    return httpx.HTTPStatusError("as the test says", request=REQUEST, response=response)
 
 
 def no_slot(cause):
@@ -41,10 +42,11 @@ def no_slot(cause):
 
 
 @pytest.mark.parametrize(
-    ("error", "nobodys", "again"),
+    ("error", "infrastructure", "again"),
     [
         (StoreError("S3 cannot be reached"), True, True),
         (AccessError("S3 denies access"), True, False),
+        (BaseUnreadableError("its fingerprint is missing"), True, False),
         (ConnectionResetError(), True, True),
         (TimeoutError(), True, True),
         (httpx.ConnectError("refused"), True, True),
@@ -58,13 +60,13 @@ def no_slot(cause):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_is_tried_again_at_once_and_what_is_charged_to_an_adapter(error, nobodys, again):
+def test_which_errors_are_retried_and_which_count_as_attempts(error, infrastructure, again):
     state = Failed(data=error)
-    assert is_infrastructure_failure(state) is nobodys
+    assert is_infrastructure_failure(state) is infrastructure
     assert RETRIES["retry_condition_fn"](None, None, state) is again
 
 
-def test_a_full_disk_is_told_in_words_and_is_nobodys_fault():
+def test_a_full_disk_is_an_infrastructure_failure():
     with (
         pytest.raises(StoreError, match=r"the disk of /scratch is full\n  expected: .*\n  found: "),
         translating_full_disk_errors("/scratch"),
@@ -76,7 +78,7 @@ def test_a_full_disk_is_told_in_words_and_is_nobodys_fault():
 
 @pytest.fixture
 def shard(monkeypatch, tmp_path):
-    """Run a shard of A, B and C whose tasks end as told; return its state and who was charged."""
+    """Run a shard of A, B and C with these errors; return its state and the counted adapters."""
     passed = outcome(draft("chat", "small", peft_folder(tmp_path / "peft")))
     passed = replace(passed, training=None)
 
@@ -107,13 +109,13 @@ def shard(monkeypatch, tmp_path):
     return run
 
 
-def test_an_outage_charges_nobody_and_is_told(shard):
+def test_an_outage_counts_as_no_attempt_and_is_reported(shard):
     state, charged = shard({"a": StoreError("S3 cannot be reached"), "b": AccessError("locked")})
     assert (state.name, charged) == ("Failed", [])
     assert state.message == "a: S3 cannot be reached\nb: locked"
 
 
-def test_an_adapter_that_breaks_is_charged_beside_an_outage(shard):
+def test_a_failing_adapter_is_counted_beside_an_outage(shard):
     state, charged = shard({"a": EvaluationError("nan"), "c": StoreError("S3 cannot be reached")})
     assert (state.name, charged) == ("Failed", ["a"])
     assert state.message == "1 of 3 failed: a\nc: S3 cannot be reached"
@@ -129,12 +131,12 @@ def test_a_failure_that_cannot_be_recorded_stops_no_other_adapter(shard):
     )
 
 
-def test_a_shard_that_nothing_befell_is_completed(shard):
+def test_a_shard_without_errors_is_completed(shard):
     state, charged = shard({})
     assert (state.name, state.message, charged) == ("Completed", "3 adapters judged", [])
 
 
-def test_a_lock_that_another_makes_at_the_same_moment_is_taken_all_the_same(monkeypatch):
+def test_a_limit_that_another_run_creates_at_the_same_time_is_used(monkeypatch):
     class Prefect:
         def upsert_global_concurrency_limit_by_name(self, name, limit):
             raise ObjectAlreadyExists(None)
@@ -148,7 +150,7 @@ def test_a_lock_that_another_makes_at_the_same_moment_is_taken_all_the_same(monk
 
 @pytest.fixture
 def prefect_answers(monkeypatch):
-    """Have Prefect give no slot, for this reason."""
+    """Let Prefect refuse a slot with this error."""
 
     def answer(error):
         @contextmanager
@@ -163,14 +165,14 @@ def prefect_answers(monkeypatch):
     return answer
 
 
-def test_an_upload_that_another_reads_is_passed_over(prefect_answers):
+def test_an_upload_that_another_run_ingests_is_skipped(prefect_answers):
     prefect_answers(no_slot(answered(423)))
     with limits.upload_lock("s3://bases/smol/v2", wait=False) as held:
         assert not held
 
 
 @pytest.mark.parametrize("error", [no_slot(answered(503)), no_slot(httpx.ReadTimeout("slow"))])
-def test_a_prefect_that_is_slow_or_away_is_nobody_who_reads_the_upload(prefect_answers, error):
+def test_a_prefect_that_does_not_respond_is_an_error_and_no_taken_lock(prefect_answers, error):
     prefect_answers(error)
     with (
         pytest.raises(ConcurrencySlotAcquisitionError),

@@ -1,4 +1,4 @@
-"""How work is cut into shards, which are taken back, and who is charged when one is killed."""
+"""How work is divided into shards, which are withdrawn, and what counts when one is killed."""
 
 from dataclasses import replace
 from uuid import uuid4
@@ -49,7 +49,7 @@ CRASHED = EndedShard("shard", (A, B, C), "Crashed", never_ran=False, cancelled=F
 
 
 @given(WORK, st.integers(1, 5))
-def test_a_cut_keeps_all_work_once_on_one_base_a_shard(work, size):
+def test_each_transfer_is_in_one_shard_of_one_base(work, size):
     shards = cut(work, size)
     assert sorted(map(str, (item for shard in shards for item in shard))) == sorted(map(str, work))
     assert all(1 <= len(shard) <= size for shard in shards)
@@ -57,43 +57,41 @@ def test_a_cut_keeps_all_work_once_on_one_base_a_shard(work, size):
 
 
 @given(WORK, st.data())
-def test_what_a_shard_has_is_not_missing_whatever_else_changed_about_it(work, data):
+def test_work_in_a_shard_is_not_missing_even_if_its_estimate_changed(work, data):
     taken = data.draw(st.integers(0, len(work)))
     with_cost_estimates = [replace(item, estimated_seconds=3.0) for item in work[:taken]]
     assert missing(plan(*work), [shard(*with_cost_estimates)]) == tuple(work[taken:])
 
 
 @pytest.mark.parametrize(
-    ("planned", "waiting", "taken_back"),
+    ("planned", "waiting", "withdrawn"),
     [
         (plan(A, B), shard(A, B), False),
-        (plan(A), shard(A, B), True),  # b was retired, or judged by somebody else
+        (plan(A), shard(A, B), True),  # b was retired, or judged by another process
         (plan(work("a", attempt=2)), shard(A), True),
         (plan(), shard(A), True),
-        (plan(NEWER, A), shard(A), True),  # a newer base came: it is first in the one queue
+        (plan(NEWER, A), shard(A), True),  # a newer base comes first in the queue
         (plan(A, NEWER), shard(A), False),
-        (plan(NEWER, A), shard(A, waits=False), False),  # it asks again before each adapter
+        (plan(NEWER, A), shard(A, waits=False), False),  # it checks again before each adapter
         (plan(), shard(A, waits=False), False),
     ],
 )
-def test_a_shard_that_waits_is_taken_back_once_it_is_not_what_is_wanted_next(
-    planned, waiting, taken_back
-):
-    assert obsolete_shards(planned, [waiting]) == ((waiting,) if taken_back else ())
+def test_a_waiting_shard_is_withdrawn_if_it_is_not_needed_next(planned, waiting, withdrawn):
+    assert obsolete_shards(planned, [waiting]) == ((waiting,) if withdrawn else ())
 
 
-def test_a_shard_waits_on_where_the_newer_base_is_under_way():
+def test_a_shard_is_kept_if_the_work_on_the_newer_base_is_active():
     assert obsolete_shards(plan(NEWER, A), [shard(NEWER), shard(A)]) == ()
 
 
 @given(WORK, st.integers(1, 5))
-def test_no_shard_is_taken_back_when_everything_is_under_way(work, size):
+def test_no_shard_is_withdrawn_if_all_work_is_active(work, size):
     shards = [shard(*part) for part in cut(work, size)]
     assert obsolete_shards(plan(*work), shards) == ()
 
 
 @given(WORK.filter(len), st.data())
-def test_only_the_work_under_way_in_a_crashed_shard_is_charged(work, data):
+def test_only_the_current_transfer_of_a_crashed_shard_counts_as_an_attempt(work, data):
     on_base = cut(work, len(work))[0]
     done = data.draw(st.integers(0, len(on_base)))
     left = plan(*on_base[done:])
@@ -106,11 +104,11 @@ def test_only_the_work_under_way_in_a_crashed_shard_is_charged(work, data):
 @pytest.mark.parametrize(
     ("ending", "left"),
     [
-        ({}, ()),  # killed: what it had not begun is started again
+        ({}, ()),  # killed: the remaining work is started again
         ({"never_ran": True}, (B, C)),  # the worker could not start it
         ({"crashed": False, "cancelled": True, "state_name": "Cancelled"}, (B, C)),  # a person
         ({"crashed": False, "cancelled": True, "state_name": "Withdrawn"}, ()),  # a reconcile
-        ({"crashed": False, "state_name": "Completed"}, (B, C)),  # never for ever
+        ({"crashed": False, "state_name": "Completed"}, (B, C)),  # not done, and not tried for ever
         ({"crashed": False, "state_name": "Failed"}, (B, C)),
     ],
     ids=["killed", "never ran", "cancelled", "withdrawn", "completed", "failed"],

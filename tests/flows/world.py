@@ -1,8 +1,8 @@
-"""The reconcile flow on a fleet in memory: Prefect's part is played by a list of flow runs.
+"""The reconcile flow on a fleet in memory, with a list of flow runs in place of Prefect.
 
-Everything else is real: the flow, the pure functions of `tasks.shards`, the verbs. A process dies
-where a test says so: `Killed` is raised before or after one of the writes to the registry. In a
-shard it ends that shard's process, in reconcile that of reconcile.
+The flow, the pure functions of `tasks.shards` and the lifecycle functions are real. A test kills a
+process by raising `Killed` before or after one of the writes to the registry. In a shard it ends
+the process of that shard, in reconcile the process of reconcile.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +31,11 @@ WRITES = {
 
 
 class Killed(BaseException):
-    """The process is gone, as after `kill -9`."""
+    """Ends a process without cleaning up, as `kill -9` does."""
 
 
 class Watched:
-    """A port whose every write runs `at` before and after it."""
+    """A port that calls `at` before and after each write."""
 
     def __init__(self, port: Any, writes: Sequence[str], at: Callable[[str], None]) -> None:
         self._port, self._writes, self._at = port, writes, at
@@ -65,7 +65,7 @@ class Run:
 
 @dataclass
 class World:
-    """A fleet, and Prefect's flow runs of shards. `verdicts`: by adapter, where not passed."""
+    """A fleet, and the flow runs of its shards. `verdicts` are those other than passed."""
 
     folder: Path
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class World:
         self.at(self.moments, what)
 
     def reconcile(self, monkeypatch: pytest.MonkeyPatch, **parameters: Any) -> Any:
-        """Run the flow's body to its end; Killed where it dies. Returns its state."""
+        """Run the flow function and return its state. Raises Killed if a test kills it."""
         from flows import reconcile as module
 
         with monkeypatch.context() as patch:
@@ -102,7 +102,7 @@ class World:
             given = {"policy": POLICY, "promotion": self.promotion, "shard_size": self.shard_size}
             return module.reconcile.fn(**given | parameters)
 
-    # What tasks do, without Prefect
+    # The tasks without Prefect
 
     @property
     def _reconciliation(self) -> SimpleNamespace:
@@ -139,7 +139,7 @@ class World:
 
         return SimpleNamespace(record_failure=record_failure)
 
-    # What Prefect does
+    # Prefect's part
 
     def _start(self, family: str, work: tuple[TransferTask, ...], policy: Any) -> Shard:
         key = tuple(item.key for item in work)
@@ -173,7 +173,7 @@ class World:
         return next(run for run in self.runs if run.id == shard.run_id)
 
     def work_one_shard(self) -> None:
-        """The worker takes the oldest shard that waits and works it off, or dies in it."""
+        """Run the oldest waiting shard, as a worker does."""
         run = next((run for run in self.runs if run.state == "Scheduled"), None)
         if run is None:
             return
@@ -187,7 +187,7 @@ class World:
             run.state = "Completed"
 
     def judge(self, work: TransferTask) -> None:
-        """Judge an adapter, unless somebody else is at it (who comes second finds it done)."""
+        """Judge an adapter unless its lock is held or the work is no longer needed."""
         if work.adapter in self.locked:
             return
         if not is_still_needed(work, observe_adapter(work.adapter, FAMILY, self.platform), POLICY):
@@ -203,7 +203,7 @@ class World:
 
     @property
     def final_state(self) -> Any:
-        """What a person would find in the registry, without times and counts of attempts."""
+        """The state of the registry, without times and numbers of attempts."""
         seen = observe(FAMILY, self.fleet.platform)
         return {
             "serving": seen.serving,

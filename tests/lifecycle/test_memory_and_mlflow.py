@@ -94,7 +94,7 @@ def test_a_promotion_is_refused_approved_by_hand_rolled_back_and_paused(upgrade)
     upgrade.click(upgrade.bad, 2)
     changes = upgrade.apply_verdicts()
     assert changes.promoted == f"{fleet.family}/v2"
-    assert "set on version 2 by hand" in changes.manual_overrides[0]
+    assert "set on version 2 manually" in changes.manual_overrides[0]
     assert fleet.platform.catalog.promotion_notes(fleet.family) == {}
     assert resolve(upgrade.bad, fleet.platform).base_version == "v2"
 
@@ -113,7 +113,7 @@ def test_a_block_stays_and_is_recorded_until_it_is_given_back(upgrade):
     upgrade.click(upgrade.good, None)
     for _ in range(3):
         (told,) = upgrade.apply_verdicts().manual_overrides
-        assert f"{upgrade.good} on v2: taken away by hand" in told
+        assert f"{upgrade.good} on v2: removed manually" in told
         assert upgrade.registry.alias(upgrade.good, upgrade.v2.alias) is None
     upgrade.fleet.add_adapter(upgrade.good, upgrade.v2, weights="trained there")
     assert upgrade.registry.alias(upgrade.good, upgrade.v2.alias) is None

@@ -238,12 +238,12 @@ class TestHands:
             changes = self.apply_verdicts(fleet, day=day)
             assert fleet.platform.registry.alias("chat", v2.alias) is None
             assert changes.manual_overrides == (
-                "chat on v2: taken away by hand (seen 2026-11-24T00:00:00+00:00); "
+                "chat on v2: removed manually (first seen 2026-11-24T00:00:00+00:00); "
                 "by verdict version 2: passed",
             )
         page = report(FAMILY, fleet.platform).markdown()
         assert "| chat | trained here, **serves** | passed, blocked by hand |" in page
-        assert "- **chat** on v2: taken away by hand (seen 2026-11-24T00:00:00+00:00)" in page
+        assert "- **chat** on v2: removed manually (first seen 2026-11-24T00:00:00+00:00)" in page
 
     def test_a_block_outlives_new_bytes_and_new_policies(self, fleet, two_bases):
         v1, v2 = two_bases
@@ -263,7 +263,7 @@ class TestHands:
         fleet.apply_verdicts()
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 2)
         (hand,) = self.apply_verdicts(fleet).manual_overrides
-        assert "set on version 2 by hand" in hand
+        assert "set on version 2 manually" in hand
         assert "by verdict no version: inconclusive" in hand
         assert resolve("chat", fleet.platform, base="v2").number == 2
         fleet.add_base("v3")
@@ -280,7 +280,7 @@ class TestHands:
         self.apply_verdicts(fleet, day=24)
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)
         assert (
-            "version 1 by hand (seen 2026-11-25"
+            "version 1 manually (first seen 2026-11-25"
             in self.apply_verdicts(fleet, day=25).manual_overrides[0]
         )
 
@@ -310,5 +310,5 @@ class TestHands:
         seen = observe(FAMILY, fleet.platform)
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)
         (hand,) = apply_verdicts(seen, POLICY, ALL, fleet.platform).manual_overrides
-        assert "set on version 1 by hand" in hand
+        assert "set on version 1 manually" in hand
         assert fleet.platform.registry.alias("chat", v2.alias) == 1

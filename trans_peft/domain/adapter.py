@@ -1,4 +1,4 @@
-"""Adapters: one registered version of one, and which version is carried to new bases."""
+"""Adapter versions, the aliases of an adapter, and the version that is transferred to new bases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class VersionState:
-    """What may change about a registered version: its verdict. The bytes never do."""
+    """The part of a registered version that can change. Its files cannot.
+
+    Attributes:
+        verdict: Verdict of the transfer that made the version. None for a trained version.
+        verdict_key: Key of that verdict.
+        superseded: Whether another version with the same weights on the same base replaces it.
+    """
 
     verdict: str | None = None
     verdict_key: str | None = None
@@ -33,11 +39,14 @@ class VersionState:
 
 @dataclass(frozen=True)
 class ManualOverride:
-    """What a person did to an alias, for the record.
+    """An alias that a person set or removed, against the verdict.
 
-    `number` is where the alias was found (None: taken away), `wanted` where the verdict would have
-    it, `why` that verdict in words. `first_seen` is when reconcile noticed (ISO 8601, UTC). Without
-    authentication MLflow knows no user, so `by` stays unknown.
+    Attributes:
+        number: The version that has the alias. None if the person removed it.
+        wanted: The version that would have the alias by verdict. None for no version.
+        why: The verdict, or why there is none.
+        first_seen: When reconcile found the override (ISO 8601, UTC).
+        by: The person. MLflow without authentication does not record it.
     """
 
     number: int | None
@@ -47,17 +56,20 @@ class ManualOverride:
     by: str = "unknown"
 
     def __str__(self) -> str:
-        stands = "taken away" if self.number is None else f"set on version {self.number}"
+        found = "removed" if self.number is None else f"set on version {self.number}"
         wanted = "no version" if self.wanted is None else f"version {self.wanted}"
-        return f"{stands} by hand (seen {self.first_seen}); by verdict {wanted}: {self.why}"
+        return f"{found} manually (first seen {self.first_seen}); by verdict {wanted}: {self.why}"
 
 
 @dataclass(frozen=True)
 class AliasState:
-    """Where one alias of an adapter stands, and whose word that is.
+    """The state of one alias of an adapter.
 
-    `manual`: not where we last put it, so a person's word. `unfinished`: a write of ours was cut
-    off; to set the alias again finishes it. `recorded`: what stands in the registry about the hand.
+    Attributes:
+        number: The version that has the alias. None for no version.
+        manual: Whether a person set or removed the alias after reconcile last set it.
+        unfinished: Whether a write of the alias was interrupted. Setting it again completes it.
+        recorded: The manual override that the registry has recorded for the alias.
     """
 
     number: int | None = None
@@ -68,13 +80,28 @@ class AliasState:
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """The bytes of one adapter on one base: immutable once registered.
+    """One version of an adapter: immutable files for one base version.
 
-    `number` is the registry's. `base_*` is the base these bytes are bound to, `trained_on_*` the
-    base they were trained on: the same for a trained version, different for a transferred one,
-    whose `transferred_from` is the number of the version it was made from. `recipe_sha256` is empty
-    for an adopted adapter, and `recipe` missing: nobody knows how it was trained. `made_by`: which
-    rung of the ladder made these bytes of those of `transferred_from`.
+    A trained version is bound to the base that it was trained on. A transferred version is bound to
+    another base.
+
+    Attributes:
+        adapter: Name of the adapter.
+        number: Number of the version, assigned by the registry. 1 is the oldest.
+        family: Base family.
+        base_version: Label of the base that the version is bound to.
+        base_fingerprint_sha256: Fingerprint of that base.
+        trained_on_version: Label of the base that the adapter was trained on.
+        trained_on_fingerprint_sha256: Fingerprint of that base.
+        weights_sha256: Hash of the adapter's weights (`models.adapter_weights_sha256`).
+        method: PEFT type, such as "LORA".
+        suites: Evaluation suites by which the adapter is judged.
+        transferred_from: Number of the version that this one was made from. None if trained.
+        recipe_sha256: Hash of the training recipe. Empty for an adopted adapter.
+        run_id: MLflow run of the training.
+        state: The part that can change.
+        recipe: Training recipe. None for an adopted adapter.
+        made_by: Recovery strategy that made the weights from those of `transferred_from`.
     """
 
     adapter: str
@@ -105,12 +132,12 @@ class AdapterVersion:
 
     @property
     def alias(self) -> str:
-        """The alias that says: this version serves on its base."""
+        """The alias of the version that serves on this base."""
         return serving_alias(self.base_fingerprint_sha256)
 
     @property
     def is_trained(self) -> bool:
-        """Whether these bytes were trained on the base they are bound to."""
+        """Whether the version was trained on the base that it is bound to."""
         return self.base_fingerprint_sha256 == self.trained_on_fingerprint_sha256
 
     def __str__(self) -> str:
@@ -118,17 +145,17 @@ class AdapterVersion:
 
 
 def source_version(versions: Sequence[AdapterVersion]) -> AdapterVersion:
-    """Return the version whose bytes are carried to new bases: the latest that was trained.
+    """Return the version that is transferred to new bases: the latest trained one.
 
-    Raises NotFoundError where none was (every version is a transferred or a superseded one).
+    Raises NotFoundError if all versions are transferred or superseded.
     """
     trained = [v for v in versions if v.is_trained and not v.state.superseded]
     if not trained:
         raise NotFoundError(
-            "the adapter has no trained version to carry over",
-            expected="a version bound to the base it was trained on",
-            found=", ".join(str(version) for version in versions) or "no version at all",
-            do="train it, or adopt the PEFT folder it came from",
+            "the adapter has no trained version to transfer",
+            expected="a version that is bound to the base it was trained on",
+            found=", ".join(str(version) for version in versions) or "no version",
+            do="train the adapter, or adopt its PEFT folder",
         )
     return max(trained, key=lambda version: version.number)
 
@@ -136,7 +163,7 @@ def source_version(versions: Sequence[AdapterVersion]) -> AdapterVersion:
 def version_trained_on(
     base_fingerprint_sha256: str, versions: Sequence[AdapterVersion]
 ) -> AdapterVersion | None:
-    """Return the latest version whose bytes were trained on that base, if there is one."""
+    """Return the latest version that was trained on that base, or None."""
     trained = [
         version
         for version in versions

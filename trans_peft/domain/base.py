@@ -1,4 +1,4 @@
-"""Base models: what a version is, what an adapter can feel of it, and what an upload must state."""
+"""Base versions, their fingerprints, and the manifests of uploads."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,17 +22,20 @@ __all__ = [
 
 
 def serving_alias(fingerprint_sha256: str) -> str:
-    """Return the alias of an adapter version that serves on the base with this digest."""
+    """Return the alias of the adapter version that serves on the base with this fingerprint."""
     return f"{ADAPTER_ALIAS_PREFIX}{fingerprint_sha256[:12]}"
 
 
 @dataclass(frozen=True)
 class TensorSignature:
-    """One weight of a base, told apart without keeping it.
+    """The identity of one tensor of a base.
 
-    `sketch` holds some of its values at positions that depend on the shape alone, so that two
-    versions of one weight can be compared (cosine, drift) without either file. It is derived from
-    the content and therefore not part of the fingerprint's digest.
+    Attributes:
+        shape: Shape of the tensor.
+        dtype: Data type, in safetensors' spelling ("F32", "BF16").
+        sha256: Hash of the tensor's bytes.
+        sketch: Sampled values at positions that depend on the shape alone. They allow two versions
+            of a tensor to be compared (cosine, drift) without the files. Not part of the digest.
     """
 
     shape: tuple[int, ...]
@@ -43,14 +46,19 @@ class TensorSignature:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an adapter can feel of a base: nothing that changes a logit is left out.
+    """Hashes of everything in a base that can change a model's output.
 
-    `config_sha256` covers config.json and generation_config.json without what cannot change a
-    result (names, library version).
-    `vocabulary_sha256` covers token -> id, `tokenizer_sha256` the whole tokenizer (merges, added
-    tokens, normaliser), `chat_template_sha256` is empty where there is no template. `config` is the
-    text of config.json, from which the model's own names of the tensors follow; it is no part of
-    the digest, and empty in fingerprints that older versions of this library recorded.
+    Attributes:
+        architecture: Class name of the model, as in config.json.
+        layer_count: Number of layers.
+        config_sha256: Hash of config.json and generation_config.json, without fields that cannot
+            change an output (names, library version).
+        tensors: Signature of each tensor, by its name in the files.
+        vocabulary_sha256: Hash of the map from token to id.
+        tokenizer_sha256: Hash of the whole tokenizer: merges, added tokens, normalizer.
+        chat_template_sha256: Hash of the chat template. Empty without a template.
+        config: Text of config.json, from which the model's own names of the tensors follow. Not
+            part of the digest. Empty in fingerprints of older versions of this library.
     """
 
     architecture: str
@@ -64,7 +72,7 @@ class Fingerprint:
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 (64 hex digits) of everything above, sketches left out."""
+        """The sha256 (64 hex digits) of all fields except `config` and the sketches."""
         tensors = {
             name: [list(tensor.shape), tensor.dtype, tensor.sha256]
             for name, tensor in self.tensors.items()
@@ -84,13 +92,18 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class BaseVersion:
-    """One version of a base family, as the catalog knows it.
+    """One version of a base family, as registered in the catalog.
 
-    `version` is the publisher's word for it ("v2", "2026-01"); `number` is its place in the
-    family's order, given by the catalog (1 is the oldest). `fingerprint_sha256` is the digest of
-    its `Fingerprint`, empty until ingestion has verified the files. Only a `ready` version exists
-    for anything but ingestion. `manifest_sha256` is that of the manifest it was verified against,
-    empty without one. `served`: the fleet uses it, or once did.
+    Attributes:
+        family: Name of the family.
+        version: Label that the publisher chose, such as "v2" or "2026-01".
+        uri: Folder or prefix of the files.
+        number: Number in the order of the family, assigned by the catalog. 1 is the oldest.
+        fingerprint_sha256: Digest of the `Fingerprint`. Empty until ingestion verified the files.
+        parent: Label of the version that this one was trained from.
+        ready: Whether ingestion verified the version. Everything else ignores other versions.
+        manifest_sha256: Hash of the manifest that the files were verified against. Empty without.
+        served: Whether the fleet serves on this version, or has served on it.
     """
 
     family: str
@@ -120,7 +133,7 @@ class BaseVersion:
 
 @dataclass(frozen=True)
 class ManifestFile:
-    """One file of an upload: its name relative to the prefix, its size in bytes, its sha256."""
+    """One file of an upload: name relative to the prefix, size in bytes, sha256."""
 
     name: str
     size: int
@@ -129,7 +142,7 @@ class ManifestFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an upload claims to be. Written last, as `trans_peft_manifest.json`."""
+    """The manifest of an upload: its family, version and files. The publisher writes it last."""
 
     family: str
     version: str
@@ -149,13 +162,13 @@ class Manifest:
         counts = Counter(file.name for file in self.files)
         doubled = sorted(name for name, count in counts.items() if count > 1)
         if doubled:
-            problems.append(f"it lists twice: {listed(doubled)}")
+            problems.append(f"it lists these files twice: {listed(doubled)}")
         if problems:
             raise InvalidSpecError(f"the manifest cannot be used: {'; '.join(problems)}")
 
     @cached_property
     def sha256(self) -> str:
-        """The sha256 (64 hex digits) of what is claimed: family, version, and every file."""
+        """The sha256 (64 hex digits) of the family, the version and all files."""
         return content_sha256(
             [self.family, self.version, sorted(self.files, key=lambda file: file.name)]
         )
@@ -163,10 +176,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Upload:
-    """Files that might become a base version: an uploaded prefix, or a version somebody registered.
+    """Files that ingestion can turn into a base version.
 
-    `registered` is the catalog's version that waits for its files to be verified; None for a prefix
-    that came with a manifest.
+    Attributes:
+        uri: Folder or prefix of the files.
+        registered: The registered version that waits for its files to be verified. None for an
+            upload that was found by its manifest.
     """
 
     uri: str

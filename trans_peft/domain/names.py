@@ -1,19 +1,19 @@
-"""The rule for every name that a person chooses: families, base versions, adapters, suites, labels.
+"""The rule for names of families, base versions, adapters, suites and labels.
 
-A name ends up in many stores, and each has rules of its own:
+A name is used in several stores, and each has its own rules:
 
-- MLflow refuses `/` and `:` in names of registered models, takes letters, digits and `_-./ :` in
+- MLflow refuses `/` and `:` in names of registered models, allows letters, digits and `_-./ :` in
   names of metrics (a suite's name is a part of one, at most 250 characters), and its search
   language has no escape for quotes.
-- Prefect refuses `/ % & < >` in names of concurrency limits and tags, and takes lower-case
+- Prefect refuses `/ % & < >` in names of concurrency limits and tags, and allows lower-case
   letters, digits and dashes in keys of artifacts.
-- S3 keys and files on disk take a name as one component of a path.
+- In S3 keys and on disk, a name is one component of a path.
 - PostgreSQL and SQLite tell upper case from lower case; MySQL, SQL Server and the file systems of
   macOS and Windows do not.
 
-So a name has 1 to 100 ASCII letters, digits, `-`, `_` and `.`, and begins and ends with a letter or
-a digit. ASCII alone leaves no look-alikes, invisible characters or several Unicode forms of one
-name. Two names in one store may not differ by case alone (`same_but_for_case`).
+A name therefore has 1 to 100 ASCII letters, digits, `-`, `_` and `.`, and begins and ends with a
+letter or a digit. ASCII excludes look-alikes, invisible characters and several Unicode forms of one
+name. Two names in one store must not differ in case alone (`same_but_for_case`).
 """
 
 import re
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 LONGEST_NAME = 100
-"""The most characters in a name."""
+"""The maximum number of characters in a name."""
 
 _RULE = (
     f"1 to {LONGEST_NAME} ASCII letters, digits, '-', '_' or '.', a letter or a digit at both ends"
@@ -44,7 +44,7 @@ _RESERVED_SHAPE = re.compile(rf"{ADAPTER_ALIAS.pattern}|m-[0-9a-f]{{32}}", re.IG
 
 
 def name_problem(what: str, name: object) -> str | None:
-    """Return why `name` cannot be used as the name of a `what` ("family"), or None if it can."""
+    """Return why `name` is no valid name, or None. `what` it names ("family") begins the text."""
     if not isinstance(name, str):
         return f"{what} must be text, not {type(name).__name__}"
     if not name:
@@ -55,23 +55,21 @@ def name_problem(what: str, name: object) -> str | None:
         return f"{what} must not be {quoted(name)}: that name is reserved for an alias"
     if name.lower().endswith(CONVERTED_SUFFIX):
         return (
-            f"{what} must not be {quoted(name)}: the ending {CONVERTED_SUFFIX} is reserved for "
+            f"{what} must not be {quoted(name)}: the suffix {CONVERTED_SUFFIX} is reserved for "
             "converted bases"
         )
     return None
 
 
 def check_names(where: str, **names: object) -> None:
-    """Raise InvalidSpecError with every value of `names` (by what it names) that is no name."""
+    """Raise InvalidSpecError for all invalid values of `names`, whose keys are what they name."""
     problems = [
         problem
         for what, name in names.items()
         if (problem := name_problem(what.replace("_", " "), name))
     ]
     if problems:
-        raise InvalidSpecError(
-            f"{where}: {'; '.join(problems)}", do="choose a name that follows the rule"
-        )
+        raise InvalidSpecError(f"{where}: {'; '.join(problems)}", do="choose another name")
 
 
 def same_but_for_case(name: str, others: Iterable[str]) -> str | None:
@@ -86,13 +84,13 @@ def check_case(what: str, name: str, others: Iterable[str]) -> None:
             f"{what} {quoted(name)} differs from an existing one in upper and lower case alone",
             expected=other,
             found=name,
-            do="use the existing name, or one that differs in more than case: some databases and "
-            "file systems take both for one",
+            do="use the existing name, or one that differs in more than case, because some "
+            "databases and file systems ignore case",
         )
 
 
 def quoted(text: object, longest: int = 60) -> str:
-    """Return any text for a message: escaped, on one line, in ASCII, cut after `longest`."""
+    """Return a value as quoted text for a message: ASCII on one line, at most `longest` long."""
     shown = str(text)
     cut = f"{shown[:longest]}..." if len(shown) > longest else shown
     return ascii(cut)

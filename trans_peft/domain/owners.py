@@ -1,8 +1,8 @@
-"""Whose a base family is: from which places its versions may come, and with whose signature.
+"""From which places a base family takes its versions, and with whose signature.
 
-Without a setting, the versions of a family come from below `<root>/<family>/`, where `root` is the
-place in which uploads are looked for. So who may write there, by the bucket's policy, owns the
-family. Without a root there is no place to bind a family to, and any place is taken.
+By default, the versions of a family come from below `<root>/<family>/`, where `root` is the prefix
+of all uploads. Everyone who may write there by the bucket's policy owns the family. Without a root,
+versions may come from any place.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,12 @@ __all__ = ["FamilyRule", "Owners"]
 
 @dataclass(frozen=True)
 class FamilyRule:
-    """What one family asks of a place and of an upload.
+    """The rule for the uploads of one family.
 
-    `prefixes`: its versions come from below one of these URIs; empty: from below the default one.
-    `key`: path of the public key (PEM, elliptic curve) that each of its uploads must be signed for;
-    empty: none needs a signature.
+    Attributes:
+        prefixes: URIs below which its versions must be. Empty: below the default prefix.
+        key: Path of the public key (PEM, elliptic curve) that verifies the signature of each of its
+            uploads. Empty: uploads need no signature.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -34,7 +35,12 @@ class FamilyRule:
 
 @dataclass(frozen=True)
 class Owners:
-    """The rules of all families. `root_uri` is where uploads are looked for."""
+    """The rules of all families.
+
+    Attributes:
+        root_uri: Prefix of all uploads. Empty: there is none.
+        families: Rules by family. Names must not differ in case alone.
+    """
 
     root_uri: str = ""
     families: Mapping[str, FamilyRule] = field(default_factory=dict)
@@ -53,26 +59,27 @@ class Owners:
             if not prefix or _parts(prefix) is None
         ]
         if problems:
-            raise InvalidSpecError(f"the families' owners cannot be used: {'; '.join(problems)}")
+            raise InvalidSpecError(f"the rules of families are invalid: {'; '.join(problems)}")
 
     def prefixes(self, family: str) -> tuple[str, ...]:
-        """Return the URIs below which a family's versions lie; empty: anywhere."""
-        rule = self._rule(family)
+        """Return the URIs below which a family's versions must be. Empty: any place is allowed."""
+        name = self._ruled_name(family)
+        rule = self.families.get(name)
         if rule and rule.prefixes:
             return rule.prefixes
-        return (f"{self.root_uri.rstrip('/')}/{family}/",) if self.root_uri else ()
+        return (f"{self.root_uri.rstrip('/')}/{name}/",) if self.root_uri else ()
 
     def key(self, family: str) -> str:
-        """Return the path of the public key that a family's uploads are signed for, or nothing."""
-        rule = self._rule(family)
+        """Return the path of the public key that verifies a family's uploads, or an empty text."""
+        rule = self.families.get(self._ruled_name(family))
         return rule.key if rule else ""
 
-    def _rule(self, family: str) -> FamilyRule | None:
-        """Return the rule of the family, also for a name that differs in case alone."""
-        return self.families.get(same_but_for_case(family, self.families) or family)
+    def _ruled_name(self, family: str) -> str:
+        """Return the name as a rule spells it, if one differs in case alone."""
+        return same_but_for_case(family, self.families) or family
 
     def objection(self, family: str, uri: str) -> str | None:
-        """Return why a version of a family may not come from `uri`, or None if it may."""
+        """Return why a version of a family must not come from `uri`, or None if it may."""
         if other := same_but_for_case(family, self.families):
             return f"its name differs from that of {other} in upper and lower case alone"
         allowed = self.prefixes(family)
@@ -85,13 +92,13 @@ class Owners:
             owned = _parts(prefix)
             if owned is not None and place[: len(owned)] == owned:
                 return None
-        return "the place belongs to another family, or to none"
+        return "the place does not belong to this family"
 
 
 def _parts(uri: str) -> tuple[str, ...] | None:
-    """Return scheme, bucket and the parts of a path; None where a part could lead elsewhere.
+    """Return scheme, bucket and the parts of a path, or None if a part is empty, `.` or `..`.
 
-    A `file://` URI and the path that it means are one place. An S3 key is taken as it is.
+    A `file://` URI and its path have the same parts. S3 keys are not decoded.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:

@@ -1,4 +1,4 @@
-"""When a base version may serve: the policy that a person's wish (`champion`) is held against."""
+"""Promotion policy: when the fleet may move to the base version with the alias `champion`."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,14 +12,16 @@ __all__ = ["PromotionPolicy"]
 
 @dataclass(frozen=True)
 class PromotionPolicy:
-    """How much of a fleet must serve on a base version before the fleet may move to it.
+    """The part of a fleet that must serve on a base version before the fleet may move to it.
 
-    `min_serving_share`: of the family's live adapters, those with their alias on that base, by
-    verdict or by a person's hand (0 to 1). `required_adapters`: names that must be among them; one
-    of another family is not asked here. `free_rollback`: a base that served before may serve again
-    at once, however many adapters serve there and whatever verdict is missing.
+    The policy decides which base serves. It does not affect verdicts or their keys.
 
-    It decides what serves, never what a verdict is: no verdict's key depends on it.
+    Attributes:
+        min_serving_share: Required share (0 to 1) of the family's live adapters that serve on the
+            base, by verdict or by manual override.
+        required_adapters: Adapters that must serve on it. Adapters of other families are ignored.
+        free_rollback: Whether a base that served before may serve again at once, regardless of the
+            other fields and of missing verdicts.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -36,4 +38,4 @@ class PromotionPolicy:
             None, (name_problem("a required adapter", name) for name in self.required_adapters)
         )
         if problems:
-            raise InvalidSpecError(f"the promotion policy cannot be used: {'; '.join(problems)}")
+            raise InvalidSpecError(f"the promotion policy is invalid: {'; '.join(problems)}")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.names import BASE_ALIASES
+from trans_peft.domain.conventions import BASE_ALIASES
 from trans_peft.errors import NotFoundError, NotServedError
 from trans_peft.ports import Platform
 
