@@ -1,4 +1,4 @@
-"""The command line from outside: arguments in; exit code, words and files out."""
+"""The command line: arguments, exit codes, output and files."""
 
 import json
 import os
@@ -32,16 +32,16 @@ RECIPE = {
 }
 
 
-class Table:
-    """A folder with two related bases, an unrelated one, data, and one adapter; and `run`."""
+class CommandLine:
+    """Runs commands in a folder with two related bases, an unrelated one, data and an adapter."""
 
     def __init__(self, folder: Path, capsys) -> None:
         self.folder, self.capsys = folder, capsys
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         code = main([*map(str, arguments)])
-        said = self.capsys.readouterr()
-        return code, said.out, said.err
+        captured = self.capsys.readouterr()
+        return code, captured.out, captured.err
 
     def json(self, *arguments: str) -> tuple[int, object]:
         code, out, _ = self.run(*arguments, "--json")
@@ -49,8 +49,8 @@ class Table:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("table")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("command-line")
     write_tiny_base(folder / "v1")
     write_tiny_base(folder / "unrelated", seed=4)
     updated = tiny_model()
@@ -70,16 +70,16 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def table(made, capsys, monkeypatch) -> Table:
-    monkeypatch.chdir(made)
+def cli(files, capsys, monkeypatch) -> CommandLine:
+    monkeypatch.chdir(files)
     torch.set_num_threads(1)
-    return Table(made, capsys)
+    return CommandLine(files, capsys)
 
 
 # Help.
 
 
-def test_help_teaches_and_loads_nothing_heavy():
+def test_help_lists_the_commands_and_loads_no_machine_learning():
     program = (
         "import sys; from trans_peft.cli import main; code = main(['--help'])\n"
         "heavy = {'torch', 'transformers', 'peft', 'boto3', 'pydantic'} & set(sys.modules)\n"
@@ -94,14 +94,14 @@ def test_help_teaches_and_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_has_an_example_and_json(command, table):
-    code, out, _ = table.run(command, "--help")
+def test_each_command_has_an_example_and_json(command, cli):
+    code, out, _ = cli.run(command, "--help")
     assert code == 0
     assert f"Example: trans-peft {command} " in " ".join(out.split())
     assert "--json" in out
 
 
-# Bad input: exit code 2, words, no traceback, nothing written.
+# Invalid input: exit code 2, a message without a traceback, no files written.
 
 TRANSFER = ("transfer", "mine", "--old", "v1", "--new", "v2", "--suite", "suite.json")
 BAD_INPUT = {
@@ -116,38 +116,41 @@ BAD_INPUT = {
         ["evaluate", "mine", "--bare", "--base", "v1", "--suite", "suite.json"],
         "either an adapter or --bare",
     ),
-    "a folder in use": ([*TRANSFER, "--out", "v1"], "v1 is in use already"),
+    "a folder with files": ([*TRANSFER, "--out", "v1"], "v1 is not empty"),
     "the same base": (
         ["transfer", "mine", "--old", "v1", "--new", "v1", "--suite", "suite.json", "--out", "x"],
-        "the two bases are the same",
+        "the old and the new base are the same",
     ),
     "prompts whose answers are not kept": (
         ["agreement", "mine", "--old", "v1", "--new", "v2", "--prompts", "suite.yaml"],
         "keep_answers",
     ),
-    "one suite twice": ([*TRANSFER, "--suite", "suite.yaml", "--out", "x"], "suites share a name"),
+    "one suite twice": (
+        [*TRANSFER, "--suite", "suite.yaml", "--out", "x"],
+        "two suites have the same name",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_told_in_words(case, table):
+def test_invalid_input_is_reported_without_a_traceback(case, cli):
     arguments, words = BAD_INPUT[case]
-    code, out, err = table.run(*arguments)
+    code, out, err = cli.run(*arguments)
     assert code == 2
     assert words in err
     assert out == ""
     assert "Traceback" not in err
-    assert not (table.folder / "x").exists()
+    assert not (cli.folder / "x").exists()
 
 
-def test_every_problem_of_a_recipe_is_told_at_once(table, tmp_path):
+def test_all_problems_of_a_recipe_are_reported_at_once(cli, tmp_path):
     recipe = RECIPE | {
         "suites": [SUITE | {"max_new_tokens": "two", "scorings": "f1"}],
         "perturbation": {"maskng_p": 0.1},
         "optimizer": {"steps": -1},
     }
     (tmp_path / "bad.json").write_text(json.dumps(recipe))
-    code, _, err = table.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
+    code, _, err = cli.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
     assert code == 2
     assert "suites.0.scorings: there is no such field" in err
     assert "suites.0.max_new_tokens: input should be a valid integer" in err
@@ -163,9 +166,9 @@ def test_every_problem_of_a_recipe_is_told_at_once(table, tmp_path):
         ({"masking_p": 0.0, "dropping_p": 0.0, "spared_layers": [0]}, "spared_layers is given"),
     ],
 )
-def test_a_perturbation_that_is_none_is_told(perturbation, words, table, tmp_path):
+def test_an_invalid_perturbation_is_reported(perturbation, words, cli, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(RECIPE | {"perturbation": perturbation}))
-    code, _, err = table.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
+    code, _, err = cli.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
     assert code == 2
     assert words in err
 
@@ -175,18 +178,18 @@ def test_a_perturbation_that_is_none_is_told(perturbation, words, table, tmp_pat
     [
         ("s.json", "{", "cannot be read"),
         ("s.yaml", "a: [", "cannot be read"),
-        ("s.toml", "", "no kind that can be read"),
-        ("s.yaml", "- 1", "is not a Suite"),
+        ("s.toml", "", "has an unknown extension"),
+        ("s.yaml", "- 1", "is not a valid Suite"),
     ],
 )
-def test_files_that_are_no_recipe_are_told(name, text, words, table, tmp_path):
+def test_files_that_cannot_be_read_are_reported(name, text, words, cli, tmp_path):
     (tmp_path / name).write_text(text)
-    code, _, err = table.run("evaluate", "mine", "--base", "v1", "--suite", tmp_path / name)
+    code, _, err = cli.run("evaluate", "mine", "--base", "v1", "--suite", tmp_path / name)
     assert code == 2
     assert words in err
 
 
-def test_a_failure_has_another_code_than_bad_input(table, monkeypatch):
+def test_a_failure_has_another_exit_code_than_invalid_input(cli, monkeypatch):
     def lost(*_: object, **__: object) -> None:
         raise trouble
 
@@ -194,10 +197,10 @@ def test_a_failure_has_another_code_than_bad_input(table, monkeypatch):
     from trans_peft.errors import StoreError
 
     trouble: Exception = StoreError("the bucket does not answer")
-    code, _, err = table.run("fingerprint", "v1")
+    code, _, err = cli.run("fingerprint", "v1")
     assert (code, err) == (3, "StoreError: the bucket does not answer\n")
-    trouble = RuntimeError("a mistake of ours")
-    code, _, err = table.run("fingerprint", "v1")
+    trouble = RuntimeError("a bug")
+    code, _, err = cli.run("fingerprint", "v1")
     assert code == 3
     assert "Traceback" in err
 
@@ -205,108 +208,118 @@ def test_a_failure_has_another_code_than_bad_input(table, monkeypatch):
 # What the commands do.
 
 
-def test_criticality_is_the_librarys_and_ends_in_a_line_for_a_recipe(table, tmp_path):
+def test_criticality_prints_the_values_of_the_library_and_a_line_for_a_recipe(cli, tmp_path):
     rows = tmp_path / "long.jsonl"
     rows.write_text(json.dumps({"prompt": "1+" * 70, "completion": "70"}))
-    code, found = table.json("criticality", "v1", rows, "--tokens", "128")
+    code, found = cli.json("criticality", "v1", rows, "--tokens", "128")
     assert code == 0
     ids = tiny_tokenizer()("1+" * 70, return_tensors="pt")["input_ids"][:, :128]
     expected = layer_criticality(tiny_model(), [{"input_ids": ids, "labels": ids}])
     assert found["criticality"] == pytest.approx(expected, abs=1e-5)
-    code, out, _ = table.run("criticality", "v1", rows)
+    code, out, _ = cli.run("criticality", "v1", rows)
     assert code == 0 and out.splitlines()[-1] == f'"spared_layers": {found["spared_layers"]}'
 
 
-def test_rows_too_short_to_measure_on_are_told(table, tmp_path):
+def test_too_few_tokens_for_criticality_are_reported(cli, tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
-    code, _, err = table.run("criticality", "v1", tmp_path / "one.jsonl")
+    code, _, err = cli.run("criticality", "v1", tmp_path / "one.jsonl")
     assert code == 2
-    assert "too short to tell the layers apart" in err
+    assert "too short to measure the criticality of layers" in err
 
 
-def test_drift_tells_attention_and_ffn_apart(table):
-    code, found = table.json("drift", "--old", "v1", "--new", "v2")
+def test_drift_reports_attention_and_ffn(cli):
+    code, found = cli.json("drift", "--old", "v1", "--new", "v2")
     assert code == 0
     assert 0.01 < found["attention"] < 1 and 0.01 < found["ffn"] < 1
-    code, out, _ = table.run("drift", "--old", "v1", "--new", "v2")
+    code, out, _ = cli.run("drift", "--old", "v1", "--new", "v2")
     assert f"{found['ffn']:.2%}" in out
 
 
-def test_fingerprint_is_the_same_for_a_path_and_a_published_copy(table, tmp_path):
+def test_fingerprint_is_the_same_for_a_path_and_a_published_copy(cli, tmp_path):
     uri = (tmp_path / "bucket" / "v1").as_uri()
-    code, out, _ = table.run(
+    code, out, _ = cli.run(
         *("publish", "v1", uri, "--family", "tiny", "--version", "v1", "--parent", "v0")
     )
-    assert (code, out.split()[:4]) == (0, ["tiny/v1", "is", "at", f"{uri}:"])
+    assert (code, out.split()[:5]) == (0, ["tiny/v1", "was", "published", "to", f"{uri}:"])
     manifest = json.loads((tmp_path / "bucket/v1/trans_peft_manifest.json").read_text())
     assert (manifest["family"], manifest["version"], manifest["parent"]) == ("tiny", "v1", "v0")
-    _, there = table.json("fingerprint", uri)
-    _, here = table.json("fingerprint", "v1")
-    _, other = table.json("fingerprint", "v2")
+    _, there = cli.json("fingerprint", uri)
+    _, here = cli.json("fingerprint", "v1")
+    _, other = cli.json("fingerprint", "v2")
     assert there["digest"] == here["digest"] != other["digest"]
     assert here["layer_count"] == 2
 
 
-def test_a_changed_file_is_read_again(table, tmp_path):
+def test_a_changed_file_is_read_again(cli, tmp_path):
     write_tiny_base(tmp_path / "base")
-    _, before = table.json("fingerprint", tmp_path / "base")
+    _, before = cli.json("fingerprint", tmp_path / "base")
     write_tiny_base(tmp_path / "base", seed=1)
-    _, after = table.json("fingerprint", tmp_path / "base")
+    _, after = cli.json("fingerprint", tmp_path / "base")
     assert before["digest"] != after["digest"]
 
 
-def test_check_says_what_fits_and_what_does_not(table):
-    code, found = table.json("check", "mine", "--old", "v1", "--new", "v2")
+def test_check_reports_whether_an_adapter_fits(cli):
+    code, found = cli.json("check", "mine", "--old", "v1", "--new", "v2")
     assert (code, found["fits"], found["compatibility"]["mismatches"]) == (0, True, [])
     assert found["effect"]["max_logit_change"] > 0
-    code, found = table.json("check", "mine", "--old", "v1", "--new", "unrelated")
+    code, found = cli.json("check", "mine", "--old", "v1", "--new", "unrelated")
     assert (code, found["fits"], found["effect"]) == (1, False, None)
     assert "re-pretraining" in found["compatibility"]["mismatches"][0]
-    code, out, _ = table.run("check", "mine", "--old", "v1", "--new", "unrelated")
+    code, out, _ = cli.run("check", "mine", "--old", "v1", "--new", "unrelated")
     assert code == 1
     assert out.startswith("not compatible: 1 mismatches\n  mismatch: the weights are unrelated")
 
 
-def test_an_adapter_that_does_nothing_does_not_fit(table, tmp_path):
+def test_an_adapter_that_changes_no_logit_does_not_fit(cli, tmp_path):
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "zero")
-    code, out, _ = table.run("check", tmp_path / "zero", "--old", "v1", "--new", "v2")
+    code, out, _ = cli.run("check", tmp_path / "zero", "--old", "v1", "--new", "v2")
     assert code == 1
-    assert "it changes no logit" in out
+    assert "the adapter changes no logit" in out
 
 
-def test_evaluate_answers_once_and_keeps_the_items(table, tmp_path):
+def test_a_damaged_cached_evaluation_is_computed_again(cli, tmp_path):
+    arguments = ("evaluate", "--bare", "--base", "v1", "--suite", "suite.yaml", "--state", tmp_path)
+    _, (first,) = cli.json(*arguments)
+    (cached,) = (tmp_path / "evaluations").iterdir()
+    cached.write_text("{")
+    code, (again,) = cli.json(*arguments)
+    assert (code, again) == (0, first)
+    assert json.loads(cached.read_text())["suite"] == "sums"
+
+
+def test_evaluate_writes_the_items_and_reuses_them(cli, tmp_path):
     arguments = ("evaluate", "mine", "--base", "v1", "--suite", "suite.yaml", "--state", tmp_path)
-    code, _, err = table.run(*arguments, "--out", tmp_path / "out")
+    code, _, err = cli.run(*arguments, "--out", tmp_path / "out")
     assert code == 0
     assert re.search(r"evaluating bare base: sums on v1-[0-9a-f]{8}: 8 of 8 items", err)
     kept = json.loads((tmp_path / "out" / "sums.json").read_text())
     assert len(kept["items"]) == 8
-    code, out, err = table.run(*arguments, "--json")
+    code, out, err = cli.run(*arguments, "--json")
     assert (code, err) == (0, "")  # nothing was evaluated again
     (summary,) = json.loads(out)
     assert summary["items"] == 8
-    code, (bare,) = table.json("evaluate", "--bare", *arguments[2:])
+    code, (bare,) = cli.json("evaluate", "--bare", *arguments[2:])
     assert (code, bare["weights_sha256"]) == (0, "bare")
 
 
-def test_adopt_binds_a_folder_to_its_base(table, tmp_path):
-    folder = (table.folder / "mine").as_uri()  # fetched, as from a bucket
-    code, told = table.json(
+def test_adopt_binds_a_folder_to_its_base(cli, tmp_path):
+    folder = (cli.folder / "mine").as_uri()  # fetched, as from a bucket
+    code, printed = cli.json(
         *("adopt", folder, "--base", "v1", "--suite", "suite.json", "--out", tmp_path / "out")
     )
     assert code == 0
-    assert told["record"]["adapter"] == "mine"
-    assert told["evaluations"][0]["items"] == 8
+    assert printed["record"]["adapter"] == "mine"
+    assert printed["evaluations"][0]["items"] == 8
     config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(table.folder / "v1")
+    assert config["base_model_name_or_path"] == str(cli.folder / "v1")
     assert (tmp_path / "out/evaluations/sums.json").is_file()
 
 
-def test_adopt_refuses_what_does_not_fit(table, tmp_path):
+def test_adopt_refuses_what_does_not_fit(cli, tmp_path):
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(tiny_model(layers=3), config).save_pretrained(tmp_path / "deep")
-    code, _, err = table.run(
+    code, _, err = cli.run(
         *("adopt", tmp_path / "deep", "--base", "v1", "--suite", "suite.json"),
         *("--out", tmp_path / "out"),
     )
@@ -315,101 +328,101 @@ def test_adopt_refuses_what_does_not_fit(table, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_transfer_keeps_the_old_bases_chat_template(table, tmp_path):
+def test_transfer_keeps_the_old_bases_chat_template(cli, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     tiny_model().save_pretrained(tmp_path / "v3")
     tokenizer.save_pretrained(tmp_path / "v3")
-    code, told = table.json("check", "mine", "--old", "v1", "--new", tmp_path / "v3")
+    code, printed = cli.json("check", "mine", "--old", "v1", "--new", tmp_path / "v3")
     assert code == 0
-    assert "has none of its own" in told["compatibility"]["notes"][0]
-    table.run(
+    assert "has none of its own" in printed["compatibility"]["notes"][0]
+    cli.run(
         *("transfer", "mine", "--old", "v1", "--new", tmp_path / "v3", "--suite", "suite.json"),
         *("--out", tmp_path / "out"),
     )
     assert (tmp_path / "out/adapter/chat_template.jinja").read_text() == CHAT_TEMPLATE
     outcome = json.loads((tmp_path / "out/outcome.json").read_text())
     assert "keeps the one it was trained with" in outcome["compatibility"]["notes"][0]
-    assert not (table.folder / "mine/chat_template.jinja").exists()
+    assert not (cli.folder / "mine/chat_template.jinja").exists()
 
 
-def test_transfer_judges_and_transplants(table, tmp_path):
+def test_transfer_judges_and_transplants(cli, tmp_path):
     (tmp_path / "policy.yaml").write_text("margin_points: 60\nmust_beat_bare: false\n")
-    code, _, _ = table.run(
+    code, _, _ = cli.run(
         *(*TRANSFER, "--out", tmp_path / "out", "--policy", tmp_path / "policy.yaml")
     )
     outcome = json.loads((tmp_path / "out/outcome.json").read_text())
     assert (code, outcome["judgement"]["verdict"]) == (0, "passed")
     assert len(outcome["evaluations"]) == 3
     assert (tmp_path / "out/adapter/adapter_model.safetensors").read_bytes() == (
-        table.folder / "mine/adapter_model.safetensors"
+        cli.folder / "mine/adapter_model.safetensors"
     ).read_bytes()
     PeftModel.from_pretrained(tiny_model(), tmp_path / "out/adapter")
 
-    # Another policy is judged from what was kept: the code says that it did not pass.
-    code, out, err = table.run(*TRANSFER, "--out", tmp_path / "strict")
+    # Another policy is judged from the stored evaluations; the exit code reports its verdict.
+    code, out, err = cli.run(*TRANSFER, "--out", tmp_path / "strict")
     assert code == 1
     assert "verdict: " in out
     assert "evaluating" not in err
 
 
-def test_a_policys_remedies_are_tried_and_told(table, tmp_path):
-    policy = "label: strict\nmargin_points: 1\nremedies: {scales: [0.5, 2.0]}\n"
+def test_the_recovery_strategies_of_a_policy_are_tried_and_reported(cli, tmp_path):
+    policy = "label: strict\nmargin_points: 1\nrecovery: {scales: [0.5, 2.0]}\n"
     (tmp_path / "policy.yaml").write_text(policy)
     arguments = (*TRANSFER, "--policy", tmp_path / "policy.yaml")
-    code, out, _ = table.run(*arguments, "--out", tmp_path / "out", "--recipe", "recipe.json")
+    code, out, _ = cli.run(*arguments, "--out", tmp_path / "out", "--recipe", "recipe.json")
     assert code == 1
     assert "tried: direct: " in out
     outcome = json.loads((tmp_path / "out/outcome.json").read_text())
     assert all(item["seconds"] >= 0 for item in outcome["tried"])
     assert "level 2.5 %" in outcome["judgement"]["reason"]
-    (tmp_path / "policy.yaml").write_text("remedies: {scale: [0.5]}\n")
-    code, _, err = table.run(*arguments, "--out", tmp_path / "none")
+    (tmp_path / "policy.yaml").write_text("recovery: {scale: [0.5]}\n")
+    code, _, err = cli.run(*arguments, "--out", tmp_path / "none")
     assert code == 2
-    assert "remedies.scale: there is no such field" in err
+    assert "recovery.scale: there is no such field" in err
 
 
-def test_an_incompatible_adapter_is_a_verdict_not_an_error(table, tmp_path):
+def test_an_incompatible_adapter_has_a_verdict_and_raises_no_error(cli, tmp_path):
     arguments = ("transfer", "mine", "--old", "v1", "--new", "unrelated", "--suite", "suite.json")
-    code, told = table.json(*arguments, "--out", tmp_path / "out")
-    assert (code, told["judgement"]["verdict"]) == (1, "incompatible")
+    code, printed = cli.json(*arguments, "--out", tmp_path / "out")
+    assert (code, printed["judgement"]["verdict"]) == (1, "incompatible")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"outcome.json"}
 
 
-def test_agreement_reads_no_label(table, tmp_path):
+def test_agreement_needs_no_reference_answers(cli, tmp_path):
     kept = "name: open\ndata: {uri: %s}\nmax_new_tokens: 4\nkeep_answers: true\n"
-    (tmp_path / "prompts.yaml").write_text(kept % (table.folder / "rows.jsonl"))
+    (tmp_path / "prompts.yaml").write_text(kept % (cli.folder / "rows.jsonl"))
     arguments = ("agreement", "mine", "--old", "v1", "--prompts", tmp_path / "prompts.yaml")
-    code, same = table.json(*arguments, "--new", "v1")
+    code, same = cli.json(*arguments, "--new", "v1")
     assert code == 0
     for who in ("adapter", "bare"):
         assert (same[who]["prompts"], same[who]["equal"]) == (8, 8)
         assert same[who]["kl"] < 1e-6
-    code, moved = table.json(*arguments, "--new", "v2")
+    code, moved = cli.json(*arguments, "--new", "v2")
     assert code == 0
     assert moved["adapter"]["kl"] > 0 < moved["bare"]["kl"]
     assert moved["adapter"]["equal"] <= 8
-    code, out, err = table.run(*arguments, "--new", "v2")
-    assert (code, "evaluating" in err) == (0, False)  # the answers were kept
+    code, out, err = cli.run(*arguments, "--new", "v2")
+    assert (code, "evaluating" in err) == (0, False)  # the answers were stored
     assert "equal answers" in out and "bare base" in out
 
 
-def test_train_writes_a_stock_folder_and_its_evaluation(table, tmp_path):
+def test_train_writes_a_stock_folder_and_its_evaluation(cli, tmp_path):
     out = tmp_path / "out"
-    code, told = table.json("train", "recipe.json", "--base", "v1", "--out", out)
+    code, printed = cli.json("train", "recipe.json", "--base", "v1", "--out", out)
     assert code == 0
-    assert told["record"]["method"] == "LORA"
-    assert told["evaluations"][0]["items"] == 8
+    assert printed["record"]["method"] == "LORA"
+    assert printed["evaluations"][0]["items"] == 8
     assert [step["step"] for step in json.loads((out / "training.json").read_text())] == [1, 2]
     model = PeftModel.from_pretrained(tiny_model(), out / "adapter")
-    assert model.peft_config["default"].base_model_name_or_path == str(table.folder / "v1")
+    assert model.peft_config["default"].base_model_name_or_path == str(cli.folder / "v1")
     assert json.loads((out / "evaluations/sums.json").read_text())["suite"] == "sums"
-    code, _, err = table.run("train", "recipe.json", "--base", "v1", "--out", out)
+    code, _, err = cli.run("train", "recipe.json", "--base", "v1", "--out", out)
     assert code == 2
-    assert "in use already" in err
+    assert "is not empty" in err
 
 
-def test_as_a_program_it_exits_with_the_code():
+def test_the_module_exits_with_the_exit_code_of_the_command():
     environment = os.environ | {"COLUMNS": "100"}
     done = subprocess.run(
         [sys.executable, "-m", "trans_peft.cli", "fingerprint", "/nowhere"],
@@ -422,29 +435,29 @@ def test_as_a_program_it_exits_with_the_code():
 
 
 @pytest.mark.servers
-def test_bases_and_adapters_may_lie_in_buckets(table, tmp_path, servers, unique):
+def test_bases_and_adapters_may_lie_in_buckets(cli, tmp_path, servers, unique):
     from trans_peft.edges.s3_store import S3Store
 
     root = f"s3://{servers.bucket}/{unique}"
     for name in ("v1", "v2"):
-        code, _, _ = table.run(
+        code, _, _ = cli.run(
             "publish", name, f"{root}/{name}", "--family", unique, "--version", name
         )
         assert code == 0
-    for path in (table.folder / "mine").iterdir():
+    for path in (cli.folder / "mine").iterdir():
         with path.open("rb") as file:
             S3Store().write(f"{root}/mine/{path.name}", file)
     state = ("--state", tmp_path)
     bases = ("--old", f"{root}/v1", "--new", f"{root}/v2")
-    code, found = table.json("check", f"{root}/mine", *bases, *state)
+    code, found = cli.json("check", f"{root}/mine", *bases, *state)
     assert (code, found["fits"]) == (0, True)
     out = tmp_path / "out"
     arguments = ("transfer", f"{root}/mine", *bases, "--suite", "suite.json", "--out", out)
-    code, told = table.json(*arguments, *state)
-    assert told["adapter"] == "mine"
-    assert code == (told["judgement"]["verdict"] != "passed")
+    code, printed = cli.json(*arguments, *state)
+    assert printed["adapter"] == "mine"
+    assert code == (printed["judgement"]["verdict"] != "passed")
     config = json.loads((out / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"{root}/v2"
-    code, _, err = table.run("fingerprint", f"s3://{servers.bucket}/{unique}/nothing")
+    code, _, err = cli.run("fingerprint", f"s3://{servers.bucket}/{unique}/nothing")
     assert code == 2
     assert "no files below" in err

@@ -121,7 +121,7 @@ def test_the_command_downloads_into_a_new_folder(consumer, tmp_path, capsys):
     written = Path(json.loads(capsys.readouterr().out)["folder"])
     assert (written / "adapter_model.safetensors").read_bytes() == b"w"
     assert main(["resolve", chat, "--download", str(folder)]) == 2
-    assert "in use already" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named_with_its_command():

@@ -1,4 +1,4 @@
-"""`python -m trans_peft.cli`."""
+"""Run the command line with `python -m trans_peft.cli`."""
 
 import sys
 

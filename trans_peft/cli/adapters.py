@@ -1,4 +1,4 @@
-"""`train`, `evaluate` and `adopt`: an adapter and the base that it was trained on."""
+"""The commands `train`, `evaluate` and `adopt`: one adapter on one base."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,7 +11,7 @@ from trans_peft.cli.files import read_recipe, read_suites, write_json
 from trans_peft.cli.options import Adapter, BaseUri, Json, Out, State, SuiteFiles
 from trans_peft.cli.show import evaluation_table, print_json, progress
 from trans_peft.cli.show import out as stdout
-from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name, check_free
+from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name, check_unused
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.errors import InvalidSpecError
@@ -28,18 +28,18 @@ def train(
     json: Json = False,
     state: State = Path(".trans-peft"),
 ) -> int:
-    """Train an adapter as a recipe says, and evaluate it on the base that it was trained on.
+    """Train an adapter by a recipe, and evaluate it on the base that it was trained on.
 
-    Writes `adapter/`, a stock PEFT folder, and beside it `evaluations/` (item by item),
-    `training.json` (the figures of each step) and `record.json`. A command that was killed goes on
-    from its last checkpoint when it is given again.
+    Writes `adapter/` (a stock PEFT folder), `evaluations/` (the result of each item),
+    `training.json` (the metrics of each step) and `record.json`. To resume a command that was
+    killed, run it again: it continues from the last checkpoint.
 
     Example: `trans-peft train recipe.yaml --base models/v1 --out runs/mine`
     """
     from trans_peft.lifecycle.train import train as train_on
     from trans_peft.training import events
 
-    check_free(out)
+    check_unused(out)
     wanted = read_recipe(recipe)
     steps: list[events.TrainingMetrics] = []
     with progress() as shown:
@@ -50,17 +50,18 @@ def train(
         def on_event(event: events.Event) -> None:
             if isinstance(event, events.TrainingMetrics):
                 steps.append(event)
-                figures = f"steps, loss {event.loss:.3f}, {event.tokens_per_s:,.0f} tokens/s"
-                shown.show(f"training {wanted.adapter}", event.step, event.total_steps, figures)
+                metrics = f"steps, loss {event.loss:.3f}, {event.tokens_per_s:,.0f} tokens/s"
+                shown.update(f"training {wanted.adapter}", event.step, event.total_steps, metrics)
             elif isinstance(event, events.TrainingStarted):
-                shown.say(str(event))
+                shown.print_line(str(event))
 
         version = train_on(
             wanted, workspace.platform, on_event=on_event, on_progress=shown.evaluation
         )
         write_json(out / "training.json", steps)
-        evaluations = _keep(version, workspace, out)
-    return _tell(version, evaluations, out, json=json)
+        evaluations = _write_version(version, workspace, out)
+    _print_version(version, evaluations, out, json=json)
+    return 0
 
 
 def evaluate(
@@ -71,14 +72,16 @@ def evaluate(
     *,
     base: BaseUri,
     suite: SuiteFiles,
-    bare: Annotated[bool, Parameter(negative=(), help="Evaluate the base alone.")] = False,
+    bare: Annotated[
+        bool, Parameter(negative=(), help="Evaluate the base without an adapter.")
+    ] = False,
     out: Annotated[
-        Path | None, Parameter(help="Folder for the results, item by item, a file per suite.")
+        Path | None, Parameter(help="Folder for the results of each item, one file per suite.")
     ] = None,
     json: Json = False,
     state: State = Path(".trans-peft"),
 ) -> int:
-    """Answer one or several suites with an adapter on a base, or with the bare base.
+    """Evaluate an adapter on a base, or the bare base, with one or more suites.
 
     Example: `trans-peft evaluate runs/mine/adapter --base models/v1 --suite suite.yaml`
 
@@ -91,7 +94,7 @@ def evaluate(
 
     if bare == (adapter is not None):
         raise InvalidSpecError(
-            "what is to be evaluated is not clear", expected="either an adapter or --bare"
+            "the command does not say what to evaluate", expected="either an adapter or --bare"
         )
     suites = read_suites(suite)
     with progress() as shown:
@@ -124,20 +127,22 @@ def adopt(
     base: BaseUri,
     suite: SuiteFiles,
     out: Out,
-    name: Annotated[str | None, Parameter(help="Its name; default: its folder's.")] = None,
+    name: Annotated[
+        str | None, Parameter(help="Name of the adapter. The default is the folder's name.")
+    ] = None,
     json: Json = False,
     state: State = Path(".trans-peft"),
 ) -> int:
-    """Take over an adapter that exists: does it fit the base, does it do anything, how good is it?
+    """Check and evaluate an adapter that was trained elsewhere, and bind it to its base.
 
-    Writes `adapter/` (bound to this base), `evaluations/` and `record.json`: from then on it is
-    judged on new bases like one that was trained here. Exit code 2 if it does not fit.
+    Checks that the adapter fits the base and changes its logits. Writes `adapter/` (bound to this
+    base), `evaluations/` and `record.json`. Exit code 2 if the adapter does not fit.
 
     Example: `trans-peft adopt downloads/lora --base models/v1 --suite suite.yaml --out runs/lora`
     """
     from trans_peft.lifecycle.adopt import adopt as adopt_on
 
-    check_free(out)
+    check_unused(out)
     suites = read_suites(suite)
     with progress() as shown:
         workspace = Workspace.at(state, shown)
@@ -152,12 +157,13 @@ def adopt(
             base_version=trained_on.version,
             on_progress=shown.evaluation,
         )
-        evaluations = _keep(version, workspace, out)
-    return _tell(version, evaluations, out, json=json)
+        evaluations = _write_version(version, workspace, out)
+    _print_version(version, evaluations, out, json=json)
+    return 0
 
 
-def _keep(version: AdapterVersion, workspace: Workspace, out: Path) -> list[Evaluation]:
-    """Write a registered version, its evaluations and its record; return the evaluations."""
+def _write_version(version: AdapterVersion, workspace: Workspace, out: Path) -> list[Evaluation]:
+    """Write a registered version, its evaluations and its record. Return the evaluations."""
     found = [_evaluation(version, suite, workspace) for suite in version.suites]
     evaluations = [evaluation for evaluation in found if evaluation is not None]
     workspace.platform.registry.download(version, out / "adapter")
@@ -167,13 +173,14 @@ def _keep(version: AdapterVersion, workspace: Workspace, out: Path) -> list[Eval
 
 
 def _evaluation(version: AdapterVersion, suite: Suite, workspace: Workspace) -> Evaluation | None:
-
     return workspace.platform.evaluations.get(
         suite.evaluation_key(version.weights_sha256, version.base_fingerprint_sha256)
     )
 
 
-def _tell(version: AdapterVersion, evaluations: list[Evaluation], out: Path, *, json: bool) -> int:
+def _print_version(
+    version: AdapterVersion, evaluations: list[Evaluation], out: Path, *, json: bool
+) -> None:
     if json:
         print_json(
             {
@@ -184,8 +191,7 @@ def _tell(version: AdapterVersion, evaluations: list[Evaluation], out: Path, *, 
         )
     else:
         stdout.print(evaluation_table(evaluations))
-        stdout.print(f"{version.adapter} is in {out / 'adapter'}")
-    return 0
+        stdout.print(f"the adapter {version.adapter} was written to {out / 'adapter'}")
 
 
 def _write_evaluations(evaluations: Iterable[Evaluation], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands by name, and the page that `trans-peft --help` shows."""
+"""The list of commands, and the text of `trans-peft --help`."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -15,9 +15,10 @@ from trans_peft.cli.transfers import check, transfer
 __all__ = ["app"]
 
 _INTRODUCTION = """
-Train adapters that survive an update of their base model, and judge them when one comes.
+Train adapters that survive an update of their base model, and judge them on each new version.
 
-Works on local folders and `s3://` prefixes; needs no server. A life in five commands:
+All commands except `resolve` work on local folders and `s3://` prefixes, without a server. From
+training to serving in five commands:
 
 1. `trans-peft train recipe.yaml --base models/v1 --out runs/mine`
 2. `trans-peft publish models/v2 s3://bases/mine/v2 --family mine --version v2 --parent v1`
@@ -27,9 +28,10 @@ Works on local folders and `s3://` prefixes; needs no server. A life in five com
 """  # noqa: E501
 
 _EPILOGUE = """
-**Exit codes:** 0 all is well · 1 the adapter is not compatible, or its verdict is not `passed` ·
-2 the input is at fault · 3 the command failed.
-Every command takes `--json` (one JSON value on stdout; progress and errors on stderr).
+**Exit codes:** 0 success · 1 the adapter is incompatible, or its verdict is not `passed` ·
+2 invalid input · 3 the command failed.
+Every command accepts `--json`: it then prints one JSON value to stdout. Progress and errors go to
+stderr.
 """
 
 app = App(
@@ -53,5 +55,5 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     convert,
     publish,
 )
-for _place, _command in enumerate(_COMMANDS, start=1):
-    app.command(_command, sort_key=_place)
+for _position, _command in enumerate(_COMMANDS, start=1):
+    app.command(_command, sort_key=_position)

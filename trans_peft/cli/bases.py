@@ -1,4 +1,4 @@
-"""`fingerprint`, `convert` and `publish`: bases in folders and buckets."""
+"""The commands `fingerprint`, `convert` and `publish`: bases in folders and buckets."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from trans_peft.cli.options import Json, State
 from trans_peft.cli.show import out, print_json, progress
-from trans_peft.cli.workspace import Workspace, check_free
+from trans_peft.cli.workspace import Workspace, check_unused
 
 __all__ = ["convert", "fingerprint", "publish"]
 
@@ -19,9 +19,10 @@ def fingerprint(
     json: Json = False,
     state: State = Path(".trans-peft"),
 ) -> int:
-    """Print what an adapter can feel of a base: its architecture, shapes, weights and tokens.
+    """Print the hash of everything in a base that can change a model's output, and its parts.
 
-    Two bases with the same digest answer alike. No weight is loaded.
+    Two bases with the same digest give the same outputs. The command reads the files and loads no
+    model.
 
     Example: `trans-peft fingerprint models/v1`
     """
@@ -42,53 +43,57 @@ def fingerprint(
 
 def convert(
     base: Annotated[str, Parameter(help="Folder or `s3://` prefix of an InternLM2 model.")],
-    folder: Annotated[Path, Parameter(help="New folder for its Llama form.")],
+    folder: Annotated[Path, Parameter(help="New folder for the Llama model.")],
     /,
     *,
     json: Json = False,
 ) -> int:
-    """Make a Llama folder of an InternLM2 model, without running the code that came with it.
+    """Convert an InternLM2 model to a Llama model, without running the code that comes with it.
 
-    The platform does the same by itself with an InternLM2 upload. The folder is an ordinary base.
+    The new folder can be used like any other base. Ingestion converts InternLM2 uploads itself.
 
     Example: `trans-peft convert models/internlm2_5-7b models/internlm2_5-7b-llama`
     """
     from trans_peft.bases.converters import convert as write
     from trans_peft.edges.stores import SchemeStore
 
-    check_free(folder)
+    check_unused(folder)
     with progress() as shown:
         write(
             base,
             SchemeStore(),
             folder,
-            on_progress=lambda done, total: shown.show(f"converting {base}", done, total, "B"),
+            on_progress=lambda done, total: shown.update(f"converting {base}", done, total, "B"),
         )
     if json:
         print_json({"folder": str(folder)})
         return 0
-    out.print(f"{base} is at {folder} as a Llama model")
+    out.print(f"the Llama form of {base} was written to {folder}")
     return 0
 
 
 def publish(
-    folder: Annotated[Path, Parameter(help="Hugging Face folder: config, safetensors, tokenizer.")],
-    uri: Annotated[str, Parameter(help="Where to: `s3://bucket/prefix`, or a path.")],
+    folder: Annotated[
+        Path, Parameter(help="Hugging Face folder with config, safetensors and tokenizer.")
+    ],
+    uri: Annotated[str, Parameter(help="Destination: `s3://bucket/prefix` or a path.")],
     /,
     *,
     family: Annotated[str, Parameter(help="Family of the base, such as `smollm2`.")],
-    version: Annotated[str, Parameter(help="Your word for this version, such as `v2`.")],
-    parent: Annotated[str | None, Parameter(help="The version that it was made from.")] = None,
+    version: Annotated[str, Parameter(help="Label of this version, such as `v2`.")],
+    parent: Annotated[
+        str | None, Parameter(help="Version from which this one was trained.")
+    ] = None,
     sign_key: Annotated[
         Path | None, Parameter(help="Private key (PEM, elliptic curve) to sign the upload with.")
     ] = None,
     json: Json = False,
 ) -> int:
-    """Upload a base as one version of a family: the files first, a manifest with their hashes last.
+    """Upload a base as one version of a family: first the files, then a manifest of their hashes.
 
-    The platform takes an upload up when its manifest is there. The same upload again changes
-    nothing; another one in its place is refused. With a key, an OpenSSF model signature goes beside
-    the manifest.
+    Ingestion starts once the manifest exists. Publishing the same files again changes nothing;
+    publishing other files to the same place is refused. With a key, the command writes an OpenSSF
+    model signature next to the manifest.
 
     Example: `trans-peft publish models/v2 s3://bases/smollm2/v2 --family smollm2 --version v2
     --parent v1`
@@ -105,11 +110,12 @@ def publish(
             parent=parent,
             store=SchemeStore(),
             sign_key=sign_key,
-            on_progress=lambda done, total: shown.show(f"publishing {uri}", done, total, "B"),
+            on_progress=lambda done, total: shown.update(f"publishing {uri}", done, total, "B"),
         )
     if json:
         print_json({"uri": uri, **vars(manifest)})
         return 0
     size = sum(file.size for file in manifest.files)
-    out.print(f"{family}/{version} is at {uri}: {len(manifest.files)} files, {size:,} bytes")
+    count = len(manifest.files)
+    out.print(f"{family}/{version} was published to {uri}: {count} files, {size:,} bytes")
     return 0

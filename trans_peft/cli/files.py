@@ -1,4 +1,4 @@
-"""Recipes, suites and policies from JSON or YAML files, and results to JSON files."""
+"""Read recipes, suites and policies from JSON or YAML files, and write results as JSON files."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,31 +17,38 @@ T = TypeVar("T")
 
 
 def read_recipe(path: Path) -> TrainingRecipe:
-    """Read a training recipe. Paths of data in it are relative to the file.
+    """Read a training recipe. Relative paths of data are resolved against the file's folder.
 
-    Raises NotFoundError, InvalidSpecError with every problem.
+    Raises NotFoundError if there is no such file, and InvalidSpecError with all problems in it.
     """
     recipe = _read(path, TrainingRecipe)
-    suites = tuple(_beside(path, suite) for suite in recipe.suites)
-    return replace(recipe, data=_source_beside(path, recipe.data), suites=suites)
+    suites = tuple(_resolve_suite(path, suite) for suite in recipe.suites)
+    return replace(recipe, data=_resolve_source(path, recipe.data), suites=suites)
 
 
 def read_suites(paths: Sequence[Path]) -> tuple[Suite, ...]:
-    """Read evaluation suites, one a file. Paths of data in them are relative to their file."""
-    suites = tuple(_beside(path, _read(path, Suite)) for path in paths)
+    """Read one suite from each file. Relative paths of data are resolved against its folder.
+
+    Raises NotFoundError and InvalidSpecError as `read_recipe` does, and for two suites of one name.
+    """
+    suites = tuple(_resolve_suite(path, _read(path, Suite)) for path in paths)
     names = [suite.name for suite in suites]
     if len(set(names)) != len(names):
-        raise InvalidSpecError(f"suites share a name: {', '.join(names)}")
+        raise InvalidSpecError(
+            "two suites have the same name",
+            expected="a name for each suite",
+            found=", ".join(names),
+        )
     return suites
 
 
 def read_policy(path: Path | None) -> GatePolicy:
-    """Read the gate's policy; without a file it is the default one."""
+    """Read a gate policy. Without a file, return the default policy."""
     return GatePolicy() if path is None else _read(path, GatePolicy)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a domain object as JSON, atomically."""
+    """Write a value as a JSON file, atomically."""
     from pydantic_core import to_json
 
     atomic_write(path, to_json(value, indent=2) + b"\n")
@@ -54,11 +61,11 @@ def _read(path: Path, noun: type[T]) -> T:
         return TypeAdapter(noun).validate_python(_parse(path))
     except ValidationError as error:
         problems = [
-            f"{'.'.join(str(part) for part in problem['loc']) or 'the whole'}: {_words(problem)}"
+            f"{'.'.join(str(part) for part in problem['loc']) or 'the file'}: {_text(problem)}"
             for problem in error.errors()
         ]
         raise InvalidSpecError(
-            "\n    ".join([f"{path} is not a {noun.__name__} that can be used:", *problems])
+            "\n    ".join([f"{path} is not a valid {noun.__name__}:", *problems])
         ) from error
 
 
@@ -78,25 +85,25 @@ def _parse(path: Path) -> Any:
     except (ValueError, yaml.YAMLError) as error:
         raise InvalidSpecError(f"{path} cannot be read: {error}") from error
     raise InvalidSpecError(
-        f"{path} is of no kind that can be read", expected=".json, .yaml or .yml", found=path.suffix
+        f"{path} has an unknown extension", expected=".json, .yaml or .yml", found=path.suffix
     )
 
 
-def _words(problem: Any) -> str:
+def _text(problem: Any) -> str:
     if problem["type"] == "unexpected_keyword_argument":
         return "there is no such field"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
-        return "is missing"
+        return "this field is missing"
     return f"{problem['msg'].lower()} (found {problem['input']!r})"
 
 
-def _beside(path: Path, suite: Suite) -> Suite:
-    return replace(suite, data=_source_beside(path, suite.data))
+def _resolve_suite(path: Path, suite: Suite) -> Suite:
+    return replace(suite, data=_resolve_source(path, suite.data))
 
 
-def _source_beside(path: Path, source: DataSource) -> DataSource:
+def _resolve_source(path: Path, source: DataSource) -> DataSource:
     if "://" in source.uri or source.uri.startswith("hub:"):
         return source
     return replace(source, uri=str((path.parent / source.uri).resolve()))

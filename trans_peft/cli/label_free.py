@@ -1,4 +1,4 @@
-"""`agreement`: what an update changes in an adapter's answers, without any label."""
+"""The command `agreement`: how much an update changes an adapter's answers, without labels."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,16 +21,19 @@ def agreement(
     new: NewBase,
     prompts: Annotated[
         Path,
-        Parameter(help="Suite of public prompts with `keep_answers: true`, JSON or YAML."),
+        Parameter(
+            help="Suite of prompts with `keep_answers: true`, as a JSON or YAML file. The prompts "
+            "need no reference answers."
+        ),
     ],
     json: Json = False,
     state: State = Path(".trans-peft"),
 ) -> int:
-    """Tell how far an adapter says the same on a new base, beside the base's own change.
+    """Compare the answers of an adapter on two bases, without reference answers.
 
-    Reads no label: the share of equal greedy answers, and the divergence of the next token's
-    distribution along the old answers (KL, nats a token). It ranks risks and decides nothing: an
-    answer that changed may have become right.
+    Prints the share of equal greedy answers and the KL divergence of the next-token distributions
+    along the old answers (nats per token), for the adapter and for the bare base. Use it to rank
+    risks. It is no verdict: an answer that changed can have become correct.
 
     Example: `trans-peft agreement runs/mine/adapter --old models/v1 --new models/v2 --prompts
     public.yaml`
@@ -53,7 +56,7 @@ def agreement(
     if json:
         print_json(found)
         return 0
-    shown_table = table("", "prompts", "equal answers", "KL, nats a token")
+    shown_table = table("", "prompts", "equal answers", "KL (nats per token)")
     for who, side in (("adapter", found.adapter), ("bare base", found.bare)):
         shown_table.add_row(who, str(side.prompts), f"{side.points:.1f} %", f"{side.kl:.3f}")
     out.print(shown_table)

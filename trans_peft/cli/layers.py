@@ -1,4 +1,4 @@
-"""`criticality` and `drift`: what the layers of a base carry, and how far an update moved them."""
+"""The commands `criticality` and `drift`: the layers of a base, and how an update changed them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,14 +19,14 @@ def criticality(
     rows: Annotated[str, Parameter(help="Training data, as a recipe's `data.uri`.")],
     /,
     *,
-    tokens: Annotated[int, Parameter(help="How many of its tokens are read.")] = 1024,
+    tokens: Annotated[int, Parameter(help="Number of tokens to read from the data.")] = 1024,
     json: Json = False,
     state: State = Path(".trans-peft"),
 ) -> int:
-    """Measure what the loss gains without each layer's FFN, and propose which layers to spare.
+    """Measure how much the loss rises without each layer's FFN, and propose layers to spare.
 
-    In a small model a few FFNs carry so much that a training step without one of them teaches
-    nothing. The last line goes into a recipe's `perturbation`.
+    Small models often have a few FFNs without which a training step is useless. Copy the last line
+    of the output into the `perturbation` of a recipe, so that these layers are never perturbed.
 
     Example: `trans-peft criticality models/v1 train.jsonl`
     """
@@ -50,19 +50,20 @@ def criticality(
         count = min(len(stream), tokens) // _LENGTH
         if not count:
             raise DataError(
-                f"{rows} is too short to tell the layers apart",
+                f"{rows} is too short to measure the criticality of layers",
                 expected=f"at least {_LENGTH} tokens",
-                found=len(stream),
+                found=f"{len(stream)} tokens",
+                do="use a longer file, or raise --tokens",
             )
         ids = torch.tensor(stream[: count * _LENGTH]).view(count, _LENGTH)
         ids = ids.to(loaded.model.device)
-        shown.say(f"{count * _LENGTH} tokens, one forward a layer")
+        shown.print_line(f"measuring each layer on {count * _LENGTH} tokens")
         added = layer_criticality(loaded.model, [{"input_ids": ids, "labels": ids}])
     spared = propose_spared_layers(added)
     if json:
         print_json({"criticality": added, "spared_layers": spared})
         return 0
-    found = table("layer", "nats a token", "")
+    found = table("layer", "nats per token", "")
     for layer, nats in enumerate(added):
         found.add_row(str(layer), f"{nats:.2f}", "spare" if layer in spared else "")
     out.print(found)
@@ -73,9 +74,9 @@ def criticality(
 def drift(
     *, old: OldBase, new: NewBase, json: Json = False, state: State = Path(".trans-peft")
 ) -> int:
-    """Tell how far an update moved a base's weights, attention and FFN apart, layer by layer.
+    """Print the relative change of a base's weights in each layer, for attention and FFN.
 
-    Trans-PEFT expects updates that move the FFNs and leave attention alone.
+    Trans-PEFT assumes that updates change the FFNs more than attention.
 
     Example: `trans-peft drift --old models/v1 --new models/v2`
     """
@@ -97,5 +98,5 @@ def drift(
         shown_table.add_row(str(layer), f"{attention:.2%}", f"{ffn:.2%}")
     shown_table.add_row("all", f"{found.attention:.2%}", f"{found.ffn:.2%}", style="bold")
     out.print(shown_table)
-    out.print(f"embeddings, norms and the rest: {found.other:.2%}")
+    out.print(f"embeddings, norms and all other weights: {found.other:.2%}")
     return 0

@@ -1,4 +1,4 @@
-"""The arguments that several commands share, with the words that help shows for them."""
+"""The arguments that several commands share, with their help texts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +12,10 @@ BaseUri = Annotated[
     str, Parameter(name="--base", metavar="BASE", help="Folder or `s3://` prefix of the base.")
 ]
 OldBase = Annotated[
-    str, Parameter(name="--old", metavar="BASE", help="The base that it was trained on.")
+    str, Parameter(name="--old", metavar="BASE", help="The base that the adapter was trained on.")
 ]
 NewBase = Annotated[
-    str, Parameter(name="--new", metavar="BASE", help="The base that is to replace it.")
+    str, Parameter(name="--new", metavar="BASE", help="The base that replaces the old one.")
 ]
 SuiteFiles = Annotated[
     list[Path],
@@ -30,9 +30,9 @@ State = Annotated[
     Path,
     Parameter(
         name="--state",
-        help="Folder for what the next command need not compute again. Can be deleted.",
+        help="Cache folder that later commands reuse. It can be deleted at any time.",
     ),
 ]
 Json = Annotated[
-    bool, Parameter(name="--json", negative=(), help="Print one JSON value instead of words.")
+    bool, Parameter(name="--json", negative=(), help="Print one JSON value instead of text.")
 ]

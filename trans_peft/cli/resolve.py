@@ -1,4 +1,4 @@
-"""`resolve`: which version of an adapter serves on a base, and its files."""
+"""The command `resolve`: the version of an adapter that serves on a base, and its files."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from trans_peft.cli.options import Json
 from trans_peft.cli.show import out, print_json
-from trans_peft.cli.workspace import check_free
+from trans_peft.cli.workspace import check_unused
 
 __all__ = ["resolve"]
 
@@ -16,18 +16,21 @@ def resolve(
     adapter: Annotated[str, Parameter(help="Name of the adapter in the registry.")],
     /,
     *,
-    base: Annotated[str, Parameter(help="Base version, such as `v2`, or an alias.")] = "serving",
+    base: Annotated[
+        str, Parameter(help="Base version, such as `v2`, or `serving` or `champion`.")
+    ] = "serving",
     download: Annotated[
-        Path | None, Parameter(help="New folder for the adapter's files (stock PEFT).")
+        Path | None, Parameter(help="New folder for the adapter's files, in PEFT's format.")
     ] = None,
     tracking_uri: Annotated[
-        str | None, Parameter(help="MLflow server; default: the variable `MLFLOW_TRACKING_URI`.")
+        str | None,
+        Parameter(help="MLflow server. The default is the variable `MLFLOW_TRACKING_URI`."),
     ] = None,
     json: Json = False,
 ) -> int:
-    """Print the version of an adapter that serves on a base, and download it on request.
+    """Print the version of an adapter that serves on a base, and download it with `--download`.
 
-    Fails if no version of the adapter serves on that base. It never falls back to another version.
+    Fails if no version of the adapter serves on that base. Never falls back to another version.
 
     Example: `trans-peft resolve chat --base serving --download adapters/chat`
     """
@@ -35,7 +38,7 @@ def resolve(
     from trans_peft.lifecycle.resolve import resolve as find
 
     if download is not None:
-        check_free(download)
+        check_unused(download)
     platform = connect(tracking_uri)
     version = find(adapter, platform, base=base)
     folder = None if download is None else platform.registry.download(version, download)

@@ -1,4 +1,4 @@
-"""What people see: tables, progress, words on the terminal; or one JSON value on stdout."""
+"""Output of the commands: tables, text and progress on a terminal, or one JSON value."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,56 +15,56 @@ from trans_peft.lifecycle.progress import EvaluationProgress
 
 __all__ = [
     "ProgressDisplay",
-    "errors_out",
     "evaluation_table",
     "out",
     "print_compatibility",
     "print_json",
     "print_outcome",
     "progress",
+    "stderr",
     "table",
 ]
 
 out = Console(soft_wrap=True, highlight=False)
-errors_out = Console(stderr=True, soft_wrap=True, highlight=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 _QUIET_S = 10.0
 _COLOURS = {Verdict.PASSED: "green", Verdict.INCONCLUSIVE: "yellow", Verdict.RETIRE: "yellow"}
 
 
 class ProgressDisplay:
-    """Bars on a terminal; elsewhere a line every ten seconds and at each end."""
+    """Progress bars on a terminal. Elsewhere one line every ten seconds, and one at the end."""
 
     def __init__(self, bars: Bars | None) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
 
-    def show(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Tell that `done` of `total` are done of something; `note` is its unit or a figure."""
+    def update(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` units of a job are done; `note` is the unit or a metric."""
         if self._bars is not None:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=total, note="")
             self._bars.update(self._tasks[what], completed=done, total=total, note=note)
         elif done == total or time.monotonic() - self._last_line > _QUIET_S:
             self._last_line = time.monotonic()
-            self.say(f"{what}: {done:,} of {total:,} {note}".rstrip())
+            self.print_line(f"{what}: {done:,} of {total:,} {note}".rstrip())
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print one line above the bars."""
-        console = errors_out if self._bars is None else self._bars.console
+        console = stderr if self._bars is None else self._bars.console
         console.print(line, markup=False, style="dim")
 
     def evaluation(self, answered: EvaluationProgress) -> None:
-        """Tell how far an evaluation is."""
+        """Show the progress of an evaluation."""
         note = f"items, {answered.eta_s:.0f} s left" if answered.done < answered.total else "items"
-        self.show(f"evaluating {answered.what}", answered.done, answered.total, note)
+        self.update(f"evaluating {answered.what}", answered.done, answered.total, note)
 
 
 @contextmanager
 def progress() -> Iterator[ProgressDisplay]:
     """Show progress on stderr within the block."""
-    if not errors_out.is_terminal:
+    if not stderr.is_terminal:
         yield ProgressDisplay(None)
         return
     with Bars(
@@ -73,7 +73,7 @@ def progress() -> Iterator[ProgressDisplay]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
-        console=errors_out,
+        console=stderr,
         transient=True,
     ) as bars:
         yield ProgressDisplay(bars)
@@ -95,7 +95,7 @@ def evaluation_table(evaluations: Iterable[Evaluation]) -> Table:
 
 
 def print_compatibility(found: Compatibility) -> None:
-    """Print every mismatch and every note."""
+    """Print whether the adapter is compatible, every mismatch and every note."""
     if found.ok:
         out.print("[green]compatible[/]")
     else:
@@ -105,12 +105,12 @@ def print_compatibility(found: Compatibility) -> None:
 
 
 def print_outcome(outcome: TransferOutcome, suites: Iterable[Suite] = ()) -> None:
-    """Print the figures of every suite, then what was tried, the verdict and why."""
+    """Print the results of each suite, the recovery strategies, the verdict and its reason."""
     chance = {suite.name: suite.chance_points for suite in suites}
     if outcome.judgement.suites:
         shown = table(
             *("suite", "items", "chance", "old base", "new base", "bare"),
-            *("difference", "at least", "at most"),
+            *("difference", "lower", "upper"),
         )
         for suite in outcome.judgement.suites:
             old, bare = suite.versus_old_base, suite.versus_bare_base
@@ -133,13 +133,13 @@ def print_outcome(outcome: TransferOutcome, suites: Iterable[Suite] = ()) -> Non
     out.print(outcome.judgement.reason, markup=False)
 
 
-def _print_lines(word: str, lines: Sequence[str]) -> None:
+def _print_lines(label: str, lines: Sequence[str]) -> None:
     for line in lines:
-        out.print(f"  {word}: {line}", markup=False)
+        out.print(f"  {label}: {line}", markup=False)
 
 
 def table(*columns: str) -> Table:
-    """Return an empty table; the first column holds words, the others figures."""
+    """Return an empty table whose first column is text and whose other columns are numbers."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         shown.add_column(column, justify="left" if number == 0 else "right")

@@ -1,4 +1,4 @@
-"""`check` and `transfer`: an adapter and a new base."""
+"""The commands `check` and `transfer`: an adapter on a new base."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from trans_peft.cli.files import read_policy, read_recipe, read_suites, write_js
 from trans_peft.cli.options import Adapter, Json, NewBase, OldBase, Out, State, SuiteFiles
 from trans_peft.cli.show import out as stdout
 from trans_peft.cli.show import print_compatibility, print_json, print_outcome, progress
-from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name, check_free
+from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name, check_unused
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.outcome import Effect, Reason, TransferTask
@@ -27,16 +27,16 @@ def check(
     old: OldBase,
     new: NewBase,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], Parameter(help="In what the base is loaded.")
+        Literal["float32", "bfloat16", "float16"], Parameter(help="Data type of the loaded base.")
     ] = "float32",
     json: Json = False,
     state: State = Path(".trans-peft"),
 ) -> int:
-    """Tell whether an adapter fits a new base and does anything there. Evaluates nothing.
+    """Check whether an adapter fits a new base and changes its logits. Runs no evaluation.
 
-    Compares architecture, layers, the shapes where the adapter sits, tokens and sampled weights;
-    then puts it on the new base and looks for a logit that it changes. Exit code 1 if it does not
-    fit or changes nothing.
+    Compares the architecture, the layers, the shapes of the adapted modules, the tokens and sampled
+    weights of both bases. Then loads the adapter on the new base and compares logits with and
+    without it. Exit code 1 if the adapter does not fit or changes no logit.
 
     Example: `trans-peft check runs/mine/adapter --old models/v1 --new models/v2`
     """
@@ -64,9 +64,10 @@ def check(
         return 0 if fits else 1
     print_compatibility(found)
     if effect is not None and effect.found:
-        stdout.print(f"it changes logits on the new base by up to {effect.max_logit_change:.3g}")
+        change = effect.max_logit_change
+        stdout.print(f"the adapter changes logits on the new base by up to {change:.3g}")
     elif effect is not None:
-        stdout.print("[red]it changes no logit on the new base[/]")
+        stdout.print("[red]the adapter changes no logit on the new base[/]")
     return 0 if fits else 1
 
 
@@ -79,20 +80,27 @@ def transfer(
     suite: SuiteFiles,
     out: Out,
     policy: Annotated[
-        Path | None, Parameter(help="The gate's policy, JSON or YAML; default: margin 5 points.")
+        Path | None,
+        Parameter(
+            help="Gate policy, as a JSON or YAML file. Default: a margin of 5 points.",
+            show_default=False,
+        ),
     ] = None,
     recipe: Annotated[
         Path | None,
-        Parameter(help="The recipe it was trained by; the policy's remedies read its rows."),
+        Parameter(
+            help="Recipe that the adapter was trained with. Recovery strategies of the policy need "
+            "its data."
+        ),
     ] = None,
     json: Json = False,
     state: State = Path(".trans-peft"),
 ) -> int:
     """Judge an adapter on a new base, item by item against the base that it was trained on.
 
-    Evaluates it on both bases, and the bare new base, as far as no earlier command did. Writes
-    `outcome.json` (every figure behind the verdict) and `adapter/`, the same weights bound to the
-    new base, with the chat template that the adapter keeps (its own, or that of the old base). Exit
+    Evaluates the adapter on both bases, and the bare new base; reuses evaluations of earlier
+    commands. Writes `outcome.json` (the verdict with all its figures) and `adapter/`: the same
+    weights bound to the new base, with the adapter's chat template or that of the old base. Exit
     code 0 only if the verdict is `passed`.
 
     Example: `trans-peft transfer runs/mine/adapter --old models/v1 --new models/v2 --suite
@@ -105,7 +113,7 @@ def transfer(
     from trans_peft.models import adapter_weights_sha256
     from trans_peft.transfer.peft_folder import read_peft_folder
 
-    check_free(out)
+    check_unused(out)
     suites, gate = read_suites(suite), read_policy(policy)
     with progress() as shown, TemporaryDirectory(prefix="trans-peft-") as scratch:
         workspace = Workspace.at(state, shown)
@@ -114,9 +122,10 @@ def transfer(
         trained_on, candidate = (workspace.base(uri, LOCAL) for uri in (old, new))
         if trained_on.fingerprint_sha256 == candidate.fingerprint_sha256:
             raise InvalidSpecError(
-                "the two bases are the same, so there is nothing to judge",
+                "the old and the new base are the same",
                 expected="a new base with other weights, config or tokens",
                 found=f"the fingerprint {trained_on.fingerprint_sha256[:12]} at {old} and {new}",
+                do="check --old and --new",
             )
         folder = keep_template(folder, trained_on, candidate, platform, Path(scratch) / "peft")
         source = platform.registry.register(
@@ -150,7 +159,7 @@ def transfer(
         print_json(replace(outcome, evaluations=()))
     else:
         print_outcome(outcome, suites)
-        stdout.print(f"written to {out}")
+        stdout.print(f"the results were written to {out}")
     return 0 if outcome.verdict is Verdict.PASSED else 1
 
 

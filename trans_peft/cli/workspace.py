@@ -1,8 +1,8 @@
-"""The ports that the command line works with, and what it keeps between two commands.
+"""The ports of the command line, and its cache between commands.
 
-The state folder holds evaluations by key, fingerprints by the state of the files they were read
-from, copies of bases from buckets, and checkpoints of unfinished training. All of it can be
-deleted: it only saves time.
+The state folder holds evaluations by key, fingerprints by the names, sizes and ETags of the files
+they were computed from, copies of bases from buckets, and checkpoints of unfinished training. All
+of it can be deleted; later commands then take longer.
 """
 
 import hashlib
@@ -27,40 +27,44 @@ from trans_peft.ports import Platform
 from trans_peft.validation.guards import guards_named
 
 __all__ = [
-    "FETCHED",
+    "DOWNLOADED_FROM",
     "LOCAL",
     "EvaluationFolder",
     "Workspace",
     "adapter_name",
     "base_label",
-    "check_free",
+    "check_unused",
 ]
 
-FETCHED: dict[Path, str] = {}
-"""Copies of adapters from buckets, and where each came from: errors name that place."""
+DOWNLOADED_FROM: dict[Path, str] = {}
+"""The URI of each adapter that was copied from a bucket, by its folder. Errors name the URI."""
 
 LOCAL = "local"
-"""The family of bases that nobody named one for."""
+"""The family of bases in commands that take no family."""
 
 
 class EvaluationFolder:
-    """`EvaluationStore` as JSON files named by key."""
+    """An `EvaluationStore` of JSON files, one per evaluation, named by its key."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def get(self, key: str) -> Evaluation | None:
-        """Return the evaluation with that key, or None."""
-        from pydantic import TypeAdapter
+        """Return the evaluation with that key, or None if the folder has none that is readable."""
+        from pydantic import TypeAdapter, ValidationError
 
         path = self._path(key)
         if not path.is_file():
             return None
-        return TypeAdapter(Evaluation).validate_json(path.read_bytes())
+        try:
+            found = TypeAdapter(Evaluation).validate_json(path.read_bytes())
+        except ValidationError:  # the cache may be damaged; the evaluation is computed again
+            return None
+        return found if found.key == key else None
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
-        """Keep an evaluation. The same key again changes nothing."""
-        if not self._path(evaluation.key).exists():
+        """Store an evaluation. Changes nothing if there is one with the same key."""
+        if self.get(evaluation.key) is None:
             write_json(self._path(evaluation.key), evaluation)
 
     def _path(self, key: str) -> Path:
@@ -69,18 +73,18 @@ class EvaluationFolder:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A platform of files and memory, and the progress that its user sees."""
+    """A platform of files and memory, and its progress display."""
 
     platform: Platform
     progress: ProgressDisplay
 
     @classmethod
     def at(cls, state: Path, progress: ProgressDisplay) -> "Workspace":
-        """Open a workspace whose state lies in a folder.
+        """Open a workspace with its cache in the folder `state`.
 
-        It reads any local path, since its user named it. The environment variable
-        TRANS_PEFT_SANDBOX_MAY_LACK lists the guards of the sandbox for generated code that this
-        machine may lack.
+        The workspace may read any local path that its user may read. The environment variable
+        TRANS_PEFT_SANDBOX_MAY_LACK lists the guards of the sandbox for generated code that may be
+        missing on this machine.
         """
         state = state.resolve()
         lacking = os.environ.get("TRANS_PEFT_SANDBOX_MAY_LACK", "")
@@ -96,9 +100,9 @@ class Workspace:
         return cls(platform, progress)
 
     def base(self, named: str, family: str) -> BaseVersion:
-        """Fingerprint a base and put it in the catalog; its version is named after its path.
+        """Fingerprint a base and register it under a version label made from its path.
 
-        UploadError where its files do not fill the model that loads them.
+        Raises UploadError if its files do not match the model that loads them.
         """
         uri = _absolute(named)
         fingerprint = self.fingerprint(uri)
@@ -115,7 +119,7 @@ class Workspace:
         )
 
     def fingerprint(self, uri: str) -> Fingerprint:
-        """Return a base's fingerprint, read anew only if one of its files changed."""
+        """Return a base's fingerprint, from the cache unless one of its files changed."""
         from pydantic import TypeAdapter
 
         from trans_peft.bases.fingerprint import fingerprint
@@ -128,30 +132,35 @@ class Workspace:
         found = fingerprint(
             uri,
             self.platform.store,
-            on_progress=lambda done, total: self.progress.show(f"reading {uri}", done, total, "B"),
+            on_progress=lambda done, total: self.progress.update(
+                f"reading {uri}", done, total, "B"
+            ),
         )
         write_json(known, found)
         return found
 
     def adapter(self, uri: str) -> Path:
-        """Return the folder of a PEFT adapter, fetched where it is in a bucket. AdapterError."""
+        """Return the folder of a PEFT adapter, downloaded if it is in a bucket.
+
+        Raises NotFoundError if there are no files, and AdapterError if they are no PEFT folder.
+        """
         from trans_peft.transfer.peft_folder import read_peft_folder
 
         if "://" not in uri:
             return read_peft_folder(Path(uri)).path
         files = [file for file in self.platform.store.list(uri) if "/" not in file.name]
         if not files:
-            raise NotFoundError(f"there is nothing at {uri}")
+            raise NotFoundError(f"there are no files at {uri}", expected="a PEFT folder")
         name = hashlib.sha256(repr((uri, files)).encode()).hexdigest()
         folder = self.platform.work_dir / "adapters" / name
         folder.mkdir(parents=True, exist_ok=True)
-        FETCHED[folder] = uri
+        DOWNLOADED_FROM[folder] = uri
         used = [file for file in files if file.name.endswith((".json", ".safetensors", ".jinja"))]
         download_files(uri, used, self.platform.store, folder)
         return read_peft_folder(folder).path
 
     def _check(self, uri: str, fingerprint: Fingerprint) -> None:
-        """Hold a base against the model that loads it, once for each content."""
+        """Check a base against the model that loads it, once for each content."""
         from trans_peft.bases.checkpoint import read_checkpoint
         from trans_peft.bases.model_check import check_checkpoint
 
@@ -164,7 +173,7 @@ class Workspace:
             passed.touch()
 
     def _use_in_place(self, folder: Path, fingerprint: Fingerprint) -> None:
-        """Let the cache of bases point at a local folder, which needs no copy."""
+        """Link a local folder into the cache of bases, so that it is not copied."""
         link = self.platform.work_dir / "bases" / fingerprint.digest
         if link.is_symlink():
             link.unlink()
@@ -174,9 +183,9 @@ class Workspace:
 
 
 def adapter_name(uri: str) -> str:
-    """Return what an adapter is called where nobody named it: `runs/mine/adapter` is `mine`.
+    """Return the default name of the adapter in a folder: `mine` for `runs/mine/adapter`.
 
-    Signs that no name may hold become dashes.
+    Characters that a name cannot have become dashes.
     """
     path = Path(uri.partition("://")[2]) if "://" in uri else Path(uri).resolve()
     name = path.parent.name if path.name == "adapter" and path.parent.name else path.name
@@ -185,21 +194,21 @@ def adapter_name(uri: str) -> str:
 
 
 def base_label(uri: str) -> str:
-    """Return the version name of the base at a path or URI: its last part and a short hash."""
+    """Return the version label of the base at a path or URI: its last part and a short hash."""
     last = _as_name(uri.rstrip("/").rpartition("/")[2], 40)
     return f"{last}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
 
 
 def _as_name(text: str, longest: int) -> str:
-    """Return the text with dashes for what no name may hold, and an `x` where nothing is left."""
+    """Return the text with dashes for invalid characters, or `x` if no character is valid."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:longest].strip("-_.") or "x"
 
 
-def check_free(out: Path) -> None:
-    """Raise InvalidSpecError unless the folder is new or empty: results are never mixed."""
+def check_unused(out: Path) -> None:
+    """Raise InvalidSpecError unless the folder is new or empty, so that results do not mix."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InvalidSpecError(
-            f"{out} is in use already", expected="a new or empty folder", do="name another --out"
+            f"{out} is not empty", expected="a new or empty folder", do="choose another folder"
         )
 
 
