@@ -1,4 +1,4 @@
-"""What other clients and people may leave in MLflow stops no other adapter and no other family."""
+"""Unreadable entries in MLflow are reported and affect no other adapter and no other family."""
 
 import json
 import re
@@ -78,7 +78,7 @@ class Two:
             fleet.apply_verdicts()
 
     def fleet(self, folder, family):
-        """Return a fleet on the doors to MLflow, with dictionaries behind them."""
+        """Return a fleet on the MLflow adapters of the ports, with dictionaries behind them."""
         (folder / family).mkdir()
         fleet = MemoryFleet(folder / family, family)
         catalog, registry = MlflowCatalog("fake://"), MlflowRegistry("fake://")
@@ -93,11 +93,10 @@ class Two:
         return fleet
 
     @contextmanager
-    def spoiling(self, tags, name, text):
-        """Put a text into a tag; afterwards everything stands as before."""
+    def restoring(self):
+        """Restore the registry after the block."""
         before = json.dumps([*map(vars, self.tracking.known.values())])
         made = json.dumps([vars(v) for many in self.tracking.made.values() for v in many])
-        tags[tag(name)] = text
         try:
             yield
         finally:
@@ -106,14 +105,22 @@ class Two:
             for version in json.loads(made):
                 self.tracking.made.setdefault(version["name"], []).append(Version(**version))
 
+    @contextmanager
     def version_tag(self, model, number, name, text):
-        return self.spoiling(self.tracking.version(model, int(number)).tags, name, text)
+        """Set a tag of a version within the block."""
+        with self.restoring():
+            self.tracking.version(model, int(number)).tags[tag(name)] = text
+            yield
 
+    @contextmanager
     def model_tag(self, model, name, text):
-        return self.spoiling(self.tracking.known[model].tags, name, text)
+        """Set a tag of a registered model within the block."""
+        with self.restoring():
+            self.tracking.known[model].tags[tag(name)] = text
+            yield
 
-    def nobody_else_is_stopped(self):
-        """Look at, plan, promote, roll back and report both families; `good` and `other` move."""
+    def assert_others_continue(self):
+        """Read, plan, promote, roll back and report both families; `good` and `apart` are moved."""
         for fleet, adapter in ((self.spoilt, "good"), (self.other, "apart")):
             assert fleet.family in fleet.platform.catalog.families()
             pending(fleet.platform)
@@ -123,7 +130,7 @@ class Two:
                 fleet.person.sets_on_a_base(fleet.family, "champion", number)
                 changes = apply_verdicts(observe(fleet.family, fleet.platform), POLICY, ANY_SHARE,
                                  fleet.platform)  # fmt: skip
-                if changes.waiting:  # something spoilt has no verdict any more: a rollback is free
+                if changes.waiting:  # the damaged adapter lost its verdict; a rollback is free
                     assert "bad" in changes.waiting
                 elif changes.refused is None:
                     assert fleet.serving == number
@@ -163,7 +170,7 @@ odd = settings(max_examples=20, deadline=None)
 def test_any_text_in_a_tag_of_an_adapter_version(two, tag, text, number):
     name = f"outcome.{two.v2.alias}" if tag == "OUTCOME" else tag
     with two.version_tag("bad", number, name, text):
-        two.nobody_else_is_stopped()
+        two.assert_others_continue()
 
 
 @pytest.mark.parametrize("tag", MODEL_TAGS)
@@ -175,7 +182,7 @@ def test_any_text_in_a_tag_of_an_adapter(two, tag, text):
         tag, tag
     )
     with two.model_tag("bad", name.replace("'", "-"), text):
-        two.nobody_else_is_stopped()
+        two.assert_others_continue()
 
 
 @pytest.mark.parametrize("tag", BASE_TAGS)
@@ -186,14 +193,14 @@ def test_any_text_in_a_tag_of_an_adapter(two, tag, text):
 @example("f" * 64)
 def test_any_text_in_a_tag_of_a_base_version(two, tag, text):
     with two.version_tag("spoilt", "2", tag, text):
-        two.nobody_else_is_stopped()
+        two.assert_others_continue()
 
 
 THRESHOLD = '[{"name": "exam", "data": {"uri": "x", "sha256": "0"}, "threshold": %s}]'
 
 
 @pytest.mark.parametrize(
-    ("tag", "text", "said"),
+    ("tag", "text", "message"),
     [
         ("made_by", "x", r"bad: the tag trans_peft.made_by of version 2 of bad cannot be read"),
         ("suites", "{", r"bad: the tag trans_peft.suites of version 2 of bad cannot be read"),
@@ -209,52 +216,52 @@ THRESHOLD = '[{"name": "exam", "data": {"uri": "x", "sha256": "0"}, "threshold":
         ("suites", THRESHOLD % '"nan"', r"bad: the tag trans_peft.suites of version 2 of bad"),
     ],
 )
-def test_what_cannot_be_read_is_named_in_the_plan_and_in_the_report(two, tag, text, said):
+def test_an_unreadable_tag_is_reported_in_the_plan_and_in_the_report(two, tag, text, message):
     name = f"outcome.{two.v2.alias}" if tag == "OUTCOME" else tag
     with two.version_tag("bad", "2", name, text):
-        seen = two.nobody_else_is_stopped()
+        seen = two.assert_others_continue()
         assert [adapter.name for adapter in seen.adapters] == ["good"]
         (line,) = plan(seen, POLICY).unreadable
-        assert re.match(said, line)
+        assert re.match(message, line)
         assert "## Set aside" in (page := report("spoilt", two.spoilt.platform).markdown())
         assert line.split(":")[1].strip()[:40] in page
-    assert [adapter.name for adapter in two.nobody_else_is_stopped().adapters] == ["bad", "good"]
+    assert [adapter.name for adapter in two.assert_others_continue().adapters] == ["bad", "good"]
 
 
 def test_an_outcome_of_another_adapter_on_the_version_is_set_aside(two):
     name = f"outcome.{two.v2.alias}"
     good = own_tags(two.tracking.version("good", 2).tags)[name]
     with two.version_tag("bad", "2", name, good):
-        (line,) = two.nobody_else_is_stopped().unreadable
+        (line,) = two.assert_others_continue().unreadable
         assert "is about something else" in line
 
 
 @pytest.mark.parametrize(
-    ("tag", "text", "said"),
+    ("tag", "text", "message"),
     [
         ("version", "v1", "it is called v1, and so is version 1"),
         ("version", "a b", "version must be 1 to 100 ASCII letters"),
         ("fingerprint", "x", "the tag trans_peft.fingerprint of version 2 of spoilt"),
     ],
 )
-def test_a_base_version_that_cannot_be_read_is_named(two, tag, text, said):
+def test_an_unreadable_base_version_is_reported(two, tag, text, message):
     with two.version_tag("spoilt", "2", tag, text):
-        seen = two.nobody_else_is_stopped()
+        seen = two.assert_others_continue()
         assert [base.version for base in seen.bases] == ["v1"]
         (line,) = seen.set_aside
         assert line.startswith("version 2 of spoilt")
-        assert said in line
-        assert said in report("spoilt", two.spoilt.platform).markdown()
+        assert message in line
+        assert message in report("spoilt", two.spoilt.platform).markdown()
 
 
 @pytest.mark.parametrize("name", ["A's base", 'say "hi"', "`x`", "a/b", "größe 2", "latest"])
 @pytest.mark.parametrize(
     "tags", [{"kind": "base"}, {"kind": "adapter", "family": "spoilt"}], ids=["base", "adapter"]
 )
-def test_a_registered_model_with_an_odd_name_is_named_and_left_alone(two, name, tags):
-    with two.spoiling({}, "", ""):
+def test_a_registered_model_with_an_invalid_name_is_reported_and_ignored(two, name, tags):
+    with two.restoring():
         two.tracking.known[name] = Model(name, {tag(key): value for key, value in tags.items()})
-        seen = two.nobody_else_is_stopped()
+        seen = two.assert_others_continue()
         assert [adapter.name for adapter in seen.adapters] == ["bad", "good"]
         catalog, registry = two.spoilt.platform.catalog, two.spoilt.platform.registry
         lines = catalog.set_aside() if tags["kind"] == "base" else registry.set_aside("spoilt")
@@ -262,9 +269,9 @@ def test_a_registered_model_with_an_odd_name_is_named_and_left_alone(two, name, 
         assert lines[0].isascii()
 
 
-def test_an_adapter_of_a_family_that_does_not_exist_is_named(two):
+def test_an_adapter_of_an_unknown_family_is_reported(two):
     with two.model_tag("bad", "family", "spolit"):
-        seen = two.nobody_else_is_stopped()
+        seen = two.assert_others_continue()
         assert [adapter.name for adapter in seen.adapters] == ["good"]
         (line,) = two.spoilt.platform.registry.set_aside()
         assert "'bad' claims the family 'spolit', which does not exist" in line
@@ -279,7 +286,7 @@ def test_an_adapter_of_a_family_that_does_not_exist_is_named(two):
 )
 @pytest.mark.parametrize("judged", [True, False], ids=["judged", "new"])
 def test_an_adapter_with_a_wrong_tag_of_its_model_blocks_the_promotion(two, name, text, judged):
-    with two.spoiling({}, "", ""):
+    with two.restoring():
         if not judged:
             two.spoilt.add_base("v3")
         tags = two.tracking.known["bad"].tags
@@ -317,7 +324,7 @@ def test_a_version_with_the_tag_of_another_family_blocks_its_own_family_alone(tw
 
 
 def test_a_copy_of_an_adapter_elsewhere_blocks_nothing(two):
-    with two.spoiling({}, "", ""):
+    with two.restoring():
         tags = own_tags(two.tracking.version("good", 1).tags)
         two.tracking.known["prod"] = Model("prod", {})
         two.tracking.make_version("prod", "models:/good/1", tags)
@@ -326,8 +333,8 @@ def test_a_copy_of_an_adapter_elsewhere_blocks_nothing(two):
 
 
 @pytest.mark.parametrize("kind", ["Base", "bsae", "adapter", None])
-def test_a_base_family_with_a_wrong_kind_is_named(two, kind):
-    with two.spoiling({}, "", ""):
+def test_a_base_family_with_a_wrong_kind_is_reported(two, kind):
+    with two.restoring():
         tags = two.tracking.known["spoilt"].tags
         del tags[tag("kind")]
         if kind is not None:
@@ -338,8 +345,8 @@ def test_a_base_family_with_a_wrong_kind_is_named(two, kind):
         assert line.startswith("the base family 'spoilt': the tag trans_peft.kind must be base")
 
 
-def test_a_model_of_unknown_kind_is_named_and_a_foreign_one_is_not(two):
-    with two.spoiling({}, "", ""):
+def test_a_model_of_unknown_kind_is_reported_and_a_foreign_one_is_not(two):
+    with two.restoring():
         two.tracking.known["theirs"] = Model("theirs", {"team": "x"})
         two.tracking.known["slip"] = Model("slip", {tag("kind"): "Base"})
         (line,) = two.spoilt.platform.catalog.set_aside()
@@ -357,24 +364,24 @@ def test_a_name_that_differs_by_case_alone_is_not_registered(two):
 
 @pytest.mark.parametrize("source", ["models:/gone/1", "models:/m-0", "dbfs:/x", "x", "", None])
 def test_a_version_with_an_odd_source_stops_no_other(two, source):
-    with two.spoiling({}, "", ""):
+    with two.restoring():
         two.tracking.make_version("spoilt", source, {})
-        two.nobody_else_is_stopped()
+        two.assert_others_continue()
 
 
 @pytest.mark.parametrize("alias", ["champion", "serving"])
-def test_aliases_of_a_version_that_was_deleted_stop_nobody(two, alias):
-    with two.spoiling({}, "", ""):
+def test_aliases_of_a_deleted_version_affect_no_other_adapter(two, alias):
+    with two.restoring():
         two.tracking.known["spoilt"].aliases[alias] = "99"
         two.tracking.known["bad"].aliases[two.v2.alias] = "99"
         apply_verdicts(
             observe("spoilt", two.spoilt.platform), POLICY, ANY_SHARE, two.spoilt.platform
         )
-        two.nobody_else_is_stopped()
+        two.assert_others_continue()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"suite": "x"}', "null", "[[" * 5000, "OTHER"])
-def test_an_evaluation_that_cannot_be_read_is_set_aside(two, text):
+def test_an_unreadable_evaluation_is_stored_again(two, text):
     store = MlflowEvaluations("fake://")
     store._tracking = two.tracking
     version = two.spoilt.platform.registry.versions("good")[0]
@@ -396,7 +403,7 @@ def test_an_evaluation_that_cannot_be_read_is_set_aside(two, text):
     platform = two.spoilt.platform
     two.spoilt.platform = replace(platform, evaluations=store)
     try:
-        two.nobody_else_is_stopped()
+        two.assert_others_continue()
         store.put(one)
         assert store.get(one.key) == one
     finally:
@@ -418,7 +425,7 @@ class NoAnswer:
 
 
 def test_a_store_of_evaluations_without_an_answer_stops_no_planning(two):
-    with two.spoiling({}, "", ""):
+    with two.restoring():
         two.spoilt.add_base("v3")
         platform = replace(two.spoilt.platform, evaluations=NoAnswer())
         seen = observe("spoilt", platform)
@@ -449,7 +456,7 @@ def test_a_recipe_with_a_number_that_is_not_finite_sets_its_adapter_aside(
 ):
     text = json.dumps(RECIPE | odd).replace('"ODD"', number)
     with two.version_tag("bad", version, "recipe", text):
-        seen = two.nobody_else_is_stopped()
+        seen = two.assert_others_continue()
         assert [adapter.name for adapter in seen.adapters] == ["good"]
         (line,) = seen.unreadable
         assert line.startswith("bad: ")
@@ -465,7 +472,7 @@ def test_a_version_with_an_odd_uri_stops_no_upload(two, tmp_path, uri):
     upload = tmp_path / "bases" / "smol" / "v1"
     upload.mkdir(parents=True)
     (upload / "trans_peft_manifest.json").write_text("{}")
-    with two.spoiling({}, "", ""):
+    with two.restoring():
         own = {tag("family"): "spoilt", tag("uri"): uri}
         number = two.tracking.make_version("spoilt", "s3://bases/spoilt/v9", own_tags(own))
         found = pending(platform, root_uri=str(tmp_path / "bases"))
