@@ -359,7 +359,7 @@ class TestMlflow:
         place.person.client.create_registered_model(
             place.family, tags={"trans_peft.kind": "adapter"}
         )
-        with pytest.raises(NotFoundError, match="no base"):
+        with pytest.raises(NotFoundError, match="is not a registered base"):
             place.catalog.versions(place.family)
         with pytest.raises(InvalidSpecError, match="not as a base"):
             place.publish("v1")
