@@ -4,7 +4,6 @@ The format (huggingface/safetensors, README): eight bytes with the length of the
 JSON, then the bytes of all tensors, without gaps.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trans_peft.domain.bounds import MAX_HEADER_BYTES, MAX_TENSORS
+from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import listed
 
 __all__ = [
@@ -95,9 +95,11 @@ def read_file_header(path: Path) -> SafetensorsFile:
 
 
 def _entries(header: bytes) -> list[TensorEntry]:
+    if (count := header.count(b"{") - 2) > MAX_TENSORS:  # before memory is spent on parsing it
+        raise MalformedSafetensorsError(f"about {count} tensors; at most {MAX_TENSORS} are allowed")
     try:
-        tensors = json.loads(header, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        tensors = parse_json(header.decode(), object_pairs_hook=_without_duplicates)
+    except ValueError as error:
         raise MalformedSafetensorsError(f"its header is not JSON: {error}") from error
     if not isinstance(tensors, dict):
         raise MalformedSafetensorsError("its header is not a JSON object")

@@ -1,14 +1,17 @@
 """Bounds on the files of a base and of an adapter, checked before memory is spent on them."""
 
 import json
+import time
 
 import pytest
 
+from tests.tiny import write_tiny_base
 from trans_peft import safetensors_header
 from trans_peft.bases import model_files, upload
 from trans_peft.bases.safetensors_stream import tensor_signatures
 from trans_peft.bases.upload import verify
 from trans_peft.domain.bounds import MAX_HEADER_BYTES
+from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import MemoryStore
 from trans_peft.errors import AdapterError, UploadError
 from trans_peft.models import adapter_weights_sha256
@@ -117,3 +120,41 @@ def test_the_hash_of_an_adapter_is_what_it_was(adapter):
     assert adapter_weights_sha256(folder) == (
         "19c7ae59547a84ac0b2d0fa8d4f4539bd02fa4e6c1b5209004455feaf70de8a3"
     )
+
+
+def test_an_adapters_header_is_not_parsed_beyond_the_bounds(adapter):
+    header = b'{"__metadata__":{"x":"' + b"y" * MAX_HEADER_BYTES + b'"}}'
+    with pytest.raises(AdapterError, match=f"at most {MAX_HEADER_BYTES} are allowed"):
+        read_peft_folder(adapter(safetensors(header)))
+    entry = b'"%06d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    header = b"{" + b",".join(entry % n for n in range(500_000)) + b"}"
+    assert len(header) < MAX_HEADER_BYTES
+    folder = adapter(safetensors(header))
+    started = time.process_time()
+    with pytest.raises(AdapterError, match="about 499999 tensors; at most"):
+        read_peft_folder(folder)
+    with pytest.raises(MalformedSafetensorsError, match="at most"):
+        tensor_signatures(iter([safetensors(header)]))
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("depth", [101, 300, 480, 900])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+def test_deeply_nested_json_is_a_problem_of_the_upload(tmp_path, name, depth):
+    write_tiny_base(tmp_path)
+    path = tmp_path / name
+    text = path.read_text() if path.exists() else "{}"
+    deep = "[" * depth + "1" + "]" * depth
+    comma = "" if text == "{}" else ","
+    path.write_text(f'{text.rstrip()[:-1]}{comma}"x":{deep}}}')
+    with pytest.raises(UploadError, match=f"{name}: not JSON: nested more than 100 levels"):
+        verify(str(tmp_path), FileStore())
+
+
+def test_json_with_too_many_values_is_a_problem_of_the_upload(tmp_path):
+    write_tiny_base(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"x":[' + "{}," * 2_000_000 + "{}]}")
+    with pytest.raises(UploadError, match=r"tokenizer.json: not JSON: about 4000003 values"):
+        verify(str(tmp_path), FileStore())

@@ -10,7 +10,7 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.places import Places
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.stores import SchemeStore
-from trans_peft.errors import AccessError, DataError, InvalidSpecError
+from trans_peft.errors import AccessError, DataError, InvalidSpecError, StoreError
 
 ROW = b'{"prompt": "a", "completion": "b"}\n'
 
@@ -144,14 +144,19 @@ def test_hub_data_sets_are_listed_by_name(listed, name, read, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["/etc", "../secret", "./rows", "a/b/c", "~/rows", "a\\b", ".", "s3//x", "json", "a/..b"],
-)
+    [
+        "/etc", "../secret", "./rows", "a/b/c", "~/rows", "a\\b", ".", "s3//x", "a/..b",
+        "local/json",
+        # readers of files in the working directory, not names on the hub
+        "json", "csv", "text", "parquet", "arrow", "imagefolder", "webdataset", "squad",
+    ],
+)  # fmt: skip
 def test_a_hub_name_reads_no_folder(name, folders, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it was read"))
     monkeypatch.chdir(folders[1])
-    Path("json").mkdir()
+    Path("local/json").mkdir(parents=True)
     with pytest.raises(DataError, match=r"names no hub data set|local folder"):
         read_examples(DataSource(f"hub:{name}"), SchemeStore())
 
@@ -164,6 +169,8 @@ def test_a_hub_name_reads_no_folder(name, folders, monkeypatch):
         ("", ("s3://bases",), (), ()),
         ("", ("/bases/",), ("/bases",), ()),
         ("", ("file:///bases",), ("/bases",), ()),
+        ("", ("file:///my%20bases/100%25",), ("/my bases/100%",), ()),
+        ("", ("/my%20bases",), ("/my%20bases",), ()),
         ("/a, /b ,hub:x/*,", (), ("/a", "/b"), ("x/*",)),
         ("hub:*", (), (), ("*",)),
     ],
@@ -176,3 +183,38 @@ def test_a_setting_lists_folders_and_names(text, also, folders, names):
 def test_a_setting_with_anything_else_is_refused(text):
     with pytest.raises(InvalidSpecError, match="TRANS_PEFT_READABLE"):
         Places.named(text)
+
+
+def test_a_hub_name_without_an_owner_reads_no_file_of_the_working_directory(folders, monkeypatch):
+    monkeypatch.chdir(folders[1])
+    (folders[1] / "train.jsonl").write_bytes(ROW)
+    for store in (SchemeStore(), SchemeStore(Places((), ("*",)))):
+        with pytest.raises(DataError, match=r"(?s)names no hub data set.*OWNER/NAME"):
+            read_examples(DataSource("hub:json"), store)
+
+
+def test_an_operators_folder_with_a_space_is_read_by_its_uri(tmp_path):
+    folder = tmp_path / "my bases"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes(ROW)
+    store = SchemeStore(Places.named("", also=(folder.as_uri(),)))
+    assert read_examples(DataSource(f"{folder.as_uri()}/rows.jsonl"), store)
+
+
+def test_a_loop_of_links_is_an_access_error(folders):
+    allowed, _ = folders
+    (allowed / "loop.jsonl").symlink_to(allowed / "loop.jsonl")
+    with pytest.raises(AccessError, match="cannot be used as a local path"):
+        read_examples(DataSource(f"{allowed}/loop.jsonl"), SchemeStore(Places((allowed,), ())))
+    with pytest.raises(StoreError):
+        read_examples(DataSource(f"{allowed}/loop.jsonl"), SchemeStore())
+
+
+@pytest.mark.parametrize("places", [Places(), Places((Path("/tmp"),), ())])
+@pytest.mark.parametrize("uri", ["/tmp/a\0b.jsonl", "file:///tmp/a%00b.jsonl"])
+def test_a_path_with_a_nul_character_is_an_access_error(places, uri):
+    store = SchemeStore(places)
+    with pytest.raises(AccessError, match="cannot be used as a local path"):
+        store.list(uri)
+    with pytest.raises(AccessError, match="cannot be used as a local path"):
+        read_examples(DataSource(uri), store)

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
+from trans_peft.domain.places import Places
 from trans_peft.edges.memory import MemoryStore
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import IntegrityError, NotFoundError, StoreError
@@ -250,6 +251,18 @@ class TestFiles:
             store.write(str(path), Breaking())
         assert path.read_bytes() == b"before"
         assert [f.name for f in store.list(str(tmp_path))] == ["x"]
+
+    @pytest.mark.parametrize("listed", [True, False])
+    def test_a_named_pipe_is_neither_listed_nor_waited_for(self, tmp_path, listed):
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "x").write_bytes(b"x")
+        store = SchemeStore(Places((tmp_path,), ()) if listed else Places())
+        assert [file.name for file in store.list(str(tmp_path))] == ["x"]
+        for path in (tmp_path / "pipe", Path("/dev/zero")):
+            with pytest.raises(StoreError, match=r"not a regular file|does not read"):
+                read(store, str(path))
+        with pytest.raises(NotFoundError):
+            read(store, str(tmp_path))
 
     @pytest.mark.parametrize("uri", ["http://example.org/x", "gs://bucket/x", "file://host/x"])
     def test_other_schemes_are_refused(self, uri):

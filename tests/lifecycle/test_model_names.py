@@ -184,7 +184,7 @@ def test_gpt2_with_the_hubs_names_is_adopted_and_transferred(tmp_path):
     adapter = write_adapter(tmp_path / "adapter", tmp_path / "files" / "v1", kind.targets)
     rows = [{"prompt": f"{i} is", "completion": " odd"} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    suite = Suite("parity", DataSource(str(tmp_path / "rows.jsonl")), max_new_tokens=2)
+    suite = Suite("parity", DataSource(str(tmp_path / "rows.jsonl")), max_new_tokens=4)
     version = adopt("parity", str(adapter), "gpt2", (suite,), platform, base_version="v1")
     v2 = platform.catalog.versions("gpt2")[1]
     work = TransferTask("parity", version.number, v2.version, Reason.NEVER_JUDGED)

@@ -63,7 +63,7 @@ class World:
         rows = [{"id": f"{i}", "prompt": f"{i} is", "completion": " odd"} for i in range(ITEMS)]
         (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         data = pin(DataSource(str(folder / "rows.jsonl")), self.platform.store)
-        self.suite = Suite("parity", data, max_new_tokens=2, chance_points=chance)
+        self.suite = Suite("parity", data, max_new_tokens=4, chance_points=chance)
         torch.manual_seed(3)
         self.peft = folder / "peft"
         model = get_peft_model(tiny_model(), LoraConfig(**OPTIONS, init_lora_weights=False))

@@ -40,7 +40,7 @@ def fleet(tmp_path):
     get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "peft")
     rows = [{"id": f"{i}", "prompt": f"{i} is", "completion": " odd"} for i in range(ITEMS)]
     (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    suite = Suite("parity", DataSource(str(tmp_path / "eval.jsonl")), max_new_tokens=2)
+    suite = Suite("parity", DataSource(str(tmp_path / "eval.jsonl")), max_new_tokens=4)
     adopted = adopt("parity", str(tmp_path / "peft"), FAMILY, (suite,), platform, base_version="v1")
     return platform, adopted
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -9,7 +10,7 @@ from tokenizers import normalizers
 
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
 from trans_peft.bases.publish import publish
-from trans_peft.domain.base import Upload
+from trans_peft.domain.base import Manifest, Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.places import Places
@@ -17,8 +18,9 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import AccessError, AdapterError, TransPeftError, UploadError
 from trans_peft.isolation import Limits
+from trans_peft.lifecycle import adopt as adoption
 from trans_peft.lifecycle.adopt import adopt
-from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.bases import ingest, pending
 from trans_peft.methods import patterns
 
 FAMILY = "tiny"
@@ -36,7 +38,7 @@ def world(tmp_path_factory):
     get_peft_model(tiny_model(), config).save_pretrained(root / "peft")
     rows = [{"id": f"{i}", "prompt": f"{i} is", "completion": " odd"} for i in range(4)]
     (root / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    suite = Suite("parity", DataSource(str(root / "eval.jsonl")), max_new_tokens=2)
+    suite = Suite("parity", DataSource(str(root / "eval.jsonl")), max_new_tokens=4)
     return platform, root, suite
 
 
@@ -45,13 +47,15 @@ def adopted(world, tmp_path):
     """Return a function that adopts the adapter with other options in its config."""
     platform, root, suite = world
 
-    def run(**changes):
+    def run(files: dict[str, bytes] | None = None, **changes):
         folder = tmp_path / "peft"
         folder.mkdir()
         for file in (root / "peft").iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+        for name, content in (files or {}).items():
+            (folder / name).write_bytes(content)
         return adopt("theirs", str(folder), FAMILY, [suite], platform, base_version="v1")
 
     return run
@@ -119,6 +123,28 @@ def test_a_base_whose_tokenizer_needs_too_much_is_never_ready(world, tmp_path, s
     assert [base.version for base in platform.catalog.versions(FAMILY)] == ["v1"]
 
 
-def test_adoption_takes_the_files_of_an_adapter_alone(world, adopted, tmp_path):
+@pytest.mark.parametrize("name", [*adoption._MAX_BYTES])
+def test_a_file_that_is_too_large_is_not_copied(adopted, name, monkeypatch):
+    monkeypatch.setitem(adoption._MAX_BYTES, name, 1)
+    with pytest.raises(AdapterError, match=f"the file {name} in .* is too large"):
+        adopted({name: b"{}"} if "template" in name or "tokenizer" in name else {})
+
+
+def test_a_long_configuration_is_too_large(adopted):
     with pytest.raises(AdapterError, match="too large"):
         adopted(note="x" * (1 << 20))
+
+
+def test_a_deeply_nested_upload_is_refused_once(world, tmp_path):
+    platform, _, _ = world
+    folder = write_tiny_base(tmp_path / "v3")
+    uri = str(tmp_path / "uploads" / "v3")
+    publish(folder, uri, family=FAMILY, version="v3", store=platform.store)
+    config = Path(uri) / "config.json"
+    config.write_text(config.read_text().rstrip()[:-1] + ',"x":' + "[" * 900 + "]" * 900 + "}")
+    (Path(uri) / Manifest.FILE_NAME).unlink()
+    platform.catalog.register_manually(FAMILY, uri)
+    (upload,) = [upload for upload in pending(platform) if upload.uri == uri]
+    with pytest.raises(UploadError, match="nested more than"):
+        ingest(upload, platform)
+    assert uri not in [upload.uri for upload in pending(platform)]

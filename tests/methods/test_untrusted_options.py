@@ -12,7 +12,7 @@ from trans_peft.errors import InvalidSpecError, LimitExceededError
 from trans_peft.methods import patterns
 from trans_peft.methods.allocation import BoundedAllocation
 from trans_peft.methods.patterns import check_options
-from trans_peft.methods.specs import attach
+from trans_peft.methods.specs import attach, to_config
 
 NAMES = [f"model.layers.{n}.mlp.{name}_proj" for n in range(4) for name in ("up", "gate", "down")]
 SLOW = r"(([a-z_.0-9]+)+)+X"
@@ -63,6 +63,26 @@ def test_options_out_of_bounds_are_refused_by_name(options):
     field = next(iter(options))
     with pytest.raises(InvalidSpecError, match=f"(?s){SUBJECT} cannot be used.*{field}"):
         check_options(options, NAMES, SUBJECT)
+
+
+@pytest.mark.parametrize("length", [560, 100_000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda pattern: {"target_modules": pattern},
+        lambda pattern: {"target_modules": ["q_proj"], "rank_pattern": {pattern: 4}},
+        lambda pattern: {"target_modules": ["q_proj"], "layers_pattern": [pattern]},
+    ],
+)
+def test_a_pattern_that_takes_long_to_compile_is_refused_in_a_child_process(options, length):
+    given = options("(?i)" + "[\0-\ufffe]" * length)
+    started = time.process_time()
+    with pytest.raises(InvalidSpecError, match=r"more than 1 s to compile|at most 4000") as caught:
+        to_config(AdapterSpec("LORA", given))
+    with pytest.raises(InvalidSpecError, match=r"more than 1 s to compile|exceeds 4000"):
+        check_options(given, NAMES, SUBJECT)
+    assert time.process_time() - started < 1
+    assert len(str(caught.value)) < 1000
 
 
 def test_options_nested_without_end_are_refused():

@@ -23,6 +23,7 @@ from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.model_files import MAX_TEXT_BYTES
 from trans_peft.bases.upload import BESIDE_THE_FILES, changed, content_problems, read_manifest_claim
 from trans_peft.domain.base import Manifest, ManifestFile
+from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError
 from trans_peft.ports import ArtifactStore, StoredFile
 from trans_peft.safetensors_header import MalformedSafetensorsError
@@ -97,10 +98,10 @@ class SourceFiles:
                 f"{name}: {self.files[name].size} bytes; at most {MAX_TEXT_BYTES} are allowed"
             )
         try:
-            value = json.loads(read_file(self.uri, self.files[name], self.store))
+            value = parse_json(read_file(self.uri, self.files[name], self.store).decode())
         except (IntegrityError, NotFoundError) as error:
             raise changed(self.uri, [name]) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UploadError(f"{name}: not JSON: {error}") from error
         if not isinstance(value, dict):
             raise UploadError(f"{name}: not a JSON object")

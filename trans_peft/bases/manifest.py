@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trans_peft.domain.base import Manifest, ManifestFile
+from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import UploadError, listed
 
 __all__ = ["MAX_MANIFEST_BYTES", "dump_manifest", "parse_manifest"]
@@ -64,8 +65,8 @@ def parse_manifest(data: bytes) -> Manifest:
 def _decoded(data: bytes) -> Any:
     """Return the JSON value. ValueError, also if it lists so much that to check it would hurt."""
     try:
-        value = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data.decode())
+    except ValueError as error:
         raise ValueError(f"JSON: {error}") from error
     files = value.get("files") if isinstance(value, dict) else None
     if isinstance(files, list) and len(files) > MAX_FILES:

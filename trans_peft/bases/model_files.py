@@ -4,7 +4,6 @@ Knows which files transformers loads a causal language model from, how they must
 how they become a `Fingerprint`. Says everything that is wrong at once, in `problems`.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from trans_peft.bases.safetensors_stream import tensor_signatures
 from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.domain.bounds import MAX_TENSORS
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.ports import StoredFile
 from trans_peft.safetensors_header import MalformedSafetensorsError
 from trans_peft.text.tokenizer_files import (
@@ -102,7 +102,7 @@ class ModelFiles:
             return
         try:
             value = _parsed(text)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             self.problems.append(f"{file.name}: not JSON: {error}")
             return
         if not isinstance(value, dict):
@@ -261,7 +261,7 @@ def config_sha256(config: str, generation: str) -> str:
 
 
 def _parsed(text: str) -> Any:
-    return json.loads(text, parse_constant=str, parse_float=_finite)
+    return parse_json(text, parse_constant=str, parse_float=_finite)
 
 
 def _finite(number: str) -> float | str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trans_peft.data.columns import TEXT, Column, Form, Template, one_of, texts, whole
+from trans_peft.domain.excerpts import excerpt
 
 __all__ = ["ARC", "BOOLQ", "HELLASWAG", "OPENBOOKQA", "PIQA", "SOCIAL_I_QA", "WINOGRANDE"]
 
@@ -38,7 +39,9 @@ def _template(names: tuple[str, ...], *own: Form) -> Template:
         name = row["output"].removeprefix(_OUTPUT)
         _, found, offered = row["instruction"].rpartition(_FORMAT)
         if found and name not in offered.strip().split("/"):
-            raise ValueError(f"output names {name!r}, but the instruction offers {offered!r}")
+            raise ValueError(
+                f"output names {name!r}, but the instruction offers {excerpt(offered, 60)}"
+            )
         if row.get("answer") not in (None, name):
             raise ValueError(f"output names {name!r}, but answer is {row['answer']!r}")
         return _asked(row["instruction"], name)

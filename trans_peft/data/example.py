@@ -11,6 +11,7 @@ from trans_peft.text.chat import render_prompts, template_of, turn_end
 __all__ = ["ChatMessage", "Example", "end_of_turn", "full_ids", "prompt_ids", "token_counts"]
 
 _SHOWN = 20
+_NAME_LIMIT = 100
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Example:
     @property
     def location(self) -> str:
         """Where the row stands and its id, for a message: a row without an id is known by place."""
-        return f"{self.place} (id {self.id})" if self.place else f"id {self.id}"
+        id_ = self.id if len(self.id) <= _NAME_LIMIT else f"{self.id[:_NAME_LIMIT]}..."
+        return f"{self.place} (id {id_})" if self.place else f"id {id_}"
 
     @property
     def characters(self) -> int:

@@ -17,6 +17,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from trans_peft.domain.excerpts import excerpt
+
 __all__ = ["OWN_FIELDS", "unsupported_fields"]
 
 OWN_FIELDS = frozenset({"choices", "id", "reference"})
@@ -74,12 +76,12 @@ def unsupported_fields(
     for name, value in row.items():
         if name in used or _is_empty(value):
             continue
-        plain = _SEPARATORS.sub("", name).casefold()
+        plain, shown = _SEPARATORS.sub("", name).casefold(), excerpt(name, 60)
         check = _BY_VALUE.get(plain)
         if plain in _NOT_SUPPORTED or (check is not None and check(value)):
-            yield f"the field {name!r} is not supported, and would change the prompt or the loss"
+            yield f"the field {shown} is not supported, and would change the prompt or the loss"
         elif text is not None and plain in _TEXT_OF_OTHER_FORMATS and not _within(value, text):
-            yield f"the field {name!r} is not read, and its text is not in the prompt or answer"
+            yield f"the field {shown} is not read, and its text is not in the prompt or answer"
 
 
 def _is_empty(value: Any) -> bool:

@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from trans_peft.data.rows import InvalidRow, Row
+from trans_peft.domain.untrusted_json import check_depth, duplicates
 from trans_peft.errors import DataError
 
 __all__ = ["json_rows"]
@@ -128,14 +129,17 @@ class _Reader:
             return InvalidRow(f"not JSON ({error.msg} at {_place(text, error.pos)})"), -1
         if self._faults:
             return InvalidRow("; ".join(dict.fromkeys(self._faults))), end
+        try:
+            check_depth(value)
+        except ValueError as error:
+            return InvalidRow(f"not JSON that can be read ({error})"), end
         return value, end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = sorted({key[:_NAME_LIMIT] for key in found if keys.count(key) > 1})
-            self._faults.append(f"the key {twice[0]!r} stands twice in one object")
+            twice = duplicates(key for key, _ in pairs)
+            self._faults.append(f"the key {twice[0][:_NAME_LIMIT]!r} stands twice in one object")
         return found
 
     def _constant(self, text: str) -> None:

@@ -16,6 +16,7 @@ from trans_peft.data.json_rows import json_rows
 from trans_peft.data.rows import Row, examples_from
 from trans_peft.data.templates import through_template
 from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS, MAX_ROW_CHARACTERS
+from trans_peft.domain.untrusted_json import duplicates
 from trans_peft.errors import DataError, listed
 from trans_peft.isolation import Limits, call_isolated
 
@@ -93,7 +94,7 @@ def check_kind(uri: str) -> None:
         raise DataError(
             f"{uri} is of no kind that can be read",
             expected=f"a name that ends in {', '.join(_READERS)} (and .gz, if it is packed), "
-            "or hub:NAME[:CONFIG[:SPLIT]]",
+            "or hub:OWNER/NAME[:CONFIG[:SPLIT]]",
             found=_suffix(uri) or "no ending",
         )
 
@@ -171,7 +172,7 @@ def _parquet_rows(data: bytes, uri: str) -> list[Row]:
 def _columns_twice(fields: Any, above: str = "") -> Iterator[str]:
     """Yield the names of columns that stand twice in one schema or struct, at any depth."""
     names = [field.name for field in fields]
-    yield from sorted({f"{above}{name}" for name in names if names.count(name) > 1})
+    yield from (f"{above}{name}" for name in duplicates(names))
     for field in fields:
         inner = [field.type.field(number) for number in range(field.type.num_fields)]
         yield from _columns_twice(inner, f"{above}{field.name}.")

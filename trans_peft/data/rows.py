@@ -15,6 +15,7 @@ from typing import Any
 
 from trans_peft.data.example import ChatMessage, Example
 from trans_peft.data.fields import OWN_FIELDS, unsupported_fields
+from trans_peft.domain.excerpts import excerpt
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import DataError, listed, listed_lines
 
@@ -72,7 +73,7 @@ def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
             shapes.setdefault(_shape(row), where)
             own_id = str(row["id"]) if row.get("id") is not None else ""
             if own_id in own_ids:
-                reasons.append(f"id {own_id!r} stands in {own_ids[own_id]} already")
+                reasons.append(f"id {excerpt(own_id, 60)} is also the id of {own_ids[own_id]}")
             elif own_id:
                 own_ids[own_id] = where
             example = _example(row, own_id, content_counts, where)

@@ -21,7 +21,9 @@ from trans_peft.ports import ArtifactStore
 
 __all__ = ["pin", "read_examples", "write_examples"]
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Without an owner, `datasets` takes names such as json and csv for its own file readers, which read
+# the working directory.
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def read_examples(
@@ -96,7 +98,8 @@ def _hub_rows(uri: str, places: Places) -> tuple[list[Row], str]:
     if not _NAME.fullmatch(name) or any(rest):
         raise DataError(
             f"{uri} names no hub data set",
-            expected="hub:NAME[:CONFIG[:SPLIT]], with a NAME such as openai/gsm8k",
+            expected="hub:OWNER/NAME[:CONFIG[:SPLIT]], such as hub:openai/gsm8k:main:test",
+            do="write the owner in front, as in the address of the data set's page on the hub",
         )
     places.check_data_set(name, uri)
     if Path(name).exists():  # datasets would read the folder, not the hub

@@ -5,14 +5,21 @@ imported; `trans_peft.methods.options` knows the types of each method's own opti
 """
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from trans_peft.domain.excerpts import excerpt
+from trans_peft.domain.untrusted_json import duplicates, parse_json
+from trans_peft.errors import listed
 
 __all__ = ["parse_adapter_config"]
 
 _TEXTS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
 _NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
 _LISTS = ("modules_to_save", "target_parameters")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def parse_adapter_config(data: bytes) -> dict[str, Any]:
@@ -23,14 +30,12 @@ def parse_adapter_config(data: bytes) -> dict[str, Any]:
     field of another type than PEFT gives it.
     """
     try:
-        config = json.loads(
+        config = parse_json(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_finite
         )
         json.dumps(config, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError("it holds text that is not Unicode: a lone surrogate") from error
-    except RecursionError as error:
-        raise ValueError("it is not JSON (nested too deeply)") from error
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
     if not isinstance(config, dict):
@@ -43,20 +48,20 @@ def parse_adapter_config(data: bytes) -> dict[str, Any]:
 
 def _problems(config: Mapping[str, Any]) -> Iterable[str]:
     if not isinstance(config.get("peft_type"), str) or not config["peft_type"]:
-        yield f"it names no peft_type, but {config.get('peft_type')!r}"
+        yield f"it names no peft_type, but {_SHORT.repr(config.get('peft_type'))}"
     for name in _TEXTS:
         if not isinstance(config.get(name), str | None):
-            yield f"{name} must be text, not {config[name]!r}"
+            yield f"{name} must be text, not {_SHORT.repr(config[name])}"
     for name in _NAMES:
         if not isinstance(config.get(name), str | None) and not _texts(config[name]):
-            yield f"{name} must be text or a list of texts, not {config[name]!r}"
+            yield f"{name} must be text or a list of texts, not {_SHORT.repr(config[name])}"
     for name in _LISTS:
         if config.get(name) is not None and not _texts(config[name]):
-            yield f"{name} must be a list of texts, not {config[name]!r}"
+            yield f"{name} must be a list of texts, not {_SHORT.repr(config[name])}"
     for name, value in config.items():
         by_module = name.endswith("_pattern") and name != "layers_pattern"
         if by_module and not isinstance(value, dict | None):
-            yield f"{name} must map patterns to numbers, not {value!r}"
+            yield f"{name} must map patterns to numbers, not {_SHORT.repr(value)}"
 
 
 def _texts(value: object) -> bool:
@@ -66,9 +71,8 @@ def _texts(value: object) -> bool:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"keys that are given twice: {', '.join(twice)}")
+        twice = duplicates(name for name, _ in pairs)
+        raise ValueError(f"keys that are given twice: {listed([excerpt(n, 60) for n in twice])}")
     return fields
 
 

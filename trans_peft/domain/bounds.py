@@ -9,12 +9,17 @@ tensors in 9 MB, Gemma's tokenizer.json has 33 MB, MetaMathQA has 395,000 rows i
 __all__ = [
     "MAX_ADAPTER_CONFIG_BYTES",
     "MAX_ADAPTER_NUMBER",
+    "MAX_ADAPTER_WEIGHTS_BYTES",
     "MAX_DATA_BYTES",
     "MAX_DATA_ROWS",
     "MAX_DECODER_GROWTH",
     "MAX_FILES",
     "MAX_HEADER_BYTES",
+    "MAX_JSON_DEPTH",
+    "MAX_JSON_VALUES",
     "MAX_PATTERN_LENGTH",
+    "MAX_PROGRAM_PROMPT_CHARACTERS",
+    "MAX_REFERENCE_CHARACTERS",
     "MAX_ROW_CHARACTERS",
     "MAX_TENSORS",
     "MAX_TOKEN_CHARACTERS",
@@ -26,8 +31,19 @@ MAX_ADAPTER_CONFIG_BYTES = 1 << 20
 MAX_ADAPTER_NUMBER = 1 << 24
 """Largest whole number among an adapter's options (ranks, virtual tokens), seeds excepted."""
 
+MAX_ADAPTER_WEIGHTS_BYTES = 1 << 35
+"""Size of adapter_model.safetensors. Copies of the embedding and the head of a 405B model in
+float32, the largest that `modules_to_save` is used for, have 17 GB."""
+
 MAX_PATTERN_LENGTH = 4_000
-"""Characters of a regular expression among an adapter's options."""
+"""Characters of a regular expression among an adapter's options or in a suite's scoring rule."""
+
+MAX_REFERENCE_CHARACTERS = 100_000
+"""Characters of a reference that an answer is compared with by chrF or ROUGE-L."""
+
+MAX_PROGRAM_PROMPT_CHARACTERS = 20_000
+"""Characters of the prompt that is a part of a generated program. Finding the program in a text can
+take quadratic time."""
 
 MAX_DATA_BYTES = 1 << 30
 """Size of a data file, stored and unpacked."""
@@ -43,6 +59,12 @@ MAX_FILES = 10_000
 
 MAX_HEADER_BYTES = 1 << 25
 """Size of the header of a safetensors file (the format allows 100 MB)."""
+
+MAX_JSON_DEPTH = 100
+"""Levels of nesting in JSON files of bases and adapters, in rows and in references."""
+
+MAX_JSON_VALUES = 4_000_000
+"""Values of a JSON file of a base: Gemma 3's tokenizer.json has 1.9 million."""
 
 MAX_TENSORS = 250_000
 """Tensors of a base or of an adapter."""

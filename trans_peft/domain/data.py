@@ -16,7 +16,7 @@ class DataSource:
 
     `uri` is a local path or `s3://...` ending in `.jsonl`, `.json` (one JSON value a line, or one
     list of them), either of them with `.gz` after it, or `.parquet`; or
-    `hub:NAME[:CONFIG[:SPLIT]]` for a hub data set. `sha256` is the hash of the bytes read; empty
+    `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for a hub data set. `sha256` is the hash of the bytes; empty
     means "not pinned yet". A pinned source whose bytes differ is an error, never a warning.
     `template` names how the rows of a public data set become questions and answers
     (`trans_peft.data.templates`); empty: the rows are questions and answers already.

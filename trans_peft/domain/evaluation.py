@@ -84,6 +84,8 @@ class Suite:
             problems.append(problem)
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            problems.append(f"stop must be a list of strings that are not empty, not {self.stop!r}")
         if self.limit is not None and self.limit < 1:
             problems.append(f"limit must be at least 1, not {self.limit}")
         if problems:

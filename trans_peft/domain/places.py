@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from urllib.parse import unquote
 
 from trans_peft.domain.names import quoted
 from trans_peft.errors import AccessError, InvalidSpecError
@@ -20,6 +21,7 @@ HUB = "hub:"
 """What the URI of a hub data set begins with."""
 
 _SETTING = "TRANS_PEFT_READABLE"
+_FILE = "file://"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Places:
         folders. InvalidSpecError for a relative path or any other scheme.
         """
         entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-        local = [uri.removeprefix("file://") for uri in also if _is_local(uri)]
+        local = [_path_of(uri) for uri in also if _is_local(uri)]
         folders = [Path(entry) for entry in [*local, *(e for e in entries if not _is_hub(e))]]
         wrong = [str(folder) for folder in folders if not folder.is_absolute()]
         if wrong:
@@ -94,9 +96,13 @@ class Places:
         )
 
 
+def _path_of(uri: str) -> str:
+    return unquote(uri.removeprefix(_FILE)) if uri.startswith(_FILE) else uri
+
+
 def _is_hub(uri: str) -> bool:
     return uri.startswith(HUB)
 
 
 def _is_local(uri: str) -> bool:
-    return bool(uri) and ("://" not in uri or uri.startswith("file://"))
+    return bool(uri) and ("://" not in uri or uri.startswith(_FILE))

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 from urllib.parse import unquote
 
@@ -54,6 +55,8 @@ class FileStore:
                     if path.is_symlink():
                         self.places.check_path(path, str(path))
                     stat = path.stat()
+                    if not S_ISREG(stat.st_mode):
+                        continue  # a pipe, a socket or a device holds no bytes of an upload
                     name = path.relative_to(root).as_posix()
                     found.append(StoredFile(name, stat.st_size, _etag(stat)))
         return tuple(sorted(found, key=lambda file: file.name))
@@ -74,7 +77,7 @@ class FileStore:
     ) -> Iterator[Iterator[bytes]]:
         path = self._path(uri)
         with _mapped_errors(uri):
-            file = path.open("rb")
+            file = _open_regular(path, uri)
         with file:
             stat = os.fstat(file.fileno())
             if etag is not None and _etag(stat) != etag:
@@ -115,6 +118,22 @@ class FileStore:
         with _mapped_errors(uri), open_atomic(path) as file:
             while chunk := data.read(self._chunk_bytes):
                 file.write(chunk)
+
+
+def _open_regular(path: Path, uri: str) -> BinaryIO:
+    """Open a file; StoreError for a named pipe, which would block until something writes to it."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    if S_ISDIR(mode):
+        raise IsADirectoryError(path)
+    raise StoreError(
+        f"{uri} is not a regular file",
+        found="a named pipe, a socket or a device",
+        do="copy the data into a file",
+    )
 
 
 def _etag(stat: os.stat_result) -> str:

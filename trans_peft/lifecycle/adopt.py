@@ -8,7 +8,7 @@ from typing import Any
 from trans_peft.artifacts import download_files
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES
+from trans_peft.domain.bounds import MAX_ADAPTER_CONFIG_BYTES, MAX_ADAPTER_WEIGHTS_BYTES
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import (
     AdapterError,
@@ -28,16 +28,23 @@ from trans_peft.lifecycle.resolve import find_base
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
 from trans_peft.text.chat import template_of
-from trans_peft.text.saved_template import saved_template, settle_template
+from trans_peft.text.saved_template import (
+    MAX_SETTINGS_BYTES,
+    saved_template,
+    settle_template,
+)
 from trans_peft.transfer.compatibility import compare
 from trans_peft.transfer.peft_folder import read_peft_folder
 
 __all__ = ["adopt"]
 
-_USED = (
-    "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
-    "tokenizer_config.json",  # the chat template of older versions of transformers
-)  # fmt: skip
+_MAX_BYTES = {
+    "adapter_config.json": MAX_ADAPTER_CONFIG_BYTES,
+    "adapter_model.safetensors": MAX_ADAPTER_WEIGHTS_BYTES,
+    "chat_template.jinja": MAX_SETTINGS_BYTES,
+    "tokenizer_config.json": MAX_SETTINGS_BYTES,  # holds the template of old transformers versions
+}
+"""The files of an adapter that are copied, and their largest sizes."""
 
 
 def adopt(
@@ -141,15 +148,16 @@ def _fetch(uri: str, folder: Path, platform: Platform) -> Path:
             found=", ".join(sorted(names)) or "nothing",
             do="save it with model.save_pretrained(folder); pickle weights are never loaded",
         )
-    config = next(file for file in files if file.name == "adapter_config.json")
-    if config.size > MAX_ADAPTER_CONFIG_BYTES:
-        raise AdapterError(
-            f"the adapter_config.json in {uri} is too large",
-            expected=f"at most {MAX_ADAPTER_CONFIG_BYTES} bytes",
-            found=f"{config.size} bytes",
-        )
+    used = [file for file in files if file.name in _MAX_BYTES]
+    for file in used:
+        if file.size > _MAX_BYTES[file.name]:
+            raise AdapterError(
+                f"the file {file.name} in {uri} is too large",
+                expected=f"at most {_MAX_BYTES[file.name]} bytes",
+                found=f"{file.size} bytes",
+            )
     folder.mkdir(parents=True)
-    download_files(uri, [file for file in files if file.name in _USED], platform.store, folder)
+    download_files(uri, used, platform.store, folder)
     return folder
 
 

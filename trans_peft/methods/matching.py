@@ -11,6 +11,9 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from trans_peft.domain.excerpts import excerpt
+from trans_peft.methods.patterns import TARGET_FORM, compile_problems
+
 __all__ = ["invalid_patterns", "unmatched_entries", "unused_entries"]
 
 _TARGETS = ("target_modules", "exclude_modules", "feedforward_modules")
@@ -26,10 +29,12 @@ def invalid_patterns(options: Mapping[str, Any]) -> list[str]:
         entries += [(name, entry) for entry in _entries(options.get(name))]
     for name, patterns in _by_module(options):
         entries += [(name, key) for key in patterns]
+    texts = [(name, entry) for name, entry in entries if isinstance(entry, str)]
+    found = compile_problems([entry for _, entry in texts], ("{}", TARGET_FORM))
     return [
-        f"{name}: {entry!r} is not a regular expression ({problem})"
-        for name, entry in entries
-        if isinstance(entry, str) and (problem := _problem(entry))
+        f"{name}: {excerpt(entry)} is not a regular expression ({problem})"
+        for (name, entry), problem in zip(texts, found, strict=True)
+        if problem
     ]
 
 
@@ -156,12 +161,3 @@ def _not_ends(name: str, value: Any, names: Collection[str], what: str) -> list[
 
 def _ends(name: str, entry: str) -> bool:
     return bool(entry) and (name == entry or name.endswith(f".{entry}"))
-
-
-def _problem(entry: str) -> str | None:
-    try:
-        re.compile(rf"(.*\.)?({entry})$")
-        re.compile(entry)
-    except (re.error, RecursionError, OverflowError) as error:
-        return str(error)
-    return None

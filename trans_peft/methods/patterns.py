@@ -11,19 +11,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trans_peft.domain.bounds import MAX_ADAPTER_NUMBER, MAX_PATTERN_LENGTH
-from trans_peft.errors import InvalidSpecError, listed
+from trans_peft.domain.excerpts import excerpt
+from trans_peft.errors import InvalidSpecError, LimitExceededError, listed
 from trans_peft.isolation import Limits, call_isolated
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["check_options", "names_of"]
+__all__ = ["TARGET_FORM", "check_options", "compile_problems", "names_of"]
 
 _LIMITS = Limits(cpu_s=10, memory_bytes=1 << 29)
 _QUANTIFIERS = frozenset("*+?{")
+TARGET_FORM = r"(.*\.)?({})$"
+"""How PEFT embeds an entry of `target_modules` or of an option with values by module."""
 _FORMS = (
     "{}",
-    r"(.*\.)?({})$",
+    TARGET_FORM,
     r"(^|.*\.){}($|\..*)",
     r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
     r".*\.{}$",
@@ -39,6 +42,9 @@ _OPENED = frozenset({"adapters"})  # of XLORA
 _PATHS = ("_path", "_dir", "_file", "_folder")
 _SEEDS = ("seed", "prng_key")
 _DEEPEST = 16
+_COMPILE_LIMITS = Limits(cpu_s=1, memory_bytes=1 << 29)
+_LITERAL = re.compile(r"[\w.-]*", re.ASCII)
+_TOO_SLOW = "together with the other patterns it takes more than 1 s to compile"
 
 
 def check_options(options: Mapping[str, Any], names: Sequence[str], subject: str) -> None:
@@ -51,6 +57,7 @@ def check_options(options: Mapping[str, Any], names: Sequence[str], subject: str
     than 10 s of processor time.
     """
     problems: list[str] = []
+    expressions: list[tuple[str, str]] = []
     patterns: list[str] = []
     for field, value in _leaves(options):
         seed = field.rpartition(".")[2].endswith(_SEEDS)
@@ -63,10 +70,16 @@ def check_options(options: Mapping[str, Any], names: Sequence[str], subject: str
                 problems.append(
                     f"{field}: a text of {len(value)} characters exceeds {MAX_PATTERN_LENGTH}"
                 )
-            elif field in _EXPRESSIONS and (wrong := _not_an_expression(value)):
-                problems.append(f"{field}: {value!r} is not a regular expression: {wrong}")
-            elif _QUANTIFIERS & set(value):
-                patterns.append(value)
+            else:
+                expressions.append((field, value))
+                if _QUANTIFIERS & set(value):
+                    patterns.append(value)
+    errors = compile_problems([value for _, value in expressions])
+    problems += [
+        f"{field}: {excerpt(value)} is not a regular expression: {error}"
+        for (field, value), error in zip(expressions, errors, strict=True)
+        if error and (field in _EXPRESSIONS or error == _TOO_SLOW)
+    ]
     if problems:
         raise InvalidSpecError(f"{subject} cannot be used", found=listed(problems, 20))
     if patterns:
@@ -114,9 +127,48 @@ def _is_path(field: str) -> bool:
     return name in _OPENED or field.rpartition(".")[2].endswith(_PATHS)
 
 
-def _not_an_expression(value: str) -> str | None:
+def compile_problems(patterns: Sequence[str], forms: Sequence[str] = ("{}",)) -> list[str | None]:
+    """Return for each pattern why Python cannot compile it in one of the forms; None if it can.
+
+    Compiling one character class can take 30 ms, so this runs in a child process too. Patterns
+    that take longer than 1 s of processor time together all have a problem.
+    """
+    special = [pattern for pattern in patterns if not _LITERAL.fullmatch(pattern)]
+    if any(len(pattern) > MAX_PATTERN_LENGTH for pattern in special):
+        return [
+            f"{len(pattern)} characters, at most {MAX_PATTERN_LENGTH} are read"
+            if len(pattern) > MAX_PATTERN_LENGTH
+            else None
+            for pattern in patterns
+        ]
+    if not special:
+        return [None] * len(patterns)
     try:
-        re.compile(value)
+        found = call_isolated(
+            _compile,
+            special,
+            list(forms),
+            limits=_COMPILE_LIMITS,
+            subject="the patterns of an adapter",
+        )
+    except LimitExceededError:
+        found = [_TOO_SLOW] * len(special)
+    problems = dict(zip(special, found, strict=True))
+    return [problems.get(pattern) for pattern in patterns]
+
+
+def _compile(patterns: list[str], forms: list[str]) -> list[str | None]:
+    """Compile every pattern in every form: runs in the child process."""
+    found = []
+    for pattern in patterns:
+        errors = {form: _compile_error(form.format(pattern)) for form in (*forms, *_FORMS)}
+        found.append(next((errors[form] for form in forms if errors[form]), None))
+    return found
+
+
+def _compile_error(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         return str(error)
     return None

@@ -5,19 +5,27 @@ template it was trained with under the same name, so its prompts stay the same w
 updated and a server can be started with that file.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import AdapterError, ContentError
 from trans_peft.isolation import call_isolated
 from trans_peft.text.chat import MAX_TEMPLATE_CHARACTERS, pinned, template_problems
 
-__all__ = ["TEMPLATE_NAME", "check_template", "saved_template", "settle_template", "write_template"]
+__all__ = [
+    "MAX_SETTINGS_BYTES",
+    "TEMPLATE_NAME",
+    "check_template",
+    "saved_template",
+    "settle_template",
+    "write_template",
+]
 
 TEMPLATE_NAME = "chat_template.jinja"
 _SETTINGS_NAME = "tokenizer_config.json"
-_MAX_SETTINGS_BYTES = 64 << 20
+MAX_SETTINGS_BYTES = 64 << 20
+"""Size of a tokenizer_config.json that lies beside an adapter."""
 
 
 def saved_template(folder: Path) -> str | None:
@@ -83,11 +91,11 @@ def _configured(path: Path) -> str | None:
     """Return the (default) chat template in a tokenizer_config.json, if it has one."""
     if not path.is_file():
         return None
-    if path.stat().st_size > _MAX_SETTINGS_BYTES:
-        raise AdapterError(f"{path} has more than {_MAX_SETTINGS_BYTES} bytes")
+    if path.stat().st_size > MAX_SETTINGS_BYTES:
+        raise AdapterError(f"{path} has more than {MAX_SETTINGS_BYTES} bytes")
     try:
-        settings: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        settings: Any = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise AdapterError(f"{path} is not JSON", found=error) from error
     template = settings.get("chat_template") if isinstance(settings, dict) else None
     if isinstance(template, list):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.untrusted_json import parse_json
 
 __all__ = [
     "SETTINGS_NAME",
@@ -148,8 +149,8 @@ def stage(folder: Path, target: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} is not a JSON object")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.rules.entry_point import entry_point
 from trans_peft.validation.rules.mathematics import math_verify
@@ -38,9 +39,14 @@ Degree = Callable[[str, str], float]
 class Rule:
     """A way to mark an answer: all-or-none or graded, and what it takes after a colon.
 
-    `bind` gives the rule for what was given there. `takes` says in words what that is; empty:
-    nothing may be given. `optional`: it may be left out. `sandboxed`: `bind` also gets the guards
-    of the sandbox that the worker may lack.
+    Attributes:
+        bind: returns the rule for the parameter after the colon.
+        takes: describes that parameter; empty for a rule without one.
+        optional: whether the parameter may be omitted.
+        graded: whether the suite needs a threshold.
+        sandboxed: whether `bind` also takes the sandbox guards that the worker may lack.
+        literal: whether a right answer is the text of the reference, apart from white space around
+            it. `prepare` then refuses references that decoding cannot produce.
     """
 
     bind: Callable[..., Degree]
@@ -48,14 +54,15 @@ class Rule:
     optional: bool = False
     graded: bool = False
     sandboxed: bool = False
+    literal: bool = False
 
 
-def _plain(degree: Degree, *, graded: bool = False) -> Rule:
-    return Rule(lambda _: degree, graded=graded)
+def _plain(degree: Degree, *, graded: bool = False, literal: bool = False) -> Rule:
+    return Rule(lambda _: degree, graded=graded, literal=literal)
 
 
 RULES: Mapping[str, Rule] = {
-    "exact_match": _plain(exact_match),
+    "exact_match": _plain(exact_match, literal=True),
     "regex": Rule(regex, takes="PATTERN"),
     "json_equal": _plain(json_equal),
     "choice": Rule(chosen, takes="per_token or per_character", optional=True),
@@ -88,19 +95,19 @@ def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, 
         raise InvalidSpecError(
             f"suite {suite.name!r} asks for a scoring rule that is not there",
             expected=f"one of {', '.join(RULES)}",
-            found=repr(suite.scoring),
+            found=excerpt(suite.scoring),
         )
     if bool(parameter) != bool(colon) or (parameter and not rule.takes):
         raise InvalidSpecError(
             f"suite {suite.name!r}: {name} is given what it does not take",
             expected=_usage(name, rule),
-            found=repr(suite.scoring),
+            found=excerpt(suite.scoring),
         )
     if rule.takes and not rule.optional and not parameter:
         raise InvalidSpecError(
             f"suite {suite.name!r}: {name} needs more than its name",
             expected=_usage(name, rule),
-            found=repr(suite.scoring),
+            found=excerpt(suite.scoring),
         )
     threshold = suite.threshold
     if rule.graded and (threshold is None or not 0 < threshold <= 100):

@@ -7,9 +7,10 @@ from typing import Any
 
 from trans_peft.data import Example, end_of_turn, prompt_ids, token_ids
 from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import DataError, listed_lines
 from trans_peft.text.answers import spoken
-from trans_peft.validation.scoring import make_scorer
+from trans_peft.validation.scoring import RULES, make_scorer
 
 __all__ = ["TokenizedSuite", "prepare", "with_answers"]
 
@@ -113,12 +114,14 @@ def prepare(
             is_right("", example.reference or example.completion)
         except DataError as error:
             problems.append(f"{example.location}: {error}")
-    _refuse(suite, examples, problems)
     behind = [
         [whole[len(prompt) :] for whole in of_item]
         for prompt, of_item in zip(prompts, wholes, strict=True)
     ]
     expected = tuple([] if suite.is_choice else ids[0] for ids in behind)
+    if RULES[suite.scoring.partition(":")[0]].literal:
+        problems += _unreachable_references(tokenizer, suite, examples, prompts, expected)
+    _refuse(suite, examples, problems)
     return TokenizedSuite(
         suite=suite,
         tokenizer=tokenizer,
@@ -214,15 +217,56 @@ def _choice_problem(
     if not example.choices:
         return "it has no choices, and is to be answered by one of them"
     for choice, whole in zip(example.choices, wholes, strict=True):
+        shown = excerpt(choice, 60)
         if whole[: len(prompt)] != prompt:
-            return f"with the choice {choice!r} {_CUT}"
+            return f"with the choice {shown} {_CUT}"
         if len(whole) == len(prompt):
-            return f"the choice {choice!r} has no tokens"
+            return f"the choice {shown} has no tokens"
         if context is not None and len(whole) > context:
-            return (
-                f"with the choice {choice!r} it has {len(whole)} tokens, the context is {context}"
-            )
+            return f"with the choice {shown} it has {len(whole)} tokens, the context is {context}"
     return None
+
+
+def _unreachable_references(
+    tokenizer: Any,
+    suite: Suite,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+) -> Iterator[str]:
+    """Yield a problem for each reference that contains a stop string or has too many tokens.
+
+    White space around a reference does not count, as in `exact_match`.
+    """
+    texts = [(example.reference or example.completion).strip() for example in examples]
+    long = [
+        i
+        for i, example in enumerate(examples)
+        if (example.reference or len(expected[i]) > suite.max_new_tokens)
+        and "\ufffd" not in texts[i]  # a decoder writes it for any part of a character
+    ]
+    alone = token_ids([texts[i] for i in long], tokenizer, add_special_tokens=False)
+    asked = [(examples[i], prompts[i], f" {texts[i]}") for i in long]
+    behind = with_answers(tokenizer, asked)
+    counts = {
+        i: min(len(ids), len(whole) - len(prompts[i]))
+        for i, ids, whole in zip(long, alone, behind, strict=True)
+    }
+    for i, example in enumerate(examples):
+        written = texts[i] if example.reference else spoken(tokenizer, expected[i])
+        stop = next((s for s in suite.stop if s in texts[i] and s in written.strip()), None)
+        if stop is not None:
+            yield (
+                f"{example.location}: its reference contains the stop string {excerpt(stop)}, "
+                "which ends every answer"
+            )
+        if tokenizer.eos_token_id in expected[i] and not example.reference:
+            yield f"{example.location}: its reference contains the token that ends an answer"
+        if counts.get(i, 0) > suite.max_new_tokens:
+            yield (
+                f"{example.location}: its reference has {counts[i]} tokens, and an answer at most "
+                f"{suite.max_new_tokens} (max_new_tokens)"
+            )
 
 
 def _refuse(suite: Suite, examples: Sequence[Example], problems: Sequence[str]) -> None:

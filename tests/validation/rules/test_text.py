@@ -1,12 +1,17 @@
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.validation.peers import LLM_ADAPTERS, disagreements
-from trans_peft.errors import DataError, EvaluationError
+from trans_peft.domain.bounds import MAX_REFERENCE_CHARACTERS
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Suite
+from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
 from trans_peft.validation.rules import text
+from trans_peft.validation.rules.program import PYTHON
 from trans_peft.validation.rules.text import (
     chrf,
     exact_match,
@@ -59,6 +64,7 @@ ROUGE_SCORE = [
     ("snake_case", "snake case", 100.0),
 ]
 
+PYTHON_CODE = f"code:{PYTHON}"
 WORDS = st.text("ab cé\n", max_size=12)
 
 
@@ -177,8 +183,88 @@ def test_a_group_is_what_counts_of_a_match(pattern, answer, right):
     assert regex(pattern)(answer, "#### 18") == (100 if right else 0)
 
 
-def test_a_pattern_that_would_search_for_ever_is_an_error_and_the_next_one_works(monkeypatch):
+def test_a_pattern_with_exponential_time_is_an_error_and_the_next_one_works(monkeypatch):
     monkeypatch.setattr(text, "CPU_LIMIT_S", 0)
-    with pytest.raises(EvaluationError, match="does not come to an end"):
+    with pytest.raises(EvaluationError, match="takes too long"):
         regex("(a+)+b")("a" * 64, "aab")
     assert regex("(a+)+b")("so aab", "aab") == 100
+
+
+SLOW_TO_COMPILE = "(?i)" + "[\0-\ufffe]" * 400
+"""One class takes 8 to 30 ms: upper and lower case of 65,000 characters are computed."""
+
+
+def test_a_pattern_that_takes_long_to_compile_is_refused_without_compiling_it_here():
+    started = time.process_time()
+    with pytest.raises(InvalidSpecError, match="more than 1 s of processor time"):
+        regex(SLOW_TO_COMPILE)
+    with pytest.raises(InvalidSpecError, match="4004 characters, at most 4000"):
+        regex("(?i)" + "[\0-\ufffe]" * 800)
+    assert time.process_time() - started < 1
+    assert regex("(a)")("ba", "ca") == 100
+
+
+def table_of_common_subsequences(first, second):
+    """The textbook's quadratic table."""
+    lengths = [[0] * (len(second) + 1)]
+    for word in first:
+        row = [0]
+        for at, other in enumerate(second):
+            row.append(lengths[-1][at] + 1 if word == other else max(row[-1], lengths[-1][at + 1]))
+        lengths.append(row)
+    return lengths[-1][-1]
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12), st.lists(st.sampled_from("abc"), max_size=12))
+def test_the_common_subsequence_has_the_length_of_the_table(first, second):
+    found = text._longest_common_subsequence(first, second)
+    assert found == table_of_common_subsequences(first, second)
+
+
+def test_a_long_answer_and_the_longest_reference_are_compared_within_a_second():
+    started = time.process_time()
+    words = MAX_REFERENCE_CHARACTERS // 2
+    assert rouge_l("a " * 4_000, "a " * words) == pytest.approx(200 * 4_000 / (4_000 + words))
+    assert rouge_l("a b " * 2_000, "b " * words) > 0
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("degree", [chrf, rouge_l])
+def test_a_longer_reference_is_refused(degree):
+    reference = "x" * (MAX_REFERENCE_CHARACTERS + 1)
+    with pytest.raises(DataError, match=f"at most {MAX_REFERENCE_CHARACTERS} characters"):
+        degree("", reference)
+
+
+BAD_REFERENCES = {
+    "regex:(a)": "b",
+    "rouge_l": "é",
+    "label_f1": ",",
+    "json_equal": "[",
+    "metamath_gsm8k": "x",
+    "metamath_math": "x",
+    "paper_gsm8k": "x",
+    "paper_math": "x",
+    PYTHON_CODE: "x",
+}
+
+
+@pytest.mark.parametrize("scoring", BAD_REFERENCES)
+def test_no_error_quotes_a_long_reference_whole(scoring):
+    graded = scoring in ("rouge_l", "label_f1")
+    suite = Suite(
+        "s", DataSource("x", "0" * 64), scoring=scoring, threshold=50.0 if graded else None
+    )
+    references = [BAD_REFERENCES[scoring] * 50_000]
+    if scoring == PYTHON_CODE:
+        row = {"prompt": "p", "test": "x = (" * 50_000, "entry_point": "f"}
+        references += [
+            json.dumps({"prompt": "x" * 50_000}),
+            json.dumps(row),
+            "[" * 100_000,
+            json.dumps({"prompt": "p", "reference": "-" * 90_000 + "1", "test_list": ["f()"]}),
+        ]
+    for reference in references:
+        with pytest.raises(DataError) as caught:
+            make_scorer(suite)("x", reference)
+        assert len(str(caught.value)) < 1000

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import DataError
 
 __all__ = [
@@ -36,7 +37,7 @@ def metamath_gsm8k(answer: str, reference: str) -> float:
         wanted = None
     if wanted is None:
         raise DataError(
-            f"no whole number stands after {MARKER!r} in the reference", found=reference
+            f"no whole number stands after {MARKER!r} in the reference", found=excerpt(reference)
         )
     given = rounded_number(answer)
     return 100.0 if given is not None and float(given) == wanted else 0.0
@@ -49,7 +50,9 @@ def metamath_math(answer: str, reference: str) -> float:
     """
     _, _, wanted = reference.rpartition(MARKER)
     if MARKER not in reference or not wanted.strip():
-        raise DataError(f"nothing stands after {MARKER!r} in the reference", found=reference)
+        raise DataError(
+            f"nothing stands after {MARKER!r} in the reference", found=excerpt(reference)
+        )
     given = final_answer(answer)
     if given is None:
         return 0.0

@@ -14,6 +14,7 @@ authors' compares it with itself there, which makes it right whatever the refere
 import math
 from contextlib import suppress
 
+from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import DataError
 from trans_peft.validation.rules.mathematics import equal
 from trans_peft.validation.rules.metamath import (
@@ -36,7 +37,9 @@ def paper_gsm8k(answer: str, reference: str) -> float:
     """
     wanted = rounded_number(reference)
     if wanted is None:
-        raise DataError(f"no number stands after {MARKER!r} in the reference", found=reference)
+        raise DataError(
+            f"no number stands after {MARKER!r} in the reference", found=excerpt(reference)
+        )
     given = rounded_number(answer)
     return 100.0 if given is not None and _close(float(given), float(wanted)) else 0.0
 
@@ -45,7 +48,9 @@ def paper_math(answer: str, reference: str) -> float:
     """Return 100 if the text after the last "The answer is: " equals the reference's, loosely."""
     wanted = final_answer(reference)
     if not wanted:
-        raise DataError(f"nothing stands after {MARKER!r} in the reference", found=reference)
+        raise DataError(
+            f"nothing stands after {MARKER!r} in the reference", found=excerpt(reference)
+        )
     given = final_answer(answer)
     if given is None:
         return 0.0

@@ -11,12 +11,14 @@ The tests come with the reference (`trans_peft.data.templates`). The verdict com
 """
 
 import ast
-import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from trans_peft.domain.bounds import MAX_PROGRAM_PROMPT_CHARACTERS
+from trans_peft.domain.excerpts import excerpt
+from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
 from trans_peft.sandbox.check import CodeTests
 from trans_peft.sandbox.errors import InvalidTestsError, SandboxError
@@ -32,6 +34,7 @@ __all__ = ["PYTHON", "code", "extract"]
 # Processor time decides, so that a busy machine changes no result. The wall limit ends programs
 # that wait.
 _LIMITS = Limits(cpu_s=10.0, wall_s=120.0)
+_MAX_ERROR_CHARACTERS = 500
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 """The version of Python that runs programs here, in the form that `code` expects."""
@@ -96,18 +99,26 @@ def _translating_sandbox_errors() -> Iterator[None]:
 def _parse_reference(reference: str) -> tuple[str, CodeTests]:
     """Return the prompt and the tests that a reference contains."""
     try:
-        row: dict[str, Any] = json.loads(reference)
+        row: dict[str, Any] = parse_json(reference)
         prompt = row.pop("prompt")
+        if len(prompt) > MAX_PROGRAM_PROMPT_CHARACTERS:
+            raise DataError(
+                "the prompt in the reference is too long",
+                expected=f"at most {MAX_PROGRAM_PROMPT_CHARACTERS} characters",
+                found=f"{len(prompt)} characters",
+            )
         tests = humaneval_tests(prompt, **row) if "entry_point" in row else mbpp_tests(**row)
     except InvalidTestsError as error:
-        raise DataError(str(error)) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        text = str(error)
+        cut = text if len(text) <= _MAX_ERROR_CHARACTERS else f"{text[:_MAX_ERROR_CHARACTERS]}..."
+        raise DataError(cut) from error
+    except (AttributeError, KeyError, MemoryError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
             "the reference contains no tests of a program",
             expected="a reference that the template humaneval, mbpp or mbpp_plus wrote",
-            found=reference,
+            found=excerpt(reference),
         ) from error
     return prompt, tests
 

@@ -6,11 +6,19 @@ from trans_peft.isolation.limited import serve
 
 
 def main() -> None:
-    """Answer questions, each a pattern and the texts to search, until there are no more."""
+    """Search texts for patterns until standard input ends.
 
-    def extract(question: tuple[str, list[str]]) -> list[str | None]:
+    A question is a pattern and a list of texts. The answer is a list: of each text the part that
+    counts, or null where nothing matches. For a pattern that cannot be compiled it is the error's
+    text.
+    """
+
+    def extract(question: tuple[str, list[str]]) -> list[str | None] | str:
         pattern, texts = question
-        compiled = re.compile(pattern)
+        try:
+            compiled = re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, ValueError) as error:
+            return str(error)
         found = map(compiled.search, texts)
         return [match and match[min(compiled.groups, 1)] for match in found]
 

@@ -4,21 +4,25 @@ Each gives an answer a degree from 0 to 100 against its reference, and raises Da
 reference that no answer could equal.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trans_peft.domain.bounds import MAX_PATTERN_LENGTH, MAX_REFERENCE_CHARACTERS
+from trans_peft.domain.excerpts import excerpt
+from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
 from trans_peft.isolation.limited import Limited
 
 __all__ = ["CPU_LIMIT_S", "chrf", "exact_match", "json_equal", "label_f1", "regex", "rouge_l"]
 
 CPU_LIMIT_S = 5
-"""The processor time within which a regular expression must have searched a text."""
+"""Processor time in which a regular expression must have searched an answer and its reference."""
 
-_SHOWN = 200  # characters of an answer in an error
+COMPILE_LIMIT_S = 1
+"""Processor time in which a regular expression must have been compiled."""
+
 _searches = Limited("trans_peft.validation.rules.regex_process")
 _CHRF_ORDER = 6
 _CHRF_BETA = 2.0
@@ -36,6 +40,7 @@ def chrf(answer: str, reference: str) -> float:
     M. Popović, "chrF: character n-gram F-score for automatic MT evaluation", WMT 2015, as sacrebleu
     computes it for a sentence (white space removed, orders longer than a text left out).
     """
+    _check_length(reference)
     texts = ["".join(text.split()) for text in (answer, reference)]
     precisions, recalls = [], []
     for order in range(1, min(_CHRF_ORDER, *map(len, texts)) + 1):
@@ -61,21 +66,39 @@ def rouge_l(answer: str, reference: str) -> float:
     rouge-score computes `rougeL` without a stemmer: words are runs of a-z and 0-9 in lower case, so
     that it says nothing of other alphabets (chrF does).
     """
+    _check_length(reference)
     given, wanted = (_ROUGE_WORD.findall(text.lower()) for text in (answer, reference))
     if not wanted:
-        raise DataError("ROUGE-L finds no word in the reference", found=repr(reference))
+        raise DataError("ROUGE-L finds no word in the reference", found=excerpt(reference))
     shared = _longest_common_subsequence(given, wanted)
     return 200.0 * shared / (len(given) + len(wanted))
 
 
 def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    lengths = [0] * (len(second) + 1)
-    for word in first:
-        before = 0
-        for at, other in enumerate(second, start=1):
-            longest = before + 1 if word == other else max(lengths[at], lengths[at - 1])
-            before, lengths[at] = lengths[at], longest
-    return lengths[-1]
+    """Return the length of the longest common subsequence.
+
+    The columns of the usual table are the bits of one integer (H. Hyyrö, "Bit-parallel LCS-length
+    computation revisited", 2004), so that a long reference costs little more than a short one.
+    """
+    short, long = sorted((first, second), key=len)
+    positions: dict[str, int] = {}
+    for at, word in enumerate(short):
+        positions[word] = positions.get(word, 0) | 1 << at
+    columns = (1 << len(short)) - 1
+    open_columns = columns
+    for word in long:
+        matched = open_columns & positions.get(word, 0)
+        open_columns = (open_columns + matched | open_columns - matched) & columns
+    return len(short) - open_columns.bit_count()
+
+
+def _check_length(reference: str) -> None:
+    if len(reference) > MAX_REFERENCE_CHARACTERS:
+        raise DataError(
+            "the reference is too long for this scoring rule",
+            expected=f"at most {MAX_REFERENCE_CHARACTERS} characters",
+            found=f"{len(reference)} characters",
+        )
 
 
 def label_f1(answer: str, reference: str) -> float:
@@ -86,7 +109,7 @@ def label_f1(answer: str, reference: str) -> float:
     """
     given, wanted = _labels(answer), _labels(reference)
     if not wanted:
-        raise DataError("the reference names no label", found=repr(reference))
+        raise DataError("the reference names no label", found=excerpt(reference))
     return 200.0 * len(given & wanted) / (len(given) + len(wanted))
 
 
@@ -101,27 +124,34 @@ def regex(pattern: str) -> Callable[[str, str], float]:
     can need longer than anybody waits (`(a+)+b`): the rule raises EvaluationError where both
     searches together take more than `CPU_LIMIT_S` of processor time.
     """
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError, ValueError) as error:
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        problem: object = f"{len(pattern)} characters, at most {MAX_PATTERN_LENGTH} are allowed"
+    else:
+        problem = _searches.ask([pattern, []], cpu_limit_s=COMPILE_LIMIT_S)
+        if problem is None:
+            problem = f"compiling it takes more than {COMPILE_LIMIT_S} s of processor time"
+    if isinstance(problem, str):
         raise InvalidSpecError(
-            "the scoring rule's regular expression cannot be read",
-            expected="regex:PATTERN, as Python's re reads it",
-            found=f"{pattern!r}: {error}",
-        ) from error
+            "the scoring rule's regular expression cannot be used",
+            expected="regex:PATTERN, in the syntax of Python's re",
+            found=f"{excerpt(pattern)}: {problem}",
+        )
 
     def same_match(answer: str, reference: str) -> float:
         found = _searches.ask([pattern, [reference, answer]], cpu_limit_s=CPU_LIMIT_S)
-        if found is None:
+        if not isinstance(found, list):
             raise EvaluationError(
-                f"the scoring rule's regular expression {pattern!r} does not come to an end",
+                f"the search for the scoring rule's regular expression {excerpt(pattern)} takes "
+                "too long",
                 expected=f"at most {CPU_LIMIT_S} s of processor time for an answer",
-                found=repr(answer if len(answer) <= _SHOWN else answer[:_SHOWN] + "..."),
+                found=f"more for the answer {excerpt(answer)}",
                 do="write it without repetitions inside repetitions, such as (a+)+",
             )
         wanted, given = found
         if wanted is None:
-            raise DataError(f"the reference does not match {pattern!r}", found=repr(reference))
+            raise DataError(
+                f"the reference does not match {excerpt(pattern)}", found=excerpt(reference)
+            )
         return 100.0 if given == wanted else 0.0
 
     return same_match
@@ -135,12 +165,13 @@ def json_equal(answer: str, reference: str) -> float:
     """
     try:
         wanted = _typed(_json(reference))
-    except (RecursionError, ValueError) as error:
-        shown = reference if len(reference) <= _SHOWN else reference[:_SHOWN] + "..."
-        raise DataError("the reference is not JSON", found=f"{shown!r}: {error}") from error
+    except ValueError as error:
+        raise DataError(
+            "the reference is not JSON", found=f"{excerpt(reference)}: {error}"
+        ) from error
     try:
         return 100.0 if _typed(_json(answer)) == wanted else 0.0
-    except (RecursionError, ValueError):
+    except ValueError:
         return 0.0
 
 
@@ -153,7 +184,7 @@ def _json(text: str) -> Any:
             raise ValueError("a key stands twice in one object")
         return dict(pairs)
 
-    return json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+    return parse_json(text, parse_constant=refuse, object_pairs_hook=once)
 
 
 def _typed(value: Any) -> Any:
