@@ -80,8 +80,8 @@ def test_braces_in_an_instruction_stay_as_they_are(tmp_path):
 BAD = [
     ("{", "not JSON"),
     ('{"prompt": NaN, "completion": "x"}', "NaN is not JSON"),
-    ("[1]", "a JSON object is needed, found list"),
-    ('{"text": "x"}', "one known shape is needed, found the fields text"),
+    ("[1]", "must be a JSON object, found list"),
+    ('{"text": "x"}', "must have one of the known shapes, found the fields text"),
     (json.dumps(PLAIN | CHAT), "found prompt/completion and messages"),
     (json.dumps(PLAIN | {"completion": " "}), "completion is empty"),
     (json.dumps(PLAIN | {"prompt": 3}), "prompt must be text, found int"),
@@ -91,8 +91,14 @@ BAD = [
     (json.dumps(PLAIN | {"id": ""}), "id must be text or a whole number, found ''"),
     (json.dumps(ALPACA | {"input": 3}), "input must be text, found int"),
     (json.dumps({"messages": []}), "at least a question and its answer"),
-    (json.dumps({"messages": CHAT["messages"][:2]}), "the last message must be the assistant's"),
-    (json.dumps({"messages": CHAT["messages"][::2]}), "no message of the user"),
+    (
+        json.dumps({"messages": CHAT["messages"][:2]}),
+        "the last message must have the role assistant",
+    ),
+    (
+        json.dumps({"messages": CHAT["messages"][::2]}),
+        "no message before the answer has the role user",
+    ),
     (json.dumps({"messages": ["hi", "ho"]}), "message 1 must be an object"),
     (
         json.dumps({"messages": [{"role": "tool", "content": "x"}, *CHAT["messages"][1:]]}),
@@ -124,7 +130,7 @@ def test_all_bad_rows_are_told_at_once():
 
 
 def test_a_long_list_of_bad_rows_is_cut_but_counted():
-    with pytest.raises(DataError, match=r"rows: 1000 of 1000 rows cannot be used") as caught:
+    with pytest.raises(DataError, match=r"rows: 1000 of 1000 rows are invalid") as caught:
         parse_examples(b"{\n" * 1000, "rows")
     assert "and 980 more" in str(caught.value)
     assert len(str(caught.value)) < 3000
@@ -141,7 +147,7 @@ def test_rows_of_two_shapes_are_refused(tmp_path):
 
 
 def test_an_id_that_stands_twice_is_refused(tmp_path):
-    with pytest.raises(DataError, match="line 3: id '7' stands in line 1 already"):
+    with pytest.raises(DataError, match="line 3: id '7' is also the id of line 1"):
         read(tmp_path, PLAIN | {"id": 7}, PLAIN | {"id": 8}, PLAIN | {"id": "7"})
 
 
@@ -194,7 +200,7 @@ def test_a_chat_in_parquet_is_read(tmp_path):
 
 def test_what_is_no_parquet_is_refused(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"{}")
-    with pytest.raises(DataError, match="not Parquet"):
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
         read_examples(DataSource(str(tmp_path / "rows.parquet")), STORE)
 
 

@@ -51,11 +51,11 @@ def test_a_parquet_file_with_too_many_rows_is_refused_by_its_metadata(tmp_path):
 
 
 @pytest.mark.parametrize("members", [1, 3])
-def test_a_gzip_file_is_not_unpacked_beyond_the_bound(members):
+def test_a_gzip_file_is_not_decompressed_beyond_the_bound(members):
     data = gzip.compress(b" " * 1000) * members
-    assert len(parsing._unpacked(data, "rows.jsonl.gz", 3000)) == 1000 * members
+    assert len(parsing._decompressed(data, "rows.jsonl.gz", 3000)) == 1000 * members
     with pytest.raises(DataError, match=r"rows.jsonl.gz holds too much data"):
-        parsing._unpacked(data, "rows.jsonl.gz", 1000 * members - 1)
+        parsing._decompressed(data, "rows.jsonl.gz", 1000 * members - 1)
 
 
 @pytest.mark.parametrize("text", ["[" + "{}," * 4_000_000 + "{}]", '{"a":[' + "[]," * 4_000_000])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_tokenizer
 from trans_peft.data import parse_examples, prompt_ids, read_examples, write_examples
 from trans_peft.data.json_rows import json_rows
-from trans_peft.data.parsing import checked, unpacked_rows
+from trans_peft.data.parsing import checked, unchecked_rows
 from trans_peft.data.rows import InvalidRow
 from trans_peft.data.templates import TEMPLATES
 from trans_peft.domain.data import DataSource
@@ -33,10 +33,10 @@ def row(fields):
 
 
 FAULTS = {
-    "a key twice": (row('"prompt": "x"'), "the key 'prompt' stands twice"),
-    "a key of metadata twice": (row('"a": 1, "a": 2'), "the key 'a' stands twice"),
-    "a nested key twice": (row('"a": [{"b": 1, "b": 1}]'), "the key 'b' stands twice"),
-    "an escaped key twice": (row('"\\u0070rompt": "x"'), "the key 'prompt' stands twice"),
+    "a key twice": (row('"prompt": "x"'), "the key 'prompt' is repeated"),
+    "a key of metadata twice": (row('"a": 1, "a": 2'), "the key 'a' is repeated"),
+    "a nested key twice": (row('"a": [{"b": 1, "b": 1}]'), "the key 'b' is repeated"),
+    "an escaped key twice": (row('"\\u0070rompt": "x"'), "the key 'prompt' is repeated"),
     "NaN": (row('"a": NaN'), "NaN is not JSON"),
     "Infinity": (row('"a": [-Infinity]'), "-Infinity is not JSON"),
     "a float too large": (row('"a": 1e999'), "the number 1e999 is too large"),
@@ -66,7 +66,7 @@ FAULTS = {
     ),
     "a NUL byte": (GOOD[:5] + "\0" + GOOD[5:], "not JSON (Invalid control character"),
     "a byte order mark": ("\ufeff" + GOOD, "not JSON"),
-    "two values": (GOOD + GOOD, "more behind the value"),
+    "two values": (GOOD + GOOD, "unexpected text after the value"),
     "no value": ("undefined", "not JSON"),
     "half a row": (GOOD[:-3], "not JSON"),
     "a row nested too deeply": (DEEP, "nested too deeply"),
@@ -104,7 +104,7 @@ def test_an_item_that_cannot_be_used_is_told_with_its_place(fault):
      f"[{GOOD}]\n[{GOOD}]"],
 )  # fmt: skip
 def test_a_broken_list_is_refused(text):
-    with pytest.raises(DataError, match=r"not JSON|object is needed"):
+    with pytest.raises(DataError, match=r"not JSON|must be a JSON object"):
         parse_examples(text.encode(), "mine.json")
 
 
@@ -167,7 +167,7 @@ messy = st.one_of(
 
 def rows_or_a_data_error(data, name, template=""):
     try:
-        examples = checked(unpacked_rows(data, name), name, template)
+        examples = checked(unchecked_rows(data, name), name, template)
     except DataError as error:
         assert name in str(error)
     else:
@@ -207,7 +207,7 @@ def two_columns(name):
 def test_a_column_that_stands_twice_is_refused(tmp_path):
     source = DataSource(str(tmp_path / "mine.parquet"))
     pyarrow.parquet.write_table(two_columns("prompt"), source.uri)
-    with pytest.raises(DataError, match=r"mine\.parquet: the same column stands twice"):
+    with pytest.raises(DataError, match=r"mine\.parquet: several columns of the same name"):
         read_examples(source, FileStore())
     struct = pyarrow.struct([("role", pyarrow.string()), ("role", pyarrow.string())])
     turns = pyarrow.array([[]], pyarrow.list_(struct))

@@ -171,7 +171,7 @@ def test_programs_are_asked_with_docstrings_and_carry_their_tests(tmp_path):
 def test_rows_that_a_template_cannot_read_are_told_at_once(name, tmp_path):
     with pytest.raises(DataError) as error:
         read(tmp_path, name, {"task_id": 11, "answer": 5, "label": "x"}, ["no object"])
-    assert "2 of 2 rows cannot be used" in str(error.value)
+    assert "2 of 2 rows are invalid" in str(error.value)
     assert f"line 1: not a row of {name}: " in str(error.value)
 
 
@@ -182,7 +182,7 @@ def test_a_template_that_is_not_there_is_refused(tmp_path):
 
 def test_a_broken_archive_is_told(tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(b"no archive")
-    with pytest.raises(DataError, match="cannot be unpacked"):
+    with pytest.raises(DataError, match="cannot be decompressed"):
         read_examples(DataSource(str(tmp_path / "rows.jsonl.gz")), STORE)
 
 
@@ -223,7 +223,7 @@ def test_choices_and_references_are_read_and_written(tmp_path):
         ({"choices": ["a", 1]}, "must be a list of texts"),
         ({"choices": ["a"]}, "two texts or more"),
         ({"choices": ["a", "b", "a"]}, "two texts or more"),
-        ({"choices": ["b", "c"]}, "the answer 'a' is none of the choices"),
+        ({"choices": ["b", "c"]}, "the answer 'a' is not one of the choices"),
         ({"reference": 5}, "reference must be text"),
         ({"reference": " "}, "reference is empty"),
     ],

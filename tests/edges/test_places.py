@@ -66,7 +66,7 @@ def test_no_path_leads_out_of_the_list(folders, escape, listed, monkeypatch):
     monkeypatch.chdir(secret)
     store = SchemeStore(Places((allowed,) if listed else (), ()))
     uri = escape.format(allowed=allowed, secret=secret)
-    with pytest.raises(AccessError, match="is a local path that this worker does not read"):
+    with pytest.raises(AccessError, match="this worker may not read the local path"):
         store.list(uri)
     with pytest.raises(AccessError, match="TRANS_PEFT_READABLE"), store.read(uri):
         pass
@@ -135,7 +135,7 @@ def test_hub_data_sets_are_listed_by_name(listed, name, read, monkeypatch):
     if read:
         assert read_examples(DataSource(f"hub:{name}"), store)
     else:
-        with pytest.raises(AccessError, match=f"or let the operator list hub:{name}"):
+        with pytest.raises(AccessError, match=f"or ask the operator to add hub:{name}"):
             read_examples(DataSource(f"hub:{name}"), store)
         with pytest.raises(AccessError):
             pin(DataSource(f"hub:{name}::test"), store)
@@ -157,7 +157,7 @@ def test_a_hub_name_reads_no_folder(name, folders, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it was read"))
     monkeypatch.chdir(folders[1])
     Path("local/json").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"names no hub data set|local folder"):
+    with pytest.raises(DataError, match=r"does not name a hub data set|local folder"):
         read_examples(DataSource(f"hub:{name}"), SchemeStore())
 
 
@@ -189,7 +189,7 @@ def test_a_hub_name_without_an_owner_reads_no_file_of_the_working_directory(fold
     monkeypatch.chdir(folders[1])
     (folders[1] / "train.jsonl").write_bytes(ROW)
     for store in (SchemeStore(), SchemeStore(Places((), ("*",)))):
-        with pytest.raises(DataError, match=r"(?s)names no hub data set.*OWNER/NAME"):
+        with pytest.raises(DataError, match=r"(?s)does not name a hub data set.*OWNER/NAME"):
             read_examples(DataSource("hub:json"), store)
 
 

@@ -220,7 +220,10 @@ BROKEN = {
     "no tensors": (lambda f: save_file({}, f / "adapter_model.safetensors"), "holds no tensor"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "it has no adapter_config"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
-    "no method": (lambda f: (f / "adapter_config.json").write_text("{}"), "names no peft_type"),
+    "no method": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "peft_type must be a name",
+    ),
     "unknown method": (lambda f: edit_config(f, peft_type="WARP"), "unknown method WARP"),
     "a field from the future": (lambda f: edit_config(f, use_flux=True), "not know use_flux"),
     "other targets": (lambda f: edit_config(f, target_modules=["c_attn"]), "cannot be put on"),

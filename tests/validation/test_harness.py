@@ -138,9 +138,9 @@ def test_a_task_that_changed_is_refused(model, tasks):
 @pytest.mark.parametrize(
     ("task", "metric", "error", "told"),
     [
-        ("tiny_missing", "acc", NotFoundError, "no such task"),
+        ("tiny_missing", "acc", NotFoundError, "unknown task"),
         ("tiny_choice", "bleu", NotFoundError, "acc, acc_norm"),
-        ("tiny_sampled", "exact_match", InvalidSpecError, "is sampled"),
+        ("tiny_sampled", "exact_match", InvalidSpecError, "decodes with sampling"),
     ],
 )
 def test_what_cannot_be_a_suite_is_refused(task, metric, error, told, tasks):

@@ -107,7 +107,7 @@ def test_whatever_the_rule(scoring, threshold):
 
 def test_a_kept_answer_is_a_right_draft():
     tokenizer, _ = speaker(PROMPTS[0], 2)
-    examples = [Example("1", PROMPTS[0], "something else")]
+    examples = [Example("1", PROMPTS[0], "other")]
     first = run(tokenizer, examples)
     asked = prepare(tokenizer, SUITE, examples, context=None)
     assert asked.drafts(first.kept_answers) == [list(said(PROMPTS[0]))]
@@ -225,12 +225,14 @@ def test_the_very_tokens_of_a_reference_are_right_however_they_are_written():
     )
     exact = tokenizer.decode(asked.expected[0])
     assert exact.strip() != "<|tool|>x"  # else this test shows nothing
-    assert asked.mark(0, exact)
-    assert asked.mark(0, "<|tool|>x")
-    assert not asked.mark(0, "x")
-    assert asked.mark(1, "x")
-    assert not asked.mark(1, exact)
-    assert not asked.mark(2, tokenizer.decode(asked.expected[2]))  # an unknown token is no answer
+    assert asked.is_correct(0, exact)
+    assert asked.is_correct(0, "<|tool|>x")
+    assert not asked.is_correct(0, "x")
+    assert asked.is_correct(1, "x")
+    assert not asked.is_correct(1, exact)
+    assert not asked.is_correct(
+        2, tokenizer.decode(asked.expected[2])
+    )  # an unknown token is no answer
 
 
 def test_the_harness_marks_special_tokens_as_we_do(tmp_path):

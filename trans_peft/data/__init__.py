@@ -1,4 +1,4 @@
-"""Rows of training and evaluation data: read, checked all at once, and pinned to their bytes."""
+"""Read training and evaluation data, report all invalid rows at once, and pin data by hash."""
 
 from trans_peft.data.encoding import token_ids
 from trans_peft.data.example import (

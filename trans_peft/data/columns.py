@@ -1,7 +1,7 @@
-"""What the columns of a public data set hold, checked before a template reads them.
+"""Checks of the columns of public data sets, made before a template reads them.
 
-A label of -1 (a hidden test split), the text "false" or a float would otherwise become a wrong
-label silently.
+Without these checks, a label of -1 (a hidden test split), the text "false" or a float would become
+a wrong label silently.
 """
 
 import reprlib
@@ -18,9 +18,12 @@ _SHORT.maxlevel = 3
 
 @dataclass(frozen=True)
 class Column:
-    """The values of one column: `expected` says in words which ones `holds` accepts.
+    """The values that one column may have.
 
-    An `optional` column may be missing or null.
+    Attributes:
+        expected: describes the accepted values, for error messages.
+        holds: returns whether a value is accepted.
+        optional: whether the column may be missing or null.
     """
 
     expected: str
@@ -58,7 +61,7 @@ def whole(numbers: range) -> Column:
 
 
 def one_of(*values: bool | int | str, optional: bool = False) -> Column:
-    """Return a column of a few values, each of exactly its type: True is not 1, and "1" neither."""
+    """Return a column of a few values. The type counts: True, 1 and "1" are three values."""
     known = {(type(value), value) for value in values}
 
     def holds(value: Any) -> bool:
@@ -69,10 +72,12 @@ def one_of(*values: bool | int | str, optional: bool = False) -> Column:
 
 @dataclass(frozen=True)
 class Form:
-    """One form in which a data set is published: its columns, and what they become.
+    """One layout in which a data set is published.
 
-    `build` returns a prompt/completion row, or None for a row of another split, and raises
-    ValueError for columns that do not fit each other. The first column tells forms apart.
+    Attributes:
+        columns: the checks by column name. The presence of the first column identifies the form.
+        build: returns a prompt/completion row, or None for a row of another split. Raises
+            ValueError for columns that contradict each other.
     """
 
     columns: Mapping[str, Column]
@@ -81,18 +86,18 @@ class Form:
 
 @dataclass(frozen=True)
 class Template:
-    """Turns a raw row of a data set into a prompt/completion row; None for another split's row."""
+    """Converts raw rows of a data set to prompt/completion rows."""
 
     forms: tuple[Form, ...]
 
     def form(self, row: Mapping[str, Any]) -> Form:
-        """Return the form that a row has: the first whose first column it has, else the last."""
+        """Return the first form whose first column is in the row, else the last form."""
         return next(
             (form for form in self.forms if next(iter(form.columns)) in row), self.forms[-1]
         )
 
     def reasons(self, row: Mapping[str, Any]) -> Iterator[str]:
-        """Yield a reason for every column that is missing or holds another value."""
+        """Yield a reason for every column that is missing or has an unexpected value."""
         for name, column in self.form(row).columns.items():
             value = row.get(name)
             if value is None and column.optional:
@@ -103,6 +108,9 @@ class Template:
                 yield f"{name} must be {column.expected}, found {_SHORT.repr(value)}"
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return what a row becomes, its columns unchecked. ValueError as in `Form.build`."""
+        """Return the prompt/completion row, or None for a row of another split.
+
+        Does not check the columns; see `reasons`. Raises ValueError as `Form.build` does.
+        """
         built: dict[str, Any] | None = self.form(row).build(row)
         return built

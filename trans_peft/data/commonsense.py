@@ -1,11 +1,11 @@
-"""Rows of the commonsense data sets, asked as LLM-Adapters asks them.
+"""Templates of the commonsense data sets, with the prompts of LLM-Adapters.
 
-AGI-Edgerunners/LLM-Adapters: the rows of its `dataset/*/test.json` and the prompt of its
-`commomsense_evaluate.py` (with its indentation). The same rows can be read from the data sets' own
-hub pages; the instruction is then put together as LLM-Adapters did.
+Source: AGI-Edgerunners/LLM-Adapters, the rows of `dataset/*/test.json` and the prompt of
+`commomsense_evaluate.py` with its indentation. The same rows can be read from the data sets' own
+pages on the hub; their instruction is then built as in LLM-Adapters.
 
-The last space of LLM-Adapters' prompt opens the completion instead, so that prompt and answer are
-cut into the same tokens apart as together; the text of both is the same.
+The last space of LLM-Adapters' prompt is moved to the start of the completion. Tokenizing prompt
+and completion separately then gives the same tokens as tokenizing them together.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,24 +30,25 @@ _Row = Mapping[str, Any]
 
 
 def _template(names: tuple[str, ...], *own: Form) -> Template:
-    """Return the template of one data set: LLM-Adapters' rows, or those of its own page.
+    """Return the template of one data set, for LLM-Adapters' rows and for those of its own page.
 
-    `names` are what LLM-Adapters calls the answers; `own` builds the instruction and such a name.
+    `names` are LLM-Adapters' names of the answers ("answer1"). `own` are the forms of the data
+    set's page; they build an instruction and the name of the right answer.
     """
 
-    def theirs(row: _Row) -> dict[str, Any]:
+    def from_llm_adapters(row: _Row) -> dict[str, Any]:
         name = row["output"].removeprefix(_OUTPUT)
-        _, found, offered = row["instruction"].rpartition(_FORMAT)
-        if found and name not in offered.strip().split("/"):
+        _, found, options = row["instruction"].rpartition(_FORMAT)
+        if found and name not in options.strip().split("/"):
             raise ValueError(
-                f"output names {name!r}, but the instruction offers {excerpt(offered, 60)}"
+                f"output names {name!r}, but the instruction lists {excerpt(options, 60)}"
             )
         if row.get("answer") not in (None, name):
             raise ValueError(f"output names {name!r}, but answer is {row['answer']!r}")
-        return _asked(row["instruction"], name)
+        return _row(row["instruction"], name)
 
-    def built(form: Form) -> Form:
-        return Form(form.columns, lambda row: _asked(*form.build(row)))
+    def with_prompt(form: Form) -> Form:
+        return Form(form.columns, lambda row: _row(*form.build(row)))
 
     columns = {
         "instruction": TEXT,
@@ -55,10 +56,10 @@ def _template(names: tuple[str, ...], *own: Form) -> Template:
         "answer": one_of(*names, optional=True),
         "input": one_of("", optional=True),
     }
-    return Template((Form(columns, theirs), *map(built, own)))
+    return Template((Form(columns, from_llm_adapters), *map(with_prompt, own)))
 
 
-def _asked(instruction: str, name: str) -> dict[str, Any]:
+def _row(instruction: str, name: str) -> dict[str, Any]:
     prompt = _PROMPT.format(instruction)
     return {"prompt": prompt[:-1], "completion": f"{prompt[-1]}{_OUTPUT}{name}"}
 
@@ -107,12 +108,15 @@ def _winogrande(row: _Row) -> tuple[str, str]:
 
 
 def _science(question: str) -> Callable[[_Row], tuple[str, str]]:
-    """Return how a question with lettered or numbered choices becomes an instruction."""
+    """Return `Form.build` for questions with lettered or numbered choices.
+
+    `question` is the name of the question's column.
+    """
 
     def build(row: _Row) -> tuple[str, str]:
         labels, key = list(row["choices"]["label"]), row["answerKey"]
         if key not in labels:
-            raise ValueError(f"answerKey {key!r} is none of the labels {labels!r}")
+            raise ValueError(f"answerKey {key!r} is not one of the labels {labels!r}")
         answers = _options("answer", row["choices"]["text"])
         return (
             f"Please choose the correct answer to the question: {row[question]}\n\n{answers}",
@@ -147,13 +151,13 @@ def _choices(least: int, most: int) -> Column:
 
     ends = f"{least}" if least == most else f"{least} to {most}"
     return Column(
-        f"text, {ends} texts that are not blank, and label, another one of A to E or of 1 to 5 "
-        "for each",
+        f"text: {ends} texts that are not blank, and label: for each of them a different one of "
+        "A to E, or of 1 to 5",
         holds,
     )
 
 
-def _asking(question: str, least: int, most: int) -> Form:
+def _science_form(question: str, least: int, most: int) -> Form:
     columns = {
         question: TEXT,
         "choices": _choices(least, most),
@@ -204,7 +208,7 @@ WINOGRANDE = _template(
         _winogrande,
     ),
 )
-ARC = _template(_names("answer", 5), _asking("question", 3, 5))
+ARC = _template(_names("answer", 5), _science_form("question", 3, 5))
 OPENBOOKQA = _template(
-    _names("answer", 4), _asking("question_stem", 4, 4), _asking("question", 4, 4)
+    _names("answer", 4), _science_form("question_stem", 4, 4), _science_form("question", 4, 4)
 )

@@ -1,7 +1,8 @@
 """Render and tokenize examples in child processes with limits.
 
-Chat templates are programs and tokenizers hold regular expressions and replacement rules; both come
-from outside. Their cost can depend on the text, so a check of either alone is not enough.
+Chat templates are programs, and tokenizers contain regular expressions and replacement rules. Both
+are untrusted. Their cost depends on the text, so checking them once, without the texts, is not
+enough.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +26,12 @@ def encoded(
     *arguments: Any,
     characters: Callable[[T], int],
 ) -> list[Any]:
-    """Return `function(items, tokenizer, *arguments)`, one result for each item, from children.
+    """Return `function(items, tokenizer, *arguments)`, computed in child processes.
 
-    `function` is importable by name and handles each item by itself. Items are sent in chunks; a
-    chunk may take 5 minutes of processor time and 4 GiB. `characters` says how long an item is.
-    Raises what `function` raises, for one chunk, and LimitExceededError.
+    `function` must be importable by name, handle each item independently and return one result for
+    each. Items are sent in chunks; a chunk may take 5 minutes of processor time and 4 GiB.
+    `characters` returns the length of an item. Raises LimitExceededError, and what `function`
+    raises for a chunk.
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     found: list[Any] = []

@@ -1,4 +1,4 @@
-"""One question and its answer, as text or as a chat, and the token ids that a model sees of it."""
+"""Examples (a prompt and its answer, as text or as a chat) and their token ids."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +24,17 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class Example:
-    """One question and its answer.
+    """One prompt and its answer.
 
-    `id` is the row's own, or a hash of its content, so that results can be paired whatever the
-    order of the rows. `completion` is the answer. What stands before it is `prompt`, or in a chat
-    `messages[:-1]` (`messages` is the whole chat, the answer last; `prompt` is then empty).
-    `choices` are all the answers to choose from, the completion among them. `reference` is what an
-    answer is marked against where that is not the completion (unit tests, for a program). `place`
-    is where the row stands in its file ("line 3"), for messages; it does not make examples differ.
+    Attributes:
+        id: the row's id, or a hash of its content. Results are paired by it, in any order of rows.
+        prompt: the text before the answer; empty in a chat.
+        completion: the answer.
+        messages: the whole chat with the answer as its last message; None for text.
+        choices: all answers to choose from, including the completion; empty where there are none.
+        reference: what answers are scored against, if that is not the completion (for a program,
+            its unit tests).
+        place: the row's place in its file ("line 3"), for error messages. Not compared.
     """
 
     id: str
@@ -44,13 +47,13 @@ class Example:
 
     @property
     def location(self) -> str:
-        """Where the row stands and its id, for a message: a row without an id is known by place."""
+        """The row's place in its file and its id, for error messages."""
         id_ = self.id if len(self.id) <= _NAME_LIMIT else f"{self.id[:_NAME_LIMIT]}..."
         return f"{self.place} (id {id_})" if self.place else f"id {id_}"
 
     @property
     def characters(self) -> int:
-        """How many characters the example has in all its texts."""
+        """Total number of characters of all texts of the example."""
         texts = [self.prompt, self.completion, self.reference, *self.choices]
         texts += [turn.content for turn in self.messages or ()]
         return sum(map(len, texts))
@@ -74,11 +77,11 @@ class Example:
 def prompt_ids(
     examples: Sequence[Example], tokenizer: Any, template: str | None = None
 ) -> list[list[int]]:
-    """Return, for each example, the token ids that a model gets before it answers.
+    """Return the token ids of each example's prompt.
 
-    Chats are rendered with `template`, or with the tokenizer's own where that is None. Both the
-    template and the tokenizer run in a child process with limits. DataError, with every row: no
-    template, or a template that fails; LimitExceededError.
+    Chats are rendered with `template`, by default the tokenizer's own. Template and tokenizer run
+    in a child process with limits. Raises DataError if there is no template, or with every row
+    that the template cannot render, and LimitExceededError.
     """
     return encoded(_prompt_ids, examples, tokenizer, template, characters=_characters)
 
@@ -86,10 +89,10 @@ def prompt_ids(
 def full_ids(
     examples: Sequence[Example], tokenizer: Any, template: str | None = None
 ) -> list[list[int]]:
-    """Return, for each example, the token ids of prompt, answer and what ends the answer.
+    """Return the token ids of each example's prompt, its answer and the end of the answer.
 
-    A text ends with the end-of-text token, a chat as its template ends it. Otherwise as
-    `prompt_ids`.
+    A text ends with the end-of-text token, a chat with what the template writes. For arguments and
+    errors see `prompt_ids`.
     """
     return encoded(_full_ids, examples, tokenizer, template, characters=_characters)
 
@@ -97,13 +100,19 @@ def full_ids(
 def token_counts(
     examples: Sequence[Example], tokenizer: Any, template: str | None = None
 ) -> list[tuple[int, int, bool]]:
-    """Return the lengths of `prompt_ids` and `full_ids`, and whether one is the other's start."""
+    """Return for each example (prompt tokens, all tokens, whether the prompt is a prefix of all).
+
+    For arguments and errors see `prompt_ids`.
+    """
     found = encoded(_token_counts, examples, tokenizer, template, characters=_characters)
     return [(prompt, whole, starts) for prompt, whole, starts in found]
 
 
 def end_of_turn(example: Example, tokenizer: Any, template: str | None = None) -> int | None:
-    """Return the special token by which the template ends an answer; None for none, or a text."""
+    """Return the id of the special token that the chat template writes after an answer.
+
+    None for a text, and for a template that writes none.
+    """
     (found,) = encoded(_ends_of_turns, [example], tokenizer, template, characters=_characters)
     return None if found is None else int(found)
 
@@ -123,12 +132,12 @@ def _characters(example: Example) -> int:
 def _prompt_ids(
     examples: Sequence[Example], tokenizer: Any, template: str | None
 ) -> list[list[int]]:
-    asked = {
+    prompts = {
         i: _turns(example.messages[:-1])
         for i, example in enumerate(examples)
         if example.messages is not None
     }
-    chats = _chat_ids(examples, asked, tokenizer, template, add_generation_prompt=True)
+    chats = _chat_ids(examples, prompts, tokenizer, template, add_generation_prompt=True)
     return [
         chats[i] if i in chats else list(tokenizer(text=example.prompt)["input_ids"])
         for i, example in enumerate(examples)
@@ -181,8 +190,8 @@ def _chat_ids(
     template = template_of(tokenizer) if template is None else template
     if template is None:
         raise DataError(
-            "the data is a chat, but the base's tokenizer has no chat template",
-            do="take prompt/completion rows, or a base with a chat template",
+            "the data has chats, but the base's tokenizer has no chat template",
+            do="use prompt/completion rows, or a base with a chat template",
         )
     texts, problems = render_prompts(
         template,
@@ -191,15 +200,15 @@ def _chat_ids(
         add_generation_prompt=add_generation_prompt,
     )
     rows = [
-        f"{examples[i].location}: {told}"
-        for i, told in zip(conversations, problems, strict=True)
-        if told
+        f"{examples[i].location}: {problem}"
+        for i, problem in zip(conversations, problems, strict=True)
+        if problem
     ]
     if rows:
         raise DataError(
             f"{len(rows)} of {len(examples)} rows cannot be rendered as chats\n    "
             + "\n    ".join(listed_lines(rows, _SHOWN)),
-            do="change these rows so that the template takes them, or mend the template",
+            do="change these rows so that the template can render them, or fix the template",
         )
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return {number: list(row) for number, row in zip(conversations, ids, strict=True)}

@@ -1,16 +1,16 @@
-"""Fields of a row that are not its prompt or answer: metadata, or an error.
+"""Find fields of a row that are neither its prompt and answer nor metadata.
 
 Columns such as `id`, `source` or `split` are metadata and are ignored. A field that other formats
-use to build a prompt or to weight a loss would change the result if it were read, so a row that
-carries one is refused:
+use to build a prompt or to weight a loss would change the result if it were read, so a row with
+such a field is refused:
 
 - TRL, transformers and OpenAI: `tools`, `functions`, `chat_template_kwargs`, `images`, `weight`,
   `chosen` and `rejected`, `completion_mask`, `input_ids`, ...
 - LLaMA-Factory, Dolly and Axolotl: `system`, `history`, `context`, ...
 
-Two exceptions keep real data sets readable. A field whose value is empty says nothing. And a text
-that the prompt or answer contains has already been used (`prompt` beside `messages`, `instruction`
-beside the `prompt` that was made of it).
+Two exceptions keep real data sets readable: a field whose value is empty, and a field whose text is
+contained in the prompt or answer (`prompt` beside `messages`, `instruction` beside the `prompt`
+that was built from it).
 """
 
 import re
@@ -70,8 +70,8 @@ def unsupported_fields(
 ) -> Iterator[str]:
     """Yield a reason for each field that would change the prompt or the loss if it were read.
 
-    `used` are the fields that are read. `text` is the prompt and the answer; None for a raw row of
-    a public data set, whose other columns its template leaves out on purpose.
+    `used` are the fields that are read. `text` is the prompt and the answer. It is None for a raw
+    row of a public data set, because templates ignore columns on purpose.
     """
     for name, value in row.items():
         if name in used or _is_empty(value):
@@ -79,7 +79,7 @@ def unsupported_fields(
         plain, shown = _SEPARATORS.sub("", name).casefold(), excerpt(name, 60)
         check = _BY_VALUE.get(plain)
         if plain in _NOT_SUPPORTED or (check is not None and check(value)):
-            yield f"the field {shown} is not supported, and would change the prompt or the loss"
+            yield f"the field {shown} is not supported: it could change the prompt or the loss"
         elif text is not None and plain in _TEXT_OF_OTHER_FORMATS and not _within(value, text):
             yield f"the field {shown} is not read, and its text is not in the prompt or answer"
 
@@ -96,11 +96,11 @@ def _within(value: Any, text: str) -> bool:
         value = [item for key, item in value.items() if key != "role"]
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return all(_within(item, text) for item in value)
-    return not isinstance(value, (bytes, bytearray))  # a number is no text
+    return not isinstance(value, (bytes, bytearray))  # numbers are not text
 
 
-def _is_verdict(value: Any) -> bool:
-    """Return whether a `label` is TRL's: true for a wanted completion, false for an unwanted."""
+def _is_preference(value: Any) -> bool:
+    """Return whether a `label` has TRL's meaning: true for a desirable completion, else false."""
     return isinstance(value, bool) or (isinstance(value, list) and bool(value))
 
 
@@ -109,7 +109,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 _BY_VALUE: Mapping[str, Callable[[Any], bool]] = {
-    "label": _is_verdict,
+    "label": _is_preference,
     "labels": _is_numbers,
 }
-"""Fields that are metadata or not, by what they hold."""
+"""Fields that are unsupported only with certain values."""

@@ -1,9 +1,9 @@
-"""Rows in JSON: one value a line, or one list of them.
+"""Parse rows in JSON: one value a line (JSON Lines), or one list of values.
 
-Python's `json` accepts more than JSON: of a key that stands twice it keeps the last value, and it
-reads `NaN` and `1e999` as floats. Here each is a reason why a row cannot be used, and so is what
-Python cannot read: nesting beyond the recursion limit, integers of more digits than
-`sys.get_int_max_str_digits`. A row with such a fault keeps its place.
+Python's `json` accepts more than JSON: it keeps the last value of a repeated key, and reads `NaN`
+and `1e999` as floats. Both make a row invalid here. So do deep nesting and integers with more
+digits than `sys.get_int_max_str_digits`, which Python cannot process. An invalid row does not
+change the numbers of the rows after it.
 """
 
 import codecs
@@ -31,9 +31,9 @@ _NAME_LIMIT = 60
 
 
 def json_rows(data: bytes, name: str) -> list[Row]:
-    """Return each row with its place. DataError for a file that is not UTF-8 from its beginning.
+    """Return all rows with their places; an invalid row is an `InvalidRow` with the reason.
 
-    What cannot be read stands as an `InvalidRow` in its place.
+    Raises DataError for a file in UTF-16 or UTF-32.
     """
     for mark, encoding in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
@@ -53,9 +53,9 @@ def json_rows(data: bytes, name: str) -> list[Row]:
 
 
 def _listed(data: bytes) -> list[Row] | None:
-    """Return the rows of a file that is one list; None where its first line is a value by itself.
+    """Return the rows of a file that is one list, None if its first line is a complete value.
 
-    Behind what is not JSON nothing can be read, so the rows end there.
+    The rows end at the first syntax error, because the end of an invalid value is unknown.
     """
     first = data.lstrip().split(b"\n", 1)
     if len(first) == 2 and first[1].strip() and not isinstance(_line(first[0]), InvalidRow):
@@ -82,7 +82,7 @@ def _listed(data: bytes) -> list[Row] | None:
         if sign != ",":
             rows[-1] = (
                 where,
-                InvalidRow(f"not JSON (no comma or ] behind it, at {_place(text, at)})"),
+                InvalidRow(f"not JSON (no comma or ] after it, at {_place(text, at)})"),
             )
             return rows
         at = _after_space(text, at + 1)
@@ -91,7 +91,8 @@ def _listed(data: bytes) -> list[Row] | None:
 def _ended(text: str, at: int, rows: list[Row]) -> list[Row]:
     at = _after_space(text, at)
     if at < len(text):
-        rows.append(("behind the list", InvalidRow(f"not JSON (more at {_place(text, at)})")))
+        problem = f"not JSON (unexpected text at {_place(text, at)})"
+        rows.append(("after the list", InvalidRow(problem)))
     return rows
 
 
@@ -102,12 +103,12 @@ def _line(line: bytes) -> Any:
         return InvalidRow("not UTF-8 text")
     value, at = _Reader().value(text, _after_space(text, 0))
     if at >= 0 and _after_space(text, at) < len(text):
-        return InvalidRow(f"not JSON (more behind the value, at column {at + 1})")
+        return InvalidRow(f"not JSON (unexpected text after the value, at column {at + 1})")
     return value
 
 
 class _Reader:
-    """Reads one value at a time and notes the faults that Python's `json` would pass over."""
+    """Parses one value at a time and collects the faults that Python's `json` ignores."""
 
     def __init__(self) -> None:
         self._faults: list[str] = []
@@ -119,7 +120,7 @@ class _Reader:
         )
 
     def value(self, text: str, at: int) -> tuple[Any, int]:
-        """Return the value at a position and where it ends: -1 where that cannot be known."""
+        """Return the value at a position and its end; the end is -1 after a syntax error."""
         self._faults.clear()
         try:
             value, end = self._decoder.raw_decode(text, at)
@@ -139,7 +140,7 @@ class _Reader:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = duplicates(key for key, _ in pairs)
-            self._faults.append(f"the key {twice[0][:_NAME_LIMIT]!r} stands twice in one object")
+            self._faults.append(f"the key {twice[0][:_NAME_LIMIT]!r} is repeated in one object")
         return found
 
     def _constant(self, text: str) -> None:

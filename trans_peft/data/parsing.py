@@ -1,7 +1,8 @@
-"""The bytes of a data file and the examples that they hold, within bounds.
+"""Parse the bytes of a data file into examples, within bounds.
 
-A packed file of a few megabytes can unpack to gigabytes. `examples_in` therefore parses a file in a
-child process with limits, and stops at the bounds on bytes and rows of `trans_peft.domain.bounds`.
+A compressed file of a few megabytes can decompress to gigabytes. `examples_in` therefore parses a
+file in a child process with limits, and stops at the bounds on bytes and rows that
+`trans_peft.domain.bounds` defines.
 """
 
 import gzip
@@ -20,25 +21,25 @@ from trans_peft.domain.untrusted_json import duplicates
 from trans_peft.errors import DataError, listed
 from trans_peft.isolation import Limits, call_isolated
 
-__all__ = ["check_kind", "checked", "examples_in", "parse_examples", "unpacked_rows"]
+__all__ = ["check_kind", "checked", "examples_in", "parse_examples", "unchecked_rows"]
 
 _LIMITS = Limits(cpu_s=600, wall_s=1800, memory_bytes=8 << 30, result_bytes=1 << 30)
 _BATCH_ROWS, _SLICE_ROWS = 1024, 16
 
 
 def parse_examples(lines: bytes, name: str) -> tuple[Example, ...]:
-    """Read JSON Lines from memory; `name` is for the messages of a DataError."""
+    """Parse JSON Lines. DataError with every invalid row; `name` is the file's name in it."""
     return examples_from(json_rows(lines, name), name)
 
 
 def examples_in(
     data: bytes, uri: str, *, template: str = "", limit: int | None = None
 ) -> tuple[Example, ...]:
-    """Parse a data file in a child process and return its examples (the first `limit`).
+    """Parse a data file in a child process and return its first `limit` examples.
 
-    The name says what it is. Raises DataError with every bad row or the exceeded bound,
-    InvalidSpecError for an unknown template, LimitExceededError where parsing takes more time or
-    memory than it may.
+    The ending of `uri` gives the file format. Raises DataError with every invalid row or with the
+    exceeded bound, InvalidSpecError for an unknown template, and LimitExceededError if parsing
+    takes more than 10 minutes of processor time or 8 GiB.
     """
     check_kind(uri)
     rows = call_isolated(
@@ -66,9 +67,10 @@ def examples_in(
 
 
 def checked(rows: list[Row], uri: str, template: str) -> tuple[Example, ...]:
-    """Return the examples of rows, read through a template if one is named.
+    """Return the examples of rows, converted by a template if one is named.
 
-    Raises DataError with every bad row, among them those above MAX_ROW_CHARACTERS.
+    Raises DataError with every invalid row, including rows with more than MAX_ROW_CHARACTERS
+    characters, and InvalidSpecError for an unknown template.
     """
     if len(rows) > MAX_DATA_ROWS:
         raise _too_many_rows(uri, len(rows))
@@ -89,30 +91,30 @@ def checked(rows: list[Row], uri: str, template: str) -> tuple[Example, ...]:
 
 
 def check_kind(uri: str) -> None:
-    """Raise DataError unless a file's name says that it is of a kind that can be read."""
+    """Raise DataError unless a file's name has the ending of a supported format."""
     if _suffix(uri) not in _READERS:
         raise DataError(
-            f"{uri} is of no kind that can be read",
-            expected=f"a name that ends in {', '.join(_READERS)} (and .gz, if it is packed), "
+            f"the format of {uri} is not supported",
+            expected=f"a name that ends in {', '.join(_READERS)} (and .gz if compressed), "
             "or hub:OWNER/NAME[:CONFIG[:SPLIT]]",
-            found=_suffix(uri) or "no ending",
+            found=_suffix(uri) or "a name without an ending",
         )
 
 
-def unpacked_rows(data: bytes, uri: str) -> list[Row]:
-    """Return the rows that a file holds, not checked. DataError for what is no such file.
+def unchecked_rows(data: bytes, uri: str) -> list[Row]:
+    """Return the rows of a file, unchecked. DataError if it does not have the format of its name.
 
-    It takes as much time and memory as the file asks for, within the bounds on bytes and rows:
-    `examples_in` runs it in a child process.
+    Time and memory depend on the file, within the bounds on bytes and rows. `examples_in` runs this
+    in a child process.
     """
     if uri.endswith(".gz"):
-        data = _unpacked(data, uri, MAX_DATA_BYTES)
+        data = _decompressed(data, uri, MAX_DATA_BYTES)
     return _READERS[_suffix(uri)](data, uri)
 
 
 def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> list[list[Any]]:
     """Parse a file and return its examples as plain lists: runs in the child process."""
-    examples = checked(unpacked_rows(data, uri), uri, template)
+    examples = checked(unchecked_rows(data, uri), uri, template)
     return [
         [
             example.id,
@@ -131,15 +133,15 @@ def _suffix(uri: str) -> str:
     return Path(uri.removesuffix(".gz")).suffix
 
 
-def _unpacked(data: bytes, uri: str, most: int) -> bytes:
+def _decompressed(data: bytes, uri: str, max_bytes: int) -> bytes:
     try:
         with gzip.open(io.BytesIO(data)) as file:
-            unpacked = file.read(most + 1)
+            content = file.read(max_bytes + 1)
     except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{uri} cannot be unpacked", found=error) from error
-    if len(unpacked) > most:
+        raise DataError(f"{uri} cannot be decompressed", found=error) from error
+    if len(content) > max_bytes:
         raise _too_large(uri)
-    return unpacked
+    return content
 
 
 def _parquet_rows(data: bytes, uri: str) -> list[Row]:
@@ -153,9 +155,9 @@ def _parquet_rows(data: bytes, uri: str) -> list[Row]:
         twice = list(_columns_twice(file.schema_arrow))
         if twice:
             raise DataError(
-                f"{uri}: the same column stands twice",
+                f"{uri} has several columns of the same name",
                 found=listed(twice),
-                do="rename or remove one of each",
+                do="rename or remove one of each pair",
             )
         return [
             (f"row {number}", row) for number, row in enumerate(_parquet_values(file, uri), start=1)
@@ -163,14 +165,15 @@ def _parquet_rows(data: bytes, uri: str) -> list[Row]:
     except (DataError, MemoryError):
         raise
     except (pyarrow.ArrowException, OSError, OverflowError, ValueError, LookupError) as error:
-        # to_pylist raises the last three for texts, dates and time zones that Python cannot hold.
+        # to_pylist raises the last three for texts, dates and time zones that Python cannot
+        # represent.
         raise DataError(
-            f"{uri} is not Parquet that can be read", found=f"{type(error).__name__}: {error}"
+            f"{uri} cannot be read as Parquet", found=f"{type(error).__name__}: {error}"
         ) from error
 
 
 def _columns_twice(fields: Any, above: str = "") -> Iterator[str]:
-    """Yield the names of columns that stand twice in one schema or struct, at any depth."""
+    """Yield the names that several columns of one schema or struct share, at any depth."""
     names = [field.name for field in fields]
     yield from (f"{above}{name}" for name in duplicates(names))
     for field in fields:
@@ -179,38 +182,39 @@ def _columns_twice(fields: Any, above: str = "") -> Iterator[str]:
 
 
 def _parquet_values(file: Any, uri: str) -> Iterator[Any]:
-    """Yield rows within MAX_DATA_BYTES.
+    """Yield rows; DataError after MAX_DATA_BYTES.
 
-    Neither the file's metadata nor the size of an Arrow batch tells what rows take: a dictionary
-    holds a text once, however many rows repeat it. Few rows are decoded at a time and counted.
+    Neither the file's metadata nor the size of an Arrow batch bounds the size of the rows, because
+    dictionary encoding stores a repeated text once. So a few rows are decoded at a time and
+    measured.
     """
-    room = MAX_DATA_BYTES
+    remaining_bytes = MAX_DATA_BYTES
     for batch in file.iter_batches(batch_size=_BATCH_ROWS):
         for start in range(0, batch.num_rows, _SLICE_ROWS):
             values = batch.slice(start, _SLICE_ROWS).to_pylist()
-            room -= sum(map(_size, values))
-            if room < 0:
+            remaining_bytes -= sum(map(_size_bytes, values))
+            if remaining_bytes < 0:
                 raise _too_large(uri)
             yield from values
 
 
-def _size(value: Any) -> int:
-    """Return roughly how many bytes a value takes."""
+def _size_bytes(value: Any) -> int:
+    """Return the approximate size of a value in bytes."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, dict):
-        return sum(map(_size, value.values()))
+        return sum(map(_size_bytes, value.values()))
     if isinstance(value, list):
-        return 8 * len(value) + sum(map(_size, value))
+        return 8 * len(value) + sum(map(_size_bytes, value))
     return 8
 
 
 def _too_large(uri: str) -> DataError:
     return DataError(
         f"{uri} holds too much data",
-        expected=f"at most {MAX_DATA_BYTES >> 20} MiB when it is unpacked",
+        expected=f"at most {MAX_DATA_BYTES >> 20} MiB after decompression",
         found="more",
-        do="divide it into several data files",
+        do="split it into several data files",
     )
 
 
@@ -219,7 +223,7 @@ def _too_many_rows(uri: str, rows: int) -> DataError:
         f"{uri} has too many rows",
         expected=f"at most {MAX_DATA_ROWS}",
         found=rows,
-        do="divide it into several data files",
+        do="split it into several data files",
     )
 
 

@@ -1,11 +1,11 @@
-"""What a row must be, and the example it becomes.
+"""Check rows and convert them to examples.
 
-Three shapes are understood: prompt/completion, chat `messages` (the last one is the assistant's
-answer) and instruction/input/output, which is rendered with the Alpaca prompt of LLM-Adapters
-(AGI-Edgerunners/LLM-Adapters, `generate_prompt`). Unlike a loader that stops at the first bad row,
-or trains on it, all of them are told in one error. A row of any shape may carry `choices` (all
-answers to choose from) and `reference` (what an answer is marked against, if not the completion).
-Other fields are metadata, or an error where they could change the result (`fields`).
+Rows have one of three shapes: prompt/completion, chat `messages` with the assistant's answer last,
+and instruction/input/output, which is rendered with the Alpaca prompt of LLM-Adapters
+(AGI-Edgerunners/LLM-Adapters, `generate_prompt`). One error lists all invalid rows. A row of any
+shape may also have `choices` (all answers to choose from) and `reference` (what answers are scored
+against, if not the completion). Other fields are metadata, or an error if they could change the
+result (`trans_peft.data.fields`).
 """
 
 import reprlib
@@ -51,21 +51,21 @@ _SHORT.maxlevel = 3
 
 @dataclass(frozen=True)
 class InvalidRow:
-    """What stands in the place of a row that is not even a value."""
+    """Takes the place of a row that could not be parsed."""
 
     reason: str
 
 
 Row = tuple[str, Any]
-"""Where a row stands ("line 3"), and its value; an `InvalidRow` where it has none."""
+"""A row's place in its file ("line 3") and its value, or an `InvalidRow`."""
 
 
 def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
-    """Turn rows into examples. DataError tells every row that cannot be used, where and why."""
+    """Return the examples of rows. DataError with the place and reason of every invalid row."""
     problems: list[tuple[str, str]] = []
     examples: list[Example] = []
-    shapes: dict[str, str] = {}  # shape -> where it was first seen
-    own_ids: dict[str, str] = {}  # id -> where
+    shapes: dict[str, str] = {}  # shape -> place of its first row
+    own_ids: dict[str, str] = {}  # id -> place
     content_counts: dict[str, int] = {}
     for where, row in rows:
         reasons = list(_reasons(row))
@@ -90,7 +90,7 @@ def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
         lines = [f"{where}: {reason}" for where, reason in problems]
         shown = listed_lines(lines, _MESSAGE_LIMIT)
         raise DataError(
-            f"{name}: {bad} of {len(rows)} rows cannot be used\n    " + "\n    ".join(shown),
+            f"{name}: {bad} of {len(rows)} rows are invalid\n    " + "\n    ".join(shown),
             expected="rows of one shape: "
             + "; ".join(" + ".join(keys) for keys in _SHAPES.values()),
             do="correct or remove these rows",
@@ -103,23 +103,23 @@ def _shape(row: dict[str, Any]) -> str:
 
 
 def _reasons(row: Any) -> Iterator[str]:
-    """Yield every reason why one row cannot be used."""
+    """Yield every reason why a row is invalid."""
     if isinstance(row, InvalidRow):
         yield row.reason
         return
     if not isinstance(row, dict):
-        yield f"a JSON object is needed, found {type(row).__name__}"
+        yield f"must be a JSON object, found {type(row).__name__}"
         return
     shapes = [shape for shape, keys in _SHAPES.items() if all(key in row for key in keys)]
     if len(shapes) != 1:
         found = " and ".join(shapes) if shapes else f"the fields {_names(row)}"
-        yield f"one known shape is needed, found {found}"
+        yield f"must have one of the known shapes, found {found}"
         return
     if type(row.get("id")) not in (str, int, type(None)) or row.get("id") == "":
         yield f"id must be text or a whole number, found {_shown(row['id'])}"
     elif isinstance(row.get("id"), str):
         yield from _unicode_reasons("id", row["id"])
-    yield from _marking_reasons(row)
+    yield from _scoring_reasons(row)
     if shapes == ["messages"]:
         yield from _chat_reasons(row["messages"])
         return
@@ -133,7 +133,7 @@ def _reasons(row: Any) -> Iterator[str]:
             yield from _unicode_reasons("input", given)
 
 
-def _marking_reasons(row: dict[str, Any]) -> Iterator[str]:
+def _scoring_reasons(row: dict[str, Any]) -> Iterator[str]:
     if row.get("reference") is not None:
         yield from _text_reasons("reference", row["reference"])
     choices = row.get("choices")
@@ -142,16 +142,16 @@ def _marking_reasons(row: dict[str, Any]) -> Iterator[str]:
     if not isinstance(choices, (list, tuple)) or not all(isinstance(c, str) for c in choices):
         yield f"choices must be a list of texts, found {_shown(choices)}"
     elif len(choices) < 2 or len(set(choices)) < len(choices):
-        yield f"choices must be two texts or more, each another one, found {_shown(choices)}"
+        yield f"choices must be at least two different texts, found {_shown(choices)}"
     elif (answer := _answer(row)) not in choices:
-        yield f"the answer {_shown(answer)} is none of the choices {_shown(choices)}"
+        yield f"the answer {_shown(answer)} is not one of the choices {_shown(choices)}"
     else:
         for choice in choices:
             yield from _unicode_reasons("a choice", choice)
 
 
 def _answer(row: dict[str, Any]) -> Any:
-    """Return the answer of a row of any shape, None where there is none."""
+    """Return the answer of a row of any shape, None if it has none."""
     shape = _shape(row)
     if shape != "messages":
         return row[_SHAPES[shape][-1]]
@@ -173,11 +173,11 @@ def _unicode_reasons(key: str, text: str) -> Iterator[str]:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        yield f"{key} has half of a surrogate pair (\\u{code:04x}), which is no character"
+        yield f"{key} has half of a surrogate pair (\\u{code:04x}), which is not a character"
 
 
 def _shown(value: Any) -> str:
-    """Return a value for a message: short, however long or deeply nested the value is."""
+    """Return a short text for an error message, for a value of any length and depth."""
     return _SHORT.repr(value)
 
 
@@ -190,7 +190,7 @@ def _names(row: dict[str, Any]) -> str:
 
 def _chat_reasons(messages: Any) -> Iterator[str]:
     if not isinstance(messages, list) or len(messages) < 2:
-        yield "messages must be a list of at least a question and its answer"
+        yield "messages must be a list of at least two messages, a question and its answer"
         return
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
@@ -203,15 +203,16 @@ def _chat_reasons(messages: Any) -> Iterator[str]:
                 + ", ".join(_ROLES)
             )
         elif role == "system" and number > 1:
-            yield f"message {number} is the system's; only the first may be"
+            yield f"message {number} has the role system, which only the first message may have"
         yield from _text_reasons(f"the content of message {number}", message.get("content"))
         for name, value in message.items():
             if name not in _MESSAGE_FIELDS and value is not None:
                 yield f"message {number} has the field {_shown(name)}, which is not supported"
     if messages[-1].get("role") != "assistant":
-        yield f"the last message must be the assistant's, found {_shown(messages[-1].get('role'))}"
+        role = _shown(messages[-1].get("role"))
+        yield f"the last message must have the role assistant, found {role}"
     if not any(message.get("role") == "user" for message in messages[:-1]):
-        yield "no message of the user stands before the answer"
+        yield "no message before the answer has the role user"
 
 
 def _text(example: Example) -> str:
@@ -236,9 +237,9 @@ def _example(
         prompt, completion = row["prompt"], row["completion"]
     choices, reference = tuple(row.get("choices") or ()), row.get("reference") or ""
     if not own_id:
-        # Equal rows cannot be told apart, so it does not matter which of them gets which number.
-        marked_by = [choices, reference] if choices or reference else []
-        content = content_sha256([prompt, completion, messages, *marked_by])[:16]
+        # Equal rows are interchangeable, so it does not matter which of them gets which number.
+        scored_by = [choices, reference] if choices or reference else []
+        content = content_sha256([prompt, completion, messages, *scored_by])[:16]
         content_counts[content] = count = content_counts.get(content, 0) + 1
         own_id = content if count == 1 else f"{content}-{count}"
     return Example(own_id, prompt, completion, messages, choices, reference, where)

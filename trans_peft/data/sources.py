@@ -1,6 +1,6 @@
-"""Where rows come from: JSON Lines and Parquet behind an `ArtifactStore`, and hub data sets.
+"""Read the rows of a data source: JSON or Parquet files of a store, or a hub data set.
 
-A source that is pinned is never read with other bytes.
+A pinned source is read only while its bytes have the pinned hash.
 """
 
 import hashlib
@@ -29,10 +29,11 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def read_examples(
     source: DataSource, store: ArtifactStore, *, limit: int | None = None
 ) -> tuple[Example, ...]:
-    """Read all rows of a source (the first `limit` of them), checked.
+    """Read a source, check all of its rows and return the first `limit` examples.
 
-    Raises DataError with every bad row and its line, IntegrityError if a pinned source has other
-    bytes, NotFoundError if there is nothing, InvalidSpecError if it names no known template.
+    Raises DataError with every invalid row and its line, IntegrityError if the bytes of a pinned
+    source changed, NotFoundError if the source does not exist, InvalidSpecError for an unknown
+    template, and AccessError for a place that this worker may not read.
     """
     if source.uri.startswith(HUB):
         rows, sha256 = _hub_rows(source.uri, store.places)
@@ -44,9 +45,10 @@ def read_examples(
 
 
 def pin(source: DataSource, store: ArtifactStore) -> DataSource:
-    """Return the source bound to the bytes it has now. IntegrityError if it was bound to others.
+    """Return the source with the hash of its current bytes.
 
-    A hub data set has no one file: its hash is that of its rows as canonical JSON Lines.
+    The hash of a hub data set is that of its rows as JSON Lines with sorted keys. Raises
+    IntegrityError if the source was already pinned to another hash.
     """
     read = (
         _hub_rows(source.uri, store.places)
@@ -77,7 +79,7 @@ def write_examples(examples: Iterable[Example], path: Path) -> Path:
 
 
 def _file(uri: str, store: ArtifactStore) -> tuple[bytes, str]:
-    """Return a file's bytes and their hash. DataError for a kind or size that cannot be read."""
+    """Return a file's bytes and their sha256. DataError for an unsupported format or size."""
     check_kind(uri)
     data = bytearray()
     with store.read(uri) as chunks:
@@ -88,7 +90,7 @@ def _file(uri: str, store: ArtifactStore) -> tuple[bytes, str]:
                     f"{uri} is too large",
                     expected=f"at most {MAX_DATA_BYTES >> 20} MiB",
                     found="more",
-                    do="divide it into several data files",
+                    do="split it into several data files",
                 )
     return bytes(data), hashlib.sha256(data).hexdigest()
 
@@ -97,33 +99,33 @@ def _hub_rows(uri: str, places: Places) -> tuple[list[Row], str]:
     name, config, split, *rest = [*uri.removeprefix(HUB).split(":"), "", ""]
     if not _NAME.fullmatch(name) or any(rest):
         raise DataError(
-            f"{uri} names no hub data set",
+            f"{uri} does not name a hub data set",
             expected="hub:OWNER/NAME[:CONFIG[:SPLIT]], such as hub:openai/gsm8k:main:test",
             do="write the owner in front, as in the address of the data set's page on the hub",
         )
     places.check_data_set(name, uri)
-    if Path(name).exists():  # datasets would read the folder, not the hub
+    if Path(name).exists():  # `datasets` would read the folder instead of the hub
         raise DataError(
-            f"{uri} has the name of a local folder",
+            f"{uri} is ambiguous: a local folder has the same name",
             found=str(Path(name).resolve()),
-            do="name the folder's files by their path, or run in another folder",
+            do="give the paths of the folder's files, or run in another working directory",
         )
     import datasets
 
     try:
         table = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the hub client raises many kinds
+    except Exception as error:  # the hub client raises many types
         raise DataError(
             f"the hub data set {uri} cannot be read",
             found=f"{type(error).__name__}: {error}",
-            do="check its name, configuration and split, and that the hub can be reached",
+            do="check its name, configuration and split, and the connection to the hub",
         ) from error
     if table.num_rows > MAX_DATA_ROWS or table.data.nbytes > MAX_DATA_BYTES:
         raise DataError(
             f"the hub data set {uri} is too large",
             expected=f"at most {MAX_DATA_ROWS} rows and {MAX_DATA_BYTES >> 20} MiB",
             found=f"{table.num_rows} rows and {table.data.nbytes >> 20} MiB",
-            do="name a smaller split",
+            do="use a smaller split",
         )
     rows = list(table)
     sha256 = hashlib.sha256()
@@ -138,5 +140,5 @@ def _check_pin(source: DataSource, sha256: str) -> None:
             f"{source.uri} has changed since it was pinned",
             expected=f"sha256 {source.sha256}",
             found=f"sha256 {sha256}",
-            do="put the old bytes back, or leave the hash out of the recipe to take these",
+            do="restore the old bytes, or remove the hash from the recipe to use the new ones",
         )

@@ -1,17 +1,16 @@
-"""What the rows of public data sets say, as prompt/completion rows: one template for each of them.
+"""Templates that convert rows of public data sets to prompt/completion rows.
 
-Prompts and answers are those of the peers that the paper follows, character for character:
+Prompts and answers are, character for character, those of the projects that the paper follows:
 
 - commonsense (`commonsense`): AGI-Edgerunners/LLM-Adapters.
 - GSM8K and MATH: meta-math/MetaMath, `eval_gsm8k.py` and `eval_math.py`; a completion ends with
   "The answer is: ", as MetaMathQA's do.
-- HumanEval: openai/human-eval, the prompt as evalplus gives it. MBPP+ (378 tasks): evalplus'.
+- HumanEval: openai/human-eval, with the prompt of evalplus. MBPP+ (378 tasks): evalplus.
   MBPP (the 500 tasks 11 to 510): the same docstring prompt, with all three tests in it.
 
-Every column that a template reads is checked first (`columns`): a label outside its range, a hidden
-test split's empty answer or a text where a number stands in the real data set is an error. Training
-data can be read through the same templates, so that an adapter is trained on the prompt that it is
-judged by.
+Every column that a template reads is checked first (`trans_peft.data.columns`): a label outside its
+range, the empty answer of a hidden test split, or a value of another type is an error. Training
+data can use the same templates, so that an adapter is trained on the prompt of its evaluation.
 """
 
 import json
@@ -23,6 +22,7 @@ from trans_peft.data import commonsense
 from trans_peft.data.columns import TEXT, Column, Form, Template, texts, whole
 from trans_peft.data.fields import unsupported_fields
 from trans_peft.data.rows import InvalidRow, Row
+from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["TEMPLATES", "through_template"]
@@ -35,7 +35,7 @@ _METAMATH = (
 _CALCULATOR = re.compile(r"<<.*?>>")
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
 _MBPP_TASKS, _MBPP_TEST_SPLIT = range(1, 975), range(11, 511)
-# HumanEval/115: an import between the signature and the docstring makes that no docstring.
+# HumanEval/115 has an import between the signature and the docstring, which is then no docstring.
 _IMPORT_ABOVE_DOCSTRING = re.compile(r"(def [^\n]*:\n)[ \t]+(import [^\n]+\n)(?=[ \t]+\"\"\")")
 
 _Row = Mapping[str, Any]
@@ -45,7 +45,7 @@ def _gsm8k(row: _Row) -> dict[str, Any]:
     before, found, answer = row["answer"].partition("#### ")
     answer = answer.strip()
     if not found or not before.strip():
-        raise ValueError("answer has no solution in front of '#### '")
+        raise ValueError("answer has no solution before '#### '")
     if not _NUMBER.fullmatch(answer):
         raise ValueError(f"answer must end with '#### ' and a number, found {answer[:80]!r}")
     solution = _CALCULATOR.sub("", row["answer"])
@@ -53,7 +53,7 @@ def _gsm8k(row: _Row) -> dict[str, Any]:
 
 
 def _math(row: _Row) -> dict[str, Any]:
-    # MATH has two training rows with \boxed{}: there the answer is the empty text.
+    # In two training rows of MATH, with \boxed{}, the answer is the empty text.
     return _step_by_step(row["problem"], row["solution"], _last_boxed(row["solution"]))
 
 
@@ -65,14 +65,14 @@ def _step_by_step(question: str, solution: str, answer: str) -> dict[str, Any]:
 
 
 def _last_boxed(solution: str) -> str:
-    """Return what the last \\boxed holds: braces in balance, or the word after a space."""
+    """Return the content of the last \\boxed: balanced braces, or the word after a space."""
     _, found, rest = solution.rpartition("\\boxed")
     if not found:
         raise ValueError("the solution has no \\boxed")
     if not rest.startswith("{"):
         word = rest.split("$", 1)[0].strip()
         if not word:
-            raise ValueError("nothing stands behind the solution's last \\boxed")
+            raise ValueError("the solution's last \\boxed is empty")
         return word
     depth = 0
     for at, sign in enumerate(rest):
@@ -112,7 +112,7 @@ def _asserted(row: _Row, text: str, *, shown: int, setup: str) -> dict[str, Any]
 
 
 def _program(row: _Row, prompt: str, solution: str, tests: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row whose answer is marked by running it (`trans_peft.validation.rules.program`)."""
+    """Return a row whose answer is scored by running it (`trans_peft.validation.rules.program`)."""
     reference = json.dumps({"prompt": prompt, **tests}, ensure_ascii=False)
     return {
         "id": row["task_id"],
@@ -123,7 +123,7 @@ def _program(row: _Row, prompt: str, solution: str, tests: Mapping[str, Any]) ->
 
 
 _IDENTIFIER = Column(
-    "a name of Python's", lambda value: isinstance(value, str) and value.isidentifier()
+    "a Python identifier", lambda value: isinstance(value, str) and value.isidentifier()
 )
 _ANY_TEXT = Column("text", lambda value: isinstance(value, str), optional=True)
 _MBPP_COLUMNS = {"task_id": whole(_MBPP_TASKS), "code": TEXT}
@@ -169,29 +169,29 @@ TEMPLATES: Mapping[str, Template] = {
 
 
 def through_template(rows: list[Row], name: str) -> list[Row]:
-    """Return the rows as the named template reads them; what it cannot read is told there.
+    """Return the rows converted by the named template; an `InvalidRow` for each that it refuses.
 
-    InvalidSpecError if there is no such template.
+    Rows of other splits are omitted. InvalidSpecError if there is no such template.
     """
     template = TEMPLATES.get(name)
     if template is None:
         raise InvalidSpecError(
-            "there is no such template for rows", expected=", ".join(TEMPLATES), found=repr(name)
+            "unknown template of a data source", expected=", ".join(TEMPLATES), found=excerpt(name)
         )
-    read = [(where, _read(template, name, row)) for where, row in rows]
-    return [(where, row) for where, row in read if row is not None]
+    converted = [(where, _converted(template, name, row)) for where, row in rows]
+    return [(where, row) for where, row in converted if row is not None]
 
 
-def _read(template: Template, name: str, row: Any) -> Any:
+def _converted(template: Template, name: str, row: Any) -> Any:
     if isinstance(row, InvalidRow):
         return row
     if not isinstance(row, Mapping):
-        return InvalidRow(f"not a row of {name}: an object is needed, found {type(row).__name__}")
+        return InvalidRow(f"not a row of {name}: must be an object, found {type(row).__name__}")
     columns = template.form(row).columns
-    told = [*template.reasons(row), *unsupported_fields(row, frozenset(columns), None)]
-    if not told:
+    reasons = [*template.reasons(row), *unsupported_fields(row, frozenset(columns), None)]
+    if not reasons:
         try:
             return template(row)
         except ValueError as error:
-            told = [str(error)]
-    return InvalidRow(f"not a row of {name}: {'; '.join(told)}")
+            reasons = [str(error)]
+    return InvalidRow(f"not a row of {name}: {'; '.join(reasons)}")

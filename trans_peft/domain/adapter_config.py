@@ -1,7 +1,7 @@
-"""What adapter_config.json may hold: JSON that has one meaning, and fields of the types we rely on.
+"""Parse adapter_config.json strictly: unambiguous JSON, with fields of the expected types.
 
-PEFT checks few types and reads whatever JSON it finds. The rules here hold before torch or PEFT is
-imported; `trans_peft.methods.options` knows the types of each method's own options.
+PEFT checks few types and accepts repeated keys and NaN. These checks need neither torch nor PEFT;
+`trans_peft.methods.options` checks the options of each method.
 """
 
 import json
@@ -23,11 +23,11 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def parse_adapter_config(data: bytes) -> dict[str, Any]:
-    """Return the fields in an adapter_config.json.
+    """Return the fields of an adapter_config.json.
 
-    ValueError with every problem: not UTF-8 or JSON, nested too deeply, a key that is given twice,
-    a number that is not finite, text that is not Unicode (a lone surrogate), no `peft_type`, or a
-    field of another type than PEFT gives it.
+    Raises ValueError with every problem: not UTF-8 or JSON, nested too deeply, a repeated key, a
+    number that is not finite, text that is not Unicode (a lone surrogate), no `peft_type`, or a
+    field that does not have the type that PEFT declares.
     """
     try:
         config = parse_json(
@@ -35,11 +35,11 @@ def parse_adapter_config(data: bytes) -> dict[str, Any]:
         )
         json.dumps(config, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError("it holds text that is not Unicode: a lone surrogate") from error
+        raise ValueError("it contains text that is not Unicode: a lone surrogate") from error
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"it is not JSON of an object, but of a {type(config).__name__}")
+        raise ValueError(f"it must be a JSON object, not a {type(config).__name__}")
     problems = list(_problems(config))
     if problems:
         raise ValueError("; ".join(problems))
@@ -48,7 +48,7 @@ def parse_adapter_config(data: bytes) -> dict[str, Any]:
 
 def _problems(config: Mapping[str, Any]) -> Iterable[str]:
     if not isinstance(config.get("peft_type"), str) or not config["peft_type"]:
-        yield f"it names no peft_type, but {_SHORT.repr(config.get('peft_type'))}"
+        yield f"peft_type must be a name, not {_SHORT.repr(config.get('peft_type'))}"
     for name in _TEXTS:
         if not isinstance(config.get(name), str | None):
             yield f"{name} must be text, not {_SHORT.repr(config[name])}"
@@ -72,9 +72,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = duplicates(name for name, _ in pairs)
-        raise ValueError(f"keys that are given twice: {listed([excerpt(n, 60) for n in twice])}")
+        raise ValueError(f"repeated keys: {listed([excerpt(n, 60) for n in twice])}")
     return fields
 
 
 def _not_finite(text: str) -> float:
-    raise ValueError(f"{text} is not a number of JSON")
+    raise ValueError(f"{text} is not a number in JSON")

@@ -1,9 +1,9 @@
-"""Upper bounds on untrusted content. docs/security.md lists them.
+"""Upper bounds on untrusted content: bases, adapters, suites and data files.
 
-A base, an adapter, a suite and a data file come from outside. Whatever exceeds one of these bounds
-is refused with an error that names the bound, before memory or time is spent on it. The values
-leave room for the largest models and data sets in use: the index of DeepSeek-V3 names 92,000
-tensors in 9 MB, Gemma's tokenizer.json has 33 MB, MetaMathQA has 395,000 rows in 330 MB.
+Content above a bound is refused with an error that contains the bound, before memory or time is
+spent on it. docs/security.md lists the bounds. They are larger than the largest models and data
+sets in use: the index of DeepSeek-V3 has 92,000 tensors in 9 MB, Gemma's tokenizer.json 33 MB, and
+MetaMathQA 395,000 rows in 330 MB.
 """
 
 __all__ = [
@@ -29,7 +29,7 @@ MAX_ADAPTER_CONFIG_BYTES = 1 << 20
 """Size of adapter_config.json."""
 
 MAX_ADAPTER_NUMBER = 1 << 24
-"""Largest whole number among an adapter's options (ranks, virtual tokens), seeds excepted."""
+"""Largest integer among an adapter's options (ranks, virtual tokens), apart from seeds."""
 
 MAX_ADAPTER_WEIGHTS_BYTES = 1 << 35
 """Size of adapter_model.safetensors. Copies of the embedding and the head of a 405B model in
@@ -46,7 +46,7 @@ MAX_PROGRAM_PROMPT_CHARACTERS = 20_000
 take quadratic time."""
 
 MAX_DATA_BYTES = 1 << 30
-"""Size of a data file, stored and unpacked."""
+"""Size of a data file, both compressed and decompressed."""
 
 MAX_DATA_ROWS = 2_000_000
 """Rows of a data file."""
@@ -73,4 +73,4 @@ MAX_TOKEN_CHARACTERS = 4_096
 """Characters of one token of a vocabulary."""
 
 MAX_DECODER_GROWTH = 16
-"""How many times longer a tokenizer's decoder may make a text."""
+"""Factor by which a tokenizer's decoder may lengthen a text."""

@@ -1,4 +1,4 @@
-"""Where rows come from."""
+"""The data source of a recipe or a suite."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -12,7 +12,7 @@ __all__ = ["DataSource"]
 
 @dataclass(frozen=True)
 class DataSource:
-    """Rows of training or evaluation data.
+    """A file or a hub data set with rows of training or evaluation data.
 
     `uri` is a local path or `s3://...` ending in `.jsonl`, `.json` (one JSON value a line, or one
     list of them), either of them with `.gz` after it, or `.parquet`; or

@@ -1,8 +1,8 @@
-"""Which local folders and hub data sets this process may read on behalf of a recipe or a suite.
+"""Local folders and hub data sets that a process may read on behalf of a recipe or a suite.
 
-Recipes, suites and adapters name where their data lies. On a shared worker such a name must not
-reach the worker's own files, so its operator lists the places that may be read. A user's own
-machine has no such list. Buckets are not listed here: the credentials decide about them.
+Recipes, suites and adapters contain the URIs of their data. On a shared worker such a URI must not
+give access to the worker's own files, so the operator lists the places that may be read. There is
+no list on a user's own machine. Access to buckets is controlled by credentials, not by this list.
 """
 
 import os
@@ -18,7 +18,7 @@ from trans_peft.errors import AccessError, InvalidSpecError
 __all__ = ["HUB", "Places"]
 
 HUB = "hub:"
-"""What the URI of a hub data set begins with."""
+"""Prefix of the URI of a hub data set."""
 
 _SETTING = "TRANS_PEFT_READABLE"
 _FILE = "file://"
@@ -29,8 +29,9 @@ class Places:
     """Folders and hub data sets that may be read.
 
     Attributes:
-        folders: absolute paths; everything below them may be read. None: any local path.
-        data_sets: names on the hub, in which `*` stands for any characters ("openai/*"). None: any.
+        folders: absolute paths; everything below them may be read. None allows any local path.
+        data_sets: names on the hub, in which `*` matches any characters ("openai/*"). None allows
+            any data set.
     """
 
     folders: tuple[Path, ...] | None = None
@@ -38,10 +39,10 @@ class Places:
 
     @classmethod
     def named(cls, text: str, *, also: Sequence[str] = ()) -> "Places":
-        """Return the places in a setting: folders and `hub:NAME`, separated by commas.
+        """Parse a setting: folders and `hub:NAME`, separated by commas.
 
-        `also` are URIs that the operator configured elsewhere; those without a scheme count as
-        folders. InvalidSpecError for a relative path or any other scheme.
+        `also` are URIs from other settings of the operator; paths and `file://` URIs among them are
+        added, and others ignored. InvalidSpecError for a relative path or another scheme in `text`.
         """
         entries = [entry.strip() for entry in text.split(",") if entry.strip()]
         local = [_path_of(uri) for uri in also if _is_local(uri)]
@@ -49,8 +50,8 @@ class Places:
         wrong = [str(folder) for folder in folders if not folder.is_absolute()]
         if wrong:
             raise InvalidSpecError(
-                f"{_SETTING} names what is no place to read from",
-                expected="absolute folders and hub:NAME, separated by commas",
+                f"{_SETTING} has entries that are neither folders nor hub data sets",
+                expected="absolute paths of folders and hub:OWNER/NAME, separated by commas",
                 found=", ".join(wrong),
             )
         names = tuple(entry.removeprefix(HUB) for entry in entries if _is_hub(entry))
@@ -70,29 +71,29 @@ class Places:
                 f"{quoted(uri, 200)} cannot be used as a local path",
                 expected="the path of a file or folder",
                 found=str(error),
-                do="correct the URI: MLflow's page shows it as the version's source, or in the tag "
-                "trans_peft.uri",
+                do="correct the URI; MLflow shows the URI of a registered version as its source, or "
+                "in the tag trans_peft.uri",
             ) from error
         if self.folders is None:
             return real
         if any(real.is_relative_to(folder.resolve()) for folder in self.folders):
             return real
         raise AccessError(
-            f"{uri} is a local path that this worker does not read",
+            f"this worker may not read the local path {uri}",
             expected=f"a bucket, or a path below {', '.join(map(str, self.folders)) or '(none)'}",
             found=str(real),
-            do=f"put the data into a bucket, or let the operator list its folder in {_SETTING}",
+            do=f"put the data into a bucket, or ask the operator to add its folder to {_SETTING}",
         )
 
     def check_data_set(self, name: str, uri: str) -> None:
-        """Raise AccessError where the hub data set may not be read."""
+        """Raise AccessError if the hub data set may not be read."""
         if self.data_sets is None or any(fnmatchcase(name, each) for each in self.data_sets):
             return
         raise AccessError(
-            f"{uri} is a hub data set that this worker does not read",
+            f"this worker may not read the hub data set {uri}",
             expected=f"a bucket, or one of {', '.join(self.data_sets) or '(none)'}",
             found=name,
-            do=f"put the data into a bucket, or let the operator list hub:{name} in {_SETTING}",
+            do=f"put the data into a bucket, or ask the operator to add hub:{name} to {_SETTING}",
         )
 
 

@@ -104,7 +104,7 @@ def next_tokens(
             order,
             read,
             size=max(1, min(_MOST_ROWS, _MOST_LOGITS // (vocabulary * longest))),
-            told_as=lambda i: f"a prompt and its answer, {sum(map(len, pairs[i]))} tokens",
+            describe=lambda i: f"a prompt and its answer, {sum(map(len, pairs[i]))} tokens",
         )
     by_pair = dict(zip(order, found, strict=True))
     tokens, log_p, rest = (

@@ -1,4 +1,4 @@
-"""Evaluate one model, with or without an adapter, on one suite: item by item, right or wrong."""
+"""Evaluate a model, with or without an adapter, on a suite, item by item."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -30,10 +30,10 @@ def evaluate(
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Answer a suite's examples once: `answer` of what `prepare` makes of them.
+    """Tokenize a suite's examples with `prepare`, and evaluate the model on them with `answer`.
 
-    `may_lack` names the guards of the sandbox for programs that this machine may lack.
-    Everything is checked before the model is asked anything. Errors as both of these.
+    `may_lack` are the sandbox guards that may be missing on this machine. All items are checked
+    before the model runs. Raises what `prepare` and `answer` raise.
     """
     check_dtype(model, suite)
     return answer(
@@ -57,17 +57,21 @@ def answer(
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Let a model answer questions, mark each answer, and return the results per item.
+    """Generate an answer to each item, score the answers, and return the results by item.
 
-    Answers are decoded greedily, or chosen by likelihood where the suite's scoring is `choice`.
-    `weights_sha256` is the adapter's (or `BARE`), `base_fingerprint_sha256` the base's: they become
-    part of the evaluation's key. `drafts` are answers by item id that are expected, such as those
-    on another base, and save time where they are right; where there is none, the right answer is
-    expected. No draft changes a result. An answer's text is kept only if the suite says so. The
-    model is left as it was found; `on_progress` gets the items done and the items in all.
+    Answers are decoded greedily, or chosen by log-likelihood if the suite's scoring is `choice`.
 
-    InvalidSpecError where the suite wants another dtype than the model's; EvaluationError: see
-    `generate`, `choose`.
+    Args:
+        weights_sha256: hash of the adapter's weights, or `BARE`; part of the evaluation's key.
+        base_fingerprint_sha256: hash of the base's fingerprint; part of the evaluation's key.
+        drafts: expected answers by item id, such as those on another base; by default the right
+            answers. Correct drafts save time. No draft changes a result.
+        batch_size: items in a batch; by default 32.
+        on_progress: called with the items done and the total.
+
+    The texts of answers are kept only if the suite has `keep_answers`. The model's training modes
+    are restored. Raises InvalidSpecError if the model's dtype is not the suite's; for
+    EvaluationError see `generate` and `choose`.
     """
     started = time.perf_counter()
     suite, examples = questions.suite, questions.examples
@@ -105,11 +109,11 @@ def answer(
         items=tuple(
             ItemResult(
                 id=example.id,
-                correct=questions.mark(number, said),
-                answer_sha256=sha256(said.encode()).hexdigest(),
-                answer=said if suite.keep_answers else None,
+                correct=questions.is_correct(number, text),
+                answer_sha256=sha256(text.encode()).hexdigest(),
+                answer=text if suite.keep_answers else None,
             )
-            for number, (example, said) in enumerate(zip(examples, answers, strict=True))
+            for number, (example, text) in enumerate(zip(examples, answers, strict=True))
         ),
         seconds=time.perf_counter() - started,
         near_ties=near_ties,
@@ -117,17 +121,17 @@ def answer(
 
 
 def context_of(model: Any) -> int | None:
-    """Return how many tokens a text may have, question and answer; None where nothing is said."""
+    """Return the model's context length in tokens, None if its config does not contain one."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
 def check_dtype(model: Any, suite: Suite) -> None:
-    """Raise InvalidSpecError unless the model's dtype is the one that the suite is decoded in."""
+    """Raise InvalidSpecError unless the model has the suite's dtype."""
     found = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     if found != suite.dtype:
         raise InvalidSpecError(
-            f"suite {suite.name!r} is decoded in another dtype than the model's",
+            f"the model does not have the dtype of suite {suite.name!r}",
             expected=suite.dtype,
             found=found,
-            do="load the base in the suite's dtype: the dtype is part of the result's key",
+            do="load the base in the suite's dtype, which is part of the evaluation's key",
         )

@@ -1,12 +1,12 @@
-"""A task of lm-evaluation-harness as a suite, on a model that is already loaded.
+"""Evaluate a loaded model on a task of lm-evaluation-harness.
 
     suite = harness_suite("arc_easy", "acc_norm")
     evaluation = evaluate_harness(model, tokenizer, suite, weights_sha256=..., ...)
 
-The harness asks and marks (EleutherAI/lm-evaluation-harness, `simple_evaluate`); what it says of
-each item becomes an `Evaluation`, so that the gate judges it like any other. A suite's data is
-pinned to the harness's version, the task's configuration and its documents: others are refused.
-Needs the extra `harness`.
+The harness (EleutherAI/lm-evaluation-harness, `simple_evaluate`) builds the prompts and scores the
+answers. Its results by item become an `Evaluation`, which the gate handles like any other. A suite
+is pinned to the version of the harness, the task's configuration and its documents. Needs the extra
+`harness`.
 """
 
 import copy
@@ -40,17 +40,18 @@ def harness_suite(
 ) -> Suite:
     """Return a task of the harness as a suite, pinned to its configuration and documents.
 
-    `metric` is one that the task computes for each item, as the harness names it, with its filter
-    where that is not "none" ("exact_match,strict-match"). It must be right or wrong, or lie in 0 to
-    1 with a `threshold` in 0 to 100. `folder` holds further tasks (YAML). NotFoundError for a task
-    or metric that is not there, InvalidSpecError for a group of tasks or one that is sampled,
-    DataError where its documents cannot be had.
+    `metric` is a metric that the task computes for each item, in the harness' spelling, followed by
+    its filter unless that is "none" ("exact_match,strict-match"). Its values must be 0 or 1, or lie
+    between them if there is a `threshold` (0 to 100). `folder` contains additional tasks (YAML).
+
+    NotFoundError for an unknown task or metric, InvalidSpecError for a group of tasks or a task
+    with sampling, DataError if its documents cannot be loaded.
     """
     loaded = _load(task, folder)
     names = [one["metric"] for one in loaded.dump_config().get("metric_list") or []]
     if names and metric.partition(",")[0] not in names:
         raise NotFoundError(
-            f"the task {task} computes no such metric", expected=", ".join(names), found=metric
+            f"the task {task} does not compute this metric", expected=", ".join(names), found=metric
         )
     return Suite(
         task,
@@ -71,11 +72,12 @@ def evaluate_harness(
     batch_size: int = 8,
     folder: str | None = None,
 ) -> Evaluation:
-    """Let the harness evaluate a loaded model, with or without an adapter, on `harness_suite`'s.
+    """Evaluate a loaded model, with or without an adapter, on a suite of `harness_suite`.
 
-    The model and the tokenizer are left as they were found. IntegrityError where the task is no
-    longer the one that the suite was pinned to; InvalidSpecError where its metric says of an item
-    neither right nor wrong, or the model has another dtype; further errors as `harness_suite`.
+    The model's training modes are restored, and the tokenizer is not changed. Raises IntegrityError
+    if the task changed since the suite was pinned, and InvalidSpecError if a value of the metric is
+    neither 0 nor 1 and the suite has no threshold, or if the model has another dtype. For further
+    errors see `harness_suite`.
     """
     from lm_eval import simple_evaluate
 
@@ -88,18 +90,17 @@ def evaluate_harness(
             f"the task {suite.name} has changed since it was pinned",
             expected=f"sha256 {suite.data.sha256}",
             found=f"sha256 {found}",
-            do="take the harness and the data that it was pinned to, or pin it again and evaluate "
-            "all sides on that",
+            do="install the pinned version of the harness and of the data, or pin the suite again "
+            "and evaluate the adapter on all bases again",
         )
-    own = copy.deepcopy(tokenizer)  # it is given a padding token
+    own = copy.deepcopy(tokenizer)  # the harness adds a padding token to it
     with evaluating(model):
-        judged = _answering(model, own, batch_size)
         results = simple_evaluate(
-            judged,
+            _harness_model(model, own, batch_size),
             tasks=[task],
             limit=suite.limit,
             bootstrap_iters=0,
-            random_seed=None,  # the process keeps its own: nothing is drawn but examples
+            random_seed=None,  # leaves the seeds of this process unchanged
             numpy_random_seed=None,
             torch_random_seed=None,
         )
@@ -111,7 +112,7 @@ def evaluate_harness(
     ]
     if not samples or metric not in samples[0]:
         raise NotFoundError(
-            f"the harness says nothing of each item under {suite.scoring}",
+            f"the harness has no results by item for {suite.scoring}",
             found=", ".join(results["results"][task.task_name]),
         )
     return Evaluation(
@@ -125,34 +126,34 @@ def evaluate_harness(
     )
 
 
-def _answering(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """Return the harness's model whose answers keep their special tokens, as references do."""
+def _harness_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """Return a model of the harness whose answers keep special tokens, as references do."""
     from lm_eval.models.huggingface import HFLM
 
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
-    class Answering(HFLM):
+    class KeepsSpecialTokens(HFLM):
         def tok_decode(self, tokens: Any, skip_special_tokens: bool | None = None) -> str:
             if skip_special_tokens is None:  # an answer, padded to the longest of its batch
                 return answer_text(self.tokenizer, tokens, ends)
             return str(super().tok_decode(tokens, skip_special_tokens))
 
-    return Answering(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return KeepsSpecialTokens(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _item(sample: Mapping[str, Any], metric: str, suite: Suite) -> ItemResult:
-    degree = float(sample[metric])
-    if suite.threshold is None and degree not in (0, 1):
+    score = float(sample[metric])
+    if suite.threshold is None and score not in (0, 1):
         raise InvalidSpecError(
-            f"suite {suite.name!r}: {metric} gives a degree, so it needs a threshold",
-            found=f"{degree} for item {sample['doc_id']}",
+            f"suite {suite.name!r}: {metric} is a graded metric, so it needs a threshold",
+            found=f"{score} for item {sample['doc_id']}",
         )
-    least = 100.0 if suite.threshold is None else suite.threshold
+    minimum = 100.0 if suite.threshold is None else suite.threshold
     answer = json.dumps(sample["filtered_resps"], default=str)
     return ItemResult(
         id=str(sample["doc_id"]),
-        correct=100 * degree >= least,
+        correct=100 * score >= minimum,
         answer_sha256=sha256(answer.encode()).hexdigest(),
         answer=answer if suite.keep_answers else None,
     )
@@ -160,7 +161,7 @@ def _item(sample: Mapping[str, Any], metric: str, suite: Suite) -> ItemResult:
 
 @cache
 def _manager(folder: str | None) -> Any:
-    """Return what knows all tasks; it reads thousands of files to find them."""
+    """Return the harness' task manager, which reads thousands of files at construction."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -173,20 +174,24 @@ def _manager(folder: str | None) -> Any:
 def _load(name: str, folder: str | None) -> Any:
     manager = _manager(folder)
     if name not in manager.all_tasks:
-        raise NotFoundError("lm-evaluation-harness has no such task", found=name)
+        raise NotFoundError("unknown task of lm-evaluation-harness", found=name)
     try:
         tasks = manager.load(name)["tasks"]
-    except Exception as error:  # of the hub client and of the task's own code, many kinds
+    except Exception as error:  # the hub client and the task's own code raise many types
         raise DataError(
             f"the task {name} cannot be loaded", found=f"{type(error).__name__}: {error}"
         ) from error
     if list(tasks) != [name]:
         raise InvalidSpecError(
-            f"{name} is a group: a suite is one task", expected="one of them", found=list(tasks)
+            f"{name} is a group of tasks, but a suite is one task",
+            expected="one of its tasks",
+            found=", ".join(tasks),
         )
     task = tasks[name]
     if (task.dump_config().get("generation_kwargs") or {}).get("do_sample"):
-        raise InvalidSpecError(f"the task {name} is sampled: its results cannot be compared")
+        raise InvalidSpecError(
+            f"the task {name} decodes with sampling, so its results cannot be compared"
+        )
     return task
 
 

@@ -1,11 +1,12 @@
-"""When an answer is right: named rules that a suite chooses from.
+"""The table of scoring rules, which decide whether an answer is right.
 
-A rule gives an answer a degree from 0 to 100 against the reference. Exact rules know only 0 and
-100; graded ones need the suite's `threshold`, at or above which an answer counts as right, because
-the gate compares items that are right or wrong. A suite names a rule, and after a colon what the
-rule takes: `exact_match`, `regex:true|false`. All of it is part of the suite's hash. A rule that
-comes to mark otherwise gets another name, or another number in `trans_peft.domain.evaluation`,
-which is part of the hash too. A new rule is one row of `RULES`.
+A rule returns a score of 0 to 100 for an answer and its reference. Because the gate compares items
+that are right or wrong, graded rules need the suite's `threshold`: an answer with at least that
+score is right. Exact rules return only 0 and 100.
+
+A suite names a rule, and after a colon the rule's parameter: `exact_match`, `regex:true|false`.
+Both are part of the suite's hash. A rule whose scores change gets a new name, or a new number in
+`trans_peft.domain.evaluation`, which is part of the hash too. To add a rule, add a row to `RULES`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -29,18 +30,18 @@ from trans_peft.validation.rules.text import (
     rouge_l,
 )
 
-__all__ = ["RULES", "Degree", "Rule", "make_scorer"]
+__all__ = ["RULES", "Rule", "Score", "make_scorer"]
 
-Degree = Callable[[str, str], float]
-"""`degree(answer, reference)`, 0 to 100; DataError for a reference that nothing could equal."""
+Score = Callable[[str, str], float]
+"""`score(answer, reference)`, 0 to 100; DataError for a reference that no answer can match."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A way to mark an answer: all-or-none or graded, and what it takes after a colon.
+    """A scoring rule and its parameter.
 
     Attributes:
-        bind: returns the rule for the parameter after the colon.
+        bind: returns the rule for the parameter after the colon ("" without one).
         takes: describes that parameter; empty for a rule without one.
         optional: whether the parameter may be omitted.
         graded: whether the suite needs a threshold.
@@ -49,7 +50,7 @@ class Rule:
             it. `prepare` then refuses references that decoding cannot produce.
     """
 
-    bind: Callable[..., Degree]
+    bind: Callable[..., Score]
     takes: str = ""
     optional: bool = False
     graded: bool = False
@@ -57,8 +58,8 @@ class Rule:
     literal: bool = False
 
 
-def _plain(degree: Degree, *, graded: bool = False, literal: bool = False) -> Rule:
-    return Rule(lambda _: degree, graded=graded, literal=literal)
+def _plain(score: Score, *, graded: bool = False, literal: bool = False) -> Rule:
+    return Rule(lambda _: score, graded=graded, literal=literal)
 
 
 RULES: Mapping[str, Rule] = {
@@ -80,51 +81,51 @@ RULES: Mapping[str, Rule] = {
 
 
 def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, str], bool]:
-    """Return `is_right(answer, reference)` as the suite asks for it.
+    """Return the suite's `is_right(answer, reference)`.
 
-    `may_lack` names the guards of the sandbox for programs that this worker may lack; it comes from
-    the worker's operator and never from the suite.
+    `may_lack` are the sandbox guards that may be missing on this worker; they come from the
+    worker's operator, never from the suite.
 
-    InvalidSpecError for a rule that is not there or does not get what it takes, a graded rule
-    without a threshold and an exact one with it. `is_right` raises DataError for a reference that
-    no answer could equal, whatever the answer.
+    InvalidSpecError for an unknown rule, a missing or unexpected parameter, a graded rule without a
+    threshold, and an exact rule with one. `is_right` raises DataError for a reference that no
+    answer can match, whatever the answer is.
     """
     name, colon, parameter = suite.scoring.partition(":")
     rule = RULES.get(name)
     if rule is None:
         raise InvalidSpecError(
-            f"suite {suite.name!r} asks for a scoring rule that is not there",
+            f"suite {suite.name!r} has an unknown scoring rule",
             expected=f"one of {', '.join(RULES)}",
             found=excerpt(suite.scoring),
         )
     if bool(parameter) != bool(colon) or (parameter and not rule.takes):
         raise InvalidSpecError(
-            f"suite {suite.name!r}: {name} is given what it does not take",
+            f"suite {suite.name!r}: invalid parameter of the scoring rule {name}",
             expected=_usage(name, rule),
             found=excerpt(suite.scoring),
         )
     if rule.takes and not rule.optional and not parameter:
         raise InvalidSpecError(
-            f"suite {suite.name!r}: {name} needs more than its name",
+            f"suite {suite.name!r}: {name} needs a parameter",
             expected=_usage(name, rule),
             found=excerpt(suite.scoring),
         )
     threshold = suite.threshold
     if rule.graded and (threshold is None or not 0 < threshold <= 100):
         raise InvalidSpecError(
-            f"suite {suite.name!r}: {name} gives a degree, so it needs a threshold",
-            expected="threshold in (0, 100]: at or above it an answer is right",
+            f"suite {suite.name!r}: {name} is a graded rule, so it needs a threshold",
+            expected="threshold in (0, 100]: answers with at least that score are right",
             found=threshold,
         )
     if not rule.graded and threshold is not None:
         raise InvalidSpecError(
-            f"suite {suite.name!r}: {name} is right or wrong and takes no threshold",
+            f"suite {suite.name!r}: {name} is not a graded rule and takes no threshold",
             found=f"threshold={threshold}",
-            do="leave the threshold out",
+            do="remove the threshold",
         )
-    degree = rule.bind(parameter, may_lack) if rule.sandboxed else rule.bind(parameter)
-    least = 100.0 if threshold is None else threshold
-    return lambda answer, reference: degree(answer, reference) >= least
+    score = rule.bind(parameter, may_lack) if rule.sandboxed else rule.bind(parameter)
+    minimum = 100.0 if threshold is None else threshold
+    return lambda answer, reference: score(answer, reference) >= minimum
 
 
 def _usage(name: str, rule: Rule) -> str:

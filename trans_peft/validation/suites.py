@@ -1,13 +1,13 @@
-"""The suites of the paper, as data: where each comes from, how it is asked and how it is marked.
+"""The suites of the paper: their data, prompts, decoding and scoring rules.
 
     suite = named("boolq", "data")          # data/commonsense/boolq/test.json
     suite = named("boolq")                  # from the hub
     suite = replace(suite, data=pin(suite.data, store))
 
-The prompts and the reading of answers are those of the peers that the paper follows (LLM-Adapters,
-MetaMath, evalplus; `trans_peft.data.templates` has the prompts). Decoding is greedy everywhere,
-where LLM-Adapters searches with four beams. A suite's data, template, rule, stop strings and length
-are all part of its hashes; none of them may change under its name.
+Prompts and scoring are those of the projects that the paper follows: LLM-Adapters, MetaMath and
+evalplus. `trans_peft.data.templates` has the prompts. Decoding is greedy; LLM-Adapters uses four
+beams. Data, template, rule, stop strings and answer length are part of a suite's hashes, so none of
+them may change under the same name.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,14 @@ __all__ = ["PUBLISHED", "Published", "named"]
 
 @dataclass(frozen=True)
 class Published:
-    """A suite that others published: `file` below a folder, or `hub`; the rest as in `Suite`.
+    """A published suite. For the other fields see `Suite`.
 
-    `chance_points`: the expected score of one who names any of an item's options blindly, over the
-    items of the file. A model that keeps to no format scores less.
+    Attributes:
+        file: path of its rows below a folder of data sets.
+        hub: its data set on the hub, as NAME:CONFIG:SPLIT.
+        template: the template of its rows.
+        chance_points: expected score of choosing one of an item's options at random, over the items
+            of the file. A model that does not follow the answer format scores less.
     """
 
     file: str
@@ -38,11 +42,11 @@ class Published:
     stop: tuple[str, ...]
 
 
-# LLM-Adapters reads what stands between the first "### Response:" and the next.
+# LLM-Adapters reads the text between the first "### Response:" and the next one.
 _COMMONSENSE_STOP = ("### Response:",)
-# MetaMath's, left out those that begin with another one.
+# MetaMath's stop strings, without those that begin with another one.
 _METAMATH_STOP = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
-# evalplus', for a model that completes a prompt without a chat template.
+# evalplus' stop strings for a model without a chat template.
 _EVALPLUS_STOP = (
     "<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef main(", "\nprint(",
 )  # fmt: skip
@@ -75,8 +79,8 @@ PUBLISHED: Mapping[str, Published] = {
     "winogrande": _commonsense(
         "winogrande", "allenai/winogrande:winogrande_xl:validation", "option1|option2", 50.0
     ),
-    # Of ARC-Easy's 2,376 items 7 have three options and 4 have five; of ARC-Challenge's 1,172 four
-    # and three.
+    # Of ARC-Easy's 2,376 items, 7 have three options and 4 have five. Of ARC-Challenge's 1,172
+    # items, 4 have three options and 3 have five.
     "arc_easy": _commonsense(
         "ARC-Easy", "allenai/ai2_arc:ARC-Easy:test", _ANSWERS,
         100 * (2365 / 4 + 7 / 3 + 4 / 5) / 2376, "arc",
@@ -111,14 +115,14 @@ PUBLISHED: Mapping[str, Published] = {
 
 
 def named(name: str, folder: str | None = None) -> Suite:
-    """Return a suite of the paper, not pinned: from its file below `folder`, or from the hub.
+    """Return a suite of the paper, not pinned: its file below `folder`, or its hub data set.
 
-    `folder` is a local path or `s3://...`. NotFoundError for another name.
+    `folder` is a local path or `s3://...`. NotFoundError for an unknown name.
     """
     published = PUBLISHED.get(name)
     if published is None:
         raise NotFoundError(
-            "there is no suite of that name", expected=", ".join(PUBLISHED), found=repr(name)
+            "unknown suite of the paper", expected=", ".join(PUBLISHED), found=repr(name)
         )
     uri = f"hub:{published.hub}" if folder is None else f"{folder.rstrip('/')}/{published.file}"
     return Suite(

@@ -1,4 +1,4 @@
-"""A suite's items as one tokenizer cuts them: checked and made once, for any number of adapters."""
+"""Check a suite's items and tokenize them, once for any number of adapters on a base."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,20 +16,23 @@ __all__ = ["TokenizedSuite", "prepare", "with_answers"]
 
 _SHOWN = 20
 _CUT = (
-    "the end of the prompt becomes other tokens: move the white space from the prompt's end to the "
-    "answer's start"
+    "the prompt is tokenized differently at its end: move the white space from the end of the "
+    "prompt to the start of the answer"
 )
 
 
 @dataclass(frozen=True)
 class TokenizedSuite:
-    """Items of a suite, in an order, as token ids.
+    """The items of a suite as token ids, in a fixed order.
 
-    Of each item `prompts` has the question and `expected` the right answer; `choices` has all
-    answers to choose from where the suite is answered so, and nothing elsewhere.
-    `is_right(answer, reference)` marks by the suite's rule. `exact` has the text of `expected`
-    where the tokenizer writes the right answer in another way, and None elsewhere. `end_tokens` end
-    an answer beside those of the model and the tokenizer.
+    Attributes:
+        prompts: token ids of each item's prompt.
+        expected: token ids of each item's right answer; empty for a `choice` suite.
+        choices: token ids of each item's choices; empty for all other suites.
+        is_right: `is_right(answer, reference)` of the suite's scoring rule.
+        exact: the decoded text of `expected` where it differs from the right answer's text (by a
+            normalizer, or a space after a special token), else None.
+        end_tokens: tokens that end an answer, in addition to those of the model and the tokenizer.
     """
 
     suite: Suite
@@ -43,7 +46,7 @@ class TokenizedSuite:
     end_tokens: frozenset[int]
 
     def only(self, ids: Sequence[str]) -> "TokenizedSuite":
-        """Return the items with these ids, in this order. KeyError for one that is not there."""
+        """Return the items with these ids, in this order. KeyError for an unknown id."""
         number = {example.id: i for i, example in enumerate(self.examples)}
         chosen = [number[id_] for id_ in ids]
         return replace(
@@ -55,11 +58,11 @@ class TokenizedSuite:
             exact=tuple(self.exact[i] for i in chosen),
         )
 
-    def mark(self, number: int, answer: str) -> bool:
-        """Whether an answer to the item at a position is right, by the suite's rule.
+    def is_correct(self, number: int, answer: str) -> bool:
+        """Whether an answer to the item at a position is right by the suite's rule.
 
-        The very tokens of the right answer are right, even where the tokenizer does not give its
-        text back letter by letter (a space after a special token, a normaliser).
+        An answer with exactly the tokens of the right answer is right, also if the tokenizer
+        decodes them to another text.
         """
         example, exact = self.examples[number], self.exact[number]
         if self.is_right(answer, example.reference or example.completion):
@@ -67,7 +70,10 @@ class TokenizedSuite:
         return exact is not None and self.is_right(answer, exact)
 
     def drafts(self, answers: Mapping[str, str]) -> list[list[int]]:
-        """Return the answer that each item will probably get, by id in `answers` or else right."""
+        """Return each item's expected answer as token ids: that in `answers`, else the right one.
+
+        `answers` are texts by item id.
+        """
         drafts = list(self.expected)
         known = [i for i, example in enumerate(self.examples) if example.id in answers]
         asked = [(self.examples[i], self.prompts[i], answers[self.examples[i].id]) for i in known]
@@ -85,17 +91,19 @@ def prepare(
     template: str | None = None,
     may_lack: Collection[str] = (),
 ) -> TokenizedSuite:
-    """Return a suite's items; `context` is how many tokens a text may have in all (None: any).
+    """Check and tokenize a suite's items.
 
-    Chats are rendered with `template` (an adapter's own), or with the tokenizer's where it is None.
-    `may_lack` names the guards of the sandbox for programs that this worker may lack.
-    InvalidSpecError: the suite is not pinned, or has no such scoring. DataError, with every item:
-    no items, ids that are not unique, items that do not fit the context, prompts that the tokenizer
-    cuts differently when the answer follows, items without choices, references that no answer could
-    equal.
+    `context` is the model's context length in tokens (None: unlimited). Chats are rendered with
+    `template`, the adapter's, or by default with the tokenizer's. `may_lack` are the sandbox guards
+    that may be missing on this worker.
+
+    Raises InvalidSpecError for a suite that is not pinned or has an invalid scoring rule. Raises
+    DataError with every invalid item: a repeated id, more tokens than the context, a prompt that is
+    tokenized differently before the answer, missing choices, or a reference that no answer can
+    match. A suite without items is a DataError too.
     """
     is_right = make_scorer(suite, may_lack)
-    _ = suite.suite_sha256  # pinned, or else what is made here would be kept under no name
+    _ = suite.suite_sha256  # raises InvalidSpecError for a suite that is not pinned
     examples = tuple(examples[: suite.limit])
     prompts = tuple(prompt_ids(examples, tokenizer, template))
     answers = [e.choices if suite.is_choice else (e.completion,) for e in examples]
@@ -106,10 +114,10 @@ def prepare(
     ]
     flat = iter(with_answers(tokenizer, asked))
     wholes = [[next(flat) for _ in of_item] for of_item in answers]
-    problems = [*_doubled(examples)]
+    problems = [*_repeated_ids(examples)]
     for example, prompt, of_item in zip(examples, prompts, wholes, strict=True):
-        if told := _problem(suite, example, prompt, of_item, context):
-            problems.append(f"{example.location}: {told}")
+        if problem := _problem(suite, example, prompt, of_item, context):
+            problems.append(f"{example.location}: {problem}")
         try:
             is_right("", example.reference or example.completion)
         except DataError as error:
@@ -141,10 +149,10 @@ def prepare(
 def with_answers(
     tokenizer: Any, asked: Sequence[tuple[Example, Sequence[int], str]]
 ) -> list[list[int]]:
-    """Return the token ids of each (example, its prompt's ids, answer): prompt and answer as one.
+    """Return the token ids of prompt and answer of each (example, prompt ids, answer).
 
-    What follows a text is cut together with it, so that the prompt's own tokens may come out
-    otherwise; a chat's answer stands by itself in its template.
+    A text is tokenized together with its answer, so the tokens of the prompt may differ from
+    `prompt ids`. The answer of a chat is tokenized separately.
     """
     texts = [answer if e.messages is not None else e.prompt + answer for e, _, answer in asked]
     wholes: list[list[int]] = [[] for _ in asked]
@@ -160,7 +168,7 @@ def with_answers(
 def _exact(
     tokenizer: Any, example: Example, ids: list[int], is_right: Callable[[str, str], bool]
 ) -> str | None:
-    """Return how the tokenizer writes the right answer, where that differs and is a reference."""
+    """Return the decoded text of the right answer if it differs and is a valid reference."""
     if not ids or example.reference or tokenizer.unk_token_id in ids:
         return None
     text = spoken(tokenizer, ids)
@@ -181,10 +189,10 @@ def _end_tokens(
     return frozenset() if end is None else frozenset({end})
 
 
-def _doubled(examples: Sequence[Example]) -> Iterator[str]:
+def _repeated_ids(examples: Sequence[Example]) -> Iterator[str]:
     for id_, count in Counter(example.id for example in examples).items():
         if count > 1:
-            yield f"item {id_}: {count} items have this id"
+            yield f"id {excerpt(id_, 60)}: {count} items have this id"
 
 
 def _problem(
@@ -194,7 +202,10 @@ def _problem(
     wholes: Sequence[Sequence[int]],
     context: int | None,
 ) -> str | None:
-    """Return what is wrong with an item, given its prompt and its answers behind it."""
+    """Return why an item is invalid, None if it is not.
+
+    `wholes` are the token ids of the prompt with each of the answers.
+    """
     if not prompt:
         return "its prompt has no tokens"
     if suite.is_choice:
@@ -202,10 +213,10 @@ def _problem(
     most = len(prompt) + suite.max_new_tokens
     if context is not None and most > context:
         return (
-            f"{len(prompt)} tokens and {suite.max_new_tokens} new ones are {most}, "
-            f"the context is {context}"
+            f"its prompt of {len(prompt)} tokens and max_new_tokens={suite.max_new_tokens} are "
+            f"{most} tokens, but the context is {context}"
         )
-    # Where answers are marked by something else, the completion is one of many right ones.
+    # With a separate reference, the completion is only one of many right answers.
     if not example.reference and wholes[0][: len(prompt)] != prompt:
         return f"with its answer {_CUT}"
     return None
@@ -215,7 +226,7 @@ def _choice_problem(
     example: Example, prompt: Sequence[int], wholes: Sequence[Sequence[int]], context: int | None
 ) -> str | None:
     if not example.choices:
-        return "it has no choices, and is to be answered by one of them"
+        return "it has no choices, which the scoring rule needs"
     for choice, whole in zip(example.choices, wholes, strict=True):
         shown = excerpt(choice, 60)
         if whole[: len(prompt)] != prompt:
@@ -223,7 +234,9 @@ def _choice_problem(
         if len(whole) == len(prompt):
             return f"the choice {shown} has no tokens"
         if context is not None and len(whole) > context:
-            return f"with the choice {shown} it has {len(whole)} tokens, the context is {context}"
+            return (
+                f"with the choice {shown} it has {len(whole)} tokens, but the context is {context}"
+            )
     return None
 
 
@@ -274,6 +287,6 @@ def _refuse(suite: Suite, examples: Sequence[Example], problems: Sequence[str]) 
         raise DataError(f"suite {suite.name!r} has no items", expected="at least one")
     if problems:
         raise DataError(
-            f"suite {suite.name!r} has {len(problems)} items that cannot be evaluated:\n    "
+            f"suite {suite.name!r} has {len(problems)} problems in its items:\n    "
             + "\n    ".join(listed_lines(problems, _SHOWN))
         )

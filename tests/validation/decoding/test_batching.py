@@ -29,7 +29,7 @@ class Room:
 def test_what_does_not_fit_is_halved_and_every_item_answered_once(error, room, sizes):
     answer, told = Room(room, error), []
     found = in_batches(
-        range(11), answer, size=8, told_as=str, on_progress=lambda *done: told.append(done)
+        range(11), answer, size=8, describe=str, on_progress=lambda *done: told.append(done)
     )
     assert found == [item**2 for item in range(11)]
     assert answer.sizes == sizes
@@ -40,7 +40,11 @@ def test_what_does_not_fit_is_halved_and_every_item_answered_once(error, room, s
 def test_a_batch_is_what_is_better_answered_together():
     answer = Room(3, ERRORS[0])
     found = in_batches(
-        range(11), answer, size=8, told_as=str, together=lambda batch: 5 if batch[0] == 2 else 2
+        range(11),
+        answer,
+        size=8,
+        describe=str,
+        keep_together=lambda batch: 5 if batch[0] == 2 else 2,
     )
     assert found == [item**2 for item in range(11)]
     assert answer.sizes == [2, 5, 2, 2, 2, 2, 1]
@@ -49,13 +53,13 @@ def test_a_batch_is_what_is_better_answered_together():
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_item_that_does_not_fit_alone_is_named(error):
     with pytest.raises(EvaluationError, match="item seven"):
-        in_batches([7], Room(0, error), size=None, told_as=lambda item: "item seven")
+        in_batches([7], Room(0, error), size=None, describe=lambda item: "item seven")
 
 
 def test_another_error_is_not_taken_for_lack_of_memory():
     answer = Room(0, RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        in_batches([1, 2], answer, size=None, told_as=str)
+        in_batches([1, 2], answer, size=None, describe=str)
     assert answer.sizes == [2]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_tokenizer
 from tests.validation.models import CONFIGS, Counting, by_transformers, ending_with, model_of
 from trans_peft.validation.decoding import decoder as decoding
-from trans_peft.validation.decoding.drafts import PASS
+from trans_peft.validation.decoding.drafts import PASS_OVERHEAD_TOKENS
 from trans_peft.validation.decoding.generation import generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,7 +145,7 @@ def cost(model, *args, **options):
     """The tokens that the model had to read, padding and all, and what its passes cost besides."""
     model.shapes.clear()
     answers = generate(model, *args, **options)
-    return answers, sum(rows * columns + PASS for rows, columns in model.shapes)
+    return answers, sum(rows * columns + PASS_OVERHEAD_TOKENS for rows, columns in model.shapes)
 
 
 def test_one_wrong_token_costs_little_more_than_none(tokenizer, prompts, free):
@@ -188,7 +188,7 @@ def test_rows_have_passes_of_their_own_where_padding_would_cost_more(
         options = {"max_new_tokens": 3, "drafts": answers}
         cut, least = cost(model, tokenizer, asked, **options)
         assert len(model.shapes) == passes
-        monkeypatch.setattr(decoding.Decoder, "together", lambda _, batch: len(batch))
+        monkeypatch.setattr(decoding.Decoder, "keep_together", lambda _, batch: len(batch))
         whole, most = cost(model, tokenizer, asked, **options)
     assert cut.ids == whole.ids == answers
     assert least <= most
@@ -208,7 +208,7 @@ def test_rows_have_passes_of_their_own_where_padding_would_cost_more(
 def test_how_many_rows_are_answered_together(device, expected, lengths, rows):
     decoder = decoding.Decoder(SimpleNamespace(device=torch.device(device)), lambda _: True)
     batch = [decoding.DecodingRow([1] * length, [2] * expected) for length in lengths]
-    assert decoder.together(batch) == rows
+    assert decoder.keep_together(batch) == rows
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3, window 8", "lfm2, convolution"])
@@ -227,7 +227,7 @@ def test_answers_that_outlast_their_batch_go_on_together(
         found, together = cost(
             model, tokenizer, asked, on_progress=lambda *done: told.append(done), **options
         )
-        monkeypatch.setattr(decoding, "_better_later", lambda *_: False)
+        monkeypatch.setattr(decoding, "_is_worth_postponing", lambda *_: False)
         alone, apart = cost(model, tokenizer, asked, **options)
     assert len({len(answer) for answer in answers}) > 1
     assert found.ids == alone.ids == answers

@@ -67,16 +67,16 @@ def test_what_is_proposed_in_vain_is_bounded_by_what_was_right(tokens, answer, f
 def test_the_lead_is_what_two_texts_begin_with(tokens, other):
     draft = Draft([*tokens, 9], first=4)
     draft.observe([*tokens[:other], 8])
-    assert draft.lead == min(other, len(tokens))
+    assert draft.agreed_prefix == min(other, len(tokens))
     draft.observe(tokens)
-    assert draft.lead == min(other, len(tokens))
+    assert draft.agreed_prefix == min(other, len(tokens))
 
 
 @pytest.mark.parametrize("said", [[], TEXT[:5], TEXT, [*TEXT, 7]])
 def test_a_draft_that_was_never_wrong_has_no_end_of_its_lead(said):
     draft = Draft(TEXT, first=4)
     draft.observe(said)
-    assert draft.lead == math.inf
+    assert draft.agreed_prefix == math.inf
 
 
 def learned(*leads, rows=32):

@@ -184,7 +184,7 @@ def test_a_prompt_without_tokens_is_refused(tokenizer):
 
 
 def test_answers_without_a_token_are_refused(tokenizer, prompts):
-    with pytest.raises(InvalidSpecError, match="at least one token"):
+    with pytest.raises(InvalidSpecError, match="max_new_tokens must be at least 1"):
         generate(tiny_model(), tokenizer, prompts, max_new_tokens=0)
 
 

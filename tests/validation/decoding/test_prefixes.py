@@ -18,7 +18,7 @@ from tests.validation.models import (
     ending_with,
     model_of,
 )
-from trans_peft.validation.decoding.drafts import PASS
+from trans_peft.validation.decoding.drafts import PASS_OVERHEAD_TOKENS
 from trans_peft.validation.decoding.generation import generate
 from trans_peft.validation.decoding.likelihoods import log_likelihoods
 
@@ -98,13 +98,15 @@ def test_under_an_adapter_it_is_read_anew(tokenizer):
 
 
 def test_a_beginning_too_short_to_pay_is_not_read_by_itself(tokenizer):
-    few = [[65] * (PASS // 2) + [i] for i in range(66, 69)]
+    few = [[65] * (PASS_OVERHEAD_TOKENS // 2) + [i] for i in range(66, 69)]
     model = Counting(shared("llama"))
     generate(model, tokenizer, few, max_new_tokens=1)
-    assert model.shapes == [(1, PASS // 2), (3, 1)] or model.shapes == [(3, PASS // 2 + 1)]
+    assert model.shapes == [(1, PASS_OVERHEAD_TOKENS // 2), (3, 1)] or model.shapes == [
+        (3, PASS_OVERHEAD_TOKENS // 2 + 1)
+    ]
     model.shapes.clear()
     generate(model, tokenizer, few[:2], max_new_tokens=1)
-    assert model.shapes == [(2, PASS // 2 + 1)]
+    assert model.shapes == [(2, PASS_OVERHEAD_TOKENS // 2 + 1)]
 
 
 def test_rotary_frequencies_that_change_with_the_length_are_left_alone(tokenizer):

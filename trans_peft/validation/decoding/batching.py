@@ -1,4 +1,4 @@
-"""Batches that shrink where memory does not suffice, and go on."""
+"""Run items in batches, and halve the batch size when memory runs out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from trans_peft.errors import EvaluationError
 __all__ = ["DEFAULT_BATCH_SIZE", "Progress", "evaluating", "in_batches", "is_out_of_memory"]
 
 Progress = Callable[[int, int], None]
-"""Called with the number of items answered so far, and of all."""
+"""Called with the number of items answered so far and the total."""
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -25,28 +25,28 @@ def in_batches(
     answer: Callable[[Sequence[Item]], Sequence[Answer]],
     *,
     size: int | None,
-    told_as: Callable[[Item], str],
-    together: Callable[[Sequence[Item]], int] = len,
+    describe: Callable[[Item], str],
+    keep_together: Callable[[Sequence[Item]], int] = len,
     on_progress: Progress | None = None,
 ) -> list[Answer]:
-    """Return `answer` of all items, taken in their order in batches of `size` (None: 32).
+    """Return `answer` of all items, in batches of at most `size` (None: 32), in the given order.
 
-    `together` says how many of a batch, from its first, are better answered without the others,
-    which begin the next one. A batch that does not fit into memory is halved and tried again, and
-    all that follow are of the size that did. Give the largest items first: what does not fit shows
-    at once. Raises EvaluationError where one item alone does not fit; `told_as` says which it was.
+    `keep_together` returns how many items at the start of a batch to answer together; the others
+    start the next batch. A batch that does not fit into memory is halved and tried again, and the
+    following batches are not larger than it. Pass the largest items first, so that this happens
+    early. Raises EvaluationError, with the text of `describe`, if a single item does not fit.
     """
     size = size or DEFAULT_BATCH_SIZE
     answers: list[Answer] = []
     while len(answers) < len(items):
         batch = items[len(answers) : len(answers) + size]
-        batch = batch[: together(batch)]
+        batch = batch[: keep_together(batch)]
         found = _tried(answer, batch)
         if found is None:
             if len(batch) == 1:
                 raise EvaluationError(
                     "out of memory with a single item",
-                    found=told_as(batch[0]),
+                    found=describe(batch[0]),
                     do="shorten the item, load the base in a smaller dtype, or use a larger device",
                 )
             size = len(batch) // 2
@@ -60,16 +60,16 @@ def in_batches(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the host, has no memory left."""
+    """Whether an error means that a device or the host ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # How torch's allocator says it on a CPU (c10/core/impl/alloc_cpu.cpp).
+    # The message of torch's CPU allocator (c10/core/impl/alloc_cpu.cpp).
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode inside the block, and back as it was after it."""
+    """Put all modules into evaluation mode for the block, and restore their modes after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -82,7 +82,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _tried(
     answer: Callable[[Sequence[Item]], Sequence[Answer]], batch: Sequence[Item]
 ) -> Sequence[Answer] | None:
-    """Answer one batch; None where memory did not suffice (all of its tensors are gone by then)."""
+    """Answer one batch. None if memory ran out; the batch's tensors are freed by then."""
     try:
         return answer(batch)
     except (RuntimeError, MemoryError) as error:

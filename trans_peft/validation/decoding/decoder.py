@@ -1,14 +1,14 @@
-"""One batch of answers, token by token or draft by draft, from one key-value cache.
+"""Decode one batch of answers greedily, with drafts and a shared key-value cache.
 
-A forward pass reads what is known and, after it, what is expected. Of its tokens each row keeps
-those that greedy decoding would have said, and one more that the model says itself; the rest is
-taken back out of the cache. With empty drafts this is plain decoding: there is one loop.
+Each forward pass processes the tokens that are certain and, after them, proposed tokens from the
+drafts. Each row keeps the proposed tokens that greedy decoding confirms and one generated token;
+the others are removed from the cache. With empty drafts this is plain greedy decoding.
 
-Answers that outlast most of their batch are set aside and go on together with those of others: a
-pass over two of them takes nearly as long as one over twenty.
+A pass over two rows takes nearly as long as one over twenty. So answers that last longer than most
+of their batch are postponed and continued together with those of other batches.
 
-Where a cache cannot be taken back, as in linear attention or behind a sliding window that has moved
-on, nothing is proposed (`trans_peft.validation.decoding.prefixes`).
+Nothing is proposed if tokens cannot be removed from the cache, as with linear attention or after a
+sliding window has moved (`trans_peft.validation.decoding.prefixes`).
 """
 
 import math
@@ -19,7 +19,12 @@ from dataclasses import dataclass, field
 import torch
 
 from trans_peft.errors import EvaluationError
-from trans_peft.validation.decoding.drafts import PASS, Draft, DraftAcceptance, common_length
+from trans_peft.validation.decoding.drafts import (
+    PASS_OVERHEAD_TOKENS,
+    Draft,
+    DraftAcceptance,
+    common_length,
+)
 from trans_peft.validation.decoding.prefixes import (
     PrefixReader,
     PromptPart,
@@ -30,14 +35,22 @@ from trans_peft.validation.decoding.prefixes import (
 __all__ = ["NEAR_TIE", "Decoder", "DecodingRow"]
 
 NEAR_TIE = 1e-4
-"""Two best logits this close may change places with the shape of the batch they come from."""
+"""Logits that differ by less can change their order with the shape of the batch."""
 
-_MOST_LOGITS = 2**27  # of one forward pass over drafts: half a gigabyte in fp32
+_MAX_LOGITS = 2**27  # of one forward pass over drafts: half a gigabyte in fp32
 
 
 @dataclass
 class DecodingRow:
-    """One answer in the making. Of prompt and answer the cache holds `cached` tokens."""
+    """One answer that is being decoded.
+
+    Attributes:
+        prompt: token ids of the prompt.
+        expected: token ids of the expected answer, from which the draft is made.
+        cached: how many tokens of prompt and answer are in the cache.
+        answer: the tokens generated so far.
+        is_over: whether the answer has ended.
+    """
 
     prompt: Sequence[int]
     expected: Sequence[int] = ()
@@ -51,46 +64,46 @@ class DecodingRow:
 
     @property
     def text(self) -> list[int]:
-        """Prompt and answer so far."""
+        """Token ids of the prompt and of the answer so far."""
         return [*self.prompt, *self.answer]
 
     @property
     def unread(self) -> Sequence[int]:
-        """The tokens that are certain and not yet in the cache."""
+        """Tokens of `text` that are not in the cache yet."""
         behind = self.cached - len(self.prompt)
         return self.answer[behind:] if behind >= 0 else self.text[self.cached :]
 
-    def begin_again(self) -> None:
-        """Forget everything but the question."""
+    def reset(self) -> None:
+        """Discard the answer and the draft."""
         self.draft, self.cached, self.answer, self.is_over = None, 0, [], False
         self.near_ties = self.drafted = self.accepted = 0
 
 
 class Decoder:
-    """Answers batches of one suite; what one teaches about model and drafts serves the next."""
+    """Decodes the batches of one suite, and adapts proposals to how earlier drafts agreed."""
 
-    def __init__(self, reader: PrefixReader, over: Callable[[list[int]], bool]) -> None:
-        """`over` says of an answer whether it ends with its last token."""
-        self._reader, self._over = reader, over
-        self._trust = DraftAcceptance()
-        # Both are known from the first forward pass on.
-        self._erasable, self._vocabulary = sys.maxsize, 1
+    def __init__(self, reader: PrefixReader, is_over: Callable[[list[int]], bool]) -> None:
+        """`is_over` returns whether an answer ends with its last token."""
+        self._reader, self._is_over = reader, is_over
+        self._acceptance = DraftAcceptance()
+        # Both are set after the first forward pass.
+        self._truncatable_columns, self._vocabulary = sys.maxsize, 1
         self._passes = 0  # of the last batch
 
-    def answer(self, batch: Sequence[DecodingRow], *, aside: bool = False) -> None:
-        """Go on with answers until all are over. EvaluationError: logits not finite.
+    def answer(self, batch: Sequence[DecodingRow], *, may_postpone: bool = False) -> None:
+        """Continue the answers of a batch until they are over.
 
-        With `aside`, it stops when so few are left that they are read again, later and together
-        with others, sooner than they are waited for.
+        With `may_postpone`, stop when so few are left that processing their texts again later,
+        together with others, is faster. Raises EvaluationError if logits are not finite.
         """
         rows = [row for row in batch if not row.is_over]
         cache, columns, cached = self._reader.begin([row.text for row in rows])
-        first = self._trust.first(len(rows))
-        for row, there in zip(rows, cached, strict=True):
-            row.cached = there
+        first = self._acceptance.first(len(rows))
+        for row, row_cached in zip(rows, cached, strict=True):
+            row.cached = row_cached
             row.draft = row.draft or Draft(row.expected, first)
         going, self._passes = rows, 0
-        while going and not (aside and _better_later(going, len(rows))):
+        while going and not (may_postpone and _is_worth_postponing(going, len(rows))):
             self._passes += 1
             proposals = self._proposals(going, columns + max(len(row.unread) for row in going))
             parts = [
@@ -101,59 +114,69 @@ class Decoder:
             out = self._reader.read(parts, cache, columns)
             columns += max(len(part.certain) for part in parts) + longest
             cache = out.past_key_values
-            self._erasable, self._vocabulary = supports_truncation(cache), out.logits.shape[-1]
+            self._truncatable_columns = supports_truncation(cache)
+            self._vocabulary = out.logits.shape[-1]
             agreed = self._accept(going, proposals, out.logits[:, -longest - 1 :])
             keep = [i for i, row in enumerate(going) if not row.is_over]
             surplus = [longest - agreed[i] for i in keep]
-            if any(surplus) and columns > self._erasable:
-                # Only the first forward pass can be wrong about what may be taken back.
+            if any(surplus) and columns > self._truncatable_columns:
+                # Happens after the first pass only, which proposes without knowing the cache.
                 for row in rows:
-                    row.begin_again()
-                return self.answer(rows, aside=aside)
+                    row.reset()
+                return self.answer(rows, may_postpone=may_postpone)
             if 0 < len(keep) < len(going):
                 cache.reorder_cache(torch.tensor(keep, device=self._reader.device))
             if any(surplus):
                 columns -= truncate_cache(cache, surplus)
             going = [going[i] for i in keep]
-        self._trust.learn(row.draft for row in rows if row.is_over and row.draft)
+        self._acceptance.learn(row.draft for row in rows if row.is_over and row.draft)
 
-    def together(self, batch: Sequence[DecodingRow]) -> int:
-        """Return how many of these rows, the longest first, to answer without those behind them.
+    def keep_together(self, batch: Sequence[DecodingRow]) -> int:
+        """Return how many rows at the start of a batch, sorted longest first, to answer together.
 
-        All, unless the others would read more padding than passes of their own cost: as many as the
-        batch before took, or at first as there are tokens expected. Only on a CPU: on a GPU a pass
-        costs far more tokens than `PASS`.
+        The shorter rows form a batch of their own if their padding would cost more than separate
+        passes. The number of passes is estimated by that of the previous batch, or for the first
+        batch by the expected tokens. On a GPU all rows stay together, because a pass costs far
+        more than `PASS_OVERHEAD_TOKENS` there.
         """
         if self._reader.device.type != "cpu":
             return len(batch)
         lengths = [len(row.text) for row in batch]
         passes = self._passes or max(len(row.expected) for row in batch) or math.inf
 
-        def spared(rows: int) -> float:
+        def saved_tokens(rows: int) -> float:
             shorter = lengths[rows:]
-            return len(shorter) * (lengths[0] - shorter[0]) - PASS * passes if shorter else 0
+            return (
+                len(shorter) * (lengths[0] - shorter[0]) - PASS_OVERHEAD_TOKENS * passes
+                if shorter
+                else 0
+            )
 
-        return max(range(len(batch), 0, -1), key=spared)
+        return max(range(len(batch), 0, -1), key=saved_tokens)
 
     def _proposals(self, rows: Sequence[DecodingRow], columns: int) -> list[list[int]]:
-        """Return the tokens to check after the unread ones, which end in column `columns`."""
+        """Return the tokens to check after the unread ones, which end in column `columns`.
+
+        A row without a draft has no proposal.
+        """
         proposals = [row.draft.proposal() if row.draft else [] for row in rows]
         most = min(
             common_length(
                 [len(proposal) for proposal in proposals],
                 unread=sum(len(row.unread) for row in rows),
             ),
-            max(0, self._erasable - columns),
-            _MOST_LOGITS // (self._vocabulary * len(rows)),
+            max(0, self._truncatable_columns - columns),
+            _MAX_LOGITS // (self._vocabulary * len(rows)),
         )
         return [proposal[:most] for proposal in proposals]
 
     def _accept(
         self, rows: Sequence[DecodingRow], proposals: Sequence[Sequence[int]], logits: torch.Tensor
     ) -> list[int]:
-        """Add to each answer what the model says; return how many proposed tokens that confirms.
+        """Append the generated tokens to each answer; return how many proposed tokens were right.
 
-        `logits`: (rows, longest proposal + 1, vocabulary), from the last unread token on.
+        `logits` has the shape (rows, longest proposal + 1, vocabulary) and begins at the last
+        unread token. Raises EvaluationError if they are not finite.
         """
         best, tokens = logits.max(-1)
         near = (logits >= best[..., None] - NEAR_TIE).sum(-1) > 1
@@ -161,23 +184,23 @@ class Decoder:
         for row, proposal, *columns in zip(
             rows, proposals, best.tolist(), tokens.tolist(), near.tolist(), strict=True
         ):
-            unread, said = len(row.unread), len(row.answer)
+            unread, start = len(row.unread), len(row.answer)
             for value, token, tie in zip(*columns, strict=True):
                 if not math.isfinite(value):
                     raise EvaluationError(
                         "the model's logits are not finite",
                         found=f"{value} as the best logit of an answer's token "
                         f"{len(row.answer) + 1}",
-                        do="look for broken weights (base and adapter) or a dtype that overflows",
+                        do="check the weights of base and adapter, and whether the dtype overflows",
                     )
                 row.answer.append(token)
                 row.near_ties += tie
-                agreed = len(row.answer) - said - 1
-                row.is_over = self._over(row.answer)
+                agreed = len(row.answer) - start - 1
+                row.is_over = self._is_over(row.answer)
                 if proposal[agreed : agreed + 1] != [token] or row.is_over:
                     break
             if row.draft:
-                row.draft.observe(row.answer[said:])
+                row.draft.observe(row.answer[start:])
             row.cached += unread + agreed
             row.drafted += len(proposal)
             row.accepted += agreed
@@ -185,12 +208,13 @@ class Decoder:
         return confirmed
 
 
-def _better_later(going: Sequence[DecodingRow], rows: int) -> bool:
-    """Whether reading texts again costs less than the passes that they would take by themselves.
+def _is_worth_postponing(going: Sequence[DecodingRow], rows: int) -> bool:
+    """Whether processing texts again later costs less than passes over the remaining rows alone.
 
-    How many those are is a guess: as many as an answer has gone on behind what was expected of it.
-    What a pass costs beside its tokens is saved as far as the batch is empty.
+    The number of remaining passes is unknown. The estimate is the number of tokens by which an
+    answer exceeds the expected one. The saved overhead is proportional to the empty part of the
+    batch.
     """
     again = sum(len(row.prompt) + len(row.answer) for row in going)
     passes = max(len(row.answer) - len(row.expected) for row in going)
-    return again < PASS * passes * (1 - len(going) / rows)
+    return again < PASS_OVERHEAD_TOKENS * passes * (1 - len(going) / rows)

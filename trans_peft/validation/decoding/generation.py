@@ -1,11 +1,11 @@
-"""Greedy answers from a causal language model that is already loaded, in batches, with drafts.
+"""Greedy decoding with a loaded causal language model, in batches and with drafts.
 
-The same tokens as transformers' `generate(do_sample=False)` gives prompt by prompt (in fp32; where
-the two best logits lie within 1e-4, either may come first). What differs is the cost: prompts
-of like length share a batch, what all of them begin with is read once, logits are computed only
-where they are needed, a finished answer leaves its batch at once, and an answer that was expected
-is checked in one forward pass. Nothing of the model's own generation config counts but its end
-tokens.
+The tokens are those of transformers' `generate(do_sample=False)` on one prompt at a time, in fp32.
+If the two best logits differ by less than 1e-4, either token may be chosen. Decoding is faster
+because prompts of similar length share a batch, a common prefix of all prompts is processed once,
+logits are computed only where they are needed, finished answers leave their batch, and an expected
+answer is checked in one forward pass. Of the model's generation config only the end tokens are
+used.
 """
 
 from collections.abc import Collection, Sequence
@@ -23,17 +23,19 @@ from trans_peft.validation.decoding.prefixes import PrefixReader, check_adapter
 
 __all__ = ["Answers", "evaluating", "generate"]
 
-_SLACK = 4  # tokens that a stop string may need beyond one for each of its bytes
+_EXTRA_TOKENS = 4  # that a stop string may span in addition to one for each of its bytes
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What was answered, in the prompts' order.
+    """Generated answers, in the order of the prompts.
 
-    `ids` are the new tokens, with the one that ended the answer; `texts` are cut before the end
-    token or the first stop string, and keep the special tokens before it.
-    `near_ties` counts the tokens of all answers that might as well
-    have been others; `accepted` of the `drafted` tokens were what the model says.
+    Attributes:
+        texts: the text before the end token or the first stop string, with special tokens.
+        ids: the generated tokens, including the one that ended the answer.
+        near_ties: tokens of all answers whose two best logits differ by less than 1e-4.
+        drafted: proposed tokens that were checked.
+        accepted: proposed tokens that greedy decoding confirmed.
     """
 
     texts: list[str]
@@ -55,23 +57,28 @@ def generate(
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> Answers:
-    """Return what greedy decoding adds to each prompt.
+    """Continue each prompt by greedy decoding.
 
-    `prompts` are token ids, not padded. An answer ends with an end token (the model's, the
-    tokenizer's, or one of `end_tokens`), with the token that completes one of the `stop` strings,
-    or after `max_new_tokens`. `drafts` are the token ids that each answer is expected to have, as
-    far as known: right ones save time, no draft changes an answer. A batch that does not fit into
-    memory is halved and tried again. The model is left as it was found. Raises EvaluationError
-    where logits are not finite or one prompt alone does not fit, InvalidSpecError for prompts
-    without tokens, no tokens to answer with, and more or fewer drafts than prompts,
-    UnsupportedModelError for an adapter that adds tokens of its own (prompt tuning, prefix tuning).
+    An answer ends with an end token (the model's, the tokenizer's, or one of `end_tokens`), with
+    the token that completes one of the `stop` strings, or after `max_new_tokens` tokens.
+
+    Args:
+        prompts: token ids without padding.
+        drafts: expected token ids of each answer. Correct ones save time; none changes an answer.
+        batch_size: prompts in a batch, by default 32; halved when memory runs out.
+        on_progress: called with the finished answers and the total.
+
+    The model's training modes are restored. Raises EvaluationError if logits are not finite or a
+    single prompt does not fit into memory; InvalidSpecError for empty prompts, `max_new_tokens`
+    below 1 and a wrong number of drafts; UnsupportedModelError for adapters that add virtual tokens
+    (prompt tuning, prefix tuning).
     """
     _check(model, prompts, max_new_tokens, drafts)
-    ends = _Ends(model, tokenizer, stop, end_tokens)
+    ends = _AnswerEnds(model, tokenizer, stop, end_tokens)
     drafts = [ends.before(d, max_new_tokens) for d in drafts or [()] * len(prompts)]
     rows = [DecodingRow(prompt, draft) for prompt, draft in zip(prompts, drafts, strict=True)]
 
-    def told(*_: int) -> None:
+    def report_progress(*_: int) -> None:
         if on_progress is not None:
             on_progress(sum(row.is_over for row in rows), len(rows))
 
@@ -81,22 +88,22 @@ def generate(
             lambda answer: len(answer) == max_new_tokens or ends.reached(answer),
         )
         while waiting := [row for row in rows if not row.is_over]:
-            # The longest first: what does not fit shows at once.
+            # The longest first, so that a lack of memory shows early.
             waiting.sort(key=lambda row: -len(row.text) - len(row.expected))
 
             def answer(
-                batch: Sequence[DecodingRow], there: int = len(waiting)
+                batch: Sequence[DecodingRow], total: int = len(waiting)
             ) -> Sequence[DecodingRow]:
-                decoder.answer(batch, aside=len(batch) < there)
+                decoder.answer(batch, may_postpone=len(batch) < total)
                 return batch
 
             in_batches(
                 waiting,
                 answer,
                 size=batch_size,
-                told_as=lambda row: f"a prompt of {len(row.prompt)} tokens",
-                together=decoder.together,
-                on_progress=told,
+                describe=lambda row: f"a prompt of {len(row.prompt)} tokens",
+                keep_together=decoder.keep_together,
+                on_progress=report_progress,
             )
     ids = [row.answer for row in rows]
     return Answers(
@@ -117,19 +124,19 @@ def _check(
     check_adapter(model)
     empty = [i for i, prompt in enumerate(prompts) if not prompt]
     if empty:
-        raise InvalidSpecError("prompts without a single token", found=f"positions {empty[:10]}")
+        raise InvalidSpecError("prompts have no tokens", found=f"positions {empty[:10]}")
     if max_new_tokens < 1:
-        raise InvalidSpecError("an answer has at least one token", found=max_new_tokens)
+        raise InvalidSpecError("max_new_tokens must be at least 1", found=max_new_tokens)
     if drafts is not None and len(drafts) != len(prompts):
         raise InvalidSpecError(
-            "every prompt has its draft, an empty one where nothing is expected",
+            "the number of drafts is not the number of prompts",
             expected=f"{len(prompts)} drafts",
             found=len(drafts),
         )
 
 
-class _Ends:
-    """Knows when an answer has ended, and which text it is."""
+class _AnswerEnds:
+    """Finds the end of an answer: end tokens and stop strings."""
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, stop: Sequence[str], end_tokens: Collection[int]
@@ -141,7 +148,7 @@ class _Ends:
         ids = {*own, tokenizer.eos_token_id, *end_tokens, *stops}
         self.tokens = frozenset(ids - {None})
         self._strings = [text for text in stop if text not in added]
-        self._tail = max((len(text.encode()) for text in self._strings), default=0) + _SLACK
+        self._tail = max((len(text.encode()) for text in self._strings), default=0) + _EXTRA_TOKENS
         self._tokenizer = tokenizer
 
     def reached(self, answer: Sequence[int]) -> bool:
@@ -153,7 +160,10 @@ class _Ends:
         return any(text in tail for text in self._strings)
 
     def before(self, draft: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the part of a draft that is worth checking: a last token follows from the rest."""
+        """Return a draft without the token that ends the answer, and what follows it.
+
+        Checking that token saves no pass, because every pass also generates one token.
+        """
         draft = list(draft[: max_new_tokens - 1])
         over = (i for i in range(len(draft)) if self.reached(draft[: i + 1]))
         return draft[: next(over, None)]

@@ -1,10 +1,10 @@
-"""Which of its choices a model finds likeliest, item by item: no answer is decoded.
+"""Compute the log-likelihoods of choices and select the likeliest, without decoding.
 
-The log-likelihood of a choice is the sum of log p(token | all before it) over the choice's tokens
-after the prompt, as lm-evaluation-harness computes it for multiple choice; what may be compared
-instead of the sum is in `rules.choice.Measure`. A prompt is read once for all of its choices, and
-what all prompts begin with once for all of them; prompts of like length share a batch, and logits
-are computed for the positions of the choices only.
+The log-likelihood of a choice is the sum of log p(token | previous tokens) over the tokens of the
+choice, as in lm-evaluation-harness. `rules.multiple_choice.Measure` lists the measures that can be
+compared. A prompt is processed once for all of its choices, and a prefix that all prompts share
+once for all items. Prompts of similar length share a batch, and logits are computed only for the
+tokens of the choices.
 """
 
 import math
@@ -26,8 +26,8 @@ from trans_peft.validation.rules.multiple_choice import Measure
 
 __all__ = ["choose", "log_likelihoods"]
 
-_ROWS = 4  # of continuations for each question of a batch: they are short beside their prompt
-_MOST_LOGITS = 2**27  # half a gigabyte in fp32
+_ROWS = 4  # most continuations per question of a batch; they are shorter than the prompts
+_MAX_LOGITS = 2**27  # half a gigabyte in fp32
 
 
 def choose(
@@ -40,11 +40,10 @@ def choose(
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> list[str]:
-    """Return each example's likeliest choice, the first of those that are equally likely.
+    """Return each example's likeliest choice, the first one of equally likely choices.
 
-    `prompts` and `choices` are the examples' as token ids. The model is left as
-    it was found. Raises EvaluationError where logits are not finite or one question alone does not
-    fit into memory.
+    `prompts` and `choices` are the examples' token ids. The model's training modes are restored.
+    Raises EvaluationError if logits are not finite or a single question does not fit into memory.
     """
     found = log_likelihoods(
         model,
@@ -73,9 +72,9 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """Return the log-likelihood, in nats, of each continuation of each prompt.
 
-    `questions` are prompts with their continuations, all of them token ids and none empty. A batch
-    has `batch_size` questions, fewer where their continuations are many or long; what does not fit
-    into memory is halved and tried again. Errors as `choose`.
+    `questions` are pairs of a prompt and its continuations, as token ids; none may be empty. A
+    batch has `batch_size` questions, or fewer if they have many or long continuations. Raises what
+    `choose` raises.
     """
 
     def tokens(i: int) -> int:
@@ -88,24 +87,25 @@ def log_likelihoods(
         found = in_batches(
             order,
             lambda batch: _log_likelihoods(reader, [questions[i] for i in batch]),
-            size=_questions(model, questions, batch_size or DEFAULT_BATCH_SIZE),
-            told_as=lambda i: f"a prompt of {len(questions[i][0])} tokens and its choices",
+            size=_batch_size(model, questions, batch_size or DEFAULT_BATCH_SIZE),
+            describe=lambda i: f"a prompt of {len(questions[i][0])} tokens and its choices",
             on_progress=on_progress,
         )
     of = dict(zip(order, found, strict=True))
     return [of[i] for i in range(len(questions))]
 
 
-def _questions(
+def _batch_size(
     model: nn.Module,
     questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
-    most: int,
+    max_size: int,
 ) -> int:
-    """Return how many questions share a batch: not too many rows, nor too many logits."""
+    """Return the number of questions in a batch, which bounds its rows and its logits."""
     rows = max((len(continuations) for _, continuations in questions), default=1)
     longest = max((len(c) for _, continuations in questions for c in continuations), default=1)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1)
-    return max(1, min(most, _ROWS * most // rows, _MOST_LOGITS // (vocabulary * rows * longest)))
+    by_logits = _MAX_LOGITS // (vocabulary * rows * longest)
+    return max(1, min(max_size, _ROWS * max_size // rows, by_logits))
 
 
 def _log_likelihoods(
@@ -123,7 +123,7 @@ def _log_likelihoods(
         [log_p[i, c[0]].item() for c in continuations]
         for i, (_, continuations) in enumerate(questions)
     ]
-    # What follows a continuation's first token: (question, continuation), a row each.
+    # Continuations with more than one token, a row each, as (question, continuation).
     longer = [
         (i, j)
         for i, (_, continuations) in enumerate(questions)
@@ -144,6 +144,6 @@ def _log_likelihoods(
         raise EvaluationError(
             "the model's logits are not finite",
             found=f"{broken} as a choice's log-likelihood",
-            do="look for broken weights (base and adapter) or a dtype that overflows",
+            do="check the weights of base and adapter, and whether the dtype overflows",
         )
     return sums

@@ -1,14 +1,14 @@
-"""What a model reads, several texts at once, into one key-value cache that they share.
+"""Process several texts in one batch with a key-value cache, and share a common prefix of prompts.
 
-After each pass the cache is what reading without any sharing would have left: each text in one
-piece, ending in the last column. So whatever looks at positions, distances or windows of columns is
-right (learned positions, rotary ones, ALiBi, local attention), and nothing depends on the
-architecture but whether a cache can be taken back at all.
+After each pass the cache equals one without sharing: the tokens of each text are contiguous and end
+in the last column. Position embeddings (learned, rotary, ALiBi) and local attention are therefore
+correct for every architecture. Only the removal of tokens from the cache depends on the type of
+cache.
 
-The beginning that all prompts of a suite have in common (few-shot examples, an instruction) is read
-once for each adapter and lent to every batch. A prompt that is shorter than its neighbours reads
-the end of that beginning once more, where it would otherwise read padding: no pass is wider for it,
-and no column lies between a beginning and its text.
+The prefix that all prompts of a suite share (few-shot examples, an instruction) is processed once
+for each adapter and copied into every batch. A prompt that is shorter than others of its batch
+processes the end of the prefix again, in columns that would otherwise be padding. This makes no
+pass wider, and leaves no gap between the prefix and the rest of the text.
 """
 
 import copy
@@ -21,7 +21,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trans_peft.errors import UnsupportedModelError
-from trans_peft.validation.decoding.drafts import PASS
+from trans_peft.validation.decoding.drafts import PASS_OVERHEAD_TOKENS
 
 __all__ = [
     "PrefixReader",
@@ -32,12 +32,13 @@ __all__ = [
     "truncate_cache",
 ]
 
-_CHANGING_ROPES = ("dynamic", "longrope")
-"""Rotary frequencies that depend on a text's length: a beginning is not the same by itself."""
+_LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
+"""Types of rotary embedding with frequencies that depend on the length of the text. With them the
+cache of a prefix is not the start of a longer text's cache."""
 
 
 class PromptPart(NamedTuple):
-    """What one text reads in a pass: behind `cached` tokens, what is certain and what is not."""
+    """The tokens of one text in a pass: `certain` and `proposed` ones, after `cached` tokens."""
 
     cached: int
     certain: Sequence[int]
@@ -45,42 +46,43 @@ class PromptPart(NamedTuple):
 
 
 class PrefixReader:
-    """Reads texts with one model; begins them with what all its `prompts` begin with."""
+    """Runs one model on batches of texts, and caches the common prefix of `prompts`."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]] = ()) -> None:
         check_adapter(model)
         self._model = model
         self.device = next(model.parameters()).device
-        self._beginning = _worth_sharing(model, prompts)
-        self._read: Any = None
+        self._prefix = _shared_prefix(model, prompts)
+        self._prefix_cache: Any = None
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, int, list[int]]:
-        """Return a cache (None: empty), its columns, and how many of each prompt's tokens it has.
+        """Return a cache (None: empty), its width in columns, and each prompt's cached tokens.
 
-        What is left of each prompt, one token at least, fits into as many columns as the longest
-        needs in any case.
+        At least one token of each prompt is not cached. The remaining tokens of a prompt fill at
+        most as many columns as those of the longest prompt.
         """
-        if self._beginning and self._read is None:
-            self._read = self.read([PromptPart(0, self._beginning)], None, 0).past_key_values
-            if supports_truncation(self._read) < len(self._beginning):
-                self._beginning = []  # it runs on, or a window has left its start behind
-        shared = len(self._beginning)
+        if self._prefix and self._prefix_cache is None:
+            out = self.read([PromptPart(0, self._prefix)], None, 0)
+            self._prefix_cache = out.past_key_values
+            if supports_truncation(self._prefix_cache) < len(self._prefix):
+                self._prefix = []  # the cache has a recurrent state, or a window dropped its start
+        shared = len(self._prefix)
         if not shared:
             return None, 0, [0] * len(prompts)
         most = max(map(len, prompts)) - shared
         moves = [min(most + shared - len(prompt), shared) for prompt in prompts]
-        cache = copy.deepcopy(self._read)
+        cache = copy.deepcopy(self._prefix_cache)
         cache.batch_repeat_interleave(len(prompts))
         _move_right(cache, moves)
         return cache, shared, [shared - move for move in moves]
 
     def read(self, parts: Sequence[PromptPart], cache: Any, columns: int) -> Any:
-        """Read one part of each text behind the `columns` of a cache; return the model's output.
+        """Run the model on one part of each text after the `columns` of a cache; return its output.
 
-        A row of the pass is padding, what is certain, what is proposed, and padding up to the
-        longest proposal. Any token will do for padding: before the text it is masked, behind it
-        nothing looks at it. The logits are those of the last certain token (if there is one) and of
-        all columns behind it.
+        Each row consists of padding, the certain tokens, the proposed tokens, and padding up to the
+        longest proposal. Padding may be any token: before the text it is masked, and after it no
+        token attends to it. Logits are computed for the last certain token, if there is one, and
+        for all columns after it.
         """
         before = max(len(part.certain) for part in parts)
         behind = max(len(part.proposed) for part in parts)
@@ -92,7 +94,7 @@ class PrefixReader:
             ends.append(cached + len(certain) + len(proposed) - 1)
         start, end = torch.tensor([starts, ends], device=self.device)[..., None]
         kept = behind + 1 if before else behind
-        # A row's text ends in its last columns; the first of the new ones has position `start`.
+        # The text of a row is at its right end; its first new column has the position `start`.
         position = torch.arange(columns + before + behind, device=self.device) + start - columns
         return self._model(
             input_ids=torch.tensor(ids, device=self.device),
@@ -105,43 +107,43 @@ class PrefixReader:
 
 
 def check_adapter(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for an adapter that puts virtual tokens in front of every pass.
+    """Raise UnsupportedModelError for an adapter that inserts virtual tokens before every pass.
 
-    A pass that continues from a cache would then read them again, in the middle of the text.
+    A pass that continues from a cache would insert them again, in the middle of the text.
     """
     peft_config: Any = getattr(model, "active_peft_config", None)
     if peft_config is not None and peft_config.is_prompt_learning:
         raise UnsupportedModelError(
-            "answers of prompt-learning adapters cannot be evaluated",
+            "prompt-learning adapters cannot be evaluated",
             expected="an adapter inside the layers, such as LORA",
             found=peft_config.peft_type,
         )
 
 
 def last_columns(kept: int, *, of: int, device: torch.device) -> torch.Tensor:
-    """Return the last columns of so many by index: `logits_to_keep` in the form that costs least.
+    """Return the indices of the last `kept` of `of` columns, as a value of `logits_to_keep`.
 
-    Asked for by number, transformers slices the hidden states, and a CPU multiplies rows that do
-    not lie side by side one by one, each with the whole head (SmolLM2-135M, 32 rows, the last of 20
-    columns: 0.42 s instead of 0.06).
+    With a number instead of indices, transformers slices the hidden states. A CPU then multiplies
+    the rows one by one with the whole head, because they are not contiguous (SmolLM2-135M, 32 rows,
+    the last of 20 columns: 7x slower, 0.42 s instead of 0.06 s).
     """
     return torch.arange(of - kept, of, device=device)
 
 
 def supports_truncation(cache: Any) -> int:
-    """Return the largest width in columns of which the last ones can be taken back."""
+    """Return the largest width in columns from which the last columns can be removed."""
     layers = getattr(cache, "layers", ())
     if not layers or {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
-        return 0  # states that run on know no way back
+        return 0  # a recurrent state cannot be rolled back
     windows = [layer.sliding_window for layer in layers if layer.is_sliding]
-    return min(windows, default=sys.maxsize) - 1  # what has left a window is gone
+    return min(windows, default=sys.maxsize) - 1  # columns outside of a window are lost
 
 
 def truncate_cache(cache: Any, surplus: Sequence[int]) -> int:
-    """Take so many last columns from each row; return by how many the cache is narrower now.
+    """Remove the last `surplus` columns of each row; return by how many the cache got narrower.
 
-    A row that loses more than another moves to the right; what it loses stands to its left then,
-    where the mask hides it.
+    The cache shrinks by the smallest surplus. A row that loses more moves to the right, and its
+    removed columns end up at its left, where they are masked.
     """
     least = min(surplus)
     cache.crop(-least)
@@ -160,14 +162,14 @@ def _move_right(cache: Any, moves: Sequence[int]) -> None:
         layer.values = layer.values.take_along_dim(here, dim=2)
 
 
-def _worth_sharing(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Return the tokens that all prompts begin with, but for each prompt's last; none if few."""
+def _shared_prefix(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Return the common prefix of all prompts, without the last token of any; [] if too short."""
     if len(prompts) < 2 or any(
         word in str(getattr(getattr(model, "config", None), "rope_parameters", ""))
-        for word in _CHANGING_ROPES
+        for word in _LENGTH_DEPENDENT_ROPES
     ):
         return []
     first, last = min(map(list, prompts)), max(map(list, prompts))  # in order of their tokens
     most = min(map(len, prompts)) - 1
     agreed = next((i for i in range(most) if first[i] != last[i]), max(most, 0))
-    return first[:agreed] if agreed * (len(prompts) - 1) > PASS else []
+    return first[:agreed] if agreed * (len(prompts) - 1) > PASS_OVERHEAD_TOKENS else []

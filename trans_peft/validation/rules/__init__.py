@@ -1,1 +1,1 @@
-"""What the scoring rules do; their table is `trans_peft.validation.scoring`."""
+"""Scoring rules; `trans_peft.validation.scoring` has the table of their names."""

@@ -1,17 +1,18 @@
-"""A rule of one's own: a Python callable that an installed package offers by entry point.
+"""Custom scoring rules: Python callables that installed packages register as entry points.
 
     [project.entry-points."trans_peft.scoring"]
     my-rule = "my_package.scoring:is_right"
 
     def is_right(answer: str, reference: str) -> bool: ...
 
-The suite names it with the version of its package, `python:my-rule==1.2.0`, so that the version is
-part of every result's key: with another one installed the suite is refused, not marked otherwise.
+A suite names the rule and the version of its package, `python:my-rule==1.2.0`. The version is
+therefore part of the key of every result, and the suite is refused if another version is installed.
 """
 
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
+from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import EvaluationError, InvalidSpecError
 
 __all__ = ["GROUP", "entry_point"]
@@ -20,24 +21,24 @@ GROUP = "trans_peft.scoring"
 
 
 def entry_point(requirement: str) -> Callable[[str, str], float]:
-    """Return the rule that `name==version` asks for, loaded.
+    """Load the entry point `name==version` and return it as a scoring rule.
 
-    InvalidSpecError where it is not installed in that version or cannot be loaded. The rule raises
-    EvaluationError where the callable answers with anything but True or False.
+    InvalidSpecError if that version is not installed or cannot be loaded. The rule raises
+    EvaluationError if the callable returns anything but True or False.
     """
     name, _, version = requirement.partition("==")
-    offered = {point.name: point for point in entry_points(group=GROUP)}
-    point = offered.get(name)
+    registered = {point.name: point for point in entry_points(group=GROUP)}
+    point = registered.get(name)
     if point is None or not version or _version(point) != version:
-        there = [f"{other.name}=={_version(other)}" for other in offered.values()]
+        installed = [f"{other.name}=={_version(other)}" for other in registered.values()]
         raise InvalidSpecError(
-            "the suite's scoring rule is not installed in the version that it names",
-            expected=f"python:NAME==VERSION, of an entry point in the group {GROUP}",
-            found=f"python:{requirement}; installed: {', '.join(there) or 'none'}",
+            "the suite's scoring rule is not installed in the required version",
+            expected=f"python:NAME==VERSION of an entry point in the group {GROUP}",
+            found=f"python:{requirement}; installed: {', '.join(installed) or 'none'}",
         )
     try:
         is_right = point.load()
-    except Exception as error:  # whatever that package raises
+    except Exception as error:  # the package may raise anything
         raise InvalidSpecError(
             f"the scoring rule {requirement} cannot be loaded",
             found=f"{type(error).__name__}: {error}",
@@ -47,9 +48,8 @@ def entry_point(requirement: str) -> Callable[[str, str], float]:
         right = is_right(answer, reference)
         if not isinstance(right, bool):
             raise EvaluationError(
-                f"the scoring rule {requirement} does not say whether an answer is right",
-                expected="True or False",
-                found=repr(right),
+                f"the scoring rule {requirement} did not return True or False",
+                found=excerpt(repr(right)),
             )
         return 100.0 if right else 0.0
 

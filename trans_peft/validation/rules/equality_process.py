@@ -1,8 +1,8 @@
-"""The process in which math-verify compares answers; started by `mathematics`.
+"""The process in which math-verify compares answers; `mathematics` starts it.
 
-math-verify marks some wrong answers right: it compares a point or an interval with a list of the
-same numbers, a percentage with the number in front of its sign, and intervals that hold no number
-with each other. Such pairs are not compared here, or by their value.
+math-verify accepts some wrong answers: it treats a point or an interval as equal to a list of the
+same numbers, a percentage as equal to the number before its sign, and all empty intervals as equal.
+Here such pairs are unequal, or are compared by value.
 """
 
 import logging
@@ -19,8 +19,8 @@ _EMPTY = re.compile(r"\\(?:emptyset|varnothing)|\\\{\s*\\\}")
 
 
 def main() -> None:
-    """Answer questions, each an answer and its reference, until there are no more."""
-    logging.disable(logging.CRITICAL)  # math-verify warns that nothing would limit its time
+    """Compare pairs of an answer and its reference until standard input ends."""
+    logging.disable(logging.CRITICAL)  # math-verify warns that its own time limit is off
 
     def equal(question: list[str]) -> bool:
         answer, reference = map(_parsed, question)
@@ -38,10 +38,10 @@ def _same(reference: Any, answer: Any) -> bool:
 
 
 def _parsed(text: str) -> list[Any]:
-    """Return what math-verify reads in a final answer: as a formula, and if it has words, as text.
+    """Return what math-verify parses from a final answer.
 
-    A formula without dollar signs would be read as its first number; a number with its unit
-    ("18 dollars") would be read as a product of letters.
+    The answer is parsed as a formula, and also as text if it has words. Without dollar signs only
+    the first number of a formula would be parsed. As a formula, "18 dollars" would be a product.
     """
     from math_verify import parse
 
@@ -49,14 +49,14 @@ def _parsed(text: str) -> list[Any]:
     read = parse(f"${text}$", parsing_timeout=None)
     if _WORD.search(text) and not counts_words(text):
         words = parse(text.replace("\\%", "%"), parsing_timeout=None)
-        # The text that math-verify keeps of a number with a percent sign is the number alone.
+        # Of a number with a percent sign, math-verify's text value is the number alone.
         read += [value for value in words if "%" not in text or not isinstance(value, str)]
     values = map(_with_percentages, read)
     return [value for value in values if not _is_empty(value) or _EMPTY.search(text)]
 
 
 def _with_percentages(value: Any) -> Any:
-    """Return an expression in which 10 % is a tenth: math-verify keeps the hundredth apart."""
+    """Return the expression with 10 % as 1/10; math-verify leaves the factor 1/100 unevaluated."""
     from sympy import Basic, MatrixBase, Rational, UnevaluatedExpr
 
     if not isinstance(value, (Basic, MatrixBase)):
@@ -72,9 +72,9 @@ def _is_empty(value: Any) -> bool:
 
 
 def _shape(value: Any) -> Any:
-    """Return how a value is made of others: a list in any order, a point or interval, or neither.
+    """Return the nesting of a value: unordered lists, ordered points and intervals, or neither.
 
-    A list of one is that one; of an equation the right side counts.
+    A list of one value has the shape of that value, an equation the shape of its right side.
     """
     from sympy import Eq, FiniteSet, Interval, Tuple
 

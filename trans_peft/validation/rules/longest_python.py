@@ -1,14 +1,15 @@
-"""The longest stretch of lines that is Python, found without trying every pair of lines.
+"""Find the longest run of lines in a text that is valid Python, without trying all pairs of lines.
 
-A text of n lines has n²/2 stretches. Three facts keep the search near-linear:
+A text of n lines has n²/2 runs of lines. Three facts keep the search near-linear:
 
-- Where the parser stops at a line before it has read the end of its input, no stretch with that
-  start reaches that line (CPython's own answer: PyCF_ALLOW_INCOMPLETE_INPUT, as `codeop` uses it).
-  The window that is parsed grows only while the input is incomplete.
-- Where a stretch is Python, the lines at which its statements begin start no longer one.
-- Blank lines, comments and decorators before a line do not make a stretch Python or not.
+- If the parser fails before the end of its input, no valid run with that start reaches the line of
+  the error. CPython distinguishes this case from incomplete input with
+  PyCF_ALLOW_INCOMPLETE_INPUT, as in `codeop`. The parsed window grows only while the input is
+  incomplete.
+- Inside a valid run, no longer run starts at the first line of a statement.
+- Blank lines, comments and decorators at the start of a run do not change whether it is valid.
 
-Quadratic time remains for a single statement that never ends, such as `try` without `except`.
+The time is quadratic for a single statement that never ends, such as `try` without `except`.
 """
 
 import ast
@@ -29,9 +30,12 @@ _NEVER_LAST = (":", "\\", "(", "[", "{")
 
 
 def longest_python(lines: Sequence[str]) -> str:
-    """Return the stretch of two lines or more with the most that are not blank; the first such."""
+    """Return the run of at least two lines with the most lines that are not blank.
+
+    Of equally long runs the first is returned; "" if there is none.
+    """
     search = _Search(lines)
-    best, stretch = 0, ""
+    best, longest = 0, ""
     for start in search.starts():
         if search.filled(start, len(lines)) <= best:
             break
@@ -42,12 +46,12 @@ def longest_python(lines: Sequence[str]) -> str:
         search.skip_statements(start, end, module)
         filled = search.filled(start, end)
         if filled > best:
-            best, stretch = filled, "\n".join(lines[start:end])
-    return stretch
+            best, longest = filled, "\n".join(lines[start:end])
+    return longest
 
 
 def parsed(text: str) -> ast.Module | None:
-    """Return what a text is as Python, None where it is not."""
+    """Return the syntax tree of a text, None if it is not valid Python."""
     try:
         return _parse(text)
     except (MemoryError, RecursionError, SyntaxError, ValueError):
@@ -65,12 +69,12 @@ class _Search:
         self._transparent = [_is_transparent(line) for line in lines]
 
     def starts(self) -> Iterator[int]:
-        """Yield the lines at which a stretch may begin that can be longer than those so far."""
+        """Yield the lines at which a run may start that is longer than those found so far."""
         for start, line in enumerate(self._lines):
             if self._skipped[start]:
                 continue
             if line[:1].isspace() and line.strip() and not line.lstrip().startswith("#"):
-                continue  # an indented line opens no program
+                continue  # a program does not start with an indented line
             if self._transparent[start]:
                 self._skip_run(start)
             yield start
@@ -80,7 +84,7 @@ class _Search:
         return self._filled[end] - self._filled[start]
 
     def longest_from(self, start: int) -> tuple[int, ast.Module | None]:
-        """Return the end of the longest stretch from `start`, and the stretch as Python."""
+        """Return the end of the longest run from `start` and its syntax tree, None if none."""
         end = self._bound(start)
         while end > start + 1:
             if not self._lines[end - 1].strip() or self._never_last(end - 1):
@@ -95,7 +99,7 @@ class _Search:
         return start, None
 
     def skip_statements(self, start: int, end: int, module: ast.Module) -> None:
-        """Let no stretch begin in these lines, but inside of a statement of several lines."""
+        """Exclude these lines as starts, except those inside a statement of several lines."""
         inside = bytearray(end - start)
         for node in module.body:
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
@@ -105,7 +109,7 @@ class _Search:
             self._skipped[index] |= not within
 
     def skip_decorated(self, start: int) -> None:
-        """Let no stretch begin behind decorators that none could begin with."""
+        """Exclude the lines after decorators from which no run starts."""
         for line in range(start, len(self._lines) - 1):
             if not _DECORATOR.fullmatch(self._lines[line]):
                 break
@@ -122,7 +126,7 @@ class _Search:
             self._skipped[after] = True
 
     def _bound(self, start: int) -> int:
-        """Return an end that no stretch from `start` exceeds."""
+        """Return an upper bound for the end of every run from `start`."""
         size, total = _FIRST_WINDOW, len(self._lines)
         while True:
             end = min(start + size, total)
@@ -140,7 +144,7 @@ class _Search:
             size *= 2
 
     def _too_deep(self, start: int, end: int) -> int:
-        """Return the first line, counted as an end, that the parser cannot get over."""
+        """Return the first end at which the parser fails because of nesting or memory."""
         low, high = start, end
         while low < high:
             middle = (low + high) // 2
@@ -158,7 +162,7 @@ class _Search:
         return end if error.lineno is None else min(self._index(start, error.lineno), end)
 
     def _index(self, start: int, number: int) -> int:
-        """Return which line holds a line number that Python counts from `start`."""
+        """Return the index of the line with a number that Python counts from `start`."""
         wanted, low, high = self._numbers[start] + number, start, len(self._lines)
         while low < high:
             middle = (low + high) // 2
@@ -169,7 +173,7 @@ class _Search:
         return low
 
     def _never_last(self, index: int) -> bool:
-        """Whether no program ends with this line, as seen from the line alone."""
+        """Whether the line alone shows that no program ends with it."""
         line = self._lines[index].rstrip()
         plain = not {"#", '"', "'"} & set(line)
         if not plain:
@@ -187,5 +191,5 @@ def _is_transparent(line: str) -> bool:
 
 def _parse(text: str, flags: int = ast.PyCF_ONLY_AST) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes are the author's
+        warnings.simplefilter("ignore")  # about invalid escapes in the text
         return compile(text, "<unknown>", "exec", flags, dont_inherit=True)

@@ -1,12 +1,12 @@
-"""Whether two mathematical answers are equal, by math-verify, in a process that may be killed.
+"""Compare mathematical answers with math-verify, in a process with limits.
 
-math-verify guards itself with SIGALRM, which works in a main thread only and does not interrupt a
-long operation on huge numbers. Here it runs without that guard in a process of its own
-(`trans_peft.isolation.limited`), which is ended after `CPU_LIMIT_S` of processor time on one
-comparison. What takes longer, or more memory, is not equal. A machine that gives the process no
-time at all is an error.
+math-verify limits its time with SIGALRM, which works in the main thread only and does not interrupt
+a long operation on huge numbers. Here it runs without SIGALRM in a separate process
+(`trans_peft.isolation.limited`), which is killed after `CPU_LIMIT_S` of processor time for one
+comparison. Answers whose comparison exceeds the time or memory limit count as not equal.
 """
 
+from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import DataError
 from trans_peft.isolation.limited import Limited
 
@@ -18,10 +18,10 @@ _process = Limited("trans_peft.validation.rules.equality_process")
 
 
 def math_verify(marker: str) -> "_MathVerify":
-    """Return the rule under which the final answers are mathematically equal.
+    """Return the rule that accepts mathematically equal final answers.
 
-    The final answer is what stands after the last `marker`, up to a full stop at a line's end
-    (as MetaMath reads it); without a marker it is the whole text.
+    The final answer is the text after the last `marker`, up to a full stop at the end of a line, as
+    in MetaMath. With an empty marker it is the whole text.
     """
     return _MathVerify(marker)
 
@@ -35,7 +35,10 @@ class _MathVerify:
     def __call__(self, answer: str, reference: str) -> float:
         wanted = self._final(reference)
         if not wanted:
-            raise DataError(f"nothing stands after {self._marker!r} in the reference")
+            raise DataError(
+                f"the reference has no text after {excerpt(self._marker)}",
+                found=excerpt(reference),
+            )
         given = self._final(answer)
         return 100.0 if given and equal(given, wanted) else 0.0
 
@@ -45,10 +48,10 @@ class _MathVerify:
 
 
 def equal(answer: str, reference: str) -> bool:
-    """Return whether two answers (text or LaTeX, without words around them) are equal.
+    """Return whether two answers (text or LaTeX, without other words) are equal.
 
-    The same text is equal. Any thread may ask. Raises EvaluationError where the process that
-    compares cannot be started or gets no time.
+    Equal texts are equal. Safe to call from any thread. Raises EvaluationError if the comparing
+    process cannot be started or gets no processor time.
     """
     if answer == reference:
         return True

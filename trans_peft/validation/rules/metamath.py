@@ -1,10 +1,11 @@
-"""How MetaMath's own code marks GSM8K and MATH: `eval_gsm8k.py`, `eval_math.py` and `util.py`.
+"""MetaMath's scoring of GSM8K and MATH (`eval_gsm8k.py`, `eval_math.py` and `util.py`).
 
-GSM8K: the first number after the last "The answer is: ", rounded to a whole number, is the
-reference's. MATH: the text after it, up to a full stop at a line's end, has the normal form of the
-reference's, that of Hendrycks' MATH release (`math_equivalence.py`).
+GSM8K: the first number after the last "The answer is: ", rounded to an integer, must equal the
+reference's. MATH: the text after it, up to a full stop at the end of a line, must have the same
+normal form as the reference's; the normal form is that of Hendrycks' MATH release
+(`math_equivalence.py`).
 
-An output on which MetaMath's evaluation would end with an exception ("1/00") is wrong.
+An answer for which MetaMath's code raises an exception ("1/00") is wrong.
 """
 
 import math
@@ -29,16 +30,14 @@ _NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 
 
 def metamath_gsm8k(answer: str, reference: str) -> float:
-    """Return 100 if the answer's number, rounded, is the reference's whole number, else 0."""
+    """Return 100 if the answer's number, rounded, equals the reference's integer, else 0."""
     _, found, rest = reference.rpartition(MARKER)
     try:
         wanted = float(int(rest.replace(",", ""))) if found else None
     except (OverflowError, ValueError):
         wanted = None
     if wanted is None:
-        raise DataError(
-            f"no whole number stands after {MARKER!r} in the reference", found=excerpt(reference)
-        )
+        raise DataError(f"the reference has no integer after {MARKER!r}", found=excerpt(reference))
     given = rounded_number(answer)
     return 100.0 if given is not None and float(given) == wanted else 0.0
 
@@ -46,13 +45,11 @@ def metamath_gsm8k(answer: str, reference: str) -> float:
 def metamath_math(answer: str, reference: str) -> float:
     """Return 100 if the answer has the reference's normal form, else 0.
 
-    Where one of them has none, the same text is right.
+    If one of them has no normal form, the texts are compared.
     """
     _, _, wanted = reference.rpartition(MARKER)
     if MARKER not in reference or not wanted.strip():
-        raise DataError(
-            f"nothing stands after {MARKER!r} in the reference", found=excerpt(reference)
-        )
+        raise DataError(f"the reference has no text after {MARKER!r}", found=excerpt(reference))
     given = final_answer(answer)
     if given is None:
         return 0.0
@@ -65,7 +62,7 @@ def metamath_math(answer: str, reference: str) -> float:
 def rounded_number(text: str) -> int | None:
     """Return the first number after the last marker, rounded half to even.
 
-    None where there is no such number, or where MetaMath's evaluation ends with an exception.
+    None if there is no such number, or if MetaMath's code raises an exception.
     """
     _, found, rest = text.rpartition(MARKER)
     number = _NUMBER.search(rest.strip()) if found else None
@@ -94,15 +91,15 @@ def _is_number(text: str) -> bool:
 
 
 def final_answer(text: str) -> str | None:
-    """Return the text after the last marker, up to a full stop at a line's end; None without."""
+    """Return the text after the last marker, up to a full stop at a line's end, or None."""
     _, found, rest = text.rpartition(MARKER)
     return rest.split(".\n")[0].strip().removesuffix(".").strip() if found else None
 
 
 def normal_form(text: str) -> str:
-    """Return the text as Hendrycks' MATH release compares it (`math_equivalence.strip_string`).
+    """Return the normal form of Hendrycks' MATH release (`math_equivalence.strip_string`).
 
-    Raises ValueError or IndexError where that code fails.
+    Raises ValueError or IndexError if that code fails.
     """
     for old, new in (
         ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
@@ -131,7 +128,7 @@ def normal_form(text: str) -> str:
 
 
 def _with_braces(text: str, command: str, *, arguments: int) -> str:
-    """Return the text with the command's one-character arguments in braces: \\sqrt3, \\frac12."""
+    """Return the text with one-character arguments of a command in braces (\\sqrt3, \\frac12)."""
     before, *parts = text.split(command)
     done = before
     for part in parts:

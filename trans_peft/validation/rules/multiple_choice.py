@@ -1,34 +1,38 @@
-"""Choice by log-likelihood: right is who finds the completion likelier than all other choices.
+"""Multiple choice by log-likelihood: the likeliest choice is the model's answer.
 
-`trans_peft.validation.decoding.likelihoods` finds which choice that is; the rule says by which
-measure, and marks it.
+`trans_peft.validation.decoding.likelihoods` computes the log-likelihoods. This module defines the
+measures by which they are compared, and the scoring rule.
 """
 
 from collections.abc import Callable
 from enum import StrEnum
 
+from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["Measure", "chosen"]
 
 
 class Measure(StrEnum):
-    """What is compared between the choices of an item."""
+    """What is compared between the choices of an item (the values are names in a suite)."""
 
     SUM = ""
-    """The log-likelihood of the whole choice; lm-evaluation-harness' `acc`."""
+    """Log-likelihood of the whole choice; `acc` of lm-evaluation-harness."""
     PER_TOKEN = "per_token"  # noqa: S105
-    """Its mean over the choice's tokens."""
+    """Mean log-likelihood of the choice's tokens."""
     PER_CHARACTER = "per_character"
-    """Its mean over the choice's characters, white space around them left aside; `acc_norm`."""
+    """Log-likelihood per character, without white space at both ends; `acc_norm`."""
 
 
 def chosen(measure: str) -> Callable[[str, str], float]:
-    """Return the rule: 100 where the answer is the reference, to the letter, else 0."""
+    """Return the rule that compares the chosen text with the reference, character by character.
+
+    InvalidSpecError for an unknown measure.
+    """
     if measure not in [known.value for known in Measure]:
         raise InvalidSpecError(
-            "choices cannot be compared like that",
+            "unknown measure of choices",
             expected="choice, choice:per_token or choice:per_character",
-            found=f"choice:{measure}",
+            found=excerpt(f"choice:{measure}"),
         )
     return lambda answer, reference: 100.0 if answer == reference else 0.0

@@ -1,7 +1,7 @@
-"""How a final answer writes its numbers, in one notation that a LaTeX parser reads.
+"""Rewrite the numbers of a final answer in a notation that a LaTeX parser reads correctly.
 
-A parser of formulas reads "1,234/1" as the list 1 and 234/1, digits of other scripts not at all,
-and "10 thousand" as 10 with a unit. `plain` writes the same value so that it is read as that value:
+A formula parser reads "1,234/1" as the list 1 and 234/1, ignores digits of other scripts, and reads
+"10 thousand" as 10 with a unit. `plain` rewrites such numbers:
 
 - digits, signs, separators and fractions of other scripts as ASCII or LaTeX (Arabic-Indic digits,
   full-width ones, one half as one character, the minus sign);
@@ -62,12 +62,12 @@ def plain(text: str) -> str:
 
 
 def counts_words(text: str) -> bool:
-    """Return whether a word says what to do with a number: "half of 10" has not the value 10."""
+    """Return whether a word changes the value of a number: "half of 10" is not 10."""
     return bool(_COUNTING.search(text))
 
 
 def _mixed(text: str) -> str:
-    """Return the text with superscript digits joined: two of them are one exponent."""
+    """Return the text with each run of superscript digits as one exponent."""
     return re.sub(
         "[\u207b\u00b9\u00b2\u00b3\u2070-\u2079]+",
         lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}",
@@ -91,7 +91,7 @@ def _in_latex(sign: str) -> str:
 
 
 def _without_thousands(text: str) -> str:
-    """Return the text without thousands separators outside of ( ), [ ] and \\{ \\}."""
+    """Remove thousands separators, except inside ( ), [ ] and \\{ \\}."""
     depth, parts, start = 0, list[str](), 0
     for found in re.finditer(r"\\?[()\[\]{}]", text):
         opening, closing = found[0] in ("(", "[", "\\{"), found[0] in (")", "]", "\\}")

@@ -1,14 +1,16 @@
-"""How the paper's own code marks GSM8K and MATH (gccnlp/Trans-PEFT @f4a065f, `math_infer`).
+"""The paper's scoring of GSM8K and MATH (gccnlp/Trans-PEFT @f4a065f, `math_infer`).
 
-It reads answers as MetaMath does and compares them more loosely than math-verify: numbers within a
-ten-thousandth, and also a hundred times too large or too small; GSM8K's after rounding to whole
-numbers. The comparison itself (`grader.math_equal`) is not in the authors' repository; it is that
-of microsoft/ToRA, which others restate alike.
+Answers are parsed as in MetaMath and compared more loosely than with math-verify: numbers are equal
+within a relative difference of 1e-4, and also if one is a hundred times the other. Numbers of GSM8K
+are rounded to integers first. The comparison (`grader.math_equal`) is missing in the authors'
+repository; this is the one of microsoft/ToRA.
 
-Where this differs: what is neither number, interval nor the same normal form is compared by
-math-verify, while `math_equal` evaluates a model's answer as Python. And an answer whose
-normalisation fails ("x/y") is wrong unless it is the same text, as in MetaMath's own code; the
-authors' compares it with itself there, which makes it right whatever the reference.
+Two differences from the authors' code:
+
+- Answers that are neither numbers nor intervals and differ in their normal form are compared by
+  math-verify, because `math_equal` evaluates the model's answer as Python.
+- An answer without a normal form ("x/y") is wrong unless the texts are equal, as in MetaMath. The
+  authors' code compares it with itself, so it is always right there.
 """
 
 import math
@@ -31,30 +33,26 @@ _BRACKETS = str.maketrans("", "", "{}()")
 
 
 def paper_gsm8k(answer: str, reference: str) -> float:
-    """Return 100 if the first number after the last "The answer is: ", rounded, is the reference's.
+    """Return 100 if the rounded number after "The answer is: " equals the reference's, else 0.
 
-    Or a hundredth of it, or a hundred times as much.
+    A hundredth of the reference, and a hundred times the reference, count as equal.
     """
     wanted = rounded_number(reference)
     if wanted is None:
-        raise DataError(
-            f"no number stands after {MARKER!r} in the reference", found=excerpt(reference)
-        )
+        raise DataError(f"the reference has no number after {MARKER!r}", found=excerpt(reference))
     given = rounded_number(answer)
     return 100.0 if given is not None and _close(float(given), float(wanted)) else 0.0
 
 
 def paper_math(answer: str, reference: str) -> float:
-    """Return 100 if the text after the last "The answer is: " equals the reference's, loosely."""
+    """Return 100 if the text after the last "The answer is: " equals the reference's, else 0."""
     wanted = final_answer(reference)
     if not wanted:
-        raise DataError(
-            f"nothing stands after {MARKER!r} in the reference", found=excerpt(reference)
-        )
+        raise DataError(f"the reference has no text after {MARKER!r}", found=excerpt(reference))
     given = final_answer(answer)
     if given is None:
         return 0.0
-    with suppress(IndexError, ValueError):  # then as they are
+    with suppress(IndexError, ValueError):  # without a normal form, the texts are compared
         given, wanted = normal_form(given), normal_form(wanted)
     return 100.0 if given == wanted or _math_equal(given, wanted) else 0.0
 

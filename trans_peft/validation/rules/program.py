@@ -59,7 +59,7 @@ def code(setting: str, may_lack: Collection[str] = frozenset()) -> Callable[[str
             "this worker cannot run programs with the suite's settings",
             expected=f"code:{PYTHON}, and after a + each guard that may be missing "
             f"({', '.join(Guard)})",
-            found=f"code:{setting}",
+            found=excerpt(f"code:{setting}"),
             do="evaluate on a worker with that version of Python, or change the suite and evaluate "
             "all adapters and bases again",
         )

@@ -1,4 +1,4 @@
-"""The process in which a user's regular expression is searched for; started by `text`."""
+"""The process that compiles and searches users' regular expressions; `text` starts it."""
 
 import re
 

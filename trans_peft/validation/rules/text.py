@@ -1,7 +1,7 @@
-"""Rules that compare texts: the same, alike, the same labels, the same extract, the same JSON.
+"""Scoring rules for texts: exact match, chrF, ROUGE-L, labels, regular expressions, JSON.
 
-Each gives an answer a degree from 0 to 100 against its reference, and raises DataError for a
-reference that no answer could equal.
+Each rule returns a score of 0 to 100 for an answer and its reference, and raises DataError for a
+reference that no answer can match.
 """
 
 import re
@@ -30,15 +30,16 @@ _ROUGE_WORD = re.compile(r"[a-z0-9]+")
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Return 100 if both are the same text, white space around them left aside, else 0."""
+    """Return 100 if both are the same text apart from white space at both ends, else 0."""
     return 100.0 if answer.strip() == reference.strip() else 0.0
 
 
 def chrf(answer: str, reference: str) -> float:
-    """Return chrF of one answer, 0 to 100: character n-grams up to 6, recall weighted twice.
+    """Return chrF of one answer, 0 to 100: character n-grams up to order 6, recall weighted twice.
 
-    M. Popović, "chrF: character n-gram F-score for automatic MT evaluation", WMT 2015, as sacrebleu
-    computes it for a sentence (white space removed, orders longer than a text left out).
+    Source: M. Popović, "chrF: character n-gram F-score for automatic MT evaluation", WMT 2015.
+    Equal to sacrebleu's `sentence_chrf`: white space is removed, and orders longer than a text are
+    left out.
     """
     _check_length(reference)
     texts = ["".join(text.split()) for text in (answer, reference)]
@@ -62,14 +63,18 @@ def _ngrams(text: str, order: int) -> Counter[str]:
 def rouge_l(answer: str, reference: str) -> float:
     """Return ROUGE-L of one answer, 0 to 100: F1 of the longest common subsequence of words.
 
-    C.-Y. Lin, "ROUGE: a package for automatic evaluation of summaries", 2004, as the package
-    rouge-score computes `rougeL` without a stemmer: words are runs of a-z and 0-9 in lower case, so
-    that it says nothing of other alphabets (chrF does).
+    Source: C.-Y. Lin, "ROUGE: a package for automatic evaluation of summaries", 2004. Equal to
+    `rougeL` of the package rouge-score without a stemmer: words are runs of a-z and 0-9 in lower
+    case. Use chrF for other alphabets.
     """
     _check_length(reference)
     given, wanted = (_ROUGE_WORD.findall(text.lower()) for text in (answer, reference))
     if not wanted:
-        raise DataError("ROUGE-L finds no word in the reference", found=excerpt(reference))
+        raise DataError(
+            "the reference has no word for ROUGE-L",
+            expected="at least one run of the characters a-z and 0-9",
+            found=excerpt(reference),
+        )
     shared = _longest_common_subsequence(given, wanted)
     return 200.0 * shared / (len(given) + len(wanted))
 
@@ -104,12 +109,11 @@ def _check_length(reference: str) -> None:
 def label_f1(answer: str, reference: str) -> float:
     """Return the F1, 0 to 100, of the labels in an answer against those in its reference.
 
-    Labels stand between commas or on lines of their own, in any order, a repeated one counts once.
-    With one label on each side it is exact match.
+    Commas and line breaks separate labels. Their order and repetitions do not count.
     """
     given, wanted = _labels(answer), _labels(reference)
     if not wanted:
-        raise DataError("the reference names no label", found=excerpt(reference))
+        raise DataError("the reference has no label", found=excerpt(reference))
     return 200.0 * len(given & wanted) / (len(given) + len(wanted))
 
 
@@ -118,11 +122,12 @@ def _labels(text: str) -> set[str]:
 
 
 def regex(pattern: str) -> Callable[[str, str], float]:
-    """Return the rule under which the pattern's first match is the same in answer and reference.
+    """Return the rule that compares the pattern's first match in answer and reference.
 
-    What counts of a match is its first group, or all of it where the pattern has none. A pattern
-    can need longer than anybody waits (`(a+)+b`): the rule raises EvaluationError where both
-    searches together take more than `CPU_LIMIT_S` of processor time.
+    The first group of the matches is compared, or the whole matches if the pattern has no group.
+    The pattern is compiled and searched in a child process. InvalidSpecError for a pattern that
+    cannot be compiled or takes more than `COMPILE_LIMIT_S`. The rule raises EvaluationError if both
+    searches together take more than `CPU_LIMIT_S`, as those of `(a+)+b` can.
     """
     if len(pattern) > MAX_PATTERN_LENGTH:
         problem: object = f"{len(pattern)} characters, at most {MAX_PATTERN_LENGTH} are allowed"
@@ -158,10 +163,10 @@ def regex(pattern: str) -> Callable[[str, str], float]:
 
 
 def json_equal(answer: str, reference: str) -> float:
-    """Return 100 if both are JSON of the same value, else 0.
+    """Return 100 if both are JSON with equal values, else 0.
 
-    The order of keys and white space do not count, 1 and 1.0 are equal, true and 1 are not. An
-    answer must be JSON as a whole, without NaN and with each key once.
+    The order of keys and white space do not count. 1 and 1.0 are equal, true and 1 are not. An
+    answer with NaN, a repeated key or other text around the JSON is wrong.
     """
     try:
         wanted = _typed(_json(reference))
@@ -181,14 +186,14 @@ def _json(text: str) -> Any:
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice in one object")
+            raise ValueError("an object has a repeated key")
         return dict(pairs)
 
     return parse_json(text, parse_constant=refuse, object_pairs_hook=once)
 
 
 def _typed(value: Any) -> Any:
-    """Return a value in which true is no longer 1, to Python's ==."""
+    """Return a copy of the value in which true and 1 are not equal."""
     if isinstance(value, bool):
         return ("bool", value)
     if isinstance(value, dict):
