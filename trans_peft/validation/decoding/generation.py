@@ -69,11 +69,11 @@ def generate(
         on_progress: called with the finished answers and the total.
 
     The model's training modes are restored. Raises EvaluationError if logits are not finite or a
-    single prompt does not fit into memory; InvalidSpecError for empty prompts, `max_new_tokens`
-    below 1 and a wrong number of drafts; UnsupportedModelError for adapters that add virtual tokens
-    (prompt tuning, prefix tuning).
+    single prompt does not fit into memory; InvalidSpecError for empty prompts, empty stop strings,
+    `max_new_tokens` below 1 and a wrong number of drafts; UnsupportedModelError for adapters that
+    add virtual tokens (prompt tuning, prefix tuning).
     """
-    _check(model, prompts, max_new_tokens, drafts)
+    _check(model, prompts, max_new_tokens, stop, drafts)
     ends = _AnswerEnds(model, tokenizer, stop, end_tokens)
     drafts = [ends.before(d, max_new_tokens) for d in drafts or [()] * len(prompts)]
     rows = [DecodingRow(prompt, draft) for prompt, draft in zip(prompts, drafts, strict=True)]
@@ -119,12 +119,15 @@ def _check(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    stop: Sequence[str],
     drafts: Sequence[Sequence[int]] | None,
 ) -> None:
     check_adapter(model)
     empty = [i for i, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise InvalidSpecError("prompts have no tokens", found=f"positions {empty[:10]}")
+    if not all(stop):
+        raise InvalidSpecError("a stop string is empty", found=list(stop))
     if max_new_tokens < 1:
         raise InvalidSpecError("max_new_tokens must be at least 1", found=max_new_tokens)
     if drafts is not None and len(drafts) != len(prompts):
