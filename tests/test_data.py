@@ -120,7 +120,7 @@ def test_a_bad_row_is_refused_with_its_line_and_reason(line, reason):
     assert reason in str(caught.value)
 
 
-def test_all_bad_rows_are_told_at_once():
+def test_all_invalid_rows_are_listed_in_one_error():
     lines = "\n".join([*(line for line, _ in BAD), ""]).encode()
     with pytest.raises(DataError) as caught:
         parse_examples(lines, "rows")
@@ -146,7 +146,7 @@ def test_rows_of_two_shapes_are_refused(tmp_path):
         read(tmp_path, PLAIN, CHAT)
 
 
-def test_an_id_that_stands_twice_is_refused(tmp_path):
+def test_a_repeated_id_is_refused(tmp_path):
     with pytest.raises(DataError, match="line 3: id '7' is also the id of line 1"):
         read(tmp_path, PLAIN | {"id": 7}, PLAIN | {"id": 8}, PLAIN | {"id": "7"})
 
@@ -198,7 +198,7 @@ def test_a_chat_in_parquet_is_read(tmp_path):
     assert read_examples(DataSource(str(tmp_path / "rows.parquet")), STORE) == read(tmp_path, CHAT)
 
 
-def test_what_is_no_parquet_is_refused(tmp_path):
+def test_a_file_that_is_not_parquet_is_refused(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"{}")
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         read_examples(DataSource(str(tmp_path / "rows.parquet")), STORE)
@@ -222,7 +222,7 @@ def test_a_hub_data_set_is_read_by_name_configuration_and_split(monkeypatch):
 
 
 @pytest.mark.parametrize("uri", ["rows.csv", "rows", "hub:", "hub:a:b:c:d"])
-def test_what_cannot_be_read_is_refused(uri):
+def test_an_unsupported_uri_is_refused(uri):
     with pytest.raises(DataError, match="expected"):
         read_examples(DataSource(uri), STORE)
 
@@ -266,7 +266,7 @@ def test_a_chat_needs_a_chat_template():
         chat.prompt_ids(tokenizer)
 
 
-def test_every_chat_that_the_template_refuses_is_told():
+def test_all_chats_that_the_template_refuses_are_listed():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no ' ~ messages[0].role) }}"
     chats = [

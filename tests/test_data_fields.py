@@ -83,7 +83,7 @@ def test_a_field_that_would_change_the_prompt_or_the_loss_is_refused(shape, name
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("empty", [None, "", [], {}])
-def test_an_empty_field_says_nothing(shape, empty):
+def test_an_empty_field_is_ignored(shape, empty):
     row = SHAPES[shape]
     assert parse(dict.fromkeys(CHANGING, empty) | row) == parse(row)
 
@@ -105,7 +105,7 @@ def test_metadata_changes_nothing(shape):
         (ALPACA, {"question": "Add."}),
     ],
 )
-def test_a_text_that_the_prompt_or_answer_holds_is_a_left_over_column(row, more):
+def test_a_text_that_the_prompt_or_answer_contains_is_ignored(row, more):
     assert parse(row | more) == parse(row)
 
 
@@ -161,7 +161,7 @@ def test_a_role_that_is_not_known_is_refused(role):
         parse({"messages": turns})
 
 
-def test_missing_fields_of_a_parquet_struct_are_null_and_say_nothing(tmp_path):
+def test_missing_fields_of_a_parquet_struct_are_null_and_ignored(tmp_path):
     turns = [turn | {"tool_calls": None, "name": None} for turn in CHAT["messages"]]
     source = DataSource(str(tmp_path / "rows.parquet"))
 
@@ -185,7 +185,7 @@ def test_a_raw_row_may_have_other_columns_but_none_that_would_change_the_prompt(
     assert "the field 'system' is not supported" in refused.reason
 
 
-def test_every_such_field_is_told():
+def test_all_unsupported_fields_are_listed():
     row = PLAIN | {"tools": [1], "weight": 0.5}
     assert len(list(unsupported_fields(row, frozenset(PLAIN), ""))) == 2
     with pytest.raises(DataError) as caught:

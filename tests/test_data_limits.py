@@ -68,7 +68,7 @@ def test_json_that_takes_more_memory_than_it_may_is_refused(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("text", ['{"a":' * 100_000, "[" * 100_000, '{"a":[{"b":' * 50_000])
-def test_json_nested_without_end_is_an_unreadable_row(tmp_path, text):
+def test_deeply_nested_json_is_an_invalid_row(tmp_path, text):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + text + "\n")
     with pytest.raises(DataError, match="line 2: not JSON"):

@@ -78,24 +78,24 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_line_that_cannot_be_used_is_told_with_its_place(fault):
-    line, told = FAULTS[fault]
+def test_an_invalid_line_is_reported_with_its_place(fault):
+    line, message = FAULTS[fault]
     with pytest.raises(DataError) as caught:
         parse_examples(f"{GOOD}\n\n{line}\n{GOOD}".encode(), "mine.jsonl")
     assert "mine.jsonl: 1 of 3 rows" in str(caught.value)
     assert "line 3: " in str(caught.value)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_item_that_cannot_be_used_is_told_with_its_place(fault):
-    line, told = FAULTS[fault]
+def test_an_invalid_item_is_reported_with_its_place(fault):
+    line, message = FAULTS[fault]
     with pytest.raises(DataError) as caught:
         parse_examples(f"[{GOOD},\n {line}, {GOOD}]".encode(), "mine.json")
     assert "mine.json: " in str(caught.value)
     assert "item 2: " in str(caught.value)
     if fault != "two values":
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_file_in_another_encoding_is_refused(encoding):
 
 @pytest.mark.parametrize("text", [GOOD, f"[{GOOD}]", f"[\n{GOOD}\n]\n", f"\r\n{GOOD}\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_a_list_lines_and_a_byte_order_mark_make_no_difference(text, mark):
+def test_a_list_and_lines_and_a_byte_order_mark_give_the_same_rows(text, mark):
     assert parse_examples((mark + text).encode(), "x") == parse_examples(GOOD.encode(), "x")
 
 
@@ -204,7 +204,7 @@ def two_columns(name):
     return pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["completion", name, name])
 
 
-def test_a_column_that_stands_twice_is_refused(tmp_path):
+def test_a_repeated_column_is_refused(tmp_path):
     source = DataSource(str(tmp_path / "mine.parquet"))
     pyarrow.parquet.write_table(two_columns("prompt"), source.uri)
     with pytest.raises(DataError, match=r"mine\.parquet: several columns of the same name"):
@@ -233,14 +233,14 @@ def test_what_was_read_can_be_written(tmp_path):
     assert parse_examples(path.read_bytes(), "x") == examples
 
 
-def test_only_rows_with_faults_are_lost_in_a_list():
+def test_an_invalid_item_of_a_list_does_not_affect_others():
     text = f'[{GOOD}, {{"a": 1, "a": 2}}, 5, {GOOD}]'
     read = json_rows(text.encode(), "x")
     assert [where for where, _ in read] == ["item 1", "item 2", "item 3", "item 4"]
     assert [isinstance(value, InvalidRow) for _, value in read] == [False, True, False, False]
 
 
-def test_an_example_knows_where_its_row_stands(tmp_path):
+def test_an_example_has_the_place_of_its_row(tmp_path):
     """A row without an id has a hash for one, by which nobody finds it."""
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     path = tmp_path / "mine.jsonl"

@@ -82,12 +82,12 @@ def same(first, second):
     return type(first) is type(second) and first == second
 
 
-def test_every_template_is_here():
+def test_every_template_is_tested():
     assert ROWS.keys() == TEMPLATES.keys()
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_value_of_the_data_set_is_taken(name):
+def test_every_value_of_the_data_set_is_accepted(name):
     row, values = ROWS[name]
     for column, known in values.items():
         for value in known:
@@ -125,7 +125,7 @@ def test_a_missing_column_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "message"),
     [
         ("boolq", {"answer": "false"}, "answer must be one of True, False, found 'false'"),
         ("boolq", {"answer": 0}, "answer must be"),
@@ -171,10 +171,10 @@ def test_a_missing_column_is_refused(name):
         ("mbpp_plus", {"test_list": []}, "test_list must be"),
     ],
 )
-def test_a_label_that_the_data_set_does_not_have_is_told(name, changes, told):
+def test_an_unknown_label_is_refused_with_its_reason(name, changes, message):
     value = read(name, ROWS[name][0] | changes)
     assert isinstance(value, InvalidRow)
-    assert told in value.reason
+    assert message in value.reason
 
 
 @pytest.mark.parametrize("labels", [list("ABC"), list("ABCDE"), list("123"), list("12345")])
@@ -186,7 +186,7 @@ def test_arc_has_three_to_five_choices_with_letters_or_digits(labels):
 
 
 @pytest.mark.parametrize("name", LLM_ADAPTERS)
-def test_llm_adapters_rows_name_an_answer_that_their_instruction_offers(name):
+def test_the_answer_of_an_llm_adapters_row_must_be_in_its_instruction(name):
     names = LLM_ADAPTERS[name]
     instruction = f"Choose.\n\nAnswer format: {'/'.join(names)}"
     for own in names:
@@ -194,7 +194,7 @@ def test_llm_adapters_rows_name_an_answer_that_their_instruction_offers(name):
         assert read(name, row)["completion"] == f" {row['output']}"
         assert read(name, row | {"answer": own}) == read(name, row)
     row["output"] = f"the correct answer is {names[0]}"
-    for changes, told in [
+    for changes, message in [
         ({"output": "the correct answer is answer9"}, "output must be one of"),
         ({"output": names[0]}, "output must be one of"),
         ({"output": ""}, "output must be one of"),
@@ -204,10 +204,10 @@ def test_llm_adapters_rows_name_an_answer_that_their_instruction_offers(name):
         ({"instruction": "Choose.\n\nAnswer format: x/y"}, "the instruction lists 'x/y'"),
         ({"instruction": " "}, "instruction must be text"),
     ]:
-        assert told in read(name, row | changes).reason
+        assert message in read(name, row | changes).reason
 
 
-def test_all_faults_of_a_row_are_told_at_once():
+def test_all_faults_of_a_row_are_listed():
     value = read("piqa", {"goal": "", "sol1": "a", "label": 2})
     assert "goal must be" in value.reason
     assert "'sol2' is missing" in value.reason
@@ -216,7 +216,7 @@ def test_all_faults_of_a_row_are_told_at_once():
 
 @pytest.mark.parametrize("row", [[], "x", 5, None, True])
 @pytest.mark.parametrize("name", ROWS)
-def test_what_is_no_object_is_refused(name, row):
+def test_a_row_that_is_not_an_object_is_refused(name, row):
     assert "must be an object" in read(name, row).reason
 
 

@@ -99,7 +99,7 @@ def read(folder, template, *rows, name="rows.jsonl"):
 
 
 @pytest.mark.parametrize("name", COMMONSENSE)
-def test_commonsense_is_asked_as_in_llm_adapters(name, tmp_path):
+def test_commonsense_prompts_are_those_of_llm_adapters(name, tmp_path):
     raw, instruction, label = COMMONSENSE[name]
     (example,) = read(tmp_path, name, raw)
     output = f"the correct answer is {label}"
@@ -109,7 +109,7 @@ def test_commonsense_is_asked_as_in_llm_adapters(name, tmp_path):
     assert read(tmp_path, name, theirs, name="test.json") == (example,)
 
 
-def test_gsm8k_is_asked_as_in_metamath(tmp_path):
+def test_gsm8k_prompts_are_those_of_metamath(tmp_path):
     row = {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4, or 4,000 m.\n#### 4,000"}
     (example,) = read(tmp_path, "gsm8k", row)
     assert example.prompt == METAMATH.format(instruction="Two and two?")
@@ -125,7 +125,7 @@ def test_gsm8k_is_asked_as_in_metamath(tmp_path):
         ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
     ],
 )
-def test_math_is_asked_as_in_metamath(solution, answer, tmp_path):
+def test_math_prompts_are_those_of_metamath(solution, answer, tmp_path):
     (example,) = read(tmp_path, "math", {"problem": "How many {x}?", "solution": solution})
     assert example.prompt == METAMATH.format(instruction="How many {x}?")
     assert example.completion == f" {solution}\nThe answer is: {answer}"
@@ -138,7 +138,7 @@ MBPP = {
 }  # fmt: skip
 
 
-def test_programs_are_asked_with_docstrings_and_carry_their_tests(tmp_path):
+def test_prompts_of_programs_have_docstrings_and_references_have_tests(tmp_path):
     row = {
         "task_id": "HumanEval/0", "prompt": '\ndef inc(x):\n    """Add one."""\n',
         "canonical_solution": "    return x + 1\n", "entry_point": "inc",
@@ -168,19 +168,19 @@ def test_programs_are_asked_with_docstrings_and_carry_their_tests(tmp_path):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_rows_that_a_template_cannot_read_are_told_at_once(name, tmp_path):
+def test_all_rows_that_a_template_refuses_are_listed(name, tmp_path):
     with pytest.raises(DataError) as error:
         read(tmp_path, name, {"task_id": 11, "answer": 5, "label": "x"}, ["no object"])
     assert "2 of 2 rows are invalid" in str(error.value)
     assert f"line 1: not a row of {name}: " in str(error.value)
 
 
-def test_a_template_that_is_not_there_is_refused(tmp_path):
+def test_an_unknown_template_is_refused(tmp_path):
     with pytest.raises(InvalidSpecError, match="boolq, piqa"):
         read(tmp_path, "squad", {})
 
 
-def test_a_broken_archive_is_told(tmp_path):
+def test_a_broken_archive_is_refused(tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(b"no archive")
     with pytest.raises(DataError, match="cannot be decompressed"):
         read_examples(DataSource(str(tmp_path / "rows.jsonl.gz")), STORE)
@@ -195,7 +195,7 @@ def test_the_template_is_part_of_a_suites_hash_and_the_pin_is_of_the_raw_bytes(t
     assert len(hashes) == 2
 
 
-def test_what_came_later_leaves_old_hashes_alone():
+def test_new_fields_do_not_change_old_hashes():
     """Hashes that were stored before data had templates and suites a chance level."""
     suite = Suite("sums", DataSource("x.jsonl", "ab" * 32), "chrf", threshold=50.0, limit=7)
     assert suite.suite_sha256.startswith("bf67d7cb47efe001")
@@ -217,7 +217,7 @@ def test_choices_and_references_are_read_and_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"choices": "ab"}, "must be a list of texts"),
         ({"choices": ["a", 1]}, "must be a list of texts"),
@@ -228,6 +228,6 @@ def test_choices_and_references_are_read_and_written(tmp_path):
         ({"reference": " "}, "reference is empty"),
     ],
 )
-def test_choices_and_references_that_cannot_be_used_are_told(changes, told, tmp_path):
-    with pytest.raises(DataError, match=told):
+def test_invalid_choices_and_references_are_refused(changes, message, tmp_path):
+    with pytest.raises(DataError, match=message):
         read(tmp_path, "", CHOOSING | changes)

@@ -58,7 +58,7 @@ def run(model, tokenizer, examples, suite=SUITE, **options):
     )
 
 
-def test_right_is_who_answers_as_the_reference(model, tokenizer, answers):
+def test_an_answer_equal_to_the_reference_is_right(model, tokenizer, answers):
     examples = examples_of(answers)
     examples[2] = replace(examples[2], completion="no")
     result = run(model, tokenizer, examples)
@@ -73,7 +73,7 @@ def test_right_is_who_answers_as_the_reference(model, tokenizer, answers):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_answers_are_kept_only_where_the_suite_says_so(keep, model, tokenizer, answers):
+def test_answers_are_kept_only_with_keep_answers(keep, model, tokenizer, answers):
     result = run(model, tokenizer, examples_of(answers), replace(SUITE, keep_answers=keep))
     assert [item.answer for item in result.items] == (answers if keep else [None] * 4)
     hashes = [sha256(answer.encode()).hexdigest() for answer in answers]
@@ -87,19 +87,19 @@ def test_the_order_of_examples_and_the_batch_change_no_item(model, tokenizer, an
     assert set(whole.items) == set(turned.items)
 
 
-def test_only_the_first_rows_count_where_the_suite_has_a_limit(model, tokenizer, answers):
+def test_a_limit_keeps_the_first_rows(model, tokenizer, answers):
     result = run(model, tokenizer, examples_of(answers), replace(SUITE, limit=2))
     assert [item.id for item in result.items] == ["q0", "q1"]
 
 
-def test_a_chat_is_asked_with_the_tokenizers_own_template(model, tokenizer):
+def test_a_chat_is_rendered_with_the_tokenizers_template(model, tokenizer):
     prompt = tokenizer("<|user|>hi<eos><|assistant|>")["input_ids"]
     (answer,) = generate(model, tokenizer, [prompt], max_new_tokens=3).texts
     chat = Example("c", "", answer, (ChatMessage("user", "hi"), ChatMessage("assistant", answer)))
     assert run(model, tokenizer, [chat]).score == 100
 
 
-def test_the_model_is_left_as_it_was_found(tokenizer, answers):
+def test_the_models_modes_are_restored(tokenizer, answers):
     model = tiny_model(seed=4)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -113,12 +113,18 @@ def test_the_model_is_left_as_it_was_found(tokenizer, answers):
 
 
 def test_progress_counts_items(model, tokenizer, answers):
-    told = []
-    run(model, tokenizer, examples_of(answers), on_progress=lambda *p: told.append(p), batch_size=3)
-    assert told == [(3, 4), (4, 4)]
+    progress = []
+    run(
+        model,
+        tokenizer,
+        examples_of(answers),
+        on_progress=lambda *p: progress.append(p),
+        batch_size=3,
+    )
+    assert progress == [(3, 4), (4, 4)]
 
 
-def test_all_bad_items_are_told_at_once_before_the_model_is_asked(tokenizer):
+def test_all_invalid_items_are_listed_before_the_model_runs(tokenizer):
     examples = [
         Example("twice", "a", "b"),
         Example("twice", "c", "d"),
@@ -139,13 +145,13 @@ def test_the_longest_prompt_that_fits_is_answered(model, tokenizer):
     assert len(run(model, tokenizer, [Example("fits", "x" * 509, "y")]).items) == 1
 
 
-def test_a_prompt_that_training_cut_differently_is_refused(model, tokenizer):
+def test_a_prompt_that_is_tokenized_differently_before_its_answer_is_refused(model, tokenizer):
     with pytest.raises(DataError, match=r"id cut: .*move the white space"):
         run(model, Merging(tokenizer), [Example("cut", "answer: ", "yes")])
     assert run(model, Merging(tokenizer), [Example("uncut", "answer:", " yes")]).items
 
 
-def test_a_tokenizer_without_a_padding_token_will_do(model, tokenizer, answers):
+def test_a_tokenizer_needs_no_padding_token(model, tokenizer, answers):
     bare = tiny_tokenizer()
     bare.pad_token = None
     expected = run(model, tokenizer, examples_of(answers))
@@ -159,19 +165,19 @@ def test_a_suite_without_items_is_refused(model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"scoring": "guess"}, "exact_match"),
         ({"data": DataSource("bytes.jsonl")}, "not pinned"),
         ({"dtype": "bfloat16"}, "expected: bfloat16"),
     ],
 )
-def test_a_suite_that_cannot_be_run_is_refused(changes, told, model, tokenizer, answers):
-    with pytest.raises(InvalidSpecError, match=told):
+def test_a_suite_that_cannot_be_run_is_refused(changes, message, model, tokenizer, answers):
+    with pytest.raises(InvalidSpecError, match=message):
         run(model, tokenizer, examples_of(answers), replace(SUITE, **changes))
 
 
-def test_logits_that_are_not_numbers_are_an_error_in_words(tokenizer, answers):
+def test_logits_that_are_not_finite_are_an_evaluation_error(tokenizer, answers):
     model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
@@ -196,7 +202,7 @@ def test_right_answers_take_one_forward_pass_a_batch(model, tokenizer, answers):
     assert len(seen) == 2
 
 
-def test_an_answer_known_from_elsewhere_is_expected_before_the_right_one(model, tokenizer, answers):
+def test_a_given_draft_replaces_the_right_answer(model, tokenizer, answers):
     examples = [replace(example, completion="~~~") for example in examples_of(answers)]
     plain = run(model, tokenizer, examples)
     with passes(model) as seen:
@@ -224,7 +230,7 @@ def test_a_chats_draft_is_its_last_turn(model, tokenizer):
     assert len(seen) == 1
 
 
-def test_tokens_that_might_have_been_others_are_counted(tokenizer, answers):
+def test_near_ties_are_counted(tokenizer, answers):
     undecided = tiny_model(seed=4).eval()
     with torch.no_grad():
         undecided.lm_head.weight[:256] = 0  # and with it every logit but those of special tokens

@@ -81,7 +81,7 @@ def run(model, suite, tasks, tokenizer=None):
 
 
 @pytest.mark.parametrize(("metric", "scoring"), [("acc", ""), ("acc_norm", ":per_character")])
-def test_the_harness_chooses_as_we_do(metric, scoring, model, tasks):
+def test_the_harness_gives_the_same_choices(metric, scoring, model, tasks):
     """The independent reference of `choice`, item by item."""
     rows = [
         {
@@ -104,7 +104,7 @@ def test_the_harness_chooses_as_we_do(metric, scoring, model, tasks):
     assert 0 < theirs.score < 100
 
 
-def test_an_evaluation_is_keyed_like_any_other_and_leaves_everything_as_it_was(model, tasks):
+def test_an_evaluation_has_a_key_and_changes_no_state(model, tasks):
     model.train()
     state, tokenizer = torch.get_rng_state(), tiny_tokenizer()
     tokenizer.pad_token = None
@@ -136,19 +136,19 @@ def test_a_task_that_changed_is_refused(model, tasks):
 
 
 @pytest.mark.parametrize(
-    ("task", "metric", "error", "told"),
+    ("task", "metric", "error", "message"),
     [
         ("tiny_missing", "acc", NotFoundError, "unknown task"),
         ("tiny_choice", "bleu", NotFoundError, "acc, acc_norm"),
         ("tiny_sampled", "exact_match", InvalidSpecError, "decodes with sampling"),
     ],
 )
-def test_what_cannot_be_a_suite_is_refused(task, metric, error, told, tasks):
-    with pytest.raises(error, match=told):
+def test_a_task_that_cannot_be_a_suite_is_refused(task, metric, error, message, tasks):
+    with pytest.raises(error, match=message):
         harness_suite(task, metric, folder=tasks)
 
 
-def test_a_filter_that_is_not_there_is_told(model, tasks):
+def test_an_unknown_filter_is_not_found(model, tasks):
     suite = harness_suite("tiny_answer", "exact_match,strict", folder=tasks)
     with pytest.raises(NotFoundError, match="exact_match,none"):
         run(model, suite, tasks)

@@ -51,18 +51,18 @@ def outputs(name):
     return [json.loads(line) for line in lines]
 
 
-def test_every_suite_has_a_peer_and_outputs():
+def test_every_suite_has_a_reference_implementation_and_outputs():
     assert PEERS.keys() == PUBLISHED.keys() == {*SUITES}
     assert all(len(outputs(name)) >= 200 for name in SUITES)
 
 
 @pytest.mark.parametrize("name", [name for name in SUITES if name not in PROGRAMS])
-def test_real_outputs_are_marked_as_the_peer_marks_them(name):
+def test_real_outputs_get_the_scores_of_the_reference_implementation(name):
     assert disagreements(name, make_scorer(named(name)), outputs(name)) == []
 
 
 @pytest.mark.parametrize("name", [name for name in SUITES if name in METAMATH])
-def test_every_mark_that_metamath_gives_otherwise_has_a_reason(name):
+def test_every_difference_from_metamath_has_a_reason(name):
     is_right, theirs = make_scorer(named(name)), METAMATH[name]
     other = {
         (metamath.final(row["output"]), metamath.final(row["reference"]))
@@ -73,7 +73,7 @@ def test_every_mark_that_metamath_gives_otherwise_has_a_reason(name):
 
 
 @pytest.mark.parametrize("name", sorted(METAMATH))
-def test_metamaths_rules_mark_as_metamath_does(name):
+def test_metamaths_rules_give_the_scores_of_metamath(name):
     is_right = make_scorer(replace(named(name), scoring=f"metamath_{name}"))
     marks = [
         (is_right(row["output"], row["reference"]), METAMATH[name](row["output"], row["reference"]))
@@ -84,7 +84,7 @@ def test_metamaths_rules_mark_as_metamath_does(name):
 
 
 @pytest.mark.parametrize("name", [name for name in SUITES if name in PROGRAMS])
-def test_every_program_of_which_evalplus_keeps_something_else_has_a_reason(name):
+def test_every_difference_from_evalplus_sanitizer_has_a_reason(name):
     other = [row for row in outputs(name) if statements(kept(row)) != statements(row["sanitized"])]
     assert Counter(why_evalplus_keeps_something_else(row) for row in other) == KEPT[name]
     assert not any(row["passed"] for row in other)
@@ -142,7 +142,7 @@ def is_literal(node):
 
 @pytest.mark.skipif(not DATA, reason="the tests of programs are in the data sets: TRANS_PEFT_DATA")
 @pytest.mark.parametrize("name", [name for name in SUITES if name in PROGRAMS])
-def test_what_evalplus_keeps_passes_where_the_answer_does(name):
+def test_the_program_that_evalplus_keeps_passes_if_ours_does(name):
     is_right, references = make_scorer(named(name)), references_of(name)
     other = [
         (row["id"], row["by"])

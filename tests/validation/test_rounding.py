@@ -27,14 +27,14 @@ def prompts():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ["llama", "qwen2", "tiny, 8 layers"])
-def test_no_shape_of_a_batch_moves_a_logit_further_than_derived(name, seed):
+def test_logits_differ_between_batch_shapes_by_at_most_the_derived_bound(name, seed):
     model = tiny_model(seed, layers=8).eval() if "tiny" in name else model_of(name, seed)
     moved = max(measured(model, prompts(), (1, 2, 5, 12), share=share) for share in (False, True))
     assert 0 < moved < derived(model, prompts())
     assert moved < NEAR_TIE
 
 
-def test_where_attention_is_sharper_a_logit_may_move_further():
+def test_sharper_attention_allows_larger_differences_of_logits():
     models = [model_of("llama"), model_of("llama")]
     for layer in models[1].model.layers:
         layer.self_attn.q_proj.weight.data *= 4
@@ -43,7 +43,7 @@ def test_where_attention_is_sharper_a_logit_may_move_further():
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])
-def test_on_the_same_batch_a_lent_base_gives_the_very_same_bits(size, tmp_path):
+def test_a_shared_base_gives_identical_bits_on_the_same_batch(size, tmp_path):
     torch.manual_seed(1)
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     get_peft_model(tiny_model(), config).save_pretrained(tmp_path)

@@ -45,7 +45,7 @@ def marked(name):
 
 
 @pytest.mark.parametrize("name", sorted(RULES.keys() - {"python", "code"}))
-def test_every_rule_knows_a_right_answer_from_a_wrong_one(name):
+def test_every_rule_distinguishes_right_and_wrong_answers(name):
     _, right, wrong, reference, unusable = EXAMPLES[name]
     is_right = marked(name)
     assert is_right(right, reference)
@@ -65,7 +65,7 @@ def test_a_graded_rule_is_right_at_its_threshold_and_above():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"scoring": "bleu"}, "exact_match, regex"),
         ({"scoring": "chrf"}, "needs a threshold"),
@@ -86,14 +86,14 @@ def test_a_graded_rule_is_right_at_its_threshold_and_above():
         ({"scoring": "python"}, "python:NAME==VERSION"),
     ],
 )
-def test_a_suite_that_cannot_be_marked_is_refused(options, told):
-    with pytest.raises(InvalidSpecError, match=told):
+def test_an_invalid_scoring_rule_is_refused(options, message):
+    with pytest.raises(InvalidSpecError, match=message):
         make_scorer(suite(**options))
 
 
 @given(st.text("ab(){}[]?*+|\\\\^$.1,<>=!:P-LiumsxakdDwWbBAZ0#\ud800", max_size=12))
 @settings(max_examples=200, deadline=None)
-def test_any_pattern_is_bound_or_refused(pattern):
+def test_any_pattern_is_accepted_or_refused(pattern):
     try:
         make_scorer(suite(scoring=f"regex:{pattern}"))
     except InvalidSpecError as error:
@@ -103,7 +103,7 @@ def test_any_pattern_is_bound_or_refused(pattern):
 @pytest.mark.parametrize(
     "text", ["[" * 5000 + "]" * 5000, "1" * 5000, "\ud800", "NaN", '{"a":1,"a":1}']
 )
-def test_json_that_cannot_be_read_is_a_bad_reference_and_a_wrong_answer(text):
+def test_unreadable_json_is_an_invalid_reference_and_a_wrong_answer(text):
     is_right = make_scorer(suite(scoring="json_equal"))
     if text != "\ud800":
         assert not is_right(text, "[1]")
@@ -141,7 +141,7 @@ def installed(monkeypatch):
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_rule_of_ones_own_comes_by_entry_point():
+def test_a_custom_rule_is_loaded_from_an_entry_point():
     is_right = make_scorer(suite(scoring="python:longer==1.2.0"))
     assert is_right("abc", "ab")
     assert not is_right("a", "ab")
@@ -149,7 +149,7 @@ def test_a_rule_of_ones_own_comes_by_entry_point():
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
-    ("scoring", "told"),
+    ("scoring", "message"),
     [
         ("python:longer", "longer==1.2.0, vague"),
         ("python:longer==1.3.0", "longer==1.2.0"),
@@ -157,12 +157,12 @@ def test_a_rule_of_ones_own_comes_by_entry_point():
         ("python:broken==1.2.0", "ImportError: no such module"),
     ],
 )
-def test_a_rule_that_is_not_installed_in_that_version_is_refused(scoring, told):
-    with pytest.raises(InvalidSpecError, match=told):
+def test_a_rule_that_is_not_installed_in_that_version_is_refused(scoring, message):
+    with pytest.raises(InvalidSpecError, match=message):
         make_scorer(suite(scoring=scoring))
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_rule_that_does_not_decide_is_an_error():
+def test_a_custom_rule_must_return_a_bool():
     with pytest.raises(EvaluationError, match="True or False"):
         make_scorer(suite(scoring="python:vague==1.2.0"))("a", "b")

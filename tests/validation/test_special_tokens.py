@@ -84,7 +84,7 @@ def speaker(prompt: str, at: int, name: str = "<|tool|>"):
 
 @pytest.mark.parametrize("at", [0, 2, 4])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_who_says_the_reference_letter_by_letter_is_right(prompt, at):
+def test_an_answer_with_the_text_of_the_reference_is_right(prompt, at):
     tokenizer, text = speaker(prompt, at)
     assert "<|tool|>" in text
     (item,) = run(tokenizer, [Example("1", prompt, text)]).items
@@ -99,13 +99,13 @@ def test_who_says_the_reference_letter_by_letter_is_right(prompt, at):
     ("scoring", "threshold"),
     [("exact_match", None), ("regex:(?s).*", None), ("regex:<.tool.>", None), ("chrf", 100.0)],
 )
-def test_whatever_the_rule(scoring, threshold):
+def test_special_tokens_are_kept_under_every_rule(scoring, threshold):
     tokenizer, text = speaker(PROMPTS[0], 2)
     suite = replace(SUITE, scoring=scoring, threshold=threshold)
     assert run(tokenizer, [Example("1", PROMPTS[0], text)], suite).score == 100
 
 
-def test_a_kept_answer_is_a_right_draft():
+def test_a_kept_answer_is_a_correct_draft():
     tokenizer, _ = speaker(PROMPTS[0], 2)
     examples = [Example("1", PROMPTS[0], "other")]
     first = run(tokenizer, examples)
@@ -189,7 +189,7 @@ def test_the_token_by_which_a_template_ends_a_turn(template, end):
     ended=st.booleans(),
     padding=st.integers(0, 3),
 )
-def test_the_text_of_an_answer_is_what_stands_before_its_end(answer, ended, padding):
+def test_the_text_of_an_answer_ends_before_its_end_token(answer, ended, padding):
     tokenizer = naming({10: "<|tool|>", 11: "<|end|>"})
     ends = {257, 11}
     before = answer
@@ -215,7 +215,7 @@ def metaspace(*special: str) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def test_the_very_tokens_of_a_reference_are_right_however_they_are_written():
+def test_the_tokens_of_a_reference_are_right_whatever_text_they_decode_to():
     tokenizer = metaspace("<|tool|>")
     asked = prepare(
         tokenizer,
@@ -235,7 +235,7 @@ def test_the_very_tokens_of_a_reference_are_right_however_they_are_written():
     )  # an unknown token is no answer
 
 
-def test_the_harness_marks_special_tokens_as_we_do(tmp_path):
+def test_the_harness_keeps_special_tokens_too(tmp_path):
     pytest.importorskip("lm_eval", reason="needs the extra `harness`")
     from trans_peft.validation.harness import evaluate_harness, harness_suite
 

@@ -25,7 +25,7 @@ def test_the_papers_twelve_are_there_and_mbpp_twice():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_suite_can_be_read_and_marked(name):
+def test_a_published_suite_has_a_template_and_a_scoring_rule(name):
     suite, published = named(name, "s3://bucket/data/"), PUBLISHED[name]
     assert suite.data == DataSource(f"s3://bucket/data/{published.file}", "", published.template)
     assert named(name).data.uri == f"hub:{published.hub}"
@@ -35,12 +35,12 @@ def test_a_suite_can_be_read_and_marked(name):
     assert 0 <= suite.chance_points <= 50
 
 
-def test_another_name_is_told():
+def test_an_unknown_suite_is_not_found():
     with pytest.raises(NotFoundError, match="boolq, piqa"):
         named("squad")
 
 
-def test_chance_is_that_of_a_blind_guess():
+def test_chance_is_the_score_of_random_choices():
     """From how many rows of the test files show how many options ("Answer format: ...")."""
     rows = {"arc_easy": {4: 2365, 3: 7, 5: 4}, "arc_challenge": {4: 1165, 3: 4, 5: 3},
             "boolq": {2: 3270}, "social_i_qa": {3: 1954}, "hellaswag": {4: 10_042}}  # fmt: skip
@@ -70,7 +70,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "suites.md").read_text()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_page_says_what_the_suite_is(name):
+def test_the_page_lists_every_suite(name):
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
     assert f"{PUBLISHED[name].file}" in row
     assert PUBLISHED[name].hub.split(":")[0] in row

@@ -71,8 +71,8 @@ class Places:
                 f"{quoted(uri, 200)} cannot be used as a local path",
                 expected="the path of a file or folder",
                 found=str(error),
-                do="correct the URI; MLflow shows that of a registered version as its source, or in "
-                "the tag trans_peft.uri",
+                do="correct the URI; MLflow shows it as the source of the version, or in its tag "
+                "trans_peft.uri",
             ) from error
         if self.folders is None:
             return real

@@ -196,5 +196,5 @@ def _load(name: str, folder: str | None) -> Any:
 
 
 def _task_sha256(task: Any) -> str:
-    asked = [version("lm_eval"), task.dump_config(), [dict(doc) for doc in task.eval_docs]]
-    return sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+    content = [version("lm_eval"), task.dump_config(), [dict(doc) for doc in task.eval_docs]]
+    return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -76,8 +76,8 @@ class TokenizedSuite:
         """
         drafts = list(self.expected)
         known = [i for i, example in enumerate(self.examples) if example.id in answers]
-        asked = [(self.examples[i], self.prompts[i], answers[self.examples[i].id]) for i in known]
-        for i, whole in zip(known, with_answers(self.tokenizer, asked), strict=True):
+        pairs = [(self.examples[i], self.prompts[i], answers[self.examples[i].id]) for i in known]
+        for i, whole in zip(known, with_answers(self.tokenizer, pairs), strict=True):
             drafts[i] = whole[len(self.prompts[i]) :]
         return drafts
 
@@ -107,24 +107,24 @@ def prepare(
     examples = tuple(examples[: suite.limit])
     prompts = tuple(prompt_ids(examples, tokenizer, template))
     answers = [e.choices if suite.is_choice else (e.completion,) for e in examples]
-    asked = [
+    pairs = [
         (example, prompt, answer)
-        for example, prompt, of_item in zip(examples, prompts, answers, strict=True)
-        for answer in of_item
+        for example, prompt, item_answers in zip(examples, prompts, answers, strict=True)
+        for answer in item_answers
     ]
-    flat = iter(with_answers(tokenizer, asked))
-    wholes = [[next(flat) for _ in of_item] for of_item in answers]
+    flat = iter(with_answers(tokenizer, pairs))
+    wholes = [[next(flat) for _ in item_answers] for item_answers in answers]
     problems = [*_repeated_ids(examples)]
-    for example, prompt, of_item in zip(examples, prompts, wholes, strict=True):
-        if problem := _problem(suite, example, prompt, of_item, context):
+    for example, prompt, item_answers in zip(examples, prompts, wholes, strict=True):
+        if problem := _problem(suite, example, prompt, item_answers, context):
             problems.append(f"{example.location}: {problem}")
         try:
             is_right("", example.reference or example.completion)
         except DataError as error:
             problems.append(f"{example.location}: {error}")
     behind = [
-        [whole[len(prompt) :] for whole in of_item]
-        for prompt, of_item in zip(prompts, wholes, strict=True)
+        [whole[len(prompt) :] for whole in item_answers]
+        for prompt, item_answers in zip(prompts, wholes, strict=True)
     ]
     expected = tuple([] if suite.is_choice else ids[0] for ids in behind)
     if RULES[suite.scoring.partition(":")[0]].literal:
@@ -147,21 +147,21 @@ def prepare(
 
 
 def with_answers(
-    tokenizer: Any, asked: Sequence[tuple[Example, Sequence[int], str]]
+    tokenizer: Any, pairs: Sequence[tuple[Example, Sequence[int], str]]
 ) -> list[list[int]]:
     """Return the token ids of prompt and answer of each (example, prompt ids, answer).
 
     A text is tokenized together with its answer, so the tokens of the prompt may differ from
     `prompt ids`. The answer of a chat is tokenized separately.
     """
-    texts = [answer if e.messages is not None else e.prompt + answer for e, _, answer in asked]
-    wholes: list[list[int]] = [[] for _ in asked]
+    texts = [answer if e.messages is not None else e.prompt + answer for e, _, answer in pairs]
+    wholes: list[list[int]] = [[] for _ in pairs]
     for chat in (False, True):
-        chosen = [i for i, (e, _, _) in enumerate(asked) if (e.messages is not None) == chat]
+        chosen = [i for i, (e, _, _) in enumerate(pairs) if (e.messages is not None) == chat]
         if chosen:
             cut = token_ids([texts[i] for i in chosen], tokenizer, add_special_tokens=not chat)
             for i, ids in zip(chosen, cut, strict=True):
-                wholes[i] = [*asked[i][1], *ids] if chat else list(ids)
+                wholes[i] = [*pairs[i][1], *ids] if chat else list(ids)
     return wholes
 
 
@@ -259,8 +259,8 @@ def _unreachable_references(
         and "\ufffd" not in texts[i]  # a decoder writes it for any part of a character
     ]
     alone = token_ids([texts[i] for i in long], tokenizer, add_special_tokens=False)
-    asked = [(examples[i], prompts[i], f" {texts[i]}") for i in long]
-    behind = with_answers(tokenizer, asked)
+    pairs = [(examples[i], prompts[i], f" {texts[i]}") for i in long]
+    behind = with_answers(tokenizer, pairs)
     counts = {
         i: min(len(ids), len(whole) - len(prompts[i]))
         for i, ids, whole in zip(long, alone, behind, strict=True)

@@ -26,18 +26,18 @@ class Room:
     ("room", "sizes"),
     [(100, [8, 3]), (8, [8, 3]), (5, [8, 4, 4, 3]), (1, [8, 4, 2] + [1] * 11)],
 )
-def test_what_does_not_fit_is_halved_and_every_item_answered_once(error, room, sizes):
-    answer, told = Room(room, error), []
+def test_a_batch_that_does_not_fit_is_halved_and_every_item_answered_once(error, room, sizes):
+    answer, progress = Room(room, error), []
     found = in_batches(
-        range(11), answer, size=8, describe=str, on_progress=lambda *done: told.append(done)
+        range(11), answer, size=8, describe=str, on_progress=lambda *done: progress.append(done)
     )
     assert found == [item**2 for item in range(11)]
     assert answer.sizes == sizes
-    assert told[-1] == (11, 11)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert progress[-1] == (11, 11)
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
 
 
-def test_a_batch_is_what_is_better_answered_together():
+def test_a_batch_ends_where_keep_together_ends_it():
     answer = Room(3, ERRORS[0])
     found = in_batches(
         range(11),
@@ -56,14 +56,14 @@ def test_an_item_that_does_not_fit_alone_is_named(error):
         in_batches([7], Room(0, error), size=None, describe=lambda item: "item seven")
 
 
-def test_another_error_is_not_taken_for_lack_of_memory():
+def test_another_error_is_not_treated_as_out_of_memory():
     answer = Room(0, RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         in_batches([1, 2], answer, size=None, describe=str)
     assert answer.sizes == [2]
 
 
-def test_torchs_own_words_for_too_little_memory_are_known():
+def test_torchs_messages_for_out_of_memory_are_recognized():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(error.value)

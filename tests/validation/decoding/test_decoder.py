@@ -117,7 +117,9 @@ def test_right_drafts_take_one_forward_pass_a_batch(name, batch_size, tokenizer,
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_also_where_the_answers_end_by_themselves(batch_size, tokenizer, prompts, free):
+def test_right_drafts_take_one_pass_also_if_answers_end_with_an_end_token(
+    batch_size, tokenizer, prompts, free
+):
     model, options = Counting(shared("llama")), {"max_new_tokens": MOST, "batch_size": batch_size}
     with ending_with(model.model, [answer[5 + i % 3] for i, answer in enumerate(free("llama"))]):
         plain = generate(model, tokenizer, prompts, **options).ids
@@ -148,7 +150,7 @@ def cost(model, *args, **options):
     return answers, sum(rows * columns + PASS_OVERHEAD_TOKENS for rows, columns in model.shapes)
 
 
-def test_one_wrong_token_costs_little_more_than_none(tokenizer, prompts, free):
+def test_one_wrong_token_costs_few_passes(tokenizer, prompts, free):
     model = Counting(shared("llama"))
     with ending_with(model.model, None):
         drafts = [[*a[:9], (a[9] + 1) % 256, *a[10:]] for a in free("llama")]
@@ -158,9 +160,7 @@ def test_one_wrong_token_costs_little_more_than_none(tokenizer, prompts, free):
 
 
 @pytest.mark.parametrize(("batch_size", "times"), [(1, 1), (4, 4), (32, 32)])
-def test_drafts_that_are_never_right_cost_next_to_nothing(
-    batch_size, times, tokenizer, prompts, free
-):
+def test_wrong_drafts_cost_few_tokens(batch_size, times, tokenizer, prompts, free):
     model = Counting(shared("llama"))
     options = {"max_new_tokens": MOST, "batch_size": batch_size}
     with ending_with(model.model, None):
@@ -178,7 +178,7 @@ def test_drafts_that_are_never_right_cost_next_to_nothing(
 
 
 @pytest.mark.parametrize(("short", "passes"), [(3, 2), (31, 1)])
-def test_rows_have_passes_of_their_own_where_padding_would_cost_more(
+def test_rows_are_decoded_separately_if_padding_would_cost_more(
     short, passes, tokenizer, prompts, monkeypatch
 ):
     model = Counting(shared("llama"))
@@ -205,7 +205,7 @@ def test_rows_have_passes_of_their_own_where_padding_would_cost_more(
         ("cuda", 1, [40, 40, 8, 8], 4),
     ],
 )
-def test_how_many_rows_are_answered_together(device, expected, lengths, rows):
+def test_the_number_of_rows_decoded_together(device, expected, lengths, rows):
     decoder = decoding.Decoder(SimpleNamespace(device=torch.device(device)), lambda _: True)
     batch = [decoding.DecodingRow([1] * length, [2] * expected) for length in lengths]
     assert decoder.keep_together(batch) == rows
@@ -213,7 +213,7 @@ def test_how_many_rows_are_answered_together(device, expected, lengths, rows):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3, window 8", "lfm2, convolution"])
 @pytest.mark.parametrize("expected", [0, 2])
-def test_answers_that_outlast_their_batch_go_on_together(
+def test_answers_longer_than_their_batch_are_postponed_and_continued_together(
     name, expected, tokenizer, prompts, free, monkeypatch
 ):
     model, asked = Counting(shared(name)), prompts * 4
@@ -222,10 +222,10 @@ def test_answers_that_outlast_their_batch_go_on_together(
     ends = {free(name)[i][1] for i in range(len(prompts)) if most[i] == 2}
     answers = [cut(answer, tokenizer, {*ends, 257}, ()) for answer in free(name)] * 4
     options = {"max_new_tokens": MOST, "batch_size": 8, "drafts": [a[:expected] for a in answers]}
-    told = []
+    progress = []
     with ending_with(model.model, sorted(ends)):
         found, together = cost(
-            model, tokenizer, asked, on_progress=lambda *done: told.append(done), **options
+            model, tokenizer, asked, on_progress=lambda *done: progress.append(done), **options
         )
         monkeypatch.setattr(decoding, "_is_worth_postponing", lambda *_: False)
         alone, apart = cost(model, tokenizer, asked, **options)
@@ -234,11 +234,11 @@ def test_answers_that_outlast_their_batch_go_on_together(
     assert found.near_ties == alone.near_ties == 0
     # Of the others too many answers end at once, or none.
     assert together < (0.95 if name == "llama" else 1.1) * apart
-    assert told == sorted(told)
-    assert told[-1] == (len(asked), len(asked))
+    assert progress == sorted(progress)
+    assert progress[-1] == (len(asked), len(asked))
 
 
-def test_nothing_is_proposed_behind_a_window_that_has_moved_on(tokenizer, prompts, free):
+def test_nothing_is_proposed_after_a_sliding_window_has_moved(tokenizer, prompts, free):
     name = "mistral, window 24"
     far = [i for i, prompt in enumerate(prompts) if len(prompt) > 24]
     found = generate(
@@ -254,7 +254,7 @@ def test_nothing_is_proposed_behind_a_window_that_has_moved_on(tokenizer, prompt
     assert found.drafted == 0
 
 
-def test_a_model_whose_state_runs_on_answers_without_drafts(tokenizer, prompts, free):
+def test_a_recurrent_model_decodes_without_drafts(tokenizer, prompts, free):
     name = "lfm2, convolution"
     drafts = [answer[::-1] for answer in free(name)]
     with ending_with(shared(name), None):
@@ -263,7 +263,7 @@ def test_a_model_whose_state_runs_on_answers_without_drafts(tokenizer, prompts, 
     assert found.drafted == 0
 
 
-def test_tokens_that_might_as_well_have_been_others_are_counted(tokenizer, prompts):
+def test_near_ties_are_counted(tokenizer, prompts):
     model = model_of("llama", seed=1)
     with torch.no_grad():
         twins = {65, 66}

@@ -31,7 +31,7 @@ def test_a_draft_is_followed(said, next_):
     assert draft.proposal()[:1] == ([] if next_ is None else [next_])
 
 
-def test_as_much_is_proposed_as_was_right_lately():
+def test_the_length_of_proposals_follows_recent_agreement():
     draft, lengths = Draft(TEXT, first=0), []
     for _ in range(5):
         said = [*draft.proposal(), None]
@@ -45,7 +45,7 @@ def test_as_much_is_proposed_as_was_right_lately():
 
 
 @given(TOKENS, TOKENS, st.integers(0, 16))
-def test_what_is_proposed_in_vain_is_bounded_by_what_was_right(tokens, answer, first):
+def test_rejected_tokens_are_bounded_by_accepted_tokens(tokens, answer, first):
     draft, at, wasted, right = Draft(tokens, first), 0, 0, 0
     while at < len(answer):
         proposal = draft.proposal()
@@ -64,7 +64,7 @@ def test_what_is_proposed_in_vain_is_bounded_by_what_was_right(tokens, answer, f
 
 
 @given(TOKENS, st.integers(0, 40))
-def test_the_lead_is_what_two_texts_begin_with(tokens, other):
+def test_the_agreed_prefix_is_the_common_prefix_of_two_texts(tokens, other):
     draft = Draft([*tokens, 9], first=4)
     draft.observe([*tokens[:other], 8])
     assert draft.agreed_prefix == min(other, len(tokens))
@@ -73,7 +73,7 @@ def test_the_lead_is_what_two_texts_begin_with(tokens, other):
 
 
 @pytest.mark.parametrize("said", [[], TEXT[:5], TEXT, [*TEXT, 7]])
-def test_a_draft_that_was_never_wrong_has_no_end_of_its_lead(said):
+def test_the_agreed_prefix_of_a_correct_draft_is_infinite(said):
     draft = Draft(TEXT, first=4)
     draft.observe(said)
     assert draft.agreed_prefix == math.inf
@@ -98,7 +98,7 @@ def learned(*leads, rows=32):
         ([0] * 16 + [5] * 10, 0),
     ],
 )
-def test_half_of_the_answers_decide_how_far_a_draft_is_believed_in_a_large_batch(leads, first):
+def test_in_a_large_batch_half_of_the_answers_decide_the_first_proposal(leads, first):
     assert learned(*leads) == first
 
 
@@ -107,11 +107,11 @@ def test_the_smaller_a_batch_the_less_a_wrong_draft_costs(rows, first):
     assert learned(*[30] * 10, *[9] * 10, *[3] * 10, *[0] * 33, rows=rows) == first
 
 
-def test_drafts_that_are_right_are_proposed_whole():
+def test_correct_drafts_are_proposed_as_a_whole():
     assert learned(*[math.inf] * 20, *[0] * 5) > 10**6
 
 
-def test_only_drafts_count():
+def test_empty_drafts_are_ignored():
     trust = DraftAcceptance()
     trust.learn([Draft([], first=16)] * 100)
     assert trust.first(32) == 8

@@ -96,7 +96,7 @@ class _Named:
         return getattr(self._tokenizer, name)
 
 
-def test_the_same_with_an_adapter_on_the_model(tokenizer, prompts):
+def test_the_tokens_are_those_of_generate_with_an_adapter(tokenizer, prompts):
     torch.manual_seed(5)
     model = get_peft_model(
         model_of("llama"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
@@ -107,7 +107,7 @@ def test_the_same_with_an_adapter_on_the_model(tokenizer, prompts):
         assert generate(model, tokenizer, prompts[:5], max_new_tokens=4).ids != expected
 
 
-def test_an_adapter_that_adds_tokens_of_its_own_is_refused(tokenizer, prompts):
+def test_an_adapter_with_virtual_tokens_is_refused(tokenizer, prompts):
     model = get_peft_model(
         model_of("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     )
@@ -130,18 +130,18 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error, llama, tokenizer, pro
     assert max(rows for rows, _ in model.shapes) == 2
 
 
-def test_a_prompt_that_does_not_fit_alone_is_an_error_in_words(llama, tokenizer, prompts):
+def test_a_single_prompt_that_does_not_fit_is_an_evaluation_error(llama, tokenizer, prompts):
     with pytest.raises(EvaluationError, match="60 tokens"):
         generate(Counting(llama, room=0), tokenizer, prompts, max_new_tokens=4)
 
 
-def test_another_runtime_error_is_not_taken_for_lack_of_memory(llama, tokenizer, prompts):
+def test_another_runtime_error_is_not_treated_as_out_of_memory(llama, tokenizer, prompts):
     model = Counting(llama, room=0, error=RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         generate(model, tokenizer, prompts, max_new_tokens=4)
 
 
-def test_prompts_of_like_length_share_a_batch_and_are_read_once(llama, tokenizer, prompts):
+def test_prompts_of_similar_length_share_a_batch_and_are_processed_once(llama, tokenizer, prompts):
     model = Counting(llama)
     generate(model, tokenizer, prompts, max_new_tokens=2, batch_size=4)
     assert model.shapes == [(4, 60), (4, 1), (4, 12), (4, 1), (3, 3), (3, 1)]
@@ -158,19 +158,19 @@ def test_a_batch_shrinks_as_answers_end_and_stops_when_all_have(llama, tokenizer
 
 
 def test_progress_ends_with_all_done(tokenizer, prompts):
-    told = []
+    progress = []
     generate(
         tiny_model(),
         tokenizer,
         prompts,
         max_new_tokens=1,
         batch_size=4,
-        on_progress=lambda done, total: told.append((done, total)),
+        on_progress=lambda done, total: progress.append((done, total)),
     )
-    assert told == [(4, 11), (8, 11), (11, 11)]
+    assert progress == [(4, 11), (8, 11), (11, 11)]
 
 
-def test_logits_that_are_not_finite_are_an_error_in_words(tokenizer, prompts):
+def test_logits_that_are_not_finite_are_an_evaluation_error(tokenizer, prompts):
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
@@ -183,21 +183,21 @@ def test_a_prompt_without_tokens_is_refused(tokenizer):
         generate(tiny_model(), tokenizer, [[1], []], max_new_tokens=2)
 
 
-def test_answers_without_a_token_are_refused(tokenizer, prompts):
+def test_max_new_tokens_below_one_is_refused(tokenizer, prompts):
     with pytest.raises(InvalidSpecError, match="max_new_tokens must be at least 1"):
         generate(tiny_model(), tokenizer, prompts, max_new_tokens=0)
 
 
-def test_every_prompt_has_a_draft_or_none_has(tokenizer, prompts):
+def test_the_number_of_drafts_is_the_number_of_prompts(tokenizer, prompts):
     with pytest.raises(InvalidSpecError, match="11 drafts"):
         generate(tiny_model(), tokenizer, prompts, max_new_tokens=2, drafts=[[1]])
 
 
-def test_no_prompts_no_answers(tokenizer):
+def test_no_prompts_give_no_answers(tokenizer):
     assert generate(tiny_model(), tokenizer, [], max_new_tokens=2).ids == []
 
 
-def test_every_module_gets_its_own_mode_back():
+def test_the_mode_of_every_module_is_restored():
     model = tiny_model()
     model.train()
     model.model.layers[1].eval()

@@ -90,7 +90,7 @@ def test_measures_differ_where_choices_differ_in_length(model, tokenizer):
     assert len(found) > 1
 
 
-def test_a_chats_choice_stands_after_its_template(model, tokenizer):
+def test_a_choice_in_a_chat_follows_the_template(model, tokenizer):
     chat = Example("c", "", "yes", (ChatMessage("user", "hi"), ChatMessage("assistant", "yes")))
     (whole,) = with_answers(tokenizer, [(chat, chat.prompt_ids(tokenizer), "no")])
     assert whole == tokenizer("<|user|>hi<eos><|assistant|>no")["input_ids"]
@@ -118,7 +118,7 @@ def test_a_batch_that_does_not_fit_is_halved(tokenizer, plain):
             chosen(model, tokenizer, measure=Measure.SUM)
 
 
-def test_logits_that_are_not_numbers_are_an_error_in_words(tokenizer):
+def test_logits_that_are_not_finite_are_an_evaluation_error(tokenizer):
     model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
@@ -132,7 +132,7 @@ def run(model, tokenizer, examples):
     )
 
 
-def test_a_suite_is_answered_by_choosing(model, tokenizer, plain):
+def test_a_choice_suite_is_evaluated_by_log_likelihood(model, tokenizer, plain):
     result = run(model, tokenizer, EXAMPLES)
     best = chosen(model, tokenizer, measure=Measure.PER_TOKEN)
     assert [item.correct for item in result.items] == [
@@ -140,7 +140,7 @@ def test_a_suite_is_answered_by_choosing(model, tokenizer, plain):
     ]
 
 
-def test_decoding_settings_are_no_part_of_a_choice():
+def test_decoding_settings_do_not_change_the_hash_of_a_choice_suite():
     sums = Suite("choices", SUITE.data, scoring="choice", max_new_tokens=3, stop=())
     assert sums.decoding_sha256 == SUITE.decoding_sha256
     assert sums.suite_sha256 != SUITE.suite_sha256
@@ -148,7 +148,7 @@ def test_decoding_settings_are_no_part_of_a_choice():
     assert greedy.decoding_sha256 != SUITE.decoding_sha256
 
 
-def test_items_that_cannot_be_chosen_from_are_told_at_once(model, tokenizer):
+def test_all_items_with_invalid_choices_are_listed(model, tokenizer):
     examples = [
         Example("none", "a", "b"),
         Example("long", "x" * 500, "y" * 13, choices=("y" * 13, "z")),

@@ -57,7 +57,7 @@ def free(name, beginning):
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_what_prompts_have_in_common_changes_no_token(name, data, tokenizer):
+def test_a_shared_prefix_changes_no_token(name, data, tokenizer):
     beginning = data.draw(st.sampled_from(BEGINNINGS))
     answers, asked = free(name, beginning), prompts(beginning)
     chosen = data.draw(st.permutations(range(len(asked))))[: data.draw(st.integers(1, len(asked)))]
@@ -79,14 +79,14 @@ def read(model):
     return sum(rows * columns for rows, columns in model.shapes)
 
 
-def test_it_is_read_once_for_all_batches(tokenizer):
+def test_a_shared_prefix_is_processed_once_for_all_batches(tokenizer):
     model, asked = Counting(shared("llama")), prompts(40)
     generate(model, tokenizer, asked, max_new_tokens=1, batch_size=3)
     assert model.shapes == [(1, 40), (3, 45), (3, 9), (3, 1)]
     assert read(model) < sum(map(len, asked)) / 2
 
 
-def test_under_an_adapter_it_is_read_anew(tokenizer):
+def test_a_shared_prefix_is_processed_again_under_an_adapter(tokenizer):
     torch.manual_seed(5)
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     bare, adapted = model_of("llama"), get_peft_model(model_of("llama"), config).eval()
@@ -97,7 +97,7 @@ def test_under_an_adapter_it_is_read_anew(tokenizer):
     assert found["bare"] != found["adapted"]
 
 
-def test_a_beginning_too_short_to_pay_is_not_read_by_itself(tokenizer):
+def test_a_short_prefix_is_not_shared(tokenizer):
     few = [[65] * (PASS_OVERHEAD_TOKENS // 2) + [i] for i in range(66, 69)]
     model = Counting(shared("llama"))
     generate(model, tokenizer, few, max_new_tokens=1)
@@ -109,7 +109,7 @@ def test_a_beginning_too_short_to_pay_is_not_read_by_itself(tokenizer):
     assert model.shapes == [(2, PASS_OVERHEAD_TOKENS // 2 + 1)]
 
 
-def test_rotary_frequencies_that_change_with_the_length_are_left_alone(tokenizer):
+def test_no_prefix_is_shared_with_length_dependent_rotary_frequencies(tokenizer):
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     model = Counting(LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope)))
     model.config = model.model.config
@@ -118,7 +118,7 @@ def test_rotary_frequencies_that_change_with_the_length_are_left_alone(tokenizer
 
 
 @pytest.mark.parametrize("beginning", [0, 40])
-def test_what_the_head_multiplies_lies_side_by_side(tokenizer, beginning):
+def test_the_head_gets_contiguous_rows(tokenizer, beginning):
     """Else a CPU takes it row by row, each with the whole head: many times as long."""
     model, seen = shared("llama"), []
     asked = prompts(beginning)
@@ -158,7 +158,7 @@ def test_log_likelihoods_are_those_of_one_pass_each(name, beginning, batch_size)
                 assert total == pytest.approx(one, abs=2e-4)
 
 
-def test_a_prompt_is_read_once_for_all_of_its_choices():
+def test_a_prompt_is_processed_once_for_all_of_its_choices():
     model, asked = Counting(shared("llama")), prompts(40)
     log_likelihoods(model, [(p, [[65], [66], [67, 68, 69], [70, 71]]) for p in asked])
     # A choice's last token predicts nothing.

@@ -73,13 +73,13 @@ mixtures = st.lists(
 
 @settings(max_examples=600, deadline=None)
 @given(programs | mixtures)
-def test_it_is_what_a_search_through_all_stretches_finds(lines):
+def test_the_result_is_that_of_an_exhaustive_search(lines):
     assert longest_python(lines) == exhaustive(lines)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(alphabet="ab=():\"'\\# \n\n\n\t.,@\r\x0c[]", max_size=60))
-def test_it_is_so_for_any_text(text):
+def test_the_result_is_that_of_an_exhaustive_search_for_any_text(text):
     assert longest_python(text.split("\n")) == exhaustive(text.split("\n"))
 
 
@@ -113,7 +113,7 @@ MANY = 3_000
         "total = 1\ndef total(x): pass\n" * 500 + "def total(x):\n" + "    x = 1\n" * MANY,
     ],
 )
-def test_long_texts_are_looked_through_quickly(text):
+def test_long_texts_are_searched_quickly(text):
     started = time.process_time()
     extract(text, ["total"])
     assert time.process_time() - started < 12

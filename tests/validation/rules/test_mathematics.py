@@ -40,7 +40,7 @@ from trans_peft.validation.rules.paper import paper_gsm8k, paper_math
         ("1" * 3_000, "18", False),
     ],
 )
-def test_answers_are_compared_as_mathematics(answer, reference, right):
+def test_answers_are_compared_mathematically(answer, reference, right):
     assert equal(answer, reference) is right
 
 
@@ -107,7 +107,7 @@ def test_digits_of_any_script_and_thousands_are_read(number, digits, behind):
     assert not equal(written, str(number + 1))
 
 
-def test_a_comparison_that_never_ends_is_cut_off_in_any_thread_and_the_next_one_works(monkeypatch):
+def test_a_comparison_without_end_is_stopped_in_any_thread_and_the_next_one_works(monkeypatch):
     monkeypatch.setattr(mathematics, "CPU_LIMIT_S", 1)
     answers = []
 
@@ -142,7 +142,7 @@ def test_a_process_that_was_killed_is_started_again():
         ("", False),
     ],
 )
-def test_the_final_answer_is_what_stands_after_the_last_marker(answer, right):
+def test_the_final_answer_is_the_text_after_the_last_marker(answer, right):
     assert math_verify(MARKER)(answer, "9 + 9.\n#### 18\nThe answer is: 18") == (100 * right)
 
 
@@ -153,7 +153,7 @@ NUMBERS = st.sampled_from(
 
 
 @given(st.lists(NUMBERS, max_size=6).map("".join))
-def test_gsm8k_is_read_as_metamath_and_compared_as_metamath_and_the_paper_do(output):
+def test_gsm8k_is_parsed_as_in_metamath_and_compared_as_in_metamath_and_the_paper(output):
     theirs = peers.paper_gsm8k(output, f"{MARKER}18")
     assert paper_gsm8k(output, f"{MARKER}18") == (100 if theirs else 0)
     theirs = metamath.gsm8k(output, f"{MARKER}18")
@@ -165,7 +165,7 @@ def test_gsm8k_is_read_as_metamath_and_compared_as_metamath_and_the_paper_do(out
     st.text("018.,/-+ 9\u0663\u00bd\u4e09", max_size=12),
     st.sampled_from([0, 1, 18, -18, 1800, 2**60 + 1]),
 )
-def test_metamaths_number_is_read_as_metamath_reads_it(text, wanted):
+def test_the_number_is_parsed_as_in_metamath(text, wanted):
     theirs = metamath.gsm8k(MARKER + text, f"{MARKER}{wanted}")
     assert metamath_gsm8k(MARKER + text, f"{MARKER}{wanted}") == (100 if theirs else 0)
 
@@ -232,19 +232,19 @@ def test_answers_are_compared_as_math_verify_does_by_itself(output, wanted):
         ("", "5", False),
     ],
 )
-def test_math_is_compared_as_loosely_as_in_the_paper(answer, reference, right):
+def test_math_is_compared_as_in_the_paper(answer, reference, right):
     assert paper_math(f"so\n{MARKER}{answer}", f"{MARKER}{reference}") == (100 if right else 0)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(FINAL, max_size=6).map("".join), st.sampled_from(["18", "\\frac{1}{2}", "(1,18)"]))
-def test_the_papers_marking_of_math_is_nowhere_stricter_than_metamaths(output, wanted):
+def test_the_papers_rule_for_math_accepts_all_that_metamath_accepts(output, wanted):
     if metamath.math_problem(MARKER + output, MARKER + wanted):
         assert paper_math(MARKER + output, MARKER + wanted) == 100
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text("0123./\\{}()$=, frac%xsqrt", max_size=12))
-def test_no_answer_breaks_a_rule(text):
+def test_no_answer_makes_a_rule_raise(text):
     for rule in (math_verify(MARKER), paper_gsm8k, paper_math, metamath_gsm8k, metamath_math):
         assert rule(f"{MARKER}{text}", f"{MARKER}18") in (0, 100)

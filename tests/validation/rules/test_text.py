@@ -69,18 +69,18 @@ WORDS = st.text("ab cé\n", max_size=12)
 
 
 @pytest.mark.parametrize(("answer", "reference", "score"), SACREBLEU)
-def test_chrf_is_sacrebleus(answer, reference, score):
+def test_chrf_equals_sacrebleu(answer, reference, score):
     assert chrf(answer, reference) == pytest.approx(score, abs=1e-4)
 
 
 @pytest.mark.parametrize(("answer", "reference", "score"), ROUGE_SCORE)
-def test_rouge_l_is_that_of_rouge_score(answer, reference, score):
+def test_rouge_l_equals_rouge_score(answer, reference, score):
     assert rouge_l(answer, reference) == pytest.approx(score, abs=1e-4)
 
 
 @pytest.mark.parametrize("degree", [chrf, rouge_l, label_f1])
 @given(WORDS, WORDS)
-def test_a_degree_lies_between_0_and_100_and_is_100_for_the_same_text(degree, answer, reference):
+def test_a_score_is_between_0_and_100_and_100_for_the_same_text(degree, answer, reference):
     try:
         found = degree(answer, reference)
     except DataError:
@@ -101,7 +101,7 @@ def test_a_degree_lies_between_0_and_100_and_is_100_for_the_same_text(degree, an
         ("", "ValueError", False),
     ],
 )
-def test_exact_match_leaves_aside_only_the_white_space_around(answer, reference, right):
+def test_exact_match_ignores_only_white_space_at_both_ends(answer, reference, right):
     assert exact_match(answer, reference) == (100 if right else 0)
 
 
@@ -142,7 +142,7 @@ def test_json_is_compared_as_values(answer, right):
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers(), st.lists, max_leaves=4))
-def test_a_json_value_equals_itself_and_no_list_around_it(value):
+def test_a_json_value_equals_itself_and_not_a_list_of_it(value):
     text = json.dumps(value)
     assert json_equal(json.dumps(value, indent=3), text) == 100
     assert json_equal(f"[{text}]", text) == 0
@@ -158,7 +158,7 @@ PIECES = (
 @pytest.mark.parametrize("name", LLM_ADAPTERS)
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.data())
-def test_the_papers_suites_are_marked_as_llm_adapters_does(name, output, data):
+def test_the_papers_suites_get_the_scores_of_llm_adapters(name, output, data):
     suite = named(name)
     label = data.draw(st.sampled_from(LLM_ADAPTERS[name].split("|")))
     row = {
@@ -179,7 +179,7 @@ def test_the_papers_suites_are_marked_as_llm_adapters_does(name, output, data):
         (r"#### (\d+)( or)?", "#### 18 or", True),
     ],
 )
-def test_a_group_is_what_counts_of_a_match(pattern, answer, right):
+def test_the_first_group_of_a_match_is_compared(pattern, answer, right):
     assert regex(pattern)(answer, "#### 18") == (100 if right else 0)
 
 

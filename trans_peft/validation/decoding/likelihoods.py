@@ -113,8 +113,8 @@ def _log_likelihoods(
 ) -> list[list[float]]:
     cache, columns, cached = reader.begin([prompt for prompt, _ in questions])
     parts = [
-        PromptPart(there, prompt[there:])
-        for (prompt, _), there in zip(questions, cached, strict=True)
+        PromptPart(cached_tokens, prompt[cached_tokens:])
+        for (prompt, _), cached_tokens in zip(questions, cached, strict=True)
     ]
     out = reader.read(parts, cache, columns)
     columns += max(len(part.certain) for part in parts)

@@ -33,14 +33,14 @@ class _MathVerify:
         self._marker = marker
 
     def __call__(self, answer: str, reference: str) -> float:
-        wanted = self._final(reference)
-        if not wanted:
+        expected = self._final(reference)
+        if not expected:
             raise DataError(
                 f"the reference has no text after {excerpt(self._marker)}",
                 found=excerpt(reference),
             )
-        given = self._final(answer)
-        return 100.0 if given and equal(given, wanted) else 0.0
+        actual = self._final(answer)
+        return 100.0 if actual and equal(actual, expected) else 0.0
 
     def _final(self, text: str) -> str:
         _, found, rest = text.rpartition(self._marker) if self._marker else ("", "yes", text)

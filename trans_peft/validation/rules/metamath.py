@@ -33,13 +33,13 @@ def metamath_gsm8k(answer: str, reference: str) -> float:
     """Return 100 if the answer's number, rounded, equals the reference's integer, else 0."""
     _, found, rest = reference.rpartition(MARKER)
     try:
-        wanted = float(int(rest.replace(",", ""))) if found else None
+        expected = float(int(rest.replace(",", ""))) if found else None
     except (OverflowError, ValueError):
-        wanted = None
-    if wanted is None:
+        expected = None
+    if expected is None:
         raise DataError(f"the reference has no integer after {MARKER!r}", found=excerpt(reference))
-    given = rounded_number(answer)
-    return 100.0 if given is not None and float(given) == wanted else 0.0
+    actual = rounded_number(answer)
+    return 100.0 if actual is not None and float(actual) == expected else 0.0
 
 
 def metamath_math(answer: str, reference: str) -> float:
@@ -47,16 +47,16 @@ def metamath_math(answer: str, reference: str) -> float:
 
     If one of them has no normal form, the texts are compared.
     """
-    _, _, wanted = reference.rpartition(MARKER)
-    if MARKER not in reference or not wanted.strip():
+    _, _, expected = reference.rpartition(MARKER)
+    if MARKER not in reference or not expected.strip():
         raise DataError(f"the reference has no text after {MARKER!r}", found=excerpt(reference))
-    given = final_answer(answer)
-    if given is None:
+    actual = final_answer(answer)
+    if actual is None:
         return 0.0
     try:
-        return 100.0 if normal_form(given) == normal_form(wanted) else 0.0
+        return 100.0 if normal_form(actual) == normal_form(expected) else 0.0
     except (IndexError, ValueError):
-        return 100.0 if given == wanted else 0.0
+        return 100.0 if actual == expected else 0.0
 
 
 def rounded_number(text: str) -> int | None:

@@ -37,52 +37,52 @@ def paper_gsm8k(answer: str, reference: str) -> float:
 
     A hundredth of the reference, and a hundred times the reference, count as equal.
     """
-    wanted = rounded_number(reference)
-    if wanted is None:
+    expected = rounded_number(reference)
+    if expected is None:
         raise DataError(f"the reference has no number after {MARKER!r}", found=excerpt(reference))
-    given = rounded_number(answer)
-    return 100.0 if given is not None and _close(float(given), float(wanted)) else 0.0
+    actual = rounded_number(answer)
+    return 100.0 if actual is not None and _close(float(actual), float(expected)) else 0.0
 
 
 def paper_math(answer: str, reference: str) -> float:
     """Return 100 if the text after the last "The answer is: " equals the reference's, else 0."""
-    wanted = final_answer(reference)
-    if not wanted:
+    expected = final_answer(reference)
+    if not expected:
         raise DataError(f"the reference has no text after {MARKER!r}", found=excerpt(reference))
-    given = final_answer(answer)
-    if given is None:
+    actual = final_answer(answer)
+    if actual is None:
         return 0.0
     with suppress(IndexError, ValueError):  # without a normal form, the texts are compared
-        given, wanted = normal_form(given), normal_form(wanted)
-    return 100.0 if given == wanted or _math_equal(given, wanted) else 0.0
+        actual, expected = normal_form(actual), normal_form(expected)
+    return 100.0 if actual == expected or _math_equal(actual, expected) else 0.0
 
 
-def _close(given: float, wanted: float) -> bool:
+def _close(actual: float, expected: float) -> bool:
     return any(
-        math.isclose(wanted * factor, given, rel_tol=_TOLERANCE) for factor in (0.01, 1, 100)
+        math.isclose(expected * factor, actual, rel_tol=_TOLERANCE) for factor in (0.01, 1, 100)
     )
 
 
-def _math_equal(given: str, wanted: str) -> bool:
-    numbers = _number(given), _number(wanted)
+def _math_equal(actual: str, expected: str) -> bool:
+    numbers = _number(actual), _number(expected)
     if numbers[0] is not None and numbers[1] is not None:
         return _close(numbers[0], numbers[1])
-    if not given:
+    if not actual:
         return False
-    stripped = [given, wanted]
-    if (given[0], given[-1], wanted[0]) not in {("[", "]", "("), ("(", ")", "[")} and (
-        given[0] + given[-1] in ("[]", "()")
+    stripped = [actual, expected]
+    if (actual[0], actual[-1], expected[0]) not in {("[", "]", "("), ("(", ")", "[")} and (
+        actual[0] + actual[-1] in ("[]", "()")
     ):
         stripped = [text.strip("[]()") for text in stripped]
     first, second = (text.translate(_BRACKETS) for text in stripped)
     if first == second:
         return True
-    ends = given[0] + given[-1]
-    if ends in ("()", "[]", "(]", "[)") and ends == wanted[0] + wanted[-1]:
-        pairs = given[1:-1].split(","), wanted[1:-1].split(",")
+    ends = actual[0] + actual[-1]
+    if ends in ("()", "[]", "(]", "[)") and ends == expected[0] + expected[-1]:
+        pairs = actual[1:-1].split(","), expected[1:-1].split(",")
         if len(pairs[0]) == len(pairs[1]) and all(map(_math_equal, *pairs)):
             return True
-    return equal(given, wanted)
+    return equal(actual, expected)
 
 
 def _number(text: str) -> float | None:

@@ -45,10 +45,10 @@ def chrf(answer: str, reference: str) -> float:
     texts = ["".join(text.split()) for text in (answer, reference)]
     precisions, recalls = [], []
     for order in range(1, min(_CHRF_ORDER, *map(len, texts)) + 1):
-        given, wanted = (_ngrams(text, order) for text in texts)
-        shared = (given & wanted).total()
-        precisions.append(shared / given.total())
-        recalls.append(shared / wanted.total())
+        actual, expected = (_ngrams(text, order) for text in texts)
+        shared = (actual & expected).total()
+        precisions.append(shared / actual.total())
+        recalls.append(shared / expected.total())
     if not any(precisions):
         return 0.0
     precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
@@ -68,15 +68,15 @@ def rouge_l(answer: str, reference: str) -> float:
     case. Use chrF for other alphabets.
     """
     _check_length(reference)
-    given, wanted = (_ROUGE_WORD.findall(text.lower()) for text in (answer, reference))
-    if not wanted:
+    actual, expected = (_ROUGE_WORD.findall(text.lower()) for text in (answer, reference))
+    if not expected:
         raise DataError(
             "the reference has no word for ROUGE-L",
             expected="at least one run of the characters a-z and 0-9",
             found=excerpt(reference),
         )
-    shared = _longest_common_subsequence(given, wanted)
-    return 200.0 * shared / (len(given) + len(wanted))
+    shared = _longest_common_subsequence(actual, expected)
+    return 200.0 * shared / (len(actual) + len(expected))
 
 
 def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
@@ -111,10 +111,10 @@ def label_f1(answer: str, reference: str) -> float:
 
     Commas and line breaks separate labels. Their order and repetitions do not count.
     """
-    given, wanted = _labels(answer), _labels(reference)
-    if not wanted:
+    actual, expected = _labels(answer), _labels(reference)
+    if not expected:
         raise DataError("the reference has no label", found=excerpt(reference))
-    return 200.0 * len(given & wanted) / (len(given) + len(wanted))
+    return 200.0 * len(actual & expected) / (len(actual) + len(expected))
 
 
 def _labels(text: str) -> set[str]:
@@ -152,12 +152,12 @@ def regex(pattern: str) -> Callable[[str, str], float]:
                 found=f"more for the answer {excerpt(answer)}",
                 do="write it without repetitions inside repetitions, such as (a+)+",
             )
-        wanted, given = found
-        if wanted is None:
+        expected, actual = found
+        if expected is None:
             raise DataError(
                 f"the reference does not match {excerpt(pattern)}", found=excerpt(reference)
             )
-        return 100.0 if given == wanted else 0.0
+        return 100.0 if actual == expected else 0.0
 
     return same_match
 
@@ -169,13 +169,13 @@ def json_equal(answer: str, reference: str) -> float:
     answer with NaN, a repeated key or other text around the JSON is wrong.
     """
     try:
-        wanted = _typed(_json(reference))
+        expected = _typed(_json(reference))
     except ValueError as error:
         raise DataError(
             "the reference is not JSON", found=f"{excerpt(reference)}: {error}"
         ) from error
     try:
-        return 100.0 if _typed(_json(answer)) == wanted else 0.0
+        return 100.0 if _typed(_json(answer)) == expected else 0.0
     except ValueError:
         return 0.0
 
