@@ -20,7 +20,7 @@ ROW = {"prompt": "2 + 2 =", "completion": " 4"}
 
 
 def repeated(text: str, rows: int) -> pyarrow.Table:
-    """A column that says the same text in every row, stored once."""
+    """Columns with the same text in every row, which is stored once."""
     texts = pyarrow.DictionaryArray.from_arrays(
         pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array([text])
     )

@@ -241,7 +241,7 @@ def test_an_invalid_item_of_a_list_does_not_affect_others():
 
 
 def test_an_example_has_the_place_of_its_row(tmp_path):
-    """A row without an id has a hash for one, by which nobody finds it."""
+    """The id of a row without one is a hash, which does not help to find the row."""
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     path = tmp_path / "mine.jsonl"
     path.write_text(f"\n{json.dumps({'messages': turns})}\n{json.dumps({'messages': turns})}")

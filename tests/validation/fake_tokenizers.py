@@ -1,8 +1,8 @@
-"""Tokenizers that tests put in the place of real ones, importable in a child process."""
+"""Fake tokenizers that a child process can import."""
 
 
 class Merging:
-    """A tokenizer that makes one token of a space and the letter after it, as BPE does."""
+    """A tokenizer that merges a space and the letter after it into one token, as BPE does."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer

@@ -1,7 +1,7 @@
-"""How MetaMath marks GSM8K and MATH, restated from its `eval_gsm8k.py`, `eval_math.py`, `util.py`.
+"""MetaMath's scoring of GSM8K and MATH, restated from `eval_gsm8k.py`, `eval_math.py`, `util.py`.
 
-The comparison of `util.is_equiv` is that of Hendrycks' MATH release (`math_equivalence.py`). Where
-MetaMath's evaluation would end with an exception, the output counts as wrong.
+The comparison of `util.is_equiv` is that of Hendrycks' MATH release (`math_equivalence.py`). An
+output for which MetaMath's code raises an exception is wrong.
 """
 
 import math
@@ -13,7 +13,7 @@ MARKER = "The answer is: "
 
 
 def gsm8k(output, reference):
-    """The number after the last marker, rounded, is the reference's."""
+    """The rounded number after the last marker equals the reference's."""
     wanted = int(reference.split(MARKER)[-1].replace(",", ""))
     try:
         given = number(output)
@@ -72,7 +72,7 @@ def final(completion):
 
 
 def is_equiv(first, second):
-    """Whether two answers have one normal form; as they stand where one has none."""
+    """Whether two answers have the same normal form, or the same text if one has none."""
     try:
         return _normal_form(first) == _normal_form(second)
     except (AssertionError, IndexError, ValueError):

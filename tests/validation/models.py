@@ -1,4 +1,4 @@
-"""Tiny models of several architectures, and what transformers' own `generate` answers with them."""
+"""Tiny models of several architectures, and their answers with transformers' `generate`."""
 
 from contextlib import contextmanager
 
@@ -36,7 +36,7 @@ CONFIGS = {
     "mistral, window 24": MistralConfig(**SHAPE, sliding_window=24),
     "gemma2, window 24": Gemma2Config(**SHAPE, head_dim=8, sliding_window=24),
     "gemma3, window 8": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=8),
-    # Not in the cache, but in the mask: it counts columns.
+    # The window is applied by the mask, which counts columns, and not by the cache.
     "gpt neo, window 8": GPTNeoConfig(
         **VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=256,
         attention_types=[[["global", "local"], 1]], window_size=8,
@@ -49,7 +49,7 @@ CONFIGS = {
 
 
 def model_of(name, seed=0):
-    """A model whose answers depend on the whole prompt: fresh ones repeat its last token."""
+    """A model whose answers depend on the whole prompt; default weights repeat its last token."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[name])
     with torch.no_grad():

@@ -1,9 +1,8 @@
-"""How the peers that the paper follows mark an output, restated from their code: the reference.
+"""Reference implementations: the scoring of the projects that the paper follows.
 
-Each function takes an output and the item's reference as our suite has it (`Example.reference`, or
-the completion) and says whether the peer would count the output as right. Written without our
-rules, and as the peer's code goes; where the peer's evaluation would end with an exception, the
-output counts as wrong.
+Each function takes an output and the item's reference in our suite (`Example.reference`, or the
+completion), and returns whether the project's code accepts the output. The functions restate that
+code and do not use our rules. An output for which that code raises an exception is wrong.
 """
 
 import json
@@ -14,7 +13,7 @@ from tests.validation import metamath
 from tests.validation.metamath import MARKER
 from trans_peft.sandbox.run import run_script
 
-# What LLM-Adapters' `extract_answer` looks for (commomsense_evaluate.py), by data set.
+# The patterns of LLM-Adapters' `extract_answer` (commomsense_evaluate.py), by data set.
 LLM_ADAPTERS = {
     "boolq": r"true|false",
     "piqa": r"solution1|solution2",
@@ -49,7 +48,7 @@ def paper_gsm8k(output, reference):
 
 
 def math_verify_itself(output, reference):
-    """math-verify, called as its own page says (in the main thread), on MetaMath's final answer."""
+    """math-verify, called as its documentation shows, on MetaMath's final answer."""
     from math_verify import parse, verify
 
     answers = []
@@ -88,11 +87,11 @@ PEERS = {
     "mbpp": evalplus,
     "mbpp_plus": evalplus,
 }
-"""Suite -> how its peer marks an output."""
+"""Suite -> the scoring function of the project that it comes from."""
 
 
 def disagreements(suite, is_right, rows):
-    """Return the rows that our rule and the suite's peer mark apart.
+    """Return the rows to which our rule and the reference implementation give different scores.
 
     A row is `{"output", "reference"}`, and "sanitized" where the peer is evalplus.
     """

@@ -32,7 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def answers(model, tokenizer):
-    """The model's own answers, question by question."""
+    """The model's answers, one question at a time."""
     return [
         generate(model, tokenizer, [tokenizer(q)["input_ids"]], max_new_tokens=3).texts[0]
         for q in QUESTIONS
@@ -187,7 +187,7 @@ def test_logits_that_are_not_finite_are_an_evaluation_error(tokenizer, answers):
 
 @contextmanager
 def passes(model):
-    """Tell how many rows each forward pass inside the block has."""
+    """Record the number of rows of each forward pass in the block."""
     seen = []
     hook = model.register_forward_pre_hook(
         lambda _, __, given: seen.append(len(given["input_ids"])), with_kwargs=True

@@ -1,9 +1,9 @@
-"""What real adapters answered, marked by us and by each suite's peer.
+"""Score outputs of real adapters with our rules and with the reference implementations.
 
-`outputs/<suite>.jsonl` holds them, malformed ones included; its README says whose they are. Of
-programs it holds what evalplus keeps of them and whether they pass behind the suite's own prompt,
-but neither that prompt's text nor the tests: passing is compared where the data sets are
-(`TRANS_PEFT_DATA`).
+`outputs/<suite>.jsonl` has the outputs, including malformed ones; its README describes their
+origin. For programs the files contain what evalplus keeps of them and whether they pass, but
+neither the text of the prompts nor the tests. So passing is compared only if the data sets are
+there (`TRANS_PEFT_DATA`).
 """
 
 import ast
@@ -34,7 +34,7 @@ ELSEWHERE = {
     "gsm8k": {},
     "math": {("$\\sqrt{53}$", "\\sqrt{53}"): "a formula in dollar signs is the formula"},
 }
-"""What stands behind the marker, the reference, and why MetaMath marks that otherwise."""
+"""(text after the marker, reference) -> why MetaMath gives another score."""
 
 NO_RETURN = "evalplus takes no function without a return: then no name of the tests is defined"
 PARAMETER = "evalplus takes a parameter's name for the global variable of that name"
@@ -43,7 +43,7 @@ KEPT = {
     "mbpp": {PARAMETER: 1},
     "mbpp_plus": {},
 }
-"""Of how many programs evalplus keeps something else, and why: none of them passes either way."""
+"""Reason -> number of programs of which evalplus keeps other lines; none of them passes."""
 
 
 def outputs(name):
@@ -104,7 +104,7 @@ def why_evalplus_keeps_something_else(row):
     only_imports = [*map(ast.dump, theirs)] == imports
     if [node.name for node in functions] == row["names"]:
         if not any(map(returns, functions)) and (only_imports or (more and not less)):
-            return NO_RETURN  # theirs is then the imports, or without any all that is Python
+            return NO_RETURN  # evalplus then keeps the imports, or without any all valid Python
         if not less and {*map(assigned, more)} <= parameters(functions):
             return PARAMETER
     return kept(row), row["sanitized"]
@@ -123,7 +123,7 @@ def parameters(functions):
 
 
 def statements(program):
-    """What a program does: no layout, no literals that stand alone, its imports in front."""
+    """Normalize a program: no layout, no expression statements of literals, imports first."""
     try:
         body = [node for node in ast.parse(program).body if not is_literal(node)]
     except SyntaxError:
@@ -133,7 +133,7 @@ def statements(program):
 
 
 def is_literal(node):
-    """Whether it is a docstring or another value that nobody is given."""
+    """Whether a statement is a docstring or another unused value."""
     try:
         return isinstance(node, ast.Expr) and ast.literal_eval(node.value) is not None
     except ValueError:
@@ -155,7 +155,7 @@ def test_the_program_that_evalplus_keeps_passes_if_ours_does(name):
 def references_of(name):
     if name != "mbpp_plus":
         return {e.id: e.reference for e in read_examples(named(name, DATA).data, FileStore())}
-    # Its own file was not to be had when the outputs were made: see their README.
+    # MBPP+'s own file was not available when the outputs were generated: see the README.
     rows = map(json.loads, (Path(DATA) / PUBLISHED["mbpp"].file).read_text().splitlines())
     read = [TEMPLATES[name](row | {"prompt": row["text"], "test_imports": []}) for row in rows]
     return {str(row["id"]): row["reference"] for row in read}

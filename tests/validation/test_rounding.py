@@ -1,4 +1,4 @@
-"""Shapes of batches move logits less than derived; on the same batch a lent base moves none."""
+"""Batch shapes change logits within the derived bound; a shared base does not change them."""
 
 from functools import cache
 

@@ -56,7 +56,7 @@ def run(tokenizer, examples, suite=SUITE, **options):
 
 @cache
 def model():
-    """A model that says printable ASCII (ids 0 to 93) and does not repeat its prompt."""
+    """A model that generates printable ASCII (ids 0 to 93) and does not repeat its prompt."""
     found = tiny_model(seed=5, vocabulary=300)
     head = torch.randn(300, 32)
     head[94:] = 0
@@ -67,7 +67,7 @@ def model():
 
 @cache
 def said(prompt: str) -> tuple[int, ...]:
-    """The model's own answer, five tokens; ids of the prompts are not named anew."""
+    """The model's answer, five tokens; none of them is renamed in the prompts."""
     ids = tiny_tokenizer()(prompt)["input_ids"]
     (answer,) = generate(model(), tiny_tokenizer(), [ids], max_new_tokens=5).ids
     assert 257 not in answer
@@ -75,7 +75,7 @@ def said(prompt: str) -> tuple[int, ...]:
 
 
 def speaker(prompt: str, at: int, name: str = "<|tool|>"):
-    """A tokenizer by which the model says a special token there, and the answer's text."""
+    """A tokenizer with a special token in the answer, and the answer's text."""
     token = said(prompt)[at]
     assert token not in tiny_tokenizer()(prompt)["input_ids"]
     tokenizer = naming({token: name})

@@ -29,7 +29,7 @@ def test_a_published_suite_has_a_template_and_a_scoring_rule(name):
     suite, published = named(name, "s3://bucket/data/"), PUBLISHED[name]
     assert suite.data == DataSource(f"s3://bucket/data/{published.file}", "", published.template)
     assert named(name).data.uri == f"hub:{published.hub}"
-    assert len(named(name).data.uri.split(":")) == 4  # the split is said, never a default
+    assert len(named(name).data.uri.split(":")) == 4  # the split is explicit
     assert suite.data.template in TEMPLATES
     make_scorer(suite)
     assert 0 <= suite.chance_points <= 50

@@ -1,4 +1,4 @@
-"""References that decoding cannot produce are refused, by item, before the model is asked."""
+"""References that decoding cannot produce are refused, by item, before the model runs."""
 
 import pytest
 

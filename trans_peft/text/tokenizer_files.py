@@ -126,6 +126,7 @@ def stage(folder: Path, target: Path) -> None:
     files = {
         path.stem: path.read_text(encoding="utf-8")
         for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
+        if path.is_file()
     }
     if (folder / _TEMPLATE_NAME).is_file():
         files["default"] = (folder / _TEMPLATE_NAME).read_text(encoding="utf-8")
@@ -148,6 +149,8 @@ def stage(folder: Path, target: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a named pipe would block
+        raise ValueError(f"{path.name} is not a regular file")
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:

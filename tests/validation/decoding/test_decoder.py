@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (1, 2, 3, 3, 7, 12, 20, 12, 33, 5)
 MOST = 18
 ANY_TOKEN = st.integers(0, 257)
-shared = cache(model_of)  # nobody here changes a model but who makes one
+shared = cache(model_of)  # tests that change a model create their own
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_no_draft_changes_a_token(name, data, tokenizer, prompts, free):
     parts = sorted({text[i : i + 2] for i in range(len(text) - 1) if text[i : i + 2].isascii()})
     stop = data.draw(st.sampled_from([(), *((part,) for part in parts)]))
     most = data.draw(st.integers(1, MOST))
-    # The tokenizer's own end token ends an answer too.
+    # The tokenizer's end token ends an answer too.
     expected = [cut(answers[i][:most], tokenizer, {*end, 257}, stop) for i in asked]
     with ending_with(model, end):
         found = generate(

@@ -128,7 +128,7 @@ def test_empty_drafts_are_ignored():
         ([3] * 31 + [20], 32, 6),
         ([0, 1, 2, 40], 4, 3),
         ([1] * 20 + [4] * 2, 22, 2),
-        ([1] * 20 + [4] * 2, 440, 4),  # beside long prompts a little padding is nothing
+        ([1] * 20 + [4] * 2, 440, 4),  # padding is small compared with long prompts
     ],
 )
 def test_a_batch_checks_no_more_padding_than_tokens(lengths, unread, common):

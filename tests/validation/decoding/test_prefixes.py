@@ -47,7 +47,7 @@ def prompts(beginning):
 
 @cache
 def free(name, beginning):
-    """What transformers answers prompt by prompt when the tokenizer's own end token alone ends."""
+    """Answers of transformers, prompt by prompt, with only the tokenizer's end token."""
     with ending_with(shared(name), 257):
         return by_transformers(shared(name), prompts(beginning), max_new_tokens=MOST)
 
