@@ -1,11 +1,11 @@
-"""What early decisions cost and save: 10,000 simulated adapters for each line of two tables.
+"""Power and saved items of the sequential gate, from 10,000 simulated adapters per table row.
 
     python -m benchmarks.sequential [--adapters 10000]
 
-Each adapter is judged by the very claims of `trans_peft.validation.statistics.sequential`, looked
-at after each batch, on one suite and without the bare base; the fixed-size figures are exact. The
-loss of an adapter is that of the population; its items are drawn anew for each. Takes under a
-minute of one core. The tables stand in docs/verdicts.md.
+Each adapter is judged on one suite by the betting tests against its old base, which are examined
+after each batch as in `trans_peft.validation.statistics.sequential`. The figures of the fixed-size
+test are exact. The loss of an adapter is that of the population, from which its items are drawn.
+The benchmark takes less than a minute on one core. Its tables are in docs/verdicts.md.
 """
 
 import argparse
@@ -23,47 +23,57 @@ MARGIN, ALPHA = 0.05, 0.05
 
 
 @dataclass(frozen=True)
-class Shares:
-    """What became of the adapters, as shares of them, and how many items one was asked."""
+class Outcomes:
+    """Results of simulated adapters.
+
+    Attributes:
+        passed: share of adapters that were shown to be non-inferior.
+        inferior: share of adapters that were shown to be inferior.
+        mean_items: mean number of items per adapter.
+    """
 
     passed: float
-    retuned: float
-    asked: float
+    inferior: float
+    mean_items: float
 
 
 def changes(n: int, adapters: int, discordant: float, loss: float, seed: int) -> NDArray[np.int8]:
-    """Return x of shape (n, adapters): -1 with chance (discordant + loss) / 2, and so on."""
+    """Return results of shape (n, adapters): -1 for a loss, 1 for a gain, else 0.
+
+    `discordant` is the probability that an item is discordant, `loss` the expected loss; both are
+    proportions.
+    """
     draws = np.random.default_rng(seed).random((n, adapters), dtype=np.float32)
     worse = (discordant + loss) / 2
     return np.where(draws < worse, -1, np.where(draws < discordant, 1, 0)).astype(np.int8)
 
 
-def simulate(n: int, discordant: float, loss: float, *, adapters: int, seed: int = 0) -> Shares:
-    """Judge adapters that lost `loss`, batch after batch, until each is decided or given up."""
-    non_inferior = BettingTest(-MARGIN, items=n, alpha=ALPHA, effect=MARGIN)
-    inferior = BettingTest(MARGIN, items=n, alpha=ALPHA, effect=MARGIN)
+def simulate(n: int, discordant: float, loss: float, *, adapters: int, seed: int = 0) -> Outcomes:
+    """Simulate adapters with a true loss of `loss` until their tests are significant or futile."""
+    non_inferior_test = BettingTest(-MARGIN, items=n, alpha=ALPHA, effect=MARGIN)
+    inferior_test = BettingTest(MARGIN, items=n, alpha=ALPHA, effect=MARGIN)
     ends = {min(end, n) for end in batch_ends(n)}
-    asked = np.zeros(adapters, dtype=np.int64)
-    passed, retuned = np.zeros(adapters, dtype=bool), np.zeros(adapters, dtype=bool)
+    items = np.zeros(adapters, dtype=np.int64)  # 0 while an adapter is undecided
+    passed, inferior = np.zeros(adapters, dtype=bool), np.zeros(adapters, dtype=bool)
     for i, x in enumerate(changes(n, adapters, discordant, loss, seed), start=1):
-        non_inferior.observe(x)
-        inferior.observe(-x)
+        non_inferior_test.observe(x)
+        inferior_test.observe(-x)
         if i in ends:
-            stops = (asked == 0) & (
-                non_inferior.is_significant
-                | inferior.is_significant
-                | ~(non_inferior.open | inferior.open)
+            stops = (items == 0) & (
+                non_inferior_test.is_significant
+                | inferior_test.is_significant
+                | ~(non_inferior_test.is_undecided | inferior_test.is_undecided)
             )
-            asked[stops] = i
-            passed |= stops & non_inferior.is_significant
-            retuned |= stops & inferior.is_significant & ~non_inferior.is_significant
-        if asked.all():
+            items[stops] = i
+            passed |= stops & non_inferior_test.is_significant
+            inferior |= stops & inferior_test.is_significant & ~non_inferior_test.is_significant
+        if items.all():
             break
-    return Shares(float(passed.mean()), float(retuned.mean()), float(asked.mean()))
+    return Outcomes(float(passed.mean()), float(inferior.mean()), float(items.mean()))
 
 
-def fixed(n: int, discordant: float, loss: float) -> tuple[float, float]:
-    """Return the exact chances that all n items show the loss to be smaller, and larger."""
+def fixed_size_power(n: int, discordant: float, loss: float) -> tuple[float, float]:
+    """Return the exact probabilities that n items show non-inferiority, and inferiority."""
     b, c = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
     worse, better = (discordant + loss) / 2, (discordant - loss) / 2
     p = binom.pmf(b, n, worse) * binom.pmf(c, np.maximum(n - b, 0), better / (1 - worse))
@@ -77,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapters", type=int, default=10_000)
     adapters = parser.parse_args().adapters
-    print("| items | discordant | passed at a loss of 5 | passed at no loss | all items | asked |")
+    print("| items | discordant | passed, loss 5 | passed, loss 0 | fixed size | items, loss 0 |")
     print("|---|---|---|---|---|---|")
     for n in (200, 500, 1319):
         for discordant in (0.05, 0.1, 0.2):
@@ -86,18 +96,18 @@ def main() -> None:
             power = power_of_non_inferiority(n, discordant, MARGIN, ALPHA)
             print(
                 f"| {n} | {discordant:.0%} | {at_margin.passed:.1%} | {at_none.passed:.0%} "
-                f"| {power:.0%} | {at_none.asked:.0f} ({at_none.asked / n:.0%}) |",
+                f"| {power:.0%} | {at_none.mean_items:.0f} ({at_none.mean_items / n:.0%}) |",
                 flush=True,
             )
     n, discordant = 500, 0.2
-    print("\n| true loss | smaller | larger | asked | all items: smaller | larger |")
+    print("\n| true loss | non-inferior | inferior | items | fixed size: non-inferior | inferior |")
     print("|---|---|---|---|---|---|")
     for points in (-5, 0, 2, 4, 5, 7, 10, 15):
-        early = simulate(n, discordant, points / 100, adapters=adapters, seed=3)
-        smaller, larger = fixed(n, discordant, points / 100)
+        found = simulate(n, discordant, points / 100, adapters=adapters, seed=3)
+        non_inferior, inferior = fixed_size_power(n, discordant, points / 100)
         print(
-            f"| {points} | {early.passed:.0%} | {early.retuned:.0%} | {early.asked:.0f} "
-            f"({early.asked / n:.0%}) | {smaller:.0%} | {larger:.0%} |",
+            f"| {points} | {found.passed:.0%} | {found.inferior:.0%} | {found.mean_items:.0f} "
+            f"({found.mean_items / n:.0%}) | {non_inferior:.0%} | {inferior:.0%} |",
             flush=True,
         )
 

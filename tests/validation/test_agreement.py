@@ -1,4 +1,4 @@
-"""Agreement and KL against whole distributions, worked out without batches or padding."""
+"""Agreement and KL, compared with whole distributions without batches or padding."""
 
 import math
 from dataclasses import replace
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [([65, 66, 67], [68, 69]), ([70], []), ([71, 72, 73, 74, 75], [76]), ([66, 66], [65] * 7)]
 
 
-def manual(old, new, pairs=PAIRS):
-    """KL(old || new) over the whole vocabulary, pair by pair, mean over positions."""
+def full_kl(old, new, pairs=PAIRS):
+    """Return KL(old || new) over the whole vocabulary, pair by pair, averaged over positions."""
     found = []
     for prompt, answer in pairs:
         ids = torch.tensor([[*prompt, *answer]])
@@ -43,24 +43,24 @@ def models():
     return model_of("llama", 0), model_of("llama", 1)
 
 
-def between(models, **options):
+def kl_between(models, **options):
     old = next_tokens(models[0], PAIRS, **options)
     return mean_kl(old, next_tokens(models[1], PAIRS, like=old, **options))
 
 
-def test_with_the_whole_vocabulary_it_is_the_kl(models):
-    assert between(models, k=258) == pytest.approx(manual(*models), rel=1e-4)
+def test_with_all_tokens_it_equals_the_full_kl(models):
+    assert kl_between(models, k=258) == pytest.approx(full_kl(*models), rel=1e-4)
 
 
-def test_fewer_tokens_give_less_and_never_more(models):
-    found = [between(models, k=k) for k in (1, 4, 64, 257, 1000)]
+def test_kl_grows_with_k_up_to_the_full_kl(models):
+    found = [kl_between(models, k=k) for k in (1, 4, 64, 257, 1000)]
     assert found == sorted(found)
-    assert found[-1] == pytest.approx(manual(*models), rel=1e-4)
+    assert found[-1] == pytest.approx(full_kl(*models), rel=1e-4)
     assert found[0] > 0
 
 
-def test_a_model_has_not_moved_from_itself(models):
-    assert between((models[0], models[0])) == pytest.approx(0, abs=1e-6)
+def test_kl_of_a_model_with_itself_is_zero(models):
+    assert kl_between((models[0], models[0])) == pytest.approx(0, abs=1e-6)
 
 
 def test_there_is_one_position_before_each_token_and_one_after_the_last(models):
@@ -70,18 +70,18 @@ def test_there_is_one_position_before_each_token_and_one_after_the_last(models):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon, alibi", "gemma3, window 8"])
-def test_padding_plays_no_part_in_any_architecture(name):
+def test_padding_does_not_change_the_kl(name):
     models = model_of(name, 0), model_of(name, 1)
-    assert between(models, k=258) == pytest.approx(manual(*models), rel=1e-3)
+    assert kl_between(models, k=258) == pytest.approx(full_kl(*models), rel=1e-3)
 
 
 @settings(max_examples=50)
 @given(st.lists(st.lists(st.floats(0.01, 1), min_size=6, max_size=6), min_size=2, max_size=2),
        st.integers(1, 6))  # fmt: skip
-def test_it_is_the_textbooks_sum_over_what_is_told_apart(weights, k):
+def test_kl_equals_the_definition_with_merged_tokens(weights, k):
     p, q = (torch.tensor(w, dtype=torch.double) / sum(w) for w in weights)
 
-    def told(values):
+    def merged(values):
         rest = values[k:].sum().log() if k < 6 else torch.tensor(-torch.inf)
         return NextTokens(torch.arange(k)[None], values[:k].log()[None], rest[None])
 
@@ -89,10 +89,10 @@ def test_it_is_the_textbooks_sum_over_what_is_told_apart(weights, k):
     if k < 6:
         a, b = p[k:].sum().item(), q[k:].sum().item()
         expected += a * math.log(a / b)
-    assert mean_kl(told(p), told(q)) == pytest.approx(max(0, expected), abs=1e-9)
+    assert mean_kl(merged(p), merged(q)) == pytest.approx(max(0, expected), abs=1e-9)
 
 
-def test_other_tokens_cannot_be_compared(models):
+def test_different_tokens_are_rejected(models):
     with pytest.raises(InvalidSpecError, match="`like`"):
         mean_kl(*(next_tokens(model, PAIRS, k=4) for model in models))
 
@@ -109,22 +109,22 @@ def evaluation(answers, **changes):
     return replace(Evaluation("s", "w", "old", "suite", "greedy", items), **changes)
 
 
-def test_equal_answers_are_told_by_their_hashes_alone():
+def test_equal_answers_are_counted_from_hashes():
     old, new = evaluation(["a", "b", "c"]), evaluation(["a", "x", "c"], base_fingerprint_sha256="n")
     assert equal_answers(old, new) == 2
-    turned = replace(new, items=new.items[::-1])
-    assert equal_answers(old, turned) == 2
+    reversed_order = replace(new, items=new.items[::-1])
+    assert equal_answers(old, reversed_order) == 2
     assert Agreement(prompts=3, equal=2, kl=0.0, positions=1).points == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize(
-    ("new", "words"),
+    ("new", "message"),
     [
-        (evaluation(["a", "b"]), "1 items are not answered"),
+        (evaluation(["a", "b"]), "1 items are not in all evaluations"),
         (evaluation(["a", "b", "c"], decoding_sha256="other"), "decoding_sha256 differs"),
-        (evaluation(["a", "b", ""]), "without hashes"),
+        (evaluation(["a", "b", ""]), "without answer hashes"),
     ],
 )
-def test_answers_to_something_else_are_refused(new, words):
-    with pytest.raises(InvalidSpecError, match=words):
+def test_evaluations_that_cannot_be_compared_are_rejected(new, message):
+    with pytest.raises(InvalidSpecError, match=message):
         equal_answers(evaluation(["a", "b", "c"]), new)

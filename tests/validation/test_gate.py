@@ -22,7 +22,7 @@ POLICY = GatePolicy(margin_points=5, alpha=0.05)
 
 
 def results(right, suite="imports", weights="adapter", base="new"):
-    """An evaluation with these right (1) and wrong (0) answers, as a mapping of one suite."""
+    """Return a mapping of one suite to an evaluation with correct (1) and wrong (0) items."""
     items = tuple(ItemResult(f"item-{i}", bool(bit)) for i, bit in enumerate(right))
     return {suite: Evaluation(suite, weights, base, f"hash of {suite}", "greedy", items)}
 
@@ -47,14 +47,14 @@ def bits(right, wrong, shift=0):
 GOOD, POOR = bits(260, 40), bits(20, 280)
 
 ONE_SUITE = {
-    "kept, and far better than bare": (GOOD, bits(258, 42), POOR, "passed"),
+    "kept, far better than the bare base": (GOOD, bits(258, 42), POOR, "passed"),
     "gained": (GOOD, bits(300, 0), POOR, "passed"),
     "lost twenty points": (GOOD, bits(200, 100), POOR, "needs-retuning"),
-    "collapsed, so that bare is as good": (GOOD, bits(0, 300), POOR, "needs-retuning"),
-    "kept, but bare is as good": (GOOD, bits(258, 42), bits(262, 38), "retire"),
-    "open, and bare is as good": (GOOD, bits(252, 48, 20), bits(252, 48, 20), "retire"),
-    "open, better than bare": (GOOD, bits(250, 50, 20), POOR, "inconclusive"),
-    "kept, bare open": (GOOD, bits(258, 42), bits(250, 50, 30), "inconclusive"),
+    "collapsed, bare base as good": (GOOD, bits(0, 300), POOR, "needs-retuning"),
+    "kept, bare base as good": (GOOD, bits(258, 42), bits(262, 38), "retire"),
+    "undecided, bare base as good": (GOOD, bits(252, 48, 20), bits(252, 48, 20), "retire"),
+    "undecided, better than the bare base": (GOOD, bits(250, 50, 20), POOR, "inconclusive"),
+    "kept, bare base undecided": (GOOD, bits(258, 42), bits(250, 50, 30), "inconclusive"),
     "too few items for the margin": ([1] * 30, [1] * 30, [0] * 30, "inconclusive"),
 }
 
@@ -69,18 +69,18 @@ def test_the_table_of_verdicts_with_one_suite(case):
     assert undecided == (verdict == "inconclusive")
 
 
-A_KEPT = (GOOD, bits(258, 42), POOR)
-A_LOST = (GOOD, bits(200, 100), POOR)
-A_OPEN = (GOOD, bits(250, 50, 20), POOR)
-A_IDLE = (GOOD, bits(258, 42), bits(262, 38))
+A_PASSING = (GOOD, bits(258, 42), POOR)
+A_INFERIOR = (GOOD, bits(200, 100), POOR)
+A_UNDECIDED = (GOOD, bits(250, 50, 20), POOR)
+A_REDUNDANT = (GOOD, bits(258, 42), bits(262, 38))
 
 TWO_SUITES = [
-    (A_KEPT, A_KEPT, "passed"),
-    (A_KEPT, A_LOST, "needs-retuning"),
-    (A_IDLE, A_LOST, "needs-retuning"),
-    (A_KEPT, A_OPEN, "inconclusive"),
-    (A_IDLE, A_IDLE, "retire"),
-    (A_KEPT, A_IDLE, "inconclusive"),
+    (A_PASSING, A_PASSING, "passed"),
+    (A_PASSING, A_INFERIOR, "needs-retuning"),
+    (A_REDUNDANT, A_INFERIOR, "needs-retuning"),
+    (A_PASSING, A_UNDECIDED, "inconclusive"),
+    (A_REDUNDANT, A_REDUNDANT, "retire"),
+    (A_PASSING, A_REDUNDANT, "inconclusive"),
 ]
 
 
@@ -90,28 +90,28 @@ def test_every_required_suite_must_pass(first, second, verdict):
     assert judge(POLICY, *arms).verdict == verdict
 
 
-def test_more_items_are_named_only_for_the_suite_that_is_open():
-    judgement = judge(POLICY, *merged(three(*A_KEPT, suite="a"), three(*A_OPEN, suite="b")))
+def test_more_items_are_given_for_the_undecided_suite_only():
+    judgement = judge(POLICY, *merged(three(*A_PASSING, suite="a"), three(*A_UNDECIDED, suite="b")))
     assert [s.more_items > 0 for s in judgement.suites] == [False, True]
     assert judgement.reason.startswith("b:")
 
 
-def test_where_no_number_of_items_decides_the_reason_says_so():
-    judgement = judge(POLICY, *merged(three(*A_KEPT, suite="a"), three(*A_IDLE, suite="b")))
+def test_the_reason_states_that_more_items_will_not_decide():
+    judgement = judge(POLICY, *merged(three(*A_PASSING, suite="a"), three(*A_REDUNDANT, suite="b")))
     assert [s.more_items for s in judgement.suites] == [0, 0]
     assert "more items will not decide" in judgement.reason
 
 
-def test_a_suite_that_is_not_required_warns_and_decides_nothing():
+def test_a_loss_on_a_suite_that_is_not_required_is_reported_only():
     policy = replace(POLICY, required_suites=("a",))
-    judgement = judge(policy, *merged(three(*A_KEPT, suite="a"), three(*A_LOST, suite="b")))
+    judgement = judge(policy, *merged(three(*A_PASSING, suite="a"), three(*A_INFERIOR, suite="b")))
     assert judgement.verdict is Verdict.PASSED
     assert [s.suite for s in judgement.suites] == ["a", "b"]
     assert "not required, but inferior: b:" in judgement.reason
 
 
-def test_retuning_shares_the_level_among_the_suites_that_could_ask_for_it():
-    """Lost just beyond the margin at alpha, not at alpha / 2: enough alone, not as one of two."""
+def test_inferiority_tests_share_alpha_among_the_required_suites():
+    """The loss is significant at alpha but not at alpha / 2."""
     inferior = 24
     assert (
         upper_bound(300, inferior + 5, 5, 0.05) < -0.05 < upper_bound(300, inferior + 5, 5, 0.025)
@@ -119,22 +119,22 @@ def test_retuning_shares_the_level_among_the_suites_that_could_ask_for_it():
     candidate = [0] * (inferior + 5) + [1] * (260 - inferior - 5) + [1] * 5 + [0] * 35
     alone = three(GOOD, candidate, POOR, suite="a")
     assert judge(POLICY, *alone).verdict is Verdict.NEEDS_RETUNING
-    both = merged(alone, three(*A_KEPT, suite="b"))
+    both = merged(alone, three(*A_PASSING, suite="b"))
     judgement = judge(POLICY, *both)
     assert judgement.verdict is Verdict.INCONCLUSIVE
     assert judgement.suites[0].more_items > 0
 
 
-def test_a_policy_that_does_not_ask_for_it_needs_no_bare_results():
-    reference, candidate, _ = three(*A_KEPT)
+def test_bare_results_are_optional_without_must_beat_bare():
+    reference, candidate, _ = three(*A_PASSING)
     judgement = judge(replace(POLICY, must_beat_bare=False), reference, candidate, {})
     assert judgement.verdict is Verdict.PASSED
     assert judgement.suites[0].versus_bare_base is None
 
 
-def test_a_policy_that_does_not_ask_for_it_passes_where_bare_is_as_good():
+def test_an_adapter_equal_to_the_bare_base_passes_without_must_beat_bare():
     policy = replace(POLICY, must_beat_bare=False)
-    assert judge(policy, *three(*A_IDLE)).verdict is Verdict.PASSED
+    assert judge(policy, *three(*A_REDUNDANT)).verdict is Verdict.PASSED
 
 
 def test_the_figures_are_those_of_the_bounds():
@@ -172,7 +172,7 @@ def test_the_figures_are_those_of_the_bounds():
     assert 0 < figures.power < 1
 
 
-def test_items_are_paired_by_id_whatever_their_order():
+def test_items_are_paired_by_id():
     reference, candidate, bare = three(GOOD, bits(255, 45, 3), POOR)
     turned = {k: replace(v, items=v.items[::-1]) for k, v in candidate.items()}
     assert judge(POLICY, reference, candidate, bare) == judge(POLICY, reference, turned, bare)
@@ -190,7 +190,7 @@ POLICIES = st.builds(
 
 
 @given(ROWS, POLICIES, st.data())
-def test_one_more_right_answer_on_the_new_base_never_turns_a_pass_into_less(rows, policy, data):
+def test_one_more_correct_item_never_worsens_the_verdict(rows, policy, data):
     rows = [(True, True, False)] * data.draw(st.integers(0, 60)) + rows
     reference, candidate, bare = (list(arm) for arm in zip(*rows, strict=True))
     before = judge(policy, *three(reference, candidate, bare)).verdict
@@ -205,7 +205,7 @@ def test_one_more_right_answer_on_the_new_base_never_turns_a_pass_into_less(rows
 
 
 @given(ROWS, POLICIES)
-def test_every_verdict_follows_from_its_own_figures(rows, policy):
+def test_every_verdict_follows_from_its_figures(rows, policy):
     judgement = judge(policy, *three(*zip(*rows, strict=True)))
     (s,) = judgement.suites
     old, bare, margin = s.versus_old_base, s.versus_bare_base, policy.margin_points
@@ -227,7 +227,7 @@ def test_every_verdict_follows_from_its_own_figures(rows, policy):
     assert not re.search(r"nan|inf[^e]|None", judgement.reason)
 
 
-# What cannot be compared.
+# Results that cannot be compared.
 
 
 def changed(arm, **values):
@@ -241,8 +241,8 @@ INCOMPARABLE = {
     "no result: adapter on its old base": lambda r, c, b: ({**r}, {**c, "x": c["imports"]}, b),
     "no result: bare new base": lambda r, c, b: (r, c, {}),
     "different bases": lambda r, c, b: (r, c, changed(b, base_fingerprint_sha256="other")),
-    "made with an adapter": lambda r, c, b: (r, c, changed(b, weights_sha256="adapter")),
-    "2 items are not answered on all sides: item-298, item-299": lambda r, c, b: (
+    "comes from an adapter": lambda r, c, b: (r, c, changed(b, weights_sha256="adapter")),
+    "2 items are not in all evaluations: item-298, item-299": lambda r, c, b: (
         r,
         changed(c, items=c["imports"].items[:298]),
         b,
@@ -251,20 +251,20 @@ INCOMPARABLE = {
 
 
 @pytest.mark.parametrize("problem", INCOMPARABLE)
-def test_results_that_cannot_be_compared_are_refused(problem):
+def test_results_that_cannot_be_compared_are_rejected(problem):
     with pytest.raises(InvalidSpecError, match=problem):
-        judge(POLICY, *INCOMPARABLE[problem](*three(*A_KEPT)))
+        judge(POLICY, *INCOMPARABLE[problem](*three(*A_PASSING)))
 
 
-def test_all_reasons_are_told_at_once():
-    reference, candidate, bare = three(*A_KEPT)
+def test_an_error_lists_all_problems():
+    reference, candidate, bare = three(*A_PASSING)
     bare = changed(bare, decoding_sha256="other", weights_sha256="adapter")
     with pytest.raises(InvalidSpecError) as error:
         judge(replace(POLICY, required_suites=("imports", "absent")), reference, candidate, bare)
-    for part in ("decoding_sha256", "made with an adapter", "suite 'absent': no result"):
+    for part in ("decoding_sha256", "comes from an adapter", "suite 'absent': no result"):
         assert part in str(error.value)
 
 
-def test_without_any_suite_nothing_is_judged():
-    with pytest.raises(InvalidSpecError, match="no suite to judge by"):
+def test_an_empty_set_of_suites_is_rejected():
+    with pytest.raises(InvalidSpecError, match="no required suite has results"):
         judge(POLICY, {}, {}, {})

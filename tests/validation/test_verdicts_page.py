@@ -1,4 +1,4 @@
-"""The figures that docs/verdicts.md prints are those that the code computes."""
+"""The figures in docs/verdicts.md are equal to those that the code computes."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "verdicts.md").read_text()
 
 
 def table(after):
-    """The rows of numbers in the table below that comment."""
+    """Return the rows of numbers of the table below a comment."""
     rows = []
     for line in PAGE.split(after, 1)[1].splitlines()[3:]:
         if not line.startswith("|"):
@@ -25,7 +25,7 @@ def table(after):
 
 
 @pytest.mark.parametrize("row", table("<!-- power:"), ids=lambda row: f"{row[0]} items")
-def test_the_power_table_is_computed(row):
+def test_the_power_table_matches_the_code(row):
     n, *percents = row
     shares = (0.05, 0.1, 0.2, 0.3)
     expected = [round(100 * power_of_non_inferiority(n, share, 0.05, 0.05)) for share in shares]
@@ -33,7 +33,7 @@ def test_the_power_table_is_computed(row):
 
 
 @pytest.mark.parametrize("row", table("<!-- chances:"), ids=lambda row: f"lost {row[0]}")
-def test_the_table_of_chances_is_computed(row):
+def test_the_table_of_outcomes_matches_the_code(row):
     loss, *percents = row
     b, c, p = trinomial(500, (0.2 + loss / 100) / 2, (0.2 - loss / 100) / 2)
     t, z = score_statistic(500, b, c, -0.05), norm.isf(0.05)
@@ -42,12 +42,12 @@ def test_the_table_of_chances_is_computed(row):
 
 
 @pytest.mark.parametrize(("margin", "items"), [(0.05, 510), (0.03, 1390), (0.02, 3100)])
-def test_the_items_for_80_percent_power_are_computed(margin, items):
+def test_the_items_for_80_percent_power_match_the_code(margin, items):
     assert f"{items:,}" in PAGE
     assert power_of_non_inferiority(items, 0.2, margin, 0.05) >= 0.8
     assert power_of_non_inferiority(items - 10, 0.2, margin, 0.05) < 0.8
 
 
 @pytest.mark.parametrize("name", [*Verdict, *RULES])
-def test_every_verdict_and_every_rule_is_explained(name):
+def test_every_verdict_and_every_scoring_rule_is_listed(name):
     assert f"| `{name}` |" in PAGE

@@ -1,14 +1,15 @@
-"""Whether an adapter still says what it said, told from prompts alone: no label is read.
+"""Compare an adapter's outputs on two bases without labels.
 
-Two figures between an old base and a new one. Agreement: on how many prompts the greedy answer is
-the same text (the hashes in two evaluations tell; no text has to be kept). KL: how far the
-distribution of the next token moved along the answer that was given on the old base, in nats a
-token, mean over tokens. Both say how much changed, never whether for better or worse
-(docs/label-free.md has what that is worth, measured).
+There are two figures. Agreement is the share of prompts whose greedy answers are the same text on
+both bases; it is computed from answer hashes, so no text has to be stored. KL is the divergence of
+the next-token distribution on the new base from that on the old base, along the answer that was
+given on the old base, in nats per token. Both measure how much the outputs change, not whether they
+improve. docs/label-free.md contains measurements of their value.
 
-Of each distribution the `k` likeliest tokens on the old base are told apart and the others taken
-together. That gives a lower bound of the divergence over the whole vocabulary (data processing: to
-merge outcomes never raises it), and one base can be let go before the next is loaded.
+KL is computed over the `k` most likely tokens on the old base; all other tokens are merged into one
+outcome. The result is a lower bound of KL over the whole vocabulary, because merging outcomes never
+increases a divergence (data processing inequality). Only `k` values per position are kept, so the
+old base can be unloaded before the new one is loaded.
 """
 
 from collections.abc import Sequence
@@ -25,16 +26,19 @@ from trans_peft.validation.statistics.pairing import check_same_questions
 
 __all__ = ["Agreement", "NextTokens", "equal_answers", "mean_kl", "next_tokens"]
 
-_MOST_LOGITS = 2**27  # of one forward pass: half a gigabyte in fp32
-_MOST_ROWS = 32
+_MAX_LOGITS = 2**27  # in one forward pass: half a gigabyte in fp32
+_MAX_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What one model (an adapter, or the bare base) said on two bases.
+    """How far the outputs of an adapter, or of the bare base, agree on two bases.
 
-    `equal` of `prompts` greedy answers are the same text. `kl`: nats a token, over the `positions`
-    of all answers on the old base.
+    Attributes:
+        prompts: number of prompts.
+        equal: number of prompts whose greedy answers are the same text.
+        kl: mean KL of the next-token distributions, in nats per token.
+        positions: number of token positions in `kl`.
     """
 
     prompts: int
@@ -44,16 +48,19 @@ class Agreement:
 
     @property
     def points(self) -> float:
-        """Equal answers in a hundred."""
+        """Share of equal answers, in percent."""
         return 100 * self.equal / self.prompts
 
 
 @dataclass(frozen=True)
 class NextTokens:
-    """What a model expects at each position along some answers.
+    """Next-token distributions of a model at each position of some answers.
 
-    `tokens` (positions, k) are token ids, `log_p` (positions, k) their log-probabilities, `rest`
-    (positions,) that of all other tokens together (-inf where there are none).
+    Attributes:
+        tokens: token ids, of shape (positions, k).
+        log_p: log-probabilities of `tokens`, of shape (positions, k).
+        rest: log-probability of all other tokens together, of shape (positions,); -inf if there are
+            no others.
     """
 
     tokens: Tensor
@@ -62,15 +69,19 @@ class NextTokens:
 
 
 def equal_answers(old: Evaluation, new: Evaluation) -> int:
-    """Return how many items got the same answer, letter by letter, in two evaluations.
+    """Return the number of items with exactly the same answer in two evaluations.
 
-    InvalidSpecError unless both asked the same items and decoded them in the same way.
+    Raises:
+        InvalidSpecError: the evaluations differ in items or decoding, or lack answer hashes.
     """
     check_same_questions(old, new)
-    said = {item.id: item.answer_sha256 for item in old.items}
-    if not all(said.values()) or not all(item.answer_sha256 for item in new.items):
-        raise InvalidSpecError(f"suite {old.suite!r}: an evaluation without hashes of its answers")
-    return sum(said[item.id] == item.answer_sha256 for item in new.items)
+    old_hashes = {item.id: item.answer_sha256 for item in old.items}
+    if not all(old_hashes.values()) or not all(item.answer_sha256 for item in new.items):
+        raise InvalidSpecError(
+            f"suite {old.suite!r}: an evaluation has items without answer hashes",
+            do="use a suite whose answers are decoded; multiple-choice suites have no answers",
+        )
+    return sum(old_hashes[item.id] == item.answer_sha256 for item in new.items)
 
 
 def next_tokens(
@@ -80,12 +91,19 @@ def next_tokens(
     like: NextTokens | None = None,
     k: int = 64,
 ) -> NextTokens:
-    """Return what a model expects before each token of an answer, and after its last one.
+    """Return the next-token distributions before each answer token, and after the last one.
 
-    `pairs` are (prompt, answer) token ids; a prompt has at least one, an answer may be empty. The
-    `k` likeliest tokens are told apart, or those that are in `like`, which was made of the same
-    pairs. One forward pass a batch; the model is left as it was found. EvaluationError where logits
-    are not finite.
+    Runs one forward pass per batch. The model's state does not change.
+
+    Args:
+        model: the model, on any device.
+        pairs: token ids of (prompt, answer). Prompts must not be empty; answers may be.
+        like: distributions of another model on the same pairs. Their tokens are used, so that both
+            can be compared. None: the `k` most likely tokens of this model are used.
+        k: number of tokens per position, if `like` is None.
+
+    Raises:
+        EvaluationError: logits are not finite.
     """
     starts = [0]
     for _, answer in pairs:
@@ -96,17 +114,17 @@ def next_tokens(
     def read(batch: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
         chosen = [None if like is None else like.tokens[starts[i] : starts[i + 1]] for i in batch]
         logits = _logits(model, [pairs[i] for i in batch])
-        return [_told_apart(*row, k) for row in zip(logits, chosen, strict=True)]
+        return [_distributions(*row, k) for row in zip(logits, chosen, strict=True)]
 
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     with evaluating(model), torch.no_grad():
-        found = in_batches(
+        results = in_batches(
             order,
             read,
-            size=max(1, min(_MOST_ROWS, _MOST_LOGITS // (vocabulary * longest))),
+            size=max(1, min(_MAX_ROWS, _MAX_LOGITS // (vocabulary * longest))),
             describe=lambda i: f"a prompt and its answer, {sum(map(len, pairs[i]))} tokens",
         )
-    by_pair = dict(zip(order, found, strict=True))
+    by_pair = dict(zip(order, results, strict=True))
     tokens, log_p, rest = (
         torch.cat([by_pair[i][part] for i in range(len(pairs))]) for part in range(3)
     )
@@ -114,14 +132,17 @@ def next_tokens(
 
 
 def mean_kl(old: NextTokens, new: NextTokens) -> float:
-    """Return KL(old || new) in nats, mean over positions: at most that over whole vocabularies.
+    """Return KL(old || new) in nats per token, averaged over positions.
 
-    `new` was made `like` the old one. InvalidSpecError otherwise.
+    The result is at most the KL over the whole vocabulary.
+
+    Raises:
+        InvalidSpecError: `new` was not computed with `like=old`.
     """
     if old.tokens.shape != new.tokens.shape or not torch.equal(old.tokens, new.tokens):
         raise InvalidSpecError(
-            "two distributions over different tokens cannot be compared",
-            do="pass the old ones as `like` when the new ones are made",
+            "the two distributions are over different tokens",
+            do="pass the old distributions as `like` to next_tokens for the new ones",
         )
     before = torch.cat([old.log_p, old.rest[:, None]], dim=1).double()
     after = torch.cat([new.log_p, new.rest[:, None]], dim=1).double()
@@ -130,11 +151,14 @@ def mean_kl(old: NextTokens, new: NextTokens) -> float:
 
 
 def _logits(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
-    """Return, row by row, the logits (answer + 1, vocabulary) about an answer and what follows."""
+    """Return for each pair the logits of its answer and of the next token.
+
+    Each tensor has the shape (answer length + 1, vocabulary).
+    """
     device = next(model.parameters()).device
     rows = [[*prompt, *answer] for prompt, answer in pairs]
     width = max(map(len, rows))
-    # Padded on the left, so that every answer ends in the last column. Any token will do.
+    # Left padding puts the end of every answer into the last column. The padding token is masked.
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
     kept = max(len(answer) for _, answer in pairs) + 1
@@ -148,16 +172,16 @@ def _logits(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]
     return [logits[i, -len(answer) - 1 :].float() for i, (_, answer) in enumerate(pairs)]
 
 
-def _told_apart(logits: Tensor, tokens: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _distributions(logits: Tensor, tokens: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.isfinite(logits).all():
         raise EvaluationError(
             "the model's logits are not finite",
-            do="look for broken weights (base and adapter) or a dtype that overflows",
+            do="check the weights of base and adapter for NaN, and the dtype for overflow",
         )
     log_p = logits.log_softmax(-1)
     if tokens is None:
         tokens = log_p.topk(min(k, log_p.shape[-1]), dim=-1).indices
     tokens = tokens.to(log_p.device)
-    apart = log_p.gather(-1, tokens)
+    top = log_p.gather(-1, tokens)
     rest = log_p.scatter(-1, tokens, -torch.inf).logsumexp(-1)
-    return tokens.cpu(), apart.cpu(), rest.cpu()
+    return tokens.cpu(), top.cpu(), rest.cpu()

@@ -15,7 +15,7 @@ from trans_peft.validation.statistics.betting import (
     BettingTest,
     bet_size,
     lower_confidence_limit,
-    power_of_betting,
+    power_of_betting_test,
 )
 from trans_peft.validation.statistics.intervals import lower_bound, power_of_non_inferiority
 
@@ -24,36 +24,36 @@ X = st.sampled_from([-1, 0, 1])
 THRESHOLDS = st.sampled_from([-0.3, -0.05, 0.0, 0.05, 0.3])
 
 
-def told_again(xs, threshold, items, alpha, effect):
-    """The wealth after each item, restated for one claim in plain Python."""
-    wealth, history, out = alpha, [], []
+def reference_wealth(xs, threshold, items, alpha, effect):
+    """The wealth after each item: the formulas for one test, in plain Python."""
+    wealth, history, wealths = alpha, [], []
     for x in xs:
         if wealth < 1:
             k = len(history)
             variance = (3 + sum(map(abs, history))) / (20 + k) - (sum(history) / (20 + k)) ** 2
             tail = wealth / 2
             density = NORMAL.pdf(NORMAL.inv_cdf(tail))
-            seen = sum(value - threshold for value in history) / (20 + k)
-            estimated_excess = max(effect / 2, seen - sqrt(variance / (20 + k)))
-            wanted = max(density / tail / sqrt((items - k) * variance), estimated_excess / variance)
+            excess = sum(value - threshold for value in history) / (20 + k)
+            estimated_excess = max(effect / 2, excess - sqrt(variance / (20 + k)))
+            bet = max(density / tail / sqrt((items - k) * variance), estimated_excess / variance)
             gains = [gain for v in (-1, 0, 1) if (gain := v - threshold) > 1e-12]
-            enough = (1 - wealth) / (wealth * min(gains))
-            wealth *= 1 + min(wanted, enough, 0.9 / (1 + threshold)) * (x - threshold)
+            sufficient = (1 - wealth) / (wealth * min(gains))
+            wealth *= 1 + min(bet, sufficient, 0.9 / (1 + threshold)) * (x - threshold)
             wealth = 1.0 if wealth > 1 - 1e-12 else wealth
         history.append(x)
-        out.append(wealth)
-    return out
+        wealths.append(wealth)
+    return wealths
 
 
 @given(st.lists(X, min_size=1, max_size=60), THRESHOLDS, st.integers(0, 40))
 @settings(deadline=None)
-def test_the_wealth_is_that_of_a_restatement_in_plain_python(xs, threshold, unasked):
-    items = len(xs) + unasked
+def test_wealth_equals_the_plain_python_implementation(xs, threshold, unobserved):
+    items = len(xs) + unobserved
     betting_test, found = BettingTest(threshold, items=items, alpha=0.05, effect=0.05), []
     for x in xs:
         betting_test.observe(x)
         found.append(float(betting_test.wealth))
-    assert found == pytest.approx(told_again(xs, threshold, items, 0.05, 0.05), rel=1e-9)
+    assert found == pytest.approx(reference_wealth(xs, threshold, items, 0.05, 0.05), rel=1e-9)
 
 
 def shares(threshold):
@@ -65,8 +65,8 @@ def shares(threshold):
 
 
 @pytest.mark.parametrize("threshold", [-0.4, -0.05, 0.0, 0.05, 0.4])
-def test_no_population_makes_a_wrong_claim_rich(threshold):
-    """Exact: all 3 ** 8 sequences. The mean wealth never grows; the goal is rarely reached ever."""
+def test_a_true_hypothesis_is_rejected_with_at_most_alpha(threshold):
+    """Exact, on all 3 ** 8 sequences: the mean wealth never grows, and rarely ever reaches 1."""
     items, alpha = 8, 0.1
     sequences = np.array(list(product((-1, 0, 1), repeat=items))).T
     betting_test = BettingTest(
@@ -92,7 +92,7 @@ def test_no_population_makes_a_wrong_claim_rich(threshold):
     st.floats(0.001, 0.5),
 )
 @settings(deadline=None)
-def test_a_stake_is_never_negative_and_never_all(
+def test_a_bet_is_never_negative_and_never_risks_all_wealth(
     wealth, items_remaining, variance, threshold, estimated_excess
 ):
     found = float(bet_size(wealth, items_remaining, variance, threshold, estimated_excess))
@@ -100,7 +100,7 @@ def test_a_stake_is_never_negative_and_never_all(
 
 
 @pytest.mark.parametrize("wealth", [0.01, 0.05, 0.4])
-def test_the_stake_hedges_the_chance_that_a_sum_ever_reaches_a_constant(wealth):
+def test_the_bet_hedges_the_probability_that_a_sum_reaches_a_constant(wealth):
     """P(a Wiener process reaches y by T) = 2 P(W_T > y) =: c(y). The hedge is -c'(y) / c(y)."""
     items_remaining, variance = 300, 0.2
 
@@ -118,8 +118,8 @@ def test_the_stake_hedges_the_chance_that_a_sum_ever_reaches_a_constant(wealth):
 
 @given(st.lists(X, min_size=2, max_size=30), X)
 @settings(deadline=None)
-def test_a_stake_does_not_know_the_item_it_is_set_on(xs, other):
-    """The wealth is a straight line in the last x (below the goal): set before it was seen."""
+def test_a_bet_does_not_depend_on_its_own_item(xs, other):
+    """Below 1, the wealth is linear in the last x, so the bet did not depend on it."""
     wealth = []
     for last in (-1, 0, 1):
         betting_test = BettingTest(-0.05, items=200, alpha=0.05, effect=0.05)
@@ -130,8 +130,11 @@ def test_a_stake_does_not_know_the_item_it_is_set_on(xs, other):
         assert wealth[1] == pytest.approx((wealth[0] + wealth[2]) / 2, rel=1e-9)
 
 
-def test_who_looks_at_the_old_result_before_betting_passes_a_loss():
-    """Why no stake may: items that were wrong before can only win. The loss here is 20 points."""
+def test_bets_that_depend_on_the_old_result_would_pass_a_loss():
+    """Items that were wrong before can only gain, so betting on them alone passes any loss.
+
+    The true loss here is 20 points.
+    """
     rng, wealth = np.random.default_rng(0), 0.05
     for _ in range(300):
         old = rng.random() < 0.8
@@ -141,7 +144,7 @@ def test_who_looks_at_the_old_result_before_betting_passes_a_loss():
 
 
 @pytest.mark.parametrize(("n", "discordant"), [(200, 0.05), (200, 0.2), (500, 0.1)])
-def test_of_10000_adapters_that_lost_the_margin_at_most_alpha_pass(n, discordant):
+def test_at_most_alpha_of_simulated_adapters_at_the_margin_pass(n, discordant):
     three_errors = 3 * sqrt(0.05 * 0.95 / 10_000)
     passed = simulate(n, discordant, 0.05, adapters=10_000, seed=11).passed
     assert 0.03 < passed <= 0.05 + three_errors
@@ -155,18 +158,18 @@ EARLY = [
 
 
 @pytest.mark.parametrize("row", EARLY, ids=lambda row: f"{row[0]:.0f} items, {row[1]:.0f} %")
-def test_the_page_prints_what_the_simulation_gives(row):
-    n, discordant, at_margin, at_none, fixed, asked, share = row
+def test_the_table_in_the_docs_matches_the_simulation(row):
+    n, discordant, at_margin, at_none, fixed, mean_items, share = row
     assert fixed == round(100 * power_of_non_inferiority(int(n), discordant / 100, 0.05, 0.05))
-    assert share == pytest.approx(100 * asked / n, abs=0.6)  # of numbers that are rounded
+    assert share == pytest.approx(100 * mean_items / n, abs=0.6)  # rounded numbers
     assert at_margin <= 5 + 3 * 0.22
-    if n == 200:  # the others take too long here
+    if n == 200:  # larger suites take too long in a test
         found = simulate(200, discordant / 100, 0.0, adapters=2000, seed=5)
         assert 100 * found.passed == pytest.approx(at_none, abs=4)
-        assert found.asked == pytest.approx(asked, abs=4)
+        assert found.mean_items == pytest.approx(mean_items, abs=4)
 
 
-def test_what_is_shown_stays_shown():
+def test_a_significant_test_stays_significant():
     betting_test = BettingTest(-0.05, items=100, alpha=0.05, effect=0.05)
     for x in [1] * 20 + [-1] * 80:
         betting_test.observe(x)
@@ -178,39 +181,39 @@ def test_what_is_shown_stays_shown():
     )
 
 
-def test_the_chance_left_is_about_the_power_and_falls_with_losses():
+def test_estimated_power_starts_near_the_power_and_falls_with_losses():
     betting_test = BettingTest(-0.05, items=500, alpha=0.05, effect=0.05)
     for x in [1, -1] + [0] * 8:
         betting_test.observe(x)
-    power = power_of_betting(500, 0.2, 0.05, 0.05)
-    assert abs(float(betting_test.estimated_power) - power) < 0.25 and betting_test.open
+    power = power_of_betting_test(500, 0.2, 0.05, 0.05)
+    assert abs(float(betting_test.estimated_power) - power) < 0.25 and betting_test.is_undecided
     for x in [-1, 0] * 100:
         betting_test.observe(x)
     assert (
         betting_test.estimated_power < 0.01
-        and not betting_test.open
+        and not betting_test.is_undecided
         and not betting_test.is_significant
     )
 
 
-def test_the_power_is_that_of_the_bets_and_below_the_fixed_tests():
+def test_power_is_slightly_below_that_of_the_fixed_size_test():
     for n, share in ((200, 0.1), (500, 0.2)):
         fixed = power_of_non_inferiority(n, share, 0.05, 0.05)
-        assert fixed - 0.12 < power_of_betting(n, share, 0.05, 0.05) < fixed
+        assert fixed - 0.12 < power_of_betting_test(n, share, 0.05, 0.05) < fixed
 
 
 @given(st.lists(X, min_size=1, max_size=50), THRESHOLDS)
 @settings(deadline=None, max_examples=30)
-def test_a_limit_lies_beyond_the_edge_exactly_where_the_claim_is_shown(xs, edge):
-    betting_test = BettingTest(edge, items=60, alpha=0.1, effect=0.1)
+def test_a_limit_reaches_the_threshold_exactly_if_the_test_is_significant(xs, threshold):
+    betting_test = BettingTest(threshold, items=60, alpha=0.1, effect=0.1)
     for x in xs:
         betting_test.observe(x)
-    limit = lower_confidence_limit(xs, edge, items=60, alpha=0.1, effect=0.1)
-    assert (limit >= edge) == bool(betting_test.is_significant)
+    limit = lower_confidence_limit(xs, threshold, items=60, alpha=0.1, effect=0.1)
+    assert (limit >= threshold) == bool(betting_test.is_significant)
     assert -1 <= limit < 1
 
 
-def test_a_limit_lies_below_tangos_by_the_price_of_looking():
+def test_a_limit_lies_slightly_below_tangos_bound():
     b, c = 20, 20
     xs = list(np.random.default_rng(0).permutation([-1] * b + [1] * c + [0] * 360))
     tango = lower_bound(400, b, c, 0.05)
@@ -221,14 +224,14 @@ def test_a_limit_lies_below_tangos_by_the_price_of_looking():
 @pytest.mark.parametrize(
     "wrong", [{"items": 0}, {"alpha": 0.0}, {"effect": 0.0}, {"threshold": -1.0}]
 )
-def test_a_claim_that_cannot_be_tested_is_refused(wrong):
+def test_arguments_outside_their_ranges_are_rejected(wrong):
     values = {"threshold": -0.05, "items": 10, "alpha": 0.05, "effect": 0.05} | wrong
-    with pytest.raises(InvalidSpecError, match="cannot be tested"):
+    with pytest.raises(InvalidSpecError, match="outside their ranges"):
         BettingTest(values.pop("threshold"), **values)
 
 
-def test_more_items_than_announced_are_refused():
+def test_more_items_than_the_maximum_are_rejected():
     betting_test = BettingTest(-0.05, items=1, alpha=0.05, effect=0.05)
     betting_test.observe(0)
-    with pytest.raises(InvalidSpecError, match="announced"):
+    with pytest.raises(InvalidSpecError, match="more items than its maximum"):
         betting_test.observe(0)

@@ -29,7 +29,7 @@ def counts(draw, largest=400):
 
 
 def trinomial(n, p_b, p_c):
-    """Every (b, c) with its probability."""
+    """Every (b, c) and its probability."""
     cells = [(b, c) for b in range(n + 1) for c in range(n + 1 - b)]
     b, c = np.array(cells).T
     rest = n - b - c
@@ -38,7 +38,7 @@ def trinomial(n, p_b, p_c):
     return b, c, np.exp(log_p)
 
 
-# Against the likelihood itself.
+# Comparison with the likelihood and with published values.
 
 
 @given(counts(200), st.integers(-900, 900).map(lambda mille: mille / 1000))
@@ -56,7 +56,7 @@ def test_the_statistic_is_pearsons_chi_square_at_the_numerically_constrained_lik
     ).x
     expected = n * np.array([q, q + difference, 1 - 2 * q - difference])
     found = np.array([b, c, n - b - c])
-    real = expected > 1e-6 * n  # a cell that the fit empties has no observation either
+    real = expected > 1e-6 * n  # a cell with a fitted probability of 0 has no observations
     chi_square = np.sum((found[real] - expected[real]) ** 2 / expected[real])
     t = float(score_statistic(n, b, c, difference))
     assert t**2 == pytest.approx(chi_square, rel=1e-3, abs=1e-3)
@@ -76,13 +76,13 @@ def test_the_statistic_is_pearsons_chi_square_at_the_numerically_constrained_lik
         (161, 16, 6, 0.025, -0.1240, -0.0054, 4),
     ],
 )
-def test_the_bounds_are_those_published(n, b, c, alpha, lower, upper, digits):
+def test_bounds_match_published_values(n, b, c, alpha, lower, upper, digits):
     assert round(lower_bound(n, b, c, alpha), digits) == lower
     assert round(upper_bound(n, b, c, alpha), digits) == upper
 
 
 @given(counts(), ALPHAS)
-def test_a_bound_is_where_the_statistic_reaches_the_quantile(pairs, alpha):
+def test_the_statistic_at_a_bound_is_the_quantile(pairs, alpha):
     n, b, _ = pairs
     lower = lower_bound(*pairs, alpha)
     if b < n:
@@ -118,7 +118,7 @@ def test_one_more_right_answer_after_never_lowers_a_bound(n, alpha):
     cells = [(b, c) for b, c in product(range(n + 1), repeat=2) if b + c <= n]
     bounds = {(b, c): (lower_bound(n, b, c, alpha), upper_bound(n, b, c, alpha)) for b, c in cells}
     for b, c in cells:
-        better = [(b - 1, c), (b, c + 1)]  # a loss undone; a gain among those wrong on both sides
+        better = [(b - 1, c), (b, c + 1)]  # one loss fewer, or one gain more
         for after in (bounds[cell] for cell in better if cell in bounds):
             assert after[0] >= bounds[b, c][0] - 1e-9
             assert after[1] >= bounds[b, c][1] - 1e-9
@@ -139,7 +139,7 @@ def test_all_gained_or_all_lost_touches_the_end():
 @pytest.mark.parametrize(
     ("n", "b", "c", "alpha"), [(0, 0, 0, 0.05), (3, 2, 2, 0.05), (3, -1, 0, 0.05), (3, 0, 0, 0.5)]
 )
-def test_counts_that_cannot_be_are_refused(n, b, c, alpha):
+def test_inconsistent_counts_are_rejected(n, b, c, alpha):
     with pytest.raises(InvalidSpecError):
         lower_bound(n, b, c, alpha)
 
@@ -159,56 +159,56 @@ def test_a_true_loss_equal_to_the_margin_passes_no_more_often_than_alpha(n, disc
         assert false_passes >= 0.7 * alpha
 
 
-def test_no_difference_by_mcnemar_is_not_non_inferiority():
-    """200 items, a true loss of 5 points: McNemar's test says nothing about 63 % of the time."""
-    silent = {}
+def test_mcnemars_test_does_not_show_non_inferiority():
+    """200 items, a true loss of 5 points: McNemar's test finds no difference in 63 % of cases."""
+    not_significant = {}
     for discordant in (0.15, 0.2):
         b, c, p = trinomial(200, (discordant + 0.05) / 2, (discordant - 0.05) / 2)
         exact_p = 2 * binom.cdf(np.minimum(b, c), b + c, 0.5)
-        silent[discordant] = p[exact_p > 0.05].sum()
-    assert round(silent[0.15], 2) == 0.63
-    assert round(silent[0.2], 2) == 0.70
+        not_significant[discordant] = p[exact_p > 0.05].sum()
+    assert round(not_significant[0.15], 2) == 0.63
+    assert round(not_significant[0.2], 2) == 0.70
 
 
 @pytest.mark.parametrize(
     ("n", "share", "margin"), [(60, 0.1, 0.1), (120, 0.2, 0.05), (52, 0, 0.05)]
 )
-def test_power_is_the_exact_chance_of_passing_when_nothing_was_lost(n, share, margin):
+def test_power_is_the_exact_probability_of_passing_if_nothing_was_lost(n, share, margin):
     b, c, p = trinomial(n, share / 2, share / 2)
     expected = p[score_statistic(n, b, c, -margin) > norm.isf(0.05)].sum()
     assert power_of_non_inferiority(n, share, margin, 0.05) == pytest.approx(expected, abs=1e-9)
 
 
-def test_telling_five_points_at_a_fifth_discordant_takes_five_hundred_items():
+def test_500_items_have_80_percent_power_at_20_percent_discordant():
     assert power_of_non_inferiority(500, 0.2, 0.05, 0.05) == pytest.approx(0.8, abs=0.005)
 
 
 @pytest.mark.parametrize(("n", "passes"), [(51, 0.0), (52, 1.0)])
-def test_below_52_items_nothing_can_show_a_loss_under_five_points(n, passes):
+def test_below_52_items_no_result_shows_a_loss_below_five_points(n, passes):
     assert power_of_non_inferiority(n, 0.0, 0.05, 0.05) == passes
 
 
 @given(counts(), st.floats(0.01, 0.5), ALPHAS)
-def test_power_is_a_chance(pairs, margin, alpha):
+def test_power_is_a_probability(pairs, margin, alpha):
     n, discordant, _ = pairs
     assert -1e-9 <= power_of_non_inferiority(n, discordant / n, margin, alpha) <= 1 + 1e-9
 
 
 @pytest.mark.parametrize(("n", "b", "c"), [(100, 10, 10), (60, 3, 3), (40, 8, 8)])
-def test_so_many_items_decide_with_the_power_asked_for(n, b, c):
+def test_items_to_decide_reaches_the_requested_power(n, b, c):
     needed = items_to_decide(n, b, c, -0.05, 0.05, power=0.8)
     assert power_of_non_inferiority(needed, (b + c) / n, 0.05, 0.05) == pytest.approx(0.8, abs=0.04)
 
 
 @given(counts(), st.sampled_from([-0.05, 0.0, 0.1]))
-def test_items_to_decide_is_finite_and_never_fewer_than_there_are(pairs, difference):
+def test_items_to_decide_is_finite_and_never_below_n(pairs, difference):
     assert items_to_decide(*pairs, difference, 0.05) >= pairs[0]
 
 
-def test_a_loss_seen_that_equals_the_margin_takes_very_many():
+def test_an_observed_loss_equal_to_the_margin_needs_very_many_items():
     assert items_to_decide(100, 15, 10, -0.05, 0.05) > 10_000
 
 
-def test_power_refuses_what_is_no_share_or_margin():
+def test_power_rejects_an_invalid_margin():
     with pytest.raises(InvalidSpecError, match="margin"):
         power_of_non_inferiority(10, 0.2, 5.0, 0.05)

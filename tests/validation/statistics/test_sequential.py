@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.validation.test_gate import (
-    A_KEPT,
-    A_LOST,
+    A_INFERIOR,
+    A_PASSING,
     GOOD,
     ONE_SUITE,
     POLICY,
@@ -33,17 +33,17 @@ EARLY = replace(POLICY, sequential=True)
 
 
 def drive(policy, reference, candidate, bare):
-    """Ask as a caller would. Returns the gate, and what was answered: parts of the suites."""
+    """Serve all requests. Returns the gate and the evaluated parts: candidate, then bare base."""
     (base,) = {evaluation.base_fingerprint_sha256 for evaluation in candidate.values()}
     gate = SequentialGate(policy, reference, base)
     answers = {Arm.CANDIDATE: candidate, Arm.BARE: bare}
-    asked = {Arm.CANDIDATE: {}, Arm.BARE: {}}
+    evaluated = {Arm.CANDIDATE: {}, Arm.BARE: {}}
     while (request := gate.next_request()) is not None:
         whole = answers[request.arm][request.suite]
-        known = {item.id: item for item in whole.items}
-        items = [known[id_] for id_ in request.ids]
+        results = {item.id: item for item in whole.items}
+        items = [results[id_] for id_ in request.ids]
         gate.observe(request.suite, request.arm, items)
-        asked[request.arm].setdefault(request.suite, []).extend(items)
+        evaluated[request.arm].setdefault(request.suite, []).extend(items)
     return gate, *(
         {
             name: replace(
@@ -53,32 +53,34 @@ def drive(policy, reference, candidate, bare):
                 if len(items) < (n := len(reference[name].items))
                 else None,
             )
-            for name, items in asked[arm].items()
+            for name, items in evaluated[arm].items()
         }
         for arm in Arm
     )
 
 
 CLEAR = [
-    "kept, and far better than bare",
+    "kept, far better than the bare base",
     "gained",
     "lost twenty points",
-    "collapsed, so that bare is as good",
-    "kept, but bare is as good",
-    "open, and bare is as good",
+    "collapsed, bare base as good",
+    "kept, bare base as good",
+    "undecided, bare base as good",
     "too few items for the margin",
 ]
 
 
 @pytest.mark.parametrize("case", CLEAR)
-def test_where_all_items_are_clear_so_are_the_first(case):
+def test_clear_cases_have_the_verdict_of_the_fixed_size_test(case):
     *arms, verdict = ONE_SUITE[case]
     arms = three(*arms)
     gate, candidate, bare = drive(EARLY, *arms)
     assert gate.verdict == verdict
     judgement = judge(EARLY, arms[0], candidate, bare)
     assert judgement.verdict == verdict
-    assert judgement == judge(EARLY, *arms)  # stored whole or in part: the same
+    assert judgement == judge(
+        EARLY, *arms
+    )  # complete and partial results lead to the same judgement
     (figures,) = judgement.suites
     assert figures.items == len(candidate["imports"].items)
     assert figures.prefix == Prefix(len(arms[0]["imports"].items), gate.suites["imports"].seed)
@@ -86,16 +88,16 @@ def test_where_all_items_are_clear_so_are_the_first(case):
     assert "sequential test, one-sided level 5 %" in judgement.reason
 
 
-def test_clear_cases_take_a_part_of_the_items():
-    asked = {}
-    for case in ("gained", "lost twenty points", "collapsed, so that bare is as good"):
+def test_clear_cases_need_only_some_items():
+    item_counts = {}
+    for case in ("gained", "lost twenty points", "collapsed, bare base as good"):
         *arms, _ = ONE_SUITE[case]
         _, candidate, _ = drive(EARLY, *three(*arms))
-        asked[case] = len(candidate["imports"].items)
-    assert asked == {
+        item_counts[case] = len(candidate["imports"].items)
+    assert item_counts == {
         "gained": 32,
         "lost twenty points": 96,
-        "collapsed, so that bare is as good": 32,
+        "collapsed, bare base as good": 32,
     }
 
 
@@ -107,16 +109,16 @@ def test_every_required_suite_must_pass(first, second, verdict):
     assert judge(EARLY, arms[0], candidate, bare).verdict == verdict
 
 
-def test_a_loss_on_the_first_suite_leaves_the_second_unasked():
-    arms = merged(three(*A_LOST, suite="a"), three(*A_KEPT, suite="b"))
+def test_a_loss_on_the_first_suite_skips_the_second():
+    arms = merged(three(*A_INFERIOR, suite="a"), three(*A_PASSING, suite="b"))
     _, candidate, bare = drive(EARLY, *arms)
     assert set(candidate) == {"a"}
     judgement = judge(EARLY, arms[0], candidate, bare)
     assert (judgement.verdict, len(judgement.suites)) == (Verdict.NEEDS_RETUNING, 1)
 
 
-def test_the_bare_base_is_asked_only_where_that_matters():
-    arms = three(*A_KEPT)
+def test_the_bare_base_is_evaluated_only_if_needed():
+    arms = three(*A_PASSING)
     _, candidate, bare = drive(EARLY, *arms)
     assert 0 < len(bare["imports"].items) < len(candidate["imports"].items)
     gate, candidate, bare = drive(replace(EARLY, must_beat_bare=False), *arms)
@@ -125,8 +127,8 @@ def test_the_bare_base_is_asked_only_where_that_matters():
     assert judgement.verdict is Verdict.PASSED
 
 
-def test_asking_stops_where_no_verdict_has_a_chance():
-    """Lost just the margin: no more a pass, not yet a loss; and far better than bare."""
+def test_evaluation_stops_for_futility():
+    """The loss equals the margin, and the adapter is far better than the bare base."""
     candidate = [0] * 125 + [1] * 575 + [1] * 75 + [0] * 225
     arms = three([1] * 700 + [0] * 300, candidate, [0] * 1000)
     gate, candidate, bare = drive(EARLY, *arms)
@@ -137,21 +139,21 @@ def test_asking_stops_where_no_verdict_has_a_chance():
     assert judgement.suites[0].more_items > 0
 
 
-def test_nothing_is_asked_where_no_verdict_ever_had_a_chance():
+def test_nothing_is_evaluated_if_every_test_is_futile():
     policy = replace(EARLY, margin_points=1.0, alpha=0.001)
     gate, candidate, bare = drive(policy, *three([1] * 3, [1] * 3, [0] * 3))
     assert (gate.verdict, candidate, bare) == (Verdict.INCONCLUSIVE, {}, {})
     judgement = judge(policy, three([1] * 3, [1] * 3, [0] * 3)[0], {}, {})
     assert judgement.verdict is Verdict.INCONCLUSIVE
     assert "no item was evaluated" in judgement.reason
-    wanted = items_to_decide(200, 15, 15, -0.01, 0.001)
-    assert wanted > 10_000
-    assert f"about {wanted:,} would" in judgement.reason
+    needed = items_to_decide(200, 15, 15, -0.01, 0.001)
+    assert needed > 10_000
+    assert f"about {needed:,} would" in judgement.reason
 
 
-def test_a_suite_that_is_not_required_is_asked_whole_and_decides_nothing():
+def test_a_suite_that_is_not_required_is_evaluated_completely():
     policy = replace(EARLY, required_suites=("a",))
-    reference, candidate, bare = merged(three(*A_KEPT, suite="a"), three(*A_LOST, suite="b"))
+    reference, candidate, bare = merged(three(*A_PASSING, suite="a"), three(*A_INFERIOR, suite="b"))
     gate = SequentialGate(policy, reference, "new")
     assert set(gate.suites) == {"a"}
     judgement = judge(policy, reference, candidate, bare)
@@ -172,7 +174,7 @@ POLICIES = st.builds(
 
 @given(ROWS, ROWS, POLICIES)
 @settings(deadline=None, max_examples=10)
-def test_every_verdict_follows_from_what_was_shown(first, second, policy):
+def test_every_verdict_follows_from_its_tests(first, second, policy):
     arms = merged(
         three(*zip(*first, strict=True), suite="a"), three(*zip(*second, strict=True), suite="b")
     )
@@ -208,26 +210,26 @@ def test_every_verdict_follows_from_what_was_shown(first, second, policy):
         assert len(test.changes) == s.items == len(candidate[s.suite].items)
 
 
-# The order and its keys.
+# Order and evaluation keys.
 
 
 @given(st.sets(st.text(min_size=1), max_size=50), st.text())
-def test_an_order_asks_every_item_once_whatever_the_rows_order(ids, seed):
+def test_an_order_has_every_item_once_and_ignores_the_input_order(ids, seed):
     found = order(ids, seed)
     assert sorted(found) == sorted(ids)
     assert found == order(sorted(ids, reverse=True), seed)
 
 
-def test_each_item_is_as_likely_as_any_to_come_early():
+def test_every_item_is_equally_likely_to_come_early():
     ids = [f"item-{i}" for i in range(20)]
     counts = dict.fromkeys(ids, 0)
     for seed in range(2000):
         for id_ in order(ids, str(seed))[:5]:
             counts[id_] += 1
-    assert all(400 < count < 600 for count in counts.values())  # 500 expected, error 19
+    assert all(400 < count < 600 for count in counts.values())  # expected 500, standard error 19
 
 
-def test_another_base_is_asked_in_another_order():
+def test_every_suite_and_base_has_its_own_order():
     assert order_seed("suite", "base") == order_seed("suite", "base")
     assert len({order_seed(s, b) for s in ("x", "y") for b in ("x", "y")}) == 4
 
@@ -235,30 +237,30 @@ def test_another_base_is_asked_in_another_order():
 @pytest.mark.parametrize(
     ("items", "ends"), [(1, [32]), (32, [32]), (33, [32, 64]), (1319, range(83, 1329, 83))]
 )
-def test_one_looks_at_most_16_times_after_at_least_32_items(items, ends):
+def test_there_are_at_most_16_batches_of_at_least_32_items(items, ends):
     assert list(batch_ends(items)) == list(ends)
     assert len(batch_ends(items)) <= 16 and batch_ends(items)[-1] >= items
 
 
-def part(evaluation, asked, seed="seed"):
+def part(evaluation, count, seed="seed"):
     return replace(
-        evaluation, items=evaluation.items[:asked], prefix=Prefix(len(evaluation.items), seed)
+        evaluation, items=evaluation.items[:count], prefix=Prefix(len(evaluation.items), seed)
     )
 
 
-def test_a_part_is_never_taken_for_the_whole():
-    reference, candidate, bare = three(*A_KEPT)
+def test_a_part_has_its_own_key_and_does_not_replace_the_whole():
+    reference, candidate, bare = three(*A_PASSING)
     whole = candidate["imports"]
     keys = {whole.key, part(whole, 32).key, part(whole, 64).key, part(whole, 32, "other").key}
     assert len(keys) == 4
     with pytest.raises(InvalidSpecError, match="are not a part"):
         part(whole, 300)
-    with pytest.raises(InvalidSpecError, match="268 items are not answered on all sides"):
+    with pytest.raises(InvalidSpecError, match="268 items are not in all evaluations"):
         judge(POLICY, reference, {"imports": part(whole, 32)}, bare)
 
 
-def test_the_switch_alone_makes_another_policy():
-    """The hashes of policies that verdicts are stored under, from before there was a switch."""
+def test_sequential_changes_the_hash_and_its_default_does_not():
+    """Stored verdicts use these hashes, which were computed before `sequential` existed."""
     assert GatePolicy().sha256 == (
         "4c4a73e348cccc60615f829a4310c6481d5cf10c0b997f673bf975c3f611eeb6"
     )
@@ -268,28 +270,28 @@ def test_the_switch_alone_makes_another_policy():
     assert GatePolicy(sequential=True).sha256 != GatePolicy().sha256
 
 
-# What is refused.
+# Rejected input.
 
 
-def test_answers_that_end_too_early_are_refused():
-    reference, candidate, bare = three(*A_KEPT)
+def test_results_that_end_too_early_are_rejected():
+    reference, candidate, bare = three(*A_PASSING)
     short = changed(candidate, items=candidate["imports"].items[:40])
-    with pytest.raises(InvalidSpecError, match="candidate has too few answers for a verdict"):
+    with pytest.raises(InvalidSpecError, match="candidate has too few results for a verdict"):
         judge(EARLY, reference, short, bare)
-    with pytest.raises(InvalidSpecError, match="bare has too few answers for a verdict"):
+    with pytest.raises(InvalidSpecError, match="bare has too few results for a verdict"):
         judge(EARLY, reference, candidate, changed(bare, items=bare["imports"].items[:1]))
 
 
-def test_items_that_the_old_base_was_not_asked_are_refused():
-    reference, candidate, bare = three(*A_KEPT)
+def test_items_without_a_result_on_the_old_base_are_rejected():
+    reference, candidate, bare = three(*A_PASSING)
     short = changed(reference, items=reference["imports"].items[:299])
-    with pytest.raises(InvalidSpecError, match="1 items are not answered on the old base"):
+    with pytest.raises(InvalidSpecError, match="1 items are not in the evaluation on the old base"):
         judge(EARLY, short, candidate, bare)
 
 
-def test_answers_out_of_turn_are_refused():
+def test_results_of_other_items_than_requested_are_rejected():
     gate = SequentialGate(EARLY, three(GOOD, bits(255, 45), POOR)[0], "new")
     request = gate.next_request()
     later = gate.suites["imports"].order[-len(request.ids) :]
-    with pytest.raises(InvalidSpecError, match="whose turn it is"):
+    with pytest.raises(InvalidSpecError, match="results of other items than the next ones"):
         gate.observe("imports", Arm.CANDIDATE, [ItemResult(id_, True) for id_ in later])

@@ -16,7 +16,7 @@ from trans_peft.domain.evaluation import (
     Prefix,
     SuiteJudgement,
 )
-from trans_peft.validation.statistics.betting import lower_confidence_limit, power_of_betting
+from trans_peft.validation.statistics.betting import lower_confidence_limit, power_of_betting_test
 from trans_peft.validation.statistics.intervals import (
     items_to_decide,
     lower_bound,
@@ -109,7 +109,7 @@ def judge_sequential_suite(policy: GatePolicy, test: SequentialSuiteTest) -> Sui
         suite=test.suite,
         score=test.score(Arm.CANDIDATE),
         versus_old_base=versus_old.comparison,
-        power=power_of_betting(suite_items, discordant / n, margin, test.levels.alpha),
+        power=power_of_betting_test(suite_items, discordant / n, margin, test.levels.alpha),
         versus_bare_base=versus_bare and versus_bare.comparison,
         items_needed=_items_needed(policy, test.levels, versus_old, versus_bare, None),
         prefix=Prefix(suite_items, test.seed),

@@ -1,4 +1,4 @@
-"""Which evaluations may be compared, and the counts that a comparison in pairs rests on."""
+"""Check that evaluations can be compared item by item, and count the pairs of results."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -9,11 +9,11 @@ from trans_peft.errors import InvalidSpecError
 
 __all__ = ["Pairs", "check_comparable", "check_same_questions", "count_pairs"]
 
-_SHOWN = 5
+_MAX_SHOWN_IDS = 5
 
 
 class Pairs(NamedTuple):
-    """How many items were answered twice, and how many rightly in only one of the two places."""
+    """Counts of paired results: items with two results, and items with one correct result."""
 
     n: int
     only_first: int
@@ -21,30 +21,31 @@ class Pairs(NamedTuple):
 
     @property
     def points(self) -> float:
-        """Second minus first, in points."""
+        """Score of the second evaluation minus score of the first, in points."""
         return 100.0 * (self.only_second - self.only_first) / self.n
 
     @property
     def discordant(self) -> int:
-        """How many items were answered rightly in just one of the two places."""
+        """Number of items with exactly one correct result."""
         return self.only_first + self.only_second
 
 
 def count_pairs(first: Evaluation, second: Evaluation) -> Pairs:
-    """Count the pairs of two comparable evaluations, item by item."""
+    """Count the pairs of two evaluations of the same items."""
     before = {item.id: item.correct for item in first.items}
     changes = [item.correct - before[item.id] for item in second.items]
     return Pairs(len(changes), changes.count(-1), changes.count(1))
 
 
 def check_same_questions(first: Evaluation, second: Evaluation) -> None:
-    """Raise InvalidSpecError unless both asked the same items, decoded in the same way."""
+    """Raise InvalidSpecError unless both evaluations have the same items, suite and decoding."""
     sides = {"first": first, "second": second}
-    problems = _differences(sides) + _other_items(sides, None)
+    problems = _different_settings(sides) + _different_items(sides, None)
     if problems:
         raise InvalidSpecError(
-            f"two evaluations cannot be compared: {'; '.join(problems)}",
-            expected="the same items, decoded in the same way",
+            f"the two evaluations cannot be compared: {'; '.join(problems)}",
+            expected="the same items, scoring rule and decoding settings",
+            do="evaluate both on the same pinned suite",
         )
 
 
@@ -58,14 +59,16 @@ def check_comparable(
     bare_required: bool,
     partial: Collection[str] = (),
 ) -> None:
-    """Raise InvalidSpecError, with all reasons, unless every suite can be compared in pairs.
+    """Raise InvalidSpecError, with all reasons, unless every suite can be compared item by item.
 
-    Comparable are the same questions (suite hash, item ids) marked by the same rule and decoded in
-    the same way. Bare results may be missing where they are not required, those of a fresh adapter
-    anywhere. Of a `partial` suite, the results on the new base may be missing or lack items.
+    Results are comparable if they have the same suite hash, item ids and decoding settings. The
+    mappings are those of `trans_peft.validation.gate.judge`. Results of the fresh adapter may be
+    missing. Results of the bare base may be missing from suites that are not required, and from all
+    suites without `bare_required`. Results on the new base of a suite in `partial` may be missing
+    or lack items.
     """
     fresh = fresh or {}
-    problems = [] if required else ["there is no suite to judge by"]
+    problems = [] if required else ["no required suite has results"]
     for name in sorted({*required, *reference, *candidate, *bare, *fresh}):
         sides = {
             "adapter on its old base": reference.get(name),
@@ -79,48 +82,48 @@ def check_comparable(
         if name in partial:
             optional |= {"adapter on the new base", "bare new base"}
         results = {side: result for side, result in sides.items() if result is not None}
-        told = [f"no result: {side}" for side in sides if side not in {*results, *optional}]
-        told += _differences(results)
-        told += _other_items(results, reference.get(name) if name in partial else None)
+        found = [f"no result: {side}" for side in sides if side not in {*results, *optional}]
+        found += _different_settings(results)
+        found += _different_items(results, reference.get(name) if name in partial else None)
         if name in candidate and name in bare:
             if candidate[name].base_fingerprint_sha256 != bare[name].base_fingerprint_sha256:
-                told.append("adapter and bare base were run on different bases")
+                found.append("adapter and bare base were evaluated on different bases")
             if bare[name].weights_sha256 != BARE:
-                told.append("the result of the bare base was made with an adapter")
+                found.append("the result of the bare base comes from an adapter")
         if name in candidate and name in fresh:
             if candidate[name].base_fingerprint_sha256 != fresh[name].base_fingerprint_sha256:
-                told.append("adapter and fresh adapter were run on different bases")
+                found.append("adapter and fresh adapter were evaluated on different bases")
             if fresh[name].weights_sha256 == BARE:
-                told.append("the result of the fresh adapter was made without one")
-        problems += [f"suite {name!r}: {problem}" for problem in told]
+                found.append("the result of the fresh adapter comes from the bare base")
+        problems += [f"suite {name!r}: {problem}" for problem in found]
     if problems:
         raise InvalidSpecError(
             "the evaluations cannot be compared:\n    " + "\n    ".join(problems),
-            expected="the same items, marked by the same rule, decoded in the same way",
-            do="evaluate all sides on the same pinned suite; nothing was judged",
+            expected="the same items, scoring rule and decoding settings",
+            do="evaluate all of them on the same pinned suite; no verdict was recorded",
         )
 
 
-def _differences(results: Mapping[str, Evaluation]) -> list[str]:
+def _different_settings(results: Mapping[str, Evaluation]) -> list[str]:
     problems = []
-    for what in ("suite", "suite_sha256", "decoding_sha256"):
-        found = {side: getattr(result, what) for side, result in results.items()}
-        if len(set(found.values())) > 1:
-            told = ", ".join(f"{value[:12]} ({side})" for side, value in found.items())
-            problems.append(f"{what} differs: {told}")
+    for name in ("suite", "suite_sha256", "decoding_sha256"):
+        values = {side: getattr(result, name) for side, result in results.items()}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{value[:12]} ({side})" for side, value in values.items())
+            problems.append(f"{name} differs: {listed}")
     return problems
 
 
-def _other_items(results: Mapping[str, Evaluation], whole: Evaluation | None) -> list[str]:
-    """Where there is a `whole`, the others may lack some of its items, but have no more."""
-    asked = Counter(item.id for result in results.values() for item in result.items)
+def _different_items(results: Mapping[str, Evaluation], whole: Evaluation | None) -> list[str]:
+    """Return a problem if results differ in their items, or have items that `whole` lacks."""
+    counts = Counter(item.id for result in results.values() for item in result.items)
     if whole is None:
-        unshared = sorted(id_ for id_, count in asked.items() if count < len(results))
+        unshared = sorted(id_ for id_, count in counts.items() if count < len(results))
     else:
-        unshared = sorted(asked.keys() - {item.id for item in whole.items})
+        unshared = sorted(counts.keys() - {item.id for item in whole.items})
     if not unshared:
         return []
-    dots = ", ..." if len(unshared) > _SHOWN else ""
-    shown = ", ".join(unshared[:_SHOWN])
-    where = "on all sides" if whole is None else "on the old base"
-    return [f"{len(unshared)} items are not answered {where}: {shown}{dots}"]
+    dots = ", ..." if len(unshared) > _MAX_SHOWN_IDS else ""
+    shown = ", ".join(unshared[:_MAX_SHOWN_IDS])
+    where = "in all evaluations" if whole is None else "in the evaluation on the old base"
+    return [f"{len(unshared)} items are not {where}: {shown}{dots}"]

@@ -1,14 +1,14 @@
-"""Early decisions: ask a suite's items in a seeded order, and stop once the verdict is known.
+"""Sequential gate: evaluate a suite's items in a seeded order until the verdict is known.
 
-The verdicts and their claims are the gate's (docs/verdicts.md), each shown by betting
-(`trans_peft.validation.statistics.betting`) instead of by a bound on all items. Every item is drawn
-from the population before anything is known of it, so a prefix of an order that the results did not
-choose is as good a sample as the whole suite.
+The verdicts and their hypotheses are those of the gate (docs/verdicts.md). Each hypothesis is
+tested by betting (`trans_peft.validation.statistics.betting`) instead of by a bound on all items.
+The order does not depend on any result, so its first items are a sample of the population, as the
+whole suite is.
 
-How the claims combine. A wrong pass needs a wrong claim on some suite to be shown at some time:
-its chance is at most `alpha`, whatever the other suites do and whenever one stops. The same holds
-for `retire`; `needs-retuning` shares `alpha` among the suites. Stopping early without a claim,
-because none has much of a chance any more, shows nothing and therefore costs power only.
+Levels. A wrong `passed` requires a wrong rejection on at least one suite, which happens with a
+probability of at most `alpha`, for any number of suites and any stopping time. The same holds for
+`retire`. For `needs-retuning` the suites share `alpha`. A stop for futility rejects nothing, so it
+costs power but cannot raise an error rate.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,19 +32,19 @@ __all__ = [
     "replay",
 ]
 
-_SMALLEST_BATCH = 32
-_MOST_BATCHES = 16
+_MIN_BATCH_SIZE = 32
+_MAX_BATCHES = 16
 
 
 class Arm(StrEnum):
-    """Who answers on the new base."""
+    """A model that is evaluated on the new base: with the adapter, or the bare base."""
 
     CANDIDATE = "candidate"
     BARE = "bare"
 
 
 class ItemRequest(NamedTuple):
-    """The items to be answered next, in this order: by whom, of which suite."""
+    """The next items to evaluate, in this order: suite name, model and item ids."""
 
     suite: str
     arm: Arm
@@ -54,20 +54,23 @@ class ItemRequest(NamedTuple):
 def order_seed(suite_sha256: str, base_fingerprint_sha256: str) -> str:
     """Return the seed of a suite's order on a base.
 
-    Nobody can choose it, every adapter on that base (and the bare base) has the same, so that
-    answers can be shared, and the next base has another.
+    The seed is derived from hashes, so it cannot be chosen. All adapters and the bare base have the
+    same seed on a base, so they can share stored answers.
     """
     return content_sha256(["order", suite_sha256, base_fingerprint_sha256])
 
 
 def order(ids: Iterable[str], seed: str) -> tuple[str, ...]:
-    """Return the ids in an order that looks random and depends on nothing but them and the seed."""
+    """Return the ids in a pseudo-random order that depends on the ids and the seed only."""
     return tuple(sorted(ids, key=lambda id_: (sha256(f"{seed} {id_}".encode()).digest(), id_)))
 
 
 def batch_ends(items: int) -> range:
-    """Return after how many items one looks (the last end may lie beyond the last item)."""
-    size = max(_SMALLEST_BATCH, -(-items // _MOST_BATCHES))
+    """Return the numbers of items after which the tests are examined; at most 16, 32 or more apart.
+
+    The last number may be larger than `items`.
+    """
+    size = max(_MIN_BATCH_SIZE, -(-items // _MAX_BATCHES))
     return range(size, items + size, size)
 
 
@@ -95,7 +98,7 @@ class SequentialSuiteTest:
         self.changes: list[int] = []
         self.bare_differences: list[int] = []
         self._old = {item.id: item.correct for item in reference.items}
-        self._answers: dict[Arm, list[bool]] = {Arm.CANDIDATE: [], Arm.BARE: []}
+        self._correct: dict[Arm, list[bool]] = {Arm.CANDIDATE: [], Arm.BARE: []}
         self.levels = policy.levels(suites)
         margin = policy.margin_points / 100
 
@@ -107,64 +110,81 @@ class SequentialSuiteTest:
         self.superior = betting_test(0.0, self.levels.alpha)
         self.baseline_non_inferior = betting_test(-margin, self.levels.alpha)
 
-    def asked(self, arm: Arm) -> int:
-        """How many items that side has answered."""
-        return len(self._answers[arm])
+    def observed_count(self, arm: Arm) -> int:
+        """Return the number of items observed for one model."""
+        return len(self._correct[arm])
 
     def score(self, arm: Arm) -> float:
-        """Return the share of right answers of one side, in points."""
-        return 100 * sum(self._answers[arm]) / self.asked(arm)
+        """Return the share of correct answers of one model, in points, on its observed items."""
+        return 100 * sum(self._correct[arm]) / self.observed_count(arm)
 
     @property
     def reference_score(self) -> float:
-        """The share of right answers on the old base, in points, of the items asked."""
-        asked = self.order[: len(self.changes)]
-        return 100 * sum(self._old[id_] for id_ in asked) / len(asked)
+        """Share of correct answers on the old base, in points, on the items of `changes`."""
+        ids = self.order[: len(self.changes)]
+        return 100 * sum(self._old[id_] for id_ in ids) / len(ids)
 
     def next_ids(self, arm: Arm) -> tuple[str, ...]:
-        """Return the next batch for one side."""
-        done = self.asked(arm)
+        """Return the ids of the next batch of one model."""
+        done = self.observed_count(arm)
         end = next(end for end in batch_ends(len(self.order)) if end > done)
         return self.order[done:end]
 
     def observe(self, arm: Arm, correct: Mapping[str, bool]) -> None:
-        """Take answers to the next items; both sides' claims advance as far as both answered."""
-        done = self.asked(arm)
+        """Add results of the next items of one model, and update the tests that they allow.
+
+        Raises:
+            InvalidSpecError: the items are not the next ones in `order`.
+        """
+        done = self.observed_count(arm)
         expected = self.order[done : done + len(correct)]
         if set(expected) != set(correct):
             raise InvalidSpecError(
-                "these are not the items whose turn it is",
+                f"suite {self.suite!r}: results of other items than the next ones",
                 expected=expected[:5],
                 found=tuple(correct)[:5],
-                do="answer the items in the order that SequentialGate.wants gives",
+                do="evaluate the items that SequentialGate.next_request returns",
             )
-        self._answers[arm] += [correct[id_] for id_ in expected]
-        new, bare = self._answers[Arm.CANDIDATE], self._answers[Arm.BARE]
+        self._correct[arm] += [correct[id_] for id_ in expected]
+        new, bare = self._correct[Arm.CANDIDATE], self._correct[Arm.BARE]
         for i in range(len(self.changes), len(new)):
             change = int(new[i]) - int(self._old[self.order[i]])
             self.changes.append(change)
             self.non_inferior.observe(change)
             self.inferior.observe(-change)
         for i in range(len(self.bare_differences), min(len(new), len(bare))):
-            over = int(new[i]) - int(bare[i])
-            self.bare_differences.append(over)
-            self.superior.observe(over)
-            self.baseline_non_inferior.observe(-over)
+            difference = int(new[i]) - int(bare[i])
+            self.bare_differences.append(difference)
+            self.superior.observe(difference)
+            self.baseline_non_inferior.observe(-difference)
 
-    def arm_of(self, betting_test: BettingTest) -> Arm:
-        """Who has to answer next for a claim to advance."""
+    def next_arm(self, betting_test: BettingTest) -> Arm:
+        """Return the model that has to be evaluated next to update a test."""
         if betting_test in (self.non_inferior, self.inferior):
             return Arm.CANDIDATE
-        behind = self.asked(Arm.BARE) < self.asked(Arm.CANDIDATE)
+        behind = self.observed_count(Arm.BARE) < self.observed_count(Arm.CANDIDATE)
         return Arm.BARE if behind else Arm.CANDIDATE
 
 
 class SequentialGate:
-    """Says what to ask next, until the verdict on one adapter on one base is known.
+    """Requests items until the verdict on one adapter on one new base is known.
 
-    `reference` is the adapter's whole result on the base it was trained on, for every suite;
-    `bare` whether the bare base may be asked at all. The same answers lead to the same questions,
-    so that a verdict can be told again from what was stored.
+    The requests depend on the observed results only, so `replay` reproduces a verdict from stored
+    evaluations.
+
+    Args:
+        policy: the gate policy.
+        reference: complete results of the adapter on the base that it was trained on, by suite.
+        base_fingerprint_sha256: fingerprint of the new base.
+        bare: whether items of the bare base may be requested.
+
+    Attributes:
+        suites: the tests of every required suite, by suite name.
+
+    Example:
+        >>> while (request := gate.next_request()) is not None:
+        ...     gate.observe(request.suite, request.arm, evaluate(request))
+        >>> gate.verdict
     """
 
     def __init__(
@@ -188,73 +208,73 @@ class SequentialGate:
         self._must_beat_bare, self._bare = policy.must_beat_bare, bare
 
     def observe(self, suite: str, arm: Arm, items: Sequence[ItemResult]) -> None:
-        """Take answers to the items that were wanted. InvalidSpecError for any others."""
+        """Add the results of a request.
+
+        Raises:
+            InvalidSpecError: the items are not those of the last request.
+        """
         self.suites[suite].observe(arm, {item.id: item.correct for item in items})
 
     def next_request(self) -> ItemRequest | None:
-        """Return what to ask next; None where the verdict is known.
+        """Return the next items to evaluate, or None if the verdict is known.
 
-        First whatever a pass still needs; once it is out of reach, whether something was lost;
-        then whether the bare base is as good.
+        Requests serve the tests for `passed` first. Once one of these is futile, they serve the
+        inferiority tests, and then the tests for `retire`.
         """
         tests = self.suites.values()
-        if _all_shown(self._to_pass) or any(test.inferior.is_significant for test in tests):
+        if _all_significant(self._pass_tests) or any(t.inferior.is_significant for t in tests):
             return None
-        if _in_reach(self._to_pass):
-            return self._next(self._to_pass)
-        if losing := [(test, test.inferior) for test in tests if test.inferior.open]:
-            return self._next(losing)
-        if self._bare and _in_reach(self._to_retire):
-            return self._next(self._to_retire)
+        if _none_futile(self._pass_tests):
+            return self._request_for(self._pass_tests)
+        if undecided := [(test, test.inferior) for test in tests if test.inferior.is_undecided]:
+            return self._request_for(undecided)
+        if self._bare and _none_futile(self._retire_tests):
+            return self._request_for(self._retire_tests)
         return None
 
     @property
     def verdict(self) -> Verdict:
-        """What the claims shown so far say, in the order of the gate's table."""
-        if _all_shown(self._to_pass):
+        """The verdict that follows from the significant tests, in the order of the gate's table."""
+        if _all_significant(self._pass_tests):
             return Verdict.PASSED
         if any(test.inferior.is_significant for test in self.suites.values()):
             return Verdict.NEEDS_RETUNING
-        if _all_shown(self._to_retire):
+        if _all_significant(self._retire_tests):
             return Verdict.RETIRE
         return Verdict.INCONCLUSIVE
 
     @property
-    def _to_pass(self) -> list[tuple[SequentialSuiteTest, BettingTest]]:
-        tests = self.suites.values()
-        needed = [
-            (test, betting_test)
-            for test in tests
-            for betting_test in (test.non_inferior, test.superior)
-        ]
+    def _pass_tests(self) -> list[tuple[SequentialSuiteTest, BettingTest]]:
         return [
             (test, betting_test)
-            for test, betting_test in needed
+            for test in self.suites.values()
+            for betting_test in (test.non_inferior, test.superior)
             if self._must_beat_bare or betting_test is test.non_inferior
         ]
 
     @property
-    def _to_retire(self) -> list[tuple[SequentialSuiteTest, BettingTest]]:
+    def _retire_tests(self) -> list[tuple[SequentialSuiteTest, BettingTest]]:
         return [(test, test.baseline_non_inferior) for test in self.suites.values()]
 
-    def _next(
+    def _request_for(
         self, betting_tests: Sequence[tuple[SequentialSuiteTest, BettingTest]]
     ) -> ItemRequest | None:
         for name, test in self.suites.items():
             for owner, betting_test in betting_tests:
-                if owner is test and betting_test.open:
-                    arm = test.arm_of(betting_test)
+                if owner is test and betting_test.is_undecided:
+                    arm = test.next_arm(betting_test)
                     return ItemRequest(name, arm, test.next_ids(arm))
         return None
 
 
-def _all_shown(betting_tests: Sequence[tuple[SequentialSuiteTest, BettingTest]]) -> bool:
+def _all_significant(betting_tests: Sequence[tuple[SequentialSuiteTest, BettingTest]]) -> bool:
     return all(betting_test.is_significant for _, betting_test in betting_tests)
 
 
-def _in_reach(betting_tests: Sequence[tuple[SequentialSuiteTest, BettingTest]]) -> bool:
+def _none_futile(betting_tests: Sequence[tuple[SequentialSuiteTest, BettingTest]]) -> bool:
     return all(
-        betting_test.is_significant or betting_test.open for _, betting_test in betting_tests
+        betting_test.is_significant or betting_test.is_undecided
+        for _, betting_test in betting_tests
     )
 
 
@@ -264,22 +284,23 @@ def replay(
     candidate: Mapping[str, Evaluation],
     bare: Mapping[str, Evaluation],
 ) -> SequentialGate:
-    """Return the gate after it was given stored answers, as far as it wanted them.
+    """Return the gate after it observed stored results, up to its verdict.
 
-    InvalidSpecError where they end before the verdict is known.
+    Raises:
+        InvalidSpecError: the stored results end before the verdict is known.
     """
     (base,) = {result.base_fingerprint_sha256 for result in candidate.values()} or {""}
     gate = SequentialGate(policy, reference, base, bare=bool(bare))
     while (request := gate.next_request()) is not None:
         results = {Arm.CANDIDATE: candidate, Arm.BARE: bare}[request.arm].get(request.suite)
-        known = {item.id: item for item in results.items} if results else {}
-        missing = [id_ for id_ in request.ids if id_ not in known]
+        stored = {item.id: item for item in results.items} if results else {}
+        missing = [id_ for id_ in request.ids if id_ not in stored]
         if missing:
             raise InvalidSpecError(
-                f"suite {request.suite!r}: {request.arm} has too few answers for a verdict",
-                expected=f"{len(missing)} more items, the first of them {missing[0]}",
-                found=f"{len(known)} answers",
-                do="answer what SequentialGate.wants asks for",
+                f"suite {request.suite!r}: {request.arm} has too few results for a verdict",
+                expected=f"{len(missing)} more items, starting with {missing[0]}",
+                found=f"results of {len(stored)} items",
+                do="evaluate the items that SequentialGate.next_request returns",
             )
-        gate.observe(request.suite, request.arm, [known[id_] for id_ in request.ids])
+        gate.observe(request.suite, request.arm, [stored[id_] for id_ in request.ids])
     return gate
