@@ -123,21 +123,21 @@ def page_with(
     measured: Sequence["Measured"],
     excluded: Mapping[str, Sequence[int]],
 ) -> str:
-    """Return the page with its blocks made anew."""
+    """Return the page with its blocks replaced, in the format that mdformat keeps unchanged."""
     rows = joined(measured, scores, excluded)
     blocks = {
         "shifts": _shifts(measured, rows),
         "label-free": _predictors(rows, ("disagreement", "KL")),
         "triage": _predictors(rows, NAMES),
     }
-    return with_blocks(page, blocks)
+    return with_blocks(page, {name: f"\n{block}\n" for name, block in blocks.items()})
 
 
 def _shifts(measured: Sequence["Measured"], rows: Sequence[Row]) -> str:
     lines = [
         "| update | task | bare base: equal answers, KL | adapters | equal answers | KL | "
         "points lost |",
-        "|---|---|---|---:|---|---|---|",
+        "| -- | -- | -- | -: | -- | -- | -- |",
     ]
     for update in UPDATES:
         for bare in measured:
@@ -159,7 +159,7 @@ def _predictors(rows: Sequence[Row], risks: Sequence[str]) -> str:
     heads = [f"AUC for passing, margin {margin:g} (passed)" for margin in MARGINS]
     lines = [
         f"| update | adapters | predictor | rank correlation with the loss | {' | '.join(heads)} |",
-        "|---|---:|---|---:|" + "---:|" * len(MARGINS),
+        "| -- | -: | -- | -: |" + " -: |" * len(MARGINS),
     ]
     for update in (*UPDATES, _BOTH):
         here = [row for row in rows if update in (_BOTH, row.update)]

@@ -64,7 +64,7 @@ def test_a_part_of_a_suite_is_enough_and_never_taken_for_all_of_it(fleet):
     assert answered == {"parity: parity on v2": (32, ITEMS)}
     assert outcome.verdict is Verdict.PASSED
     (figures,) = outcome.judgement.suites
-    assert (figures.items, figures.prefix.of) == (32, ITEMS)
+    assert (figures.items, figures.prefix.suite_items) == (32, ITEMS)
     assert "32 of 96 items" in outcome.judgement.reason
     reference, part = outcome.evaluations
     assert (len(reference.items), reference.prefix) == (ITEMS, None)

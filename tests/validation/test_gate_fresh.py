@@ -131,5 +131,5 @@ def test_results_that_cannot_be_compared_are_rejected(changes, message):
 
 
 def test_must_match_fresh_excludes_sequential():
-    with pytest.raises(InvalidSpecError, match="whole suites"):
+    with pytest.raises(InvalidSpecError, match="complete suites"):
         GatePolicy(sequential=True, must_match_fresh=True)

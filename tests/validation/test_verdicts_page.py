@@ -1,13 +1,16 @@
 """The figures in docs/verdicts.md are equal to those that the code computes."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 from scipy.stats import norm
 
 from tests.validation.statistics.test_intervals import trinomial
-from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.evaluation import GatePolicy, Verdict
+from trans_peft.domain.recovery import RecoveryPolicy
 from trans_peft.validation.scoring import RULES
 from trans_peft.validation.statistics.intervals import power_of_non_inferiority, score_statistic
 
@@ -16,12 +19,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "verdicts.md").read_text()
 
 def table(after):
     """Return the rows of numbers of the table below a comment."""
-    rows = []
-    for line in PAGE.split(after, 1)[1].splitlines()[3:]:
-        if not line.startswith("|"):
-            break
-        rows.append([int(number) for number in re.findall(r"\d+", line)])
-    return rows
+    lines = PAGE.split(after, 1)[1].split("\n\n")[1].splitlines()
+    return [[int(number) for number in re.findall(r"\d+", line)] for line in lines[2:]]
 
 
 @pytest.mark.parametrize("row", table("<!-- power:"), ids=lambda row: f"{row[0]} items")
@@ -46,6 +45,14 @@ def test_the_items_for_80_percent_power_match_the_code(margin, items):
     assert f"{items:,}" in PAGE
     assert power_of_non_inferiority(items, 0.2, margin, 0.05) >= 0.8
     assert power_of_non_inferiority(items - 10, 0.2, margin, 0.05) < 0.8
+
+
+def test_the_example_policy_is_valid():
+    fields = yaml.safe_load(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
+    recovery = RecoveryPolicy(**fields.pop("recovery"))
+    policy = GatePolicy(**fields, recovery=recovery)
+    assert {*fields, "recovery"} == {field.name for field in dataclasses.fields(GatePolicy)}
+    assert policy.per_strategy.alpha == pytest.approx(0.05 / 3)
 
 
 @pytest.mark.parametrize("name", [*Verdict, *RULES])

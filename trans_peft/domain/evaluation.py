@@ -1,7 +1,7 @@
-"""Evaluations and verdicts: what is asked, what was answered, what follows.
+"""Suites, evaluations, gate policies and verdicts.
 
-An evaluation keeps its result item by item, so that a gate can compare in pairs. The statistics
-that turn evaluations into a verdict are in `trans_peft.validation.gate`.
+An evaluation stores its results item by item, so that the gate can compare two evaluations in
+pairs. The code that turns evaluations into a verdict is in `trans_peft.validation.gate`.
 """
 
 from collections.abc import Iterable
@@ -34,31 +34,39 @@ __all__ = [
     "verdict_key",
 ]
 
-_TEXT_RULES = 2
-"""Counts up when prompts or answers come to be other texts under the same suite, template and
-model, so that older results are never compared with newer ones. 2: answers keep special tokens, the
-token that ends a chat's turn ends an answer, chat templates see a fixed date, HumanEval/115's
-import stands in front."""
+_DECODING_REVISION = 2
+"""Part of every evaluation key. Increased when the same suite, template and model produce other
+prompts or answers, so that results of different revisions are never compared. Revision 2: answers
+keep special tokens, the end-of-turn token ends a chat answer, chat templates get a fixed date, and
+the import of HumanEval/115 precedes the prompt."""
 
-_MARKING_RULES = {"code": 2, "math_verify": 2}
-"""Counts up where a scoring rule comes to mark answers otherwise under its name, so that older
-marks are never compared with newer ones. `math_verify` 2: numbers in other notations, percentages
-and points. `code` 2: floats within evalplus' tolerance, exceptions that end an iteration."""
+_SCORING_REVISIONS = {"code": 2, "math_verify": 2}
+"""Part of the evaluation keys of these scoring rules. Increased when a rule scores the same answer
+differently. `math_verify` 2: other number notations, percentages and points. `code` 2: evalplus'
+tolerance for floats, and exceptions that end an iteration."""
 
 BARE = "bare"
-"""Stands where an adapter's weights hash would, for the base without any adapter."""
+"""The value of `weights_sha256` for a base without an adapter."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A set of questions, how they are answered and when an answer is right.
+    """An evaluation data set, with the settings for decoding and scoring answers.
 
-    `data` holds prompt/completion (or chat) rows; the completion is the reference answer.
-    `scoring` names a rule in `trans_peft.validation.scoring`, with what it takes after a colon;
-    `threshold` is for rules that give a degree (chrF, ROUGE): an item is right at or above it.
-    Answers are decoded greedily with at most `max_new_tokens`, and end at the first of `stop`.
-    `limit` keeps the first so many rows. `chance_points` is the score of blind guessing, where it
-    is known: it explains a score and changes none.
+    Attributes:
+        name: name of the suite, part of its hash.
+        data: prompt/completion rows or chat rows. The completion is the reference answer.
+        scoring: name of a rule in `trans_peft.validation.scoring`, with its argument after a colon.
+        threshold: smallest correct value of a rule that returns a degree (chrF, ROUGE-L, label F1).
+        max_new_tokens: largest number of tokens of an answer. Decoding is greedy.
+        stop: strings that end an answer. The answer is cut before the first of them.
+        limit: number of rows to use, from the first. None: all rows.
+        dtype: data type of the model's weights.
+        keep_answers: whether evaluations store the texts of answers, which are user data.
+        chance_points: score of random guessing, in points. Reports show it; no verdict uses it.
+
+    Raises:
+        InvalidSpecError: fields are invalid. The message lists all problems.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -93,35 +101,38 @@ class Suite:
 
     @property
     def is_choice(self) -> bool:
-        """Whether an answer is the likeliest of an item's choices, and nothing is decoded."""
+        """Whether the suite is multiple choice: the most likely choice is the answer."""
         return self.scoring.partition(":")[0] == "choice"
 
     @property
     def suite_sha256(self) -> str:
-        """Hash of the questions and of the rule that marks them; needs pinned data.
+        """Hash of the items and the scoring rule.
 
-        Where the data lies does not count, only its bytes and the template that reads them.
+        The hash includes the bytes of the data and its template, but not its location.
+
+        Raises:
+            InvalidSpecError: the data is not pinned.
         """
         if not self.data.sha256:
             raise InvalidSpecError(
                 f"suite {self.name!r} has no hash: its data is not pinned",
-                do="read the data once (trans_peft.data.pin) and keep the pinned suite",
+                do="pin the data with trans_peft.data.pin, and use the pinned suite",
             )
-        asked = [self.name, self.data.sha256, self.limit, self.scoring, self.threshold]
-        marked = _MARKING_RULES.get(self.scoring.partition(":")[0])
+        fields = [self.name, self.data.sha256, self.limit, self.scoring, self.threshold]
+        revision = _SCORING_REVISIONS.get(self.scoring.partition(":")[0])
         return content_sha256(
-            asked
+            fields
             + ([self.data.template] if self.data.template else [])
-            + ([["marking", marked]] if marked else [])
+            + ([["marking", revision]] if revision else [])
         )
 
     @property
     def decoding_sha256(self) -> str:
-        """Hash of everything that decides which text a model answers with."""
+        """Hash of the settings that affect the answers of a model."""
         if self.is_choice:
-            return content_sha256(["choice", _TEXT_RULES, self.dtype])
+            return content_sha256(["choice", _DECODING_REVISION, self.dtype])
         return content_sha256(
-            ["greedy", _TEXT_RULES, self.max_new_tokens, list(self.stop), self.dtype]
+            ["greedy", _DECODING_REVISION, self.max_new_tokens, list(self.stop), self.dtype]
         )
 
     def evaluation_key(self, weights_sha256: str, base_fingerprint_sha256: str) -> str:
@@ -138,18 +149,28 @@ def _is_finite(value: object) -> bool:
 def evaluation_key(
     weights_sha256: str, base_fingerprint_sha256: str, suite_sha256: str, decoding_sha256: str
 ) -> str:
-    """Return the key of one evaluation: the same four hashes always give the same result."""
+    """Return the key of an evaluation. Equal keys mean equal results."""
     return content_sha256([weights_sha256, base_fingerprint_sha256, suite_sha256, decoding_sha256])
 
 
-def prefix_key(whole_key: str, prefix: "Prefix", asked: int) -> str:
-    """Return the key of the part of an evaluation that the first `asked` items of an order are."""
-    return content_sha256(["prefix", whole_key, prefix.of, prefix.seed, asked])
+def prefix_key(whole_key: str, prefix: "Prefix", items: int) -> str:
+    """Return the key of a partial evaluation, which has the first `items` items of an order.
+
+    `whole_key` is the key of the complete evaluation.
+    """
+    return content_sha256(["prefix", whole_key, prefix.suite_items, prefix.seed, items])
 
 
 @dataclass(frozen=True)
 class ItemResult:
-    """One answered question. `answer` is user data: kept only where the suite says so."""
+    """The result of one item.
+
+    Attributes:
+        id: id of the item.
+        correct: whether the scoring rule accepted the answer.
+        answer_sha256: SHA-256 of the answer; empty if it was not recorded.
+        answer: text of the answer; None unless the suite sets `keep_answers`.
+    """
 
     id: str
     correct: bool
@@ -159,19 +180,35 @@ class ItemResult:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Says that of a suite's `of` items only the first in the order of a `seed` were asked."""
+    """The part of a suite that was evaluated: the first items of a seeded order.
 
-    of: int
+    Attributes:
+        suite_items: number of items of the complete suite.
+        seed: seed of the order.
+    """
+
+    suite_items: int
     seed: str
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One adapter (or `BARE`) on one base, item by item.
+    """The results of an adapter, or of the bare base, on one base and suite, item by item.
 
-    `prefix` is None where the whole suite was asked; a part of it has another key than the whole.
-    `near_ties`: tokens of all answers whose two best logits lay within 1e-4, so that another batch
-    or machine may say the other.
+    Attributes:
+        suite: name of the suite.
+        weights_sha256: hash of the adapter's weights, or `BARE`.
+        base_fingerprint_sha256: fingerprint of the base.
+        suite_sha256: hash of the items and the scoring rule.
+        decoding_sha256: hash of the decoding settings.
+        items: the results; ids are unique.
+        seconds: duration of the evaluation.
+        prefix: the part of the suite that was evaluated; None for the complete suite.
+        near_ties: number of answer tokens whose two largest logits were within 1e-4. Another batch
+            size or machine may choose the other token.
+
+    Raises:
+        InvalidSpecError: there are no items, ids repeat, or `prefix` covers the complete suite.
     """
 
     suite: str
@@ -187,17 +224,19 @@ class Evaluation:
     def __post_init__(self) -> None:
         ids = [item.id for item in self.items]
         if not ids:
-            raise InvalidSpecError(f"suite {self.suite!r}: an evaluation without items")
+            raise InvalidSpecError(f"suite {self.suite!r}: the evaluation has no items")
         if len(set(ids)) != len(ids):
-            raise InvalidSpecError(f"suite {self.suite!r}: item ids are not unique")
-        if self.prefix is not None and len(ids) >= self.prefix.of:
+            raise InvalidSpecError(f"suite {self.suite!r}: the evaluation has repeated item ids")
+        if self.prefix is not None and len(ids) >= self.prefix.suite_items:
             raise InvalidSpecError(
-                f"suite {self.suite!r}: {len(ids)} of {self.prefix.of} items are not a part"
+                f"suite {self.suite!r}: a partial evaluation has all items of the suite",
+                expected=f"fewer than {self.prefix.suite_items} items",
+                found=len(ids),
             )
 
     @property
     def key(self) -> str:
-        """The evaluation's key (see `evaluation_key` and, for a part of a suite, `prefix_key`)."""
+        """Key of the evaluation: `evaluation_key`, or `prefix_key` for a part of a suite."""
         whole = evaluation_key(
             self.weights_sha256,
             self.base_fingerprint_sha256,
@@ -208,17 +247,28 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """Share of right answers, in points (0 to 100)."""
+        """Share of correct answers, in points (0 to 100)."""
         return 100.0 * sum(item.correct for item in self.items) / len(self.items)
 
     @property
     def kept_answers(self) -> dict[str, str]:
-        """The texts of the answers by item id; none where the suite keeps none."""
+        """Texts of answers by item id; empty if the suite does not store answers."""
         return {item.id: item.answer for item in self.items if item.answer is not None}
 
 
 class Verdict(StrEnum):
-    """What follows for one adapter on one base. The table is in docs/verdicts.md."""
+    """The gate's result for one adapter on one base.
+
+    docs/verdicts.md defines the conditions, margins and levels.
+
+    Attributes:
+        PASSED: non-inferior on every required suite. Only this verdict allows the adapter to serve.
+        NEEDS_RETUNING: inferior on at least one required suite.
+        INCONCLUSIVE: the results show neither; more items are needed.
+        INCOMPATIBLE: the adapter's weights cannot be used on this base.
+        RETIRE: the bare base is non-inferior to the adapter on every required suite.
+        FAILED: the transfer raised an error.
+    """
 
     PASSED = "passed"
     NEEDS_RETUNING = "needs-retuning"
@@ -243,15 +293,24 @@ class Levels(NamedTuple):
 
 @dataclass(frozen=True)
 class GatePolicy:
-    """When an adapter may serve on a new base.
+    """The conditions under which an adapter passes on a new base.
 
-    `margin_points`: the largest loss against the base it was trained on that still counts as none.
-    `alpha`: one-sided level of each bound. `required_suites`: those that must all pass; empty means
-    every suite that the adapter was registered with. `must_beat_bare`: it must also do better than
-    the bare new base. `sequential`: stop asking once the verdict is known; at the same `alpha`,
-    with less power (docs/verdicts.md). `recovery`: what is tried where direct transfer does not
-    pass; all rungs share `alpha`. `must_match_fresh`: it must also lose no more than the margin
-    against an adapter freshly tuned on the new base. `label` is your own word for this policy.
+    Attributes:
+        margin_points: non-inferiority margin against the base that the adapter was trained on, in
+            points. A smaller loss is acceptable.
+        alpha: one-sided significance level for each adapter.
+        required_suites: suites that must all pass. Empty: all suites of the adapter.
+        must_beat_bare: whether the adapter must also be superior to the bare new base.
+        sequential: whether evaluation stops as soon as the verdict is known. The level stays
+            `alpha`; the power is lower (docs/verdicts.md).
+        recovery: the strategies that are tried if direct transfer does not pass. They share
+            `alpha`.
+        must_match_fresh: whether the adapter must also be non-inferior to an adapter that was tuned
+            on the new base.
+        label: a name for this policy; part of its hash.
+
+    Raises:
+        InvalidSpecError: fields are invalid. The message lists all problems.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -269,8 +328,8 @@ class GatePolicy:
         problems = []
         if self.sequential and self.must_match_fresh:
             problems.append(
-                "sequential and must_match_fresh cannot be on at once: a fresh adapter is compared "
-                "on whole suites"
+                "sequential and must_match_fresh exclude each other, because a fresh adapter is "
+                "compared on complete suites"
             )
         if not 0 < self.margin_points < 100:
             problems.append(f"margin_points must lie in (0, 100), not {self.margin_points}")
@@ -282,16 +341,19 @@ class GatePolicy:
         if self.label and (problem := name_problem("label", self.label)):
             problems.append(problem)
         if problems:
-            raise InvalidSpecError(f"the gate's policy cannot be used: {'; '.join(problems)}")
+            raise InvalidSpecError(f"the gate policy is invalid: {'; '.join(problems)}")
 
     @property
     def sha256(self) -> str:
-        """Hash of the policy; part of every verdict's key."""
+        """Hash of the policy, part of every verdict key."""
         return content_sha256(self)
 
     @property
     def per_strategy(self) -> "GatePolicy":
-        """The policy that judges each rung: its share of `alpha`, so that all together have it."""
+        """The policy for each recovery strategy, with an equal share of `alpha`.
+
+        The probability that any strategy passes wrongly stays at most `alpha`.
+        """
         return replace(
             self, alpha=self.alpha / len(self.recovery.strategies), recovery=RecoveryPolicy()
         )
@@ -304,12 +366,12 @@ class GatePolicy:
         return Levels(self.alpha, self.alpha / inferiority_tests)
 
     def requires(self, suites: Iterable[str]) -> tuple[str, ...]:
-        """Return the required suites, each once, of an adapter that was registered with these."""
+        """Return the required suites without repetitions; `suites` are those of the adapter."""
         return tuple(dict.fromkeys(self.required_suites)) or tuple(sorted(suites))
 
 
 def verdict_key(evaluation_keys: tuple[str, ...], policy_sha256: str) -> str:
-    """Return the key of one verdict: its evaluations (in any order) and its policy."""
+    """Return the key of a verdict. The order of the evaluations does not matter."""
     return content_sha256([sorted(evaluation_keys), policy_sha256])
 
 
@@ -387,7 +449,7 @@ class SuiteJudgement:
     @property
     def more_items(self) -> int:
         """Number of items to add to the suite to reach `items_needed`; 0 if it has enough."""
-        suite_items = self.prefix.of if self.prefix else self.items
+        suite_items = self.prefix.suite_items if self.prefix else self.items
         return max(self.items_needed - suite_items, 0)
 
 

@@ -79,7 +79,7 @@ def equal_answers(old: Evaluation, new: Evaluation) -> int:
     if not all(old_hashes.values()) or not all(item.answer_sha256 for item in new.items):
         raise InvalidSpecError(
             f"suite {old.suite!r}: an evaluation has items without answer hashes",
-            do="use a suite whose answers are decoded; multiple-choice suites have no answers",
+            do="evaluate the suite again with this version of trans-peft",
         )
     return sum(old_hashes[item.id] == item.answer_sha256 for item in new.items)
 

@@ -153,7 +153,7 @@ def test_at_most_alpha_of_simulated_adapters_at_the_margin_pass(n, discordant):
 PAGE = (Path(__file__).parents[3] / "docs" / "verdicts.md").read_text()
 EARLY = [
     [float(number) for number in re.findall(r"[\d.]+", line)]
-    for line in PAGE.split("<!-- early:")[1].splitlines()[3:12]
+    for line in PAGE.split("<!-- early:")[1].split("\n\n")[1].splitlines()[2:]
 ]
 
 

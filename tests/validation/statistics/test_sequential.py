@@ -84,7 +84,7 @@ def test_clear_cases_have_the_verdict_of_the_fixed_size_test(case):
     (figures,) = judgement.suites
     assert figures.items == len(candidate["imports"].items)
     assert figures.prefix == Prefix(len(arms[0]["imports"].items), gate.suites["imports"].seed)
-    assert f"{figures.items} of {figures.prefix.of} items" in judgement.reason
+    assert f"{figures.items} of {figures.prefix.suite_items} items" in judgement.reason
     assert "sequential test, one-sided level 5 %" in judgement.reason
 
 
@@ -253,7 +253,7 @@ def test_a_part_has_its_own_key_and_does_not_replace_the_whole():
     whole = candidate["imports"]
     keys = {whole.key, part(whole, 32).key, part(whole, 64).key, part(whole, 32, "other").key}
     assert len(keys) == 4
-    with pytest.raises(InvalidSpecError, match="are not a part"):
+    with pytest.raises(InvalidSpecError, match="has all items of the suite"):
         part(whole, 300)
     with pytest.raises(InvalidSpecError, match="268 items are not in all evaluations"):
         judge(POLICY, reference, {"imports": part(whole, 32)}, bare)

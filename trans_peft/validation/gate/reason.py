@@ -40,7 +40,11 @@ def reason(
 
 
 def _scores(suite: SuiteJudgement) -> str:
-    items = f"{suite.items} of {suite.prefix.of} items" if suite.prefix else f"{suite.items} items"
+    items = (
+        f"{suite.items} of {suite.prefix.suite_items} items"
+        if suite.prefix
+        else f"{suite.items} items"
+    )
     return (
         f"{suite.suite}: score {suite.versus_old_base.reference_score:.1f} on the old base, "
         f"{suite.score:.1f} on the new base, {items}"
@@ -107,7 +111,7 @@ def _inconclusive(policy: GatePolicy, suites: Sequence[SuiteJudgement]) -> list[
             "the adapter is better than the bare new base on some required suites, but not on all; "
             "more items will not decide this; set the serving alias manually to approve the adapter"
         )
-    if any(suite.prefix and suite.items < suite.prefix.of for suite in suites):
+    if any(suite.prefix and suite.items < suite.prefix.suite_items for suite in suites):
         parts.append("evaluation stopped early, because every verdict had become unlikely")
     return parts
 
@@ -133,8 +137,8 @@ def _undecided(policy: GatePolicy, suite: SuiteJudgement) -> str:
     bare, fresh = suite.versus_bare_base, suite.versus_fresh_adapter
     if not old.non_inferior and not old.inferior:
         parts.append(
-            f"the change lies between {_interval(old)} points and is neither shown to be within "
-            f"nor beyond the margin of {policy.margin_points:g} (power if nothing was lost: "
+            f"the change lies between {_interval(old)} points, which does not decide whether the "
+            f"loss exceeds the margin of {policy.margin_points:g} (power if nothing was lost: "
             f"{100 * suite.power:.0f} %)"
         )
     if policy.must_beat_bare and bare is not None and not bare.superior:
