@@ -118,7 +118,7 @@ faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m faults --moments $(MOMENTS) --faults-log faults.jsonl
 
 # Pages that follow docs/style.md; the others are to come.
-PAGES := README.md docs/security.md docs/decisions
+PAGES := README.md docs/security.md docs/uploads.md docs/decisions
 
 check: $(READY)
 	@failed=; for command in "ruff format --check ." "ruff check ." mypy "lint-imports --no-logo --no-cache" \

@@ -114,7 +114,7 @@ def test_an_adapter_with_too_many_tensors_is_an_error(adapter, monkeypatch):
         read_peft_folder(adapter(safetensors(tensors(4), b"abcd")))
 
 
-def test_the_hash_of_an_adapter_is_what_it_was(adapter):
+def test_the_hash_of_an_adapter_stays_the_same(adapter):
     """Versions are registered under it."""
     folder = adapter(safetensors({"__metadata__": {"a": "b"}} | tensors(5), b"hello"))
     assert adapter_weights_sha256(folder) == (

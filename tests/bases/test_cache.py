@@ -1,4 +1,4 @@
-"""A worker's copies: verified, shared, and never half."""
+"""The worker's cache of bases: copies are verified, shared and complete."""
 
 import io
 import threading
@@ -13,7 +13,7 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import IntegrityError, NotFoundError
 
 
-def test_a_copy_is_named_after_its_content_and_holds_what_is_felt(tmp_path):
+def test_a_copy_is_named_by_its_fingerprint_and_has_only_covered_files(tmp_path):
     store = store_of(folder_of() | {"README.md": b"hello", "trans_peft_manifest.json": b"{}"})
     expected = fingerprint(URI, store)
     copy = download(URI, store, tmp_path / "cache", fingerprint=expected)
@@ -44,7 +44,7 @@ def test_a_second_caller_reads_nothing(tmp_path):
     assert download("s3://gone", store_of({}), tmp_path, fingerprint=expected) == first
 
 
-def test_many_callers_at_once_fetch_once(tmp_path):
+def test_parallel_callers_download_once(tmp_path):
     store, reads, together = store_of(folder_of()), [], threading.Barrier(4)
     expected = fingerprint(URI, store)
 
@@ -65,7 +65,7 @@ def test_many_callers_at_once_fetch_once(tmp_path):
     assert len(reads) == len(folder_of())
 
 
-def test_other_bytes_under_the_same_name_are_no_copy(tmp_path):
+def test_changed_files_in_the_prefix_are_an_integrity_error(tmp_path):
     expected = fingerprint(URI, store_of(folder_of()))
     exchanged = store_of(folder_of(weights(seed=1), config_json={"num_hidden_layers": 2,
                          "architectures": ["LlamaForCausalLM"]}))  # fmt: skip
@@ -74,7 +74,7 @@ def test_other_bytes_under_the_same_name_are_no_copy(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} <= {".lock", ".use"}
 
 
-def test_a_folder_that_lost_a_file_is_told_apart(tmp_path):
+def test_a_prefix_with_a_missing_file_is_an_integrity_error(tmp_path):
     store = store_of(folder_of())
     expected = fingerprint(URI, store)
     store.remove_manually(f"{URI}/config.json")
@@ -88,7 +88,7 @@ def test_an_empty_prefix_is_not_found(tmp_path):
         download(URI, store_of({}), tmp_path, fingerprint=expected)
 
 
-def test_what_a_killed_worker_left_is_no_copy(tmp_path):
+def test_a_download_of_a_killed_worker_is_not_used_as_a_copy(tmp_path):
     store = store_of(folder_of())
     expected = fingerprint(URI, store)
     left = tmp_path / f"{expected.digest}.part"
@@ -99,7 +99,7 @@ def test_what_a_killed_worker_left_is_no_copy(tmp_path):
     assert not left.exists()
 
 
-def test_what_climbs_out_of_the_prefix_is_never_written(tmp_path):
+def test_a_name_that_leaves_the_prefix_is_never_written(tmp_path):
     store = store_of(folder_of())
     expected = fingerprint(URI, store)
     store.write(f"{URI}/../evil.safetensors", io.BytesIO(b"x"))

@@ -1,4 +1,4 @@
-"""Crashes, full disks, corruption, crowds: a copy is whole or it is not there."""
+"""The cache after crashes, with full disks, corruption and parallel processes."""
 
 import errno
 import io
@@ -105,7 +105,7 @@ def test_after_a_kill_only_the_missing_ranges_are_read(base, tmp_path):
     assert not journal.parent.exists()
 
 
-def test_what_a_store_error_left_is_taken_up(base, tmp_path):
+def test_a_download_resumes_after_a_store_error(base, tmp_path):
     first, second = Counting(FileStore(), fails_after=20), Counting(FileStore())
     with pytest.raises(StoreError, match="the cable was pulled"):
         get(base, tmp_path / "cache", first)
@@ -114,7 +114,7 @@ def test_what_a_store_error_left_is_taken_up(base, tmp_path):
     assert base[2] <= first.bytes + second.bytes <= base[2] + ranges.STREAMS * RANGE
 
 
-def test_a_torn_line_of_the_journal_is_no_range(base, tmp_path):
+def test_an_incomplete_line_of_the_journal_is_ignored(base, tmp_path):
     with pytest.raises(StoreError):
         get(base, tmp_path / "cache", Counting(FileStore(), fails_after=20))
     journal = tmp_path / "cache" / f"{base[1].digest}.part" / "ranges.jsonl"
@@ -124,7 +124,7 @@ def test_a_torn_line_of_the_journal_is_no_range(base, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["zeros", "short"])
-def test_ranges_that_a_power_cut_took_are_not_blamed_on_the_upload(base, tmp_path, lost):
+def test_ranges_lost_in_a_power_cut_are_downloaded_again(base, tmp_path, lost):
     with pytest.raises(StoreError):
         get(base, tmp_path / "cache", Counting(FileStore(), fails_after=30))
     part = tmp_path / "cache" / f"{base[1].digest}.part" / "files" / "model.safetensors"
@@ -133,9 +133,7 @@ def test_ranges_that_a_power_cut_took_are_not_blamed_on_the_upload(base, tmp_pat
 
 
 @pytest.mark.parametrize("step", ["_sync", "_Copy.seal", "_Copy.check", "Path.rename", "clear"])
-def test_killed_at_any_step_after_the_last_range_nothing_is_read_again(
-    base, tmp_path, monkeypatch, step
-):
+def test_a_kill_after_the_last_range_repeats_no_download(base, tmp_path, monkeypatch, step):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
@@ -150,7 +148,7 @@ def test_killed_at_any_step_after_the_last_range_nothing_is_read_again(
     assert (store.bytes, is_right(base, copy)) == (0, True)
 
 
-def test_a_crowd_of_processes_reads_each_byte_once_and_none_sees_half(base, tmp_path):
+def test_parallel_processes_download_each_byte_once_and_see_complete_copies(base, tmp_path):
     log = tmp_path / "log"
 
     def work():
@@ -169,7 +167,7 @@ def test_a_crowd_of_processes_reads_each_byte_once_and_none_sees_half(base, tmp_
     assert sorted(map(int, log.read_text().split())) == [0, 0, 0, base[2]]
 
 
-def test_a_file_that_was_replaced_meanwhile_is_read_anew_and_the_others_are_not(tmp_path):
+def test_only_a_replaced_file_is_downloaded_again(tmp_path):
     store = store_of(files_of())
     files = store.list(URI)
     partial = ranges.Partial(tmp_path / "part")
@@ -182,26 +180,26 @@ def test_a_file_that_was_replaced_meanwhile_is_read_anew_and_the_others_are_not(
     assert [item.name for item in again] == ["config.json"]
 
 
-def test_it_ends_at_the_first_range_that_fails(base, tmp_path):
+def test_a_download_stops_at_the_first_failed_range(base, tmp_path):
     store = Counting(FileStore(), delay_s=0.01, fails_after=1)
     with pytest.raises(StoreError, match="the cable"):
         get(base, tmp_path / "cache", store)
     assert len(store.reads) < 12
 
 
-def test_a_store_that_gives_too_few_or_too_many_bytes_is_told(base, tmp_path):
+def test_a_range_of_the_wrong_size_is_a_store_error(base, tmp_path):
     class Lying(Counting):
         def _counted(self, uri, start, chunks):
             return iter([b"x" * (RANGE + 1 if start else 1)])
 
-    with pytest.raises(StoreError, match="other bytes of"):
+    with pytest.raises(StoreError, match="with the wrong size"):
         get(base, tmp_path / "cache", Lying(FileStore()))
 
 
 # Full disks.
 
 
-def test_a_full_disk_is_told_before_anything_is_read(base, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_read(base, tmp_path, monkeypatch):
     monkeypatch.setattr(eviction, "_free_bytes", lambda folder: 10_000)
     store = Counting(FileStore())
     with pytest.raises(StoreError, match="has too little space for this base") as caught:
@@ -213,7 +211,7 @@ def test_a_full_disk_is_told_before_anything_is_read(base, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_fills_up_meanwhile_gets_its_room_back(base, tmp_path, monkeypatch, code):
+def test_a_disk_that_fills_up_meanwhile_gets_its_space_back(base, tmp_path, monkeypatch, code):
     write = ranges.Partial.write
 
     def full(partial, item, chunks):
@@ -229,7 +227,7 @@ def test_a_disk_that_fills_up_meanwhile_gets_its_room_back(base, tmp_path, monke
     assert is_right(base, get(base, tmp_path / "cache"))
 
 
-def test_a_folder_that_may_not_be_written_is_told(base, tmp_path):
+def test_a_folder_without_write_permission_is_a_store_error(base, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(StoreError, match=r"the cache .* cannot be used"):
         get(base, tmp_path / "cache")
@@ -258,7 +256,7 @@ def flip(path, restore_times):
     ],
     ids=["written", "written, times restored", "truncated", "removed", "added"],
 )
-def test_a_copy_that_was_written_to_is_fetched_anew(base, tmp_path, corrupt):
+def test_a_modified_copy_is_downloaded_again(base, tmp_path, corrupt):
     corrupt(get(base, tmp_path / "cache"))
     store = Counting(FileStore())
     copy = get(base, tmp_path / "cache", store)
@@ -277,7 +275,7 @@ def test_a_copy_that_was_written_to_is_fetched_anew(base, tmp_path, corrupt):
     ],
     ids=["touched", "no seal", "half a seal", "a week old", "a clock set back"],
 )
-def test_a_copy_in_doubt_is_hashed_and_not_fetched(base, tmp_path, doubt):
+def test_a_copy_without_a_valid_seal_is_hashed_and_not_downloaded(base, tmp_path, doubt):
     copy = get(base, tmp_path / "cache")
     seal = copy.with_suffix(".json")
     doubt(copy, seal)
@@ -289,7 +287,7 @@ def aged(days):
     return {"hashed_s": time.time() - days * 24 * 3600}
 
 
-def test_bits_that_no_clock_saw_flip_are_found_within_a_week(base, tmp_path):
+def test_silent_corruption_is_found_within_a_week(base, tmp_path):
     copy = get(base, tmp_path / "cache")
     flip(copy / "model.safetensors", restore_times=True)
     seal = copy.with_suffix(".json")  # as if nothing had been written: the disk forgot
@@ -297,7 +295,7 @@ def test_bits_that_no_clock_saw_flip_are_found_within_a_week(base, tmp_path):
     assert is_right(base, get(base, tmp_path / "cache"))
 
 
-def test_what_came_beside_the_manifest_later_is_left_where_it_is(tmp_path):
+def test_files_that_the_manifest_does_not_list_are_not_downloaded(tmp_path):
     from trans_peft.bases.publish import publish
 
     source = tmp_path / "source"
@@ -312,7 +310,7 @@ def test_what_came_beside_the_manifest_later_is_left_where_it_is(tmp_path):
     assert {path.name for path in copy.iterdir()} == set(model_of())
 
 
-def test_other_bytes_are_told_and_nothing_of_them_is_kept(base, tmp_path):
+def test_changed_content_is_an_error_and_is_not_kept(base, tmp_path):
     uri, _, _ = base
     for name, data in files_of(seed=1).items():
         Path(uri, name).write_bytes(data)
@@ -348,14 +346,14 @@ def unused(base, cache_dir, last_use_s, **how):
     os.utime(cache_dir / f"{base[1].digest}.use", (last_use_s, last_use_s))
 
 
-def test_the_longest_unused_go_first_and_no_more_than_needed(bases, tmp_path):
+def test_the_least_recently_used_copies_are_evicted_first(bases, tmp_path):
     for i, last_use_s in enumerate([300, 100, 400, 200]):
         unused(bases[i], tmp_path / "cache", last_use_s)
     in_a_process(lambda: get(bases[4], tmp_path / "cache", limit_bytes=3 * bases[0][2] + 100))
     assert there(bases, tmp_path / "cache") == [0, 2, 4]
 
 
-def test_what_a_process_uses_stays_whatever_the_bound(bases, tmp_path):
+def test_a_copy_in_use_is_never_evicted(bases, tmp_path):
     holds, ends = FORK.Event(), FORK.Event()
 
     def use():
@@ -375,7 +373,7 @@ def test_what_a_process_uses_stays_whatever_the_bound(bases, tmp_path):
     assert there(bases, tmp_path / "cache") == [3]
 
 
-def test_a_download_that_nobody_goes_on_with_makes_room_too(bases, tmp_path):
+def test_an_abandoned_download_is_evicted(bases, tmp_path):
     def broken_off():
         with pytest.raises(StoreError):
             get(bases[0], tmp_path / "cache", Counting(FileStore(), fails_after=9))
@@ -387,9 +385,7 @@ def test_a_download_that_nobody_goes_on_with_makes_room_too(bases, tmp_path):
     assert there(bases, tmp_path / "cache") == [1]
 
 
-def test_a_disk_without_room_takes_what_nobody_uses_before_it_gives_up(
-    bases, tmp_path, monkeypatch
-):
+def test_unused_copies_are_evicted_before_a_full_disk_is_an_error(bases, tmp_path, monkeypatch):
     unused(bases[0], tmp_path / "cache", 100)
     unused(bases[1], tmp_path / "cache", 200)
     space = 2 * bases[0][2] + 5000

@@ -25,7 +25,7 @@ def moved(tmp_path, change):
     return saved(model, tmp_path / "v2")
 
 
-def test_a_base_has_not_drifted_from_itself(v1):
+def test_the_drift_of_a_base_from_itself_is_zero(v1):
     drift = weight_drift(v1, v1)
     assert (drift.attention, drift.ffn, drift.other) == (0, 0, 0)
 
@@ -43,7 +43,7 @@ def test_each_weight_counts_in_its_own_sub_layer_and_layer(v1, tmp_path):
     assert drift.other == pytest.approx(0.1, rel=1e-5)
 
 
-def test_over_layers_it_is_the_norm_of_all_their_weights(v1, tmp_path):
+def test_the_total_is_the_norm_over_all_layers(v1, tmp_path):
     v2 = moved(tmp_path, lambda name: 0.5 if "layers.0.mlp" in name else 0.0)
     first, second = (
         torch.cat([w.flatten() for w in layer.mlp.parameters()])
@@ -57,5 +57,5 @@ def test_another_architecture_is_refused_by_its_tensors(v1, tmp_path):
     model = tiny_model()
     del model.model.layers[1]
     model.config.num_hidden_layers = 1
-    with pytest.raises(UnsupportedModelError, match=r"in one alone: model\.layers\.1"):
+    with pytest.raises(UnsupportedModelError, match=r"only in one of them: model\.layers\.1"):
         weight_drift(v1, saved(model, tmp_path / "v2"))

@@ -38,7 +38,7 @@ ORIGINAL = fingerprint_of(folder_of())
     st.lists(st.integers(1, 4), min_size=5, max_size=5),
     st.integers(1, 64),
 )
-def test_sharding_order_and_chunks_leave_no_trace(names, numbers, chunk_bytes):
+def test_sharding_order_and_chunks_do_not_change_the_fingerprint(names, numbers, chunk_bytes):
     tensors = weights()
     split = sharded(tensors, dict(zip(names, numbers, strict=True)))
     files = {**folder_of(), **split}
@@ -64,7 +64,9 @@ def test_one_changed_element_is_another_fingerprint(data):
     assert {n for n in tensors if found.tensors[n] != ORIGINAL.tensors[n]} == {name}
 
 
-def test_a_real_model_saved_whole_and_in_shards_is_the_same(tmp_path: Path, tiny_base: Path):
+def test_a_model_saved_in_one_file_and_in_shards_has_one_fingerprint(
+    tmp_path: Path, tiny_base: Path
+):
     from tests.tiny import tiny_model, tiny_tokenizer
 
     tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
@@ -96,7 +98,7 @@ CALLED = TOKENIZER | {"padding": {"strategy": "BatchLongest"}, "truncation": {"m
     ],
     ids=lambda files: next(iter(files)),
 )
-def test_what_no_adapter_can_feel_changes_nothing(files):
+def test_output_neutral_changes_keep_the_fingerprint(files):
     assert fingerprint_of(folder_of(**files)).digest == ORIGINAL.digest
 
 
@@ -128,14 +130,14 @@ def test_what_no_adapter_can_feel_changes_nothing(files):
         ({"additional_chat_templates/rag.jinja": b"{{ x }}"}, {"chat_template_sha256"}),
     ],
 )  # fmt: skip
-def test_what_an_adapter_can_feel_changes_its_part_and_the_digest(files, parts):
+def test_relevant_changes_change_their_field_and_the_digest(files, parts):
     found = fingerprint_of(folder_of(**files))
     names = [field.name for field in fields(Fingerprint) if field.compare]
     assert {name for name in names if getattr(found, name) != getattr(ORIGINAL, name)} == parts
     assert found.digest != ORIGINAL.digest
 
 
-def test_a_template_is_the_same_wherever_it_stands():
+def test_a_template_has_the_same_hash_in_every_place():
     alone = fingerprint_of(folder_of(**{"chat_template.jinja": b"{{ x }}"}))
     inside = fingerprint_of(
         folder_of(tokenizer_config_json=SETTINGS | {"chat_template": "{{ x }}"})
@@ -150,14 +152,14 @@ def test_a_template_is_the_same_wherever_it_stands():
     assert alone.digest == fingerprint_of(both).digest
 
 
-def test_a_unigram_vocabulary_is_token_to_place_in_the_list():
+def test_ids_of_a_unigram_vocabulary_are_list_positions():
     model = {"type": "Unigram", "vocab": [["a", 0.0], ["b", -1.0], ["ab", -2.0]]}
     found = fingerprint_of(folder_of(tokenizer_json=TOKENIZER | {"model": model}))
     assert found.vocabulary_sha256 == ORIGINAL.vocabulary_sha256
     assert found.tokenizer_sha256 != ORIGINAL.tokenizer_sha256
 
 
-def test_a_model_inside_a_model_is_asked_for_its_layers():
+def test_the_layer_count_may_be_in_text_config():
     config = {"architectures": ["Gemma3ForConditionalGeneration"],
               "text_config": {"num_hidden_layers": 18}}  # fmt: skip
     assert fingerprint_of(folder_of(config_json=config)).layer_count == 18
@@ -191,15 +193,15 @@ def index_without(name: str) -> bytes:
         (folder_of(config_json=CONFIG | {"num_hidden_layers": "2"}), ["no layer count"]),
         (folder_of(tokenizer_json={"model": {}}), ["tokenizer.json: no vocabulary"]),
         (folder_of(**{"model.safetensors": b"x"}), ["model.safetensors: it ends 7 bytes"]),
-        (folder_of(**{"extra.safetensors": TWO[SECOND]}), ["extra.safetensors: .* no model"]),
-        (folder_of(**TWO), ["only one of the two"]),
+        (folder_of(**{"extra.safetensors": TWO[SECOND]}), ["extra.safetensors: unused weights"]),
+        (folder_of(**TWO), ["remove one of them"]),
         (two(**{SECOND: None}), [f"{SECOND}: missing"]),
         (two(**{SECOND: TWO[SECOND][:-1]}), [f"{SECOND}: it ends 1 bytes"]),
-        (two(**{INDEX: index_without("norm")}), ["disagree about norm"]),
+        (two(**{INDEX: index_without("norm")}), ["does not match the files for norm"]),
         (two(**{INDEX: b'{"weight_map": {"x": 1}}'}), ["no `weight_map`"]),
         (
             two(**{"model-00001-of-00002.safetensors": TWO[SECOND]}),
-            ["stands in another file too: layer.1", "disagree about embed"],
+            ["also in another file: layer.1", "does not match the files for embed"],
         ),
         (
             folder_of(config_json={}, tokenizer_json=b"", **{"model.safetensors": b""}),
@@ -207,14 +209,14 @@ def index_without(name: str) -> bytes:
         ),
     ],
 )
-def test_every_reason_against_a_folder_is_told_at_once(files, reasons):
+def test_all_problems_of_a_folder_are_reported_at_once(files, reasons):
     with pytest.raises(UploadError) as caught:
         fingerprint_of(files)
     for reason in reasons:
         assert caught.match(reason)
 
 
-def test_nothing_is_not_found():
+def test_an_empty_prefix_is_not_found():
     with pytest.raises(NotFoundError):
         fingerprint_of({})
 
@@ -228,7 +230,7 @@ def test_progress_counts_every_byte():
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_an_infinite_setting_counts_as_it_is_written():
+def test_an_infinite_number_is_hashed_as_text():
     """Mamba 2 has one: `time_step_limit`."""
     found = [
         fingerprint(URI, store_of(folder_of(config_json=CONFIG | {"time_step_limit": limit})))

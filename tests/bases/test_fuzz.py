@@ -1,5 +1,4 @@
-"""Whatever bytes come in: a manifest, a fingerprint or an error in words comes out, in
-little memory."""
+"""Random bytes give a manifest, a fingerprint or an UploadError, with little memory."""
 
 import json
 import resource
@@ -73,7 +72,7 @@ def dumped(value):
 @example(b'{"a":' * 50_000)
 @example(dumped(MANIFEST).replace(b"2,", b"9" * 10_000 + b","))
 @settings(max_examples=600, deadline=None)
-def test_any_bytes_are_a_manifest_or_an_error_in_words(data):
+def test_any_bytes_give_a_manifest_or_an_upload_error(data):
     try:
         manifest = parse_manifest(data)
     except UploadError as error:
@@ -95,7 +94,7 @@ WORST = {
 
 
 @pytest.mark.parametrize("data", WORST.values(), ids=WORST)
-def test_the_largest_manifest_takes_little_memory_and_says_little(data):
+def test_the_largest_manifest_needs_little_memory_and_gives_a_short_error(data):
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
     try:
@@ -143,7 +142,7 @@ def outcome(files):
 @pytest.mark.parametrize("name", DOCUMENTS)
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_model_file_gives_a_fingerprint_or_an_error_in_words(name, data):
+def test_any_model_file_gives_a_fingerprint_or_an_upload_error(name, data):
     content = data.draw(st.binary(max_size=60) | mutations(DOCUMENTS[name]).map(dumped))
     outcome(folder_of() | {name: content})
 
@@ -156,11 +155,11 @@ def test_any_model_file_gives_a_fingerprint_or_an_error_in_words(name, data):
 @example(header(HUGE))
 @example((1 << 63).to_bytes(8, "little"))
 @settings(max_examples=400, deadline=None)
-def test_any_weights_give_a_fingerprint_or_an_error_in_words(content):
+def test_any_weights_give_a_fingerprint_or_an_upload_error(content):
     outcome(folder_of() | {"model.safetensors": content})
 
 
 @given(st.lists(st.text(st.characters(), min_size=1, max_size=12), max_size=5, unique=True))
 @settings(max_examples=200, deadline=None)
-def test_any_names_give_a_fingerprint_or_an_error_in_words(names):
+def test_any_names_give_a_fingerprint_or_an_upload_error(names):
     outcome(folder_of() | dict.fromkeys(names, b"x"))

@@ -1,4 +1,4 @@
-"""InternLM2 files become a Llama folder: held against a plain restatement, their code never run."""
+"""Conversion of InternLM2 to Llama, compared with a reference implementation."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def converted(folder, out):
     [(4, 2), (4, 4), (6, 2), (6, 1)],
     ids=lambda shape: "{}-heads-{}-kv".format(*shape),
 )
-def test_the_llama_model_answers_as_the_formulas_say(tmp_path, shape, bias):
+def test_logits_match_the_reference_implementation(tmp_path, shape, bias):
     heads, kv_heads = shape
     config = CONFIG | {
         "bias": bias,
@@ -61,7 +61,7 @@ def test_the_llama_model_answers_as_the_formulas_say(tmp_path, shape, bias):
 
 @pytest.mark.parametrize("count", [32, 33, 70])
 @pytest.mark.parametrize("kind", ["dynamic", "linear"])
-def test_stretched_positions_are_those_of_the_formulas(tmp_path, kind, count):
+def test_scaled_positions_match_the_reference_implementation(tmp_path, kind, count):
     config = CONFIG | {"rope_scaling": {"type": kind, "factor": 2.5}, "rope_theta": 10000.0}
     assert_equal_answers(tmp_path, config, count)
 
@@ -82,7 +82,7 @@ def assert_equal_answers(tmp_path, config, count):
         torch.testing.assert_close(model(ids[None]).logits[0], expected, rtol=1e-5, atol=2e-5)
 
 
-def test_a_generation_is_the_release_s_token_for_token(tmp_path):
+def test_generations_match_recorded_tokens_of_the_release(tmp_path):
     weights = random_weights(CONFIG)
     folder = converted(write_internlm2(tmp_path / "internlm2", weights=weights), tmp_path / "llama")
     model, ids = load_base(folder, "float32", "cpu").model, torch.arange(65, 75)
@@ -105,7 +105,7 @@ def test_a_generation_is_the_release_s_token_for_token(tmp_path):
     ],
     ids=["as-released", "no-start", "both", "another-start", "no-code-asked-for"],
 )
-def test_the_tokenizer_puts_around_a_text_what_the_release_s_does(tmp_path, stated, start, end):
+def test_start_and_end_tokens_match_the_release(tmp_path, stated, start, end):
     settings = {n: v for n, v in (TOKENIZER_SETTINGS | stated).items() if n != "auto_map" or v}
     folder = write_internlm2(tmp_path / "internlm2", tokenizer_config_json=settings)
     tokenizer = load_tokenizer(converted(folder, tmp_path / "llama"))
@@ -117,7 +117,7 @@ def test_the_tokenizer_puts_around_a_text_what_the_release_s_does(tmp_path, stat
     assert tokenizer.chat_template == TOKENIZER_SETTINGS["chat_template"]
 
 
-def test_the_release_s_defaults_are_written_down(tmp_path):
+def test_defaults_of_the_release_are_written_to_the_settings(tmp_path):
     settings = {"tokenizer_class": "InternLM2TokenizerFast"}
     folder = write_internlm2(
         tmp_path / "internlm2",
@@ -154,7 +154,7 @@ def chunked(data, size):
 
 @given(LAYOUTS, st.integers(1, 5000), st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(deadline=None, max_examples=40)
-def test_every_number_lands_exactly_once(tmp_path_factory, config, chunk_bytes, dtype):
+def test_every_value_is_copied_exactly_once(tmp_path_factory, config, chunk_bytes, dtype):
     """Each element of wqkv is its own number: in q, k and v together each stands once."""
     from safetensors.torch import load
 
@@ -202,14 +202,14 @@ def test_a_shard_is_streamed():
 
 
 @pytest.mark.parametrize("shards", [2, 5])
-def test_shards_leave_no_trace_in_the_fingerprint(tmp_path, shards):
+def test_shards_do_not_change_the_fingerprint(tmp_path, shards):
     whole = converted(write_internlm2(tmp_path / "one"), tmp_path / "one-llama")
     parts = converted(write_internlm2(tmp_path / "many", shards=shards), tmp_path / "many-llama")
     assert len([*parts.glob("*.safetensors")]) == shards
     assert fingerprint(str(parts), STORE) == fingerprint(str(whole), STORE)
 
 
-def test_the_fingerprint_is_that_of_the_same_model_saved_by_transformers(tmp_path):
+def test_the_fingerprint_equals_that_of_a_save_by_transformers(tmp_path):
     folder = converted(write_internlm2(tmp_path / "internlm2"), tmp_path / "llama")
     load_base(folder, "float32", "cpu").model.save_pretrained(tmp_path / "saved")
     ours, theirs = (
@@ -223,7 +223,7 @@ def test_the_fingerprint_is_that_of_the_same_model_saved_by_transformers(tmp_pat
 # What is in the folder.
 
 
-def test_the_folder_says_of_which_files_it_was_made(tmp_path):
+def test_the_folder_lists_its_source_files(tmp_path):
     source = write_internlm2(tmp_path / "internlm2", shards=2)
     told = json.loads((converted(source, tmp_path / "llama") / CONVERTED_FROM).read_text())
     assert (told["layout"], told["uri"]) == ("InternLM2ForCausalLM", str(source))
@@ -277,7 +277,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["model.safetensors", "notes.txt"])
-def test_what_changes_while_it_is_read_is_refused(tmp_path, changed):
+def test_files_that_change_while_they_are_read_are_an_error(tmp_path, changed):
     source = write_internlm2(tmp_path / "internlm2")
     (source / "notes.txt").write_text("before")
 
@@ -304,7 +304,7 @@ def test_weights_are_converted_from_the_version_whose_header_was_checked(tmp_pat
                 (source / "model.safetensors").write_bytes(other)
             return super().read(uri, etag=etag)
 
-    with pytest.raises(IntegrityError, match=r"another version of model\.safetensors"):
+    with pytest.raises(IntegrityError, match=r"a new version of model\.safetensors"):
         convert(str(source), Changing(), tmp_path / "llama")
 
 
@@ -419,7 +419,7 @@ def test_an_empty_prefix_is_not_found(tmp_path):
 # From the command line.
 
 
-def test_a_person_converts_with_one_command(tmp_path, capsys):
+def test_one_command_converts_a_folder(tmp_path, capsys):
     from trans_peft.cli import main
 
     source, out = write_internlm2(tmp_path / "internlm2"), tmp_path / "llama"
@@ -428,7 +428,7 @@ def test_a_person_converts_with_one_command(tmp_path, capsys):
     )
     assert "trans-peft convert" in capsys.readouterr().err
     assert main(["convert", str(source), str(out)]) == 0
-    assert "as a Llama model" in capsys.readouterr().out
+    assert "Llama form" in capsys.readouterr().out
     assert main(["fingerprint", str(out), "--json", "--state", str(tmp_path / "state")]) == 0
     assert json.loads(capsys.readouterr().out)["architecture"] == "LlamaForCausalLM"
     assert main(["convert", str(source), str(out)]) == 2

@@ -1,4 +1,4 @@
-"""Every upload is held against the model that loads it: what fits is accepted, the rest named."""
+"""The model check accepts checkpoints that match their model, and reports all differences."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def llama(tmp_path_factory) -> Checkpoint:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_every_architecture_fits_as_saved_and_each_edit_is_named(architecture, tmp_path):
+def test_every_architecture_passes_as_saved_and_each_edit_is_reported(architecture, tmp_path):
     model = architecture.model()
     model.save_pretrained(tmp_path)
     saved = read(tmp_path, with_tokenizer=False)
@@ -92,7 +92,7 @@ def test_every_architecture_fits_as_saved_and_each_edit_is_named(architecture, t
         assert plain[file] in inspected(edited(saved, add={file: larger}))[0]
 
 
-def test_a_missing_expert_is_named(tmp_path):
+def test_a_missing_expert_is_reported(tmp_path):
     (moe,) = (a for a in ARCHITECTURES if a.name == "mixtral")
     moe.model().save_pretrained(tmp_path)
     saved = read(tmp_path, with_tokenizer=False)
@@ -127,7 +127,7 @@ def test_every_combination_of_tied_and_stored_heads(llama, tied, stored, refused
     assert (refused in problems) if refused else problems == ""
 
 
-def test_all_differences_are_named_at_once(llama):
+def test_all_differences_are_reported_at_once(llama):
     layer = "model.layers.0"
     problems, _ = inspected(
         edited(
@@ -145,7 +145,7 @@ def test_all_differences_are_named_at_once(llama):
         "random: model.norm.weight",
         "does not have: model.final_norm.weight",
         f"{layer}.mlp.up_proj.weight is (64, 33), the model needs (64, 32)",
-        f"{layer}.mlp.down_proj.weight: integers in the files (I8)",
+        f"{layer}.mlp.down_proj.weight: the files contain integers (I8)",
         "model.embed_tokens.weight is (258, 32), the model needs (257, 32)",
         "tokens without a row in the embedding, which has 257 rows: '<eos>' (257)",
     ):
@@ -169,7 +169,7 @@ def test_a_special_token_that_only_the_settings_name_needs_a_row(llama):
     assert "'<|begin|>' (258)" in inspected(Checkpoint(llama.config, llama.tensors, files))[0]
 
 
-def test_a_tokenizer_that_does_not_load_is_a_reason(llama):
+def test_a_tokenizer_that_does_not_load_is_reported(llama):
     files = llama.tokenizer | {"tokenizer.json": '{"model": {"type": "BPE", "vocab": {}}}'}
     problems, _ = inspected(Checkpoint(llama.config, llama.tensors, files))
     assert "the tokenizer cannot be used" in problems
@@ -245,10 +245,13 @@ QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     [
         ({"num_hidden_layers": 3_000_000}, "num_hidden_layers is 3,000,000, but the files hold"),
         ({"text_config": {"num_hidden_layers": 1 << 70}}, "text_config.num_hidden_layers is"),
-        ({"quantization_config": QUANTISED}, "quantization_config says that the checkpoint is"),
+        ({"quantization_config": QUANTISED}, "quantization_config declares a quantised"),
         ({"text_config": {"quantization_config": QUANTISED}}, "text_config.quantization_config"),
         ({"compression_config": {"format": "pack-quantized"}}, "compression_config"),
-        ({"transformers_weights": "../other.safetensors"}, "transformers_weights names other"),
+        (
+            {"transformers_weights": "../other.safetensors"},
+            "transformers_weights names weights",
+        ),
         ({"_attn_implementation": "someone/kernel"}, "names code on a hub"),
         ({"add": {"model.norm.weight": tensor(32, dtype="F8_E4M3")}}, "1 tensors are quantised"),
     ],
@@ -272,15 +275,15 @@ def test_some_uploads_are_refused_before_anything_is_built(llama, monkeypatch, c
         {"hidden_act": "import os"},
     ],
 )
-def test_a_config_that_builds_no_model_is_a_reason_and_names_no_temporary_folder(llama, change):
+def test_a_config_that_builds_no_model_is_reported_without_temporary_paths(llama, change):
     problems, _ = inspected(edited(llama, **change))
     assert problems
     assert "/tmp" not in problems
 
 
-def test_tables_that_would_fill_the_memory_are_refused(llama, monkeypatch):
+def test_position_tables_above_the_limit_are_refused(llama, monkeypatch):
     monkeypatch.setattr(meta_model, "MAX_BUFFER_BYTES", 8)
-    assert "its position tables and masks would take" in inspected(llama)[0]
+    assert "position tables and masks of this size need" in inspected(llama)[0]
 
 
 def test_a_model_that_exceeds_a_limit_is_refused(llama, monkeypatch):
@@ -326,7 +329,7 @@ def test_ingestion_refuses_it_once(tmp_path, registered):
     assert pending(platform, root_uri="s3://bases") == ()
 
 
-def test_convert_refuses_what_it_would_write(tmp_path, monkeypatch):
+def test_convert_checks_the_converted_model(tmp_path, monkeypatch):
     source = tmp_path / "internlm2"
     write_internlm2(source)
     convert(str(source), FileStore(), tmp_path / "good")

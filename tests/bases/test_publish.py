@@ -1,4 +1,4 @@
-"""What is published is accepted by ingestion; what would not be is told before anything is sent."""
+"""Published uploads pass ingestion; others are refused before anything is sent."""
 
 import io
 
@@ -68,7 +68,7 @@ def test_publishing_again_sends_nothing(folder):
     assert publish_v1(folder, ReadOnly()) == first
 
 
-def test_a_broken_off_upload_is_taken_up_again(folder):
+def test_an_interrupted_upload_is_completed(folder):
     store = MemoryStore()
     store.write(f"{URI}/model.safetensors", io.BytesIO(b"half of i"))
     publish_v1(folder, store)
@@ -84,14 +84,14 @@ def test_another_upload_is_never_overwritten(folder, tmp_path):
     assert verify(URI, store).fingerprint == fingerprint(str(folder), FileStore())
 
 
-def test_foreign_files_in_the_prefix_are_named_before_anything_is_sent(folder):
+def test_foreign_files_in_the_prefix_are_reported_before_anything_is_sent(folder):
     store = store_of({"somebody_elses.txt": b"x"})
     with pytest.raises(UploadError, match=r"somebody_elses\.txt"):
         publish_v1(folder, store)
     assert [file.name for file in store.list(URI)] == ["somebody_elses.txt"]
 
 
-def test_what_would_be_refused_is_told_at_once_and_nothing_is_sent(folder):
+def test_all_problems_are_reported_before_anything_is_sent(folder):
     write(folder, {"pytorch_model.bin": b"", "config.json": b'{"auto_map": {"a": "b.C"}}'})
     store = MemoryStore()
     with pytest.raises(UploadError) as caught:
@@ -102,14 +102,14 @@ def test_what_would_be_refused_is_told_at_once_and_nothing_is_sent(folder):
 
 
 @pytest.mark.parametrize("family", ["", "a/b", "a\nb"])
-def test_a_family_that_no_manifest_may_name_is_refused_before_anything_is_sent(folder, family):
+def test_an_invalid_family_is_refused_before_anything_is_sent(folder, family):
     store = MemoryStore()
     with pytest.raises((UploadError, ValueError), match="family"):
         publish(folder, URI, family=family, version="v1", store=store)
     assert store.list(URI) == ()
 
 
-def test_hidden_files_stay_at_home(folder):
+def test_hidden_files_are_not_published(folder):
     write(folder, {".git/config": b"secret", ".env": b"secret"})
     manifest = publish_v1(folder, MemoryStore())
     assert not [file.name for file in manifest.files if file.name.startswith(".")]
@@ -120,7 +120,7 @@ def test_an_empty_folder_is_not_found(tmp_path):
         publish_v1(tmp_path, MemoryStore())
 
 
-def test_progress_ends_at_the_whole(folder):
+def test_progress_ends_at_the_total(folder):
     seen = []
     publish_v1(folder, MemoryStore(), on_progress=lambda done, total: seen.append((done, total)))
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -128,7 +128,7 @@ def test_progress_ends_at_the_whole(folder):
 
 
 @pytest.mark.servers
-def test_a_base_goes_through_s3_and_back(servers, unique, tiny_base, tmp_path):
+def test_a_base_is_published_to_s3_and_downloaded(servers, unique, tiny_base, tmp_path):
     from trans_peft.bases.cache import download
     from trans_peft.edges.stores import SchemeStore
 

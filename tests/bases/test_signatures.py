@@ -1,4 +1,4 @@
-"""OpenSSF model signatures of uploads: what they cover, and every way in which one is not right."""
+"""OpenSSF model signatures of uploads: what they cover, and which are refused."""
 
 import base64
 import contextlib
@@ -100,7 +100,7 @@ def check(store, public):
 
 
 @pytest.mark.parametrize("curve", CURVES)
-def test_a_published_upload_is_signed_and_stays_one_that_is_accepted(folder, keys, curve):
+def test_a_signed_upload_is_accepted(folder, keys, curve):
     private, public = keys[curve]
     store = MemoryStore()
     publish(folder, URI, family="smol", version="v1", store=store, sign_key=private)
@@ -110,7 +110,7 @@ def test_a_published_upload_is_signed_and_stays_one_that_is_accepted(folder, key
     assert SIGNATURE_NAME not in [file.name for file in manifest.files]
 
 
-def test_an_upload_of_before_gets_its_signature_when_it_is_published_again(folder, keys):
+def test_publishing_again_signs_an_unsigned_upload(folder, keys):
     private, public = keys["P-256"]
     store = published(folder, None)
     with pytest.raises(UploadError, match=f"no {SIGNATURE_NAME}"):
@@ -156,7 +156,7 @@ def other_digest(manifest):
         ({"files": other_digest}, "Hash mismatch for .{0,2}config.json"),
     ],
 )
-def test_a_signature_covers_the_whole_manifest(folder, keys, changed, said):
+def test_a_signature_covers_all_of_the_manifest(folder, keys, changed, said):
     private, public = keys["P-256"]
     store = published(folder, private)
     manifest = check(store, public)
@@ -209,7 +209,7 @@ def test_a_payload_or_a_hint_that_was_edited_is_refused(folder, keys):
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b"-----BEGIN", b'{"a":' * 9999]
 )
-def test_what_is_no_signature_is_refused_in_words(folder, keys, content):
+def test_an_invalid_signature_file_is_refused_with_a_reason(folder, keys, content):
     store = published(folder, None)
     put(store, SIGNATURE_NAME, content)
     with pytest.raises(UploadError, match="the signature of the upload"):
@@ -218,7 +218,7 @@ def test_what_is_no_signature_is_refused_in_words(folder, keys, content):
 
 @settings(max_examples=60, deadline=None)
 @given(place=st.integers(0), other=st.binary(max_size=3))
-def test_a_signature_with_any_changed_byte_is_refused_or_says_the_same(keys, place, other):
+def test_a_signature_with_a_changed_byte_is_refused_or_equivalent(keys, place, other):
     manifest = Manifest("f", "v1", None, (ManifestFile("a", 1, "1" * 64),))
     store = MemoryStore()
     kept = sign(manifest, keys["P-256"][0])
@@ -232,14 +232,12 @@ def test_a_signature_with_any_changed_byte_is_refused_or_says_the_same(keys, pla
 def test_a_huge_signature_is_never_read(folder, keys, monkeypatch):
     monkeypatch.setattr("trans_peft.bases.signatures.MAX_SIGNATURE_BYTES", 10)
     store = published(folder, keys["P-256"][0])
-    with pytest.raises(UploadError, match="at most 10 are read"):
+    with pytest.raises(UploadError, match="at most 10 are allowed"):
         check(store, keys["P-256"][1])
 
 
 @pytest.mark.parametrize("name", ["rsa", "k1", "missing", "private", "text"])
-def test_a_public_key_that_cannot_be_used_says_nothing_about_the_upload(
-    folder, keys, tmp_path, name
-):
+def test_an_unusable_public_key_is_a_store_error(folder, keys, tmp_path, name):
     store = published(folder, keys["P-256"][0])
     (tmp_path / "text.pem").write_text("no key")
     path = {
@@ -252,7 +250,7 @@ def test_a_public_key_that_cannot_be_used_says_nothing_about_the_upload(
 
 
 @pytest.mark.parametrize("name", ["rsa", "k1", "missing"])
-def test_a_private_key_that_cannot_sign_is_told_before_anything_is_written(
+def test_an_unusable_private_key_is_reported_before_anything_is_written(
     folder, keys, tmp_path, name
 ):
     path = tmp_path / "missing.key" if name == "missing" else keys[name][0]
@@ -273,7 +271,7 @@ def test_files_of_a_signed_upload_are_read_once(folder, keys):
     assert reads.count("model.safetensors") == 1
 
 
-def test_without_the_extra_the_error_says_what_to_install(folder, keys, monkeypatch):
+def test_without_the_extra_the_error_names_the_package(folder, keys, monkeypatch):
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(ModuleNotFoundError, match="signatures"):
         sign(Manifest("f", "v1", None, (ManifestFile("a", 1, "1" * 64),)), keys["P-256"][0])

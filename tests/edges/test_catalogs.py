@@ -73,7 +73,7 @@ class TestEveryCatalog:
         with pytest.raises(NotFoundError):
             place.catalog.alias(place.family, "serving")
 
-    def test_a_published_version_is_ready_and_keeps_what_was_said(self, place):
+    def test_a_published_version_is_ready_and_keeps_its_fields(self, place):
         base = place.publish("v1", parent="v0", manifest_sha256="a" * 64)
         assert base == BaseVersion(
             family=place.family,
@@ -107,7 +107,7 @@ class TestEveryCatalog:
         assert (place.catalog.families(), place.catalog.set_aside()) == before
         assert len(place.catalog.versions(place.family)) == 1
 
-    def test_a_family_that_another_client_gave_an_odd_name_is_set_aside(self, place):
+    def test_a_family_with_an_invalid_name_is_set_aside(self, place):
         place.publish("v1")
         odd = f"{place.family}'s base"
         place.person.register_manually(odd, "s3://bases/x/v1")
@@ -117,7 +117,7 @@ class TestEveryCatalog:
         assert place.catalog.set_aside(place.family) == ()
         assert len(place.catalog.versions(place.family)) == 1
 
-    def test_the_whole_fingerprint_comes_back_sketches_too(self, place):
+    def test_the_fingerprint_is_returned_with_its_sketches(self, place):
         base = place.publish("v1", seed=1)
         found = place.catalog.fingerprint(base)
         assert found == fingerprint(1)
@@ -166,7 +166,7 @@ class TestEveryCatalog:
             assert (ready.number, ready.uri) == (number, f"s3://bases/{place.family}/v1")
             assert place.catalog.versions(place.family) == (ready,)
 
-    def test_a_person_who_registers_what_is_there_makes_no_second_version(self, place):
+    def test_registering_an_existing_version_again_creates_no_second_one(self, place):
         base = place.publish("v1")
         number = place.person.register_manually(place.family, base.uri)
         assert place.publish("v1", number=number) == base
@@ -188,7 +188,7 @@ class TestEveryCatalog:
         place.person.set_alias_manually(place.family, "champion", None)
         assert place.catalog.alias(place.family, "champion") is None
 
-    def test_what_served_once_is_remembered(self, place):
+    def test_a_version_that_served_is_marked(self, place):
         one, two = place.publish("v1", 1), place.publish("v2", 2)
         place.catalog.set_serving(one)
         place.catalog.set_serving(one)
@@ -196,7 +196,7 @@ class TestEveryCatalog:
         place.catalog.set_serving(two)
         assert [b.served for b in place.catalog.versions(place.family)] == [True, True]
 
-    def test_a_note_about_a_promotion_stands_on_any_version_until_it_is_taken_away(self, place):
+    def test_promotion_notes_are_set_and_removed(self, place):
         one = place.publish("v1")
         waiting = place.person.register_manually(place.family, "s3://elsewhere/base")
         assert place.catalog.promotion_notes(place.family) == {}
@@ -219,7 +219,7 @@ class TestEveryCatalog:
             place.catalog.set_serving(BaseVersion(place.family, "1", "s3://x", number, ready=True))
         assert place.catalog.alias(place.family, "serving") is None
 
-    def test_two_who_register_one_version_at_once_get_the_same_one(self, place):
+    def test_parallel_registrations_return_the_same_version(self, place):
         place.publish("v0", seed=9)
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda _: place.publish("v1"), range(4)))
@@ -242,7 +242,7 @@ class TestMlflow:
         [{}, {"number": 1, "source": "registered"}],
         ids=["an-upload", "a-registered-version"],
     )
-    def test_what_a_killed_ingestion_left_is_completed_not_doubled(
+    def test_a_killed_ingestion_is_completed_without_a_duplicate(
         self, place, monkeypatch, found_as
     ):
         from trans_peft.edges.mlflow_client import Tracking
@@ -263,9 +263,7 @@ class TestMlflow:
         assert tags["trans_peft.source"] == "upload"
 
     @pytest.mark.parametrize("seeds", [(1, 1), (1, 2)], ids=["the-same", "two-contents"])
-    def test_two_processes_that_both_looked_before_either_made_settle_for_one(
-        self, place, monkeypatch, seeds
-    ):
+    def test_racing_registrations_keep_one_version(self, place, monkeypatch, seeds):
         from trans_peft.edges.mlflow_client import Tracking
 
         both_looked, make_version = threading.Barrier(2), Tracking.make_version
@@ -321,7 +319,7 @@ class TestMlflow:
         (copy,) = place.catalog.versions(other)
         assert (copy.version, copy.uri, copy.ready) == ("v1", base.uri, False)
 
-    def test_a_copy_does_not_bring_along_that_its_original_served(self, place, unique):
+    def test_a_copy_is_not_marked_as_served(self, place, unique):
         base = place.publish("v1")
         place.catalog.set_serving(base)
         other = Place(place.catalog, f"{unique}-other", place.person)
@@ -330,7 +328,7 @@ class TestMlflow:
         )
         assert not other.publish("v1", number=1).served
 
-    def test_a_copy_within_its_family_is_no_second_base(self, place):
+    def test_a_copy_within_its_family_is_not_a_base(self, place):
         base = place.publish("v1")
         copy = place.person.client.copy_model_version(
             f"models:/{place.family}/{base.number}", place.family
@@ -340,7 +338,7 @@ class TestMlflow:
         place.catalog.note_promotion(place.family, int(copy.version), "refused: a copy")
         assert place.catalog.promotion_notes(place.family) == {int(copy.version): "refused: a copy"}
 
-    def test_an_adapter_that_was_copied_into_a_family_is_no_base(self, place, unique):
+    def test_an_adapter_copied_into_a_family_is_not_a_base(self, place, unique):
         base, client = place.publish("v1"), place.person.client
         adapter = f"{unique}-adapter"
         client.create_registered_model(adapter, tags={"trans_peft.kind": "adapter"})
@@ -349,13 +347,13 @@ class TestMlflow:
         client.copy_model_version(f"models:/{adapter}/1", place.family)
         assert place.catalog.versions(place.family) == (base,)
 
-    def test_a_person_makes_a_family_with_the_kind_tag_alone(self, place):
+    def test_a_model_with_the_kind_tag_is_a_family(self, place):
         place.person.client.create_registered_model(place.family)
         assert place.family not in place.catalog.families()
         place.person.client.set_registered_model_tag(place.family, "trans_peft.kind", "base")
         assert place.family in place.catalog.families()
 
-    def test_an_adapter_is_no_family(self, place):
+    def test_an_adapter_is_not_a_family(self, place):
         place.person.client.create_registered_model(
             place.family, tags={"trans_peft.kind": "adapter"}
         )

@@ -20,7 +20,7 @@ def evaluations(request: pytest.FixtureRequest):
 
 
 class TestEveryStoreOfEvaluations:
-    def test_what_nobody_computed_is_none(self, evaluations, unique):
+    def test_an_unknown_key_returns_none(self, evaluations, unique):
         assert evaluations.get(evaluation(unique).key) is None
 
     def test_an_evaluation_comes_back_item_by_item(self, evaluations, unique):
@@ -42,7 +42,7 @@ class TestEveryStoreOfEvaluations:
 
 
 @pytest.mark.servers
-def test_one_that_was_broken_off_is_not_taken_for_whole(servers, unique, monkeypatch):
+def test_an_interrupted_run_is_not_used(servers, unique, monkeypatch):
     from trans_peft.edges.mlflow_client import Tracking
     from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
 
@@ -61,7 +61,7 @@ def test_one_that_was_broken_off_is_not_taken_for_whole(servers, unique, monkeyp
 
 @pytest.mark.servers
 @pytest.mark.parametrize("left", [None, "", "{", '{"suite": "x"}', "another"])
-def test_one_whose_file_is_missing_or_damaged_is_stored_again(servers, unique, tmp_path, left):
+def test_an_evaluation_with_a_damaged_file_is_stored_again(servers, unique, tmp_path, left):
     from mlflow import MlflowClient
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -89,7 +89,7 @@ def test_one_whose_file_is_missing_or_damaged_is_stored_again(servers, unique, t
 
 
 @pytest.mark.servers
-def test_of_two_that_were_made_at_once_everybody_gets_the_same(servers, unique, monkeypatch):
+def test_of_two_parallel_evaluations_the_older_one_is_returned(servers, unique, monkeypatch):
     from trans_peft.edges.mlflow_client import Tracking
     from trans_peft.edges.mlflow_evaluations import MlflowEvaluations
 

@@ -1,7 +1,7 @@
-"""A real MLflow server behind a bad network: requests that fail, and work whose answer is lost.
+"""A real MLflow server behind a faulty proxy: failed requests, and requests without a response.
 
-Every call is made again where its task would, and the registry ends as on a good day. One storm of
-ten seconds in every run; more with STORMS=20.
+Calls are retried as the tasks retry them, and the registry ends in the same state as without
+faults. Each run has faults for ten seconds, and for longer with STORMS=20.
 """
 
 import errno
@@ -63,9 +63,7 @@ def story(fleet):
 
 
 @pytest.mark.timeout(300 * STORMS)
-def test_whatever_fails_on_the_way_the_registry_ends_as_on_a_good_day(
-    servers, unique, tmp_path, monkeypatch
-):
+def test_failed_requests_do_not_change_the_final_registry(servers, unique, tmp_path, monkeypatch):
     expected = story(MemoryFleet.on_mlflow(tmp_path, f"{unique}-calm", servers.mlflow_url))
     for seed in range(1, STORMS + 1):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(seed % 2))
@@ -99,7 +97,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_lasts_is_told_whatever_is_asked_for(place, servers, unique, kind):
+def test_a_lasting_fault_is_reported_by_every_method(place, servers, unique, kind):
     url, faults = place
     known = evaluation(unique)
     MlflowEvaluations(servers.mlflow_url).put(known)

@@ -233,13 +233,13 @@ def test_an_outcome_of_another_adapter_on_the_version_is_set_aside(two):
     good = own_tags(two.tracking.version("good", 2).tags)[name]
     with two.version_tag("bad", "2", name, good):
         (line,) = two.assert_others_continue().unreadable
-        assert "is about something else" in line
+        assert "belongs to another adapter or base" in line
 
 
 @pytest.mark.parametrize(
     ("tag", "text", "message"),
     [
-        ("version", "v1", "it is called v1, and so is version 1"),
+        ("version", "v1", "its name v1 is also that of version 1"),
         ("version", "a b", "version must be 1 to 100 ASCII letters"),
         ("fingerprint", "x", "the tag trans_peft.fingerprint of version 2 of spoilt"),
     ],
@@ -363,7 +363,7 @@ def test_a_name_that_differs_by_case_alone_is_not_registered(two):
 
 
 @pytest.mark.parametrize("source", ["models:/gone/1", "models:/m-0", "dbfs:/x", "x", "", None])
-def test_a_version_with_an_odd_source_stops_no_other(two, source):
+def test_a_version_with_an_invalid_source_does_not_affect_others(two, source):
     with two.restoring():
         two.tracking.make_version("spoilt", source, {})
         two.assert_others_continue()
@@ -465,7 +465,7 @@ def test_a_recipe_with_a_number_that_is_not_finite_sets_its_adapter_aside(
 @pytest.mark.parametrize(
     "uri", ["file:///a%00b", "/a\x00b", "/a\ud800b", "{loop}", "s3://", "x://y"]
 )
-def test_a_version_with_an_odd_uri_stops_no_upload(two, tmp_path, uri):
+def test_a_version_with_an_invalid_uri_does_not_affect_uploads(two, tmp_path, uri):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     uri = uri.replace("{loop}", str(tmp_path / "loop"))
     platform = replace(two.spoilt.platform, store=SchemeStore())

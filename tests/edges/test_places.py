@@ -88,7 +88,7 @@ def test_what_is_listed_is_read(folders):
     assert [file.name for file in store.list(f"{allowed}/new")] == ["x.bin"]
 
 
-def test_a_listing_does_not_tell_about_files_outside(folders):
+def test_a_listing_does_not_reveal_files_outside(folders):
     allowed, _ = folders
     with pytest.raises(AccessError, match=r"link\.jsonl"):
         SchemeStore(Places((allowed,), ())).list(str(allowed))

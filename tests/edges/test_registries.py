@@ -137,7 +137,7 @@ class TestEveryRegistry:
             place.registry.register(draft(place.adapter, "other-family", folder), folder)
         assert place.registry.adapters("other-family") == ()
 
-    def test_the_live_ones_of_a_family_are_listed(self, place):
+    def test_live_adapters_of_a_family_are_listed(self, place):
         names = [f"{place.adapter}-{i}" for i in (2, 0, 1)]
         for name in names:
             place.trained(name)
@@ -151,7 +151,7 @@ class TestEveryRegistry:
             assert (found / original.name).read_bytes() == original.read_bytes()
         assert len(list(found.iterdir())) == 2
 
-    def test_what_is_not_there_cannot_be_downloaded(self, place, tmp_path):
+    def test_a_missing_version_cannot_be_downloaded(self, place, tmp_path):
         with pytest.raises(NotFoundError):
             place.registry.download(replace(place.trained(), number=7), tmp_path / "downloaded")
 
@@ -205,7 +205,7 @@ class TestEveryRegistry:
             place.registry.record(outcome(first, new_number=7))
         assert place.registry.outcomes(place.adapter) == ()
 
-    def test_an_alias_moves_and_goes(self, place):
+    def test_an_alias_is_moved_and_removed(self, place):
         first, alias = place.trained(), "on-222222222222"
         place.registry.register(transferred(first), place.peft_folder())
         assert place.registry.alias(place.adapter, alias) is None
@@ -223,7 +223,7 @@ class TestEveryRegistry:
         [(1, 2), (1, None), (None, 1)],
         ids=["moved", "taken-away", "set"],
     )
-    def test_what_a_person_does_to_an_alias_is_noticed(self, place, ours, theirs):
+    def test_a_manual_change_of_an_alias_is_detected(self, place, ours, theirs):
         first, alias = place.trained(), "on-222222222222"
         place.registry.register(transferred(first), place.peft_folder())
         assert place.registry.owns_alias(place.adapter, alias)
@@ -238,7 +238,7 @@ class TestEveryRegistry:
         [(1, 2), (1, None), (None, 1)],
         ids=["moved", "taken-away", "set"],
     )
-    def test_what_a_person_did_to_an_alias_is_never_overwritten(self, place, ours, theirs):
+    def test_a_manual_override_is_never_overwritten(self, place, ours, theirs):
         first, alias = place.trained(), "on-222222222222"
         place.registry.register(transferred(first), place.peft_folder())
         if ours is not None:
@@ -249,7 +249,7 @@ class TestEveryRegistry:
                 assert not place.registry.set_alias(place.adapter, alias, number)
             assert place.registry.alias(place.adapter, alias) == theirs
 
-    def test_a_person_gives_an_alias_back_by_putting_it_where_it_was(self, place):
+    def test_restoring_an_alias_ends_the_manual_override(self, place):
         first, alias = place.trained(), "on-222222222222"
         place.registry.register(transferred(first), place.peft_folder())
         place.registry.set_alias(place.adapter, alias, 2)
@@ -258,7 +258,7 @@ class TestEveryRegistry:
         assert place.registry.set_alias(place.adapter, alias, None)
         assert place.registry.alias(place.adapter, alias) is None
 
-    def test_what_a_person_did_is_recorded_and_forgotten(self, place):
+    def test_a_manual_override_is_recorded_and_removed(self, place):
         place.trained()
         alias, hand = (
             "on-222222222222",
@@ -269,7 +269,7 @@ class TestEveryRegistry:
             state = place.registry.aliases(place.adapter).get(alias, AliasState())
             assert state == AliasState(recorded=record)
 
-    def test_two_who_register_the_same_at_once_get_the_same_live_version(self, place):
+    def test_parallel_registrations_return_the_same_live_version(self, place):
         first, folder = place.trained(), place.peft_folder()
         with ThreadPoolExecutor(3) as pool:
             found = list(
@@ -286,7 +286,7 @@ class TestMlflow:
     def place(self, servers, unique, tmp_path):
         return place_in_mlflow(servers, unique, tmp_path)
 
-    def test_mlflows_own_download_gives_a_stock_peft_folder(self, place, tmp_path):
+    def test_a_download_with_mlflow_is_a_plain_peft_folder(self, place, tmp_path):
         import mlflow
 
         place.trained()
@@ -296,7 +296,7 @@ class TestMlflow:
             "adapter_config.json", "adapter_model.safetensors",
         }  # fmt: skip
 
-    def test_people_see_what_it_is_in_the_tags(self, place):
+    def test_tags_describe_the_version(self, place):
         folder = place.peft_folder()
         place.registry.register(
             draft(place.adapter, place.family, folder), folder, tags={"masking_p": "0.1"}
@@ -315,12 +315,10 @@ class TestMlflow:
             )
         assert place.registry.adapters(place.family) == ()
 
-    def test_a_dot_in_the_name_is_no_trouble(self, place):
+    def test_a_name_may_contain_a_dot(self, place):
         assert place.trained(f"{place.adapter}-2.5").number == 1
 
-    def test_two_processes_that_both_looked_before_either_made_settle_for_one(
-        self, place, monkeypatch
-    ):
+    def test_racing_registrations_keep_one_version(self, place, monkeypatch):
         from trans_peft.edges.mlflow_registry import MlflowRegistry
 
         first, folder = place.trained(), place.peft_folder()
@@ -349,7 +347,7 @@ class TestMlflow:
             asked = replace(draft(place.adapter, place.family, folder), run_id=run.id)
             assert place.registry.register(asked, folder).run_id == run.id
 
-    def test_a_shard_that_comes_back_from_the_dead_is_superseded(self, place):
+    def test_a_late_registration_of_a_lost_shard_is_superseded(self, place):
         first = place.trained()
         second = place.registry.register(transferred(first), place.peft_folder())
         found = place.person.client.get_model_version(place.adapter, "2")
@@ -364,7 +362,7 @@ class TestMlflow:
         states = [v.state.superseded for v in place.registry.versions(place.adapter)]
         assert states == [False, False, True]
 
-    def test_a_crash_between_two_writes_leaves_the_alias_ours(self, place, monkeypatch):
+    def test_a_crash_between_two_writes_is_not_a_manual_override(self, place, monkeypatch):
         place.trained()
         alias = "on-222222222222"
 
@@ -384,19 +382,19 @@ class TestMlflow:
             assert place.registry.alias(place.adapter, alias) == stands
             assert place.registry.owns_alias(place.adapter, alias)
 
-    def test_weights_that_were_exchanged_in_the_store_are_noticed(self, place, tmp_path):
+    def test_replaced_weights_are_an_integrity_error(self, place, tmp_path):
         version = place.trained()
         with pytest.raises(IntegrityError, match="other ones"):
             place.registry.download(replace(version, weights_sha256="0" * 64), tmp_path / "d")
 
-    def test_a_copy_that_a_person_promoted_is_no_adapter(self, place):
+    def test_a_promoted_copy_is_not_an_adapter(self, place):
         place.trained()
         name = f"{place.adapter}-production"
         place.person.client.copy_model_version(f"models:/{place.adapter}/1", name)
         with pytest.raises(NotFoundError, match="no adapter"):
             place.registry.versions(name)
 
-    def test_a_copy_within_the_adapter_is_no_second_version(self, place):
+    def test_a_copy_within_the_adapter_is_not_a_version(self, place):
         version = place.trained()
         client = place.person.client
         client.copy_model_version(f"models:/{place.adapter}/1", place.adapter)
@@ -404,7 +402,7 @@ class TestMlflow:
         assert place.registry.versions(place.adapter) == (version,)
         assert place.trained() == version
 
-    def test_a_copy_in_another_adapter_is_none_of_its_versions(self, place):
+    def test_a_copy_in_another_adapter_is_not_a_version(self, place):
         place.trained()
         other = place.trained(f"{place.adapter}-other", seed=1)
         place.person.client.copy_model_version(f"models:/{place.adapter}/1", other.adapter)
@@ -423,7 +421,7 @@ class TestMlflow:
         place.person.set_alias_manually(place.adapter, alias, None)
         assert not place.registry.owns_alias(place.adapter, alias)
 
-    def test_people_see_what_was_done_by_hand_on_the_adapters_page(self, place):
+    def test_manual_overrides_are_shown_as_tags(self, place):
         place.trained()
         hand = ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00")
         place.registry.record_manual_override(place.adapter, "on-222222222222", hand)
@@ -447,7 +445,7 @@ class TestMlflow:
         kept = [run.data.tags["trans_peft.verdict"] for run in runs]
         assert sorted(kept) == ["failed", "failed", "incompatible"]  # each attempt is its own
 
-    def test_a_verdict_takes_the_place_of_the_failures_before_it(self, place):
+    def test_a_verdict_replaces_earlier_failures(self, place):
         first = place.trained()
         place.registry.register(transferred(first), place.peft_folder())
         client = place.person.client
@@ -460,7 +458,7 @@ class TestMlflow:
         assert client.get_model_version(place.adapter, "1").tags == untouched
         assert client.get_model_version(place.adapter, "2").tags["trans_peft.verdict"] == "passed"
 
-    def test_a_long_outcome_fits_into_its_tag_and_is_whole_in_its_run(self, place):
+    def test_a_long_outcome_is_cut_in_its_tag_and_complete_in_its_run(self, place):
         first = place.trained()
         long = outcome(first, Verdict.INCOMPATIBLE)
         lines = tuple(f"layer {i}: \u00e4{'x' * 2000}" for i in range(500))
@@ -494,7 +492,7 @@ def _only_once(remember):
 
 
 @pytest.mark.servers
-def test_odd_tags_and_names_in_mlflow_are_set_aside_with_the_reason(servers, unique, tmp_path):
+def test_invalid_tags_and_names_are_set_aside_with_the_reason(servers, unique, tmp_path):
     place = place_in_mlflow(servers, unique, tmp_path)
     version = place.trained()
     client = place.person.client

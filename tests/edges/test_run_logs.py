@@ -95,7 +95,7 @@ class TestEveryRunLog:
 
 @pytest.mark.servers
 class TestMlflow:
-    def test_the_machines_own_figures_stand_beside(self, servers, monkeypatch):
+    def test_metrics_of_the_machine_are_recorded(self, servers, monkeypatch):
         import time
 
         from trans_peft.edges.mlflow_runs import MlflowRunLog
@@ -111,7 +111,7 @@ class TestMlflow:
                 time.sleep(0.2)
         assert found["system/system_memory_usage_megabytes"] > 0
 
-    def test_what_mlflow_would_refuse_is_made_to_fit(self, servers):
+    def test_values_are_cut_to_the_limits_of_mlflow(self, servers):
         from trans_peft.edges.mlflow_runs import MlflowRunLog
 
         with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
@@ -121,7 +121,7 @@ class TestMlflow:
         assert len(data.params) == 101
         assert set(data.metrics) >= {"score ___", "a/b"}
 
-    def test_two_servers_in_one_process_are_told_apart(self, servers, monkeypatch):
+    def test_one_process_uses_two_servers(self, servers, monkeypatch):
         from trans_peft.edges.mlflow_runs import MlflowRunLog
 
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""A real S3 server behind a bad network: what may mend is tried again, the rest is told."""
+"""A real S3 server behind a faulty proxy: transient faults are retried, others are reported."""
 
 import io
 import time
@@ -56,7 +56,7 @@ def place(servers, stores, unique, tmp_path):
     return replace(memory_platform(tmp_path / "work"), store=proxied), prefix, faults
 
 
-def test_untouched_it_is_the_server_itself(place):
+def test_the_proxy_without_faults_changes_nothing(place):
     platform, prefix, _ = place
     assert ingest(Upload(prefix), platform).ready
 
@@ -71,7 +71,7 @@ MENDS = {
 
 
 @pytest.mark.parametrize("kind", MENDS)
-def test_what_mends_by_itself_is_not_noticed(place, kind):
+def test_transient_faults_are_retried(place, kind):
     platform, prefix, faults = place
     for name, value in ({"kind": kind} | MENDS[kind]).items():
         setattr(faults, name, value)
@@ -91,7 +91,7 @@ LASTS = {
 
 @pytest.mark.parametrize("of", ["model.safetensors", Manifest.FILE_NAME])
 @pytest.mark.parametrize("kind", LASTS)
-def test_what_lasts_is_said_and_nothing_is_half_or_refused(place, kind, of):
+def test_lasting_faults_are_store_errors_and_refuse_nothing(place, kind, of):
     platform, prefix, faults = place
     faults.kind, faults.left, faults.of = kind, 1000, of
     faults.wait_s, faults.cut_at_bytes = 0.6, 0
@@ -107,7 +107,7 @@ def test_what_lasts_is_said_and_nothing_is_half_or_refused(place, kind, of):
 
 
 @pytest.mark.parametrize("kind", LASTS)
-def test_a_listing_that_cannot_be_had_is_said(place, kind):
+def test_a_failed_listing_is_a_store_error(place, kind):
     platform, prefix, faults = place
     faults.kind, faults.left, faults.wait_s, faults.cut_at_bytes = kind, 1000, 0.6, 20
     with pytest.raises(StoreError):
@@ -115,7 +115,7 @@ def test_a_listing_that_cannot_be_had_is_said(place, kind):
 
 
 @pytest.mark.parametrize("kind", ["500", "reset", "truncate"])
-def test_a_download_goes_on_where_a_failure_left_it(place, kind, tmp_path):
+def test_a_download_resumes_after_a_failure(place, kind, tmp_path):
     platform, prefix, faults = place
     wanted = fingerprint(prefix, platform.store)
     faults.kind, faults.left, faults.of, faults.cut_at_bytes = kind, 1000, "tokenizer.json", 0
@@ -130,7 +130,7 @@ def test_a_download_goes_on_where_a_failure_left_it(place, kind, tmp_path):
     assert 0 < sum("list-type" not in path for path in faults.seen) < ranges
 
 
-def test_a_server_that_knows_no_ranges_is_found_out(place, tmp_path):
+def test_a_server_without_ranges_is_detected(place, tmp_path):
     platform, prefix, faults = place
     wanted = fingerprint(prefix, platform.store)
     faults.kind, faults.left = "no ranges", 1000
@@ -139,7 +139,7 @@ def test_a_server_that_knows_no_ranges_is_found_out(place, tmp_path):
     assert caught.match("Range header")
 
 
-def test_an_object_that_changes_between_two_ranges_is_noticed(place, stores, tmp_path):
+def test_an_object_that_changes_between_two_ranges_is_detected(place, stores, tmp_path):
     platform, prefix, _ = place
     wanted = fingerprint(prefix, platform.store)
 
@@ -165,7 +165,9 @@ def test_an_object_that_changes_between_two_ranges_is_noticed(place, stores, tmp
         ("AWS_SECRET_ACCESS_KEY", None, AccessError),
     ],
 )
-def test_who_is_not_let_in_is_told_what_to_check(place, monkeypatch, name, value, error):
+def test_denied_access_is_an_access_error_that_names_what_to_check(
+    place, monkeypatch, name, value, error
+):
     platform, prefix, _ = place
     monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     locked_out = replace(platform, store=S3Store(timeout_s=0.5))
@@ -182,7 +184,7 @@ ROWS = b"".join(b'{"prompt": "%03d", "completion": "y"}\n' % i for i in range(10
 
 
 @pytest.mark.parametrize("kind", ["shorten", "alter"])
-def test_rows_that_a_proxy_shortened_or_changed_are_never_pinned(place, stores, kind):
+def test_rows_that_a_proxy_truncated_or_changed_are_never_pinned(place, stores, kind):
     platform, prefix, faults = place
     uri = f"{prefix}/rows.jsonl"
     stores[0].write(uri, io.BytesIO(ROWS))
@@ -201,7 +203,7 @@ def read(store, uri, etag=None, **how):
 
 @pytest.mark.parametrize("checksums", ["when_supported", "when_required"])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_shortened_object_is_noticed_with_and_without_checksums(
+def test_a_truncated_object_is_detected_with_and_without_checksums(
     servers, stores, unique, monkeypatch, checksums, parts
 ):
     """Of one part it has an MD5, of several its size alone; boto3 may send a checksum or not."""
@@ -226,7 +228,7 @@ def test_a_shortened_object_is_noticed_with_and_without_checksums(
 
 
 @pytest.mark.parametrize("bounds", [{"start": 10}, {"stop": 90}, {"start": 10, "stop": 90}])
-def test_a_shortened_range_is_noticed(place, stores, bounds):
+def test_a_truncated_range_is_detected(place, stores, bounds):
     platform, prefix, faults = place
     uri = f"{prefix}/rows.jsonl"
     stores[0].write(uri, io.BytesIO(ROWS))
@@ -238,7 +240,7 @@ def test_a_shortened_range_is_noticed(place, stores, bounds):
 
 
 @pytest.mark.parametrize("of", FILES)
-def test_a_shortened_upload_is_neither_ready_nor_refused(place, of):
+def test_a_truncated_upload_is_neither_ready_nor_refused(place, of):
     platform, prefix, faults = place
     faults.kind, faults.left, faults.of, faults.cut_at_bytes = "shorten", 1000, of, 20
     with pytest.raises(StoreError):
@@ -249,7 +251,7 @@ def test_a_shortened_upload_is_neither_ready_nor_refused(place, of):
 
 
 @pytest.mark.parametrize("kind", ["shorten", "alter"])
-def test_a_download_never_keeps_what_a_proxy_shortened_or_changed(place, kind, tmp_path):
+def test_a_download_never_keeps_truncated_or_changed_content(place, kind, tmp_path):
     platform, prefix, faults = place
     wanted = fingerprint(prefix, platform.store)
     faults.kind, faults.left, faults.of, faults.cut_at_bytes = kind, 1000, "tokenizer.json", 20
@@ -261,7 +263,7 @@ def test_a_download_never_keeps_what_a_proxy_shortened_or_changed(place, kind, t
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_shortened_adapter_is_not_adopted(place, stores, name):
+def test_a_truncated_adapter_is_not_adopted(place, stores, name):
     platform, prefix, faults = place
     ingest(Upload(prefix), platform)
     uri = f"{prefix.removesuffix('/v1')}/adapter"

@@ -95,7 +95,7 @@ def until_it_answers(call):
 
 
 @pytest.mark.timeout(600)
-def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(tmp_path, monkeypatch):
+def test_kills_at_random_moments_do_not_change_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.1)
     draw, errors = Random(0), 0
     with mortal(tmp_path / "s3") as server:

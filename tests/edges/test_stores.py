@@ -41,7 +41,7 @@ class TestEveryStore:
         store, prefix = place
         assert store.list(prefix) == ()
 
-    def test_gives_back_what_was_written(self, place):
+    def test_returns_what_was_written(self, place):
         store, prefix = place
         store.write(f"{prefix}/a/b.json", io.BytesIO(b"hello there"))
         assert read(store, f"{prefix}/a/b.json") == b"hello there"
@@ -54,7 +54,7 @@ class TestEveryStore:
         assert [(f.name, f.size) for f in store.list(prefix)] == [("a-d", 3), ("a/c", 3), ("b", 1)]
         assert store.list(f"{prefix}/") == store.list(prefix)
 
-    def test_holds_an_empty_file(self, place):
+    def test_stores_an_empty_file(self, place):
         store, prefix = place
         store.write(f"{prefix}/empty", io.BytesIO(b""))
         assert [(f.name, f.size) for f in store.list(prefix)] == [("empty", 0)]
@@ -75,7 +75,7 @@ class TestEveryStore:
             read(store, f"{prefix}/x", listed.etag)
 
     @pytest.mark.parametrize("size", [0, 1, 5, 11, 4096])
-    def test_gives_as_many_bytes_as_it_lists_or_raises(self, place, size):
+    def test_returns_the_listed_number_of_bytes(self, place, size):
         store, prefix = place
         store.write(f"{prefix}/x", io.BytesIO(bytes(size)))
         (listed,) = store.list(prefix)
@@ -95,7 +95,7 @@ class TestEveryStore:
     @pytest.mark.parametrize(
         "name", ["with space", "ünï cödé 漢字", "100%25", "a+b&c=d;e", "#hash?query", "'\"quotes"]
     )
-    def test_holds_files_of_odd_names(self, place, name):
+    def test_stores_files_with_unusual_names(self, place, name):
         store, prefix = place
         prefix = f"{prefix}/{name}" if "file:" not in prefix else prefix
         uri = f"{prefix}/{quote(name)}" if "file:" in prefix else f"{prefix}/{name}"
@@ -104,7 +104,7 @@ class TestEveryStore:
         assert listed.name == name
         assert read(store, uri, listed.etag) == name.encode()
 
-    def test_leaves_the_file_of_the_caller_open(self, place):
+    def test_does_not_close_the_file_of_the_caller(self, place):
         store, prefix = place
         data = io.BytesIO(b"x")
         store.write(f"{prefix}/x", data)
@@ -114,7 +114,7 @@ class TestEveryStore:
 class TestS3:
     pytestmark = pytest.mark.servers
 
-    def test_an_object_of_many_parts_comes_back_whole(self, servers, unique):
+    def test_an_object_of_many_parts_is_read_completely(self, servers, unique):
         store, uri = SchemeStore(), f"s3://{servers.bucket}/{unique}/big"
         data = bytes(range(256)) * (BIG // 256)
         store.write(uri, io.BytesIO(data))
@@ -122,7 +122,7 @@ class TestS3:
         assert (listed.size, read(store, uri, listed.etag)) == (BIG, data)
 
     @pytest.mark.parametrize(("breaks", "survives"), [(2, True), (9, False)])
-    def test_reads_on_where_the_connection_broke_off(self, servers, unique, breaks, survives):
+    def test_resumes_after_a_broken_connection(self, servers, unique, breaks, survives):
         from trans_peft.edges.s3_store import S3Store
 
         store, uri = S3Store(chunk_bytes=1000), f"s3://{servers.bucket}/{unique}"
@@ -135,7 +135,7 @@ class TestS3:
             with pytest.raises(StoreError, match="cannot be reached"):
                 read(store, uri)
 
-    def test_reads_on_from_the_same_object_only(self, servers, unique):
+    def test_resumes_only_from_the_same_version(self, servers, unique):
         from trans_peft.edges.s3_store import S3Store
 
         store, uri = S3Store(chunk_bytes=1000), f"s3://{servers.bucket}/{unique}"
@@ -162,7 +162,7 @@ class TestS3:
         with pytest.raises(NotFoundError, match="no-such-bucket"):
             SchemeStore().list("s3://no-such-bucket/x")
 
-    def test_folder_markers_are_no_files(self, servers, unique):
+    def test_folder_markers_are_not_listed(self, servers, unique):
         import boto3
 
         client = boto3.Session().client("s3")
@@ -173,7 +173,7 @@ class TestS3:
         ("name", "value"),
         [("AWS_ENDPOINT_URL", "http://127.0.0.1:9"), ("AWS_SECRET_ACCESS_KEY", "wrong")],
     )
-    def test_says_what_to_check_when_it_is_not_let_in(self, servers, monkeypatch, name, value):
+    def test_denied_access_names_what_to_check(self, servers, monkeypatch, name, value):
         monkeypatch.setenv(name, value)
         with pytest.raises(StoreError, match="check AWS_ENDPOINT_URL") as caught:
             SchemeStore().list(f"s3://{servers.bucket}/x")
@@ -204,9 +204,7 @@ class Flaky:
 
 class TestFiles:
     @pytest.mark.parametrize("bounds", [{}, {"start": 2}, {"stop": 12}, {"start": 2, "stop": 99}])
-    def test_a_file_system_that_gives_fewer_bytes_than_it_lists_is_noticed(
-        self, tmp_path, monkeypatch, bounds
-    ):
+    def test_a_file_shorter_than_its_size_is_a_store_error(self, tmp_path, monkeypatch, bounds):
         from trans_peft.edges import file_store
 
         path = tmp_path / "x"
@@ -226,7 +224,7 @@ class TestFiles:
         ):
             list(chunks)
 
-    def test_a_file_that_grows_while_it_is_read_is_noticed(self, tmp_path):
+    def test_a_file_that_grows_while_it_is_read_is_an_integrity_error(self, tmp_path):
         from trans_peft.edges.file_store import FileStore
 
         path = tmp_path / "x"
@@ -238,7 +236,7 @@ class TestFiles:
             with pytest.raises(IntegrityError, match="changed"):
                 list(chunks)
 
-    def test_a_write_that_breaks_off_leaves_what_was_there(self, tmp_path):
+    def test_an_interrupted_write_keeps_the_old_content(self, tmp_path):
         from trans_peft.edges.file_store import FileStore
 
         class Breaking(io.RawIOBase):

@@ -149,7 +149,7 @@ def test_bytes_that_are_not_those_of_the_manifest_are_refused_and_not_read_for_e
     (upload / "modeling_internlm2.py").write_text("# other code of the very same length?")
     with pytest.raises(UploadError) as caught:
         ingest(Upload(str(upload)), platform)
-    assert caught.match(r"modeling_internlm2\.py: \d+ bytes, the manifest says \d+")
+    assert caught.match(r"modeling_internlm2\.py: \d+ bytes, the manifest lists \d+")
     assert pending(platform, root_uri=root(upload)) == ()
     write_manifest(upload)
     assert pending(platform, root_uri=root(upload)) == (Upload(str(upload)),)
@@ -161,7 +161,7 @@ def test_a_flipped_bit_is_refused_before_anything_is_published(platform, upload)
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    with pytest.raises(UploadError, match=r"00002\.safetensors: sha256 \w+, the manifest says"):
+    with pytest.raises(UploadError, match=r"00002\.safetensors: sha256 \w+, the manifest lists"):
         ingest(Upload(str(upload)), platform)
     assert not upload.with_name("v1.as-llama").exists()
 

@@ -130,7 +130,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_noticed(platform, s3, se
                     CLIENTS["put_object"](s3, servers.bucket, f"{unique}/v1/{name}", b"other")
             return real.read(uri, **how)
 
-    with pytest.raises(IntegrityError, match=r"another version of tokenizer\.json"):
+    with pytest.raises(IntegrityError, match=r"a new version of tokenizer\.json"):
         ingest(upload, replace(platform, store=Changing()))
     assert registered(platform) == {}
     for name in ("tokenizer.json", "config.json"):

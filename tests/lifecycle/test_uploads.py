@@ -299,7 +299,7 @@ def test_a_manifest_that_was_spoilt_afterwards_is_told_once_and_changes_nothing(
     before = registered(platform)
     put(platform, {Manifest.FILE_NAME: manifest})
     (said,) = reconcile(platform)
-    assert "trans_peft_manifest.json: not one of ours" in said
+    assert "trans_peft_manifest.json: not a valid manifest" in said
     assert (reconcile(platform), registered(platform)) == ([], before)
 
 

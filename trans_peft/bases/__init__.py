@@ -1,1 +1,1 @@
-"""Base versions: publish an upload, verify one, and know what an adapter can feel of it."""
+"""Base models: publish and verify uploads, compute fingerprints, and cache verified copies."""

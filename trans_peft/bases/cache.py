@@ -172,15 +172,15 @@ def _download(
 
 def model_files(uri: str, store: ArtifactStore) -> list[StoredFile]:
     """Return the files that outputs depend on, without those that its manifest does not list."""
-    there = store.list(uri)
+    listing = store.list(uri)
     try:
-        manifest = read_manifest(uri, store, there)
+        manifest = read_manifest(uri, store, listing)
     except UploadError:  # replaced since verification: the fingerprint decides about the files
         manifest = None
     stated = {file.name for file in manifest.files} if manifest else None
     files = [
         file
-        for file in there
+        for file in listing
         if affects_outputs(file.name)
         and not filename_problem(file.name)
         and (stated is None or file.name in stated)

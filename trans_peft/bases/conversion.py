@@ -21,7 +21,7 @@ from trans_peft.bases.filename_checks import filename_problem
 from trans_peft.bases.fingerprint import ByteProgress
 from trans_peft.bases.model_check import check_checkpoint
 from trans_peft.bases.model_files import MAX_TEXT_BYTES
-from trans_peft.bases.upload import BESIDE_THE_FILES, changed, content_problems, read_manifest_claim
+from trans_peft.bases.upload import UNLISTED_FILES, changed, content_problems, read_manifest_claim
 from trans_peft.domain.base import Manifest, ManifestFile
 from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import IntegrityError, NotFoundError, UploadError
@@ -134,7 +134,7 @@ def convert_checkpoint(
         if store.list(uri) != tuple(source.files.values()):
             raise changed(uri)
         if problems:
-            raise _refused(uri, converter, problems)
+            raise _upload_error(uri, converter, problems)
         check_checkpoint(folder_checkpoint(part), f"the converted form of {uri}")
         origin = {
             "format": "trans-peft/converted-from/1",
@@ -145,7 +145,7 @@ def convert_checkpoint(
         (part / CONVERTED_FROM).write_bytes(json_bytes(origin))
         part.rename(folder)
     except MalformedSafetensorsError as error:
-        raise _refused(uri, converter, [str(error)]) from error
+        raise _upload_error(uri, converter, [str(error)]) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return manifest
@@ -163,7 +163,7 @@ def _checked_plan(source: SourceFiles, converter: Converter) -> tuple[Manifest |
     targets, problems = converter.plan(source)
     problems = [*filter(None, name_problems), *claim.unfinished, *claim.against, *problems]
     if problems:
-        raise _refused(source.uri, converter, problems)
+        raise _upload_error(source.uri, converter, problems)
     return claim.manifest, targets
 
 
@@ -187,7 +187,7 @@ def _write(
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
     for name, file in source.files.items():
-        if name in BESIDE_THE_FILES:
+        if name in UNLISTED_FILES:
             continue
         sha256, transform = hashlib.sha256(), targets.get(name)
         with source.open(name) as chunks:
@@ -201,6 +201,6 @@ def _write(
     return found
 
 
-def _refused(uri: str, converter: Converter, problems: list[str]) -> UploadError:
+def _upload_error(uri: str, converter: Converter, problems: list[str]) -> UploadError:
     headline = f"the {converter.name} files at {uri} cannot be converted:"
     return UploadError("\n  - ".join([headline, *problems]))

@@ -1,9 +1,9 @@
-"""How far an update moved the weights of a base, told apart by sub-layer.
+"""Measure how far an update moved the weights of a base, for attention and FFNs separately.
 
-Trans-PEFT rests on a premise: updates move what the FFNs store and leave attention's task patterns
-alone (section 3 of the paper, which compares activations). This is the same question put to the
-weights, |new - old| / |old| in Frobenius norms, so that it needs no data and no forward pass. The
-FFN term is the one by which theorem 1 bounds the loss of a transferred adapter.
+Trans-PEFT assumes that updates change the knowledge in FFNs and keep the task patterns of attention
+(section 3 of the paper, which compares activations). This module compares weights instead, by the
+relative change |new - old| / |old| in Frobenius norms, which needs no data and no forward pass.
+Theorem 1 bounds the loss of a transferred adapter by the FFN term.
 """
 
 import math
@@ -27,8 +27,12 @@ __all__ = ["Drift", "weight_drift"]
 class Drift:
     """Relative change of a base's weights, |new - old| / |old|.
 
-    `attention` and `ffn` are over all layers, their norms left out; `attention_by_layer` and
-    `ffn_by_layer` tell the layers apart. `other` is the rest: embeddings, norms, a router.
+    Attributes:
+        attention: over the attention of all layers, without norms.
+        ffn: over the FFNs of all layers, without norms.
+        other: over all other weights, such as embeddings, norms and routers.
+        attention_by_layer: of each layer, in order.
+        ffn_by_layer: of each layer, in order.
     """
 
     attention: float
@@ -41,18 +45,18 @@ class Drift:
 def weight_drift(old: Path, new: Path) -> Drift:
     """Compare two versions of one base, each a Hugging Face folder with safetensors.
 
-    One pair of tensors is in memory at a time, in float32. UnsupportedModelError where the two do
-    not hold the same tensors, or hold others than the model's own, or a layer's attention is not
-    found.
+    One pair of tensors is in memory at a time, in float32. Raises UnsupportedModelError if the
+    folders contain different tensors, or tensors that the model does not have, or if the attention
+    of a layer is not found.
     """
-    places = _places(old)
+    sublayers = _sublayers(old)
     squares: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, before, after in _pairs(old, new):
-        if name not in places:
+        if name not in sublayers:
             raise UnsupportedModelError(
-                f"{name} in {old} is no weight of the model that its config.json describes"
+                f"{name} in {old} is not a weight of the model that config.json describes"
             )
-        change = squares[places[name]]
+        change = squares[sublayers[name]]
         change[0] += (after - before).square().sum().item()
         change[1] += before.square().sum().item()
 
@@ -73,12 +77,13 @@ def weight_drift(old: Path, new: Path) -> Drift:
 
 
 def _relative(changes: list[list[float]]) -> float:
-    was = math.fsum(square for _, square in changes)
-    return math.sqrt(math.fsum(moved for moved, _ in changes) / was) if was else 0.0
+    before = math.fsum(square for _, square in changes)
+    change = math.fsum(square for square, _ in changes)
+    return math.sqrt(change / before) if before else 0.0
 
 
-def _places(folder: Path) -> dict[str, tuple[str, int]]:
-    """Return which sub-layer of which layer each weight belongs to, ("other", -1) for the rest."""
+def _sublayers(folder: Path) -> dict[str, tuple[str, int]]:
+    """Return weight -> (sub-layer, layer), ("other", -1) for weights of neither kind."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -113,22 +118,22 @@ def _pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
                 name: file
                 for path in sorted(folder.glob("*.safetensors"))
                 for file in [stack.enter_context(safe_open(path, "pt"))]
-                for name in file.keys()  # noqa: SIM118 (no mapping)
+                for name in file.keys()  # noqa: SIM118 (not a mapping)
             }
             for folder in (old, new)
         )
         unshared = sorted(before.keys() ^ after.keys())
         if unshared or not before:
             raise UnsupportedModelError(
-                f"{old} and {new} do not hold the same tensors",
+                f"{old} and {new} contain different tensors",
                 expected=f"{len(before)} tensors in both",
-                found=f"in one alone: {listed(unshared)}" if unshared else "no tensors",
+                found=f"only in one of them: {listed(unshared)}" if unshared else "no tensors",
             )
         for name in sorted(before):
             first, second = before[name].get_tensor(name), after[name].get_tensor(name)
             if first.shape != second.shape:
                 raise UnsupportedModelError(
-                    f"{name} has another shape",
+                    f"{name} has different shapes",
                     expected=tuple(first.shape),
                     found=tuple(second.shape),
                 )

@@ -1,8 +1,9 @@
-"""What an adapter can feel of a base, read as streams: no torch, no weights in memory.
+"""Compute the fingerprint of a base from streams, without torch and without weights in memory.
 
-`scan` reads each file of a prefix once and gives both what a manifest states (size, sha256) and the
-fingerprint; `fingerprint` wants the latter alone. Sharding, the order of tensors in a file and the
-library that saved it leave no trace in the digest; one changed element of one weight does.
+`scan` reads each file of a prefix once. It returns both the fields of a manifest (size, sha256) and
+the fingerprint; `fingerprint` returns the fingerprint alone. The digest does not depend on
+sharding, on the order of tensors in a file or on the library that saved it. It changes with every
+element of every weight.
 """
 
 import hashlib
@@ -31,18 +32,23 @@ __all__ = [
 _CHUNK_BYTES = 1 << 20
 
 ByteProgress = Callable[[int, int], None]
-"""Called with the bytes read so far and the bytes in all."""
+"""A callback with the number of bytes read so far, and of all bytes."""
 
 FileReader = Callable[[StoredFile], AbstractContextManager[Iterator[bytes]]]
-"""Opens one file as a stream of chunks."""
+"""A function that opens one file as a stream of chunks."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One pass over a prefix. `fingerprint` and `checkpoint` are None where there are problems.
+    """The result of reading all files of a prefix once.
 
-    `changed` names the files that were not those of the listing any more when they were read: then
-    the rest says nothing either.
+    Attributes:
+        files: size and sha256 of the files.
+        fingerprint: None if there are problems.
+        problems: all reasons why the files are not a base.
+        changed: names of files that changed after they were listed; the other fields are then
+            meaningless.
+        checkpoint: None if there are problems.
     """
 
     files: tuple[ManifestFile, ...]
@@ -57,19 +63,19 @@ def fingerprint(
 ) -> Fingerprint:
     """Return the fingerprint of the Hugging Face folder at a path or URI.
 
-    Raises NotFoundError where there is nothing, UploadError with everything that is wrong with it,
-    IntegrityError if it changes meanwhile.
+    Raises NotFoundError if there are no files, UploadError with all problems of the files,
+    IntegrityError if they change while they are read.
     """
     files = store.list(uri)
     if not files:
         raise NotFoundError(f"there are no files below {uri}")
-    felt = [file for file in files if affects_outputs(file.name)]
-    found = scan(felt, reader(uri, store), on_progress=on_progress)
+    relevant = [file for file in files if affects_outputs(file.name)]
+    found = scan(relevant, reader(uri, store), on_progress=on_progress)
     if found.changed:
         raise IntegrityError(
             f"the files at {uri} changed while they were being read",
-            found=f"another version of {listed(found.changed)}",
-            do="try again when nobody writes there",
+            found=f"a new version of {listed(found.changed)}",
+            do="try again when no process writes there",
         )
     if found.fingerprint is None:
         raise UploadError("\n  - ".join([f"{uri} has no fingerprint:", *found.problems]))
@@ -77,12 +83,12 @@ def fingerprint(
 
 
 def reader(uri: str, store: ArtifactStore) -> FileReader:
-    """Return how the listed files below a prefix are read: none but the version that was listed."""
+    """Return a reader of files listed below a prefix, bound to the ETags of the listing."""
     return lambda file: store.read(child_uri(uri, file.name), etag=file.etag)
 
 
 def folder_file_reader(folder: Path) -> FileReader:
-    """Return how files of a folder on this machine are read."""
+    """Return a reader of files in a local folder."""
 
     @contextmanager
     def read(file: StoredFile) -> Iterator[Iterator[bytes]]:
@@ -97,8 +103,9 @@ def scan(
 ) -> Scan:
     """Read each of the files once.
 
-    Memory: the JSON files and one chunk. What is wrong with the files is listed in `problems`, all
-    of it; what `read` raises is raised, but for a file that is gone or another one.
+    Needs memory for the JSON files and one chunk. All problems of the files are listed in the
+    result. Errors of `read` are raised, except that files for which it raises NotFoundError or
+    IntegrityError are listed in `changed`.
     """
     files = tuple(files)
     total, done = sum(file.size for file in files), 0
@@ -113,7 +120,7 @@ def scan(
     for file in files:
         try:
             with read(file) as chunks:
-                hashes.append(_pass_by(file, chunks, model, count))
+                hashes.append(_read_file(file, chunks, model, count))
         except (IntegrityError, NotFoundError):
             changed.append(file.name)
     if changed:
@@ -122,12 +129,12 @@ def scan(
     return Scan(tuple(hashes), found, tuple(model.problems), checkpoint=model.checkpoint)
 
 
-def _pass_by(
+def _read_file(
     file: StoredFile, chunks: Iterator[bytes], model: ModelFiles, count: Callable[[int], None]
 ) -> ManifestFile:
     sha256, size = hashlib.sha256(), 0
 
-    def passing() -> Iterator[bytes]:
+    def hashed() -> Iterator[bytes]:
         nonlocal size
         for chunk in chunks:
             sha256.update(chunk)
@@ -135,15 +142,15 @@ def _pass_by(
             count(len(chunk))
             yield chunk
 
-    stream = passing()
+    stream = hashed()
     model.take(file, stream)
-    for _ in stream:  # what the reader left: the hash covers the whole file
+    for _ in stream:  # the rest, which `take` did not read: the hash covers the whole file
         pass
     if size != file.size:
         raise StoreError(
-            f"{file.name} was read in another size than it is listed with",
+            f"{file.name} was read with a different size than listed",
             expected=f"{file.size} bytes",
             found=f"{size} bytes",
-            do="try again; look for a proxy in between that shortens answers",
+            do="try again; check for a proxy that truncates responses",
         )
     return ManifestFile(file.name, size, sha256.hexdigest())

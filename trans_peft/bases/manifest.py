@@ -1,4 +1,4 @@
-"""The manifest of an upload as JSON: strict where it comes from outside.
+"""Parse and write the manifest of an upload. Unknown or missing fields are refused.
 
 {"format": "trans-peft/base-manifest/1", "family": "smol", "version": "v2", "parent": "v1",
  "files": [{"name": "config.json", "size": 861, "sha256": "..."}]}
@@ -39,16 +39,16 @@ class _Manifest(BaseModel):
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Return the manifest that the bytes state. UploadError, with its reasons, if they do not."""
+    """Return the manifest. Raises UploadError with all problems if it is invalid."""
     if len(data) > MAX_MANIFEST_BYTES:
-        raise UploadError(f"it has {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read")
+        raise UploadError(f"it has {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
     try:
-        stated = _Manifest.model_validate(_decoded(data))
+        parsed = _Manifest.model_validate(_decoded(data))
         return Manifest(
-            stated.family,
-            stated.version,
-            stated.parent,
-            tuple(ManifestFile(file.name, file.size, file.sha256) for file in stated.files),
+            parsed.family,
+            parsed.version,
+            parsed.parent,
+            tuple(ManifestFile(file.name, file.size, file.sha256) for file in parsed.files),
         )
     except ValidationError as error:
         details = [
@@ -63,20 +63,20 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def _decoded(data: bytes) -> Any:
-    """Return the JSON value. ValueError, also if it lists so much that to check it would hurt."""
+    """Return the JSON value. Raises ValueError, also for more than MAX_FILES files."""
     try:
         value = parse_json(data.decode())
     except ValueError as error:
         raise ValueError(f"JSON: {error}") from error
     files = value.get("files") if isinstance(value, dict) else None
     if isinstance(files, list) and len(files) > MAX_FILES:
-        raise ValueError(f"files: {len(files)} of them; at most {MAX_FILES} are allowed")
+        raise ValueError(f"files: {len(files)} entries; at most {MAX_FILES} are allowed")
     return value
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """Return the JSON of a manifest: the same manifest, the same bytes."""
-    stated = {
+    """Return a manifest as JSON. Equal manifests give equal bytes."""
+    fields = {
         "format": Manifest.FORMAT,
         "family": manifest.family,
         "version": manifest.version,
@@ -86,4 +86,4 @@ def dump_manifest(manifest: Manifest) -> bytes:
             for file in sorted(manifest.files, key=lambda file: file.name)
         ],
     }
-    return json.dumps(stated, indent=1).encode() + b"\n"
+    return json.dumps(fields, indent=1).encode() + b"\n"

@@ -1,8 +1,8 @@
-"""Build the model of a checkpoint without its weights, and report how the two differ.
+"""Build the model of a checkpoint without weights, and report the differences between the two.
 
-The model is built on torch's `meta` device, and transformers loads tensors into it that have
-shapes and no content, so its own report (`output_loading_info`) covers renamed tensors, converted
-ones, fused experts and tied weights exactly as a real load does. config.json is untrusted: call
+transformers builds the model on torch's `meta` device and loads tensors that have shapes but no
+content. Its loading report (`output_loading_info`) therefore handles renamed and converted tensors,
+fused experts and tied weights exactly as a real load does. config.json is untrusted: call
 `inspect_checkpoint` through `trans_peft.isolation`.
 """
 
@@ -31,25 +31,25 @@ _INTEGERS = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
 }  # fmt: skip
 MAX_BUFFER_BYTES = 4 << 30
-"""Bound on what a model computes for itself, such as position tables, beside its weights."""
+"""Limit on the buffers that a model computes when it is built, such as position tables."""
 
 
 def inspect_checkpoint(
     config: str, tensors: Sequence[Sequence[Any]], tokenizer: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return every difference between a checkpoint and its model, and the model's weights.
+    """Return all differences between a checkpoint and its model, and the model's weights.
 
-    `config` is the text of config.json; `tensors` holds (name in the files, dtype as safetensors
-    spells it, shape, sha256 or ""); `tokenizer` holds file name -> text, nothing to leave the
-    tokenizer out. The result has `problems`, sentences, and `weights`, one of (name in the model,
-    shape, name in the files or None) for each tensor of the model's state dict: None where
-    the weight is converted from several tensors, or missing.
+    `config` is the text of config.json. `tensors` are (name in the files, dtype in the spelling of
+    safetensors, shape, sha256 or ""). `tokenizer` maps file names to texts; empty to leave out the
+    tokenizer. The result has `problems`, a list of sentences, and `weights`, a list of (name in the
+    model, shape, name in the files) for each tensor of the model's state dict; the last one is None
+    for a weight that is missing or converted from several tensors.
     """
     try:
         full_config, model_class, own_config = _model_class(config)
         checkpoint = _Checkpoint(tensors)
         loaded = _load(model_class, own_config, checkpoint)
-    except Exception as error:  # an untrusted config can make any line of transformers fail
+    except Exception as error:  # with an untrusted config any line of transformers can fail
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
         return {
@@ -61,14 +61,14 @@ def inspect_checkpoint(
         }
     unexpected = unexpected_names(loaded.model, loaded.unexpected)
     if unexpected and is_text_backbone(model_class, full_config):
-        unexpected = _unexpected_by_the_whole(full_config, checkpoint, unexpected)
+        unexpected = _unexpected_by_full_model(full_config, checkpoint, unexpected)
     problems = [
         *loading_problems(loaded.missing, unexpected, loaded.mismatched),
         *(f"{name}: its tensors in the files do not convert: {why}" for name, why in loaded.broken),
-        *_masks_that_are_weights(loaded, checkpoint),
-        *_integers_as_weights(loaded, checkpoint),
-        *_untied(loaded.model, checkpoint),
-        *_huge_buffers(loaded.model),
+        *_masks_with_weight_shapes(loaded, checkpoint),
+        *_integer_weights(loaded, checkpoint),
+        *_different_tied_weights(loaded.model, checkpoint),
+        *_large_buffers(loaded.model),
         *_tokenizer_problems(loaded.model, config, tokenizer),
     ]
     weights = [
@@ -93,10 +93,10 @@ def _model_class(config: str) -> tuple["PreTrainedConfig", type, "PreTrainedConf
 
 
 class _Checkpoint:
-    """Tensors with the shapes of a checkpoint's, on the meta device.
+    """Tensors with the shapes of a checkpoint, on the meta device.
 
-    All floating-point tensors are views of one flat tensor, each at its own offset. A weight of the
-    loaded model that still has such an offset came from that tensor and no other.
+    All floating-point tensors are views of one flat tensor, each at its own offset. The offset
+    identifies the tensor that a weight of the loaded model came from.
     """
 
     def __init__(self, tensors: Sequence[Sequence[Any]]) -> None:
@@ -110,7 +110,7 @@ class _Checkpoint:
         flat = torch.empty(total, dtype=torch.float32, device="meta")
         self._names: dict[int, str] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        offset = 1  # 0 is the offset of every tensor that is computed anew
+        offset = 1  # 0 is the offset of all tensors that are computed
         for name, shape in self.shapes.items():
             if self.dtypes[name] in _FLOATS:
                 size = math.prod(shape)
@@ -122,7 +122,7 @@ class _Checkpoint:
                 self.tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
 
     def source(self, tensor: "torch.Tensor") -> str | None:
-        """Return the tensor of the files that a weight is, None where it is made of others."""
+        """Return the tensor of the files that a weight is identical to, or None."""
         name = self._names.get(int(tensor.storage_offset()))
         same = (
             name is not None
@@ -178,17 +178,17 @@ def _load(
 
 @contextmanager
 def _capturing_reports() -> Iterator[list[Any]]:
-    """Keep each loading report as data instead of having it logged, or raised as one error."""
+    """Collect loading reports, which transformers would log or raise as one error."""
     from transformers import modeling_utils
     from transformers.utils import logging
 
     reports: list[Any] = []
 
-    def keep(*, loading_info: Any, **_: Any) -> None:
+    def collect(*, loading_info: Any, **_: Any) -> None:
         reports.append(loading_info)
 
     original, shown = modeling_utils.log_state_dict_report, logging.is_progress_bar_enabled()
-    modeling_utils.log_state_dict_report = keep
+    modeling_utils.log_state_dict_report = collect
     logging.disable_progress_bar()
     try:
         yield reports
@@ -198,22 +198,22 @@ def _capturing_reports() -> Iterator[list[Any]]:
             logging.enable_progress_bar()
 
 
-def _unexpected_by_the_whole(
+def _unexpected_by_full_model(
     config: "PreTrainedConfig", checkpoint: _Checkpoint, unexpected: list[str]
 ) -> list[str]:
-    """Return which tensors the whole multimodal model does not have either."""
+    """Return the tensors that the full multimodal model does not have either."""
     import transformers
 
     for name in config.architectures or ():
-        whole = getattr(transformers, str(name), None)
-        if isinstance(whole, type) and getattr(whole, "config_class", None) is type(config):
-            loaded = _load(whole, config, checkpoint)
+        full = getattr(transformers, str(name), None)
+        if isinstance(full, type) and getattr(full, "config_class", None) is type(config):
+            loaded = _load(full, config, checkpoint)
             return unexpected_names(loaded.model, loaded.unexpected)
     return unexpected
 
 
-def _masks_that_are_weights(loaded: _Loaded, checkpoint: _Checkpoint) -> list[str]:
-    """Return the tensors that have the name of a removed constant but the shape of a weight."""
+def _masks_with_weight_shapes(loaded: _Loaded, checkpoint: _Checkpoint) -> list[str]:
+    """Return the tensors with the name of a removed constant but the shape of a weight."""
     kept = set(unexpected_names(loaded.model, loaded.unexpected))
     found = []
     for name in set(loaded.unexpected) - kept:
@@ -224,8 +224,8 @@ def _masks_that_are_weights(loaded: _Loaded, checkpoint: _Checkpoint) -> list[st
     return loading_problems(unexpected=found)
 
 
-def _integers_as_weights(loaded: _Loaded, checkpoint: _Checkpoint) -> list[str]:
-    """Return where an integer tensor of the files would become a floating-point weight."""
+def _integer_weights(loaded: _Loaded, checkpoint: _Checkpoint) -> list[str]:
+    """Return the integer tensors that would be loaded as floating-point weights."""
     integers = frozenset(n for n, dtype in checkpoint.dtypes.items() if dtype not in _FLOATS)
     if not integers:
         return []
@@ -234,30 +234,32 @@ def _integers_as_weights(loaded: _Loaded, checkpoint: _Checkpoint) -> list[str]:
     filled = set(without.missing) - set(loaded.missing)
     names = sorted(name for name in filled if weights[name].is_floating_point())
     dtypes = ", ".join(sorted({checkpoint.dtypes[name] for name in integers}))
-    return [f"{name}: integers in the files ({dtypes}), as in a quantised model" for name in names]
+    return [
+        f"{name}: the files contain integers ({dtypes}), as in a quantised model" for name in names
+    ]
 
 
-def _untied(model: "PreTrainedModel", checkpoint: _Checkpoint) -> list[str]:
-    """Return the weights that the config ties and the files hold with different values."""
+def _different_tied_weights(model: "PreTrainedModel", checkpoint: _Checkpoint) -> list[str]:
+    """Return the weights that the config ties, but which have different values in the files."""
     problems = []
     for target, source in model.all_tied_weights_keys.items():
         names = [checkpoint.source(model.get_parameter(name)) for name in (target, source)]
         hashes = [checkpoint.hashes[name] for name in names if name is not None]
         if len(hashes) == 2 and all(hashes) and hashes[0] != hashes[1]:
             problems.append(
-                f"config.json ties {target} to {source}, but the files hold different values for"
-                " them; set tie_word_embeddings to false, or leave one of them out"
+                f"config.json ties {target} to {source}, but their values in the files differ; set"
+                " tie_word_embeddings to false, or remove one of them"
             )
     return problems
 
 
-def _huge_buffers(model: "PreTrainedModel") -> list[str]:
+def _large_buffers(model: "PreTrainedModel") -> list[str]:
     saved = model.state_dict().keys()
     size = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n not in saved)
     if size <= MAX_BUFFER_BYTES:
         return []
     return [
-        f"config.json: its position tables and masks would take {size:,} bytes; at most"
+        f"config.json: position tables and masks of this size need {size:,} bytes; at most"
         f" {MAX_BUFFER_BYTES:,} are allowed"
     ]
 
@@ -265,7 +267,7 @@ def _huge_buffers(model: "PreTrainedModel") -> list[str]:
 def _tokenizer_problems(
     model: "PreTrainedModel", config: str, files: Mapping[str, str]
 ) -> list[str]:
-    """Return why the tokenizer cannot be used, or not with this model."""
+    """Return why the tokenizer cannot be used at all, or with this model."""
     from trans_peft.models import load_tokenizer
     from trans_peft.text.probe import tokenizer_problems
 
@@ -273,7 +275,7 @@ def _tokenizer_problems(
         return []
     try:
         with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
-            # config.json decides with them which class of transformers the tokenizer is.
+            # transformers chooses the tokenizer's class by config.json, too.
             for name, text in {**files, "config.json": config}.items():
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +290,7 @@ def _tokenizer_problems(
 
 
 def _tokens_without_rows(model: "PreTrainedModel", tokens: Mapping[str, int]) -> list[str]:
-    """Return the tokens whose ids lie beyond the embedding's rows or the head's."""
+    """Return the tokens whose ids exceed the rows of the embedding or of the output head."""
     problems = []
     for part, rows in _rows(model).items():
         beyond = sorted((i, token) for token, i in tokens.items() if not 0 <= i < rows)

@@ -1,8 +1,8 @@
-"""Hold an upload against the model that will load it, before it is ready.
+"""Compare a checkpoint with the model that transformers builds from its config.json.
 
-Part of this needs no model: a quantised checkpoint, or a config.json with more layers than the
-files have tensors, is refused before anything is built. The rest is transformers' own loading
-report, made without weights in a child process with limits (`meta_model`).
+Quantised checkpoints and implausible layer counts are refused before a model is built. Then a child
+process with limits builds the model without weights and returns the loading report of transformers
+(`meta_model`).
 """
 
 import re
@@ -20,9 +20,9 @@ from trans_peft.isolation import Limits, call_isolated
 __all__ = ["LIMITS", "ModelWeight", "check_checkpoint", "inspect"]
 
 LIMITS = Limits(cpu_s=120, wall_s=900, memory_bytes=4 << 30, file_bytes=128 << 20)
-"""For building one model without weights, and loading one tokenizer."""
+"""Limits of the child process, which builds one model and loads one tokenizer."""
 
-_IMPORTS = (  # 3 s, once for each fork server and not in each child
+_IMPORTS = (  # takes 3 s; the fork server imports them once, for all children
     "transformers.generation.utils", "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama", "peft", "trans_peft.models",
@@ -32,12 +32,15 @@ _QUANTISED = ("quantization_config", "compression_config")
 _PACKED = re.compile(r"F[468]_|F4$")
 
 
-_MOST_KEPT = 16
+_MAX_PASSED = 16
 
 
 @dataclass(frozen=True)
 class ModelWeight:
-    """One tensor of the model's state dict; `source` is its name in the files, if it has one."""
+    """One tensor of the model's state dict; `source` is its name in the files, or None.
+
+    It is None for a tensor that is missing, or made of several tensors of the files.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,23 +48,28 @@ class ModelWeight:
 
 
 _passed: dict[str, tuple[ModelWeight, ...]] = {}
-"""What passed in this process, by content: one upload is converted, published and ingested."""
+"""Results by content: converting, publishing and ingesting check the same checkpoint."""
 
 
 def check_checkpoint(checkpoint: Checkpoint, subject: str) -> tuple[ModelWeight, ...]:
-    """Return the weights of the model that the files fill completely and exactly.
+    """Return the weights of the model, if the checkpoint contains exactly those.
 
-    `subject` names the files in messages. Raises UploadError with every difference: tensors that
-    are missing, unexpected or of another shape, tied weights with two values, tokens without an
-    embedding row, quantised weights, sizes that no file supports, a config or tokenizer that
-    transformers cannot load within `LIMITS`. Raises IsolationError where no child process can run.
+    `subject` names the checkpoint in messages. Raises UploadError with all differences: tensors
+    that are missing, unexpected or of another shape; tied weights with different values; tokens
+    without an embedding row; quantised weights; more layers than tensors; a config or tokenizer
+    that transformers cannot load within `LIMITS`. Raises IsolationError if no child process can
+    run.
     """
     key = _key(checkpoint)
     if key in _passed:
         return _passed[key]
     config = checkpoint.fields()
     tensors = checkpoint.tensors
-    problems = [*_quantised(config, tensors), *_elsewhere(config), *_absurd(config, len(tensors))]
+    problems = [
+        *_quantised(config, tensors),
+        *_external_references(config),
+        *_implausible_layers(config, len(tensors)),
+    ]
     weights: tuple[ModelWeight, ...] = ()
     if not problems:
         try:
@@ -69,18 +77,19 @@ def check_checkpoint(checkpoint: Checkpoint, subject: str) -> tuple[ModelWeight,
         except ContentError as error:
             problems = [str(error)]
     if problems:
-        headline = f"{subject} is refused: its files and the model that loads them do not agree:"
+        headline = f"{subject} is refused: its files do not match the model that loads them:"
         raise UploadError("\n  - ".join([headline, *problems]))
-    if len(_passed) >= _MOST_KEPT:
+    if len(_passed) >= _MAX_PASSED:
         _passed.pop(next(iter(_passed)), None)
     _passed[key] = weights
     return weights
 
 
 def inspect(checkpoint: Checkpoint, subject: str) -> tuple[list[str], tuple[ModelWeight, ...]]:
-    """Build the model in a child process; return the differences and the model's weights.
+    """Build the model in a child process; return all differences, and the model's weights.
 
-    Raises ContentError where that cannot be done within `LIMITS`, IsolationError.
+    Raises ContentError if that fails or exceeds `LIMITS`, IsolationError if no child process can
+    run.
     """
     found = call_isolated(
         inspect_checkpoint,
@@ -112,33 +121,33 @@ def _quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSignature]
     do = "publish the model in float32, bfloat16 or float16"
     for path, key, value in _fields(config):
         if key in _QUANTISED and value:
-            yield f"config.json: {path} says that the checkpoint is quantised; {do}"
+            yield f"config.json: {path} declares a quantised checkpoint; {do}"
     packed = [name for name, tensor in tensors.items() if _PACKED.match(tensor.dtype)]
     if packed:
         dtypes = sorted({tensors[name].dtype for name in packed})
         yield f"{len(packed)} tensors are quantised ({', '.join(dtypes)}): {listed(packed)}; {do}"
 
 
-def _elsewhere(config: Mapping[str, Any]) -> Iterator[str]:
-    """Return the fields that would make transformers load other files or other code."""
+def _external_references(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the fields that would make transformers load other files or code."""
     for path, key, value in _fields(config):
         if key == "transformers_weights" and value:
-            yield f"config.json: {path} names other weights than model.safetensors; leave it out"
+            yield f"config.json: {path} names weights other than model.safetensors; remove it"
         if "attn_implementation" in key or "experts_implementation" in key:
             values = value.values() if isinstance(value, dict) else [value]
             if any("/" in str(item) for item in values):
-                yield f"config.json: {path} names code on a hub, which is never run; leave it out"
+                yield f"config.json: {path} names code on a hub, which is never run; remove it"
 
 
-def _absurd(config: Mapping[str, Any], tensors: int) -> Iterator[str]:
-    """Return the layer counts that exceed the number of tensors: every layer has at least one."""
+def _implausible_layers(config: Mapping[str, Any], tensors: int) -> Iterator[str]:
+    """Yield layer counts above the number of tensors; every layer has at least one tensor."""
     for path, key, value in _fields(config):
         if _LAYERS.fullmatch(key) and isinstance(value, int) and value > tensors:
             yield f"config.json: {path} is {value:,}, but the files hold {tensors:,} tensors"
 
 
 def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield (path, key, value) of every field, however deep."""
+    """Yield (path, key, value) of all fields, including nested ones."""
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
         path, value = waiting.pop()

@@ -1,7 +1,7 @@
-"""A Hugging Face model folder, learned file by file from streams.
+"""Validate the files of a Hugging Face model folder from streams, and compute the fingerprint.
 
-Knows which files transformers loads a causal language model from, how they must fit together, and
-how they become a `Fingerprint`. Says everything that is wrong at once, in `problems`.
+This module defines which files transformers loads a causal language model from, how they must fit
+together, and what of them the `Fingerprint` covers.
 """
 
 import math
@@ -14,6 +14,7 @@ from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.domain.bounds import MAX_TENSORS
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.untrusted_json import parse_json
+from trans_peft.errors import listed
 from trans_peft.ports import StoredFile
 from trans_peft.safetensors_header import MalformedSafetensorsError
 from trans_peft.text.tokenizer_files import (
@@ -40,14 +41,14 @@ _JSON_FILES = frozenset({
     INDEX, "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json",
     "tokenizer_config.json",
 })  # fmt: skip
-_MAX_RECORDED_CHARACTERS = 1 << 20  # a registry keeps it with every version
+_MAX_RECORDED_CHARACTERS = 1 << 20  # the catalog stores config.json with every version
 _TEMPLATE = "chat_template.jinja"
-_ADDED_TOKENS = "added_tokens.json"  # of old tokenizers: compared with tokenizer.json, never used
+_ADDED_TOKENS = "added_tokens.json"  # of old tokenizers: compared with tokenizer.json, never loaded
 _MORE_TEMPLATES = "additional_chat_templates/"
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
-# Names and versions, and what this library sets itself whenever it loads or calls a model (the
-# dtype, the cache, what is returned). Anything not listed here counts.
+# Fields of config.json that the fingerprint leaves out: names, versions, and settings that this
+# library overrides when it loads or calls a model. All other fields are part of the fingerprint.
 OUTPUT_NEUTRAL_FIELDS = frozenset({
     "_commit_hash", "_from_model_config", "_name_or_path", "dtype", "output_attentions",
     "output_hidden_states", "return_dict", "torch_dtype", "transformers_version", "use_cache",
@@ -55,7 +56,7 @@ OUTPUT_NEUTRAL_FIELDS = frozenset({
 
 
 def affects_outputs(name: str) -> bool:
-    """Whether a file of that name counts: a folder with these alone loads as the same model."""
+    """Whether outputs depend on a file of this name. All other files can be removed."""
     return (
         name in _JSON_FILES
         or name == _TEMPLATE
@@ -65,7 +66,12 @@ def affects_outputs(name: str) -> bool:
 
 
 class ModelFiles:
-    """What the files seen so far have told. `checkpoint` is set where they have a fingerprint."""
+    """Collects what the fingerprint needs from one file after another.
+
+    Attributes:
+        problems: everything that is wrong with the files so far.
+        checkpoint: set by `fingerprint` if there are no problems.
+    """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -78,7 +84,7 @@ class ModelFiles:
         self._added: dict[str, Any] = {}
 
     def take(self, file: StoredFile, stream: Iterator[bytes]) -> None:
-        """Learn from one file; one that does not count is left unread."""
+        """Read one file. A file that outputs do not depend on is not read."""
         self._seen.add(file.name)
         try:
             if file.name.endswith(".safetensors"):
@@ -91,7 +97,7 @@ class ModelFiles:
     def _take_text(self, file: StoredFile, stream: Iterator[bytes]) -> None:
         if file.size > MAX_TEXT_BYTES:
             self.problems.append(
-                f"{file.name}: {file.size} bytes; at most {MAX_TEXT_BYTES} are read"
+                f"{file.name}: {file.size} bytes; at most {MAX_TEXT_BYTES} are allowed"
             )
             return
         text = b"".join(stream).decode()
@@ -112,14 +118,14 @@ class ModelFiles:
             self._added = value
             return
         self._json[file.name] = value
-        if file.name.endswith("config.json") and (asked := _remote_code(value)):
+        if file.name.endswith("config.json") and (fields := _remote_code(value)):
             self.problems.append(
-                f"{file.name}: needs remote code ({', '.join(asked)}), which is never run; convert "
-                "the model (`trans-peft convert --help` lists the layouts that can be converted)"
+                f"{file.name}: needs remote code ({', '.join(fields)}), which is never run; "
+                "convert the model (see `trans-peft convert --help` for the known layouts)"
             )
 
     def fingerprint(self) -> Fingerprint | None:
-        """Return what the files make together; None if anything is wrong, then see `problems`."""
+        """Return the fingerprint of all files, or None if there are `problems`."""
         missing = sorted({"config.json", "tokenizer.json"} - self._seen)
         self.problems += [f"{name}: missing" for name in missing]
         architecture, layers = self._shape()
@@ -140,9 +146,9 @@ class ModelFiles:
         )
 
     def text_hashes(self) -> dict[str, str] | None:
-        """Return the fields of `Fingerprint` that tokenizer and config make, by name.
+        """Return the hashes of the configuration and the tokenizer, by field of `Fingerprint`.
 
-        None if anything is wrong with these files, then see `problems`.
+        None if there are `problems` with these files.
         """
         missing = sorted({"config.json", "tokenizer.json"} - self._seen)
         self.problems += [f"{name}: missing" for name in missing]
@@ -154,26 +160,30 @@ class ModelFiles:
         settings = settings_of(special, self._json.get("tokenizer_config.json", {}))
         generation = self._json.get("generation_config.json", {})
         return {
-            "config_sha256": content_sha256([_felt(self._json["config.json"]), _felt(generation)]),
+            "config_sha256": content_sha256(
+                [_relevant_fields(self._json["config.json"]), _relevant_fields(generation)]
+            ),
             "vocabulary_sha256": content_sha256(tokens),
             "tokenizer_sha256": tokenizer_sha256(self._json["tokenizer.json"], settings),
             "chat_template_sha256": chat_template_sha256(settings, self._templates),
         }
 
     def _tokenizer_problems(self, tokens: dict[str, int]) -> list[str]:
-        """Return what transformers would read otherwise than the hashes say."""
+        """Return settings for which transformers would read other files than the hashes cover."""
         settings = self._json.get("tokenizer_config.json", {})
         problems = setting_conflicts(self._json.get("special_tokens_map.json", {}), settings)
         if settings.get("fast_tokenizer_files") not in (None, [], ["tokenizer.json"]):
             problems.append(
                 "tokenizer_config.json: fast_tokenizer_files names other files than "
-                "tokenizer.json, which alone is read; remove the field"
+                "tokenizer.json; remove the field"
             )
-        lost = sorted(t for t, number in self._added.items() if tokens and tokens.get(t) != number)
-        if lost:
+        missing = sorted(
+            t for t, number in self._added.items() if tokens and tokens.get(t) != number
+        )
+        if missing:
             problems.append(
-                f"added_tokens.json: tokenizer.json lacks {_some(lost)}, or gives another id; save "
-                "the tokenizer again with this version of transformers"
+                f"added_tokens.json: {listed(missing)} missing in tokenizer.json, or with another "
+                "id there; save the tokenizer again with this version of transformers"
             )
         return problems
 
@@ -190,8 +200,8 @@ class ModelFiles:
                     f"config.json: `architectures` must name the model's class, not {other!r}"
                 )
         text = config.get("text_config")
-        places = [config, text] if isinstance(text, dict) else [config]
-        counts = [place[key] for place in places for key in _LAYER_COUNTS if key in place]
+        sections = [config, text] if isinstance(text, dict) else [config]
+        counts = [part[key] for part in sections for key in _LAYER_COUNTS if key in part]
         if not counts or type(counts[0]) is not int or counts[0] < 1:
             self.problems.append(f"config.json: no layer count (one of {', '.join(_LAYER_COUNTS)})")
             return architecture, 0
@@ -207,7 +217,7 @@ class ModelFiles:
             return {}
 
     def _tensors(self) -> dict[str, TensorSignature]:
-        """Return every tensor, whichever file holds it; the index must say the same."""
+        """Return the tensors of all files. Their names and files must match the index."""
         index = self._index()
         if index is None:
             return {}
@@ -215,33 +225,35 @@ class ModelFiles:
         needed = set(index.values()) or {WEIGHTS}
         self.problems += [f"{name}: missing" for name in sorted(needed - stored)]
         self.problems += [
-            f"{name}: weights that belong to no model; expected {WEIGHTS} or what {INDEX} names"
+            f"{name}: unused weights; expected {WEIGHTS}, or the files that {INDEX} lists"
             for name in sorted(stored - needed)
         ]
         found: dict[str, str] = {}
         tensors: dict[str, TensorSignature] = {}
         for file in sorted(needed & self._weights.keys()):
-            doubled = sorted(found.keys() & self._weights[file].keys())
-            if doubled:
-                self.problems.append(f"{file}: stands in another file too: {_some(doubled)}")
+            duplicates = sorted(found.keys() & self._weights[file].keys())
+            if duplicates:
+                self.problems.append(f"{file}: also in another file: {listed(duplicates)}")
             found |= dict.fromkeys(self._weights[file], file)
             tensors |= self._weights[file]
         if len(tensors) > MAX_TENSORS:
-            self.problems.append(f"{len(tensors)} tensors; at most {MAX_TENSORS} are read")
+            self.problems.append(f"{len(tensors)} tensors; at most {MAX_TENSORS} are allowed")
         if needed <= self._weights.keys():
             wrong = sorted(n for n in index.keys() | found.keys() if index.get(n) != found.get(n))
             if wrong:
-                self.problems.append(f"{INDEX}: the files disagree about {_some(wrong)}")
+                self.problems.append(f"{INDEX}: it does not match the files for {listed(wrong)}")
             if not tensors:
-                self.problems.append("no tensors in the weights")
+                self.problems.append("the weights contain no tensors")
         return tensors
 
     def _index(self) -> dict[str, str] | None:
-        """Return tensor name -> file name, as stated or as found; None where that is not known."""
+        """Return tensor name -> file name, by the index or the files; None if it is invalid."""
         if INDEX not in self._seen:
             return dict.fromkeys(self._weights.get(WEIGHTS, {}), WEIGHTS)
         if WEIGHTS in self._seen:
-            self.problems.append(f"{WEIGHTS} and {INDEX}: only one of the two can be meant")
+            self.problems.append(
+                f"{WEIGHTS} and {INDEX}: remove one of them; transformers loads only one"
+            )
             return None
         if INDEX not in self._json:
             return None
@@ -253,11 +265,13 @@ class ModelFiles:
 
 
 def config_sha256(config: str, generation: str) -> str:
-    """Return what a fingerprint says of the texts of config.json and generation_config.json.
+    """Return the `config_sha256` of a fingerprint for config.json and generation_config.json.
 
-    Raises ValueError for a text that is no JSON.
+    Raises ValueError if one of the texts is not JSON.
     """
-    return content_sha256([_felt(_parsed(config)), _felt(_parsed(generation))])
+    return content_sha256(
+        [_relevant_fields(_parsed(config)), _relevant_fields(_parsed(generation))]
+    )
 
 
 def _parsed(text: str) -> Any:
@@ -265,27 +279,26 @@ def _parsed(text: str) -> Any:
 
 
 def _finite(number: str) -> float | str:
-    """Return the number; what is infinite as it was written, since a hash covers JSON alone."""
+    """Return the number, or its text if it is infinite, which JSON cannot represent."""
     return float(number) if math.isfinite(float(number)) else number
 
 
 def _remote_code(value: Any) -> list[str]:
     if isinstance(value, list):
-        return [asked for item in value for asked in _remote_code(item)]
+        return [field for item in value for field in _remote_code(item)]
     if not isinstance(value, dict):
         return []
     here = [key for key in ("auto_map", "custom_pipelines") if value.get(key)]
-    return here + [asked for item in value.values() for asked in _remote_code(item)]
+    return here + [field for item in value.values() for field in _remote_code(item)]
 
 
-def _felt(value: Any) -> Any:
+def _relevant_fields(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _felt(item) for key, item in value.items() if key not in OUTPUT_NEUTRAL_FIELDS}
+        return {
+            key: _relevant_fields(item)
+            for key, item in value.items()
+            if key not in OUTPUT_NEUTRAL_FIELDS
+        }
     if isinstance(value, list):
-        return [_felt(item) for item in value]
+        return [_relevant_fields(item) for item in value]
     return value
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

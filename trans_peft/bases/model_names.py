@@ -1,10 +1,9 @@
-"""A base's fingerprint by the model's own names of its weights.
+"""Translate the tensor names of a fingerprint to the names in the loaded model.
 
-Adapters sit on modules, and PEFT names modules as the loaded model does. Names in files can differ:
-GPT-2 and BLOOM on the hub lack the prefix `transformer.`, experts that files hold one by one are
-one fused weight in the model, a text backbone drops the prefix of its multimodal checkpoint, and a
-tied head is in no file. The names are derived, and not recorded with the base, because they depend
-on the installed version of transformers.
+PEFT names modules as the loaded model does, and names in files can differ: GPT-2 and BLOOM on the
+hub lack the prefix `transformer.`, separate experts become one fused weight, a text backbone drops
+the prefix of its multimodal checkpoint, and a tied head is in no file. The names are computed and
+not stored with the base, because they depend on the installed version of transformers.
 """
 
 import json
@@ -34,19 +33,20 @@ def in_model_names(
 ) -> Fingerprint:
     """Return the fingerprint with the tensors of the loaded model's state dict.
 
-    A weight that is one tensor of the files has its signature; one that is made of several has its
-    shape alone. The fingerprint comes back as it is where config.json is neither recorded in it nor
-    found unchanged at `uri`. Results are kept in `cache_dir`, by digest and version of
-    transformers. Raises ContentError where the model cannot be built, IsolationError, StoreError.
+    A weight that is one tensor of the files has the signature of that tensor. A weight that is made
+    of several tensors has a shape only. The fingerprint is returned unchanged if config.json is
+    neither recorded in it nor found unchanged at `uri`. Results are cached in `cache_dir`, by
+    digest and version of transformers. Raises ContentError if the model cannot be built,
+    IsolationError, StoreError.
     """
-    kept = cache_dir / f"{fingerprint.digest}-{version('transformers')}.json"
-    weights = _kept(kept)
+    cached = cache_dir / f"{fingerprint.digest}-{version('transformers')}.json"
+    weights = _read_cache(cached)
     if weights is None:
         config = fingerprint.config or _config_at(uri, store, fingerprint)
         if not config:
             return fingerprint
         _, weights = inspect(Checkpoint(config, fingerprint.tensors, {}), uri)
-        _keep(kept, weights)
+        _write_cache(cached, weights)
     if not weights:
         return fingerprint
     return replace(fingerprint, tensors=_signatures(weights, fingerprint.tensors))
@@ -64,7 +64,7 @@ def _signatures(
 
 
 def _config_at(uri: str, store: ArtifactStore, fingerprint: Fingerprint) -> str:
-    """Return the text of config.json where it is still the one that was fingerprinted."""
+    """Return the text of config.json, or "" if it is not the one that was fingerprinted."""
     try:
         files = {file.name: file for file in store.list(uri)}
         config, generation = (
@@ -77,7 +77,7 @@ def _config_at(uri: str, store: ArtifactStore, fingerprint: Fingerprint) -> str:
     return config if same else ""
 
 
-def _kept(path: Path) -> tuple[ModelWeight, ...] | None:
+def _read_cache(path: Path) -> tuple[ModelWeight, ...] | None:
     try:
         return tuple(
             ModelWeight(name, tuple(shape), source)
@@ -87,6 +87,6 @@ def _kept(path: Path) -> tuple[ModelWeight, ...] | None:
         return None
 
 
-def _keep(path: Path, weights: tuple[ModelWeight, ...]) -> None:
+def _write_cache(path: Path, weights: tuple[ModelWeight, ...]) -> None:
     with translating_full_disk_errors(path.parent):
         atomic_write(path, json.dumps([[w.name, w.shape, w.source] for w in weights]))

@@ -1,9 +1,9 @@
-"""Fetch files in ranges, several at once, into a folder that a killed process leaves usable.
+"""Download files in parallel ranges into a folder, so that an interrupted download can resume.
 
-`<folder>/files/` holds the files in their full sizes from the start, with holes; each line of
-`<folder>/ranges.jsonl` names a range that was written, of one version (ETag) of one file. Who comes
-after a crash reads the missing ranges only. Bytes of a range are never trusted for being there: the
-caller reads all of them, in order, while later ranges are still under way.
+`<folder>/files/` contains sparse files of the final sizes. Each line of `<folder>/ranges.jsonl`
+names a range that was written, of one version (ETag) of one file. After a crash, only the missing
+ranges are downloaded. The caller hashes all bytes, in order, while later ranges are still being
+downloaded; the bytes of an earlier process are not trusted.
 """
 
 import json
@@ -40,7 +40,7 @@ class Range:
 
 
 class Partial:
-    """A folder that is being filled."""
+    """A folder with an unfinished download."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,7 +49,7 @@ class Partial:
         self._lock = threading.Lock()
 
     def bytes_written(self, uri: str, files: Sequence[StoredFile]) -> int:
-        """Return how many bytes of these files are there already."""
+        """Return how many bytes of these files were written already."""
         versions = {(file.name, file.etag) for file in files}
         return sum(
             item.stop - item.start
@@ -58,7 +58,7 @@ class Partial:
         )
 
     def prepare(self, uri: str, files: Sequence[StoredFile], range_bytes: int) -> list[Range]:
-        """Give every file its size, drop what belongs to none, and return the missing ranges."""
+        """Create all files, remove others, and return the ranges that are missing."""
         ranges = [
             Range(uri, file.name, file.etag, start, min(start + range_bytes, file.size))
             for file in files
@@ -79,7 +79,7 @@ class Partial:
         return [item for item in ranges if item not in written]
 
     def written(self) -> set[Range]:
-        """Return the ranges that were written; a line that a crash cut off is none."""
+        """Return the ranges that were written. Lines that a crash cut off are ignored."""
         try:
             lines = self._journal.read_text(errors="replace").splitlines()
         except FileNotFoundError:
@@ -93,7 +93,7 @@ class Partial:
         return found
 
     def write(self, item: Range, chunks: Iterator[bytes]) -> None:
-        """Write one range and then its line. StoreError if there are fewer or more bytes."""
+        """Write one range, then its line. Raises StoreError for fewer or more bytes."""
         position = item.start
         with (self.files / item.name).open("r+b") as file:
             file.seek(position)
@@ -104,7 +104,7 @@ class Partial:
                 file.write(chunk)
         if position != item.stop:
             raise StoreError(
-                f"the store answers with other bytes of {item.name} than those asked for",
+                f"the store returned a range of {item.name} with the wrong size",
                 expected=f"{item.stop - item.start} bytes from {item.start}",
                 found=f"{'more' if position > item.stop else position - item.start}",
                 do="try again",
@@ -113,7 +113,7 @@ class Partial:
             journal.write(_line(item))
 
     def clear(self) -> None:
-        """Remove it all."""
+        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -121,12 +121,12 @@ class Partial:
 def fetching(
     partial: Partial, missing: Sequence[Range], store: ArtifactStore
 ) -> Iterator[FileReader]:
-    """Fetch the missing ranges in the background and give a `FileReader` of the files meanwhile.
+    """Download the missing ranges in the background, and yield a `FileReader` of the files.
 
-    The reader waits for the range that it has come to. The first range that fails ends it all: its
-    error is raised, ranges under way are left unfinished, those written stay.
+    The reader waits for ranges that are not written yet. When the first range fails, its error is
+    raised and all downloads stop; ranges that were written stay.
     """
-    stopped, broken = threading.Event(), _Broken()
+    stopped, failure = threading.Event(), _FirstFailure()
 
     def fetch(item: Range) -> None:
         try:
@@ -135,14 +135,14 @@ def fetching(
             ) as chunks:
                 partial.write(item, _until(stopped, chunks))
         except BaseException as error:
-            broken.by(error)
+            failure.set(error)
 
     with ThreadPoolExecutor(STREAMS, thread_name_prefix="fetch") as pool:
         try:
             futures: dict[str, list[tuple[int, Future[None]]]] = {}
             for item in missing:
                 futures.setdefault(item.name, []).append((item.start, pool.submit(fetch, item)))
-            yield _reader(partial.files, futures, broken.wait_for)
+            yield _reader(partial.files, futures, failure.wait_for)
         except _RangeFailedError as failed:
             raise failed.error from None
         finally:
@@ -157,7 +157,7 @@ def _reader(
 ) -> FileReader:
     @contextmanager
     def read(file: StoredFile) -> Iterator[Iterator[bytes]]:
-        # Unbuffered: what is read ahead might not have been written yet.
+        # Unbuffered: a buffer could read ahead into ranges that are not written yet.
         with (folder / file.name).open("rb", buffering=0) as opened:
             yield _in_order(opened.read, file.size, futures.get(file.name, []), wait_for)
 
@@ -167,29 +167,29 @@ def _reader(
 def _in_order(
     read: Callable[[int], bytes],
     size: int,
-    coming: list[tuple[int, Future[None]]],
+    futures: list[tuple[int, Future[None]]],
     wait_for: Callable[[Future[None]], None],
 ) -> Iterator[bytes]:
-    waiting, position = list(reversed(coming)), 0
+    waiting, position = list(reversed(futures)), 0
     while position < size:
         while waiting and waiting[-1][0] <= position:
             wait_for(waiting.pop()[1])
-        there_until = waiting[-1][0] if waiting else size
-        chunk = read(min(_CHUNK_BYTES, there_until - position))
+        available = waiting[-1][0] if waiting else size
+        chunk = read(min(_CHUNK_BYTES, available - position))
         if not chunk:
             return
         position += len(chunk)
         yield chunk
 
 
-class _Broken:
+class _FirstFailure:
     """The first error of any range."""
 
     def __init__(self) -> None:
         self._future: Future[None] = Future()
         self._lock = threading.Lock()
 
-    def by(self, error: BaseException) -> None:
+    def set(self, error: BaseException) -> None:
         with self._lock:
             if not self._future.done():
                 self._future.set_exception(error)
@@ -201,14 +201,14 @@ class _Broken:
 
 
 class _RangeFailedError(Exception):
-    """Goes past those who look for errors of the files they read."""
+    """Carries an error through `scan`, which catches errors of the files that it reads."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-class _Stopped(Exception):  # noqa: N818  nobody's error
+class _Stopped(Exception):  # noqa: N818  not an error
     pass
 
 

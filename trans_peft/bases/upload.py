@@ -1,8 +1,8 @@
-"""Is this prefix a base that may be used? Every reason against it, from one pass over its bytes.
+"""Verify an upload while reading each of its files once.
 
-With a manifest, every name, size and sha256 is compared. Without one (somebody registered a version
-straight in MLflow), the files must make one whole model; what nobody stated cannot be compared.
-Either way the fingerprint comes from the bytes that were checked.
+With a manifest, all names, sizes and hashes are compared with it. Without one (a version that a
+user registered in MLflow), the files must form one complete model. In both cases the fingerprint is
+computed from the bytes that were verified.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from trans_peft.artifacts import child_uri
+from trans_peft.artifacts import read_file
 from trans_peft.bases.checkpoint import Checkpoint
 from trans_peft.bases.filename_checks import filename_problem
 from trans_peft.bases.fingerprint import ByteProgress, reader, scan
@@ -22,7 +22,7 @@ from trans_peft.errors import IntegrityError, NotFoundError, UploadError, listed
 from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = [
-    "BESIDE_THE_FILES",
+    "UNLISTED_FILES",
     "ManifestClaim",
     "VerifiedUpload",
     "changed",
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 
-BESIDE_THE_FILES = frozenset({Manifest.FILE_NAME, SIGNATURE_NAME})
-"""What a manifest does not list: itself and its signature. Neither is a file of the base."""
+UNLISTED_FILES = frozenset({Manifest.FILE_NAME, SIGNATURE_NAME})
+"""Files that a manifest does not list: the manifest and its signature."""
 
 
 @dataclass(frozen=True)
 class VerifiedUpload:
-    """An upload that nothing speaks against. `manifest` is None where there was none."""
+    """The result for a valid upload. `manifest` is None if the upload has none."""
 
     manifest: Manifest | None
     fingerprint: Fingerprint
@@ -47,16 +47,19 @@ class VerifiedUpload:
 
     @property
     def verified(self) -> Literal["manifest", "structure"]:
-        """What the files were checked against: what they claim to be, or only one another."""
+        """What the files were compared with: their manifest, or only the structure of a model."""
         return "manifest" if self.manifest else "structure"
 
 
 @dataclass(frozen=True)
 class ManifestClaim:
-    """What a listing tells about an upload before any file but the manifest is read.
+    """The manifest of an upload, compared with the listing of its files.
 
-    `unfinished`: files of the manifest that are not there yet, or not in their size. `against`:
-    what no further file would mend.
+    Attributes:
+        manifest: None if there is none, or if it is invalid.
+        unfinished: files of the manifest that are missing or have another size; they may still be
+            uploaded.
+        against: problems that uploading further files cannot solve.
     """
 
     manifest: Manifest | None
@@ -67,76 +70,84 @@ class ManifestClaim:
 def verify(
     uri: str, store: ArtifactStore, *, on_progress: ByteProgress | None = None
 ) -> VerifiedUpload:
-    """Check an upload while reading each of its files once.
+    """Verify an upload; return its manifest, fingerprint and checkpoint.
 
-    As long as files of the manifest are missing or have other sizes, nothing else is read: they may
-    be on their way. Raises NotFoundError where there is nothing, UploadError with all reasons for
-    which it is refused; and, which says nothing about the upload, IntegrityError if it changes
-    while it is being read, StoreError where the store cannot be read.
+    If files of the manifest are missing or have another size, only the manifest is read. Raises
+    NotFoundError if there are no files, UploadError with all reasons why the upload is refused,
+    IntegrityError if it changes while it is read, StoreError if the store fails. The last two do
+    not mean that the upload is invalid.
     """
-    there = store.list(uri)
-    if not there:
+    listing = store.list(uri)
+    if not listing:
         raise NotFoundError(f"there are no files below {uri}")
-    if len(there) > MAX_FILES:
-        raise _refused(
-            f"the upload {uri} is refused:", [f"{len(there)} files; at most {MAX_FILES} are read"]
+    if len(listing) > MAX_FILES:
+        raise _upload_error(
+            f"the upload {uri} is refused:",
+            [f"{len(listing)} files; at most {MAX_FILES} are allowed"],
         )
-    refusals = {file.name: filename_problem(file.name) for file in there}
-    claim = read_manifest_claim(uri, store, there)
-    problems = [*filter(None, refusals.values()), *_in_each_others_way(there), *claim.against]
+    name_problems = {file.name: filename_problem(file.name) for file in listing}
+    claim = read_manifest_claim(uri, store, listing)
+    problems = [*filter(None, name_problems.values()), *_name_collisions(listing), *claim.against]
     if claim.unfinished:
-        raise _refused(f"the upload {uri} is not complete:", [*claim.unfinished, *problems])
-    readable = [f for f in there if not refusals[f.name] and f.name not in BESIDE_THE_FILES]
+        raise _upload_error(f"the upload {uri} is not complete:", [*claim.unfinished, *problems])
+    readable = [f for f in listing if not name_problems[f.name] and f.name not in UNLISTED_FILES]
     found = scan(readable, reader(uri, store), on_progress=on_progress)
-    if found.changed or store.list(uri) != there:
+    if found.changed or store.list(uri) != listing:
         raise changed(uri, found.changed)
     problems += [*found.problems, *content_problems(claim.manifest, found.files)]
     if problems or found.fingerprint is None or found.checkpoint is None:
-        raise _refused(f"the upload {uri} is refused:", problems)
+        raise _upload_error(f"the upload {uri} is refused:", problems)
     return VerifiedUpload(claim.manifest, found.fingerprint, found.checkpoint)
 
 
 def changed(uri: str, names: Sequence[str] = ()) -> IntegrityError:
-    """Return the error about files that were written, or removed, while somebody read them."""
+    """Return the error for files that were written or removed while they were being read."""
     return IntegrityError(
         f"the upload {uri} changed while it was being read",
-        found=f"another version of {listed(names)}" if names else "other files than at the start",
-        do="finish the upload; the next reconcile reads it again",
+        found=f"a new version of {listed(names)}" if names else "other files than at the start",
+        do="complete the upload; the next reconcile reads it again",
     )
 
 
 def read_manifest_claim(
-    uri: str, store: ArtifactStore, there: tuple[StoredFile, ...]
+    uri: str, store: ArtifactStore, listing: tuple[StoredFile, ...]
 ) -> ManifestClaim:
-    """Return what the manifest among the listed files states. IntegrityError if it changes."""
+    """Read the manifest among the listed files, and compare the files with it.
+
+    Raises IntegrityError if the manifest changes meanwhile, StoreError.
+    """
     try:
-        manifest = read_manifest(uri, store, there)
+        manifest = read_manifest(uri, store, listing)
     except UploadError as error:
-        return ManifestClaim(None, against=(f"{Manifest.FILE_NAME}: not one of ours: {error}",))
+        return ManifestClaim(
+            None, against=(f"{Manifest.FILE_NAME}: not a valid manifest: {error}",)
+        )
     except (IntegrityError, NotFoundError) as error:
         raise changed(uri, [Manifest.FILE_NAME]) from error
-    return _compared(manifest, there) if manifest else ManifestClaim(None)
+    return _compared(manifest, listing) if manifest else ManifestClaim(None)
 
 
-def read_manifest(uri: str, store: ArtifactStore, there: tuple[StoredFile, ...]) -> Manifest | None:
-    """Return the manifest among the listed files, None without one; a huge one is never read.
+def read_manifest(
+    uri: str, store: ArtifactStore, listing: tuple[StoredFile, ...]
+) -> Manifest | None:
+    """Return the manifest among the listed files, or None if there is none.
 
-    Raises UploadError if it is none of ours, IntegrityError or NotFoundError if it changed.
+    Raises UploadError if it is invalid or larger than `MAX_MANIFEST_BYTES`, IntegrityError or
+    NotFoundError if it changed.
     """
-    file = next((file for file in there if file.name == Manifest.FILE_NAME), None)
+    file = next((file for file in listing if file.name == Manifest.FILE_NAME), None)
     if file is None:
         return None
     if file.size > MAX_MANIFEST_BYTES:
-        raise UploadError(f"it has {file.size} bytes; at most {MAX_MANIFEST_BYTES} are read")
-    with store.read(child_uri(uri, file.name), etag=file.etag) as chunks:
-        return parse_manifest(b"".join(chunks))
+        raise UploadError(f"it has {file.size} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
+    return parse_manifest(read_file(uri, file, store))
 
 
 def content_problems(manifest: Manifest | None, read: Iterable[ManifestFile]) -> list[str]:
-    """Return which of the files that were read are not those of the manifest, if there is one."""
+    """Return the files whose sha256 differs from the manifest's; none without a manifest."""
     stated = {file.name: file for file in manifest.files} if manifest else {}
     return [
-        f"{file.name}: sha256 {file.sha256}, the manifest says {stated[file.name].sha256}"
+        f"{file.name}: sha256 {file.sha256}, the manifest lists {stated[file.name].sha256}"
         for file in read
         if file.name in stated
         and file.size == stated[file.name].size
@@ -144,16 +155,16 @@ def content_problems(manifest: Manifest | None, read: Iterable[ManifestFile]) ->
     ]
 
 
-def _compared(manifest: Manifest, there: tuple[StoredFile, ...]) -> ManifestClaim:
+def _compared(manifest: Manifest, listing: tuple[StoredFile, ...]) -> ManifestClaim:
     stated = {file.name: file for file in manifest.files}
-    found = {file.name: file for file in there if file.name not in BESIDE_THE_FILES}
+    found = {file.name: file for file in listing if file.name not in UNLISTED_FILES}
     missing = sorted(stated.keys() - found.keys())
     return ManifestClaim(
         manifest,
         unfinished=(
-            *(f"{name}: missing, the manifest lists it" for name in missing),
+            *(f"{name}: missing, but listed in the manifest" for name in missing),
             *(
-                f"{name}: {found[name].size} bytes, the manifest says {stated[name].size}"
+                f"{name}: {found[name].size} bytes, the manifest lists {stated[name].size}"
                 for name in sorted(stated.keys() & found.keys())
                 if found[name].size != stated[name].size
             ),
@@ -165,11 +176,11 @@ def _compared(manifest: Manifest, there: tuple[StoredFile, ...]) -> ManifestClai
     )
 
 
-def _in_each_others_way(there: tuple[StoredFile, ...]) -> list[str]:
-    names = {file.name for file in there}
+def _name_collisions(listing: tuple[StoredFile, ...]) -> list[str]:
+    names = {file.name for file in listing}
     folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
-    return [f"{name}: a file and a folder at once" for name in sorted(names & folders)]
+    return [f"{name}: both a file and a folder" for name in sorted(names & folders)]
 
 
-def _refused(headline: str, problems: Sequence[str]) -> UploadError:
+def _upload_error(headline: str, problems: Sequence[str]) -> UploadError:
     return UploadError("\n  - ".join([headline, *problems]))

@@ -1,1 +1,1 @@
-"""The doors to the outside: each implements ports of `trans_peft.ports`."""
+"""Implementations of `trans_peft.ports` with MLflow, S3, local files and memory."""

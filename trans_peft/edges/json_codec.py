@@ -1,4 +1,7 @@
-"""Nouns as JSON and back, checked on the way in; infinities and NaN survive."""
+"""Serialize domain objects as JSON, and validate them when they are read.
+
+Infinities and NaN are preserved.
+"""
 
 import json
 from functools import cache
@@ -11,13 +14,13 @@ from trans_peft.errors import IntegrityError
 __all__ = ["from_json", "to_json"]
 
 
-def to_json(kind: Any, noun: Any) -> str:
-    """Return a noun (or a tuple of nouns) of that kind as JSON."""
-    return json.dumps(_adapter(kind).dump_python(noun, mode="json"))
+def to_json(kind: Any, value: Any) -> str:
+    """Return a value of type `kind`, such as `tuple[Suite, ...]`, as JSON."""
+    return json.dumps(_adapter(kind).dump_python(value, mode="json"))
 
 
 def from_json(kind: Any, text: str, *, where: str) -> Any:
-    """Return the noun of that kind. IntegrityError, with `where` it stood, if it is none."""
+    """Return the value of type `kind`. IntegrityError, which names `where`, if it is invalid."""
     try:
         return _adapter(kind).validate_json(text)
     except (ValidationError, ValueError) as error:

@@ -6,15 +6,15 @@
                        manifest, where the upload had one;
                        uri, where what serves was converted from the version's MLflow source
 
-A registered model is a base family by its tag `kind=base`, which a person may set, and which
-`make_ready` sets. A version is ready when its tags say so and name this family: a version that
-MLflow's "Promote model" copied here from another family, with all its tags, still waits for
-ingestion. A copy within the family, or of an adapter, is no base version at all. MLflow has no
-compare-and-set: where two processes register one version at once, the lowest number wins and the
-other is tagged `superseded`, which hides it.
+A registered model with the tag `kind=base` is a base family. `make_ready` sets the tag, and users
+may set it. A version is ready if it has the tags `ready=true` and `family` with this family's name:
+a version that "Promote model" copied from another family, with all tags, still has to be ingested.
+A copy from the same family, or of an adapter, is not a base version. MLflow has no compare-and-set.
+If two processes register a version at the same time, the lowest number wins, and the other one gets
+the tag `superseded`, which hides it.
 
-Anybody with access to MLflow can write any text into any tag, and give any name to a model. What
-cannot be read is set aside with its reason (`set_aside`) and stops nothing else.
+Any client of MLflow can write any tag and choose any name for a model. Entries that cannot be read
+are listed by `set_aside` with the reason, and do not affect others.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ _HASHES = ("fingerprint", "manifest")
 
 
 class _Read(NamedTuple):
-    """The versions of a family, and why others of its versions are set aside."""
+    """The versions of a family, and for those that cannot be read, why."""
 
     versions: tuple[BaseVersion, ...]
     set_aside: tuple[str, ...]
@@ -83,12 +83,12 @@ class MlflowCatalog:
         return self._read(family).versions
 
     def alias(self, family: str, alias: str) -> int | None:
-        """Return the number of the version that carries the alias. NotFoundError for a family."""
+        """Return the version number that an alias points to. NotFoundError without the family."""
         number = self._tracking.model(family, "base").aliases.get(alias)
         return None if number is None else int(number)
 
     def set_serving(self, base: BaseVersion) -> None:
-        """Move `serving` to this version. InvalidSpecError for one that is not ready."""
+        """Set the alias `serving` to this version. InvalidSpecError if it is not ready."""
         known = next((b for b in self.versions(base.family) if b.number == base.number), None)
         if known is None:
             raise NotFoundError(f"there is no version number {base.number} of {base.family}")
@@ -99,7 +99,7 @@ class MlflowCatalog:
         self._tracking.set_alias(base.family, SERVING_ALIAS, base.number)
 
     def promotion_notes(self, family: str) -> Mapping[int, str]:
-        """Return what stands on versions about why `champion` there does not serve."""
+        """Return version number -> note on why the `champion` there is not promoted."""
         notes = {
             int(found.version): own_tags(found.tags).get("promotion", "")
             for found in self._tracking.versions(family)
@@ -107,7 +107,7 @@ class MlflowCatalog:
         return {number: text for number, text in notes.items() if text}
 
     def note_promotion(self, family: str, number: int, text: str) -> None:
-        """Write such a note on a version, ready or not; an empty one takes it away."""
+        """Set the promotion note of a version, ready or not; an empty text removes it."""
         if text:
             self._tracking.tag_version(family, number, {"promotion": text})
         elif number in self.promotion_notes(family):
@@ -125,10 +125,10 @@ class MlflowCatalog:
         number: int | None = None,
         manifest_sha256: str = "",
     ) -> BaseVersion:
-        """Register a verified version, or complete the one with that `number`; `ready` last.
+        """Register a verified version, or complete version `number`. The tag `ready` is set last.
 
-        Safe to run twice and in two processes at once. UploadError where the version, or that
-        number, is ready already with another fingerprint.
+        May run twice, and in several processes at once. UploadError if the version, or that number,
+        is ready already with another fingerprint.
         """
         BaseVersion(family, version, uri, number or 0, parent=parent)  # checks the names
         self._make_family(family)
@@ -139,7 +139,7 @@ class MlflowCatalog:
         for base in known.values():
             if base.ready and (base.version == version or base.number == number):
                 return self._same(base, version, fingerprint, number)
-        run_id = self._keep(family, version, uri, fingerprint)
+        run_id = self._store_fingerprint(family, version, uri, fingerprint)
         tags = {
             "family": family,
             "version": version,
@@ -150,11 +150,11 @@ class MlflowCatalog:
             "fingerprint_run": run_id,
         }
         if number is not None:
-            begun = known[number]
-            if (begun.version, begun.fingerprint_sha256) != (version, fingerprint.digest):
-                elsewhere = uri if uri.rstrip("/") != begun.uri.rstrip("/") else None
+            registered = known[number]
+            if (registered.version, registered.fingerprint_sha256) != (version, fingerprint.digest):
+                elsewhere = uri if uri.rstrip("/") != registered.uri.rstrip("/") else None
                 self._tracking.tag_version(family, number, {"uri": elsewhere, **tags})
-            # else all but `ready` was written before, and says where the version is from
+            # Else an earlier call wrote all tags but `ready`.
         elif not self._claims(family, version):
             number = self._tracking.make_version(family, uri, tags)
         winner = self._claims(family, version)[0]
@@ -164,7 +164,7 @@ class MlflowCatalog:
         return self._same(winner, version, fingerprint, number)
 
     def fingerprint(self, base: BaseVersion) -> Fingerprint:
-        """Return the whole fingerprint of a ready version. NotFoundError, IntegrityError."""
+        """Return the fingerprint of a ready version. NotFoundError, IntegrityError."""
         digest = base.fingerprint_sha256
         if digest not in self._fingerprints:
             found = self._tracking.client.get_model_version(base.family, str(base.number))
@@ -175,7 +175,7 @@ class MlflowCatalog:
             stored = from_json(Fingerprint, text, where=f"{_FILE} of run {run_id}")
             if stored.digest != digest:
                 raise IntegrityError(
-                    f"the stored fingerprint of {base} is another one",
+                    f"the stored fingerprint of {base} has another digest",
                     expected=digest,
                     found=stored.digest,
                 )
@@ -196,7 +196,7 @@ class MlflowCatalog:
             )
 
     def _read(self, family: str) -> _Read:
-        """Read every version of a family; what cannot be read is set aside and stops no other."""
+        """Read all versions of a family; one that cannot be read does not affect the others."""
         versions: list[BaseVersion] = []
         aside = []
         labels: dict[str, int] = {}
@@ -204,14 +204,14 @@ class MlflowCatalog:
             try:
                 base = self._base(found)
             except StoreError:
-                raise  # the server does not answer: that says nothing about the version
+                raise  # the server failed; the version may be valid
             except TransPeftError as error:
                 aside.append(f"version {found.version} of {family}: {error}")
                 continue
             if base.ready and labels.setdefault(base.version, base.number) != base.number:
                 first = labels[base.version]
                 aside.append(
-                    f"version {base.number} of {family}: it is called {base.version}, and so is "
+                    f"version {base.number} of {family}: its name {base.version} is also that of "
                     f"version {first}"
                 )
                 continue
@@ -219,7 +219,7 @@ class MlflowCatalog:
         return _Read(tuple(versions), tuple(aside))
 
     def _base(self, found: Any) -> BaseVersion:
-        """Return what the tags of MLflow's version say. InvalidSpecError, IntegrityError."""
+        """Return MLflow's version as a BaseVersion. InvalidSpecError, IntegrityError."""
         tags = own_tags(found.tags)
         where = f"version {found.version} of {found.name}"
         ours = tags.get("family") == found.name
@@ -229,7 +229,7 @@ class MlflowCatalog:
             uri = self._tracking.client.get_model_version_download_uri(found.name, str(number))
         ready = ours and tags.get("ready") == "true"
         if ready and "fingerprint" not in tags:
-            raise IntegrityError(f"{where} is ready and has lost its tag {tag('fingerprint')}")
+            raise IntegrityError(f"{where} is ready, but its tag {tag('fingerprint')} is missing")
         known = {name: checked_sha256(tags, name, where) for name in _HASHES if name in tags}
         return BaseVersion(
             family=found.name,
@@ -240,11 +240,11 @@ class MlflowCatalog:
             parent=tags.get("parent"),
             ready=ready,
             manifest_sha256=known.get("manifest", "") if ours else "",
-            served=tags.get("served") == found.name,  # a copy brings the tag of its original
+            served=tags.get("served") == found.name,  # copies have the tag of the original
         )
 
     def _claims(self, family: str, version: str) -> list[BaseVersion]:
-        """Return the versions that claim this name with a fingerprint: ready ones, then oldest."""
+        """Return the versions of this name with a fingerprint: ready ones first, then by number."""
         bases = self._read(family).versions
         claims = [b for b in bases if b.version == version and b.fingerprint_sha256]
         return sorted(claims, key=lambda base: (not base.ready, base.number))
@@ -252,20 +252,22 @@ class MlflowCatalog:
     def _same(
         self, winner: BaseVersion, version: str, fingerprint: Fingerprint, number: int | None
     ) -> BaseVersion:
-        """Settle for the winner: any other number is superseded; another content is refused."""
+        """Return the winner and mark version `number` as superseded. UploadError if they differ."""
         if number is not None and number != winner.number:
             self._tracking.tag_version(winner.family, number, {"superseded": "true"})
         if (winner.version, winner.fingerprint_sha256) != (version, fingerprint.digest):
             raise UploadError(
-                f"{winner} (number {winner.number}) is registered already and is another one",
+                f"{winner} (number {winner.number}) is registered already with other content",
                 expected=f"{winner.version}, fingerprint {winner.fingerprint_sha256}",
                 found=f"{version}, fingerprint {fingerprint.digest}",
-                do="publish it under a new version",
+                do="publish it as a new version",
             )
         return replace(winner, ready=True)
 
-    def _keep(self, family: str, version: str, uri: str, fingerprint: Fingerprint) -> str:
-        """Store the whole fingerprint as a file of a run and return the run's id."""
+    def _store_fingerprint(
+        self, family: str, version: str, uri: str, fingerprint: Fingerprint
+    ) -> str:
+        """Store a fingerprint as a file of a run, and return the run's id."""
         tags = {"family": family, "base": version, "fingerprint": fingerprint.digest}
         with self._tracking.run("bases", f"{family}/{version}", tags) as run_id:
             self._tracking.log_params(
@@ -305,10 +307,10 @@ def _why_aside(model: Any) -> str | None:
 
 
 def _may_be_a_base(found: Any) -> bool:
-    """Tell a version of a family from what cannot serve: the superseded, adapters, its own copies.
+    """Whether a version is neither superseded, nor a copy of an adapter or of the same family.
 
-    "Promote model" with the family itself as its aim makes a second version of the same base, tags
-    and all; with an adapter as its origin it makes one that no base loader could read.
+    "Promote model" within one family creates a second version with the same tags. From an adapter
+    it creates a version that cannot be loaded as a base.
     """
     tags = own_tags(found.tags)
     return copied_from(found) != found.name and "superseded" not in tags and "adapter" not in tags

@@ -1,7 +1,7 @@
-"""`EvaluationStore` in MLflow: a run per evaluation, found by its key.
+"""`EvaluationStore` in MLflow: one run for each evaluation, in `trans-peft/evaluations`.
 
-Experiment `trans-peft/evaluations`; the tag `evaluation_key` finds the run, the metric `score` is
-for people, `evaluation.json` holds every item.
+The tag `evaluation_key` identifies the run, `evaluation.json` has the results of all items, and the
+metric `score` is shown on MLflow's page.
 """
 
 import time

@@ -1,9 +1,9 @@
-"""What became of an adapter on a base, in MLflow: in full as a run, in short on the version.
+"""Transfer outcomes in MLflow: the full outcome as a run, a summary as a tag of the version.
 
-The run (experiment `trans-peft/transfers`) holds `outcome.json` with every item, and the figures as
-metrics. The tag `outcome.on-<base>` on the version holds what reconcile needs, so that a fleet is
-read without fetching a file. It is written last: an outcome that is not there yet is made again,
-and a verdict whose run is finished is not given a second one.
+The run (experiment `trans-peft/transfers`) has `outcome.json` with every item, and the main figures
+as metrics. The tag `outcome.on-<base>` of the version has the fields that reconcile needs, so that
+reading a fleet downloads no files. The tag is written last. After a crash before that, the transfer
+is repeated, and a finished run with the same verdict is used again.
 """
 
 import json
@@ -31,8 +31,8 @@ _MAX_REASON, _MAX_LINE, _MAX_LINES = 2000, 300, 20
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What a tag holds: the outcome in short, when it was written (ms), the run with all of it."""
+class _OutcomeTag:
+    """The content of a tag: a summary of the outcome, its time in ms, and the run's id."""
 
     time_ms: int
     run_id: str
@@ -40,17 +40,18 @@ class _Kept:
 
 
 class MlflowOutcomes:
-    """The outcomes of adapters; `found` are MLflow's versions of one adapter."""
+    """Reads and writes outcomes. `found` are MLflow's versions of one adapter."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
 
     def record(self, outcome: TransferOutcome, number: int, found: list[Any]) -> None:
-        """Write an outcome on the version with that number, with its attempts counted.
+        """Write an outcome to the version with this number, and count its attempts.
 
-        One that made a version takes the place of the failures before it, which stand on the
-        source: people would read two verdicts for one base. They go first: whoever dies in between
-        leaves an adapter that was never judged there, and it is judged again from what is stored.
+        An outcome with a new version replaces earlier failures, which are tags of the source
+        version, so that there is one verdict for each base. These tags are removed first: after a
+        crash in between, the adapter has no verdict there and is evaluated again from stored
+        results.
         """
         stored = _stored(found)
         base = serving_alias(outcome.base_fingerprint_sha256)
@@ -66,8 +67,9 @@ class MlflowOutcomes:
             "verdict": outcome.verdict.value,
             "verdict_key": outcome.verdict_key,
         }
-        again = outcome.verdict is not Verdict.FAILED  # every attempt that failed is its own
-        run_id = self._tracking.oldest_run("transfers", tags) if again else None
+        # A failed attempt gets a run of its own; any other verdict reuses a finished run.
+        reusable = outcome.verdict is not Verdict.FAILED
+        run_id = self._tracking.oldest_run("transfers", tags) if reusable else None
         if run_id is None:
             name = f"{outcome.adapter} on {outcome.base_version}"
             with self._tracking.run("transfers", name, tags) as run_id:
@@ -79,20 +81,20 @@ class MlflowOutcomes:
         else:
             verdict["verdict_key"] = outcome.verdict_key
             verdict["verdict_reason"] = outcome.judgement.reason[:_MAX_REASON]
-            self._forget(base, (v for v in found if int(v.version) != number))
-        kept = {"time_ms": time_ms, "run_id": run_id, "outcome": _short(outcome)}
+            self._remove_tags(base, (v for v in found if int(v.version) != number))
+        summary = {"time_ms": time_ms, "run_id": run_id, "outcome": _short(outcome)}
         self._tracking.tag_version(
-            outcome.adapter, number, {**verdict, f"outcome.{base}": json.dumps(kept)}
+            outcome.adapter, number, {**verdict, f"outcome.{base}": json.dumps(summary)}
         )
 
-    def _forget(self, base: str, versions: Iterable[Any]) -> None:
+    def _remove_tags(self, base: str, versions: Iterable[Any]) -> None:
         for version in versions:
             for name in (f"outcome.{base}", f"verdict.{base}"):
                 if name in own_tags(version.tags):
                     self._tracking.untag_version(version.name, int(version.version), name)
 
     def newest(self, found: list[Any]) -> tuple[TransferOutcome, ...]:
-        """Return the newest outcome per base (evaluations left out), by base fingerprint."""
+        """Return the newest outcome for each base, without evaluations, by base fingerprint."""
         newest: dict[str, tuple[int, TransferOutcome]] = {}
         for base, time_ms, outcome in _stored(found):
             if base not in newest or time_ms > newest[base][0]:
@@ -106,35 +108,35 @@ class MlflowOutcomes:
 
 
 def _stored(found: list[Any]) -> list[tuple[str, int, TransferOutcome]]:
-    """Return (base alias, time, outcome) of every outcome on the versions of one adapter."""
+    """Return (base alias, time in ms, outcome) for all versions of one adapter."""
     outcomes = []
     for version in found:
         for name, text in own_tags(version.tags).items():
             if _TAG.fullmatch(name):
                 where = f"the tag {tag(name)} of version {version.version} of {version.name}"
-                kept: _Kept = from_json(_Kept, text, where=where)
-                _check(kept.outcome, name, version.name, where)
-                outcomes.append((name.removeprefix("outcome."), kept.time_ms, kept.outcome))
+                parsed: _OutcomeTag = from_json(_OutcomeTag, text, where=where)
+                _check(parsed.outcome, name, version.name, where)
+                outcomes.append((name.removeprefix("outcome."), parsed.time_ms, parsed.outcome))
     return outcomes
 
 
 def _check(outcome: TransferOutcome, name: str, adapter: str, where: str) -> None:
-    """Raise IntegrityError unless the outcome, and its recipe, are this adapter's on this base."""
+    """Raise IntegrityError unless the outcome and its recipe belong to this adapter and base."""
     about = (outcome.adapter, f"outcome.{serving_alias(outcome.base_fingerprint_sha256)}")
     training = outcome.training
     if about != (adapter, name) or (
         training and (training.adapter, training.family) != (adapter, outcome.family)
     ):
         raise IntegrityError(
-            f"{where} is about something else",
-            expected=f"an outcome of {adapter}, on the base that the tag names",
+            f"{where} belongs to another adapter or base",
+            expected=f"an outcome of {adapter} on the base in the name of the tag",
             found=quoted(f"{outcome.adapter} on {outcome.base_fingerprint_sha256[:12]}"),
-            do="remove the tag in MLflow's page: the adapter is judged again from stored results",
+            do="remove the tag in MLflow; the adapter is then evaluated again from stored results",
         )
 
 
 def _short(outcome: TransferOutcome) -> Any:
-    """Return what fits into a tag: no evaluations, long texts cut; the run has them in full."""
+    """Return the outcome without evaluations and with long texts cut, to fit into a tag."""
     compatibility = outcome.compatibility
     short = replace(
         outcome,

@@ -1,15 +1,15 @@
 """`AdapterRegistry` in MLflow's model registry: one registered model per adapter.
 
-    registered model   kind=adapter, family, retired, alias.<alias> (where we last set it),
+    registered model   kind=adapter, family, retired, alias.<alias> (where reconcile last set it),
                        manual-override.<alias> (the record of a user's change of that alias)
       version          adapter, family, base_*, trained_on_*, weights_sha256, method, suites, ...
                        verdict, verdict_key, verdict_reason, outcome.on-<base>
       alias            on-<first 12 digits of a base's fingerprint>: serves on that base
 
-A version's files are a stock PEFT folder: `mlflow.artifacts.download_artifacts("models:/name/3")`
-gives what `PeftModel.from_pretrained` takes. MLflow has no compare-and-set: register looks before
-it makes, looks again, and of two with the same bytes on the same base the lower number lives; the
-other is tagged `superseded`.
+The files of a version are a plain PEFT folder: `PeftModel.from_pretrained` loads the result of
+`mlflow.artifacts.download_artifacts("models:/name/3")`. MLflow has no compare-and-set. `register`
+therefore searches before and after it creates a version. Of two versions with the same bytes for
+the same base, the lower number stays, and the other one gets the tag `superseded`.
 """
 
 from collections.abc import Mapping
@@ -45,10 +45,10 @@ class MlflowRegistry:
         return tuple(sorted(live))
 
     def set_aside(self, family: str | None = None) -> tuple[str, ...]:
-        """Return what `adapters` leaves out because it cannot be read, with the reason.
+        """Return the adapters that cannot be read, which `adapters` leaves out, with the reason.
 
-        Tags of the registered model and of its versions both claim a family: an adapter is found
-        when either lost the claim, or when its `kind` is missing or another.
+        Tags of the registered model and tags of its versions both name a family. An adapter is
+        listed if one of the two is missing, or if its `kind` is missing or wrong.
         """
         if family is not None:
             claiming = self._tracking.models({"family": family})
@@ -115,14 +115,16 @@ class MlflowRegistry:
     def register(
         self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
     ) -> AdapterVersion:
-        """Register the PEFT folder as a new version, or return the one that is there.
+        """Register a PEFT folder as a new version, or return the same version if it exists.
 
-        `tags` are for people who look at the page; InvalidSpecError if one has a name of ours.
+        `tags` are shown on MLflow's page. InvalidSpecError if one has a name that this class uses.
         """
         ours = version_tags(draft)
         taken = sorted(ours.keys() & (tags or {}).keys())
         if taken:
-            raise InvalidSpecError(f"these tags are the registry's own: {', '.join(taken)}")
+            raise InvalidSpecError(
+                f"these tag names are reserved for the registry: {', '.join(taken)}"
+            )
         self._make_adapter(draft.adapter, draft.family)
         if not self._same(draft):
             purpose = "training" if draft.transferred_from is None else "transfers"
@@ -143,7 +145,7 @@ class MlflowRegistry:
         return winner
 
     def record(self, outcome: TransferOutcome) -> None:
-        """Keep an outcome: on the version it made, or on its source where it made none."""
+        """Store an outcome with the version that it created, or else with its source version."""
         found = self._found(outcome.adapter)
         number = outcome.new_number or outcome.source_number
         if number not in [int(version.version) for version in found]:
@@ -151,22 +153,22 @@ class MlflowRegistry:
         self._outcomes.record(outcome, number, found)
 
     def outcomes(self, adapter: str) -> tuple[TransferOutcome, ...]:
-        """Return the newest outcome per base (evaluations left out), by base fingerprint."""
+        """Return the newest outcome for each base, without evaluations, by base fingerprint."""
         return self._outcomes.newest(self._found(adapter))
 
     def alias(self, adapter: str, alias: str) -> int | None:
-        """Return the number of the version that carries the alias. NotFoundError."""
+        """Return the version number that an alias points to. NotFoundError."""
         number = self._tracking.model(adapter, "adapter").aliases.get(alias)
         return None if number is None else int(number)
 
     def aliases(self, adapter: str) -> Mapping[str, AliasState]:
-        """Return every alias of the adapter that is set, or was set by us or recorded once."""
+        """Return all aliases that are set, were set here or have a manual override recorded."""
         return alias_states(self._tracking.model(adapter, "adapter"))
 
     def set_alias(self, adapter: str, alias: str, number: int | None) -> bool:
-        """Move the alias to a version, or take it away (None), and remember that we did.
+        """Set an alias to a version, or remove it (None), and record that this class did so.
 
-        Where it stands by a person's hand nothing is written: False.
+        Returns False, without writing, if a person set or removed the alias.
         """
         if number is not None:
             self._tracking.client.get_model_version(adapter, str(number))
@@ -174,21 +176,23 @@ class MlflowRegistry:
         if state.manual:
             return False
         if state.number != number:
-            # The intention is written down first: after a crash in between, either is ours.
-            self._remember(adapter, alias, f"{_word(state.number)}>{_word(number)}")
+            # Recorded first, as "old>new": after a crash in between, both count as set here.
+            self._record_alias(
+                adapter, alias, f"{_number_text(state.number)}>{_number_text(number)}"
+            )
             if number is not None:
                 self._tracking.set_alias(adapter, alias, number)
             else:
                 self._tracking.client.delete_registered_model_alias(adapter, alias)
-        self._remember(adapter, alias, _word(number))
+        self._record_alias(adapter, alias, _number_text(number))
         return True
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
-        """Whether the alias stands as we last set it (or nobody ever did). False: a person's."""
+        """Whether the alias is as this class last set it. False: a person changed it."""
         return not self.aliases(adapter).get(alias, AliasState()).manual
 
     def record_manual_override(self, adapter: str, alias: str, hand: ManualOverride | None) -> None:
-        """Write down what a person did to the alias, for people to see (None: no longer so)."""
+        """Record a manual override of an alias, to be shown in MLflow; None removes the record."""
         name = f"{OVERRIDE_TAG_PREFIX}{alias}"
         if hand is not None:
             self._tracking.tag_model(adapter, name, to_json(ManualOverride, hand))
@@ -196,9 +200,9 @@ class MlflowRegistry:
             self._tracking.untag_model(adapter, name)
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
-        """Write the version's PEFT folder below `folder` and return where it is.
+        """Download a version's PEFT folder below `folder`, and return its path.
 
-        NotFoundError; IntegrityError unless the weights are those that were registered.
+        Raises NotFoundError, IntegrityError if the weights differ from the registered ones.
         """
         written = self._tracking.download_model(version.adapter, version.number, folder)
         found = adapter_weights_sha256(written)
@@ -206,7 +210,7 @@ class MlflowRegistry:
             return written
         if found != version.weights_sha256:
             raise IntegrityError(
-                f"the stored weights of {version} are other ones",
+                f"the stored weights of {version} differ from the registered ones",
                 expected=version.weights_sha256,
                 found=found,
                 do="restore them from a backup of MLflow's artifacts",
@@ -225,21 +229,20 @@ class MlflowRegistry:
             )
 
     def _found(self, adapter: str) -> list[Any]:
-        """Return MLflow's versions of an adapter that are ours.
+        """Return the versions that `register` created, without copies made by "Promote model".
 
-        A copy that "Promote model" made is not: elsewhere it is still its original's, and in the
-        adapter itself it would be a second version with the same bytes.
+        A copy would be a second version with the same bytes.
         """
         found = self._tracking.versions(adapter)
         if not found:
             self._tracking.model(adapter, "adapter")
         ours = [version for version in found if _is_ours(version)]
         if found and not ours:
-            raise NotFoundError(f"{adapter!r} is no adapter", found="versions of something else")
+            raise NotFoundError(f"{adapter!r} is not an adapter", found="versions of another kind")
         return ours
 
     def _same(self, draft: AdapterVersion) -> list[AdapterVersion]:
-        """Return the versions with the draft's bytes on the draft's base, the lowest first."""
+        """Return the versions with the draft's weights and base, the lowest number first."""
         return [
             version
             for version in self.versions(draft.adapter)
@@ -247,16 +250,16 @@ class MlflowRegistry:
             and version.base_fingerprint_sha256 == draft.base_fingerprint_sha256
         ]
 
-    def _remember(self, adapter: str, alias: str, where: str) -> None:
+    def _record_alias(self, adapter: str, alias: str, where: str) -> None:
         self._tracking.tag_model(adapter, f"{ALIAS_TAG_PREFIX}{alias}", where)
 
 
-def _word(number: int | None) -> str:
+def _number_text(number: int | None) -> str:
     return NONE if number is None else str(number)
 
 
 def _is_ours(found: Any) -> bool:
-    """Whether a version was registered here: it has our tags and is no copy of another."""
+    """Whether `register` created a version: it has the tags and is not a copy."""
     tags = own_tags(found.tags)
     return not copied_from(found) and ("weights_sha256" in tags or "adapter" in tags)
 
@@ -266,7 +269,7 @@ def _is_retired(model: Any) -> bool:
 
 
 def _why_aside(model: Any, family: str) -> str | None:
-    """Return why a model that claims to be an adapter of the family cannot be read, or None."""
+    """Return why a model with the tags of an adapter of the family is unreadable, or None."""
     tags = own_tags(model.tags)
     if model.name == family and tags.get("kind") == "base":
         return None

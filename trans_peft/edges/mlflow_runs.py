@@ -1,7 +1,7 @@
-"""`RunLog` in MLflow: what a training run does, in the page while it does it.
+"""`RunLog` in MLflow: training runs in the experiment `trans-peft/training`.
 
-Experiment `trans-peft/training`. Every figure is written when it is given, and the machine's own
-(processor, memory, network, devices) every few seconds beside them.
+Metrics are written immediately, so that MLflow's page shows them while the run is active. Metrics
+of the machine (CPU, memory, network, devices) are added every few seconds.
 """
 
 import time
@@ -15,18 +15,18 @@ __all__ = ["MlflowRun", "MlflowRunLog"]
 
 
 class MlflowRun:
-    """One run that is being recorded."""
+    """One active run."""
 
     def __init__(self, run_id: str, tracking: Tracking) -> None:
         self.id = run_id
         self._tracking = tracking
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Record what it was started with; long values are cut to what MLflow takes."""
+        """Record parameters; values are cut to the length that MLflow accepts."""
         self._tracking.log_params(self.id, values)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record figures at a step."""
+        """Record metrics at a step."""
         self._tracking.log_metrics(self.id, values, step=step, time_ms=int(time.time() * 1000))
 
     def file(self, path: Path, folder: str = "") -> None:
@@ -42,7 +42,7 @@ class MlflowRunLog:
 
     @contextmanager
     def run(self, name: str, *, tags: Mapping[str, str]) -> Iterator[MlflowRun]:
-        """Record one run with the machine's figures; it is failed where the block raises."""
+        """Record one run, with metrics of the machine. It is failed if the block raises."""
         with self._tracking.run("training", name, tags) as run_id:
             machine = self._tracking.system_metrics(run_id)
             machine.start()

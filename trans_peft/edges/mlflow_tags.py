@@ -1,8 +1,7 @@
-"""Tags in MLflow's registry to adapter versions and alias states, and back.
+"""Convert tags of MLflow's registry to adapter versions and alias states, and back.
 
-Anybody with access to MLflow can write any text into any tag. So every tag is checked on the way
-in: one that is missing, or is not what it must be, is an IntegrityError that names the tag and the
-version, never another exception.
+Any client of MLflow can write any text into any tag. A tag that is missing or invalid is therefore
+an IntegrityError that names the tag and the version, never another exception.
 """
 
 import re
@@ -22,14 +21,14 @@ from trans_peft.errors import IntegrityError, InvalidSpecError
 __all__ = ["NONE", "adapter_version", "alias_states", "checked_sha256", "version_tags"]
 
 NONE = "none"
-"""Stands in the tag of an alias for "no version"."""
+"""Value of an alias's tag if the alias is not set."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,9}")
 
 
 def version_tags(draft: AdapterVersion) -> dict[str, str]:
-    """Return the tags of a version that is to be registered, without the prefix."""
+    """Return the tags for registering a version, without the prefix."""
     transferred = draft.transferred_from
     return {
         "adapter": draft.adapter,
@@ -49,7 +48,7 @@ def version_tags(draft: AdapterVersion) -> dict[str, str]:
 
 
 def adapter_version(found: Any) -> AdapterVersion:
-    """Return what the tags of MLflow's version say. IntegrityError, with the tag's name."""
+    """Return MLflow's version as an AdapterVersion. IntegrityError, which names the tag."""
     tags = own_tags(found.tags)
     where = f"version {found.version} of {found.name}"
     try:
@@ -64,11 +63,11 @@ def adapter_version(found: Any) -> AdapterVersion:
             weights_sha256=checked_sha256(tags, "weights_sha256", where),
             method=tags["method"],
             recipe_sha256=tags.get("recipe_sha256", ""),
-            suites=_noun(tuple[Suite, ...], tags, "suites", where),
+            suites=_parse_tag(tuple[Suite, ...], tags, "suites", where),
             transferred_from=_number(tags, "transferred_from", where),
             run_id=found.run_id or None,
-            recipe=_noun(TrainingRecipe, tags, "recipe", where) if "recipe" in tags else None,
-            made_by=_rung(tags, where),
+            recipe=_parse_tag(TrainingRecipe, tags, "recipe", where) if "recipe" in tags else None,
+            made_by=_strategy(tags, where),
             state=VersionState(
                 verdict=tags.get("verdict"),
                 verdict_key=tags.get("verdict_key"),
@@ -77,25 +76,25 @@ def adapter_version(found: Any) -> AdapterVersion:
         )
     except KeyError as error:
         raise IntegrityError(
-            f"{where} has lost a tag",
+            f"{where} has a missing tag",
             expected=tag(error.args[0]),
             do="set the tag again in MLflow's page, or delete the version",
         ) from error
-    except InvalidSpecError as error:  # a name that breaks the rule
+    except InvalidSpecError as error:  # an invalid name
         raise IntegrityError(f"the tags of {where} cannot be read", found=error) from error
     if tags.get("adapter") != found.name:
-        raise _spoilt("adapter", tags.get("adapter", ""), where, found.name)
+        raise _tag_error("adapter", tags.get("adapter", ""), where, found.name)
     if not version.suites:
-        raise _spoilt("suites", tags["suites"], where, "at least one suite")
+        raise _tag_error("suites", tags["suites"], where, "at least one suite")
     recipe = version.recipe
     if recipe and (recipe.adapter, recipe.family) != (version.adapter, version.family):
-        found_recipe = f"a recipe of {recipe.adapter} in the family {recipe.family}"
-        raise _spoilt("recipe", found_recipe, where, "the recipe of this adapter")
+        other_recipe = f"a recipe of {recipe.adapter} in the family {recipe.family}"
+        raise _tag_error("recipe", other_recipe, where, "the recipe of this adapter")
     return version
 
 
 def alias_states(model: Any) -> dict[str, AliasState]:
-    """Return each alias of MLflow's registered model that is set, was set by us, or recorded."""
+    """Return all aliases of a registered model that are set, were set here or have a record."""
     tags = own_tags(model.tags)
     known = {*model.aliases}
     for prefix in (ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX):
@@ -104,32 +103,33 @@ def alias_states(model: Any) -> dict[str, AliasState]:
 
 
 def checked_sha256(tags: Mapping[str, str], name: str, where: str) -> str:
-    """Return the tag, 64 hex digits. KeyError where it is missing, IntegrityError otherwise."""
+    """Return the tag. KeyError if it is missing, IntegrityError unless it has 64 hex digits."""
     if not _SHA256.fullmatch(tags[name]):
-        raise _spoilt(name, tags[name], where, "a sha256, 64 hex digits")
+        raise _tag_error(name, tags[name], where, "a sha256 in 64 hex digits")
     return tags[name]
 
 
 def _alias_state(model: Any, alias: str, tags: Mapping[str, str]) -> AliasState:
-    stands = model.aliases.get(alias)
-    ours = tags.get(f"{ALIAS_TAG_PREFIX}{alias}", NONE).split(">")  # two where a write was cut off
+    current = model.aliases.get(alias)
+    # "old>new" after an interrupted write: both are versions that reconcile set.
+    recorded = tags.get(f"{ALIAS_TAG_PREFIX}{alias}", NONE).split(">")
     return AliasState(
-        number=None if stands is None else int(stands),
-        manual=str(stands or NONE) not in ours,
-        unfinished=len(ours) > 1,
-        recorded=_recorded(tags.get(f"{OVERRIDE_TAG_PREFIX}{alias}")),
+        number=None if current is None else int(current),
+        manual=str(current or NONE) not in recorded,
+        unfinished=len(recorded) > 1,
+        recorded=_override(tags.get(f"{OVERRIDE_TAG_PREFIX}{alias}")),
     )
 
 
-def _recorded(text: str | None) -> ManualOverride | None:
-    """Return the record of a person's act; one that cannot be read is written anew, so None."""
+def _override(text: str | None) -> ManualOverride | None:
+    """Return the recorded manual override; None if it is unreadable, so that it is rewritten."""
     try:
         return None if text is None else from_json(ManualOverride, text, where="the record")
     except IntegrityError:
         return None
 
 
-def _noun(kind: Any, tags: Mapping[str, str], name: str, where: str) -> Any:
+def _parse_tag(kind: Any, tags: Mapping[str, str], name: str, where: str) -> Any:
     return from_json(kind, tags[name], where=f"the tag {tag(name)} of {where}")
 
 
@@ -137,18 +137,18 @@ def _number(tags: Mapping[str, str], name: str, where: str) -> int | None:
     if name not in tags:
         return None
     if not _NUMBER.fullmatch(tags[name]):
-        raise _spoilt(name, tags[name], where, "the number of a version")
+        raise _tag_error(name, tags[name], where, "a version number")
     return int(tags[name])
 
 
-def _rung(tags: Mapping[str, str], where: str) -> RecoveryStrategy:
+def _strategy(tags: Mapping[str, str], where: str) -> RecoveryStrategy:
     text = tags.get("made_by", RecoveryStrategy.DIRECT.value)
     if text not in [strategy.value for strategy in RecoveryStrategy]:
-        raise _spoilt("made_by", text, where, ", ".join(RecoveryStrategy))
+        raise _tag_error("made_by", text, where, ", ".join(RecoveryStrategy))
     return RecoveryStrategy(text)
 
 
-def _spoilt(name: str, text: str, where: str, expected: str) -> IntegrityError:
+def _tag_error(name: str, text: str, where: str, expected: str) -> IntegrityError:
     return IntegrityError(
         f"the tag {tag(name)} of {where} cannot be read",
         expected=expected,
