@@ -155,7 +155,8 @@ def test_all_problems_of_a_recipe_are_reported_at_once(cli, tmp_path):
     assert "suites.0.scorings: there is no such field" in err
     assert "suites.0.max_new_tokens: input should be a valid integer" in err
     assert "perturbation.maskng_p: there is no such field" in err
-    assert "optimizer: the optimiser cannot run: steps must be at least 1, not -1" in err
+    assert "optimizer: the optimizer settings are invalid: steps must be a whole number" in err
+    assert "from 1 to 10,000,000, not -1" in err
 
 
 @pytest.mark.parametrize(

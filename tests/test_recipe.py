@@ -1,38 +1,159 @@
-"""What a recipe's perturbation may say: checked before a model is touched."""
+"""A recipe with a value that cannot be trained with is refused before a model is loaded."""
+
+import math
+import re
+from dataclasses import fields, replace
 
 import pytest
 
-from trans_peft.domain.recipe import Perturbation
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
+from trans_peft.domain.spec import AdapterSpec
 from trans_peft.errors import InvalidSpecError
 
-NOT_A_CHANCE = (-0.1, 1, 1.5, float("nan"), float("inf"), -float("inf"))
+NAN, INF = math.nan, math.inf
+NOT_A_PROBABILITY = (-0.1, 1, 1.5, NAN, INF, -INF, "0.1", None, True)
+RECIPE = TrainingRecipe("a", "f", DataSource("t.jsonl"), (Suite("s", DataSource("s.jsonl")),))
 
 
 @pytest.mark.parametrize("name", ["masking_p", "dropping_p"])
-@pytest.mark.parametrize("value", NOT_A_CHANCE)
-def test_what_is_no_chance_is_refused(name, value):
-    with pytest.raises(InvalidSpecError, match=rf"{name} must lie in \[0, 1\), not {value}"):
+@pytest.mark.parametrize("value", NOT_A_PROBABILITY)
+def test_a_probability_outside_its_range_is_refused(name, value):
+    with pytest.raises(InvalidSpecError, match=rf"{name} must lie in \[0, 1\), not {value!r}"):
         Perturbation(**{name: value})
 
 
-def test_every_problem_is_named_at_once():
+def test_every_problem_of_a_perturbation_is_named_at_once():
     with pytest.raises(
-        InvalidSpecError, match=r"masking_p must.*dropping_p must.*where must.*negative, found \[-1"
+        InvalidSpecError,
+        match=r"masking_p must.*dropping_p must.*where must.*indices from 0, found \[-1",
     ):
-        Perturbation(float("nan"), 1.0, where="mlp", spared_layers=(0, -1))
+        Perturbation(NAN, 1.0, where="mlp", spared_layers=(0, -1))
 
 
 @pytest.mark.parametrize(
-    "asked", [{"granularity": "element"}, {"where": "both"}, {"spared_layers": (0, 2)}], ids=str
+    "given", [{"granularity": "element"}, {"where": "both"}, {"spared_layers": (0, 2)}], ids=str
 )
-def test_how_without_how_much_is_refused(asked):
-    (name,) = asked
+def test_settings_of_a_perturbation_without_a_probability_are_refused(given):
+    (name,) = given
     with pytest.raises(InvalidSpecError, match=f"{name} is given while .* both 0"):
-        Perturbation(**asked)
-    assert not Perturbation(masking_p=0.1, **asked).is_off
-    assert not Perturbation(dropping_p=0.1, **asked).is_off
+        Perturbation(**given)
+    assert not Perturbation(masking_p=0.1, **given).is_off
+    assert not Perturbation(dropping_p=0.1, **given).is_off
 
 
-def test_plain_fine_tuning_is_said_by_saying_nothing_or_two_zeros():
+def test_a_perturbation_without_arguments_or_with_two_zeros_is_off():
     assert Perturbation().is_off
     assert Perturbation(masking_p=0.0, dropping_p=0.0) == Perturbation()
+
+
+PERTURBATIONS = {
+    "granularity": (("element",), ("layer", None)),
+    "where": (("attention", "both"), ("mlp", None)),
+    "spared_layers": (((0, 3),), ((-1,), (1.5,), ("0",), (True,), (99, 99))),
+}
+OPTIMIZERS = {
+    "learning_rate": ((1e-12, 1, 10), (0, -1e-3, 10.5, 1e37, 1e300, INF, NAN, "1e-3", True, None)),
+    "steps": ((1, 10_000), (0, -1, 10**15, 1.5, "3", True, None)),
+    "batch_size": ((1, 10_000), (0, -1, 10**12, 1.5, True)),
+    "gradient_accumulation": ((1, 10_000), (0, -1, 10**12, 1.5)),
+    "warmup_steps": ((0, 99), (-1, 100, 10**6, 0.1)),
+    "weight_decay": (
+        (0, 0.1, 3333),
+        (-0.1, -1e38, 3334, 1e38, 10**400, INF, NAN, "0", None),
+    ),
+    "max_grad_norm": ((0, 1.0, 1e9), (-1.0, INF, NAN, None)),
+    "max_length": ((2, 10**6), (0, 1, -1, 10**9, 1.5)),
+}
+RECIPES = {
+    "dtype": (("float32", "bfloat16", "nf4"), ("float16", "int8", None)),
+    "seed": ((0, 2**31 - 1), (-1, 2**31, 2**40, 1.5, "1")),
+    "processes": ((1, 64), (0, -1, 10**6, 1.5)),
+    "checkpoint_steps": ((1, 10**6), (0, -1, 10**9, 0.5)),
+}
+BASES = (
+    (Perturbation(masking_p=0.1), PERTURBATIONS),
+    (OptimizerSettings(), OPTIMIZERS),
+    (RECIPE, RECIPES),
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "value"),
+    [(base, name, value) for base, table in BASES for name in table for value in table[name][0]],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_value_in_range_is_accepted_and_has_a_hash(settings, field, value):
+    changed = replace(settings, **{field: value})
+    recipe = changed if isinstance(changed, TrainingRecipe) else None
+    if isinstance(changed, OptimizerSettings):
+        recipe = replace(RECIPE, optimizer=changed)
+    if isinstance(changed, Perturbation):
+        recipe = replace(RECIPE, perturbation=changed)
+    assert len(recipe.sha256) == 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "value"),
+    [(base, name, value) for base, table in BASES for name in table for value in table[name][1]],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_value_out_of_range_is_refused_by_its_field(settings, field, value):
+    with pytest.raises(InvalidSpecError, match=rf"(?s){field} must .*(not|found)"):
+        replace(settings, **{field: value})
+
+
+def test_every_field_of_the_optimizer_has_a_range():
+    assert {field.name for field in fields(OptimizerSettings)} == set(OPTIMIZERS)
+
+
+def test_a_run_on_more_rows_than_its_order_can_hold_is_refused():
+    optimizer = OptimizerSettings(steps=10_000, batch_size=1_000, gradient_accumulation=10)
+    with pytest.raises(InvalidSpecError, match="must be at most 100,000,000 rows"):
+        replace(optimizer, batch_size=1_001)
+    with pytest.raises(InvalidSpecError, match="processes must be at most 100,000,000 rows"):
+        replace(RECIPE, optimizer=optimizer, processes=2)
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ENDLESS: list = []
+ENDLESS.append(ENDLESS)
+NOT_JSON = {
+    "no type": (3, {}, "peft_type"),
+    "lower case": ("lora", {}, "upper case, such as LORA"),
+    "no options": ("LORA", None, "not a mapping"),
+    "a list": ("LORA", ["r"], "not a mapping"),
+    "keys of several types": ("LORA", {1: 2, "zzz": 3}, "the key 1 is not a string"),
+    "a nested key": ("LORA", {"rank_pattern": {1: 2}}, "options.rank_pattern: the key 1"),
+    "nan": ("LORA", {"lora_dropout": NAN}, "options.lora_dropout: nan is not finite"),
+    "infinity": ("LORA", {"alpha_pattern": {"q": INF}}, "options.alpha_pattern.q: inf"),
+    "an object": ("LORA", {"r": object()}, "options.r: a value of type object"),
+    "bytes": ("LORA", {"r": b"8"}, "options.r: a value of type bytes"),
+    "thousands of digits": ("LORA", {"r": 10**5000}, r"options.r: a whole number beyond 2\*\*64"),
+    "a mixed set": ("LORA", {"target_modules": {"q", 1}}, "several types"),
+    "17 levels": ("LORA", {"r": nested(16)}, "nested more than 16 levels"),
+    "3,000 levels": ("LORA", {"r": nested(3000)}, "nested more than 16 levels"),
+    "a cycle": ("LORA", {"r": ENDLESS}, "nested more than 16 levels"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_JSON)
+def test_options_that_json_cannot_represent_are_refused(case):
+    peft_type, options, message = NOT_JSON[case]
+    with pytest.raises(InvalidSpecError, match=message) as caught:
+        AdapterSpec(peft_type, options)
+    assert len(str(caught.value)) < 1000
+
+
+def test_every_spec_has_a_hash():
+    spec = AdapterSpec("LORA", {"target_modules": {"v", "q"}, "r": nested(15), "x": (1, 2.5, None)})
+    same = AdapterSpec("LORA", {"target_modules": ["q", "v"], "r": nested(15), "x": [1, 2.5, None]})
+    assert replace(RECIPE, spec=spec).sha256 == replace(RECIPE, spec=same).sha256
+    assert re.fullmatch("[0-9a-f]{64}", replace(RECIPE, spec=spec).sha256)

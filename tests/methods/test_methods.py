@@ -1,4 +1,4 @@
-"""Every method against the behaviours that all of them share: one row a method."""
+"""Properties that every adapter method must have."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ QUANTIZED = pytest.mark.quantized
 
 @dataclass(frozen=True)
 class Method:
-    """An adapter, the base it is for, and whether masked neurons are sliced out of that base."""
+    """An adapter, its base, and whether masked neurons of that base are sliced."""
 
     spec: AdapterSpec
     base: Callable[[], nn.Module] = tiny_model
@@ -91,7 +91,7 @@ def test_training_under_perturbation_changes_the_adapter_alone(method):
 
 
 @methods
-def test_what_is_saved_loads_as_any_peft_adapter(method, tmp_path):
+def test_a_saved_adapter_loads_with_stock_peft(method, tmp_path):
     model = trained(method, perturbation=BOTH)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(method.base(), tmp_path)
@@ -99,7 +99,7 @@ def test_what_is_saved_loads_as_any_peft_adapter(method, tmp_path):
 
 
 @methods
-def test_the_saved_keys_are_those_of_plain_training(method, tmp_path):
+def test_the_saved_keys_equal_those_of_plain_training(method, tmp_path):
     trained(method).save_pretrained(tmp_path / "plain")
     trained(method, perturbation=BOTH).save_pretrained(tmp_path / "perturbed")
     plain, ours = (load_peft_weights(tmp_path / name) for name in ("plain", "perturbed"))
@@ -124,7 +124,7 @@ def test_many_adapters_share_one_base_and_are_switched(method, tmp_path):
 
 
 @methods
-def test_unloading_gives_the_base_back(method):
+def test_unloading_restores_the_base(method):
     bare = trained(method).unload()
     assert torch.equal(logits(bare), logits(method.base()))
     assert list(bare.state_dict()) == list(method.base().state_dict())
@@ -132,8 +132,8 @@ def test_unloading_gives_the_base_back(method):
 
 @pytest.mark.parametrize(
     "name", ["lora", "houlsby", "ia3"]
-)  # PEFT refuses VeRA there, and transformers 5.23 misreads DoRA's magnitudes
-def test_transformers_loads_what_is_saved(name, tmp_path):
+)  # PEFT rejects VeRA there, and transformers 5.23 misreads DoRA's magnitudes
+def test_transformers_loads_a_saved_adapter(name, tmp_path):
     model = trained(METHODS[name])
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForCausalLM.from_pretrained(write_tiny_base(tmp_path / "base"))
@@ -147,8 +147,8 @@ def test_transformers_loads_what_is_saved(name, tmp_path):
 
 
 @methods
-def test_masking_is_zeroing_columns_of_whatever_takes_the_neurons_in(method):
-    """The restatement is an activation hook here: it says the same for every PEFT layer."""
+def test_masking_equals_multiplying_the_input_of_the_down_projection(method):
+    """The reference multiplies the input of the down projection by the mask in a hook."""
     from trans_peft.perturbation.draws import TrainingPosition, draw
 
     perturbation = Perturbation(masking_p=0.4)
@@ -178,8 +178,8 @@ def test_masking_is_zeroing_columns_of_whatever_takes_the_neurons_in(method):
 
 
 @QUANTIZED
-def test_a_step_on_4_bits_is_the_sliced_step_on_the_weights_that_they_stand_for():
-    """Masking by multiplication against masking by slicing, dropping included."""
+def test_a_step_on_4_bits_equals_the_sliced_step_on_the_dequantized_weights():
+    """Compare masking by multiplication with masking by slicing, including dropping."""
     import bitsandbytes
 
     spec = AdapterSpec("LORA", {"r": 4, "target_modules": ALL, "init_lora_weights": False})
@@ -203,7 +203,7 @@ def test_a_step_on_4_bits_is_the_sliced_step_on_the_weights_that_they_stand_for(
     assert set(multiplied.values()) == {"Linear4bit is not a plain linear layer"}
 
 
-def test_a_bottleneck_goes_where_the_weights_are_even_if_all_are_quantised():
+def test_a_bottleneck_follows_the_device_of_quantized_weights():
     quantised = nn.Module()
     packed = torch.zeros(4, dtype=torch.uint8, device="meta")
     quantised.weight = nn.Parameter(packed, requires_grad=False)
@@ -213,8 +213,8 @@ def test_a_bottleneck_goes_where_the_weights_are_even_if_all_are_quantised():
 
 
 @methods
-def test_a_dropped_sub_layer_contributes_nothing_nor_does_its_adapter(method):
-    """Zeroing what the sub-layer gives, an adapter after it included, says the same."""
+def test_a_dropped_sub_layer_and_its_adapter_contribute_nothing(method):
+    """The reference multiplies the output of the sub-layer and its adapter by zero in a hook."""
     from trans_peft.perturbation.draws import TrainingPosition, draw
 
     perturbation = Perturbation(dropping_p=0.5, where="both")

@@ -1,4 +1,4 @@
-"""AdapterSpec <-> PEFT config, and onto a model or not at all."""
+"""AdapterSpec to PEFT config and back, and attaching an adapter."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from trans_peft.methods.specs import attach, to_config, to_spec
 LORA = AdapterSpec("LORA", {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]})
 
 
-def test_a_spec_becomes_the_config_that_peft_would_build():
+def test_a_spec_gives_the_config_that_peft_builds():
     expected = LoraConfig(
         r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )
@@ -31,7 +31,7 @@ def test_a_spec_becomes_the_config_that_peft_would_build():
     ],
     ids=str,
 )
-def test_a_config_becomes_its_spec_and_back(spec, tmp_path):
+def test_a_config_gives_its_spec_and_back(spec, tmp_path):
     config = to_config(spec)
     assert to_spec(config) == spec
     config.save_pretrained(tmp_path)
@@ -46,13 +46,13 @@ def test_every_problem_of_a_spec_is_named_at_once():
         assert part in message
 
 
-def test_an_unknown_type_lists_what_there_is():
+def test_an_unknown_method_lists_the_known_ones():
     with pytest.raises(InvalidSpecError, match=r"BOTTLENECK.*LORA.*\n.*NOPE"):
         to_config(AdapterSpec("NOPE"))
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         (AdapterSpec("LORA", {"target_modules": ["query", "v_proj"]}), "query.*\n.*q_proj"),
         (AdapterSpec("LORA", {"target_modules": "no.*such"}), "no.*such"),
@@ -61,10 +61,10 @@ def test_an_unknown_type_lists_what_there_is():
         (AdapterSpec("BOTTLENECK", {"bottleneck_dim": 0}), "bottleneck_dim"),
     ],
 )
-def test_a_refused_adapter_leaves_the_model_as_it_was(spec, said):
+def test_a_refused_adapter_leaves_the_model_unchanged(spec, message):
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InvalidSpecError, match=said):
+    with pytest.raises(InvalidSpecError, match=message):
         attach(model, spec)
     assert list(before) == list(model.state_dict())
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())

@@ -1,4 +1,4 @@
-"""docs/architectures.md: complete, and true for the architectures that are judged again here."""
+"""docs/architectures.md is complete, and correct for the architectures that are tested here."""
 
 import re
 
@@ -17,7 +17,7 @@ FAST = (
 )  # fmt: skip
 
 
-def test_the_page_has_every_architecture_of_transformers_and_none_differs():
+def test_the_page_lists_every_architecture_of_transformers():
     page = read()
     assert list(page) == list(ARCHITECTURES), COMMAND
     assert {v.outcome for v in page.values()} <= {"equal", "multiplied", "refused", "not built"}
@@ -26,13 +26,13 @@ def test_the_page_has_every_architecture_of_transformers_and_none_differs():
 
 
 @pytest.mark.parametrize("architecture", FAST)
-def test_an_architecture_is_judged_as_the_page_says(architecture):
+def test_the_verdict_of_a_fast_architecture_equals_the_page(architecture):
     assert judge(architecture) == read()[architecture], COMMAND
 
 
 @pytest.mark.architectures
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - set(FAST)))
-def test_every_architecture_is_judged_as_the_page_says(architecture):
+def test_the_verdict_of_every_architecture_equals_the_page(architecture):
     assert judge(architecture) == read()[architecture], COMMAND
 
 
@@ -40,7 +40,7 @@ def test_every_architecture_is_judged_as_the_page_says(architecture):
     "architecture",
     [name for name, verdict in read().items() if "layout=" in verdict.detail],
 )
-def test_a_layout_that_a_refusal_advises_works(architecture):
+def test_a_suggested_layout_works(architecture):
     text = re.search(r"layout=(Layout\(.*\))\)", read()[architecture].detail)[1]
     layout = eval(text, {"Layout": Layout})
     model = tiny(architecture)
@@ -51,9 +51,9 @@ def test_a_layout_that_a_refusal_advises_works(architecture):
         assert off < 1e-4 or architecture == "hrm_text"
 
 
-def test_gpt_oss_needs_no_layout_and_refusals_never_advise_what_fails():
+def test_every_unsupported_architecture_has_a_workaround():
     assert read()["gpt_oss"].outcome == "multiplied"
     refused = [verdict for verdict in read().values() if verdict.outcome == "refused"]
     assert refused
     for verdict in refused:
-        assert re.search(r"do: (train without|perturb the attention|state where)", verdict.detail)
+        assert re.search(r"do: (train without|perturb the attention|name the)", verdict.detail)

@@ -32,7 +32,7 @@ def with_weights(model, weights):
 
 
 def masked_columns(model, perturbation, downs):
-    """The down projections of each layer with the columns of masked neurons at zero."""
+    """The down projections of each layer with the columns of masked neurons set to zero."""
     weights = {}
     own = dict(model.named_parameters())
     for layer in range(len(model.layers)):
@@ -71,9 +71,9 @@ def refused(model, match, perturbation=MASKED, **options):
         ([toys.Plain, toys.Inline], ["ffn_0.down.weight", "ffn_1.down.weight"], None),
         ([toys.Normed], ["ffn_0.down.weight"], "raises RuntimeError"),
         ([toys.Fixed], ["ffn_0.down.weight"], "raises RuntimeError"),
-        ([toys.Sparse], ["ffn_0.down.weight"], "off the multiplied one"),
-        ([toys.Permuted], ["ffn_0.down.weight"], "off the multiplied one"),
-        ([toys.Interleaved], ["ffn_0.down.weight"], "off the multiplied one"),
+        ([toys.Sparse], ["ffn_0.down.weight"], "differs from the multiplied one by"),
+        ([toys.Permuted], ["ffn_0.down.weight"], "differs from the multiplied one by"),
+        ([toys.Interleaved], ["ffn_0.down.weight"], "differs from the multiplied one by"),
         ([toys.GatedExperts], ["ffn_0.down_proj"], "experts are not sliced"),
         (
             [toys.Mixture],
@@ -83,7 +83,7 @@ def refused(model, match, perturbation=MASKED, **options):
     ],
     ids=str,
 )
-def test_masking_is_the_formula_however_the_ffn_is_written(ffns, downs, reason, perturbation):
+def test_masking_equals_the_formula_for_every_form_of_ffn(ffns, downs, reason, perturbation):
     model = toys.decoder(*ffns)
     with torch.no_grad():
         expected = with_weights(model, masked_columns(model, perturbation, downs))
@@ -93,7 +93,7 @@ def test_masking_is_the_formula_however_the_ffn_is_written(ffns, downs, reason, 
     assert not reasons if reason is None else all(reason in found for found in reasons)
 
 
-def test_a_kind_is_judged_for_itself_and_one_layer_stands_for_its_kind():
+def test_one_layer_of_each_kind_is_verified():
     makers = [
         lambda: toys.Layer(toys.Plain()),
         lambda: toys.Layer(toys.Normed()),
@@ -107,7 +107,7 @@ def test_a_kind_is_judged_for_itself_and_one_layer_stands_for_its_kind():
         assert handle.without_ffn == (3,)
 
 
-def test_layers_that_differ_in_a_setting_alone_are_two_kinds():
+def test_layers_that_differ_in_one_attribute_are_of_two_kinds():
     class Sometimes(toys.Sparse):
         sparse = False
 
@@ -124,7 +124,7 @@ def test_layers_that_differ_in_a_setting_alone_are_two_kinds():
 
 
 @given(st.integers(1, 70).flatmap(lambda n: st.lists(st.booleans(), min_size=n, max_size=n)))
-def test_computed_neurons_are_in_order_and_idle_ones_add_nothing(kept):
+def test_computed_neurons_are_in_order_and_padding_adds_nothing(kept):
     kept = np.array(kept)
     computed = neurons_to_compute(kept, 2, torch.device("cpu"))
     if kept.all():
@@ -142,7 +142,7 @@ def test_computed_neurons_are_in_order_and_idle_ones_add_nothing(kept):
     )
 
 
-# --- what is no FFN, and what refuses ---------------------------------------------------------
+# --- other modules, and unsupported models ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,16 +155,16 @@ def test_computed_neurons_are_in_order_and_idle_ones_add_nothing(kept):
         ([toys.LeakyExperts], "does not mask all of its neurons"),
     ],
 )
-def test_a_weight_that_may_belong_to_a_ffn_refuses_the_model_by_name(ffns, names):
+def test_an_unassigned_weight_makes_the_model_unsupported(ffns, names):
     refused(toys.decoder(*ffns), rf"layers 0 to 2 \(Layer\).*{names}")
 
 
-def test_every_kind_that_refuses_is_named():
+def test_every_unsupported_kind_of_layer_is_named():
     makers = [lambda: toys.Layer(toys.Table()), lambda: toys.Layer(toys.Plain(), toys.Experts())]
     refused(toys.Decoder(*makers).train(), r"(?s)layer 0 .*ffn_0.*layer 1 .*ffn_1")
 
 
-def test_a_gate_on_another_input_is_no_ffn():
+def test_a_gate_on_another_input_is_not_an_ffn():
     model = toys.Decoder(*[lambda: toys.LayerWithGate(("some_gate", "some_projection"))] * 2)
     refused(model.train(), "some_projection")
 
@@ -177,7 +177,7 @@ def test_a_gate_on_another_input_is_no_ffn():
     ],
     ids=["known gate", "attention with borrowed keys"],
 )
-def test_what_is_no_ffn_is_left_alone(make):
+def test_other_modules_are_not_perturbed(make):
     model = toys.Decoder(make, make).train()
     with torch.no_grad():
         expected = with_weights(model, masked_columns(model, MASKED, ["ffn_0.down.weight"]))
@@ -190,23 +190,23 @@ def test_a_model_whose_layers_only_mix_tokens_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("layout", "said"),
+    ("layout", "message"),
     [
         (Layout("layers", ("ffn_0.a", "ffn_0.b"), "ffn_0.out"), "ffn_0"),
         (Layout("layers", ("mixer.v_proj",), "mixer.o_proj"), "mixes tokens"),
     ],
 )
-def test_a_layout_that_leaves_a_weight_out_or_names_no_ffn_is_refused(layout, said):
-    refused(toys.decoder(toys.ThreeInputs), said, layout=layout)
+def test_an_incomplete_or_wrong_layout_is_refused(layout, message):
+    refused(toys.decoder(toys.ThreeInputs), message, layout=layout)
 
 
 @pytest.mark.parametrize("down", ["mlp.down_proj", "self_attn.o_proj"])
-def test_a_layout_of_a_real_model_is_checked_as_well(down):
+def test_a_wrong_layout_of_a_real_model_is_refused(down):
     parts = {"mlp.down_proj": ("mlp.gate_proj",), "self_attn.o_proj": ("self_attn.q_proj",)}
     refused(tiny_model().train(), "layout|mlp", layout=Layout("layers", parts[down], down))
 
 
-def test_a_complete_layout_masks_as_the_formula_says():
+def test_masking_with_a_complete_layout_equals_the_formula():
     model = toys.decoder(toys.ThreeInputs)
     layout = Layout("layers", ("ffn_0.a", "ffn_0.b", "ffn_0.c"), "ffn_0.out")
     refused(model, re.escape(str(layout)))  # the advice is what works
@@ -217,7 +217,7 @@ def test_a_complete_layout_masks_as_the_formula_says():
     assert not handle.multiplied
 
 
-def test_a_model_that_takes_no_token_ids_is_judged_by_shape_and_multiplied():
+def test_a_model_without_token_ids_is_verified_by_shape_and_multiplied():
     class OfVectors(toys.Decoder):
         def forward(self, x):
             for layer in self.layers:
@@ -384,7 +384,7 @@ def lora(model):
     ],
     ids=["lora", "lora in bfloat16", "lora in float16", "dora", "lora on nf4"],
 )
-def test_adapters_dtypes_and_quantised_layers_are_looked_at_without_a_trace(model, reason):
+def test_verification_leaves_adapters_and_quantized_layers_unchanged(model, reason):
     if reason and "4bit" in reason:
         pytest.importorskip("bitsandbytes")
     model = model().train()

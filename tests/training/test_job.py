@@ -19,13 +19,13 @@ def test_a_written_result_reads_back_equal(tmp_path):
     assert TrainingResult.read(tmp_path / "result.json") == result
 
 
-def test_what_is_no_job_is_refused(tmp_path):
+def test_a_file_that_is_not_a_job_is_refused(tmp_path):
     (tmp_path / "job.json").write_text('{"recipe": 3}')
     with pytest.raises(InvalidSpecError, match="not a training job"):
         TrainingJob.read(tmp_path / "job.json")
 
 
-def test_missing_files_are_told_before_anything_is_written(make_job, tmp_path):
+def test_missing_files_are_reported_before_anything_is_written(make_job, tmp_path):
     job = make_job(tmp_path / "work", recipe())
     lost = replace(job, base_folder=tmp_path, data_file=tmp_path / "none.jsonl")
     with pytest.raises(NotFoundError, match=r"config\.json; .*none\.jsonl"):

@@ -1,4 +1,4 @@
-"""What training accepts is saved, attached again and transferred; the rest is refused first."""
+"""An adapter that the rehearsal accepts can be saved, attached again and transferred."""
 
 import pytest
 import torch
@@ -9,8 +9,10 @@ from tests.transfer.conftest import fingerprint_of
 from trans_peft.checksums import model_checksums
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.errors import InvalidSpecError
+from trans_peft.methods import options
 from trans_peft.methods.specs import attach
 from trans_peft.models import LoadedBase
+from trans_peft.training import rehearsal
 from trans_peft.training.rehearsal import rehearse, save_adapter
 from trans_peft.transfer.compatibility import compare
 from trans_peft.transfer.load_adapter import attached, transplant
@@ -43,25 +45,22 @@ LORA = {
     "all linear": {"target_modules": "all-linear"},
     "rslora": {**QV, "use_rslora": True},
     "dora": {**QV, "use_dora": True},
-    "qalora": {**QV, "use_qalora": True},
     "biases of its own": {**QV, "lora_bias": True},
     "gaussian": {**QV, "init_lora_weights": "gaussian"},
     "orthogonal": {**QV, "init_lora_weights": "orthogonal"},
     "mica": {**QV, "init_lora_weights": "mica"},
-    "velora": {**QV, "velora_config": {}},
+    "velora": {**QV, "velora_config": {"num_groups": 8}},
     "ranks": {**QV, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
     "one layer": {**QV, "layers_to_transform": [1]},
     "embedding": {"target_modules": ["embed_tokens"]},
     "embedding by expression": {"target_modules": r".*(q_proj|embed_tokens)"},
     "tied adapters": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
-    "head": {"target_modules": ["lm_head", "q_proj"]},
     "saved norm": {**QV, "modules_to_save": ["norm"]},
     "saved embedding": {**QV, "modules_to_save": ["embed_tokens"]},
     "saved head": {**QV, "modules_to_save": ["lm_head"]},
     "saved both": {**QV, "modules_to_save": ["embed_tokens", "lm_head"]},
     "saved FFN": {**QV, "modules_to_save": ["mlp"]},
     "tokens": {**QV, "trainable_token_indices": [3, 4]},
-    "tokens of the head": {**QV, "trainable_token_indices": {"lm_head": [3]}},
     "parameters": {"target_modules": [], "target_parameters": ["mlp.gate_proj.weight"]},
 }
 METHODS = {
@@ -113,11 +112,14 @@ MIXTRAL = {
 }
 CASES = [
     *(pytest.param(tiny_model, "LORA", o, id=f"LORA {name}") for name, o in LORA.items()),
-    *(pytest.param(tiny_model, name, o, id=name) for name, o in METHODS.items()),
+    *(
+        pytest.param(untied if name == "TRAINABLE_TOKENS" else tiny_model, name, o, id=name)
+        for name, o in METHODS.items()
+    ),
     *(pytest.param(mixtral, "LORA", o, id=f"Mixtral {name}") for name, o in MIXTRAL.items()),
     *(
         pytest.param(untied, "LORA", LORA[name], id=f"untied {name}")
-        for name in ("embedding", "head", "saved embedding", "saved head", "saved both", "tokens")
+        for name in ("embedding", "saved embedding", "saved head", "saved both", "tokens")
     ),
 ]
 
@@ -127,14 +129,16 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-@pytest.mark.filterwarnings("default::RuntimeWarning")  # PEFT forgets target_parameters in one
-@pytest.mark.parametrize(("make", "peft_type", "options"), CASES)
-def test_what_the_rehearsal_accepts_survives_training_saving_and_transfer(
-    make, peft_type, options, tmp_path
+@pytest.mark.filterwarnings(
+    "default::RuntimeWarning"
+)  # PEFT ignores target_parameters in this warning
+@pytest.mark.parametrize(("make", "peft_type", "given"), CASES)
+def test_an_accepted_adapter_survives_training_saving_and_transfer(
+    make, peft_type, given, tmp_path
 ):
     base = LoadedBase(make().eval(), tiny_tokenizer())
     before = model_checksums(base.model)
-    spec = AdapterSpec(peft_type, options)
+    spec = AdapterSpec(peft_type, given)
     rehearse(base, spec, tmp_path)
     assert not before.changes(model_checksums(base.model))
     torch.manual_seed(0)
@@ -167,20 +171,99 @@ def one_by_one(model, prompt):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lora_alpha": 0}, "change no logit"),
-        ({"bias": "all"}, "biases of the base"),
-        ({"target_modules": ["nothing"]}, "'nothing' matches no module"),
-        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, "lm_head.weight"),
-        ({"init_lora_weights": "pissa"}, "rewrites the weights"),
-    ],
-)
-def test_what_would_be_of_no_use_is_refused_before_it_is_trained(options, message, tmp_path):
+REFUSED = {
+    "an alpha of zero": ("LORA", {"lora_alpha": 0}, "lora_alpha must be positive"),
+    "biases of the base": ("LORA", {"bias": "all"}, "biases of the base"),
+    "no target": ("LORA", {"target_modules": ["nothing"]}, "'nothing' matches no module"),
+    "a tied embedding saved whole": (
+        "LORA",
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        "lm_head.weight",
+    ),
+    "weights of the base": ("LORA", {"init_lora_weights": "pissa"}, "rewrites the weights"),
+    "a part of a vector bank": (
+        "VBLORA",
+        {"num_vectors": 16, "vector_length": 16, "save_only_topk_weights": True},
+        "cannot load the saved file again",
+    ),
+    "random inference": (
+        "PVERA",
+        {"target_modules": ["q_proj", "o_proj"], "sample_at_inference": True},
+        "not reproducible",
+    ),
+    "the head": ("LORA", {"target_modules": ["lm_head"]}, "targets the output embedding"),
+    "the head and a projection": (
+        "LORA",
+        {"target_modules": ["lm_head", "q_proj"]},
+        "targets the output embedding",
+    ),
+    "embedding and head": (
+        "LORA",
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        "targets the output embedding|cannot be",
+    ),
+    "tokens of the head": (
+        "LORA",
+        {"trainable_token_indices": {"lm_head": [3]}},
+        "targets the output embedding",
+    ),
+    "tokens and the tied head": (
+        "LORA",
+        {"trainable_token_indices": [1], "modules_to_save": ["lm_head"]},
+        "cannot",
+    ),
+    "no tokens": ("LORA", {"trainable_token_indices": []}, "at least one token index"),
+    "modules without weights": (
+        "LORA",
+        {"modules_to_save": ["rotary_emb", "act_fn"]},
+        "'rotary_emb' matches only modules without weights; .*'act_fn' matches only",
+    ),
+    "an exclusion of no target": (
+        "LORA",
+        {"exclude_modules": ["gate_proj"]},
+        "'gate_proj' excludes no targeted module",
+    ),
+    "an exclusion by expression": (
+        "LORA",
+        {"exclude_modules": ".*gate_proj"},
+        "excludes no targeted module",
+    ),
+    "a module whose forward pass fails": ("DELORA", {"modules_to_save": ["norm"]}, "be trained"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_unusable_adapter_is_refused_before_it_is_trained(case, tmp_path):
+    peft_type, options, message = REFUSED[case]
     base = LoadedBase(tiny_model().eval(), tiny_tokenizer())
     before = model_checksums(base.model)
-    with pytest.raises(InvalidSpecError, match=message):
-        rehearse(base, AdapterSpec("LORA", QV | options), tmp_path)
+    with pytest.raises(InvalidSpecError, match=f"(?s){message}") as caught:
+        rehearse(base, AdapterSpec(peft_type, QV | options), tmp_path)
+    assert "\n  do:" in str(caught.value)
     assert not before.changes(model_checksums(base.model))
     assert not any(tmp_path.iterdir())
+
+
+def test_trainable_tokens_of_a_tied_base_are_refused(tmp_path):
+    base = LoadedBase(tiny_model().eval(), tiny_tokenizer())
+    with pytest.raises(InvalidSpecError, match="shares its weight"):
+        rehearse(base, AdapterSpec("TRAINABLE_TOKENS", {"token_indices": [72, 73]}), tmp_path)
+
+
+def test_an_adapter_that_changes_no_logit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_NOISE", 0.0)
+    base = LoadedBase(tiny_model().eval(), tiny_tokenizer())
+    with pytest.raises(InvalidSpecError, match="change no logit"):
+        rehearse(base, AdapterSpec("LORA", QV), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_with_random_logits_is_refused(tmp_path, monkeypatch, dtype):
+    """The comparison itself, with a method that the tables of options do not name."""
+    monkeypatch.setattr(options, "_NOT_EVALUABLE", {})
+    base = LoadedBase(tiny_model().to(dtype).eval(), tiny_tokenizer())
+    spec = AdapterSpec(
+        "PVERA", {"target_modules": ["q_proj", "o_proj"], "r": 8, "sample_at_inference": True}
+    )
+    with pytest.raises(InvalidSpecError, match="two forward passes in evaluation mode differ"):
+        rehearse(base, spec, tmp_path)

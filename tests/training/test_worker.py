@@ -23,19 +23,19 @@ def test_rows_that_are_cut_are_counted():
     assert check_tokens(EXAMPLES, TOKENIZER, LONGEST - 1) == len(cut) > 0
 
 
-def test_rows_of_which_no_answer_is_left_are_told_at_once():
+def test_all_rows_without_an_answer_within_max_length_are_reported():
     long = [Example(f"long{i}", "x" * 60, "y") for i in range(2)]
     assert check_tokens((long[0], *EXAMPLES), TOKENIZER, 61) >= 1
     with pytest.raises(DataError, match="2 of 3 rows") as caught:
         check_tokens((*long, Example("short", "x", "y")), TOKENIZER, 60)
-    assert "id long0: its prompt fills max_length=60: 60 tokens" in str(caught.value)
+    assert "id long0: its prompt of 60 tokens fills max_length=60" in str(caught.value)
     assert "id long1" in str(caught.value)
 
 
 def test_a_prompt_that_the_answer_would_change_is_refused():
     merging = tiny_tokenizer()
     merging.add_tokens(["=4"])
-    with pytest.raises(DataError, match="id 1: with its answer the end of the prompt becomes"):
+    with pytest.raises(DataError, match="id 1: the prompt ends in other tokens if the answer"):
         check_tokens((Example("1", "2+2=", "4"), Example("2", "2+2=", " 4")), merging, 60)
 
 
@@ -49,14 +49,14 @@ def test_a_prompt_that_the_answer_would_change_is_refused():
         (RuntimeError("size mismatch"), "TrainingError"),
     ],
 )
-def test_a_failure_is_sent_by_its_name(error, name):
+def test_an_error_is_sent_by_its_class_name(error, name):
     failure = worker._failure(error)
     assert isinstance(failure, Failed)
     assert failure.error == name
     assert (str(error) or "MemoryError") in failure.message
 
 
-def test_a_work_folder_has_one_owner_at_a_time(tmp_path, monkeypatch):
+def test_one_process_at_a_time_locks_a_work_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "_LOCK_WAIT_S", 0.1)
     with worker.exclusive_work_dir(tmp_path, held=True):
         with (
@@ -70,7 +70,7 @@ def test_a_work_folder_has_one_owner_at_a_time(tmp_path, monkeypatch):
         pass
 
 
-def test_an_owner_that_is_just_ending_is_waited_for(tmp_path):
+def test_the_lock_waits_for_a_process_that_is_ending(tmp_path):
     file = (tmp_path / "lock").open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
     threading.Timer(0.3, file.close).start()

@@ -1,4 +1,4 @@
-"""Content hashes of nouns: the same value, the same hash, in every process on every machine."""
+"""Content hashes of domain values, equal in every process and on every machine."""
 
 import dataclasses
 import hashlib
@@ -12,11 +12,15 @@ from trans_peft.errors import InvalidSpecError
 __all__ = ["ADDED_LATER", "content_sha256"]
 
 ADDED_LATER: Mapping[str, Any] = {"added_later": True}
-"""Metadata of a dataclass field that came when hashes of its noun were already stored: it counts
-only where it differs from its default, so that the hashes of nouns without it stay as they are."""
+"""Metadata of a dataclass field that was added after hashes of its class had been stored.
+
+Such a field is part of the hash only if its value differs from its default. The hashes of values
+that existed before the field therefore do not change.
+"""
 
 
 def _plain(value: Any) -> Any:
+    """Return a value as JSON represents it; sets become sorted lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         held = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
         return {
@@ -36,13 +40,13 @@ def _plain(value: Any) -> Any:
 
 
 def content_sha256(value: Any) -> str:
-    """Return the sha256 (64 hex digits) of a noun's canonical JSON.
+    """Return the sha256 (64 hexadecimal digits) of a value's canonical JSON.
 
-    Keys are sorted, tuples and lists are one, sets are sorted.
+    Keys are sorted, tuples equal lists, and sets are sorted.
 
     Raises:
-        TypeError: for a value of a type that JSON does not have.
-        InvalidSpecError: for an infinite number or NaN, which JSON does not have either.
+        TypeError: a value has a type that JSON cannot represent.
+        InvalidSpecError: a number is infinite or NaN.
     """
     try:
         text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -51,6 +55,6 @@ def content_sha256(value: Any) -> str:
             "a value has no content hash",
             expected="finite numbers",
             found=str(error),
-            do="look for NaN or an infinite number in the recipe, suite or policy",
+            do="correct NaN or infinite numbers in the recipe, suite or policy",
         ) from error
     return hashlib.sha256(text.encode()).hexdigest()

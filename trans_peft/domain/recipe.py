@@ -1,8 +1,8 @@
-"""How an adapter is trained: everything a result depends on, in one value."""
+"""How an adapter is trained: the settings that a training result depends on."""
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.conventions import BASE_ALIASES
@@ -13,58 +13,110 @@ from trans_peft.domain.names import name_problem
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["OptimizerSettings", "Perturbation", "TrainingRecipe"]
+__all__ = ["MAX_TRAINED_ROWS", "OptimizerSettings", "Perturbation", "TrainingRecipe"]
+
+MAX_TRAINED_ROWS = 100_000_000
+"""Rows of a whole run, repetitions included. Training keeps the order of all of them in memory."""
+
+_Dtype = Literal["float32", "bfloat16", "nf4"]
+_Granularity = Literal["neuron", "element"]
+_Where = Literal["ffn", "attention", "both"]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    if _is_whole(value):
+        return abs(value) < 1 << 63
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _count_problems(settings: Any, ranges: dict[str, tuple[int, int]]) -> list[str]:
+    """Return a problem for each field that is not a whole number in its range."""
+    return [
+        f"{name} must be a whole number from {low} to {high:,}, not {value!r}"
+        for name, (low, high) in ranges.items()
+        if not (_is_whole(value := getattr(settings, name)) and low <= value <= high)
+    ]
+
+
+def _choice_problems(settings: Any, **choices: Any) -> list[str]:
+    """Return a problem for each field whose value is not one of its literals."""
+    return [
+        f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(settings, name)!r}"
+        for name, kind in choices.items()
+        if getattr(settings, name) not in get_args(kind)
+    ]
+
+
+def _row_problems(optimizer: "OptimizerSettings", processes: int) -> list[str]:
+    """Return a problem if the run trains on more rows than its order can hold."""
+    per_step = optimizer.batch_size * optimizer.gradient_accumulation * processes
+    rows = optimizer.steps * per_step
+    if rows <= MAX_TRAINED_ROWS:
+        return []
+    return [
+        f"steps * batch_size * gradient_accumulation * processes must be at most "
+        f"{MAX_TRAINED_ROWS:,} rows, not {rows:,}"
+    ]
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Trans-PEFT's two perturbations of the frozen base while an adapter is trained on it.
+    """The two Trans-PEFT perturbations of the frozen base during fine-tuning.
 
-    `masking_p` (p_m, eq. 4-5): chance that an intermediate neuron of a FFN is masked in one forward
-    pass. `dropping_p` (p_d, eq. 6-7): chance that a whole FFN sub-layer is dropped. `granularity`:
-    one mask of shape (d_ff,) per forward (`neuron`, the formula) or one bit per element of
-    (batch, sequence, d_ff) (`element`, the authors' code). `where`: which sub-layers are perturbed
-    (the paper's fig. 10). `spared_layers`: layers left alone. It belongs to the recipe, never to
-    the adapter: nothing of it is in the saved weights.
+    They belong to the recipe, not to the adapter: the saved weights contain nothing of them. The
+    default values switch them off (plain fine-tuning). InvalidSpecError for a value outside its
+    range, and for `granularity`, `where` or `spared_layers` while both probabilities are 0,
+    because such a perturbation would have no effect.
 
-    Without arguments it is off: plain fine-tuning. To say more of it while both chances are zero
-    is an InvalidSpecError, because that asks for a perturbation that would not happen.
+    Attributes:
+        masking_p: probability p_m that a forward pass masks an intermediate neuron of an FFN
+            (eq. 4-5). In [0, 1).
+        dropping_p: probability p_d that a forward pass drops a whole FFN sub-layer (eq. 6-7).
+            In [0, 1).
+        granularity: `neuron` draws one mask of shape (d_ff,) per forward pass, as in the paper's
+            formula; `element` draws one bit per element of (batch, sequence, d_ff), as the
+            authors' code does.
+        where: the sub-layers to perturb (the paper's fig. 10).
+        spared_layers: indices of layers that are not perturbed.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     masking_p: float = 0.0
     dropping_p: float = 0.0
-    granularity: Literal["neuron", "element"] = "neuron"
-    where: Literal["ffn", "attention", "both"] = "ffn"
+    granularity: _Granularity = "neuron"
+    where: _Where = "ffn"
     spared_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} must lie in [0, 1), not {value}"
+            f"{name} must lie in [0, 1), not {value!r}"
             for name, value in (("masking_p", self.masking_p), ("dropping_p", self.dropping_p))
-            if math.isnan(value) or not 0 <= value < 1
+            if not (_is_number(value) and 0 <= value < 1)
         ]
-        if self.granularity not in ("neuron", "element"):
-            problems.append(f"granularity must be neuron or element, not {self.granularity!r}")
-        if self.where not in ("ffn", "attention", "both"):
-            problems.append(f"where must be ffn, attention or both, not {self.where!r}")
-        negative = [layer for layer in self.spared_layers if layer < 0]
-        if negative:
-            problems.append(f"spared_layers must not be negative, found {negative}")
-        asked = {
+        problems += _choice_problems(self, granularity=_Granularity, where=_Where)
+        layers = self.spared_layers
+        if invalid := [layer for layer in layers if not _is_whole(layer) or layer < 0]:
+            problems.append(f"spared_layers must be layer indices from 0, found {invalid!r}")
+        elif len(set(layers)) < len(layers):
+            problems.append(f"spared_layers must name each layer once, found {list(layers)}")
+        given = {
             "granularity": self.granularity != "neuron",
             "where": self.where != "ffn",
-            "spared_layers": bool(self.spared_layers),
+            "spared_layers": bool(layers),
         }
-        if self.is_off and any(asked.values()):
+        if not problems and self.is_off and any(given.values()):
             problems.append(
-                f"{', '.join(name for name, said in asked.items() if said)} is given while "
-                "masking_p and dropping_p are both 0, so that nothing would be perturbed: give one "
-                "of them, or leave the perturbation out for plain fine-tuning"
+                f"{', '.join(name for name, is_given in given.items() if is_given)} is given while "
+                "masking_p and dropping_p are both 0, so that nothing would be perturbed: set one "
+                "of them, or remove the perturbation for plain fine-tuning"
             )
         if problems:
-            raise InvalidSpecError(f"the perturbation cannot be used: {'; '.join(problems)}")
+            raise InvalidSpecError(f"the perturbation is invalid: {'; '.join(problems)}")
 
     @property
     def is_off(self) -> bool:
@@ -72,9 +124,32 @@ class Perturbation:
         return self.masking_p == 0 and self.dropping_p == 0
 
 
+_COUNTS = {
+    "steps": (1, 10_000_000),
+    "batch_size": (1, 1_000_000),
+    "gradient_accumulation": (1, 1_000_000),
+    "warmup_steps": (0, 10_000_000),
+    "max_length": (2, 10_000_000),
+}
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW with a cosine schedule. `batch_size` is per process and per micro-step."""
+    """Settings of AdamW and of its cosine schedule with linear warm-up.
+
+    InvalidSpecError for a value outside its range.
+
+    Attributes:
+        learning_rate: peak of the schedule. Above 0, at most 10.
+        steps: optimizer steps of the run. At most 10,000,000.
+        batch_size: rows per process and micro-step.
+        gradient_accumulation: micro-steps per optimizer step.
+        warmup_steps: steps before the peak. Fewer than `steps`.
+        weight_decay: AdamW's decoupled decay. At least 0, and less than 1 / learning_rate, because
+            a step multiplies a weight by 1 - learning_rate * weight_decay.
+        max_grad_norm: norm to which gradients are clipped. 0 switches clipping off.
+        max_length: tokens after which a row is cut. At least 2, a prompt token and an answer token.
+    """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
@@ -88,29 +163,65 @@ class OptimizerSettings:
     max_length: int = 512
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be at least 1, not {getattr(self, name)}"
-            for name in ("steps", "batch_size", "gradient_accumulation", "max_length")
-            if getattr(self, name) < 1
-        ]
-        if not self.learning_rate > 0:
-            problems.append(f"learning_rate must be positive, not {self.learning_rate}")
-        if self.warmup_steps < 0:
-            problems.append(f"warmup_steps must not be negative, not {self.warmup_steps}")
+        problems = _count_problems(self, _COUNTS)
+        learning_rate_is_valid = _is_number(self.learning_rate) and 0 < self.learning_rate <= 10
+        if not learning_rate_is_valid:
+            problems.append(
+                f"learning_rate must be above 0 and at most 10, not {self.learning_rate!r}"
+            )
+        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+            problems.append(f"weight_decay must be finite and at least 0, not {self.weight_decay}")
+        elif learning_rate_is_valid and self.learning_rate * self.weight_decay >= 1:
+            problems.append(
+                f"weight_decay must be less than 1 / learning_rate = {1 / self.learning_rate:g}, "
+                f"not {self.weight_decay!r}"
+            )
+        if not (_is_number(self.max_grad_norm) and self.max_grad_norm >= 0):
+            problems.append(
+                f"max_grad_norm must be finite and at least 0 (0: no clipping), "
+                f"not {self.max_grad_norm!r}"
+            )
+        if not problems:
+            if self.warmup_steps >= self.steps:
+                problems.append(
+                    f"warmup_steps must be less than steps={self.steps}, not {self.warmup_steps}"
+                )
+            problems += _row_problems(self, 1)
         if problems:
-            raise InvalidSpecError(f"the optimiser cannot run: {'; '.join(problems)}")
+            raise InvalidSpecError(f"the optimizer settings are invalid: {'; '.join(problems)}")
+
+
+_RECIPE_COUNTS = {
+    "seed": (0, 2**31 - 1),
+    "processes": (1, 1024),
+    "checkpoint_steps": (1, 10_000_000),
+}
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Everything one adapter's weights depend on.
+    """Everything that the weights of one adapter depend on.
 
-    `base_version` is a version ("v1") or an alias of the base ("serving", "champion"); it is
-    resolved once, when training starts, and the resolved version is what gets recorded.
-    `dtype` is that of the frozen base while the adapter is trained: "nf4" is QLoRA (its linear
-    layers in 4 bits, computing in bfloat16). Evaluations, here and on every new base, never see it:
-    they run on the base as it was published, in the dtype of their suite. `processes` are started
-    by `accelerate launch`. `suites` are what it is judged by, now and on every new base.
+    InvalidSpecError, with all problems at once, for a value outside its range.
+
+    Attributes:
+        adapter: name of the adapter.
+        family: name of the base family.
+        data: training rows.
+        suites: evaluation suites of the adapter, for this base and for every later one. At least
+            one, with distinct names.
+        base_version: version ("v1") or alias ("serving", "champion") of the base. It is resolved
+            once, when training starts; the registry records the resolved version.
+        spec: type and options of the adapter.
+        perturbation: Trans-PEFT's perturbations.
+        optimizer: settings of AdamW and its schedule.
+        dtype: dtype of the frozen base during training. `nf4` is QLoRA: linear layers in 4 bits
+            that compute in bfloat16. Evaluations use the dtype of their suite instead.
+        seed: seed of the initial weights, the order of rows, dropout and the perturbations. From 0
+            to 2**31 - 1.
+        processes: processes that `accelerate launch` starts.
+        packing: whether several rows share one sequence.
+        checkpoint_steps: steps between two checkpoints.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -123,7 +234,7 @@ class TrainingRecipe:
     spec: AdapterSpec = field(default_factory=AdapterSpec)
     perturbation: Perturbation = Perturbation()
     optimizer: OptimizerSettings = OptimizerSettings()
-    dtype: Literal["float32", "bfloat16", "nf4"] = "float32"
+    dtype: _Dtype = "float32"
     seed: int = 42
     processes: int = 1
     packing: bool = False
@@ -132,24 +243,23 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         problems = [
             problem
-            for what in ("adapter", "family")
-            if (problem := name_problem(what, getattr(self, what)))
+            for field_name in ("adapter", "family")
+            if (problem := name_problem(field_name, getattr(self, field_name)))
         ]
         if self.base_version not in BASE_ALIASES and (
             problem := name_problem("base_version", self.base_version)
         ):
             problems.append(problem)
         if not self.suites:
-            problems.append(
-                "no suite: without one it can never be judged on a new base; name at least one"
-            )
+            problems.append("suites must name at least one suite, to evaluate the adapter on bases")
         names = [suite.name for suite in self.suites]
         if len(set(names)) != len(names):
             problems.append(f"suites share a name: {names}")
-        if self.processes < 1 or self.checkpoint_steps < 1:
-            problems.append("processes and checkpoint_steps must be at least 1")
+        problems += _choice_problems(self, dtype=_Dtype)
+        counts = _count_problems(self, _RECIPE_COUNTS)
+        problems += counts or _row_problems(self.optimizer, self.processes)
         if problems:
-            raise InvalidSpecError(f"the recipe cannot be used: {'; '.join(problems)}")
+            raise InvalidSpecError(f"the recipe is invalid: {'; '.join(problems)}")
 
     @property
     def sha256(self) -> str:

@@ -1,1 +1,1 @@
-"""Which adapters exist: every PEFT method by its own name, and the Houlsby bottleneck adapter."""
+"""Adapter methods: those of PEFT, and the Houlsby bottleneck adapter."""

@@ -1,7 +1,7 @@
-"""A bound on the tensors that are made while PEFT builds an adapter.
+"""Limit the tensors that are allocated while PEFT builds an adapter.
 
-A rank of 400,000,000 in adapter_config.json would be allocated before anybody compares shapes with
-the adapter's file.
+PEFT would allocate a rank of 400,000,000 in adapter_config.json before shapes are compared with the
+adapter's file.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,12 +26,12 @@ _NOT_ON_META = ("generator", "pin_memory", "out")
 
 
 class BoundedAllocation(TorchFunctionMode):
-    """Within the block, this thread's new tensors have at most `elements` elements at any time.
+    """Limits the new tensors of this thread inside the block to `elements` elements at any time.
 
-    LimitExceededError before the tensor that would exceed it is allocated. Counts what torch's
-    factory functions make, as `torch.device` contexts see them; copies of tensors that exist are
-    not counted. Large tensors count while they are alive, since some methods need large temporary
-    ones; small ones count for good.
+    LimitExceededError before a tensor that would exceed the limit is allocated; `subject` names the
+    adapter in it. Tensors from torch's factory functions count, copies of existing tensors do not.
+    Large tensors count while they are alive, because some methods need large temporary tensors;
+    small ones count until the end of the block.
     """
 
     def __init__(self, elements: int, subject: str) -> None:
@@ -48,26 +48,26 @@ class BoundedAllocation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Count what a factory function is about to allocate, and refuse what is too much."""
+        """Count the elements that a factory function will allocate, before it runs."""
         kwargs = kwargs or {}
         if func not in _FACTORIES:
             return func(*args, **kwargs)
         elements = self._elements(func, args, kwargs)
-        self._large = [(made, size) for made, size in self._large if not made.expired()]
+        self._large = [(storage, size) for storage, size in self._large if not storage.expired()]
         used = self._small + sum(size for _, size in self._large) + elements
         if used > self._bound:
             raise LimitExceededError(
-                f"{self._subject} needs larger tensors than it may",
+                f"{self._subject} needs larger tensors than allowed",
                 expected=f"at most {self._bound:,} elements at a time",
                 found=f"{used:,} or more",
                 do="check its ranks and sizes against its weights and its base",
             )
-        made = func(*args, **kwargs)
+        tensor = func(*args, **kwargs)
         if elements < _LARGE:
             self._small += elements
-        elif isinstance(made, torch.Tensor) and made.device.type != "meta":
-            self._large.append((StorageWeakRef(made.untyped_storage()), elements))
-        return made
+        elif isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+            self._large.append((StorageWeakRef(tensor.untyped_storage()), elements))
+        return tensor
 
     @staticmethod
     def _elements(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -77,4 +77,4 @@ class BoundedAllocation(TorchFunctionMode):
                 return int(func(args[0].to("meta"), *args[1:], **on_meta).numel())
             return int(func(*args, **on_meta | {"device": "meta"}).numel())
         except (RuntimeError, TypeError, NotImplementedError):
-            return 0  # the real call reports the same error
+            return 0  # the call itself reports the same error

@@ -1,10 +1,10 @@
-"""Whether every entry of an adapter's options matches something in a model.
+"""Check that every entry of an adapter's options matches something in a model.
 
-PEFT ignores entries that match nothing: `rank_pattern: {"q_porj": 16}` trains the default rank.
-The functions here take options and names alone, follow the rules of PEFT 0.21
-(`check_target_module_exists`, `get_pattern_key`, `_inject_parameters`, `_set_trainable`) and import
-no torch. Call `trans_peft.methods.patterns.check_options` first: a pattern can take exponential
-time.
+PEFT ignores entries that match nothing: with `rank_pattern: {"q_porj": 16}` it trains the default
+rank. These functions need the options and the model's names only. They follow the rules of PEFT
+0.21 (`check_target_module_exists`, `get_pattern_key`, `_inject_parameters`, `_set_trainable`) and
+import no torch. Call `trans_peft.methods.patterns.check_options` first, because a pattern can take
+exponential time.
 """
 
 import re
@@ -14,7 +14,14 @@ from typing import Any
 from trans_peft.domain.excerpts import excerpt
 from trans_peft.methods.patterns import TARGET_FORM, compile_problems
 
-__all__ = ["invalid_patterns", "unmatched_entries", "unused_entries"]
+__all__ = [
+    "invalid_patterns",
+    "matching_names",
+    "unmatched_entries",
+    "unused_entries",
+    "unused_exclusions",
+    "weightless_entries",
+]
 
 _TARGETS = ("target_modules", "exclude_modules", "feedforward_modules")
 _PATTERN_FORMS = {"C3A": r".*\.{}$", "FOURIERFT": r".*\.{}$", "OSF": r".*({}).*"}
@@ -23,7 +30,7 @@ _FIRST_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 def invalid_patterns(options: Mapping[str, Any]) -> list[str]:
-    """Return a problem for each entry that PEFT takes for a regular expression and that is none."""
+    """Return a problem for each entry that PEFT uses as a regular expression but is invalid."""
     entries = [(name, value) for name in _TARGETS if isinstance(value := options.get(name), str)]
     for name in ("layers_pattern", "modules_to_save"):
         entries += [(name, entry) for entry in _entries(options.get(name))]
@@ -66,11 +73,41 @@ def unmatched_entries(
         for index in tokens
         if not 0 <= index < rows
     ]
-    if len(set(tokens)) < len(tokens) and not isinstance(
-        options.get("trainable_token_indices"), Mapping
-    ):
-        problems.append("token indices are given more than once")
     return problems
+
+
+def weightless_entries(options: Mapping[str, Any], weighted: Collection[str]) -> list[str]:
+    """Return a problem for each entry of modules_to_save that matches only modules without weights.
+
+    `weighted` are the names of the modules that have parameters.
+    """
+    return [
+        f"modules_to_save: {entry!r} matches only modules without weights"
+        for entry in _entries(options.get("modules_to_save"))
+        if not any(_ends(name, entry) for name in weighted)
+    ]
+
+
+def matching_names(targets: Any, names: Iterable[str]) -> list[str]:
+    """Return the names that PEFT targets by `target_modules`, before any exclusion."""
+    if isinstance(targets, str):
+        return [name for name in names if re.fullmatch(targets, name)]
+    return [name for name in names if any(_ends(name, entry) for entry in _entries(targets))]
+
+
+def unused_exclusions(options: Mapping[str, Any], targeted: Collection[str]) -> list[str]:
+    """Return a problem for each entry of exclude_modules that excludes none of the targets.
+
+    `targeted` are the names that the adapter would target without exclusions.
+    """
+    excluded = options.get("exclude_modules")
+    if isinstance(excluded, str):
+        used = any(re.fullmatch(excluded, name) for name in targeted)
+        unused = [] if used else [excluded]
+    else:
+        entries = _entries(excluded)
+        unused = [e for e in entries if not any(_ends(name, e) for name in targeted)]
+    return [f"exclude_modules: {entry!r} excludes no targeted module" for entry in unused]
 
 
 def unused_entries(
@@ -78,14 +115,14 @@ def unused_entries(
 ) -> list[str]:
     """Return a problem for each entry that has no effect on the modules that PEFT targeted.
 
-    `targeted` are the names of the modules and parameters that the adapter was put on.
+    `targeted` are the names of the modules and parameters that have the adapter.
     """
     problems = []
     targets = options.get("target_modules")
     if not isinstance(targets, str):
         problems += [
-            f"target_modules: {entry!r} matches only modules that are excluded, saved whole or in "
-            "other layers"
+            f"target_modules: {entry!r} matches only modules that exclude_modules, modules_to_save "
+            "or layers_to_transform leave out"
             for entry in _entries(targets)
             if not any(_ends(name, entry) for name in targeted)
         ]
@@ -99,7 +136,7 @@ def unused_entries(
             problems.append(
                 f"{name}: {key!r} is never used, because earlier keys match the same modules"
                 if shadowed
-                else f"{name}: {key!r} matches no module that the adapter is put on"
+                else f"{name}: {key!r} matches no module of the adapter"
             )
     return problems + _unused_layers(options, targeted)
 
@@ -112,10 +149,10 @@ def _unused_layers(options: Mapping[str, Any], targeted: Sequence[str]) -> list[
     if indices is None:
         return ["layers_pattern has no effect without layers_to_transform"] if forms else []
     if isinstance(options.get("target_modules"), str):
-        problems.append("layers_to_transform has no effect where target_modules is a text")
+        problems.append("layers_to_transform has no effect where target_modules is a string")
     wanted = [indices] if isinstance(indices, int) else list(indices)
     if not wanted:
-        problems.append("layers_to_transform is empty, which PEFT takes for all layers")
+        problems.append("layers_to_transform is empty, which PEFT treats as all layers")
     found = {
         int(match["idx"])
         for name in targeted
@@ -123,11 +160,11 @@ def _unused_layers(options: Mapping[str, Any], targeted: Sequence[str]) -> list[
         if (match := form.match(name))
     }
     problems += [
-        f"layers_to_transform: there is no layer {index} with a target" for index in wanted
+        f"layers_to_transform: no targeted module is in layer {index}" for index in wanted
         if index not in found
     ]  # fmt: skip
     problems += [
-        f"layers_pattern: {pattern!r} matches no module that the adapter is put on"
+        f"layers_pattern: {pattern!r} matches no module of the adapter"
         for pattern, form in zip(layer_patterns, forms, strict=True)
         if not any(form.match(name) for name in targeted)
     ]
@@ -135,7 +172,7 @@ def _unused_layers(options: Mapping[str, Any], targeted: Sequence[str]) -> list[
 
 
 def _by_module(options: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the options that give modules values of their own, by a pattern."""
+    """Yield the options that map patterns of module names to values, such as rank_pattern."""
     for name, value in options.items():
         if name.endswith("_pattern") and isinstance(value, Mapping):
             yield name, value

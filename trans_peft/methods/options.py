@@ -1,10 +1,15 @@
-"""Options of an adapter that can be checked without a model: types, ranges, what is supported."""
+"""Checks of an adapter's options that need no model: types, ranges, and what PEFT ignores.
+
+The tables below were made by comparing, for every option of every method, an adapter with the
+option and one without it: initial weights, losses, logits and saved files
+(`tests/methods/test_every_option.py` repeats the comparison). They describe PEFT 0.21.
+"""
 
 import dataclasses
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from peft import PeftConfig
@@ -12,24 +17,34 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 __all__ = ["not_evaluable", "not_trainable", "option_problems", "saved_problems"]
 
-_NOT_EVALUATED: Mapping[str, str] = {  # methods and options
-    "LILY": "its routing averages over a whole batch, so that an answer depends on its neighbours",
+_NOT_EVALUABLE: Mapping[str, str] = {
+    "LILY": "its routing averages over a whole batch, so an answer depends on the batch",
     "MULTITASK_PROMPT_TUNING": "it needs a task id with every row",
     "POLY": "it needs a task id with every row",
-    "SHADOW": "it carries a second model, whose cache evaluation does not keep",
-    "XLORA": "it loads other adapters from paths of its configuration",
+    "SHADOW": "it has a second model, whose cache the evaluation does not keep",
+    "XLORA": "it loads other adapters from paths in its configuration",
     "alora_invocation_tokens": "batched evaluation does not track where the adapter is active",
-    "arrow_config": "it routes between other adapters, which are not part of this one",
+    "arrow_config": "it routes between other adapters, which its folder does not contain",
     "kasa_config": "it rewrites the weights of the base",
     "layer_replication": "the replicated layers do not exist in the base",
     "megatron_config": "the model does not run in Megatron",
+    "sample_at_inference": "it draws random numbers at inference, so evaluations are not "
+    "reproducible",
 }
-_NOT_TRAINED: Mapping[str, str] = {
+"""Methods and options that rule out an evaluation, with the reason."""
+
+_NOT_TRAINABLE: Mapping[str, str] = {
     "ADAMSS": "the shapes of its weights depend on the base's weights, so no other base fits",
     "ADALORA": "its ranks change by a call after each step, which training does not make",
+    "lora_ga_config": "it configures the initialization lora_ga, which is not supported",
     "monteclora_config": "its loss term is not part of the training loss",
+    "save_only_topk_weights": "PEFT cannot load the saved file again, neither for an evaluation "
+    "nor from a checkpoint",
     "use_asa": "its budget changes by a call after each step, which training does not make",
+    "use_qalora": "PEFT applies it to GPTQ layers only, and no base is loaded in GPTQ",
 }
+"""Methods and options that rule out training, with the reason."""
+
 _INITS = {
     "corda": "it needs statistics of the data, collected before training",
     "eva": "it needs statistics of the data, collected before training; PEFT starts like LoRA",
@@ -38,48 +53,131 @@ _INITS = {
     "olora": "it rewrites the weights of the base",
     "pissa": "it rewrites the weights of the base",
 }
-_NEEDS = {  # options that PEFT reads only where another one is set
-    "qalora_group_size": "use_qalora",
-    "megatron_core": "megatron_config",
-    "rank_dropout_scale": "rank_dropout",
+"""Values of `init_lora_weights` that are not supported, with the reason."""
+
+_IGNORED: Mapping[tuple[str, str], str] = {
+    ("HIRA", "rank_pattern"): "PEFT uses r for every module",
+    ("LOHA", "use_effective_conv2d"): "it changes convolutions only, and no target is one",
+    ("LOKR", "use_effective_conv2d"): "it changes convolutions only, and no target is one",
+    ("OFT", "module_dropout"): "PEFT creates the dropout and does not apply it",
+    ("OSF", "target_svd_config"): "PEFT accepts it and does not read it",
+    ("PSOFT", "psoft_alpha"): "PEFT divides the initial weights by it and multiplies the output "
+    "by it, which cancels",
 }
+"""Options that PEFT accepts and that change nothing, with the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Need:
+    """The condition on other options under which PEFT reads an option."""
+
+    text: str
+    is_met: Callable[[Mapping[str, Any]], bool]
+
+
+def _set(option: str) -> _Need:
+    return _Need(f"without {option}", lambda options: bool(options.get(option)))
+
+
+def _equal(option: str, value: Any) -> _Need:
+    return _Need(f"unless {option} is {value!r}", lambda options: options.get(option) == value)
+
+
+def _unset(option: str) -> _Need:
+    return _Need(f"where {option} is set", lambda options: not options.get(option))
+
+
+_NEEDS: Mapping[tuple[str, str], tuple[_Need, ...]] = {
+    ("*", "qalora_group_size"): (_set("use_qalora"),),
+    ("*", "megatron_core"): (_set("megatron_config"),),
+    ("*", "rank_dropout_scale"): (_set("rank_dropout"),),
+    ("DEFT", "alpha"): (_unset("para"),),
+    ("DEFT", "init_scale"): (_equal("init_weights", False), _unset("para")),
+    ("DEFT", "init_weights"): (_unset("para"),),
+    ("MISS", "mini_r"): (_equal("init_weights", "mini"),),
+    ("OFT", "eps"): (_set("coft"),),
+    ("OFT", "num_cayley_neumann_terms"): (
+        _Need(
+            "where use_cayley_neumann is False", lambda o: o.get("use_cayley_neumann") is not False
+        ),
+    ),
+    ("PSOFT", "cayley_neumann_eps"): (_set("use_cayley_neumann"),),
+    ("PSOFT", "num_cayley_neumann_terms"): (_set("use_cayley_neumann"),),
+    ("PSOFT", "psoft_svd_lowrank_niter"): (_equal("psoft_svd", "lowrank"),),
+    ("PSOFT", "random_seed"): (_equal("psoft_svd", "lowrank"),),
+    ("PSOFT", "use_cayley_neumann"): (
+        _Need("where psoft_orth is False", lambda o: o.get("psoft_orth") is not False),
+    ),
+    ("RANDLORA", "sparse"): (_unset("very_sparse"),),
+    ("SUPERTUNING", "lora_alpha"): (_set("r"),),
+    ("SUPERTUNING", "lora_dropout"): (_set("r"),),
+    ("TINYLORA", "init_v_bound"): (
+        _Need(
+            "unless init_weights is 'uniform' or False",
+            lambda o: o.get("init_weights") in ("uniform", False),
+        ),
+    ),
+    ("WAVEFT", "n_frequency_pattern"): (_unset("proportional_parameters"),),
+    ("WAVEFT", "wavelet_family"): (
+        _Need("where use_idwt is False", lambda o: o.get("use_idwt") is not False),
+    ),
+}
+"""Options that PEFT reads only together with others, by method ("*": any) and option."""
+
+_POSITIVE = frozenset({
+    "adapter_layers", "adapter_len", "alpha", "block_size", "bottleneck_dim", "d_initial",
+    "delora_lambda", "eps", "gralora_k", "group_size", "init_logits_std", "init_scale",
+    "init_theta_d_bound", "init_v_bound", "init_vector_bank_bound", "lora_alpha", "mini_r",
+    "n_frequency", "num_cayley_neumann_terms", "num_vectors", "psoft_svd_lowrank_niter",
+    "qalora_group_size", "r", "randlora_alpha", "scaling", "subspace_rank", "theta_d_length",
+    "topk", "u", "vector_length",
+})  # fmt: skip
+"""Numbers that must be above 0: at 0 the adapter has no effect, below 0 no meaning."""
+
+_NOT_NEGATIVE = frozenset({
+    "boft_block_num", "boft_block_size", "boft_n_butterfly_factor", "depth", "hybrid_r",
+    "oft_block_size", "proj_seed", "projection_prng_key", "projection_seed", "random_loc_seed",
+    "random_seed", "generator_seed", "regularization_alpha",
+})  # fmt: skip
+_FRACTIONS = frozenset({"sparse_rate", "sparsity", "weight_tying"})
+"""Numbers that must lie in [0, 1]."""
 
 
 def not_evaluable(peft_type: str, options: Mapping[str, Any]) -> list[str]:
-    """Return why a saved adapter could not be evaluated on a base, one text a reason."""
-    return _listed_in(_NOT_EVALUATED, peft_type, options)
+    """Return the reasons why a saved adapter cannot be evaluated on a base."""
+    return _listed_in(_NOT_EVALUABLE, peft_type, options)
 
 
 def not_trainable(peft_type: str, options: Mapping[str, Any]) -> list[str]:
-    """Return why an adapter could not be trained, saved and evaluated, one text a reason."""
-    problems = _listed_in({**_NOT_EVALUATED, **_NOT_TRAINED}, peft_type, options)
+    """Return the reasons why an adapter cannot be trained, saved and evaluated."""
+    problems = _listed_in({**_NOT_EVALUABLE, **_NOT_TRAINABLE}, peft_type, options)
     init = str(options.get("init_lora_weights", "")).lower()
     problems += [
-        f"init_lora_weights={init!r} is not supported: {why}"
-        for name, why in _INITS.items()
+        f"init_lora_weights={init!r} is not supported: {reason}"
+        for name, reason in _INITS.items()
         if init == name or init.startswith(f"{name}_niter")
     ]
     if options.get("bias", "none") != "none":
         problems.append(
-            f"bias={options['bias']!r} is not supported: it trains biases of the base, which every "
-            "other adapter shares; lora_bias=True gives the adapter biases of its own"
+            f"bias={options['bias']!r} is not supported: it trains biases of the base, which all "
+            "adapters share; lora_bias=True gives the adapter its own biases"
         )
     return problems
 
 
 def _listed_in(reasons: Mapping[str, str], peft_type: str, options: Mapping[str, Any]) -> list[str]:
     return [
-        f"{name} is not supported: {why}"
-        for name, why in reasons.items()
+        f"{name} is not supported: {reason}"
+        for name, reason in reasons.items()
         if name == peft_type or options.get(name) not in (None, False)
     ]
 
 
 def saved_problems(config_class: type[PeftConfig], options: Mapping[str, Any]) -> list[str]:
-    """Return a problem for each field of an adapter_config.json that has another type than PEFT's.
+    """Return a problem for each field of an adapter_config.json whose type differs from PEFT's.
 
-    More is allowed than in a spec, because PEFT saved it: numbers may be fractions where PEFT
-    declares whole ones, and literal values may be those of another version.
+    More is allowed than in a spec, because PEFT wrote the file: a fraction where PEFT declares a
+    whole number, and a literal of another version.
     """
     problems = []
     types = typing.get_type_hints(config_class)
@@ -102,39 +200,74 @@ def saved_problems(config_class: type[PeftConfig], options: Mapping[str, Any]) -
     return problems
 
 
-def option_problems(config_class: type[PeftConfig], options: Mapping[str, Any]) -> list[str]:
-    """Return a problem for each option that has another type than PEFT declares, or no sense.
+def option_problems(
+    config_class: type[PeftConfig], peft_type: str, options: Mapping[str, Any]
+) -> list[str]:
+    """Return a problem for each option with a wrong type, out of range, or without effect.
 
-    `options` are plain JSON values. PEFT itself checks few types; a wrong one fails late or changes
-    the adapter.
+    `options` are JSON values. PEFT itself checks few types and ranges: a wrong value fails late or
+    changes the adapter.
     """
-    return [
-        problem
-        for name, value in options.items()
-        for problem in _problems(name, value, options, typing.get_type_hints(config_class))
-    ]
+    types = typing.get_type_hints(config_class)
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    problems = []
+    for name, value in options.items():
+        if name not in types:
+            continue
+        wrong = _wrong_type(types[name], value)
+        if wrong is not None:
+            problems.append(f"{name} must be {_named(types[name])}, not {value!r}{wrong}")
+            continue
+        is_default = name in defaults and value == defaults[name]
+        problems += [] if is_default else _range_problems(name, value, types[name])
+        if not is_default and value not in (None, [], {}):
+            problems += _effect_problems(peft_type, name, options)
+    return problems
 
 
-def _problems(
-    name: str, value: Any, options: Mapping[str, Any], types: Mapping[str, Any]
-) -> Iterator[str]:
-    if name not in types:
-        return
-    if (wrong := _wrong_type(types[name], value)) is not None:
-        yield f"{name} must be {_named(types[name])}, not {value!r}{wrong}"
-        return
-    if "dropout" in name and isinstance(value, float | int) and not isinstance(value, bool):
-        if not 0 <= value < 1:
-            yield f"{name} must lie in [0, 1), not {value!r}"
+def _effect_problems(peft_type: str, name: str, options: Mapping[str, Any]) -> list[str]:
+    """Return why PEFT would ignore an option that differs from its default."""
+    if reason := _IGNORED.get((peft_type, name)):
+        return [f"{name} has no effect in {peft_type}: {reason}"]
+    needs = _NEEDS.get((peft_type, name), _NEEDS.get(("*", name), ()))
+    return [f"{name} has no effect {need.text}" for need in needs if not need.is_met(options)]
+
+
+def _range_problems(name: str, value: Any, kind: Any) -> Iterator[str]:
+    """Yield a problem for a value of the right type that is outside the option's range."""
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    if is_number and "dropout" in name and not 0 <= value < 1:
+        yield f"{name} must lie in [0, 1), not {value!r}"
+    elif is_number and name in _POSITIVE and value <= 0:
+        yield f"{name} must be positive, not {value!r}"
+    elif is_number and name in _NOT_NEGATIVE and value < 0:
+        yield f"{name} must not be negative, not {value!r}"
+    elif is_number and name in _FRACTIONS and not 0 <= value <= 1:
+        yield f"{name} must lie in [0, 1], not {value!r}"
+    elif is_number and name == "decompose_factor" and value < 1 and value != -1:
+        yield f"{name} must be positive, or -1 for the square root of the size, not {value!r}"
     elif name.endswith("_pattern") and isinstance(value, Mapping):
-        whole = not name.startswith(("alpha", "lambda"))
+        whole = not name.startswith(("alpha", "lambda")) and "float" not in str(kind)
         for key, item in value.items():
-            if not _positive(item, whole=whole and not _takes_float(types[name])):
+            if not _positive(item, whole=whole):
                 yield f"{name}: {key!r} must have a positive number, not {item!r}"
     elif name in ("layers_to_transform", "token_indices") and _any_negative(value):
         yield f"{name} must not be negative: {value!r}"
-    if value and name in _NEEDS and not options.get(_NEEDS[name]):
-        yield f"{name} has no effect without {_NEEDS[name]}"
+    if name in ("token_indices", "trainable_token_indices") and value is not None:
+        yield from _token_problems(name, value)
+
+
+def _token_problems(name: str, value: Any) -> Iterator[str]:
+    """Yield a problem for each list of token indices that is empty or has a repeated index."""
+    lists = value if isinstance(value, Mapping) else {"": value}
+    if not lists:
+        yield f"{name} must name at least one module"
+    for module, indices in lists.items():
+        where = f"{name}[{module!r}]" if module else name
+        if not indices:
+            yield f"{where} must have at least one token index, found none"
+        elif len(set(indices)) < len(indices):
+            yield f"{where}: token indices are given more than once"
 
 
 def _wrong_type(kind: Any, value: Any) -> str | None:
@@ -158,10 +291,6 @@ def _named(kind: Any) -> str:
     if isinstance(kind, type):
         return kind.__name__
     return str(kind).replace("typing.", "").replace("NoneType", "None")
-
-
-def _takes_float(kind: Any) -> bool:
-    return "float" in str(kind)
 
 
 def _positive(value: Any, *, whole: bool) -> bool:

@@ -1,9 +1,9 @@
-"""Regular expressions among an adapter's options, tried in a child process before PEFT uses them.
+"""Check the regular expressions among an adapter's options in a child process with limits.
 
-PEFT matches them with `re` against every module of a model, and a pattern with nested quantifiers
-can take exponential time. Here each pattern is matched once against the same names in the ways
-that PEFT 0.21 matches (`peft.tuners.tuners_utils`, `peft.utils.other`), in a process with limits.
-This module imports no torch.
+PEFT compiles them with `re` and matches them against every module of a model. A pattern with nested
+quantifiers can take exponential time to match, and a case-insensitive one with large character
+classes takes seconds to compile. The child process does both once, in the ways of PEFT 0.21
+(`peft.tuners.tuners_utils`, `peft.utils.other`). This module imports no torch.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trans_peft.domain.bounds import MAX_ADAPTER_NUMBER, MAX_PATTERN_LENGTH
 from trans_peft.domain.excerpts import excerpt
+from trans_peft.domain.spec import MAX_OPTION_DEPTH
 from trans_peft.errors import InvalidSpecError, LimitExceededError, listed
 from trans_peft.isolation import Limits, call_isolated
 
@@ -37,11 +38,10 @@ _NOT_PATTERNS = frozenset({
     "prompt_tuning_init_text", "revision", "task_type", "tokenizer_name_or_path",
 })  # fmt: skip
 _EXPRESSIONS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
-"""Options that are one regular expression where they are one text (in a list: ends of names)."""
-_OPENED = frozenset({"adapters"})  # of XLORA
+"""Options that are a regular expression if they are a string. In a list, entries end a name."""
+_OPENED = frozenset({"adapters"})  # XLORA
 _PATHS = ("_path", "_dir", "_file", "_folder")
 _SEEDS = ("seed", "prng_key")
-_DEEPEST = 16
 _COMPILE_LIMITS = Limits(cpu_s=1, memory_bytes=1 << 29)
 _LITERAL = re.compile(r"[\w.-]*", re.ASCII)
 _TOO_SLOW = "together with the other patterns it takes more than 1 s to compile"
@@ -50,11 +50,11 @@ _TOO_SLOW = "together with the other patterns it takes more than 1 s to compile"
 def check_options(options: Mapping[str, Any], names: Sequence[str], subject: str) -> None:
     """Raise an error unless an adapter's options can be matched against a model in bounded time.
 
-    `options` are those of a spec or the fields of an adapter_config.json, `names` the model's
-    modules and parameters. InvalidSpecError for options that are nested too deeply, numbers above
-    MAX_ADAPTER_NUMBER, options that name files, and patterns that are longer than
-    MAX_PATTERN_LENGTH or no regular expressions; LimitExceededError for a pattern that takes longer
-    than 10 s of processor time.
+    `options` are those of a spec, or the fields of an adapter_config.json. `names` are the names
+    of the model's modules and parameters. `subject` names the adapter in errors. InvalidSpecError
+    for options that are nested too deeply, integers above MAX_ADAPTER_NUMBER, options that name
+    files, and patterns that are longer than MAX_PATTERN_LENGTH, invalid, or slow to compile;
+    LimitExceededError for a pattern that needs more than 10 s of processor time to match.
     """
     problems: list[str] = []
     expressions: list[tuple[str, str]] = []
@@ -68,7 +68,7 @@ def check_options(options: Mapping[str, Any], names: Sequence[str], subject: str
         elif isinstance(value, str) and field.partition(".")[0] not in _NOT_PATTERNS:
             if len(value) > MAX_PATTERN_LENGTH:
                 problems.append(
-                    f"{field}: a text of {len(value)} characters exceeds {MAX_PATTERN_LENGTH}"
+                    f"{field}: a string of {len(value)} characters exceeds {MAX_PATTERN_LENGTH}"
                 )
             else:
                 expressions.append((field, value))
@@ -81,7 +81,13 @@ def check_options(options: Mapping[str, Any], names: Sequence[str], subject: str
         if error and (field in _EXPRESSIONS or error == _TOO_SLOW)
     ]
     if problems:
-        raise InvalidSpecError(f"{subject} cannot be used", found=listed(problems, 20))
+        raise InvalidSpecError(
+            f"{subject} cannot be used",
+            expected=f"integers up to {MAX_ADAPTER_NUMBER}, regular expressions of up to "
+            f"{MAX_PATTERN_LENGTH} characters, and no names of files",
+            found=listed(problems, 20),
+            do="correct these options",
+        )
     if patterns:
         unique = list(dict.fromkeys(patterns))
         call_isolated(
@@ -102,12 +108,14 @@ def names_of(model: "nn.Module") -> Iterator[str]:
 
 
 def _leaves(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield every key and every scalar value of nested options with its place in dots."""
+    """Yield every key and every scalar value of nested options with its dotted path."""
     stack: list[tuple[str, Any, int]] = [("", options, 0)]
     while stack:
         place, value, depth = stack.pop()
-        if depth > _DEEPEST:
-            raise InvalidSpecError(f"{place[:80]}: options are nested more than {_DEEPEST} deep")
+        if depth > MAX_OPTION_DEPTH:
+            raise InvalidSpecError(
+                f"{place[:80]}: options are nested more than {MAX_OPTION_DEPTH} deep"
+            )
         if isinstance(value, Mapping):
             for key, item in value.items():
                 if place:
@@ -120,7 +128,7 @@ def _leaves(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _is_path(field: str) -> bool:
-    """Whether PEFT opens what the option names: a path here, or a repository of the hub."""
+    """Whether PEFT opens the value of the option: a local path or a repository of the hub."""
     name = field.partition(".")[0]
     if name in _NOT_PATTERNS:
         return False
@@ -130,8 +138,8 @@ def _is_path(field: str) -> bool:
 def compile_problems(patterns: Sequence[str], forms: Sequence[str] = ("{}",)) -> list[str | None]:
     """Return for each pattern why Python cannot compile it in one of the forms; None if it can.
 
-    Compiling one character class can take 30 ms, so this runs in a child process too. Patterns
-    that take longer than 1 s of processor time together all have a problem.
+    One character class can take 30 ms to compile, so this runs in a child process. If all patterns
+    together need more than 1 s of processor time, each of them has a problem.
     """
     special = [pattern for pattern in patterns if not _LITERAL.fullmatch(pattern)]
     if any(len(pattern) > MAX_PATTERN_LENGTH for pattern in special):
@@ -158,7 +166,7 @@ def compile_problems(patterns: Sequence[str], forms: Sequence[str] = ("{}",)) ->
 
 
 def _compile(patterns: list[str], forms: list[str]) -> list[str | None]:
-    """Compile every pattern in every form: runs in the child process."""
+    """Compile every pattern in every form. Runs in the child process."""
     found = []
     for pattern in patterns:
         errors = {form: _compile_error(form.format(pattern)) for form in (*forms, *_FORMS)}
@@ -175,13 +183,13 @@ def _compile_error(pattern: str) -> str | None:
 
 
 def _match(patterns: list[str], names: list[str]) -> None:
-    """Match every pattern against every name: runs in the child process."""
+    """Match every pattern against every name. Runs in the child process."""
     for pattern in patterns:
         for form in _FORMS:
             try:
                 compiled = re.compile(form.format(pattern))
             except (re.error, RecursionError, OverflowError):
-                continue  # PEFT does not use every text in every form
+                continue  # PEFT does not use every string in every form
             for name in names:
                 compiled.match(name)
                 compiled.fullmatch(name)

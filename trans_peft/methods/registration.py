@@ -1,8 +1,8 @@
-"""Make the methods of this library known to PEFT, so that PEFT and transformers load them.
+"""Register this library's methods with PEFT.
 
-`peft.utils.register_peft_method` refuses names that are not in PEFT's own enum (0.21). We fill the
-tables that it fills. After `register_methods()`, `PeftModel.from_pretrained` and transformers'
-`load_adapter` read a saved bottleneck adapter like any other.
+`peft.utils.register_peft_method` rejects names that are not in PEFT's enum (0.21), so this module
+fills the same tables. After `register_methods()`, `PeftModel.from_pretrained` and transformers'
+`load_adapter` load a saved bottleneck adapter.
 """
 
 from peft.mapping import (
@@ -19,7 +19,7 @@ __all__ = ["register_methods"]
 
 
 def register_methods() -> None:
-    """Register the bottleneck adapter with PEFT. Calling it again changes nothing."""
+    """Register the bottleneck adapter with PEFT. Repeated calls are harmless."""
     PEFT_TYPE_TO_CONFIG_MAPPING[BOTTLENECK] = BottleneckConfig
     PEFT_TYPE_TO_TUNER_MAPPING[BOTTLENECK] = BottleneckModel
     PEFT_TYPE_TO_PREFIX_MAPPING[BOTTLENECK] = BottleneckModel.prefix

@@ -1,4 +1,4 @@
-"""What makes it Trans-PEFT: masking and dropping of the frozen base while an adapter is trained."""
+"""Trans-PEFT's perturbations: masking and dropping in the frozen base during fine-tuning."""
 
 from trans_peft.perturbation.attach import PerturbationHandle, perturbed
 from trans_peft.perturbation.criticality import layer_criticality, propose_spared_layers

@@ -1,9 +1,10 @@
-"""`perturbed`: Trans-PEFT's masking and dropping around anybody's training code.
+"""The context manager `perturbed`: masking and dropping around any training code.
 
-Follows the paper's equations 4-7. For the time of a `with` block some modules get a `forward` of
-their own (never a wrapper, so the state dict keeps its keys and the saved adapter is stock PEFT).
-It differs from the authors' two patched model files in that it needs no model file, draws the same
-when a layer is recomputed, keeps dtypes, and does not compute what is masked or dropped.
+Implements equations 4-7 of the Trans-PEFT paper. Inside the `with` block some modules have another
+`forward` method. No module is wrapped, so the keys of the state dict and the saved adapter are
+those of stock PEFT. In contrast to the authors' two patched model files, this works with any model
+file, draws the same mask when activation checkpointing recomputes a layer, keeps dtypes, and skips
+the computation of masked neurons and dropped sub-layers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,11 +30,13 @@ _perturbed_stacks: WeakSet[nn.Module] = WeakSet()
 
 
 class PerturbationHandle:
-    """What `perturbed` yields: where training stands, and what cannot be sliced.
+    """The state of a running `perturbed` block.
 
-    `multiplied` names the sub-layers ("layer 3 ffn") whose masked neurons are multiplied by zero
-    instead of being left out of the computation, with the reason. `without_ffn` are the layers that
-    have no FFN (the state-space layers of a hybrid), which are left alone.
+    Attributes:
+        multiplied: sub-layers ("layer 3 ffn") whose masked neurons are computed and multiplied by
+            zero instead of being skipped, each with the reason.
+        without_ffn: indices of the layers without an FFN (the state-space layers of a hybrid
+            model). They are not perturbed.
     """
 
     def __init__(
@@ -48,13 +51,15 @@ class PerturbationHandle:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done, as the draws count them (0 while nothing is perturbed)."""
+        """Number of completed optimizer steps (0 if the perturbation is off)."""
         return 0 if self._step_counter is None else self._step_counter.step
 
     def seek(self, step: int) -> None:
-        """Continue as after `step` optimiser steps: call it when a run is resumed."""
+        """Set the number of completed optimizer steps, to resume a run. `step` is at least 0."""
         if step < 0:
-            raise InvalidSpecError("cannot seek to a negative step", found=step)
+            raise InvalidSpecError(
+                "seek() needs a step of at least 0", expected="at least 0", found=step
+            )
         if self._step_counter is not None:
             self._step_counter.seek(step)
 
@@ -69,25 +74,33 @@ def perturbed(
     step: int = 0,
     layout: Layout | None = None,
 ) -> Iterator[PerturbationHandle]:
-    """Perturb a causal language model in training mode for as long as the block lasts.
+    """Perturb a causal language model in training mode inside the block.
 
-    One line around any training code (a plain loop, HF Trainer, TRL, accelerate), entered after
-    PEFT has added its adapter:
+    Works around any training code (a plain loop, the Hugging Face Trainer, TRL, accelerate). Enter
+    it after PEFT has added the adapter:
 
         with perturbed(model, Perturbation(masking_p=0.1, dropping_p=0.1), seed=42):
             trainer.train()
 
-    Each draw is a pure function of (seed, rank, optimiser step, micro-step, layer). `rank` is this
-    process's (torch.distributed's unless given: processes that share one batch, as in tensor
-    parallelism, must be given the same); `step` the optimiser steps already done. In eval mode, and
-    with `perturbation.is_off`, nothing is perturbed, to the bit. `layout` states by name where the
-    sub-layers are, for a model in which they are not found. All rows of a batch share what is drawn
-    (with granularity "element" each has its own bits), and so do all experts of a mixture. Where a
-    masked neuron can only be multiplied by zero, `multiplied` of the handle says why.
+    Each draw is a pure function of (seed, rank, optimizer step, micro-step, layer). All rows of a
+    batch share a draw, and so do all experts of a mixture; with granularity "element" each element
+    has its own bit. In eval mode, and with `perturbation.is_off`, the results are bit-identical to
+    those of the unperturbed model.
 
-    Errors: InvalidSpecError (spared layers out of range, or all of them; a model in eval mode, or
-    already perturbed; numbers out of range; nothing is changed then), UnsupportedModelError (no FFN
-    found, a module changed inside the block, nn.DataParallel).
+    Args:
+        model: the model with its adapter, in training mode.
+        perturbation: probabilities and places of the perturbation.
+        seed: seed of the draws.
+        rank: rank of this process; default: that of torch.distributed. Processes that share one
+            batch, as in tensor parallelism, must get the same rank.
+        step: completed optimizer steps, if a run is resumed.
+        layout: names of the sub-layers, for a model in which they cannot be found.
+
+    Raises:
+        InvalidSpecError: `spared_layers` out of range or naming every layer, a model in eval mode
+            or already perturbed, `seed`, `rank` or `step` out of range. The model is unchanged.
+        UnsupportedModelError: no FFN found, a module changed inside the block, or
+            nn.DataParallel.
     """
     problems = [
         f"{name} must lie in [0, 2^64), not {value}"
@@ -95,7 +108,7 @@ def perturbed(
         if not 0 <= value < 2**64
     ]
     if not model.training:
-        problems.append("the model is in eval mode: call model.train() first")
+        problems.append("the model is in eval mode: call model.train() before perturbed()")
     if perturbation.is_off and not problems:
         yield PerturbationHandle(None, {})
         return
@@ -103,10 +116,14 @@ def perturbed(
     stack, layers = found_layers(model, layout, kinds)
     beyond = [index for index in perturbation.spared_layers if index >= len(layers)]
     if beyond:
-        problems.append(f"spared_layers {beyond} are not among its layers 0 to {len(layers) - 1}")
+        problems.append(
+            f"spared_layers {beyond} are out of range: its layers are 0 to {len(layers) - 1}"
+        )
     perturbed_already = stack in _perturbed_stacks
     if perturbed_already:
-        problems.append("it is already perturbed: leave the first block before entering another")
+        problems.append(
+            "it is already perturbed: leave the first perturbed() block before entering another"
+        )
     else:
         layers = verified_layers(model, stack, layers, kinds=kinds, stated=layout is not None)
     perturbable = {index for index, layer in enumerate(layers) if any(map(layer.neurons, kinds))}
@@ -144,7 +161,7 @@ def _kinds(perturbation: Perturbation) -> tuple[SubLayerKind, ...]:
 def _perturb(
     mask_site: MaskSite, layer: DecoderLayer, kind: SubLayerKind, undo: ExitStack
 ) -> str | None:
-    """Perturb one sub-layer until `undo` closes; return why it is not sliced, None if it is."""
+    """Perturb one sub-layer until `undo` closes. Return why it is not sliced; None if it is."""
     reason = None
     if mask_site.perturbation.masking_p:
         if kind == "ffn":
@@ -160,7 +177,7 @@ Snapshot = list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]
 
 
 def _children_of(layers: list[nn.Module]) -> Snapshot:
-    """Return the children of every module in these layers, to be compared later."""
+    """Return the children of every module in these layers, for a later comparison."""
     dicts = [module._modules for layer in layers for module in layer.modules() if module._modules]
     return [(children, tuple(children.values())) for children in dicts]
 
@@ -168,12 +185,13 @@ def _children_of(layers: list[nn.Module]) -> Snapshot:
 def _check_pass(stack: nn.Module, snapshot: Snapshot) -> None:
     if getattr(stack, "_is_replica", False):
         raise UnsupportedModelError(
-            "nn.DataParallel copies the model for every forward, which would go unperturbed",
-            do="start one process per device (accelerate launch, torchrun), or show it one device",
+            "nn.DataParallel copies the model for every forward pass; the copies are not perturbed",
+            do="start one process per device (accelerate launch, torchrun), or make one device "
+            "visible with CUDA_VISIBLE_DEVICES",
         )
     if any(tuple(children.values()) != before for children, before in snapshot):
         raise UnsupportedModelError(
-            "modules of the model changed after perturbed() was entered; an adapter added there "
-            "would go unmasked",
+            "modules of the model changed inside the perturbed() block; an adapter that was added "
+            "there would not be masked",
             do="add the adapter first (get_peft_model), then enter perturbed()",
         )

@@ -1,8 +1,7 @@
-"""What the modules of a decoder layer do to tokens, seen by running them on changed inputs.
+"""Classify the modules of a decoder layer by running them on changed inputs.
 
-Shapes cannot tell a FFN from an attention that happens to have the same ones. What they do can: a
-FFN maps each token by itself, and not linearly; attention, convolutions and state-space models mix
-tokens.
+An attention can have the same shapes as an FFN. Their behavior differs: an FFN maps each token
+separately and nonlinearly; attention, convolutions and state-space models mix tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,22 +31,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a module, copied before the module could change them."""
+    """The arguments of one call of a module, copied before the call."""
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def again(self) -> Any:
-        """Repeat the call, with the same random numbers each time."""
+        """Repeat the call with the same random numbers."""
         args, kwargs = cloned((self.args, self.kwargs))
         return seeded(self.forward, *args, **kwargs)
 
     def with_noise(self, hidden: int, scale: float, *, everywhere: bool = False) -> Any:
         """Repeat the call with noise on the first row (token) of its input.
 
-        With `everywhere`, that row is changed in every tensor that has the input's rows (the
-        residual, keys and values of another layer).
+        `hidden` is the hidden size, `scale` the noise's standard deviation relative to the input's.
+        With `everywhere`, the row changes in every tensor with the input's leading shape (the
+        residual; keys and values of another layer).
         """
 
         def changed(x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Call:
         return self._with(hidden, changed, everywhere=everywhere)
 
     def with_equal_rows(self, hidden: int) -> Any:
-        """Repeat the call with the first row (token) of all that has rows in place of every row."""
+        """Repeat the call with every row (token) of its tensors replaced by the first row."""
 
         def equal(x: torch.Tensor) -> torch.Tensor:
             return rows_of(x)[:1].expand(len(rows_of(x)), -1).reshape(x.shape)
@@ -85,19 +85,23 @@ class Call:
         return Call(self.forward, args, kwargs).again()
 
     def input(self, hidden: int) -> torch.Tensor | None:
-        """Return the first floating tensor that is `hidden` wide, else the first one."""
+        """Return the first floating-point tensor of width `hidden`, else the first of any width."""
         floats = list(floats_of((self.args, self.kwargs)))
         return next((x for x in floats if x.shape[-1] == hidden), next(iter(floats), None))
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What one module returned.
+    """How the output of one module depends on its input.
 
-    `wide`: a tensor with as many rows as its input that is as wide as the hidden state. Only then
-    the rest says more: `mixes`, other tokens change with one; `linear`, the change is proportional;
-    `responds`, there is a change at all (weights of zero give none); `alone`, equal tokens give
-    equal results, so that nothing beside them has a part in it (keys and values of another layer).
+    Attributes:
+        wide: the output has the rows of the input and the width of the hidden state. The other
+            fields are meaningful only if it has.
+        mixes: a change of one token changes the results of other tokens.
+        linear: the output changes in proportion to the input.
+        responds: the output changes at all; weights of zero give no change.
+        alone: equal tokens give equal results, so the output depends on the tokens only (not on
+            keys and values of another layer).
     """
 
     wide: bool
@@ -108,12 +112,12 @@ class Behaviour:
 
     @property
     def per_token(self) -> bool:
-        """Whether it maps each token by itself to something as wide as the hidden state."""
+        """Whether the module maps each token separately to a vector of the hidden size."""
         return self.wide and self.alone and not self.mixes
 
     @classmethod
     def of(cls, call: Call, hidden: int) -> "Behaviour":
-        """Run a module again as it was called, with changed tokens, and with equal ones."""
+        """Run a module again with its recorded input, with changed and with equal tokens."""
         x = call.input(hidden)
         rows = 0 if x is None else len(rows_of(x))
 
@@ -135,7 +139,7 @@ class Behaviour:
         ]
         once, twice, beside, equal = (x.float() for x in outputs if x is not None)
         first, second = once - plain.float(), twice - plain.float()
-        # The rows of a matrix product do not depend on each other, but for how they are grouped.
+        # Rows of a matrix product differ by rounding only, depending on how kernels group them.
         rounding = (64 if plain.dtype == torch.float32 else 2) * torch.finfo(plain.dtype).eps
         others = torch.stack((first, beside - plain.float()))[:, 1:].flatten(1).norm(dim=1)
         bend = (second - 2 * first)[:1].norm()
@@ -149,13 +153,13 @@ class Behaviour:
 
 
 def tolerance(x: torch.Tensor) -> float:
-    """Return how far two computations of one sum in the dtype of x may differ, relative to it."""
+    """Return the relative difference that rounding may cause between two sums in the dtype of x."""
     tf32 = x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return max(8e-3 if tf32 else 1e-3, 4 * torch.finfo(x.dtype).eps)
 
 
 def differs(found: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """Return |found - expected| / |expected| where it is beyond rounding, None where it is not."""
+    """Return |found - expected| / |expected| if it exceeds rounding, else None."""
     if found.shape != expected.shape:
         return float("inf")
     scale = expected.float().norm()
@@ -166,7 +170,7 @@ def differs(found: torch.Tensor, expected: torch.Tensor) -> float | None:
 
 
 def seeded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call with torch's random numbers beginning at the same place each time."""
+    """Call a function with all random generators at fixed seeds."""
     reseed()
     return forward(*args, **kwargs)
 
@@ -186,12 +190,12 @@ def cloned(values: Any) -> Any:
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """Return x as (tokens, width), a view where that is possible."""
+    """Return x as (tokens, width), as a view if possible."""
     return x.reshape(-1, x.shape[-1])
 
 
 def record_calls(modules: list[nn.Module], undo: ExitStack) -> dict[int, Call]:
-    """Record the first call of each module, by its id, until `undo` closes."""
+    """Record the first call of each module by the module's id, until `undo` closes."""
     calls: dict[int, Call] = {}
 
     def record(module: nn.Module) -> None:
@@ -210,7 +214,7 @@ def record_calls(modules: list[nn.Module], undo: ExitStack) -> dict[int, Call]:
 
 
 def floats_of(values: Any) -> Iterator[torch.Tensor]:
-    """Yield the floating tensors of nested values that have rows."""
+    """Yield the floating-point tensors of at least two dimensions among nested values."""
     leaves, _ = tree_flatten(values)
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() > 1:

@@ -1,4 +1,4 @@
-"""Which candidates of a layer are FFNs, and which other weights of the layer may be one."""
+"""Decide which candidates of a layer are FFNs, and find weights that no FFN accounts for."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ __all__ = ["Claims", "unclaimed_by_shape"]
 
 
 class Claims:
-    """What a run of one layer says about its candidates and about the rest of its weights."""
+    """Analysis of one layer, from running it on one recorded input."""
 
     def __init__(self, layer: nn.Module, call: Call, candidates: tuple[Unit, ...]) -> None:
         self.layer = layer
@@ -46,7 +46,7 @@ class Claims:
         return calls
 
     def why_not(self, unit: Unit) -> str | None:
-        """Return why a candidate is no FFN, None where it is one."""
+        """Return why a candidate is not an FFN; None if it is one."""
         if isinstance(unit, Experts):
             return None
         around = self._called_around(unit)
@@ -54,7 +54,7 @@ class Claims:
             return self._why_not_inline(unit)
         seen = self.behaviour(around)
         if seen is None:
-            return "it could not be run by itself"
+            return "it cannot be run on its own"
         if seen.wide and seen.mixes:
             return "it mixes tokens"
         if seen.wide and not seen.alone:
@@ -64,17 +64,17 @@ class Claims:
         return None
 
     def behaviour(self, module: nn.Module) -> Behaviour | None:
-        """Return what a called module does to tokens; None where it cannot be run by itself."""
+        """Return the behavior of a called module; None if it cannot be run on its own."""
         if id(module) not in self._seen:
             try:
                 seen = Behaviour.of(self.calls[id(module)], self.hidden)
-            except Exception:  # whatever a module raises on a changed input
+            except Exception:  # a module may raise any error on a changed input
                 seen = None
             self._seen[id(module)] = seen
         return self._seen[id(module)]
 
     def unclaimed(self, units: tuple[Unit, ...]) -> list[str]:
-        """Return the names of weights that may belong to a FFN and that none of `units` holds."""
+        """Return the names of weights that may belong to an FFN but are in none of `units`."""
         claimed = {id(base_of(part)) for unit in units for part in unit.modules}
         found: list[str] = []
         linear: list[tuple[str, nn.Module]] = []
@@ -94,7 +94,7 @@ class Claims:
         return found + _pairs(linear, self.hidden)
 
     def unclaimed_in_layout(self, units: tuple[Unit, ...]) -> list[str]:
-        """Return the weights beside stated units that may belong to them, by name."""
+        """Return the names of weights that may belong to a layout's units but are not in them."""
         names = []
         for unit in units:
             if isinstance(unit, FeedForward) and unit.container is not self.layer:
@@ -105,7 +105,7 @@ class Claims:
         return names
 
     def _hidden_in(self, name: str, mixer: nn.Module) -> Iterator[str]:
-        """Yield the parts of a module that mixes tokens which map each token nonlinearly."""
+        """Yield the parts of a token-mixing module that map each token nonlinearly."""
         adapters = {
             id(part)
             for tuner in mixer.modules()
@@ -125,7 +125,7 @@ class Claims:
     def _rest(
         self, module: nn.Module, prefix: str, claimed: set[int]
     ) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-        """Yield the largest modules with weights and without a claimed one, and raw weights."""
+        """Yield raw weights, and the largest modules with weights but without an assigned part."""
         base = base_of(module)
         for name, weight in base.named_parameters(recurse=False):
             if weight.dim() > 1:
@@ -144,7 +144,7 @@ class Claims:
                 yield prefix + name, child
 
     def _called_around(self, unit: FeedForward) -> nn.Module | None:
-        """Return the smallest called module around a unit; None where that is the layer."""
+        """Return the smallest called module around a unit; None if that is the layer."""
         path = self._names.get(id(unit.container), "")
         while path:
             module = self.layer.get_submodule(path)
@@ -154,7 +154,7 @@ class Claims:
         return None
 
     def _why_not_inline(self, unit: FeedForward) -> str | None:
-        """Test a unit without a module of its own: its neurons must come from its inputs alone."""
+        """Return why a unit without its own module is not an FFN: its neurons need other inputs."""
         if id(unit.down) not in self.calls:
             return "its down projection is not called"
         with ExitStack() as undo:
@@ -165,15 +165,15 @@ class Claims:
         neurons = next(floats_of((calls[id(unit.down)].args, calls[id(unit.down)].kwargs)))
         rows = rows_of(neurons)
         if differs(rows, rows[:1].expand_as(rows)) is not None:
-            return "its neurons depend on something beside its projections"
+            return "its neurons depend on other values than its projections"
         return None
 
 
 def unclaimed_by_shape(layer: nn.Module, units: tuple[Unit, ...]) -> list[str]:
-    """Return the names of weights that may belong to a FFN, in a layer that was not run.
+    """Return the names of weights that may belong to an FFN, in a layer that cannot be run.
 
-    They are raw weights of three dimensions, and projections beside those of a unit that have the
-    shape of one of them.
+    These are raw weights of three dimensions, and projections that lie next to a unit's projection
+    and have its shape.
     """
     claimed = {id(base_of(part)) for unit in units for part in unit.modules}
     beside = {
@@ -197,7 +197,7 @@ def unclaimed_by_shape(layer: nn.Module, units: tuple[Unit, ...]) -> list[str]:
 
 
 def _repeat_first_row(projection: nn.Module, undo: ExitStack) -> None:
-    """Make a projection return the result of its first row (token) for every row."""
+    """Make a projection return the result of the first row (token) for every row."""
     original = projection.forward
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -208,9 +208,10 @@ def _repeat_first_row(projection: nn.Module, undo: ExitStack) -> None:
 
 
 def _pairs(linear: list[tuple[str, nn.Module]], hidden: int) -> list[str]:
-    """Return the names of projections back to the hidden size and of those that may feed them.
+    """Return the names of projections whose shapes pair up as those of an FFN do.
 
-    One projection alone has no neurons; two may be a FFN with its activation in the layer's code.
+    Two such projections may be an FFN whose activation is in the layer's code. A single projection
+    has no neurons.
     """
     shapes = [(name, projection_shape(module)) for name, module in linear]
     found = [

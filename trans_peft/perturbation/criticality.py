@@ -1,8 +1,9 @@
-"""Which layers must not be dropped: the loss that removing one layer's FFN adds.
+"""Measure layer criticality: the loss that removing one layer's FFN adds.
 
-The paper drops every layer with the same chance. In a small model a few FFNs carry so much that a
-step without one of them teaches the adapter nothing: on SmolLM2-135M removing layer 0's adds 9.7
-nats a token, two others 1.5, most between 0.1 and 0.3. Measuring that takes one forward a layer.
+The paper drops every layer with the same probability. In a small model a few FFNs matter so much
+that a step without one of them is useless for training. On SmolLM2-135M removing the FFN of layer 0
+adds 9.7 nats per token, of two others 1.5, of most between 0.1 and 0.3. The measurement takes one
+forward pass per layer.
 """
 
 import statistics
@@ -21,7 +22,7 @@ __all__ = ["layer_criticality", "propose_spared_layers"]
 
 
 class _Removed:
-    """A site at which the sub-layer is always dropped."""
+    """A mask site whose sub-layer is always dropped."""
 
     dropped = True
 
@@ -33,17 +34,19 @@ def layer_criticality(
     *,
     layout: Layout | None = None,
 ) -> tuple[float, ...]:
-    """Return, layer by layer, the nats per token that the loss gains without that layer's FFN.
+    """Return the increase of the loss without each layer's FFN, in nats per token, by layer.
 
-    `batches` are what the model is called with, `labels` (batch, length) included; a few hundred
-    tokens tell the layers apart. The model is measured in eval mode and left in the mode it came
-    in. It takes (layers + 1) forwards of each batch. UnsupportedModelError where no FFN is found.
+    `batches` are keyword arguments of the model, `labels` (batch, length) included. A few hundred
+    tokens suffice to rank the layers. The model runs in eval mode, (layers + 1) times per batch,
+    and gets its training modes back. InvalidSpecError if no token has a label,
+    UnsupportedModelError if no FFN is found.
     """
     tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     if not tokens:
         raise InvalidSpecError(
-            "no token has a label to measure the loss on",
-            do="give batches whose labels are not all -100",
+            "no token of the batches has a label, so there is no loss to measure",
+            expected="labels other than -100",
+            do="pass batches with labels",
         )
     modes = {module: module.training for module in model.modules()}
     try:
@@ -65,11 +68,12 @@ def layer_criticality(
 def propose_spared_layers(
     criticality: Sequence[float], times_median: float = 3.0
 ) -> tuple[int, ...]:
-    """Return the layers whose criticality is above `times_median` times the median layer's.
+    """Return the layers whose criticality exceeds `times_median` times the median.
 
-    Relative to the median because the level differs from model to model. On SmolLM2-135M three
-    times the median spares layers 0, 2, 11, 28 and 29 of 30. Use it as
-    `replace(perturbation, spared_layers=...)`; the paper's own policy, uniform, spares none.
+    The threshold is relative because the level differs between models. On SmolLM2-135M a factor of
+    3 spares layers 0, 2, 11, 28 and 29 of 30. The paper spares none. Example:
+
+        replace(perturbation, spared_layers=propose_spared_layers(criticality))
     """
     if not criticality:
         return ()

@@ -1,10 +1,9 @@
-"""The coins of Trans-PEFT: eq. 4-7 of the paper, as pure functions of where training stands.
+"""The random draws of Trans-PEFT (eq. 4-7), as pure functions of the training position.
 
-A draw depends on (seed, rank, optimiser step, micro-step, layer) and on nothing else: it comes from
-a counter-based generator (Philox, Salmon et al. 2011) whose key and counter are these numbers.
-Recomputing a layer under activation checkpointing, resuming a run or replaying one step therefore
-sees the same draw. The authors' code throws Python's global `random` and torch's global generator
-instead, which recomputation advances.
+A draw depends on (seed, rank, optimizer step, micro-step, layer) only. It comes from a counter-
+based generator (Philox, Salmon et al. 2011) with these numbers as key and counter. Activation
+checkpointing, a resumed run and a replayed step therefore get the same draw. The authors' code uses
+Python's global `random` and torch's global generator, which advance when a layer is recomputed.
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ _KINDS: dict[SubLayerKind, int] = {"ffn": 0, "attention": 1}
 
 @dataclass(frozen=True)
 class TrainingPosition:
-    """Where training stands: optimiser steps done, and training forwards since the last of them."""
+    """Completed optimizer steps, and training forward passes since the last one."""
 
     step: int
     micro_step: int
@@ -32,10 +31,13 @@ class TrainingPosition:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """What happens to one sub-layer in one forward pass.
+    """The draw of one sub-layer for one forward pass.
 
-    `kept` (neurons,) is true where a neuron stays; None where nothing is masked neuron by neuron.
-    `element_seed` seeds the mask where each element has its own bit (`element_mask`).
+    Attributes:
+        dropped: whether the sub-layer is dropped.
+        kept: (neurons,) bool, true for neurons that are not masked; None if no neurons are masked
+            (probability 0, or granularity "element").
+        element_seed: seed of the mask of elements (`element_mask`).
     """
 
     dropped: bool
@@ -54,7 +56,7 @@ def draw(
     neurons: int,
 ) -> Draw:
     """Return the draw of one sub-layer: z ~ Bernoulli(1 - p_d), m_i ~ Bernoulli(1 - p_m)."""
-    # Philox counts upwards in its first word, so that the other three tell the streams apart.
+    # Philox increments the first word of its counter; the other three identify the stream.
     philox = np.random.Philox(
         key=np.array([seed, rank], dtype=np.uint64),
         counter=np.array(
@@ -73,10 +75,10 @@ def draw(
 def element_mask(
     element_seed: int, masking_p: float, shape: torch.Size, device: torch.device
 ) -> torch.Tensor:
-    """Return a boolean mask of `shape`, true where an element stays.
+    """Return a boolean mask of `shape`, true for elements that are not masked.
 
-    It is drawn on `device`, because it is as large as the activation: the same device type gives
-    the same mask again, another device type gives another one.
+    It is drawn on `device`, because it is as large as the activation. The mask is reproducible on
+    the same type of device only.
     """
     generator = torch.Generator(device).manual_seed(element_seed)
     return torch.rand(shape, generator=generator, device=device) >= masking_p

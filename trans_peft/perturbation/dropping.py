@@ -1,10 +1,9 @@
-"""Cross-layer dropping (eq. 6-7): z * FFN(x), one z for every layer and forward.
+"""Cross-layer dropping (eq. 6-7): z * FFN(x), with one z per layer and forward pass.
 
-With z = 0 the FFN is not computed, forward or backward. The formula gives its parameters a gradient
-all the same, and it is zero: leaving them out of the graph would save nothing more, make an
-optimiser skip them, and stop data-parallel training, which waits for the gradient of every
-trainable parameter. A dropped attention sub-layer is computed up to its output projection, whose
-zeros have no graph behind them: no backward pass is computed for it.
+With z = 0 the FFN is computed neither forward nor backward. Its parameters still get the gradient
+of the formula, which is zero: without a gradient the optimizer would skip them, and data-parallel
+training would wait for them forever. A dropped attention sub-layer is computed up to its output
+projection; the backward pass skips it.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,18 +23,18 @@ __all__ = ["drop_attention", "drop_ffn"]
 
 
 class DroppableModule(Protocol):
-    """What says whether a sub-layer is left out of the running forward (`MaskSite` does)."""
+    """An object with the draw of a sub-layer for the running forward pass, such as `MaskSite`."""
 
     @property
     def dropped(self) -> bool:
-        """Whether it is."""
+        """Whether the sub-layer is dropped."""
 
 
 Parameters = Callable[[], Iterator[nn.Parameter]]
 
 
 def drop_ffn(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -> None:
-    """Drop the FFN of a layer, adapters in it and after it included, until `undo` closes."""
+    """Drop the FFN of a layer with the adapters in and after it, until `undo` closes."""
     parameters = _parameters_beside(layer, "attention")
     for unit in layer.ffn:
         if isinstance(unit, Experts):
@@ -53,7 +52,7 @@ def drop_ffn(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -
 
 
 def drop_attention(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -> None:
-    """Drop the attention of a layer, an adapter after it included, until `undo` closes."""
+    """Drop the attention of a layer with an adapter after it, until `undo` closes."""
     if layer.attention is not None:
         output = layer.attention.output
         _drop_output(mask_site, output, _parameters_beside(layer, "ffn"), undo)
@@ -66,13 +65,15 @@ def _drop_whole(
     original = whole.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return _nothing(x, trainable()) if mask_site.dropped else original(x, *args, **kwargs)
+        return (
+            _zeros_in_graph(x, trainable()) if mask_site.dropped else original(x, *args, **kwargs)
+        )
 
     override(whole, forward, undo)
 
 
 def _zero_output(mask_site: DroppableModule, module: nn.Module, undo: ExitStack) -> None:
-    """Drop what a module adds to the output of its dropped parts: zero the first tensor of it."""
+    """Set the first tensor of a module's output to zero while the sub-layer is dropped."""
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -87,12 +88,12 @@ def _zero_output(mask_site: DroppableModule, module: nn.Module, undo: ExitStack)
 
 
 def _zeroed(x: torch.Tensor) -> torch.Tensor:
-    """Return zeros in the graph of x, where x is infinite as well."""
+    """Return zeros in the autograd graph of x, also for infinite values of x."""
     return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
 
 
 def _drop_input(mask_site: DroppableModule, projection: nn.Module, undo: ExitStack) -> None:
-    """Compute no neurons: what follows works on a width of zero."""
+    """Make a projection return a width of zero neurons while the sub-layer is dropped."""
     original = projection.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +110,7 @@ def _drop_output(
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if mask_site.dropped:
-            return _nothing(x.new_empty((*x.shape[:-1], out)), trainable())
+            return _zeros_in_graph(x.new_empty((*x.shape[:-1], out)), trainable())
         return original(x, *args, **kwargs)
 
     override(projection, forward, undo)
@@ -118,7 +119,7 @@ def _drop_output(
 def _leave_out_adapters(
     mask_site: DroppableModule, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
 ) -> None:
-    """Drop an adapter that PEFT put after the whole sub-layer of these parts together with it."""
+    """Drop an adapter that follows the sub-layer of these parts together with the sub-layer."""
     for child in layer.module.children():
         inside = {id(module) for module in child.modules() if module is not child}
         if isinstance(child, BaseTunerLayer) and any(id(part) in inside for part in parts):
@@ -135,9 +136,9 @@ def _leave_out_adapter(mask_site: DroppableModule, child: BaseTunerLayer, undo: 
 
 
 def _parameters_beside(layer: DecoderLayer, other: SubLayerKind) -> Parameters:
-    """Return a view of the layer's parameters without those of its other sub-layer.
+    """Return a function that yields the layer's parameters without those of sub-layer `other`.
 
-    Norms are among them: one that feeds only a dropped sub-layer has a gradient of zero as well.
+    Norms are included: the gradient of a norm that feeds only the dropped sub-layer is zero, too.
     """
 
     def parameters() -> Iterator[nn.Parameter]:
@@ -146,13 +147,13 @@ def _parameters_beside(layer: DecoderLayer, other: SubLayerKind) -> Parameters:
             roots = [] if attention is None else [attention.module]
         else:
             roots = [module for unit in layer.ffn for module in unit.modules]
-        theirs = {id(parameter) for root in roots for parameter in root.parameters()}
-        return (p for p in layer.module.parameters() if id(p) not in theirs)
+        excluded = {id(parameter) for root in roots for parameter in root.parameters()}
+        return (p for p in layer.module.parameters() if id(p) not in excluded)
 
     return parameters
 
 
-class _Nothing(torch.autograd.Function):
+class _ZerosInGraph(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, like: torch.Tensor, *parameters: nn.Parameter) -> torch.Tensor:
         ctx.save_for_backward(*parameters)
@@ -164,14 +165,14 @@ class _Nothing(torch.autograd.Function):
         return None, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
-def _nothing(x: torch.Tensor, parameters: Iterator[nn.Parameter]) -> torch.Tensor:
-    """Return zeros shaped as x, in the graph of the trainable ones among `parameters`.
+def _zeros_in_graph(x: torch.Tensor, parameters: Iterator[nn.Parameter]) -> torch.Tensor:
+    """Return zeros shaped as x that give the trainable `parameters` gradients of zero.
 
-    The dtype is that which a layer would give: x's, or autocast's where it is on.
+    The dtype is that of a layer's output: autocast's if it is enabled, else x's.
     """
     device = x.device.type
     like = x.detach()
     if torch.is_autocast_enabled(device):
         like = like.to(torch.get_autocast_dtype(device))
-    result: torch.Tensor = _Nothing.apply(like, *(p for p in parameters if p.requires_grad))
+    result: torch.Tensor = _ZerosInGraph.apply(like, *(p for p in parameters if p.requires_grad))
     return result

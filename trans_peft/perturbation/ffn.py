@@ -1,11 +1,11 @@
-"""Find what may be a FFN in the decoder layers of a causal language model, by shape.
+"""Find candidates for FFNs in the decoder layers of a causal language model, by shape.
 
-Names differ from model to model (mlp, feed_forward, fc1 beside the attention, ...), shapes do not.
-A FFN is a `down` projection (f -> d) with one or two projections (d -> f), or one fused one
-(d -> 2f), in one module or in two neighbours (BERT's `intermediate` and `output`). The experts of a
-mixture are a module with raw weights of three dimensions and an activation. Everything is found
-through PEFT's layers, whose base layer stands for them. Shapes are not proof: `verified` runs the
-layers. What has another shape can be stated by names (`layout.Layout`).
+Names differ between models (mlp, feed_forward, fc1 next to the attention, ...); shapes do not. An
+FFN is a `down` projection (f -> d) with one or two projections (d -> f), or one fused projection
+(d -> 2f), in one module or in two adjacent ones (BERT's `intermediate` and `output`). The experts
+of a mixture are a module with raw weights of three dimensions and an activation. A PEFT layer
+counts as its base layer. Shapes alone do not prove an FFN: `verified` runs the layers. For other
+shapes, `layout.Layout` names the sub-layers.
 """
 
 import inspect
@@ -47,7 +47,7 @@ _OTHER = re.compile(
     r"|latent_proj"  # Nemotron-H: linear maps around the experts
     r"|adapter_modules"  # X-MOD: an adapter for each language
 )
-"""Names of parts of a decoder layer that have weights and are neither FFN nor attention."""
+"""Names of parts of a decoder layer with weights that are neither FFN nor attention."""
 
 
 _NORM = re.compile(
@@ -56,28 +56,28 @@ _NORM = re.compile(
 
 
 def is_other(name: str) -> bool:
-    """Whether the last part of a module's path names a known part that holds no FFN."""
+    """Whether a module's name is that of a known part of a layer without an FFN."""
     return _OTHER.search(name) is not None
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation, by its class."""
+    """Whether the class of a module is a normalization."""
     return _NORM.search(type(module).__name__) is not None
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
     """Return the decoder stack (the module that owns the layers) and its layers, in order.
 
-    They are found by shape alone, on any device, `meta` included. UnsupportedModelError where there
-    is not exactly one such list of layers, or a layer has no FFN.
+    Only shapes are used, so the model may be on any device, `meta` included.
+    UnsupportedModelError unless there is exactly one such list of layers, each with an FFN.
     """
     owner, candidates = candidate_layers(model)
     layers = tuple(replace(layer, ffn=preferred(layer.ffn)) for layer in candidates)
     without = [index for index, layer in enumerate(layers) if not layer.ffn]
     if without:
         raise UnsupportedModelError(
-            f"layers {without} of {type(model).__name__} have no FFN that could be found",
-            expected="in every layer a projection f -> d beside one or two projections d -> f",
+            f"layers {without} of {type(model).__name__} have no recognizable FFN",
+            expected="in every layer a projection f -> d next to one or two projections d -> f",
             found=sorted({type(layers[index].module).__name__ for index in without}),
         )
     return owner, layers
@@ -86,10 +86,10 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
 def candidate_layers(
     model: nn.Module, *, with_ffn: bool = True, do: str | None = None
 ) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
-    """Return the decoder stack and its layers; `ffn` holds all that has the shape of a FFN.
+    """Return the decoder stack and its layers; `ffn` has every part with the shapes of an FFN.
 
-    UnsupportedModelError where there is not exactly one list of layers with such candidates (with
-    or without, unless `with_ffn`); `do` is what it advises.
+    UnsupportedModelError, with the advice `do`, unless exactly one list of layers has such
+    candidates. Without `with_ffn`, lists without candidates count as well.
     """
     lists = _outermost_lists(model)
     if with_ffn:
@@ -98,7 +98,7 @@ def candidate_layers(
     if len(chosen) != 1:
         raise UnsupportedModelError(
             f"the FFN sub-layers of {type(model).__name__} were not found",
-            expected="one ModuleList of decoder layers, with FFNs of a projection f -> d beside "
+            expected="one ModuleList of decoder layers, with FFNs of a projection f -> d next to "
             "one or two d -> f or a fused one d -> 2f, or experts in raw 3-d weights",
             found=[name for name, _, _ in lists or named_lists(model)] or "no ModuleList at all",
             do=do,
@@ -112,9 +112,9 @@ def candidate_layers(
 
 
 def preferred(units: tuple[Unit, ...]) -> tuple[Unit, ...]:
-    """Return the candidates to go by where a layer cannot be run.
+    """Return the candidates to use if a layer cannot be run.
 
-    Those beside an activation; without any, the only candidate.
+    These are the candidates next to an activation; if there are none, the only candidate.
     """
     certain = tuple(u for u in units if isinstance(u, Experts) or u.activated)
     return certain or (units if len(units) == 1 else ())
@@ -138,7 +138,7 @@ def _outermost_lists(model: nn.Module) -> list[LayerList]:
 
 
 def _of_the_decoder(model: nn.Module, lists: list[LayerList]) -> list[LayerList]:
-    """Choose the list of the text decoder among those of a model that has other stacks as well."""
+    """Return the lists that may be the text decoder of a model with several stacks."""
     count = _layer_count(model)
     by_count = [found for found in lists if len(found[2]) == count]
     if len(by_count) > 1:
@@ -166,7 +166,7 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
 
 
 def _activations(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the attributes of a module that are activations."""
+    """Return the names of a module's attributes that are activation functions."""
     modules = (
         name
         for name, child in module.named_children()
@@ -181,12 +181,12 @@ def _activations(module: nn.Module) -> tuple[str, ...]:
 
 
 def _candidates(layer: nn.Module) -> tuple[Unit, ...]:
-    """Return everything in one decoder layer that has the shape of a FFN, in graph order."""
+    """Return every part of a decoder layer with the shapes of an FFN, in module order."""
     found: list[Unit] = []
     seen: set[int] = set()
 
     def visit(called: nn.Module, module: nn.Module) -> None:
-        # A normalisation may hold projections of its own (A.X-K2's gated norm).
+        # A normalization may contain projections (A.X-K2's gated norm).
         if id(module) in seen or is_norm(module):
             return
         seen.add(id(module))
@@ -203,7 +203,7 @@ def _candidates(layer: nn.Module) -> tuple[Unit, ...]:
 
 
 def _holds_other_weights(module: nn.Module) -> bool:
-    """Whether a module holds weights directly that a FFN has not: convolutions, raw matrices."""
+    """Whether a module directly has weights that no FFN has: convolutions, raw matrices."""
     return any(isinstance(base, _ConvNd) for _, _, base in _children(module)) or any(
         weight.dim() > 1 for weight in module.parameters(recurse=False)
     )
@@ -218,9 +218,9 @@ def _projections(module: nn.Module) -> list[Projection]:
 
 
 def _feed_forward(called: nn.Module, module: nn.Module, layer: nn.Module) -> FeedForward | None:
-    """Match the direct children of a module against the shapes of a FFN."""
+    """Match the direct children of a module against the shapes of an FFN."""
     projections = _projections(module)
-    # Where d == f every order fits: the down projection is the one registered last.
+    # If d == f every order matches; the down projection is the one registered last.
     for down, size in reversed(projections):
         rest = [projection for projection in projections if projection[0] is not down]
         if _are_inputs(rest, size):
@@ -231,7 +231,7 @@ def _feed_forward(called: nn.Module, module: nn.Module, layer: nn.Module) -> Fee
 
 
 def _split(called: nn.Module, module: nn.Module) -> FeedForward | None:
-    """Match a FFN in two neighbours: inputs and activation in one child, down in or beside it."""
+    """Match an FFN in two modules: inputs and activation in one child, down next to it."""
     groups = [(base, _projections(base)) for _, _, base in _children(module)]
     direct = _projections(module)
     for base, inputs in groups:
@@ -252,7 +252,7 @@ def _are_inputs(projections: list[Projection], down: tuple[int, int]) -> bool:
 
 
 def _takes_only_x(module: nn.Module) -> bool:
-    """Whether a module is called with x alone, and may return the FFN's output alone."""
+    """Whether the only required argument of a module is x."""
     parameters = inspect.signature(type(base_of(module)).forward).parameters.values()
     required = [
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD,)
@@ -284,15 +284,19 @@ def _experts(module: nn.Module) -> Experts | None:
 def attention_of(
     layer: nn.Module, ffn: tuple[Unit, ...], called: Container[int] | None = None
 ) -> Attention | None:
-    """Return the one child of a layer with projections that is no FFN; None if there are others.
+    """Return the only child of a layer with projections that is not an FFN; None if ambiguous.
 
-    Where the ids of the `called` modules are known, a child that is not called is passed over.
+    `called` are the ids of modules that a forward pass calls, if known; other children are
+    ignored.
     """
-    ours = {id(module) for unit in ffn for module in unit.modules}
+    ffn_modules = {id(module) for unit in ffn for module in unit.modules}
     candidates = []
     for _, child, base in _children(layer):
         inside = list(base.modules())
-        if any(id(module) in ours for module in inside) or projection_shape(base) is not None:
+        if (
+            any(id(module) in ffn_modules for module in inside)
+            or projection_shape(base) is not None
+        ):
             continue
         if is_norm(base) or (called is not None and id(child) not in called):
             continue

@@ -1,4 +1,4 @@
-"""Which layers of a model are alike, so that one of them can stand for all."""
+"""Group equivalent layers of a model, so that only one of each group is verified."""
 
 import re
 from collections.abc import Hashable
@@ -12,11 +12,10 @@ _POSITIONS = re.compile(r"(^|_)(idx|index|id|number|num)$")
 
 
 def kind_of(layer: nn.Module) -> Hashable:
-    """Return a value that is the same for layers that compute the same but for their weights.
+    """Return a value that is equal for layers that differ in the values of their weights only.
 
-    It covers classes, names, shapes and dtypes of weights, and plain attributes, in which two
-    layers may differ beside their weights (activations, sparsity). The position of the layer is
-    left out.
+    It covers classes, and names, shapes and dtypes of weights, and plain attributes (activations,
+    sparsity), except for the position of the layer.
     """
     return tuple((name, type(module), *_of(module)) for name, module in layer.named_modules())
 

@@ -1,4 +1,4 @@
-"""Where the sub-layers of a model are, stated by names: for what `ffn` does not find."""
+"""Name the sub-layers of a model whose FFNs cannot be found by shape."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +22,14 @@ __all__ = ["Layout", "layers_by_name", "layouts_by_shape"]
 class Layout:
     """The names of the sub-layers of a model.
 
-    `layers` is the path of the ModuleList of decoder layers, the others are paths inside one layer.
-    Of the attention, `attention_output` is the projection back to the hidden size.
+    Attributes:
+        layers: path of the ModuleList of decoder layers.
+        ffn_inputs: paths, inside a layer, of the projections d -> f.
+        ffn_down: path, inside a layer, of the projection f -> d.
+        attention: path, inside a layer, of the attention.
+        attention_output: path, inside a layer, of the attention's projection to the hidden size.
 
+    Example:
         Layout("transformer.blocks", ffn_inputs=("ffn.w1", "ffn.w3"), ffn_down="ffn.w2")
     """
 
@@ -39,7 +44,7 @@ class Layout:
 
 
 def layouts_by_shape(model: nn.Module) -> Iterator[Layout]:
-    """Yield layouts that may fit a model: in each list, a projection f -> d beside some d -> f."""
+    """Yield possible layouts: in each list, a projection f -> d next to projections d -> f."""
     for path, _, layers in named_lists(model):
         for name, module in layers[0].named_modules() if len(layers) else ():
             sizes = {
@@ -55,8 +60,8 @@ def layouts_by_shape(model: nn.Module) -> Iterator[Layout]:
 
 
 def layers_by_name(model: nn.Module, layout: Layout) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
-    """Return the decoder stack and its layers as `ffn.find_layers` does. UnsupportedModelError."""
-    # PEFT and data parallelism put their own names before the model's.
+    """Return the decoder stack and its layers by name. UnsupportedModelError if one is missing."""
+    # PEFT and data parallelism add prefixes to the names.
     matches = [
         (owner, layers)
         for name, owner, layers in named_lists(model)
@@ -65,6 +70,7 @@ def layers_by_name(model: nn.Module, layout: Layout) -> tuple[nn.Module, tuple[D
     if len(matches) != 1:
         raise UnsupportedModelError(
             f"{layout.layers!r} is not the path of one ModuleList of {type(model).__name__}",
+            expected="the path of the ModuleList of decoder layers",
             found=[name for name, _, _ in named_lists(model)],
         )
     owner, layers = matches[0]
@@ -93,7 +99,7 @@ def _layer(index: int, layer: nn.Module, layout: Layout) -> DecoderLayer:
         attention = Attention(get(layout.attention)[0], output, width)
     if problems:
         raise UnsupportedModelError(
-            f"the layout does not fit: {'; '.join(problems)}",
+            f"the layout does not match the model: {'; '.join(problems)}",
             found=[name for name, _ in layer.named_modules() if name],
         )
     unit = FeedForward(inputs, down, neurons, _common(layer, [*layout.ffn_inputs, layout.ffn_down]))
@@ -101,7 +107,7 @@ def _layer(index: int, layer: nn.Module, layout: Layout) -> DecoderLayer:
 
 
 def _common(layer: nn.Module, paths: list[str]) -> nn.Module:
-    """Return the smallest module around all of these paths, the layer where there is none."""
+    """Return the smallest module that contains all of these paths, at most the layer."""
     module = layer
     for names in zip(*(path.split(".")[:-1] for path in paths), strict=False):
         if len(set(names)) > 1:

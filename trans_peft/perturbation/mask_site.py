@@ -1,4 +1,4 @@
-"""One perturbed sub-layer of one layer: its draws, on its device, and its other `forward`."""
+"""The draws of one perturbed sub-layer, and replaced `forward` methods."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,7 +21,11 @@ Forward = Callable[..., Any]
 
 
 class MaskSite:
-    """The draws of one sub-layer, one per moment; `neurons` are those of its units, in order."""
+    """The draws of one sub-layer, one per training position.
+
+    `neurons` are the numbers of neurons of its units, in order. The draw of the current position is
+    cached, with its masks by device.
+    """
 
     def __init__(
         self,
@@ -38,7 +42,7 @@ class MaskSite:
         self._step_counter = step_counter
         self._seed, self._layer, self._kind = seed, layer, kind
         self._rank = rank
-        self._moment: TrainingPosition | None = None
+        self._drawn_position: TrainingPosition | None = None
         self._draw: Draw | None = None
         self._kept: dict[tuple[int, int, torch.device], NeuronSelection | None] = {}
         self._masks: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -50,47 +54,49 @@ class MaskSite:
 
     @property
     def dropped(self) -> bool:
-        """Whether the running forward (or recomputation) leaves this sub-layer out."""
-        return self.active and self._now().dropped
+        """Whether the running forward pass (or recomputation) drops this sub-layer."""
+        return self.active and self._current_draw().dropped
 
     def kept(self, unit: int, parts: int, device: torch.device) -> NeuronSelection | None:
-        """Return the neurons of a unit to compute; None where all are.
+        """Return the neurons of a unit to compute; None for all of them.
 
-        A fused projection holds the neurons in `parts` parts, one after the other.
+        A fused projection has the neurons `parts` times, one block after the other.
         """
-        if not self.active or (stays := self._now().kept) is None:
+        if not self.active or (kept := self._current_draw().kept) is None:
             return None
         place = (unit, parts, device)
         if place not in self._kept:
-            self._kept[place] = neurons_to_compute(stays[self._span(unit)], parts, device)
+            self._kept[place] = neurons_to_compute(kept[self._span(unit)], parts, device)
         return self._kept[place]
 
     def masked(self, unit: int, x: torch.Tensor) -> torch.Tensor:
-        """Return x (..., neurons of the unit) with its masked neurons, or elements, at zero."""
+        """Return x (..., neurons of the unit) with masked neurons, or elements, set to zero."""
         if not self.active:
             return x
-        now = self._now()
-        if now.kept is None:
+        current = self._current_draw()
+        if current.kept is None:
             p = self.perturbation.masking_p
-            return x.masked_fill(~element_mask(now.element_seed + unit, p, x.shape, x.device), 0)
+            return x.masked_fill(
+                ~element_mask(current.element_seed + unit, p, x.shape, x.device), 0
+            )
         place = (unit, x.device)
         if place not in self._masks:
-            self._masks[place] = torch.from_numpy(~now.kept[self._span(unit)]).to(x.device)
+            self._masks[place] = torch.from_numpy(~current.kept[self._span(unit)]).to(x.device)
         return x.masked_fill(self._masks[place], 0)
 
     def _span(self, unit: int) -> slice:
         start = sum(self.neurons[:unit])
         return slice(start, start + self.neurons[unit])
 
-    def _now(self) -> Draw:
-        if self._draw is None or self._moment != self._step_counter.now:
+    def _current_draw(self) -> Draw:
+        if self._draw is None or self._drawn_position != self._step_counter.position:
             if self._rank is None:
-                # Asked for only now: loops start their process group after `perturbed` is entered.
+                # Training loops may start their process group after `perturbed` is entered.
                 self._rank = dist.get_rank() if dist.is_initialized() else 0
-            self._moment = self._step_counter.now
+            self._drawn_position = self._step_counter.position
             self._draw = draw(
                 self.perturbation,
-                self._moment,
+                self._drawn_position,
                 seed=self._seed,
                 rank=self._rank,
                 layer=self._layer,
@@ -103,15 +109,15 @@ class MaskSite:
 
 
 def override(module: nn.Module, forward: Forward, undo: ExitStack, name: str = "forward") -> None:
-    """Give one module instance another `forward` (or method `name`) until `undo` closes.
+    """Replace the method `name` of one module instance until `undo` closes.
 
-    A deep copy made meanwhile (a reference model) computes as its class says: the override would
-    compute with the weights of the module that it was made for.
+    A deep copy of the module (a reference model) uses the method of its class instead, because
+    the override computes with the weights of the original.
     """
     before = module.__dict__.get(name)
     of_class: Forward = getattr(type(module), name, before or forward)
 
-    # A compiler would trace into the draws: what is around this module is compiled, not it.
+    # torch.compile must not trace the draws; the modules around this one are still compiled.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @wraps(of_class)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Intra-layer masking (eq. 4-5): FFN(x) = W_down (m * act(...)), m drawn anew for every forward.
+"""Intra-layer masking (eq. 4-5): FFN(x) = W_down (m * act(...)), with one m per forward pass.
 
-Where every projection of a FFN can be sliced, the masked neurons are sliced away (`slicing`). Else
-the intermediate activation is multiplied by the mask: the same sum, without the saving.
+If every projection of an FFN can be sliced, masked neurons are not computed (`slicing`). Otherwise
+the intermediate activation is multiplied by the mask, which gives the same sum without the saving.
 """
 
 from contextlib import ExitStack
@@ -15,8 +15,8 @@ from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import UnsupportedModelError
 from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.slicing import (
-    Arm,
     NeuronSelection,
+    Side,
     reason_not_sliced,
     sliced_linear,
     sliced_parts,
@@ -27,7 +27,7 @@ __all__ = ["mask_attention", "mask_ffn"]
 
 
 class Masks(Protocol):
-    """Which neurons of each unit are masked in the running forward (`MaskSite` draws them)."""
+    """The masks of a sub-layer's units for the running forward pass, such as `MaskSite`."""
 
     @property
     def active(self) -> bool:
@@ -35,22 +35,22 @@ class Masks(Protocol):
 
     @property
     def perturbation(self) -> Perturbation:
-        """The chances and the granularity."""
+        """The probabilities and the granularity."""
 
     def kept(self, unit: int, parts: int, device: torch.device) -> NeuronSelection | None:
-        """Return the neurons of a unit to compute; None where all are."""
+        """Return the neurons of a unit to compute; None for all of them."""
 
     def masked(self, unit: int, x: torch.Tensor) -> torch.Tensor:
-        """Return x (..., neurons of the unit) with its masked neurons at zero."""
+        """Return x (..., neurons of the unit) with its masked neurons set to zero."""
 
 
 def mask_ffn(mask_site: Masks, units: tuple[Unit, ...], undo: ExitStack) -> str | None:
-    """Mask a FFN until `undo` closes; return why it is not sliced, None if it is."""
+    """Mask an FFN until `undo` closes. Return why it is not sliced; None if it is."""
     reasons = []
     for number, unit in enumerate(units):
         if isinstance(unit, Experts):
             reasons.append(_mask_experts(mask_site, number, unit, undo))
-        elif reason := _why_multiplied(mask_site, unit):
+        elif reason := _reason_not_sliced(mask_site, unit):
             reasons.append(reason)
             _mask_input(mask_site, number, unit.down, undo)
         else:
@@ -59,12 +59,12 @@ def mask_ffn(mask_site: Masks, units: tuple[Unit, ...], undo: ExitStack) -> str 
 
 
 def mask_attention(mask_site: Masks, attention: Attention, undo: ExitStack) -> str:
-    """Mask the inputs of the output projection; heads are never sliced, return that."""
+    """Mask the inputs of the output projection until `undo` closes. Return why it is not sliced."""
     _mask_input(mask_site, 0, attention.output, undo)
     return "heads are not sliced"
 
 
-def _why_multiplied(mask_site: Masks, unit: FeedForward) -> str | None:
+def _reason_not_sliced(mask_site: Masks, unit: FeedForward) -> str | None:
     if mask_site.perturbation.granularity == "element":
         return "each element has its own bit"
     if unit.multiplied is not None:
@@ -74,7 +74,7 @@ def _why_multiplied(mask_site: Masks, unit: FeedForward) -> str | None:
 
 
 def _slice(mask_site: Masks, number: int, unit: FeedForward, undo: ExitStack) -> None:
-    sides: list[tuple[nn.Module, Arm]] = [(projection, "output") for projection in unit.inputs]
+    sides: list[tuple[nn.Module, Side]] = [(projection, "output") for projection in unit.inputs]
     for projection, side in [*sides, (unit.down, "input")]:
         _, out = projection_shape(projection) or (0, 0)
         parts = out // unit.neurons if side == "output" else 1
@@ -83,7 +83,7 @@ def _slice(mask_site: Masks, number: int, unit: FeedForward, undo: ExitStack) ->
 
 
 def _slice_part(
-    mask_site: Masks, number: int, part: nn.Linear | Conv1D, side: Arm, parts: int, undo: ExitStack
+    mask_site: Masks, number: int, part: nn.Linear | Conv1D, side: Side, parts: int, undo: ExitStack
 ) -> None:
     dense = part.forward
 
@@ -104,11 +104,12 @@ def _mask_input(mask_site: Masks, number: int, projection: nn.Module, undo: Exit
 
 
 def _mask_experts(mask_site: Masks, number: int, unit: Experts, undo: ExitStack) -> str:
-    """Mask the same neurons in every expert, where a gate of the module returns them."""
+    """Mask the same neurons in every expert, in the results of the module's gates."""
     if mask_site.perturbation.granularity == "element":
         raise UnsupportedModelError(
-            "element-wise masks are not defined for a mixture of experts: which tokens an expert "
-            "sees, and in which order, is its implementation's choice",
+            "element-wise masks are not defined for a mixture of experts: the tokens of an expert, "
+            "and their order, depend on the implementation",
+            expected="granularity 'neuron'",
             do="use granularity='neuron'",
         )
     experts = unit.module.forward
@@ -135,8 +136,9 @@ def _mask_experts(mask_site: Masks, number: int, unit: Experts, undo: ExitStack)
         result = experts(*args, **kwargs)
         if mask_site.active and not applied and result.numel():
             raise UnsupportedModelError(
-                f"{type(unit.module).__name__} computes without calling {' or '.join(unit.gates)}, "
-                "so that its neurons cannot be masked",
+                f"{type(unit.module).__name__} does not call {' or '.join(unit.gates)}, "
+                "so its neurons cannot be masked",
+                do="train without masking: Perturbation(dropping_p=...)",
             )
         return result
 

@@ -1,9 +1,8 @@
-"""Linear layers computed on some of their neurons only.
+"""Linear layers that compute only some of their neurons.
 
-Masking neurons of a FFN leaves a sum over the kept ones; slicing the weights around them gives the
-same sum with (1 - p_m) of the multiplications, forward and backward. The slices are taken again in
-the backward pass instead of being kept until then, so a masked step needs no more memory than a
-plain one.
+Masking the neurons of an FFN leaves a sum over the other neurons. Slicing the weights gives the
+same sum with (1 - p_m) of the multiplications, forward and backward. The backward pass slices
+again instead of keeping the slices, so a masked step needs no more memory than a plain step.
 """
 
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 __all__ = [
-    "Arm",
     "NeuronSelection",
+    "Side",
     "neurons_to_compute",
     "reason_not_sliced",
     "sliced_linear",
@@ -26,20 +25,21 @@ __all__ = [
 ]
 
 _WIDTH = 16
-"""Neurons are computed in multiples: odd widths cost 5 % on a CPU, and tensor cores more."""
+"""The number of computed neurons is a multiple of this. Others are slower: 5 % on a CPU, more on
+tensor cores."""
 
-Arm = Literal["output", "input"]
-"""Which side of a layer the masked neurons are on: the output of gate and up, the input of down."""
+Side = Literal["output", "input"]
+"""Side of a layer with the masked neurons: the output of gate and up, the input of down."""
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronSelection:
     """The neurons to compute, as ascending indices (n,) int64 on the device of the weights.
 
-    Some of them may be masked ones that round n up to a width matrix kernels like; `padding` are
-    their positions among the indices, None for none. The input side takes their weights for zero,
-    so that they add nothing. For a fused layer the indices are those of its parts, one after the
-    other.
+    Masked neurons may be included to round n up to a width that is fast for matrix kernels.
+    `padding` are their positions among the indices; None if there are none. The input side treats
+    their weights as zero, so that they add nothing. A fused layer has the indices of its parts,
+    one block after the other.
     """
 
     indices: torch.Tensor
@@ -49,9 +49,9 @@ class NeuronSelection:
 def neurons_to_compute(
     kept: np.ndarray, parts: int, device: torch.device
 ) -> NeuronSelection | None:
-    """Return what to compute where `kept` (neurons,) is true; None where that is everything.
+    """Return the neurons to compute, given `kept` (neurons,) bool; None for all of them.
 
-    A fused projection holds the neurons in `parts` parts, one after the other.
+    A fused projection has the neurons `parts` times, one block after the other.
     """
     (masked,) = (~kept).nonzero()
     if not len(masked):
@@ -108,12 +108,12 @@ class _SlicedLinear(torch.autograd.Function):
 
 
 def _without(part: torch.Tensor, padding: torch.Tensor | None, axis: int) -> torch.Tensor:
-    """Zero the idle neurons of a slice, in place, and return it."""
+    """Set the padding of a slice to zero, in place, and return the slice."""
     return part if padding is None else part.index_fill_(axis, padding, 0)
 
 
 def sliced_linear(
-    layer: nn.Linear | Conv1D, side: Arm, x: torch.Tensor, kept: NeuronSelection
+    layer: nn.Linear | Conv1D, side: Side, x: torch.Tensor, kept: NeuronSelection
 ) -> torch.Tensor:
     """Return what `layer` (Linear or Conv1D) gives on the kept neurons.
 
@@ -159,8 +159,8 @@ def reason_not_sliced(projection: Any) -> str | None:
     return None
 
 
-def sliced_parts(projection: Any, side: Arm) -> tuple[nn.Linear | Conv1D, ...]:
-    """Return the layers inside a sliceable projection that touch its masked side."""
+def sliced_parts(projection: Any, side: Side) -> tuple[nn.Linear | Conv1D, ...]:
+    """Return the layers inside a sliceable projection that have its masked side."""
     if isinstance(projection, nn.Linear | Conv1D):
         return (projection,)
     branch = projection.lora_B if side == "output" else projection.lora_A

@@ -1,8 +1,8 @@
-"""Where training stands, observed from outside any training loop.
+"""Count the optimizer steps and micro-steps of any training loop.
 
-Optimiser steps are seen through torch's global post-step hook, which every `torch.optim.Optimizer`
-calls in whatever loop it is used. Micro-steps are the training forwards of the decoder stack since
-then; a forward inside a backward pass is activation checkpointing recomputing, and counts nothing.
+torch's global post-step hook reports optimizer steps; every `torch.optim.Optimizer` calls it.
+Micro-steps are the training forward passes of the decoder stack since the last step. A forward pass
+inside a backward pass is a recomputation of activation checkpointing and is not counted.
 """
 
 from collections.abc import Callable
@@ -20,25 +20,25 @@ __all__ = ["StepCounter", "in_backward"]
 
 
 def in_backward() -> bool:
-    """Whether this thread runs inside autograd's backward pass (torch's own test for it)."""
+    """Whether this thread runs inside a backward pass of autograd."""
     return torch._C._current_graph_task_id() != -1
 
 
 class StepCounter:
-    """Counts optimiser steps and micro-steps of one decoder stack, from `step` on.
+    """Counts the optimizer steps and micro-steps of one decoder stack, starting at `step`.
 
-    `now` is the moment that the running computation belongs to: that of the last training forward,
-    and during a backward pass that of the forward whose gradients are being computed, so that two
-    forwards may share one backward.
+    `position` is the training position of the running computation: that of the last training
+    forward pass, and during a backward pass that of the forward pass whose gradients are computed.
+    Two forward passes may therefore share one backward pass.
     """
 
     def __init__(self, stack: nn.Module, step: int, on_pass: Callable[[], None]) -> None:
         self.step = step
-        self.now = TrainingPosition(step, 0)
+        self.position = TrainingPosition(step, 0)
         self._passes = 0
         self._stack = stack
         self._on_pass = on_pass
-        self._trains: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
+        self._trains_stack: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
 
     @property
     def training(self) -> bool:
@@ -46,11 +46,11 @@ class StepCounter:
         return self._stack.training
 
     def seek(self, step: int) -> None:
-        """Continue as after `step` optimiser steps."""
-        self.step, self._passes, self.now = step, 0, TrainingPosition(step, 0)
+        """Set the number of completed optimizer steps."""
+        self.step, self._passes, self.position = step, 0, TrainingPosition(step, 0)
 
     def start(self) -> list[RemovableHandle]:
-        """Begin to observe; the handles end it."""
+        """Register the hooks and return their handles."""
         return [
             self._stack.register_forward_pre_hook(self._begin_pass),
             self._stack.register_forward_hook(self._end_pass),
@@ -61,29 +61,29 @@ class StepCounter:
     def _begin_pass(self, stack: nn.Module, _args: tuple[Any, ...]) -> None:
         if stack.training and not in_backward():
             self._on_pass()
-            self.now = TrainingPosition(self.step, self._passes)
+            self.position = TrainingPosition(self.step, self._passes)
             self._passes += 1
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end_pass(self, stack: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         if stack.training and hidden.requires_grad and not in_backward():
-            position = self.now
+            position = self.position
 
             def enter_backward(_gradient: torch.Tensor) -> None:
-                self.now = position
+                self.position = position
 
             hidden.register_hook(enter_backward)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        if optimizer not in self._trains:
-            ours = {id(parameter) for parameter in self._stack.parameters()}
-            self._trains[optimizer] = any(
-                id(parameter) in ours
+        if optimizer not in self._trains_stack:
+            stack_parameters = {id(parameter) for parameter in self._stack.parameters()}
+            self._trains_stack[optimizer] = any(
+                id(parameter) in stack_parameters
                 for group in optimizer.param_groups
                 for parameter in group["params"]
             )
-        # Two optimisers that share the model's parameters step after one another: one step.
-        if self._trains[optimizer] and self._passes:
+        # Several optimizers of one model step one after the other, which is one step.
+        if self._trains_stack[optimizer] and self._passes:
             self.step += 1
             self._passes = 0

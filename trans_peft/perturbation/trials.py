@@ -1,4 +1,4 @@
-"""Mask and drop the units of one layer on the same input, and compare the results."""
+"""Mask and drop the units of one layer on one input, and compare the implementations."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,22 +18,22 @@ from trans_peft.perturbation.masking import mask_ffn
 from trans_peft.perturbation.slicing import NeuronSelection, neurons_to_compute, reason_not_sliced
 from trans_peft.perturbation.units import DecoderLayer, Experts, FeedForward, Unit
 
-__all__ = ["dropped", "masked", "why_attention_stays"]
+__all__ = ["dropped", "masked", "reason_attention_not_dropped"]
 
 
 @dataclass(frozen=True, eq=False)
 class _Masks:
-    """Given masks in place of drawn ones: `stays` (neurons,) bool of each unit."""
+    """Fixed masks instead of drawn ones: `kept_neurons` (neurons,) bool of each unit."""
 
-    stays: tuple[np.ndarray, ...]
+    kept_neurons: tuple[np.ndarray, ...]
     perturbation: Perturbation = field(default=Perturbation(masking_p=0.5))
     active: bool = True
 
     def kept(self, unit: int, parts: int, device: torch.device) -> NeuronSelection | None:
-        return neurons_to_compute(self.stays[unit], parts, device)
+        return neurons_to_compute(self.kept_neurons[unit], parts, device)
 
     def masked(self, unit: int, x: torch.Tensor) -> torch.Tensor:
-        return x.masked_fill(torch.from_numpy(~self.stays[unit]).to(x.device), 0)
+        return x.masked_fill(torch.from_numpy(~self.kept_neurons[unit]).to(x.device), 0)
 
 
 class _Dropped:
@@ -41,9 +41,9 @@ class _Dropped:
 
 
 def masked(layer: DecoderLayer, call: Call) -> tuple[Unit, ...]:
-    """Return the units of a layer, with a reason where their neurons are to be multiplied.
+    """Return the units of a layer; `multiplied` has the reason if a unit cannot be sliced.
 
-    UnsupportedModelError where a unit cannot be masked in any way.
+    UnsupportedModelError if a unit cannot be masked at all.
     """
     units = layer.ffn
     masks = [_Masks(tuple(_half(unit.neurons, seed) for unit in units)) for seed in (1,)]
@@ -71,9 +71,11 @@ def masked(layer: DecoderLayer, call: Call) -> tuple[Unit, ...]:
 
 
 def _half(neurons: int, seed: int) -> np.ndarray:
-    stays = np.zeros(neurons, dtype=bool)
-    stays[np.random.Generator(np.random.Philox(seed)).permutation(neurons)[: neurons // 2]] = True
-    return stays
+    kept_neurons = np.zeros(neurons, dtype=bool)
+    kept_neurons[
+        np.random.Generator(np.random.Philox(seed)).permutation(neurons)[: neurons // 2]
+    ] = True
+    return kept_neurons
 
 
 def _all_but_one(neurons: int) -> np.ndarray:
@@ -89,19 +91,19 @@ def _why_unequal(
 ) -> str | None:
     try:
         found = _outputs(mask, trial, call)[number]
-    except Exception as error:  # whatever the code between the projections raises
-        return f"on some of its neurons it raises {type(error).__name__}: {error}"
+    except Exception as error:  # code between the projections may raise any error
+        return f"it raises {type(error).__name__} with some of its neurons: {error}"
     if len(found) != len(expected):
-        return "sliced, it is called another number of times"
+        return "its number of calls differs if it is sliced"
     distances = [differs(a, b) for a, b in zip(found, expected, strict=True)]
     worst = max((distance for distance in distances if distance is not None), default=None)
     if worst is None:
         return None
-    return f"the sliced result is {worst:.0%} off the multiplied one"
+    return f"the sliced result differs from the multiplied one by {worst:.0%}"
 
 
 def _outputs(mask: _Masks, units: tuple[Unit, ...], call: Call) -> list[list[torch.Tensor]]:
-    """Return what the last module of each unit returned in one run under a mask, call by call."""
+    """Return the outputs of the last module of each unit under a mask, by call."""
     outputs: list[list[torch.Tensor]] = [[] for _ in units]
     with ExitStack() as undo:
         mask_ffn(mask, units, undo)
@@ -129,9 +131,10 @@ def _first(result: Any) -> Iterator[torch.Tensor]:
 
 
 def _check_experts(units: tuple[Unit, ...], call: Call) -> None:
-    """Masking all neurons of experts must give what a down projection of zeros gives.
+    """Raise UnsupportedModelError if masking all neurons of experts leaves a contribution.
 
-    Otherwise what the gates return is not all that the down projection is multiplied with.
+    The result must equal that of a down projection of zeros. Otherwise the down projection is
+    multiplied by more than the gates return.
     """
     for number, unit in enumerate(units):
         if not isinstance(unit, Experts):
@@ -140,7 +143,7 @@ def _check_experts(units: tuple[Unit, ...], call: Call) -> None:
         masked = _outputs(mask, units, call)[number]
         weights = {n: w for n, w in _raw(unit.module) if "bias" not in n and w.dim() > 1}
         name, weight = list(weights.items())[-1]  # the down projection is registered last
-        # One zero, expanded: it takes no memory.
+        # An expanded zero takes no memory.
         zeros = weight.new_zeros([1] * weight.dim()).expand(weight.shape)
         unit.module._parameters[name] = zeros  # type: ignore[assignment]
         try:
@@ -148,14 +151,15 @@ def _check_experts(units: tuple[Unit, ...], call: Call) -> None:
             with ExitStack() as undo:
                 _record(unit.module, without, undo)
                 call.again()
-        except Exception:  # noqa: S112  a kernel that takes no such weight
+        except Exception:  # noqa: S112  a kernel that rejects an expanded weight
             continue
         finally:
             unit.module._parameters[name] = weight
         if any(differs(x, y) is not None for x, y in zip(masked, without, strict=True)):
             raise UnsupportedModelError(
-                f"masking all that {' and '.join(unit.gates)} of {type(unit.module).__name__} "
-                "return does not mask all of its neurons"
+                f"masking the results of {' and '.join(unit.gates)} does not mask all neurons of "
+                f"{type(unit.module).__name__}",
+                do="train without masking: Perturbation(dropping_p=...)",
             )
 
 
@@ -164,11 +168,11 @@ def _raw(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def dropped(layer: DecoderLayer, call: Call) -> DecoderLayer:
-    """Return the layer with the ways in which its dropped FFN is left out.
+    """Return the layer with the fastest correct way to drop its FFN.
 
-    The FFN must add nothing to the residual stream: `biased` are the modules that turn a dropped
-    FFN into a constant, such as a bias of the mixture or of a norm after it. A module that adds the
-    residual itself is no constant, and is left alone.
+    A dropped FFN must add nothing to the residual stream. `biased` of the result are the modules
+    that would add a constant, such as a bias of the mixture or of a norm after it. A module that
+    adds the residual is not among them.
     """
     plain = replace(layer, ffn=tuple(map(_computed, layer.ffn)), biased=())
     parts = {id(m) for unit in layer.ffn for part in unit.modules for m in part.modules()}
@@ -209,7 +213,7 @@ def dropped(layer: DecoderLayer, call: Call) -> DecoderLayer:
         faster = replace(plain, ffn=trial)
         try:
             found = _layer_output(faster, call)
-        except Exception:  # noqa: S112  whatever a width of zero raises; the next computes more
+        except Exception:  # noqa: S112  a width of zero may raise any error; try the slower way
             continue
         if found.shape == expected.shape and differs(found, expected) is None:
             return faster
@@ -217,7 +221,7 @@ def dropped(layer: DecoderLayer, call: Call) -> DecoderLayer:
 
 
 def _computed(unit: Unit) -> Unit:
-    """Return a unit that is computed where it is dropped, up to its down projection."""
+    """Return a unit whose dropping still computes it up to its down projection."""
     return replace(unit, whole=None, narrows=False) if isinstance(unit, FeedForward) else unit
 
 
@@ -240,8 +244,8 @@ def _layer_output(layer: DecoderLayer, call: Call) -> torch.Tensor:
         return next(floats_of(call.again()))
 
 
-def why_attention_stays(layer: DecoderLayer, call: Call) -> str | None:
-    """Return what is left of an attention that is dropped, None where nothing is."""
+def reason_attention_not_dropped(layer: DecoderLayer, call: Call) -> str | None:
+    """Return why a dropped attention would still contribute; None if it does not."""
     if layer.attention is None:
         return "it was not found"
     outputs: list[torch.Tensor] = []
@@ -252,5 +256,7 @@ def why_attention_stays(layer: DecoderLayer, call: Call) -> str | None:
     if not outputs:
         return f"{type(layer.attention.module).__name__} is not called"
     if any(x.any() for x in outputs) and all(map(_is_constant, outputs)):
-        return f"{type(layer.attention.module).__name__} adds a constant to its output projection"
+        return (
+            f"{type(layer.attention.module).__name__} adds a constant after its output projection"
+        )
     return None

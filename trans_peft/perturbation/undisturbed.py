@@ -1,8 +1,7 @@
-"""Run a model on a few tokens without leaving a trace in it.
+"""Run a model on a few tokens without side effects.
 
-Nothing outlasts the run: no gradient, no drawn random number, no written buffer or parameter, no
-changed attribute, and no hook of the caller is called. Dropout is off, so that runs with different
-widths can be compared.
+After the run, gradients, random states, buffers, parameters and attributes are unchanged. No hook
+of the caller is called. Dropout is off, so that runs with different widths can be compared.
 """
 
 import random
@@ -24,12 +23,12 @@ from trans_peft.perturbation.units import base_of
 __all__ = ["TOKENS", "reseed", "run_on_tokens", "undisturbed"]
 
 TOKENS = 7
-"""Length of the one sequence that a model is run on."""
+"""Length of the sequence that a model is run on."""
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run what is in the block on `model`, then put everything back as it was."""
+    """Restore the model, and all random states, after the block."""
     with ExitStack() as undo:
         undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -44,15 +43,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def run_on_tokens(model: nn.Module, stack: nn.Module) -> str | None:
-    """Run a language model on a few token ids; return why it cannot be run, None if it was.
+    """Run a language model on a few token ids. Return the error that prevents it; None if it ran.
 
-    The ids are fixed, from the middle of the vocabulary, where no special tokens are. Where the
-    model needs more than ids (an image's places, say), its decoder `stack` is run.
+    The ids are fixed and from the middle of the vocabulary, away from special tokens. If the model
+    needs other inputs as well (such as the positions of an image), its decoder `stack` is run.
     """
     root = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
     embeddings = _embeddings(root)
     if embeddings is None:
-        return "it has no embedding of tokens"
+        return "it has no token embedding"
     if embeddings.weight.is_meta:
         return "its weights are not loaded"
     size = embeddings.num_embeddings
@@ -68,7 +67,7 @@ def run_on_tokens(model: nn.Module, stack: nn.Module) -> str | None:
         for call in calls:
             try:
                 call(module)
-            except Exception as error:  # whatever a model raises on ids alone
+            except Exception as error:  # a model may raise any error without its other inputs
                 reasons.append(f"{type(error).__name__}: {error}")
             else:
                 return None
@@ -98,9 +97,9 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 def reseed() -> None:
-    """Begin all random numbers at a fixed place, inside `undisturbed`.
+    """Seed all random generators with a fixed seed. Call it inside `undisturbed`.
 
-    `torch.manual_seed` would also seed an accelerator that is only initialised after this.
+    `torch.manual_seed` would also seed an accelerator that is not initialized yet.
     """
     random.seed(0)
     np.random.seed(0)
@@ -110,7 +109,7 @@ def reseed() -> None:
 
 
 def _accelerator() -> Any:
-    """Return torch's module of the accelerator in use (torch.cuda), None where there is none."""
+    """Return torch's module of the accelerator in use (torch.cuda); None if there is none."""
     device = torch.accelerator.current_accelerator(check_available=True)
     module = None if device is None else torch.get_device_module(device)
     return module if module is not None and module.is_initialized() else None
@@ -145,7 +144,7 @@ def _same_attributes(model: nn.Module) -> Iterator[None]:
             }
             before.append((values, dict(values), contents))
         if getattr(module, "gradient_checkpointing", False):
-            # Without gradients there is nothing to recompute.
+            # Without gradients nothing is recomputed.
             setattr(module, "gradient_checkpointing", False)  # noqa: B010
     try:
         yield
@@ -165,7 +164,7 @@ def _same_attributes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Take the callers' hooks off, except on modules that torch's FSDP shards by its hooks."""
+    """Remove the caller's hooks, except those by which torch's FSDP shards modules."""
     names = ("_forward_hooks", "_forward_pre_hooks")
     modules = [m for m in model.modules() if not type(m).__name__.startswith("FSDP")]
     before = [(m, name, getattr(m, name)) for m in modules for name in names if getattr(m, name)]

@@ -20,13 +20,19 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """One FFN: `down(act(inputs(x)))`, d -> f -> d, with f = `neurons`.
+    """One FFN: `down(act(inputs(x)))`, d -> f -> d.
 
-    `container` is the smallest module around all of it, which may be the decoder layer. `whole` is
-    a module that returns the FFN's output and nothing else, so that skipping it skips the FFN; None
-    where there is none (OPT has no module for its FFN, BLOOM's adds the residual). `activated`:
-    an activation lies beside the projections. `multiplied`: why masked neurons are multiplied by
-    zero instead of being sliced away. `narrows`: it can be computed on no neurons at all.
+    Attributes:
+        inputs: the projections d -> f, or the fused projection d -> 2f.
+        down: the projection f -> d.
+        neurons: f.
+        container: the smallest module with all parts, which may be the decoder layer.
+        whole: a module that returns the output of the FFN only, so that skipping it skips the FFN;
+            None if there is none (OPT has no module for its FFN, BLOOM's adds the residual).
+        activated: an activation is next to the projections.
+        multiplied: why masked neurons are multiplied by zero instead of being sliced; None if they
+            are sliced.
+        narrows: the FFN can be computed with a width of zero.
     """
 
     inputs: tuple[nn.Module, ...]
@@ -40,16 +46,19 @@ class FeedForward:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """Return the modules that hold its weights."""
+        """The modules with its weights."""
         return (*self.inputs, self.down)
 
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """The experts of a mixture in one module with raw weights; each has `neurons` neurons.
+    """The experts of a mixture, in one module with raw weights.
 
-    `gates` names the attributes of the module that return what the down projection is multiplied
-    with, `neurons` wide: an activation (a module or a function), or the method `_apply_gate`.
+    Attributes:
+        module: the module.
+        gates: names of the module's attributes that return the input of the down projection
+            (..., neurons): an activation (a module or a function) or the method `_apply_gate`.
+        neurons: neurons of one expert.
     """
 
     module: nn.Module
@@ -58,7 +67,7 @@ class Experts:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """Return the module that holds their weights."""
+        """The module with their weights."""
         return (self.module,)
 
 
@@ -76,10 +85,15 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
-    """One decoder layer: its FFN (several units in a mixture of experts) and its attention.
+    """One decoder layer.
 
-    `ffn` is empty in a layer without a FFN (Mamba hybrids). `biased` are modules around the FFN
-    that add a constant to its output; a dropped FFN drops the constant as well.
+    Attributes:
+        module: the layer.
+        ffn: its FFN, in several units if it is a mixture of experts; empty if the layer has none
+            (Mamba hybrids).
+        attention: its attention; None if it has none or it was not found.
+        biased: modules around the FFN that add a constant to its output. A dropped FFN drops the
+            constant as well.
     """
 
     module: nn.Module
@@ -102,7 +116,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def projection_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) of a projection, quantised and adapted ones included; None of others.
+    """Return (in, out) of a projection, also if it is quantized or adapted; None for other modules.
 
     A module whose one weight is (experts, out, in), such as JetMoE's, is a projection as well.
     """

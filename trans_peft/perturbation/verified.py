@@ -1,11 +1,11 @@
-"""Find the FFNs of a model and show, on one layer of each kind, that they are what they seem.
+"""Find the FFNs of a model, and verify them on one layer of each kind.
 
-Shapes propose candidates (`ffn`). The model is run once on a few tokens, and the first layer of
-each kind is then run again on its own input in several ways:
+Candidates are found by shape (`ffn`). The model runs once on a few tokens. Then the first layer of
+each kind runs again on its recorded input:
 
--   what a candidate does to tokens shows whether it is a FFN (`claims`);
--   a weight that may belong to a FFN and that no unit claims refuses the model, by name;
--   the sliced result must equal the multiplied one under two masks, or the unit is multiplied;
+-   the behavior of a candidate shows whether it is an FFN (`claims`);
+-   a weight that may belong to an FFN but is in no unit makes the model unsupported, by name;
+-   a unit is sliced only if the sliced result equals the multiplied one under two masks;
 -   a dropped FFN must add nothing (`trials`).
 """
 
@@ -22,7 +22,7 @@ from trans_peft.perturbation.draws import SubLayerKind
 from trans_peft.perturbation.ffn import attention_of, candidate_layers, preferred
 from trans_peft.perturbation.kinds import kind_of
 from trans_peft.perturbation.layout import Layout, layers_by_name, layouts_by_shape
-from trans_peft.perturbation.trials import dropped, masked, why_attention_stays
+from trans_peft.perturbation.trials import dropped, masked, reason_attention_not_dropped
 from trans_peft.perturbation.undisturbed import run_on_tokens, undisturbed
 from trans_peft.perturbation.units import DecoderLayer, FeedForward, Unit
 
@@ -34,14 +34,14 @@ def found_layers(
 ) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
     """Return the decoder stack of a model and its layers, with candidates for FFNs.
 
-    UnsupportedModelError where they are not found; it advises a layout only if that works.
+    UnsupportedModelError if they are not found. It suggests a layout only if that layout works.
     """
     if layout is not None:
         return layers_by_name(model, layout)
     try:
         return candidate_layers(model, with_ffn="ffn" in kinds)
     except UnsupportedModelError:
-        candidate_layers(model, with_ffn="ffn" in kinds, do=_advice(model, kinds))
+        candidate_layers(model, with_ffn="ffn" in kinds, do=_workaround(model, kinds))
         raise
 
 
@@ -53,12 +53,12 @@ def verified_layers(
     kinds: Sequence[SubLayerKind] = ("ffn",),
     stated: bool = False,
 ) -> tuple[DecoderLayer, ...]:
-    """Return the layers with what can be masked and dropped in them.
+    """Return the layers with the units that can be masked and dropped.
 
-    `kinds` are the sub-layers that must be found; `stated`, the layers were named by a layout.
-    Layers without a FFN stay without one, if some layer has one. A model that cannot be run on
-    token ids is judged by shapes, and its units are multiplied. The model is left as it was, random
-    states included. UnsupportedModelError names all that stands against perturbing the model.
+    `kinds` are the sub-layers that must be found. `stated`: a layout named the layers. Layers
+    without an FFN are allowed if at least one layer has one. If the model cannot run on token ids,
+    only shapes are used, and masked neurons are multiplied by zero. The model and all random states
+    are unchanged afterwards. UnsupportedModelError lists every reason against perturbing the model.
     """
     alike: dict[Hashable, list[int]] = {}
     for index, layer in enumerate(layers):
@@ -71,33 +71,33 @@ def verified_layers(
             calls = record_calls([first.module for first in firsts], undo)
             failure = run_on_tokens(model, stack)
         for indices, first in zip(alike.values(), firsts, strict=True):
-            judged = _judged(first, calls.get(id(first.module)), failure, stated=stated)
+            verified = _verified_layer(first, calls.get(id(first.module)), failure, stated=stated)
             where = f"layer{'s' if len(indices) > 1 else ''} {_ranges(indices)}"
             where = f"{where} ({type(first.module).__name__})"
             if "ffn" in kinds:
-                problems += [f"{where}: {problem}" for problem in judged.ffn]
-            if "attention" in kinds and judged.why_no_attention:
-                problems.append(f"{where}: attention: {judged.why_no_attention}")
+                problems += [f"{where}: {problem}" for problem in verified.ffn]
+            if "attention" in kinds and verified.why_no_attention:
+                problems.append(f"{where}: attention: {verified.why_no_attention}")
             for index in indices:
-                found[index] = _likewise(first, judged.layer, layers[index])
+                found[index] = _like_first(first, verified.layer, layers[index])
     if "ffn" in kinds and not problems and not any(layer.ffn for layer in found):
-        problems.append("no layer has a FFN: nothing in them maps each token, and not linearly")
+        problems.append("no layer has a FFN: no module maps each token separately and nonlinearly")
     if problems:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be perturbed:\n    " + "\n    ".join(problems),
-            expected="every weight of a FFN found, and nothing else taken for one",
-            do=None if stated else _advice(model, kinds),
+            expected="every weight of an FFN is found, and no other weight is mistaken for one",
+            do=None if stated else _workaround(model, kinds),
         )
     return tuple(found)
 
 
-def _advice(model: nn.Module, kinds: Sequence[SubLayerKind]) -> str:
-    """Return what to do about a model that is refused; only what was tried and works."""
+def _workaround(model: nn.Module, kinds: Sequence[SubLayerKind]) -> str:
+    """Return advice for an unsupported model: a workaround that was tried and works."""
     if "ffn" in kinds:
         for layout in layouts_by_shape(model):
             with suppress(UnsupportedModelError):
                 verified_layers(model, *layers_by_name(model, layout), stated=True)
-                return f"state where the FFN is: perturbed(..., layout={layout})"
+                return f"name the FFN: perturbed(..., layout={layout})"
         with suppress(UnsupportedModelError):
             stack, layers = candidate_layers(model, with_ffn=False)
             verified_layers(model, stack, layers, kinds=("attention",))
@@ -105,33 +105,33 @@ def _advice(model: nn.Module, kinds: Sequence[SubLayerKind]) -> str:
     return "train without masking and dropping: Perturbation()"
 
 
-def _judged(
+def _verified_layer(
     layer: DecoderLayer, call: Call | None, failure: str | None, *, stated: bool
-) -> "_Judged":
-    reason = "the layer is not called" if call is None else _why_not_again(call)
+) -> "_LayerResult":
+    reason = "the layer is not called" if call is None else _error_of_rerun(call)
     if call is None or reason is not None:
         return _by_shape(layer, f"not compared: {failure or reason}")
     return _by_running(layer, call, stated=stated)
 
 
-def _why_not_again(call: Call) -> str | None:
+def _error_of_rerun(call: Call) -> str | None:
     try:
         call.again()
-    except Exception as error:  # whatever a layer raises
+    except Exception as error:  # a layer may raise any error
         return f"{type(error).__name__}: {error}"
     return None
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """What holds for one layer: what was found in it, and what stands against perturbing it."""
+class _LayerResult:
+    """The result for one layer: its units, and the reasons against perturbing it."""
 
     layer: DecoderLayer
     ffn: tuple[str, ...]
     why_no_attention: str | None
 
 
-def _by_shape(layer: DecoderLayer, reason: str) -> _Judged:
+def _by_shape(layer: DecoderLayer, reason: str) -> _LayerResult:
     units = tuple(
         replace(unit, multiplied=reason, whole=None, narrows=False)
         if isinstance(unit, FeedForward)
@@ -144,10 +144,10 @@ def _by_shape(layer: DecoderLayer, reason: str) -> _Judged:
     if not units:
         problems.append(f"no FFN was recognised; {reason}")
     attention = None if layer.attention else "it was not found"
-    return _Judged(replace(layer, ffn=units), tuple(problems), attention)
+    return _LayerResult(replace(layer, ffn=units), tuple(problems), attention)
 
 
-def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _Judged:
+def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _LayerResult:
     claims = Claims(layer.module, call, layer.ffn)
     reasons = [(unit, claims.why_not(unit)) for unit in layer.ffn]
     units = tuple(unit for unit, reason in reasons if reason is None)
@@ -155,12 +155,14 @@ def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _Judged:
     if not stated:
         attention = attention_of(layer.module, units, called=claims.calls)
     result = replace(layer, ffn=units, attention=attention)
-    why_no_attention = why_attention_stays(result, call)
+    why_no_attention = reason_attention_not_dropped(result, call)
     if attention is not None and why_no_attention is None:
         seen = claims.behaviour(attention.module)
         if seen is None or seen.per_token:
-            why_no_attention = f"{type(attention.module).__name__} mixes no tokens"
-    problems = [f"what the layout states is no FFN: {r}" for _, r in reasons if r and stated]
+            why_no_attention = f"{type(attention.module).__name__} does not mix tokens"
+    problems = [
+        f"the layout names a module that is not an FFN: {r}" for _, r in reasons if r and stated
+    ]
     names = claims.unclaimed_in_layout(units) if stated else claims.unclaimed(units)
     if names:
         problems.append(f"no FFN was recognised in {', '.join(names)}")
@@ -170,36 +172,38 @@ def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _Judged:
             result = dropped(result, call)
         except UnsupportedModelError as error:
             problems.append(str(error))
-    return _Judged(result, tuple(problems), why_no_attention)
+    return _LayerResult(result, tuple(problems), why_no_attention)
 
 
-def _likewise(first: DecoderLayer, judged: DecoderLayer, other: DecoderLayer) -> DecoderLayer:
-    """Return another layer of the same kind with what was found in the first of them."""
+def _like_first(first: DecoderLayer, verified: DecoderLayer, other: DecoderLayer) -> DecoderLayer:
+    """Return another layer of the same kind with the result of the first one."""
 
     def place(unit: Unit) -> int:
         return next(n for n, u in enumerate(first.ffn) if u.modules == unit.modules)
 
     def same(unit: Unit) -> Unit:
-        mine = other.ffn[place(unit)]
-        if not isinstance(unit, FeedForward) or not isinstance(mine, FeedForward):
-            return mine
+        counterpart = other.ffn[place(unit)]
+        if not isinstance(unit, FeedForward) or not isinstance(counterpart, FeedForward):
+            return counterpart
         return replace(
-            mine,
+            counterpart,
             multiplied=unit.multiplied,
             narrows=unit.narrows,
-            whole=mine.whole if unit.whole is not None else None,
+            whole=counterpart.whole if unit.whole is not None else None,
         )
 
-    twins = dict(zip(map(id, first.module.modules()), other.module.modules(), strict=True))
-    attention = judged.attention
+    counterparts = dict(zip(map(id, first.module.modules()), other.module.modules(), strict=True))
+    attention = verified.attention
     return DecoderLayer(
         other.module,
-        tuple(map(same, judged.ffn)),
+        tuple(map(same, verified.ffn)),
         attention
         and replace(
-            attention, module=twins[id(attention.module)], output=twins[id(attention.output)]
+            attention,
+            module=counterparts[id(attention.module)],
+            output=counterparts[id(attention.output)],
         ),
-        tuple(twins[id(module)] for module in judged.biased),
+        tuple(counterparts[id(module)] for module in verified.biased),
     )
 
 

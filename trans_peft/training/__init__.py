@@ -1,1 +1,1 @@
-"""Fit one adapter on one base, in a child process started by accelerate."""
+"""Train one adapter on one base, in child processes that accelerate starts."""

@@ -1,10 +1,9 @@
-"""Which rows make up which optimiser step: decided before training, from the seed alone.
+"""Assign rows to optimizer steps before training, from the seed alone.
 
-A sampler that draws while training runs cannot be resumed exactly (transformers' length-grouped one
-takes its draws from torch's global state). Here the whole run is one list of row numbers, so that a
-resumed run skips exactly what the first one did. Rows of similar length share a step, to save
-padding, but which rows meet and in which order they come stays random (as in transformers'
-`LengthGroupedSampler`: sorting happens within random pools of many steps).
+A sampler that draws during training cannot be resumed exactly (transformers' length-grouped sampler
+uses torch's global generator). Here the whole run is one list of row numbers, so a resumed run
+skips exactly the rows that were trained on. As in transformers' `LengthGroupedSampler`, rows of
+similar length share a step to save padding: rows are sorted by length within random pools.
 """
 
 import random
@@ -16,10 +15,11 @@ _POOL_STEPS = 50
 
 
 def training_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> list[int]:
-    """Return steps * rows_per_step row numbers, in the order in which they are trained on.
+    """Return steps * rows_per_step row numbers in training order.
 
-    `lengths` are tokens per row. Every row comes once before any comes twice, up to a pool of
-    50 steps. Within a step rows are sorted by length, so that its micro-batches are even.
+    `lengths` are tokens per row. Each row is used once before any row is used twice, except for
+    shifts within a pool of 50 steps. Within a step rows are sorted by length, so that the rows of
+    a micro-batch have similar lengths.
     """
     generator = random.Random(seed)
     endless = _passes(len(lengths), generator)

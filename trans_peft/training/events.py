@@ -1,6 +1,6 @@
-"""What a training process says while it runs: typed events, one JSON line each on its stdout.
+"""Events of a training process, written as one JSON line each to its stdout.
 
-Everything else that a process writes (stderr, a library's print) is its log and becomes `LogLine`s.
+Other output of the process (stderr, prints of libraries) is its log and becomes `LogLine` events.
 """
 
 import json
@@ -22,7 +22,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LogLine:
-    """One line of the training process' log."""
+    """One line of the log of the training process."""
 
     text: str
 
@@ -32,7 +32,7 @@ class LogLine:
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """The model is ready; training begins after `step` (0, or the checkpoint it resumes from)."""
+    """The model is ready. Training starts after `step` (0, or the step of the checkpoint)."""
 
     step: int
     total_steps: int
@@ -50,10 +50,17 @@ class TrainingStarted:
 
 @dataclass(frozen=True)
 class TrainingMetrics:
-    """Figures after one optimiser step.
+    """Metrics after one optimizer step.
 
-    `loss` is the mean over the answers' tokens of this step, in nats. `tokens_per_s` counts all
-    tokens but padding, over all processes, since training started or resumed.
+    Attributes:
+        step: completed optimizer steps.
+        total_steps: steps of the whole run.
+        loss: mean over the answer tokens of this step, in nats.
+        learning_rate: learning rate of this step.
+        grad_norm: norm of the gradients before clipping.
+        tokens_per_s: tokens without padding, over all processes, since training started or
+            resumed.
+        eta_s: estimated remaining seconds.
     """
 
     step: int
@@ -66,7 +73,7 @@ class TrainingMetrics:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The figures of this step by the names they are recorded under."""
+        """The metrics of this step, by the names under which MLflow stores them."""
         return {
             "loss": self.loss,
             "learning_rate": self.learning_rate,
@@ -83,7 +90,7 @@ class TrainingMetrics:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint that training can resume from is complete."""
+    """A checkpoint is complete; training can resume from it."""
 
     step: int
 
@@ -92,19 +99,19 @@ class CheckpointSaved:
 
 
 Event = LogLine | TrainingStarted | TrainingMetrics | CheckpointSaved
-"""What the caller of `fit` is told."""
+"""Events that `fit` passes to its caller."""
 
 
 @dataclass(frozen=True)
 class ProcessStarted:
-    """One process of the training runs, in this process group."""
+    """A process of the training started, in this process group."""
 
     process_group: int
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The process ends without an adapter: an error of `trans_peft.errors`, and its text."""
+    """The process ended without an adapter. `error` is a class name in `trans_peft.errors`."""
 
     error: str
     message: str
@@ -112,7 +119,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Finished:
-    """The adapter is saved; the result stands in the work folder."""
+    """The adapter is saved; the result is in the work folder."""
 
 
 EventMessage = (
@@ -137,7 +144,7 @@ def encode(message: EventMessage) -> str:
 
 
 def decode(line: str) -> EventMessage | LogLine:
-    """Return the message in a line; whatever is none is a line of the log."""
+    """Return the message in a line, or a LogLine if the line has no message."""
     try:
         fields = json.loads(line)
         return _MESSAGES[fields.pop("event")](**fields)

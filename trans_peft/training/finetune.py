@@ -1,9 +1,9 @@
-"""One adapter on one base: the work of a training process, from rows to stock PEFT files.
+"""Train one adapter on one base: the work of a training process, from rows to a PEFT folder.
 
-The order follows the method: the adapter is put on the base first, the perturbation is attached
-after it, so that the adapter's branch feels what the base feels. Rows become token ids as in an
-evaluation, TRL masks their prompts and packs them, and transformers runs the loop; what they would
-draw while it runs is decided before, so that a resumed run ends in the weights of an unbroken one.
+The perturbation is attached after the adapter, so that it applies to the adapter's branch as well.
+Rows are tokenized as in an evaluation. TRL masks the prompts and packs rows; transformers runs the
+training loop. All random choices depend on the seed and the step only, so a resumed run ends in the
+same weights as an uninterrupted one.
 """
 
 import json
@@ -23,7 +23,14 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
 from trans_peft.data import Example, full_ids, parse_examples, prompt_ids, token_counts
-from trans_peft.errors import AdapterError, DataError, listed, listed_lines
+from trans_peft.errors import (
+    AdapterError,
+    DataError,
+    InvalidSpecError,
+    TrainingError,
+    listed,
+    listed_lines,
+)
 from trans_peft.methods.specs import attach
 from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
 from trans_peft.perturbation import perturbed
@@ -42,14 +49,15 @@ _PROBLEMS_SHOWN = 20
 
 
 def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage], None]) -> None:
-    """Train the job's adapter on this process's device and save it with its result.
+    """Train the job's adapter on this process's device, and save the adapter and the result.
 
-    Every process of the job calls it; the main one tells events, saves, and writes the result
-    last. Raises DataError before a model is loaded.
+    Every process of the job calls this function. The main process calls `send` with each event,
+    saves the adapter, and writes the result last. DataError before a model is loaded;
+    InvalidSpecError before the first step; TrainingError if the loss or a weight is not finite.
     """
     recipe, steps = job.recipe, job.recipe.optimizer.steps
     read = parse_examples(job.data_file.read_bytes(), recipe.data.uri)
-    # The places are those of the job's file, not of the user's.
+    # These places refer to the job's copy of the data, not to the user's file.
     examples = tuple(replace(example, place="") for example in read)
     tokenizer = load_tokenizer(job.base_folder)
     template = _template(job, tokenizer)
@@ -62,9 +70,9 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if state.is_main_process:
         send(TrainingStarted(first_step, steps, trainable, str(state.device), state.num_processes))
-    trainer.remove_callback(PrinterCallback)  # it prints what Narrator tells
+    trainer.remove_callback(PrinterCallback)  # EventCallback reports the same metrics
     trainer.add_callback(EventCallback(send, tokens_per_step))
-    set_seed(recipe.seed, device_specific=True)  # dropout: its own draws in each process
+    set_seed(recipe.seed, device_specific=True)  # each process draws its own dropout
     started_s = time.monotonic()
     with perturbed(
         model, recipe.perturbation, seed=recipe.seed, rank=state.process_index, step=first_step
@@ -74,6 +82,7 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
     state.wait_for_everyone()
     if state.is_main_process:
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log][-10:]
+        _check_weights(model, steps)
         _save(model, job, template)
         TrainingResult(
             folder=job.adapter_folder,
@@ -94,11 +103,11 @@ def check_tokens(
     max_length: int,
     template: str | None = None,
 ) -> int:
-    """Return how many rows are cut at `max_length`; DataError lists those that cannot be learned.
+    """Return how many rows are cut at `max_length`; DataError lists rows that cannot be trained on.
 
-    Such are rows whose prompt alone fills `max_length`, and prompts whose last tokens become others
-    once the answer follows: TRL would train on another prompt than an evaluation asks. In a chat
-    the template decides on that, and is left to.
+    These are rows whose prompt alone fills `max_length`, and rows whose prompt ends in other tokens
+    once the answer follows: an evaluation would use another prompt. The second check does not apply
+    to chats, whose template separates prompt and answer.
     """
     shortened, problems = 0, []
     counts = token_counts(examples, tokenizer, template)
@@ -106,18 +115,19 @@ def check_tokens(
         shortened += whole > max_length
         if prompt >= max_length:
             problems.append(
-                f"{example.location}: its prompt fills max_length={max_length}: {prompt} tokens"
+                f"{example.location}: its prompt of {prompt} tokens fills max_length={max_length}"
             )
         elif example.messages is None and not starts:
             problems.append(
-                f"{example.location}: with its answer the end of the prompt becomes other tokens"
+                f"{example.location}: the prompt ends in other tokens if the answer follows"
             )
     if problems:
         raise DataError(
             f"{len(problems)} of {len(examples)} rows cannot be trained on\n    "
             + "\n    ".join(listed_lines(problems, _PROBLEMS_SHOWN)),
-            do="raise optimizer.max_length or remove long rows; move white space from a prompt's "
-            "end to its answer's start",
+            expected="prompts shorter than max_length, whose tokens do not depend on the answer",
+            do="raise optimizer.max_length or remove long rows; move white space from the end of a "
+            "prompt to the start of its answer",
         )
     return shortened
 
@@ -125,10 +135,11 @@ def check_tokens(
 def token_rows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str | None = None
 ) -> list[dict[str, list[int]]]:
-    """Return the examples in TRL's format of token ids, the answers marked for the loss.
+    """Return the examples as token ids in TRL's format, with a mask of the answers.
 
-    TRL would give the same rows of the texts, but it would render chats itself, where no limits
-    hold and the date is today's. In a chat the answer starts where prompt and whole part.
+    TRL could tokenize the texts itself, but it would render chats without limits and with the
+    current date. In a chat the answer starts at the first token at which the prompt and the whole
+    conversation differ.
     """
     rows = []
     prompts = prompt_ids(examples, tokenizer, template)
@@ -141,7 +152,7 @@ def token_rows(
 
 
 def _template(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the chat template to train with: that of the adapter to go on from, or the base's."""
+    """Return the chat template of the starting adapter, else that of the base; None without one."""
     template = saved_template(job.start) if job.start is not None else None
     if template is not None:
         check_template(template, f"the chat template of {job.start}")
@@ -156,40 +167,64 @@ def _trainer(job: TrainingJob, rows: list[dict[str, list[int]]], device: str) ->
     set_seed(job.recipe.seed)  # the adapter's initial weights
     model = attach(base.model, job.recipe.spec)
     if job.start is not None:
-        _go_on_from(job.start, model)
+        _load_start(job.start, model)
     trainable = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
-    trainer = AnswerTrainer(
-        model=model,
-        args=_arguments(job),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=base.tokenizer,
-    )
-    for parameter, dtype in trainable:  # TRL makes them bfloat16 on nf4: small updates would vanish
+    try:
+        trainer = AnswerTrainer(
+            model=model,
+            args=_arguments(job),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=base.tokenizer,
+        )
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise InvalidSpecError(
+            "TRL rejects the recipe",
+            expected="a recipe that SFTTrainer accepts",
+            found=error,
+            do="change the adapter's options or the optimizer settings",
+        ) from error
+    for parameter, dtype in trainable:  # TRL casts them to bfloat16 on nf4, which loses updates
         parameter.data = parameter.data.to(dtype)
     return trainer
 
 
-def _go_on_from(folder: Path, model: PeftModel) -> None:
-    """Give the adapter the weights in a PEFT folder. AdapterError unless they are its very own."""
+def _check_weights(model: PeftModel, steps: int) -> None:
+    """Raise TrainingError if a trained weight is not finite.
+
+    The check of the loss cannot see the update of the last step.
+    """
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    broken = sorted(key for key, tensor in state.items() if not torch.isfinite(tensor).all())
+    if broken:
+        raise TrainingError(
+            f"the adapter's weights are not finite after step {steps}",
+            expected="finite weights",
+            found=listed(broken),
+            do="lower optimizer.learning_rate, raise warmup_steps, or train in float32",
+        )
+
+
+def _load_start(folder: Path, model: PeftModel) -> None:
+    """Load the weights of a PEFT folder. AdapterError unless names and shapes match exactly."""
     tensors = load_file(read_peft_folder(folder).path / WEIGHTS_NAME)
-    wanted = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
+    expected = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
     unlike = sorted(
         key
-        for key in wanted.keys() | tensors.keys()
-        if key not in tensors or tensors[key].shape != wanted.get(key)
+        for key in expected.keys() | tensors.keys()
+        if key not in tensors or tensors[key].shape != expected.get(key)
     )
     if unlike:
         raise AdapterError(
-            f"training cannot go on from {folder}: its tensors are not those of the recipe's spec",
-            expected=f"{len(wanted)} tensors",
-            found=f"{len(tensors)} tensors, other ones or of another shape: {listed(unlike)}",
-            do="start from an adapter that was trained by the same spec",
+            f"training cannot start from {folder}: its tensors do not match the recipe's spec",
+            expected=f"{len(expected)} tensors",
+            found=f"{len(tensors)} tensors; different or of another shape: {listed(unlike)}",
+            do="start from an adapter that was trained with the same spec",
         )
     set_peft_model_state_dict(model, tensors)
 
 
 def _fix_order(trainer: AnswerTrainer, job: TrainingJob, processes: int) -> list[int]:
-    """Lay out the rows of the whole run, step by step, and return the tokens of each step."""
+    """Put the rows of the whole run in training order, and return the tokens of each step."""
     optimizer = job.recipe.optimizer
     rows_per_step = optimizer.batch_size * optimizer.gradient_accumulation * processes
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
@@ -218,23 +253,23 @@ def _arguments(job: TrainingJob) -> SFTConfig:
         packing=recipe.packing,
         completion_only_loss=True,
         seed=recipe.seed,
-        train_sampling_strategy="sequential",  # the order is decided in training.batches
-        bf16=False,  # the base has the recipe's dtype and the adapter its own: nothing to cast
+        train_sampling_strategy="sequential",  # training.batches defines the order
+        bf16=False,  # no autocast: the base has the recipe's dtype, the adapter its own
         gradient_checkpointing=False,
         report_to=[],
         disable_tqdm=True,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=recipe.checkpoint_steps,
-        save_total_limit=2,  # the one before is needed until the newest is complete
+        save_total_limit=2,  # the previous one is needed until the newest is complete
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,  # a dropped sub-layer's adapters have gradients of zero
+        ddp_find_unused_parameters=False,  # adapters of dropped sub-layers get zero gradients
     )
 
 
 def _save(model: PeftModel, job: TrainingJob, template: str | None) -> None:
-    """Write a PEFT folder, whole or not at all, with its base's name and its chat template."""
+    """Write a PEFT folder atomically, with the base's name and the chat template."""
     partial = job.work_dir / "adapter.partial"
     for leftover in (partial, job.adapter_folder):
         shutil.rmtree(leftover, ignore_errors=True)

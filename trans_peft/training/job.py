@@ -1,4 +1,4 @@
-"""One training run as a value: what goes into the child process, and what comes out of it."""
+"""The input and the result of one training run."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,12 +17,17 @@ __all__ = ["TrainingJob", "TrainingResult"]
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A recipe with everything it names brought to this machine.
+    """A recipe with local copies of everything that it names.
 
-    `data_file` holds the rows as JSON Lines (`trans_peft.data.write_examples`). `base_name` and
-    `base_revision` are what the saved adapter says about its base. Everything that the run writes
-    stays below `work_dir`: its checkpoints, `result.json`, and the PEFT folder `adapter`. Training
-    goes on from the weights in the PEFT folder `start`, of the recipe's own kind; None: fresh ones.
+    Attributes:
+        recipe: the recipe.
+        base_folder: folder of the base model.
+        base_name: name of the base in the saved adapter_config.json.
+        base_revision: revision of the base in the saved adapter_config.json.
+        data_file: training rows as JSON Lines (`trans_peft.data.write_examples`).
+        work_dir: folder of everything that the run writes: checkpoints, `result.json`, and the
+            PEFT folder `adapter`.
+        start: PEFT folder with the initial weights, of the recipe's spec; None for new weights.
     """
 
     recipe: TrainingRecipe
@@ -35,32 +40,33 @@ class TrainingJob:
 
     @property
     def adapter_folder(self) -> Path:
-        """Where the trained adapter is saved."""
+        """PEFT folder of the trained adapter."""
         return self.work_dir / "adapter"
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where checkpoints are kept while training runs."""
+        """Folder of the checkpoints during training."""
         return self.work_dir / "checkpoints"
 
     @property
     def result_file(self) -> Path:
-        """Where the result is written, last of all."""
+        """File of the result, which is written last."""
         return self.work_dir / "result.json"
 
     def identity(self) -> str:
-        """Return the hash of all that the weights depend on; no path counts."""
+        """Return the hash of everything that the trained weights depend on. Paths do not count."""
         with self.data_file.open("rb") as file:
             rows = hashlib.file_digest(file, "sha256").hexdigest()
-        made_of = [self.recipe, self.base_name, self.base_revision, rows]
+        inputs = [self.recipe, self.base_name, self.base_revision, rows]
         if self.start is not None:
-            made_of.append(adapter_weights_sha256(self.start))
-        return content_sha256(made_of)
+            inputs.append(adapter_weights_sha256(self.start))
+        return content_sha256(inputs)
 
     def check(self) -> None:
-        """Raise NotFoundError for files that are not there, InvalidSpecError for a folder in use.
+        """Raise NotFoundError for missing files, InvalidSpecError for another run's work folder.
 
-        A work folder belongs to one identity: checkpoints of another would be resumed silently.
+        A work folder belongs to one identity. Otherwise training would resume from checkpoints of
+        another run.
         """
         missing = [
             str(path)
@@ -68,7 +74,11 @@ class TrainingJob:
             if not path.is_file()
         ]
         if missing:
-            raise NotFoundError("the training job cannot start", expected="; ".join(missing))
+            raise NotFoundError(
+                "files of the training job are missing",
+                expected="; ".join(missing),
+                do="download the base and the data again",
+            )
         mark = self.work_dir / "identity"
         identity = self.identity()
         if mark.is_file() and mark.read_text() != identity:
@@ -89,20 +99,30 @@ class TrainingJob:
 
     @classmethod
     def read(cls, path: Path) -> "TrainingJob":
-        """Read what `write` wrote. Raises InvalidSpecError."""
+        """Read a file that `write` wrote. InvalidSpecError if it is not a job."""
         try:
             return _JOB.validate_json(path.read_bytes())
         except ValidationError as error:
-            raise InvalidSpecError(f"{path} is not a training job", found=error) from error
+            raise InvalidSpecError(
+                f"{path} is not a training job",
+                expected="a file that TrainingJob.write wrote",
+                found=error,
+            ) from error
 
 
 @dataclass(frozen=True)
 class TrainingResult:
     """A trained adapter.
 
-    `final_loss` is the mean over the last ten steps, in nats a token. `seconds` and `tokens_per_s`
-    are those of the process that finished: a resumed run counts from where it resumed.
-    `shortened_rows` counts the rows that were cut at `max_length`.
+    Attributes:
+        folder: PEFT folder of the adapter.
+        weights_sha256: hash of its weights.
+        steps: optimizer steps of the run.
+        final_loss: mean loss of the last ten steps, in nats per token.
+        seconds: duration of training; of a resumed run, since it resumed.
+        tokens_per_s: tokens per second in that time.
+        trainable_parameters: number of trained parameters.
+        shortened_rows: rows that were cut at `max_length`.
     """
 
     folder: Path
@@ -120,7 +140,7 @@ class TrainingResult:
 
     @classmethod
     def read(cls, path: Path) -> "TrainingResult":
-        """Read what `write` wrote."""
+        """Read a file that `write` wrote."""
         return _RESULT.validate_json(path.read_bytes())
 
 

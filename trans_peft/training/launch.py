@@ -1,9 +1,9 @@
-"""Start one training run as a child process, follow it live, and leave nothing of it behind.
+"""Start one training run in child processes, report its events, and end all of its processes.
 
-`accelerate launch` starts the processes; torch and transformers are imported there, never here.
-What a bare `subprocess.run(["accelerate", "launch", ...])` lacks: typed progress while it runs, an
-end of every process when the caller is cancelled or dies, and causes of death told in words. A
-user's own accelerate configuration is not read: it could change the result silently.
+`accelerate launch` starts the processes. They import torch and transformers; this process does not.
+In contrast to `subprocess.run(["accelerate", "launch", ...])`, progress is reported as typed
+events, every process ends if the caller is cancelled or dies, and errors name their cause. The
+user's accelerate configuration is ignored, because it could change the result.
 """
 
 import json
@@ -46,13 +46,19 @@ _READERS_S = 5
 
 
 def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResult:
-    """Train one adapter in a child process and return what came of it.
+    """Train one adapter in child processes and return the result.
 
-    `on_event` is called in this thread with each event as it happens. A run that was killed
-    resumes from its last complete checkpoint, to the same weights as an unbroken one; a run that
-    is done is not done again. Whatever ends this call (an exception in it, the death of this
-    process) ends every process of the training. Raises NotFoundError and InvalidSpecError before
-    anything starts, DataError, OutOfMemoryError, TrainingCancelled, TrainingError.
+    This thread calls `on_event` with each event. A run that was killed resumes from its last
+    complete checkpoint and ends in the same weights as an uninterrupted run. A finished run is not
+    repeated: its result is returned. All training processes end when this call ends, also by an
+    exception or by the death of this process.
+
+    Raises:
+        NotFoundError, InvalidSpecError: the job cannot start.
+        DataError: rows cannot be trained on.
+        OutOfMemoryError: a process needed more memory than there is.
+        TrainingCancelled: the processes were terminated (SIGTERM).
+        TrainingError: the processes failed for another reason.
     """
     job.check()
     done = _finished(job)
@@ -62,7 +68,11 @@ def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResul
         training.follow(on_event)
     result = _finished(job)
     if result is None:
-        raise TrainingError("training ended without a word and without an adapter")
+        raise TrainingError(
+            "training reported success but saved no intact adapter",
+            expected=str(job.result_file),
+            do="run the training again",
+        )
     return result
 
 
@@ -74,12 +84,12 @@ def _finished(job: TrainingJob) -> TrainingResult | None:
         intact = adapter_weights_sha256(job.adapter_folder) == result.weights_sha256
     except TransPeftError:
         intact = False
-    # The folder may have moved since: it was found by the job, not by what the result says.
+    # The work folder may have been moved after the result was written.
     return replace(result, folder=job.adapter_folder) if intact else None
 
 
 class _Training:
-    """The processes of one run: started on entry, all gone on exit."""
+    """The processes of one run, which start on entry and are killed on exit."""
 
     def __init__(self, job: TrainingJob) -> None:
         self._job = job
@@ -90,7 +100,7 @@ class _Training:
     def __enter__(self) -> "_Training":
         self._process = subprocess.Popen(
             _command(self._job),
-            stdin=subprocess.PIPE,  # the lifeline; nothing is ever written to it
+            stdin=subprocess.PIPE,  # closes when this process dies; see parent_watch
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=_environment(self._job.recipe.processes),
@@ -119,13 +129,13 @@ class _Training:
             reader.join(timeout=_READERS_S)
 
     def follow(self, on_event: Callable[[Event], None]) -> None:
-        """Pass on events until the adapter is saved. Raises if the processes end before."""
+        """Call `on_event` until the adapter is saved. Raises if the processes end before that."""
         failure = None
         open_streams = len(self._readers)
         while open_streams:
             try:
-                # A bounded wait: an exception sent to this thread from another one (Prefect cancels
-                # so) is raised only between two bytecodes.
+                # Prefect cancels by raising an exception in this thread, which is only possible
+                # between two bytecodes, so the wait must have a timeout.
                 message = self._lines.get(timeout=0.5)
             except queue.Empty:
                 continue
@@ -137,7 +147,7 @@ class _Training:
                 case Failed():
                     failure = failure or message
                 case Finished():
-                    return  # the rest is interpreters taking themselves apart, for seconds
+                    return  # the shutdown of the interpreters takes seconds
                 case _:
                     if isinstance(message, LogLine):
                         self._tail.append(message.text)
@@ -160,18 +170,20 @@ class _Training:
             raise OutOfMemoryError(
                 "the training process ran out of memory", found=log, do=_LESS_MEMORY
             )
-        # The launcher reports a child's signal in its own words, and exits with 1.
+        # The launcher logs the signal of a child and exits with 1.
         if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "SIGKILL" in tail:
             raise OutOfMemoryError(
-                "the training process was killed from outside (SIGKILL): the system does so when "
-                "memory runs out",
+                "the training process was killed (SIGKILL), as the operating system does if memory "
+                "runs out",
+                found=log,
                 do=_LESS_MEMORY,
             )
         if code in (-signal.SIGTERM, 128 + signal.SIGTERM) or "SIGTERM" in tail:
-            raise TrainingCancelled("the training process was asked to end (SIGTERM)")
+            raise TrainingCancelled("the training process was terminated (SIGTERM)")
         raise TrainingError(
             f"the training process ended with exit code {code}",
-            found=f"its last words:\n    {log}",
+            found=f"the end of its log:\n    {log}",
+            do="read the log; if the cause is temporary, run the training again",
         )
 
 
@@ -201,8 +213,8 @@ def _launch_config(job: TrainingJob) -> Path:
     processes = job.recipe.processes
     config = {
         "compute_environment": "LOCAL_MACHINE",
-        # accelerate starts several processes only under this name; without a GPU each of them
-        # falls back to the CPU, and they talk through gloo.
+        # accelerate starts several processes only for this type; without a GPU they use the CPU
+        # and gloo.
         "distributed_type": "MULTI_GPU" if processes > 1 else "NO",
         "num_processes": processes,
         "num_machines": 1,
@@ -218,16 +230,16 @@ def _launch_config(job: TrainingJob) -> Path:
 
 
 def _environment(processes: int) -> dict[str, str]:
-    """The caller's environment, with one GPU a process: with more, DataParallel is taken."""
+    """Return the caller's environment with one GPU per process, to avoid nn.DataParallel."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = map(str, range(processes)) if visible is None else visible.split(",")[:processes]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
-    # OpenMP's threads burn their time slices while they wait for one another; on a machine that
-    # does anything else beside, a step then takes several times as long.
+    # By default OpenMP's threads spin while they wait, which makes a step several times slower on a
+    # machine that runs other processes.
     defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
-    ours = {
+    fixed = {
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return defaults | inherited | ours
+    return defaults | inherited | fixed

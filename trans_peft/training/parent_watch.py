@@ -1,6 +1,6 @@
-"""The child's side of the protocol: one stream for events, and a lifeline to the parent.
+"""The child's side of the protocol: a stream of events, and an exit when the parent dies.
 
-Imported before anything heavy, so that a process whose parent is gone ends even while it imports.
+This module is imported before torch, so that a process ends with its parent even during imports.
 """
 
 import os
@@ -15,7 +15,7 @@ __all__ = ["EventStream", "exit_with_parent"]
 
 
 class EventStream:
-    """Takes stdout for events alone; what anybody else prints there goes to stderr from now on."""
+    """Reserves stdout for events. Other output to stdout goes to stderr from then on."""
 
     def __init__(self) -> None:
         self._stream: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -23,15 +23,15 @@ class EventStream:
         os.dup2(2, 1)
 
     def send(self, message: EventMessage) -> None:
-        """Send one message. Lines below 4 KiB never mix with those of another process."""
+        """Write one message. Lines below 4 KiB do not mix with those of other processes."""
         self._stream.write(encode(message) + "\n")
         self._stream.flush()
 
 
 def exit_with_parent() -> None:
-    """Kill this process' whole group once stdin ends: the parent holds its other end until it dies.
+    """Kill this process's group when stdin ends, that is, when the parent dies.
 
-    The kernel closes the pipe however the parent died, SIGKILL included.
+    The kernel closes the pipe however the parent ends, SIGKILL included.
     """
 
     def wait() -> None:
@@ -39,4 +39,4 @@ def exit_with_parent() -> None:
             pass
         os.killpg(0, signal.SIGKILL)
 
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    threading.Thread(target=wait, name="parent-watch", daemon=True).start()

@@ -1,19 +1,28 @@
-"""Before the first step: would the adapter survive what comes after training?
+"""Check before the first step that an adapter survives what follows training.
 
-An adapter that cannot be saved, attached to a base again or transferred is found out here instead
-of after hours of training. The same functions decide that decide later.
+The rehearsal runs the functions that later save, attach and transfer the adapter, so that an
+adapter that one of them rejects does not cost hours of training.
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.base import TensorSignature
-from trans_peft.errors import AdapterError, ContentError, InvalidSpecError, UnsupportedModelError
+from trans_peft.errors import (
+    AdapterError,
+    ContentError,
+    InvalidSpecError,
+    IsolationError,
+    UnsupportedModelError,
+)
 from trans_peft.methods.specs import attach
 from trans_peft.models import LoadedBase
 from trans_peft.snapshot import ModelSnapshot
@@ -25,38 +34,54 @@ from trans_peft.transfer.target_modules import compare_target_modules
 __all__ = ["rehearse", "save_adapter"]
 
 _NOISE = 0.02
+"""Standard deviation of the noise on the adapter's weights."""
+
+_LENGTH = 16
+"""Tokens of a pass."""
+
+_ROUNDING_STEPS = 8
+"""Rounding steps of the largest logit by which two passes of the same model may differ."""
 
 
 def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
-    """Save a new adapter of `spec`, put it on the base again, and look for its effect.
+    """Train, save, attach and probe a new adapter of `spec`, and restore the base.
 
-    The adapter's weights get noise in between, because a new adapter changes no logit. The base
-    comes back unchanged. InvalidSpecError with the reason for an adapter that `attach` refuses,
-    whose places do not fit the base that it was made on, or that changes nothing.
+    The adapter gets random noise as weights, because a new adapter changes no logit. The base is
+    unchanged afterwards. InvalidSpecError with the reason for an adapter that `attach` rejects,
+    TRL or PEFT cannot train, does not fit the base that it was made on, changes no logit, or gives
+    other logits in a second forward pass.
     """
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="rehearsal-") as scratch:
         folder = Path(scratch) / "adapter"
         snapshot = ModelSnapshot(base.model)
         try:
             model = attach(base.model, spec)
+            _check_head(model, spec)
             _add_noise(model)
-            save_adapter(model, folder)
+            with _translating_errors(spec, "trained", folder):
+                _forward_and_backward(model)
+            with _translating_errors(spec, "saved", folder):
+                save_adapter(model, folder)
         finally:
             snapshot.restore()
-        try:
+        with _translating_errors(spec, "attached again", folder):
             places = _places(base.model)
             mismatches, _ = compare_target_modules(read_peft_folder(folder), places, places)
             with attached(base.model, folder) as model:
                 effect = probe_effect(model, base.tokenizer)
-        except (AdapterError, ContentError, InvalidSpecError, UnsupportedModelError) as error:
-            mismatches, effect = (str(error).replace(str(folder), "the saved adapter"),), None
-    if effect is not None and not effect.found:
-        mismatches = (*mismatches, "its weights change no logit, whatever they are")
+                if not effect.found:
+                    mismatches = (*mismatches, "its weights change no logit, whatever they are")
+                if (change := _change_between_passes(model)) > 0:
+                    mismatches = (
+                        *mismatches,
+                        f"two forward passes in evaluation mode differ by {change:.2g}, so "
+                        "evaluations are not reproducible",
+                    )
     if mismatches:
         raise InvalidSpecError(
-            f"the {spec.peft_type} adapter could be trained, but not used afterwards: "
-            + "; ".join(mismatches),
-            expected="an adapter that is saved, attached again and changes the base's answers",
+            f"the {spec.peft_type} adapter cannot be used after training: {'; '.join(mismatches)}",
+            expected="an adapter that can be saved and attached again, changes the base's logits, "
+            "and gives the same logits in every pass",
             found=dict(spec.options),
             do="change the adapter's options",
         )
@@ -65,8 +90,8 @@ def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save an adapter as a stock PEFT folder, without weights of the base.
 
-    PEFT's own choice (`save_embedding_layers="auto"`) adds the base's embedding where the adapter
-    sits on it, and would overwrite that of every base that the adapter is carried to.
+    PEFT's default (`save_embedding_layers="auto"`) saves the base's embedding if the adapter
+    targets it. Loading such a file would overwrite the embedding of every other base.
     """
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
@@ -79,8 +104,74 @@ def _add_noise(model: PeftModel) -> None:
             parameter.data.add_(noise.to(parameter.device, parameter.dtype))
 
 
+def _check_head(model: PeftModel, spec: AdapterSpec) -> None:
+    """Raise InvalidSpecError if the adapter targets the output embedding, as TRL does."""
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise InvalidSpecError(
+            f"the {spec.peft_type} adapter targets the output embedding (lm_head), or an input "
+            "embedding that shares its weight",
+            expected="other modules: TRL computes the loss from lm_head.weight and would not train "
+            "the adapter",
+            found=dict(spec.options),
+            do="remove the embedding from the targets, or train it whole with modules_to_save",
+        )
+
+
+def _forward_and_backward(model: PeftModel) -> None:
+    """Run one forward and one backward pass in training mode, as a training step does."""
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            loss = model.train()(input_ids=_ids(model), labels=_ids(model), use_cache=False).loss
+            if loss.requires_grad:  # dropout may leave out every module in one pass
+                loss.backward()
+        finally:
+            model.train(was_training)
+
+
+def _change_between_passes(model: PeftModel) -> float:
+    """Return the largest difference between the logits of two passes, 0.0 if it is rounding."""
+    with torch.no_grad():
+        first, second = (
+            model(input_ids=_ids(model), use_cache=False).logits.float() for _ in range(2)
+        )
+    change = (first - second).abs().max().item()
+    rounding = _ROUNDING_STEPS * torch.finfo(model.dtype).eps * first.abs().max().item()
+    return change if change > rounding else 0.0
+
+
+def _ids(model: PeftModel) -> torch.Tensor:
+    rows = model.get_input_embeddings().weight.shape[0]
+    return torch.arange(min(_LENGTH, rows), device=model.device)[None]
+
+
+@contextmanager
+def _translating_errors(spec: AdapterSpec, step: str, folder: Path) -> Iterator[None]:
+    """Raise InvalidSpecError for any error of the block but a lack of memory."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (AdapterError, ContentError, InvalidSpecError, UnsupportedModelError) as error:
+        reason = str(error)
+    except (OSError, IsolationError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        return
+    raise InvalidSpecError(
+        f"the {spec.peft_type} adapter cannot be {step}: "
+        + reason.replace(str(folder), "the saved adapter"),
+        expected="an adapter that can be trained, saved and attached again",
+        found=dict(spec.options),
+        do="change the adapter's options",
+    )
+
+
 def _places(model: nn.Module) -> dict[str, TensorSignature]:
-    """Return the model's tensors as a fingerprint names them, without their values."""
+    """Return the shapes and dtypes of the model's tensors by name, as in a fingerprint."""
     return {
         name: TensorSignature(tuple(tensor.shape), str(tensor.dtype), "")
         for name, tensor in model.state_dict().items()

@@ -1,4 +1,4 @@
-"""TRL's SFT trainer, with its loss computed where it costs least, and its life told as events."""
+"""TRL's SFT trainer with a cheaper loss on devices without Triton, and training events."""
 
 import math
 import time
@@ -22,12 +22,11 @@ _COMPLETE = "complete"
 
 
 class AnswerTrainer(SFTTrainer):
-    """`SFTTrainer` whose logits exist only where there is a label.
+    """An `SFTTrainer` that computes logits only at positions with a label.
 
-    TRL does so with a Triton kernel; without one its fused head scores every position, tile by
-    tile, and pays for the vocabulary three times. On a device without Triton this trainer narrows
-    the hidden states just before the output embedding instead. The loss is the same sum over the
-    same tokens.
+    TRL does so with a Triton kernel. Without Triton its fused head computes every position and
+    multiplies by the vocabulary three times. On such a device this trainer selects the hidden
+    states before the output embedding instead. The loss is the same sum over the same tokens.
     """
 
     def compute_loss(
@@ -38,8 +37,10 @@ class AnswerTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the summed negative log-likelihood of the labels over `num_items_in_batch`."""
-        if return_outputs or self.args.device.type == "cuda":
+        if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.args.device.type == "cuda":
+            return self._connected(super().compute_loss(model, inputs, False, num_items_in_batch))
         labels = inputs.pop("labels")
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         kept = targets != -100
@@ -50,15 +51,27 @@ class AnswerTrainer(SFTTrainer):
         loss = loss / torch.as_tensor(items).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
-        return loss
+        return self._connected(loss)
+
+    def _connected(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss with a gradient, possibly zero, for every trained weight.
+
+        PEFT's module_dropout leaves whole modules out of a step. Without a gradient for their
+        weights DDP fails, and so does a step that leaves out all of them.
+        """
+        config = self.accelerator.unwrap_model(self.model).peft_config["default"]
+        if not getattr(config, "module_dropout", 0):
+            return loss
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        return loss + 0 * sum(parameter.sum() for parameter in trained)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write no card: a checkpoint is not something to publish."""
+        """Write no model card, because checkpoints are not published."""
 
 
 @contextmanager
 def _only_positions(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
-    """Give the output embedding only the hidden states of the kept (batch, sequence) positions."""
+    """Pass the output embedding only the hidden states of the kept (batch, sequence) positions."""
 
     def narrow(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (arguments[0][kept], *arguments[1:])
@@ -71,9 +84,9 @@ def _only_positions(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
 
 
 class EventCallback(TrainerCallback):
-    """Tells progress, marks complete checkpoints, and stops a run whose loss is not a number.
+    """Reports progress, marks complete checkpoints, and raises if the loss is not finite.
 
-    `tokens_per_step[i]` are the tokens (without padding) of step i + 1 over all processes.
+    `tokens_per_step[i]` are the tokens of step i + 1 without padding, over all processes.
     """
 
     def __init__(
@@ -89,7 +102,7 @@ class EventCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start the clock."""
+        """Record the start of training."""
         self._first_step = state.global_step
         self._started_s = time.monotonic()
 
@@ -101,12 +114,13 @@ class EventCallback(TrainerCallback):
         logs: dict[str, float],
         **_: Any,
     ) -> None:
-        """Tell the figures of the step."""
+        """Send the metrics of the step. TrainingError if the loss is not finite."""
         if "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
             raise TrainingError(
                 f"the loss is {logs['loss']} at step {state.global_step}",
+                expected="a finite loss",
                 do="lower optimizer.learning_rate, raise warmup_steps, or train in float32",
             )
         if not state.is_world_process_zero:
@@ -129,7 +143,7 @@ class EventCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Mark the checkpoint complete once every process has written its part."""
+        """Mark the checkpoint as complete after every process has written its part."""
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -138,7 +152,7 @@ class EventCallback(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, or None."""
+    """Return the newest complete checkpoint, or None."""
     steps = [
         int(mark.parent.name.removeprefix("checkpoint-"))
         for mark in folder.glob(f"checkpoint-*/{_COMPLETE}")

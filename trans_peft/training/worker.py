@@ -1,7 +1,7 @@
-"""The child process: started by `trans_peft.training.launch` through `accelerate launch`.
+"""Entry point of a training process, which `trans_peft.training.launch` starts through accelerate.
 
-Once per process. Says that it runs before it imports anything heavy, and sends every failure by
-its name before it ends.
+The process sends `ProcessStarted` before it imports torch, and every error as `Failed` before it
+ends.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ _TRACEBACK_CHARACTERS = 3000
 
 
 def main() -> None:
-    """Run the job whose file is the only argument. A failure is sent as an event."""
+    """Run the job whose file is the only argument. Errors are sent as events."""
     events = EventStream()
     exit_with_parent()
     events.send(ProcessStarted(os.getpgid(0)))
@@ -45,24 +45,30 @@ def _run(job: TrainingJob, events: EventStream) -> None:
 
     from trans_peft.training.finetune import finetune
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL's affair
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers"
+    )  # caused by TRL
     disable_progress_bars()
     logging.disable_progress_bar()
     processes, gpus = job.recipe.processes, torch.cuda.device_count()
     if 0 < gpus < processes:
         raise InvalidSpecError(
-            "there are fewer GPUs than processes", expected=processes, found=gpus
+            "there are fewer GPUs than processes",
+            expected=f"{processes} GPUs",
+            found=gpus,
+            do="lower the recipe's processes, or make more GPUs visible",
         )
-    # Without a GPU, processes find each other only if accelerate is told that they are on CPUs.
+    # Without a GPU, accelerate connects the processes only if cpu=True.
     state = PartialState(cpu=gpus == 0)
     if state.num_processes != processes:
         raise TrainingError(
-            "accelerate did not start the processes that were asked for",
+            "accelerate started another number of processes than the recipe has",
             expected=processes,
             found=state.num_processes,
+            do="unset ACCELERATE_* and distributed environment variables, and run again",
         )
     with exclusive_work_dir(job.work_dir, held=state.is_main_process):
-        state.wait_for_everyone()  # before that, another owner could still complete a checkpoint
+        state.wait_for_everyone()  # until the lock is held, another run may write a checkpoint
         finetune(job, state, events.send)
         if state.is_main_process:
             events.send(Finished())
@@ -71,7 +77,7 @@ def _run(job: TrainingJob, events: EventStream) -> None:
 def _failure(error: Exception) -> Failed:
     if isinstance(error, TransPeftError):
         return Failed(type(error).__name__, str(error))
-    # torch has a class for a full GPU, none for a full host.
+    # torch has an error class for a full GPU, but not for a full host.
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
         return Failed("OutOfMemoryError", str(error) or type(error).__name__)
     text = "".join(traceback.format_exception(error))
@@ -80,9 +86,10 @@ def _failure(error: Exception) -> Failed:
 
 @contextmanager
 def exclusive_work_dir(work_dir: Path, *, held: bool) -> Iterator[None]:
-    """Keep a second training out of a work folder (`held`: only one process of ours has to).
+    """Lock a work folder against a second training. Only the process with `held` takes the lock.
 
-    The lock goes with the process: one that is just being killed is waited for.
+    The lock ends with its process. For up to 20 s this waits for a process that is being killed.
+    TrainingError if another process keeps the lock.
     """
     if not held:
         yield
@@ -96,7 +103,8 @@ def exclusive_work_dir(work_dir: Path, *, held: bool) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline_s:
                     raise TrainingError(
-                        f"another training process works in {work_dir}",
+                        f"another training process uses the work folder {work_dir}",
+                        expected="one training per work folder",
                         do="wait until it has ended, or choose another work folder",
                     ) from None
                 time.sleep(0.2)

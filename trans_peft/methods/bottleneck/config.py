@@ -1,4 +1,4 @@
-"""Settings of a bottleneck adapter, beside those that every PEFT config has."""
+"""The PEFT config of a bottleneck adapter."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,18 @@ NON_LINEARITIES = ("relu", "gelu", "silu", "tanh")
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """The Houlsby adapter: `h <- h + W_up f(W_down h)` after attention and after the FFN (eq. 2).
+    """Config of the Houlsby adapter: `h <- h + W_up f(W_down h)` after a sub-layer (eq. 2).
 
-    `bottleneck_dim` is b, the width between W_down (b, d) and W_up (d, b); `non_linearity` is f.
-    `target_modules` are the sub-layers that an adapter follows, as names or a regular expression:
-    by default both, for the model types that `BottleneckModel` knows. `init_bottleneck_weights`
-    has W_up zero at the start, so that a new adapter changes nothing.
+    ValueError for a value out of range.
+
+    Attributes:
+        bottleneck_dim: b, the width between W_down (b, d) and W_up (d, b).
+        non_linearity: f, one of `NON_LINEARITIES`.
+        target_modules: the sub-layers that an adapter follows, as ends of names or as a regular
+            expression. Default: attention and FFN, for the model types in `BottleneckModel`.
+        exclude_modules: targets to leave out.
+        modules_to_save: modules to train and save whole.
+        init_bottleneck_weights: whether W_up starts at zero, so that a new adapter changes nothing.
     """
 
     bottleneck_dim: int = 64

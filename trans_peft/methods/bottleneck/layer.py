@@ -1,6 +1,6 @@
-"""A sub-layer with a bottleneck adapter after it."""
+"""The PEFT layer of a bottleneck adapter."""
 
-# mypy does not follow PEFT, and takes what its mixin brings for a submodule.
+# mypy has no types for PEFT and infers submodules for the attributes of its mixin.
 # mypy: disable-error-code="operator, union-attr"
 
 from typing import Any
@@ -16,11 +16,11 @@ __all__ = ["BottleneckLayer"]
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """Calls a sub-layer and adds to its output h (..., d) what the active adapters make of it.
+    """A sub-layer followed by bottleneck adapters: h (..., d) becomes h + W_up f(W_down h).
 
-    A sub-layer that returns a tuple (attention) has h in its first place. Nothing can be merged:
-    the adapter is not linear. Follows eq. 2, without biases, so that an adapter after a sub-layer
-    that contributes nothing contributes nothing either.
+    h is the output of the sub-layer, or the first element if that is a tuple (attention). The
+    adapter has no biases, so after an output of zeros it adds nothing. It is not linear and
+    therefore cannot be merged.
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
@@ -41,7 +41,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
-        """Add an adapter, on the device and in the dtype of the sub-layer."""
+        """Add an adapter on the device and in the dtype of the sub-layer."""
         down = nn.Linear(self.hidden_size, config.bottleneck_dim, bias=False)
         up = nn.Linear(config.bottleneck_dim, self.hidden_size, bias=False)
         if config.init_bottleneck_weights:
@@ -55,22 +55,23 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        """Answer for a whole sub-layer what PEFT asks of one weight."""
+        """Return the device and the floating-point dtype of the sub-layer's weights."""
         device = None
         for parameter in base_layer.parameters():
             device = parameter.device
             if parameter.dtype.is_floating_point:
                 return device, parameter.dtype
-        return device, None  # every weight is quantised
+        return device, None  # every weight is quantized
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: there is no weight that a bottleneck adapter could be merged into."""
+        """Raise NotImplementedError: a bottleneck adapter is not linear."""
         raise NotImplementedError(
-            "a bottleneck adapter is not linear and cannot be merged: keep it, or unload() it"
+            "a bottleneck adapter is not linear and cannot be merged; "
+            "keep it, or remove it with unload()"
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the sub-layer, h replaced by h + W_up f(W_down h)."""
+        """Return the output of the sub-layer with h replaced by h + W_up f(W_down h)."""
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output

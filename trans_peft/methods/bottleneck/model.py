@@ -1,4 +1,4 @@
-"""A model whose sub-layers have bottleneck adapters after them."""
+"""The PEFT tuner of bottleneck adapters."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ _LLAMA_LIKE = ["self_attn", "mlp"]
 
 
 class BottleneckModel(BaseTuner):
-    """Puts a `BottleneckLayer` around every targeted sub-layer.
+    """Wraps every targeted sub-layer in a `BottleneckLayer`, as PEFT's own tuners do.
 
-    Follows PEFT's own tuners. The targets must return what is added to the residual stream: an
-    attention, a FFN, or the last projection of one.
+    The output of a target must be what is added to the residual stream: an attention, an FFN, or
+    the last projection of one.
     """
 
     prefix = "bottleneck_"

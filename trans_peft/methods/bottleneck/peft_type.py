@@ -1,7 +1,7 @@
-"""The name under which PEFT knows the bottleneck adapter.
+"""The peft_type of the bottleneck adapter.
 
-PEFT keeps its methods in tables keyed by an enum that cannot be extended. A string equal to its own
-name serves as a key too, as long as it answers `.value`, which transformers asks of it.
+The keys of PEFT's tables of methods are members of an enum that cannot be extended. A string works
+as a key as well if it has the attribute `value`, which transformers reads.
 """
 
 __all__ = ["BOTTLENECK"]
