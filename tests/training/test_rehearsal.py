@@ -54,13 +54,13 @@ LORA = {
     "one layer": {**QV, "layers_to_transform": [1]},
     "embedding": {"target_modules": ["embed_tokens"]},
     "embedding by expression": {"target_modules": r".*(q_proj|embed_tokens)"},
-    "tied adapters": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
     "saved norm": {**QV, "modules_to_save": ["norm"]},
     "saved embedding": {**QV, "modules_to_save": ["embed_tokens"]},
     "saved head": {**QV, "modules_to_save": ["lm_head"]},
     "saved both": {**QV, "modules_to_save": ["embed_tokens", "lm_head"]},
     "saved FFN": {**QV, "modules_to_save": ["mlp"]},
     "tokens": {**QV, "trainable_token_indices": [3, 4]},
+    "tokens of the head": {**QV, "trainable_token_indices": {"lm_head": [3]}},
     "parameters": {"target_modules": [], "target_parameters": ["mlp.gate_proj.weight"]},
 }
 METHODS = {
@@ -92,7 +92,7 @@ METHODS = {
     "SHIRA": {**QV, "r": 2},
     "SUPERTUNING": QV,
     "TINYLORA": QV,
-    "TRAINABLE_TOKENS": {"token_indices": [3, 4]},
+    "TRAINABLE_TOKENS": {"token_indices": [3, 32]},
     "UNILORA": {**QV, "theta_d_length": 64},
     "VBLORA": {**QV, "num_vectors": 8, "vector_length": 8, "topk": 2},
     "VERA": {"target_modules": ["q_proj", "o_proj"], "save_projection": False},
@@ -202,9 +202,9 @@ REFUSED = {
         {"target_modules": ["embed_tokens", "lm_head"]},
         "targets the output embedding|cannot be",
     ),
-    "tokens of the head": (
+    "an adapter on tied embeddings": (
         "LORA",
-        {"trainable_token_indices": {"lm_head": [3]}},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
         "targets the output embedding",
     ),
     "tokens and the tied head": (
