@@ -10,7 +10,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.perturbation.restated import loss_and_gradients
+from tests.perturbation.reference import loss_and_gradients
 from tests.tiny import tiny_model, tiny_model_in_4_bits, write_tiny_base
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.recipe import Perturbation

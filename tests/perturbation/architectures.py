@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from tests.perturbation.restated import Down
+from tests.perturbation.reference import Down
 
 LAYERS = 3
 _SHAPE = {

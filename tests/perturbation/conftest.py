@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """Threads cost more than they give on models this small."""
+    """Use one thread: several are slower on models this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.perturbation.architectures import ARCHITECTURES, LAYERS
-from tests.perturbation.restated import Down, loss_and_gradients, restated_weights
+from tests.perturbation.reference import Down, loss_and_gradients, reference_weights
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.perturbation import perturbed
 
@@ -17,7 +17,7 @@ architectures = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 
 
 def agree(model, perturbation, down, *, kind="ffn", rtol=1e-4, atol=1e-6):
-    weights = restated_weights(model, down, perturbation, layers=LAYERS, seed=SEED, kind=kind)
+    weights = reference_weights(model, down, perturbation, layers=LAYERS, seed=SEED, kind=kind)
     logits, gradients = loss_and_gradients(model, IDS, weights)
     with perturbed(model, perturbation, seed=SEED) as handle:
         our_logits, our_gradients = loss_and_gradients(model, IDS)
@@ -58,8 +58,8 @@ def test_the_formulas_hold_through_lora_on_the_ffn(architecture):
     )
     branch = Down((f"{stem}.lora_A.default.weight",))
     both = {"layers": LAYERS, "seed": SEED}
-    weights = restated_weights(model, base, MASKING_AND_DROPPING, **both)
-    weights |= restated_weights(model, branch, MASKING_AND_DROPPING, **both)
+    weights = reference_weights(model, base, MASKING_AND_DROPPING, **both)
+    weights |= reference_weights(model, branch, MASKING_AND_DROPPING, **both)
     # The bias of a base layer is frozen, and a dropped FFN adds none of it.
     logits, gradients = loss_and_gradients(model, IDS, weights)
     with perturbed(model, MASKING_AND_DROPPING, seed=SEED):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import optimizer as optimizers
 from torch.utils.checkpoint import checkpoint
 
-from tests.perturbation.restated import Down, loss_and_gradients, restated_weights
+from tests.perturbation.reference import Down, loss_and_gradients, reference_weights
 from tests.tiny import tiny_model
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import InvalidSpecError, UnsupportedModelError
@@ -52,7 +52,7 @@ def gradients(model):
 
 
 def restated(model, position, *, seed=1, rank=0):
-    weights = restated_weights(
+    weights = reference_weights(
         model, DOWN, BOTH, layers=LAYERS, seed=seed, rank=rank, position=TrainingPosition(*position)
     )
     return torch.func.functional_call(model, weights, (), {"input_ids": IDS, "labels": IDS}).loss
@@ -66,17 +66,17 @@ def restated(model, position, *, seed=1, rank=0):
     st.integers(0, 2**64 - 1), st.integers(0, 7), st.integers(0, 10**6), st.integers(0, 63),
     st.integers(0, 90),
 )  # fmt: skip
-def test_a_draw_depends_on_its_place_alone(seed, rank, step, micro_step, layer):
-    place = {"seed": seed, "rank": rank, "layer": layer, "kind": "ffn", "neurons": 40}
-    first = draw(BOTH, TrainingPosition(step, micro_step), **place)
-    again = draw(BOTH, TrainingPosition(step, micro_step), **place)
+def test_a_draw_depends_on_its_position_only(seed, rank, step, micro_step, layer):
+    fixed = {"seed": seed, "rank": rank, "layer": layer, "kind": "ffn", "neurons": 40}
+    first = draw(BOTH, TrainingPosition(step, micro_step), **fixed)
+    again = draw(BOTH, TrainingPosition(step, micro_step), **fixed)
     assert first.dropped == again.dropped
     assert (first.kept == again.kept).all()
     others = [
-        draw(BOTH, TrainingPosition(step + 1, micro_step), **place),
-        draw(BOTH, TrainingPosition(step, micro_step + 1), **place),
+        draw(BOTH, TrainingPosition(step + 1, micro_step), **fixed),
+        draw(BOTH, TrainingPosition(step, micro_step + 1), **fixed),
         *(
-            draw(BOTH, TrainingPosition(step, micro_step), **{**place, name: value})
+            draw(BOTH, TrainingPosition(step, micro_step), **{**fixed, name: value})
             for name, value in (
                 ("seed", seed ^ 1), ("rank", rank + 1), ("layer", layer + 1), ("kind", "attention")
             )
@@ -102,10 +102,10 @@ def test_draws_have_the_rates_of_the_formula():
     assert abs(sum(d.kept.mean() for d in drawn) / 4000 - 0.8) < 0.004
 
 
-# --- moments ----------------------------------------------------------------------------------
+# --- positions --------------------------------------------------------------------------------
 
 
-def test_each_forward_is_the_formula_at_its_step_and_micro_step():
+def test_each_forward_pass_equals_the_formula_at_its_position():
     model = base()
     optimizer = optimizer_of(model)
     for step in range(3):
@@ -161,7 +161,7 @@ def test_evaluation_between_forwards_is_unperturbed_and_does_not_count():
         torch.testing.assert_close(loss(model), expected)
 
 
-def test_a_resumed_run_draws_on():
+def test_a_resumed_run_continues_the_draws():
     def run(model, optimizer, steps, start=0, seek=None):
         with perturbed(model, BOTH, seed=1, step=start) as handle:
             if seek is not None:
@@ -310,10 +310,10 @@ def test_autocast_slices_in_the_dtype_that_it_computes_in():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-# --- modes and the way out --------------------------------------------------------------------
+# --- modes and restoring ----------------------------------------------------------------------
 
 
-def test_off_and_eval_are_plain_to_the_bit():
+def test_results_are_bit_identical_if_off_or_in_eval_mode():
     model = adapted(["q_proj", "down_proj"])
     model.train()
     expected = loss_and_gradients(model, IDS)
@@ -330,7 +330,7 @@ def test_off_and_eval_are_plain_to_the_bit():
 @pytest.mark.parametrize("failing", [False, True])
 @pytest.mark.parametrize("where", ["ffn", "attention", "both"])
 @pytest.mark.parametrize("granularity", ["neuron", "element"])
-def test_a_model_leaves_as_it_came(failing, where, granularity):
+def test_the_model_is_restored_after_the_block(failing, where, granularity):
     model = adapted()
     keys = list(model.state_dict())
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -352,18 +352,18 @@ def test_a_model_leaves_as_it_came(failing, where, granularity):
         pass
 
 
-def test_a_forward_that_somebody_else_set_is_called_and_given_back():
+def test_a_replaced_forward_is_called_and_restored():
     model = base()
     mlp = model.model.layers[0].mlp
     calls = []
     original = mlp.forward
     mlp.forward = lambda x: calls.append(1) or original(x)
-    theirs = mlp.forward
+    replaced = mlp.forward
     with perturbed(model, Perturbation(dropping_p=0.01), seed=1):
         calls.clear()  # entering has run the layer
         loss(model)
     assert calls == [1]
-    assert mlp.forward is theirs
+    assert mlp.forward is replaced
 
 
 def test_a_copy_made_inside_the_block_is_not_perturbed():
@@ -393,10 +393,10 @@ def test_experts_that_bypass_their_activation_are_refused():
         pytest.fail("entered")
 
 
-def test_spared_layers_are_left_alone():
+def test_spared_layers_are_not_perturbed():
     model = base()
     perturbation = Perturbation(0.3, 0.9, spared_layers=(0, 2))
-    weights = restated_weights(model, DOWN, perturbation, layers=LAYERS, seed=1)
+    weights = reference_weights(model, DOWN, perturbation, layers=LAYERS, seed=1)
     expected = loss_and_gradients(model, IDS, weights)
     with perturbed(model, perturbation, seed=1):
         torch.testing.assert_close(loss_and_gradients(model, IDS), expected)
@@ -406,15 +406,15 @@ def test_spared_layers_are_left_alone():
 def test_both_perturbs_attention_and_ffn():
     model = base()
     perturbation = Perturbation(0.3, 0.3, where="both")
-    weights = restated_weights(model, DOWN, perturbation, layers=LAYERS, seed=1) | restated_weights(
-        model, ATTENTION, perturbation, layers=LAYERS, seed=1, kind="attention"
-    )
+    weights = reference_weights(
+        model, DOWN, perturbation, layers=LAYERS, seed=1
+    ) | reference_weights(model, ATTENTION, perturbation, layers=LAYERS, seed=1, kind="attention")
     expected = loss_and_gradients(model, IDS, weights)
     with perturbed(model, perturbation, seed=1):
         torch.testing.assert_close(loss_and_gradients(model, IDS), expected)
 
 
-def test_a_dropped_ffn_is_not_computed_and_masked_neurons_are_not_either():
+def test_dropped_ffns_and_masked_neurons_are_not_computed():
     model = base()
     widths = []
     perturbation = Perturbation(0.5, 0.5)
@@ -433,7 +433,7 @@ def test_a_dropped_ffn_is_not_computed_and_masked_neurons_are_not_either():
 
 
 def test_no_slice_is_kept_until_the_backward_pass():
-    """What autograd saves of a sliced layer are the weights themselves, which are there anyway."""
+    """Autograd saves only the weights of a sliced layer, which need no further memory."""
     model = base()
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
@@ -458,7 +458,7 @@ def test_no_slice_is_kept_until_the_backward_pass():
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "said"),
+    ("change", "options", "message"),
     [
         (lambda m: m.eval(), {}, r"eval mode: call model.train\(\)"),
         (lambda m: m, {"spared_layers": (1, 4, 9)}, r"\[4, 9\] are out of range"),
@@ -468,12 +468,12 @@ def test_no_slice_is_kept_until_the_backward_pass():
         (lambda m: m, {"step": -1}, "step must lie"),
     ],
 )
-def test_bad_input_is_refused_before_anything_changes(change, options, said):
+def test_bad_input_is_refused_before_anything_changes(change, options, message):
     model = change(base())
     spared = options.pop("spared_layers", ())
     perturbation = Perturbation(0.1, 0.1, spared_layers=spared)
     with (
-        pytest.raises(InvalidSpecError, match=said),
+        pytest.raises(InvalidSpecError, match=message),
         perturbed(model, perturbation, **{"seed": 1, **options}),
     ):
         pytest.fail("entered")
@@ -515,7 +515,7 @@ def test_a_second_adapter_added_inside_the_block_is_refused():
             loss(model)
 
 
-def test_a_model_without_a_ffn_is_refused_and_says_what_was_looked_for():
+def test_the_error_for_a_model_without_an_ffn_names_the_expected_shapes():
     model = nn.Sequential(nn.Linear(4, 4)).train()
     with (
         pytest.raises(UnsupportedModelError, match=r"(?s)projection f -> d.*no ModuleList"),
@@ -525,7 +525,7 @@ def test_a_model_without_a_ffn_is_refused_and_says_what_was_looked_for():
 
 
 class Odd(nn.Module):
-    """A decoder whose FFN is not found by shape: three projections into its neurons."""
+    """A decoder whose FFN has three input projections and is not found by shape."""
 
     def __init__(self):
         super().__init__()
@@ -540,11 +540,11 @@ class Odd(nn.Module):
         return x
 
 
-def test_a_layout_states_what_is_not_found():
+def test_a_layout_names_an_ffn_that_is_not_found():
     torch.manual_seed(0)
     model, x = nn.ModuleDict({"odd": Odd()}).train(), torch.randn(2, 3, 8)
     layout = Layout("odd.blocks", ffn_inputs=("a", "b", "c"), ffn_down="out")
-    weights = restated_weights(
+    weights = reference_weights(
         model, Down(("odd.blocks.{}.out.weight",), biases=("odd.blocks.{}.out.bias",)), BOTH,
         layers=2, seed=1,
     )  # fmt: skip
@@ -562,26 +562,26 @@ def test_a_layout_states_what_is_not_found():
 
 
 @pytest.mark.parametrize(
-    ("layout", "said"),
+    ("layout", "message"),
     [
         (Layout("layers", ("mlp.gate_proj",), "mlp.nope"), "layer 0 has no module mlp.nope"),
         (Layout("nope", ("mlp.gate_proj",), "mlp.down_proj"), r"(?s)nope.*model\.layers"),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused(layout, said):
+def test_a_layout_that_does_not_match_is_refused(layout, message):
     with (
-        pytest.raises(UnsupportedModelError, match=said),
+        pytest.raises(UnsupportedModelError, match=message),
         perturbed(base(), BOTH, seed=1, layout=layout),
     ):
         pytest.fail("entered")
 
 
 def test_a_compiled_model_is_perturbed_like_any_other():
-    """The perturbed modules run as they are, the rest is compiled around them; gradients hold."""
+    """torch.compile compiles the other modules; the gradients are correct."""
     model = tiny_model(layers=2).train()
     compiled = torch.compile(model, backend="eager")
     drawn = Perturbation(0.3, 0.5)
-    weights = restated_weights(model, DOWN, drawn, layers=2, seed=0)
+    weights = reference_weights(model, DOWN, drawn, layers=2, seed=0)
     assert [weight.any() for weight in weights.values()] == [False, True]
     _, expected = loss_and_gradients(model, IDS, weights)
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.perturbation import toys
-from tests.perturbation.restated import START
+from tests.perturbation.reference import START
 from tests.tiny import tiny_model, tiny_model_in_4_bits
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import UnsupportedModelError
@@ -261,8 +261,8 @@ def test_a_dropped_ffn_adds_nothing(ffns):
         for n in range(3)
     ]
     assert set(dropped) == {True, False}
-    for layer, gone in zip(model.layers, dropped, strict=True):
-        for number, make in enumerate(ffns if gone else ()):
+    for layer, is_dropped in zip(model.layers, dropped, strict=True):
+        for number, make in enumerate(ffns if is_dropped else ()):
             getattr(layer, f"ffn_{number}").forward = zeros.get(make, torch.zeros_like)
     close(found, model(IDS))
 
@@ -295,11 +295,11 @@ def test_criticality_covers_the_whole_mixture_and_is_zero_without_a_ffn():
     assert added[1] == 0
 
 
-# --- no trace ---------------------------------------------------------------------------------
+# --- no side effects --------------------------------------------------------------------------
 
 
-class Restless(toys.Plain):
-    """Leaves a trace of every call, in every way there is."""
+class WithSideEffects(toys.Plain):
+    """Has every kind of side effect in each call."""
 
     def __init__(self):
         super().__init__()
@@ -334,16 +334,18 @@ def states(model):
     )
 
 
-@pytest.mark.parametrize("fits", [True, False], ids=["entered", "refused"])
-def test_looking_leaves_no_trace(fits):
-    model = toys.decoder(Restless) if fits else toys.decoder(Restless, toys.Table)
+@pytest.mark.parametrize("supported", [True, False], ids=["entered", "refused"])
+def test_verification_has_no_side_effects(supported):
+    model = (
+        toys.decoder(WithSideEffects) if supported else toys.decoder(WithSideEffects, toys.Table)
+    )
     model.layers[2].ffn_0.eval()
     hooked = []
     model.layers[0].ffn_0.register_forward_hook(lambda *_: hooked.append(1))
     model.layers[0].register_forward_pre_hook(lambda *_: hooked.append(1))
     parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
     before = states(model)
-    if fits:
+    if supported:
         with perturbed(model, MASKED, seed=SEED):
             inside = states(model)
         assert inside[:-1] == before[:-1]
@@ -355,7 +357,7 @@ def test_looking_leaves_no_trace(fits):
     assert torch.is_grad_enabled()
 
 
-def test_dropout_does_not_blur_the_comparison():
+def test_dropout_does_not_affect_the_comparison():
     class Dropout(toys.Plain):
         def neurons(self, x):
             return nn.functional.dropout(super().neurons(x), 0.5, self.training)

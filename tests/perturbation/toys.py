@@ -7,7 +7,7 @@ WIDTH, NEURONS, VOCABULARY = 8, 24, 32
 
 
 class Mixer(nn.Module):
-    """Attention without its softmax: each token gets a mean of those before it."""
+    """Attention without softmax: each token gets the mean of the preceding tokens."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Called with token ids; `layers` are made by the functions given."""
+    """A decoder of token ids; the given functions create its layers."""
 
     def __init__(self, *makers):
         super().__init__()
@@ -70,7 +70,7 @@ class Plain(nn.Module):
 
 
 class Inline(Plain):
-    """Its activation is in the code."""
+    """An FFN whose activation is a function call in its code."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ class Normed(Plain):
 
 
 class Sparse(Plain):
-    """Gemma 3n: only neurons above the mean of all stay."""
+    """Gemma 3n: neurons below the mean of all neurons are zero."""
 
     def neurons(self, x):
         neurons = super().neurons(x)
@@ -100,7 +100,7 @@ class Sparse(Plain):
 
 
 class Permuted(Plain):
-    """Neighbouring neurons are swapped before the down projection."""
+    """Adjacent neurons are swapped before the down projection."""
 
     def neurons(self, x):
         neurons = super().neurons(x)
@@ -160,7 +160,7 @@ class PostNorm(nn.Module):
 
 
 class ThreeInputs(nn.Module):
-    """Not found by shape."""
+    """An FFN that is not found by shape."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +172,7 @@ class ThreeInputs(nn.Module):
 
 
 class Table(nn.Module):
-    """A FFN in two raw matrices."""
+    """An FFN of two raw matrices."""
 
     def __init__(self):
         super().__init__()
@@ -209,7 +209,7 @@ class GatedExperts(Experts):
 
 
 class LeakyExperts(Experts):
-    """What its activation returns is not all that the down projection is multiplied with."""
+    """Experts whose down projection is multiplied by more than the result of the activation."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +233,7 @@ class Mixture(nn.Module):
 
 
 class LayerWithGate(Layer):
-    """Beside its FFN, a gate on an input of the layer's own (Gemma's embeddings of each layer)."""
+    """A layer with an FFN and a gate on another input (Gemma's embeddings of each layer)."""
 
     def __init__(self, names):
         super().__init__(Plain())
@@ -250,7 +250,7 @@ class LayerWithGate(Layer):
 
 
 class LayerWithBorrowedKeys(Layer):
-    """An attention with keys and values from elsewhere: it has the shape of a FFN."""
+    """An attention with external keys and values, whose shapes are those of an FFN."""
 
     def __init__(self):
         super().__init__(Plain())

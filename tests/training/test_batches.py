@@ -17,7 +17,7 @@ def test_the_order_is_a_function_of_the_seed(lengths, rows, steps, seed):
 
 
 @given(lengths=lengths, rows=sizes, steps=st.integers(1, 120), seed=st.integers())
-def test_every_row_comes_equally_often(lengths, rows, steps, seed):
+def test_every_row_is_used_equally_often(lengths, rows, steps, seed):
     counts = Counter(training_order(lengths, rows, steps, seed))
     seen = [counts[row] for row in range(len(lengths))]
     assert max(seen) - min(seen) <= 1

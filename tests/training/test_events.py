@@ -37,7 +37,7 @@ def test_any_other_line_is_log(line):
     assert decode(line) == LogLine(line)
 
 
-def test_progress_reads_as_a_sentence_and_as_figures():
+def test_metrics_have_a_text_and_names():
     progress = TrainingMetrics(3, 8, 1.5, 1e-3, 0.1, 1234.5, 5.0)
     assert str(progress) == "step 3/8  loss 1.5000  lr 1.00e-03  1,234 tokens/s  5 s left"
     assert progress.metrics == {

@@ -71,7 +71,7 @@ def loss_and_gradients(loss: torch.Tensor, model: torch.nn.Module) -> list[torch
 
 @pytest.mark.parametrize("examples", [EXAMPLES[:6], CHATS], ids=["plain", "chat"])
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_the_loss_is_that_of_the_answers_alone(tmp_path, examples, packing):
+def test_the_loss_covers_the_answers_only(tmp_path, examples, packing):
     ours = trainer(tmp_path, examples, packing=packing)
     batch = ours.data_collator([dict(row) for row in ours.train_dataset])
     items = (batch["labels"] != -100).sum()
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path, examples, packing):
     )
 
 
-def test_the_loss_is_trls(tmp_path):
+def test_the_loss_equals_trls(tmp_path):
     ours = trainer(tmp_path)
     batch = ours.data_collator([dict(row) for row in ours.train_dataset])
     model = ours.model.train()
@@ -96,7 +96,7 @@ def test_the_loss_is_trls(tmp_path):
     )
 
 
-def test_the_output_embedding_sees_only_what_has_a_label(tmp_path):
+def test_the_output_embedding_gets_only_positions_with_labels(tmp_path):
     ours = trainer(tmp_path)
     batch = ours.data_collator([dict(row) for row in ours.train_dataset])
     seen = []
@@ -108,7 +108,7 @@ def test_the_output_embedding_sees_only_what_has_a_label(tmp_path):
     assert seen[1] == (*batch["input_ids"].shape, 258)
 
 
-def test_what_is_trained_on_is_what_an_evaluation_asks(tmp_path):
+def test_training_and_evaluation_use_the_same_prompts(tmp_path):
     tokenizer = tiny_tokenizer()
     for examples in (EXAMPLES[:6], CHATS):
         prepared = trainer(tmp_path, examples).train_dataset
@@ -126,7 +126,7 @@ ODD = "{% for m in messages %}{{ '<last>' if loop.last }}{{ m.content }}{% endfo
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, ODD], ids=["plain", "prompt is no prefix"])
 @pytest.mark.parametrize("examples", [EXAMPLES[:6], CHATS], ids=["text", "chat"])
-def test_our_rows_are_those_that_trl_makes_of_the_texts(tmp_path, examples, template, packing):
+def test_token_rows_equal_those_of_trl(tmp_path, examples, template, packing):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     theirs = trainer(tmp_path, examples, tokenizer, packing=packing).train_dataset
@@ -136,7 +136,7 @@ def test_our_rows_are_those_that_trl_makes_of_the_texts(tmp_path, examples, temp
         assert ours[column] == theirs[column]
 
 
-def test_the_end_is_learned_even_where_it_also_pads(tmp_path):
+def test_the_end_token_is_trained_even_if_it_is_the_padding_token(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     ours = trainer(tmp_path, tokenizer=tokenizer)
@@ -150,33 +150,33 @@ def state(step: int) -> TrainerState:
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_ends_the_training(loss):
-    narrator = EventCallback([].append, [10] * 8)
+def test_a_loss_that_is_not_finite_ends_the_training(loss):
+    callback = EventCallback([].append, [10] * 8)
     with pytest.raises(TrainingError, match="at step 3"):
-        narrator.on_log(SimpleNamespace(), state(3), TrainerControl(), {"loss": loss})
+        callback.on_log(SimpleNamespace(), state(3), TrainerControl(), {"loss": loss})
 
 
-def test_figures_count_from_where_training_resumed():
-    told: list[TrainingMetrics] = []
-    narrator = EventCallback(told.append, [10, 20, 30, 40, 50, 60, 70, 80])
-    narrator.on_train_begin(SimpleNamespace(), state(2), TrainerControl())
+def test_metrics_count_from_the_step_at_which_training_resumed():
+    sent: list[TrainingMetrics] = []
+    callback = EventCallback(sent.append, [10, 20, 30, 40, 50, 60, 70, 80])
+    callback.on_train_begin(SimpleNamespace(), state(2), TrainerControl())
     logs = {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 2.0}
-    narrator.on_log(SimpleNamespace(), state(4), TrainerControl(), logs)
-    narrator.on_log(SimpleNamespace(), state(4), TrainerControl(), {"train_runtime": 1.0})
-    (progress,) = told
+    callback.on_log(SimpleNamespace(), state(4), TrainerControl(), logs)
+    callback.on_log(SimpleNamespace(), state(4), TrainerControl(), {"train_runtime": 1.0})
+    (progress,) = sent
     assert (progress.step, progress.total_steps, progress.loss) == (4, 8, 1.0)
     # 70 tokens and 2 steps in the same seconds, 4 steps to come
     assert progress.tokens_per_s * progress.eta_s == pytest.approx(70 * 4 / 2)
 
 
-def test_a_checkpoint_counts_only_when_it_is_complete(tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(tmp_path):
     assert last_checkpoint(tmp_path) is None
-    told = []
-    narrator = EventCallback(told.append, [])
+    sent = []
+    callback = EventCallback(sent.append, [])
     for step in (3, 6, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert last_checkpoint(tmp_path) is None
     for step in (3, 6):
-        narrator.on_save(SimpleNamespace(output_dir=tmp_path), state(step), TrainerControl())
+        callback.on_save(SimpleNamespace(output_dir=tmp_path), state(step), TrainerControl())
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    assert told == [CheckpointSaved(3), CheckpointSaved(6)]
+    assert sent == [CheckpointSaved(3), CheckpointSaved(6)]

@@ -1,6 +1,6 @@
 """Checks of an adapter's options that need no model: types, ranges, and what PEFT ignores.
 
-The tables below were made by comparing, for every option of every method, an adapter with the
+The tables below result from a comparison, for every option of every method, of an adapter with the
 option and one without it: initial weights, losses, logits and saved files
 (`tests/methods/test_every_option.py` repeats the comparison). They describe PEFT 0.21.
 """

@@ -76,8 +76,8 @@ class Call:
         def changed(value: Any) -> Any:
             if value is x:
                 return change(value)
-            beside = isinstance(value, torch.Tensor) and value.shape[:-1] == x.shape[:-1]
-            if everywhere and beside and value.is_floating_point():
+            has_rows = isinstance(value, torch.Tensor) and value.shape[:-1] == x.shape[:-1]
+            if everywhere and has_rows and value.is_floating_point():
                 return change(value)
             return value
 
@@ -137,11 +137,11 @@ class Behaviour:
                 call.with_equal_rows(hidden),
             )
         ]
-        once, twice, beside, equal = (x.float() for x in outputs if x is not None)
+        once, twice, everywhere, equal = (x.float() for x in outputs if x is not None)
         first, second = once - plain.float(), twice - plain.float()
         # Rows of a matrix product differ by rounding only, depending on how kernels group them.
         rounding = (64 if plain.dtype == torch.float32 else 2) * torch.finfo(plain.dtype).eps
-        others = torch.stack((first, beside - plain.float()))[:, 1:].flatten(1).norm(dim=1)
+        others = torch.stack((first, everywhere - plain.float()))[:, 1:].flatten(1).norm(dim=1)
         bend = (second - 2 * first)[:1].norm()
         return cls(
             wide=True,

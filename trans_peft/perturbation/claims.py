@@ -176,7 +176,7 @@ def unclaimed_by_shape(layer: nn.Module, units: tuple[Unit, ...]) -> list[str]:
     and have its shape.
     """
     claimed = {id(base_of(part)) for unit in units for part in unit.modules}
-    beside = {
+    input_shapes = {
         (id(base_of(unit.container)), projection_shape(part))
         for unit in units
         if isinstance(unit, FeedForward)
@@ -191,7 +191,7 @@ def unclaimed_by_shape(layer: nn.Module, units: tuple[Unit, ...]) -> list[str]:
             found += [f"{name}.{n}".lstrip(".") for n in raw]
         for child_name, child in module.named_children():
             unknown = id(base_of(child)) not in claimed and projection_shape(child) is not None
-            if unknown and (id(module), projection_shape(child)) in beside:
+            if unknown and (id(module), projection_shape(child)) in input_shapes:
                 found.append(f"{name}.{child_name}".lstrip("."))
     return found
 

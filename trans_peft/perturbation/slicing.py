@@ -115,10 +115,10 @@ def _without(part: torch.Tensor, padding: torch.Tensor | None, axis: int) -> tor
 def sliced_linear(
     layer: nn.Linear | Conv1D, side: Side, x: torch.Tensor, kept: NeuronSelection
 ) -> torch.Tensor:
-    """Return what `layer` (Linear or Conv1D) gives on the kept neurons.
+    """Return the output of `layer` (Linear or Conv1D), computed for the kept neurons only.
 
-    x: (..., in) for side "output", (..., n) for "input"; returns (..., n) or (..., out), in the
-    dtype that the layer itself would give, autocast included.
+    x is (..., in) for side "output" and (..., n) for "input". The result is (..., n) or (..., out),
+    in the dtype of the layer's own output, autocast included.
     """
     bias = layer.bias
     if side == "output":

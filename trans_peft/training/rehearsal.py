@@ -48,8 +48,8 @@ def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
 
     The adapter gets random noise as weights, because a new adapter changes no logit. The base is
     unchanged afterwards. InvalidSpecError with the reason for an adapter that `attach` rejects,
-    TRL or PEFT cannot train, does not fit the base that it was made on, changes no logit, or gives
-    other logits in a second forward pass.
+    that TRL or PEFT cannot train, whose targets do not match its own base, that changes no logit,
+    or that has other logits in a second forward pass.
     """
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="rehearsal-") as scratch:
         folder = Path(scratch) / "adapter"
@@ -70,7 +70,7 @@ def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
             with attached(base.model, folder) as model:
                 effect = probe_effect(model, base.tokenizer)
                 if not effect.found:
-                    mismatches = (*mismatches, "its weights change no logit, whatever they are")
+                    mismatches = (*mismatches, "random weights change no logit")
                 if (change := _change_between_passes(model)) > 0:
                     mismatches = (
                         *mismatches,
@@ -81,7 +81,7 @@ def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
         raise InvalidSpecError(
             f"the {spec.peft_type} adapter cannot be used after training: {'; '.join(mismatches)}",
             expected="an adapter that can be saved and attached again, changes the base's logits, "
-            "and gives the same logits in every pass",
+            "and has the same logits in every pass",
             found=dict(spec.options),
             do="change the adapter's options",
         )

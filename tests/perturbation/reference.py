@@ -1,8 +1,8 @@
-"""The paper's formulas, restated on weights: the reference that the perturbation is compared with.
+"""The paper's formulas as changed weights: the reference implementation of the perturbation.
 
-Masking neurons i is zeroing the columns i of the down projection; dropping a FFN is zeroing its
-down projection altogether. Both are said by calling the model with other weights
-(`torch.func.functional_call`): no hook, no slicing, no other forward.
+Masking the neurons i equals zeroing the columns i of the down projection. Dropping an FFN equals
+zeroing its down projection. Both are computed by calling the model with other weights
+(`torch.func.functional_call`), without hooks, slices or replaced methods.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ START = TrainingPosition(0, 0)
 
 @dataclass(frozen=True)
 class Down:
-    """Names of the weights that take a layer's neurons in, as formats of the layer number.
+    """Names of the down projections of a layer, as formats of the layer number.
 
-    `axis` is their neuron axis; `biases` are added after the sum over neurons.
+    `axis` is their neuron axis. `biases` are added after the sum over neurons.
     """
 
     weights: tuple[str, ...]
@@ -28,7 +28,7 @@ class Down:
     biases: tuple[str, ...] = ()
 
 
-def restated_weights(
+def reference_weights(
     model: nn.Module,
     down: Down,
     perturbation: Perturbation,
@@ -39,7 +39,7 @@ def restated_weights(
     rank: int = 0,
     kind: str = "ffn",
 ) -> dict[str, torch.Tensor]:
-    """Return the weights that say the same as the draws of one forward pass."""
+    """Return weights that are equivalent to the draws of one forward pass."""
     own = dict(model.named_parameters())
     replaced = {}
     for layer in set(range(layers)) - set(perturbation.spared_layers):
@@ -64,7 +64,7 @@ def restated_weights(
 def loss_and_gradients(
     model: nn.Module, ids: torch.Tensor, weights: dict[str, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the logits, and the gradient of every trainable parameter (zeros where none)."""
+    """Return the logits, and the gradient of every trainable parameter (zeros if it is None)."""
     model.zero_grad()
     output = torch.func.functional_call(model, weights or {}, (), {"input_ids": ids, "labels": ids})
     output.loss.backward()
