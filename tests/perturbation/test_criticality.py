@@ -37,7 +37,7 @@ def test_criticality_is_the_loss_that_a_zeroed_ffn_adds():
 
 
 def test_a_batch_without_labels_is_refused():
-    with pytest.raises(InvalidSpecError, match="no token has a label"):
+    with pytest.raises(InvalidSpecError, match="no token of the batches has a label"):
         layer_criticality(tiny_model(), [{"input_ids": IDS, "labels": torch.full_like(IDS, -100)}])
 
 

@@ -152,7 +152,7 @@ def test_computed_neurons_are_in_order_and_padding_adds_nothing(kept):
         ([toys.Plain, toys.Table], "ffn_1"),
         ([toys.Plain, toys.Experts], "ffn_1"),
         ([lambda: toys.Mixture(toys.Experts)], r"ffn_0\.experts"),
-        ([toys.LeakyExperts], "does not mask all of its neurons"),
+        ([toys.LeakyExperts], "does not mask all neurons"),
     ],
 )
 def test_an_unassigned_weight_makes_the_model_unsupported(ffns, names):

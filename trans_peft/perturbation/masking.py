@@ -138,7 +138,6 @@ def _mask_experts(mask_site: Masks, number: int, unit: Experts, undo: ExitStack)
             raise UnsupportedModelError(
                 f"{type(unit.module).__name__} does not call {' or '.join(unit.gates)}, "
                 "so its neurons cannot be masked",
-                do="train without masking: Perturbation(dropping_p=...)",
             )
         return result
 

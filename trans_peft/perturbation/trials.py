@@ -158,8 +158,7 @@ def _check_experts(units: tuple[Unit, ...], call: Call) -> None:
         if any(differs(x, y) is not None for x, y in zip(masked, without, strict=True)):
             raise UnsupportedModelError(
                 f"masking the results of {' and '.join(unit.gates)} does not mask all neurons of "
-                f"{type(unit.module).__name__}",
-                do="train without masking: Perturbation(dropping_p=...)",
+                f"{type(unit.module).__name__}"
             )
 
 
