@@ -1,21 +1,21 @@
-"""How long a hint takes: a thousand at once, a promotion to reconcile, an upload to a verdict.
+"""Measures the bridge: a burst of notifications, alias to reconcile, upload to first verdict.
 
     python -m benchmarks.bridge [--bursts 5] [--promotions 20] [--uploads 7]
                                 [--notifications 1000] [--dry]
 
-On a stack of its own (`make up`, in a temporary folder, on free ports), with the settings of every
-stack, its schedule paused. `low` and `high` are the middle half; 0 leaves a part out.
+It starts a separate stack (`make up`, in a temporary folder, on free ports) with default settings,
+and pauses its schedule. `low` and `high` are the quartiles. A count of 0 skips a part.
 
-`bridge.p99_ms`: the slowest hundredth of a burst, over bursts. Ten families, every delivery twice,
-a connection each, from this machine. A hint that is answered 503 comes again after 15 s, as it
-is told, and its time goes on.
+`bridge.p99_ms`: 99th percentile of the answer times of a burst, over bursts. The notifications
+concern ten families. Each delivery is sent twice, on one connection per notification. A sender that
+receives 503 retries after 15 s, and the time of its first attempt counts.
 
-`trigger.alias_to_reconcile_s`: `champion` is set by MLflow's client until the state of the run is
-Running, split by what Prefect and the bridge wrote down.
+`trigger.alias_to_reconcile_s`: time from setting `champion` with MLflow's client until the run is
+Running, split by the times that Prefect and the bridge record.
 
-`trigger.upload_to_first_verdict_s`: boto3 puts the manifest of a tiny base, after its files, until
-the first of two adapters has its verdict on it in MLflow. `to_reconcile` and `to_shard` are a poll
-of the worker, the start of a process and its imports; `ingest` is also the plan.
+`trigger.upload_to_first_verdict_s`: time from writing the manifest of a tiny base with boto3, after
+its files, until MLflow has the verdict of the first of two adapters. `to_reconcile` and `to_shard`
+consist of a poll of the worker, the start of a process and its imports. `ingest` includes the plan.
 """
 
 import argparse
@@ -54,7 +54,7 @@ from trans_peft.edges.mlflow_client import tag
 FAMILIES = [f"bench-{n}" for n in range(10)]
 ADAPTERS = ("parity", "parity-again")
 PROMOTION = ("webhook", "run_creation", "poll", "process_and_imports")
-UPLOAD = ("hint", "to_reconcile", "ingest", "to_shard", "verdict")
+UPLOAD = ("notification", "to_reconcile", "ingest", "to_shard", "verdict")
 
 
 def main() -> None:
@@ -103,7 +103,11 @@ def main() -> None:
 def running(folder: Path) -> Iterator[Stack]:
     s3, mlflow, prefect, bridge = free_ports(4)
     settings = StackSettings(
-        folder / "state", s3_port=s3, mlflow_port=mlflow, prefect_port=prefect, bridge_port=bridge
+        state=folder / "state",
+        s3_port=s3,
+        mlflow_port=mlflow,
+        prefect_port=prefect,
+        bridge_port=bridge,
     )
     up(settings, print)
     try:
@@ -113,14 +117,14 @@ def running(folder: Path) -> Iterator[Stack]:
 
 
 class BridgeBenchmark:
-    """A running stack, asked as its clients ask it."""
+    """Measurements on a running stack, through the interfaces of its clients."""
 
     def __init__(self, stack: Stack, folder: Path) -> None:
         self._stack = stack
         self._folder = folder
         self._log = stack.settings.logs / "bridge.log"
         self._read = 0  # bytes of the bridge's log
-        # The schedule's own run, which may answer a hint, was made long before it.
+        # The schedule's own run, which may answer a notification, was made long before it.
         found = stack.prefect("GET", f"deployments/name/{Deployment.RECONCILE}")
         stack.prefect("POST", f"deployments/{found['id']}/pause_deployment")
 
@@ -153,7 +157,7 @@ class BridgeBenchmark:
         self._settle()
 
     def burst(self, notifications: int, number: int) -> tuple[list[float], int]:
-        """Send so many hints at once; return the seconds of each, and how many answers were 503."""
+        """Send notifications at once; return the seconds of each, and the number of 503 answers."""
         port = self._stack.settings.bridge_port
         secret = self._stack.settings.secrets.bridge_mlflow_secret
         requests = [_request(secret, number, n // 2) for n in range(notifications)]
@@ -170,7 +174,7 @@ class BridgeBenchmark:
                 if status == b"200":
                     return time.perf_counter() - began
                 if status != b"503":
-                    raise RuntimeError(f"a hint was answered {status!r}")
+                    raise RuntimeError(f"a notification was answered {status!r}")
                 again += 1
                 await asyncio.sleep(15)
 
@@ -185,7 +189,7 @@ class BridgeBenchmark:
         """Set `champion` and return the seconds until its run's first line, and what they were."""
         set_at = time.time()
         self._stack.champion(str(1 + number % 2), FAMILIES[0])
-        notification = self._hint("champion")
+        notification = self._logged("champion")
         run = self._began(notification["run"])
         states = self._stack.prefect("GET", f"flow_run_states/?flow_run_id={notification['run']}")
         at = {state["type"]: _seconds(state["timestamp"]) for state in states}
@@ -200,7 +204,7 @@ class BridgeBenchmark:
         """Upload a base; return the seconds from its manifest to its first verdict, and a split."""
         name = f"v{number}"
         put_at = self._put(write_update(self._folder / name, seed=number), name)
-        notification = self._hint("upload")
+        notification = self._logged("upload")
         stack, judged = self._stack, []
 
         def verdict() -> bool:
@@ -249,8 +253,8 @@ class BridgeBenchmark:
             time.sleep(0.5)
         self._read = self._log.stat().st_size
 
-    def _hint(self, kind: str) -> dict[str, Any]:
-        """Return what the bridge logs next of a hint of this kind."""
+    def _logged(self, kind: str) -> dict[str, Any]:
+        """Return what the bridge logs next of a notification of this kind."""
         found: list[dict[str, Any]] = []
 
         def logged() -> bool:
@@ -291,7 +295,7 @@ def _request(secret: str, burst: int, delivery: int) -> bytes:
         "X-MLflow-Timestamp": at,
         "X-MLflow-Signature": sign(secret, name, at, body),
     }
-    lines = ["POST /hints/mlflow HTTP/1.1", *(f"{k}: {v}" for k, v in head.items()), "", ""]
+    lines = ["POST /notifications/mlflow HTTP/1.1", *(f"{k}: {v}" for k, v in head.items()), "", ""]
     return "\r\n".join(lines).encode() + body
 
 

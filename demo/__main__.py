@@ -7,7 +7,6 @@ and one that is done prints its table again.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(screen: Screen, *, full: bool) -> None:
-    stack = StackSettings.from_environment(os.environ)
+    stack = StackSettings()
     screen.chapter("The platform", "MLflow, Prefect, S3 and a worker, on this machine")
     from demo.programs import become_client_of, run_module
 

@@ -8,7 +8,6 @@ of docs/fleet.md is written from what stands in the registry.
 """
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -57,7 +56,7 @@ def main() -> None:
 
     screen.chapter("The platform", "MLflow, Prefect, S3, a worker and the bridge")
     run_module(["infra.stack", "up"], screen)
-    become_client_of(StackSettings.from_environment(os.environ))
+    become_client_of(StackSettings())
     # Prefect reads the environment when it is imported: only now.
     from demo.deployments import run
     from tasks.composition import platform

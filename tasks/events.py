@@ -1,4 +1,4 @@
-"""What happened, told to Prefect, so that people hang their own automations on it.
+"""Prefect events of this project, for users' own automations.
 
     event                           resource                            labels to match
     trans-peft.base.ready           trans-peft.base.FAMILY.VERSION      family, version
@@ -7,11 +7,13 @@
     trans-peft.fleet.promoted       trans-peft.family.FAMILY
     trans-peft.promotion.refused    trans-peft.family.FAMILY
 
-Labels carry the prefix `trans-peft.` and are what an automation matches; the payload says the same
-and the rest, for its templates: also, as `hint`, `hint_kind` and `hint_at`, the hint that the run
-goes back to. An event is sent after what it tells of was written: a process that dies in between
-never sends it, and two that write the same at once both do. So nothing of this project waits for
-one. docs/promotion.md shows two automations.
+Automations match labels, whose names start with `trans-peft.`. The payload repeats the labels and
+adds further fields for templates. `notification`, `notification_kind` and `notification_at` name
+the notification that caused the run.
+
+A run sends an event after it has written the change. A process that dies in between never sends the
+event, and two processes that write the same change both send it. No part of this project therefore
+depends on an event. docs/promotion.md shows two automations.
 """
 
 from collections.abc import Mapping
@@ -34,7 +36,7 @@ __all__ = [
 
 
 def base_ready(base: BaseVersion) -> None:
-    """A base version was verified and is ready to be judged on."""
+    """A base version was verified and is ready for evaluation."""
     _emit(
         Event.BASE_READY,
         f"base.{base.family}.{base.version}",
@@ -44,12 +46,12 @@ def base_ready(base: BaseVersion) -> None:
 
 
 def base_refused(upload: str, uri: str, why: str) -> None:
-    """An upload, or a version that somebody registered, cannot become a base version."""
+    """An upload, or a version that a user registered, cannot become a base version."""
     _emit(Event.BASE_REFUSED, f"upload.{uri}", payload={"upload": upload, "why": why})
 
 
 def adapter_judged(outcome: TransferOutcome) -> None:
-    """An adapter got its verdict on a base, or an attempt at it failed."""
+    """An adapter received its verdict on a base, or an attempt failed."""
     _emit(
         Event.ADAPTER_JUDGED,
         f"adapter.{outcome.adapter}",
@@ -68,12 +70,12 @@ def adapter_judged(outcome: TransferOutcome) -> None:
 
 
 def fleet_promoted(family: str, base: str) -> None:
-    """The fleet moved: `base` serves from now on."""
+    """The fleet was moved to `base`, which serves from now on."""
     _emit(Event.FLEET_PROMOTED, f"family.{family}", payload={"family": family, "base": base})
 
 
 def promotion_refused(family: str, why: str) -> None:
-    """A person's wish is not followed, for a reason that was not told before."""
+    """The promotion of a base was refused, for a reason that was not reported before."""
     _emit(Event.PROMOTION_REFUSED, f"family.{family}", payload={"family": family, "why": why})
 
 
@@ -84,10 +86,10 @@ def _emit(
     labels: Mapping[str, str] | None = None,
     payload: Mapping[str, Any],
 ) -> None:
-    labels, goes_back_to = labels or {}, origin()
+    labels, cause = labels or {}, origin()
     names = {f"{EVENT_PREFIX}{name}": value for name, value in labels.items()}
     emit_event(
         event,
         resource={"prefect.resource.id": f"{EVENT_PREFIX}{resource}", **names},
-        payload={**labels, **payload, **(goes_back_to.payload if goes_back_to else {})},
+        payload={**labels, **payload, **(cause.payload if cause else {})},
     )

@@ -1,10 +1,11 @@
-"""Which hint a run goes back to: two tags, which every run hands on to those that it starts.
+"""The notification that caused a run, stored in two tags of the run.
 
-    hint:DELIVERY            the delivery's id, as the bridge logged it
-    hinted:KIND:TIME         what it told of, and when that happened (ISO 8601)
+    notification:DELIVERY    id of the delivery, as in the bridge's log
+    notified:KIND:TIME       kind and time (ISO 8601) of the change that was reported
 
-So events tell the hint that a verdict goes back to. The registry does not: what stands there is the
-same whoever started the run.
+A run passes these tags to the runs that it starts, and its events contain the same fields. Events
+therefore link a verdict to a notification. The registry does not store them, because its content
+does not depend on what started a run.
 """
 
 import re
@@ -16,14 +17,15 @@ from prefect import runtime
 
 __all__ = ["Origin", "inherited_tags", "is_delivery_id", "is_plausible", "origin"]
 
-_HINT, _HINTED = "hint:", "hinted:"
+_DELIVERY_TAG, _CHANGE_TAG = "notification", "notified"
+_FIELDS = ("notification", "notification_kind", "notification_at")
 _DELIVERY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:=-]{0,127}")
 _KIND = re.compile(r"[a-z-]{1,20}")
 _FIRST, _END = datetime(2000, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
 
 
 def is_delivery_id(text: str) -> bool:
-    """Whether the text can be the id of a delivery: it goes into keys, tags and logs."""
+    """Whether the text is a valid delivery id: it becomes part of keys, tags and logs."""
     return _DELIVERY_ID.fullmatch(text) is not None
 
 
@@ -34,7 +36,13 @@ def is_plausible(at: datetime) -> bool:
 
 @dataclass(frozen=True)
 class Origin:
-    """A hint: the id of its delivery, what kind it is, when it happened."""
+    """A notification.
+
+    Attributes:
+        delivery_id: id of its delivery.
+        kind: kind of the change that it reported.
+        at: time of that change.
+    """
 
     delivery_id: str
     kind: str
@@ -42,29 +50,33 @@ class Origin:
 
     @property
     def tags(self) -> list[str]:
-        """The tags of a run that was started for it."""
-        return [f"{_HINT}{self.delivery_id}", f"{_HINTED}{self.kind}:{self.at.isoformat()}"]
+        """Tags of a run that the notification caused."""
+        return [
+            f"{_DELIVERY_TAG}:{self.delivery_id}",
+            f"{_CHANGE_TAG}:{self.kind}:{self.at.isoformat()}",
+        ]
 
     @property
     def payload(self) -> dict[str, str]:
-        """What an event says of it."""
-        return {"hint": self.delivery_id, "hint_kind": self.kind, "hint_at": self.at.isoformat()}
+        """Fields of an event that the notification caused."""
+        values = (self.delivery_id, self.kind, self.at.isoformat())
+        return dict(zip(_FIELDS, values, strict=True))
 
     @classmethod
     def of_tags(cls, tags: Iterable[str]) -> "Origin | None":
-        """Return what the tags of a run say; None where it was not started for a hint."""
+        """Parse the tags of a run; None if no notification caused it."""
         found = {tag.partition(":")[0]: tag.partition(":")[2] for tag in sorted(tags)}
-        kind, _, at = found.get("hinted", "").partition(":")
-        return cls._of(found.get("hint"), kind, at)
+        kind, _, at = found.get(_CHANGE_TAG, "").partition(":")
+        return cls._of(found.get(_DELIVERY_TAG), kind, at)
 
     @classmethod
     def of_payload(cls, payload: Mapping[str, object]) -> "Origin | None":
-        """Return what an event says; None where it goes back to no hint."""
-        return cls._of(*(payload.get(name) for name in ("hint", "hint_kind", "hint_at")))
+        """Parse the payload of an event; None if no notification caused it."""
+        return cls._of(*(payload.get(name) for name in _FIELDS))
 
     @classmethod
     def _of(cls, delivery_id: object, kind: object, at: object) -> "Origin | None":
-        """Return the hint if its fields are well formed: tags and payloads may be anybody's."""
+        """Return the notification if its fields are valid: any client can write tags and events."""
         if not (isinstance(delivery_id, str) and isinstance(kind, str) and isinstance(at, str)):
             return None
         try:
@@ -76,11 +88,11 @@ class Origin:
 
 
 def origin() -> Origin | None:
-    """Return the hint that the run at work goes back to."""
+    """Return the notification that caused the current run."""
     return Origin.of_tags(runtime.flow_run.tags or ())
 
 
 def inherited_tags() -> list[str]:
-    """Return the tags for a run that the run at work starts."""
+    """Return the tags for a run that the current run starts."""
     found = origin()
     return found.tags if found else []

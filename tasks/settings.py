@@ -1,52 +1,52 @@
-"""The one place that reads the environment."""
+"""Settings of a worker, read from its environment."""
 
 from functools import cache
 from pathlib import Path
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tasks.environment import EnvironmentSettings
 from trans_peft.domain.owners import FamilyRule, Owners
 from trans_peft.domain.places import Places
 
 __all__ = ["Settings", "settings"]
 
 
-class Settings(BaseSettings):
-    """What a worker must be told. S3 credentials and endpoint: boto3's own `AWS_*` variables.
+class Settings(EnvironmentSettings):
+    """Settings of one worker. boto3 reads the S3 credentials and endpoint from `AWS_*` itself."""
 
-    `TRANS_PEFT_STATE` is a folder of this worker's alone: base copies that can be fetched again and
-    checkpoints of unfinished training. `TRANS_PEFT_BASES_URI` is the prefix below which uploads of
-    base versions are looked for; empty means that only registered versions are. Copies of bases
-    that no process uses go, oldest use first, where all would take more than
-    `TRANS_PEFT_CACHE_GIB` (not set: more than the disk holds).
+    mlflow_tracking_uri: str = Field(validation_alias="MLFLOW_TRACKING_URI")
+    """URI of the MLflow server."""
 
-    `TRANS_PEFT_READABLE` lists the local folders and the hub data sets (`hub:NAME`) that recipes,
-    suites and adapters may name, separated by commas; empty means none.
-    `TRANS_PEFT_SANDBOX_MAY_LACK` lists the guards of the sandbox for generated code that this
-    worker may lack, separated by commas; empty means none.
+    state_dir: Path = Field(validation_alias="TRANS_PEFT_STATE")
+    """Folder of this worker alone: copies of bases and checkpoints of unfinished training."""
 
-    `TRANS_PEFT_FAMILIES` is a JSON object of the base families that have rules of their own:
-    `{"smol": {"prefixes": ["s3://team-a/smol/"], "key": "/etc/trans-peft/smol.pem"}}`. The versions
-    of a family come from below its prefixes; without any, from below `TRANS_PEFT_BASES_URI`/NAME/.
-    With a key, each upload must be signed for it (docs/uploads.md).
-    """
+    bases_uri: str = Field(default="", validation_alias="TRANS_PEFT_BASES_URI")
+    """Prefix below which uploads of base versions arrive. Empty: only registered versions count."""
 
-    model_config = SettingsConfigDict(populate_by_name=True, env_ignore_empty=True)
+    cache_gib: float | None = Field(default=None, gt=0, validation_alias="TRANS_PEFT_CACHE_GIB")
+    """Bound of the copies of bases. The worker deletes copies that no process uses, the least
+    recently used first, before their sum exceeds it. None: the disk is the bound."""
 
-    mlflow_tracking_uri: str = Field(alias="MLFLOW_TRACKING_URI")
-    state_dir: Path = Field(alias="TRANS_PEFT_STATE")
-    bases_uri: str = Field(default="", alias="TRANS_PEFT_BASES_URI")
-    cache_gib: float | None = Field(default=None, gt=0, alias="TRANS_PEFT_CACHE_GIB")
+    readable: str = Field(default="", validation_alias="TRANS_PEFT_READABLE")
+    """Local folders and hub data sets (`hub:NAME`) that recipes, suites and adapters may name,
+    separated by commas. Empty: none."""
 
-    readable: str = Field(default="", alias="TRANS_PEFT_READABLE")
-    sandbox_may_lack: str = Field(default="", alias="TRANS_PEFT_SANDBOX_MAY_LACK")
+    sandbox_may_lack: str = Field(default="", validation_alias="TRANS_PEFT_SANDBOX_MAY_LACK")
+    """Guards of the sandbox for generated code that this worker may lack, separated by commas.
+    Empty: none."""
 
-    families: dict[str, FamilyRule] = Field(default_factory=dict, alias="TRANS_PEFT_FAMILIES")
+    families: dict[str, FamilyRule] = Field(
+        default_factory=dict, validation_alias="TRANS_PEFT_FAMILIES"
+    )
+    """Base families with prefixes or a public key of their own, as a JSON object (docs/uploads.md):
+    `{"smol": {"prefixes": ["s3://team-a/smol/"], "key": "/etc/trans-peft/smol.pem"}}`. A family
+    without prefixes takes its versions from below `TRANS_PEFT_BASES_URI`/NAME/. With a key, each
+    upload must carry a valid signature."""
 
     @property
     def owners(self) -> Owners:
-        """From where, and with whose signature, each base family takes its versions."""
+        """The prefixes and keys by which each base family accepts versions."""
         return Owners(self.bases_uri, self.families)
 
     @property
@@ -67,5 +67,5 @@ class Settings(BaseSettings):
 
 @cache
 def settings() -> Settings:
-    """Return this process's settings; a pydantic ValidationError names what is not set."""
-    return Settings()  # type: ignore[call-arg]  # its values come from the environment
+    """Return this process's settings. Raises InvalidSpecError, which names what is not set."""
+    return Settings()

@@ -1,8 +1,8 @@
-"""A real S3 server (SeaweedFS) and a real MLflow server, once for a whole test session.
+"""A real S3 server (SeaweedFS) and a real MLflow server for one test session.
 
-`tests/conftest.py` hands out the fixtures. Each server listens on free ports of this machine and
-keeps its state in a temporary folder; both end with the session. Tests tell their things apart by
-names of their own (`unique`), not by servers of their own.
+`tests/conftest.py` provides the fixtures. Each server listens on free ports of this machine and
+keeps its state in a temporary folder. Both end with the session. Tests share the servers and use
+unique names (`unique`) for their objects.
 """
 
 import os
@@ -29,7 +29,7 @@ START_TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class Servers:
-    """Where they are. `environment` is all that a process needs in order to use them."""
+    """Addresses and credentials. `environment` has all variables that a client needs."""
 
     mlflow_url: str
     s3_url: str
@@ -55,14 +55,14 @@ class Servers:
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Both servers, started side by side; the environment of this process leads to them."""
+    """Start both servers concurrently, and configure this process as their client."""
     folder = tmp_path_factory.mktemp("servers")
     s3_port, mlflow_port, *inner = _free_ports(9)
     found = Servers(
         f"http://{HOST}:{mlflow_port}", f"http://{HOST}:{s3_port}", "test-access", "test-secret"
     )
     with ExitStack() as stack:
-        stack.enter_context(_terminated_in_good_order())
+        stack.enter_context(_interrupt_on_sigterm())
         s3 = stack.enter_context(_running(_s3_command(folder / "s3", found, inner), folder / "s3"))
         mlflow = stack.enter_context(
             _running(_mlflow_command(mlflow_port), folder / "mlflow", found.environment)
@@ -72,14 +72,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         _make_buckets(s3)
         _wait(mlflow, f"{found.mlflow_url}/health")
         yield found
-    for port in inner:  # SeaweedFS makes these whatever it is told, and leaves them when killed
+    for port in inner:  # SeaweedFS always creates these, and leaves them when it is killed
         for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
             path.unlink(missing_ok=True)
 
 
 @pytest.fixture
 def unique() -> str:
-    """A name that nothing else in the session has."""
+    """A name that is unique in the session."""
     return f"t{uuid.uuid4().hex[:10]}"
 
 
@@ -102,18 +102,18 @@ def _running(
             env={**os.environ, **(environment or {})},
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own, so that its children end with it
+            start_new_session=True,  # its own process group, so that its children end with it
         )
         try:
             yield _Server(process, log)
             if process.poll() is not None:
-                pytest.fail(f"{command[:4]} died during the session:\n{log.read_text()[-3000:]}")
+                pytest.fail(f"{command[:4]} exited during the session:\n{log.read_text()[-3000:]}")
         finally:
             _end(process)
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill the whole group: what the servers would tidy up is a folder that goes anyway."""
+    """Kill the whole group. A clean shutdown is not needed, because the folder is temporary."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -149,7 +149,7 @@ def _wait(server: _Server, url: str) -> None:
                 return
         except (OSError, urllib.error.URLError):
             time.sleep(0.2)
-    pytest.fail(f"{url} never answered; its last words:\n{server.log.read_text()[-3000:]}")
+    pytest.fail(f"{url} did not answer; end of its log:\n{server.log.read_text()[-3000:]}")
 
 
 def _make_buckets(server: _Server) -> None:
@@ -159,7 +159,7 @@ def _make_buckets(server: _Server) -> None:
     client = boto3.Session().client("s3")
     deadline = time.monotonic() + START_TIMEOUT_S
     for bucket in ("bases", "mlflow"):
-        while True:  # the gateway is healthy a moment before it can store
+        while True:  # the gateway is healthy shortly before it can store
             try:
                 client.create_bucket(Bucket=bucket)
                 client.put_object(Bucket=bucket, Key="ready", Body=b"1")
@@ -172,8 +172,8 @@ def _make_buckets(server: _Server) -> None:
 
 
 @contextmanager
-def _terminated_in_good_order() -> Iterator[None]:
-    """SIGTERM ends the session as Ctrl-C does: with its servers."""
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the session as Ctrl-C does, so that the servers end too."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from tasks.composition import platform
 from tasks.settings import Settings, settings
 from trans_peft.domain.places import Places
+from trans_peft.errors import InvalidSpecError
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_without_a_bound_the_disk_is_the_bound(told):
 @pytest.mark.parametrize("gib", ["0", "-1", "much"])
 def test_a_bound_that_is_none_is_refused(told, gib):
     told.setenv("TRANS_PEFT_CACHE_GIB", gib)
-    with pytest.raises(ValidationError, match="TRANS_PEFT_CACHE_GIB"):
+    with pytest.raises(InvalidSpecError, match="TRANS_PEFT_CACHE_GIB"):
         Settings()
 
 

@@ -1,22 +1,23 @@
-"""The bridge: hints from MLflow and S3 become one call, "start the idempotent reconcile run".
+"""The bridge starts reconcile when MLflow or S3 sends a notification.
 
-A hint may be lost, doubled or late: reconcile reads the registry, never what a hint says. So the
-bridge keeps nothing. It answers 2xx once the run exists, 5xx while that cannot be said (the sender
-tries again), 4xx for what can never be right. `python -m infra.bridge serve`; docs/triggers.md.
+A notification may be lost, duplicated or late, because reconcile reads the registry and never the
+notification. The bridge therefore keeps no state. It answers 2xx once the run exists, 5xx when the
+sender should try again, and 4xx for a request that can never succeed. Start it with
+`python -m infra.bridge serve`; docs/triggers.md describes it.
 
-    hints.py      every shape of payload: a hint, nothing, or never right
-    senders.py    who may send: MLflow's signature, bearer tokens
-    app.py        the ASGI application: bodies with a bound, answers
-    protocol.py   HTTP/1.1 with a bound and a deadline for headers
-    desk.py       one hint, one answer; hints that wait together share a call
-    readiness.py  the shared, cached probe behind /ready
-    registry.py   what a name in a hint is, asked of MLflow
-    starter.py    the runs in Prefect
-    prefect_calls.py  calls to Prefect with a deadline, through a client that is replaced
-    loops.py      loops that survive what fails in one step
-    queue.py      the other entrance: SQS
-    verdicts.py   the first verdict of each hint, asked of Prefect's events
-    metrics.py    counts and lags for Prometheus
-    logs.py       one JSON object a line
-    settings.py   the environment
+    notifications.py   parses payloads of every sender into notifications
+    authentication.py  checks MLflow's signatures and bearer tokens
+    app.py             ASGI application: reads bounded bodies and answers requests
+    protocol.py        HTTP/1.1 with a size limit and a deadline for headers
+    dispatcher.py      finds or starts the run for a notification; concurrent ones share a call
+    readiness.py       the shared, cached probe behind /ready
+    registry.py        looks up in MLflow which family a notification concerns
+    run_starter.py     finds and creates reconcile runs in Prefect
+    prefect_calls.py   calls to Prefect with a timeout, on a client that is replaced
+    loops.py           background loops that continue after exceptions
+    queue.py           receives notifications from SQS
+    verdicts.py        measures the time from a notification to its first verdict
+    metrics.py         Prometheus metrics
+    logs.py            JSON log lines
+    settings.py        environment variables
 """

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Sequence
 
@@ -10,33 +9,37 @@ from infra.bridge.settings import BridgeSettings
 from trans_peft.errors import TransPeftError
 
 _HELP = """\
-serve     answer hints; on start-up one reconcile of every family is started
-webhooks  create or correct MLflow's webhook for this bridge, and ask MLflow to try it
+serve     answer notifications, and start one reconcile of all families first
+webhooks  create or update MLflow's webhook for this bridge, and let MLflow send a test event
 
 settings, as environment variables:
-  BRIDGE_HOST, BRIDGE_PORT  where it listens (127.0.0.1, 4260)
-  BRIDGE_URL                where MLflow's server reaches it (http://127.0.0.1:<port>)
-  BRIDGE_MLFLOW_SECRETS     one or two words of 24 characters or more; the first is MLflow's to
-                            sign with, the second is still valid. None: POST /hints/mlflow is closed
-  BRIDGE_S3_TOKENS          in the same way, bearer tokens. None: POST /hints/s3 is closed
-  BRIDGE_QUEUE_URL          an SQS queue with S3's events. None: no queue is read
-  TRANS_PEFT_BASES_URI      uploads below it alone are hints (anywhere)
+  BRIDGE_HOST, BRIDGE_PORT  address to listen on (127.0.0.1, 4260)
+  BRIDGE_URL                URL under which MLflow's server reaches the bridge
+                            (http://127.0.0.1:<port>)
+  BRIDGE_MLFLOW_SECRETS     one or two secrets of at least 24 characters, separated by a space.
+                            MLflow signs with the first; the second is still valid.
+                            Not set: POST /notifications/mlflow is closed
+  BRIDGE_S3_TOKENS          bearer tokens, in the same form.
+                            Not set: POST /notifications/s3 is closed
+  BRIDGE_QUEUE_URL          SQS queue that receives S3's events. Not set: no queue is read
+  TRANS_PEFT_BASES_URI      the bridge ignores uploads outside of this prefix.
+                            Not set: it accepts all
   MLFLOW_TRACKING_URI, PREFECT_API_URL, AWS_*
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the arguments say and return the exit code."""
+    """Run the command that the arguments name and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.bridge",
-        description="Hints from MLflow and S3 start reconcile.",
+        description="Start reconcile when MLflow or S3 sends a notification.",
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", choices=["serve", "webhooks"])
     chosen = parser.parse_args(arguments)
     try:
-        settings = BridgeSettings.from_environment(os.environ)
+        settings = BridgeSettings()
         if chosen.verb == "serve":
             from infra.bridge.serve import serve
 
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    sys.stdout.write(f"{problem or f'MLflow tells {settings.public_url}'}\n")
+    sys.stdout.write(f"{problem or f'MLflow sends its notifications to {settings.public_url}'}\n")
     return 1 if problem else 0
 
 

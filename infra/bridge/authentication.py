@@ -1,10 +1,10 @@
-"""Who may send a hint: MLflow by its signature over the raw body, S3 servers by a bearer token.
+"""Authentication of senders: MLflow's signature over the raw body, bearer tokens of S3 servers.
 
-Every comparison takes the same time wherever the difference is, and every secret is tried. Two
-secrets are valid at once, so that one can be changed without losing a hint.
+Comparisons take constant time, and every configured secret is compared. Two secrets may be valid at
+the same time, so that a secret can be rotated without losing a notification.
 
 MLflow signs `{delivery id}.{timestamp}.{body}` with HMAC-SHA256 (`mlflow.webhooks.delivery`, after
-standardwebhooks.com) and sends its retries with the id and timestamp of the first attempt.
+standardwebhooks.com). Its retries carry the id and timestamp of the first attempt.
 """
 
 import base64
@@ -24,42 +24,45 @@ __all__ = [
 ]
 
 WINDOW_S = 300
-"""How old, or how far in the future, the timestamp of a delivery may be: standardwebhooks' five
-minutes. It must outlast the sender's retries."""
+"""Largest difference between the timestamp of a delivery and now: five minutes, as
+standardwebhooks recommends. It must be longer than the sender's retries take."""
 
 
 class AuthenticationError(Exception):
-    """A sender that is not who it must be; the text may be told to it."""
+    """A request that is not authenticated. Its text may be sent to the client."""
 
 
 def mlflow_delivery(
     headers: Mapping[str, str], body: bytes, *, secrets: Sequence[str], now_s: float
 ) -> str:
-    """Return the id of a delivery that MLflow signed within the window. RefusedError."""
+    """Return the delivery id of a request that MLflow signed within the window.
+
+    AuthenticationError if the signature, the timestamp or the id is not valid.
+    """
     delivery_id = headers.get("x-mlflow-delivery-id", "")
     timestamp = headers.get("x-mlflow-timestamp", "")
     found = headers.get("x-mlflow-signature", "")
-    wanted = [sign(secret, delivery_id, timestamp, body) for secret in secrets]
-    if not _one_of(found, wanted):
+    expected = [sign(secret, delivery_id, timestamp, body) for secret in secrets]
+    if not _is_any_of(found, expected):
         raise AuthenticationError("the signature is missing or wrong")
     check_window(timestamp, now_s)
     if not is_delivery_id(delivery_id):
-        raise AuthenticationError("the delivery id is none")
+        raise AuthenticationError("the delivery id is not valid")
     return delivery_id
 
 
 def check_window(timestamp: str, now_s: float) -> None:
-    """RefusedError unless the timestamp (whole seconds since 1970) lies within the window."""
+    """Raise AuthenticationError unless the timestamp (seconds since 1970) lies in the window."""
     if not (timestamp.isascii() and timestamp.isdecimal() and len(timestamp) <= 12):
-        raise AuthenticationError("the timestamp is no number of seconds")
+        raise AuthenticationError("the timestamp is not a number of seconds")
     if abs(int(timestamp) - now_s) > WINDOW_S:
-        raise AuthenticationError("the timestamp is too far from now")
+        raise AuthenticationError(f"the timestamp differs from now by more than {WINDOW_S} s")
 
 
 def check_token(headers: Mapping[str, str], *, tokens: Sequence[str]) -> None:
-    """RefusedError unless the request carries one of the bearer tokens."""
+    """Raise AuthenticationError unless the request carries one of the bearer tokens."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    if not _one_of(token, tokens) or scheme.lower() != "bearer":
+    if not _is_any_of(token, tokens) or scheme.lower() != "bearer":
         raise AuthenticationError("the bearer token is missing or wrong")
 
 
@@ -70,6 +73,6 @@ def sign(secret: str, delivery_id: str, timestamp: str, body: bytes) -> str:
     return f"v1,{base64.b64encode(digest).decode()}"
 
 
-def _one_of(found: str, wanted: Sequence[str]) -> bool:
-    matches = [hmac.compare_digest(found.encode(), secret.encode()) for secret in wanted]
+def _is_any_of(found: str, expected: Sequence[str]) -> bool:
+    matches = [hmac.compare_digest(found.encode(), secret.encode()) for secret in expected]
     return any(matches)

@@ -1,9 +1,9 @@
-"""One hint, one answer: what it is about is looked up, then a run started or a waiting one found.
+"""Dispatches a notification: looks up its family, then finds a waiting run or starts one.
 
-Hints that wait together share a call. One call for runs is at work at a time; whoever comes
-meanwhile waits for the next, which begins after all of them arrived and therefore sees what they
-are about. A burst of a thousand hints is a few calls, whatever families it is about, and Prefect
-never has more than one of them to answer. Two bridges at once start at most a run each.
+Concurrent notifications share calls. One call to Prefect is in progress at a time. Notifications
+that arrive meanwhile wait for the next call, which begins after all of them arrived and therefore
+sees their changes. A thousand notifications at once cause a few calls, however many families they
+concern. Two bridges that run at the same time start at most one run each.
 """
 
 import asyncio
@@ -27,78 +27,82 @@ __all__ = [
     "UnavailableError",
 ]
 
-_LOOK_UPS = 8
+_LOOK_UP_THREADS = 8
 _PROBE_S = 5.0
 _Key = TypeVar("_Key", bound=Hashable)
 _Value = TypeVar("_Value")
 
 
 class UnavailableError(Exception):
-    """What has to be asked does not answer now: the sender should try again."""
+    """MLflow, Prefect or the queue does not answer. The sender should try again."""
 
 
 class DispatchOutcome(StrEnum):
-    """What became of a hint."""
+    """Result of one notification."""
 
-    STARTED = "started"  # a run was made for it
-    WAITING = "waiting"  # a run that has not started yet will see what it is about
-    IGNORED = "nothing"
-    REJECTED = "never"
-    REFUSED = "refused"  # the sender, or the way it was sent
+    STARTED = "started"  # a run was created for it
+    WAITING = "waiting"  # a run that has not begun yet will see its change
+    IGNORED = "ignored"  # valid, and needs no run
+    REJECTED = "rejected"  # can never be valid
+    REFUSED = "refused"  # not authenticated, or not readable as a request
     UNAVAILABLE = "unavailable"
     FAILED = "failed"  # an error of the bridge itself
 
 
 @dataclass(frozen=True)
 class Run:
-    """A reconcile run that exists: made under a delivery's id, or (`delivery_id` empty) found.
+    """A reconcile run that exists in Prefect.
 
-    `begun`: it was made for an earlier attempt of that delivery, and reads the registry or has read
-    it, or was for another family. That answers the delivery again, and nobody else.
+    Attributes:
+        id: id of the flow run.
+        delivery_id: delivery that the run was created for; empty if the run was found waiting.
+        has_begun: an earlier attempt of the same delivery created the run, and the run may have
+            read the registry already. It then answers that delivery only.
     """
 
     id: str
     delivery_id: str = ""
-    begun: bool = False
+    has_begun: bool = False
 
     def answers(self, notification: Notification) -> bool:
-        """Whether the hint may be answered with this run."""
-        return not self.begun or self.delivery_id == notification.delivery_id
+        """Whether this run covers the notification."""
+        return not self.has_begun or self.delivery_id == notification.delivery_id
 
 
 @dataclass(frozen=True)
 class DispatchResult:
-    """What the sender is told. `run_id` is empty where nothing had to run."""
+    """Response to the sender. `run_id` is empty if no run was needed."""
 
     outcome: DispatchOutcome
     run_id: str = ""
 
 
 class Registry(Protocol):
-    """Who knows the registered models."""
+    """Looks up registered models."""
 
     def family(self, notification: Notification) -> str | None:
-        """Return the base family that the hint is about; None if it means nothing.
+        """Return the base family that the notification concerns; None if it concerns none.
 
-        UnavailableError. Blocking: it is called in a thread.
+        Blocking: called in a thread. UnavailableError.
         """
 
 
 class RunStarter(Protocol):
-    """Who starts reconcile."""
+    """Starts reconcile."""
 
-    async def start(self, wanted: Mapping[str | None, Notification]) -> Mapping[str | None, Run]:
-        """Return a run for each family (None: all) that has read nothing yet. UnavailableError.
+    async def start(self, requested: Mapping[str | None, Notification]) -> Mapping[str | None, Run]:
+        """Return a run for each family (None: all families) that has not read the registry yet.
 
-        The hints are the first of each family; one of them gives a run that is made its key.
+        `requested` holds the first notification of each family. A run that is created gets one of
+        them as its idempotency key. UnavailableError.
         """
 
-    async def reachable(self) -> bool:
+    async def is_reachable(self) -> bool:
         """Whether a run could be started now."""
 
 
 class SingleFlight(Generic[_Key, _Value]):
-    """Calls by key, one at a time for each; who comes meanwhile shares the next one."""
+    """Runs one call at a time for each key. Callers that arrive meanwhile share the next call."""
 
     def __init__(self) -> None:
         self._next: dict[_Key, asyncio.Task[_Value]] = {}
@@ -107,9 +111,9 @@ class SingleFlight(Generic[_Key, _Value]):
     async def call(
         self, key: _Key, function: Callable[[], Awaitable[_Value]]
     ) -> tuple[_Value, bool]:
-        """Return what the call gave, and whether `function` was the one that was called.
+        """Return the result of the call, and whether it was `function` that was called.
 
-        Who stops waiting stops nobody else.
+        Cancelling one caller does not cancel the call.
         """
         first = key not in self._next
         if first:
@@ -135,51 +139,52 @@ class SingleFlight(Generic[_Key, _Value]):
 
 
 class Dispatcher:
-    """Answers hints. `patience_s`: how long a sender waits before it is told to try again.
+    """Finds or starts the run for each notification.
 
-    MLflow and SeaweedFS hang up after 30 s.
+    `timeout_s` is how long one notification may take before the sender has to try again. The
+    default is below the 30 s after which MLflow and SeaweedFS close the connection.
     """
 
     def __init__(
-        self, registry: Registry, run_starter: RunStarter, *, patience_s: float = 28.0
+        self, registry: Registry, run_starter: RunStarter, *, timeout_s: float = 28.0
     ) -> None:
         self._registry = registry
         self._starter = run_starter
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._families: SingleFlight[tuple[NotificationKind, str, str], str | None] = SingleFlight()
-        self._wanted: dict[str | None, Notification] = {}
+        self._requested: dict[str | None, Notification] = {}
         self._runs: SingleFlight[None, Mapping[str | None, Run]] = SingleFlight()
-        # Threads of its own: while MLflow hangs, the queue still needs those of the event loop.
-        self._threads = ThreadPoolExecutor(_LOOK_UPS, thread_name_prefix="registry")
-        self._readiness = Readiness(run_starter.reachable, patience_s=min(_PROBE_S, patience_s))
+        # A separate pool: while MLflow hangs, the queue still needs the event loop's own threads.
+        self._threads = ThreadPoolExecutor(_LOOK_UP_THREADS, thread_name_prefix="registry")
+        self._readiness = Readiness(run_starter.is_reachable, timeout_s=min(_PROBE_S, timeout_s))
 
-    async def answer(self, notification: Notification) -> DispatchResult:
-        """Return once the run that the hint asks for exists. UnavailableError."""
+    async def dispatch(self, notification: Notification) -> DispatchResult:
+        """Return once the run for the notification exists. UnavailableError."""
         try:
-            async with asyncio.timeout(self._patience_s):
-                return await self._answer(notification)
+            async with asyncio.timeout(self._timeout_s):
+                return await self._dispatch(notification)
         except TimeoutError as error:
-            raise UnavailableError(f"no answer within {self._patience_s:g} s") from error
+            raise UnavailableError(f"no answer within {self._timeout_s:g} s") from error
 
-    async def reachable(self) -> bool:
-        """Whether hints would be answered now, as of the last two seconds."""
+    async def is_ready(self) -> bool:
+        """Whether notifications can be dispatched, as probed within the last two seconds."""
         return await self._readiness.now()
 
-    async def _answer(self, notification: Notification) -> DispatchResult:
-        family = None  # an upload's manifest is read by ingestion, which names its family
+    async def _dispatch(self, notification: Notification) -> DispatchResult:
+        family = None  # of an upload: ingestion reads the family from the manifest
         if notification.kind not in (NotificationKind.UPLOAD, NotificationKind.START_UP):
             about = (notification.kind, notification.name, notification.alias)
             family, _ = await self._families.call(about, lambda: self._family(notification))
             if family is None:
                 return DispatchResult(DispatchOutcome.IGNORED)
         while True:
-            self._wanted.setdefault(family, notification)
+            self._requested.setdefault(family, notification)
             runs, _ = await self._runs.call(None, self._start)
             run = runs[family]
             if run.answers(notification):
-                ours = run.delivery_id == notification.delivery_id
+                created = run.delivery_id == notification.delivery_id
                 return DispatchResult(
-                    DispatchOutcome.STARTED if ours else DispatchOutcome.WAITING, run.id
+                    DispatchOutcome.STARTED if created else DispatchOutcome.WAITING, run.id
                 )
 
     async def _family(self, notification: Notification) -> str | None:
@@ -187,5 +192,6 @@ class Dispatcher:
         return await loop.run_in_executor(self._threads, self._registry.family, notification)
 
     async def _start(self) -> Mapping[str | None, Run]:
-        wanted, self._wanted = self._wanted, {}  # who comes from now on waits for the next call
-        return await self._starter.start(wanted)
+        # Notifications that arrive from here on wait for the next call.
+        requested, self._requested = self._requested, {}
+        return await self._starter.start(requested)

@@ -1,41 +1,35 @@
-"""Logs, a JSON object a line: what happened, to which delivery and run. Never a header or a body.
+"""Logging as one JSON object per line. Lines name deliveries and runs, never headers or bodies.
 
-LOG.info("hint answered", extra={"delivery": "...", "run": "..."})
+LOG.info("notification answered", extra={"delivery": "...", "run": "..."})
 """
 
-import json
 import logging
 import sys
-from datetime import UTC, datetime
-from typing import Any
+from typing import TextIO
 
-__all__ = ["LOG", "JsonLines", "log_to"]
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
+
+__all__ = ["LOG", "configure_logging", "json_formatter"]
 
 LOG = logging.getLogger("trans_peft.bridge")
-_ORDINARY = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message"}
 
 
-class JsonLines(logging.Formatter):
-    """A record as JSON; what was given as `extra` becomes fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
-        fields: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **{name: value for name, value in vars(record).items() if name not in _ORDINARY},
-        }
-        if record.exc_info:
-            fields["error"] = self.formatException(record.exc_info)
-        return json.dumps(fields, default=str)
+def json_formatter() -> logging.Formatter:
+    """Return a formatter that writes time, level, logger, message and the fields of `extra`."""
+    return JsonFormatter(
+        ["levelname", "name", "message"],
+        rename_fields={"levelname": "level", "name": "logger", "exc_info": "traceback"},
+        timestamp="time",
+        # uvicorn adds color_message, asyncio's tasks add taskName.
+        reserved_attrs=[*RESERVED_ATTRS, "color_message", "taskName"],
+    )
 
 
-def log_to(stream: Any = None) -> None:
-    """Send the logs of this process, the libraries' warnings too, to a stream (standard error)."""
+def configure_logging(stream: TextIO | None = None) -> None:
+    """Write the logs of this process, warnings of libraries included, to a stream (stderr)."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(json_formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in (LOG.name, "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.INFO)

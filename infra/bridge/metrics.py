@@ -1,8 +1,7 @@
-"""What the bridge counts, for Prometheus. One registry for each bridge, none of the process.
+"""Prometheus metrics of the bridge, in a registry of their own.
 
-Each combination of label values is a time series that is kept until the process ends. So every
-label has a closed set of values, whatever a webhook, an event or a message says: a value that is
-not in the set is counted as `other`.
+Prometheus keeps one time series for each combination of label values until the process ends. Every
+label therefore has a closed set of values. A value outside of the set is counted as `other`.
 """
 
 from collections.abc import Collection
@@ -16,91 +15,90 @@ from infra.bridge.notifications import NotificationKind
 
 __all__ = ["Metrics", "Place"]
 
-_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600)
-_TO_A_VERDICT = (5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
+_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600)
+_VERDICT_BUCKETS_S = (5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
 _SENDERS = frozenset({"mlflow", "s3", "sqs", "bridge"})
 _KINDS = frozenset({*NotificationKind, "none"})
 _OUTCOMES = frozenset(DispatchOutcome)
 
 
 class Place(StrEnum):
-    """Where the bridge survived an exception."""
+    """Operation in which the bridge handled an exception."""
 
-    HINT = "hint"  # while one hint was answered
-    EVENTS = "events"  # while Prefect was asked for events
-    EVENT = "event"  # in one of these events
-    QUEUE = "queue"  # while the queue was asked for messages
-    MESSAGE = "message"  # in one of these messages
+    NOTIFICATION = "notification"  # dispatching one notification
+    EVENTS = "events"  # reading Prefect's events
+    EVENT = "event"  # processing one of these events
+    QUEUE = "queue"  # reading the queue
+    MESSAGE = "message"  # processing one of its messages
 
 
 _PLACES = frozenset(Place)
 
 
 class Metrics:
-    """Hints by sender, kind and outcome; how long it took to a run, and to the first verdict."""
+    """Notifications by sender, kind and outcome; times to the run and to the first verdict."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._hints = Counter(
-            "trans_peft_hints",
-            "Hints by sender (mlflow, s3, sqs, bridge), kind and outcome",
+        self._notifications = Counter(
+            "trans_peft_notifications",
+            "Notifications by sender (mlflow, s3, sqs, bridge), kind and outcome",
             ["sender", "kind", "outcome"],
             registry=self._registry,
         )
         self._failures = Counter(
             "trans_peft_bridge_failures",
-            "Exceptions that the bridge survived, by place (hint, events, event, queue, message)",
+            "Exceptions after which the bridge continued, by place "
+            "(notification, events, event, queue, message)",
             ["place"],
             registry=self._registry,
         )
         self._answer = Histogram(
-            "trans_peft_hint_answer_seconds",
-            "From the arrival of a hint to its answer",
+            "trans_peft_notification_answer_seconds",
+            "Time from the arrival of a notification to its answer",
             ["sender"],
-            buckets=_SECONDS,
+            buckets=_BUCKETS_S,
             registry=self._registry,
         )
         self._lag = Histogram(
-            "trans_peft_hint_lag_seconds",
-            "From what happened, by the sender's clock, to a run that exists",
+            "trans_peft_notification_lag_seconds",
+            "Time from the change, by the sender's clock, to a run that exists",
             ["kind"],
-            buckets=_SECONDS,
+            buckets=_BUCKETS_S,
             registry=self._registry,
         )
         self._verdict = Histogram(
             "trans_peft_first_verdict_lag_seconds",
-            "From what happened, by the sender's clock, to the first verdict that goes back to it",
+            "Time from the change, by the sender's clock, to the first verdict that it caused",
             ["kind"],
-            buckets=_TO_A_VERDICT,
+            buckets=_VERDICT_BUCKETS_S,
             registry=self._registry,
         )
 
     def answered(self, sender: str, kind: str, outcome: DispatchOutcome, seconds: float) -> None:
-        """Count one hint that was answered after so many seconds."""
-        sender = _one_of(_SENDERS, sender)
-        self._hints.labels(sender, _one_of(_KINDS, kind), _one_of(_OUTCOMES, outcome)).inc()
+        """Count one notification that was answered after this many seconds."""
+        sender = _known(sender, _SENDERS)
+        self._notifications.labels(sender, _known(kind, _KINDS), _known(outcome, _OUTCOMES)).inc()
         self._answer.labels(sender).observe(seconds)
 
     def failed(self, place: Place) -> None:
-        """Count one exception that the bridge survived."""
-        self._failures.labels(_one_of(_PLACES, place)).inc()
+        """Count one exception after which the bridge continued."""
+        self._failures.labels(_known(place, _PLACES)).inc()
 
-    def run_exists(self, kind: str, happened: datetime | None) -> None:
-        """Note how long ago the thing happened for which a run exists now."""
-        if happened is not None:
-            lag = (datetime.now(UTC) - happened).total_seconds()
-            self._lag.labels(_one_of(_KINDS, kind)).observe(
-                max(0.0, lag)
-            )  # two clocks may disagree
+    def run_exists(self, kind: str, changed_at: datetime | None) -> None:
+        """Observe the time from a change until now, when its run exists."""
+        if changed_at is not None:
+            lag_s = (datetime.now(UTC) - changed_at).total_seconds()
+            self._lag.labels(_known(kind, _KINDS)).observe(max(0.0, lag_s))  # clocks differ
 
     def first_verdict(self, kind: str, lag_s: float) -> None:
-        """Note how long after the thing happened the first verdict stood."""
-        self._verdict.labels(_one_of(_KINDS, kind)).observe(max(0.0, lag_s))
+        """Observe the time from a change to its first verdict."""
+        self._verdict.labels(_known(kind, _KINDS)).observe(max(0.0, lag_s))
 
     def text(self) -> bytes:
-        """Return everything in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
 
-def _one_of(known: Collection[str], value: str) -> str:
-    return value if value in known else "other"
+def _known(value: str, values: Collection[str]) -> str:
+    return value if value in values else "other"

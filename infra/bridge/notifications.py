@@ -1,13 +1,13 @@
-"""Every shape in which a hint arrives, turned into one noun. Pure: bytes in, one of three out.
+"""Parses the payloads of all senders into notifications. No I/O.
 
-- `Notification`: something happened that reconcile should look at.
-- `Ignored`: well formed, and means nothing to us; our own writes are here, or reconcile would start
-  itself for ever.
-- `Rejected`: whatever is tried again, it will not be right.
+- `Notification`: a change that needs a reconcile run.
+- `Ignored`: a valid payload that needs no run. The project's own writes are among these; otherwise
+  reconcile would start itself without end.
+- `Rejected`: a payload that can never be valid.
 
-MLflow's webhooks (`mlflow.webhooks.types`); S3's event records as AWS sends them to SQS (directly,
-through SNS, through EventBridge) and as MinIO posts them; the events of SeaweedFS's filer
-(`filer_pb.EventNotification` as JSON). Keys are URL-encoded in records and nowhere else.
+Formats: MLflow's webhooks (`mlflow.webhooks.types`); S3's event records as AWS sends them to SQS
+(directly, through SNS, through EventBridge) and as MinIO posts them; events of SeaweedFS's filer
+(`filer_pb.EventNotification` as JSON). Only keys in S3 event records are URL-encoded.
 """
 
 import json
@@ -43,21 +43,26 @@ __all__ = [
 
 
 class NotificationKind(StrEnum):
-    """What a hint is about."""
+    """The change that a notification reports."""
 
-    CHAMPION = "champion"  # the alias of a base was set or removed
+    CHAMPION = "champion"  # a user set or removed the alias `champion` of a base
     VERSION = "version"  # a version was registered
     APPROVAL = "approval"  # the alias of an adapter on one base was set or removed
-    ASKED = "asked"  # a person set the tag that asks for it
+    REQUESTED = "requested"  # a user set the tag that requests a reconcile
     UPLOAD = "upload"  # a manifest was written
-    START_UP = "start-up"  # the bridge itself started
+    START_UP = "start-up"  # the bridge started
 
 
 @dataclass(frozen=True)
 class Notification:
-    """Something happened. `name` is a registered model or the URI of an upload.
+    """A change that needs a reconcile run.
 
-    `at` is when, by the sender's clock; None where it does not say.
+    Attributes:
+        kind: what changed.
+        name: name of the registered model, or URI of the upload.
+        delivery_id: id of the delivery; retries of one delivery have the same id.
+        alias: alias that was set or removed, if any.
+        at: time of the change by the sender's clock; None if the payload has none.
     """
 
     kind: NotificationKind
@@ -69,23 +74,23 @@ class Notification:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Well formed, and nothing to us."""
+    """A valid payload that needs no run."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """What can never be right."""
+    """A payload that can never be valid."""
 
-    why: str
+    reason: str
 
 
 Parsed = Notification | Ignored | Rejected
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1024}")
-_ENVELOPES = 3  # SQS(SNS(EventBridge)) at most
+_MAX_ENVELOPES = 3  # SQS(SNS(EventBridge))
 
 
 class _RejectedError(Exception):
@@ -93,20 +98,20 @@ class _RejectedError(Exception):
 
 
 def from_mlflow(body: bytes, delivery_id: str) -> Parsed:
-    """Return what the body of an MLflow webhook means."""
-    return _judged(lambda: _mlflow(_object(body), delivery_id))
+    """Parse the body of an MLflow webhook."""
+    return _parsed(lambda: _mlflow(_object(body), delivery_id))
 
 
 def from_s3(body: bytes, delivery_id: str, *, root_uri: str = "") -> Parsed:
-    """Return what an S3 event means, in any of its shapes; uploads below `root_uri` alone count."""
-    return _judged(lambda: _s3(_object(body), delivery_id, root_uri))
+    """Parse an S3 event in any format. Uploads outside of `root_uri` are ignored (empty: none)."""
+    return _parsed(lambda: _s3(_object(body), delivery_id, root_uri))
 
 
-def _judged(parse: Callable[[], Parsed]) -> Parsed:
+def _parsed(parse: Callable[[], Parsed]) -> Parsed:
     try:
         return parse()
-    except _RejectedError as never:
-        return Rejected(str(never))
+    except _RejectedError as error:
+        return Rejected(str(error))
 
 
 def _mlflow(document: dict[str, Any], delivery_id: str) -> Parsed:
@@ -115,36 +120,36 @@ def _mlflow(document: dict[str, Any], delivery_id: str) -> Parsed:
     if not isinstance(data, dict) or not all(
         isinstance(document.get(field), str) for field in ("entity", "action")
     ):
-        raise _RejectedError("not a webhook of MLflow: entity, action and data are missing")
+        raise _RejectedError("not a webhook of MLflow: entity, action or data is missing")
     at = _time(document.get("timestamp"))
     match event:
         case "model_version.created":
             name = _name(data)
             tags = data.get("tags") or {}
             if not isinstance(tags, dict):
-                raise _RejectedError("the tags of a version are no object")
-            # A version that a person copied ("Promote model") has our tags too, under another name.
+                raise _RejectedError("the tags of the version are not an object")
+            # A copy that a user made ("Promote model") has the same tags under another name.
             if name in (tags.get(f"{TAG_PREFIX}family"), tags.get(f"{TAG_PREFIX}adapter")):
-                return Ignored("a version that this product registered")
+                return Ignored("this project registered the version")
             return Notification(NotificationKind.VERSION, name, delivery_id, at=at)
         case "model_version_alias.created" | "model_version_alias.deleted":
             name, alias = _name(data), data.get("alias")
             if not isinstance(alias, str):
-                raise _RejectedError("an alias without a name")
+                raise _RejectedError("the alias has no name")
             if alias == CHAMPION_ALIAS:
                 return Notification(NotificationKind.CHAMPION, name, delivery_id, alias, at)
             if ADAPTER_ALIAS.fullmatch(alias):
                 return Notification(NotificationKind.APPROVAL, name, delivery_id, alias, at)
-            return Ignored("an alias that decides nothing here")
+            return Ignored("reconcile does not depend on this alias")
         case "model_version_tag.set":
             if data.get("key") == RECONCILE_TAG:
-                return Notification(NotificationKind.ASKED, _name(data), delivery_id, at=at)
-            return Ignored("a tag that decides nothing here")
-    return Ignored("an event that decides nothing here")
+                return Notification(NotificationKind.REQUESTED, _name(data), delivery_id, at=at)
+            return Ignored("reconcile does not depend on this tag")
+    return Ignored("reconcile does not depend on this event")
 
 
 def _name(data: dict[str, Any]) -> str:
-    """Return the registered model that the event names, if a family could be called so."""
+    """Return the name of the registered model. _RejectedError if no model can have this name."""
     name = data.get("name")
     if not isinstance(name, str) or name_problem("name", name):
         raise _RejectedError("no base family and no adapter can have this name")
@@ -152,10 +157,10 @@ def _name(data: dict[str, Any]) -> str:
 
 
 def _s3(document: dict[str, Any], delivery_id: str, root_uri: str) -> Parsed:
-    """Return the first upload among the records; a rejected record does not hide a later one."""
-    nothing = "no object was written"
+    """Return the first upload among the records. An invalid record does not hide a valid one."""
+    reason = "no object was written"
     rejected: _RejectedError | None = None
-    for written in _written(document, _ENVELOPES):
+    for written in _written(document, _MAX_ENVELOPES):
         if isinstance(written, _RejectedError):
             rejected = rejected or written
             continue
@@ -163,21 +168,21 @@ def _s3(document: dict[str, Any], delivery_id: str, root_uri: str) -> Parsed:
         folder, _, file = key.rpartition("/")
         uri = f"s3://{bucket}/{folder}"
         if file != Manifest.FILE_NAME:
-            nothing = "a file that is no manifest"
-        elif not _BUCKET.fullmatch(bucket) or not _is_plain(key):
-            rejected = rejected or _RejectedError("no base can be stored under this name")
+            reason = "the file is not a manifest"
+        elif not _BUCKET.fullmatch(bucket) or not _is_valid_key(key):
+            rejected = rejected or _RejectedError("no base can be stored under this bucket and key")
         elif folder.endswith(CONVERTED_SUFFIX):
-            nothing = "the converted form of another upload"
+            reason = "the file belongs to the converted form of another upload"
         elif not f"{uri}/".startswith(f"{root_uri.rstrip('/')}/" if root_uri else ""):
-            nothing = "not where bases are uploaded"
+            reason = "the file is outside of the prefix for uploads"
         else:
             return Notification(NotificationKind.UPLOAD, uri, delivery_id, at=at)
     if rejected is not None:
         raise rejected
-    return Ignored(nothing)
+    return Ignored(reason)
 
 
-def _is_plain(key: str) -> bool:
+def _is_valid_key(key: str) -> bool:
     segments = key.split("/")
     return (
         _KEY.fullmatch(key) is not None and len(segments) > 1 and not {"", ".", ".."} & {*segments}
@@ -200,7 +205,7 @@ def _written(document: dict[str, Any], envelopes: int) -> Iterator[_Written | _R
                     yield error
         case {"Type": "Notification", "Message": str(message)}:  # SNS
             if envelopes == 0:
-                raise _RejectedError("too many envelopes")
+                raise _RejectedError("too many nested SNS messages")
             yield from _written(_object(message.encode(errors="surrogatepass")), envelopes - 1)
         case {"Type": "SubscriptionConfirmation" | "UnsubscribeConfirmation"}:
             return
@@ -214,28 +219,28 @@ def _written(document: dict[str, Any], envelopes: int) -> Iterator[_Written | _R
         case {"event_type": str(), "key": str(path), "message": {**event}}:  # SeaweedFS
             yield from _filer_event(path, event)
         case _:
-            raise _RejectedError("no shape of an S3 event")
+            raise _RejectedError("not an S3 event of a known format")
 
 
 def _record(record: object) -> Iterator[_Written]:
     if not isinstance(record, dict) or not isinstance(record.get("eventName"), str):
-        raise _RejectedError("a record without the name of its event")
+        raise _RejectedError("a record has no event name")
     if record["eventName"].removeprefix("s3:").startswith("ObjectCreated:"):
         encoded = _text(record, "s3", "object", "key")
         try:
             key = unquote_plus(encoded, errors="strict")
         except UnicodeError as error:
-            raise _RejectedError("a key that is no UTF-8") from error
+            raise _RejectedError("a key is not UTF-8") from error
         yield key, _text(record, "s3", "bucket", "name"), _time(record.get("eventTime"))
 
 
 def _filer_event(path: str, event: Mapping[Any, Any]) -> Iterator[_Written]:
-    """An entry of the filer: `path` is where it was before, if it was; it says where it is."""
+    """Yield the written object. `path` is the entry's former path; the event holds the new one."""
     entry = event.get("new_entry")
     if entry is None:
         return  # deleted
     if not isinstance(entry, dict):
-        raise _RejectedError("an entry of the filer that is no object")
+        raise _RejectedError("the entry of the filer is not an object")
     parent, name = event.get("new_parent_path"), entry.get("name")
     if isinstance(parent, str) and parent and isinstance(name, str) and name:
         path = f"{parent.rstrip('/')}/{name}"
@@ -252,14 +257,14 @@ def _object(body: bytes) -> dict[str, Any]:
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise _RejectedError("no JSON") from error
+        raise _RejectedError("the body is not JSON") from error
     if not isinstance(document, dict):
-        raise _RejectedError("no JSON object")
+        raise _RejectedError("the body is not a JSON object")
     return document
 
 
 def _text(value: object, *path: str) -> str:
-    """Return the text at this path of a document, if it is one that can be written down."""
+    """Return the text at this path of a document. _RejectedError if there is none."""
     for field in path:
         value = value.get(field) if isinstance(value, dict) else None
     if not isinstance(value, str):
@@ -268,9 +273,9 @@ def _text(value: object, *path: str) -> str:
 
 
 def _time(value: object) -> datetime | None:
-    """Return the time that ISO 8601 or seconds since 1970 mean; None for anything else.
+    """Parse ISO 8601 text or seconds since 1970; None for any other value.
 
-    A time before 2000 or after 2099 comes from a broken clock, and is None as well.
+    Also None for a time before 2000 or after 2099, which comes from a wrong clock.
     """
     try:
         if isinstance(value, str):

@@ -1,14 +1,16 @@
-"""The other entrance: S3's events in an SQS queue, fetched by long polling.
+"""Receives S3's events from an SQS queue by long polling.
 
-A message is deleted once its run exists, or once it is clear that it means nothing. One that can
-never be right, or on which the bridge itself fails, is left: it comes back after `VISIBILITY_S`,
-and the queue's redrive policy moves it to the dead-letter queue. Where there is no such policy, it
-is deleted after `MOST_RECEIVES` receives. While Prefect does not answer, the messages at hand are
-kept (their visibility is extended, no others are fetched): given back, each would count as
-received, and a long outage would end with good messages among the dead.
+The bridge deletes a message once its run exists, or if it needs no run. It leaves a message that
+can never be valid, or on which the bridge itself fails: the message returns after `VISIBILITY_S`,
+and the queue's redrive policy moves it to the dead-letter queue. Without such a policy, the bridge
+deletes it after `MAX_RECEIVES` receives.
 
-Anybody who may write to the queue chooses what is in a message, so every part of one may be missing
-or have any value. No message ends the loop, and none keeps another from being answered.
+While Prefect does not answer, the bridge extends the visibility of the messages that it holds and
+receives no others. If it returned them, each would count as received, and a long outage would move
+valid messages to the dead-letter queue.
+
+Every client that may write to the queue chooses the content of a message, so any part may be
+missing or have any value. No message ends the loop or blocks another one.
 """
 
 import asyncio
@@ -25,24 +27,28 @@ from botocore.exceptions import BotoCoreError, ClientError
 from infra.bridge.app import NotificationHandler
 from infra.bridge.dispatcher import DispatchOutcome, UnavailableError
 from infra.bridge.logs import LOG
-from infra.bridge.loops import forever
+from infra.bridge.loops import run_forever
 from infra.bridge.metrics import Place
 from infra.bridge.notifications import from_s3, is_delivery_id
 
-__all__ = ["MOST_RECEIVES", "Message", "Queue", "SqsQueue", "consume"]
+__all__ = ["MAX_RECEIVES", "Message", "Queue", "SqsQueue", "consume"]
 
 VISIBILITY_S = 60
-MOST_RECEIVES = 10
-_POLL_S = 20  # SQS's longest
-_LULL_S = 1.0
-"""Before the next poll where one found nothing: an endpoint may ignore how long it should wait."""
+MAX_RECEIVES = 10
+_POLL_S = 20  # the longest that SQS allows
+_EMPTY_PAUSE_S = 1.0
+"""Pause after a poll without messages, because an endpoint may ignore the requested wait."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message at hand: its id (the same each time it is received), its receipt, its body.
+    """One received message.
 
-    `receives`: how often it has been received, this time included.
+    Attributes:
+        id: id of the message, the same each time it is received.
+        receipt: handle by which it is deleted or extended.
+        body: text of the message.
+        receives: how often it has been received, this time included.
     """
 
     id: str
@@ -52,34 +58,34 @@ class Message:
 
     @property
     def delivery_id(self) -> str:
-        """The id of its delivery: the message's own, if it can be one."""
+        """The id of the message if it is a valid delivery id, else a hash of it."""
         if is_delivery_id(self.id):
             return self.id
         return hashlib.sha256(self.id.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 class Queue(Protocol):
-    """A queue whose messages come back unless they are deleted. Blocking: called in threads.
+    """A queue whose messages return unless they are deleted. Blocking: called in threads.
 
-    Each method may raise any exception: the queue does not answer, or not as it should.
+    Each method may raise any exception, for example if the queue does not answer.
     """
 
     def receive(self) -> list[Message]:
-        """Return up to ten messages, invisible to others for `VISIBILITY_S`; waits for one."""
+        """Wait for messages and return up to ten, invisible to others for `VISIBILITY_S`."""
 
     def extend(self, message: Message) -> None:
         """Keep the message invisible for another `VISIBILITY_S`."""
 
     def delete(self, message: Message) -> None:
-        """The message is done with."""
+        """Delete the message."""
 
 
 class SqsQueue:
-    """A queue of SQS."""
+    """An SQS queue."""
 
     def __init__(self, url: str) -> None:
         self._url = url
-        # The URL is explicit: AWS_ENDPOINT_URL may name an S3 server without queues.
+        # Explicit, because AWS_ENDPOINT_URL may name an S3 server, which has no queues.
         self._sqs: Any = boto3.Session().client(
             "sqs",
             endpoint_url=url.rsplit("/", 2)[0],
@@ -89,7 +95,7 @@ class SqsQueue:
         )
 
     def receive(self) -> list[Message]:
-        """Return up to ten messages; waits for one for 20 s."""
+        """Wait up to 20 s for messages and return up to ten."""
         with _unavailable():
             answer = self._sqs.receive_message(
                 QueueUrl=self._url,
@@ -118,11 +124,11 @@ def _unavailable() -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError) as error:
-        raise UnavailableError(f"the queue: {error}") from error
+        raise UnavailableError(f"SQS: {error}") from error
 
 
 def _message(found: dict[str, Any]) -> Message:
-    """Return a message with an empty string for each part that the queue's answer lacks."""
+    """Return a message with an empty string for each part that the response lacks."""
     receives = found.get("Attributes", {}).get("ApproximateReceiveCount", "1")
     return Message(
         str(found.get("MessageId", "")),
@@ -135,62 +141,64 @@ def _message(found: dict[str, Any]) -> Message:
 async def consume(
     queue: Queue, handler: NotificationHandler, *, root_uri: str = "", pause_s: float = 5.0
 ) -> NoReturn:
-    """Answer the messages of the queue, for ever. `pause_s`: before what failed is tried again."""
+    """Process the messages of the queue without end. `pause_s` is the pause before a retry."""
 
     async def step() -> None:
         received = await asyncio.to_thread(queue.receive)
         if not received:
-            await asyncio.sleep(min(pause_s, _LULL_S))
+            await asyncio.sleep(min(pause_s, _EMPTY_PAUSE_S))
         async with asyncio.TaskGroup() as group:
             for message in received:
-                group.create_task(_settle(message, queue, handler, root_uri, pause_s))
+                group.create_task(_process(message, queue, handler, root_uri, pause_s))
 
-    await forever(Place.QUEUE, step, every_s=0.0, retry_s=pause_s, failures=handler.failures)
+    await run_forever(Place.QUEUE, step, interval_s=0.0, retry_s=pause_s, failures=handler.failures)
 
 
-async def _settle(
+async def _process(
     message: Message, queue: Queue, handler: NotificationHandler, root_uri: str, pause_s: float
 ) -> None:
-    """Answer one message. What fails is noted, and the message comes back."""
+    """Process one message. A failure is recorded, and the message returns later."""
     try:
-        outcome = await _answered(message, queue, handler, root_uri, pause_s)
-        useless = outcome in (DispatchOutcome.REJECTED, DispatchOutcome.FAILED)
-        if useless and message.receives >= MOST_RECEIVES:
+        outcome = await _handle(message, queue, handler, root_uri, pause_s)
+        is_poison = outcome in (DispatchOutcome.REJECTED, DispatchOutcome.FAILED)
+        if is_poison and message.receives >= MAX_RECEIVES:
             LOG.warning(
                 "message deleted",
                 extra={
                     "delivery": message.delivery_id,
-                    "why": f"received {message.receives} times",
+                    "reason": f"received {message.receives} times",
                 },
             )
-        elif useless:
+        elif is_poison:
             return
-        # If this fails, the message comes back with the same id and finds its run.
+        # If this fails, the message returns with the same id and finds its run.
         await asyncio.to_thread(queue.delete, message)
     except Exception as error:
-        handler.failures.note(Place.MESSAGE, error, delivery=message.delivery_id)
+        handler.failures.record(Place.MESSAGE, error, delivery=message.delivery_id)
 
 
-async def _answered(
+async def _handle(
     message: Message, queue: Queue, handler: NotificationHandler, root_uri: str, pause_s: float
 ) -> DispatchOutcome:
-    """Return what became of the message, however long Prefect is away."""
+    """Handle the message until Prefect is available, and return the outcome."""
     body = message.body.encode(errors="surrogatepass")
     parsed = from_s3(body, message.delivery_id, root_uri=root_uri)
-    keeping = asyncio.create_task(_keep(message, queue, handler))
+    extending = asyncio.create_task(_extend_visibility(message, queue, handler))
     try:
         while True:
-            answer = await handler.take("sqs", parsed, message.delivery_id)
-            if answer.outcome is not DispatchOutcome.UNAVAILABLE:
-                return answer.outcome
+            result = await handler.handle("sqs", parsed, message.delivery_id)
+            if result.outcome is not DispatchOutcome.UNAVAILABLE:
+                return result.outcome
             await asyncio.sleep(pause_s)
     finally:
-        keeping.cancel()
+        extending.cancel()
 
 
-async def _keep(message: Message, queue: Queue, handler: NotificationHandler) -> NoReturn:
+async def _extend_visibility(
+    message: Message, queue: Queue, handler: NotificationHandler
+) -> NoReturn:
     async def extend() -> None:
         await asyncio.to_thread(queue.extend, message)
 
     await asyncio.sleep(VISIBILITY_S / 3)
-    await forever(Place.MESSAGE, extend, every_s=VISIBILITY_S / 3, failures=handler.failures)
+    await run_forever(Place.MESSAGE, extend, interval_s=VISIBILITY_S / 3, failures=handler.failures)

@@ -1,4 +1,4 @@
-"""The answer of `/ready`: one probe at a time, whose result all callers share for a short while."""
+"""Cached readiness probe behind `/ready`: all callers share one probe and its result."""
 
 import asyncio
 import time
@@ -8,11 +8,11 @@ __all__ = ["Readiness"]
 
 
 class Readiness:
-    """A cached probe.
+    """Runs a probe at most once at a time and caches its result for `valid_s` seconds.
 
-    Anybody may call `/ready`, as often as they like. However many calls are open, at most one probe
-    runs, and a result is used for `valid_s` seconds. A probe that takes longer than `patience_s`
-    seconds, or raises, counts as "not ready". A caller that hangs up does not cancel the probe.
+    `/ready` needs no authentication, so any number of clients may call it. A probe that takes
+    longer than `timeout_s` seconds, or raises, means "not ready". A client that closes the
+    connection does not cancel the probe.
     """
 
     def __init__(
@@ -20,11 +20,11 @@ class Readiness:
         probe: Callable[[], Awaitable[bool]],
         *,
         valid_s: float = 2.0,
-        patience_s: float = 5.0,
+        timeout_s: float = 5.0,
     ) -> None:
         self._probe = probe
         self._valid_s = valid_s
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._task: asyncio.Task[bool] | None = None
         self._ended_at = 0.0
 
@@ -37,7 +37,7 @@ class Readiness:
 
     async def _run(self) -> bool:
         try:
-            async with asyncio.timeout(self._patience_s):
+            async with asyncio.timeout(self._timeout_s):
                 return await self._probe()
         except Exception:
             return False

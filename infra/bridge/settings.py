@@ -1,64 +1,86 @@
-"""What the bridge is told by its environment. The only module of it that reads the environment.
+"""Settings of the bridge, read from its environment.
 
-MLflow, Prefect and AWS are found by their own variables (`MLFLOW_TRACKING_URI`, `PREFECT_API_URL`,
-`AWS_*`).
+MLflow's, Prefect's and AWS's clients read their own variables (`MLFLOW_TRACKING_URI`,
+`PREFECT_API_URL`, `AWS_*`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from trans_peft.errors import InvalidSpecError
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_settings import NoDecode
 
-__all__ = ["BridgeSettings"]
+from tasks.environment import EnvironmentSettings
 
-_SHORTEST_SECRET = 24
+__all__ = ["MLFLOW_PATH", "S3_PATH", "BridgeSettings"]
+
+MLFLOW_PATH, S3_PATH = "/notifications/mlflow", "/notifications/s3"
+"""Paths to which MLflow and S3 servers send their notifications."""
+
+_MIN_SECRET_CHARACTERS = 24
 
 
-@dataclass(frozen=True)
-class BridgeSettings:
-    """Where the bridge listens, and which entrances it has: one without a secret is closed.
+def _split(value: Any) -> Any:
+    return tuple(value.split()) if isinstance(value, str) else value
 
-    Of two secrets the first is the one that senders get; the second is still good. `public_url` is
-    where MLflow's server reaches the bridge.
+
+_Secrets = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+class BridgeSettings(EnvironmentSettings):
+    """Address of the bridge, and one secret or token for each endpoint.
+
+    An endpoint without a secret is closed. Where a variable holds two secrets, separated by a
+    space, senders get the first one and the second one is still valid.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 4260
-    public_url: str = "http://127.0.0.1:4260"
-    tracking_uri: str = ""
-    mlflow_secrets: tuple[str, ...] = field(default=(), repr=False)
-    s3_tokens: tuple[str, ...] = field(default=(), repr=False)
-    queue_url: str = ""
-    bases_uri: str = ""
+    host: str = Field(default="127.0.0.1", validation_alias="BRIDGE_HOST")
+    """Address to listen on."""
 
-    def __post_init__(self) -> None:
-        problems = [] if 0 < self.port < 65536 else [f"BRIDGE_PORT is {self.port}, not a port"]
-        for name, secrets in (
-            ("BRIDGE_MLFLOW_SECRETS", self.mlflow_secrets),
-            ("BRIDGE_S3_TOKENS", self.s3_tokens),
-        ):
-            if len(secrets) > 2:
-                problems.append(f"{name} holds {len(secrets)} words: two are valid at a time")
-            if any(len(secret) < _SHORTEST_SECRET for secret in secrets):
-                problems.append(f"{name} has fewer than {_SHORTEST_SECRET} characters in a word")
-        if self.mlflow_secrets and not self.tracking_uri:
-            problems.append("MLFLOW_TRACKING_URI is missing: names in hints are looked up there")
-        if problems:
-            raise InvalidSpecError("The bridge cannot start: " + "; ".join(problems))
+    port: int = Field(default=4260, ge=1, le=65535, validation_alias="BRIDGE_PORT")
+    """Port to listen on."""
 
+    public_url: str = Field(
+        default_factory=lambda found: f"http://127.0.0.1:{found['port']}",
+        validation_alias="BRIDGE_URL",
+    )
+    """URL under which MLflow's server reaches the bridge."""
+
+    tracking_uri: str = Field(default="", validation_alias="MLFLOW_TRACKING_URI")
+    """MLflow server whose registry the bridge reads."""
+
+    mlflow_secrets: _Secrets = Field(
+        default=(), repr=False, max_length=2, validation_alias="BRIDGE_MLFLOW_SECRETS"
+    )
+    """Secrets with which MLflow signs its webhooks."""
+
+    s3_tokens: _Secrets = Field(
+        default=(), repr=False, max_length=2, validation_alias="BRIDGE_S3_TOKENS"
+    )
+    """Bearer tokens of S3 servers."""
+
+    queue_url: str = Field(default="", validation_alias="BRIDGE_QUEUE_URL")
+    """SQS queue that receives S3's events. Empty: the bridge reads no queue."""
+
+    bases_uri: str = Field(default="", validation_alias="TRANS_PEFT_BASES_URI")
+    """The bridge ignores uploads outside of this prefix. Empty: it accepts all."""
+
+    @field_validator("public_url")
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str]) -> "BridgeSettings":
-        """Read the settings. InvalidSpecError."""
-        port = environ.get("BRIDGE_PORT") or str(cls.port)
-        if not (port.isascii() and port.isdecimal()):
-            raise InvalidSpecError("BRIDGE_PORT is not a number.", expected="digits", found=port)
-        return cls(
-            host=environ.get("BRIDGE_HOST") or cls.host,
-            port=int(port),
-            public_url=(environ.get("BRIDGE_URL") or f"http://127.0.0.1:{port}").rstrip("/"),
-            tracking_uri=environ.get("MLFLOW_TRACKING_URI", ""),
-            mlflow_secrets=tuple(environ.get("BRIDGE_MLFLOW_SECRETS", "").split()),
-            s3_tokens=tuple(environ.get("BRIDGE_S3_TOKENS", "").split()),
-            queue_url=environ.get("BRIDGE_QUEUE_URL", ""),
-            bases_uri=environ.get("TRANS_PEFT_BASES_URI", ""),
-        )
+    def _without_slash(cls, url: str) -> str:
+        return url.rstrip("/")
+
+    @field_validator("mlflow_secrets", "s3_tokens")
+    @classmethod
+    def _long_enough(cls, secrets: tuple[str, ...]) -> tuple[str, ...]:
+        if any(len(secret) < _MIN_SECRET_CHARACTERS for secret in secrets):
+            raise ValueError(f"a secret has fewer than {_MIN_SECRET_CHARACTERS} characters")
+        return secrets
+
+    @model_validator(mode="after")
+    def _registry_is_known(self) -> "BridgeSettings":
+        if self.mlflow_secrets and not self.tracking_uri:
+            raise ValueError(
+                "MLFLOW_TRACKING_URI is not set, and the bridge reads the names in MLflow's "
+                "webhooks from that server"
+            )
+        return self

@@ -1,11 +1,12 @@
-"""How long it takes from a hint to its first verdict, read from Prefect's events every 15 s.
+"""Measures the time from a notification to its first verdict, from Prefect's events.
 
-The bridge sees no verdict itself. `tasks/events.py` sends an event for each one, which names the
-hint that its run goes back to. The first verdict of each hint is counted here. Verdicts that were
-reached while no bridge ran are not counted, and of several bridges each counts all of them.
+Runs send an event for each verdict (`tasks/events.py`), which names the notification that caused
+the run. The bridge polls these events every 15 s and observes the first verdict of each
+notification. It does not count verdicts from before its own start. If several bridges run, each of
+them counts all verdicts.
 
-Anybody with access to Prefect can send an event, so every field of one may have any value. An event
-without a well-formed hint counts as one without a hint.
+Every client with access to Prefect can send an event, so each field may have any value. An event
+without a valid notification is skipped.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -24,20 +25,20 @@ from infra.bridge.prefect_calls import PrefectCalls
 from tasks.origin import Origin
 from trans_peft.domain.conventions import Event
 
-__all__ = ["Verdicts"]
+__all__ = ["FirstVerdictMonitor"]
 
-_KNOWN_AT_START = timedelta(days=1)
-_LATE = timedelta(minutes=10)
-"""How long after it happened an event may be stored: a run sends them in batches."""
+_READ_BACK = timedelta(days=1)
+_MAX_DELAY = timedelta(minutes=10)
+"""Longest time until an event is stored: runs send events in batches."""
 
-_MOST_HINTS = 10_000
-_PAGE = 50
-_MOST_PAGES = 200
-_PATIENCE_S = 60.0
+_MAX_REMEMBERED = 10_000
+_PAGE_EVENTS = 50
+_MAX_PAGES = 200
+_TIMEOUT_S = 60.0
 
 
-class Verdicts:
-    """Counts the first verdict of each hint once. `patience_s`: for one look."""
+class FirstVerdictMonitor:
+    """Observes the first verdict of each notification once. `timeout_s` limits one poll."""
 
     def __init__(
         self,
@@ -45,71 +46,71 @@ class Verdicts:
         metrics: Metrics,
         failures: Failures,
         *,
-        patience_s: float = _PATIENCE_S,
+        timeout_s: float = _TIMEOUT_S,
     ) -> None:
         self._prefect = prefect
         self._metrics = metrics
         self._failures = failures
-        self._patience_s = patience_s
-        self._answered: dict[str, None] = {}  # hints that have a verdict, the latest seen last
-        self._odd: dict[object, None] = {}  # ids of events that failed, noted once
+        self._timeout_s = timeout_s
+        self._seen: dict[str, None] = {}  # deliveries that have a verdict, the latest last
+        self._failed: dict[object, None] = {}  # ids of events that failed, each recorded once
         self._began = datetime.now(UTC)
-        self._since = self._began - _KNOWN_AT_START
+        self._since = self._began - _READ_BACK
 
-    async def look(self) -> None:
-        """Read the new events. Raises what Prefect's client raises, and TimeoutError.
+    async def poll(self) -> None:
+        """Read the new events. Raises TimeoutError and the errors of Prefect's client.
 
-        At most 10,000 events are read at a time; the next look goes on from there. An answer that
-        cannot be read is asked for once more at most: the next look starts 10 minutes back.
+        One poll reads at most 10,000 events, and the next one continues there. A window of events
+        that cannot be read is read once more at most: the next poll starts 10 minutes back.
         """
         now = datetime.now(UTC)
         try:
             read_to = await self._prefect.call(
-                lambda client: self._read(client, now), patience_s=self._patience_s
+                lambda client: self._read(client, now), timeout_s=self._timeout_s
             )
         except (httpx.HTTPError, PrefectException, OSError):
-            raise  # Prefect is away: nothing of this window was missed yet
+            raise  # Prefect is not available: the next poll reads the same window
         except Exception:
-            self._since = max(self._since, now - _LATE)
+            self._since = max(self._since, now - _MAX_DELAY)
             raise
-        self._since = min(read_to, now - _LATE)
+        self._since = min(read_to, now - _MAX_DELAY)
 
     async def _read(self, client: PrefectClient, now: datetime) -> datetime:
-        """Count what is new and return the time up to which everything was read."""
+        """Process the new events and return the time up to which all events were read."""
         pages = 0
         async for events in _pages(client, self._since, now):
             pages += 1
             for event in events:
-                self._take(event)
-            _shrink(self._answered)
-            _shrink(self._odd)
-            if pages == _MOST_PAGES and events:
+                self._process(event)
+            _shrink(self._seen)
+            _shrink(self._failed)
+            if pages == _MAX_PAGES and events:
                 return max(events[-1].occurred, self._since + timedelta(microseconds=1))
         return now
 
-    def _take(self, event: ReceivedEvent) -> None:
+    def _process(self, event: ReceivedEvent) -> None:
         try:
-            self._count(event)
+            self._observe(event)
         except Exception as error:
-            if event.id not in self._odd:  # each look reads it again
-                self._odd[event.id] = None
-                self._failures.note(Place.EVENT, error, event=str(event.id)[:100])
+            if event.id not in self._failed:  # each poll reads it again
+                self._failed[event.id] = None
+                self._failures.record(Place.EVENT, error, event=str(event.id)[:100])
 
-    def _count(self, event: ReceivedEvent) -> None:
-        found = Origin.of_payload(event.payload)
-        if found is None:
+    def _observe(self, event: ReceivedEvent) -> None:
+        origin = Origin.of_payload(event.payload)
+        if origin is None:
             return
-        first = self._answered.pop(found.delivery_id, self) is self
-        self._answered[found.delivery_id] = None
+        first = self._seen.pop(origin.delivery_id, self) is self
+        self._seen[origin.delivery_id] = None
         if not first or event.occurred < self._began:
             return
-        lag_s = event.occurred.timestamp() - found.at.timestamp()
-        self._metrics.first_verdict(found.kind, lag_s)
+        lag_s = event.occurred.timestamp() - origin.at.timestamp()
+        self._metrics.first_verdict(origin.kind, lag_s)
         LOG.info(
             "first verdict",
             extra={
-                "delivery": found.delivery_id,
-                "kind": found.kind,
+                "delivery": origin.delivery_id,
+                "kind": origin.kind,
                 "about": str(event.resource.id)[:300],
                 "seconds": round(lag_s, 1),
             },
@@ -119,14 +120,14 @@ class Verdicts:
 async def _pages(
     client: PrefectClient, since: datetime, until: datetime
 ) -> AsyncIterator[Sequence[ReceivedEvent]]:
-    wanted = {
+    event_filter = {
         "event": {"name": [Event.ADAPTER_JUDGED]},
         "occurred": {"since": since, "until": until},
         "order": "ASC",
     }
-    page = await client.read_events(EventFilter.model_validate(wanted), limit=_PAGE)
+    page = await client.read_events(EventFilter.model_validate(event_filter), limit=_PAGE_EVENTS)
     yield page.events
-    for _ in range(_MOST_PAGES - 1):
+    for _ in range(_MAX_PAGES - 1):
         if page.next_page is None:
             return
         page = await client.read_events_page(str(page.next_page))
@@ -134,5 +135,5 @@ async def _pages(
 
 
 def _shrink(known: dict) -> None:
-    while len(known) > _MOST_HINTS:
+    while len(known) > _MAX_REMEMBERED:
         del known[next(iter(known))]

@@ -1,18 +1,17 @@
 """The whole platform on one machine, from Python packages alone: `python -m infra.stack up`.
 
-Real servers, small databases: MLflow (tracking and registry), Prefect (server and one worker),
-SeaweedFS (S3) and the bridge between them, kept alive by supervisor. Everything they write lies
-below one state folder that can be deleted, and they listen on 127.0.0.1 only. For more than one
-machine see infra/README.md.
+It runs MLflow (tracking and registry), Prefect (server and one worker), SeaweedFS (S3) and the
+bridge, with small databases, under supervisor. They write below one state folder, which can be
+deleted, and listen on 127.0.0.1 only. infra/README.md describes installations on more machines.
 
-    settings.py         what a person may choose, and what follows from it: URLs, environments
-    programs.py         the five programs: command and environment of each
-    seaweed.py          the S3 server, with every other port of it closed
-    supervisor.py       the process manager: its configuration, starting it, asking it
+    settings.py         environment variables, and the URLs and environments that they imply
+    programs.py         command and environment of each of the five programs
+    seaweed.py          the S3 server, which refuses requests without credentials on all its ports
+    supervisor.py       the process manager: configuration, start, requests
     machine.py          ports and processes of this machine
-    job_template.py     what a flow run may choose: no command, no environment
-    prefect_objects.py  what a fresh Prefect server needs: pool, queues, GPU slots, automation
-    interrupted.py      flow runs that a stopped worker left are told to Prefect
-    health.py           whether each program answers
+    job_template.py     the variables of a flow run, without command and environment
+    prefect_objects.py  Prefect's work pool, queues, GPU slots and automation
+    interrupted.py      marks flow runs that a stopped worker left as crashed
+    health.py           health checks of the programs
     stack.py            up, down, status
 """

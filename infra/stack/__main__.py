@@ -1,39 +1,40 @@
-"""The stack's command line: `python -m infra.stack --help`. `make up` and its like call it."""
+"""The stack's command line: `python -m infra.stack --help`. `make up` and other targets call it."""
 
 import argparse
-import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 
-from infra.stack.programs import PROGRAMS, become
+from infra.stack.programs import PROGRAMS, exec_program
 from infra.stack.settings import StackSettings
 from infra.stack.stack import down, status, up
 from trans_peft.errors import TransPeftError
 
 _HELP = """\
 up        start the servers, worker and bridge, deploy prefect.yaml, wait until all are healthy
-down      stop them, and nothing else; the state folder stays
-status    how each does; exit code 1 unless all are well
-login     the password that Prefect's page asks for, once in each browser
-env       what a shell needs to talk to them: eval "$(python -m infra.stack env)"
-run NAME  become one of the programs (the process manager calls this)
+down      stop them; the state folder stays
+status    show the state of each program; exit code 1 unless all are healthy
+login     show the user and password of Prefect's page
+env       show the environment of a client: eval "$(python -m infra.stack env)"
+run NAME  run one of the programs in this process (the process manager calls this)
 
 settings, as environment variables:
-  TRANS_PEFT_STATE  the one folder with all state (.state)
+  TRANS_PEFT_STATE  folder that holds all state (.state)
   S3_PORT           8350
   MLFLOW_PORT       5500
   PREFECT_PORT      4250
   BRIDGE_PORT       4260
-  GPU_SLOTS         flows on the GPU queue at a time (1)
+  GPU_SLOTS         flow runs on the `gpu` queue at a time (1)
   MLFLOW_BACKEND_STORE_URI, PREFECT_API_DATABASE_CONNECTION_URL
                     databases instead of SQLite: postgresql+psycopg2://..., postgresql+asyncpg://...
+  TRANS_PEFT_READABLE, TRANS_PEFT_SANDBOX_MAY_LACK, TRANS_PEFT_FAMILIES
+                    passed to the worker (infra/README.md)
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the arguments say and return the exit code."""
+    """Run the command that the arguments name and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.stack",
         description="The whole platform on one machine.",
@@ -43,24 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("verb", choices=["up", "down", "status", "login", "env", "run"])
     parser.add_argument("program", nargs="?", choices=list(PROGRAMS))
     chosen = parser.parse_args(arguments)
-    # A terminated `up` stops what it started, as an interrupted one does.
+    # On SIGTERM, `up` stops what it started, as it does on Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        settings = StackSettings.from_environment(os.environ)
+        settings = StackSettings()
         match chosen.verb:
             case "up":
-                up(settings, _say)
+                up(settings, _print)
             case "down":
-                down(settings, _say)
+                down(settings, _print)
             case "status":
-                return 0 if status(settings, _say) else 1
+                return 0 if status(settings, _print) else 1
             case "login":
-                _say(":".join(settings.prefect_auth))
+                _print(":".join(settings.prefect_auth))
             case "env":
                 for name, value in settings.client_environment.items():
-                    _say(f"export {name}={shlex.quote(value)}")
+                    _print(f"export {name}={shlex.quote(value)}")
             case "run":
-                become(chosen.program, settings)
+                exec_program(chosen.program, settings)
     except TransPeftError as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Whether each program does its work: asked as a client would, not by looking at its process."""
+"""Health checks that make a client's request to each program."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from infra.stack.settings import BUCKETS, StackSettings
 from trans_peft.domain.conventions import WORK_POOL
 from trans_peft.errors import StoreError
 
-__all__ = ["healthy", "make_buckets"]
+__all__ = ["create_buckets", "is_healthy"]
 
 
-def healthy(name: str, settings: StackSettings) -> bool:
-    """Whether the program of this name answers, within 5 s."""
+def is_healthy(name: str, settings: StackSettings) -> bool:
+    """Whether the program of this name answers within 5 s."""
     urls = settings.urls
     try:
         with httpx.Client(timeout=5, trust_env=False) as http:
@@ -38,17 +38,19 @@ def healthy(name: str, settings: StackSettings) -> bool:
         return False
 
 
-def make_buckets(settings: StackSettings) -> None:
-    """Make the buckets that are not there yet. StoreError."""
+def create_buckets(settings: StackSettings) -> None:
+    """Create the missing buckets. StoreError."""
     client = _s3(settings, attempts=8)
     try:
-        there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+        existing = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
         for bucket in BUCKETS:
-            if bucket not in there:
+            if bucket not in existing:
                 client.create_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:
         raise StoreError(
-            f"The S3 server makes no buckets: {error}", do=f"read {settings.logs / 's3.log'}"
+            "The buckets could not be created in the S3 server.",
+            found=error,
+            do=f"read {settings.logs / 's3.log'}",
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""What may be chosen for one flow run of the process pool: nothing that decides what is run where.
+"""Job template of the process pool, without variables for command, environment and folder.
 
-Prefect's own template lets whoever creates a flow run choose `command`, `env` and `working_dir`, so
-an API call runs any program as the worker. This one has no such variables. The server refuses
-others with 422 (`additionalProperties`), and a worker that meets one all the same ignores it.
+Prefect's own template has the variables `command`, `env` and `working_dir`, so every client that
+can create a flow run can run any program as the worker. This template omits them. The server
+rejects unknown variables with 422 (`additionalProperties`), and the worker ignores them.
 """
 
 from typing import Any
@@ -24,13 +24,13 @@ _VARIABLES: dict[str, dict[str, Any]] = {
     },
     "stream_output": {
         "title": "Stream Output",
-        "description": "Whether the worker's log has the output of the run.",
+        "description": "Whether the worker logs the output of the run.",
         "type": "boolean",
         "default": True,
     },
     "gpus": {
         "title": "GPUs",
-        "description": "For pools of Kubernetes; a process uses the GPUs of its worker.",
+        "description": "For Kubernetes pools. A process uses the GPUs of its worker.",
         "type": "integer",
         "default": 0,
         "minimum": 0,

@@ -1,8 +1,9 @@
-"""Ports and processes of this machine: who listens where, which processes are ours.
+"""Ports and processes of this machine.
 
-A process is ours if it inherited our mark from the process manager. That holds for the flow runs
-too, which a Prefect worker starts in sessions of their own, where no process group reaches them,
-and it still holds when the manager was killed or the state folder deleted.
+A process belongs to the stack if it inherited an environment variable, the mark, from the process
+manager. Flow runs have it too, although a Prefect worker starts them in their own sessions, outside
+of its process group. The mark remains valid after the manager was killed or the state folder was
+deleted.
 """
 
 import os
@@ -33,7 +34,7 @@ def port_is_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return this many different ports that nobody listens on now."""
+    """Return this many different ports on which no process listens now."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:
@@ -45,7 +46,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def owner(port: int) -> str:
-    """Say which process listens on this port, as far as this user may know."""
+    """Return a description of the process that listens on this port, as far as it is visible."""
     try:
         found = (c for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port)
         pid = next((c.pid for c in found if c.status == psutil.CONN_LISTEN and c.pid), None)
@@ -53,25 +54,25 @@ def owner(port: int) -> str:
             return "a process of another user"
         return f"process {pid}: {' '.join(psutil.Process(pid).cmdline())[:120]}"
     except psutil.Error:
-        return "a process that this user may not see"
+        return "a process that this user cannot inspect"
 
 
 def marked(state: Path, program: str | None = None) -> list[psutil.Process]:
-    """Return the running processes with the mark of this state folder, of one program or of all."""
+    """Return the running processes with the mark of this state folder (of one program, or all)."""
     found = []
     for process in psutil.process_iter():
         try:
             environment = process.environ()
-        except (psutil.Error, OSError):  # gone meanwhile, or another user's
+        except (psutil.Error, OSError):  # ended meanwhile, or belongs to another user
             continue
-        ours = process.pid != os.getpid() and environment.get(MARK) == str(state)
-        if ours and program in (None, environment.get(PROGRAM_MARK)):
+        is_marked = process.pid != os.getpid() and environment.get(MARK) == str(state)
+        if is_marked and program in (None, environment.get(PROGRAM_MARK)):
             found.append(process)
     return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
-    """Ask the processes to end, and kill those that have not after the grace period."""
+    """Terminate the processes, and kill those that still run after the grace period."""
     processes = list(processes)
     for process in processes:
         _signal(process, kill=False)

@@ -1,20 +1,18 @@
-"""What a fresh Prefect server needs before the first deployment; run as a program by `up`.
+"""Creates the objects that a new Prefect server needs before the first deployment.
 
-- The work pool, for whose runs nobody chooses a command (`job_template.py`).
-- Its two queues. `control` (ingest, reconcile) is not limited; `gpu` (training, shards) runs as
-  many flows at a time as there are GPU slots. A reconcile that waits for its shards therefore never
-  holds what its shards wait for. The worker itself has no limit: one limit over both queues would
-  deadlock as soon as that many reconciles wait.
-- The GPU slots: `with concurrency("gpu")` holds one, whichever queue or program the work is from.
-- The zombie automation (docs.prefect.io, "detect zombie flows"): a run whose machine went away
-  without a word is marked crashed when its heartbeat stops. Until then it holds its place in the
-  queue.
+- The work pool, whose job template has no command (`job_template.py`).
+- Its two queues. `control` (ingest, reconcile) has no limit. `gpu` (training, shards) runs as many
+  flows at a time as there are GPU slots. A reconcile that waits for its shards therefore never
+  occupies the places that the shards need. The worker itself has no limit, because one limit for
+  both queues would deadlock as soon as that many reconciles wait.
+- The GPU slots. `with concurrency("gpu")` holds one, in any queue and program.
+- The automation for zombie flows (docs.prefect.io, "detect zombie flows"). It marks a run as
+  crashed when its heartbeats stop. Until then the run occupies its place in the queue.
 
-Doing it again changes what differs and nothing else.
+`up` runs this module as a program. Running it again updates only what differs.
 """
 
 import asyncio
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,12 +33,12 @@ from infra.stack.job_template import PROCESS_JOB_TEMPLATE
 from infra.stack.settings import StackSettings
 from trans_peft.domain.conventions import GPU_LIMIT, WORK_POOL
 
-__all__ = ["QUEUES", "ZOMBIES", "Queue", "register"]
+__all__ = ["QUEUES", "ZOMBIE_AUTOMATION", "Queue", "register"]
 
 
 @dataclass(frozen=True)
 class Queue:
-    """A queue of the work pool: its priority (1 is first), and whether GPU slots limit it."""
+    """A queue of the work pool. Priority 1 is the highest; GPU slots bound a `limited` queue."""
 
     priority: int
     limited: bool
@@ -49,9 +47,9 @@ class Queue:
 QUEUES = {"control": Queue(1, limited=False), "gpu": Queue(2, limited=True)}
 
 _HEARTBEAT = "prefect.flow-run.heartbeat"
-ZOMBIES = AutomationCore(
+ZOMBIE_AUTOMATION = AutomationCore(
     name="crash-zombie-flow-runs",
-    description="A flow run that sent no heartbeat for 3 minutes has crashed",
+    description="Mark a flow run as crashed after 3 minutes without a heartbeat",
     trigger=EventTrigger(
         after={_HEARTBEAT},
         expect={
@@ -68,7 +66,7 @@ ZOMBIES = AutomationCore(
         ChangeFlowRunState(
             name=None,
             state=StateType.CRASHED,
-            message="No heartbeat for 3 minutes: the machine is gone.",
+            message="The run sent no heartbeat for 3 minutes. Its machine or process is gone.",
             force=False,
         )
     ],
@@ -82,7 +80,7 @@ async def register(client: PrefectClient, gpu_slots: int) -> None:
         pool = WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template)
         await client.create_work_pool(pool)
     found_pool = await client.read_work_pool(WORK_POOL)
-    # The template of a pool of Kubernetes is the operator's: infra/kubernetes.
+    # The operator provides the template of a Kubernetes pool: infra/kubernetes.
     if found_pool.type == "process" and found_pool.base_job_template != template:
         await client.update_work_pool(WORK_POOL, WorkPoolUpdate(base_job_template=template))
     for name, queue in QUEUES.items():
@@ -96,12 +94,12 @@ async def register(client: PrefectClient, gpu_slots: int) -> None:
     await client.update_global_concurrency_limit(
         GPU_LIMIT, GlobalConcurrencyLimitUpdate(active=True)
     )
-    if not await client.read_automations_by_name(ZOMBIES.name):
-        await client.create_automation(ZOMBIES)
+    if not await client.read_automations_by_name(ZOMBIE_AUTOMATION.name):
+        await client.create_automation(ZOMBIE_AUTOMATION)
 
 
 async def _main() -> None:
-    settings = StackSettings.from_environment(os.environ)
+    settings = StackSettings()
     async with get_client() as client:
         await register(client, settings.gpu_slots)
 

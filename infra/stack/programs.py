@@ -1,8 +1,8 @@
-"""The five programs of the stack: the command and the environment of each.
+"""Command and environment of each of the five programs of the stack.
 
-The process manager starts each as `python -m infra.stack run NAME`, which turns into the program.
-So no secret and no database password stands in a configuration file or in a command line, and what
-a start has to find out first (a free port) is found out at every start.
+The process manager starts each program as `python -m infra.stack run NAME`, which replaces itself
+by the program. Configuration files and command lines therefore contain no secrets, and each start
+can choose free ports.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.bridge.settings import S3_PATH
 from infra.stack import seaweed
 from infra.stack.interrupted import crash_interrupted_runs
 from infra.stack.machine import PROGRAM_MARK, end, free_ports, marked, port_is_free
@@ -24,12 +25,20 @@ from infra.stack.settings import (
 )
 from trans_peft.domain.conventions import WORK_POOL
 
-__all__ = ["PROGRAMS", "Program", "become", "left_behind"]
+__all__ = ["PROGRAMS", "Program", "exec_program", "leftover_sockets"]
 
 
 @dataclass(frozen=True)
 class Program:
-    """One program: its command, its environment, how long it may take to end, what comes before."""
+    """One program.
+
+    Attributes:
+        name: name in supervisor and of the log.
+        command: returns the command line.
+        environment: returns the variables to add.
+        stop_s: seconds that it may take to end.
+        before: called before each start.
+    """
 
     name: str
     command: Callable[[StackSettings], list[str]]
@@ -40,7 +49,7 @@ class Program:
 
 def _s3_command(settings: StackSettings) -> list[str]:
     folder = _folder(settings, "s3")
-    _notify_bridge(settings, folder / "notification.toml")
+    _write_notification_config(settings, folder / "notification.toml")
     return seaweed.command(
         folder,
         port=settings.s3_port,
@@ -49,17 +58,17 @@ def _s3_command(settings: StackSettings) -> list[str]:
     )
 
 
-def _notify_bridge(settings: StackSettings, path: Path) -> None:
-    """Tell the filer, which looks for this file where it runs, to post what is written to bases.
+def _write_notification_config(settings: StackSettings, path: Path) -> None:
+    """Configure the filer, which reads this file from its directory, to post writes to the bridge.
 
-    SeaweedFS has no bucket notifications. Retries end after about two minutes.
+    SeaweedFS has no notifications per bucket. Its retries end after about two minutes.
     """
     bucket = BASES_URI.removeprefix("s3:/")
     path.touch(mode=0o600)
     path.write_text(
         f"""[notification.webhook]
 enabled = true
-endpoint = "{settings.urls["bridge"]}/hints/s3"
+endpoint = "{settings.urls["bridge"]}{S3_PATH}"
 bearer_token = "{settings.secrets.bridge_s3_token}"
 timeout_seconds = 30
 max_retries = 8
@@ -69,8 +78,8 @@ path_prefixes = ["/buckets{bucket}"]
     )
 
 
-def left_behind(settings: StackSettings) -> list[Path]:
-    """Return the sockets that SeaweedFS always makes in /tmp and leaves there when it is killed."""
+def leftover_sockets(settings: StackSettings) -> list[Path]:
+    """Return the sockets that SeaweedFS creates in /tmp and leaves there when it is killed."""
     path = settings.state / "s3" / "ports.json"
     ports = json.loads(path.read_text()).values() if path.exists() else ()
     parts = ("master", "volume", "filer", "s3")
@@ -79,9 +88,9 @@ def left_behind(settings: StackSettings) -> list[Path]:
 
 
 def _inner_ports(folder: Path) -> dict[str, int]:
-    """Ports that only SeaweedFS's parts use among themselves: chosen once, again where taken.
+    """Return the ports for internal use by SeaweedFS. Replaces those that are taken.
 
-    Its master keeps what it knows in a folder that is named after its port.
+    They are stored, because the master names its data folder after its port.
     """
     path = folder / "ports.json"
     ports = json.loads(path.read_text()) if path.exists() else {}
@@ -99,7 +108,7 @@ def _mlflow_command(settings: StackSettings) -> list[str]:
         sys.executable, "-m", "mlflow", "server",
         "--host", HOST,
         "--port", str(settings.mlflow_port),
-        "--workers", "1",  # an adapter's upload runs in a thread; each worker more costs 300 MB
+        "--workers", "1",  # an upload runs in a thread; each further worker needs 300 MB
         "--allowed-hosts", ",".join(hosts),
         "--artifacts-destination", "s3://mlflow/",
     ]  # fmt: skip
@@ -112,12 +121,12 @@ def _mlflow_environment(settings: StackSettings) -> dict[str, str]:
         **{name: value for name, value in client.items() if name.startswith("AWS_")},
         "MLFLOW_BACKEND_STORE_URI": settings.mlflow_database or sqlite,
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # scorers of traces: eight processes more
-        # Webhooks go to this very machine, and their secrets must be readable after a restart.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # scorers of traces: eight processes
+        # Webhooks go to this machine, and their secrets must be readable after a restart.
         "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
         "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": settings.secrets.webhook_key,
-        "MLFLOW_WEBHOOK_CACHE_TTL": "2",  # s; for 60 by default a new webhook would miss events
+        "MLFLOW_WEBHOOK_CACHE_TTL": "2",  # s; a new webhook would miss events for 60 s otherwise
     }
 
 
@@ -134,14 +143,14 @@ def _prefect_environment(settings: StackSettings) -> dict[str, str]:
         "PREFECT_API_DATABASE_CONNECTION_URL": settings.prefect_database
         or f"sqlite+aiosqlite:///{folder}/prefect.db",
         "PREFECT_SERVER_API_AUTH_STRING": client["PREFECT_API_AUTH_STRING"],
-        # The page asks the API at 127.0.0.1, and may itself have been opened at localhost.
+        # The page requests the API at 127.0.0.1, and may have been opened at localhost.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(
             f"http://{name}:{settings.prefect_port}" for name in LOCAL_NAMES
         ),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder / "ui"),
-        # A GPU slot whose holder was killed comes back even if the server was restarted meanwhile.
+        # A slot whose holder was killed is released even if the server restarts meanwhile.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
@@ -159,18 +168,19 @@ def _worker_command(settings: StackSettings) -> list[str]:
 def _worker_environment(settings: StackSettings) -> dict[str, str]:
     return {
         **settings.client_environment,
+        **settings.worker_choices,
         "TRANS_PEFT_STATE": str(_folder(settings, "work")),
         "TRANS_PEFT_CHECKOUT": str(settings.checkout),
         "TRANS_PEFT_BASES_URI": BASES_URI,
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a task waits and asks again, and says so
-        # Threads that spin while they wait take the cores from whatever else runs on them.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the task retries too, and logs it
+        # Waiting threads that spin would take the cores from other processes.
         "OMP_WAIT_POLICY": "PASSIVE",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        # What a run asks of Prefect may be asked twice, so one 500 need not end it.
+        # A run repeats its requests safely, so one 500 does not have to end it.
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
     }
 
@@ -191,11 +201,11 @@ PROGRAMS = {
 }
 
 
-def become(name: str, settings: StackSettings) -> None:
+def exec_program(name: str, settings: StackSettings) -> None:
     """Replace this process by the program of this name. Does not return.
 
-    What an earlier life of the program left behind when it was killed (the child that holds the
-    port, flow runs that nobody watches any more) is ended first.
+    First ends the processes that an earlier, killed instance left: a child that holds the port, or
+    flow runs without a worker.
     """
     end(marked(settings.state, name), grace_s=5)
     program = PROGRAMS[name]

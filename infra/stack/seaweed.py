@@ -1,13 +1,13 @@
-"""SeaweedFS as an S3 server that answers nobody without credentials.
+"""SeaweedFS as an S3 server that refuses requests without credentials on all its ports.
 
-`weed server` is five servers in one process. Its S3 port asks for credentials; the master, volume
-and filer ports, which only its own parts use, do not unless they are configured to:
+`weed server` runs five servers in one process. Its S3 port requires credentials. The master, volume
+and filer ports, which are for internal use, require them only with this configuration:
 
-- HTTP of master and filer is switched off, except for a status page and health checks.
-- The volume server's HTTP takes tokens only (JWT), which the master signs for the S3 port.
-- gRPC of all of them is mutual TLS with one certificate, whose authority signs nothing else.
+- HTTP of master and filer is off, except for a status page and health checks.
+- The volume server's HTTP requires a JWT, which the master signs for the S3 port.
+- All gRPC ports use mutual TLS with one certificate, from an authority that signs nothing else.
 
-Keys, certificate and authority are made at every start and used by this process alone.
+Each start generates new keys, a new certificate and a new authority.
 """
 
 import json
@@ -30,11 +30,11 @@ INNER_PORTS = (
     *(f"{part}.port{kind}" for part in ("master", "volume", "filer") for kind in ("", ".grpc")),
     "s3.port.grpc",
 )
-"""The options of the ports that only SeaweedFS' parts use among themselves."""
+"""Options of the ports for internal use."""
 
 _PART = "trans-peft-s3-part"
 _VALID = timedelta(days=3650)
-_JWT_S = 60  # with the 10 s of SeaweedFS, a busy machine refuses its own requests
+_JWT_S = 60  # with SeaweedFS's 10 s, a busy machine refuses its own requests
 
 
 def command(
@@ -45,11 +45,11 @@ def command(
     credentials: tuple[str, str],
     volume_mb: int = 1024,
 ) -> list[str]:
-    """Return the command of a server whose state is in `folder`, which has to be its directory.
+    """Return the command of a server with its state in `folder`, and write its configuration there.
 
-    `credentials`: access key and secret key of the only identity, which may do everything.
-    `inner_ports`: a port for each of `INNER_PORTS`. Writes the configuration into `folder`,
-    readable for its owner only.
+    The server has to run in `folder`. `credentials` are the access key and the secret key of the
+    only identity, which has all rights. `inner_ports` has a port for each of `INNER_PORTS`. Only
+    the owner can read the configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "s3.json", json.dumps(_identities(*credentials)))
@@ -62,7 +62,7 @@ def command(
         "master.peers": "none",
         "master.telemetry": "false",
         "master.volumeSizeLimitMB": volume_mb,
-        "volume.max": 200,  # every bucket takes several; with 20 the third bucket answers 500
+        "volume.max": 200,  # each bucket needs several; with 20, the third bucket answers 500
         "volume.preStopSeconds": 1,
         "filer": "true",
         "filer.disableHttp": "true",
@@ -89,7 +89,7 @@ def _identities(access_key: str, secret_key: str) -> dict[str, object]:
 
 
 def _security(folder: Path, origin: str) -> str:
-    """Return `security.toml` (`weed scaffold -config=security`), and write what it refers to."""
+    """Return `security.toml` (`weed scaffold -config=security`), and write its certificates."""
     tls = folder / "tls"
     tls.mkdir(exist_ok=True)
     _make_certificate(tls)
@@ -115,7 +115,7 @@ def _security(folder: Path, origin: str) -> str:
 
 
 def _make_certificate(folder: Path) -> None:
-    """Write a certificate for the parts, its key, and the authority that signed nothing else."""
+    """Write a certificate for all parts, its key, and its authority."""
     authority, own = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     issuer = _name(f"{_PART}-authority")
 

@@ -1,7 +1,6 @@
-"""What a person may choose about the stack, and what follows from it: URLs, secrets, environments.
+"""Settings of the stack, read from its environment, with the URLs and environments they imply.
 
-The only module of the stack that reads the environment. Each variable is named as the program that
-it configures names it, where that program has a name for it.
+Where the configured program has a name for a variable, that name is used here too.
 """
 
 import json
@@ -11,7 +10,19 @@ from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import (
+    AfterValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from tasks.environment import EnvironmentSettings
+from trans_peft.domain.owners import FamilyRule, Owners
 from trans_peft.errors import InvalidSpecError
 from trans_peft.files import atomic_write
 
@@ -31,12 +42,14 @@ BUCKETS = ("bases", "data", "mlflow")
 BASES_URI = "s3://bases/"
 _PREFECT_USER = "trans-peft"
 _CHECKOUT = Path(__file__).resolve().parents[2]
-_FAMILIES = ("AWS_", "BRIDGE_", "MLFLOW_", "PREFECT_")
+_SERVICE_PREFIXES = ("AWS_", "BRIDGE_", "MLFLOW_", "PREFECT_")
+_SOCKET = "supervisor.sock"
+_MAX_SOCKET_BYTES = 100  # 104 on macOS, 108 on Linux
 
 
 @dataclass(frozen=True)
 class Secrets:
-    """Made once for each state folder, so that every restart finds the same ones."""
+    """Keys and passwords of one state folder, generated once and kept across restarts."""
 
     s3_access_key: str
     s3_secret_key: str
@@ -47,20 +60,19 @@ class Secrets:
 
     @classmethod
     def of(cls, path: Path) -> "Secrets":
-        """Read the secrets in this file, which only its owner may; make those that are missing.
+        """Read the secrets from a file that only its owner may read; generate those that it lacks.
 
-        A state folder of an earlier release keeps those that it has. InvalidSpecError where there
-        is no folder.
+        InvalidSpecError where the folder of the file does not exist.
         """
         if not path.parent.is_dir():
             raise InvalidSpecError(
-                "This state folder has no stack.",
-                expected="a folder that `make up` made",
+                "No stack was started with this state folder.",
+                expected="a folder that `make up` created",
                 found=str(path.parent),
                 do="run make up, or set TRANS_PEFT_STATE to the folder of another stack",
             )
         kept = json.loads(path.read_text()) if path.exists() else {}
-        made = {
+        generated = {
             "s3_access_key": "tp" + secrets.token_hex(9).upper(),
             "s3_secret_key": secrets.token_urlsafe(30),
             "webhook_key": urlsafe_b64encode(secrets.token_bytes(32)).decode(),
@@ -68,83 +80,105 @@ class Secrets:
             "bridge_s3_token": secrets.token_urlsafe(30),
             "prefect_password": secrets.token_urlsafe(30),
         }
-        if made.keys() - kept.keys():
-            kept = {**made, **kept}
+        if generated.keys() - kept.keys():
+            kept = {**generated, **kept}
             atomic_write(path, json.dumps(kept, indent=2), mode=0o600)
         return cls(**kept)
 
 
-@dataclass(frozen=True)
-class StackSettings:
-    """Where the state lies, which ports are taken, how many GPU slots and which databases."""
+_Port = Annotated[int, Field(ge=1024, le=65535)]
+_Folder = Annotated[Path, AfterValidator(Path.resolve)]
 
-    state: Path
-    checkout: Path = _CHECKOUT
-    mlflow_port: int = 5500
-    prefect_port: int = 4250
-    s3_port: int = 8350
-    bridge_port: int = 4260
-    gpu_slots: int = 1
-    mlflow_database: str = ""  # empty: SQLite below the state folder
-    prefect_database: str = ""
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {port}, not a port from 1024 to 65535"
-            for name, port in self.ports.items()
-            if not 1024 <= port <= 65535
-        ]
-        if len(set(self.ports.values())) < len(self.ports):
-            problems.append(f"two servers on one port: {self.ports}")
-        if self.gpu_slots < 1:
-            problems.append(f"GPU_SLOTS is {self.gpu_slots}, not a positive number")
-        if len(os.fsencode(self.socket)) > 100:  # 104 on macOS, 108 on Linux
-            problems.append(f"TRANS_PEFT_STATE is too long a path for a socket: {self.socket}")
-        if "%" in str(self.state):  # supervisor expands %(...)s, some values twice
-            problems.append(f"TRANS_PEFT_STATE has a % in it: {self.state}")
-        if problems:
-            raise InvalidSpecError("This stack cannot start: " + "; ".join(problems))
+class StackSettings(EnvironmentSettings):
+    """State folder, ports, GPU slots and databases of one stack, and what its worker may use."""
 
+    checkout: _Folder = Field(default=_CHECKOUT, validation_alias="TRANS_PEFT_CHECKOUT")
+    """Checkout whose prefect.yaml is deployed and whose flows the worker runs."""
+
+    state: _Folder = Field(
+        default_factory=lambda found: found["checkout"] / ".state",
+        validation_alias="TRANS_PEFT_STATE",
+    )
+    """Folder that holds all state of the stack."""
+
+    mlflow_port: _Port = Field(default=5500, validation_alias="MLFLOW_PORT")
+    prefect_port: _Port = Field(default=4250, validation_alias="PREFECT_PORT")
+    s3_port: _Port = Field(default=8350, validation_alias="S3_PORT")
+    bridge_port: _Port = Field(default=4260, validation_alias="BRIDGE_PORT")
+
+    gpu_slots: int = Field(default=1, ge=1, validation_alias="GPU_SLOTS")
+    """Flow runs on the `gpu` queue at a time."""
+
+    mlflow_database: str = Field(
+        default="", repr=False, validation_alias="MLFLOW_BACKEND_STORE_URI"
+    )
+    """Database of MLflow. Empty: SQLite below the state folder."""
+
+    prefect_database: str = Field(
+        default="", repr=False, validation_alias="PREFECT_API_DATABASE_CONNECTION_URL"
+    )
+    """Database of Prefect. Empty: SQLite below the state folder."""
+
+    families: str = Field(default="", validation_alias="TRANS_PEFT_FAMILIES")
+    """Passed to the worker: base families with prefixes or keys of their own, as JSON."""
+
+    readable: str = Field(default="", validation_alias="TRANS_PEFT_READABLE")
+    """Passed to the worker: local folders and hub data sets that recipes may name."""
+
+    sandbox_may_lack: str = Field(default="", validation_alias="TRANS_PEFT_SANDBOX_MAY_LACK")
+    """Passed to the worker: guards of the sandbox that may be missing."""
+
+    @field_validator("state")
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str]) -> "StackSettings":
-        """Read the settings from environment variables. InvalidSpecError."""
+    def _state_can_be_used(cls, state: Path) -> Path:
+        socket = state / _SOCKET
+        if len(os.fsencode(socket)) > _MAX_SOCKET_BYTES:
+            raise ValueError(f"the path of the socket {socket} is too long")
+        if "%" in str(state):  # supervisor expands %(...)s, some values twice
+            raise ValueError("the path contains a %")
+        return state
 
-        def number(name: str, default: int) -> int:
-            text = environ.get(name, "") or str(default)
-            if not text.isdecimal():
-                raise InvalidSpecError(f"{name} is not a number.", expected="digits", found=text)
-            return int(text)
+    @field_validator("families")
+    @classmethod
+    def _families_can_be_read(cls, families: str) -> str:
+        if families:
+            try:
+                Owners("", TypeAdapter(dict[str, FamilyRule]).validate_json(families))
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise ValueError(
+                    f"no JSON object of families, at {place!r}: {first['msg']}"
+                ) from None
+        return families
 
-        checkout = Path(environ.get("TRANS_PEFT_CHECKOUT") or _CHECKOUT).resolve()
-        return cls(
-            state=Path(environ.get("TRANS_PEFT_STATE") or checkout / ".state").resolve(),
-            checkout=checkout,
-            mlflow_port=number("MLFLOW_PORT", cls.mlflow_port),
-            prefect_port=number("PREFECT_PORT", cls.prefect_port),
-            s3_port=number("S3_PORT", cls.s3_port),
-            bridge_port=number("BRIDGE_PORT", cls.bridge_port),
-            gpu_slots=number("GPU_SLOTS", cls.gpu_slots),
-            mlflow_database=environ.get("MLFLOW_BACKEND_STORE_URI", ""),
-            prefect_database=environ.get("PREFECT_API_DATABASE_CONNECTION_URL", ""),
-        )
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "StackSettings":
+        if len(set(self.ports.values())) < len(self.ports):
+            shown = ", ".join(f"{name}={port}" for name, port in self.ports.items())
+            raise ValueError(f"two servers have the same port: {shown}")
+        return self
 
     def to_environment(self) -> dict[str, str]:
-        """Return the variables from which `from_environment` reads these settings again."""
+        """Return the variables from which `StackSettings()` reads these settings again."""
         return {
-            "TRANS_PEFT_STATE": str(self.state),
-            "TRANS_PEFT_CHECKOUT": str(self.checkout),
-            "MLFLOW_PORT": str(self.mlflow_port),
-            "PREFECT_PORT": str(self.prefect_port),
-            "S3_PORT": str(self.s3_port),
-            "BRIDGE_PORT": str(self.bridge_port),
-            "GPU_SLOTS": str(self.gpu_slots),
-            "MLFLOW_BACKEND_STORE_URI": self.mlflow_database,
-            "PREFECT_API_DATABASE_CONNECTION_URL": self.prefect_database,
+            str(field.validation_alias): str(getattr(self, name))
+            for name, field in type(self).model_fields.items()
+        }
+
+    @property
+    def worker_choices(self) -> dict[str, str]:
+        """The variables that configure the worker alone; an empty value is the default."""
+        return {
+            "TRANS_PEFT_FAMILIES": self.families,
+            "TRANS_PEFT_READABLE": self.readable,
+            "TRANS_PEFT_SANDBOX_MAY_LACK": self.sandbox_may_lack,
         }
 
     @property
     def ports(self) -> dict[str, int]:
-        """The ports that a person chose, by the variable that chooses each."""
+        """The configured ports, by environment variable."""
         return {
             "S3_PORT": self.s3_port,
             "MLFLOW_PORT": self.mlflow_port,
@@ -154,7 +188,7 @@ class StackSettings:
 
     @property
     def urls(self) -> dict[str, str]:
-        """The page or endpoint of each server, by program."""
+        """URL of each server, by program."""
         return {
             "s3": f"http://{HOST}:{self.s3_port}",
             "mlflow": f"http://{HOST}:{self.mlflow_port}",
@@ -164,12 +198,12 @@ class StackSettings:
 
     @property
     def socket(self) -> Path:
-        """Where the process manager listens."""
-        return self.state / "supervisor.sock"
+        """Unix socket of the process manager."""
+        return self.state / _SOCKET
 
     @property
     def logs(self) -> Path:
-        """One log per program."""
+        """Folder with one log per program."""
         return self.state / "logs"
 
     @property
@@ -184,7 +218,7 @@ class StackSettings:
 
     @property
     def client_environment(self) -> dict[str, str]:
-        """What any client of the stack needs: a shell, a notebook, the worker."""
+        """Environment of any client of the stack: a shell, a notebook, the worker."""
         secrets = self.secrets
         return {
             "MLFLOW_TRACKING_URI": self.urls["mlflow"],
@@ -203,7 +237,7 @@ class StackSettings:
 
     @property
     def bridge_environment(self) -> dict[str, str]:
-        """What the bridge needs: a client of everything, and the senders' secrets."""
+        """Environment of the bridge: that of a client, and the secrets of its senders."""
         return {
             **self.client_environment,
             "BRIDGE_HOST": HOST,
@@ -212,15 +246,20 @@ class StackSettings:
             "BRIDGE_MLFLOW_SECRETS": self.secrets.bridge_mlflow_secret,
             "BRIDGE_S3_TOKENS": self.secrets.bridge_s3_token,
             "TRANS_PEFT_BASES_URI": BASES_URI,
-            # A sender waits for the answer: it is told to come again rather than kept waiting.
+            # A sender waits for the response: a quick 503 is better than retries here.
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
         }
 
 
 def without_services(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without what points at other servers; no proxy for 127.0.0.1."""
-    kept = {name: value for name, value in environ.items() if not name.startswith(_FAMILIES)}
+    """Return the environment without variables that name other servers, and with no proxy for them.
+
+    Requests to 127.0.0.1 and localhost then never go through a proxy.
+    """
+    kept = {
+        name: value for name, value in environ.items() if not name.startswith(_SERVICE_PREFIXES)
+    }
     for name in ("NO_PROXY", "no_proxy"):
         kept[name] = ",".join(filter(None, [kept.get(name), HOST, "localhost"]))
     return kept

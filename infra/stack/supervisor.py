@@ -1,9 +1,11 @@
-"""The process manager: supervisor (supervisord.org), with its configuration below the state folder.
+"""The process manager: supervisor (supervisord.org), with its configuration in the state folder.
 
-It starts each program again when it dies, bounds the logs, and stops whole process groups. It is
-asked through its unix socket (XML-RPC), which only this user may open. It reads what the programs
-write, so where it is killed itself, they die one after another as they write (weed of SIGPIPE, the
-worker as rich ends it): `up` ends what is left and starts all of it again.
+It restarts programs that exit, limits the size of logs, and stops whole process groups. It accepts
+XML-RPC requests on a unix socket that only this user can open.
+
+Supervisor reads the output of the programs. If it is killed, they exit one after another when they
+write (weed because of SIGPIPE, the worker because of an error in rich). `up` then ends the
+remaining processes and starts all programs again.
 """
 
 import os
@@ -26,13 +28,13 @@ from infra.stack.settings import StackSettings
 
 __all__ = ["ProgramState", "Supervisor", "configuration"]
 
-_NOTHING_TO_DO = (Faults.SHUTDOWN_STATE, Faults.ALREADY_STARTED, Faults.NOT_RUNNING)
+_NO_CHANGE = (Faults.SHUTDOWN_STATE, Faults.ALREADY_STARTED, Faults.NOT_RUNNING)
 _CODE = str(Path(__file__).resolve().parents[2])
 
 
 @dataclass(frozen=True)
 class ProgramState:
-    """What the process manager knows of one program: RUNNING, BACKOFF ...; pid 0: not running."""
+    """State of one program as supervisor reports it: RUNNING, BACKOFF, ...; pid 0: not running."""
 
     name: str
     state: str
@@ -41,7 +43,7 @@ class ProgramState:
 
 
 def configuration(settings: StackSettings) -> RawConfigParser:
-    """Return supervisor's configuration: one program a section, in the order of starting."""
+    """Return supervisor's configuration: one section per program, in start order."""
     config = RawConfigParser()
     here = settings.state
     config["unix_http_server"] = {"file": f"{here}/supervisor.sock", "chmod": "0700"}
@@ -59,7 +61,7 @@ def configuration(settings: StackSettings) -> RawConfigParser:
         config[f"program:{program.name}"] = {
             "command": f'"{sys.executable}" -m infra.stack run {program.name}',
             "priority": str(priority),
-            # The worker starts once its pool is there, the bridge once the deployment is.
+            # `up` starts the worker when its pool exists, the bridge when the deployment exists.
             "autostart": str(program.name not in ("worker", "bridge")).lower(),
             "autorestart": "true",
             "startsecs": "2",
@@ -76,13 +78,13 @@ def configuration(settings: StackSettings) -> RawConfigParser:
 
 
 class Supervisor:
-    """The process manager of one state folder, running or not."""
+    """Client of the process manager of one state folder."""
 
     def __init__(self, settings: StackSettings) -> None:
         self._settings = settings
 
     def start(self) -> None:
-        """Start the manager, which starts the servers. CalledProcessError with its words."""
+        """Start the manager, which starts the servers. CalledProcessError if it fails."""
         path = self._settings.state / "supervisor.conf"
         with path.open("w") as file:
             configuration(self._settings).write(file)
@@ -90,7 +92,7 @@ class Supervisor:
             **os.environ,
             **self._settings.to_environment(),
             "PYTHONUNBUFFERED": "1",
-            # The code of the stack is this file's, whatever checkout is deployed.
+            # The stack runs the code of this file, even if another checkout is deployed.
             "PYTHONPATH": os.pathsep.join(filter(None, [_CODE, os.environ.get("PYTHONPATH")])),
             MARK: str(self._settings.state),
         }
@@ -107,11 +109,11 @@ class Supervisor:
 
     def is_running(self) -> bool:
         """Whether the manager answers."""
-        return bool(self._ask("getState"))
+        return bool(self._call("getState"))
 
     def programs(self) -> dict[str, ProgramState]:
-        """Return the state of every program, in the order of starting; empty without a manager."""
-        known = {p["name"]: p for p in self._ask("getAllProcessInfo") or []}
+        """Return the state of each program in start order; empty if the manager does not run."""
+        known = {p["name"]: p for p in self._call("getAllProcessInfo") or []}
         return {
             name: ProgramState(
                 name,
@@ -124,27 +126,27 @@ class Supervisor:
         }
 
     def pid(self, name: str) -> int:
-        """Return the process of this program; 0 if it does not run."""
+        """Return the process id of this program; 0 if it does not run."""
         program = self.programs().get(name)
         return program.pid if program else 0
 
     def start_program(self, name: str) -> None:
         """Start one program, if it does not run."""
-        self._ask("startProcess", name, False)
+        self._call("startProcess", name, False)
 
     def stop_program(self, name: str) -> None:
-        """Ask one program to stop. Returns at once."""
-        self._ask("stopProcess", name, False)
+        """Begin to stop one program, and return immediately."""
+        self._call("stopProcess", name, False)
 
     def shut_down(self) -> None:
-        """Ask the manager to end, and wait until it has."""
-        pid = self._ask("getPID")
-        self._ask("shutdown")
+        """Stop the manager and wait until it has ended."""
+        pid = self._call("getPID")
+        self._call("shutdown")
         if pid and psutil.pid_exists(pid):
             psutil.wait_procs([psutil.Process(pid)], timeout=60)
 
-    def _ask(self, method: str, *arguments: object) -> Any:
-        """Call the manager; None where there is none, or nothing to do."""
+    def _call(self, method: str, *arguments: object) -> Any:
+        """Call a method of the manager; None if it does not run or the call changes nothing."""
         transport = SupervisorTransport(None, None, f"unix://{self._settings.socket}")
         with ServerProxy("http://127.0.0.1", transport=transport) as manager:
             try:
@@ -152,6 +154,6 @@ class Supervisor:
             except (OSError, HTTPException):
                 return None
             except Fault as fault:
-                if fault.faultCode in _NOTHING_TO_DO:
+                if fault.faultCode in _NO_CHANGE:
                     return None
                 raise

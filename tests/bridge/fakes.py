@@ -1,4 +1,4 @@
-"""MLflow, Prefect and a queue as the bridge sees them, in memory."""
+"""MLflow, Prefect and a queue in memory, with the interfaces that the bridge uses."""
 
 import asyncio
 import threading
@@ -23,7 +23,7 @@ class FakeRegistry:
 
 
 class FakePrefect:
-    """Makes a run for each delivery; a run that nobody began answers for its family."""
+    """Creates a run for each delivery. A run that has not begun covers its family."""
 
     def __init__(self, runs=None, delay_s=0.005):
         self.runs = dict(runs or {})
@@ -47,18 +47,18 @@ class FakePrefect:
         if family in self.waiting:
             return Run(self.waiting[family])
         if delivery_id not in self.runs:
-            made = sum(not run.begun for run in self.runs.values())
+            made = sum(not run.has_begun for run in self.runs.values())
             self.runs[delivery_id] = Run(f"run-{made + 1}", delivery_id)
             self.waiting[family] = self.runs[delivery_id].id
         return self.runs[delivery_id]
 
-    async def reachable(self):
+    async def is_reachable(self):
         await asyncio.sleep(self.delay_s)
         return not self.broken
 
 
 class FakeQueue:
-    """A queue with a dead-letter queue, whose clock the test turns."""
+    """A queue with a dead-letter queue. The test ends the visibility timeout."""
 
     def __init__(self, *bodies, receives=3):
         self.visible = [(str(n), body, 0) for n, body in enumerate(bodies)]
@@ -84,8 +84,8 @@ class FakeQueue:
             time.sleep(0.005)
         return found
 
-    def come_back(self):
-        """The visibility of all that was not deleted ends."""
+    def end_visibility_timeout(self):
+        """Make all messages visible that were not deleted."""
         with self._lock:
             self.visible += self.hidden.values()
             self.hidden = {}

@@ -1,4 +1,4 @@
-"""The bridge as its senders meet it: a real server on a socket, MLflow and Prefect in memory."""
+"""The bridge over HTTP: a real server on a socket, with MLflow and Prefect in memory."""
 
 import asyncio
 import http.client
@@ -10,7 +10,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 
 import httpx
 import psutil
@@ -23,10 +22,10 @@ from infra.bridge import app, protocol
 from infra.bridge.app import MAX_BODY_BYTES, NotificationHandler
 from infra.bridge.authentication import sign
 from infra.bridge.dispatcher import Dispatcher
-from infra.bridge.logs import LOG, JsonLines
+from infra.bridge.logs import LOG, json_formatter
 from infra.bridge.metrics import Metrics
 from infra.bridge.readiness import Readiness
-from infra.bridge.serve import listening
+from infra.bridge.serve import create_server
 from infra.bridge.settings import BridgeSettings
 from infra.stack.machine import free_ports
 from tests.bridge.fakes import FakePrefect, FakeRegistry
@@ -41,13 +40,13 @@ class Bridge:
     def __init__(self, settings=None):
         self.registry, self.prefect = FakeRegistry({"smol": "smol"}), FakePrefect()
         self.handler = NotificationHandler(
-            Dispatcher(self.registry, self.prefect, patience_s=60), Metrics()
+            Dispatcher(self.registry, self.prefect, timeout_s=60), Metrics()
         )
         chosen = settings or BridgeSettings(
             tracking_uri="http://m", mlflow_secrets=SECRETS, s3_tokens=TOKENS
         )
         (self.port,) = free_ports(1)
-        self._server = listening(replace(chosen, port=self.port), self.handler)
+        self._server = create_server(chosen.model_copy(update={"port": self.port}), self.handler)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self):
@@ -73,11 +72,11 @@ class Bridge:
             "X-MLflow-Timestamp": timestamp,
             "X-MLflow-Signature": sign(secret, delivery_id, timestamp, body),
         }
-        return self.http.post("/hints/mlflow", content=body, headers={**signed, **headers})
+        return self.http.post("/notifications/mlflow", content=body, headers={**signed, **headers})
 
     def s3(self, body, token=TOKENS[0]):
         headers = {"Authorization": f"Bearer {token}"}
-        return self.http.post("/hints/s3", json=body, headers=headers)
+        return self.http.post("/notifications/s3", json=body, headers=headers)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def uploaded(key="smol/v1/trans_peft_manifest.json"):
 
 
 @pytest.mark.parametrize("secret", SECRETS)
-def test_a_signed_hint_is_answered_once_its_run_exists(bridge, secret):
+def test_a_signed_notification_is_answered_once_its_run_exists(bridge, secret):
     answer = bridge.mlflow(champion(), secret=secret)
     assert (answer.status_code, answer.json()) == (200, {"outcome": "started", "run": "run-1"})
     assert bridge.prefect.asked == [("smol", "d-1")]
@@ -119,40 +118,40 @@ def test_an_upload_is_answered_once_its_run_exists(bridge, token):
     assert bridge.prefect.asked[1] == (None, delivery_id)  # a retry has the id of the first attempt
 
 
-def test_a_replay_finds_the_run_of_the_first(bridge):
-    bridge.prefect.waiting = _Forgetful()
+def test_a_replay_returns_the_run_of_the_first_delivery(bridge):
+    bridge.prefect.waiting = _NoneWaiting()
     first, again = bridge.mlflow(champion()), bridge.mlflow(champion())
     assert first.json()["run"] == again.json()["run"]
 
 
-class _Forgetful(dict):
-    """No run waits: each has begun."""
+class _NoneWaiting(dict):
+    """No run waits: each one has begun."""
 
     def __setitem__(self, key, value):
         pass
 
 
-def test_our_own_writes_start_nothing(bridge):
+def test_the_projects_own_writes_start_no_run(bridge):
     tag = {"name": "smol", "version": "1", "key": "trans_peft.verdict", "value": "passed"}
     for notification in (
         champion(alias="serving"),
         {"entity": "model_version_tag", "action": "set", "data": tag},
     ):
-        assert bridge.mlflow(notification).json() == {"outcome": "nothing", "run": ""}
-    assert bridge.s3(uploaded("smol/v1/model.safetensors")).json()["outcome"] == "nothing"
+        assert bridge.mlflow(notification).json() == {"outcome": "ignored", "run": ""}
+    assert bridge.s3(uploaded("smol/v1/model.safetensors")).json()["outcome"] == "ignored"
     assert bridge.prefect.asked == []
 
 
-@pytest.mark.parametrize("ill", ["prefect", "registry"])
-def test_a_sender_is_told_to_try_again_while_somebody_is_away(bridge, ill):
-    getattr(bridge, ill).broken = True
+@pytest.mark.parametrize("server", ["prefect", "registry"])
+def test_the_response_is_503_while_a_server_is_unavailable(bridge, server):
+    getattr(bridge, server).broken = True
     answer = bridge.mlflow(champion())
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "15")
-    getattr(bridge, ill).broken = False
+    getattr(bridge, server).broken = False
     assert bridge.mlflow(champion()).status_code == 200
 
 
-def test_a_bug_is_the_sender_s_reason_to_try_again(bridge, monkeypatch):
+def test_an_error_of_the_bridge_is_500(bridge, monkeypatch):
     monkeypatch.setattr(bridge.prefect, "asked", None)
     assert bridge.mlflow(champion()).status_code == 500
 
@@ -164,17 +163,17 @@ def test_a_bug_is_the_sender_s_reason_to_try_again(bridge, monkeypatch):
         (401, lambda b: b.mlflow(champion(), at=time.time() - 301)),
         (401, lambda b: b.mlflow(champion(), at=time.time() + 310)),
         (401, lambda b: b.mlflow(champion(), delivery_id="{{ flow.id }}")),
-        (401, lambda b: b.http.post("/hints/mlflow", json=champion())),
+        (401, lambda b: b.http.post("/notifications/mlflow", json=champion())),
         (401, lambda b: b.s3(uploaded(), "wrong")),
-        (401, lambda b: b.http.post("/hints/s3", json=uploaded())),
-        (401, lambda b: b.http.post(f"/hints/s3?token={TOKENS[0]}", json=uploaded())),
+        (401, lambda b: b.http.post("/notifications/s3", json=uploaded())),
+        (401, lambda b: b.http.post(f"/notifications/s3?token={TOKENS[0]}", json=uploaded())),
         (415, lambda b: b.mlflow(champion(), **{"Content-Type": "text/xml"})),
         (415, lambda b: b.mlflow(champion(), **{"Content-Type": ""})),
         (413, lambda b: b.mlflow(b"x" * (MAX_BODY_BYTES["mlflow"] + 1))),
-        (405, lambda b: b.http.get("/hints/mlflow")),
-        (405, lambda b: b.http.put("/hints/s3", json=uploaded())),
-        (404, lambda b: b.http.post("/hints", json={})),
-        (404, lambda b: b.http.post("/hints/../../etc/passwd", json={})),
+        (405, lambda b: b.http.get("/notifications/mlflow")),
+        (405, lambda b: b.http.put("/notifications/s3", json=uploaded())),
+        (404, lambda b: b.http.post("/notifications", json={})),
+        (404, lambda b: b.http.post("/notifications/../../etc/passwd", json={})),
         (400, lambda b: b.mlflow(b"{")),
         (400, lambda b: b.mlflow({})),
         (400, lambda b: b.mlflow(champion(name="../../etc/passwd"))),
@@ -185,7 +184,7 @@ def test_a_bug_is_the_sender_s_reason_to_try_again(bridge, monkeypatch):
         (400, lambda b: b.mlflow(champion(name="{{ flow_run.id }} ${HOME} %s 模型"))),
     ],
 )
-def test_bad_senders_get_the_right_answer_and_start_nothing(bridge, status, send):
+def test_invalid_requests_get_their_status_and_start_no_run(bridge, status, send):
     assert send(bridge).status_code == status
     assert bridge.prefect.asked == []
     assert bridge.http.get("/health").status_code == 200
@@ -195,7 +194,7 @@ def test_bad_senders_get_the_right_answer_and_start_nothing(bridge, status, send
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.binary(max_size=200), st.text(max_size=20))
-def test_whatever_a_signed_sender_says_is_answered(bridge, body, name):
+def test_any_signed_body_is_200_or_400(bridge, body, name):
     assert bridge.mlflow(body).status_code in (200, 400)
     assert bridge.mlflow(champion(name=name)).status_code in (200, 400)
 
@@ -215,12 +214,14 @@ HEADERS += ["Content-Type", "Host", "Accept", "Transfer-Encoding", "Upgrade", "C
 @given(
     st.sampled_from(HEADERS),
     st.binary(max_size=300).filter(lambda value: not {*b"\r\n"} & {*value}),
-    st.sampled_from(["/hints/mlflow", "/hints/s3", "/ready", "/metrics", "/nowhere"]),
+    st.sampled_from(
+        ["/notifications/mlflow", "/notifications/s3", "/ready", "/metrics", "/nowhere"]
+    ),
 )
-def test_whatever_a_stranger_s_headers_say_is_refused_or_answered(bridge, name, value, path):
+def test_any_header_of_an_unauthenticated_request_is_refused(bridge, name, value, path):
     head = f"POST {path} HTTP/1.1\r\nHost: b\r\nConnection: close\r\nContent-Length: 2\r\n"
     answer = raw(bridge, head.encode() + name.encode() + b": " + value + b"\r\n\r\n", [b"{}"])
-    assert answer == b"hung up" or 400 <= int(answer.split()[1]) < 500
+    assert answer == b"closed" or 400 <= int(answer.split()[1]) < 500
     assert bridge.prefect.asked == []
 
 
@@ -248,7 +249,7 @@ TIMES = ["0001-01-01", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59",
 
 
 @pytest.mark.parametrize("at", [*TIMES, 1e308, -1e308, 0, 1 << 70, float("nan"), True, [], {}])
-def test_an_odd_time_is_no_time(bridge, at):
+def test_an_implausible_time_is_ignored(bridge, at):
     before = lags(bridge)
     assert bridge.mlflow(champion() | {"timestamp": at}).status_code == 200
     record = uploaded()
@@ -262,14 +263,14 @@ def lags(bridge):
     return [line for line in text.splitlines() if "lag_seconds_count" in line]
 
 
-def test_an_entrance_without_a_secret_is_closed():
+def test_an_endpoint_without_a_secret_is_404():
     with Bridge(BridgeSettings()) as closed:
         assert closed.mlflow(champion()).status_code == 404
         assert closed.s3(uploaded()).status_code == 404
 
 
 def raw(bridge, head, pieces, pause_s=0.0):
-    """Send a request in pieces and return the status line; the server may hang up first."""
+    """Send a request in pieces and return the status line. The server may close the connection."""
     with socket.create_connection(("127.0.0.1", bridge.port), timeout=30) as connection:
         connection.sendall(head)
         try:
@@ -281,10 +282,10 @@ def raw(bridge, head, pieces, pause_s=0.0):
         try:
             return connection.recv(200).split(b"\r\n")[0]
         except OSError:
-            return b"hung up"
+            return b"closed"
 
 
-HEAD = b"POST /hints/mlflow HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /notifications/mlflow HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize("length", [b"Content-Length: 104857600", b"Transfer-Encoding: chunked"])
@@ -295,23 +296,23 @@ def test_a_body_of_100_mb_is_refused_while_memory_stays_flat(bridge, length):
     before, began = me.memory_info().rss, time.monotonic()
     for _ in range(5):
         answer = raw(bridge, HEAD + length + b"\r\n\r\n", [piece] * 1600)
-        assert b"413" in answer or answer == b"hung up"
+        assert b"413" in answer or answer == b"closed"
     assert me.memory_info().rss - before < 16 << 20
     assert time.monotonic() - began < 20
     assert bridge.http.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("head", [b"X: " + b"x" * 60, b"X" * 60 + b": x"])
-def test_a_head_of_any_length_is_refused_once_it_is_too_long(bridge, head):
+def test_headers_that_are_too_long_are_refused(bridge, head):
     answer = raw(bridge, HEAD, [head + b"\r\n"] * 1000)
-    assert b"400" in answer or answer == b"hung up"
+    assert b"400" in answer or answer == b"closed"
     assert bridge.http.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("first", [b"", b"GET /health HTTP/1.1\r\nHost: b\r\n\r\n"])
-def test_a_slow_head_ends_at_its_deadline(bridge, monkeypatch, first):
+def test_slow_headers_end_at_the_deadline(bridge, monkeypatch, first):
     """Also the head of the second request of a connection."""
-    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.3)
+    monkeypatch.setattr(protocol, "CLIENT_DEADLINE_S", 0.3)
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", bridge.port), timeout=30) as connection:
         connection.sendall(first)
@@ -328,7 +329,7 @@ REFUSED_EARLY = [
     b"GET /health HTTP/1.1\r\nHost: b\r\nContent-Length: 9\r\n\r\n",
     b"GET /health HTTP/1.1\r\nHost: b\r\nTransfer-Encoding: chunked\r\n\r\n",
     b"POST /nothing HTTP/1.1\r\nHost: b\r\nContent-Length: 9\r\n\r\n",
-    b"GET /hints/s3 HTTP/1.1\r\nHost: b\r\nContent-Length: 9\r\n\r\n",
+    b"GET /notifications/s3 HTTP/1.1\r\nHost: b\r\nContent-Length: 9\r\n\r\n",
 ]
 
 
@@ -342,7 +343,7 @@ def read_response(connection):
 @pytest.mark.parametrize("head", REFUSED_EARLY)
 @pytest.mark.parametrize("late", [b"", b"1", b"1\r\nx\r\n"])
 def test_a_body_after_its_response_ends_at_its_deadline(bridge, monkeypatch, head, late):
-    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.3)
+    monkeypatch.setattr(protocol, "CLIENT_DEADLINE_S", 0.3)
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", bridge.port), timeout=20) as connection:
         connection.sendall(head)
@@ -353,8 +354,8 @@ def test_a_body_after_its_response_ends_at_its_deadline(bridge, monkeypatch, hea
     assert time.monotonic() - began < 4  # uvicorn's own keep-alive deadline is 5 s
 
 
-def test_connections_with_a_late_body_keep_no_other_client_out(bridge, monkeypatch):
-    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.5)
+def test_connections_with_a_late_body_do_not_block_others(bridge, monkeypatch):
+    monkeypatch.setattr(protocol, "CLIENT_DEADLINE_S", 0.5)
     late = [socket.create_connection(("127.0.0.1", bridge.port)) for _ in range(1024)]
     try:
         for connection in late:
@@ -370,7 +371,7 @@ def test_connections_with_a_late_body_keep_no_other_client_out(bridge, monkeypat
 
 
 def test_a_client_that_reads_no_response_ends_at_its_deadline(bridge, monkeypatch):
-    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.5)
+    monkeypatch.setattr(protocol, "CLIENT_DEADLINE_S", 0.5)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(2)
@@ -386,7 +387,7 @@ def test_a_client_that_reads_no_response_ends_at_its_deadline(bridge, monkeypatc
 
 def test_a_connection_serves_one_request_after_another(bridge, monkeypatch):
     """Also beyond the deadline, and with a request that arrives in pieces."""
-    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.5)
+    monkeypatch.setattr(protocol, "CLIENT_DEADLINE_S", 0.5)
     with socket.create_connection(("127.0.0.1", bridge.port), timeout=5) as connection:
         for _ in range(6):
             connection.sendall(b"GET /health HT")
@@ -395,12 +396,12 @@ def test_a_connection_serves_one_request_after_another(bridge, monkeypatch):
             assert read_response(connection) == 200
 
 
-def test_slow_connections_keep_nobody_else_out(bridge, monkeypatch):
-    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.5)
+def test_slow_connections_do_not_block_others(bridge, monkeypatch):
+    monkeypatch.setattr(protocol, "CLIENT_DEADLINE_S", 0.5)
     slow = [socket.create_connection(("127.0.0.1", bridge.port)) for _ in range(1100)]
     try:
         for connection in slow:
-            connection.send(b"POST /hints")
+            connection.send(b"POST /notifications")
         wait_until(lambda: bridge.http.get("/health").status_code == 200, patience_s=20)
     finally:
         for connection in slow:
@@ -408,11 +409,11 @@ def test_slow_connections_keep_nobody_else_out(bridge, monkeypatch):
 
 
 @pytest.mark.parametrize("prefect", ["well", "slow", "broken"])
-def test_any_number_of_open_calls_of_ready_are_few_calls_of_prefect(bridge, monkeypatch, prefect):
-    """And answers of hints come as before."""
+def test_many_calls_of_ready_make_few_calls_to_prefect(bridge, monkeypatch, prefect):
+    """Notifications are answered meanwhile."""
     asked = []
 
-    async def reachable():
+    async def is_reachable():
         asked.append(time.monotonic())
         if prefect == "broken":
             raise RuntimeError("odd")
@@ -420,7 +421,7 @@ def test_any_number_of_open_calls_of_ready_are_few_calls_of_prefect(bridge, monk
         return True
 
     monkeypatch.setattr(
-        bridge.handler.dispatcher, "_readiness", Readiness(reachable, patience_s=0.1)
+        bridge.handler.dispatcher, "_readiness", Readiness(is_reachable, timeout_s=0.1)
     )
     with ThreadPoolExecutor(40) as pool:
         began = time.monotonic()
@@ -431,7 +432,7 @@ def test_any_number_of_open_calls_of_ready_are_few_calls_of_prefect(bridge, monk
     assert bridge.mlflow(champion()).status_code == 200
 
 
-def test_a_slow_body_ends_at_its_deadline(bridge, monkeypatch):
+def test_a_slow_body_ends_at_the_deadline(bridge, monkeypatch):
     monkeypatch.setattr(app, "BODY_DEADLINE_S", 0.3)
     began = time.monotonic()
     answer = raw(bridge, HEAD + b"Content-Length: 100\r\n\r\n", [b"{"] * 6, pause_s=0.1)
@@ -439,8 +440,8 @@ def test_a_slow_body_ends_at_its_deadline(bridge, monkeypatch):
     assert time.monotonic() - began < 5
 
 
-def test_a_thousand_hints_at_once_are_all_answered_with_a_few_calls_to_prefect(bridge):
-    """Of ten families, each delivery twice, over a connection each."""
+def test_a_thousand_concurrent_notifications_make_few_calls_to_prefect(bridge):
+    """Of ten families, each delivery twice, one connection per notification."""
     names = [f"f{n}" for n in range(10)]
     bridge.registry.families = {name: name for name in names}
     bridge.prefect.delay_s = 0.05
@@ -449,7 +450,7 @@ def test_a_thousand_hints_at_once_are_all_answered_with_a_few_calls_to_prefect(b
         body = json.dumps(champion(name=names[number // 2 % 10])).encode()
         delivery, at = f"burst-{number // 2}", str(int(time.time()))
         head = (
-            f"POST /hints/mlflow HTTP/1.1\r\nHost: b\r\nConnection: close\r\n"
+            f"POST /notifications/mlflow HTTP/1.1\r\nHost: b\r\nConnection: close\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             f"X-MLflow-Delivery-Id: {delivery}\r\nX-MLflow-Timestamp: {at}\r\n"
             f"X-MLflow-Signature: {sign(SECRETS[0], delivery, at, body)}\r\n\r\n"
@@ -479,16 +480,18 @@ def test_health_ready_and_metrics(bridge):
     assert bridge.http.get("/health").json() == {"alive": True}
     bridge.prefect.broken = False
     bridge.mlflow({**champion(), "timestamp": "2026-01-01T00:00:00+00:00"})
-    told = bridge.http.get("/metrics").text
-    assert 'trans_peft_hints_total{kind="champion",outcome="started",sender="mlflow"}' in told
-    assert 'trans_peft_hint_lag_seconds_bucket{kind="champion",le="3600.0"}' in told
+    text = bridge.http.get("/metrics").text
+    assert (
+        'trans_peft_notifications_total{kind="champion",outcome="started",sender="mlflow"}' in text
+    )
+    assert 'trans_peft_notification_lag_seconds_bucket{kind="champion",le="3600.0"}' in text
 
 
-def test_one_id_leads_from_the_hint_to_its_run_and_no_secret_is_logged(bridge):
+def test_the_log_links_a_delivery_to_its_run_and_contains_no_secret(bridge):
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines())
-    # uvicorn's own as well: Prefect's set-up, in another test, may have cut it off from the root.
+    handler.setFormatter(json_formatter())
+    # uvicorn's logger too: Prefect's set-up in another test may have stopped its propagation.
     listened = [logging.getLogger(), logging.getLogger("uvicorn")]
     before = [(logger, logger.level) for logger in (*listened, LOG)]
     for logger in listened:
@@ -500,10 +503,10 @@ def test_one_id_leads_from_the_hint_to_its_run_and_no_secret_is_logged(bridge):
         bridge.mlflow(champion(), secret="wrong-" + SECRETS[0])
         bridge.s3(uploaded())
         bridge.s3(uploaded(), "wrong-" + TOKENS[0])
-        bridge.http.post(f"/hints/s3?token={TOKENS[0]}", json=uploaded())
+        bridge.http.post(f"/notifications/s3?token={TOKENS[0]}", json=uploaded())
         bridge.prefect.asked = None  # a bug, with its traceback
         bridge.mlflow(champion())
-        # uvicorn answers first, and tells of the bug then
+        # uvicorn responds first and logs the traceback afterwards
         wait_until(lambda: "Traceback" in stream.getvalue(), patience_s=30)
     finally:
         for logger in listened:

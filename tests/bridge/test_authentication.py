@@ -37,14 +37,14 @@ def test_the_signature_is_hmac_sha256_over_id_timestamp_and_raw_body(body):
     assert delivery(headers(body), body) == "5b2c-1"
 
 
-def test_it_is_the_signature_that_mlflow_makes():
+def test_the_signature_equals_mlflows():
     from mlflow.webhooks.delivery import _generate_hmac_signature as by_mlflow
 
     body = '{"name": "größe"}'
     assert by_mlflow(SECRET, "d", "1", body) == sign(SECRET, "d", "1", body.encode())
 
 
-def test_two_secrets_are_valid_while_one_is_changed():
+def test_two_secrets_are_valid_during_a_rotation():
     for secret in (SECRET, OLD):
         assert delivery(headers(b"{}", secret=secret), b"{}", (SECRET, OLD)) == "5b2c-1"
     with pytest.raises(AuthenticationError, match="signature"):
@@ -62,7 +62,7 @@ def test_two_secrets_are_valid_while_one_is_changed():
         {"x-mlflow-timestamp": str(NOW + 1)},
     ],
 )
-def test_what_is_not_signed_as_it_is_is_refused(change):
+def test_a_missing_or_wrong_signature_is_refused(change):
     with pytest.raises(AuthenticationError, match="signature"):
         delivery({**headers(b"{}"), **change}, b"{}")
     with pytest.raises(AuthenticationError, match="signature"):
@@ -72,25 +72,25 @@ def test_what_is_not_signed_as_it_is_is_refused(change):
 
 
 @pytest.mark.parametrize("off", [WINDOW_S, -WINDOW_S, 0])
-def test_within_the_window(off):
+def test_a_timestamp_within_the_window_is_accepted(off):
     assert delivery(headers(b"{}", at=NOW + off), b"{}")
 
 
 @pytest.mark.parametrize("at", [NOW + WINDOW_S + 1, NOW - WINDOW_S - 1, "", "now", "-1", "9" * 13])
-def test_outside_the_window_a_good_signature_is_refused(at):
+def test_a_timestamp_outside_of_the_window_is_refused(at):
     with pytest.raises(AuthenticationError, match="timestamp"):
         delivery(headers(b"{}", at=at), b"{}")
 
 
 @pytest.mark.parametrize("delivery_id", ["", "a b", "a\nb", "x" * 200, "../x", "{{ x }}"])
-def test_an_id_that_cannot_be_a_key_is_refused(delivery_id):
+def test_an_invalid_delivery_id_is_refused(delivery_id):
     with pytest.raises(AuthenticationError, match="delivery id"):
         delivery(headers(b"{}", delivery_id=delivery_id), b"{}")
 
 
 @pytest.mark.parametrize("token", [SECRET, OLD])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
-def test_a_bearer_token(token, scheme):
+def test_a_valid_bearer_token_is_accepted(token, scheme):
     check_token({"authorization": f"{scheme} {token}"}, tokens=(SECRET, OLD))
 
 
@@ -98,7 +98,7 @@ def test_a_bearer_token(token, scheme):
     "found",
     ["", "Bearer", "Bearer ", f"Basic {SECRET}", SECRET, f"Bearer {SECRET}x", "Bearer \xf6"],
 )
-def test_no_bearer_token(found):
+def test_a_missing_or_wrong_bearer_token_is_refused(found):
     with pytest.raises(AuthenticationError, match="token"):
         check_token({"authorization": found}, tokens=(SECRET,))
     with pytest.raises(AuthenticationError, match="token"):

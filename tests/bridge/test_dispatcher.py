@@ -21,13 +21,13 @@ def champion(name, delivery_id):
 def answers(dispatcher, notifications):
     async def ask():
         return await asyncio.gather(
-            *(dispatcher.answer(notification) for notification in notifications)
+            *(dispatcher.dispatch(notification) for notification in notifications)
         )
 
     return asyncio.run(ask())
 
 
-def test_a_hint_starts_one_run_of_its_family_under_its_delivery_id():
+def test_a_notification_starts_one_run_of_its_family_under_its_delivery_id():
     prefect = FakePrefect()
     dispatcher = Dispatcher(FakeRegistry({"smol": "smol"}), prefect)
     assert answers(dispatcher, [champion("smol", "d1")]) == [
@@ -36,7 +36,7 @@ def test_a_hint_starts_one_run_of_its_family_under_its_delivery_id():
     assert prefect.asked == [("smol", "d1")]
 
 
-def test_a_name_that_is_no_base_and_no_adapter_starts_nothing():
+def test_another_model_starts_no_run():
     prefect = FakePrefect()
     dispatcher = Dispatcher(FakeRegistry({}), prefect)
     assert answers(dispatcher, [champion("theirs", "d1")]) == [
@@ -45,7 +45,7 @@ def test_a_name_that_is_no_base_and_no_adapter_starts_nothing():
     assert prefect.asked == []
 
 
-def test_an_adapter_s_hint_is_for_its_family():
+def test_a_notification_about_an_adapter_is_for_its_family():
     prefect = FakePrefect()
     dispatcher = Dispatcher(FakeRegistry({"faq": "smol"}), prefect)
     answers(dispatcher, [Notification(NotificationKind.APPROVAL, "faq", "d1", "on-0123456789ab")])
@@ -53,14 +53,14 @@ def test_an_adapter_s_hint_is_for_its_family():
 
 
 @pytest.mark.parametrize("kind", [NotificationKind.UPLOAD, NotificationKind.START_UP])
-def test_an_upload_is_for_every_family_and_nobody_is_asked(kind):
+def test_an_upload_is_for_all_families_without_a_look_up(kind):
     prefect = FakePrefect()
     dispatcher = Dispatcher(FakeRegistry(None), prefect)
     answers(dispatcher, [Notification(kind, "s3://bases/smol/v1", "d1")])
     assert prefect.asked == [(None, "d1")]
 
 
-def test_a_thousand_hints_at_once_are_a_few_calls_and_every_one_is_answered():
+def test_a_thousand_concurrent_notifications_share_calls():
     prefect = FakePrefect()
     registry = FakeRegistry({"a": "a", "b": "b"})
     notifications = [champion("ab"[n % 2], f"d{n}") for n in range(1000)]
@@ -74,40 +74,40 @@ def test_a_thousand_hints_at_once_are_a_few_calls_and_every_one_is_answered():
     }
 
 
-def test_families_that_ask_at_once_share_a_call():
+def test_concurrent_families_share_calls():
     prefect = FakePrefect()
     names = [f"f{n}" for n in range(50)]
     dispatcher = Dispatcher(FakeRegistry({name: name for name in names}), prefect)
     found = answers(dispatcher, [champion(name, f"d-{name}") for name in names])
     assert len({answer.run_id for answer in found}) == 50
-    assert prefect.calls <= 20  # six threads ask the registry
+    assert prefect.calls <= 20  # eight threads query the registry
 
 
-def test_a_hint_that_comes_while_a_call_is_at_work_is_not_answered_by_it():
-    """Its run may have read the registry before: what the call found is as old as the call."""
+def test_a_notification_during_a_call_waits_for_the_next_call():
+    """The run of that call may have read the registry before the notification arrived."""
 
-    async def story():
+    async def scenario():
         prefect = FakePrefect(delay_s=0.05)
         dispatcher = Dispatcher(FakeRegistry({"smol": "smol"}), prefect)
-        first = asyncio.create_task(dispatcher.answer(champion("smol", "d1")))
+        first = asyncio.create_task(dispatcher.dispatch(champion("smol", "d1")))
         await asyncio.sleep(0.03)
-        prefect.waiting = _Forgetful()  # whatever is made from now on begins at once
-        second = asyncio.create_task(dispatcher.answer(champion("smol", "d2")))
+        prefect.waiting = _NoneWaiting()  # runs that are created from here on begin immediately
+        second = asyncio.create_task(dispatcher.dispatch(champion("smol", "d2")))
         assert await first == DispatchResult(DispatchOutcome.STARTED, "run-1")
         assert await second == DispatchResult(DispatchOutcome.STARTED, "run-2")
         assert prefect.calls == 2
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-class _Forgetful(dict):
+class _NoneWaiting(dict):
     def __setitem__(self, key, value):
         pass
 
 
-def test_a_run_that_began_long_ago_answers_its_own_delivery_and_nobody_who_joined():
-    """The first of those who share a call may be the replay of an old delivery."""
-    prefect = FakePrefect(runs={"d1": Run("run-0", "d1", begun=True)})
+def test_a_run_that_has_begun_answers_its_own_delivery_only():
+    """The first of several callers of one call may be the replay of an old delivery."""
+    prefect = FakePrefect(runs={"d1": Run("run-0", "d1", has_begun=True)})
     dispatcher = Dispatcher(FakeRegistry({"smol": "smol"}), prefect)
     first, again, second = answers(
         dispatcher, [champion("smol", "d1"), champion("smol", "d1"), champion("smol", "d2")]
@@ -117,29 +117,29 @@ def test_a_run_that_began_long_ago_answers_its_own_delivery_and_nobody_who_joine
 
 
 @pytest.mark.parametrize("broken", ["registry", "prefect"])
-def test_who_cannot_be_asked_is_unavailable_and_the_next_hint_finds_it_well_again(broken):
+def test_a_broken_server_is_unavailable_until_it_recovers(broken):
     registry, prefect = FakeRegistry({"smol": "smol"}), FakePrefect()
     dispatcher = Dispatcher(registry, prefect)
-    ill = registry if broken == "registry" else prefect
-    ill.broken = True
+    server = registry if broken == "registry" else prefect
+    server.broken = True
     with pytest.raises(UnavailableError):
         answers(dispatcher, [champion("smol", "d1")])
-    ill.broken = False
+    server.broken = False
     assert answers(dispatcher, [champion("smol", "d1")]) == [
         DispatchResult(DispatchOutcome.STARTED, "run-1")
     ]
 
 
-def test_who_is_slow_is_unavailable_after_the_patience():
+def test_a_slow_server_is_unavailable_after_the_timeout():
     prefect = FakePrefect(delay_s=5)
-    dispatcher = Dispatcher(FakeRegistry({"smol": "smol"}), prefect, patience_s=0.05)
+    dispatcher = Dispatcher(FakeRegistry({"smol": "smol"}), prefect, timeout_s=0.05)
     with pytest.raises(UnavailableError, match=r"0\.05 s"):
         answers(dispatcher, [champion("smol", "d1")])
-    assert asyncio.run(dispatcher.reachable()) is False
+    assert asyncio.run(dispatcher.is_ready()) is False
 
 
-def test_who_comes_while_a_call_is_at_work_shares_the_next_one():
-    async def story():
+def test_callers_during_a_call_share_the_next_one():
+    async def scenario():
         shared, began, go_on = SingleFlight(), [], asyncio.Event()
 
         async def call(name):
@@ -164,11 +164,11 @@ def test_who_comes_while_a_call_is_at_work_shares_the_next_one():
         assert began == ["first", "next 0"]
         assert shared._next == shared._last == {}
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_who_stops_waiting_stops_nobody_else():
-    async def story():
+def test_cancelling_one_caller_does_not_cancel_the_call():
+    async def scenario():
         shared = SingleFlight()
 
         async def call():
@@ -181,4 +181,4 @@ def test_who_stops_waiting_stops_nobody_else():
         impatient.cancel()
         assert await patient == ("done", False)
 
-    asyncio.run(story())
+    asyncio.run(scenario())

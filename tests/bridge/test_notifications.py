@@ -1,4 +1,4 @@
-"""What each payload means. Where a server runs here, its payloads were captured from it."""
+"""Parsing of payloads. Those of servers that can run here were captured from them."""
 
 import json
 from datetime import UTC, datetime
@@ -65,28 +65,28 @@ def filer(path, **message):
 
 
 @pytest.mark.parametrize("action", ["created", "deleted"])
-def test_a_champion_set_or_removed_is_a_hint(action):
+def test_a_champion_set_or_removed_is_a_notification(action):
     parsed = mlflow(f"model_version_alias.{action}", name="smol", alias="champion")
     assert parsed == Notification(NotificationKind.CHAMPION, "smol", "d1", "champion")
 
 
-def test_an_alias_of_an_adapter_on_a_base_is_a_hint_to_be_looked_up():
+def test_an_alias_of_an_adapter_on_a_base_is_a_notification():
     parsed = mlflow("model_version_alias.created", name="faq", alias="on-0123456789ab", version="2")
     assert parsed == Notification(NotificationKind.APPROVAL, "faq", "d1", "on-0123456789ab")
 
 
 @pytest.mark.parametrize("alias", ["serving", "on-xyz", "on-0123456789abcdef", "Champion", ""])
-def test_other_aliases_mean_nothing(alias):
+def test_other_aliases_are_ignored(alias):
     assert isinstance(mlflow("model_version_alias.created", name="smol", alias=alias), Ignored)
 
 
-def test_a_version_that_somebody_registered_is_a_hint():
+def test_a_version_that_a_user_registered_is_a_notification():
     parsed = mlflow("model_version.created", name="smol", version="1", source="s3://x", tags={})
     assert parsed == Notification(NotificationKind.VERSION, "smol", "d1")
 
 
 @pytest.mark.parametrize("tag", ["trans_peft.family", "trans_peft.adapter"])
-def test_a_version_that_we_registered_means_nothing_and_its_copy_elsewhere_is_a_hint(tag):
+def test_the_projects_own_version_is_ignored_and_its_copy_is_a_notification(tag):
     ours = mlflow("model_version.created", name="smol", version="1", tags={tag: "smol"})
     copied = mlflow("model_version.created", name="prod", version="1", tags={tag: "smol"})
     assert isinstance(ours, Ignored)
@@ -96,21 +96,21 @@ def test_a_version_that_we_registered_means_nothing_and_its_copy_elsewhere_is_a_
 @pytest.mark.parametrize(
     "key", ["trans_peft.ready", "trans_peft.verdict", "trans_peft.outcome.on-0", "team", ""]
 )
-def test_tags_start_nothing(key):
+def test_other_tags_are_ignored(key):
     assert isinstance(
         mlflow("model_version_tag.set", name="smol", version="1", key=key, value="x"), Ignored
     )
 
 
-def test_the_tag_that_asks_is_a_hint():
+def test_the_tag_that_requests_reconcile_is_a_notification():
     parsed = mlflow(
         "model_version_tag.set", name="smol", version="1", key="trans_peft.reconcile", value=""
     )
-    assert parsed == Notification(NotificationKind.ASKED, "smol", "d1")
+    assert parsed == Notification(NotificationKind.REQUESTED, "smol", "d1")
 
 
 @pytest.mark.parametrize("event", ["prompt.created", "registered_model.created", "new.thing"])
-def test_events_that_we_did_not_ask_for_mean_nothing(event):
+def test_other_events_are_ignored(event):
     assert isinstance(mlflow(event, name="smol"), Ignored)
 
 
@@ -122,7 +122,7 @@ def test_events_that_we_did_not_ask_for_mean_nothing(event):
         *("größe 2", "模型", "{{ event.id }}", "${x}", "%s", "<b>", "latest", "on-0123456789ab"),
     ],
 )
-def test_a_name_that_no_family_can_have_is_never_right(name):
+def test_a_name_that_no_family_can_have_is_rejected(name):
     assert isinstance(mlflow("model_version_alias.created", name=name, alias="champion"), Rejected)
 
 
@@ -132,11 +132,11 @@ def test_a_name_that_no_family_can_have_is_never_right(name):
         ("mlflow_version_created.json", NotificationKind.VERSION, "smol"),
         ("mlflow_champion_created.json", NotificationKind.CHAMPION, "smol"),
         ("mlflow_champion_deleted.json", NotificationKind.CHAMPION, "smol"),
-        ("mlflow_asked.json", NotificationKind.ASKED, "smol"),
+        ("mlflow_reconcile_requested.json", NotificationKind.REQUESTED, "smol"),
         ("mlflow_approval_created.json", NotificationKind.APPROVAL, "faq"),
     ],
 )
-def test_what_mlflow_sent_is_read(file, kind, name):
+def test_captured_webhooks_of_mlflow_are_parsed(file, kind, name):
     parsed = from_mlflow(captured(file), "d1")
     assert (parsed.kind, parsed.name) == (kind, name)
     assert parsed.at.tzinfo is not None
@@ -146,7 +146,7 @@ def test_what_mlflow_sent_is_read(file, kind, name):
     "file",
     ["mlflow_serving_created.json", "mlflow_verdict_tag.json", "mlflow_our_version_created.json"],
 )
-def test_what_mlflow_sent_of_our_own_writes_means_nothing(file):
+def test_captured_webhooks_about_own_writes_are_ignored(file):
     assert isinstance(from_mlflow(captured(file), "d1"), Ignored)
 
 
@@ -167,7 +167,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_manifest_is_a_hint_and_no_other_file_is_in_every_shape(shape):
+def test_only_a_manifest_is_a_notification_in_every_format(shape):
     assert s3(SHAPES[shape](f"smol/v2/{MANIFEST}")) == Notification(
         NotificationKind.UPLOAD, "s3://bases/smol/v2", "d1", at=_time_of(shape)
     )
@@ -188,13 +188,13 @@ def _time_of(shape):
         (f"50%25/v1/{MANIFEST}", "50%/v1"),
     ],
 )
-def test_keys_are_decoded_in_records_and_nowhere_else(encoded, plain):
+def test_only_keys_in_records_are_url_decoded(encoded, plain):
     assert s3(records(encoded)).name == f"s3://bases/{plain}"
     assert s3(event_bridge(f"{plain}/{MANIFEST}")).name == f"s3://bases/{plain}"
     assert s3(event_bridge(f"50%25/v1/{MANIFEST}")).name == "s3://bases/50%25/v1"
 
 
-def test_the_test_event_of_s3_and_the_confirmations_of_sns_mean_nothing():
+def test_test_events_and_confirmations_are_ignored():
     test_event = {"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "bases"}
     assert isinstance(s3(test_event), Ignored)
     assert isinstance(s3(sns(test_event)), Ignored)
@@ -204,7 +204,7 @@ def test_the_test_event_of_s3_and_the_confirmations_of_sns_mean_nothing():
 @pytest.mark.parametrize(
     "event", ["ObjectRemoved:Delete", "s3:ObjectAccessed:Get", "ObjectTagging:Put"]
 )
-def test_what_is_no_write_means_nothing(event):
+def test_events_other_than_writes_are_ignored(event):
     assert isinstance(s3(records(f"smol/v1/{MANIFEST}", event=event)), Ignored)
     assert isinstance(s3(event_bridge(f"smol/v1/{MANIFEST}", kind="Object Deleted")), Ignored)
 
@@ -223,7 +223,7 @@ ODD_RECORDS = [
 
 @pytest.mark.parametrize("odd", ODD_RECORDS, ids=range(len(ODD_RECORDS)))
 @pytest.mark.parametrize("envelope", [lambda document: document, sns], ids=["plain", "sns"])
-def test_an_odd_record_hides_no_good_one(odd, envelope):
+def test_an_invalid_record_does_not_hide_a_valid_one(odd, envelope):
     good = record(f"smol/v1/{MANIFEST}")
     for order in ([odd, good], [good, odd], [odd, record("a/b.bin"), odd, good]):
         parsed = s3(envelope({"Records": order}))
@@ -231,7 +231,7 @@ def test_an_odd_record_hides_no_good_one(odd, envelope):
     assert isinstance(s3(envelope({"Records": [odd, record("a/b.bin")]})), Rejected)
 
 
-def test_uploads_elsewhere_mean_nothing():
+def test_uploads_outside_of_the_prefix_are_ignored():
     key = f"smol/v1/{MANIFEST}"
     assert isinstance(s3(records(key), root_uri="s3://bases/"), Notification)
     assert isinstance(s3(records(key), root_uri="s3://bases/smol"), Notification)
@@ -239,7 +239,7 @@ def test_uploads_elsewhere_mean_nothing():
     assert isinstance(s3(records(key, bucket="other"), root_uri="s3://bases/"), Ignored)
 
 
-def test_the_converted_form_that_ingestion_publishes_means_nothing():
+def test_the_converted_form_that_ingestion_publishes_is_ignored():
     uri = converted_uri("s3://bases/internlm/v1")
     assert isinstance(s3(records(f"{uri.removeprefix('s3://bases/')}/{MANIFEST}")), Ignored)
 
@@ -251,16 +251,16 @@ def test_the_converted_form_that_ingestion_publishes_means_nothing():
         *(f"a%00/{MANIFEST}", f"a%0a/{MANIFEST}", f"%ff/{MANIFEST}", f"{'k' * 1100}/{MANIFEST}"),
     ],
 )
-def test_a_key_under_which_no_base_can_lie_is_never_right(key):
+def test_an_invalid_key_is_rejected(key):
     assert isinstance(s3(records(key)), Rejected)
 
 
 @pytest.mark.parametrize("bucket", ["", "UPPER", "a/b", "x" * 64, "..", "\ud800"])
-def test_a_bucket_that_cannot_be_is_never_right(bucket):
+def test_an_invalid_bucket_is_rejected(bucket):
     assert isinstance(s3(records(f"smol/v1/{MANIFEST}", bucket=bucket)), Rejected)
 
 
-def test_parts_folders_and_deletions_of_the_filer_mean_nothing():
+def test_parts_folders_and_deletions_of_the_filer_are_ignored():
     path = f"/buckets/bases/smol/v1/{MANIFEST}"
     folder = {"name": MANIFEST, "is_directory": True}
     for document in (
@@ -273,7 +273,7 @@ def test_parts_folders_and_deletions_of_the_filer_mean_nothing():
         assert isinstance(s3(document), Ignored)
 
 
-def test_what_the_filer_renamed_is_where_it_is_now():
+def test_a_renamed_file_has_its_new_path():
     moved = filer(
         "/buckets/bases/a/v1/part",
         new_parent_path="/buckets/bases/b/v1",
@@ -293,7 +293,7 @@ def test_what_the_filer_renamed_is_where_it_is_now():
         "moto_sqs_sns.json",
     ],
 )
-def test_what_a_server_sent_of_a_manifest_is_read(file):
+def test_captured_events_about_a_manifest_are_parsed(file):
     parsed = from_s3(captured(file), "d1", root_uri="s3://bases/")
     assert parsed.kind is NotificationKind.UPLOAD
     assert parsed.name.startswith("s3://bases/a b/ö/v2")
@@ -301,7 +301,7 @@ def test_what_a_server_sent_of_a_manifest_is_read(file):
 
 
 @pytest.mark.parametrize("file", ["seaweedfs_weights_created.json", "moto_sqs_test_event.json"])
-def test_what_a_server_sent_of_anything_else_means_nothing(file):
+def test_captured_events_about_other_files_are_ignored(file):
     assert isinstance(from_s3(captured(file), "d1"), Ignored)
 
 
@@ -317,12 +317,12 @@ def test_what_a_server_sent_of_anything_else_means_nothing(file):
     ],
     ids=range(16),
 )
-def test_what_no_sender_sends_is_never_right(body):
+def test_malformed_bodies_are_rejected(body):
     assert isinstance(from_mlflow(body, "d1"), Rejected)
     assert isinstance(from_s3(body, "d1"), Rejected)
 
 
-def test_envelopes_end():
+def test_the_depth_of_nested_envelopes_is_limited():
     document = records(f"a/b/{MANIFEST}")
     for _ in range(10):
         document = sns(document)
@@ -361,7 +361,7 @@ bodies = (
 
 
 @given(bodies)
-def test_whatever_comes_one_of_three_comes_out(body):
+def test_any_body_is_parsed_to_one_of_three_results(body):
     for parsed in (from_mlflow(body, "d1"), from_s3(body, "d1"), from_s3(body, "d1", root_uri="x")):
         assert isinstance(parsed, Notification | Ignored | Rejected)
         if isinstance(parsed, Notification):
@@ -371,7 +371,7 @@ def test_whatever_comes_one_of_three_comes_out(body):
 
 
 @given(st.text(min_size=1), st.sampled_from([*SHAPES]))
-def test_only_keys_that_can_be_joined_to_a_uri_come_out(folder, shape):
+def test_the_uri_of_a_notification_has_no_special_segments(folder, shape):
     parsed = s3(SHAPES[shape](f"{folder}/{MANIFEST}"))
     if isinstance(parsed, Notification):
         segments = parsed.name.removeprefix("s3://").split("/")

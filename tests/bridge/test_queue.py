@@ -1,4 +1,4 @@
-"""The queue's entrance: first in memory, then against moto's SQS and S3 (a mock of AWS's)."""
+"""Notifications from a queue: in memory, and with moto's SQS and S3 (mocks of AWS's)."""
 
 import asyncio
 import json
@@ -19,10 +19,10 @@ WEIGHTS = json.dumps(uploaded("smol/v1/model.safetensors"))
 POISON = '{"neither": "nor"}'
 
 
-def consumed(queue, prefect, *, until, meanwhile=None, timeout_s=20):
+def consume_until(queue, prefect, *, until, meanwhile=None, timeout_s=20):
     handler = NotificationHandler(Dispatcher(FakeRegistry({}), prefect), Metrics())
 
-    async def story():
+    async def scenario():
         consumer = asyncio.create_task(consume(queue, handler, pause_s=0.02))
         async with asyncio.timeout(timeout_s):
             if meanwhile is not None:
@@ -32,24 +32,24 @@ def consumed(queue, prefect, *, until, meanwhile=None, timeout_s=20):
                 await asyncio.sleep(0.005)
         consumer.cancel()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_message_is_deleted_once_its_run_exists_or_when_it_means_nothing():
+def test_a_message_is_deleted_once_its_run_exists_or_if_it_is_ignored():
     queue, prefect = FakeQueue(MANIFEST, WEIGHTS), FakePrefect()
-    consumed(queue, prefect, until=lambda: len(queue.deleted) == 2)
+    consume_until(queue, prefect, until=lambda: len(queue.deleted) == 2)
     assert prefect.asked == [(None, "0")]
 
 
-def test_poison_is_left_until_the_queue_moves_it_to_the_dead():
+def test_an_invalid_message_is_left_for_the_dead_letter_queue():
     queue, prefect = FakeQueue(POISON, MANIFEST), FakePrefect()
 
     def turned():
         if queue.deleted == [MANIFEST]:
-            queue.come_back()
+            queue.end_visibility_timeout()
         return queue.dead == [POISON]
 
-    consumed(queue, prefect, until=turned)
+    consume_until(queue, prefect, until=turned)
     assert queue.deleted == [MANIFEST]
     assert len(prefect.asked) == 1
 
@@ -67,10 +67,10 @@ def test_while_prefect_is_away_messages_are_kept_and_none_is_counted_as_received
         assert receives == 1
         prefect.broken = False
 
-    consumed(queue, prefect, until=lambda: queue.deleted == [MANIFEST], meanwhile=outage)
+    consume_until(queue, prefect, until=lambda: queue.deleted == [MANIFEST], meanwhile=outage)
 
 
-def test_a_queue_that_is_silent_is_asked_again():
+def test_polling_continues_after_an_outage_of_the_queue():
     queue, prefect = FakeQueue(MANIFEST), FakePrefect()
     queue.silent = True
 
@@ -78,7 +78,7 @@ def test_a_queue_that_is_silent_is_asked_again():
         await asyncio.sleep(0.1)
         queue.silent = False
 
-    consumed(queue, prefect, until=lambda: queue.deleted == [MANIFEST], meanwhile=outage)
+    consume_until(queue, prefect, until=lambda: queue.deleted == [MANIFEST], meanwhile=outage)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def aws():
     server.stop()
 
 
-def test_an_upload_to_s3_with_a_queue_starts_reconcile_and_poison_ends_among_the_dead(
+def test_an_upload_to_s3_with_a_queue_starts_reconcile_and_invalid_messages_are_dead_lettered(
     aws, unique, monkeypatch
 ):
     import boto3
@@ -130,5 +130,5 @@ def test_an_upload_to_s3_with_a_queue_starts_reconcile_and_poison_ends_among_the
     monkeypatch.setattr(queue_module, "VISIBILITY_S", 1)
     monkeypatch.setattr(queue_module, "_POLL_S", 1)
     prefect = FakePrefect()
-    consumed(SqsQueue(url), prefect, until=lambda: count(dead) == 1 and count(url) == 0)
+    consume_until(SqsQueue(url), prefect, until=lambda: count(dead) == 1 and count(url) == 0)
     assert len(prefect.asked) == 1

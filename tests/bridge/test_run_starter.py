@@ -1,4 +1,4 @@
-"""Which run answers a hint: the rule, on runs as Prefect describes them."""
+"""Which existing run covers a notification, and when a run is created."""
 
 import asyncio
 import uuid
@@ -14,7 +14,7 @@ from prefect.exceptions import ObjectNotFound
 from infra.bridge.dispatcher import UnavailableError
 from infra.bridge.notifications import Notification, NotificationKind
 from infra.bridge.prefect_calls import PrefectCalls
-from infra.bridge.run_starter import PrefectStarter, come_again_soon
+from infra.bridge.run_starter import PrefectRunStarter, shorten_retry_after
 from tasks.origin import Origin
 
 PARAMETERS = {"family": None, "policy": {"alpha": 0.05}, "wait": False}
@@ -31,7 +31,7 @@ def run(family="smol", *, state=StateType.SCHEDULED, age_s=0, **other):
 
 
 class Client:
-    """As much of Prefect's client as the starter asks, in memory."""
+    """The methods of Prefect's client that the starter uses, in memory."""
 
     def __init__(self, *due, error=None):
         self.due, self.error, self.made, self.tags = list(due), error, {}, []
@@ -61,24 +61,24 @@ def calls_to(client):
     return PrefectCalls(lambda: nullcontext(client))
 
 
-def all_started(client, wanted):
+def start_runs(client, wanted):
     """Start runs for a mapping of families to delivery ids."""
     notifications = {
         family: notification(family or "", delivery) for family, delivery in wanted.items()
     }
-    return asyncio.run(PrefectStarter(calls_to(client)).start(notifications))
+    return asyncio.run(PrefectRunStarter(calls_to(client)).start(notifications))
 
 
-def started(client, family="smol", delivery_id="d1"):
-    return all_started(client, {family: delivery_id})[family]
+def start_run(client, family="smol", delivery_id="d1"):
+    return start_runs(client, {family: delivery_id})[family]
 
 
 @pytest.mark.parametrize("family", ["smol", None])
 @pytest.mark.parametrize("state", [StateType.SCHEDULED, StateType.PENDING])
-def test_a_run_of_the_family_or_of_all_that_has_not_begun_answers(family, state):
+def test_a_run_of_the_family_or_of_all_families_that_has_not_begun_is_reused(family, state):
     waiting = run(family, state=state)
     client = Client(waiting)
-    assert started(client).id == str(waiting.id)
+    assert start_run(client).id == str(waiting.id)
     assert client.made == {}
 
 
@@ -91,88 +91,90 @@ def test_a_run_of_the_family_or_of_all_that_has_not_begun_answers(family, state)
         run(state=StateType.PENDING, age_s=61),
     ],
 )
-def test_no_other_run_answers(other):
+def test_other_runs_are_not_reused(other):
     client = Client(other)
-    made = started(client)
+    made = start_run(client)
     assert made.delivery_id == "d1"
     assert made.id != str(other.id)
-    assert list(client.made) == ["hint-d1"]
+    assert list(client.made) == ["notification-d1"]
 
 
-def test_a_run_of_one_family_does_not_answer_for_all():
-    assert started(Client(run("smol")), family=None).delivery_id
+def test_a_run_of_one_family_is_not_reused_for_all_families():
+    assert start_run(Client(run("smol")), family=None).delivery_id
 
 
-def test_the_same_delivery_again_is_the_same_run_and_begun_once_it_began():
+def test_a_repeated_delivery_finds_its_run_and_whether_that_has_begun():
     client = Client()
-    first = started(client)
-    assert not first.begun
-    client.made["hint-d1"].state_type = StateType.COMPLETED
-    again = started(client)
-    assert (again.id, again.begun) == (first.id, True)
+    first = start_run(client)
+    assert not first.has_begun
+    client.made["notification-d1"].state_type = StateType.COMPLETED
+    again = start_run(client)
+    assert (again.id, again.has_begun) == (first.id, True)
 
 
-def test_four_families_at_once_are_a_run_each_and_more_are_one_run_for_all():
+def test_four_families_at_once_get_a_run_each_and_five_share_one():
     client = Client()
-    runs = all_started(client, {f"f{n}": f"d{n}" for n in range(4)})
+    runs = start_runs(client, {f"f{n}": f"d{n}" for n in range(4)})
     assert [made.parameters["family"] for made in client.made.values()] == ["f0", "f1", "f2", "f3"]
     assert len({run.id for run in runs.values()}) == 4
 
     client = Client()
-    runs = all_started(client, {f"f{n}": f"d{n}" for n in range(5)})
+    runs = start_runs(client, {f"f{n}": f"d{n}" for n in range(5)})
     ((key, made),) = client.made.items()
-    assert (key, made.parameters["family"]) == ("hint-d0", None)
+    assert (key, made.parameters["family"]) == ("notification-d0", None)
     assert {run.id for run in runs.values()} == {str(made.id)}
 
 
-def test_who_asks_for_all_families_shares_with_those_who_ask_for_one():
+def test_a_request_for_all_families_covers_a_request_for_one():
     client = Client()
-    runs = all_started(client, {"smol": "d1", None: "d2"})
+    runs = start_runs(client, {"smol": "d1", None: "d2"})
     ((key, made),) = client.made.items()
-    assert (key, made.parameters["family"]) == ("hint-d2", None)
+    assert (key, made.parameters["family"]) == ("notification-d2", None)
     assert {run.id for run in runs.values()} == {str(made.id)}
 
 
-def test_families_with_a_waiting_run_need_no_share_of_another():
+def test_families_with_a_waiting_run_do_not_count_towards_a_shared_run():
     waiting = run("f0")
     client = Client(waiting)
-    runs = all_started(client, {f"f{n}": f"d{n}" for n in range(5)})
+    runs = start_runs(client, {f"f{n}": f"d{n}" for n in range(5)})
     assert runs["f0"].id == str(waiting.id)
     assert len(client.made) == 4
 
 
-def test_a_key_that_was_used_for_one_family_answers_no_other():
-    """A delivery that comes again, now as the first of many families."""
+def test_a_key_that_was_used_for_one_family_does_not_cover_another():
+    """A repeated delivery may be the first of many families."""
     client = Client()
-    old = client.made["hint-d0"] = run("f0")
-    runs = all_started(client, {f"f{n}": f"d{n}" for n in range(5)})
-    assert {(r.id, r.delivery_id, r.begun) for r in runs.values()} == {(str(old.id), "d0", True)}
+    old = client.made["notification-d0"] = run("f0")
+    runs = start_runs(client, {f"f{n}": f"d{n}" for n in range(5)})
+    assert {(r.id, r.delivery_id, r.has_begun) for r in runs.values()} == {
+        (str(old.id), "d0", True)
+    }
     assert runs["f0"].answers(notification("f0", "d0"))
     assert not runs["f1"].answers(notification("f1", "d1"))
 
 
-def test_a_run_is_tagged_with_the_hint_that_it_goes_back_to():
+def test_a_run_is_tagged_with_its_notification():
     client = Client()
-    started(client)
-    assert client.tags == [["hint:d1", "hinted:champion:2026-01-01T00:00:00+00:00"]]
+    start_run(client)
+    assert client.tags == [["notification:d1", "notified:champion:2026-01-01T00:00:00+00:00"]]
     assert Origin.of_tags(client.tags[0]) == Origin("d1", "champion", AT)
 
 
-def test_a_server_that_is_busy_is_asked_again_soon():
+def test_a_busy_server_gets_a_short_retry_after():
     busy, well = httpx.Response(503), httpx.Response(200)
     for response in (busy, well):
-        asyncio.run(come_again_soon(response))
+        asyncio.run(shorten_retry_after(response))
     assert (busy.headers.get("Retry-After"), well.headers.get("Retry-After")) == ("0.5", None)
 
 
-def test_a_prefect_that_is_slow_is_unavailable_after_the_patience():
+def test_prefect_is_unavailable_after_the_timeout():
     class Slow(Client):
         async def read_flow_runs(self, **_):
             await asyncio.sleep(5)
 
     with pytest.raises(UnavailableError, match="TimeoutError"):
         asyncio.run(
-            PrefectStarter(calls_to(Slow()), patience_s=0.05).start(
+            PrefectRunStarter(calls_to(Slow()), timeout_s=0.05).start(
                 {"smol": notification("smol", "d1")}
             )
         )
@@ -181,7 +183,7 @@ def test_a_prefect_that_is_slow_is_unavailable_after_the_patience():
 @pytest.mark.parametrize(
     "error", [httpx.ConnectError("no"), ObjectNotFound(Exception("no")), OSError("no")]
 )
-def test_whatever_keeps_prefect_from_answering_is_unavailable(error):
+def test_any_error_of_prefect_is_unavailable(error):
     with pytest.raises(UnavailableError, match="Prefect"):
-        started(Client(error=error))
-    assert asyncio.run(PrefectStarter(calls_to(Client(error=error))).reachable()) is False
+        start_run(Client(error=error))
+    assert asyncio.run(PrefectRunStarter(calls_to(Client(error=error))).is_reachable()) is False

@@ -1,4 +1,4 @@
-"""The bridge survives odd events, odd answers, odd messages and calls that are cut off."""
+"""The bridge continues after invalid events, responses and messages, and after cancelled calls."""
 
 import asyncio
 import json
@@ -19,22 +19,22 @@ from prefect.events import Event
 
 from infra.bridge.app import NotificationHandler
 from infra.bridge.dispatcher import Dispatcher, Run, UnavailableError
-from infra.bridge.loops import Failures, forever
+from infra.bridge.loops import Failures, run_forever
 from infra.bridge.metrics import Metrics, Place
 from infra.bridge.notifications import Notification, NotificationKind
 from infra.bridge.prefect_calls import PrefectCalls
-from infra.bridge.queue import MOST_RECEIVES, Message, SqsQueue, consume
+from infra.bridge.queue import MAX_RECEIVES, Message, SqsQueue, consume
 from infra.bridge.readiness import Readiness
-from infra.bridge.registry import MlflowNames
-from infra.bridge.run_starter import PrefectStarter
-from infra.bridge.verdicts import Verdicts
+from infra.bridge.registry import MlflowFamilyLookup
+from infra.bridge.run_starter import PrefectRunStarter
+from infra.bridge.verdicts import FirstVerdictMonitor
 from tasks.origin import Origin
 from tests.bridge.fakes import FakePrefect, FakeRegistry
 from tests.bridge.test_app import JSON, uploaded
 
-HINT = Notification(NotificationKind.CHAMPION, "smol", "d-1", "champion")
+NOTIFICATION = Notification(NotificationKind.CHAMPION, "smol", "d-1", "champion")
 AT = datetime(2026, 1, 1, tzinfo=UTC)
-ODD_ANSWERS = [
+ODD_RESPONSES = [
     b"<html>504 Gateway Time-out</html>", b"", b"null", b"[]", b"{}", b"{", b'"text"', b"1",
     b"\xff", b'{"id": 1}', b"[" * 20_000, b'[{"id": "x"}]',
     b'{"events": [{}], "total": 1, "next_page": null}',
@@ -63,7 +63,7 @@ def failures(metrics, place):
 
 @asynccontextmanager
 async def slow_server(delay_s):
-    """A server that answers each request after `delay_s[0]` seconds, and how often it was asked."""
+    """Yield the URL of a server that responds after `delay_s[0]` seconds, and its requests."""
     asked, writers = [], []
 
     async def answer(reader, writer):
@@ -84,17 +84,17 @@ async def slow_server(delay_s):
         await asyncio.sleep(0.05)
 
 
-def test_calls_that_were_cut_off_leave_a_client_that_answers():
-    """The pool of httpx keeps the connections of cancelled calls; Prefect's client has 16."""
+def test_cancelled_calls_do_not_exhaust_the_client():
+    """httpx's pool keeps connections of cancelled calls, and Prefect's client has 16."""
 
-    async def story():
+    async def scenario():
         delay_s = [0.3]
         async with slow_server(delay_s) as (url, _):
             calls = PrefectCalls(lambda: PrefectClient(url))
 
-            async def ask(patience_s):
+            async def ask(timeout_s):
                 try:
-                    answer = await calls.call(lambda c: c._client.get("/x"), patience_s=patience_s)
+                    answer = await calls.call(lambda c: c._client.get("/x"), timeout_s=timeout_s)
                     return answer.status_code
                 except TimeoutError:
                     return "late"
@@ -105,12 +105,12 @@ def test_calls_that_were_cut_off_leave_a_client_that_answers():
             await calls.close()
             return many, after
 
-    many, after = asyncio.run(story())
+    many, after = asyncio.run(scenario())
     assert "late" in many
     assert after == [200] * 20
 
 
-def test_a_call_that_is_not_cut_off_keeps_its_client_while_others_are():
+def test_a_running_call_keeps_its_client_while_others_are_cancelled():
     opened, closed = [], []
 
     @asynccontextmanager
@@ -119,24 +119,24 @@ def test_a_call_that_is_not_cut_off_keeps_its_client_while_others_are():
         yield len(opened)
         closed.append(1)
 
-    async def story():
+    async def scenario():
         calls = PrefectCalls(client)
-        steady = asyncio.create_task(calls.call(lambda c: asyncio.sleep(0.2, c), patience_s=5))
+        steady = asyncio.create_task(calls.call(lambda c: asyncio.sleep(0.2, c), timeout_s=5))
         await asyncio.sleep(0.01)
         with pytest.raises(TimeoutError):
-            await calls.call(lambda c: asyncio.sleep(9), patience_s=0.05)
+            await calls.call(lambda c: asyncio.sleep(9), timeout_s=0.05)
         assert closed == []  # the first client still serves a call
-        second = await calls.call(lambda c: asyncio.sleep(0, c), patience_s=1)
+        second = await calls.call(lambda c: asyncio.sleep(0, c), timeout_s=1)
         assert (await steady, second) == (1, 2)
         await asyncio.sleep(0.01)
         assert len(closed) == 1
         await calls.close()
         assert len(closed) == 2
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_one_probe_answers_everybody_for_a_while():
+def test_concurrent_calls_share_one_probe_and_its_cached_result():
     asked = []
 
     async def probe():
@@ -144,50 +144,50 @@ def test_one_probe_answers_everybody_for_a_while():
         await asyncio.sleep(0.05)
         return True
 
-    async def story():
-        ready = Readiness(probe, valid_s=0.2, patience_s=1)
+    async def scenario():
+        ready = Readiness(probe, valid_s=0.2, timeout_s=1)
         assert await asyncio.gather(*(ready.now() for _ in range(500))) == [True] * 500
         waits = asyncio.create_task(ready.now())
         await asyncio.sleep(0)
-        waits.cancel()  # who hangs up cancels nothing
+        waits.cancel()  # cancels this caller, not the probe
         assert await ready.now()
         assert len(asked) == 1
         await asyncio.sleep(0.25)
         assert await ready.now()
         assert len(asked) == 2
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def prefect_that_answers(body, status=200):
+def prefect_with_response(body, status=200):
     transport = httpx.MockTransport(lambda request: httpx.Response(status, content=body))
     return PrefectCalls(
         lambda: PrefectClient("http://p/api", httpx_settings={"transport": transport})
     )
 
 
-def asked_of(prefect):
-    """Return a run or UnavailableError, and readiness."""
+def start_with(prefect):
+    """Return the run or the UnavailableError, and the readiness."""
 
-    async def story():
-        run_starter = PrefectStarter(prefect, patience_s=5)
+    async def scenario():
+        run_starter = PrefectRunStarter(prefect, timeout_s=5)
         try:
-            started = (await run_starter.start({"smol": HINT}))["smol"]
+            started = (await run_starter.start({"smol": NOTIFICATION}))["smol"]
         except UnavailableError as error:
             started = error
         metrics = Metrics()
-        looks = Verdicts(prefect, metrics, Failures(metrics))
-        with suppress(Exception):  # `forever` notes it
-            await looks.look()
-        return started, await run_starter.reachable()
+        looks = FirstVerdictMonitor(prefect, metrics, Failures(metrics))
+        with suppress(Exception):  # `run_forever` records it
+            await looks.poll()
+        return started, await run_starter.is_reachable()
 
-    return asyncio.run(story())
+    return asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("status", [200, 401, 404, 422, 500])
-@pytest.mark.parametrize("body", ODD_ANSWERS)
-def test_any_answer_of_prefect_is_a_run_or_unavailable(body, status):
-    started, ready = asked_of(prefect_that_answers(body, status))
+@pytest.mark.parametrize("body", ODD_RESPONSES)
+def test_any_response_of_prefect_is_a_run_or_unavailable(body, status):
+    started, ready = start_with(prefect_with_response(body, status))
     assert isinstance(started, UnavailableError)
     assert ready is False
 
@@ -195,7 +195,7 @@ def test_any_answer_of_prefect_is_a_run_or_unavailable(body, status):
 @examples(max_examples=40, deadline=None)
 @given(JSON)
 def test_any_json_of_prefect_is_a_run_or_unavailable(document):
-    started, _ = asked_of(prefect_that_answers(json.dumps(document).encode()))
+    started, _ = start_with(prefect_with_response(json.dumps(document).encode()))
     assert isinstance(started, UnavailableError | Run)
 
 
@@ -204,7 +204,7 @@ def test_any_json_of_prefect_is_a_run_or_unavailable(document):
 
 @pytest.fixture(scope="module")
 def mlflow():
-    """MlflowNames before a server that answers whatever `answer` holds."""
+    """A `MlflowFamilyLookup` (`.names`) whose server responds with `.body` and `.status`."""
     answer = SimpleNamespace(body=b"", status=200)
 
     class Handler(BaseHTTPRequestHandler):
@@ -221,7 +221,7 @@ def mlflow():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        answer.names = MlflowNames(f"http://127.0.0.1:{server.server_port}")
+        answer.names = MlflowFamilyLookup(f"http://127.0.0.1:{server.server_port}")
         yield answer
     server.shutdown()
     server.server_close()
@@ -235,10 +235,10 @@ def family(mlflow, kind=NotificationKind.CHAMPION):
 
 
 @pytest.mark.parametrize("status", [200, 404, 500])
-@pytest.mark.parametrize("body", ODD_ANSWERS)
-def test_any_answer_of_mlflow_is_nothing_or_unavailable(mlflow, body, status):
+@pytest.mark.parametrize("body", ODD_RESPONSES)
+def test_any_response_of_mlflow_is_none_or_unavailable(mlflow, body, status):
     mlflow.body, mlflow.status = body, status
-    for kind in (NotificationKind.CHAMPION, NotificationKind.APPROVAL, NotificationKind.ASKED):
+    for kind in (NotificationKind.CHAMPION, NotificationKind.APPROVAL, NotificationKind.REQUESTED):
         assert family(mlflow, kind) in (None, UnavailableError)
 
 
@@ -246,27 +246,27 @@ def test_any_answer_of_mlflow_is_nothing_or_unavailable(mlflow, body, status):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(JSON)
-def test_any_json_of_mlflow_is_nothing_or_unavailable(mlflow, document):
+def test_any_json_of_mlflow_is_none_or_unavailable(mlflow, document):
     mlflow.body, mlflow.status = json.dumps({"registered_model": document}).encode(), 200
     assert family(mlflow) in (None, UnavailableError)
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a\nb", "x" * 300, "\ud800"])
-def test_the_family_in_a_tag_is_a_name_or_nothing(mlflow, name):
+def test_an_invalid_family_in_a_tag_is_none(mlflow, name):
     tags = [
         {"key": "trans_peft.kind", "value": "adapter"},
         {"key": "trans_peft.family", "value": name},
     ]
     mlflow.body = json.dumps({"registered_model": {"name": "chat", "tags": tags}}).encode()
     mlflow.status = 200
-    assert family(mlflow, NotificationKind.ASKED) in (None, UnavailableError)
+    assert family(mlflow, NotificationKind.REQUESTED) in (None, UnavailableError)
 
 
 # ------------------------------------------------------------------------------------- events
 
 
 class Events:
-    """Prefect's events, all on one page."""
+    """Prefect's client, with all events on one page."""
 
     def __init__(self, *events):
         self.events = list(events)
@@ -287,15 +287,17 @@ def judged(payload, resource="trans-peft.adapter.chat"):
     )
 
 
-def looked(client, looks=1):
+def polled(client, looks=1):
     metrics = Metrics()
-    verdicts = Verdicts(PrefectCalls(lambda: nullcontext(client)), metrics, Failures(metrics))
+    verdicts = FirstVerdictMonitor(
+        PrefectCalls(lambda: nullcontext(client)), metrics, Failures(metrics)
+    )
 
-    async def story():
+    async def scenario():
         for _ in range(looks):
-            await verdicts.look()
+            await verdicts.poll()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     return metrics
 
 
@@ -305,46 +307,51 @@ def counted(metrics, kind="upload"):
 
 GOOD = Origin("good", "upload", AT).payload
 ODD_PAYLOADS = [
-    {**GOOD, "hint_at": at}
+    {**GOOD, "notification_at": at}
     for at in ("0001-01-01", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "", None)
 ] + [
-    {**GOOD, "hint": "x" * 1_000_000}, {**GOOD, "hint": ["a"]}, {**GOOD, "hint": ""},
-    {**GOOD, "hint_kind": "x" * 100_000}, {**GOOD, "hint_kind": {"a": 1}},
-    {**GOOD, "hint_kind": ""},
-    {"hint": 1, "hint_kind": 2, "hint_at": 3}, {},
+    {**GOOD, "notification": "x" * 1_000_000}, {**GOOD, "notification": ["a"]},
+    {**GOOD, "notification": ""},
+    {**GOOD, "notification_kind": "x" * 100_000}, {**GOOD, "notification_kind": {"a": 1}},
+    {**GOOD, "notification_kind": ""},
+    {"notification": 1, "notification_kind": 2, "notification_at": 3}, {},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("payload", ODD_PAYLOADS)
-def test_an_odd_event_is_passed_over_and_the_good_one_after_it_is_counted(payload):
-    assert counted(looked(Events(judged(payload), judged({**GOOD, "hint": "next"})))) == 1
+def test_an_invalid_event_is_skipped_and_the_next_valid_one_is_counted(payload):
+    assert counted(polled(Events(judged(payload), judged({**GOOD, "notification": "next"})))) == 1
 
 
 @examples(max_examples=60, deadline=None)
-@given(st.dictionaries(st.sampled_from(["hint", "hint_kind", "hint_at", "x"]), JSON))
-def test_any_payload_of_an_event_is_passed_over_or_counted(payload):
-    assert counted(looked(Events(judged(payload), judged({**GOOD, "hint": "next"})))) == 1
+@given(
+    st.dictionaries(
+        st.sampled_from(["notification", "notification_kind", "notification_at", "x"]), JSON
+    )
+)
+def test_any_payload_of_an_event_is_skipped_or_counted(payload):
+    assert counted(polled(Events(judged(payload), judged({**GOOD, "notification": "next"})))) == 1
 
 
 @examples(max_examples=60, deadline=None)
 @given(st.datetimes(timezones=st.none() | st.timezones() | st.just(UTC)))
-def test_any_time_of_a_hint_is_a_lag_or_no_hint(at):
+def test_any_time_in_an_event_is_a_lag_or_is_skipped(at):
     for text in (at.isoformat(), at.date().isoformat()):
-        assert counted(looked(Events(judged({**GOOD, "hint_at": text}), judged(GOOD)))) >= 1
+        assert counted(polled(Events(judged({**GOOD, "notification_at": text}), judged(GOOD)))) >= 1
 
 
-def test_an_event_that_fails_is_noted_once_however_often_it_is_read():
+def test_an_event_that_fails_is_recorded_once_although_each_poll_reads_it():
     broken = judged(GOOD)
     object.__setattr__(broken, "resource", None)
-    metrics = looked(Events(broken, judged({**GOOD, "hint": "next"})), looks=5)
+    metrics = polled(Events(broken, judged({**GOOD, "notification": "next"})), looks=5)
     assert failures(metrics, "event") == 1
-    assert counted(metrics) == 2  # it is the log line of the first that failed
+    assert counted(metrics) == 2  # only writing the log line of the first event failed
 
 
-def test_labels_come_from_closed_sets_whatever_events_and_hints_say():
-    events = [judged({"hint": f"h{n}", "hint_kind": f"k-{'ab'[n % 2] * (n % 18)}",
-                      "hint_at": AT.isoformat()}) for n in range(400)]  # fmt: skip
-    metrics = looked(Events(*events))
+def test_labels_of_metrics_have_closed_sets_of_values():
+    events = [judged({"notification": f"h{n}", "notification_kind": f"k-{'ab'[n % 2] * (n % 18)}",
+                      "notification_at": AT.isoformat()}) for n in range(400)]  # fmt: skip
+    metrics = polled(Events(*events))
     for n in range(1000):
         metrics.answered(f"sender-{n}", f"kind-{n}", f"outcome-{n}", 0.1)
         metrics.run_exists(f"kind-{n}", AT)
@@ -356,15 +363,15 @@ def test_labels_come_from_closed_sets_whatever_events_and_hints_say():
 
 
 @pytest.mark.parametrize("error", [ValueError("html"), httpx.ConnectError("no"), KeyError("x")])
-def test_looks_go_on_after_any_answer(error):
+def test_polling_continues_after_any_error(error):
     client, metrics = Events(judged(GOOD)), Metrics()
     client.broken = error
     noted = Failures(metrics)
-    verdicts = Verdicts(PrefectCalls(lambda: nullcontext(client)), metrics, noted)
+    verdicts = FirstVerdictMonitor(PrefectCalls(lambda: nullcontext(client)), metrics, noted)
 
-    async def story():
+    async def scenario():
         loop = asyncio.create_task(
-            forever(Place.EVENTS, verdicts.look, every_s=0.01, failures=noted)
+            run_forever(Place.EVENTS, verdicts.poll, interval_s=0.01, failures=noted)
         )
         await asyncio.sleep(0.1)
         client.broken = None
@@ -374,21 +381,23 @@ def test_looks_go_on_after_any_answer(error):
         assert not loop.done()
         loop.cancel()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert failures(metrics, "events") >= 1
 
 
-def test_a_window_that_cannot_be_read_is_left_behind():
-    """Prefect's client reads a page as a whole: an event it cannot read fails all of them."""
+def test_a_window_that_cannot_be_read_is_skipped():
+    """Prefect's client parses a whole page: one event that it cannot parse fails all of them."""
     client, metrics = Events(), Metrics()
     client.broken = ValueError("one of the events")
-    verdicts = Verdicts(PrefectCalls(lambda: nullcontext(client)), metrics, Failures(metrics))
+    verdicts = FirstVerdictMonitor(
+        PrefectCalls(lambda: nullcontext(client)), metrics, Failures(metrics)
+    )
     with pytest.raises(ValueError, match="one of"):
-        asyncio.run(verdicts.look())
+        asyncio.run(verdicts.poll())
     assert datetime.now(UTC) - verdicts._since < timedelta(minutes=11)
 
 
-def test_pages_without_end_are_read_for_a_while_only():
+def test_the_number_of_pages_of_one_poll_is_limited():
     class Endless(Events):
         async def read_events(self, wanted, limit):
             return SimpleNamespace(events=[judged(GOOD)], next_page="http://p/next")
@@ -397,26 +406,26 @@ def test_pages_without_end_are_read_for_a_while_only():
             return await self.read_events(None, None)
 
     began = time.monotonic()
-    assert counted(looked(Endless(), looks=2)) == 1
+    assert counted(polled(Endless(), looks=2)) == 1
     assert time.monotonic() - began < 10
 
 
-def test_the_pause_grows_with_failures_in_a_row_and_the_loop_never_runs_hot():
+def test_the_pause_grows_with_each_failure_in_a_row():
     times = []
 
     async def step():
         times.append(time.monotonic())
         raise RuntimeError("always")
 
-    async def story():
+    async def scenario():
         with suppress(TimeoutError):
             async with asyncio.timeout(1):
                 metrics = Metrics()
-                await forever(
-                    Place.QUEUE, step, every_s=0.0, retry_s=0.05, failures=Failures(metrics)
+                await run_forever(
+                    Place.QUEUE, step, interval_s=0.0, retry_s=0.05, failures=Failures(metrics)
                 )
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert 3 <= len(times) <= 6
 
 
@@ -424,7 +433,7 @@ def test_the_pause_grows_with_failures_in_a_row_and_the_loop_never_runs_hot():
 
 
 class Mailbox:
-    """A queue without a dead-letter queue: what is not deleted comes back at once."""
+    """A queue without a dead-letter queue: messages return immediately unless they are deleted."""
 
     def __init__(self, *messages):
         self.messages = dict(enumerate(messages))
@@ -445,8 +454,8 @@ class Mailbox:
         del self.messages[int(message.receipt)]
 
 
-def emptied(mailbox, handler, timeout_s=20):
-    async def story():
+def process_all(mailbox, handler, timeout_s=20):
+    async def scenario():
         loop = asyncio.create_task(consume(mailbox, handler, pause_s=0.01))
         async with asyncio.timeout(timeout_s):
             while mailbox.messages:
@@ -454,11 +463,11 @@ def emptied(mailbox, handler, timeout_s=20):
                 await asyncio.sleep(0.005)
         loop.cancel()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     return handler.metrics
 
 
-def clerk_with(prefect):
+def handler_with(prefect):
     return NotificationHandler(Dispatcher(FakeRegistry({}), prefect), Metrics())
 
 
@@ -476,25 +485,25 @@ BODIES += [json.dumps(uploaded("\ud800/v1/trans_peft_manifest.json")), "\x00"]
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_a_message_that_is_never_right_is_deleted_after_some_receives(body):
+def test_an_invalid_message_is_deleted_after_the_maximum_of_receives(body):
     prefect = FakePrefect()
     box = Mailbox(("poison", body), ("good", json.dumps(uploaded())))
-    metrics = emptied(box, clerk_with(prefect))
-    assert box.received[0] == MOST_RECEIVES
+    metrics = process_all(box, handler_with(prefect))
+    assert box.received[0] == MAX_RECEIVES
     assert box.received[1] == 1
     assert len(prefect.asked) == 1
     assert not failures(metrics, "queue")
 
 
-def test_a_message_on_which_the_bridge_fails_is_deleted_after_some_receives():
+def test_a_message_on_which_the_bridge_fails_is_deleted_after_the_maximum_of_receives():
     class Buggy(FakePrefect):
         async def start(self, wanted):
             raise RuntimeError("a bug")
 
     box = Mailbox(("m", json.dumps(uploaded())))
-    metrics = emptied(box, clerk_with(Buggy()))
-    assert box.received[0] == MOST_RECEIVES
-    assert failures(metrics, "hint") == MOST_RECEIVES
+    metrics = process_all(box, handler_with(Buggy()))
+    assert box.received[0] == MAX_RECEIVES
+    assert failures(metrics, "notification") == MAX_RECEIVES
 
 
 @examples(max_examples=30, deadline=None)
@@ -503,8 +512,8 @@ def test_a_message_on_which_the_bridge_fails_is_deleted_after_some_receives():
         st.tuples(st.text(max_size=300), st.text(max_size=200) | JSON.map(json.dumps)), max_size=5
     )
 )
-def test_any_messages_are_answered_and_leave_the_queue(messages):
-    emptied(Mailbox(*messages), clerk_with(FakePrefect()))
+def test_all_messages_are_processed_and_deleted(messages):
+    process_all(Mailbox(*messages), handler_with(FakePrefect()))
 
 
 @pytest.mark.parametrize(
@@ -512,7 +521,7 @@ def test_any_messages_are_answered_and_leave_the_queue(messages):
                {"Messages": [{"Body": "x"}, {"MessageId": "1"}]},
                {"Messages": [{"Attributes": {"ApproximateReceiveCount": "many"}}]}],
 )  # fmt: skip
-def test_parts_that_the_answer_of_sqs_lacks_are_empty(answer, monkeypatch):
+def test_missing_parts_of_an_sqs_response_are_empty(answer, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -524,7 +533,7 @@ def test_parts_that_the_answer_of_sqs_lacks_are_empty(answer, monkeypatch):
 @pytest.mark.parametrize(
     "error", [KeyError("Body"), ValueError("html"), OSError("no"), TypeError()]
 )
-def test_a_queue_that_answers_oddly_is_asked_again(error):
+def test_polling_continues_after_any_error_of_the_queue(error):
     class Odd(Mailbox):
         fails = 3
 
@@ -535,11 +544,11 @@ def test_a_queue_that_answers_oddly_is_asked_again(error):
             return super().receive()
 
     box = Odd(("good", json.dumps(uploaded())))
-    metrics = emptied(box, clerk_with(FakePrefect()))
+    metrics = process_all(box, handler_with(FakePrefect()))
     assert failures(metrics, "queue") == 3
 
 
-def test_a_message_that_cannot_be_deleted_ends_nothing():
+def test_the_loop_continues_if_a_message_cannot_be_deleted():
     class Stubborn(Mailbox):
         fails = 2
 
@@ -549,5 +558,5 @@ def test_a_message_that_cannot_be_deleted_ends_nothing():
                 raise ValueError("an odd answer")
             super().delete(message)
 
-    metrics = emptied(Stubborn(("good", json.dumps(uploaded()))), clerk_with(FakePrefect()))
+    metrics = process_all(Stubborn(("good", json.dumps(uploaded()))), handler_with(FakePrefect()))
     assert failures(metrics, "message") == 2

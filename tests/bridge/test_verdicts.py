@@ -1,4 +1,4 @@
-"""From a hint to its first verdict: the tags of a run, the events of its verdicts, the metric."""
+"""From a notification to its first verdict: tags of runs, events of verdicts, the metric."""
 
 import asyncio
 from contextlib import nullcontext
@@ -12,24 +12,24 @@ from prefect.events import Event
 from infra.bridge.loops import Failures
 from infra.bridge.metrics import Metrics
 from infra.bridge.prefect_calls import PrefectCalls
-from infra.bridge.verdicts import Verdicts
+from infra.bridge.verdicts import FirstVerdictMonitor
 from tasks import events, origin, shards
 from tasks.origin import Origin
 from tests.edges.nouns import draft, outcome, peft_folder
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 
 NOW = datetime.now(UTC)
-HINT = Origin("d-1", "upload", NOW - timedelta(seconds=40))
+NOTIFICATION = Origin("d-1", "upload", NOW - timedelta(seconds=40))
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """The events that a run with the tags of `HINT` sends."""
+def sent_events(monkeypatch):
+    """The events that a run with the tags of `NOTIFICATION` sends."""
     sent = []
     monkeypatch.setattr(
         events, "emit_event", lambda event, **rest: sent.append(Event(event=event, **rest))
     )
-    monkeypatch.setattr(origin, "runtime", running([*HINT.tags, "family:smol"]))
+    monkeypatch.setattr(origin, "runtime", running([*NOTIFICATION.tags, "family:smol"]))
     return sent
 
 
@@ -73,84 +73,98 @@ def lags(metrics):
     return float(count), round(float(total))
 
 
-def verdicts_of(client, metrics):
-    return Verdicts(PrefectCalls(lambda: nullcontext(client)), metrics, Failures(metrics))
-
-
-def looked(*stored, again=()):
-    """Look at the events as if they had come a moment after the start; then at more of them."""
-
-    async def story():
-        client, metrics = Client(*stored), Metrics()
-        verdicts = verdicts_of(client, metrics)
-        verdicts._began -= timedelta(minutes=10)
-        await verdicts.look()
-        client.stored += again
-        await verdicts.look()
-        return lags(metrics)
-
-    return asyncio.run(story())
-
-
-def test_the_tags_and_the_payload_say_what_hint_it_was():
-    assert Origin.of_tags(HINT.tags) == Origin.of_payload(HINT.payload) == HINT
-    assert Origin.of_tags(["hint:a:b=c", "hinted:start-up:2026-01-01T00:00:00+00:00"]) == Origin(
-        "a:b=c", "start-up", datetime(2026, 1, 1, tzinfo=UTC)
+def monitor_of(client, metrics):
+    return FirstVerdictMonitor(
+        PrefectCalls(lambda: nullcontext(client)), metrics, Failures(metrics)
     )
 
 
+def polled(*stored, again=()):
+    """Poll events that came shortly after the start, then poll again with more of them."""
+
+    async def scenario():
+        client, metrics = Client(*stored), Metrics()
+        verdicts = monitor_of(client, metrics)
+        verdicts._began -= timedelta(minutes=10)
+        await verdicts.poll()
+        client.stored += again
+        await verdicts.poll()
+        return lags(metrics)
+
+    return asyncio.run(scenario())
+
+
+def test_tags_and_payload_are_parsed_back():
+    assert (
+        Origin.of_tags(NOTIFICATION.tags) == Origin.of_payload(NOTIFICATION.payload) == NOTIFICATION
+    )
+    assert Origin.of_tags(
+        ["notification:a:b=c", "notified:start-up:2026-01-01T00:00:00+00:00"]
+    ) == Origin("a:b=c", "start-up", datetime(2026, 1, 1, tzinfo=UTC))
+
+
 @pytest.mark.parametrize(
-    "tags", [[], ["family:x"], ["hint:d"], ["hint:d", "hinted:x"], ["hint:", HINT.tags[1]]]
+    "tags",
+    [
+        [],
+        ["family:x"],
+        ["notification:d"],
+        ["notification:d", "notified:x"],
+        ["notification:", NOTIFICATION.tags[1]],
+    ],
 )
-def test_tags_that_say_it_by_half_say_nothing(tags):
+def test_incomplete_tags_are_no_origin(tags):
     assert Origin.of_tags(tags) is None
 
 
-def test_a_run_hands_its_hint_on_and_nothing_else(told):
-    assert origin.inherited_tags() == HINT.tags
+def test_a_run_passes_on_the_tags_of_its_notification_only(sent_events):
+    assert origin.inherited_tags() == NOTIFICATION.tags
 
 
-def test_a_shard_goes_back_to_the_hint_of_the_run_that_started_it(told, monkeypatch):
+def test_a_shard_inherits_the_notification_of_the_run_that_started_it(sent_events, monkeypatch):
     started = []
     made = SimpleNamespace(id=uuid4(), state=None)
     monkeypatch.setattr(
         shards, "run_deployment", lambda name, **rest: started.append(rest["tags"]) or made
     )
     shards.start("smol", (), GatePolicy())
-    assert {*HINT.tags, "family:smol"} < {*started[0]}
-    assert Origin.of_tags(started[0]) == HINT
+    assert {*NOTIFICATION.tags, "family:smol"} < {*started[0]}
+    assert Origin.of_tags(started[0]) == NOTIFICATION
 
 
-def test_a_run_outside_of_prefect_goes_back_to_no_hint():
+def test_a_run_outside_of_prefect_has_no_origin():
     assert origin.origin() is None
     assert origin.inherited_tags() == []
 
 
-def test_an_event_tells_the_hint_that_its_run_goes_back_to(told, tmp_path):
+def test_an_event_names_the_notification_that_caused_its_run(sent_events, tmp_path):
     source = draft("chat", "smol", peft_folder(tmp_path / "peft"))
     events.adapter_judged(outcome(source, Verdict.PASSED, new_number=2))
     events.base_refused("smol/3", "s3://b/x", "why")
-    assert [Origin.of_payload(event.payload) for event in told] == [HINT, HINT]
+    assert [Origin.of_payload(event.payload) for event in sent_events] == [
+        NOTIFICATION,
+        NOTIFICATION,
+    ]
 
 
-def test_the_event_of_a_verdict_is_the_one_that_is_counted(told, tmp_path):
+def test_the_event_that_a_run_sends_is_the_one_that_is_counted(sent_events, tmp_path):
     source = draft("chat", "smol", peft_folder(tmp_path / "peft"))
     events.adapter_judged(outcome(source, Verdict.PASSED, new_number=2))
-    count, lag_s = looked(*told)
+    count, lag_s = polled(*sent_events)
     assert count == 1
     assert lag_s >= 40
 
 
-def test_the_first_verdict_of_each_hint_is_counted_once():
+def test_the_first_verdict_of_each_notification_is_counted_once():
     stored = [judged(ago_s=2, lag_s=38), judged(ago_s=0, lag_s=40), judged("d-2", ago_s=1)]
     late = [judged(ago_s=3, lag_s=37), judged("d-3", ago_s=0, lag_s=7)]
-    assert looked(*stored) == (2, 38 + 40)
-    assert looked(*stored, again=late) == (3, 38 + 40 + 7)
+    assert polled(*stored) == (2, 38 + 40)
+    assert polled(*stored, again=late) == (3, 38 + 40 + 7)
 
 
-def test_what_was_judged_before_the_bridge_began_is_not_counted_and_its_hint_has_its_first():
-    assert looked(judged(ago_s=3600), judged(ago_s=0)) == (0, 0)
+def test_verdicts_from_before_the_bridge_started_are_not_counted():
+    assert polled(judged(ago_s=3600), judged(ago_s=0)) == (0, 0)
 
 
-def test_a_verdict_that_goes_back_to_no_hint_is_not_counted():
-    assert looked(judged(notification=None)) == (0, 0)
+def test_a_verdict_without_a_notification_is_not_counted():
+    assert polled(judged(notification=None)) == (0, 0)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from tests.edges.nouns import evaluation
-from tests.faults.proxy import Faults, Weather, proxied
+from tests.faults.proxy import Faults, RandomFaults, proxied
 from tests.lifecycle.fleet import MemoryFleet
 from tests.lifecycle.test_memory_and_mlflow import Upgrade
 from trans_peft.edges.mlflow_catalog import MlflowCatalog
@@ -67,8 +67,8 @@ def test_failed_requests_do_not_change_the_final_registry(servers, unique, tmp_p
     expected = story(MemoryFleet.on_mlflow(tmp_path, f"{unique}-calm", servers.mlflow_url))
     for seed in range(1, STORMS + 1):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(seed % 2))
-        weather = Weather(seed, share=0.08)
-        with proxied(servers.mlflow_url, weather, keeps_host=False) as url:
+        faults = RandomFaults(seed, share=0.08)
+        with proxied(servers.mlflow_url, faults, keeps_host=False) as url:
             fleet = MemoryFleet.on_mlflow(tmp_path, f"{unique}-{seed}", url)
             person = MemoryFleet.on_mlflow(tmp_path, "", servers.mlflow_url).person
             ports = fleet.platform
@@ -77,7 +77,7 @@ def test_failed_requests_do_not_change_the_final_registry(servers, unique, tmp_p
                 ports, catalog=Again(ports.catalog), registry=Again(ports.registry)
             )
             assert story(fleet) == expected, seed
-        assert weather.met > 5
+        assert faults.met > 5
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from infra.stack.settings import StackSettings
-from tests.faults.upgrade import Upgrade, final_state, insist, keep_history, make_family
+from tests.faults.upgrade import Upgrade, final_state, make_family, record_alias_history, retrying
 from tests.stories.conftest import stack as fresh
 from tests.stories.place import LENIENT, Stack
 
@@ -14,36 +14,34 @@ __all__ = ["fresh"]
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--moments", type=int, default=4, help="how often each victim is killed (tests/faults)"
+        "--moments", type=int, default=4, help="number of kills of each program (tests/faults)"
     )
+    parser.addoption("--running", action="store_true", help="use the stack that `make up` started")
     parser.addoption(
-        "--running", action="store_true", help="on the stack that `make up` started, here and now"
-    )
-    parser.addoption(
-        "--faults-log", help="a file to which each fault is added, a JSON object a line"
+        "--faults-log", help="file to which each fault is appended, one JSON object per line"
     )
 
 
 @pytest.fixture(scope="session")
 def stack(request):
-    """A whole stack, as strict as tiny models bear, with a history of its aliases."""
+    """A stack with a policy that tiny models can pass, and with a history of its aliases."""
     if request.config.getoption("--running"):
-        started = Stack(StackSettings.from_environment(os.environ))
+        started = Stack(StackSettings())
     else:
         started = request.getfixturevalue("fresh")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in started.settings.client_environment.items():
             patch.setenv(name, value)
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # `insist` asks again
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # `retrying` repeats requests
         patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         patch.setenv("NO_PROXY", os.environ.get("NO_PROXY", "") + ",127.0.0.1")
-        insist(lambda: started.decide_by(policy=LENIENT))
-        keep_history(started)
+        retrying(lambda: started.set_parameters_of_reconcile(policy=LENIENT))
+        record_alias_history(started)
         yield started
 
 
 class Undisturbed:
-    """A family that nobody disturbs, upgraded as often as another was."""
+    """A family that is upgraded without faults, as often as the disturbed one."""
 
     def __init__(self, family):
         self.family = family
@@ -51,7 +49,7 @@ class Undisturbed:
         self.took_s = self._upgrade("v2")
 
     def after(self, number):
-        """Return the final state of the upgrade to v2, v3 ... by number, of which each was made."""
+        """Return the final state after the upgrade to v2, v3, ..., by number."""
         while number not in self.ends:
             self._upgrade(f"v{len(self.ends) + 2}")
         return self.ends[number]
@@ -64,19 +62,19 @@ class Undisturbed:
 
 @pytest.fixture(scope="session")
 def undisturbed(stack, tmp_path_factory):
-    """What upgrades are that nobody disturbs: how long one takes, and how they end."""
+    """The duration and the final states of upgrades without faults."""
     return Undisturbed(make_family(stack, "undisturbed", tmp_path_factory.mktemp("faults")))
 
 
 @pytest.fixture(scope="session")
 def moments(request):
-    """How often each victim is killed."""
+    """Number of kills of each program."""
     return request.config.getoption("--moments")
 
 
 @pytest.fixture(scope="session")
-def told(request):
-    """Return a function that adds a JSON line to the file of `--faults-log`, if there is one."""
+def record_fault(request):
+    """Return a function that appends a JSON line to the file of `--faults-log`, if one is set."""
     path = request.config.getoption("--faults-log")
 
     def tell(**facts):

@@ -1,6 +1,6 @@
-"""What goes wrong around an upgrade without anybody being killed: servers away, workers of our own.
+"""Helpers for faults other than kills: stopped servers, additional workers, the schedule.
 
-The schedule comes every ten minutes; a test that waits for it starts the very run that it starts.
+The schedule starts a run every ten minutes. Tests start the same run themselves instead of waiting.
 """
 
 import os
@@ -8,35 +8,35 @@ import subprocess
 import time
 from contextlib import contextmanager, suppress
 
-from infra.stack.health import healthy
+from infra.stack.health import is_healthy
 from infra.stack.machine import MARK, PROGRAM_MARK, end, marked
 from infra.stack.programs import PROGRAMS
 from infra.stack.settings import without_services
 from infra.stack.supervisor import Supervisor
-from tests.faults.upgrade import PATIENCE_S, at_work, final_state, forget, insist
+from tests.faults.upgrade import PATIENCE_S, final_state, forget, retrying, unfinished_runs
 from tests.stories.place import wait_until
 
-LULL_S = 20
-"""Where nothing at all was under way for so long, the next to come is the schedule."""
+IDLE_S = 20
+"""After this time without any unfinished run, only the schedule would start another one."""
 
 
 def schedule(stack):
     """Start the run that the schedule starts."""
-    return insist(stack.start, "reconcile")
+    return retrying(stack.start, "reconcile")
 
 
-def see_through(upgrade, patience_s=PATIENCE_S):
-    """Wait until the upgrade is over and nothing is under way; return how often it was scheduled.
+def wait_for_end(upgrade, patience_s=PATIENCE_S):
+    """Wait until the upgrade is complete and no run is unfinished. Return the scheduled runs.
 
-    The schedule comes where nobody is at work any more.
+    Starts a scheduled run whenever all runs have ended and the upgrade is not complete.
     """
     stack = upgrade.family.stack
     deadline, quiet_since, scheduled = time.monotonic() + patience_s, time.monotonic(), 0
-    while not upgrade.over() or at_work(stack):
-        assert time.monotonic() < deadline, at_work(stack)
-        if at_work(stack):
+    while not upgrade.over() or unfinished_runs(stack):
+        assert time.monotonic() < deadline, unfinished_runs(stack)
+        if unfinished_runs(stack):
             quiet_since = time.monotonic()
-        elif time.monotonic() - quiet_since > LULL_S:
+        elif time.monotonic() - quiet_since > IDLE_S:
             schedule(stack)
             scheduled, quiet_since = scheduled + 1, time.monotonic()
         time.sleep(0.5)
@@ -44,23 +44,23 @@ def see_through(upgrade, patience_s=PATIENCE_S):
 
 
 def judging(stack, family):
-    """Whether a shard of the family is at work."""
+    """Whether a shard of the family is running."""
     return any(
         run["state_type"] == "RUNNING" and run["parameters"].get("family") == family.name
-        for run in at_work(stack).values()
+        for run in unfinished_runs(stack).values()
         if "shard" in run["parameters"]
     )
 
 
-def ends_as(undisturbed, family):
-    """Assert that the family ended as an undisturbed one, and remove it."""
+def assert_ends_as(undisturbed, family):
+    """Assert that the family ended as the undisturbed one, and delete it."""
     assert final_state(family) == undisturbed.after(2)
     forget(family)
 
 
 @contextmanager
 def stopped(stack, program):
-    """Have a program of the stack stopped, so that its port refuses; then started and healthy."""
+    """Stop a program of the stack, so that its port refuses connections, and start it again."""
     manager = Supervisor(stack.settings)
     manager.stop_program(program)
     wait_until(lambda: not manager.pid(program))
@@ -68,12 +68,12 @@ def stopped(stack, program):
         yield
     finally:
         manager.start_program(program)
-        wait_until(lambda: healthy(program, stack.settings), 300)
+        wait_until(lambda: is_healthy(program, stack.settings), 300)
 
 
 @contextmanager
 def worker(stack, name, folder, **environment):
-    """Have a worker of one's own at work, as on another machine: its folder, its environment."""
+    """Run an additional worker with its own folder and environment, as on another machine."""
     settings = stack.settings
     folder.mkdir(parents=True, exist_ok=True)
     program = PROGRAMS["worker"]
@@ -92,6 +92,6 @@ def worker(stack, name, folder, **environment):
         yield running
     finally:
         running.terminate()
-        with suppress(subprocess.TimeoutExpired):  # then, as the process manager does, by force
+        with suppress(subprocess.TimeoutExpired):  # it is killed below
             running.wait(program.stop_s)
         end(marked(settings.state, name), grace_s=10)

@@ -1,8 +1,8 @@
-"""A proxy before a real server that answers wrongly, cuts bodies off, waits, or hangs up.
+"""An HTTP proxy that injects faults between a client and a real server.
 
-Before the server did its work, or after it: then the work is done and its answer is lost. A client
-that signs (S3) signs for the proxy's address and the server sees that very Host header: whatever
-passes untouched is answered by the real server. Websockets are passed through.
+A fault replaces the request, so that the server never receives it, or the response, after the
+server has done the work. S3 clients sign for the proxy's address, and the server receives that Host
+header. The proxy forwards websockets.
 """
 
 import http.client
@@ -23,12 +23,12 @@ BODIES = {
     503: "SlowDown",
     403: "ExpiredToken",
 }
-BEFORE = ("500", "503", "reset")  # the server never hears of the request
-AFTER = ("answer 500", "answer 503", "answer lost")  # it did what it was asked
+BEFORE = ("500", "503", "reset")  # the server does not receive the request
+AFTER = ("answer 500", "answer 503", "answer lost")  # the server has done the work
 
 
 class Plan(Protocol):
-    """What is done to the next request; empty: nothing."""
+    """Chooses the fault for each request; an empty text means none."""
 
     wait_s: float
     cut_at_bytes: int
@@ -38,7 +38,7 @@ class Plan(Protocol):
 
 @dataclass
 class Faults:
-    """What is done to the next requests whose path ends with `of`; `left` of them, one each."""
+    """Applies one kind of fault to the next `left` requests whose path ends with `of`."""
 
     kind: str = ""
     left: int = 0
@@ -58,8 +58,8 @@ class Faults:
 
 
 @dataclass
-class Weather:
-    """A share of all requests meets one of the kinds, by a seeded draw, while it is bad."""
+class RandomFaults:
+    """Applies faults to a share of all requests, drawn with a seed, while `bad` is true."""
 
     seed: int
     share: float
@@ -85,7 +85,7 @@ class Weather:
 
 @contextmanager
 def faulty(url: str) -> Iterator[tuple[str, Faults]]:
-    """Give the URL of a proxy before that server, and what it is to do wrong."""
+    """Yield the URL of a proxy for that server, and its faults, which the caller sets."""
     faults = Faults()
     with proxied(url, faults) as its_url:
         yield its_url, faults
@@ -93,9 +93,9 @@ def faulty(url: str) -> Iterator[tuple[str, Faults]]:
 
 @contextmanager
 def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
-    """Give the URL of a proxy before that server that does what the plan says.
+    """Yield the URL of a proxy for that server that applies the faults of the plan.
 
-    MLflow refuses every Host header but its own: `keeps_host=False`.
+    MLflow refuses other Host headers than its own; use `keeps_host=False` for it.
     """
     target = urlsplit(url).netloc
 
@@ -108,7 +108,7 @@ def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
             if kind.isdigit():
                 return self.refuse(int(kind))
             if kind == "reset":
-                return self.hang_up()
+                return self.reset_connection()
             if kind == "wait":
                 time.sleep(plan.wait_s)
             if self.headers.get("Upgrade"):
@@ -123,7 +123,7 @@ def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
             body = answer.read()
             upstream.close()
             if kind == "answer lost":
-                return self.hang_up()
+                return self.reset_connection()
             if kind.startswith("answer "):
                 return self.refuse(int(kind.removeprefix("answer ")))
             own = {"content-length", "transfer-encoding", "connection"}
@@ -132,7 +132,7 @@ def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
             for name, value in answer.getheaders():
                 if name.lower() not in own:
                     self.send_header(name, value)
-            if kind == "shorten" and self.command == "GET":  # and say that this is all
+            if kind == "shorten" and self.command == "GET":  # with a matching length
                 body = body[: plan.cut_at_bytes]
             if kind == "alter":
                 body = body[:-1] + bytes([body[-1] ^ 1])
@@ -143,7 +143,7 @@ def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
             self.end_headers()
             if kind == "truncate":
                 self.wfile.write(body[: plan.cut_at_bytes])
-                return self.hang_up()
+                return self.reset_connection()
             self.wfile.write(body)
 
         do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = do_GET  # noqa: N815
@@ -161,15 +161,15 @@ def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
 
         def refuse(self, status):
             body = (
-                f"<Error><Code>{BODIES[status]}</Code><Message>as told</Message></Error>".encode()
+                f"<Error><Code>{BODIES[status]}</Code><Message>injected</Message></Error>".encode()
             )
             self.send_response_only(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
-        def hang_up(self):
-            linger = struct.pack("ii", 1, 0)  # a reset instead of a good-bye
+        def reset_connection(self):
+            linger = struct.pack("ii", 1, 0)  # send a reset instead of closing cleanly
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -190,7 +190,7 @@ def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.handle_error = lambda *_: None  # a client that hung up is part of the play
+    server.handle_error = lambda *_: None  # clients may close the connection
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
@@ -202,7 +202,7 @@ def proxied(url: str, plan: Plan, *, keeps_host: bool = True) -> Iterator[str]:
 
 
 def pump(source, target):
-    """Pass bytes on until either side has enough."""
+    """Copy bytes until either side closes."""
     with suppress(OSError):
         while data := source.recv(1 << 16):
             target.sendall(data)

@@ -1,4 +1,4 @@
-"""A worker whose disk is full: told in words, nothing half registered, and made good later."""
+"""A full disk of a worker is reported, nothing is partly registered, and work resumes later."""
 
 import shutil
 import subprocess
@@ -6,19 +6,19 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.faults.disturb import ends_as, schedule, see_through, stopped, worker
-from tests.faults.upgrade import PATIENCE_S, Upgrade, at_work, make_family
+from tests.faults.disturb import assert_ends_as, schedule, stopped, wait_for_end, worker
+from tests.faults.upgrade import PATIENCE_S, Upgrade, make_family, unfinished_runs
 from tests.stories.place import wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(2 * 3600)]
 
 LEFT_BYTES = 16 << 10
-"""Room for locks and notes, not for a model."""
+"""Enough for locks and small files, not for a model."""
 
 
 @contextmanager
 def small_disk(folder, size_bytes=8 << 20):
-    """A disk of this size; skips where this user may not mount one."""
+    """Mount a disk of this size. Skips the test if this user may not mount."""
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -37,8 +37,8 @@ def fill(folder):
     return filler
 
 
-def test_a_full_disk_is_told_and_the_upgrade_ends_once_it_has_room(
-    stack, undisturbed, told, tmp_path
+def test_a_full_disk_is_reported_and_the_upgrade_ends_once_there_is_room(
+    stack, undisturbed, record_fault, tmp_path
 ):
     family = make_family(stack, "full", tmp_path)
     with small_disk(tmp_path / "disk") as disk:
@@ -49,23 +49,23 @@ def test_a_full_disk_is_told_and_the_upgrade_ends_once_it_has_room(
         ):
             upgrade = Upgrade(family).begin()
             wait_until(lambda: family.version("v2"), PATIENCE_S)
-            wait_until(lambda: told_of(disk, family), PATIENCE_S)
-            wait_until(lambda: not at_work(stack), PATIENCE_S)
+            wait_until(lambda: is_reported(disk, family), PATIENCE_S)
+            wait_until(lambda: not unfinished_runs(stack), PATIENCE_S)
             assert [len(versions(stack, name)) for name in family.adapters] == [1, 1]
             assert family.serving == "1"
             filler.unlink()
             schedule(stack)
-            see_through(upgrade)
-    told(fault="full disk", seconds=upgrade.seconds)
-    ends_as(undisturbed, family)
+            wait_for_end(upgrade)
+    record_fault(fault="full disk", seconds=upgrade.seconds)
+    assert_ends_as(undisturbed, family)
 
 
 def versions(stack, name):
     return stack.mlflow.search_model_versions(f"name='{name}'")
 
 
-def told_of(disk, family):
-    """Whether a reconcile failed with words about that disk: what is needed, what is there."""
+def is_reported(disk, family):
+    """Whether a reconcile failed with an error that names the disk, its needs and its space."""
     found = family.stack.prefect("POST", "flow_runs/filter", json={"limit": 200})
     messages = [run["state"]["message"] or "" for run in found if run["state_type"] == "FAILED"]
     words = (

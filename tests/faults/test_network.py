@@ -1,12 +1,12 @@
-"""Servers that are away, that fail, that lose their answers, that are slow: in mid-upgrade."""
+"""Servers that are unavailable, fail, lose responses or are slow during an upgrade."""
 
 import time
 from contextlib import ExitStack
 
 import pytest
 
-from tests.faults.disturb import ends_as, judging, see_through, stopped, worker
-from tests.faults.proxy import Weather, proxied
+from tests.faults.disturb import assert_ends_as, judging, stopped, wait_for_end, worker
+from tests.faults.proxy import RandomFaults, proxied
 from tests.faults.upgrade import PATIENCE_S, Upgrade, make_family
 from tests.stories.place import wait_until
 
@@ -22,29 +22,31 @@ VARIABLES = {
 
 
 @pytest.mark.parametrize("server", VARIABLES)
-def test_a_server_that_is_away_for_30_s_while_a_fleet_is_judged(
-    server, stack, undisturbed, told, tmp_path
+def test_a_server_is_unavailable_for_30_s_during_evaluation(
+    server, stack, undisturbed, record_fault, tmp_path
 ):
     family = make_family(stack, f"{server}-away", tmp_path)
     upgrade = Upgrade(family).begin()
     wait_until(lambda: judging(stack, family), PATIENCE_S)
     with stopped(stack, server):
         time.sleep(AWAY_S)
-    scheduled = see_through(upgrade)
-    told(fault=f"{server} away for {AWAY_S} s", seconds=upgrade.seconds, scheduled=scheduled)
-    ends_as(undisturbed, family)
+    scheduled = wait_for_end(upgrade)
+    record_fault(
+        fault=f"{server} away for {AWAY_S} s", seconds=upgrade.seconds, scheduled=scheduled
+    )
+    assert_ends_as(undisturbed, family)
 
 
 @pytest.fixture
 def behind_proxies(stack, tmp_path):
-    """Return a context manager: the only worker reaches the servers named through this weather."""
+    """Return a context in which the only worker reaches these servers through faulty proxies."""
 
-    def begin(family, weathers):
+    def begin(family, faults_by_server):
         context = ExitStack()
         environment = {}
-        for server, weather in weathers.items():
+        for server, plan in faults_by_server.items():
             url = stack.settings.urls[server]
-            own = context.enter_context(proxied(url, weather, keeps_host=server == "s3"))
+            own = context.enter_context(proxied(url, plan, keeps_host=server == "s3"))
             environment[VARIABLES[server]] = f"{own}/api" if server == "prefect" else own
         context.enter_context(stopped(stack, "worker"))
         context.enter_context(worker(stack, family.name, tmp_path / "worker", **environment))
@@ -53,34 +55,38 @@ def behind_proxies(stack, tmp_path):
     return begin
 
 
-def disturbed(stack, behind_proxies, family, weathers):
-    with behind_proxies(family, weathers):
+def disturbed(stack, behind_proxies, family, faults_by_server):
+    with behind_proxies(family, faults_by_server):
         upgrade = Upgrade(family).begin()
-        scheduled = see_through(upgrade)
+        scheduled = wait_for_end(upgrade)
         seconds = round(upgrade.seconds)
     return {
         "seconds": seconds,
         "scheduled": scheduled,
-        "requests": {server: weather.seen for server, weather in weathers.items()},
-        "disturbed": {server: weather.met for server, weather in weathers.items()},
+        "requests": {server: plan.seen for server, plan in faults_by_server.items()},
+        "disturbed": {server: plan.met for server, plan in faults_by_server.items()},
     }
 
 
-def test_servers_that_fail_and_lose_their_answers(
-    stack, undisturbed, behind_proxies, told, tmp_path
+def test_servers_fail_and_lose_responses(
+    stack, undisturbed, behind_proxies, record_fault, tmp_path
 ):
-    """500, 503 and resets, all three servers at once, before they did their work and after it."""
+    """500, 503 and resets of all three servers, before and after they did the work."""
     family = make_family(stack, "fails", tmp_path)
-    weathers = {server: Weather(seed=5, share=SHARE) for server in VARIABLES}
-    told(fault="fails", share=SHARE, **disturbed(stack, behind_proxies, family, weathers))
-    assert all(weather.met for weather in weathers.values())
-    ends_as(undisturbed, family)
+    faults_by_server = {server: RandomFaults(seed=5, share=SHARE) for server in VARIABLES}
+    record_fault(
+        fault="fails", share=SHARE, **disturbed(stack, behind_proxies, family, faults_by_server)
+    )
+    assert all(plan.met for plan in faults_by_server.values())
+    assert_ends_as(undisturbed, family)
 
 
-def test_servers_that_take_seconds_to_answer(stack, undisturbed, behind_proxies, told, tmp_path):
+def test_servers_respond_slowly(stack, undisturbed, behind_proxies, record_fault, tmp_path):
     family = make_family(stack, "slow", tmp_path)
-    weathers = {
-        server: Weather(seed=6, share=SHARE, kinds=("wait",), wait_s=3) for server in VARIABLES
+    faults_by_server = {
+        server: RandomFaults(seed=6, share=SHARE, kinds=("wait",), wait_s=3) for server in VARIABLES
     }
-    told(fault="slow", share=SHARE, **disturbed(stack, behind_proxies, family, weathers))
-    ends_as(undisturbed, family)
+    record_fault(
+        fault="slow", share=SHARE, **disturbed(stack, behind_proxies, family, faults_by_server)
+    )
+    assert_ends_as(undisturbed, family)

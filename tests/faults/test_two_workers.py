@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.faults.disturb import ends_as, see_through, worker
-from tests.faults.upgrade import PATIENCE_S, Upgrade, at_work, make_family
+from tests.faults.disturb import assert_ends_as, wait_for_end, worker
+from tests.faults.upgrade import PATIENCE_S, Upgrade, make_family, unfinished_runs
 from tests.stories.place import ROOT, wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(2 * 3600)]
@@ -36,7 +36,7 @@ def second(stack, two_slots, tmp_path):
 
 
 def test_two_workers_on_two_families_and_two_reconciles_of_each(
-    stack, undisturbed, second, told, tmp_path
+    stack, undisturbed, second, record_fault, tmp_path
 ):
     families = [make_family(stack, name, tmp_path) for name in ("left", "right")]
     upgrades = [Upgrade(family).begin() for family in families]
@@ -44,19 +44,21 @@ def test_two_workers_on_two_families_and_two_reconciles_of_each(
     for family in families * 2:
         stack.start("reconcile", family=family.name)
     for upgrade in upgrades:
-        see_through(upgrade)
-    told(fault="two workers, two families", seconds=upgrades[0].seconds)
+        wait_for_end(upgrade)
+    record_fault(fault="two workers, two families", seconds=upgrades[0].seconds)
     for family in families:
-        ends_as(undisturbed, family)
+        assert_ends_as(undisturbed, family)
 
 
-def test_two_workers_and_two_reconciles_on_one_family(stack, undisturbed, second, told, tmp_path):
+def test_two_workers_and_two_reconciles_on_one_family(
+    stack, undisturbed, second, record_fault, tmp_path
+):
     """A shard for each adapter, so that both workers have one of the family's.
 
     And each shard once more, as two reconciles would start it that cannot see each other.
     """
     family = make_family(stack, "shared", tmp_path)
-    stack.decide_by(shard_size=1)
+    stack.set_parameters_of_reconcile(shard_size=1)
     try:
         upgrade = Upgrade(family).begin()
         wait_until(lambda: family.version("v2"), PATIENCE_S)
@@ -66,16 +68,16 @@ def test_two_workers_and_two_reconciles_on_one_family(stack, undisturbed, second
         for run in shards(stack):
             stack.start("transfer-shard", **run["parameters"])
         together = 0
-        while not upgrade.over() or at_work(stack):
+        while not upgrade.over() or unfinished_runs(stack):
             running = [run for run in shards(stack) if run["state_type"] == "RUNNING"]
             together = max(together, len(running))
-        see_through(upgrade)
+        wait_for_end(upgrade)
     finally:
-        stack.decide_by(shard_size=16)
-    told(fault="two workers, one family", seconds=upgrade.seconds, shards_at_once=together)
-    ends_as(undisturbed, family)
+        stack.set_parameters_of_reconcile(shard_size=16)
+    record_fault(fault="two workers, one family", seconds=upgrade.seconds, shards_at_once=together)
+    assert_ends_as(undisturbed, family)
 
 
 def shards(stack):
     """Return the shards that are not over."""
-    return [run for run in at_work(stack).values() if "shard" in run["parameters"]]
+    return [run for run in unfinished_runs(stack).values() if "shard" in run["parameters"]]

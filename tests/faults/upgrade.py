@@ -1,13 +1,13 @@
-"""Upgrades of a family on a running stack, and what they leave behind in the registry.
+"""Upgrades of a family on a running stack, and the resulting state of the registry.
 
-Every family has the same weights, adapters and questions, and a chat template of its own: so the
-same answers under other fingerprints, and two families that went the same way end in the same
-state. `final_state` is all that MLflow's registry holds of one, with what names the family and what
-tells the time taken out; two are compared with ==. A family is upgraded again and again, v1 to v2
-to v3: to make one takes as long as an upgrade.
+All families have the same weights, adapters and questions, and a different chat template each. Their
+answers are therefore equal and their fingerprints differ, and two families with the same history
+end in the same state. `final_state` returns the content of MLflow's registry for one family without
+times and without the names of the family, so that two states can be compared with ==. One family is
+upgraded repeatedly, from v1 to v2 to v3, because creating a family takes as long as an upgrade.
 
-MLflow keeps no history of its aliases. A trigger in its database writes one (`keep_history`), so
-that "moved once" is counted where it is written and not where somebody looked.
+MLflow keeps no history of its aliases. A trigger in its database records one
+(`record_alias_history`), so that tests can count the moves of an alias.
 """
 
 import json
@@ -60,7 +60,7 @@ CREATE TRIGGER IF NOT EXISTS remove_alias AFTER DELETE ON registered_model_alias
 _TIMES = {"attempts", "run_id", "seconds", "time_ms"}
 
 
-def insist(call, *arguments, patience_s=PATIENCE_S):
+def retrying(call, *arguments, patience_s=PATIENCE_S):
     """Return what the call gives; while a server is away, ask again, as a person does."""
     deadline = time.monotonic() + patience_s
     while True:
@@ -84,7 +84,7 @@ class Family:
     @property
     def serving(self):
         """The number of the version that serves."""
-        return insist(self.stack.alias, self.name, "serving")
+        return retrying(self.stack.alias, self.name, "serving")
 
     def write(self, label):
         """Write the files of a version, the same weights for every family, and return where."""
@@ -94,7 +94,7 @@ class Family:
 
     def version(self, label):
         """Return MLflow's version of the base with this label; None while it is not ready."""
-        for found in insist(self.stack.mlflow.search_model_versions, f"name='{self.name}'"):
+        for found in retrying(self.stack.mlflow.search_model_versions, f"name='{self.name}'"):
             tags = found.tags
             if (tags.get("trans_peft.version"), tags.get("trans_peft.ready")) == (label, "true"):
                 return found
@@ -135,7 +135,7 @@ class Upgrade:
         """
         wait_until(self.over, patience_s)
         took_s = self.seconds
-        wait_until(lambda: not at_work(self.family.stack), patience_s)
+        wait_until(lambda: not unfinished_runs(self.family.stack), patience_s)
         return took_s
 
     def _upload_and_promote(self, folder):
@@ -143,11 +143,11 @@ class Upgrade:
         upload(stack, folder, family.name, self.label)
         wait_until(lambda: family.version(self.label), PATIENCE_S)
         number = family.version(self.label).version
-        insist(stack.champion, number, family.name)
+        retrying(stack.champion, number, family.name)
         return number
 
 
-def keep_history(stack):
+def record_alias_history(stack):
     """Have MLflow's database write down every move of an alias."""
     with _database(stack) as database:
         database.executescript(_TRIGGERS)
@@ -172,7 +172,7 @@ def make_family(stack, name, folder, adapters=2):
         runs=MlflowRunLog(url),
         work_dir=folder / "work",
     )
-    v1 = f"s3://data/{name}/v1"  # not watched: no hint is meant
+    v1 = f"s3://data/{name}/v1"  # not watched: no notification is meant
     publish(folder / "v1", v1, family=name, version="v1", store=platform.store)
     ingest(Upload(v1), platform)
     suite = Suite("parity", DataSource(uri=_questions(stack)), scoring="choice")
@@ -182,7 +182,7 @@ def make_family(stack, name, folder, adapters=2):
               base_version="v1")  # fmt: skip
     stack.champion("1", name)
     wait_until(lambda: stack.alias(name, "serving") == "1", PATIENCE_S)
-    wait_until(lambda: not at_work(stack), PATIENCE_S)
+    wait_until(lambda: not unfinished_runs(stack), PATIENCE_S)
     return Family(stack, name, names, folder)
 
 
@@ -212,17 +212,17 @@ def upload(stack, folder, family, version, bucket="bases"):
     files[Manifest.FILE_NAME] = json.dumps(manifest).encode()
     for name, data in files.items():
         key = f"{family}/{version}/{name}"
-        insist(lambda key=key, data=data: stack.s3.put_object(Bucket=bucket, Key=key, Body=data))
+        retrying(lambda key=key, data=data: stack.s3.put_object(Bucket=bucket, Key=key, Body=data))
 
 
-def at_work(stack):
+def unfinished_runs(stack):
     """Return Prefect's flow runs that are not over, by id, each with the name of its `flow`.
 
     Not those that the schedule has planned for later.
     """
     soon = {"before_": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 1))}
     wanted = {"state": {"type": {"not_any_": sorted(FINAL)}}, "expected_start_time": soon}
-    found = insist(
+    found = retrying(
         lambda: stack.prefect("POST", "flow_runs/filter", json={"flow_runs": wanted, "limit": 200})
     )
     return {run["id"]: {**run, "flow": _flow(stack.settings, run["flow_id"])} for run in found}
@@ -238,10 +238,10 @@ def moves(stack, name, alias):
 
 
 def promotions(family):
-    """Return the bases of the family's promotion events, which are told after the write.
+    """Return the bases of the family's promotion events.
 
-    So none where the process died in between, and two where two wrote the same at once: how often
-    an alias was really moved is in `final_state`.
+    Events are sent after the write. There is none if the process died in between, and there are two
+    if two processes wrote at the same time. `final_state` has the actual moves of the alias.
     """
     wanted = {"event": {"name": ["trans-peft.fleet.promoted"]}, "order": "ASC"}
     wanted["resource"] = {"id": [f"trans-peft.family.{family.name}"]}
@@ -299,7 +299,7 @@ def final_state(family):
         "evaluated": _counted(family, "evaluations", "adapter", "base", "suite"),
         "judged": _counted(family, "transfers", "adapter", "base", "verdict"),
     }
-    return json.loads(_in_words(json.dumps(state, indent=1, sort_keys=True), words))
+    return json.loads(_with_labels(json.dumps(state, indent=1, sort_keys=True), words))
 
 
 def _numbers(found):
@@ -362,7 +362,7 @@ def _counted(family, purpose, *tags):
     return Counter(word for word in words if not word.endswith(" failed"))
 
 
-def _in_words(text, words):
+def _with_labels(text, words):
     for literal in sorted(words, key=len, reverse=True):
         text = text.replace(literal, words[literal])
     return text
@@ -372,7 +372,7 @@ def _in_words(text, words):
 def _flow(settings, flow_id):
     url = f"{settings.urls['prefect']}/api/flows/{flow_id}"
     ask = partial(httpx.get, url, auth=settings.prefect_auth, timeout=60)
-    return insist(lambda: ask().raise_for_status().json())["name"]
+    return retrying(lambda: ask().raise_for_status().json())["name"]
 
 
 def _database(stack):

@@ -260,7 +260,7 @@ class TestOvertaken:
             world.fleet.add_base("v3")
             world.at = once(position, lambda world=world: promote(world.fleet, number))
             world.reconcile(monkeypatch, wait=True)
-            world.reconcile(monkeypatch, wait=True)  # the hint's own run
+            world.reconcile(monkeypatch, wait=True)  # the notification's own run
             assert world.fleet.serving == number, position
             assert_judged_once(world)
 
@@ -302,7 +302,7 @@ class TestOvertaken:
             work_one_shard()
             world.work_one_shard = work_one_shard
             fleet.promote(fleet.add_base("v3"))
-            world.reconcile(monkeypatch)  # the hint's own run
+            world.reconcile(monkeypatch)  # the notification's own run
 
         world.work_one_shard = promote_v3_after_the_first_shard
         world.reconcile(monkeypatch, wait=True)

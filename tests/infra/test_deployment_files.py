@@ -1,4 +1,4 @@
-"""What is not started in tests is at least whole: placeholders have values, files are there."""
+"""Files of deployments that tests cannot start: placeholders have values, and files exist."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def test_every_variable_of_compose_is_in_the_example():
     assert used == set(re.findall(r"^(\w+)=", example, re.MULTILINE))
 
 
-def test_compose_builds_stages_that_exist_and_waits_for_services_that_exist():
+def test_compose_names_existing_stages_and_services():
     stages = set(re.findall(r"^FROM \S+ AS (\w+)", DOCKERFILE, re.MULTILINE))
     for service in COMPOSE["services"].values():
         assert service.get("build", {}).get("target", "worker") in stages
@@ -90,23 +90,23 @@ def test_no_server_of_compose_is_open_to_the_network(service):
         assert port.startswith("127.0.0.1:")
 
 
-def test_prefect_of_compose_asks_for_a_password_and_answers_no_other_page():
+def test_prefect_of_compose_requires_a_password_and_refuses_other_pages():
     server = COMPOSE["services"]["prefect"]["environment"]
     assert server["PREFECT_SERVER_API_AUTH_STRING"] == "${PREFECT_AUTH:?}"
     assert "*" not in server["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
     clients = {"deploy", "bridge", "webhooks", "worker"}
-    told = {
+    authenticated = {
         name
         for name, service in COMPOSE["services"].items()
         if service.get("environment", {}).get("PREFECT_API_AUTH_STRING") == "${PREFECT_AUTH:?}"
     }
-    assert told == clients
+    assert authenticated == clients
 
 
 @pytest.mark.parametrize(
     "template", [TEMPLATE, PROCESS_JOB_TEMPLATE], ids=["kubernetes", "process"]
 )
-def test_no_template_lets_a_run_choose_what_is_executed_with_which_rights(template):
+def test_no_job_template_has_variables_for_command_or_rights(template):
     chosen = template["variables"]["properties"]
     assert template["variables"]["additionalProperties"] is False
     assert not chosen.keys() & {
@@ -117,7 +117,7 @@ def test_no_template_lets_a_run_choose_what_is_executed_with_which_rights(templa
     assert {*placeholders} <= chosen.keys()
 
 
-def test_the_image_carries_what_the_worker_imports():
+def test_the_image_contains_what_the_worker_imports():
     copied = set(re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE))
     names = {name for line in copied for name in line.split()}
     assert {"trans_peft", "tasks", "flows", "infra", "prefect.yaml", "locks"} <= names
@@ -125,8 +125,8 @@ def test_the_image_carries_what_the_worker_imports():
     assert {f"!{name}" for name in names} <= set(ignored)
 
 
-def test_a_worker_in_a_container_is_told_what_a_worker_here_is_told(tmp_path):
-    here = set(PROGRAMS["worker"].environment(StackSettings(tmp_path)))
+def test_a_worker_in_a_container_has_the_variables_of_a_local_worker(tmp_path):
+    here = set(PROGRAMS["worker"].environment(StackSettings(state=tmp_path)))
     image = set(re.findall(r"(TRANS_PEFT_\w+)=", DOCKERFILE))
     there = set(COMPOSE["services"]["worker"]["environment"]) | image
     assert {name for name in here if name.startswith("TRANS_PEFT_")} <= there
@@ -138,7 +138,7 @@ def test_every_placeholder_of_the_kubernetes_template_is_a_variable_and_every_va
     assert used == set(TEMPLATE["variables"]["properties"])
 
 
-def test_a_pod_has_no_gpu_unless_a_deployment_asks_for_it():
+def test_a_pod_has_a_gpu_only_if_its_deployment_requests_one():
     assert TEMPLATE["variables"]["properties"]["gpus"]["default"] == 0
     prefect = yaml.safe_load((INFRA.parent / "prefect.yaml").read_text())
     for deployment in prefect["deployments"]:

@@ -10,7 +10,7 @@ import pytest
 from infra.stack.machine import MARK, end, free_ports, marked, owner, port_is_free
 
 
-def test_a_port_is_taken_while_somebody_listens_and_its_owner_is_named():
+def test_a_port_is_taken_while_a_process_listens_and_its_owner_is_named():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -28,7 +28,7 @@ def test_free_ports_are_different_and_free():
 
 @pytest.fixture
 def family(tmp_path):
-    """A marked process that ignores SIGTERM, its child in another session, and a stranger."""
+    """A marked process that ignores SIGTERM, its child in another session, and an unmarked one."""
     code = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -56,7 +56,7 @@ def family(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_every_process_with_the_mark_is_found_and_ended_and_no_other(family, tmp_path):
+def test_exactly_the_marked_processes_are_found_and_ended(family, tmp_path):
     ours, child, stranger = family
     found = marked(tmp_path)
     assert {process.pid for process in found} == {ours.pid, child}

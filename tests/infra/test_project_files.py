@@ -1,4 +1,4 @@
-"""The files at the root say the same things as the code."""
+"""The files in the root folder agree with the code and with each other."""
 
 import ast
 import re
@@ -38,7 +38,7 @@ TARGETS += ["test", "check", "format", "lock"]
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["entrypoint"])
-def test_a_deployment_runs_a_flow_that_exists_where_somebody_works(deployment):
+def test_a_deployment_names_an_existing_flow_pool_and_queue(deployment):
     path, function = deployment["entrypoint"].split(":")
     flow = getattr(import_module(path.removesuffix(".py").replace("/", ".")), function)
     assert flow.name == function.replace("_", "-")
@@ -47,7 +47,7 @@ def test_a_deployment_runs_a_flow_that_exists_where_somebody_works(deployment):
     assert deployment["work_pool"]["work_queue_name"] in QUEUES
 
 
-def test_whoever_waits_for_gpu_work_holds_no_place_in_its_queue():
+def test_reconcile_does_not_wait_in_the_queue_of_its_shards():
     queues = {d["entrypoint"].split(":")[1]: d["work_pool"]["work_queue_name"] for d in DEPLOYMENTS}
     assert queues["reconcile"] == "control"
     assert queues["transfer_shard"] == queues["train_adapter"] == "gpu"
@@ -55,7 +55,7 @@ def test_whoever_waits_for_gpu_work_holds_no_place_in_its_queue():
     assert QUEUES["control"].priority < QUEUES["gpu"].priority
 
 
-def test_no_path_of_one_machine_is_deployed():
+def test_no_deployment_contains_a_path_of_one_machine():
     assert str(Path.home()) not in (ROOT / "prefect.yaml").read_text()
     assert "{{ $TRANS_PEFT_CHECKOUT }}" in (ROOT / "prefect.yaml").read_text()
 
@@ -78,7 +78,7 @@ def test_a_lock_has_the_versions_of_the_constraints_and_a_hash_for_each(name):
     assert not other, f"make lock KEEP=--keep: {other}"
 
 
-def test_setup_installs_by_hash_whatever_the_project_needs_but_torch():
+def test_setup_locks_all_dependencies_except_torch():
     locked = pins((ROOT / "locks" / "setup.txt").read_text())
     extras = {"platform", "stack", "demo", "dev"}
     needed, seen = {("trans-peft", extra) for extra in extras} | {("trans-peft", "")}, set()
@@ -98,8 +98,8 @@ def test_setup_installs_by_hash_whatever_the_project_needs_but_torch():
 
 
 @pytest.mark.parametrize("path", ["Makefile", ".ci/run", "infra/containers/Dockerfile"])
-def test_whatever_installs_a_package_by_version_alone_has_installed_its_dependencies_by_hash(path):
-    """The rest is this project, and torch."""
+def test_only_the_project_and_torch_are_installed_without_hashes(path):
+    """The exceptions are this project and torch."""
     text = (ROOT / path).read_text().replace("\\\n", " ")
     for line in text.splitlines():
         if "pip install" in line and not line.startswith("#"):
@@ -110,17 +110,17 @@ def test_whatever_installs_a_package_by_version_alone_has_installed_its_dependen
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_make_knows_the_target_and_teaches_it(target):
+def test_make_has_the_target_and_describes_it(target):
     dry = subprocess.run(
         ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert dry.returncode == 0, dry.stderr
-    taught = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert f"make {target} " in taught
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"make {target} " in shown
 
 
 @pytest.mark.parametrize("part", ["errors.py", "ports.py", "domain"])
-def test_nouns_ports_and_errors_stand_on_the_standard_library(part):
+def test_domain_ports_and_errors_import_the_standard_library_only(part):
     path = ROOT / "trans_peft" / part
     for file in [path] if path.is_file() else path.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

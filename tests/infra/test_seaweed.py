@@ -5,7 +5,7 @@ import psutil
 import pytest
 
 from infra.stack import seaweed
-from tests.infra.strangers import SECRET, answers_without_credentials, ports_of, speaks_grpc
+from tests.infra.unauthenticated import SECRET, answers_without_credentials, ports_of, speaks_grpc
 
 pytestmark = pytest.mark.servers
 
@@ -38,8 +38,8 @@ def test_no_port_reads_or_writes_a_bucket_without_credentials(servers, weed):
     assert s3.get_object(Bucket="bases", Key="secret/big")["Body"].read() == SECRET * 500_000
 
 
-def test_only_the_parts_speak_grpc(weed, tmp_path):
-    """Not without a certificate, and not with one of another authority."""
+def test_grpc_requires_the_certificate_of_the_server(weed, tmp_path):
+    """Neither no certificate nor one of another authority is accepted."""
     tls = f"{option(weed, 'dir')}/tls"
     other = tmp_path / "tls"
     other.mkdir()
@@ -52,7 +52,7 @@ def test_only_the_parts_speak_grpc(weed, tmp_path):
             assert not speaks_grpc(port), name
 
 
-def test_what_the_server_is_told_is_for_its_owner_alone(tmp_path):
+def test_only_the_owner_can_read_the_configuration(tmp_path):
     ports = dict.fromkeys(seaweed.INNER_PORTS, 1)
     command = seaweed.command(tmp_path, port=2, inner_ports=ports, credentials=("key", "word"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,5 +1,6 @@
 import json
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,27 @@ from trans_peft.errors import InvalidSpecError
 ports = st.lists(st.integers(1024, 65535), min_size=4, max_size=4, unique=True)
 
 
+def settings_from(environment):
+    """Read the settings from these variables alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for field in StackSettings.model_fields.values():
+            patch.delenv(field.validation_alias, raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return StackSettings()
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_shell(monkeypatch):
+    for field in StackSettings.model_fields.values():
+        monkeypatch.delenv(field.validation_alias, raising=False)
+
+
 @given(ports, st.integers(1, 64), st.sampled_from(["", "postgresql+psycopg2://u:p%40@h/db"]))
-def test_settings_survive_the_way_through_the_environment(chosen, slots, database):
+def test_settings_are_read_back_from_their_own_environment(chosen, slots, database):
     s3, mlflow, prefect, bridge = chosen
     settings = StackSettings(
-        Path("/tmp/s"),
+        state=Path("/tmp/s"),
         s3_port=s3,
         mlflow_port=mlflow,
         prefect_port=prefect,
@@ -26,46 +43,49 @@ def test_settings_survive_the_way_through_the_environment(chosen, slots, databas
         gpu_slots=slots,
         mlflow_database=database,
     )
-    assert StackSettings.from_environment(settings.to_environment()) == settings
+    assert settings_from(settings.to_environment()) == settings
 
 
-def test_without_any_variable_the_state_lies_in_the_checkout():
-    settings = StackSettings.from_environment({"MLFLOW_PORT": ""})
+def test_the_default_state_folder_is_in_the_checkout():
+    settings = settings_from({"MLFLOW_PORT": ""})
     assert settings.state == settings.checkout / ".state"
     assert (settings.checkout / "pyproject.toml").exists()
     assert settings.urls["mlflow"] == "http://127.0.0.1:5500"
 
 
 @pytest.mark.parametrize(
-    ("environ", "words"),
+    ("environ", "message"),
     [
         ({"MLFLOW_PORT": "http"}, "MLFLOW_PORT"),
-        ({"S3_PORT": "80"}, "S3_PORT is 80"),
-        ({"S3_PORT": "70000"}, "S3_PORT is 70000"),
-        ({"S3_PORT": "5500"}, "two servers on one port"),
+        ({"S3_PORT": "80"}, "S3_PORT: .* found '80'"),
+        ({"S3_PORT": "70000"}, "S3_PORT: .* found '70000'"),
+        ({"S3_PORT": "5500"}, "two servers have the same port: S3_PORT=5500, MLFLOW_PORT=5500"),
         ({"GPU_SLOTS": "0"}, "GPU_SLOTS"),
-        ({"TRANS_PEFT_STATE": "/tmp/" + "x" * 100}, "too long a path"),
-        ({"TRANS_PEFT_STATE": "/tmp/50%"}, "has a %"),
+        ({"TRANS_PEFT_STATE": "/tmp/" + "x" * 100}, "is too long"),
+        ({"TRANS_PEFT_STATE": "/tmp/50%"}, "contains a %"),
+        ({"TRANS_PEFT_FAMILIES": "{"}, "TRANS_PEFT_FAMILIES: no JSON object"),
+        ({"TRANS_PEFT_FAMILIES": '{"smol": {"prefix": ""}}'}, "smol.prefix"),
+        ({"TRANS_PEFT_FAMILIES": '{"a b": {}}'}, "TRANS_PEFT_FAMILIES: .*'a b'"),
     ],
 )
-def test_what_cannot_work_is_refused_in_words(environ, words):
-    with pytest.raises(InvalidSpecError, match=words):
-        StackSettings.from_environment(environ)
+def test_invalid_settings_are_refused(environ, message):
+    with pytest.raises(InvalidSpecError, match=message):
+        settings_from(environ)
 
 
-def test_all_problems_are_told_at_once():
-    with pytest.raises(InvalidSpecError, match=r"S3_PORT is 1.*GPU_SLOTS is 0"):
-        StackSettings.from_environment({"S3_PORT": "1", "GPU_SLOTS": "0"})
+def test_all_invalid_settings_are_reported_at_once():
+    with pytest.raises(InvalidSpecError, match=r"S3_PORT: .*; GPU_SLOTS: "):
+        settings_from({"S3_PORT": "1", "GPU_SLOTS": "0"})
 
 
-def test_secrets_are_made_once_and_for_the_owner_alone(tmp_path):
+def test_secrets_are_generated_once_and_readable_by_the_owner_only(tmp_path):
     path = tmp_path / "secrets.json"
     assert Secrets.of(path) == Secrets.of(path)
     assert path.stat().st_mode & 0o077 == 0
     assert Secrets.of(path) != Secrets.of(tmp_path / "other.json")
 
 
-def test_a_state_folder_of_an_earlier_release_keeps_its_secrets_and_gets_the_new_ones(tmp_path):
+def test_existing_secrets_are_kept_and_missing_ones_are_added(tmp_path):
     path = tmp_path / "secrets.json"
     old = {"s3_access_key": "a", "s3_secret_key": "s", "webhook_key": "w"}
     path.write_text(json.dumps(old))
@@ -85,25 +105,27 @@ def test_without_a_stack_there_is_no_password(verb, tmp_path, monkeypatch, capsy
     assert not (tmp_path / "nothing").exists()
 
 
-def test_the_bridge_alone_knows_what_its_senders_sign_with(tmp_path):
-    settings = StackSettings(tmp_path)
-    told = {name: dict(program.environment(settings)) for name, program in PROGRAMS.items()}
+def test_only_the_bridge_gets_the_secrets_of_its_senders(tmp_path):
+    settings = StackSettings(state=tmp_path)
+    environments = {name: dict(program.environment(settings)) for name, program in PROGRAMS.items()}
     secret = settings.secrets.bridge_mlflow_secret
-    assert [name for name, environment in told.items() if secret in environment.values()] == [
-        "bridge"
-    ]
+    assert [
+        name for name, environment in environments.items() if secret in environment.values()
+    ] == ["bridge"]
 
 
-def test_prefect_s_clients_have_the_password_that_its_server_asks_for(tmp_path):
-    settings = StackSettings(tmp_path)
-    told = {name: dict(program.environment(settings)) for name, program in PROGRAMS.items()}
-    password = told["prefect"]["PREFECT_SERVER_API_AUTH_STRING"]
+def test_prefects_clients_have_the_password_of_its_server(tmp_path):
+    settings = StackSettings(state=tmp_path)
+    environments = {name: dict(program.environment(settings)) for name, program in PROGRAMS.items()}
+    password = environments["prefect"]["PREFECT_SERVER_API_AUTH_STRING"]
     assert password == ":".join(settings.prefect_auth)
     for name in ("prefect", "worker", "bridge"):
-        assert told[name]["PREFECT_API_AUTH_STRING"] == password
+        assert environments[name]["PREFECT_API_AUTH_STRING"] == password
     assert settings.client_environment["PREFECT_API_AUTH_STRING"] == password
-    assert settings.secrets.prefect_password not in str(told["s3"]) + str(told["mlflow"])
-    origins = told["prefect"]["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    assert settings.secrets.prefect_password not in str(environments["s3"]) + str(
+        environments["mlflow"]
+    )
+    origins = environments["prefect"]["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
     assert origins == ["http://127.0.0.1:4250", "http://localhost:4250"]
 
 
@@ -111,7 +133,7 @@ def test_the_webhook_key_is_a_fernet_key(tmp_path):
     from cryptography.fernet import Fernet
 
     key = Fernet(Secrets.of(tmp_path / "secrets.json").webhook_key)
-    assert key.decrypt(key.encrypt(b"hint")) == b"hint"
+    assert key.decrypt(key.encrypt(b"notification")) == b"notification"
 
 
 def test_other_servers_of_the_shell_are_not_inherited():
@@ -129,21 +151,49 @@ def test_other_servers_of_the_shell_are_not_inherited():
     }
 
 
-def test_a_client_reaches_this_stack_and_writes_below_its_state(tmp_path):
-    client = StackSettings(tmp_path, prefect_port=4321).client_environment
+def test_a_client_uses_this_stack_and_its_state_folder(tmp_path):
+    client = StackSettings(state=tmp_path, prefect_port=4321).client_environment
     assert client["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
     for variable in ("PREFECT_HOME", "PREFECT_PROFILES_PATH"):
         assert Path(client[variable]).is_relative_to(tmp_path)
 
 
-def test_databases_are_told_to_their_server_alone(tmp_path):
+def test_only_the_servers_get_their_database_urls(tmp_path):
     settings = StackSettings(
-        tmp_path,
+        state=tmp_path,
         mlflow_database="postgresql+psycopg2://mlflow",
         prefect_database="postgresql+asyncpg://prefect",
     )
-    told = {name: dict(program.environment(settings)) for name, program in PROGRAMS.items()}
-    assert told["mlflow"]["MLFLOW_BACKEND_STORE_URI"] == "postgresql+psycopg2://mlflow"
-    assert told["prefect"]["PREFECT_API_DATABASE_CONNECTION_URL"] == "postgresql+asyncpg://prefect"
-    assert "postgresql" not in str(told["worker"]) + str(told["s3"])
+    environments = {name: dict(program.environment(settings)) for name, program in PROGRAMS.items()}
+    assert environments["mlflow"]["MLFLOW_BACKEND_STORE_URI"] == "postgresql+psycopg2://mlflow"
+    assert (
+        environments["prefect"]["PREFECT_API_DATABASE_CONNECTION_URL"]
+        == "postgresql+asyncpg://prefect"
+    )
+    assert "postgresql" not in str(environments["worker"]) + str(environments["s3"])
     assert not any("postgresql" in part for p in PROGRAMS.values() for part in p.command(settings))
+
+
+def test_up_passes_the_settings_of_the_worker_on(tmp_path):
+    families = '{"smol": {"key": "/etc/trans-peft/smol.pem"}}'
+    chosen = {
+        "TRANS_PEFT_FAMILIES": families,
+        "TRANS_PEFT_READABLE": "hub:openai/*",
+        "TRANS_PEFT_SANDBOX_MAY_LACK": "user",
+    }
+    settings = settings_from({**chosen, "TRANS_PEFT_STATE": str(tmp_path)})
+    worker = PROGRAMS["worker"].environment(settings)
+    assert {name: worker[name] for name in chosen} == chosen
+    assert settings.to_environment().items() >= chosen.items()  # the process manager passes these
+
+
+def test_variables_after_make_reach_the_recipe():
+    """Variables after `make` become environment variables of the recipe."""
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "--file", "-", "show", "TRANS_PEFT_READABLE=hub:a/b"],
+        input="show:\n\t@echo $$TRANS_PEFT_READABLE\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == "hub:a/b"

@@ -1,4 +1,4 @@
-"""The stack as a person meets it: by its command line, with real servers."""
+"""The stack through its command line, with real servers."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from mlflow import MlflowClient
 
 from infra.bridge.authentication import sign
 from infra.bridge.webhooks import EVENTS
-from infra.stack.health import healthy
+from infra.stack.health import is_healthy
 from infra.stack.job_template import PROCESS_JOB_TEMPLATE
 from infra.stack.machine import marked, port_is_free
-from infra.stack.programs import left_behind
+from infra.stack.programs import leftover_sockets
 from infra.stack.settings import BUCKETS, StackSettings
 from infra.stack.supervisor import Supervisor
-from tests.infra.strangers import SECRET, answers_without_credentials, ports_of
+from tests.infra.unauthenticated import SECRET, answers_without_credentials, ports_of
 from tests.stories.place import ROOT, settings_below
 
 pytestmark = pytest.mark.stack
@@ -44,11 +44,11 @@ def stack(verb, settings, **more):
     )
 
 
-def test_a_port_in_use_is_told_at_once_with_its_owner_and_nothing_starts(tmp_path):
+def test_a_port_in_use_is_reported_with_its_owner_and_nothing_starts(tmp_path):
     settings = settings_below(tmp_path / "state")
-    with socket.socket() as somebody:
-        somebody.bind(("127.0.0.1", settings.mlflow_port))
-        somebody.listen()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", settings.mlflow_port))
+        other.listen()
         refused = stack("up", settings)
     assert refused.returncode == 1
     assert f"port {settings.mlflow_port} is in use by process {os.getpid()}" in refused.stderr
@@ -63,15 +63,15 @@ def test_down_and_status_without_a_stack(tmp_path):
     assert stack("status", settings).returncode == 1
 
 
-def test_a_server_that_dies_is_told_with_its_last_words_and_nothing_stays(tmp_path):
+def test_a_server_that_exits_is_reported_with_its_log_and_all_programs_stop(tmp_path):
     settings = settings_below(tmp_path / "state")
     died = stack("up", settings, MLFLOW_BACKEND_STORE_URI="no-such-database://")
     assert died.returncode == 1
-    assert "mlflow died while it started" in died.stderr
+    assert "mlflow exited during its start" in died.stderr
     assert "no-such-database" in died.stderr
     assert "stopped" in died.stdout
     assert marked(settings.state) == []
-    assert left_behind(settings) == []
+    assert leftover_sockets(settings) == []
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Running:
         return {name: p.pid for name, p in Supervisor(self.settings).programs().items()}
 
     def prefect(self, path, *, method="POST", **body):
-        """Ask as Prefect's own client does: SQLite that is busy answers 503."""
+        """Retry as Prefect's own client does, because a busy SQLite answers 503."""
         url, auth = f"{self.settings.urls['prefect']}/api/{path}", self.settings.prefect_auth
         for pause_s in (1, 2, 4, 8, 0):
             answer = httpx.request(method, url, json=body, auth=auth, timeout=60)
@@ -130,7 +130,7 @@ def running(tmp_path_factory):
         stack("down", settings)
 
 
-def test_up_tells_the_four_urls_and_every_program_is_healthy(running):
+def test_up_shows_the_four_urls_and_every_program_is_healthy(running):
     for url in running.settings.urls.values():
         assert url in running.output
     assert stack("status", running.settings).returncode == 0
@@ -169,8 +169,8 @@ def test_the_worker_runs_a_flow_from_the_checkout_against_the_servers(running):
     assert state["type"] == "COMPLETED", (running.settings.logs / "worker.log").read_text()[-3000:]
 
 
-def hinted(running, deadline_s=30):
-    """The runs of reconcile that hints started, by the words of the bridge's log."""
+def log_lines(running, deadline_s=30):
+    """Yield the lines of the bridge's log, again and again until the deadline."""
     deadline = time.monotonic() + deadline_s
     while time.monotonic() < deadline:
         for line in (running.settings.logs / "bridge.log").read_text().splitlines():
@@ -179,8 +179,8 @@ def hinted(running, deadline_s=30):
 
 
 def run_of(running, kind, about):
-    """The run that the bridge started, or found waiting, for this hint."""
-    for line in hinted(running):
+    """Return the log line of this notification, and the run that it started or found."""
+    for line in log_lines(running):
         if (line.get("kind"), line.get("about")) == (kind, about):
             assert line["outcome"] in ("started", "waiting"), line
             asked = running.prefect("flow_runs/filter", flow_runs={"id": {"any_": [line["run"]]}})
@@ -191,33 +191,33 @@ def run_of(running, kind, about):
 
 def test_the_bridge_starts_one_reconcile_when_it_starts(running):
     line, run = run_of(running, "start-up", "")
-    hint, hinted_at = sorted(run["tags"])
-    assert hint == f"hint:{line['delivery']}"
-    at = datetime.fromisoformat(hinted_at.removeprefix("hinted:start-up:"))
+    notification, notified_at = sorted(run["tags"])
+    assert notification == f"notification:{line['delivery']}"
+    at = datetime.fromisoformat(notified_at.removeprefix("notified:start-up:"))
     assert at <= datetime.fromisoformat(run["created"])
     assert run["parameters"]["family"] is None
 
 
 def test_a_champion_set_in_mlflow_starts_reconcile_and_nothing_else_of_ours_does(running):
     url = f"{running.settings.urls['mlflow']}/api/2.0/mlflow"
-    name = {"name": "hinted"}
+    name = {"name": "notified"}
     tags = [{"key": "trans_peft.kind", "value": "base"}]
     httpx.post(f"{url}/registered-models/create", json={**name, "tags": tags}).raise_for_status()
-    version = {**name, "source": "s3://bases/hinted/v1"}
+    version = {**name, "source": "s3://bases/notified/v1"}
     httpx.post(f"{url}/model-versions/create", json=version).raise_for_status()
     for alias in ("serving", "champion"):
-        wish = {**name, "alias": alias, "version": "1"}
-        httpx.post(f"{url}/registered-models/alias", json=wish).raise_for_status()
-    _, run = run_of(running, "champion", "hinted")
-    assert run["parameters"]["family"] in ("hinted", None)
+        request = {**name, "alias": alias, "version": "1"}
+        httpx.post(f"{url}/registered-models/alias", json=request).raise_for_status()
+    _, run = run_of(running, "champion", "notified")
+    assert run["parameters"]["family"] in ("notified", None)
     log = (running.settings.logs / "bridge.log").read_text()
     assert '"serving"' not in log
 
 
-def test_the_webhook_in_mlflow_is_made_right_again(running):
+def test_the_webhook_in_mlflow_is_corrected(running):
     bridge = running.settings.bridge_environment
     client = MlflowClient(running.settings.urls["mlflow"])
-    url = f"{running.settings.urls['bridge']}/hints/mlflow"
+    url = f"{running.settings.urls['bridge']}/notifications/mlflow"
     (ours,) = client.list_webhooks()
     client.update_webhook(ours.webhook_id, events=["model_version.created"], status="DISABLED")
     client.create_webhook("another", url, ["model_version_tag.deleted"])
@@ -253,8 +253,8 @@ def test_an_upload_s_manifest_starts_reconcile(running):
     )
 
 
-def test_hints_doubled_a_hundred_times_and_shuffled_are_few_runs_and_none_is_lost(running):
-    """Whatever run answers the first of a delivery's copies begins after that copy was sent."""
+def test_notifications_duplicated_a_hundred_times_cause_few_runs_and_none_is_lost(running):
+    """The run that answers the first copy of a delivery begins after that copy was sent."""
     registry = f"{running.settings.urls['mlflow']}/api/2.0/mlflow/registered-models/create"
     families = ["doubled-a", "doubled-b", "doubled-c"]
     for name in families:
@@ -276,9 +276,9 @@ def test_hints_doubled_a_hundred_times_and_shuffled_are_few_runs_and_none_is_los
             "X-MLflow-Timestamp": at,
             "X-MLflow-Signature": sign(secret, delivery_id, at, content),
         }
-        while True:  # as a sender comes again
+        while True:  # a sender retries
             now = datetime.now(UTC)
-            answer = bridge.post("/hints/mlflow", content=content, headers=headers)
+            answer = bridge.post("/notifications/mlflow", content=content, headers=headers)
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(1)
@@ -299,15 +299,15 @@ def test_hints_doubled_a_hundred_times_and_shuffled_are_few_runs_and_none_is_los
         assert began[run] is None or datetime.fromisoformat(began[run]) > at
 
 
-def test_no_secret_stands_in_a_log_or_a_command_line(running):
+def test_no_log_and_no_command_line_contains_a_secret(running):
     secrets = vars(running.settings.secrets)
-    told = [path.read_text(errors="replace") for path in running.settings.logs.glob("*.log")]
-    told += [" ".join(process.cmdline()) for process in marked(running.settings.state)]
+    texts = [path.read_text(errors="replace") for path in running.settings.logs.glob("*.log")]
+    texts += [" ".join(process.cmdline()) for process in marked(running.settings.state)]
     for name, secret in secrets.items():
-        assert not any(secret in text for text in told), name
+        assert not any(secret in text for text in texts), name
 
 
-def test_what_mlflow_is_given_lies_in_its_bucket(running):
+def test_mlflow_stores_artifacts_in_its_bucket(running):
     url = f"{running.settings.urls['mlflow']}/api/2.0/mlflow-artifacts/artifacts/a/b.txt"
     httpx.put(url, content=b"bytes", timeout=30).raise_for_status()
     s3 = running.s3()
@@ -315,7 +315,7 @@ def test_what_mlflow_is_given_lies_in_its_bucket(running):
     assert s3.get_object(Bucket="mlflow", Key="a/b.txt")["Body"].read() == b"bytes"
 
 
-def test_only_this_machine_is_served(running):
+def test_all_servers_listen_on_localhost_only(running):
     ours = {process.pid for process in marked(running.settings.state)}
     listening = [
         c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours
@@ -347,7 +347,7 @@ EVIL = {"Origin": "http://evil.example"}
     ],
 )
 @pytest.mark.parametrize("auth", [None, ("trans-peft", ""), ("trans-peft", "x"), ("", "x" * 40)])
-def test_prefect_answers_nobody_without_its_password(running, method, path, auth):
+def test_prefect_requires_its_password(running, method, path, auth):
     url = f"{running.settings.urls['prefect']}/api/{path}"
     body = {} if method != "GET" else None
     answer = httpx.request(method, url, headers=EVIL, json=body, auth=auth, timeout=60)
@@ -355,17 +355,17 @@ def test_prefect_answers_nobody_without_its_password(running, method, path, auth
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_prefect_lets_its_own_pages_ask_and_no_other(running):
+def test_prefect_allows_cross_origin_requests_of_its_own_page_only(running):
     url = f"{running.settings.urls['prefect']}/api/flow_runs/filter"
     port = running.settings.prefect_port
-    wish = {
+    request = {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization",
     }
     own = [f"http://127.0.0.1:{port}", f"http://localhost:{port}"]
     others = ["http://evil.example", "null", f"http://evil.example:{port}", "http://127.0.0.1:1"]
     for origin in own + others:
-        answer = httpx.options(url, headers={"Origin": origin, **wish}, timeout=60)
+        answer = httpx.options(url, headers={"Origin": origin, **request}, timeout=60)
         allowed = answer.headers.get("access-control-allow-origin")
         assert allowed == (origin if origin in own else None)
 
@@ -403,7 +403,7 @@ def test_nobody_chooses_what_a_run_executes(running, tmp_path):
     evil = tmp_path / "written"
     tomorrow = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2100-01-01T00:00:00Z"}}
     create = f"deployments/{deployment['id']}/create_flow_run"
-    for wish in (
+    for request in (
         {"command": f"touch {evil}"},
         {"env": {"PYTHONPATH": str(tmp_path)}},
         {"env.PYTHONPATH": str(tmp_path)},
@@ -411,7 +411,7 @@ def test_nobody_chooses_what_a_run_executes(running, tmp_path):
         {"image": "evil"},
     ):
         with pytest.raises(httpx.HTTPStatusError, match="422"):
-            running.prefect(create, job_variables=wish, state=tomorrow)
+            running.prefect(create, job_variables=request, state=tomorrow)
     assert running.prefect(create, job_variables={"gpus": 1}, state=tomorrow)["id"]
 
     of_deployment = f"deployments/{deployment['id']}"
@@ -434,7 +434,7 @@ def test_nobody_chooses_what_a_run_executes(running, tmp_path):
     assert not evil.exists()
 
 
-def test_a_pool_of_an_earlier_release_gets_the_template_that_chooses_no_command(running):
+def test_an_existing_pool_gets_the_template_without_a_command(running):
     pool = "work_pools/trans-peft"
     old = {
         "job_configuration": {"command": "{{ command }}"},
@@ -464,9 +464,7 @@ def test_a_pool_of_an_earlier_release_gets_the_template_that_chooses_no_command(
         ("GET", "api/2.0/mlflow/registered-models/search", {"Host": "evil.example"}),
     ],
 )
-def test_no_web_page_writes_into_mlflow_or_reads_it_under_another_name(
-    running, method, path, headers
-):
+def test_other_web_pages_cannot_use_mlflow(running, method, path, headers):
     url = f"{running.settings.urls['mlflow']}/{path}"
     body = {"name": "evil"} if method != "GET" else None
     assert httpx.request(method, url, headers=headers, json=body, timeout=60).status_code == 403
@@ -481,13 +479,13 @@ def test_no_bucket_is_open_on_any_port_of_the_stack(running):
     running.s3().delete_object(Bucket="bases", Key="secret/x.txt")
 
 
-def test_up_again_changes_nothing_that_runs(running):
+def test_a_second_up_restarts_nothing(running):
     before = running.pids()
     assert stack("up", running.settings).returncode == 0
     assert running.pids() == before
 
 
-def test_up_with_another_port_is_refused_while_it_runs(running):
+def test_up_with_other_settings_is_refused_while_the_stack_runs(running):
     before = running.pids()
     other = stack("up", running.settings, MLFLOW_PORT="5999")
     assert other.returncode == 1
@@ -495,7 +493,7 @@ def test_up_with_another_port_is_refused_while_it_runs(running):
     assert running.pids() == before
 
 
-def test_a_run_that_its_worker_left_is_crashed_before_the_next_starts_and_looked_for(running):
+def test_a_run_of_a_killed_worker_is_marked_crashed_and_starts_reconcile(running):
     before = running.pids()["worker"]
     url = f"deployments/{running.deployment('transfer_shard')['id']}/create_flow_run"
     parameters = {"family": "f", "shard": [], "policy": {}}
@@ -509,29 +507,29 @@ def test_a_run_that_its_worker_left_is_crashed_before_the_next_starts_and_looked
     assert running.state(waits, until=["SCHEDULED"])["type"] == "SCHEDULED"
     assert running.pids()["worker"] not in (0, before)
     deadline = time.monotonic() + 60
-    while "AUTOMATION" not in who_started(running, "reconcile"):
+    while "AUTOMATION" not in creators_of_runs(running, "reconcile"):
         assert time.monotonic() < deadline
         time.sleep(0.25)
 
 
-def who_started(running, name):
+def creators_of_runs(running, name):
     of_it = {"deployment_id": {"any_": [running.deployment(name)["id"]]}}
     runs = running.prefect("flow_runs/filter", flow_runs=of_it)
     return {run["created_by"]["type"] for run in runs if run["created_by"]}
 
 
-def test_a_killed_server_comes_back(running):
+def test_a_killed_server_is_restarted(running):
     before = running.pids()["mlflow"]
     psutil.Process(before).kill()  # its child holds the port and lives on
     deadline = time.monotonic() + 90
-    while not serves_by_itself(running, "mlflow", before):
+    while not is_replaced(running, "mlflow", before):
         assert time.monotonic() < deadline
         time.sleep(0.25)
 
 
-def serves_by_itself(running, name, before):
+def is_replaced(running, name, before):
     pid = running.pids()[name]
-    if pid in (0, before) or not healthy(name, running.settings):
+    if pid in (0, before) or not is_healthy(name, running.settings):
         return False
     process = psutil.Process(pid)
     family = {pid, *(child.pid for child in process.children(recursive=True))}
@@ -543,8 +541,8 @@ def serves_by_itself(running, name, before):
     }
 
 
-def test_down_ends_everything_even_without_its_manager(running):
-    """Without it nobody reads what the programs write: some die of that at once, some never."""
+def test_down_ends_all_programs_after_the_manager_was_killed(running):
+    """Nothing reads the output of the programs any more: some exit because of it, others do not."""
     manager = psutil.Process(running.pids()["s3"]).parent()
     manager.kill()
     manager.wait()
@@ -552,6 +550,6 @@ def test_down_ends_everything_even_without_its_manager(running):
     ended = stack("down", running.settings)
     assert ended.returncode == 0, ended.stderr
     assert marked(running.settings.state) == []
-    assert left_behind(running.settings) == []
+    assert leftover_sockets(running.settings) == []
     assert all(port_is_free(port) for port in running.settings.ports.values())
     assert stack("down", running.settings).returncode == 0

@@ -7,9 +7,9 @@ from infra.stack.supervisor import Supervisor, configuration
 
 
 @pytest.fixture(params=["state", "with space", "quo'te"])
-def read_back(request, tmp_path):
-    """What supervisor itself reads out of our configuration."""
-    settings = StackSettings(tmp_path / request.param)
+def parsed_configuration(request, tmp_path):
+    """The settings, and the configuration as supervisor itself parses it."""
+    settings = StackSettings(state=tmp_path / request.param)
     settings.logs.mkdir(parents=True)
     path = settings.state / "supervisor.conf"
     with path.open("w") as file:
@@ -19,8 +19,8 @@ def read_back(request, tmp_path):
     return settings, options
 
 
-def test_every_program_is_restarted_bounded_and_stopped_with_its_group(read_back):
-    settings, options = read_back
+def test_programs_are_restarted_have_bounded_logs_and_stop_as_groups(parsed_configuration):
+    settings, options = parsed_configuration
     programs = {group.name: group.process_configs[0] for group in options.process_group_configs}
     assert list(programs) == list(PROGRAMS)
     for name, program in programs.items():
@@ -36,8 +36,10 @@ def test_every_program_is_restarted_bounded_and_stopped_with_its_group(read_back
     ]
 
 
-def test_only_the_owner_may_ask_and_everything_lies_below_the_state(read_back):
-    settings, options = read_back
+def test_only_the_owner_can_use_the_socket_and_all_files_are_in_the_state_folder(
+    parsed_configuration,
+):
+    settings, options = parsed_configuration
     (server,) = options.server_configs
     assert server["file"] == str(settings.socket)
     assert server["chmod"] == 0o700
@@ -45,8 +47,8 @@ def test_only_the_owner_may_ask_and_everything_lies_below_the_state(read_back):
     assert options.logfile == str(settings.logs / "supervisor.log")
 
 
-def test_without_a_manager_there_is_nothing_to_ask_and_nothing_to_stop(tmp_path):
-    supervisor = Supervisor(StackSettings(tmp_path))
+def test_requests_without_a_manager_do_nothing(tmp_path):
+    supervisor = Supervisor(StackSettings(state=tmp_path))
     assert not supervisor.is_running()
     assert supervisor.programs() == {}
     supervisor.stop_program("s3")

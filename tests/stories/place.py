@@ -1,4 +1,4 @@
-"""The real servers and a worker, as `make up` starts them, and a person's clicks there."""
+"""The stack as `make up` starts it, and requests to it as its users make them."""
 
 import json
 import os
@@ -35,9 +35,9 @@ RECIPE = {
 
 
 def _ports():
-    """Yield ports that the kernel gives to nobody who asks for any, and no other worker of xdist.
+    """Yield free ports below the kernel's ephemeral range, different for each xdist worker.
 
-    One that is merely free now may be taken before the stack has come to listen on it.
+    A port of the ephemeral range could be taken before the stack listens on it.
     """
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -49,10 +49,10 @@ _PORTS = _ports()
 
 
 def settings_below(state):
-    """The settings of a stack of its own, at ports of its own."""
+    """Return the settings of a separate stack, with unused ports."""
     s3, mlflow, prefect, bridge = islice(_PORTS, 4)
     return StackSettings(
-        state, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect, bridge_port=bridge
+        state=state, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect, bridge_port=bridge
     )
 
 
@@ -92,7 +92,7 @@ class Stack:
         return state
 
     def prefect(self, method, path, **body):
-        """Ask Prefect's API; on a busy machine its SQLite is late or answers 503 now and then."""
+        """Request Prefect's API. On a busy machine, its SQLite is slow or answers 503."""
         url = f"{self.settings.urls['prefect']}/api/{path}"
         for last in (*[False] * 9, True):
             try:
@@ -109,21 +109,21 @@ class Stack:
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
-    def tell(self, event, **payload):
-        """Send an event to Prefect, as somebody else's program does."""
+    def emit(self, event, **payload):
+        """Send an event to Prefect, as another program does."""
         body = {
             "id": str(uuid4()),
             "occurred": datetime.now(UTC).isoformat(),
             "event": event,
-            "resource": {"prefect.resource.id": "somebody-else"},
+            "resource": {"prefect.resource.id": "another-program"},
             "payload": payload,
         }
         url = f"{self.settings.urls['prefect']}/api/events"
         auth = self.settings.prefect_auth
         httpx.post(url, json=[body], auth=auth, timeout=60).raise_for_status()
 
-    def decide_by(self, **parameters):
-        """Change what the reconcile deployment is given: the runs that hints start take it too."""
+    def set_parameters_of_reconcile(self, **parameters):
+        """Change the parameters of the reconcile deployment, which all its runs use."""
         found = self.prefect("GET", "deployments/name/reconcile/default")
         given = {"parameters": {**found["parameters"], **parameters}}
         self.prefect("PATCH", f"deployments/{found['id']}", json=given)
@@ -141,7 +141,7 @@ class Stack:
         )
 
     def champion(self, number, family="tiny"):
-        """What a person does in MLflow's page."""
+        """Set `champion`, as a user does in MLflow's page."""
         self.mlflow.set_registered_model_alias(family, "champion", number)
 
     def alias(self, model, alias):

@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _lenient(stack):
-    stack.decide_by(policy=LENIENT)
+    stack.set_parameters_of_reconcile(policy=LENIENT)
 
 
-def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
+def test_an_upload_ends_with_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
     # v1 is uploaded, ingested, and promoted by a person
     stack.publish(write_tiny_base(tmp_path / "v1"), "v1")
     assert stack.run("ingest-base", uri="s3://bases/tiny/v1")["type"] == "COMPLETED"
@@ -62,7 +62,7 @@ def test_from_an_upload_to_a_fleet_that_serves_on_the_new_base(stack, tmp_path):
     assert len(stack.mlflow.search_model_versions("name='parity'")) == 2
 
 
-def test_an_upload_that_is_refused_fails_loudly_and_registers_nothing(stack, tmp_path):
+def test_a_refused_upload_fails_and_registers_nothing(stack, tmp_path):
     stack.publish(write_tiny_base(tmp_path / "v3", seed=3), "v3", bucket="data")  # not its place
     refused = stack.run("ingest-base", uri="s3://data/tiny/v3")
     assert refused["type"] == "FAILED"
@@ -70,7 +70,7 @@ def test_an_upload_that_is_refused_fails_loudly_and_registers_nothing(stack, tmp
     assert len(stack.mlflow.search_model_versions("name='tiny'")) == 2
 
 
-def test_a_version_registered_straight_in_mlflow_is_verified_and_made_ready(stack, tmp_path):
+def test_a_version_registered_in_mlflow_is_verified_and_made_ready(stack, tmp_path):
     for file in write_tiny_base(tmp_path / "v4", seed=4).iterdir():
         stack.s3.upload_file(str(file), "bases", f"tiny/by-hand/{file.name}")  # and no manifest
     registered = stack.mlflow.create_model_version("tiny", source="s3://bases/tiny/by-hand")
@@ -82,7 +82,7 @@ def test_a_version_registered_straight_in_mlflow_is_verified_and_made_ready(stac
     assert "incompatible" in str(verdict)
 
 
-def test_an_adapter_that_exists_is_adopted_from_a_bucket(stack, tmp_path):
+def test_an_existing_adapter_is_adopted_from_a_bucket(stack, tmp_path):
     registry = MlflowRegistry(stack.settings.urls["mlflow"])
     folder = registry.download(registry.versions("parity")[0], tmp_path)
     for file in folder.iterdir():

@@ -24,7 +24,7 @@ FAMILY, ADAPTER = "people", "approved"
 @pytest.fixture(scope="module")
 def fleet(stack, tmp_path_factory):
     """v1 serves one adapter; v2 is ready."""
-    stack.decide_by(policy={})  # as strict as by default
+    stack.set_parameters_of_reconcile(policy={})  # as strict as by default
     folder = tmp_path_factory.mktemp("people")
     stack.publish(write_tiny_base(folder / "v1"), "v1", FAMILY)
     assert stack.run("ingest-base", uri=f"s3://bases/{FAMILY}/v1")["type"] == "COMPLETED"
@@ -73,7 +73,7 @@ def runs_of(stack, **parameters):
     return [run for run in found if parameters.items() <= run["parameters"].items()]
 
 
-def test_a_promotion_is_refused_while_too_few_adapters_pass_and_says_so_where_people_look(fleet):
+def test_a_promotion_is_refused_while_too_few_adapters_pass_and_the_reason_is_shown(fleet):
     fleet.champion("2", FAMILY)
     refused = fleet.run("reconcile", family=FAMILY, wait=True)
     assert refused["type"] == "FAILED"
@@ -87,7 +87,7 @@ def test_a_promotion_is_refused_while_too_few_adapters_pass_and_says_so_where_pe
     assert judged["base"] == "v2"
 
 
-def test_an_approval_by_hand_counts_and_is_recorded(fleet):
+def test_a_manual_approval_counts_and_is_recorded(fleet):
     fleet.mlflow.set_registered_model_alias(ADAPTER, alias_on(fleet, "2"), "2")
     assert fleet.run("reconcile", family=FAMILY, wait=True)["type"] == "COMPLETED"
     assert serving(fleet) == "2"
@@ -99,18 +99,18 @@ def test_an_approval_by_hand_counts_and_is_recorded(fleet):
     assert {event["base"] for event in promoted} == {f"{FAMILY}/v1", f"{FAMILY}/v2"}
 
 
-def test_an_event_of_somebody_else_rolls_back_without_a_further_command(fleet):
+def test_an_event_of_another_program_starts_a_rollback(fleet):
     fleet.champion("1", FAMILY)
     before = {run["id"] for run in runs_of(fleet, family=FAMILY)}
-    fleet.tell("trans-peft.reconcile.requested", family=FAMILY)
+    fleet.emit("trans-peft.reconcile.requested", family=FAMILY)
     wait_until(lambda: {run["id"] for run in runs_of(fleet, family=FAMILY)} - before)
     wait_until(lambda: serving(fleet) == "1")
     everyone = len(runs_of(fleet, family=None))
-    fleet.tell("trans-peft.reconcile.requested")
+    fleet.emit("trans-peft.reconcile.requested")
     wait_until(lambda: len(runs_of(fleet, family=None)) > everyone)
 
 
-def test_a_copy_made_with_promote_model_does_not_serve_and_says_why(fleet):
+def test_a_copy_made_with_promote_model_does_not_serve_and_the_reason_is_shown(fleet):
     copy = fleet.mlflow.copy_model_version(f"models:/{FAMILY}/2", FAMILY)
     fleet.mlflow.copy_model_version(f"models:/{ADAPTER}/1", ADAPTER)
     fleet.champion(copy.version, FAMILY)
@@ -124,7 +124,7 @@ def test_a_copy_made_with_promote_model_does_not_serve_and_says_why(fleet):
     assert fleet.alias(ADAPTER, alias_on(fleet, "1")) == "1"
 
 
-def test_the_automations_of_the_docs_are_taken_by_the_server_and_act(fleet):
+def test_the_automations_of_the_docs_work(fleet):
     page = (ROOT / "docs" / "promotion.md").read_text()
     notify, retune = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.S)[1])["automations"]
     deployment = fleet.prefect("GET", "deployments/name/reconcile/default")["id"]
@@ -162,13 +162,13 @@ def test_the_automations_of_the_docs_are_taken_by_the_server_and_act(fleet):
     )
 
 
-def test_what_was_killed_is_brought_back_by_the_next_runs_and_judged_once(fleet, tmp_path):
+def test_killed_runs_are_repeated_and_each_adapter_is_judged_once(fleet, tmp_path):
     fleet.run("reconcile", family=FAMILY, wait=True)  # v2 as the deployment's policy has it
     fleet.publish(write_update(tmp_path / "v3", seed=3), "v3", FAMILY)
-    fleet.start("reconcile", family=FAMILY, wait=True)  # or the upload's hint starts one
-    wait_until(lambda: at_work(fleet, "transfer-shard", on="v3"))
-    shards = at_work(fleet, "transfer-shard", on="v3")
-    for process in processes_of(shards | at_work(fleet, "reconcile")):
+    fleet.start("reconcile", family=FAMILY, wait=True)  # or the upload's notification starts one
+    wait_until(lambda: unfinished_runs(fleet, "transfer-shard", on="v3"))
+    shards = unfinished_runs(fleet, "transfer-shard", on="v3")
+    for process in processes_of(shards | unfinished_runs(fleet, "reconcile")):
         process.kill()
     for run in shards:
         ended = fleet.end_of(fleet.prefect("GET", f"flow_runs/{run}"))
@@ -194,7 +194,7 @@ def test_what_was_killed_is_brought_back_by_the_next_runs_and_judged_once(fleet,
     assert serving(fleet) == "1"
 
 
-def at_work(stack, flow, on=""):
+def unfinished_runs(stack, flow, on=""):
     """Return the ids of the runs of a flow that are at work (on a base version)."""
     running = {"flows": {"name": {"any_": [flow]}}}
     running["flow_runs"] = {"state": {"type": {"any_": ["RUNNING"]}}}

@@ -1,20 +1,27 @@
-"""A webhook of MLflow's registry, kept as it should be.
+"""Creates, updates and tests webhooks of MLflow's model registry.
 
-MLflow tells everything about a webhook but its secret, so the secret is written each time. Its
-server looks a webhook up once in 60 s (`MLFLOW_WEBHOOK_CACHE_TTL`): that long, a new one may miss
-events, and the old secret may still be in use.
+MLflow does not return the secret of a webhook, so each update writes it. MLflow's server caches
+webhooks for 60 s (`MLFLOW_WEBHOOK_CACHE_TTL`). During this time a new webhook may miss events, and
+the server may still sign with the old secret.
 """
 
 from dataclasses import dataclass, field
 
 from trans_peft.edges.mlflow_client import Tracking, all_pages
 
-__all__ = ["Webhook", "keep", "send_test_delivery"]
+__all__ = ["Webhook", "ensure_webhook", "send_test_event"]
 
 
 @dataclass(frozen=True)
 class Webhook:
-    """Which events (`model_version.created`) go where, signed with what. Known by its name."""
+    """One webhook.
+
+    Attributes:
+        name: name that identifies the webhook.
+        url: where MLflow sends the events.
+        events: events to send, such as `model_version.created`.
+        secret: secret with which MLflow signs.
+    """
 
     name: str
     url: str
@@ -22,10 +29,10 @@ class Webhook:
     secret: str = field(repr=False)
 
 
-def keep(tracking_uri: str, wanted: Webhook) -> str:
-    """Create or correct the webhook and return its id; others of its name or URL are deleted.
+def ensure_webhook(tracking_uri: str, wanted: Webhook) -> str:
+    """Create or update the webhook and return its id. Deletes others with its name or URL.
 
-    StoreError, InvalidSpecError (MLflow refuses the URL: see MLFLOW_WEBHOOK_ALLOWED_SCHEMES).
+    StoreError; InvalidSpecError if MLflow refuses the URL (MLFLOW_WEBHOOK_ALLOWED_SCHEMES).
     """
     client = Tracking(tracking_uri).client
     settings = {
@@ -47,10 +54,10 @@ def keep(tracking_uri: str, wanted: Webhook) -> str:
     return str(client.create_webhook(**settings).webhook_id)
 
 
-def send_test_delivery(tracking_uri: str, webhook_id: str, event: str) -> str:
-    """Let MLflow send its example of an event; return what went wrong, or nothing."""
+def send_test_event(tracking_uri: str, webhook_id: str, event: str) -> str:
+    """Let MLflow send an example of the event; return the problem, empty if there is none."""
     result = Tracking(tracking_uri).client.test_webhook(webhook_id, event)
     if result.success:
         return ""
     answer = f"status {result.response_status}" if result.response_status else result.error_message
-    return f"MLflow's webhook was not answered as it should be: {answer}"
+    return f"the test event of MLflow's webhook failed: {answer}"

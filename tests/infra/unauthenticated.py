@@ -1,4 +1,4 @@
-"""Requests without credentials to every port that some processes listen on."""
+"""Sends requests without credentials to every port of some processes."""
 
 import socket
 import ssl
@@ -22,7 +22,7 @@ def ports_of(processes):
 
 
 def answers_without_credentials(ports, bucket):
-    """Return the requests that read the secret, or were not refused and write or name files."""
+    """Return the requests that read the secret or were not refused."""
     reads = [f"/{bucket}/secret/x.txt", f"/buckets/{bucket}/secret/x.txt", f"/buckets/{bucket}/"]
     reads += [f"/{bucket}?list-type=2", "/buckets/?pretty=y", "/dir/assign", "/vol/status"]
     reads += ["/dir/lookup?volumeId=1", "/dir/lookup?fileId=1,01637037d6&read=yes", "/dir/status"]
