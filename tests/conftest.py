@@ -1,9 +1,9 @@
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests must not access the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin for shared cores cost minutes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin on shared cores cost minutes
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,4 +1,4 @@
--- Run once by the postgres image on an empty volume. Prefect searches by trigram.
+-- The postgres image runs this on an empty volume. Prefect searches by trigram.
 CREATE DATABASE mlflow;
 CREATE DATABASE prefect;
 \connect prefect

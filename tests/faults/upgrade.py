@@ -1,10 +1,10 @@
 """Upgrades of a family on a running stack, and the resulting state of the registry.
 
-All families have the same weights, adapters and questions, and a different chat template each. Their
-answers are therefore equal and their fingerprints differ, and two families with the same history
-end in the same state. `final_state` returns the content of MLflow's registry for one family without
-times and without the names of the family, so that two states can be compared with ==. One family is
-upgraded repeatedly, from v1 to v2 to v3, because creating a family takes as long as an upgrade.
+All families have the same weights, adapters and questions, and a different chat template each.
+Their answers are therefore equal and their fingerprints differ, and two families with the same
+history end in the same state. `final_state` returns the content of MLflow's registry for one family
+without times and without the family's names, so that two states can be compared with ==. A family
+is upgraded repeatedly, from v1 to v2 to v3, because creating one takes as long as an upgrade.
 
 MLflow keeps no history of its aliases. A trigger in its database records one
 (`record_alias_history`), so that tests can count the moves of an alias.

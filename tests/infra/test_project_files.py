@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from infra.locks import LEFT_OUT, SETS, pins
+from infra.locks import LEFT_OUT, PYTHONS, SETS, merged, pins
 from infra.stack.prefect_objects import QUEUES
 from trans_peft.domain.conventions import WORK_POOL
 
@@ -93,14 +94,104 @@ def test_setup_locks_all_dependencies_except_torch():
     names = {package for package, _ in seen} - {"trans-peft"}
     missing = {name for name in names - locked.keys() if not LEFT_OUT.fullmatch(name)}
     assert not missing, f"make lock KEEP=--keep: {missing}"
-    # Before Python 3.11.3 there is async-timeout as well.
+    # Before Python 3.11.3, async-timeout is needed as well.
     assert locked.keys() - {"setuptools", "async-timeout"} <= PINS.keys()
 
 
-@pytest.mark.parametrize("path", ["Makefile", ".ci/run", "infra/containers/Dockerfile"])
+@pytest.fixture
+def checkout(tmp_path):
+    """Return a folder with the Makefile and the files that `make setup` depends on."""
+    (tmp_path / "locks").mkdir()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt", "locks/setup.txt", "locks/model.txt"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def dry_run(checkout, target, programs):
+    """Return the commands of a target on a machine with these programs only."""
+    folder = checkout / "bin"
+    folder.mkdir()
+    for name in ("make", "sh", "test"):
+        (folder / name).symlink_to(shutil.which(name))
+    for name, exit_code in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\nexit {exit_code}\n")
+        (folder / name).chmod(0o755)
+    return subprocess.run(
+        ["make", "--dry-run", target],
+        cwd=checkout,
+        env={"PATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.replace("\\\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("programs", "chosen"),
+    [
+        ({"python3.11": 0, "python3.12": 0, "python3.13": 0}, "python3.13"),
+        ({"python3.11": 0, "python3.12": 0, "python3.13": 127}, "python3.12"),
+        ({"python3.11": 0, "python3.12": 127, "python3.13": 127}, "python3.11"),
+    ],
+)
+def test_setup_takes_the_newest_python_that_runs(checkout, programs, chosen):
+    """A shim of pyenv exists without its version, and fails with 127."""
+    assert f"|| {chosen} -m venv .venv" in dry_run(checkout, "setup", programs)
+
+
+@pytest.mark.parametrize("target", ["setup", "demo"])
+@pytest.mark.parametrize("tool", ["pip", "uv"])
+def test_make_installs_the_same_locks_with_pip_and_with_uv(checkout, target, tool):
+    programs = {"python3.12": 0} | ({"uv": 0} if tool == "uv" else {})
+    commands = dry_run(checkout, target, programs)
+    created = ".venv/bin/python || python3.12 -m venv .venv"
+    install = ".venv/bin/python -m pip install --disable-pip-version-check"
+    if tool == "uv":
+        uv = checkout / "bin" / "uv"
+        created = f"|| {uv} venv --python python3.12 .venv"
+        install = f"{uv} pip install --python .venv/bin/python"
+    assert created in commands
+    installed = [line for line in commands.splitlines() if "pip install" in line]
+    assert all(line.startswith(install) for line in installed)
+    check_installs(commands)
+    locks = re.findall(r"--requirement (\S+)", commands)
+    assert locks == ["locks/setup.txt"] + (["locks/model.txt"] if target == "demo" else [])
+
+
+def test_setup_without_a_python_says_what_to_install(checkout):
+    commands = dry_run(checkout, "setup", {})
+    assert "No Python 3.11, 3.12 or 3.13 found" in commands
+
+
+def test_the_locks_are_for_the_python_versions_of_the_project():
+    classifiers = {f"Programming Language :: Python :: {python}" for python in PYTHONS}
+    assert classifiers <= set(PROJECT["classifiers"])
+    assert PROJECT["requires-python"] == ">=3.11,<3.14"
+    text = (ROOT / "locks" / "setup.txt").read_text()
+    assert 'whenever==0.10.5 ; python_version == "3.13"' in text  # Prefect: instead of pendulum
+
+
+def test_a_package_that_some_pythons_need_has_a_marker():
+    blocks = {
+        "3.11": {
+            "a==1": "a==1 \\\n    --hash=sha256:1\n",
+            "b==2": "b==2 \\\n    --hash=sha256:2\n",
+        },
+        "3.13": {"a==1": "a==1 \\\n    --hash=sha256:1\n"},
+    }
+    assert "".join(merged(blocks)) == (
+        'a==1 \\\n    --hash=sha256:1\nb==2 ; python_version == "3.11" \\\n    --hash=sha256:2\n'
+    )
+
+
+@pytest.mark.parametrize("path", [".ci/run", "infra/containers/Dockerfile"])
 def test_only_the_project_and_torch_are_installed_without_hashes(path):
-    """The exceptions are this project and torch."""
-    text = (ROOT / path).read_text().replace("\\\n", " ")
+    check_installs((ROOT / path).read_text().replace("\\\n", " "))
+
+
+def check_installs(text):
+    """Assert that each installation is by hash, or of this project and torch."""
     for line in text.splitlines():
         if "pip install" in line and not line.startswith("#"):
             for command in line.split("&&"):

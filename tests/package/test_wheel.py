@@ -1,7 +1,7 @@
-"""The wheel, installed alone into an empty environment: what `pip install trans-peft` gives."""
+"""The wheel, installed alone into an empty environment, as `pip install trans-peft` does."""
 
+import shutil
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -17,12 +17,19 @@ pytestmark = [pytest.mark.wheel, pytest.mark.timeout(900)]
 def python(tmp_path_factory) -> Path:
     """Return the interpreter of an environment that holds the wheel and its dependencies only."""
     folder = tmp_path_factory.mktemp("wheel")
-    _run(
-        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT,
-    )  # fmt: skip
-    (wheel,) = folder.glob("trans_peft-*.whl")
+    source = folder / "source"  # a copy, because setuptools leaves build/ in its source
+    source.mkdir()
+    for name in ("LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(
+        ROOT / "trans_peft", source / "trans_peft", ignore=shutil.ignore_patterns("__pycache__")
+    )
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
+    _run(
+        python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source,
+    )  # fmt: skip
+    (wheel,) = folder.glob("trans_peft-*.whl")
     constraints = ROOT / "constraints.txt"
     _run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, wheel)
     return python
