@@ -68,4 +68,4 @@ class Settings(EnvironmentSettings):
 @cache
 def settings() -> Settings:
     """Return this process's settings. Raises InvalidSpecError, which names what is not set."""
-    return Settings()
+    return Settings()  # type: ignore[call-arg]  # its values come from the environment
