@@ -243,7 +243,7 @@ class BridgeBenchmark:
         return began
 
     def _settle(self) -> None:
-        """Wait until no run is due or at work, and read the bridge's log up to here."""
+        """Wait until no run is due or unfinished, and skip the log of the bridge up to here."""
         at_work = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
         due = {"state": {"type": {"any_": ["SCHEDULED"]}}}
         while True:

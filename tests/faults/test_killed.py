@@ -4,7 +4,7 @@ For each victim, a seed draws `--moments` moments uniformly from the duration of
 upgrade, UPGRADE_MOMENTS for each upgrade of its family. At each moment all processes of the program
 get SIGKILL: its children too and, for the worker, the flow runs. The process manager restarts the
 program. "flow" is any running flow run, or the next one if none runs. "shard" is a run that
-evaluates, some seconds after it was seen, so that it is killed at work as often as in its imports.
+evaluates, some seconds after it was seen, so that it is killed later as often as in its imports.
 The time until the program answers again does not count. If an upgrade ends before its last moment,
 the kill follows directly after the end.
 

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(2 * 3600)]
 
 @pytest.fixture
 def two_slots(stack):
-    """Two shards may be at work at once, as with two GPUs."""
+    """Allow two shards at a time, as with two GPUs."""
 
     def set_to(slots):
         environment = {**os.environ, **stack.settings.to_environment(), "GPU_SLOTS": str(slots)}

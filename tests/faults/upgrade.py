@@ -44,7 +44,7 @@ from trans_peft.lifecycle.bases import ingest
 from trans_peft.ports import Platform
 
 AWAY = (BotoCoreError, ClientError, MlflowException, httpx.HTTPError, OSError)
-"""What a client sees of a server that is away, or was a moment ago."""
+"""Errors of clients while a server is unavailable, or shortly afterwards."""
 
 PATIENCE_S = 1800
 QUESTIONS = "s3://data/faults.jsonl"
@@ -61,7 +61,7 @@ _TIMES = {"attempts", "run_id", "seconds", "time_ms"}
 
 
 def retrying(call, *arguments, patience_s=PATIENCE_S):
-    """Return what the call gives; while a server is away, ask again, as a person does."""
+    """Return the result of the call. Retries while a server is unavailable."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -74,7 +74,7 @@ def retrying(call, *arguments, patience_s=PATIENCE_S):
 
 @dataclass(frozen=True)
 class Family:
-    """A family of this stack: v1 serves, each adapter is live on it."""
+    """A family of the stack whose v1 serves, with live adapters."""
 
     stack: Stack
     name: str
@@ -87,7 +87,7 @@ class Family:
         return retrying(self.stack.alias, self.name, "serving")
 
     def write(self, label):
-        """Write the files of a version, the same weights for every family, and return where."""
+        """Write a version, with the same weights for every family, and return its folder."""
         folder = self.folder / label
         _write_base(folder, self.name, label)
         return folder
@@ -103,7 +103,7 @@ class Family:
 
 @dataclass
 class Upgrade:
-    """What a person does to a family: uploads a base with a plain S3 client, and promotes it."""
+    """The upload of a base with a plain S3 client, and its promotion."""
 
     family: Family
     label: str = "v2"
@@ -111,7 +111,7 @@ class Upgrade:
     person: Future | None = None
 
     def begin(self):
-        """Upload and promote in a thread: a server that is away is asked again."""
+        """Upload and promote in a thread. Retries while a server is unavailable."""
         folder = self.family.write(self.label)
         self.began = time.monotonic()
         with_one = ThreadPoolExecutor(1)
@@ -121,7 +121,7 @@ class Upgrade:
 
     @property
     def seconds(self):
-        """How long ago it began."""
+        """Seconds since the upgrade began."""
         return time.monotonic() - self.began
 
     def over(self):
@@ -129,9 +129,9 @@ class Upgrade:
         return self.person.done() and self.family.serving == self.person.result()  # or its error
 
     def wait(self, patience_s=PATIENCE_S):
-        """Wait until the fleet serves on the new version, and then until nothing is under way.
+        """Wait until the fleet serves on the new version, and then until no run is unfinished.
 
-        Return how many seconds the first took.
+        Return the seconds until it served.
         """
         wait_until(self.over, patience_s)
         took_s = self.seconds
@@ -148,16 +148,15 @@ class Upgrade:
 
 
 def record_alias_history(stack):
-    """Have MLflow's database write down every move of an alias."""
+    """Let MLflow's database record every move of an alias."""
     with _database(stack) as database:
         database.executescript(_TRIGGERS)
 
 
 def make_family(stack, name, folder, adapters=2):
-    """Make a family whose v1 serves with this many adapters.
+    """Make a family whose v1 serves with this many adapters, with the library in this process.
 
-    Through the library, in this process: what is tried here comes later. Another family of the
-    same name may be there already: a few signs are added.
+    The name gets a random suffix, because a family with the same name may exist.
     """
     name = f"{name}-{uuid4().hex[:6]}"
     folder = folder / name
@@ -187,7 +186,7 @@ def make_family(stack, name, folder, adapters=2):
 
 
 def forget(family):
-    """Remove a family, uploads first: every reconcile of all families would look at it again."""
+    """Delete a family, its uploads first, so that later reconciles do not process it."""
     stack = family.stack
     uploads = {"Bucket": "bases", "Prefix": f"{family.name}/"}
     for found in stack.s3.list_objects_v2(**uploads).get("Contents", []):
@@ -197,7 +196,7 @@ def forget(family):
 
 
 def upload(stack, folder, family, version, bucket="bases"):
-    """Upload a base as any S3 client does: the files, then the manifest; again while S3 is away."""
+    """Upload a base: the files, then the manifest. Retries while S3 is unavailable."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     manifest = {
         "format": Manifest.FORMAT,
@@ -216,9 +215,9 @@ def upload(stack, folder, family, version, bucket="bases"):
 
 
 def unfinished_runs(stack):
-    """Return Prefect's flow runs that are not over, by id, each with the name of its `flow`.
+    """Return Prefect's unfinished flow runs by id, each with the name of its `flow`.
 
-    Not those that the schedule has planned for later.
+    Runs that are scheduled for later are left out.
     """
     soon = {"before_": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 1))}
     wanted = {"state": {"type": {"not_any_": sorted(FINAL)}}, "expected_start_time": soon}
@@ -229,7 +228,7 @@ def unfinished_runs(stack):
 
 
 def moves(stack, name, alias):
-    """Return where an alias was put, in order."""
+    """Return the versions to which an alias was moved, in order."""
     with _database(stack) as database:
         rows = database.execute(
             "SELECT number FROM moves WHERE (name, alias) = (?, ?) ORDER BY rowid", (name, alias)
@@ -250,15 +249,16 @@ def promotions(family):
 
 
 def final_state(family):
-    """Return what the registry says of a family, in words that fit every family.
+    """Return the content of the registry for a family, independent of the family's names.
 
-    The registered models, their versions with tags and aliases (verdicts, outcomes, lineage), where
-    each alias was put in turn, and what was evaluated and judged how often. Left out: times, how
-    many attempts a verdict took, what was begun and never finished (MLflow runs of killed
-    processes), and what is hidden: a version whose registration lost its answer is made again, and
-    all but the lowest are tagged superseded. So versions are numbered by those that are seen. Two
-    things that are no comparison are asserted: each verdict's key is that of its evaluations and
-    policy, and every run that a tag names is there and finished.
+    It has the registered models, their versions with tags and aliases (verdicts, outcomes,
+    lineage), the moves of each alias, and the numbers of evaluations and verdicts per key. It omits
+    times, the attempts of a verdict, unfinished MLflow runs (of killed processes) and superseded
+    versions: if the response to a registration is lost, the version is registered again, and all
+    but the lowest are tagged superseded. Versions are therefore numbered among the visible ones.
+
+    Also asserts that the key of each verdict follows from its evaluations and policy, and that every
+    run that a tag names exists and is finished.
     """
     client = family.stack.mlflow
     names = (family.name, *family.adapters)
@@ -303,7 +303,7 @@ def final_state(family):
 
 
 def _numbers(found):
-    """Return which of the versions that are seen each is, by MLflow's number."""
+    """Return the position of each visible version by MLflow's number."""
     return {version.version: str(place) for place, version in enumerate(found, start=1)}
 
 
@@ -346,7 +346,7 @@ def _timeless(value):
 
 
 def _counted(family, purpose, *tags):
-    """Return how many finished MLflow runs there are for each value of the tags, but failures."""
+    """Count the finished MLflow runs for each value of the tags, without failures."""
     client = family.stack.mlflow
     experiment = client.get_experiment_by_name(f"trans-peft/{purpose}")
     if experiment is None:
@@ -392,7 +392,7 @@ def _questions(stack):
 
 @cache
 def _adapter(folder, number):
-    """Write an adapter as if it were trained: its weights are drawn, all of them."""
+    """Write an adapter with random weights, in place of a trained one."""
     model = tiny_model()
     torch.manual_seed(number + 1)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -402,7 +402,7 @@ def _adapter(folder, number):
 
 
 def _write_base(folder, family, label):
-    """Write a base: v1, or an update of it by the number of the version."""
+    """Write a base: v1, or an update that depends on the number of the version."""
     number = int(label.removeprefix("v"))
     if number == 1:
         tiny_model().save_pretrained(folder)

@@ -9,7 +9,7 @@ from tests.stories.place import ROOT, Stack, settings_below
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory):
-    """One stack for all stories: each has families and adapters of its own."""
+    """One stack for all tests, which use different families and adapters."""
     settings = settings_below(tmp_path_factory.mktemp("story") / "state")
 
     def make(verb):

@@ -1,7 +1,6 @@
-"""A base update as a platform team lives it: real servers, a real worker, a tiny model.
+"""A base update with real servers, a real worker and a tiny model.
 
-Everything is started through deployments and read from MLflow with its own client, as a stranger
-would; only the model is small.
+The tests start all work through deployments and read results with MLflow's own client.
 """
 
 import io
@@ -52,7 +51,7 @@ def test_an_upload_ends_with_a_fleet_that_serves_on_the_new_base(stack, tmp_path
     transferred = stack.mlflow.get_model_version("parity", "2")
     assert transferred.tags["trans_peft.verdict"] == "passed"
     assert stack.alias("parity", f"on-{v2.tags['trans_peft.fingerprint'][:12]}") == "2"
-    assert stack.alias("tiny", "serving") == "1"  # nobody promoted v2 yet
+    assert stack.alias("tiny", "serving") == "1"  # v2 is not promoted yet
 
     # a person promotes it, and a second run of everything changes nothing
     stack.champion("2")
@@ -72,8 +71,8 @@ def test_a_refused_upload_fails_and_registers_nothing(stack, tmp_path):
 
 def test_a_version_registered_in_mlflow_is_verified_and_made_ready(stack, tmp_path):
     for file in write_tiny_base(tmp_path / "v4", seed=4).iterdir():
-        stack.s3.upload_file(str(file), "bases", f"tiny/by-hand/{file.name}")  # and no manifest
-    registered = stack.mlflow.create_model_version("tiny", source="s3://bases/tiny/by-hand")
+        stack.s3.upload_file(str(file), "bases", f"tiny/registered/{file.name}")  # and no manifest
+    registered = stack.mlflow.create_model_version("tiny", source="s3://bases/tiny/registered")
     stack.run("reconcile", family="tiny", wait=True)
     wait_until(lambda: ready(stack, registered.version))
     stack.run("reconcile", family="tiny", wait=True)
@@ -120,7 +119,7 @@ def test_cancelling_a_training_ends_every_process_of_it(stack):
 
 
 def ready(stack, number):
-    """Whether a version is ready; whoever's run ingested it."""
+    """Whether a version is ready, no matter which run ingested it."""
     found = stack.mlflow.search_model_versions("name='tiny'")
     tags = [version.tags for version in found if version.version == number]
     return bool(tags) and tags[0].get("trans_peft.ready") == "true"

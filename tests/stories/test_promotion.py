@@ -1,7 +1,7 @@
-"""People promote in MLflow's page: what is refused and where it reads so, approved, rolled back.
+"""Promotions by a user in MLflow's page: refused with a reason, approved manually, rolled back.
 
-The gate is as strict as it is deployed, and 24 questions are too few to pass it: what serves on the
-new base serves because a person said so.
+The gate has its default policy, and 24 questions are too few to pass it. An adapter on the new base
+therefore serves only after a manual approval.
 """
 
 import io
@@ -24,7 +24,7 @@ FAMILY, ADAPTER = "people", "approved"
 @pytest.fixture(scope="module")
 def fleet(stack, tmp_path_factory):
     """v1 serves one adapter; v2 is ready."""
-    stack.set_parameters_of_reconcile(policy={})  # as strict as by default
+    stack.set_parameters_of_reconcile(policy={})  # the default policy
     folder = tmp_path_factory.mktemp("people")
     stack.publish(write_tiny_base(folder / "v1"), "v1", FAMILY)
     assert stack.run("ingest-base", uri=f"s3://bases/{FAMILY}/v1")["type"] == "COMPLETED"
@@ -59,7 +59,7 @@ def note_on(stack, number):
 
 
 def events(stack, name, resource):
-    """Return the payloads of what was told, the oldest first."""
+    """Return the payloads of these events, the oldest first."""
     wanted = {"event": {"name": [name]}, "resource": {"id": [resource]}, "order": "ASC"}
     found = stack.prefect("POST", "events/filter", json={"filter": wanted, "limit": 50})
     return [event["payload"] for event in found["events"]]
@@ -128,7 +128,7 @@ def test_the_automations_of_the_docs_work(fleet):
     page = (ROOT / "docs" / "promotion.md").read_text()
     notify, retune = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.S)[1])["automations"]
     deployment = fleet.prefect("GET", "deployments/name/reconcile/default")["id"]
-    retune["actions"][0]["deployment_id"] = deployment  # somebody's own, in the docs
+    retune["actions"][0]["deployment_id"] = deployment  # a placeholder in the docs
     retune["trigger"]["match"] = {"trans-peft.base": "v2"}  # whatever the verdict
     fleet.prefect("POST", "automations/", json=retune)
     slack = fleet.prefect("GET", "block_types/slug/slack-webhook")
@@ -150,7 +150,7 @@ def test_the_automations_of_the_docs_work(fleet):
     notify["actions"][0]["block_document_id"] = block["id"]
     fleet.prefect("POST", "automations/", json=notify)
 
-    policy = {"margin_points": 4.0}  # judged anew from what is stored
+    policy = {"margin_points": 4.0}  # judged again from stored results
     fleet.run("reconcile", family=FAMILY, policy=policy, wait=True)
     wait_until(lambda: runs_of(fleet, adapter=ADAPTER, base="v2"))
     wait_until(
@@ -195,7 +195,7 @@ def test_killed_runs_are_repeated_and_each_adapter_is_judged_once(fleet, tmp_pat
 
 
 def unfinished_runs(stack, flow, on=""):
-    """Return the ids of the runs of a flow that are at work (on a base version)."""
+    """Return the ids of the running runs of a flow (on a base version)."""
     running = {"flows": {"name": {"any_": [flow]}}}
     running["flow_runs"] = {"state": {"type": {"any_": ["RUNNING"]}}}
     found = stack.prefect("POST", "flow_runs/filter", json=running)
