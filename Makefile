@@ -25,7 +25,7 @@ endif
 LOCKED  = $(INSTALL) --no-deps --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-architectures stories faults check docs format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-architectures test-end-to-end faults check docs format lock
 
 help: ## show this
 	@echo "make setup        install all dependencies into .venv (other targets do this first)"
@@ -52,7 +52,7 @@ help: ## show this
 	@echo "make test         all tests except the slow ones   make check   format, lint, types, imports"
 	@echo "make test-stack   tests that start a stack: make up, a base update (as in CI)"
 	@echo "make test-wheel   the wheel alone in an empty environment (as in CI)"
-	@echo "make stories      promotion, approval and rollback on a stack (about 6 min)"
+	@echo "make test-end-to-end  promotion, approval and rollback on a stack (about 6 min)"
 	@echo "make faults       killed programs, network failures, full disks (an hour or more)"
 	@echo "make docs         the documentation site, in build/site"
 	@echo "make format       ruff format and fixes   make lock    versions and hashes of this .venv"
@@ -112,7 +112,7 @@ clean-state: down
 TEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(READY)
-	$(TEST) -m "not stack and not stories and not faults and not wheel and not architectures"
+	$(TEST) -m "not stack and not end_to_end and not faults and not wheel and not architectures"
 
 # Builds the wheel and installs it without extras into an empty environment (about 90 s).
 test-wheel: $(READY)
@@ -123,10 +123,10 @@ test-architectures: $(READY)
 	$(TEST) -m architectures tests/perturbation
 
 test-stack: $(READY)
-	$(TEST) -m stack tests/stories tests/infra
+	$(TEST) -m stack tests/end_to_end tests/infra
 
-stories: $(READY)
-	$(BIN)/python -m pytest -m stories
+test-end-to-end: $(READY)
+	$(BIN)/python -m pytest -m end_to_end
 
 # More kills: make faults MOMENTS=20
 MOMENTS ?= 4

@@ -41,7 +41,7 @@ from infra.bridge.authentication import sign
 from infra.stack.machine import free_ports
 from infra.stack.settings import StackSettings
 from infra.stack.stack import down, up
-from tests.stories.place import RECIPE, Stack, rows, wait_until, write_update
+from tests.end_to_end.running_stack import RECIPE, Stack, rows, wait_until, write_update
 from tests.tiny import write_tiny_base
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.bases.publish import publish

@@ -29,7 +29,7 @@ from infra.bridge.serve import create_server
 from infra.bridge.settings import BridgeSettings
 from infra.stack.machine import free_ports
 from tests.bridge.fakes import FakePrefect, FakeRegistry
-from tests.stories.place import wait_until
+from tests.end_to_end.running_stack import wait_until
 
 SECRETS = ("a-secret-of-mlflow-000000", "the-former-secret-1111111")
 TOKENS = ("a-token-of-the-s3-server-22", "the-former-token-33333333333")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from infra.stack.settings import StackSettings
+from tests.end_to_end.conftest import stack as fresh
+from tests.end_to_end.running_stack import LENIENT, Stack
 from tests.faults.upgrade import Upgrade, final_state, make_family, record_alias_history, retrying
-from tests.stories.conftest import stack as fresh
-from tests.stories.place import LENIENT, Stack
 
 __all__ = ["fresh"]
 

@@ -13,8 +13,8 @@ from infra.stack.machine import MARK, PROGRAM_MARK, end, marked
 from infra.stack.programs import PROGRAMS
 from infra.stack.settings import without_services
 from infra.stack.supervisor import Supervisor
+from tests.end_to_end.running_stack import wait_until
 from tests.faults.upgrade import PATIENCE_S, final_state, forget, retrying, unfinished_runs
-from tests.stories.place import wait_until
 
 IDLE_S = 20
 """After this time without any unfinished run, only the schedule would start another one."""

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.end_to_end.running_stack import wait_until
 from tests.faults.disturb import assert_ends_as, schedule, stopped, wait_for_end, worker
 from tests.faults.upgrade import PATIENCE_S, Upgrade, make_family, unfinished_runs
-from tests.stories.place import wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(2 * 3600)]
 

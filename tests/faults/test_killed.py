@@ -27,6 +27,7 @@ import pytest
 from infra.stack.health import is_healthy
 from infra.stack.machine import marked
 from infra.stack.supervisor import Supervisor
+from tests.end_to_end.running_stack import wait_until
 from tests.faults.upgrade import (
     PATIENCE_S,
     Upgrade,
@@ -37,7 +38,6 @@ from tests.faults.upgrade import (
     retrying,
     unfinished_runs,
 )
-from tests.stories.place import wait_until
 from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(4 * 3600)]

@@ -5,10 +5,10 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.end_to_end.running_stack import wait_until
 from tests.faults.disturb import assert_ends_as, judging, stopped, wait_for_end, worker
 from tests.faults.proxy import RandomFaults, proxied
 from tests.faults.upgrade import PATIENCE_S, Upgrade, make_family
-from tests.stories.place import wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(2 * 3600)]
 

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from infra.bridge.authentication import sign
+from tests.end_to_end.running_stack import ROOT, wait_until
 from tests.faults.disturb import assert_ends_as, schedule, stopped, wait_for_end
 from tests.faults.upgrade import PATIENCE_S, Upgrade, make_family, unfinished_runs
-from tests.stories.place import ROOT, wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(2 * 3600)]
 

@@ -28,7 +28,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.exceptions import MlflowException
 from peft import LoraConfig, get_peft_model
 
-from tests.stories.place import FINAL, LENIENT, Stack, wait_until, write_update
+from tests.end_to_end.running_stack import FINAL, LENIENT, Stack, wait_until, write_update
 from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from trans_peft.bases.publish import publish
 from trans_peft.domain.base import Manifest, Upload
@@ -257,7 +257,7 @@ def final_state(family):
     versions: if the response to a registration is lost, the version is registered again, and all
     but the lowest are tagged superseded. Versions are therefore numbered among the visible ones.
 
-    Also asserts that the key of each verdict follows from its evaluations and policy, and that every
+    Also asserts that the key of each verdict follows from its evaluations and policy, and that each
     run that a tag names exists and is finished.
     """
     client = family.stack.mlflow

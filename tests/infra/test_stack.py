@@ -25,8 +25,8 @@ from infra.stack.machine import marked, port_is_free
 from infra.stack.programs import leftover_sockets
 from infra.stack.settings import BUCKETS, StackSettings
 from infra.stack.supervisor import Supervisor
+from tests.end_to_end.running_stack import ROOT, settings_below
 from tests.infra.unauthenticated import SECRET, answers_without_credentials, ports_of
-from tests.stories.place import ROOT, settings_below
 
 pytestmark = pytest.mark.stack
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.stories.place import ROOT, Stack, settings_below
+from tests.end_to_end.running_stack import ROOT, Stack, settings_below
 
 
 @pytest.fixture(scope="session")

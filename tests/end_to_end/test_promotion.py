@@ -13,10 +13,10 @@ import psutil
 import pytest
 import yaml
 
-from tests.stories.place import RECIPE, ROOT, rows, wait_until, write_update
+from tests.end_to_end.running_stack import RECIPE, ROOT, rows, wait_until, write_update
 from tests.tiny import write_tiny_base
 
-pytestmark = [pytest.mark.stories, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
 FAMILY, ADAPTER = "people", "approved"
 

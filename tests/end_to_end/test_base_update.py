@@ -9,7 +9,7 @@ import psutil
 import pytest
 from mlflow.exceptions import MlflowException
 
-from tests.stories.place import LENIENT, RECIPE, rows, wait_until, write_update
+from tests.end_to_end.running_stack import LENIENT, RECIPE, rows, wait_until, write_update
 from tests.tiny import write_tiny_base
 from trans_peft.edges.mlflow_registry import MlflowRegistry
 
