@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from trans_peft.perturbation.mask_site import override
-from trans_peft.perturbation.undisturbed import reseed
+from trans_peft.perturbation.side_effects import reseed
 
 __all__ = [
     "Behaviour",

@@ -3,10 +3,10 @@
 Candidates are found by shape (`ffn`). The model runs once on a few tokens. Then the first layer of
 each kind runs again on its recorded input:
 
--   the behavior of a candidate shows whether it is an FFN (`claims`);
+-   the behavior of a candidate shows whether it is an FFN (`layer_analysis`);
 -   a weight that may belong to an FFN but is in no unit makes the model unsupported, by name;
 -   a unit is sliced only if the sliced result equals the multiplied one under two masks;
--   a dropped FFN must add nothing (`trials`).
+-   a dropped FFN must add nothing (`comparison`).
 """
 
 from collections.abc import Hashable, Sequence
@@ -17,13 +17,13 @@ from torch import nn
 
 from trans_peft.errors import UnsupportedModelError
 from trans_peft.perturbation.behaviour import Call, record_calls
-from trans_peft.perturbation.claims import Claims, unclaimed_by_shape
+from trans_peft.perturbation.comparison import dropped, masked, reason_attention_not_dropped
 from trans_peft.perturbation.draws import SubLayerKind
 from trans_peft.perturbation.ffn import attention_of, candidate_layers, preferred
 from trans_peft.perturbation.kinds import kind_of
+from trans_peft.perturbation.layer_analysis import LayerAnalysis, unassigned_by_shape
 from trans_peft.perturbation.layout import Layout, layers_by_name, layouts_by_shape
-from trans_peft.perturbation.trials import dropped, masked, reason_attention_not_dropped
-from trans_peft.perturbation.undisturbed import run_on_tokens, undisturbed
+from trans_peft.perturbation.side_effects import run_on_tokens, without_side_effects
 from trans_peft.perturbation.units import DecoderLayer, FeedForward, Unit
 
 __all__ = ["found_layers", "verified_layers"]
@@ -65,7 +65,7 @@ def verified_layers(
         alike.setdefault(kind_of(layer.module), []).append(index)
     found = list(layers)
     problems: list[str] = []
-    with undisturbed(model):
+    with without_side_effects(model):
         firsts = [layers[indices[0]] for indices in alike.values()]
         with ExitStack() as undo:
             calls = record_calls([first.module for first in firsts], undo)
@@ -76,8 +76,8 @@ def verified_layers(
             where = f"{where} ({type(first.module).__name__})"
             if "ffn" in kinds:
                 problems += [f"{where}: {problem}" for problem in verified.ffn]
-            if "attention" in kinds and verified.why_no_attention:
-                problems.append(f"{where}: attention: {verified.why_no_attention}")
+            if "attention" in kinds and verified.attention_problem:
+                problems.append(f"{where}: attention: {verified.attention_problem}")
             for index in indices:
                 found[index] = _like_first(first, verified.layer, layers[index])
     if "ffn" in kinds and not problems and not any(layer.ffn for layer in found):
@@ -128,7 +128,7 @@ class _LayerResult:
 
     layer: DecoderLayer
     ffn: tuple[str, ...]
-    why_no_attention: str | None
+    attention_problem: str | None
 
 
 def _by_shape(layer: DecoderLayer, reason: str) -> _LayerResult:
@@ -139,7 +139,7 @@ def _by_shape(layer: DecoderLayer, reason: str) -> _LayerResult:
         for unit in preferred(layer.ffn)
     )
     problems = []
-    if names := unclaimed_by_shape(layer.module, units):
+    if names := unassigned_by_shape(layer.module, units):
         problems.append(f"no FFN was recognised in {', '.join(names)}")
     if not units:
         problems.append(f"no FFN was recognised; {reason}")
@@ -148,22 +148,22 @@ def _by_shape(layer: DecoderLayer, reason: str) -> _LayerResult:
 
 
 def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _LayerResult:
-    claims = Claims(layer.module, call, layer.ffn)
-    reasons = [(unit, claims.why_not(unit)) for unit in layer.ffn]
+    analysis = LayerAnalysis(layer.module, call, layer.ffn)
+    reasons = [(unit, analysis.rejection_reason(unit)) for unit in layer.ffn]
     units = tuple(unit for unit, reason in reasons if reason is None)
     attention = layer.attention
     if not stated:
-        attention = attention_of(layer.module, units, called=claims.calls)
+        attention = attention_of(layer.module, units, called=analysis.calls)
     result = replace(layer, ffn=units, attention=attention)
-    why_no_attention = reason_attention_not_dropped(result, call)
-    if attention is not None and why_no_attention is None:
-        seen = claims.behaviour(attention.module)
+    attention_problem = reason_attention_not_dropped(result, call)
+    if attention is not None and attention_problem is None:
+        seen = analysis.behaviour(attention.module)
         if seen is None or seen.per_token:
-            why_no_attention = f"{type(attention.module).__name__} does not mix tokens"
+            attention_problem = f"{type(attention.module).__name__} does not mix tokens"
     problems = [
         f"the layout names a module that is not an FFN: {r}" for _, r in reasons if r and stated
     ]
-    names = claims.unclaimed_in_layout(units) if stated else claims.unclaimed(units)
+    names = analysis.unassigned_in_layout(units) if stated else analysis.unassigned(units)
     if names:
         problems.append(f"no FFN was recognised in {', '.join(names)}")
     if not problems and units:
@@ -172,7 +172,7 @@ def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _LayerResul
             result = dropped(result, call)
         except UnsupportedModelError as error:
             problems.append(str(error))
-    return _LayerResult(result, tuple(problems), why_no_attention)
+    return _LayerResult(result, tuple(problems), attention_problem)
 
 
 def _like_first(first: DecoderLayer, verified: DecoderLayer, other: DecoderLayer) -> DecoderLayer:

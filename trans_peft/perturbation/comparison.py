@@ -61,7 +61,7 @@ def masked(layer: DecoderLayer, call: Call) -> tuple[Unit, ...]:
                 (
                     reason
                     for mask, outputs in zip(masks, expected, strict=True)
-                    if (reason := _why_unequal(mask, trial, number, outputs[number], call))
+                    if (reason := _slicing_problem(mask, trial, number, outputs[number], call))
                 ),
                 None,
             )
@@ -86,7 +86,7 @@ def _can_be_sliced(unit: FeedForward) -> bool:
     return all(reason_not_sliced(part) is None for part in unit.modules)
 
 
-def _why_unequal(
+def _slicing_problem(
     mask: _Masks, trial: tuple[Unit, ...], number: int, expected: list[torch.Tensor], call: Call
 ) -> str | None:
     try:

@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 
 from trans_peft.perturbation.units import base_of
 
-__all__ = ["TOKENS", "reseed", "run_on_tokens", "undisturbed"]
+__all__ = ["TOKENS", "reseed", "run_on_tokens", "without_side_effects"]
 
 TOKENS = 7
 """Length of the sequence that a model is run on."""
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def without_side_effects(model: nn.Module) -> Iterator[None]:
     """Restore the model, and all random states, after the block."""
     with ExitStack() as undo:
         undo.enter_context(warnings.catch_warnings())
@@ -97,7 +97,7 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 def reseed() -> None:
-    """Seed all random generators with a fixed seed. Call it inside `undisturbed`.
+    """Seed all random generators with a fixed seed. Call it inside `without_side_effects`.
 
     `torch.manual_seed` would also seed an accelerator that is not initialized yet.
     """

@@ -21,10 +21,10 @@ from trans_peft.perturbation.ffn import is_norm, is_other
 from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.units import Experts, FeedForward, Unit, base_of, projection_shape
 
-__all__ = ["Claims", "unclaimed_by_shape"]
+__all__ = ["LayerAnalysis", "unassigned_by_shape"]
 
 
-class Claims:
+class LayerAnalysis:
     """Analysis of one layer, from running it on one recorded input."""
 
     def __init__(self, layer: nn.Module, call: Call, candidates: tuple[Unit, ...]) -> None:
@@ -45,13 +45,13 @@ class Claims:
             self.call.again()
         return calls
 
-    def why_not(self, unit: Unit) -> str | None:
+    def rejection_reason(self, unit: Unit) -> str | None:
         """Return why a candidate is not an FFN; None if it is one."""
         if isinstance(unit, Experts):
             return None
         around = self._called_around(unit)
         if around is None:
-            return self._why_not_inline(unit)
+            return self._inline_rejection_reason(unit)
         seen = self.behaviour(around)
         if seen is None:
             return "it cannot be run on its own"
@@ -73,12 +73,12 @@ class Claims:
             self._seen[id(module)] = seen
         return self._seen[id(module)]
 
-    def unclaimed(self, units: tuple[Unit, ...]) -> list[str]:
+    def unassigned(self, units: tuple[Unit, ...]) -> list[str]:
         """Return the names of weights that may belong to an FFN but are in none of `units`."""
-        claimed = {id(base_of(part)) for unit in units for part in unit.modules}
+        assigned = {id(base_of(part)) for unit in units for part in unit.modules}
         found: list[str] = []
         linear: list[tuple[str, nn.Module]] = []
-        for name, module in self._rest(self.layer, "", claimed):
+        for name, module in self._rest(self.layer, "", assigned):
             if isinstance(module, nn.Parameter):
                 if self.hidden in module.shape and sum(n > 1 for n in module.shape) > 1:
                     found.append(name)
@@ -93,14 +93,14 @@ class Claims:
                 found += self._hidden_in(name, module)
         return found + _pairs(linear, self.hidden)
 
-    def unclaimed_in_layout(self, units: tuple[Unit, ...]) -> list[str]:
+    def unassigned_in_layout(self, units: tuple[Unit, ...]) -> list[str]:
         """Return the names of weights that may belong to a layout's units but are not in them."""
         names = []
         for unit in units:
             if isinstance(unit, FeedForward) and unit.container is not self.layer:
                 path = self._names[id(unit.container)]
-                names += [name for name in self.unclaimed(units) if name.startswith(f"{path}.")]
-                if (reason := self._why_not_inline(unit)) is not None:
+                names += [name for name in self.unassigned(units) if name.startswith(f"{path}.")]
+                if (reason := self._inline_rejection_reason(unit)) is not None:
                     names.append(f"{path} ({reason})")
         return names
 
@@ -123,7 +123,7 @@ class Claims:
                 yield f"{name}.{path}"
 
     def _rest(
-        self, module: nn.Module, prefix: str, claimed: set[int]
+        self, module: nn.Module, prefix: str, assigned: set[int]
     ) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
         """Yield raw weights, and the largest modules with weights but without an assigned part."""
         base = base_of(module)
@@ -136,10 +136,10 @@ class Claims:
             inside = {id(part) for part in child.modules()}
             if not any(parameter.dim() > 1 for parameter in child.parameters()):
                 continue
-            if id(base_of(child)) in claimed:
+            if id(base_of(child)) in assigned:
                 continue
-            if inside & claimed or isinstance(child, nn.ModuleList | nn.ModuleDict):
-                yield from self._rest(child, f"{prefix}{name}.", claimed)
+            if inside & assigned or isinstance(child, nn.ModuleList | nn.ModuleDict):
+                yield from self._rest(child, f"{prefix}{name}.", assigned)
             else:
                 yield prefix + name, child
 
@@ -153,7 +153,7 @@ class Claims:
             path = path.rpartition(".")[0]
         return None
 
-    def _why_not_inline(self, unit: FeedForward) -> str | None:
+    def _inline_rejection_reason(self, unit: FeedForward) -> str | None:
         """Return why a unit without its own module is not an FFN: its neurons need other inputs."""
         if id(unit.down) not in self.calls:
             return "its down projection is not called"
@@ -169,13 +169,13 @@ class Claims:
         return None
 
 
-def unclaimed_by_shape(layer: nn.Module, units: tuple[Unit, ...]) -> list[str]:
+def unassigned_by_shape(layer: nn.Module, units: tuple[Unit, ...]) -> list[str]:
     """Return the names of weights that may belong to an FFN, in a layer that cannot be run.
 
     These are raw weights of three dimensions, and projections that lie next to a unit's projection
     and have its shape.
     """
-    claimed = {id(base_of(part)) for unit in units for part in unit.modules}
+    assigned = {id(base_of(part)) for unit in units for part in unit.modules}
     input_shapes = {
         (id(base_of(unit.container)), projection_shape(part))
         for unit in units
@@ -184,13 +184,13 @@ def unclaimed_by_shape(layer: nn.Module, units: tuple[Unit, ...]) -> list[str]:
     }
     found = []
     for name, module in layer.named_modules():
-        if id(module) in claimed or is_other(name.rpartition(".")[2]):
+        if id(module) in assigned or is_other(name.rpartition(".")[2]):
             continue
         raw = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
         if projection_shape(module) is None and not isinstance(module, nn.Conv1d):
             found += [f"{name}.{n}".lstrip(".") for n in raw]
         for child_name, child in module.named_children():
-            unknown = id(base_of(child)) not in claimed and projection_shape(child) is not None
+            unknown = id(base_of(child)) not in assigned and projection_shape(child) is not None
             if unknown and (id(module), projection_shape(child)) in input_shapes:
                 found.append(f"{name}.{child_name}".lstrip("."))
     return found
