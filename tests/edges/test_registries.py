@@ -384,7 +384,7 @@ class TestMlflow:
 
     def test_replaced_weights_are_an_integrity_error(self, place, tmp_path):
         version = place.trained()
-        with pytest.raises(IntegrityError, match="other ones"):
+        with pytest.raises(IntegrityError, match="differ from the registered ones"):
             place.registry.download(replace(version, weights_sha256="0" * 64), tmp_path / "d")
 
     def test_a_promoted_copy_is_not_an_adapter(self, place):
