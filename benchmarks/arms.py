@@ -20,7 +20,7 @@ from trans_peft.data import pin, read_examples
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.domain.outcome import Reason, TransferTask
-from trans_peft.lifecycle.questions import tokenized_suite_for
+from trans_peft.lifecycle.evaluation import tokenized_suite_for
 from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.models import load_base, load_tokenizer

@@ -45,7 +45,7 @@ from tests.end_to_end.running_stack import RECIPE, Stack, rows, wait_until, writ
 from tests.tiny import write_tiny_base
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.bases.publish import publish
-from trans_peft.domain.base import Manifest
+from trans_peft.domain.base import BaseVersion, Manifest
 from trans_peft.domain.conventions import CHAMPION_ALIAS, Deployment
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.mlflow_catalog import MlflowCatalog
@@ -136,7 +136,7 @@ class BridgeBenchmark:
             for name in ("v1", "v2"):
                 uri = f"s3://data/{family}/{name}"
                 catalog.make_ready(
-                    family, name, uri, fingerprint=content, parent=None, source="benchmark"
+                    BaseVersion(family, name, uri, 0), fingerprint=content, source="benchmark"
                 )
         self._settle()
 

@@ -10,10 +10,12 @@ from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.cli.workspace import EvaluationFolder
 from trans_peft.data import pin, read_examples
 from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, ItemResult, Suite
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
-from trans_peft.lifecycle.evaluations import base_folder, evaluate_on
+from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.evaluation import EvaluationSubject, evaluate_on
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.validation.gate import judge
 from trans_peft.validation.scoring import make_scorer
@@ -66,7 +68,7 @@ class World:
             made_of = fingerprint(uri, FileStore())
             bases.append(
                 self.platform.catalog.make_ready(
-                    FAMILY, name, uri, fingerprint=made_of, parent=None, source="benchmark"
+                    BaseVersion(FAMILY, name, uri, 0), fingerprint=made_of, source="benchmark"
                 )
             )
             base_folder(bases[-1], self.platform)
@@ -100,9 +102,8 @@ class World:
         platform = replace(self.platform, evaluations=self.known)
         folder = Path(self.task.adapters[name])
         weights = self.versions[name].weights_sha256
-        found = evaluate_on(
-            self.old, [self.suite], platform, adapter=lambda: folder, weights_sha256=weights
-        )
+        subject = EvaluationSubject(folder.name, weights, lambda: folder)
+        found = evaluate_on(self.old, [self.suite], platform, subject)
         return found[self.suite.name]
 
     def evaluation(self, texts: Sequence[str], weights_sha256: str) -> Any:

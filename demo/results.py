@@ -10,7 +10,7 @@ from demo.base import FAMILY
 from demo.settings import POLICY, Chapter, recipes
 from trans_peft.domain.evaluation import SuiteJudgement, Verdict
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
+from trans_peft.lifecycle.evaluation import evaluate_on, pin_suites
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform

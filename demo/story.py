@@ -26,8 +26,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS, Deployment
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
-from trans_peft.lifecycle.progress import EvaluationProgress
+from trans_peft.lifecycle.evaluation import EvaluationProgress, evaluate_on, pin_suites
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.train import resolve_recipe

@@ -143,6 +143,6 @@ for task in plan(fleet, policy).work:
 # +
 mlflow.set_registered_model_alias(FAMILY, "champion", str(v2.number))
 changes = apply_verdicts(observe(FAMILY, platform), policy, PromotionPolicy(), platform)
-print(changes.markdown())
+print("serving:", changes.promoted)
 version = tp.resolve("parity", platform)
 print(version.base_version, platform.registry.download(version, work / "serving"))

@@ -11,7 +11,8 @@ from prefect.states import Completed, Failed
 from tasks import ingestion, reconciliation, recovery, reporting, shards, transfer
 from tasks.shards import EndedShard, Shard
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.outcome import FleetChanges, Plan
+from trans_peft.domain.fleet import FleetChanges
+from trans_peft.domain.outcome import Plan
 from trans_peft.domain.promotion import PromotionPolicy
 
 
@@ -169,10 +170,8 @@ class _Family:
         reporting.publish_fleet(self.name, changes)
 
     def _problems(self, plan: Plan, changes: FleetChanges) -> Iterator[str]:
-        if changes.refused:
-            yield changes.refused
-        if changes.waiting and not self.awaited(wait=True):
-            yield changes.waiting
+        if changes.is_refused or (changes.obstacle and not self.awaited(wait=True)):
+            yield reporting.obstacle_text(changes)
         yield from dict.fromkeys(self.left.values())
         yield from (f"parked after three failed attempts: {work}" for work in plan.parked)
         yield from plan.unreadable

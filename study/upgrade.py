@@ -27,7 +27,7 @@ from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS, Deploym
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
+from trans_peft.lifecycle.evaluation import evaluate_on, pin_suites
 from trans_peft.lifecycle.report import FleetReport, FleetRow, report
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform

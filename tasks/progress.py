@@ -8,7 +8,7 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from trans_peft.lifecycle.progress import EvaluationProgress
+from trans_peft.lifecycle.evaluation import EvaluationProgress
 from trans_peft.training.events import Event, TrainingMetrics
 
 __all__ = ["evaluation_progress", "training_progress"]

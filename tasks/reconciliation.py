@@ -5,8 +5,10 @@ from prefect import task
 from tasks import events
 from tasks.composition import platform
 from tasks.policy import RETRIES
+from tasks.reporting import obstacle_text
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.outcome import FleetChanges, Plan
+from trans_peft.domain.fleet import FleetChanges
+from trans_peft.domain.outcome import Plan
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.lifecycle import reconcile
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
@@ -42,8 +44,8 @@ def apply_fleet_verdicts(
         fleet = reconcile.observe(family, platform())
         changes = apply_verdicts(fleet, policy, promotion, platform())
         if changes.promoted is not None:
-            events.fleet_promoted(family, changes.promoted)
-        if changes.refused is not None and not changes.already_reported:
-            events.promotion_refused(family, changes.refused)
+            events.fleet_promoted(family, str(changes.promoted))
+        if changes.is_refused and not changes.already_reported:
+            events.promotion_refused(family, obstacle_text(changes))
         if not changes.is_outdated:
             return changes

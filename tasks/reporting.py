@@ -5,11 +5,13 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks.composition import platform
 from tasks.policy import RETRIES
+from trans_peft.domain.fleet import FleetChanges
 from trans_peft.domain.identity import content_sha256
-from trans_peft.domain.outcome import FleetChanges, Plan
+from trans_peft.domain.outcome import Plan
+from trans_peft.lifecycle.promotion import describe_obstacle
 from trans_peft.lifecycle.report import report
 
-__all__ = ["publish_fleet", "publish_plan"]
+__all__ = ["changes_markdown", "obstacle_text", "publish_fleet", "publish_plan"]
 
 
 @task(**RETRIES, task_run_name="plan of {plan.family}")
@@ -40,9 +42,34 @@ def publish_plan(plan: Plan) -> None:
 @task(**RETRIES, task_run_name="fleet of {family}")
 def publish_fleet(family: str, changes: FleetChanges) -> str:
     """Write the fleet report to a markdown artifact and return its text."""
-    text = report(family, platform()).markdown() + "\n\n" + changes.markdown()
+    text = report(family, platform()).markdown() + "\n\n" + changes_markdown(changes)
     create_markdown_artifact(key=f"fleet-{_slug(family)}", markdown=text)
     return text
+
+
+def obstacle_text(changes: FleetChanges) -> str:
+    """Return why `serving` did not move to `champion`, empty if nothing prevents it."""
+    return "" if changes.obstacle is None else describe_obstacle(changes.obstacle)
+
+
+def changes_markdown(changes: FleetChanges) -> str:
+    """Return the changes of one run as a section of the fleet report."""
+    lines = [
+        f"- {change.adapter}: {change.alias} -> "
+        + ("none" if change.number is None else f"version {change.number}")
+        for change in changes.aliases
+    ]
+    lines += [
+        f"- manual override kept: {found.adapter} on {found.base_version}: {found.override}"
+        for found in changes.manual_overrides
+    ]
+    if changes.promoted is not None:
+        lines.append(f"- **serving moved to {changes.promoted}**")
+    if changes.obstacle is not None:
+        what = "promotion refused" if changes.is_refused else "serving did not move"
+        text = obstacle_text(changes).replace("\n", "\n  ")
+        lines.append(f"- **{what}**: {text}")
+    return "\n".join(["## Changes", "", *(lines or ["- none"])])
 
 
 def _slug(family: str) -> str:

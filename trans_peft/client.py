@@ -1,7 +1,6 @@
-"""Connect to a platform: MLflow for everything registered, S3 or folders for files.
+"""Connect to a platform: an MLflow server for the registry, S3 or local folders for files.
 
-This is the composition root of the wheel. The flows, the command line's `resolve` and notebooks
-all build their `Platform` here.
+The flows, the command `trans-peft resolve` and notebooks build their `Platform` here.
 """
 
 import os
@@ -18,7 +17,7 @@ from trans_peft.validation.guards import guards_named
 __all__ = ["DEFAULT_WORK_DIR", "connect"]
 
 DEFAULT_WORK_DIR = Path("~/.cache/trans-peft")
-"""Downloads and checkpoints go here unless `connect` gets another folder."""
+"""The default folder for copies of bases, downloads and checkpoints."""
 
 
 def connect(
@@ -30,19 +29,23 @@ def connect(
     may_lack: Collection[str] = (),
     owners: Owners = Owners(),  # noqa: B008  frozen
 ) -> Platform:
-    """Return the platform behind an MLflow tracking server. Nothing is requested yet.
+    """Return the platform of an MLflow tracking server. Sends no request yet.
 
-    `tracking_uri` defaults to the environment variable `MLFLOW_TRACKING_URI`. S3 uses boto3's own
-    `AWS_*` variables and profiles. `work_dir` holds copies of bases, downloads and checkpoints of
-    unfinished training; it must not be shared between machines. `cache_bytes` limits the copies of
-    bases (None: the disk is the limit). `places` limits which local folders and hub data sets are
-    read (by default any, as suits a user's own machine). `may_lack` names the guards of the sandbox
-    for generated code that this machine may lack (by default none; see docs/suites.md). `owners`
-    says from where each base family takes its versions (by default from anywhere; see
-    docs/uploads.md).
+    S3 credentials and endpoints come from boto3's `AWS_*` variables and profiles.
 
-    Raises InvalidSpecError without a tracking URI or for a guard that does not exist,
-    ModuleNotFoundError without the extra `mlflow`.
+    Args:
+        tracking_uri: The URL of the server; by default the variable `MLFLOW_TRACKING_URI`.
+        work_dir: The folder for copies of bases, downloads and checkpoints of unfinished training.
+            Machines must not share it.
+        cache_bytes: The limit for copies of bases in bytes; None means the size of the disk.
+        places: The local folders and hub data sets that may be read; by default all of them.
+        may_lack: Names of the guards of the sandbox for generated code that may be missing on this
+            machine; by default none (docs/suites.md).
+        owners: The places and signing keys from which each base family accepts versions; by default
+            any place (docs/uploads.md).
+
+    Raises InvalidSpecError without a tracking URI or for an unknown guard, and ModuleNotFoundError
+    without the extra `mlflow`.
 
     Example::
 
@@ -55,7 +58,7 @@ def connect(
     tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not tracking_uri:
         raise InvalidSpecError(
-            "there is no MLflow tracking URI to connect to",
+            "no MLflow tracking URI is configured",
             expected="the argument `tracking_uri` or the environment variable MLFLOW_TRACKING_URI",
             do="pass the URL of your MLflow server, such as http://localhost:5000",
         )

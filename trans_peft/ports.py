@@ -1,8 +1,8 @@
-"""The doors through which this library touches the outside, as Protocols.
+"""Ports: the protocols through which this library reads and writes external systems.
 
-Each has an in-memory twin in `trans_peft.edges.memory` that passes the same contract tests as the
-real one. `Platform` bundles them: the composition root builds one and hands it to a verb of
-`trans_peft.lifecycle`.
+`trans_peft.edges` implements them for MLflow, S3 and local files, and in memory. All
+implementations pass the same contract tests. `Platform` bundles one implementation of each port;
+`trans_peft.client.connect` builds it, and every function of `trans_peft.lifecycle` takes it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One object under a prefix: its name relative to it, its size in bytes, its store's ETag."""
+    """One file below a prefix.
+
+    Attributes:
+        name: The name relative to the prefix.
+        size: The size in bytes.
+        etag: The store's ETag, which changes with the content.
+    """
 
     name: str
     size: int
@@ -41,98 +47,92 @@ class StoredFile:
 
 
 class ArtifactStore(Protocol):
-    """Bytes under a URI (`s3://bucket/key`, a path, or `file://path`).
+    """Files by URI (`s3://bucket/key`, a local path, or `file://path`).
 
-    Every method raises AccessError for a local path outside of `places`.
+    Every method raises AccessError for a local path that `places` does not allow, and StoreError if
+    the store does not respond.
     """
 
     places: Places
     """The local folders and the hub data sets that may be read."""
 
     def list(self, prefix_uri: str) -> tuple[StoredFile, ...]:
-        """Return every file below the prefix, sorted by name. Empty where there is nothing."""
+        """Return every file below the prefix, sorted by name; empty if there are none."""
 
     def read(
         self, uri: str, *, etag: str | None = None, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
-        """Stream the bytes [start, stop) of one file (all of it) in chunks.
+        """Stream the bytes [start, stop) of one file in chunks; by default the whole file.
 
-        NotFoundError; IntegrityError if its ETag is another; StoreError, at the latest after the
-        last chunk, if fewer or other bytes arrive than the store lists. A caller that needs the
-        whole file must read to the end.
+        Raises NotFoundError, and IntegrityError if the file has another ETag than `etag`. Raises
+        StoreError, at the latest after the last chunk, if the number of bytes differs from the
+        listed size. A caller that needs the whole file must therefore read to the end.
         """
 
     def write(self, uri: str, data: BinaryIO) -> None:
-        """Write one file, whole or not at all."""
+        """Write one file atomically: readers see the whole file or none."""
 
 
 class BaseCatalog(Protocol):
     """Base families and their versions."""
 
     def families(self) -> tuple[str, ...]:
-        """Return the names of all base families, sorted; names that break the rule left out."""
+        """Return the names of all base families, sorted, without invalid names."""
 
     def set_aside(self, family: str | None = None) -> tuple[str, ...]:
-        """Return what stands in the catalog and cannot be read, a line each, with the reason.
+        """Return descriptions of catalog entries that cannot be read, each with the reason.
 
-        Without a family: registered families whose name breaks the rule. With one: its versions
-        that `versions` leaves out.
+        Without a family: families with an invalid name. With a family: the versions that `versions`
+        leaves out.
         """
 
     def versions(self, family: str) -> tuple[BaseVersion, ...]:
-        """Return all versions of a family, ready or not, oldest first. NotFoundError.
+        """Return all versions of a family, ready or not, oldest first.
 
-        What cannot be read is left out: see `set_aside`.
+        Versions that cannot be read are left out (see `set_aside`). Raises NotFoundError.
         """
 
     def alias(self, family: str, alias: str) -> int | None:
-        """Return the number of the version that carries the alias (`champion`, `serving`)."""
+        """Return the number of the version with an alias (`champion`, `serving`), or None."""
 
     def set_serving(self, base: BaseVersion) -> None:
-        """Move `serving` to this version and remember that it served; reconcile alone does.
+        """Move `serving` to this version and mark the version as served.
 
-        Not ready: InvalidSpecError.
+        Only reconcile calls this. Raises InvalidSpecError if the version is not ready.
         """
 
     def promotion_notes(self, family: str) -> Mapping[int, str]:
-        """Return what stands on versions, by number, about why `champion` there does not serve."""
+        """Return the stored notes about promotions that did not take place, by version number."""
 
     def note_promotion(self, family: str, number: int, text: str) -> None:
-        """Write such a note on a version, ready or not; an empty one takes it away."""
+        """Store such a note on a version, ready or not. An empty text removes the note."""
 
     def make_ready(
-        self,
-        family: str,
-        version: str,
-        uri: str,
-        *,
-        fingerprint: Fingerprint,
-        parent: str | None,
-        source: str,
-        number: int | None = None,
-        manifest_sha256: str = "",
+        self, draft: BaseVersion, *, fingerprint: Fingerprint, source: str
     ) -> BaseVersion:
-        """Register a verified version, or complete the one with that `number`; `ready` last.
+        """Register a verified base version and return it with its number, ready.
 
-        The same family, version and fingerprint again returns the version that is there. The same
-        version with another fingerprint is an UploadError.
+        `draft` gives the family, the label, the URI, the parent and the manifest's hash. Its
+        `number` is that of a registered version to complete, or 0 for a new one. `source` describes
+        the origin for people. If the same label and fingerprint are ready already, that version is
+        returned. Raises UploadError if the label is ready with another fingerprint.
         """
 
     def fingerprint(self, base: BaseVersion) -> Fingerprint:
-        """Return the whole fingerprint of a ready version."""
+        """Return the fingerprint of a ready version. Raises NotFoundError."""
 
 
 class AdapterRegistry(Protocol):
-    """Adapters and their versions. No method deletes or rewrites bytes."""
+    """Adapters and their versions. No method deletes or changes weights."""
 
     def adapters(self, family: str) -> tuple[str, ...]:
         """Return the names of the family's live (not retired) adapters, sorted."""
 
     def set_aside(self, family: str | None = None) -> tuple[str, ...]:
-        """Return what `adapters` leaves out because it cannot be read, a line each.
+        """Return descriptions of adapters that `adapters` leaves out, each with the reason.
 
-        With a family: registered models that claim to be adapters of it. Without one: those that
-        claim a family that does not exist.
+        With a family: its adapters with an invalid name or tag. Without a family: adapters of a
+        family that does not exist.
         """
 
     def adapter(self, name: str) -> RegisteredAdapter:
@@ -142,94 +142,104 @@ class AdapterRegistry(Protocol):
         """
 
     def family(self, adapter: str) -> str:
-        """Return the family of an adapter, live or not. NotFoundError."""
+        """Return the family of an adapter, live or not. Raises NotFoundError."""
 
     def versions(self, adapter: str) -> tuple[AdapterVersion, ...]:
         """Return all versions of one adapter, oldest first.
 
-        NotFoundError; IntegrityError if one of them cannot be read: which version would be carried
-        to new bases could then be another one.
+        Raises NotFoundError, and IntegrityError if a version cannot be read: without it, another
+        version could be transferred to new bases by mistake.
         """
 
     def register(
         self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
     ) -> AdapterVersion:
-        """Register the PEFT folder as a new version; the draft's `number` is ignored.
+        """Register the PEFT folder as a new version. The draft's `number` is ignored.
 
-        The same adapter, weights and base again returns the version that is there (the lowest;
-        any other is marked superseded).
+        If the same weights are registered for the same base, that version is returned. Of several
+        such versions the lowest number is returned, and the others are marked as superseded.
         """
 
     def record(self, outcome: TransferOutcome) -> None:
-        """Keep an outcome: on the version it made, or on its source where it made none.
+        """Store an outcome on the version that it registered, or else on its source version.
 
-        An outcome whose verdict is `failed` counts as one attempt.
+        An outcome with the verdict `failed` counts as one attempt.
         """
 
     def outcomes(self, adapter: str) -> tuple[TransferOutcome, ...]:
-        """Return the newest outcome per base (evaluations left out), by base fingerprint."""
+        """Return the newest outcome per base without evaluations, sorted by base fingerprint."""
 
     def alias(self, adapter: str, alias: str) -> int | None:
-        """Return the number of the version that carries the alias."""
+        """Return the number of the version with an alias, or None. Raises NotFoundError."""
 
     def aliases(self, adapter: str) -> Mapping[str, AliasState]:
-        """Return every alias of the adapter that is set, or was set by us or recorded once."""
+        """Return the state of each alias that is set, was set by reconcile, or has a record."""
 
     def set_alias(self, adapter: str, alias: str, number: int | None) -> bool:
-        """Move the alias to a version, or take it away (None), and remember that we did.
+        """Set the alias on a version, or remove it (None), and record that reconcile did.
 
-        Where it stands by a person's hand nothing is written: False.
+        Returns False and writes nothing if the alias has a manual override.
         """
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
-        """Whether the alias stands as we last set it (or nobody ever did). False: a person's."""
+        """Return whether the alias has no manual override: it is where reconcile last set it."""
 
-    def record_manual_override(self, adapter: str, alias: str, hand: ManualOverride | None) -> None:
-        """Write down what a person did to the alias, for people to see (None: no longer so)."""
+    def record_manual_override(
+        self, adapter: str, alias: str, override: ManualOverride | None
+    ) -> None:
+        """Store the record of a manual override; None removes the record."""
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
-        """Write the version's PEFT folder below `folder` and return where it is."""
+        """Download the version's PEFT folder below `folder` and return its path."""
 
 
 class EvaluationStore(Protocol):
-    """Evaluations by key: computed once, shared by everybody."""
+    """Evaluations by key, shared by all adapters, workers and commands."""
 
     def get(self, key: str) -> Evaluation | None:
-        """Return the evaluation with that key, or None."""
+        """Return the evaluation with that key, or None. Raises IntegrityError."""
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
-        """Keep an evaluation. The same key again changes nothing."""
+        """Store an evaluation. An evaluation with an existing key is ignored."""
 
 
 class Run(Protocol):
-    """One run of something that is worth looking at while it runs."""
+    """One recorded run, such as a training."""
 
     id: str
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Record what it was started with."""
+        """Record the parameters of the run."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record figures at a step."""
+        """Record metrics at a step."""
 
     def file(self, path: Path, folder: str = "") -> None:
-        """Attach a file."""
+        """Store a file with the run."""
 
 
 class RunLog(Protocol):
-    """Where runs are recorded."""
+    """Records runs."""
 
     def run(self, name: str, *, tags: Mapping[str, str]) -> AbstractContextManager[Run]:
-        """Record one run; it is marked failed where the block raises."""
+        """Record one run. It is marked as failed if the block raises an error."""
 
 
 @dataclass(frozen=True)
 class Platform:
-    """Every port, and the folder in which this worker keeps what it can fetch again.
+    """One implementation of each port, and the settings of this worker.
 
-    `cache_bytes` bounds its copies of bases (None: the disk alone does). `may_lack` names the
-    guards of the sandbox for generated code that this worker may lack; its operator decides.
-    `owners` says from where, and with whose signature, each base family takes its versions.
+    Attributes:
+        store: Files by URI.
+        catalog: Base families and their versions.
+        registry: Adapters and their versions.
+        evaluations: Stored evaluations.
+        runs: Records of training runs.
+        work_dir: A folder of this worker alone, for copies of bases, checkpoints and downloads. All
+            of it can be downloaded or computed again.
+        cache_bytes: The limit for copies of bases in bytes; None means the size of the disk.
+        may_lack: Names of the guards of the sandbox for generated code that may be missing here.
+        owners: The places and the signing keys from which each base family accepts versions.
     """
 
     store: ArtifactStore

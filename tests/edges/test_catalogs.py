@@ -25,10 +25,10 @@ class Place:
     person: Any
 
     def publish(self, version: str, seed: int = 0, **changes: Any) -> BaseVersion:
-        arguments = {"fingerprint": fingerprint(seed), "parent": None, "source": "upload"}
-        return self.catalog.make_ready(
-            self.family, version, f"s3://bases/{self.family}/{version}", **arguments | changes
-        )
+        found = changes.pop("fingerprint", None) or fingerprint(seed)
+        uri = f"s3://bases/{self.family}/{version}"
+        draft = BaseVersion(self.family, version, uri, **{"number": 0} | changes)
+        return self.catalog.make_ready(draft, fingerprint=found, source="upload")
 
 
 class MlflowPerson:
@@ -151,10 +151,8 @@ class TestEveryCatalog:
         assert place.catalog.versions(place.family) == (waiting,)
         with pytest.raises(NotFoundError, match="never made ready"):
             place.catalog.fingerprint(waiting)
-        ready = place.catalog.make_ready(
-            place.family, "v1", uri, fingerprint=fingerprint(), parent=None, source="registered",
-            number=number,
-        )  # fmt: skip
+        draft = BaseVersion(place.family, "v1", uri, number)
+        ready = place.catalog.make_ready(draft, fingerprint=fingerprint(), source="registered")
         assert (ready.number, ready.version, ready.uri, ready.ready) == (number, "v1", uri, True)
         assert place.catalog.versions(place.family) == (ready,)
 

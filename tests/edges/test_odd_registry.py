@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tests.edges.fake_tracking import FakeTracking, Model, Version
 from tests.edges.nouns import evaluation
-from tests.lifecycle.fleet import POLICY, MemoryFleet
+from tests.lifecycle.fleet import POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.fleet import VerdictsMissing
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.edges.mlflow_catalog import MlflowCatalog
 from trans_peft.edges.mlflow_client import own_tags, tag
@@ -130,9 +131,9 @@ class Two:
                 fleet.person.sets_on_a_base(fleet.family, "champion", number)
                 changes = apply_verdicts(observe(fleet.family, fleet.platform), POLICY, ANY_SHARE,
                                  fleet.platform)  # fmt: skip
-                if changes.waiting:  # the damaged adapter lost its verdict; a rollback is free
-                    assert "bad" in changes.waiting
-                elif changes.refused is None:
+                if isinstance(changes.obstacle, VerdictsMissing):  # the damaged adapter has none
+                    assert "bad" in changes.obstacle.adapters
+                elif changes.obstacle is None:
                     assert fleet.serving == number
             seen = observe(fleet.family, fleet.platform)
             with_cost_estimates(plan(seen, POLICY), seen, fleet.platform)
@@ -207,7 +208,7 @@ THRESHOLD = '[{"name": "exam", "data": {"uri": "x", "sha256": "0"}, "threshold":
         ("suites", "[]", r"bad: the tag trans_peft.suites of version 2 of bad"),
         ("transferred_from", "one", r"bad: the tag trans_peft.transferred_from of version 2"),
         ("base_fingerprint", "on", r"bad: the tag trans_peft.base_fingerprint of version 2"),
-        ("family", "other", r"bad: the registry's records of bad contradict one another"),
+        ("family", "other", r"bad: the records of bad in the registry contradict each other"),
         ("adapter", "good", r"bad: the tag trans_peft.adapter of version 2"),
         ("OUTCOME", "{}", r"bad: the tag trans_peft.outcome.on-[0-9a-f]+ of version 2 of bad"),
         ("OUTCOME", "[[" * 5000, r"bad: the tag trans_peft.outcome"),
@@ -223,7 +224,8 @@ def test_an_unreadable_tag_is_reported_in_the_plan_and_in_the_report(two, tag, t
         assert [adapter.name for adapter in seen.adapters] == ["good"]
         (line,) = plan(seen, POLICY).unreadable
         assert re.match(message, line)
-        assert "## Set aside" in (page := report("spoilt", two.spoilt.platform).markdown())
+        page = report("spoilt", two.spoilt.platform).markdown()
+        assert "## Unreadable entries" in page
         assert line.split(":")[1].strip()[:40] in page
     assert [adapter.name for adapter in two.assert_others_continue().adapters] == ["bad", "good"]
 
@@ -298,28 +300,28 @@ def test_an_adapter_with_a_wrong_tag_of_its_model_blocks_the_promotion(two, name
         two.spoilt.complete_tasks()
         changes = two.spoilt.apply_verdicts(NO_ROLLBACK)
         assert changes.promoted is None
-        assert f"the tag trans_peft.{name} must be" in changes.refused
+        assert f"the tag trans_peft.{name} must be" in obstacle_text(changes)
         assert any(line.startswith("bad: the tag") for line in changes.unreadable)
         assert two.spoilt.serving == 1
         assert "spoilt" in two.spoilt.platform.catalog.families()
         two.tracking.known["bad"].tags.update({tag("kind"): "adapter", tag("family"): "spoilt"})
         two.spoilt.complete_tasks()
-        assert two.spoilt.apply_verdicts(ANY_SHARE).promoted == f"spoilt/v{champion}"
+        assert str(two.spoilt.apply_verdicts(ANY_SHARE).promoted) == f"spoilt/v{champion}"
 
 
 @pytest.mark.parametrize("name", ["kind", "family"])
 def test_a_retired_adapter_with_a_wrong_tag_blocks_nothing(two, name):
     with two.model_tag("bad", "retired", "true"), two.model_tag("bad", name, "x"):
         two.spoilt.person.sets_on_a_base("spoilt", "champion", 2)
-        assert two.spoilt.apply_verdicts(ANY_SHARE).promoted == "spoilt/v2"
+        assert str(two.spoilt.apply_verdicts(ANY_SHARE).promoted) == "spoilt/v2"
 
 
 def test_a_version_with_the_tag_of_another_family_blocks_its_own_family_alone(two):
     with two.version_tag("bad", "2", "family", "other"):
         for fleet in (two.spoilt, two.other):
             fleet.person.sets_on_a_base(fleet.family, "champion", 2)
-        assert two.other.apply_verdicts(NO_ROLLBACK).promoted == "other/v2"
-        assert "bad" in two.spoilt.apply_verdicts(NO_ROLLBACK).refused
+        assert str(two.other.apply_verdicts(NO_ROLLBACK).promoted) == "other/v2"
+        assert "bad" in obstacle_text(two.spoilt.apply_verdicts(NO_ROLLBACK))
         two.other.platform.catalog.set_serving(two.other.platform.catalog.versions("other")[0])
 
 
@@ -329,7 +331,7 @@ def test_a_copy_of_an_adapter_elsewhere_blocks_nothing(two):
         two.tracking.known["prod"] = Model("prod", {})
         two.tracking.make_version("prod", "models:/good/1", tags)
         two.spoilt.person.sets_on_a_base("spoilt", "champion", 2)
-        assert two.spoilt.apply_verdicts(ANY_SHARE).promoted == "spoilt/v2"
+        assert str(two.spoilt.apply_verdicts(ANY_SHARE).promoted) == "spoilt/v2"
 
 
 @pytest.mark.parametrize("kind", ["Base", "bsae", "adapter", None])

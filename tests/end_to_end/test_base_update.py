@@ -65,7 +65,7 @@ def test_a_refused_upload_fails_and_registers_nothing(stack, tmp_path):
     stack.publish(write_tiny_base(tmp_path / "v3", seed=3), "v3", bucket="data")  # not its place
     refused = stack.run("ingest-base", uri="s3://data/tiny/v3")
     assert refused["type"] == "FAILED"
-    assert "a place below s3://bases/tiny/" in refused["message"]
+    assert "a URI below s3://bases/tiny/" in refused["message"]
     assert len(stack.mlflow.search_model_versions("name='tiny'")) == 2
 
 

@@ -16,7 +16,7 @@ import pytest
 from prefect.states import Completed, Failed
 
 from tasks.shards import EndedShard, Shard
-from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet
+from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.outcome import TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
@@ -122,7 +122,11 @@ class World:
         )
 
     _ingestion = SimpleNamespace(find_pending=lambda return_state: Completed(data=()))
-    _reporting = SimpleNamespace(publish_plan=lambda plan: None, publish_fleet=lambda *a: None)
+    _reporting = SimpleNamespace(
+        publish_plan=lambda plan: None,
+        publish_fleet=lambda *a: None,
+        obstacle_text=obstacle_text,
+    )
 
     @property
     def _transfer(self) -> SimpleNamespace:

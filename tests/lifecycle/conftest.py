@@ -10,7 +10,7 @@ def fleet(tmp_path):
 
 @pytest.fixture
 def two_bases(fleet):
-    """v1 serves two adapters that were trained on it; v2 has just become ready."""
+    """v1 serves two adapters that were trained on it; v2 is ready and has no verdicts."""
     v1 = fleet.add_base("v1")
     fleet.add_adapter("chat", v1)
     fleet.add_adapter("code", v1)

@@ -1,4 +1,4 @@
-"""A fleet without any model: bases and adapters that only have names and hashes.
+"""A fleet without models: bases and adapters with names and hashes alone.
 
 In memory, or on the registry of a real MLflow server (`on_mlflow`).
 """
@@ -18,12 +18,13 @@ from trans_peft.domain.evaluation import (
     Suite,
     Verdict,
 )
-from trans_peft.domain.fleet import Fleet, RegisteredAdapter
+from trans_peft.domain.fleet import Fleet, FleetChanges, RegisteredAdapter
 from trans_peft.domain.identity import content_sha256
-from trans_peft.domain.outcome import FleetChanges, TransferOutcome, TransferTask
+from trans_peft.domain.outcome import TransferOutcome, TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
+from trans_peft.lifecycle.promotion import describe_obstacle
 from trans_peft.lifecycle.reconcile import is_still_needed, observe, observe_adapter, plan
 from trans_peft.lifecycle.resolve import find_base
 
@@ -35,7 +36,7 @@ ANY = PromotionPolicy(min_serving_share=0.0)
 
 @dataclass(frozen=True)
 class Person:
-    """What a person clicks in MLflow's page: (model, alias, version number or None)."""
+    """Manual changes of aliases in MLflow: (model, alias, version number or None)."""
 
     sets_on_a_base: Callable[[str, str, int | None], None]
     sets_on_an_adapter: Callable[[str, str, int | None], None]
@@ -79,11 +80,8 @@ class MemoryFleet:
 
     def add_base(self, version: str) -> BaseVersion:
         return self.platform.catalog.make_ready(
-            self.family,
-            version,
-            f"memory://bases/{version}",
+            BaseVersion(self.family, version, f"memory://bases/{version}", 0),
             fingerprint=Fingerprint("Llama", 2, version, {}, "v", "t"),
-            parent=None,
             source="upload",
         )
 
@@ -112,7 +110,7 @@ class MemoryFleet:
     def judge(
         self, work: TransferTask, verdict: Verdict = Verdict.PASSED, policy: GatePolicy = POLICY
     ) -> TransferOutcome:
-        """Do one piece of work as a shard does, with the verdict given instead of found."""
+        """Complete one task as a shard does, with a given verdict."""
         registry = self.platform.registry
         base = find_base(self.family, work.base_version, self.platform)
         source = next(v for v in registry.versions(work.adapter) if v.number == work.source_number)
@@ -133,7 +131,7 @@ class MemoryFleet:
             base_fingerprint_sha256=base.fingerprint_sha256,
             weights_sha256=source.weights_sha256,
             policy_sha256=policy.sha256,
-            judgement=Judgement(verdict, "as the test says"),
+            judgement=Judgement(verdict, "given by the test"),
             new_number=number,
             attempts=work.attempt,
         )
@@ -156,13 +154,18 @@ class MemoryFleet:
         return apply_verdicts(observe(self.family, self.platform), POLICY, promotion, self.platform)
 
     def promote(self, base: BaseVersion | None) -> None:
-        """A person moves (or removes) `champion` in the page."""
+        """Move or remove `champion`, as a person does in MLflow."""
         number = base.number if base else None
         self.person.sets_on_a_base(self.family, "champion", number)
 
     @property
     def serving(self) -> int | None:
         return self.platform.catalog.alias(self.family, "serving")
+
+
+def obstacle_text(changes: FleetChanges) -> str:
+    """Return the text about a promotion that did not take place; empty without an obstacle."""
+    return "" if changes.obstacle is None else describe_obstacle(changes.obstacle)
 
 
 def evaluation(

@@ -1,4 +1,4 @@
-"""An adapter keeps its chat template on every base: adopted, trained, judged and served."""
+"""An adapter keeps its chat template on every base: in adoption, training and transfer."""
 
 import json
 from dataclasses import replace
@@ -17,10 +17,10 @@ from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
-from trans_peft.errors import ContentError, DataError, IntegrityError
+from trans_peft.errors import BaseUnreadableError, ContentError, DataError
 from trans_peft.lifecycle.adopt import adopt
+from trans_peft.lifecycle.base_files import tokenizer_folder
 from trans_peft.lifecycle.bases import ingest
-from trans_peft.lifecycle.evaluations import tokenizer_folder
 from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.resolve import resolve
 from trans_peft.lifecycle.train import train
@@ -55,7 +55,7 @@ def add_base(platform, root, version, template, noise=0.0):
 
 
 @pytest.fixture
-def world(tmp_path):
+def setup(tmp_path):
     """v1 and v2 with different chat templates, and a suite of two chats."""
     platform = replace(memory_platform(tmp_path / "work"), store=FileStore())
     add_base(platform, tmp_path, "v1", CHAT_TEMPLATE)
@@ -69,8 +69,8 @@ def world(tmp_path):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The prompts of every evaluation, as text, in the order in which they were asked."""
+def prompts(monkeypatch):
+    """The prompts of every evaluation as text, in order."""
     prompts, generate = [], evaluating.generate
 
     def recording(model, tokenizer, ids, **options):
@@ -111,21 +111,21 @@ def judge(platform, adapter, **policy):
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize(
-    ("own", "kept", "told"),
+    ("own", "kept", "expected"),
     [(None, CHAT_TEMPLATE, "of tiny/v1"), (OWN, OWN, "adapter"), (NEW, NEW, "adapter")],
 )
 def test_an_adopted_adapter_keeps_one_template_on_both_bases(
-    own, kept, told, sequential, world, asked
+    own, kept, expected, sequential, setup, prompts
 ):
-    platform, root, suites = world
+    platform, root, suites = setup
     folder = write_adapter(root / "peft", own)
     adopted = adopt("theirs", str(folder), FAMILY, suites, platform, base_version="v1")
-    assert asked == [rendered(kept)]
-    assert platform.registry.tags(adopted)["chat_template"] == told
-    asked.clear()
+    assert prompts == [rendered(kept)]
+    assert platform.registry.tags(adopted)["chat_template"] == expected
+    prompts.clear()
     outcome = judge(platform, adopted, sequential=sequential)
     # The adapter's chats are rendered with its own template, those of the bare base with v2's.
-    assert sorted(map(sorted, asked)) == sorted([rendered(kept), rendered(NEW)])
+    assert sorted(map(sorted, prompts)) == sorted([rendered(kept), rendered(NEW)])
     assert any("keeps the one it was trained with" in n for n in outcome.compatibility.notes)
     versions = platform.registry.versions("theirs")
     for version in (adopted, versions[-1]):
@@ -136,28 +136,28 @@ def test_an_adopted_adapter_keeps_one_template_on_both_bases(
     assert resolve("theirs", platform, base="v1") == adopted
 
 
-def test_the_template_in_a_tokenizers_settings_is_the_adapters_own(world, asked):
-    platform, root, suites = world
+def test_a_template_in_tokenizer_config_belongs_to_the_adapter(setup, prompts):
+    platform, root, suites = setup
     folder = write_adapter(root / "peft")
     settings = {"chat_template": [{"name": "default", "template": OWN}, {"name": "x"}]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     adopt("theirs", str(folder), FAMILY, suites, platform, base_version="v1")
-    assert asked == [rendered(OWN)]
+    assert prompts == [rendered(OWN)]
 
 
 @pytest.mark.parametrize(
-    ("template", "told"), [("{{ 1 | random }}", "random"), ("{% if %}", "TemplateSyntaxError")]
+    ("template", "expected"), [("{{ 1 | random }}", "random"), ("{% if %}", "TemplateSyntaxError")]
 )
-def test_an_adapter_whose_template_cannot_be_used_is_not_adopted(template, told, world):
-    platform, root, suites = world
+def test_an_adapter_whose_template_cannot_be_used_is_not_adopted(template, expected, setup):
+    platform, root, suites = setup
     folder = write_adapter(root / "peft", template)
-    with pytest.raises(ContentError, match=told):
+    with pytest.raises(ContentError, match=expected):
         adopt("theirs", str(folder), FAMILY, suites, platform, base_version="v1")
     assert "theirs" not in platform.registry.adapters(FAMILY)
 
 
-def test_a_trained_adapter_keeps_the_template_it_was_trained_with(world, asked):
-    platform, root, suites = world
+def test_a_trained_adapter_keeps_the_template_it_was_trained_with(setup, prompts):
+    platform, root, suites = setup
     recipe = TrainingRecipe(
         adapter="mine",
         family=FAMILY,
@@ -168,12 +168,12 @@ def test_a_trained_adapter_keeps_the_template_it_was_trained_with(world, asked):
         optimizer=OptimizerSettings(learning_rate=1e-2, steps=1, batch_size=2),
     )
     trained = train(recipe, platform, on_event=lambda _: None)
-    assert asked == [rendered(CHAT_TEMPLATE)]
+    assert prompts == [rendered(CHAT_TEMPLATE)]
     served = platform.registry.download(trained, root / "served")
     assert saved_template(served) == CHAT_TEMPLATE
-    asked.clear()
+    prompts.clear()
     judge(platform, trained)
-    assert sorted(asked) == sorted([rendered(CHAT_TEMPLATE), rendered(NEW)])
+    assert sorted(prompts) == sorted([rendered(CHAT_TEMPLATE), rendered(NEW)])
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_a_trained_adapter_keeps_the_template_it_was_trained_with(world, asked):
         ("special_tokens_map.json", lambda text: '{"bos_token": "a"}'),
     ],
 )
-def test_a_tokenizer_that_was_rewritten_after_ready_is_not_compared(name, change, world):
-    platform, root, suites = world
+def test_a_tokenizer_that_was_rewritten_after_ready_is_not_compared(name, change, setup):
+    platform, root, suites = setup
     adopted = adopt(
         "theirs", str(write_adapter(root / "peft")), FAMILY, suites, platform, base_version="v1"
     )
@@ -198,17 +198,17 @@ def test_a_tokenizer_that_was_rewritten_after_ready_is_not_compared(name, change
         tokenizer_folder(v2, platform, root / "tokenizer")
         assert not (root / "tokenizer" / name).exists()
         return
-    with pytest.raises(IntegrityError, match="changed after the base was made ready"):
+    with pytest.raises(BaseUnreadableError, match="changed after the base was made ready"):
         tokenizer_folder(v2, platform, root / "tokenizer")
-    with pytest.raises(IntegrityError):
+    with pytest.raises(BaseUnreadableError):
         judge(platform, adopted)
 
 
-def test_an_adapter_may_bring_a_template_to_a_base_without_one(world, asked):
-    platform, root, suites = world
+def test_an_adapter_may_bring_a_template_to_a_base_without_one(setup, prompts):
+    platform, root, suites = setup
     add_base(platform, root, "v3", None)
     folder = write_adapter(root / "peft", OWN)
     adopt("theirs", str(folder), FAMILY, suites, platform, base_version="v3")
-    assert asked == [rendered(OWN)]
+    assert prompts == [rendered(OWN)]
     with pytest.raises(DataError, match="no chat template"):
         adopt("bare", str(write_adapter(root / "x")), FAMILY, suites, platform, base_version="v3")

@@ -1,4 +1,4 @@
-"""Which answers go along as drafts when an adapter is judged on another base."""
+"""Answers from another base that are used as drafts when an adapter is evaluated."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from tests.lifecycle.fleet import SUITE, MemoryFleet, evaluation
-from trans_peft.lifecycle.evaluations import evaluate_on
+from trans_peft.lifecycle.evaluation import EvaluationSubject, evaluate_on
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def used_drafts(monkeypatch):
     """The drafts of each evaluation that is computed; no model is loaded for it."""
     drafts = []
 
-    def answer(model, questions, *, weights_sha256, drafts: dict, **_):
+    def answer(model, suite, *, weights_sha256, drafts: dict, **_):
         seen.append(drafts)
         return replace(evaluation(weights_sha256, base, 1, 2), base_fingerprint_sha256="new")
 
@@ -28,24 +28,18 @@ def asked(monkeypatch):
     monkeypatch.setattr("trans_peft.validation.evaluate.answer", answer)
     monkeypatch.setattr("trans_peft.transfer.load_adapter.attached", attached)
     monkeypatch.setattr("trans_peft.models.load_base", lambda *_: loaded)
-    monkeypatch.setattr("trans_peft.lifecycle.evaluations.base_folder", lambda *_: None)
-    monkeypatch.setattr("trans_peft.lifecycle.evaluations.tokenized_suite_for", lambda *_: None)
+    monkeypatch.setattr("trans_peft.lifecycle.evaluation.base_folder", lambda *_: None)
+    monkeypatch.setattr("trans_peft.lifecycle.evaluation.tokenized_suite_for", lambda *_: None)
     return drafts
 
 
-def test_only_answers_that_were_kept_are_drafts(asked, tmp_path):
+def test_only_kept_answers_are_used_as_drafts(used_drafts, tmp_path):
     fleet = MemoryFleet(tmp_path)
     old, new = fleet.add_base("1"), fleet.add_base("2")
     private = evaluation("a", old, 1, 2)
     first, second = private.items
     kept = replace(private, items=(replace(first, answer="yes"), second))
-    for elsewhere in (None, {}, {"other suite": kept}, {SUITE.name: private}, {SUITE.name: kept}):
-        evaluate_on(
-            new,
-            (SUITE,),
-            MemoryFleet(tmp_path).platform,  # nothing is known there
-            adapter=lambda: tmp_path,
-            weights_sha256="a",
-            elsewhere=elsewhere,
-        )
-    assert asked == [{}, {}, {}, {}, {"q0": "yes"}]
+    for reference in ({}, {"other suite": kept}, {SUITE.name: private}, {SUITE.name: kept}):
+        subject = EvaluationSubject("chat", "a", lambda: tmp_path, reference)
+        evaluate_on(new, (SUITE,), MemoryFleet(tmp_path).platform, subject)  # an empty store
+    assert used_drafts == [{}, {}, {}, {"q0": "yes"}]

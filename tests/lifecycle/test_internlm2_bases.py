@@ -1,4 +1,4 @@
-"""An InternLM2 upload goes through ingestion: what becomes ready is its Llama form, beside it."""
+"""Ingestion of an InternLM2 upload: its conversion to the Llama layout becomes ready."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def platform(tmp_path):
 
 @pytest.fixture
 def upload(tmp_path):
-    """What any S3 client writes: the hub's files, then a manifest."""
+    """The files that an S3 client uploads: those of the model hub, then a manifest."""
     folder = write_internlm2(tmp_path / "bases" / "v1", shards=2)
     write_manifest(folder)
     return folder
@@ -86,18 +86,18 @@ def test_an_upload_becomes_ready_as_a_llama_base_that_takes_an_adapter(platform,
     assert [*tmp_path.rglob("EXECUTED")] == []
 
 
-def test_its_provenance_is_told(platform, upload):
+def test_the_registry_records_the_conversion(platform, upload):
     base = ingest(Upload(str(upload)), platform)
-    told = json.loads((upload.with_name("v1.as-llama") / CONVERTED_FROM).read_text())
-    assert told["uri"] == str(upload)
-    assert {file["name"] for file in told["files"]} == {
+    provenance = json.loads((upload.with_name("v1.as-llama") / CONVERTED_FROM).read_text())
+    assert provenance["uri"] == str(upload)
+    assert {file["name"] for file in provenance["files"]} == {
         path.name for path in upload.iterdir() if path.name != Manifest.FILE_NAME
     }
     source = platform.catalog._sources[FAMILY, base.number]
     assert source == f"upload, converted from {upload}, manifest"
 
 
-def test_a_version_that_was_registered_by_hand_is_converted_too(platform, tmp_path):
+def test_a_manually_registered_version_is_converted_too(platform, tmp_path):
     folder = write_internlm2(tmp_path / "elsewhere" / "base")
     number = platform.catalog.register_manually(FAMILY, str(folder))
     (found,) = pending(platform)
@@ -107,9 +107,7 @@ def test_a_version_that_was_registered_by_hand_is_converted_too(platform, tmp_pa
 
 
 @pytest.mark.parametrize("written", range(9))
-def test_an_interrupted_ingestion_leaves_nothing_that_is_taken_for_a_base(
-    platform, upload, written
-):
+def test_an_interrupted_ingestion_leaves_no_pending_upload_behind(platform, upload, written):
     class Killed(FileStore):
         left = written
 
@@ -126,7 +124,7 @@ def test_an_interrupted_ingestion_leaves_nothing_that_is_taken_for_a_base(
     assert ingest(Upload(str(upload)), platform).ready
 
 
-def test_killed_before_it_was_registered_it_is_taken_up_by_its_upload_alone(platform, upload):
+def test_an_ingestion_killed_before_registration_is_repeated_from_the_upload(platform, upload):
     class Unreachable:
         families = platform.catalog.families
 
@@ -139,9 +137,7 @@ def test_killed_before_it_was_registered_it_is_taken_up_by_its_upload_alone(plat
     assert pending(platform, root_uri=root(upload)) == (Upload(str(upload)),)
 
 
-def test_bytes_that_are_not_those_of_the_manifest_are_refused_and_not_read_for_ever(
-    platform, upload
-):
+def test_files_that_differ_from_the_manifest_are_refused_once(platform, upload):
     weights = upload / "model-00002-of-00002.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -1,4 +1,4 @@
-"""The whole life of one adapter with a real (tiny) model, real training, and ports in memory."""
+"""One adapter from training to rollback, with a tiny model and ports in memory."""
 
 import json
 from dataclasses import replace
@@ -123,7 +123,7 @@ def test_what_is_registered_is_stock_peft(life, tmp_path):
         assert not torch.equal(model(ids).logits, bare)
 
 
-def test_an_update_is_judged_served_and_rolled_back(life):
+def test_an_update_is_evaluated_promoted_and_rolled_back(life):
     platform, root, _, trained, _ = life
     publish(
         write_update(root / "v2"),
@@ -141,7 +141,7 @@ def test_an_update_is_judged_served_and_rolled_back(life):
     (work,) = plan(fleet, POLICY).work
     answered = []
     outcome = transfer(
-        work, fleet, POLICY, platform, on_progress=lambda told: answered.append(told.what)
+        work, fleet, POLICY, platform, on_progress=lambda progress: answered.append(progress.what)
     )
     assert outcome.compatibility.ok
     assert outcome.effect is not None and outcome.effect.found
@@ -149,14 +149,14 @@ def test_an_update_is_judged_served_and_rolled_back(life):
     assert set(answered) == {
         "parity: parity on v2",
         "bare base: parity on v2",
-    }  # what was answered on v1 is not asked again
+    }  # stored results on v1 are reused
     transferred = platform.registry.versions("parity")[-1]
     assert transferred.number == outcome.new_number
     assert transferred.transferred_from == trained.number
     assert transferred.weights_sha256 == trained.weights_sha256
     assert transferred.base_version == "v2"
 
-    # under another policy it is judged again from what is stored: no model is asked anything
+    # under another policy the stored results are reused: no item is evaluated
     answered.clear()
     lenient = GatePolicy(margin_points=60.0, must_beat_bare=False)
     fleet = observe(FAMILY, platform)
@@ -166,7 +166,7 @@ def test_an_update_is_judged_served_and_rolled_back(life):
         fleet,
         lenient,
         platform,
-        on_progress=lambda told: answered.append(told.what),
+        on_progress=lambda progress: answered.append(progress.what),
     )
     assert (outcome.verdict, answered) == (Verdict.PASSED, [])
     assert len(platform.registry.versions("parity")) == 2
@@ -192,12 +192,12 @@ def test_an_existing_peft_folder_is_adopted_once(life, tmp_path):
     assert resolve("theirs", platform, base="v1") == adopted
 
 
-def test_adoption_refuses_what_it_cannot_place(life, tmp_path):
+def test_adoption_fails_without_a_base_version_or_weights(life, tmp_path):
     platform, _, recipe, trained, _ = life
     folder = platform.registry.download(trained, tmp_path / "theirs")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"revision": None}))
-    with pytest.raises(NotFoundError, match="name the base version yourself"):
+    with pytest.raises(NotFoundError, match="pass the base version"):
         adopt("lost", str(folder), FAMILY, recipe.suites, platform)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match="is not a PEFT folder"):
@@ -205,7 +205,7 @@ def test_adoption_refuses_what_it_cannot_place(life, tmp_path):
     assert "lost" not in platform.registry.adapters(FAMILY)
 
 
-def test_a_refused_upload_is_not_read_for_ever(life):
+def test_a_refused_upload_is_pending_again_only_after_a_change(life):
     platform, root, _, _, _ = life
     broken = root / "bases" / "v3"
     publish(root / "v1", str(broken), family=FAMILY, version="v3", store=FileStore())

@@ -1,4 +1,4 @@
-"""A person's acts and reconcile's, in any order: nobody's word is lost, no verdict is doubled."""
+"""Manual overrides and reconcile in any order: overrides are kept, no verdict is recorded twice."""
 
 import tempfile
 from pathlib import Path
@@ -18,14 +18,14 @@ JUDGED = [Verdict.PASSED, Verdict.NEEDS_RETUNING, Verdict.INCONCLUSIVE, Verdict.
 
 
 class FleetAndPeople(RuleBasedStateMachine):
-    """`hands`: where a person left an alias, if reconcile would have it elsewhere."""
+    """`overrides`: the version on which a person set an alias against the verdict."""
 
     @initialize()
     def begin(self):
         self.folder = tempfile.TemporaryDirectory(prefix="trans-peft-test-")
         self.fleet = MemoryFleet(Path(self.folder.name))
         self.bases = [self.fleet.add_base("v1")]
-        self.hands: dict[tuple[str, str], int | None] = {}
+        self.overrides: dict[tuple[str, str], int | None] = {}
         self.judged: set[tuple] = set()
         self.trained = 0
         self.train()
@@ -38,7 +38,7 @@ class FleetAndPeople(RuleBasedStateMachine):
     def registry(self):
         return self.fleet.platform.registry
 
-    # The world
+    # Base versions and people
 
     @precondition(lambda self: len(self.bases) < 4)
     @rule()
@@ -69,9 +69,9 @@ class FleetAndPeople(RuleBasedStateMachine):
         numbers = [version.number for version in self.registry.versions(adapter)]
         number = data.draw(st.sampled_from([*numbers, None]))
         self.registry.set_alias_manually(adapter, base.alias, number)
-        self.hands.pop((adapter, base.alias), None)
+        self.overrides.pop((adapter, base.alias), None)
         if not self.registry.owns_alias(adapter, base.alias):
-            self.hands[adapter, base.alias] = number
+            self.overrides[adapter, base.alias] = number
 
     @precondition(lambda self: len(self.registry.adapters(FAMILY)) > 1)
     @rule(data=st.data())
@@ -114,8 +114,8 @@ class FleetAndPeople(RuleBasedStateMachine):
     # What holds whenever one looks
 
     @invariant()
-    def a_persons_word_stands(self):
-        for (adapter, alias), number in getattr(self, "hands", {}).items():
+    def manual_overrides_are_kept(self):
+        for (adapter, alias), number in getattr(self, "overrides", {}).items():
             assert self.registry.alias(adapter, alias) == number
 
     @invariant()

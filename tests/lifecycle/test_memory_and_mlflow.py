@@ -1,16 +1,16 @@
-"""What a person does, and what comes of it, in memory and in MLflow: the same."""
+"""The same manual changes have the same results in memory and in MLflow."""
 
 import itertools
 from dataclasses import replace
 
 import pytest
 
-from tests.lifecycle.fleet import POLICY, MemoryFleet
+from tests.lifecycle.fleet import POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import BaseUnreadableError, NotFoundError, NotServedError
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
-from trans_peft.lifecycle.evaluations import base_folder, named_fingerprint, tokenizer_folder
+from trans_peft.lifecycle.base_files import base_folder, named_fingerprint, tokenizer_folder
 from trans_peft.lifecycle.reconcile import observe, observe_adapter
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import find_base, resolve
@@ -20,7 +20,7 @@ ALL = PromotionPolicy(min_serving_share=1.0)
 
 
 class Upgrade:
-    """v1 serves two adapters, `good` and `bad`; v2 is ready, and both are judged there."""
+    """v1 serves two adapters, `good` and `bad`; v2 is ready, and both have a verdict there."""
 
     def __init__(self, fleet):
         self.fleet, self.registry = fleet, fleet.platform.registry
@@ -62,7 +62,7 @@ class Upgrade:
 
     @property
     def state(self):
-        """What people and consumers find, without names that differ from test to test."""
+        """The state of the registry without names that differ from test to test."""
         seen = observe(self.fleet.family, self.fleet.platform)
         return seen.serving, set(seen.notes), [
             {
@@ -82,10 +82,10 @@ def upgrade(request, unique, tmp_path):
     return Upgrade(MemoryFleet.on_mlflow(tmp_path, unique, servers.mlflow_url))
 
 
-def test_a_promotion_is_refused_approved_by_hand_rolled_back_and_paused(upgrade):
+def test_a_promotion_is_refused_approved_manually_rolled_back_and_paused(upgrade):
     fleet = upgrade.fleet
     fleet.promote(upgrade.v2)
-    refused = upgrade.apply_verdicts().refused
+    refused = obstacle_text(upgrade.apply_verdicts())
     assert f"1 of 2 live adapters serve there, not {upgrade.bad} (inconclusive)" in refused
     notes = fleet.platform.catalog.promotion_notes(fleet.family)
     assert notes == {upgrade.v2.number: f"refused: {refused}"}
@@ -93,13 +93,13 @@ def test_a_promotion_is_refused_approved_by_hand_rolled_back_and_paused(upgrade)
 
     upgrade.click(upgrade.bad, 2)
     changes = upgrade.apply_verdicts()
-    assert changes.promoted == f"{fleet.family}/v2"
-    assert "set on version 2 manually" in changes.manual_overrides[0]
+    assert str(changes.promoted) == f"{fleet.family}/v2"
+    assert [found.override.number for found in changes.manual_overrides] == [2]
     assert fleet.platform.catalog.promotion_notes(fleet.family) == {}
     assert resolve(upgrade.bad, fleet.platform).base_version == "v2"
 
     fleet.promote(upgrade.v1)
-    assert upgrade.apply_verdicts().promoted == f"{fleet.family}/v1"
+    assert str(upgrade.apply_verdicts().promoted) == f"{fleet.family}/v1"
     assert resolve(upgrade.bad, fleet.platform).base_version == "v1"
 
     fleet.promote(upgrade.v2)
@@ -108,12 +108,13 @@ def test_a_promotion_is_refused_approved_by_hand_rolled_back_and_paused(upgrade)
     assert fleet.serving == upgrade.v1.number
 
 
-def test_a_block_stays_and_is_recorded_until_it_is_given_back(upgrade):
+def test_a_manual_block_is_recorded_until_it_is_reverted(upgrade):
     upgrade.apply_verdicts()
     upgrade.click(upgrade.good, None)
     for _ in range(3):
-        (told,) = upgrade.apply_verdicts().manual_overrides
-        assert f"{upgrade.good} on v2: removed manually" in told
+        (found,) = upgrade.apply_verdicts().manual_overrides
+        assert (found.adapter, found.base_version) == (upgrade.good, "v2")
+        assert found.override.number is None
         assert upgrade.registry.alias(upgrade.good, upgrade.v2.alias) is None
     upgrade.fleet.add_adapter(upgrade.good, upgrade.v2, weights="trained there")
     assert upgrade.registry.alias(upgrade.good, upgrade.v2.alias) is None
@@ -123,7 +124,7 @@ def test_a_block_stays_and_is_recorded_until_it_is_given_back(upgrade):
 
 
 @pytest.mark.parametrize("alias", ["2026-02", "staging", "v2-rc"])
-def test_an_alias_that_is_spelled_like_a_label_replaces_no_version(upgrade, alias):
+def test_an_alias_that_is_spelled_like_a_label_is_ignored(upgrade, alias):
     fleet, platform = upgrade.fleet, upgrade.fleet.platform
     fleet.person.sets_on_a_base(fleet.family, alias, upgrade.v1.number)
     with pytest.raises(NotFoundError):
@@ -134,24 +135,24 @@ def test_an_alias_that_is_spelled_like_a_label_replaces_no_version(upgrade, alia
         resolve(upgrade.good, platform, base=alias)
     work = next(work for work in fleet.work() if work.adapter == upgrade.good)
     seen = observe_adapter(work.adapter, fleet.family, platform)
-    record_failure(work, seen, POLICY, platform, reason="as the test says")
+    record_failure(work, seen, POLICY, platform, reason="given by the test")
     outcomes = {o.base_version: o.verdict for o in platform.registry.outcomes(upgrade.good)}
     assert outcomes == {"v2": Verdict.PASSED, alias: Verdict.FAILED}
 
 
-def test_an_alias_on_a_version_that_is_not_ready_stops_no_work(upgrade):
+def test_an_alias_on_a_version_that_is_not_ready_does_not_affect_tasks(upgrade):
     fleet = upgrade.fleet
     number = upgrade.registers_manually("s3://bases/waiting")
     fleet.add_base("2026-02")
     fleet.person.sets_on_a_base(fleet.family, "2026-02", number)
     for work in fleet.work():
         seen = observe_adapter(work.adapter, fleet.family, fleet.platform)
-        record_failure(work, seen, POLICY, fleet.platform, reason="as the test says")
+        record_failure(work, seen, POLICY, fleet.platform, reason="given by the test")
         fleet.judge(replace(work, attempt=2))
     assert fleet.work() == ()
 
 
-def test_a_base_that_cannot_be_read_is_charged_to_no_adapter(upgrade, tmp_path):
+def test_an_unreadable_base_is_no_failure_of_the_adapter(upgrade, tmp_path):
     platform = upgrade.loses_fingerprint(upgrade.v2)
     for read in (
         lambda: base_folder(upgrade.v2, platform),
@@ -169,8 +170,11 @@ def test_an_adapter_that_cannot_be_read_blocks_the_promotion(upgrade):
     any_share = PromotionPolicy(min_serving_share=0.0)
     changes = apply_verdicts(seen, POLICY, any_share, upgrade.fleet.platform)
     assert changes.promoted is None
-    assert "adapters that cannot be read: x: the tag cannot be read" in changes.refused
-    assert upgrade.apply_verdicts(any_share).promoted == f"{upgrade.fleet.family}/v2"
+    assert changes.obstacle.unreadable == ("x: the tag cannot be read",)
+    text = obstacle_text(changes)
+    assert "adapters that cannot be read: x: the tag cannot be read" in text
+    promoted = upgrade.apply_verdicts(any_share).promoted
+    assert str(promoted) == f"{upgrade.fleet.family}/v2"
 
 
 @pytest.mark.servers
@@ -187,7 +191,7 @@ def test_a_wrong_kind_on_a_real_server_blocks_the_promotion(servers, unique, tmp
         client.set_registered_model_tag(upgrade.bad, "trans_peft.kind", kind)
     changes = upgrade.apply_verdicts(PromotionPolicy(min_serving_share=0.0))
     assert changes.promoted is None
-    assert f"{upgrade.bad}: the tag trans_peft.kind must be adapter" in changes.refused
+    assert f"{upgrade.bad}: the tag trans_peft.kind must be adapter" in obstacle_text(changes)
     client.set_registered_model_tag(upgrade.bad, "trans_peft.kind", "adapter")
     client.delete_registered_model_tag(unique, "trans_peft.kind")
     assert unique not in upgrade.fleet.platform.catalog.families()
@@ -195,7 +199,7 @@ def test_a_wrong_kind_on_a_real_server_blocks_the_promotion(servers, unique, tmp
 
 
 @pytest.mark.servers
-def test_killed_after_any_request_that_writes_the_next_look_ends_the_same(
+def test_after_a_kill_at_any_write_the_next_run_reaches_the_same_state(
     servers, unique, tmp_path, monkeypatch
 ):
     from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""Adapters sit on modules of the loaded model, whatever the files call their tensors."""
+"""Adapters are compared by the module names of the loaded model, not by tensor names of files."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of checkpoint is made, and where LoRA sits on its model."""
+    """One kind of checkpoint: how to write it, and the target modules of LoRA."""
 
     make: Callable[[], PreTrainedModel]
     targets: tuple[str, ...]
@@ -115,7 +115,9 @@ def named(folder: Path, cache: Path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_an_adapter_fits_its_base_and_an_update_by_the_models_names(name, tmp_path, monkeypatch):
+def test_an_adapter_is_compatible_by_the_module_names_of_the_loaded_model(
+    name, tmp_path, monkeypatch
+):
     monkeypatch.setattr(model_names, "inspect", in_process)
     kind = KINDS[name]
     v1 = write(tmp_path / "v1", kind)
@@ -140,7 +142,7 @@ def in_process(checkpoint, subject):
     return found["problems"], tuple(ModelWeight(n, tuple(s), f) for n, s, f in found["weights"])
 
 
-def test_a_place_that_is_gone_is_a_mismatch_by_the_models_names(tmp_path, monkeypatch):
+def test_a_removed_module_is_a_mismatch(tmp_path, monkeypatch):
     monkeypatch.setattr(model_names, "inspect", in_process)
     kind = KINDS["gpt2, the hub's names"]
     old = named(write(tmp_path / "v1", kind), tmp_path)
@@ -151,15 +153,15 @@ def test_a_place_that_is_gone_is_a_mismatch_by_the_models_names(tmp_path, monkey
     assert "transformer.h.1.attn.c_attn" in " ".join(found.mismatches)
 
 
-def test_names_are_derived_once_for_each_content(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(model_names, "inspect", lambda *a: asked.append(a) or in_process(*a))
+def test_module_names_are_derived_once_per_fingerprint(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(model_names, "inspect", lambda *a: calls.append(a) or in_process(*a))
     folder = write(tmp_path / "v1", KINDS["gpt2 as saved"])
     assert named(folder, tmp_path) == named(folder, tmp_path)
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
-def test_fingerprints_without_a_recorded_config_read_it_where_the_base_is(tmp_path, monkeypatch):
+def test_a_fingerprint_without_config_reads_it_from_the_base(tmp_path, monkeypatch):
     monkeypatch.setattr(model_names, "inspect", in_process)
     folder = write(tmp_path / "v1", KINDS["gpt2, the hub's names"])
     recorded = fingerprint(str(folder), FileStore())

@@ -1,4 +1,4 @@
-"""A shard: one base in memory, adapters of every kind on it one after the other."""
+"""A shard: one base in memory, and adapters of every kind on it in turn."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import IntegrityError
-from trans_peft.lifecycle import questions
+from trans_peft.lifecycle import evaluation
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.reconcile import observe_adapter
@@ -84,9 +84,9 @@ def shard(tmp_path_factory):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often a base is loaded and a suite is read."""
+    """Counts how often a base is loaded and a suite is read."""
     calls = Counter()
-    load, read = transformers.AutoModelForCausalLM.from_pretrained, questions.read_examples
+    load, read = transformers.AutoModelForCausalLM.from_pretrained, evaluation.read_examples
 
     def loading(folder, **options):
         calls["load"] += 1
@@ -97,54 +97,54 @@ def counted(monkeypatch):
         return read(source, store, **options)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loading)
-    monkeypatch.setattr(questions, "read_examples", reading)
+    monkeypatch.setattr(evaluation, "read_examples", reading)
     monkeypatch.setattr(models, "_held", None)
     return calls
 
 
-def judge(platform, name, policy=POLICY, told=None):
+def judge(platform, name, policy=POLICY, progress=None):
     work = TransferTask(name, 1, "v2", Reason.NEVER_JUDGED)
     fleet = observe_adapter(name, FAMILY, platform)
-    return transfer(work, fleet, policy, platform, on_progress=told)
+    return transfer(work, fleet, policy, platform, on_progress=progress)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_a_shard_loads_its_base_once_and_asks_the_bare_base_once(shard, counted, sequential):
+def test_a_shard_loads_its_base_and_evaluates_the_bare_base_once(shard, counted, sequential):
     platform, root = shard
     there = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
-    for name in KINDS:  # what is known is what each says on v1
+    for name in KINDS:  # the results on v1 are stored
         version = platform.registry.versions(name)[0]
         for suite in version.suites:
             key = suite.evaluation_key(version.weights_sha256, version.base_fingerprint_sha256)
             there.evaluations.put(platform.evaluations.get(key))
-    told = []
+    progress = []
     for name in KINDS:
-        judge(there, name, replace(POLICY, sequential=sequential), told.append)
+        judge(there, name, replace(POLICY, sequential=sequential), progress.append)
     assert counted == {"load": 1, "plain.jsonl": 1, "few-shot.jsonl": 1}
-    asked = Counter()
-    for step in told:
-        asked[step.what] = max(asked[step.what], step.done)
-    bare = {what: done for what, done in asked.items() if what.startswith("bare base")}
+    items = Counter()
+    for step in progress:
+        items[step.what] = max(items[step.what], step.done)
+    bare = {what: done for what, done in items.items() if what.startswith("bare base")}
     if not sequential:
         assert bare == {"bare base: plain on v2": ITEMS, "bare base: few-shot on v2": ITEMS}
-        assert len([step for step in told if step.what in bare]) == 2 * 2  # batches of 32
-    assert {step.adapter for step in told} <= {*KINDS, "bare base"}
-    assert all(step.eta_s >= 0 and step.done <= step.total for step in told)
-    assert all((step.eta_s == 0) == (step.done == step.total) for step in told)
+        assert len([step for step in progress if step.what in bare]) == 2 * 2  # batches of 32
+    assert {step.adapter for step in progress} <= {*KINDS, "bare base"}
+    assert all(step.eta_s >= 0 and step.done <= step.total for step in progress)
+    assert all((step.eta_s == 0) == (step.done == step.total) for step in progress)
 
 
-def test_what_was_never_asked_on_the_old_base_is_asked_there_first(shard):
+def test_missing_reference_evaluations_are_computed_first(shard):
     platform, root = shard
     empty = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
-    told = []
-    judge(empty, "ia3", told=told.append)
-    assert list(dict.fromkeys(step.what for step in told)) == [
+    progress = []
+    judge(empty, "ia3", progress=progress.append)
+    assert list(dict.fromkeys(step.what for step in progress)) == [
         "ia3: plain on v1", "ia3: few-shot on v1", "ia3: plain on v2", "ia3: few-shot on v2",
         "bare base: plain on v2", "bare base: few-shot on v2",
     ]  # fmt: skip
 
 
-def test_a_suite_that_is_no_longer_the_registered_one_judges_nobody(shard, counted):
+def test_a_suite_that_changed_after_registration_is_an_error(shard, counted):
     platform, root = shard
     empty = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
     rows = root / "plain.jsonl"
@@ -157,7 +157,7 @@ def test_a_suite_that_is_no_longer_the_registered_one_judges_nobody(shard, count
         rows.write_text(before)
 
 
-def test_each_answers_as_on_a_base_of_its_own_and_nothing_is_left_behind(shard):
+def test_adapters_on_a_shared_base_answer_as_on_a_separate_base(shard):
     platform, root = shard
     outcomes = {name: judge(platform, name) for name in KINDS}
     for name, outcome in outcomes.items():
@@ -190,7 +190,7 @@ def test_each_answers_as_on_a_base_of_its_own_and_nothing_is_left_behind(shard):
 
 
 def alive():
-    """The bytes of all tensors and the number of all modules that anything still holds.
+    """Return the bytes of all live tensors and the number of live modules.
 
     Other subclasses of a tensor, such as the fake ones of `torch.compile`, may have no bytes.
     """
@@ -205,41 +205,41 @@ def alive():
     return sum(storages.values()), modules
 
 
-def test_the_tenth_adapter_leaves_no_more_behind_than_the_first(shard):
+def test_ten_adapters_leak_no_tensors_or_modules(shard):
     platform, root = shard
     base = models.load_base(root / "v2", "float32")
     suite = platform.registry.versions("dora")[0].suites[1]
-    asked = questions.tokenized_suite_for(suite, base, platform)
+    tokenized = evaluation.tokenized_suite_for(suite, base, platform)
     before, after = alive(), []
     for name in [*KINDS, *KINDS]:
         with attached(base.model, root / name) as model:
-            answer(model, asked, weights_sha256=name, base_fingerprint_sha256="v2")
+            answer(model, tokenized, weights_sha256=name, base_fingerprint_sha256="v2")
         del model
         if name == next(reversed(KINDS)):
             after.append(alive())
     assert after == [before, before]
 
 
-def test_tokens_go_when_their_base_goes(shard):
+def test_tokenized_suites_are_freed_with_their_base(shard):
     platform, root = shard
     suite = platform.registry.versions("dora")[0].suites[0]
     base = models.load_base(root / "v2", "float32")
-    kept = questions.tokenized_suite_for(suite, base, platform)
-    assert questions.tokenized_suite_for(suite, base, platform) is kept
+    kept = evaluation.tokenized_suite_for(suite, base, platform)
+    assert evaluation.tokenized_suite_for(suite, base, platform) is kept
     there = weakref.ref(base)
     del base
     models.load_base(root / "v1", "float32")
     gc.collect()
     assert there() is None
-    assert len(questions._kept) <= 1
+    assert len(evaluation._tokenized_suites) <= 1
 
 
-def test_so_many_suites_are_kept_and_no_more(shard):
+def test_the_number_of_kept_tokenized_suites_is_limited(shard):
     platform, root = shard
     suite = platform.registry.versions("dora")[0].suites[0]
     base = models.load_base(root / "v2", "float32")
-    many = [replace(suite, name=f"suite-{i}") for i in range(questions._MOST + 3)]
-    made = [questions.tokenized_suite_for(one, base, platform) for one in many]
-    assert questions.tokenized_suite_for(many[-1], base, platform) is made[-1]
-    assert len(questions._kept[base]) == questions._MOST
-    assert questions.tokenized_suite_for(many[0], base, platform) is not made[0]
+    many = [replace(suite, name=f"suite-{i}") for i in range(evaluation._MAX_SUITES_PER_BASE + 3)]
+    made = [evaluation.tokenized_suite_for(one, base, platform) for one in many]
+    assert evaluation.tokenized_suite_for(many[-1], base, platform) is made[-1]
+    assert len(evaluation._tokenized_suites[base]) == evaluation._MAX_SUITES_PER_BASE
+    assert evaluation.tokenized_suite_for(many[0], base, platform) is not made[0]

@@ -1,4 +1,4 @@
-"""Whose a family is: from where its versions come, and with whose signature."""
+"""Owners of base families: the places and signing keys of their versions."""
 
 import io
 import json
@@ -76,24 +76,24 @@ class TestPlaces:
             *("s3://bases-2/smol/v2", "s3://data/smol/v2", "/bases/smol/v2", "s3:/bases/smol/v2"),
         ],
     )
-    def test_another_team_s_prefix_brings_no_version_of_it(self, platform, prefix):
+    def test_uploads_below_another_prefix_are_refused(self, platform, prefix):
         upload(platform, HOME)
         reconcile(platform)
         before = registered(platform)
         upload(platform, prefix, version="v2", files=OTHERS)
-        with pytest.raises(UploadError, match="cannot bring a version of the base family smol"):
+        with pytest.raises(UploadError, match="cannot become a version of the base family smol"):
             ingest(Upload(prefix), platform)
         number = platform.catalog.register_manually("smol", prefix)  # straight in MLflow
         (waiting,) = (b for b in platform.catalog.versions("smol") if b.number == number)
-        with pytest.raises(UploadError, match=f"a place below {ROOT}/smol/"):
+        with pytest.raises(UploadError, match=f"a URI below {ROOT}/smol/"):
             ingest(Upload(prefix, waiting), platform)
         assert [b for b in registered(platform)["smol"] if b.ready] == list(before["smol"])
-        assert pending(platform, root_uri=ROOT) == ()  # told once
+        assert pending(platform, root_uri=ROOT) == ()  # reported once
 
-    def test_a_copy_never_becomes_the_place_that_a_version_is_read_from(self, platform):
+    def test_a_copy_elsewhere_does_not_change_the_uri_of_a_version(self, platform):
         upload(platform, f"{ROOT}/other/v1")  # the copy comes first, with the same manifest
-        (said,) = reconcile(platform)
-        assert "cannot bring a version of the base family smol" in said
+        (message,) = reconcile(platform)
+        assert "cannot become a version of the base family smol" in message
         assert registered(platform) == {}
         upload(platform, HOME)
         assert reconcile(platform) == []
@@ -105,14 +105,14 @@ class TestPlaces:
         assert [base.uri for base in ready] == [HOME]
         assert number not in [base.number for base in ready]
 
-    def test_nothing_of_a_refused_upload_is_read_but_the_manifest(self, platform):
+    def test_only_the_manifest_of_a_refused_upload_is_read(self, platform):
         upload(platform, f"{ROOT}/other/v1")
         reads, plain = [], platform.store.read
         platform.store.read = lambda uri, **given: reads.append(uri) or plain(uri, **given)
         reconcile(platform)
         assert {uri.rpartition("/")[2] for uri in reads} == {Manifest.FILE_NAME}
 
-    def test_the_operator_names_other_places(self, platform):
+    def test_the_operator_can_configure_other_places(self, platform):
         teams = FamilyRule(prefixes=("s3://team-a/bases/", "file:///mnt/bases"))
         platform = replace(platform, owners=Owners(ROOT, {"smol": teams}))
         for prefix in ("s3://team-a/bases/v1", "s3://team-a/bases", "/mnt/bases/v1"):
@@ -122,7 +122,7 @@ class TestPlaces:
             assert platform.owners.objection("smol", prefix) is not None
         assert platform.owners.objection("free", f"{ROOT}/free/v1") is None
 
-    def test_a_refused_upload_is_looked_at_again_when_the_rules_change(self, platform):
+    def test_a_refused_upload_is_pending_again_when_the_rules_change(self, platform):
         upload(platform, f"{ROOT}/team/v1")
         assert len(reconcile(platform)) == 1
         assert reconcile(platform) == []
@@ -130,7 +130,7 @@ class TestPlaces:
         assert reconcile(replace(platform, owners=wider)) == []
         assert [base.version for base in registered(platform)["smol"]] == ["v1"]
 
-    def test_without_a_root_any_place_is_taken(self, tmp_path):
+    def test_without_a_root_any_place_is_accepted(self, tmp_path):
         platform = memory_platform(tmp_path)
         upload(platform, "s3://anywhere/x")
         assert ingest(Upload("s3://anywhere/x"), platform).ready
@@ -152,7 +152,7 @@ class TestPlaces:
             {"smol": FamilyRule(prefixes=("s3://",))},
         ],
     )
-    def test_rules_that_cannot_be_meant_are_refused(self, rules):
+    def test_invalid_rules_are_refused(self, rules):
         with pytest.raises(InvalidSpecError):
             Owners(ROOT, rules)
 
@@ -164,20 +164,20 @@ class TestKeys:
         assert reconcile(platform) == []
         assert [base.version for base in registered(platform)["smol"]] == ["v1"]
 
-    @pytest.mark.parametrize("signer", [None, 1], ids=["nobody", "somebody else"])
-    def test_one_that_is_not_signed_by_the_owner_is_refused_before_it_is_read(
+    @pytest.mark.parametrize("signer", [None, 1], ids=["no signature", "another key"])
+    def test_an_upload_without_the_owners_signature_is_refused_before_it_is_read(
         self, platform, keys, signer
     ):
         platform = keyed(platform, keys[0][1])
         upload(platform, HOME, None if signer is None else keys[signer][0])
         reads, plain = [], platform.store.read
         platform.store.read = lambda uri, **given: reads.append(uri) or plain(uri, **given)
-        (said,) = reconcile(platform)
-        assert "is not signed" in said or "the signature of the upload" in said
+        (message,) = reconcile(platform)
+        assert "is not signed" in message or "the signature of the upload" in message
         assert registered(platform) == {}
         names = {uri.rpartition("/")[2] for uri in reads}
         assert names <= {Manifest.FILE_NAME, SIGNATURE_NAME}
-        assert reconcile(platform) == []  # told once
+        assert reconcile(platform) == []  # reported once
         upload(platform, HOME, keys[0][0])
         assert reconcile(platform) == []
         assert [base.version for base in registered(platform)["smol"]] == ["v1"]
@@ -187,16 +187,16 @@ class TestKeys:
         upload(platform, HOME, keys[0][0])
         config = FILES["config.json"][:-1] + b" "
         platform.store.write(f"{HOME}/config.json", io.BytesIO(config))
-        (said,) = reconcile(platform)
-        assert "config.json: sha256" in said
+        (message,) = reconcile(platform)
+        assert "config.json: sha256" in message
         assert registered(platform) == {}
 
     def test_a_registered_version_needs_the_signature_too(self, platform, keys):
         platform = keyed(platform, keys[0][1])
         put(platform, FILES, HOME)  # files alone, as a person registers them in MLflow
         platform.catalog.register_manually("smol", HOME)
-        (said,) = reconcile(platform)
-        assert f"no {Manifest.FILE_NAME}" in said
+        (message,) = reconcile(platform)
+        assert f"no {Manifest.FILE_NAME}" in message
         assert not any(base.ready for base in registered(platform)["smol"])
 
     def test_families_without_a_key_need_none(self, platform, keys):
@@ -206,7 +206,7 @@ class TestKeys:
         assert reconcile(platform) == []
         assert sorted(registered(platform)) == ["also", "free"]
 
-    def test_a_manifest_that_is_swapped_after_the_check_is_not_believed(self, platform, keys):
+    def test_a_manifest_that_is_replaced_after_the_check_is_an_error(self, platform, keys):
         platform = keyed(platform, keys[0][1])
         upload(platform, HOME, keys[0][0])
         forged = manifest_of(FILES, version="v9")
@@ -225,12 +225,12 @@ class TestKeys:
             ingest(Upload(HOME), platform)
         assert registered(platform) == {}
 
-    def test_a_key_that_is_missing_is_the_operator_s_matter(self, platform, keys, tmp_path):
+    def test_a_missing_key_file_is_an_error_for_the_operator(self, platform, keys, tmp_path):
         upload(platform, HOME, keys[0][0])
         broken = keyed(platform, tmp_path / "missing.pem")
-        for _ in range(2):  # told each time: it says nothing about the upload
-            (said,) = reconcile(broken)
-            assert "TRANS_PEFT_FAMILIES" in said
+        for _ in range(2):  # reported each time, because it is no fault of the upload
+            (message,) = reconcile(broken)
+            assert "TRANS_PEFT_FAMILIES" in message
         assert reconcile(keyed(platform, keys[0][1])) == []
         assert [base.version for base in registered(platform)["smol"]] == ["v1"]
 

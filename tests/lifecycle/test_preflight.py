@@ -1,4 +1,4 @@
-"""Whatever evaluation and registration would refuse is refused before the first step."""
+"""Errors of evaluation and registration are raised before the first training step."""
 
 import json
 from dataclasses import replace
@@ -86,7 +86,7 @@ SUITES = {
 
 @pytest.mark.parametrize("verb", ["train", "adopt"])
 @pytest.mark.parametrize("case", SUITES)
-def test_a_suite_that_could_not_be_evaluated_is_refused_first(
+def test_a_suite_that_cannot_be_evaluated_fails_before_training(
     case, verb, place, tmp_path, monkeypatch
 ):
     make, changes, error, message = SUITES[case]
@@ -95,7 +95,7 @@ def test_a_suite_that_could_not_be_evaluated_is_refused_first(
         run(verb, place, tmp_path, monkeypatch, suites=(suite,))
 
 
-def test_the_problems_of_all_suites_come_at_once(place, tmp_path, monkeypatch):
+def test_problems_of_all_suites_are_reported_together(place, tmp_path, monkeypatch):
     suites = (
         Suite("first", rows(tmp_path / "a.jsonl"), scoring="exact_mach"),
         Suite("second", rows(tmp_path / "b.jsonl", prompt="x" * 600)),
@@ -105,7 +105,7 @@ def test_the_problems_of_all_suites_come_at_once(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["team/sql", "a:b", "", "../x", "x" * 101, "sérum", "a b"])
-def test_a_name_that_the_registry_refuses_is_refused_first(name, place, tmp_path, monkeypatch):
+def test_an_invalid_name_fails_before_training(name, place, tmp_path, monkeypatch):
     with pytest.raises(InvalidSpecError, match="adapter"):
         run("adopt", place, tmp_path, monkeypatch, adapter=name)
     with pytest.raises(InvalidSpecError, match="adapter"):
@@ -113,7 +113,7 @@ def test_a_name_that_the_registry_refuses_is_refused_first(name, place, tmp_path
 
 
 @pytest.mark.parametrize("verb", ["train", "adopt"])
-def test_an_adapter_of_another_family_is_refused_first(verb, place, tmp_path, monkeypatch):
+def test_an_adapter_of_another_family_fails_before_training(verb, place, tmp_path, monkeypatch):
     platform, root = place
     suite = Suite("exam", rows(tmp_path / "taken.jsonl"), max_new_tokens=4)
     adopt("taken", str(root / "lora"), "other", [suite], platform, base_version="v1")
@@ -124,7 +124,7 @@ def test_an_adapter_of_another_family_is_refused_first(verb, place, tmp_path, mo
 
 
 @pytest.mark.parametrize("verb", ["train", "adopt"])
-def test_a_folder_that_cannot_be_written_is_refused_first(verb, place, tmp_path, monkeypatch):
+def test_an_unwritable_folder_fails_before_training(verb, place, tmp_path, monkeypatch):
     platform, root = place
     (tmp_path / "file").touch()
     broken = replace(platform, work_dir=tmp_path / "file")
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(verb, place, tmp_path,
 
 
 def run(verb, place, tmp_path, monkeypatch, *, adapter="mine", family=FAMILY, suites=None):
-    """Train or adopt with everything that costs time forbidden."""
+    """Train or adopt; loading a model or training fails the test."""
 
     def forbidden(*_, **__):
         raise AssertionError("that takes hours")

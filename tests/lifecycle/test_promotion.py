@@ -1,4 +1,4 @@
-"""A person's acts in MLflow's page: what the fleet does then, what is refused, and how it reads."""
+"""Promotion and manual overrides: what reconcile does, what it refuses, and what it reports."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.lifecycle.fleet import FAMILY, POLICY
+from tests.lifecycle.fleet import FAMILY, POLICY, obstacle_text
+from trans_peft.domain.adapter import ManualOverride
 from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.fleet import (
+    ChampionNotReady,
+    IdleAdapter,
+    IdleReason,
+    ObservedOverride,
+    PolicyNotMet,
+    VerdictsMissing,
+)
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import InvalidSpecError
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
@@ -17,6 +26,7 @@ from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import resolve
 
 ALL = PromotionPolicy(min_serving_share=1.0)
+HALF = PromotionPolicy(min_serving_share=0.5)
 
 
 def note_on(fleet, base):
@@ -29,40 +39,45 @@ class TestChampion:
     ):
         v1, v2 = two_bases
         fleet.promote(v2)
-        assert fleet.apply_verdicts(ALL).waiting == "small/v2 waits for 2 verdicts: chat, code"
+        changes = fleet.apply_verdicts(ALL)
+        assert changes.obstacle == VerdictsMissing(v2, ("chat", "code"))
+        assert not changes.is_refused
         assert note_on(fleet, v2) == "waits: small/v2 waits for 2 verdicts: chat, code"
         assert fleet.serving == v1.number
 
         fleet.complete_tasks()
-        assert fleet.apply_verdicts(ALL).promoted == "small/v2"
+        assert str(fleet.apply_verdicts(ALL).promoted) == "small/v2"
         assert note_on(fleet, v2) is None
         assert resolve("chat", fleet.platform).base_version == "v2"
 
         fleet.promote(v1)
-        assert fleet.apply_verdicts(ALL).promoted == "small/v1"
+        assert str(fleet.apply_verdicts(ALL).promoted) == "small/v1"
         assert resolve("chat", fleet.platform).base_version == "v1"
         assert resolve("chat", fleet.platform, base="v2").base_version == "v2"
 
-    def test_taking_it_away_pauses(self, fleet, two_bases):
+    def test_without_champion_promotion_is_paused(self, fleet, two_bases):
         v1, v2 = two_bases
         fleet.promote(v2)
         fleet.apply_verdicts()
         fleet.complete_tasks()
         fleet.promote(None)
         changes = fleet.apply_verdicts()
-        assert (changes.promoted, changes.waiting, changes.refused) == (None, None, None)
+        assert (changes.promoted, changes.obstacle) == (None, None)
         assert fleet.serving == v1.number
         assert note_on(fleet, v2) is None
-        assert "not set (paused: what serves stays)" in report(FAMILY, fleet.platform).markdown()
+        page = report(FAMILY, fleet.platform).markdown()
+        assert "not set (paused: serving does not change)" in page
 
-    def test_on_a_version_that_cannot_serve_it_is_refused(self, fleet, two_bases):
+    def test_on_a_version_that_is_not_ready_it_is_refused(self, fleet, two_bases):
         number = fleet.platform.catalog.register_manually(FAMILY, "memory://bases/v3")
         fleet.platform.catalog.set_alias_manually(FAMILY, "champion", number)
-        refused = fleet.apply_verdicts().refused
-        assert "champion stands on version 3 of small, which cannot serve" in refused
+        changes = fleet.apply_verdicts()
+        assert changes.obstacle == ChampionNotReady(FAMILY, number)
+        refused = obstacle_text(changes)
+        assert "champion is set on version 3 of small, which cannot serve" in refused
         assert fleet.platform.catalog.promotion_notes(FAMILY) == {number: f"refused: {refused}"}
 
-    def test_that_moves_on_while_reconcile_writes_asks_for_another_look(self, fleet, two_bases):
+    def test_that_moves_during_reconcile_marks_the_result_as_outdated(self, fleet, two_bases):
         v1, v2 = two_bases
         v3 = fleet.add_base("v3")
         fleet.complete_tasks()
@@ -74,8 +89,10 @@ class TestChampion:
         fleet.apply_verdicts()
         assert fleet.serving == v3.number
 
-    def test_that_moves_on_in_the_very_moment_is_still_noticed(self, fleet, two_bases, monkeypatch):
-        """Whoever writes `serving` last looks at `champion` after that."""
+    def test_that_moves_during_the_write_of_serving_marks_the_result_as_outdated(
+        self, fleet, two_bases, monkeypatch
+    ):
+        """The last process that writes `serving` reads `champion` again."""
         _, v2 = two_bases
         v3 = fleet.add_base("v3")
         fleet.complete_tasks()
@@ -95,7 +112,7 @@ class TestChampion:
 
 
 class TestPolicy:
-    def test_refuses_while_too_few_pass_and_says_what_is_missing(self, fleet, two_bases):
+    def test_refuses_while_too_few_adapters_serve(self, fleet, two_bases):
         v1, v2 = two_bases
         for work in fleet.work():
             passed = work.adapter == "chat"
@@ -103,21 +120,26 @@ class TestPolicy:
         fleet.promote(v2)
         changes = fleet.apply_verdicts(ALL)
         assert fleet.serving == v1.number
-        assert changes.refused.splitlines() == [
+        assert changes.is_refused
+        assert isinstance(changes.obstacle, PolicyNotMet)
+        assert changes.obstacle.idle == (IdleAdapter("code", Verdict.NEEDS_RETUNING),)
+        assert (changes.obstacle.serving, changes.obstacle.live) == (1, 2)
+        refused = obstacle_text(changes)
+        assert refused.splitlines() == [
             "the fleet may not move to small/v2",
             "  expected: 100 % of the live adapters on it",
             "  found:    1 of 2 live adapters serve there, not code (needs-retuning)",
-            f"  do:       re-tune or retire those adapters, approve one by setting its alias "
-            f"{v2.alias} by hand, or change the promotion policy in prefect.yaml",
+            f"  do:       retrain or retire those adapters, approve one by setting its alias "
+            f"{v2.alias} in MLflow, or change the promotion policy in prefect.yaml",
         ]
-        assert note_on(fleet, v2) == f"refused: {changes.refused}"
-        assert changes.refused in report(FAMILY, fleet.platform).markdown()
+        assert note_on(fleet, v2) == f"refused: {refused}"
+        assert refused in report(FAMILY, fleet.platform).markdown()
         assert not changes.already_reported
         assert fleet.apply_verdicts(ALL).already_reported
-        assert fleet.apply_verdicts(PromotionPolicy(min_serving_share=0.5)).promoted == "small/v2"
+        assert str(fleet.apply_verdicts(HALF).promoted) == "small/v2"
         assert note_on(fleet, v2) is None
 
-    def test_counts_what_a_person_approved_and_not_what_a_person_blocked(self, fleet, two_bases):
+    def test_counts_manually_approved_adapters_and_not_blocked_ones(self, fleet, two_bases):
         _, v2 = two_bases
         registry = fleet.platform.registry
         for work in fleet.work():
@@ -126,30 +148,31 @@ class TestPolicy:
         fleet.apply_verdicts()
         registry.set_alias_manually("chat", v2.alias, None)
         fleet.promote(v2)
-        refused = fleet.apply_verdicts(PromotionPolicy(min_serving_share=0.5)).refused
+        refused = obstacle_text(fleet.apply_verdicts(HALF))
         assert "0 of 2" in refused
-        assert "chat (blocked by hand), code (inconclusive)" in refused
+        assert "chat (blocked manually), code (inconclusive)" in refused
         registry.set_alias_manually("code", v2.alias, 2)
-        assert fleet.apply_verdicts(PromotionPolicy(min_serving_share=0.5)).promoted == "small/v2"
+        assert str(fleet.apply_verdicts(HALF).promoted) == "small/v2"
 
-    def test_does_not_count_a_hand_on_the_bytes_of_another_base(self, fleet, two_bases):
+    def test_does_not_count_an_alias_on_a_version_for_another_base(self, fleet, two_bases):
         _, v2 = two_bases
         fleet.complete_tasks(Verdict.INCONCLUSIVE)
         fleet.promote(v2)
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)  # trained on v1
-        assert "chat (set by hand on another base's bytes)" in fleet.apply_verdicts(ALL).refused
+        idle = fleet.apply_verdicts(ALL).obstacle.idle
+        assert IdleAdapter("chat", IdleReason.OTHER_BASE) in idle
 
     @pytest.mark.parametrize(
         ("name", "why"),
         [
             ("code", "required: code (needs-retuning)"),
-            ("cdoe", "required: cdoe (there is no such adapter)"),
-            ("old", "required: old (retired, or it cannot be read)"),
+            ("cdoe", "required: cdoe (no such adapter)"),
+            ("old", "required: old (retired or unreadable)"),
             ("chat", None),
             ("elsewhere", None),
         ],
     )
-    def test_may_name_adapters_that_must_serve(self, fleet, two_bases, name, why):
+    def test_required_adapters_must_serve(self, fleet, two_bases, name, why):
         v1, v2 = two_bases
         fleet.add_adapter("old", v1)
         fleet.platform.registry.retire_manually("old")
@@ -162,8 +185,8 @@ class TestPolicy:
             fleet.judge(work, Verdict.PASSED if passed else Verdict.NEEDS_RETUNING)
         fleet.promote(v2)
         changes = fleet.apply_verdicts(PromotionPolicy(0.0, required_adapters=(name,)))
-        assert (changes.promoted == "small/v2") is (why is None)
-        assert why is None or why in changes.refused
+        assert (str(changes.promoted) == "small/v2") is (why is None)
+        assert why is None or why in obstacle_text(changes)
 
     def test_parked_and_unreadable_adapters_do_not_pass(self, fleet, two_bases):
         v1, v2 = two_bases
@@ -175,14 +198,15 @@ class TestPolicy:
             for work in fleet.work():
                 fleet.judge(work, Verdict.FAILED if work.adapter == "x" else Verdict.PASSED)
         fleet.promote(v2)
-        refused = fleet.apply_verdicts(ALL).refused
+        refused = obstacle_text(fleet.apply_verdicts(ALL))
         assert "2 of 4 live adapters" in refused
         assert "x (failed)" in refused
         assert "stray: the adapter has no trained version" in refused
 
     def test_lets_an_empty_fleet_move(self, fleet):
-        fleet.promote(fleet.add_base("v1"))
-        assert fleet.apply_verdicts(ALL).promoted == "small/v1"
+        v1 = fleet.add_base("v1")
+        fleet.promote(v1)
+        assert str(fleet.apply_verdicts(ALL).promoted) == "small/v1"
 
     def test_a_base_that_served_may_serve_again_at_once(self, fleet, two_bases):
         v1, v2 = two_bases
@@ -192,8 +216,9 @@ class TestPolicy:
         fleet.add_adapter("new", v2)  # never judged on v1
         fleet.promote(v1)
         strict = replace(ALL, free_rollback=False)
-        assert fleet.apply_verdicts(strict).waiting == "small/v1 waits for 1 verdicts: new"
-        assert fleet.apply_verdicts(ALL).promoted == "small/v1"
+        obstacle = fleet.apply_verdicts(strict).obstacle
+        assert (str(obstacle.base), obstacle.adapters) == ("small/v1", ("new",))
+        assert str(fleet.apply_verdicts(ALL).promoted) == "small/v1"
 
     def test_a_base_that_is_only_older_is_no_rollback(self, fleet, two_bases):
         _, v2 = two_bases
@@ -202,25 +227,25 @@ class TestPolicy:
         fleet.promote(v3)
         fleet.apply_verdicts()
         fleet.promote(v2)
-        assert "0 of 2" in fleet.apply_verdicts(ALL).refused
+        assert fleet.apply_verdicts(ALL).obstacle.serving == 0
 
     @pytest.mark.parametrize("wrong", [{"min_serving_share": 1.5}, {"required_adapters": ("",)}])
-    def test_that_cannot_work_is_refused(self, wrong):
+    def test_with_invalid_values_is_refused(self, wrong):
         with pytest.raises(InvalidSpecError, match="promotion policy"):
             PromotionPolicy(**wrong)
 
     @given(live=st.integers(0, 40), passing=st.data(), share=st.floats(0, 1))
-    def test_asks_for_a_share_of_all_live_adapters(self, live, passing, share):
+    def test_requires_a_share_of_all_live_adapters(self, live, passing, share):
         from tests.lifecycle.fleet import judged_fleet
-        from trans_peft.lifecycle.promotion import promotion_blockers
+        from trans_peft.lifecycle.promotion import check_policy
 
         count = passing.draw(st.integers(0, live))
         fleet, base = judged_fleet(live, count)
-        refused = promotion_blockers(fleet, base, PromotionPolicy(share), platform=None)
+        refused = check_policy(fleet, base, PromotionPolicy(share), platform=None)
         assert (refused is None) is (live == 0 or count / live >= share)
 
 
-class TestHands:
+class TestManualOverrides:
     SEEN = datetime(2026, 11, 24, tzinfo=UTC)
 
     def apply_verdicts(self, fleet, **later):
@@ -229,7 +254,7 @@ class TestHands:
             now=self.SEEN.replace(**later),
         )  # fmt: skip
 
-    def test_a_block_is_respected_recorded_and_survives_every_later_run(self, fleet, two_bases):
+    def test_a_block_is_recorded_and_kept_by_later_runs(self, fleet, two_bases):
         _, v2 = two_bases
         fleet.complete_tasks()
         fleet.apply_verdicts()
@@ -237,15 +262,13 @@ class TestHands:
         for day in (24, 25, 26):
             changes = self.apply_verdicts(fleet, day=day)
             assert fleet.platform.registry.alias("chat", v2.alias) is None
-            assert changes.manual_overrides == (
-                "chat on v2: removed manually (first seen 2026-11-24T00:00:00+00:00); "
-                "by verdict version 2: passed",
-            )
+            override = ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00")
+            assert changes.manual_overrides == (ObservedOverride("chat", "v2", override),)
         page = report(FAMILY, fleet.platform).markdown()
-        assert "| chat | trained here, **serves** | passed, blocked by hand |" in page
+        assert "| chat | trained here, **serves** | passed, blocked manually |" in page
         assert "- **chat** on v2: removed manually (first seen 2026-11-24T00:00:00+00:00)" in page
 
-    def test_a_block_outlives_new_bytes_and_new_policies(self, fleet, two_bases):
+    def test_a_block_is_kept_for_retrained_versions_and_new_policies(self, fleet, two_bases):
         v1, v2 = two_bases
         fleet.complete_tasks()
         fleet.apply_verdicts()
@@ -257,14 +280,14 @@ class TestHands:
         assert fleet.platform.registry.alias("chat", v2.alias) is None
         assert fleet.platform.registry.alias("code", v2.alias) == 2
 
-    def test_an_approval_serves_for_that_base_only(self, fleet, two_bases):
+    def test_an_approval_is_valid_for_one_base(self, fleet, two_bases):
         _, v2 = two_bases
         fleet.complete_tasks(Verdict.INCONCLUSIVE)
         fleet.apply_verdicts()
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 2)
-        (hand,) = self.apply_verdicts(fleet).manual_overrides
-        assert "set on version 2 manually" in hand
-        assert "by verdict no version: inconclusive" in hand
+        (found,) = self.apply_verdicts(fleet).manual_overrides
+        assert (found.override.number, found.override.wanted) == (2, None)
+        assert found.override.why == "inconclusive"
         assert resolve("chat", fleet.platform, base="v2").number == 2
         fleet.add_base("v3")
         fleet.complete_tasks(Verdict.INCONCLUSIVE)
@@ -272,19 +295,17 @@ class TestHands:
         assert {row.base: row.serves for row in report(FAMILY, fleet.platform).rows
                 if row.adapter == "chat"} == {"v1": True, "v2": True, "v3": False}  # fmt: skip
 
-    def test_a_second_thought_is_recorded_with_its_own_time(self, fleet, two_bases):
+    def test_a_changed_override_is_recorded_with_its_own_time(self, fleet, two_bases):
         _, v2 = two_bases
         fleet.complete_tasks(Verdict.INCONCLUSIVE)
         fleet.apply_verdicts()
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 2)
         self.apply_verdicts(fleet, day=24)
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)
-        assert (
-            "version 1 manually (first seen 2026-11-25"
-            in self.apply_verdicts(fleet, day=25).manual_overrides[0]
-        )
+        (found,) = self.apply_verdicts(fleet, day=25).manual_overrides
+        assert (found.override.number, found.override.first_seen[:10]) == (1, "2026-11-25")
 
-    def test_what_is_given_back_is_ours_again_and_the_record_goes(self, fleet, two_bases):
+    def test_a_reverted_override_is_removed_from_the_record(self, fleet, two_bases):
         _, v2 = two_bases
         registry = fleet.platform.registry
         fleet.complete_tasks()
@@ -295,13 +316,13 @@ class TestHands:
         state = registry.aliases("chat")[v2.alias]
         assert (state.number, state.manual, state.recorded) == (2, False, None)
 
-    def test_a_hand_before_any_verdict_counts_too(self, fleet, two_bases):
+    def test_an_override_before_any_verdict_is_kept(self, fleet, two_bases):
         v1, _ = two_bases
         fleet.platform.registry.set_alias_manually("chat", v1.alias, None)
         fleet.apply_verdicts()
         assert fleet.platform.registry.alias("chat", v1.alias) is None
 
-    def test_a_hand_that_comes_between_looking_and_writing_wins(self, fleet, two_bases):
+    def test_an_override_between_read_and_write_is_kept(self, fleet, two_bases):
         _, v2 = two_bases
         fleet.complete_tasks(Verdict.INCONCLUSIVE)
         fleet.apply_verdicts()
@@ -309,6 +330,6 @@ class TestHands:
         fleet.judge(again, Verdict.PASSED)
         seen = observe(FAMILY, fleet.platform)
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)
-        (hand,) = apply_verdicts(seen, POLICY, ALL, fleet.platform).manual_overrides
-        assert "set on version 1 manually" in hand
+        (found,) = apply_verdicts(seen, POLICY, ALL, fleet.platform).manual_overrides
+        assert found.override.number == 1
         assert fleet.platform.registry.alias("chat", v2.alias) == 1

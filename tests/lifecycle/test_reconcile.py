@@ -1,4 +1,4 @@
-"""Desired state against registry: who is judged where, what serves, and whose word counts."""
+"""The plan and the aliases that follow from the state of the registry."""
 
 from dataclasses import replace
 
@@ -28,14 +28,14 @@ def lines(work):
     return [(item.adapter, item.base_version, item.reason, item.attempt) for item in work]
 
 
-def test_every_live_adapter_is_judged_on_a_new_base_before_anyone_promotes_it(fleet, two_bases):
+def test_every_live_adapter_is_planned_on_a_new_base_before_promotion(fleet, two_bases):
     assert lines(fleet.work()) == [
         ("chat", "v2", Reason.NEVER_JUDGED, 1),
         ("code", "v2", Reason.NEVER_JUDGED, 1),
     ]
 
 
-def test_a_recipe_that_a_verdict_leaves_to_try_is_planned_until_it_was_tried(fleet, two_bases):
+def test_a_pending_retraining_is_planned_until_it_was_tried(fleet, two_bases):
     recipe = TrainingRecipe("chat", FAMILY, SUITE.data, (SUITE,), base_version="v2")
     chat, code = fleet.work()
     judged = fleet.judge(chat, Verdict.NEEDS_RETUNING)
@@ -44,23 +44,25 @@ def test_a_recipe_that_a_verdict_leaves_to_try_is_planned_until_it_was_tried(fle
         fleet.platform.registry.record(replace(judged, training=left))
         seen = observe(FAMILY, fleet.platform)
         assert plan(seen, POLICY).trainings == ((recipe,) if left else ())
-        assert plan(seen, replace(POLICY, margin_points=1.0)).trainings == ()  # judged anew first
+        assert (
+            plan(seen, replace(POLICY, margin_points=1.0)).trainings == ()
+        )  # evaluated again first
 
 
-def test_a_second_run_finds_nothing_to_do(fleet, two_bases):
+def test_a_second_run_plans_nothing(fleet, two_bases):
     fleet.complete_tasks()
     fleet.apply_verdicts()
     assert fleet.work() == ()
     assert fleet.apply_verdicts().aliases == ()
 
 
-def test_a_base_that_is_not_ready_asks_for_nothing(fleet, two_bases):
+def test_nothing_is_planned_on_a_base_that_is_not_ready(fleet, two_bases):
     fleet.complete_tasks()
     fleet.platform.catalog.register_manually(FAMILY, "memory://bases/v3")
     assert fleet.work() == ()
 
 
-def test_a_base_older_than_the_serving_one_asks_for_nothing(fleet):
+def test_nothing_is_planned_on_a_base_older_than_serving(fleet):
     v1, v2 = fleet.add_base("v1"), fleet.add_base("v2")
     fleet.promote(v2)
     fleet.apply_verdicts()
@@ -70,7 +72,7 @@ def test_a_base_older_than_the_serving_one_asks_for_nothing(fleet):
     assert lines(fleet.work()) == [("new", "v1", Reason.NEVER_JUDGED, 1)]
 
 
-def test_each_adapter_is_tried_on_each_candidate_whatever_failed_before(fleet, two_bases):
+def test_each_adapter_is_planned_on_each_newer_base_after_failures(fleet, two_bases):
     fleet.complete_tasks(Verdict.NEEDS_RETUNING)
     fleet.add_base("v3")
     assert {(w.adapter, w.base_version, w.source_number) for w in fleet.work()} == {
@@ -79,19 +81,19 @@ def test_each_adapter_is_tried_on_each_candidate_whatever_failed_before(fleet, t
     }
 
 
-def test_the_newest_base_is_judged_first(fleet, two_bases):
+def test_the_newest_base_is_planned_first(fleet, two_bases):
     fleet.add_base("v3")
     assert [w.base_version for w in fleet.work()] == ["v3", "v3", "v2", "v2"]
 
 
-def test_the_base_that_a_person_wants_is_judged_before_newer_ones(fleet, two_bases):
+def test_the_champion_is_planned_before_newer_bases(fleet, two_bases):
     _, v2 = two_bases
     fleet.add_base("v3")
     fleet.promote(v2)
     assert [w.base_version for w in fleet.work()] == ["v2", "v2", "v3", "v3"]
 
 
-def test_bases_that_a_person_passed_over_ask_for_nothing(fleet, two_bases):
+def test_nothing_is_planned_on_bases_older_than_champion(fleet, two_bases):
     v3 = fleet.add_base("v3")
     fleet.promote(v3)
     assert {w.base_version for w in fleet.work()} == {"v3"}
@@ -102,7 +104,7 @@ def test_bases_that_a_person_passed_over_ask_for_nothing(fleet, two_bases):
 @pytest.mark.parametrize(
     "meanwhile", ["judged", "failed", "retired", "retuned", "passed over", "another policy"]
 )
-def test_work_is_no_longer_wanted_once_it_is_done_or_given_up(fleet, two_bases, meanwhile):
+def test_a_task_is_not_needed_after_it_was_done_or_became_obsolete(fleet, two_bases, meanwhile):
     v1, _ = two_bases
     work = fleet.work()[0]
     assert fleet.needs(work)
@@ -127,7 +129,7 @@ def test_work_is_no_longer_wanted_once_it_is_done_or_given_up(fleet, two_bases, 
     assert not fleet.needs(work, policy)
 
 
-def test_a_changed_policy_is_judged_anew_at_no_cost(fleet, two_bases):
+def test_a_changed_policy_is_planned_with_zero_cost(fleet, two_bases):
     fleet.complete_tasks()
     stricter = GatePolicy(margin_points=1.0)
     again = fleet.work(stricter)
@@ -135,12 +137,12 @@ def test_a_changed_policy_is_judged_anew_at_no_cost(fleet, two_bases):
     assert [w.estimated_seconds for w in again] == [0.0, 0.0]
 
 
-def test_incompatible_stays_incompatible_under_another_policy(fleet, two_bases):
+def test_a_changed_policy_does_not_repeat_incompatible_transfers(fleet, two_bases):
     fleet.complete_tasks(Verdict.INCOMPATIBLE)
     assert fleet.work(GatePolicy(margin_points=1.0)) == ()
 
 
-def test_the_estimate_is_what_evaluating_took_where_it_was_trained(fleet, two_bases):
+def test_the_estimate_is_the_duration_of_the_reference_evaluation(fleet, two_bases):
     v1, _ = two_bases
     (chat,) = fleet.platform.registry.versions("chat")
     fleet.platform.evaluations.put(evaluation(chat.weights_sha256, v1, 8, 10, seconds=42.0))
@@ -150,7 +152,7 @@ def test_the_estimate_is_what_evaluating_took_where_it_was_trained(fleet, two_ba
     assert estimates == {"chat": 42.0, "code": None}
 
 
-def test_a_failed_key_is_tried_three_times_then_parked(fleet, two_bases):
+def test_a_task_is_parked_after_three_failures(fleet, two_bases):
     for attempt in range(1, MAX_ATTEMPTS + 1):
         work = [w for w in fleet.work() if w.adapter == "chat"]
         assert [w.attempt for w in work] == [attempt]
@@ -160,7 +162,7 @@ def test_a_failed_key_is_tried_three_times_then_parked(fleet, two_bases):
     assert [w.adapter for w in found.parked] == ["chat"]
 
 
-def test_a_retuned_adapter_is_judged_with_its_new_bytes(fleet, two_bases):
+def test_a_retrained_adapter_is_planned_with_its_new_weights(fleet, two_bases):
     v1, _ = two_bases
     fleet.complete_tasks()
     fleet.add_adapter("chat", v1, weights="retuned")
@@ -184,7 +186,7 @@ def test_the_verdict_decides_the_alias(fleet, two_bases, verdict, serves):
     assert (fleet.platform.registry.alias("chat", v2.alias) is not None) is serves
 
 
-def test_an_error_takes_nothing_out_of_service(fleet, two_bases):
+def test_a_failure_does_not_remove_the_alias(fleet, two_bases):
     _, v2 = two_bases
     fleet.complete_tasks()
     fleet.apply_verdicts()
@@ -194,7 +196,7 @@ def test_an_error_takes_nothing_out_of_service(fleet, two_bases):
     assert fleet.platform.registry.alias("chat", v2.alias) == 2
 
 
-def test_an_adapter_that_cannot_be_judged_stops_nobody_else(fleet, two_bases):
+def test_an_unreadable_adapter_does_not_affect_others(fleet, two_bases):
     v1, _ = two_bases
     orphan = replace(
         fleet.add_adapter("orphan", v1), adapter="stray", base_fingerprint_sha256="f" * 64
@@ -212,29 +214,31 @@ def test_a_base_that_cannot_be_read_charges_no_adapter_and_parks_none(fleet, two
         lost = fleet.platform.catalog._fingerprints.pop(base.fingerprint_sha256)
         for work in fleet.work():
             seen = observe_adapter(work.adapter, FAMILY, fleet.platform)
-            with pytest.raises(BaseUnreadableError, match=f"the base small/{base.version}") as told:
+            with pytest.raises(
+                BaseUnreadableError, match=f"the base small/{base.version}"
+            ) as caught:
                 transfer(work, seen, POLICY, fleet.platform)
-            assert is_infrastructure_failure(Failed(data=told.value))
-            assert not RETRIES["retry_condition_fn"](None, None, Failed(data=told.value))
+            assert is_infrastructure_failure(Failed(data=caught.value))
+            assert not RETRIES["retry_condition_fn"](None, None, Failed(data=caught.value))
         fleet.platform.catalog._fingerprints[base.fingerprint_sha256] = lost
     assert {work.attempt for work in fleet.work()} == {1}
 
 
-def test_a_retired_adapter_is_left_alone(fleet, two_bases):
+def test_a_retired_adapter_is_not_planned(fleet, two_bases):
     fleet.platform.registry.retire_manually("chat")
     assert {w.adapter for w in fleet.work()} == {"code"}
 
 
-def test_resolve_fails_closed_and_says_why(fleet, two_bases):
+def test_resolve_raises_the_verdict_instead_of_another_version(fleet, two_bases):
     fleet.complete_tasks(Verdict.NEEDS_RETUNING)
     fleet.apply_verdicts()
-    with pytest.raises(NotServedError, match=r"needs-retuning: as the test says"):
+    with pytest.raises(NotServedError, match=r"needs-retuning: given by the test"):
         resolve("chat", fleet.platform, base="v2")
     with pytest.raises(NotFoundError, match="no ready base version 'v9'"):
         resolve("chat", fleet.platform, base="v9")
 
 
-def test_the_suite_of_an_adapter_has_one_hash_wherever_its_data_lies():
+def test_the_hash_of_a_suite_does_not_depend_on_its_uri():
     moved = replace(SUITE, data=replace(SUITE.data, uri="s3://elsewhere/exam.jsonl"))
     assert moved.suite_sha256 == SUITE.suite_sha256
 
@@ -247,7 +251,7 @@ EVENTS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(events=EVENTS)
-def test_whatever_happened_working_the_plan_off_ends_in_the_desired_state(tmp_path_factory, events):
+def test_completing_the_plan_reaches_the_desired_state_after_any_events(tmp_path_factory, events):
     fleet = MemoryFleet(tmp_path_factory.mktemp("fleet"))
     bases = [fleet.add_base("v1")]
     for event in events:

@@ -1,7 +1,7 @@
-"""Remedies and the effect probe in a transfer: real (tiny) models, results written by hand.
+"""Recovery strategies and the effect probe in a transfer, with tiny models and given results.
 
-What was right is put into the store under the key of the bytes that a rung makes, so a test chooses
-which rung passes; everything else is really done.
+A test stores results under the key of the weights that a strategy makes, and so chooses which
+strategy passes. Everything else is computed.
 """
 
 import json
@@ -45,8 +45,8 @@ OPTIONS = {"r": 2, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"]}
 SPEC = AdapterSpec("LORA", OPTIONS)
 
 
-class World:
-    """v1, v2 and one adapter of v1 that got every question right there."""
+class TransferSetup:
+    """v1, v2 and one adapter of v1 that answers every item correctly there."""
 
     def __init__(self, folder, *, recipe=True, spec=SPEC, chance=None, edit=lambda folder: None):
         torch.set_num_threads(1)
@@ -125,84 +125,84 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path):
-    return World(tmp_path)
+def setup(tmp_path):
+    return TransferSetup(tmp_path)
 
 
 def strategies(outcome):
     return [(item.strategy, item.verdict) for item in outcome.tried]
 
 
-def test_without_remedies_there_is_no_ladder(world):
-    outcome = world.transfer()
+def test_without_recovery_strategies_only_direct_transfer_is_tried(setup):
+    outcome = setup.transfer()
     assert (outcome.verdict, outcome.strategy) == (Verdict.NEEDS_RETUNING, RecoveryStrategy.DIRECT)
     assert (outcome.tried, outcome.training) == ((), None)
     assert "level 5 %" in outcome.judgement.reason
 
 
-def test_a_ladder_ends_at_the_first_that_passes_and_makes_one_version(world, tmp_path):
-    scaled = rescaled(world.peft, tmp_path / "scaled", 1.1)
-    world.answered(adapter_weights_sha256(scaled), world.bases[1], right=ITEMS)
-    outcome = world.transfer(scales=(0.25, 1.1), retune_steps=5, retrain=True)
+def test_recovery_stops_at_the_first_pass_and_registers_one_version(setup, tmp_path):
+    scaled = rescaled(setup.peft, tmp_path / "scaled", 1.1)
+    setup.answered(adapter_weights_sha256(scaled), setup.bases[1], right=ITEMS)
+    outcome = setup.transfer(scales=(0.25, 1.1), retune_steps=5, retrain=True)
     assert strategies(outcome) == [("direct", "needs-retuning"), ("rescaled", "passed")]
     assert (outcome.verdict, outcome.strategy, outcome.training) == ("passed", "rescaled", None)
-    assert "level 1.25 %" in outcome.judgement.reason  # one of four rungs
+    assert "level 1.25 %" in outcome.judgement.reason  # one of four strategies
     assert "scale x 1.1" in outcome.tried[1].note
     assert 0 < sum(item.seconds for item in outcome.tried) <= outcome.seconds
-    assert outcome.weights_sha256 == world.source.weights_sha256  # what was carried over
-    first, second = world.platform.registry.versions("parity")
+    assert outcome.weights_sha256 == setup.source.weights_sha256  # the transferred weights
+    first, second = setup.platform.registry.versions("parity")
     assert (second.made_by, second.transferred_from) == ("rescaled", first.number)
     assert second.weights_sha256 == adapter_weights_sha256(scaled)
-    assert not second.is_trained  # the trained bytes are carried to the next base
-    again = world.transfer(scales=(0.25, 1.1), retune_steps=5, retrain=True)
+    assert not second.is_trained  # the trained weights are transferred to the next base
+    again = setup.transfer(scales=(0.25, 1.1), retune_steps=5, retrain=True)
     assert (again.new_number, again.verdict_key) == (outcome.new_number, outcome.verdict_key)
-    assert len(world.platform.registry.versions("parity")) == 2
+    assert len(setup.platform.registry.versions("parity")) == 2
 
 
-def test_where_nothing_passes_direct_transfer_stands_and_training_is_left_to_do(world):
-    outcome = world.transfer(scales=(1.1,), retrain=True)
+def test_without_a_pass_direct_transfer_is_registered_and_retraining_is_pending(setup):
+    outcome = setup.transfer(scales=(1.1,), retrain=True)
     assert strategies(outcome) == [
         ("direct", "needs-retuning"),
         ("rescaled", "needs-retuning"),
         ("trained anew", ""),
     ]
-    assert (outcome.strategy, world.version(outcome).made_by) == ("direct", "direct")
-    assert world.version(outcome).weights_sha256 == world.source.weights_sha256
-    assert outcome.training == replace(world.source.recipe, base_version="v2")
+    assert (outcome.strategy, setup.version(outcome).made_by) == ("direct", "direct")
+    assert setup.version(outcome).weights_sha256 == setup.source.weights_sha256
+    assert outcome.training == replace(setup.source.recipe, base_version="v2")
 
 
-def test_a_short_retune_goes_on_from_the_old_weights(world):
-    outcome = world.transfer(retune_steps=2)
+def test_retuning_continues_from_the_old_weights(setup):
+    outcome = setup.transfer(retune_steps=2)
     assert strategies(outcome) == [("direct", "needs-retuning"), ("re-tuned", "needs-retuning")]
-    (result,) = world.platform.work_dir.glob("training/retune-*/result.json")
+    (result,) = setup.platform.work_dir.glob("training/retune-*/result.json")
     weights = json.loads(result.read_text())["weights_sha256"]
     old, new = (
         load_file(folder / "adapter_model.safetensors")
-        for folder in (world.peft, result.parent / "adapter")
+        for folder in (setup.peft, result.parent / "adapter")
     )
     for key in old:  # two steps at 1e-2 move a weight by 0.02 at most
         assert 0 < (old[key] - new[key]).abs().max() < 0.03
-    world.forget(weights, world.bases[1])
-    world.answered(weights, world.bases[1], right=ITEMS)
-    outcome = world.transfer(retune_steps=2)
+    setup.forget(weights, setup.bases[1])
+    setup.answered(weights, setup.bases[1], right=ITEMS)
+    outcome = setup.transfer(retune_steps=2)
     assert (outcome.verdict, outcome.strategy) == ("passed", "re-tuned")
-    assert world.version(outcome).made_by is RecoveryStrategy.RETUNED
-    assert world.version(outcome).trained_on_version == "v1"  # the reference stays where it was
+    assert setup.version(outcome).made_by is RecoveryStrategy.RETUNED
+    assert setup.version(outcome).trained_on_version == "v1"  # the reference does not change
 
 
-def test_a_factor_is_tried_only_if_it_suits_the_training_rows(world):
-    outcome = world.transfer(scales=(0.25,))
+def test_a_scale_that_does_not_fit_the_training_rows_is_not_tried(setup):
+    outcome = setup.transfer(scales=(0.25,))
     assert "no factor" in outcome.tried[1].reason
 
 
-def test_training_anew_is_judged_by_the_same_gate(world):
-    v1, v2 = world.bases
-    world.platform.registry.set_alias("parity", v1.alias, world.source.number)
+def test_retraining_is_evaluated_by_the_same_gate(setup):
+    v1, v2 = setup.bases
+    setup.platform.registry.set_alias("parity", v1.alias, setup.source.number)
     policy = replace(POLICY, recovery=RecoveryPolicy(retrain=True))
-    direct = world.transfer(retrain=True)
+    direct = setup.transfer(retrain=True)
 
     def train():
-        return retrain(direct.training, policy, world.platform, on_event=lambda event: None)
+        return retrain(direct.training, policy, setup.platform, on_event=lambda event: None)
 
     failed = train()
     assert strategies(failed) == [("direct", "needs-retuning"), ("trained anew", "needs-retuning")]
@@ -212,102 +212,106 @@ def test_training_anew_is_judged_by_the_same_gate(world):
         None,
     )
     assert failed.verdict_key == direct.verdict_key
-    assert len(world.platform.registry.versions("parity")) == 2
+    assert len(setup.platform.registry.versions("parity")) == 2
 
-    (result,) = world.platform.work_dir.glob("training/*/result.json")
+    (result,) = setup.platform.work_dir.glob("training/*/result.json")
     weights = json.loads(result.read_text())["weights_sha256"]
-    world.forget(weights, v2)
-    world.answered(weights, v2, right=ITEMS)
+    setup.forget(weights, v2)
+    setup.answered(weights, v2, right=ITEMS)
     passed = train()
     assert (passed.verdict, passed.strategy) == ("passed", "trained anew")
-    version = world.version(passed)
+    version = setup.version(passed)
     assert (version.is_trained, version.made_by) == (True, "trained anew")
 
     # Each base has what was trained on it, and neither is judged by the other.
-    fleet = observe(FAMILY, world.platform)
+    fleet = observe(FAMILY, setup.platform)
     assert plan(fleet, policy).work == ()
-    apply_verdicts(fleet, policy, PromotionPolicy(), world.platform)
-    assert world.platform.registry.alias("parity", v1.alias) == world.source.number
-    assert world.platform.registry.alias("parity", v2.alias) == version.number
-    assert "trained here, anew after an update" in report(FAMILY, world.platform).markdown()
+    apply_verdicts(fleet, policy, PromotionPolicy(), setup.platform)
+    assert setup.platform.registry.alias("parity", v1.alias) == setup.source.number
+    assert setup.platform.registry.alias("parity", v2.alias) == version.number
+    assert "retrained here after an update" in report(FAMILY, setup.platform).markdown()
 
 
-def test_training_anew_knows_the_old_base_by_its_fingerprint(world, monkeypatch):
+def test_retraining_finds_the_old_base_by_fingerprint(setup, monkeypatch):
     policy = replace(POLICY, recovery=RecoveryPolicy(retrain=True))
-    left = world.transfer(retrain=True).training
-    catalog, (v1, v2) = world.platform.catalog, world.bases
+    left = setup.transfer(retrain=True).training
+    catalog, (v1, v2) = setup.platform.catalog, setup.bases
 
     def train(*bases):
         monkeypatch.setattr(catalog, "versions", lambda family: bases)
-        return retrain(left, policy, world.platform, on_event=lambda event: None)
+        return retrain(left, policy, setup.platform, on_event=lambda event: None)
 
     with pytest.raises(NotFoundError, match="no longer in the catalog"):
         train(v2, replace(v1, fingerprint_sha256="f" * 64))  # the label is another base's now
-    assert not [*world.platform.work_dir.glob("training/*")]
+    assert not [*setup.platform.work_dir.glob("training/*")]
     assert strategies(train(v2, replace(v1, version="first")))[-1] == (
         "trained anew",
         "needs-retuning",
     )
 
 
-def test_the_report_shows_the_ladder_with_its_cost_and_the_level_of_chance(tmp_path):
-    world = World(tmp_path, chance=50.0)
-    world.transfer(scales=(0.25,))
-    page = report(FAMILY, world.platform).markdown()
+def test_the_report_shows_all_strategies_and_the_chance_level(tmp_path):
+    setup = TransferSetup(tmp_path, chance=50.0)
+    setup.transfer(scales=(0.25,))
+    page = report(FAMILY, setup.platform).markdown()
     assert "parity 100.0 (chance 50.0)" in page
-    assert "Made by direct; tried direct: needs-retuning, " in page
+    assert "Strategy: direct. Tried: direct: needs-retuning, " in page
     assert "rescaled: not tried, " in page
 
 
-def test_an_adapter_tuned_on_the_new_base_is_a_second_reference(world):
+def test_an_adapter_trained_on_the_new_base_is_a_second_reference(setup):
     fresh = get_peft_model(tiny_model(), LoraConfig(**OPTIONS, init_lora_weights=False))
-    fresh.save_pretrained(world.folder / "fresh")
-    v2, weights = world.bases[1], adapter_weights_sha256(world.folder / "fresh")
-    world.platform.registry.register(
+    fresh.save_pretrained(setup.folder / "fresh")
+    v2, weights = setup.bases[1], adapter_weights_sha256(setup.folder / "fresh")
+    setup.platform.registry.register(
         replace(
-            world.source,
+            setup.source,
             base_version="v2",
             base_fingerprint_sha256=v2.fingerprint_sha256,
             trained_on_version="v2",
             trained_on_fingerprint_sha256=v2.fingerprint_sha256,
             weights_sha256=weights,
         ),
-        world.folder / "fresh",
+        setup.folder / "fresh",
     )
-    later = replace(world.source, weights_sha256="later")  # trained on v1 once more
-    world.answered("later", world.bases[0], right=ITEMS)
-    world.answered("later", v2, right=ITEMS)
-    world.answered(weights, v2, right=90)
-    world.platform.registry.register(later, world.peft)
-    outcome = world.transfer()
+    later = replace(setup.source, weights_sha256="later")  # trained on v1 once more
+    setup.answered("later", setup.bases[0], right=ITEMS)
+    setup.answered("later", v2, right=ITEMS)
+    setup.answered(weights, v2, right=90)
+    setup.platform.registry.register(later, setup.peft)
+    outcome = setup.transfer()
     compared = outcome.judgement.suites[0].versus_fresh_adapter
     assert compared.reference_score == pytest.approx(100 * 90 / ITEMS)
     assert outcome.verdict is Verdict.PASSED
 
 
-def test_what_nobody_knows_how_to_train_is_not_remedied(tmp_path):
-    outcome = World(tmp_path, recipe=False).transfer(scales=(0.5,), retune_steps=2, retrain=True)
+def test_an_adapter_without_a_recipe_is_not_recovered(tmp_path):
+    outcome = TransferSetup(tmp_path, recipe=False).transfer(
+        scales=(0.5,), retune_steps=2, retrain=True
+    )
     assert [item.verdict for item in outcome.tried] == ["needs-retuning", "", "", ""]
-    assert all("not known" in item.reason for item in outcome.tried[1:])
+    assert all("no recipe" in item.reason for item in outcome.tried[1:])
     assert (outcome.strategy, outcome.training) == ("direct", None)
 
 
-def test_rows_that_are_gone_are_told(world):
-    (world.folder / "rows.jsonl").rename(world.folder / "kept.jsonl")
-    world.answered(world.source.weights_sha256, world.bases[1], right=0)
-    world.answered("bare", world.bases[1], right=0)
-    outcome = world.transfer(scales=(0.5,))
-    assert "not to be had" in outcome.tried[1].reason
+def test_missing_training_rows_are_reported(setup):
+    (setup.folder / "rows.jsonl").rename(setup.folder / "kept.jsonl")
+    setup.answered(setup.source.weights_sha256, setup.bases[1], right=0)
+    setup.answered("bare", setup.bases[1], right=0)
+    outcome = setup.transfer(scales=(0.5,))
+    assert "cannot be read" in outcome.tried[1].reason
 
 
-def test_a_training_that_fails_leaves_the_verdict_as_it_is(tmp_path):
-    world = World(tmp_path, spec=AdapterSpec("LORA", OPTIONS | {"r": 4}))  # not what it is
-    outcome = world.transfer(retune_steps=2)
+def test_a_failed_retuning_keeps_the_verdict(tmp_path):
+    setup = TransferSetup(
+        tmp_path, spec=AdapterSpec("LORA", OPTIONS | {"r": 4})
+    )  # differs from the adapter
+    outcome = setup.transfer(retune_steps=2)
     assert (outcome.verdict, outcome.strategy) == ("needs-retuning", "direct")
     assert "training failed" in outcome.tried[1].reason
 
 
-def test_a_remedy_that_is_none_is_refused():
+def test_invalid_recovery_settings_are_refused():
     for wrong in ({"scales": (1.0,)}, {"scales": (0.5, 0.5)}, {"scales": (-1,)}):
         with pytest.raises(InvalidSpecError):
             RecoveryPolicy(**wrong)
@@ -315,13 +319,13 @@ def test_a_remedy_that_is_none_is_refused():
         RecoveryPolicy(retune_steps=-1)
 
 
-def test_a_policy_without_remedies_has_the_hash_that_it_always_had():
+def test_the_hash_of_a_policy_without_recovery_is_stable():
     known = {"margin_points": 5.0, "alpha": 0.05, "required_suites": [], "must_beat_bare": True}
     assert GatePolicy().sha256 == content_sha256(known)
     assert GatePolicy(recovery=RecoveryPolicy(scales=(0.5,))).sha256 != content_sha256(known)
 
 
-def test_a_rescaled_adapter_does_so_much_more(world, tmp_path):
+def test_rescaling_multiplies_the_output_of_the_adapter(setup, tmp_path):
     ids = torch.tensor([[65, 66, 67]])
 
     def change(folder):
@@ -333,11 +337,11 @@ def test_a_rescaled_adapter_does_so_much_more(world, tmp_path):
                 model(ids)
                 return layer(torch.ones(1, 32)) - bare
 
-    twice = change(rescaled(world.peft, tmp_path / "twice", 2.0))
-    assert torch.allclose(twice, 2 * change(world.peft), atol=1e-5)
+    twice = change(rescaled(setup.peft, tmp_path / "twice", 2.0))
+    assert torch.allclose(twice, 2 * change(setup.peft), atol=1e-5)
 
 
-# The effect probe comes before any question is asked on the new base.
+# The effect probe runs before any evaluation on the new base.
 
 
 def silence(folder):
@@ -361,18 +365,18 @@ def zero(folder):
 
 
 @pytest.mark.parametrize("edit", [silence, zero])
-def test_an_adapter_without_effect_is_caught_before_any_question(edit, tmp_path):
-    world = World(tmp_path, edit=edit)
-    outcome = world.transfer(scales=(2.0,), retune_steps=2)
+def test_an_adapter_without_effect_is_incompatible_before_evaluation(edit, tmp_path):
+    setup = TransferSetup(tmp_path, edit=edit)
+    outcome = setup.transfer(scales=(2.0,), retune_steps=2)
     assert outcome.verdict is Verdict.INCOMPATIBLE
     assert "no logit" in outcome.judgement.reason
     assert (outcome.tried, outcome.evaluations) == ((), ())
-    assert len(world.platform.evaluations._evaluations) == 1  # that on v1, written by hand
+    assert len(setup.platform.evaluations._evaluations) == 1  # the given one on v1
 
 
 @pytest.mark.parametrize("edit", [thin_out, rename])
-def test_modules_that_would_be_skipped_are_an_error_before_any_question(edit, tmp_path):
-    world = World(tmp_path, edit=edit)
+def test_missing_module_weights_are_an_error_before_evaluation(edit, tmp_path):
+    setup = TransferSetup(tmp_path, edit=edit)
     with pytest.raises(AdapterError, match="have no key in the file"):
-        world.transfer()
-    assert len(world.platform.evaluations._evaluations) == 1
+        setup.transfer()
+    assert len(setup.platform.evaluations._evaluations) == 1

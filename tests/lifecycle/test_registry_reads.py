@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.lifecycle.test_recovery import FAMILY, POLICY, World
+from tests.lifecycle.test_recovery import FAMILY, POLICY, TransferSetup
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
@@ -37,17 +37,17 @@ class CountingPort:
 @pytest.fixture
 def counted(tmp_path):
     """A platform with one adapter to transfer to v2, the task, and the counted calls."""
-    world, calls = World(tmp_path), Counter()
+    setup, calls = TransferSetup(tmp_path), Counter()
     for number in range(3):  # other live adapters must not cost any call
-        world.platform.registry.register(
-            replace(world.source, adapter=f"other-{number}"), world.peft
+        setup.platform.registry.register(
+            replace(setup.source, adapter=f"other-{number}"), setup.peft
         )
     ports = {
-        name: CountingPort(getattr(world.platform, name), name, calls)
+        name: CountingPort(getattr(setup.platform, name), name, calls)
         for name in ("catalog", "registry", "evaluations")
     }
-    task = TransferTask("parity", world.source.number, "v2", Reason.NEVER_JUDGED)
-    return replace(world.platform, **ports), task, calls
+    task = TransferTask("parity", setup.source.number, "v2", Reason.NEVER_JUDGED)
+    return replace(setup.platform, **ports), task, calls
 
 
 def test_a_transfer_reads_the_registry_once(counted):

@@ -1,4 +1,4 @@
-"""Uploads as people's clients make them, into a real S3 server."""
+"""Uploads of common S3 clients to an S3 server."""
 
 import io
 from dataclasses import replace
@@ -44,7 +44,7 @@ def platform(store, tmp_path):
 
 
 def in_parts(client, bucket, key, data):
-    """As `aws s3 cp` and rclone send a large file: the parts in whatever order they are done."""
+    """Upload a large file in parts in any order, as `aws s3 cp` and rclone do."""
     size = 5 << 20
     upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
     where = {"Bucket": bucket, "Key": key, "UploadId": upload}
@@ -90,7 +90,9 @@ CLIENTS = {
 
 @pytest.mark.parametrize("order", [list, lambda names: list(names)[::-1]], ids=["last", "first"])
 @pytest.mark.parametrize("client", CLIENTS)
-def test_any_client_and_any_order_make_the_same_base(platform, s3, servers, unique, client, order):
+def test_any_client_and_upload_order_give_the_same_base(
+    platform, s3, servers, unique, client, order
+):
     seen = set()
     for name in order(WHOLE):
         CLIENTS[client](s3, servers.bucket, f"{unique}/v1/{name}", WHOLE[name])
@@ -102,7 +104,7 @@ def test_any_client_and_any_order_make_the_same_base(platform, s3, servers, uniq
     assert pending(platform, root_uri=f"s3://{servers.bucket}/{unique}") == ()
 
 
-def test_half_a_multipart_upload_is_no_file(platform, s3, servers, unique):
+def test_an_incomplete_multipart_upload_is_not_a_file(platform, s3, servers, unique):
     for name in WHOLE.keys() - BIG:
         CLIENTS["put_object"](s3, servers.bucket, f"{unique}/v1/{name}", WHOLE[name])
     where, parts = in_parts(s3["boto3"], servers.bucket, f"{unique}/v1/README.md", BIG["README.md"])
@@ -115,7 +117,7 @@ def test_half_a_multipart_upload_is_no_file(platform, s3, servers, unique):
     assert ingest(*pending(platform, root_uri=root), platform).ready
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_noticed(platform, s3, servers, unique):
+def test_an_object_that_is_replaced_during_the_read_is_an_error(platform, s3, servers, unique):
     for name, data in WHOLE.items():
         CLIENTS["put_object"](s3, servers.bucket, f"{unique}/v1/{name}", data)
     root, real = f"s3://{servers.bucket}/{unique}", platform.store
@@ -139,7 +141,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_noticed(platform, s3, se
 
 
 @pytest.mark.parametrize("prefix", ["with space/v 1", "ünï cödé/漢字", "100%25/%2e%2e", "a+b&c=d"])
-def test_a_prefix_of_any_name_is_taken(platform, s3, servers, unique, prefix):
+def test_any_prefix_name_is_accepted(platform, s3, servers, unique, prefix):
     for name, data in WHOLE.items():
         CLIENTS["put_object"](s3, servers.bucket, f"{unique}/{prefix}/{name}", data)
     (upload,) = pending(platform, root_uri=f"s3://{servers.bucket}/{unique}")

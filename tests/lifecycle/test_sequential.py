@@ -1,4 +1,4 @@
-"""A transfer that stops asking, with a real (tiny) model and ports in memory."""
+"""Transfers with sequential tests, with a tiny model and ports in memory."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ EARLY = GatePolicy(margin_points=20.0, must_beat_bare=False, sequential=True)
 
 @pytest.fixture
 def fleet(tmp_path):
-    """v1, v2 and an adapter that answers every question wrongly on both: nothing is lost."""
+    """v1, v2 and an adapter that answers every item wrongly on both, so that nothing is lost."""
     platform = replace(memory_platform(tmp_path / "work"), store=FileStore())
     for version, folder in (
         ("v1", write_tiny_base(tmp_path / "v1")),
@@ -46,19 +46,21 @@ def fleet(tmp_path):
 
 
 def judged(platform, policy):
-    """The outcome on v2, and how many items were answered on it, by whom."""
+    """Return the outcome on v2 and the number of items that each subject answered there."""
     answered = {}
     outcome = transfer(
         TransferTask("parity", 1, "v2", Reason.NEVER_JUDGED),
         observe_adapter("parity", FAMILY, platform),
         policy,
         platform,
-        on_progress=lambda told: answered.update({told.what: (told.done, told.total)}),
+        on_progress=lambda progress: answered.update(
+            {progress.what: (progress.done, progress.total)}
+        ),
     )
     return outcome, {what: done for what, done in answered.items() if what.endswith("v2")}
 
 
-def test_a_part_of_a_suite_is_enough_and_never_taken_for_all_of_it(fleet):
+def test_a_part_of_a_suite_decides_and_is_stored_as_a_part(fleet):
     platform, adapter = fleet
     outcome, answered = judged(platform, EARLY)
     assert answered == {"parity: parity on v2": (32, ITEMS)}
@@ -89,7 +91,7 @@ def test_a_part_of_a_suite_is_enough_and_never_taken_for_all_of_it(fleet):
     assert (from_whole.judgement, answered) == (outcome.judgement, {})
 
 
-def test_both_sides_are_asked_in_one_order_where_bare_counts(fleet):
+def test_adapter_and_bare_base_are_evaluated_in_the_same_order(fleet):
     platform, _ = fleet
     outcome, answered = judged(platform, replace(EARLY, must_beat_bare=True))
     assert outcome.verdict is Verdict.RETIRE
@@ -99,7 +101,7 @@ def test_both_sides_are_asked_in_one_order_where_bare_counts(fleet):
     assert [item.id for item in candidate.items] == [item.id for item in bare.items]
 
 
-def test_a_suite_that_is_not_required_is_answered_whole(fleet, tmp_path):
+def test_a_suite_that_is_not_required_is_evaluated_as_a_whole(fleet, tmp_path):
     platform, adapter = fleet
     second = replace(adapter.suites[0], name="also")
     adopted = adopt(
@@ -120,9 +122,7 @@ def test_a_suite_that_is_not_required_is_answered_whole(fleet, tmp_path):
     assert found == {"parity": 32, "also": ITEMS}
 
 
-def test_parts_use_what_was_said_on_the_old_base_and_add_their_near_ties_up(
-    fleet, tmp_path, monkeypatch
-):
+def test_parts_use_old_answers_as_drafts_and_sum_near_ties(fleet, tmp_path, monkeypatch):
     platform, adapter = fleet
     suite = replace(adapter.suites[0], name="kept", keep_answers=True)
     peft = str(tmp_path / "peft")

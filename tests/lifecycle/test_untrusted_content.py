@@ -1,4 +1,4 @@
-"""Uploads and adapters that would hang or exhaust a worker, through the verbs that meet them."""
+"""Ingestion and adoption of content that would hang or exhaust a worker."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ FAMILY = "tiny"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def setup(tmp_path_factory):
     """A platform with v1 ready, an adapter's folder and a suite."""
     root = tmp_path_factory.mktemp("untrusted")
     platform = replace(memory_platform(root / "work"), store=FileStore())
@@ -43,9 +43,9 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def adopted(world, tmp_path):
+def adopted(setup, tmp_path):
     """Return a function that adopts the adapter with other options in its config."""
-    platform, root, suite = world
+    platform, root, suite = setup
 
     def run(files: dict[str, bytes] | None = None, **changes):
         folder = tmp_path / "peft"
@@ -72,15 +72,15 @@ def adopted(world, tmp_path):
         {"xlora_path": "x" * (1 << 20)},
     ],
 )
-def test_an_adapter_that_needs_too_much_is_not_adopted(world, adopted, changes, monkeypatch):
+def test_an_adapter_that_exceeds_the_limits_is_not_adopted(setup, adopted, changes, monkeypatch):
     monkeypatch.setattr(patterns, "_LIMITS", Limits(cpu_s=1))
     with pytest.raises(TransPeftError):
         adopted(**changes)
-    assert "theirs" not in world[0].registry.adapters(FAMILY)
+    assert "theirs" not in setup[0].registry.adapters(FAMILY)
 
 
-def test_a_worker_reads_adapters_and_suites_from_its_places_only(world, tmp_path):
-    platform, root, suite = world
+def test_a_worker_reads_adapters_and_suites_from_allowed_places_only(setup, tmp_path):
+    platform, root, suite = setup
     closed = replace(platform, store=FileStore(places=Places((root / "bases",), ())))
     with pytest.raises(AccessError, match="may not read"):
         adopt("theirs", str(root / "peft"), FAMILY, [suite], closed, base_version="v1")
@@ -106,13 +106,13 @@ def broken(tokenizer):
 
 
 @pytest.mark.parametrize("spoil", [growing, looping, broken])
-def test_a_base_whose_tokenizer_needs_too_much_is_never_ready(world, tmp_path, spoil, monkeypatch):
+def test_a_base_whose_tokenizer_exceeds_the_limits_is_refused(setup, tmp_path, spoil, monkeypatch):
     from trans_peft.bases import model_check
 
     monkeypatch.setattr(
         model_check, "LIMITS", replace(model_check.LIMITS, cpu_s=5, memory_bytes=1 << 30)
     )
-    platform, _, _ = world
+    platform, _, _ = setup
     folder = write_tiny_base(tmp_path / "v2")
     tokenizer = tiny_tokenizer()
     spoil(tokenizer)
@@ -135,8 +135,8 @@ def test_a_long_configuration_is_too_large(adopted):
         adopted(note="x" * (1 << 20))
 
 
-def test_a_deeply_nested_upload_is_refused_once(world, tmp_path):
-    platform, _, _ = world
+def test_a_deeply_nested_upload_is_refused_once(setup, tmp_path):
+    platform, _, _ = setup
     folder = write_tiny_base(tmp_path / "v3")
     uri = str(tmp_path / "uploads" / "v3")
     publish(folder, uri, family=FAMILY, version="v3", store=platform.store)

@@ -1,4 +1,4 @@
-"""Uploads in any order, by halves, twice, rewritten: what the registry holds in the end."""
+"""The registry after uploads in any order, in parts, twice, or rewritten."""
 
 import errno
 import hashlib
@@ -46,14 +46,14 @@ def put(platform, files, prefix=PREFIX):
 
 
 def reconcile(platform):
-    """What the flow does with uploads; returns what a person reads."""
-    said = []
+    """Ingest all pending uploads as the flow does; return the error messages."""
+    messages = []
     for upload in pending(platform, root_uri=ROOT):
         try:
             ingest(upload, platform)
         except (UploadError, NotFoundError, IntegrityError, StoreError) as error:
-            said.append(str(error))
-    return said
+            messages.append(str(error))
+    return messages
 
 
 def registered(platform):
@@ -74,7 +74,7 @@ def undisturbed(tmp_path):
 
 
 class Interleaved(MemoryStore):
-    """A store in which the next put comes whenever so many chunks and listings were taken."""
+    """A store in which another put happens after a given number of reads and listings."""
 
     def __init__(self, puts, gaps):
         super().__init__(chunk_bytes=64)
@@ -104,7 +104,7 @@ class Interleaved(MemoryStore):
 
 @st.composite
 def histories(draw):
-    """Puts in any order, with wrong, half and empty bytes first and files put twice."""
+    """Puts in any order, with wrong, partial and empty contents first, and repeated files."""
     false = st.sampled_from([b"", b"half of i", b"{}"])
     earlier = draw(st.lists(st.tuples(st.sampled_from(sorted(WHOLE)), false), max_size=4))
     final = draw(st.permutations(list(WHOLE.items())))
@@ -118,9 +118,7 @@ def histories(draw):
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_order_of_puts_with_reconciles_in_between_and_meanwhile_ends_the_same(
-    tmp_path_factory, history
-):
+def test_any_order_of_puts_and_reconciles_reaches_the_same_state(tmp_path_factory, history):
     folder = tmp_path_factory.mktemp("uploads")
     store = Interleaved(*history)
     platform = replace(memory_platform(folder / "work"), store=store)
@@ -153,18 +151,18 @@ def test_without_a_manifest_nothing_happens(platform):
     assert (reconcile(platform), registered(platform)) == ([], {})
 
 
-def test_a_manifest_before_its_files_waits_and_says_for_what(platform):
+def test_a_manifest_before_its_files_reports_what_is_missing(platform):
     put(platform, {n: d for n, d in WHOLE.items() if n != "tokenizer.json"})
-    (said,) = reconcile(platform)
-    assert "is not complete" in said
-    assert "tokenizer.json: missing" in said
-    assert reconcile(platform) == []  # said once
+    (message,) = reconcile(platform)
+    assert "is not complete" in message
+    assert "tokenizer.json: missing" in message
+    assert reconcile(platform) == []  # reported once
     put(platform, {"tokenizer.json": WHOLE["tokenizer.json"]})
     assert reconcile(platform) == []
     assert [base.version for base in registered(platform)["smol"]] == ["v1"]
 
 
-def test_what_changed_and_changed_back_while_it_was_read_is_not_refused_for_ever(platform):
+def test_a_file_that_changed_and_changed_back_during_the_read_is_pending_again(platform):
     put(platform, WHOLE)
     store, name = platform.store, "tokenizer.json"
 
@@ -184,13 +182,13 @@ def test_what_changed_and_changed_back_while_it_was_read_is_not_refused_for_ever
                 if uri.endswith(name):
                     self.write(uri, io.BytesIO(WHOLE[name]))
 
-    (said,) = reconcile(replace(platform, store=Restless()))
-    assert "changed while it was being read" in said
+    (message,) = reconcile(replace(platform, store=Restless()))
+    assert "changed while it was being read" in message
     assert reconcile(platform) == []
     assert [base.version for base in registered(platform)["smol"]] == ["v1"]
 
 
-def test_mended_while_it_was_being_refused_it_is_looked_at_again(platform):
+def test_an_upload_corrected_during_its_refusal_is_pending_again(platform):
     put(platform, WHOLE | {"tokenizer.json": FILES["tokenizer.json"][:-1] + b" "})
     store = platform.store
 
@@ -208,8 +206,8 @@ def test_mended_while_it_was_being_refused_it_is_looked_at_again(platform):
                     put(platform, {"tokenizer.json": FILES["tokenizer.json"]})
             return found
 
-    (said,) = reconcile(replace(platform, store=Mending()))
-    assert "sha256" in said
+    (message,) = reconcile(replace(platform, store=Mending()))
+    assert "sha256" in message
     assert reconcile(platform) == []
     assert [base.version for base in registered(platform)["smol"]] == ["v1"]
 
@@ -224,14 +222,14 @@ def test_the_same_version_with_other_content_is_refused_once_and_nothing_changes
     reconcile(platform)
     before = registered(platform)
     put(platform, other() | {Manifest.FILE_NAME: manifest_of(other())}, prefix)
-    (said,) = reconcile(platform)
-    assert "is ready already and is another one" in said
-    assert "publish it under a new version" in said
+    (message,) = reconcile(platform)
+    assert "is ready already with other content" in message
+    assert "publish it under a new version" in message
     assert reconcile(platform) == []
     assert registered(platform) == before
 
 
-def test_a_refusal_is_told_though_a_full_disk_forgets_it(platform, monkeypatch):
+def test_a_refusal_is_reported_although_the_disk_is_full(platform, monkeypatch):
     put(platform, WHOLE | {"config.json": b"{}"})
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_text", full_disk_error)
@@ -246,7 +244,7 @@ def full_disk_error(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_the_same_upload_in_another_place_is_the_same_version_and_not_read_again(platform):
+def test_a_copy_of_an_upload_is_the_same_version_and_is_not_read_again(platform):
     put(platform, WHOLE)
     reconcile(platform)
     before = registered(platform)
@@ -272,7 +270,7 @@ def test_a_new_version_over_an_old_one_is_a_version_of_its_own(platform):
     ],
     ids=["another parent", "another order", "another layout"],
 )
-def test_a_manifest_that_claims_the_same_in_other_words_changes_nothing(platform, rewritten):
+def test_an_equivalent_manifest_changes_nothing(platform, rewritten):
     put(platform, WHOLE)
     reconcile(platform)
     before = registered(platform)
@@ -281,7 +279,7 @@ def test_a_manifest_that_claims_the_same_in_other_words_changes_nothing(platform
     assert registered(platform) == before
 
 
-def test_a_file_more_in_files_and_manifest_is_read_once_and_changes_nothing(platform):
+def test_an_additional_file_is_read_once_and_changes_nothing(platform):
     put(platform, WHOLE)
     reconcile(platform)
     before = registered(platform)
@@ -293,25 +291,25 @@ def test_a_file_more_in_files_and_manifest_is_read_once_and_changes_nothing(plat
 
 
 @pytest.mark.parametrize("manifest", [b"", b"{", b"\xff", WHOLE[Manifest.FILE_NAME][:-40]])
-def test_a_manifest_that_was_spoilt_afterwards_is_told_once_and_changes_nothing(platform, manifest):
+def test_a_manifest_that_breaks_later_is_reported_once(platform, manifest):
     put(platform, WHOLE)
     reconcile(platform)
     before = registered(platform)
     put(platform, {Manifest.FILE_NAME: manifest})
-    (said,) = reconcile(platform)
-    assert "trans_peft_manifest.json: not a valid manifest" in said
+    (message,) = reconcile(platform)
+    assert "trans_peft_manifest.json: not a valid manifest" in message
     assert (reconcile(platform), registered(platform)) == ([], before)
 
 
 def test_files_beside_those_of_the_manifest_are_refused_by_name(platform):
     put(platform, WHOLE | {"notes.txt": b"x", ".DS_Store": b""})
-    (said,) = reconcile(platform)
-    assert "notes.txt: not in the manifest" in said
-    assert ".DS_Store: not in the manifest" in said
+    (message,) = reconcile(platform)
+    assert "notes.txt: not in the manifest" in message
+    assert ".DS_Store: not in the manifest" in message
 
 
 @pytest.mark.parametrize("name", ["empty.txt", "a folder/ünï cödé.txt", "100%25.txt", "a+b&c.txt"])
-def test_empty_files_and_odd_names_are_welcome(platform, name):
+def test_empty_files_and_unusual_names_are_accepted(platform, name):
     files = FILES | {name: b""}
     put(platform, files | {Manifest.FILE_NAME: manifest_of(files)})
     assert reconcile(platform) == []
@@ -321,15 +319,15 @@ def test_empty_files_and_odd_names_are_welcome(platform, name):
 @pytest.mark.parametrize(
     "name", ["../up", "a//b", "a/../b", "x\u202ey", "zero\u200bwidth", "\ud800"]
 )
-def test_names_that_lead_astray_are_refused(platform, name):
+def test_names_outside_the_prefix_are_refused(platform, name):
     files = FILES | {name: b"x"}
     put(platform, files | {Manifest.FILE_NAME: manifest_of(files)})
-    (said,) = reconcile(platform)
-    assert "the name" in said
-    said.encode()  # whatever it was, the message can be printed
+    (message,) = reconcile(platform)
+    assert "the name" in message
+    message.encode()  # the message can be printed in any case
 
 
-def test_one_upload_that_cannot_be_read_stops_no_other(platform):
+def test_an_unreadable_upload_does_not_affect_others(platform):
     put(platform, WHOLE)
     put(platform, WHOLE, f"{ROOT}/closed")
     number = platform.catalog.register_manually("smol", f"{ROOT}/closed")
@@ -344,15 +342,15 @@ def test_one_upload_that_cannot_be_read_stops_no_other(platform):
                 raise StoreError("S3 denies access")
             return super().list(prefix_uri)
 
-    (said,) = reconcile(replace(platform, store=Closed()))
-    assert "denies access" in said
+    (message,) = reconcile(replace(platform, store=Closed()))
+    assert "denies access" in message
     ready = [base for base in registered(platform)["smol"] if base.ready]
     assert [base.uri for base in ready] == [PREFIX]
     assert reconcile(platform) == []
     assert number not in [base.number for base in registered(platform)["smol"]]
 
 
-def test_what_the_catalog_will_not_have_is_told_once(platform):
+def test_a_refusal_by_the_catalog_is_reported_once(platform):
     put(platform, WHOLE)
 
     class Choosy:
@@ -367,7 +365,7 @@ def test_what_the_catalog_will_not_have_is_told_once(platform):
     assert pending(choosy, root_uri=ROOT) == ()
 
 
-def test_killed_anywhere_in_an_ingestion_nothing_is_half_and_the_next_is_whole(tmp_path):
+def test_after_a_kill_at_any_step_the_next_ingestion_completes(tmp_path):
     class Killing(MemoryStore):
         left = 0
 

@@ -13,7 +13,7 @@ from trans_peft.cli.show import evaluation_table, print_json, progress
 from trans_peft.cli.show import out as stdout
 from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name, check_unused
 from trans_peft.domain.adapter import AdapterVersion
-from trans_peft.domain.evaluation import BARE, Evaluation, Suite
+from trans_peft.domain.evaluation import Evaluation, Suite
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["adopt", "evaluate", "train"]
@@ -87,7 +87,12 @@ def evaluate(
 
     Example: `trans-peft evaluate --bare --base models/v2 --suite suite.yaml --json`
     """
-    from trans_peft.lifecycle.evaluations import evaluate_on, pin_suites
+    from trans_peft.lifecycle.evaluation import (
+        BARE_BASE,
+        EvaluationSubject,
+        evaluate_on,
+        pin_suites,
+    )
     from trans_peft.lifecycle.preflight import check_suites
     from trans_peft.models import adapter_weights_sha256
     from trans_peft.text.saved_template import saved_template
@@ -103,14 +108,11 @@ def evaluate(
         on, pinned = workspace.base(base, LOCAL), pin_suites(suites, workspace.platform)
         template = None if folder is None else saved_template(folder)
         check_suites(on, pinned, workspace.platform, template=template)
-        found = evaluate_on(
-            on,
-            pinned,
-            workspace.platform,
-            adapter=None if folder is None else lambda: folder,
-            weights_sha256=BARE if folder is None else adapter_weights_sha256(folder),
-            on_progress=shown.evaluation,
-        )
+        subject = BARE_BASE
+        if adapter is not None and folder is not None:
+            weights_sha256 = adapter_weights_sha256(folder)
+            subject = EvaluationSubject(adapter_name(adapter), weights_sha256, lambda: folder)
+        found = evaluate_on(on, pinned, workspace.platform, subject, on_progress=shown.evaluation)
     if out is not None:
         _write_evaluations(found.values(), out)
     if json:

@@ -38,7 +38,7 @@ def agreement(
     Example: `trans-peft agreement runs/mine/adapter --old models/v1 --new models/v2 --prompts
     public.yaml`
     """
-    from trans_peft.lifecycle.evaluations import pin_suites
+    from trans_peft.lifecycle.evaluation import pin_suites
     from trans_peft.lifecycle.label_free import compare_label_free
 
     (suite,) = read_suites([prompts])

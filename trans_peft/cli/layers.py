@@ -37,7 +37,7 @@ def criticality(
     from trans_peft.data import full_ids, read_examples
     from trans_peft.domain.data import DataSource
     from trans_peft.errors import DataError
-    from trans_peft.lifecycle.evaluations import base_folder
+    from trans_peft.lifecycle.base_files import base_folder
     from trans_peft.models import load_base
     from trans_peft.perturbation import layer_criticality, propose_spared_layers
 
@@ -81,7 +81,7 @@ def drift(
     Example: `trans-peft drift --old models/v1 --new models/v2`
     """
     from trans_peft.bases.drift import weight_drift
-    from trans_peft.lifecycle.evaluations import base_folder
+    from trans_peft.lifecycle.base_files import base_folder
 
     with progress() as shown:
         workspace = Workspace.at(state, shown)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -11,7 +12,9 @@ from rich.table import Table
 
 from trans_peft.domain.evaluation import Evaluation, Suite, Verdict
 from trans_peft.domain.outcome import Compatibility, TransferOutcome
-from trans_peft.lifecycle.progress import EvaluationProgress
+
+if TYPE_CHECKING:
+    from trans_peft.lifecycle.evaluation import EvaluationProgress  # imports the data package
 
 __all__ = [
     "ProgressDisplay",
@@ -55,7 +58,7 @@ class ProgressDisplay:
         console = stderr if self._bars is None else self._bars.console
         console.print(line, markup=False, style="dim")
 
-    def evaluation(self, answered: EvaluationProgress) -> None:
+    def evaluation(self, answered: "EvaluationProgress") -> None:
         """Show the progress of an evaluation."""
         note = f"items, {answered.eta_s:.0f} s left" if answered.done < answered.total else "items"
         self.update(f"evaluating {answered.what}", answered.done, answered.total, note)

@@ -40,7 +40,7 @@ def check(
 
     Example: `trans-peft check runs/mine/adapter --old models/v1 --new models/v2`
     """
-    from trans_peft.lifecycle.evaluations import base_folder, named_fingerprint, tokenizer_folder
+    from trans_peft.lifecycle.base_files import base_folder, named_fingerprint, tokenizer_folder
     from trans_peft.transfer.compatibility import compare, may_differ
 
     with progress() as shown:
@@ -106,7 +106,7 @@ def transfer(
     Example: `trans-peft transfer runs/mine/adapter --old models/v1 --new models/v2 --suite
     suite.yaml --out runs/mine-v2`
     """
-    from trans_peft.lifecycle.evaluations import pin_suites
+    from trans_peft.lifecycle.evaluation import pin_suites
     from trans_peft.lifecycle.reconcile import observe_adapter
     from trans_peft.lifecycle.templates import keep_template
     from trans_peft.lifecycle.transfer import transfer as judge_on

@@ -110,11 +110,8 @@ class Workspace:
         if "://" not in uri:
             self._use_in_place(Path(uri), fingerprint)
         return self.platform.catalog.make_ready(
-            family,
-            base_label(uri),
-            uri,
+            BaseVersion(family, base_label(uri), uri, 0),
             fingerprint=fingerprint,
-            parent=None,
             source="command line",
         )
 

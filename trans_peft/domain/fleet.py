@@ -1,14 +1,29 @@
-"""The state of one family as it was read from the registry: its base versions and its adapters."""
+"""One family as it was read from the registry, and the changes that reconcile makes to it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, source_version
+from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride, source_version
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.outcome import TransferOutcome, outcome_of
+from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import NotFoundError
 
-__all__ = ["Fleet", "RegisteredAdapter"]
+__all__ = [
+    "AliasChange",
+    "ChampionNotReady",
+    "Fleet",
+    "FleetChanges",
+    "IdleAdapter",
+    "IdleReason",
+    "ObservedOverride",
+    "PolicyNotMet",
+    "PromotionObstacle",
+    "RegisteredAdapter",
+    "VerdictsMissing",
+]
 
 
 @dataclass(frozen=True)
@@ -121,3 +136,119 @@ class Fleet:
             return tuple(dict.fromkeys([*named, *newest_first]))
         lowest = named[0].number
         return tuple(dict.fromkeys([*named, *(b for b in newest_first if b.number >= lowest)]))
+
+
+@dataclass(frozen=True)
+class AliasChange:
+    """An adapter's alias that reconcile set on a version, or removed (`number` is None)."""
+
+    adapter: str
+    alias: str
+    number: int | None
+
+
+@dataclass(frozen=True)
+class ObservedOverride:
+    """A manual override of an adapter's alias on one base version. Reconcile keeps it."""
+
+    adapter: str
+    base_version: str
+    override: ManualOverride
+
+
+class IdleReason(StrEnum):
+    """Why an adapter does not serve on a base version, if the verdict is not the reason."""
+
+    NO_VERDICT = "no verdict"
+    BLOCKED = "blocked manually"
+    OTHER_BASE = "manually set on a version for another base"
+    UNKNOWN = "no such adapter"
+    NOT_LIVE = "retired or unreadable"
+
+
+@dataclass(frozen=True)
+class IdleAdapter:
+    """An adapter that does not serve on a base version, with the reason."""
+
+    name: str
+    reason: Verdict | IdleReason
+
+
+@dataclass(frozen=True)
+class VerdictsMissing:
+    """`serving` waits: live adapters have no verdict on the base version with `champion` yet."""
+
+    base: BaseVersion
+    adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChampionNotReady:
+    """`champion` is set on a version number that ingestion has not made ready, or on a copy."""
+
+    family: str
+    number: int
+
+
+@dataclass(frozen=True)
+class PolicyNotMet:
+    """The promotion policy does not allow the fleet to move to `base`.
+
+    Attributes:
+        base: The base version with the alias `champion`.
+        policy: The promotion policy.
+        live: The number of live adapters, readable or not.
+        idle: The live adapters that do not serve on `base`.
+        unreadable: The live adapters that cannot be read, each with the reason.
+        required: The required adapters that do not serve on `base`.
+    """
+
+    base: BaseVersion
+    policy: PromotionPolicy
+    live: int
+    idle: tuple[IdleAdapter, ...]
+    unreadable: tuple[str, ...]
+    required: tuple[IdleAdapter, ...]
+
+    @property
+    def serving(self) -> int:
+        """The number of live adapters that serve on `base`."""
+        return self.live - len(self.idle) - len(self.unreadable)
+
+    @property
+    def share_is_too_small(self) -> bool:
+        """Whether the share of serving adapters is below `min_serving_share`."""
+        return self.live > 0 and self.serving / self.live < self.policy.min_serving_share
+
+
+PromotionObstacle = VerdictsMissing | ChampionNotReady | PolicyNotMet
+"""Why `serving` does not move to `champion`. All but `VerdictsMissing` refuse the promotion."""
+
+
+@dataclass(frozen=True)
+class FleetChanges:
+    """What one run of apply-verdicts changed, and why it changed nothing else.
+
+    Attributes:
+        aliases: The aliases of adapters that it set or removed.
+        manual_overrides: The aliases that a person set or removed. They are kept.
+        promoted: The base version to which `serving` moved.
+        obstacle: Why `serving` did not move to `champion`.
+        already_reported: Whether the obstacle was noted in the registry before.
+        is_outdated: Whether `champion` or `serving` was moved by another process or person in the
+            meantime, so that the verdicts must be applied again.
+        unreadable: Registry entries that cannot be read, each with the reason.
+    """
+
+    aliases: tuple[AliasChange, ...] = ()
+    manual_overrides: tuple[ObservedOverride, ...] = ()
+    promoted: BaseVersion | None = None
+    obstacle: PromotionObstacle | None = None
+    already_reported: bool = False
+    is_outdated: bool = False
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the promotion is refused until a person acts."""
+        return self.obstacle is not None and not isinstance(self.obstacle, VerdictsMissing)

@@ -1,4 +1,4 @@
-"""What became of one adapter on one new base: the audit record, and the work that leads to it."""
+"""Transfers of adapters to new base versions: planned tasks, and the recorded outcomes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,7 +12,6 @@ from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 __all__ = [
     "Compatibility",
     "Effect",
-    "FleetChanges",
     "Plan",
     "Reason",
     "TransferOutcome",
@@ -23,9 +22,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Compatibility:
-    """Whether an adapter's bytes mean anything on a base. No mismatch: compatible.
+    """The result of comparing an adapter and its old base with a new base.
 
-    `notes` are differences that do not forbid the transfer (a changed chat template, added tokens).
+    Attributes:
+        mismatches: Differences that prevent a transfer, such as other shapes. Empty: compatible.
+        notes: Differences that allow a transfer, such as a changed chat template or added tokens.
     """
 
     mismatches: tuple[str, ...] = ()
@@ -33,33 +34,42 @@ class Compatibility:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing forbids the transfer."""
+        """Whether the adapter is compatible."""
         return not self.mismatches
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect probe: the largest change of a logit that the adapter makes on its prompts."""
+    """The result of the effect probe: the largest change of a logit that the adapter causes."""
 
     max_logit_change: float
 
     @property
     def found(self) -> bool:
-        """Whether the adapter changes anything at all."""
+        """Whether the adapter changes any logit."""
         return self.max_logit_change > 0
 
 
 class Reason(StrEnum):
-    """Why an adapter has work to do on a base."""
+    """Why an adapter has to be transferred to a base version."""
 
-    NEVER_JUDGED = "never judged on this base"
-    POLICY_CHANGED = "the policy changed: judged anew from stored results"
+    NEVER_JUDGED = "no verdict on this base yet"
+    POLICY_CHANGED = "the gate policy changed; stored results are reused"
     RETRY = "an earlier attempt failed"
 
 
 @dataclass(frozen=True)
 class TransferTask:
-    """One adapter to be judged on one base: one line of `--dry-run`."""
+    """A planned transfer of one adapter to one base version.
+
+    Attributes:
+        adapter: The adapter's name.
+        source_number: The number of the version whose weights are transferred.
+        base_version: The label of the new base version.
+        reason: Why the transfer is necessary.
+        attempt: 1, or one more than the number of failed attempts.
+        estimated_seconds: The estimated duration; None if it is unknown.
+    """
 
     adapter: str
     source_number: int
@@ -69,11 +79,11 @@ class TransferTask:
     estimated_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        check_names("the work", adapter=self.adapter, base_version=self.base_version)
+        check_names("the transfer task", adapter=self.adapter, base_version=self.base_version)
 
     @property
     def key(self) -> tuple[str, int, str, int]:
-        """What makes it the same work in another plan: reasons and estimates may change."""
+        """Identifies the same task in two plans. The reason and the estimate may differ."""
         return self.adapter, self.source_number, self.base_version, self.attempt
 
     def __str__(self) -> str:
@@ -83,12 +93,27 @@ class TransferTask:
 
 @dataclass(frozen=True)
 class TransferOutcome:
-    """The audit record of one adapter on one new base.
+    """The audit record of the transfer of one adapter to one base version.
 
-    `new_number` is the version made on the new base; none where the verdict is `incompatible` or
-    `failed`. `evaluations` are those that the verdict rests on, per item. `weights_sha256` is that
-    of the bytes that were carried over; `strategy` says what the version was made by, `tried` every
-    rung with its verdict and cost. `training` is what is left to try: a recipe to train by.
+    Attributes:
+        adapter: The adapter's name.
+        source_number: The number of the version whose weights were transferred.
+        family: The base family.
+        base_version: The label of the new base version.
+        base_fingerprint_sha256: The fingerprint of the new base version.
+        weights_sha256: The hash of the source version's weights.
+        policy_sha256: The hash of the gate policy.
+        judgement: The verdict, its reason and its figures.
+        compatibility: The comparison of the two bases.
+        effect: The result of the effect probe; None for an incompatible adapter.
+        evaluations: The evaluations behind the verdict. Registries return outcomes without them.
+        new_number: The number of the version that was registered for the new base; None for the
+            verdicts `incompatible` and `failed`.
+        attempts: The number of failed attempts in a row, this one included.
+        seconds: The duration of the transfer.
+        strategy: The recovery strategy that made the registered version.
+        tried: All strategies that were tried, each with its verdict and duration.
+        training: The recipe for retraining, if the policy allows it and nothing else passed.
     """
 
     adapter: str
@@ -111,19 +136,19 @@ class TransferOutcome:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict alone."""
+        """The verdict of the judgement."""
         return self.judgement.verdict
 
     @property
     def verdict_key(self) -> str:
-        """The verdict's key: the evaluations it rests on and the policy (see `verdict_key`)."""
+        """The key of the verdict: a hash of its evaluations and its policy (see `verdict_key`)."""
         return verdict_key(tuple(e.key for e in self.evaluations), self.policy_sha256)
 
     def counted_after(self, previous: "TransferOutcome | None") -> "TransferOutcome":
-        """Return this outcome with its attempts counted by what the registry held before.
+        """Return this outcome with `attempts` counted from the previous outcome on the same base.
 
-        A failure that follows failures of the same bytes under the same policy is one more attempt;
-        any other failure is the first.
+        A failure after a failure of the same weights under the same policy increases the count. Any
+        other failure is the first attempt.
         """
         if self.verdict is not Verdict.FAILED:
             return self
@@ -139,7 +164,7 @@ class TransferOutcome:
 def outcome_of(
     weights_sha256: str, base_fingerprint_sha256: str, outcomes: Iterable[TransferOutcome]
 ) -> TransferOutcome | None:
-    """Return the newest outcome of these bytes on that base; `outcomes` are the newest first."""
+    """Return the first outcome of these weights on that base; `outcomes` are newest first."""
     for outcome in outcomes:
         if (outcome.weights_sha256, outcome.base_fingerprint_sha256) == (
             weights_sha256,
@@ -151,11 +176,14 @@ def outcome_of(
 
 @dataclass(frozen=True)
 class Plan:
-    """What reconcile found missing, and what it leaves to a person.
+    """The tasks that are missing for the desired state of one family.
 
-    `parked`: three attempts failed. `unreadable`: what stands in the registry and cannot be read
-    (adapters, base versions), and why.
-    `trainings`: recipes that judged adapters have left to try.
+    Attributes:
+        family: The base family.
+        work: The transfers to run, most important base version first.
+        parked: Transfers whose attempts all failed; a person has to act.
+        unreadable: Registry entries that cannot be read, each with the reason.
+        trainings: Recipes for retraining that recorded outcomes contain.
     """
 
     family: str
@@ -163,38 +191,3 @@ class Plan:
     parked: tuple[TransferTask, ...] = ()
     unreadable: tuple[str, ...] = ()
     trainings: tuple[TrainingRecipe, ...] = ()
-
-
-@dataclass(frozen=True)
-class FleetChanges:
-    """What reconcile wrote, in words, and why it did not write the rest.
-
-    `manual_overrides`: aliases that a person set or took away, left as they are. `promoted`: the
-    base that serves from now on. Why `champion` does not serve: `waiting` (verdicts are missing),
-    `refused` (the policy, or a version that cannot serve); `already_reported` where its page said
-    so already.
-    `is_outdated`: a person moved `champion` meanwhile, so that another look is due. `unreadable`:
-    what stands in the registry and cannot be read, and why.
-    """
-
-    aliases: tuple[str, ...] = ()
-    manual_overrides: tuple[str, ...] = ()
-    promoted: str | None = None
-    waiting: str | None = None
-    refused: str | None = None
-    already_reported: bool = False
-    is_outdated: bool = False
-    unreadable: tuple[str, ...] = ()
-
-    def markdown(self) -> str:
-        """Return what was written, a line each."""
-        lines = [f"- {alias}" for alias in self.aliases]
-        lines += [f"- left alone: {alias}" for alias in self.manual_overrides]
-        lines += [f"- **serving moved to {self.promoted}**"] if self.promoted else []
-        lines += [f"- **serving did not move**: {self.waiting}"] if self.waiting else []
-        lines += [f"- **promotion refused**: {_indented(self.refused)}"] if self.refused else []
-        return "\n".join(["## Changes", "", *(lines or ["- none"])])
-
-
-def _indented(text: str) -> str:
-    return text.replace("\n", "\n  ")

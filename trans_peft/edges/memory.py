@@ -1,7 +1,6 @@
-"""Every port in memory: plain dictionaries that pass the same contract tests as the real edges.
+"""Every port in memory, for notebooks and tests. They pass the contract tests of the real ports.
 
-For notebooks and tests. What a person does in MLflow's pages is done here by the methods that end
-in `_by_hand`; no port has them.
+Methods that end in `_manually` do what a person does in MLflow's pages. No port has them.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ __all__ = [
 
 
 def memory_platform(work_dir: Path) -> Platform:
-    """Return a platform that forgets everything when it is dropped."""
+    """Return a platform whose contents exist in memory only."""
     return Platform(
         MemoryStore(),
         MemoryCatalog(),
@@ -48,7 +47,7 @@ def memory_platform(work_dir: Path) -> Platform:
 
 
 class MemoryStore:
-    """`ArtifactStore` in a dictionary; any scheme will do. Reads in chunks of `chunk_bytes`."""
+    """`ArtifactStore` in a dictionary, for any URI scheme. Reads in chunks of `chunk_bytes`."""
 
     def __init__(self, chunk_bytes: int = 1 << 20) -> None:
         self.places = Places()
@@ -67,7 +66,7 @@ class MemoryStore:
     def read(
         self, uri: str, *, etag: str | None = None, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
-        """Stream the bytes [start, stop) of one file. NotFoundError; IntegrityError."""
+        """Stream the bytes [start, stop) of one file. Raises NotFoundError, IntegrityError."""
         return self._read(uri, etag, start, stop)
 
     @contextmanager
@@ -87,7 +86,7 @@ class MemoryStore:
         self._files[uri] = data.read()
 
     def remove_manually(self, uri: str) -> None:
-        """Delete a file, as its owner may."""
+        """Delete a file, as its owner can."""
         del self._files[uri]
 
 
@@ -108,35 +107,35 @@ class MemoryCatalog:
         self._lock = threading.Lock()
 
     def families(self) -> tuple[str, ...]:
-        """Return the names of all base families, sorted; names that break the rule left out."""
+        """Return the names of all base families, sorted, without invalid names."""
         return tuple(sorted(self._versions))
 
     def set_aside(self, family: str | None = None) -> tuple[str, ...]:
-        """Return the families with names that break the rule; a dictionary has nothing else odd."""
+        """Return descriptions of the families with an invalid name."""
         names = sorted(self._odd) if family is None else ()
         return tuple(
             f"the base family {quoted(name)}: {name_problem('the name', name)}" for name in names
         )
 
     def versions(self, family: str) -> tuple[BaseVersion, ...]:
-        """Return all versions of a family, ready or not, oldest first. NotFoundError."""
+        """Return all versions of a family, ready or not, oldest first. Raises NotFoundError."""
         check_names("the catalog", family=family)
         if family not in self._versions:
             raise NotFoundError(f"there is no base family {family!r}")
         return tuple(self._versions[family])
 
     def alias(self, family: str, alias: str) -> int | None:
-        """Return the number of the version that carries the alias."""
+        """Return the number of the version with an alias, or None. Raises NotFoundError."""
         self.versions(family)
         return self._aliases.get((family, alias))
 
     def set_serving(self, base: BaseVersion) -> None:
-        """Move `serving` to this version, marked as served. InvalidSpecError: not ready."""
+        """Move `serving` to this version. Raises InvalidSpecError if it is not ready."""
         known = next((b for b in self.versions(base.family) if b.number == base.number), None)
         if known is None:
             raise NotFoundError(f"there is no version number {base.number} of {base.family}")
         if not known.ready:
-            raise InvalidSpecError(f"{known} is not ready: it cannot serve")
+            raise InvalidSpecError(f"{known} cannot serve, because it is not ready")
         self._versions[base.family] = [
             replace(b, served=True) if b.number == base.number else b
             for b in self._versions[base.family]
@@ -144,11 +143,11 @@ class MemoryCatalog:
         self._aliases[base.family, SERVING_ALIAS] = base.number
 
     def promotion_notes(self, family: str) -> Mapping[int, str]:
-        """Return what stands on versions about why `champion` there does not serve."""
+        """Return the stored notes about promotions that did not take place."""
         return dict(self._notes.get(family, {}))
 
     def note_promotion(self, family: str, number: int, text: str) -> None:
-        """Write such a note on a version; an empty one takes it away."""
+        """Store such a note on a version. An empty text removes the note."""
         if not any(base.number == number for base in self.versions(family)):
             raise NotFoundError(f"there is no version number {number} of {family}")
         notes = self._notes.setdefault(family, {})
@@ -157,20 +156,11 @@ class MemoryCatalog:
             notes[number] = text
 
     def make_ready(
-        self,
-        family: str,
-        version: str,
-        uri: str,
-        *,
-        fingerprint: Fingerprint,
-        parent: str | None,
-        source: str,
-        number: int | None = None,
-        manifest_sha256: str = "",
+        self, draft: BaseVersion, *, fingerprint: Fingerprint, source: str
     ) -> BaseVersion:
-        """Register a verified version, or complete the registered one with that `number`."""
+        """Register a verified version, or complete the registered one with the draft's number."""
+        family, version, number = draft.family, draft.version, draft.number or None
         with self._lock:
-            BaseVersion(family, version, uri, number or 0, parent=parent)  # checks the names
             check_case("the family", family, self._versions)
             labels = [known.version for known in self._versions.get(family, ())]
             check_case("the version", version, labels)
@@ -182,7 +172,7 @@ class MemoryCatalog:
                     continue
                 if (known.version, known.fingerprint_sha256) != (version, fingerprint.digest):
                     raise UploadError(
-                        f"{known} is ready already and is another one",
+                        f"{known} is ready already with other content",
                         expected=f"{known.version}, fingerprint {known.fingerprint_sha256}",
                         found=f"{version}, fingerprint {fingerprint.digest}",
                         do="publish it under a new version",
@@ -192,23 +182,21 @@ class MemoryCatalog:
                 return known
             if number is None:
                 number = self._next_number(family)
-                versions.append(BaseVersion(family, version, uri, number))
-            ready = BaseVersion(
-                family, version, uri, number, fingerprint.digest, parent, True, manifest_sha256
-            )
+                versions.append(replace(draft, number=number))
+            ready = replace(draft, number=number, fingerprint_sha256=fingerprint.digest, ready=True)
             versions[:] = [ready if b.number == number else b for b in versions]
             self._fingerprints[fingerprint.digest] = fingerprint
             self._sources[family, number] = source
             return ready
 
     def fingerprint(self, base: BaseVersion) -> Fingerprint:
-        """Return the whole fingerprint of a ready version."""
+        """Return the fingerprint of a ready version. Raises NotFoundError."""
         if base.fingerprint_sha256 not in self._fingerprints:
-            raise NotFoundError(f"{base} has no fingerprint: it was never made ready")
+            raise NotFoundError(f"{base} has no fingerprint, because it was never made ready")
         return self._fingerprints[base.fingerprint_sha256]
 
     def register_manually(self, family: str, uri: str) -> int:
-        """Register a version as a person does in MLflow: a source and nothing else."""
+        """Register a version with a URI alone, as a person does in MLflow."""
         if name_problem("the name", family):
             self._odd.add(family)
             return 1
@@ -227,7 +215,7 @@ class MemoryCatalog:
 
 
 class MemoryRegistry:
-    """`AdapterRegistry` in dictionaries, the files of the PEFT folders too."""
+    """`AdapterRegistry` in dictionaries, including the files of the PEFT folders."""
 
     def __init__(self) -> None:
         self._files: dict[tuple[str, int], dict[str, bytes]] = {}
@@ -237,8 +225,8 @@ class MemoryRegistry:
         self._tags: dict[tuple[str, int], dict[str, str]] = {}
         self._outcomes: dict[tuple[str, str], TransferOutcome] = {}
         self._aliases: dict[tuple[str, str], int] = {}
-        self._ours: dict[tuple[str, str], int | None] = {}
-        self._hands: dict[tuple[str, str], ManualOverride] = {}
+        self._set_by_reconcile: dict[tuple[str, str], int | None] = {}
+        self._overrides: dict[tuple[str, str], ManualOverride] = {}
         self._lock = threading.Lock()
 
     def adapters(self, family: str) -> tuple[str, ...]:
@@ -252,7 +240,7 @@ class MemoryRegistry:
         )
 
     def set_aside(self, family: str | None = None) -> tuple[str, ...]:
-        """Return nothing: only `register` makes adapters here, and it checks their names."""
+        """Return nothing: `register` accepts valid names only."""
         return ()
 
     def adapter(self, name: str) -> RegisteredAdapter:
@@ -267,12 +255,12 @@ class MemoryRegistry:
         )
 
     def family(self, adapter: str) -> str:
-        """Return the family of an adapter, live or not. NotFoundError."""
+        """Return the family of an adapter, live or not. Raises NotFoundError."""
         self.versions(adapter)
         return self._families[adapter]
 
     def versions(self, adapter: str) -> tuple[AdapterVersion, ...]:
-        """Return all versions of one adapter, oldest first. NotFoundError."""
+        """Return all versions of one adapter, oldest first. Raises NotFoundError."""
         if adapter not in self._versions:
             raise NotFoundError(f"there is no adapter {adapter!r}")
         return tuple(self._versions[adapter])
@@ -280,7 +268,7 @@ class MemoryRegistry:
     def register(
         self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
     ) -> AdapterVersion:
-        """Register the PEFT folder as a new version, or return the one that is there."""
+        """Register the PEFT folder as a new version, or return the existing one."""
         with self._lock:
             check_case("the adapter", draft.adapter, self._families)
             family = self._families.setdefault(draft.adapter, draft.family)
@@ -306,11 +294,11 @@ class MemoryRegistry:
             return version
 
     def tags(self, version: AdapterVersion) -> Mapping[str, str]:
-        """Return the tags that the caller of `register` gave."""
+        """Return the tags that were passed to `register`."""
         return self._tags[version.adapter, version.number]
 
     def record(self, outcome: TransferOutcome) -> None:
-        """Keep an outcome: on the version it made, or on its source where it made none."""
+        """Store an outcome on the version that it registered, or else on its source version."""
         with self._lock:
             versions = self.versions(outcome.adapter)
             number = outcome.new_number or outcome.source_number
@@ -335,7 +323,7 @@ class MemoryRegistry:
                 ]
 
     def outcomes(self, adapter: str) -> tuple[TransferOutcome, ...]:
-        """Return the newest outcome per base (evaluations left out), by base fingerprint."""
+        """Return the newest outcome per base without evaluations, sorted by base fingerprint."""
         self.versions(adapter)
         return tuple(
             replace(outcome, evaluations=())
@@ -344,48 +332,52 @@ class MemoryRegistry:
         )
 
     def alias(self, adapter: str, alias: str) -> int | None:
-        """Return the number of the version that carries the alias."""
+        """Return the number of the version with an alias, or None. Raises NotFoundError."""
         self.versions(adapter)
         return self._aliases.get((adapter, alias))
 
     def aliases(self, adapter: str) -> Mapping[str, AliasState]:
-        """Return every alias of the adapter that is set, or was set by us or recorded once."""
+        """Return the state of each alias that is set, was set by reconcile, or has a record."""
         self.versions(adapter)
-        known = {*self._aliases, *self._ours, *self._hands}
+        known = {*self._aliases, *self._set_by_reconcile, *self._overrides}
         return {
             alias: self._alias_state(adapter, alias) for name, alias in known if name == adapter
         }
 
     def set_alias(self, adapter: str, alias: str, number: int | None) -> bool:
-        """Move the alias to a version, or take it away (None); False where it is a person's."""
+        """Set or remove (None) the alias. Returns False if it has a manual override."""
         if number is not None and number not in [v.number for v in self.versions(adapter)]:
             raise NotFoundError(f"there is no version {number} of {adapter}")
         if self._alias_state(adapter, alias).manual:
             return False
         _move(self._aliases, (adapter, alias), number)
-        self._ours[adapter, alias] = number
+        self._set_by_reconcile[adapter, alias] = number
         return True
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
-        """Whether the alias stands as we last set it (or was never touched)."""
+        """Return whether the alias is where reconcile last set it."""
         return not self._alias_state(adapter, alias).manual
 
-    def record_manual_override(self, adapter: str, alias: str, hand: ManualOverride | None) -> None:
-        """Write down what a person did to the alias (None: no longer so)."""
+    def record_manual_override(
+        self, adapter: str, alias: str, override: ManualOverride | None
+    ) -> None:
+        """Store the record of a manual override; None removes the record."""
         self.versions(adapter)
-        self._hands.pop((adapter, alias), None)
-        if hand is not None:
-            self._hands[adapter, alias] = hand
+        self._overrides.pop((adapter, alias), None)
+        if override is not None:
+            self._overrides[adapter, alias] = override
 
     def _alias_state(self, adapter: str, alias: str) -> AliasState:
         key = (adapter, alias)
         stands = self._aliases.get(key)
         return AliasState(
-            stands, manual=stands != self._ours.get(key), recorded=self._hands.get(key)
+            stands,
+            manual=stands != self._set_by_reconcile.get(key),
+            recorded=self._overrides.get(key),
         )
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
-        """Write the version's PEFT folder below `folder` and return where it is."""
+        """Write the version's PEFT folder below `folder` and return its path."""
         if (version.adapter, version.number) not in self._files:
             raise NotFoundError(f"there is no {version}")
         for name, data in self._files[version.adapter, version.number].items():
@@ -399,7 +391,7 @@ class MemoryRegistry:
         self._retired.add(adapter)
 
     def set_alias_manually(self, adapter: str, alias: str, number: int | None) -> None:
-        """Move or remove an alias as a person does: it is not ours from then on."""
+        """Move or remove an alias, as a person does. It then has a manual override."""
         _move(self._aliases, (adapter, alias), number)
 
 
@@ -425,13 +417,13 @@ class MemoryEvaluations:
         return self._evaluations.get(key)
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
-        """Keep an evaluation. The same key again changes nothing."""
+        """Store an evaluation. An evaluation with an existing key is ignored."""
         self._evaluations.setdefault(evaluation.key, evaluation)
 
 
 @dataclass
 class MemoryRun:
-    """One recorded run, to be looked at."""
+    """One recorded run."""
 
     id: str
     name: str
@@ -442,16 +434,16 @@ class MemoryRun:
     files: dict[str, bytes] = field(default_factory=dict)
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Record what it was started with."""
+        """Record the parameters of the run."""
         self.recorded_params.update(values)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record figures at a step."""
+        """Record metrics at a step."""
         for name, value in values.items():
             self.recorded_metrics.setdefault(name, []).append((step, value))
 
     def file(self, path: Path, folder: str = "") -> None:
-        """Attach a file."""
+        """Store a file with the run."""
         self.files[f"{folder}/{path.name}" if folder else path.name] = path.read_bytes()
 
 
@@ -464,7 +456,7 @@ class MemoryRunLog:
 
     @contextmanager
     def run(self, name: str, *, tags: Mapping[str, str]) -> Iterator[MemoryRun]:
-        """Record one run; it is marked failed where the block raises."""
+        """Record one run. It is marked as failed if the block raises an error."""
         run = MemoryRun(f"run-{next(self._ids)}", name, dict(tags))
         self.runs.append(run)
         try:

@@ -114,23 +114,15 @@ class MlflowCatalog:
             self._tracking.untag_version(family, number, "promotion")
 
     def make_ready(
-        self,
-        family: str,
-        version: str,
-        uri: str,
-        *,
-        fingerprint: Fingerprint,
-        parent: str | None,
-        source: str,
-        number: int | None = None,
-        manifest_sha256: str = "",
+        self, draft: BaseVersion, *, fingerprint: Fingerprint, source: str
     ) -> BaseVersion:
-        """Register a verified version, or complete version `number`. The tag `ready` is set last.
+        """Register a verified version, or complete the draft's number. `ready` is set last.
 
         May run twice, and in several processes at once. UploadError if the version, or that number,
         is ready already with another fingerprint.
         """
-        BaseVersion(family, version, uri, number or 0, parent=parent)  # checks the names
+        family, version, uri = draft.family, draft.version, draft.uri
+        number = draft.number or None
         self._make_family(family)
         known = {base.number: base for base in self._read(family).versions}
         check_case("the version", version, [b.version for b in known.values()])
@@ -143,9 +135,9 @@ class MlflowCatalog:
         tags = {
             "family": family,
             "version": version,
-            "parent": parent,
+            "parent": draft.parent,
             "source": source,
-            "manifest": manifest_sha256 or None,
+            "manifest": draft.manifest_sha256 or None,
             "fingerprint": fingerprint.digest,
             "fingerprint_run": run_id,
         }

@@ -191,11 +191,13 @@ class MlflowRegistry:
         """Whether the alias is as this class last set it. False: a person changed it."""
         return not self.aliases(adapter).get(alias, AliasState()).manual
 
-    def record_manual_override(self, adapter: str, alias: str, hand: ManualOverride | None) -> None:
+    def record_manual_override(
+        self, adapter: str, alias: str, override: ManualOverride | None
+    ) -> None:
         """Record a manual override of an alias, to be shown in MLflow; None removes the record."""
         name = f"{OVERRIDE_TAG_PREFIX}{alias}"
-        if hand is not None:
-            self._tracking.tag_model(adapter, name, to_json(ManualOverride, hand))
+        if override is not None:
+            self._tracking.tag_model(adapter, name, to_json(ManualOverride, override))
         elif name in own_tags(self._tracking.model(adapter, "adapter").tags):
             self._tracking.untag_model(adapter, name)
 

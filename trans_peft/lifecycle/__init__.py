@@ -1,1 +1,1 @@
-"""The verbs: ingest, train, adopt, transfer, reconcile, resolve. Each takes a `Platform`."""
+"""Operations on a `Platform`: ingest, train, adopt, transfer, reconcile, promote, resolve."""

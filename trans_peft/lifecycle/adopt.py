@@ -1,4 +1,4 @@
-"""Adapters that already exist become live like any other."""
+"""Register an existing PEFT folder as a live adapter."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from trans_peft.errors import (
     replacing_paths_in_errors,
     translating_full_disk_errors,
 )
-from trans_peft.lifecycle.evaluations import (
+from trans_peft.lifecycle.base_files import base_folder, named_fingerprint
+from trans_peft.lifecycle.evaluation import (
+    EvaluationSubject,
     ProgressCallback,
-    base_folder,
     evaluate_on,
-    named_fingerprint,
     pin_suites,
 )
 from trans_peft.lifecycle.preflight import check_registration, check_suites
@@ -57,13 +57,16 @@ def adopt(
     base_version: str | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> AdapterVersion:
-    """Register a PEFT folder (local or `s3://`) as a live adapter, judged on the base it names.
+    """Register a PEFT folder as a live adapter and evaluate it on the base it was trained on.
 
-    Its base is the ready version that a person names (`base_version`, a label or alias), else the
-    one whose fingerprint or version is the `revision` in its adapter_config.json. The shapes must
-    fit and the adapter must change a logit there. Its chat template is the one in its folder, else
-    that of its base; the tag `chat_template` says which. The same folder again returns the version
-    that is there. Raises AdapterError, NotFoundError, DataError; then nothing is registered.
+    `folder_uri` is a local path or an `s3://` prefix. The base is `base_version` (a label or an
+    alias), or else the ready version whose fingerprint or label is the `revision` in
+    adapter_config.json. The tensor shapes must fit, and the adapter must change a logit on the
+    base. The chat template is the one in the folder, or else that of the base; the tag
+    `chat_template` records which. If the same folder is registered already, that version is
+    returned.
+
+    Raises AdapterError, NotFoundError or DataError. Nothing is registered then.
     """
     from trans_peft.models import load_base, load_tokenizer
     from trans_peft.transfer.effect import probe_effect
@@ -87,7 +90,7 @@ def adopt(
             raise AdapterError(
                 f"{adapter} does not fit {base}",
                 found="; ".join(fit.mismatches),
-                do="name the base version that it was trained on",
+                do="pass the base version that the adapter was trained on",
             )
         loaded = load_base(base_folder(base, platform), pinned[0].dtype)
         with attached(loaded.model, folder) as model:
@@ -95,18 +98,16 @@ def adopt(
         if not effect.found:
             raise AdapterError(
                 f"{adapter} changes nothing on {base}",
-                expected="at least one logit that differs from the bare base's",
-                found="none: every weight of it is without effect there",
-                do="check that the folder holds trained weights for this model",
+                expected="at least one logit that differs from that of the bare base",
+                found="the same logits: no weight of the adapter has an effect",
+                do="check that the folder contains trained weights for this model",
             )
         weights_sha256 = adapter_weights_sha256(folder)
         evaluate_on(
             base,
             pinned,
             platform,
-            adapter=lambda: folder,
-            weights_sha256=weights_sha256,
-            labels={"adapter": adapter},
+            EvaluationSubject(adapter, weights_sha256, lambda: folder),
             on_progress=on_progress,
         )
         version = platform.registry.register(
@@ -146,7 +147,7 @@ def _fetch(uri: str, folder: Path, platform: Platform) -> Path:
             f"{uri} is not a PEFT folder that can be adopted",
             expected="adapter_config.json and adapter_model.safetensors",
             found=", ".join(sorted(names)) or "nothing",
-            do="save it with model.save_pretrained(folder); pickle weights are never loaded",
+            do="save the adapter with model.save_pretrained(folder); pickle files are not loaded",
         )
     used = [file for file in files if file.name in _MAX_BYTES]
     for file in used:
@@ -176,8 +177,8 @@ def _base(
         if revision and revision in (base.version, base.fingerprint_sha256):
             return base
     raise NotFoundError(
-        f"which version of {family} {adapter} was trained on is not known",
+        f"the base version of {family} that {adapter} was trained on is unknown",
         expected=f"a revision in adapter_config.json that is one of {[b.version for b in ready]}",
         found=repr(revision),
-        do="name the base version yourself",
+        do="pass the base version",
     )

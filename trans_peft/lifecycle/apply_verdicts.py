@@ -1,10 +1,9 @@
-"""What follows from the verdicts, written down: each adapter's alias on each base, then `serving`.
+"""Apply verdicts: set each adapter's alias on each base version, then move `serving`.
 
-Every write is one that another look would make again, so a process that dies between two of them
-loses nothing. A person's word stands above all of them: an alias that was set or taken away by hand
-is recorded and left as it is, and `serving` only ever follows `champion`. MLflow has no
-compare-and-set: both aliases are read again before `serving` moves and after, and whoever finds
-that they have moved on asks for another look, so that the last one to write is right.
+Every write is idempotent, so a process that dies between two writes loses nothing. Manual overrides
+have priority: they are recorded and kept, and `serving` only follows `champion`. MLflow has no
+compare-and-set. Both aliases of the family are therefore read again before and after `serving`
+moves; if they changed, the result is marked as outdated and the caller applies the verdicts again.
 """
 
 from contextlib import suppress
@@ -15,17 +14,25 @@ from trans_peft.domain.adapter import AliasState, ManualOverride, version_traine
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
 from trans_peft.domain.evaluation import GatePolicy, Verdict
-from trans_peft.domain.fleet import Fleet, RegisteredAdapter
-from trans_peft.domain.outcome import FleetChanges
+from trans_peft.domain.fleet import (
+    AliasChange,
+    ChampionNotReady,
+    Fleet,
+    FleetChanges,
+    ObservedOverride,
+    PromotionObstacle,
+    RegisteredAdapter,
+    VerdictsMissing,
+)
 from trans_peft.domain.promotion import PromotionPolicy
-from trans_peft.errors import NotFoundError, StoreError, TransPeftError, listed
-from trans_peft.lifecycle.promotion import promotion_blockers
+from trans_peft.errors import NotFoundError, StoreError, TransPeftError
+from trans_peft.lifecycle.promotion import check_policy, describe_obstacle
 from trans_peft.lifecycle.reconcile import plan
 from trans_peft.ports import Platform
 
 __all__ = ["apply_verdicts"]
 
-_LONGEST_NOTE = 5000  # characters, of which MLflow's page shows each
+_MAX_NOTE_CHARACTERS = 5000  # the longest tag value that MLflow shows in full
 
 
 def apply_verdicts(
@@ -36,149 +43,149 @@ def apply_verdicts(
     *,
     now: datetime | None = None,
 ) -> FleetChanges:
-    """Write each adapter's alias on each base by its verdict, then move `serving` to `champion`.
+    """Set each adapter's alias on each base by its verdict, then move `serving` to `champion`.
 
-    `serving` moves when every live adapter has its verdict there and the promotion policy has no
-    objection. Why it does not is returned, and noted on the version where `champion` stands.
+    `serving` moves when every live adapter has a verdict on the champion and the promotion policy
+    is met. Otherwise the reason is returned and noted on the version with `champion`. `now` is the
+    time that is recorded for a new manual override.
     """
     seen_at = (now or datetime.now(UTC)).isoformat(timespec="seconds")
-    written = _Written()
+    changes = _AdapterChanges()
     adapters, unreadable = [], [*fleet.unreadable]
     for adapter in fleet.adapters:
         try:
-            adapters.append(_settled(adapter, fleet, platform, seen_at, written))
+            adapters.append(_apply(adapter, fleet, platform, seen_at, changes))
         except StoreError:
-            raise  # the registry does not answer: that says nothing about the adapter
+            raise  # the registry did not respond, which is no fault of the adapter
         except TransPeftError as error:
             unreadable.append(f"{adapter.name}: {error}")
-    settled = replace(fleet, adapters=tuple(adapters), unreadable=tuple(unreadable))
+    updated = replace(fleet, adapters=tuple(adapters), unreadable=tuple(unreadable))
     return replace(
-        _promote(settled, policy, promotion, platform),
-        aliases=tuple(written.aliases),
-        manual_overrides=tuple(written.manual_overrides),
+        _promote(updated, policy, promotion, platform),
+        aliases=tuple(changes.aliases),
+        manual_overrides=tuple(changes.manual_overrides),
         unreadable=(*unreadable, *fleet.set_aside),
     )
 
 
 @dataclass(frozen=True)
-class _Written:
-    """Lines about aliases that were moved, and about those that a person moved."""
+class _AdapterChanges:
+    """The changed aliases and the manual overrides of all adapters so far."""
 
-    aliases: list[str] = field(default_factory=list)
-    manual_overrides: list[str] = field(default_factory=list)
+    aliases: list[AliasChange] = field(default_factory=list)
+    manual_overrides: list[ObservedOverride] = field(default_factory=list)
 
 
-def _settled(
-    adapter: RegisteredAdapter, fleet: Fleet, platform: Platform, seen_at: str, written: _Written
+def _apply(
+    adapter: RegisteredAdapter,
+    fleet: Fleet,
+    platform: Platform,
+    seen_at: str,
+    changes: _AdapterChanges,
 ) -> RegisteredAdapter:
-    """Write one adapter's alias on each base by its verdict; return it with the aliases as set."""
+    """Set one adapter's alias on each base; return the adapter with its aliases as they are now."""
     states = dict(adapter.aliases)
     for base in {base.alias: base for base in fleet.bases}.values():
         decision, state = _decide(adapter, base), adapter.alias_on(base)
         if _differs(state, decision):
             if platform.registry.set_alias(adapter.name, base.alias, decision.number):
                 state = AliasState(decision.number, recorded=state.recorded)
-                written.aliases.append(f"{adapter.name}: {base.alias} -> {_named(decision.number)}")
-            else:  # a person was faster
+                changes.aliases.append(AliasChange(adapter.name, base.alias, decision.number))
+            else:  # a person changed the alias after it was read
                 state = platform.registry.aliases(adapter.name)[base.alias]
-        hand = _hand(state, decision, seen_at) if state.manual else None
-        if hand != state.recorded:
-            platform.registry.record_manual_override(adapter.name, base.alias, hand)
-        if hand is not None:
-            written.manual_overrides.append(f"{adapter.name} on {base.version}: {hand}")
+        override = _override(state, decision, seen_at) if state.manual else None
+        if override != state.recorded:
+            platform.registry.record_manual_override(adapter.name, base.alias, override)
+        if override is not None:
+            changes.manual_overrides.append(ObservedOverride(adapter.name, base.version, override))
         states[base.alias] = state
     return replace(adapter, aliases=states)
 
 
 @dataclass(frozen=True)
 class _Decision:
-    """Which version the verdict puts on a base (None: none), and why; `open`: no verdict yet."""
+    """The version that serves on a base by verdict (None: no version), and the verdict.
+
+    `is_open`: there is no verdict yet, so the alias stays as it is.
+    """
 
     number: int | None
-    why: str
-    open: bool = False
+    reason: str
+    is_open: bool = False
 
 
 def _decide(adapter: RegisteredAdapter, base: BaseVersion) -> _Decision:
-    here = version_trained_on(base.fingerprint_sha256, adapter.versions)
-    if here is not None:  # whatever was trained on another base since
-        return _Decision(here.number, "trained here")
+    trained_here = version_trained_on(base.fingerprint_sha256, adapter.versions)
+    if trained_here is not None:  # even if a newer version was trained on another base
+        return _Decision(trained_here.number, "trained here")
     outcome = adapter.outcome_on(base)
-    if outcome is None or outcome.verdict is Verdict.FAILED:  # an error decides nothing
-        return _Decision(None, str(outcome.verdict) if outcome else "not judged", open=True)
+    if outcome is None or outcome.verdict is Verdict.FAILED:  # an error is not a verdict
+        return _Decision(None, str(outcome.verdict) if outcome else "no verdict", is_open=True)
     passed = outcome.verdict is Verdict.PASSED
     return _Decision(outcome.new_number if passed else None, str(outcome.verdict))
 
 
 def _differs(state: AliasState, decision: _Decision) -> bool:
-    if state.manual or decision.open:
+    if state.manual or decision.is_open:
         return False
     return state.unfinished or state.number != decision.number
 
 
-def _hand(state: AliasState, decision: _Decision, seen_at: str) -> ManualOverride:
-    """Return the record of a person's act; the one that stands where it says the same."""
+def _override(state: AliasState, decision: _Decision, seen_at: str) -> ManualOverride:
+    """Return the record of a manual override; the time stays that of the first observation."""
     known = state.recorded
     first_seen = known.first_seen if known and known.number == state.number else seen_at
-    return ManualOverride(state.number, decision.number, decision.why, first_seen)
+    return ManualOverride(state.number, decision.number, decision.reason, first_seen)
 
 
 def _promote(
     fleet: Fleet, policy: GatePolicy, promotion: PromotionPolicy, platform: Platform
 ) -> FleetChanges:
-    waiting, refused = _why_not(fleet, policy, promotion, platform)
-    text = f"waits: {waiting}" if waiting else f"refused: {refused}" if refused else ""
-    text = text[:_LONGEST_NOTE]
-    notes = {fleet.champion: text} if fleet.champion is not None and text else {}
+    obstacle = _obstacle(fleet, policy, promotion, platform)
+    changes = FleetChanges(obstacle=obstacle)
+    notes: dict[int, str] = {}
+    if obstacle is not None and fleet.champion is not None:
+        kind = "refused" if changes.is_refused else "waits"
+        text = f"{kind}: {describe_obstacle(obstacle)}"[:_MAX_NOTE_CHARACTERS]
+        notes[fleet.champion] = text
+        changes = replace(changes, already_reported=fleet.notes.get(fleet.champion) == text)
     for number in sorted({*fleet.notes, *notes}):
         if fleet.notes.get(number) != notes.get(number):
-            with suppress(NotFoundError):  # the version was deleted; its alias may outlive it
+            with suppress(NotFoundError):  # the version was deleted, but its alias remains
                 platform.catalog.note_promotion(fleet.family, number, notes.get(number, ""))
-    changes = FleetChanges(
-        waiting=waiting,
-        refused=refused,
-        already_reported=bool(notes) and fleet.notes.get(fleet.champion or 0) == text,
-    )
     champion = fleet.base(fleet.champion)
-    moves = not text and champion is not None and champion.number != fleet.serving
-    if champion is not None and moves and not _overtaken(fleet, platform):
+    moves = obstacle is None and champion is not None and champion.number != fleet.serving
+    if champion is not None and moves and not _aliases_changed(fleet, platform):
         platform.catalog.set_serving(champion)
-        changes = replace(changes, promoted=str(champion))
+        changes = replace(changes, promoted=champion)
         fleet = replace(fleet, serving=champion.number)
     if moves or notes != fleet.notes:
-        changes = replace(changes, is_outdated=_overtaken(fleet, platform))
+        changes = replace(changes, is_outdated=_aliases_changed(fleet, platform))
     return changes
 
 
-def _overtaken(fleet: Fleet, platform: Platform) -> bool:
-    """Whether a person or another process moved what was looked at before it was written."""
+def _aliases_changed(fleet: Fleet, platform: Platform) -> bool:
+    """Return whether `champion` or `serving` moved after the fleet was read."""
     aliases = (
         platform.catalog.alias(fleet.family, name) for name in (CHAMPION_ALIAS, SERVING_ALIAS)
     )
     return tuple(aliases) != (fleet.champion, fleet.serving)
 
 
-def _why_not(
+def _obstacle(
     fleet: Fleet, policy: GatePolicy, promotion: PromotionPolicy, platform: Platform
-) -> tuple[str | None, str | None]:
-    """Return what a promotion waits for, and why it is refused; neither where it may go on."""
+) -> PromotionObstacle | None:
+    """Return what prevents `serving` from moving to `champion`; None if nothing does."""
     champion = fleet.base(fleet.champion)
     if fleet.champion is None or fleet.champion == fleet.serving:
-        return None, None
+        return None
     if champion is None:
-        return None, (
-            f"champion stands on version {fleet.champion} of {fleet.family}, which cannot serve\n"
-            "  expected: a version that ingestion made ready\n"
-            "  found:    one that waits for it, that it refused, or that is a copy of another\n"
-            "  do:       look at the last ingest run; put champion on the original of a copy"
-        )
+        return ChampionNotReady(fleet.family, fleet.champion)
     if champion.served and promotion.free_rollback:
-        return None, None
-    missing = [w.adapter for w in plan(fleet, policy).work if w.base_version == champion.version]
+        return None
+    missing = [
+        task.adapter for task in plan(fleet, policy).work if task.base_version == champion.version
+    ]
     if missing:
-        return f"{champion} waits for {len(missing)} verdicts: {listed(missing, 10)}", None
-    return None, promotion_blockers(fleet, champion, promotion, platform)
-
-
-def _named(number: int | None) -> str:
-    return "none" if number is None else f"version {number}"
+        return VerdictsMissing(champion, tuple(missing))
+    return check_policy(fleet, champion, promotion, platform)

@@ -1,7 +1,7 @@
-"""From an upload, or a version that somebody registered, to a base version that is ready.
+"""Ingest base versions: verify uploads and registered versions, and make them ready.
 
-An upload in InternLM2's layout comes with code that is never run: its Llama form is published
-beside it, and that is what becomes the base version.
+An upload in InternLM2's layout contains code, which is never run. Its conversion to the Llama
+layout is published beside the upload, and the converted files become the base version.
 """
 
 import json
@@ -36,56 +36,61 @@ __all__ = ["ingest", "pending"]
 
 
 def ingest(upload: Upload, platform: Platform) -> BaseVersion:
-    """Verify an upload (every byte against its manifest), fingerprint it and make it ready.
+    """Verify an upload against its manifest, fingerprint it, and make it ready.
 
-    Its files must fill the model that loads them, exactly (`bases.model_check`).
+    The files must match the model that loads them exactly (`bases.model_check`). If the upload is
+    ready already, the existing version is returned. The version of an InternLM2 upload has the URI
+    of its converted files.
 
-    The same upload again returns the version that is there. Raises UploadError with every reason
-    for which it is refused (InvalidSpecError where the catalog will not have its family or URI):
-    nothing is made ready then, and `pending` leaves it out until a file of it changes. Among the
-    reasons: the family takes no versions from there, or has a key and the signature is not right.
-    IntegrityError if it changes while it is read: the next `pending` has it again.
-    The version of an InternLM2 upload has another URI, that of its Llama form.
+    Raises UploadError with all reasons for a refusal, for example a place that is not configured
+    for the family, or a wrong signature. Raises InvalidSpecError if the catalog does not accept the
+    family or the URI. In both cases nothing becomes ready, and `pending` leaves the upload out
+    until one of its files changes. Raises IntegrityError if a file changes during the read; the
+    next `pending` returns the upload again.
     """
     uri, source = upload.uri, "registered" if upload.registered else "upload"
-    memo = _memo(upload, platform)  # of what lies there now, whatever comes while it is read
+    record = _refusal_file(
+        upload, platform
+    )  # before the read: identifies the files as they are now
     try:
         expected = _admitted(upload, platform)
         if needs_conversion(uri, platform.store):
             uri, expected = _publish_converted(upload, expected, platform)
             source += f", converted from {upload.uri}"
         verified = verify(uri, platform.store)
-        if verified.manifest != expected:  # another one than was admitted
+        if verified.manifest != expected:  # the manifest was replaced after it was admitted
             raise changed(uri, [Manifest.FILE_NAME])
         check_checkpoint(verified.checkpoint, f"the upload {uri}")
         family, version, parent = _claimed(upload, verified.manifest)
         claimed_sha256 = verified.manifest.sha256 if verified.manifest else ""
         ready = platform.catalog.make_ready(
-            family,
-            version,
-            uri,
+            BaseVersion(
+                family,
+                version,
+                uri,
+                number=upload.registered.number if upload.registered else 0,
+                parent=parent,
+                manifest_sha256=claimed_sha256,
+            ),
             fingerprint=verified.fingerprint,
-            parent=parent,
             source=f"{source}, {verified.verified}",
-            number=upload.registered.number if upload.registered else None,
-            manifest_sha256=claimed_sha256,
         )
     except (UploadError, NotFoundError, InvalidSpecError) as refusal:
-        _remember(memo, upload, str(refusal))
+        _record_refusal(record, upload, str(refusal))
         raise
     if ready.manifest_sha256 != claimed_sha256:
-        _remember(memo, upload, f"{ready} has the same content, from {ready.uri}")
+        _record_refusal(record, upload, f"{ready} has the same content, from {ready.uri}")
     return ready
 
 
 def pending(platform: Platform, *, root_uri: str = "") -> tuple[Upload, ...]:
-    """Return what could become ready: complete uploads below `root_uri`, registered versions.
+    """Return the uploads below `root_uri` and the registered versions that may become ready.
 
-    An upload is left out while its manifest claims what a ready version was verified against. What
-    was refused is left out until a file of it changes: reading it again, whole, would end the same
-    way. One that cannot be asked for is in: `ingest` tells why.
+    Uploads whose manifest is that of a ready version are left out. Refused uploads are left out
+    until one of their files changes. An upload whose files cannot be listed is returned, so that
+    `ingest` reports the error.
     """
-    versions = _known(platform)
+    versions = _readable_versions(platform)
     root = root_uri.rstrip("/")
     manifests = {
         child_uri(root, file.name).removesuffix(f"/{Manifest.FILE_NAME}"): file
@@ -93,59 +98,59 @@ def pending(platform: Platform, *, root_uri: str = "") -> tuple[Upload, ...]:
         if f"/{file.name}".endswith(f"/{Manifest.FILE_NAME}")
     }
     registered = [Upload(base.uri, registered=base) for base in versions if not base.ready]
-    ours = {converted_uri(uri) for uri in (*manifests, *(item.uri for item in registered))}
+    conversions = {converted_uri(uri) for uri in (*manifests, *(item.uri for item in registered))}
     uploaded = [
         Upload(uri)
         for uri, file in manifests.items()
-        if uri not in ours and not _is_settled(uri, file, versions, platform)
+        if uri not in conversions and not _is_ingested(uri, file, versions, platform)
     ]
     return tuple(
         item
         for item in (*uploaded, *registered)
-        if item.uri not in ours and not _is_remembered(item, platform)
+        if item.uri not in conversions and not _is_refusal_recorded(item, platform)
     )
 
 
-def _known(platform: Platform) -> list[BaseVersion]:
-    """Return every version of every family. One that cannot be read stops no other."""
+def _readable_versions(platform: Platform) -> list[BaseVersion]:
+    """Return the versions of all families, without families that cannot be read."""
     versions: list[BaseVersion] = []
     for family in platform.catalog.families():
         try:
             versions += platform.catalog.versions(family)
         except StoreError:
-            raise  # the catalog does not answer: that says nothing about the family
-        except TransPeftError:  # its own look says why; or it was deleted a moment ago
+            raise  # the catalog did not respond, which is no fault of the family
+        except TransPeftError:  # reconcile of that family reports it, or it was just deleted
             continue
     return versions
 
 
-def _is_settled(
+def _is_ingested(
     uri: str, manifest: StoredFile, versions: Sequence[BaseVersion], platform: Platform
 ) -> bool:
-    """Whether an upload is, or brought along, a version that the catalog knows."""
+    """Return whether the upload, or its conversion, is a version in the catalog already."""
     known = {base.uri.rstrip("/"): base for base in versions}
     if converted_uri(uri) in known or (uri in known and not known[uri].manifest_sha256):
         return True
     try:
         there = (replace(manifest, name=Manifest.FILE_NAME),)
         claimed = read_manifest(uri, platform.store, there)
-    except Exception:  # one item stops no other; `ingest` raises the error again and reports it
+    except Exception:  # reported by `ingest`; other uploads are not affected
         return False
     return claimed is not None and claimed.sha256 in {base.manifest_sha256 for base in versions}
 
 
 def _admitted(upload: Upload, platform: Platform) -> Manifest | None:
-    """Return the manifest of an upload that its family takes from this place, None without one.
+    """Return the manifest of an upload that its family accepts; None without a manifest.
 
-    Raises UploadError if it does not, or if the family has a key and the signature is not right.
-    Only the manifest and the signature are read.
+    Raises UploadError if the family accepts no versions from this place, or if it has a key and the
+    signature is wrong. Only the manifest and the signature are read.
     """
     uri, store = upload.uri, platform.store
     there = store.list(uri)
     try:
         manifest = read_manifest(uri, store, there)
     except UploadError:
-        return None  # `verify` refuses it, with every other reason
+        return None  # `verify` raises it again, together with all other reasons
     except (IntegrityError, NotFoundError) as error:
         raise changed(uri, [Manifest.FILE_NAME]) from error
     named = upload.registered or manifest
@@ -153,10 +158,10 @@ def _admitted(upload: Upload, platform: Platform) -> Manifest | None:
         return None
     if objection := platform.owners.objection(named.family, uri):
         raise UploadError(
-            f"{upload} cannot bring a version of the base family {named.family}: {objection}",
-            expected=f"a place below {' or '.join(platform.owners.prefixes(named.family))}",
+            f"{upload} cannot become a version of the base family {named.family}: {objection}",
+            expected=f"a URI below {' or '.join(platform.owners.prefixes(named.family))}",
             found=uri,
-            do="upload it there, or let the operator add the place to TRANS_PEFT_FAMILIES",
+            do="upload the files there, or add this URI to TRANS_PEFT_FAMILIES on the workers",
         )
     if key := platform.owners.key(named.family):
         signed = signed_manifest(uri, store, there, key)
@@ -168,9 +173,9 @@ def _admitted(upload: Upload, platform: Platform) -> Manifest | None:
 def _publish_converted(
     upload: Upload, admitted: Manifest | None, platform: Platform
 ) -> tuple[str, Manifest]:
-    """Publish the Llama form of an InternLM2 upload, unless it is there; return URI and manifest.
+    """Convert an InternLM2 upload to the Llama layout; return the new URI and its manifest.
 
-    Raises IntegrityError if the upload is not the one that was admitted any more.
+    Raises IntegrityError if the upload changed after its manifest was admitted.
     """
     uri = converted_uri(upload.uri)
     folder = platform.work_dir / "converted" / content_sha256(upload.uri)[:16]
@@ -198,7 +203,7 @@ def _claimed(upload: Upload, manifest: Manifest | None) -> tuple[str, str, str |
                 f"{upload.uri} is not a complete upload",
                 expected=f"{Manifest.FILE_NAME}, written last",
                 found="no such file",
-                do="write it with `trans-peft publish`, or register the version in MLflow instead",
+                do="upload it with `trans-peft publish`, or register the version in MLflow",
             )
         return manifest.family, manifest.version, manifest.parent
     if manifest is not None and manifest.family != registered.family:
@@ -213,18 +218,18 @@ def _claimed(upload: Upload, manifest: Manifest | None) -> tuple[str, str, str |
     return registered.family, manifest.version, registered.parent or manifest.parent
 
 
-def _is_remembered(upload: Upload, platform: Platform) -> bool:
+def _is_refusal_recorded(upload: Upload, platform: Platform) -> bool:
     try:
-        return _memo(upload, platform).exists()
-    except Exception:  # one item stops no other; `ingest` raises the error again and reports it
+        return _refusal_file(upload, platform).exists()
+    except Exception:  # reported by `ingest`; other uploads are not affected
         return False
 
 
-def _memo(upload: Upload, platform: Platform) -> Path:
-    """Return where it is remembered that these very files need no further look."""
+def _refusal_file(upload: Upload, platform: Platform) -> Path:
+    """Return the file that records the refusal of exactly these files of an upload."""
     try:
         files = [[file.name, file.etag] for file in platform.store.list(upload.uri)]
-    except (NotFoundError, InvalidSpecError):  # no such bucket, or a URI of no store
+    except (NotFoundError, InvalidSpecError):  # the bucket or the URI scheme does not exist
         files = []
     number = upload.registered.number if upload.registered else None
     name = content_sha256([upload.uri, files, number, platform.owners, _keys(platform)])[:16]
@@ -232,7 +237,7 @@ def _memo(upload: Upload, platform: Platform) -> Path:
 
 
 def _keys(platform: Platform) -> list[str]:
-    """Return the public keys of all families: with another key, a refusal is no longer right."""
+    """Return the public keys of all families. A changed key invalidates recorded refusals."""
     keys = []
     for _, rule in sorted(platform.owners.families.items()):
         try:
@@ -242,7 +247,7 @@ def _keys(platform: Platform) -> list[str]:
     return keys
 
 
-def _remember(memo: Path, upload: Upload, why: str) -> None:
-    with suppress(OSError):  # a full disk: the next look reads the upload once more
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        memo.write_text(json.dumps({"upload": str(upload), "uri": upload.uri, "why": why}))
+def _record_refusal(record: Path, upload: Upload, why: str) -> None:
+    with suppress(OSError):  # on a full disk, the next run reads the upload again
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"upload": str(upload), "uri": upload.uri, "why": why}))

@@ -1,4 +1,4 @@
-"""Before hours of training: everything that evaluation and registration will need afterwards."""
+"""Check before training or adoption that evaluation and registration will be possible."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from trans_peft.errors import (
     TransPeftError,
     UnsupportedModelError,
 )
-from trans_peft.lifecycle.evaluations import base_folder
+from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.ports import Platform
 
 __all__ = ["check_registration", "check_suites"]
@@ -25,8 +25,8 @@ __all__ = ["check_registration", "check_suites"]
 def check_registration(adapter: str, family: str, platform: Platform) -> None:
     """Raise InvalidSpecError unless a version of `adapter` can be registered in `family`.
 
-    Checks the name, that no other family has it, and that the registry, the evaluation store and
-    this worker's folder answer. Errors of these pass.
+    Checks the name, that no adapter of another family has it, and that the registry and the
+    evaluation store respond. Raises StoreError if the folder of this worker is not writable.
     """
     check_names("the adapter cannot be registered", adapter=adapter, family=family)
     check_case("adapter", adapter, platform.registry.adapters(family))
@@ -48,12 +48,12 @@ def check_registration(adapter: str, family: str, platform: Platform) -> None:
 def check_suites(
     base: BaseVersion, suites: Sequence[Suite], platform: Platform, *, template: str | None = None
 ) -> None:
-    """Raise an error unless every pinned suite can be asked on a base; no model is loaded.
+    """Raise an error unless every pinned suite can be evaluated on a base. Loads no model.
 
-    As an evaluation does, it reads the rows, binds the scoring rule, renders and tokenizes the
-    prompts, and holds them against the context and the choices. `template` is the adapter's own
-    chat template; None: the base's. DataError with the problems of all suites; another error of a
-    suite (a rule that does not exist) where there is one alone.
+    Reads the rows, checks the scoring rule, renders and tokenizes the prompts, and checks their
+    length and choices, as an evaluation does. `template` is the adapter's own chat template; None
+    means the base's. If one suite fails, its error is raised (DataError or InvalidSpecError). If
+    several fail, a DataError lists all problems.
     """
     from trans_peft.models import load_tokenizer
     from trans_peft.validation.tokenized_suite import prepare
@@ -84,7 +84,7 @@ def check_suites(
 
 
 def _context(folder: Path) -> int | None:
-    """Return how many tokens a text may have, from config.json as transformers reads it."""
+    """Return the longest text in tokens by the base's config.json; None if it states no limit."""
     from transformers import AutoConfig
 
     try:
@@ -104,7 +104,7 @@ def _check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise StoreError(
-            f"this worker cannot write to its folder {folder}",
+            f"this worker cannot write to its state folder {folder}",
             found=error,
-            do="make it writable and free room on its disk, or set another one",
+            do="make the folder writable and free disk space, or configure another folder",
         ) from error

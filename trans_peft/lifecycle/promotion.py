@@ -1,76 +1,116 @@
-"""What a promotion policy has against a base: too few adapters would serve there, and which not."""
+"""Decide whether a fleet may move to a base version, and describe what prevents it."""
 
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.fleet import Fleet, RegisteredAdapter
+from trans_peft.domain.fleet import (
+    ChampionNotReady,
+    Fleet,
+    IdleAdapter,
+    IdleReason,
+    PolicyNotMet,
+    PromotionObstacle,
+    RegisteredAdapter,
+    VerdictsMissing,
+)
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import NotFoundError, listed
 from trans_peft.ports import Platform
 
-__all__ = ["promotion_blockers"]
+__all__ = ["check_policy", "describe_obstacle"]
+
+_MAX_NAMES = 10
 
 
-def promotion_blockers(
+def check_policy(
     fleet: Fleet, base: BaseVersion, policy: PromotionPolicy, platform: Platform
-) -> str | None:
-    """Return why the fleet may not move to `base` (what was expected, found, what to do), or None.
+) -> PolicyNotMet | None:
+    """Return how the fleet fails the promotion policy on `base`, or None if it meets the policy.
 
-    An adapter counts where its alias on the base stands on bytes made for that base, by whoever's
-    hand: a person's approval is a pass, and a person's block is none. An adapter that cannot be
-    read has no verdict and blocks the move, whatever the policy's share. A required adapter of
-    another family is that family's matter.
+    An adapter serves on `base` if its alias there is set on a version for that base, by verdict or
+    manually. An adapter that cannot be read has no verdict and prevents the promotion, whatever the
+    policy's share. A required adapter of another family is ignored.
     """
-    idle = [f"{a.name} ({_why_idle(a, base)})" for a in fleet.adapters if not _serves(a, base)]
-    idle += fleet.unreadable
-    live = len(fleet.adapters) + len(fleet.unreadable)
+    found = PolicyNotMet(
+        base=base,
+        policy=policy,
+        live=len(fleet.adapters) + len(fleet.unreadable),
+        idle=tuple(filter(None, (_idle(adapter, base) for adapter in fleet.adapters))),
+        unreadable=fleet.unreadable,
+        required=_idle_required(fleet, base, policy, platform),
+    )
+    return found if found.share_is_too_small or found.unreadable or found.required else None
+
+
+def describe_obstacle(obstacle: PromotionObstacle) -> str:
+    """Return why `serving` does not move, as text for a person: the problem and what to do."""
+    match obstacle:
+        case VerdictsMissing(base, adapters):
+            return f"{base} waits for {len(adapters)} verdicts: {listed(adapters, _MAX_NAMES)}"
+        case ChampionNotReady(family, number):
+            return (
+                f"champion is set on version {number} of {family}, which cannot serve\n"
+                "  expected: a version that ingestion made ready\n"
+                "  found:    a version that is not ingested, that ingestion refused, or that is a "
+                "copy\n"
+                "  do:       read the log of the last ingest run; for a copy, set champion on the "
+                "original version"
+            )
+        case PolicyNotMet():
+            return _describe_policy(obstacle)
+
+
+def _describe_policy(found: PolicyNotMet) -> str:
     problems = []
-    if fleet.unreadable:
-        problems.append(f"adapters that cannot be read: {listed(fleet.unreadable, 10)}")
-    if live and (live - len(idle)) / live < policy.min_serving_share:
+    if found.unreadable:
+        problems.append(f"adapters that cannot be read: {listed(found.unreadable, _MAX_NAMES)}")
+    if found.share_is_too_small:
+        idle = [*map(_named, found.idle), *found.unreadable]
         problems.append(
-            f"{live - len(idle)} of {live} live adapters serve there, not {listed(idle, 10)}"
+            f"{found.serving} of {found.live} live adapters serve there, "
+            f"not {listed(idle, _MAX_NAMES)}"
         )
-    problems += _missing(fleet, base, policy, platform)
-    if not problems:
-        return None
-    named = (
-        f", {', '.join(policy.required_adapters)} among them" if policy.required_adapters else ""
+    problems += [f"required: {_named(adapter)}" for adapter in found.required]
+    policy = found.policy
+    required = (
+        f", including {', '.join(policy.required_adapters)}" if policy.required_adapters else ""
     )
     return (
-        f"the fleet may not move to {base}\n"
-        f"  expected: {100 * policy.min_serving_share:g} % of the live adapters on it{named}\n"
+        f"the fleet may not move to {found.base}\n"
+        f"  expected: {100 * policy.min_serving_share:g} % of the live adapters on it{required}\n"
         f"  found:    {'; '.join(problems)}\n"
-        f"  do:       re-tune or retire those adapters, approve one by setting its alias "
-        f"{base.alias} by hand, or change the promotion policy in prefect.yaml"
+        f"  do:       retrain or retire those adapters, approve one by setting its alias "
+        f"{found.base.alias} in MLflow, or change the promotion policy in prefect.yaml"
     )
 
 
-def _serves(adapter: RegisteredAdapter, base: BaseVersion) -> bool:
-    return adapter.can_serve(base, adapter.alias_on(base).number)
+def _named(adapter: IdleAdapter) -> str:
+    return f"{adapter.name} ({adapter.reason})"
 
 
-def _why_idle(adapter: RegisteredAdapter, base: BaseVersion) -> str:
+def _idle(adapter: RegisteredAdapter, base: BaseVersion) -> IdleAdapter | None:
+    """Return why an adapter does not serve on a base, or None if it serves."""
     state, outcome = adapter.alias_on(base), adapter.outcome_on(base)
+    if adapter.can_serve(base, state.number):
+        return None
     if state.manual:
-        return "blocked by hand" if state.number is None else "set by hand on another base's bytes"
-    return str(outcome.verdict) if outcome else "not judged"
+        blocked = state.number is None
+        return IdleAdapter(adapter.name, IdleReason.BLOCKED if blocked else IdleReason.OTHER_BASE)
+    return IdleAdapter(adapter.name, outcome.verdict if outcome else IdleReason.NO_VERDICT)
 
 
-def _missing(
+def _idle_required(
     fleet: Fleet, base: BaseVersion, policy: PromotionPolicy, platform: Platform
-) -> list[str]:
-    """Return the required adapters that would not serve, each with its reason."""
+) -> tuple[IdleAdapter, ...]:
     adapters = {adapter.name: adapter for adapter in fleet.adapters}
-    problems = []
+    idle: list[IdleAdapter | None] = []
     for name in policy.required_adapters:
         if name in adapters:
-            if not _serves(adapters[name], base):
-                problems.append(f"required: {name} ({_why_idle(adapters[name], base)})")
+            idle.append(_idle(adapters[name], base))
             continue
         try:
             family = platform.registry.family(name)
         except NotFoundError:
-            problems.append(f"required: {name} (there is no such adapter)")
+            idle.append(IdleAdapter(name, IdleReason.UNKNOWN))
         else:
             if family == fleet.family:
-                problems.append(f"required: {name} (retired, or it cannot be read)")
-    return problems
+                idle.append(IdleAdapter(name, IdleReason.NOT_LIVE))
+    return tuple(filter(None, idle))

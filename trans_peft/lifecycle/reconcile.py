@@ -1,9 +1,9 @@
-"""The difference between what should be known about a fleet and what the registry says.
+"""Compare the desired state of a fleet with the registry, and plan the missing transfers.
 
-Desired state: every live adapter has a verdict on every ready base version that may yet serve
-(`Fleet.wanted`). `observe` reads the registry, `plan` is a pure function of what was seen; what
-follows from the verdicts is written by `trans_peft.lifecycle.apply_verdicts`. A hint, lost, doubled
-or out of order, changes nothing here: nothing but the registry is read.
+Desired state: every live adapter has a verdict on every ready base version that may still serve
+(`Fleet.wanted`). `observe` reads the registry, and `plan` is a pure function of the result.
+`trans_peft.lifecycle.apply_verdicts` writes what follows from the verdicts. Notifications are not
+read here, so lost, doubled or reordered ones have no effect on the plan.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 MAX_ATTEMPTS = 3
-"""A key whose attempts all failed is parked for a person after so many."""
+"""After this many failed attempts, a task is parked until a person acts."""
 
 
 def observe(family: str, platform: Platform) -> Fleet:
@@ -67,7 +67,7 @@ def observe_adapter(adapter: str, family: str, platform: Platform) -> Fleet:
 
 
 def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
-    """Return the work that is missing, base by base, and what is parked for a person."""
+    """Return the missing transfers, by base version, and the tasks that are parked."""
     work: list[TransferTask] = []
     parked: list[TransferTask] = []
     trainings: list[TrainingRecipe] = []
@@ -76,7 +76,7 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
             item = _missing(adapter, base, policy)
             if item is not None:
                 (parked if item.attempt > MAX_ATTEMPTS else work).append(item)
-            elif (recipe := _left_to_train(adapter, base, policy)) is not None:
+            elif (recipe := _pending_retraining(adapter, base, policy)) is not None:
                 trainings.append(recipe)
     aside = (*fleet.unreadable, *fleet.set_aside)
     return Plan(fleet.family, tuple(work), tuple(parked), aside, tuple(trainings))
@@ -92,9 +92,10 @@ def is_still_needed(task: TransferTask, fleet: Fleet, policy: GatePolicy) -> boo
 
 
 def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
-    """Return the plan with how long each adapter's evaluation took where it was trained.
+    """Return the plan with an estimated duration for each task.
 
-    Apart from `observe`, because it reads whole evaluations: worth it for what is going to be done.
+    The estimate is the duration of the adapter's evaluation on the base that it was trained on. It
+    is no part of `plan`, because it reads whole evaluations from the store.
     """
     adapters = {adapter.name: adapter for adapter in fleet.adapters}
     seconds: dict[str, float | None] = {}
@@ -143,31 +144,31 @@ def _read_adapter(
 
 
 def _check(adapter: RegisteredAdapter, family: str) -> None:
-    """Raise IntegrityError where versions and outcomes contradict one another or the family."""
+    """Raise IntegrityError if versions, outcomes and family of an adapter contradict each other."""
     problems = [
         f"version {version.number} is of the family {version.family}"
         for version in adapter.versions
         if version.family != family
     ]
-    made = {version.number: version.base_fingerprint_sha256 for version in adapter.versions}
+    bases = {version.number: version.base_fingerprint_sha256 for version in adapter.versions}
     for outcome in adapter.outcomes:
         number = outcome.new_number
         if outcome.family != family:
             problems.append(
                 f"an outcome on {outcome.base_version} is of the family {outcome.family}"
             )
-        elif number is not None and made.get(number) != outcome.base_fingerprint_sha256:
+        elif number is not None and bases.get(number) != outcome.base_fingerprint_sha256:
             problems.append(
-                f"the outcome on {outcome.base_version} names version {number}, which is not made "
-                "for that base"
+                f"the outcome on {outcome.base_version} names version {number}, which is not "
+                "registered for that base"
             )
     if problems:
         raise IntegrityError(
-            f"the registry's records of {adapter.name} contradict one another",
+            f"the records of {adapter.name} in the registry contradict each other",
             expected=f"versions and outcomes in the family {family}",
             found="; ".join(problems),
-            do="set the tags right in MLflow's page, or remove the outcome's tag: the adapter is "
-            "then judged again",
+            do="correct the tags in MLflow, or remove the tag of the outcome: the adapter is then "
+            "evaluated again",
         )
 
 
@@ -181,16 +182,16 @@ def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float 
             )
         except StoreError:
             raise
-        except TransPeftError:  # it cannot be read: no estimate; whoever judges says why
+        except TransPeftError:  # unreadable: the transfer itself reports the reason
             continue
         known += [found.seconds] if found is not None else []
     return sum(known) if known else None
 
 
-def _left_to_train(
+def _pending_retraining(
     adapter: RegisteredAdapter, base: BaseVersion, policy: GatePolicy
 ) -> TrainingRecipe | None:
-    """Return the recipe that the outcome leaves to try. Trained by it, the outcome leaves none."""
+    """Return the recipe that retraining still has to try on a base, or None."""
     outcome = adapter.outcome_on(base)
     if outcome is None or outcome.policy_sha256 != policy.sha256:
         return None

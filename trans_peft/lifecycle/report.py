@@ -1,4 +1,4 @@
-"""The fleet report: adapters x base versions, with the figures behind each verdict."""
+"""The fleet report: every adapter on every base version, with the figures of each verdict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +16,22 @@ __all__ = ["FleetReport", "FleetRow", "report"]
 
 @dataclass(frozen=True)
 class FleetRow:
-    """One adapter on one base.
+    """One adapter on one base version.
 
-    `verdict` is None on the base it was trained on (there it is the reference itself) and where no
-    verdict is known yet (`reason` says which). `serves`: whether its alias on that base is set, on
-    bytes made for that base. `manual`: what a person did to that alias, where one did. `chance`:
-    the score of blind guessing by suite, where it is known. `strategy` made the version on this
-    base; `tried` are all rungs of a ladder with their cost.
+    Attributes:
+        adapter: The adapter's name.
+        method: The PEFT type of the source version.
+        trained_on: The label of the base version that the source version was trained on.
+        base: The label of this base version.
+        verdict: None on the base that the adapter was trained on, and without a verdict yet.
+        reason: The reason of the verdict, or why there is none.
+        serves: Whether the adapter's alias for this base is set on a version for this base.
+        manual: A description of the manual override of that alias; empty without one.
+        suites: The figures of the verdict, by suite.
+        scores: (suite, score in points) on the base that the adapter was trained on.
+        chance: The score of random guessing in points by suite, where it is known.
+        strategy: The recovery strategy that made the version on this base.
+        tried: All strategies that were tried, with their duration.
     """
 
     adapter: str
@@ -42,10 +51,16 @@ class FleetRow:
 
 @dataclass(frozen=True)
 class FleetReport:
-    """One family: what serves, what should, and a row for each adapter on each base.
+    """The report of one family.
 
-    `note`: why what should serve does not, as it stands on that version's page. `unreadable`: what
-    stands in the registry and cannot be read, by name, with the reason.
+    Attributes:
+        family: The base family.
+        serving: The label of the base version with the alias `serving`.
+        champion: The label of the base version with the alias `champion`.
+        bases: The labels of all ready base versions, oldest first.
+        rows: One row for each adapter and base version.
+        note: Why `serving` has not moved to `champion`, as noted on that version.
+        unreadable: Registry entries that cannot be read, each with the reason.
     """
 
     family: str
@@ -57,14 +72,14 @@ class FleetReport:
     unreadable: tuple[str, ...] = ()
 
     def markdown(self) -> str:
-        """Return the report as a page: adapters down, base versions across, then the reasons."""
+        """Return the report in Markdown: a table of adapters and bases, then the reasons."""
         cells = {(row.adapter, row.base): row for row in self.rows}
         adapters = list(dict.fromkeys(row.adapter for row in self.rows))
         lines = [
             f"# Fleet of {self.family}",
             "",
             f"serving: **{self.serving or 'nothing'}**, champion: "
-            f"**{self.champion or 'not set (paused: what serves stays)'}**",
+            f"**{self.champion or 'not set (paused: serving does not change)'}**",
             "",
             *([f"**{self.champion} does not serve**: {self.note}", ""] if self.note else []),
             "| adapter | " + " | ".join(self.bases) + " |",
@@ -77,13 +92,13 @@ class FleetReport:
         judged = [row for row in self.rows if row.verdict is not None]
         lines += ["", "## Why", ""] if judged else []
         lines += [
-            f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}{_ladder(row)}"
+            f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}{_strategies(row)}"
             for row in judged
         ]
-        hands = [row for row in self.rows if row.manual]
-        lines += ["", "## By hand", ""] if hands else []
-        lines += [f"- **{row.adapter}** on {row.base}: {row.manual}" for row in hands]
-        lines += ["", "## Set aside: cannot be read", ""] if self.unreadable else []
+        overrides = [row for row in self.rows if row.manual]
+        lines += ["", "## Manual overrides", ""] if overrides else []
+        lines += [f"- **{row.adapter}** on {row.base}: {row.manual}" for row in overrides]
+        lines += ["", "## Unreadable entries", ""] if self.unreadable else []
         lines += [f"- {' '.join(text.split())}" for text in self.unreadable]
         return "\n".join(lines)
 
@@ -108,9 +123,9 @@ def report(family: str, platform: Platform) -> FleetReport:
 def _scores(
     version: AdapterVersion, platform: Platform, unreadable: list[str]
 ) -> tuple[tuple[str, float], ...]:
-    """Return the stored score of each suite; what cannot be read is added to `unreadable`.
+    """Return the stored score of each suite; add unreadable evaluations to `unreadable`.
 
-    StoreError where the store of evaluations does not answer.
+    Raises StoreError if the evaluation store does not respond.
     """
     scores = []
     for suite in version.suites:
@@ -129,17 +144,17 @@ def _scores(
 
 def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[FleetRow]:
     rows = []
-    no_answer = False
+    has_store_failed = False
 
     def scores(version: AdapterVersion) -> tuple[tuple[str, float], ...]:
-        nonlocal no_answer
-        if no_answer:
+        nonlocal has_store_failed
+        if has_store_failed:
             return ()
         try:
             return _scores(version, platform, unreadable)
         except StoreError as error:
-            no_answer = True
-            unreadable.append(f"the scores of stored evaluations are left out: {error}")
+            has_store_failed = True
+            unreadable.append(f"the scores of stored evaluations are missing: {error}")
             return ()
 
     for adapter in fleet.adapters:
@@ -155,14 +170,14 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
                     base=base.version,
                     verdict=outcome.verdict if outcome and not trained_here else None,
                     reason=(
-                        _trained(trained_here)
+                        _training_note(trained_here)
                         if trained_here
                         else outcome.judgement.reason
                         if outcome
-                        else "not judged"
+                        else "no verdict"
                     ),
                     serves=adapter.can_serve(base, adapter.alias_on(base).number),
-                    manual=_hand(adapter.alias_on(base)),
+                    manual=_override_note(adapter.alias_on(base)),
                     suites=outcome.judgement.suites if outcome else (),
                     scores=scores(trained_here) if trained_here else (),
                     chance={
@@ -180,26 +195,26 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
 def _cell(row: FleetRow) -> str:
     scores = row.scores or tuple((suite.suite, suite.score) for suite in row.suites)
     figures = ", ".join(f"{name} {score:.1f}{_chance(row, name)}" for name, score in scores)
-    word = str(row.verdict) if row.verdict else row.reason
+    result = str(row.verdict) if row.verdict else row.reason
     serves = "**serves**" if row.serves else ""
-    manual = "by hand" if row.manual and row.serves else "blocked by hand" if row.manual else ""
-    return ", ".join(filter(None, [figures, word, serves, manual]))
+    manual = "" if not row.manual else "approved manually" if row.serves else "blocked manually"
+    return ", ".join(filter(None, [figures, result, serves, manual]))
 
 
 def _chance(row: FleetRow, suite: str) -> str:
     return f" (chance {row.chance[suite]:.1f})" if suite in row.chance else ""
 
 
-def _ladder(row: FleetRow) -> str:
+def _strategies(row: FleetRow) -> str:
     if not row.tried:
         return ""
-    return f" Made by {row.strategy}; tried {'; '.join(map(str, row.tried))}."
+    return f" Strategy: {row.strategy}. Tried: {'; '.join(map(str, row.tried))}."
 
 
-def _trained(version: AdapterVersion) -> str:
-    anew = version.made_by is RecoveryStrategy.RETRAINED
-    return "trained here, anew after an update" if anew else "trained here"
+def _training_note(version: AdapterVersion) -> str:
+    is_retrained = version.made_by is RecoveryStrategy.RETRAINED
+    return "retrained here after an update" if is_retrained else "trained here"
 
 
-def _hand(state: AliasState) -> str:
-    return str(state.recorded or "seen only now") if state.manual else ""
+def _override_note(state: AliasState) -> str:
+    return str(state.recorded or "not recorded yet") if state.manual else ""

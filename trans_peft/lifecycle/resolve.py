@@ -14,9 +14,8 @@ __all__ = ["base_trained_on", "find_base", "resolve"]
 def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
     """Return the ready base version with that label or alias (`serving`, `champion`).
 
-    Other aliases count for nothing: MLflow accepts an alias that is spelled like a label.
-
-    Raises NotFoundError, listing what there is, also where the version exists but is not ready.
+    Other aliases are ignored, because MLflow accepts an alias that is spelled like a label. Raises
+    NotFoundError with the existing versions, also for a version that is not ready.
     """
     versions = platform.catalog.versions(family)
     number = platform.catalog.alias(family, version) if version in BASE_ALIASES else None
@@ -47,7 +46,7 @@ def base_trained_on(source: AdapterVersion, bases: Iterable[BaseVersion]) -> Bas
         f"{source} was trained on a base that is no longer in the catalog",
         expected=f"{source.family}/{source.trained_on_version} with fingerprint "
         f"{source.trained_on_fingerprint_sha256[:12]}",
-        do="register that base version again: the gate compares with results on it",
+        do="register that base version again: the gate compares with the results on it",
     )
 
 
@@ -56,8 +55,8 @@ def resolve(adapter: str, platform: Platform, *, base: str = "serving") -> Adapt
 
     `base` is a version ("v2") or an alias ("serving", "champion").
 
-    Raises NotServedError with the verdict where no version of the adapter serves on that base;
-    never returns another version instead. Raises NotFoundError for an unknown adapter or base.
+    Raises NotServedError with the verdict if no version of the adapter serves on that base; never
+    returns another version instead. Raises NotFoundError for an unknown adapter or base.
 
     Example::
 
@@ -86,9 +85,9 @@ def resolve(adapter: str, platform: Platform, *, base: str = "serving") -> Adapt
     )
     raise NotServedError(
         f"{adapter} does not serve on {target}",
-        expected=f"the alias {target.alias} on a version of {adapter} made for that base",
+        expected=f"the alias {target.alias} on a version of {adapter} that was made for {target}",
         found=f"verdict {outcome.verdict}: {outcome.judgement.reason}"
         if outcome
         else "no verdict yet",
-        do="reconcile the family, re-tune the adapter, or set the alias by hand to approve it",
+        do="reconcile the family, retrain the adapter, or set the alias in MLflow to approve it",
     )

@@ -1,16 +1,21 @@
-"""Answers on a new base, asked for only as far as the verdict on an adapter needs them."""
+"""Evaluate an adapter on a new base item batch by item batch, until the verdict is certain."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Prefix, Suite, prefix_key
-from trans_peft.lifecycle.evaluations import base_folder, evaluate_on
-from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
-from trans_peft.lifecycle.questions import tokenized_suite_for
+from trans_peft.domain.evaluation import Evaluation, GatePolicy, Prefix, Suite, prefix_key
+from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.evaluation import (
+    BARE_BASE,
+    EvaluationSubject,
+    ProgressCallback,
+    evaluate_on,
+    progress_reporter,
+    tokenized_suite_for,
+)
 from trans_peft.ports import Platform
 from trans_peft.text.saved_template import saved_template
 from trans_peft.validation.statistics.sequential import (
@@ -27,81 +32,67 @@ def evaluate_sequentially(
     policy: GatePolicy,
     base: BaseVersion,
     suites: Sequence[Suite],
-    reference: Mapping[str, Evaluation],
     platform: Platform,
+    subject: EvaluationSubject,
     *,
-    adapter: Callable[[], Path],
-    weights_sha256: str,
-    labels: Mapping[str, str] | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-    """Return what the adapter and what the bare base answered until the verdict was known.
+    """Return the evaluations of the adapter and of the bare base that the verdict needed.
 
-    By suite name; a suite of which nothing was asked is missing. Required suites are asked in their
-    seeded order and kept as parts (asking starts where the longest part in the store ends), the
-    others whole. `reference` is the adapter's whole result on the base it was trained on; the other
-    arguments are `evaluate_on`'s.
+    Both are by suite name. A suite without any evaluated item is missing. Items of a required suite
+    are evaluated in a seeded order, starting after the longest stored part, and the new part is
+    stored. Other suites are evaluated as a whole. `subject.reference` must hold the adapter's
+    evaluations on the base that it was trained on, for every suite.
     """
-    gate = SequentialGate(policy, reference, base.fingerprint_sha256)
+    gate = SequentialGate(policy, subject.reference, base.fingerprint_sha256)
     named = {suite.name: suite for suite in suites}
-    arms = {
-        Arm.CANDIDATE: _Side(weights_sha256, adapter, dict(labels or {}), reference),
-        Arm.BARE: _Side(BARE, None, {}, {}),
-    }
-    with _Respondent(base, platform, on_progress) as respondent:
+    arms = {Arm.CANDIDATE: _ArmState(subject), Arm.BARE: _ArmState(BARE_BASE)}
+    with _BatchEvaluator(base, platform, on_progress) as evaluator:
         while (request := gate.next_request()) is not None:
             arm, suite, test = arms[request.arm], named[request.suite], gate.suites[request.suite]
-            if suite.name not in arm.asked:
-                arm.asked[suite.name] = _stored(base, suite, test, arm, platform)
-            known = arm.asked[suite.name]
-            answered = {item.id: item for item in known.items} if known else {}
-            if missing := [id_ for id_ in request.ids if id_ not in answered]:
-                chunk = respondent.answer(arm, suite, missing, len(answered), len(test.order))
-                arm.asked[suite.name] = _joined(known, chunk, test, reference[suite.name])
+            if suite.name not in arm.evaluations:
+                arm.evaluations[suite.name] = _stored(base, suite, test, arm.subject, platform)
+            known = arm.evaluations[suite.name]
+            items = {item.id: item for item in known.items} if known else {}
+            if missing := [id_ for id_ in request.ids if id_ not in items]:
+                chunk = evaluator.evaluate(
+                    arm.subject, suite, missing, before=len(items), total=len(test.order)
+                )
+                reference = subject.reference[suite.name]
+                arm.evaluations[suite.name] = _joined(known, chunk, test, reference)
                 arm.new.add(suite.name)
-                answered |= {item.id: item for item in chunk.items}
-            gate.observe(suite.name, request.arm, [answered[id_] for id_ in request.ids])
+                items |= {item.id: item for item in chunk.items}
+            gate.observe(suite.name, request.arm, [items[id_] for id_ in request.ids])
 
-    def results(arm: _Side) -> dict[str, Evaluation]:
-        asked = {name: found for name, found in arm.asked.items() if found is not None}
+    def results(arm: _ArmState) -> dict[str, Evaluation]:
+        found = {name: part for name, part in arm.evaluations.items() if part is not None}
+        labels = {"family": base.family, "base": base.version} | arm.subject.labels
         for name in sorted(arm.new):
-            place = {"family": base.family, "base": base.version}
-            platform.evaluations.put(asked[name], labels=place | arm.labels)
-        return asked | evaluate_on(
-            base,
-            [suite for suite in suites if suite.name not in gate.suites],
-            platform,
-            adapter=arm.adapter,
-            weights_sha256=arm.weights_sha256,
-            elsewhere=arm.elsewhere,
-            labels=arm.labels,
-            on_progress=on_progress,
-        )
+            platform.evaluations.put(found[name], labels=labels)
+        others = [suite for suite in suites if suite.name not in gate.suites]
+        return found | evaluate_on(base, others, platform, arm.subject, on_progress=on_progress)
 
     return results(arms[Arm.CANDIDATE]), results(arms[Arm.BARE])
 
 
-class _Side:
-    """Who answers, and what of each suite is answered; `new`: what the store does not hold yet."""
+@dataclass
+class _ArmState:
+    """The evaluations of one arm so far, by suite name; `new` names those that are not stored."""
 
-    def __init__(
-        self,
-        weights_sha256: str,
-        adapter: Callable[[], Path] | None,
-        labels: dict[str, str],
-        elsewhere: Mapping[str, Evaluation],
-    ) -> None:
-        self.weights_sha256, self.adapter, self.labels = weights_sha256, adapter, labels
-        self.elsewhere = elsewhere
-        self.asked: dict[str, Evaluation | None] = {}
-        self.new: set[str] = set()
+    subject: EvaluationSubject
+    evaluations: dict[str, Evaluation | None] = field(default_factory=dict)
+    new: set[str] = field(default_factory=set)
 
 
 def _stored(
-    base: BaseVersion, suite: Suite, test: SequentialSuiteTest, arm: _Side, platform: Platform
+    base: BaseVersion,
+    suite: Suite,
+    test: SequentialSuiteTest,
+    subject: EvaluationSubject,
+    platform: Platform,
 ) -> Evaluation | None:
-    """Return the whole evaluation from the store, or else the longest part of it."""
-    whole = suite.evaluation_key(arm.weights_sha256, base.fingerprint_sha256)
+    """Return the whole evaluation from the store, or else the longest stored part of it."""
+    whole = suite.evaluation_key(subject.weights_sha256, base.fingerprint_sha256)
     n = len(test.order)
     ends = [end for end in reversed(batch_ends(n)) if end < n]
     keys = [whole, *(prefix_key(whole, Prefix(n, test.seed), end) for end in ends)]
@@ -111,7 +102,7 @@ def _stored(
 def _joined(
     known: Evaluation | None, chunk: Evaluation, test: SequentialSuiteTest, reference: Evaluation
 ) -> Evaluation:
-    """Return both as one; the whole suite, once it is there, in the suite's own order."""
+    """Return both parts as one evaluation. A complete suite is in the order of the suite."""
     before = known.items if known else ()
     items = {item.id: item for item in (*before, *chunk.items)}
     n = len(test.order)
@@ -126,69 +117,67 @@ def _joined(
 
 
 @dataclass
-class _Lent:
-    """The base, and the model that is ready to answer for one side on it, in one dtype.
+class _LoadedSubject:
+    """One subject on the loaded base, in one dtype. `template` is the adapter's chat template."""
 
-    `template` is the adapter's own chat template; None: the base's.
-    """
-
-    arm: _Side
+    subject: EvaluationSubject
     dtype: str
     base: Any
     model: Any
     template: str | None
 
 
-class _Respondent:
-    """Answers batches; the adapter stays on the base from one batch to the next."""
+class _BatchEvaluator:
+    """Evaluates batches of items. The adapter stays attached between batches of one subject."""
 
     def __init__(
         self, base: BaseVersion, platform: Platform, on_progress: ProgressCallback | None
     ) -> None:
         self._base, self._platform, self._on_progress = base, platform, on_progress
         self._stack = ExitStack()
-        self._lent: _Lent | None = None
+        self._loaded: _LoadedSubject | None = None
 
-    def __enter__(self) -> "_Respondent":
+    def __enter__(self) -> "_BatchEvaluator":
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def answer(
-        self, arm: _Side, suite: Suite, ids: Sequence[str], done: int, total: int
+    def evaluate(
+        self,
+        subject: EvaluationSubject,
+        suite: Suite,
+        ids: Sequence[str],
+        *,
+        before: int,
+        total: int,
     ) -> Evaluation:
         from trans_peft.validation.evaluate import answer
 
-        lent = self._lend(arm, suite.dtype)
-        there = arm.elsewhere.get(suite.name)
+        loaded = self._load(subject, suite.dtype)
         return answer(
-            lent.model,
-            tokenized_suite_for(suite, lent.base, self._platform, lent.template).only(ids),
-            weights_sha256=arm.weights_sha256,
+            loaded.model,
+            tokenized_suite_for(suite, loaded.base, self._platform, loaded.template).only(ids),
+            weights_sha256=subject.weights_sha256,
             base_fingerprint_sha256=self._base.fingerprint_sha256,
-            drafts=there.kept_answers if there is not None else {},
+            drafts=subject.drafts(suite.name),
             on_progress=progress_reporter(
-                self._on_progress,
-                arm.labels.get("adapter", "bare base"),
-                suite.name,
-                self._base.version,
-                before=done,
-                total=total,
+                self._on_progress, subject, suite, self._base, before=before, total=total
             ),
         )
 
-    def _lend(self, arm: _Side, dtype: str) -> _Lent:
+    def _load(self, subject: EvaluationSubject, dtype: str) -> _LoadedSubject:
         from trans_peft.models import load_base
         from trans_peft.transfer.load_adapter import attached
 
-        if self._lent is None or (self._lent.arm, self._lent.dtype) != (arm, dtype):
-            self._stack.close()  # the adapter leaves the base before anybody else uses it
-            loaded = load_base(base_folder(self._base, self._platform), dtype)
-            model, template = loaded.model, None
-            if arm.adapter is not None:
-                folder = arm.adapter()
+        loaded = self._loaded
+        if loaded is None or loaded.subject is not subject or loaded.dtype != dtype:
+            self._stack.close()  # detaches the previous adapter from the shared base
+            base = load_base(base_folder(self._base, self._platform), dtype)
+            model, template = base.model, None
+            if subject.folder is not None:
+                folder = subject.folder()
                 template = saved_template(folder)
                 model = self._stack.enter_context(attached(model, folder))
-            self._lent = _Lent(arm, dtype, loaded, model, template)
-        return self._lent
+            self._loaded = loaded = _LoadedSubject(subject, dtype, base, model, template)
+        return loaded

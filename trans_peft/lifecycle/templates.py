@@ -1,10 +1,10 @@
-"""Which chat template an adapter without one of its own keeps, when its base is updated."""
+"""Keep the chat template of an adapter when its base is updated."""
 
 import shutil
 from pathlib import Path
 
 from trans_peft.domain.base import BaseVersion
-from trans_peft.lifecycle.evaluations import base_folder
+from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.ports import Platform
 from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import saved_template, settle_template
@@ -16,10 +16,11 @@ __all__ = ["keep_template"]
 def keep_template(
     folder: Path, trained_on: BaseVersion, new: BaseVersion, platform: Platform, target: Path
 ) -> Path:
-    """Return a PEFT folder whose adapter keeps the template of the base that it was trained on.
+    """Return a PEFT folder whose chat template is the one that the adapter was trained with.
 
-    That is `folder` where it holds a template, or where both bases have the same one; else a copy
-    in `target`, which is another adapter by its hash. Raises as `settle_template`.
+    Returns `folder` itself if it contains a template, or if both bases have the same template.
+    Otherwise returns `target`, a copy with the template of `trained_on`; its weights hash differs,
+    because the template is part of it. Raises what `settle_template` raises.
     """
     old, updated = (platform.catalog.fingerprint(base) for base in (trained_on, new))
     same = old.chat_template_sha256 == updated.chat_template_sha256

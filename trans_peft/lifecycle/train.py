@@ -1,4 +1,4 @@
-"""From a recipe to a live adapter: train, evaluate where it was trained, register, serve there."""
+"""Train an adapter by a recipe, evaluate it on its base, and register it as a live adapter."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,13 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import translating_full_disk_errors
-from trans_peft.lifecycle.evaluations import ProgressCallback, base_folder, evaluate_on, pin_suites
+from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.evaluation import (
+    EvaluationSubject,
+    ProgressCallback,
+    evaluate_on,
+    pin_suites,
+)
 from trans_peft.lifecycle.preflight import check_registration, check_suites
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
@@ -26,9 +32,10 @@ __all__ = ["job_on", "resolve_recipe", "train", "trained_version"]
 def resolve_recipe(
     recipe: TrainingRecipe, platform: Platform
 ) -> tuple[TrainingRecipe, BaseVersion]:
-    """Bind a recipe to what its names mean now: the base version, the bytes of its data.
+    """Return the recipe with its base version and data pinned, and that base version.
 
-    The hash of the recipe that comes back names the result.
+    An alias becomes the label of a version, and data and suites get the hash of their contents. The
+    hash of the returned recipe identifies the training result.
     """
     base = find_base(recipe.family, recipe.base_version, platform)
     data = recipe.data if recipe.data.sha256 else pin(recipe.data, platform.store)
@@ -44,7 +51,7 @@ def resolve_recipe(
 def job_on(
     base: BaseVersion, recipe: TrainingRecipe, examples: Sequence[Example], platform: Platform
 ) -> TrainingJob:
-    """Return the training of a resolved recipe on its base, in a folder named by its hash."""
+    """Return the training job of a resolved recipe. The recipe's hash names its work folder."""
     work_dir = platform.work_dir / "training" / recipe.sha256[:16]
     with translating_full_disk_errors(platform.work_dir):
         data_file = write_examples(examples, work_dir / "data.jsonl")
@@ -61,7 +68,7 @@ def job_on(
 def trained_version(
     base: BaseVersion, recipe: TrainingRecipe, result: TrainingResult
 ) -> AdapterVersion:
-    """Return what is to be registered of a training on a base; its number comes from there."""
+    """Return the adapter version to register for a finished training. Its number is 0."""
     return AdapterVersion(
         adapter=recipe.adapter,
         number=0,
@@ -85,12 +92,15 @@ def train(
     on_event: Callable[[Event], None],
     on_progress: ProgressCallback | None = None,
 ) -> AdapterVersion:
-    """Train one adapter as the recipe says and register it, live, on the base it was trained on.
+    """Train one adapter by a recipe, register it, and let it serve on the base it was trained on.
 
-    The same recipe on the same base and data again returns the version that is there. A run that
-    was killed resumes from its last checkpoint on the same worker. What evaluation and registration
-    need is checked before the first step (`preflight`). Raises TrainingError, OutOfMemoryError,
-    DataError, InvalidSpecError, NotFoundError; then nothing is registered.
+    If a version of the same recipe, base and data is registered, it is returned and nothing is
+    trained. A killed run resumes from its last checkpoint on the same worker. `preflight` checks
+    before the first step that evaluation and registration are possible. `on_event` gets the
+    training events, `on_progress` the progress of the evaluation.
+
+    Raises TrainingError, OutOfMemoryError, DataError, InvalidSpecError or NotFoundError. Nothing is
+    registered then.
     """
     resolved, base = resolve_recipe(recipe, platform)
     existing = _registered(resolved, base, platform)
@@ -110,15 +120,13 @@ def train(
             on_event(event)
 
         job = job_on(base, resolved, examples, platform)
-        run.file(_written(resolved, job.work_dir))  # first: it shows that files can be stored
+        run.file(_write_recipe(resolved, job.work_dir))  # fails early if files cannot be stored
         result = fit(job, on_event=on_training_event)
         evaluations = evaluate_on(
             base,
             resolved.suites,
             platform,
-            adapter=lambda: result.folder,
-            weights_sha256=result.weights_sha256,
-            labels={"adapter": resolved.adapter},
+            EvaluationSubject(resolved.adapter, result.weights_sha256, lambda: result.folder),
             on_progress=on_progress,
         )
         scores = {f"score/{name}": item.score for name, item in evaluations.items()}
@@ -151,7 +159,7 @@ def _registered(
 
 
 def _params(recipe: TrainingRecipe) -> dict[str, object]:
-    """Flatten a recipe into what MLflow's page shows and compares."""
+    """Return the recipe as flat parameters, which MLflow can show and compare."""
     optimizer = {f"optimizer.{k}": v for k, v in asdict(recipe.optimizer).items()}
     options = {f"{recipe.spec.peft_type}.{k}": v for k, v in recipe.spec.options.items()}
     return {
@@ -179,7 +187,7 @@ def _tags(
     }
 
 
-def _written(recipe: TrainingRecipe, folder: Path) -> Path:
+def _write_recipe(recipe: TrainingRecipe, folder: Path) -> Path:
     path = folder / "recipe.json"
     path.write_text(json.dumps(asdict(recipe), indent=2))
     return path

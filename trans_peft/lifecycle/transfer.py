@@ -12,13 +12,12 @@ from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import Compatibility, TransferOutcome, TransferTask, outcome_of
 from trans_peft.errors import replacing_paths_in_errors, translating_full_disk_errors
-from trans_peft.lifecycle.evaluations import (
-    ProgressCallback,
-    evaluate_on,
+from trans_peft.lifecycle.base_files import (
     named_fingerprint,
     reading_base,
     tokenizer_folder,
 )
+from trans_peft.lifecycle.evaluation import EvaluationSubject, ProgressCallback, evaluate_on
 from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, probe, recover
 from trans_peft.lifecycle.recovery.strategies import Candidate, recipe_on
 from trans_peft.lifecycle.resolve import base_trained_on
@@ -153,15 +152,8 @@ def _evaluate(
     if effect is None or not effect.found:
         return _incompatible(outcome, "the adapter changes no logit on this base")
 
-    reference = evaluate_on(
-        trained_on,
-        source.suites,
-        platform,
-        adapter=folder,
-        weights_sha256=source.weights_sha256,
-        labels={"adapter": source.adapter},
-        on_progress=on_progress,
-    )
+    subject = EvaluationSubject(source.adapter, source.weights_sha256, folder)
+    reference = evaluate_on(trained_on, source.suites, platform, subject, on_progress=on_progress)
     evaluator = CandidateEvaluator(
         source,
         base,
@@ -181,7 +173,7 @@ def _evaluate(
         tried=result.tried,
         training=(
             recipe_on(source.recipe, base)
-            if policy.recovery.retrain and result.open and source.recipe is not None
+            if policy.recovery.retrain and result.is_open and source.recipe is not None
             else None
         ),
     )

@@ -1,7 +1,7 @@
-"""The ladder on one new base: candidates, judged by the same gate, up to the first that passes.
+"""Apply the recovery strategies of a policy on one new base until a candidate passes the gate.
 
-Every rung is one more chance to pass, so each is judged at its share of the policy's alpha: the
-chance that anything passes that lost the margin stays at alpha, however many rungs there are.
+Each strategy is another chance to pass, so each is tested at its share of the policy's alpha. The
+probability that a candidate passes whose loss exceeds the margin therefore stays at alpha.
 """
 
 import tempfile
@@ -12,12 +12,18 @@ from pathlib import Path
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Judgement, Verdict
+from trans_peft.domain.evaluation import Evaluation, GatePolicy, Judgement, Verdict
 from trans_peft.domain.outcome import Effect
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import replacing_paths_in_errors
-from trans_peft.lifecycle.evaluations import ProgressCallback, base_folder, evaluate_on
-from trans_peft.lifecycle.recovery.strategies import Candidate, CandidateInputs, candidate
+from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.evaluation import (
+    BARE_BASE,
+    EvaluationSubject,
+    ProgressCallback,
+    evaluate_on,
+)
+from trans_peft.lifecycle.recovery.strategies import Candidate, CandidateInputs, make_candidate
 from trans_peft.lifecycle.sequential import evaluate_sequentially
 from trans_peft.ports import Platform
 from trans_peft.validation.gate import judge
@@ -27,7 +33,17 @@ __all__ = ["CandidateEvaluator", "RecoveryResult", "probe", "recover"]
 
 @dataclass(frozen=True)
 class CandidateEvaluator:
-    """Where candidates for one base are judged, each in the same way."""
+    """Evaluates candidates for one base version and applies the gate to each of them.
+
+    Attributes:
+        source: The adapter version that is transferred.
+        base: The new base version.
+        policy: The gate policy at the level of one strategy (`GatePolicy.per_strategy`).
+        reference: The evaluations of `source` on the base that it was trained on, by suite name.
+        platform: The platform.
+        fresh: The version of the adapter that was trained on `base`, if there is one.
+        on_progress: Called after each batch of items.
+    """
 
     source: AdapterVersion
     base: BaseVersion
@@ -37,47 +53,34 @@ class CandidateEvaluator:
     fresh: AdapterVersion | None = None
     on_progress: ProgressCallback | None = None
 
-    def judge(self, made: Candidate) -> tuple[Judgement, tuple[Evaluation, ...]]:
-        """Return the verdict on a candidate, and what was answered on the new base for it."""
+    def judge(self, candidate: Candidate) -> tuple[Judgement, tuple[Evaluation, ...]]:
+        """Return the verdict on a candidate, and the evaluations on the new base behind it."""
+        subject = EvaluationSubject(
+            self.source.adapter, candidate.weights_sha256, candidate.folder, self.reference
+        )
+        fresh: Mapping[str, Evaluation] = {}
         if self.policy.sequential:
-            candidate, bare = evaluate_sequentially(
+            found, bare = evaluate_sequentially(
                 self.policy,
                 self.base,
                 self.source.suites,
-                self.reference,
                 self.platform,
-                adapter=made.folder,
-                weights_sha256=made.weights_sha256,
-                labels={"adapter": self.source.adapter},
+                subject,
                 on_progress=self.on_progress,
             )
-            fresh: Mapping[str, Evaluation] = {}
         else:
-            candidate = self._answers(made.folder, made.weights_sha256, self.reference)
-            bare = self._answers(None, BARE)
-            fresh = self._fresh()
-        judgement = judge(self.policy, self.reference, candidate, bare, fresh)
-        return judgement, (*candidate.values(), *bare.values(), *fresh.values())
+            found, bare = self._evaluations(subject), self._evaluations(BARE_BASE)
+            fresh = self._fresh_evaluations()
+        judgement = judge(self.policy, self.reference, found, bare, fresh)
+        return judgement, (*found.values(), *bare.values(), *fresh.values())
 
-    def _answers(
-        self,
-        adapter: Callable[[], Path] | None,
-        weights_sha256: str,
-        elsewhere: Mapping[str, Evaluation] | None = None,
-    ) -> dict[str, Evaluation]:
+    def _evaluations(self, subject: EvaluationSubject) -> dict[str, Evaluation]:
         return evaluate_on(
-            self.base,
-            self.source.suites,
-            self.platform,
-            adapter=adapter,
-            weights_sha256=weights_sha256,
-            elsewhere=elsewhere,
-            labels={"adapter": self.source.adapter} if adapter else {},
-            on_progress=self.on_progress,
+            self.base, self.source.suites, self.platform, subject, on_progress=self.on_progress
         )
 
-    def _fresh(self) -> dict[str, Evaluation]:
-        """Return what another version of the adapter answers that was trained on this base."""
+    def _fresh_evaluations(self) -> dict[str, Evaluation]:
+        """Return the evaluations of the adapter version that was trained on the new base."""
         fresh = self.fresh
         if fresh is None:
             return {}
@@ -85,40 +88,53 @@ class CandidateEvaluator:
             tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
             replacing_paths_in_errors({Path(scratch) / "fresh": str(fresh)}),
         ):
-            return self._answers(
-                lambda: self.platform.registry.download(fresh, Path(scratch) / "fresh"),
-                fresh.weights_sha256,
+            folder = Path(scratch) / "fresh"
+            return self._evaluations(
+                EvaluationSubject(
+                    fresh.adapter,
+                    fresh.weights_sha256,
+                    lambda: self.platform.registry.download(fresh, folder),
+                )
             )
 
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """How far the ladder was climbed; `open`: the last rung did not pass, more may help."""
+    """The candidate to register, with its verdict.
+
+    Attributes:
+        candidate: The first candidate that passed, or else that of direct transfer.
+        judgement: The verdict on the candidate.
+        evaluations: The evaluations on the new base behind the verdict.
+        tried: One attempt per strategy; empty if the policy has no strategy but direct transfer.
+        is_open: Whether the last candidate failed in a way that another strategy may correct.
+    """
 
     candidate: Candidate
     judgement: Judgement
     evaluations: tuple[Evaluation, ...]
     tried: tuple[StrategyAttempt, ...]
-    open: bool
+    is_open: bool
 
 
 def recover(
     evaluator: CandidateEvaluator, policy: GatePolicy, folder: Callable[[], Path], scratch: Path
 ) -> RecoveryResult:
-    """Try one rung after the other until one passes; without one, direct transfer stands.
+    """Try the strategies of a policy in order, until a candidate passes.
 
-    Where the bare base is shown to be as good as the adapter, there is nothing to remedy.
+    `folder` returns the PEFT folder of the source version; `scratch` is a folder for new
+    candidates. Stops early at the verdict `retire`: the bare base is as good as the adapter.
     """
-    material = CandidateInputs(
+    inputs = CandidateInputs(
         evaluator.source, folder, evaluator.base, policy.recovery, evaluator.platform, scratch
     )
     tried: list[StrategyAttempt] = []
-    stands: tuple[Candidate, Judgement, tuple[Evaluation, ...]] | None = None
+    best: tuple[Candidate, Judgement, tuple[Evaluation, ...]] | None = None
     verdict = ""
     for strategy in policy.recovery.strategies:
         started = time.monotonic()
-        made = candidate(strategy, material)
-        if not isinstance(made, str) and strategy is not RecoveryStrategy.DIRECT:
+        made = make_candidate(strategy, inputs)
+        if isinstance(made, Candidate) and strategy is not RecoveryStrategy.DIRECT:
             effect = probe(made.folder(), evaluator.base, evaluator.source, evaluator.platform)
             made = made if effect.found else "it changes no logit on this base"
         if isinstance(made, str):
@@ -128,17 +144,20 @@ def recover(
         verdict = judgement.verdict.value
         seconds = time.monotonic() - started
         tried.append(StrategyAttempt(strategy, verdict, judgement.reason, seconds, made.note))
-        if stands is None or judgement.verdict is Verdict.PASSED:
-            stands = made, judgement, evaluations
+        if best is None or judgement.verdict is Verdict.PASSED:
+            best = made, judgement, evaluations
         if verdict in (Verdict.PASSED, Verdict.RETIRE):
             break
-    assert stands is not None  # direct transfer is always tried
-    ladder = tuple(tried) if len(policy.recovery.strategies) > 1 else ()
-    return RecoveryResult(*stands, ladder, open=verdict not in (Verdict.PASSED, Verdict.RETIRE))
+    assert best is not None  # direct transfer is always tried
+    return RecoveryResult(
+        *best,
+        tried=tuple(tried) if len(policy.recovery.strategies) > 1 else (),
+        is_open=verdict not in (Verdict.PASSED, Verdict.RETIRE),
+    )
 
 
 def probe(folder: Path, base: BaseVersion, source: AdapterVersion, platform: Platform) -> Effect:
-    """Return what the adapter in `folder` changes on the base: the effect probe."""
+    """Return the result of the effect probe for the adapter in `folder` on a base."""
     from trans_peft.models import load_base
     from trans_peft.transfer.effect import probe_effect
     from trans_peft.transfer.load_adapter import attached

@@ -1,7 +1,7 @@
-"""The last rung: train by the adapter's own recipe on the new base, and let the same gate decide.
+"""The last recovery strategy: train by the adapter's recipe on the new base and apply the gate.
 
-In a run of its own, because it takes as long as any training. Unlike `train`, what does not pass is
-not registered: the version of direct transfer stays the one on that base, and its verdict stands.
+It runs as a flow of its own, because it takes as long as any training. Unlike `train`, it registers
+nothing if the adapter does not pass: the version and the verdict of direct transfer remain.
 """
 
 import time
@@ -16,7 +16,7 @@ from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.evaluations import ProgressCallback, evaluate_on
+from trans_peft.lifecycle.evaluation import EvaluationSubject, ProgressCallback, evaluate_on
 from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator
 from trans_peft.lifecycle.recovery.strategies import Candidate
 from trans_peft.lifecycle.resolve import base_trained_on, find_base
@@ -36,11 +36,11 @@ def retrain(
     on_event: Callable[[Event], None],
     on_progress: ProgressCallback | None = None,
 ) -> TransferOutcome:
-    """Train on the recipe's base, judge against the adapter on its old base, record the outcome.
+    """Train on the recipe's base, compare with the adapter on its old base, record the outcome.
 
-    `recipe` is the `training` of an outcome that a transfer left. NotFoundError where there is none
-    on that base, or the base that the adapter was trained on is gone, before anything is trained;
-    otherwise what training raises, and then nothing is recorded.
+    `recipe` is the `training` of the outcome of a transfer. Raises NotFoundError before the
+    training if the adapter has no outcome on that base, or if the base that the adapter was trained
+    on is no longer in the catalog. If the training raises an error, nothing is recorded.
     """
     started = time.monotonic()
     base = find_base(recipe.family, recipe.base_version, platform)
@@ -48,22 +48,20 @@ def retrain(
     source, earlier = adapter.source, adapter.outcome_on(base)
     if earlier is None:
         raise NotFoundError(
-            f"{source.adapter} was never judged on {base}: there is nothing to remedy",
-            do="transfer it first, or train it with `train`",
+            f"{source.adapter} has no verdict on {base}, so it cannot be retrained there",
+            expected="the outcome of a transfer, which retraining replaces",
+            do="reconcile the family first, or train the adapter with `train`",
         )
     trained_on = base_trained_on(source, platform.catalog.versions(source.family))
     resolved, _ = resolve_recipe(recipe, platform)
     job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
     result = fit(job, on_event=on_event)
-    reference = evaluate_on(
-        trained_on,
-        source.suites,
-        platform,
-        adapter=lambda: platform.registry.download(source, job.work_dir / "source"),
-        weights_sha256=source.weights_sha256,
-        labels={"adapter": source.adapter},
-        on_progress=on_progress,
+    subject = EvaluationSubject(
+        source.adapter,
+        source.weights_sha256,
+        lambda: platform.registry.download(source, job.work_dir / "source"),
     )
+    reference = evaluate_on(trained_on, source.suites, platform, subject, on_progress=on_progress)
     evaluator = CandidateEvaluator(
         source,
         base,
@@ -113,7 +111,7 @@ def retrain(
 def _stored(
     source: AdapterVersion, base: BaseVersion, platform: Platform
 ) -> tuple[Evaluation, ...]:
-    """Return the whole evaluations that the verdict of direct transfer rests on."""
+    """Return the stored evaluations behind the verdict of direct transfer, whole suites only."""
     sides = (
         (source.weights_sha256, source.base_fingerprint_sha256),
         (source.weights_sha256, base.fingerprint_sha256),

@@ -1,8 +1,8 @@
-"""The rungs beyond direct transfer: how each makes a candidate for the new base.
+"""Recovery strategies: how each one makes a candidate for the new base.
 
-A rung that cannot be tried says why, in words, and the verdict so far stands. All of them read the
-adapter's own training rows and none of the items that judge, so nothing about those was chosen to
-look good; that each rung is a further chance to pass is what `GatePolicy.per_strategy` pays for.
+A strategy that cannot be applied returns the reason as text, and the verdict so far remains. All
+strategies read the adapter's training rows and never the items of a suite, so that candidates are
+not selected by the items that evaluate them.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,19 +24,26 @@ from trans_peft.errors import (
     TrainingCancelled,
     TrainingError,
 )
-from trans_peft.lifecycle.evaluations import base_folder
+from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
 from trans_peft.text.saved_template import saved_template
 
-__all__ = ["Candidate", "CandidateInputs", "candidate", "recipe_on"]
+__all__ = ["Candidate", "CandidateInputs", "make_candidate", "recipe_on"]
 
-_SEARCH_ROWS = 64
+_SEARCH_ROWS = 64  # training rows that are read to select a scale factor
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Bytes that may become the adapter's version on the new base."""
+    """Weights that may become the adapter's version on the new base.
+
+    Attributes:
+        strategy: The strategy that made the weights.
+        folder: Returns the PEFT folder with the weights.
+        weights_sha256: The hash of the weights.
+        note: The settings that were used, such as the scale factor or the number of steps.
+    """
 
     strategy: RecoveryStrategy
     folder: Callable[[], Path]
@@ -46,9 +53,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateInputs:
-    """What candidates for `base` are made of: the bytes of `source`, a PEFT folder from `folder`.
+    """What a strategy needs to make a candidate for `base`.
 
-    What is made lies in `scratch`, or among the platform's trainings.
+    Attributes:
+        source: The adapter version that is transferred.
+        folder: Returns the PEFT folder of `source`.
+        base: The new base version.
+        recovery: The settings of the strategies.
+        platform: The platform. Retuning runs below its work folder.
+        scratch: A folder for other candidates.
     """
 
     source: AdapterVersion
@@ -59,87 +72,91 @@ class CandidateInputs:
     scratch: Path
 
 
-def candidate(strategy: RecoveryStrategy, of: CandidateInputs) -> Candidate | str:
-    """Make what a rung would put on the base, or say why it makes nothing.
+def make_candidate(strategy: RecoveryStrategy, inputs: CandidateInputs) -> Candidate | str:
+    """Return the candidate of a strategy, or the reason why there is none.
 
-    TrainingCancelled where somebody ends it.
+    Raises TrainingCancelled if the training is cancelled.
     """
     if strategy is RecoveryStrategy.DIRECT:
-        return Candidate(strategy, of.folder, of.source.weights_sha256)
-    recipe = of.source.recipe
+        return Candidate(strategy, inputs.folder, inputs.source.weights_sha256)
+    recipe = inputs.source.recipe
     if recipe is None:
-        return "how it was trained is not known, so there are no rows to read"
+        return "the adapter has no recipe, so its training rows are unknown"
     if strategy is RecoveryStrategy.RETRAINED:
-        return "left to a training run of its own"
+        return "runs as a training flow of its own"
     try:
-        rows = read_examples(recipe.data, of.platform.store)
+        rows = read_examples(recipe.data, inputs.platform.store)
     except (NotFoundError, IntegrityError, DataError) as error:
-        return f"its training rows are not to be had: {error}"
+        return f"its training rows cannot be read: {error}"
     return (
-        _rescaled(of, rows) if strategy is RecoveryStrategy.RESCALED else _retuned(of, recipe, rows)
+        _rescaled(inputs, rows)
+        if strategy is RecoveryStrategy.RESCALED
+        else _retuned(inputs, recipe, rows)
     )
 
 
 def recipe_on(recipe: TrainingRecipe, base: BaseVersion) -> TrainingRecipe:
-    """Return the recipe that trains the same adapter anew on another base."""
+    """Return the recipe that trains the same adapter on another base."""
     return replace(recipe, base_version=base.version)
 
 
-def _rescaled(of: CandidateInputs, rows: Sequence[Example]) -> Candidate | str:
-    """Take the factor under which the first training rows are likeliest on the new base."""
+def _rescaled(inputs: CandidateInputs, rows: Sequence[Example]) -> Candidate | str:
+    """Scale the adapter by the factor with the highest likelihood of its first training rows."""
     from trans_peft.models import load_base
     from trans_peft.transfer.scaling import has_scale, rescaled
 
-    folder = of.folder()
+    folder = inputs.folder()
     if not has_scale(folder):
-        return f"a {of.source.method} adapter has no scale"
-    loaded = load_base(base_folder(of.base, of.platform), of.source.suites[0].dtype)
+        return f"an adapter of the type {inputs.source.method} has no scale"
+    loaded = load_base(base_folder(inputs.base, inputs.platform), inputs.source.suites[0].dtype)
     found = {1.0: _loss(loaded, folder, rows[:_SEARCH_ROWS])}
-    for factor in of.recovery.scales:
-        scaled = rescaled(folder, of.scratch / f"rescaled-{factor:g}", factor)
-        found[factor] = _loss(loaded, scaled, rows[:_SEARCH_ROWS])
+    for factor in inputs.recovery.scales:
+        candidate = rescaled(folder, inputs.scratch / f"rescaled-{factor:g}", factor)
+        found[factor] = _loss(loaded, candidate, rows[:_SEARCH_ROWS])
     best = min(found, key=lambda factor: (found[factor], abs(factor - 1)))
     if best == 1:
-        return "no factor makes its training rows likelier than they are"
-    made = of.scratch / f"rescaled-{best:g}"
-    note = f"scale x {best:g}, {found[1.0]:.3f} -> {found[best]:.3f} nats a row"
-    return Candidate(RecoveryStrategy.RESCALED, lambda: made, adapter_weights_sha256(made), note)
+        return "no factor increases the likelihood of its training rows"
+    scaled = inputs.scratch / f"rescaled-{best:g}"
+    note = f"scale x {best:g}, {found[1.0]:.3f} -> {found[best]:.3f} nats per row"
+    return Candidate(
+        RecoveryStrategy.RESCALED, lambda: scaled, adapter_weights_sha256(scaled), note
+    )
 
 
 def _loss(loaded: Any, folder: Path, rows: Sequence[Example]) -> float:
-    """Return the negative log-likelihood of the answers, nats a row."""
+    """Return the mean negative log-likelihood of the completions, in nats per row."""
     from trans_peft.transfer.load_adapter import attached
     from trans_peft.validation.decoding.likelihoods import log_likelihoods
 
     template = saved_template(folder)
     prompts = prompt_ids(rows, loaded.tokenizer, template)
     wholes = full_ids(rows, loaded.tokenizer, template)
-    asked = [
+    pairs = [
         (prompt, [whole[len(prompt) :]]) for prompt, whole in zip(prompts, wholes, strict=True)
     ]
     with attached(loaded.model, folder) as model:
-        return -sum(found for (found,) in log_likelihoods(model, asked)) / len(asked)
+        return -sum(found for (found,) in log_likelihoods(model, pairs)) / len(pairs)
 
 
 def _retuned(
-    of: CandidateInputs, recipe: TrainingRecipe, rows: Sequence[Example]
+    inputs: CandidateInputs, recipe: TrainingRecipe, rows: Sequence[Example]
 ) -> Candidate | str:
-    """Go on training from the old weights, by the same recipe, for a few steps."""
+    """Continue training from the source's weights on the new base for a few steps."""
     from trans_peft.training.job import TrainingJob
     from trans_peft.training.launch import fit
 
-    steps = of.recovery.retune_steps
+    steps = inputs.recovery.retune_steps
     optimizer = replace(
         recipe.optimizer, steps=steps, warmup_steps=min(recipe.optimizer.warmup_steps, steps // 10)
     )
     job = TrainingJob(
-        recipe=replace(recipe_on(recipe, of.base), optimizer=optimizer),
-        base_folder=base_folder(of.base, of.platform),
-        base_name=of.base.uri,
-        base_revision=of.base.fingerprint_sha256,
-        data_file=write_examples(rows, of.scratch / "rows.jsonl"),
-        work_dir=of.platform.work_dir / "training",
-        start=of.folder(),
+        recipe=replace(recipe_on(recipe, inputs.base), optimizer=optimizer),
+        base_folder=base_folder(inputs.base, inputs.platform),
+        base_name=inputs.base.uri,
+        base_revision=inputs.base.fingerprint_sha256,
+        data_file=write_examples(rows, inputs.scratch / "rows.jsonl"),
+        work_dir=inputs.platform.work_dir / "training",
+        start=inputs.folder(),
     )
     job = replace(job, work_dir=job.work_dir / f"retune-{job.identity()[:16]}")
     try:
@@ -147,6 +164,6 @@ def _retuned(
     except TrainingCancelled:
         raise
     except (TrainingError, DataError, AdapterError, InvalidSpecError) as error:
-        return f"training failed: {error}".replace(str(job.start), str(of.source))
+        return f"training failed: {error}".replace(str(job.start), str(inputs.source))
     note = f"{steps} steps, {result.seconds:.0f} s of training"
     return Candidate(RecoveryStrategy.RETUNED, lambda: result.folder, result.weights_sha256, note)

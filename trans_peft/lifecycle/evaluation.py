@@ -1,0 +1,240 @@
+"""Evaluate adapters and bare bases on suites. Stored evaluations are reused."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from trans_peft.data import pin, read_examples
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import BARE, Evaluation, Suite
+from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.ports import Platform
+from trans_peft.text.chat import template_of
+from trans_peft.text.saved_template import saved_template
+
+if TYPE_CHECKING:
+    from trans_peft.models import LoadedBase
+    from trans_peft.validation.tokenized_suite import TokenizedSuite
+
+    _SuitesOfBase = OrderedDict[tuple[Suite, str | None], TokenizedSuite]
+
+__all__ = [
+    "BARE_BASE",
+    "EvaluationProgress",
+    "EvaluationSubject",
+    "ProgressCallback",
+    "evaluate_on",
+    "pin_suites",
+    "progress_reporter",
+    "tokenized_suite_for",
+]
+
+_MAX_SUITES_PER_BASE = 16
+"""Tokenized suites that are kept for one base, the most recently used first. The limit keeps memory
+constant in a fleet where every adapter has a suite of its own."""
+
+_tokenized_suites: "WeakKeyDictionary[LoadedBase, _SuitesOfBase]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class EvaluationSubject:
+    """What is evaluated on a base: an adapter, or the bare base (`BARE_BASE`).
+
+    Attributes:
+        name: The adapter's name, for progress reports and for the labels of stored evaluations.
+        weights_sha256: The hash of the adapter's weights; part of the evaluation's key.
+        folder: Returns the adapter's PEFT folder. It is called only if items must be evaluated.
+            None for the bare base.
+        reference: Evaluations of the same adapter on another base, by suite name. Decoding uses the
+            answers that they keep as drafts.
+    """
+
+    name: str
+    weights_sha256: str
+    folder: Callable[[], Path] | None
+    reference: Mapping[str, Evaluation] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels that a stored evaluation gets."""
+        return {} if self.folder is None else {"adapter": self.name}
+
+    def drafts(self, suite: str) -> Mapping[str, str]:
+        """Return the kept answers of the reference to a suite, by item id."""
+        reference = self.reference.get(suite)
+        return {} if reference is None else reference.kept_answers
+
+
+BARE_BASE = EvaluationSubject("bare base", BARE, None)
+"""The base version without an adapter."""
+
+
+@dataclass(frozen=True)
+class EvaluationProgress:
+    """The progress of one subject on one suite and one base version.
+
+    Attributes:
+        adapter: The name of the adapter, or "bare base".
+        suite: The name of the suite.
+        base: The label of the base version.
+        done: The number of items that are evaluated.
+        total: The number of items of the suite.
+        eta_s: The remaining time in seconds at the average speed so far. It is an upper estimate:
+            the longest items come first, and a sequential test may stop early.
+    """
+
+    adapter: str
+    suite: str
+    base: str
+    done: int
+    total: int
+    eta_s: float
+
+    @property
+    def what(self) -> str:
+        """A description of the evaluation that stays the same from the first to the last item."""
+        return f"{self.adapter}: {self.suite} on {self.base}"
+
+    def __str__(self) -> str:
+        rest = f", {self.eta_s:.0f} s left" if self.done < self.total else ""
+        return f"{self.what}: {self.done} of {self.total} items{rest}"
+
+
+ProgressCallback = Callable[[EvaluationProgress], None]
+"""Called after each batch of items."""
+
+
+def progress_reporter(
+    on_progress: ProgressCallback | None,
+    subject: EvaluationSubject,
+    suite: Suite,
+    base: BaseVersion,
+    *,
+    before: int = 0,
+    total: int | None = None,
+) -> Callable[[int, int], None]:
+    """Return a function that takes (items done, items in total) and calls `on_progress`.
+
+    The estimate of the remaining time starts with this call. `before` items were evaluated earlier;
+    `total` replaces the total of the call, for an evaluation that runs in parts.
+    """
+    started = time.monotonic()
+
+    def report(done: int, of: int) -> None:
+        if on_progress is None:
+            return
+        whole, done = (of if total is None else total), before + done
+        eta_s = (time.monotonic() - started) / (done - before) * (whole - done)
+        on_progress(EvaluationProgress(subject.name, suite.name, base.version, done, whole, eta_s))
+
+    return report
+
+
+def pin_suites(suites: Sequence[Suite], platform: Platform) -> tuple[Suite, ...]:
+    """Return the suites with the hash of the data that they name now.
+
+    A suite that is pinned already keeps its hash.
+    """
+    return tuple(
+        suite if suite.data.sha256 else replace(suite, data=pin(suite.data, platform.store))
+        for suite in suites
+    )
+
+
+def tokenized_suite_for(
+    suite: Suite, base: "LoadedBase", platform: Platform, template: str | None = None
+) -> "TokenizedSuite":
+    """Return a pinned suite as token ids of a base's tokenizer.
+
+    Each suite is read, checked and tokenized once while the base stays in memory. `template` is the
+    adapter's own chat template; None means the base's. Raises what `trans_peft.data.read_examples`
+    and `trans_peft.validation.tokenized_suite.prepare` raise.
+    """
+    from trans_peft.validation.evaluate import context_of
+    from trans_peft.validation.tokenized_suite import prepare
+
+    kept = _tokenized_suites.setdefault(base, OrderedDict())
+    template = template_of(base.tokenizer) if template is None else template
+    key = (suite, template)
+    if key not in kept:
+        examples = read_examples(suite.data, platform.store, limit=suite.limit)
+        kept[key] = prepare(
+            base.tokenizer,
+            suite,
+            examples,
+            context=context_of(base.model),
+            template=template,
+            may_lack=platform.may_lack,
+        )
+        while len(kept) > _MAX_SUITES_PER_BASE:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]
+
+
+def evaluate_on(
+    base: BaseVersion,
+    suites: Sequence[Suite],
+    platform: Platform,
+    subject: EvaluationSubject = BARE_BASE,
+    *,
+    on_progress: ProgressCallback | None = None,
+) -> dict[str, Evaluation]:
+    """Return one evaluation per suite name of a subject on a base.
+
+    Evaluations with the same key in the evaluation store are returned from there. A model is loaded
+    only if one is missing. Each new evaluation is stored as soon as it is complete.
+
+    Example::
+
+        subject = EvaluationSubject("chat", adapter_weights_sha256(folder), lambda: folder)
+        evaluations = evaluate_on(base, pin_suites(suites, platform), platform, subject)
+        print({suite: evaluation.score for suite, evaluation in evaluations.items()})
+    """
+    stored = {  # all reads come first: the store must respond before hours of evaluation
+        suite.name: platform.evaluations.get(
+            suite.evaluation_key(subject.weights_sha256, base.fingerprint_sha256)
+        )
+        for suite in suites
+    }
+    found: dict[str, Evaluation] = {}
+    for suite in suites:
+        evaluation = stored[suite.name]
+        if evaluation is None:
+            evaluation = _evaluate(base, suite, platform, subject, on_progress)
+            labels = {"family": base.family, "base": base.version} | subject.labels
+            platform.evaluations.put(evaluation, labels=labels)
+        found[suite.name] = evaluation
+    return found
+
+
+def _evaluate(
+    base: BaseVersion,
+    suite: Suite,
+    platform: Platform,
+    subject: EvaluationSubject,
+    on_progress: ProgressCallback | None,
+) -> Evaluation:
+    from trans_peft.models import load_base
+    from trans_peft.transfer.load_adapter import attached
+    from trans_peft.validation.evaluate import answer
+
+    loaded = load_base(base_folder(base, platform), suite.dtype)
+    folder = None if subject.folder is None else subject.folder()
+    template = None if folder is None else saved_template(folder)
+    tokenized = tokenized_suite_for(suite, loaded, platform, template)
+    subject_model = nullcontext(loaded.model) if folder is None else attached(loaded.model, folder)
+    with subject_model as model:
+        return answer(
+            model,
+            tokenized,
+            weights_sha256=subject.weights_sha256,
+            base_fingerprint_sha256=base.fingerprint_sha256,
+            drafts=subject.drafts(suite.name),
+            on_progress=progress_reporter(on_progress, subject, suite, base),
+        )
