@@ -38,7 +38,7 @@ class FleetAndPeople(RuleBasedStateMachine):
     def registry(self):
         return self.fleet.platform.registry
 
-    # Base versions and people
+    # Base versions and training
 
     @precondition(lambda self: len(self.bases) < 4)
     @rule()
@@ -63,7 +63,7 @@ class FleetAndPeople(RuleBasedStateMachine):
         self.fleet.promote(data.draw(st.sampled_from([*self.bases, None])))
 
     @rule(data=st.data())
-    def set_an_alias_by_hand(self, data):
+    def set_an_alias_manually(self, data):
         adapter = data.draw(st.sampled_from(self.registry.adapters(FAMILY)))
         base = data.draw(st.sampled_from(self.bases))
         numbers = [version.number for version in self.registry.versions(adapter)]
@@ -78,7 +78,7 @@ class FleetAndPeople(RuleBasedStateMachine):
     def retire(self, data):
         self.registry.retire_manually(data.draw(st.sampled_from(self.registry.adapters(FAMILY))))
 
-    # The product
+    # Reconcile
 
     @rule(verdict=st.sampled_from(JUDGED), count=st.integers(1, 4))
     def judge(self, verdict, count):
@@ -111,7 +111,7 @@ class FleetAndPeople(RuleBasedStateMachine):
         again = self.fleet.apply_verdicts(HALF)
         assert (again.aliases, again.promoted) == ((), None)
 
-    # What holds whenever one looks
+    # Invariants
 
     @invariant()
     def manual_overrides_are_kept(self):

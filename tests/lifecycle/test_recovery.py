@@ -223,7 +223,7 @@ def test_retraining_is_evaluated_by_the_same_gate(setup):
     version = setup.version(passed)
     assert (version.is_trained, version.made_by) == (True, "trained anew")
 
-    # Each base has what was trained on it, and neither is judged by the other.
+    # Each base has the version that was trained on it, and no transfer is planned.
     fleet = observe(FAMILY, setup.platform)
     assert plan(fleet, policy).work == ()
     apply_verdicts(fleet, policy, PromotionPolicy(), setup.platform)

@@ -49,9 +49,8 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
     next `pending` returns the upload again.
     """
     uri, source = upload.uri, "registered" if upload.registered else "upload"
-    record = _refusal_file(
-        upload, platform
-    )  # before the read: identifies the files as they are now
+    # Named after the files as they are before the read, so that a later change invalidates it.
+    record = _refusal_file(upload, platform)
     try:
         expected = _admitted(upload, platform)
         if needs_conversion(uri, platform.store):
