@@ -38,8 +38,8 @@ class EnvironmentSettings(BaseSettings):
             return
         # Outside of the handler: pydantic's own error shows the values of secrets.
         raise InvalidSpecError(
-            f"The settings cannot be used: {'; '.join(problems)}",
-            do="correct these environment variables",
+            f"the environment variables of this program cannot be used: {'; '.join(problems)}",
+            do="correct the variables that are named above, and start it again",
         )
 
     @classmethod
