@@ -1,11 +1,15 @@
 """Power and saved items of the sequential gate, from 10,000 simulated adapters per table row.
 
     python -m benchmarks.sequential [--adapters 10000]
+    python -m benchmarks.sequential --level
 
 Each adapter is judged on one suite by the betting tests against its old base, which are examined
 after each batch as in `trans_peft.validation.statistics.sequential`. The figures of the fixed-size
 test are exact. The loss of an adapter is that of the population, from which its items are drawn.
 The benchmark takes less than a minute on one core. Its tables are in docs/verdicts.md.
+
+`--level` prints the exact level of the fixed-size test instead: the largest probability that a loss
+equal to the margin passes, over 50 to 500 items. This takes a minute as well.
 """
 
 import argparse
@@ -83,10 +87,33 @@ def fixed_size_power(n: int, discordant: float, loss: float) -> tuple[float, flo
     return float(p[t > z].sum()), float(p[t < -z].sum())
 
 
+def print_levels() -> None:
+    largest: dict[float, tuple[float, int]] = {}
+    for n in range(50, 501):
+        b, c = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
+        possible = b + c <= n
+        b, c = b[possible], c[possible]
+        passes = score_statistic(n, b, c, -MARGIN) > norm.isf(ALPHA)
+        b, c = b[passes], c[passes]
+        for discordant in (MARGIN + 1e-5, 0.06, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5):
+            worse, better = (discordant + MARGIN) / 2, (discordant - MARGIN) / 2
+            p = binom.pmf(b, n, worse) * binom.pmf(c, n - b, better / (1 - worse))
+            largest[discordant] = max(largest.get(discordant, (0.0, 0)), (float(p.sum()), n))
+    print("| discordant | largest pass rate at a loss of 5 | at items |")
+    print("| -- | -- | -- |")
+    for discordant, (level, n) in largest.items():
+        print(f"| {discordant:.0%} | {level:.1%} | {n} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapters", type=int, default=10_000)
-    adapters = parser.parse_args().adapters
+    parser.add_argument("--level", action="store_true", help="print the fixed-size test's level")
+    arguments = parser.parse_args()
+    if arguments.level:
+        print_levels()
+        return
+    adapters = arguments.adapters
     print("| items | discordant | passed, loss 5 | passed, loss 0 | fixed size | items, loss 0 |")
     print("|---|---|---|---|---|---|")
     for n in (200, 500, 1319):

@@ -40,6 +40,17 @@ def test_the_table_of_outcomes_matches_the_code(row):
     assert percents == [round(100 * x) for x in (smaller, larger, 1 - smaller - larger)]
 
 
+@pytest.mark.parametrize(
+    ("items", "discordant", "level"),
+    [(52, 0.10, "5.4 %"), (52, 0.06, "5.8 %"), (52, 0.05001, "6.9 %")],
+)
+def test_the_largest_levels_match_the_code(items, discordant, level):
+    assert level in PAGE.split("**Bounds.**")[1].split("**Margin.**")[0]
+    b, c, p = trinomial(items, (discordant + 0.05) / 2, (discordant - 0.05) / 2)
+    passed = p[score_statistic(items, b, c, -0.05) > norm.isf(0.05)].sum()
+    assert f"{100 * passed:.1f} %" == level
+
+
 @pytest.mark.parametrize(("margin", "items"), [(0.05, 510), (0.03, 1390), (0.02, 3100)])
 def test_the_items_for_80_percent_power_match_the_code(margin, items):
     assert f"{items:,}" in PAGE
