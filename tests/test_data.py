@@ -90,7 +90,7 @@ BAD = [
     (json.dumps(PLAIN | {"id": True}), "id must be text or a whole number, found True"),
     (json.dumps(PLAIN | {"id": ""}), "id must be text or a whole number, found ''"),
     (json.dumps(ALPACA | {"input": 3}), "input must be text, found int"),
-    (json.dumps({"messages": []}), "at least a question and its answer"),
+    (json.dumps({"messages": []}), "at least two messages, a question and its answer"),
     (
         json.dumps({"messages": CHAT["messages"][:2]}),
         "the last message must have the role assistant",
@@ -104,7 +104,10 @@ BAD = [
         json.dumps({"messages": [{"role": "tool", "content": "x"}, *CHAT["messages"][1:]]}),
         "message 1 has the role 'tool'",
     ),
-    (json.dumps({"messages": CHAT["messages"][1:2] + CHAT["messages"]}), "only the first may be"),
+    (
+        json.dumps({"messages": CHAT["messages"][1:2] + CHAT["messages"]}),
+        "which only the first message may have",
+    ),
     (
         json.dumps({"messages": [{"role": "user", "content": ""}, CHAT["messages"][2]]}),
         "the content of message 1 is empty",

@@ -207,7 +207,7 @@ def two_columns(name):
 def test_a_repeated_column_is_refused(tmp_path):
     source = DataSource(str(tmp_path / "mine.parquet"))
     pyarrow.parquet.write_table(two_columns("prompt"), source.uri)
-    with pytest.raises(DataError, match=r"mine\.parquet: several columns of the same name"):
+    with pytest.raises(DataError, match=r"mine\.parquet has several columns of the same name"):
         read_examples(source, FileStore())
     struct = pyarrow.struct([("role", pyarrow.string()), ("role", pyarrow.string())])
     turns = pyarrow.array([[]], pyarrow.list_(struct))

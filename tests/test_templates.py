@@ -221,8 +221,8 @@ def test_choices_and_references_are_read_and_written(tmp_path):
     [
         ({"choices": "ab"}, "must be a list of texts"),
         ({"choices": ["a", 1]}, "must be a list of texts"),
-        ({"choices": ["a"]}, "two texts or more"),
-        ({"choices": ["a", "b", "a"]}, "two texts or more"),
+        ({"choices": ["a"]}, "at least two different texts"),
+        ({"choices": ["a", "b", "a"]}, "at least two different texts"),
         ({"choices": ["b", "c"]}, "the answer 'a' is not one of the choices"),
         ({"reference": 5}, "reference must be text"),
         ({"reference": " "}, "reference is empty"),
