@@ -27,7 +27,7 @@ def start_training(recipe: TrainingRecipe, policy: GatePolicy) -> bool:
     Reconcile calls this as long as the outcome of the adapter has an untried recipe. Each call
     starts a new run if the earlier ones have ended without success. Returns False after three runs.
     """
-    key = content_sha256(["train anew", recipe, policy])
+    key = content_sha256(["retrain", recipe, policy])
     for attempt in range(MAX_ATTEMPTS):
         run = cast(  # `run_deployment` returns a coroutine in asynchronous code only
             FlowRun,

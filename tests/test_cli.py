@@ -134,10 +134,10 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_invalid_input_is_reported_without_a_traceback(case, cli):
-    arguments, words = BAD_INPUT[case]
+    arguments, message = BAD_INPUT[case]
     code, out, err = cli.run(*arguments)
     assert code == 2
-    assert words in err
+    assert message in err
     assert out == ""
     assert "Traceback" not in err
     assert not (cli.folder / "x").exists()
@@ -160,22 +160,22 @@ def test_all_problems_of_a_recipe_are_reported_at_once(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("perturbation", "words"),
+    ("perturbation", "message"),
     [
         ({"masking_p": float("nan")}, "masking_p must lie in [0, 1), not nan"),
         ({"dropping_p": 1.0}, "dropping_p must lie in [0, 1), not 1.0"),
         ({"masking_p": 0.0, "dropping_p": 0.0, "spared_layers": [0]}, "spared_layers is given"),
     ],
 )
-def test_an_invalid_perturbation_is_reported(perturbation, words, cli, tmp_path):
+def test_an_invalid_perturbation_is_reported(perturbation, message, cli, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(RECIPE | {"perturbation": perturbation}))
     code, _, err = cli.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
     assert code == 2
-    assert words in err
+    assert message in err
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "message"),
     [
         ("s.json", "{", "cannot be read"),
         ("s.yaml", "a: [", "cannot be read"),
@@ -183,11 +183,11 @@ def test_an_invalid_perturbation_is_reported(perturbation, words, cli, tmp_path)
         ("s.yaml", "- 1", "is not a valid Suite"),
     ],
 )
-def test_files_that_cannot_be_read_are_reported(name, text, words, cli, tmp_path):
+def test_files_that_cannot_be_read_are_reported(name, text, message, cli, tmp_path):
     (tmp_path / name).write_text(text)
     code, _, err = cli.run("evaluate", "mine", "--base", "v1", "--suite", tmp_path / name)
     assert code == 2
-    assert words in err
+    assert message in err
 
 
 def test_a_failure_has_another_exit_code_than_invalid_input(cli, monkeypatch):

@@ -1,4 +1,4 @@
-"""One rule for every name, held by everything that takes one."""
+"""The rule for names, and every function and class that checks it."""
 
 import re
 import string
@@ -47,12 +47,12 @@ SUITE = Suite("s", DATA)
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_name_that_every_store_takes_is_a_name(name):
+def test_a_name_that_every_store_allows_is_valid(name):
     assert name_problem("family", name) is None
 
 
 @pytest.mark.parametrize("name", BAD, ids=lambda name: quoted(name, 20))
-def test_any_other_is_refused_in_words_that_can_be_printed(name):
+def test_any_other_name_is_refused_with_a_printable_message(name):
     problem = name_problem("family", name)
     assert problem is not None
     assert problem.startswith("family ")
@@ -92,7 +92,7 @@ def test_a_name_satisfies_the_rules_of_every_store(name):
         lambda name: AdapterVersion("a", 1, "f", "v1", "", name, "", "", "LORA", ()),
     ],
 )
-def test_every_noun_refuses_it(build):
+def test_every_domain_class_refuses_an_invalid_name(build):
     build("fine-1.0")
     for name in BAD_TEXT:
         with pytest.raises(InvalidSpecError):
@@ -111,7 +111,7 @@ def test_a_recipe_names_a_version_or_an_alias_and_a_label_may_be_empty():
             GatePolicy(label=name)
 
 
-def test_all_bad_names_of_a_manifest_are_told_at_once():
+def test_all_invalid_names_of_a_manifest_are_reported_at_once():
     text = (
         b'{"format": "trans-peft/base-manifest/1", "family": "A\'s", "version": "a b", '
         b'"parent": "../x", "files": [{"name": "a", "size": 1, "sha256": "' + b"0" * 64 + b'"}]}'
@@ -122,7 +122,7 @@ def test_all_bad_names_of_a_manifest_are_told_at_once():
         check_names("the plan", family="a b", base_version="c d")
 
 
-def test_names_that_differ_by_case_alone_are_one_name():
+def test_names_that_differ_in_case_alone_count_as_one():
     assert same_but_for_case("Smol", ["smal", "Smol", "SMOL"]) == "SMOL"
     check_case("family", "smol", ["smol", "smal"])
     with pytest.raises(InvalidSpecError, match="upper and lower case alone"):
@@ -133,7 +133,7 @@ def test_names_that_differ_by_case_alone_are_one_name():
 @example("latest")
 @example("s3://bucket/on-0123456789ab/adapter")
 @example("../модели/v1 (copy)")
-def test_names_that_the_command_line_makes_of_paths_are_names(path):
+def test_default_names_of_the_command_line_are_valid(path):
     for uri in (f"s3://bucket/{path}", f"s3://{path}", f"/models/{path}"):
         if "\x00" not in uri:
             assert name_problem("version", base_label(uri)) is None
@@ -143,7 +143,7 @@ def test_names_that_the_command_line_makes_of_paths_are_names(path):
 
 @pytest.mark.parametrize("name", ["A's adapter", "a/b", "latest", ""])
 @pytest.mark.parametrize("field", ["adapter", "family"])
-def test_an_adoption_under_another_name_ends_before_it_locks_or_writes(field, name):
+def test_an_adoption_with_an_invalid_name_takes_no_lock_and_writes_nothing(field, name):
     given = {"adapter": "a", "family": "f"} | {field: name}
     with pytest.raises(InvalidSpecError, match=field):
         adopt_adapter.fn(given["adapter"], "s3://x", given["family"], (SUITE,), None)

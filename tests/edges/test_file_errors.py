@@ -4,7 +4,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 from mlflow.exceptions import MlflowException
 
-from trans_peft.edges.mlflow_client import mapped_errors
+from trans_peft.edges.mlflow_client import Tracking, mapped_errors
 from trans_peft.errors import AccessError, NotFoundError, StoreError
 
 WHERE = "The following failures occurred while downloading one or more artifacts from s3://b:\n"
@@ -51,3 +51,12 @@ def test_a_missing_file_beside_one_that_did_not_arrive_is_no_missing_file():
     text = f"{WHERE}##### File x #####\n{boto('404')}\n##### File y #####\n{boto('500')}"
     with pytest.raises(StoreError), mapped_errors("http://mlflow"):
         raise MlflowException(text)
+
+
+@pytest.mark.servers
+def test_a_missing_file_in_a_bucket_is_not_found(servers, unique, tmp_path):
+    tracking = Tracking(servers.mlflow_url)
+    uri = f"s3://{servers.bucket}/{unique}/adapter"
+    with pytest.raises(NotFoundError) as caught, mapped_errors(servers.mlflow_url):
+        tracking._download(uri, str(tmp_path))
+    assert type(caught.value) is NotFoundError

@@ -436,7 +436,7 @@ def test_a_store_of_evaluations_without_an_answer_stops_no_planning(two):
         assert {work.estimated_seconds for work in found.work} == {None}
         assert platform.evaluations.calls == 1
         page = report("spoilt", platform).markdown()
-        assert page.count("the scores of stored evaluations are left out") == 1
+        assert page.count("the scores of stored evaluations are missing") == 1
         assert platform.evaluations.calls == 2
 
 
@@ -462,6 +462,17 @@ def test_a_recipe_with_a_number_that_is_not_finite_sets_its_adapter_aside(
         assert [adapter.name for adapter in seen.adapters] == ["good"]
         (line,) = seen.unreadable
         assert line.startswith("bad: ")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+def test_an_outcome_with_such_a_recipe_sets_its_adapter_aside(two, number):
+    name = f"outcome.{two.v2.alias}"
+    kept = json.loads(own_tags(two.tracking.version("bad", 2).tags)[name])
+    kept["outcome"]["training"] = RECIPE | {"spec": {"options": {"r": float(number)}}}
+    with two.version_tag("bad", "2", name, json.dumps(kept)):
+        seen = two.assert_others_continue()
+        assert [adapter.name for adapter in seen.adapters] == ["good"]
+        assert seen.unreadable[0].startswith("bad: ")
 
 
 @pytest.mark.parametrize(

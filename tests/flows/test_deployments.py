@@ -21,9 +21,8 @@ DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 (RECONCILE,) = [d for d in DEPLOYMENTS if d["entrypoint"].endswith(":reconcile")]
 
 
-@pytest.mark.parametrize("noun", [("policy", GatePolicy), ("promotion", PromotionPolicy)])
-def test_a_policy_is_written_out_with_every_field_at_its_default(noun):
-    name, kind = noun
+@pytest.mark.parametrize(("name", "kind"), [("policy", GatePolicy), ("promotion", PromotionPolicy)])
+def test_a_policy_is_written_out_with_every_field_at_its_default(name, kind):
     written = RECONCILE["parameters"][name]
     assert set(written) == _keys(kind())
     assert TypeAdapter(kind).validate_python(written) == kind()

@@ -54,18 +54,18 @@ def write_json(path: Path, value: object) -> None:
     atomic_write(path, to_json(value, indent=2) + b"\n")
 
 
-def _read(path: Path, noun: type[T]) -> T:
+def _read(path: Path, kind: type[T]) -> T:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(noun).validate_python(_parse(path))
+        return TypeAdapter(kind).validate_python(_parse(path))
     except ValidationError as error:
         problems = [
             f"{'.'.join(str(part) for part in problem['loc']) or 'the file'}: {_text(problem)}"
             for problem in error.errors()
         ]
         raise InvalidSpecError(
-            "\n    ".join([f"{path} is not a valid {noun.__name__}:", *problems])
+            "\n    ".join([f"{path} is not a valid {kind.__name__}:", *problems])
         ) from error
 
 

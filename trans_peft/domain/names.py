@@ -8,7 +8,7 @@ A name is used in several stores, and each has its own rules:
 - Prefect refuses `/ % & < >` in names of concurrency limits and tags, and allows lower-case
   letters, digits and dashes in keys of artifacts.
 - In S3 keys and on disk, a name is one component of a path.
-- PostgreSQL and SQLite tell upper case from lower case; MySQL, SQL Server and the file systems of
+- PostgreSQL and SQLite distinguish upper and lower case; MySQL, SQL Server and the file systems of
   macOS and Windows do not.
 
 A name therefore has 1 to 100 ASCII letters, digits, `-`, `_` and `.`, and begins and ends with a

@@ -131,9 +131,11 @@ def _read_adapter(
         source = source_version(found.versions)  # raises NotFoundError if no version was trained
         for suite in source.suites:
             _ = suite.suite_sha256  # raises InvalidSpecError if its evaluations have no key
-        for version in found.versions:
-            if version.recipe is not None:
-                _ = version.recipe.sha256  # raises InvalidSpecError if it cannot be trained again
+        for recipe in (
+            *(version.recipe for version in found.versions),
+            *(outcome.training for outcome in found.outcomes),
+        ):
+            _ = recipe and recipe.sha256  # raises InvalidSpecError if it cannot be trained
         _check(found, family)
     except StoreError:
         raise  # the registry did not respond, which is no fault of the adapter
