@@ -17,13 +17,13 @@ def echo(*values: Any) -> Any:
     return list(values)
 
 
-def matches_for_ever() -> bool:
+def matches_forever() -> bool:
     return bool(re.match(r"(([a-z_.0-9]+)+)+X", "a" * 64))
 
 
 def loops_in_threads() -> None:
     for _ in range(4):
-        threading.Thread(target=matches_for_ever).start()
+        threading.Thread(target=matches_forever).start()
 
 
 def sleeps() -> None:
@@ -41,7 +41,7 @@ def allocates(size: int) -> int:
     return len(bytearray(size))
 
 
-def allocates_little_by_little(size: int) -> int:
+def allocates_in_small_steps(size: int) -> int:
     kept = []
     while len(kept) * 1000 < size:
         kept.append(os.urandom(1000))
@@ -61,7 +61,7 @@ def adds_with_torch(size: int) -> int:
 
 
 def encodes_huge(size: int) -> int:
-    """Let the tokenizers library multiply a text, as three Replace rules do."""
+    """Let three Replace rules of the tokenizers library multiply the length of a text."""
     from tokenizers import Tokenizer, models, normalizers
 
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
@@ -121,8 +121,8 @@ def writes(path: str, size: int) -> None:
     Path(path).write_bytes(b"x" * size)
 
 
-def answers_nonsense(path: str) -> None:
-    """Write to every open socket what no child may write there, then end."""
+def sends_invalid_reply(path: str) -> None:
+    """Write an invalid reply to every open socket, then end."""
     for fd in range(3, 64):
         try:
             os.write(fd, path.encode("latin-1"))

@@ -1,4 +1,4 @@
-"""Calls in a child process: their answers, their errors, their limits, and their end."""
+"""Calls in a child process: results, errors, limits, and the end of the process."""
 
 import os
 import signal
@@ -42,18 +42,18 @@ def call(function, *args, **options):
 
 @settings(max_examples=40, deadline=None)
 @given(plain)
-def test_plain_values_arrive_as_they_were_sent(value):
+def test_plain_values_are_returned_unchanged(value):
     assert call(functions.echo, value) == [value]
 
 
-def test_lone_surrogates_and_paths_travel(tmp_path):
+def test_lone_surrogates_are_returned_and_paths_are_refused(tmp_path):
     assert call(functions.echo, "\ud800 \N{SNOWMAN}") == ["\ud800 \N{SNOWMAN}"]
     with pytest.raises(ContentError, match="plain JSON values, not PosixPath"):
         call(functions.echo, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["object", "set", "int keys", "bytes", "deep"])
-def test_what_json_cannot_hold_is_an_error(kind):
+def test_a_result_that_json_cannot_represent_is_an_error(kind):
     with pytest.raises(ContentError):
         call(functions.returns, kind)
 
@@ -71,7 +71,7 @@ KINDS = sorted(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_our_errors_arrive_as_they_were_raised(name):
+def test_errors_of_the_library_keep_their_type_and_text(name):
     with pytest.raises(TransPeftError) as caught:
         call(functions.raises, name, "row 3\n  found: x")
     assert type(caught.value) is getattr(errors, name)
@@ -89,7 +89,7 @@ def test_endless_recursion_is_an_error():
         call(functions.recurses, 0)
 
 
-@pytest.mark.parametrize("function", [functions.matches_for_ever, functions.loops_in_threads])
+@pytest.mark.parametrize("function", [functions.matches_forever, functions.loops_in_threads])
 def test_processor_time_is_limited(function):
     with pytest.raises(LimitExceededError, match=f"(?s){SUBJECT}.*processor time.*at most 1 s"):
         call(function, limits=Limits(cpu_s=1))
@@ -110,7 +110,7 @@ MEMORY = Limits(memory_bytes=256 << 20, cpu_s=60)
     ("function", "size", "imports"),
     [
         (functions.allocates, 4 << 30, ()),
-        (functions.allocates_little_by_little, 4 << 30, ()),
+        (functions.allocates_in_small_steps, 4 << 30, ()),
         (functions.allocates_with_torch, 4 << 30, TORCH),
         (functions.encodes_huge, 2, ("tokenizers",)),
     ],
@@ -120,12 +120,12 @@ def test_memory_is_limited(function, size, imports):
         call(function, size, limits=MEMORY, imports=imports)
 
 
-def test_what_is_below_the_limit_of_memory_works_with_torch():
+def test_torch_works_below_the_memory_limit():
     assert call(functions.adds_with_torch, 10 << 20, limits=MEMORY, imports=TORCH) == 10 << 20
 
 
 def test_the_size_of_a_result_is_limited():
-    with pytest.raises(LimitExceededError, match="room for its result"):
+    with pytest.raises(LimitExceededError, match="space for its result"):
         call(functions.returns, "large", limits=Limits(result_bytes=1000))
 
 
@@ -134,10 +134,10 @@ def test_the_size_of_a_file_is_limited(tmp_path):
         call(functions.writes, str(tmp_path / "file"), 2 << 20, limits=Limits(file_bytes=1 << 20))
 
 
-@pytest.mark.parametrize("wrong", [{"cpu_s": 0}, {"memory_bytes": -1}, {"wall_s": float("nan")}])
-def test_a_limit_that_limits_nothing_is_refused(wrong):
+@pytest.mark.parametrize("invalid", [{"cpu_s": 0}, {"memory_bytes": -1}, {"wall_s": float("nan")}])
+def test_a_limit_that_is_not_positive_is_refused(invalid):
     with pytest.raises(ValueError, match="must be positive"):
-        Limits(**wrong)
+        Limits(**invalid)
 
 
 def test_a_crash_is_an_error_about_the_content():
@@ -148,13 +148,13 @@ def test_a_crash_is_an_error_about_the_content():
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_kill_from_outside_says_nothing_about_the_content(number):
+def test_a_kill_from_outside_is_not_blamed_on_the_content(number):
     with pytest.raises(IsolationError, match="killed from outside"):
         call(functions.dies, number)
 
 
 @pytest.mark.parametrize(
-    "nonsense",
+    "reply",
     [
         "garbage",
         "\x00" * 7 + "\x05" + "hello",
@@ -166,13 +166,13 @@ def test_a_kill_from_outside_says_nothing_about_the_content(number):
         "\x00" * 7 + "\x09" + '{"text":1}'[:9],
     ],
 )
-def test_a_child_that_answers_nonsense_is_an_error(nonsense):
+def test_an_invalid_reply_is_an_error(reply):
     with pytest.raises((ContentError, IsolationError)):
-        call(functions.answers_nonsense, nonsense)
+        call(functions.sends_invalid_reply, reply)
     assert call(functions.echo, 1) == [1]
 
 
-def test_calls_share_no_state_and_run_at_once():
+def test_calls_share_no_state_and_run_in_parallel():
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda n: [*call(functions.pids), n], range(16)))
     assert len({pid for pid, _, _ in found}) == 16
@@ -201,7 +201,7 @@ def test_a_server_killed_during_a_call_is_reported(tmp_path):
     _wait_until(lambda: not _alive(child) and not _alive(server))
 
 
-def test_the_child_gets_no_credentials_and_the_callers_folder(monkeypatch, tmp_path):
+def test_the_child_has_no_credentials_and_the_callers_working_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.chdir(tmp_path)
     os.kill(call(functions.pids)[1], signal.SIGKILL)
@@ -269,7 +269,7 @@ def test_an_abandoned_call_ends(tmp_path):
         parent.kill()
 
 
-def test_errors_of_data_keep_their_builtin():
+def test_a_data_error_is_still_a_value_error():
     with pytest.raises(ValueError, match="odd"):
         call(functions.raises, DataError.__name__, "odd")
 
@@ -281,10 +281,10 @@ def _alive(pid):
         return False
 
 
-def _wait_until(true, seconds=30):
+def _wait_until(condition, seconds=30):
     until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it did not happen"
+    while not condition():
+        assert time.monotonic() < until, f"not true within {seconds} s"
         time.sleep(0.05)
 
 
@@ -300,5 +300,5 @@ def _wait_until(true, seconds=30):
         (ValueError("memory"), False),
     ],
 )
-def test_every_form_of_a_reached_memory_limit_is_recognized(error, expected):
+def test_every_error_of_a_reached_memory_limit_is_recognized(error, expected):
     assert is_out_of_memory(error) is expected

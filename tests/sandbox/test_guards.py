@@ -6,6 +6,7 @@ from textwrap import dedent
 
 import pytest
 
+from trans_peft import sandbox
 from trans_peft.sandbox.guards import Guard, MissingGuardsError
 from trans_peft.sandbox.run import missing_guards
 from trans_peft.sandbox.runner import NamespaceRunner, select_runner
@@ -94,3 +95,10 @@ def test_the_namespace_runner_is_selected_where_all_guards_hold():
     runner = select_runner()
     assert isinstance(runner, NamespaceRunner)
     assert runner.guards == frozenset(Guard) - missing_guards().keys() == frozenset(Guard)
+
+
+@pytest.mark.usefixtures("all_guards")
+def test_the_example_of_the_package_works():
+    example = dedent(sandbox.__doc__.split("\n\n")[1] + "\n" + sandbox.__doc__.split("\n\n")[2])
+    assert "runner.check(" in example
+    exec(example, {})

@@ -4,10 +4,10 @@
 
     ids = call_isolated(encode, folder, texts, subject=f"the tokenizer of {uri}")
 
-Tokenizers, chat templates, regular expressions and data files come from outside, and evaluating
-them can take unbounded time or memory, or crash the interpreter. The child process bounds that. It
-is no security sandbox: it runs as the same user and can read what this process can read. Programs
-that a model wrote run in `trans_peft.sandbox` instead.
+Tokenizers, chat templates, regular expressions and data files come from outside. Evaluating them
+can take unbounded time or memory, or crash the interpreter. A child process with limits contains
+these failures. It is not a security sandbox: it runs as the same user and can read what this
+process can read. Programs that a model wrote run in `trans_peft.sandbox` instead.
 """
 
 from trans_peft.isolation.call import call_isolated

@@ -1,4 +1,4 @@
-"""The caller's side of an isolated call: the request, the deadline, and the answer or its error."""
+"""The caller's side of an isolated call: sends the request, waits, returns the result or raises."""
 
 import atexit
 import json
@@ -26,13 +26,13 @@ from trans_peft.isolation.server import LENGTH, receive_exactly
 __all__ = ["call_isolated"]
 
 _START_S = 600.0
-"""How long the server may take to start and to import modules on a busy machine."""
+"""How long the server may take to start and to import modules."""
 _GRACE_S = 30.0
-"""How long after its wall limit the end of a call is awaited before the server is restarted."""
+"""How long to wait after a call's wall limit before the server is restarted."""
 _STOP_S = 0.5
-"""How long the server may take to end by itself; its children end with it."""
+"""How long the server may take to end by itself before it is killed."""
 _STDERR_BYTES = 2_000
-_RAISE = "if the content is trusted, simplify it; the limits are constants of this version"
+_LIMIT_ADVICE = "simplify the content; the limits are constants and cannot be configured"
 
 
 def call_isolated(
@@ -44,18 +44,26 @@ def call_isolated(
 ) -> Any:
     """Return `function(*args)`, computed in a child process with limits.
 
-    `function` must be importable by its module and name. `args` travel by pickle. The result
-    travels as JSON, because the child handled untrusted content: None, bool, int, float, str,
-    lists, and dicts with str keys; tuples arrive as lists. `subject` names the content in errors
-    ("the tokenizer of s3://bucket/base"). `imports` names modules that take long to import; the
-    fork server imports them once, outside the limits.
+    Each call has a process of its own and shares no state with others. The function is thread-safe.
 
-    Any thread may call. Each call has a process of its own and shares no state with others.
+    Args:
+        function: a function that can be imported by its module and name.
+        args: values that can be pickled.
+        subject: what the content is, for errors ("the tokenizer of s3://bucket/base").
+        limits: what the call may use. None: the defaults of `Limits`.
+        imports: modules that are slow to import. The fork server imports them once, outside the
+            limits.
 
-    Raises the error of `trans_peft.errors` that the function raised, with its text;
-    LimitExceededError where a limit was exceeded; ContentError where the function raised anything
-    else or its process crashed; IsolationError where the process was killed from outside or could
-    not be started, which says nothing about the content.
+    The result is sent as JSON, because the child handled untrusted content. It may consist of None,
+    bool, int, float, str, lists, and dicts with str keys. Tuples become lists.
+
+    Raises:
+        TransPeftError: the function raised this error; type and text are the same.
+        LimitExceededError: the call exceeded a limit.
+        ContentError: the function raised any other exception, or its process crashed.
+        IsolationError: the process did not start or was killed from outside. The content may be
+            fine.
+        TypeError: the function cannot be imported by name.
     """
     if function.__module__ == "__main__" or "<" in function.__qualname__:
         raise TypeError(f"{function.__qualname__} cannot be imported by name in a child process")
@@ -73,16 +81,16 @@ def call_isolated(
         except _NotStartedError as error:
             if attempt == 2:
                 raise IsolationError(
-                    f"no process could be started to evaluate {subject}",
+                    f"the process that evaluates {subject} could not be started",
                     found=error,
-                    do="check the machine's memory and its limits on processes, then run again",
+                    do="check the machine's free memory and its limit on processes, then run again",
                 ) from error
             _server.stop()
     raise AssertionError
 
 
 class _NotStartedError(Exception):
-    """The server ended or did not answer before the call had a process."""
+    """The server ended, or did not respond, before it forked a process for the call."""
 
 
 class _Call:
@@ -93,7 +101,7 @@ class _Call:
     def run(self, header: bytes, request: bytes) -> Any:
         call, its_call = socket.socketpair()
         status, its_status = socket.socketpair()
-        with call, status, status.makefile("rb") as reports, _scratch() as stderr:
+        with call, status, status.makefile("rb") as reports, _temporary_file() as stderr:
             try:
                 with its_call, its_status:
                     _server.send((its_call.fileno(), its_status.fileno(), stderr.fileno()))
@@ -105,14 +113,14 @@ class _Call:
             except OSError as error:
                 raise _NotStartedError(f"{type(error).__name__}: {error}") from error
             deadline = time.monotonic() + self._limits.wall_s + _GRACE_S
-            answer = self._answer(call, request, deadline)
-            if isinstance(answer, bytes):
-                return self._result(answer)
-            self._raise(_ending(status, reports, deadline), stderr)
+            reply = self._exchange(call, request, deadline)
+            if reply is not None:
+                return self._result(reply)
+            self._raise(_read_exit(status, reports, deadline), stderr)
 
-    def _answer(self, call: socket.socket, request: bytes, deadline: float) -> bytes | None:
-        """Return the child's answer; None where it ended, or hangs, without one."""
-        with suppress(OSError):  # it ended before it read everything: its status says why
+    def _exchange(self, call: socket.socket, request: bytes, deadline: float) -> bytes | None:
+        """Send the request and return the child's reply. None if it ended or hangs without one."""
+        with suppress(OSError):  # it ended before it read everything; `_read_exit` returns why
             call.settimeout(max(0.1, deadline - time.monotonic()))
             call.sendall(LENGTH.pack(len(request)) + request)
         try:
@@ -124,8 +132,8 @@ class _Call:
         except (EOFError, OSError):
             return None
 
-    def _result(self, answer: bytes) -> Any:
-        match self._read(answer):
+    def _result(self, reply: bytes) -> Any:
+        match self._parse(reply):
             case {"result": result}:
                 return result
             case {"limit": "memory" | "result" as limit, **rest}:
@@ -136,30 +144,32 @@ class _Call:
                     raise kind(text)
             case {"other": str(name), "text": str(text)}:
                 raise ContentError(f"{self._subject} cannot be evaluated", found=f"{name}: {text}")
-        raise ContentError(f"evaluating {self._subject} gave no readable answer")
+        raise ContentError(f"the process that evaluates {self._subject} sent an invalid reply")
 
-    def _read(self, answer: bytes) -> Any:
+    def _parse(self, reply: bytes) -> Any:
         try:
-            return json.loads(answer)
+            return json.loads(reply)
         except (ValueError, RecursionError) as error:
             raise ContentError(
-                f"evaluating {self._subject} gave no readable answer", found=error
+                f"the process that evaluates {self._subject} sent an invalid reply", found=error
             ) from error
 
-    def _raise(self, ending: dict[str, Any] | None, stderr: BinaryIO) -> NoReturn:
-        if ending is None:
+    def _raise(self, report: dict[str, Any] | None, stderr: BinaryIO) -> NoReturn:
+        """Raise the error for a child without a reply. `report` is what `_read_exit` returned."""
+        if report is None:
             _server.stop()
             raise IsolationError(
-                f"the process that evaluates {self._subject} does not end",
-                found=f"nothing {_GRACE_S:.0f} s after its limit of {self._limits.wall_s:g} s",
-                do="run again when the machine is less busy",
+                f"the process that evaluates {self._subject} did not end at its limit",
+                expected=f"its end after at most {self._limits.wall_s:g} s",
+                found=f"it is still running {_GRACE_S:.0f} s later",
+                do="run again when the machine is less loaded",
             )
-        if ending.get("limit") == "wall":
+        if report.get("limit") == "wall":
             self._exceeded("wall")
-        code = ending.get("code")
+        code = report.get("code")
         stderr.seek(0)
         stderr_text = stderr.read(64 << 10).decode(errors="replace")
-        said = stderr_text[-_STDERR_BYTES:].strip()
+        last_output = stderr_text[-_STDERR_BYTES:].strip()
         if code == -signal.SIGXCPU:
             self._exceeded("cpu")
         if code == 3 or "memory allocation of" in stderr_text or "bad_alloc" in stderr_text:
@@ -167,51 +177,53 @@ class _Call:
         if code in (-signal.SIGKILL, -signal.SIGTERM):
             raise IsolationError(
                 f"the process that evaluates {self._subject} was killed from outside",
-                found=f"signal {-code} ({signal.Signals(-code).name}), as a kernel that is out of"
-                " memory sends it",
-                do="run again with more free memory on the machine",
+                found=f"signal {-code} ({signal.Signals(-code).name}), which the kernel sends when"
+                " the machine is out of memory",
+                do="free memory on the machine and run again",
             )
         ended = f"exit code {code}"
         if isinstance(code, int) and code < 0:
             ended = f"signal {-code} ({signal.Signals(-code).name})"
         raise ContentError(
-            f"{self._subject} cannot be evaluated: the process that tried crashed",
-            found=f"{ended}{': ' if said else ''}{said}",
+            f"{self._subject} cannot be evaluated: the process that evaluates it crashed",
+            found=f"{ended}{': ' if last_output else ''}{last_output}",
         )
 
     def _exceeded(self, kind: str, found: object = None) -> NoReturn:
         limits = self._limits
-        words, value = {
+        resource, value = {
             "cpu": ("processor time", f"{limits.cpu_s:g} s"),
             "wall": ("time", f"{limits.wall_s:g} s"),
             "memory": ("memory", f"{limits.memory_bytes / 2**20:.0f} MiB"),
-            "result": ("room for its result", f"{limits.result_bytes / 2**20:.0f} MiB"),
+            "result": ("space for its result", f"{limits.result_bytes / 2**20:.0f} MiB"),
         }[kind]
         raise LimitExceededError(
-            f"{self._subject} needs more {words} than an evaluation may take",
+            f"{self._subject} needs more {resource} than an evaluation may take",
             expected=f"at most {value}",
-            found=f"{found} bytes" if found is not None else "more; it was stopped",
-            do=_RAISE,
+            found=f"{found} bytes"
+            if found is not None
+            else "more; the process was killed at the limit",
+            do=_LIMIT_ADVICE,
         )
 
 
-def _ending(status: socket.socket, reports: Any, deadline: float) -> dict[str, Any] | None:
-    """Return how the server says that the child ended, None where it does not say."""
-    ending: dict[str, Any] = {}
+def _read_exit(status: socket.socket, reports: Any, deadline: float) -> dict[str, Any] | None:
+    """Return the server's report of how the child ended. None if there is none by the deadline."""
+    report: dict[str, Any] = {}
     try:
-        while "code" not in ending:
+        while "code" not in report:
             status.settimeout(max(0.1, deadline - time.monotonic()))
             line = reports.readline()
             if not line:
-                return ending or {"code": -signal.SIGKILL}  # the server was killed, and it with it
-            ending |= json.loads(line)
+                return report or {"code": -signal.SIGKILL}  # server and child were killed
+            report |= json.loads(line)
     except OSError:
-        return ending or None
-    return ending
+        return report or None
+    return report
 
 
 class _Server:
-    """The fork server of this process: started at first use, and again after it ended."""
+    """The fork server of this process. It starts at first use, and again after it ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -219,7 +231,7 @@ class _Server:
         self._control: socket.socket | None = None
 
     def send(self, fds: Sequence[int]) -> None:
-        """Hand the descriptors of one call to the server. OSError where it does not run."""
+        """Send the descriptors of one call to the server. OSError if the server does not run."""
         with self._lock:
             if self._control is None or self._process is None or self._process.poll() is not None:
                 self._start()
@@ -241,12 +253,12 @@ class _Server:
                 process.wait()
 
     def forget(self) -> None:
-        """Leave the server to the process that started it, in a fork of that process."""
+        """Close this process's handle of the server, after a fork. The server keeps running."""
         self._lock = threading.Lock()
         if self._control is not None:
             self._control.close()
         if self._process is not None:
-            self._process.returncode = 0  # it is no child of this process
+            self._process.returncode = 0  # it is not a child of this process
         self._control = self._process = None
 
     def _start(self) -> None:
@@ -270,7 +282,7 @@ class _Server:
             )
 
 
-def _scratch() -> BinaryIO:
+def _temporary_file() -> BinaryIO:
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("stderr"), "w+b")
     return tempfile.TemporaryFile()

@@ -1,4 +1,4 @@
-"""The child's side of one isolated call: limits, the call itself, and its answer as JSON."""
+"""The child's side of one isolated call: sets the limits, calls the function, sends the result."""
 
 import json
 import os
@@ -17,22 +17,27 @@ __all__ = ["run"]
 
 
 def run(call: socket.socket, stderr: int, header: dict[str, Any]) -> NoReturn:
-    """Run the call that `call` describes under its limits, answer there, and end this process."""
+    """Execute the request on the socket `call` under its limits, reply there, and end this process.
+
+    The exit code is 3 if memory ran out, and 1 after any other unexpected exception.
+    """
     try:
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (stderr, 1), (stderr, 2)):
             os.dup2(source, target)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that is too large is an OSError
+        signal.signal(
+            signal.SIGXFSZ, signal.SIG_IGN
+        )  # exceeding the file size limit raises OSError
         with suppress(OSError):
             os.chdir(header["folder"])
-        _prefer_as_victim()
+        _prefer_for_oom_kill()
         with call, call.makefile("rwb") as stream:
             size = int.from_bytes(stream.read(8), "big")
             request = stream.read(size)
-            answer = json.dumps(_answer(request, Limits(**header["limits"]))).encode()
-            if len(answer) > header["limits"]["result_bytes"]:
-                answer = json.dumps({"limit": "result", "found": len(answer)}).encode()
-            stream.write(len(answer).to_bytes(8, "big") + answer)
+            reply = json.dumps(_execute(request, Limits(**header["limits"]))).encode()
+            if len(reply) > header["limits"]["result_bytes"]:
+                reply = json.dumps({"limit": "result", "found": len(reply)}).encode()
+            stream.write(len(reply).to_bytes(8, "big") + reply)
             stream.flush()
     except MemoryError:
         os._exit(3)
@@ -42,7 +47,7 @@ def run(call: socket.socket, stderr: int, header: dict[str, Any]) -> NoReturn:
     os._exit(0)
 
 
-def _answer(request: bytes, limits: Limits) -> dict[str, Any]:
+def _execute(request: bytes, limits: Limits) -> dict[str, Any]:
     limits.apply()
     try:
         function, args = pickle.loads(request)  # noqa: S301  the parent process wrote it
@@ -51,14 +56,14 @@ def _answer(request: bytes, limits: Limits) -> dict[str, Any]:
         return {"result": result}
     except TransPeftError as error:
         return {"error": type(error).__name__, "text": str(error)}
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         if is_out_of_memory(error):
             return {"limit": "memory"}
         return {"other": type(error).__name__, "text": str(error)[:2000]}
 
 
 def _check_plain(value: Any) -> None:
-    """Raise TypeError for a result that JSON would change or cannot hold."""
+    """Raise TypeError for a result that JSON cannot represent unchanged."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -71,7 +76,7 @@ def _check_plain(value: Any) -> None:
         raise TypeError(f"isolated calls return plain JSON values, not {type(value).__name__}")
 
 
-def _prefer_as_victim() -> None:
-    """Let a kernel that is out of memory end this process before any other."""
+def _prefer_for_oom_kill() -> None:
+    """Let the kernel kill this process before all others if the machine runs out of memory."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")

@@ -10,12 +10,15 @@ _SECRETS = ("AWS_", "MLFLOW_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def child_environment() -> dict[str, str]:
-    """Return this process's environment without credentials, threads, CUDA and network access."""
+    """Return this process's environment without credentials.
+
+    Its variables disable CUDA, downloads from the Hugging Face hub, and threads of libraries.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)}
     library = str(Path(__file__).parents[2])
     return kept | {
         "PYTHONPATH": os.pathsep.join([library, *filter(None, sys.path)]),
-        "PYTHONHASHSEED": "0",  # sympy's order of terms, and so its time, would differ by run
+        "PYTHONHASHSEED": "0",  # sympy's order of terms, and so its time, depends on hashes
         "CUDA_VISIBLE_DEVICES": "",  # a forked process cannot use CUDA
         "HF_HUB_OFFLINE": "1",
         "RUST_BACKTRACE": "0",

@@ -1,4 +1,4 @@
-"""Limits on one isolated call, and how the kernel enforces them in the child process."""
+"""Limits on one isolated call, and how a child process sets them in the kernel."""
 
 import math
 import resource
@@ -14,11 +14,11 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Limits:
-    """What one isolated call may use.
+    """What one isolated call may use. ValueError for a limit that is not positive.
 
     Attributes:
-        cpu_s: processor time of all threads together, in seconds. It decides in normal operation,
-            because it does not depend on how busy the machine is.
+        cpu_s: processor time of all threads together, in seconds. Make it the limit that is reached
+            first, because it does not depend on how busy the machine is.
         wall_s: elapsed time in seconds, for a call that sleeps or waits.
         memory_bytes: private writable memory (RLIMIT_DATA) in addition to what the interpreter and
             its imported modules occupy. Enforced on Linux only.
@@ -33,13 +33,12 @@ class Limits:
     file_bytes: int = 64 * _MIB
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a limit that is not positive."""
-        wrong = [name for name, value in vars(self).items() if not value > 0]
-        if wrong:
-            raise ValueError(f"limits must be positive: {', '.join(wrong)}")
+        not_positive = [name for name, value in vars(self).items() if not value > 0]
+        if not_positive:
+            raise ValueError(f"limits must be positive: {', '.join(not_positive)}")
 
     def apply(self) -> None:
-        """Set these limits for this process; the wall time is up to its parent."""
+        """Set these limits for this process, except `wall_s`, which its parent enforces."""
         _set(resource.RLIMIT_CORE, 0)
         _set(resource.RLIMIT_FSIZE, self.file_bytes)
         _set(resource.RLIMIT_CPU, math.ceil(self.cpu_s))
@@ -52,12 +51,12 @@ def _set(kind: int, value: int) -> None:
     hard = resource.getrlimit(kind)[1]
     if hard != resource.RLIM_INFINITY:
         value = min(value, hard)
-    with suppress(OSError, ValueError):  # not every system knows every limit
+    with suppress(OSError, ValueError):  # a limit that this system does not support
         resource.setrlimit(kind, (value, value if kind != resource.RLIMIT_CPU else hard))
 
 
 def _data_bytes() -> int | None:
-    """Return this process' private writable memory, None on a system without /proc."""
+    """Return this process's private writable memory in bytes. None on a system without /proc."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -68,15 +67,15 @@ def _data_bytes() -> int | None:
     return None
 
 
-_MEMORY_TEXTS = (
+_OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",  # torch
     "cannot allocate memory",  # the C library
     "std::bad_alloc",  # pyarrow
-    "can't start new thread",  # Python, which has no memory for the thread's stack
+    "can't start new thread",  # Python, if the thread's stack exceeds the limit
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of a child process means that its memory limit was reached."""
+    """Return whether an error of a child process means that its memory limit was reached."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(sign in text for sign in _MEMORY_TEXTS)
+    return isinstance(error, MemoryError) or any(part in text for part in _OUT_OF_MEMORY_TEXTS)

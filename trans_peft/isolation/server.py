@@ -1,14 +1,14 @@
 """The fork server: imports modules once and forks a child process for each isolated call.
 
-Starting Python and importing torch and transformers takes seconds, forking a process that has them
-takes milliseconds. The server is a plain subprocess and not multiprocessing's forkserver, because
-that one imports the caller's main module again (a script without a main guard would run twice) and
-unpickles what a child sends.
+Starting Python and importing torch and transformers takes seconds. Forking a process that has
+imported them takes milliseconds. The server is a plain subprocess and not multiprocessing's
+forkserver, which imports the caller's main module again (a script without a main guard would run
+twice) and unpickles what a child sends.
 
-The server reads one message for each call on its control socket: one byte with three descriptors
+The server reads one message for each call from its control socket: one byte with three descriptors
 (the call's socket, the status socket, a file for stderr). The header and the pickled call follow on
-the call's socket. The child answers there with JSON; the server reports on the status socket that
-the child has started, and how it ended. The server ends with the process that started it.
+the call's socket. The child writes its reply there as JSON. The server reports on the status socket
+that the child has started, and how it ended. The server ends with the process that started it.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ from trans_peft.isolation.child import run
 __all__ = ["LENGTH", "main", "receive_exactly"]
 
 LENGTH = struct.Struct("!Q")
-"""How the length of a message is written in front of it."""
+"""The format of the length that precedes each message."""
 
 _PARENT_CHECK_S = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -44,7 +44,7 @@ class _Child:
 
 
 def receive_exactly(sock: socket.socket, size: int) -> bytes:
-    """Return `size` bytes from a socket. EOFError where it ends before."""
+    """Return `size` bytes from a socket. EOFError if the other end closes it earlier."""
     received = bytearray()
     while len(received) < size:
         chunk = sock.recv(min(size - len(received), 1 << 20))
@@ -59,37 +59,37 @@ class _Server:
         self._control = control
         self._parent = os.getppid()
         self._children: dict[int, _Child] = {}
-        self._woken, self._wake = socket.socketpair()
-        for end in (self._woken, self._wake):
+        self._wakeup_reader, self._wakeup_writer = socket.socketpair()
+        for end in (self._wakeup_reader, self._wakeup_writer):
             end.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
 
     def serve(self) -> None:
         """Fork a child for each call until the parent process ends."""
         while os.getppid() == self._parent:
             watched = {child.status: pid for pid, child in self._children.items()}
             readable, _, _ = select.select(
-                [self._control, self._woken, *watched], [], [], self._patience()
+                [self._control, self._wakeup_reader, *watched], [], [], self._timeout_s()
             )
-            if self._woken in readable:
+            if self._wakeup_reader in readable:
                 with suppress(BlockingIOError):
-                    self._woken.recv(4096)
+                    self._wakeup_reader.recv(4096)
             for status in readable:
-                if status in watched:  # its caller is gone
+                if status in watched:  # its caller has ended
                     _kill(watched[status])
-            self._end_overdue()
+            self._kill_overdue()
             self._reap()
             if self._control in readable and not self._accept():
                 break
         for pid in self._children:
             _kill(pid)
 
-    def _patience(self) -> float:
-        until = [child.deadline - time.monotonic() for child in self._children.values()]
-        return max(0.0, min([_PARENT_CHECK_S, *until]))
+    def _timeout_s(self) -> float:
+        remaining = [child.deadline - time.monotonic() for child in self._children.values()]
+        return max(0.0, min([_PARENT_CHECK_S, *remaining]))
 
-    def _end_overdue(self) -> None:
+    def _kill_overdue(self) -> None:
         now = time.monotonic()
         for pid, child in self._children.items():
             if now >= child.deadline:
@@ -98,10 +98,10 @@ class _Server:
 
     def _reap(self) -> None:
         for pid in list(self._children):
-            done, code = os.waitpid(pid, os.WNOHANG)
-            if done:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
                 child = self._children.pop(pid)
-                _report(child.status, {"code": os.waitstatus_to_exitcode(code)})
+                _report(child.status, {"code": os.waitstatus_to_exitcode(status)})
                 child.status.close()
 
     def _accept(self) -> bool:
@@ -119,7 +119,7 @@ class _Server:
             return True
         sys.path[:] = header["path"]
         for name in header["imports"]:
-            with suppress(Exception):  # the child imports it again and reports the error
+            with suppress(Exception):  # the child imports it too and reports the error
                 importlib.import_module(name)
         server = os.getpid()
         gc.collect()
@@ -140,7 +140,7 @@ class _Server:
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for sock in (self._control, self._woken, self._wake, status):
+        for sock in (self._control, self._wakeup_reader, self._wakeup_writer, status):
             sock.close()
         for child in self._children.values():
             child.status.close()
@@ -157,7 +157,7 @@ def _kill(pid: int) -> None:
 
 
 def _report(status: socket.socket, message: dict[str, object]) -> None:
-    with suppress(OSError):  # the caller is gone
+    with suppress(OSError):  # the caller has ended
         status.sendall(json.dumps(message).encode() + b"\n")
 
 

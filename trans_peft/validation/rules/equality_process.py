@@ -10,7 +10,7 @@ import re
 from itertools import product
 from typing import Any
 
-from trans_peft.isolation.limited import serve
+from trans_peft.isolation.limited_process import serve
 from trans_peft.validation.rules.notation import counts_words, plain
 
 _MEMORY_BYTES = 4 * 2**30

@@ -2,19 +2,19 @@
 
 math-verify limits its time with SIGALRM, which works in the main thread only and does not interrupt
 a long operation on huge numbers. Here it runs without SIGALRM in a separate process
-(`trans_peft.isolation.limited`), which is killed after `CPU_LIMIT_S` of processor time for one
-comparison. Answers whose comparison exceeds the time or memory limit count as not equal.
+(`trans_peft.isolation.limited_process`), which is killed after `CPU_LIMIT_S` of processor time for
+one comparison. Answers whose comparison exceeds the time or memory limit count as not equal.
 """
 
 from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import DataError
-from trans_peft.isolation.limited import Limited
+from trans_peft.isolation.limited_process import LimitedProcess
 
 __all__ = ["CPU_LIMIT_S", "equal", "math_verify"]
 
 CPU_LIMIT_S = 5
 _LONGEST_ANSWER = 2_000  # characters; parsing costs more than linearly
-_process = Limited("trans_peft.validation.rules.equality_process")
+_process = LimitedProcess("trans_peft.validation.rules.equality_process")
 
 
 def math_verify(marker: str) -> "_MathVerify":
@@ -57,4 +57,4 @@ def equal(answer: str, reference: str) -> bool:
         return True
     if len(answer) > _LONGEST_ANSWER:
         return False
-    return bool(_process.ask([answer, reference], cpu_limit_s=CPU_LIMIT_S))
+    return bool(_process.call([answer, reference], cpu_limit_s=CPU_LIMIT_S))

@@ -2,7 +2,7 @@
 
 import re
 
-from trans_peft.isolation.limited import serve
+from trans_peft.isolation.limited_process import serve
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from trans_peft.domain.bounds import MAX_PATTERN_LENGTH, MAX_REFERENCE_CHARACTER
 from trans_peft.domain.excerpts import excerpt
 from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
-from trans_peft.isolation.limited import Limited
+from trans_peft.isolation.limited_process import LimitedProcess
 
 __all__ = ["CPU_LIMIT_S", "chrf", "exact_match", "json_equal", "label_f1", "regex", "rouge_l"]
 
@@ -23,7 +23,7 @@ CPU_LIMIT_S = 5
 COMPILE_LIMIT_S = 1
 """Processor time in which a regular expression must have been compiled."""
 
-_searches = Limited("trans_peft.validation.rules.regex_process")
+_searches = LimitedProcess("trans_peft.validation.rules.regex_process")
 _CHRF_ORDER = 6
 _CHRF_BETA = 2.0
 _ROUGE_WORD = re.compile(r"[a-z0-9]+")
@@ -132,7 +132,7 @@ def regex(pattern: str) -> Callable[[str, str], float]:
     if len(pattern) > MAX_PATTERN_LENGTH:
         problem: object = f"{len(pattern)} characters, at most {MAX_PATTERN_LENGTH} are allowed"
     else:
-        problem = _searches.ask([pattern, []], cpu_limit_s=COMPILE_LIMIT_S)
+        problem = _searches.call([pattern, []], cpu_limit_s=COMPILE_LIMIT_S)
         if problem is None:
             problem = f"compiling it takes more than {COMPILE_LIMIT_S} s of processor time"
     if isinstance(problem, str):
@@ -143,7 +143,7 @@ def regex(pattern: str) -> Callable[[str, str], float]:
         )
 
     def same_match(answer: str, reference: str) -> float:
-        found = _searches.ask([pattern, [reference, answer]], cpu_limit_s=CPU_LIMIT_S)
+        found = _searches.call([pattern, [reference, answer]], cpu_limit_s=CPU_LIMIT_S)
         if not isinstance(found, list):
             raise EvaluationError(
                 f"the search for the scoring rule's regular expression {excerpt(pattern)} takes "
