@@ -76,7 +76,7 @@ class Complete(Runner):
         (set(Guard), [Runner, Complete], Runner),
     ],
 )
-def test_the_first_runner_without_a_forbidden_gap_is_selected(allowed, runners, selected):
+def test_the_first_runner_that_lacks_only_allowed_guards_is_selected(allowed, runners, selected):
     runner = select_runner(allowed, runners)
     assert type(runner) is selected
     assert runner.allow_missing == allowed
