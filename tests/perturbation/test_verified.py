@@ -186,7 +186,7 @@ def test_other_modules_are_not_perturbed(make):
 
 
 def test_a_model_whose_layers_only_mix_tokens_is_refused():
-    refused(toys.decoder(), "no layer has a FFN")
+    refused(toys.decoder(), "no layer has an FFN")
 
 
 @pytest.mark.parametrize(

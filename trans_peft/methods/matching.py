@@ -30,7 +30,7 @@ _FIRST_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 def invalid_patterns(options: Mapping[str, Any]) -> list[str]:
-    """Return a problem for each entry that PEFT uses as a regular expression but is invalid."""
+    """Return a problem for each entry that PEFT uses as a regular expression and cannot compile."""
     entries = [(name, value) for name in _TARGETS if isinstance(value := options.get(name), str)]
     for name in ("layers_pattern", "modules_to_save"):
         entries += [(name, entry) for entry in _entries(options.get(name))]

@@ -140,10 +140,10 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def reason_not_sliced(projection: Any) -> str | None:
-    """Return why a projection cannot be sliced, or None where it can.
+    """Return why a projection cannot be sliced, or None if it can.
 
-    A plain Linear or Conv1D can, and LoRA on one. What computes anything else of its weight cannot:
-    quantised layers, DoRA, other PEFT methods, parametrised or offloaded layers.
+    A plain Linear or Conv1D can be sliced, and LoRA on one. Layers that use their whole weight
+    cannot: quantized layers, DoRA, other PEFT methods, parametrized or offloaded layers.
     """
     if _is_plain(projection):
         return None

@@ -81,7 +81,7 @@ def verified_layers(
             for index in indices:
                 found[index] = _like_first(first, verified.layer, layers[index])
     if "ffn" in kinds and not problems and not any(layer.ffn for layer in found):
-        problems.append("no layer has a FFN: no module maps each token separately and nonlinearly")
+        problems.append("no layer has an FFN: no module maps each token separately and nonlinearly")
     if problems:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be perturbed:\n    " + "\n    ".join(problems),
