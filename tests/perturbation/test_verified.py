@@ -2,10 +2,12 @@
 
 import random
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -401,3 +403,135 @@ def test_verification_leaves_adapters_and_quantized_layers_unchanged(model, reas
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- weights that are used without calling their modules ---------------------------------------
+
+
+def functional(mlp, x):
+    hidden = mlp.act_fn(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
+    return F.linear(hidden, mlp.down_proj.weight)
+
+
+def down_alone(mlp, x):
+    return F.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
+
+
+def in_training_alone(mlp, x):
+    return functional(mlp, x) if mlp.training else type(mlp).forward(mlp, x)
+
+
+def fused_with_lora(mlp, x):
+    """As a fused LoRA kernel computes an adapted FFN, out of the weights of its layers."""
+
+    def projected(layer, x):
+        weight = layer.base_layer.weight
+        for name, a in layer.lora_A.items():
+            weight = weight + layer.scaling[name] * layer.lora_B[name].weight @ a.weight
+        return F.linear(x, weight)
+
+    hidden = mlp.act_fn(projected(mlp.gate_proj, x)) * projected(mlp.up_proj, x)
+    return projected(mlp.down_proj, hidden)
+
+
+def with_forward(model, forward, layers=slice(None)):
+    for layer in model.get_decoder().layers[layers]:
+        layer.mlp.forward = partial(forward, layer.mlp)
+    return model.train()
+
+
+BYPASSED = r"mlp\.down_proj are used without calling"
+
+
+@pytest.mark.parametrize("forward", [functional, down_alone, in_training_alone])
+@pytest.mark.parametrize("perturbation", [MASKED, DROPPED], ids=["masked", "dropped"])
+def test_a_ffn_that_reads_its_weights_without_calling_its_modules_is_refused(forward, perturbation):
+    refused(with_forward(tiny_model(), forward), BYPASSED, perturbation)
+
+
+def test_a_fused_kernel_over_adapted_projections_is_refused():
+    model = get_peft_model(
+        tiny_model(),
+        LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"]),
+    )
+    refused(with_forward(model, fused_with_lora), BYPASSED)
+
+
+@pytest.mark.parametrize("change", ["own forward", "private flag", "partial", "function"])
+def test_one_layer_with_other_code_is_judged_by_itself(change):
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+
+    class Switched(type(mlp)):
+        _fused = False
+        run = staticmethod(type(mlp).forward)
+
+        def forward(self, x):
+            return functional(self, x) if self._fused else self.run(self, x)
+
+    if change == "own forward":
+        with_forward(model, functional, slice(1, 2))
+    else:
+        for layer in model.model.layers:
+            layer.mlp.__class__ = Switched
+            layer.mlp.run = partial(Switched.run) if change == "partial" else Switched.run
+        if change == "private flag":
+            mlp._fused = True
+        else:
+            mlp.run = partial(functional) if change == "partial" else functional
+    refused(model.train(), f"layer 1 .*{BYPASSED}")
+
+
+def test_a_second_ffn_in_the_code_of_the_layer_is_named():
+    model = tiny_model()
+
+    class Doubled(type(model.model.layers[0])):
+        def forward(self, *args, **kwargs):
+            x = super().forward(*args, **kwargs)
+            return x + F.linear(F.silu(F.linear(x, self.fc_in.weight)), self.fc_out.weight)
+
+    width = model.config.hidden_size
+    for layer in model.model.layers:
+        layer.__class__ = Doubled
+        layer.fc_in, layer.fc_out = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+    refused(model.train(), "no FFN was recognised in fc_in, fc_out")
+
+
+def test_weights_that_are_never_used_refuse_nothing():
+    model = tiny_model()
+    width = model.config.hidden_size
+    for layer in model.model.layers:
+        layer.fc_in, layer.fc_out = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+    with perturbed(model.train(), MASKED, seed=SEED) as handle:
+        assert handle.multiplied == {}
+
+
+# --- modules that two layers share, and modules that cannot be overridden -----------------------
+
+
+@pytest.mark.parametrize("shared", ["mlp", "mlp.up_proj", "mlp.down_proj", "layer"])
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+def test_a_module_that_two_layers_share_is_refused(shared, granularity):
+    model = tiny_model()
+    first, second = model.model.layers[:2]
+    if shared == "layer":
+        model.model.layers[1] = first
+    else:
+        owner, _, name = shared.rpartition(".")
+        setattr(second.get_submodule(owner), name, first.get_submodule(shared))
+    perturbation = Perturbation(masking_p=0.2, granularity=granularity)
+    refused(model.train(), r"layers 0 and 1 share mlp\.", perturbation)
+
+
+def test_weights_that_two_modules_share_have_masks_of_each_layer():
+    model = tiny_model().train()
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    with perturbed(model, MASKED, seed=SEED) as handle:
+        assert handle.multiplied == {}
+
+
+def test_a_compiled_script_in_a_layer_is_refused():
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    model.model.layers[1].mlp = torch.jit.trace(mlp, torch.zeros(1, 2, model.config.hidden_size))
+    refused(model.train(), "layer 1: mlp.* is TorchScript")

@@ -1,5 +1,6 @@
 """Group equivalent layers of a model, so that only one of each group is verified."""
 
+import functools
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -9,13 +10,16 @@ from torch import nn
 __all__ = ["kind_of"]
 
 _POSITIONS = re.compile(r"(^|_)(idx|index|id|number|num)$")
+_OF_TORCH = frozenset(vars(nn.Module()))
+"""Attributes that every module has: its tensors, children and hooks."""
 
 
 def kind_of(layer: nn.Module) -> Hashable:
     """Return a value that is equal for layers that differ in the values of their weights only.
 
-    It covers classes, and names, shapes and dtypes of weights, and plain attributes (activations,
-    sparsity), except for the position of the layer.
+    It covers classes, the names, shapes and dtypes of weights, and attributes in which two layers
+    may differ beside their weights (activations, sparsity, a `forward` of their own). It leaves out
+    the position of the layer.
     """
     return tuple((name, type(module), *_of(module)) for name, module in layer.named_modules())
 
@@ -30,7 +34,7 @@ def _of(module: nn.Module) -> tuple[Hashable, ...]:
     attributes = (
         (name, plain)
         for name, value in sorted(vars(module).items())
-        if not name.startswith("_") and not _POSITIONS.search(name)
+        if name not in _OF_TORCH and not _POSITIONS.search(name)
         for plain in [_plain(value)]
         if plain is not None
     )
@@ -44,6 +48,11 @@ def _plain(value: Any) -> Hashable:
         return tuple(_plain(item) for item in value)
     if isinstance(value, dict):
         return tuple((str(key), _plain(item)) for key, item in value.items())
+    if isinstance(value, functools.partial):
+        return (_plain(value.func), _plain(value.args), _plain(value.keywords))
     if callable(value) and not isinstance(value, nn.Module):
-        return getattr(value, "__qualname__", type(value).__name__)
+        # Two functions may share a name; functions made by one definition share their code.
+        function = getattr(value, "__func__", value)
+        name = getattr(function, "__qualname__", type(value).__name__)
+        return (name, getattr(function, "__code__", None))
     return None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from trans_peft.perturbation.behaviour import (
     Behaviour,
@@ -35,6 +37,7 @@ class LayerAnalysis:
         self.hidden = 0 if x is None else x.shape[-1]
         self._names = {id(module): name for name, module in layer.named_modules()}
         self._seen: dict[int, Behaviour | None] = {}
+        self._used: set[int] = set()
 
     @cached_property
     def calls(self) -> dict[int, Call]:
@@ -42,8 +45,22 @@ class LayerAnalysis:
         inside = [module for module in self.layer.modules() if module is not self.layer]
         with ExitStack() as undo:
             calls = record_calls(inside, undo)
+            self._used = undo.enter_context(_UsedWeights(self.layer)).used
             self.call.again()
         return calls
+
+    def bypassed(self) -> list[str]:
+        """Return the names of projections whose weights are used while they are not called.
+
+        Masks act where a projection is called. Fused kernels and functional code read the weights
+        instead, so that a mask would have no effect.
+        """
+        parts = {id(part): part for unit in self.candidates for part in unit.modules}
+        return [self._names[key] for key, part in parts.items() if self._is_bypassed(part)]
+
+    def _is_bypassed(self, module: nn.Module) -> bool:
+        uncalled = id(module) not in self.calls
+        return uncalled and any(id(weight) in self._used for weight in module.parameters())
 
     def rejection_reason(self, unit: Unit) -> str | None:
         """Return why a candidate is not an FFN; None if it is one."""
@@ -83,7 +100,7 @@ class LayerAnalysis:
                 if self.hidden in module.shape and sum(n > 1 for n in module.shape) > 1:
                     found.append(name)
             elif id(module) not in self.calls:
-                continue
+                linear += self._bypassed_below(name, module)
             elif projection_shape(module) is not None:
                 linear.append((name, module))
             elif (seen := self.behaviour(module)) is None or seen.per_token:
@@ -92,6 +109,11 @@ class LayerAnalysis:
             elif seen.wide:
                 found += self._hidden_in(name, module)
         return found + _pairs(linear, self.hidden)
+
+    def _bypassed_below(self, name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for path, part in module.named_modules():
+            if projection_shape(part) is not None and self._is_bypassed(part):
+                yield f"{name}.{path}".rstrip("."), part
 
     def unassigned_in_layout(self, units: tuple[Unit, ...]) -> list[str]:
         """Return the names of weights that may belong to a layout's units but are not in them."""
@@ -167,6 +189,22 @@ class LayerAnalysis:
         if differs(rows, rows[:1].expand_as(rows)) is not None:
             return "its neurons depend on other values than its projections"
         return None
+
+
+class _UsedWeights(TorchFunctionMode):
+    """Collects the ids of a module's matrices that any function of torch is given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._weights = {id(weight) for weight in module.parameters() if weight.dim() > 1}
+        self.used: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # reading a dtype or a shape is no use
+            self.used |= self._weights & {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        return func(*args, **(kwargs or {}))
 
 
 def unassigned_by_shape(layer: nn.Module, units: tuple[Unit, ...]) -> list[str]:

@@ -9,10 +9,11 @@ each kind runs again on its recorded input:
 -   a dropped FFN must add nothing (`comparison`).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from trans_peft.errors import UnsupportedModelError
@@ -24,7 +25,7 @@ from trans_peft.perturbation.kinds import kind_of
 from trans_peft.perturbation.layer_analysis import LayerAnalysis, unassigned_by_shape
 from trans_peft.perturbation.layout import Layout, layers_by_name, layouts_by_shape
 from trans_peft.perturbation.side_effects import run_on_tokens, without_side_effects
-from trans_peft.perturbation.units import DecoderLayer, FeedForward, Unit
+from trans_peft.perturbation.units import DecoderLayer, FeedForward, Unit, base_of
 
 __all__ = ["found_layers", "verified_layers"]
 
@@ -60,11 +61,12 @@ def verified_layers(
     only shapes are used, and masked neurons are multiplied by zero. The model and all random states
     are unchanged afterwards. UnsupportedModelError lists every reason against perturbing the model.
     """
+    if problems := [*_shared(layers), *_scripted(layers)]:
+        raise _refused(model, problems, "train without masking and dropping: Perturbation()")
     alike: dict[Hashable, list[int]] = {}
     for index, layer in enumerate(layers):
         alike.setdefault(kind_of(layer.module), []).append(index)
     found = list(layers)
-    problems: list[str] = []
     with without_side_effects(model):
         firsts = [layers[indices[0]] for indices in alike.values()]
         with ExitStack() as undo:
@@ -83,12 +85,36 @@ def verified_layers(
     if "ffn" in kinds and not problems and not any(layer.ffn for layer in found):
         problems.append("no layer has an FFN: no module maps each token separately and nonlinearly")
     if problems:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be perturbed:\n    " + "\n    ".join(problems),
-            expected="every weight of an FFN is found, and no other weight is mistaken for one",
-            do=None if stated else _workaround(model, kinds),
-        )
+        raise _refused(model, problems, None if stated else _workaround(model, kinds))
     return tuple(found)
+
+
+def _refused(model: nn.Module, problems: list[str], do: str | None) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} cannot be perturbed:\n    " + "\n    ".join(problems),
+        expected="every weight of an FFN is found, and no other weight is mistaken for one",
+        do=do,
+    )
+
+
+def _shared(layers: Sequence[DecoderLayer]) -> Iterator[str]:
+    """Yield the modules that belong to two layers, which would get the masks of both."""
+    owners: dict[int, tuple[int, str]] = {}
+    for index, layer in enumerate(layers):
+        names = {id(module): name for name, module in layer.module.named_modules()}
+        parts = [part for unit in layer.ffn for part in unit.modules]
+        parts += [layer.attention.output] if layer.attention else []
+        for part in {id(base_of(part)): part for part in parts}.values():
+            first, name = owners.setdefault(id(base_of(part)), (index, names.get(id(part), "")))
+            if first != index:
+                yield f"layers {first} and {index} share {name}, and each has masks of its own"
+
+
+def _scripted(layers: Sequence[DecoderLayer]) -> Iterator[str]:
+    for index, layer in enumerate(layers):
+        for name, module in layer.module.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                yield f"layer {index}: {name} is TorchScript, whose forward cannot be replaced"
 
 
 def _workaround(model: nn.Module, kinds: Sequence[SubLayerKind]) -> str:
@@ -166,6 +192,11 @@ def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _LayerResul
     names = analysis.unassigned_in_layout(units) if stated else analysis.unassigned(units)
     if names:
         problems.append(f"no FFN was recognised in {', '.join(names)}")
+    if bypassed := claims.bypassed():
+        problems.append(
+            f"the weights of {', '.join(bypassed)} are used without calling these modules (a fused "
+            "kernel, or functional code), so that masks would have no effect"
+        )
     if not problems and units:
         try:
             result = replace(result, ffn=masked(result, call))
