@@ -1,4 +1,4 @@
-"""One of the fleet's undecided adapters, asked again with remedies: `python -m study.recovery`.
+"""Evaluate one undecided adapter again with recovery strategies: `python -m study.recovery`.
 
 By the same command as anybody's: `trans-peft transfer`, with a suite, the recipe that the adapter
 was trained by and a policy, each written as a file into the study's folder. The table of
@@ -18,7 +18,7 @@ from trans_peft.domain.data import DataSource
 __all__ = ["files"]
 
 KIND, SEED, UPDATE = "lora-32-all", 1, "all"
-POLICY = {"remedies": {"scales": [0.5, 0.7, 1.4, 2.0], "retune_steps": 20}}
+POLICY = {"recovery": {"scales": [0.5, 0.7, 1.4, 2.0], "retune_steps": 20}}
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trans_peft.data import parse_examples
 from trans_peft.models import load_base
 from trans_peft.transfer.load_adapter import attached
+from trans_peft.validation.decoding.cache_support import cache_support
 from trans_peft.validation.decoding.prefixes import PrefixReader, PromptPart
 
 __all__ = ["derived", "logits", "measured"]
@@ -69,7 +70,7 @@ def logits(model: Any, asked: Sequence[list[int]], shared: Sequence[list[int]] =
 
     What all of `shared` begin with is read once, as the beginning of a suite.
     """
-    reader = PrefixReader(model, shared)
+    reader = PrefixReader(model, cache_support(model), shared)
     cache, columns, cached = reader.begin(asked)
     parts = [PromptPart(there, prompt[there:]) for prompt, there in zip(asked, cached, strict=True)]
     return reader.read(parts, cache, columns).logits[:, -1]

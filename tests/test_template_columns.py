@@ -109,6 +109,12 @@ def test_any_other_value_is_refused_by_row_and_column(name, data):
         return
     if column == "test_setup_code" and isinstance(value, str):
         return
+    if (
+        column == "test_imports"
+        and isinstance(value, list)
+        and all(isinstance(v, str) for v in value)
+    ):
+        return
     with pytest.raises(DataError) as caught:
         examples_from(through_template([("line 7", row | {column: value})], name), "mine.jsonl")
     assert f"line 7: not a row of {name}: " in str(caught.value)

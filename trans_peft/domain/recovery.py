@@ -48,7 +48,7 @@ class RecoveryPolicy:
         if self.retune_steps < 0:
             problems.append(f"retune_steps must not be negative, not {self.retune_steps}")
         if problems:
-            raise InvalidSpecError(f"the remedies cannot be used: {'; '.join(problems)}")
+            raise InvalidSpecError(f"the recovery policy cannot be used: {'; '.join(problems)}")
 
     @property
     def strategies(self) -> tuple[RecoveryStrategy, ...]:

@@ -18,6 +18,7 @@ from torch import nn
 from trans_peft.errors import InvalidSpecError
 from trans_peft.text.answers import answer_text, spoken
 from trans_peft.validation.decoding.batching import Progress, evaluating, in_batches
+from trans_peft.validation.decoding.cache_support import cache_support
 from trans_peft.validation.decoding.decoder import Decoder, DecodingRow
 from trans_peft.validation.decoding.prefixes import PrefixReader, check_adapter
 
@@ -83,8 +84,11 @@ def generate(
             on_progress(sum(row.is_over for row in rows), len(rows))
 
     with evaluating(model), torch.no_grad():
+        reader = PrefixReader(model, cache_support(model), prompts)
+        if not reader.support.batched:
+            batch_size = 1
         decoder = Decoder(
-            PrefixReader(model, prompts),
+            reader,
             lambda answer: len(answer) == max_new_tokens or ends.reached(answer),
         )
         while waiting := [row for row in rows if not row.is_over]:

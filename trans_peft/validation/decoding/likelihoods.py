@@ -21,6 +21,7 @@ from trans_peft.validation.decoding.batching import (
     evaluating,
     in_batches,
 )
+from trans_peft.validation.decoding.cache_support import cache_support
 from trans_peft.validation.decoding.prefixes import PrefixReader, PromptPart
 from trans_peft.validation.rules.multiple_choice import Measure
 
@@ -83,7 +84,9 @@ def log_likelihoods(
 
     order = sorted(range(len(questions)), key=tokens, reverse=True)
     with evaluating(model), torch.no_grad():
-        reader = PrefixReader(model, [prompt for prompt, _ in questions])
+        reader = PrefixReader(model, cache_support(model), [prompt for prompt, _ in questions])
+        if not reader.support.batched:
+            batch_size = 1
         found = in_batches(
             order,
             lambda batch: _log_likelihoods(reader, [questions[i] for i in batch]),
@@ -111,6 +114,21 @@ def _batch_size(
 def _log_likelihoods(
     reader: PrefixReader, questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
 ) -> list[list[float]]:
+    sums = (_behind_prompts if reader.support.continues else _in_one_pass)(reader, questions)
+    broken = next((total for found in sums for total in found if not -math.inf < total <= 0), None)
+    if broken is not None:
+        raise EvaluationError(
+            "the model's logits are not finite",
+            found=f"{broken} as a choice's log-likelihood",
+            do="check the weights of base and adapter, and whether the dtype overflows",
+        )
+    return sums
+
+
+def _behind_prompts(
+    reader: PrefixReader, questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
+) -> list[list[float]]:
+    """Read each prompt once, and its continuations behind it."""
     cache, columns, cached = reader.begin([prompt for prompt, _ in questions])
     parts = [
         PromptPart(cached_tokens, prompt[cached_tokens:])
@@ -136,14 +154,23 @@ def _log_likelihoods(
         parts = [PromptPart(len(questions[i][0]), (), questions[i][1][j][:-1]) for i, j in longer]
         logits = reader.read(parts, out.past_key_values, columns).logits
         for row, (i, j) in enumerate(longer):
-            rest = torch.tensor(questions[i][1][j][1:], device=reader.device)
-            log_p = logits[row, : len(rest)].float().log_softmax(-1)
-            sums[i][j] += log_p.gather(-1, rest[:, None]).sum().item()
-    broken = next((total for found in sums for total in found if not -math.inf < total <= 0), None)
-    if broken is not None:
-        raise EvaluationError(
-            "the model's logits are not finite",
-            found=f"{broken} as a choice's log-likelihood",
-            do="check the weights of base and adapter, and whether the dtype overflows",
-        )
+            sums[i][j] += _sum(logits[row], questions[i][1][j][1:])
     return sums
+
+
+def _in_one_pass(
+    reader: PrefixReader, questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
+) -> list[list[float]]:
+    """Read each prompt again with every continuation."""
+    sums = []
+    for prompt, continuations in questions:
+        parts = [PromptPart(0, prompt, continuation[:-1]) for continuation in continuations]
+        logits = reader.read(parts, None, 0).logits
+        sums.append([_sum(row, c) for row, c in zip(logits, continuations, strict=True)])
+    return sums
+
+
+def _sum(logits: torch.Tensor, ids: Sequence[int]) -> float:
+    """Return the log-likelihood of `ids` under the first of these logits (tokens, vocabulary)."""
+    log_p = logits[: len(ids)].float().log_softmax(-1)
+    return log_p.gather(-1, torch.tensor(ids, device=logits.device)[:, None]).sum().item()

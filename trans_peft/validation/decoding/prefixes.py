@@ -14,6 +14,7 @@ pass wider, and leaves no gap between the prefix and the rest of the text.
 import copy
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from trans_peft.errors import UnsupportedModelError
 from trans_peft.validation.decoding.drafts import PASS_OVERHEAD_TOKENS
 
 __all__ = [
+    "CacheSupport",
     "PrefixReader",
     "PromptPart",
     "check_adapter",
@@ -37,6 +39,21 @@ _LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 cache of a prefix is not the start of a longer text's cache."""
 
 
+@dataclass(frozen=True)
+class CacheSupport:
+    """How a model can be read through a cache (`decoding.cache_support` finds out).
+
+    Attributes:
+        batched: Texts of different lengths may share a pass.
+        positions: The model takes `position_ids` that count from zero.
+        continues: Several tokens may be read behind a cache in one pass.
+    """
+
+    batched: bool = True
+    positions: bool = True
+    continues: bool = True
+
+
 class PromptPart(NamedTuple):
     """The tokens of one text in a pass: `certain` and `proposed` ones, after `cached` tokens."""
 
@@ -48,9 +65,15 @@ class PromptPart(NamedTuple):
 class PrefixReader:
     """Runs one model on batches of texts, and caches the common prefix of `prompts`."""
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        support: CacheSupport,
+        prompts: Sequence[Sequence[int]] = (),
+    ) -> None:
         check_adapter(model)
         self._model = model
+        self.support = support
         self.device = next(model.parameters()).device
         self._prefix = _shared_prefix(model, prompts)
         self._prefix_cache: Any = None
@@ -96,12 +119,14 @@ class PrefixReader:
         kept = behind + 1 if before else behind
         # The text of a row is at its right end; its first new column has the position `start`.
         position = torch.arange(columns + before + behind, device=self.device) + start - columns
+        positions = {"position_ids": position[:, columns:].clamp(min=0).minimum(end)}
         return self._model(
             input_ids=torch.tensor(ids, device=self.device),
             attention_mask=(position >= 0).long(),
-            position_ids=position[:, columns:].clamp(min=0).minimum(end),
+            **(positions if self.support.positions else {}),
             past_key_values=cache,
             use_cache=True,
+            return_dict=True,
             logits_to_keep=last_columns(kept, of=before + behind, device=self.device),
         )
 
