@@ -1,11 +1,14 @@
 """Any change of a model is found by content, and nothing else is taken for a change."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken, normalizers, processors
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -57,6 +60,12 @@ def merge(model):
     get_peft_model(model, config).merge_and_unload()
 
 
+def layer_with_own_config(model):
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    model.model.layers[0].self_attn.config = config
+
+
 CHANGES = {
     "a value through .data": lambda m: weight(m).data.view(-1)[7].add_(1e-3),
     "a sign": lambda m: weight(m).data.view(-1)[7:8].neg_(),
@@ -83,6 +92,8 @@ CHANGES = {
     "a nested setting": lambda m: m.config.rope_parameters.update(rope_theta=1.0),
     "how it generates": lambda m: setattr(m.generation_config, "repetition_penalty", 2.0),
     "frozen": lambda m: weight(m).requires_grad_(False),
+    "a layer's own configuration": layer_with_own_config,
+    "gradients": lambda m: m(input_ids=IDS).logits.sum().backward(),
     "a layer less": lambda m: m.model.layers.__delitem__(1),
     "layers in another order": lambda m: m.model.layers.insert(0, m.model.layers.pop(1)),
 }
@@ -90,6 +101,17 @@ TOKENIZER_CHANGES = {
     "a chat template": lambda t: setattr(t, "chat_template", "{{ messages }}"),
     "another end": lambda t: setattr(t, "eos_token", "<pad>"),
     "a token more": lambda t: t.add_tokens(["<new>"]),
+    "a normalizer": lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+    "a post-processor": lambda t: setattr(
+        t.backend_tokenizer,
+        "post_processor",
+        processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 256)]),
+    ),
+    "a token that strips": lambda t: t.add_tokens([AddedToken("h", lstrip=True)]),
+    "a token that is special": lambda t: t.add_tokens([AddedToken("h", special=True)]),
+    "special tokens as text": lambda t: setattr(
+        t.backend_tokenizer, "encode_special_tokens", not t.backend_tokenizer.encode_special_tokens
+    ),
     "the other side": lambda t: setattr(t, "padding_side", "left" * (t.padding_side == "right")),
 }
 
@@ -135,6 +157,13 @@ def parametrize_and_back(model):
     module = model.model.layers[0].self_attn.q_proj
     nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
     nn.utils.parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+
+
+def test_calls_of_a_tokenizer_are_no_change(base):
+    held = load_base(base, "float32", "cpu")
+    held.tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
+    assert load_base(base, "float32", "cpu").tokenizer is held.tokenizer
+    assert held.tokenizer(["a", "abc"], padding=True)["attention_mask"] == [[1, 0, 0], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("use", UNCHANGED)

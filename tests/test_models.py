@@ -221,3 +221,22 @@ def test_a_version_from_before_templates_is_used_as_it_was_evaluated(tmp_path):
     assert (tmp_path / "chat_template.jinja").is_file()
     assert keeps_no_template(tmp_path, before)
     assert adapter_weights_sha256(tmp_path) == before
+
+
+@pytest.mark.parametrize("end", ["2", [[256]], [256.5], True, -1, 100_000])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_end_tokens_that_no_answer_can_have_are_refused(tmp_path, name, end):
+    folder = write_tiny_base(tmp_path / "base")
+    path = folder / name
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(config | {"eos_token_id": end}))
+    with pytest.raises(UnsupportedModelError, match="eos_token_id"):
+        load_base(folder, "float32", "cpu")
+
+
+def test_a_base_that_returns_tuples_is_read_by_name(tmp_path):
+    folder = write_tiny_base(tmp_path / "base")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))
+    base = load_base(folder, "float32", "cpu")
+    assert base.model(input_ids=torch.ones(1, 2, dtype=torch.long)).logits.shape[:2] == (1, 2)

@@ -4,6 +4,7 @@ Version counters of tensors are not enough. They miss writes through `.data` and
 count writes that change nothing, such as a parametrisation that is registered and removed again.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -53,8 +54,9 @@ def model_checksums(model: "nn.Module") -> ModelChecksums:
     for the 135 million float32 parameters of SmolLM2-135M.
     """
     parts: dict[str, object] = {}
+    configs: dict[int, object] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        parts[f"module {name or '(model)'}"] = _class(module), _attributes(module)
+        parts[f"module {name or '(model)'}"] = _class(module), _attributes(module, configs)
     for owner in ("config", "generation_config"):
         if hasattr(model, owner):
             parts[owner] = _plain(getattr(model, owner))
@@ -68,15 +70,48 @@ def tokenizer_checksums(tokenizer: Any) -> ModelChecksums:
         for key, value in vars(tokenizer).items()
         if not key.startswith("_in_")
     }
-    return ModelChecksums(settings | {"tokenizer": (_class(tokenizer), len(tokenizer))})
-
-
-def _attributes(module: "nn.Module") -> dict[str, object]:
-    return {
-        key: tuple(value) if key.endswith("_hooks") else _plain(value)
-        for key, value in vars(module).items()
-        if key not in _CONTAINERS and key != "training" and not _is_config(value)
+    content = {
+        "tokenizer": (_class(tokenizer), len(tokenizer)),
+        "tokenizer added tokens": repr(getattr(tokenizer, "added_tokens_decoder", None)),
+        "tokenizer model": _tokenizer_model(tokenizer),
     }
+    return ModelChecksums(settings | content)
+
+
+def _tokenizer_model(tokenizer: Any) -> object:
+    """Return the sha256 of a fast tokenizer's vocabulary, merges, normalizer and processors.
+
+    Padding and truncation are left out: every call of the tokenizer sets them.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+    return digest, backend.encode_special_tokens
+
+
+def _attributes(module: "nn.Module", configs: dict[int, object]) -> dict[str, object]:
+    """Return a module's attributes; `configs` keeps configurations that modules share."""
+    found: dict[str, object] = {}
+    for key, value in vars(module).items():
+        if key in _CONTAINERS or key == "training":
+            continue
+        if _is_config(value):
+            if id(value) not in configs:
+                configs[id(value)] = _plain(value)
+            found[key] = configs[id(value)]
+        else:
+            found[key] = tuple(value) if key.endswith("_hooks") else _plain(value)
+    return found
 
 
 def _class(value: object) -> str:
@@ -118,7 +153,8 @@ def _tensors(model: "nn.Module") -> dict[str, object]:
             sums[where] = _checksum(tensor)
         tied = first.setdefault(where, name)
         about = (_class(tensor), str(tensor.dtype), tuple(tensor.shape), str(tensor.device))
-        described[name] = (*about, tensor.requires_grad, tied, where)
+        about = (*about, tensor.requires_grad, tensor.grad is not None)
+        described[name] = (*about, tied, where)
     values = _values(sums)
     return {name: (*about, values.get(where)) for name, (*about, where) in described.items()}
 

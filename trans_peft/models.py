@@ -114,6 +114,8 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
         raise _unfilled(folder, [f"the files' tensors do not convert: {error}"]) from error
     if problems := _differences(folder, model, report):
         raise _unfilled(folder, problems)
+    _check_end_tokens(folder, model)
+    model.config.return_dict = True  # a config.json may switch it off; outputs are read by name
     model.to(device).eval()
     base = LoadedBase(model, tokenizer)
     _held = _Held(key, _state(base), base)
@@ -130,6 +132,20 @@ def _differences(folder: Path, model: "PreTrainedModel", report: dict[str, Any])
         if is_text_backbone(type(model), config):
             unexpected = []
     return loading_problems(report["missing_keys"], unexpected, report["mismatched_keys"])
+
+
+def _check_end_tokens(folder: Path, model: "PreTrainedModel") -> None:
+    """Refuse end tokens that are no token ids: no answer would ever end with them."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for owner, name in (("config", "config.json"), ("generation_config", "generation_config.json")):
+        found = getattr(getattr(model, owner, None), "eos_token_id", None)
+        ids = found if isinstance(found, list) else [found]
+        if not all(i is None or (type(i) is int and 0 <= i < vocabulary) for i in ids):
+            raise UnsupportedModelError(
+                f"eos_token_id in {folder / name} cannot be used",
+                expected=f"a token id from 0 to {vocabulary - 1}, or a list of them",
+                found=repr(found),
+            )
 
 
 def _unfilled(folder: Path, problems: list[str]) -> UnsupportedModelError:

@@ -57,6 +57,20 @@ def fp8(folder):
     save_file({k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}, folder / WEIGHTS)
 
 
+def cast_to(dtype):
+    def write(folder):
+        tensors = load_file(folder / WEIGHTS)
+        save_file({k: v.to(dtype) for k, v in tensors.items()}, folder / WEIGHTS)
+
+    return write
+
+
+def beyond_float32(folder):
+    tensors = {k: v.double() for k, v in load_file(folder / WEIGHTS).items()}
+    next(iter(tensors.values()))[0, 0] = 1e39
+    save_file(tensors, folder / WEIGHTS)
+
+
 def complex_numbers(folder):
     tensors = load_file(folder / WEIGHTS)
     save_file({k: v.to(torch.complex64) for k, v in tensors.items()}, folder / WEIGHTS)
@@ -86,6 +100,11 @@ def config(text):
 STRANGE = {
     "fp8": (fp8, "attach", r"cannot compute with: .*lora_A.*F8_E4M3"),
     "complex numbers": (complex_numbers, "attach", "cannot compute with: .*C64"),
+    **{
+        str(dtype): (cast_to(dtype), "attach", "cannot compute with: .*lora_A")
+        for dtype in (torch.int32, torch.uint8, torch.bool)
+    },
+    "beyond float32": (beyond_float32, "attach", "lora_A.* exceed the range of the dtype"),
     "nan": (not_finite(float("nan")), "attach", "not finite: .*lora_A"),
     "infinity": (not_finite(float("inf")), "attach", "not finite: .*lora_A"),
     "a text for alpha": (

@@ -119,6 +119,25 @@ def test_other_settings_are_told_as_a_note(values, told, tmp_path):
     assert told in "; ".join(notes)
 
 
+def normalized(state, settings, config):
+    state["normalizer"] = {
+        "type": "Replace", "pattern": {"String": "Question"}, "content": "Q"
+    }  # fmt: skip
+
+
+def merged_in_another_order(state, settings, config):
+    state["model"]["merges"] = state["model"]["merges"][::-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"), [(normalized, "normalizer"), (merged_in_another_order, "merges")]
+)
+def test_a_change_that_no_probe_text_shows_is_a_note(change, part, tmp_path):
+    mismatches, notes = compare_tokenizers(saved(tmp_path / "old"), saved(tmp_path / "new", change))
+    assert mismatches == ()
+    assert f"the tokenizer's {part} changed" in "; ".join(notes)
+
+
 def test_the_same_tokenizer_has_nothing_to_tell(tmp_path):
     assert compare_tokenizers(saved(tmp_path / "old"), saved(tmp_path / "new")) == ((), ())
 

@@ -159,6 +159,13 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
         astray = [key for key in tensors if not _same(tensors[key], loaded[key])]
         if astray:
             raise AdapterError(f"{folder}: PEFT did not load {listed(astray)}")
+        overflowed = [key for key in tensors if not torch.isfinite(loaded[key]).all()]
+        if overflowed:
+            raise AdapterError(
+                f"{folder}: values of {listed(overflowed)} exceed the range of the dtype that they "
+                "are loaded in",
+                expected=f"values below {torch.finfo(loaded[overflowed[0]].dtype).max:.3g}",
+            )
     except BaseException as error:
         snapshot.restore()
         passed_on = (AdapterError, IsolationError, MemoryError, torch.OutOfMemoryError)

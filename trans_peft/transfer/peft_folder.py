@@ -20,9 +20,10 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "PeftFolder", "read_peft_folder"]
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-_DTYPES = frozenset(
-    {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
-)  # in safetensors' spelling; whole numbers are indices, as SHiRA and VB-LoRA save them
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors spells them
+_INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL"})
+_INDICES = "indices"
+"""Part of the names of tensors of whole numbers, which SHiRA and VB-LoRA save."""
 _REWRITING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -103,10 +104,14 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
     types = {entry.name: entry.dtype for entry in entries}
     if not tensors:
         problems.append(f"{WEIGHTS_NAME} holds no tensor")
-    strange = [f"{key} ({kind})" for key, kind in types.items() if kind not in _DTYPES]
+    strange = [
+        f"{key} ({kind})"
+        for key, kind in types.items()
+        if kind not in (_FLOATS | _INTEGERS if _INDICES in key else _FLOATS)
+    ]
     if strange:
         problems.append(
             f"{WEIGHTS_NAME} holds tensors that PEFT cannot compute with: {listed(strange)};"
-            f" expected {', '.join(sorted(_DTYPES))}"
+            f" expected {', '.join(sorted(_FLOATS))}, or whole numbers for indices"
         )
     return tensors

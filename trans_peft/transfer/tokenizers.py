@@ -5,6 +5,7 @@ decide about special tokens. Both tokenizers are loaded as for an evaluation, in
 with limits, and encode and decode a probe corpus.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,12 @@ def _compare(old: Path, new: Path, template: str | None) -> tuple[list[str], lis
     changed = list(_changed_settings(before, after))
     if changed:
         notes.append(f"settings of the tokenizer changed: {', '.join(changed)}")
+    parts = [] if mismatches else _changed_parts(before, after)
+    if parts:
+        notes.append(
+            f"the tokenizer's {', '.join(parts)} changed; none of {len(PROBE_CORPUS)} probe texts "
+            "becomes other tokens, but other text may"
+        )
     return mismatches, notes
 
 
@@ -156,6 +163,30 @@ def _changed_settings(before: Any, after: Any) -> Iterator[str]:
         values = [_plain(getattr(tokenizer, name, None)) for tokenizer in (before, after)]
         if values[0] != values[1]:
             yield f"{name} was {values[0]!r} and is {values[1]!r}"
+
+
+def _changed_parts(before: Any, after: Any) -> list[str]:
+    """Return the parts of two fast tokenizers that differ, added vocabulary aside."""
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (before, after)]
+    if None in backends:
+        return []
+    old, new = (json.loads(backend.to_str()) for backend in backends)
+    parts = [
+        name
+        for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+        if old.get(name) != new.get(name)
+    ]
+    models = [dict(found["model"]) for found in (old, new)]
+    vocabularies = [model.pop("vocab", None) for model in models]
+    merges = [model.pop("merges", []) for model in models]
+    if merges[0] != merges[1][: len(merges[0])]:
+        parts.append("merges")
+    if models[0] != models[1]:
+        parts.append("model")
+    scored = all(isinstance(vocabulary, list) for vocabulary in vocabularies)  # Unigram
+    if scored and vocabularies[0] != vocabularies[1][: len(vocabularies[0])]:
+        parts.append("vocabulary")
+    return parts
 
 
 def _plain(value: Any) -> Any:
