@@ -92,6 +92,10 @@ class Counting(nn.Module):
     def generation_config(self):
         return self.model.generation_config
 
+    def get_base_model(self):
+        """The probe of a base is not counted."""
+        return self.model
+
     def forward(self, **inputs):
         rows, columns = inputs["input_ids"].shape
         if rows > self.room:

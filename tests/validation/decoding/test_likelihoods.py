@@ -102,6 +102,9 @@ def test_a_batch_that_does_not_fit_is_halved(tokenizer, plain):
             super().__init__()
             self.inner = tiny_model(seed=4).eval()
 
+        def get_base_model(self):
+            return self.inner
+
         def forward(self, input_ids, **options):
             if len(input_ids) > self.room:
                 raise self.error

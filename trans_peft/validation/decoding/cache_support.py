@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trans_peft.errors import UnsupportedModelError
+from trans_peft.validation.decoding.batching import is_out_of_memory
 from trans_peft.validation.decoding.prefixes import CacheSupport, PrefixReader, PromptPart
 
 __all__ = ["base_model_of", "cache_support"]
@@ -53,6 +54,8 @@ def _probed(model: nn.Module) -> CacheSupport:
         short, long = _texts(model)
         expected = [_logits(model, text) for text in (short, long)]
     except Exception as error:  # whatever a model raises on token ids alone
+        if is_out_of_memory(error):
+            raise
         raise _unsupported(model, f"{type(error).__name__}: {error}") from error
     if not all(torch.isfinite(logits).all() for logits in expected):
         return CacheSupport()  # broken weights: decoding reports them
@@ -61,6 +64,8 @@ def _probed(model: nn.Module) -> CacheSupport:
         try:
             found = _through_cache(model, short, long, support)
         except Exception as error:  # a model without a cache, or with one of another kind
+            if is_out_of_memory(error):
+                raise
             reasons.append(f"{type(error).__name__}: {error}")
         else:
             if all(map(_equal, found, expected)):
