@@ -192,7 +192,7 @@ def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _LayerResul
     names = analysis.unassigned_in_layout(units) if stated else analysis.unassigned(units)
     if names:
         problems.append(f"no FFN was recognised in {', '.join(names)}")
-    if bypassed := claims.bypassed():
+    if bypassed := analysis.bypassed():
         problems.append(
             f"the weights of {', '.join(bypassed)} are used without calling these modules (a fused "
             "kernel, or functional code), so that masks would have no effect"
