@@ -252,7 +252,7 @@ class MlflowCatalog:
                 f"{winner} (number {winner.number}) is registered already with other content",
                 expected=f"{winner.version}, fingerprint {winner.fingerprint_sha256}",
                 found=f"{version}, fingerprint {fingerprint.digest}",
-                do="publish it as a new version",
+                do="publish it under a new version",
             )
         return replace(winner, ready=True)
 
