@@ -377,7 +377,9 @@ class TestMlflow:
                 if stands is None:
                     patch.setattr(MlflowClient, method, killed)
                 else:
-                    patch.setattr(place.registry, "_remember", _only_once(place.registry._remember))
+                    patch.setattr(
+                        place.registry, "_record_alias", _only_once(place.registry._record_alias)
+                    )
                 place.registry.set_alias(place.adapter, alias, 1)
             assert place.registry.alias(place.adapter, alias) == stands
             assert place.registry.owns_alias(place.adapter, alias)
@@ -391,7 +393,7 @@ class TestMlflow:
         place.trained()
         name = f"{place.adapter}-production"
         place.person.client.copy_model_version(f"models:/{place.adapter}/1", name)
-        with pytest.raises(NotFoundError, match="no adapter"):
+        with pytest.raises(NotFoundError, match="is not an adapter"):
             place.registry.versions(name)
 
     def test_a_copy_within_the_adapter_is_not_a_version(self, place):
@@ -408,12 +410,12 @@ class TestMlflow:
         place.person.client.copy_model_version(f"models:/{place.adapter}/1", other.adapter)
         assert place.registry.versions(other.adapter) == (other,)
 
-    def test_a_write_that_was_cut_off_is_seen_and_finished(self, place, monkeypatch):
-        """Left as it is, a later block by a person would be taken for ours."""
+    def test_an_interrupted_write_is_detected_and_completed(self, place, monkeypatch):
+        """An unfinished record would hide a later manual override."""
         place.trained()
         alias = "on-222222222222"
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(place.registry, "_remember", _only_once(place.registry._remember))
+            patch.setattr(place.registry, "_record_alias", _only_once(place.registry._record_alias))
             place.registry.set_alias(place.adapter, alias, 1)
         assert place.registry.aliases(place.adapter)[alias] == AliasState(1, unfinished=True)
         place.registry.set_alias(place.adapter, alias, 1)
