@@ -134,7 +134,7 @@ faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m faults --moments $(MOMENTS) --faults-log faults.jsonl
 
 # Pages that follow docs/style.md. The others do not yet.
-PAGES := README.md CONTRIBUTING.md docs/verdicts.md docs/label-free.md docs/security.md docs/uploads.md docs/triggers.md docs/faults.md docs/decisions infra/README.md
+PAGES := README.md CONTRIBUTING.md CHANGELOG.md docs/verdicts.md docs/label-free.md docs/security.md docs/uploads.md docs/triggers.md docs/faults.md docs/decisions infra/README.md
 SITE  := $(BIN)/python docs/site.py && $(BIN)/zensical build --strict
 
 check: $(READY)
