@@ -153,8 +153,8 @@ def _tensors(model: "nn.Module") -> dict[str, object]:
             sums[where] = _checksum(tensor)
         tied = first.setdefault(where, name)
         about = (_class(tensor), str(tensor.dtype), tuple(tensor.shape), str(tensor.device))
-        about = (*about, tensor.requires_grad, tensor.grad is not None)
-        described[name] = (*about, tied, where)
+        gradients = (tensor.requires_grad, tensor.grad is not None)
+        described[name] = (*about, *gradients, tied, where)
     values = _values(sums)
     return {name: (*about, values.get(where)) for name, (*about, where) in described.items()}
 

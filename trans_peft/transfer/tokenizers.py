@@ -167,10 +167,9 @@ def _changed_settings(before: Any, after: Any) -> Iterator[str]:
 
 def _changed_parts(before: Any, after: Any) -> list[str]:
     """Return the parts of two fast tokenizers that differ, added vocabulary aside."""
-    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (before, after)]
-    if None in backends:
+    if not (hasattr(before, "backend_tokenizer") and hasattr(after, "backend_tokenizer")):
         return []
-    old, new = (json.loads(backend.to_str()) for backend in backends)
+    old, new = (json.loads(t.backend_tokenizer.to_str()) for t in (before, after))
     parts = [
         name
         for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")

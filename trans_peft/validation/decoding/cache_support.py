@@ -92,7 +92,7 @@ def _through_cache(
     model: nn.Module, short: list[int], long: list[int], support: CacheSupport
 ) -> list[torch.Tensor]:
     """Return the same logits from two passes: the prompts, then their continuations."""
-    found = []
+    found: list[torch.Tensor] = []
     reader = PrefixReader(model, support)
     for texts in [[short, long]] if support.batched else [[short], [long]]:
         prompts = [text[:-_CONTINUATION] for text in texts]
