@@ -130,7 +130,7 @@ def page_with(
         "label-free": _predictors(rows, ("disagreement", "KL")),
         "triage": _predictors(rows, NAMES),
     }
-    return with_blocks(page, {name: f"\n{block}\n" for name, block in blocks.items()})
+    return with_blocks(page, blocks)
 
 
 def _shifts(measured: Sequence["Measured"], rows: Sequence[Row]) -> str:

@@ -1,13 +1,15 @@
-"""The study's figures, read from its ledger: one table for each task and update, in Markdown.
+"""Compute the study's tables from its ledger, in Markdown: one for each task and update.
 
-Four questions are put to each. What did Trans-PEFT change on the new base after equal training?
-And at an equal score on the old base, where it needs longer training? What did it cost on the old
-base? And how much of the gap to an adapter trained on the new base did it close?
+Each answers four questions. How does Trans-PEFT change the score on the new base after equal
+training? How does it at an equal score on the old base, for which it needs longer training? How
+much does it cost on the old base? Which share of the gap to an adapter that was trained on the new
+base does it close?
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from textwrap import fill
 
 import numpy as np
 
@@ -21,13 +23,16 @@ __all__ = ["NEW", "TITLES", "Comparison", "comparisons", "markdown", "page_with"
 
 
 PLAIN, OURS = "plain", ("uniform", "spared")
+_WIDTH = 120
+"""Characters in a line of prose, as in `.mdformat.toml`."""
+
 NEW = "new"
 """The arm Fine-tune(new): plain, trained and scored on the updated base."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All arms on one task and one update; every arm has the same seeds and items."""
+    """The scores of all arms on one task and one update. All arms have the same seeds and items."""
 
     task: str
     update: str
@@ -35,12 +40,12 @@ class Comparison:
 
     @cached_property
     def bare(self) -> dict[str, float]:
-        """The bases' own scores, by base."""
+        """The scores of the bases without an adapter, by base."""
         return {s.scored_on: s.points for s in self.scores if s.arm == BARE}
 
     @cached_property
     def arms(self) -> dict[tuple[str, int, str], np.ndarray]:
-        """Return (seeds, items) of each arm, steps and base of which every seed is known."""
+        """The results (seeds, items) by arm, steps and base, where every seed has been scored."""
         found: dict[tuple[str, int, str], dict[int, str]] = {}
         for score in self.scores:
             if score.arm != BARE and score.seed in SEEDS:
@@ -53,12 +58,12 @@ class Comparison:
         }
 
     def mean(self, arm: str, steps: int, base: str) -> float | None:
-        """Return an arm's mean score over seeds, None where it is not there yet."""
+        """Return an arm's mean score over seeds; None if it has not been scored yet."""
         answers = self.arms.get((arm, steps, base))
         return None if answers is None else float(100 * answers.mean())
 
     def lost(self, arm: str, steps: int) -> Interval | None:
-        """Return what the update took from an arm: its score on the new base minus the old."""
+        """Return the change by the update: an arm's score on the new base minus the old one."""
         return self._difference((arm, steps, self.update), (arm, steps, V1))
 
     def gained(self, arm: str, steps: int, base: str) -> Interval | None:
@@ -68,9 +73,9 @@ class Comparison:
     def at_equal_score(self, arm: str) -> Interval | None:
         """Return the new-base score of an arm minus plain's, both at plain's old-base score.
 
-        Plain is taken after the fewer steps. The other arm's score on the new base is read off the
-        line through its two lengths of training, at the old-base score that plain has; None where
-        plain's does not lie between them.
+        Plain is taken after the smaller number of steps. The other arm's score on the new base is
+        interpolated linearly between its two lengths of training, at plain's old-base score. None
+        if plain's score does not lie between them.
         """
         first, second = STEPS
         wanted = [(name, s, b) for name, s in ((PLAIN, first), (arm, first), (arm, second))
@@ -94,7 +99,7 @@ class Comparison:
         return self._difference((NEW, STEPS[0], self.update), (PLAIN, STEPS[0], self.update))
 
     def recovered(self, arm: str) -> float | None:
-        """Return which share of the gap an arm closes; None where the gap may be nothing."""
+        """Return the share of the gap that an arm closes; None if the gap may be zero."""
         gap, gained = self.gap(), self.gained(arm, STEPS[0], self.update)
         if gap is None or gained is None or gap.low <= 0:
             return None
@@ -110,7 +115,7 @@ class Comparison:
 
 
 def comparisons(scores: Sequence[Score]) -> Iterator[Comparison]:
-    """Yield every task and update of which direct transfer is known with all its seeds."""
+    """Yield each task and update for which direct transfer was scored with all seeds."""
     pairs = sorted({(s.task, s.scored_on) for s in scores if s.scored_on != V1})
     for task, update in pairs:
         ours = tuple(s for s in scores if s.task == task and s.scored_on in (V1, update))
@@ -120,16 +125,16 @@ def comparisons(scores: Sequence[Score]) -> Iterator[Comparison]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Return one comparison as a table with its title and its reading in numbers."""
+    """Return one comparison in Markdown: a title, a table and two figures."""
     lines = [
-        "| arm | steps | old base | new base | lost by the update | against direct transfer |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| arm | steps | old base | new base | change by the update | minus direct transfer |",
+        "| -- | -: | -: | -: | -: | -: |",
     ]
     bare = comparison.bare
-    lines.append(f"| bare base | - | {bare[V1]:.1f} | {bare[comparison.update]:.1f} | | |")
+    lines.append(f"| bare base | - | {bare[V1]:.1f} | {bare[comparison.update]:.1f} |  |  |")
     new = comparison.mean(NEW, STEPS[0], comparison.update)
     if new is not None:
-        lines.append(f"| Fine-tune(new) | {STEPS[0]} | - | {new:.1f} | | {comparison.gap()} |")
+        lines.append(f"| Fine-tune(new) | {STEPS[0]} | - | {new:.1f} |  | {comparison.gap()} |")
     for steps in STEPS:
         for arm, title in TITLES.items():
             old, after = (comparison.mean(arm, steps, b) for b in (V1, comparison.update))
@@ -156,21 +161,34 @@ def markdown(comparison: Comparison) -> str:
             "",
             *lines,
             "",
-            f"At direct transfer's old-base score ({STEPS[0]} steps), against it: "
-            f"{'; '.join(equal) or 'not reached'}. "
-            f"Share of the gap to Fine-tune(new) closed: "
-            f"{'; '.join(shares) or ('not known' if new is None else 'no gap to speak of')}.",
+            _item(
+                f"At the old-base score of direct transfer ({STEPS[0]} steps), minus direct "
+                f"transfer: {'; '.join(equal) or 'not reached'}."
+            ),
+            _item(
+                "Share of the gap to Fine-tune(new) that is closed: "
+                f"{'; '.join(shares) or ('not measured' if new is None else 'no clear gap')}."
+            ),
         ]
+    )
+
+
+def _item(text: str) -> str:
+    """Return an item of a Markdown list, wrapped as mdformat wraps it."""
+    return fill(
+        text,
+        _WIDTH,
+        initial_indent="- ",
+        subsequent_indent="  ",
+        break_on_hyphens=False,
+        break_long_words=False,
     )
 
 
 def page_with(
     page: str, scores: Sequence[Score], updates: Mapping[str, Mapping[str, float]]
 ) -> str:
-    """Return the page with its blocks `updates`, `comparisons` and `candidates` made anew.
-
-    What a block holds stands between two HTML comments, and is not written by hand.
-    """
+    """Return the page with its blocks `updates`, `comparisons` and `candidates` replaced."""
     blocks = {
         "updates": _updates_table(updates),
         "candidates": _candidates_table(scores),
@@ -180,10 +198,10 @@ def page_with(
 
 
 def _updates_table(updates: Mapping[str, Mapping[str, float]]) -> str:
-    """Return what each update did to the base: its loss on held-out source, and its drift."""
+    """Return the table of the updates: the loss on held-out source code, and the drift."""
     lines = [
-        "| update | held-out loss, nats a token | attention moved | FFN moved | the rest moved |",
-        "|---|---:|---:|---:|---:|",
+        "| update | held-out loss, nats per token | attention | FFN | other weights |",
+        "| -- | -: | -: | -: | -: |",
     ]
     for name, figures in updates.items():
         moved = (figures[f"drift_{kind}_percent"] for kind in ("attention", "ffn", "other"))
@@ -197,9 +215,9 @@ def _updates_table(updates: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _candidates_table(scores: Sequence[Score]) -> str:
-    """Return what the arm `spared` was chosen from, as a table."""
+    """Return the table of the settings from which the arm `spared` was chosen."""
     task, update = CHOSEN_ON
-    lines = ["| settings | old base | new base |", "|---|---:|---:|"]
+    lines = ["| settings | old base | new base |", "| -- | -: | -: |"]
     chosen = [s for s in scores if s.task == task and s.seed == 0 and s.arm != BARE]
     for arm in dict.fromkeys(score.arm for score in chosen):
         points = {s.scored_on: s.points for s in chosen if s.arm == arm}

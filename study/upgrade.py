@@ -183,7 +183,7 @@ def table(seen: FleetReport, bare_on_old: float) -> str:
     """Return a row for each adapter, in Markdown. NotFoundError where one was not judged."""
     cells = {(row.adapter, row.base): row for row in seen.rows}
     columns = [f"{base}: score, change (bounds), verdict" for base in UPDATES]
-    lines = [f"| adapter | {OLD} | {' | '.join(columns)} |", "|---|---:|" + "---|" * len(UPDATES)]
+    lines = [f"| adapter | {OLD} | {' | '.join(columns)} |", "| -- | -: |" + " -- |" * len(UPDATES)]
     for name in dict.fromkeys(row.adapter for row in seen.rows):
         (_, score), *_ = cells[name, OLD].scores
         judged = " | ".join(_cell(cells[name, base]) for base in UPDATES)

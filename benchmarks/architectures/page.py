@@ -40,6 +40,6 @@ def _table(verdicts: Sequence[Verdict]) -> Iterator[str]:
     yield f"transformers {transformers.__version__}, {len(verdicts)} architectures: {counted}."
     yield ""
     yield "| model type | class | outcome | why |"
-    yield "|---|---|---|---|"
+    yield "| -- | -- | -- | -- |"
     for verdict in verdicts:
         yield verdict.row
