@@ -123,12 +123,19 @@ def test_gsm8k_prompts_are_those_of_metamath(tmp_path):
         ("First \\boxed{1}, then $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
         ("So it is $\\boxed 2$.", "2"),
         ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("So \\boxed {5}. Thus done.", "5"),
     ],
 )
 def test_math_prompts_are_those_of_metamath(solution, answer, tmp_path):
     (example,) = read(tmp_path, "math", {"problem": "How many {x}?", "solution": solution})
     assert example.prompt == METAMATH.format(instruction="How many {x}?")
     assert example.completion == f" {solution}\nThe answer is: {answer}"
+
+
+@pytest.mark.parametrize("solution", ["\\boxed 5. Thus done.", "\\boxed{5", "\\boxed", "It is 5."])
+def test_a_solution_without_a_clear_answer_is_refused(solution, tmp_path):
+    with pytest.raises(DataError, match="boxed"):
+        read(tmp_path, "math", {"problem": "How many?", "solution": solution})
 
 
 MBPP = {

@@ -65,15 +65,18 @@ def _step_by_step(question: str, solution: str, answer: str) -> dict[str, Any]:
 
 
 def _last_boxed(solution: str) -> str:
-    """Return the content of the last \\boxed: balanced braces, or the word after a space."""
+    """Return the content of the last \\boxed: balanced braces, or the text before the next $."""
     _, found, rest = solution.rpartition("\\boxed")
     if not found:
         raise ValueError("the solution has no \\boxed")
+    rest = rest.lstrip()
     if not rest.startswith("{"):
-        word = rest.split("$", 1)[0].strip()
-        if not word:
+        text, end, _ = rest.partition("$")
+        if not text.strip():
             raise ValueError("the solution's last \\boxed is empty")
-        return word
+        if not end:
+            raise ValueError("the solution's last \\boxed has neither braces nor a $ behind it")
+        return text.strip()
     depth = 0
     for at, sign in enumerate(rest):
         depth += (sign == "{") - (sign == "}")

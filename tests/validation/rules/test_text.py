@@ -155,6 +155,19 @@ PIECES = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "equal"),
+    [
+        ("1e999", "1e400", False),
+        ("0.1", "0.1000000000000000000001", False),
+        ("0.10", "1e-1", True),
+        ("2.0", "2", True),
+    ],
+)
+def test_json_numbers_are_compared_exactly(answer, reference, equal):
+    assert json_equal(answer, reference) == (100 if equal else 0)
+
+
 @pytest.mark.parametrize("name", LLM_ADAPTERS)
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.data())

@@ -7,6 +7,7 @@ reference that no answer can match.
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from trans_peft.domain.bounds import MAX_PATTERN_LENGTH, MAX_REFERENCE_CHARACTERS
@@ -189,7 +190,8 @@ def _json(text: str) -> Any:
             raise ValueError("an object has a repeated key")
         return dict(pairs)
 
-    return parse_json(text, parse_constant=refuse, object_pairs_hook=once)
+    # A float would round: 1e999 and 1e400 are both infinite, and 0.1 has more than one spelling.
+    return parse_json(text, parse_constant=refuse, parse_float=Decimal, object_pairs_hook=once)
 
 
 def _typed(value: Any) -> Any:
