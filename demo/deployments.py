@@ -1,8 +1,8 @@
-"""Start a Prefect deployment on the worker and show what it says until it is over.
+"""Start a Prefect deployment on the worker, and show its log lines until the run has ended.
 
-A run belongs to its key: a second demo joins the run that the first one left under way, and starts
-another only where the last one is over. A run that crashed (its worker was killed, say) is started
-again; one that failed ends the demo.
+Each run has an idempotency key. A second demo follows the run that the first one started, and
+starts another one only if that run has ended. A run that crashed, for example because its worker
+was killed, is started again. A run that failed ends the demo.
 """
 
 import time
@@ -45,58 +45,60 @@ _MACHINERY = ("prefect.flow_runs.worker", "prefect.flow_runs.runner", "prefect.t
 
 
 def run(deployment: str, parameters: Mapping[str, Any], *, key: str, screen: Screen) -> None:
-    """Run a deployment to its end. DemoError where it fails, or crashes too often."""
+    """Run a deployment to its end. DemoError if it fails, or crashes too often."""
     crashes = 0
-    for take in count():
+    for attempt in count():
         flow_run = cast(
             FlowRun,
             run_deployment(
                 deployment,
                 parameters=dict(parameters),
-                idempotency_key=f"demo/{key}/{take}",
+                idempotency_key=f"demo/{key}/{attempt}",
                 timeout=0,
                 as_subflow=False,
             ),
         )
         if flow_run.state is not None and flow_run.state.is_final():
             continue  # of an earlier demo
-        screen.say(f"{deployment}: flow run {flow_run.name}", "dim")
+        screen.line(f"{deployment}: flow run {flow_run.name}", "dim")
         ended = _follow(flow_run.id, deployment, screen)
         state = ended.state
         if state is not None and state.is_completed():
             return
         message = state.message if state else ""
-        words = f"{deployment} ({ended.name}) ended as {ended.state_name}: {message}"
+        text = f"{deployment} ({ended.name}) ended as {ended.state_name}: {message}"
         if state is None or not state.is_crashed() or crashes == _MAX_CRASHES:
-            raise DemoError(words, do="look at the run's page in Prefect; `make demo` goes on here")
+            raise DemoError(
+                text, do="read the log on the run's page in Prefect; `make demo` resumes"
+            )
         crashes += 1
-        screen.say(f"{words}. Once more.", "yellow")
+        screen.line(f"{text}. It is started again.", "yellow")
 
 
 def _follow(run_id: UUID, deployment: str, screen: Screen) -> FlowRun:
     with get_client(sync_client=True) as client:
         logs = _Logs(client, run_id)
-        said, started = "", time.monotonic()
+        shown, started = "", time.monotonic()
         while True:
             flow_run = client.read_flow_run(run_id)
             for log in logs.new():
-                screen.say(log.message, "" if log.level == _INFO else "yellow")
-            if flow_run.state_name != said:
-                said = flow_run.state_name or ""
-                screen.say(f"{deployment}: {said.lower()}", "dim")
+                screen.line(log.message, "" if log.level == _INFO else "yellow")
+            if flow_run.state_name != shown:
+                shown = flow_run.state_name or ""
+                screen.line(f"{deployment}: {shown.lower()}", "dim")
             if flow_run.state is not None and flow_run.state.is_final():
                 for log in logs.new():
-                    screen.say(log.message)
+                    screen.line(log.message)
                 return flow_run
             waited_s = time.monotonic() - started
             stuck = flow_run.state is not None and flow_run.state.is_scheduled() and waited_s > 60
-            hint = "; is the worker well? (make status)" if stuck else ""
-            screen.alive(f"{deployment}: {said.lower()}, {waited_s:.0f} s{hint}")
+            advice = "; if it does not start: make status shows the worker" if stuck else ""
+            screen.heartbeat(f"{deployment}: {shown.lower()}, {waited_s:.0f} s{advice}")
             time.sleep(_POLL_S)
 
 
 class _Logs:
-    """The log lines of a flow run and of the runs that it started, each once."""
+    """Reads the new log lines of a flow run and of the runs that it started."""
 
     def __init__(self, client: SyncPrefectClient, run_id: UUID) -> None:
         self._client = client

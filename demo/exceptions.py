@@ -1,7 +1,8 @@
-"""The message of a raised exception -> its class: `raise TypeError("unhashable type: 'list'")`.
+"""Task `exceptions`: predict the class of a raised exception from its message.
 
-Placeholders of f-strings, `%` and `.format` are shown as `{}`. The question is put as source code
-("# message", "raise"), so that a base without an adapter has a fair chance too.
+An example is `raise TypeError("unhashable type: 'list'")`. Placeholders of f-strings, `%` and
+`.format` are shown as `{}`. The prompt is source code ("# message", "raise"), so that a base
+without an adapter can answer it as well.
 """
 
 import ast
@@ -23,7 +24,7 @@ CLASSES = (
     "TypeError",
     "ValueError",
 )
-"""The eight most frequent builtin classes, apart from the catch-all `Exception`."""
+"""The eight most frequent builtin classes except `Exception`."""
 
 _RAISE = re.compile(rf"^[ \t]*raise (?:{'|'.join(CLASSES)})\(", re.MULTILINE)
 _LONGEST_STATEMENT = 2_000  # characters
@@ -45,7 +46,7 @@ def examples(file: SourceFile) -> Iterator[Example]:
 
 
 def _parse(source: str) -> ast.Call | None:
-    """Parse the statement at the start of `source`: as few of its lines as are a statement."""
+    """Parse the statement at the start of `source`, from as few lines as possible."""
     end = -1
     while (end := source.find("\n", end + 1)) != -1:
         try:
@@ -59,7 +60,7 @@ def _parse(source: str) -> ast.Call | None:
 
 
 def _text(node: ast.expr) -> str | None:
-    """Return the message as a reader of the source sees it, or None where it is computed."""
+    """Return the message as it appears in the source; None if it is computed."""
     match node:
         case ast.Constant(value=str(text)):
             return text

@@ -1,8 +1,8 @@
-"""Two questions about a function: what does it return, and how would its docstring begin?
+"""Tasks `returns` and `docstrings`: predict parts of a function from its source.
 
-`returns`: the source without its return annotation -> the annotation, one of eight.
-`docstrings`: the source without its docstring -> the docstring's first line. A text is generated
-and compared by chrF.
+`returns`: from the source without its return annotation to the annotation, one of eight.
+`docstrings`: from the source without its docstring to the first line of the docstring, which is
+compared by chrF.
 """
 
 import ast
@@ -16,7 +16,7 @@ from demo.tasks import Example
 __all__ = ["ANNOTATIONS", "docstrings", "returns"]
 
 ANNOTATIONS = ("None", "bool", "dict[str, Any]", "float", "int", "list[str]", "str", "torch.Tensor")
-"""The eight most frequent ones whose meaning does not depend on the package."""
+"""The eight most frequent annotations whose meaning does not depend on the package."""
 
 _SOURCE_LENGTH = 240  # characters shown of a function: about 70 tokens
 _LINE_LENGTH = range(15, 61)  # characters of a docstring's first line
@@ -40,7 +40,7 @@ def returns(file: SourceFile) -> Iterator[Example]:
 
 
 def docstrings(file: SourceFile) -> Iterator[Example]:
-    """Yield each function whose docstring begins with one whole short sentence."""
+    """Yield each function whose docstring starts with one complete short sentence."""
     for function in _functions(file):
         line = function.docstring.split("\n")[0].strip()
         if len(line) in _LINE_LENGTH and line.endswith(".") and len(words(line)) >= 3:
@@ -49,7 +49,7 @@ def docstrings(file: SourceFile) -> Iterator[Example]:
 
 def _functions(file: SourceFile) -> Iterator[_Function]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # other people's escape sequences
+        with warnings.catch_warnings(action="ignore"):  # invalid escape sequences in the source
             tree = ast.parse(file.text)
     except (SyntaxError, ValueError, RecursionError):
         return

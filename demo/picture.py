@@ -1,4 +1,4 @@
-"""One picture of the result: where each adapter stood on v1, and where it stands on v2."""
+"""Plot the scores of each adapter on v1 and v2."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,7 +17,7 @@ _PLAIN, _OURS, _GREY, _INK = "#E07A1F", "#1F6FB2", "#8A8F98", "#22262B"
 
 
 def draw(found: Sequence[Result], path: Path) -> Path:
-    """Write the picture (PNG): scores per task with 95 % intervals, differences with the margin."""
+    """Write a PNG: scores of each task with 95 % intervals, and differences with the margin."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -100,7 +100,7 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
             (change.lower, y),
             xytext=(0, 14),
             textcoords="offset points",
-            ha="left",  # centred, long words would reach past the axis
+            ha="left",  # centred, long labels would exceed the axis
             color=_colour(arm),
             fontweight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
@@ -120,13 +120,13 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
         color="#B3261E",
         fontsize=10,
     )
-    axes.set_title("what the update cost, in pairs", loc="left")
+    axes.set_title("change by the update, paired", loc="left")
     _clean(axes)
     axes.spines["left"].set_visible(False)
 
 
 def _apart(scores: Sequence[float], least: float = 5.0) -> list[float]:
-    """Return heights for the scores' labels: in their order, at least so many points apart."""
+    """Return heights for the labels of scores: in the same order, at least `least` points apart."""
     heights = list(scores)
     order = sorted(range(len(scores)), key=lambda i: scores[i])
     for below, above in pairwise(order):
@@ -146,7 +146,7 @@ def _colour(arm: Result) -> str:
 
 
 def _wilson(score: float, items: int) -> tuple[float, float]:
-    """Return how far a score's 95 % interval (Wilson) reaches below and above it, in points."""
+    """Return the lengths of a score's 95 % interval (Wilson) below and above it, in points."""
     from scipy.stats import binomtest
 
     right = round(score * items / 100)

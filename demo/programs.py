@@ -1,6 +1,6 @@
-"""This process among the stack's programs: a client of its servers, a parent of our own programs.
+"""Set up this process as a client of the stack, and run parts of the demo as child processes.
 
-Child processes put their lines on the screen and give their memory back.
+The output of a child process is shown on the screen. Its memory is free when it ends.
 """
 
 import os
@@ -21,12 +21,12 @@ _POLL_S = 0.5
 
 
 def become_client_of(stack: StackSettings) -> None:
-    """Let this process speak to the stack's servers alone, in few words."""
+    """Set the environment so that this process uses only the stack's servers, and logs little."""
     own = without_services(os.environ)
     os.environ.clear()
     os.environ.update(own, **stack.client_environment)
     os.environ.update(
-        TRANS_PEFT_STATE=str(stack.state / "demo"),  # not the worker's: two processes, two caches
+        TRANS_PEFT_STATE=str(stack.state / "demo"),  # separate from the worker's cache
         MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
         MLFLOW_LOGGING_LEVEL="WARNING",
         MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
@@ -37,7 +37,7 @@ def become_client_of(stack: StackSettings) -> None:
 
 
 def run_module(arguments: Sequence[str], screen: Screen) -> None:
-    """Run `python -m ...` and show its lines as they come. DemoError where it fails."""
+    """Run `python -m ...` and show its output line by line. DemoError if it fails."""
     environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
     lines: SimpleQueue[str | None] = SimpleQueue()
     last: deque[str] = deque(maxlen=15)
@@ -63,8 +63,8 @@ def run_module(arguments: Sequence[str], screen: Screen) -> None:
             while (line := _next(lines)) is not None:
                 if line:
                     last.append(line)
-                    screen.say(line)
-                screen.alive(f"python -m {arguments[0]}: {time.monotonic() - started:.0f} s")
+                    screen.line(line)
+                screen.heartbeat(f"python -m {arguments[0]}: {time.monotonic() - started:.0f} s")
         except BaseException:
             process.terminate()
             raise

@@ -1,4 +1,4 @@
-"""The end of the story: what was measured, read back from the registry, as a table."""
+"""Read the results of the demo from the registry, and format them as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from demo.base import FAMILY
-from demo.settings import POLICY, Chapter, recipes
+from demo.settings import POLICY, DemoTask, recipes
 from trans_peft.domain.evaluation import SuiteJudgement, Verdict
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluation import evaluate_on, pin_suites
@@ -27,7 +27,7 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class Result:
-    """One adapter, trained on v1 and judged on v2; scores in points."""
+    """Results of one adapter, trained on v1 and judged on v2. Scores are in points."""
 
     adapter: str
     task: str
@@ -39,19 +39,19 @@ class Result:
     serves: bool
 
 
-def results(chapters: Sequence[Chapter], version: str, platform: Platform) -> list[Result]:
-    """Read every result on a new base version. NotFoundError where a verdict is missing.
+def results(demo_tasks: Sequence[DemoTask], version: str, platform: Platform) -> list[Result]:
+    """Return every result on a new base version. NotFoundError if a verdict is missing.
 
-    The bare v1 is the only figure that no flow needs: it is taken from the store of evaluations,
-    and computed where nobody has done so yet.
+    No flow needs the score of the bare v1. It is read from the evaluation store, or computed if it
+    is not stored yet.
     """
     v1 = find_base(FAMILY, "v1", platform)
     rows = {row.adapter: row for row in report(FAMILY, platform).rows if row.base == version}
     found = []
-    for chapter in chapters:
-        suites = pin_suites((chapter.suite,), platform)
-        bare = evaluate_on(v1, suites, platform)[chapter.suite.name].score
-        for recipe in recipes(chapter):
+    for demo_task in demo_tasks:
+        suites = pin_suites((demo_task.suite,), platform)
+        bare = evaluate_on(v1, suites, platform)[demo_task.suite.name].score
+        for recipe in recipes(demo_task):
             row = rows.get(recipe.adapter)
             if row is None or row.verdict is None or not row.suites:
                 raise NotFoundError(
@@ -61,7 +61,7 @@ def results(chapters: Sequence[Chapter], version: str, platform: Platform) -> li
             found.append(
                 Result(
                     adapter=recipe.adapter,
-                    task=chapter.task.name,
+                    task=demo_task.task.name,
                     method=_method(recipe.perturbation.masking_p, recipe.perturbation.dropping_p),
                     bare_v1=bare,
                     figures=row.suites[0],
@@ -74,7 +74,7 @@ def results(chapters: Sequence[Chapter], version: str, platform: Platform) -> li
 
 
 def _method(masking_p: float, dropping_p: float) -> str:
-    parts = [f"{word} {p:g}" for word, p in (("mask", masking_p), ("drop", dropping_p)) if p]
+    parts = [f"{name} {p:g}" for name, p in (("mask", masking_p), ("drop", dropping_p)) if p]
     return f"Trans-PEFT ({', '.join(parts)})" if parts else "plain LoRA"
 
 
@@ -103,13 +103,13 @@ def table(found: Sequence[Result]) -> Table:
 
 
 def notes(found: Sequence[Result]) -> list[str]:
-    """Return what the table cannot say by itself: reasons, and how the figures are to be read."""
+    """Return notes to the table: the reasons of the verdicts, and the meaning of the figures."""
     lines = [f"{result.adapter}: {result.reason}" for result in found]
     lines.append(
         f"The margin of {POLICY.margin_points:g} points and the one-sided level {POLICY.alpha:g} "
         "were fixed before anything was scored. Bounds: Tango's score interval of the paired "
-        "difference. items: all, and those right on one base alone. power: the chance to "
-        "pass if nothing were lost, with as many such items as were seen."
+        "difference. items: all items / items that are right on exactly one base. power: the "
+        "probability of passing if nothing was lost, at this number of such items."
     )
     for task in dict.fromkeys(result.task for result in found):
         lines += _comparison([result for result in found if result.task == task])
@@ -117,7 +117,7 @@ def notes(found: Sequence[Result]) -> list[str]:
 
 
 def _comparison(arms: Sequence[Result]) -> list[str]:
-    """Say in words how the two arms of a task compare, whoever is ahead."""
+    """Return a sentence that compares the two adapters of a task."""
     plain = next((arm for arm in arms if arm.method == "plain LoRA"), None)
     ours = next((arm for arm in arms if arm.method != "plain LoRA"), None)
     if plain is None or ours is None:
@@ -130,7 +130,7 @@ def _comparison(arms: Sequence[Result]) -> list[str]:
     return [
         f"{ours.task}: the update cost the plain adapter {lost[0]:.1f} points and the Trans-PEFT "
         f"one {lost[1]:.1f}. Trans-PEFT is {_ahead(on_v1)} on v1 and {_ahead(on_v2)} on v2. One "
-        "seed, one update: a direction, not a result."
+        "seed and one update show no reliable difference."
     ]
 
 

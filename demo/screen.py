@@ -1,4 +1,4 @@
-"""What a person reads while the demo runs: chapters, lines with the time, never silence."""
+"""Output of the demo: sections, and lines with the elapsed time at least every few seconds."""
 
 import time
 from collections.abc import Callable
@@ -10,53 +10,53 @@ from trans_peft.errors import TransPeftError
 
 __all__ = ["DemoError", "Screen"]
 
-_SILENCE_S = 5.5  # the stack and the flows say something every five seconds
+_SILENCE_S = 5.5  # the stack and the flows print a line every five seconds
 
 
 class DemoError(TransPeftError, RuntimeError):
-    """A part of the story that did not end as it must."""
+    """A step of the demo failed."""
 
 
 class Screen:
-    """Prints lines with the minutes and seconds since the demo began."""
+    """Prints lines with the minutes and seconds since the start of the demo."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._started = time.monotonic()
-        self._spoken = self._started
+        self._last_line = self._started
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the demo began."""
+        """Seconds since the start of the demo."""
         return time.monotonic() - self._started
 
-    def chapter(self, title: str, why: str) -> None:
-        """Begin a new part of the story."""
-        self.console.print(f"\n[bold cyan]{escape(title)}[/]  [dim]{escape(why)}[/]")
-        self._spoken = time.monotonic()
+    def section(self, title: str, description: str) -> None:
+        """Print the heading of a step."""
+        self.console.print(f"\n[bold cyan]{escape(title)}[/]  [dim]{escape(description)}[/]")
+        self._last_line = time.monotonic()
 
-    def say(self, words: str, style: str = "") -> None:
+    def line(self, text: str, style: str = "") -> None:
         """Print one line."""
         minutes, seconds = divmod(int(self.elapsed_s), 60)
-        text = f"[{style}]{escape(words)}[/]" if style else escape(words)
-        self.console.print(f"[dim]{minutes:3d}:{seconds:02d}[/]  {text}", soft_wrap=True)
-        self._spoken = time.monotonic()
+        content = f"[{style}]{escape(text)}[/]" if style else escape(text)
+        self.console.print(f"[dim]{minutes:3d}:{seconds:02d}[/]  {content}", soft_wrap=True)
+        self._last_line = time.monotonic()
 
-    def done(self, words: str) -> None:
-        """Print what was reached."""
-        self.say(f"✓ {words}", "green")
+    def success(self, text: str) -> None:
+        """Print the result of a step."""
+        self.line(f"✓ {text}", "green")
 
-    def alive(self, words: str) -> None:
-        """Print the line if there was none for some seconds."""
-        if time.monotonic() - self._spoken > _SILENCE_S:
-            self.say(words, "dim")
+    def heartbeat(self, text: str) -> None:
+        """Print the line if none was printed for some seconds."""
+        if time.monotonic() - self._last_line > _SILENCE_S:
+            self.line(text, "dim")
 
     def progress_reporter(
         self, what: str, unit: str, per: float = 1.0
     ) -> Callable[[int, int], None]:
-        """Return a callback (done, total) that tells how far something is, every few seconds."""
+        """Return a callback (done, total) that prints progress every few seconds."""
 
         def show(done: int, total: int) -> None:
-            self.alive(f"{what}: {done / per:,.0f} of {total / per:,.0f} {unit}")
+            self.heartbeat(f"{what}: {done / per:,.0f} of {total / per:,.0f} {unit}")
 
         return show

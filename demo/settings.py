@@ -1,7 +1,8 @@
-"""What the demo trains, how it is judged, and where each figure comes from.
+"""Settings of the demo: tasks, training, gate policy and update.
 
-All of it was fixed before the demo's own data were scored, on another split and another update:
-docs/decisions/0070-demo-settings.md. Changed after seeing its table, the table would mean nothing.
+They were fixed before the demo's own data were scored, on another split and another update
+(docs/decisions/0070-demo-settings.md). Do not change them because of the demo's results: the
+results would no longer be valid.
 """
 
 from collections.abc import Iterator
@@ -18,17 +19,17 @@ from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
 
-__all__ = ["ARMS", "FULL", "POLICY", "PROMOTION", "QUICK", "UPDATE", "Chapter", "recipes"]
+__all__ = ["ARMS", "FULL", "POLICY", "PROMOTION", "QUICK", "UPDATE", "DemoTask", "recipes"]
 
 DATA_SEED = 0
-"""Which files are for evaluation. The settings below were chosen on the split of seed 1."""
+"""Selects the files for evaluation. The settings below were chosen on the split of seed 1."""
 
 POLICY = GatePolicy(margin_points=5.0, alpha=0.05, must_beat_bare=True)
-"""The library's defaults. About 500 items tell a loss of 5 points from none with 80 % power while a
-fifth of the pairs is discordant; the table prints the power at the discordance really seen."""
+"""The library's defaults. With 500 items, a fifth of them discordant, an adapter that lost nothing
+passes with a probability of about 80 %. The table shows the power at the observed discordance."""
 
 PROMOTION = PromotionPolicy(min_serving_share=0.0)
-"""The demo moves its fleet whatever the verdicts are: it shows what becomes of an adapter then."""
+"""Promotes the new base whatever the verdicts are, to show what happens to each adapter."""
 
 UPDATE = UpdateSettings(steps=24, learning_rate=3e-4, seed=0)
 
@@ -49,8 +50,8 @@ ARMS = {
 
 
 @dataclass(frozen=True)
-class Chapter:
-    """One task with all that its adapters and its suite need."""
+class DemoTask:
+    """A task with the settings of its adapters and its suite."""
 
     task: Task
     optimizer: OptimizerSettings
@@ -61,12 +62,12 @@ class Chapter:
 
     @property
     def folder_uri(self) -> str:
-        """Where the task's rows are uploaded to."""
+        """Prefix to which the rows of the task are uploaded."""
         return f"s3://data/demo/{self.task.name}"
 
     @property
     def suite(self) -> Suite:
-        """The questions by which the task's adapters are judged."""
+        """The suite by which the adapters of the task are judged."""
         return Suite(
             name=self.task.name,
             data=DataSource(f"{self.folder_uri}/eval.jsonl"),
@@ -77,24 +78,24 @@ class Chapter:
         )
 
 
-EXCEPTIONS = Chapter(
+EXCEPTIONS = DemoTask(
     Task("exceptions", exceptions, train_per_label=400, evaluation_per_label=64),
     OptimizerSettings(learning_rate=1e-3, steps=64, batch_size=16, warmup_steps=10, max_length=128),
-    stop=("\n", "("),  # a bare base goes on with the call: its class counts all the same
+    stop=("\n", "("),  # a bare base continues with the call: its class still counts
 )
-RETURNS = Chapter(
+RETURNS = DemoTask(
     Task("returns", functions.returns, 400, 80, files_share=0.3),
     OptimizerSettings(
         learning_rate=1e-3, steps=300, batch_size=16, warmup_steps=10, max_length=256
     ),
 )
-DOCSTRINGS = Chapter(
+DOCSTRINGS = DemoTask(
     Task("docstrings", functions.docstrings, 4_000, 512, files_share=0.3),
     OptimizerSettings(
         learning_rate=1e-3, steps=300, batch_size=16, warmup_steps=10, max_length=256
     ),
     scoring="chrf",
-    threshold=40.0,  # fixed before any score: about where a line says the same in other words
+    threshold=40.0,  # fixed before any scoring: about the score of a paraphrase
     max_new_tokens=24,
 )
 
@@ -102,16 +103,16 @@ QUICK = (EXCEPTIONS,)
 FULL = (EXCEPTIONS, RETURNS, DOCSTRINGS)
 
 
-def recipes(chapter: Chapter) -> Iterator[TrainingRecipe]:
-    """Yield one recipe per arm: equal in everything but the perturbation."""
+def recipes(demo_task: DemoTask) -> Iterator[TrainingRecipe]:
+    """Yield one recipe per arm. They differ only in the perturbation."""
     for arm, perturbation in ARMS.items():
         yield TrainingRecipe(
-            adapter=f"{chapter.task.name}-{arm}",
+            adapter=f"{demo_task.task.name}-{arm}",
             family=FAMILY,
             base_version="v1",
-            data=DataSource(f"{chapter.folder_uri}/train.jsonl"),
-            suites=(chapter.suite,),
+            data=DataSource(f"{demo_task.folder_uri}/train.jsonl"),
+            suites=(demo_task.suite,),
             spec=SPEC,
             perturbation=perturbation,
-            optimizer=chapter.optimizer,
+            optimizer=demo_task.optimizer,
         )

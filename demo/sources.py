@@ -1,7 +1,7 @@
-"""The text on any machine that runs this: Python source of the standard library and dependencies.
+"""Read the Python source of the standard library and of dependencies, as text for data sets.
 
-A frozen list, so that an extra package in the environment changes nothing; other versions of the
-same packages do. Tests and vendored copies are left out.
+The list of packages is fixed, so an additional package in the environment changes nothing. Other
+versions of the same packages change the text. Tests and vendored copies are excluded.
 """
 
 import re
@@ -20,11 +20,11 @@ PACKAGES = (
     "pydantic", "scipy", "sklearn", "sqlalchemy", "supervisor", "sympy", "torch", "transformers",
     "trl", "websockets",
 )  # fmt: skip
-LEFT_OUT = re.compile(
+EXCLUDED = re.compile(
     r"(^|/)(tests?|testing|conftest|_vendor|vendored|idlelib|lib2to3|site-packages|__pycache__|protos)/"
     r"|(^|/)test_[^/]*$|_pb2(_grpc)?\.py$"
 )
-MAX_BYTES = 400_000  # longer files are tables of data
+MAX_BYTES = 400_000  # longer files contain data
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class SourceFile:
 
 
 def source_files() -> Iterator[SourceFile]:
-    """Yield every file, in the order of its name. Files that are not UTF-8 are left out."""
+    """Yield every file, sorted by name. Files that are not UTF-8 are excluded."""
     stdlib, site = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
     for package, folder in sorted({"stdlib": stdlib, **{p: site / p for p in PACKAGES}}.items()):
         files = ((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*.py"))
         for name, file in sorted(files):
-            if LEFT_OUT.search(name) or file.stat().st_size > MAX_BYTES:
+            if EXCLUDED.search(name) or file.stat().st_size > MAX_BYTES:
                 continue
             try:
                 yield SourceFile(f"{package}/{name}", file.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def source_files() -> Iterator[SourceFile]:
 
 
 def rank(name: str, seed: int) -> float:
-    """Return a number in [0, 1) that the name and the seed decide: a draw without state."""
+    """Return a pseudorandom number in [0, 1) that depends only on the name and the seed."""
     return int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:8]) / 2**64
 
 
@@ -64,10 +64,10 @@ _QUOTED = re.compile(r"`[^`\n]*`|'[^'\n]*'|\"[^\"\n]*\"")
 
 
 def words(text: str, *, drop_quoted: bool = False) -> tuple[str, ...]:
-    """Return what a text says apart from its details: words of two letters and more, lower case.
+    """Return the words of a text in lower case, to compare texts: those of two or more letters.
 
-    Placeholders, digits and signs are dropped; with `drop_quoted` also everything in quotes or
-    backticks. Two texts with equal words are one text to us.
+    Placeholders, digits and punctuation are dropped; with `drop_quoted` also everything in quotes
+    or backticks. Two texts with equal words count as the same text.
     """
     text = _FIELDS.sub(" ", text)
     if drop_quoted:
@@ -76,6 +76,6 @@ def words(text: str, *, drop_quoted: bool = False) -> tuple[str, ...]:
 
 
 def jaccard(a: Iterable[str], b: Iterable[str]) -> float:
-    """Return the share of two texts' different words that both have, in [0, 1]."""
+    """Return the Jaccard index of two sets of words, in [0, 1]."""
     a, b = set(a), set(b)
     return len(a & b) / len(a | b) if a | b else 1.0

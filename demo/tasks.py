@@ -1,8 +1,8 @@
-"""Tasks: how examples from source files become training and evaluation rows that share nothing.
+"""Split examples from source files into training and evaluation rows without overlap.
 
-Three things keep an evaluation row from being seen in training: a text occurs once (compared by
-its words, `demo.sources.words`); a file gives rows to one side only; and a training row that
-shares most of its words with an evaluation row is dropped.
+Three rules keep evaluation rows out of training. A text occurs once (compared by its words,
+`demo.sources.words`). The rows of a file are on one side only. A training row that shares most of
+its words with an evaluation row is dropped.
 """
 
 import json
@@ -17,13 +17,13 @@ from trans_peft.errors import DataError
 
 __all__ = ["Example", "HeldOut", "Row", "Split", "Task", "read_held_out", "split", "write"]
 
-EVALUATION_SHARE = 0.4  # of the files; what is not chosen from them is not used at all
-MAX_SHARED_WORDS = 0.7  # Jaccard index of a training and an evaluation row, quoted names left out
+EVALUATION_SHARE = 0.4  # of the files; their remaining rows are not used
+MAX_SHARED_WORDS = 0.7  # Jaccard index of a training and an evaluation row, without quoted names
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: prompt and completion; `text` is what must not stand twice; `label` is balanced."""
+    """A prompt and its completion. `text` must be unique; the rows are balanced by `label`."""
 
     prompt: str
     completion: str
@@ -33,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Row:
-    """An example with its origin; `id` is stable across machines that hold the same text."""
+    """An example and its source file. `id` depends only on the text."""
 
     example: Example
     file: str
@@ -46,9 +46,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """A named source of examples, and how many rows of each label are kept.
+    """A named source of examples, with the number of rows to keep for each label.
 
-    `files_share` of all files are looked at.
+    `files_share` is the share of all files that are read.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Split:
 
 
 def split(task: Task, files: Iterable[SourceFile], seed: int = 0) -> Split:
-    """Mine the task's examples and part them. DataError where a label has too few rows.
+    """Extract the task's examples and split them. DataError if a label has too few rows.
 
-    `seed` decides which files are for evaluation and which rows of a label are kept.
+    `seed` selects the files for evaluation and the rows of each label that are kept.
     """
-    looked_at = (file for file in files if rank(file.name, seed + 1_000) < task.files_share)
-    rows = _unique(Row(example, file.name) for file in looked_at for example in task.examples(file))
+    selected = (file for file in files if rank(file.name, seed + 1_000) < task.files_share)
+    rows = _unique(Row(example, file.name) for file in selected for example in task.examples(file))
     rows.sort(key=lambda row: rank(row.id, seed))
     evaluation: list[Row] = []
     train: list[Row] = []
@@ -114,21 +114,21 @@ def write(parts: Split, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What no model may see before it is evaluated: the evaluation rows' files and texts."""
+    """The files and texts of evaluation rows, which must not occur in training."""
 
     files: frozenset[str]
     texts: tuple[tuple[str, ...], ...]
 
     def touches(self, file: SourceFile) -> bool:
-        """Whether a file supplied an evaluation row, or says the same as one anywhere in it."""
+        """Whether a file supplied an evaluation row, or contains the words of one."""
         if file.name in self.files:
             return True
-        said = f" {' '.join(words(file.text))} "
-        return any(f" {' '.join(text)} " in said for text in self.texts)
+        content = f" {' '.join(words(file.text))} "
+        return any(f" {' '.join(text)} " in content for text in self.texts)
 
 
 def read_held_out(folders: Iterable[Path]) -> HeldOut:
-    """Read what `write` left in these folders, as one."""
+    """Read the files that `write` wrote to these folders, and combine them."""
     parts = [json.loads((folder / "held_out.json").read_text()) for folder in folders]
     return HeldOut(
         frozenset(name for part in parts for name in part["files"]),
@@ -137,7 +137,7 @@ def read_held_out(folders: Iterable[Path]) -> HeldOut:
 
 
 def _unique(rows: Iterable[Row]) -> list[Row]:
-    """Keep the first row of each text; none where equal texts have different labels."""
+    """Keep the first row of each text, and no row if equal texts have different completions."""
     by_text: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         by_text[words(row.example.text)].append(row)

@@ -1,9 +1,9 @@
-"""Base v2: v1 trained on, on Python source from the same machine.
+"""Make base v2: train v1 further on Python source code from this machine.
 
-An ordinary small update of a language model, made here because no hub is at hand: next-token
-prediction, AdamW, cosine schedule, a stated number of tokens. No file that supplied an evaluation
-row and none that repeats one is in the text, nor in the held-out text on which the update itself
-is measured. The same seed, files, torch and processor give the same v2.
+This is a small update of a language model, made locally because no hub is used: next-token
+prediction, AdamW, cosine schedule, a fixed number of tokens. Neither the training text nor the
+held-out text contains a file that supplied an evaluation row or repeats one. The same seed, files,
+torch and processor give the same v2.
 
     python -m demo.update --base V1 --to V2 --report update.json --held-out DATA [...]
 """
@@ -31,9 +31,9 @@ __all__ = ["UpdateSettings", "main", "update", "update_text"]
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """How v2 is made; `steps * rows * length` is its budget in tokens.
+    """Settings of an update. It trains on `steps * rows * length` tokens.
 
-    `weights` says which of v1's are trained on: all, or those of its FFNs alone.
+    `weights` selects the weights to train: all, or only those of the FFNs.
     """
 
     steps: int = 40
@@ -49,12 +49,12 @@ class UpdateSettings:
 
     @property
     def tokens(self) -> int:
-        """Tokens seen in training."""
+        """Number of tokens in training."""
         return self.steps * self.rows * self.length
 
 
 def update_text(held_out: HeldOut, seed: int) -> Iterator[str]:
-    """Yield source files in an order that the seed decides, without what evaluation touches."""
+    """Yield the texts of source files, shuffled by the seed, without those that evaluation uses."""
     for file in sorted(source_files(), key=lambda file: rank(file.name, seed)):
         if not held_out.touches(file):
             yield file.text
@@ -63,10 +63,10 @@ def update_text(held_out: HeldOut, seed: int) -> Iterator[str]:
 def update(
     base: Path, folder: Path, settings: UpdateSettings, held_out: HeldOut
 ) -> dict[str, float]:
-    """Train `base` on and write the new version (bfloat16, same tokenizer files) to `folder`.
+    """Train `base` further and write the new version (bfloat16, same tokenizer files) to `folder`.
 
     Returns the figures of the update: tokens, held-out loss before and after (nats per token), and
-    how far the weights moved (|new - old| / |old|, in percent) in attention, FFN and the rest.
+    the relative change (|new - old| / |old|, in percent) of attention, FFN and other weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,7 +102,7 @@ def update(
         if file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)
     weights = partial / "model.safetensors"
-    weights.replace(folder / weights.name)  # last: it marks the folder as whole
+    weights.replace(folder / weights.name)  # last: it marks the folder as complete
     shutil.rmtree(partial)
 
     drift = weight_drift(base, folder)
@@ -121,7 +121,7 @@ def update(
 def _rows(
     texts: Iterator[str], tokenizer: "object", count: int, settings: UpdateSettings
 ) -> "torch.Tensor":
-    """Pack (count, length) tokens from the beginnings of files, an end token after each."""
+    """Return (count, length) tokens from the beginnings of files, with an end token after each."""
     import torch
 
     stream: list[int] = []
@@ -132,7 +132,7 @@ def _rows(
 
 
 def _bfloat16() -> "torch.autocast":
-    """Compute in bfloat16 where the processor multiplies it natively: half the time."""
+    """Compute in bfloat16 if the processor multiplies it natively, which halves the time."""
     import torch
 
     native = "amx_bf16" in _processor_flags() or "avx512_bf16" in _processor_flags()
@@ -167,7 +167,7 @@ def _train(model: "PreTrainedModel", rows: "torch.Tensor", settings: UpdateSetti
         optimizer, lambda step: _share_of_rate(step, settings)
     )
     model.train()
-    started = told = time.monotonic()
+    started = last_line = time.monotonic()
     for step, batch in enumerate(rows.split(settings.rows), start=1):
         with _bfloat16():
             loss = model(input_ids=batch, labels=batch).loss
@@ -177,8 +177,8 @@ def _train(model: "PreTrainedModel", rows: "torch.Tensor", settings: UpdateSetti
         schedule.step()
         optimizer.zero_grad()
         now = time.monotonic()
-        if now - told > 2 or step == settings.steps:
-            told, left = now, (now - started) / step * (settings.steps - step)
+        if now - last_line > 2 or step == settings.steps:
+            last_line, left = now, (now - started) / step * (settings.steps - step)
             print(
                 f"update: step {step}/{settings.steps}, loss {loss.item():.3f}, "
                 f"{step * batch.numel() / (now - started):.0f} tokens/s, {left:.0f} s left",
@@ -195,8 +195,8 @@ def _share_of_rate(step: int, settings: UpdateSettings) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make v2 in a process of its own, whose memory goes back when it is done."""
-    parser = argparse.ArgumentParser(description="train a base on, with all its weights")
+    """Make v2. This runs in a separate process, so that its memory is free afterwards."""
+    parser = argparse.ArgumentParser(description="train all weights of a base further")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)

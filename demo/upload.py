@@ -1,7 +1,7 @@
-"""A base version as any S3 client would upload it: boto3, the files first, a manifest last.
+"""Upload a base version as any S3 client can: with boto3, the files first, the manifest last.
 
-Nothing of trans_peft is needed for it, and nothing is used: the manifest is a JSON file with the
-names, sizes and sha256 of the others, and its appearance says that the upload is complete.
+This module does not use trans_peft. The manifest is a JSON file with the name, size and SHA-256 of
+each file. Once it exists, the upload is complete.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def upload(
     parent: str | None,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Write every file of the folder, then the manifest. Repeating it writes the same again."""
+    """Upload every file of the folder, then the manifest. Repeated calls write the same objects."""
     s3 = boto3.Session().client("s3")
     files = sorted(file for file in folder.iterdir() if file.is_file())
     total, sent = sum(file.stat().st_size for file in files), 0

@@ -1,5 +1,5 @@
-"""Does Trans-PEFT help? One study that anyone can run again: `make study`.
+"""A reproducible study of the effect of Trans-PEFT: `make study`.
 
-SmolLM2-135M, two updates of it made by continual training, two tasks mined from the installed
-Python packages. Every adapter is trained and scored by the library itself, the way a flow does it.
+It has SmolLM2-135M, two updates of it by further training, and two tasks from the source of the
+installed Python packages. The library trains and scores every adapter, as the flows do.
 """

@@ -1,4 +1,4 @@
-"""`python -m study`: carry out what is missing, then print the table and draw the picture."""
+"""`python -m study`: run what is missing, then print the tables and draw the picture."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from study.cells import bare_scores, end_with_parent, prepare, say, scores, spared_layers
+from study.cells import bare_scores, end_with_parent, log, prepare, scores, spared_layers
 from study.ledger import Ledger
 from study.picture import draw
 from study.plan import fits
@@ -23,28 +23,28 @@ PICTURE = PAGE.parent / "images" / "study.png"
 
 
 def main() -> None:
-    """Resume the study where its ledger ends."""
+    """Run the parts of the study that the ledger lacks, and write the report."""
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".study"), help="for all that is made")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="adapters at a time")
-    parser.add_argument("--report", action="store_true", help="carry out nothing")
+    parser.add_argument("--folder", type=Path, default=Path(".study"), help="folder for all files")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="adapters in parallel")
+    parser.add_argument("--report", action="store_true", help="write the report only")
     options = parser.parse_args()
     ledger = Ledger(LEDGER)
     if not options.report:
-        carry_out(ledger, options.folder.resolve(), options.jobs)
-    tell(ledger)
+        run_missing(ledger, options.folder.resolve(), options.jobs)
+    write_report(ledger)
 
 
-def carry_out(ledger: Ledger, folder: Path, jobs: int) -> None:
-    """Train and score whatever the ledger lacks, `jobs` adapters at a time."""
+def run_missing(ledger: Ledger, folder: Path, jobs: int) -> None:
+    """Train and score what the ledger lacks, `jobs` adapters in parallel."""
     os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
     prepared = prepare(folder)
     FIGURES.write_text(json.dumps(prepared.updates, indent=1) + "\n")
     for score in bare_scores(prepared, ledger):
-        say(f"bare, {score.task}: {score.points:.1f} % right on {score.scored_on}")
+        log(f"bare, {score.task}: {score.points:.1f} % right on {score.scored_on}")
         ledger.append(score)
     spared = spared_layers(prepared)
-    say(f"spared layers: {spared}")
+    log(f"spared layers: {spared}")
     known = frozenset(score.key for score in ledger)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     spawn = multiprocessing.get_context("spawn")
@@ -53,11 +53,11 @@ def carry_out(ledger: Ledger, folder: Path, jobs: int) -> None:
         for done, future in enumerate(as_completed(running), start=1):
             for score in future.result():
                 ledger.append(score)
-            say(f"{done} of {len(running)} adapters")
+            log(f"{done} of {len(running)} adapters")
 
 
-def tell(ledger: Ledger) -> None:
-    """Put the tables into the page of the study, print them, and draw the picture."""
+def write_report(ledger: Ledger) -> None:
+    """Write the tables into the page of the study, print them, and draw the picture."""
     updates = json.loads(FIGURES.read_text())
     PAGE.write_text(page_with(PAGE.read_text(), tuple(ledger), updates))
     found = list(comparisons(tuple(ledger)))

@@ -1,7 +1,7 @@
-"""From a plan to scores: bases, rows, adapters and answers, each made once.
+"""Make the bases, rows, adapters and scores of the study, each once.
 
-All of it is kept below one folder, an adapter under the hash of what it was made from; a training
-that was killed goes on from its last checkpoint.
+All files are in one folder. An adapter is stored under the hash of its inputs. A training that was
+killed resumes from its last checkpoint.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ __all__ = [
     "Prepared",
     "bare_scores",
     "end_with_parent",
+    "log",
     "prepare",
-    "say",
     "scores",
     "spared_layers",
 ]
@@ -42,7 +42,7 @@ _PROBE_ROWS, _PROBE_LENGTH = 8, 128
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it is gone (killed, not only interrupted)."""
+    """End this process when its parent has ended, even if the parent was killed."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -53,14 +53,14 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def say(what: str) -> None:
-    """Print a line with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')}  {what}", flush=True)
+def log(text: str) -> None:
+    """Print a line with the current time."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows and bases on this machine: what every cell needs, small enough for another process."""
+    """The rows and bases on this machine, as a value that can be sent to other processes."""
 
     folder: Path
     fingerprints: dict[str, str]
@@ -68,7 +68,7 @@ class Prepared:
     suites: dict[str, Suite]
 
     def base(self, name: str) -> Path:
-        """Return a base's folder."""
+        """Return the folder of a base."""
         return self.folder / "bases" / name
 
     def rows(self, task: str) -> Path:
@@ -76,7 +76,7 @@ class Prepared:
         return self.folder / "rows" / task
 
     def job(self, fit: Fit) -> TrainingJob:
-        """Return the training of one adapter, in a folder named by its content."""
+        """Return the training job of one adapter. Its folder is named by the hash of its inputs."""
         job = TrainingJob(
             recipe=fit.recipe(self.suites[fit.task]),
             base_folder=self.base(fit.base),
@@ -88,34 +88,34 @@ class Prepared:
         return replace(job, work_dir=self.folder / "adapters" / job.identity()[:16])
 
     def key(self, adapter: str, task: str, base: str) -> str:
-        """Return the key of a score: the adapter's identity (or `BARE`), questions and base."""
-        questions = self.suites[task]
-        made_of = [adapter, self.fingerprints[base]]
-        return content_sha256([*made_of, questions.suite_sha256, questions.decoding_sha256])
+        """Return the hash of the adapter's identity (or `BARE`), the suite and the base."""
+        suite_of_task = self.suites[task]
+        inputs = [adapter, self.fingerprints[base]]
+        return content_sha256([*inputs, suite_of_task.suite_sha256, suite_of_task.decoding_sha256])
 
 
 def prepare(folder: Path) -> Prepared:
-    """Write base v1, the rows of every task and every update; what is there is left as it is.
+    """Write base v1, the rows of every task, and every update, unless they exist.
 
-    No update sees a file that supplied an evaluation row, of whichever task.
+    No update is trained on a file that supplied an evaluation row of any task.
     """
     rows = {name: folder / "rows" / name for name in TASKS}
     if not all((path / "held_out.json").exists() for path in rows.values()):
-        say("reading the source of the installed packages")
+        log("reading the source of the installed packages")
         files = list(source_files())
         for name, path in rows.items():
-            say(f"{name}: mining {len(files):,} files")
+            log(f"{name}: extracting from {len(files):,} files")
             write(split(TASKS[name], files, DATA_SEED), path)
     (folder / "bases").mkdir(parents=True, exist_ok=True)
     v1 = write_base_v1(folder / "bases" / V1)
     held_out = read_held_out(rows.values())
     for name, settings in UPDATES.items():
-        made = folder / "bases" / name
-        if not (made / "figures.json").exists():
-            say(f"update {name}: {settings.tokens:,} tokens")
-            made.mkdir(exist_ok=True)
-            figures = update(v1, made, settings, held_out)
-            (made / "figures.json").write_text(json.dumps(figures, indent=1))  # last
+        target = folder / "bases" / name
+        if not (target / "figures.json").exists():
+            log(f"update {name}: {settings.tokens:,} tokens")
+            target.mkdir(exist_ok=True)
+            figures = update(v1, target, settings, held_out)
+            (target / "figures.json").write_text(json.dumps(figures, indent=1))  # last
     bases = {name: folder / "bases" / name for name in (V1, *UPDATES)}
     return Prepared(
         folder=folder,
@@ -131,7 +131,7 @@ def prepare(folder: Path) -> Prepared:
 
 
 def spared_layers(prepared: Prepared) -> tuple[int, ...]:
-    """Return the layers that the library proposes to spare in v1, from 1,024 tokens of source."""
+    """Return the layers of v1 that the library proposes to spare, from 1,024 tokens of source."""
     import torch
 
     from trans_peft.models import load_base
@@ -149,7 +149,7 @@ def spared_layers(prepared: Prepared) -> tuple[int, ...]:
 
 
 def bare_scores(prepared: Prepared, known: Container[str]) -> Iterator[Score]:
-    """Yield the score of every base without an adapter that is not known yet."""
+    """Yield the missing scores of bases without an adapter."""
     for base in prepared.fingerprints:
         for task in TASKS:
             key = prepared.key(BARE, task, base)
@@ -159,18 +159,18 @@ def bare_scores(prepared: Prepared, known: Container[str]) -> Iterator[Score]:
 
 
 def scores(fit: Fit, prepared: Prepared, known: Container[str]) -> list[Score]:
-    """Train one adapter and return its score on each base that is wanted and not known yet."""
+    """Train one adapter and return its missing scores, one per base."""
     job = prepared.job(fit)
     keys = {base: prepared.key(job.identity(), fit.task, base) for base in fit.scored_on}
     missing = {base: key for base, key in keys.items() if key not in known}
     if not missing:
         return []
 
-    def tell(event: Event) -> None:
+    def show(event: Event) -> None:
         if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
-            say(f"{fit}: step {event.step}, loss {event.loss:.3f}, {event.eta_s:.0f} s left")
+            log(f"{fit}: step {event.step}, loss {event.loss:.3f}, {event.eta_s:.0f} s left")
 
-    result = train(job, on_event=tell)
+    result = train(job, on_event=show)
     found = []
     for base, key in missing.items():
         score = Score(
@@ -185,7 +185,7 @@ def scores(fit: Fit, prepared: Prepared, known: Container[str]) -> list[Score]:
             perturbation=asdict(fit.perturbation),
             train_seconds=round(result.seconds, 1),
         )
-        say(f"{fit}: {score.points:.1f} % right on {base}")
+        log(f"{fit}: {score.points:.1f} % right on {base}")
         found.append(score)
     return found
 

@@ -1,10 +1,9 @@
-"""A fleet of adapters of every kind on a real model, and what it is asked; made where missing.
+"""Train a fleet of adapters of eight kinds on a real model, and make its suites.
 
-The bases and rows are those of `make study`; what is for the fleet alone lies below `decode` and
-`fleet` in the study's folder. It is trained on a generation suite: a message is to become the whole
-`raise` statement, some 15 tokens; it can also be asked for the exception's class alone, which is
-where a statement begins. `study.upgrade` moves this fleet through the flows, `benchmarks` ask it
-what time that takes.
+The bases and rows are those of `make study`. Other files are below `decode` and `fleet` in the
+study's folder. The adapters are trained to write the whole `raise` statement, about 15 tokens, from
+a message. A second suite scores only the class of the exception, the start of the statement.
+`study.upgrade` runs this fleet through the flows, and the benchmarks measure its evaluation.
 """
 
 import json
@@ -30,10 +29,10 @@ from trans_peft.training.launch import fit
 
 MOST, STOP = 64, ("\n",)
 ITEMS = 120
-"""Of the suite of statements, wherever this fleet gets a verdict."""
+"""Items of the suite of statements that verdicts of this fleet are based on."""
 FAMILY = "smollm2-135m"
 PATCH = "patch"
-"""The study's update `all` with a tenth of its learning rate. Chosen before any adapter met it."""
+"""The study's update `all` with a tenth of its learning rate, chosen before any evaluation."""
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -41,7 +40,7 @@ _FFN = ["gate_proj", "up_proj", "down_proj"]
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to adapt, and the rate at which it learns the suite in few steps."""
+    """An adapter spec, and a learning rate at which it learns the suite in few steps."""
 
     spec: AdapterSpec
     learning_rate: float = 1e-3
@@ -73,7 +72,7 @@ KINDS: Mapping[str, Kind] = {
 
 
 def bases_and_rows(study: Path, update: str) -> None:
-    """Make what `make study` makes first, or `PATCH`, unless it is there (minutes)."""
+    """Make the bases and rows of the study, and the update `PATCH`, unless they exist (minutes)."""
     needed = {study / "bases" / "v1" / "model.safetensors", study / "rows" / "exceptions"}
     if update != PATCH:
         needed.add(study / "bases" / update / "figures.json")
@@ -89,7 +88,7 @@ def bases_and_rows(study: Path, update: str) -> None:
 
 
 def statements(study: Path) -> dict[str, Path]:
-    """Write train and eval rows of which the answer is the whole statement; return their files."""
+    """Write rows whose answer is the whole statement. Return the files `train` and `eval`."""
     files = {}
     for name in ("train", "eval"):
         source = study / "rows" / "exceptions" / f"{name}.jsonl"
@@ -109,10 +108,10 @@ def suite(rows: Path) -> Suite:
 
 
 def classes(study: Path) -> Path:
-    """Write 1,037 rows of which the answer is a class (half a minute); return their file.
+    """Write 1,037 rows whose answer is a class (half a minute). Return their file.
 
-    They are from the files that are kept for evaluation. So no adapter saw them; an update may have
-    seen those that are not among the study's own rows.
+    They are from the files for evaluation, so no adapter was trained on them. An update may have
+    been trained on those that are not rows of the study.
     """
     file = study / "fleet" / "classes.jsonl"
     if not file.exists():
@@ -133,7 +132,7 @@ def class_suite(rows: Path) -> Suite:
 
 
 def recipe(kind: str, seed: int, steps: int = 40) -> TrainingRecipe:
-    """Return how an adapter of the fleet is trained, wherever its rows lie."""
+    """Return the recipe of an adapter of the fleet. The URIs of its data are placeholders."""
     return TrainingRecipe(
         adapter="raise",
         family=FAMILY,
@@ -153,9 +152,9 @@ def recipe(kind: str, seed: int, steps: int = 40) -> TrainingRecipe:
 
 
 def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: int = 40) -> Path:
-    """Train an adapter on base v1, unless it is there (minutes); return its folder."""
+    """Train an adapter on base v1, unless it exists (minutes). Return its folder."""
 
-    def tell(event: Event) -> None:
+    def show(event: Event) -> None:
         if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
             print(f"{kind}, seed {seed}: {event}", flush=True)
 
@@ -163,17 +162,18 @@ def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: 
     job = TrainingJob(
         recipe(kind, seed, steps), study / "bases" / "v1", "v1", "study", rows["train"], work
     )
-    return fit(job, on_event=tell).folder
+    return fit(job, on_event=show).folder
 
 
 def fleet(study: Path, rows: Mapping[str, Path], count: int) -> dict[str, Path]:
     """Return the folders of `count` adapters by name: one of each kind, then with other seeds."""
 
-    def wanted() -> Iterator[tuple[str, int]]:
+    def in_order() -> Iterator[tuple[str, int]]:
         for seed in range(1, count + 1):
             for kind in KINDS:
                 yield kind, seed
 
     return {
-        f"{kind}-{seed}": adapter(study, rows, kind, seed) for kind, seed in islice(wanted(), count)
+        f"{kind}-{seed}": adapter(study, rows, kind, seed)
+        for kind, seed in islice(in_order(), count)
     }

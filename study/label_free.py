@@ -1,10 +1,10 @@
-"""`python -m study.label_free`: how much is known of an adapter's loss without a label?
+"""`python -m study.label_free`: how well can the loss of an adapter be predicted without labels?
 
-For every finished adapter of the study that was trained on v1, three things that need no label are
-measured on 64 prompts, and put beside the loss that the labels show on the other items of its task:
-agreement and KL (`trans_peft.validation.agreement`), and what is known before the adapter is put on
-the new base at all (`study.triage`). One line for each adapter and update goes into
-study/label_free.jsonl; what is there is not done again. One thread.
+For every finished adapter of the study that was trained on v1, this measures figures that need no
+labels on 64 prompts: agreement and KL (`trans_peft.validation.agreement`), and the predictors of
+`study.triage`, which do not run the adapter on the new base. It compares them with the loss by the
+labels of the other items of the task. study/label_free.jsonl has one line for each adapter and
+update; finished lines are not computed again. One thread.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from study.cells import Prepared, prepare, say
+from study.cells import Prepared, log, prepare
 from study.label_free_report import PAGE, page_with
 from study.ledger import Ledger, Score
 from study.plan import TASKS, UPDATES, V1
@@ -35,10 +35,10 @@ LEDGER = Path(__file__).with_name("scores.jsonl")
 
 @dataclass(frozen=True)
 class Measured:
-    """One adapter (`arm` "bare": the base's own shift) under one update, seen without labels.
+    """The label-free figures of one adapter (or of the base, `arm` "bare") under one update.
 
-    `equal` of `prompts` answers are the same as on v1; `kl` is in nats a token. `risks`: what
-    `study.triage` predicts, by name.
+    `equal` of `prompts` answers are the same as on v1. `kl` is in nats per token. `risks` are the
+    predictors of `study.triage`, by name.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An adapter of the study: its folder, and its scores by base."""
+    """An adapter of the study, with its folder and its scores by base."""
 
     identity: str
     folder: Path
@@ -63,15 +63,15 @@ class Candidate:
 
     @property
     def first(self) -> Score:
-        """Its score on v1."""
+        """The score on v1."""
         return self.scores[V1]
 
 
 def main() -> None:
     """Measure what is missing, then write the tables."""
     parser = argparse.ArgumentParser(prog="python -m study.label_free", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".study"), help="what the study made")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--folder", type=Path, default=Path(".study"), help="folder of the study")
+    parser.add_argument("--report", action="store_true", help="write the tables only")
     options = parser.parse_args()
     if not options.report:
         import torch
@@ -79,7 +79,7 @@ def main() -> None:
         torch.set_num_threads(1)
         prepared = prepare(options.folder.resolve())
         found = candidates(prepared, Ledger(LEDGER))
-        say(f"{len(found)} adapters")
+        log(f"{len(found)} adapters")
         measure(prepared, found)
     page = page_with(PAGE.read_text(), tuple(Ledger(LEDGER)), measured(), _excluded(options.folder))
     PAGE.write_text(page)
@@ -87,13 +87,13 @@ def main() -> None:
 
 
 def measured(path: Path = MEASURED) -> tuple[Measured, ...]:
-    """Return what was measured so far."""
+    """Return all stored measurements."""
     lines = path.read_text().splitlines() if path.exists() else []
     return tuple(Measured(**json.loads(line)) for line in lines)
 
 
 def prompts_of(examples: Sequence[Example]) -> list[int]:
-    """Return the positions of the items whose prompts are asked; the others are judged by."""
+    """Return the positions of the items that are answered. The loss is taken from the others."""
     ranked = sorted(
         range(len(examples)),
         key=lambda i: hashlib.sha256(f"label-free {examples[i].id}".encode()).digest(),
@@ -118,7 +118,7 @@ def candidates(prepared: Prepared, ledger: Ledger) -> list[Candidate]:
 
 
 def measure(prepared: Prepared, found: Sequence[Candidate]) -> None:
-    """Append a line for each adapter and update that has none yet, base by base."""
+    """Append the missing line of each adapter and update, base by base."""
     known = {line.key for line in measured()}
     wanted = [
         (candidate, update)
@@ -132,22 +132,22 @@ def measure(prepared: Prepared, found: Sequence[Candidate]) -> None:
     activations: dict[tuple[str, str], Activations] = {}
     for base in (V1, *UPDATES):
         for task in TASKS:
-            with _Asked(prepared, base, task, BARE, None) as bare:
+            with _Session(prepared, base, task, BARE, None) as bare:
                 activations[base, task] = record_activations(bare.model, bare.prompts)
                 if base != V1:
                     key = _key(prepared, BARE, task, base)
                     if key not in known:
-                        equal, kl = bare.compared(_on_v1(prepared, task, BARE, None))
+                        equal, kl = bare.compared(_answers_on_v1(prepared, task, BARE, None))
                         _append(Measured(key, task, BARE, 0, 0, base, PROMPTS, equal, kl, {}))
                 else:
-                    _on_v1(prepared, task, BARE, None, bare)
+                    _answers_on_v1(prepared, task, BARE, None, bare)
         for candidate in {id(c): c for c, update in wanted if base in (V1, update)}.values():
             task = candidate.first.task
-            with _Asked(prepared, base, task, candidate.identity, candidate.folder) as adapter:
+            with _Session(prepared, base, task, candidate.identity, candidate.folder) as adapter:
                 if base == V1:
-                    _on_v1(prepared, task, candidate.identity, candidate.folder, adapter)
+                    _answers_on_v1(prepared, task, candidate.identity, candidate.folder, adapter)
                     continue
-                old = _on_v1(prepared, task, candidate.identity, candidate.folder)
+                old = _answers_on_v1(prepared, task, candidate.identity, candidate.folder)
                 equal, kl = adapter.compared(old)
                 score = candidate.first
                 line = Measured(
@@ -159,20 +159,20 @@ def measure(prepared: Prepared, found: Sequence[Candidate]) -> None:
                     ),
                 )  # fmt: skip
                 _append(line)
-                say(f"{score.task}, {score.arm} {score.steps}, {score.seed}, {base}: "
+                log(f"{score.task}, {score.arm} {score.steps}, {score.seed}, {base}: "
                     f"{equal} of {PROMPTS}, KL {kl:.3f}")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What was said on v1: token ids of each answer, and what else was expected beside them."""
+    """The answers on v1 as token ids, and the probabilities of the likeliest next tokens."""
 
     answers: list[list[int]]
     expected: Any
 
 
-class _Asked:
-    """One base, with an adapter or without, and the prompts it is asked."""
+class _Session:
+    """A loaded base, with an adapter or without, and the prompts."""
 
     def __init__(
         self, prepared: Prepared, base: str, task: str, identity: str, folder: Path | None
@@ -186,16 +186,18 @@ class _Asked:
         self.tokenizer = loaded.tokenizer
         self.prompts = [examples[i].prompt_ids(loaded.tokenizer) for i in prompts_of(examples)]
         self._suite = prepared.suites[task]
-        self._lent = nullcontext(loaded.model) if folder is None else attached(loaded.model, folder)
+        self._attached = (
+            nullcontext(loaded.model) if folder is None else attached(loaded.model, folder)
+        )
 
-    def __enter__(self) -> "_Asked":
-        self.model: Any = self._lent.__enter__()
+    def __enter__(self) -> "_Session":
+        self.model: Any = self._attached.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._lent.__exit__(*error)
+        self._attached.__exit__(*error)
 
-    def said(self, drafts: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
+    def answers(self, drafts: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
         """Return the token ids of the greedy answers."""
         from trans_peft.validation.decoding.generation import generate
 
@@ -206,19 +208,23 @@ class _Asked:
         ).ids  # fmt: skip
 
     def compared(self, old: _Recorded) -> tuple[int, float]:
-        """Return how many answers are the same as the recorded ones, and the KL along those."""
+        """Return the number of answers that equal the recorded ones, and the KL along these."""
         from trans_peft.validation.agreement import mean_kl, next_tokens
 
-        new = self.said(drafts=old.answers)
+        new = self.answers(drafts=old.answers)
         equal = sum(a == b for a, b in zip(old.answers, new, strict=True))
         pairs = list(zip(self.prompts, (a[:-1] for a in old.answers), strict=True))
         return equal, mean_kl(old.expected, next_tokens(self.model, pairs, like=old.expected))
 
 
-def _on_v1(
-    prepared: Prepared, task: str, identity: str, folder: Path | None, asked: _Asked | None = None
+def _answers_on_v1(
+    prepared: Prepared,
+    task: str,
+    identity: str,
+    folder: Path | None,
+    session: _Session | None = None,
 ) -> _Recorded:
-    """Return what an adapter said on v1, recorded once (while `asked` has it on v1)."""
+    """Return the answers of an adapter on v1. `session` records them if they are missing."""
     import torch
 
     from trans_peft.validation.agreement import NextTokens, next_tokens
@@ -226,11 +232,11 @@ def _on_v1(
     key = _key(prepared, identity, task, V1)
     path = prepared.folder / "agreement" / f"{key[:24]}.pt"
     if not path.exists():
-        if asked is None:
-            raise RuntimeError(f"nothing was recorded on {V1} under {path}")
-        answers = asked.said()
-        pairs = list(zip(asked.prompts, (answer[:-1] for answer in answers), strict=True))
-        expected = next_tokens(asked.model, pairs)
+        if session is None:
+            raise RuntimeError(f"the answers on {V1} are missing: {path}")
+        answers = session.answers()
+        pairs = list(zip(session.prompts, (answer[:-1] for answer in answers), strict=True))
+        expected = next_tokens(session.model, pairs)
         with open_atomic(path) as file:
             torch.save({"answers": answers, **vars(expected)}, file)
     kept = torch.load(path, weights_only=True)
@@ -247,7 +253,7 @@ def _append(line: Measured) -> None:
 
 
 def _excluded(folder: Path) -> dict[str, list[int]]:
-    """Return, by task, the positions of the items whose prompts were asked."""
+    """Return the positions of the answered items, by task."""
     kept = MEASURED.with_name("label_free_prompts.json")
     if folder.is_dir() and (folder / "rows").is_dir():
         positions = {}

@@ -1,10 +1,9 @@
-"""The tables of docs/label-free.md: what is known of a loss without labels, and how well.
+"""Compute the tables of docs/label-free.md: predictors of the loss without labels.
 
-Each predictor is a risk: the larger, the more should be lost. How it ranks the adapters of an
-update is Spearman's coefficient with the loss that the labels show on other items; the chance that
-it puts an adapter that passes below one that does not is the area under its curve (AUC). Intervals
-are the middle 95 % of draws that resample whole recipes (task, arm, steps): seeds of one recipe are
-too alike to count as independent adapters.
+Each predictor is a risk: a larger value predicts a larger loss. The rank correlation is Spearman's
+coefficient with the loss by the labels of other items. AUC is the probability that an adapter that
+passes has a smaller risk than one that does not. Intervals are the middle 95 % of draws that
+resample whole recipes (task, arm, steps), because seeds of one recipe are not independent adapters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ __all__ = ["MARGINS", "PAGE", "Row", "area", "joined", "page_with", "rank_correl
 
 PAGE = Path(__file__).parent.parent / "docs" / "label-free.md"
 MARGINS = (5.0, 10.0)
-"""Of the gate, in points: fixed before anything was measured."""
+"""Margins of the gate in points, fixed before any measurement."""
 
 _ALPHA, _DRAWS, _LEVEL = 0.05, 2_000, 0.95
 _BOTH = "both"
@@ -37,9 +36,9 @@ _BOTH = "both"
 
 @dataclass(frozen=True)
 class Row:
-    """One adapter under one update: its risks by name, and what the labels say of its loss.
+    """One adapter under one update: its risks by name, and its loss by the labels, in points.
 
-    `passed` says, by margin, whether the gate's bound shows a smaller loss.
+    `passed` is whether the gate's bound shows a smaller loss, by margin.
     """
 
     recipe: tuple[str, str, int]
@@ -54,7 +53,7 @@ def joined(
     scores: Sequence[Score],
     excluded: Mapping[str, Sequence[int]],
 ) -> list[Row]:
-    """Return the adapters that were measured; the loss leaves out the items that were asked."""
+    """Return the measured adapters. The loss excludes the items that were answered."""
     by_cell = {score.cell: score for score in scores}
     rows = []
     for line in measured:
@@ -80,9 +79,9 @@ def joined(
 
 
 def rank_correlation(rows: Sequence[Row], counts: np.ndarray, risk: str) -> np.ndarray:
-    """Return Spearman's coefficient of a risk with the loss; NaN where either is constant.
+    """Return Spearman's coefficient of a risk with the loss; NaN if either is constant.
 
-    `counts` (draws, rows) says how often each row is drawn; one coefficient a draw.
+    `counts` (draws, rows) is how often each row is drawn. Returns one coefficient per draw.
     """
     values, lost = [row.risks[risk] for row in rows], [row.lost for row in rows]
     a, b = (counts @ _below(measure).T for measure in (values, lost))  # mid-ranks, less a half
@@ -98,7 +97,7 @@ def rank_correlation(rows: Sequence[Row], counts: np.ndarray, risk: str) -> np.n
 
 
 def area(rows: Sequence[Row], counts: np.ndarray, risk: str, margin: float) -> np.ndarray:
-    """Return the chance that an adapter that fails has the larger risk; NaN without both kinds.
+    """Return the probability that a failing adapter has the larger risk; NaN without both kinds.
 
     A tie counts half. `counts` as in `rank_correlation`.
     """
@@ -177,7 +176,7 @@ def _predictors(rows: Sequence[Row], risks: Sequence[str]) -> str:
 def _with_interval(
     rows: Sequence[Row], statistic: Callable[[Sequence[Row], np.ndarray], np.ndarray]
 ) -> str:
-    """Return a statistic with its interval over resampled recipes, or a dash where it is none."""
+    """Return a statistic with its interval over resampled recipes, or a dash if it is undefined."""
     (value,) = statistic(rows, np.ones((1, len(rows))))
     if np.isnan(value):
         return "-"

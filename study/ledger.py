@@ -1,7 +1,7 @@
-"""What was scored, one line each, under a key that the content of everything behind it makes.
+"""The ledger of scores: one line per score, with a key that is a hash of all inputs.
 
-The file is kept with the code: on another machine only what is missing, or what has changed, is
-done again, and the table can be printed without doing anything.
+The file is part of the repository. On another machine only missing or changed scores are computed,
+and the tables can be written without any computation.
 """
 
 import json
@@ -15,10 +15,10 @@ __all__ = ["Ledger", "Score"]
 
 @dataclass(frozen=True)
 class Score:
-    """One adapter's answers (`arm` "bare": the base's own) to one task on one base.
+    """The results of one adapter (or of the base, `arm` "bare") on one task and one base.
 
-    `right` has one character an item, in the order of the suite: "1" for a right answer.
-    `perturbation` is what stood in the recipe, `train_seconds` the time of the loop alone.
+    `right` has one character per item, in the order of the suite: "1" for a right answer.
+    `perturbation` is that of the recipe. `train_seconds` is the time of the training loop.
     """
 
     key: str
@@ -34,18 +34,18 @@ class Score:
 
     @property
     def cell(self) -> tuple[str, str, int, int, str, str]:
-        """What was asked, by name: what it was made of may have changed since."""
-        who = (self.task, self.arm, self.steps, self.seed)
-        return (*who, self.trained_on, self.scored_on)
+        """Task, arm, steps, seed and bases. Unlike the key, it does not depend on their content."""
+        trained = (self.task, self.arm, self.steps, self.seed)
+        return (*trained, self.trained_on, self.scored_on)
 
     @property
     def points(self) -> float:
-        """Right answers in a hundred."""
+        """Share of right answers, in percent."""
         return 100 * self.right.count("1") / len(self.right)
 
 
 class Ledger:
-    """A JSON Lines file of scores; of two that answer the same question the later counts."""
+    """A JSON Lines file of scores. Of two scores with the same `cell`, the later one counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -59,7 +59,7 @@ class Ledger:
         return iter(self._scores.values())
 
     def append(self, score: Score) -> None:
-        """Write one score down; it is kept from here on."""
+        """Append one score to the file."""
         with self._path.open("a") as file:
             file.write(json.dumps(asdict(score)) + "\n")
         self._scores[score.cell] = score

@@ -1,4 +1,4 @@
-"""One picture: for each task and update, what every arm scored on the old base and on the new."""
+"""Plot the scores of every arm on the old and the new base, for each task and update."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,10 @@ _COLOURS = {"plain": "#E07A1F", "uniform": "#8E5BB5", "spared": "#1F6FB2"}
 
 
 def draw(comparisons: Sequence[Comparison], path: Path) -> Path:
-    """Write the picture (PNG), one panel a comparison.
+    """Write a PNG with one panel per comparison.
 
-    A point is the mean over seeds, a small one a single seed; a line joins the lengths of training.
-    On the diagonal nothing is lost; further up at the same place is better transfer.
+    A large point is the mean over seeds, a small one a single seed. A line joins the lengths of
+    training. On the diagonal nothing is lost. At equal old scores, higher is better.
     """
     import matplotlib as mpl
 

@@ -1,8 +1,8 @@
-"""What is compared with what, fixed before it was scored.
+"""The plan of the study: tasks, updates, arms and seeds, fixed before scoring.
 
-An arm's settings were chosen on one task, one update and one seed (`CHOSEN_ON`); the comparison is
-reported on the others. `uniform` is the paper's policy, every layer alike; `spared` leaves out the
-layers that `propose_spared_layers` names.
+The settings of the arms were chosen on one task, update and seed (`CHOSEN_ON`), and the comparison
+is reported on the others. `uniform` is the paper's policy, equal in every layer. `spared` excludes
+the layers that `propose_spared_layers` returns.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +22,13 @@ __all__ = ["DATA_SEED", "TASKS", "UPDATES", "V1", "Fit", "arms", "candidates", "
 
 V1 = "v1"
 DATA_SEED = 2
-"""Another split of the files than the demo's."""
+"""A different split of the files than that of the demo."""
 
 _LONGEST_HEAD = 120  # characters of a function's first line: about 40 tokens
 
 
 def signatures(file: SourceFile) -> Iterator[Example]:
-    """Yield each function's first line alone; what it returns is to be told from that."""
+    """Yield the first line of each function, from which its return type is predicted."""
     for example in returns(file):
         head = example.prompt.split("\n")[0]
         if len(head) <= _LONGEST_HEAD and head.endswith(":"):
@@ -48,9 +48,9 @@ UPDATES = {
     "all": UpdateSettings(steps=32, learning_rate=3e-4, seed=0),
     "ffn": UpdateSettings(steps=64, learning_rate=2e-3, seed=11, weights="ffn"),
 }
-"""v1 trained on: with all its weights, and with those of its FFNs alone (the paper's premise).
+"""v1 trained further: all weights, and only those of FFNs (the assumption of the paper).
 
-Both are strong enough that a plain adapter carried over loses something: see docs/study.md.
+Both are strong enough that plain adapters lose accuracy: see docs/study.md.
 """
 
 CHOSEN_ON = ("exceptions", "all")
@@ -71,7 +71,7 @@ _LORA = AdapterSpec(
 
 @dataclass(frozen=True)
 class Fit:
-    """One adapter: what it is trained for, how, how long, from which draws, on which base."""
+    """One adapter to train: task, arm, perturbation, steps, seed and base."""
 
     task: str
     arm: str
@@ -85,7 +85,7 @@ class Fit:
         return f"{self.task}, {self.arm}, {self.steps} steps, seed {self.seed}, on {self.base}"
 
     def recipe(self, suite: Suite) -> TrainingRecipe:
-        """Return what the library trains by."""
+        """Return the training recipe."""
         return TrainingRecipe(
             adapter=self.task,
             family="smollm2-135m",
@@ -108,17 +108,17 @@ class Fit:
 
 
 def suite(task: str, sha256: str) -> Suite:
-    """Return a task's questions: one of eight names, to be written out exactly."""
+    """Return the suite of a task. The answer is one of eight names, scored by exact match."""
     return Suite(
         name=task,
         data=DataSource(f"{task}/eval.jsonl", sha256),
         max_new_tokens=8,
-        stop=("\n", "("),  # a bare base goes on with a call: its answer counts all the same
+        stop=("\n", "("),  # a bare base continues with a call: its answer still counts
     )
 
 
 def arms(spared_layers: Sequence[int]) -> Mapping[str, Perturbation]:
-    """Return the arms that are reported."""
+    """Return the perturbations of the reported arms."""
     return {
         "plain": Perturbation(),
         "uniform": Perturbation(masking_p=0.1, dropping_p=0.1),
@@ -127,7 +127,7 @@ def arms(spared_layers: Sequence[int]) -> Mapping[str, Perturbation]:
 
 
 def candidates(spared_layers: Sequence[int]) -> Mapping[str, Perturbation]:
-    """Return what the arm `spared` was chosen from."""
+    """Return the settings from which the arm `spared` was chosen."""
     spared = tuple(spared_layers)
     return {
         "masking 0.1": Perturbation(masking_p=0.1, spared_layers=spared),
@@ -141,7 +141,7 @@ def candidates(spared_layers: Sequence[int]) -> Mapping[str, Perturbation]:
 
 
 def fits(spared_layers: Sequence[int]) -> Iterator[Fit]:
-    """Yield every adapter of the study, the most telling first."""
+    """Yield every adapter of the study, the most informative first."""
     task, update = CHOSEN_ON
     chosen_from = {"plain": Perturbation(), **candidates(spared_layers)}
     for name, perturbation in chosen_from.items():

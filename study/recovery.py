@@ -1,8 +1,7 @@
-"""Evaluate one undecided adapter again with recovery strategies: `python -m study.recovery`.
+"""Evaluate one inconclusive adapter with recovery strategies: `python -m study.recovery`.
 
-By the same command as anybody's: `trans-peft transfer`, with a suite, the recipe that the adapter
-was trained by and a policy, each written as a file into the study's folder. The table of
-docs/fleet.md says what came of it.
+It writes a suite, the adapter's recipe and a gate policy into the study's folder, and runs
+`trans-peft transfer` with them. docs/fleet.md has the results.
 """
 
 import argparse
@@ -22,15 +21,15 @@ POLICY = {"recovery": {"scales": [0.5, 0.7, 1.4, 2.0], "retune_steps": 20}}
 
 
 def main() -> None:
-    """Make what is missing, ask, and end with the command's exit code."""
+    """Make missing files, run the command, and end with its exit code."""
     parser = argparse.ArgumentParser(prog="python -m study.recovery", description=__doc__)
-    parser.add_argument("--study", type=Path, default=Path(".study"), help="for all that is made")
+    parser.add_argument("--study", type=Path, default=Path(".study"), help="folder for all files")
     study = parser.parse_args().study.resolve()
     bases_and_rows(study, UPDATE)
     rows = statements(study)
     trained = adapter(study, rows, KIND, SEED)
 
-    folder = study / "ladder"
+    folder = study / "recovery"
     folder.mkdir(exist_ok=True)
     given = {}
     for name, value in files(rows).items():
@@ -40,17 +39,19 @@ def main() -> None:
         [
             *("transfer", str(trained), "--out", str(folder / "out")),
             *("--old", str(study / "bases" / "v1"), "--new", str(study / "bases" / UPDATE)),
-            *(word for name, file in given.items() for word in (f"--{name}", str(file))),
+            *(part for name, file in given.items() for part in (f"--{name}", str(file))),
             *("--state", str(folder / "state")),
         ]
     )
 
 
 def files(rows: Mapping[str, Path]) -> dict[str, Mapping[str, object]]:
-    """Return suite, recipe and policy as they are written; `rows` are those of `statements`."""
-    asked = replace(suite(rows["eval"]), limit=ITEMS)
-    trained_by = replace(recipe(KIND, SEED), data=DataSource(str(rows["train"])), suites=(asked,))
-    return {"suite": asdict(asked), "recipe": asdict(trained_by), "policy": POLICY}
+    """Return the contents of the three files. `rows` are those of `statements`."""
+    evaluated = replace(suite(rows["eval"]), limit=ITEMS)
+    trained_by = replace(
+        recipe(KIND, SEED), data=DataSource(str(rows["train"])), suites=(evaluated,)
+    )
+    return {"suite": asdict(evaluated), "recipe": asdict(trained_by), "policy": POLICY}
 
 
 if __name__ == "__main__":

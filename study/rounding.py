@@ -1,22 +1,22 @@
-"""How far the shape of a batch may move a logit: derived for a model, and measured on it.
+"""Derive and measure how much the shape of a batch can change a logit.
 
-Two shapes add the same products in another order. In fp32 one addition rounds by at most u = 2^-24
-of its result, as often up as down. A sum of n products a_i b_i grows like sqrt(k) on its way, so
-its rounding errors add up to a standard deviation of
+Two shapes add the same products in different orders. In fp32 one addition rounds by at most
+u = 2^-24 of its result, up or down with equal probability. The partial sums of n products a_i b_i
+grow like sqrt(k), so the rounding errors add up to a standard deviation of
 
     u sqrt(n / 6) sqrt(sum of (a_i b_i)^2)
 
 (N. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput.
-41 (2019) A2815-A2835). What becomes of them on the way to the logits is the model's own matter: a
-sharp softmax makes a score's error many times as large, a norm makes others small. So it is taken
-from the model: every product of matrices in it gets normal errors of that size, a thousand times as
-large so that its own do not count beside them, and what moves the logits is divided by a thousand
-(D. Parker, "Monte Carlo arithmetic", 1997). Both shapes round, which is sqrt(2) of one, and six
-standard deviations hold for a thousand million logits.
+41 (2019) A2815-A2835). The effect of these errors on the logits depends on the model: a sharp
+softmax increases the error of a score, a norm reduces others. It is therefore measured. Normal
+errors of that size are added to every matrix product of the model, enlarged by a factor of 1024 so
+that its own rounding is negligible, and the change of the logits is divided by the factor
+(D. Parker, "Monte Carlo arithmetic", 1997). Both shapes round, hence a factor of sqrt(2). Six
+standard deviations cover a thousand million logits.
 
     python -m study.rounding [--folder .study] [--base v1] [--adapter lora-16-1]
 
-asks the study's model: prompts alone and in batches of 2, 8, 16 and 48.
+compares prompts alone with batches of 2, 8, 16 and 48 on the study's model.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from trans_peft.validation.decoding.prefixes import PrefixReader, PromptPart
 
 __all__ = ["derived", "logits", "measured"]
 
-_PRODUCTS = {  # and what they are without a bias
+_PRODUCTS = {  # operator -> the same product without a bias
     torch.ops.aten.mm.default: torch.mm,
     torch.ops.aten.addmm.default: torch.mm,
     torch.ops.aten.bmm.default: torch.bmm,
@@ -47,7 +47,7 @@ _SIZES = (2, 8, 16, 48)
 
 
 class _Rounding(TorchDispatchMode):
-    """Adds to each product of matrices what rounding its sums one by one would, `by` times over."""
+    """Adds the rounding errors of its sums to each matrix product, enlarged by the factor `by`."""
 
     def __init__(self, by: int) -> None:
         super().__init__()
@@ -66,9 +66,9 @@ class _Rounding(TorchDispatchMode):
 
 @torch.no_grad()
 def logits(model: Any, asked: Sequence[list[int]], shared: Sequence[list[int]] = ()) -> Tensor:
-    """Return the logits behind each prompt, read as the engine reads a batch: (prompts, tokens).
+    """Return the logits after each prompt, computed as in an evaluation: (prompts, tokens).
 
-    What all of `shared` begin with is read once, as the beginning of a suite.
+    The common prefix of `shared` is processed once, as that of a suite.
     """
     reader = PrefixReader(model, cache_support(model), shared)
     cache, columns, cached = reader.begin(asked)
@@ -77,9 +77,9 @@ def logits(model: Any, asked: Sequence[list[int]], shared: Sequence[list[int]] =
 
 
 def derived(model: Any, prompts: Sequence[list[int]], *, by: int = 1024, draws: int = 16) -> float:
-    """Return the bound for one model in fp32: over all prompts and tokens, what may move most.
+    """Return the bound for a model in fp32: the largest over all prompts and tokens.
 
-    Meanwhile the model computes attention by `eager`, whose products can be seen.
+    The model computes attention with `eager` meanwhile, because its products can be intercepted.
     """
     torch.manual_seed(5)
     own, largest = model.config._attn_implementation, 0.0
@@ -96,9 +96,9 @@ def derived(model: Any, prompts: Sequence[list[int]], *, by: int = 1024, draws: 
 def measured(
     model: Any, prompts: Sequence[list[int]], sizes: Sequence[int], *, share: bool
 ) -> float:
-    """Return how far a logit moves at most between a prompt alone and in batches of `sizes`.
+    """Return the largest change of a logit between a prompt alone and in batches of `sizes`.
 
-    With `share`, what all prompts begin with is read once in each batch.
+    With `share`, the common prefix of all prompts is processed once in each batch.
     """
     alone, largest = torch.cat([logits(model, [prompt]) for prompt in prompts]), 0.0
     for size in sizes:
@@ -109,11 +109,11 @@ def measured(
 
 
 def main() -> None:
-    """Print both for the study's model, bare or under an adapter of the fleet."""
+    """Print both for the study's model, bare or with an adapter of the fleet."""
     parser = argparse.ArgumentParser(prog="python -m study.rounding")
     parser.add_argument("--folder", type=Path, default=Path(".study"))
     parser.add_argument("--base", default="v1")
-    parser.add_argument("--adapter", help="one of the fleet; without it the base is bare")
+    parser.add_argument("--adapter", help="an adapter of the fleet; without it, the bare base")
     options = parser.parse_args()
     torch.set_num_threads(1)
     base = load_base(options.folder / "bases" / options.base, "float32")
@@ -127,7 +127,7 @@ def main() -> None:
         lengths = sorted(map(len, prompts))
         print(
             f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, batches of {_SIZES}: "
-            f"moved by {moved:.1e} at most; derived: {derived(model, prompts):.1e}"
+            f"largest change {moved:.1e}; derived bound: {derived(model, prompts):.1e}"
         )
 
 

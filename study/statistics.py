@@ -1,9 +1,9 @@
-"""Means over seeds and items, and intervals that resample both.
+"""Compute means over seeds and items, and intervals that resample both.
 
-An adapter's score varies with the seed it was trained from and with the questions that happened to
-be asked, so both are drawn again, with replacement: seeds and items, the same for every arm, since
-all arms share them (a bootstrap of a crossed design; Owen 2007, "The pigeonhole bootstrap", shows
-that it errs on the wide side). With few seeds the interval is coarse, and says so by its width.
+The score of an adapter varies with its seed and with the choice of items. Both are resampled with
+replacement, in the same way for every arm, because all arms share them. This is a bootstrap of a
+crossed design; Owen 2007, "The pigeonhole bootstrap", shows that its intervals tend to be too wide.
+With few seeds the intervals are coarse.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ _DRAWS = 4_000
 _LEVEL = 0.95
 
 Draw = Callable[[np.ndarray], float]
-"""Gives the score, in points, of one arm's answers (seeds, items) in one draw."""
+"""Returns the score in points of one arm's results (seeds, items) in one draw."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 def right(answers: Mapping[int, str], seeds: Sequence[int]) -> np.ndarray:
-    """Return an arm's right answers as (seeds, items) of 0 and 1."""
+    """Return an arm's results as an array (seeds, items) of 0 and 1."""
     return np.array([[mark == "1" for mark in answers[seed]] for seed in seeds], dtype=float)
 
 
 def interval(statistic: Callable[[Draw], float], seeds: int, items: int) -> Interval:
-    """Return a statistic with its interval; the draws are the same in every call.
+    """Return a statistic with its interval. The draws are the same in every call.
 
-    `statistic` computes its value from arms by the function it is given: the mean of the real
-    answers for the estimate, then that of each draw.
+    `statistic` takes a function that returns the score of an arm: first the mean of all results,
+    for the estimate, then the mean in each draw.
     """
     generator = np.random.default_rng(0)
 

@@ -1,16 +1,18 @@
-"""What might tell, before an adapter is put on a new base, how much it will lose there.
+"""Predict the loss of an adapter on a new base without running it there.
 
-Theorem 1 of the paper bounds the loss by the FFN shift, which is the same for every adapter. Three
-figures that differ between adapters, from LoRA's A and B (D = scale * B A on a weight W), the two
-bases' weights, and inputs x that the bare bases feed to W on the same prompts:
+Theorem 1 of the paper bounds the loss by the change of the FFNs, which is the same for every
+adapter. Three figures differ between adapters. They use LoRA's A and B (D = scale * B A on a weight
+W), the weights of both bases, and the inputs x of W in the bare bases on the same prompts:
 
-    weights   |P dW Q| / |P W Q|, P and Q the spaces that B writes to and A reads from: how far the
-              base's weight moved where the adapter works (nothing, where W itself did not move)
-    inputs    |D (x_new - x_old)| / |D x_old|: how far what the adapter says moves because its
-              inputs moved
-    size      |D x_old| / |W x_old|: how loud the adapter is (of no update at all)
+    weights   |P dW Q| / |P W Q|, with P and Q the projections on the column space of B and the row
+              space of A: the change of the weight in the subspaces of the adapter (0 if W did not
+              change)
+    inputs    |D (x_new - x_old)| / |D x_old|: the change of the adapter's output by that of its
+              inputs
+    size      |D x_old| / |W x_old|: the relative norm of the adapter's output (independent of the
+              update)
 
-Each is a root of sums of squares over all modules (and, of inputs, over positions).
+Each norm is the root of a sum of squares over all modules, and over positions for inputs.
 """
 
 import json
@@ -30,11 +32,11 @@ Activations = Mapping[str, "Tensor"]
 """Inputs of each attention projection (positions, d_in), by the module's name."""
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_POSITIONS = 8  # of each prompt, its last ones
+_POSITIONS = 8  # the last positions of each prompt
 
 
 def record_activations(model: "nn.Module", prompts: Sequence[Sequence[int]]) -> Activations:
-    """Return what the bare base feeds to its attention projections at the end of each prompt."""
+    """Return the inputs of the bare base's attention projections at the end of each prompt."""
     import torch
 
     kept: dict[str, list[Tensor]] = {}
@@ -77,15 +79,15 @@ def risks(
             w = olds.get_tensor(f"{name}.weight").float()
             moved = news.get_tensor(f"{name}.weight").float() - w
             writes, reads = _basis(b), _basis(a.T)
-            said = scale * (x @ a.T) @ b.T
+            output = scale * (x @ a.T) @ b.T
             _add(squares["weights"], writes.T @ moved @ reads, writes.T @ w @ reads)
-            _add(squares["inputs"], scale * ((after[name] - x) @ a.T) @ b.T, said)
-            _add(squares["size"], said, x @ w.T)
+            _add(squares["inputs"], scale * ((after[name] - x) @ a.T) @ b.T, output)
+            _add(squares["size"], output, x @ w.T)
     return {name: math.sqrt(part / whole) for name, (part, whole) in squares.items()}
 
 
 def _basis(columns: "Tensor") -> "Tensor":
-    """Return an orthonormal basis (d, r) of what these columns (d, r) span."""
+    """Return an orthonormal basis (d, r) of the span of these columns (d, r)."""
     import torch
 
     return torch.linalg.qr(columns).Q

@@ -1,10 +1,9 @@
-"""A fleet of sixteen adapters of eight kinds through two updates: `python -m study.upgrade`.
+"""Run sixteen adapters of eight kinds through two updates: `python -m study.upgrade`.
 
-Started, judged and reported as a platform team's would be, on the stack of `make up`: bases are
-uploaded with an S3 client, adapters are adopted, `champion` is set, and the policies of
-prefect.yaml decide, whose margin was fixed before any of these adapters was trained. Every step
-asks first whether its result is there, so a run that was broken off goes on where it was. The table
-of docs/fleet.md is written from what stands in the registry.
+It works on the stack of `make up` as a platform team does: it uploads bases with an S3 client,
+adopts adapters and sets `champion`. The policies of prefect.yaml apply; their margin was fixed
+before any of these adapters was trained. Each step is skipped if its result exists, so an
+interrupted run resumes. The table of docs/fleet.md is written from the registry.
 """
 
 import argparse
@@ -42,38 +41,38 @@ _PAGE = Path(__file__).parent.parent / "docs" / "fleet.md"
 
 
 def main() -> None:
-    """Carry out whatever the registry lacks, and write the table."""
+    """Run the steps that the registry lacks, and write the table."""
     parser = argparse.ArgumentParser(prog="python -m study.upgrade", description=__doc__)
-    parser.add_argument("--study", type=Path, default=Path(".study"), help="for all that is made")
+    parser.add_argument("--study", type=Path, default=Path(".study"), help="folder for all files")
     options = parser.parse_args()
     screen = Screen()
-    screen.chapter("The fleet", f"{ADAPTERS} adapters of eight kinds, trained on {OLD}")
+    screen.section("The fleet", f"{ADAPTERS} adapters of eight kinds, trained on {OLD}")
     for update in UPDATES:
         bases_and_rows(options.study, update)
     rows = statements(options.study)
     folders = fleet(options.study, rows, ADAPTERS)
-    screen.done(f"{len(folders)} adapters")
+    screen.success(f"{len(folders)} adapters")
 
-    screen.chapter("The platform", "MLflow, Prefect, S3, a worker and the bridge")
+    screen.section("The platform", "MLflow, Prefect, S3, a worker and the bridge")
     run_module(["infra.stack", "up"], screen)
     become_client_of(StackSettings())
-    # Prefect reads the environment when it is imported: only now.
+    # Prefect reads the environment when it is imported, so it is imported here.
     from demo.deployments import run
     from tasks.composition import platform
 
-    story = Story(screen, options.study, platform(), partial(run, screen=screen))
-    story.old_base()
-    story.adopted(rows, folders)
-    bare_on_old = story.bare_on_old(rows)
+    steps = Steps(screen, options.study, platform(), partial(run, screen=screen))
+    steps.old_base()
+    steps.adopted(rows, folders)
+    bare_on_old = steps.bare_on_old(rows)
     for update in UPDATES:
-        story.updated(update)
+        steps.updated(update)
     seen = report(FAMILY, platform())
     _PAGE.write_text(with_blocks(_PAGE.read_text(), {"verdicts": table(seen, bare_on_old)}))
-    screen.done(f"{counted(seen)}; written: {_PAGE}")
+    screen.success(f"{counted(seen)}; written: {_PAGE}")
 
 
-class Story:
-    """The steps in the order in which they happen. Each can be repeated.
+class Steps:
+    """The steps in their order. Each can be repeated.
 
     `run` starts a deployment under a key, and waits for its end.
     """
@@ -84,18 +83,18 @@ class Story:
         self._screen, self._study, self._platform, self._run = screen, study, platform, run
 
     def old_base(self) -> None:
-        """Upload v1 and let it serve."""
-        self._screen.chapter(f"Base {OLD}", "uploaded, ingested, promoted")
+        """Upload v1 and promote it."""
+        self._screen.section(f"Base {OLD}", "uploaded, ingested, promoted")
         self._upload(OLD, parent=None)
         if self._platform.catalog.alias(FAMILY, SERVING_ALIAS) is None:
-            self._wish_for(OLD)
+            self._promote(OLD)
 
     def adopted(self, rows: Mapping[str, Path], folders: Mapping[str, Path]) -> None:
-        """Register every adapter on v1, with what it answers there."""
-        self._screen.chapter("Adapters", f"adopted: evaluated on {OLD}, registered")
-        store, asked = self._platform.store, _asked(rows)
+        """Register every adapter on v1, with its evaluation there."""
+        self._screen.section("Adapters", f"adopted: evaluated on {OLD}, registered")
+        store, evaluated = self._platform.store, _suite(rows)
         with rows["eval"].open("rb") as file:
-            store.write(asked.data.uri, file)
+            store.write(evaluated.data.uri, file)
         known = self._platform.registry.adapters(FAMILY)
         for name, folder in folders.items():
             if name in known:
@@ -103,37 +102,37 @@ class Story:
             for path in sorted(folder.iterdir()):
                 with path.open("rb") as file:
                     store.write(f"{_DATA}/{name}/{path.name}", file)
-            self._run(Deployment.ADOPT_ADAPTER, self._adoption(name, asked), key=name)
+            self._run(Deployment.ADOPT_ADAPTER, self._adoption(name, evaluated), key=name)
 
     def bare_on_old(self, rows: Mapping[str, Path]) -> float:
-        """Return what v1 without an adapter answers right, in percent: no verdict asks for it."""
+        """Return the score of the bare v1, which no verdict needs."""
         base = find_base(FAMILY, OLD, self._platform)
-        suites = pin_suites([_asked(rows)], self._platform)
+        suites = pin_suites([_suite(rows)], self._platform)
         (found,) = evaluate_on(base, suites, self._platform).values()
         return found.score
 
     def updated(self, update: str) -> None:
-        """Upload an update, wait for the verdicts, wish for it."""
-        self._screen.chapter(
+        """Upload an update, wait for the verdicts, and set `champion` to it."""
+        self._screen.section(
             f"Base {update}", "uploaded; every adapter is judged on it; then `champion` moves there"
         )
         self._upload(update, parent=OLD)
         self._reconcile(f"judge {update}")
-        self._wish_for(update)
+        self._promote(update)
 
-    def _adoption(self, name: str, asked: Suite) -> dict[str, object]:
+    def _adoption(self, name: str, evaluated: Suite) -> dict[str, object]:
         return {
             "adapter": name,
             "folder_uri": f"{_DATA}/{name}",
             "family": FAMILY,
-            "suites": [asked],
+            "suites": [evaluated],
             "base_version": OLD,
         }
 
     def _upload(self, version: str, parent: str | None) -> None:
         if self._found(version) is not None:
             return
-        progress_reporter = self._screen.progress_reporter("sent with boto3", "MB", 1e6)
+        progress_reporter = self._screen.progress_reporter("uploaded with boto3", "MB", 1e6)
         key, folder = f"{FAMILY}/{version}", self._study / "bases" / version
         upload(
             folder,
@@ -153,34 +152,34 @@ class Story:
         except NotFoundError:
             return None
 
-    def _wish_for(self, version: str) -> None:
-        """Set `champion` with MLflow's own client, as a person does on its page."""
+    def _promote(self, version: str) -> None:
+        """Set `champion` with MLflow's client, as a user does on MLflow's page."""
         base = find_base(FAMILY, version, self._platform)
         if report(FAMILY, self._platform).champion != version:
             MlflowClient().set_registered_model_alias(FAMILY, CHAMPION_ALIAS, str(base.number))
         self._reconcile(f"champion {version}")
         seen = report(FAMILY, self._platform)
-        self._screen.done(f"champion: {seen.champion}, serving: {seen.serving}. {seen.note}")
+        self._screen.success(f"champion: {seen.champion}, serving: {seen.serving}. {seen.note}")
 
-    def _reconcile(self, why: str) -> None:
-        """Wait for what the upload or the alias has started, under the deployment's policies.
+    def _reconcile(self, reason: str) -> None:
+        """Run reconcile with the deployment's policies, and wait for its end.
 
-        A promotion that is refused fails the run, and is one way for this story to end.
+        A refused promotion fails the run, which is an accepted result here.
         """
         parameters = {"family": FAMILY, "wait": True}
         try:
-            self._run(Deployment.RECONCILE, parameters, key=f"{FAMILY}/{why}")
+            self._run(Deployment.RECONCILE, parameters, key=f"{FAMILY}/{reason}")
         except DemoError:
             if not report(FAMILY, self._platform).note:
                 raise
 
 
-def _asked(rows: Mapping[str, Path]) -> Suite:
+def _suite(rows: Mapping[str, Path]) -> Suite:
     return replace(suite(rows["eval"]), data=DataSource(f"{_DATA}/eval.jsonl"), limit=ITEMS)
 
 
 def table(seen: FleetReport, bare_on_old: float) -> str:
-    """Return a row for each adapter, in Markdown. NotFoundError where one was not judged."""
+    """Return a Markdown table with a row per adapter. NotFoundError if one was not judged."""
     cells = {(row.adapter, row.base): row for row in seen.rows}
     columns = [f"{base}: score, change (bounds), verdict" for base in UPDATES]
     lines = [f"| adapter | {OLD} | {' | '.join(columns)} |", "| -- | -: |" + " -- |" * len(UPDATES)]
@@ -195,13 +194,13 @@ def table(seen: FleetReport, bare_on_old: float) -> str:
 
 
 def counted(seen: FleetReport) -> str:
-    """Say how many adapters got which verdict on which base."""
-    told = []
+    """Return the number of adapters with each verdict on each base, as text."""
+    parts = []
     for base in UPDATES:
         verdicts = Counter(str(row.verdict) for row in seen.rows if row.base == base)
-        words = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
-        told.append(f"on {base}: {words}")
-    return "; ".join(told)
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+        parts.append(f"on {base}: {counts}")
+    return "; ".join(parts)
 
 
 def _cell(row: FleetRow) -> str:

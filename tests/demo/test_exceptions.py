@@ -20,7 +20,7 @@ def _mined(source: str) -> list[tuple[str, str]]:
         ('f"the {kind}"\n        f" must be positive"', "the {} must be positive"),
     ],
 )
-def test_a_message_is_read_as_its_author_wrote_it(argument: str, message: str):
+def test_the_message_is_extracted_as_written(argument: str, message: str):
     assert _mined(f"def f():\n    raise ValueError({argument})\n") == [(message, "ValueError")]
 
 
@@ -36,12 +36,12 @@ def test_a_message_is_read_as_its_author_wrote_it(argument: str, message: str):
         "# raise ValueError('a message of four words')",
     ],
 )
-def test_what_is_no_plain_message_of_a_known_class_is_left_out(statement: str):
+def test_other_statements_are_excluded(statement: str):
     assert _mined(statement + "\n") == []
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_answer_is_the_class_and_does_not_stand_in_the_prompt(name: str):
+def test_the_answer_is_the_class_and_is_not_in_the_prompt(name: str):
     (example,) = examples(SourceFile("p/f.py", f"raise {name}('this cannot be done')\n"))
     assert example.completion == f" {name}\n"
     assert example.prompt == "# this cannot be done\nraise"

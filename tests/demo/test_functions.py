@@ -18,7 +18,7 @@ class A:
 '''
 
 
-def test_a_function_is_asked_about_without_its_answer():
+def test_the_prompt_does_not_contain_the_answer():
     file = SourceFile("p/f.py", SOURCE)
     assert [(e.label, "->" in e.prompt, "row is left" in e.prompt) for e in returns(file)] == [
         ("bool", False, False),
@@ -35,5 +35,5 @@ def test_every_annotation_is_found(name: str):
     assert example.completion == f" {name}\n"
 
 
-def test_a_file_that_does_not_parse_gives_nothing():
+def test_a_file_that_does_not_parse_has_no_examples():
     assert list(returns(SourceFile("p/f.py", "print 'python 2'"))) == []

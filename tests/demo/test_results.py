@@ -58,7 +58,7 @@ def _printed(found: list[Result]) -> str:
     return console.export_text()
 
 
-def test_the_table_shows_every_figure_a_verdict_rests_on():
+def test_the_table_shows_every_figure_of_a_verdict():
     text = _printed([PLAIN, OURS])
     for figure in ("61.5", "52.2", "12.5", "20.0", "-9.2", "-12.1", "-6.4", "512", "131", "71 %"):
         assert figure in text
@@ -66,19 +66,19 @@ def test_the_table_shows_every_figure_a_verdict_rests_on():
 
 
 @pytest.mark.parametrize(
-    ("ours", "words"),
+    ("ours", "expected"),
     [
         (59.0, "6.8 points ahead on v2"),
         (50.0, "2.2 points behind on v2"),
         (52.25, "level on v2"),
     ],
 )
-def test_who_is_ahead_is_said_whoever_it_is(ours: float, words: str):
+def test_the_notes_compare_the_scores_on_v2(ours: float, expected: str):
     arms = [PLAIN, replace(OURS, figures=replace(OURS.figures, score=ours))]
-    assert words in notes(arms)[-1]
+    assert expected in notes(arms)[-1]
 
 
-def test_a_reason_and_the_margin_are_told():
+def test_the_notes_contain_the_reasons_and_the_margin():
     text = "\n".join(notes([PLAIN, OURS]))
     assert "it lost 9.25 points" in text
     assert f"margin of {POLICY.margin_points:g} points" in text
@@ -94,11 +94,11 @@ def test_the_picture_has_a_row_for_each_task(tmp_path: Path):
         assert two.height == 2 * one.height
 
 
-@pytest.mark.parametrize("chapter", FULL, ids=lambda chapter: chapter.task.name)
-def test_the_arms_of_a_task_differ_in_their_perturbation_alone(chapter):
-    arms = list(recipes(chapter))
+@pytest.mark.parametrize("demo_task", FULL, ids=lambda demo_task: demo_task.task.name)
+def test_the_arms_of_a_task_differ_only_in_their_perturbation(demo_task):
+    arms = list(recipes(demo_task))
     assert len(arms) == len(ARMS) == 2
     assert arms[0].perturbation.is_off and not arms[1].perturbation.is_off
     same = [replace(arm, adapter="x", perturbation=arms[0].perturbation) for arm in arms]
     assert same[0] == same[1]
-    make_scorer(chapter.suite)  # its scoring and threshold can be used
+    make_scorer(demo_task.suite)  # its scoring and threshold can be used

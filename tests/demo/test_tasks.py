@@ -60,7 +60,7 @@ TASK = Task("toy", exceptions.examples, train_per_label=30, evaluation_per_label
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_training_and_evaluation_share_no_file_no_text_and_few_words(seed: int):
+def test_training_and_evaluation_rows_do_not_overlap(seed: int):
     parts = split(TASK, _package(400), seed)
     assert parts.train and parts.evaluation
     assert not {row.file for row in parts.train} & {row.file for row in parts.evaluation}
@@ -74,19 +74,19 @@ def test_training_and_evaluation_share_no_file_no_text_and_few_words(seed: int):
     assert closest <= MAX_SHARED_WORDS
 
 
-def test_a_split_depends_on_its_seed_alone():
+def test_a_split_depends_only_on_its_seed():
     files = _package(400)
     assert split(TASK, files, 1) == split(TASK, list(files), 1)
     assert split(TASK, files, 1) != split(TASK, files, 2)
 
 
-def test_no_label_has_more_rows_than_asked_for():
+def test_no_label_has_more_rows_than_the_limit():
     parts = split(TASK, _package(400))
     assert max(Counter(row.example.label for row in parts.train).values()) <= 30
     assert max(Counter(row.example.label for row in parts.evaluation).values()) <= 20
 
 
-def test_equal_texts_with_different_answers_are_nobody_s_row():
+def test_equal_texts_with_different_answers_are_dropped():
     def two_answers(file: SourceFile):
         yield Example("q", " a", text="the very same words", label="a")
         yield Example("q", f" {file.name}", text="The very, same words!", label="b")
@@ -105,7 +105,7 @@ def test_rows_are_written_as_training_reads_them(tmp_path: Path):
         ]
 
 
-def test_an_update_may_read_no_file_that_evaluation_touches(tmp_path: Path):
+def test_held_out_files_are_recognized(tmp_path: Path):
     parts = split(TASK, _package(400))
     write(parts, tmp_path)
     held_out = read_held_out([tmp_path])
@@ -116,7 +116,7 @@ def test_an_update_may_read_no_file_that_evaluation_touches(tmp_path: Path):
 
 
 @given(st.text(), st.integers(0, 9))
-def test_a_rank_is_a_number_that_never_changes(name: str, seed: int):
+def test_a_rank_is_deterministic(name: str, seed: int):
     assert 0 <= rank(name, seed) < 1
     assert rank(name, seed) == rank(name, seed)
 

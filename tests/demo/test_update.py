@@ -43,7 +43,7 @@ def _updated(base: Path, name: str, settings: UpdateSettings = SETTINGS) -> dict
     return update(base, folder, settings, NOTHING)
 
 
-def test_an_update_learns_and_moves_every_kind_of_weight(base: Path):
+def test_an_update_reduces_the_loss_and_changes_all_weights(base: Path):
     figures = _updated(base, "v2")
     assert figures["held_out_loss_after"] < figures["held_out_loss_before"] - 0.1
     assert figures["tokens"] == 12 * 2 * 32
@@ -51,14 +51,14 @@ def test_an_update_learns_and_moves_every_kind_of_weight(base: Path):
         assert figures[f"drift_{kind}_percent"] > 0
 
 
-def test_an_update_of_the_ffns_leaves_all_else_as_it_was(base: Path):
+def test_an_update_of_the_ffns_changes_no_other_weights(base: Path):
     figures = _updated(base, "v2", replace(SETTINGS, weights="ffn"))
     assert figures["held_out_loss_after"] < figures["held_out_loss_before"]
     assert figures["drift_ffn_percent"] > 0
     assert figures["drift_attention_percent"] == figures["drift_other_percent"] == 0
 
 
-def test_the_new_version_is_a_whole_base_with_the_old_tokenizer(base: Path):
+def test_the_new_version_is_a_complete_base_with_the_old_tokenizer(base: Path):
     _updated(base, "v2")
     new = base.parent / "v2"
     assert {file.name for file in new.iterdir()} == {file.name for file in base.iterdir()}
@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_version(base: Path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_what_evaluation_touches_is_not_in_the_text(base: Path):
+def test_held_out_files_are_not_in_the_text(base: Path):
     held_out = HeldOut(frozenset({"p/7.py"}), (("def", "f11", "return"),))
     texts = "".join(update_text(held_out, 0))
     assert "def f7(" not in texts

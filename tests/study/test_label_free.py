@@ -32,7 +32,7 @@ def scored(seed, lost):
         yield Score(f"{seed}{base}", "signatures", "plain", 120, seed, V1, base, marks, {}, 1.0)
 
 
-def story(kls=(0.1, 0.2, 0.4), losses=(0, 20, 50)):
+def example_rows(kls=(0.1, 0.2, 0.4), losses=(0, 20, 50)):
     lines = [measured_by_hand(seed, 60 - seed, kl) for seed, kl in enumerate(kls)]
     scores = [score for seed, lost in enumerate(losses) for score in scored(seed, lost)]
     return joined(lines, scores, {"signatures": []})
@@ -43,21 +43,21 @@ def once(rows):
 
 
 def test_a_risk_that_rises_with_the_loss_has_correlation_one():
-    up, down = story(), story(kls=(0.4, 0.2, 0.1))
+    up, down = example_rows(), example_rows(kls=(0.4, 0.2, 0.1))
     assert rank_correlation(up, once(up), "KL") == pytest.approx([1])
     assert rank_correlation(up, once(up), "disagreement") == pytest.approx([1])
     assert rank_correlation(down, once(down), "KL") == pytest.approx([-1])
 
 
 def test_the_area_counts_pairs_of_one_that_passes_and_one_that_fails():
-    rows, mixed = story(), story(kls=(0.3, 0.2, 0.4))
+    rows, mixed = example_rows(), example_rows(kls=(0.3, 0.2, 0.4))
     assert [row.passed[5.0] for row in rows] == [True, False, False]
     assert area(rows, once(rows), "KL", 5.0) == [1]
     assert area(mixed, once(mixed), "KL", 5.0) == [0.5]
 
 
 def test_what_cannot_be_told_is_nan():
-    flat, broken = story(kls=(0.1, 0.1, 0.1)), story(losses=(20, 30, 50))
+    flat, broken = example_rows(kls=(0.1, 0.1, 0.1)), example_rows(losses=(20, 30, 50))
     assert np.isnan(rank_correlation(flat, once(flat), "KL"))
     assert np.isnan(area(broken, once(broken), "KL", 5.0))
 
@@ -66,7 +66,7 @@ def test_both_measures_are_scipys_on_the_rows_that_were_drawn_with_ties_too():
     draw = random.Random(0)
     for _ in range(20):
         losses = [0, *(draw.randrange(6) for _ in range(12))]
-        rows = story(kls=[draw.randrange(4) / 10 for _ in losses], losses=losses)
+        rows = example_rows(kls=[draw.randrange(4) / 10 for _ in losses], losses=losses)
         counts = np.array([[1 + draw.randrange(2), *draw.choices(range(4), k=12)] for _ in losses])
         found = zip(
             counts,
@@ -100,7 +100,7 @@ def test_the_prompts_are_a_fixed_choice_whatever_the_order_of_the_rows():
     assert {turned[i].id for i in prompts_of(turned)} == chosen
 
 
-def test_the_page_in_the_docs_says_what_was_measured():
+def test_the_page_in_the_docs_equals_the_measurements():
     excluded = json.loads(MEASURED.with_name("label_free_prompts.json").read_text())
     assert set(excluded) == set(TASKS)
     page = PAGE.read_text()

@@ -1,4 +1,4 @@
-"""The report on answers made by hand, where every figure can be worked out on paper."""
+"""The report on constructed results whose figures are known."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ UPDATES = {
 
 
 def score(arm, steps, base, points, *, trained_on=V1):
-    """Return one score a seed: the first `points` of 100 items are right."""
+    """Return one score per seed: the first `points` of 100 items are right."""
     right = "1" * points + "0" * (ITEMS - points)
     return [
         Score(f"{arm}{steps}{seed}{trained_on}{base}", "task", arm, steps, seed, trained_on, base,
@@ -33,7 +33,7 @@ def score(arm, steps, base, points, *, trained_on=V1):
     ]  # fmt: skip
 
 
-def story(new=90, ours_second=(80, 76)):
+def example_comparison(new=90, ours_second=(80, 76)):
     return Comparison(
         "task",
         "ffn",
@@ -49,69 +49,69 @@ def story(new=90, ours_second=(80, 76)):
 
 
 def test_differences_are_between_the_means():
-    seen = story()
+    seen = example_comparison()
     assert seen.lost("plain", FIRST).value == pytest.approx(-20)
     assert seen.lost("spared", FIRST).value == pytest.approx(-4)
     assert seen.gained("spared", FIRST, "ffn").value == pytest.approx(6)
     assert seen.gained("spared", FIRST, V1).value == pytest.approx(-10)
 
 
-def test_at_an_equal_old_score_the_line_between_two_lengths_is_read_off():
+def test_the_score_at_an_equal_old_score_is_interpolated():
     # 70 lies half way between 60 and 80, so the new base's score is half way between 56 and 76.
-    assert story().at_equal_score("spared").value == pytest.approx(66 - 50)
+    assert example_comparison().at_equal_score("spared").value == pytest.approx(66 - 50)
 
 
 def test_an_old_score_out_of_reach_is_not_extrapolated():
-    assert story(ours_second=(65, 60)).at_equal_score("spared") is None
+    assert example_comparison(ours_second=(65, 60)).at_equal_score("spared") is None
 
 
-def test_a_share_of_a_gap_is_given_only_where_there_is_a_gap():
-    assert story().recovered("spared") == pytest.approx(6 / 40)
-    assert story(new=50).recovered("spared") is None
-    assert story(new=40).recovered("spared") is None
+def test_the_share_of_the_gap_needs_a_gap():
+    assert example_comparison().recovered("spared") == pytest.approx(6 / 40)
+    assert example_comparison(new=50).recovered("spared") is None
+    assert example_comparison(new=40).recovered("spared") is None
 
 
-def test_an_arm_that_lacks_a_seed_is_left_out():
-    scores = story().scores
+def test_an_arm_without_all_seeds_is_excluded():
+    scores = example_comparison().scores
     missing = tuple(s for s in scores if (s.arm, s.seed) != ("spared", SEEDS[-1]))
     assert Comparison("task", "ffn", missing).mean("spared", FIRST, "ffn") is None
 
 
-def test_nothing_is_compared_before_direct_transfer_is_known():
-    scores = [s for s in story().scores if s.arm != "plain"]
+def test_a_comparison_needs_direct_transfer():
+    scores = [s for s in example_comparison().scores if s.arm != "plain"]
     assert not list(comparisons(scores))
 
 
-def test_a_page_keeps_its_words_and_gets_the_tables():
+def test_only_the_blocks_of_a_page_are_replaced():
     page = "a\n<!-- begin comparisons -->\nold\n<!-- end comparisons -->\nb\n"
     page += "<!-- begin candidates -->\n<!-- end candidates -->\n"
     page += "<!-- begin updates -->\n<!-- end updates -->\nc"
-    made = page_with(page, story().scores, UPDATES)
+    made = page_with(page, example_comparison().scores, UPDATES)
     assert made.startswith("a\n") and "\nb\n" in made and made.endswith("\nc")
     assert "old\n" not in made
     assert "| Trans-PEFT, layers spared | 120 | 60.0 | 56.0 | -4.0" in made
     assert "| `ffn` | 2.000 -> 1.500 | 0.00 % | 1.79 % | 0.00 % |" in made
-    assert page_with(made, story().scores, UPDATES) == made
+    assert page_with(made, example_comparison().scores, UPDATES) == made
 
 
-def test_the_page_in_the_docs_says_what_the_ledger_says():
+def test_the_page_in_the_docs_equals_the_ledger():
     written = PAGE.read_text()
     updates = json.loads(FIGURES.read_text())
     assert page_with(written, tuple(Ledger(LEDGER)), updates) == written
 
 
-def test_what_is_written_down_is_known_again(tmp_path):
+def test_an_appended_score_is_read_again(tmp_path):
     ledger = Ledger(tmp_path / "scores.jsonl")
-    for one in story().scores:
+    for one in example_comparison().scores:
         ledger.append(one)
     again = Ledger(tmp_path / "scores.jsonl")
-    assert tuple(again) == story().scores
-    assert story().scores[0].key in again and "another" not in again
+    assert tuple(again) == example_comparison().scores
+    assert example_comparison().scores[0].key in again and "another" not in again
 
 
-def test_a_score_made_of_something_else_replaces_the_one_before(tmp_path):
+def test_a_score_with_another_key_replaces_the_earlier_one(tmp_path):
     ledger = Ledger(tmp_path / "scores.jsonl")
-    before = story().scores[0]
+    before = example_comparison().scores[0]
     ledger.append(before)
     ledger.append(replace(before, key="another", right="1" * ITEMS))
     assert [score.key for score in Ledger(tmp_path / "scores.jsonl")] == ["another"]

@@ -1,4 +1,4 @@
-"""The table of docs/fleet.md on a fleet made by hand."""
+"""The table of docs/fleet.md, for a constructed fleet."""
 
 import pytest
 
@@ -57,14 +57,14 @@ def test_a_row_has_the_old_score_and_figures_and_verdict_on_each_update():
     assert first == f"| a0 | 50.0 | {passed} | {retune} |"
 
 
-def test_the_bare_base_and_the_verdicts_are_counted_below():
-    said = table(fleet((PASSED, RETUNE), (RETUNE, RETUNE)), 4.0)
-    assert "| no adapter | 4.0 | 1.5 | 1.5 |" in said
+def test_the_table_ends_with_the_bare_base_and_the_counts():
+    text = table(fleet((PASSED, RETUNE), (RETUNE, RETUNE)), 4.0)
+    assert "| no adapter | 4.0 | 1.5 | 1.5 |" in text
     first, second = UPDATES
-    assert said.endswith(f"on {first}: 1 needs-retuning, 1 passed; on {second}: 2 needs-retuning.")
+    assert text.endswith(f"on {first}: 1 needs-retuning, 1 passed; on {second}: 2 needs-retuning.")
 
 
-def test_an_adapter_without_a_verdict_is_no_row():
+def test_an_adapter_without_a_verdict_is_an_error():
     with pytest.raises(NotFoundError, match=f"a0 has no figures on {UPDATES[1]}"):
         table(fleet((PASSED, None)), 4.0)
 

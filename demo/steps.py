@@ -1,4 +1,4 @@
-"""The steps of the demo, in the order in which they happen. Each can be repeated."""
+"""The steps of the demo, in their order. Each can be repeated."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from demo.picture import draw
 from demo.programs import run_module
 from demo.results import Result, notes, results, table
 from demo.screen import Screen
-from demo.settings import DATA_SEED, POLICY, PROMOTION, UPDATE, Chapter, recipes
+from demo.settings import DATA_SEED, POLICY, PROMOTION, UPDATE, DemoTask, recipes
 from demo.sources import source_files
 from demo.tasks import split, write
 from demo.upload import upload
@@ -31,31 +31,31 @@ from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.train import resolve_recipe
 
-__all__ = ["Story"]
+__all__ = ["Steps"]
 
 _ROWS = ("train.jsonl", "eval.jsonl", "held_out.json")
 
 
-class Story:
-    """One telling: a stack that runs, a screen, the chapters (one task each).
+class Steps:
+    """The steps of one demo, on a running stack.
 
-    `update_to` is the new version's name. An update leaves out the evaluation rows of its own
-    chapters alone, so tellings with other chapters make versions of their own.
+    `update_to` is the label of the new version. Its training text excludes the evaluation rows of
+    these tasks only, so a demo with other tasks makes another version.
     """
 
     def __init__(
-        self, stack: StackSettings, screen: Screen, chapters: Sequence[Chapter], update_to: str
+        self, stack: StackSettings, screen: Screen, demo_tasks: Sequence[DemoTask], update_to: str
     ) -> None:
         self._stack = stack
         self._screen = screen
-        self._chapters = chapters
+        self._demo_tasks = demo_tasks
         self._update_to = update_to
         self._folder = stack.state / "demo"
         self._mlflow = MlflowClient()
 
     def base_v1(self) -> None:
         """Publish SmolLM2-135M as v1."""
-        self._screen.chapter("Base v1", "SmolLM2-135M-Instruct, published and verified")
+        self._screen.section("Base v1", "SmolLM2-135M-Instruct, published and verified")
         if self._ready("v1") is None:
             run_module(["demo.base", str(self._folder / "v1")], self._screen)
             publish(
@@ -64,48 +64,48 @@ class Story:
                 family=FAMILY,
                 version="v1",
                 store=platform().store,
-                on_progress=self._screen.progress_reporter("hashed and sent", "MB", 1e6),
+                on_progress=self._screen.progress_reporter("hashed and uploaded", "MB", 1e6),
             )
-            self._screen.say(f"published at {_uri('v1')}")
+            self._screen.line(f"published at {_uri('v1')}")
         self._ingest("v1")
 
     def data(self) -> None:
-        """Mine the rows of every task and upload them."""
-        self._screen.chapter("Data", "from the Python packages on this machine")
+        """Extract the rows of every task and upload them."""
+        self._screen.section("Data", "from the Python packages on this machine")
         files = None
-        for chapter in self._chapters:
-            folder = self._rows_of(chapter)
+        for demo_task in self._demo_tasks:
+            folder = self._rows_of(demo_task)
             if not all((folder / name).exists() for name in _ROWS):
                 if files is None:
-                    self._screen.say("reading the source of the installed packages")
+                    self._screen.line("reading the source of the installed packages")
                     files = list(source_files())
-                self._screen.say(f"{chapter.task.name}: mining {len(files):,} files")
-                write(split(chapter.task, files, DATA_SEED), folder)
+                self._screen.line(f"{demo_task.task.name}: extracting from {len(files):,} files")
+                write(split(demo_task.task, files, DATA_SEED), folder)
             counts = []
             for name in ("train.jsonl", "eval.jsonl"):
                 with (folder / name).open("rb") as rows:
                     counts.append(len(rows.readlines()))
                     rows.seek(0)
-                    platform().store.write(f"{chapter.folder_uri}/{name}", rows)
-            self._screen.done(
-                f"{chapter.task.name}: {counts[0]:,} rows to train on, {counts[1]:,} to evaluate on"
+                    platform().store.write(f"{demo_task.folder_uri}/{name}", rows)
+            self._screen.success(
+                f"{demo_task.task.name}: {counts[0]:,} training rows, {counts[1]:,} evaluation rows"
             )
             row = json.loads((folder / "eval.jsonl").read_text().splitlines()[0])
-            self._screen.say(f"for example {row['prompt']!r} -> {row['completion']!r}", "dim")
+            self._screen.line(f"for example {row['prompt']!r} -> {row['completion']!r}", "dim")
 
     def first_promotion(self) -> None:
-        """Let v1 serve, unless something serves already."""
-        self._screen.chapter("v1 serves", "a person sets `champion`, reconcile moves `serving`")
+        """Promote v1 if no version serves."""
+        self._screen.section("v1 serves", "a user sets `champion`, reconcile moves `serving`")
         if platform().catalog.alias(FAMILY, SERVING_ALIAS) is None:
             self._promote("v1")
             self._reconcile("first promotion")
-        self._screen.done(f"serving: {report(FAMILY, platform()).serving}")
+        self._screen.success(f"serving: {report(FAMILY, platform()).serving}")
 
     def adapters(self) -> None:
-        """Train every adapter on v1, as flow runs on the worker."""
-        for chapter in self._chapters:
-            for recipe in recipes(chapter):
-                self._screen.chapter(f"Train {recipe.adapter}", _in_words(recipe))
+        """Train every adapter on v1, in flow runs on the worker."""
+        for demo_task in self._demo_tasks:
+            for recipe in recipes(demo_task):
+                self._screen.section(f"Train {recipe.adapter}", _description(recipe))
                 resolved, base = resolve_recipe(recipe, platform())
                 if not self._is_trained(resolved):
                     key = f"train/{resolved.sha256}/{base.fingerprint_sha256}"
@@ -118,19 +118,20 @@ class Story:
                     for name, score in row.scores
                     if name == suite.name
                 )
-                self._screen.done(f"{recipe.adapter}: {score:.1f} % right on {base}")
+                self._screen.success(f"{recipe.adapter}: {score:.1f} % right on {base}")
         self._bare_v1()
 
     def base_v2(self) -> None:
-        """Train v1 on with all its weights and upload the result as any S3 client would."""
+        """Train all weights of v1 further, and upload the result with an S3 client."""
         new = self._update_to
-        self._screen.chapter(
-            f"Base {new}", f"v1 trained on: {UPDATE.tokens:,} tokens of Python source, all weights"
+        self._screen.section(
+            f"Base {new}",
+            f"v1 trained further: {UPDATE.tokens:,} tokens of Python source, all weights",
         )
         folder, figures = self._folder / new, self._folder / f"{new}.json"
         if self._ready(new) is None:
             if not figures.exists():  # written last
-                held_out = [str(self._rows_of(chapter)) for chapter in self._chapters]
+                held_out = [str(self._rows_of(demo_task)) for demo_task in self._demo_tasks]
                 run_module(
                     [
                         "demo.update",
@@ -147,33 +148,33 @@ class Story:
                 version=new,
                 family=FAMILY,
                 parent="v1",
-                on_progress=self._screen.progress_reporter("sent with boto3", "MB", 1e6),
+                on_progress=self._screen.progress_reporter("uploaded with boto3", "MB", 1e6),
             )
-            self._screen.say(f"uploaded to {_uri(new)}")
+            self._screen.line(f"uploaded to {_uri(new)}")
         self._ingest(new)
         update = json.loads(figures.read_text())["figures"]
-        self._screen.say(
+        self._screen.line(
             f"held-out loss on source {update['held_out_loss_before']:.2f} -> "
-            f"{update['held_out_loss_after']:.2f}; weights moved: attention "
+            f"{update['held_out_loss_after']:.2f}; change of the weights: attention "
             f"{update['drift_attention_percent']:.2f} %, FFN {update['drift_ffn_percent']:.2f} %, "
-            f"the rest {update['drift_other_percent']:.2f} %"
+            f"others {update['drift_other_percent']:.2f} %"
         )
 
     def upgrade(self) -> None:
-        """Let a person wish for v2; every adapter gets its verdict before v2 serves."""
+        """Set `champion` to v2. Every adapter gets a verdict before v2 serves."""
         new = self._update_to
-        self._screen.chapter(
+        self._screen.section(
             "Upgrade", f"`champion` moves to {new}: every adapter is judged, then it serves"
         )
         self._promote(new)
         if not self._is_settled():
             self._reconcile(f"upgrade to {new}")
-        self._screen.done(f"serving: {report(FAMILY, platform()).serving}")
+        self._screen.success(f"serving: {report(FAMILY, platform()).serving}")
 
     def ending(self) -> list[Result]:
-        """Print the table, the links, and draw the picture."""
-        self._screen.chapter("What came of it", "scores and differences in points")
-        found = results(self._chapters, self._update_to, platform())
+        """Print the table and the links, and write the picture."""
+        self._screen.section("Results", "scores and differences in points")
+        found = results(self._demo_tasks, self._update_to, platform())
         self._screen.console.print(table(found))
         for note in notes(found):
             self._screen.console.print(Padding(Text(note), (0, 0, 0, 2)))
@@ -193,8 +194,8 @@ class Story:
         self._links(picture, logged.id)
         return found
 
-    def _rows_of(self, chapter: Chapter) -> Path:
-        return self._folder / "data" / chapter.task.name
+    def _rows_of(self, demo_task: DemoTask) -> Path:
+        return self._folder / "data" / demo_task.task.name
 
     def _ready(self, version: str) -> BaseVersion | None:
         try:
@@ -207,13 +208,13 @@ class Story:
             uri = _uri(version)
             run(Deployment.INGEST_BASE, {"uri": uri}, key=f"ingest/{uri}", screen=self._screen)
         base = find_base(FAMILY, version, platform())
-        self._screen.done(f"{base} is ready, fingerprint {base.fingerprint_sha256[:12]}")
+        self._screen.success(f"{base} is ready, fingerprint {base.fingerprint_sha256[:12]}")
 
     def _promote(self, version: str) -> None:
-        """Set `champion` with MLflow's own client, as a person does on its page."""
+        """Set `champion` with MLflow's client, as a user does on MLflow's page."""
         base = find_base(FAMILY, version, platform())
         self._mlflow.set_registered_model_alias(FAMILY, CHAMPION_ALIAS, str(base.number))
-        self._screen.say(f"champion: {base}")
+        self._screen.line(f"champion: {base}")
 
     def _is_trained(self, recipe: TrainingRecipe) -> bool:
         if recipe.adapter not in platform().registry.adapters(FAMILY):
@@ -226,22 +227,22 @@ class Story:
         judged = all(row.verdict for row in seen.rows if row.base == self._update_to)
         return judged and seen.serving == self._update_to
 
-    def _reconcile(self, why: str) -> None:
+    def _reconcile(self, reason: str) -> None:
         parameters = {"family": FAMILY, "policy": POLICY, "promotion": PROMOTION, "wait": True}
-        run(Deployment.RECONCILE, parameters, key=f"reconcile/{why}", screen=self._screen)
+        run(Deployment.RECONCILE, parameters, key=f"reconcile/{reason}", screen=self._screen)
 
     def _bare_v1(self) -> None:
-        """Answer the questions with the bare v1 too: what did the adapters learn?"""
-        for chapter in self._chapters:
-            suites = pin_suites((chapter.suite,), platform())
+        """Evaluate the bare v1 as well, to show what the adapters learned."""
+        for demo_task in self._demo_tasks:
+            suites = pin_suites((demo_task.suite,), platform())
             base = find_base(FAMILY, "v1", platform())
-            self._screen.say(f"the bare v1 on {chapter.task.name}", "dim")
+            self._screen.line(f"the bare v1 on {demo_task.task.name}", "dim")
             found = evaluate_on(base, suites, platform(), on_progress=self._items)
-            score = found[chapter.suite.name].score
-            self._screen.done(f"bare v1 on {chapter.task.name}: {score:.1f} % right")
+            score = found[demo_task.suite.name].score
+            self._screen.success(f"bare v1 on {demo_task.task.name}: {score:.1f} % right")
 
     def _items(self, answered: EvaluationProgress) -> None:
-        self._screen.alive(str(answered))
+        self._screen.heartbeat(str(answered))
 
     def _links(self, picture: Path, run_id: str) -> None:
         mlflow, prefect = (self._stack.urls[name] for name in ("mlflow", "prefect"))
@@ -262,12 +263,12 @@ def _uri(version: str) -> str:
     return f"s3://bases/{FAMILY}/{version}"
 
 
-def _in_words(recipe: TrainingRecipe) -> str:
+def _description(recipe: TrainingRecipe) -> str:
     perturbation, optimizer = recipe.perturbation, recipe.optimizer
     how = (
         "plain LoRA"
         if perturbation.is_off
-        else f"LoRA under Trans-PEFT: masking {perturbation.masking_p:g}, "
+        else f"LoRA with Trans-PEFT: masking {perturbation.masking_p:g}, "
         f"dropping {perturbation.dropping_p:g}, spared layers {perturbation.spared_layers}"
     )
     return f"{how}; {optimizer.steps} steps of {optimizer.batch_size} rows"
