@@ -1,4 +1,4 @@
-"""Any change of a model is found by content, and nothing else is taken for a change."""
+"""Checksums detect every change of a model's content, and report no other changes."""
 
 import copy
 
@@ -122,26 +122,26 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_found_and_the_base_is_loaded_again(change, base):
-    held = load_base(base, "float32", "cpu")
-    CHANGES[change](held.model)
+def test_a_changed_base_is_loaded_again(change, base):
+    loaded = load_base(base, "float32", "cpu")
+    CHANGES[change](loaded.model)
     again = load_base(base, "float32", "cpu")
-    assert again.model is not held.model
+    assert again.model is not loaded.model
     assert not model_checksums(again.model).changes(model_checksums(fresh(base)))
 
 
 @pytest.mark.parametrize("change", TOKENIZER_CHANGES)
 def test_a_changed_tokenizer_is_loaded_again(change, base):
-    held = load_base(base, "float32", "cpu")
-    TOKENIZER_CHANGES[change](held.tokenizer)
+    loaded = load_base(base, "float32", "cpu")
+    TOKENIZER_CHANGES[change](loaded.tokenizer)
     again = load_base(base, "float32", "cpu")
-    assert again.tokenizer is not held.tokenizer
+    assert again.tokenizer is not loaded.tokenizer
     assert len(again.tokenizer) == len(tiny_tokenizer())
 
 
 def fresh(base):
-    held = load_base(base, "float32", "cpu")
-    return type(held.model).from_pretrained(base).eval()
+    loaded = load_base(base, "float32", "cpu")
+    return type(loaded.model).from_pretrained(base).eval()
 
 
 UNCHANGED = {
@@ -159,20 +159,20 @@ def parametrize_and_back(model):
     nn.utils.parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
-def test_calls_of_a_tokenizer_are_no_change(base):
-    held = load_base(base, "float32", "cpu")
-    held.tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
-    assert load_base(base, "float32", "cpu").tokenizer is held.tokenizer
-    assert held.tokenizer(["a", "abc"], padding=True)["attention_mask"] == [[1, 0, 0], [1, 1, 1]]
+def test_calling_a_tokenizer_does_not_change_it(base):
+    loaded = load_base(base, "float32", "cpu")
+    loaded.tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
+    assert load_base(base, "float32", "cpu").tokenizer is loaded.tokenizer
+    assert loaded.tokenizer(["a", "abc"], padding=True)["attention_mask"] == [[1, 0, 0], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("use", UNCHANGED)
-def test_what_changes_nothing_keeps_the_base(use, base):
-    held = load_base(base, "float32", "cpu")
+def test_an_unchanged_base_is_not_loaded_again(use, base):
+    loaded = load_base(base, "float32", "cpu")
     with torch.no_grad():
-        UNCHANGED[use](held.model)
+        UNCHANGED[use](loaded.model)
     again = load_base(base, "float32", "cpu")
-    assert again.model is held.model
+    assert again.model is loaded.model
     assert not again.model.training
 
 
@@ -188,10 +188,10 @@ def test_one_byte_anywhere_changes_the_checksum(dtype, size, data):
     module.register_buffer("values", values)
     before = model_checksums(module)
     raw = values.view(torch.uint8).numpy()
-    at = data.draw(st.integers(0, len(raw) - 1))
-    raw[at] ^= np.uint8(1)
+    position = data.draw(st.integers(0, len(raw) - 1))
+    raw[position] ^= np.uint8(1)
     assert before.changes(model_checksums(module)) == ["values"]
-    raw[at] ^= np.uint8(1)
+    raw[position] ^= np.uint8(1)
     assert not before.changes(model_checksums(module))
 
 
@@ -207,8 +207,8 @@ def test_scalars_empty_tensors_views_and_meta_tensors_have_checksums():
     assert before.changes(model_checksums(module)) == ["scalar", "view"]
 
 
-def test_an_adapter_on_expert_parameters_gives_the_base_back(tmp_path):
-    """PEFT parametrises those in every pass, which raises their version counters."""
+def test_the_base_is_restored_after_an_adapter_on_expert_parameters(tmp_path):
+    """PEFT parametrizes experts in every forward pass, which raises their version counters."""
 
     def mixtral():
         torch.manual_seed(0)
@@ -232,13 +232,13 @@ def test_an_adapter_on_expert_parameters_gives_the_base_back(tmp_path):
     before = model_checksums(model)
     with torch.no_grad():
         bare = model(input_ids=IDS).logits
-        with attached(model, tmp_path) as lent:
-            assert torch.equal(lent(input_ids=IDS).logits, adapted(input_ids=IDS).logits)
+        with attached(model, tmp_path) as reloaded:
+            assert torch.equal(reloaded(input_ids=IDS).logits, adapted(input_ids=IDS).logits)
         assert torch.equal(model(input_ids=IDS).logits, bare)
     assert not before.changes(model_checksums(model))
 
 
-def test_a_write_that_no_version_counter_shows_is_reported(tmp_path):
+def test_a_write_without_a_version_counter_is_reported(tmp_path):
     get_peft_model(
         tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     ).save_pretrained(tmp_path)

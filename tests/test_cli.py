@@ -347,7 +347,7 @@ def test_transfer_keeps_the_old_bases_chat_template(cli, tmp_path):
     assert not (cli.folder / "mine/chat_template.jinja").exists()
 
 
-def test_transfer_judges_and_transplants(cli, tmp_path):
+def test_transfer_writes_the_verdict_and_the_rebound_adapter(cli, tmp_path):
     (tmp_path / "policy.yaml").write_text("margin_points: 60\nmust_beat_bare: false\n")
     code, _, _ = cli.run(
         *(*TRANSFER, "--out", tmp_path / "out", "--policy", tmp_path / "policy.yaml")

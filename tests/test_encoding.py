@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates whose cost depends on the text, at every place that runs them."""
+"""Encoding runs tokenizers and chat templates with limits on time and memory."""
 
 import time
 from dataclasses import replace
@@ -69,7 +69,7 @@ def with_template(template):
         lambda tokenizer, example: prepare(tokenizer, SUITE, [example], context=None),
     ],
 )
-def test_what_costs_too_much_is_refused(tokenizer, example, run):
+def test_encoding_that_exceeds_a_limit_is_refused(tokenizer, example, run):
     started = time.monotonic()
     with pytest.raises(ContentError, match="the tokenizer or the chat template of"):
         run(tokenizer(), example)
@@ -92,7 +92,7 @@ def test_every_way_to_encode_has_limits(run):
         run(growing())
 
 
-def test_chunks_give_the_ids_of_the_tokenizer(monkeypatch):
+def test_encoding_in_chunks_returns_the_ids_of_the_tokenizer(monkeypatch):
     monkeypatch.setattr(encoding, "_CHUNK_ITEMS", 3)
     monkeypatch.setattr(encoding, "_CHUNK_CHARACTERS", 30)
     tokenizer = tiny_tokenizer()

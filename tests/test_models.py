@@ -18,9 +18,9 @@ from trans_peft.errors import (
 )
 from trans_peft.models import (
     adapter_weights_sha256,
-    keeps_no_template,
     load_base,
     load_tokenizer,
+    remove_unrecorded_template,
 )
 from trans_peft.text.chat import pinned
 
@@ -40,7 +40,7 @@ def configure(folder: Path, **fields: object) -> None:
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 
 
-def test_the_hash_is_of_the_tensors_not_of_the_file(tmp_path):
+def test_the_hash_covers_tensors_but_not_file_metadata(tmp_path):
     first = saved(tmp_path / "one", TENSORS, format="pt")
     second = saved(tmp_path / "two", dict(reversed(TENSORS.items())), format="pt", note="other")
     assert first == second
@@ -57,12 +57,12 @@ def test_the_hash_is_of_the_tensors_not_of_the_file(tmp_path):
     ],
     ids=["value", "shape", "dtype", "name"],
 )
-def test_the_hash_feels_every_change(tmp_path, other):
+def test_every_change_of_a_tensor_changes_the_hash(tmp_path, other):
     assert saved(tmp_path, TENSORS) != saved(tmp_path, TENSORS | other)
 
 
 @pytest.mark.parametrize(
-    ("field", "feels"),
+    ("fields", "is_hashed"),
     [
         ({"lora_alpha": 16}, True),
         ({"use_dora": True}, True),
@@ -71,13 +71,13 @@ def test_the_hash_feels_every_change(tmp_path, other):
         ({"inference_mode": True, "peft_version": "0.22"}, False),
     ],
 )
-def test_the_hash_feels_the_configuration_but_not_where_it_came_from(tmp_path, field, feels):
+def test_the_hash_covers_the_configuration_without_provenance(tmp_path, fields, is_hashed):
     before = saved(tmp_path, TENSORS)
-    configure(tmp_path, **field)
-    assert (adapter_weights_sha256(tmp_path) != before) is feels
+    configure(tmp_path, **fields)
+    assert (adapter_weights_sha256(tmp_path) != before) is is_hashed
 
 
-def test_a_configuration_that_is_none_is_refused(tmp_path):
+def test_a_configuration_that_is_no_object_is_refused(tmp_path):
     saved(tmp_path, TENSORS)
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(AdapterError, match="configuration"):
@@ -86,7 +86,7 @@ def test_a_configuration_that_is_none_is_refused(tmp_path):
 
 @given(data=st.binary(max_size=200))
 @settings(max_examples=50, deadline=None)
-def test_what_is_no_safetensors_file_is_refused(tmp_path_factory, data):
+def test_an_invalid_safetensors_file_is_refused(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "broken"
     folder.mkdir(exist_ok=True)
     configure(folder)
@@ -109,7 +109,7 @@ def test_a_folder_without_weights_is_not_found(tmp_path):
         adapter_weights_sha256(tmp_path)
 
 
-def test_a_loaded_base_computes_what_was_saved(tiny_base):
+def test_a_loaded_base_computes_the_logits_of_the_saved_model(tiny_base):
     base = load_base(tiny_base, "float32", "cpu")
     ids = torch.arange(12)[None]
     assert not base.model.training
@@ -118,7 +118,7 @@ def test_a_loaded_base_computes_what_was_saved(tiny_base):
 
 
 @pytest.mark.quantized
-def test_a_base_in_4_bits_is_one_to_train_on(tiny_base):
+def test_an_adapter_can_be_added_to_a_base_in_4_bits(tiny_base):
     model = load_base(tiny_base, "nf4", "cpu").model
     packed = {name for name, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
     assert len(packed) == 2 * 7
@@ -131,13 +131,13 @@ def test_a_base_in_4_bits_is_one_to_train_on(tiny_base):
     assert 0.95 < torch.cosine_similarity(logits.flatten(), exact.flatten(), dim=0) < 1
 
 
-def test_4_bits_without_bitsandbytes_are_told(tiny_base, monkeypatch):
+def test_4_bits_need_bitsandbytes(tiny_base, monkeypatch):
     monkeypatch.setattr("trans_peft.models.find_spec", lambda name: None)
     with pytest.raises(InvalidSpecError, match=r"(?s)needs bitsandbytes.*trans-peft\[quantized\]"):
         load_base(tiny_base, "nf4", "cpu")
 
 
-def test_one_base_serves_many_adapters(tiny_base):
+def test_a_base_is_loaded_once(tiny_base):
     first = load_base(tiny_base, "float32", "cpu")
     first.model.train()
     again = load_base(tiny_base, "float32", "cpu")
@@ -145,7 +145,7 @@ def test_one_base_serves_many_adapters(tiny_base):
     assert not again.model.training
 
 
-def test_a_base_left_with_an_adapter_inside_is_not_handed_out(tiny_base):
+def test_a_base_that_still_has_an_adapter_is_loaded_again(tiny_base):
     first = load_base(tiny_base, "float32", "cpu")
     get_peft_model(first.model, LoraConfig(target_modules=["q_proj"]))
     again = load_base(tiny_base, "float32", "cpu")
@@ -153,7 +153,7 @@ def test_a_base_left_with_an_adapter_inside_is_not_handed_out(tiny_base):
     assert not any("lora" in name for name, _ in again.model.named_parameters())
 
 
-def test_a_folder_with_other_files_is_another_base(tmp_path):
+def test_a_folder_with_changed_files_is_loaded_again(tmp_path):
     write_tiny_base(tmp_path)
     first = load_base(tmp_path, "float32", "cpu")
     write_tiny_base(tmp_path, seed=1)
@@ -168,11 +168,11 @@ def test_a_folder_that_lacks_a_part_is_refused(tiny_base, tmp_path, name):
     (folder / "tokenizer_config.json").unlink()
     if name != "tokenizer.json":
         assert (folder / "tokenizer.json").is_file()
-    with pytest.raises(NotFoundError, match="not a base model's folder"):
+    with pytest.raises(NotFoundError, match="is not the folder of a base model"):
         load_base(folder, "float32")
 
 
-def test_code_that_comes_with_the_files_never_runs(tiny_base, tmp_path):
+def test_code_in_a_base_is_never_run(tiny_base, tmp_path):
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     marker = tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
@@ -183,14 +183,14 @@ def test_code_that_comes_with_the_files_never_runs(tiny_base, tmp_path):
     assert not marker.exists()
 
 
-def test_a_tokenizer_without_a_padding_token_pads_with_its_end(tmp_path):
+def test_a_tokenizer_without_a_padding_token_uses_its_end_of_text_token(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token == "<eos>"
 
 
-def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
@@ -198,7 +198,7 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_chat_template_is_part_of_an_adapter(tmp_path):
+def test_the_hash_covers_the_pinned_chat_template(tmp_path):
     before = saved(tmp_path, TENSORS)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     first = adapter_weights_sha256(tmp_path)
@@ -206,26 +206,26 @@ def test_a_chat_template_is_part_of_an_adapter(tmp_path):
     assert adapter_weights_sha256(tmp_path, template=False) == before
     (tmp_path / "chat_template.jinja").write_text("{{ messages }} ")
     assert adapter_weights_sha256(tmp_path) not in (before, first)
-    # Pinned or not, a template renders the same prompts.
+    # A template and its pinned form have the same hash.
     (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
     unpinned = adapter_weights_sha256(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(pinned("{{ strftime_now('%Y') }}"))
     assert adapter_weights_sha256(tmp_path) == unpinned
 
 
-def test_a_version_from_before_templates_is_used_as_it_was_evaluated(tmp_path):
+def test_a_template_that_the_recorded_hash_does_not_cover_is_removed(tmp_path):
     before = saved(tmp_path, TENSORS)
-    assert not keeps_no_template(tmp_path, before)
+    assert not remove_unrecorded_template(tmp_path, before)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    assert not keeps_no_template(tmp_path, "another hash")
+    assert not remove_unrecorded_template(tmp_path, "another hash")
     assert (tmp_path / "chat_template.jinja").is_file()
-    assert keeps_no_template(tmp_path, before)
+    assert remove_unrecorded_template(tmp_path, before)
     assert adapter_weights_sha256(tmp_path) == before
 
 
 @pytest.mark.parametrize("end", ["2", [[256]], [256.5], True, -1, 100_000])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_end_tokens_that_no_answer_can_have_are_refused(tmp_path, name, end):
+def test_end_tokens_that_are_no_token_ids_are_refused(tmp_path, name, end):
     folder = write_tiny_base(tmp_path / "base")
     path = folder / name
     config = json.loads(path.read_text()) if path.is_file() else {}
@@ -234,7 +234,7 @@ def test_end_tokens_that_no_answer_can_have_are_refused(tmp_path, name, end):
         load_base(folder, "float32", "cpu")
 
 
-def test_a_base_that_returns_tuples_is_read_by_name(tmp_path):
+def test_a_base_that_is_configured_to_return_tuples_has_named_outputs(tmp_path):
     folder = write_tiny_base(tmp_path / "base")
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))

@@ -1,4 +1,4 @@
-"""`import trans_peft as tp`: what is public, what importing costs, and how a consumer resolves."""
+"""The public API: its names, the time to import it, and resolving an adapter."""
 
 import doctest
 import json
@@ -44,8 +44,8 @@ def test_importing_is_fast_and_loads_no_heavy_module():
         ran = subprocess.run(
             [sys.executable, "-c", program], check=True, capture_output=True, text=True
         )
-        took, modules = ran.stdout.splitlines()
-        seconds.append(float(took))
+        duration_s, modules = ran.stdout.splitlines()
+        seconds.append(float(duration_s))
         assert not {"torch", "transformers", "peft", "mlflow", "numpy"} & set(modules.split())
     assert min(seconds) < 0.3
 
@@ -90,7 +90,7 @@ def consumer(request, unique, tmp_path, monkeypatch):
     return fleet, f"{unique}-chat"
 
 
-def test_resolve_returns_the_serving_version_or_says_why_there_is_none(consumer):
+def test_resolve_returns_the_serving_version_or_raises_the_reason(consumer):
     fleet, chat = consumer
     assert tp.resolve(chat, fleet.platform).base_version == "v1"
     assert tp.resolve(chat, fleet.platform, base="v1").number == 1
@@ -137,7 +137,7 @@ def test_a_missing_extra_is_named_with_its_command():
         raise ModuleNotFoundError("No module named 'mine'", name="mine")
 
 
-def test_the_table_of_extras_is_that_of_pyproject():
+def test_the_table_of_extras_equals_pyproject():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]

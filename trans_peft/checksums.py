@@ -1,4 +1,4 @@
-"""Checksums of a model in memory, to detect that it was changed.
+"""Compute checksums of a model in memory, to detect changes.
 
 Version counters of tensors are not enough. They miss writes through `.data` and numpy, and they
 count writes that change nothing, such as a parametrisation that is registered and removed again.
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 __all__ = ["ModelChecksums", "model_checksums", "tokenizer_checksums"]
 
 _WORDS = 1 << 14
-"""64-bit words in one row of a checksum: 128 KiB, which stay in a processor's cache."""
+"""64-bit words in one row of a checksum: 128 KiB, which fit into the cache of a processor."""
 
 _BLOCK_BYTES = 1 << 28
-"""Temporary memory of one checksum on an accelerator."""
+"""Temporary memory for one checksum on an accelerator, in bytes."""
 
 _CONTAINERS = {"_parameters", "_buffers", "_modules"}
 
 
 @dataclass(frozen=True)
 class ModelChecksums:
-    """Checksums and settings of all parts of a model or tokenizer that its output depends on.
+    """Checksums and settings of all parts of a model or tokenizer that affect its output.
 
-    Train or eval mode is left out, because callers set it themselves.
+    The training mode is not included, because callers set it before each use.
 
     Attributes:
         parts: name of a module, tensor or configuration -> a value that compares by content.
@@ -165,7 +165,7 @@ def _named_tensors(model: "nn.Module") -> "Iterator[tuple[str, torch.Tensor]]":
 
 
 def _values(sums: "Mapping[tuple[object, ...], torch.Tensor]") -> dict[object, int]:
-    """Read checksums from their devices, each device once."""
+    """Copy checksums from their devices, with one transfer per device."""
     import torch
 
     values: dict[object, int] = {}
@@ -178,9 +178,10 @@ def _values(sums: "Mapping[tuple[object, ...], torch.Tensor]") -> dict[object, i
 def _checksum(tensor: "torch.Tensor") -> "torch.Tensor":
     """Return a 64-bit checksum of a tensor's bytes, as a scalar on its device.
 
-    A sum of the bytes' 64-bit words, each times an odd number that depends on its place, modulo
-    2**64. Any change of one word changes the sum. Any other change keeps it with a chance of 2**-63
-    or less. It does not resist an attacker who knows the factors.
+    The checksum is the sum modulo 2**64 of all 64-bit words, each multiplied by an odd factor that
+    depends on its position. A change of a single word always changes the checksum. Any other change
+    goes undetected with a probability of at most 2**-63. The checksum gives no protection against
+    an attacker who knows the factors.
     """
     import torch
 

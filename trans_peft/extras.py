@@ -27,7 +27,7 @@ EXTRA_OF = {
 
 @contextmanager
 def explaining_missing_extras() -> Iterator[None]:
-    """Raise ModuleNotFoundError with the pip command where the block imports a missing extra."""
+    """Raise ModuleNotFoundError with the pip command if the block imports a missing extra."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,8 +1,8 @@
-"""Whether a checkpoint's tensors fill a model: the report of transformers, read strictly.
+"""Report the differences between the tensors of a checkpoint and those of its model.
 
-`from_pretrained` fills a weight that a checkpoint lacks with random numbers, leaves out a tensor
-that the model does not have, and logs a warning. Two loads of the same files then give two models.
-Here each entry of its report is a problem.
+If a checkpoint lacks a weight, `from_pretrained` initializes it randomly and logs a warning, so two
+loads of the same files give two models. It ignores tensors that the model does not have. These
+functions turn each entry of its loading report into an error.
 """
 
 import re
@@ -20,7 +20,7 @@ _REMOVED_BUFFERS = re.compile(
     r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask|scale_attn|embed_positions)$"
     r"|(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
 )
-"""Constants that old versions of transformers saved with a model and current ones compute."""
+"""Buffers that old versions of transformers saved, and that current versions compute."""
 
 
 def loading_problems(
@@ -43,8 +43,10 @@ def loading_problems(
             f"{_count(names)} in the files that the model does not have: {listed(names, 20)}"
         )
     if shapes := sorted((name, tuple(found), tuple(model)) for name, found, model in mismatched):
-        told = [f"{name} is {found}, the model needs {model}" for name, found, model in shapes]
-        problems.append(f"{_count(told)} of another shape: {listed(told, 20)}")
+        descriptions = [
+            f"{name} is {found}, the model needs {model}" for name, found, model in shapes
+        ]
+        problems.append(f"{_count(descriptions)} of another shape: {listed(descriptions, 20)}")
     return problems
 
 
@@ -57,7 +59,7 @@ def unexpected_names(model: "PreTrainedModel", keys: Iterable[str]) -> list[str]
 
 
 def is_text_backbone(model_class: type, config: "PreTrainedConfig") -> bool:
-    """Whether a class builds only the language model of a multimodal checkpoint.
+    """Whether a class is only the language model of a multimodal checkpoint.
 
     transformers then reports the tensors of the other modalities as unexpected.
     """

@@ -1,7 +1,7 @@
-"""Load a base model and its tokenizer; know an adapter's weights by their hash.
+"""Load a base model and its tokenizer, and hash the files of an adapter.
 
-A thin layer over transformers that fixes what must not vary: local safetensors only, never code
-that came with the files, one base per process however many adapters are put on it.
+Weights are read from local safetensors files only, and code that comes with a base is never run. A
+process keeps one base in memory, so that several adapters can be evaluated on it in turn.
 """
 
 import hashlib
@@ -33,16 +33,22 @@ if TYPE_CHECKING:
 __all__ = [
     "LoadedBase",
     "adapter_weights_sha256",
-    "keeps_no_template",
     "load_base",
     "load_tokenizer",
+    "remove_unrecorded_template",
 ]
 
 _log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 20
-_ORIGIN = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
-"""Fields of adapter_config.json that no logit depends on."""
+_PROVENANCE_FIELDS = {
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "auto_mapping",
+}
+"""Fields of adapter_config.json that do not affect logits."""
 
 
 @dataclass(frozen=True)
@@ -54,43 +60,52 @@ class LoadedBase:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _CachedBase:
     key: tuple[Any, ...]
-    state: ModelChecksums
+    checksums: ModelChecksums
     base: LoadedBase
 
 
-_held: _Held | None = None
+_cached: _CachedBase | None = None
 
 
 def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase:
-    """Load a Hugging Face folder (config, safetensors, tokenizer), or hand out the one loaded last.
+    """Load a base from a Hugging Face folder, or return the base that was loaded last.
 
-    `dtype` is torch's name ("float32"), or "nf4" for linear layers in 4 bits to train on (QLoRA,
-    Dettmers et al. 2023: NF4, quantised twice, computing in bfloat16); `device` any of torch's, by
-    default cuda where there is one, else cpu. A process holds one base at a time: asking for
-    another lets go of the first before it loads. Before a held base is handed out again, its
-    content is compared with what was loaded (`trans_peft.checksums`); after any change it is
-    dropped and loaded again. Raises NotFoundError for a folder that is not a base,
-    UnsupportedModelError where no causal language model or no end-of-text token is found, or where
-    the files lack a tensor of the model or hold one that it does not have; InvalidSpecError where
-    a package that nf4 needs is not installed.
+    A process keeps one base in memory. It is returned again for the same folder, files, dtype and
+    device, unless its content has changed since it was loaded (`trans_peft.checksums`). A changed
+    base is loaded again. Loading another base releases the one in memory first.
+
+    Args:
+        folder: a folder with config.json, safetensors files and a tokenizer.
+        dtype: name of a torch dtype ("float32"), or "nf4" for linear layers in 4 bits to train on
+            (QLoRA, Dettmers et al. 2023: NF4 with double quantization, computing in bfloat16).
+        device: name of a torch device; by default "cuda" if it is available, else "cpu".
+
+    Raises:
+        NotFoundError: the folder lacks a part of a base.
+        UnsupportedModelError: transformers has no causal language model for the files, a tensor is
+            missing or unexpected, or there is no valid end-of-text token.
+        InvalidSpecError: dtype is "nf4", and bitsandbytes is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    global _held
+    global _cached
     folder = Path(folder).resolve()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     key = (folder, dtype, device, _files(folder))
-    if _held is not None:
-        if _held.key == key and not (changed := _held.state.changes(_state(_held.base))):
-            _held.base.model.eval()
-            return _held.base
-        if _held.key == key:
+    if _cached is not None:
+        if _cached.key == key:
+            changed = _cached.checksums.changes(_checksums(_cached.base))
+            if not changed:
+                _cached.base.model.eval()
+                return _cached.base
             _log.warning("%s changed in memory and is loaded again: %s", folder, listed(changed))
-        _held = None
-    precision = _four_bits(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
+        _cached = None
+    precision = (
+        _quantization_options(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
+    )
     try:
         tokenizer = load_tokenizer(folder)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -100,30 +115,30 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report has all of them; the default stops at one
+            ignore_mismatched_sizes=True,  # report all of them; the default raises for the first
         )
-    except (ValueError, KeyError) as error:  # transformers' words for a layout it has no class for
+    except (ValueError, KeyError) as error:  # transformers has no class for this model type
         raise UnsupportedModelError(
             f"transformers has no causal language model for {folder}",
             found=error,
-            do="convert it to a layout that transformers knows; its own code is never run",
+            do="convert it to an architecture of transformers; code in a base is never run",
         ) from error
     except RuntimeError as error:
         if "conversion of the weights" not in str(error):
             raise
-        raise _unfilled(folder, [f"the files' tensors do not convert: {error}"]) from error
+        raise _mismatch_error(folder, [f"the tensors do not convert: {error}"]) from error
     if problems := _differences(folder, model, report):
-        raise _unfilled(folder, problems)
+        raise _mismatch_error(folder, problems)
     _check_end_tokens(folder, model)
-    model.config.return_dict = True  # a config.json may switch it off; outputs are read by name
+    model.config.return_dict = True  # config.json may disable it; this library needs named outputs
     model.to(device).eval()
     base = LoadedBase(model, tokenizer)
-    _held = _Held(key, _state(base), base)
+    _cached = _CachedBase(key, _checksums(base), base)
     return base
 
 
 def _differences(folder: Path, model: "PreTrainedModel", report: dict[str, Any]) -> list[str]:
-    """Return every way in which the files' tensors are not those of the model."""
+    """Return all differences between the tensors of the files and those of the model."""
     from transformers import AutoConfig
 
     unexpected = unexpected_names(model, report["unexpected_keys"])
@@ -135,28 +150,28 @@ def _differences(folder: Path, model: "PreTrainedModel", report: dict[str, Any])
 
 
 def _check_end_tokens(folder: Path, model: "PreTrainedModel") -> None:
-    """Refuse end tokens that are no token ids: no answer would ever end with them."""
+    """Raise UnsupportedModelError if an end token is no token id, so that no answer would end."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for owner, name in (("config", "config.json"), ("generation_config", "generation_config.json")):
         found = getattr(getattr(model, owner, None), "eos_token_id", None)
         ids = found if isinstance(found, list) else [found]
         if not all(i is None or (type(i) is int and 0 <= i < vocabulary) for i in ids):
             raise UnsupportedModelError(
-                f"eos_token_id in {folder / name} cannot be used",
+                f"eos_token_id in {folder / name} is not a token id",
                 expected=f"a token id from 0 to {vocabulary - 1}, or a list of them",
                 found=repr(found),
             )
 
 
-def _unfilled(folder: Path, problems: list[str]) -> UnsupportedModelError:
+def _mismatch_error(folder: Path, problems: list[str]) -> UnsupportedModelError:
     return UnsupportedModelError(
-        "\n  - ".join([f"the files in {folder} do not hold the model of config.json:", *problems]),
+        "\n  - ".join([f"the weights in {folder} do not match config.json:", *problems]),
         do="save the model again with save_pretrained(folder), or correct config.json",
     )
 
 
-def _four_bits(device: str) -> dict[str, Any]:
-    """Return what makes transformers load a base in 4 bits, each weight straight to its device."""
+def _quantization_options(device: str) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that load a base in 4 bits directly on a device."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -175,26 +190,32 @@ def _four_bits(device: str) -> dict[str, Any]:
 
 
 def adapter_weights_sha256(folder: Path, *, template: bool = True) -> str:
-    """Return the sha256 of all that an adapter computes with: tensors, configuration, template.
+    """Return the SHA-256 of everything in an adapter's folder that affects its outputs.
 
-    Of the tensors: names (sorted), dtypes, shapes, bytes. Of the configuration: every field (the
-    same tensors with another `lora_alpha` are another adapter) but those that say where it came
-    from. The file's metadata and the order of its tensors do not count, so the same adapter has the
-    same hash whoever saved it. Of the chat template, where the folder holds one: its bytes, since
-    prompts depend on it (`template=False` leaves it out, as versions of this library did that kept
-    none). Reads `adapter_model.safetensors` without torch (format:
-    huggingface/safetensors, README). Raises AdapterError, NotFoundError.
+    The hash covers:
+
+    - the names, dtypes, shapes and bytes of all tensors, sorted by name;
+    - adapter_config.json (the same tensors with another `lora_alpha` are another adapter), without
+      the fields that state where the adapter comes from;
+    - the pinned chat template, if the folder has one and `template` is True.
+
+    The metadata of the weights file and the order of its tensors have no effect, so a file that is
+    saved again has the same hash. The weights are read without torch.
+
+    Raises:
+        NotFoundError: adapter_model.safetensors or adapter_config.json is missing.
+        AdapterError: a file cannot be read.
     """
     path = Path(folder) / "adapter_model.safetensors"
     config = Path(folder) / "adapter_config.json"
     missing = [file.name for file in (path, config) if not file.is_file()]
     if missing:
         raise NotFoundError(
-            f"{folder} is not an adapter's folder",
+            f"{folder} is not the folder of an adapter",
             expected=", ".join(missing),
             do="save it with model.save_pretrained(folder); pickle weights are never loaded",
         )
-    sha256 = hashlib.sha256(content_sha256(_computed_with(config)).encode())
+    sha256 = hashlib.sha256(content_sha256(_hashed_config(config)).encode())
     try:
         header = read_file_header(path)
     except MalformedSafetensorsError as error:
@@ -205,39 +226,43 @@ def adapter_weights_sha256(folder: Path, *, template: bool = True) -> str:
             file.seek(header.data_offset + tensor.start)
             for start in range(tensor.start, tensor.end, _CHUNK_BYTES):
                 sha256.update(file.read(min(_CHUNK_BYTES, tensor.end - start)))
-    beside = Path(folder) / TEMPLATE_NAME
-    if template and beside.is_file():
+    template_path = Path(folder) / TEMPLATE_NAME
+    if template and template_path.is_file():
         sha256.update(content_sha256([TEMPLATE_NAME, saved_template(Path(folder))]).encode())
     return sha256.hexdigest()
 
 
-def keeps_no_template(folder: Path, weights_sha256: str) -> bool:
-    """Whether a registered adapter has this hash without the chat template in its folder.
+def remove_unrecorded_template(folder: Path, weights_sha256: str) -> bool:
+    """Delete a downloaded chat template that the recorded hash of an adapter does not cover.
 
-    Versions that were registered before templates belonged to an adapter were evaluated with their
-    base's. The file is then removed from this copy of the folder, so that the adapter is used as it
-    was evaluated.
+    Such an adapter was evaluated with the template of its base. `folder` is a local copy of the
+    adapter, and `weights_sha256` is the recorded hash. Returns whether the template was deleted:
+    only if the folder has one, and its hash without the template is the recorded hash.
     """
-    beside = Path(folder) / TEMPLATE_NAME
-    if not beside.is_file() or adapter_weights_sha256(folder, template=False) != weights_sha256:
+    path = Path(folder) / TEMPLATE_NAME
+    if not path.is_file() or adapter_weights_sha256(folder, template=False) != weights_sha256:
         return False
-    beside.unlink()
+    path.unlink()
     return True
 
 
-def _computed_with(config: Path) -> dict[str, Any]:
+def _hashed_config(config: Path) -> dict[str, Any]:
+    """Return the fields of an adapter_config.json that are part of the hash."""
     try:
         fields = parse_adapter_config(config.read_bytes())
     except ValueError as error:
-        raise AdapterError(f"{config} is not an adapter's configuration", found=error) from error
+        raise AdapterError(
+            f"{config} is not the configuration of an adapter", found=error
+        ) from error
     return {
         name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
         for name, value in fields.items()
-        if name not in _ORIGIN
+        if name not in _PROVENANCE_FIELDS
     }
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return (name, size in bytes, mtime in ns) of the files of a base, or raise NotFoundError."""
     files = {path.name: path for path in folder.glob("*") if path.is_file()}
     missing = []
     if "config.json" not in files:
@@ -248,14 +273,14 @@ def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
         missing.append("a tokenizer (tokenizer.json)")
     if missing:
         raise NotFoundError(
-            f"{folder} is not a base model's folder",
+            f"{folder} is not the folder of a base model",
             expected="; ".join(missing),
-            found=", ".join(sorted(files)) or "nothing",
+            found=", ".join(sorted(files)) or "no files",
         )
     stats = ((name, path.stat()) for name, path in sorted(files.items()))
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def _state(base: LoadedBase) -> ModelChecksums:
+def _checksums(base: LoadedBase) -> ModelChecksums:
     parts = model_checksums(base.model).parts
     return ModelChecksums({**parts, **tokenizer_checksums(base.tokenizer).parts})

@@ -148,5 +148,5 @@ def _entry(name: str, value: Any) -> TensorEntry | str:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name is listed twice")
+        raise ValueError("a tensor name occurs twice")
     return values

@@ -1,8 +1,8 @@
 """Record the structure of a model (all but the values of its weights), and restore it.
 
-PEFT methods replace modules, wrap them, patch `forward`, hook or parametrise it. Putting every
-module's own attributes back undoes all of that, whichever method did it; `PeftModel.unload` exists
-for some methods only, and leaves flags and patches behind.
+PEFT methods replace or wrap modules, patch `forward`, and register hooks and parametrizations.
+Restoring the attributes of every module undoes all of these for every method. `PeftModel.unload`
+exists for some methods only, and leaves flags and patches behind.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ class ModelSnapshot:
         for name in ("config", "generation_config"):
             owners += _configs(getattr(model, name, None))
         self._owners = [
-            (owner, type(owner), dict(vars(owner)), _contents(owner)) for owner in owners
+            (owner, type(owner), dict(vars(owner)), _copied_containers(owner)) for owner in owners
         ]
         self._weights = [
             (weight, weight.data, weight.requires_grad, weight.grad)
@@ -31,7 +31,7 @@ class ModelSnapshot:
         self._stored = {
             tensor.untyped_storage().data_ptr()
             for tensor in (*model.parameters(), *model.buffers())
-            if _real(tensor)
+            if _has_storage(tensor)
         }
 
     def restore(self) -> None:
@@ -41,12 +41,12 @@ class ModelSnapshot:
         those.
         """
         for owner, kind, attributes, contents in self._owners:
-            if type(owner) is not kind:  # a parametrised module is of a class made for it
+            if type(owner) is not kind:  # torch gives a parametrized module a class of its own
                 owner.__class__ = kind
             vars(owner).clear()
             vars(owner).update(attributes)
             for key, before in contents.items():
-                # In place: handles of hooks that a caller registered point at these containers.
+                # In place, because handles of hooks refer to these containers.
                 container = attributes[key]
                 container.clear()
                 if isinstance(container, list):
@@ -60,9 +60,9 @@ class ModelSnapshot:
             weight.grad = grad
 
     def holds(self, adapted: "nn.Module") -> bool:
-        """Whether `adapted`, made from the model, still has every parameter of it, in place.
+        """Whether `adapted` contains every parameter of the model with the same storage.
 
-        A method that rewrites weights replaces the parameter or its storage.
+        If not, a PEFT method has replaced weights of the base.
         """
         kept = {id(parameter) for parameter in adapted.parameters()}
         return all(
@@ -75,23 +75,23 @@ class ModelSnapshot:
         return [
             key
             for key, tensor in tensors.items()
-            if _real(tensor) and tensor.untyped_storage().data_ptr() in self._stored
+            if _has_storage(tensor) and tensor.untyped_storage().data_ptr() in self._stored
         ]
 
 
-def _real(tensor: "Tensor") -> bool:
+def _has_storage(tensor: "Tensor") -> bool:
     return not tensor.is_meta and tensor.untyped_storage().nbytes() > 0
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """Yield a configuration and those nested in it."""
+    """Yield a configuration and all configurations nested in it."""
     if hasattr(config, "to_dict") and hasattr(config, "__dict__"):
         yield config
         for value in vars(config).values():
             yield from _configs(value)
 
 
-def _contents(owner: Any) -> dict[str, Any]:
+def _copied_containers(owner: Any) -> dict[str, Any]:
     return {
         key: value.copy()
         for key, value in vars(owner).items()

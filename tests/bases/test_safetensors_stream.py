@@ -115,7 +115,7 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (header(x=ONE | {"data_offsets": [4, 8]}) + b"12345678", "starts at byte 4; expected 0"),
         (
             (len(t := b'{"x":{},"x":{}}')).to_bytes(8, "little") + t,
-            "listed twice",
+            "occurs twice",
         ),
     ],
 )

@@ -98,7 +98,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loading)
     monkeypatch.setattr(evaluation, "read_examples", reading)
-    monkeypatch.setattr(models, "_held", None)
+    monkeypatch.setattr(models, "_cached", None)
     return calls
 
 
@@ -182,7 +182,7 @@ def test_adapters_on_a_shared_base_answer_as_on_a_separate_base(shard):
                 batch_size=7,
             )
             assert found[suite.name].items == expected.items
-    held = models._held.base.model
+    held = models._cached.base.model
     fresh = LlamaForCausalLM.from_pretrained(root / "v2").state_dict()
     assert held.state_dict().keys() == fresh.keys()
     assert all(torch.equal(weight, fresh[name]) for name, weight in held.state_dict().items())

@@ -164,7 +164,7 @@ def test_without_a_pass_direct_transfer_is_registered_and_retraining_is_pending(
     assert strategies(outcome) == [
         ("direct", "needs-retuning"),
         ("rescaled", "needs-retuning"),
-        ("trained anew", ""),
+        ("retrained", ""),
     ]
     assert (outcome.strategy, setup.version(outcome).made_by) == ("direct", "direct")
     assert setup.version(outcome).weights_sha256 == setup.source.weights_sha256
@@ -205,7 +205,7 @@ def test_retraining_is_evaluated_by_the_same_gate(setup):
         return retrain(direct.training, policy, setup.platform, on_event=lambda event: None)
 
     failed = train()
-    assert strategies(failed) == [("direct", "needs-retuning"), ("trained anew", "needs-retuning")]
+    assert strategies(failed) == [("direct", "needs-retuning"), ("retrained", "needs-retuning")]
     assert (failed.strategy, failed.new_number, failed.training) == (
         "direct",
         direct.new_number,
@@ -219,9 +219,9 @@ def test_retraining_is_evaluated_by_the_same_gate(setup):
     setup.forget(weights, v2)
     setup.answered(weights, v2, right=ITEMS)
     passed = train()
-    assert (passed.verdict, passed.strategy) == ("passed", "trained anew")
+    assert (passed.verdict, passed.strategy) == ("passed", "retrained")
     version = setup.version(passed)
-    assert (version.is_trained, version.made_by) == (True, "trained anew")
+    assert (version.is_trained, version.made_by) == (True, "retrained")
 
     # Each base has the version that was trained on it, and no transfer is planned.
     fleet = observe(FAMILY, setup.platform)
@@ -245,7 +245,7 @@ def test_retraining_finds_the_old_base_by_fingerprint(setup, monkeypatch):
         train(v2, replace(v1, fingerprint_sha256="f" * 64))  # the label is another base's now
     assert not [*setup.platform.work_dir.glob("training/*")]
     assert strategies(train(v2, replace(v1, version="first")))[-1] == (
-        "trained anew",
+        "retrained",
         "needs-retuning",
     )
 

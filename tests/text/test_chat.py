@@ -1,4 +1,4 @@
-"""Chat templates: the texts of transformers, and none that another day or draw would change."""
+"""Chat templates render the same texts as in transformers, independent of date and chance."""
 
 import re
 from datetime import datetime
@@ -65,7 +65,7 @@ def rendered(template, conversations=CHATS, *, prompt=False):
 
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("template", PLAIN)
-def test_the_texts_are_those_of_transformers(template, prompt):
+def test_texts_equal_those_of_transformers(template, prompt):
     tokenizer = tiny_tokenizer()
     expected = [
         tokenizer.apply_chat_template(
@@ -78,7 +78,7 @@ def test_the_texts_are_those_of_transformers(template, prompt):
 
 
 @pytest.mark.parametrize("template", [LLAMA_3, UNGUARDED, "\n  {% if 1 %}x{% endif %}" + LLAMA_3])
-def test_a_clock_shows_the_pinned_date_to_us_and_to_a_server(template):
+def test_a_pinned_template_renders_the_same_date_everywhere(template):
     tokenizer = tiny_tokenizer()
     texts, problems = rendered(template)
     assert problems == ["", ""]
@@ -87,26 +87,33 @@ def test_a_clock_shows_the_pinned_date_to_us_and_to_a_server(template):
     assert texts[0] == tokenizer.apply_chat_template(
         list(CHATS[0]), chat_template=pinned(template), tokenize=False
     )
-    # Nothing else moves: today's text with today's date replaced.
+    # Only the date differs from the text that is rendered today.
     now, today = (
         datetime.now(),
         tokenizer.apply_chat_template(list(CHATS[0]), chat_template=template, tokenize=False),
     )
     for format_ in ("%d %b %Y", "%Y-%m-%d", f"%A, %B {now.day}"):
-        wanted = PINNED_DATE.strftime(format_.replace(str(now.day), "26"))
-        today = today.replace(now.strftime(format_), wanted)
+        expected = PINNED_DATE.strftime(format_.replace(str(now.day), "26"))
+        today = today.replace(now.strftime(format_), expected)
     assert texts[0] == today
 
 
 @pytest.mark.parametrize("template", [LLAMA_3, UNGUARDED, CHAT_TEMPLATE])
-def test_to_pin_twice_changes_nothing(template):
+def test_pinning_is_idempotent(template):
     assert pinned(pinned(template)) == pinned(template)
 
 
 def test_each_format_is_that_of_the_pinned_date():
     for format_, text in _FORMATS.items():
         expected = PINNED_DATE.strftime(format_)
-        if format_ not in ("%s", "%P", "%l", "%k", "%e", "%h"):  # of the C library, or its zone
+        if format_ not in (
+            "%s",
+            "%P",
+            "%l",
+            "%k",
+            "%e",
+            "%h",
+        ):  # extensions of the C library, or the local time zone
             assert text.encode().decode("unicode_escape") == expected, format_
     texts, _ = rendered("{{ strftime_now('%Y%%|' ~ '%H:%M') }}", CHATS[:1])
     assert texts == ["2024%|00:00"]
@@ -114,33 +121,33 @@ def test_each_format_is_that_of_the_pinned_date():
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(["%d", "%B", "%-d", "%Y", ", ", "T", "%H:%M:%S"]), max_size=6))
-def test_formats_put_together_are_those_of_the_pinned_date(parts):
+def test_combined_formats_are_those_of_the_pinned_date(parts):
     template = "{{ strftime_now('" + "".join(parts) + "') }}"
     assert rendered(template, CHATS[:1])[0] == [PINNED_DATE.strftime("".join(parts))]
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "message"),
     [
         ("{% for m in messages %}", "does not compile: TemplateSyntaxError"),
         ("{{ messages | nosuch }}", "does not compile: TemplateAssertionError"),
-        ("{{ messages | random }}", "`random` gives other text"),
-        ("{{ messages | map('random') | list }}", "`random` gives other text"),
-        ("{% if false %}{{ lipsum(n=1) }}{% endif %}", "`lipsum` gives other text"),
+        ("{{ messages | random }}", "`random` renders different text"),
+        ("{{ messages | map('random') | list }}", "`random` renders different text"),
+        ("{% if false %}{{ lipsum(n=1) }}{% endif %}", "`lipsum` renders different text"),
         ("x" * (MAX_TEMPLATE_CHARACTERS + 1), "characters; at most"),
         ("{{" + "(" * 5000 + ")" * 5000 + "}}", "does not compile"),
     ],
 )
-def test_what_cannot_be_a_prompt_is_refused_before_it_is_rendered(template, told):
+def test_an_invalid_template_is_refused_before_it_is_rendered(template, message):
     (problem,) = template_problems(template)
-    assert told in problem
+    assert message in problem
     texts, problems = rendered(template)
     assert texts == ["", ""]
-    assert all(told in problem for problem in problems)
+    assert all(message in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "message"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].nosuch.field }}", "UndefinedError"),
@@ -154,13 +161,13 @@ def test_what_cannot_be_a_prompt_is_refused_before_it_is_rendered(template, told
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     ],
 )
-def test_a_template_that_fails_is_told_for_each_conversation(template, told):
+def test_errors_are_reported_for_each_conversation(template, message):
     texts, problems = rendered(template)
     assert texts == ["", ""]
-    assert all(told in problem for problem in problems)
+    assert all(message in problem for problem in problems)
 
 
-def test_one_conversation_that_fails_leaves_the_others():
+def test_an_error_in_one_conversation_does_not_affect_others():
     template = (
         "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
         "{{ messages[0].content }}"

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates that must not become those of a ready base."""
+"""Tokenizers and chat templates that ingestion accepts or refuses."""
 
 import pytest
 from tokenizers import AddedToken, Regex, decoders, normalizers
@@ -18,21 +18,21 @@ LOOPS = (
 
 
 def tokenizer(*, decoder=None, normalizer=None, template=None, token=None):
-    made = tiny_tokenizer()
+    changed = tiny_tokenizer()
     if decoder is not None:
-        made.backend_tokenizer.decoder = decoder
+        changed.backend_tokenizer.decoder = decoder
     if normalizer is not None:
-        made.backend_tokenizer.normalizer = normalizer
+        changed.backend_tokenizer.normalizer = normalizer
     if token is not None:
-        made.add_tokens([AddedToken(token)])
-    made.chat_template = template
-    return made
+        changed.add_tokens([AddedToken(token)])
+    changed.chat_template = template
+    return changed
 
 
-def probe(made):
+def probe(uploaded):
     return call_isolated(
         tokenizer_problems,
-        made,
+        uploaded,
         subject="the tokenizer of s3://bases/mine",
         limits=Limits(cpu_s=2, memory_bytes=1 << 29),
         imports=("trans_peft.text.probe", "transformers.utils.chat_template_utils"),
@@ -44,7 +44,7 @@ def grow(times, rules=1):
 
 
 @pytest.mark.parametrize(
-    "made",
+    "uploaded",
     [
         tokenizer(),
         tokenizer(template=GOOD),
@@ -57,12 +57,12 @@ def grow(times, rules=1):
         tokenizer(token="x" * MAX_TOKEN_CHARACTERS),
     ],
 )
-def test_usual_tokenizers_pass(made):
-    assert probe(made) == []
+def test_valid_tokenizers_pass(uploaded):
+    assert probe(uploaded) == []
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("uploaded", "message"),
     [
         (tokenizer(token="x" * (MAX_TOKEN_CHARACTERS + 1)), "tokens of more than 4096"),
         (tokenizer(decoder=decoders.Replace("a", "a" * 17)), "17 times longer"),
@@ -73,17 +73,17 @@ def test_usual_tokenizers_pass(made):
         (tokenizer(decoder=decoders.Replace(Regex("(a+)+b"), "x")), "regular expression"),
         (tokenizer(normalizer=normalizers.Replace(Regex("(a|a|aa)+$$b"), "x")), "fails on a probe"),
         (tokenizer(template="{% for m in messages %}"), "does not compile"),
-        (tokenizer(template="{{ [1, 2] | random }}"), "`random` gives other text"),
+        (tokenizer(template="{{ [1, 2] | random }}"), "`random` renders different text"),
         (tokenizer(template={"default": GOOD, "tool_use": "{% if"}), "the chat template tool_use"),
         (tokenizer(template=" " * (MAX_TEMPLATE_CHARACTERS + 1)), "at most 1048576"),
     ],
 )
-def test_what_breaks_a_rule_is_told(made, told):
-    assert told in "; ".join(probe(made))
+def test_invalid_tokenizers_are_refused_with_the_reason(uploaded, message):
+    assert message in "; ".join(probe(uploaded))
 
 
 @pytest.mark.parametrize(
-    ("made", "limit"),
+    ("uploaded", "limit"),
     [
         (tokenizer(normalizer=normalizers.Sequence(grow(1500, 3))), "memory"),
         (tokenizer(template=LOOPS), "processor time"),
@@ -92,6 +92,6 @@ def test_what_breaks_a_rule_is_told(made, told):
         (tokenizer(template="{% set x = 9 ** (9 ** 9) %}"), "processor time"),
     ],
 )
-def test_what_needs_too_much_is_stopped(made, limit):
+def test_a_tokenizer_that_exceeds_a_limit_is_stopped(uploaded, limit):
     with pytest.raises(LimitExceededError, match=f"the tokenizer of s3://bases/mine .*{limit}"):
-        probe(made)
+        probe(uploaded)

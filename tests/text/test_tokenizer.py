@@ -1,4 +1,4 @@
-"""A tokenizer is what the hashes of its files say, whatever lies beside them."""
+"""Tokenizers are loaded from hashed content alone, so equal hashes mean equal tokenizers."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def behaviour(tokenizer) -> dict:
     }
 
 
-BESIDE = {
+UNHASHED_FILES = {
     "vocab.json": '{"a": 0}',
     "merges.txt": "a b",
     "added_tokens.json": '{"<tool>": 300}',
@@ -60,14 +60,14 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("name", BESIDE)
-def test_a_file_that_no_hash_covers_changes_nothing(name, folder):
+@pytest.mark.parametrize("name", UNHASHED_FILES)
+def test_files_that_are_not_hashed_have_no_effect(name, folder):
     expected = behaviour(load_tokenizer(folder))
-    (folder / name).write_text(BESIDE[name])
+    (folder / name).write_text(UNHASHED_FILES[name])
     assert behaviour(load_tokenizer(folder)) == expected
 
 
-def called(state):
+def set_padding_and_truncation(state):
     state["padding"] = {
         "strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None,
         "pad_id": 65, "pad_type_id": 0, "pad_token": "b",
@@ -79,7 +79,7 @@ def called(state):
 
 def by_last_call(folder):
     state = json.loads((folder / "tokenizer.json").read_text())
-    called(state)
+    set_padding_and_truncation(state)
     (folder / "tokenizer.json").write_text(json.dumps(state))
 
 
@@ -111,33 +111,33 @@ def test_equal_hashes_are_equal_tokenizers(change, folder):
         ("config.json", {"model_type": "gpt2"}),
     ],
 )
-def test_what_the_tokenizer_is_loaded_by_is_in_the_fingerprint(name, changes, folder):
+def test_settings_of_the_tokenizer_are_part_of_the_fingerprint(name, changes, folder):
     before = fingerprint(str(folder), FileStore())
     edit(folder / name, **changes)
     assert fingerprint(str(folder), FileStore()).digest != before.digest
 
 
-def test_a_tokenizer_is_that_of_transformers(folder):
+def test_a_tokenizer_equals_that_of_transformers(folder):
     from transformers import AutoTokenizer
 
     assert behaviour(load_tokenizer(folder)) == behaviour(AutoTokenizer.from_pretrained(folder))
     assert load_tokenizer(folder).name_or_path == str(folder)
 
 
-def test_two_files_that_disagree_about_a_token_are_refused(folder):
+def test_files_with_different_special_tokens_are_refused(folder):
     edit(folder / "special_tokens_map.json", eos_token="<eos>")
     expected = behaviour(load_tokenizer(folder))
     assert expected["special"]["eos_token"] == "<eos>"
     edit(folder / "special_tokens_map.json", eos_token={"content": "<pad>", "lstrip": False})
     edit(folder / "tokenizer_config.json", added_tokens_decoder=...)
-    told = "disagree about eos_token: '<pad>' and '<eos>'"
-    with pytest.raises(UnsupportedModelError, match=told):
+    message = "have different values of eos_token: '<pad>' and '<eos>'"
+    with pytest.raises(UnsupportedModelError, match=message):
         load_tokenizer(folder)
-    with pytest.raises(UploadError, match=told):
+    with pytest.raises(UploadError, match=message):
         fingerprint(str(folder), FileStore())
 
 
-def test_template_files_and_settings_become_one_set_of_templates(folder):
+def test_templates_of_files_and_settings_are_merged(folder):
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     named = [{"name": "default", "template": "A"}, {"name": "../../../tool", "template": "B"}]
     edit(folder / "tokenizer_config.json", chat_template=named)
@@ -151,7 +151,7 @@ def test_template_files_and_settings_become_one_set_of_templates(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("tokenizer.json", None, "has no tokenizer.json"),
         ("tokenizer.json", "{", "is not JSON"),
@@ -161,34 +161,34 @@ def test_template_files_and_settings_become_one_set_of_templates(folder):
         ("tokenizer_config.json", '{"tokenizer_class": "CTRLTokenizer"}', "cannot be loaded"),
     ],
 )
-def test_what_makes_no_tokenizer_is_told_with_the_folder(name, text, told, folder):
+def test_an_invalid_tokenizer_is_reported_with_its_folder(name, text, message, folder):
     (folder / name).unlink()
     if text is not None:
         (folder / name).write_text(text)
-    with pytest.raises(UnsupportedModelError, match=told) as caught:
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
         load_tokenizer(folder)
     assert str(folder) in str(caught.value)
     assert "trans-peft-tokenizer" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("added_tokens.json", {"<tool>": 300}, "tokenizer.json lacks <tool>"),
         ("added_tokens.json", {"<eos>": 3}, "tokenizer.json lacks <eos>"),
         ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.json"]}, "fast_tokenizer"),
     ],
 )
-def test_an_upload_that_transformers_would_read_otherwise_is_refused(name, value, told, folder):
+def test_an_upload_that_transformers_loads_differently_is_refused(name, value, message, folder):
     from trans_peft.bases.fingerprint import folder_file_reader, scan
 
     edit(folder / name, **value)
     store = FileStore()
     found = scan(store.list(str(folder)), folder_file_reader(folder))
-    assert [problem for problem in found.problems if told in problem]
+    assert [problem for problem in found.problems if message in problem]
 
 
-def test_added_tokens_that_tokenizer_json_has_as_well_are_no_problem(folder):
+def test_added_tokens_that_are_in_tokenizer_json_too_are_accepted(folder):
     from trans_peft.bases.fingerprint import folder_file_reader, scan
 
     edit(folder / "added_tokens.json", **{"<eos>": 257})

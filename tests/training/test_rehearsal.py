@@ -15,7 +15,7 @@ from trans_peft.models import LoadedBase
 from trans_peft.training import rehearsal
 from trans_peft.training.rehearsal import rehearse, save_adapter
 from trans_peft.transfer.compatibility import compare
-from trans_peft.transfer.load_adapter import attached, transplant
+from trans_peft.transfer.load_adapter import attached, rebind_adapter
 from trans_peft.validation.decoding.generation import generate
 
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -156,7 +156,9 @@ def test_an_accepted_adapter_survives_training_saving_and_transfer(
         assert ours == [one_by_one(again, prompt) for prompt in PROMPTS]
     fit = compare(fingerprint_of(old), fingerprint_of(old), tmp_path / "trained")
     assert fit.ok, fit.mismatches
-    moved = transplant(tmp_path / "trained", tmp_path / "moved", base_name="x", base_revision="y")
+    moved = rebind_adapter(
+        tmp_path / "trained", tmp_path / "moved", base_name="x", base_revision="y"
+    )
     with attached(new, moved) as transferred:
         assert logits(transferred).isfinite().all()
 

@@ -20,7 +20,7 @@ def _one_thread():
 
 @pytest.fixture
 def write_adapter(tmp_path: Path) -> WriteAdapter:
-    """Save an adapter with random weights for the tiny model, by PEFT's own means."""
+    """Return a function that saves an adapter with random weights for the tiny model."""
 
     def write(
         name: str = "adapter",
@@ -54,7 +54,7 @@ def edit_config(folder: Path, **changes) -> Path:
 
 
 def fingerprint_of(model: torch.nn.Module, **changes) -> Fingerprint:
-    """A fingerprint worked out in the open: every tensor, up to 64 evenly spaced values of each."""
+    """Return a fingerprint with up to 64 evenly spaced values of each tensor."""
     tensors = {}
     for name, value in model.state_dict().items():
         flat = value.flatten()

@@ -23,7 +23,7 @@ OLD = fingerprint_of(tiny_model())
 
 
 def drifted(relative: float, seed: int = 0) -> torch.nn.Module:
-    """The tiny model after an update that moved each weight by that share of its own size."""
+    """Return the tiny model after random changes of this size relative to each weight."""
     model = tiny_model()
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -50,10 +50,19 @@ def test_an_update_of_every_weight_is_compatible(write_adapter):
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"),
+    ("shape", "parts"),
     [
-        ({"layers": 1}, ["had 2 layers and has 1", "layers.1.self_attn.q_proj, where the adapter"]),
-        ({"layers": 3}, ["had 2 layers and has 3", "has 2 more modules", "layers.2.self_attn"]),
+        (
+            {"layers": 1},
+            [
+                "had 2 layers and has 1",
+                "target model.layers.1.self_attn.q_proj exists in the old base, but not",
+            ],
+        ),
+        (
+            {"layers": 3},
+            ["had 2 layers and has 3", "has 2 additional target modules", "layers.2.self_attn"],
+        ),
         (
             {"hidden": 64},
             [
@@ -63,23 +72,23 @@ def test_an_update_of_every_weight_is_compatible(write_adapter):
         ),
     ],
 )
-def test_another_shape_is_told_with_both_values(shape, words, write_adapter):
+def test_another_shape_is_reported_with_both_values(shape, parts, write_adapter):
     found = mismatches(fingerprint_of(tiny_model(**shape)), write_adapter())
-    for part in words:
+    for part in parts:
         assert part in found
 
 
-def test_another_architecture_is_told_with_both_names(write_adapter):
+def test_another_architecture_is_reported_with_both_names(write_adapter):
     found = mismatches(replace(OLD, architecture="GPT2LMHeadModel"), write_adapter())
     assert found == "the architecture was LlamaForCausalLM and is GPT2LMHeadModel"
 
 
-def test_everything_is_told_at_once(write_adapter):
+def test_all_mismatches_are_reported_at_once(write_adapter):
     new = fingerprint_of(tiny_model(seed=1, layers=3, hidden=64), architecture="Other")
     assert len(compare(OLD, new, write_adapter()).mismatches) == 2 + 4 + 1
 
 
-def test_shapes_where_the_adapter_does_not_sit_do_not_matter(write_adapter):
+def test_shapes_of_modules_without_an_adapter_are_ignored(write_adapter):
     new = fingerprint_of(drifted(0.1))
     tensors = dict(new.tensors)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -90,7 +99,7 @@ def test_shapes_where_the_adapter_does_not_sit_do_not_matter(write_adapter):
     assert "(64, 32) and has (80, 32)" in mismatches(new, on_ffn)
 
 
-def test_rows_added_to_the_vocabulary_matter_only_where_the_adapter_sits_on_it(write_adapter):
+def test_added_vocabulary_rows_matter_only_if_the_adapter_targets_them(write_adapter):
     longer = {
         name: replace(tensor, shape=(270, 32)) if tensor.shape == (258, 32) else tensor
         for name, tensor in OLD.tensors.items()
@@ -112,7 +121,7 @@ def test_rows_added_to_the_vocabulary_matter_only_where_the_adapter_sits_on_it(w
     assert "lm_head.weight had shape (258, 32) and has (270, 32)" in mismatches(new, head)
 
 
-def test_a_tied_head_is_there_although_files_leave_it_out(write_adapter):
+def test_a_tied_head_exists_although_files_omit_it(write_adapter):
     tied = replace(
         OLD, tensors={name: t for name, t in OLD.tensors.items() if name != "lm_head.weight"}
     )
@@ -121,38 +130,40 @@ def test_a_tied_head_is_there_although_files_leave_it_out(write_adapter):
     assert compare(tied, tied, head).ok
 
 
-def test_a_module_that_the_adapter_brings_whole_is_a_note(write_adapter):
+def test_a_module_that_the_adapter_replaces_is_a_note(write_adapter):
     folder = write_adapter(modules_to_save=["norm"])
     found = compare(OLD, fingerprint_of(drifted(0.1)), folder)
     assert found.ok
     (note,) = found.notes
-    assert "brings its own" in note
+    assert "the adapter replaces" in note
     assert "model.norm.weight" in note
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_weight_of_the_old_base_in_the_file_is_a_mismatch(write_adapter):
-    # PEFT saves the embedding itself beside an adapter that sits on it.
+    # PEFT saves the embedding together with an adapter that targets it.
     folder = write_adapter(target_modules=["embed_tokens"])
-    assert "would overwrite the new base's" in mismatches(fingerprint_of(drifted(0.1)), folder)
+    assert "would overwrite those of the new base" in mismatches(
+        fingerprint_of(drifted(0.1)), folder
+    )
     keep_lora_alone(folder)
     assert compare(OLD, fingerprint_of(drifted(0.1)), folder).ok
 
 
-def test_an_unconverted_pissa_adapter_fits_no_other_base(write_adapter):
+def test_an_unconverted_pissa_adapter_is_a_mismatch(write_adapter):
     folder = edit_config(write_adapter(), init_lora_weights="pissa_niter_4")
     assert "init_lora_weights='pissa_niter_4'" in mismatches(OLD, folder)
 
 
-def test_keys_that_name_nothing_in_the_old_base_are_told(write_adapter):
+def test_keys_without_a_module_in_the_old_base_are_reported(write_adapter):
     folder = write_adapter()
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"] = torch.ones(2, 2)
     tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 2)
     save_file(tensors, folder / "adapter_model.safetensors")
     found = mismatches(OLD, folder)
-    assert "transformer, where the adapter sits, does not exist in the base" in found
-    assert "model.layers.9.self_attn.q_proj, where the adapter sits, does not exist" in found
+    assert "the adapter's target transformer does not exist in the base" in found
+    assert "target model.layers.9.self_attn.q_proj does not exist" in found
 
 
 def test_a_folder_that_is_not_peft_is_an_error(tmp_path):
@@ -190,12 +201,12 @@ def test_a_changed_config_and_template_are_notes(write_adapter):
     ]
 
 
-# Values: an independent restatement with numpy, then both sides of the threshold.
+# Weight cosines: compared with numpy, then on both sides of the threshold.
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_the_cosine_is_the_median_of_those_of_the_matrices(seed):
+def test_the_weight_cosine_is_the_median_over_matrices(seed):
     random = np.random.default_rng(seed)
     old, new = (
         {
@@ -219,24 +230,24 @@ def test_equal_shapes_with_unrelated_weights_are_a_mismatch(seed, write_adapter)
     cosine = weight_cosine(OLD.tensors, new.tensors)
     assert abs(cosine) < UNRELATED_COSINE * 0.7
     assert mismatches(new, write_adapter()) == (
-        "the weights are unrelated, as after a re-pretraining: the median cosine between old and"
-        f" new matrices is {cosine:.3f}; an update has at least 0.2"
+        "the weights are unrelated, as after pretraining from scratch: the median cosine between"
+        f" old and new matrices is {cosine:.3f}; an update has at least 0.2"
     )
 
 
 @pytest.mark.parametrize("relative", [0.01, 0.3, 1.0, 2.0])
-def test_a_drift_of_twice_the_weights_themselves_still_counts_as_an_update(relative, write_adapter):
+def test_a_change_of_twice_the_weights_is_still_an_update(relative, write_adapter):
     new = fingerprint_of(drifted(relative))
     expected = 1 / (1 + relative**2) ** 0.5
     assert weight_cosine(OLD.tensors, new.tensors) == pytest.approx(expected, abs=0.1)
     assert compare(OLD, new, write_adapter()).ok
 
 
-def test_without_sampled_values_relatedness_is_said_to_be_unknown(write_adapter):
+def test_fingerprints_without_sampled_values_are_a_note(write_adapter):
     bare = {name: replace(tensor, sketch=()) for name, tensor in OLD.tensors.items()}
     found = compare(replace(OLD, tensors=bare), OLD, write_adapter())
     assert found.ok
-    assert "unknown" in found.notes[0]
+    assert "cannot be compared" in found.notes[0]
 
 
 # Tokens.
@@ -278,14 +289,16 @@ def prefix_space(state):
     ("change", "mismatch", "note"),
     [
         (lambda state: None, None, None),
-        (swap_two, "2 of 258 tokens lost their id: 'a' was 64 and is 65, 'b' was 65", None),
-        (forget_one, "1 of 258 tokens lost their id: 'a' was 64 and is gone", None),
+        (swap_two, "2 of 258 tokens have another id: 'a' was 64 and is 65, 'b' was 65", None),
+        (forget_one, "1 of 258 tokens have another id: 'a' was 64 and is missing", None),
         (add_two, None, "tokens were added: '<tool>', '<think>'"),
-        (merge_two, "2 of 15 probe texts become other tokens", "tokens were added: 'he'"),
-        (prefix_space, "13 of 15 probe texts become other tokens", None),
+        (merge_two, "2 of 15 probe texts have other tokens", "tokens were added: 'he'"),
+        (prefix_space, "13 of 15 probe texts have other tokens", None),
     ],
 )
-def test_tokens_keep_their_ids_and_text_its_tokens(change, mismatch, note, write_adapter, tmp_path):
+def test_changes_of_a_tokenizer_are_mismatches_or_notes(
+    change, mismatch, note, write_adapter, tmp_path
+):
     found = compare(
         OLD,
         replace(OLD, tokenizer_sha256="other"),
@@ -299,7 +312,7 @@ def test_tokens_keep_their_ids_and_text_its_tokens(change, mismatch, note, write
     assert len(found.mismatches) == (mismatch is not None)
 
 
-def test_differing_tokenizers_that_nobody_shows_are_an_error(write_adapter, tmp_path):
+def test_different_tokenizers_need_both_folders(write_adapter, tmp_path):
     new = replace(OLD, vocabulary_sha256="other")
     with pytest.raises(InvalidSpecError, match="pass both folders"):
         compare(OLD, new, write_adapter())
@@ -307,11 +320,13 @@ def test_differing_tokenizers_that_nobody_shows_are_an_error(write_adapter, tmp_
         compare(OLD, new, write_adapter(), old_tokenizer=tmp_path, new_tokenizer=tmp_path)
 
 
-def test_an_adapter_after_a_sub_layer_sits_on_all_of_it(write_adapter):
+def test_a_bottleneck_adapter_targets_whole_sub_layers(write_adapter):
     register_methods()
     folder = write_adapter(config=BottleneckConfig(init_bottleneck_weights=False))
     assert compare(OLD, fingerprint_of(drifted(0.1)), folder).ok
-    assert "has 4 more modules" in mismatches(fingerprint_of(tiny_model(layers=4)), folder)
+    assert "has 4 additional target modules" in mismatches(
+        fingerprint_of(tiny_model(layers=4)), folder
+    )
 
 
 def test_lora_on_everything_is_compatible_with_an_update(write_adapter):

@@ -9,7 +9,7 @@ from trans_peft.transfer.effect import PROBE_PROMPTS, probe_effect
 from trans_peft.transfer.load_adapter import attached
 
 
-def test_it_is_the_largest_change_of_any_logit(write_adapter):
+def test_the_effect_is_the_largest_change_of_a_logit(write_adapter):
     folder, tokenizer = write_adapter(), tiny_tokenizer()
     with attached(tiny_model(), folder) as model:
         effect = probe_effect(model, tokenizer)
@@ -33,7 +33,7 @@ def test_it_is_the_largest_change_of_any_logit(write_adapter):
         {"init_lora_weights": True, "target_modules": "all-linear"},
     ],
 )
-def test_an_adapter_that_does_nothing_gives_exactly_zero(options, dtype):
+def test_an_adapter_without_effect_returns_exactly_zero(options, dtype):
     config = LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options)
     model = get_peft_model(tiny_model().to(dtype), config)
     effect = probe_effect(model, tiny_tokenizer())
@@ -41,7 +41,7 @@ def test_an_adapter_that_does_nothing_gives_exactly_zero(options, dtype):
     assert not effect.found
 
 
-def test_a_skipped_module_gives_exactly_zero(write_adapter):
+def test_skipped_modules_return_exactly_zero(write_adapter):
     with attached(tiny_model(), write_adapter()) as model:
         for layer in model.get_base_model().model.layers:
             for adapted in (layer.self_attn.q_proj, layer.self_attn.v_proj):
@@ -49,7 +49,7 @@ def test_a_skipped_module_gives_exactly_zero(write_adapter):
         assert not probe_effect(model, tiny_tokenizer()).found
 
 
-def test_virtual_tokens_are_seen_through(write_adapter):
+def test_virtual_tokens_are_not_compared(write_adapter):
     config = PromptTuningConfig(
         num_virtual_tokens=3,
         num_layers=2,
@@ -61,7 +61,7 @@ def test_virtual_tokens_are_seen_through(write_adapter):
         assert probe_effect(model, tiny_tokenizer()).found
 
 
-def test_dropout_plays_no_part_and_the_mode_is_given_back():
+def test_dropout_is_off_and_the_training_mode_is_restored():
     config = LoraConfig(
         target_modules=["q_proj"],
         lora_dropout=0.9,
@@ -83,11 +83,11 @@ def test_logits_that_are_not_finite_are_an_error(write_adapter):
         probe_effect(model, tiny_tokenizer())
 
 
-def test_a_base_that_is_broken_itself_is_told_apart(write_adapter):
+def test_a_base_with_infinite_logits_is_another_error(write_adapter):
     base = tiny_model()
     base.model.norm.weight.data.fill_(float("inf"))
     with (
         attached(base, write_adapter()) as model,
-        pytest.raises(UnsupportedModelError, match="the base alone"),
+        pytest.raises(UnsupportedModelError, match="logits of the bare base"),
     ):
         probe_effect(model, tiny_tokenizer())

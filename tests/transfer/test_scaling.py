@@ -10,12 +10,12 @@ from trans_peft.transfer.scaling import has_scale, rescaled
 
 def test_only_the_alphas_change(write_adapter, tmp_path):
     folder = edit_config(write_adapter(), lora_alpha=8, alpha_pattern={"v_proj": 4})
-    made = rescaled(folder, tmp_path / "half", 0.5)
-    config, was = (json.loads((f / "adapter_config.json").read_text()) for f in (made, folder))
+    scaled = rescaled(folder, tmp_path / "half", 0.5)
+    config, old = (json.loads((f / "adapter_config.json").read_text()) for f in (scaled, folder))
     assert (config["lora_alpha"], config["alpha_pattern"]) == (4.0, {"v_proj": 2.0})
-    assert config | {"lora_alpha": 8, "alpha_pattern": {"v_proj": 4}} == was
+    assert config | {"lora_alpha": 8, "alpha_pattern": {"v_proj": 4}} == old
     name = "adapter_model.safetensors"
-    assert (made / name).read_bytes() == (folder / name).read_bytes()
+    assert (scaled / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_a_method_without_a_scale_is_refused(write_adapter, tmp_path):
@@ -31,7 +31,7 @@ def test_a_method_without_a_scale_is_refused(write_adapter, tmp_path):
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_factor_is_positive_and_finite(factor, write_adapter, tmp_path):
+def test_a_factor_must_be_positive_and_finite(factor, write_adapter, tmp_path):
     with pytest.raises(InvalidSpecError, match="positive and finite"):
-        rescaled(write_adapter(), tmp_path / "made", factor)
-    assert not (tmp_path / "made").exists()
+        rescaled(write_adapter(), tmp_path / "scaled", factor)
+    assert not (tmp_path / "scaled").exists()

@@ -1,4 +1,4 @@
-"""Adapter folders that would hang or exhaust whoever checks or attaches them."""
+"""Adapter folders that would block or exhaust a process that checks or attaches them."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from trans_peft.transfer.compatibility import compare
 from trans_peft.transfer.load_adapter import attach
 
 SLOW = r"(([a-z_.0-9]+)+)+X"
-HANGS = [
+SLOW_PATTERNS = [
     {"target_modules": SLOW},
     {"modules_to_save": [SLOW]},
     {"rank_pattern": {SLOW: 4}},
@@ -27,15 +27,15 @@ def _short(monkeypatch):
     monkeypatch.setattr(patterns, "_LIMITS", patterns.Limits(cpu_s=1))
 
 
-@pytest.mark.parametrize("changes", HANGS)
-def test_patterns_that_hang_are_refused_when_an_adapter_is_attached(write_adapter, changes):
+@pytest.mark.parametrize("changes", SLOW_PATTERNS)
+def test_slow_patterns_are_refused_when_an_adapter_is_attached(write_adapter, changes):
     folder = edit_config(write_adapter(), **changes)
     with pytest.raises(AdapterError, match="processor time"):
         attach(tiny_model(), folder)
 
 
-@pytest.mark.parametrize("changes", HANGS)
-def test_patterns_that_hang_are_refused_when_bases_are_compared(write_adapter, changes):
+@pytest.mark.parametrize("changes", SLOW_PATTERNS)
+def test_slow_patterns_are_refused_when_bases_are_compared(write_adapter, changes):
     folder = edit_config(write_adapter(), **changes)
     base = fingerprint_of(tiny_model())
     started = time.monotonic()
@@ -45,7 +45,7 @@ def test_patterns_that_hang_are_refused_when_bases_are_compared(write_adapter, c
 
 
 @pytest.mark.parametrize("pattern", ["(q_proj", "*", "[z-a]"])
-def test_what_is_no_regular_expression_is_an_error_in_words(write_adapter, pattern):
+def test_an_invalid_regular_expression_is_reported(write_adapter, pattern):
     folder = edit_config(write_adapter(), target_modules=pattern)
     base = fingerprint_of(tiny_model())
     with pytest.raises(TransPeftError, match="not a regular expression"):
@@ -62,7 +62,7 @@ def test_what_is_no_regular_expression_is_an_error_in_words(write_adapter, patte
         {"rank_pattern": {"q_proj": 16_000_000}},
     ],
 )
-def test_ranks_unlike_the_file_are_refused_before_they_are_allocated(write_adapter, changes):
+def test_ranks_larger_than_in_the_file_are_refused_before_allocation(write_adapter, changes):
     with pytest.raises(AdapterError, match=r"exceeds|larger tensors"):
         attach(tiny_model(), edit_config(write_adapter(), **changes))
 
@@ -78,7 +78,7 @@ def test_a_config_too_large_or_too_deep_is_an_error(write_adapter, text):
         attach(tiny_model(), folder)
 
 
-def test_a_killed_check_does_not_blame_the_adapter(write_adapter, monkeypatch):
+def test_a_killed_check_is_an_isolation_error(write_adapter, monkeypatch):
     def killed(*_):
         raise IsolationError("killed")
 
@@ -87,7 +87,7 @@ def test_a_killed_check_does_not_blame_the_adapter(write_adapter, monkeypatch):
         attach(tiny_model(), write_adapter())
 
 
-def test_a_usual_pattern_still_fits(write_adapter):
+def test_a_common_pattern_is_accepted(write_adapter):
     folder = edit_config(write_adapter(), target_modules=r".*\.(q_proj|v_proj)")
     base = fingerprint_of(tiny_model())
     assert compare(base, base, folder).ok

@@ -41,7 +41,7 @@ def check(
     Example: `trans-peft check runs/mine/adapter --old models/v1 --new models/v2`
     """
     from trans_peft.lifecycle.base_files import base_folder, named_fingerprint, tokenizer_folder
-    from trans_peft.transfer.compatibility import compare, may_differ
+    from trans_peft.transfer.compatibility import compare, tokenizers_may_differ
 
     with progress() as shown:
         workspace = Workspace.at(state, shown)
@@ -50,7 +50,7 @@ def check(
         before, after = (named_fingerprint(base, platform) for base in bases)
         tokenizers: list[Path | None] = [None, None]
         with TemporaryDirectory(prefix="trans-peft-") as scratch:
-            if may_differ(before, after):
+            if tokenizers_may_differ(before, after):
                 tokenizers = [
                     tokenizer_folder(base, platform, Path(scratch) / base.alias) for base in bases
                 ]

@@ -1,4 +1,4 @@
-"""What is tried where an adapter does not pass on a new base as it is, and what came of it."""
+"""Recovery strategies for adapters that do not pass on a new base with direct transfer."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,22 +11,32 @@ __all__ = ["RecoveryPolicy", "RecoveryStrategy", "StrategyAttempt"]
 
 
 class RecoveryStrategy(StrEnum):
-    """The ladder, in the order in which it is climbed; it ends at the first that passes."""
+    """The strategies, in the order in which they are tried. The first that passes ends the search.
+
+    docs/verdicts.md describes what each strategy does.
+    """
 
     DIRECT = "direct"
     RESCALED = "rescaled"
     RETUNED = "re-tuned"
-    RETRAINED = "trained anew"
+    RETRAINED = "retrained"
 
 
 @dataclass(frozen=True)
 class RecoveryPolicy:
-    """Which rungs there are beyond direct transfer: none by default.
+    """The strategies that are tried after direct transfer. By default there are none.
 
-    `scales`: factors of the adapter's own scale; the one that suits its training rows best on the
-    new base is tried. `retune_steps`: steps of training that go on from the old weights there.
-    `retrain`: train by the adapter's recipe on the new base, in a flow run of its own. All
-    of them read training rows, never an item that judges.
+    All strategies use the adapter's training rows. None of them reads an item of a suite.
+
+    Attributes:
+        scales: factors for the adapter's scale. The factor under which the training rows are most
+            likely on the new base is tried. Positive, distinct, and without 1.
+        retune_steps: optimizer steps of further training on the new base, from the old weights. 0
+            switches re-tuning off.
+        retrain: whether a separate flow run trains the adapter on the new base with its recipe.
+
+    Raises:
+        InvalidSpecError: fields are invalid. The message lists all problems.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -42,31 +52,35 @@ class RecoveryPolicy:
             if not 0 < scale < float("inf")
         ]
         if 1 in self.scales:
-            problems.append("a scale of 1 is direct transfer, which is tried anyway")
+            problems.append("scales must not contain 1, because direct transfer is always tried")
         if len(set(self.scales)) != len(self.scales):
-            problems.append("scales are given twice")
+            problems.append(f"scales must be distinct, not {list(self.scales)}")
         if self.retune_steps < 0:
-            problems.append(f"retune_steps must not be negative, not {self.retune_steps}")
+            problems.append(f"retune_steps must be at least 0, not {self.retune_steps}")
         if problems:
-            raise InvalidSpecError(f"the recovery policy cannot be used: {'; '.join(problems)}")
+            raise InvalidSpecError(f"the recovery policy is invalid: {'; '.join(problems)}")
 
     @property
     def strategies(self) -> tuple[RecoveryStrategy, ...]:
-        """The rungs of the ladder, direct transfer first."""
-        beyond = {
+        """The strategies of this policy, direct transfer first."""
+        enabled = {
             RecoveryStrategy.RESCALED: bool(self.scales),
             RecoveryStrategy.RETUNED: self.retune_steps > 0,
             RecoveryStrategy.RETRAINED: self.retrain,
         }
-        return (RecoveryStrategy.DIRECT, *(strategy for strategy, on in beyond.items() if on))
+        return (RecoveryStrategy.DIRECT, *(strategy for strategy, on in enabled.items() if on))
 
 
 @dataclass(frozen=True)
 class StrategyAttempt:
-    """One rung that was tried. `verdict` is empty where it could not be, and `reason` says why.
+    """The result of one recovery strategy.
 
-    `note` says what it was made with (the factor, the steps). `seconds` is its whole cost on this
-    machine: making it, evaluating it, judging it.
+    Attributes:
+        strategy: the strategy.
+        verdict: the gate's verdict; empty if the strategy could not be tried.
+        reason: the reason for the verdict, or why the strategy could not be tried.
+        seconds: duration of making, evaluating and judging the candidate.
+        note: settings of the candidate, such as the factor or the number of steps.
     """
 
     strategy: RecoveryStrategy
@@ -76,5 +90,5 @@ class StrategyAttempt:
     note: str = ""
 
     def __str__(self) -> str:
-        made = f" ({self.note})" if self.note else ""
-        return f"{self.strategy}{made}: {self.verdict or 'not tried'}, {self.seconds:.0f} s"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.strategy}{note}: {self.verdict or 'not tried'}, {self.seconds:.0f} s"

@@ -26,7 +26,7 @@ from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
 from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
 from trans_peft.edges.mlflow_tags import NONE, adapter_version, alias_states, version_tags
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
-from trans_peft.models import adapter_weights_sha256, keeps_no_template
+from trans_peft.models import adapter_weights_sha256, remove_unrecorded_template
 
 __all__ = ["MlflowRegistry"]
 
@@ -208,7 +208,9 @@ class MlflowRegistry:
         """
         written = self._tracking.download_model(version.adapter, version.number, folder)
         found = adapter_weights_sha256(written)
-        if found != version.weights_sha256 and keeps_no_template(written, version.weights_sha256):
+        if found != version.weights_sha256 and remove_unrecorded_template(
+            written, version.weights_sha256
+        ):
             return written
         if found != version.weights_sha256:
             raise IntegrityError(

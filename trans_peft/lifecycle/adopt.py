@@ -30,8 +30,8 @@ from trans_peft.ports import Platform
 from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import (
     MAX_SETTINGS_BYTES,
+    save_chat_template,
     saved_template,
-    settle_template,
 )
 from trans_peft.transfer.compatibility import compare
 from trans_peft.transfer.peft_folder import read_peft_folder
@@ -70,7 +70,7 @@ def adopt(
     """
     from trans_peft.models import load_base, load_tokenizer
     from trans_peft.transfer.effect import probe_effect
-    from trans_peft.transfer.load_adapter import attached, transplant
+    from trans_peft.transfer.load_adapter import attached, rebind_adapter
 
     check_registration(adapter, family, platform)
     pinned = pin_suites(suites, platform)
@@ -82,7 +82,9 @@ def adopt(
         folder = _fetch(folder_uri, Path(scratch) / "peft", platform)
         source = read_peft_folder(folder)
         base = _base(adapter, family, base_version, source.config, platform)
-        template = settle_template(folder, template_of(load_tokenizer(base_folder(base, platform))))
+        template = save_chat_template(
+            folder, template_of(load_tokenizer(base_folder(base, platform)))
+        )
         check_suites(base, pinned, platform, template=saved_template(folder))
         fingerprint = named_fingerprint(base, platform)
         fit = compare(fingerprint, fingerprint, folder, old_tokenizer=None, new_tokenizer=None)
@@ -123,7 +125,7 @@ def adopt(
                 method=source.peft_type,
                 suites=pinned,
             ),
-            transplant(
+            rebind_adapter(
                 folder,
                 Path(scratch) / "adopted",
                 base_name=base.uri,

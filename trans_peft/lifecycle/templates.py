@@ -7,7 +7,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.ports import Platform
 from trans_peft.text.chat import template_of
-from trans_peft.text.saved_template import saved_template, settle_template
+from trans_peft.text.saved_template import save_chat_template, saved_template
 from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
 __all__ = ["keep_template"]
@@ -20,7 +20,7 @@ def keep_template(
 
     Returns `folder` itself if it contains a template, or if both bases have the same template.
     Otherwise returns `target`, a copy with the template of `trained_on`; its weights hash differs,
-    because the template is part of it. Raises what `settle_template` raises.
+    because the template is part of it. Raises what `save_chat_template` raises.
     """
     old, updated = (platform.catalog.fingerprint(base) for base in (trained_on, new))
     same = old.chat_template_sha256 == updated.chat_template_sha256
@@ -31,5 +31,5 @@ def keep_template(
     target.mkdir(parents=True)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         shutil.copyfile(folder / name, target / name)
-    settle_template(target, template_of(load_tokenizer(base_folder(trained_on, platform))))
+    save_chat_template(target, template_of(load_tokenizer(base_folder(trained_on, platform))))
     return target

@@ -22,7 +22,7 @@ from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, probe, r
 from trans_peft.lifecycle.recovery.strategies import Candidate, recipe_on
 from trans_peft.lifecycle.resolve import base_trained_on
 from trans_peft.ports import Platform
-from trans_peft.transfer.compatibility import compare, may_differ
+from trans_peft.transfer.compatibility import compare, tokenizers_may_differ
 
 __all__ = ["record_failure", "transfer"]
 
@@ -183,7 +183,7 @@ def _compare(
     folder: Path, trained_on: BaseVersion, base: BaseVersion, platform: Platform, scratch: Path
 ) -> Compatibility:
     old, new = named_fingerprint(trained_on, platform), named_fingerprint(base, platform)
-    same = not may_differ(old, new)
+    same = not tokenizers_may_differ(old, new)
     return compare(
         old,
         new,
@@ -198,7 +198,7 @@ def _registered(inputs: _Inputs, candidate: Candidate, platform: Platform, scrat
 
     Returns the number of the existing version if the same weights are registered on this base.
     """
-    from trans_peft.transfer.load_adapter import transplant
+    from trans_peft.transfer.load_adapter import rebind_adapter
 
     source, base = inputs.source, inputs.base
     for version in inputs.adapter.versions:
@@ -208,7 +208,7 @@ def _registered(inputs: _Inputs, candidate: Candidate, platform: Platform, scrat
             and not version.state.superseded
         ):
             return version.number
-    transplanted = transplant(
+    rebound = rebind_adapter(
         candidate.folder(),
         scratch / "new-version",
         base_name=base.uri,
@@ -222,7 +222,7 @@ def _registered(inputs: _Inputs, candidate: Candidate, platform: Platform, scrat
         transferred_from=source.number,
         made_by=candidate.strategy,
     )
-    return platform.registry.register(draft, transplanted).number
+    return platform.registry.register(draft, rebound).number
 
 
 def _incompatible(outcome: TransferOutcome, reason: str) -> TransferOutcome:

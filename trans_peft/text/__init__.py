@@ -1,1 +1,1 @@
-"""Text and token ids: tokenizers that hashes cover, and chat templates that read no clock."""
+"""Load tokenizers reproducibly, and render chat templates with a fixed date."""

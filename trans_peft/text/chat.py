@@ -1,15 +1,14 @@
-"""Chat templates: render many conversations with one template, the same way on every day.
+"""Render conversations with a chat template, independent of the date.
 
-A chat template is a Jinja program that comes with a base or an adapter, so it is untrusted text.
-transformers renders it in Jinja's immutable sandbox; `render_prompts` is the only place in this
-library that does so, which lets one caller bound it.
+A chat template is a Jinja program that comes with a base or an adapter, so it is untrusted. Only
+`render_prompts` renders templates, in transformers' immutable Jinja sandbox. Callers run it in a
+child process with limits.
 
-A prompt must be a function of its template and its messages alone, because nothing else is in an
-evaluation's key. Templates of Llama 3, Mistral, SmolLM3 and gpt-oss write today's date into the
-system prompt through `strftime_now`. `pinned` puts a macro of that name in front of such a
-template, which formats `PINNED_DATE` instead. The result is a stock template, so a server that
-loads it renders the same prompts. Jinja's `random` filter and `lipsum` function have no pinned
-form: a template that uses one is refused.
+A prompt must depend on its template and messages alone, because the key of an evaluation covers
+nothing else. Templates of Llama 3, Mistral, SmolLM3 and gpt-oss write the current date into the
+system prompt with `strftime_now`. `pinned` puts a macro of that name in front of such a template.
+The macro formats `PINNED_DATE` instead. Any server that loads the pinned template renders the same
+prompts. Templates that use Jinja's `random` filter or `lipsum` function are refused.
 """
 
 import re
@@ -33,8 +32,8 @@ __all__ = [
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 
 PINNED_DATE = datetime(2024, 7, 26)
-"""The date that every template sees (00:00, UTC): the one that Llama 3.1's own template falls back
-to where a renderer has no clock."""
+"""The date (00:00 UTC) that `strftime_now` formats in pinned templates. It is the default date of
+Llama 3.1's template."""
 
 _FORMATS = {
     "%-d": "26", "%-m": "7", "%-H": "0", "%-I": "12", "%-M": "0", "%-S": "0", "%-j": "208",
@@ -60,9 +59,10 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")
 
 
 def pinned(template: str) -> str:
-    """Return a template that renders `PINNED_DATE` where the given one reads the clock.
+    """Return a template with `strftime_now` redefined to format `PINNED_DATE`.
 
-    A template that does not mention `strftime_now` comes back as it is, and so does a pinned one.
+    A template that does not contain `strftime_now`, or that is pinned already, is returned
+    unchanged.
     """
     if "strftime_now" not in template or template.startswith(_PIN):
         return template
@@ -70,17 +70,17 @@ def pinned(template: str) -> str:
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """Return the pinned template that a tokenizer renders a chat with; None if it has none."""
+    """Return the pinned chat template of a tokenizer, or None if it has none."""
     if not tokenizer.chat_template:
         return None
     try:
         return pinned(tokenizer.get_chat_template())
-    except ValueError:  # several named templates, and no default among them
+    except ValueError:  # several named templates without a default
         return None
 
 
 def template_problems(template: str) -> list[str]:
-    """Return why a template cannot be used; empty if it can. It is compiled, not rendered."""
+    """Compile a template, and return the reasons why it cannot be used; empty if it can."""
     from jinja2 import TemplateError, nodes
 
     if len(template) > MAX_TEMPLATE_CHARACTERS:
@@ -88,7 +88,7 @@ def template_problems(template: str) -> list[str]:
     try:
         tree = _compiled(pinned(template)).environment.parse(template)
     except (TemplateError, RecursionError, ValueError, TypeError, ArithmeticError) as error:
-        return [f"it does not compile: {_told(error)}"]
+        return [f"it does not compile: {_error_text(error)}"]
     random = {
         f"`{name}`"
         for name in [
@@ -98,7 +98,7 @@ def template_problems(template: str) -> list[str]:
         ]
         if name in ("random", "lipsum")
     }
-    return [f"{name} gives other text each time it is rendered" for name in sorted(random)]
+    return [f"{name} renders different text each time" for name in sorted(random)]
 
 
 def render_prompts(
@@ -110,16 +110,22 @@ def render_prompts(
 ) -> tuple[list[str], list[str]]:
     """Render each conversation and return (texts, problems), each as long as `conversations`.
 
-    A conversation is a list of messages with `role` and `content`. `special_tokens` are the
-    tokenizer's (`special_tokens_map`), which templates use as variables. The texts are those of
-    `apply_chat_template(tokenize=False)` with the clock pinned. A problem is empty where there is
-    none, and the text is empty where there is one. Arguments and results are plain data: the call
-    can be made in a child process.
+    The texts equal those of `apply_chat_template(tokenize=False)`, with a fixed date. For each
+    conversation, either its text or its problem is empty. Arguments and results can be pickled, so
+    that a child process can make this call.
+
+    Args:
+        template: the chat template, pinned or not.
+        conversations: lists of messages with `role` and `content`.
+        special_tokens: `special_tokens_map` of the tokenizer; templates use its keys as variables.
+        add_generation_prompt: whether the text ends with the header of the assistant's answer.
+
+    Raises MemoryError if a template exhausts the memory.
     """
     found = template_problems(template)
     if found:
-        told = f"the chat template cannot be used: {'; '.join(found)}"
-        return [""] * len(conversations), [told] * len(conversations)
+        problem = f"the chat template cannot be used: {'; '.join(found)}"
+        return [""] * len(conversations), [problem] * len(conversations)
     compiled = _compiled(pinned(template))
     texts, problems = [], []
     for conversation in conversations:
@@ -136,11 +142,11 @@ def render_prompts(
             text.encode()
             contents = "\n".join(str(message.get("content")) for message in messages)
             if set(_ADDRESS.findall(text)) - set(_ADDRESS.findall(template + contents)):
-                raise ValueError("it writes a memory address into the prompt")
-        except Exception as error:  # whatever an untrusted program raises
+                raise ValueError("the prompt contains a memory address")
+        except Exception as error:  # an untrusted template can raise any exception
             if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
-            text, problem = "", f"the chat template failed: {_told(error)}"
+            text, problem = "", f"the chat template failed: {_error_text(error)}"
         texts.append(text)
         problems.append(problem)
     return texts, problems
@@ -149,11 +155,10 @@ def render_prompts(
 def turn_end(
     tokenizer: Any, conversation: Sequence[Mapping[str, Any]], template: str | None = None
 ) -> int | None:
-    """Return the special token by which a template ends the last turn of a conversation.
+    """Return the id of the special token that ends the last turn of a conversation, or None.
 
-    In a chat, a model is trained to end its answer with it (such as `<|im_end|>`), although the
-    tokenizer's end-of-text token is often another one. None where no special token follows.
-    `template`: the tokenizer's own where it is None.
+    Chat models are trained to end an answer with this token (such as `<|im_end|>`). It is often not
+    the end-of-text token of the tokenizer. By default, the chat template of the tokenizer is used.
     """
     template = template_of(tokenizer) if template is None else template
     if template is None:
@@ -172,7 +177,7 @@ def turn_end(
 
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> Any:
-    """Compile as transformers does, without what gives other text at each call."""
+    """Compile a template as transformers does, without Jinja's random functions."""
     from transformers.utils import chat_template_utils
 
     compiled = chat_template_utils._cached_compile_jinja_template(template)
@@ -181,5 +186,5 @@ def _compiled(template: str) -> Any:
     return compiled
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]

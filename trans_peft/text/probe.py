@@ -1,9 +1,8 @@
-"""Whether a tokenizer and its chat templates are safe to use: probed once, before a base is ready.
+"""Check that an uploaded tokenizer and its chat templates are safe to use.
 
-Call `tokenizer_problems` in a child process with limits (`trans_peft.isolation`): an endless loop
-or a rule that multiplies text then ends the child. What the probe cannot show is bounded by rule:
-tokens and the decoder's replacements have a largest length, since answers are decoded outside of
-child processes.
+Ingestion calls `tokenizer_problems` in a child process with limits (`trans_peft.isolation`), which
+stops endless loops and rules that multiply text. Answers are decoded in the main process. The check
+therefore also limits the length of tokens and the growth of text in the decoder.
 """
 
 import json
@@ -37,10 +36,13 @@ _CHATS = (
 
 
 def tokenizer_problems(tokenizer: Any) -> list[str]:
-    """Return why a loaded tokenizer cannot be used; empty if it can.
+    """Return the reasons why a loaded tokenizer cannot be used; empty if it can.
 
-    It encodes and decodes probe texts, renders each of its chat templates and looks at the rules of
-    its decoder. A template may refuse a conversation, as those without a system role do.
+    Encodes and decodes probe texts, renders each chat template, and checks the rules of the
+    decoder. A template that raises an error for a conversation is accepted, because many templates
+    do not support system messages.
+
+    Raises MemoryError if the tokenizer exhausts the memory.
     """
     problems = [*_length_problems(tokenizer), *_decoder_problems(tokenizer)]
     if problems:
@@ -48,7 +50,7 @@ def tokenizer_problems(tokenizer: Any) -> list[str]:
     try:
         for text in (_PROBE, *_LONG):
             tokenizer.decode(tokenizer(text)["input_ids"])
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except BaseException as error:  # a Rust panic in tokenizers is not an Exception
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
         return [f"the tokenizer fails on a probe text: {type(error).__name__}: {str(error)[:300]}"]
@@ -93,23 +95,26 @@ def _decoder_problems(tokenizer: Any) -> Iterator[str]:
         pattern = rule.get("pattern")
         text = pattern.get("String") if isinstance(pattern, Mapping) else None
         if not text:
-            yield "its decoder replaces by a regular expression, or the empty text; give a text"
+            yield (
+                "its decoder has a Replace rule with a regular expression or an empty pattern; only"
+                " a string that is not empty is allowed"
+            )
         else:
             growth *= max(1.0, len(rule.get("content", "")) / len(text))
     if growth > MAX_DECODER_GROWTH:
         yield (
-            f"its decoder makes texts up to {growth:g} times longer; at most {MAX_DECODER_GROWTH}"
-            " times are allowed"
+            f"its decoder can make text {growth:g} times longer; at most {MAX_DECODER_GROWTH} times"
+            " is allowed"
         )
 
 
 def _rules(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield a rule and the rules within it, in any order."""
-    waiting = [value]
-    while waiting:
-        rule = waiting.pop()
+    """Yield a rule and all rules nested in it, in any order."""
+    pending = [value]
+    while pending:
+        rule = pending.pop()
         if isinstance(rule, Mapping):
             yield rule
-            waiting += rule.values()
+            pending += rule.values()
         elif isinstance(rule, list):
-            waiting += rule
+            pending += rule

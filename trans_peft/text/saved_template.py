@@ -1,8 +1,8 @@
-"""The chat template that lies beside an adapter's weights, in a stock PEFT folder.
+"""Read and write the chat template in an adapter's folder.
 
-transformers and servers read `chat_template.jinja` from a tokenizer's folder. An adapter keeps the
-template it was trained with under the same name, so its prompts stay the same when its base is
-updated and a server can be started with that file.
+An adapter keeps the template that it was trained with, so that its prompts stay the same when its
+base is updated. The file is named `chat_template.jinja`, as in the folder of a tokenizer, so that
+servers can load it.
 """
 
 from pathlib import Path
@@ -17,28 +17,28 @@ __all__ = [
     "MAX_SETTINGS_BYTES",
     "TEMPLATE_NAME",
     "check_template",
+    "save_chat_template",
     "saved_template",
-    "settle_template",
     "write_template",
 ]
 
 TEMPLATE_NAME = "chat_template.jinja"
 _SETTINGS_NAME = "tokenizer_config.json"
 MAX_SETTINGS_BYTES = 64 << 20
-"""Size of a tokenizer_config.json that lies beside an adapter."""
+"""Largest size of the tokenizer_config.json in an adapter's folder."""
 
 
 def saved_template(folder: Path) -> str | None:
-    """Return the pinned template that an adapter's folder holds; None if it holds none.
+    """Return the pinned chat template in an adapter's folder, or None if there is none.
 
-    AdapterError for a file that is too long or no UTF-8.
+    Raises AdapterError if the file is too large or not UTF-8.
     """
     path = Path(folder) / TEMPLATE_NAME
     if not path.is_file():
         return None
     if path.stat().st_size > 4 * MAX_TEMPLATE_CHARACTERS:
         raise AdapterError(
-            f"{path} is too long for a chat template",
+            f"{path} is too large for a chat template",
             expected=f"at most {MAX_TEMPLATE_CHARACTERS} characters",
             found=f"{path.stat().st_size} bytes",
         )
@@ -49,20 +49,26 @@ def saved_template(folder: Path) -> str | None:
 
 
 def write_template(folder: Path, template: str) -> None:
-    """Write a template, pinned, where `saved_template` finds it."""
+    """Pin a chat template, and write it to the folder of an adapter."""
     (Path(folder) / TEMPLATE_NAME).write_bytes(pinned(template).encode())
 
 
-def settle_template(folder: Path, of_base: str | None) -> str:
-    """Give an adapter's folder the template it is going to keep, and return where it came from.
+def save_chat_template(folder: Path, base_template: str | None) -> str:
+    """Write the chat template of an adapter to its folder, and return where it comes from.
 
-    In this order: `chat_template.jinja` in the folder, the template in its `tokenizer_config.json`,
-    the template of the base that it was trained on (`of_base`). Returns "adapter", "base", or
-    "none" where there is no template at all. Raises AdapterError, ContentError.
+    The first of these that exists is used:
+
+    1. `chat_template.jinja` in the folder: returns "adapter".
+    2. The template in the folder's `tokenizer_config.json`: returns "adapter".
+    3. `base_template`, of the base that the adapter was trained on: returns "base".
+
+    Returns "none", and writes nothing, if there is no template.
+
+    Raises AdapterError if a file cannot be read, and ContentError if the template cannot be used.
     """
     own = saved_template(folder)
     own = _configured(Path(folder) / _SETTINGS_NAME) if own is None else own
-    template = of_base if own is None else own
+    template = base_template if own is None else own
     if template is None:
         return "none"
     check_template(template, f"the chat template of {'the base' if own is None else folder}")
@@ -71,7 +77,7 @@ def settle_template(folder: Path, of_base: str | None) -> str:
 
 
 def check_template(template: str, subject: str) -> None:
-    """Compile a template in a child process; ContentError if it cannot be used for prompts."""
+    """Compile a template in a child process. Raises ContentError if it cannot be used."""
     problems = call_isolated(
         template_problems,
         template,
@@ -83,16 +89,20 @@ def check_template(template: str, subject: str) -> None:
             f"{subject} cannot be used",
             expected="a Jinja template that renders the same text each time",
             found="; ".join(problems),
-            do="correct the template; a date may be read with strftime_now, which is fixed here",
+            do="correct the template; strftime_now is allowed, and always formats the same date",
         )
 
 
 def _configured(path: Path) -> str | None:
-    """Return the (default) chat template in a tokenizer_config.json, if it has one."""
+    """Return the (default) chat template in a tokenizer_config.json, or None."""
     if not path.is_file():
         return None
     if path.stat().st_size > MAX_SETTINGS_BYTES:
-        raise AdapterError(f"{path} has more than {MAX_SETTINGS_BYTES} bytes")
+        raise AdapterError(
+            f"{path} is too large",
+            expected=f"at most {MAX_SETTINGS_BYTES} bytes",
+            found=f"{path.stat().st_size} bytes",
+        )
     try:
         settings: Any = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Load a tokenizer from the files that a base's fingerprint covers, and from no others."""
+"""Load a tokenizer from the files that are part of a base's fingerprint."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,13 +15,17 @@ __all__ = ["load_tokenizer"]
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load a folder's tokenizer. One without a padding token pads with its end-of-text token.
+    """Load the tokenizer in a folder.
 
-    It is loaded from a copy of the parts that `trans_peft.text.tokenizer_files` hashes, so equal
-    hashes mean equal tokenizers, whatever else lies in the folder and wherever it is. Padding is
-    masked wherever this library pads, so the choice changes no result; it is made in memory only.
-    UnsupportedModelError for a folder without tokenizer.json, files that make no tokenizer, or one
-    without an end-of-text token.
+    The tokenizer is loaded from a copy that has only the content which
+    `trans_peft.text.tokenizer_files` hashes. Equal hashes therefore mean equal tokenizers; other
+    files and the path of the folder have no effect.
+
+    If there is no padding token, the end-of-text token is used, in memory only. Padding is always
+    masked, so this choice changes no result.
+
+    Raises UnsupportedModelError if the folder has no tokenizer.json, if transformers cannot load
+    the files, or if there is no end-of-text token.
     """
     from transformers import AutoTokenizer
 
@@ -29,8 +33,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if not (folder / TOKENIZER_NAME).is_file():
         raise UnsupportedModelError(
             f"{folder} has no {TOKENIZER_NAME}",
-            expected="a tokenizer in one file, which a fingerprint can cover",
-            do=f"save it there with AutoTokenizer.from_pretrained({str(folder)!r})"
+            expected=f"a fast tokenizer, which is saved as {TOKENIZER_NAME}",
+            do=f"save it with AutoTokenizer.from_pretrained({str(folder)!r})"
             f".save_pretrained({str(folder)!r})",
         )
     with TemporaryDirectory(prefix="trans-peft-tokenizer-") as scratch:
@@ -39,12 +43,12 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             tokenizer = AutoTokenizer.from_pretrained(
                 scratch, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # transformers raises many kinds for files that fit no class
+        except Exception as error:  # transformers raises many types of errors for invalid files
             if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise UnsupportedModelError(
                 f"the tokenizer in {folder} cannot be loaded",
-                expected=f"a class of transformers that needs no file but {TOKENIZER_NAME}",
+                expected=f"a tokenizer class of transformers that loads {TOKENIZER_NAME} alone",
                 found=f"{type(error).__name__}: {str(error).replace(scratch, str(folder))[:500]}",
                 do="correct tokenizer_config.json, or save the tokenizer again with this version "
                 "of transformers",
@@ -54,7 +58,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if tokenizer.eos_token is None:
         raise UnsupportedModelError(
             f"the tokenizer in {folder} has no end-of-text token",
-            expected="eos_token in tokenizer_config.json: without it no answer ever ends",
+            expected="eos_token in tokenizer_config.json, because answers end with it",
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,11 +1,15 @@
-"""A tokenizer's files: what the fingerprint of a base covers of them, and how they are loaded.
+"""Hash the files of a tokenizer, and write a copy that has only the hashed content.
 
-A tokenizer is made of tokenizer.json, of the settings around it (tokenizer_config.json over the
-older special_tokens_map.json), of its chat templates (files over settings) and of the model type in
-config.json, by which transformers chooses a class. `AutoTokenizer` reads more than that where it
-lies in the folder (vocab.json, merges.txt, added_tokens.json, other *.model files), and decides by
-the folder's name and by the version that saved it. `stage` therefore writes a folder of those parts
-alone that the hashes cover, and the tokenizer is loaded from there.
+The hashes cover:
+
+- tokenizer.json, without the padding and truncation of the last call;
+- the settings in tokenizer_config.json and, with lower priority, special_tokens_map.json;
+- the chat templates in files and, with lower priority, in the settings;
+- config.json (in `trans_peft.bases`): transformers chooses the tokenizer class by the model type.
+
+`AutoTokenizer` also reads vocab.json, merges.txt, added_tokens.json and *.model files if they
+exist, and its result depends on the folder's name and on the version of transformers that saved the
+files. `stage` therefore writes a folder with the hashed content only, to load the tokenizer from.
 """
 
 import hashlib
@@ -36,17 +40,19 @@ _CONFIG_NAME = "config.json"
 _TEMPLATE_NAME = "chat_template.jinja"
 _MORE_TEMPLATES = "additional_chat_templates"
 
-# Names, versions, and what has a hash of its own. Anything not listed here counts.
-_UNFELT = frozenset({
+# Settings without an effect on results, and the templates, which have a hash of their own. All
+# other settings are hashed.
+_UNHASHED_SETTINGS = frozenset({
     "_commit_hash", "backend", "chat_template", "is_local", "local_files_only", "name_or_path",
     "processor_class", "tokenizer_file", "transformers_version",
 })  # fmt: skip
-_ORIGIN = frozenset({"_commit_hash", "_name_or_path", "transformers_version"})
-"""Of config.json: where a model came from, by which transformers would choose too."""
+_PROVENANCE_FIELDS = frozenset({"_commit_hash", "_name_or_path", "transformers_version"})
+"""Fields of config.json that state where a model comes from. `stage` removes them, because they
+affect the tokenizer class that transformers chooses."""
 
 
 def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Return token -> id of a tokenizer.json, added tokens included. ValueError if it has none."""
+    """Return token -> id of a tokenizer.json, including added tokens. Raises ValueError."""
     try:
         known = tokenizer["model"]["vocab"]
         if isinstance(known, list):  # Unigram: [token, score] in the order of the ids
@@ -55,28 +61,29 @@ def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
             tokens = {token: int(i) for token, i in known.items()}
         return tokens | {t["content"]: int(t["id"]) for t in tokenizer.get("added_tokens") or []}
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError("no vocabulary of token -> id in it") from error
+        raise ValueError("no vocabulary: model.vocab must map each token to its id") from error
 
 
 def tokenizer_sha256(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Return the hash of a tokenizer.json and the settings around it.
+    """Return the hash of a tokenizer.json and its settings.
 
-    Padding and truncation are left out: they are what the last call left behind. Merges have two
-    spellings ("a b" and ["a", "b"]); both give the same hash.
+    Padding and truncation are not hashed, because every call of the tokenizer sets them. Merges are
+    written as "a b" or ["a", "b"]; both forms have the same hash.
     """
     kept = _without_last_call(tokenizer)
     model = kept.get("model")
     if isinstance(model, dict) and isinstance(model.get("merges"), list):
         merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
         kept["model"] = model | {"merges": merges}
-    felt = {key: value for key, value in settings.items() if key not in _UNFELT}
-    return content_sha256([kept, felt])
+    hashed = {key: value for key, value in settings.items() if key not in _UNHASHED_SETTINGS}
+    return content_sha256([kept, hashed])
 
 
 def chat_template_sha256(settings: Mapping[str, Any], files: Mapping[str, str]) -> str:
-    """Return the hash of the chat templates (name -> text; `files` win), empty without any.
+    """Return the hash of the chat templates, or "" if there are none.
 
-    A single template, the usual case, has the hash of its text.
+    `files` maps names to texts and has priority over the settings. The hash of a single template
+    is the SHA-256 of its text.
     """
     templates = _templates(settings, files)
     if not templates:
@@ -88,20 +95,20 @@ def chat_template_sha256(settings: Mapping[str, Any], files: Mapping[str, str]) 
 
 
 def settings_of(special: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that special_tokens_map.json and tokenizer_config.json make together."""
+    """Merge special_tokens_map.json with tokenizer_config.json, which has priority."""
     return {**special, **settings}
 
 
 def setting_conflicts(special: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Return the special tokens about which the two files disagree.
+    """Return a problem for each special token that differs between the two files.
 
-    transformers lets tokenizer_config.json win where it has an `added_tokens_decoder`, and
-    special_tokens_map.json otherwise; only the former is what `settings_of` does.
+    If tokenizer_config.json has no `added_tokens_decoder`, transformers gives priority to
+    special_tokens_map.json, which is the opposite of `settings_of`.
     """
     if "added_tokens_decoder" in settings:
         return []
     return [
-        f"{SPECIAL_NAME} and {SETTINGS_NAME} disagree about {key}: "
+        f"{SPECIAL_NAME} and {SETTINGS_NAME} have different values of {key}: "
         f"{_content(special[key])!r} and {_content(settings[key])!r}"
         for key in sorted(special.keys() & settings.keys())
         if _content(special[key]) != _content(settings[key])
@@ -109,10 +116,10 @@ def setting_conflicts(special: Mapping[str, Any], settings: Mapping[str, Any]) -
 
 
 def stage(folder: Path, target: Path) -> None:
-    """Write into `target` a tokenizer that consists of nothing but what the hashes cover.
+    """Write a copy of a tokenizer to `target` that has only the hashed content.
 
-    Reads a Hugging Face folder; config.json may be missing. Raises OSError for a folder without
-    tokenizer.json, ValueError, with everything that is wrong, for files that make no tokenizer.
+    `folder` is a Hugging Face folder; config.json may be missing. Raises OSError if there is no
+    tokenizer.json, and ValueError, with all problems, if a file is invalid.
     """
     read = {
         name: _read(folder / name)
@@ -134,7 +141,7 @@ def stage(folder: Path, target: Path) -> None:
     kept = {
         key: value
         for key, value in settings.items()
-        if key not in _UNFELT and not key.endswith(("_file", "_files"))
+        if key not in _UNHASHED_SETTINGS and not key.endswith(("_file", "_files"))
     }
     if templates.keys() == {"default"}:
         kept["chat_template"] = templates["default"]
@@ -143,7 +150,9 @@ def stage(folder: Path, target: Path) -> None:
     written = {TOKENIZER_NAME: _without_last_call(read[TOKENIZER_NAME]), SETTINGS_NAME: kept}
     if _CONFIG_NAME in read:
         config = read[_CONFIG_NAME].items()
-        written[_CONFIG_NAME] = {key: value for key, value in config if key not in _ORIGIN}
+        written[_CONFIG_NAME] = {
+            key: value for key, value in config if key not in _PROVENANCE_FIELDS
+        }
     for name, value in written.items():
         (target / name).write_text(json.dumps(value), encoding="utf-8")
 
@@ -161,12 +170,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _without_last_call(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer.json without padding and truncation: settings of the last call."""
+    """Return a tokenizer.json without padding and truncation, the settings of the last call."""
     return {key: value for key, value in tokenizer.items() if key not in ("padding", "truncation")}
 
 
 def _content(token: Any) -> Any:
-    """Return a special token's text, or those of a list of them."""
+    """Return the text of a special token, or the texts of a list of special tokens."""
     if isinstance(token, list):
         return [_text(item) for item in token]
     return _text(token)
@@ -177,7 +186,7 @@ def _text(token: Any) -> Any:
 
 
 def _templates(settings: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, str]:
-    """Return the chat templates by name: the files', and those among the settings besides."""
+    """Return the chat templates by name. Files have priority over the settings."""
     configured = settings.get("chat_template")
     templates = dict(files)
     if isinstance(configured, str):

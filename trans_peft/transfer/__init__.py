@@ -1,1 +1,1 @@
-"""Carry an adapter's bytes to another base: compatibility, transplant, effect probe."""
+"""Load an adapter on another base version: compatibility, rebinding, effect probe."""

@@ -1,13 +1,12 @@
-"""Whether an adapter's bytes mean anything on another base, told from the two fingerprints.
+"""Check whether an adapter is compatible with another base version, from their fingerprints.
 
-No weight is put on a device: shapes, names and sampled values are in the fingerprints, tokens in
-two tokenizer files. `PeftModel.from_pretrained` is no such check: on a base with fewer layers it
-drops trained weights without a word, on one with more it adds fresh ones.
+No model is loaded. Fingerprints contain the names, shapes and sampled values of all tensors; tokens
+are compared with the files of the two tokenizers. `PeftModel.from_pretrained` does not check this:
+it silently drops trained weights if the base has fewer layers, and adds random ones if it has more.
 
-A changed config under equal shapes (rope theta, context length, norm epsilon) is a note: real
-updates change these, and adapters survive some of them, so the evaluation decides. The same shapes
-with unrelated weights are a mismatch: nothing that the adapter learned to read or write is where it
-was.
+A changed config with equal shapes (rope theta, context length, norm epsilon) is a note, because
+adapters survive some of these changes; the evaluation decides. Equal shapes with unrelated weights
+are a mismatch, because the features that the adapter was trained on no longer exist.
 """
 
 import math
@@ -23,15 +22,14 @@ from trans_peft.transfer.peft_folder import read_peft_folder
 from trans_peft.transfer.target_modules import compare_target_modules
 from trans_peft.transfer.tokenizers import compare_tokenizers
 
-__all__ = ["UNRELATED_COSINE", "compare", "may_differ", "weight_cosine"]
+__all__ = ["UNRELATED_COSINE", "compare", "tokenizers_may_differ", "weight_cosine"]
 
 UNRELATED_COSINE = 0.2
-"""Below this median cosine, two bases of equal shapes count as unrelated.
+"""Bases of equal shapes are unrelated if the median cosine of their weights is below this value.
 
-Sampled cosines of independent weights scatter around 0: over 1,000 draws the largest median was
-0.05 with 32 values of each of 210 matrices (a model of 30 layers), 0.20 with 32 of each of 15 (a
-toy of 2). Continued training stays far above: a drift as large as the weights themselves still
-leaves 0.7.
+The cosines of independent weights are close to 0. In 1,000 draws with 32 sampled values per matrix,
+the largest median was 0.05 for 210 matrices (30 layers) and 0.20 for 15 matrices (2 layers).
+Continued training keeps the cosine far higher: 0.7 after a change as large as the weights.
 """
 
 
@@ -43,11 +41,19 @@ def compare(
     old_tokenizer: Path | None = None,
     new_tokenizer: Path | None = None,
 ) -> Compatibility:
-    """Return every mismatch and every note for an adapter trained on `old` and meant for `new`.
+    """Return all mismatches and notes for an adapter that was trained on `old`, on the base `new`.
 
-    The tokenizer folders (each verified, with a `tokenizer.json`) are read where `may_differ` says
-    so; InvalidSpecError where the tokens' hashes differ and a folder is missing. AdapterError for a
-    folder that is not PEFT.
+    Args:
+        old: fingerprint of the base that the adapter was trained on.
+        new: fingerprint of the other base.
+        adapter_folder: a PEFT folder.
+        old_tokenizer: a folder with the verified tokenizer of the old base. Both folders are
+            required if the tokenizer hashes differ, and read if `tokenizers_may_differ`.
+        new_tokenizer: the same for the new base.
+
+    Raises:
+        InvalidSpecError: the tokenizer hashes differ, and a tokenizer folder is missing.
+        AdapterError: `adapter_folder` is not a valid PEFT folder.
     """
     mismatches: list[str] = []
     notes: list[str] = []
@@ -69,10 +75,11 @@ def compare(
 def weight_cosine(
     old: Mapping[str, TensorSignature], new: Mapping[str, TensorSignature]
 ) -> float | None:
-    """Return the median cosine between the sketches of equal-shaped matrices; None without any.
+    """Return the median cosine between the sampled values of matrices with equal names and shapes.
 
-    Vectors are left out: norm weights are near 1 in every model. The median, so that neither a
-    replaced embedding nor a few untouched weights decide.
+    Returns None if there are no such matrices. Vectors are not compared, because norm weights are
+    close to 1 in every model. The median is robust to a replaced embedding and to a few weights
+    that did not change.
     """
     cosines = []
     for name, before in old.items():
@@ -91,22 +98,30 @@ def weight_cosine(
 def _compare_values(old: Fingerprint, new: Fingerprint) -> tuple[tuple[str, ...], tuple[str, ...]]:
     cosine = weight_cosine(old.tensors, new.tensors)
     if cosine is None:
-        return (), ("whether the weights are related is unknown: no sampled values to compare",)
+        return (), (
+            "the weights cannot be compared: the fingerprints have no sampled values in common",
+        )
     if cosine < UNRELATED_COSINE:
         return (
-            "the weights are unrelated, as after a re-pretraining: the median cosine between old"
-            f" and new matrices is {cosine:.3f}; an update has at least {UNRELATED_COSINE}",
+            "the weights are unrelated, as after pretraining from scratch: the median cosine"
+            f" between old and new matrices is {cosine:.3f}; an"
+            f" update has at least {UNRELATED_COSINE}",
         ), ()
     return (), ()
 
 
-def may_differ(old: Fingerprint, new: Fingerprint) -> bool:
-    """Whether two bases' loaded tokenizers may differ; config.json names the model type as well."""
-    return _tokens(old) != _tokens(new) or old.config_sha256 != new.config_sha256
+def tokenizers_may_differ(old: Fingerprint, new: Fingerprint) -> bool:
+    """Whether the loaded tokenizers of two bases may differ.
+
+    The configs are compared too, because config.json can determine the tokenizer class.
+    """
+    return (
+        _tokenizer_hashes(old) != _tokenizer_hashes(new) or old.config_sha256 != new.config_sha256
+    )
 
 
-def _tokens(of: Fingerprint) -> tuple[str, str]:
-    return of.vocabulary_sha256, of.tokenizer_sha256
+def _tokenizer_hashes(base: Fingerprint) -> tuple[str, str]:
+    return base.vocabulary_sha256, base.tokenizer_sha256
 
 
 def _compare_tokenizers(
@@ -116,13 +131,13 @@ def _compare_tokenizers(
     old_folder: Path | None,
     new_folder: Path | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if not may_differ(old, new):
+    if not tokenizers_may_differ(old, new):
         return (), ()
     if old_folder is None or new_folder is None:
-        if _tokens(old) == _tokens(new):
+        if _tokenizer_hashes(old) == _tokenizer_hashes(new):
             return (), ()
         raise InvalidSpecError(
-            "the two bases' tokenizers differ, and hashes do not tell which tokens",
+            "the tokenizers of the two bases differ, and must be compared",
             expected="the folder of each base's tokenizer",
             found=f"old: {old_folder}, new: {new_folder}",
             do="pass both folders",
@@ -134,8 +149,7 @@ def _changed_texts(old: Fingerprint, new: Fingerprint, adapter: Path) -> tuple[s
     notes = []
     if old.config_sha256 != new.config_sha256:
         notes.append(
-            "the base's config changed (such as rope theta, context length or norm epsilon): the"
-            " evaluation decides"
+            "the base's config changed (such as rope theta, context length or norm epsilon)"
         )
     if old.chat_template_sha256 != new.chat_template_sha256:
         notes.append(
@@ -143,8 +157,8 @@ def _changed_texts(old: Fingerprint, new: Fingerprint, adapter: Path) -> tuple[s
             + (
                 f"the adapter keeps the one it was trained with ({TEMPLATE_NAME} in its folder)"
                 if (adapter / TEMPLATE_NAME).is_file()
-                else "the adapter has none of its own, so its chats are rendered with the new"
-                " one; adopt it on the old base to keep that one's"
+                else "the adapter has no template of its own, so its chats are rendered with the"
+                " new one; to keep the old one, adopt the adapter on the old base"
             )
         )
     return tuple(notes)

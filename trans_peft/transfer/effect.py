@@ -1,7 +1,7 @@
-"""The effect probe: does the adapter change what the model says at all?
+"""Probe whether an adapter changes the logits of its base.
 
-An adapter can be loaded without an error and do nothing (its modules were skipped, its scale is 0,
-its weights are zeros). Evaluating it would then measure the bare base under the adapter's name.
+An adapter can load without an error and have no effect: its modules were skipped, its scale is 0,
+or its weights are zero. An evaluation would then measure the bare base.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,15 @@ PROBE_PROMPTS = (
 
 
 def probe_effect(peft_model: "PeftModel", tokenizer: Any) -> Effect:
-    """Return the largest change of a logit that the active adapter makes on a few built-in prompts.
+    """Return the largest change of a logit that the active adapter causes on `PROBE_PROMPTS`.
 
-    Each prompt goes through the same model with the adapter on and off, so an adapter that does
-    nothing gives exactly 0. (In half precision a method that rebuilds the weight, as DoRA does,
-    shows rounding instead; the gate then finds it no better than the bare base.) AdapterError if
-    the adapter makes logits that are not finite; UnsupportedModelError if the base alone does.
+    The same model computes each prompt with the adapter enabled and disabled, so an adapter without
+    an effect returns exactly 0. Methods that recompute the weight, such as DoRA, can return a
+    rounding error instead in half precision.
+
+    Raises:
+        AdapterError: logits with the adapter are not finite.
+        UnsupportedModelError: logits of the base alone are not finite.
     """
     import torch
 
@@ -55,22 +58,22 @@ def probe_effect(peft_model: "PeftModel", tokenizer: Any) -> Effect:
         peft_model.train(was_training)
     if unusable := _not_finite(bare):
         raise UnsupportedModelError(
-            "the base alone answers the probe with logits that are not finite",
+            "logits of the bare base are not finite",
             found=unusable,
             do="load the base in float32, or check its files",
         )
     if unusable := _not_finite(adapted):
         raise AdapterError(
-            "the adapter makes logits that are not finite",
+            "logits with the adapter are not finite",
             found=unusable,
             do="check its weights, and the dtype that the base was loaded in",
         )
-    # Prompt learning puts virtual tokens in front: compare the prompts' own positions.
+    # Prompt learning prepends virtual tokens, whose positions are not compared.
     changes = (a[:, -b.shape[1] :] - b for a, b in zip(adapted, bare, strict=True))
     return Effect(max_logit_change=max(change.abs().max().item() for change in changes))
 
 
 def _not_finite(logits: "list[torch.Tensor]") -> str:
-    """Say how many are not, where some are not."""
+    """Return "N of M" for the logits that are not finite, or "" if all are finite."""
     bad = sum(int((~one.isfinite()).sum()) for one in logits)
     return f"{bad} of {sum(one.numel() for one in logits)}" if bad else ""

@@ -1,9 +1,9 @@
-"""Bind an adapter's bytes to another base: as a folder, and on a model in memory.
+"""Bind an adapter to another base: as a PEFT folder, and on a model in memory.
 
-`transplant` writes a stock PEFT folder that names the new base. `attach` puts a folder on a loaded
-base; unlike `PeftModel.from_pretrained` it compares the file's keys with the adapter's both ways
-and refuses any difference. `attached` gives the base back as it came, so that one base in memory
-serves many adapters, one after the other.
+`rebind_adapter` writes a PEFT folder that names the new base. `attach` loads a folder on a base in
+memory. Unlike `PeftModel.from_pretrained`, it raises an error for any missing or unexpected tensor.
+`attached` restores the base afterwards, so that one base in memory is used for many adapters in
+turn.
 """
 
 import filecmp
@@ -34,35 +34,39 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import Tensor, nn
 
-__all__ = ["attach", "attached", "transplant"]
+__all__ = ["attach", "attached", "rebind_adapter"]
 
-# An adapter may build as many elements as its base has, and `_ROOM` more. With a method that saves
-# nearly all that it builds, it may take a multiple of its file's elements instead; FourierFT, BOFT
-# and others build dense matrices that they do not save.
-_ROOM_FACTOR, _ROOM = 4, 1 << 26
-_SAVED_WHOLE = frozenset({"ADALORA", "BOTTLENECK", "IA3", "LOHA", "LOKR", "LORA", "PROMPT_TUNING"})
+# PEFT may allocate as many elements for an adapter as its base has, plus `_SPARE_ELEMENTS`. Methods
+# that save nearly all of their tensors may also allocate at most `_SAVED_FACTOR` times the elements
+# in the file, plus `_SPARE_ELEMENTS`. FourierFT, BOFT and others allocate matrices that they do not
+# save.
+_SAVED_FACTOR, _SPARE_ELEMENTS = 4, 1 << 26
+_FULLY_SAVED = frozenset({"ADALORA", "BOTTLENECK", "IA3", "LOHA", "LOKR", "LORA", "PROMPT_TUNING"})
 
 
-def transplant(folder: Path, target: Path, *, base_name: str, base_revision: str | None) -> Path:
-    """Write the adapter in `folder` to `target`, bound to another base, and return `target`.
+def rebind_adapter(
+    folder: Path, target: Path, *, base_name: str, base_revision: str | None
+) -> Path:
+    """Write a copy of an adapter that names another base, and return `target`.
 
-    The weights are the same bytes; of the config only `base_model_name_or_path` and `revision`
-    change. A chat template that lies beside the adapter comes along. Whole or not at all; the same
-    transplant again changes nothing. AdapterError for a folder that is not PEFT or a `target` that
-    holds something else.
+    The weights and the chat template are copied unchanged. In the config, only
+    `base_model_name_or_path` and `revision` change. `target` is created atomically. If it already
+    contains the same copy, nothing is written.
+
+    Raises AdapterError if `folder` is not a valid PEFT folder, or if `target` has other content.
     """
     source = read_peft_folder(folder)
     config = {**source.config, "base_model_name_or_path": base_name, "revision": base_revision}
     if target.exists() and any(target.iterdir()):
-        there = read_peft_folder(target)
+        existing = read_peft_folder(target)
         same = filecmp.cmp(folder / WEIGHTS_NAME, target / WEIGHTS_NAME, shallow=False)
-        if same and there.config == config and saved_template(folder) == saved_template(target):
+        if same and existing.config == config and saved_template(folder) == saved_template(target):
             return target
         raise AdapterError(
-            f"{target} already holds another adapter",
-            expected=f"nothing there, or the same adapter bound to {base_name}",
+            f"{target} already contains another adapter",
+            expected=f"an empty folder, or the same adapter bound to {base_name}",
             found=f"{'the same' if same else 'other'} weights, bound to"
-            f" {there.config.get('base_model_name_or_path')}",
+            f" {existing.config.get('base_model_name_or_path')}",
             do="write to another folder",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,12 +83,18 @@ def transplant(folder: Path, target: Path, *, base_name: str, base_revision: str
 
 @contextmanager
 def attached(model: "nn.Module", folder: Path, name: str = "default") -> Iterator["PeftModel"]:
-    """Lend `model` with the adapter in `folder` on it, and give it back exactly as it came.
+    """Load the adapter in `folder` on a base for the duration of a block, and restore the base.
 
-    Within the block the PeftModel is `attach`'s; after it, the PeftModel is empty and must not be
-    used. UnsupportedModelError if the base's content changed in between, as merging does; the
-    comparison is by `trans_peft.checksums`. After any other error in the block nothing is compared:
-    `load_base` compares before it hands a base out again.
+    The block receives the PeftModel of `attach`, which must not be used after the block.
+
+    Raises UnsupportedModelError if the base was changed in the block, for example by merging
+    (compared with `trans_peft.checksums`). If the block raises an error, the base is restored
+    without a comparison, because `load_base` compares it before its next use.
+
+    Example::
+
+        with attached(base.model, Path("adapters/chat")) as model:
+            logits = model(input_ids=ids).logits
     """
     before, snapshot = model_checksums(model), ModelSnapshot(model)
     peft_model = attach(model, folder, name)
@@ -96,18 +106,21 @@ def attached(model: "nn.Module", folder: Path, name: str = "default") -> Iterato
     changed = before.changes(model_checksums(model))
     if merged or changed:
         raise UnsupportedModelError(
-            "the base's own weights were changed while the adapter was attached",
+            "the weights of the base were changed while the adapter was attached",
             found="the adapter is merged into them" if merged else listed(changed, 3),
             do="load the base again, and do not merge an attached adapter",
         )
 
 
 def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftModel":
-    """Put the adapter in `folder` on a loaded base and return it as a PeftModel, for inference.
+    """Load the adapter in `folder` on a base in memory, and return a PeftModel for inference.
 
-    The logits are those of `PeftModel.from_pretrained`, but the keys and shapes in the file must be
-    exactly those of the adapter on this base. AdapterError with every difference; `model` is then
-    as it came. Nothing is trainable afterwards, and torch's random state is untouched.
+    The logits equal those of `PeftModel.from_pretrained`. The keys and shapes in the file must be
+    exactly those that PEFT expects on this base. All parameters are frozen. torch's random state
+    does not change.
+
+    Raises AdapterError, with all differences, if the adapter cannot be loaded. `model` is then
+    restored.
     """
     import torch
     from peft import PeftModel, set_peft_model_state_dict
@@ -120,51 +133,50 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
     config = _peft_config(source)
     if hasattr(model, "peft_config"):
         raise AdapterError(
-            "the model already carries an adapter",
-            do="leave the `attached` block of the other one first, or pass its base model",
+            "the model already has an adapter",
+            do="end the `attached` block of the other adapter first, or pass a bare base",
         )
     subject = f"the adapter in {folder}"
     snapshot = ModelSnapshot(model)
     try:
         check_options(source.config, [*names_of(model)], subject)
         build = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        room = sum(weight.numel() for weight in model.parameters())
-        if source.peft_type in _SAVED_WHOLE:
-            room = min(room, _ROOM_FACTOR * sum(map(prod, source.tensors.values())))
+        elements = sum(weight.numel() for weight in model.parameters())
+        if source.peft_type in _FULLY_SAVED:
+            elements = min(elements, _SAVED_FACTOR * sum(map(prod, source.tensors.values())))
         with (
-            BoundedAllocation(_ROOM + room, subject),
-            torch.random.fork_rng(devices=[]),  # fresh weights are drawn, and overwritten below
+            BoundedAllocation(_SPARE_ELEMENTS + elements, subject),
+            torch.random.fork_rng(devices=[]),  # PEFT draws initial weights, overwritten below
         ):
             peft_model = build(model, config, adapter_name=name)
         _check_keys(peft_model, source, name)
         if not snapshot.holds(peft_model):
             raise AdapterError(
-                f"{folder}: loading it would rewrite the base's own weights",
-                expected="an adapter that leaves the base alone",
-                found=f"a {source.peft_type} adapter that replaces some of them",
+                f"{folder}: loading it would change the weights of the base",
+                expected="an adapter that does not change its base",
+                found=f"a {source.peft_type} adapter that replaces weights of the base",
             )
         written = snapshot.overlapping(_state(peft_model, name))
         if written:
             raise AdapterError(
                 f"{folder}: loading it would overwrite weights of the base: {listed(written)}",
-                expected="an adapter with weights of its own",
-                do="train it with bias='none', and with modules_to_save instead of base weights",
+                expected="an adapter that shares no weights with its base",
+                do="train it with bias='none', and list trained base modules in modules_to_save",
             )
         tensors = load_file(folder / WEIGHTS_NAME)
-        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            raise AdapterError(f"{folder}: not finite: {listed(broken)}")
+        not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if not_finite:
+            raise AdapterError(f"{folder}: values are not finite: {listed(not_finite)}")
         set_peft_model_state_dict(peft_model, tensors, name)
         loaded = _state(peft_model, name)
-        astray = [key for key in tensors if not _same(tensors[key], loaded[key])]
-        if astray:
-            raise AdapterError(f"{folder}: PEFT did not load {listed(astray)}")
+        not_loaded = [key for key in tensors if not _same(tensors[key], loaded[key])]
+        if not_loaded:
+            raise AdapterError(f"{folder}: PEFT did not load {listed(not_loaded)}")
         overflowed = [key for key in tensors if not torch.isfinite(loaded[key]).all()]
         if overflowed:
             raise AdapterError(
-                f"{folder}: values of {listed(overflowed)} exceed the range of the dtype that they "
-                "are loaded in",
-                expected=f"values below {torch.finfo(loaded[overflowed[0]].dtype).max:.3g}",
+                f"{folder}: values of {listed(overflowed)} exceed the range of the dtype in memory",
+                expected=f"at most {torch.finfo(loaded[overflowed[0]].dtype).max:.3g}",
             )
     except BaseException as error:
         snapshot.restore()
@@ -172,8 +184,8 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
         if not isinstance(error, Exception) or isinstance(error, passed_on):
             raise
         raise AdapterError(
-            f"{folder} cannot be put on {type(model).__name__}: {_said(error)}",
-            do="check that the adapter was trained on this architecture",
+            f"{folder} cannot be loaded on {type(model).__name__}: {_error_text(error)}",
+            do="check that the adapter was trained on a base of this architecture",
         ) from error
     peft_model.requires_grad_(False)
     peft_model.eval()
@@ -181,7 +193,7 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
 
 
 def _peft_config(source: PeftFolder) -> "PeftConfig":
-    """Build PEFT's config; PEFT itself warns about fields it does not know, and drops them."""
+    """Build PEFT's config. Raises AdapterError for fields that PEFT would ignore with a warning."""
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -191,74 +203,75 @@ def _peft_config(source: PeftFolder) -> "PeftConfig":
     register_methods()
     if source.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(
-            f"{source.path}: unknown method {source.peft_type}",
+            f"{source.path}: unknown PEFT method {source.peft_type}",
             expected=", ".join(
                 sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_CONFIG_MAPPING)
             ),
         )
     if source.rewriting_init:
         raise AdapterError(
-            f"{source.path}: loading it would rewrite the base's own weights",
-            expected="an adapter that leaves the base alone",
+            f"{source.path}: loading it would change the weights of the base",
+            expected="an adapter that does not change its base",
             found=f"init_lora_weights={source.rewriting_init!r}",
-            do="convert it: save_pretrained(folder, path_initial_model_for_weight_conversion=...)",
+            do="convert it to plain LoRA: save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=...)",
         )
     known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[source.peft_type])}
-    known.add("runtime_config")  # never part of an adapter
+    known.add("runtime_config")  # a setting of the process, not of the adapter
     unknown = sorted(key for key, value in source.config.items() if key not in known and value)
     if unknown:
         raise AdapterError(
-            f"{source.path}: this PEFT does not know {listed(unknown)}, and would ignore it",
+            f"{source.path}: the installed PEFT would ignore these fields: {listed(unknown)}",
             found=f"saved by PEFT {source.config.get('peft_version', 'of unknown version')}",
-            do="install the PEFT that saved it",
+            do="install the version of PEFT that saved the adapter",
         )
     options = {k: v for k, v in source.config.items() if v is not None}
     problems = saved_problems(PEFT_TYPE_TO_CONFIG_MAPPING[source.peft_type], options)
     problems += not_evaluable(source.peft_type, options)
     if problems:
-        raise AdapterError(f"{source.path}: {CONFIG_NAME} cannot be used: {'; '.join(problems)}")
+        raise AdapterError(f"{source.path}: {CONFIG_NAME} is not valid: {'; '.join(problems)}")
     try:
         config = PeftConfig.from_pretrained(str(source.path))
     except Exception as error:
         raise AdapterError(
-            f"{source.path}: PEFT cannot read {CONFIG_NAME}: {_said(error)}",
+            f"{source.path}: PEFT cannot read {CONFIG_NAME}: {_error_text(error)}",
             found=f"saved by PEFT {source.config.get('peft_version', 'of unknown version')}",
         ) from error
     config.inference_mode = True
     return config
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return str(error) if isinstance(error, TransPeftError) else f"{type(error).__name__}: {error}"
 
 
 def _check_keys(peft_model: "PeftModel", source: PeftFolder, name: str) -> None:
-    wanted = {key: tuple(tensor.shape) for key, tensor in _state(peft_model, name).items()}
-    absent = sorted(set(wanted) - set(source.tensors))
-    homeless = sorted(set(source.tensors) - set(wanted))
+    expected = {key: tuple(tensor.shape) for key, tensor in _state(peft_model, name).items()}
+    missing = sorted(set(expected) - set(source.tensors))
+    unexpected = sorted(set(source.tensors) - set(expected))
     reshaped = [
-        f"{key} {source.tensors[key]} for {shape}"
-        for key, shape in sorted(wanted.items())
+        f"{key} is {source.tensors[key]}, the base needs {shape}"
+        for key, shape in sorted(expected.items())
         if key in source.tensors and source.tensors[key] != shape
     ]
     problems = [
-        f"{len(found)} {what}: {listed(found)}"
-        for found, what in (
-            (homeless, "keys of the file have no place on this base"),
-            (absent, "places on this base have no key in the file"),
-            (reshaped, "tensors have another shape"),
+        f"{problem} ({len(keys)}): {listed(keys)}"
+        for keys, problem in (
+            (unexpected, "tensors in the file that this base does not need"),
+            (missing, "tensors missing from the file"),
+            (reshaped, "tensors of another shape"),
         )
-        if found
+        if keys
     ]
     if problems:
-        do = "compare the base with the one it was trained on: trans-peft check"
-        if {key for key in homeless for key in (key, key.replace(".base_layer.", "."))} & set(
-            peft_model.state_dict()
-        ):
-            do = "leave the base's weights out: save_pretrained(..., save_embedding_layers=False)"
+        do = "run `trans-peft check` to compare this base with the base that it was trained on"
+        names = {*unexpected, *(key.replace(".base_layer.", ".") for key in unexpected)}
+        if names & peft_model.state_dict().keys():
+            do = "save it without weights of the base: save_pretrained(..., "
+            do += "save_embedding_layers=False)"
         raise AdapterError(
             f"{source.path} does not fit this base: {'; '.join(problems)}",
-            expected=f"{len(wanted)} tensors for {source.peft_type} on this base",
+            expected=f"{len(expected)} tensors for {source.peft_type} on this base",
             found=f"{len(source.tensors)} tensors in {WEIGHTS_NAME}",
             do=do,
         )

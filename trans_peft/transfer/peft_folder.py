@@ -1,8 +1,8 @@
-"""What lies in a PEFT folder, read without torch: its config, each tensor's name and shape.
+"""Read the config and the names and shapes of the tensors in a PEFT folder, without torch.
 
-The format is what `PeftModel.save_pretrained` writes (PEFT 0.21): `adapter_config.json` beside
-`adapter_model.safetensors`, keys prefixed with `base_model.model.`, the adapter's own name taken
-out. Pickled weights are never opened.
+`PeftModel.save_pretrained` (PEFT 0.21) writes `adapter_config.json` and
+`adapter_model.safetensors`. Its keys start with `base_model.model.` and do not contain the name of
+the adapter. Pickled weights are never opened.
 """
 
 from collections.abc import Mapping
@@ -23,13 +23,19 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors spells them
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL"})
 _INDICES = "indices"
-"""Part of the names of tensors of whole numbers, which SHiRA and VB-LoRA save."""
+"""Part of the names of integer tensors, which SHiRA and VB-LoRA save."""
 _REWRITING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """A PEFT folder that can be read: `tensors` maps each key of the weights file to its shape."""
+    """The content of a valid PEFT folder.
+
+    Attributes:
+        path: the folder.
+        config: the fields of adapter_config.json.
+        tensors: shape of each tensor, by its key in the weights file.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -42,25 +48,26 @@ class PeftFolder:
 
     @property
     def rewriting_init(self) -> str | None:
-        """The initialisation that subtracts the start of the adapter from the base, if it used one.
+        """The initialization that modifies the base's weights, such as "pissa"; None for others.
 
-        PiSSA and its kin train against a base that they changed first; PEFT repeats that change on
-        whatever base the adapter is loaded on, so the same bytes mean something else on each base.
+        PiSSA and similar methods subtract the initial adapter from the base before training. PEFT
+        repeats this on any base that the adapter is loaded on, so that the adapter computes
+        something else on each base.
         """
         init = str(self.config.get("init_lora_weights", "")).lower()
         return init if init.startswith(_REWRITING_INITS) else None
 
 
 def read_peft_folder(folder: Path) -> PeftFolder:
-    """Read the config and the tensors' names of a PEFT folder. AdapterError with all problems."""
+    """Read a PEFT folder. Raises AdapterError with all problems."""
     problems: list[str] = []
     config = _config(folder, problems)
     tensors = _tensors(folder, problems)
     if problems:
         raise AdapterError(
-            f"{folder} is not a PEFT adapter that can be used: {'; '.join(problems)}",
+            f"{folder} is not a valid PEFT adapter: {'; '.join(problems)}",
             expected=f"{CONFIG_NAME} and {WEIGHTS_NAME}",
-            found=", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing there",
+            found=", ".join(sorted(path.name for path in folder.glob("*"))) or "no files",
             do="save the adapter again with PeftModel.save_pretrained(folder)",
         )
     return PeftFolder(folder, config, tensors)
@@ -90,7 +97,7 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
             if file.suffix in (".bin", ".pt", ".pth")
         )
         problems.append(
-            f"its weights are pickled ({', '.join(pickled)}), which can run code when opened"
+            f"its weights are pickled ({', '.join(pickled)}), and pickles can run code"
             if pickled
             else f"it has no {WEIGHTS_NAME}"
         )
@@ -104,14 +111,14 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
     types = {entry.name: entry.dtype for entry in entries}
     if not tensors:
         problems.append(f"{WEIGHTS_NAME} holds no tensor")
-    strange = [
+    invalid = [
         f"{key} ({kind})"
         for key, kind in types.items()
         if kind not in (_FLOATS | _INTEGERS if _INDICES in key else _FLOATS)
     ]
-    if strange:
+    if invalid:
         problems.append(
-            f"{WEIGHTS_NAME} holds tensors that PEFT cannot compute with: {listed(strange)};"
-            f" expected {', '.join(sorted(_FLOATS))}, or whole numbers for indices"
+            f"{WEIGHTS_NAME} holds tensors of an unsupported dtype: {listed(invalid)};"
+            f" expected {', '.join(sorted(_FLOATS))}, or integers for indices"
         )
     return tensors

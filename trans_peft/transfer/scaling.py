@@ -1,8 +1,8 @@
-"""The same adapter, louder or softer: its own scale times a factor, in a stock PEFT folder.
+"""Multiply the scale of a LoRA adapter by a factor.
 
-LoRA adds (lora_alpha / r) * B A to a weight (eq. 1 of the paper; over sqrt(r) with rsLoRA), so
-`lora_alpha` times a factor is the whole change, with `alpha_pattern` where single modules have an
-alpha of their own. No tensor changes, but the hash of the weights does: alpha belongs to it.
+LoRA adds (lora_alpha / r) * B A to a weight (eq. 1 of the paper; rsLoRA divides by sqrt(r)). The
+factor is applied to `lora_alpha` and `alpha_pattern` in the config. The tensors stay the same, but
+the adapter's hash changes, because it covers the config.
 """
 
 import json
@@ -16,26 +16,28 @@ __all__ = ["has_scale", "rescaled"]
 
 
 def has_scale(folder: Path) -> bool:
-    """Whether an adapter has a scale that can be turned (LoRA, with or without DoRA)."""
+    """Whether an adapter has a scale that can be changed (LoRA, with or without DoRA)."""
     return read_peft_folder(folder).peft_type == "LORA"
 
 
 def rescaled(folder: Path, target: Path, factor: float) -> Path:
-    """Write the adapter in `folder` with its scale times `factor` to `target`, and return that.
+    """Write a copy of the adapter with its scale multiplied by `factor`, and return `target`.
 
-    AdapterError for a method without a scale, InvalidSpecError for a factor that is not positive.
+    Raises:
+        AdapterError: the method has no scale, or the scale in the config is not a number.
+        InvalidSpecError: the factor is not positive and finite.
     """
     source = read_peft_folder(folder)
     if not has_scale(folder):
         raise AdapterError(f"{folder}: a {source.peft_type} adapter has no scale", expected="LORA")
     if not 0 < factor < float("inf"):
-        raise InvalidSpecError("a scale's factor is positive and finite", found=factor)
+        raise InvalidSpecError("the factor of a scale must be positive and finite", found=factor)
     config = dict(source.config)
     pattern = config.get("alpha_pattern") or {}
     alphas = {"lora_alpha": config.get("lora_alpha"), **pattern}
     wrong = [f"{key}: {alpha!r}" for key, alpha in alphas.items() if not _is_number(alpha)]
     if wrong:
-        raise AdapterError(f"{folder}: a scale must be a number", found=listed(wrong))
+        raise AdapterError(f"{folder}: every scale must be a number", found=listed(wrong))
     config["lora_alpha"] = config["lora_alpha"] * factor
     config["alpha_pattern"] = {name: alpha * factor for name, alpha in pattern.items()}
     shutil.copytree(folder, target)

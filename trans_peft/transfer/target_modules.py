@@ -1,8 +1,8 @@
-"""Where an adapter's tensors sit on a base, and whether those places are the same on another.
+"""Compare the modules of two bases that an adapter targets.
 
-Told from the keys of the weights file and the names and shapes in two fingerprints, without PEFT
-and without a model. PEFT's rule for targets is `match_target_against_key`: a string is a regular
-expression for the whole name, a list holds ends of names.
+The comparison uses the keys of the weights file and the names and shapes in two fingerprints; no
+model is loaded. As in PEFT's `match_target_against_key`, a target that is a string is a regular
+expression for the whole name, and a list contains the ends of names.
 """
 
 import re
@@ -23,15 +23,18 @@ Tensors = Mapping[str, TensorSignature]
 def compare_target_modules(
     adapter: PeftFolder, old: Tensors, new: Tensors
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (mismatches, notes) about every place that the adapter occupies on the old base."""
+    """Return (mismatches, notes) about every module of the old base that the adapter changes.
+
+    Raises AdapterError if a pattern in the adapter's config is invalid.
+    """
     old, new = _with_tied_head(old), _with_tied_head(new)
     mismatches: list[str] = []
     notes: list[str] = []
     if adapter.rewriting_init:
         mismatches.append(
-            f"the adapter was started with init_lora_weights={adapter.rewriting_init!r} and saved"
-            " as it is: it only fits the base that it was subtracted from; convert it to plain LoRA"
-            " first (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"the adapter was trained with init_lora_weights={adapter.rewriting_init!r}, so it"
+            " works on its own base only; convert it to plain LoRA (save_pretrained with"
+            " path_initial_model_for_weight_conversion)"
         )
     old_modules, new_modules = _modules(old), _modules(new)
     paths = [key.removeprefix("base_model.model.") for key in adapter.tensors]
@@ -41,57 +44,59 @@ def compare_target_modules(
     except InvalidSpecError as error:
         raise AdapterError(str(error)) from error
     targets = adapter.config.get("target_modules")
-    whole = tuple(adapter.config.get("modules_to_save") or ())
-    brought: list[str] = []
-    foreign: list[str] = []
-    occupied: set[str] = set()
-    lost: dict[str, str] = {}
+    modules_to_save = tuple(adapter.config.get("modules_to_save") or ())
+    replaced: list[str] = []
+    base_weights: list[str] = []
+    adapted: set[str] = set()
+    missing: dict[str, str] = {}
     for key in adapter.tensors:
         path = key.removeprefix("base_model.model.")
         if path == key:
-            occupied.add("")  # prompt learning: it sits before the whole model
+            adapted.add("")  # prompt learning: virtual tokens before the whole model
             continue
         module = module_of(path, old_modules, targets)
         if path in old or path.replace(".base_layer.", ".") in old:
             # PEFT's rule for modules_to_save is looser than its rule for targets.
-            saved = any(part.endswith(whole) for part in _prefixes(module))
-            (brought if saved else foreign).append(path)
+            is_saved = any(part.endswith(modules_to_save) for part in _prefixes(module))
+            (replaced if is_saved else base_weights).append(path)
         if module not in old_modules:
-            lost[module] = "does not exist in the base that the adapter was trained on"
+            missing[module] = "does not exist in the base that the adapter was trained on"
         elif module not in new_modules:
-            lost[module] = "exists in the old base and is missing from the new one"
+            missing[module] = "exists in the old base, but not in the new one"
         else:
-            occupied.add(module)
-    if brought:
+            adapted.add(module)
+    if replaced:
         notes.append(
-            f"the adapter brings its own {listed(brought)}, trained on the old base, in place of"
-            " the new base's"
+            f"the adapter replaces {listed(replaced)} of the new base with its own, which was"
+            " trained on the old base"
         )
-    if foreign:
+    if base_weights:
         mismatches.append(
-            f"the adapter's file holds weights of the old base itself ({listed(foreign)}), which"
-            " would overwrite the new base's; save it with save_embedding_layers=False"
+            f"the adapter's file contains weights of the old base ({listed(base_weights)}), which"
+            " would overwrite those of the new base; save the adapter with"
+            " save_embedding_layers=False"
         )
     mismatches += [
-        f"{module}, where the adapter sits, {why}" for module, why in sorted(lost.items())
+        f"the adapter's target {module} {problem}" for module, problem in sorted(missing.items())
     ]
-    mismatches += _changed_shapes(occupied, old, new)
+    mismatches += _changed_shapes(adapted, old, new)
 
-    kinds = {_any_layer(module) for module in occupied | set(lost)} - {""}
+    kinds = {_any_layer(module) for module in adapted | set(missing)} - {""}
     added = sorted(module for module in new_modules - old_modules if _any_layer(module) in kinds)
     if added:
         mismatches.append(
-            f"the new base has {len(added)} more modules of the kind where the adapter sits"
-            f" ({listed(added)}), for which it holds nothing"
+            f"the new base has {len(added)} additional target modules ({listed(added)}), for which"
+            " the adapter has no weights"
         )
     return tuple(mismatches), tuple(notes)
 
 
 def module_of(path: str, modules: set[str], targets: str | Iterable[str] | None) -> str:
-    """Return the module that a tensor of the adapter sits on, also if the base does not have it.
+    """Return the module that a tensor of the adapter belongs to, even if the base lacks it.
 
-    It is the longest part of the path that is a module of the base or a target by the adapter's
-    config. A part that ends at a list of layers stands for an index that the list does not have.
+    This is the longest prefix of the path that is a module of the base, or matches the adapter's
+    targets. If that is a list of layers, the result includes the next part of the path: the index
+    of a layer that the base lacks.
     """
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
@@ -105,7 +110,7 @@ def module_of(path: str, modules: set[str], targets: str | Iterable[str] | None)
 
 
 def _with_tied_head(tensors: Tensors) -> Tensors:
-    """Add the head of a base that ties it to its embedding: files hold such a weight once."""
+    """Add a head that is tied to the embedding. Files contain a tied weight only once."""
     embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
     if embedding is None or "lm_head.weight" in tensors:
         return tensors
@@ -135,16 +140,18 @@ def _any_layer(module: str) -> str:
     return re.sub(r"\b\d+\b", "*", module)
 
 
-def _changed_shapes(occupied: Iterable[str], old: Tensors, new: Tensors) -> list[str]:
+def _changed_shapes(adapted: Iterable[str], old: Tensors, new: Tensors) -> list[str]:
     changed: dict[str, str] = {}
-    for module in sorted(occupied):
-        # Before the whole model only the widths count: rows may be added to the vocabulary.
+    for module in sorted(adapted):
+        # For prompt learning only widths matter: rows may be added to the vocabulary.
         first = 0 if module else -1
         for name in old:
             if module and not name.startswith(f"{module}."):
                 continue
             if name not in new:
-                changed[name] = f"{name} had shape {old[name].shape} and is gone"
+                changed[name] = (
+                    f"{name} had shape {old[name].shape} and does not exist in the new base"
+                )
             elif old[name].shape[first:] != new[name].shape[first:]:
                 changed[name] = f"{name} had shape {old[name].shape} and has {new[name].shape}"
     return [changed[name] for name in sorted(changed)]

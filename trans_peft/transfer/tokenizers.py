@@ -1,8 +1,8 @@
-"""Whether two bases' tokenizers give the same ids, ends and texts, told from the loaded tokenizers.
+"""Compare the tokenizers of two bases.
 
-One file does not tell: `tokenizer_class` alone decides how transformers splits digits, and settings
-decide about special tokens. Both tokenizers are loaded as for an evaluation, in a child process
-with limits, and encode and decode a probe corpus.
+Both tokenizers are loaded as for an evaluation, in a child process with limits, and encode and
+decode a probe corpus. Comparing files is not enough, because `tokenizer_class` and other settings
+also affect the tokens.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from trans_peft.errors import listed
 from trans_peft.isolation import Limits, call_isolated
-from trans_peft.text.answers import spoken
+from trans_peft.text.answers import decode_ids
 from trans_peft.text.chat import render_prompts, template_of
 from trans_peft.text.tokenizer import load_tokenizer
 
@@ -33,9 +33,9 @@ PROBE_CORPUS = (
     "  leading,   inner\tand trailing  \n",
     "don't can't I'll WE'RE hyphen-ated snake_case camelCase <b>x</b> . , ! ? ' s",
 )
-"""Text that both must cut into the same tokens: several scripts, code, white space, numbers."""
+"""Texts that both tokenizers encode: several scripts, code, white space and numbers."""
 
-_MOST_SPECIAL = 256
+_MAX_SPECIAL_TOKENS = 256
 _CHATS = (
     [{"role": "user", "content": "Hi, 123."}],
     [
@@ -58,11 +58,18 @@ def compare_tokenizers(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (mismatches, notes) about the tokenizers in two folders.
 
-    A mismatch is what changes an adapter's input or where its answer ends: a token with another id,
-    other ids or other text for the probe corpus, another end-of-text token, and chats that become
-    other ids under `template` (the adapter's own; the old tokenizer's where it is None). Changed
-    settings without such an effect, and added tokens, are notes. UnsupportedModelError for a folder
-    without a tokenizer, LimitExceededError.
+    Mismatches are differences that change the inputs or the end of answers: a token with another
+    id, other ids or other decoded text for the probe corpus, other ids for chats, and another
+    end-of-text token. Added tokens, and changed settings without such an effect, are notes.
+
+    Args:
+        old: folder of the old base's tokenizer.
+        new: folder of the new base's tokenizer.
+        template: chat template of the adapter; None: that of the old tokenizer.
+
+    Raises:
+        UnsupportedModelError: a folder has no valid tokenizer.
+        LimitExceededError: the comparison exceeds a limit on time or memory.
     """
     mismatches, notes = call_isolated(
         _compare,
@@ -81,18 +88,18 @@ def _compare(old: Path, new: Path, template: str | None) -> tuple[list[str], lis
     old_ids, new_ids = before.get_vocab(), after.get_vocab()
     mismatches, notes = [], []
     moved = [
-        f"{token!r} was {number} and is {new_ids.get(token, 'gone')}"
+        f"{token!r} was {number} and is {new_ids.get(token, 'missing')}"
         for token, number in sorted(old_ids.items(), key=lambda item: item[1])
         if new_ids.get(token) != number
     ]
     if moved:
-        mismatches.append(f"{len(moved)} of {len(old_ids)} tokens lost their id: {listed(moved)}")
-    else:  # ids that moved explain it already
+        mismatches.append(f"{len(moved)} of {len(old_ids)} tokens have another id: {listed(moved)}")
+    else:  # changed ids already explain other differences
         template = template_of(before) if template is None else template
         mismatches += list(_texts(before, after)) or list(_chats(before, after, template))
     if before.eos_token != after.eos_token:
         mismatches.append(
-            f"an answer ended with {before.eos_token!r} and ends with {after.eos_token!r}"
+            f"the end-of-text token was {before.eos_token!r} and is {after.eos_token!r}"
         )
     added = sorted(set(new_ids) - set(old_ids), key=new_ids.__getitem__)
     if added:
@@ -103,14 +110,14 @@ def _compare(old: Path, new: Path, template: str | None) -> tuple[list[str], lis
     parts = [] if mismatches else _changed_parts(before, after)
     if parts:
         notes.append(
-            f"the tokenizer's {', '.join(parts)} changed; none of {len(PROBE_CORPUS)} probe texts "
-            "becomes other tokens, but other text may"
+            f"the tokenizer's {', '.join(parts)} changed; all {len(PROBE_CORPUS)} probe texts have "
+            "the same tokens, but other texts may differ"
         )
     return mismatches, notes
 
 
 def _texts(before: Any, after: Any) -> Iterator[str]:
-    special = sorted(before.added_tokens_decoder.items())[:_MOST_SPECIAL]
+    special = sorted(before.added_tokens_decoder.items())[:_MAX_SPECIAL_TOKENS]
     texts = [*PROBE_CORPUS, *(f"a{token}b {token} c" for _, token in special)]
 
     def differing(read: Callable[[Any, str], Any]) -> list[str]:
@@ -126,18 +133,23 @@ def _texts(before: Any, after: Any) -> Iterator[str]:
     found = alone or whole
     if found:
         yield (
-            f"{len(found)} of {len(texts)} probe texts become other tokens"
-            + ("" if alone else " where special tokens are added")
+            f"{len(found)} of {len(texts)} probe texts have other tokens"
+            + ("" if alone else " when special tokens are added")
             + f": {listed(found, 1)}"
         )
         return
-    told = differing(lambda t, text: spoken(t, t(text, add_special_tokens=False)["input_ids"]))
-    if told:
-        yield f"the same tokens become other text, for {len(told)} probe texts: {listed(told, 1)}"
+    decoded = differing(
+        lambda t, text: decode_ids(t, t(text, add_special_tokens=False)["input_ids"])
+    )
+    if decoded:
+        yield (
+            f"the same tokens decode to other text, for {len(decoded)} probe texts:"
+            f" {listed(decoded, 1)}"
+        )
 
 
 def _chats(before: Any, after: Any, template: str | None) -> Iterator[str]:
-    """Compare the prompts that one template makes; it writes special tokens by their settings."""
+    """Compare the tokens of chats. Templates use the special tokens of each tokenizer."""
     if template is None:
         return
 
@@ -152,7 +164,10 @@ def _chats(before: Any, after: Any, template: str | None) -> Iterator[str]:
 
     (then, old_texts), (now, new_texts) = ids(before), ids(after)
     if then != now:
-        yield f"chats become other tokens: {_short(old_texts[0])} was, {_short(new_texts[0])} is"
+        yield (
+            f"chats have other tokens: a prompt was {_short(old_texts[0])} and is"
+            f" {_short(new_texts[0])}"
+        )
 
 
 def _changed_settings(before: Any, after: Any) -> Iterator[str]:
@@ -166,7 +181,7 @@ def _changed_settings(before: Any, after: Any) -> Iterator[str]:
 
 
 def _changed_parts(before: Any, after: Any) -> list[str]:
-    """Return the parts of two fast tokenizers that differ, added vocabulary aside."""
+    """Return the parts of two fast tokenizers that differ, except for added vocabulary."""
     if not (hasattr(before, "backend_tokenizer") and hasattr(after, "backend_tokenizer")):
         return []
     old, new = (json.loads(t.backend_tokenizer.to_str()) for t in (before, after))

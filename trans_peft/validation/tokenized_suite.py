@@ -9,7 +9,7 @@ from trans_peft.data import Example, end_of_turn, prompt_ids, token_ids
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import DataError, listed_lines
-from trans_peft.text.answers import spoken
+from trans_peft.text.answers import decode_ids
 from trans_peft.validation.scoring import RULES, make_scorer
 
 __all__ = ["TokenizedSuite", "prepare", "with_answers"]
@@ -171,7 +171,7 @@ def _exact(
     """Return the decoded text of the right answer if it differs and is a valid reference."""
     if not ids or example.reference or tokenizer.unk_token_id in ids:
         return None
-    text = spoken(tokenizer, ids)
+    text = decode_ids(tokenizer, ids)
     try:
         is_right("", text)
     except DataError:
@@ -266,7 +266,7 @@ def _unreachable_references(
         for i, ids, whole in zip(long, alone, behind, strict=True)
     }
     for i, example in enumerate(examples):
-        written = texts[i] if example.reference else spoken(tokenizer, expected[i])
+        written = texts[i] if example.reference else decode_ids(tokenizer, expected[i])
         stop = next((s for s in suite.stop if s in texts[i] and s in written.strip()), None)
         if stop is not None:
             yield (

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trans_peft.errors import InvalidSpecError
-from trans_peft.text.answers import answer_text, spoken
+from trans_peft.text.answers import answer_text, decode_ids
 from trans_peft.validation.decoding.batching import Progress, evaluating, in_batches
 from trans_peft.validation.decoding.cache_support import cache_support
 from trans_peft.validation.decoding.decoder import Decoder, DecodingRow
@@ -163,7 +163,7 @@ class _AnswerEnds:
             return True
         if not self._strings:
             return False
-        tail = spoken(self._tokenizer, answer[-self._tail :])
+        tail = decode_ids(self._tokenizer, answer[-self._tail :])
         return any(text in tail for text in self._strings)
 
     def before(self, draft: Sequence[int], max_new_tokens: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Two bases' tokenizers, compared as they are loaded: ids, ends, texts and settings."""
+"""Comparison of two loaded tokenizers: ids, end tokens, decoded texts and settings."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ CHAT = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% e
 
 
 def saved(folder: Path, change=lambda state, settings, config: None) -> Path:
-    """A tokenizer that takes digits one by one, with merges of digits, a BOS, and a chat template.
+    """Save a tokenizer with single digits, merges of digits, a BOS token and a chat template.
 
     `change` edits its tokenizer.json, its tokenizer_config.json and the base's config.json.
     """
@@ -80,29 +80,29 @@ def special_as_text(state, settings, config):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
-        (by_class("ByT5Tokenizer"), "tokens lost their id"),
-        (by_config, "tokens lost their id"),
-        (by_class("GPT2Tokenizer"), "probe texts become other tokens"),
-        (by_class("Qwen2Tokenizer"), "probe texts become other tokens"),
-        (other_digits, "probe texts become other tokens"),
-        (without_bos, "where special tokens are added"),
+        (by_class("ByT5Tokenizer"), "tokens have another id"),
+        (by_config, "tokens have another id"),
+        (by_class("GPT2Tokenizer"), "probe texts have other tokens"),
+        (by_class("Qwen2Tokenizer"), "probe texts have other tokens"),
+        (other_digits, "probe texts have other tokens"),
+        (without_bos, "when special tokens are added"),
         (special_as_text, "1 of"),
-        (setting(split_special_tokens=True), "probe texts become other tokens"),
-        (other_decoder, "the same tokens become other text"),
-        (setting(eos_token="<tool>"), "an answer ended with '<eos>' and ends with '<tool>'"),
+        (setting(split_special_tokens=True), "probe texts have other tokens"),
+        (other_decoder, "the same tokens decode to other text"),
+        (setting(eos_token="<tool>"), "the end-of-text token was '<eos>' and is '<tool>'"),
         (setting(bos_token="<pad>"), ""),
     ],
 )
-def test_what_changes_an_input_or_an_end_is_a_mismatch(change, told, tmp_path):
+def test_a_change_of_inputs_or_end_tokens_is_a_mismatch(change, expected, tmp_path):
     mismatches, _ = compare_tokenizers(saved(tmp_path / "old"), saved(tmp_path / "new", change))
     assert mismatches
-    assert told in "; ".join(mismatches)
+    assert expected in "; ".join(mismatches)
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "expected"),
     [
         ({"pad_token": "<tool>"}, "pad_token was '<pad>' and is '<tool>'"),
         ({"clean_up_tokenization_spaces": True}, "clean_up_tokenization_spaces was"),
@@ -112,11 +112,11 @@ def test_what_changes_an_input_or_an_end_is_a_mismatch(change, told, tmp_path):
         ({"unk_token": "<tool>"}, "unk_token was None and is '<tool>'"),
     ],
 )
-def test_other_settings_are_told_as_a_note(values, told, tmp_path):
+def test_other_settings_are_a_note(values, expected, tmp_path):
     old, new = saved(tmp_path / "old"), saved(tmp_path / "new", setting(**values))
     mismatches, notes = compare_tokenizers(old, new)
     assert mismatches == ()
-    assert told in "; ".join(notes)
+    assert expected in "; ".join(notes)
 
 
 def normalized(state, settings, config):
@@ -138,18 +138,18 @@ def test_a_change_that_no_probe_text_shows_is_a_note(change, part, tmp_path):
     assert f"the tokenizer's {part} changed" in "; ".join(notes)
 
 
-def test_the_same_tokenizer_has_nothing_to_tell(tmp_path):
+def test_equal_tokenizers_have_no_notes(tmp_path):
     assert compare_tokenizers(saved(tmp_path / "old"), saved(tmp_path / "new")) == ((), ())
 
 
-def test_a_changed_special_token_counts_where_the_adapters_template_writes_it(tmp_path):
+def test_a_changed_special_token_matters_if_the_chat_template_uses_it(tmp_path):
     """`bos_token` is a variable of templates; the tokens of plain texts stay the same."""
     old, new = saved(tmp_path / "old"), saved(tmp_path / "new", setting(bos_token="<tool>"))
-    for folder in (old, new):  # no BOS by the post-processor, which would tell as well
+    for folder in (old, new):  # a BOS of the post-processor would differ too
         state = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
         (folder / "tokenizer.json").write_text(json.dumps(state))
     mismatches, notes = compare_tokenizers(old, new)
-    assert "chats become other tokens: '<bos>" in mismatches[0]
+    assert "chats have other tokens: a prompt was '<bos>" in mismatches[0]
     assert "bos_token was '<bos>' and is '<tool>'" in notes[0]
     mismatches, notes = compare_tokenizers(old, new, "{{ messages[0].content }}")
     assert mismatches == ()

@@ -1,4 +1,4 @@
-"""Whatever lies in an adapter's folder: an error of ours that names it, or it is attached."""
+"""An invalid adapter folder raises a TransPeftError that names the folder, and no other error."""
 
 import json
 import struct
@@ -17,34 +17,34 @@ from trans_peft.domain.adapter_config import parse_adapter_config
 from trans_peft.errors import AdapterError, TransPeftError, replacing_paths_in_errors
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.transfer.compatibility import compare
-from trans_peft.transfer.load_adapter import attached, transplant
+from trans_peft.transfer.load_adapter import attached, rebind_adapter
 from trans_peft.transfer.scaling import rescaled
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-def everything(folder, tmp_path):
-    """Do with a folder all that the library does; return the errors of ours, by what was done."""
+def errors_of(folder, tmp_path):
+    """Run every operation of the library on a folder; return the TransPeftErrors by operation."""
     base = fingerprint_of(tiny_model())
     model = tiny_model()
     before = model_checksums(model)
 
     def attach():
-        with attached(model, folder) as lent, torch.no_grad():
-            lent(input_ids=torch.arange(5)[None])
+        with attached(model, folder) as adapted, torch.no_grad():
+            adapted(input_ids=torch.arange(5)[None])
 
     found = {}
-    for name, do in {
+    for name, operation in {
         "hash": lambda: adapter_weights_sha256(folder),
         "compare": lambda: compare(base, base, folder),
         "attach": attach,
-        "transplant": lambda: transplant(
+        "rebind": lambda: rebind_adapter(
             folder, tmp_path / "moved", base_name="b", base_revision="r"
         ),
         "rescale": lambda: rescaled(folder, tmp_path / "scaled", 2.0),
     }.items():
         try:
-            do()
+            operation()
         except TransPeftError as error:
             str(error).encode()
             found[name] = error
@@ -97,11 +97,11 @@ def config(text):
     return lambda folder: (folder / "adapter_config.json").write_text(text)
 
 
-STRANGE = {
-    "fp8": (fp8, "attach", r"cannot compute with: .*lora_A.*F8_E4M3"),
-    "complex numbers": (complex_numbers, "attach", "cannot compute with: .*C64"),
+INVALID = {
+    "fp8": (fp8, "attach", r"unsupported dtype: .*lora_A.*F8_E4M3"),
+    "complex numbers": (complex_numbers, "attach", "unsupported dtype: .*C64"),
     **{
-        str(dtype): (cast_to(dtype), "attach", "cannot compute with: .*lora_A")
+        str(dtype): (cast_to(dtype), "attach", "unsupported dtype: .*lora_A")
         for dtype in (torch.int32, torch.uint8, torch.bool)
     },
     "beyond float32": (beyond_float32, "attach", "lora_A.* exceed the range of the dtype"),
@@ -138,9 +138,9 @@ STRANGE = {
     "a rank's expression": (
         lambda f: edit_config(f, rank_pattern={"(": 4}),
         "attach",
-        "adapter cannot be put on|not a regular",
+        "cannot be loaded on|not a regular",
     ),
-    "a method nobody knows": (lambda f: edit_config(f, peft_type="WARP"), "attach", "WARP"),
+    "an unknown method": (lambda f: edit_config(f, peft_type="WARP"), "attach", "WARP"),
     "a method in small letters": (lambda f: edit_config(f, peft_type="lora"), "attach", "lora"),
     "a method that is a number": (lambda f: edit_config(f, peft_type=3), "hash", "peft_type.*3"),
     "a method that loads others": (
@@ -185,14 +185,12 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("case", STRANGE)
-def test_a_strange_folder_is_an_error_that_names_it_and_what_is_wrong(
-    case, write_adapter, tmp_path
-):
-    damage, where, message = STRANGE[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_an_invalid_folder_is_an_error_with_folder_and_reason(case, write_adapter, tmp_path):
+    damage, where, message = INVALID[case]
     folder = write_adapter()
     damage(folder)
-    error = everything(folder, tmp_path)[where]
+    error = errors_of(folder, tmp_path)[where]
     assert str(folder) in str(error)
     with pytest.raises(TransPeftError, match=f"(?s){message}"):
         raise error
@@ -235,15 +233,15 @@ def saved(tmp_path_factory):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @pytest.mark.filterwarnings("default::RuntimeWarning")
-def test_no_field_of_a_config_makes_another_error_than_ours(saved, tmp_path_factory, changes):
+def test_any_config_loads_or_raises_a_trans_peft_error(saved, tmp_path_factory, changes):
     folder, fields = saved
     (folder / "adapter_config.json").write_text(json.dumps(fields | changes))
-    everything(folder, tmp_path_factory.mktemp("out"))
+    errors_of(folder, tmp_path_factory.mktemp("out"))
 
 
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 @settings(max_examples=200, deadline=None)
-def test_any_bytes_are_a_config_or_an_error_in_words(data):
+def test_any_bytes_are_a_config_or_a_value_error(data):
     try:
         config = parse_adapter_config(data)
     except ValueError as error:
@@ -252,7 +250,7 @@ def test_any_bytes_are_a_config_or_an_error_in_words(data):
         assert isinstance(config["peft_type"], str)
 
 
-def test_errors_about_a_copy_name_what_was_copied(tmp_path):
+def test_errors_about_a_copy_name_the_original(tmp_path):
     with (
         pytest.raises(AdapterError, match=r"^s3://team/lora/adapter_config\.json is wrong$"),
         replacing_paths_in_errors({tmp_path / "copy": "s3://team/lora"}),
