@@ -79,7 +79,15 @@ def test_experts_that_cannot_be_merged_are_refused(tmp_path):
 
 def test_old_checkpoints_with_other_names_and_saved_masks_load(tmp_path):
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=2, n_head=4)
+        GPT2Config(
+            vocab_size=258,
+            n_positions=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=256,
+            eos_token_id=256,
+        )
     )
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

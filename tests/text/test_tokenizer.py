@@ -174,8 +174,8 @@ def test_an_invalid_tokenizer_is_reported_with_its_folder(name, text, message, f
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("added_tokens.json", {"<tool>": 300}, "tokenizer.json lacks <tool>"),
-        ("added_tokens.json", {"<eos>": 3}, "tokenizer.json lacks <eos>"),
+        ("added_tokens.json", {"<tool>": 300}, "<tool> missing in tokenizer.json"),
+        ("added_tokens.json", {"<eos>": 3}, "<eos> missing in tokenizer.json"),
         ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.json"]}, "fast_tokenizer"),
     ],
 )
