@@ -1,4 +1,4 @@
-"""The arms of `benchmarks.validate`, each a function of the world that it judges."""
+"""The methods that `benchmarks.validate` compares. Each is a function of the workload."""
 
 import json
 import resource
@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from benchmarks.ratios import CLOCKS
-from benchmarks.world import World
+from benchmarks.workload import Workload
 from study.fleet import FAMILY
 from trans_peft.data import pin, read_examples
 from trans_peft.domain.data import DataSource
@@ -30,11 +30,11 @@ from trans_peft.validation.tokenized_suite import prepare
 
 
 class Laps:
-    """What an arm takes for each adapter, in seconds; the rest of its time all of them share."""
+    """The seconds that a method takes for each adapter. Its remaining time is shared by all."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, workload: Workload) -> None:
         self.seconds: dict[str, float] = {}
-        self._clock = CLOCKS[world.task.clock]
+        self._clock = CLOCKS[workload.task.clock]
 
     @contextmanager
     def of(self, adapter: str) -> Iterator[None]:
@@ -44,12 +44,14 @@ class Laps:
 
 
 class Peer:
-    """`generate` as a competent user calls it: padded batches, left, in an order of theirs."""
+    """`generate` of transformers in left-padded batches, in the given order or sorted by length."""
 
-    def __init__(self, world: World, *, by_length: bool) -> None:
-        self.tokenizer = load_tokenizer(world.folder)
-        self.suite, self.batch = world.suite, world.task.batch
-        examples = read_examples(world.suite.data, world.platform.store, limit=world.suite.limit)
+    def __init__(self, workload: Workload, *, by_length: bool) -> None:
+        self.tokenizer = load_tokenizer(workload.folder)
+        self.suite, self.batch = workload.suite, workload.task.batch
+        examples = read_examples(
+            workload.suite.data, workload.platform.store, limit=workload.suite.limit
+        )
         self.prompts = [example.prompt_ids(self.tokenizer) for example in examples]
         self.order = list(range(len(self.prompts)))
         if by_length:
@@ -61,9 +63,9 @@ class Peer:
         ends = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None}
         texts = [""] * len(self.order)
         for start in range(0, len(self.order), self.batch):
-            asked = self.order[start : start + self.batch]
+            batch = self.order[start : start + self.batch]
             inputs = self.tokenizer.pad(
-                {"input_ids": [self.prompts[i] for i in asked]},
+                {"input_ids": [self.prompts[i] for i in batch]},
                 padding_side="left",
                 return_tensors="pt",
             )
@@ -77,38 +79,38 @@ class Peer:
                 tokenizer=self.tokenizer,
             )
             width = inputs["input_ids"].shape[1]
-            said = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-            for i, text in zip(asked, said, strict=True):
+            decoded = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            for i, text in zip(batch, decoded, strict=True):
                 stops = [text.find(stop) for stop in self.suite.stop if stop in text]
                 texts[i] = text[: min([len(text), *stops])]
         return texts
 
 
-def reload(world: World) -> dict[str, Any]:
-    """Load base and adapter anew for each adapter."""
-    laps, loads, peer, texts = Laps(world), Laps(world), Peer(world, by_length=False), {}
-    bare = peer.answers(from_pretrained(world))
-    for name, folder in world.task.adapters.items():
+def reload(workload: Workload) -> dict[str, Any]:
+    """Load base and adapter again for each adapter."""
+    laps, loads, peer, texts = Laps(workload), Laps(workload), Peer(workload, by_length=False), {}
+    bare = peer.answers(from_pretrained(workload))
+    for name, folder in workload.task.adapters.items():
         with laps.of(name):
             with loads.of(name):
-                model = PeftModel.from_pretrained(from_pretrained(world), folder).eval()
+                model = PeftModel.from_pretrained(from_pretrained(workload), folder).eval()
             texts[name] = peer.answers(model)
             del model
     loading_s = sum(loads.seconds.values())
-    return {"adapters": world.judged(texts, bare), "laps": laps.seconds, "loading_s": loading_s}
+    return {"adapters": workload.judged(texts, bare), "laps": laps.seconds, "loading_s": loading_s}
 
 
-def set_adapter(world: World) -> dict[str, Any]:
-    """One base; the adapters of one type on it together, one of them active at a time."""
-    laps, peer, texts = Laps(world), Peer(world, by_length=True), {}
-    model = from_pretrained(world)
+def set_adapter(workload: Workload) -> dict[str, Any]:
+    """Load the base once, with all adapters of one type on it, of which one is active at a time."""
+    laps, peer, texts = Laps(workload), Peer(workload, by_length=True), {}
+    model = from_pretrained(workload)
     bare = peer.answers(model)
     by_type: dict[str, list[str]] = {}
-    for name, folder in world.task.adapters.items():
+    for name, folder in workload.task.adapters.items():
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
         by_type.setdefault(config["peft_type"], []).append(name)
     for first, *others in by_type.values():
-        folders = world.task.adapters
+        folders = workload.task.adapters
         adapted = PeftModel.from_pretrained(model, folders[first], adapter_name=first).eval()
         for name in others:
             adapted.load_adapter(folders[name], adapter_name=name)
@@ -117,15 +119,17 @@ def set_adapter(world: World) -> dict[str, Any]:
                 adapted.set_adapter(name)
                 texts[name] = peer.answers(adapted)
         model = adapted.unload()
-    in_order = {name: texts[name] for name in world.task.adapters}
-    return {"adapters": world.judged(in_order, bare), "laps": laps.seconds}
+    in_order = {name: texts[name] for name in workload.task.adapters}
+    return {"adapters": workload.judged(in_order, bare), "laps": laps.seconds}
 
 
-def plain(world: World) -> dict[str, Any]:
-    """Our loop on one base, and nothing expected of any answer."""
-    base = load_base(world.folder, world.suite.dtype)
-    examples = read_examples(world.suite.data, world.platform.store, limit=world.suite.limit)
-    asked = prepare(base.tokenizer, world.suite, examples, context=context_of(base.model))
+def plain(workload: Workload) -> dict[str, Any]:
+    """This project's decoding on one base, without drafts."""
+    base = load_base(workload.folder, workload.suite.dtype)
+    examples = read_examples(
+        workload.suite.data, workload.platform.store, limit=workload.suite.limit
+    )
+    asked = prepare(base.tokenizer, workload.suite, examples, context=context_of(base.model))
     asked = replace(asked, expected=tuple([] for _ in asked.examples))
 
     def answers(model: Any) -> list[str]:
@@ -134,53 +138,53 @@ def plain(world: World) -> dict[str, Any]:
             asked,
             weights_sha256=BARE,
             base_fingerprint_sha256="",
-            batch_size=world.task.batch,
+            batch_size=workload.task.batch,
         )
         return [item.answer or "" for item in found.items]
 
-    laps, bare, texts = Laps(world), answers(base.model), {}
-    for name, folder in world.task.adapters.items():
+    laps, bare, texts = Laps(workload), answers(base.model), {}
+    for name, folder in workload.task.adapters.items():
         with laps.of(name), attached(base.model, Path(folder)) as model:
             texts[name] = answers(model)
-    return {"adapters": world.judged(texts, bare), "laps": laps.seconds}
+    return {"adapters": workload.judged(texts, bare), "laps": laps.seconds}
 
 
-def whole(world: World, *, sequential: bool = False) -> dict[str, Any]:
-    """Transfers, as a shard does them."""
-    policy = replace(world.policy, sequential=sequential)
-    laps, found = Laps(world), {}
-    for name, version in world.versions.items():
+def whole(workload: Workload, *, sequential: bool = False) -> dict[str, Any]:
+    """Transfer each adapter, as a shard does."""
+    policy = replace(workload.policy, sequential=sequential)
+    laps, found = Laps(workload), {}
+    for name, version in workload.versions.items():
         with laps.of(name):
-            world.platform.evaluations.put(world.reference(name))  # known, as in a registry
-            work = TransferTask(name, version.number, world.new.version, Reason.NEVER_JUDGED)
-            fleet = observe_adapter(name, FAMILY, world.platform)
-            outcome = transfer(work, fleet, policy, world.platform)
-        said = [
+            workload.platform.evaluations.put(workload.reference(name))  # stored, as on a platform
+            work = TransferTask(name, version.number, workload.new.version, Reason.NEVER_JUDGED)
+            fleet = observe_adapter(name, FAMILY, workload.platform)
+            outcome = transfer(work, fleet, policy, workload.platform)
+        on_new_base = [
             e
             for e in outcome.evaluations
             if e.weights_sha256 == version.weights_sha256
-            and e.base_fingerprint_sha256 == world.new.fingerprint_sha256
+            and e.base_fingerprint_sha256 == workload.new.fingerprint_sha256
         ]
-        answers = [item.answer for e in said for item in e.items]
+        answers = [item.answer for e in on_new_base for item in e.items]
         found[name] = {"verdict": str(outcome.verdict), "answers": answers}
     return {"adapters": found, "laps": laps.seconds}
 
 
-def from_pretrained(world: World) -> Any:
-    return AutoModelForCausalLM.from_pretrained(world.folder, dtype=torch.float32).eval()
+def from_pretrained(workload: Workload) -> Any:
+    return AutoModelForCausalLM.from_pretrained(workload.folder, dtype=torch.float32).eval()
 
 
-def references(world: World) -> dict[str, Any]:
-    for name in world.task.adapters:
-        print(f"{name} on v1: {world.reference(name).score:.1f} % right", file=sys.stderr)
+def references(workload: Workload) -> dict[str, Any]:
+    for name in workload.task.adapters:
+        print(f"{name} on v1: {workload.reference(name).score:.1f} % right", file=sys.stderr)
     return {}
 
 
-def turns(world: World, count: int) -> dict[str, Any]:
-    """Attach, answer, detach, so many times; the most memory that the process ever had."""
-    base = load_base(world.folder, world.suite.dtype)
-    asked = tokenized_suite_for(world.suite, base, world.platform)
-    folders = list(world.task.adapters.values())
+def turns(workload: Workload, count: int) -> dict[str, Any]:
+    """Attach, answer and detach `count` times. Return the peak memory of the process."""
+    base = load_base(workload.folder, workload.suite.dtype)
+    asked = tokenized_suite_for(workload.suite, base, workload.platform)
+    folders = list(workload.task.adapters.values())
     for turn in range(count):
         with attached(base.model, Path(folders[turn % len(folders)])) as model:
             answer(model, asked, weights_sha256=str(turn), base_fingerprint_sha256="")
@@ -205,13 +209,17 @@ metadata: {{version: 1.0}}
 """
 
 
-def which_exception(world: World) -> Path:
-    """Write the suite's messages with the classes to choose from, and a task of the harness."""
-    examples = read_examples(world.suite.data, world.platform.store, limit=world.suite.limit)
+def which_exception(workload: Workload) -> Path:
+    """Write the suite's messages with the classes as choices, and a task of the harness."""
+    examples = read_examples(
+        workload.suite.data, workload.platform.store, limit=workload.suite.limit
+    )
     answers = {example.id: example.completion.partition("(")[0] for example in examples}
     choices = sorted(set(answers.values()))
     folder = (
-        Path(world.task.study) / "fleet" / f"which-exception-{world.task.answers}-{len(examples)}"
+        Path(workload.task.study)
+        / "fleet"
+        / f"which-exception-{workload.task.answers}-{len(examples)}"
     )
     folder.mkdir(exist_ok=True)
     rows = [
@@ -223,39 +231,39 @@ def which_exception(world: World) -> Path:
     return folder
 
 
-def choose(world: World) -> dict[str, Any]:
-    """Our choice by likelihood, from loading to the score."""
-    source = pin(DataSource(str(which_exception(world) / "rows.jsonl")), world.platform.store)
-    base = load_base(world.folder, "float32")
-    with attached(base.model, Path(next(iter(world.task.adapters.values())))) as model:
+def choose(workload: Workload) -> dict[str, Any]:
+    """Choose by likelihood with this project, from loading to the score."""
+    source = pin(DataSource(str(which_exception(workload) / "rows.jsonl")), workload.platform.store)
+    base = load_base(workload.folder, "float32")
+    with attached(base.model, Path(next(iter(workload.task.adapters.values())))) as model:
         found = evaluate(
             model,
             base.tokenizer,
             Suite("which_exception", source, scoring="choice"),
-            read_examples(source, world.platform.store),
+            read_examples(source, workload.platform.store),
             weights_sha256="",
             base_fingerprint_sha256="",
-            batch_size=world.task.batch,
+            batch_size=workload.task.batch,
         )
     return {"score": found.score, "right": [item.correct for item in found.items]}
 
 
-def harness(world: World) -> dict[str, Any]:
-    """The same by lm-evaluation-harness with `peft=`."""
+def harness(workload: Workload) -> dict[str, Any]:
+    """Choose by likelihood with lm-evaluation-harness and `peft=`."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    folder = which_exception(world)
+    folder = which_exception(workload)
     results = simple_evaluate(
         model="hf",
         model_args={
-            "pretrained": str(world.folder),
-            "peft": next(iter(world.task.adapters.values())),
+            "pretrained": str(workload.folder),
+            "peft": next(iter(workload.task.adapters.values())),
             "dtype": "float32",
         },
         tasks=["which_exception"],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        batch_size=world.task.batch,
+        batch_size=workload.task.batch,
         device="cuda" if torch.cuda.is_available() else "cpu",
         bootstrap_iters=0,
     )
@@ -263,11 +271,11 @@ def harness(world: World) -> dict[str, Any]:
     return {"score": 100 * results["results"]["which_exception"]["acc,none"], "right": right}
 
 
-ARMS: dict[str, Callable[[World], dict[str, Any]]] = {
+ARMS: dict[str, Callable[[Workload], dict[str, Any]]] = {
     "reload": reload,
     "set": set_adapter,
     "plain": plain,
     "whole": whole,
-    "early": lambda world: whole(world, sequential=True),
+    "early": lambda workload: whole(workload, sequential=True),
 }
-HARNESS: dict[str, Callable[[World], dict[str, Any]]] = {"choose": choose, "harness": harness}
+HARNESS: dict[str, Callable[[Workload], dict[str, Any]]] = {"choose": choose, "harness": harness}

@@ -1,18 +1,17 @@
-"""What drafts save: an adapter's answers on an updated base, checked instead of written anew.
+"""Measures what drafts save: answers on an updated base, verified and not decoded one by one.
 
-An adapter that has learned to write `raise` statements on base v1 (`study.fleet`) writes
-them on an updated base; the drafts are its answers on v1. `draft_vs_generate` is the time of our
-`generate` with them beside transformers' own in batches of the same size, sorted by length,
-`draft_vs_plain` beside our own without them; `draft_worst_...` is the same with drafts of which no
-token is right. Answers that differ are counted. The update `patch` and answers one at a time have
-the plain names, others have theirs at the end. A round runs all four in random order, and a ratio
-is that of one round; which ratio is reported: `ratios`.
+An adapter that was trained to write `raise` statements on base v1 (`study.fleet`) writes them on an
+updated base. The drafts are its answers on v1. `draft_vs_generate` is the time of `generate` of
+this project with drafts, relative to that of transformers in batches of the same size, sorted by
+length. `draft_vs_plain` is relative to this project without drafts. `draft_worst_...` has drafts of
+which no token is right. Answers that differ are counted. Names without a suffix are for the update
+`patch` and one answer at a time. A round runs all four methods in random order and gives one ratio.
 
     python -m benchmarks.decode [--study .study] [--update patch all] [--items 64] [--batch 1 32]
         [--pairs 5] [--clock wall|process] [--threads 2] [--tiny]
 
-What is not there is made first: bases, rows, the adapter (minutes). Fewer items than 64 are shown
-and not recorded. `--tiny` needs nothing, and shows in seconds that all of this runs.
+Missing bases, rows and adapters are made first (minutes). Results of fewer than 64 items are shown
+and not recorded. `--tiny` needs no files, and checks in seconds that the benchmark runs.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.ratios import StepCounter, machine, middle, parser, prepare, record
+from benchmarks.ratios import Clock, machine, middle, parser, prepare, record
 from study.fleet import MOST, PATCH, STOP, adapter, bases_and_rows, statements
 from trans_peft.data import Example, parse_examples
 from trans_peft.models import load_base
@@ -37,7 +36,7 @@ ITEMS = 64
 
 
 class TokenizedSuite:
-    """Prompts, and how they are answered: by us, with drafts or without, and by transformers."""
+    """Tokenized prompts, and the methods to answer them: this project's and transformers'."""
 
     def __init__(self, tokenizer: Any, examples: Sequence[Example]) -> None:
         self.tokenizer = tokenizer
@@ -57,7 +56,7 @@ class TokenizedSuite:
         )
 
     def theirs(self, model: Any, batch: int) -> list[list[int]]:
-        """As a competent user writes it; padding behind an answer's end is cut off."""
+        """Return the answers of transformers' `generate`, in batches sorted by length."""
         own = model.generation_config.eos_token_id
         ends = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None}
         order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]))
@@ -84,7 +83,7 @@ class TokenizedSuite:
         return answers
 
 
-def seconds(answer: Callable[[], object], clock: StepCounter) -> Callable[[], float]:
+def seconds(answer: Callable[[], object], clock: Clock) -> Callable[[], float]:
     def timed() -> float:
         started = clock()
         answer()
@@ -94,7 +93,7 @@ def seconds(answer: Callable[[], object], clock: StepCounter) -> Callable[[], fl
 
 
 def tiny(update: float) -> tuple[Any, Any]:
-    """A random model, moved a little, and the tokenizer of bytes."""
+    """A random model with a small change, and a tokenizer of bytes."""
     names = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -125,12 +124,12 @@ def loaded(folder: Path, adapter: Path) -> Iterator[tuple[Any, Any]]:
 def both(
     options: argparse.Namespace, update: str
 ) -> Iterator[tuple[Any, TokenizedSuite, list[list[int]]]]:
-    """The adapter on the updated base, the questions, and what it answered on the old one."""
+    """The adapter on the updated base, the prompts, and its answers on the old base."""
     if options.tiny:
         examples = [Example(str(i), f"question {i} {'?' * (i % 7)}", "") for i in range(4)]
         (old, tokenizer), (new, _) = tiny(update=0.0), tiny(update=0.001)
-        questions = TokenizedSuite(tokenizer, examples)
-        yield new, questions, questions.ours(old, 4).ids
+        tokenized = TokenizedSuite(tokenizer, examples)
+        yield new, tokenized, tokenized.ours(old, 4).ids
         return
     bases_and_rows(options.study, update)
     rows = statements(options.study)
@@ -142,16 +141,16 @@ def both(
         yield model, TokenizedSuite(tokenizer, examples), recorded
 
 
-def never_right(answers: Sequence[Sequence[int]]) -> list[list[int]]:
+def wrong_drafts(answers: Sequence[Sequence[int]]) -> list[list[int]]:
     """Drafts as long as the answers, of tokens that no answer has."""
-    said = {token for answer in answers for token in answer}
-    # Not one of the first ids: a draft that ends an answer would not be read at all.
-    unsaid = next(token for token in range(50, len(said) + 51) if token not in said)
-    return [[unsaid] * len(answer) for answer in answers]
+    used = {token for answer in answers for token in answer}
+    # Not one of the first ids: a draft that starts with an end token would be ignored.
+    unused = next(token for token in range(50, len(used) + 51) if token not in used)
+    return [[unused] * len(answer) for answer in answers]
 
 
 def equal(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> int:
-    """How many answers agree, as far as the shorter of each pair goes."""
+    """Return the number of pairs of which one answer starts with the other."""
     return sum(x[: len(y)] == y[: len(x)] and bool(x) == bool(y) for x, y in zip(a, b, strict=True))
 
 
@@ -159,17 +158,17 @@ def compare(
     batch: int,
     suffix: str,
     model: Any,
-    questions: TokenizedSuite,
+    tokenized: TokenizedSuite,
     recorded: list[list[int]],
     options: argparse.Namespace,
-    clock: StepCounter,
+    clock: Clock,
 ) -> None:
-    """Take and keep the four ratios at one batch size."""
-    plain, drafted = questions.ours(model, batch), questions.ours(model, batch, recorded)
-    wrong = never_right(plain.ids)
-    worst, theirs = questions.ours(model, batch, wrong), questions.theirs(model, batch)
+    """Measure and record the four ratios at one batch size."""
+    plain, drafted = tokenized.ours(model, batch), tokenized.ours(model, batch, recorded)
+    wrong = wrong_drafts(plain.ids)
+    worst, theirs = tokenized.ours(model, batch, wrong), tokenized.theirs(model, batch)
     items, tokens = len(plain.ids), sum(map(len, plain.ids))
-    told = (
+    summary = (
         f"{items} items in batches of {batch}, answers of {tokens / items:.1f} tokens, "
         f"{equal(recorded, plain.ids)} the same as on the old base; of {drafted.drafted} drafted "
         f"tokens {drafted.accepted / max(drafted.drafted, 1):.0%} accepted, "
@@ -177,12 +176,12 @@ def compare(
         f"{equal(drafted.ids, plain.ids)}, with wrong ones {equal(worst.ids, plain.ids)}, "
         f"transformers {equal(theirs, plain.ids)} of {items}; near ties {plain.near_ties}"
     )
-    print(told, flush=True)
+    print(summary, flush=True)
     arms = {
-        "draft": seconds(lambda: questions.ours(model, batch, recorded), clock),
-        "draft_worst": seconds(lambda: questions.ours(model, batch, wrong), clock),
-        "generate": seconds(lambda: questions.theirs(model, batch), clock),
-        "plain": seconds(lambda: questions.ours(model, batch), clock),
+        "draft": seconds(lambda: tokenized.ours(model, batch, recorded), clock),
+        "draft_worst": seconds(lambda: tokenized.ours(model, batch, wrong), clock),
+        "generate": seconds(lambda: tokenized.theirs(model, batch), clock),
+        "plain": seconds(lambda: tokenized.ours(model, batch), clock),
     }
     rounds = measured(arms, options.pairs)
     for first in ("draft", "draft_worst"):
@@ -192,11 +191,11 @@ def compare(
             if options.tiny or items < ITEMS:
                 print(name, entry, "not recorded", flush=True)
             else:
-                record(name, entry, machine(options, f"SmolLM2-135M, fp32, {told}"))
+                record(name, entry, machine(options, f"SmolLM2-135M, fp32, {summary}"))
 
 
 def measured(arms: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
-    """Return what each arm took, round by round, in random order. All of them ran before."""
+    """Return the seconds of each method by round, in random order. All have run once before."""
     order, names = random.Random(0), list(arms)
     took = []
     for _ in range(rounds):
@@ -216,11 +215,11 @@ def main() -> None:
     clock = prepare(options)
     for update in options.update:
         mark = "" if update == PATCH else f"_{update}"
-        with both(options, update) as (model, questions, recorded):
+        with both(options, update) as (model, tokenized, recorded):
             for batch in options.batch:
                 suffix = mark + ("" if batch == 1 else f"_batch_{batch}")
                 print(f"update {update}, batches of {batch}", flush=True)
-                compare(batch, suffix, model, questions, recorded, options, clock)
+                compare(batch, suffix, model, tokenized, recorded, options, clock)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What ranges save: a base comes into an empty cache, in ranges on 8 streams beside one stream.
+"""Measures what ranges save: the download of a base in ranges on 8 streams, relative to one stream.
 
-Both are `trans_peft.bases.cache.download` with all that a worker waits for: fetching, hashing,
-syncing, sealing. The one stream is the same code with ranges larger than the file. On a server on
-this machine neither waits for a network; `--connection-mib-s` lets every connection take so long
-for its bytes, as the far end of a network does, and puts the figure at the end of the name.
+Both sides call `trans_peft.bases.cache.download` with an empty cache, and include all that a worker
+waits for: reading, hashing, syncing and sealing. The single stream is the same code with ranges
+larger than the file. A server on this machine has no network delay; `--connection-mib-s` limits the
+rate of each connection, and adds the rate to the name of the result.
 
     python benchmarks/download.py s3://bucket/scratch [--mib 128] [--connection-mib-s 20]
         [--pairs 9] [--clock wall]
@@ -32,7 +32,7 @@ from trans_peft.ports import ArtifactStore
 
 
 def write_base(folder: Path, mib: int) -> Path:
-    """Write a folder whose weights are one file of so many MiB."""
+    """Write a folder whose weights are one file of `mib` MiB."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     save_file(
@@ -47,7 +47,7 @@ def write_base(folder: Path, mib: int) -> Path:
 
 
 class Slowed:
-    """A store of which every stream gives at most so many MiB a second."""
+    """A store that limits the rate of every stream, in MiB per second."""
 
     def __init__(self, store: ArtifactStore, mib_s: float) -> None:
         self.store, self.mib_s = store, mib_s

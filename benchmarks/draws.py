@@ -1,13 +1,13 @@
-"""Are the draws what eq. 4-7 ask for? Rates, uniformity and independence over many seeds.
+"""Tests the draws of eq. 4-7 for rate, uniformity and independence over many seeds.
 
     python -m benchmarks.draws [--seeds 100] [--first 0]
 
 For each seed 20,000 draws of 256 neurons: 50 steps x 20 layers x 5 ranks x 2 micro-steps x 2 kinds
 of sub-layer (5.12 million bits of probability 0.1, and 20,000 of probability 0.1 for dropping).
-Each line is a family of z values that are standard normal if the draws are right: how many there
-are, the largest |z|, the largest that chance gives at 5 % for that many, their mean times the root
-of their number (normal as well), and the p value of a Kolmogorov-Smirnov test. 100 seeds take about
-eight minutes of processor time.
+Each line is a family of z values that are standard normal if the draws are correct. It shows their
+number, the largest |z|, the value that the largest |z| exceeds by chance in 5 % of cases, the mean
+times the root of the number (also standard normal), and the p value of a Kolmogorov-Smirnov test.
+100 seeds take about eight minutes of processor time.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What perturbing costs and saves: one LoRA train step of a SmolLM2-size Llama, in pairs.
+"""Measures a LoRA training step with masking and dropping, in a Llama of SmolLM2's size.
 
-How a ratio is taken: `ratios`. `floor` is the ratio at which exactly the FFN's share of the step,
-measured by dropping every FFN, shrinks by what is masked and dropped. `element` is a restatement of
-what the authors' code computes (gccnlp/Trans-PEFT @cbd3a24, modeling_qwen2.py): a fresh float mask
-of the whole activation, and Python's coin for a layer.
+`benchmarks.ratios` describes how a ratio is measured. `floor` is the ratio at which only the FFNs'
+share of the step, measured by dropping every FFN, shrinks by what is masked and dropped. `element`
+restates what the authors' code computes (gccnlp/Trans-PEFT @cbd3a24, modeling_qwen2.py): a new
+float mask of the whole activation, and a draw of Python's `random` for each layer.
 
     python benchmarks/perturbation.py [--pairs 15] [--clock wall|process] [--only NAME ...]
 """
@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from ratios import (
-    StepCounter,
+    Clock,
     keep_freed_memory,
     machine,
     middle,
@@ -35,7 +35,7 @@ from trans_peft.domain.recipe import Perturbation
 from trans_peft.perturbation import perturbed
 
 Arm = Callable[[PeftModel, int], AbstractContextManager]
-"""What a train step is wrapped in, given the model and the steps done."""
+"""Returns the context of a training step, given the model and the number of completed steps."""
 
 
 def under(perturbation: Perturbation) -> Arm:
@@ -83,7 +83,7 @@ PAIRS: dict[str, tuple[Arm, Arm]] = {
     "train_step.off_vs_plain": (off, plain),
 }
 LEFT = {neuron: 0.8 * 0.8, dropping: 0.9, element: 0.8}
-"""The share of the FFNs' work that masking and dropping leave."""
+"""The share of the FFNs' computation that remains with masking and dropping."""
 
 ALL_DROPPED = under(Perturbation(dropping_p=1 - 1e-12))
 MEMORY = "train_memory.neuron_vs_plain"
@@ -104,14 +104,14 @@ def smollm2(layers: int = 30) -> PeftModel:
 
 
 class Step:
-    """One train step of a model in one arm, at the next moment each time."""
+    """A training step of a model in one arm. Each call is the next step."""
 
     def __init__(self, model: PeftModel, arm: Arm) -> None:
         self.model, self.arm, self.steps = model, arm, 0
         self.ids = torch.randint(0, 49152, (BATCH, LENGTH))
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
-    def __call__(self, clock: StepCounter) -> float:
+    def __call__(self, clock: Clock) -> float:
         with self.arm(self.model, self.steps):
             started = clock()
             self.model(input_ids=self.ids, labels=self.ids).loss.backward()
@@ -123,7 +123,7 @@ class Step:
 
 
 def time_ratio(
-    model: PeftModel, first: Arm, second: Arm, pairs: int, clock: StepCounter
+    model: PeftModel, first: Arm, second: Arm, pairs: int, clock: Clock
 ) -> dict[str, float]:
     a, b = Step(model, first), Step(model, second)
     return middle(paired(lambda: a(clock), lambda: b(clock), pairs))

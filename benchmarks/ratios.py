@@ -1,9 +1,9 @@
-"""Ratios of interleaved pairs, and the one file that keeps them.
+"""Measures ratios in interleaved pairs, and stores them in results.json.
 
-Each pair measures two things right after one another, in random order, so that a busy machine slows
-both; a ratio is the median over pairs of the first / the second, `low` and `high` are the middle
-half. `--clock process` takes the processor time of one thread instead of the wall clock: for a
-machine whose cores others use too.
+Each pair measures two functions directly after one another, in random order, so that a busy machine
+slows both. A ratio is the median over pairs of first / second; `low` and `high` are the middle
+half. `--clock process` measures the processor time of one thread instead of the elapsed time, for a
+machine that other programs use.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-StepCounter = Callable[[], float]
+Clock = Callable[[], float]
 RESULTS = Path(__file__).with_name("results.json")
-CLOCKS: dict[str, StepCounter] = {"wall": time.perf_counter, "process": time.process_time}
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def parser(description: str | None, pairs: int) -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def parser(description: str | None, pairs: int) -> argparse.ArgumentParser:
     return ours
 
 
-def prepare(options: argparse.Namespace) -> StepCounter:
+def prepare(options: argparse.Namespace) -> Clock:
     """Set threads as the options say; return the clock."""
     torch.set_num_threads(1 if options.clock == "process" else options.threads)
     return CLOCKS[options.clock]
@@ -52,7 +52,7 @@ def keep_freed_memory() -> None:
 
 
 def machine(options: argparse.Namespace, shape: str) -> dict[str, str]:
-    """Return what a ratio was measured on."""
+    """Return the machine, torch version, clock and shape of a measurement."""
     return {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

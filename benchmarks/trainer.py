@@ -1,11 +1,11 @@
-"""What our trainer costs beside plain TRL and plain transformers: whole runs over the same rows.
+"""Compares this project's trainer with TRL's and transformers': whole runs over the same rows.
 
-`ours` is what `finetune` builds: TRL's preparation, logits only where a label is, rows of similar
-length in one step, a word to the caller after each. `trl` is a stock `SFTTrainer`, `hf` a stock
-`Trainer` with transformers' padding collator on rows whose prompts are masked. All three train the
-same LoRA on the same SmolLM2-size Llama, plainly, in fp32, and see every row once in a run; the
-ratio is that of the time per token that is not padding. Activation checkpointing, on by default in
-TRL, is off for all, and nobody saves: without that ours would look better than it is.
+`ours` is what `finetune` builds: TRL's preparation, logits only at labelled positions, rows of
+similar length in one step, an event after each step. `trl` is a stock `SFTTrainer`. `hf` is a stock
+`Trainer` with transformers' padding collator, on rows whose prompts are masked. All three train the
+same LoRA on the same Llama of SmolLM2's size without perturbation, in fp32, with every row once per
+run. The ratio is of the time per token, without padding. Activation checkpointing (TRL's default)
+and saving are off for all, because they would favour `ours`.
 
     python benchmarks/trainer.py [--pairs 7] [--clock wall|process] [--rows 64] [--only NAME ...]
 """
@@ -20,7 +20,7 @@ from typing import Any
 from datasets import Dataset, disable_progress_bars
 from perturbation import smollm2
 from ratios import (
-    StepCounter,
+    Clock,
     keep_freed_memory,
     machine,
     middle,
@@ -75,7 +75,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Stopwatch(TrainerCallback):
-    def __init__(self, clock: StepCounter) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.clock, self.started, self.seconds = clock, 0.0, 0.0
 
     def on_train_begin(self, *_: object, **__: object) -> None:
@@ -86,9 +86,9 @@ class Stopwatch(TrainerCallback):
 
 
 class Arm:
-    """One trainer, run over all rows again and again; what it computes on is counted."""
+    """One trainer that runs over all rows repeatedly, with counts of tokens and padding."""
 
-    def __init__(self, trainer: Trainer, tokens: int, clock: StepCounter) -> None:
+    def __init__(self, trainer: Trainer, tokens: int, clock: Clock) -> None:
         self.trainer, self.tokens = trainer, tokens
         self.stopwatch = Stopwatch(clock)
         self.seconds: list[float] = []
@@ -104,7 +104,7 @@ class Arm:
         return batch
 
     def run(self) -> float:
-        """Train on every row once; return the seconds a token (without padding)."""
+        """Train on every row once; return the seconds per token (without padding)."""
         self.padded = 0
         self.trainer.train()
         self.seconds.append(self.stopwatch.seconds)
@@ -118,8 +118,8 @@ class Arm:
         )
 
 
-def ours(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: StepCounter) -> Arm:
-    """As `finetune` builds and runs it, without a perturbation."""
+def ours(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: Clock) -> Arm:
+    """The trainer as `finetune` builds and runs it, without a perturbation."""
     arguments = _arguments(job)
     arguments.save_strategy = "no"
     trainer = AnswerTrainer(
@@ -151,9 +151,7 @@ def stock(job: TrainingJob) -> dict[str, Any]:
     }
 
 
-def plain_trl(
-    job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: StepCounter
-) -> Arm:
+def plain_trl(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: Clock) -> Arm:
     arguments = SFTConfig(**stock(job), max_length=MAX_LENGTH, completion_only_loss=True)
     trainer = SFTTrainer(
         model=smollm2(layers),
@@ -164,9 +162,7 @@ def plain_trl(
     return Arm(trainer, sum(map(len, trainer.train_dataset["input_ids"])), clock)
 
 
-def plain_hf(
-    job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: StepCounter
-) -> Arm:
+def plain_hf(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: Clock) -> Arm:
     words = tokenizer()
     prepared = []
     for example in examples:

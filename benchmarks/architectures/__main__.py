@@ -1,9 +1,9 @@
-"""Perturb a tiny model of every architecture and write what became of it to the page.
+"""Perturb a tiny model of every architecture, and write the outcomes to docs/architectures.md.
 
     python -m benchmarks.architectures [NAME ...]
 
-Without names all are judged (about two minutes on one core) and docs/architectures.md is
-written anew; with names their rows are printed.
+Without names, all architectures are checked (about two minutes on one core) and the page is
+written. With names, only their rows are printed.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The paper's formulas on the weights of any architecture, independent of how FFNs are found.
 
-Masking neuron i of a FFN is zeroing column i of its down projection; dropping a FFN is zeroing its
-down projections and what is added after them. Where the down projections are is said here by their
-names in transformers, so that this can contradict what the library finds by shape.
+Masking neuron i of an FFN zeroes column i of its down projection. Dropping an FFN zeroes its down
+projections and what is added after them. This module lists the names of the down projections in
+transformers, so it is independent of the library's search by shape.
 """
 
 import re
@@ -48,7 +48,7 @@ class Down:
 def formula_weights(
     model: nn.Module, model_type: str, perturbation: Perturbation, seed: int, stack: str = ""
 ) -> dict[str, torch.Tensor]:
-    """Return the weights that say the same as the draws of the first forward pass.
+    """Return the weights that are equivalent to the draws of the first forward pass.
 
     `stack` is the path of the decoder, for a model of several.
     """

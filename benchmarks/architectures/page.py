@@ -1,4 +1,4 @@
-"""The page with the verdicts: docs/architectures.md."""
+"""Read and write docs/architectures.md, the page with the outcomes."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What becomes of each architecture when it is perturbed, against the formulas."""
+"""Perturb each architecture and compare the result with the formulas."""
 
 from dataclasses import dataclass
 

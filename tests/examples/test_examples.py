@@ -50,7 +50,7 @@ def test_one_line_perturbs_each_style_of_training(
             stack = step_counter._stack
             watch = stack.register_forward_pre_hook(
                 lambda module, _: moments.append(
-                    (step_counter.now.step, step_counter.now.micro_step)
+                    (step_counter.position.step, step_counter.position.micro_step)
                 )
             )
             yield handle

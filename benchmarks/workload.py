@@ -1,4 +1,4 @@
-"""What every arm of `benchmarks.validate` judges: the same adapters, items and gate."""
+"""The adapters, items and gate that every arm of `benchmarks.validate` evaluates."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from trans_peft.validation.scoring import make_scorer
 
 
 class Answers(NamedTuple):
-    """What the messages may be answered with: the rows in a study, their suite, how many asked."""
+    """A kind of answer: the file of its rows in a study, its suite, and the number of items."""
 
     rows: Callable[[Path], Path]
     suite: Callable[[Path], Suite]
@@ -37,7 +37,7 @@ ANSWERS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What an arm is given: JSON between processes."""
+    """The input of an arm, sent to its process as JSON."""
 
     study: str
     update: str
@@ -52,8 +52,8 @@ class Task:
     references: str
 
 
-class World:
-    """One process' platform: both bases, and the adapters as registered versions on the old one."""
+class Workload:
+    """The platform of one process: both bases, and the adapters, registered on the old base."""
 
     def __init__(self, task: Task) -> None:
         self.task, study = task, Path(task.study)
@@ -98,7 +98,7 @@ class World:
         return base_folder(self.new, self.platform)
 
     def reference(self, name: str) -> Any:
-        """Return what an adapter says on the old base, asked once for all arms."""
+        """Return the evaluation of an adapter on the old base, made once for all arms."""
         platform = replace(self.platform, evaluations=self.known)
         folder = Path(self.task.adapters[name])
         weights = self.versions[name].weights_sha256
@@ -107,7 +107,7 @@ class World:
         return found[self.suite.name]
 
     def evaluation(self, texts: Sequence[str], weights_sha256: str) -> Any:
-        """Return answers on the new base as an evaluation, marked by the suite's rule."""
+        """Return answers on the new base as an evaluation, scored by the suite's rule."""
         is_right = make_scorer(self.suite)
         examples = read_examples(self.suite.data, self.platform.store, limit=self.suite.limit)
         items = tuple(
@@ -124,7 +124,7 @@ class World:
         )
 
     def judged(self, texts: Mapping[str, Sequence[str]], bare: Sequence[str]) -> dict[str, Any]:
-        """Return each adapter's verdict and answers, given what was said on the new base."""
+        """Return each adapter's verdict and answers, given the answers on the new base."""
         name_of = self.suite.name
         beside = {name_of: self.evaluation(bare, BARE)}
         found = {}
