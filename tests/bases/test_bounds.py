@@ -25,9 +25,10 @@ def safetensors(header: dict | bytes, data: bytes = b"", size: int | None = None
     return (len(text) if size is None else size).to_bytes(8, "little") + text + data
 
 
-def tensors(count: int) -> dict:
+def tensors(count: int, name: str = "t") -> dict:
     return {
-        f"t{n}": {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]} for n in range(count)
+        f"{name}{n}": {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]}
+        for n in range(count)
     }
 
 
@@ -43,9 +44,9 @@ def test_a_long_header_is_not_read(size):
 
 def test_too_many_tensors_are_refused(monkeypatch):
     monkeypatch.setattr(safetensors_header, "MAX_TENSORS", 3)
-    assert len(tensor_signatures(iter([safetensors(tensors(3), b"abc")]))) == 3
+    assert len(tensor_signatures(iter([safetensors(tensors(3, "indices"), b"abc")]))) == 3
     with pytest.raises(MalformedSafetensorsError, match="4 tensors; at most 3"):
-        tensor_signatures(iter([safetensors(tensors(4), b"abcd")]))
+        tensor_signatures(iter([safetensors(tensors(4, "indices"), b"abcd")]))
 
 
 def test_the_tensors_of_all_files_count_together(monkeypatch):
@@ -109,9 +110,9 @@ def test_an_adapters_file_with_a_false_header_is_an_error(adapter, data):
 
 def test_an_adapter_with_too_many_tensors_is_an_error(adapter, monkeypatch):
     monkeypatch.setattr(safetensors_header, "MAX_TENSORS", 3)
-    assert len(read_peft_folder(adapter(safetensors(tensors(3), b"abc"))).tensors) == 3
+    assert len(read_peft_folder(adapter(safetensors(tensors(3, "indices"), b"abc"))).tensors) == 3
     with pytest.raises(AdapterError, match="4 tensors; at most 3"):
-        read_peft_folder(adapter(safetensors(tensors(4), b"abcd")))
+        read_peft_folder(adapter(safetensors(tensors(4, "indices"), b"abcd")))
 
 
 def test_the_hash_of_an_adapter_stays_the_same(adapter):

@@ -26,9 +26,10 @@ class Place:
 
     def publish(self, version: str, seed: int = 0, **changes: Any) -> BaseVersion:
         found = changes.pop("fingerprint", None) or fingerprint(seed)
+        source = changes.pop("source", "upload")
         uri = f"s3://bases/{self.family}/{version}"
         draft = BaseVersion(self.family, version, uri, **{"number": 0} | changes)
-        return self.catalog.make_ready(draft, fingerprint=found, source="upload")
+        return self.catalog.make_ready(draft, fingerprint=found, source=source)
 
 
 class MlflowPerson:

@@ -22,8 +22,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors spells them
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL"})
-_INDICES = "indices"
-"""Part of the names of integer tensors, which SHiRA and VB-LoRA save."""
+_WHOLE_NUMBERS = ("indices", "frod_s_size")
+"""Parts of the names of integer tensors, which SHiRA, VB-LoRA and FROD save."""
 _REWRITING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -114,7 +114,8 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
     invalid = [
         f"{key} ({kind})"
         for key, kind in types.items()
-        if kind not in (_FLOATS | _INTEGERS if _INDICES in key else _FLOATS)
+        if kind
+        not in (_FLOATS | _INTEGERS if any(name in key for name in _WHOLE_NUMBERS) else _FLOATS)
     ]
     if invalid:
         problems.append(
