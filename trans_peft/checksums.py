@@ -202,8 +202,8 @@ def _checksum(tensor: "torch.Tensor") -> "torch.Tensor":
     sums.append((rest * factors[: len(rest)]).sum()[None])
     end = data[whole:].to(torch.int64)
     sums.append((end * factors[: len(end)]).sum()[None])
-    places = 2 * torch.arange(rows + 2, device=words.device) + 1
-    return (torch.cat(sums) * places).sum()
+    row_factors = 2 * torch.arange(rows + 2, device=words.device) + 1
+    return (torch.cat(sums) * row_factors).sum()
 
 
 @cache

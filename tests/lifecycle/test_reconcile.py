@@ -286,7 +286,7 @@ def test_completing_the_plan_reaches_the_desired_state_after_any_events(tmp_path
     for adapter in seen.adapters:
         keys = [(v.weights_sha256, v.base_fingerprint_sha256) for v in adapter.versions]
         assert len(set(keys)) == len(keys)  # one version per base
-        for base in seen.wanted:
+        for base in seen.desired_bases:
             judged = adapter.outcome_on(base) is not None
             trained = adapter.versions[0].base_fingerprint_sha256 == base.fingerprint_sha256
             assert judged or trained or (adapter.name, base.version) in parked

@@ -123,7 +123,7 @@ class Fleet:
         )
 
     @property
-    def wanted(self) -> tuple[BaseVersion, ...]:
+    def desired_bases(self) -> tuple[BaseVersion, ...]:
         """The base versions on which every live adapter needs a verdict, most important first.
 
         `champion` and `serving` come first, then every version that is newer than `champion` (or

@@ -1,7 +1,7 @@
 """Compare the desired state of a fleet with the registry, and plan the missing transfers.
 
 Desired state: every live adapter has a verdict on every ready base version that may still serve
-(`Fleet.wanted`). `observe` reads the registry, and `plan` is a pure function of the result.
+(`Fleet.desired_bases`). `observe` reads the registry, and `plan` is a pure function of the result.
 `trans_peft.lifecycle.apply_verdicts` writes what follows from the verdicts. Notifications are not
 read here, so lost, doubled or reordered ones have no effect on the plan.
 """
@@ -71,7 +71,7 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
     work: list[TransferTask] = []
     parked: list[TransferTask] = []
     trainings: list[TrainingRecipe] = []
-    for base in fleet.wanted:
+    for base in fleet.desired_bases:
         for adapter in fleet.adapters:
             item = _missing(adapter, base, policy)
             if item is not None:
