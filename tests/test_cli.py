@@ -265,7 +265,7 @@ def test_check_reports_whether_an_adapter_fits(cli):
     assert found["effect"]["max_logit_change"] > 0
     code, found = cli.json("check", "mine", "--old", "v1", "--new", "unrelated")
     assert (code, found["fits"], found["effect"]) == (1, False, None)
-    assert "re-pretraining" in found["compatibility"]["mismatches"][0]
+    assert "pretraining from scratch" in found["compatibility"]["mismatches"][0]
     code, out, _ = cli.run("check", "mine", "--old", "v1", "--new", "unrelated")
     assert code == 1
     assert out.startswith("not compatible: 1 mismatches\n  mismatch: the weights are unrelated")
@@ -336,7 +336,7 @@ def test_transfer_keeps_the_old_bases_chat_template(cli, tmp_path):
     tokenizer.save_pretrained(tmp_path / "v3")
     code, printed = cli.json("check", "mine", "--old", "v1", "--new", tmp_path / "v3")
     assert code == 0
-    assert "has none of its own" in printed["compatibility"]["notes"][0]
+    assert "has no template of its own" in printed["compatibility"]["notes"][0]
     cli.run(
         *("transfer", "mine", "--old", "v1", "--new", tmp_path / "v3", "--suite", "suite.json"),
         *("--out", tmp_path / "out"),

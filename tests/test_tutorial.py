@@ -31,5 +31,5 @@ def test_the_tutorial_ends_with_an_adapter_that_serves_on_the_new_base(tmp_path)
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "parity on v2 -> passed" in ran.stdout
-    assert "serving moved to tutorial/v2" in ran.stdout
+    assert "serving: tutorial/v2" in ran.stdout
     assert ran.stdout.splitlines()[-1].startswith("v2 ")
