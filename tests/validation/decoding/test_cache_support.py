@@ -108,3 +108,17 @@ def test_broken_weights_are_left_to_decoding():
     model = tiny_model().eval()
     nn.init.constant_(model.lm_head.weight, float("nan"))
     assert cache_support(model) == CacheSupport()
+
+
+def test_a_broken_adapter_does_not_decide_how_later_adapters_are_read():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model_of("bart"), LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.constant_(weight, float("nan"))
+    assert cache_support(model) == CacheSupport()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(weight)
+    assert cache_support(model) == CacheSupport(batched=False)

@@ -16,7 +16,7 @@ from trans_peft.errors import UnsupportedModelError
 from trans_peft.validation.decoding.batching import is_out_of_memory
 from trans_peft.validation.decoding.prefixes import CacheSupport, PrefixReader, PromptPart
 
-__all__ = ["base_model_of", "cache_support"]
+__all__ = ["cache_support"]
 
 _SHORT, _LONG, _CONTINUATION = 5, 12, 3
 """Lengths in tokens of the probe's prompts and of what follows them."""
@@ -36,20 +36,26 @@ def cache_support(model: nn.Module) -> CacheSupport:
     The model must be in evaluation mode. The result belongs to the base: adapters share it.
     Raises UnsupportedModelError for a model that cannot be read through a cache in any way.
     """
-    base = base_model_of(model)
+    base = _base_of(model)
     if base not in _found:
         with torch.no_grad():
-            _found[base] = _probed(base)
+            support = _probed(base)
+        if (
+            support is None
+        ):  # weights of the base or of this adapter are broken: decoding reports it
+            return CacheSupport()
+        _found[base] = support
     return _found[base]
 
 
-def base_model_of(model: nn.Module) -> nn.Module:
+def _base_of(model: nn.Module) -> nn.Module:
     """Return the model under PEFT's wrapper, or the model itself."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
 
 
-def _probed(model: nn.Module) -> CacheSupport:
+def _probed(model: nn.Module) -> CacheSupport | None:
+    """Return the first support that gives the model's own logits; None if these are not finite."""
     try:
         short, long = _texts(model)
         expected = [_logits(model, text) for text in (short, long)]
@@ -58,7 +64,7 @@ def _probed(model: nn.Module) -> CacheSupport:
             raise
         raise _unsupported(model, f"{type(error).__name__}: {error}") from error
     if not all(torch.isfinite(logits).all() for logits in expected):
-        return CacheSupport()  # broken weights: decoding reports them
+        return None
     reasons = []
     for support in _FASTEST_FIRST:
         try:
