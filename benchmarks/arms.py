@@ -101,7 +101,7 @@ def reload(workload: Workload) -> dict[str, Any]:
 
 
 def set_adapter(workload: Workload) -> dict[str, Any]:
-    """Load the base once, with all adapters of one type on it, of which one is active at a time."""
+    """Load the base once, with all adapters of one type on it. One adapter is active at a time."""
     laps, peer, texts = Laps(workload), Peer(workload, by_length=True), {}
     model = from_pretrained(workload)
     bare = peer.answers(model)

@@ -150,7 +150,7 @@ def wrong_drafts(answers: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def equal(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> int:
-    """Return the number of pairs of which one answer starts with the other."""
+    """Count the pairs in which one answer starts with the other."""
     return sum(x[: len(y)] == y[: len(x)] and bool(x) == bool(y) for x, y in zip(a, b, strict=True))
 
 

@@ -228,7 +228,7 @@ class TestKeys:
     def test_a_missing_key_file_is_an_error_for_the_operator(self, platform, keys, tmp_path):
         upload(platform, HOME, keys[0][0])
         broken = keyed(platform, tmp_path / "missing.pem")
-        for _ in range(2):  # reported each time, because it is no fault of the upload
+        for _ in range(2):  # reported each time: the missing key is not an error of the upload
             (message,) = reconcile(broken)
             assert "TRANS_PEFT_FAMILIES" in message
         assert reconcile(keyed(platform, keys[0][1])) == []

@@ -1,5 +1,7 @@
 import pytest
 
+from tests.tiny import tiny_tokenizer
+
 
 @pytest.fixture(scope="module")
 def one_thread():
@@ -10,3 +12,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()

@@ -21,11 +21,6 @@ QUESTIONS = ("a b c", "What is it?", "x", "a rather longer question than the oth
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def model():
     return tiny_model(seed=4).eval()
 

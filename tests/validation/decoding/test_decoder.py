@@ -6,7 +6,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import tiny_tokenizer
 from tests.validation.models import CONFIGS, Counting, by_transformers, ending_with, model_of
 from trans_peft.validation.decoding import decoder as decoding
 from trans_peft.validation.decoding.drafts import PASS_OVERHEAD_TOKENS
@@ -18,11 +17,6 @@ LENGTHS = (1, 2, 3, 3, 7, 12, 20, 12, 33, 5)
 MOST = 18
 ANY_TOKEN = st.integers(0, 257)
 shared = cache(model_of)  # tests that change a model create their own
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,6 @@ LENGTHS = (1, 2, 3, 3, 7, 12, 20, 12, 33, 5, 60)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def prompts():
     draws = torch.Generator().manual_seed(3)
     return [torch.randint(32, 127, (n,), generator=draws).tolist() for n in LENGTHS]

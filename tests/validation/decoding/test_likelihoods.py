@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model
 from trans_peft.data import ChatMessage, Example
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
@@ -18,11 +18,6 @@ QUESTIONS = [
     ("x", (" 1", " 22", " 333", " 4444")),
     ("a rather longer question than the others", (" a", " b")),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.tiny import tiny_tokenizer
 from tests.validation.models import (
     CONFIGS,
     SHAPE,
@@ -28,11 +27,6 @@ RESTS = (1, 2, 9, 30, 45, 9, 1, 4)
 MOST = 8
 shared = cache(model_of)
 BEGINNINGS = (0, 1, 5, 40)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @cache
