@@ -9,6 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples at every run. New ones: pytest --hypothesis-profile=default
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
