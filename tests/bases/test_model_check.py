@@ -288,7 +288,7 @@ def test_position_tables_above_the_limit_are_refused(llama, monkeypatch):
 
 def test_a_model_that_exceeds_a_limit_is_refused(llama, monkeypatch):
     # A child whose memory is used up may also stop responding; the time limit then ends it.
-    monkeypatch.setattr(model_check, "LIMITS", Limits(memory_bytes=1 << 20, wall_s=60))
+    monkeypatch.setattr(model_check, "LIMITS", Limits(memory_bytes=1 << 20, wall_s=15))
     with pytest.raises(UploadError, match=r"more (memory|time) than an evaluation may take"):
         check_checkpoint(edited(llama, of_its_own=True), "the upload")
 

@@ -119,7 +119,7 @@ def test_each_format_is_that_of_the_pinned_date():
     assert texts == ["2024%|00:00"]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=15)  # each example starts a child process
 @given(st.lists(st.sampled_from(["%d", "%B", "%-d", "%Y", ", ", "T", "%H:%M:%S"]), max_size=6))
 def test_combined_formats_are_those_of_the_pinned_date(parts):
     template = "{{ strftime_now('" + "".join(parts) + "') }}"
