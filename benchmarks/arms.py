@@ -156,9 +156,9 @@ def whole(workload: Workload, *, sequential: bool = False) -> dict[str, Any]:
     for name, version in workload.versions.items():
         with laps.of(name):
             workload.platform.evaluations.put(workload.reference(name))  # stored, as on a platform
-            work = TransferTask(name, version.number, workload.new.version, Reason.NEVER_JUDGED)
+            task = TransferTask(name, version.number, workload.new.version, Reason.NO_VERDICT)
             fleet = observe_adapter(name, FAMILY, workload.platform)
-            outcome = transfer(work, fleet, policy, workload.platform)
+            outcome = transfer(task, fleet, policy, workload.platform)
         on_new_base = [
             e
             for e in outcome.evaluations

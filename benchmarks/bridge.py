@@ -300,7 +300,7 @@ def _request(secret: str, burst: int, delivery: int) -> bytes:
 
 
 def _split(parts: Sequence[str], moments: Sequence[float]) -> dict[str, float]:
-    """Return the seconds between neighbouring moments by name, and all of them."""
+    """Return the seconds between neighboring moments by name, and all of them."""
     steps = [later - earlier for earlier, later in pairwise(moments)]
     return {"all": moments[-1] - moments[0], **dict(zip(parts, steps, strict=True))}
 

@@ -49,11 +49,11 @@ def bits(seed: int, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, np.ndar
 
 
 def families(seeds: range, shape: tuple[int, ...] = SHAPE) -> dict[str, np.ndarray]:
-    """Return families of z values: rates by seed and by place, and covariances of neighbours."""
+    """Return families of z values: rates by seed and by place, and covariances of neighbors."""
     names = (*AXES, "neuron")
     by_seed: dict[str, list[float]] = {"masked, by seed": [], "dropped, by seed": []}
     counts = {name: np.zeros(size) for name, size in zip(names, (*shape, NEURONS), strict=True)}
-    neighbours: dict[str, list[float]] = {name: [] for name in (*names, "seed")}
+    neighbors: dict[str, list[float]] = {name: [] for name in (*names, "seed")}
     before = None
     for seed in seeds:
         masked, dropped = bits(seed, shape)
@@ -62,15 +62,15 @@ def families(seeds: range, shape: tuple[int, ...] = SHAPE) -> dict[str, np.ndarr
         for axis, name in enumerate(names):
             counts[name] += masked.sum(axis=tuple(i for i in range(masked.ndim) if i != axis))
             line = np.moveaxis(masked, axis, 0)
-            neighbours[name].append(_covariance(line[:-1], line[1:]))
+            neighbors[name].append(_covariance(line[:-1], line[1:]))
         if before is not None:
-            neighbours["seed"].append(_covariance(before, masked))
+            neighbors["seed"].append(_covariance(before, masked))
         before = masked
     size = len(seeds) * int(np.prod(shape)) * NEURONS
     return {
         **{name: np.array(values) for name, values in by_seed.items()},
         **{f"masked, by {n}": _rate(count, size // len(count)) for n, count in counts.items()},
-        **{f"neighbours in {n}, by seed": np.array(zs) for n, zs in neighbours.items()},
+        **{f"neighbors in {n}, by seed": np.array(zs) for n, zs in neighbors.items()},
     }
 
 

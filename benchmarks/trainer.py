@@ -1,11 +1,11 @@
 """Compares this project's trainer with TRL's and transformers': whole runs over the same rows.
 
-`ours` is what `finetune` builds: TRL's preparation, logits only at labelled positions, rows of
+`ours` is what `finetune` builds: TRL's preparation, logits only at labeled positions, rows of
 similar length in one step, an event after each step. `trl` is a stock `SFTTrainer`. `hf` is a stock
 `Trainer` with transformers' padding collator, on rows whose prompts are masked. All three train the
 same LoRA on the same Llama of SmolLM2's size without perturbation, in fp32, with every row once per
 run. The ratio is of the time per token, without padding. Activation checkpointing (TRL's default)
-and saving are off for all, because they would favour `ours`.
+and saving are off for all, because they would favor `ours`.
 
     python benchmarks/trainer.py [--pairs 7] [--clock wall|process] [--rows 64] [--only NAME ...]
 """

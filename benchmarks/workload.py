@@ -131,6 +131,6 @@ class Workload:
         for name, said in texts.items():
             candidate = {name_of: self.evaluation(said, self.versions[name].weights_sha256)}
             reference = {name_of: self.reference(name)}
-            judgement = judge(self.policy, reference, candidate, beside)
-            found[name] = {"verdict": str(judgement.verdict), "answers": list(said)}
+            judgment = judge(self.policy, reference, candidate, beside)
+            found[name] = {"verdict": str(judgment.verdict), "answers": list(said)}
         return found

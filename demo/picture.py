@@ -100,7 +100,7 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
             (change.lower, y),
             xytext=(0, 14),
             textcoords="offset points",
-            ha="left",  # centred, long labels would exceed the axis
+            ha="left",  # centered, long labels would exceed the axis
             color=_colour(arm),
             fontweight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},

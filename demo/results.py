@@ -8,7 +8,7 @@ from rich.table import Table
 
 from demo.base import FAMILY
 from demo.settings import POLICY, DemoTask, recipes
-from trans_peft.domain.evaluation import SuiteJudgement, Verdict
+from trans_peft.domain.evaluation import SuiteJudgment, Verdict
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluation import evaluate_on, pin_suites
 from trans_peft.lifecycle.report import report
@@ -33,7 +33,7 @@ class Result:
     task: str
     method: str
     bare_v1: float
-    figures: SuiteJudgement
+    figures: SuiteJudgment
     verdict: Verdict
     reason: str
     serves: bool

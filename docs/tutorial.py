@@ -129,10 +129,10 @@ v2 = ingest(Upload(f"{work}/bases/{FAMILY}/v2"), platform)
 
 # +
 fleet = observe(FAMILY, platform)
-for task in plan(fleet, policy).work:
+for task in plan(fleet, policy).tasks:
     outcome = transfer(task, fleet, policy, platform)
     print(task.adapter, "on", task.base_version, "->", outcome.verdict)
-    print(outcome.judgement.reason)
+    print(outcome.judgment.reason)
 # -
 
 # ## Serve by verdict

@@ -73,7 +73,7 @@ def reconcile(
         refused.append(f"there is no base family {family!r}, and no upload of one")
     if problems := refused + [problem for one in found.values() for problem in one.problems]:
         return Failed(message="\n".join(problems))
-    others = sum(len(shard.work) for one in found.values() for shard in one.others)
+    others = sum(len(shard.tasks) for one in found.values() for shard in one.others)
     return Completed(
         message=f"other runs work on {others} verdicts" if others else "no verdict is missing"
     )
@@ -110,7 +110,7 @@ class _Family:
         return self.started + self.others if wait else self.started
 
     def publish_plan(self) -> None:
-        """Publish the missing work, and change nothing."""
+        """Publish the plan, and change nothing."""
         with self._collecting_errors():
             reporting.publish_plan(reconciliation.plan_fleet(self.name, self.policy))
 
@@ -148,13 +148,13 @@ class _Family:
             reason = f"shard {end.name} ended as {end.state_name}; the next run continues its work"
             if end.message:
                 reason += f": {end.message}"
-            self.left |= {work.key: reason for work in shards.unfinished_tasks([end], plan)}
+            self.left |= {task.key: reason for task in shards.unfinished_tasks([end], plan)}
 
         active_shards = shards.active_shards(self.name, self.policy)
         for shard in (obsolete := shards.obsolete_shards(plan, active_shards)):
             shards.cancel_shard(shard)
         active_shards = tuple(shard for shard in active_shards if shard not in obsolete)
-        todo = [work for work in shards.missing(plan, active_shards) if work.key not in self.left]
+        todo = [task for task in shards.missing(plan, active_shards) if task.key not in self.left]
         ours = {shard.run_id for shard in self.started}
         self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)
         self.started = tuple(shard for shard in active_shards if shard.run_id in ours)
@@ -173,5 +173,5 @@ class _Family:
         if changes.is_refused or (changes.obstacle and not self.awaited(wait=True)):
             yield reporting.obstacle_text(changes)
         yield from dict.fromkeys(self.left.values())
-        yield from (f"parked after three failed attempts: {work}" for work in plan.parked)
+        yield from (f"parked after three failed attempts: {task}" for task in plan.parked)
         yield from plan.unreadable

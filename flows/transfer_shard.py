@@ -27,25 +27,25 @@ def transfer_shard(family: str, shard: tuple[TransferTask, ...], policy: GatePol
     logger = get_run_logger()
     failed, not_recorded, skipped = [], [], []
     with gpu_slot():
-        for work in shard:
-            state = transfer.transfer_adapter(family, work, policy, return_state=True)
+        for task in shard:
+            state = transfer.transfer_adapter(family, task, policy, return_state=True)
             if state.is_completed():
                 outcome = state.result()
                 if outcome is None:
-                    skipped.append(work.adapter)
-                    logger.info("%s: skipped, because it is no longer needed", work)
+                    skipped.append(task.adapter)
+                    logger.info("%s: skipped, because it is no longer needed", task)
                     continue
-                logger.info("%s: %s. %s", work.adapter, outcome.verdict, outcome.judgement.reason)
+                logger.info("%s: %s. %s", task.adapter, outcome.verdict, outcome.judgment.reason)
             elif is_infrastructure_failure(state):
-                not_recorded.append(f"{work.adapter}: {state.message}")
+                not_recorded.append(f"{task.adapter}: {state.message}")
             else:
                 reason = str(state.message)
-                record = transfer.record_failure(family, work, policy, reason, return_state=True)
+                record = transfer.record_failure(family, task, policy, reason, return_state=True)
                 if record.is_completed():
-                    failed.append(work.adapter)
+                    failed.append(task.adapter)
                 else:
                     not_recorded.append(
-                        f"{work.adapter}: {reason}; this attempt is not counted, because it could "
+                        f"{task.adapter}: {reason}; this attempt is not counted, because it could "
                         f"not be recorded: {record.message}"
                     )
     if failed or not_recorded:

@@ -45,23 +45,23 @@ def draw(comparisons: Sequence[Comparison], path: Path) -> Path:
 
 def _panel(axes: "Axes", comparison: Comparison) -> None:
     shown = []
-    for arm, colour in _COLOURS.items():
+    for arm, color in _COLOURS.items():
         points = []
         for steps in STEPS:
             old, new = (comparison.arms.get((arm, steps, b)) for b in (V1, comparison.update))
             if old is None or new is None:
                 continue
             by_seed = 100 * old.mean(axis=1), 100 * new.mean(axis=1)
-            axes.plot(*by_seed, "o", color=colour, markersize=4, alpha=0.35, markeredgewidth=0)
+            axes.plot(*by_seed, "o", color=color, markersize=4, alpha=0.35, markeredgewidth=0)
             points.append((by_seed[0].mean(), by_seed[1].mean(), steps))
             shown += [*by_seed[0], *by_seed[1]]
         if points:
             x, y, lengths = zip(*points, strict=True)
-            axes.plot(x, y, "-o", color=colour, linewidth=2, markersize=8, label=TITLES[arm])
+            axes.plot(x, y, "-o", color=color, linewidth=2, markersize=8, label=TITLES[arm])
             for at in zip(x, y, lengths, strict=True):
                 axes.annotate(
                     f"{at[2]} steps", at[:2], xytext=(8, -12), textcoords="offset points",
-                    color=colour, fontsize=9,
+                    color=color, fontsize=9,
                 )  # fmt: skip
     tuned = comparison.mean(NEW, STEPS[0], comparison.update)
     if tuned is not None:

@@ -62,7 +62,7 @@ def adapter_judged(outcome: TransferOutcome) -> None:
         },
         payload={
             "adapter": outcome.adapter,
-            "reason": outcome.judgement.reason,
+            "reason": outcome.judgment.reason,
             "version": outcome.new_number,
             "attempts": outcome.attempts,
         },

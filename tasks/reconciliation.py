@@ -1,4 +1,4 @@
-"""Tasks that plan missing work and apply verdicts."""
+"""Tasks that plan missing transfers and apply verdicts."""
 
 from prefect import task
 
@@ -30,7 +30,7 @@ def set_aside() -> tuple[str, ...]:
 
 @task(**RETRIES, task_run_name="plan {family}")
 def plan_fleet(family: str, policy: GatePolicy) -> Plan:
-    """Compare the desired state of a family with the registry, and return the missing work."""
+    """Compare the desired state of a family with the registry, and return the missing transfers."""
     fleet = reconcile.observe(family, platform())
     return reconcile.with_cost_estimates(reconcile.plan(fleet, policy), fleet, platform())
 

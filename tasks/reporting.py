@@ -18,7 +18,7 @@ __all__ = ["changes_markdown", "obstacle_text", "publish_fleet", "publish_plan"]
 def publish_plan(plan: Plan) -> None:
     """Write the plan to the log and to a table artifact."""
     logger = get_run_logger()
-    for item in plan.work:
+    for item in plan.tasks:
         logger.info("%s", item)
     for item in plan.parked:
         logger.warning("parked after three failed attempts: %s", item)
@@ -33,9 +33,9 @@ def publish_plan(plan: Plan) -> None:
                 "estimated seconds": item.estimated_seconds,
                 "parked": item in plan.parked,
             }
-            for item in (*plan.work, *plan.parked)
+            for item in (*plan.tasks, *plan.parked)
         ],
-        description=f"{len(plan.work)} to judge, {len(plan.parked)} parked",
+        description=f"{len(plan.tasks)} to judge, {len(plan.parked)} parked",
     )
 
 

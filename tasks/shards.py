@@ -1,4 +1,4 @@
-"""Shards: divide the work, start each shard as a flow run, wait for it, or withdraw it.
+"""Shards: divide the transfers, start each shard as a flow run, wait for it, or withdraw it.
 
 Several reconcile runs can work at once, and each can die. Active shards are therefore always read
 from Prefect, by the tags of their flow runs.
@@ -43,7 +43,7 @@ __all__ = [
     "wait",
 ]
 
-_WORK = TypeAdapter(tuple[TransferTask, ...])
+_TASKS = TypeAdapter(tuple[TransferTask, ...])
 _POLL_S = 2.0
 _PAGE = 200  # Prefect's own limit for one answer
 _WITHDRAWN = "Withdrawn"
@@ -56,12 +56,12 @@ class Shard:
 
     Attributes:
         run_id: Id of its flow run.
-        work: Its transfers.
+        tasks: Its transfers.
         waits: Whether the flow run has not started.
     """
 
     run_id: UUID
-    work: tuple[TransferTask, ...]
+    tasks: tuple[TransferTask, ...]
     waits: bool = False
 
 
@@ -71,7 +71,7 @@ class EndedShard:
 
     Attributes:
         name: Name of the flow run.
-        work: Its transfers.
+        tasks: Its transfers.
         state_name: Name of the final state.
         never_ran: Whether it ended before it started.
         cancelled: Whether it was cancelled.
@@ -80,7 +80,7 @@ class EndedShard:
     """
 
     name: str
-    work: tuple[TransferTask, ...]
+    tasks: tuple[TransferTask, ...]
     state_name: str
     never_ran: bool
     cancelled: bool
@@ -94,19 +94,19 @@ class EndedShard:
 
 
 def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, ...]:
-    """Return the work of a plan that is in no active shard, in the plan's order."""
-    taken = {item.key for shard in active_shards for item in shard.work}
-    return tuple(item for item in plan.work if item.key not in taken)
+    """Return the transfers of a plan that are in no active shard, in the plan's order."""
+    taken = {item.key for shard in active_shards for item in shard.tasks}
+    return tuple(item for item in plan.tasks if item.key not in taken)
 
 
 def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, ...]:
     """Return the waiting shards to withdraw.
 
-    These are shards with work that is no longer planned, and shards whose base comes after a base
-    with work in no shard. In one queue, that work would have to wait for them.
+    These are shards with transfers that are no longer planned, and shards whose base comes
+    after a base with transfers in no shard. In one queue, these would have to wait for them.
     """
-    planned = {item.key for item in plan.work}
-    rank = {base: i for i, base in enumerate(dict.fromkeys(w.base_version for w in plan.work))}
+    planned = {item.key for item in plan.tasks}
+    rank = {base: i for i, base in enumerate(dict.fromkeys(w.base_version for w in plan.tasks))}
     first = min(
         (rank[item.base_version] for item in missing(plan, active_shards)), default=len(rank)
     )
@@ -114,15 +114,15 @@ def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, 
         shard
         for shard in active_shards
         if shard.waits
-        and any(w.key not in planned or rank[w.base_version] > first for w in shard.work)
+        and any(w.key not in planned or rank[w.base_version] > first for w in shard.tasks)
     )
 
 
-def cut(work: Sequence[TransferTask], size: int) -> tuple[tuple[TransferTask, ...], ...]:
-    """Divide the work into shards of one base and at most `size` adapters."""
+def cut(tasks: Sequence[TransferTask], size: int) -> tuple[tuple[TransferTask, ...], ...]:
+    """Divide transfers into shards of one base and at most `size` adapters."""
     shards = []
-    for base in dict.fromkeys(item.base_version for item in work):
-        on_base = [item for item in work if item.base_version == base]
+    for base in dict.fromkeys(item.base_version for item in tasks):
+        on_base = [item for item in tasks if item.base_version == base]
         shards += [tuple(on_base[i : i + size]) for i in range(0, len(on_base), size)]
     return tuple(shards)
 
@@ -143,7 +143,7 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
     shards = []
     for run in sorted(found, key=lambda run: str(run.id)):
         try:
-            work = _WORK.validate_python(run.parameters["shard"])
+            tasks = _TASKS.validate_python(run.parameters["shard"])
         except (KeyError, ValueError):
             get_run_logger().warning(
                 "flow run %s has the tags of a shard, but its parameter `shard` cannot be read: "
@@ -151,23 +151,23 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
                 run.name,
             )
             continue
-        shards.append(Shard(run.id, work, run.state is None or run.state.is_scheduled()))
+        shards.append(Shard(run.id, tasks, run.state is None or run.state.is_scheduled()))
     return tuple(shards)
 
 
-def start(family: str, work: tuple[TransferTask, ...], policy: GatePolicy) -> Shard:
-    """Start the flow run of a shard, or return the active one with the same work.
+def start(family: str, tasks: tuple[TransferTask, ...], policy: GatePolicy) -> Shard:
+    """Start the flow run of a shard, or return the active one with the same transfers.
 
     Prefect returns the same run for an idempotency key for ever. If that run has ended without
-    doing the work, the next key starts a new run.
+    doing its transfers, the next key starts a new run.
     """
-    key = content_sha256([family, [item.key for item in work], policy])
+    key = content_sha256([family, [item.key for item in tasks], policy])
     for attempt in count():
         run = cast(  # `run_deployment` returns a coroutine in asynchronous code only
             FlowRun,
             run_deployment(
                 Deployment.TRANSFER_SHARD,
-                parameters={"family": family, "shard": work, "policy": policy},
+                parameters={"family": family, "shard": tasks, "policy": policy},
                 idempotency_key=f"{key}:{attempt}",
                 tags=[*_tags(family, policy), *inherited_tags()],
                 timeout=0,
@@ -175,15 +175,15 @@ def start(family: str, work: tuple[TransferTask, ...], policy: GatePolicy) -> Sh
         )
         if run.state is None or not run.state.is_final():
             break
-    return Shard(run.id, work, waits=True)
+    return Shard(run.id, tasks, waits=True)
 
 
 def cancel_shard(shard: Shard) -> None:
-    """Withdraw a waiting shard. One that has just started skips work that is not needed itself."""
+    """Withdraw a waiting shard. One that has just started skips its needless transfers itself."""
     state: State[Any] = State(
         type=StateType.CANCELLED,
         name=_WITHDRAWN,
-        message="no longer needed, or less urgent than other work",
+        message="no longer needed, or less urgent than other transfers",
     )
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(shard.run_id)
@@ -220,33 +220,33 @@ def in_flight(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ..
 
     It counts as a failed attempt, so that an adapter that kills each process is parked in the end.
     """
-    planned = {item.key for item in plan.work}
+    planned = {item.key for item in plan.tasks}
     return tuple(
-        next(work for work in shard.work if work.key in planned)
+        next(task for task in shard.tasks if task.key in planned)
         for shard in ended
-        if shard.crashed and not shard.never_ran and any(w.key in planned for w in shard.work)
+        if shard.crashed and not shard.never_ran and any(w.key in planned for w in shard.tasks)
     )
 
 
 def unfinished_tasks(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
-    """Return the planned work that the same run does not start again.
+    """Return the planned transfers that the same run does not start again.
 
-    Its shard was cancelled, could not start, or failed before it reached this work. The remaining
-    work of shards that were killed or withdrawn is started again.
+    Its shard was cancelled, could not start, or failed before it reached them. The remaining
+    transfers of shards that were killed or withdrawn are started again.
     """
     undone = {
         item.key
         for shard in ended
         if not shard.withdrawn and (shard.never_ran or not shard.crashed)
-        for item in shard.work
+        for item in shard.tasks
     }
-    return tuple(item for item in plan.work if item.key in undone)
+    return tuple(item for item in plan.tasks if item.key in undone)
 
 
 def _ended(run: FlowRun, state: State[Any], shard: Shard) -> EndedShard:
     return EndedShard(
         name=run.name,
-        work=shard.work,
+        tasks=shard.tasks,
         state_name=state.name or "",
         never_ran=run.start_time is None,
         cancelled=state.is_cancelled(),

@@ -18,35 +18,39 @@ from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
 __all__ = ["record_failure", "transfer_adapter"]
 
 
-@task(**RETRIES, task_run_name="transfer {work.adapter} to {work.base_version}")
-def transfer_adapter(family: str, work: TransferTask, policy: GatePolicy) -> TransferOutcome | None:
+@task(**RETRIES, task_run_name="transfer {transfer_task.adapter} to {transfer_task.base_version}")
+def transfer_adapter(
+    family: str, transfer_task: TransferTask, policy: GatePolicy
+) -> TransferOutcome | None:
     """Judge one adapter on a base and record the verdict; None if that is no longer needed.
 
-    The check runs under the adapter's lock: if two shards have the same work, the second one finds
-    it done.
+    The check runs under the adapter's lock: if two shards have the same transfer, the
+    second one finds it done.
     """
     from trans_peft.lifecycle.transfer import transfer
 
-    with adapter_lock(work.adapter):
-        fleet = observe_adapter(work.adapter, family, platform())
-        if not is_still_needed(work, fleet, policy):
+    with adapter_lock(transfer_task.adapter):
+        fleet = observe_adapter(transfer_task.adapter, family, platform())
+        if not is_still_needed(transfer_task, fleet, policy):
             return None
-        outcome = transfer(work, fleet, policy, platform(), on_progress=evaluation_progress())
+        outcome = transfer(
+            transfer_task, fleet, policy, platform(), on_progress=evaluation_progress()
+        )
     events.adapter_judged(outcome)
     return outcome
 
 
-@task(**RETRIES, task_run_name="record that {work.adapter} failed")
+@task(**RETRIES, task_run_name="record that {transfer_task.adapter} failed")
 def record_failure(
-    family: str, work: TransferTask, policy: GatePolicy, reason: str
+    family: str, transfer_task: TransferTask, policy: GatePolicy, reason: str
 ) -> TransferOutcome | None:
     """Record a failed attempt; None if the transfer is no longer needed."""
     from trans_peft.lifecycle import transfer
 
-    with adapter_lock(work.adapter):
-        fleet = observe_adapter(work.adapter, family, platform())
-        if not is_still_needed(work, fleet, policy):
+    with adapter_lock(transfer_task.adapter):
+        fleet = observe_adapter(transfer_task.adapter, family, platform())
+        if not is_still_needed(transfer_task, fleet, policy):
             return None
-        outcome = transfer.record_failure(work, fleet, policy, platform(), reason=reason)
+        outcome = transfer.record_failure(transfer_task, fleet, policy, platform(), reason=reason)
     events.adapter_judged(outcome)
     return outcome

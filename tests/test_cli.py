@@ -353,7 +353,7 @@ def test_transfer_writes_the_verdict_and_the_rebound_adapter(cli, tmp_path):
         *(*TRANSFER, "--out", tmp_path / "out", "--policy", tmp_path / "policy.yaml")
     )
     outcome = json.loads((tmp_path / "out/outcome.json").read_text())
-    assert (code, outcome["judgement"]["verdict"]) == (0, "passed")
+    assert (code, outcome["judgment"]["verdict"]) == (0, "passed")
     assert len(outcome["evaluations"]) == 3
     assert (tmp_path / "out/adapter/adapter_model.safetensors").read_bytes() == (
         cli.folder / "mine/adapter_model.safetensors"
@@ -376,7 +376,7 @@ def test_the_recovery_strategies_of_a_policy_are_tried_and_reported(cli, tmp_pat
     assert "tried: direct: " in out
     outcome = json.loads((tmp_path / "out/outcome.json").read_text())
     assert all(item["seconds"] >= 0 for item in outcome["tried"])
-    assert "level 2.5 %" in outcome["judgement"]["reason"]
+    assert "level 2.5 %" in outcome["judgment"]["reason"]
     (tmp_path / "policy.yaml").write_text("recovery: {scale: [0.5]}\n")
     code, _, err = cli.run(*arguments, "--out", tmp_path / "none")
     assert code == 2
@@ -386,7 +386,7 @@ def test_the_recovery_strategies_of_a_policy_are_tried_and_reported(cli, tmp_pat
 def test_an_incompatible_adapter_has_a_verdict_and_raises_no_error(cli, tmp_path):
     arguments = ("transfer", "mine", "--old", "v1", "--new", "unrelated", "--suite", "suite.json")
     code, printed = cli.json(*arguments, "--out", tmp_path / "out")
-    assert (code, printed["judgement"]["verdict"]) == (1, "incompatible")
+    assert (code, printed["judgment"]["verdict"]) == (1, "incompatible")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"outcome.json"}
 
 
@@ -456,7 +456,7 @@ def test_bases_and_adapters_may_lie_in_buckets(cli, tmp_path, servers, unique):
     arguments = ("transfer", f"{root}/mine", *bases, "--suite", "suite.json", "--out", out)
     code, printed = cli.json(*arguments, *state)
     assert printed["adapter"] == "mine"
-    assert code == (printed["judgement"]["verdict"] != "passed")
+    assert code == (printed["judgment"]["verdict"] != "passed")
     config = json.loads((out / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"{root}/v2"
     code, _, err = cli.run("fingerprint", f"s3://{servers.bucket}/{unique}/nothing")

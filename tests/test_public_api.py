@@ -85,8 +85,8 @@ def consumer(request, unique, tmp_path, monkeypatch):
     fleet.promote(v1)
     fleet.apply_verdicts()
     fleet.add_base("v2")
-    for work in fleet.work():
-        fleet.judge(work, Verdict.INCONCLUSIVE)
+    for task in fleet.tasks():
+        fleet.judge(task, Verdict.INCONCLUSIVE)
     return fleet, f"{unique}-chat"
 
 

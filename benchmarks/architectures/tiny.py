@@ -187,7 +187,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 """Values for fields of one architecture, added to `_SMALL`."""
 
 _OF_PARTS = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder"}
-"""Model types of several parts, whose class for causal language modelling takes one part's."""
+"""Model types of several parts, whose class for causal language modeling takes one part's."""
 
 UNBUILT: dict[str, str] = {
     "gemma3n": "its vision tower needs timm; its text model is the row gemma3n_text",

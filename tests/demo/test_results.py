@@ -9,7 +9,7 @@ from rich.console import Console
 from demo.picture import draw
 from demo.results import Result, notes, table
 from demo.settings import ARMS, FULL, POLICY, recipes
-from trans_peft.domain.evaluation import Comparison, SuiteJudgement, Verdict
+from trans_peft.domain.evaluation import Comparison, SuiteJudgment, Verdict
 from trans_peft.validation.scoring import make_scorer
 
 CHANGE = Comparison(
@@ -25,7 +25,7 @@ CHANGE = Comparison(
     superior=False,
     reference_non_inferior=True,
 )
-FIGURES = SuiteJudgement(
+FIGURES = SuiteJudgment(
     "exceptions",
     52.25,
     CHANGE,

@@ -14,9 +14,9 @@ from trans_peft.domain.evaluation import (
     Comparison,
     Evaluation,
     ItemResult,
-    Judgement,
+    Judgment,
     Suite,
-    SuiteJudgement,
+    SuiteJudgment,
     Verdict,
 )
 from trans_peft.domain.identity import content_sha256
@@ -106,7 +106,7 @@ def outcome(
         superior=False,
         reference_non_inferior=False,
     )
-    suite = SuiteJudgement("exceptions", 79.0, change, power=0.8, items_needed=9)
+    suite = SuiteJudgment("exceptions", 79.0, change, power=0.8, items_needed=9)
     return TransferOutcome(
         adapter=source.adapter,
         source_number=source.number,
@@ -115,7 +115,7 @@ def outcome(
         base_fingerprint_sha256=base,
         weights_sha256=source.weights_sha256,
         policy_sha256=policy,
-        judgement=Judgement(verdict, "because", (suite,)),
+        judgment=Judgment(verdict, "because", (suite,)),
         compatibility=Compatibility(notes=("the chat template changed",)),
         effect=Effect(0.25),
         evaluations=(evaluation(source.weights_sha256),),

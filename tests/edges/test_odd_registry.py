@@ -432,8 +432,8 @@ def test_a_store_of_evaluations_without_an_answer_stops_no_planning(two):
         platform = replace(two.spoilt.platform, evaluations=NoAnswer())
         seen = observe("spoilt", platform)
         found = with_cost_estimates(plan(seen, POLICY), seen, platform)
-        assert {work.adapter for work in found.work} == {"bad", "good"}
-        assert {work.estimated_seconds for work in found.work} == {None}
+        assert {task.adapter for task in found.tasks} == {"bad", "good"}
+        assert {task.estimated_seconds for task in found.tasks} == {None}
         assert platform.evaluations.calls == 1
         page = report("spoilt", platform).markdown()
         assert page.count("the scores of stored evaluations are missing") == 1

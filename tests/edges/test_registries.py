@@ -260,11 +260,11 @@ class TestEveryRegistry:
 
     def test_a_manual_override_is_recorded_and_removed(self, place):
         place.trained()
-        alias, hand = (
+        alias, override = (
             "on-222222222222",
             ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00"),
         )
-        for record in (hand, replace(hand, number=1), None, None):
+        for record in (override, replace(override, number=1), None, None):
             place.registry.record_manual_override(place.adapter, alias, record)
             state = place.registry.aliases(place.adapter).get(alias, AliasState())
             assert state == AliasState(recorded=record)
@@ -425,8 +425,8 @@ class TestMlflow:
 
     def test_manual_overrides_are_shown_as_tags(self, place):
         place.trained()
-        hand = ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00")
-        place.registry.record_manual_override(place.adapter, "on-222222222222", hand)
+        override = ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00")
+        place.registry.record_manual_override(place.adapter, "on-222222222222", override)
         tags = place.person.client.get_registered_model(place.adapter).tags
         assert json.loads(tags["trans_peft.manual-override.on-222222222222"]) == {
             "number": None, "wanted": 2, "why": "passed", "by": "unknown",

@@ -47,7 +47,7 @@ def undisturbed(tmp_path, monkeypatch):
 
 class TestOneRun:
     def test_judges_in_shards_and_moves_the_fleet(self, undisturbed):
-        assert [len(run.work) for run in undisturbed.runs] == [2, 2, 1]
+        assert [len(run.tasks) for run in undisturbed.runs] == [2, 2, 1]
         assert undisturbed.fleet.serving == 2
         alias = alias_on(undisturbed, "v2")
         aliases = [undisturbed.fleet.platform.registry.alias(name, alias) for name in "abcde"]
@@ -130,7 +130,7 @@ class TestKilled:
     ):
         world = upgrade(tmp_path / "killer")
         judge = world.judge
-        world.judge = lambda work: killed() if work.adapter == "c" else judge(work)
+        world.judge = lambda task: killed() if task.adapter == "c" else judge(task)
         state = world.reconcile(monkeypatch)
         assert "parked after three failed attempts: c on v2" in state.message
         assert world.fleet.serving == 2  # 3 of 5 serve there: the policy asks for half
@@ -139,9 +139,9 @@ class TestKilled:
     def test_an_attempt_that_cannot_be_recorded_stops_no_other_adapter(self, tmp_path, monkeypatch):
         world = upgrade(tmp_path / "not-recorded")
         judge = world.judge
-        world.judge = lambda work: killed() if work.adapter == "c" else judge(work)
+        world.judge = lambda task: killed() if task.adapter == "c" else judge(task)
 
-        def record_failure(family, work, policy, reason, return_state):
+        def record_failure(family, task, policy, reason, return_state):
             return Failed(message="there is no base v2")
 
         fake = SimpleNamespace(record_failure=record_failure)
@@ -241,8 +241,8 @@ class TestTwoAtOnce:
             world = upgrade(tmp_path / str(position))
 
             def work_elsewhere(world=world):
-                for work in [work for run in world.runs for work in run.work]:
-                    world.judge(work)
+                for task in [task for run in world.runs for task in run.tasks]:
+                    world.judge(task)
 
             world.at = once(position, work_elsewhere)
             world.reconcile(monkeypatch, wait=True)
@@ -316,8 +316,8 @@ class TestOvertaken:
         world.shard_size = 5
         judge = world.judge
 
-        def promote_v3_after_the_first_adapter(work):
-            judge(work)
+        def promote_v3_after_the_first_adapter(task):
+            judge(task)
             if len(world.records) == 1:
                 world.fleet.promote(world.fleet.add_base("v3"))
 

@@ -85,14 +85,14 @@ def shard(monkeypatch, tmp_path):
     def run(errors, not_recorded=None):
         charged = []
 
-        def record_failure(family, work, policy, reason, return_state):
-            if error := (not_recorded or {}).get(work.adapter):
+        def record_failure(family, task, policy, reason, return_state):
+            if error := (not_recorded or {}).get(task.adapter):
                 return Failed(data=error, message=f"{error}")
-            charged.append(work.adapter)
+            charged.append(task.adapter)
             return Completed(data=None)
 
-        def transfer_adapter(family, work, policy, return_state):
-            error = errors.get(work.adapter)
+        def transfer_adapter(family, task, policy, return_state):
+            error = errors.get(task.adapter)
             return (
                 Completed(data=passed) if error is None else Failed(data=error, message=f"{error}")
             )

@@ -1,4 +1,4 @@
-"""How work is divided into shards, which are withdrawn, and what counts when one is killed."""
+"""How tasks are divided into shards, which are withdrawn, and what counts when one is killed."""
 
 from dataclasses import replace
 from uuid import uuid4
@@ -18,21 +18,21 @@ from tasks.shards import (
 )
 from trans_peft.domain.outcome import Plan, Reason, TransferTask
 
-WORK = st.lists(
+TASKS = st.lists(
     st.builds(
         TransferTask,
         adapter=st.text("abc", min_size=1, max_size=3),
         source_number=st.just(1),
         base_version=st.sampled_from(["v2", "v3"]),
-        reason=st.just(Reason.NEVER_JUDGED),
+        reason=st.just(Reason.NO_VERDICT),
     ),
     unique=True,
     max_size=20,
 )
 
 
-def work(adapter: str, base: str = "v2", attempt: int = 1) -> TransferTask:
-    return TransferTask(adapter, 1, base, Reason.NEVER_JUDGED, attempt)
+def task(adapter: str, base: str = "v2", attempt: int = 1) -> TransferTask:
+    return TransferTask(adapter, 1, base, Reason.NO_VERDICT, attempt)
 
 
 def shard(*items: TransferTask, waits: bool = True) -> Shard:
@@ -43,24 +43,24 @@ def plan(*items: TransferTask) -> Plan:
     return Plan("small", items)
 
 
-A, B, C = work("a"), work("b"), work("c")
-NEWER = work("a", "v3")
+A, B, C = task("a"), task("b"), task("c")
+NEWER = task("a", "v3")
 CRASHED = EndedShard("shard", (A, B, C), "Crashed", never_ran=False, cancelled=False, crashed=True)
 
 
-@given(WORK, st.integers(1, 5))
-def test_each_transfer_is_in_one_shard_of_one_base(work, size):
-    shards = cut(work, size)
-    assert sorted(map(str, (item for shard in shards for item in shard))) == sorted(map(str, work))
+@given(TASKS, st.integers(1, 5))
+def test_each_transfer_is_in_one_shard_of_one_base(tasks, size):
+    shards = cut(tasks, size)
+    assert sorted(map(str, (item for shard in shards for item in shard))) == sorted(map(str, tasks))
     assert all(1 <= len(shard) <= size for shard in shards)
     assert all(len({item.base_version for item in shard}) == 1 for shard in shards)
 
 
-@given(WORK, st.data())
-def test_work_in_a_shard_is_not_missing_even_if_its_estimate_changed(work, data):
-    taken = data.draw(st.integers(0, len(work)))
-    with_cost_estimates = [replace(item, estimated_seconds=3.0) for item in work[:taken]]
-    assert missing(plan(*work), [shard(*with_cost_estimates)]) == tuple(work[taken:])
+@given(TASKS, st.data())
+def test_a_task_in_a_shard_is_not_missing_even_if_its_estimate_changed(tasks, data):
+    taken = data.draw(st.integers(0, len(tasks)))
+    with_cost_estimates = [replace(item, estimated_seconds=3.0) for item in tasks[:taken]]
+    assert missing(plan(*tasks), [shard(*with_cost_estimates)]) == tuple(tasks[taken:])
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_work_in_a_shard_is_not_missing_even_if_its_estimate_changed(work, data)
     [
         (plan(A, B), shard(A, B), False),
         (plan(A), shard(A, B), True),  # b was retired, or judged by another process
-        (plan(work("a", attempt=2)), shard(A), True),
+        (plan(task("a", attempt=2)), shard(A), True),
         (plan(), shard(A), True),
         (plan(NEWER, A), shard(A), True),  # a newer base comes first in the queue
         (plan(A, NEWER), shard(A), False),
@@ -80,22 +80,22 @@ def test_a_waiting_shard_is_withdrawn_if_it_is_not_needed_next(planned, waiting,
     assert obsolete_shards(planned, [waiting]) == ((waiting,) if withdrawn else ())
 
 
-def test_a_shard_is_kept_if_the_work_on_the_newer_base_is_active():
+def test_a_shard_is_kept_if_the_task_on_the_newer_base_is_active():
     assert obsolete_shards(plan(NEWER, A), [shard(NEWER), shard(A)]) == ()
 
 
-@given(WORK, st.integers(1, 5))
-def test_no_shard_is_withdrawn_if_all_work_is_active(work, size):
-    shards = [shard(*part) for part in cut(work, size)]
-    assert obsolete_shards(plan(*work), shards) == ()
+@given(TASKS, st.integers(1, 5))
+def test_no_shard_is_withdrawn_if_all_tasks_are_active(tasks, size):
+    shards = [shard(*part) for part in cut(tasks, size)]
+    assert obsolete_shards(plan(*tasks), shards) == ()
 
 
-@given(WORK.filter(len), st.data())
-def test_only_the_current_transfer_of_a_crashed_shard_counts_as_an_attempt(work, data):
-    on_base = cut(work, len(work))[0]
+@given(TASKS.filter(len), st.data())
+def test_only_the_current_transfer_of_a_crashed_shard_counts_as_an_attempt(tasks, data):
+    on_base = cut(tasks, len(tasks))[0]
     done = data.draw(st.integers(0, len(on_base)))
     left = plan(*on_base[done:])
-    crashed = replace(CRASHED, work=on_base)
+    crashed = replace(CRASHED, tasks=on_base)
     assert in_flight([crashed], left) == on_base[done : done + 1]
     for other in ({"crashed": False}, {"never_ran": True}):
         assert in_flight([replace(crashed, **other)], left) == ()
@@ -104,7 +104,7 @@ def test_only_the_current_transfer_of_a_crashed_shard_counts_as_an_attempt(work,
 @pytest.mark.parametrize(
     ("ending", "left"),
     [
-        ({}, ()),  # killed: the remaining work is started again
+        ({}, ()),  # killed: the remaining tasks are started again
         ({"never_ran": True}, (B, C)),  # the worker could not start it
         ({"crashed": False, "cancelled": True, "state_name": "Cancelled"}, (B, C)),  # a person
         ({"crashed": False, "cancelled": True, "state_name": "Withdrawn"}, ()),  # a reconcile

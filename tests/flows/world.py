@@ -58,7 +58,7 @@ class Watched:
 class Run:
     id: UUID
     key: tuple
-    work: tuple[TransferTask, ...]
+    tasks: tuple[TransferTask, ...]
     state: str = "Scheduled"
     started: bool = False
 
@@ -131,12 +131,12 @@ class World:
     @property
     def _transfer(self) -> SimpleNamespace:
         def record_failure(
-            family: str, work: TransferTask, policy: Any, reason: str, return_state: bool
+            family: str, task: TransferTask, policy: Any, reason: str, return_state: bool
         ) -> Any:
             try:
-                fleet = observe_adapter(work.adapter, family, self.platform)
-                if is_still_needed(work, fleet, policy):
-                    transfer.record_failure(work, fleet, policy, self.platform, reason=reason)
+                fleet = observe_adapter(task.adapter, family, self.platform)
+                if is_still_needed(task, fleet, policy):
+                    transfer.record_failure(task, fleet, policy, self.platform, reason=reason)
             except Exception as error:
                 return Failed(data=error, message=str(error))
             return Completed(data=None)
@@ -145,17 +145,17 @@ class World:
 
     # Prefect's part
 
-    def _start(self, family: str, work: tuple[TransferTask, ...], policy: Any) -> Shard:
-        key = tuple(item.key for item in work)
+    def _start(self, family: str, tasks: tuple[TransferTask, ...], policy: Any) -> Shard:
+        key = tuple(item.key for item in tasks)
         for run in self.runs:
             if run.key == key and run.state in ("Scheduled", "Running"):
-                return Shard(run.id, run.work, waits=True)
-        self.runs.append(Run(uuid4(), key, work))
-        return Shard(self.runs[-1].id, work, waits=True)
+                return Shard(run.id, run.tasks, waits=True)
+        self.runs.append(Run(uuid4(), key, tasks))
+        return Shard(self.runs[-1].id, tasks, waits=True)
 
     def _active_shards(self, family: str, policy: Any) -> tuple[Shard, ...]:
         return tuple(
-            Shard(run.id, run.work, run.state == "Scheduled")
+            Shard(run.id, run.tasks, run.state == "Scheduled")
             for run in self.runs
             if run.state in ("Scheduled", "Running")
         )
@@ -183,26 +183,26 @@ class World:
             return
         run.state, run.started = "Running", True
         try:
-            for work in run.work:
-                self.judge(work)
+            for task in run.tasks:
+                self.judge(task)
         except Killed:
             run.state = "Crashed"
         else:
             run.state = "Completed"
 
-    def judge(self, work: TransferTask) -> None:
+    def judge(self, task: TransferTask) -> None:
         """Judge an adapter unless its lock is held or the work is no longer needed."""
-        if work.adapter in self.locked:
+        if task.adapter in self.locked:
             return
-        if not is_still_needed(work, observe_adapter(work.adapter, FAMILY, self.platform), POLICY):
+        if not is_still_needed(task, observe_adapter(task.adapter, FAMILY, self.platform), POLICY):
             return
-        self.locked.add(work.adapter)
+        self.locked.add(task.adapter)
         plain, self.fleet.platform = self.fleet.platform, self.platform
         try:
-            outcome = self.fleet.judge(work, self.verdicts.get(work.adapter, Verdict.PASSED))
+            outcome = self.fleet.judge(task, self.verdicts.get(task.adapter, Verdict.PASSED))
         finally:
             self.fleet.platform = plain
-            self.locked.remove(work.adapter)
+            self.locked.remove(task.adapter)
         self.records.append((outcome.adapter, outcome.base_version, outcome.verdict_key))
 
     @property
@@ -233,7 +233,7 @@ class World:
 def _ended(run: Run) -> EndedShard:
     return EndedShard(
         str(run.id),
-        run.work,
+        run.tasks,
         run.state,
         never_ran=not run.started,
         cancelled=run.state in ("Cancelled", "Withdrawn"),

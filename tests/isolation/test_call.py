@@ -24,7 +24,7 @@ from trans_peft.errors import (
     LimitExceededError,
     TransPeftError,
 )
-from trans_peft.isolation import Limits, call_isolated, is_out_of_memory
+from trans_peft.isolation import Limits, call_isolated, is_memory_limit_error
 
 SUBJECT = "the tokenizer of s3://bases/mine"
 TORCH = ("torch",)
@@ -301,4 +301,4 @@ def _wait_until(condition, seconds=30):
     ],
 )
 def test_every_error_of_a_reached_memory_limit_is_recognized(error, expected):
-    assert is_out_of_memory(error) is expected
+    assert is_memory_limit_error(error) is expected

@@ -14,7 +14,7 @@ from trans_peft.domain.evaluation import (
     Evaluation,
     GatePolicy,
     ItemResult,
-    Judgement,
+    Judgment,
     Suite,
     Verdict,
 )
@@ -108,12 +108,12 @@ class MemoryFleet:
         return version
 
     def judge(
-        self, work: TransferTask, verdict: Verdict = Verdict.PASSED, policy: GatePolicy = POLICY
+        self, task: TransferTask, verdict: Verdict = Verdict.PASSED, policy: GatePolicy = POLICY
     ) -> TransferOutcome:
         """Complete one task as a shard does, with a given verdict."""
         registry = self.platform.registry
-        base = find_base(self.family, work.base_version, self.platform)
-        source = next(v for v in registry.versions(work.adapter) if v.number == work.source_number)
+        base = find_base(self.family, task.base_version, self.platform)
+        source = next(v for v in registry.versions(task.adapter) if v.number == task.source_number)
         number = None
         if verdict not in (Verdict.FAILED, Verdict.INCOMPATIBLE):
             draft = replace(
@@ -124,22 +124,22 @@ class MemoryFleet:
             )
             number = registry.register(draft, self.work_dir / "peft").number
         outcome = TransferOutcome(
-            adapter=work.adapter,
+            adapter=task.adapter,
             source_number=source.number,
             family=self.family,
             base_version=base.version,
             base_fingerprint_sha256=base.fingerprint_sha256,
             weights_sha256=source.weights_sha256,
             policy_sha256=policy.sha256,
-            judgement=Judgement(verdict, "given by the test"),
+            judgment=Judgment(verdict, "given by the test"),
             new_number=number,
-            attempts=work.attempt,
+            attempts=task.attempt,
         )
         registry.record(outcome)
         return outcome
 
-    def work(self, policy: GatePolicy = POLICY) -> tuple[TransferTask, ...]:
-        return plan(observe(self.family, self.platform), policy).work
+    def tasks(self, policy: GatePolicy = POLICY) -> tuple[TransferTask, ...]:
+        return plan(observe(self.family, self.platform), policy).tasks
 
     def needs(self, task: TransferTask, policy: GatePolicy = POLICY) -> bool:
         """Return what a shard finds when it reads the adapter before it starts the task."""
@@ -147,8 +147,8 @@ class MemoryFleet:
         return is_still_needed(task, seen, policy)
 
     def complete_tasks(self, verdict: Verdict = Verdict.PASSED) -> None:
-        for work in self.work():
-            self.judge(work, verdict)
+        for task in self.tasks():
+            self.judge(task, verdict)
 
     def apply_verdicts(self, promotion: PromotionPolicy = ANY) -> FleetChanges:
         return apply_verdicts(observe(self.family, self.platform), POLICY, promotion, self.platform)

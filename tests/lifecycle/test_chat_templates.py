@@ -104,9 +104,9 @@ def rendered(template):
 
 
 def judge(platform, adapter, **policy):
-    work = TransferTask(adapter.adapter, adapter.number, "v2", Reason.NEVER_JUDGED)
-    fleet = observe_adapter(work.adapter, FAMILY, platform)
-    return transfer(work, fleet, GatePolicy(margin_points=60.0, **policy), platform)
+    task = TransferTask(adapter.adapter, adapter.number, "v2", Reason.NO_VERDICT)
+    fleet = observe_adapter(task.adapter, FAMILY, platform)
+    return transfer(task, fleet, GatePolicy(margin_points=60.0, **policy), platform)
 
 
 @pytest.mark.parametrize("sequential", [False, True])

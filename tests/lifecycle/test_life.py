@@ -138,14 +138,14 @@ def test_an_update_is_evaluated_promoted_and_rolled_back(life):
     assert pending(platform, root_uri=str(root / "bases")) == ()
 
     fleet = observe(FAMILY, platform)
-    (work,) = plan(fleet, POLICY).work
+    (task,) = plan(fleet, POLICY).tasks
     answered = []
     outcome = transfer(
-        work, fleet, POLICY, platform, on_progress=lambda progress: answered.append(progress.what)
+        task, fleet, POLICY, platform, on_progress=lambda progress: answered.append(progress.what)
     )
     assert outcome.compatibility.ok
     assert outcome.effect is not None and outcome.effect.found
-    assert outcome.judgement.suites[0].items == 24
+    assert outcome.judgment.suites[0].items == 24
     assert set(answered) == {
         "parity: parity on v2",
         "bare base: parity on v2",
@@ -160,7 +160,7 @@ def test_an_update_is_evaluated_promoted_and_rolled_back(life):
     answered.clear()
     lenient = GatePolicy(margin_points=60.0, must_beat_bare=False)
     fleet = observe(FAMILY, platform)
-    (again,) = plan(fleet, lenient).work
+    (again,) = plan(fleet, lenient).tasks
     outcome = transfer(
         again,
         fleet,

@@ -82,10 +82,10 @@ class FleetAndPeople(RuleBasedStateMachine):
 
     @rule(verdict=st.sampled_from(JUDGED), count=st.integers(1, 4))
     def judge(self, verdict, count):
-        for work in self.fleet.work()[:count]:
-            seen = observe_adapter(work.adapter, FAMILY, self.fleet.platform)
-            if is_still_needed(work, seen, POLICY):
-                outcome = self.fleet.judge(work, verdict)
+        for task in self.fleet.tasks()[:count]:
+            seen = observe_adapter(task.adapter, FAMILY, self.fleet.platform)
+            if is_still_needed(task, seen, POLICY):
+                outcome = self.fleet.judge(task, verdict)
                 key = (outcome.adapter, outcome.weights_sha256, outcome.base_version)
                 assert key not in self.judged
                 self.judged.add(key)

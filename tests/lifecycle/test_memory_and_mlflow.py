@@ -31,9 +31,9 @@ class Upgrade:
         fleet.promote(self.v1)
         fleet.apply_verdicts()
         self.v2 = fleet.add_base("v2")
-        for work in fleet.work():
-            good = work.adapter == self.good
-            fleet.judge(work, Verdict.PASSED if good else Verdict.INCONCLUSIVE)
+        for task in fleet.tasks():
+            good = task.adapter == self.good
+            fleet.judge(task, Verdict.PASSED if good else Verdict.INCONCLUSIVE)
 
     def click(self, adapter, number):
         self.fleet.person.sets_on_an_adapter(adapter, self.v2.alias, number)
@@ -133,9 +133,9 @@ def test_an_alias_that_is_spelled_like_a_label_is_ignored(upgrade, alias):
     assert find_base(fleet.family, alias, platform).number == version.number
     with pytest.raises(NotServedError):
         resolve(upgrade.good, platform, base=alias)
-    work = next(work for work in fleet.work() if work.adapter == upgrade.good)
-    seen = observe_adapter(work.adapter, fleet.family, platform)
-    record_failure(work, seen, POLICY, platform, reason="given by the test")
+    task = next(task for task in fleet.tasks() if task.adapter == upgrade.good)
+    seen = observe_adapter(task.adapter, fleet.family, platform)
+    record_failure(task, seen, POLICY, platform, reason="given by the test")
     outcomes = {o.base_version: o.verdict for o in platform.registry.outcomes(upgrade.good)}
     assert outcomes == {"v2": Verdict.PASSED, alias: Verdict.FAILED}
 
@@ -145,11 +145,11 @@ def test_an_alias_on_a_version_that_is_not_ready_does_not_affect_tasks(upgrade):
     number = upgrade.registers_manually("s3://bases/waiting")
     fleet.add_base("2026-02")
     fleet.person.sets_on_a_base(fleet.family, "2026-02", number)
-    for work in fleet.work():
-        seen = observe_adapter(work.adapter, fleet.family, fleet.platform)
-        record_failure(work, seen, POLICY, fleet.platform, reason="given by the test")
-        fleet.judge(replace(work, attempt=2))
-    assert fleet.work() == ()
+    for task in fleet.tasks():
+        seen = observe_adapter(task.adapter, fleet.family, fleet.platform)
+        record_failure(task, seen, POLICY, fleet.platform, reason="given by the test")
+        fleet.judge(replace(task, attempt=2))
+    assert fleet.tasks() == ()
 
 
 def test_an_unreadable_base_is_no_failure_of_the_adapter(upgrade, tmp_path):

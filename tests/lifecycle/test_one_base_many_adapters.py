@@ -103,9 +103,9 @@ def counted(monkeypatch):
 
 
 def judge(platform, name, policy=POLICY, progress=None):
-    work = TransferTask(name, 1, "v2", Reason.NEVER_JUDGED)
+    task = TransferTask(name, 1, "v2", Reason.NO_VERDICT)
     fleet = observe_adapter(name, FAMILY, platform)
-    return transfer(work, fleet, policy, platform, on_progress=progress)
+    return transfer(task, fleet, policy, platform, on_progress=progress)
 
 
 @pytest.mark.parametrize("sequential", [False, True])

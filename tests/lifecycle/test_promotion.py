@@ -114,9 +114,9 @@ class TestChampion:
 class TestPolicy:
     def test_refuses_while_too_few_adapters_serve(self, fleet, two_bases):
         v1, v2 = two_bases
-        for work in fleet.work():
-            passed = work.adapter == "chat"
-            fleet.judge(work, Verdict.PASSED if passed else Verdict.NEEDS_RETUNING)
+        for task in fleet.tasks():
+            passed = task.adapter == "chat"
+            fleet.judge(task, Verdict.PASSED if passed else Verdict.NEEDS_RETUNING)
         fleet.promote(v2)
         changes = fleet.apply_verdicts(ALL)
         assert fleet.serving == v1.number
@@ -142,9 +142,9 @@ class TestPolicy:
     def test_counts_manually_approved_adapters_and_not_blocked_ones(self, fleet, two_bases):
         _, v2 = two_bases
         registry = fleet.platform.registry
-        for work in fleet.work():
-            passed = work.adapter == "chat"
-            fleet.judge(work, Verdict.PASSED if passed else Verdict.INCONCLUSIVE)
+        for task in fleet.tasks():
+            passed = task.adapter == "chat"
+            fleet.judge(task, Verdict.PASSED if passed else Verdict.INCONCLUSIVE)
         fleet.apply_verdicts()
         registry.set_alias_manually("chat", v2.alias, None)
         fleet.promote(v2)
@@ -180,9 +180,9 @@ class TestPolicy:
             fleet.platform.registry.versions("chat")[0], adapter="elsewhere", family="big"
         )
         fleet.platform.registry.register(other, fleet.work_dir / "peft")
-        for work in fleet.work():
-            passed = work.adapter == "chat"
-            fleet.judge(work, Verdict.PASSED if passed else Verdict.NEEDS_RETUNING)
+        for task in fleet.tasks():
+            passed = task.adapter == "chat"
+            fleet.judge(task, Verdict.PASSED if passed else Verdict.NEEDS_RETUNING)
         fleet.promote(v2)
         changes = fleet.apply_verdicts(PromotionPolicy(0.0, required_adapters=(name,)))
         assert (str(changes.promoted) == "small/v2") is (why is None)
@@ -194,9 +194,9 @@ class TestPolicy:
             fleet.add_adapter("x", v1), adapter="stray", base_fingerprint_sha256="f" * 64
         )
         fleet.platform.registry.register(stray, fleet.work_dir / "peft")
-        while fleet.work():
-            for work in fleet.work():
-                fleet.judge(work, Verdict.FAILED if work.adapter == "x" else Verdict.PASSED)
+        while fleet.tasks():
+            for task in fleet.tasks():
+                fleet.judge(task, Verdict.FAILED if task.adapter == "x" else Verdict.PASSED)
         fleet.promote(v2)
         refused = obstacle_text(fleet.apply_verdicts(ALL))
         assert "2 of 4 live adapters" in refused
@@ -326,7 +326,7 @@ class TestManualOverrides:
         _, v2 = two_bases
         fleet.complete_tasks(Verdict.INCONCLUSIVE)
         fleet.apply_verdicts()
-        (again, _) = fleet.work(replace(POLICY, alpha=0.1))
+        (again, _) = fleet.tasks(replace(POLICY, alpha=0.1))
         fleet.judge(again, Verdict.PASSED)
         seen = observe(FAMILY, fleet.platform)
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)

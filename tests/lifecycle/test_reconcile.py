@@ -24,20 +24,20 @@ from trans_peft.lifecycle.resolve import resolve
 from trans_peft.lifecycle.transfer import transfer
 
 
-def lines(work):
-    return [(item.adapter, item.base_version, item.reason, item.attempt) for item in work]
+def lines(tasks):
+    return [(item.adapter, item.base_version, item.reason, item.attempt) for item in tasks]
 
 
 def test_every_live_adapter_is_planned_on_a_new_base_before_promotion(fleet, two_bases):
-    assert lines(fleet.work()) == [
-        ("chat", "v2", Reason.NEVER_JUDGED, 1),
-        ("code", "v2", Reason.NEVER_JUDGED, 1),
+    assert lines(fleet.tasks()) == [
+        ("chat", "v2", Reason.NO_VERDICT, 1),
+        ("code", "v2", Reason.NO_VERDICT, 1),
     ]
 
 
 def test_a_pending_retraining_is_planned_until_it_was_tried(fleet, two_bases):
     recipe = TrainingRecipe("chat", FAMILY, SUITE.data, (SUITE,), base_version="v2")
-    chat, code = fleet.work()
+    chat, code = fleet.tasks()
     judged = fleet.judge(chat, Verdict.NEEDS_RETUNING)
     fleet.judge(code)
     for left in (recipe, None):
@@ -52,14 +52,14 @@ def test_a_pending_retraining_is_planned_until_it_was_tried(fleet, two_bases):
 def test_a_second_run_plans_nothing(fleet, two_bases):
     fleet.complete_tasks()
     fleet.apply_verdicts()
-    assert fleet.work() == ()
+    assert fleet.tasks() == ()
     assert fleet.apply_verdicts().aliases == ()
 
 
 def test_nothing_is_planned_on_a_base_that_is_not_ready(fleet, two_bases):
     fleet.complete_tasks()
     fleet.platform.catalog.register_manually(FAMILY, "memory://bases/v3")
-    assert fleet.work() == ()
+    assert fleet.tasks() == ()
 
 
 def test_nothing_is_planned_on_a_base_older_than_serving(fleet):
@@ -67,15 +67,15 @@ def test_nothing_is_planned_on_a_base_older_than_serving(fleet):
     fleet.promote(v2)
     fleet.apply_verdicts()
     fleet.add_adapter("new", v2)
-    assert fleet.work() == ()
+    assert fleet.tasks() == ()
     fleet.promote(v1)  # until a person wants it back
-    assert lines(fleet.work()) == [("new", "v1", Reason.NEVER_JUDGED, 1)]
+    assert lines(fleet.tasks()) == [("new", "v1", Reason.NO_VERDICT, 1)]
 
 
 def test_each_adapter_is_planned_on_each_newer_base_after_failures(fleet, two_bases):
     fleet.complete_tasks(Verdict.NEEDS_RETUNING)
     fleet.add_base("v3")
-    assert {(w.adapter, w.base_version, w.source_number) for w in fleet.work()} == {
+    assert {(w.adapter, w.base_version, w.source_number) for w in fleet.tasks()} == {
         ("chat", "v3", 1),
         ("code", "v3", 1),
     }
@@ -83,22 +83,22 @@ def test_each_adapter_is_planned_on_each_newer_base_after_failures(fleet, two_ba
 
 def test_the_newest_base_is_planned_first(fleet, two_bases):
     fleet.add_base("v3")
-    assert [w.base_version for w in fleet.work()] == ["v3", "v3", "v2", "v2"]
+    assert [w.base_version for w in fleet.tasks()] == ["v3", "v3", "v2", "v2"]
 
 
 def test_the_champion_is_planned_before_newer_bases(fleet, two_bases):
     _, v2 = two_bases
     fleet.add_base("v3")
     fleet.promote(v2)
-    assert [w.base_version for w in fleet.work()] == ["v2", "v2", "v3", "v3"]
+    assert [w.base_version for w in fleet.tasks()] == ["v2", "v2", "v3", "v3"]
 
 
 def test_nothing_is_planned_on_bases_older_than_champion(fleet, two_bases):
     v3 = fleet.add_base("v3")
     fleet.promote(v3)
-    assert {w.base_version for w in fleet.work()} == {"v3"}
+    assert {w.base_version for w in fleet.tasks()} == {"v3"}
     fleet.promote(None)  # paused: any of them may yet be wanted
-    assert {w.base_version for w in fleet.work()} == {"v2", "v3"}
+    assert {w.base_version for w in fleet.tasks()} == {"v2", "v3"}
 
 
 @pytest.mark.parametrize(
@@ -106,40 +106,40 @@ def test_nothing_is_planned_on_bases_older_than_champion(fleet, two_bases):
 )
 def test_a_task_is_not_needed_after_it_was_done_or_became_obsolete(fleet, two_bases, meanwhile):
     v1, _ = two_bases
-    work = fleet.work()[0]
-    assert fleet.needs(work)
+    task = fleet.tasks()[0]
+    assert fleet.needs(task)
     policy = POLICY
     match meanwhile:
         case "judged":
-            fleet.judge(work)
+            fleet.judge(task)
         case "failed":  # the attempt is counted: it is other work now
-            fleet.judge(work, Verdict.FAILED)
+            fleet.judge(task, Verdict.FAILED)
         case "retired":
-            fleet.platform.registry.retire_manually(work.adapter)
+            fleet.platform.registry.retire_manually(task.adapter)
         case "retuned":
-            fleet.add_adapter(work.adapter, v1, weights="retuned")
+            fleet.add_adapter(task.adapter, v1, weights="retuned")
         case "passed over":
             fleet.promote(fleet.add_base("v3"))
         case "another policy":
-            fleet.judge(work)
+            fleet.judge(task)
             policy = GatePolicy(margin_points=1.0)
-            (again,) = [w for w in fleet.work(policy) if w.adapter == work.adapter]
+            (again,) = [w for w in fleet.tasks(policy) if w.adapter == task.adapter]
             assert fleet.needs(again, policy)
             return
-    assert not fleet.needs(work, policy)
+    assert not fleet.needs(task, policy)
 
 
 def test_a_changed_policy_is_planned_with_zero_cost(fleet, two_bases):
     fleet.complete_tasks()
     stricter = GatePolicy(margin_points=1.0)
-    again = fleet.work(stricter)
+    again = fleet.tasks(stricter)
     assert [w.reason for w in again] == [Reason.POLICY_CHANGED] * 2
     assert [w.estimated_seconds for w in again] == [0.0, 0.0]
 
 
 def test_a_changed_policy_does_not_repeat_incompatible_transfers(fleet, two_bases):
     fleet.complete_tasks(Verdict.INCOMPATIBLE)
-    assert fleet.work(GatePolicy(margin_points=1.0)) == ()
+    assert fleet.tasks(GatePolicy(margin_points=1.0)) == ()
 
 
 def test_the_estimate_is_the_duration_of_the_reference_evaluation(fleet, two_bases):
@@ -148,17 +148,17 @@ def test_the_estimate_is_the_duration_of_the_reference_evaluation(fleet, two_bas
     fleet.platform.evaluations.put(evaluation(chat.weights_sha256, v1, 8, 10, seconds=42.0))
     seen = observe(FAMILY, fleet.platform)
     found = with_cost_estimates(plan(seen, POLICY), seen, fleet.platform)
-    estimates = {w.adapter: w.estimated_seconds for w in found.work}
+    estimates = {w.adapter: w.estimated_seconds for w in found.tasks}
     assert estimates == {"chat": 42.0, "code": None}
 
 
 def test_a_task_is_parked_after_three_failures(fleet, two_bases):
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        work = [w for w in fleet.work() if w.adapter == "chat"]
-        assert [w.attempt for w in work] == [attempt]
-        fleet.judge(work[0], Verdict.FAILED)
+        tasks = [w for w in fleet.tasks() if w.adapter == "chat"]
+        assert [w.attempt for w in tasks] == [attempt]
+        fleet.judge(tasks[0], Verdict.FAILED)
     found = plan(observe(FAMILY, fleet.platform), POLICY)
-    assert [w.adapter for w in found.work] == ["code"]
+    assert [w.adapter for w in found.tasks] == ["code"]
     assert [w.adapter for w in found.parked] == ["chat"]
 
 
@@ -166,7 +166,7 @@ def test_a_retrained_adapter_is_planned_with_its_new_weights(fleet, two_bases):
     v1, _ = two_bases
     fleet.complete_tasks()
     fleet.add_adapter("chat", v1, weights="retuned")
-    assert lines(fleet.work()) == [("chat", "v2", Reason.NEVER_JUDGED, 1)]
+    assert lines(fleet.tasks()) == [("chat", "v2", Reason.NO_VERDICT, 1)]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_failure_does_not_remove_the_alias(fleet, two_bases):
     _, v2 = two_bases
     fleet.complete_tasks()
     fleet.apply_verdicts()
-    again = next(w for w in fleet.work(GatePolicy(margin_points=1.0)) if w.adapter == "chat")
+    again = next(w for w in fleet.tasks(GatePolicy(margin_points=1.0)) if w.adapter == "chat")
     fleet.judge(again, Verdict.FAILED, GatePolicy(margin_points=1.0))
     fleet.apply_verdicts()
     assert fleet.platform.registry.alias("chat", v2.alias) == 2
@@ -203,7 +203,7 @@ def test_an_unreadable_adapter_does_not_affect_others(fleet, two_bases):
     )
     fleet.platform.registry.register(orphan, fleet.work_dir / "peft")
     found = plan(observe(FAMILY, fleet.platform), POLICY)
-    assert {w.adapter for w in found.work} == {"chat", "code", "orphan"}
+    assert {w.adapter for w in found.tasks} == {"chat", "code", "orphan"}
     (reason,) = found.unreadable
     assert reason.startswith("stray: the adapter has no trained version")
 
@@ -212,21 +212,21 @@ def test_a_base_that_cannot_be_read_charges_no_adapter_and_parks_none(fleet, two
     v1, v2 = two_bases
     for base in (v2, v1):
         lost = fleet.platform.catalog._fingerprints.pop(base.fingerprint_sha256)
-        for work in fleet.work():
-            seen = observe_adapter(work.adapter, FAMILY, fleet.platform)
+        for task in fleet.tasks():
+            seen = observe_adapter(task.adapter, FAMILY, fleet.platform)
             with pytest.raises(
                 BaseUnreadableError, match=f"the base small/{base.version}"
             ) as caught:
-                transfer(work, seen, POLICY, fleet.platform)
+                transfer(task, seen, POLICY, fleet.platform)
             assert is_infrastructure_failure(Failed(data=caught.value))
             assert not RETRIES["retry_condition_fn"](None, None, Failed(data=caught.value))
         fleet.platform.catalog._fingerprints[base.fingerprint_sha256] = lost
-    assert {work.attempt for work in fleet.work()} == {1}
+    assert {task.attempt for task in fleet.tasks()} == {1}
 
 
 def test_a_retired_adapter_is_not_planned(fleet, two_bases):
     fleet.platform.registry.retire_manually("chat")
-    assert {w.adapter for w in fleet.work()} == {"code"}
+    assert {w.adapter for w in fleet.tasks()} == {"code"}
 
 
 def test_resolve_raises_the_verdict_instead_of_another_version(fleet, two_bases):
@@ -266,14 +266,14 @@ def test_completing_the_plan_reaches_the_desired_state_after_any_events(tmp_path
             case "promote last":
                 fleet.promote(bases[-1])
             case "work":
-                for work in fleet.work()[:1]:
-                    fleet.judge(work)
+                for task in fleet.tasks()[:1]:
+                    fleet.judge(task)
             case "fail":
-                for work in fleet.work()[:1]:
-                    fleet.judge(work, Verdict.FAILED)
+                for task in fleet.tasks()[:1]:
+                    fleet.judge(task, Verdict.FAILED)
             case "settle":
                 fleet.apply_verdicts()
-    while fleet.work():
+    while fleet.tasks():
         fleet.complete_tasks()
     fleet.apply_verdicts()
     fleet.complete_tasks()  # moving `serving` to an older base may ask for verdicts there
@@ -281,7 +281,7 @@ def test_completing_the_plan_reaches_the_desired_state_after_any_events(tmp_path
 
     seen = observe(FAMILY, fleet.platform)
     parked = {(w.adapter, w.base_version) for w in plan(seen, POLICY).parked}
-    assert plan(seen, POLICY).work == ()
+    assert plan(seen, POLICY).tasks == ()
     assert seen.champion is None or seen.serving == seen.champion
     for adapter in seen.adapters:
         keys = [(v.weights_sha256, v.base_fingerprint_sha256) for v in adapter.versions]

@@ -115,9 +115,9 @@ class TransferSetup:
 
     def transfer(self, **recovery):
         policy = replace(POLICY, recovery=RecoveryPolicy(**recovery))
-        work = TransferTask("parity", self.source.number, "v2", Reason.NEVER_JUDGED)
+        task = TransferTask("parity", self.source.number, "v2", Reason.NO_VERDICT)
         fleet = observe_adapter("parity", FAMILY, self.platform)
-        return transfer(work, fleet, policy, self.platform)
+        return transfer(task, fleet, policy, self.platform)
 
     def version(self, outcome):
         versions = self.platform.registry.versions("parity")
@@ -137,7 +137,7 @@ def test_without_recovery_strategies_only_direct_transfer_is_tried(setup):
     outcome = setup.transfer()
     assert (outcome.verdict, outcome.strategy) == (Verdict.NEEDS_RETUNING, RecoveryStrategy.DIRECT)
     assert (outcome.tried, outcome.training) == ((), None)
-    assert "level 5 %" in outcome.judgement.reason
+    assert "level 5 %" in outcome.judgment.reason
 
 
 def test_recovery_stops_at_the_first_pass_and_registers_one_version(setup, tmp_path):
@@ -146,7 +146,7 @@ def test_recovery_stops_at_the_first_pass_and_registers_one_version(setup, tmp_p
     outcome = setup.transfer(scales=(0.25, 1.1), retune_steps=5, retrain=True)
     assert strategies(outcome) == [("direct", "needs-retuning"), ("rescaled", "passed")]
     assert (outcome.verdict, outcome.strategy, outcome.training) == ("passed", "rescaled", None)
-    assert "level 1.25 %" in outcome.judgement.reason  # one of four strategies
+    assert "level 1.25 %" in outcome.judgment.reason  # one of four strategies
     assert "scale x 1.1" in outcome.tried[1].note
     assert 0 < sum(item.seconds for item in outcome.tried) <= outcome.seconds
     assert outcome.weights_sha256 == setup.source.weights_sha256  # the transferred weights
@@ -225,7 +225,7 @@ def test_retraining_is_evaluated_by_the_same_gate(setup):
 
     # Each base has the version that was trained on it, and no transfer is planned.
     fleet = observe(FAMILY, setup.platform)
-    assert plan(fleet, policy).work == ()
+    assert plan(fleet, policy).tasks == ()
     apply_verdicts(fleet, policy, PromotionPolicy(), setup.platform)
     assert setup.platform.registry.alias("parity", v1.alias) == setup.source.number
     assert setup.platform.registry.alias("parity", v2.alias) == version.number
@@ -280,7 +280,7 @@ def test_an_adapter_trained_on_the_new_base_is_a_second_reference(setup):
     setup.answered(weights, v2, right=90)
     setup.platform.registry.register(later, setup.peft)
     outcome = setup.transfer()
-    compared = outcome.judgement.suites[0].versus_fresh_adapter
+    compared = outcome.judgment.suites[0].versus_fresh_adapter
     assert compared.reference_score == pytest.approx(100 * 90 / ITEMS)
     assert outcome.verdict is Verdict.PASSED
 
@@ -369,7 +369,7 @@ def test_an_adapter_without_effect_is_incompatible_before_evaluation(edit, tmp_p
     setup = TransferSetup(tmp_path, edit=edit)
     outcome = setup.transfer(scales=(2.0,), retune_steps=2)
     assert outcome.verdict is Verdict.INCOMPATIBLE
-    assert "no logit" in outcome.judgement.reason
+    assert "no logit" in outcome.judgment.reason
     assert (outcome.tried, outcome.evaluations) == ((), ())
     assert len(setup.platform.evaluations._evaluations) == 1  # the given one on v1
 

@@ -49,7 +49,7 @@ def judged(platform, policy):
     """Return the outcome on v2 and the number of items that each subject answered there."""
     answered = {}
     outcome = transfer(
-        TransferTask("parity", 1, "v2", Reason.NEVER_JUDGED),
+        TransferTask("parity", 1, "v2", Reason.NO_VERDICT),
         observe_adapter("parity", FAMILY, platform),
         policy,
         platform,
@@ -65,9 +65,9 @@ def test_a_part_of_a_suite_decides_and_is_stored_as_a_part(fleet):
     outcome, answered = judged(platform, EARLY)
     assert answered == {"parity: parity on v2": (32, ITEMS)}
     assert outcome.verdict is Verdict.PASSED
-    (figures,) = outcome.judgement.suites
+    (figures,) = outcome.judgment.suites
     assert (figures.items, figures.prefix.suite_items) == (32, ITEMS)
-    assert "32 of 96 items" in outcome.judgement.reason
+    assert "32 of 96 items" in outcome.judgment.reason
     reference, part = outcome.evaluations
     assert (len(reference.items), reference.prefix) == (ITEMS, None)
     assert (len(part.items), part.prefix) == (32, figures.prefix)
@@ -78,17 +78,17 @@ def test_a_part_of_a_suite_decides_and_is_stored_as_a_part(fleet):
     assert platform.evaluations.get(whole) is None
 
     again, answered = judged(platform, EARLY)
-    assert (again.judgement, answered) == (outcome.judgement, {})
+    assert (again.judgment, answered) == (outcome.judgment, {})
     stricter, answered = judged(platform, replace(EARLY, margin_points=5.0))
     assert answered == {"parity: parity on v2": (96, ITEMS)}  # it went on after the first 32
     assert stricter.verdict is Verdict.PASSED
 
     fixed, answered = judged(platform, replace(EARLY, sequential=False))
-    assert fixed.judgement.suites[0].items == ITEMS
-    assert "sequential" not in fixed.judgement.reason
+    assert fixed.judgment.suites[0].items == ITEMS
+    assert "sequential" not in fixed.judgment.reason
     assert answered["bare base: parity on v2"] == (ITEMS, ITEMS)
     from_whole, answered = judged(platform, EARLY)
-    assert (from_whole.judgement, answered) == (outcome.judgement, {})
+    assert (from_whole.judgment, answered) == (outcome.judgment, {})
 
 
 def test_adapter_and_bare_base_are_evaluated_in_the_same_order(fleet):
@@ -113,12 +113,12 @@ def test_a_suite_that_is_not_required_is_evaluated_as_a_whole(fleet, tmp_path):
         base_version="v1",
     )
     outcome = transfer(
-        TransferTask("both", adopted.number, "v2", Reason.NEVER_JUDGED),
+        TransferTask("both", adopted.number, "v2", Reason.NO_VERDICT),
         observe_adapter("both", FAMILY, platform),
         replace(EARLY, required_suites=("parity",)),
         platform,
     )
-    found = {suite.suite: suite.items for suite in outcome.judgement.suites}
+    found = {suite.suite: suite.items for suite in outcome.judgment.suites}
     assert found == {"parity": 32, "also": ITEMS}
 
 
@@ -137,7 +137,7 @@ def test_parts_use_old_answers_as_drafts_and_sum_near_ties(fleet, tmp_path, monk
 
     monkeypatch.setattr(evaluate, "answer", undecided)
     policy = replace(EARLY, margin_points=5.0)
-    work = TransferTask("kept", adopted.number, "v2", Reason.NEVER_JUDGED)
-    outcome = transfer(work, observe_adapter("kept", FAMILY, platform), policy, platform)
+    task = TransferTask("kept", adopted.number, "v2", Reason.NO_VERDICT)
+    outcome = transfer(task, observe_adapter("kept", FAMILY, platform), policy, platform)
     assert drafts == [expected] * 3 and len(expected) == ITEMS
     assert outcome.evaluations[1].near_ties == 6

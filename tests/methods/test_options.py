@@ -92,7 +92,7 @@ WRONG_TYPES = {
     "numbers for names": ("LORA", {"target_modules": [1]}, "target_modules must be"),
     "a mapping for names": ("LORA", {"target_modules": {"q_proj": 1}}, "target_modules must be"),
     "a word": ("OFT", {"bias": "some"}, "bias must be"),
-    "an initialisation": ("LORA", {"init_lora_weights": "best"}, "init_lora_weights must be"),
+    "an initialization": ("LORA", {"init_lora_weights": "best"}, "init_lora_weights must be"),
     "a layer as a string": ("LORA", {"layers_to_transform": ["0"]}, "layers_to_transform must be"),
     "an expression that is none": ("LORA", {"target_modules": "(q_proj"}, "regular expression"),
     "a rank's expression": ("LORA", {"rank_pattern": {"*q": 4}}, r"rank_pattern: '\*q' is not a"),

@@ -65,7 +65,7 @@ FALSE_ALARM = 1e-4
 """Chance that right draws with other seeds would fail the test below, all its z values together."""
 
 
-def test_rates_and_independence_of_neighbours_are_those_of_fair_coins():
+def test_rates_and_independence_of_neighbors_are_those_of_fair_coins():
     found = families(range(4), shape=(12, 6, 3, 2, 2))
     count = sum(len(z) for z in found.values())
     bound = stats.norm.isf(FALSE_ALARM / 2 / count)

@@ -494,7 +494,7 @@ def test_a_second_ffn_in_the_code_of_the_layer_is_named():
     for layer in model.model.layers:
         layer.__class__ = Doubled
         layer.fc_in, layer.fc_out = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-    refused(model.train(), "no FFN was recognised in fc_in, fc_out")
+    refused(model.train(), "no FFN was recognized in fc_in, fc_out")
 
 
 def test_weights_that_are_never_used_refuse_nothing():

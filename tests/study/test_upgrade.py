@@ -3,7 +3,7 @@
 import pytest
 
 from study.upgrade import OLD, UPDATES, counted, table
-from trans_peft.domain.evaluation import Comparison, SuiteJudgement, Verdict
+from trans_peft.domain.evaluation import Comparison, SuiteJudgment, Verdict
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.report import FleetReport, FleetRow
 
@@ -28,7 +28,7 @@ def comparison(reference, score):
 def row(adapter, base, verdict=None, score=40.0):
     known = {"scores": (("raise", 50.0),)}
     if verdict is not None:
-        figures = SuiteJudgement(
+        figures = SuiteJudgment(
             "raise",
             score,
             versus_old_base=comparison(50.0, score),

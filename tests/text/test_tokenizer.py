@@ -34,7 +34,7 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
 
 
-def behaviour(tokenizer) -> dict:
+def behavior(tokenizer) -> dict:
     return {
         "ids": tokenizer(TEXT)["input_ids"],
         "text": tokenizer.decode(tokenizer(TEXT)["input_ids"]),
@@ -62,9 +62,9 @@ UNHASHED_FILES = {
 
 @pytest.mark.parametrize("name", UNHASHED_FILES)
 def test_files_that_are_not_hashed_have_no_effect(name, folder):
-    expected = behaviour(load_tokenizer(folder))
+    expected = behavior(load_tokenizer(folder))
     (folder / name).write_text(UNHASHED_FILES[name])
-    assert behaviour(load_tokenizer(folder)) == expected
+    assert behavior(load_tokenizer(folder)) == expected
 
 
 def set_padding_and_truncation(state):
@@ -94,10 +94,10 @@ def by_path(folder):
 
 @pytest.mark.parametrize("change", [by_last_call, by_version, by_path])
 def test_equal_hashes_are_equal_tokenizers(change, folder):
-    before, expected = fingerprint(str(folder), FileStore()), behaviour(load_tokenizer(folder))
+    before, expected = fingerprint(str(folder), FileStore()), behavior(load_tokenizer(folder))
     change(folder)
     assert fingerprint(str(folder), FileStore()).digest == before.digest
-    assert behaviour(load_tokenizer(folder)) == expected
+    assert behavior(load_tokenizer(folder)) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,13 @@ def test_settings_of_the_tokenizer_are_part_of_the_fingerprint(name, changes, fo
 def test_a_tokenizer_equals_that_of_transformers(folder):
     from transformers import AutoTokenizer
 
-    assert behaviour(load_tokenizer(folder)) == behaviour(AutoTokenizer.from_pretrained(folder))
+    assert behavior(load_tokenizer(folder)) == behavior(AutoTokenizer.from_pretrained(folder))
     assert load_tokenizer(folder).name_or_path == str(folder)
 
 
 def test_files_with_different_special_tokens_are_refused(folder):
     edit(folder / "special_tokens_map.json", eos_token="<eos>")
-    expected = behaviour(load_tokenizer(folder))
+    expected = behavior(load_tokenizer(folder))
     assert expected["special"]["eos_token"] == "<eos>"
     edit(folder / "special_tokens_map.json", eos_token={"content": "<pad>", "lstrip": False})
     edit(folder / "tokenizer_config.json", added_tokens_decoder=...)

@@ -62,10 +62,10 @@ ONE_SUITE = {
 @pytest.mark.parametrize("case", ONE_SUITE)
 def test_the_table_of_verdicts_with_one_suite(case):
     *arms, verdict = ONE_SUITE[case]
-    judgement = judge(POLICY, *three(*arms))
-    assert judgement.verdict == verdict
-    assert "imports" in judgement.reason and "level 5 %" in judgement.reason
-    undecided = judgement.suites[0].more_items > 0
+    judgment = judge(POLICY, *three(*arms))
+    assert judgment.verdict == verdict
+    assert "imports" in judgment.reason and "level 5 %" in judgment.reason
+    undecided = judgment.suites[0].more_items > 0
     assert undecided == (verdict == "inconclusive")
 
 
@@ -91,23 +91,23 @@ def test_every_required_suite_must_pass(first, second, verdict):
 
 
 def test_more_items_are_given_for_the_undecided_suite_only():
-    judgement = judge(POLICY, *merged(three(*A_PASSING, suite="a"), three(*A_UNDECIDED, suite="b")))
-    assert [s.more_items > 0 for s in judgement.suites] == [False, True]
-    assert judgement.reason.startswith("b:")
+    judgment = judge(POLICY, *merged(three(*A_PASSING, suite="a"), three(*A_UNDECIDED, suite="b")))
+    assert [s.more_items > 0 for s in judgment.suites] == [False, True]
+    assert judgment.reason.startswith("b:")
 
 
 def test_the_reason_states_that_more_items_will_not_decide():
-    judgement = judge(POLICY, *merged(three(*A_PASSING, suite="a"), three(*A_REDUNDANT, suite="b")))
-    assert [s.more_items for s in judgement.suites] == [0, 0]
-    assert "more items will not decide" in judgement.reason
+    judgment = judge(POLICY, *merged(three(*A_PASSING, suite="a"), three(*A_REDUNDANT, suite="b")))
+    assert [s.more_items for s in judgment.suites] == [0, 0]
+    assert "more items will not decide" in judgment.reason
 
 
 def test_a_loss_on_a_suite_that_is_not_required_is_reported_only():
     policy = replace(POLICY, required_suites=("a",))
-    judgement = judge(policy, *merged(three(*A_PASSING, suite="a"), three(*A_INFERIOR, suite="b")))
-    assert judgement.verdict is Verdict.PASSED
-    assert [s.suite for s in judgement.suites] == ["a", "b"]
-    assert "not required, but inferior: b:" in judgement.reason
+    judgment = judge(policy, *merged(three(*A_PASSING, suite="a"), three(*A_INFERIOR, suite="b")))
+    assert judgment.verdict is Verdict.PASSED
+    assert [s.suite for s in judgment.suites] == ["a", "b"]
+    assert "not required, but inferior: b:" in judgment.reason
 
 
 def test_inferiority_tests_share_alpha_among_the_required_suites():
@@ -120,16 +120,16 @@ def test_inferiority_tests_share_alpha_among_the_required_suites():
     alone = three(GOOD, candidate, POOR, suite="a")
     assert judge(POLICY, *alone).verdict is Verdict.NEEDS_RETUNING
     both = merged(alone, three(*A_PASSING, suite="b"))
-    judgement = judge(POLICY, *both)
-    assert judgement.verdict is Verdict.INCONCLUSIVE
-    assert judgement.suites[0].more_items > 0
+    judgment = judge(POLICY, *both)
+    assert judgment.verdict is Verdict.INCONCLUSIVE
+    assert judgment.suites[0].more_items > 0
 
 
 def test_bare_results_are_optional_without_must_beat_bare():
     reference, candidate, _ = three(*A_PASSING)
-    judgement = judge(replace(POLICY, must_beat_bare=False), reference, candidate, {})
-    assert judgement.verdict is Verdict.PASSED
-    assert judgement.suites[0].versus_bare_base is None
+    judgment = judge(replace(POLICY, must_beat_bare=False), reference, candidate, {})
+    assert judgment.verdict is Verdict.PASSED
+    assert judgment.suites[0].versus_bare_base is None
 
 
 def test_an_adapter_equal_to_the_bare_base_passes_without_must_beat_bare():
@@ -206,8 +206,8 @@ def test_one_more_correct_item_never_worsens_the_verdict(rows, policy, data):
 
 @given(ROWS, POLICIES)
 def test_every_verdict_follows_from_its_figures(rows, policy):
-    judgement = judge(policy, *three(*zip(*rows, strict=True)))
-    (s,) = judgement.suites
+    judgment = judge(policy, *three(*zip(*rows, strict=True)))
+    (s,) = judgment.suites
     old, bare, margin = s.versus_old_base, s.versus_bare_base, policy.margin_points
     passed = old.lower > -margin and (not policy.must_beat_bare or bare.lower > 0)
     inferior, baseline_non_inferior = old.upper < -margin, bare.upper < margin
@@ -217,14 +217,14 @@ def test_every_verdict_follows_from_its_figures(rows, policy):
         else "retire" if baseline_non_inferior
         else "inconclusive"
     )  # fmt: skip
-    assert judgement.verdict == expected
+    assert judgment.verdict == expected
     assert (s.more_items > 0) == (expected == "inconclusive")
     for found in (old, bare):
         assert found.non_inferior == (found.lower > -margin)
         assert found.inferior == (found.inferiority_bound < -margin)
         assert found.superior == (found.lower > 0)
         assert found.reference_non_inferior == (found.upper < margin)
-    assert not re.search(r"nan|inf[^e]|None", judgement.reason)
+    assert not re.search(r"nan|inf[^e]|None", judgment.reason)
 
 
 # Results that cannot be compared.

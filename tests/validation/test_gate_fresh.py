@@ -55,15 +55,15 @@ def test_it_is_reported_but_does_not_affect_the_verdict_by_default():
     ],
 )
 def test_the_table_of_verdicts_with_must_match_fresh(arms, right, verdict):
-    judgement = judge(REQUIRED, *three(*arms), fresh(right))
-    assert judgement.verdict == verdict
-    assert (judgement.suites[0].more_items > 0) == (verdict == "inconclusive")
+    judgment = judge(REQUIRED, *three(*arms), fresh(right))
+    assert judgment.verdict == verdict
+    assert (judgment.suites[0].more_items > 0) == (verdict == "inconclusive")
 
 
 def test_without_a_fresh_adapter_the_verdict_is_inconclusive():
-    judgement = judge(REQUIRED, *three(*A_PASSING))
-    assert judgement.verdict is Verdict.INCONCLUSIVE
-    assert "no adapter was tuned on the new base" in judgement.reason
+    judgment = judge(REQUIRED, *three(*A_PASSING))
+    assert judgment.verdict is Verdict.INCONCLUSIVE
+    assert "no adapter was tuned on the new base" in judgment.reason
 
 
 def test_every_required_suite_is_compared():
@@ -71,9 +71,9 @@ def test_every_required_suite_is_compared():
     good = fresh(bits(258, 42), "a")
     assert judge(REQUIRED, *arms, good | fresh(bits(258, 42), "b")).verdict is Verdict.PASSED
     assert judge(REQUIRED, *arms, good).verdict is Verdict.INCONCLUSIVE
-    judgement = judge(REQUIRED, *arms, good | fresh(bits(298, 2), "b"))
-    assert judgement.verdict is Verdict.NEEDS_RETUNING
-    assert judgement.reason.startswith("b:")
+    judgment = judge(REQUIRED, *arms, good | fresh(bits(298, 2), "b"))
+    assert judgment.verdict is Verdict.NEEDS_RETUNING
+    assert judgment.reason.startswith("b:")
 
 
 def test_the_figures_are_those_of_the_bounds():
@@ -93,8 +93,8 @@ def test_inferiority_tests_share_alpha_between_both_references():
     right = candidate.copy()
     right[:5] = [0] * 5
     right[258 : 258 + behind + 5] = [1] * (behind + 5)
-    judgement = judge(REQUIRED, *three(candidate, candidate, [0] * 300), fresh(right))
-    assert judgement.verdict is Verdict.INCONCLUSIVE
+    judgment = judge(REQUIRED, *three(candidate, candidate, [0] * 300), fresh(right))
+    assert judgment.verdict is Verdict.INCONCLUSIVE
 
 
 ROWS = st.lists(st.tuples(*[st.booleans()] * 4), min_size=1, max_size=80)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trans_peft.errors import listed
-from trans_peft.isolation import is_out_of_memory
+from trans_peft.isolation import is_memory_limit_error
 from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def inspect_checkpoint(
         checkpoint = _Checkpoint(tensors)
         loaded = _load(model_class, own_config, checkpoint)
     except Exception as error:  # with an untrusted config any line of transformers can fail
-        if is_out_of_memory(error):
+        if is_memory_limit_error(error):
             raise MemoryError(str(error)) from error
         return {
             "problems": [
@@ -283,7 +283,7 @@ def _tokenizer_problems(
             tokenizer = load_tokenizer(Path(folder))
         problems = tokenizer_problems(tokenizer)
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_memory_limit_error(error):
             raise MemoryError(str(error)) from error
         return [f"the tokenizer cannot be used: {type(error).__name__}: {_first_lines(error)}"]
     return problems + _tokens_without_rows(model, tokenizer.get_vocab())

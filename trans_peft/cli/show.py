@@ -110,12 +110,12 @@ def print_compatibility(found: Compatibility) -> None:
 def print_outcome(outcome: TransferOutcome, suites: Iterable[Suite] = ()) -> None:
     """Print the results of each suite, the recovery strategies, the verdict and its reason."""
     chance = {suite.name: suite.chance_points for suite in suites}
-    if outcome.judgement.suites:
+    if outcome.judgment.suites:
         shown = table(
             *("suite", "items", "chance", "old base", "new base", "bare"),
             *("difference", "lower", "upper"),
         )
-        for suite in outcome.judgement.suites:
+        for suite in outcome.judgment.suites:
             old, bare = suite.versus_old_base, suite.versus_bare_base
             shown.add_row(
                 suite.suite,
@@ -131,9 +131,9 @@ def print_outcome(outcome: TransferOutcome, suites: Iterable[Suite] = ()) -> Non
         out.print(shown)
     _print_lines("note", outcome.compatibility.notes)
     _print_lines("tried", [str(item) for item in outcome.tried])
-    colour = _COLOURS.get(outcome.verdict, "red")
-    out.print(f"verdict: [bold {colour}]{outcome.verdict}[/]")
-    out.print(outcome.judgement.reason, markup=False)
+    color = _COLOURS.get(outcome.verdict, "red")
+    out.print(f"verdict: [bold {color}]{outcome.verdict}[/]")
+    out.print(outcome.judgment.reason, markup=False)
 
 
 def _print_lines(label: str, lines: Sequence[str]) -> None:

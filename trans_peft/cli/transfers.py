@@ -145,7 +145,7 @@ def transfer(
             folder,
         )
         outcome = judge_on(
-            TransferTask(source.adapter, source.number, candidate.version, Reason.NEVER_JUDGED),
+            TransferTask(source.adapter, source.number, candidate.version, Reason.NO_VERDICT),
             observe_adapter(source.adapter, LOCAL, platform),
             gate,
             platform,

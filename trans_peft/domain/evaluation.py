@@ -23,11 +23,11 @@ __all__ = [
     "Evaluation",
     "GatePolicy",
     "ItemResult",
-    "Judgement",
+    "Judgment",
     "Levels",
     "Prefix",
     "Suite",
-    "SuiteJudgement",
+    "SuiteJudgment",
     "Verdict",
     "evaluation_key",
     "prefix_key",
@@ -413,7 +413,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class SuiteJudgement:
+class SuiteJudgment:
     """The figures of one suite behind a verdict.
 
     Attributes:
@@ -454,9 +454,9 @@ class SuiteJudgement:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """A verdict, its reason as a sentence, and the figures of every suite."""
 
     verdict: Verdict
     reason: str
-    suites: tuple[SuiteJudgement, ...] = ()
+    suites: tuple[SuiteJudgment, ...] = ()

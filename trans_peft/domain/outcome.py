@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from trans_peft.domain.evaluation import Evaluation, Judgement, Verdict, verdict_key
+from trans_peft.domain.evaluation import Evaluation, Judgment, Verdict, verdict_key
 from trans_peft.domain.names import check_names
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
@@ -53,7 +53,7 @@ class Effect:
 class Reason(StrEnum):
     """Why an adapter has to be transferred to a base version."""
 
-    NEVER_JUDGED = "no verdict on this base yet"
+    NO_VERDICT = "no verdict on this base yet"
     POLICY_CHANGED = "the gate policy changed; stored results are reused"
     RETRY = "an earlier attempt failed"
 
@@ -103,7 +103,7 @@ class TransferOutcome:
         base_fingerprint_sha256: The fingerprint of the new base version.
         weights_sha256: The hash of the source version's weights.
         policy_sha256: The hash of the gate policy.
-        judgement: The verdict, its reason and its figures.
+        judgment: The verdict, its reason and its figures.
         compatibility: The comparison of the two bases.
         effect: The result of the effect probe; None for an incompatible adapter.
         evaluations: The evaluations behind the verdict. Registries return outcomes without them.
@@ -123,7 +123,7 @@ class TransferOutcome:
     base_fingerprint_sha256: str
     weights_sha256: str
     policy_sha256: str
-    judgement: Judgement
+    judgment: Judgment
     compatibility: Compatibility = Compatibility()
     effect: Effect | None = None
     evaluations: tuple[Evaluation, ...] = ()
@@ -136,8 +136,8 @@ class TransferOutcome:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict of the judgement."""
-        return self.judgement.verdict
+        """The verdict of the judgment."""
+        return self.judgment.verdict
 
     @property
     def verdict_key(self) -> str:
@@ -180,14 +180,14 @@ class Plan:
 
     Attributes:
         family: The base family.
-        work: The transfers to run, most important base version first.
+        tasks: The transfers to run, most important base version first.
         parked: Transfers whose attempts all failed; a person has to act.
         unreadable: Registry entries that cannot be read, each with the reason.
         trainings: Recipes for retraining that recorded outcomes contain.
     """
 
     family: str
-    work: tuple[TransferTask, ...]
+    tasks: tuple[TransferTask, ...]
     parked: tuple[TransferTask, ...] = ()
     unreadable: tuple[str, ...] = ()
     trainings: tuple[TrainingRecipe, ...] = ()

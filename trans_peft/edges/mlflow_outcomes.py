@@ -80,7 +80,7 @@ class MlflowOutcomes:
             verdict = {f"verdict.{base}": outcome.verdict.value}
         else:
             verdict["verdict_key"] = outcome.verdict_key
-            verdict["verdict_reason"] = outcome.judgement.reason[:_MAX_REASON]
+            verdict["verdict_reason"] = outcome.judgment.reason[:_MAX_REASON]
             self._remove_tags(base, (v for v in found if int(v.version) != number))
         summary = {"time_ms": time_ms, "run_id": run_id, "outcome": _short(outcome)}
         self._tracking.tag_version(
@@ -146,7 +146,7 @@ def _short(outcome: TransferOutcome) -> Any:
             mismatches=_first(compatibility.mismatches),
             notes=_first(compatibility.notes),
         ),
-        judgement=replace(outcome.judgement, reason=outcome.judgement.reason[:_MAX_REASON]),
+        judgment=replace(outcome.judgment, reason=outcome.judgment.reason[:_MAX_REASON]),
         tried=tuple(replace(item, reason=item.reason[:_MAX_LINE]) for item in outcome.tried),
     )
     return json.loads(to_json(TransferOutcome, short))
@@ -161,8 +161,8 @@ def _figures(outcome: TransferOutcome) -> dict[str, float]:
     if outcome.effect is not None:
         figures["max_logit_change"] = outcome.effect.max_logit_change
     for item in outcome.tried:
-        figures[f"rung/{item.strategy.value}/seconds"] = item.seconds
-    for suite in outcome.judgement.suites:
+        figures[f"strategy/{item.strategy.value}/seconds"] = item.seconds
+    for suite in outcome.judgment.suites:
         for name, value in _numbers(asdict(suite)):
             figures[f"{suite.suite}/{name}"] = value
     return figures

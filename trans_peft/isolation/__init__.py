@@ -11,6 +11,6 @@ process can read. Programs that a model wrote run in `trans_peft.sandbox` instea
 """
 
 from trans_peft.isolation.call import call_isolated
-from trans_peft.isolation.limits import Limits, is_out_of_memory
+from trans_peft.isolation.limits import Limits, is_memory_limit_error
 
-__all__ = ["Limits", "call_isolated", "is_out_of_memory"]
+__all__ = ["Limits", "call_isolated", "is_memory_limit_error"]

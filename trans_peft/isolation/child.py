@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trans_peft.errors import TransPeftError
-from trans_peft.isolation.limits import Limits, is_out_of_memory
+from trans_peft.isolation.limits import Limits, is_memory_limit_error
 
 __all__ = ["run"]
 
@@ -57,7 +57,7 @@ def _execute(request: bytes, limits: Limits) -> dict[str, Any]:
     except TransPeftError as error:
         return {"error": type(error).__name__, "text": str(error)}
     except BaseException as error:  # a panic in Rust is not an Exception
-        if is_out_of_memory(error):
+        if is_memory_limit_error(error):
             return {"limit": "memory"}
         return {"other": type(error).__name__, "text": str(error)[:2000]}
 

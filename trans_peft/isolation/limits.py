@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Limits", "is_out_of_memory"]
+__all__ = ["Limits", "is_memory_limit_error"]
 
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -75,7 +75,7 @@ _OUT_OF_MEMORY_TEXTS = (
 )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_memory_limit_error(error: BaseException) -> bool:
     """Return whether an error of a child process means that its memory limit was reached."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(part in text for part in _OUT_OF_MEMORY_TEXTS)

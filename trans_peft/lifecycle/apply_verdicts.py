@@ -184,7 +184,7 @@ def _obstacle(
     if champion.served and promotion.free_rollback:
         return None
     missing = [
-        task.adapter for task in plan(fleet, policy).work if task.base_version == champion.version
+        task.adapter for task in plan(fleet, policy).tasks if task.base_version == champion.version
     ]
     if missing:
         return VerdictsMissing(champion, tuple(missing))

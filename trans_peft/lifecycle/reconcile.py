@@ -67,19 +67,19 @@ def observe_adapter(adapter: str, family: str, platform: Platform) -> Fleet:
 
 
 def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
-    """Return the missing transfers, by base version, and the tasks that are parked."""
-    work: list[TransferTask] = []
+    """Return the missing transfers, by base version, and the parked ones."""
+    tasks: list[TransferTask] = []
     parked: list[TransferTask] = []
     trainings: list[TrainingRecipe] = []
     for base in fleet.desired_bases:
         for adapter in fleet.adapters:
             item = _missing(adapter, base, policy)
             if item is not None:
-                (parked if item.attempt > MAX_ATTEMPTS else work).append(item)
+                (parked if item.attempt > MAX_ATTEMPTS else tasks).append(item)
             elif (recipe := _pending_retraining(adapter, base, policy)) is not None:
                 trainings.append(recipe)
     aside = (*fleet.unreadable, *fleet.set_aside)
-    return Plan(fleet.family, tuple(work), tuple(parked), aside, tuple(trainings))
+    return Plan(fleet.family, tuple(tasks), tuple(parked), aside, tuple(trainings))
 
 
 def is_still_needed(task: TransferTask, fleet: Fleet, policy: GatePolicy) -> bool:
@@ -88,7 +88,7 @@ def is_still_needed(task: TransferTask, fleet: Fleet, policy: GatePolicy) -> boo
     It is not if another process completed or failed the task, if the adapter was retired or
     re-tuned, or if `champion` moved to a newer base version.
     """
-    return any(item.key == task.key for item in plan(fleet, policy).work)
+    return any(item.key == task.key for item in plan(fleet, policy).tasks)
 
 
 def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
@@ -99,8 +99,8 @@ def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
     """
     adapters = {adapter.name: adapter for adapter in fleet.adapters}
     seconds: dict[str, float | None] = {}
-    work = []
-    for item in found.work:
+    tasks = []
+    for item in found.tasks:
         if item.estimated_seconds is None:
             if item.adapter not in seconds:
                 try:
@@ -108,8 +108,8 @@ def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
                 except StoreError:  # a plan without estimates is better than no plan
                     return found
             item = replace(item, estimated_seconds=seconds[item.adapter])
-        work.append(item)
-    return replace(found, work=tuple(work))
+        tasks.append(item)
+    return replace(found, tasks=tuple(tasks))
 
 
 def _observe_bases(family: str, platform: Platform) -> Fleet:
@@ -208,7 +208,7 @@ def _missing(
         return None
     outcome = adapter.outcome_on(base)
     if outcome is None:
-        reason, attempt = Reason.NEVER_JUDGED, 1
+        reason, attempt = Reason.NO_VERDICT, 1
     elif outcome.verdict is Verdict.FAILED:
         reason, attempt = Reason.RETRY, outcome.attempts + 1
     elif outcome.verdict is not Verdict.INCOMPATIBLE and outcome.policy_sha256 != policy.sha256:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, version_trained_on
-from trans_peft.domain.evaluation import SuiteJudgement, Verdict
+from trans_peft.domain.evaluation import SuiteJudgment, Verdict
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import StoreError, TransPeftError
@@ -42,7 +42,7 @@ class FleetRow:
     reason: str
     serves: bool
     manual: str = ""
-    suites: tuple[SuiteJudgement, ...] = ()
+    suites: tuple[SuiteJudgment, ...] = ()
     scores: tuple[tuple[str, float], ...] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
     strategy: RecoveryStrategy = RecoveryStrategy.DIRECT
@@ -172,13 +172,13 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
                     reason=(
                         _training_note(trained_here)
                         if trained_here
-                        else outcome.judgement.reason
+                        else outcome.judgment.reason
                         if outcome
                         else "no verdict"
                     ),
                     serves=adapter.can_serve(base, adapter.alias_on(base).number),
                     manual=_override_note(adapter.alias_on(base)),
-                    suites=outcome.judgement.suites if outcome else (),
+                    suites=outcome.judgment.suites if outcome else (),
                     scores=scores(trained_here) if trained_here else (),
                     chance={
                         suite.name: suite.chance_points

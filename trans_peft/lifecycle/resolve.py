@@ -86,7 +86,7 @@ def resolve(adapter: str, platform: Platform, *, base: str = "serving") -> Adapt
     raise NotServedError(
         f"{adapter} does not serve on {target}",
         expected=f"the alias {target.alias} on a version of {adapter} that was made for {target}",
-        found=f"verdict {outcome.verdict}: {outcome.judgement.reason}"
+        found=f"verdict {outcome.verdict}: {outcome.judgment.reason}"
         if outcome
         else "no verdict yet",
         do="reconcile the family, retrain the adapter, or set the alias in MLflow to approve it",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trans_peft.domain.adapter import AdapterVersion, version_trained_on
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import GatePolicy, Judgement, Verdict
+from trans_peft.domain.evaluation import GatePolicy, Judgment, Verdict
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import Compatibility, TransferOutcome, TransferTask, outcome_of
 from trans_peft.errors import replacing_paths_in_errors, translating_full_disk_errors
@@ -72,7 +72,7 @@ def record_failure(
     """Record that an attempt ended with an error. Reconcile parks a task after three failures."""
     outcome = replace(
         _new_outcome(_Inputs.of(task, fleet), policy),
-        judgement=Judgement(Verdict.FAILED, reason),
+        judgment=Judgment(Verdict.FAILED, reason),
     )
     platform.registry.record(outcome)
     return outcome
@@ -121,7 +121,7 @@ def _new_outcome(inputs: _Inputs, policy: GatePolicy) -> TransferOutcome:
         base_fingerprint_sha256=base.fingerprint_sha256,
         weights_sha256=source.weights_sha256,
         policy_sha256=policy.sha256,
-        judgement=Judgement(Verdict.FAILED, "not evaluated"),
+        judgment=Judgment(Verdict.FAILED, "not evaluated"),
         attempts=inputs.task.attempt,
     )
 
@@ -166,7 +166,7 @@ def _evaluate(
     result = recover(evaluator, policy, folder, scratch)
     return replace(
         outcome,
-        judgement=result.judgement,
+        judgment=result.judgment,
         evaluations=(*reference.values(), *result.evaluations),
         new_number=_registered(inputs, result.candidate, platform, scratch),
         strategy=result.candidate.strategy,
@@ -226,4 +226,4 @@ def _registered(inputs: _Inputs, candidate: Candidate, platform: Platform, scrat
 
 
 def _incompatible(outcome: TransferOutcome, reason: str) -> TransferOutcome:
-    return replace(outcome, judgement=Judgement(Verdict.INCOMPATIBLE, reason))
+    return replace(outcome, judgment=Judgment(Verdict.INCOMPATIBLE, reason))

@@ -11,7 +11,7 @@ from torch import nn
 
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import UnsupportedModelError
-from trans_peft.perturbation.behaviour import Call, differs, floats_of, record_calls, rows_of
+from trans_peft.perturbation.behavior import Call, differs, floats_of, record_calls, rows_of
 from trans_peft.perturbation.dropping import drop_attention, drop_ffn
 from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.masking import mask_ffn

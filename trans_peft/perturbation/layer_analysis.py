@@ -11,8 +11,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from trans_peft.perturbation.behaviour import (
-    Behaviour,
+from trans_peft.perturbation.behavior import (
+    Behavior,
     Call,
     differs,
     floats_of,
@@ -36,7 +36,7 @@ class LayerAnalysis:
         x = next(floats_of((call.args, call.kwargs)), None)
         self.hidden = 0 if x is None else x.shape[-1]
         self._names = {id(module): name for name, module in layer.named_modules()}
-        self._seen: dict[int, Behaviour | None] = {}
+        self._seen: dict[int, Behavior | None] = {}
         self._used: set[int] = set()
 
     @cached_property
@@ -69,7 +69,7 @@ class LayerAnalysis:
         around = self._called_around(unit)
         if around is None:
             return self._inline_rejection_reason(unit)
-        seen = self.behaviour(around)
+        seen = self.behavior(around)
         if seen is None:
             return "it cannot be run on its own"
         if seen.wide and seen.mixes:
@@ -80,11 +80,11 @@ class LayerAnalysis:
             return "it is linear"
         return None
 
-    def behaviour(self, module: nn.Module) -> Behaviour | None:
+    def behavior(self, module: nn.Module) -> Behavior | None:
         """Return the behavior of a called module; None if it cannot be run on its own."""
         if id(module) not in self._seen:
             try:
-                seen = Behaviour.of(self.calls[id(module)], self.hidden)
+                seen = Behavior.of(self.calls[id(module)], self.hidden)
             except Exception:  # a module may raise any error on a changed input
                 seen = None
             self._seen[id(module)] = seen
@@ -103,7 +103,7 @@ class LayerAnalysis:
                 linear += self._bypassed_below(name, module)
             elif projection_shape(module) is not None:
                 linear.append((name, module))
-            elif (seen := self.behaviour(module)) is None or seen.per_token:
+            elif (seen := self.behavior(module)) is None or seen.per_token:
                 if seen is None or not seen.linear or isinstance(module, nn.Embedding):
                     found.append(name)
             elif seen.wide:
@@ -140,7 +140,7 @@ class LayerAnalysis:
                 continue
             if id(module) in adapters or projection_shape(module) is not None:
                 continue
-            seen = self.behaviour(module)
+            seen = self.behavior(module)
             if seen and seen.per_token and seen.responds and not seen.linear:
                 yield f"{name}.{path}"
 

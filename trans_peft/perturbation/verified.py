@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from trans_peft.errors import UnsupportedModelError
-from trans_peft.perturbation.behaviour import Call, record_calls
+from trans_peft.perturbation.behavior import Call, record_calls
 from trans_peft.perturbation.comparison import dropped, masked, reason_attention_not_dropped
 from trans_peft.perturbation.draws import SubLayerKind
 from trans_peft.perturbation.ffn import attention_of, candidate_layers, preferred
@@ -166,9 +166,9 @@ def _by_shape(layer: DecoderLayer, reason: str) -> _LayerResult:
     )
     problems = []
     if names := unassigned_by_shape(layer.module, units):
-        problems.append(f"no FFN was recognised in {', '.join(names)}")
+        problems.append(f"no FFN was recognized in {', '.join(names)}")
     if not units:
-        problems.append(f"no FFN was recognised; {reason}")
+        problems.append(f"no FFN was recognized; {reason}")
     attention = None if layer.attention else "it was not found"
     return _LayerResult(replace(layer, ffn=units), tuple(problems), attention)
 
@@ -183,7 +183,7 @@ def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _LayerResul
     result = replace(layer, ffn=units, attention=attention)
     attention_problem = reason_attention_not_dropped(result, call)
     if attention is not None and attention_problem is None:
-        seen = analysis.behaviour(attention.module)
+        seen = analysis.behavior(attention.module)
         if seen is None or seen.per_token:
             attention_problem = f"{type(attention.module).__name__} does not mix tokens"
     problems = [
@@ -191,7 +191,7 @@ def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _LayerResul
     ]
     names = analysis.unassigned_in_layout(units) if stated else analysis.unassigned(units)
     if names:
-        problems.append(f"no FFN was recognised in {', '.join(names)}")
+        problems.append(f"no FFN was recognized in {', '.join(names)}")
     if bypassed := analysis.bypassed():
         problems.append(
             f"the weights of {', '.join(bypassed)} are used without calling these modules (a fused "

@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from trans_peft.isolation import is_out_of_memory
+from trans_peft.isolation import is_memory_limit_error
 
 __all__ = [
     "MAX_TEMPLATE_CHARACTERS",
@@ -144,7 +144,7 @@ def render_prompts(
             if set(_ADDRESS.findall(text)) - set(_ADDRESS.findall(template + contents)):
                 raise ValueError("the prompt contains a memory address")
         except Exception as error:  # an untrusted template can raise any exception
-            if is_out_of_memory(error):
+            if is_memory_limit_error(error):
                 raise MemoryError(str(error)) from error
             text, problem = "", f"the chat template failed: {_error_text(error)}"
         texts.append(text)

@@ -11,7 +11,7 @@ from typing import Any
 
 from trans_peft.domain.bounds import MAX_DECODER_GROWTH, MAX_TOKEN_CHARACTERS
 from trans_peft.errors import listed
-from trans_peft.isolation import is_out_of_memory
+from trans_peft.isolation import is_memory_limit_error
 from trans_peft.text.chat import render_prompts, template_problems
 
 __all__ = ["tokenizer_problems"]
@@ -51,7 +51,7 @@ def tokenizer_problems(tokenizer: Any) -> list[str]:
         for text in (_PROBE, *_LONG):
             tokenizer.decode(tokenizer(text)["input_ids"])
     except BaseException as error:  # a Rust panic in tokenizers is not an Exception
-        if is_out_of_memory(error):
+        if is_memory_limit_error(error):
             raise MemoryError(str(error)) from error
         return [f"the tokenizer fails on a probe text: {type(error).__name__}: {str(error)[:300]}"]
     for name, template in _templates(tokenizer).items():

@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from trans_peft.errors import UnsupportedModelError
-from trans_peft.isolation import is_out_of_memory
+from trans_peft.isolation import is_memory_limit_error
 from trans_peft.text.tokenizer_files import TOKENIZER_NAME, stage
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
                 scratch, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # transformers raises many types of errors for invalid files
-            if is_out_of_memory(error):
+            if is_memory_limit_error(error):
                 raise MemoryError(str(error)) from error
             raise UnsupportedModelError(
                 f"the tokenizer in {folder} cannot be loaded",

@@ -76,16 +76,14 @@ def test_clear_cases_have_the_verdict_of_the_fixed_size_test(case):
     arms = three(*arms)
     gate, candidate, bare = drive(EARLY, *arms)
     assert gate.verdict == verdict
-    judgement = judge(EARLY, arms[0], candidate, bare)
-    assert judgement.verdict == verdict
-    assert judgement == judge(
-        EARLY, *arms
-    )  # complete and partial results lead to the same judgement
-    (figures,) = judgement.suites
+    judgment = judge(EARLY, arms[0], candidate, bare)
+    assert judgment.verdict == verdict
+    assert judgment == judge(EARLY, *arms)  # complete and partial results lead to the same judgment
+    (figures,) = judgment.suites
     assert figures.items == len(candidate["imports"].items)
     assert figures.prefix == Prefix(len(arms[0]["imports"].items), gate.suites["imports"].seed)
-    assert f"{figures.items} of {figures.prefix.suite_items} items" in judgement.reason
-    assert "sequential test, one-sided level 5 %" in judgement.reason
+    assert f"{figures.items} of {figures.prefix.suite_items} items" in judgment.reason
+    assert "sequential test, one-sided level 5 %" in judgment.reason
 
 
 def test_clear_cases_need_only_some_items():
@@ -113,8 +111,8 @@ def test_a_loss_on_the_first_suite_skips_the_second():
     arms = merged(three(*A_INFERIOR, suite="a"), three(*A_PASSING, suite="b"))
     _, candidate, bare = drive(EARLY, *arms)
     assert set(candidate) == {"a"}
-    judgement = judge(EARLY, arms[0], candidate, bare)
-    assert (judgement.verdict, len(judgement.suites)) == (Verdict.NEEDS_RETUNING, 1)
+    judgment = judge(EARLY, arms[0], candidate, bare)
+    assert (judgment.verdict, len(judgment.suites)) == (Verdict.NEEDS_RETUNING, 1)
 
 
 def test_the_bare_base_is_evaluated_only_if_needed():
@@ -123,8 +121,8 @@ def test_the_bare_base_is_evaluated_only_if_needed():
     assert 0 < len(bare["imports"].items) < len(candidate["imports"].items)
     gate, candidate, bare = drive(replace(EARLY, must_beat_bare=False), *arms)
     assert (gate.verdict, bare) == (Verdict.PASSED, {})
-    judgement = judge(replace(EARLY, must_beat_bare=False), arms[0], candidate, {})
-    assert judgement.verdict is Verdict.PASSED
+    judgment = judge(replace(EARLY, must_beat_bare=False), arms[0], candidate, {})
+    assert judgment.verdict is Verdict.PASSED
 
 
 def test_evaluation_stops_for_futility():
@@ -134,21 +132,21 @@ def test_evaluation_stops_for_futility():
     gate, candidate, bare = drive(EARLY, *arms)
     assert gate.verdict is Verdict.INCONCLUSIVE
     assert len(candidate["imports"].items) < 900
-    judgement = judge(EARLY, arms[0], candidate, bare)
-    assert "evaluation stopped early" in judgement.reason
-    assert judgement.suites[0].more_items > 0
+    judgment = judge(EARLY, arms[0], candidate, bare)
+    assert "evaluation stopped early" in judgment.reason
+    assert judgment.suites[0].more_items > 0
 
 
 def test_nothing_is_evaluated_if_every_test_is_futile():
     policy = replace(EARLY, margin_points=1.0, alpha=0.001)
     gate, candidate, bare = drive(policy, *three([1] * 3, [1] * 3, [0] * 3))
     assert (gate.verdict, candidate, bare) == (Verdict.INCONCLUSIVE, {}, {})
-    judgement = judge(policy, three([1] * 3, [1] * 3, [0] * 3)[0], {}, {})
-    assert judgement.verdict is Verdict.INCONCLUSIVE
-    assert "no item was evaluated" in judgement.reason
+    judgment = judge(policy, three([1] * 3, [1] * 3, [0] * 3)[0], {}, {})
+    assert judgment.verdict is Verdict.INCONCLUSIVE
+    assert "no item was evaluated" in judgment.reason
     needed = items_to_decide(200, 15, 15, -0.01, 0.001)
     assert needed > 10_000
-    assert f"about {needed:,} would" in judgement.reason
+    assert f"about {needed:,} would" in judgment.reason
 
 
 def test_a_suite_that_is_not_required_is_evaluated_completely():
@@ -156,10 +154,10 @@ def test_a_suite_that_is_not_required_is_evaluated_completely():
     reference, candidate, bare = merged(three(*A_PASSING, suite="a"), three(*A_INFERIOR, suite="b"))
     gate = SequentialGate(policy, reference, "new")
     assert set(gate.suites) == {"a"}
-    judgement = judge(policy, reference, candidate, bare)
-    assert judgement.verdict is Verdict.PASSED
-    assert [s.prefix is None for s in judgement.suites] == [False, True]
-    assert "not required, but inferior: b:" in judgement.reason
+    judgment = judge(policy, reference, candidate, bare)
+    assert judgment.verdict is Verdict.PASSED
+    assert [s.prefix is None for s in judgment.suites] == [False, True]
+    assert "not required, but inferior: b:" in judgment.reason
 
 
 ROWS = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -195,9 +193,9 @@ def test_every_verdict_follows_from_its_tests(first, second, policy):
         else "inconclusive"
     )  # fmt: skip
     assert gate.verdict == expected
-    judgement = judge(policy, arms[0], candidate, bare)
-    assert judgement.verdict == expected
-    for s in judgement.suites:
+    judgment = judge(policy, arms[0], candidate, bare)
+    assert judgment.verdict == expected
+    for s in judgment.suites:
         test = gate.suites[s.suite]
         old, bare = s.versus_old_base, s.versus_bare_base
         assert old.non_inferior == bool(test.non_inferior.is_significant)

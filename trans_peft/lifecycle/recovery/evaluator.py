@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import Evaluation, GatePolicy, Judgement, Verdict
+from trans_peft.domain.evaluation import Evaluation, GatePolicy, Judgment, Verdict
 from trans_peft.domain.outcome import Effect
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import replacing_paths_in_errors
@@ -53,7 +53,7 @@ class CandidateEvaluator:
     fresh: AdapterVersion | None = None
     on_progress: ProgressCallback | None = None
 
-    def judge(self, candidate: Candidate) -> tuple[Judgement, tuple[Evaluation, ...]]:
+    def judge(self, candidate: Candidate) -> tuple[Judgment, tuple[Evaluation, ...]]:
         """Return the verdict on a candidate, and the evaluations on the new base behind it."""
         subject = EvaluationSubject(
             self.source.adapter, candidate.weights_sha256, candidate.folder, self.reference
@@ -71,8 +71,8 @@ class CandidateEvaluator:
         else:
             found, bare = self._evaluations(subject), self._evaluations(BARE_BASE)
             fresh = self._fresh_evaluations()
-        judgement = judge(self.policy, self.reference, found, bare, fresh)
-        return judgement, (*found.values(), *bare.values(), *fresh.values())
+        judgment = judge(self.policy, self.reference, found, bare, fresh)
+        return judgment, (*found.values(), *bare.values(), *fresh.values())
 
     def _evaluations(self, subject: EvaluationSubject) -> dict[str, Evaluation]:
         return evaluate_on(
@@ -104,14 +104,14 @@ class RecoveryResult:
 
     Attributes:
         candidate: The first candidate that passed, or else that of direct transfer.
-        judgement: The verdict on the candidate.
+        judgment: The verdict on the candidate.
         evaluations: The evaluations on the new base behind the verdict.
         tried: One attempt per strategy; empty if the policy has no strategy but direct transfer.
         is_open: Whether the last candidate failed in a way that another strategy may correct.
     """
 
     candidate: Candidate
-    judgement: Judgement
+    judgment: Judgment
     evaluations: tuple[Evaluation, ...]
     tried: tuple[StrategyAttempt, ...]
     is_open: bool
@@ -129,7 +129,7 @@ def recover(
         evaluator.source, folder, evaluator.base, policy.recovery, evaluator.platform, scratch
     )
     tried: list[StrategyAttempt] = []
-    best: tuple[Candidate, Judgement, tuple[Evaluation, ...]] | None = None
+    best: tuple[Candidate, Judgment, tuple[Evaluation, ...]] | None = None
     verdict = ""
     for strategy in policy.recovery.strategies:
         started = time.monotonic()
@@ -140,12 +140,12 @@ def recover(
         if isinstance(made, str):
             tried.append(StrategyAttempt(strategy, "", made, time.monotonic() - started))
             continue
-        judgement, evaluations = evaluator.judge(made)
-        verdict = judgement.verdict.value
+        judgment, evaluations = evaluator.judge(made)
+        verdict = judgment.verdict.value
         seconds = time.monotonic() - started
-        tried.append(StrategyAttempt(strategy, verdict, judgement.reason, seconds, made.note))
-        if best is None or judgement.verdict is Verdict.PASSED:
-            best = made, judgement, evaluations
+        tried.append(StrategyAttempt(strategy, verdict, judgment.reason, seconds, made.note))
+        if best is None or judgment.verdict is Verdict.PASSED:
+            best = made, judgment, evaluations
         if verdict in (Verdict.PASSED, Verdict.RETIRE):
             break
     assert best is not None  # direct transfer is always tried

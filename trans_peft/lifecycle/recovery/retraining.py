@@ -72,11 +72,11 @@ def retrain(
         on_progress=on_progress,
     )
     candidate = Candidate(RecoveryStrategy.RETRAINED, lambda: result.folder, result.weights_sha256)
-    judgement, evaluations = evaluator.judge(candidate)
+    judgment, evaluations = evaluator.judge(candidate)
     tried = StrategyAttempt(
         RecoveryStrategy.RETRAINED,
-        judgement.verdict.value,
-        judgement.reason,
+        judgment.verdict.value,
+        judgment.reason,
         time.monotonic() - started,
         f"{result.steps} steps, {result.seconds:.0f} s of training",
     )
@@ -88,7 +88,7 @@ def retrain(
         evaluations=_stored(source, base, platform),
         seconds=earlier.seconds + tried.seconds,
     )
-    if judgement.verdict is Verdict.PASSED:
+    if judgment.verdict is Verdict.PASSED:
         version = platform.registry.register(
             replace(
                 trained_version(base, resolved, result),
@@ -99,7 +99,7 @@ def retrain(
         )
         outcome = replace(
             outcome,
-            judgement=judgement,
+            judgment=judgment,
             evaluations=(*reference.values(), *evaluations),
             new_number=version.number,
             strategy=RecoveryStrategy.RETRAINED,

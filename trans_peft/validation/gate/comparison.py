@@ -14,7 +14,7 @@ from trans_peft.domain.evaluation import (
     GatePolicy,
     Levels,
     Prefix,
-    SuiteJudgement,
+    SuiteJudgment,
 )
 from trans_peft.validation.statistics.betting import lower_confidence_limit, power_of_betting_test
 from trans_peft.validation.statistics.intervals import (
@@ -41,7 +41,7 @@ def judge_suite(
     candidate: Evaluation,
     bare: Evaluation | None,
     fresh: Evaluation | None = None,
-) -> SuiteJudgement:
+) -> SuiteJudgment:
     """Return the figures of a suite of which every item was evaluated.
 
     `required_count` is the number of required suites, which share the level of the inferiority
@@ -58,7 +58,7 @@ def judge_suite(
     versus_bare = compared_with(bare) if bare is not None else None
     versus_fresh = compared_with(fresh) if fresh is not None else None
     n, discordant = versus_old.pairs.n, versus_old.pairs.discordant
-    return SuiteJudgement(
+    return SuiteJudgment(
         suite=reference.suite,
         score=candidate.score,
         versus_old_base=versus_old.comparison,
@@ -91,7 +91,7 @@ def _score_comparison(
     )
 
 
-def judge_sequential_suite(policy: GatePolicy, test: SequentialSuiteTest) -> SuiteJudgement:
+def judge_sequential_suite(policy: GatePolicy, test: SequentialSuiteTest) -> SuiteJudgment:
     """Return the figures of a suite of which at least one item was evaluated sequentially."""
     margin, suite_items = policy.margin_points / 100, len(test.order)
     # The verdict depends on these thresholds: non-inferiority and inferiority to the old base,
@@ -105,7 +105,7 @@ def judge_sequential_suite(policy: GatePolicy, test: SequentialSuiteTest) -> Sui
             policy, test, test.bare_differences, test.score(Arm.BARE), exact_at=(0.0, margin)
         )
     n, discordant = versus_old.pairs.n, versus_old.pairs.discordant
-    return SuiteJudgement(
+    return SuiteJudgment(
         suite=test.suite,
         score=test.score(Arm.CANDIDATE),
         versus_old_base=versus_old.comparison,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trans_peft.domain.evaluation import Comparison, GatePolicy, SuiteJudgement, Verdict
+from trans_peft.domain.evaluation import Comparison, GatePolicy, SuiteJudgment, Verdict
 from trans_peft.validation.statistics.intervals import items_to_decide
 
 __all__ = ["reason"]
@@ -14,8 +14,8 @@ _ASSUMED_ITEMS, _ASSUMED_LOSSES, _ASSUMED_GAINS = 200, 15, 15
 def reason(
     policy: GatePolicy,
     verdict: Verdict,
-    required: Sequence[SuiteJudgement],
-    other: Sequence[SuiteJudgement],
+    required: Sequence[SuiteJudgment],
+    other: Sequence[SuiteJudgment],
 ) -> str:
     """Return one line that names the suites and bounds that led to the verdict.
 
@@ -39,7 +39,7 @@ def reason(
     return f"{'; '.join(parts)} ({test}one-sided level {100 * policy.alpha:g} %)"
 
 
-def _scores(suite: SuiteJudgement) -> str:
+def _scores(suite: SuiteJudgment) -> str:
     items = (
         f"{suite.items} of {suite.prefix.suite_items} items"
         if suite.prefix
@@ -51,7 +51,7 @@ def _scores(suite: SuiteJudgement) -> str:
     )
 
 
-def _passed(policy: GatePolicy, suite: SuiteJudgement) -> str:
+def _passed(policy: GatePolicy, suite: SuiteJudgment) -> str:
     lower = suite.versus_old_base.lower
     change = "lost at most" if lower < 0 else "gained at least"
     parts = [_scores(suite), f"{change} {abs(lower):.2f} points, margin {policy.margin_points:g}"]
@@ -66,7 +66,7 @@ def _passed(policy: GatePolicy, suite: SuiteJudgement) -> str:
     return "; ".join(parts)
 
 
-def _needs_retuning(policy: GatePolicy, suites: Sequence[SuiteJudgement]) -> list[str]:
+def _needs_retuning(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> list[str]:
     parts = [_loss(policy, suite) for suite in suites if suite.versus_old_base.inferior]
     if policy.must_match_fresh:
         parts += [
@@ -78,12 +78,12 @@ def _needs_retuning(policy: GatePolicy, suites: Sequence[SuiteJudgement]) -> lis
     return parts
 
 
-def _loss(policy: GatePolicy, suite: SuiteJudgement) -> str:
+def _loss(policy: GatePolicy, suite: SuiteJudgment) -> str:
     loss = -suite.versus_old_base.inferiority_bound
     return f"{_scores(suite)}; lost at least {loss:.2f} points, margin {policy.margin_points:g}"
 
 
-def _retire(policy: GatePolicy, suite: SuiteJudgement) -> str:
+def _retire(policy: GatePolicy, suite: SuiteJudgment) -> str:
     bare = suite.versus_bare_base
     assert bare is not None  # `retire` requires this comparison
     gap = (
@@ -97,7 +97,7 @@ def _retire(policy: GatePolicy, suite: SuiteJudgement) -> str:
     )
 
 
-def _inconclusive(policy: GatePolicy, suites: Sequence[SuiteJudgement]) -> list[str]:
+def _inconclusive(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> list[str]:
     if not suites:
         return [_too_few_items(policy)]
     parts = [part for suite in suites if (part := _undecided(policy, suite))]
@@ -131,7 +131,7 @@ def _too_few_items(policy: GatePolicy) -> str:
     )
 
 
-def _undecided(policy: GatePolicy, suite: SuiteJudgement) -> str:
+def _undecided(policy: GatePolicy, suite: SuiteJudgment) -> str:
     """Return the undecided comparisons of a suite; an empty text if all are decided."""
     old, parts = suite.versus_old_base, []
     bare, fresh = suite.versus_bare_base, suite.versus_fresh_adapter

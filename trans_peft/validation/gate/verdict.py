@@ -22,8 +22,8 @@ from dataclasses import replace
 from trans_peft.domain.evaluation import (
     Evaluation,
     GatePolicy,
-    Judgement,
-    SuiteJudgement,
+    Judgment,
+    SuiteJudgment,
     Verdict,
 )
 from trans_peft.validation.gate.comparison import judge_sequential_suite, judge_suite
@@ -40,7 +40,7 @@ def judge(
     candidate: Mapping[str, Evaluation],
     bare: Mapping[str, Evaluation],
     fresh: Mapping[str, Evaluation] | None = None,
-) -> Judgement:
+) -> Judgment:
     """Return the verdict on an adapter on a new base, with its reason and the figures.
 
     Suites that the policy does not require are compared as well, but do not affect the verdict.
@@ -69,7 +69,7 @@ def judge(
         partial=required if policy.sequential else (),
     )
 
-    def judge_whole(suite: str) -> SuiteJudgement:
+    def judge_whole(suite: str) -> SuiteJudgment:
         return judge_suite(
             policy,
             len(required),
@@ -94,10 +94,10 @@ def judge(
         replace(judge_whole(suite), items_needed=0)
         for suite in sorted(set(reference) - {*required})
     ]
-    return Judgement(verdict, reason(policy, verdict, deciding, other), (*deciding, *other))
+    return Judgment(verdict, reason(policy, verdict, deciding, other), (*deciding, *other))
 
 
-def _verdict(policy: GatePolicy, suites: Sequence[SuiteJudgement]) -> Verdict:
+def _verdict(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> Verdict:
     if all(_passes(policy, suite) for suite in suites):
         return Verdict.PASSED
     if any(_needs_retuning(policy, suite) for suite in suites):
@@ -110,7 +110,7 @@ def _verdict(policy: GatePolicy, suites: Sequence[SuiteJudgement]) -> Verdict:
     return Verdict.INCONCLUSIVE
 
 
-def _passes(policy: GatePolicy, suite: SuiteJudgement) -> bool:
+def _passes(policy: GatePolicy, suite: SuiteJudgment) -> bool:
     bare, fresh = suite.versus_bare_base, suite.versus_fresh_adapter
     return (
         suite.versus_old_base.non_inferior
@@ -119,7 +119,7 @@ def _passes(policy: GatePolicy, suite: SuiteJudgement) -> bool:
     )
 
 
-def _needs_retuning(policy: GatePolicy, suite: SuiteJudgement) -> bool:
+def _needs_retuning(policy: GatePolicy, suite: SuiteJudgment) -> bool:
     fresh = suite.versus_fresh_adapter
     return suite.versus_old_base.inferior or (
         policy.must_match_fresh and fresh is not None and fresh.inferior

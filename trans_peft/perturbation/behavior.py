@@ -17,7 +17,7 @@ from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.side_effects import reseed
 
 __all__ = [
-    "Behaviour",
+    "Behavior",
     "Call",
     "cloned",
     "differs",
@@ -91,7 +91,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """How the output of one module depends on its input.
 
     Attributes:
@@ -116,7 +116,7 @@ class Behaviour:
         return self.wide and self.alone and not self.mixes
 
     @classmethod
-    def of(cls, call: Call, hidden: int) -> "Behaviour":
+    def of(cls, call: Call, hidden: int) -> "Behavior":
         """Run a module again with its recorded input, with changed and with equal tokens."""
         x = call.input(hidden)
         rows = 0 if x is None else len(rows_of(x))
