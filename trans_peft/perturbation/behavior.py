@@ -15,17 +15,16 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.side_effects import reseed
+from trans_peft.rounding import difference_beyond_rounding, rounding_tolerance
 
 __all__ = [
     "Behavior",
     "Call",
     "cloned",
-    "differs",
     "floats_of",
     "record_calls",
     "rows_of",
     "seeded",
-    "tolerance",
 ]
 
 
@@ -95,25 +94,25 @@ class Behavior:
     """How the output of one module depends on its input.
 
     Attributes:
-        wide: the output has the rows of the input and the width of the hidden state. The other
-            fields are meaningful only if it has.
-        mixes: a change of one token changes the results of other tokens.
-        linear: the output changes in proportion to the input.
-        responds: the output changes at all; weights of zero give no change.
-        alone: equal tokens give equal results, so the output depends on the tokens only (not on
-            keys and values of another layer).
+        keeps_rows: the output has the rows of the input and the width of the hidden state. The
+            other fields are meaningful only if it has.
+        mixes_tokens: a change of one token changes the results of other tokens.
+        is_linear: the output changes in proportion to the input.
+        depends_on_input: the output changes at all; weights of zero give no change.
+        is_self_contained: equal tokens give equal results, so the output depends on the tokens only
+            (not on keys and values of another layer).
     """
 
-    wide: bool
-    mixes: bool = False
-    linear: bool = False
-    responds: bool = False
-    alone: bool = True
+    keeps_rows: bool
+    mixes_tokens: bool = False
+    is_linear: bool = False
+    depends_on_input: bool = False
+    is_self_contained: bool = True
 
     @property
-    def per_token(self) -> bool:
+    def is_per_token(self) -> bool:
         """Whether the module maps each token separately to a vector of the hidden size."""
-        return self.wide and self.alone and not self.mixes
+        return self.keeps_rows and self.is_self_contained and not self.mixes_tokens
 
     @classmethod
     def of(cls, call: Call, hidden: int) -> "Behavior":
@@ -121,15 +120,15 @@ class Behavior:
         x = call.input(hidden)
         rows = 0 if x is None else len(rows_of(x))
 
-        def wide(output: Any) -> torch.Tensor | None:
+        def output_rows(output: Any) -> torch.Tensor | None:
             found = (x for x in floats_of(output) if x.shape[-1] == hidden)
             return next((rows_of(x) for x in found if len(rows_of(x)) == rows), None)
 
-        plain = wide(call.again())
+        plain = output_rows(call.again())
         if plain is None:
-            return cls(wide=False)
+            return cls(keeps_rows=False)
         outputs = [
-            wide(output)
+            output_rows(output)
             for output in (
                 call.with_noise(hidden, 1.0),
                 call.with_noise(hidden, 2.0),
@@ -144,29 +143,12 @@ class Behavior:
         others = torch.stack((first, everywhere - plain.float()))[:, 1:].flatten(1).norm(dim=1)
         bend = (second - 2 * first)[:1].norm()
         return cls(
-            wide=True,
-            mixes=bool((others > rounding * plain[1:].float().norm()).any()),
-            linear=bool(0 < second[:1].norm() * tolerance(plain) > bend),
-            responds=bool(second.any()),
-            alone=differs(equal, equal[:1].expand_as(equal)) is None,
+            keeps_rows=True,
+            mixes_tokens=bool((others > rounding * plain[1:].float().norm()).any()),
+            is_linear=bool(0 < second[:1].norm() * rounding_tolerance(plain) > bend),
+            depends_on_input=bool(second.any()),
+            is_self_contained=difference_beyond_rounding(equal, equal[:1].expand_as(equal)) is None,
         )
-
-
-def tolerance(x: torch.Tensor) -> float:
-    """Return the relative difference that rounding may cause between two sums in the dtype of x."""
-    tf32 = x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    return max(8e-3 if tf32 else 1e-3, 4 * torch.finfo(x.dtype).eps)
-
-
-def differs(found: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """Return |found - expected| / |expected| if it exceeds rounding, else None."""
-    if found.shape != expected.shape:
-        return float("inf")
-    scale = expected.float().norm()
-    distance = (found.float() - expected.float()).norm()
-    if distance <= tolerance(expected) * scale:
-        return None
-    return float(distance / scale)
 
 
 def seeded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

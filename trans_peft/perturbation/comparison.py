@@ -11,12 +11,13 @@ from torch import nn
 
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import UnsupportedModelError
-from trans_peft.perturbation.behavior import Call, differs, floats_of, record_calls, rows_of
+from trans_peft.perturbation.behavior import Call, floats_of, record_calls, rows_of
 from trans_peft.perturbation.dropping import drop_attention, drop_ffn
 from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.masking import mask_ffn
 from trans_peft.perturbation.slicing import NeuronSelection, neurons_to_compute, reason_not_sliced
 from trans_peft.perturbation.units import DecoderLayer, Experts, FeedForward, Unit
+from trans_peft.rounding import difference_beyond_rounding
 
 __all__ = ["dropped", "masked", "reason_attention_not_dropped"]
 
@@ -95,7 +96,7 @@ def _slicing_problem(
         return f"it raises {type(error).__name__} with some of its neurons: {error}"
     if len(found) != len(expected):
         return "its number of calls differs if it is sliced"
-    distances = [differs(a, b) for a, b in zip(found, expected, strict=True)]
+    distances = [difference_beyond_rounding(a, b) for a, b in zip(found, expected, strict=True)]
     worst = max((distance for distance in distances if distance is not None), default=None)
     if worst is None:
         return None
@@ -155,7 +156,10 @@ def _check_experts(units: tuple[Unit, ...], call: Call) -> None:
             continue
         finally:
             unit.module._parameters[name] = weight
-        if any(differs(x, y) is not None for x, y in zip(masked, without, strict=True)):
+        if any(
+            difference_beyond_rounding(x, y) is not None
+            for x, y in zip(masked, without, strict=True)
+        ):
             raise UnsupportedModelError(
                 f"masking the results of {' and '.join(unit.gates)} does not mask all neurons of "
                 f"{type(unit.module).__name__}"
@@ -214,7 +218,7 @@ def dropped(layer: DecoderLayer, call: Call) -> DecoderLayer:
             found = _layer_output(faster, call)
         except Exception:  # noqa: S112  a width of zero may raise any error; try the slower way
             continue
-        if found.shape == expected.shape and differs(found, expected) is None:
+        if difference_beyond_rounding(found, expected) is None:
             return faster
     return plain
 

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from trans_peft.perturbation.behavior import (
     Behavior,
     Call,
-    differs,
     floats_of,
     record_calls,
     rows_of,
@@ -22,6 +21,7 @@ from trans_peft.perturbation.behavior import (
 from trans_peft.perturbation.ffn import is_norm, is_other
 from trans_peft.perturbation.mask_site import override
 from trans_peft.perturbation.units import Experts, FeedForward, Unit, base_of, projection_shape
+from trans_peft.rounding import difference_beyond_rounding
 
 __all__ = ["LayerAnalysis", "unassigned_by_shape"]
 
@@ -72,11 +72,11 @@ class LayerAnalysis:
         seen = self.behavior(around)
         if seen is None:
             return "it cannot be run on its own"
-        if seen.wide and seen.mixes:
+        if seen.keeps_rows and seen.mixes_tokens:
             return "it mixes tokens"
-        if seen.wide and not seen.alone:
+        if seen.keeps_rows and not seen.is_self_contained:
             return "it depends on more than its input"
-        if seen.wide and seen.linear:
+        if seen.keeps_rows and seen.is_linear:
             return "it is linear"
         return None
 
@@ -103,10 +103,10 @@ class LayerAnalysis:
                 linear += self._bypassed_below(name, module)
             elif projection_shape(module) is not None:
                 linear.append((name, module))
-            elif (seen := self.behavior(module)) is None or seen.per_token:
-                if seen is None or not seen.linear or isinstance(module, nn.Embedding):
+            elif (seen := self.behavior(module)) is None or seen.is_per_token:
+                if seen is None or not seen.is_linear or isinstance(module, nn.Embedding):
                     found.append(name)
-            elif seen.wide:
+            elif seen.keeps_rows:
                 found += self._hidden_in(name, module)
         return found + _pairs(linear, self.hidden)
 
@@ -141,7 +141,7 @@ class LayerAnalysis:
             if id(module) in adapters or projection_shape(module) is not None:
                 continue
             seen = self.behavior(module)
-            if seen and seen.per_token and seen.responds and not seen.linear:
+            if seen and seen.is_per_token and seen.depends_on_input and not seen.is_linear:
                 yield f"{name}.{path}"
 
     def _rest(
@@ -186,7 +186,7 @@ class LayerAnalysis:
             self.call.again()
         neurons = next(floats_of((calls[id(unit.down)].args, calls[id(unit.down)].kwargs)))
         rows = rows_of(neurons)
-        if differs(rows, rows[:1].expand_as(rows)) is not None:
+        if difference_beyond_rounding(rows, rows[:1].expand_as(rows)) is not None:
             return "its neurons depend on other values than its projections"
         return None
 

@@ -184,7 +184,7 @@ def _by_running(layer: DecoderLayer, call: Call, *, stated: bool) -> _LayerResul
     attention_problem = reason_attention_not_dropped(result, call)
     if attention is not None and attention_problem is None:
         seen = analysis.behavior(attention.module)
-        if seen is None or seen.per_token:
+        if seen is None or seen.is_per_token:
             attention_problem = f"{type(attention.module).__name__} does not mix tokens"
     problems = [
         f"the layout names a module that is not an FFN: {r}" for _, r in reasons if r and stated

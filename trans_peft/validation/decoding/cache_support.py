@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trans_peft.errors import UnsupportedModelError
+from trans_peft.rounding import difference_beyond_rounding
 from trans_peft.validation.decoding.batching import is_out_of_memory
 from trans_peft.validation.decoding.prefixes import CacheSupport, PrefixReader, PromptPart
 
@@ -21,6 +22,7 @@ __all__ = ["cache_support"]
 _SHORT, _LONG, _CONTINUATION = 5, 12, 3
 """Lengths in tokens of the probe's prompts and of what follows them."""
 
+_ROUNDINGS = 8  # padding changes how the kernels of a whole model group their sums
 
 _FASTEST_FIRST = tuple(
     CacheSupport(batched, positions, continues)
@@ -74,7 +76,10 @@ def _probed(model: nn.Module) -> CacheSupport | None:
                 raise
             reasons.append(f"{type(error).__name__}: {error}")
         else:
-            if all(map(_equal, found, expected)):
+            if all(
+                difference_beyond_rounding(logits, own, _ROUNDINGS) is None
+                for logits, own in zip(found, expected, strict=True)
+            ):
                 return support
             reasons.append("its logits differ from those of one pass over the whole text")
     raise _unsupported(model, reasons[-1])
@@ -114,13 +119,6 @@ def _through_cache(
             logits.append(out.logits)
         found += torch.cat(logits, 1)
     return found
-
-
-def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    # Padding changes how a kernel groups its sums: one rounding of the dtype for each of a few.
-    tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
-    distance = (found.float() - expected.float()).norm()
-    return bool(distance <= tolerance * expected.float().norm())
 
 
 def _unsupported(model: nn.Module, reason: str) -> UnsupportedModelError:
