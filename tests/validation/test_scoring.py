@@ -29,7 +29,8 @@ EXAMPLES = {
         "paper_gsm8k", "The answer is: 12.3 km", "12", "#### 12\nThe answer is: 12", "12",
     ),
     "paper_math": ("paper_math", "The answer is: \\frac12.", "1/2", "The answer is: 0.5", "0.5"),
-    "chrf": ("chrf", "Loads the model", "xyz", "Load the model", None),
+    "bleu": ("bleu", "Load the model now", "xyz", "Load the model", " \n"),
+    "chrf": ("chrf", "Loads the model", "xyz", "Load the model", " \n"),
     "rouge_l": ("rouge_l", "Loads the model!", "Laden", "loads a model", "你好"),
     "label_f1": ("label_f1", "b, a", "c", "a\nb", " ,"),
 }  # fmt: skip
@@ -67,7 +68,7 @@ def test_a_graded_rule_is_right_at_its_threshold_and_above():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scoring": "bleu"}, "exact_match, regex"),
+        ({"scoring": "meteor"}, "exact_match, regex"),
         ({"scoring": "chrf"}, "needs a threshold"),
         ({"scoring": "chrf", "threshold": 0.0}, "needs a threshold"),
         ({"scoring": "chrf", "threshold": 101.0}, "needs a threshold"),

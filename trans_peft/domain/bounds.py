@@ -39,7 +39,7 @@ MAX_PATTERN_LENGTH = 4_000
 """Characters of a regular expression among an adapter's options or in a suite's scoring rule."""
 
 MAX_REFERENCE_CHARACTERS = 100_000
-"""Characters of a reference that an answer is compared with by chrF or ROUGE-L."""
+"""Characters of a reference that an answer is compared with by BLEU, chrF or ROUGE-L."""
 
 MAX_PROGRAM_PROMPT_CHARACTERS = 20_000
 """Characters of the prompt that is a part of a generated program. Finding the program in a text can

@@ -4,7 +4,7 @@ An evaluation stores its results item by item, so that the gate can compare two 
 pairs. The code that turns evaluations into a verdict is in `trans_peft.validation.gate`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import isfinite
@@ -40,10 +40,14 @@ prompts or answers, so that results of different revisions are never compared. R
 keep special tokens, the end-of-turn token ends a chat answer, chat templates get a fixed date, and
 the import of HumanEval/115 precedes the prompt."""
 
-_SCORING_REVISIONS = {"code": 2, "math_verify": 2}
-"""Part of the evaluation keys of these scoring rules. Increased when a rule scores the same answer
-differently. `math_verify` 2: other number notations, percentages and points. `code` 2: evalplus'
-tolerance for floats, and exceptions that end an iteration."""
+_SCORING_REVISIONS: Mapping[str, int | str] = {
+    "bleu": "case:mixed|eff:yes|tok:13a|smooth:exp",
+    "code": 2,
+    "math_verify": 2,
+}
+"""Part of the evaluation keys of these scoring rules. Changed when a rule scores the same answer
+differently. `bleu`: sacrebleu's signature. `code` 2: evalplus' tolerance for floats, and exceptions
+that end an iteration. `math_verify` 2: other number notations, percentages and points."""
 
 BARE = "bare"
 """The value of `weights_sha256` for a base without an adapter."""
@@ -57,7 +61,8 @@ class Suite:
         name: name of the suite, part of its hash.
         data: prompt/completion rows or chat rows. The completion is the reference answer.
         scoring: name of a rule in `trans_peft.validation.scoring`, with its argument after a colon.
-        threshold: smallest correct value of a rule that returns a degree (chrF, ROUGE-L, label F1).
+        threshold: smallest correct value of a rule that returns a degree (BLEU, chrF, ROUGE-L,
+            label F1).
         max_new_tokens: largest number of tokens of an answer. Decoding is greedy.
         stop: strings that end an answer. The answer is cut before the first of them.
         limit: number of rows to use, from the first. None: all rows.

@@ -22,6 +22,7 @@ from trans_peft.validation.rules.multiple_choice import chosen
 from trans_peft.validation.rules.paper import paper_gsm8k, paper_math
 from trans_peft.validation.rules.program import code
 from trans_peft.validation.rules.text import (
+    bleu,
     chrf,
     exact_match,
     json_equal,
@@ -74,6 +75,7 @@ RULES: Mapping[str, Rule] = {
     "paper_math": _plain(paper_math),
     "code": Rule(code, takes="pythonX.Y", sandboxed=True),
     "python": Rule(entry_point, takes="NAME==VERSION"),
+    "bleu": _plain(bleu, graded=True),
     "chrf": _plain(chrf, graded=True),
     "rouge_l": _plain(rouge_l, graded=True),
     "label_f1": _plain(label_f1, graded=True),

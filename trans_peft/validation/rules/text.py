@@ -1,22 +1,35 @@
-"""Scoring rules for texts: exact match, chrF, ROUGE-L, labels, regular expressions, JSON.
+"""Scoring rules for texts: exact match, BLEU, chrF, ROUGE-L, labels, regular expressions, JSON.
 
 Each rule returns a score of 0 to 100 for an answer and its reference, and raises DataError for a
 reference that no answer can match.
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from trans_peft.domain.bounds import MAX_PATTERN_LENGTH, MAX_REFERENCE_CHARACTERS
 from trans_peft.domain.excerpts import excerpt
 from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
+from trans_peft.extras import explaining_missing_extras
 from trans_peft.isolation.limited_process import LimitedProcess
 
-__all__ = ["CPU_LIMIT_S", "chrf", "exact_match", "json_equal", "label_f1", "regex", "rouge_l"]
+if TYPE_CHECKING:
+    from sacrebleu import BLEU, CHRF
+
+__all__ = [
+    "CPU_LIMIT_S",
+    "bleu",
+    "chrf",
+    "exact_match",
+    "json_equal",
+    "label_f1",
+    "regex",
+    "rouge_l",
+]
 
 CPU_LIMIT_S = 5
 """Processor time in which a regular expression must have searched an answer and its reference."""
@@ -25,8 +38,6 @@ COMPILE_LIMIT_S = 1
 """Processor time in which a regular expression must have been compiled."""
 
 _searches = LimitedProcess("trans_peft.validation.rules.regex_process")
-_CHRF_ORDER = 6
-_CHRF_BETA = 2.0
 _ROUGE_WORD = re.compile(r"[a-z0-9]+")
 
 
@@ -35,30 +46,45 @@ def exact_match(answer: str, reference: str) -> float:
     return 100.0 if answer.strip() == reference.strip() else 0.0
 
 
+def bleu(answer: str, reference: str) -> float:
+    """Return BLEU of one answer, 0 to 100: precision of its word n-grams, up to order 4.
+
+    Source: K. Papineni et al., "BLEU: a method for automatic evaluation of machine translation",
+    ACL 2002. Computed by sacrebleu as sentence BLEU: words as in WMT (`13a`), exponential
+    smoothing, and no orders longer than the answer. The mean over answers is not corpus BLEU.
+    """
+    _check_length(reference)
+    score = _bleu().sentence_score(answer, [reference])
+    if not score.ref_len:
+        raise DataError("the reference has no word for BLEU", found=excerpt(reference))
+    return min(100.0, score.score)  # of equal texts, its floats give 100.00000000000004
+
+
 def chrf(answer: str, reference: str) -> float:
     """Return chrF of one answer, 0 to 100: character n-grams up to order 6, recall weighted twice.
 
     Source: M. Popović, "chrF: character n-gram F-score for automatic MT evaluation", WMT 2015.
-    Equal to sacrebleu's `sentence_chrf`: white space is removed, and orders longer than a text are
-    left out.
+    Computed by sacrebleu: white space is removed, and orders longer than a text are left out.
     """
     _check_length(reference)
-    texts = ["".join(text.split()) for text in (answer, reference)]
-    precisions, recalls = [], []
-    for order in range(1, min(_CHRF_ORDER, *map(len, texts)) + 1):
-        actual, expected = (_ngrams(text, order) for text in texts)
-        shared = (actual & expected).total()
-        precisions.append(shared / actual.total())
-        recalls.append(shared / expected.total())
-    if not any(precisions):
-        return 0.0
-    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
-    weight = _CHRF_BETA**2
-    return 100.0 * (1 + weight) * precision * recall / (weight * precision + recall)
+    if not reference.strip():
+        raise DataError("the reference has no character for chrF", found=excerpt(reference))
+    return _chrf().sentence_score(answer, [reference]).score
 
 
-def _ngrams(text: str, order: int) -> Counter[str]:
-    return Counter(text[i : i + order] for i in range(len(text) - order + 1))
+# Imported on first use: sacrebleu takes half a second.
+@cache
+def _bleu() -> "BLEU":
+    with explaining_missing_extras():
+        from sacrebleu import BLEU
+    return BLEU(tokenize="13a", smooth_method="exp", effective_order=True)
+
+
+@cache
+def _chrf() -> "CHRF":
+    with explaining_missing_extras():
+        from sacrebleu import CHRF
+    return CHRF(char_order=6, word_order=0, beta=2)
 
 
 def rouge_l(answer: str, reference: str) -> float:
@@ -66,8 +92,10 @@ def rouge_l(answer: str, reference: str) -> float:
 
     Source: C.-Y. Lin, "ROUGE: a package for automatic evaluation of summaries", 2004. Equal to
     `rougeL` of the package rouge-score without a stemmer: words are runs of a-z and 0-9 in lower
-    case. Use chrF for other alphabets.
+    case. Use chrF for other alphabets. Decision 0135 says why rouge-score is not called.
     """
+    with explaining_missing_extras():
+        from rapidfuzz.distance import LCSseq
     _check_length(reference)
     actual, expected = (_ROUGE_WORD.findall(text.lower()) for text in (answer, reference))
     if not expected:
@@ -76,26 +104,7 @@ def rouge_l(answer: str, reference: str) -> float:
             expected="at least one run of the characters a-z and 0-9",
             found=excerpt(reference),
         )
-    shared = _longest_common_subsequence(actual, expected)
-    return 200.0 * shared / (len(actual) + len(expected))
-
-
-def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence.
-
-    The columns of the usual table are the bits of one integer (H. Hyyrö, "Bit-parallel LCS-length
-    computation revisited", 2004), so that a long reference costs little more than a short one.
-    """
-    short, long = sorted((first, second), key=len)
-    positions: dict[str, int] = {}
-    for at, word in enumerate(short):
-        positions[word] = positions.get(word, 0) | 1 << at
-    columns = (1 << len(short)) - 1
-    open_columns = columns
-    for word in long:
-        matched = open_columns & positions.get(word, 0)
-        open_columns = (open_columns + matched | open_columns - matched) & columns
-    return len(short) - open_columns.bit_count()
+    return 200.0 * LCSseq.similarity(actual, expected) / (len(actual) + len(expected))
 
 
 def _check_length(reference: str) -> None:
