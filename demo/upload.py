@@ -14,7 +14,7 @@ import boto3
 __all__ = ["upload"]
 
 
-def upload(
+def upload(  # noqa: PLR0913  the fields of the manifest are named
     folder: Path,
     bucket: str,
     prefix: str,

@@ -47,7 +47,7 @@ _SEAL_LIFETIME_S = 7 * 24 * 3600.0
 """A copy is hashed again after this time, in case the disk has changed bytes silently."""
 
 
-def download(
+def download(  # noqa: PLR0913  three optional limits and callbacks
     uri: str,
     store: ArtifactStore,
     cache_dir: Path,

@@ -20,7 +20,7 @@ from trans_peft.ports import ArtifactStore, StoredFile
 __all__ = ["publish"]
 
 
-def publish(
+def publish(  # noqa: PLR0913  the fields of the manifest are named
     folder: Path,
     uri: str,
     *,

@@ -47,7 +47,7 @@ _MAX_BYTES = {
 """The files of an adapter that are copied, and their largest sizes."""
 
 
-def adopt(
+def adopt(  # noqa: PLR0913  as `train`, with what a recipe would contain
     adapter: str,
     folder_uri: str,
     family: str,

@@ -45,7 +45,7 @@ class Draw:
     element_seed: int
 
 
-def draw(
+def draw(  # noqa: PLR0913  all that the draw depends on
     perturbation: Perturbation,
     position: TrainingPosition,
     *,

@@ -27,7 +27,7 @@ class MaskSite:
     cached, with its masks by device.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  all that the draws depend on
         self,
         perturbation: Perturbation,
         step_counter: StepCounter,

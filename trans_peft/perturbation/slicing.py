@@ -71,7 +71,7 @@ class _SlicedLinear(torch.autograd.Function):
     """y = x W[indices]^T + b (axis 0) or y = x W[:, indices]^T + b, without keeping the slice."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  autograd passes no keywords
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,

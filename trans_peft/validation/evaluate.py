@@ -17,7 +17,7 @@ from trans_peft.validation.tokenized_suite import TokenizedSuite, prepare
 __all__ = ["answer", "check_dtype", "context_of", "evaluate"]
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913  the key's two hashes, and options
     model: Any,
     tokenizer: Any,
     suite: Suite,
@@ -47,7 +47,7 @@ def evaluate(
     )
 
 
-def answer(
+def answer(  # noqa: PLR0913  the key's two hashes, and options
     model: Any,
     questions: TokenizedSuite,
     *,

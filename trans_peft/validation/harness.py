@@ -62,7 +62,7 @@ def harness_suite(
     )
 
 
-def evaluate_harness(
+def evaluate_harness(  # noqa: PLR0913  as `evaluate`
     model: Any,
     tokenizer: Any,
     suite: Suite,

@@ -43,7 +43,7 @@ class BottleneckModel(BaseTuner):
         "qwen3": _LLAMA_LIKE,
     }
 
-    def _create_and_replace(
+    def _create_and_replace(  # noqa: PLR0913  the signature is PEFT's
         self,
         peft_config: PeftConfig,
         adapter_name: str,

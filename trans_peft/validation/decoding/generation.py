@@ -46,7 +46,7 @@ class Answers:
     accepted: int = 0
 
 
-def generate(
+def generate(  # noqa: PLR0913  named as in transformers
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],

@@ -31,7 +31,7 @@ _ROWS = 4  # most continuations per question of a batch; they are shorter than t
 _MAX_LOGITS = 2**27  # half a gigabyte in fp32
 
 
-def choose(
+def choose(  # noqa: PLR0913  the options of `generate`
     model: nn.Module,
     examples: Sequence[Example],
     prompts: Sequence[Sequence[int]],

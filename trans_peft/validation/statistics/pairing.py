@@ -49,7 +49,7 @@ def check_same_questions(first: Evaluation, second: Evaluation) -> None:
         )
 
 
-def check_comparable(
+def check_comparable(  # noqa: PLR0913  the arguments of `judge`
     required: Sequence[str],
     reference: Mapping[str, Evaluation],
     candidate: Mapping[str, Evaluation],
