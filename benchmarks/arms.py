@@ -156,7 +156,7 @@ def whole(workload: Workload, *, sequential: bool = False) -> dict[str, Any]:
     for name, version in workload.versions.items():
         with laps.of(name):
             workload.platform.evaluations.put(workload.reference(name))  # stored, as on a platform
-            task = TransferTask(name, version.number, workload.new.version, Reason.NO_VERDICT)
+            task = TransferTask(name, version.number, workload.new.ref, Reason.NO_VERDICT)
             fleet = observe_adapter(name, FAMILY, workload.platform)
             outcome = transfer(task, fleet, policy, workload.platform)
         on_new_base = [

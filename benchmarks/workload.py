@@ -78,11 +78,8 @@ class Workload:
                 AdapterVersion(
                     adapter=name,
                     number=0,
-                    family=FAMILY,
-                    base_version=self.old.version,
-                    base_fingerprint_sha256=self.old.fingerprint_sha256,
-                    trained_on_version=self.old.version,
-                    trained_on_fingerprint_sha256=self.old.fingerprint_sha256,
+                    base=self.old.ref,
+                    trained_on=self.old.ref,
                     weights_sha256=adapter_weights_sha256(Path(folder)),
                     method=name.partition("-")[0],
                     suites=(self.suite,),

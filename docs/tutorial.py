@@ -82,7 +82,7 @@ recipe = tp.TrainingRecipe(
     optimizer=tp.OptimizerSettings(learning_rate=1e-2, steps=120, batch_size=16),
 )
 trained = train(recipe, platform, on_event=lambda event: None)
-print(f"{trained.adapter} version {trained.number}, trained on {trained.base_version}")
+print(f"{trained.adapter} version {trained.number}, trained on {trained.base.version}")
 # -
 
 # ## Promote the first base version
@@ -94,7 +94,7 @@ print(f"{trained.adapter} version {trained.number}, trained on {trained.base_ver
 policy = tp.GatePolicy(margin_points=10.0)
 mlflow.set_registered_model_alias(FAMILY, "champion", str(v1.number))
 apply_verdicts(observe(FAMILY, platform), policy, PromotionPolicy(), platform)
-print(tp.resolve("parity", platform).base_version)
+print(tp.resolve("parity", platform).base.version)
 # -
 
 # ## A new base version appears
@@ -131,7 +131,7 @@ v2 = ingest(Upload(f"{work}/bases/{FAMILY}/v2"), platform)
 fleet = observe(FAMILY, platform)
 for task in plan(fleet, policy).tasks:
     outcome = transfer(task, fleet, policy, platform)
-    print(task.adapter, "on", task.base_version, "->", outcome.verdict)
+    print(task.adapter, "on", task.base.version, "->", outcome.verdict)
     print(outcome.judgment.reason)
 # -
 
@@ -145,4 +145,4 @@ mlflow.set_registered_model_alias(FAMILY, "champion", str(v2.number))
 changes = apply_verdicts(observe(FAMILY, platform), policy, PromotionPolicy(), platform)
 print("serving:", changes.promoted)
 version = tp.resolve("parity", platform)
-print(version.base_version, platform.registry.download(version, work / "serving"))
+print(version.base.version, platform.registry.download(version, work / "serving"))

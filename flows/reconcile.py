@@ -136,7 +136,7 @@ class _Family:
         plan = reconciliation.plan_fleet(self.name, self.policy)
         for lost in shards.in_flight(ended, plan):
             state = transfer.record_failure(
-                self.name, lost, self.policy, reason="its process was killed", return_state=True
+                lost, self.policy, reason="its process was killed", return_state=True
             )
             if not state.is_completed():
                 self.left[lost.key] = (
@@ -159,7 +159,7 @@ class _Family:
         self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)
         self.started = tuple(shard for shard in active_shards if shard.run_id in ours)
         for part in shards.cut(todo, self.shard_size):
-            self.started += (shards.start(self.name, part, self.policy),)
+            self.started += (shards.start(part, self.policy),)
         untrained = [
             f"{recipe.adapter} on {recipe.base_version}: retraining failed three times"
             for recipe in plan.trainings

@@ -11,8 +11,8 @@ from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferTask
 
 
-@flow(name="transfer-shard", flow_run_name="judge {family}")
-def transfer_shard(family: str, shard: tuple[TransferTask, ...], policy: GatePolicy) -> State:
+@flow(name="transfer-shard")
+def transfer_shard(shard: tuple[TransferTask, ...], policy: GatePolicy) -> State:
     """Judge the adapters of the shard one after the other. A failure affects one adapter only.
 
     A transfer that is no longer needed is skipped. A failure of an adapter is recorded as one
@@ -20,7 +20,6 @@ def transfer_shard(family: str, shard: tuple[TransferTask, ...], policy: GatePol
     attempt, and the next reconcile starts the transfer again.
 
     Args:
-        family: Base family.
         shard: Transfers to the same base version.
         policy: Gate policy.
     """
@@ -28,7 +27,7 @@ def transfer_shard(family: str, shard: tuple[TransferTask, ...], policy: GatePol
     failed, not_recorded, skipped = [], [], []
     with gpu_slot():
         for task in shard:
-            state = transfer.transfer_adapter(family, task, policy, return_state=True)
+            state = transfer.transfer_adapter(task, policy, return_state=True)
             if state.is_completed():
                 outcome = state.result()
                 if outcome is None:
@@ -40,7 +39,7 @@ def transfer_shard(family: str, shard: tuple[TransferTask, ...], policy: GatePol
                 not_recorded.append(f"{task.adapter}: {state.message}")
             else:
                 reason = str(state.message)
-                record = transfer.record_failure(family, task, policy, reason, return_state=True)
+                record = transfer.record_failure(task, policy, reason, return_state=True)
                 if record.is_completed():
                     failed.append(task.adapter)
                 else:

@@ -56,8 +56,8 @@ def adapter_judged(outcome: TransferOutcome) -> None:
         Event.ADAPTER_JUDGED,
         f"adapter.{outcome.adapter}",
         labels={
-            "family": outcome.family,
-            "base": outcome.base_version,
+            "family": outcome.base.family,
+            "base": outcome.base.version,
             "verdict": outcome.verdict.value,
         },
         payload={

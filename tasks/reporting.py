@@ -27,7 +27,7 @@ def publish_plan(plan: Plan) -> None:
         table=[
             {
                 "adapter": item.adapter,
-                "base": item.base_version,
+                "base": item.base.version,
                 "reason": str(item.reason),
                 "attempt": item.attempt,
                 "estimated seconds": item.estimated_seconds,
@@ -60,7 +60,7 @@ def changes_markdown(changes: FleetChanges) -> str:
         for change in changes.aliases
     ]
     lines += [
-        f"- manual override kept: {found.adapter} on {found.base_version}: {found.override}"
+        f"- manual override kept: {found.adapter} on {found.base}: {found.override}"
         for found in changes.manual_overrides
     ]
     if changes.promoted is not None:

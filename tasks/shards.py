@@ -106,23 +106,20 @@ def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, 
     after a base with transfers in no shard. In one queue, these would have to wait for them.
     """
     planned = {item.key for item in plan.tasks}
-    rank = {base: i for i, base in enumerate(dict.fromkeys(w.base_version for w in plan.tasks))}
-    first = min(
-        (rank[item.base_version] for item in missing(plan, active_shards)), default=len(rank)
-    )
+    rank = {base: i for i, base in enumerate(dict.fromkeys(w.base for w in plan.tasks))}
+    first = min((rank[item.base] for item in missing(plan, active_shards)), default=len(rank))
     return tuple(
         shard
         for shard in active_shards
-        if shard.waits
-        and any(w.key not in planned or rank[w.base_version] > first for w in shard.tasks)
+        if shard.waits and any(w.key not in planned or rank[w.base] > first for w in shard.tasks)
     )
 
 
 def cut(tasks: Sequence[TransferTask], size: int) -> tuple[tuple[TransferTask, ...], ...]:
     """Divide transfers into shards of one base and at most `size` adapters."""
     shards = []
-    for base in dict.fromkeys(item.base_version for item in tasks):
-        on_base = [item for item in tasks if item.base_version == base]
+    for base in dict.fromkeys(item.base for item in tasks):
+        on_base = [item for item in tasks if item.base == base]
         shards += [tuple(on_base[i : i + size]) for i in range(0, len(on_base), size)]
     return tuple(shards)
 
@@ -155,21 +152,23 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
-def start(family: str, tasks: tuple[TransferTask, ...], policy: GatePolicy) -> Shard:
-    """Start the flow run of a shard, or return the active one with the same transfers.
+def start(tasks: tuple[TransferTask, ...], policy: GatePolicy) -> Shard:
+    """Start the flow run of a shard of one base, or return the active one with the same transfers.
 
     Prefect returns the same run for an idempotency key for ever. If that run has ended without
     doing its transfers, the next key starts a new run.
     """
-    key = content_sha256([family, [item.key for item in tasks], policy])
+    base = tasks[0].base
+    key = content_sha256([[item.key for item in tasks], policy])
     for attempt in count():
         run = cast(  # `run_deployment` returns a coroutine in asynchronous code only
             FlowRun,
             run_deployment(
                 Deployment.TRANSFER_SHARD,
-                parameters={"family": family, "shard": tasks, "policy": policy},
+                parameters={"shard": tasks, "policy": policy},
+                flow_run_name=f"judge {base}",
                 idempotency_key=f"{key}:{attempt}",
-                tags=[*_tags(family, policy), *inherited_tags()],
+                tags=[*_tags(base.family, policy), *inherited_tags()],
                 timeout=0,
             ),
         )

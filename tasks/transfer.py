@@ -18,10 +18,8 @@ from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
 __all__ = ["record_failure", "transfer_adapter"]
 
 
-@task(**RETRIES, task_run_name="transfer {transfer_task.adapter} to {transfer_task.base_version}")
-def transfer_adapter(
-    family: str, transfer_task: TransferTask, policy: GatePolicy
-) -> TransferOutcome | None:
+@task(**RETRIES, task_run_name="transfer {transfer_task.adapter} to {transfer_task.base}")
+def transfer_adapter(transfer_task: TransferTask, policy: GatePolicy) -> TransferOutcome | None:
     """Judge one adapter on a base and record the verdict; None if that is no longer needed.
 
     The check runs under the adapter's lock: if two shards have the same transfer, the
@@ -30,7 +28,7 @@ def transfer_adapter(
     from trans_peft.lifecycle.transfer import transfer
 
     with adapter_lock(transfer_task.adapter):
-        fleet = observe_adapter(transfer_task.adapter, family, platform())
+        fleet = observe_adapter(transfer_task.adapter, transfer_task.base.family, platform())
         if not is_still_needed(transfer_task, fleet, policy):
             return None
         outcome = transfer(
@@ -42,13 +40,13 @@ def transfer_adapter(
 
 @task(**RETRIES, task_run_name="record that {transfer_task.adapter} failed")
 def record_failure(
-    family: str, transfer_task: TransferTask, policy: GatePolicy, reason: str
+    transfer_task: TransferTask, policy: GatePolicy, reason: str
 ) -> TransferOutcome | None:
     """Record a failed attempt; None if the transfer is no longer needed."""
     from trans_peft.lifecycle import transfer
 
     with adapter_lock(transfer_task.adapter):
-        fleet = observe_adapter(transfer_task.adapter, family, platform())
+        fleet = observe_adapter(transfer_task.adapter, transfer_task.base.family, platform())
         if not is_still_needed(transfer_task, fleet, policy):
             return None
         outcome = transfer.record_failure(transfer_task, fleet, policy, platform(), reason=reason)

@@ -11,7 +11,7 @@ from tasks.training import adopt_adapter
 from trans_peft.bases.manifest import parse_manifest
 from trans_peft.cli.workspace import adapter_name, base_label
 from trans_peft.domain.adapter import AdapterVersion
-from trans_peft.domain.base import BaseVersion, Manifest, ManifestFile
+from trans_peft.domain.base import BaseRef, BaseVersion, Manifest, ManifestFile
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.names import (
@@ -44,6 +44,7 @@ BAD_TEXT = [name for name in BAD if isinstance(name, str)]
 FILE = ManifestFile("config.json", 1, "0" * 64)
 DATA = DataSource("s3://data/x.jsonl")
 SUITE = Suite("s", DATA)
+BASE = BaseRef("f", "v1", "1" * 64)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -79,17 +80,15 @@ def test_a_name_satisfies_the_rules_of_every_store(name):
         lambda name: BaseVersion(name, "v1", "s3://x", 1),
         lambda name: BaseVersion("f", name, "s3://x", 1),
         lambda name: BaseVersion("f", "v1", "s3://x", 1, parent=name),
-        lambda name: TransferTask(name, 1, "v1", Reason.NO_VERDICT),
-        lambda name: TransferTask("a", 1, name, Reason.NO_VERDICT),
+        lambda name: TransferTask(name, 1, BASE, Reason.NO_VERDICT),
         lambda name: Suite(name, DATA),
         lambda name: TrainingRecipe(name, "f", DATA, (SUITE,)),
         lambda name: TrainingRecipe("a", name, DATA, (SUITE,)),
         lambda name: GatePolicy(required_suites=("s", name)),
         lambda name: PromotionPolicy(required_adapters=("a", name)),
-        lambda name: AdapterVersion(name, 1, "f", "v1", "", "v1", "", "", "LORA", ()),
-        lambda name: AdapterVersion("a", 1, name, "v1", "", "v1", "", "", "LORA", ()),
-        lambda name: AdapterVersion("a", 1, "f", name, "", "v1", "", "", "LORA", ()),
-        lambda name: AdapterVersion("a", 1, "f", "v1", "", name, "", "", "LORA", ()),
+        lambda name: AdapterVersion(name, 1, BASE, BASE, "", "LORA", ()),
+        lambda name: BaseRef(name, "v1", "1" * 64),
+        lambda name: BaseRef("f", name, "1" * 64),
     ],
 )
 def test_every_domain_class_refuses_an_invalid_name(build):

@@ -92,7 +92,7 @@ def consumer(request, unique, tmp_path, monkeypatch):
 
 def test_resolve_returns_the_serving_version_or_raises_the_reason(consumer):
     fleet, chat = consumer
-    assert tp.resolve(chat, fleet.platform).base_version == "v1"
+    assert tp.resolve(chat, fleet.platform).base.version == "v1"
     assert tp.resolve(chat, fleet.platform, base="v1").number == 1
     with pytest.raises(NotServedError, match="verdict inconclusive"):
         tp.resolve(chat, fleet.platform, base="v2")
@@ -106,7 +106,7 @@ def test_the_command_resolves_and_fails_closed(consumer, capsys):
     fleet, chat = consumer
     assert main(["resolve", chat, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["adapter"], found["number"], found["base_version"]) == (chat, 1, "v1")
+    assert (found["adapter"], found["number"], found["base"]["version"]) == (chat, 1, "v1")
     assert main(["resolve", chat]) == 0
     assert f"{fleet.family}/v1" in capsys.readouterr().out
     assert main(["resolve", chat, "--base", "v2"]) == 2

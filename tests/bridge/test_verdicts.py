@@ -16,7 +16,9 @@ from infra.bridge.verdicts import FirstVerdictMonitor
 from tasks import events, origin, shards
 from tasks.origin import Origin
 from tests.edges.nouns import draft, outcome, peft_folder
+from trans_peft.domain.base import BaseRef
 from trans_peft.domain.evaluation import GatePolicy, Verdict
+from trans_peft.domain.outcome import Reason, TransferTask
 
 NOW = datetime.now(UTC)
 NOTIFICATION = Origin("d-1", "upload", NOW - timedelta(seconds=40))
@@ -124,12 +126,13 @@ def test_a_run_passes_on_the_tags_of_its_notification_only(sent_events):
 def test_a_shard_inherits_the_notification_of_the_run_that_started_it(sent_events, monkeypatch):
     started = []
     made = SimpleNamespace(id=uuid4(), state=None)
-    monkeypatch.setattr(
-        shards, "run_deployment", lambda name, **rest: started.append(rest["tags"]) or made
-    )
-    shards.start("smol", (), GatePolicy())
-    assert {*NOTIFICATION.tags, "family:smol"} < {*started[0]}
-    assert Origin.of_tags(started[0]) == NOTIFICATION
+    monkeypatch.setattr(shards, "run_deployment", lambda name, **rest: started.append(rest) or made)
+    base = BaseRef("smol", "v2", "2" * 64)
+    shards.start((TransferTask("chat", 1, base, Reason.NO_VERDICT),), GatePolicy())
+    (run,) = started
+    assert run["flow_run_name"] == "judge smol/v2"
+    assert {*NOTIFICATION.tags, "family:smol"} < {*run["tags"]}
+    assert Origin.of_tags(run["tags"]) == NOTIFICATION
 
 
 def test_a_run_outside_of_prefect_has_no_origin():

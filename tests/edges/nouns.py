@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from trans_peft.domain.adapter import AdapterVersion
-from trans_peft.domain.base import Fingerprint, TensorSignature
+from trans_peft.domain.base import BaseRef, Fingerprint, TensorSignature
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import (
     Comparison,
@@ -54,11 +54,8 @@ def draft(adapter: str, family: str, folder: Path, base: str = "1" * 64) -> Adap
     return AdapterVersion(
         adapter=adapter,
         number=0,
-        family=family,
-        base_version="v1",
-        base_fingerprint_sha256=base,
-        trained_on_version="v1",
-        trained_on_fingerprint_sha256="1" * 64,
+        base=BaseRef(family, "v1", base),
+        trained_on=BaseRef(family, "v1", "1" * 64),
         weights_sha256=adapter_weights_sha256(folder),
         method="LORA",
         suites=(SUITE,),
@@ -74,8 +71,7 @@ def transferred(version: AdapterVersion, base: str = "2" * 64) -> AdapterVersion
     return replace(
         version,
         number=0,
-        base_version="v2",
-        base_fingerprint_sha256=base,
+        base=BaseRef(version.base.family, "v2", base),
         transferred_from=version.number,
     )
 
@@ -110,9 +106,7 @@ def outcome(
     return TransferOutcome(
         adapter=source.adapter,
         source_number=source.number,
-        family=source.family,
-        base_version="v2",
-        base_fingerprint_sha256=base,
+        base=BaseRef(source.base.family, "v2", base),
         weights_sha256=source.weights_sha256,
         policy_sha256=policy,
         judgment=Judgment(verdict, "because", (suite,)),

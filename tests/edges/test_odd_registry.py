@@ -391,7 +391,7 @@ def test_an_unreadable_evaluation_is_stored_again(two, text):
     one = replace(
         evaluation(version.weights_sha256),
         suite=suite.name,
-        base_fingerprint_sha256=version.base_fingerprint_sha256,
+        base_fingerprint_sha256=version.base.fingerprint_sha256,
         suite_sha256=suite.suite_sha256,
         decoding_sha256=suite.decoding_sha256,
     )

@@ -91,7 +91,7 @@ class TestEveryRegistry:
 
     def test_one_read_returns_what_the_single_methods_return(self, place):
         registry, version = place.registry, place.trained()
-        registry.set_alias(place.adapter, version.alias, version.number)
+        registry.set_alias(place.adapter, version.base.alias, version.number)
         registry.record(outcome(version))
         found = registry.adapter(place.adapter)
         assert (found.name, found.family, found.is_live) == (place.adapter, place.family, True)
@@ -184,7 +184,7 @@ class TestEveryRegistry:
             (Verdict.PASSED, 2, "2"),
         ):
             place.registry.record(outcome(first, verdict, new_number=number, base=base * 64))
-        found = [(o.base_fingerprint_sha256[0], o.verdict.value)
+        found = [(o.base.fingerprint_sha256[0], o.verdict.value)
                  for o in place.registry.outcomes(place.adapter)]  # fmt: skip
         assert found == [("0", "incompatible"), ("2", "passed")]
 

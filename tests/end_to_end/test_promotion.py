@@ -188,7 +188,8 @@ def test_killed_runs_are_repeated_and_each_adapter_is_judged_once(fleet, tmp_pat
     assert [v.tags["trans_peft.base_version"] for v in versions].count("v3") == 1
     experiment = fleet.mlflow.get_experiment_by_name("trans-peft/transfers").experiment_id
     judged = fleet.mlflow.search_runs(
-        [experiment], f"tags.`trans_peft.adapter` = '{ADAPTER}' AND tags.`trans_peft.base` = 'v3'"
+        [experiment],
+        f"tags.`trans_peft.adapter` = '{ADAPTER}' AND tags.`trans_peft.base_version` = 'v3'",
     )
     assert [run.data.tags["trans_peft.verdict"] != "failed" for run in judged].count(True) == 1
     assert serving(fleet) == "1"

@@ -296,8 +296,8 @@ def final_state(family):
             for name, model in models.items()
             for alias in model.aliases
         },
-        "evaluated": _counted(family, "evaluations", "adapter", "base", "suite"),
-        "judged": _counted(family, "transfers", "adapter", "base", "verdict"),
+        "evaluated": _counted(family, "evaluations", "adapter", "base_version", "suite"),
+        "judged": _counted(family, "transfers", "adapter", "base_version", "verdict"),
     }
     return json.loads(_with_labels(json.dumps(state, indent=1, sort_keys=True), words))
 

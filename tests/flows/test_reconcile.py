@@ -132,7 +132,7 @@ class TestKilled:
         judge = world.judge
         world.judge = lambda task: killed() if task.adapter == "c" else judge(task)
         state = world.reconcile(monkeypatch)
-        assert "parked after three failed attempts: c on v2" in state.message
+        assert "parked after three failed attempts: c on small/v2" in state.message
         assert world.fleet.serving == 2  # 3 of 5 serve there: the policy asks for half
         assert {record[0] for record in world.records} == set("abde")
 
@@ -141,7 +141,7 @@ class TestKilled:
         judge = world.judge
         world.judge = lambda task: killed() if task.adapter == "c" else judge(task)
 
-        def record_failure(family, task, policy, reason, return_state):
+        def record_failure(task, policy, reason, return_state):
             return Failed(message="there is no base v2")
 
         fake = SimpleNamespace(record_failure=record_failure)

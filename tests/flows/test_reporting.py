@@ -23,13 +23,13 @@ def test_aliases_overrides_and_the_promotion_are_listed():
     override = ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00")
     changes = FleetChanges(
         aliases=(AliasChange("chat", V2.alias, 2), AliasChange("code", V2.alias, None)),
-        manual_overrides=(ObservedOverride("tone", "v2", override),),
+        manual_overrides=(ObservedOverride("tone", V2.ref, override),),
         promoted=V2,
     )
     assert changes_markdown(changes).splitlines()[2:] == [
         f"- chat: {V2.alias} -> version 2",
         f"- code: {V2.alias} -> none",
-        f"- manual override kept: tone on v2: {override}",
+        f"- manual override kept: tone on small/v2: {override}",
         "- **serving moved to small/v2**",
     ]
 

@@ -85,13 +85,13 @@ def shard(monkeypatch, tmp_path):
     def run(errors, not_recorded=None):
         charged = []
 
-        def record_failure(family, task, policy, reason, return_state):
+        def record_failure(task, policy, reason, return_state):
             if error := (not_recorded or {}).get(task.adapter):
                 return Failed(data=error, message=f"{error}")
             charged.append(task.adapter)
             return Completed(data=None)
 
-        def transfer_adapter(family, task, policy, return_state):
+        def transfer_adapter(task, policy, return_state):
             error = errors.get(task.adapter)
             return (
                 Completed(data=passed) if error is None else Failed(data=error, message=f"{error}")
@@ -104,7 +104,7 @@ def shard(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "transfer", fakes)
         monkeypatch.setattr(module, "gpu_slot", nullcontext)
         monkeypatch.setattr(module, "get_run_logger", lambda: logging.getLogger("shard"))
-        return module.transfer_shard.fn("small", (A, B, C), POLICY), charged
+        return module.transfer_shard.fn((A, B, C), POLICY), charged
 
     return run
 

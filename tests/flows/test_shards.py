@@ -16,14 +16,16 @@ from tasks.shards import (
     obsolete_shards,
     unfinished_tasks,
 )
+from trans_peft.domain.base import BaseRef
 from trans_peft.domain.outcome import Plan, Reason, TransferTask
 
+V2, V3 = BaseRef("small", "v2", "2" * 64), BaseRef("small", "v3", "3" * 64)
 TASKS = st.lists(
     st.builds(
         TransferTask,
         adapter=st.text("abc", min_size=1, max_size=3),
         source_number=st.just(1),
-        base_version=st.sampled_from(["v2", "v3"]),
+        base=st.sampled_from([V2, V3]),
         reason=st.just(Reason.NO_VERDICT),
     ),
     unique=True,
@@ -31,7 +33,7 @@ TASKS = st.lists(
 )
 
 
-def task(adapter: str, base: str = "v2", attempt: int = 1) -> TransferTask:
+def task(adapter: str, base: BaseRef = V2, attempt: int = 1) -> TransferTask:
     return TransferTask(adapter, 1, base, Reason.NO_VERDICT, attempt)
 
 
@@ -44,7 +46,7 @@ def plan(*items: TransferTask) -> Plan:
 
 
 A, B, C = task("a"), task("b"), task("c")
-NEWER = task("a", "v3")
+NEWER = task("a", V3)
 CRASHED = EndedShard("shard", (A, B, C), "Crashed", never_ran=False, cancelled=False, crashed=True)
 
 
@@ -53,7 +55,7 @@ def test_each_transfer_is_in_one_shard_of_one_base(tasks, size):
     shards = cut(tasks, size)
     assert sorted(map(str, (item for shard in shards for item in shard))) == sorted(map(str, tasks))
     assert all(1 <= len(shard) <= size for shard in shards)
-    assert all(len({item.base_version for item in shard}) == 1 for shard in shards)
+    assert all(len({item.base for item in shard}) == 1 for shard in shards)
 
 
 @given(TASKS, st.data())

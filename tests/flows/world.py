@@ -130,11 +130,9 @@ class World:
 
     @property
     def _transfer(self) -> SimpleNamespace:
-        def record_failure(
-            family: str, task: TransferTask, policy: Any, reason: str, return_state: bool
-        ) -> Any:
+        def record_failure(task: TransferTask, policy: Any, reason: str, return_state: bool) -> Any:
             try:
-                fleet = observe_adapter(task.adapter, family, self.platform)
+                fleet = observe_adapter(task.adapter, task.base.family, self.platform)
                 if is_still_needed(task, fleet, policy):
                     transfer.record_failure(task, fleet, policy, self.platform, reason=reason)
             except Exception as error:
@@ -145,7 +143,7 @@ class World:
 
     # Prefect's part
 
-    def _start(self, family: str, tasks: tuple[TransferTask, ...], policy: Any) -> Shard:
+    def _start(self, tasks: tuple[TransferTask, ...], policy: Any) -> Shard:
         key = tuple(item.key for item in tasks)
         for run in self.runs:
             if run.key == key and run.state in ("Scheduled", "Running"):
@@ -203,7 +201,7 @@ class World:
         finally:
             self.fleet.platform = plain
             self.locked.remove(task.adapter)
-        self.records.append((outcome.adapter, outcome.base_version, outcome.verdict_key))
+        self.records.append((outcome.adapter, outcome.base.version, outcome.verdict_key))
 
     @property
     def final_state(self) -> Any:
@@ -214,8 +212,8 @@ class World:
             "notes": dict(seen.notes),
             "adapters": {
                 adapter.name: (
-                    [(v.base_version, v.number, v.transferred_from) for v in adapter.versions],
-                    sorted((o.base_version, o.verdict) for o in adapter.outcomes),
+                    [(v.base.version, v.number, v.transferred_from) for v in adapter.versions],
+                    sorted((o.base.version, o.verdict) for o in adapter.outcomes),
                     {
                         alias: (
                             s.number,

@@ -11,7 +11,7 @@ import yaml
 
 from infra.stack.prefect_objects import QUEUES
 from trans_peft.domain import conventions
-from trans_peft.domain.base import serving_alias
+from trans_peft.domain.base import BaseRef
 from trans_peft.domain.conventions import ADAPTER_ALIAS, GPU_LIMIT, Deployment, Event
 from trans_peft.domain.names import name_problem
 
@@ -105,6 +105,6 @@ def test_the_gpu_limit_and_the_gpu_queue_have_one_name():
 
 
 def test_the_alias_of_a_base_matches_its_pattern_and_is_no_name():
-    alias = serving_alias("0123456789abcdef" * 4)
+    alias = BaseRef("smol", "v1", "0123456789abcdef" * 4).alias
     assert ADAPTER_ALIAS.fullmatch(alias)
     assert name_problem("adapter", alias)

@@ -496,7 +496,7 @@ def test_up_with_other_settings_is_refused_while_the_stack_runs(running):
 def test_a_run_of_a_killed_worker_is_marked_crashed_and_starts_reconcile(running):
     before = running.pids()["worker"]
     url = f"deployments/{running.deployment('transfer_shard')['id']}/create_flow_run"
-    parameters = {"family": "f", "shard": [], "policy": {}}
+    parameters = {"shard": [], "policy": {}}
     at_work = {"state": {"type": "RUNNING"}, "force": True}
     tomorrow = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2100-01-01T00:00:00Z"}}
     lost = running.prefect(url, parameters=parameters, state=tomorrow)["id"]

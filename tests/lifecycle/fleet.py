@@ -93,18 +93,15 @@ class MemoryFleet:
             AdapterVersion(
                 adapter=name,
                 number=0,
-                family=self.family,
-                base_version=base.version,
-                base_fingerprint_sha256=base.fingerprint_sha256,
-                trained_on_version=base.version,
-                trained_on_fingerprint_sha256=base.fingerprint_sha256,
+                base=base.ref,
+                trained_on=base.ref,
                 weights_sha256=content_sha256([name, weights]),
                 method="LORA",
                 suites=(SUITE,),
             ),
             folder,
         )
-        self.platform.registry.set_alias(name, version.alias, version.number)
+        self.platform.registry.set_alias(name, version.base.alias, version.number)
         return version
 
     def judge(
@@ -112,23 +109,16 @@ class MemoryFleet:
     ) -> TransferOutcome:
         """Complete one task as a shard does, with a given verdict."""
         registry = self.platform.registry
-        base = find_base(self.family, task.base_version, self.platform)
+        base = find_base(self.family, task.base.version, self.platform)
         source = next(v for v in registry.versions(task.adapter) if v.number == task.source_number)
         number = None
         if verdict not in (Verdict.FAILED, Verdict.INCOMPATIBLE):
-            draft = replace(
-                source,
-                base_version=base.version,
-                base_fingerprint_sha256=base.fingerprint_sha256,
-                transferred_from=source.number,
-            )
+            draft = replace(source, base=base.ref, transferred_from=source.number)
             number = registry.register(draft, self.work_dir / "peft").number
         outcome = TransferOutcome(
             adapter=task.adapter,
             source_number=source.number,
-            family=self.family,
-            base_version=base.version,
-            base_fingerprint_sha256=base.fingerprint_sha256,
+            base=base.ref,
             weights_sha256=source.weights_sha256,
             policy_sha256=policy.sha256,
             judgment=Judgment(verdict, "given by the test"),
@@ -194,8 +184,7 @@ def judged_fleet(live: int, passing: int) -> tuple[Fleet, BaseVersion]:
             FAMILY,
             tuple(
                 AdapterVersion(
-                    f"a{i}", base.number, FAMILY, base.version, base.fingerprint_sha256,
-                    "v1", v1.fingerprint_sha256, f"w{i}", "LORA", (SUITE,),
+                    f"a{i}", base.number, base.ref, v1.ref, f"w{i}", "LORA", (SUITE,),
                 )
                 for base in (v1, v2)
             ),

@@ -22,7 +22,7 @@ from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.base_files import tokenizer_folder
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.reconcile import observe_adapter
-from trans_peft.lifecycle.resolve import resolve
+from trans_peft.lifecycle.resolve import find_base, resolve
 from trans_peft.lifecycle.train import train
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.models import adapter_weights_sha256
@@ -104,7 +104,8 @@ def rendered(template):
 
 
 def judge(platform, adapter, **policy):
-    task = TransferTask(adapter.adapter, adapter.number, "v2", Reason.NO_VERDICT)
+    v2 = find_base(FAMILY, "v2", platform).ref
+    task = TransferTask(adapter.adapter, adapter.number, v2, Reason.NO_VERDICT)
     fleet = observe_adapter(task.adapter, FAMILY, platform)
     return transfer(task, fleet, GatePolicy(margin_points=60.0, **policy), platform)
 

@@ -112,7 +112,7 @@ def test_what_is_registered_is_stock_peft(life, tmp_path):
     platform, _, _, version, _ = life
     folder = platform.registry.download(version, tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["revision"] == version.base_fingerprint_sha256
+    assert config["revision"] == version.base.fingerprint_sha256
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(tiny_model(), folder)
@@ -154,7 +154,7 @@ def test_an_update_is_evaluated_promoted_and_rolled_back(life):
     assert transferred.number == outcome.new_number
     assert transferred.transferred_from == trained.number
     assert transferred.weights_sha256 == trained.weights_sha256
-    assert transferred.base_version == "v2"
+    assert transferred.base.version == "v2"
 
     # under another policy the stored results are reused: no item is evaluated
     answered.clear()
@@ -184,7 +184,7 @@ def test_an_existing_peft_folder_is_adopted_once(life, tmp_path):
     platform, _, recipe, trained, _ = life
     folder = platform.registry.download(trained, tmp_path / "theirs")
     adopted = adopt("theirs", str(folder), FAMILY, recipe.suites, platform)  # by its revision
-    assert (adopted.base_version, adopted.recipe_sha256) == ("v1", "")
+    assert (adopted.base.version, adopted.recipe_sha256) == ("v1", "")
     assert adopted.weights_sha256 == trained.weights_sha256
     assert (
         adopt("theirs", str(folder), FAMILY, recipe.suites, platform, base_version="v1") == adopted

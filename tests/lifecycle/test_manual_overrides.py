@@ -86,7 +86,7 @@ class FleetAndPeople(RuleBasedStateMachine):
             seen = observe_adapter(task.adapter, FAMILY, self.fleet.platform)
             if is_still_needed(task, seen, POLICY):
                 outcome = self.fleet.judge(task, verdict)
-                key = (outcome.adapter, outcome.weights_sha256, outcome.base_version)
+                key = (outcome.adapter, outcome.weights_sha256, outcome.base.version)
                 assert key not in self.judged
                 self.judged.add(key)
 
@@ -121,7 +121,7 @@ class FleetAndPeople(RuleBasedStateMachine):
     @invariant()
     def nothing_is_registered_twice(self):
         for adapter in self.registry.adapters(FAMILY) if hasattr(self, "fleet") else ():
-            keys = [(v.weights_sha256, v.base_fingerprint_sha256)
+            keys = [(v.weights_sha256, v.base.fingerprint_sha256)
                     for v in self.registry.versions(adapter)]  # fmt: skip
             assert len(set(keys)) == len(keys)
 

@@ -96,11 +96,11 @@ def test_a_promotion_is_refused_approved_manually_rolled_back_and_paused(upgrade
     assert str(changes.promoted) == f"{fleet.family}/v2"
     assert [found.override.number for found in changes.manual_overrides] == [2]
     assert fleet.platform.catalog.promotion_notes(fleet.family) == {}
-    assert resolve(upgrade.bad, fleet.platform).base_version == "v2"
+    assert resolve(upgrade.bad, fleet.platform).base.version == "v2"
 
     fleet.promote(upgrade.v1)
     assert str(upgrade.apply_verdicts().promoted) == f"{fleet.family}/v1"
-    assert resolve(upgrade.bad, fleet.platform).base_version == "v1"
+    assert resolve(upgrade.bad, fleet.platform).base.version == "v1"
 
     fleet.promote(upgrade.v2)
     fleet.promote(None)
@@ -113,7 +113,7 @@ def test_a_manual_block_is_recorded_until_it_is_reverted(upgrade):
     upgrade.click(upgrade.good, None)
     for _ in range(3):
         (found,) = upgrade.apply_verdicts().manual_overrides
-        assert (found.adapter, found.base_version) == (upgrade.good, "v2")
+        assert (found.adapter, found.base.version) == (upgrade.good, "v2")
         assert found.override.number is None
         assert upgrade.registry.alias(upgrade.good, upgrade.v2.alias) is None
     upgrade.fleet.add_adapter(upgrade.good, upgrade.v2, weights="trained there")
@@ -136,7 +136,7 @@ def test_an_alias_that_is_spelled_like_a_label_is_ignored(upgrade, alias):
     task = next(task for task in fleet.tasks() if task.adapter == upgrade.good)
     seen = observe_adapter(task.adapter, fleet.family, platform)
     record_failure(task, seen, POLICY, platform, reason="given by the test")
-    outcomes = {o.base_version: o.verdict for o in platform.registry.outcomes(upgrade.good)}
+    outcomes = {o.base.version: o.verdict for o in platform.registry.outcomes(upgrade.good)}
     assert outcomes == {"v2": Verdict.PASSED, alias: Verdict.FAILED}
 
 

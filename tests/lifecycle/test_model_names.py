@@ -189,7 +189,7 @@ def test_gpt2_with_the_hubs_names_is_adopted_and_transferred(tmp_path):
     suite = Suite("parity", DataSource(str(tmp_path / "rows.jsonl")), max_new_tokens=4)
     version = adopt("parity", str(adapter), "gpt2", (suite,), platform, base_version="v1")
     v2 = platform.catalog.versions("gpt2")[1]
-    task = TransferTask("parity", version.number, v2.version, Reason.NO_VERDICT)
+    task = TransferTask("parity", version.number, v2.ref, Reason.NO_VERDICT)
     fleet = observe_adapter(task.adapter, "gpt2", platform)
     outcome = transfer(task, fleet, GatePolicy(margin_points=10.0), platform)
     assert outcome.compatibility.ok

@@ -28,6 +28,7 @@ from trans_peft.lifecycle import evaluation
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.reconcile import observe_adapter
+from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.methods.bottleneck import BottleneckConfig
 from trans_peft.transfer.load_adapter import attached
@@ -103,7 +104,7 @@ def counted(monkeypatch):
 
 
 def judge(platform, name, policy=POLICY, progress=None):
-    task = TransferTask(name, 1, "v2", Reason.NO_VERDICT)
+    task = TransferTask(name, 1, find_base(FAMILY, "v2", platform).ref, Reason.NO_VERDICT)
     fleet = observe_adapter(name, FAMILY, platform)
     return transfer(task, fleet, policy, platform, on_progress=progress)
 
@@ -115,7 +116,7 @@ def test_a_shard_loads_its_base_and_evaluates_the_bare_base_once(shard, counted,
     for name in KINDS:  # the results on v1 are stored
         version = platform.registry.versions(name)[0]
         for suite in version.suites:
-            key = suite.evaluation_key(version.weights_sha256, version.base_fingerprint_sha256)
+            key = suite.evaluation_key(version.weights_sha256, version.base.fingerprint_sha256)
             there.evaluations.put(platform.evaluations.get(key))
     progress = []
     for name in KINDS:
@@ -166,7 +167,7 @@ def test_adapters_on_a_shared_base_answer_as_on_a_separate_base(shard):
             e.suite: e
             for e in outcome.evaluations
             if (e.weights_sha256, e.base_fingerprint_sha256)
-            == (weights, outcome.base_fingerprint_sha256)
+            == (weights, outcome.base.fingerprint_sha256)
         }
         alone = LlamaForCausalLM.from_pretrained(root / "v2")
         alone = PeftModel.from_pretrained(alone, root / name).eval()
@@ -178,7 +179,7 @@ def test_adapters_on_a_shared_base_answer_as_on_a_separate_base(shard):
                 suite,
                 read_examples(suite.data, FileStore()),
                 weights_sha256=weights,
-                base_fingerprint_sha256=outcome.base_fingerprint_sha256,
+                base_fingerprint_sha256=outcome.base.fingerprint_sha256,
                 batch_size=7,
             )
             assert found[suite.name].items == expected.items

@@ -48,12 +48,12 @@ class TestChampion:
         fleet.complete_tasks()
         assert str(fleet.apply_verdicts(ALL).promoted) == "small/v2"
         assert note_on(fleet, v2) is None
-        assert resolve("chat", fleet.platform).base_version == "v2"
+        assert resolve("chat", fleet.platform).base.version == "v2"
 
         fleet.promote(v1)
         assert str(fleet.apply_verdicts(ALL).promoted) == "small/v1"
-        assert resolve("chat", fleet.platform).base_version == "v1"
-        assert resolve("chat", fleet.platform, base="v2").base_version == "v2"
+        assert resolve("chat", fleet.platform).base.version == "v1"
+        assert resolve("chat", fleet.platform, base="v2").base.version == "v2"
 
     def test_without_champion_promotion_is_paused(self, fleet, two_bases):
         v1, v2 = two_bases
@@ -176,9 +176,9 @@ class TestPolicy:
         v1, v2 = two_bases
         fleet.add_adapter("old", v1)
         fleet.platform.registry.retire_manually("old")
-        other = replace(
-            fleet.platform.registry.versions("chat")[0], adapter="elsewhere", family="big"
-        )
+        big = replace(v1.ref, family="big")
+        chat = fleet.platform.registry.versions("chat")[0]
+        other = replace(chat, adapter="elsewhere", base=big, trained_on=big)
         fleet.platform.registry.register(other, fleet.work_dir / "peft")
         for task in fleet.tasks():
             passed = task.adapter == "chat"
@@ -190,9 +190,8 @@ class TestPolicy:
 
     def test_parked_and_unreadable_adapters_do_not_pass(self, fleet, two_bases):
         v1, v2 = two_bases
-        stray = replace(
-            fleet.add_adapter("x", v1), adapter="stray", base_fingerprint_sha256="f" * 64
-        )
+        other = replace(v1.ref, fingerprint_sha256="f" * 64)
+        stray = replace(fleet.add_adapter("x", v1), adapter="stray", base=other)
         fleet.platform.registry.register(stray, fleet.work_dir / "peft")
         while fleet.tasks():
             for task in fleet.tasks():
@@ -263,7 +262,7 @@ class TestManualOverrides:
             changes = self.apply_verdicts(fleet, day=day)
             assert fleet.platform.registry.alias("chat", v2.alias) is None
             override = ManualOverride(None, 2, "passed", "2026-11-24T00:00:00+00:00")
-            assert changes.manual_overrides == (ObservedOverride("chat", "v2", override),)
+            assert changes.manual_overrides == (ObservedOverride("chat", v2.ref, override),)
         page = report(FAMILY, fleet.platform).markdown()
         assert "| chat | trained here, **serves** | passed, blocked manually |" in page
         assert "- **chat** on v2: removed manually (first seen 2026-11-24T00:00:00+00:00)" in page

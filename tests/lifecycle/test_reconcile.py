@@ -21,11 +21,11 @@ from trans_peft.lifecycle.reconcile import (
     with_cost_estimates,
 )
 from trans_peft.lifecycle.resolve import resolve
-from trans_peft.lifecycle.transfer import transfer
+from trans_peft.lifecycle.transfer import record_failure, transfer
 
 
 def lines(tasks):
-    return [(item.adapter, item.base_version, item.reason, item.attempt) for item in tasks]
+    return [(item.adapter, item.base.version, item.reason, item.attempt) for item in tasks]
 
 
 def test_every_live_adapter_is_planned_on_a_new_base_before_promotion(fleet, two_bases):
@@ -75,7 +75,7 @@ def test_nothing_is_planned_on_a_base_older_than_serving(fleet):
 def test_each_adapter_is_planned_on_each_newer_base_after_failures(fleet, two_bases):
     fleet.complete_tasks(Verdict.NEEDS_RETUNING)
     fleet.add_base("v3")
-    assert {(w.adapter, w.base_version, w.source_number) for w in fleet.tasks()} == {
+    assert {(w.adapter, w.base.version, w.source_number) for w in fleet.tasks()} == {
         ("chat", "v3", 1),
         ("code", "v3", 1),
     }
@@ -83,22 +83,22 @@ def test_each_adapter_is_planned_on_each_newer_base_after_failures(fleet, two_ba
 
 def test_the_newest_base_is_planned_first(fleet, two_bases):
     fleet.add_base("v3")
-    assert [w.base_version for w in fleet.tasks()] == ["v3", "v3", "v2", "v2"]
+    assert [w.base.version for w in fleet.tasks()] == ["v3", "v3", "v2", "v2"]
 
 
 def test_the_champion_is_planned_before_newer_bases(fleet, two_bases):
     _, v2 = two_bases
     fleet.add_base("v3")
     fleet.promote(v2)
-    assert [w.base_version for w in fleet.tasks()] == ["v2", "v2", "v3", "v3"]
+    assert [w.base.version for w in fleet.tasks()] == ["v2", "v2", "v3", "v3"]
 
 
 def test_nothing_is_planned_on_bases_older_than_champion(fleet, two_bases):
     v3 = fleet.add_base("v3")
     fleet.promote(v3)
-    assert {w.base_version for w in fleet.tasks()} == {"v3"}
+    assert {w.base.version for w in fleet.tasks()} == {"v3"}
     fleet.promote(None)  # paused: any of them may yet be wanted
-    assert {w.base_version for w in fleet.tasks()} == {"v2", "v3"}
+    assert {w.base.version for w in fleet.tasks()} == {"v2", "v3"}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,16 @@ def test_a_task_is_not_needed_after_it_was_done_or_became_obsolete(fleet, two_ba
             assert fleet.needs(again, policy)
             return
     assert not fleet.needs(task, policy)
+
+
+def test_a_task_is_for_the_files_of_a_base_and_not_for_its_label(fleet, two_bases):
+    """The label may be that of another base by the time the task starts."""
+    task = fleet.tasks()[0]
+    other = replace(task, base=replace(task.base, fingerprint_sha256="f" * 64))
+    assert fleet.needs(task) and not fleet.needs(other)
+    seen = observe_adapter(task.adapter, FAMILY, fleet.platform)
+    with pytest.raises(NotFoundError, match="base version 'v2' with the fingerprint ffffffffffff"):
+        record_failure(other, seen, POLICY, fleet.platform, reason="given by the test")
 
 
 def test_a_changed_policy_is_planned_with_zero_cost(fleet, two_bases):
@@ -198,9 +208,8 @@ def test_a_failure_does_not_remove_the_alias(fleet, two_bases):
 
 def test_an_unreadable_adapter_does_not_affect_others(fleet, two_bases):
     v1, _ = two_bases
-    orphan = replace(
-        fleet.add_adapter("orphan", v1), adapter="stray", base_fingerprint_sha256="f" * 64
-    )
+    other = replace(v1.ref, fingerprint_sha256="f" * 64)
+    orphan = replace(fleet.add_adapter("orphan", v1), adapter="stray", base=other)
     fleet.platform.registry.register(orphan, fleet.work_dir / "peft")
     found = plan(observe(FAMILY, fleet.platform), POLICY)
     assert {w.adapter for w in found.tasks} == {"chat", "code", "orphan"}
@@ -280,13 +289,13 @@ def test_completing_the_plan_reaches_the_desired_state_after_any_events(tmp_path
     fleet.apply_verdicts()
 
     seen = observe(FAMILY, fleet.platform)
-    parked = {(w.adapter, w.base_version) for w in plan(seen, POLICY).parked}
+    parked = {(w.adapter, w.base.version) for w in plan(seen, POLICY).parked}
     assert plan(seen, POLICY).tasks == ()
     assert seen.champion is None or seen.serving == seen.champion
     for adapter in seen.adapters:
-        keys = [(v.weights_sha256, v.base_fingerprint_sha256) for v in adapter.versions]
+        keys = [(v.weights_sha256, v.base.fingerprint_sha256) for v in adapter.versions]
         assert len(set(keys)) == len(keys)  # one version per base
         for base in seen.desired_bases:
             judged = adapter.outcome_on(base) is not None
-            trained = adapter.versions[0].base_fingerprint_sha256 == base.fingerprint_sha256
+            trained = adapter.versions[0].base.fingerprint_sha256 == base.fingerprint_sha256
             assert judged or trained or (adapter.name, base.version) in parked

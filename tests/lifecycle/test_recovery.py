@@ -74,11 +74,8 @@ class TransferSetup:
             AdapterVersion(
                 adapter="parity",
                 number=0,
-                family=FAMILY,
-                base_version="v1",
-                base_fingerprint_sha256=v1.fingerprint_sha256,
-                trained_on_version="v1",
-                trained_on_fingerprint_sha256=v1.fingerprint_sha256,
+                base=v1.ref,
+                trained_on=v1.ref,
                 weights_sha256=adapter_weights_sha256(self.peft),
                 method="LORA",
                 suites=(self.suite,),
@@ -115,7 +112,8 @@ class TransferSetup:
 
     def transfer(self, **recovery):
         policy = replace(POLICY, recovery=RecoveryPolicy(**recovery))
-        task = TransferTask("parity", self.source.number, "v2", Reason.NO_VERDICT)
+        v2 = self.bases[1].ref
+        task = TransferTask("parity", self.source.number, v2, Reason.NO_VERDICT)
         fleet = observe_adapter("parity", FAMILY, self.platform)
         return transfer(task, fleet, policy, self.platform)
 
@@ -187,7 +185,7 @@ def test_retuning_continues_from_the_old_weights(setup):
     outcome = setup.transfer(retune_steps=2)
     assert (outcome.verdict, outcome.strategy) == ("passed", "re-tuned")
     assert setup.version(outcome).made_by is RecoveryStrategy.RETUNED
-    assert setup.version(outcome).trained_on_version == "v1"  # the reference does not change
+    assert setup.version(outcome).trained_on.version == "v1"  # the reference does not change
 
 
 def test_a_scale_that_does_not_fit_the_training_rows_is_not_tried(setup):
@@ -266,10 +264,8 @@ def test_an_adapter_trained_on_the_new_base_is_a_second_reference(setup):
     setup.platform.registry.register(
         replace(
             setup.source,
-            base_version="v2",
-            base_fingerprint_sha256=v2.fingerprint_sha256,
-            trained_on_version="v2",
-            trained_on_fingerprint_sha256=v2.fingerprint_sha256,
+            base=v2.ref,
+            trained_on=v2.ref,
             weights_sha256=weights,
         ),
         setup.folder / "fresh",

@@ -46,7 +46,7 @@ def counted(tmp_path):
         name: CountingPort(getattr(setup.platform, name), name, calls)
         for name in ("catalog", "registry", "evaluations")
     }
-    task = TransferTask("parity", setup.source.number, "v2", Reason.NO_VERDICT)
+    task = TransferTask("parity", setup.source.number, setup.bases[1].ref, Reason.NO_VERDICT)
     return replace(setup.platform, **ports), task, calls
 
 

@@ -18,6 +18,7 @@ from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.reconcile import observe_adapter
+from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.validation import evaluate
 
@@ -49,7 +50,7 @@ def judged(platform, policy):
     """Return the outcome on v2 and the number of items that each subject answered there."""
     answered = {}
     outcome = transfer(
-        TransferTask("parity", 1, "v2", Reason.NO_VERDICT),
+        TransferTask("parity", 1, find_base(FAMILY, "v2", platform).ref, Reason.NO_VERDICT),
         observe_adapter("parity", FAMILY, platform),
         policy,
         platform,
@@ -73,7 +74,7 @@ def test_a_part_of_a_suite_decides_and_is_stored_as_a_part(fleet):
     assert (len(part.items), part.prefix) == (32, figures.prefix)
     assert platform.evaluations.get(part.key) == part
     whole = adapter.suites[0].evaluation_key(
-        adapter.weights_sha256, outcome.base_fingerprint_sha256
+        adapter.weights_sha256, outcome.base.fingerprint_sha256
     )
     assert platform.evaluations.get(whole) is None
 
@@ -113,7 +114,9 @@ def test_a_suite_that_is_not_required_is_evaluated_as_a_whole(fleet, tmp_path):
         base_version="v1",
     )
     outcome = transfer(
-        TransferTask("both", adopted.number, "v2", Reason.NO_VERDICT),
+        TransferTask(
+            "both", adopted.number, find_base(FAMILY, "v2", platform).ref, Reason.NO_VERDICT
+        ),
         observe_adapter("both", FAMILY, platform),
         replace(EARLY, required_suites=("parity",)),
         platform,
@@ -127,7 +130,7 @@ def test_parts_use_old_answers_as_drafts_and_sum_near_ties(fleet, tmp_path, monk
     suite = replace(adapter.suites[0], name="kept", keep_answers=True)
     peft = str(tmp_path / "peft")
     adopted = adopt("kept", peft, FAMILY, (suite,), platform, base_version="v1")
-    on_v1 = suite.evaluation_key(adopted.weights_sha256, adopted.base_fingerprint_sha256)
+    on_v1 = suite.evaluation_key(adopted.weights_sha256, adopted.base.fingerprint_sha256)
     expected = platform.evaluations.get(on_v1).kept_answers
     drafts, answer = [], evaluate.answer
 
@@ -137,7 +140,8 @@ def test_parts_use_old_answers_as_drafts_and_sum_near_ties(fleet, tmp_path, monk
 
     monkeypatch.setattr(evaluate, "answer", undecided)
     policy = replace(EARLY, margin_points=5.0)
-    task = TransferTask("kept", adopted.number, "v2", Reason.NO_VERDICT)
+    v2 = find_base(FAMILY, "v2", platform).ref
+    task = TransferTask("kept", adopted.number, v2, Reason.NO_VERDICT)
     outcome = transfer(task, observe_adapter("kept", FAMILY, platform), policy, platform)
     assert drafts == [expected] * 3 and len(expected) == ITEMS
     assert outcome.evaluations[1].near_ties == 6

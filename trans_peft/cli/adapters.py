@@ -176,7 +176,7 @@ def _write_version(version: AdapterVersion, workspace: Workspace, out: Path) -> 
 
 def _evaluation(version: AdapterVersion, suite: Suite, workspace: Workspace) -> Evaluation | None:
     return workspace.platform.evaluations.get(
-        suite.evaluation_key(version.weights_sha256, version.base_fingerprint_sha256)
+        suite.evaluation_key(version.weights_sha256, version.base.fingerprint_sha256)
     )
 
 

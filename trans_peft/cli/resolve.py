@@ -43,11 +43,11 @@ def resolve(
     version = find(adapter, platform, base=base)
     folder = None if download is None else platform.registry.download(version, download)
     if json:
-        print_json({**vars(version), "alias": version.alias, "folder": folder})
+        print_json({**vars(version), "alias": version.base.alias, "folder": folder})
         return 0
     out.print(f"{version.adapter} version {version.number}", markup=False)
-    out.print(f"base           {version.family}/{version.base_version}", markup=False)
-    out.print(f"fingerprint    {version.base_fingerprint_sha256}")
+    out.print(f"base           {version.base}", markup=False)
+    out.print(f"fingerprint    {version.base.fingerprint_sha256}")
     out.print(f"weights        {version.weights_sha256}")
     if folder is not None:
         out.print(f"files          {folder}", markup=False)

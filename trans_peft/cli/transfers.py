@@ -132,11 +132,8 @@ def transfer(
             AdapterVersion(
                 adapter=adapter_name(adapter),
                 number=0,
-                family=LOCAL,
-                base_version=trained_on.version,
-                base_fingerprint_sha256=trained_on.fingerprint_sha256,
-                trained_on_version=trained_on.version,
-                trained_on_fingerprint_sha256=trained_on.fingerprint_sha256,
+                base=trained_on.ref,
+                trained_on=trained_on.ref,
                 weights_sha256=adapter_weights_sha256(folder),
                 method=read_peft_folder(folder).peft_type,
                 suites=suites,
@@ -145,7 +142,7 @@ def transfer(
             folder,
         )
         outcome = judge_on(
-            TransferTask(source.adapter, source.number, candidate.version, Reason.NO_VERDICT),
+            TransferTask(source.adapter, source.number, candidate.ref, Reason.NO_VERDICT),
             observe_adapter(source.adapter, LOCAL, platform),
             gate,
             platform,

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trans_peft.domain.base import serving_alias
+from trans_peft.domain.base import BaseRef
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.names import check_names
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.domain.spec import AdapterSpec
-from trans_peft.errors import NotFoundError
+from trans_peft.errors import InvalidSpecError, NotFoundError
 
 __all__ = [
     "AdapterSpec",
@@ -18,7 +18,6 @@ __all__ = [
     "ManualOverride",
     "VersionState",
     "source_version",
-    "version_trained_on",
 ]
 
 
@@ -88,11 +87,8 @@ class AdapterVersion:
     Attributes:
         adapter: Name of the adapter.
         number: Number of the version, assigned by the registry. 1 is the oldest.
-        family: Base family.
-        base_version: Label of the base that the version is bound to.
-        base_fingerprint_sha256: Fingerprint of that base.
-        trained_on_version: Label of the base that the adapter was trained on.
-        trained_on_fingerprint_sha256: Fingerprint of that base.
+        base: The base version that the adapter version is bound to.
+        trained_on: The base version of the same family that the adapter was trained on.
         weights_sha256: Hash of the adapter's weights (`models.adapter_weights_sha256`).
         method: PEFT type, such as "LORA".
         suites: Evaluation suites by which the adapter is judged.
@@ -102,15 +98,15 @@ class AdapterVersion:
         state: The part that can change.
         recipe: Training recipe. None for an adopted adapter.
         made_by: Recovery strategy that made the weights from those of `transferred_from`.
+
+    Raises:
+        InvalidSpecError: the adapter's name is invalid, or the two bases are of different families.
     """
 
     adapter: str
     number: int
-    family: str
-    base_version: str
-    base_fingerprint_sha256: str
-    trained_on_version: str
-    trained_on_fingerprint_sha256: str
+    base: BaseRef
+    trained_on: BaseRef
     weights_sha256: str
     method: str
     suites: tuple[Suite, ...]
@@ -122,23 +118,18 @@ class AdapterVersion:
     made_by: RecoveryStrategy = RecoveryStrategy.DIRECT
 
     def __post_init__(self) -> None:
-        check_names(
-            f"the adapter version with the number {self.number}",
-            adapter=self.adapter,
-            family=self.family,
-            base_version=self.base_version,
-            trained_on_version=self.trained_on_version,
-        )
-
-    @property
-    def alias(self) -> str:
-        """The alias of the version that serves on this base."""
-        return serving_alias(self.base_fingerprint_sha256)
+        check_names(f"the adapter version with the number {self.number}", adapter=self.adapter)
+        if self.base.family != self.trained_on.family:
+            raise InvalidSpecError(
+                f"{self} is bound to a base of another family than the one it was trained on",
+                expected=f"a base of the family {self.trained_on.family}",
+                found=self.base,
+            )
 
     @property
     def is_trained(self) -> bool:
         """Whether the version was trained on the base that it is bound to."""
-        return self.base_fingerprint_sha256 == self.trained_on_fingerprint_sha256
+        return self.base.fingerprint_sha256 == self.trained_on.fingerprint_sha256
 
     def __str__(self) -> str:
         return f"{self.adapter} version {self.number}"
@@ -158,17 +149,3 @@ def source_version(versions: Sequence[AdapterVersion]) -> AdapterVersion:
             do="train the adapter, or adopt its PEFT folder",
         )
     return max(trained, key=lambda version: version.number)
-
-
-def version_trained_on(
-    base_fingerprint_sha256: str, versions: Sequence[AdapterVersion]
-) -> AdapterVersion | None:
-    """Return the latest version that was trained on that base, or None."""
-    trained = [
-        version
-        for version in versions
-        if version.is_trained
-        and not version.state.superseded
-        and version.base_fingerprint_sha256 == base_fingerprint_sha256
-    ]
-    return max(trained, key=lambda version: version.number, default=None)

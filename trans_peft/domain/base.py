@@ -11,19 +11,14 @@ from trans_peft.domain.names import check_names, name_problem
 from trans_peft.errors import InvalidSpecError, listed
 
 __all__ = [
+    "BaseRef",
     "BaseVersion",
     "Fingerprint",
     "Manifest",
     "ManifestFile",
     "TensorSignature",
     "Upload",
-    "serving_alias",
 ]
-
-
-def serving_alias(fingerprint_sha256: str) -> str:
-    """Return the alias of the adapter version that serves on the base with this fingerprint."""
-    return f"{ADAPTER_ALIAS_PREFIX}{fingerprint_sha256[:12]}"
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,50 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
+class BaseRef:
+    """One base version whose files were verified, as adapters and their records refer to it.
+
+    Attributes:
+        family: Name of the family.
+        version: Label of the version, for people. Another base version may get it later.
+        fingerprint_sha256: Digest of the `Fingerprint`, which identifies the base.
+
+    Raises:
+        InvalidSpecError: a name is invalid, or there is no fingerprint.
+    """
+
+    family: str
+    version: str
+    fingerprint_sha256: str
+
+    def __post_init__(self) -> None:
+        check_names("the base version", family=self.family, version=self.version)
+        if not self.fingerprint_sha256:
+            raise InvalidSpecError(
+                f"the base version {self} has no fingerprint",
+                expected="the digest of its fingerprint",
+                do="ingest the base first",
+            )
+
+    @property
+    def alias(self) -> str:
+        """The alias of the adapter version that serves on this base."""
+        return f"{ADAPTER_ALIAS_PREFIX}{self.fingerprint_sha256[:12]}"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The tags (after `TAG_PREFIX`) by which MLflow's page finds what belongs to this base."""
+        return {
+            "family": self.family,
+            "base_version": self.version,
+            "base_fingerprint": self.fingerprint_sha256,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.family}/{self.version}"
+
+
+@dataclass(frozen=True)
 class BaseVersion:
     """One version of a base family, as registered in the catalog.
 
@@ -123,9 +162,14 @@ class BaseVersion:
         check_names(f"the base version with the number {self.number}", **names)
 
     @property
+    def ref(self) -> BaseRef:
+        """The value by which records refer to this version. InvalidSpecError until it is ready."""
+        return BaseRef(self.family, self.version, self.fingerprint_sha256)
+
+    @property
     def alias(self) -> str:
-        """The alias of adapter versions that serve on this base."""
-        return serving_alias(self.fingerprint_sha256)
+        """The alias of the adapter version that serves on this base."""
+        return self.ref.alias
 
     def __str__(self) -> str:
         return f"{self.family}/{self.version}"

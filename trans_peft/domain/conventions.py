@@ -45,7 +45,7 @@ BASE_ALIASES = (SERVING_ALIAS, CHAMPION_ALIAS)
 """Aliases of a base family. A recipe or a command may name one instead of a version."""
 
 ADAPTER_ALIAS_PREFIX = "on-"
-"""Starts the alias of an adapter version that serves on one base (`domain.base.serving_alias`)."""
+"""Starts the alias of an adapter version that serves on one base (`BaseRef.alias`)."""
 
 ADAPTER_ALIAS = re.compile(rf"{ADAPTER_ALIAS_PREFIX}[0-9a-f]{{12}}")
 """Matches such an alias: the prefix and the first 12 hex digits of the base's fingerprint."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride, source_version
-from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.base import BaseRef, BaseVersion
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.outcome import TransferOutcome, outcome_of
 from trans_peft.domain.promotion import PromotionPolicy
@@ -61,9 +61,20 @@ class RegisteredAdapter:
     def can_serve(self, base: BaseVersion, number: int | None) -> bool:
         """Return whether the version with that number is bound to this base."""
         return any(
-            version.number == number and version.base_fingerprint_sha256 == base.fingerprint_sha256
+            version.number == number and version.base.fingerprint_sha256 == base.fingerprint_sha256
             for version in self.versions
         )
+
+    def trained_on(self, base: BaseVersion) -> AdapterVersion | None:
+        """Return the latest version that was trained on a base, or None."""
+        trained = [
+            version
+            for version in self.versions
+            if version.is_trained
+            and not version.state.superseded
+            and version.base.fingerprint_sha256 == base.fingerprint_sha256
+        ]
+        return max(trained, key=lambda version: version.number, default=None)
 
     def outcome_on(self, base: BaseVersion) -> TransferOutcome | None:
         """Return the newest outcome of the source version's weights on a base."""
@@ -98,15 +109,18 @@ class Fleet:
         """Return the ready base version with that number, or None."""
         return next((base for base in self.bases if base.number == number), None)
 
-    def base_named(self, version: str) -> BaseVersion:
-        """Return the ready base version with that label. Raises NotFoundError."""
+    def referred_base(self, ref: BaseRef) -> BaseVersion:
+        """Return the ready base version with that fingerprint. Raises NotFoundError."""
         for base in self.bases:
-            if base.version == version:
+            if base.fingerprint_sha256 == ref.fingerprint_sha256:
                 return base
         raise NotFoundError(
-            f"family {self.family!r} has no ready base version {version!r}",
-            expected=", ".join(base.version for base in self.bases) or "none is ready yet",
-            found=repr(version),
+            f"family {self.family!r} has no ready base version {ref.version!r} with the "
+            f"fingerprint {ref.fingerprint_sha256[:12]}",
+            expected=", ".join(
+                f"{base.version} ({base.fingerprint_sha256[:12]})" for base in self.bases
+            )
+            or "none is ready yet",
             do="ingest the base first",
         )
 
@@ -152,7 +166,7 @@ class ObservedOverride:
     """A manual override of an adapter's alias on one base version. Reconcile keeps it."""
 
     adapter: str
-    base_version: str
+    base: BaseRef
     override: ManualOverride
 
 

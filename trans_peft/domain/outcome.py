@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from trans_peft.domain.base import BaseRef
 from trans_peft.domain.evaluation import Evaluation, Judgment, Verdict, verdict_key
 from trans_peft.domain.names import check_names
 from trans_peft.domain.recipe import TrainingRecipe
@@ -65,7 +66,7 @@ class TransferTask:
     Attributes:
         adapter: The adapter's name.
         source_number: The number of the version whose weights are transferred.
-        base_version: The label of the new base version.
+        base: The new base version.
         reason: Why the transfer is necessary.
         attempt: 1, or one more than the number of failed attempts.
         estimated_seconds: The estimated duration; None if it is unknown.
@@ -73,22 +74,22 @@ class TransferTask:
 
     adapter: str
     source_number: int
-    base_version: str
+    base: BaseRef
     reason: Reason
     attempt: int = 1
     estimated_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        check_names("the transfer task", adapter=self.adapter, base_version=self.base_version)
+        check_names("the transfer task", adapter=self.adapter)
 
     @property
-    def key(self) -> tuple[str, int, str, int]:
+    def key(self) -> tuple[str, int, BaseRef, int]:
         """Identifies the same task in two plans. The reason and the estimate may differ."""
-        return self.adapter, self.source_number, self.base_version, self.attempt
+        return self.adapter, self.source_number, self.base, self.attempt
 
     def __str__(self) -> str:
         cost = "" if self.estimated_seconds is None else f", about {self.estimated_seconds:.0f} s"
-        return f"{self.adapter} on {self.base_version}: {self.reason}{cost}"
+        return f"{self.adapter} on {self.base}: {self.reason}{cost}"
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,7 @@ class TransferOutcome:
     Attributes:
         adapter: The adapter's name.
         source_number: The number of the version whose weights were transferred.
-        family: The base family.
-        base_version: The label of the new base version.
-        base_fingerprint_sha256: The fingerprint of the new base version.
+        base: The new base version.
         weights_sha256: The hash of the source version's weights.
         policy_sha256: The hash of the gate policy.
         judgment: The verdict, its reason and its figures.
@@ -118,9 +117,7 @@ class TransferOutcome:
 
     adapter: str
     source_number: int
-    family: str
-    base_version: str
-    base_fingerprint_sha256: str
+    base: BaseRef
     weights_sha256: str
     policy_sha256: str
     judgment: Judgment
@@ -166,7 +163,7 @@ def outcome_of(
 ) -> TransferOutcome | None:
     """Return the first outcome of these weights on that base; `outcomes` are newest first."""
     for outcome in outcomes:
-        if (outcome.weights_sha256, outcome.base_fingerprint_sha256) == (
+        if (outcome.weights_sha256, outcome.base.fingerprint_sha256) == (
             weights_sha256,
             base_fingerprint_sha256,
         ):

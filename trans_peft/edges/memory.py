@@ -271,12 +271,12 @@ class MemoryRegistry:
         """Register the PEFT folder as a new version, or return the existing one."""
         with self._lock:
             check_case("the adapter", draft.adapter, self._families)
-            family = self._families.setdefault(draft.adapter, draft.family)
-            if family != draft.family:
+            family = self._families.setdefault(draft.adapter, draft.base.family)
+            if family != draft.base.family:
                 raise InvalidSpecError(
                     f"the adapter {draft.adapter!r} belongs to another family",
                     expected=family,
-                    found=draft.family,
+                    found=draft.base.family,
                     do="give the new adapter another name",
                 )
             versions = self._versions.setdefault(draft.adapter, [])
@@ -304,7 +304,7 @@ class MemoryRegistry:
             number = outcome.new_number or outcome.source_number
             if not any(version.number == number for version in versions):
                 raise NotFoundError(f"there is no version {number} of {outcome.adapter}")
-            base = outcome.base_fingerprint_sha256
+            base = outcome.base.fingerprint_sha256
             previous = self._outcomes.get((outcome.adapter, base))
             self._outcomes[outcome.adapter, base] = outcome.counted_after(previous)
             if outcome.new_number is not None:
@@ -396,7 +396,7 @@ class MemoryRegistry:
 
 
 def _bytes_and_base(version: AdapterVersion) -> tuple[str, str]:
-    return version.weights_sha256, version.base_fingerprint_sha256
+    return version.weights_sha256, version.base.fingerprint_sha256
 
 
 def _move(aliases: dict[tuple[str, str], int], key: tuple[str, str], number: int | None) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.base import BaseRef, BaseVersion, Fingerprint
 from trans_peft.domain.conventions import SERVING_ALIAS
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.edges.json_codec import from_json, to_json
@@ -131,7 +131,9 @@ class MlflowCatalog:
         for base in known.values():
             if base.ready and (base.version == version or base.number == number):
                 return self._same(base, version, fingerprint, number)
-        run_id = self._store_fingerprint(family, version, uri, fingerprint)
+        run_id = self._store_fingerprint(
+            BaseRef(family, version, fingerprint.digest), uri, fingerprint
+        )
         tags = {
             "family": family,
             "version": version,
@@ -256,12 +258,9 @@ class MlflowCatalog:
             )
         return replace(winner, ready=True)
 
-    def _store_fingerprint(
-        self, family: str, version: str, uri: str, fingerprint: Fingerprint
-    ) -> str:
+    def _store_fingerprint(self, base: BaseRef, uri: str, fingerprint: Fingerprint) -> str:
         """Store a fingerprint as a file of a run, and return the run's id."""
-        tags = {"family": family, "base": version, "fingerprint": fingerprint.digest}
-        with self._tracking.run("bases", f"{family}/{version}", tags) as run_id:
+        with self._tracking.run("bases", str(base), base.labels) as run_id:
             self._tracking.log_params(
                 run_id,
                 {

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trans_peft.domain.base import serving_alias
 from trans_peft.domain.conventions import ADAPTER_ALIAS_PREFIX
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.names import quoted
@@ -54,15 +53,13 @@ class MlflowOutcomes:
         results.
         """
         stored = _stored(found)
-        base = serving_alias(outcome.base_fingerprint_sha256)
+        base = outcome.base.alias
         previous = max((s for s in stored if s[0] == base), key=lambda s: s[1], default=None)
         outcome = outcome.counted_after(previous[2] if previous else None)
         time_ms = max(int(time.time() * 1000), previous[1] + 1 if previous else 0)
         tags = {
             "adapter": outcome.adapter,
-            "family": outcome.family,
-            "base": outcome.base_version,
-            "base_fingerprint": outcome.base_fingerprint_sha256,
+            **outcome.base.labels,
             "weights_sha256": outcome.weights_sha256,
             "verdict": outcome.verdict.value,
             "verdict_key": outcome.verdict_key,
@@ -71,7 +68,7 @@ class MlflowOutcomes:
         reusable = outcome.verdict is not Verdict.FAILED
         run_id = self._tracking.oldest_run("transfers", tags) if reusable else None
         if run_id is None:
-            name = f"{outcome.adapter} on {outcome.base_version}"
+            name = f"{outcome.adapter} on {outcome.base}"
             with self._tracking.run("transfers", name, tags) as run_id:
                 self._tracking.write_text(run_id, _FILE, to_json(TransferOutcome, outcome))
                 self._tracking.log_metrics(run_id, _figures(outcome), step=0, time_ms=time_ms)
@@ -102,7 +99,7 @@ class MlflowOutcomes:
         return tuple(
             sorted(
                 (outcome for _, outcome in newest.values()),
-                key=lambda outcome: outcome.base_fingerprint_sha256,
+                key=lambda outcome: outcome.base.fingerprint_sha256,
             )
         )
 
@@ -122,15 +119,15 @@ def _stored(found: list[Any]) -> list[tuple[str, int, TransferOutcome]]:
 
 def _check(outcome: TransferOutcome, name: str, adapter: str, where: str) -> None:
     """Raise IntegrityError unless the outcome and its recipe belong to this adapter and base."""
-    about = (outcome.adapter, f"outcome.{serving_alias(outcome.base_fingerprint_sha256)}")
+    about = (outcome.adapter, f"outcome.{outcome.base.alias}")
     training = outcome.training
     if about != (adapter, name) or (
-        training and (training.adapter, training.family) != (adapter, outcome.family)
+        training and (training.adapter, training.family) != (adapter, outcome.base.family)
     ):
         raise IntegrityError(
             f"{where} belongs to another adapter or base",
             expected=f"an outcome of {adapter} on the base in the name of the tag",
-            found=quoted(f"{outcome.adapter} on {outcome.base_fingerprint_sha256[:12]}"),
+            found=quoted(f"{outcome.adapter} on {outcome.base.fingerprint_sha256[:12]}"),
             do="remove the tag in MLflow; the adapter is then evaluated again from stored results",
         )
 

@@ -125,7 +125,7 @@ class MlflowRegistry:
             raise InvalidSpecError(
                 f"these tag names are reserved for the registry: {', '.join(taken)}"
             )
-        self._make_adapter(draft.adapter, draft.family)
+        self._make_adapter(draft.adapter, draft.base.family)
         if not self._same(draft):
             purpose = "training" if draft.transferred_from is None else "transfers"
             model_id = self._tracking.upload_model(
@@ -251,7 +251,7 @@ class MlflowRegistry:
             version
             for version in self.versions(draft.adapter)
             if version.weights_sha256 == draft.weights_sha256
-            and version.base_fingerprint_sha256 == draft.base_fingerprint_sha256
+            and version.base.fingerprint_sha256 == draft.base.fingerprint_sha256
         ]
 
     def _record_alias(self, adapter: str, alias: str, where: str) -> None:

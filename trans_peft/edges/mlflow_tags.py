@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride, VersionState
+from trans_peft.domain.base import BaseRef
 from trans_peft.domain.conventions import ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.names import quoted
@@ -32,11 +33,9 @@ def version_tags(draft: AdapterVersion) -> dict[str, str]:
     transferred = draft.transferred_from
     return {
         "adapter": draft.adapter,
-        "family": draft.family,
-        "base_version": draft.base_version,
-        "base_fingerprint": draft.base_fingerprint_sha256,
-        "trained_on_version": draft.trained_on_version,
-        "trained_on_fingerprint": draft.trained_on_fingerprint_sha256,
+        **draft.base.labels,
+        "trained_on_version": draft.trained_on.version,
+        "trained_on_fingerprint": draft.trained_on.fingerprint_sha256,
         "weights_sha256": draft.weights_sha256,
         "method": draft.method,
         "recipe_sha256": draft.recipe_sha256,
@@ -55,11 +54,8 @@ def adapter_version(found: Any) -> AdapterVersion:
         version = AdapterVersion(
             adapter=found.name,
             number=int(found.version),
-            family=tags["family"],
-            base_version=tags["base_version"],
-            base_fingerprint_sha256=checked_sha256(tags, "base_fingerprint", where),
-            trained_on_version=tags["trained_on_version"],
-            trained_on_fingerprint_sha256=checked_sha256(tags, "trained_on_fingerprint", where),
+            base=_base(tags, "base", where),
+            trained_on=_base(tags, "trained_on", where),
             weights_sha256=checked_sha256(tags, "weights_sha256", where),
             method=tags["method"],
             recipe_sha256=tags.get("recipe_sha256", ""),
@@ -87,7 +83,7 @@ def adapter_version(found: Any) -> AdapterVersion:
     if not version.suites:
         raise _tag_error("suites", tags["suites"], where, "at least one suite")
     recipe = version.recipe
-    if recipe and (recipe.adapter, recipe.family) != (version.adapter, version.family):
+    if recipe and (recipe.adapter, recipe.family) != (version.adapter, version.base.family):
         other_recipe = f"a recipe of {recipe.adapter} in the family {recipe.family}"
         raise _tag_error("recipe", other_recipe, where, "the recipe of this adapter")
     return version
@@ -107,6 +103,12 @@ def checked_sha256(tags: Mapping[str, str], name: str, where: str) -> str:
     if not _SHA256.fullmatch(tags[name]):
         raise _tag_error(name, tags[name], where, "a sha256 in 64 hex digits")
     return tags[name]
+
+
+def _base(tags: Mapping[str, str], prefix: str, where: str) -> BaseRef:
+    """Return the base that an adapter version is bound to ("base"), or was trained on."""
+    fingerprint_sha256 = checked_sha256(tags, f"{prefix}_fingerprint", where)
+    return BaseRef(tags["family"], tags[f"{prefix}_version"], fingerprint_sha256)
 
 
 def _alias_state(model: Any, alias: str, tags: Mapping[str, str]) -> AliasState:

@@ -116,11 +116,8 @@ def adopt(  # noqa: PLR0913  as `train`, with what a recipe would contain
             AdapterVersion(
                 adapter=adapter,
                 number=0,
-                family=base.family,
-                base_version=base.version,
-                base_fingerprint_sha256=base.fingerprint_sha256,
-                trained_on_version=base.version,
-                trained_on_fingerprint_sha256=base.fingerprint_sha256,
+                base=base.ref,
+                trained_on=base.ref,
                 weights_sha256=weights_sha256,
                 method=source.peft_type,
                 suites=pinned,
@@ -136,7 +133,7 @@ def adopt(  # noqa: PLR0913  as `train`, with what a recipe would contain
                 "chat_template": f"of {base}" if template == "base" else template,
             },
         )
-    platform.registry.set_alias(adapter, version.alias, version.number)
+    platform.registry.set_alias(adapter, version.base.alias, version.number)
     return version
 
 

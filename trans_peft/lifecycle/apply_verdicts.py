@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from trans_peft.domain.adapter import AliasState, ManualOverride, version_trained_on
+from trans_peft.domain.adapter import AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
 from trans_peft.domain.evaluation import GatePolicy, Verdict
@@ -97,7 +97,7 @@ def _apply(
         if override != state.recorded:
             platform.registry.record_manual_override(adapter.name, base.alias, override)
         if override is not None:
-            changes.manual_overrides.append(ObservedOverride(adapter.name, base.version, override))
+            changes.manual_overrides.append(ObservedOverride(adapter.name, base.ref, override))
         states[base.alias] = state
     return replace(adapter, aliases=states)
 
@@ -115,7 +115,7 @@ class _Decision:
 
 
 def _decide(adapter: RegisteredAdapter, base: BaseVersion) -> _Decision:
-    trained_here = version_trained_on(base.fingerprint_sha256, adapter.versions)
+    trained_here = adapter.trained_on(base)
     if trained_here is not None:  # even if a newer version was trained on another base
         return _Decision(trained_here.number, "trained here")
     outcome = adapter.outcome_on(base)
@@ -183,9 +183,7 @@ def _obstacle(
         return ChampionNotReady(fleet.family, fleet.champion)
     if champion.served and promotion.free_rollback:
         return None
-    missing = [
-        task.adapter for task in plan(fleet, policy).tasks if task.base_version == champion.version
-    ]
+    missing = [task.adapter for task in plan(fleet, policy).tasks if task.base == champion.ref]
     if missing:
         return VerdictsMissing(champion, tuple(missing))
     return check_policy(fleet, champion, promotion, platform)

@@ -207,7 +207,7 @@ def evaluate_on(
         evaluation = stored[suite.name]
         if evaluation is None:
             evaluation = _evaluate(base, suite, platform, subject, on_progress)
-            labels = {"family": base.family, "base": base.version} | subject.labels
+            labels = base.ref.labels | subject.labels
             platform.evaluations.put(evaluation, labels=labels)
         found[suite.name] = evaluation
     return found

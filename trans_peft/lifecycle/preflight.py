@@ -31,7 +31,7 @@ def check_registration(adapter: str, family: str, platform: Platform) -> None:
     check_names("the adapter cannot be registered", adapter=adapter, family=family)
     check_case("adapter", adapter, platform.registry.adapters(family))
     try:
-        families = {version.family for version in platform.registry.versions(adapter)}
+        families = {version.base.family for version in platform.registry.versions(adapter)}
     except NotFoundError:
         families = set()
     if families - {family}:

@@ -8,7 +8,7 @@ read here, so lost, doubled or reordered ones have no effect on the plan.
 
 from dataclasses import replace
 
-from trans_peft.domain.adapter import AdapterVersion, source_version, version_trained_on
+from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
 from trans_peft.domain.evaluation import GatePolicy, Verdict
@@ -148,20 +148,18 @@ def _read_adapter(
 def _check(adapter: RegisteredAdapter, family: str) -> None:
     """Raise IntegrityError if versions, outcomes and family of an adapter contradict each other."""
     problems = [
-        f"version {version.number} is of the family {version.family}"
+        f"version {version.number} is of the family {version.base.family}"
         for version in adapter.versions
-        if version.family != family
+        if version.base.family != family
     ]
-    bases = {version.number: version.base_fingerprint_sha256 for version in adapter.versions}
+    bases = {version.number: version.base.fingerprint_sha256 for version in adapter.versions}
     for outcome in adapter.outcomes:
         number = outcome.new_number
-        if outcome.family != family:
+        if outcome.base.family != family:
+            problems.append(f"an outcome is of the base {outcome.base}")
+        elif number is not None and bases.get(number) != outcome.base.fingerprint_sha256:
             problems.append(
-                f"an outcome on {outcome.base_version} is of the family {outcome.family}"
-            )
-        elif number is not None and bases.get(number) != outcome.base_fingerprint_sha256:
-            problems.append(
-                f"the outcome on {outcome.base_version} names version {number}, which is not "
+                f"the outcome on {outcome.base} names version {number}, which is not "
                 "registered for that base"
             )
     if problems:
@@ -180,7 +178,7 @@ def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float 
     for suite in source.suites:
         try:
             found = platform.evaluations.get(
-                suite.evaluation_key(source.weights_sha256, source.base_fingerprint_sha256)
+                suite.evaluation_key(source.weights_sha256, source.base.fingerprint_sha256)
             )
         except StoreError:
             raise
@@ -204,7 +202,7 @@ def _missing(
     adapter: RegisteredAdapter, base: BaseVersion, policy: GatePolicy
 ) -> TransferTask | None:
     source = adapter.source
-    if version_trained_on(base.fingerprint_sha256, adapter.versions) is not None:
+    if adapter.trained_on(base) is not None:
         return None
     outcome = adapter.outcome_on(base)
     if outcome is None:
@@ -218,7 +216,7 @@ def _missing(
     return TransferTask(
         adapter=adapter.name,
         source_number=source.number,
-        base_version=base.version,
+        base=base.ref,
         reason=reason,
         attempt=attempt,
         estimated_seconds=0.0 if reason is Reason.POLICY_CHANGED else None,

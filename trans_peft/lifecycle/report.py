@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState, version_trained_on
+from trans_peft.domain.adapter import AdapterVersion, AliasState
 from trans_peft.domain.evaluation import SuiteJudgment, Verdict
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
@@ -131,7 +131,7 @@ def _scores(
     for suite in version.suites:
         try:
             found = platform.evaluations.get(
-                suite.evaluation_key(version.weights_sha256, version.base_fingerprint_sha256)
+                suite.evaluation_key(version.weights_sha256, version.base.fingerprint_sha256)
             )
         except StoreError:
             raise
@@ -161,12 +161,12 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
         source = adapter.source
         for base in fleet.bases:
             outcome = adapter.outcome_on(base)
-            trained_here = version_trained_on(base.fingerprint_sha256, adapter.versions)
+            trained_here = adapter.trained_on(base)
             rows.append(
                 FleetRow(
                     adapter=adapter.name,
                     method=source.method,
-                    trained_on=source.trained_on_version,
+                    trained_on=source.trained_on.version,
                     base=base.version,
                     verdict=outcome.verdict if outcome and not trained_here else None,
                     reason=(

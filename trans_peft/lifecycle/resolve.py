@@ -40,12 +40,11 @@ def base_trained_on(source: AdapterVersion, bases: Iterable[BaseVersion]) -> Bas
     if `bases`, the versions of the family, do not contain it.
     """
     for base in bases:
-        if base.ready and base.fingerprint_sha256 == source.trained_on_fingerprint_sha256:
+        if base.ready and base.fingerprint_sha256 == source.trained_on.fingerprint_sha256:
             return base
     raise NotFoundError(
         f"{source} was trained on a base that is no longer in the catalog",
-        expected=f"{source.family}/{source.trained_on_version} with fingerprint "
-        f"{source.trained_on_fingerprint_sha256[:12]}",
+        expected=f"{source.trained_on}, fingerprint {source.trained_on.fingerprint_sha256[:12]}",
         do="register that base version again: the gate compares with the results on it",
     )
 
@@ -67,19 +66,19 @@ def resolve(adapter: str, platform: Platform, *, base: str = "serving") -> Adapt
     versions = platform.registry.versions(adapter)
     if not versions:
         raise NotFoundError(f"adapter {adapter!r} has no versions", do="train or adopt it first")
-    target = find_base(versions[0].family, base, platform)
+    target = find_base(versions[0].base.family, base, platform)
     number = platform.registry.alias(adapter, target.alias)
     for version in versions:
         if (
             version.number == number
-            and version.base_fingerprint_sha256 == target.fingerprint_sha256
+            and version.base.fingerprint_sha256 == target.fingerprint_sha256
         ):
             return version
     outcome = next(
         (
             outcome
             for outcome in platform.registry.outcomes(adapter)
-            if outcome.base_fingerprint_sha256 == target.fingerprint_sha256
+            if outcome.base.fingerprint_sha256 == target.fingerprint_sha256
         ),
         None,
     )

@@ -66,7 +66,7 @@ def evaluate_sequentially(
 
     def results(arm: _ArmState) -> dict[str, Evaluation]:
         found = {name: part for name, part in arm.evaluations.items() if part is not None}
-        labels = {"family": base.family, "base": base.version} | arm.subject.labels
+        labels = base.ref.labels | arm.subject.labels
         for name in sorted(arm.new):
             platform.evaluations.put(found[name], labels=labels)
         others = [suite for suite in suites if suite.name not in gate.suites]

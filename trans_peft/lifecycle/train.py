@@ -72,11 +72,8 @@ def trained_version(
     return AdapterVersion(
         adapter=recipe.adapter,
         number=0,
-        family=base.family,
-        base_version=base.version,
-        base_fingerprint_sha256=base.fingerprint_sha256,
-        trained_on_version=base.version,
-        trained_on_fingerprint_sha256=base.fingerprint_sha256,
+        base=base.ref,
+        trained_on=base.ref,
         weights_sha256=result.weights_sha256,
         method=recipe.spec.peft_type,
         suites=recipe.suites,
@@ -110,7 +107,7 @@ def train(
     examples = read_examples(resolved.data, platform.store)
     check_suites(base, resolved.suites, platform)
 
-    tags = {"family": base.family, "base": base.version, "adapter": resolved.adapter}
+    tags = base.ref.labels | {"adapter": resolved.adapter}
     with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:
         run.params(_params(resolved))
 
@@ -136,7 +133,7 @@ def train(
             result.folder,
             tags=_tags(resolved, result, evaluations),
         )
-    platform.registry.set_alias(version.adapter, version.alias, version.number)
+    platform.registry.set_alias(version.adapter, version.base.alias, version.number)
     return version
 
 
@@ -150,7 +147,7 @@ def _registered(
             version
             for version in platform.registry.versions(recipe.adapter)
             if version.recipe_sha256 == recipe.sha256
-            and version.base_fingerprint_sha256 == base.fingerprint_sha256
+            and version.base.fingerprint_sha256 == base.fingerprint_sha256
             and version.is_trained
             and not version.state.superseded
         ),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from trans_peft.domain.adapter import AdapterVersion, version_trained_on
+from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Judgment, Verdict
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
@@ -89,9 +89,7 @@ class _Inputs:
 
     @classmethod
     def of(cls, task: TransferTask, fleet: Fleet) -> "_Inputs":
-        return cls(
-            task, fleet.adapter(task.adapter), fleet.base_named(task.base_version), fleet.bases
-        )
+        return cls(task, fleet.adapter(task.adapter), fleet.referred_base(task.base), fleet.bases)
 
     @property
     def source(self) -> AdapterVersion:
@@ -99,7 +97,7 @@ class _Inputs:
 
     @property
     def trained_on(self) -> BaseVersion:
-        with reading_base(f"{self.source.family}/{self.source.trained_on_version}"):
+        with reading_base(self.source.trained_on):
             return base_trained_on(self.source, self.bases)
 
     def known_outcome(self) -> TransferOutcome | None:
@@ -116,9 +114,7 @@ def _new_outcome(inputs: _Inputs, policy: GatePolicy) -> TransferOutcome:
     return TransferOutcome(
         adapter=source.adapter,
         source_number=source.number,
-        family=base.family,
-        base_version=base.version,
-        base_fingerprint_sha256=base.fingerprint_sha256,
+        base=base.ref,
         weights_sha256=source.weights_sha256,
         policy_sha256=policy.sha256,
         judgment=Judgment(Verdict.FAILED, "not evaluated"),
@@ -160,7 +156,7 @@ def _evaluate(
         policy.per_strategy,
         reference,
         platform,
-        fresh=version_trained_on(base.fingerprint_sha256, inputs.adapter.versions),
+        fresh=inputs.adapter.trained_on(base),
         on_progress=on_progress,
     )
     result = recover(evaluator, policy, folder, scratch)
@@ -204,7 +200,7 @@ def _registered(inputs: _Inputs, candidate: Candidate, platform: Platform, scrat
     for version in inputs.adapter.versions:
         if (
             version.weights_sha256 == candidate.weights_sha256
-            and version.base_fingerprint_sha256 == base.fingerprint_sha256
+            and version.base.fingerprint_sha256 == base.fingerprint_sha256
             and not version.state.superseded
         ):
             return version.number
@@ -216,8 +212,7 @@ def _registered(inputs: _Inputs, candidate: Candidate, platform: Platform, scrat
     )
     draft = replace(
         source,
-        base_version=base.version,
-        base_fingerprint_sha256=base.fingerprint_sha256,
+        base=base.ref,
         weights_sha256=candidate.weights_sha256,
         transferred_from=source.number,
         made_by=candidate.strategy,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from trans_peft.data import read_examples
-from trans_peft.domain.adapter import AdapterVersion, version_trained_on
+from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Verdict
 from trans_peft.domain.outcome import TransferOutcome
@@ -52,7 +52,7 @@ def retrain(
             expected="the outcome of a transfer, which retraining replaces",
             do="reconcile the family first, or train the adapter with `train`",
         )
-    trained_on = base_trained_on(source, platform.catalog.versions(source.family))
+    trained_on = base_trained_on(source, platform.catalog.versions(source.base.family))
     resolved, _ = resolve_recipe(recipe, platform)
     job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
     result = fit(job, on_event=on_event)
@@ -68,7 +68,7 @@ def retrain(
         policy.per_strategy,
         reference,
         platform,
-        fresh=version_trained_on(base.fingerprint_sha256, adapter.versions),
+        fresh=adapter.trained_on(base),
         on_progress=on_progress,
     )
     candidate = Candidate(RecoveryStrategy.RETRAINED, lambda: result.folder, result.weights_sha256)
@@ -113,7 +113,7 @@ def _stored(
 ) -> tuple[Evaluation, ...]:
     """Return the stored evaluations behind the verdict of direct transfer, whole suites only."""
     sides = (
-        (source.weights_sha256, source.base_fingerprint_sha256),
+        (source.weights_sha256, source.base.fingerprint_sha256),
         (source.weights_sha256, base.fingerprint_sha256),
         (BARE, base.fingerprint_sha256),
     )
