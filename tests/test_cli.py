@@ -420,7 +420,9 @@ def test_train_writes_a_stock_folder_and_its_evaluation(cli, tmp_path):
     assert json.loads((out / "evaluations/sums.json").read_text())["suite"] == "sums"
     code, _, err = cli.run("train", "recipe.json", "--base", "v1", "--out", out)
     assert code == 2
-    assert "is not empty" in err
+    assert f"{out} is not empty: it has the results of a command that is complete" in err
+    assert f"found:    the adapter in {out / 'adapter'}" in err
+    assert "pass another folder as --out, and also as --state" in err
 
 
 def test_the_module_exits_with_the_exit_code_of_the_command():

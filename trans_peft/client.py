@@ -6,6 +6,7 @@ The flows, the command `trans-peft resolve` and notebooks build their `Platform`
 import os
 from collections.abc import Collection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from trans_peft.domain.owners import Owners
 from trans_peft.domain.places import Places
@@ -19,6 +20,8 @@ __all__ = ["DEFAULT_WORK_DIR", "connect"]
 DEFAULT_WORK_DIR = Path("~/.cache/trans-peft")
 """The default folder for copies of bases, downloads and checkpoints."""
 
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # MLflow's, without a server
+
 
 def connect(
     tracking_uri: str | None = None,
@@ -31,10 +34,12 @@ def connect(
 ) -> Platform:
     """Return the platform of an MLflow tracking server. Sends no request yet.
 
+    The first operation raises StoreError within seconds if no MLflow server responds at the URI.
     S3 credentials and endpoints come from boto3's `AWS_*` variables and profiles.
 
     Args:
-        tracking_uri: The URL of the server; by default the variable `MLFLOW_TRACKING_URI`.
+        tracking_uri: The URL of the server, or of the database of an MLflow without a server; by
+            default the variable `MLFLOW_TRACKING_URI`.
         work_dir: The folder for copies of bases, downloads and checkpoints of unfinished training.
             Machines must not share it.
         cache_bytes: The limit for copies of bases in bytes; None means the size of the disk.
@@ -44,8 +49,8 @@ def connect(
         owners: The places and signing keys from which each base family accepts versions; by default
             any place (docs/uploads.md).
 
-    Raises InvalidSpecError without a tracking URI or for an unknown guard, and ModuleNotFoundError
-    without the extra `mlflow`.
+    Raises InvalidSpecError without a tracking URI, for a malformed one or for an unknown guard, and
+    ModuleNotFoundError without the extra `mlflow`.
 
     Example::
 
@@ -55,12 +60,21 @@ def connect(
         version = tp.resolve("chat", platform)
         folder = platform.registry.download(version, Path("adapters/chat"))
     """
+    # MLflow's own variable. pydantic-settings, which reads the settings of a worker, belongs to the
+    # extra `platform`, and a notebook or a server of adapters does not need that.
     tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not tracking_uri:
         raise InvalidSpecError(
             "no MLflow tracking URI is configured",
             expected="the argument `tracking_uri` or the environment variable MLFLOW_TRACKING_URI",
             do="pass the URL of your MLflow server, such as http://localhost:5000",
+        )
+    if not _names_a_server_or_database(tracking_uri):
+        raise InvalidSpecError(
+            "the MLflow tracking URI is malformed",
+            expected="http://HOST:PORT, https://HOST or a database URI such as sqlite:///mlflow.db",
+            found=repr(tracking_uri),
+            do="correct the argument `tracking_uri` or the variable MLFLOW_TRACKING_URI",
         )
     with explaining_missing_extras():
         from trans_peft.edges.mlflow_catalog import MlflowCatalog
@@ -80,3 +94,15 @@ def connect(
             may_lack=guards_named(may_lack),
             owners=owners,
         )
+
+
+def _names_a_server_or_database(uri: object) -> bool:
+    """Whether MLflow would connect to the URI. It takes any other text for a local folder."""
+    try:
+        parts = urlsplit(str(uri))
+        valid_port = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    if parts.scheme in ("http", "https"):
+        return valid_port and bool(parts.hostname) and not set(" \t\n") & set(parts.netloc)
+    return parts.scheme.partition("+")[0] in _DATABASES and "://" in str(uri)

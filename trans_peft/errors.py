@@ -24,8 +24,9 @@ Each class also inherits from the builtin in parentheses, so that callers can ca
 about an adapter is a value (`trans_peft.domain.evaluation.Verdict`), never an exception.
 """
 
+import difflib
 import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ __all__ = [
     "TransPeftError",
     "UnsupportedModelError",
     "UploadError",
+    "closest",
     "full_disk_error",
     "is_full_disk",
     "listed",
@@ -57,6 +59,7 @@ __all__ = [
     "map_exceptions",
     "replacing_paths_in_errors",
     "translating_full_disk_errors",
+    "unknown_name",
 ]
 
 
@@ -73,6 +76,15 @@ def listed_lines(values: Sequence[str], count: int) -> list[str]:
     """Return the first `count` values and, if there are others, a last line "and N more"."""
     more = [f"and {len(values) - count} more"] if len(values) > count else []
     return [*values[:count], *more]
+
+
+def closest(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names, those that are spelled most like `name` first."""
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
+
+    return sorted(known, key=lambda other: (-likeness(other), other))
 
 
 @contextmanager
@@ -168,6 +180,17 @@ class UnsupportedModelError(TransPeftError, TypeError):
 
 class NotFoundError(TransPeftError, LookupError):
     """No such family, version, adapter, alias or file."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> NotFoundError:
+    """Return the error for a name that no `what` ("adapter") has, with the names most like it."""
+    names = closest(name, known)
+    return NotFoundError(
+        f"there is no {what} {name!r}",
+        expected=f"one of {listed(names)}" if names else f"the name of an existing {what}",
+        found=None if names else f"no {what} at all",
+        do="check the spelling, and that MLFLOW_TRACKING_URI names the right server",
+    )
 
 
 class NotServedError(NotFoundError):

@@ -1,4 +1,4 @@
-"""Write files atomically."""
+"""Write files atomically, and new folders."""
 
 import os
 import secrets
@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write", "is_temporary", "open_atomic"]
+from trans_peft.errors import InvalidSpecError
+
+__all__ = ["atomic_write", "check_unused", "is_temporary", "open_atomic"]
 
 _PREFIX, _SUFFIX = ".trans-peft-", ".part"
 
@@ -40,6 +42,14 @@ def open_atomic(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_unused(folder: Path) -> None:
+    """Raise InvalidSpecError unless the folder is new or empty, so that results do not mix."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InvalidSpecError(
+            f"{folder} is not empty", expected="a new or empty folder", do="choose another folder"
+        )
 
 
 def is_temporary(name: str) -> bool:

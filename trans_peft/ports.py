@@ -190,7 +190,11 @@ class AdapterRegistry(Protocol):
         """Store the record of a manual override; None removes the record."""
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
-        """Download the version's PEFT folder below `folder` and return its path."""
+        """Write the version's PEFT files to `folder`, and return it.
+
+        Raises InvalidSpecError unless the folder is new or empty, so that it never holds files of
+        two versions. Raises NotFoundError for an unknown version.
+        """
 
 
 class EvaluationStore(Protocol):

@@ -147,9 +147,17 @@ class TestEveryRegistry:
     def test_the_folder_comes_back_byte_by_byte(self, place, tmp_path):
         version = place.trained()
         found = place.registry.download(version, tmp_path / "downloaded")
+        assert found == tmp_path / "downloaded"
         for original in place.peft_folder().iterdir():
             assert (found / original.name).read_bytes() == original.read_bytes()
         assert len(list(found.iterdir())) == 2
+
+    def test_a_version_is_never_written_between_other_files(self, place, tmp_path):
+        version = place.trained()
+        (tmp_path / "used").mkdir()
+        place.registry.download(version, tmp_path / "used")  # it was empty
+        with pytest.raises(InvalidSpecError, match="is not empty"):
+            place.registry.download(version, tmp_path / "used")
 
     def test_a_missing_version_cannot_be_downloaded(self, place, tmp_path):
         with pytest.raises(NotFoundError):
@@ -388,6 +396,7 @@ class TestMlflow:
         version = place.trained()
         with pytest.raises(IntegrityError, match="differ from the registered ones"):
             place.registry.download(replace(version, weights_sha256="0" * 64), tmp_path / "d")
+        assert not list((tmp_path / "d").iterdir())  # where no server would load them
 
     def test_a_promoted_copy_is_not_an_adapter(self, place):
         place.trained()

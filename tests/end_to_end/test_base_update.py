@@ -83,7 +83,7 @@ def test_a_version_registered_in_mlflow_is_verified_and_made_ready(stack, tmp_pa
 
 def test_an_existing_adapter_is_adopted_from_a_bucket(stack, tmp_path):
     registry = MlflowRegistry(stack.settings.urls["mlflow"])
-    folder = registry.download(registry.versions("parity")[0], tmp_path)
+    folder = registry.download(registry.versions("parity")[0], tmp_path / "parity")
     for file in folder.iterdir():
         if file.name.startswith("adapter_"):
             stack.s3.upload_file(str(file), "data", f"theirs/{file.name}")

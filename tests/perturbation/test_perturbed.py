@@ -480,6 +480,45 @@ def test_bad_input_is_refused_before_anything_changes(change, options, message):
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("model", "perturbation", "layout", "error", "message"),
+    [
+        ("a/folder", BOTH, None, UnsupportedModelError, "str 'a/folder'"),
+        (None, BOTH, None, UnsupportedModelError, "NoneType"),
+        (nn.Linear(1, 1), 0.1, None, InvalidSpecError, "float, NoneType"),
+        (nn.Linear(1, 1), BOTH, "mlp", InvalidSpecError, "Perturbation, str"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(model, perturbation, layout, error, message):
+    with (
+        pytest.raises(error, match=f"expected: .*\n  found: +{message}.*\n  do: "),
+        perturbed(model, perturbation, seed=1, layout=layout),
+    ):
+        pass
+
+
+def test_a_full_fine_tune_is_perturbed_with_a_warning_at_the_users_line():
+    with (
+        pytest.warns(UserWarning, match="without a PEFT adapter") as warned,
+        perturbed(base(), BOTH, seed=1) as handle,
+    ):
+        assert handle.step == 0
+    ours = [warning for warning in warned if "PEFT" in str(warning.message)]
+    assert [warning.filename for warning in ours] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with perturbed(adapted(), BOTH, seed=1), perturbed(base(), Perturbation(), seed=1):
+            pass
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with (
+        pytest.raises(InvalidSpecError, match="no parameter requires a gradient"),
+        perturbed(base().requires_grad_(False), BOTH, seed=1),
+    ):
+        pass
+
+
 def test_all_problems_are_named_at_once():
     with (
         pytest.raises(InvalidSpecError, match=r"seed must.*eval mode.*spared_layers"),

@@ -7,11 +7,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from trans_peft.cli.files import read_recipe, read_suites, write_json
+from trans_peft.cli.files import check_results_folder, read_recipe, read_suites, write_json
 from trans_peft.cli.options import Adapter, BaseUri, Json, Out, State, SuiteFiles
 from trans_peft.cli.show import evaluation_table, print_json, progress
 from trans_peft.cli.show import out as stdout
-from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name, check_unused
+from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import Evaluation, Suite
 from trans_peft.errors import InvalidSpecError
@@ -39,7 +39,7 @@ def train(
     from trans_peft.lifecycle.train import train as train_on
     from trans_peft.training import events
 
-    check_unused(out)
+    check_results_folder(out)
     wanted = read_recipe(recipe)
     steps: list[events.TrainingMetrics] = []
     with progress() as shown:
@@ -144,7 +144,7 @@ def adopt(
     """
     from trans_peft.lifecycle.adopt import adopt as adopt_on
 
-    check_unused(out)
+    check_results_folder(out)
     suites = read_suites(suite)
     with progress() as shown:
         workspace = Workspace.at(state, shown)

@@ -7,7 +7,8 @@ from cyclopts import Parameter
 
 from trans_peft.cli.options import Json, State
 from trans_peft.cli.show import out, print_json, progress
-from trans_peft.cli.workspace import Workspace, check_unused
+from trans_peft.cli.workspace import Workspace
+from trans_peft.files import check_unused
 
 __all__ = ["convert", "fingerprint", "publish"]
 

@@ -9,9 +9,9 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, NotFoundError
-from trans_peft.files import atomic_write
+from trans_peft.files import atomic_write, check_unused
 
-__all__ = ["read_policy", "read_recipe", "read_suites", "write_json"]
+__all__ = ["check_results_folder", "read_policy", "read_recipe", "read_suites", "write_json"]
 
 T = TypeVar("T")
 
@@ -45,6 +45,24 @@ def read_suites(paths: Sequence[Path]) -> tuple[Suite, ...]:
 def read_policy(path: Path | None) -> GatePolicy:
     """Read a gate policy. Without a file, return the default policy."""
     return GatePolicy() if path is None else _read(path, GatePolicy)
+
+
+def check_results_folder(out: Path) -> None:
+    """Raise InvalidSpecError unless a command can write its results to the folder.
+
+    A folder with `record.json` or `outcome.json` has all results of an earlier command: its adapter
+    is named.
+    """
+    if any((out / name).is_file() for name in ("record.json", "outcome.json")):
+        adapter = out / "adapter"
+        raise InvalidSpecError(
+            f"{out} is not empty: it has the results of a command that is complete",
+            expected="a new or empty folder",
+            found=f"the adapter in {adapter}" if adapter.is_dir() else "results without an adapter",
+            do="use these results; to repeat the command, pass another folder as --out, and also "
+            "as --state to compute everything again",
+        )
+    check_unused(out)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from trans_peft.cli.options import Json
 from trans_peft.cli.show import out, print_json
-from trans_peft.cli.workspace import check_unused
+from trans_peft.files import check_unused
 
 __all__ = ["resolve"]
 
@@ -20,7 +20,7 @@ def resolve(
         str, Parameter(help="Base version, such as `v2`, or `serving` or `champion`.")
     ] = "serving",
     download: Annotated[
-        Path | None, Parameter(help="New folder for the adapter's files, in PEFT's format.")
+        Path | None, Parameter(help="New or empty folder for the adapter's PEFT files.")
     ] = None,
     tracking_uri: Annotated[
         str | None,

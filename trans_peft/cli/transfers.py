@@ -7,11 +7,17 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from trans_peft.cli.files import read_policy, read_recipe, read_suites, write_json
+from trans_peft.cli.files import (
+    check_results_folder,
+    read_policy,
+    read_recipe,
+    read_suites,
+    write_json,
+)
 from trans_peft.cli.options import Adapter, Json, NewBase, OldBase, Out, State, SuiteFiles
 from trans_peft.cli.show import out as stdout
 from trans_peft.cli.show import print_compatibility, print_json, print_outcome, progress
-from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name, check_unused
+from trans_peft.cli.workspace import LOCAL, Workspace, adapter_name
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.outcome import Effect, Reason, TransferTask
@@ -113,7 +119,7 @@ def transfer(
     from trans_peft.models import adapter_weights_sha256
     from trans_peft.transfer.peft_folder import read_peft_folder
 
-    check_unused(out)
+    check_results_folder(out)
     suites, gate = read_suites(suite), read_policy(policy)
     with progress() as shown, TemporaryDirectory(prefix="trans-peft-") as scratch:
         workspace = Workspace.at(state, shown)

@@ -22,7 +22,7 @@ from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.names import LONGEST_NAME, name_problem
 from trans_peft.edges.memory import MemoryCatalog, MemoryRegistry, MemoryRunLog
 from trans_peft.edges.stores import SchemeStore
-from trans_peft.errors import InvalidSpecError, NotFoundError
+from trans_peft.errors import NotFoundError
 from trans_peft.ports import Platform
 from trans_peft.validation.guards import guards_named
 
@@ -33,7 +33,6 @@ __all__ = [
     "Workspace",
     "adapter_name",
     "base_label",
-    "check_unused",
 ]
 
 DOWNLOADED_FROM: dict[Path, str] = {}
@@ -199,14 +198,6 @@ def base_label(uri: str) -> str:
 def _as_name(text: str, longest: int) -> str:
     """Return the text with dashes for invalid characters, or `x` if no character is valid."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:longest].strip("-_.") or "x"
-
-
-def check_unused(out: Path) -> None:
-    """Raise InvalidSpecError unless the folder is new or empty, so that results do not mix."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise InvalidSpecError(
-            f"{out} is not empty", expected="a new or empty folder", do="choose another folder"
-        )
 
 
 def _absolute(uri: str) -> str:

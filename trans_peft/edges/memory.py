@@ -20,7 +20,14 @@ from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.places import Places
-from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError, UploadError
+from trans_peft.errors import (
+    IntegrityError,
+    InvalidSpecError,
+    NotFoundError,
+    UploadError,
+    unknown_name,
+)
+from trans_peft.files import check_unused
 from trans_peft.ports import Platform, StoredFile
 
 __all__ = [
@@ -121,7 +128,7 @@ class MemoryCatalog:
         """Return all versions of a family, ready or not, oldest first. Raises NotFoundError."""
         check_names("the catalog", family=family)
         if family not in self._versions:
-            raise NotFoundError(f"there is no base family {family!r}")
+            raise unknown_name("base family", family, self.families())
         return tuple(self._versions[family])
 
     def alias(self, family: str, alias: str) -> int | None:
@@ -262,7 +269,7 @@ class MemoryRegistry:
     def versions(self, adapter: str) -> tuple[AdapterVersion, ...]:
         """Return all versions of one adapter, oldest first. Raises NotFoundError."""
         if adapter not in self._versions:
-            raise NotFoundError(f"there is no adapter {adapter!r}")
+            raise unknown_name("adapter", adapter, self._versions)
         return tuple(self._versions[adapter])
 
     def register(
@@ -377,14 +384,16 @@ class MemoryRegistry:
         )
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
-        """Write the version's PEFT folder below `folder` and return its path."""
+        """Write the version's PEFT files to a new or empty folder and return its path."""
+        folder = Path(folder)
+        check_unused(folder)
         if (version.adapter, version.number) not in self._files:
             raise NotFoundError(f"there is no {version}")
         for name, data in self._files[version.adapter, version.number].items():
-            path = Path(folder, name)
+            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        return Path(folder)
+        return folder
 
     def retire_manually(self, adapter: str) -> None:
         """Tag an adapter as retired, as a person does."""

@@ -18,8 +18,14 @@ from typing import Any
 import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.environment_variables import (
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES,
+    MLFLOW_HTTP_REQUEST_TIMEOUT,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 from requests.exceptions import RequestException
 
 from trans_peft.domain.conventions import TAG_PREFIX
@@ -34,10 +40,13 @@ from trans_peft.errors import (
     full_disk_error,
     is_full_disk,
     map_exceptions,
+    unknown_name,
 )
 
 __all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "mapped_errors", "own_tags", "tag"]
 
+_CONNECT_TIMEOUT_S = 3
+_KINDS = {"base": "base family"}
 _PARAM_LIMIT = 6000
 _PAGE = 1000
 
@@ -66,6 +75,11 @@ _FILE_ERROR = re.compile(
     r"|ErrorCode:(\w+)"  # azure-storage-blob: wasbs://
 )
 """Matches the error code in the text of a failed file transfer, in the form of each store."""
+
+_CONNECTION_ERROR = re.compile(
+    r"(?:NewConnectionError|NameResolutionError).*?\[Errno -?\d+\] ([\w ,']+)|ConnectTimeoutError"
+)
+"""Matches urllib3's text for a server that cannot be reached; the group is the system's reason."""
 
 _MISSING = {"404", "NoSuchKey", "BlobNotFound"}
 _DENIED = {
@@ -110,15 +124,22 @@ def mapped_errors(tracking_uri: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _response_error(tracking_uri: str, error: MlflowException) -> TransPeftError:
-    message = f"MLflow at {tracking_uri}: {error.message}"
     if "failures occurred while downloading" in error.message:
         return _transfer_error(tracking_uri, error.message)
     if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
-        return NotFoundError(message)
+        return _missing(tracking_uri, error.message)
     if error.error_code == "INVALID_PARAMETER_VALUE":
-        return InvalidSpecError(message)
+        return InvalidSpecError(
+            f"MLflow at {tracking_uri} does not accept a value",
+            found=error.message,
+            do="correct the name or the value that MLflow reports",
+        )
     if error.error_code in ("RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"):
-        return _ConflictError(message)
+        return _ConflictError(
+            f"MLflow at {tracking_uri} refuses a request that another client's may have overtaken",
+            found=error.message,
+            do="repeat the operation",
+        )
     if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
         return _denied(tracking_uri, error.message)
     return _unavailable(tracking_uri, error.message)
@@ -135,12 +156,21 @@ def _transfer_error(tracking_uri: str, text: str) -> TransPeftError:
     """Return the error for a failed file transfer. MLflow's client keeps only the text of it."""
     codes = {code for groups in _FILE_ERROR.findall(text) for code in groups if code}
     if codes and codes <= _MISSING:
-        return NotFoundError(f"MLflow at {tracking_uri}: {text}")
+        return _missing(tracking_uri, text)
     if codes & _DENIED or "Unable to locate credentials" in text:
         return _denied(tracking_uri, text)
     if os.strerror(errno.ENOSPC) in text:
         return full_disk_error(tempfile.gettempdir(), text)
     return _unavailable(tracking_uri, text)
+
+
+def _missing(tracking_uri: str, found: object) -> NotFoundError:
+    return NotFoundError(
+        f"MLflow at {tracking_uri} does not have what was requested",
+        expected="an experiment, run, model, version or file that exists there",
+        found=found,
+        do="check the name, and that MLFLOW_TRACKING_URI names the right server",
+    )
 
 
 def _disk_error(error: OSError) -> StoreError | None:
@@ -156,16 +186,56 @@ def _denied(tracking_uri: str, found: object) -> AccessError:
     )
 
 
-def _unavailable(tracking_uri: str, found: object) -> StoreError:
+def _unavailable(tracking_uri: str, found: str) -> StoreError:
+    refused = _CONNECTION_ERROR.search(found)
     return StoreError(
         f"MLflow at {tracking_uri} failed or cannot be reached",
-        found=found,
+        expected="a running MLflow server that responds",
+        found=(refused[1] or "it does not respond in time") if refused else found,
         do="check that the server runs, and check MLFLOW_TRACKING_URI",
     )
 
 
+def _check_server(tracking_uri: str) -> None:
+    """Raise StoreError within seconds unless an MLflow server responds, AccessError if it denies.
+
+    MLflow's client repeats a failed request for minutes without a message. That suits a server
+    which restarts, but not the first request, where a wrong URL is more likely.
+    """
+    with mapped_errors(tracking_uri):
+        response = http_request(
+            get_default_host_creds(tracking_uri),
+            "/api/2.0/mlflow/registered-models/search",
+            "GET",
+            params={"max_results": 1},
+            max_retries=min(2, MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()),
+            timeout=(_CONNECT_TIMEOUT_S, min(10, MLFLOW_HTTP_REQUEST_TIMEOUT.get())),
+            raise_on_status=False,
+        )
+    if response.status_code in (401, 403):
+        raise _denied(tracking_uri, response.text[:500])
+    if response.status_code >= 500 or response.status_code == 429:
+        raise _unavailable(tracking_uri, f"status {response.status_code}: {response.text[:500]}")
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict) or not (
+        response.ok and answer.keys() <= {"registered_models", "next_page_token"}
+    ):
+        raise StoreError(
+            f"the server at {tracking_uri} is not an MLflow server",
+            expected="the URL of an MLflow tracking server with a model registry",
+            found=f"status {response.status_code} for a search of registered models",
+            do="check MLFLOW_TRACKING_URI, its port and its path",
+        )
+
+
 class Tracking:
-    """One MLflow server: experiments, runs, registered models, artifacts."""
+    """One MLflow server: experiments, runs, registered models, artifacts.
+
+    The first use of `client` raises StoreError within seconds if no MLflow server responds.
+    """
 
     def __init__(self, tracking_uri: str) -> None:
         self.uri = tracking_uri
@@ -174,6 +244,8 @@ class Tracking:
     @cached_property
     def client(self) -> Any:
         """An `MlflowClient` whose methods raise errors of `trans_peft.errors`."""
+        if self.uri.startswith(("http://", "https://")):
+            _check_server(self.uri)
         return _MappedClient(MlflowClient(self.uri, registry_uri=self.uri), self.uri)
 
     # Experiments and runs
@@ -281,11 +353,18 @@ class Tracking:
 
     def model(self, name: str, kind: str) -> Any:
         """Return a registered model and its aliases. NotFoundError, also for another kind."""
-        found = self.client.get_registered_model(name)
+        try:
+            found = self.client.get_registered_model(name)
+        except NotFoundError as error:
+            known = [model.name for model in self.models({"kind": kind})]
+            raise unknown_name(_KINDS.get(kind, kind), name, known) from error
         its_kind = own_tags(found.tags).get("kind", "base")  # users register bases without this tag
         if its_kind != kind:
             raise NotFoundError(
-                f"{name!r} is not a registered {kind}", found=f"a registered {its_kind}"
+                f"{name!r} is not a registered {kind}",
+                expected=f"the name of a registered {kind}",
+                found=f"a registered {its_kind}",
+                do="check the spelling, or register it under another name",
             )
         return found
 
@@ -395,6 +474,7 @@ class Tracking:
 
     def download_model(self, name: str, number: int, folder: Path) -> Path:
         """Write the files of a version below a folder and return their folder. NotFoundError."""
+        folder.mkdir(parents=True, exist_ok=True)
         # MLflow resolves `models:/` URIs through its global state: resolve the URI here instead.
         uri = self.client.get_model_version_download_uri(name, str(number))
         with mapped_errors(self.uri):

@@ -12,6 +12,7 @@ therefore searches before and after it creates a version. Of two versions with t
 the same base, the lower number stays, and the other one gets the tag `superseded`.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ from trans_peft.edges.json_codec import to_json
 from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
 from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
 from trans_peft.edges.mlflow_tags import NONE, adapter_version, alias_states, version_tags
-from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
+from trans_peft.errors import (
+    IntegrityError,
+    InvalidSpecError,
+    NotFoundError,
+    translating_full_disk_errors,
+)
+from trans_peft.files import check_unused
 from trans_peft.models import adapter_weights_sha256, remove_unrecorded_template
 
 __all__ = ["MlflowRegistry"]
@@ -202,24 +209,35 @@ class MlflowRegistry:
             self._tracking.untag_model(adapter, name)
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
-        """Download a version's PEFT folder below `folder`, and return its path.
+        """Write a version's PEFT files to a new or empty folder, and return it.
 
-        Raises NotFoundError, IntegrityError if the weights differ from the registered ones.
+        Raises InvalidSpecError for a folder with files, NotFoundError, and IntegrityError if the
+        weights differ from the registered ones; the folder is then empty.
         """
-        written = self._tracking.download_model(version.adapter, version.number, folder)
-        found = adapter_weights_sha256(written)
-        if found != version.weights_sha256 and remove_unrecorded_template(
-            written, version.weights_sha256
+        folder = Path(folder)
+        check_unused(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            translating_full_disk_errors(folder),
+            tempfile.TemporaryDirectory(prefix=".trans-peft-", dir=folder) as scratch,
         ):
-            return written
-        if found != version.weights_sha256:
-            raise IntegrityError(
-                f"the stored weights of {version} differ from the registered ones",
-                expected=version.weights_sha256,
-                found=found,
-                do="restore them from a backup of MLflow's artifacts",
+            # Within `folder`, which may be a disk of its own. MLflow's stores choose a name below.
+            written = self._tracking.download_model(
+                version.adapter, version.number, Path(scratch, "download")
             )
-        return written
+            found = adapter_weights_sha256(written)
+            if found != version.weights_sha256 and not remove_unrecorded_template(
+                written, version.weights_sha256
+            ):
+                raise IntegrityError(
+                    f"the stored weights of {version} differ from the registered ones",
+                    expected=version.weights_sha256,
+                    found=found,
+                    do="restore them from a backup of MLflow's artifacts",
+                )
+            for path in written.iterdir():
+                path.rename(folder / path.name)
+        return folder
 
     def _make_adapter(self, adapter: str, family: str) -> None:
         wanted = {"kind": "adapter", "family": family}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import BASE_ALIASES
-from trans_peft.errors import NotFoundError, NotServedError
+from trans_peft.errors import InvalidSpecError, NotFoundError, NotServedError
 from trans_peft.ports import Platform
 
 __all__ = ["base_trained_on", "find_base", "resolve"]
@@ -55,7 +55,8 @@ def resolve(adapter: str, platform: Platform, *, base: str = "serving") -> Adapt
     `base` is a version ("v2") or an alias ("serving", "champion").
 
     Raises NotServedError with the verdict if no version of the adapter serves on that base; never
-    returns another version instead. Raises NotFoundError for an unknown adapter or base.
+    returns another version instead. Raises NotFoundError for an unknown adapter or base, and
+    InvalidSpecError for arguments of other types.
 
     Example::
 
@@ -63,6 +64,13 @@ def resolve(adapter: str, platform: Platform, *, base: str = "serving") -> Adapt
         version = resolve("chat", platform)
         platform.registry.download(version, Path("adapters/chat"))
     """
+    if not (isinstance(adapter, str) and isinstance(platform, Platform) and isinstance(base, str)):
+        raise InvalidSpecError(
+            "resolve() got an argument of another type",
+            expected='resolve(adapter: str, platform: Platform, base: str = "serving")',
+            found=", ".join(type(value).__name__ for value in (adapter, platform, base)),
+            do="pass the adapter's name first, then the platform that connect() returns",
+        )
     versions = platform.registry.versions(adapter)
     if not versions:
         raise NotFoundError(f"adapter {adapter!r} has no versions", do="train or adopt it first")

@@ -7,10 +7,13 @@ file, draws the same mask when activation checkpointing recomputes a layer, keep
 the computation of masked neurons and dropped sub-layers.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from weakref import WeakSet
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from trans_peft.domain.recipe import Perturbation
@@ -85,7 +88,8 @@ def perturbed(
     Each draw is a pure function of (seed, rank, optimizer step, micro-step, layer). All rows of a
     batch share a draw, and so do all experts of a mixture; with granularity "element" each element
     has its own bit. In eval mode, and with `perturbation.is_off`, the results are bit-identical to
-    those of the unperturbed model.
+    those of the unperturbed model. A model without a PEFT adapter is perturbed with a warning: a
+    full fine-tune changes the weights that Trans-PEFT expects to be frozen.
 
     Args:
         model: the model with its adapter, in training mode.
@@ -97,21 +101,25 @@ def perturbed(
         layout: names of the sub-layers, for a model in which they cannot be found.
 
     Raises:
-        InvalidSpecError: `spared_layers` out of range or naming every layer, a model in eval mode
-            or already perturbed, `seed`, `rank` or `step` out of range. The model is unchanged.
-        UnsupportedModelError: no FFN found, a module changed inside the block, or
-            nn.DataParallel.
+        InvalidSpecError: `spared_layers` out of range or naming every layer, a model in eval mode,
+            already perturbed or without a trainable parameter, an argument of another type, `seed`,
+            `rank` or `step` out of range. The model is unchanged.
+        UnsupportedModelError: `model` is not a module, no FFN found, a module changed inside the
+            block, or nn.DataParallel.
     """
+    _check_types(model, perturbation, layout)
     problems = [
-        f"{name} must lie in [0, 2^64), not {value}"
+        f"{name} must lie in [0, 2^64), not {value!r}"
         for name, value in (("seed", seed), ("rank", rank or 0), ("step", step))
-        if not 0 <= value < 2**64
+        if not (isinstance(value, int) and 0 <= value < 2**64)
     ]
     if not model.training:
         problems.append("the model is in eval mode: call model.train() before perturbed()")
     if perturbation.is_off and not problems:
         yield PerturbationHandle(None, {})
         return
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        problems.append("no parameter requires a gradient: add the adapter first (get_peft_model)")
     kinds = _kinds(perturbation)
     stack, layers = found_layers(model, layout, kinds)
     beyond = [index for index in perturbation.spared_layers if index >= len(layers)]
@@ -132,6 +140,13 @@ def perturbed(
     if problems:
         raise InvalidSpecError(f"the model cannot be perturbed: {'; '.join(problems)}")
 
+    if not any(isinstance(part, (PeftModel, BaseTunerLayer)) for part in model.modules()):
+        warnings.warn(
+            "perturbed() got a model without a PEFT adapter. Trans-PEFT perturbs a frozen base; in "
+            "a full fine-tune the perturbed weights are trained as well. Add the adapter before "
+            "perturbed() if you did not intend this.",
+            stacklevel=3,  # the caller's `with` statement
+        )
     chosen = [layer for layer in enumerate(layers) if layer[0] not in perturbation.spared_layers]
     snapshot = _children_of([layer.module for _, layer in chosen])
     step_counter = StepCounter(stack, step, lambda: _check_pass(stack, snapshot))
@@ -152,6 +167,23 @@ def perturbed(
         undo.callback(_perturbed_stacks.discard, stack)
         without_ffn = tuple(index for index, layer in enumerate(layers) if not layer.ffn)
         yield PerturbationHandle(step_counter, multiplied, without_ffn)
+
+
+def _check_types(model: object, perturbation: object, layout: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            "perturbed() needs a loaded model",
+            expected="a torch.nn.Module with its adapter",
+            found=f"{type(model).__name__} {model!r:.80}",
+            do="load it with AutoModelForCausalLM.from_pretrained, then call get_peft_model",
+        )
+    if not isinstance(perturbation, Perturbation) or not isinstance(layout, Layout | None):
+        raise InvalidSpecError(
+            "perturbed() got an argument of another type",
+            expected="a Perturbation, and a Layout or None",
+            found=f"{type(perturbation).__name__}, {type(layout).__name__}",
+            do="pass Perturbation(masking_p=0.1), for example",
+        )
 
 
 def _kinds(perturbation: Perturbation) -> tuple[SubLayerKind, ...]:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from trans_peft.domain.adapter import AdapterVersion
@@ -93,7 +94,7 @@ class CandidateEvaluator:
                 EvaluationSubject(
                     fresh.adapter,
                     fresh.weights_sha256,
-                    lambda: self.platform.registry.download(fresh, folder),
+                    cache(lambda: self.platform.registry.download(fresh, folder)),
                 )
             )
 

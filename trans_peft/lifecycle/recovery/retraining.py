@@ -4,9 +4,12 @@ It runs as a flow of its own, because it takes as long as any training. Unlike `
 nothing if the adapter does not pass: the version and the verdict of direct transfer remain.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 from trans_peft.data import read_examples
 from trans_peft.domain.adapter import AdapterVersion
@@ -56,12 +59,15 @@ def retrain(
     resolved, _ = resolve_recipe(recipe, platform)
     job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
     result = fit(job, on_event=on_event)
-    subject = EvaluationSubject(
-        source.adapter,
-        source.weights_sha256,
-        lambda: platform.registry.download(source, job.work_dir / "source"),
-    )
-    reference = evaluate_on(trained_on, source.suites, platform, subject, on_progress=on_progress)
+    with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
+        subject = EvaluationSubject(
+            source.adapter,
+            source.weights_sha256,
+            cache(lambda: platform.registry.download(source, Path(scratch, "source"))),
+        )
+        reference = evaluate_on(
+            trained_on, source.suites, platform, subject, on_progress=on_progress
+        )
     evaluator = CandidateEvaluator(
         source,
         base,
