@@ -10,11 +10,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from demo.screen import Screen
+from demo.screen import Screen, servers_gone
 from infra.stack.settings import StackSettings
 from trans_peft.errors import TransPeftError
 
 __all__ = ["main"]
+
+# The clients of Prefect, S3 and MLflow, which read the environment when they are imported.
+_CLIENTS = ("httpx", "botocore", "mlflow")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(screen, full=chosen.full)
     except TransPeftError as error:
         screen.line(str(error), "red")
+        return 1
+    except Exception as error:
+        if not type(error).__module__.startswith(_CLIENTS):
+            raise
+        screen.line(str(servers_gone(error)), "red")
         return 1
     except KeyboardInterrupt:
         screen.line("Stopped. The servers still run: `make down` stops them, `make demo` resumes.")

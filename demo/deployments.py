@@ -7,11 +7,13 @@ was killed, is started again. A run that failed ends the demo.
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -25,11 +27,12 @@ from prefect.client.schemas.objects import FlowRun, Log
 from prefect.client.schemas.sorting import LogSort
 from prefect.deployments import run_deployment
 
-from demo.screen import DemoError, Screen
+from demo.screen import DemoError, Screen, servers_gone
 
 __all__ = ["run"]
 
 _POLL_S = 1.0
+_MAX_SILENCE_S = 30.0
 _MAX_CRASHES = 3
 _INFO = 20
 _NOISE = (
@@ -79,16 +82,26 @@ def _follow(run_id: UUID, deployment: str, screen: Screen) -> FlowRun:
     with get_client(sync_client=True) as client:
         logs = _Logs(client, run_id)
         shown, started = "", time.monotonic()
+        responded = started
         while True:
-            flow_run = client.read_flow_run(run_id)
-            for log in logs.new():
+            try:
+                flow_run, new = client.read_flow_run(run_id), logs.new()
+                responded = time.monotonic()
+            except httpx.TransportError as error:  # a restart takes seconds
+                if time.monotonic() - responded > _MAX_SILENCE_S:
+                    raise servers_gone(error) from error
+                screen.heartbeat("Prefect does not respond")
+                time.sleep(_POLL_S)
+                continue
+            for log in new:
                 screen.line(log.message, "" if log.level == _INFO else "yellow")
             if flow_run.state_name != shown:
                 shown = flow_run.state_name or ""
                 screen.line(f"{deployment}: {shown.lower()}", "dim")
             if flow_run.state is not None and flow_run.state.is_final():
-                for log in logs.new():
-                    screen.line(log.message)
+                with suppress(httpx.TransportError):
+                    for log in logs.new():
+                        screen.line(log.message)
                 return flow_run
             waited_s = time.monotonic() - started
             stuck = flow_run.state is not None and flow_run.state.is_scheduled() and waited_s > 60

@@ -28,6 +28,8 @@ def become_client_of(stack: StackSettings) -> None:
     os.environ.update(
         TRANS_PEFT_STATE=str(stack.state / "demo"),  # separate from the worker's cache
         MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
+        # A server that stopped ends the demo in seconds; MLflow's default retries for minutes.
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="3",
         MLFLOW_LOGGING_LEVEL="WARNING",
         MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
         PREFECT_LOGGING_LEVEL="WARNING",

@@ -8,13 +8,23 @@ from rich.markup import escape
 
 from trans_peft.errors import TransPeftError
 
-__all__ = ["DemoError", "Screen"]
+__all__ = ["DemoError", "Screen", "servers_gone"]
 
 _SILENCE_S = 5.5  # the stack and the flows print a line every five seconds
 
 
 class DemoError(TransPeftError, RuntimeError):
     """A step of the demo failed."""
+
+
+def servers_gone(found: object) -> DemoError:
+    """Return the error for a server of the stack that stopped while the demo ran."""
+    return DemoError(
+        "a server of the stack fails or does not respond any more",
+        expected="the servers that the demo started: MLflow, Prefect and S3",
+        found=found,
+        do="`make status` shows the servers; `make demo` starts them and resumes",
+    )
 
 
 class Screen:

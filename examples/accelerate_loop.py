@@ -1,6 +1,6 @@
 """Trans-PEFT in an accelerate loop: accelerate launch examples/accelerate_loop.py BASE OUTPUT"""
 
-import sys
+import argparse
 
 import torch
 from accelerate import Accelerator
@@ -42,4 +42,7 @@ def main(base: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", metavar="BASE", help="folder of the base model")
+    parser.add_argument("output", metavar="OUTPUT", help="folder for the adapter")
+    main(**vars(parser.parse_args()))

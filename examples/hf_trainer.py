@@ -1,6 +1,6 @@
 """Trans-PEFT in the Hugging Face Trainer: python examples/hf_trainer.py BASE OUTPUT"""
 
-import sys
+import argparse
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -42,4 +42,7 @@ def main(base: str, output: str, steps: int = 4) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", metavar="BASE", help="folder of the base model")
+    parser.add_argument("output", metavar="OUTPUT", help="folder for the adapter")
+    main(**vars(parser.parse_args()))

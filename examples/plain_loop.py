@@ -1,6 +1,6 @@
 """Trans-PEFT in a plain PyTorch loop: python examples/plain_loop.py BASE OUTPUT"""
 
-import sys
+import argparse
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -36,4 +36,7 @@ def main(base: str, output: str, steps: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", metavar="BASE", help="folder of the base model")
+    parser.add_argument("output", metavar="OUTPUT", help="folder for the adapter")
+    main(**vars(parser.parse_args()))

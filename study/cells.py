@@ -168,7 +168,7 @@ def scores(fit: Fit, prepared: Prepared, known: Container[str]) -> list[Score]:
 
     def show(event: Event) -> None:
         if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
-            log(f"{fit}: step {event.step}, loss {event.loss:.3f}, {event.eta_s:.0f} s left")
+            log(f"{fit}: {event}")
 
     result = train(job, on_event=show)
     found = []

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -101,6 +102,8 @@ def test_each_command_has_an_example_and_json(command, cli):
     assert "--json" in out
 
 
+NO_FIELD = "there is no such field; valid fields, the most similar first: "
+
 # Invalid input: exit code 2, a message without a traceback, no files written.
 
 TRANSFER = ("transfer", "mine", "--old", "v1", "--new", "v2", "--suite", "suite.json")
@@ -152,11 +155,41 @@ def test_all_problems_of_a_recipe_are_reported_at_once(cli, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(recipe))
     code, _, err = cli.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
     assert code == 2
-    assert "suites.0.scorings: there is no such field" in err
+    assert f"suites.0.scorings: {NO_FIELD}scoring, " in err
     assert "suites.0.max_new_tokens: input should be a valid integer" in err
-    assert "perturbation.maskng_p: there is no such field" in err
+    assert f"perturbation.maskng_p: {NO_FIELD}masking_p, " in err
     assert "optimizer: the optimizer settings are invalid: steps must be a whole number" in err
     assert "from 1 to 10,000,000, not -1" in err
+
+
+def test_unknown_fields_hide_no_invalid_value(cli, tmp_path):
+    recipe = RECIPE | {
+        "family": "no/name", "sed": 1, "optimizer": {"steps": -1, "stepz": 2},
+        "suites": [SUITE | {"limit": 0, "limits": 1}, SUITE | {"limits": 2}],
+    }  # fmt: skip
+    (tmp_path / "bad.json").write_text(json.dumps(recipe))
+    code, _, err = cli.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
+    assert code == 2
+    for place, first in {
+        "sed": "seed",
+        "optimizer.stepz": "steps",
+        "suites.0.limits": "limit",
+        "suites.1.limits": "limit",
+    }.items():
+        assert f"{place}: {NO_FIELD}{first}, " in err
+    assert "optimizer: the optimizer settings are invalid: steps must be" in err
+    assert "suites.0: suite 'sums': limit must be at least 1, not 0" in err
+    policy = {"margin_points": -1, "margin": 5, "recovery": {"scale": [0.5], "scales": [-1]}}
+    (tmp_path / "bad.json").write_text(json.dumps(policy))
+    code, _, err = cli.run(*TRANSFER, "--out", "x", "--policy", tmp_path / "bad.json")
+    assert code == 2
+    assert f"margin: {NO_FIELD}margin_points, " in err
+    assert "recovery.scale: there is no such field" in err
+    assert "recovery: " in err and "-1" in err
+    recipe = RECIPE | {"family": "no/name", "sed": 1}
+    (tmp_path / "bad.json").write_text(json.dumps(recipe))
+    code, _, err = cli.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
+    assert "sed: there is no such field" in err and "family must be 1 to 100 ASCII" in err
 
 
 @pytest.mark.parametrize(
@@ -259,6 +292,54 @@ def test_a_changed_file_is_read_again(cli, tmp_path):
     assert before["digest"] != after["digest"]
 
 
+def bound(cli, folder, **fields):
+    """Copy the adapter, with other fields in its config."""
+    shutil.copytree(cli.folder / "mine", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+COMPARISONS = {
+    "check": (),
+    "transfer": ("--suite", "suite.json", "--out", "x"),
+    "agreement": ("--prompts", "prompts.yaml"),
+}
+
+
+@pytest.mark.parametrize("command", COMPARISONS)
+@pytest.mark.parametrize("by", ["fingerprint", "folder"])
+def test_an_old_base_that_the_adapter_was_not_trained_on_is_refused(cli, tmp_path, command, by):
+    kept = "name: open\ndata: {uri: rows.jsonl}\nkeep_answers: true\n"
+    (cli.folder / "prompts.yaml").write_text(kept)
+    _, v1 = cli.json("fingerprint", "v1")
+    fields = (
+        {"revision": v1["digest"]} if by == "fingerprint" else {"base_model_name_or_path": "v1"}
+    )
+    mine = bound(cli, tmp_path / "mine", **fields)
+    arguments = (command, mine, "--old", "v2", "--new", "unrelated", *COMPARISONS[command])
+    code, _, err = cli.run(*arguments)
+    assert code == 2
+    assert "the adapter was trained on another base than v2" in err
+    assert f"fingerprint {v1['digest']}" in err.split("found:")[0].split("expected:")[1]
+    assert "do:       pass the base that the adapter was trained on as --old" in err
+    assert not (cli.folder / "x").exists()
+
+
+def test_an_old_base_is_compared_with_what_the_adapter_records(cli, tmp_path):
+    _, v1 = cli.json("fingerprint", "v1")
+    known = [{"revision": v1["digest"]}, {"base_model_name_or_path": str(cli.folder / "v1")}]
+    for number, fields in enumerate(known):
+        mine = bound(cli, tmp_path / str(number), **fields)
+        code, _, err = cli.run("check", mine, "--old", "v1", "--new", "v2")
+        assert (code, "note:" in err) == (0, False)
+    unknown = {"base_model_name_or_path": "hub/model", "revision": "main"}
+    mine = bound(cli, tmp_path / "hub", **unknown)
+    code, _, err = cli.run("check", mine, "--old", "v1", "--new", "v2")
+    assert code == 0
+    assert "note: the adapter records the base 'hub/model', which cannot be compared with v1" in err
+
+
 def test_check_reports_whether_an_adapter_fits(cli):
     code, found = cli.json("check", "mine", "--old", "v1", "--new", "v2")
     assert (code, found["fits"], found["compatibility"]["mismatches"]) == (0, True, [])
@@ -315,6 +396,16 @@ def test_adopt_binds_a_folder_to_its_base(cli, tmp_path):
     config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(cli.folder / "v1")
     assert (tmp_path / "out/evaluations/sums.json").is_file()
+
+
+def test_adopt_refuses_an_adapter_of_another_version(cli, tmp_path):
+    _, v1 = cli.json("fingerprint", "v1")
+    mine = bound(cli, tmp_path / "mine", revision=v1["digest"])
+    arguments = ("--suite", "suite.json", "--out", tmp_path / "out")
+    code, _, err = cli.run("adopt", mine, "--base", "v2", *arguments)
+    assert code == 2
+    assert "is bound to another base than" in err and v1["digest"] in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_adopt_refuses_what_does_not_fit(cli, tmp_path):

@@ -2,12 +2,16 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from uuid import uuid4
 
+import httpx
 import pytest
+from botocore.exceptions import EndpointConnectionError
+from mlflow.exceptions import MlflowException
 from prefect.client.schemas.objects import State, StateType
 from rich.console import Console
 
+from demo import __main__ as demo
 from demo import deployments
-from demo.deployments import run
+from demo.deployments import _follow, run
 from demo.screen import DemoError, Screen
 
 
@@ -75,3 +79,61 @@ def test_a_second_demo_follows_an_active_run_and_skips_ended_ones(run_demo):
     server.runs["demo/k/2"].state = _state(StateType.RUNNING)  # left under way
     run_demo(StateType.COMPLETED, server=server)
     assert list(server.runs) == ["demo/k/0", "demo/k/1", "demo/k/2"]
+
+
+class Client:
+    """A client of a server that stops after its first response, for `outages` requests."""
+
+    def __init__(self, outages: int) -> None:
+        self.left, self.requests = outages, 0
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read_flow_run(self, run_id: object) -> SimpleNamespace:
+        self.requests += 1
+        if self.requests == 1:
+            return SimpleNamespace(state=_state(StateType.RUNNING), state_name="Running")
+        if self.left:
+            self.left -= 1
+            raise httpx.ConnectError("Connection refused")
+        return SimpleNamespace(state=_state(StateType.COMPLETED), state_name="Completed")
+
+    def read_flow_runs(self, **_: object) -> list[object]:
+        return []
+
+    def read_logs(self, *_: object, **__: object) -> list[object]:
+        return []
+
+
+@pytest.mark.parametrize("outages", [3, 10**9])
+def test_a_server_that_stops_ends_the_demo_and_one_that_restarts_does_not(monkeypatch, outages):
+    monkeypatch.setattr(deployments, "get_client", lambda **_: Client(outages))
+    monkeypatch.setattr(deployments, "_POLL_S", 0.01)
+    monkeypatch.setattr(deployments, "_MAX_SILENCE_S", 1.0)
+    screen = Screen(Console(quiet=True))
+    if outages == 3:
+        assert _follow(uuid4(), "train/default", screen).state.is_completed()
+    else:
+        with pytest.raises(DemoError, match=r"(?s)does not respond.*Connection refused.*make demo"):
+            _follow(uuid4(), "train/default", screen)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ConnectError("Connection refused"),
+        EndpointConnectionError(endpoint_url="http://127.0.0.1:8333"),
+        MlflowException("API request failed"),
+    ],
+)
+def test_any_client_of_a_stopped_server_ends_the_demo_with_the_advice(monkeypatch, capsys, error):
+    def stopped(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(demo, "_run", stopped)
+    assert demo.main([]) == 1
+    assert "`make demo` starts them and resumes" in capsys.readouterr().out

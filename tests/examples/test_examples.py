@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -61,6 +62,15 @@ def test_one_line_perturbs_each_style_of_training(
     example.main(str(tiny_base), str(tmp_path))
     assert moments == [(step, micro) for step in range(steps) for micro in range(forwards)]
     check_adapter(tiny_base, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_an_example_without_arguments_prints_its_usage(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert f"usage: {name}.py [-h] BASE OUTPUT" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(240)

@@ -145,8 +145,8 @@ def test_the_end_token_is_trained_even_if_it_is_the_padding_token(tmp_path):
     assert (labels[:, -1] == -100).any(), "some rows are padded"
 
 
-def state(step: int) -> TrainerState:
-    return TrainerState(global_step=step, max_steps=8, is_world_process_zero=True)
+def state(step: int, max_steps: int = 8) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=max_steps, is_world_process_zero=True)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
@@ -167,6 +167,17 @@ def test_metrics_count_from_the_step_at_which_training_resumed():
     assert (progress.step, progress.total_steps, progress.loss) == (4, 8, 1.0)
     # 70 tokens and 2 steps in the same seconds, 4 steps to come
     assert progress.tokens_per_s * progress.eta_s == pytest.approx(70 * 4 / 2)
+
+
+def test_the_remaining_time_is_shown_after_a_tenth_of_the_steps():
+    sent: list[TrainingMetrics] = []
+    callback = EventCallback(sent.append, [10] * 20)
+    callback.on_train_begin(SimpleNamespace(), state(0, 20), TrainerControl())
+    for step in (1, 2, 20):
+        logs = {"loss": 1.0, "learning_rate": 0.1}
+        callback.on_log(SimpleNamespace(), state(step, 20), TrainerControl(), logs)
+    assert ["s left" in str(metrics) for metrics in sent] == [False, True, True]
+    assert sent[2].eta_s == 0
 
 
 def test_an_incomplete_checkpoint_is_ignored(tmp_path):

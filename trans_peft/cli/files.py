@@ -1,19 +1,22 @@
 """Read recipes, suites and policies from JSON or YAML files, and write results as JSON files."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.errors import InvalidSpecError, NotFoundError
+from trans_peft.errors import InvalidSpecError, NotFoundError, closest
 from trans_peft.files import atomic_write, check_unused
 
 __all__ = ["check_results_folder", "read_policy", "read_recipe", "read_suites", "write_json"]
 
 T = TypeVar("T")
+
+_UNKNOWN_FIELD = "unexpected_keyword_argument"  # as pydantic names it
 
 
 def read_recipe(path: Path) -> TrainingRecipe:
@@ -75,16 +78,29 @@ def write_json(path: Path, value: object) -> None:
 def _read(path: Path, kind: type[T]) -> T:
     from pydantic import TypeAdapter, ValidationError
 
-    try:
-        return TypeAdapter(kind).validate_python(_parse(path))
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in problem['loc']) or 'the file'}: {_text(problem)}"
-            for problem in error.errors()
+    value, problems = _parse(path), []
+    while True:
+        try:
+            read = TypeAdapter(kind).validate_python(value)
+            break
+        except ValidationError as error:
+            found = error.errors()
+        # An unknown field hides what is wrong with the values beside it: read again without it.
+        unknown = [problem["loc"] for problem in found if problem["type"] == _UNKNOWN_FIELD]
+        problems += [
+            f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {_text(problem, kind)}"
+            for problem in found
+            if not unknown or problem["type"] == _UNKNOWN_FIELD
         ]
+        if not unknown:
+            break
+        value = _without(value, unknown)
+    if problems:
         raise InvalidSpecError(
-            "\n    ".join([f"{path} is not a valid {kind.__name__}:", *problems])
-        ) from error
+            "\n    ".join([f"{path} is not a valid {kind.__name__}:", *problems]),
+            do=f"correct {path} and run the command again",
+        )
+    return read
 
 
 def _parse(path: Path) -> Any:
@@ -107,9 +123,33 @@ def _parse(path: Path) -> Any:
     )
 
 
-def _text(problem: Any) -> str:
-    if problem["type"] == "unexpected_keyword_argument":
-        return "there is no such field"
+def _without(value: Any, places: Sequence[tuple[int | str, ...]], at: int = 0) -> Any:
+    """Return JSON data without the fields at these places."""
+    items = enumerate(value) if isinstance(value, list) else value.items()
+    kept = {
+        key: _without(item, below, at + 1)
+        if (below := [place for place in places if place[at] == key and len(place) > at + 1])
+        else item
+        for key, item in items
+        if not any(place[at:] == (key,) for place in places)
+    }
+    return list(kept.values()) if isinstance(value, list) else kept
+
+
+def _fields_at(kind: Any, place: Sequence[int | str]) -> list[str]:
+    """Return the fields of the dataclass below `kind` at a place such as ("suites", 0)."""
+    for part in place:
+        if isinstance(part, str):  # not the index of an item
+            kind = get_type_hints(kind)[part]
+            kind = next((arg for arg in get_args(kind) if arg is not NoneType), kind)
+    return [field.name for field in fields(kind)]
+
+
+def _text(problem: Any, kind: type) -> str:
+    if problem["type"] == _UNKNOWN_FIELD:
+        *place, name = problem["loc"]
+        valid = closest(str(name), _fields_at(kind, place))
+        return f"there is no such field; valid fields, the most similar first: {', '.join(valid)}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":

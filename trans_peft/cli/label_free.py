@@ -45,9 +45,10 @@ def agreement(
     with progress() as shown:
         workspace = Workspace.at(state, shown)
         (suite,) = pin_suites([suite], workspace.platform)
+        folder = workspace.adapter(adapter)
         found = compare_label_free(
-            workspace.adapter(adapter),
-            workspace.base(old, LOCAL),
+            folder,
+            workspace.base_trained_on(old, folder),
             workspace.base(new, LOCAL),
             suite,
             workspace.platform,

@@ -60,8 +60,7 @@ class ProgressDisplay:
 
     def evaluation(self, answered: "EvaluationProgress") -> None:
         """Show the progress of an evaluation."""
-        note = f"items, {answered.eta_s:.0f} s left" if answered.done < answered.total else "items"
-        self.update(f"evaluating {answered.what}", answered.done, answered.total, note)
+        self.update(f"evaluating {answered.what}", answered.done, answered.total, answered.rest)
 
 
 @contextmanager

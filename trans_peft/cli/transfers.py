@@ -52,7 +52,7 @@ def check(
     with progress() as shown:
         workspace = Workspace.at(state, shown)
         platform, folder = workspace.platform, workspace.adapter(adapter)
-        bases = [workspace.base(uri, LOCAL) for uri in (old, new)]
+        bases = [workspace.base_trained_on(old, folder), workspace.base(new, LOCAL)]
         before, after = (named_fingerprint(base, platform) for base in bases)
         tokenizers: list[Path | None] = [None, None]
         with TemporaryDirectory(prefix="trans-peft-") as scratch:
@@ -125,7 +125,7 @@ def transfer(
         workspace = Workspace.at(state, shown)
         platform, folder = workspace.platform, workspace.adapter(adapter)
         suites = pin_suites(suites, platform)
-        trained_on, candidate = (workspace.base(uri, LOCAL) for uri in (old, new))
+        trained_on, candidate = workspace.base_trained_on(old, folder), workspace.base(new, LOCAL)
         if trained_on.fingerprint_sha256 == candidate.fingerprint_sha256:
             raise InvalidSpecError(
                 "the old and the new base are the same",

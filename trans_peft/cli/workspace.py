@@ -22,7 +22,7 @@ from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.names import LONGEST_NAME, name_problem
 from trans_peft.edges.memory import MemoryCatalog, MemoryRegistry, MemoryRunLog
 from trans_peft.edges.stores import SchemeStore
-from trans_peft.errors import NotFoundError
+from trans_peft.errors import InvalidSpecError, NotFoundError
 from trans_peft.ports import Platform
 from trans_peft.validation.guards import guards_named
 
@@ -113,6 +113,34 @@ class Workspace:
             fingerprint=fingerprint,
             source="command line",
         )
+
+    def base_trained_on(self, named: str, adapter: Path) -> BaseVersion:
+        """Return `base(named, LOCAL)`, compared with the base that the adapter's config records.
+
+        The config records a fingerprint, or else a name. A local folder of that name is
+        fingerprinted; any other name is shown as a note. Raises InvalidSpecError for another base.
+        """
+        from trans_peft.transfer.peft_folder import read_peft_folder
+
+        base, config = self.base(named, LOCAL), read_peft_folder(adapter)
+        name = str(config.config.get("base_model_name_or_path") or "")
+        recorded = config.base_fingerprint_sha256
+        if recorded is None and name and Path(name, "config.json").is_file():
+            recorded = self.fingerprint(name).digest
+        if recorded is None:
+            self.progress.print_line(
+                f"note: the adapter records {f'the base {name!r}' if name else 'no base'}, which "
+                f"cannot be compared with {named}"
+            )
+        elif recorded != base.fingerprint_sha256:
+            raise InvalidSpecError(
+                f"the adapter was trained on another base than {named}",
+                expected=f"the base {name or 'that adapter_config.json records'}, fingerprint "
+                f"{recorded}",
+                found=f"{named}, fingerprint {base.fingerprint_sha256}",
+                do="pass the base that the adapter was trained on as --old",
+            )
+        return base
 
     def fingerprint(self, uri: str) -> Fingerprint:
         """Return a base's fingerprint, from the cache unless one of its files changed."""

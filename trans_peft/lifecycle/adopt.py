@@ -1,9 +1,8 @@
 """Register an existing PEFT folder as a live adapter."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from trans_peft.artifacts import download_files
 from trans_peft.domain.adapter import AdapterVersion
@@ -34,7 +33,7 @@ from trans_peft.text.saved_template import (
     saved_template,
 )
 from trans_peft.transfer.compatibility import compare
-from trans_peft.transfer.peft_folder import read_peft_folder
+from trans_peft.transfer.peft_folder import PeftFolder, read_peft_folder
 
 __all__ = ["adopt"]
 
@@ -81,7 +80,7 @@ def adopt(  # noqa: PLR0913  as `train`, with what a recipe would contain
     ):
         folder = _fetch(folder_uri, Path(scratch) / "peft", platform)
         source = read_peft_folder(folder)
-        base = _base(adapter, family, base_version, source.config, platform)
+        base = _base(adapter, family, base_version, source, platform)
         template = save_chat_template(
             folder, template_of(load_tokenizer(base_folder(base, platform)))
         )
@@ -165,12 +164,20 @@ def _base(
     adapter: str,
     family: str,
     named: str | None,
-    config: Mapping[str, Any],
+    source: PeftFolder,
     platform: Platform,
 ) -> BaseVersion:
     if named is not None:
-        return find_base(family, named, platform)
-    revision = config.get("revision")
+        base = find_base(family, named, platform)
+        if (recorded := source.base_fingerprint_sha256) not in (None, base.fingerprint_sha256):
+            raise AdapterError(
+                f"{adapter} is bound to another base than {base}",
+                expected=f"the base with the fingerprint {recorded}, as adapter_config.json says",
+                found=f"{base} with the fingerprint {base.fingerprint_sha256}",
+                do="adopt the adapter on the base that it is bound to, then transfer it",
+            )
+        return base
+    revision = source.config.get("revision")
     ready = [base for base in platform.catalog.versions(family) if base.ready]
     for base in ready:
         if revision and revision in (base.version, base.fingerprint_sha256):

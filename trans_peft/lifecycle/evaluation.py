@@ -84,8 +84,9 @@ class EvaluationProgress:
         base: The label of the base version.
         done: The number of items that are evaluated.
         total: The number of items of the suite.
-        eta_s: The remaining time in seconds at the average speed so far. It is an upper estimate:
-            the longest items come first, and a sequential test may stop early.
+        eta_s: The remaining time in seconds at the average speed so far; None until a tenth of the
+            work is done. It is an upper estimate: the longest items come first, and a sequential
+            test may stop early.
     """
 
     adapter: str
@@ -93,7 +94,7 @@ class EvaluationProgress:
     base: str
     done: int
     total: int
-    eta_s: float
+    eta_s: float | None
 
     @property
     def what(self) -> str:
@@ -101,8 +102,14 @@ class EvaluationProgress:
         return f"{self.adapter}: {self.suite} on {self.base}"
 
     def __str__(self) -> str:
-        rest = f", {self.eta_s:.0f} s left" if self.done < self.total else ""
-        return f"{self.what}: {self.done} of {self.total} items{rest}"
+        return f"{self.what}: {self.done} of {self.total} {self.rest}"
+
+    @property
+    def rest(self) -> str:
+        """The unit of `done` and `total`, and the remaining time if it is known."""
+        if self.eta_s is None or self.done == self.total:
+            return "items"
+        return f"items, {self.eta_s:.0f} s left"
 
 
 ProgressCallback = Callable[[EvaluationProgress], None]
@@ -129,7 +136,8 @@ def progress_reporter(
         if on_progress is None:
             return
         whole, done = (of if total is None else total), before + done
-        eta_s = (time.monotonic() - started) / (done - before) * (whole - done)
+        seconds, share = time.monotonic() - started, (done - before) / (whole - before)
+        eta_s = seconds * (1 - share) / share if share >= 0.1 else None
         on_progress(EvaluationProgress(subject.name, suite.name, base.version, done, whole, eta_s))
 
     return report

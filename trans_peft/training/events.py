@@ -60,7 +60,7 @@ class TrainingMetrics:
         grad_norm: norm of the gradients before clipping.
         tokens_per_s: tokens without padding, over all processes, since training started or
             resumed.
-        eta_s: estimated remaining seconds.
+        eta_s: estimated remaining seconds; None until a tenth of the steps are done.
     """
 
     step: int
@@ -69,7 +69,7 @@ class TrainingMetrics:
     learning_rate: float
     grad_norm: float
     tokens_per_s: float
-    eta_s: float
+    eta_s: float | None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -82,9 +82,10 @@ class TrainingMetrics:
         }
 
     def __str__(self) -> str:
+        rest = "" if self.eta_s is None else f"  {self.eta_s:.0f} s left"
         return (
             f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}  lr "
-            f"{self.learning_rate:.2e}  {self.tokens_per_s:,.0f} tokens/s  {self.eta_s:.0f} s left"
+            f"{self.learning_rate:.2e}  {self.tokens_per_s:,.0f} tokens/s{rest}"
         )
 
 

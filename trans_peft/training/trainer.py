@@ -127,6 +127,7 @@ class EventCallback(TrainerCallback):
             return
         seconds = time.monotonic() - self._started_s
         steps = state.global_step - self._first_step
+        share = steps / (state.max_steps - self._first_step)
         tokens = sum(self._tokens_per_step[self._first_step : state.global_step])
         self._send(
             TrainingMetrics(
@@ -136,7 +137,7 @@ class EventCallback(TrainerCallback):
                 learning_rate=logs["learning_rate"],
                 grad_norm=float(logs.get("grad_norm", 0.0)),
                 tokens_per_s=tokens / seconds,
-                eta_s=seconds / steps * (state.max_steps - state.global_step),
+                eta_s=seconds * (1 - share) / share if share >= 0.1 else None,
             )
         )
 

@@ -5,6 +5,7 @@
 the adapter. Pickled weights are never opened.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors spells them
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL"})
 _WHOLE_NUMBERS = ("indices", "frod_s_size")
 """Parts of the names of integer tensors, which SHiRA, VB-LoRA and FROD save."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 _REWRITING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -45,6 +47,16 @@ class PeftFolder:
     def peft_type(self) -> str:
         """The method, in PEFT's spelling ("LORA")."""
         return str(self.config["peft_type"])
+
+    @property
+    def base_fingerprint_sha256(self) -> str | None:
+        """The fingerprint of the base that the adapter is bound to; None if none is recorded.
+
+        Training, adoption and transfer record it as `revision`. A revision of a model hub is
+        shorter.
+        """
+        revision = str(self.config.get("revision"))
+        return revision if _SHA256.fullmatch(revision) else None
 
     @property
     def rewriting_init(self) -> str | None:
