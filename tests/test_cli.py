@@ -284,6 +284,31 @@ def test_fingerprint_is_the_same_for_a_path_and_a_published_copy(cli, tmp_path):
     assert here["layer_count"] == 2
 
 
+def test_publish_refuses_a_place_that_ingestion_would_refuse(cli, tmp_path, monkeypatch):
+    root = (tmp_path / "bases").as_uri()
+    monkeypatch.setenv("TRANS_PEFT_BASES_URI", f"{root}/")
+    arguments = ("--family", "tiny", "--version", "v1")
+    code, _, err = cli.run("publish", "v1", f"{root}/other/v1", *arguments)
+    assert code == 2
+    assert "cannot become a version of the base family tiny" in err
+    assert f"expected: a URI below {root}/tiny/" in err
+    assert not (tmp_path / "bases").exists()
+    code, out, _ = cli.run("publish", "v1", f"{root}/tiny/v1", *arguments)
+    assert code == 0 and "workers ingest it if" not in out
+    monkeypatch.setenv(
+        "TRANS_PEFT_FAMILIES", json.dumps({"tiny": {"prefixes": [f"{root}/other/"]}})
+    )
+    assert cli.run("publish", "v1", f"{root}/other/v1", *arguments)[0] == 0
+    monkeypatch.setenv("TRANS_PEFT_FAMILIES", '{"tiny": {"prefix": []}}')
+    code, _, err = cli.run("publish", "v1", f"{root}/tiny/v1", *arguments)
+    assert code == 2 and "the variable TRANS_PEFT_FAMILIES cannot be used" in err
+    monkeypatch.delenv("TRANS_PEFT_FAMILIES")
+    monkeypatch.delenv("TRANS_PEFT_BASES_URI")
+    code, out, _ = cli.run("publish", "v1", f"{root}/elsewhere", *arguments)
+    assert code == 0
+    assert "workers ingest it if their TRANS_PEFT_BASES_URI/tiny/, or the prefixes of tiny" in out
+
+
 def test_a_changed_file_is_read_again(cli, tmp_path):
     write_tiny_base(tmp_path / "base")
     _, before = cli.json("fingerprint", tmp_path / "base")

@@ -233,6 +233,7 @@ class StackSettings(EnvironmentSettings):
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             "DO_NOT_TRACK": "1",
+            "TRANS_PEFT_BASES_URI": BASES_URI,
         }
 
     @property
@@ -245,7 +246,6 @@ class StackSettings(EnvironmentSettings):
             "BRIDGE_URL": self.urls["bridge"],
             "BRIDGE_MLFLOW_SECRETS": self.secrets.bridge_mlflow_secret,
             "BRIDGE_S3_TOKENS": self.secrets.bridge_s3_token,
-            "TRANS_PEFT_BASES_URI": BASES_URI,
             # A sender waits for the response: a quick 503 is better than retries here.
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",

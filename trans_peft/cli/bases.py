@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from trans_peft.cli.environment import owners
 from trans_peft.cli.options import Json, State
 from trans_peft.cli.show import out, print_json, progress
 from trans_peft.cli.workspace import Workspace
@@ -96,12 +97,19 @@ def publish(
     publishing other files to the same place is refused. With a key, the command writes an OpenSSF
     model signature next to the manifest.
 
+    Ingestion accepts a version only below the prefixes of its family, which are settings of the
+    workers: `TRANS_PEFT_BASES_URI`/FAMILY/, or what `TRANS_PEFT_FAMILIES` names. If these variables
+    are set, the command refuses any other destination before it uploads.
+
     Example: `trans-peft publish models/v2 s3://bases/smollm2/v2 --family smollm2 --version v2
     --parent v1`
     """
     from trans_peft.bases.publish import publish as upload
     from trans_peft.edges.stores import SchemeStore
 
+    rules = owners()
+    if rules is not None:
+        rules.check(family, uri, uri)
     with progress() as shown:
         manifest = upload(
             folder,
@@ -119,4 +127,9 @@ def publish(
     size = sum(file.size for file in manifest.files)
     count = len(manifest.files)
     out.print(f"{family}/{version} was published to {uri}: {count} files, {size:,} bytes")
+    if rules is None:
+        out.print(
+            f"workers ingest it if their TRANS_PEFT_BASES_URI/{family}/, or the prefixes of {family}"
+            " in their TRANS_PEFT_FAMILIES, contain this place; neither is set here"
+        )
     return 0

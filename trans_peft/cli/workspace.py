@@ -6,7 +6,6 @@ of it can be deleted; later commands then take longer.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trans_peft.artifacts import download_files
+from trans_peft.cli.environment import missing_guards
 from trans_peft.cli.files import write_json
 from trans_peft.cli.show import ProgressDisplay
 from trans_peft.domain.base import BaseVersion, Fingerprint
@@ -24,7 +24,6 @@ from trans_peft.edges.memory import MemoryCatalog, MemoryRegistry, MemoryRunLog
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import InvalidSpecError, NotFoundError
 from trans_peft.ports import Platform
-from trans_peft.validation.guards import guards_named
 
 __all__ = [
     "DOWNLOADED_FROM",
@@ -86,7 +85,6 @@ class Workspace:
         missing on this machine.
         """
         state = state.resolve()
-        lacking = os.environ.get("TRANS_PEFT_SANDBOX_MAY_LACK", "")
         platform = Platform(
             store=SchemeStore(),
             catalog=MemoryCatalog(),
@@ -94,7 +92,7 @@ class Workspace:
             evaluations=EvaluationFolder(state / "evaluations"),
             runs=MemoryRunLog(),
             work_dir=state,
-            may_lack=guards_named([name.strip() for name in lacking.split(",") if name.strip()]),
+            may_lack=missing_guards(),
         )
         return cls(platform, progress)
 

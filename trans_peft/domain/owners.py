@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.names import name_problem, quoted, same_but_for_case
-from trans_peft.errors import InvalidSpecError
+from trans_peft.errors import InvalidSpecError, UploadError
 
 __all__ = ["FamilyRule", "Owners"]
 
@@ -77,6 +77,16 @@ class Owners:
     def _ruled_name(self, family: str) -> str:
         """Return the name as a rule spells it, if one differs in case alone."""
         return same_but_for_case(family, self.families) or family
+
+    def check(self, family: str, uri: str, upload: object) -> None:
+        """Raise UploadError if a version of a family must not come from `uri`."""
+        if objection := self.objection(family, uri):
+            raise UploadError(
+                f"{upload} cannot become a version of the base family {family}: {objection}",
+                expected=f"a URI below {' or '.join(self.prefixes(family))}",
+                found=uri,
+                do="upload the files there, or add this URI to TRANS_PEFT_FAMILIES on the workers",
+            )
 
     def objection(self, family: str, uri: str) -> str | None:
         """Return why a version of a family must not come from `uri`, or None if it may."""

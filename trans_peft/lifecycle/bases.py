@@ -155,13 +155,7 @@ def _admitted(upload: Upload, platform: Platform) -> Manifest | None:
     named = upload.registered or manifest
     if named is None:
         return None
-    if objection := platform.owners.objection(named.family, uri):
-        raise UploadError(
-            f"{upload} cannot become a version of the base family {named.family}: {objection}",
-            expected=f"a URI below {' or '.join(platform.owners.prefixes(named.family))}",
-            found=uri,
-            do="upload the files there, or add this URI to TRANS_PEFT_FAMILIES on the workers",
-        )
+    platform.owners.check(named.family, uri, upload)
     if key := platform.owners.key(named.family):
         signed = signed_manifest(uri, store, there, key)
         if signed != manifest:
