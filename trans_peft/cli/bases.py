@@ -129,7 +129,7 @@ def publish(
     out.print(f"{family}/{version} was published to {uri}: {count} files, {size:,} bytes")
     if rules is None:
         out.print(
-            f"workers ingest it if their TRANS_PEFT_BASES_URI/{family}/, or the prefixes of {family}"
-            " in their TRANS_PEFT_FAMILIES, contain this place; neither is set here"
+            f"workers ingest it if their TRANS_PEFT_BASES_URI/{family}/, or the prefixes of "
+            f"{family} in their TRANS_PEFT_FAMILIES, contain this place; neither is set here"
         )
     return 0
