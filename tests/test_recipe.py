@@ -1,16 +1,20 @@
 """A recipe with a value that cannot be trained with is refused before a model is loaded."""
 
+import json
 import math
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.errors import InvalidSpecError
+from trans_peft.methods.specs import to_config
 
 NAN, INF = math.nan, math.inf
 NOT_A_PROBABILITY = (-0.1, 1, 1.5, NAN, INF, -INF, "0.1", None, True)
@@ -157,3 +161,11 @@ def test_every_spec_has_a_hash():
     same = AdapterSpec("LORA", {"target_modules": ["q", "v"], "r": nested(15), "x": [1, 2.5, None]})
     assert replace(RECIPE, spec=spec).sha256 == replace(RECIPE, spec=same).sha256
     assert re.fullmatch("[0-9a-f]{64}", replace(RECIPE, spec=spec).sha256)
+
+
+def test_the_recipe_of_the_readme_can_be_trained():
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    parameters = re.search(r"### A recipe.*?```json\n(.*?)```", page, re.DOTALL)[1]
+    recipe = TypeAdapter(TrainingRecipe).validate_python(json.loads(parameters)["recipe"])
+    assert recipe.perturbation.masking_p == 0.1
+    assert to_config(recipe.spec).r == 16
