@@ -10,12 +10,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 
 from tests.tiny import tiny_model
-from tests.training.test_rehearsal import METHODS, QV
+from tests.training.test_adapter_check import METHODS, QV
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.errors import InvalidSpecError
 from trans_peft.methods.registration import register_methods
 from trans_peft.methods.specs import attach
-from trans_peft.training.rehearsal import save_adapter
+from trans_peft.training.adapter_check import save_adapter
 
 register_methods()
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))

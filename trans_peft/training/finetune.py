@@ -36,10 +36,10 @@ from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
 from trans_peft.perturbation import perturbed
 from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import check_template, saved_template, write_template
+from trans_peft.training.adapter_check import check_adapter_is_trainable, save_adapter
 from trans_peft.training.batches import training_order
 from trans_peft.training.events import EventMessage, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
-from trans_peft.training.rehearsal import rehearse, save_adapter
 from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
 from trans_peft.transfer.peft_folder import WEIGHTS_NAME, read_peft_folder
 
@@ -163,7 +163,7 @@ def _template(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> str | Non
 
 def _trainer(job: TrainingJob, rows: list[dict[str, list[int]]], device: str) -> AnswerTrainer:
     base = load_base(job.base_folder, job.recipe.dtype, device)
-    rehearse(base, job.recipe.spec, job.work_dir)
+    check_adapter_is_trainable(base, job.recipe.spec, job.work_dir)
     set_seed(job.recipe.seed)  # the adapter's initial weights
     model = attach(base.model, job.recipe.spec)
     if job.start is not None:

@@ -102,13 +102,15 @@ class Decoder:
         for row, row_cached in zip(rows, cached, strict=True):
             row.cached = row_cached
             row.draft = row.draft or Draft(row.expected, first)
-        going, self._passes = rows, 0
-        while going and not (may_postpone and _is_worth_postponing(going, len(rows))):
+        unfinished, self._passes = rows, 0
+        while unfinished and not (may_postpone and _is_worth_postponing(unfinished, len(rows))):
             self._passes += 1
-            proposals = self._proposals(going, columns + max(len(row.unread) for row in going))
+            proposals = self._proposals(
+                unfinished, columns + max(len(row.unread) for row in unfinished)
+            )
             parts = [
                 PromptPart(row.cached, row.unread, proposal)
-                for row, proposal in zip(going, proposals, strict=True)
+                for row, proposal in zip(unfinished, proposals, strict=True)
             ]
             longest = max(map(len, proposals))
             out = self._reader.read(parts, cache, columns)
@@ -116,19 +118,19 @@ class Decoder:
             cache = out.past_key_values
             self._truncatable_columns = supports_truncation(cache)
             self._vocabulary = out.logits.shape[-1]
-            agreed = self._accept(going, proposals, out.logits[:, -longest - 1 :])
-            keep = [i for i, row in enumerate(going) if not row.is_over]
+            agreed = self._accept(unfinished, proposals, out.logits[:, -longest - 1 :])
+            keep = [i for i, row in enumerate(unfinished) if not row.is_over]
             surplus = [longest - agreed[i] for i in keep]
             if any(surplus) and columns > self._truncatable_columns:
                 # Happens after the first pass only, which proposes without knowing the cache.
                 for row in rows:
                     row.reset()
                 return self.answer(rows, may_postpone=may_postpone)
-            if 0 < len(keep) < len(going):
+            if 0 < len(keep) < len(unfinished):
                 cache.reorder_cache(torch.tensor(keep, device=self._reader.device))
             if any(surplus):
                 columns -= truncate_cache(cache, surplus)
-            going = [going[i] for i in keep]
+            unfinished = [unfinished[i] for i in keep]
         self._acceptance.learn(row.draft for row in rows if row.is_over and row.draft)
 
     def keep_together(self, batch: Sequence[DecodingRow]) -> int:
@@ -208,13 +210,13 @@ class Decoder:
         return confirmed
 
 
-def _is_worth_postponing(going: Sequence[DecodingRow], rows: int) -> bool:
+def _is_worth_postponing(unfinished: Sequence[DecodingRow], rows: int) -> bool:
     """Whether processing texts again later costs less than passes over the remaining rows alone.
 
     The number of remaining passes is unknown. The estimate is the number of tokens by which an
     answer exceeds the expected one. The saved overhead is proportional to the empty part of the
     batch.
     """
-    again = sum(len(row.prompt) + len(row.answer) for row in going)
-    passes = max(len(row.answer) - len(row.expected) for row in going)
-    return again < PASS_OVERHEAD_TOKENS * passes * (1 - len(going) / rows)
+    again = sum(len(row.prompt) + len(row.answer) for row in unfinished)
+    passes = max(len(row.answer) - len(row.expected) for row in unfinished)
+    return again < PASS_OVERHEAD_TOKENS * passes * (1 - len(unfinished) / rows)

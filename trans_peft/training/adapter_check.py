@@ -1,7 +1,7 @@
-"""Check before the first step that an adapter survives what follows training.
+"""Check before the first step that an adapter can be trained, saved, attached and transferred.
 
-The rehearsal runs the functions that later save, attach and transfer the adapter, so that an
-adapter that one of them rejects does not cost hours of training.
+The check runs the functions that later do this, so that an adapter that one of them rejects does
+not cost hours of training.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ from trans_peft.transfer.load_adapter import attached
 from trans_peft.transfer.peft_folder import read_peft_folder
 from trans_peft.transfer.target_modules import compare_target_modules
 
-__all__ = ["rehearse", "save_adapter"]
+__all__ = ["check_adapter_is_trainable", "save_adapter"]
 
 _NOISE = 0.02
 """Standard deviation of the noise on the adapter's weights."""
@@ -43,7 +43,7 @@ _ROUNDING_STEPS = 8
 """Rounding steps of the largest logit by which two passes of the same model may differ."""
 
 
-def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
+def check_adapter_is_trainable(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
     """Train, save, attach and probe a new adapter of `spec`, and restore the base.
 
     The adapter gets random noise as weights, because a new adapter changes no logit. The base is
@@ -51,7 +51,7 @@ def rehearse(base: LoadedBase, spec: AdapterSpec, work_dir: Path) -> None:
     that TRL or PEFT cannot train, whose targets do not match its own base, that changes no logit,
     or that has other logits in a second forward pass.
     """
-    with tempfile.TemporaryDirectory(dir=work_dir, prefix="rehearsal-") as scratch:
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix="adapter-check-") as scratch:
         folder = Path(scratch) / "adapter"
         snapshot = ModelSnapshot(base.model)
         try:

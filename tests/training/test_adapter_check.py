@@ -1,4 +1,4 @@
-"""An adapter that the rehearsal accepts can be saved, attached again and transferred."""
+"""An adapter that passes the check can be saved, attached again and transferred."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from trans_peft.errors import InvalidSpecError
 from trans_peft.methods import options
 from trans_peft.methods.specs import attach
 from trans_peft.models import LoadedBase
-from trans_peft.training import rehearsal
-from trans_peft.training.rehearsal import rehearse, save_adapter
+from trans_peft.training import adapter_check
+from trans_peft.training.adapter_check import check_adapter_is_trainable, save_adapter
 from trans_peft.transfer.compatibility import compare
 from trans_peft.transfer.load_adapter import attached, rebind_adapter
 from trans_peft.validation.decoding.generation import generate
@@ -139,7 +139,7 @@ def test_an_accepted_adapter_survives_training_saving_and_transfer(
     base = LoadedBase(make().eval(), tiny_tokenizer())
     before = model_checksums(base.model)
     spec = AdapterSpec(peft_type, given)
-    rehearse(base, spec, tmp_path)
+    check_adapter_is_trainable(base, spec, tmp_path)
     assert not before.changes(model_checksums(base.model))
     torch.manual_seed(0)
     model = attach(base.model, spec).train()
@@ -240,7 +240,7 @@ def test_an_unusable_adapter_is_refused_before_it_is_trained(case, tmp_path):
     base = LoadedBase(tiny_model().eval(), tiny_tokenizer())
     before = model_checksums(base.model)
     with pytest.raises(InvalidSpecError, match=f"(?s){message}") as caught:
-        rehearse(base, AdapterSpec(peft_type, QV | options), tmp_path)
+        check_adapter_is_trainable(base, AdapterSpec(peft_type, QV | options), tmp_path)
     assert "\n  do:" in str(caught.value)
     assert not before.changes(model_checksums(base.model))
     assert not any(tmp_path.iterdir())
@@ -249,14 +249,16 @@ def test_an_unusable_adapter_is_refused_before_it_is_trained(case, tmp_path):
 def test_trainable_tokens_of_a_tied_base_are_refused(tmp_path):
     base = LoadedBase(tiny_model().eval(), tiny_tokenizer())
     with pytest.raises(InvalidSpecError, match="shares its weight"):
-        rehearse(base, AdapterSpec("TRAINABLE_TOKENS", {"token_indices": [72, 73]}), tmp_path)
+        check_adapter_is_trainable(
+            base, AdapterSpec("TRAINABLE_TOKENS", {"token_indices": [72, 73]}), tmp_path
+        )
 
 
 def test_an_adapter_that_changes_no_logit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(rehearsal, "_NOISE", 0.0)
+    monkeypatch.setattr(adapter_check, "_NOISE", 0.0)
     base = LoadedBase(tiny_model().eval(), tiny_tokenizer())
     with pytest.raises(InvalidSpecError, match="change no logit"):
-        rehearse(base, AdapterSpec("LORA", QV), tmp_path)
+        check_adapter_is_trainable(base, AdapterSpec("LORA", QV), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -268,4 +270,4 @@ def test_an_adapter_with_random_logits_is_refused(tmp_path, monkeypatch, dtype):
         "PVERA", {"target_modules": ["q_proj", "o_proj"], "r": 8, "sample_at_inference": True}
     )
     with pytest.raises(InvalidSpecError, match="two forward passes in evaluation mode differ"):
-        rehearse(base, spec, tmp_path)
+        check_adapter_is_trainable(base, spec, tmp_path)
