@@ -182,7 +182,7 @@ def dataset(examples: tuple[Example, ...]) -> Dataset:
     return Dataset.from_list([example.trl_row() for example in examples])
 
 
-OPPONENTS: dict[str, Callable[..., Arm]] = {
+BASELINES: dict[str, Callable[..., Arm]] = {
     "trainer.ours_vs_trl": plain_trl,
     "trainer.ours_vs_hf": plain_hf,
 }
@@ -192,7 +192,7 @@ def main() -> None:
     options_of = parser(__doc__, pairs=7)
     options_of.add_argument("--rows", type=int, default=64)
     options_of.add_argument("--layers", type=int, default=LAYERS, help="others are not recorded")
-    options_of.add_argument("--only", nargs="*", choices=OPPONENTS, default=list(OPPONENTS))
+    options_of.add_argument("--only", nargs="*", choices=BASELINES, default=list(BASELINES))
     options = options_of.parse_args()
     clock = prepare(options)
     keep_freed_memory()
@@ -216,7 +216,7 @@ def main() -> None:
         job = TrainingJob(recipe, Path(), "", "", Path(), Path(folder))
         us = ours(job, examples, options.layers, clock)
         for name in options.only:
-            them = OPPONENTS[name](job, examples, options.layers, clock)
+            them = BASELINES[name](job, examples, options.layers, clock)
             assert us.tokens == them.tokens
             us.seconds.clear()
             entry = middle(paired(us.run, them.run, options.pairs))

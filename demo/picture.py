@@ -49,7 +49,7 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
             [offset, 1 + offset],
             scores,
             yerr=below_above,
-            color=_colour(arm),
+            color=_color(arm),
             marker="o",
             markersize=7,
             linewidth=2,
@@ -69,7 +69,7 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
                 textcoords="offset points",
                 ha="right" if x == 0 else "left",
                 va="center",
-                color=_colour(arm),
+                color=_color(arm),
                 fontweight="bold",
             )
     bare_v2 = arms[0].figures.versus_bare_base
@@ -93,15 +93,15 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
     axes.axvline(-margin, color="#B3261E", linewidth=1.2, linestyle="--")
     for y, arm in enumerate(reversed(arms)):
         change = arm.figures.versus_old_base
-        axes.plot([change.lower, change.upper], [y, y], color=_colour(arm), linewidth=3)
-        axes.plot(change.difference, y, "o", color=_colour(arm), markersize=9)
+        axes.plot([change.lower, change.upper], [y, y], color=_color(arm), linewidth=3)
+        axes.plot(change.difference, y, "o", color=_color(arm), markersize=9)
         axes.annotate(
             f"{arm.method}: {arm.verdict}",
             (change.lower, y),
             xytext=(0, 14),
             textcoords="offset points",
             ha="left",  # centered, long labels would exceed the axis
-            color=_colour(arm),
+            color=_color(arm),
             fontweight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
         )
@@ -141,7 +141,7 @@ def _clean(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _colour(arm: Result) -> str:
+def _color(arm: Result) -> str:
     return _PLAIN if arm.method == "plain LoRA" else _OURS
 
 

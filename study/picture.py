@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 _GREY, _INK = "#8A8F98", "#22262B"
-_COLOURS = {"plain": "#E07A1F", "uniform": "#8E5BB5", "spared": "#1F6FB2"}
+_COLORS = {"plain": "#E07A1F", "uniform": "#8E5BB5", "spared": "#1F6FB2"}
 
 
 def draw(comparisons: Sequence[Comparison], path: Path) -> Path:
@@ -45,7 +45,7 @@ def draw(comparisons: Sequence[Comparison], path: Path) -> Path:
 
 def _panel(axes: "Axes", comparison: Comparison) -> None:
     shown = []
-    for arm, color in _COLOURS.items():
+    for arm, color in _COLORS.items():
         points = []
         for steps in STEPS:
             old, new = (comparison.arms.get((arm, steps, b)) for b in (V1, comparison.update))

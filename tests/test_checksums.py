@@ -149,7 +149,7 @@ UNCHANGED = {
     "training mode": lambda m: m.train(),
     "an answer": lambda m: m.generate(input_ids=IDS, max_new_tokens=3, do_sample=False),
     "a version counter": lambda m: weight(m).copy_(weight(m).clone()),
-    "a parametrisation that is removed again": lambda m: parametrize_and_back(m),
+    "a parametrization that is removed again": lambda m: parametrize_and_back(m),
 }
 
 

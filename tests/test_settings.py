@@ -1,4 +1,4 @@
-"""What a worker is told by its environment."""
+"""Settings that a worker reads from its environment."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from trans_peft.errors import InvalidSpecError
 
 
 @pytest.fixture
-def told(monkeypatch):
+def environment(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
     monkeypatch.setenv("TRANS_PEFT_STATE", "/tmp/state")
     monkeypatch.delenv("TRANS_PEFT_CACHE_GIB", raising=False)
@@ -19,38 +19,38 @@ def told(monkeypatch):
 
 
 @pytest.mark.parametrize(("gib", "expected"), [("20", 20 << 30), ("0.5", 1 << 29)])
-def test_the_bound_of_the_copies_is_given_in_gib(told, gib, expected):
-    told.setenv("TRANS_PEFT_CACHE_GIB", gib)
+def test_the_bound_of_the_copies_is_given_in_gib(environment, gib, expected):
+    environment.setenv("TRANS_PEFT_CACHE_GIB", gib)
     assert Settings().cache_bytes == expected
 
 
-def test_without_a_bound_the_disk_is_the_bound(told):
+def test_without_a_bound_the_disk_is_the_bound(environment):
     assert Settings().cache_bytes is None
 
 
 @pytest.mark.parametrize("gib", ["0", "-1", "much"])
-def test_a_bound_that_is_none_is_refused(told, gib):
-    told.setenv("TRANS_PEFT_CACHE_GIB", gib)
+def test_a_bound_that_is_none_is_refused(environment, gib):
+    environment.setenv("TRANS_PEFT_CACHE_GIB", gib)
     with pytest.raises(InvalidSpecError, match="TRANS_PEFT_CACHE_GIB"):
         Settings()
 
 
-def test_a_worker_reads_no_local_folder_and_lacks_no_guard_unless_it_is_told(told):
+def test_a_worker_reads_no_local_folder_and_lacks_no_guard_unless_it_is_set(environment):
     for name in ("TRANS_PEFT_READABLE", "TRANS_PEFT_SANDBOX_MAY_LACK", "TRANS_PEFT_BASES_URI"):
-        told.delenv(name, raising=False)
+        environment.delenv(name, raising=False)
     assert Settings().places == Places((), ())
     assert Settings().may_lack == ()
-    told.setenv("TRANS_PEFT_READABLE", "/data, hub:openai/*")
-    told.setenv("TRANS_PEFT_BASES_URI", "/bases")
-    told.setenv("TRANS_PEFT_SANDBOX_MAY_LACK", "user, files")
+    environment.setenv("TRANS_PEFT_READABLE", "/data, hub:openai/*")
+    environment.setenv("TRANS_PEFT_BASES_URI", "/bases")
+    environment.setenv("TRANS_PEFT_SANDBOX_MAY_LACK", "user, files")
     assert Settings().places == Places((Path("/bases"), Path("/data")), ("openai/*",))
     assert Settings().may_lack == ("user", "files")
 
 
-def test_a_worker_s_platform_has_the_limits_of_its_settings(told, tmp_path):
-    told.setenv("TRANS_PEFT_STATE", str(tmp_path))
-    told.setenv("TRANS_PEFT_READABLE", "")
-    told.setenv("TRANS_PEFT_SANDBOX_MAY_LACK", "network")
+def test_a_worker_s_platform_has_the_limits_of_its_settings(environment, tmp_path):
+    environment.setenv("TRANS_PEFT_STATE", str(tmp_path))
+    environment.setenv("TRANS_PEFT_READABLE", "")
+    environment.setenv("TRANS_PEFT_SANDBOX_MAY_LACK", "network")
     for cached in (settings, platform):
         cached.cache_clear()
     try:

@@ -1,7 +1,7 @@
 """Compute checksums of a model in memory, to detect changes.
 
 Version counters of tensors are not enough. They miss writes through `.data` and numpy, and they
-count writes that change nothing, such as a parametrisation that is registered and removed again.
+count writes that change nothing, such as a parametrization that is registered and removed again.
 """
 
 import hashlib

@@ -128,7 +128,7 @@ def create_app(settings: BridgeSettings, handler: NotificationHandler) -> Starle
         return delivery_id, from_s3(body, delivery_id, root_uri=settings.bases_uri)
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"alive": True})
+        return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> Response:
         is_ready = await handler.dispatcher.is_ready()

@@ -160,8 +160,8 @@ async def _process(
     """Process one message. A failure is recorded, and the message returns later."""
     try:
         outcome = await _handle(message, queue, handler, root_uri, pause_s)
-        is_poison = outcome in (DispatchOutcome.REJECTED, DispatchOutcome.FAILED)
-        if is_poison and message.receives >= MAX_RECEIVES:
+        is_invalid_or_failed = outcome in (DispatchOutcome.REJECTED, DispatchOutcome.FAILED)
+        if is_invalid_or_failed and message.receives >= MAX_RECEIVES:
             LOG.warning(
                 "message deleted",
                 extra={
@@ -169,7 +169,7 @@ async def _process(
                     "reason": f"received {message.receives} times",
                 },
             )
-        elif is_poison:
+        elif is_invalid_or_failed:
             return
         # If this fails, the message returns with the same id and finds its run.
         await asyncio.to_thread(queue.delete, message)

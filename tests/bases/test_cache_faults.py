@@ -132,7 +132,9 @@ def test_ranges_lost_in_a_power_cut_are_downloaded_again(base, tmp_path, lost):
     assert is_right(base, get(base, tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("step", ["_sync", "_Copy.seal", "_Copy.check", "Path.rename", "clear"])
+@pytest.mark.parametrize(
+    "step", ["_sync", "_Copy.write_record", "_Copy.check", "Path.rename", "clear"]
+)
 def test_a_kill_after_the_last_range_repeats_no_download(base, tmp_path, monkeypatch, step):
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -267,20 +269,24 @@ def test_a_modified_copy_is_downloaded_again(base, tmp_path, corrupt):
 @pytest.mark.parametrize(
     "doubt",
     [
-        lambda copy, seal: os.utime(copy / "config.json"),
-        lambda copy, seal: seal.unlink(),
-        lambda copy, seal: seal.write_text("{"),
-        lambda copy, seal: seal.write_text(json.dumps(json.loads(seal.read_text()) | aged(8))),
-        lambda copy, seal: seal.write_text(json.dumps(json.loads(seal.read_text()) | aged(-1))),
+        lambda copy, record: os.utime(copy / "config.json"),
+        lambda copy, record: record.unlink(),
+        lambda copy, record: record.write_text("{"),
+        lambda copy, record: record.write_text(
+            json.dumps(json.loads(record.read_text()) | aged(8))
+        ),
+        lambda copy, record: record.write_text(
+            json.dumps(json.loads(record.read_text()) | aged(-1))
+        ),
     ],
-    ids=["touched", "no seal", "half a seal", "a week old", "a clock set back"],
+    ids=["touched", "no record", "half a record", "a week old", "a clock set back"],
 )
-def test_a_copy_without_a_valid_seal_is_hashed_and_not_downloaded(base, tmp_path, doubt):
+def test_a_copy_without_a_valid_record_is_hashed_and_not_downloaded(base, tmp_path, doubt):
     copy = get(base, tmp_path / "cache")
-    seal = copy.with_suffix(".json")
-    doubt(copy, seal)
+    record = copy.with_suffix(".json")
+    doubt(copy, record)
     assert get(base, tmp_path / "cache", Counting(FileStore(), fails_after=0)) == copy
-    assert abs(json.loads(seal.read_text())["hashed_s"] - time.time()) < 60
+    assert abs(json.loads(record.read_text())["hashed_s"] - time.time()) < 60
 
 
 def aged(days):
@@ -290,8 +296,8 @@ def aged(days):
 def test_silent_corruption_is_found_within_a_week(base, tmp_path):
     copy = get(base, tmp_path / "cache")
     flip(copy / "model.safetensors", restore_times=True)
-    seal = copy.with_suffix(".json")  # as if nothing had been written: the disk forgot
-    seal.write_text(json.dumps({"files": cache._stats(copy)} | aged(8)))
+    record = copy.with_suffix(".json")  # as if nothing had been written: the disk forgot
+    record.write_text(json.dumps({"files": cache._stats(copy)} | aged(8)))
     assert is_right(base, get(base, tmp_path / "cache"))
 
 

@@ -225,9 +225,9 @@ def test_the_fingerprint_equals_that_of_a_save_by_transformers(tmp_path):
 
 def test_the_folder_lists_its_source_files(tmp_path):
     source = write_internlm2(tmp_path / "internlm2", shards=2)
-    told = json.loads((converted(source, tmp_path / "llama") / CONVERTED_FROM).read_text())
-    assert (told["layout"], told["uri"]) == ("InternLM2ForCausalLM", str(source))
-    assert {file["name"]: file["sha256"] for file in told["files"]} == {
+    recorded = json.loads((converted(source, tmp_path / "llama") / CONVERTED_FROM).read_text())
+    assert (recorded["layout"], recorded["uri"]) == ("InternLM2ForCausalLM", str(source))
+    assert {file["name"]: file["sha256"] for file in recorded["files"]} == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source.iterdir()
     }
 

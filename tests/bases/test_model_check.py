@@ -237,7 +237,7 @@ def test_a_weight_is_not_taken_for_a_mask_of_old_checkpoints(tmp_path):
     assert name in inspected(edited(saved, add={name: tensor(48)}))[0]
 
 
-QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+QUANTIZED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 @pytest.mark.parametrize(
@@ -245,15 +245,15 @@ QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     [
         ({"num_hidden_layers": 3_000_000}, "num_hidden_layers is 3,000,000, but the files hold"),
         ({"text_config": {"num_hidden_layers": 1 << 70}}, "text_config.num_hidden_layers is"),
-        ({"quantization_config": QUANTISED}, "quantization_config declares a quantised"),
-        ({"text_config": {"quantization_config": QUANTISED}}, "text_config.quantization_config"),
+        ({"quantization_config": QUANTIZED}, "quantization_config declares a quantized"),
+        ({"text_config": {"quantization_config": QUANTIZED}}, "text_config.quantization_config"),
         ({"compression_config": {"format": "pack-quantized"}}, "compression_config"),
         (
             {"transformers_weights": "../other.safetensors"},
             "transformers_weights names weights",
         ),
         ({"_attn_implementation": "someone/kernel"}, "names code on a hub"),
-        ({"add": {"model.norm.weight": tensor(32, dtype="F8_E4M3")}}, "1 tensors are quantised"),
+        ({"add": {"model.norm.weight": tensor(32, dtype="F8_E4M3")}}, "1 tensors are quantized"),
     ],
 )
 def test_some_uploads_are_refused_before_anything_is_built(llama, monkeypatch, change, reason):

@@ -160,8 +160,12 @@ def test_a_signature_covers_all_of_the_manifest(folder, keys, changed, said):
     private, public = keys["P-256"]
     store = published(folder, private)
     manifest = check(store, public)
-    told = {**vars(manifest)} | {k: v(manifest) if callable(v) else v for k, v in changed.items()}
-    forged = Manifest(told["family"], told["version"], told["parent"], tuple(told["files"]))
+    recorded = {**vars(manifest)} | {
+        k: v(manifest) if callable(v) else v for k, v in changed.items()
+    }
+    forged = Manifest(
+        recorded["family"], recorded["version"], recorded["parent"], tuple(recorded["files"])
+    )
     put(store, Manifest.FILE_NAME, dump_manifest(forged))
     with pytest.raises(UploadError, match=said):
         check(store, public)

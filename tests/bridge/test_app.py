@@ -477,7 +477,7 @@ def test_health_ready_and_metrics(bridge):
     assert bridge.http.get("/ready").json() == {"prefect": True}
     bridge.prefect.broken = True
     wait_until(lambda: bridge.http.get("/ready").status_code == 503, patience_s=10)
-    assert bridge.http.get("/health").json() == {"alive": True}
+    assert bridge.http.get("/health").json() == {"status": "ok"}
     bridge.prefect.broken = False
     bridge.mlflow({**champion(), "timestamp": "2026-01-01T00:00:00+00:00"})
     text = bridge.http.get("/metrics").text

@@ -16,7 +16,7 @@ from tests.bridge.test_app import uploaded
 
 MANIFEST = json.dumps(uploaded())
 WEIGHTS = json.dumps(uploaded("smol/v1/model.safetensors"))
-POISON = '{"neither": "nor"}'
+INVALID = '{"neither": "nor"}'
 
 
 def consume_until(queue, prefect, *, until, meanwhile=None, timeout_s=20):
@@ -42,12 +42,12 @@ def test_a_message_is_deleted_once_its_run_exists_or_if_it_is_ignored():
 
 
 def test_an_invalid_message_is_left_for_the_dead_letter_queue():
-    queue, prefect = FakeQueue(POISON, MANIFEST), FakePrefect()
+    queue, prefect = FakeQueue(INVALID, MANIFEST), FakePrefect()
 
     def turned():
         if queue.deleted == [MANIFEST]:
             queue.end_visibility_timeout()
-        return queue.dead == [POISON]
+        return queue.dead == [INVALID]
 
     consume_until(queue, prefect, until=turned)
     assert queue.deleted == [MANIFEST]
@@ -124,7 +124,7 @@ def test_an_upload_to_s3_with_a_queue_starts_reconcile_and_invalid_messages_are_
     s3.put_bucket_notification_configuration(
         Bucket=unique, NotificationConfiguration={"QueueConfigurations": [notify]}
     )  # sends s3:TestEvent
-    sqs.send_message(QueueUrl=url, MessageBody=POISON)
+    sqs.send_message(QueueUrl=url, MessageBody=INVALID)
     for name in ("model.safetensors", "trans_peft_manifest.json"):
         s3.put_object(Bucket=unique, Key=f"smol/v1/{name}", Body=b"{}")
     monkeypatch.setattr(queue_module, "VISIBILITY_S", 1)

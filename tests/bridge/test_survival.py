@@ -488,7 +488,7 @@ BODIES += [json.dumps(uploaded("\ud800/v1/trans_peft_manifest.json")), "\x00"]
 @pytest.mark.parametrize("body", BODIES)
 def test_an_invalid_message_is_deleted_after_the_maximum_of_receives(body):
     prefect = FakePrefect()
-    box = Mailbox(("poison", body), ("good", json.dumps(uploaded())))
+    box = Mailbox(("invalid", body), ("good", json.dumps(uploaded())))
     metrics = process_all(box, handler_with(prefect))
     assert box.received[0] == MAX_RECEIVES
     assert box.received[1] == 1
@@ -550,7 +550,7 @@ def test_polling_continues_after_any_error_of_the_queue(error):
 
 
 def test_the_loop_continues_if_a_message_cannot_be_deleted():
-    class Stubborn(Mailbox):
+    class UndeletableQueue(Mailbox):
         fails = 2
 
         def delete(self, message):
@@ -559,5 +559,7 @@ def test_the_loop_continues_if_a_message_cannot_be_deleted():
                 raise ValueError("an odd answer")
             super().delete(message)
 
-    metrics = process_all(Stubborn(("good", json.dumps(uploaded()))), handler_with(FakePrefect()))
+    metrics = process_all(
+        UndeletableQueue(("good", json.dumps(uploaded()))), handler_with(FakePrefect())
+    )
     assert failures(metrics, "message") == 2

@@ -15,7 +15,7 @@ from infra.bridge.prefect_calls import PrefectCalls
 from infra.bridge.verdicts import FirstVerdictMonitor
 from tasks import events, origin, shards
 from tasks.origin import Origin
-from tests.edges.nouns import draft, outcome, peft_folder
+from tests.edges.examples import draft, outcome, peft_folder
 from trans_peft.domain.base import BaseRef
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Reason, TransferTask

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.edges.nouns import fingerprint
+from tests.edges.examples import fingerprint
 from trans_peft.domain.base import BaseVersion
 from trans_peft.edges.memory import MemoryCatalog
 from trans_peft.errors import InvalidSpecError, NotFoundError, StoreError, UploadError

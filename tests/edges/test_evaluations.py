@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.edges.nouns import evaluation
+from tests.edges.examples import evaluation
 from trans_peft.edges.memory import MemoryEvaluations
 
 

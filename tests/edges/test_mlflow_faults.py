@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.edges.nouns import evaluation
+from tests.edges.examples import evaluation
 from tests.faults.proxy import Faults, RandomFaults, proxied
 from tests.lifecycle.fleet import MemoryFleet
 from tests.lifecycle.test_memory_and_mlflow import Upgrade
@@ -50,7 +50,7 @@ class Again:
         return call
 
 
-def story(fleet):
+def promote_approve_roll_back(fleet):
     """A person promotes, approves by hand and rolls back, and all of it is followed."""
     upgrade = Upgrade(fleet)
     fleet.promote(upgrade.v2)
@@ -64,7 +64,9 @@ def story(fleet):
 
 @pytest.mark.timeout(300 * STORMS)
 def test_failed_requests_do_not_change_the_final_registry(servers, unique, tmp_path, monkeypatch):
-    expected = story(MemoryFleet.on_mlflow(tmp_path, f"{unique}-calm", servers.mlflow_url))
+    expected = promote_approve_roll_back(
+        MemoryFleet.on_mlflow(tmp_path, f"{unique}-calm", servers.mlflow_url)
+    )
     for seed in range(1, STORMS + 1):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(seed % 2))
         faults = RandomFaults(seed, share=0.08)
@@ -76,7 +78,7 @@ def test_failed_requests_do_not_change_the_final_registry(servers, unique, tmp_p
             fleet.platform = replace(
                 ports, catalog=Again(ports.catalog), registry=Again(ports.registry)
             )
-            assert story(fleet) == expected, seed
+            assert promote_approve_roll_back(fleet) == expected, seed
         assert faults.met > 5
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.edges.examples import evaluation
 from tests.edges.fake_tracking import FakeTracking, Model, Version
-from tests.edges.nouns import evaluation
 from tests.lifecycle.fleet import POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.fleet import VerdictsMissing

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.edges.nouns import draft, evaluation, outcome, peft_folder, transferred
+from tests.edges.examples import draft, evaluation, outcome, peft_folder, transferred
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.evaluation import Verdict, verdict_key
 from trans_peft.edges.memory import MemoryRegistry

@@ -77,9 +77,9 @@ def record_fault(request):
     """Return a function that appends a JSON line to the file of `--faults-log`, if one is set."""
     path = request.config.getoption("--faults-log")
 
-    def tell(**facts):
+    def record(**facts):
         if path:
             with Path(path).open("a") as file:
                 file.write(json.dumps(facts) + "\n")
 
-    return tell
+    return record

@@ -1,6 +1,6 @@
 """SIGKILL of each program during upgrades: every upgrade ends as one without kills.
 
-For each victim, a seed draws `--moments` moments uniformly from the duration of an undisturbed
+For each of PROGRAMS, a seed draws `--moments` moments uniformly from the duration of an undisturbed
 upgrade, UPGRADE_MOMENTS for each upgrade of its family. At each moment all processes of the program
 get SIGKILL: its children too and, for the worker, the flow runs. The process manager restarts the
 program. "flow" is any running flow run, or the next one if none runs. "shard" is a run that
@@ -42,7 +42,7 @@ from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(4 * 3600)]
 
-VICTIMS = ("worker", "flow", "shard", "bridge", "prefect", "mlflow", "s3")
+PROGRAMS = ("worker", "flow", "shard", "bridge", "prefect", "mlflow", "s3")
 JUDGE = "transfer-shard"
 JUDGES = ("worker", "prefect")
 """Killing these may end a shard too: it retries Prefect for about a minute."""
@@ -53,17 +53,17 @@ SHARD_S = 15
 """About the duration of a shard's process in an undisturbed upgrade."""
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_the_registry_ends_as_without_the_kills(
-    victim, stack, undisturbed, moments, record_fault, tmp_path
+    program, stack, undisturbed, moments, record_fault, tmp_path
 ):
-    draw = random.Random(f"kill the {victim}")
-    family = make_family(stack, victim, tmp_path)
+    draw = random.Random(f"kill the {program}")
+    family = make_family(stack, program, tmp_path)
     left = [draw.uniform(0, undisturbed.took_s) for _ in range(moments)]
     for number in count(2):
         label, drawn, left = f"v{number}", sorted(left[:UPGRADE_MOMENTS]), left[UPGRADE_MOMENTS:]
-        trial = Trial(Upgrade(family, label).begin(), victim, draw)
-        about = {"victim": victim, "family": family.name, "upgrade": label}
+        trial = Trial(Upgrade(family, label).begin(), program, draw)
+        about = {"program": program, "family": family.name, "upgrade": label}
         try:
             left += [moment_s for moment_s in drawn if not trial.kill_at(moment_s)]
             trial.wait_for_end()
@@ -87,10 +87,10 @@ def test_the_registry_ends_as_without_the_kills(
 class Trial:
     """One upgrade with kills. Replaces the schedule when all runs have ended."""
 
-    def __init__(self, upgrade, victim, draw):
+    def __init__(self, upgrade, program, draw):
         self.upgrade = upgrade
         self.stack = upgrade.family.stack
-        self.victim = victim
+        self.program = program
         self.draw = draw
         self.kills = []
         self.deaths = 0
@@ -100,7 +100,7 @@ class Trial:
         self.scheduled = 0
 
     def kill_at(self, moment_s):
-        """Kill the victim at `moment_s` of the upgrade, and wait until it runs again.
+        """Kill the program at `moment_s` of the upgrade, and wait until it runs again.
 
         Return whether it was killed. It is not killed if that would park an adapter, or if it is a
         flow run and none runs any more.
@@ -114,7 +114,7 @@ class Trial:
         began = time.monotonic()
         kill = {"moment_s": round(moment_s, 1), "seconds": self.upgrade.seconds}
         unfinished_runs = sorted(f"{run['flow']} {run['state_name']}" for run in self.runs.values())
-        killed = self.kill_flow() if self.victim in ("flow", "shard") else self.kill_program()
+        killed = self.kill_flow() if self.program in ("flow", "shard") else self.kill_program()
         if killed:
             away_s = time.monotonic() - began
             self.away_s += away_s
@@ -125,32 +125,32 @@ class Trial:
 
     def kill_program(self):
         """Kill the program, wait until it is healthy again, and return its name."""
-        judged = self.victim in JUDGES and JUDGE in {run["flow"] for run in self.runs.values()}
+        judged = self.program in JUDGES and JUDGE in {run["flow"] for run in self.runs.values()}
         if judged and self.deaths == MAX_DEATHS:
             return None
         self.deaths += judged
         settings = self.stack.settings
-        pid = Supervisor(settings).pid(self.victim)
-        processes = marked(settings.state, self.victim)
+        pid = Supervisor(settings).pid(self.program)
+        processes = marked(settings.state, self.program)
         for process in sorted(processes, key=lambda process: process.pid != pid):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         wait_until(lambda: self.is_back(pid), PATIENCE_S)
-        return self.victim
+        return self.program
 
     def is_back(self, old_pid):
         """Whether a new process runs the program and is healthy."""
         settings = self.stack.settings
-        pid = Supervisor(settings).pid(self.victim)
-        became = pid != old_pid and pid in {p.pid for p in marked(settings.state, self.victim)}
-        return became and is_healthy(self.victim, settings)
+        pid = Supervisor(settings).pid(self.program)
+        became = pid != old_pid and pid in {p.pid for p in marked(settings.state, self.program)}
+        return became and is_healthy(self.program, settings)
 
     def kill_flow(self):
         """Kill a running flow run, as soon as there is one, and return the name of its flow."""
         while not (found := self.flow_processes()) and not self.upgrade.over():
             self.poll()
             time.sleep(0.1)
-        if found and self.victim == "shard":
+        if found and self.program == "shard":
             time.sleep(self.draw.uniform(0, SHARD_S))
             self.poll()
             found = self.flow_processes()
@@ -171,7 +171,7 @@ class Trial:
             with suppress(psutil.NoSuchProcess):
                 if run_id := process.environ().get("PREFECT__FLOW_RUN_ID"):
                     found.setdefault(run_id, []).append(process)
-        wanted = {JUDGE} if self.victim == "shard" else {JUDGE, "reconcile"}
+        wanted = {JUDGE} if self.program == "shard" else {JUDGE, "reconcile"}
         if self.deaths == MAX_DEATHS:
             wanted.discard(JUDGE)
         return {run_id: its for run_id, its in found.items() if self.flow_of(run_id) in wanted}

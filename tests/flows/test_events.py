@@ -3,7 +3,7 @@
 import pytest
 
 from tasks import events
-from tests.edges.nouns import draft, outcome, peft_folder
+from tests.edges.examples import draft, outcome, peft_folder
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Verdict
 

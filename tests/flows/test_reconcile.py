@@ -7,7 +7,7 @@ import pytest
 from prefect.states import Failed
 
 from tasks.recovery import start_training
-from tests.flows.world import Killed, World
+from tests.flows.fleet_with_runs import FleetWithRuns, Killed
 from tests.lifecycle.fleet import FAMILY, POLICY, SUITE
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.promotion import PromotionPolicy
@@ -17,15 +17,15 @@ from trans_peft.errors import StoreError
 HALF = PromotionPolicy(min_serving_share=0.5)
 
 
-def upgrade(folder, *, promotion=HALF) -> World:
+def upgrade(folder, *, promotion=HALF) -> FleetWithRuns:
     """v1 serves five adapters, one of them blocked manually; v2 is ready and is the champion.
 
     On v2, one adapter needs re-tuning, and one is approved manually in spite of its verdict.
     """
     folder.mkdir()
     verdicts = {"b": Verdict.NEEDS_RETUNING, "d": Verdict.INCONCLUSIVE}
-    world = World(folder, verdicts, promotion)
-    fleet = world.fleet
+    upgraded = FleetWithRuns(folder, verdicts, promotion)
+    fleet = upgraded.fleet
     v1 = fleet.add_base("v1")
     for name in "abcde":
         fleet.add_adapter(name, v1)
@@ -35,14 +35,14 @@ def upgrade(folder, *, promotion=HALF) -> World:
     fleet.platform.registry.set_alias_manually("e", v1.alias, None)
     fleet.platform.registry.set_alias_manually("d", v2.alias, 2)
     fleet.promote(v2)
-    return world
+    return upgraded
 
 
 @pytest.fixture
 def undisturbed(tmp_path, monkeypatch):
-    world = upgrade(tmp_path / "undisturbed")
-    world.reconcile(monkeypatch)
-    return world
+    upgraded = upgrade(tmp_path / "undisturbed")
+    upgraded.reconcile(monkeypatch)
+    return upgraded
 
 
 class TestOneRun:
@@ -61,10 +61,10 @@ class TestOneRun:
         assert len(undisturbed.runs) == 3
 
     def test_a_dry_run_changes_nothing(self, tmp_path, monkeypatch):
-        world = upgrade(tmp_path / "dry")
-        before = world.final_state
-        assert world.reconcile(monkeypatch, dry_run=True).name == "Completed"
-        assert (world.final_state, world.runs, world.moments) == (before, [], 0)
+        upgraded = upgrade(tmp_path / "dry")
+        before = upgraded.final_state
+        assert upgraded.reconcile(monkeypatch, dry_run=True).name == "Completed"
+        assert (upgraded.final_state, upgraded.runs, upgraded.moments) == (before, [], 0)
 
     def test_reports_an_unknown_family(self, undisturbed, monkeypatch):
         state = undisturbed.reconcile(monkeypatch, family="smal")
@@ -72,24 +72,24 @@ class TestOneRun:
         assert "no base family 'smal'" in state.message
 
     def test_fails_with_the_reason_if_the_promotion_is_refused(self, tmp_path, monkeypatch):
-        world = upgrade(tmp_path / "strict", promotion=PromotionPolicy(min_serving_share=1.0))
-        state = world.reconcile(monkeypatch)
+        upgraded = upgrade(tmp_path / "strict", promotion=PromotionPolicy(min_serving_share=1.0))
+        state = upgraded.reconcile(monkeypatch)
         assert state.name == "Failed"
         assert "4 of 5 live adapters serve there, not b (needs-retuning)" in state.message
-        assert world.fleet.serving == 1
+        assert upgraded.fleet.serving == 1
 
     def test_finds_active_shards_and_does_not_start_them_again(self, tmp_path, monkeypatch):
-        world = upgrade(tmp_path / "joined")
+        upgraded = upgrade(tmp_path / "joined")
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(World, "_wait", killed)
-            world.reconcile(monkeypatch)
-        assert [run.state for run in world.runs] == ["Scheduled"] * 3
-        state = world.reconcile(monkeypatch)
+            patch.setattr(FleetWithRuns, "_wait", killed)
+            upgraded.reconcile(monkeypatch)
+        assert [run.state for run in upgraded.runs] == ["Scheduled"] * 3
+        state = upgraded.reconcile(monkeypatch)
         assert (state.name, state.message) == ("Completed", "other runs work on 5 verdicts")
-        assert len(world.runs) == 3
-        assert world.reconcile(monkeypatch, wait=True).message == "no verdict is missing"
-        assert len(world.runs) == 3
-        assert world.fleet.serving == 2
+        assert len(upgraded.runs) == 3
+        assert upgraded.reconcile(monkeypatch, wait=True).message == "no verdict is missing"
+        assert len(upgraded.runs) == 3
+        assert upgraded.fleet.serving == 2
 
 
 def killed(*_):
@@ -101,71 +101,71 @@ class TestKilled:
         self, undisturbed, tmp_path, monkeypatch
     ):
         for position in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(position))
-            world.at = kill_at(position)
+            upgraded = upgrade(tmp_path / str(position))
+            upgraded.at = kill_at(position)
             try:
-                world.reconcile(monkeypatch)
+                upgraded.reconcile(monkeypatch)
             except Killed:
-                world.reconcile(monkeypatch, wait=True)
-            assert world.final_state == undisturbed.final_state, position
-            assert world.moments >= position
-            assert_judged_once(world)
+                upgraded.reconcile(monkeypatch, wait=True)
+            assert upgraded.final_state == undisturbed.final_state, position
+            assert upgraded.moments >= position
+            assert_judged_once(upgraded)
 
     def test_at_any_two_writes(self, undisturbed, tmp_path, monkeypatch):
         for position in range(1, undisturbed.moments + 1, 3):
             for later in (1, 2, 5, 9):
-                world = upgrade(tmp_path / f"{position}+{later}")
-                world.at = kill_at(position, position + later)
+                upgraded = upgrade(tmp_path / f"{position}+{later}")
+                upgraded.at = kill_at(position, position + later)
                 for _ in range(3):
                     try:
-                        world.reconcile(monkeypatch, wait=True)
+                        upgraded.reconcile(monkeypatch, wait=True)
                         break
                     except Killed:
                         pass
-                assert world.final_state == undisturbed.final_state, (position, later)
-                assert_judged_once(world)
+                assert upgraded.final_state == undisturbed.final_state, (position, later)
+                assert_judged_once(upgraded)
 
     def test_an_adapter_that_kills_every_process_is_parked_and_stops_no_other(
         self, tmp_path, monkeypatch
     ):
-        world = upgrade(tmp_path / "killer")
-        judge = world.judge
-        world.judge = lambda task: killed() if task.adapter == "c" else judge(task)
-        state = world.reconcile(monkeypatch)
+        upgraded = upgrade(tmp_path / "killer")
+        judge = upgraded.judge
+        upgraded.judge = lambda task: killed() if task.adapter == "c" else judge(task)
+        state = upgraded.reconcile(monkeypatch)
         assert "parked after three failed attempts: c on small/v2" in state.message
-        assert world.fleet.serving == 2  # 3 of 5 serve there: the policy asks for half
-        assert {record[0] for record in world.records} == set("abde")
+        assert upgraded.fleet.serving == 2  # 3 of 5 serve there: the policy asks for half
+        assert {record[0] for record in upgraded.records} == set("abde")
 
     def test_an_attempt_that_cannot_be_recorded_stops_no_other_adapter(self, tmp_path, monkeypatch):
-        world = upgrade(tmp_path / "not-recorded")
-        judge = world.judge
-        world.judge = lambda task: killed() if task.adapter == "c" else judge(task)
+        upgraded = upgrade(tmp_path / "not-recorded")
+        judge = upgraded.judge
+        upgraded.judge = lambda task: killed() if task.adapter == "c" else judge(task)
 
         def record_failure(task, policy, reason, return_state):
             return Failed(message="there is no base v2")
 
         fake = SimpleNamespace(record_failure=record_failure)
-        monkeypatch.setattr(World, "_transfer", fake)
-        state = world.reconcile(monkeypatch)
+        monkeypatch.setattr(FleetWithRuns, "_transfer", fake)
+        state = upgraded.reconcile(monkeypatch)
         assert "this attempt could not be recorded: there is no base v2" in state.message
         assert "cannot be reconciled" not in state.message
-        assert {record[0] for record in world.records} == set("abde")
+        assert {record[0] for record in upgraded.records} == set("abde")
 
     def test_a_cancelled_shard_is_continued_by_the_next_run(self, tmp_path, monkeypatch):
-        world = upgrade(tmp_path / "cancelled")
-        work_one_shard = world.work_one_shard
+        upgraded = upgrade(tmp_path / "cancelled")
+        work_one_shard = upgraded.work_one_shard
 
         def cancel_the_first():
-            world.runs[0].state = "Cancelled"
-            world.work_one_shard = work_one_shard
+            upgraded.runs[0].state = "Cancelled"
+            upgraded.work_one_shard = work_one_shard
 
-        world.work_one_shard = cancel_the_first
-        state = world.reconcile(monkeypatch)
-        assert (state.name, world.fleet.serving) == ("Failed", 1)
+        upgraded.work_one_shard = cancel_the_first
+        state = upgraded.reconcile(monkeypatch)
+        assert (state.name, upgraded.fleet.serving) == ("Failed", 1)
         assert "ended as Cancelled; the next run continues its work" in state.message
         assert "small/v2 waits for 2 verdicts: a, b" in state.message
-        assert world.reconcile(monkeypatch).name == "Completed"
-        assert world.fleet.serving == 2
+        assert upgraded.reconcile(monkeypatch).name == "Completed"
+        assert upgraded.fleet.serving == 2
 
 
 class TestTrainings:
@@ -218,9 +218,9 @@ def kill_at(*moments):
     return at
 
 
-def assert_judged_once(world):
+def assert_judged_once(upgraded):
     """Check that no verdict was recorded twice."""
-    assert len(set(world.records)) == len(world.records)
+    assert len(set(upgraded.records)) == len(upgraded.records)
 
 
 class TestTwoAtOnce:
@@ -228,26 +228,26 @@ class TestTwoAtOnce:
         self, undisturbed, tmp_path, monkeypatch
     ):
         for position in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(position))
-            world.at = once(position, lambda world=world: world.reconcile(monkeypatch))
-            world.reconcile(monkeypatch, wait=True)
-            assert world.final_state == undisturbed.final_state, position
-            assert_judged_once(world)
+            upgraded = upgrade(tmp_path / str(position))
+            upgraded.at = once(position, lambda upgraded=upgraded: upgraded.reconcile(monkeypatch))
+            upgraded.reconcile(monkeypatch, wait=True)
+            assert upgraded.final_state == undisturbed.final_state, position
+            assert_judged_once(upgraded)
 
     def test_a_second_worker_with_the_same_work_judges_nothing_twice(
         self, undisturbed, tmp_path, monkeypatch
     ):
         for position in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(position))
+            upgraded = upgrade(tmp_path / str(position))
 
-            def work_elsewhere(world=world):
-                for task in [task for run in world.runs for task in run.tasks]:
-                    world.judge(task)
+            def work_elsewhere(upgraded=upgraded):
+                for task in [task for run in upgraded.runs for task in run.tasks]:
+                    upgraded.judge(task)
 
-            world.at = once(position, work_elsewhere)
-            world.reconcile(monkeypatch, wait=True)
-            assert world.final_state == undisturbed.final_state, position
-            assert_judged_once(world)
+            upgraded.at = once(position, work_elsewhere)
+            upgraded.reconcile(monkeypatch, wait=True)
+            assert upgraded.final_state == undisturbed.final_state, position
+            assert_judged_once(upgraded)
 
 
 class TestOvertaken:
@@ -256,30 +256,34 @@ class TestOvertaken:
         self, number, undisturbed, tmp_path, monkeypatch
     ):
         for position in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(position))
-            world.fleet.add_base("v3")
-            world.at = once(position, lambda world=world: promote(world.fleet, number))
-            world.reconcile(monkeypatch, wait=True)
-            world.reconcile(monkeypatch, wait=True)  # the notification's own run
-            assert world.fleet.serving == number, position
-            assert_judged_once(world)
+            upgraded = upgrade(tmp_path / str(position))
+            upgraded.fleet.add_base("v3")
+            upgraded.at = once(position, lambda upgraded=upgraded: promote(upgraded.fleet, number))
+            upgraded.reconcile(monkeypatch, wait=True)
+            upgraded.reconcile(monkeypatch, wait=True)  # the notification's own run
+            assert upgraded.fleet.serving == number, position
+            assert_judged_once(upgraded)
 
     def test_removing_champion_at_any_moment_stops_the_promotion(
         self, undisturbed, tmp_path, monkeypatch
     ):
         for position in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(position))
-            world.at = once(position, lambda world=world: promote(world.fleet, None))
-            world.reconcile(monkeypatch, wait=True)
-            serving = world.fleet.serving
-            world.reconcile(monkeypatch, wait=True)
-            assert world.fleet.serving == serving, position
-            assert world.fleet.platform.catalog.promotion_notes(FAMILY) == {}
+            upgraded = upgrade(tmp_path / str(position))
+            upgraded.at = once(position, lambda upgraded=upgraded: promote(upgraded.fleet, None))
+            upgraded.reconcile(monkeypatch, wait=True)
+            serving = upgraded.fleet.serving
+            upgraded.reconcile(monkeypatch, wait=True)
+            assert upgraded.fleet.serving == serving, position
+            assert upgraded.fleet.platform.catalog.promotion_notes(FAMILY) == {}
 
     def test_a_manual_block_at_any_moment_is_kept(self, undisturbed, tmp_path, monkeypatch):
         for position in range(1, undisturbed.moments + 1):
-            world = upgrade(tmp_path / str(position))
-            registry, alias, blocked = world.fleet.platform.registry, alias_on(world, "v2"), []
+            upgraded = upgrade(tmp_path / str(position))
+            registry, alias, blocked = (
+                upgraded.fleet.platform.registry,
+                alias_on(upgraded, "v2"),
+                [],
+            )
 
             def block(
                 number, what, position=position, registry=registry, alias=alias, blocked=blocked
@@ -288,52 +292,52 @@ class TestOvertaken:
                     registry.set_alias_manually("a", alias, None)
                     blocked.append(number)
 
-            world.at = block
+            upgraded.at = block
             for _ in range(3):
-                world.reconcile(monkeypatch, wait=True)
+                upgraded.reconcile(monkeypatch, wait=True)
             assert blocked
             assert registry.alias("a", alias) is None, position
 
     def test_work_that_is_no_longer_needed_is_withdrawn(self, tmp_path, monkeypatch):
-        world = upgrade(tmp_path / "newer")
-        work_one_shard, fleet = world.work_one_shard, world.fleet
+        upgraded = upgrade(tmp_path / "newer")
+        work_one_shard, fleet = upgraded.work_one_shard, upgraded.fleet
 
         def promote_v3_after_the_first_shard():
             work_one_shard()
-            world.work_one_shard = work_one_shard
+            upgraded.work_one_shard = work_one_shard
             fleet.promote(fleet.add_base("v3"))
-            world.reconcile(monkeypatch)  # the notification's own run
+            upgraded.reconcile(monkeypatch)  # the notification's own run
 
-        world.work_one_shard = promote_v3_after_the_first_shard
-        world.reconcile(monkeypatch, wait=True)
-        assert [run.state for run in world.runs[:3]] == ["Completed", "Withdrawn", "Withdrawn"]
-        judged = [(adapter, base) for adapter, base, _ in world.records]
+        upgraded.work_one_shard = promote_v3_after_the_first_shard
+        upgraded.reconcile(monkeypatch, wait=True)
+        assert [run.state for run in upgraded.runs[:3]] == ["Completed", "Withdrawn", "Withdrawn"]
+        judged = [(adapter, base) for adapter, base, _ in upgraded.records]
         assert judged == [("a", "v2"), ("b", "v2"), *((name, "v3") for name in "abcde")]
         assert fleet.serving == 3
 
     def test_a_running_shard_checks_before_each_adapter(self, tmp_path, monkeypatch):
-        world = upgrade(tmp_path / "asks")
-        world.shard_size = 5
-        judge = world.judge
+        upgraded = upgrade(tmp_path / "asks")
+        upgraded.shard_size = 5
+        judge = upgraded.judge
 
         def promote_v3_after_the_first_adapter(task):
             judge(task)
-            if len(world.records) == 1:
-                world.fleet.promote(world.fleet.add_base("v3"))
+            if len(upgraded.records) == 1:
+                upgraded.fleet.promote(upgraded.fleet.add_base("v3"))
 
-        world.judge = promote_v3_after_the_first_adapter
-        world.reconcile(monkeypatch)
-        judged = [(adapter, base) for adapter, base, _ in world.records]
+        upgraded.judge = promote_v3_after_the_first_adapter
+        upgraded.reconcile(monkeypatch)
+        judged = [(adapter, base) for adapter, base, _ in upgraded.records]
         assert judged == [("a", "v2"), *((name, "v3") for name in "abcde")]
-        assert world.fleet.serving == 3
+        assert upgraded.fleet.serving == 3
 
 
 def promote(fleet, number):
     fleet.platform.catalog.set_alias_manually(FAMILY, "champion", number)
 
 
-def alias_on(world, version):
-    bases = world.fleet.platform.catalog.versions(FAMILY)
+def alias_on(upgraded, version):
+    bases = upgraded.fleet.platform.catalog.versions(FAMILY)
     return next(base.alias for base in bases if base.version == version)
 
 
@@ -349,17 +353,17 @@ class TestOneFamilyThatFails:
     """The problem is reported with its family, and the others are judged and promoted."""
 
     @pytest.fixture
-    def world(self, tmp_path):
-        world = upgrade(tmp_path / "two")
-        catalog = world.fleet.platform.catalog
+    def upgraded(self, tmp_path):
+        upgraded = upgrade(tmp_path / "two")
+        catalog = upgraded.fleet.platform.catalog
         catalog.register_manually("broken", "s3://bases/broken/v1")
         catalog.register_manually("A's base", "s3://bases/odd/v1")
-        return world
+        return upgraded
 
     @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), StoreError("away")])
     @pytest.mark.parametrize("step", ["apply_fleet_verdicts", "plan_fleet"])
-    def test_in_any_step(self, world, monkeypatch, step, error):
-        tasks = world._reconciliation
+    def test_in_any_step(self, upgraded, monkeypatch, step, error):
+        tasks = upgraded._reconciliation
         plain = getattr(tasks, step)
 
         def failing(family, *rest):
@@ -368,35 +372,35 @@ class TestOneFamilyThatFails:
             return plain(family, *rest)
 
         setattr(tasks, step, failing)
-        monkeypatch.setattr(World, "_reconciliation", tasks)
-        state = world.reconcile(monkeypatch)
+        monkeypatch.setattr(FleetWithRuns, "_reconciliation", tasks)
+        state = upgraded.reconcile(monkeypatch)
         assert state.name == "Failed"
         assert f"the family broken cannot be reconciled: {type(error).__name__}" in state.message
         assert 'the base family "A\'s base": the name must be 1 to 100' in state.message
-        assert world.fleet.serving == 2
-        assert {record[0] for record in world.records} == set("abcde")
+        assert upgraded.fleet.serving == 2
+        assert {record[0] for record in upgraded.records} == set("abcde")
         if step == "plan_fleet":
-            dry = world.reconcile(monkeypatch, dry_run=True)
+            dry = upgraded.reconcile(monkeypatch, dry_run=True)
             assert "the family broken cannot be reconciled" in dry.message
 
     def test_after_its_shards_have_ended(self, undisturbed, tmp_path, monkeypatch):
-        world = upgrade(tmp_path / "late")
-        tasks = world._reconciliation
+        upgraded = upgrade(tmp_path / "late")
+        tasks = upgraded._reconciliation
         plain = tasks.apply_fleet_verdicts
 
         def failing(family, *rest):
-            if world.records:
+            if upgraded.records:
                 raise ValueError("damaged meanwhile")
             return plain(family, *rest)
 
         tasks.apply_fleet_verdicts = failing
-        monkeypatch.setattr(World, "_reconciliation", tasks)
-        state = world.reconcile(monkeypatch)  # and it ends
+        monkeypatch.setattr(FleetWithRuns, "_reconciliation", tasks)
+        state = upgraded.reconcile(monkeypatch)  # and it ends
         assert "the family small cannot be reconciled: ValueError" in state.message
 
-    def test_uploads_that_cannot_be_listed_stop_no_family(self, world, monkeypatch):
+    def test_uploads_that_cannot_be_listed_stop_no_family(self, upgraded, monkeypatch):
         away = SimpleNamespace(find_pending=lambda return_state: Failed(message="no such bucket"))
-        monkeypatch.setattr(World, "_ingestion", away)
-        state = world.reconcile(monkeypatch)
+        monkeypatch.setattr(FleetWithRuns, "_ingestion", away)
+        state = upgraded.reconcile(monkeypatch)
         assert "uploads cannot be listed: no such bucket" in state.message
-        assert world.fleet.serving == 2
+        assert upgraded.fleet.serving == 2

@@ -204,10 +204,10 @@ def test_a_step_on_4_bits_equals_the_sliced_step_on_the_dequantized_weights():
 
 
 def test_a_bottleneck_follows_the_device_of_quantized_weights():
-    quantised = nn.Module()
+    quantized = nn.Module()
     packed = torch.zeros(4, dtype=torch.uint8, device="meta")
-    quantised.weight = nn.Parameter(packed, requires_grad=False)
-    layer = BottleneckLayer(quantised, 8, "default", BottleneckConfig())
+    quantized.weight = nn.Parameter(packed, requires_grad=False)
+    layer = BottleneckLayer(quantized, 8, "default", BottleneckConfig())
     up = layer.bottleneck_up["default"].weight
     assert (up.device.type, up.dtype) == ("meta", torch.float32)
 

@@ -65,7 +65,7 @@ IGNORED = {
     "tokens twice": ("LORA", {"trainable_token_indices": [3, 3]}, "more than once"),
     "a token alone": ("TRAINABLE_TOKENS", {"token_indices": [999]}, "index 999"),
     "another init's settings": ("LORA", {"eva_config": {}}, "eva_config.*ignored"),
-    "quantisation's settings": ("LORA", {"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+    "quantization's settings": ("LORA", {"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
     "QALoRA's settings": ("LORA", {"qalora_group_size": 4}, "no effect without use_qalora"),
     "transposed": ("LORA", {"fan_in_fan_out": True}, "fan_in_fan_out"),
     "tying nothing": ("LORA", {"ensure_weight_tying": True}, "ensure_weight_tying"),

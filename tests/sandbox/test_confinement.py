@@ -45,11 +45,11 @@ def test_the_callers_environment_and_files_are_invisible(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("all_guards")
 def test_nothing_is_written_outside_the_scratch_folder(tmp_path):
-    victim = tmp_path / "victim"
-    victim.write_text("untouched")
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
     outcome = run(
         attempts(
-            f"open({str(victim)!r}, 'a').write('x')",
+            f"open({str(outside)!r}, 'a').write('x')",
             f"open({str(tmp_path / 'new')!r}, 'w')",
             "open('/new', 'w')",
             "open('/scratch/../new', 'w')",
@@ -59,7 +59,7 @@ def test_nothing_is_written_outside_the_scratch_folder(tmp_path):
             "os.chmod('/', 0o777)",
             "os.mkdir('/usr/new')",
             "os.mknod('/scratch/disk', 0o60666, os.makedev(254, 0))",
-            f"os.symlink({str(victim)!r}, 'link'); open('link', 'a').write('x')",
+            f"os.symlink({str(outside)!r}, 'link'); open('link', 'a').write('x')",
             "os.link(os.__file__, 'hard')",
             "os.symlink('/', 'root'); open('root/new', 'w')",
             "os.chroot('.'); os.chdir('../../..')",
@@ -67,8 +67,8 @@ def test_nothing_is_written_outside_the_scratch_folder(tmp_path):
         )
     )
     assert outcome.stdout == "tried\n", outcome
-    assert victim.read_text() == "untouched"
-    assert list(tmp_path.iterdir()) == [victim]
+    assert outside.read_text() == "untouched"
+    assert list(tmp_path.iterdir()) == [outside]
     assert run("open('x', 'w').write('y'); print(open('/scratch/x').read())").stdout == "y\n"
 
 
@@ -117,12 +117,12 @@ def test_the_network_is_unreachable_without_the_seccomp_filter():
         import os, socket
         from trans_peft.sandbox import child, process
         child.forbid_system_calls = lambda: None
-        server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        server, child_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             server.close()
-            child.main(theirs.detach())
+            child.main(child_socket.detach())
             os._exit(0)
-        theirs.close()
+        child_socket.close()
         class ServerWithoutFilter:
             def fork(self, control, fds):
                 socket.send_fds(server, [b"."], (control.fileno(), *fds))

@@ -184,8 +184,8 @@ def test_runs_share_no_state_and_order_sets_alike():
 
 
 @pytest.mark.usefixtures("all_guards")
-@pytest.mark.parametrize("victim", ["caller", "supervisor"])
-def test_the_program_ends_with_its_caller_and_its_supervisor(victim):
+@pytest.mark.parametrize("ended", ["caller", "supervisor"])
+def test_the_program_ends_with_its_caller_and_its_supervisor(ended):
     read_fd, write_fd = os.pipe()
     script = f"""
         import os, signal, threading
@@ -195,7 +195,7 @@ def test_the_program_ends_with_its_caller_and_its_supervisor(victim):
             os.close({write_fd})
             program = "import time, ctypes; ctypes.CDLL(None).prctl(1, 0); print('on', flush=True)"
             sandbox.start("script", {{"program": program + "; time.sleep(60)"}})
-            print(os.getpid() if {victim!r} == "caller" else sandbox._pid, flush=True)
+            print(os.getpid() if {ended!r} == "caller" else sandbox._pid, flush=True)
             sandbox.wait()
     """
     with (

@@ -188,7 +188,7 @@ def reshape(folder):
     edit_config(folder, r=8)
 
 
-def poison(folder):
+def write_nan(folder):
     tensors = load_file(folder / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -213,7 +213,7 @@ INVALID = {
         r"(?s)does not need \(1\): .*embed_tokens.*save_embedding_layers=False",
     ),
     "another rank": (reshape, r"another shape \(8\): .*\(4, 32\), the base needs \(8, 32\)"),
-    "not finite": (poison, "not finite: .*lora_A"),
+    "not finite": (write_nan, "not finite: .*lora_A"),
     "pickle": (pickle_it, r"pickled \(adapter_model.bin\)"),
     "cut off": (cut_off, "cannot be read"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "it has no adapter_model"),

@@ -5,7 +5,7 @@ and versions with the same content share it. It contains only files that the fin
 files that are added to the prefix after verification are not downloaded.
 
     <digest>/       a complete copy; renamed to this after all of its bytes were verified
-    <digest>.json   its seal: size, times and inode of each file when its bytes were last hashed
+    <digest>.json   verification record: size, times and inode of each file when it was last hashed
     <digest>.part/  an unfinished download (`ranges`)
     <digest>.use    locked (shared) by each process that uses the copy; touched at each use
     <digest>.lock   locked by the process that downloads or verifies it
@@ -43,7 +43,7 @@ from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = ["download", "model_files"]
 
-_SEAL_LIFETIME_S = 7 * 24 * 3600.0
+_RECORD_LIFETIME_S = 7 * 24 * 3600.0
 """A copy is hashed again after this time, in case the disk has changed bytes silently."""
 
 
@@ -73,9 +73,9 @@ def download(  # noqa: PLR0913  three optional limits and callbacks
     with _mapped_errors(copy):
         copy.cache_dir.mkdir(parents=True, exist_ok=True)
         _hold_until_exit(copy.path("use"))
-        if not copy.is_sealed():
+        if not copy.is_verified():
             with FileLock(copy.path("lock")):
-                if not (copy.is_sealed() or copy.verify_again()):
+                if not (copy.is_verified() or copy.verify_again()):
                     _download(uri, store, copy, limit_bytes, range_bytes, on_progress)
     return copy.folder
 
@@ -94,31 +94,31 @@ class _Copy:
     def path(self, kind: str) -> Path:
         return self.cache_dir / f"{self.fingerprint.digest}.{kind}"
 
-    def is_sealed(self) -> bool:
-        """Whether a valid seal shows that no file changed since it was hashed."""
+    def is_verified(self) -> bool:
+        """Whether a valid verification record shows that no file changed since it was hashed."""
         try:
-            seal = json.loads(self.path("json").read_text())
-            age_s = time.time() - seal["hashed_s"]
-            return 0 <= age_s < _SEAL_LIFETIME_S and seal["files"] == _stats(self.folder)
+            record = json.loads(self.path("json").read_text())
+            age_s = time.time() - record["hashed_s"]
+            return 0 <= age_s < _RECORD_LIFETIME_S and record["files"] == _stats(self.folder)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def verify_again(self) -> bool:
-        """Hash a copy without a valid seal. Seal it if it is correct, else remove it."""
+        """Hash a copy without a valid record. Write the record if it is correct, else remove it."""
         if not self.folder.is_dir():
             return False
         files = [StoredFile(name, stat[0], "") for name, stat in _stats(self.folder).items()]
         if self._matches(scan(files, folder_file_reader(self.folder))):
-            self.seal(self.folder)
+            self.write_record(self.folder)
             return True
         self.path("json").unlink(missing_ok=True)
         shutil.rmtree(self.folder)
         return False
 
-    def seal(self, folder: Path) -> None:
+    def write_record(self, folder: Path) -> None:
         """Record the size, times and inodes of the files that were just hashed."""
-        seal = {"hashed_s": time.time(), "files": _stats(folder)}
-        atomic_write(self.path("json"), json.dumps(seal))
+        record = {"hashed_s": time.time(), "files": _stats(folder)}
+        atomic_write(self.path("json"), json.dumps(record))
 
     def _matches(self, found: Scan) -> bool:
         return found.fingerprint is not None and found.fingerprint.digest == self.fingerprint.digest
@@ -161,7 +161,7 @@ def _download(
                 return _download(uri, store, copy, limit_bytes, range_bytes, on_progress)
             raise
         _sync(partial.files)
-        copy.seal(partial.files)
+        copy.write_record(partial.files)
         partial.files.rename(copy.folder)
     except OSError as error:
         if is_full_disk(error):
@@ -217,7 +217,7 @@ def _stats(folder: Path) -> dict[str, list[int]]:
 
 
 def _sync(folder: Path) -> None:
-    """Flush all files to the disk, before a seal or a name declares them complete."""
+    """Flush all files to the disk, before a record or a name declares them complete."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -71,7 +71,7 @@ def _free_bytes(cache_dir: Path) -> int:
 
 
 def _remove_unused(cache_dir: Path, digest: str) -> bool:
-    """Remove a copy unless a process uses it. The seal goes first, so that no part looks sealed."""
+    """Remove a copy unless a process uses it; its record first, so that no part looks verified."""
     handle = os.open(cache_dir / f"{digest}.use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -235,7 +235,7 @@ def _integer_weights(loaded: _Loaded, checkpoint: _Checkpoint) -> list[str]:
     names = sorted(name for name in filled if weights[name].is_floating_point())
     dtypes = ", ".join(sorted({checkpoint.dtypes[name] for name in integers}))
     return [
-        f"{name}: the files contain integers ({dtypes}), as in a quantised model" for name in names
+        f"{name}: the files contain integers ({dtypes}), as in a quantized model" for name in names
     ]
 
 

@@ -1,6 +1,6 @@
 """Compare a checkpoint with the model that transformers builds from its config.json.
 
-Quantised checkpoints and implausible layer counts are refused before a model is built. Then a child
+Quantized checkpoints and implausible layer counts are refused before a model is built. Then a child
 process with limits builds the model without weights and returns the loading report of transformers
 (`meta_model`).
 """
@@ -28,7 +28,7 @@ _IMPORTS = (  # takes 3 s; the fork server imports them once, for all children
     "transformers.models.llama.modeling_llama", "peft", "trans_peft.models",
 )  # fmt: skip
 _LAYERS = re.compile(r"(num|n)_(hidden_|encoder_|decoder_)?layers?|(encoder|decoder)_layers|depth")
-_QUANTISED = ("quantization_config", "compression_config")
+_QUANTIZED = ("quantization_config", "compression_config")
 _PACKED = re.compile(r"F[468]_|F4$")
 
 
@@ -56,7 +56,7 @@ def check_checkpoint(checkpoint: Checkpoint, subject: str) -> tuple[ModelWeight,
 
     `subject` names the checkpoint in messages. Raises UploadError with all differences: tensors
     that are missing, unexpected or of another shape; tied weights with different values; tokens
-    without an embedding row; quantised weights; more layers than tensors; a config or tokenizer
+    without an embedding row; quantized weights; more layers than tensors; a config or tokenizer
     that transformers cannot load within `LIMITS`. Raises IsolationError if no child process can
     run.
     """
@@ -66,7 +66,7 @@ def check_checkpoint(checkpoint: Checkpoint, subject: str) -> tuple[ModelWeight,
     config = checkpoint.fields()
     tensors = checkpoint.tensors
     problems = [
-        *_quantised(config, tensors),
+        *_quantized(config, tensors),
         *_external_references(config),
         *_implausible_layers(config, len(tensors)),
     ]
@@ -117,15 +117,15 @@ def _key(checkpoint: Checkpoint) -> str:
     return content_sha256([checkpoint.config, tensors, dict(checkpoint.tokenizer)])
 
 
-def _quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSignature]) -> Iterator[str]:
+def _quantized(config: Mapping[str, Any], tensors: Mapping[str, TensorSignature]) -> Iterator[str]:
     do = "publish the model in float32, bfloat16 or float16"
     for path, key, value in _fields(config):
-        if key in _QUANTISED and value:
-            yield f"config.json: {path} declares a quantised checkpoint; {do}"
+        if key in _QUANTIZED and value:
+            yield f"config.json: {path} declares a quantized checkpoint; {do}"
     packed = [name for name, tensor in tensors.items() if _PACKED.match(tensor.dtype)]
     if packed:
         dtypes = sorted({tensors[name].dtype for name in packed})
-        yield f"{len(packed)} tensors are quantised ({', '.join(dtypes)}): {listed(packed)}; {do}"
+        yield f"{len(packed)} tensors are quantized ({', '.join(dtypes)}): {listed(packed)}; {do}"
 
 
 def _external_references(config: Mapping[str, Any]) -> Iterator[str]:

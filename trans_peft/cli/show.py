@@ -32,7 +32,7 @@ out = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 _QUIET_S = 10.0
-_COLOURS = {Verdict.PASSED: "green", Verdict.INCONCLUSIVE: "yellow", Verdict.RETIRE: "yellow"}
+_COLORS = {Verdict.PASSED: "green", Verdict.INCONCLUSIVE: "yellow", Verdict.RETIRE: "yellow"}
 
 
 class ProgressDisplay:
@@ -130,7 +130,7 @@ def print_outcome(outcome: TransferOutcome, suites: Iterable[Suite] = ()) -> Non
         out.print(shown)
     _print_lines("note", outcome.compatibility.notes)
     _print_lines("tried", [str(item) for item in outcome.tried])
-    color = _COLOURS.get(outcome.verdict, "red")
+    color = _COLORS.get(outcome.verdict, "red")
     out.print(f"verdict: [bold {color}]{outcome.verdict}[/]")
     out.print(outcome.judgment.reason, markup=False)
 

@@ -264,20 +264,20 @@ class _Server:
     def _start(self) -> None:
         if self._control is not None:
             self._control.close()
-        self._control, theirs = socket.socketpair()
-        with theirs:
+        self._control, child_socket = socket.socketpair()
+        with child_socket:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
                     "-P",
                     "-c",
-                    f"from trans_peft.isolation.server import main; main({theirs.fileno()})",
+                    f"from trans_peft.isolation.server import main; main({child_socket.fileno()})",
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=child_environment(),
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(child_socket.fileno(),),
                 start_new_session=True,
             )
 

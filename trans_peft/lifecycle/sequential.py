@@ -19,7 +19,7 @@ from trans_peft.lifecycle.evaluation import (
 from trans_peft.ports import Platform
 from trans_peft.text.saved_template import saved_template
 from trans_peft.validation.statistics.sequential import (
-    Arm,
+    EvaluatedModel,
     SequentialGate,
     SequentialSuiteTest,
     batch_ends,
@@ -46,38 +46,45 @@ def evaluate_sequentially(
     """
     gate = SequentialGate(policy, subject.reference, base.fingerprint_sha256)
     named = {suite.name: suite for suite in suites}
-    arms = {Arm.CANDIDATE: _ArmState(subject), Arm.BARE: _ArmState(BARE_BASE)}
+    states = {
+        EvaluatedModel.CANDIDATE: _ModelState(subject),
+        EvaluatedModel.BARE: _ModelState(BARE_BASE),
+    }
     with _BatchEvaluator(base, platform, on_progress) as evaluator:
         while (request := gate.next_request()) is not None:
-            arm, suite, test = arms[request.arm], named[request.suite], gate.suites[request.suite]
-            if suite.name not in arm.evaluations:
-                arm.evaluations[suite.name] = _stored(base, suite, test, arm.subject, platform)
-            known = arm.evaluations[suite.name]
+            state, suite, test = (
+                states[request.model],
+                named[request.suite],
+                gate.suites[request.suite],
+            )
+            if suite.name not in state.evaluations:
+                state.evaluations[suite.name] = _stored(base, suite, test, state.subject, platform)
+            known = state.evaluations[suite.name]
             items = {item.id: item for item in known.items} if known else {}
             if missing := [id_ for id_ in request.ids if id_ not in items]:
                 chunk = evaluator.evaluate(
-                    arm.subject, suite, missing, before=len(items), total=len(test.order)
+                    state.subject, suite, missing, before=len(items), total=len(test.order)
                 )
                 reference = subject.reference[suite.name]
-                arm.evaluations[suite.name] = _joined(known, chunk, test, reference)
-                arm.new.add(suite.name)
+                state.evaluations[suite.name] = _joined(known, chunk, test, reference)
+                state.new.add(suite.name)
                 items |= {item.id: item for item in chunk.items}
-            gate.observe(suite.name, request.arm, [items[id_] for id_ in request.ids])
+            gate.observe(suite.name, request.model, [items[id_] for id_ in request.ids])
 
-    def results(arm: _ArmState) -> dict[str, Evaluation]:
-        found = {name: part for name, part in arm.evaluations.items() if part is not None}
-        labels = base.ref.labels | arm.subject.labels
-        for name in sorted(arm.new):
+    def results(state: _ModelState) -> dict[str, Evaluation]:
+        found = {name: part for name, part in state.evaluations.items() if part is not None}
+        labels = base.ref.labels | state.subject.labels
+        for name in sorted(state.new):
             platform.evaluations.put(found[name], labels=labels)
         others = [suite for suite in suites if suite.name not in gate.suites]
-        return found | evaluate_on(base, others, platform, arm.subject, on_progress=on_progress)
+        return found | evaluate_on(base, others, platform, state.subject, on_progress=on_progress)
 
-    return results(arms[Arm.CANDIDATE]), results(arms[Arm.BARE])
+    return results(states[EvaluatedModel.CANDIDATE]), results(states[EvaluatedModel.BARE])
 
 
 @dataclass
-class _ArmState:
-    """The evaluations of one arm so far, by suite name; `new` names those that are not stored."""
+class _ModelState:
+    """The evaluations of one model so far, by suite name; `new` names those that are not stored."""
 
     subject: EvaluationSubject
     evaluations: dict[str, Evaluation | None] = field(default_factory=dict)

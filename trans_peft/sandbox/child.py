@@ -187,6 +187,6 @@ def _drop_privileges(limits: Limits, missing: Mapping[str, str], *, change_ids: 
                 raise
     kernel.drop_capabilities()
     kernel.forbid_tracing()
-    kernel.die_with_parent()
+    kernel.set_parent_death_signal()
     if Guard.SYSTEM_CALLS not in missing:
         forbid_pdeathsig_changes()

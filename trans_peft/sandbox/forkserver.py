@@ -48,17 +48,17 @@ class ForkServer:
             socket.send_fds(self._socket, [b"."], (control.fileno(), *fds))
 
     def _start(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        self._socket, child_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with child_socket:
             self._process = subprocess.Popen(
                 # No site-packages (-S): a score must not depend on what else is installed.
-                [sys.executable, "-BPSs", "-c", _START.format(fd=theirs.fileno())],
+                [sys.executable, "-BPSs", "-c", _START.format(fd=child_socket.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=_environment(),
                 cwd="/",
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(child_socket.fileno(),),
                 start_new_session=True,
             )
         self._owner = os.getpid()

@@ -19,7 +19,6 @@ __all__ = [
     "CLONE_NEWPID",
     "CLONE_NEWUSER",
     "bind",
-    "die_with_parent",
     "drop_capabilities",
     "forbid_tracing",
     "install_filter",
@@ -30,6 +29,7 @@ __all__ = [
     "numbers",
     "pivot_root",
     "set_no_new_privileges",
+    "set_parent_death_signal",
     "unshare",
 ]
 
@@ -134,7 +134,7 @@ def leave_session_keyring() -> None:
     _call("syscall", numbers().keyctl, _KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
-def die_with_parent() -> None:
+def set_parent_death_signal() -> None:
     """Let the kernel send SIGKILL when the parent ends. A change of ids cancels this."""
     _call("prctl", _PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
 

@@ -83,11 +83,11 @@ class Sandbox:
             if Guard.FILES in self._allow_missing:
                 self._working_folder = stack.enter_context(TemporaryDirectory())
                 Path(self._working_folder).chmod(0o777)
-            self._control, theirs = socket.socketpair()
+            self._control, child_socket = socket.socketpair()
             stack.enter_context(self._control)
             self._stream = stack.enter_context(self._control.makefile("rwb"))
-            with theirs:
-                _fork_server.fork(theirs, self._fds)
+            with child_socket:
+                _fork_server.fork(child_socket, self._fds)
             stack.callback(self._end)
             self._stack = stack.pop_all()
         return self

@@ -81,7 +81,7 @@ def forbid_system_calls() -> None:
 
 
 def forbid_pdeathsig_changes() -> None:
-    """Forbid this process to undo `kernel.die_with_parent`. OSError on failure."""
+    """Forbid this process to undo `kernel.set_parent_death_signal`. OSError on failure."""
     _install(
         _refuse_first_argument(_PRCTL[_ARCHITECTURES[numbers().audit]], _EQUAL, _PR_SET_PDEATHSIG)
     )

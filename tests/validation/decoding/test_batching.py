@@ -8,26 +8,26 @@ CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), CPU, MemoryError()]
 
 
-class Room:
-    """Answers with the items' squares; has room for so many at once."""
+class LimitedMemory:
+    """Answers with the items' squares; raises `error` for more than `capacity` of them."""
 
-    def __init__(self, rooms, error):
-        self.rooms, self.error, self.sizes = rooms, error, []
+    def __init__(self, capacity, error):
+        self.capacity, self.error, self.sizes = capacity, error, []
 
     def __call__(self, batch):
         self.sizes.append(len(batch))
-        if len(batch) > self.rooms:
+        if len(batch) > self.capacity:
             raise self.error
         return [item**2 for item in batch]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize(
-    ("room", "sizes"),
+    ("capacity", "sizes"),
     [(100, [8, 3]), (8, [8, 3]), (5, [8, 4, 4, 3]), (1, [8, 4, 2] + [1] * 11)],
 )
-def test_a_batch_that_does_not_fit_is_halved_and_every_item_answered_once(error, room, sizes):
-    answer, progress = Room(room, error), []
+def test_a_batch_that_does_not_fit_is_halved_and_every_item_answered_once(error, capacity, sizes):
+    answer, progress = LimitedMemory(capacity, error), []
     found = in_batches(
         range(11), answer, size=8, describe=str, on_progress=lambda *done: progress.append(done)
     )
@@ -38,7 +38,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_every_item_answered_once(error,
 
 
 def test_a_batch_ends_where_keep_together_ends_it():
-    answer = Room(3, ERRORS[0])
+    answer = LimitedMemory(3, ERRORS[0])
     found = in_batches(
         range(11),
         answer,
@@ -53,11 +53,11 @@ def test_a_batch_ends_where_keep_together_ends_it():
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_item_that_does_not_fit_alone_is_named(error):
     with pytest.raises(EvaluationError, match="item seven"):
-        in_batches([7], Room(0, error), size=None, describe=lambda item: "item seven")
+        in_batches([7], LimitedMemory(0, error), size=None, describe=lambda item: "item seven")
 
 
 def test_another_error_is_not_treated_as_out_of_memory():
-    answer = Room(0, RuntimeError("shape mismatch"))
+    answer = LimitedMemory(0, RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         in_batches([1, 2], answer, size=None, describe=str)
     assert answer.sizes == [2]

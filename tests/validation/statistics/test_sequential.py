@@ -22,7 +22,7 @@ from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.gate import judge
 from trans_peft.validation.statistics.intervals import items_to_decide
 from trans_peft.validation.statistics.sequential import (
-    Arm,
+    EvaluatedModel,
     SequentialGate,
     batch_ends,
     order,
@@ -36,26 +36,26 @@ def drive(policy, reference, candidate, bare):
     """Serve all requests. Returns the gate and the evaluated parts: candidate, then bare base."""
     (base,) = {evaluation.base_fingerprint_sha256 for evaluation in candidate.values()}
     gate = SequentialGate(policy, reference, base)
-    answers = {Arm.CANDIDATE: candidate, Arm.BARE: bare}
-    evaluated = {Arm.CANDIDATE: {}, Arm.BARE: {}}
+    answers = {EvaluatedModel.CANDIDATE: candidate, EvaluatedModel.BARE: bare}
+    evaluated = {EvaluatedModel.CANDIDATE: {}, EvaluatedModel.BARE: {}}
     while (request := gate.next_request()) is not None:
-        whole = answers[request.arm][request.suite]
+        whole = answers[request.model][request.suite]
         results = {item.id: item for item in whole.items}
         items = [results[id_] for id_ in request.ids]
-        gate.observe(request.suite, request.arm, items)
-        evaluated[request.arm].setdefault(request.suite, []).extend(items)
+        gate.observe(request.suite, request.model, items)
+        evaluated[request.model].setdefault(request.suite, []).extend(items)
     return gate, *(
         {
             name: replace(
-                answers[arm][name],
+                answers[model][name],
                 items=tuple(items),
                 prefix=Prefix(n, gate.suites[name].seed)
                 if len(items) < (n := len(reference[name].items))
                 else None,
             )
-            for name, items in evaluated[arm].items()
+            for name, items in evaluated[model].items()
         }
-        for arm in Arm
+        for model in EvaluatedModel
     )
 
 
@@ -292,4 +292,4 @@ def test_results_of_other_items_than_requested_are_rejected():
     request = gate.next_request()
     later = gate.suites["imports"].order[-len(request.ids) :]
     with pytest.raises(InvalidSpecError, match="results of other items than the next ones"):
-        gate.observe("imports", Arm.CANDIDATE, [ItemResult(id_, True) for id_ in later])
+        gate.observe("imports", EvaluatedModel.CANDIDATE, [ItemResult(id_, True) for id_ in later])

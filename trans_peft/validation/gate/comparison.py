@@ -24,7 +24,7 @@ from trans_peft.validation.statistics.intervals import (
     upper_bound,
 )
 from trans_peft.validation.statistics.pairing import Pairs, count_pairs
-from trans_peft.validation.statistics.sequential import Arm, SequentialSuiteTest
+from trans_peft.validation.statistics.sequential import EvaluatedModel, SequentialSuiteTest
 
 __all__ = ["judge_sequential_suite", "judge_suite"]
 
@@ -102,12 +102,16 @@ def judge_sequential_suite(policy: GatePolicy, test: SequentialSuiteTest) -> Sui
     versus_bare = None
     if test.bare_differences:
         versus_bare = _betting_comparison(
-            policy, test, test.bare_differences, test.score(Arm.BARE), exact_at=(0.0, margin)
+            policy,
+            test,
+            test.bare_differences,
+            test.score(EvaluatedModel.BARE),
+            exact_at=(0.0, margin),
         )
     n, discordant = versus_old.pairs.n, versus_old.pairs.discordant
     return SuiteJudgment(
         suite=test.suite,
-        score=test.score(Arm.CANDIDATE),
+        score=test.score(EvaluatedModel.CANDIDATE),
         versus_old_base=versus_old.comparison,
         power=power_of_betting_test(suite_items, discordant / n, margin, test.levels.alpha),
         versus_bare_base=versus_bare and versus_bare.comparison,

@@ -22,7 +22,7 @@ from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.statistics.betting import BettingTest
 
 __all__ = [
-    "Arm",
+    "EvaluatedModel",
     "ItemRequest",
     "SequentialGate",
     "SequentialSuiteTest",
@@ -36,8 +36,8 @@ _MIN_BATCH_SIZE = 32
 _MAX_BATCHES = 16
 
 
-class Arm(StrEnum):
-    """A model that is evaluated on the new base: with the adapter, or the bare base."""
+class EvaluatedModel(StrEnum):
+    """A model on the new base: with the adapter, or the bare base."""
 
     CANDIDATE = "candidate"
     BARE = "bare"
@@ -47,7 +47,7 @@ class ItemRequest(NamedTuple):
     """The next items to evaluate, in this order: suite name, model and item ids."""
 
     suite: str
-    arm: Arm
+    model: EvaluatedModel
     ids: tuple[str, ...]
 
 
@@ -98,7 +98,10 @@ class SequentialSuiteTest:
         self.changes: list[int] = []
         self.bare_differences: list[int] = []
         self._old = {item.id: item.correct for item in reference.items}
-        self._correct: dict[Arm, list[bool]] = {Arm.CANDIDATE: [], Arm.BARE: []}
+        self._correct: dict[EvaluatedModel, list[bool]] = {
+            EvaluatedModel.CANDIDATE: [],
+            EvaluatedModel.BARE: [],
+        }
         self.levels = policy.levels(suites)
         margin = policy.margin_points / 100
 
@@ -110,13 +113,13 @@ class SequentialSuiteTest:
         self.superior = betting_test(0.0, self.levels.alpha)
         self.baseline_non_inferior = betting_test(-margin, self.levels.alpha)
 
-    def observed_count(self, arm: Arm) -> int:
+    def observed_count(self, model: EvaluatedModel) -> int:
         """Return the number of items observed for one model."""
-        return len(self._correct[arm])
+        return len(self._correct[model])
 
-    def score(self, arm: Arm) -> float:
+    def score(self, model: EvaluatedModel) -> float:
         """Return the share of correct answers of one model, in points, on its observed items."""
-        return 100 * sum(self._correct[arm]) / self.observed_count(arm)
+        return 100 * sum(self._correct[model]) / self.observed_count(model)
 
     @property
     def reference_score(self) -> float:
@@ -124,19 +127,19 @@ class SequentialSuiteTest:
         ids = self.order[: len(self.changes)]
         return 100 * sum(self._old[id_] for id_ in ids) / len(ids)
 
-    def next_ids(self, arm: Arm) -> tuple[str, ...]:
+    def next_ids(self, model: EvaluatedModel) -> tuple[str, ...]:
         """Return the ids of the next batch of one model."""
-        done = self.observed_count(arm)
+        done = self.observed_count(model)
         end = next(end for end in batch_ends(len(self.order)) if end > done)
         return self.order[done:end]
 
-    def observe(self, arm: Arm, correct: Mapping[str, bool]) -> None:
+    def observe(self, model: EvaluatedModel, correct: Mapping[str, bool]) -> None:
         """Add results of the next items of one model, and update the tests that they allow.
 
         Raises:
             InvalidSpecError: the items are not the next ones in `order`.
         """
-        done = self.observed_count(arm)
+        done = self.observed_count(model)
         expected = self.order[done : done + len(correct)]
         if set(expected) != set(correct):
             raise InvalidSpecError(
@@ -145,8 +148,8 @@ class SequentialSuiteTest:
                 found=tuple(correct)[:5],
                 do="evaluate the items that SequentialGate.next_request returns",
             )
-        self._correct[arm] += [correct[id_] for id_ in expected]
-        new, bare = self._correct[Arm.CANDIDATE], self._correct[Arm.BARE]
+        self._correct[model] += [correct[id_] for id_ in expected]
+        new, bare = self._correct[EvaluatedModel.CANDIDATE], self._correct[EvaluatedModel.BARE]
         for i in range(len(self.changes), len(new)):
             change = int(new[i]) - int(self._old[self.order[i]])
             self.changes.append(change)
@@ -158,12 +161,14 @@ class SequentialSuiteTest:
             self.superior.observe(difference)
             self.baseline_non_inferior.observe(-difference)
 
-    def next_arm(self, betting_test: BettingTest) -> Arm:
+    def next_model(self, betting_test: BettingTest) -> EvaluatedModel:
         """Return the model that has to be evaluated next to update a test."""
         if betting_test in (self.non_inferior, self.inferior):
-            return Arm.CANDIDATE
-        behind = self.observed_count(Arm.BARE) < self.observed_count(Arm.CANDIDATE)
-        return Arm.BARE if behind else Arm.CANDIDATE
+            return EvaluatedModel.CANDIDATE
+        behind = self.observed_count(EvaluatedModel.BARE) < self.observed_count(
+            EvaluatedModel.CANDIDATE
+        )
+        return EvaluatedModel.BARE if behind else EvaluatedModel.CANDIDATE
 
 
 class SequentialGate:
@@ -183,7 +188,7 @@ class SequentialGate:
 
     Example:
         >>> while (request := gate.next_request()) is not None:
-        ...     gate.observe(request.suite, request.arm, evaluate(request))
+        ...     gate.observe(request.suite, request.model, evaluate(request))
         >>> gate.verdict
     """
 
@@ -207,13 +212,13 @@ class SequentialGate:
         }
         self._must_beat_bare, self._bare = policy.must_beat_bare, bare
 
-    def observe(self, suite: str, arm: Arm, items: Sequence[ItemResult]) -> None:
+    def observe(self, suite: str, model: EvaluatedModel, items: Sequence[ItemResult]) -> None:
         """Add the results of a request.
 
         Raises:
             InvalidSpecError: the items are not those of the last request.
         """
-        self.suites[suite].observe(arm, {item.id: item.correct for item in items})
+        self.suites[suite].observe(model, {item.id: item.correct for item in items})
 
     def next_request(self) -> ItemRequest | None:
         """Return the next items to evaluate, or None if the verdict is known.
@@ -262,8 +267,8 @@ class SequentialGate:
         for name, test in self.suites.items():
             for owner, betting_test in betting_tests:
                 if owner is test and betting_test.is_undecided:
-                    arm = test.next_arm(betting_test)
-                    return ItemRequest(name, arm, test.next_ids(arm))
+                    model = test.next_model(betting_test)
+                    return ItemRequest(name, model, test.next_ids(model))
         return None
 
 
@@ -292,15 +297,17 @@ def replay(
     (base,) = {result.base_fingerprint_sha256 for result in candidate.values()} or {""}
     gate = SequentialGate(policy, reference, base, bare=bool(bare))
     while (request := gate.next_request()) is not None:
-        results = {Arm.CANDIDATE: candidate, Arm.BARE: bare}[request.arm].get(request.suite)
+        results = {EvaluatedModel.CANDIDATE: candidate, EvaluatedModel.BARE: bare}[
+            request.model
+        ].get(request.suite)
         stored = {item.id: item for item in results.items} if results else {}
         missing = [id_ for id_ in request.ids if id_ not in stored]
         if missing:
             raise InvalidSpecError(
-                f"suite {request.suite!r}: {request.arm} has too few results for a verdict",
+                f"suite {request.suite!r}: {request.model} has too few results for a verdict",
                 expected=f"{len(missing)} more items, starting with {missing[0]}",
                 found=f"results of {len(stored)} items",
                 do="evaluate the items that SequentialGate.next_request returns",
             )
-        gate.observe(request.suite, request.arm, [stored[id_] for id_ in request.ids])
+        gate.observe(request.suite, request.model, [stored[id_] for id_ in request.ids])
     return gate

@@ -1,4 +1,4 @@
-"""Nouns to put behind the doors, small and with every field used."""
+"""Examples of the domain objects for tests of the ports: small, with every field used."""
 
 import json
 from dataclasses import replace

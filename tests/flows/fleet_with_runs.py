@@ -64,7 +64,7 @@ class Run:
 
 
 @dataclass
-class World:
+class FleetWithRuns:
     """A fleet, and the flow runs of its shards. `verdicts` are those other than passed."""
 
     folder: Path
