@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 __all__ = ["ARCHITECTURES", "UNBUILT", "VOCABULARY", "tiny"]
 
 ARCHITECTURES: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-"""Every model type that `AutoModelForCausalLM` knows, and its class."""
+"""Every model type that `AutoModelForCausalLM` has, and its class."""
 
 VOCABULARY = 64
 _LAYERS = 4

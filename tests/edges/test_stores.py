@@ -262,7 +262,14 @@ class TestFiles:
         with pytest.raises(NotFoundError):
             read(store, str(tmp_path))
 
-    @pytest.mark.parametrize("uri", ["http://example.org/x", "gs://bucket/x", "file://host/x"])
-    def test_other_schemes_are_refused(self, uri):
+    @pytest.mark.parametrize("uri", ["http://example.org/x", "gs://bucket/x", "S3://b/x", "://x"])
+    def test_other_schemes_are_refused_with_the_known_ones(self, uri):
+        for use in (SchemeStore().list, lambda uri: read(SchemeStore(), uri)):
+            with pytest.raises(StoreError, match=r"s3://bucket/key, a path, or file:///path"):
+                use(uri)
+        with pytest.raises(StoreError, match="there is no store for the URI scheme"):
+            SchemeStore().write(uri, io.BytesIO(b"x"))
+
+    def test_a_file_uri_with_a_host_is_refused(self):
         with pytest.raises(StoreError, match="not a local path"):
-            SchemeStore().list(uri)
+            SchemeStore().list("file://host/x")

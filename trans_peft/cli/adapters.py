@@ -50,8 +50,8 @@ def train(
         def on_event(event: events.Event) -> None:
             if isinstance(event, events.TrainingMetrics):
                 steps.append(event)
-                metrics = f"steps, loss {event.loss:.3f}, {event.tokens_per_s:,.0f} tokens/s"
-                shown.update(f"training {wanted.adapter}", event.step, event.total_steps, metrics)
+                what, note = f"training {wanted.adapter}", f"steps  {event.rest}"
+                shown.update(what, event.step, event.total_steps, note)
             elif isinstance(event, events.TrainingStarted):
                 shown.print_line(str(event))
 

@@ -5,15 +5,20 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import BinaryIO
 
+from trans_peft.domain.names import quoted
 from trans_peft.domain.places import Places
 from trans_peft.edges.file_store import ANYWHERE, FileStore
+from trans_peft.errors import StoreError
 from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = ["SchemeStore"]
 
 
 class SchemeStore:
-    """`ArtifactStore` for `s3://` URIs, paths and `file://` URIs. boto3 is imported only for S3."""
+    """`ArtifactStore` for `s3://` URIs, paths and `file://` URIs. boto3 is imported only for S3.
+
+    Every method raises StoreError for another scheme.
+    """
 
     def __init__(self, places: Places = ANYWHERE) -> None:
         self.places = places
@@ -40,4 +45,13 @@ class SchemeStore:
         self._store(uri).write(uri, data)
 
     def _store(self, uri: str) -> ArtifactStore:
-        return self._s3 if uri.startswith("s3://") else self._files
+        scheme, separator, _ = uri.partition("://")
+        if scheme == "s3":
+            return self._s3
+        if scheme == "file" or not separator:
+            return self._files
+        raise StoreError(
+            f"there is no store for the URI scheme {quoted(scheme)}",
+            expected="s3://bucket/key, a path, or file:///path",
+            found=quoted(uri, 200),
+        )

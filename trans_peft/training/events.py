@@ -82,10 +82,15 @@ class TrainingMetrics:
         }
 
     def __str__(self) -> str:
-        rest = "" if self.eta_s is None else f"  {self.eta_s:.0f} s left"
+        return f"step {self.step}/{self.total_steps}  {self.rest}"
+
+    @property
+    def rest(self) -> str:
+        """The metrics and the remaining time, as the log and the terminal show them."""
+        left = "" if self.eta_s is None else f"  {self.eta_s:.0f} s left"
         return (
-            f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}  lr "
-            f"{self.learning_rate:.2e}  {self.tokens_per_s:,.0f} tokens/s{rest}"
+            f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  "
+            f"{self.tokens_per_s:,.0f} tokens/s{left}"
         )
 
 

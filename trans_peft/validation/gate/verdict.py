@@ -8,9 +8,8 @@ run at the policy's `alpha` without correction (an intersection-union test). For
 one significant inferiority test is enough, so the inferiority tests share `alpha` (the first step
 of Holm's method).
 
-A level per suite does not exist yet. `GatePolicy.levels` (`trans_peft.domain.evaluation`) is the
-place to add it: all bounds, tests, powers and item counts of a suite use its result. It is called
-in `judge_suite` (`comparison.py`) and `SequentialSuiteTest` (`statistics/sequential.py`).
+All suites have the same levels. `GatePolicy.levels` (`trans_peft.domain.evaluation`) returns them:
+all bounds, tests, powers and item counts use its result.
 
 Sequential policies use betting tests on as many items as the verdict needs
 (`trans_peft.validation.statistics.sequential`). The table and the levels are the same.
