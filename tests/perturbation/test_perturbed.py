@@ -27,6 +27,7 @@ DOWN = Down(("model.layers.{}.mlp.down_proj.weight",))
 ATTENTION = Down(("model.layers.{}.self_attn.o_proj.weight",))
 IDS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1))
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = LoraConfig(r=4, target_modules=TARGETS)
 
 
 def base(**options):
@@ -461,6 +462,7 @@ def test_no_slice_is_kept_until_the_backward_pass():
     ("change", "options", "message"),
     [
         (lambda m: m.eval(), {}, r"eval mode: call model.train\(\)"),
+        (lambda m: get_peft_model(m.eval(), LORA), {}, r"eval mode: call model.train\(\)"),
         (lambda m: m, {"spared_layers": (1, 4, 9)}, r"\[4, 9\] are out of range"),
         (lambda m: m, {"spared_layers": (0, 1, 2, 3)}, "spared_layers names every layer"),
         (lambda m: m, {"seed": -1}, "seed must lie"),

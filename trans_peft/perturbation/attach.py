@@ -101,9 +101,10 @@ def perturbed(
         layout: names of the sub-layers, for a model in which they cannot be found.
 
     Raises:
-        InvalidSpecError: `spared_layers` out of range or naming every layer, a model in eval mode,
-            already perturbed or without a trainable parameter, an argument of another type, `seed`,
-            `rank` or `step` out of range. The model is unchanged.
+        InvalidSpecError: `spared_layers` out of range or naming every layer, a model in eval mode
+            (as `from_pretrained` returns it), already perturbed or without a trainable parameter,
+            an argument of another type, `seed`, `rank` or `step` out of range. The model is
+            unchanged.
         UnsupportedModelError: `model` is not a module, no FFN found, a module changed inside the
             block, or nn.DataParallel.
     """
@@ -113,8 +114,6 @@ def perturbed(
         for name, value in (("seed", seed), ("rank", rank or 0), ("step", step))
         if not (isinstance(value, int) and 0 <= value < 2**64)
     ]
-    if not model.training:
-        problems.append("the model is in eval mode: call model.train() before perturbed()")
     if perturbation.is_off and not problems:
         yield PerturbationHandle(None, {})
         return
@@ -122,6 +121,9 @@ def perturbed(
         problems.append("no parameter requires a gradient: add the adapter first (get_peft_model)")
     kinds = _kinds(perturbation)
     stack, layers = found_layers(model, layout, kinds)
+    # Not `model.training`: PEFT's wrapper is in training mode although the model inside it is not.
+    if not stack.training:
+        problems.append("the model is in eval mode: call model.train() before perturbed()")
     beyond = [index for index in perturbation.spared_layers if index >= len(layers)]
     if beyond:
         problems.append(
