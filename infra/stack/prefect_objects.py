@@ -47,9 +47,10 @@ class Queue:
 QUEUES = {"control": Queue(1, limited=False), "gpu": Queue(2, limited=True)}
 
 _HEARTBEAT = "prefect.flow-run.heartbeat"
+_SILENCE_MINUTES = 3
 ZOMBIE_AUTOMATION = AutomationCore(
     name="crash-zombie-flow-runs",
-    description="Mark a flow run as crashed after 3 minutes without a heartbeat",
+    description=f"Mark a flow run as crashed after {_SILENCE_MINUTES} minutes without a heartbeat",
     trigger=EventTrigger(
         after={_HEARTBEAT},
         expect={
@@ -60,13 +61,14 @@ ZOMBIE_AUTOMATION = AutomationCore(
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
-        within=timedelta(minutes=3),
+        within=timedelta(minutes=_SILENCE_MINUTES),
     ),
     actions=[
         ChangeFlowRunState(
             name=None,
             state=StateType.CRASHED,
-            message="The run sent no heartbeat for 3 minutes. Its machine or process is gone.",
+            message=f"The run sent no heartbeat for {_SILENCE_MINUTES} minutes. "
+            "Its machine or process is gone.",
             force=False,
         )
     ],
@@ -94,8 +96,17 @@ async def register(client: PrefectClient, gpu_slots: int) -> None:
     await client.update_global_concurrency_limit(
         GPU_LIMIT, GlobalConcurrencyLimitUpdate(active=True)
     )
-    if not await client.read_automations_by_name(ZOMBIE_AUTOMATION.name):
+    await _register_automation(client)
+
+
+async def _register_automation(client: PrefectClient) -> None:
+    """Create or update the automation. An update forgets the heartbeats of the running flows."""
+    found = await client.read_automations_by_name(ZOMBIE_AUTOMATION.name)
+    if not found:
         await client.create_automation(ZOMBIE_AUTOMATION)
+    for one in found:
+        if AutomationCore(**one.model_dump(exclude={"id"})) != ZOMBIE_AUTOMATION:
+            await client.update_automation(one.id, ZOMBIE_AUTOMATION)
 
 
 async def _main() -> None:
