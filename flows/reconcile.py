@@ -173,5 +173,5 @@ class _Family:
         if changes.is_refused or (changes.obstacle and not self.awaited(wait=True)):
             yield reporting.obstacle_text(changes)
         yield from dict.fromkeys(self.left.values())
-        yield from (f"parked after three failed attempts: {task}" for task in plan.parked)
+        yield from map(reporting.parked_text, plan.parked)
         yield from plan.unreadable

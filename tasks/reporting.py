@@ -5,13 +5,14 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks.composition import platform
 from tasks.policy import RETRIES
+from trans_peft.domain.conventions import OUTCOME_TAG_PREFIX, TAG_PREFIX
 from trans_peft.domain.fleet import FleetChanges
 from trans_peft.domain.identity import content_sha256
-from trans_peft.domain.outcome import Plan
+from trans_peft.domain.outcome import Plan, TransferTask
 from trans_peft.lifecycle.promotion import describe_obstacle
 from trans_peft.lifecycle.report import report
 
-__all__ = ["changes_markdown", "obstacle_text", "publish_fleet", "publish_plan"]
+__all__ = ["changes_markdown", "obstacle_text", "parked_text", "publish_fleet", "publish_plan"]
 
 
 @task(**RETRIES, task_run_name="plan of {plan.family}")
@@ -21,7 +22,7 @@ def publish_plan(plan: Plan) -> None:
     for item in plan.tasks:
         logger.info("%s", item)
     for item in plan.parked:
-        logger.warning("parked after three failed attempts: %s", item)
+        logger.warning("%s", parked_text(item))
     create_table_artifact(
         key=f"plan-{_slug(plan.family)}",
         table=[
@@ -50,6 +51,17 @@ def publish_fleet(family: str, changes: FleetChanges) -> str:
 def obstacle_text(changes: FleetChanges) -> str:
     """Return why `serving` did not move to `champion`, empty if nothing prevents it."""
     return "" if changes.obstacle is None else describe_obstacle(changes.obstacle)
+
+
+def parked_text(item: TransferTask) -> str:
+    """Return that all attempts of a task failed, and how to start it again."""
+    tag = f"{TAG_PREFIX}{OUTCOME_TAG_PREFIX}{item.base.alias}"
+    return (
+        f"parked after three failed attempts: {item}\n"
+        f"  do:       read the reason in the newest run of {item.adapter} in the experiment "
+        f"trans-peft/transfers and correct its cause; then, in MLflow, remove the tag "
+        f"{tag} of version {item.source_number} of {item.adapter}"
+    )
 
 
 def changes_markdown(changes: FleetChanges) -> str:

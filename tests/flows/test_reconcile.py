@@ -1,5 +1,6 @@
 """Reconcile runs that are killed, run twice, or meet manual changes end like an undisturbed run."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -133,6 +134,7 @@ class TestKilled:
         upgraded.judge = lambda task: killed() if task.adapter == "c" else judge(task)
         state = upgraded.reconcile(monkeypatch)
         assert "parked after three failed attempts: c on small/v2" in state.message
+        assert re.search(r"do: .* remove the tag trans_peft\.outcome\.on-\w+ of", state.message)
         assert upgraded.fleet.serving == 2  # 3 of 5 serve there: the policy asks for half
         assert {record[0] for record in upgraded.records} == set("abde")
 

@@ -1,17 +1,21 @@
 """The same manual changes have the same results in memory and in MLflow."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
+from mlflow import MlflowClient
 
+from tasks.reporting import parked_text
 from tests.lifecycle.fleet import POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.outcome import Reason
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import BaseUnreadableError, NotFoundError, NotServedError
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.base_files import base_folder, named_fingerprint, tokenizer_folder
-from trans_peft.lifecycle.reconcile import observe, observe_adapter
+from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS, observe, observe_adapter, plan
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import find_base, resolve
 from trans_peft.lifecycle.transfer import record_failure
@@ -41,8 +45,6 @@ class Upgrade:
     def registers_manually(self, uri):
         if hasattr(self.fleet.platform.catalog, "register_manually"):
             return self.fleet.platform.catalog.register_manually(self.fleet.family, uri)
-        from mlflow import MlflowClient
-
         tracking_uri = self.fleet.platform.catalog._tracking.uri
         return int(MlflowClient(tracking_uri).create_model_version(self.fleet.family, uri).version)
 
@@ -239,3 +241,20 @@ def test_after_a_kill_at_any_write_the_next_run_reaches_the_same_state(
             break
     assert len(ends) > 5
     assert ends == [upgrade.state] * len(ends)
+
+
+@pytest.mark.servers
+def test_a_parked_task_starts_again_when_the_reported_tag_is_removed(servers, unique, tmp_path):
+    fleet = MemoryFleet.on_mlflow(tmp_path, unique, servers.mlflow_url)
+    fleet.add_adapter(f"{unique}-chat", fleet.add_base("v1"))
+    fleet.promote(fleet.add_base("v2"))
+    for _ in range(MAX_ATTEMPTS):
+        fleet.judge(fleet.tasks()[0], Verdict.FAILED)
+    assert fleet.tasks() == ()
+    (parked,) = plan(observe(unique, fleet.platform), POLICY).parked
+    name, number, adapter = re.search(
+        r"remove the tag (\S+) of version (\d+) of (\S+)$", parked_text(parked)
+    ).groups()
+    MlflowClient(servers.mlflow_url).delete_model_version_tag(adapter, number, name)
+    (task,) = fleet.tasks()
+    assert (task.attempt, task.reason) == (1, Reason.NO_VERDICT)

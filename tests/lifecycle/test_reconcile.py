@@ -172,6 +172,18 @@ def test_a_task_is_parked_after_three_failures(fleet, two_bases):
     assert [w.adapter for w in found.parked] == ["chat"]
 
 
+def test_a_new_policy_starts_a_parked_task_at_its_first_attempt(fleet, two_bases):
+    """Attempts count for each policy, in the plan as in `TransferOutcome.counted_after`."""
+    stricter = GatePolicy(margin_points=1.0)
+    for policy in (POLICY, stricter):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            (task,) = (w for w in fleet.tasks(policy) if w.adapter == "chat")
+            assert (task.attempt, task.estimated_seconds) == (attempt, None)
+            fleet.judge(task, Verdict.FAILED, policy)
+        found = plan(observe(FAMILY, fleet.platform), policy)
+        assert [w.adapter for w in found.parked] == ["chat"]
+
+
 def test_a_retrained_adapter_is_planned_with_its_new_weights(fleet, two_bases):
     v1, _ = two_bases
     fleet.complete_tasks()

@@ -16,6 +16,7 @@ __all__ = [
     "CONVERTED_SUFFIX",
     "EVENT_PREFIX",
     "GPU_LIMIT",
+    "OUTCOME_TAG_PREFIX",
     "OVERRIDE_TAG_PREFIX",
     "RECONCILE_TAG",
     "SERVING_ALIAS",
@@ -39,6 +40,9 @@ ALIAS_TAG_PREFIX = "alias."
 
 OVERRIDE_TAG_PREFIX = "manual-override."
 """Starts the tag (after `TAG_PREFIX`) that records the manual override of an alias."""
+
+OUTCOME_TAG_PREFIX = "outcome."
+"""Starts the tag (after `TAG_PREFIX`, before the base's alias) with the outcome on a base."""
 
 SERVING_ALIAS, CHAMPION_ALIAS = "serving", "champion"
 BASE_ALIASES = (SERVING_ALIAS, CHAMPION_ALIAS)

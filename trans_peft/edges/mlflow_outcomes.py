@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trans_peft.domain.conventions import ADAPTER_ALIAS_PREFIX
+from trans_peft.domain.conventions import ADAPTER_ALIAS_PREFIX, OUTCOME_TAG_PREFIX
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.names import quoted
 from trans_peft.domain.outcome import TransferOutcome
@@ -24,7 +24,7 @@ from trans_peft.errors import IntegrityError, listed_lines
 __all__ = ["MlflowOutcomes"]
 
 _FILE = "outcome.json"
-_TAG = re.compile(rf"outcome\.{ADAPTER_ALIAS_PREFIX}[0-9a-f]+")
+_TAG = re.compile(rf"{re.escape(OUTCOME_TAG_PREFIX)}{ADAPTER_ALIAS_PREFIX}[0-9a-f]+")
 _MAX_REASON, _MAX_LINE, _MAX_LINES = 2000, 300, 20
 """Characters and lines. All texts together stay below MLflow's limit of 100,000 characters."""
 
@@ -81,12 +81,12 @@ class MlflowOutcomes:
             self._remove_tags(base, (v for v in found if int(v.version) != number))
         summary = {"time_ms": time_ms, "run_id": run_id, "outcome": _short(outcome)}
         self._tracking.tag_version(
-            outcome.adapter, number, {**verdict, f"outcome.{base}": json.dumps(summary)}
+            outcome.adapter, number, {**verdict, f"{OUTCOME_TAG_PREFIX}{base}": json.dumps(summary)}
         )
 
     def _remove_tags(self, base: str, versions: Iterable[Any]) -> None:
         for version in versions:
-            for name in (f"outcome.{base}", f"verdict.{base}"):
+            for name in (f"{OUTCOME_TAG_PREFIX}{base}", f"verdict.{base}"):
                 if name in own_tags(version.tags):
                     self._tracking.untag_version(version.name, int(version.version), name)
 
@@ -113,13 +113,15 @@ def _stored(found: list[Any]) -> list[tuple[str, int, TransferOutcome]]:
                 where = f"the tag {tag(name)} of version {version.version} of {version.name}"
                 parsed: _OutcomeTag = from_json(_OutcomeTag, text, where=where)
                 _check(parsed.outcome, name, version.name, where)
-                outcomes.append((name.removeprefix("outcome."), parsed.time_ms, parsed.outcome))
+                outcomes.append(
+                    (name.removeprefix(OUTCOME_TAG_PREFIX), parsed.time_ms, parsed.outcome)
+                )
     return outcomes
 
 
 def _check(outcome: TransferOutcome, name: str, adapter: str, where: str) -> None:
     """Raise IntegrityError unless the outcome and its recipe belong to this adapter and base."""
-    about = (outcome.adapter, f"outcome.{outcome.base.alias}")
+    about = (outcome.adapter, f"{OUTCOME_TAG_PREFIX}{outcome.base.alias}")
     training = outcome.training
     if about != (adapter, name) or (
         training and (training.adapter, training.family) != (adapter, outcome.base.family)

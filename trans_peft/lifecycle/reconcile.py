@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 MAX_ATTEMPTS = 3
-"""After this many failed attempts, a task is parked until a person acts."""
+"""After this many failed attempts under one policy, a task is parked until a person acts."""
 
 
 def observe(family: str, platform: Platform) -> Fleet:
@@ -208,7 +208,9 @@ def _missing(
     if outcome is None:
         reason, attempt = Reason.NO_VERDICT, 1
     elif outcome.verdict is Verdict.FAILED:
-        reason, attempt = Reason.RETRY, outcome.attempts + 1
+        # As `TransferOutcome.counted_after` counts: a new policy starts at the first attempt.
+        same_policy = outcome.policy_sha256 == policy.sha256
+        reason, attempt = Reason.RETRY, outcome.attempts + 1 if same_policy else 1
     elif outcome.verdict is not Verdict.INCOMPATIBLE and outcome.policy_sha256 != policy.sha256:
         reason, attempt = Reason.POLICY_CHANGED, 1
     else:
