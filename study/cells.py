@@ -17,8 +17,8 @@ from demo.base import write_base_v1
 from demo.sources import source_files
 from demo.tasks import read_held_out, split, write
 from demo.update import update, update_text
-from study.ledger import Score
-from study.plan import DATA_SEED, TASKS, UPDATES, V1, Fit, suite
+from study.plan import DATA_SEED, TASKS, UPDATES, V1, PlannedTraining, suite
+from study.score_file import Score
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.data import parse_examples
 from trans_peft.domain.evaluation import BARE, Suite
@@ -75,14 +75,14 @@ class Prepared:
         """Return the folder of a task's rows: train.jsonl and eval.jsonl."""
         return self.folder / "rows" / task
 
-    def job(self, fit: Fit) -> TrainingJob:
+    def job(self, planned: PlannedTraining) -> TrainingJob:
         """Return the training job of one adapter. Its folder is named by the hash of its inputs."""
         job = TrainingJob(
-            recipe=fit.recipe(self.suites[fit.task]),
-            base_folder=self.base(fit.base),
-            base_name=fit.base,
-            base_revision=self.fingerprints[fit.base],
-            data_file=self.rows(fit.task) / "train.jsonl",
+            recipe=planned.recipe(self.suites[planned.task]),
+            base_folder=self.base(planned.base),
+            base_name=planned.base,
+            base_revision=self.fingerprints[planned.base],
+            data_file=self.rows(planned.task) / "train.jsonl",
             work_dir=self.folder,
         )
         return replace(job, work_dir=self.folder / "adapters" / job.identity()[:16])
@@ -158,34 +158,34 @@ def bare_scores(prepared: Prepared, known: Container[str]) -> Iterator[Score]:
                 yield Score(key, task, BARE, 0, 0, "", base, right, {}, 0.0)
 
 
-def scores(fit: Fit, prepared: Prepared, known: Container[str]) -> list[Score]:
+def scores(planned: PlannedTraining, prepared: Prepared, known: Container[str]) -> list[Score]:
     """Train one adapter and return its missing scores, one per base."""
-    job = prepared.job(fit)
-    keys = {base: prepared.key(job.identity(), fit.task, base) for base in fit.scored_on}
+    job = prepared.job(planned)
+    keys = {base: prepared.key(job.identity(), planned.task, base) for base in planned.scored_on}
     missing = {base: key for base, key in keys.items() if key not in known}
     if not missing:
         return []
 
     def show(event: Event) -> None:
         if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
-            log(f"{fit}: {event}")
+            log(f"{planned}: {event}")
 
     result = train(job, on_event=show)
     found = []
     for base, key in missing.items():
         score = Score(
             key=key,
-            task=fit.task,
-            arm=fit.arm,
-            steps=fit.steps,
-            seed=fit.seed,
-            trained_on=fit.base,
+            task=planned.task,
+            arm=planned.arm,
+            steps=planned.steps,
+            seed=planned.seed,
+            trained_on=planned.base,
             scored_on=base,
-            right=_answers(prepared, fit.task, base, result.folder),
-            perturbation=asdict(fit.perturbation),
+            right=_answers(prepared, planned.task, base, result.folder),
+            perturbation=asdict(planned.perturbation),
             train_seconds=round(result.seconds, 1),
         )
-        log(f"{fit}: {score.points:.1f} % right on {base}")
+        log(f"{planned}: {score.points:.1f} % right on {base}")
         found.append(score)
     return found
 

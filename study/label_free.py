@@ -18,8 +18,8 @@ from typing import Any
 
 from study.cells import Prepared, log, prepare
 from study.label_free_report import PAGE, page_with
-from study.ledger import Ledger, Score
 from study.plan import TASKS, UPDATES, V1
+from study.score_file import Score, ScoreFile
 from study.triage import Activations, record_activations, risks
 from trans_peft.data import Example, parse_examples
 from trans_peft.domain.evaluation import BARE
@@ -30,7 +30,7 @@ __all__ = ["PROMPTS", "Measured", "measured", "prompts_of"]
 
 PROMPTS = 64
 MEASURED = Path(__file__).with_name("label_free.jsonl")
-LEDGER = Path(__file__).with_name("scores.jsonl")
+SCORES = Path(__file__).with_name("scores.jsonl")
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,12 @@ def main() -> None:
 
         torch.set_num_threads(1)
         prepared = prepare(options.folder.resolve())
-        found = candidates(prepared, Ledger(LEDGER))
+        found = candidates(prepared, ScoreFile(SCORES))
         log(f"{len(found)} adapters")
         measure(prepared, found)
-    page = page_with(PAGE.read_text(), tuple(Ledger(LEDGER)), measured(), _excluded(options.folder))
+    page = page_with(
+        PAGE.read_text(), tuple(ScoreFile(SCORES)), measured(), _excluded(options.folder)
+    )
     PAGE.write_text(page)
     print(PAGE)
 
@@ -101,9 +103,9 @@ def prompts_of(examples: Sequence[Example]) -> list[int]:
     return sorted(ranked[:PROMPTS])
 
 
-def candidates(prepared: Prepared, ledger: Ledger) -> list[Candidate]:
+def candidates(prepared: Prepared, score_file: ScoreFile) -> list[Candidate]:
     """Return every finished adapter that was trained on v1 and scored there and on an update."""
-    by_key = {score.key: score for score in ledger}
+    by_key = {score.key: score for score in score_file}
     found = []
     for folder in sorted((prepared.folder / "adapters").iterdir()):
         if not (folder / "result.json").is_file():

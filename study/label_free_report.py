@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from study.ledger import Score
 from study.pages import with_blocks
 from study.plan import UPDATES, V1
+from study.score_file import Score
 from study.triage import NAMES
 from trans_peft.domain.evaluation import BARE
 from trans_peft.validation.statistics.intervals import lower_bound

@@ -18,7 +18,17 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
 
-__all__ = ["DATA_SEED", "TASKS", "UPDATES", "V1", "Fit", "arms", "candidates", "fits", "suite"]
+__all__ = [
+    "DATA_SEED",
+    "TASKS",
+    "UPDATES",
+    "V1",
+    "PlannedTraining",
+    "arms",
+    "candidates",
+    "planned_trainings",
+    "suite",
+]
 
 V1 = "v1"
 DATA_SEED = 2
@@ -70,7 +80,7 @@ _LORA = AdapterSpec(
 
 
 @dataclass(frozen=True)
-class Fit:
+class PlannedTraining:
     """One adapter to train: task, arm, perturbation, steps, seed and base."""
 
     task: str
@@ -140,20 +150,20 @@ def candidates(spared_layers: Sequence[int]) -> Mapping[str, Perturbation]:
     }
 
 
-def fits(spared_layers: Sequence[int]) -> Iterator[Fit]:
+def planned_trainings(spared_layers: Sequence[int]) -> Iterator[PlannedTraining]:
     """Yield every adapter of the study, the most informative first."""
     task, update = CHOSEN_ON
     chosen_from = {"plain": Perturbation(), **candidates(spared_layers)}
     for name, perturbation in chosen_from.items():
-        yield Fit(task, name, perturbation, STEPS[0], seed=0, scored_on=(V1, update))
+        yield PlannedTraining(task, name, perturbation, STEPS[0], seed=0, scored_on=(V1, update))
     reported = arms(spared_layers)
     for task in ("signatures", "exceptions"):
         for seed in SEEDS:
             for name, perturbation in reported.items():
-                yield Fit(task, name, perturbation, STEPS[0], seed)
-            yield Fit(task, "plain", Perturbation(), STEPS[0], seed, "ffn", ("ffn",))
+                yield PlannedTraining(task, name, perturbation, STEPS[0], seed)
+            yield PlannedTraining(task, "plain", Perturbation(), STEPS[0], seed, "ffn", ("ffn",))
         for name in ("spared", "plain", "uniform"):
             for seed in SEEDS:
-                yield Fit(task, name, reported[name], STEPS[1], seed)
+                yield PlannedTraining(task, name, reported[name], STEPS[1], seed)
         for seed in SEEDS:
-            yield Fit(task, "plain", Perturbation(), STEPS[0], seed, "all", ("all",))
+            yield PlannedTraining(task, "plain", Perturbation(), STEPS[0], seed, "all", ("all",))

@@ -1,4 +1,4 @@
-"""Compute the study's tables from its ledger, in Markdown: one for each task and update.
+"""Compute the study's tables from its scores, in Markdown: one for each task and update.
 
 Each answers four questions. How does Trans-PEFT change the score on the new base after equal
 training? How does it at an equal score on the old base, for which it needs longer training? How
@@ -13,9 +13,9 @@ from textwrap import fill
 
 import numpy as np
 
-from study.ledger import Score
 from study.pages import with_blocks
 from study.plan import CHOSEN_ON, SEEDS, STEPS, V1
+from study.score_file import Score
 from study.statistics import Draw, Interval, interval, right
 from trans_peft.domain.evaluation import BARE
 

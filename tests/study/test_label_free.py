@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from scipy.stats import mannwhitneyu, spearmanr
 
-from study.label_free import LEDGER, MEASURED, PROMPTS, Measured, measured, prompts_of
+from study.label_free import MEASURED, PROMPTS, SCORES, Measured, measured, prompts_of
 from study.label_free_report import PAGE, area, joined, page_with, rank_correlation
-from study.ledger import Ledger, Score
 from study.plan import TASKS, V1
+from study.score_file import Score, ScoreFile
 from study.triage import record_activations, risks
 from tests.tiny import tiny_model
 from trans_peft.data import Example
@@ -104,7 +104,7 @@ def test_the_page_in_the_docs_equals_the_measurements():
     excluded = json.loads(MEASURED.with_name("label_free_prompts.json").read_text())
     assert set(excluded) == set(TASKS)
     page = PAGE.read_text()
-    assert page_with(page, tuple(Ledger(LEDGER)), measured(), excluded) == page
+    assert page_with(page, tuple(ScoreFile(SCORES)), measured(), excluded) == page
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from study.__main__ import FIGURES, LEDGER, PAGE
-from study.ledger import Ledger, Score
-from study.plan import SEEDS, STEPS, V1, arms, fits
+from study.__main__ import FIGURES, PAGE, SCORES
+from study.plan import SEEDS, STEPS, V1, arms, planned_trainings
 from study.report import Comparison, comparisons, page_with
+from study.score_file import Score, ScoreFile
 
 FIRST, SECOND = STEPS
 ITEMS = 100
@@ -94,40 +94,40 @@ def test_only_the_blocks_of_a_page_are_replaced():
     assert page_with(made, example_comparison().scores, UPDATES) == made
 
 
-def test_the_page_in_the_docs_equals_the_ledger():
+def test_the_page_in_the_docs_equals_the_file_of_scores():
     written = PAGE.read_text()
     updates = json.loads(FIGURES.read_text())
-    assert page_with(written, tuple(Ledger(LEDGER)), updates) == written
+    assert page_with(written, tuple(ScoreFile(SCORES)), updates) == written
 
 
 def test_an_appended_score_is_read_again(tmp_path):
-    ledger = Ledger(tmp_path / "scores.jsonl")
+    score_file = ScoreFile(tmp_path / "scores.jsonl")
     for one in example_comparison().scores:
-        ledger.append(one)
-    again = Ledger(tmp_path / "scores.jsonl")
+        score_file.append(one)
+    again = ScoreFile(tmp_path / "scores.jsonl")
     assert tuple(again) == example_comparison().scores
     assert example_comparison().scores[0].key in again and "another" not in again
 
 
 def test_a_score_with_another_key_replaces_the_earlier_one(tmp_path):
-    ledger = Ledger(tmp_path / "scores.jsonl")
+    score_file = ScoreFile(tmp_path / "scores.jsonl")
     before = example_comparison().scores[0]
-    ledger.append(before)
-    ledger.append(replace(before, key="another", right="1" * ITEMS))
-    assert [score.key for score in Ledger(tmp_path / "scores.jsonl")] == ["another"]
-    assert before.key not in Ledger(tmp_path / "scores.jsonl")
+    score_file.append(before)
+    score_file.append(replace(before, key="another", right="1" * ITEMS))
+    assert [score.key for score in ScoreFile(tmp_path / "scores.jsonl")] == ["another"]
+    assert before.key not in ScoreFile(tmp_path / "scores.jsonl")
 
 
 def test_the_plan_trains_every_arm_with_every_seed_on_equal_terms():
-    planned = list(fits((0, 2)))
+    planned = list(planned_trainings((0, 2)))
     assert len(set(planned)) == len(planned)
     for task in ("signatures", "exceptions"):
         for steps in STEPS:
             for arm, perturbation in arms((0, 2)).items():
                 seeds = {
-                    fit.seed
-                    for fit in planned
-                    if (fit.task, fit.arm, fit.steps, fit.base) == (task, arm, steps, V1)
-                    and fit.perturbation == perturbation
+                    each.seed
+                    for each in planned
+                    if (each.task, each.arm, each.steps, each.base) == (task, arm, steps, V1)
+                    and each.perturbation == perturbation
                 }
                 assert seeds >= set(SEEDS)

@@ -1,4 +1,4 @@
-"""The ledger of scores: one line per score, with a key that is a hash of all inputs.
+"""The file of scores: one line per score, with a key that is a hash of all inputs.
 
 The file is part of the repository. On another machine only missing or changed scores are computed,
 and the tables can be written without any computation.
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Ledger", "Score"]
+__all__ = ["Score", "ScoreFile"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Score:
         return 100 * self.right.count("1") / len(self.right)
 
 
-class Ledger:
+class ScoreFile:
     """A JSON Lines file of scores. Of two scores with the same `cell`, the later one counts."""
 
     def __init__(self, path: Path) -> None:
