@@ -1,4 +1,4 @@
-"""Trans-PEFT: train PEFT adapters that survive updates of their base model.
+"""Trans-PEFT: PEFT adapters that lose less accuracy when their base is updated.
 
 The method is Gu et al., "Adapt Once, Thrive with Updates" (ACL 2025). The library works without
 Prefect, MLflow and S3; `connect` adds MLflow and S3.

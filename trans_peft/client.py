@@ -58,7 +58,7 @@ def connect(
 
         platform = tp.connect("http://mlflow:5000")
         version = tp.resolve("chat", platform)
-        folder = platform.registry.download(version, Path("adapters/chat"))
+        folder = platform.registry.download(version, "adapters/chat")
     """
     # MLflow's own variable. pydantic-settings, which reads the settings of a worker, belongs to the
     # extra `platform`, and a notebook or a server of adapters does not need that.

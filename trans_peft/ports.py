@@ -189,7 +189,7 @@ class AdapterRegistry(Protocol):
     ) -> None:
         """Store the record of a manual override; None removes the record."""
 
-    def download(self, version: AdapterVersion, folder: Path) -> Path:
+    def download(self, version: AdapterVersion, folder: str | Path) -> Path:
         """Write the version's PEFT files to `folder`, and return it.
 
         Raises InvalidSpecError unless the folder is new or empty, so that it never holds files of

@@ -8,6 +8,7 @@ import pytest
 from tests.tiny import write_tiny_base
 from trans_peft import safetensors_header
 from trans_peft.bases import model_files, upload
+from trans_peft.bases.manifest import parse_manifest
 from trans_peft.bases.safetensors_stream import tensor_signatures
 from trans_peft.bases.upload import verify
 from trans_peft.domain.bounds import MAX_HEADER_BYTES
@@ -74,6 +75,13 @@ def test_too_many_files_are_refused(monkeypatch):
         store.write(f"memory://x/{n}", io.BytesIO(b""))
     with pytest.raises(UploadError, match="4 files; at most 3"):
         verify("memory://x", store)
+
+
+def test_a_manifest_may_list_as_many_files_as_an_upload_may_have():
+    entry = '{"name": "a", "size": 0, "sha256": "%s"}' % ("0" * 64)
+    files = ",".join([entry] * (upload.MAX_FILES + 1))
+    with pytest.raises(UploadError, match=f"{upload.MAX_FILES + 1} entries; at most 10000 "):
+        parse_manifest(f'{{"files": [{files}]}}'.encode())
 
 
 @pytest.fixture

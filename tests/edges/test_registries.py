@@ -146,7 +146,7 @@ class TestEveryRegistry:
 
     def test_the_folder_comes_back_byte_by_byte(self, place, tmp_path):
         version = place.trained()
-        found = place.registry.download(version, tmp_path / "downloaded")
+        found = place.registry.download(version, str(tmp_path / "downloaded"))
         assert found == tmp_path / "downloaded"
         for original in place.peft_folder().iterdir():
             assert (found / original.name).read_bytes() == original.read_bytes()

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trans_peft.domain.base import Manifest, ManifestFile
+from trans_peft.domain.bounds import MAX_FILES
 from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import UploadError, listed
 
 __all__ = ["MAX_MANIFEST_BYTES", "dump_manifest", "parse_manifest"]
 
 MAX_MANIFEST_BYTES = 4 << 20
-MAX_FILES = 20_000
 MAX_FILE_BYTES = 1 << 50
 
 

@@ -15,7 +15,7 @@ from trans_peft.cli.transfers import check, transfer
 __all__ = ["app"]
 
 _INTRODUCTION = """
-Train adapters that survive an update of their base model, and judge them on each new version.
+Train adapters that lose less when their base model is updated, and judge them on each version.
 
 All commands except `resolve` work on local folders and `s3://` prefixes, without a server. From
 training to serving in five commands:

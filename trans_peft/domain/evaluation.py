@@ -267,7 +267,8 @@ class Verdict(StrEnum):
     docs/verdicts.md defines the conditions, margins and levels.
 
     Attributes:
-        PASSED: non-inferior on every required suite. Only this verdict allows the adapter to serve.
+        PASSED: on every required suite, non-inferior to the adapter on the old base and, by
+            default, superior to the bare base. The only verdict that sets the serving alias.
         NEEDS_RETUNING: inferior on at least one required suite.
         INCONCLUSIVE: the results show neither; more items are needed.
         INCOMPATIBLE: the adapter's weights cannot be used on this base.
@@ -364,7 +365,7 @@ class GatePolicy:
         )
 
     def levels(self, inferiority_tests: int) -> Levels:
-        """Return the levels of one suite's tests. No other code turns `alpha` into a level.
+        """Return the levels of one suite's tests.
 
         `inferiority_tests` is the number of inferiority tests on all required suites together.
         """

@@ -383,7 +383,7 @@ class MemoryRegistry:
             recorded=self._overrides.get(key),
         )
 
-    def download(self, version: AdapterVersion, folder: Path) -> Path:
+    def download(self, version: AdapterVersion, folder: str | Path) -> Path:
         """Write the version's PEFT files to a new or empty folder and return its path."""
         folder = Path(folder)
         check_unused(folder)

@@ -208,7 +208,7 @@ class MlflowRegistry:
         elif name in own_tags(self._tracking.model(adapter, "adapter").tags):
             self._tracking.untag_model(adapter, name)
 
-    def download(self, version: AdapterVersion, folder: Path) -> Path:
+    def download(self, version: AdapterVersion, folder: str | Path) -> Path:
         """Write a version's PEFT files to a new or empty folder, and return it.
 
         Raises InvalidSpecError for a folder with files, NotFoundError, and IntegrityError if the
