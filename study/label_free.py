@@ -24,6 +24,7 @@ from study.triage import Activations, record_activations, risks
 from trans_peft.data import Example, parse_examples
 from trans_peft.domain.evaluation import BARE
 from trans_peft.domain.identity import content_sha256
+from trans_peft.errors import NotFoundError
 from trans_peft.files import open_atomic
 
 __all__ = ["PROMPTS", "Measured", "measured", "prompts_of"]
@@ -235,7 +236,10 @@ def _answers_on_v1(
     path = prepared.folder / "agreement" / f"{key[:24]}.pt"
     if not path.exists():
         if session is None:
-            raise RuntimeError(f"the answers on {V1} are missing: {path}")
+            raise NotFoundError(
+                f"the answers on {V1} are missing: {path}",
+                do="run python -m study.label_free from the start",
+            )
         answers = session.answers()
         pairs = list(zip(session.prompts, (answer[:-1] for answer in answers), strict=True))
         expected = next_tokens(session.model, pairs)

@@ -160,6 +160,7 @@ def _check_end_tokens(folder: Path, model: "PreTrainedModel") -> None:
                 f"eos_token_id in {folder / name} is not a token id",
                 expected=f"a token id from 0 to {vocabulary - 1}, or a list of them",
                 found=repr(found),
+                do=f"correct {name} and publish the base as a new version",
             )
 
 

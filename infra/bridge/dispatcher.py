@@ -7,6 +7,7 @@ concern. Two bridges that run at the same time start at most one run each.
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _LOOK_UP_THREADS = 8
+_MAX_CAUSE_CHARACTERS = 500
+_CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _PROBE_S = 5.0
 _Key = TypeVar("_Key", bound=Hashable)
 _Value = TypeVar("_Value")
@@ -35,6 +38,12 @@ _Value = TypeVar("_Value")
 
 class UnavailableError(Exception):
     """MLflow, Prefect or the queue does not answer. The sender should try again."""
+
+    @classmethod
+    def because(cls, server: str, error: Exception) -> "UnavailableError":
+        """Return the error of a server with its cause on one line, without user and password."""
+        text = " ".join(f"{server}: {type(error).__name__}: {error}".split())
+        return cls(_CREDENTIALS.sub("//", text)[:_MAX_CAUSE_CHARACTERS])
 
 
 class DispatchOutcome(StrEnum):

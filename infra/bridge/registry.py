@@ -36,7 +36,7 @@ class MlflowFamilyLookup:
         except NotFoundError:  # the model was deleted meanwhile
             return None
         except Exception as error:  # also a response that cannot be read, such as a proxy's HTML
-            raise UnavailableError(f"MLflow: {type(error).__name__}") from error
+            raise UnavailableError.because("MLflow", error) from error
 
     def _is_users_change(self, notification: Notification) -> bool:
         """Whether a user requested a reconcile of an adapter, or changed its alias."""

@@ -56,7 +56,7 @@ class PrefectRunStarter:
                 lambda client: self._start(client, requested), timeout_s=self._timeout_s
             )
         except Exception as error:  # also a response that cannot be read, such as a proxy's HTML
-            raise UnavailableError(f"Prefect: {type(error).__name__}") from error
+            raise UnavailableError.because("Prefect", error) from error
 
     async def is_reachable(self) -> bool:
         """Whether Prefect answers and the deployment exists."""

@@ -22,7 +22,7 @@ def ensure_bridge_webhook(settings: BridgeSettings) -> str:
     """
     if not settings.mlflow_secrets:
         raise InvalidSpecError(
-            "MLflow's webhook needs a secret.",
+            "MLflow's webhook needs a secret",
             expected="BRIDGE_MLFLOW_SECRETS",
             found="not set",
             do="set it to the secrets of the bridge; MLflow gets the first one",

@@ -48,7 +48,7 @@ def create_buckets(settings: StackSettings) -> None:
                 client.create_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:
         raise StoreError(
-            "The buckets could not be created in the S3 server.",
+            "the buckets could not be created in the S3 server",
             found=error,
             do=f"read {settings.logs / 's3.log'}",
         ) from error

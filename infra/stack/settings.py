@@ -66,7 +66,7 @@ class Secrets:
         """
         if not path.parent.is_dir():
             raise InvalidSpecError(
-                "No stack was started with this state folder.",
+                "no stack was started with this state folder",
                 expected="a folder that `make up` created",
                 found=str(path.parent),
                 do="run make up, or set TRANS_PEFT_STATE to the folder of another stack",
@@ -133,10 +133,13 @@ class StackSettings(EnvironmentSettings):
     @classmethod
     def _state_can_be_used(cls, state: Path) -> Path:
         socket = state / _SOCKET
-        if len(os.fsencode(socket)) > _MAX_SOCKET_BYTES:
-            raise ValueError(f"the path of the socket {socket} is too long")
+        if (size := len(os.fsencode(socket))) > _MAX_SOCKET_BYTES:
+            raise ValueError(
+                f"the path of the socket {socket} is too long: {size} bytes, at most "
+                f"{_MAX_SOCKET_BYTES}; choose a shorter folder"
+            )
         if "%" in str(state):  # supervisor expands %(...)s, some values twice
-            raise ValueError("the path contains a %")
+            raise ValueError(f"{state} contains %; choose a folder without %")
         return state
 
     @field_validator("families")
@@ -157,7 +160,7 @@ class StackSettings(EnvironmentSettings):
     def _ports_differ(self) -> "StackSettings":
         if len(set(self.ports.values())) < len(self.ports):
             shown = ", ".join(f"{name}={port}" for name, port in self.ports.items())
-            raise ValueError(f"two servers have the same port: {shown}")
+            raise ValueError(f"two servers have the same port: {shown}; set other ports")
         return self
 
     def to_environment(self) -> dict[str, str]:

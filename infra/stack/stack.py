@@ -115,7 +115,7 @@ class _Stack:
             self._supervisor.start()
         except subprocess.CalledProcessError as failed:
             raise StackError(
-                "The process manager did not start.",
+                "the process manager did not start",
                 found=failed.stderr.strip(),
                 do=f"read {self._settings.logs / 'supervisor.log'}",
             ) from failed
@@ -209,13 +209,13 @@ class _Stack:
             if not port_is_free(port)
         ]
         if taken:
-            raise StackError("\n".join(["The stack cannot start.", *taken]))
+            raise StackError("\n".join(["the stack cannot start:", *taken]))
 
     def _check_settings(self) -> None:
         running = self._settings_file.read_text()
         if running != self._compared_settings:
             raise StackError(
-                "The stack of this state folder already runs with other settings.",
+                "the stack of this state folder already runs with other settings",
                 expected=self._compared_settings,
                 found=running,
                 do="run make down first, or choose another state folder: TRANS_PEFT_STATE=...",
@@ -264,5 +264,8 @@ def _locked(settings: StackSettings) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise StackError(f"Another up or down is running for {settings.state}.") from error
+            raise StackError(
+                f"another up or down is running for {settings.state}",
+                do="wait until it has ended, then try again",
+            ) from error
         yield

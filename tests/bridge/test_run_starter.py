@@ -167,6 +167,18 @@ def test_a_busy_server_gets_a_short_retry_after():
     assert (busy.headers.get("Retry-After"), well.headers.get("Retry-After")) == ("0.5", None)
 
 
+def test_the_cause_is_in_the_error_without_credentials():
+    class Down(Client):
+        async def read_flow_runs(self, **_):
+            raise httpx.ConnectError("no route to http://me:secret@prefect:4200/api\nat all")
+
+    with pytest.raises(UnavailableError) as raised:
+        start_run(Down())
+    cause = "Prefect: ConnectError: no route to http://prefect:4200/api at all"
+    assert str(raised.value) == cause
+    assert len(str(UnavailableError.because("MLflow", OSError("x" * 9999)))) == 500
+
+
 def test_prefect_is_unavailable_after_the_timeout():
     class Slow(Client):
         async def read_flow_runs(self, **_):

@@ -61,8 +61,14 @@ def test_the_default_state_folder_is_in_the_checkout():
         ({"S3_PORT": "70000"}, "S3_PORT: .* found '70000'"),
         ({"S3_PORT": "5500"}, "two servers have the same port: S3_PORT=5500, MLFLOW_PORT=5500"),
         ({"GPU_SLOTS": "0"}, "GPU_SLOTS"),
-        ({"TRANS_PEFT_STATE": "/tmp/" + "x" * 100}, "is too long"),
-        ({"TRANS_PEFT_STATE": "/tmp/50%"}, "contains a %"),
+        (
+            {"TRANS_PEFT_STATE": "/tmp/" + "x" * 100},
+            r"is too long: 121 bytes, at most 100; choose a shorter folder",
+        ),
+        (
+            {"TRANS_PEFT_STATE": "/tmp/50%"},
+            "TRANS_PEFT_STATE: /tmp/50% contains %; choose a folder without %",
+        ),
         ({"TRANS_PEFT_FAMILIES": "{"}, "TRANS_PEFT_FAMILIES: no JSON object"),
         ({"TRANS_PEFT_FAMILIES": '{"smol": {"prefix": ""}}'}, "smol.prefix"),
         ({"TRANS_PEFT_FAMILIES": '{"a b": {}}'}, "TRANS_PEFT_FAMILIES: .*'a b'"),

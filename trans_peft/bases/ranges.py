@@ -106,7 +106,9 @@ class Partial:
             raise StoreError(
                 f"the store returned a range of {item.name} with the wrong size",
                 expected=f"{item.stop - item.start} bytes from {item.start}",
-                found=f"{'more' if position > item.stop else position - item.start}",
+                found=f"more than {item.stop - item.start} bytes"
+                if position > item.stop
+                else f"{position - item.start} bytes",
                 do="try again",
             )
         with self._lock, self._journal.open("a") as journal:

@@ -41,6 +41,7 @@ def read_suites(paths: Sequence[Path]) -> tuple[Suite, ...]:
             "two suites have the same name",
             expected="a name for each suite",
             found=", ".join(names),
+            do="change the field `name` in one of the files",
         )
     return suites
 

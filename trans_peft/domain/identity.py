@@ -52,9 +52,9 @@ def content_sha256(value: Any) -> str:
         text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     except ValueError as error:
         raise InvalidSpecError(
-            "a value has no content hash",
+            "the recipe, suite or policy contains NaN or an infinite number",
             expected="finite numbers",
             found=str(error),
-            do="correct NaN or infinite numbers in the recipe, suite or policy",
+            do="correct that number",
         ) from error
     return hashlib.sha256(text.encode()).hexdigest()

@@ -164,7 +164,10 @@ class MlflowCatalog:
             found = self._tracking.client.get_model_version(base.family, str(base.number))
             run_id = own_tags(found.tags).get("fingerprint_run")
             if run_id is None:
-                raise NotFoundError(f"{base} has no fingerprint: it was never made ready")
+                raise NotFoundError(
+                    f"{base} has no fingerprint: it was never made ready",
+                    do="reconcile the family, which verifies the version and makes it ready",
+                )
             text = self._tracking.read_text(run_id, _FILE)
             stored = from_json(Fingerprint, text, where=f"{_FILE} of run {run_id}")
             if stored.digest != digest:
@@ -172,6 +175,8 @@ class MlflowCatalog:
                     f"the stored fingerprint of {base} has another digest",
                     expected=digest,
                     found=stored.digest,
+                    do=f"restore {_FILE} of the run {run_id} in MLflow from a backup, or publish "
+                    "the files again as a new version",
                 )
             self._fingerprints[digest] = stored
         return self._fingerprints[digest]
@@ -223,7 +228,11 @@ class MlflowCatalog:
             uri = self._tracking.client.get_model_version_download_uri(found.name, str(number))
         ready = ours and tags.get("ready") == "true"
         if ready and "fingerprint" not in tags:
-            raise IntegrityError(f"{where} is ready, but its tag {tag('fingerprint')} is missing")
+            raise IntegrityError(
+                f"{where} is ready, but its tag {tag('fingerprint')} is missing",
+                do=f"restore that tag in MLflow, or remove the tag {tag('ready')}: reconcile then "
+                "verifies the version again",
+            )
         known = {name: checked_sha256(tags, name, where) for name in _HASHES if name in tags}
         return BaseVersion(
             family=found.name,

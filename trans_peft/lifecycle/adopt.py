@@ -154,6 +154,8 @@ def _fetch(uri: str, folder: Path, platform: Platform) -> Path:
                 f"the file {file.name} in {uri} is too large",
                 expected=f"at most {_MAX_BYTES[file.name]} bytes",
                 found=f"{file.size} bytes",
+                do="save the adapter without copies of weights of the base, with a lower rank or "
+                "in a smaller dtype",
             )
     folder.mkdir(parents=True)
     download_files(uri, used, platform.store, folder)

@@ -161,7 +161,10 @@ class Sandbox:
         report = json.loads(line) if line else None
         if report and "error" in report:
             raise SandboxFailedError(
-                "the sandbox failed, which is not an error of the program", found=report["error"]
+                "the sandbox failed, which is not an error of the program",
+                found=report["error"],
+                do="correct what the operating system reports, such as a full disk or too many "
+                "processes, and evaluate again",
             )
         return report
 

@@ -155,6 +155,7 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
                 f"{folder}: loading it would change the weights of the base",
                 expected="an adapter that does not change its base",
                 found=f"a {source.peft_type} adapter that replaces weights of the base",
+                do="train it with another method or initialization",
             )
         written = snapshot.overlapping(_state(peft_model, name))
         if written:
@@ -166,17 +167,26 @@ def attach(model: "nn.Module", folder: Path, name: str = "default") -> "PeftMode
         tensors = load_file(folder / WEIGHTS_NAME)
         not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if not_finite:
-            raise AdapterError(f"{folder}: values are not finite: {listed(not_finite)}")
+            raise AdapterError(
+                f"{folder}: values are not finite: {listed(not_finite)}",
+                expected="finite numbers",
+                do="save the adapter from an earlier checkpoint, or train it again",
+            )
         set_peft_model_state_dict(peft_model, tensors, name)
         loaded = _state(peft_model, name)
         not_loaded = [key for key in tensors if not _same(tensors[key], loaded[key])]
         if not_loaded:
-            raise AdapterError(f"{folder}: PEFT did not load {listed(not_loaded)}")
+            raise AdapterError(
+                f"{folder}: PEFT did not load {listed(not_loaded)}",
+                expected="only tensors that belong to the adapter's config",
+                do="write both files again with model.save_pretrained(folder)",
+            )
         overflowed = [key for key in tensors if not torch.isfinite(loaded[key]).all()]
         if overflowed:
             raise AdapterError(
                 f"{folder}: values of {listed(overflowed)} exceed the range of the dtype in memory",
                 expected=f"at most {torch.finfo(loaded[overflowed[0]].dtype).max:.3g}",
+                do="load the base in bfloat16 or float32, or train the adapter again",
             )
     except BaseException as error:
         snapshot.restore()

@@ -99,18 +99,21 @@ def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, 
             f"suite {suite.name!r} has an unknown scoring rule",
             expected=f"one of {', '.join(RULES)}",
             found=excerpt(suite.scoring),
+            do="correct `scoring` in the suite (docs/suites.md)",
         )
     if bool(parameter) != bool(colon) or (parameter and not rule.takes):
         raise InvalidSpecError(
             f"suite {suite.name!r}: invalid parameter of the scoring rule {name}",
             expected=_usage(name, rule),
             found=excerpt(suite.scoring),
+            do="correct `scoring` in the suite (docs/suites.md)",
         )
     if rule.takes and not rule.optional and not parameter:
         raise InvalidSpecError(
             f"suite {suite.name!r}: {name} needs a parameter",
             expected=_usage(name, rule),
             found=excerpt(suite.scoring),
+            do="correct `scoring` in the suite (docs/suites.md)",
         )
     threshold = suite.threshold
     if rule.graded and (threshold is None or not 0 < threshold <= 100):
@@ -118,6 +121,7 @@ def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, 
             f"suite {suite.name!r}: {name} is a graded rule, so it needs a threshold",
             expected="threshold in (0, 100]: answers with at least that score are right",
             found=threshold,
+            do="set `threshold` in the suite",
         )
     if not rule.graded and threshold is not None:
         raise InvalidSpecError(

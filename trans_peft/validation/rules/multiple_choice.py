@@ -31,8 +31,9 @@ def chosen(measure: str) -> Callable[[str, str], float]:
     """
     if measure not in [known.value for known in Measure]:
         raise InvalidSpecError(
-            "unknown measure of choices",
+            "unknown variant of the scoring rule choice",
             expected="choice, choice:per_token or choice:per_character",
             found=excerpt(f"choice:{measure}"),
+            do="correct `scoring` in the suite (docs/suites.md)",
         )
     return lambda answer, reference: 100.0 if answer == reference else 0.0
