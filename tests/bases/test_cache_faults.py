@@ -189,12 +189,15 @@ def test_a_download_stops_at_the_first_failed_range(base, tmp_path):
     assert len(store.reads) < 12
 
 
-def test_a_range_of_the_wrong_size_is_a_store_error(base, tmp_path):
+@pytest.mark.parametrize(
+    ("received", "found"), [(1, "1 bytes"), (RANGE + 1, f"more than {RANGE} bytes")]
+)
+def test_a_range_of_the_wrong_size_is_a_store_error(base, tmp_path, received, found):
     class Lying(Counting):
         def _counted(self, uri, start, chunks):
-            return iter([b"x" * (RANGE + 1 if start else 1)])
+            return iter([b"x" * received] if start else chunks)
 
-    with pytest.raises(StoreError, match="with the wrong size"):
+    with pytest.raises(StoreError, match=f"with the wrong size\n.*\n  found:    {found}\n"):
         get(base, tmp_path / "cache", Lying(FileStore()))
 
 
