@@ -220,7 +220,11 @@ def adapter_weights_sha256(folder: Path, *, template: bool = True) -> str:
     try:
         header = read_file_header(path)
     except MalformedSafetensorsError as error:
-        raise AdapterError(f"{path} is not a safetensors file", found=error) from error
+        raise AdapterError(
+            f"{path} is not a safetensors file",
+            found=error,
+            do="write the folder again with model.save_pretrained(folder)",
+        ) from error
     with path.open("rb") as file:
         for tensor in sorted(header.entries, key=lambda tensor: tensor.name):
             sha256.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
@@ -253,7 +257,9 @@ def _hashed_config(config: Path) -> dict[str, Any]:
         fields = parse_adapter_config(config.read_bytes())
     except ValueError as error:
         raise AdapterError(
-            f"{config} is not the configuration of an adapter", found=error
+            f"{config} is not the configuration of an adapter",
+            found=error,
+            do="write the folder again with model.save_pretrained(folder)",
         ) from error
     return {
         name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
@@ -277,6 +283,7 @@ def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
             f"{folder} is not the folder of a base model",
             expected="; ".join(missing),
             found=", ".join(sorted(files)) or "no files",
+            do="save model and tokenizer there with save_pretrained(folder)",
         )
     stats = ((name, path.stat()) for name, path in sorted(files.items()))
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

@@ -179,7 +179,10 @@ def through_template(rows: list[Row], name: str) -> list[Row]:
     template = TEMPLATES.get(name)
     if template is None:
         raise InvalidSpecError(
-            "unknown template of a data source", expected=", ".join(TEMPLATES), found=excerpt(name)
+            "unknown template of a data source",
+            expected=", ".join(TEMPLATES),
+            found=excerpt(name),
+            do="correct `template`, or remove it if the rows need none",
         )
     converted = [(where, _converted(template, name, row)) for where, row in rows]
     return [(where, row) for where, row in converted if row is not None]

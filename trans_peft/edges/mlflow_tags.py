@@ -77,7 +77,11 @@ def adapter_version(found: Any) -> AdapterVersion:
             do="set the tag again in MLflow's page, or delete the version",
         ) from error
     except InvalidSpecError as error:  # an invalid name
-        raise IntegrityError(f"the tags of {where} cannot be read", found=error) from error
+        raise IntegrityError(
+            f"the tags of {where} cannot be read",
+            found=error,
+            do="correct the tag in MLflow's page, or delete the version",
+        ) from error
     if tags.get("adapter") != found.name:
         raise _tag_error("adapter", tags.get("adapter", ""), where, found.name)
     if not version.suites:

@@ -91,7 +91,9 @@ def _context(folder: Path) -> int | None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"transformers has no model for the config.json in {folder}", found=error
+            f"transformers has no model for the config.json in {folder}",
+            found=error,
+            do="install a version of transformers that has this architecture",
         ) from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 

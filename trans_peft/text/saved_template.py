@@ -41,11 +41,14 @@ def saved_template(folder: Path) -> str | None:
             f"{path} is too large for a chat template",
             expected=f"at most {MAX_TEMPLATE_CHARACTERS} characters",
             found=f"{path.stat().st_size} bytes",
+            do="shorten the template, or remove the file if the adapter needs none of its own",
         )
     try:
         return pinned(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise AdapterError(f"{path} is not UTF-8 text", found=error) from error
+        raise AdapterError(
+            f"{path} is not UTF-8 text", found=error, do="save the template again in UTF-8"
+        ) from error
 
 
 def write_template(folder: Path, template: str) -> None:
@@ -102,11 +105,14 @@ def _configured(path: Path) -> str | None:
             f"{path} is too large",
             expected=f"at most {MAX_SETTINGS_BYTES} bytes",
             found=f"{path.stat().st_size} bytes",
+            do="save the tokenizer again beside the adapter, or remove its files",
         )
     try:
         settings: Any = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AdapterError(f"{path} is not JSON", found=error) from error
+        raise AdapterError(
+            f"{path} is not JSON", found=error, do="save the tokenizer again beside the adapter"
+        ) from error
     template = settings.get("chat_template") if isinstance(settings, dict) else None
     if isinstance(template, list):
         named = [item for item in template if isinstance(item, dict)]

@@ -59,6 +59,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         raise UnsupportedModelError(
             f"the tokenizer in {folder} has no end-of-text token",
             expected="eos_token in tokenizer_config.json, because answers end with it",
+            do="set eos_token, and publish the base as a new version",
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

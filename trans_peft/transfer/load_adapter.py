@@ -217,6 +217,7 @@ def _peft_config(source: PeftFolder) -> "PeftConfig":
             expected=", ".join(
                 sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_CONFIG_MAPPING)
             ),
+            do="install the version of PEFT that saved the adapter, if it is newer than this one",
         )
     if source.rewriting_init:
         raise AdapterError(
@@ -239,13 +240,17 @@ def _peft_config(source: PeftFolder) -> "PeftConfig":
     problems = saved_problems(PEFT_TYPE_TO_CONFIG_MAPPING[source.peft_type], options)
     problems += not_evaluable(source.peft_type, options)
     if problems:
-        raise AdapterError(f"{source.path}: {CONFIG_NAME} is not valid: {'; '.join(problems)}")
+        raise AdapterError(
+            f"{source.path}: {CONFIG_NAME} is not valid: {'; '.join(problems)}",
+            do="train the adapter again with other options",
+        )
     try:
         config = PeftConfig.from_pretrained(str(source.path))
     except Exception as error:
         raise AdapterError(
             f"{source.path}: PEFT cannot read {CONFIG_NAME}: {_error_text(error)}",
             found=f"saved by PEFT {source.config.get('peft_version', 'of unknown version')}",
+            do="install the version of PEFT that saved the adapter",
         ) from error
     config.inference_mode = True
     return config

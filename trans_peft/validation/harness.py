@@ -51,7 +51,10 @@ def harness_suite(
     names = [one["metric"] for one in loaded.dump_config().get("metric_list") or []]
     if names and metric.partition(",")[0] not in names:
         raise NotFoundError(
-            f"the task {task} does not compute this metric", expected=", ".join(names), found=metric
+            f"the task {task} does not compute this metric",
+            expected=", ".join(names),
+            found=metric,
+            do="name one of these metrics",
         )
     return Suite(
         task,
@@ -148,6 +151,7 @@ def _item(sample: Mapping[str, Any], metric: str, suite: Suite) -> ItemResult:
         raise InvalidSpecError(
             f"suite {suite.name!r}: {metric} is a graded metric, so it needs a threshold",
             found=f"{score} for item {sample['doc_id']}",
+            do="set `threshold` in the suite",
         )
     minimum = 100.0 if suite.threshold is None else suite.threshold
     answer = json.dumps(sample["filtered_resps"], default=str)
@@ -174,7 +178,11 @@ def _manager(folder: str | None) -> Any:
 def _load(name: str, folder: str | None) -> Any:
     manager = _manager(folder)
     if name not in manager.all_tasks:
-        raise NotFoundError("unknown task of lm-evaluation-harness", found=name)
+        raise NotFoundError(
+            "unknown task of lm-evaluation-harness",
+            found=name,
+            do="correct the name, or pass the folder of the task's YAML file",
+        )
     try:
         tasks = manager.load(name)["tasks"]
     except Exception as error:  # the hub client and the task's own code raise many types
@@ -186,11 +194,13 @@ def _load(name: str, folder: str | None) -> Any:
             f"{name} is a group of tasks, but a suite is one task",
             expected="one of its tasks",
             found=", ".join(tasks),
+            do="make a suite of each of its tasks",
         )
     task = tasks[name]
     if (task.dump_config().get("generation_kwargs") or {}).get("do_sample"):
         raise InvalidSpecError(
-            f"the task {name} decodes with sampling, so its results cannot be compared"
+            f"the task {name} decodes with sampling, so its results cannot be compared",
+            do="use a task without do_sample",
         )
     return task
 

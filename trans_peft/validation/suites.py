@@ -122,7 +122,10 @@ def named(name: str, folder: str | None = None) -> Suite:
     published = PUBLISHED.get(name)
     if published is None:
         raise NotFoundError(
-            "unknown suite of the paper", expected=", ".join(PUBLISHED), found=repr(name)
+            "unknown suite of the paper",
+            expected=", ".join(PUBLISHED),
+            found=repr(name),
+            do="name one of these, or make a Suite of your own data",
         )
     uri = f"hub:{published.hub}" if folder is None else f"{folder.rstrip('/')}/{published.file}"
     return Suite(

@@ -35,6 +35,7 @@ def entry_point(requirement: str) -> Callable[[str, str], float]:
             "the suite's scoring rule is not installed in the required version",
             expected=f"python:NAME==VERSION of an entry point in the group {GROUP}",
             found=f"python:{requirement}; installed: {', '.join(installed) or 'none'}",
+            do="install that version on this machine, or correct `scoring` in the suite",
         )
     try:
         is_right = point.load()
@@ -42,6 +43,7 @@ def entry_point(requirement: str) -> Callable[[str, str], float]:
         raise InvalidSpecError(
             f"the scoring rule {requirement} cannot be loaded",
             found=f"{type(error).__name__}: {error}",
+            do="correct the package, and install it again",
         ) from error
 
     def degree(answer: str, reference: str) -> float:
@@ -50,6 +52,7 @@ def entry_point(requirement: str) -> Callable[[str, str], float]:
             raise EvaluationError(
                 f"the scoring rule {requirement} did not return True or False",
                 found=excerpt(repr(right)),
+                do="correct the rule, and give the package a new version",
             )
         return 100.0 if right else 0.0
 
