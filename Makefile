@@ -108,8 +108,8 @@ clean-state: down
 	  echo "$(STATE) is not a state folder of this stack; it was not deleted" >&2; exit 1; }
 	rm -rf -- "$(STATE)"
 
-# Two workers, one file at a time each: many tests wait for servers.
-TEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# One file at a time per worker. Three workers use two cores fully, because many tests wait for servers.
+TEST := $(BIN)/python -m pytest -n 3 --dist loadfile
 
 test: $(READY)
 	$(TEST) -m "not stack and not end_to_end and not faults and not wheel and not architectures"

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.domain.identity import content_sha256
 from trans_peft.edges.file_store import FileStore
 from trans_peft.training.events import Event, TrainingMetrics
-from trans_peft.training.job import TrainingJob
+from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit as train
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "end_with_parent",
     "log",
     "prepare",
+    "score_of",
     "scores",
     "spared_layers",
 ]
@@ -94,8 +95,8 @@ class Prepared:
         return content_sha256([*inputs, suite_of_task.suite_sha256, suite_of_task.decoding_sha256])
 
 
-def prepare(folder: Path) -> Prepared:
-    """Write base v1, the rows of every task, and every update, unless they exist.
+def prepare(folder: Path, updates: Collection[str] = tuple(UPDATES)) -> Prepared:
+    """Write base v1, the rows of every task, and the updates, unless they exist.
 
     No update is trained on a file that supplied an evaluation row of any task.
     """
@@ -109,20 +110,20 @@ def prepare(folder: Path) -> Prepared:
     (folder / "bases").mkdir(parents=True, exist_ok=True)
     v1 = write_base_v1(folder / "bases" / V1)
     held_out = read_held_out(rows.values())
-    for name, settings in UPDATES.items():
-        target = folder / "bases" / name
+    for name in updates:
+        settings, target = UPDATES[name], folder / "bases" / name
         if not (target / "figures.json").exists():
             log(f"update {name}: {settings.tokens:,} tokens")
             target.mkdir(exist_ok=True)
             figures = update(v1, target, settings, held_out)
             (target / "figures.json").write_text(json.dumps(figures, indent=1))  # last
-    bases = {name: folder / "bases" / name for name in (V1, *UPDATES)}
+    bases = {name: folder / "bases" / name for name in (V1, *updates)}
     return Prepared(
         folder=folder,
         fingerprints={
             name: fingerprint(str(path), FileStore()).digest for name, path in bases.items()
         },
-        updates={name: json.loads((bases[name] / "figures.json").read_text()) for name in UPDATES},
+        updates={name: json.loads((bases[name] / "figures.json").read_text()) for name in updates},
         suites={
             name: suite(name, hashlib.sha256((path / "eval.jsonl").read_bytes()).hexdigest())
             for name, path in rows.items()
@@ -173,21 +174,28 @@ def scores(planned: PlannedTraining, prepared: Prepared, known: Container[str]) 
     result = train(job, on_event=show)
     found = []
     for base, key in missing.items():
-        score = Score(
-            key=key,
-            task=planned.task,
-            arm=planned.arm,
-            steps=planned.steps,
-            seed=planned.seed,
-            trained_on=planned.base,
-            scored_on=base,
-            right=_answers(prepared, planned.task, base, result.folder),
-            perturbation=asdict(planned.perturbation),
-            train_seconds=round(result.seconds, 1),
-        )
+        score = score_of(prepared, planned, base, key, result)
         log(f"{planned}: {score.points:.1f} % right on {base}")
         found.append(score)
     return found
+
+
+def score_of(
+    prepared: Prepared, planned: PlannedTraining, base: str, key: str, result: TrainingResult
+) -> Score:
+    """Return the score of a trained adapter on a base."""
+    return Score(
+        key=key,
+        task=planned.task,
+        arm=planned.arm,
+        steps=planned.steps,
+        seed=planned.seed,
+        trained_on=planned.base,
+        scored_on=base,
+        right=_answers(prepared, planned.task, base, result.folder),
+        perturbation=asdict(planned.perturbation),
+        train_seconds=round(result.seconds, 1),
+    )
 
 
 def _answers(prepared: Prepared, task: str, base: str, adapter: Path | None) -> str:

@@ -1,7 +1,7 @@
 """`python -m study.label_free`: how well can the loss of an adapter be predicted without labels?
 
 For every finished adapter of the study that was trained on v1, this measures figures that need no
-labels on 64 prompts: agreement and KL (`trans_peft.validation.agreement`), and the predictors of
+labels on 64 prompts: agreement and KL (`trans_peft.validation`), and the predictors of
 `study.triage`, which do not run the adapter on the new base. It compares them with the loss by the
 labels of the other items of the task. study/label_free.jsonl has one line for each adapter and
 update; finished lines are not computed again. One thread.
@@ -212,7 +212,7 @@ class _Session:
 
     def compared(self, old: _Recorded) -> tuple[int, float]:
         """Return the number of answers that equal the recorded ones, and the KL along these."""
-        from trans_peft.validation.agreement import mean_kl, next_tokens
+        from trans_peft.validation.decoding.next_tokens import mean_kl, next_tokens
 
         new = self.answers(drafts=old.answers)
         equal = sum(a == b for a, b in zip(old.answers, new, strict=True))
@@ -230,7 +230,7 @@ def _answers_on_v1(
     """Return the answers of an adapter on v1. `session` records them if they are missing."""
     import torch
 
-    from trans_peft.validation.agreement import NextTokens, next_tokens
+    from trans_peft.validation.decoding.next_tokens import NextTokens, next_tokens
 
     key = _key(prepared, identity, task, V1)
     path = prepared.folder / "agreement" / f"{key[:24]}.pt"

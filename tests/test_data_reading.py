@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import tiny_tokenizer
-from trans_peft.data import parse_examples, prompt_ids, read_examples, write_examples
+from trans_peft.data import parse_examples, prompt_ids, read_examples, read_prompts, write_examples
 from trans_peft.data.json_rows import json_rows
 from trans_peft.data.parsing import checked, unchecked_rows
-from trans_peft.data.rows import InvalidRow
+from trans_peft.data.rows import NO_ANSWER, InvalidRow
 from trans_peft.data.templates import TEMPLATES
 from trans_peft.domain.data import DataSource
 from trans_peft.edges.file_store import FileStore
@@ -253,3 +253,45 @@ def test_an_example_has_the_place_of_its_row(tmp_path):
     ):
         prompt_ids(examples, tokenizer, "{{ raise_exception('no') }}")
     assert replace(examples[0], place="") == examples[0]
+
+
+PROMPT_ROWS = {
+    "prompt": ({"prompt": "a"}, {"completion": "b"}),
+    "instruction": ({"instruction": "a", "input": "i"}, {"output": "b"}),
+    "messages": (
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]},
+        {"role": "assistant", "content": "b"},
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", PROMPT_ROWS)
+def test_prompts_are_those_of_complete_rows(tmp_path, shape):
+    row, answer = PROMPT_ROWS[shape]
+    turns = row.get("messages")
+    complete = {"messages": [*turns, answer]} if turns else row | answer
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(complete)}\n")
+    (without, with_answer), labeled = read_prompts(DataSource(str(path)), FileStore())
+    assert labeled == 1
+    path.write_text(json.dumps(complete))
+    (expected,) = read_examples(DataSource(str(path)), FileStore())
+    for found in (without, with_answer):
+        assert found.completion == NO_ANSWER
+        assert found.prompt == expected.prompt
+        assert (found.messages or ())[:-1] == (expected.messages or ())[:-1]
+
+
+def test_answers_do_not_leave_the_process_that_parses_prompts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "a", "completion": "secret", "choices": ["secret", "b"], "reference": "secret"}
+    path.write_text(json.dumps(row))
+    found, labeled = read_prompts(DataSource(str(path)), FileStore())
+    assert labeled == 1
+    assert "secret" not in repr(found)
+
+
+def test_prompts_are_read_from_files_only(tmp_path):
+    for source in (DataSource("hub:openai/gsm8k"), DataSource("rows.jsonl", template="gsm8k")):
+        with pytest.raises(DataError, match="from files only"):
+            read_prompts(source, FileStore())

@@ -154,3 +154,21 @@ def run(verb, place, tmp_path, monkeypatch, *, adapter="mine", family=FAMILY, su
         optimizer=OptimizerSettings(steps=2),
     )
     return train(recipe, platform, on_event=lambda event: None)
+
+
+def test_invalid_approved_prompts_are_refused_before_training(place, tmp_path):
+    platform, _ = place
+    data = rows(tmp_path / "rows.jsonl")
+    recipe = TrainingRecipe(
+        adapter="approved",
+        family=FAMILY,
+        base_version="v1",
+        data=data,
+        suites=(Suite("parity", data),),
+        approved_prompts=rows(tmp_path / "approved.jsonl", prompt=" "),
+    )
+    with pytest.raises(DataError, match=r"approved.jsonl: 4 of 4 rows are invalid"):
+        train(recipe, platform, on_event=lambda event: None)
+    with pytest.raises(NotFoundError, match="absent"):
+        absent = DataSource(str(tmp_path / "absent.jsonl"))
+        train(replace(recipe, approved_prompts=absent), platform, on_event=lambda event: None)

@@ -48,7 +48,16 @@ SPEC = AdapterSpec("LORA", OPTIONS)
 class TransferSetup:
     """v1, v2 and one adapter of v1 that answers every item correctly there."""
 
-    def __init__(self, folder, *, recipe=True, spec=SPEC, chance=None, edit=lambda folder: None):
+    def __init__(
+        self,
+        folder,
+        *,
+        recipe=True,
+        spec=SPEC,
+        chance=None,
+        edit=lambda folder: None,
+        **recipe_fields,
+    ):
         torch.set_num_threads(1)
         self.folder = folder
         self.platform = replace(memory_platform(folder / "work"), store=FileStore())
@@ -82,10 +91,10 @@ class TransferSetup:
                 recipe=TrainingRecipe(
                     adapter="parity",
                     family=FAMILY,
-                    data=data,
                     suites=(self.suite,),
                     spec=spec,
                     optimizer=OptimizerSettings(learning_rate=1e-2, steps=3, batch_size=4),
+                    **{"data": data} | recipe_fields,
                 )
                 if recipe
                 else None,

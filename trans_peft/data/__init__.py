@@ -10,7 +10,7 @@ from trans_peft.data.example import (
     token_counts,
 )
 from trans_peft.data.parsing import parse_examples
-from trans_peft.data.sources import pin, read_examples, write_examples
+from trans_peft.data.sources import pin, read_examples, read_prompts, write_examples
 
 __all__ = [
     "ChatMessage",
@@ -21,6 +21,7 @@ __all__ = [
     "pin",
     "prompt_ids",
     "read_examples",
+    "read_prompts",
     "token_counts",
     "token_ids",
     "write_examples",

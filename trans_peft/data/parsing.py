@@ -8,20 +8,27 @@ file in a child process with limits, and stops at the bounds on bytes and rows t
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trans_peft.data.example import ChatMessage, Example
 from trans_peft.data.json_rows import json_rows
-from trans_peft.data.rows import Row, examples_from
+from trans_peft.data.rows import Row, examples_from, without_answer
 from trans_peft.data.templates import through_template
 from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS, MAX_ROW_CHARACTERS
 from trans_peft.domain.untrusted_json import duplicates
 from trans_peft.errors import DataError, listed
 from trans_peft.isolation import Limits, call_isolated
 
-__all__ = ["check_kind", "checked", "examples_in", "parse_examples", "unchecked_rows"]
+__all__ = [
+    "check_kind",
+    "checked",
+    "examples_in",
+    "parse_examples",
+    "prompts_in",
+    "unchecked_rows",
+]
 
 _LIMITS = Limits(cpu_s=600, wall_s=1800, memory_bytes=8 << 30, result_bytes=1 << 30)
 _BATCH_ROWS, _SLICE_ROWS = 1024, 16
@@ -52,18 +59,29 @@ def examples_in(
         subject=f"the data file {uri}",
         imports=("pyarrow.parquet",) if _suffix(uri) == ".parquet" else (),
     )
-    return tuple(
-        Example(
-            id=id_,
-            prompt=prompt,
-            completion=completion,
-            messages=messages and tuple(ChatMessage(role, content) for role, content in messages),
-            choices=tuple(choices),
-            reference=reference,
-            place=place,
-        )
-        for id_, prompt, completion, messages, choices, reference, place in rows
+    return _examples(rows)
+
+
+def prompts_in(
+    data: bytes, uri: str, *, limit: int | None = None
+) -> tuple[tuple[Example, ...], int]:
+    """Parse a file of prompts; return its first `limit` prompts, and how many rows have an answer.
+
+    The rows have the shapes of `examples_in`, where the answer is optional. Answers do not leave
+    the child process: the completion of each example is `NO_ANSWER`. Raises what `examples_in`
+    raises.
+    """
+    check_kind(uri)
+    labeled, *rows = call_isolated(
+        _plain_prompts,
+        data,
+        uri,
+        limit,
+        limits=_LIMITS,
+        subject=f"the data file {uri}",
+        imports=("pyarrow.parquet",) if _suffix(uri) == ".parquet" else (),
     )
+    return _examples(rows), labeled
 
 
 def checked(rows: list[Row], uri: str, template: str) -> tuple[Example, ...]:
@@ -114,7 +132,18 @@ def unchecked_rows(data: bytes, uri: str) -> list[Row]:
 
 def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> list[list[Any]]:
     """Parse a file and return its examples as plain lists: runs in the child process."""
-    examples = checked(unchecked_rows(data, uri), uri, template)
+    return _plain(checked(unchecked_rows(data, uri), uri, template)[:limit])
+
+
+def _plain_prompts(data: bytes, uri: str, limit: int | None) -> list[Any]:
+    """Return the number of rows with an answer, and then the prompts: runs in the child process."""
+    rows = [(where, without_answer(row)) for where, row in unchecked_rows(data, uri)]
+    labeled = sum(has_answer for _, (_, has_answer) in rows)
+    examples = checked([(where, row) for where, (row, _) in rows], uri, "")
+    return [labeled, *_plain(examples[:limit])]
+
+
+def _plain(examples: Sequence[Example]) -> list[list[Any]]:
     return [
         [
             example.id,
@@ -125,8 +154,24 @@ def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> 
             example.reference,
             example.place,
         ]
-        for example in examples[:limit]
+        for example in examples
     ]
+
+
+def _examples(rows: Sequence[Sequence[Any]]) -> tuple[Example, ...]:
+    """Return the examples of `_plain` rows."""
+    return tuple(
+        Example(
+            id=id_,
+            prompt=prompt,
+            completion=completion,
+            messages=messages and tuple(ChatMessage(role, content) for role, content in messages),
+            choices=tuple(choices),
+            reference=reference,
+            place=place,
+        )
+        for id_, prompt, completion, messages, choices, reference, place in rows
+    )
 
 
 def _suffix(uri: str) -> str:

@@ -19,7 +19,7 @@ from trans_peft.domain.excerpts import excerpt
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import DataError, listed, listed_lines
 
-__all__ = ["InvalidRow", "Row", "examples_from"]
+__all__ = ["NO_ANSWER", "InvalidRow", "Row", "examples_from", "without_answer"]
 
 _ALPACA = (
     "Below is an instruction that describes a task. "
@@ -47,6 +47,12 @@ _NAME_LIMIT = 60
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 _SHORT.maxlevel = 3
+
+
+NO_ANSWER = "(no answer)"
+"""The completion of an example that is a prompt only."""
+
+_ANSWER_FIELDS = ("completion", "output", "choices", "reference")
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,31 @@ def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
             do="correct or remove these rows",
         )
     return tuple(examples)
+
+
+def without_answer(row: Any) -> tuple[Any, bool]:
+    """Return a row with `NO_ANSWER` as its answer, and whether it had one.
+
+    In a chat the answer is the last message if it is the assistant's. What is not a row is returned
+    as it is, for `examples_from` to refuse.
+    """
+    if not isinstance(row, dict):
+        return row, False
+    found = {key: value for key, value in row.items() if key not in _ANSWER_FIELDS}
+    has_answer = any(row.get(key) is not None for key in ("completion", "output"))
+    if isinstance(row.get("messages"), list):
+        turns = row["messages"]
+        last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
+        has_answer = last.get("role") == "assistant"
+        found["messages"] = [
+            *(turns[:-1] if has_answer else turns),
+            {"role": "assistant", "content": NO_ANSWER},
+        ]
+    elif "instruction" in row:
+        found["output"] = NO_ANSWER
+    else:
+        found["completion"] = NO_ANSWER
+    return found, has_answer
 
 
 def _shape(row: dict[str, Any]) -> str:

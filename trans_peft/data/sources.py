@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trans_peft.data.example import Example
-from trans_peft.data.parsing import check_kind, checked, examples_in
+from trans_peft.data.parsing import check_kind, checked, examples_in, prompts_in
 from trans_peft.data.rows import Row
 from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS
 from trans_peft.domain.data import DataSource
@@ -19,7 +19,7 @@ from trans_peft.domain.places import HUB, Places
 from trans_peft.errors import DataError, IntegrityError
 from trans_peft.ports import ArtifactStore
 
-__all__ = ["pin", "read_examples", "write_examples"]
+__all__ = ["pin", "read_examples", "read_prompts", "write_examples"]
 
 # Without an owner, `datasets` takes names such as json and csv for its own file readers, which read
 # the working directory.
@@ -42,6 +42,26 @@ def read_examples(
     data, sha256 = _file(source.uri, store)
     _check_pin(source, sha256)
     return examples_in(data, source.uri, template=source.template, limit=limit)
+
+
+def read_prompts(
+    source: DataSource, store: ArtifactStore, *, limit: int | None = None
+) -> tuple[tuple[Example, ...], int]:
+    """Read a file of prompts; return the first `limit` prompts, and how many rows have an answer.
+
+    Answers are optional and are dropped. Raises what `read_examples` raises, and DataError for a
+    hub data set or a template, whose rows are complete examples.
+    """
+    if source.uri.startswith(HUB) or source.template:
+        raise DataError(
+            "prompts can be read from files only",
+            expected="a file with the field prompt, messages or instruction in each row",
+            found=" through the template ".join(filter(None, (source.uri, source.template))),
+            do="write the prompts into a file",
+        )
+    data, sha256 = _file(source.uri, store)
+    _check_pin(source, sha256)
+    return prompts_in(data, source.uri, limit=limit)
 
 
 def pin(source: DataSource, store: ArtifactStore) -> DataSource:

@@ -8,7 +8,7 @@ from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.conventions import BASE_ALIASES
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
-from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.names import name_problem
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.errors import InvalidSpecError
@@ -222,6 +222,9 @@ class TrainingRecipe:
         processes: processes that `accelerate launch` starts.
         packing: whether several rows share one sequence.
         checkpoint_steps: steps between two checkpoints.
+        approved_prompts: file of prompts that the owner allows to keep, for instance 20 invented
+            ones. After an update of the base, the recovery strategy `distilled` writes prompts like
+            them. The training does not read it.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -239,6 +242,7 @@ class TrainingRecipe:
     processes: int = 1
     packing: bool = False
     checkpoint_steps: int = 50
+    approved_prompts: DataSource | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = [

@@ -1,13 +1,24 @@
 """Recovery strategies for adapters that do not pass on a new base with direct transfer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
+from trans_peft.domain.identity import ADDED_LATER
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["RecoveryPolicy", "RecoveryStrategy", "StrategyAttempt"]
+__all__ = [
+    "MIN_PROMPTS",
+    "DistillationPolicy",
+    "RecoveryPolicy",
+    "RecoveryStrategy",
+    "StrategyAttempt",
+]
+
+
+MIN_PROMPTS = 32
+"""Prompts below which a distillation is not tried."""
 
 
 class RecoveryStrategy(StrEnum):
@@ -18,19 +29,76 @@ class RecoveryStrategy(StrEnum):
 
     DIRECT = "direct"
     RESCALED = "rescaled"
+    DISTILLED = "distilled"
     RETUNED = "re-tuned"
     RETRAINED = "retrained"
+
+
+_ADAPTER = "{adapter}"
+
+
+@dataclass(frozen=True)
+class DistillationPolicy:
+    """Settings of the strategy `distilled`, which reads no training row.
+
+    The adapter on the base that it was trained on answers prompts (the teacher). The adapter on the
+    new base is trained on the teacher's probabilities, from its old weights.
+
+    Attributes:
+        prompts_uri: file of prompts, such as recent traffic; "{adapter}" stands for the adapter's
+            name. Empty: the new base writes prompts like those in the recipe's `approved_prompts`.
+        prompts: number of prompts that the teacher answers. A tenth of them is held out.
+        steps: optimizer steps.
+        batch_size: prompts per step.
+        learning_rate: largest learning rate of AdamW; it follows a cosine.
+        beta: None: the teacher's probabilities are those of the adapter on its old base. Otherwise
+            they are those of the new base, changed by `beta` times the adapter's change on the old
+            base, which keeps what the update improved.
+
+    Raises:
+        InvalidSpecError: fields are invalid. The message lists all problems.
+    """
+
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
+
+    prompts_uri: str = ""
+    prompts: int = 320
+    steps: int = 20
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least {least}, not {getattr(self, name)}"
+            for name, least in (("prompts", MIN_PROMPTS), ("steps", 1), ("batch_size", 1))
+            if getattr(self, name) < least
+        ]
+        if not 0 < self.learning_rate <= 1:
+            problems.append(f"learning_rate must lie in (0, 1], not {self.learning_rate}")
+        if self.beta is not None and not 0 < self.beta <= 10:
+            problems.append(f"beta must lie in (0, 10], not {self.beta}")
+        if "{" in self.prompts_uri.replace(_ADAPTER, ""):
+            problems.append(f"prompts_uri may contain {_ADAPTER} only, found {self.prompts_uri!r}")
+        if problems:
+            raise InvalidSpecError(f"the distillation policy is invalid: {'; '.join(problems)}")
+
+    def prompts_of(self, adapter: str) -> str:
+        """Return the URI of an adapter's prompts."""
+        return self.prompts_uri.replace(_ADAPTER, adapter)
 
 
 @dataclass(frozen=True)
 class RecoveryPolicy:
     """The strategies that are tried after direct transfer. By default there are none.
 
-    All strategies use the adapter's training rows. None of them reads an item of a suite.
+    No strategy is trained on an item of a suite. `distilled` reads no training row either; the
+    other strategies do.
 
     Attributes:
         scales: factors for the adapter's scale. The factor under which the training rows are most
             likely on the new base is tried. Positive, distinct, and without 1.
+        distillation: settings of the strategy `distilled`. None switches it off.
         retune_steps: optimizer steps of further training on the new base, from the old weights. 0
             switches re-tuning off.
         retrain: whether a separate flow run trains the adapter on the new base with its recipe.
@@ -42,6 +110,7 @@ class RecoveryPolicy:
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     scales: tuple[float, ...] = ()
+    distillation: DistillationPolicy | None = field(default=None, metadata=ADDED_LATER)
     retune_steps: int = 0
     retrain: bool = False
 
@@ -65,6 +134,7 @@ class RecoveryPolicy:
         """The strategies of this policy, direct transfer first."""
         enabled = {
             RecoveryStrategy.RESCALED: bool(self.scales),
+            RecoveryStrategy.DISTILLED: self.distillation is not None,
             RecoveryStrategy.RETUNED: self.retune_steps > 0,
             RecoveryStrategy.RETRAINED: self.retrain,
         }

@@ -24,11 +24,9 @@ from trans_peft.ports import Platform
 from trans_peft.text.saved_template import saved_template
 from trans_peft.validation.agreement import (
     Agreement,
-    NextTokens,
     equal_answers,
-    mean_kl,
-    next_tokens,
 )
+from trans_peft.validation.decoding.next_tokens import NextTokens, mean_kl, next_tokens
 from trans_peft.validation.tokenized_suite import with_answers
 
 __all__ = ["LabelFreeComparison", "compare_label_free"]

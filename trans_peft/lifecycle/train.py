@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from trans_peft.data import Example, pin, read_examples, write_examples
+from trans_peft.data import Example, pin, read_examples, read_prompts, write_examples
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
@@ -44,6 +44,7 @@ def resolve_recipe(
         base_version=base.version,
         data=data,
         suites=pin_suites(recipe.suites, platform),
+        approved_prompts=recipe.approved_prompts and pin(recipe.approved_prompts, platform.store),
     )
     return resolved, base
 
@@ -106,6 +107,8 @@ def train(
     check_registration(resolved.adapter, base.family, platform)
     examples = read_examples(resolved.data, platform.store)
     check_suites(base, resolved.suites, platform)
+    if resolved.approved_prompts is not None:
+        read_prompts(resolved.approved_prompts, platform.store)  # raises for invalid rows
 
     tags = base.ref.labels | {"adapter": resolved.adapter}
     with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:

@@ -18,8 +18,8 @@ from trans_peft.lifecycle.base_files import (
     tokenizer_folder,
 )
 from trans_peft.lifecycle.evaluation import EvaluationSubject, ProgressCallback, evaluate_on
+from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
 from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, probe, recover
-from trans_peft.lifecycle.recovery.strategies import Candidate, recipe_on
 from trans_peft.lifecycle.resolve import base_trained_on
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare, tokenizers_may_differ
@@ -159,7 +159,12 @@ def _evaluate(
         fresh=inputs.adapter.trained_on(base),
         on_progress=on_progress,
     )
-    result = recover(evaluator, policy, folder, scratch)
+    result = recover(
+        evaluator,
+        CandidateInputs(
+            source, folder, base, trained_on, reference, policy.recovery, platform, scratch
+        ),
+    )
     return replace(
         outcome,
         judgment=result.judgment,

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import check_template, saved_template, write_template
 from trans_peft.training.adapter_check import check_adapter_is_trainable, save_adapter
 from trans_peft.training.batches import training_order
+from trans_peft.training.distillation import DistillationTrainer, TeacherTargets
 from trans_peft.training.events import EventMessage, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
@@ -56,13 +58,22 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
     InvalidSpecError before the first step; TrainingError if the loss or a weight is not finite.
     """
     recipe, steps = job.recipe, job.recipe.optimizer.steps
-    read = parse_examples(job.data_file.read_bytes(), recipe.data.uri)
-    # These places refer to the job's copy of the data, not to the user's file.
-    examples = tuple(replace(example, place="") for example in read)
     tokenizer = load_tokenizer(job.base_folder)
     template = _template(job, tokenizer)
-    shortened_rows = check_tokens(examples, tokenizer, recipe.optimizer.max_length, template)
-    trainer = _trainer(job, token_rows(examples, tokenizer, template), str(state.device))
+    shortened_rows = 0
+    if job.targets is None:
+        read = parse_examples(job.data_file.read_bytes(), recipe.data.uri)
+        # These places refer to the job's copy of the data, not to the user's file.
+        examples = tuple(replace(example, place="") for example in read)
+        shortened_rows = check_tokens(examples, tokenizer, recipe.optimizer.max_length, template)
+        trainer = _trainer(
+            job, AnswerTrainer, token_rows(examples, tokenizer, template), str(state.device)
+        )
+    else:
+        targets = TeacherTargets.read(job.targets)
+        trainer = _trainer(
+            job, partial(DistillationTrainer, targets), targets.training_rows(), str(state.device)
+        )
     tokens_per_step = _fix_order(trainer, job, state.num_processes)
     model = trainer.model.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -161,7 +172,12 @@ def _template(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> str | Non
     return template
 
 
-def _trainer(job: TrainingJob, rows: list[dict[str, list[int]]], device: str) -> AnswerTrainer:
+def _trainer(
+    job: TrainingJob,
+    make: Callable[..., AnswerTrainer],
+    rows: list[dict[str, list[int]]],
+    device: str,
+) -> AnswerTrainer:
     base = load_base(job.base_folder, job.recipe.dtype, device)
     check_adapter_is_trainable(base, job.recipe.spec, job.work_dir)
     set_seed(job.recipe.seed)  # the adapter's initial weights
@@ -170,7 +186,7 @@ def _trainer(job: TrainingJob, rows: list[dict[str, list[int]]], device: str) ->
         _load_start(job.start, model)
     trainable = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
     try:
-        trainer = AnswerTrainer(
+        trainer = make(
             model=model,
             args=_arguments(job),
             train_dataset=Dataset.from_list(rows),

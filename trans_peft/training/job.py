@@ -28,6 +28,8 @@ class TrainingJob:
         work_dir: folder of everything that the run writes: checkpoints, `result.json`, and the
             PEFT folder `adapter`.
         start: PEFT folder with the initial weights, of the recipe's spec; None for new weights.
+        targets: a teacher's answers (`trans_peft.training.distillation.TeacherTargets`) to learn
+            from instead of the answers in `data_file`, which then has the prompts.
     """
 
     recipe: TrainingRecipe
@@ -37,6 +39,7 @@ class TrainingJob:
     data_file: Path
     work_dir: Path
     start: Path | None = None
+    targets: Path | None = None
 
     @property
     def adapter_folder(self) -> Path:
@@ -55,11 +58,11 @@ class TrainingJob:
 
     def identity(self) -> str:
         """Return the hash of everything that the trained weights depend on. Paths do not count."""
-        with self.data_file.open("rb") as file:
-            rows = hashlib.file_digest(file, "sha256").hexdigest()
-        inputs = [self.recipe, self.base_name, self.base_revision, rows]
+        inputs = [self.recipe, self.base_name, self.base_revision, _sha256(self.data_file)]
         if self.start is not None:
             inputs.append(adapter_weights_sha256(self.start))
+        if self.targets is not None:
+            inputs.append(_sha256(self.targets))
         return content_sha256(inputs)
 
     def check(self) -> None:
@@ -70,8 +73,8 @@ class TrainingJob:
         """
         missing = [
             str(path)
-            for path in (self.base_folder / "config.json", self.data_file)
-            if not path.is_file()
+            for path in (self.base_folder / "config.json", self.data_file, self.targets)
+            if path is not None and not path.is_file()
         ]
         if missing:
             raise NotFoundError(
@@ -142,6 +145,11 @@ class TrainingResult:
     def read(cls, path: Path) -> "TrainingResult":
         """Read a file that `write` wrote."""
         return _RESULT.validate_json(path.read_bytes())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _JOB = TypeAdapter(TrainingJob)

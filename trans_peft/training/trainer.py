@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from trans_peft.errors import TrainingError
 from trans_peft.training.events import CheckpointSaved, EventMessage, TrainingMetrics
 
-__all__ = ["AnswerTrainer", "EventCallback", "last_checkpoint"]
+__all__ = ["AnswerTrainer", "EventCallback", "last_checkpoint", "only_positions"]
 
 _COMPLETE = "complete"
 
@@ -44,12 +44,17 @@ class AnswerTrainer(SFTTrainer):
         labels = inputs.pop("labels")
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         kept = targets != -100
-        with _only_positions(self.model.get_output_embeddings(), kept):
+        with only_positions(self.model.get_output_embeddings(), kept):
             logits = model(**inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum")
-        items = kept.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = loss / torch.as_tensor(items).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+        return self.per_item(loss, kept, num_items_in_batch)
+
+    def per_item(
+        self, loss: torch.Tensor, kept: torch.Tensor, items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Return a summed loss over the items of all processes, or over the kept positions."""
+        loss = loss / torch.as_tensor(kept.sum() if items is None else items).clamp(min=1)
+        if self.args.average_tokens_across_devices and items is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
         return self._connected(loss)
 
@@ -70,7 +75,7 @@ class AnswerTrainer(SFTTrainer):
 
 
 @contextmanager
-def _only_positions(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
+def only_positions(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
     """Pass the output embedding only the hidden states of the kept (batch, sequence) positions."""
 
     def narrow(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -6,7 +6,7 @@ probability that a candidate passes whose loss exceeds the margin therefore stay
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,8 @@ from trans_peft.lifecycle.evaluation import (
     ProgressCallback,
     evaluate_on,
 )
-from trans_peft.lifecycle.recovery.strategies import Candidate, CandidateInputs, make_candidate
+from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs
+from trans_peft.lifecycle.recovery.strategies import make_candidate
 from trans_peft.lifecycle.sequential import evaluate_sequentially
 from trans_peft.ports import Platform
 from trans_peft.validation.gate import judge
@@ -118,21 +119,16 @@ class RecoveryResult:
     is_open: bool
 
 
-def recover(
-    evaluator: CandidateEvaluator, policy: GatePolicy, folder: Callable[[], Path], scratch: Path
-) -> RecoveryResult:
+def recover(evaluator: CandidateEvaluator, inputs: CandidateInputs) -> RecoveryResult:
     """Try the strategies of a policy in order, until a candidate passes.
 
-    `folder` returns the PEFT folder of the source version; `scratch` is a folder for new
-    candidates. Stops early at the verdict `retire`: the bare base is as good as the adapter.
+    Stops early at the verdict `retire`: the bare base is as good as the adapter.
     """
-    inputs = CandidateInputs(
-        evaluator.source, folder, evaluator.base, policy.recovery, evaluator.platform, scratch
-    )
+    strategies = inputs.recovery.strategies
     tried: list[StrategyAttempt] = []
     best: tuple[Candidate, Judgment, tuple[Evaluation, ...]] | None = None
     verdict = ""
-    for strategy in policy.recovery.strategies:
+    for strategy in strategies:
         started = time.monotonic()
         made = make_candidate(strategy, inputs)
         if isinstance(made, Candidate) and strategy is not RecoveryStrategy.DIRECT:
@@ -152,7 +148,7 @@ def recover(
     assert best is not None  # direct transfer is always tried
     return RecoveryResult(
         *best,
-        tried=tuple(tried) if len(policy.recovery.strategies) > 1 else (),
+        tried=tuple(tried) if len(strategies) > 1 else (),
         is_open=verdict not in (Verdict.PASSED, Verdict.RETIRE),
     )
 

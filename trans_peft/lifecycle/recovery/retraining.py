@@ -20,8 +20,8 @@ from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluation import EvaluationSubject, ProgressCallback, evaluate_on
+from trans_peft.lifecycle.recovery.candidates import Candidate
 from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator
-from trans_peft.lifecycle.recovery.strategies import Candidate
 from trans_peft.lifecycle.resolve import base_trained_on, find_base
 from trans_peft.lifecycle.train import job_on, resolve_recipe, trained_version
 from trans_peft.ports import Platform

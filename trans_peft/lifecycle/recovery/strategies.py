@@ -1,20 +1,17 @@
 """Recovery strategies: how each one makes a candidate for the new base.
 
-A strategy that cannot be applied returns the reason as text, and the verdict so far remains. All
-strategies read the adapter's training rows and never the items of a suite, so that candidates are
-not selected by the items that evaluate them.
+A strategy that cannot be applied returns the reason as text, and the verdict so far remains. No
+strategy trains on the items of a suite or selects by them, so that the gate's levels hold.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trans_peft.data import Example, full_ids, prompt_ids, read_examples, write_examples
-from trans_peft.domain.adapter import AdapterVersion
-from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.domain.recovery import RecoveryPolicy, RecoveryStrategy
+from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import (
     AdapterError,
     DataError,
@@ -25,51 +22,14 @@ from trans_peft.errors import (
     TrainingError,
 )
 from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
+from trans_peft.lifecycle.recovery.distillation import distilled
 from trans_peft.models import adapter_weights_sha256
-from trans_peft.ports import Platform
 from trans_peft.text.saved_template import saved_template
 
-__all__ = ["Candidate", "CandidateInputs", "make_candidate", "recipe_on"]
+__all__ = ["make_candidate"]
 
 _SEARCH_ROWS = 64  # training rows that are read to select a scale factor
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Weights that may become the adapter's version on the new base.
-
-    Attributes:
-        strategy: The strategy that made the weights.
-        folder: Returns the PEFT folder with the weights.
-        weights_sha256: The hash of the weights.
-        note: The settings that were used, such as the scale factor or the number of steps.
-    """
-
-    strategy: RecoveryStrategy
-    folder: Callable[[], Path]
-    weights_sha256: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class CandidateInputs:
-    """What a strategy needs to make a candidate for `base`.
-
-    Attributes:
-        source: The adapter version that is transferred.
-        folder: Returns the PEFT folder of `source`.
-        base: The new base version.
-        recovery: The settings of the strategies.
-        platform: The platform. Retuning runs below its work folder.
-        scratch: A folder for other candidates.
-    """
-
-    source: AdapterVersion
-    folder: Callable[[], Path]
-    base: BaseVersion
-    recovery: RecoveryPolicy
-    platform: Platform
-    scratch: Path
 
 
 def make_candidate(strategy: RecoveryStrategy, inputs: CandidateInputs) -> Candidate | str:
@@ -79,6 +39,8 @@ def make_candidate(strategy: RecoveryStrategy, inputs: CandidateInputs) -> Candi
     """
     if strategy is RecoveryStrategy.DIRECT:
         return Candidate(strategy, inputs.folder, inputs.source.weights_sha256)
+    if strategy is RecoveryStrategy.DISTILLED:
+        return distilled(inputs)
     recipe = inputs.source.recipe
     if recipe is None:
         return "the adapter has no recipe, so its training rows are unknown"
@@ -93,11 +55,6 @@ def make_candidate(strategy: RecoveryStrategy, inputs: CandidateInputs) -> Candi
         if strategy is RecoveryStrategy.RESCALED
         else _retuned(inputs, recipe, rows)
     )
-
-
-def recipe_on(recipe: TrainingRecipe, base: BaseVersion) -> TrainingRecipe:
-    """Return the recipe that trains the same adapter on another base."""
-    return replace(recipe, base_version=base.version)
 
 
 def _rescaled(inputs: CandidateInputs, rows: Sequence[Example]) -> Candidate | str:

@@ -25,6 +25,7 @@ from trans_peft.validation.decoding.drafts import (
     DraftAcceptance,
     common_length,
 )
+from trans_peft.validation.decoding.next_tokens import NextTokens
 from trans_peft.validation.decoding.prefixes import (
     PrefixReader,
     PromptPart,
@@ -50,6 +51,8 @@ class DecodingRow:
         cached: how many tokens of prompt and answer are in the cache.
         answer: the tokens generated so far.
         is_over: whether the answer has ended.
+        next_tokens: the distributions from which the tokens of the answer were chosen, one part per
+            pass; empty unless the decoder keeps them.
     """
 
     prompt: Sequence[int]
@@ -61,6 +64,7 @@ class DecodingRow:
     near_ties: int = 0
     drafted: int = 0
     accepted: int = 0
+    next_tokens: list[NextTokens] = field(default_factory=list)
 
     @property
     def text(self) -> list[int]:
@@ -77,14 +81,20 @@ class DecodingRow:
         """Discard the answer and the draft."""
         self.draft, self.cached, self.answer, self.is_over = None, 0, [], False
         self.near_ties = self.drafted = self.accepted = 0
+        self.next_tokens = []
 
 
 class Decoder:
     """Decodes the batches of one suite, and adapts proposals to how earlier drafts agreed."""
 
-    def __init__(self, reader: PrefixReader, is_over: Callable[[list[int]], bool]) -> None:
-        """`is_over` returns whether an answer ends with its last token."""
-        self._reader, self._is_over = reader, is_over
+    def __init__(
+        self, reader: PrefixReader, is_over: Callable[[list[int]], bool], *, top: int = 0
+    ) -> None:
+        """`is_over` returns whether an answer ends with its last token.
+
+        The distributions of the `top` most likely tokens are kept at each token of an answer.
+        """
+        self._reader, self._is_over, self._top = reader, is_over, top
         self._acceptance = DraftAcceptance()
         # Both are set after the first forward pass.
         self._truncatable_columns, self._vocabulary = sys.maxsize, 1
@@ -183,8 +193,8 @@ class Decoder:
         best, tokens = logits.max(-1)
         near = (logits >= best[..., None] - NEAR_TIE).sum(-1) > 1
         confirmed = []
-        for row, proposal, *columns in zip(
-            rows, proposals, best.tolist(), tokens.tolist(), near.tolist(), strict=True
+        for i, (row, proposal, *columns) in enumerate(
+            zip(rows, proposals, best.tolist(), tokens.tolist(), near.tolist(), strict=True)
         ):
             unread, start = len(row.unread), len(row.answer)
             for value, token, tie in zip(*columns, strict=True):
@@ -201,6 +211,10 @@ class Decoder:
                 row.is_over = self._is_over(row.answer)
                 if proposal[agreed : agreed + 1] != [token] or row.is_over:
                     break
+            if self._top:
+                row.next_tokens.append(
+                    NextTokens.of(logits[i, : len(row.answer) - start], self._top)
+                )
             if row.draft:
                 row.draft.observe(row.answer[start:])
             row.cached += unread + agreed

@@ -9,7 +9,7 @@ used.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from trans_peft.text.answers import answer_text, decode_ids
 from trans_peft.validation.decoding.batching import Progress, evaluating, in_batches
 from trans_peft.validation.decoding.cache_support import cache_support
 from trans_peft.validation.decoding.decoder import Decoder, DecodingRow
+from trans_peft.validation.decoding.next_tokens import NextTokens
 from trans_peft.validation.decoding.prefixes import PrefixReader, check_adapter
 
 __all__ = ["Answers", "evaluating", "generate"]
@@ -37,6 +38,8 @@ class Answers:
         near_ties: tokens of all answers whose two best logits differ by less than 1e-4.
         drafted: proposed tokens that were checked.
         accepted: proposed tokens that greedy decoding confirmed.
+        next_tokens: for each answer the distributions from which its tokens were chosen; empty
+            unless `generate` got `top`.
     """
 
     texts: list[str]
@@ -44,6 +47,7 @@ class Answers:
     near_ties: int = 0
     drafted: int = 0
     accepted: int = 0
+    next_tokens: list[NextTokens] = field(default_factory=list)
 
 
 def generate(  # noqa: PLR0913  named as in transformers
@@ -56,6 +60,7 @@ def generate(  # noqa: PLR0913  named as in transformers
     end_tokens: Collection[int] = (),
     drafts: Sequence[Sequence[int]] | None = None,
     batch_size: int | None = None,
+    top: int = 0,
     on_progress: Progress | None = None,
 ) -> Answers:
     """Continue each prompt by greedy decoding.
@@ -67,6 +72,7 @@ def generate(  # noqa: PLR0913  named as in transformers
         prompts: token ids without padding.
         drafts: expected token ids of each answer. Correct ones save time; none changes an answer.
         batch_size: prompts in a batch, by default 32; halved when memory runs out.
+        top: number of most likely tokens in the distributions that are returned. 0: none.
         on_progress: called with the finished answers and the total.
 
     The model's training modes are restored. Raises EvaluationError if logits are not finite or a
@@ -90,6 +96,7 @@ def generate(  # noqa: PLR0913  named as in transformers
         decoder = Decoder(
             reader,
             lambda answer: len(answer) == max_new_tokens or ends.reached(answer),
+            top=top,
         )
         while waiting := [row for row in rows if not row.is_over]:
             # The longest first, so that a lack of memory shows early.
@@ -116,6 +123,7 @@ def generate(  # noqa: PLR0913  named as in transformers
         near_ties=sum(row.near_ties for row in rows),
         drafted=sum(row.drafted for row in rows),
         accepted=sum(row.accepted for row in rows),
+        next_tokens=[NextTokens.joined(row.next_tokens) for row in rows] if top else [],
     )
 
 

@@ -1,0 +1,170 @@
+"""Distill adapters of the study after an update: `python -m study.distillation`.
+
+For each task, update and seed it trains a plain adapter and one under Trans-PEFT on v1, and a plain
+adapter on the new base; carries the first two over directly; and distills them with prompts from
+each source. study/distilled.jsonl has one line for each score, with the seconds that it cost.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from demo.sources import source_files
+from demo.tasks import split
+from study.cells import Prepared, end_with_parent, log, prepare, score_of, spared_layers
+from study.plan import DATA_SEED, STEPS, TASKS, V1, PlannedTraining, arms
+from study.score_file import Score, ScoreFile
+from trans_peft.data import Example, parse_examples
+from trans_peft.data.overlap import distinct_from
+from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.recovery import DistillationPolicy
+from trans_peft.lifecycle.recovery.prompts import like_examples, text_of
+from trans_peft.models import load_base
+from trans_peft.training.distill import Distillation
+from trans_peft.training.events import Event, TrainingMetrics
+from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.launch import fit as train
+
+SCORES = Path(__file__).with_name("distilled.jsonl")
+POLICY = DistillationPolicy()
+CELLS = (("signatures", "ffn"), ("exceptions", "ffn"), ("signatures", "all"), ("exceptions", "all"))
+SEEDS = (1, 2, 3)
+APPROVED = (20, 5)
+"""Numbers of approved prompts after which the base writes others."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of prompts: its name, and the number of approved prompts if the base writes them."""
+
+    name: str
+    approved: int = 0
+
+
+SOURCES = (Source("unlabeled"), *(Source(f"written after {n}", n) for n in APPROVED))
+
+
+@cache
+def traffic(task: str) -> tuple[Example, ...]:
+    """Return prompts of a task that are no training or evaluation rows, as recent traffic is."""
+    files = list(source_files())
+    whole = replace(TASKS[task], train_per_label=10**9)
+    used = {row.id for row in split(TASKS[task], files, DATA_SEED).train}
+    rows = [row for row in split(whole, files, DATA_SEED).train if row.id not in used]
+    return tuple(Example(row.id, row.example.prompt, "(no answer)") for row in rows)
+
+
+def prompts(prepared: Prepared, task: str, base: str, source: Source) -> Sequence[Example]:
+    """Return the prompts of a source for an update to `base`."""
+    items = [text_of(row) for row in _rows(prepared, task, "eval.jsonl")]
+    if not source.approved:
+        return distinct_from(traffic(task), items, text=text_of)[: POLICY.prompts]
+    approved = _rows(prepared, task, "train.jsonl")[: source.approved]
+    loaded = load_base(prepared.base(base), "float32")
+    return like_examples(loaded, approved, items, POLICY.prompts)
+
+
+def cell(
+    prepared: Prepared, task: str, update: str, seed: int, known: ScoreFile
+) -> Iterator[Score]:
+    """Yield the scores of one task, update and seed that the score file lacks."""
+    named = arms(spared_layers(prepared))
+    for arm in ("plain", "spared"):
+        planned = PlannedTraining(task, arm, named[arm], STEPS[0], seed)
+        job, trained = _trained(prepared, planned)
+        yield from _missing(prepared, planned, (V1, update), trained, known)
+        if arm == "plain":
+            anew = replace(planned, base=update)
+            yield from _missing(prepared, anew, (update,), _trained(prepared, anew)[1], known)
+        for source in SOURCES:
+            distilled = replace(planned, arm=f"{arm}, distilled, {source.name}")
+            if (*_cell(distilled), update) not in {score.cell for score in known}:
+                result = _distilled(prepared, distilled, job, trained, update, source)
+                yield from _missing(prepared, distilled, (update,), result, known)
+
+
+def _distilled(
+    prepared: Prepared,
+    planned: PlannedTraining,
+    job: TrainingJob,
+    trained: TrainingResult,
+    update: str,
+    source: Source,
+) -> TrainingResult:
+    """Return the result of a distillation; its seconds include the teacher's."""
+    folder = prepared.folder / "distilled" / content_sha256([planned, update])[:16]
+    made = prompts(prepared, planned.task, update, source)
+    found = Distillation(
+        adapter=trained.folder,
+        old_base=prepared.base(V1),
+        job=replace(
+            job,
+            base_folder=prepared.base(update),
+            base_revision=prepared.fingerprints[update],
+            work_dir=folder,
+        ),
+        suite=prepared.suites[planned.task],
+        policy=POLICY,
+    ).run(made, folder)
+    log(f"{planned}: {len(made)} prompts, {found.change}, {found.teacher_s:.0f} s for the answers")
+    return replace(found.training, seconds=found.teacher_s + found.training.seconds)
+
+
+def _missing(
+    prepared: Prepared,
+    planned: PlannedTraining,
+    bases: Sequence[str],
+    result: TrainingResult,
+    known: ScoreFile,
+) -> Iterator[Score]:
+    for base in bases:
+        key = prepared.key(result.weights_sha256, planned.task, base)
+        if key not in known:
+            yield score_of(prepared, planned, base, key, result)
+
+
+def _cell(planned: PlannedTraining) -> tuple[str, str, int, int, str]:
+    return (planned.task, planned.arm, planned.steps, planned.seed, planned.base)
+
+
+def _trained(prepared: Prepared, planned: PlannedTraining) -> tuple[TrainingJob, TrainingResult]:
+    """Train an adapter in float32, which is faster than bfloat16 on most processors."""
+    job = prepared.job(planned)
+    job = replace(job, recipe=replace(job.recipe, dtype="float32"))
+    job = replace(job, work_dir=prepared.folder / "adapters" / job.identity()[:16])
+
+    def show(event: Event) -> None:
+        if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
+            log(f"{planned}: {event}")
+
+    return job, train(job, on_event=show)
+
+
+def _rows(prepared: Prepared, task: str, name: str) -> Sequence[Example]:
+    return parse_examples((prepared.rows(task) / name).read_bytes(), name)
+
+
+def main() -> None:
+    """Run what the score file lacks."""
+    parser = argparse.ArgumentParser(prog="python -m study.distillation", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".study"), help="folder for all files")
+    parser.add_argument("--cells", type=int, default=len(CELLS) * len(SEEDS), help="cells to run")
+    options = parser.parse_args()
+    os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
+    end_with_parent()
+    known = ScoreFile(SCORES)
+    planned = [(task, update, seed) for seed in SEEDS for task, update in CELLS][: options.cells]
+    prepared = prepare(options.folder.resolve(), sorted({update for _, update, _ in planned}))
+    for task, update, seed in planned:
+        for score in cell(prepared, task, update, seed, known):
+            known.append(score)
+            log(
+                f"{score.arm} on {score.scored_on}: {score.points:.1f}, {score.train_seconds:.0f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The recovery strategy `distilled` in a transfer: it reads prompts, and no training row."""
+
+import json
+
+import pytest
+import torch
+
+from tests.lifecycle.test_recovery import ITEMS, TransferSetup, strategies
+from tests.tiny import tiny_tokenizer
+from trans_peft.data import ChatMessage, Example
+from trans_peft.data.overlap import distinct_from, similarity
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.recovery import DistillationPolicy, RecoveryPolicy, RecoveryStrategy
+from trans_peft.edges.file_store import FileStore
+from trans_peft.errors import InvalidSpecError
+from trans_peft.lifecycle.recovery.prompts import like_examples
+
+WORDS = ["red", "blue", "green", "white", "black", "brown", "gray", "pink", "gold", "teal"]
+PROMPTS = [f"{one} and {other} make" for one in WORDS for other in WORDS if one < other]
+
+
+class Setup(TransferSetup):
+    """A transfer whose recipe names rows that do not exist, and that records what is read."""
+
+    def __init__(self, folder, monkeypatch, **fields):
+        absent = DataSource(str(folder / "absent.jsonl"), "0" * 64)
+        super().__init__(folder, **{"data": absent} | fields)
+        self.read = []
+        read = FileStore.read
+
+        def recorded(store, uri, **options):
+            self.read.append(uri)
+            return read(store, uri, **options)
+
+        monkeypatch.setattr(FileStore, "read", recorded)
+
+    def write(self, rows, name="parity.jsonl"):
+        path = self.folder / name
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        return str(path)
+
+    def distilled(self, rows=None, **settings):
+        rows = [{"prompt": text} for text in PROMPTS] if rows is None else rows
+        uri = self.write(rows).replace("parity", "{adapter}")
+        settings = {
+            "prompts_uri": uri,
+            "steps": 3,
+            "batch_size": 8,
+            "learning_rate": 1e-5,
+        } | settings
+        outcome = self.transfer(distillation=DistillationPolicy(**settings))
+        assert strategies(outcome)[0] == ("direct", "needs-retuning")
+        return outcome, outcome.tried[1]
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    return Setup(tmp_path, monkeypatch)
+
+
+def test_the_distilled_weights_are_judged_and_registered(setup):
+    outcome, tried = setup.distilled()
+    assert (tried.strategy, tried.verdict) == ("distilled", "needs-retuning")
+    assert "45 prompts of " in tried.note
+    assert "3 steps" in tried.note
+    assert "held-out prompts" in tried.note
+    (result,) = setup.platform.work_dir.glob("training/distill-*/result.json")
+    weights = json.loads(result.read_text())["weights_sha256"]
+    assert weights != setup.source.weights_sha256
+    setup.forget(weights, setup.bases[1])
+    setup.answered(weights, setup.bases[1], right=ITEMS)
+    outcome, tried = setup.distilled()
+    assert (outcome.verdict, outcome.strategy) == ("passed", "distilled")
+    assert "level 2.5 %" in outcome.judgment.reason  # one of two strategies
+    version = setup.version(outcome)
+    assert version.made_by is RecoveryStrategy.DISTILLED
+    assert version.trained_on.version == "v1"
+    read = {uri.rpartition("/")[2] for uri in setup.read}
+    assert "parity.jsonl" in read
+    assert "absent.jsonl" not in read
+    assert not [*setup.platform.work_dir.rglob("targets.safetensors")]
+    assert not [*setup.platform.work_dir.rglob("prompts.jsonl")]
+
+
+def test_the_new_bases_own_probabilities_can_be_kept(setup):
+    _, tried = setup.distilled(beta=1.0)
+    assert tried.verdict == "needs-retuning"
+    assert "held-out prompts" in tried.note
+
+
+def test_answers_in_the_file_are_not_used(setup):
+    _, plain = setup.distilled()
+    rows = [{"prompt": text, "completion": f" wrong {i}"} for i, text in enumerate(PROMPTS)]
+    _, labeled = setup.distilled(rows)
+    assert "whose 45 answers were not used" in labeled.note
+    assert plain.note.rpartition("; ")[2] == labeled.note.rpartition("; ")[2]  # the divergence
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"prompt": text} for text in PROMPTS[:10]], "at least 32"),
+        ([{"prompt": "one and the same"}] * 50, "at least 32"),
+        ([{"prompt": f"{i}  IS"} for i in range(ITEMS)], "at least 32"),  # the suite's items
+        ([{"prompt": ""}] * 50, "prompt is empty"),
+        ([{"text": text} for text in PROMPTS], "one of the known shapes"),
+        ([{"prompt": text * 200} for text in PROMPTS], "at most 512 tokens"),
+    ],
+    ids=["few", "one repeated", "of the suite", "empty", "no prompt", "long"],
+)
+def test_unusable_prompts_leave_the_direct_verdict(setup, rows, reason):
+    outcome, tried = setup.distilled(rows)
+    assert (tried.verdict, outcome.strategy) == ("", "direct")
+    assert reason in tried.reason
+    assert not [*setup.platform.work_dir.glob("training/distill-*")]
+
+
+def test_a_missing_file_or_source_leaves_the_direct_verdict(setup):
+    _, tried = setup.distilled(prompts_uri=str(setup.folder / "elsewhere.jsonl"))
+    assert "elsewhere.jsonl" in tried.reason
+    _, tried = setup.distilled(prompts_uri="")
+    assert "approved_prompts in the recipe" in tried.reason
+
+
+def test_an_old_base_that_is_gone_leaves_the_direct_verdict(setup):
+    import shutil
+
+    setup.distilled(steps=1)  # the direct results are stored
+    shutil.rmtree(setup.folder / "bases" / "v1")
+    for copy in (setup.platform.work_dir / "bases").iterdir():
+        shutil.rmtree(copy, ignore_errors=True)
+    _, tried = setup.distilled(steps=1)
+    assert tried.verdict == ""
+    assert "v1" in tried.reason
+
+
+def test_a_divergence_that_does_not_fall_is_not_judged(setup):
+    outcome, tried = setup.distilled(learning_rate=1e-30)
+    assert tried.verdict == ""
+    assert "does not fall" in tried.reason
+    assert len(setup.platform.registry.versions("parity")) == 2
+    assert outcome.strategy is RecoveryStrategy.DIRECT
+
+
+def test_a_training_that_fails_leaves_the_direct_verdict(setup):
+    _, tried = setup.distilled(learning_rate=1.0, steps=40)
+    if tried.verdict == "":
+        assert "not finite" in tried.reason or "does not fall" in tried.reason
+
+
+def test_a_teacher_at_chance_is_not_imitated(tmp_path, monkeypatch):
+    setup = Setup(tmp_path, monkeypatch, chance=99.0)
+    setup.forget(setup.source.weights_sha256, setup.bases[0])
+    setup.answered(setup.source.weights_sha256, setup.bases[0], right=90)
+    _, tried = setup.distilled()
+    assert "no better than by chance (parity: 93.8 of 99)" in tried.reason
+
+
+def test_an_adapter_without_a_recipe_is_not_distilled(tmp_path):
+    setup = TransferSetup(tmp_path, recipe=False)
+    outcome = setup.transfer(distillation=DistillationPolicy())
+    assert "no recipe" in outcome.tried[1].reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"prompts": 3}, "prompts must be at least 32"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"beta": -1.0}, "beta"),
+        ({"prompts_uri": "s3://traffic/{name}.jsonl"}, "may contain {adapter} only"),
+    ],
+)
+def test_invalid_settings_are_refused(settings, reason):
+    with pytest.raises(InvalidSpecError, match=reason):
+        DistillationPolicy(**settings)
+
+
+def test_the_strategies_are_tried_in_order():
+    policy = RecoveryPolicy(
+        scales=(0.5,), distillation=DistillationPolicy(), retune_steps=2, retrain=True
+    )
+    assert policy.strategies == tuple(RecoveryStrategy)
+
+
+# Prompts that the base writes.
+
+
+class Base:
+    """A base that continues with the given texts."""
+
+    def __init__(self, *texts):
+        self.tokenizer = tiny_tokenizer()
+        self.model = self
+        self.texts = texts
+        self.prompts = []
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def generate(self, *, input_ids, attention_mask, generation_config):
+        assert generation_config.do_sample
+        self.prompts += [
+            self.tokenizer.decode(ids[mask.bool()])
+            for ids, mask in zip(input_ids, attention_mask, strict=True)
+        ]
+        made = [
+            self.tokenizer(self.texts[i % len(self.texts)])["input_ids"]
+            for i in range(len(input_ids))
+        ]
+        width = max(map(len, made))
+        padded = [ids + [self.tokenizer.pad_token_id] * (width - len(ids)) for ids in made]
+        return torch.cat([input_ids, torch.tensor(padded)], dim=1)
+
+
+def test_the_base_continues_a_list_of_examples():
+    examples = [Example(str(i), text, "(no answer)") for i, text in enumerate(PROMPTS[:3])]
+    base = Base(
+        "tea and milk make\n\n###\n\nmore",
+        "a text without an end",
+        PROMPTS[0] + "\n\n###\n\n",
+        "suite item\n\n###",
+        "\n\n###\n\n",
+        "sun and sand make\n\n###\n\n",
+    )
+    found = like_examples(base, examples, ["Suite  item"], count=10)
+    assert [example.prompt for example in found] == ["tea and milk make", "sun and sand make"]
+    shown = base.prompts[0].split("\n\n###\n\n")
+    assert sorted(shown) == sorted([*PROMPTS[:3], ""])
+    assert len(set(base.prompts)) > 3  # the order differs
+    again = Base(*base.texts)
+    like_examples(again, examples, ["Suite  item"], count=10)
+    assert again.prompts == base.prompts
+
+
+def test_a_chat_example_gives_its_last_message_and_keeps_the_system_message():
+    turns = [("system", "Be brief."), ("user", "red?"), ("assistant", "(no answer)")]
+    example = Example("1", "", "(no answer)", tuple(ChatMessage(*turn) for turn in turns))
+    (found,) = like_examples(Base("blue?\n\n###\n\n"), [example], [], count=1)
+    assert found.messages == (
+        ChatMessage("system", "Be brief."),
+        ChatMessage("user", "blue?"),
+        ChatMessage("assistant", "(no answer)"),
+    )
+
+
+# Duplicates.
+
+
+def test_similarity_is_the_share_of_common_5_grams():
+    assert similarity("abcdefg", "abcdefh") == pytest.approx(2 / 4)
+    assert similarity("Same  Text", "same text\n") == 1
+    assert similarity("ab", "ac") == 0
+
+
+def test_distinct_prompts_equal_those_of_all_pairs():
+    import random
+
+    draws = random.Random(4)
+    texts = ["".join(draws.choices("ab", k=draws.randint(1, 14))) * 3 for _ in range(300)]
+    items, candidates = texts[:60], texts[60:]
+    expected = []
+    for candidate in candidates:
+        if all(similarity(candidate, other) < 0.8 for other in [*items, *expected]):
+            expected.append(candidate)
+    assert distinct_from(candidates, items, text=str) == expected
+    assert 0 < len(expected) < len(candidates)

@@ -1,0 +1,89 @@
+"""The strategy `distilled`: train the adapter on the new base to answer as it did on the old one.
+
+The prompts and the teacher's answers wait in the scratch folder of the transfer, and are deleted
+with it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from trans_peft.domain.evaluation import Evaluation, Suite
+from trans_peft.domain.recovery import RecoveryStrategy
+from trans_peft.errors import (
+    AdapterError,
+    BaseUnreadableError,
+    DataError,
+    IntegrityError,
+    InvalidSpecError,
+    NotFoundError,
+    TrainingCancelled,
+    TrainingError,
+)
+from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
+from trans_peft.lifecycle.recovery.prompts import prompts_for
+
+__all__ = ["distilled"]
+
+
+def distilled(inputs: CandidateInputs) -> Candidate | str:
+    """Return the distilled candidate, or the reason why there is none.
+
+    There is none if the divergence from the teacher on held-out prompts does not fall. Raises
+    TrainingCancelled if the training is cancelled.
+    """
+    from trans_peft.training.distill import Distillation
+    from trans_peft.training.job import TrainingJob
+
+    source, base, platform = inputs.source, inputs.base, inputs.platform
+    policy, recipe = inputs.recovery.distillation, source.recipe
+    assert policy is not None
+    if recipe is None:
+        return "the adapter has no recipe, so its type and options are unknown"
+    if reason := _at_chance(source.suites, inputs.reference):
+        return reason
+    folder = inputs.folder()
+    try:
+        prompts = prompts_for(source, base, policy, platform)
+        found = Distillation(
+            adapter=folder,
+            old_base=base_folder(inputs.trained_on, platform),
+            job=TrainingJob(
+                recipe=recipe_on(recipe, base),
+                base_folder=base_folder(base, platform),
+                base_name=base.uri,
+                base_revision=base.fingerprint_sha256,
+                data_file=inputs.scratch / "prompts.jsonl",
+                work_dir=platform.work_dir / "training",
+            ),
+            suite=source.suites[0],
+            policy=policy,
+        ).run(prompts.examples, inputs.scratch)
+    except TrainingCancelled:
+        raise
+    except (NotFoundError, IntegrityError, DataError, BaseUnreadableError) as error:
+        return f"its prompts or its old base cannot be used: {error}"
+    except (TrainingError, AdapterError, InvalidSpecError) as error:
+        return f"distillation failed: {error}".replace(str(folder), str(source))
+    if not found.after < found.before:
+        return f"the divergence from its answers on the old base does not fall: {found.change}"
+    result = found.training
+    note = (
+        f"{prompts.note}; {result.steps} steps, {found.teacher_s:.0f} s for the teacher's answers, "
+        f"{result.seconds:.0f} s of training; {found.change}"
+    )
+    return Candidate(RecoveryStrategy.DISTILLED, lambda: result.folder, result.weights_sha256, note)
+
+
+def _at_chance(suites: Sequence[Suite], reference: Mapping[str, Evaluation]) -> str:
+    """Return a reason if the teacher answers no suite better than by chance."""
+    scores = {
+        suite.name: (reference[suite.name].score, suite.chance_points)
+        for suite in suites
+        if suite.name in reference and suite.chance_points is not None
+    }
+    if len(scores) < len(suites) or any(score > chance for score, chance in scores.values()):
+        return ""
+    shown = ", ".join(
+        f"{name}: {score:.1f} of {chance:g}" for name, (score, chance) in scores.items()
+    )
+    return f"on its old base the adapter answers no better than by chance ({shown})"
