@@ -50,7 +50,7 @@ help: ## show this
 	@echo
 	@echo "  development"
 	@echo "make test         all tests except the slow ones   make check   format, lint, types, imports"
-	@echo "make test-stack   tests that start a stack: make up, a base update (as in CI)"
+	@echo "make test-stack   tests that start a stack (make up, a base update), and slow ones (as in CI)"
 	@echo "make test-wheel   the wheel alone in an empty environment (as in CI)"
 	@echo "make test-end-to-end  promotion, approval and rollback on a stack (about 6 min)"
 	@echo "make faults       killed programs, network failures, full disks (an hour or more)"
@@ -108,11 +108,11 @@ clean-state: down
 	  echo "$(STATE) is not a state folder of this stack; it was not deleted" >&2; exit 1; }
 	rm -rf -- "$(STATE)"
 
-# One file at a time per worker. Three workers use two cores fully, because many tests wait for servers.
+# One file at a time per worker. Three workers use two cores fully: many tests wait for servers.
 TEST := $(BIN)/python -m pytest -n 3 --dist loadfile
 
 test: $(READY)
-	$(TEST) -m "not stack and not end_to_end and not faults and not wheel and not architectures"
+	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not wheel and not architectures"
 
 # Builds the wheel and installs it without extras into an empty environment (about 90 s).
 test-wheel: $(READY)
@@ -123,7 +123,7 @@ test-architectures: $(READY)
 	$(TEST) -m architectures tests/perturbation
 
 test-stack: $(READY)
-	$(TEST) -m stack tests/end_to_end tests/infra
+	$(TEST) -m "stack or slow" tests/end_to_end tests/infra tests/lifecycle tests/perturbation tests/training
 
 test-end-to-end: $(READY)
 	$(BIN)/python -m pytest -m end_to_end

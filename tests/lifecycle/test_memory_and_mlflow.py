@@ -200,6 +200,7 @@ def test_a_wrong_kind_on_a_real_server_blocks_the_promotion(servers, unique, tmp
     assert any(repr(unique) in line for line in upgrade.fleet.platform.catalog.set_aside())
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_after_a_kill_at_any_write_the_next_run_reaches_the_same_state(
     servers, unique, tmp_path, monkeypatch

@@ -177,6 +177,7 @@ def test_a_cancelled_run_resumes_to_the_same_weights(uninterrupted, cancelled):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_a_killed_parent_and_resume_to_the_weights_of_a_plain_loop(
     orphaned, tiny_base
 ):
