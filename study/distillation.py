@@ -21,12 +21,13 @@ from trans_peft.data import Example, parse_examples
 from trans_peft.data.overlap import distinct_from
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.recovery import DistillationPolicy
-from trans_peft.lifecycle.recovery.prompts import like_examples, text_of
+from trans_peft.errors import DataError
 from trans_peft.models import load_base
 from trans_peft.training.distill import Distillation
 from trans_peft.training.events import Event, TrainingMetrics
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit as train
+from trans_peft.training.written_prompts import like_examples
 
 SCORES = Path(__file__).with_name("distilled.jsonl")
 POLICY = DistillationPolicy()
@@ -59,9 +60,9 @@ def traffic(task: str) -> tuple[Example, ...]:
 
 def prompts(prepared: Prepared, task: str, base: str, source: Source) -> Sequence[Example]:
     """Return the prompts of a source for an update to `base`."""
-    items = [text_of(row) for row in _rows(prepared, task, "eval.jsonl")]
+    items = [row.prompt_text() for row in _rows(prepared, task, "eval.jsonl")]
     if not source.approved:
-        return distinct_from(traffic(task), items, text=text_of)[: POLICY.prompts]
+        return distinct_from(traffic(task), items, text=Example.prompt_text, limit=POLICY.prompts)
     approved = _rows(prepared, task, "train.jsonl")[: source.approved]
     loaded = load_base(prepared.base(base), "float32")
     return like_examples(loaded, approved, items, POLICY.prompts)
@@ -82,7 +83,11 @@ def cell(
         for source in SOURCES:
             distilled = replace(planned, arm=f"{arm}, distilled, {source.name}")
             if (*_cell(distilled), update) not in {score.cell for score in known}:
-                result = _distilled(prepared, distilled, job, trained, update, source)
+                try:
+                    result = _distilled(prepared, distilled, job, trained, update, source)
+                except DataError as error:  # too few prompts
+                    log(f"{distilled}: {error}")
+                    continue
                 yield from _missing(prepared, distilled, (update,), result, known)
 
 

@@ -272,8 +272,8 @@ def test_prompts_are_those_of_complete_rows(tmp_path, shape):
     complete = {"messages": [*turns, answer]} if turns else row | answer
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(row)}\n{json.dumps(complete)}\n")
-    (without, with_answer), labeled = read_prompts(DataSource(str(path)), FileStore())
-    assert labeled == 1
+    (without, with_answer), answered, _ = read_prompts(DataSource(str(path)), FileStore())
+    assert answered == 1
     path.write_text(json.dumps(complete))
     (expected,) = read_examples(DataSource(str(path)), FileStore())
     for found in (without, with_answer):
@@ -286,9 +286,27 @@ def test_answers_do_not_leave_the_process_that_parses_prompts(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"prompt": "a", "completion": "secret", "choices": ["secret", "b"], "reference": "secret"}
     path.write_text(json.dumps(row))
-    found, labeled = read_prompts(DataSource(str(path)), FileStore())
-    assert labeled == 1
+    found = read_prompts(DataSource(str(path)), FileStore())
+    assert found.answered == 1
     assert "secret" not in repr(found)
+
+
+def test_invalid_prompts_are_left_out_without_their_content(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"id": "alice", "prompt": "a"},
+        {"id": "alice", "prompt": "b"},
+        {"prompt": "secret", "tools": ["secret"]},
+        {"secret": "secret"},
+        "secret",
+        {"instruction": "c"},
+    ]
+    path.write_text("\n".join([*map(json.dumps, rows), "{secret"]))
+    found = read_prompts(DataSource(str(path)), FileStore())
+    assert found.invalid == ("line 3", "line 4", "line 5", "line 7")
+    assert [example.prompt[-1] for example in found.prompts[:2]] == ["a", "b"]
+    assert "secret" not in repr(found)
+    assert "alice" not in repr(found)
 
 
 def test_prompts_are_read_from_files_only(tmp_path):

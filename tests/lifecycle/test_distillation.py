@@ -1,6 +1,8 @@
 """The recovery strategy `distilled` in a transfer: it reads prompts, and no training row."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from trans_peft.data.overlap import distinct_from, similarity
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.recovery import DistillationPolicy, RecoveryPolicy, RecoveryStrategy
 from trans_peft.edges.file_store import FileStore
-from trans_peft.errors import InvalidSpecError, TrainingError
-from trans_peft.lifecycle.recovery.prompts import like_examples
-from trans_peft.training import distill
+from trans_peft.errors import DataError, EvaluationError, InvalidSpecError, TrainingError
+from trans_peft.training import distill, written_prompts
 from trans_peft.training.finetune import finetune
 from trans_peft.training.job import TrainingResult
+from trans_peft.training.written_prompts import like_examples
+from trans_peft.validation.decoding.prefixes import CacheSupport
 
 WORDS = ["red", "blue", "green", "white", "black", "brown", "gray", "pink", "gold", "teal"]
 PROMPTS = [f"{one} and {other} make" for one in WORDS for other in WORDS if one < other]
@@ -116,8 +119,8 @@ def test_answers_in_the_file_are_not_used(setup):
         ([{"prompt": text} for text in PROMPTS[:10]], "at least 32"),
         ([{"prompt": "one and the same"}] * 50, "at least 32"),
         ([{"prompt": f"{i}  IS"} for i in range(ITEMS)], "at least 32"),  # the suite's items
-        ([{"prompt": ""}] * 50, "prompt is empty"),
-        ([{"text": text} for text in PROMPTS], "one of the known shapes"),
+        ([{"prompt": ""}] * 50, "50 rows of which are no prompts"),
+        ([{"text": text} for text in PROMPTS], "45 rows of which are no prompts"),
         ([{"prompt": text * 200} for text in PROMPTS], "at most 512 tokens"),
     ],
     ids=["few", "one repeated", "of the suite", "empty", "no prompt", "long"],
@@ -156,9 +159,10 @@ def test_a_divergence_that_does_not_fall_is_not_judged(setup):
     assert outcome.strategy is RecoveryStrategy.DIRECT
 
 
-def test_a_training_that_fails_leaves_the_direct_verdict(setup, monkeypatch):
+@pytest.mark.parametrize("error", [TrainingError, EvaluationError])
+def test_a_training_that_fails_leaves_the_direct_verdict(setup, monkeypatch, error):
     def fail(job, on_event):
-        raise TrainingError(f"the loss is nan in {job.start}")
+        raise error(f"the loss is nan in {job.start}")
 
     monkeypatch.setattr(distill, "fit", fail)
     _, tried = setup.distilled()
@@ -206,8 +210,16 @@ def test_the_strategies_are_tried_in_order():
 # Prompts that the base writes.
 
 
+@pytest.fixture(autouse=True)
+def no_probe(monkeypatch):
+    """The bases below are no models that could be probed."""
+    monkeypatch.setattr(written_prompts, "cache_support", lambda model: CacheSupport())
+
+
 class Base:
     """A base that continues with the given texts."""
+
+    config = SimpleNamespace(max_position_embeddings=1024)
 
     def __init__(self, *texts):
         self.tokenizer = tiny_tokenizer()
@@ -220,6 +232,7 @@ class Base:
 
     def generate(self, *, input_ids, attention_mask, generation_config):
         assert generation_config.do_sample
+        assert not torch.is_grad_enabled()
         self.prompts += [
             self.tokenizer.decode(ids[mask.bool()])
             for ids, mask in zip(input_ids, attention_mask, strict=True)
@@ -253,6 +266,34 @@ def test_the_base_continues_a_list_of_examples():
     assert again.prompts == base.prompts
 
 
+def test_the_separator_occurs_in_no_example():
+    texts = [f"### Instruction:\n{text}\n\n### Response:\n" for text in PROMPTS[:3]]
+    examples = [Example(text, text, "(no answer)") for text in texts]
+    made = "### Instruction:\nsun and sand\n\n### Response:"
+    base = Base(made + "\n\n-----\n\n", "unfinished\n\n###\n\nmore")
+    assert [e.prompt for e in like_examples(base, examples, [], count=5)] == [made]
+    assert "\n\n-----\n\n" in base.prompts[0]
+
+
+def test_examples_that_cannot_be_continued_are_refused():
+    every = Example("1", "### ----- ===== @@@@@ ~~~~~", "(no answer)")
+    with pytest.raises(DataError, match="every separator"):
+        like_examples(Base("a"), [every], [], count=5)
+    with pytest.raises(DataError, match="too long"):
+        like_examples(Base("a"), [Example("1", "long " * 300, "(no answer)")], [], count=5)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "expected"),
+    [(16, 1, (4, 4)), (2, 1, (2, 1)), (16, 2, (4, 2)), (3, 4, (1, 1))],
+)
+def test_a_step_has_the_policys_prompts_in_batches_that_fit(setup, batch_size, processes, expected):
+    job = SimpleNamespace(recipe=replace(setup.source.recipe, processes=processes))  # batches of 4
+    policy = DistillationPolicy(batch_size=batch_size)
+    optimizer = distill.Distillation(None, None, job, None, policy)._recipe().optimizer
+    assert (optimizer.batch_size, optimizer.gradient_accumulation) == expected
+
+
 def test_a_chat_example_gives_its_last_message_and_keeps_the_system_message():
     turns = [("system", "Be brief."), ("user", "red?"), ("assistant", "(no answer)")]
     example = Example("1", "", "(no answer)", tuple(ChatMessage(*turn) for turn in turns))
@@ -271,6 +312,20 @@ def test_similarity_is_the_share_of_common_5_grams():
     assert similarity("abcdefg", "abcdefh") == pytest.approx(2 / 4)
     assert similarity("Same  Text", "same text\n") == 1
     assert similarity("ab", "ac") == 0
+
+
+def test_what_all_prompts_share_is_not_compared():
+    template = "You are a helpful assistant of a bank. " * 40 + "Question: {}\nAnswer:"
+    prompts = [template.format(text) for text in PROMPTS]
+    items = [template.format(PROMPTS[0].upper()), "another text"]
+    assert distinct_from(prompts, items, text=str, limit=9) == prompts[1:10]
+    assert distinct_from(prompts[:1] * 3, [], text=str) == prompts[:1]
+
+
+def test_the_system_message_is_no_part_of_a_prompts_text():
+    turns = [("system", "Be brief."), ("user", "red?"), ("assistant", "(no answer)")]
+    example = Example("1", "", "(no answer)", tuple(ChatMessage(*turn) for turn in turns))
+    assert example.prompt_text() == "red?"
 
 
 def test_distinct_prompts_equal_those_of_all_pairs():

@@ -167,7 +167,7 @@ def test_invalid_approved_prompts_are_refused_before_training(place, tmp_path):
         suites=(Suite("parity", data),),
         approved_prompts=rows(tmp_path / "approved.jsonl", prompt=" "),
     )
-    with pytest.raises(DataError, match=r"approved.jsonl: 4 of 4 rows are invalid"):
+    with pytest.raises(DataError, match=r"approved.jsonl: 4 rows are no prompts"):
         train(recipe, platform, on_event=lambda event: None)
     with pytest.raises(NotFoundError, match="absent"):
         absent = DataSource(str(tmp_path / "absent.jsonl"))

@@ -58,6 +58,12 @@ class Example:
         texts += [turn.content for turn in self.messages or ()]
         return sum(map(len, texts))
 
+    def prompt_text(self) -> str:
+        """Return the text of the prompt, without the answer and the system message."""
+        if self.messages is None:
+            return self.prompt
+        return "\n".join(turn.content for turn in self.messages[:-1] if turn.role != "system")
+
     def prompt_ids(self, tokenizer: Any) -> list[int]:
         """Return `prompt_ids` of this example alone, with the tokenizer's own chat template."""
         return prompt_ids([self], tokenizer)[0]

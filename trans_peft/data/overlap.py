@@ -5,6 +5,7 @@ after case and white space were normalized (Lee et al. 2022 use the same thresho
 training data).
 """
 
+import os
 import unicodedata
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -23,24 +24,33 @@ def similarity(first: str, second: str) -> float:
     >>> similarity("def area(r):", "def  Area(r):")
     1.0
     """
-    one, two = _grams(first), _grams(second)
+    one, two = _grams(_normal(first)), _grams(_normal(second))
     return len(one & two) / len(one | two)
 
 
 def distinct_from(
-    candidates: Iterable[T], items: Iterable[str], *, text: Callable[[T], str]
+    candidates: Iterable[T],
+    items: Iterable[str],
+    *,
+    text: Callable[[T], str],
+    limit: int | None = None,
 ) -> list[T]:
-    """Return the candidates that match no text of `items` and no earlier candidate.
+    """Return the first `limit` candidates that match no text of `items` and no earlier candidate.
 
-    `text` returns a candidate's text. The order is kept. Time grows with the number of texts that
-    share 5-grams, not with the number of pairs.
+    `text` returns a candidate's text. What all candidates begin and end with is not compared:
+    prompts from one template would otherwise all match each other. The order is kept. Time grows
+    with the number of texts that share 5-grams, not with the number of pairs.
     """
+    pairs = [(candidate, _normal(text(candidate))) for candidate in candidates]
+    before, after = _shared([normal for _, normal in pairs])
     index = _Index()
     for item in items:
-        index.add(_grams(item))
-    kept = []
-    for candidate in candidates:
-        grams = _grams(text(candidate))
+        index.add(_grams(_normal(item).removeprefix(before).removesuffix(after)))
+    kept: list[T] = []
+    for candidate, normal in pairs:
+        if len(kept) == limit:
+            break
+        grams = _grams(normal.removeprefix(before).removesuffix(after))
         if not index.has_near_match(grams):
             index.add(grams)
             kept.append(candidate)
@@ -77,7 +87,21 @@ class _Index:
         )
 
 
+def _shared(texts: list[str]) -> tuple[str, str]:
+    """Return what all texts begin and end with; nothing for a single text."""
+    if len(texts) < 2:
+        return "", ""
+    # Characters, not components of a path.
+    before = os.path.commonprefix(texts)  # noqa: RUF071
+    ends = [text.removeprefix(before)[::-1] for text in texts]
+    return before, os.path.commonprefix(ends)[::-1]  # noqa: RUF071
+
+
+def _normal(text: str) -> str:
+    """Return a text with normalized case and white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
 def _grams(text: str) -> frozenset[str]:
-    """Return the character 5-grams of a normalized text; a shorter text is one gram."""
-    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return frozenset(normal[i : i + _GRAM] for i in range(max(1, len(normal) - _GRAM + 1)))
+    """Return the character 5-grams of a text; a shorter text is one gram."""
+    return frozenset(text[i : i + _GRAM] for i in range(max(1, len(text) - _GRAM + 1)))

@@ -10,7 +10,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trans_peft.data.example import ChatMessage, Example
 from trans_peft.data.json_rows import json_rows
@@ -22,6 +22,7 @@ from trans_peft.errors import DataError, listed
 from trans_peft.isolation import Limits, call_isolated
 
 __all__ = [
+    "PromptRows",
     "check_kind",
     "checked",
     "examples_in",
@@ -62,26 +63,37 @@ def examples_in(
     return _examples(rows)
 
 
-def prompts_in(
-    data: bytes, uri: str, *, limit: int | None = None
-) -> tuple[tuple[Example, ...], int]:
-    """Parse a file of prompts; return its first `limit` prompts, and how many rows have an answer.
+class PromptRows(NamedTuple):
+    """The prompts of a file.
 
-    The rows have the shapes of `examples_in`, where the answer is optional. Answers do not leave
-    the child process: the completion of each example is `NO_ANSWER`. Raises what `examples_in`
-    raises.
+    Attributes:
+        prompts: the prompts, as examples with the completion `NO_ANSWER`.
+        answered: number of rows with an answer, which was dropped.
+        invalid: places of the rows that are no prompts.
+    """
+
+    prompts: tuple[Example, ...]
+    answered: int
+    invalid: tuple[str, ...]
+
+
+def prompts_in(data: bytes, uri: str) -> PromptRows:
+    """Parse a file of prompts, whose rows have the shapes of `examples_in` with an optional answer.
+
+    Invalid rows are left out, and nothing of their content is reported, because prompts may be
+    private. Answers and ids do not leave the child process. Raises DataError if the file cannot be
+    read at all, and LimitExceededError.
     """
     check_kind(uri)
-    labeled, *rows = call_isolated(
+    answered, invalid, rows = call_isolated(
         _plain_prompts,
         data,
         uri,
-        limit,
         limits=_LIMITS,
         subject=f"the data file {uri}",
         imports=("pyarrow.parquet",) if _suffix(uri) == ".parquet" else (),
     )
-    return _examples(rows), labeled
+    return PromptRows(_examples(rows), answered, tuple(invalid))
 
 
 def checked(rows: list[Row], uri: str, template: str) -> tuple[Example, ...]:
@@ -135,12 +147,19 @@ def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> 
     return _plain(checked(unchecked_rows(data, uri), uri, template)[:limit])
 
 
-def _plain_prompts(data: bytes, uri: str, limit: int | None) -> list[Any]:
-    """Return the number of rows with an answer, and then the prompts: runs in the child process."""
-    rows = [(where, without_answer(row)) for where, row in unchecked_rows(data, uri)]
-    labeled = sum(has_answer for _, (_, has_answer) in rows)
-    examples = checked([(where, row) for where, (row, _) in rows], uri, "")
-    return [labeled, *_plain(examples[:limit])]
+def _plain_prompts(data: bytes, uri: str) -> list[Any]:
+    """Return the number of answers, the invalid places and the prompts: runs in the child."""
+    answered, invalid = 0, []
+    prompts: list[Example] = []
+    for where, row in unchecked_rows(data, uri):
+        prompt, has_answer = without_answer(row)
+        try:
+            prompts += checked([(where, prompt)], uri, "")
+        except DataError:
+            invalid.append(where)
+        else:
+            answered += has_answer
+    return [answered, invalid, _plain(prompts)]
 
 
 def _plain(examples: Sequence[Example]) -> list[list[Any]]:

@@ -52,7 +52,7 @@ _SHORT.maxlevel = 3
 NO_ANSWER = "(no answer)"
 """The completion of an example that is a prompt only."""
 
-_ANSWER_FIELDS = ("completion", "output", "choices", "reference")
+_NO_PART_OF_A_PROMPT = ("completion", "output", "choices", "reference", "id")
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
 
 
 def without_answer(row: Any) -> tuple[Any, bool]:
-    """Return a row with `NO_ANSWER` as its answer, and whether it had one.
+    """Return a row with `NO_ANSWER` as its answer and without its id, and whether it had an answer.
 
     In a chat the answer is the last message if it is the assistant's. What is not a row is returned
     as it is, for `examples_from` to refuse.
     """
     if not isinstance(row, dict):
         return row, False
-    found = {key: value for key, value in row.items() if key not in _ANSWER_FIELDS}
+    found = {key: value for key, value in row.items() if key not in _NO_PART_OF_A_PROMPT}
     has_answer = any(row.get(key) is not None for key in ("completion", "output"))
     if isinstance(row.get("messages"), list):
         turns = row["messages"]

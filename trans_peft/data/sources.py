@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trans_peft.data.example import Example
-from trans_peft.data.parsing import check_kind, checked, examples_in, prompts_in
+from trans_peft.data.parsing import PromptRows, check_kind, checked, examples_in, prompts_in
 from trans_peft.data.rows import Row
 from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS
 from trans_peft.domain.data import DataSource
@@ -44,13 +44,12 @@ def read_examples(
     return examples_in(data, source.uri, template=source.template, limit=limit)
 
 
-def read_prompts(
-    source: DataSource, store: ArtifactStore, *, limit: int | None = None
-) -> tuple[tuple[Example, ...], int]:
-    """Read a file of prompts; return the first `limit` prompts, and how many rows have an answer.
+def read_prompts(source: DataSource, store: ArtifactStore) -> PromptRows:
+    """Read a file of prompts.
 
-    Answers are optional and are dropped. Raises what `read_examples` raises, and DataError for a
-    hub data set or a template, whose rows are complete examples.
+    Raises what `trans_peft.data.parsing.prompts_in` raises, IntegrityError, NotFoundError and
+    AccessError as `read_examples`, and DataError for a hub data set or a template, whose rows are
+    complete examples.
     """
     if source.uri.startswith(HUB) or source.template:
         raise DataError(
@@ -61,7 +60,7 @@ def read_prompts(
         )
     data, sha256 = _file(source.uri, store)
     _check_pin(source, sha256)
-    return prompts_in(data, source.uri, limit=limit)
+    return prompts_in(data, source.uri)
 
 
 def pin(source: DataSource, store: ArtifactStore) -> DataSource:

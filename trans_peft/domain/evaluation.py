@@ -68,7 +68,8 @@ class Suite:
         limit: number of rows to use, from the first. None: all rows.
         dtype: data type of the model's weights.
         keep_answers: whether evaluations store the texts of answers, which are user data.
-        chance_points: score of random guessing, in points. Reports show it; no verdict uses it.
+        chance_points: score of random guessing, in points. Reports show it; no verdict uses it. An
+            adapter that scores no better on its old base is not distilled.
 
     Raises:
         InvalidSpecError: fields are invalid. The message lists all problems.

@@ -49,7 +49,8 @@ class DistillationPolicy:
             name. Empty: the new base writes prompts like those in the recipe's `approved_prompts`.
         prompts: number of prompts that the teacher answers. A tenth of them is held out.
         steps: optimizer steps.
-        batch_size: prompts per step.
+        batch_size: prompts per step, over all processes. Micro-batches are not larger than the
+            recipe's.
         learning_rate: largest learning rate of AdamW; it follows a cosine.
         beta: None: the teacher's probabilities are those of the adapter on its old base. Otherwise
             they are those of the new base, changed by `beta` times the adapter's change on the old

@@ -10,7 +10,7 @@ from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.errors import translating_full_disk_errors
+from trans_peft.errors import DataError, listed, translating_full_disk_errors
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import (
     EvaluationSubject,
@@ -107,8 +107,7 @@ def train(
     check_registration(resolved.adapter, base.family, platform)
     examples = read_examples(resolved.data, platform.store)
     check_suites(base, resolved.suites, platform)
-    if resolved.approved_prompts is not None:
-        read_prompts(resolved.approved_prompts, platform.store)  # raises for invalid rows
+    _check_approved_prompts(resolved, platform)
 
     tags = base.ref.labels | {"adapter": resolved.adapter}
     with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:
@@ -138,6 +137,20 @@ def train(
         )
     platform.registry.set_alias(version.adapter, version.base.alias, version.number)
     return version
+
+
+def _check_approved_prompts(recipe: TrainingRecipe, platform: Platform) -> None:
+    """Raise DataError for rows of `approved_prompts` that are no prompts."""
+    if recipe.approved_prompts is None:
+        return
+    found = read_prompts(recipe.approved_prompts, platform.store)
+    if found.invalid or not found.prompts:
+        raise DataError(
+            f"{recipe.approved_prompts.uri}: {len(found.invalid)} rows are no prompts",
+            expected="rows with prompt, messages or instruction; the answer is optional",
+            found=listed(found.invalid) or "no rows",
+            do="correct or remove these rows",
+        )
 
 
 def _registered(

@@ -113,11 +113,14 @@ class Distillation:
 
     def _recipe(self) -> TrainingRecipe:
         policy, recipe = self.policy, self.job.recipe
+        # The recipe's batch size fits into the memory of the worker.
+        of_process = max(1, policy.batch_size // recipe.processes)
+        batch_size = min(recipe.optimizer.batch_size, of_process)
         optimizer = replace(
             recipe.optimizer,
             steps=policy.steps,
-            batch_size=policy.batch_size,
-            gradient_accumulation=1,
+            batch_size=batch_size,
+            gradient_accumulation=of_process // batch_size,
             learning_rate=policy.learning_rate,
             warmup_steps=policy.steps // 10,
         )

@@ -124,7 +124,8 @@ def amplified(
     )
     changed = (new_log_p + beta * (log_p - old_log_p)).log_softmax(-1)
     lengths = [len(answer) for answer in targets.answers]
-    found = NextTokens(teacher.tokens, changed[:, :-1], changed[:, -1])
+    rest = changed[:, -1].masked_fill(teacher.rest.isinf(), -torch.inf)
+    found = NextTokens(teacher.tokens, changed[:, :-1], rest)
     return TeacherTargets(targets.prompts, targets.answers, found.split(lengths))
 
 

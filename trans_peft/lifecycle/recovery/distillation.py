@@ -9,14 +9,18 @@ from collections.abc import Mapping, Sequence
 from trans_peft.domain.evaluation import Evaluation, Suite
 from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import (
+    AccessError,
     AdapterError,
     BaseUnreadableError,
+    ContentError,
     DataError,
+    EvaluationError,
     IntegrityError,
     InvalidSpecError,
     NotFoundError,
     TrainingCancelled,
     TrainingError,
+    UnsupportedModelError,
 )
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
@@ -55,14 +59,27 @@ def distilled(inputs: CandidateInputs) -> Candidate | str:
                 data_file=inputs.scratch / "prompts.jsonl",
                 work_dir=platform.work_dir / "training",
             ),
-            suite=source.suites[0],
+            suite=max(source.suites, key=lambda suite: suite.max_new_tokens),
             policy=policy,
         ).run(prompts.examples, inputs.scratch)
     except TrainingCancelled:
         raise
-    except (NotFoundError, IntegrityError, DataError, BaseUnreadableError) as error:
+    except (
+        AccessError,
+        BaseUnreadableError,
+        ContentError,
+        DataError,
+        IntegrityError,
+        NotFoundError,
+    ) as error:
         return f"its prompts or its old base cannot be used: {error}"
-    except (TrainingError, AdapterError, InvalidSpecError) as error:
+    except (
+        AdapterError,
+        EvaluationError,
+        InvalidSpecError,
+        TrainingError,
+        UnsupportedModelError,
+    ) as error:
         return f"distillation failed: {error}".replace(str(folder), str(source))
     if not found.after < found.before:
         return f"the divergence from its answers on the old base does not fall: {found.change}"

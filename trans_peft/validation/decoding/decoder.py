@@ -213,7 +213,7 @@ class Decoder:
                     break
             if self._top:
                 row.next_tokens.append(
-                    NextTokens.of(logits[i, : len(row.answer) - start], self._top)
+                    NextTokens.of(logits[i, : len(row.answer) - start], self._top).cpu()
                 )
             if row.draft:
                 row.draft.observe(row.answer[start:])

@@ -7,6 +7,7 @@ inequality). Only `k` values per position are kept, so that one base can be unlo
 other is loaded.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,10 @@ class NextTokens:
         return cls(
             *(torch.cat(part) for part in zip(*(vars(p).values() for p in parts), strict=True))
         )
+
+    def cpu(self) -> "NextTokens":
+        """Return the distributions in the memory of the host."""
+        return NextTokens(*(part.cpu() for part in vars(self).values()))
 
     def split(self, lengths: Sequence[int]) -> list["NextTokens"]:
         """Return consecutive parts with the given numbers of positions."""
@@ -129,6 +134,7 @@ def mean_kl(old: NextTokens, new: NextTokens) -> float:
 
     Raises:
         InvalidSpecError: `new` was not computed with `like=old`.
+        EvaluationError: a divergence is not a number.
     """
     if old.tokens.shape != new.tokens.shape or not torch.equal(old.tokens, new.tokens):
         raise InvalidSpecError(
@@ -136,7 +142,13 @@ def mean_kl(old: NextTokens, new: NextTokens) -> float:
             do="pass the old distributions as `like` to next_tokens for the new ones",
         )
     exact = (NextTokens(p.tokens, p.log_p.double(), p.rest.double()) for p in (old, new))
-    return max(0.0, divergences(*exact).mean().item())
+    mean = divergences(*exact).mean().item()
+    if math.isnan(mean):
+        raise EvaluationError(
+            "the divergence of two models is not a number",
+            do="check the weights of base and adapter for infinite values",
+        )
+    return max(0.0, mean)
 
 
 def _finite(logits: Tensor, like: Tensor | int) -> NextTokens:
@@ -145,5 +157,4 @@ def _finite(logits: Tensor, like: Tensor | int) -> NextTokens:
             "the model's logits are not finite",
             do="check the weights of base and adapter for NaN, and the dtype for overflow",
         )
-    found = NextTokens.of(logits, like)
-    return NextTokens(*(part.cpu() for part in vars(found).values()))
+    return NextTokens.of(logits, like).cpu()
