@@ -40,7 +40,12 @@ def become_client_of(stack: StackSettings) -> None:
 
 def run_module(arguments: Sequence[str], screen: Screen) -> None:
     """Run `python -m ...` and show its output line by line. DemoError if it fails."""
-    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin are many times slower on a busy machine
+        **os.environ,
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     lines: SimpleQueue[str | None] = SimpleQueue()
     last: deque[str] = deque(maxlen=15)
     with subprocess.Popen(
