@@ -123,7 +123,8 @@ test-architectures: $(READY)
 	$(TEST) -m architectures tests/perturbation
 
 test-stack: $(READY)
-	$(TEST) -m "stack or slow" tests/end_to_end tests/infra tests/lifecycle tests/perturbation tests/training
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" \
+	  tests/end_to_end tests/infra tests/lifecycle tests/perturbation tests/training
 
 test-end-to-end: $(READY)
 	$(BIN)/python -m pytest -m end_to_end
