@@ -129,13 +129,20 @@ class Stack:
         self.prefect("PATCH", f"deployments/{found['id']}", json=given)
 
     def publish(self, folder, version, family="tiny", bucket="bases"):
-        """Upload a base with this project's command."""
+        """Upload a base with this project's command.
+
+        The command refuses a place outside of `bases` if it knows the rules of the workers. Another
+        sender does not know them.
+        """
+        environment = dict(self.environment)
+        if bucket != "bases":
+            environment.pop("TRANS_PEFT_BASES_URI", None)
         subprocess.run(
             [
                 *(sys.executable, "-m", "trans_peft.cli", "publish", folder),
                 *(f"s3://{bucket}/{family}/{version}", "--family", family, "--version", version),
             ],
-            env=self.environment,
+            env=environment,
             cwd=ROOT,
             check=True,
         )
