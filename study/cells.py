@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ __all__ = [
     "bare_scores",
     "end_with_parent",
     "log",
+    "log_steps",
     "prepare",
     "score_of",
     "scores",
@@ -167,17 +168,23 @@ def scores(planned: PlannedTraining, prepared: Prepared, known: Container[str]) 
     if not missing:
         return []
 
-    def show(event: Event) -> None:
-        if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
-            log(f"{planned}: {event}")
-
-    result = train(job, on_event=show)
+    result = train(job, on_event=log_steps(planned))
     found = []
     for base, key in missing.items():
         score = score_of(prepared, planned, base, key, result)
         log(f"{planned}: {score.points:.1f} % right on {base}")
         found.append(score)
     return found
+
+
+def log_steps(planned: PlannedTraining) -> Callable[[Event], None]:
+    """Return a callback that logs every twentieth step of a training."""
+
+    def show(event: Event) -> None:
+        if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
+            log(f"{planned}: {event}")
+
+    return show
 
 
 def score_of(

@@ -14,17 +14,17 @@ from pathlib import Path
 
 from demo.sources import source_files
 from demo.tasks import split
-from study.cells import Prepared, end_with_parent, log, prepare, score_of, spared_layers
+from study.cells import Prepared, end_with_parent, log, log_steps, prepare, score_of, spared_layers
 from study.plan import DATA_SEED, STEPS, TASKS, V1, PlannedTraining, arms
 from study.score_file import Score, ScoreFile
 from trans_peft.data import Example, parse_examples
 from trans_peft.data.overlap import distinct_from
+from trans_peft.data.rows import NO_ANSWER
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.recovery import DistillationPolicy
 from trans_peft.errors import DataError
 from trans_peft.models import load_base
 from trans_peft.training.distill import Distillation
-from trans_peft.training.events import Event, TrainingMetrics
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit as train
 from trans_peft.training.written_prompts import like_examples
@@ -55,7 +55,7 @@ def traffic(task: str) -> tuple[Example, ...]:
     whole = replace(TASKS[task], train_per_label=10**9)
     used = {row.id for row in split(TASKS[task], files, DATA_SEED).train}
     rows = [row for row in split(whole, files, DATA_SEED).train if row.id not in used]
-    return tuple(Example(row.id, row.example.prompt, "(no answer)") for row in rows)
+    return tuple(Example(row.id, row.example.prompt, NO_ANSWER) for row in rows)
 
 
 def prompts(prepared: Prepared, task: str, base: str, source: Source) -> Sequence[Example]:
@@ -141,11 +141,7 @@ def _trained(prepared: Prepared, planned: PlannedTraining) -> tuple[TrainingJob,
     job = replace(job, recipe=replace(job.recipe, dtype="float32"))
     job = replace(job, work_dir=prepared.folder / "adapters" / job.identity()[:16])
 
-    def show(event: Event) -> None:
-        if isinstance(event, TrainingMetrics) and event.step % 20 == 0:
-            log(f"{planned}: {event}")
-
-    return job, train(job, on_event=show)
+    return job, train(job, on_event=log_steps(planned))
 
 
 def _rows(prepared: Prepared, task: str, name: str) -> Sequence[Example]:

@@ -119,8 +119,8 @@ def test_answers_in_the_file_are_not_used(setup):
         ([{"prompt": text} for text in PROMPTS[:10]], "at least 32"),
         ([{"prompt": "one and the same"}] * 50, "at least 32"),
         ([{"prompt": f"{i}  IS"} for i in range(ITEMS)], "at least 32"),  # the suite's items
-        ([{"prompt": ""}] * 50, "50 rows of which are no prompts"),
-        ([{"text": text} for text in PROMPTS], "45 rows of which are no prompts"),
+        ([{"prompt": ""}] * 50, "50 rows are not valid prompts"),
+        ([{"text": text} for text in PROMPTS], "45 rows are not valid prompts"),
         ([{"prompt": text * 200} for text in PROMPTS], "at most 512 tokens"),
     ],
     ids=["few", "one repeated", "of the suite", "empty", "no prompt", "long"],

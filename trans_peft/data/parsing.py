@@ -50,16 +50,7 @@ def examples_in(
     takes more than 10 minutes of processor time or 8 GiB.
     """
     check_kind(uri)
-    rows = call_isolated(
-        _plain_examples,
-        data,
-        uri,
-        template,
-        limit,
-        limits=_LIMITS,
-        subject=f"the data file {uri}",
-        imports=("pyarrow.parquet",) if _suffix(uri) == ".parquet" else (),
-    )
+    rows = _isolated(_plain_examples, data, uri, template, limit)
     return _examples(rows)
 
 
@@ -85,14 +76,7 @@ def prompts_in(data: bytes, uri: str) -> PromptRows:
     read at all, and LimitExceededError.
     """
     check_kind(uri)
-    answered, invalid, rows = call_isolated(
-        _plain_prompts,
-        data,
-        uri,
-        limits=_LIMITS,
-        subject=f"the data file {uri}",
-        imports=("pyarrow.parquet",) if _suffix(uri) == ".parquet" else (),
-    )
+    answered, invalid, rows = _isolated(_plain_prompts, data, uri)
     return PromptRows(_examples(rows), answered, tuple(invalid))
 
 
@@ -140,6 +124,19 @@ def unchecked_rows(data: bytes, uri: str) -> list[Row]:
     if uri.endswith(".gz"):
         data = _decompressed(data, uri, MAX_DATA_BYTES)
     return _READERS[_suffix(uri)](data, uri)
+
+
+def _isolated(function: Callable[..., Any], data: bytes, uri: str, *arguments: Any) -> Any:
+    """Return `function(data, uri, *arguments)`, computed in a child process."""
+    return call_isolated(
+        function,
+        data,
+        uri,
+        *arguments,
+        limits=_LIMITS,
+        subject=f"the data file {uri}",
+        imports=("pyarrow.parquet",) if _suffix(uri) == ".parquet" else (),
+    )
 
 
 def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> list[list[Any]]:

@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trans_peft.training.trainer import AnswerTrainer, only_positions
+from trans_peft.training.trainer import AnswerTrainer
 from trans_peft.validation.decoding.generation import Answers
 from trans_peft.validation.decoding.next_tokens import (
     NextTokens,
@@ -165,10 +165,6 @@ class DistillationTrainer(AnswerTrainer):
     ) -> torch.Tensor:
         """Return the summed divergence of the answer tokens over `num_items_in_batch`."""
         teacher = NextTokens(*(inputs.pop(name) for name in ("tokens", "log_p", "rest")))
-        labels = inputs.pop("labels")
-        # The logits at a position predict the next token.
-        kept = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100
-        with only_positions(self.model.get_output_embeddings(), kept):
-            logits = model(**inputs, use_cache=False).logits
+        logits, targets = self.answer_logits(model, inputs)
         loss = divergences(teacher, NextTokens.of(logits, teacher.tokens)).sum()
-        return self.per_item(loss, kept, num_items_in_batch)
+        return self.per_item(loss, len(targets), num_items_in_batch)

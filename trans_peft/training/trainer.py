@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from trans_peft.errors import TrainingError
 from trans_peft.training.events import CheckpointSaved, EventMessage, TrainingMetrics
 
-__all__ = ["AnswerTrainer", "EventCallback", "last_checkpoint", "only_positions"]
+__all__ = ["AnswerTrainer", "EventCallback", "last_checkpoint"]
 
 _COMPLETE = "complete"
 
@@ -41,19 +41,26 @@ class AnswerTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.args.device.type == "cuda":
             return self._connected(super().compute_loss(model, inputs, False, num_items_in_batch))
+        logits, targets = self.answer_logits(model, inputs)
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return self.per_item(loss, len(targets), num_items_in_batch)
+
+    def answer_logits(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits (answer tokens, vocabulary) and the tokens that they should predict."""
         labels = inputs.pop("labels")
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         kept = targets != -100
-        with only_positions(self.model.get_output_embeddings(), kept):
+        with _only_positions(self.model.get_output_embeddings(), kept):
             logits = model(**inputs, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum")
-        return self.per_item(loss, kept, num_items_in_batch)
+        return logits, targets[kept]
 
     def per_item(
-        self, loss: torch.Tensor, kept: torch.Tensor, items: torch.Tensor | int | None
+        self, loss: torch.Tensor, tokens: int, items: torch.Tensor | int | None
     ) -> torch.Tensor:
-        """Return a summed loss over the items of all processes, or over the kept positions."""
-        loss = loss / torch.as_tensor(kept.sum() if items is None else items).clamp(min=1)
+        """Return a summed loss over the items of all processes, or over the answer tokens."""
+        loss = loss / torch.as_tensor(tokens if items is None else items).clamp(min=1)
         if self.args.average_tokens_across_devices and items is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
         return self._connected(loss)
@@ -75,7 +82,7 @@ class AnswerTrainer(SFTTrainer):
 
 
 @contextmanager
-def only_positions(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
+def _only_positions(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
     """Pass the output embedding only the hidden states of the kept (batch, sequence) positions."""
 
     def narrow(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

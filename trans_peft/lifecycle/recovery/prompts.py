@@ -50,7 +50,7 @@ def prompts_for(
         if read.answered:
             note += f", whose {read.answered} answers were not used"
         if read.invalid:
-            note += f", {len(read.invalid)} rows of which are no prompts"
+            note += f"; {len(read.invalid)} rows are not valid prompts"
     else:
         approved = source.recipe.approved_prompts if source.recipe is not None else None
         if approved is None:
