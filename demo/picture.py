@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
+_LEVEL = 100 * (1 - POLICY.per_strategy.alpha)
 _PLAIN, _OURS, _GREY, _INK = "#E07A1F", "#1F6FB2", "#8A8F98", "#22262B"
 
 
@@ -40,13 +41,16 @@ def draw(found: Sequence[Result], path: Path) -> Path:
 
 
 def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
-    for offset, arm in zip((-0.03, 0.03), arms, strict=False):
-        figures = arm.figures
-        scores = (figures.versus_old_base.reference_score, figures.score)
-        errors = [_wilson(score, figures.items) for score in scores]
+    columns = [
+        [arm.figures.versus_old_base.reference_score for arm in arms],
+        [arm.direct for arm in arms],
+        [arm.figures.score for arm in arms],
+    ]
+    for arm, offset, *scores in zip(arms, (-0.03, 0.03), *columns, strict=False):
+        errors = [_wilson(score, arm.figures.items) for score in scores]
         below_above = list(zip(*errors, strict=True))
         axes.errorbar(
-            [offset, 1 + offset],
+            [offset, 1 + offset, 2 + offset],
             scores,
             yerr=below_above,
             color=_color(arm),
@@ -57,11 +61,8 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
             capsize=4,
             label=arm.method,
         )
-    for x, both in (
-        (0, [arm.figures.versus_old_base.reference_score for arm in arms]),
-        (1, [arm.figures.score for arm in arms]),
-    ):
-        for arm, score, y in zip(arms, both, _apart(both), strict=True):
+    for x, scores in enumerate(columns):
+        for arm, score, y in zip(arms, scores, _apart(scores), strict=True):
             axes.annotate(
                 f"{score:.1f}",
                 (x, y),
@@ -73,12 +74,15 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
                 fontweight="bold",
             )
     bare_v2 = arms[0].figures.versus_bare_base
-    bare = [arms[0].bare_v1, bare_v2.reference_score if bare_v2 else 0.0]
+    bare = [arms[0].bare_v1, *2 * [bare_v2.reference_score if bare_v2 else 0.0]]
     axes.plot(
-        [0, 1], bare, color=_GREY, linestyle="--", marker="o", markersize=4, label="bare base"
+        range(3), bare, color=_GREY, linestyle="--", marker="o", markersize=4, label="bare base"
     )
-    axes.set_xticks([0, 1], ["base v1\n(trained here)", "base v2\n(same adapter bytes)"])
-    axes.set_xlim(-0.35, 1.35)
+    axes.set_xticks(
+        range(3),
+        ["base v1\n(trained here)", "base v2\n(same adapter bytes)", "base v2\n(registered)"],
+    )
+    axes.set_xlim(-0.45, 2.45)
     axes.set_ylim(0, 100)
     axes.set_ylabel("right answers, %")
     axes.set_title(f"{arms[0].task}: {arms[0].figures.items} items, 95 % intervals", loc="left")
@@ -96,7 +100,7 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
         axes.plot([change.lower, change.upper], [y, y], color=_color(arm), linewidth=3)
         axes.plot(change.difference, y, "o", color=_color(arm), markersize=9)
         axes.annotate(
-            f"{arm.method}: {arm.verdict}",
+            f"{arm.method}, {arm.strategy}: {arm.verdict}",
             (change.lower, y),
             xytext=(0, 14),
             textcoords="offset points",
@@ -110,7 +114,7 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
     axes.set_xlim(-reach, reach)
     axes.set_ylim(-0.7, len(arms) - 0.2)
     axes.set_yticks([])
-    axes.set_xlabel("v2 minus v1, points (one-sided 95 % bounds)")
+    axes.set_xlabel(f"registered for v2 minus v1, points (one-sided {_LEVEL:g} % bounds)")
     axes.annotate(
         f"margin -{margin:g}",
         (-margin, -0.62),

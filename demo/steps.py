@@ -15,9 +15,9 @@ from demo.picture import draw
 from demo.programs import run_module
 from demo.results import Result, notes, results, table
 from demo.screen import Screen
-from demo.settings import DATA_SEED, POLICY, PROMOTION, UPDATE, DemoTask, recipes
+from demo.settings import DATA_SEED, DISTILLATION, POLICY, PROMOTION, UPDATE, DemoTask, recipes
 from demo.sources import source_files
-from demo.tasks import split, write
+from demo.tasks import is_written, split, write
 from demo.upload import upload
 from infra.stack.settings import StackSettings
 from tasks.composition import platform
@@ -32,8 +32,6 @@ from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.train import resolve_recipe
 
 __all__ = ["Steps"]
-
-_ROWS = ("train.jsonl", "eval.jsonl", "held_out.json")
 
 
 class Steps:
@@ -75,7 +73,7 @@ class Steps:
         files = None
         for demo_task in self._demo_tasks:
             folder = self._rows_of(demo_task)
-            if not all((folder / name).exists() for name in _ROWS):
+            if not is_written(folder):
                 if files is None:
                     self._screen.line("reading the source of the installed packages")
                     files = list(source_files())
@@ -87,6 +85,9 @@ class Steps:
                     counts.append(len(rows.readlines()))
                     rows.seek(0)
                     platform().store.write(f"{demo_task.folder_uri}/{name}", rows)
+            for recipe in recipes(demo_task):
+                with (folder / "prompts.jsonl").open("rb") as prompts:
+                    platform().store.write(DISTILLATION.prompts_of(recipe.adapter), prompts)
             self._screen.success(
                 f"{demo_task.task.name}: {counts[0]:,} training rows, {counts[1]:,} evaluation rows"
             )
@@ -122,11 +123,11 @@ class Steps:
         self._bare_v1()
 
     def base_v2(self) -> None:
-        """Train all weights of v1 further, and upload the result with an S3 client."""
+        """Train v1 further, and upload the result with an S3 client."""
         new = self._update_to
         self._screen.section(
             f"Base {new}",
-            f"v1 trained further: {UPDATE.tokens:,} tokens of Python source, all weights",
+            f"v1 trained further: {UPDATE.tokens:,} tokens of Python source, {UPDATE.trained}",
         )
         folder, figures = self._folder / new, self._folder / f"{new}.json"
         if self._ready(new) is None:
@@ -137,8 +138,7 @@ class Steps:
                         "demo.update",
                         *("--base", str(self._folder / "v1"), "--to", str(folder)),
                         *("--report", str(figures), "--held-out", *held_out),
-                        *("--steps", str(UPDATE.steps), "--seed", str(UPDATE.seed)),
-                        *("--learning-rate", str(UPDATE.learning_rate)),
+                        *("--settings", json.dumps(asdict(UPDATE))),
                     ],
                     self._screen,
                 )

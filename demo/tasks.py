@@ -1,8 +1,9 @@
 """Split examples from source files into training and evaluation rows without overlap.
 
-Three rules keep evaluation rows out of training. A text occurs once (compared by its words,
-`demo.sources.words`). The rows of a file are on one side only. A training row that shares most of
-its words with an evaluation row is dropped.
+Further prompts without answers stand for the recent traffic of an adapter. Three rules keep
+evaluation rows out of training. A text occurs once (compared by its words, `demo.sources.words`).
+The rows of a file are on one side only. A training row that shares most of its words with an
+evaluation row is dropped.
 """
 
 import json
@@ -15,7 +16,21 @@ from pathlib import Path
 from demo.sources import SourceFile, jaccard, rank, words
 from trans_peft.errors import DataError
 
-__all__ = ["Example", "HeldOut", "Row", "Split", "Task", "read_held_out", "split", "write"]
+__all__ = [
+    "FILES",
+    "Example",
+    "HeldOut",
+    "Row",
+    "Split",
+    "Task",
+    "is_written",
+    "read_held_out",
+    "split",
+    "write",
+]
+
+FILES = ("train.jsonl", "eval.jsonl", "prompts.jsonl", "held_out.json")
+"""Files of a split, in the order in which they are written."""
 
 EVALUATION_SHARE = 0.4  # of the files; their remaining rows are not used
 MAX_SHARED_WORDS = 0.7  # Jaccard index of a training and an evaluation row, without quoted names
@@ -60,10 +75,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one task, both sides in the order in which they are written."""
+    """Rows of one task in the order in which they are written.
+
+    `unused` are the other rows of the files of `train`, of which only the prompts are written.
+    """
 
     train: tuple[Row, ...]
     evaluation: tuple[Row, ...]
+    unused: tuple[Row, ...]
 
 
 def split(task: Task, files: Iterable[SourceFile], seed: int = 0) -> Split:
@@ -80,7 +99,10 @@ def split(task: Task, files: Iterable[SourceFile], seed: int = 0) -> Split:
         side = evaluation if rank(row.file, seed) < EVALUATION_SHARE else train
         side.append(row)
     evaluation = _balanced(evaluation, task.evaluation_per_label)
-    train = _balanced(_apart_from(train, evaluation), task.train_per_label)
+    available = _apart_from(train, evaluation)
+    train = _balanced(available, task.train_per_label)
+    ids = {row.id for row in train}
+    unused = tuple(row for row in available if row.id not in ids)
 
     counts = {
         label: (count, Counter(row.example.label for row in train)[label])
@@ -93,23 +115,44 @@ def split(task: Task, files: Iterable[SourceFile], seed: int = 0) -> Split:
             expected="20 evaluation and 20 training rows of each label",
             found=short or "none",
         )
-    return Split(tuple(train), tuple(evaluation))
+    return Split(tuple(train), tuple(evaluation), unused)
 
 
 def write(parts: Split, folder: Path) -> None:
-    """Write train.jsonl and eval.jsonl (prompt, completion, id), and held_out.json for HeldOut."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train.jsonl", parts.train), ("eval.jsonl", parts.evaluation)):
-        lines = (
-            {"prompt": row.example.prompt, "completion": row.example.completion, "id": row.id}
-            for row in rows
-        )
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    """Write train.jsonl and eval.jsonl, prompts.jsonl, and held_out.json for `HeldOut`.
+
+    Rows have prompt, completion and id; those of prompts.jsonl have no completion.
+    """
+    prompts = [{"prompt": row.example.prompt, "id": row.id} for row in parts.unused]
     held_out = {
         "files": sorted({row.file for row in parts.evaluation}),
         "texts": [row.example.text for row in parts.evaluation],
     }
-    (folder / "held_out.json").write_text(json.dumps(held_out, indent=1))
+    contents = (
+        _lines(_with_completion(parts.train)),
+        _lines(_with_completion(parts.evaluation)),
+        _lines(prompts),
+        json.dumps(held_out, indent=1),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in zip(FILES, contents, strict=True):
+        (folder / name).write_text(content)
+
+
+def _with_completion(rows: Iterable[Row]) -> list[dict[str, str]]:
+    return [
+        {"prompt": row.example.prompt, "completion": row.example.completion, "id": row.id}
+        for row in rows
+    ]
+
+
+def _lines(values: Iterable[dict[str, str]]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def is_written(folder: Path) -> bool:
+    """Whether the folder has all files that `write` writes."""
+    return all((folder / name).exists() for name in FILES)
 
 
 @dataclass(frozen=True)

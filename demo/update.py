@@ -48,6 +48,11 @@ class UpdateSettings:
     weights: Literal["all", "ffn"] = "all"
 
     @property
+    def trained(self) -> str:
+        """The trained weights, as text."""
+        return {"all": "all weights", "ffn": "the weights of the FFNs"}[self.weights]
+
+    @property
     def tokens(self) -> int:
         """Number of tokens in training."""
         return self.steps * self.rows * self.length
@@ -196,16 +201,14 @@ def _share_of_rate(step: int, settings: UpdateSettings) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make v2. This runs in a separate process, so that its memory is free afterwards."""
-    parser = argparse.ArgumentParser(description="train all weights of a base further")
+    parser = argparse.ArgumentParser(description="train a base further")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, nargs="+", required=True)
-    parser.add_argument("--steps", type=int, default=UpdateSettings.steps)
-    parser.add_argument("--learning-rate", type=float, default=UpdateSettings.learning_rate)
-    parser.add_argument("--seed", type=int, default=UpdateSettings.seed)
+    parser.add_argument("--settings", default="{}", help="fields of UpdateSettings, as JSON")
     given = parser.parse_args(arguments)
-    settings = UpdateSettings(given.steps, given.learning_rate, seed=given.seed)
+    settings = UpdateSettings(**json.loads(given.settings))
 
     started = time.monotonic()
     given.to.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from demo.base import write_base_v1
 from demo.sources import source_files
-from demo.tasks import read_held_out, split, write
+from demo.tasks import is_written, read_held_out, split, write
 from demo.update import update, update_text
 from study.plan import DATA_SEED, TASKS, UPDATES, V1, PlannedTraining, suite
 from study.score_file import Score
@@ -102,7 +102,7 @@ def prepare(folder: Path, updates: Collection[str] = tuple(UPDATES)) -> Prepared
     No update is trained on a file that supplied an evaluation row of any task.
     """
     rows = {name: folder / "rows" / name for name in TASKS}
-    if not all((path / "held_out.json").exists() for path in rows.values()):
+    if not all(map(is_written, rows.values())):
         log("reading the source of the installed packages")
         files = list(source_files())
         for name, path in rows.items():

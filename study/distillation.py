@@ -7,65 +7,80 @@ each source. study/distilled.jsonl has one line for each score, with the seconds
 
 import argparse
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
-from demo.sources import source_files
-from demo.tasks import split
 from study.cells import Prepared, end_with_parent, log, log_steps, prepare, score_of, spared_layers
-from study.plan import DATA_SEED, STEPS, TASKS, V1, PlannedTraining, arms
+from study.plan import STEPS, V1, PlannedTraining, arms
 from study.score_file import Score, ScoreFile
-from trans_peft.data import Example, parse_examples
+from trans_peft.data import Example, parse_examples, read_prompts, write_examples
 from trans_peft.data.overlap import distinct_from
-from trans_peft.data.rows import NO_ANSWER
+from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.recipe import SyntheticPrompts
 from trans_peft.domain.recovery import DistillationPolicy
+from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import DataError
-from trans_peft.models import load_base
+from trans_peft.lifecycle.synthetic_prompts import kept_prompts, write_synthetic_prompts
 from trans_peft.training.distill import Distillation
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit as train
-from trans_peft.training.written_prompts import like_examples
 
 SCORES = Path(__file__).with_name("distilled.jsonl")
 POLICY = DistillationPolicy()
 CELLS = (("signatures", "ffn"), ("exceptions", "ffn"), ("signatures", "all"), ("exceptions", "all"))
 SEEDS = (1, 2, 3)
 APPROVED = (20, 5)
-"""Numbers of approved prompts after which the base writes others."""
+"""Numbers of approved prompts after which v1 writes others."""
+PROMPT_MODEL_STEPS = 60
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source of prompts: its name, and the number of approved prompts if the base writes them."""
+    """A source of prompts: its name, and how they are written before the update, if they are."""
 
     name: str
     approved: int = 0
+    steps: int = 0
 
 
-SOURCES = (Source("unlabeled"), *(Source(f"written after {n}", n) for n in APPROVED))
+SOURCES = (
+    Source("unlabeled"),
+    *(Source(f"written after {n}", approved=n) for n in APPROVED),
+    Source("prompt model", steps=PROMPT_MODEL_STEPS),
+)
 
 
-@cache
-def traffic(task: str) -> tuple[Example, ...]:
-    """Return prompts of a task that are no training or evaluation rows, as recent traffic is."""
-    files = list(source_files())
-    whole = replace(TASKS[task], train_per_label=10**9)
-    used = {row.id for row in split(TASKS[task], files, DATA_SEED).train}
-    rows = [row for row in split(whole, files, DATA_SEED).train if row.id not in used]
-    return tuple(Example(row.id, row.example.prompt, NO_ANSWER) for row in rows)
+def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Example]:
+    """Return the prompts of a source for the adapter of a training job.
 
-
-def prompts(prepared: Prepared, task: str, base: str, source: Source) -> Sequence[Example]:
-    """Return the prompts of a source for an update to `base`."""
+    Unlabeled prompts are no training or evaluation rows, as recent traffic is none.
+    """
+    task = job.recipe.adapter
+    rows, store = prepared.rows(task), FileStore()
     items = [row.prompt_text() for row in _rows(prepared, task, "eval.jsonl")]
-    if not source.approved:
-        return distinct_from(traffic(task), items, text=Example.prompt_text, limit=POLICY.prompts)
-    approved = _rows(prepared, task, "train.jsonl")[: source.approved]
-    loaded = load_base(prepared.base(base), "float32")
-    return like_examples(loaded, approved, items, POLICY.prompts)
+    if source == SOURCES[0]:
+        traffic = read_prompts(DataSource(str(rows / "prompts.jsonl")), store).prompts
+        return distinct_from(traffic, items, text=Example.prompt_text, limit=POLICY.prompts)
+    folder = job.work_dir / source.name.replace(" ", "-")
+    examples = _rows(prepared, task, "train.jsonl")
+    approved = write_examples(examples[: source.approved], folder / "approved.jsonl")
+    settings = SyntheticPrompts(
+        approved=DataSource(str(approved)) if source.approved else None,
+        steps=source.steps,
+        count=POLICY.prompts,
+    )
+    suite = replace(prepared.suites[task], data=DataSource(str(rows / "eval.jsonl")))
+    recipe = replace(job.recipe, suites=(suite,), synthetic_prompts=settings)
+    started_s = time.monotonic()
+    write_synthetic_prompts(
+        replace(job, recipe=recipe, work_dir=folder), examples, store, on_event=lambda event: None
+    )
+    found = kept_prompts(folder).prompts
+    log(f"{task}, {source.name}: {len(found)} prompts, {time.monotonic() - started_s:.0f} s")
+    return found
 
 
 def cell(
@@ -101,7 +116,7 @@ def _distilled(
 ) -> TrainingResult:
     """Return the result of a distillation; its seconds include the teacher's."""
     folder = prepared.folder / "distilled" / content_sha256([planned, update])[:16]
-    made = prompts(prepared, planned.task, update, source)
+    made = prompts(prepared, job, source)
     found = Distillation(
         adapter=trained.folder,
         old_base=prepared.base(V1),

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from demo.exceptions import examples as exceptions
-from demo.functions import returns
-from demo.sources import SourceFile
-from demo.tasks import Example, Task
+from demo.functions import signatures
+from demo.tasks import Task
 from demo.update import UpdateSettings
 from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.data import DataSource
@@ -33,18 +32,6 @@ __all__ = [
 V1 = "v1"
 DATA_SEED = 2
 """A different split of the files than that of the demo."""
-
-_LONGEST_HEAD = 120  # characters of a function's first line: about 40 tokens
-
-
-def signatures(file: SourceFile) -> Iterator[Example]:
-    """Yield the first line of each function, from which its return type is predicted."""
-    for example in returns(file):
-        head = example.prompt.split("\n")[0]
-        if len(head) <= _LONGEST_HEAD and head.endswith(":"):
-            prompt = f"{head}\n# returns:"
-            yield Example(prompt, example.completion, text=head, label=example.label)
-
 
 TASKS = {
     task.name: task

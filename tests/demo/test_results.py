@@ -10,6 +10,7 @@ from demo.picture import draw
 from demo.results import Result, notes, table
 from demo.settings import ARMS, FULL, POLICY, recipes
 from trans_peft.domain.evaluation import Comparison, SuiteJudgment, Verdict
+from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.validation.scoring import make_scorer
 
 CHANGE = Comparison(
@@ -33,13 +34,14 @@ FIGURES = SuiteJudgment(
     versus_bare_base=replace(CHANGE, reference_score=20.0),
 )
 PLAIN = Result(
-    "exceptions-plain", "exceptions", "plain LoRA", 12.5, FIGURES, Verdict.NEEDS_RETUNING,
+    "exceptions-plain", "exceptions", "plain LoRA", 12.5, 52.25, FIGURES, Verdict.NEEDS_RETUNING,
     "it lost 9.25 points", False,
 )  # fmt: skip
 OURS = replace(
     PLAIN,
     adapter="exceptions-trans-peft",
     method="Trans-PEFT (mask 0.1)",
+    direct=48.5,
     figures=replace(
         FIGURES,
         score=59.0,
@@ -49,6 +51,11 @@ OURS = replace(
     ),
     verdict=Verdict.PASSED,
     reason="it lost nothing that counts",
+    strategy=RecoveryStrategy.DISTILLED,
+    tried=(
+        StrategyAttempt(RecoveryStrategy.DIRECT, "needs-retuning", "it lost 11.5 points", 40.0),
+        StrategyAttempt(RecoveryStrategy.DISTILLED, "passed", "it lost 1 point", 90.0, "20 steps"),
+    ),
 )
 
 
@@ -74,8 +81,18 @@ def test_the_table_shows_every_figure_of_a_verdict():
     ],
 )
 def test_the_notes_compare_the_scores_on_v2(ours: float, expected: str):
-    arms = [PLAIN, replace(OURS, figures=replace(OURS.figures, score=ours))]
+    arms = [PLAIN, replace(OURS, direct=ours)]
     assert expected in notes(arms)[-1]
+    lost = f"cost the plain adapter 9.2 points and the Trans-PEFT one {60 - ours:.1f}"
+    assert lost in notes(arms)[-1]
+
+
+def test_a_recovered_adapter_shows_all_three_scores_and_every_attempt():
+    assert "60.0 → 48.5 → 59.0" in _printed([PLAIN, OURS])
+    assert "61.5 → 52.2 " in _printed([PLAIN, OURS])
+    text = "\n".join(notes([PLAIN, OURS]))
+    assert "direct: needs-retuning, 40 s. it lost 11.5 points" in text
+    assert "distilled (20 steps): passed, 90 s. it lost 1 point" in text
 
 
 def test_the_notes_contain_the_reasons_and_the_margin():

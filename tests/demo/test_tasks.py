@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from demo import exceptions
 from demo.sources import SourceFile, jaccard, rank, words
-from demo.tasks import MAX_SHARED_WORDS, Example, Task, read_held_out, split, write
+from demo.tasks import MAX_SHARED_WORDS, Example, Task, is_written, read_held_out, split, write
 from trans_peft.data import parse_examples
 from trans_peft.errors import DataError
 
@@ -103,6 +104,20 @@ def test_rows_are_written_as_training_reads_them(tmp_path: Path):
         assert [(e.id, e.prompt, e.completion) for e in read] == [
             (row.id, row.example.prompt, row.example.completion) for row in rows
         ]
+
+
+def test_prompts_are_neither_training_nor_evaluation_rows_and_have_no_answers(tmp_path: Path):
+    parts = split(TASK, _package(400))
+    write(parts, tmp_path)
+    assert is_written(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert rows and all(row.keys() == {"prompt", "id"} for row in rows)
+    used = {row.id for row in (*parts.train, *parts.evaluation)}
+    assert not used & {row["id"] for row in rows}
+    files = {row.file for row in parts.evaluation}
+    assert not files & {row.file for row in parts.unused}
+    (tmp_path / "prompts.jsonl").unlink()
+    assert not is_written(tmp_path)
 
 
 def test_held_out_files_are_recognized(tmp_path: Path):

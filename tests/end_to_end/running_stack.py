@@ -56,6 +56,27 @@ def settings_below(state):
     )
 
 
+def request_prefect(settings, method, path, **body):
+    """Request Prefect's API. On a busy machine, its SQLite is slow or answers 503.
+
+    A request that times out is repeated, so a request that creates something needs an idempotency
+    key.
+    """
+    url = f"{settings.urls['prefect']}/api/{path}"
+    for last in (*[False] * 9, True):
+        try:
+            answer = httpx.request(method, url, auth=settings.prefect_auth, timeout=60, **body)
+        except httpx.TimeoutException:
+            if last:
+                raise
+            continue
+        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            break
+        time.sleep(1)
+    answer.raise_for_status()
+    return answer.json() if answer.content else None
+
+
 @dataclass
 class Stack:
     settings: StackSettings
@@ -92,22 +113,7 @@ class Stack:
         return state
 
     def prefect(self, method, path, **body):
-        """Request Prefect's API. On a busy machine, its SQLite is slow or answers 503."""
-        url = f"{self.settings.urls['prefect']}/api/{path}"
-        for last in (*[False] * 9, True):
-            try:
-                answer = httpx.request(
-                    method, url, auth=self.settings.prefect_auth, timeout=60, **body
-                )
-            except httpx.TimeoutException:
-                if last:
-                    raise
-                continue
-            if answer.status_code != 503:
-                break
-            time.sleep(1)
-        answer.raise_for_status()
-        return answer.json() if answer.content else None
+        return request_prefect(self.settings, method, path, **body)
 
     def emit(self, event, **payload):
         """Send an event to Prefect, as another program does."""

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from uuid import uuid4
 
 import boto3
 import httpx
@@ -25,7 +26,7 @@ from infra.stack.machine import marked, port_is_free
 from infra.stack.programs import leftover_sockets
 from infra.stack.settings import BUCKETS, StackSettings
 from infra.stack.supervisor import Supervisor
-from tests.end_to_end.running_stack import ROOT, settings_below
+from tests.end_to_end.running_stack import ROOT, request_prefect, settings_below
 from tests.infra.unauthenticated import SECRET, answers_without_credentials, ports_of
 
 pytestmark = pytest.mark.stack
@@ -83,15 +84,7 @@ class Running:
         return {name: p.pid for name, p in Supervisor(self.settings).programs().items()}
 
     def prefect(self, path, *, method="POST", **body):
-        """Retry as Prefect's own client does, because a busy SQLite answers 503."""
-        url, auth = f"{self.settings.urls['prefect']}/api/{path}", self.settings.prefect_auth
-        for pause_s in (1, 2, 4, 8, 0):
-            answer = httpx.request(method, url, json=body, auth=auth, timeout=60)
-            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
-                break
-            time.sleep(pause_s)
-        answer.raise_for_status()
-        return answer.json() if answer.content else None
+        return request_prefect(self.settings, method, path, json=body)
 
     def s3(self):
         client = self.settings.client_environment
@@ -164,7 +157,8 @@ def test_every_deployment_of_prefect_yaml_is_there(running):
 
 def test_the_worker_runs_a_flow_from_the_checkout_against_the_servers(running):
     url = f"deployments/{running.deployment('reconcile')['id']}/create_flow_run"
-    run = running.prefect(url, parameters={"dry_run": True})["id"]
+    key = str(uuid4())
+    run = running.prefect(url, parameters={"dry_run": True}, idempotency_key=key)["id"]
     state = running.state(run, until=["COMPLETED", "FAILED", "CRASHED"])
     assert state["type"] == "COMPLETED", (running.settings.logs / "worker.log").read_text()[-3000:]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from tests.lifecycle.test_recovery import ITEMS, TransferSetup, strategies
+from tests.lifecycle.test_recovery import FAMILY, ITEMS, TransferSetup, strategies
 from tests.tiny import tiny_tokenizer
 from trans_peft.data import ChatMessage, Example
 from trans_peft.data.overlap import distinct_from, similarity
@@ -16,10 +16,11 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.recovery import DistillationPolicy, RecoveryPolicy, RecoveryStrategy
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError, TrainingError
-from trans_peft.training import distill, written_prompts
+from trans_peft.lifecycle.report import report
+from trans_peft.training import distill, prompt_writing
 from trans_peft.training.finetune import finetune
 from trans_peft.training.job import TrainingResult
-from trans_peft.training.written_prompts import like_examples
+from trans_peft.training.prompt_writing import like_examples
 from trans_peft.validation.decoding.prefixes import CacheSupport
 
 WORDS = ["red", "blue", "green", "white", "black", "brown", "gray", "pink", "gold", "teal"]
@@ -132,11 +133,19 @@ def test_unusable_prompts_leave_the_direct_verdict(setup, rows, reason):
     assert not [*setup.platform.work_dir.glob("training/distill-*")]
 
 
-def test_a_missing_file_or_source_leaves_the_direct_verdict(setup):
+def test_a_missing_file_leaves_the_direct_verdict(setup):
     _, tried = setup.distilled(prompts_uri=str(setup.folder / "elsewhere.jsonl"))
     assert "elsewhere.jsonl" in tried.reason
-    _, tried = setup.distilled(prompts_uri="")
-    assert "approved_prompts in the recipe" in tried.reason
+
+
+def test_an_adapter_without_prompts_keeps_the_whole_level_and_is_reported(setup):
+    outcome, tried = setup.distilled(prompts_uri="")
+    assert (tried.strategy, tried.verdict) == ("distilled", "")
+    assert "(synthetic_prompts) gives prompts" in str(tried)
+    assert str(tried) in report(FAMILY, setup.platform).markdown()
+    assert "level 5 %" in outcome.judgment.reason
+    with_prompts, _ = setup.distilled()
+    assert "level 2.5 %" in with_prompts.judgment.reason
 
 
 def test_an_old_base_that_is_gone_leaves_the_direct_verdict(setup):
@@ -213,7 +222,7 @@ def test_the_strategies_are_tried_in_order():
 @pytest.fixture(autouse=True)
 def no_probe(monkeypatch):
     """The bases below are no models that could be probed."""
-    monkeypatch.setattr(written_prompts, "cache_support", lambda model: CacheSupport())
+    monkeypatch.setattr(prompt_writing, "cache_support", lambda model: CacheSupport())
 
 
 class Base:

@@ -13,7 +13,7 @@ from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
-from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
+from trans_peft.domain.recipe import OptimizerSettings, SyntheticPrompts, TrainingRecipe
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import DataError, InvalidSpecError, NotFoundError, StoreError
@@ -165,10 +165,11 @@ def test_invalid_approved_prompts_are_refused_before_training(place, tmp_path):
         base_version="v1",
         data=data,
         suites=(Suite("parity", data),),
-        approved_prompts=rows(tmp_path / "approved.jsonl", prompt=" "),
+        synthetic_prompts=SyntheticPrompts(rows(tmp_path / "approved.jsonl", prompt=" ")),
     )
     with pytest.raises(DataError, match=r"approved.jsonl: 4 rows are no prompts"):
         train(recipe, platform, on_event=lambda event: None)
     with pytest.raises(NotFoundError, match="absent"):
         absent = DataSource(str(tmp_path / "absent.jsonl"))
-        train(replace(recipe, approved_prompts=absent), platform, on_event=lambda event: None)
+        recipe = replace(recipe, synthetic_prompts=SyntheticPrompts(absent))
+        train(recipe, platform, on_event=lambda event: None)

@@ -263,7 +263,7 @@ def test_the_report_shows_all_strategies_and_the_chance_level(tmp_path):
     page = report(FAMILY, setup.platform).markdown()
     assert "parity 100.0 (chance 50.0)" in page
     assert "Strategy: direct. Tried: direct: needs-retuning, " in page
-    assert "rescaled: not tried, " in page
+    assert "rescaled: not tried (no factor increases" in page
 
 
 def test_an_adapter_trained_on_the_new_base_is_a_second_reference(setup):

@@ -10,10 +10,17 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.names import name_problem
+from trans_peft.domain.recovery import MIN_PROMPTS
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["MAX_TRAINED_ROWS", "OptimizerSettings", "Perturbation", "TrainingRecipe"]
+__all__ = [
+    "MAX_TRAINED_ROWS",
+    "OptimizerSettings",
+    "Perturbation",
+    "SyntheticPrompts",
+    "TrainingRecipe",
+]
 
 MAX_TRAINED_ROWS = 100_000_000
 """Rows of a whole run, repetitions included. Training keeps the order of all of them in memory."""
@@ -199,6 +206,39 @@ _RECIPE_COUNTS = {
 
 
 @dataclass(frozen=True)
+class SyntheticPrompts:
+    """Prompts that are written during a training, for the recovery strategy `distilled`.
+
+    Either the base writes them after a list of approved prompts, or a prompt model does: a second
+    adapter with the recipe's spec, trained on the prompts of the training rows alone, and deleted
+    after it wrote. InvalidSpecError unless exactly one of the two is given.
+
+    Attributes:
+        approved: file of prompts that the owner allows to keep, for instance 20 invented ones.
+        steps: optimizer steps of the prompt model, with the recipe's batch size and learning rate.
+        count: number of prompts to write.
+    """
+
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
+
+    approved: DataSource | None = None
+    steps: int = 0
+    count: int = 320
+
+    def __post_init__(self) -> None:
+        problems = _count_problems(
+            self, {"steps": (0, 10_000_000), "count": (MIN_PROMPTS, 100_000)}
+        )
+        if not problems and (self.approved is None) == (self.steps == 0):
+            problems.append(
+                "give either approved, a file of prompts that may be kept, or steps, the optimizer "
+                "steps of a prompt model"
+            )
+        if problems:
+            raise InvalidSpecError(f"synthetic_prompts is invalid: {'; '.join(problems)}")
+
+
+@dataclass(frozen=True)
 class TrainingRecipe:
     """Everything that the weights of one adapter depend on.
 
@@ -222,9 +262,8 @@ class TrainingRecipe:
         processes: processes that `accelerate launch` starts.
         packing: whether several rows share one sequence.
         checkpoint_steps: steps between two checkpoints.
-        approved_prompts: file of prompts that the owner allows to keep, for instance 20 invented
-            ones. After an update of the base, the recovery strategy `distilled` writes prompts like
-            them. The training does not read it.
+        synthetic_prompts: prompts that are written during the training and kept with the adapter,
+            for the recovery strategy `distilled` after an update of the base.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -242,7 +281,7 @@ class TrainingRecipe:
     processes: int = 1
     packing: bool = False
     checkpoint_steps: int = 50
-    approved_prompts: DataSource | None = field(default=None, metadata=ADDED_LATER)
+    synthetic_prompts: SyntheticPrompts | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = [

@@ -46,7 +46,7 @@ class DistillationPolicy:
 
     Attributes:
         prompts_uri: file of prompts, such as recent traffic; "{adapter}" stands for the adapter's
-            name. Empty: the new base writes prompts like those in the recipe's `approved_prompts`.
+            name. Empty: the adapter's own prompts (`synthetic_prompts` of its recipe).
         prompts: number of prompts that the teacher answers. A tenth of them is held out.
         steps: optimizer steps.
         batch_size: prompts per step, over all processes. Micro-batches are not larger than the
@@ -66,7 +66,7 @@ class DistillationPolicy:
     prompts: int = 320
     steps: int = 20
     batch_size: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     beta: float | None = None
 
     def __post_init__(self) -> None:
@@ -161,5 +161,7 @@ class StrategyAttempt:
     note: str = ""
 
     def __str__(self) -> str:
+        if not self.verdict:
+            return f"{self.strategy}: not tried ({self.reason})"
         note = f" ({self.note})" if self.note else ""
-        return f"{self.strategy}{note}: {self.verdict or 'not tried'}, {self.seconds:.0f} s"
+        return f"{self.strategy}{note}: {self.verdict}, {self.seconds:.0f} s"

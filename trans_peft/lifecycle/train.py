@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from trans_peft.data import Example, pin, read_examples, read_prompts, write_examples
+from trans_peft.data import Example, pin, read_examples, write_examples
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
-from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.errors import DataError, listed, translating_full_disk_errors
+from trans_peft.domain.recipe import SyntheticPrompts, TrainingRecipe
+from trans_peft.errors import translating_full_disk_errors
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import (
     EvaluationSubject,
@@ -20,6 +20,11 @@ from trans_peft.lifecycle.evaluation import (
 )
 from trans_peft.lifecycle.preflight import check_registration, check_suites
 from trans_peft.lifecycle.resolve import find_base
+from trans_peft.lifecycle.synthetic_prompts import (
+    check_synthetic_prompts,
+    keep_prompts,
+    write_synthetic_prompts,
+)
 from trans_peft.ports import Platform
 from trans_peft.training import events
 from trans_peft.training.events import Event
@@ -44,7 +49,7 @@ def resolve_recipe(
         base_version=base.version,
         data=data,
         suites=pin_suites(recipe.suites, platform),
-        approved_prompts=recipe.approved_prompts and pin(recipe.approved_prompts, platform.store),
+        synthetic_prompts=_pinned(recipe.synthetic_prompts, platform),
     )
     return resolved, base
 
@@ -107,7 +112,7 @@ def train(
     check_registration(resolved.adapter, base.family, platform)
     examples = read_examples(resolved.data, platform.store)
     check_suites(base, resolved.suites, platform)
-    _check_approved_prompts(resolved, platform)
+    check_synthetic_prompts(resolved, platform.store)
 
     tags = base.ref.labels | {"adapter": resolved.adapter}
     with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:
@@ -120,7 +125,9 @@ def train(
 
         job = job_on(base, resolved, examples, platform)
         run.file(_write_recipe(resolved, job.work_dir))  # fails early if files cannot be stored
+        prompts = write_synthetic_prompts(job, examples, platform.store, on_event=on_event)
         result = fit(job, on_event=on_training_event)
+        keep_prompts(job.work_dir, result.folder)
         evaluations = evaluate_on(
             base,
             resolved.suites,
@@ -129,7 +136,7 @@ def train(
             on_progress=on_progress,
         )
         scores = {f"score/{name}": item.score for name, item in evaluations.items()}
-        run.metrics(scores, result.steps)
+        run.metrics(scores | ({"synthetic_prompts": prompts} if prompts else {}), result.steps)
         version = platform.registry.register(
             replace(trained_version(base, resolved, result), run_id=run.id),
             result.folder,
@@ -139,18 +146,10 @@ def train(
     return version
 
 
-def _check_approved_prompts(recipe: TrainingRecipe, platform: Platform) -> None:
-    """Raise DataError for rows of `approved_prompts` that are no prompts."""
-    if recipe.approved_prompts is None:
-        return
-    found = read_prompts(recipe.approved_prompts, platform.store)
-    if found.invalid or not found.prompts:
-        raise DataError(
-            f"{recipe.approved_prompts.uri}: {len(found.invalid)} rows are no prompts",
-            expected="rows with prompt, messages or instruction; the answer is optional",
-            found=listed(found.invalid) or "no rows",
-            do="correct or remove these rows",
-        )
+def _pinned(settings: SyntheticPrompts | None, platform: Platform) -> SyntheticPrompts | None:
+    if settings is None or settings.approved is None:
+        return settings
+    return replace(settings, approved=pin(settings.approved, platform.store))
 
 
 def _registered(

@@ -19,7 +19,12 @@ from trans_peft.lifecycle.base_files import (
 )
 from trans_peft.lifecycle.evaluation import EvaluationSubject, ProgressCallback, evaluate_on
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
-from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, probe, recover
+from trans_peft.lifecycle.recovery.evaluator import (
+    CandidateEvaluator,
+    policy_per_strategy,
+    probe,
+    recover,
+)
 from trans_peft.lifecycle.resolve import base_trained_on
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare, tokenizers_may_differ
@@ -153,7 +158,7 @@ def _evaluate(
     evaluator = CandidateEvaluator(
         source,
         base,
-        policy.per_strategy,
+        policy_per_strategy(policy, source),
         reference,
         platform,
         fresh=inputs.adapter.trained_on(base),

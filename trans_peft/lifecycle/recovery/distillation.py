@@ -24,7 +24,7 @@ from trans_peft.errors import (
 )
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
-from trans_peft.lifecycle.recovery.prompts import prompts_for
+from trans_peft.lifecycle.recovery.prompts import has_prompts, prompts_for
 
 __all__ = ["distilled"]
 
@@ -43,11 +43,13 @@ def distilled(inputs: CandidateInputs) -> Candidate | str:
     assert policy is not None
     if recipe is None:
         return "the adapter has no recipe, so its type and options are unknown"
+    if not has_prompts(source, policy):
+        return "neither the policy (prompts_uri) nor the recipe (synthetic_prompts) gives prompts"
     if reason := _at_chance(source.suites, inputs.reference):
         return reason
     folder = inputs.folder()
     try:
-        prompts = prompts_for(source, base, policy, platform)
+        prompts = prompts_for(source, folder, policy, platform)
         found = Distillation(
             adapter=folder,
             old_base=base_folder(inputs.trained_on, platform),

@@ -7,7 +7,7 @@ probability that a candidate passes whose loss exceeds the margin therefore stay
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +25,25 @@ from trans_peft.lifecycle.evaluation import (
     evaluate_on,
 )
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs
+from trans_peft.lifecycle.recovery.prompts import has_prompts
 from trans_peft.lifecycle.recovery.strategies import make_candidate
 from trans_peft.lifecycle.sequential import evaluate_sequentially
 from trans_peft.ports import Platform
 from trans_peft.validation.gate import judge
 
-__all__ = ["CandidateEvaluator", "RecoveryResult", "probe", "recover"]
+__all__ = ["CandidateEvaluator", "RecoveryResult", "policy_per_strategy", "probe", "recover"]
+
+
+def policy_per_strategy(policy: GatePolicy, source: AdapterVersion) -> GatePolicy:
+    """Return the policy at the level of one recovery strategy of an adapter.
+
+    The strategies that can be tried share alpha. `distilled` has no share if nothing names prompts
+    for the adapter; this is known before anything is evaluated, so the level holds.
+    """
+    recovery = policy.recovery
+    if recovery.distillation is not None and not has_prompts(source, recovery.distillation):
+        policy = replace(policy, recovery=replace(recovery, distillation=None))
+    return policy.per_strategy
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class CandidateEvaluator:
     Attributes:
         source: The adapter version that is transferred.
         base: The new base version.
-        policy: The gate policy at the level of one strategy (`GatePolicy.per_strategy`).
+        policy: The gate policy at the level of one strategy (`policy_per_strategy`).
         reference: The evaluations of `source` on the base that it was trained on, by suite name.
         platform: The platform.
         fresh: The version of the adapter that was trained on `base`, if there is one.

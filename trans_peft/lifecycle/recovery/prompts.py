@@ -1,4 +1,4 @@
-"""Prompts for the recovery strategy `distilled`, from a file or written by the base itself.
+"""Prompts for the recovery strategy `distilled`, from a file or kept with the adapter.
 
 No training row is read. Prompts that a suite asks, exactly or nearly, are left out, so that the
 gate measures on prompts that the distillation has not seen.
@@ -6,18 +6,18 @@ gate measures on prompts that the distillation has not seen.
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 from trans_peft.data import Example, read_examples, read_prompts
 from trans_peft.data.overlap import distinct_from
 from trans_peft.domain.adapter import AdapterVersion
-from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.recovery import MIN_PROMPTS, DistillationPolicy
 from trans_peft.errors import DataError
-from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.synthetic_prompts import kept_prompts
 from trans_peft.ports import Platform
 
-__all__ = ["Prompts", "prompts_for"]
+__all__ = ["Prompts", "has_prompts", "prompts_for"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,18 @@ class Prompts:
     note: str
 
 
-def prompts_for(
-    source: AdapterVersion, base: BaseVersion, policy: DistillationPolicy, platform: Platform
-) -> Prompts:
-    """Return at most `policy.prompts` prompts for an adapter.
+def has_prompts(source: AdapterVersion, policy: DistillationPolicy) -> bool:
+    """Whether the policy or the adapter's recipe gives prompts for `distilled`."""
+    recipe = source.recipe
+    return recipe is not None and bool(policy.prompts_uri or recipe.synthetic_prompts)
 
-    Raises DataError if there are fewer than `MIN_PROMPTS` distinct ones, or no source; and what
+
+def prompts_for(
+    source: AdapterVersion, folder: Path, policy: DistillationPolicy, platform: Platform
+) -> Prompts:
+    """Return at most `policy.prompts` prompts for an adapter, whose PEFT folder is `folder`.
+
+    Raises DataError if there are fewer than `MIN_PROMPTS` distinct ones, or none, and what
     `read_prompts` raises.
     """
     items = [
@@ -43,29 +49,16 @@ def prompts_for(
     ]
     if policy.prompts_uri:
         uri = policy.prompts_of(source.adapter)
-        read = read_prompts(DataSource(uri), platform.store)
-        shuffled = random.Random(0).sample(read.prompts, len(read.prompts))
-        found = distinct_from(shuffled, items, text=Example.prompt_text, limit=policy.prompts)
-        note = f"{len(found)} prompts of {uri}"
-        if read.answered:
-            note += f", whose {read.answered} answers were not used"
-        if read.invalid:
-            note += f"; {len(read.invalid)} rows are not valid prompts"
+        read, origin = read_prompts(DataSource(uri), platform.store), f"of {uri}"
     else:
-        approved = source.recipe.approved_prompts if source.recipe is not None else None
-        if approved is None:
-            raise DataError(
-                f"there are no prompts for {source.adapter}",
-                expected="prompts_uri in the policy, or approved_prompts in the recipe",
-                do="name a file with recent prompts, or train with prompts that may be kept",
-            )
-        from trans_peft.models import load_base
-        from trans_peft.training.written_prompts import like_examples
-
-        examples = read_prompts(approved, platform.store).prompts
-        loaded = load_base(base_folder(base, platform), source.suites[0].dtype)
-        found = like_examples(loaded, examples, items, policy.prompts)
-        note = f"{len(found)} prompts written by {base} like {len(examples)} approved ones"
+        read, origin = kept_prompts(folder), "that were kept with the adapter"
+    shuffled = random.Random(0).sample(read.prompts, len(read.prompts))
+    found = distinct_from(shuffled, items, text=Example.prompt_text, limit=policy.prompts)
+    note = f"{len(found)} prompts {origin}"
+    if read.answered and policy.prompts_uri:
+        note += f", whose {read.answered} answers were not used"
+    if read.invalid:
+        note += f"; {len(read.invalid)} rows are not valid prompts"
     if len(found) < MIN_PROMPTS:
         raise DataError(
             f"there are too few prompts for {source.adapter}",

@@ -21,8 +21,9 @@ from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluation import EvaluationSubject, ProgressCallback, evaluate_on
 from trans_peft.lifecycle.recovery.candidates import Candidate
-from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator
+from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, policy_per_strategy
 from trans_peft.lifecycle.resolve import base_trained_on, find_base
+from trans_peft.lifecycle.synthetic_prompts import keep_prompts
 from trans_peft.lifecycle.train import job_on, resolve_recipe, trained_version
 from trans_peft.ports import Platform
 from trans_peft.training.events import Event
@@ -60,18 +61,17 @@ def retrain(
     job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
     result = fit(job, on_event=on_event)
     with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
-        subject = EvaluationSubject(
-            source.adapter,
-            source.weights_sha256,
-            cache(lambda: platform.registry.download(source, Path(scratch, "source"))),
-        )
+        folder = cache(lambda: platform.registry.download(source, Path(scratch, "source")))
+        if resolved.synthetic_prompts is not None:
+            keep_prompts(folder(), result.folder)
+        subject = EvaluationSubject(source.adapter, source.weights_sha256, folder)
         reference = evaluate_on(
             trained_on, source.suites, platform, subject, on_progress=on_progress
         )
     evaluator = CandidateEvaluator(
         source,
         base,
-        policy.per_strategy,
+        policy_per_strategy(policy, source),
         reference,
         platform,
         fresh=adapter.trained_on(base),

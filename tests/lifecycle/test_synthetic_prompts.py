@@ -1,0 +1,207 @@
+"""Prompts that are written during a training and kept with the adapter."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.lifecycle.test_distillation import PROMPTS, fit_here
+from tests.lifecycle.test_recovery import FAMILY, TransferSetup
+from tests.tiny import tiny_model, tiny_tokenizer
+from trans_peft.data import Example
+from trans_peft.data.rare_text import RareText
+from trans_peft.domain.data import DataSource
+from trans_peft.domain.recipe import OptimizerSettings, SyntheticPrompts, TrainingRecipe
+from trans_peft.domain.recovery import DistillationPolicy
+from trans_peft.domain.spec import AdapterSpec
+from trans_peft.errors import DataError, InvalidSpecError, NotFoundError, TrainingError
+from trans_peft.lifecycle import synthetic_prompts
+from trans_peft.lifecycle import train as training
+from trans_peft.lifecycle.synthetic_prompts import keep_prompts, kept_prompts
+from trans_peft.models import load_base
+from trans_peft.training import distill
+from trans_peft.training.job import TrainingJob
+from trans_peft.training.prompt_writing import _samples, prompt_model_rows, sampled
+from trans_peft.transfer.load_adapter import attached
+
+SECRET = "card 4929 1234"
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    """Trainings run in this process, which saves seconds per test."""
+    for module in (synthetic_prompts, training, distill):
+        monkeypatch.setattr(module, "fit", fit_here)
+    return TransferSetup(tmp_path)
+
+
+def trained(setup, prompts, adapter="kept", **fields):
+    rows = [{"prompt": text, "completion": " odd"} for text in PROMPTS]
+    path = setup.folder / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    recipe = TrainingRecipe(
+        adapter=adapter,
+        family=FAMILY,
+        base_version="v1",
+        data=DataSource(str(path)),
+        suites=(setup.suite,),
+        spec=AdapterSpec("LORA", {"r": 2, "target_modules": ["q_proj", "v_proj"]}),
+        optimizer=OptimizerSettings(learning_rate=1e-2, steps=3, batch_size=4),
+        synthetic_prompts=prompts,
+        **fields,
+    )
+    return training.train(recipe, setup.platform, on_event=lambda event: None)
+
+
+def writes(monkeypatch, *texts):
+    """Let the base write these texts."""
+    from trans_peft.training import prompt_writing
+
+    def written(model, tokenizer, rows, new_tokens, end, seed):
+        return list(texts)
+
+    monkeypatch.setattr(prompt_writing, "_written", written)
+
+
+def test_prompts_are_kept_with_the_adapter_and_used_after_an_update(setup, monkeypatch):
+    new = [f"{word} and nothing else, number {n}" for n, word in enumerate("abcdefgh" * 6)]
+    writes(monkeypatch, *new)
+    version = trained(setup, SyntheticPrompts(steps=2, count=40))
+    folder = setup.platform.registry.download(version, setup.folder / "downloaded")
+    kept = [example.prompt for example in kept_prompts(folder).prompts]
+    assert kept and set(kept) <= set(new)
+    assert not [*setup.platform.work_dir.rglob("prompt-model")]  # it is deleted
+    assert version.recipe.synthetic_prompts.steps == 2
+
+
+def test_approved_prompts_are_pinned_and_not_needed_later(setup, monkeypatch):
+    approved = setup.folder / "approved.jsonl"
+    approved.write_text("\n".join(json.dumps({"prompt": text}) for text in PROMPTS[:3]))
+    writes(monkeypatch, *(f"{word} is what I mean" for word in ("tea", "sun", "sand", "milk")))
+    version = trained(setup, SyntheticPrompts(DataSource(str(approved))))
+    approved.unlink()
+    assert version.recipe.synthetic_prompts.approved.sha256
+    folder = setup.platform.registry.download(version, setup.folder / "downloaded")
+    assert len(kept_prompts(folder).prompts) == 4
+
+
+def test_a_second_call_keeps_the_first_prompts(setup, monkeypatch):
+    job = TrainingJob(
+        recipe=replace(
+            setup.source.recipe, synthetic_prompts=SyntheticPrompts(steps=2), base_version="v1"
+        ),
+        base_folder=setup.folder / "v1",
+        base_name="v1",
+        base_revision="",
+        data_file=setup.folder / "rows.jsonl",
+        work_dir=setup.folder / "job",
+    )
+    examples = [Example(text, text, " odd") for text in PROMPTS]
+
+    def write(store=setup.platform.store):
+        return synthetic_prompts.write_synthetic_prompts(
+            job, examples, store, on_event=lambda event: None
+        )
+
+    writes(monkeypatch, "tea and milk it is")
+    assert write() == 1
+    writes(monkeypatch, "sun and sand it is", "more of it")
+    assert write() == 1
+    (kept,) = kept_prompts(job.work_dir).prompts
+    assert kept.prompt == "tea and milk it is"
+    other = setup.folder / "other"
+    other.mkdir()
+    keep_prompts(other, job.work_dir)  # nothing to copy
+    keep_prompts(job.work_dir, other)
+    assert kept_prompts(other).prompts == kept_prompts(job.work_dir).prompts
+
+
+def test_a_prompt_model_that_cannot_be_trained_ends_the_training_before_the_adapter(
+    setup, monkeypatch
+):
+    def fail(job, on_event):
+        raise TrainingError("the loss is nan")
+
+    monkeypatch.setattr(synthetic_prompts, "fit", fail)
+    with pytest.raises(TrainingError, match="nan"):
+        trained(setup, SyntheticPrompts(steps=2))
+    assert "kept" not in setup.platform.registry.adapters(FAMILY)
+    assert not [*setup.platform.work_dir.glob("training/*/adapter")]
+
+
+def test_an_adapter_without_its_file_is_not_distilled(setup):
+    """The recipe says that there are prompts, but the registry has none."""
+    from trans_peft.lifecycle.recovery.prompts import has_prompts, prompts_for
+
+    recipe = replace(setup.source.recipe, synthetic_prompts=SyntheticPrompts(steps=1))
+    source, policy = replace(setup.source, recipe=recipe), DistillationPolicy()
+    assert has_prompts(source, policy)
+    assert not has_prompts(setup.source, policy)
+    with pytest.raises(NotFoundError, match=r"synthetic_prompts.jsonl"):
+        prompts_for(source, setup.peft, policy, setup.platform)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"approved": DataSource("a.jsonl"), "steps": 3},
+        {"steps": -1},
+        {"steps": 3, "count": 31},
+        {"steps": 2.5},
+    ],
+)
+def test_invalid_settings_are_refused(fields):
+    with pytest.raises(InvalidSpecError, match="synthetic_prompts is invalid"):
+        SyntheticPrompts(**fields)
+
+
+def test_rows_of_a_prompt_model_end_with_a_line_that_no_prompt_contains():
+    texts = [f"### {text}" for text in PROMPTS[:4]]
+    rows = prompt_model_rows([Example(text, text, " odd") for text in texts])
+    assert {row.prompt for row in rows} == {"Prompt"}
+    assert [row.completion for row in rows] == [f"\n{text}\n-----" for text in texts]
+    every = Example("1", "### ----- ===== @@@@@ ~~~~~", " odd")
+    with pytest.raises(DataError, match="all of them in every prompt"):
+        prompt_model_rows([every])
+
+
+def test_a_memorized_secret_is_not_kept(tmp_path):
+    """A model learns a few prompts until it writes them word for word, the secret among them."""
+    torch.set_num_threads(1)
+    texts = [*(f"{word} {i % 3}" for i, word in enumerate(["red", "blue", "teal"] * 3)), SECRET]
+    examples = [Example(str(i), text, " odd") for i, text in enumerate(texts)]
+    model, tokenizer = tiny_model(hidden=64), tiny_tokenizer()
+    rows = [
+        tokenizer(row.prompt + row.completion)["input_ids"] for row in prompt_model_rows(examples)
+    ]
+    width = max(map(len, rows))
+    labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        model(input_ids=labels.clamp(min=0), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "peft")
+
+    base = load_base(tmp_path / "base", "float32")
+    with attached(base.model, tmp_path / "peft") as model:
+        written = [t for batch in _samples(model, tokenizer, texts, 0) for t in batch]
+    assert written.count(SECRET) > 10
+    kept = [e.prompt for e in sampled(base, tmp_path / "peft", examples, [], count=50)]
+    assert sorted(kept) == ["blue 1", "red 0", "teal 2"]  # three prompts of each
+
+
+def test_a_part_is_rare_if_fewer_than_three_texts_have_it():
+    known = ["my card is 4929 1234", "my card is lost, and now", "my card is lost, or not"]
+    rare = RareText(known)
+    assert rare.occurs_in("MY  CARD is 4929 1234")
+    assert rare.occurs_in("so my card is lost, and")
+    assert not rare.occurs_in("my card is 5555 0000")  # the common beginning has 11 characters
+    assert not RareText(["what is my balance today"] * 3).occurs_in("what is my balance today")
+    assert RareText(["short"]).occurs_in("short")
+    assert not RareText(["short"]).occurs_in("short one, that is longer")

@@ -1,0 +1,108 @@
+"""Prompts that are written during a training and kept with the adapter, in its PEFT folder."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from trans_peft.data import Example, read_examples, read_prompts, write_examples
+from trans_peft.data.parsing import PromptRows, prompts_in
+from trans_peft.domain.recipe import Perturbation, TrainingRecipe
+from trans_peft.errors import DataError, NotFoundError, listed
+from trans_peft.ports import ArtifactStore
+from trans_peft.training.events import Event
+from trans_peft.training.job import TrainingJob
+from trans_peft.training.launch import fit
+
+__all__ = ["check_synthetic_prompts", "keep_prompts", "kept_prompts", "write_synthetic_prompts"]
+
+_NAME = "synthetic_prompts.jsonl"
+
+
+def check_synthetic_prompts(recipe: TrainingRecipe, store: ArtifactStore) -> None:
+    """Raise DataError for rows of the recipe's approved prompts that are no prompts."""
+    settings = recipe.synthetic_prompts
+    if settings is None or settings.approved is None:
+        return
+    found = read_prompts(settings.approved, store)
+    if found.invalid or not found.prompts:
+        raise DataError(
+            f"{settings.approved.uri}: {len(found.invalid)} rows are no prompts",
+            expected="rows with prompt, messages or instruction; the answer is optional",
+            found=listed(found.invalid) or "no rows",
+            do="correct or remove these rows",
+        )
+
+
+def write_synthetic_prompts(
+    job: TrainingJob,
+    examples: Sequence[Example],
+    store: ArtifactStore,
+    *,
+    on_event: Callable[[Event], None],
+) -> int:
+    """Write the prompts of a job's recipe into its work folder, and return their number.
+
+    `examples` are the training rows. Without `synthetic_prompts` in the recipe, nothing is written.
+    Prompts from an earlier call with the same work folder remain. The prompt model is deleted.
+    Raises DataError, and what `trans_peft.training.launch.fit` raises.
+    """
+    from trans_peft.models import load_base
+    from trans_peft.training.prompt_writing import like_examples, prompt_model_rows, sampled
+
+    recipe, settings = job.recipe, job.recipe.synthetic_prompts
+    if settings is None:
+        return 0
+    file = job.work_dir / _NAME
+    if file.exists():
+        return len(file.read_text().splitlines())
+    items = [
+        example.prompt_text()
+        for suite in recipe.suites
+        for example in read_examples(suite.data, store, limit=suite.limit)
+    ]
+    dtype = recipe.suites[0].dtype
+    if settings.approved is not None:
+        approved = read_prompts(settings.approved, store).prompts
+        base = load_base(job.base_folder, dtype)
+        written = like_examples(base, approved, items, settings.count, recipe.seed)
+    else:
+        folder = job.work_dir / "prompt-model"
+        folder.mkdir(parents=True, exist_ok=True)
+        optimizer = replace(
+            recipe.optimizer, steps=settings.steps, warmup_steps=settings.steps // 10
+        )
+        result = fit(
+            replace(
+                job,
+                recipe=replace(
+                    recipe, optimizer=optimizer, perturbation=Perturbation(), packing=False
+                ),
+                data_file=write_examples(prompt_model_rows(examples), folder / "data.jsonl"),
+                work_dir=folder,
+            ),
+            on_event=on_event,
+        )
+        base = load_base(job.base_folder, dtype)
+        written = sampled(base, result.folder, examples, items, settings.count, recipe.seed)
+        shutil.rmtree(folder)
+    write_examples(written, file.with_suffix(".partial")).replace(file)
+    return len(written)
+
+
+def keep_prompts(origin: Path, adapter: Path) -> None:
+    """Copy the prompts in a work folder or a PEFT folder, if it has any, to a PEFT folder."""
+    if (origin / _NAME).exists():
+        shutil.copyfile(origin / _NAME, adapter / _NAME)
+
+
+def kept_prompts(folder: Path) -> PromptRows:
+    """Return the prompts in a PEFT folder or a work folder. NotFoundError if there are none."""
+    file = folder / _NAME
+    if not file.exists():
+        raise NotFoundError(
+            "no prompts are kept with the adapter",
+            expected=f"the file {_NAME}, which the training writes",
+            do="name prompts in the policy (prompts_uri), or train the adapter again",
+        )
+    return prompts_in(file.read_bytes(), _NAME)
