@@ -197,11 +197,18 @@ def test_a_memorized_secret_is_not_kept(tmp_path):
 
 
 def test_a_part_is_rare_if_fewer_than_three_texts_have_it():
-    known = ["my card is 4929 1234", "my card is lost, and now", "my card is lost, or not"]
+    known = ["my card is 4929-1234", "my card is lost, and now I need", "my card is lost, or not"]
     rare = RareText(known)
-    assert rare.occurs_in("MY  CARD is 4929 1234")
-    assert rare.occurs_in("so my card is lost, and")
-    assert not rare.occurs_in("my card is 5555 0000")  # the common beginning has 11 characters
-    assert not RareText(["what is my balance today"] * 3).occurs_in("what is my balance today")
-    assert RareText(["short"]).occurs_in("short")
+    assert rare.occurs_in("MY  CARD is lost, and now I see")
+    assert not rare.occurs_in("my card is lost, and then it was")  # 21 common characters
+    assert not RareText(["what is my balance today?"] * 3).occurs_in("what is my balance today?")
+    assert RareText(["short"]).occurs_in("Short")
     assert not RareText(["short"]).occurs_in("short one, that is longer")
+
+
+@pytest.mark.parametrize("word", ["4929-1234", "jane@example.org", "x7731a", "2026-11-30"])
+def test_a_rare_number_or_address_is_found_in_any_context(word):
+    rare = RareText([f"it is {word}.", "it is 1, 2 or 3", "it is a1"])
+    assert rare.occurs_in(f"so {word}, then")
+    assert not rare.occurs_in("so 1, 2 or 3, then a1")
+    assert not RareText([f"it is {word}."] * 3).occurs_in(f"so {word}, then")

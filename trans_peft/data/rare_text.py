@@ -4,37 +4,41 @@ A language model that was trained on texts can repeat them (Carlini et al. 2021)
 texts share tells nothing about one of them; a part of one text may be private.
 """
 
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 __all__ = ["RareText"]
 
-_LENGTH = 16
+_LENGTH = 24
 _SHARED_BY = 3
+_IDENTIFIER = re.compile(r"(?=\S*[\d@])\S{6,}")
 
 
 class RareText:
-    """The parts of 16 characters that occur in fewer than three of the texts.
+    """The parts of texts that occur in fewer than three of them.
 
-    Case and white space are normalized. A text shorter than 16 characters is one part.
+    A part is a run of 24 characters, a shorter whole text, or a word of six or more characters with
+    a digit or an @. Case and white space are normalized.
 
-    >>> known = ["my card is 4929 1234 5678", "my card is lost today", "my card is blue and old"]
-    >>> RareText(known).occurs_in("so my card is 4929 1234 5678?")
+    >>> known = ["my card is 4929-1234", "my card is lost today", "my card is blue and old"]
+    >>> RareText(known).occurs_in("the number 4929-1234, please")
     True
-    >>> RareText(known).occurs_in("my card is 5500 0000")
+    >>> RareText(known).occurs_in("my card is lost and gone")
     False
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        counts = Counter(part for text in texts for part in set(_parts(text)))
+        counts = Counter(part for text in texts for part in _parts(text))
         self._rare = {part for part, count in counts.items() if count < _SHARED_BY}
 
     def occurs_in(self, text: str) -> bool:
         """Whether a rare part occurs in the text."""
-        return any(part in self._rare for part in _parts(text))
+        return not self._rare.isdisjoint(_parts(text))
 
 
-def _parts(text: str) -> Iterator[str]:
+def _parts(text: str) -> set[str]:
     normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return (normal[i : i + _LENGTH] for i in range(max(1, len(normal) - _LENGTH + 1)))
+    runs = {normal[i : i + _LENGTH] for i in range(max(1, len(normal) - _LENGTH + 1))}
+    return runs | {word.strip(".,;:!?()[]\"'") for word in _IDENTIFIER.findall(normal)}
