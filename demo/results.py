@@ -138,7 +138,10 @@ def notes(found: Sequence[Result]) -> list[str]:
     """Return notes to the table: the reasons of the verdicts, and the meaning of the figures."""
     lines = []
     for result in found:
-        attempts = [f"{attempt}. {attempt.reason}" for attempt in result.tried]
+        attempts = [
+            f"{attempt}. {attempt.reason}" if attempt.verdict else str(attempt)
+            for attempt in result.tried
+        ]
         lines += [f"{result.adapter}: {text}" for text in attempts or [result.reason]]
     lines.append(
         f"The margin of {POLICY.margin_points:g} points and the one-sided level "

@@ -2,7 +2,8 @@
 
 For each task, update and seed it trains a plain adapter and one under Trans-PEFT on v1, and a plain
 adapter on the new base; carries the first two over directly; and distills them with prompts from
-each source. study/distilled.jsonl has one line for each score, with the seconds that it cost.
+each source. study/distilled.jsonl has one line for each score, with the seconds that it cost after
+the update. The seconds for writing prompts, before the update, are in the log.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Ex
     if source == SOURCES[0]:
         traffic = read_prompts(DataSource(str(rows / "prompts.jsonl")), store).prompts
         return distinct_from(traffic, items, text=Example.prompt_text, limit=POLICY.prompts)
-    folder = job.work_dir / source.name.replace(" ", "-")
+    folder = job.work_dir / f"prompts-{content_sha256([source, POLICY.prompts])[:8]}"
     examples = _rows(prepared, task, "train.jsonl")
     approved = write_examples(examples[: source.approved], folder / "approved.jsonl")
     settings = SyntheticPrompts(

@@ -4,6 +4,7 @@ Weights are read from local safetensors files only, and code that comes with a b
 process keeps one base in memory, so that several adapters can be evaluated on it in turn.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -35,6 +36,7 @@ __all__ = [
     "adapter_weights_sha256",
     "load_base",
     "load_tokenizer",
+    "release_base",
     "remove_unrecorded_template",
 ]
 
@@ -67,6 +69,17 @@ class _CachedBase:
 
 
 _cached: _CachedBase | None = None
+
+
+def release_base() -> None:
+    """Free the memory of the base that `load_base` keeps, before another process needs it."""
+    import torch
+
+    global _cached
+    _cached = None
+    gc.collect()  # models refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase:

@@ -1,32 +1,35 @@
 """Prompts that are written during a training and kept with the adapter."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.lifecycle.test_distillation import PROMPTS, fit_here
-from tests.lifecycle.test_recovery import FAMILY, TransferSetup
+from tests.lifecycle.test_distillation import PROMPTS, WORDS, fit_here
+from tests.lifecycle.test_recovery import FAMILY, ITEMS, POLICY, TransferSetup
 from tests.tiny import tiny_model, tiny_tokenizer
-from trans_peft.data import Example
+from trans_peft.data import ChatMessage, Example
 from trans_peft.data.rare_text import RareText
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.recipe import OptimizerSettings, SyntheticPrompts, TrainingRecipe
-from trans_peft.domain.recovery import DistillationPolicy
+from trans_peft.domain.recovery import DistillationPolicy, RecoveryPolicy
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.errors import DataError, InvalidSpecError, NotFoundError, TrainingError
 from trans_peft.lifecycle import synthetic_prompts
 from trans_peft.lifecycle import train as training
+from trans_peft.lifecycle.recovery import retraining
 from trans_peft.lifecycle.synthetic_prompts import keep_prompts, kept_prompts
 from trans_peft.models import load_base
 from trans_peft.training import distill
 from trans_peft.training.job import TrainingJob
-from trans_peft.training.prompt_writing import _samples, prompt_model_rows, sampled
+from trans_peft.training.prompt_writing import PromptLimits, _samples, prompt_model_rows, sampled
 from trans_peft.transfer.load_adapter import attached
 
-SECRET = "card 4929 1234"
+SECRET = "the card of the customer Jane is 4929 1234"
 
 
 @pytest.fixture
@@ -65,26 +68,99 @@ def writes(monkeypatch, *texts):
     monkeypatch.setattr(prompt_writing, "_written", written)
 
 
+NEW = [f"{one} or {other}, as it is" for one in WORDS for other in WORDS if one < other]
+
+
 def test_prompts_are_kept_with_the_adapter_and_used_after_an_update(setup, monkeypatch):
-    new = [f"{word} and nothing else, number {n}" for n, word in enumerate("abcdefgh" * 6)]
-    writes(monkeypatch, *new)
+    writes(monkeypatch, *NEW)
     version = trained(setup, SyntheticPrompts(steps=2, count=40))
     folder = setup.platform.registry.download(version, setup.folder / "downloaded")
     kept = [example.prompt for example in kept_prompts(folder).prompts]
-    assert kept and set(kept) <= set(new)
+    assert kept == NEW[:40]
     assert not [*setup.platform.work_dir.rglob("prompt-model")]  # it is deleted
-    assert version.recipe.synthetic_prompts.steps == 2
+
+    from trans_peft.lifecycle.recovery.prompts import has_prompts, prompts_for
+
+    assert has_prompts(version, DistillationPolicy())
+    found = prompts_for(version, folder, DistillationPolicy(), setup.platform)
+    assert {example.prompt for example in found.examples} == set(kept)
+    assert found.note == "40 prompts that were kept with the adapter"
+
+
+def test_the_strategy_distilled_uses_kept_prompts_and_retraining_keeps_them(setup, monkeypatch):
+    writes(monkeypatch, *NEW)
+    rows = setup.folder / "rows.jsonl"
+    recipe = replace(
+        setup.source.recipe,
+        data=DataSource(str(rows)),
+        synthetic_prompts=SyntheticPrompts(steps=2),
+        base_version="v1",
+    )
+    version = training.train(recipe, setup.platform, on_event=lambda event: None)
+    setup.source = version
+    setup.forget(version.weights_sha256, setup.bases[0])
+    setup.answered(version.weights_sha256, setup.bases[0], right=ITEMS)
+    settings = DistillationPolicy(steps=3, batch_size=8, learning_rate=1e-5)
+    outcome = setup.transfer(distillation=settings, retrain=True)
+    assert "45 prompts that were kept with the adapter" in outcome.tried[1].note
+
+    policy = replace(POLICY, recovery=RecoveryPolicy(distillation=settings, retrain=True))
+    monkeypatch.setattr(retraining, "fit", fit_here)
+    retraining.retrain(outcome.training, policy, setup.platform, on_event=lambda event: None)
+    adapters = [*setup.platform.work_dir.glob("training/*/adapter/synthetic_prompts.jsonl")]
+    assert len(adapters) == 2  # of v1 and of v2
 
 
 def test_approved_prompts_are_pinned_and_not_needed_later(setup, monkeypatch):
     approved = setup.folder / "approved.jsonl"
     approved.write_text("\n".join(json.dumps({"prompt": text}) for text in PROMPTS[:3]))
-    writes(monkeypatch, *(f"{word} is what I mean" for word in ("tea", "sun", "sand", "milk")))
+    writes(monkeypatch, *NEW)
     version = trained(setup, SyntheticPrompts(DataSource(str(approved))))
     approved.unlink()
     assert version.recipe.synthetic_prompts.approved.sha256
     folder = setup.platform.registry.download(version, setup.folder / "downloaded")
-    assert len(kept_prompts(folder).prompts) == 4
+    assert len(kept_prompts(folder).prompts) == 45
+    assert training.resolve_recipe(version.recipe, setup.platform)[0] == version.recipe
+
+
+def test_too_few_prompts_end_the_training_before_the_adapter(setup, monkeypatch):
+    writes(monkeypatch, *NEW[:31])
+    with pytest.raises(DataError, match="31 synthetic prompts could be written for kept"):
+        trained(setup, SyntheticPrompts(steps=2))
+    assert not [*setup.platform.work_dir.glob("training/*/adapter")]
+    assert not [*setup.platform.work_dir.rglob("synthetic_prompts.jsonl")]
+
+
+def chat(number, system, text):
+    turns = [("system", system), ("user", text), ("assistant", "an answer")]
+    turns = tuple(ChatMessage(*turn) for turn in turns if turn[1])
+    return Example(str(number), "", "an answer", turns, ("an answer", "b"), "a reference")
+
+
+@pytest.mark.parametrize(
+    ("systems", "kept"),
+    [
+        (["Be brief."] * 3 + ["I am Jane Roe, born in 1970."], "Be brief."),
+        ([f"I am customer {n}." for n in range(4)], None),
+        ([""] * 4, None),
+    ],
+)
+def test_a_chat_prompt_has_a_common_system_message_and_nothing_else_of_a_row(
+    tmp_path, monkeypatch, systems, kept
+):
+    from trans_peft.training import prompt_writing
+
+    monkeypatch.setattr(prompt_writing, "attached", lambda model, folder: nullcontext(model))
+    writes(monkeypatch, "what is it?")
+    base = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace()), tokenizer=tiny_tokenizer()
+    )
+    examples = [chat(n, system, f"question {n}") for n, system in enumerate(systems)]
+    (found,) = sampled(base, tmp_path, examples, [], PromptLimits(1, 64))
+    expected = [ChatMessage("system", kept)] if kept else []
+    answer = ChatMessage("assistant", "(no answer)")
+    assert found.messages == (*expected, ChatMessage("user", "what is it?"), answer)
+    assert (found.choices, found.reference) == ((), "")
 
 
 def test_a_second_call_keeps_the_first_prompts(setup, monkeypatch):
@@ -105,17 +181,17 @@ def test_a_second_call_keeps_the_first_prompts(setup, monkeypatch):
             job, examples, store, on_event=lambda event: None
         )
 
-    writes(monkeypatch, "tea and milk it is")
-    assert write() == 1
-    writes(monkeypatch, "sun and sand it is", "more of it")
-    assert write() == 1
-    (kept,) = kept_prompts(job.work_dir).prompts
-    assert kept.prompt == "tea and milk it is"
+    writes(monkeypatch, *NEW[:40])
+    assert write() == 40
+    writes(monkeypatch, *NEW)
+    assert write() == 40
+    kept = kept_prompts(job.work_dir).prompts
+    assert [example.prompt for example in kept] == NEW[:40]
     other = setup.folder / "other"
     other.mkdir()
     keep_prompts(other, job.work_dir)  # nothing to copy
     keep_prompts(job.work_dir, other)
-    assert kept_prompts(other).prompts == kept_prompts(job.work_dir).prompts
+    assert kept_prompts(other).prompts == kept
 
 
 def test_a_prompt_model_that_cannot_be_trained_ends_the_training_before_the_adapter(
@@ -190,9 +266,9 @@ def test_a_memorized_secret_is_not_kept(tmp_path):
 
     base = load_base(tmp_path / "base", "float32")
     with attached(base.model, tmp_path / "peft") as model:
-        written = [t for batch in _samples(model, tokenizer, texts, 0) for t in batch]
+        written = [t for batch in _samples(model, tokenizer, texts, 64, 0) for t in batch]
     assert written.count(SECRET) > 10
-    kept = [e.prompt for e in sampled(base, tmp_path / "peft", examples, [], count=50)]
+    kept = [e.prompt for e in sampled(base, tmp_path / "peft", examples, [], PromptLimits(50, 64))]
     assert sorted(kept) == ["blue 1", "red 0", "teal 2"]  # three prompts of each
 
 
@@ -206,9 +282,19 @@ def test_a_part_is_rare_if_fewer_than_three_texts_have_it():
     assert not RareText(["short"]).occurs_in("short one, that is longer")
 
 
-@pytest.mark.parametrize("word", ["4929-1234", "jane@example.org", "x7731a", "2026-11-30"])
-def test_a_rare_number_or_address_is_found_in_any_context(word):
+@pytest.mark.parametrize(
+    ("word", "again"),
+    [
+        ("4929-1234", "4929-1234"),
+        ("4929 1234 5678 9010", "4929123456789010"),
+        ("id=77310042", "number:77310042"),
+        ("<jane@example.org>", "jane@example.org"),
+        ("x7731a", "(X7731A)"),
+        ("2026-11-30", "2026-11-30"),
+    ],
+)
+def test_a_rare_number_or_address_is_found_in_any_context(word, again):
     rare = RareText([f"it is {word}.", "it is 1, 2 or 3", "it is a1"])
-    assert rare.occurs_in(f"so {word}, then")
+    assert rare.occurs_in(f"so {again}, then")
     assert not rare.occurs_in("so 1, 2 or 3, then a1")
-    assert not RareText([f"it is {word}."] * 3).occurs_in(f"so {word}, then")
+    assert not RareText([f"it is {word}."] * 3).occurs_in(f"so {again}, then")

@@ -9,18 +9,23 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
-__all__ = ["RareText"]
+__all__ = ["SHARED_BY", "RareText"]
+
+SHARED_BY = 3
+"""Texts that have a part from which on it is not rare."""
 
 _LENGTH = 24
-_SHARED_BY = 3
-_IDENTIFIER = re.compile(r"(?=\S*[\d@])\S{6,}")
+_IDENTIFIER = re.compile(r"[\w.+-]*[\d@][\w.@+-]*")
+_NUMBER = re.compile(r"\d(?:[ .()/-]*\d){5,}")
+_LEAST = 6  # characters of an identifier
 
 
 class RareText:
     """The parts of texts that occur in fewer than three of them.
 
-    A part is a run of 24 characters, a shorter whole text, or a word of six or more characters with
-    a digit or an @. Case and white space are normalized.
+    A part is a run of 24 characters, a shorter whole text, a number of six or more digits in any
+    grouping, or a word of six or more characters with a digit or an @. Case and white space are
+    normalized.
 
     >>> known = ["my card is 4929-1234", "my card is lost today", "my card is blue and old"]
     >>> RareText(known).occurs_in("the number 4929-1234, please")
@@ -31,7 +36,7 @@ class RareText:
 
     def __init__(self, texts: Iterable[str]) -> None:
         counts = Counter(part for text in texts for part in _parts(text))
-        self._rare = {part for part, count in counts.items() if count < _SHARED_BY}
+        self._rare = {part for part, count in counts.items() if count < SHARED_BY}
 
     def occurs_in(self, text: str) -> bool:
         """Whether a rare part occurs in the text."""
@@ -41,4 +46,6 @@ class RareText:
 def _parts(text: str) -> set[str]:
     normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     runs = {normal[i : i + _LENGTH] for i in range(max(1, len(normal) - _LENGTH + 1))}
-    return runs | {word.strip(".,;:!?()[]\"'") for word in _IDENTIFIER.findall(normal)}
+    words = {word.strip(".-+") for word in _IDENTIFIER.findall(normal)}
+    numbers = {re.sub(r"\D", "", number) for number in _NUMBER.findall(normal)}
+    return runs | numbers | {word for word in words if len(word) >= _LEAST}

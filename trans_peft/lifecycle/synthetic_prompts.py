@@ -8,6 +8,7 @@ from pathlib import Path
 from trans_peft.data import Example, read_examples, read_prompts, write_examples
 from trans_peft.data.parsing import PromptRows, prompts_in
 from trans_peft.domain.recipe import Perturbation, TrainingRecipe
+from trans_peft.domain.recovery import MIN_PROMPTS
 from trans_peft.errors import DataError, NotFoundError, listed
 from trans_peft.ports import ArtifactStore
 from trans_peft.training.events import Event
@@ -44,18 +45,24 @@ def write_synthetic_prompts(
     """Write the prompts of a job's recipe into its work folder, and return their number.
 
     `examples` are the training rows. Without `synthetic_prompts` in the recipe, nothing is written.
-    Prompts from an earlier call with the same work folder remain. The prompt model is deleted.
-    Raises DataError, and what `trans_peft.training.launch.fit` raises.
+    Prompts from an earlier call with the same work folder remain. The prompt model is deleted once
+    it has written the prompts. Raises DataError if there are fewer than `MIN_PROMPTS`, and what
+    `trans_peft.training.launch.fit` raises.
     """
-    from trans_peft.models import load_base
-    from trans_peft.training.prompt_writing import like_examples, prompt_model_rows, sampled
+    from trans_peft.models import load_base, release_base
+    from trans_peft.training.prompt_writing import (
+        PromptLimits,
+        like_examples,
+        prompt_model_rows,
+        sampled,
+    )
 
     recipe, settings = job.recipe, job.recipe.synthetic_prompts
     if settings is None:
         return 0
     file = job.work_dir / _NAME
     if file.exists():
-        return len(file.read_text().splitlines())
+        return file.read_bytes().count(b"\n")
     items = [
         example.prompt_text()
         for suite in recipe.suites
@@ -84,8 +91,25 @@ def write_synthetic_prompts(
             on_event=on_event,
         )
         base = load_base(job.base_folder, dtype)
-        written = sampled(base, result.folder, examples, items, settings.count, recipe.seed)
+        written = sampled(
+            base,
+            result.folder,
+            examples,
+            items,
+            PromptLimits(settings.count, recipe.optimizer.max_length),
+            recipe.seed,
+        )
         shutil.rmtree(folder)
+    del base
+    release_base()  # the training process loads its own
+    if len(written) < MIN_PROMPTS:
+        raise DataError(
+            f"{len(written)} synthetic prompts could be written for {recipe.adapter}",
+            expected=f"at least {MIN_PROMPTS} that differ from each other and from the suites, and "
+            "that repeat no rare part of the training prompts",
+            do="approve more prompts, train the prompt model with more steps, or remove "
+            "synthetic_prompts from the recipe",
+        )
     write_examples(written, file.with_suffix(".partial")).replace(file)
     return len(written)
 

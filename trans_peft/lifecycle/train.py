@@ -136,7 +136,9 @@ def train(
             on_progress=on_progress,
         )
         scores = {f"score/{name}": item.score for name, item in evaluations.items()}
-        run.metrics(scores | ({"synthetic_prompts": prompts} if prompts else {}), result.steps)
+        if resolved.synthetic_prompts is not None:
+            scores["synthetic_prompts"] = prompts
+        run.metrics(scores, result.steps)
         version = platform.registry.register(
             replace(trained_version(base, resolved, result), run_id=run.id),
             result.folder,
@@ -147,7 +149,7 @@ def train(
 
 
 def _pinned(settings: SyntheticPrompts | None, platform: Platform) -> SyntheticPrompts | None:
-    if settings is None or settings.approved is None:
+    if settings is None or settings.approved is None or settings.approved.sha256:
         return settings
     return replace(settings, approved=pin(settings.approved, platform.store))
 

@@ -13,7 +13,7 @@ from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import MIN_PROMPTS, DistillationPolicy
 from trans_peft.errors import DataError
-from trans_peft.models import load_base
+from trans_peft.models import load_base, release_base
 from trans_peft.text.saved_template import saved_template
 from trans_peft.training.distillation import TeacherTargets, amplified
 from trans_peft.training.job import TrainingJob, TrainingResult
@@ -107,6 +107,7 @@ class Distillation:
         )
         job = replace(job, work_dir=job.work_dir / f"distill-{job.identity()[:16]}")
         before = self._divergence(held_out, self.adapter)
+        release_base()  # the training process loads its own
         result = fit(job, on_event=lambda event: None)
         after = self._divergence(held_out, result.folder)
         return Distilled(result, teacher_s, len(held_out), before, after)

@@ -6,8 +6,9 @@ A prompt model is an adapter that was trained on the prompts of training rows
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from sys import maxsize
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import GenerationConfig
 
 from trans_peft.data import ChatMessage, Example
 from trans_peft.data.overlap import distinct_from
-from trans_peft.data.rare_text import RareText
+from trans_peft.data.rare_text import SHARED_BY, RareText
 from trans_peft.data.rows import NO_ANSWER
 from trans_peft.errors import DataError
 from trans_peft.models import LoadedBase
@@ -26,7 +27,7 @@ from trans_peft.validation.decoding.batching import in_batches
 from trans_peft.validation.decoding.cache_support import cache_support
 from trans_peft.validation.evaluate import context_of
 
-__all__ = ["like_examples", "prompt_model_rows", "sampled"]
+__all__ = ["PromptLimits", "like_examples", "prompt_model_rows", "sampled"]
 
 _SEPARATORS = ("###", "-----", "=====", "@@@@@", "~~~~~")
 """Lines that end a prompt. The first one that occurs in the fewest prompts is used."""
@@ -74,27 +75,37 @@ def prompt_model_rows(examples: Sequence[Example]) -> list[Example]:
     return rows
 
 
+@dataclass(frozen=True)
+class PromptLimits:
+    """Number of prompts to write, and the tokens that a written prompt may have."""
+
+    count: int
+    max_length: int
+
+
 def sampled(
     base: LoadedBase,
     prompt_model: Path,
     examples: Sequence[Example],
     items: Sequence[str],
-    count: int,
+    limits: PromptLimits,
     seed: int = 0,
 ) -> list[Example]:
-    """Return up to `count` prompts that a prompt model writes.
+    """Return up to `limits.count` prompts that a prompt model writes.
 
     `prompt_model` is the PEFT folder of an adapter that was trained on `prompt_model_rows` of the
-    examples. A prompt that repeats a rare part of an example is left out (`RareText`).
+    examples. A prompt that repeats a rare part of an example is left out (`RareText`). A chat has
+    one message, because the model learned last messages only, and the system message of the
+    examples if at least three of them share it.
     """
     texts = [_last_text(example) for example in examples]
     rare = RareText(texts)
     with attached(base.model, prompt_model) as model:
         written = (
             [text for text in texts if not rare.occurs_in(text)]
-            for texts in _samples(model, base.tokenizer, texts, seed)
+            for texts in _samples(model, base.tokenizer, texts, limits.max_length, seed)
         )
-        return _distinct(written, examples[0], items, count)
+        return _distinct(written, _common_shape(examples), items, limits.count)
 
 
 def _distinct(
@@ -148,12 +159,16 @@ def _continuations(base: LoadedBase, examples: Sequence[str], seed: int) -> Iter
         yield _written(base.model, tokenizer, rows, new_tokens, end, seed * _ROUNDS + number)
 
 
-def _samples(model: Any, tokenizer: Any, examples: Sequence[str], seed: int) -> Iterator[list[str]]:
+def _samples(
+    model: Any, tokenizer: Any, examples: Sequence[str], max_length: int, seed: int
+) -> Iterator[list[str]]:
     """Yield the texts that a prompt model wrote in each round."""
     end = f"\n{_separator(examples)}"
     longest = max(len(ids) for ids in tokenizer(list(examples))["input_ids"])
-    new_tokens = min(longest + len(tokenizer(end)["input_ids"]) + 1, context_of(model) or maxsize)
-    rows = [tokenizer(_START)["input_ids"]] * _BATCH
+    longest += len(tokenizer(end)["input_ids"]) + 1
+    start = tokenizer(_START)["input_ids"]
+    new_tokens = min(longest, max_length, (context_of(model) or maxsize) - len(start))
+    rows = [start] * _BATCH
     for number in range(_ROUNDS * 2):
         yield _written(model, tokenizer, rows, new_tokens, end, seed * _ROUNDS + number)
 
@@ -214,9 +229,21 @@ def _last_text(example: Example) -> str:
 
 
 def _with_text(shape: Example, text: str, name: str) -> Example:
-    """Return a prompt with the text in the place of the example's last message."""
+    """Return a prompt with the text as its last message, after the example's system message."""
     if shape.messages is None:
         return Example(name, text, NO_ANSWER)
-    before = [turn for turn in shape.messages[:-2] if turn.role == "system"]
-    turns = (*before, ChatMessage("user", text), ChatMessage("assistant", NO_ANSWER))
-    return replace(shape, id=name, messages=turns, place="")
+    turns = (*_system(shape), ChatMessage("user", text), ChatMessage("assistant", NO_ANSWER))
+    return Example(name, "", NO_ANSWER, turns)
+
+
+def _system(example: Example) -> tuple[ChatMessage, ...]:
+    return tuple(turn for turn in example.messages or () if turn.role == "system")
+
+
+def _common_shape(examples: Sequence[Example]) -> Example:
+    """Return an example with the most frequent system message, or one without it if it is rare."""
+    ((most_frequent, count),) = Counter(map(_system, examples)).most_common(1)
+    shape = next(example for example in examples if _system(example) == most_frequent)
+    if count >= SHARED_BY or shape.messages is None:
+        return shape
+    return replace(shape, messages=tuple(t for t in shape.messages if t.role != "system"))

@@ -39,8 +39,8 @@ def prompts_for(
 ) -> Prompts:
     """Return at most `policy.prompts` prompts for an adapter, whose PEFT folder is `folder`.
 
-    Raises DataError if there are fewer than `MIN_PROMPTS` distinct ones, or none, and what
-    `read_prompts` raises.
+    Raises DataError if there are fewer than `MIN_PROMPTS` distinct ones, and what `read_prompts`
+    and `kept_prompts` raise.
     """
     items = [
         example.prompt_text()
