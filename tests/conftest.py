@@ -22,6 +22,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
 
 
+_LONG = ("test_tutorial.py", "test_examples.py", "tests/study/", "tests/training/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: not any(name in item.path.as_posix() for name in _LONG))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("quantized") and find_spec("bitsandbytes") is None:
         pytest.skip("needs the extra `quantized`, without which this .venv starts a second sooner")

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
 
-from tests.lifecycle.test_recovery import FAMILY, ITEMS, TransferSetup, strategies
+from tests.lifecycle.test_recovery import FAMILY, ITEMS, TransferSetup, fit_here, strategies
 from tests.tiny import tiny_tokenizer
 from trans_peft.data import ChatMessage, Example
 from trans_peft.data.overlap import distinct_from, similarity
@@ -18,8 +17,6 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError, TrainingError
 from trans_peft.lifecycle.report import report
 from trans_peft.training import distill, prompt_writing
-from trans_peft.training.finetune import finetune
-from trans_peft.training.job import TrainingResult
 from trans_peft.training.prompt_writing import like_examples
 from trans_peft.validation.decoding.prefixes import CacheSupport
 
@@ -66,13 +63,6 @@ def setup(tmp_path, monkeypatch):
     """A transfer that trains in this process, which saves seconds per test."""
     monkeypatch.setattr(distill, "fit", fit_here)
     return Setup(tmp_path, monkeypatch)
-
-
-def fit_here(job, on_event):
-    job.check()
-    if not job.result_file.exists():
-        finetune(job, PartialState(cpu=True), on_event)
-    return TrainingResult.read(job.result_file)
 
 
 def test_the_distilled_weights_are_judged_and_registered(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -32,10 +33,13 @@ from trans_peft.errors import AdapterError, InvalidSpecError, NotFoundError
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.reconcile import observe, observe_adapter, plan
+from trans_peft.lifecycle.recovery import retraining
 from trans_peft.lifecycle.recovery.retraining import retrain
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.models import adapter_weights_sha256
+from trans_peft.training.finetune import finetune
+from trans_peft.training.job import TrainingResult
 from trans_peft.transfer.load_adapter import attached
 from trans_peft.transfer.scaling import rescaled
 
@@ -136,6 +140,14 @@ def setup(tmp_path):
     return TransferSetup(tmp_path)
 
 
+def fit_here(job, on_event):
+    """Train in this process, which saves seconds."""
+    job.check()
+    if not job.result_file.exists():
+        finetune(job, PartialState(cpu=True), on_event)
+    return TrainingResult.read(job.result_file)
+
+
 def strategies(outcome):
     return [(item.strategy, item.verdict) for item in outcome.tried]
 
@@ -202,7 +214,8 @@ def test_a_scale_that_does_not_fit_the_training_rows_is_not_tried(setup):
     assert "no factor" in outcome.tried[1].reason
 
 
-def test_retraining_is_evaluated_by_the_same_gate(setup):
+def test_retraining_is_evaluated_by_the_same_gate(setup, monkeypatch):
+    monkeypatch.setattr(retraining, "fit", fit_here)
     v1, v2 = setup.bases
     setup.platform.registry.set_alias("parity", v1.alias, setup.source.number)
     policy = replace(POLICY, recovery=RecoveryPolicy(retrain=True))
@@ -240,6 +253,7 @@ def test_retraining_is_evaluated_by_the_same_gate(setup):
 
 
 def test_retraining_finds_the_old_base_by_fingerprint(setup, monkeypatch):
+    monkeypatch.setattr(retraining, "fit", fit_here)
     policy = replace(POLICY, recovery=RecoveryPolicy(retrain=True))
     left = setup.transfer(retrain=True).training
     catalog, (v1, v2) = setup.platform.catalog, setup.bases

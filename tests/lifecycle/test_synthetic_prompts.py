@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.lifecycle.test_distillation import PROMPTS, WORDS, fit_here
-from tests.lifecycle.test_recovery import FAMILY, ITEMS, POLICY, TransferSetup
+from tests.lifecycle.test_distillation import PROMPTS, WORDS
+from tests.lifecycle.test_recovery import FAMILY, ITEMS, POLICY, TransferSetup, fit_here
 from tests.tiny import tiny_model, tiny_tokenizer
 from trans_peft.data import ChatMessage, Example
 from trans_peft.data.rare_text import RareText
@@ -244,6 +244,7 @@ def test_rows_of_a_prompt_model_end_with_a_line_that_no_prompt_contains():
         prompt_model_rows([every])
 
 
+@pytest.mark.slow
 def test_a_memorized_secret_is_not_kept(tmp_path):
     """A model learns a few prompts until it writes them word for word, the secret among them."""
     torch.set_num_threads(1)

@@ -85,7 +85,8 @@ def test_invalid_tokenizers_are_refused_with_the_reason(uploaded, message):
 @pytest.mark.parametrize(
     ("uploaded", "limit"),
     [
-        (tokenizer(normalizer=normalizers.Sequence(grow(1500, 3))), "memory"),
+        # Which of the two limits comes first depends on the machine.
+        (tokenizer(normalizer=normalizers.Sequence(grow(1500, 3))), "(memory|processor time)"),
         (tokenizer(template=LOOPS), "processor time"),
         (tokenizer(template={"default": GOOD, "tool_use": LOOPS}), "processor time"),
         (tokenizer(template="{{ 'x' * 10 ** 10 }}"), "memory"),
