@@ -15,6 +15,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterParentFlowRunId,
@@ -26,10 +27,11 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, Log
 from prefect.client.schemas.sorting import LogSort
 from prefect.deployments import run_deployment
+from pydantic_core import to_jsonable_python
 
 from demo.screen import DemoError, Screen, servers_gone
 
-__all__ = ["run"]
+__all__ = ["run", "set_parameters"]
 
 _POLL_S = 1.0
 _MAX_SILENCE_S = 30.0
@@ -76,6 +78,14 @@ def run(deployment: str, parameters: Mapping[str, Any], *, key: str, screen: Scr
             )
         crashes += 1
         screen.line(f"{text}. It is started again.", "yellow")
+
+
+def set_parameters(deployment: str, parameters: Mapping[str, Any]) -> None:
+    """Set parameters of a deployment, for the runs that others start as well."""
+    with get_client(sync_client=True) as client:
+        found = client.read_deployment_by_name(deployment)
+        values = {**found.parameters, **to_jsonable_python(parameters)}
+        client.update_deployment(found.id, DeploymentUpdate(parameters=values))
 
 
 def _follow(run_id: UUID, deployment: str, screen: Screen) -> FlowRun:

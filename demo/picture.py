@@ -63,12 +63,13 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
         )
     for x, scores in enumerate(columns):
         for arm, score, y in zip(arms, scores, _apart(scores), strict=True):
+            # The middle labels are below the lines, at the height of the lowest error bar.
             axes.annotate(
                 f"{score:.1f}",
-                (x, y),
-                xytext=(-16 if x == 0 else 16, 0),
+                (x, y if x != 1 else y - max(scores) + min(scores) - 12),
+                xytext=((-16, 0, 16)[x], 0),
                 textcoords="offset points",
-                ha="right" if x == 0 else "left",
+                ha=("right", "center", "left")[x],
                 va="center",
                 color=_color(arm),
                 fontweight="bold",
@@ -100,7 +101,7 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
         axes.plot([change.lower, change.upper], [y, y], color=_color(arm), linewidth=3)
         axes.plot(change.difference, y, "o", color=_color(arm), markersize=9)
         axes.annotate(
-            f"{arm.method}, {arm.strategy}: {arm.verdict}",
+            f"{arm.method}: {arm.verdict}",
             (change.lower, y),
             xytext=(0, 14),
             textcoords="offset points",

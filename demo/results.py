@@ -111,7 +111,7 @@ def table(found: Sequence[Result]) -> Table:
     """Return the table: one row per adapter, scores and differences in points, 80 columns wide."""
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     shown.add_column("adapter\nmethod", no_wrap=True)
-    shown.add_column("v1 → v2 → recovered\nbare base", no_wrap=True)
+    shown.add_column("v1→v2→final\nbare base", no_wrap=True)
     shown.add_column("change\nbounds", justify="right", no_wrap=True)
     shown.add_column("items\npower", justify="right", no_wrap=True)
     shown.add_column("verdict\nstrategy", no_wrap=True)
@@ -125,8 +125,8 @@ def table(found: Sequence[Result]) -> Table:
         style = _STYLES.get(result.verdict, "red")
         shown.add_row(
             f"[bold]{result.adapter}[/]\n[dim]{result.method}[/]",
-            f"{' → '.join(f'{score:.1f}' for score in scores)}\n"
-            f"[dim]{result.bare_v1:.1f} → {bare_v2}[/]",
+            f"{'→'.join(f'{score:.1f}' for score in scores)}\n"
+            f"[dim]{result.bare_v1:.1f}→{bare_v2}[/]",
             f"{old.difference:+.1f}\n[dim]{old.lower:+.1f}, {old.upper:+.1f}[/]",
             f"{figures.items}/{old.discordant}\n[dim]{100 * figures.power:.0f} %[/]",
             f"[{style}]{result.verdict}[/]\n[dim]{result.strategy}[/]",

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from demo.base import FAMILY
-from demo.deployments import run
+from demo.deployments import run, set_parameters
 from demo.picture import draw
 from demo.programs import run_module
 from demo.results import Result, notes, results, table
@@ -97,6 +97,9 @@ class Steps:
     def first_promotion(self) -> None:
         """Promote v1 if no version serves."""
         self._screen.section("v1 serves", "a user sets `champion`, reconcile moves `serving`")
+        # A new champion and the schedule start reconcile too.
+        policies = {"policy": POLICY, "promotion": PROMOTION}
+        set_parameters(Deployment.RECONCILE, policies)
         if platform().catalog.alias(FAMILY, SERVING_ALIAS) is None:
             self._promote("v1")
             self._reconcile("first promotion")

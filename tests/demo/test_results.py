@@ -88,8 +88,8 @@ def test_the_notes_compare_the_scores_on_v2(ours: float, expected: str):
 
 
 def test_a_recovered_adapter_shows_all_three_scores_and_every_attempt():
-    assert "60.0 → 48.5 → 59.0" in _printed([PLAIN, OURS])
-    assert "61.5 → 52.2 " in _printed([PLAIN, OURS])
+    assert "60.0→48.5→59.0" in _printed([PLAIN, OURS])
+    assert "61.5→52.2 " in _printed([PLAIN, OURS])
     text = "\n".join(notes([PLAIN, OURS]))
     assert "direct: needs-retuning, 40 s. it lost 11.5 points" in text
     assert "distilled (20 steps): passed, 90 s. it lost 1 point" in text

@@ -280,6 +280,15 @@ def test_the_report_shows_all_strategies_and_the_chance_level(tmp_path):
     assert "rescaled: not tried (no factor increases" in page
 
 
+def test_an_inconclusive_candidate_is_registered_instead_of_one_that_needs_retuning(setup):
+    scaled = rescaled(setup.peft, setup.folder / "scaled", 1.1)
+    setup.answered(adapter_weights_sha256(scaled), setup.bases[1], right=ITEMS - 8)
+    outcome = setup.transfer(scales=(0.25, 1.1))
+    assert strategies(outcome) == [("direct", "needs-retuning"), ("rescaled", "inconclusive")]
+    assert (outcome.verdict, outcome.strategy) == ("inconclusive", "rescaled")
+    assert setup.version(outcome).made_by is RecoveryStrategy.RESCALED
+
+
 def test_an_adapter_trained_on_the_new_base_is_a_second_reference(setup):
     fresh = get_peft_model(tiny_model(), LoraConfig(**OPTIONS, init_lora_weights=False))
     fresh.save_pretrained(setup.folder / "fresh")

@@ -118,7 +118,8 @@ class RecoveryResult:
     """The candidate to register, with its verdict.
 
     Attributes:
-        candidate: The first candidate that passed, or else that of direct transfer.
+        candidate: The first candidate that passed, or else the first whose verdict is
+            `inconclusive`, or else that of direct transfer.
         judgment: The verdict on the candidate.
         evaluations: The evaluations on the new base behind the verdict.
         tried: One attempt per strategy; empty if the policy has no strategy but direct transfer.
@@ -154,7 +155,7 @@ def recover(evaluator: CandidateEvaluator, inputs: CandidateInputs) -> RecoveryR
         verdict = judgment.verdict.value
         seconds = time.monotonic() - started
         tried.append(StrategyAttempt(strategy, verdict, judgment.reason, seconds, made.note))
-        if best is None or judgment.verdict is Verdict.PASSED:
+        if best is None or _is_better(judgment.verdict, best[1].verdict):
             best = made, judgment, evaluations
         if verdict in (Verdict.PASSED, Verdict.RETIRE):
             break
@@ -164,6 +165,11 @@ def recover(evaluator: CandidateEvaluator, inputs: CandidateInputs) -> RecoveryR
         tried=tuple(tried) if len(strategies) > 1 else (),
         is_open=verdict not in (Verdict.PASSED, Verdict.RETIRE),
     )
+
+
+def _is_better(verdict: Verdict, other: Verdict) -> bool:
+    order = (Verdict.INCONCLUSIVE, Verdict.PASSED)
+    return verdict in order and (other not in order or order.index(verdict) > order.index(other))
 
 
 def probe(folder: Path, base: BaseVersion, source: AdapterVersion, platform: Platform) -> Effect:
