@@ -130,7 +130,7 @@ class Distillation:
     def _teacher(self, prompts: Sequence[Example]) -> TeacherTargets:
         old = load_base(self.old_base, self.suite.dtype)
         ids = prompt_ids(prompts, old.tokenizer, saved_template(self.adapter))
-        # An answer has at least one token. Longer prompts would be answered in vain.
+        # An answer has at least one token. Longer prompts would not be used.
         ids = [prompt for prompt in ids if len(prompt) < self.job.recipe.optimizer.max_length]
         with attached(old.model, self.adapter) as model:
             answers = generate(
