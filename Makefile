@@ -108,9 +108,9 @@ clean-state: down
 	  echo "$(STATE) is not a state folder of this stack; it was not deleted" >&2; exit 1; }
 	rm -rf -- "$(STATE)"
 
-# One file at a time per worker, in the order of tests/conftest.py. Four workers use two cores fully:
+# One file at a time per worker, in the order of tests/conftest.py. Three workers use two cores fully:
 # many tests wait for servers.
-TEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+TEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not wheel and not architectures"

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.servers
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    with prefect_test_harness():
+    with prefect_test_harness(server_startup_timeout=240):
         yield
 
 
