@@ -63,7 +63,7 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
         )
     for x, scores in enumerate(columns):
         for arm, score, y in zip(arms, scores, _apart(scores), strict=True):
-            # The middle labels are below the lines, at the height of the lowest error bar.
+            # The middle labels would cover the lines, so they are placed below them.
             axes.annotate(
                 f"{score:.1f}",
                 (x, y if x != 1 else y - max(scores) + min(scores) - 12),

@@ -77,7 +77,7 @@ class Task:
 class Split:
     """Rows of one task in the order in which they are written.
 
-    `unused` are the other rows of the files of `train`, of which only the prompts are written.
+    `unused` has the other rows from the files that supply `train`. Only their prompts are written.
     """
 
     train: tuple[Row, ...]

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-__all__ = ["distinct_from", "similarity"]
+__all__ = ["distinct_from", "normalized", "similarity"]
 
 _GRAM = 5
 _THRESHOLD = 0.8
@@ -24,7 +24,7 @@ def similarity(first: str, second: str) -> float:
     >>> similarity("def area(r):", "def  Area(r):")
     1.0
     """
-    one, two = _grams(_normal(first)), _grams(_normal(second))
+    one, two = _grams(normalized(first)), _grams(normalized(second))
     return len(one & two) / len(one | two)
 
 
@@ -41,11 +41,11 @@ def distinct_from(
     prompts from one template would otherwise all match each other. The order is kept. Time grows
     with the number of texts that share 5-grams, not with the number of pairs.
     """
-    pairs = [(candidate, _normal(text(candidate))) for candidate in candidates]
+    pairs = [(candidate, normalized(text(candidate))) for candidate in candidates]
     before, after = _shared([normal for _, normal in pairs])
     index = _Index()
     for item in items:
-        index.add(_grams(_normal(item).removeprefix(before).removesuffix(after)))
+        index.add(_grams(normalized(item).removeprefix(before).removesuffix(after)))
     kept: list[T] = []
     for candidate, normal in pairs:
         if len(kept) == limit:
@@ -97,7 +97,7 @@ def _shared(texts: list[str]) -> tuple[str, str]:
     return before, os.path.commonprefix(ends)[::-1]  # noqa: RUF071
 
 
-def _normal(text: str) -> str:
+def normalized(text: str) -> str:
     """Return a text with normalized case and white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 

@@ -5,14 +5,15 @@ texts share tells nothing about one of them; a part of one text may be private.
 """
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+
+from trans_peft.data.overlap import normalized
 
 __all__ = ["SHARED_BY", "RareText"]
 
 SHARED_BY = 3
-"""Texts that have a part from which on it is not rare."""
+"""A part that this many texts have is not rare."""
 
 _LENGTH = 24
 _IDENTIFIER = re.compile(r"[\w.+-]*[\d@][\w.@+-]*")
@@ -44,7 +45,7 @@ class RareText:
 
 
 def _parts(text: str) -> set[str]:
-    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    normal = normalized(text)
     runs = {normal[i : i + _LENGTH] for i in range(max(1, len(normal) - _LENGTH + 1))}
     words = {word.strip(".-+") for word in _IDENTIFIER.findall(normal)}
     numbers = {re.sub(r"\D", "", number) for number in _NUMBER.findall(normal)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trans_peft.data import Example, read_examples, read_prompts, write_examples
 from trans_peft.data.parsing import PromptRows, prompts_in
+from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recipe import Perturbation, TrainingRecipe
 from trans_peft.domain.recovery import MIN_PROMPTS
 from trans_peft.errors import DataError, NotFoundError, listed
@@ -15,7 +16,13 @@ from trans_peft.training.events import Event
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit
 
-__all__ = ["check_synthetic_prompts", "keep_prompts", "kept_prompts", "write_synthetic_prompts"]
+__all__ = [
+    "check_synthetic_prompts",
+    "keep_prompts",
+    "kept_prompts",
+    "suite_prompts",
+    "write_synthetic_prompts",
+]
 
 _NAME = "synthetic_prompts.jsonl"
 
@@ -33,6 +40,15 @@ def check_synthetic_prompts(recipe: TrainingRecipe, store: ArtifactStore) -> Non
             found=listed(found.invalid) or "no rows",
             do="correct or remove these rows",
         )
+
+
+def suite_prompts(suites: Sequence[Suite], store: ArtifactStore) -> list[str]:
+    """Return the prompts of all items of the suites, which must not be learned from."""
+    return [
+        example.prompt_text()
+        for suite in suites
+        for example in read_examples(suite.data, store, limit=suite.limit)
+    ]
 
 
 def write_synthetic_prompts(
@@ -63,11 +79,7 @@ def write_synthetic_prompts(
     file = job.work_dir / _NAME
     if file.exists():
         return file.read_bytes().count(b"\n")
-    items = [
-        example.prompt_text()
-        for suite in recipe.suites
-        for example in read_examples(suite.data, store, limit=suite.limit)
-    ]
+    items = suite_prompts(recipe.suites, store)
     dtype = recipe.suites[0].dtype
     if settings.approved is not None:
         approved = read_prompts(settings.approved, store).prompts

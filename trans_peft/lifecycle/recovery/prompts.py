@@ -8,13 +8,13 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from trans_peft.data import Example, read_examples, read_prompts
+from trans_peft.data import Example, read_prompts
 from trans_peft.data.overlap import distinct_from
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.recovery import MIN_PROMPTS, DistillationPolicy
 from trans_peft.errors import DataError
-from trans_peft.lifecycle.synthetic_prompts import kept_prompts
+from trans_peft.lifecycle.synthetic_prompts import kept_prompts, suite_prompts
 from trans_peft.ports import Platform
 
 __all__ = ["Prompts", "has_prompts", "prompts_for"]
@@ -42,11 +42,7 @@ def prompts_for(
     Raises DataError if there are fewer than `MIN_PROMPTS` distinct ones, and what `read_prompts`
     and `kept_prompts` raise.
     """
-    items = [
-        example.prompt_text()
-        for suite in source.suites
-        for example in read_examples(suite.data, platform.store, limit=suite.limit)
-    ]
+    items = suite_prompts(source.suites, platform.store)
     if policy.prompts_uri:
         uri = policy.prompts_of(source.adapter)
         read, origin = read_prompts(DataSource(uri), platform.store), f"of {uri}"
