@@ -13,6 +13,7 @@ from typing import BinaryIO, Protocol
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.outcome import TransferOutcome
@@ -152,9 +153,16 @@ class AdapterRegistry(Protocol):
         """
 
     def register(
-        self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
+        self,
+        draft: AdapterVersion,
+        folder: Path,
+        *,
+        tags: Mapping[str, str] | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> AdapterVersion:
         """Register the PEFT folder as a new version. The draft's `number` is ignored.
+
+        `tags` and `scores` (in points, by suite) are shown to people.
 
         If the same weights are registered for the same base, that version is returned. Of several
         such versions the lowest number is returned, and the others are marked as superseded.
@@ -217,6 +225,9 @@ class Run(Protocol):
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics at a step."""
+
+    def dataset(self, name: str, data: DataSource) -> None:
+        """Record the pinned data that the run is trained on."""
 
     def file(self, path: Path, folder: str = "") -> None:
         """Store a file with the run."""

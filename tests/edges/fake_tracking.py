@@ -28,6 +28,7 @@ class Version:
     source: str
     tags: dict[str, str]
     run_id: str | None = None
+    model_id: str | None = None
 
 
 class FakeTracking:
@@ -127,6 +128,12 @@ class FakeTracking:
         return [run_id for run_id, (its, _) in self._runs.items() if tags.items() <= its.items()]
 
     def log_params(self, *_: object) -> None:
+        pass
+
+    def log_datasets(self, *_: object) -> None:
+        pass
+
+    def log_table(self, *_: object) -> None:
         pass
 
     def log_metrics(self, *_: object, **__: object) -> None:

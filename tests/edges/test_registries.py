@@ -14,6 +14,8 @@ from tests.edges.examples import draft, evaluation, outcome, peft_folder, transf
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.evaluation import Verdict, verdict_key
 from trans_peft.edges.memory import MemoryRegistry
+from trans_peft.edges.mlflow_client import logged_model_id
+from trans_peft.edges.mlflow_model import MODEL_FILES
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
 from trans_peft.ports import AdapterRegistry
 
@@ -300,9 +302,9 @@ class TestMlflow:
         place.trained()
         uri = f"models:/{place.adapter}/1"
         found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "d")))
-        assert {p.name for p in found.iterdir()} == {
-            "adapter_config.json", "adapter_model.safetensors",
-        }  # fmt: skip
+        files = {p.name for p in found.iterdir()}
+        assert files - MODEL_FILES == {"adapter_config.json", "adapter_model.safetensors"}
+        assert "MLmodel" in files
 
     def test_tags_describe_the_version(self, place):
         folder = place.peft_folder()
@@ -354,6 +356,53 @@ class TestMlflow:
         with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
             asked = replace(draft(place.adapter, place.family, folder), run_id=run.id)
             assert place.registry.register(asked, folder).run_id == run.id
+
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_scores_belong_to_the_model_and_to_the_data_of_the_suite(self, place, servers, trained):
+        from trans_peft.edges.mlflow_runs import MlflowRunLog
+
+        folder, client = place.peft_folder(), place.person.client
+        asked = draft(place.adapter, place.family, folder)
+        with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
+            asked = replace(asked, run_id=run.id if trained else None)
+            place.registry.register(asked, folder, scores={"exceptions": 62.5})
+        model = client.get_logged_model(
+            logged_model_id(client.get_model_version(place.adapter, "1"))
+        )
+        (metric,) = model.metrics
+        assert (metric.key, metric.value) == ("exceptions/score", 62.5)
+        assert (metric.dataset_name, metric.dataset_digest) == ("exceptions", "ab" * 18)
+        assert trained == (metric.run_id == run.id)
+
+    def test_the_run_of_an_outcome_lists_the_flipped_items(self, place):
+        source = place.trained()
+        made = place.registry.register(transferred(source), place.peft_folder())
+        old, new = (
+            replace(
+                evaluation(source.weights_sha256, right),
+                suite="exceptions",
+                base_fingerprint_sha256=base.fingerprint_sha256,
+            )
+            for base, right in ((source.base, 3), (made.base, 1))
+        )
+        judged = replace(outcome(source, new_number=made.number), evaluations=(old, new))
+        place.registry.record(judged)
+        client = place.person.client
+        model = client.get_logged_model(
+            logged_model_id(client.get_model_version(place.adapter, str(made.number)))
+        )
+        figures = {metric.key: metric.value for metric in model.metrics}
+        assert figures["exceptions/score"] == 79.0
+        run_id = model.metrics[0].run_id
+        table = client.load_table(
+            client.get_run(run_id).info.experiment_id, "flipped-items.json", [run_id]
+        )
+        assert table[["suite", "item", "change"]].values.tolist() == [
+            ["exceptions", "item-1", "lost"],
+            ["exceptions", "item-2", "lost"],
+        ]
+        (used,) = client.get_run(run_id).inputs.dataset_inputs
+        assert used.dataset.name == "exceptions"
 
     def test_a_late_registration_of_a_lost_shard_is_superseded(self, place):
         first = place.trained()

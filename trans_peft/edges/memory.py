@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.conventions import SERVING_ALIAS
+from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
@@ -273,7 +274,12 @@ class MemoryRegistry:
         return tuple(self._versions[adapter])
 
     def register(
-        self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
+        self,
+        draft: AdapterVersion,
+        folder: Path,
+        *,
+        tags: Mapping[str, str] | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> AdapterVersion:
         """Register the PEFT folder as a new version, or return the existing one."""
         with self._lock:
@@ -441,6 +447,7 @@ class MemoryRun:
     recorded_params: dict[str, object] = field(default_factory=dict)
     recorded_metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    datasets: dict[str, DataSource] = field(default_factory=dict)
 
     def params(self, values: Mapping[str, object]) -> None:
         """Record the parameters of the run."""
@@ -450,6 +457,10 @@ class MemoryRun:
         """Record metrics at a step."""
         for name, value in values.items():
             self.recorded_metrics.setdefault(name, []).append((step, value))
+
+    def dataset(self, name: str, data: DataSource) -> None:
+        """Record the data that the run is trained on."""
+        self.datasets[name] = data
 
     def file(self, path: Path, folder: str = "") -> None:
         """Store a file with the run."""

@@ -1,6 +1,6 @@
 """A client of one MLflow server, with paging, retries of conflicting writes, and mapped errors.
 
-Only this module imports mlflow. It neither reads nor sets MLflow's global state: each `Tracking`
+It neither reads nor sets MLflow's global state: each `Tracking`
 has its own URI, so that one process can use two servers. Tags of this library start with
 `trans_peft.`; the methods here take and return tag names without that prefix.
 """
@@ -10,14 +10,15 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.environment_variables import (
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
     MLFLOW_HTTP_REQUEST_TIMEOUT,
@@ -43,7 +44,17 @@ from trans_peft.errors import (
     unknown_name,
 )
 
-__all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "mapped_errors", "own_tags", "tag"]
+__all__ = [
+    "DatasetUse",
+    "Tracking",
+    "all_pages",
+    "copied_from",
+    "full_tags",
+    "logged_model_id",
+    "mapped_errors",
+    "own_tags",
+    "tag",
+]
 
 _CONNECT_TIMEOUT_S = 3
 _KINDS = {"base": "base family"}
@@ -231,6 +242,25 @@ def _check_server(tracking_uri: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class DatasetUse:
+    """A data set that a run used.
+
+    Attributes:
+        name: The name that MLflow shows.
+        digest: The start of the hash of its bytes.
+        source_type: The kind of its address, such as "s3".
+        source: The address as JSON.
+        context: What the run used it for: "training" or "evaluation".
+    """
+
+    name: str
+    digest: str
+    source_type: str
+    source: str
+    context: str
+
+
 class Tracking:
     """One MLflow server: experiments, runs, registered models, artifacts.
 
@@ -302,14 +332,47 @@ class Tracking:
         return tuple(run.info.run_id for run in runs)
 
     def log_metrics(
-        self, run_id: str, values: Mapping[str, float], *, step: int, time_ms: int
+        self,
+        run_id: str,
+        values: Mapping[str, float],
+        *,
+        step: int,
+        time_ms: int,
+        model_id: str | None = None,
+        dataset: DatasetUse | None = None,
     ) -> None:
-        """Record metrics at a step, synchronously."""
+        """Record metrics at a step, synchronously; optionally as those of a model and data set."""
         metrics = [
-            Metric(_metric_name(name), float(value), time_ms, step)
+            Metric(
+                _metric_name(name),
+                float(value),
+                time_ms,
+                step,
+                model_id=model_id,
+                dataset_name=dataset.name if dataset else None,
+                dataset_digest=dataset.digest if dataset else None,
+            )
             for name, value in values.items()
         ]
         self.client.log_batch(run_id, metrics=metrics)
+
+    def log_datasets(self, run_id: str, used: Sequence[DatasetUse]) -> None:
+        """Record the data sets that a run used."""
+        inputs = [
+            DatasetInput(
+                Dataset(use.name, use.digest, use.source_type, use.source),
+                [InputTag("mlflow.data.context", use.context)],
+            )
+            for use in used
+        ]
+        if inputs:
+            self.client.log_inputs(run_id, datasets=inputs)
+
+    def log_table(self, run_id: str, rows: Sequence[Mapping[str, str]], name: str) -> None:
+        """Attach a table that MLflow's page shows. All rows have the same keys."""
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        with mapped_errors(self.uri):
+            self.client.log_table(run_id, columns, name)
 
     def log_params(self, run_id: str, values: Mapping[str, object]) -> None:
         """Record parameters, cut to the length that MLflow accepts."""
@@ -451,9 +514,15 @@ class Tracking:
         _retry_conflict(self.client.set_registered_model_alias, name, alias, str(number))
 
     def upload_model(
-        self, purpose: str, name: str, folder: Path, *, run_id: str | None, tags: Mapping[str, str]
+        self,
+        purpose: str,
+        name: str,
+        folders: Sequence[Path],
+        *,
+        run_id: str | None,
+        tags: Mapping[str, str],
     ) -> str:
-        """Upload a folder as a logged model, and return the id of that model."""
+        """Upload the files of all folders as one logged model, and return the id of that model."""
         model = self.client.create_logged_model(
             self.experiment(purpose),
             name=re.sub(
@@ -464,7 +533,8 @@ class Tracking:
             tags=full_tags(tags),
         )
         try:
-            self.client.log_model_artifacts(model.model_id, str(folder))
+            for folder in folders:
+                self.client.log_model_artifacts(model.model_id, str(folder))
         except BaseException:
             with contextlib.suppress(StoreError):
                 self.client.finalize_logged_model(model.model_id, "FAILED")
@@ -495,6 +565,15 @@ def copied_from(found: Any) -> str | None:
     """
     copied = re.fullmatch(r"models:/([^/]+)/\d+", found.source or "")
     return copied and copied.group(1)
+
+
+def logged_model_id(found: Any) -> str | None:
+    """Return the id of the logged model that a version was created from, or None.
+
+    MLflow's REST API does not return `model_id`.
+    """
+    logged = re.fullmatch(r"models:/(m-\w+)", found.source or "")
+    return logged and logged.group(1)
 
 
 def _retry_conflict(write: Callable[..., Any], *arguments: str) -> None:

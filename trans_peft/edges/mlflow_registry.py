@@ -7,9 +7,11 @@
       alias            on-<first 12 digits of a base's fingerprint>: serves on that base
 
 The files of a version are a plain PEFT folder: `PeftModel.from_pretrained` loads the result of
-`mlflow.artifacts.download_artifacts("models:/name/3")`. MLflow has no compare-and-set. `register`
-therefore searches before and after it creates a version. Of two versions with the same bytes for
-the same base, the lower number stays, and the other one gets the tag `superseded`.
+`mlflow.artifacts.download_artifacts("models:/name/3")`. The files of `edges.mlflow_model` lie
+beside them, so that `mlflow.pyfunc.load_model` loads the version on its base. MLflow has no
+compare-and-set. `register` therefore searches before and after it creates a version. Of two
+versions with the same bytes for the same base, the lower number stays, and the other one gets the
+tag `superseded`.
 """
 
 import tempfile
@@ -24,6 +26,8 @@ from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_codec import to_json
 from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
+from trans_peft.edges.mlflow_lineage import log_scores
+from trans_peft.edges.mlflow_model import MODEL_FILES, write_model_files
 from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
 from trans_peft.edges.mlflow_tags import NONE, adapter_version, alias_states, version_tags
 from trans_peft.errors import (
@@ -120,11 +124,17 @@ class MlflowRegistry:
         return tuple(adapter_version(found) for found in self._found(adapter))
 
     def register(
-        self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
+        self,
+        draft: AdapterVersion,
+        folder: Path,
+        *,
+        tags: Mapping[str, str] | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> AdapterVersion:
         """Register a PEFT folder as a new version, or return the same version if it exists.
 
-        `tags` are shown on MLflow's page. InvalidSpecError if one has a name that this class uses.
+        `tags` and `scores` are shown on MLflow's pages. InvalidSpecError if a tag has a name that
+        this class uses.
         """
         ours = version_tags(draft)
         taken = sorted(ours.keys() & (tags or {}).keys())
@@ -135,9 +145,17 @@ class MlflowRegistry:
         self._make_adapter(draft.adapter, draft.base.family)
         if not self._same(draft):
             purpose = "training" if draft.transferred_from is None else "transfers"
-            model_id = self._tracking.upload_model(
-                purpose, draft.adapter, folder, run_id=draft.run_id, tags={"adapter": draft.adapter}
-            )
+            with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
+                model_files = write_model_files(draft, Path(scratch, "model"))
+                model_id = self._tracking.upload_model(
+                    purpose,
+                    draft.adapter,
+                    (folder, model_files),
+                    run_id=draft.run_id,
+                    tags={"adapter": draft.adapter},
+                )
+            if scores:
+                self._log_scores(draft, model_id, scores)
             self._tracking.make_version(
                 draft.adapter,
                 f"models:/{model_id}",
@@ -236,8 +254,20 @@ class MlflowRegistry:
                     do="restore them from a backup of MLflow's artifacts",
                 )
             for path in written.iterdir():
-                path.rename(folder / path.name)
+                if path.name not in MODEL_FILES:
+                    path.rename(folder / path.name)
         return folder
+
+    def _log_scores(
+        self, draft: AdapterVersion, model_id: str, scores: Mapping[str, float]
+    ) -> None:
+        """Record the scores with the run that trained the weights, or with a new run."""
+        figures = {suite: {"score": score} for suite, score in scores.items()}
+        if draft.run_id is not None:
+            log_scores(self._tracking, draft.run_id, model_id, draft.suites, figures)
+            return
+        with self._tracking.run("adoptions", draft.adapter, {"adapter": draft.adapter}) as run_id:
+            log_scores(self._tracking, run_id, model_id, draft.suites, figures)
 
     def _make_adapter(self, adapter: str, family: str) -> None:
         wanted = {"kind": "adapter", "family": family}
