@@ -4,13 +4,14 @@ It keeps what MLflow's server keeps, and checks nothing: any text in any tag, an
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from trans_peft.domain.names import check_case
 from trans_peft.edges.mlflow_client import full_tags, own_tags, tag
+from trans_peft.edges.mlflow_search import FoundModel
 from trans_peft.errors import NotFoundError
 
 
@@ -55,12 +56,17 @@ class FakeTracking:
     def _download_uri(self, name: str, number: str) -> str:
         raise NotFoundError(f"the source of {name} {number} is gone")
 
-    def models(self, tags: dict[str, str]) -> list[Model]:
+    def models(self, tags: dict[str, str]) -> list[FoundModel]:
         return [
-            model
-            for _, model in sorted(self.known.items())
+            self.found_model(name)
+            for name, model in sorted(self.known.items())
             if full_tags(tags).items() <= model.tags.items()
         ]
+
+    def found_model(self, name: str) -> FoundModel:
+        model, latest = self.known[name], self.made.get(name, ())[-1:]
+        numbers = (int(version.version) for version in latest)
+        return FoundModel(name, {**model.tags}, {**model.aliases}, max(numbers, default=0))
 
     def model(self, name: str, kind: str) -> Model:
         if name not in self.known or own_tags(self.known[name].tags).get("kind", "base") != kind:
@@ -82,6 +88,9 @@ class FakeTracking:
             for version in versions
             if full_tags(tags).items() <= version.tags.items()
         ]
+
+    def versions_of(self, names: Iterable[str]) -> list[Version]:
+        return [version for name in names for version in self.versions(name)]
 
     def version(self, name: str, number: int) -> Version:
         for version in self.made.get(name, ()):

@@ -16,7 +16,7 @@ from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.conventions import SERVING_ALIAS
 from trans_peft.domain.evaluation import Evaluation
-from trans_peft.domain.fleet import RegisteredAdapter
+from trans_peft.domain.fleet import FamilyAdapters, RegisteredAdapter
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.places import Places
@@ -246,7 +246,11 @@ class MemoryRegistry:
             )
         )
 
-    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
+    def fleet(self, family: str) -> FamilyAdapters:
+        """Return all live adapters of a family. All can be read."""
+        return FamilyAdapters(tuple(map(self.adapter, self.adapters(family))))
+
+    def set_aside(self) -> tuple[str, ...]:
         """Return nothing: `register` accepts valid names only."""
         return ()
 

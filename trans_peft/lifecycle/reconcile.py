@@ -32,20 +32,18 @@ MAX_ATTEMPTS = 3
 
 
 def observe(family: str, platform: Platform) -> Fleet:
-    """Read the whole fleet of one family from the registry.
+    """Read the whole fleet of one family from the registry, in a few searches.
 
     An adapter that cannot be read is listed in `unreadable` and does not affect the others. Raises
     StoreError if the registry does not respond.
     """
-    adapters: list[RegisteredAdapter] = []
-    unreadable: list[str] = []
-    for name in platform.registry.adapters(family):
-        found = _read_adapter(name, family, platform, unreadable)
-        adapters += [found] if found is not None else []
+    found = platform.registry.fleet(family)
+    unreadable = [*found.unreadable]
+    adapters = [one for one in found.live if _is_usable(one, family, unreadable)]
     return replace(
         _observe_bases(family, platform),
         adapters=tuple(adapters),
-        unreadable=(*unreadable, *platform.registry.set_aside(family)),
+        unreadable=tuple(unreadable),
         notes=platform.catalog.promotion_notes(family),
         set_aside=platform.catalog.set_aside(family),
     )
@@ -58,11 +56,18 @@ def observe_adapter(adapter: str, family: str, platform: Platform) -> Fleet:
     this one is retired or unknown, belongs to another family, or cannot be read.
     """
     unreadable: list[str] = []
-    found = _read_adapter(adapter, family, platform, unreadable)
+    adapters: tuple[RegisteredAdapter, ...] = ()
+    try:
+        found = platform.registry.adapter(adapter)
+    except StoreError:
+        raise  # the registry did not respond, which is no fault of the adapter
+    except TransPeftError as error:
+        unreadable.append(f"{adapter}: {error}")
+    else:
+        if _is_usable(found, family, unreadable) and found.is_live:
+            adapters = (found,)
     return replace(
-        _observe_bases(family, platform),
-        adapters=(found,) if found is not None and found.is_live else (),
-        unreadable=tuple(unreadable),
+        _observe_bases(family, platform), adapters=adapters, unreadable=tuple(unreadable)
     )
 
 
@@ -122,27 +127,22 @@ def _observe_bases(family: str, platform: Platform) -> Fleet:
     )
 
 
-def _read_adapter(
-    name: str, family: str, platform: Platform, unreadable: list[str]
-) -> RegisteredAdapter | None:
-    """Read one adapter; if it cannot be read, add the reason to `unreadable` and return None."""
+def _is_usable(adapter: RegisteredAdapter, family: str, unreadable: list[str]) -> bool:
+    """Return whether all values of an adapter are valid; if not, add the reason to `unreadable`."""
     try:
-        found = platform.registry.adapter(name)
-        source = source_version(found.versions)  # raises NotFoundError if no version was trained
+        source = adapter.source  # raises NotFoundError if no version was trained
         for suite in source.suites:
             _ = suite.suite_sha256  # raises InvalidSpecError if its evaluations have no key
         for recipe in (
-            *(version.recipe for version in found.versions),
-            *(outcome.training for outcome in found.outcomes),
+            *(version.recipe for version in adapter.versions),
+            *(outcome.training for outcome in adapter.outcomes),
         ):
             _ = recipe and recipe.sha256  # raises InvalidSpecError if it cannot be trained
-        _check(found, family)
-    except StoreError:
-        raise  # the registry did not respond, which is no fault of the adapter
+        _check(adapter, family)
     except TransPeftError as error:
-        unreadable.append(f"{name}: {error}")
-        return None
-    return found
+        unreadable.append(f"{adapter.name}: {error}")
+        return False
+    return True
 
 
 def _check(adapter: RegisteredAdapter, family: str) -> None:
