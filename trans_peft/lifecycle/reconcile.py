@@ -20,6 +20,7 @@ from trans_peft.ports import Platform
 
 __all__ = [
     "MAX_ATTEMPTS",
+    "MAX_ESTIMATES",
     "is_still_needed",
     "observe",
     "observe_adapter",
@@ -29,6 +30,9 @@ __all__ = [
 
 MAX_ATTEMPTS = 3
 """After this many failed attempts under one policy, a task is parked until a person acts."""
+
+MAX_ESTIMATES = 20
+"""The number of adapters whose evaluations are read to estimate the duration of their tasks."""
 
 
 def observe(family: str, platform: Platform) -> Fleet:
@@ -97,21 +101,28 @@ def is_still_needed(task: TransferTask, fleet: Fleet, policy: GatePolicy) -> boo
 
 
 def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
-    """Return the plan with an estimated duration for each task.
+    """Return the plan with an estimated duration for each task, where one is known.
 
-    The estimate is the duration of the adapter's evaluation on the base that it was trained on. It
-    is no part of `plan`, because it reads whole evaluations from the store.
+    The estimate is the duration of the adapter's longest transfer so far. Without one, it is the
+    duration of its evaluation on the base that it was trained on. That is no part of `plan`,
+    because it reads whole evaluations from the store: of the first `MAX_ESTIMATES` adapters only.
     """
     adapters = {adapter.name: adapter for adapter in fleet.adapters}
     seconds: dict[str, float | None] = {}
+    reads = 0
     tasks = []
     for item in found.tasks:
         if item.estimated_seconds is None:
+            adapter = adapters[item.adapter]
             if item.adapter not in seconds:
-                try:
-                    seconds[item.adapter] = _seconds(adapters[item.adapter].versions, platform)
-                except StoreError:  # a plan without estimates is better than no plan
-                    return found
+                known = max((outcome.seconds for outcome in adapter.outcomes), default=0.0)
+                seconds[item.adapter] = known or None
+                if not known and reads < MAX_ESTIMATES:
+                    reads += 1
+                    try:
+                        seconds[item.adapter] = _seconds(adapter.versions, platform)
+                    except StoreError:  # a plan without estimates is better than no plan
+                        return found
             item = replace(item, estimated_seconds=seconds[item.adapter])
         tasks.append(item)
     return replace(found, tasks=tuple(tasks))
