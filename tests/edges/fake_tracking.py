@@ -64,6 +64,8 @@ class FakeTracking:
         ]
 
     def found_model(self, name: str) -> FoundModel:
+        if name not in self.known:
+            raise NotFoundError(f"there is no {name!r}")
         model, latest = self.known[name], self.made.get(name, ())[-1:]
         numbers = (int(version.version) for version in latest)
         return FoundModel(name, {**model.tags}, {**model.aliases}, max(numbers, default=0))
