@@ -1,6 +1,6 @@
 """Measures how long reconcile needs to read and plan a fleet of 10,000 adapters.
 
-    python -m benchmarks.fleet [--adapters 10000] [--runs 3] [--database URI] [--dry]
+    python -m benchmarks.fleet [--adapters 10000] [--runs 3] [--database URI] [--workers 4] [--dry]
 
 It starts an MLflow server of its own on SQLite, or on the empty database at `--database`. Each
 adapter has two versions, an outcome, aliases on two bases, and no verdict on a third base, so that
@@ -62,6 +62,7 @@ def main() -> None:
     options.add_argument("--adapters", type=int, default=10_000)
     options.add_argument("--runs", type=int, default=3)
     options.add_argument("--database", help="URI of an empty database; by default SQLite")
+    options.add_argument("--workers", type=int, default=4, help="of MLflow, whose default is 4")
     options.add_argument("--dry", action="store_true", help="print, and leave results.json alone")
     options.add_argument("--read", metavar="URL", help=argparse.SUPPRESS)  # one run
     chosen = options.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
     runs: dict[int, list[dict[str, float]]] = {small: [], large: []}
     with tempfile.TemporaryDirectory(prefix="tp-bench-") as folder:
         database = chosen.database or f"sqlite:///{folder}/mlflow.db"
-        with serving(database, Path(folder)) as url:
+        with serving(database, Path(folder), chosen.workers) as url:
             make_first(url, Path(folder))
             for count, taken in runs.items():
                 add_copies(database, count)
@@ -86,8 +87,8 @@ def main() -> None:
     facts = {
         "machine": f"{os.cpu_count()} cores",
         "mlflow": version("mlflow"),
-        "shape": f"{large} adapters with 2 versions, {database.partition(':')[0]}; "
-        f"{runs[large][0]['requests']:.0f} requests for a look",
+        "shape": f"{large} adapters with 2 versions, {database.partition(':')[0]}, "
+        f"{chosen.workers} workers of MLflow; {runs[large][0]['requests']:.0f} requests for a look",
     }
     results = {
         f"plan_{large}_s": [run["plan_s"] for run in runs[large]],
@@ -150,12 +151,13 @@ def look(platform: Platform) -> float:
 
 
 @contextmanager
-def serving(database: str, folder: Path) -> Iterator[str]:
-    """Run MLflow on a database, with its default number of workers; yield its URL."""
+def serving(database: str, folder: Path, workers: int) -> Iterator[str]:
+    """Run MLflow on a database and yield its URL."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--port", str(port)),
+        *("--workers", str(workers)),
         *("--backend-store-uri", database, "--artifacts-destination", f"{folder}/artifacts"),
     ]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -229,10 +231,11 @@ def add_copies(database: str, count: int) -> None:
                     f"WHERE name = '{FIRST}'"
                 )
             )
-    with engine.connect() as connection:
-        connection.execution_options(isolation_level="AUTOCOMMIT").execute(
-            sqlalchemy.text("ANALYZE")  # as PostgreSQL does by itself after some time
-        )
+    if engine.dialect.name == "postgresql":  # which does so by itself, after a while
+        with engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT").execute(
+                sqlalchemy.text("ANALYZE")
+            )
 
 
 if __name__ == "__main__":
