@@ -131,9 +131,9 @@ class AdapterRegistry(Protocol):
     def fleet(self, family: str) -> FamilyAdapters:
         """Return all live adapters of a family, each as `adapter` returns it.
 
-        The number of requests does not depend on the number of adapters. `unreadable` has those for
-        which `adapter` raises an error, and those with an invalid name or tag, which `adapters`
-        leaves out. An adapter that cannot be read does not affect the others.
+        The adapters are read together, in pages of many. `unreadable` has those for which `adapter`
+        raises an error, and those with an invalid name or tag, which `adapters` leaves out. An
+        adapter that cannot be read does not affect the others.
         """
 
     def set_aside(self) -> tuple[str, ...]:

@@ -47,7 +47,6 @@ class FakeTracking:
         return SimpleNamespace(
             get_model_version=lambda name, number: self.version(name, int(number)),
             get_model_version_download_uri=self._download_uri,
-            get_registered_model=lambda name: self.known[name],
             delete_registered_model_alias=lambda name, alias: self.known[name].aliases.pop(
                 alias, 0
             ),

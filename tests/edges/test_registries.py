@@ -604,6 +604,56 @@ def test_the_searches_return_what_the_client_of_mlflow_returns(servers, unique, 
 
 
 @pytest.mark.servers
+def test_odd_entries_of_a_fleet_are_read_as_they_are_one_by_one(servers, unique, tmp_path):
+    place = place_in_mlflow(servers, unique, tmp_path)
+    client, names = place.person.client, [f"{unique}-{i}" for i in range(6)]
+    for name in names:
+        place.registry.register(transferred(place.trained(name)), place.peft_folder())
+    untagged, moved, pruned, damaged, copied, lost = names
+    client.delete_model_version_tag(untagged, "1", "trans_peft.family")
+    client.set_model_version_tag(moved, "2", "trans_peft.family", "another-family")
+    client.delete_model_version(pruned, "2")
+    client.set_model_version_tag(damaged, "1", "trans_peft.suites", "[")
+    client.copy_model_version(f"models:/{damaged}/2", copied)
+    client.delete_registered_model_tag(lost, "trans_peft.family")
+    client.create_registered_model(
+        f"{unique}-empty",
+        tags={"trans_peft.kind": "adapter", "trans_peft.family": place.family},
+    )
+    found = place.registry.fleet(place.family)
+    live, unreadable = one_by_one(place.registry, place.family)
+    (aside,) = found.unreadable[len(unreadable) :]
+    assert (found.live, found.unreadable) == (live, (*unreadable, aside))
+    assert [line.split(":")[0] for line in unreadable] == [untagged, damaged]
+    assert aside.startswith(f"{lost}: the tag trans_peft.family must be {place.family}")
+    assert [(one.name, len(one.versions)) for one in found.live] == [
+        (moved, 2), (pruned, 1), (copied, 2), (f"{unique}-empty", 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.servers
+def test_mlflow_does_not_show_which_tags_and_aliases_changed(servers, unique, tmp_path):
+    """Otherwise, a later look could read only what changed (decision 0145)."""
+    place = place_in_mlflow(servers, unique, tmp_path)
+    place.trained()
+    client = place.person.client
+
+    def times():
+        return (
+            client.get_registered_model(place.adapter).last_updated_timestamp,
+            client.get_model_version(place.adapter, "1").last_updated_timestamp,
+        )
+
+    before = times()
+    client.set_registered_model_tag(place.adapter, "a", "b")
+    client.set_model_version_tag(place.adapter, "1", "a", "b")
+    client.set_registered_model_alias(place.adapter, "a", "1")
+    assert times() == before
+    (found,) = client.search_model_versions(f"name = '{place.adapter}'")
+    assert found.aliases == []
+
+
+@pytest.mark.servers
 def test_a_database_without_a_server_is_read_alike(unique, tmp_path, monkeypatch):
     from trans_peft.edges.mlflow_registry import MlflowRegistry
 

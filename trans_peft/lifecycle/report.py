@@ -82,7 +82,8 @@ class FleetReport:
         """
         cells = {(row.adapter, row.base): row for row in self.rows}
         live = list(dict.fromkeys(row.adapter for row in self.rows))
-        adapters, rows = live[:MAX_ADAPTERS], self.rows[: MAX_ADAPTERS * len(self.bases)]
+        adapters = live[:MAX_ADAPTERS]
+        shown = {*adapters}
         lines = [
             f"# Fleet of {self.family}",
             "",
@@ -98,7 +99,7 @@ class FleetReport:
             f"| {name} | " + " | ".join(_cell(cells[name, base]) for base in self.bases) + " |"
             for name in adapters
         ]
-        judged = [row for row in rows if row.verdict is not None]
+        judged = [row for row in self.rows if row.verdict is not None and row.adapter in shown]
         lines += ["", "## Why", ""] if judged else []
         lines += [
             f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}{_strategies(row)}"
