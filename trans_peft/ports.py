@@ -15,7 +15,7 @@ from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation
-from trans_peft.domain.fleet import RegisteredAdapter
+from trans_peft.domain.fleet import FamilyAdapters, RegisteredAdapter
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.owners import Owners
 from trans_peft.domain.places import Places
@@ -129,12 +129,16 @@ class AdapterRegistry(Protocol):
     def adapters(self, family: str) -> tuple[str, ...]:
         """Return the names of the family's live (not retired) adapters, sorted."""
 
-    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
-        """Return descriptions of adapters that `adapters` leaves out, each with the reason.
+    def fleet(self, family: str) -> FamilyAdapters:
+        """Return all live adapters of a family, each as `adapter` returns it.
 
-        With a family: its adapters with an invalid name or tag. Without a family: adapters of a
-        family that does not exist.
+        The adapters are read together, in pages of many. `unreadable` has those for which `adapter`
+        raises an error, and those with an invalid name or tag, which `adapters` leaves out. An
+        adapter that cannot be read does not affect the others.
         """
+
+    def set_aside(self) -> tuple[str, ...]:
+        """Return descriptions of adapters of families that do not exist."""
 
     def adapter(self, name: str) -> RegisteredAdapter:
         """Return one adapter, live or not, with its versions, outcomes and aliases.

@@ -10,11 +10,11 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlflow.artifacts
 from mlflow import MlflowClient
@@ -26,11 +26,19 @@ from mlflow.environment_variables import (
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
+from mlflow.utils.rest_utils import http_request, verify_rest_response
 from requests.exceptions import RequestException
 
 from trans_peft.domain.conventions import TAG_PREFIX
 from trans_peft.domain.names import check_case
+from trans_peft.edges.mlflow_search import (
+    FoundModel,
+    FoundVersion,
+    Page,
+    all_pages,
+    entry_of,
+    page_of,
+)
 from trans_peft.errors import (
     AccessError,
     IntegrityError,
@@ -47,7 +55,6 @@ from trans_peft.errors import (
 __all__ = [
     "DatasetUse",
     "Tracking",
-    "all_pages",
     "copied_from",
     "full_tags",
     "logged_model_id",
@@ -60,6 +67,9 @@ _CONNECT_TIMEOUT_S = 3
 _KINDS = {"base": "base family"}
 _PARAM_LIMIT = 6000
 _PAGE = 1000
+_BY_NUMBER = ("name ASC", "version_number ASC")
+_MAX_FILTER = 2000
+"""Characters of one filter. It is part of a URL, which proxies limit to 8 KiB."""
 
 
 def tag(name: str) -> str:
@@ -406,13 +416,13 @@ class Tracking:
 
     # The model registry
 
-    def models(self, tags: Mapping[str, str]) -> list[Any]:
+    def models(self, tags: Mapping[str, str]) -> list[FoundModel]:
         """Return all registered models with these tags, sorted by name."""
-        return all_pages(
-            lambda token: self.client.search_registered_models(
-                _with_tags(tags), max_results=_PAGE, order_by=["name ASC"], page_token=token
-            )
-        )
+        return self._search("registered-models", _with_tags(tags), ["name ASC"])
+
+    def found_model(self, name: str) -> FoundModel:
+        """Return the registered model of that name, of whatever kind. NotFoundError."""
+        return cast(FoundModel, entry_of(self.client.get_registered_model(name)))
 
     def model(self, name: str, kind: str) -> Any:
         """Return a registered model and its aliases. NotFoundError, also for another kind."""
@@ -461,16 +471,40 @@ class Tracking:
             )
         )
 
-    def tagged_versions(self, tags: Mapping[str, str]) -> list[Any]:
+    def tagged_versions(self, tags: Mapping[str, str]) -> list[FoundVersion]:
         """Return the versions of all registered models with these tags, by name and number."""
-        return all_pages(
-            lambda token: self.client.search_model_versions(
-                _with_tags(tags),
-                max_results=_PAGE,
-                order_by=["name ASC", "version_number ASC"],
-                page_token=token,
-            )
+        return self._search("model-versions", _with_tags(tags), _BY_NUMBER)
+
+    def versions_of(self, names: Iterable[str]) -> list[FoundVersion]:
+        """Return all versions of these registered models, in few requests."""
+        found: list[FoundVersion] = []
+        for wanted in _names_filters(names):
+            found += self._search("model-versions", wanted, _BY_NUMBER)
+        return found
+
+    def _search(self, kind: str, wanted: str, order_by: Sequence[str]) -> list[Any]:
+        """Return all results of a search for "registered-models" or "model-versions"."""
+        if self.uri.startswith(("http://", "https://")):
+            return all_pages(lambda token: self._page(kind, wanted, order_by, token))
+        search = getattr(self.client, f"search_{kind.replace('-', '_')}")  # a database
+        entities = all_pages(
+            lambda token: search(wanted, max_results=_PAGE, order_by=[*order_by], page_token=token)
         )
+        return [*map(entry_of, entities)]
+
+    def _page(self, kind: str, wanted: str, order_by: Sequence[str], token: str | None) -> Page:
+        """Return one page of a search, as `mlflow_search` says."""
+        _ = self.client  # checks the server at the first use
+        path = f"/api/2.0/mlflow/{kind}/search"
+        params = {"filter": wanted, "max_results": _PAGE, "order_by": [*order_by]}
+        with mapped_errors(self.uri):
+            response = http_request(
+                get_default_host_creds(self.uri),
+                path,
+                "GET",
+                params=params | ({"page_token": token} if token else {}),
+            )
+            return page_of(verify_rest_response(response, path).json())
 
     def make_version(
         self,
@@ -584,20 +618,21 @@ def _retry_conflict(write: Callable[..., Any], *arguments: str) -> None:
         write(*arguments)
 
 
-def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
-    """Return the items of all pages of a search. `search` takes the token of a page, or None."""
-    found, token = [], None
-    while True:
-        page = search(token)
-        found += page
-        token = page.token
-        if not token:
-            return found
-
-
 def _with_tags(tags: Mapping[str, str]) -> str:
     """Return MLflow's filter for all of these tags."""
     return " AND ".join(f"tags.`{tag(key)}` = {_literal(value)}" for key, value in tags.items())
+
+
+def _names_filters(names: Iterable[str]) -> Iterator[str]:
+    """Yield MLflow's filters for models with these names, each of limited length."""
+    listed = ""
+    for name in map(_literal, names):
+        if listed and len(listed) + len(name) > _MAX_FILTER:
+            yield f"name IN ({listed})"
+            listed = ""
+        listed += f", {name}" if listed else name
+    if listed:
+        yield f"name IN ({listed})"
 
 
 def _literal(value: str) -> str:

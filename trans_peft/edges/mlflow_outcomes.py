@@ -24,7 +24,7 @@ from trans_peft.edges.mlflow_lineage import log_flipped_items, log_scores
 from trans_peft.edges.mlflow_tags import adapter_version
 from trans_peft.errors import IntegrityError, listed_lines
 
-__all__ = ["MlflowOutcomes"]
+__all__ = ["MlflowOutcomes", "newest_outcomes"]
 
 _FILE = "outcome.json"
 _TAG = re.compile(rf"{re.escape(OUTCOME_TAG_PREFIX)}{ADAPTER_ALIAS_PREFIX}[0-9a-f]+")
@@ -42,7 +42,7 @@ class _OutcomeTag:
 
 
 class MlflowOutcomes:
-    """Reads and writes outcomes. `found` are MLflow's versions of one adapter."""
+    """Writes outcomes. `found` are MLflow's versions of one adapter."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
@@ -125,21 +125,25 @@ class MlflowOutcomes:
                 if name in own_tags(version.tags):
                     self._tracking.untag_version(version.name, int(version.version), name)
 
-    def newest(self, found: list[Any]) -> tuple[TransferOutcome, ...]:
-        """Return the newest outcome for each base, without evaluations, by base fingerprint."""
-        newest: dict[str, tuple[int, TransferOutcome]] = {}
-        for base, time_ms, outcome in _stored(found):
-            if base not in newest or time_ms > newest[base][0]:
-                newest[base] = (time_ms, outcome)
-        return tuple(
-            sorted(
-                (outcome for _, outcome in newest.values()),
-                key=lambda outcome: outcome.base.fingerprint_sha256,
-            )
+
+def newest_outcomes(found: Iterable[Any]) -> tuple[TransferOutcome, ...]:
+    """Return the newest outcome for each base, without evaluations, by base fingerprint.
+
+    `found` are MLflow's versions of one adapter.
+    """
+    newest: dict[str, tuple[int, TransferOutcome]] = {}
+    for base, time_ms, outcome in _stored(found):
+        if base not in newest or time_ms > newest[base][0]:
+            newest[base] = (time_ms, outcome)
+    return tuple(
+        sorted(
+            (outcome for _, outcome in newest.values()),
+            key=lambda outcome: outcome.base.fingerprint_sha256,
         )
+    )
 
 
-def _stored(found: list[Any]) -> list[tuple[str, int, TransferOutcome]]:
+def _stored(found: Iterable[Any]) -> list[tuple[str, int, TransferOutcome]]:
     """Return (base alias, time in ms, outcome) for all versions of one adapter."""
     outcomes = []
     for version in found:
