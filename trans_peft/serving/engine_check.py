@@ -114,13 +114,13 @@ def _tensor_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
     if unread:
         problems.append(f"no server reads these tensors: {listed(sorted(unread))}")
     for module, pair in sorted(pairs.items()):
-        shape = _shape_of(module, weights)
-        if shape is None:
+        of_base = _shape_of(module, weights)
+        if of_base is None:
             unknown.append(module)
         elif pair.keys() != {"A", "B"}:
             problems.append(f"{module} has only one of lora_A and lora_B")
         else:
-            problems += _shape_problems(module, (pair["A"], pair["B"]), shape, engine.max_rank)
+            problems += _shape_problems(module, (pair["A"], pair["B"]), of_base, engine.max_rank)
     if unknown:
         problems.append(f"the base has no module {listed(unknown)}, so its weights do nothing")
     return problems
