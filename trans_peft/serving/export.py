@@ -256,7 +256,7 @@ class Export:
                 mark.touch()
             if mark.exists() and time.time() - mark.stat().st_mtime < self._settings.grace_s:
                 kept.add(folder.name)
-        self._folders.release(kept)
+        self._folders.release()  # a server uses them, and not this process
         removed = self._folders.remove_unused(kept)
         for name in removed:
             (marks / name).unlink(missing_ok=True)

@@ -113,7 +113,6 @@ class AdapterFolders:
         with self._guard:
             for name in [name for name in self._handles if name not in keep]:
                 os.close(self._handles.pop(name))
-                self._verified.pop(name, None)
 
     def remove_unused(self, keep: Collection[str] = (), *, idle_s: float = 0) -> tuple[str, ...]:
         """Remove the folders that no process uses, and return their names, sorted.
