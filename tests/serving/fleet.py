@@ -71,16 +71,20 @@ class ServingFleet:
         self.registry, self.catalog = self.platform.registry, self.platform.catalog
         self._count = 0
 
-    def add_base(self, version: str, base: Path) -> BaseVersion:
+    def add_base(self, version: str, base: Path, uri: str = "") -> BaseVersion:
         found = fingerprint(str(base), SchemeStore())
         return self.catalog.make_ready(
-            BaseVersion(self.family, version, str(base), 0), fingerprint=found, source="upload"
+            BaseVersion(self.family, version, uri or str(base), 0),
+            fingerprint=found,
+            source="upload",
         )
 
-    def train(self, name: str, base: BaseVersion, seed: int = 0, **options) -> AdapterVersion:
-        """Register an adapter that was trained on a base, and let it serve there."""
+    def train(
+        self, name: str, base: BaseVersion, seed: int = 0, *, serves: bool = True, **options
+    ) -> AdapterVersion:
+        """Register an adapter that was trained on a base; by default it serves there."""
         draft = lora_folder(self._new_folder(), seed, **options)
-        return self._register(draft, name, base, None)
+        return self._register(draft, name, base, None, serves)
 
     def transfer(
         self, name: str, base: BaseVersion, verdict: Verdict = Verdict.PASSED

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -13,6 +14,7 @@ from tests.serving.fleet import lora_folder
 from trans_peft.errors import StoreError
 from trans_peft.serving.adapter_server import AdapterServer, ServerSettings, current
 from trans_peft.serving.vllm_middleware import ServeByVerdict
+from trans_peft.text.saved_template import write_template
 
 
 class Served:
@@ -306,6 +308,17 @@ def test_without_the_api_key_nothing_is_answered_and_no_name_is_told(serve, flee
         fleet.registry.set_alias_manually("chat", fleet.base("v1").alias, None)
         served.follow()
         assert served.engine.requests == {}  # the middleware has the key to unload
+
+
+def test_an_adapter_with_the_template_of_the_base_needs_nothing_more(serve, fleet, tmp_path):
+    template = (Path(fleet.base("v1").uri) / "chat_template.jinja").read_text()
+    draft = lora_folder(tmp_path / "draft", 5)
+    write_template(draft, template)
+    fleet._register(draft, "plain", fleet.base("v1"), None)
+    messages = [{"role": "user", "content": "hi"}]
+    with serve() as served:
+        assert served.ask("plain", "/v1/chat/completions", messages=messages).status_code == 200
+        assert "chat_template" not in served.engine.bodies[-1]
 
 
 def test_an_adapter_with_a_template_of_its_own_is_asked_with_it(serve, fleet, tmp_path):
