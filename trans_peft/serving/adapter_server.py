@@ -120,7 +120,7 @@ class AdapterServer:
         self._clock = clock
         self._base: Fingerprint | None = None
         self._folders: AdapterFolders | None = None
-        self._router = Router(None, "the server is starting")
+        self._router = Router(None)
         self._loaded: set[str] = set()
         self._prepared: dict[str, Prepared] = {}
         self._failed: dict[str, tuple[Refusal, float]] = {}
@@ -166,7 +166,8 @@ class AdapterServer:
             error = str(failure)
         except TransPeftError as failure:
             manifest, error = None, str(failure)
-        if error and error != before.registry_error:
+        changed = (manifest is None) != (before.manifest is None) or not before.registry_error
+        if error and changed:
             kept = "what is loaded stays" if manifest else "nothing is served"
             _log.warning("the registry cannot be read, and %s: %s", kept, error)
         elif manifest and before.registry_error and not error:
