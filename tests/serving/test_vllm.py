@@ -59,8 +59,8 @@ def click(model: str, alias: str, number: int | None) -> None:
         MlflowClient().set_registered_model_alias(model, alias, str(number))
 
 
-def expected(fleet, base: Path, name: str, number: int) -> list[str]:
-    """Return what transformers and PEFT answer to each prompt."""
+def expected(fleet, base: Path, name: str, number: int) -> list[list[int]]:
+    """Return the tokens that transformers and PEFT answer to each prompt."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,12 +74,12 @@ def expected(fleet, base: Path, name: str, number: int) -> list[str]:
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")
         out = model.generate(**ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)
-        answers.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :]))
+        answers.append(out[0, ids["input_ids"].shape[1] :].tolist())
     return answers
 
 
-def answers(vllm, name: str) -> list[str]:
-    return [vllm.text(name, prompt) for prompt in PROMPTS]
+def answers(vllm, name: str) -> list[list[int]]:
+    return [vllm.tokens(name, prompt) for prompt in PROMPTS]
 
 
 def variables(url: str, family: str) -> dict[str, str]:
@@ -131,10 +131,10 @@ def test_a_server_obeys_the_registry(servers, fleet, unique, tmp_path, bases):
         # A new version, and a rollback to the first.
         newer = fleet.train(chat, v1, seed=3, hidden=HIDDEN)
         chat_new = expected(fleet, bases[0], chat, newer.number)
-        vllm.wait_until(lambda: vllm.text(chat, PROMPTS[0]) == chat_new[0])
+        vllm.wait_until(lambda: vllm.tokens(chat, PROMPTS[0]) == chat_new[0])
         assert answers(vllm, chat) == chat_new
         click(chat, v1.alias, 1)
-        vllm.wait_until(lambda: vllm.text(chat, PROMPTS[0]) == chat_1[0])
+        vllm.wait_until(lambda: vllm.tokens(chat, PROMPTS[0]) == chat_1[0])
         assert answers(vllm, chat) == chat_1
 
         # A block, and an approval.

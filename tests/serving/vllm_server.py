@@ -40,13 +40,14 @@ class Vllm:
         return self.post(
             "/v1/completions",
             model=model, prompt=prompt, max_tokens=tokens, temperature=0, ignore_eos=True,
+            return_token_ids=True,
         )  # fmt: skip
 
-    def text(self, model: str, prompt: str) -> str:
+    def tokens(self, model: str, prompt: str) -> list[int]:
         response = self.complete(model, prompt)
         assert response.status_code == 200, f"{response.text}\n{self.end_of_log()}"
         assert response.json()["model"] == model
-        return response.json()["choices"][0]["text"]
+        return response.json()["choices"][0]["token_ids"]
 
     def refusal(self, model: str) -> tuple[int, str]:
         response = self.complete(model, "17 is")
