@@ -92,8 +92,8 @@ class AdapterFolders:
             with self._locked(name):
                 self._hold(name)
                 if not folder.exists():
-                    self._verified.pop(name, None)
                     self._download(adapter)
+                    self._verified[name] = _stats(folder)
                 if self._verified.get(name) != _stats(folder):
                     before = _stats(folder)
                     self._verify(adapter, folder)
