@@ -47,7 +47,7 @@ def main() -> None:
         os.environ["MLFLOW_TRACKING_URI"] = url
         base = write_tiny_base(folder / "v1", hidden=HIDDEN)
         fleet = ServingFleet(folder, connect(url), "bench")
-        v1 = fleet.add_base("v1", base, "s3://bases/bench/v1")
+        v1 = fleet.add_base("v1", base)
         names = [f"a{i}" for i in range(chosen.adapters + 1)]
         for seed, name in enumerate(names):
             fleet.train(name, v1, seed, hidden=HIDDEN, rank=RANK)

@@ -69,12 +69,15 @@ class ServingFleet:
         self.family = family
         self.platform = platform or replace(memory_platform(folder / "work"), store=SchemeStore())
         self.registry, self.catalog = self.platform.registry, self.platform.catalog
+        self.bases: dict[str, Path] = {}
         self._count = 0
 
-    def add_base(self, version: str, base: Path, uri: str = "") -> BaseVersion:
+    def add_base(self, version: str, base: Path) -> BaseVersion:
+        """Register the base in a folder, as ingestion does after its upload."""
+        self.bases[version] = base
         found = fingerprint(str(base), SchemeStore())
         return self.catalog.make_ready(
-            BaseVersion(self.family, version, uri or str(base), 0),
+            BaseVersion(self.family, version, f"s3://bases/{self.family}/{version}", 0),
             fingerprint=found,
             source="upload",
         )

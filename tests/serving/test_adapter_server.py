@@ -45,7 +45,7 @@ def test_a_server_follows_a_real_registry_and_outlives_it(
 ):
     fleet = ServingFleet(tmp_path, connect(servers.mlflow_url), unique)
     chat, code = f"{unique}-chat", f"{unique}-code"
-    v1 = fleet.add_base("v1", tiny_bases[0], f"s3://bases/{unique}/v1")
+    v1 = fleet.add_base("v1", tiny_bases[0])
     fleet.train(chat, v1, 1)
     fleet.train(code, v1, 2)
     faults = RandomFaults(0, 1.0, ("reset",), bad=False)

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,7 @@ def test_kserve_gets_a_service_that_loads_each_adapter(export, fleet, tmp_path):
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", service["metadata"]["name"])
     model = service["spec"]["model"]
     assert set(model) == {"uri", "name", "lora"}
+    assert model["uri"] == "s3://bases/small/v1"
     lora = model["lora"]
     assert set(lora) <= {"maxRank", "maxAdapters", "maxCpuAdapters", "adapters"}
     assert lora["maxRank"] == 8  # the smallest that vLLM accepts for rank 4
@@ -191,6 +193,13 @@ def test_a_name_that_a_server_would_confuse_with_the_base_is_left_out(export):
 def test_settings_that_cannot_work_are_refused(export, settings, problem):
     with pytest.raises(InvalidSpecError, match=problem):
         export(**settings)
+
+
+def test_a_base_that_pods_cannot_reach_is_refused_for_kserve(export, fleet, monkeypatch):
+    local = tuple(replace(base, uri="/bases/v1") for base in fleet.catalog.versions(fleet.family))
+    monkeypatch.setattr(fleet.catalog, "versions", lambda family: local)
+    with pytest.raises(InvalidSpecError, match="/bases/v1"):
+        export(Layout.KSERVE)
 
 
 def test_a_registry_that_is_away_changes_nothing_and_is_logged_once(

@@ -4,7 +4,6 @@ import json
 import shutil
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -54,7 +53,7 @@ def serve(fleet, tmp_path, monkeypatch):
 
     @contextmanager
     def start(base="v1", *, base_name=None, headers=None, **args):
-        engine = FakeEngine(fleet.base(base).uri, **args)
+        engine = FakeEngine(str(fleet.bases[base]), **args)
         settings = ServerSettings(fleet.family, tmp_path / "served", base_name, 0.1)
         server = AdapterServer(settings, fleet.platform, clock=lambda: time.monotonic() * 1000)
         engine.app.add_middleware(ServeByVerdict, make_server=lambda: server)
@@ -171,10 +170,10 @@ def test_the_list_of_models_has_the_names_of_clients(serve, fleet):
 def test_the_bare_base_answers_only_under_the_name_that_the_operator_allows(serve, fleet):
     with serve() as served:
         assert served.refused("bare") == (404, "adapter_unknown")
-        assert served.refused(fleet.base("v1").uri) == (404, "adapter_unknown")
+        assert served.refused(str(fleet.bases["v1"])) == (404, "adapter_unknown")
     with serve(base_name="bare") as served:
         assert served.text("bare") == "bare base"
-        assert served.refused(fleet.base("v1").uri) == (404, "adapter_unknown")
+        assert served.refused(str(fleet.bases["v1"])) == (404, "adapter_unknown")
 
 
 def test_a_block_reaches_a_loaded_adapter_and_unloads_it(serve, fleet):
@@ -311,7 +310,7 @@ def test_without_the_api_key_nothing_is_answered_and_no_name_is_told(serve, flee
 
 
 def test_an_adapter_with_the_template_of_the_base_needs_nothing_more(serve, fleet, tmp_path):
-    template = (Path(fleet.base("v1").uri) / "chat_template.jinja").read_text()
+    template = (fleet.bases["v1"] / "chat_template.jinja").read_text()
     draft = lora_folder(tmp_path / "draft", 5)
     write_template(draft, template)
     fleet._register(draft, "plain", fleet.base("v1"), None)
@@ -381,7 +380,7 @@ def test_settings_with_which_vllm_ignores_the_middleware_end_the_start(
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    kind, message = startup_message(behind_middleware(fleet, fleet.base("v1").uri, tmp_path).app)
+    kind, message = startup_message(behind_middleware(fleet, str(fleet.bases["v1"]), tmp_path).app)
     assert kind == "lifespan.startup.failed"
     assert problem in message
 

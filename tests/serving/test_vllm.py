@@ -37,10 +37,7 @@ def bases(tmp_path_factory) -> tuple[Path, Path]:
 def fleet(servers, unique, tmp_path, bases):
     """chat and code serve on v1; chat passed on v2, and code is inconclusive there."""
     fleet = ServingFleet(tmp_path, connect(servers.mlflow_url), unique)
-    v1, v2 = (
-        fleet.add_base(f"v{i}", base, f"s3://bases/{unique}/v{i}")  # MLflow refuses local paths
-        for i, base in enumerate(bases, 1)
-    )
+    v1, v2 = (fleet.add_base(f"v{i}", base) for i, base in enumerate(bases, 1))
     fleet.train(f"{unique}-chat", v1, seed=1, hidden=HIDDEN)
     fleet.train(f"{unique}-code", v1, seed=2, hidden=HIDDEN)
     fleet.catalog.set_serving(v1)

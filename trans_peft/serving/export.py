@@ -88,14 +88,8 @@ class ExportSettings:
                 "the export needs the base's name for the server",
                 expected="the string that the server gets as --model",
             )
-        schemes = ("hf://", "s3://", "pvc://")
-        if self.layout is Layout.KSERVE and not self.uri.startswith(schemes):
-            raise InvalidSpecError(
-                "the layout kserve needs the URI of the adapters for the pods",
-                expected=f"a URI that begins with one of {', '.join(schemes)}",
-                found=repr(self.uri),
-                do="pass --uri, such as pvc://adapters/chat/adapters",
-            )
+        if self.layout is Layout.KSERVE:
+            _check_pods_uri("the adapters", self.uri, "pass --uri, such as pvc://lora/v2/adapters")
 
 
 @dataclass(frozen=True)
@@ -137,6 +131,8 @@ class Export:
         self._base: BaseVersion = find_base(family, base, platform)
         self._path = settings.folder / "manifest.json"
         self._check_base()
+        if settings.layout is Layout.KSERVE:
+            _check_pods_uri("the base", self._base.uri, "publish the base to a bucket")
         engine = EngineBase(platform.catalog.fingerprint(self._base), settings.max_rank)
         self._adapters = settings.folder / "adapters"
         self._folders = AdapterFolders(
@@ -291,6 +287,18 @@ def watch(
                 on_change(exported)
             last = exported.manifest
         stopped.wait(seconds)
+
+
+def _check_pods_uri(what: str, uri: str, do: str) -> None:
+    """Raise InvalidSpecError for a URI from which KServe's pods cannot load."""
+    schemes = ("hf://", "s3://", "pvc://")
+    if not uri.startswith(schemes):
+        raise InvalidSpecError(
+            f"the pods of the layout kserve cannot load {what}",
+            expected=f"a URI that begins with one of {', '.join(schemes)}",
+            found=repr(uri),
+            do=do,
+        )
 
 
 def _check_name(adapter: ServedAdapter, model: str) -> None:
