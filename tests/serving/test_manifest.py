@@ -11,7 +11,7 @@ from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.errors import IntegrityError, NotFoundError, NotServedError
 from trans_peft.lifecycle.reconcile import observe
-from trans_peft.lifecycle.resolve import base_with_fingerprint, resolve
+from trans_peft.lifecycle.resolve import find_fingerprint, resolve
 from trans_peft.serving.manifest import (
     json_schema,
     manifest_from_json,
@@ -119,9 +119,9 @@ def test_an_adapter_that_cannot_be_read_is_idle_with_the_reason(fleet):
 
 def test_a_base_is_found_by_its_fingerprint_whatever_its_label(fleet):
     v2 = observe(FAMILY, fleet.platform).bases[1]
-    assert base_with_fingerprint(FAMILY, v2.fingerprint_sha256, fleet.platform) == v2
+    assert find_fingerprint(FAMILY, v2.fingerprint_sha256, fleet.platform) == v2
     with pytest.raises(NotFoundError, match=r"expected: v1 .*, v2"):
-        base_with_fingerprint(FAMILY, "0" * 64, fleet.platform)
+        find_fingerprint(FAMILY, "0" * 64, fleet.platform)
 
 
 def test_a_manifest_comes_back_from_json_and_follows_the_published_schema(fleet):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState
+from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import BASE_ALIASES
 from trans_peft.domain.fleet import RegisteredAdapter
@@ -116,10 +116,7 @@ def serving_version(adapter: RegisteredAdapter, base: BaseVersion) -> AdapterVer
     """Return the version that serves on a base: the one with its alias that was made for it."""
     number = adapter.alias_on(base).number
     for version in adapter.versions:
-        if (
-            version.number == number
-            and version.base.fingerprint_sha256 == base.fingerprint_sha256
-        ):
+        if version.number == number and version.base.fingerprint_sha256 == base.fingerprint_sha256:
             return version
     return None
 
