@@ -11,13 +11,14 @@ from trans_peft.cli.label_free import agreement
 from trans_peft.cli.layers import criticality, drift
 from trans_peft.cli.resolve import resolve
 from trans_peft.cli.transfers import check, transfer
+from trans_peft.cli.ui import ui
 
 __all__ = ["app"]
 
 _INTRODUCTION = """
 Train adapters that lose less when their base model is updated, and judge them on each version.
 
-All commands except `resolve` work on local folders and `s3://` prefixes, without a server. From
+All commands except `resolve` and `ui` work on local folders and `s3://` prefixes, without a server. From
 training to serving in five commands:
 
 1. `trans-peft train recipe.yaml --base models/v1 --out runs/mine`
@@ -30,8 +31,8 @@ training to serving in five commands:
 _EPILOGUE = """
 **Exit codes:** 0 success · 1 the adapter is incompatible, or its verdict is not `passed` ·
 2 invalid input · 3 the command failed.
-Every command accepts `--json`: it then prints one JSON value to stdout. Progress and errors go to
-stderr.
+Every command except `ui` accepts `--json`: it then prints one JSON value to stdout. Progress and
+errors go to stderr.
 """
 
 app = App(
@@ -54,6 +55,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     drift,
     convert,
     publish,
+    ui,
 )
 for _position, _command in enumerate(_COMMANDS, start=1):
     app.command(_command, sort_key=_position)
