@@ -255,7 +255,7 @@ def example(work_dir: Path) -> ExampleFleet:
 
 _KINDS = (
     (Verdict.PASSED, (6, 8, 300, 40)), (Verdict.PASSED, (8, 4, 300, 40)),
-    (Verdict.NEEDS_RETUNING, (90, 4, 300, 40)), (Verdict.INCONCLUSIVE, (36, 30, 300, 40)),
+    (Verdict.NEEDS_RETUNING, (90, 4, 300, 40)), (Verdict.INCONCLUSIVE, (40, 32, 300, 40)),
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from urllib.parse import quote, urlencode
 
 from trans_peft.ui.index import FleetQuery, State
@@ -46,17 +46,16 @@ def duration(seconds: float | None) -> str:
     """Return a duration in its two largest units: "2 h 10 min". "unknown" for None."""
     if seconds is None:
         return "unknown"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
+    whole = round(seconds)
     for size, unit, small_size, small in (
-        (1440, "d", 60, "h"),
-        (60, "h", 1, "min"),
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
     ):
-        if minutes >= size:
-            rest = minutes % size // small_size
-            return f"{minutes // size} {unit}" + (f" {rest} {small}" if rest else "")
-    return f"{minutes} min"
+        if whole >= size:
+            rest = whole % size // small_size
+            return f"{whole // size} {unit}" + (f" {rest} {small}" if rest else "")
+    return f"{whole} s"
 
 
 def query_url(path: str, query: FleetQuery, **changes: object) -> str:
@@ -80,8 +79,14 @@ def _pretty(value: object) -> str:
     return json.dumps(value, indent=2, default=str, ensure_ascii=False)
 
 
-def _moment(value: datetime) -> str:
-    return value.strftime("%Y-%m-%d %H:%M:%S UTC")
+def _moment(value: datetime | str) -> str:
+    """Return a time without its fractions of a second; a text that is no time as it is."""
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return str(value)
+    return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 FILTERS = {

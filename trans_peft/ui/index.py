@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from math import ceil, isfinite
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from trans_peft.domain.adapter import AliasState
 from trans_peft.domain.base import BaseVersion
@@ -108,7 +107,7 @@ class FleetQuery(BaseModel):
     base: str = Field(
         default="", description="base version of the filters and the order; default: champion"
     )
-    verdict: State | Literal[""] = Field(default="", description="verdict on that base version")
+    verdict: State | None = Field(default=None, description="verdict on that base version")
     method: str = Field(default="", description="PEFT type of the adapter")
     suite: str = Field(default="", description="name of a suite of the adapter")
     serves: bool = Field(default=False, description="only adapters that serve on that base version")
@@ -116,6 +115,11 @@ class FleetQuery(BaseModel):
     descending: bool = False
     page: int = Field(default=1, ge=1, le=1_000_000)
     size: int = Field(default=50, ge=1, le=1000, description="adapters on one page")
+
+    @field_validator("verdict", mode="before")
+    @classmethod
+    def _empty_is_none(cls, verdict: object) -> object:
+        return verdict or None  # a form sends an empty text
 
 
 @dataclass(frozen=True)

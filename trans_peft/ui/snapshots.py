@@ -185,19 +185,25 @@ class Snapshots:
             self._wake.set()
 
     def _run(self) -> None:
-        try:
-            for family in self._names.get():
-                if not self._stopped:
-                    self.get(family)
-        except TransPeftError as error:
-            logging.getLogger(__name__).warning("the first read failed: %s", error)
+        self._logging_faults(self._read_all)
         while not self._stopped:
             self._wake.wait(self._refresh_s)
             self._wake.clear()
-            try:
-                self.refresh()
-            except Exception:  # a fault of one read must not end the thread
-                logging.getLogger(__name__).exception("a read in the background failed")
+            self._logging_faults(self.refresh)
+
+    def _read_all(self) -> None:
+        for family in self._names.get():
+            if not self._stopped:
+                self.get(family)
+
+    def _logging_faults(self, read: Callable[[], None]) -> None:
+        """Call a function; its errors go to the log, because they must not end the thread."""
+        try:
+            read()
+        except TransPeftError as error:
+            logging.getLogger(__name__).warning("a read in the background failed: %s", error)
+        except Exception:
+            logging.getLogger(__name__).exception("a read in the background failed")
 
     def _observe(self, family: str) -> Snapshot:
         began, read_at = time.monotonic(), datetime.now(UTC)

@@ -84,7 +84,17 @@ class Flips:
 class ComparisonView:
     """A comparison of docs/verdicts.md. A bound of None does not exist.
 
-    The fields are those of `trans_peft.domain.evaluation.Comparison`.
+    Attributes:
+        reference: What the adapter on the new base is compared with.
+        reference_score: Score of the reference, in points.
+        items: Number of items that both sides answered.
+        discordant: Number of items that exactly one side answered correctly.
+        difference: Score of the adapter minus `reference_score`.
+        lower: Lower bound of the difference.
+        upper: Upper bound of the difference.
+        inferiority_bound: Upper bound at the level of the inferiority tests.
+        shown: The tests that are significant.
+        picture: The comparison on an axis.
     """
 
     reference: str
@@ -96,6 +106,7 @@ class ComparisonView:
     upper: float | None
     inferiority_bound: float | None
     shown: tuple[str, ...]
+    picture: Picture
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,6 @@ class SuiteView:
         more_items: Number of further items that would decide; 0 without an estimate.
         chance: Score of random guessing in points, if the suite states it.
         comparisons: The comparisons with the old base, the bare new base and a fresh adapter.
-        picture: The comparisons on an axis.
         flips: The items whose result changed.
     """
 
@@ -123,7 +133,6 @@ class SuiteView:
     more_items: int
     chance: float | None
     comparisons: tuple[ComparisonView, ...]
-    picture: Picture
     flips: Flips
 
 
@@ -151,11 +160,18 @@ def suites_of(
 def _suite_view(
     figures: SuiteJudgment, margin_points: float | None, suite: Suite | None, flips: Flips
 ) -> SuiteView:
-    named = (
-        ("adapter on the old base", figures.versus_old_base),
-        ("bare new base", figures.versus_bare_base),
-        ("fresh adapter", figures.versus_fresh_adapter),
+    old, bare, fresh = (
+        figures.versus_old_base,
+        figures.versus_bare_base,
+        figures.versus_fresh_adapter,
     )
+    loss = None if margin_points is None else -margin_points
+    views = [_comparison_view("the adapter on the old base", old, loss, _versus_adapter(old))]
+    if bare is not None:
+        result = "good" if bare.superior else "bad" if bare.reference_non_inferior else "open"
+        views.append(_comparison_view("the bare new base", bare, margin_points, result))
+    if fresh is not None:
+        views.append(_comparison_view("a fresh adapter", fresh, loss, _versus_adapter(fresh)))
     return SuiteView(
         suite=figures.suite,
         score=figures.score,
@@ -164,14 +180,19 @@ def _suite_view(
         power=figures.power,
         more_items=figures.more_items,
         chance=suite.chance_points if suite else None,
-        comparisons=tuple(_comparison_view(name, found) for name, found in named if found),
-        picture=picture(figures, margin_points),
+        comparisons=tuple(views),
         flips=flips,
     )
 
 
-def _comparison_view(reference: str, found: Comparison) -> ComparisonView:
-    results = {
+def _versus_adapter(found: Comparison) -> str:
+    return "good" if found.non_inferior else "bad" if found.inferior else "open"
+
+
+def _comparison_view(
+    reference: str, found: Comparison, limit: float | None, result: str
+) -> ComparisonView:
+    tests = {
         "non-inferior": found.non_inferior,
         "inferior": found.inferior,
         "superior": found.superior,
@@ -186,7 +207,8 @@ def _comparison_view(reference: str, found: Comparison) -> ComparisonView:
         lower=_finite(found.lower),
         upper=_finite(found.upper),
         inferiority_bound=_finite(found.inferiority_bound),
-        shown=tuple(name for name, holds in results.items() if holds),
+        shown=tuple(name for name, holds in tests.items() if holds),
+        picture=picture(found, limit, result),
     )
 
 
