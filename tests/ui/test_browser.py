@@ -127,9 +127,9 @@ def test_the_keyboard_filters_and_opens_a_verdict(opened):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.name") == "q":
             break
-    page.keyboard.type("plain")
+    page.keyboard.type("ns-plain")
     page.keyboard.press("Enter")
-    page.wait_for_url("**q=plain**")
+    page.wait_for_url("**q=ns-plain**")
     assert "1 of 12 adapters" in page.inner_text(".found")
     for _ in range(40):
         page.keyboard.press("Tab")
