@@ -2,7 +2,8 @@
 
 It runs MLflow (tracking and registry), Prefect (server and one worker), SeaweedFS (S3), the
 bridge and the fleet page, with small databases, under supervisor. They write below one state
-folder, which can be deleted, and listen on 127.0.0.1 only. infra/README.md describes installations on more machines.
+folder, which can be deleted, and listen on 127.0.0.1 only. infra/README.md describes installations
+on more machines.
 
     settings.py         environment variables, and the URLs and environments that they imply
     programs.py         command and environment of each of the six programs

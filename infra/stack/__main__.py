@@ -12,7 +12,8 @@ from infra.stack.stack import down, status, up
 from trans_peft.errors import TransPeftError
 
 _HELP = """\
-up        start the servers, worker, bridge and fleet page, deploy prefect.yaml, wait until all are healthy
+up        start the servers, worker, bridge and fleet page, deploy prefect.yaml, wait until all are
+          healthy
 down      stop them; the state folder stays
 status    show the state of each program; exit code 1 unless all are healthy
 login     show the user and password of Prefect's page

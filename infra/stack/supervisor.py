@@ -61,8 +61,8 @@ def configuration(settings: StackSettings) -> RawConfigParser:
         config[f"program:{program.name}"] = {
             "command": f'"{sys.executable}" -m infra.stack run {program.name}',
             "priority": str(priority),
-            # `up` starts the worker when its pool exists, the bridge when the deployment exists, and
-            # the fleet page when the servers have started, so that it does not slow them.
+            # `up` starts the worker when its pool exists, the bridge when the deployment exists.
+            # The fleet page starts last, so that it does not slow the start of the others.
             "autostart": str(program.name not in ("worker", "bridge", "ui")).lower(),
             "autorestart": "true",
             "startsecs": "2",
