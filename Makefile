@@ -93,6 +93,7 @@ bench: $(MODEL)
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.validate
 	$(BIN)/python -m benchmarks.bridge
+	$(BIN)/python -m benchmarks.fleet
 	$(BIN)/python -m benchmarks.ui
 	$(MAKE) up
 	eval "$$($(BIN)/python -m infra.stack env)" && \

@@ -21,9 +21,6 @@ from starlette.testclient import TestClient
 
 from benchmarks.ratios import record
 from tests.ui.fleets import FAMILY, large
-from trans_peft.domain.adapter import AliasState
-from trans_peft.domain.outcome import TransferOutcome
-from trans_peft.edges.memory import MemoryRegistry
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.ui.app import create_app
 from trans_peft.ui.index import build_index
@@ -42,33 +39,6 @@ QUERIES = (
 )
 
 
-class IndexedRegistry(MemoryRegistry):
-    """The registry in memory, which looks up the records of one adapter instead of scanning all.
-
-    Must not be written to after the first read.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._by_adapter: dict[str, tuple[list[TransferOutcome], dict[str, AliasState]]] = {}
-
-    def outcomes(self, adapter: str) -> tuple[TransferOutcome, ...]:
-        return tuple(self._index()[adapter][0])
-
-    def aliases(self, adapter: str) -> dict[str, AliasState]:
-        return self._index()[adapter][1]
-
-    def _index(self) -> dict[str, tuple[list[TransferOutcome], dict[str, AliasState]]]:
-        if not self._by_adapter:
-            found = {name: ([], {}) for name in self._versions}
-            for (name, _), outcome in sorted(self._outcomes.items(), key=lambda item: item[0]):
-                found[name][0].append(outcome)
-            for name, alias in {*self._aliases, *self._set_by_reconcile, *self._overrides}:
-                found[name][1][alias] = self._alias_state(name, alias)
-            self._by_adapter = found
-        return self._by_adapter
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--adapters", type=int, default=10_000)
@@ -76,7 +46,7 @@ def main() -> None:
     options.add_argument("--dry", action="store_true", help="print, and leave results.json alone")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="tp-bench-") as folder:
-        platform = large(Path(folder), chosen.adapters, registry=IndexedRegistry())
+        platform = large(Path(folder), chosen.adapters)
         began = time.perf_counter()
         fleet = observe(FAMILY, platform)
         observed = time.perf_counter()

@@ -134,7 +134,8 @@ class _Family:
     def _update(self, ended: tuple[EndedShard, ...]) -> None:
         changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
         plan = reconciliation.plan_fleet(self.name, self.policy)
-        for lost in shards.in_flight(ended, plan):
+        killed = shards.in_flight(ended, plan)
+        for lost in killed:
             state = transfer.record_failure(
                 lost, self.policy, reason="its process was killed", return_state=True
             )
@@ -143,6 +144,7 @@ class _Family:
                     f"{lost}: its process was killed, and this attempt could not be recorded: "
                     f"{state.message}"
                 )
+        if killed:
             plan = reconciliation.plan_fleet(self.name, self.policy)
         for end in ended:
             reason = f"shard {end.name} ended as {end.state_name}; the next run continues its work"
@@ -172,6 +174,6 @@ class _Family:
     def _problems(self, plan: Plan, changes: FleetChanges) -> Iterator[str]:
         if changes.is_refused or (changes.obstacle and not self.awaited(wait=True)):
             yield reporting.obstacle_text(changes)
-        yield from dict.fromkeys(self.left.values())
-        yield from map(reporting.parked_text, plan.parked)
-        yield from plan.unreadable
+        yield from reporting.limited(dict.fromkeys(self.left.values()))
+        yield from reporting.limited(map(reporting.parked_text, plan.parked))
+        yield from reporting.limited(plan.unreadable)

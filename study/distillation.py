@@ -31,7 +31,8 @@ from trans_peft.training.launch import fit as train
 
 SCORES = Path(__file__).with_name("distilled.jsonl")
 POLICY = DistillationPolicy()
-CELLS = (("signatures", "ffn"), ("exceptions", "ffn"), ("signatures", "all"), ("exceptions", "all"))
+CELLS = (("exceptions", "ffn"), ("signatures", "all"), ("exceptions", "all"), ("signatures", "ffn"))
+"""Tasks and updates. The policy's defaults were chosen in the last one, with seed 1."""
 SEEDS = (1, 2, 3)
 APPROVED = (20, 5)
 """Numbers of approved prompts after which v1 writes others."""
@@ -52,6 +53,15 @@ SOURCES = (
     *(Source(f"written after {n}", approved=n) for n in APPROVED),
     Source("prompt model", steps=PROMPT_MODEL_STEPS),
 )
+
+
+PARTS = (
+    ("plain", SOURCES[:1]),
+    ("spared", SOURCES[:1]),
+    ("plain", SOURCES[1:]),
+    ("spared", SOURCES[1:]),
+)
+"""Arms and their sources of prompts, in the order in which they run."""
 
 
 def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Example]:
@@ -84,27 +94,28 @@ def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Ex
     return found
 
 
-def cell(
-    prepared: Prepared, task: str, update: str, seed: int, known: ScoreFile
+def scores(
+    prepared: Prepared,
+    planned: PlannedTraining,
+    update: str,
+    sources: Sequence[Source],
+    known: ScoreFile,
 ) -> Iterator[Score]:
-    """Yield the scores of one task, update and seed that the score file lacks."""
-    named = arms(spared_layers(prepared))
-    for arm in ("plain", "spared"):
-        planned = PlannedTraining(task, arm, named[arm], STEPS[0], seed)
-        job, trained = _trained(prepared, planned)
-        yield from _missing(prepared, planned, (V1, update), trained, known)
-        if arm == "plain":
-            anew = replace(planned, base=update)
-            yield from _missing(prepared, anew, (update,), _trained(prepared, anew)[1], known)
-        for source in SOURCES:
-            distilled = replace(planned, arm=f"{arm}, distilled, {source.name}")
-            if (*_cell(distilled), update) not in {score.cell for score in known}:
-                try:
-                    result = _distilled(prepared, distilled, job, trained, update, source)
-                except DataError as error:  # too few prompts
-                    log(f"{distilled}: {error}")
-                    continue
-                yield from _missing(prepared, distilled, (update,), result, known)
+    """Yield the scores of one arm of a cell that the score file lacks."""
+    job, trained = _trained(prepared, planned)
+    yield from _missing(prepared, planned, (V1, update), trained, known)
+    if planned.arm == "plain":
+        anew = replace(planned, base=update)
+        yield from _missing(prepared, anew, (update,), _trained(prepared, anew)[1], known)
+    for source in sources:
+        distilled = replace(planned, arm=f"{planned.arm}, distilled, {source.name}")
+        if (*_cell(distilled), update) not in {score.cell for score in known}:
+            try:
+                result = _distilled(prepared, distilled, job, trained, update, source)
+            except DataError as error:  # too few prompts
+                log(f"{distilled}: {error}")
+                continue
+            yield from _missing(prepared, distilled, (update,), result, known)
 
 
 def _distilled(
@@ -175,12 +186,16 @@ def main() -> None:
     known = ScoreFile(SCORES)
     planned = [(task, update, seed) for seed in SEEDS for task, update in CELLS][: options.cells]
     prepared = prepare(options.folder.resolve(), sorted({update for _, update, _ in planned}))
-    for task, update, seed in planned:
-        for score in cell(prepared, task, update, seed, known):
-            known.append(score)
-            log(
-                f"{score.arm} on {score.scored_on}: {score.points:.1f}, {score.train_seconds:.0f} s"
-            )
+    named = arms(spared_layers(prepared))
+    for arm, sources in PARTS:
+        for task, update, seed in planned:
+            training = PlannedTraining(task, arm, named[arm], STEPS[0], seed)
+            for score in scores(prepared, training, update, sources, known):
+                known.append(score)
+                log(
+                    f"{score.task}, {score.arm}, seed {seed}, on {score.scored_on}: "
+                    f"{score.points:.1f}, {score.train_seconds:.0f} s"
+                )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Prefect artifacts for users: the plan and the fleet report of a family."""
 
+from collections.abc import Iterable
+
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
@@ -8,20 +10,32 @@ from tasks.policy import RETRIES
 from trans_peft.domain.conventions import OUTCOME_TAG_PREFIX, TAG_PREFIX, artifact_key
 from trans_peft.domain.fleet import FleetChanges
 from trans_peft.domain.outcome import Plan, TransferTask
+from trans_peft.errors import listed_lines
 from trans_peft.lifecycle.promotion import describe_obstacle
 from trans_peft.lifecycle.report import report
 
-__all__ = ["changes_markdown", "obstacle_text", "parked_text", "publish_fleet", "publish_plan"]
+__all__ = [
+    "MAX_LISTED",
+    "changes_markdown",
+    "limited",
+    "obstacle_text",
+    "parked_text",
+    "publish_fleet",
+    "publish_plan",
+]
+
+MAX_LISTED = 200
+"""The number of lines of one kind in a log, an artifact or a state. A fleet may have thousands."""
 
 
 @task(**RETRIES, task_run_name="plan of {plan.family}")
 def publish_plan(plan: Plan) -> None:
     """Write the plan to the log and to a table artifact."""
     logger = get_run_logger()
-    for item in plan.tasks:
-        logger.info("%s", item)
-    for item in plan.parked:
-        logger.warning("%s", parked_text(item))
+    for line in limited(map(str, plan.tasks)):
+        logger.info("%s", line)
+    for line in limited(map(parked_text, plan.parked)):
+        logger.warning("%s", line)
     create_table_artifact(
         key=artifact_key("plan", plan.family),
         table=[
@@ -31,11 +45,13 @@ def publish_plan(plan: Plan) -> None:
                 "reason": str(item.reason),
                 "attempt": item.attempt,
                 "estimated seconds": item.estimated_seconds,
-                "parked": item in plan.parked,
+                "parked": is_parked,
             }
-            for item in (*plan.tasks, *plan.parked)
+            for is_parked, items in ((False, plan.tasks), (True, plan.parked))
+            for item in items[:MAX_LISTED]
         ],
-        description=f"{len(plan.tasks)} to judge, {len(plan.parked)} parked",
+        description=f"{len(plan.tasks)} to judge, {len(plan.parked)} parked; at most {MAX_LISTED} "
+        "of each are listed",
     )
 
 
@@ -52,6 +68,11 @@ def obstacle_text(changes: FleetChanges) -> str:
     return "" if changes.obstacle is None else describe_obstacle(changes.obstacle)
 
 
+def limited(lines: Iterable[str]) -> list[str]:
+    """Return the first `MAX_LISTED` lines and, if there are others, a last line "and N more"."""
+    return listed_lines([*lines], MAX_LISTED)
+
+
 def parked_text(item: TransferTask) -> str:
     """Return that all attempts of a task failed, and how to start it again."""
     tag = f"{TAG_PREFIX}{OUTCOME_TAG_PREFIX}{item.base.alias}"
@@ -65,15 +86,16 @@ def parked_text(item: TransferTask) -> str:
 
 def changes_markdown(changes: FleetChanges) -> str:
     """Return the changes of one run as a section of the fleet report."""
-    lines = [
-        f"- {change.adapter}: {change.alias} -> "
+    aliases = [
+        f"{change.adapter}: {change.alias} -> "
         + ("none" if change.number is None else f"version {change.number}")
         for change in changes.aliases
     ]
-    lines += [
-        f"- manual override kept: {found.adapter} on {found.base}: {found.override}"
+    overrides = [
+        f"manual override kept: {found.adapter} on {found.base}: {found.override}"
         for found in changes.manual_overrides
     ]
+    lines = [f"- {line}" for line in (*limited(aliases), *limited(overrides))]
     if changes.promoted is not None:
         lines.append(f"- **serving moved to {changes.promoted}**")
     if changes.obstacle is not None:

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import json
 import logging
+import reprlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LoadedBase",
     "adapter_weights_sha256",
+    "end_token_problems",
     "load_base",
     "load_tokenizer",
     "release_base",
@@ -130,11 +132,12 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # report all of them; the default raises for the first
         )
-    except (ValueError, KeyError) as error:  # transformers has no class for this model type
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"transformers has no causal language model for {folder}",
-            found=error,
-            do="convert it to an architecture of transformers; code in a base is never run",
+            f"transformers cannot load {folder} as a causal language model",
+            found=f"{type(error).__name__}: {error}",
+            do="correct its files, or convert it to an architecture of transformers; code in a "
+            "base is never run",
         ) from error
     except RuntimeError as error:
         if "conversion of the weights" not in str(error):
@@ -142,7 +145,12 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
         raise _mismatch_error(folder, [f"the tensors do not convert: {error}"]) from error
     if problems := _differences(folder, model, report):
         raise _mismatch_error(folder, problems)
-    _check_end_tokens(folder, model)
+    if problems := end_token_problems(model):
+        raise UnsupportedModelError(
+            f"no answer of the base in {folder} would end",
+            found="; ".join(problems),
+            do="correct the file, and publish the base as a new version",
+        )
     model.config.return_dict = True  # config.json may disable it; this library needs named outputs
     model.to(device).eval()
     base = LoadedBase(model, tokenizer)
@@ -162,19 +170,19 @@ def _differences(folder: Path, model: "PreTrainedModel", report: dict[str, Any])
     return loading_problems(report["missing_keys"], unexpected, report["mismatched_keys"])
 
 
-def _check_end_tokens(folder: Path, model: "PreTrainedModel") -> None:
-    """Raise UnsupportedModelError if an end token is no token id, so that no answer would end."""
+def end_token_problems(model: "PreTrainedModel") -> list[str]:
+    """Return the `eos_token_id` fields that are no token ids, so that no answer would end."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    problems = []
     for owner, name in (("config", "config.json"), ("generation_config", "generation_config.json")):
         found = getattr(getattr(model, owner, None), "eos_token_id", None)
         ids = found if isinstance(found, list) else [found]
         if not all(i is None or (type(i) is int and 0 <= i < vocabulary) for i in ids):
-            raise UnsupportedModelError(
-                f"eos_token_id in {folder / name} is not a token id",
-                expected=f"a token id from 0 to {vocabulary - 1}, or a list of them",
-                found=repr(found),
-                do=f"correct {name} and publish the base as a new version",
+            problems.append(
+                f"eos_token_id in {name} must be a token id from 0 to {vocabulary - 1}, or a list "
+                f"of them, and is {reprlib.repr(found)}"
             )
+    return problems
 
 
 def _mismatch_error(folder: Path, problems: list[str]) -> UnsupportedModelError:

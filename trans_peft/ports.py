@@ -13,8 +13,9 @@ from typing import BinaryIO, Protocol
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation
-from trans_peft.domain.fleet import RegisteredAdapter
+from trans_peft.domain.fleet import FamilyAdapters, RegisteredAdapter
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.owners import Owners
 from trans_peft.domain.places import Places
@@ -128,12 +129,16 @@ class AdapterRegistry(Protocol):
     def adapters(self, family: str) -> tuple[str, ...]:
         """Return the names of the family's live (not retired) adapters, sorted."""
 
-    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
-        """Return descriptions of adapters that `adapters` leaves out, each with the reason.
+    def fleet(self, family: str) -> FamilyAdapters:
+        """Return all live adapters of a family, each as `adapter` returns it.
 
-        With a family: its adapters with an invalid name or tag. Without a family: adapters of a
-        family that does not exist.
+        The adapters are read together, in pages of many. `unreadable` has those for which `adapter`
+        raises an error, and those with an invalid name or tag, which `adapters` leaves out. An
+        adapter that cannot be read does not affect the others.
         """
+
+    def set_aside(self) -> tuple[str, ...]:
+        """Return descriptions of adapters of families that do not exist."""
 
     def adapter(self, name: str) -> RegisteredAdapter:
         """Return one adapter, live or not, with its versions, outcomes and aliases.
@@ -152,9 +157,16 @@ class AdapterRegistry(Protocol):
         """
 
     def register(
-        self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
+        self,
+        draft: AdapterVersion,
+        folder: Path,
+        *,
+        tags: Mapping[str, str] | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> AdapterVersion:
         """Register the PEFT folder as a new version. The draft's `number` is ignored.
+
+        `tags` and `scores` (in points, by suite) are shown to people.
 
         If the same weights are registered for the same base, that version is returned. Of several
         such versions the lowest number is returned, and the others are marked as superseded.
@@ -217,6 +229,9 @@ class Run(Protocol):
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics at a step."""
+
+    def dataset(self, name: str, data: DataSource) -> None:
+        """Record the pinned data that the run is trained on."""
 
     def file(self, path: Path, folder: str = "") -> None:
         """Store a file with the run."""

@@ -158,7 +158,9 @@ def write_internlm2(folder, config=CONFIG, weights=None, shards=1, **files):
             file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
             index |= dict.fromkeys(names[shard::shards], file)
             save_file({name: weights[name] for name in names[shard::shards]}, folder / file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": index})
+        )
     for name in ("configuration_internlm2", "modeling_internlm2", "tokenization_internlm2"):
         (folder / f"{name}.py").write_text(BOMB)
     (folder / "tokenizer.model").write_bytes(b"sentencepiece")

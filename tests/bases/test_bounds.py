@@ -60,7 +60,9 @@ def test_the_tensors_of_all_files_count_together(monkeypatch):
         }
         data = safetensors(header, b"ab")
         files.take(StoredFile(f"{name}.safetensors", len(data), name), iter([data]))
-    index = json.dumps({"weight_map": {f"t{n}": f"{'ab'[n // 2]}.safetensors" for n in range(4)}})
+    index = json.dumps(
+        {"metadata": {}, "weight_map": {f"t{n}": f"{'ab'[n // 2]}.safetensors" for n in range(4)}}
+    )
     files.take(StoredFile(model_files.INDEX, len(index), "i"), iter([index.encode()]))
     assert files.fingerprint() is None
     assert any("4 tensors; at most 3" in problem for problem in files.problems)

@@ -199,6 +199,7 @@ def index_without(name: str) -> bytes:
         (two(**{SECOND: TWO[SECOND][:-1]}), [f"{SECOND}: it ends 1 bytes"]),
         (two(**{INDEX: index_without("norm")}), ["does not match the files for norm"]),
         (two(**{INDEX: b'{"weight_map": {"x": 1}}'}), ["no `weight_map`"]),
+        (two(**{INDEX: b'{"metadata": [], "weight_map": {}}'}), ["no `metadata`"]),
         (
             two(**{"model-00001-of-00002.safetensors": TWO[SECOND]}),
             ["also in another file: layer.1", "does not match the files for embed"],

@@ -125,7 +125,7 @@ DOCUMENTS = {
     "tokenizer_config.json": SETTINGS | {"chat_template": [{"name": "a", "template": "b"}]},
     "special_tokens_map.json": {"eos_token": {"content": "<eos>"}},
     "generation_config.json": {"eos_token_id": [1, 2]},
-    "model.safetensors.index.json": {"weight_map": {"a": "model-1.safetensors"}},
+    "model.safetensors.index.json": {"metadata": {}, "weight_map": {"a": "model-1.safetensors"}},
 }
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,14 +49,16 @@ def read(folder: Path, with_tokenizer: bool = True) -> Checkpoint:
 def inspected(checkpoint: Checkpoint) -> tuple[str, dict]:
     """Inspect in this process; return the problems, and name in the model -> name in the files."""
     tensors = [(n, t.dtype, t.shape, t.sha256) for n, t in checkpoint.tensors.items()]
-    found = inspect_checkpoint(checkpoint.config, tensors, checkpoint.tokenizer)
+    found = inspect_checkpoint(
+        checkpoint.config, tensors, checkpoint.tokenizer, checkpoint.generation
+    )
     return "\n".join(found["problems"]), {name: source for name, _, source in found["weights"]}
 
 
 def edited(checkpoint: Checkpoint, add=(), drop=(), **fields) -> Checkpoint:
     tensors = {n: t for n, t in checkpoint.tensors.items() if n not in drop} | dict(add)
     config = json.dumps(json.loads(checkpoint.config) | fields)
-    return Checkpoint(config, tensors, checkpoint.tokenizer)
+    return Checkpoint(config, tensors, checkpoint.tokenizer, checkpoint.generation)
 
 
 def tensor(*shape: int, dtype: str = "F32", sha256: str = "") -> TensorSignature:
@@ -230,7 +233,15 @@ def test_names_of_the_hub_and_masks_of_old_checkpoints_fit(tmp_path):
 
 
 def test_a_weight_is_not_taken_for_a_mask_of_old_checkpoints(tmp_path):
-    config = transformers.GPTJConfig(vocab_size=258, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    config = transformers.GPTJConfig(
+        vocab_size=258,
+        n_positions=64,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=257,
+    )
     transformers.GPTJForCausalLM(config).save_pretrained(tmp_path)
     saved, name = read(tmp_path, with_tokenizer=False), "transformer.h.0.attn.bias"
     assert inspected(edited(saved, add={name: tensor(1, 1, 64, 64, dtype="BOOL")}))[0] == ""
@@ -247,6 +258,7 @@ QUANTIZED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         ({"text_config": {"num_hidden_layers": 1 << 70}}, "text_config.num_hidden_layers is"),
         ({"quantization_config": QUANTIZED}, "quantization_config declares a quantized"),
         ({"text_config": {"quantization_config": QUANTIZED}}, "text_config.quantization_config"),
+        ({"num_labels": 1_000_000}, "num_labels is 1,000,000"),
         ({"compression_config": {"format": "pack-quantized"}}, "compression_config"),
         (
             {"transformers_weights": "../other.safetensors"},
@@ -279,6 +291,32 @@ def test_a_config_that_builds_no_model_is_reported_without_temporary_paths(llama
     problems, _ = inspected(edited(llama, **change))
     assert problems
     assert "/tmp" not in problems
+
+
+@pytest.mark.parametrize(
+    ("generation", "problem"),
+    [
+        ({"watermarking_config": {"x": 1}}, "generation_config.json cannot be loaded"),
+        ({"cache_implementation": "foo"}, "generation_config.json cannot be loaded"),
+        ({"max_new_tokens": -1}, "generation_config.json cannot be loaded"),
+        ({"compile_config": {"a": 1}}, "generation_config.json cannot be loaded"),
+        ({"eos_token_id": "a"}, "eos_token_id in generation_config.json must be a token id"),
+        ({"eos_token_id": [[1]]}, "eos_token_id in generation_config.json must be a token id"),
+        ({"eos_token_id": 257.0}, "eos_token_id in generation_config.json must be a token id"),
+        ({"eos_token_id": [257, 99999]}, "from 0 to 257, or a list of them, and is [257, 99999]"),
+        ({"eos_token_id": [257, 3]}, ""),
+    ],
+)
+def test_a_generation_config_that_does_not_load_is_reported(llama, generation, problem):
+    problems, _ = inspected(replace(llama, generation=json.dumps(generation)))
+    assert problem in problems
+    assert bool(problems) == bool(problem)
+    assert "/tmp" not in problems
+
+
+@pytest.mark.parametrize("end", [99999, [257, 99999], -1])
+def test_an_end_token_of_the_config_that_does_not_exist_is_reported(llama, end):
+    assert "eos_token_id in config.json" in inspected(edited(llama, eos_token_id=end))[0]
 
 
 def test_position_tables_above_the_limit_are_refused(llama, monkeypatch):

@@ -90,7 +90,7 @@ def sharded(tensors: Mapping[str, np.ndarray], shards: Mapping[str, int]) -> dic
     """Return the weight files with each tensor in the shard of that number, and their index."""
     numbers = sorted(set(shards.values()))
     files = {number: f"model-{number:05}-of-{len(numbers):05}.safetensors" for number in numbers}
-    index = {"weight_map": {name: files[number] for name, number in shards.items()}}
+    index = {"metadata": {}, "weight_map": {name: files[number] for name, number in shards.items()}}
     return {
         **{
             file: save({name: tensors[name] for name in shards if shards[name] == number})

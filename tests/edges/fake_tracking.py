@@ -4,13 +4,14 @@ It keeps what MLflow's server keeps, and checks nothing: any text in any tag, an
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from trans_peft.domain.names import check_case
 from trans_peft.edges.mlflow_client import full_tags, own_tags, tag
+from trans_peft.edges.mlflow_search import FoundModel
 from trans_peft.errors import NotFoundError
 
 
@@ -28,6 +29,7 @@ class Version:
     source: str
     tags: dict[str, str]
     run_id: str | None = None
+    model_id: str | None = None
 
 
 class FakeTracking:
@@ -46,7 +48,6 @@ class FakeTracking:
         return SimpleNamespace(
             get_model_version=lambda name, number: self.version(name, int(number)),
             get_model_version_download_uri=self._download_uri,
-            get_registered_model=lambda name: self.known[name],
             delete_registered_model_alias=lambda name, alias: self.known[name].aliases.pop(
                 alias, 0
             ),
@@ -55,12 +56,19 @@ class FakeTracking:
     def _download_uri(self, name: str, number: str) -> str:
         raise NotFoundError(f"the source of {name} {number} is gone")
 
-    def models(self, tags: dict[str, str]) -> list[Model]:
+    def models(self, tags: dict[str, str]) -> list[FoundModel]:
         return [
-            model
-            for _, model in sorted(self.known.items())
+            self.found_model(name)
+            for name, model in sorted(self.known.items())
             if full_tags(tags).items() <= model.tags.items()
         ]
+
+    def found_model(self, name: str) -> FoundModel:
+        if name not in self.known:
+            raise NotFoundError(f"there is no {name!r}")
+        model, latest = self.known[name], self.made.get(name, ())[-1:]
+        numbers = (int(version.version) for version in latest)
+        return FoundModel(name, {**model.tags}, {**model.aliases}, max(numbers, default=0))
 
     def model(self, name: str, kind: str) -> Model:
         if name not in self.known or own_tags(self.known[name].tags).get("kind", "base") != kind:
@@ -82,6 +90,9 @@ class FakeTracking:
             for version in versions
             if full_tags(tags).items() <= version.tags.items()
         ]
+
+    def versions_of(self, names: Iterable[str]) -> list[Version]:
+        return [version for name in names for version in self.versions(name)]
 
     def version(self, name: str, number: int) -> Version:
         for version in self.made.get(name, ()):
@@ -127,6 +138,12 @@ class FakeTracking:
         return [run_id for run_id, (its, _) in self._runs.items() if tags.items() <= its.items()]
 
     def log_params(self, *_: object) -> None:
+        pass
+
+    def log_datasets(self, *_: object) -> None:
+        pass
+
+    def log_table(self, *_: object) -> None:
         pass
 
     def log_metrics(self, *_: object, **__: object) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.edges.examples import evaluation
 from tests.edges.fake_tracking import FakeTracking, Model, Version
+from tests.edges.one_by_one import one_by_one
 from tests.lifecycle.fleet import POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.fleet import VerdictsMissing
@@ -127,6 +128,9 @@ class Two:
             pending(fleet.platform)
             fleet.platform.catalog.set_aside()
             fleet.platform.registry.set_aside()
+            found = fleet.platform.registry.fleet(fleet.family)
+            live, unreadable = one_by_one(fleet.platform.registry, fleet.family)
+            assert (found.live, found.unreadable[: len(unreadable)]) == (live, unreadable)
             for number in (2, 1):
                 fleet.person.sets_on_a_base(fleet.family, "champion", number)
                 changes = apply_verdicts(observe(fleet.family, fleet.platform), POLICY, ANY_SHARE,
@@ -266,7 +270,8 @@ def test_a_registered_model_with_an_invalid_name_is_reported_and_ignored(two, na
         seen = two.assert_others_continue()
         assert [adapter.name for adapter in seen.adapters] == ["bad", "good"]
         catalog, registry = two.spoilt.platform.catalog, two.spoilt.platform.registry
-        lines = catalog.set_aside() if tags["kind"] == "base" else registry.set_aside("spoilt")
+        aside = registry.fleet("spoilt").unreadable
+        lines = catalog.set_aside() if tags["kind"] == "base" else aside
         assert len(lines) == 1
         assert lines[0].isascii()
 

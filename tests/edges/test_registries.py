@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from tests.edges.examples import draft, evaluation, outcome, peft_folder, transferred
+from tests.edges.one_by_one import one_by_one
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.evaluation import Verdict, verdict_key
+from trans_peft.domain.fleet import FamilyAdapters
 from trans_peft.edges.memory import MemoryRegistry
+from trans_peft.edges.mlflow_client import logged_model_id
+from trans_peft.edges.mlflow_model import MODEL_FILES
+from trans_peft.edges.mlflow_search import entry_of
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
 from trans_peft.ports import AdapterRegistry
 
@@ -103,6 +109,23 @@ class TestEveryRegistry:
         with pytest.raises(NotFoundError):
             registry.adapter("unknown-adapter")
 
+    def test_a_fleet_is_read_as_its_adapters_are_one_by_one(self, place):
+        registry = place.registry
+        names = [f"{place.adapter}-{i}" for i in range(5)]
+        firsts = [place.trained(name) for name in names]
+        registry.register(transferred(firsts[1]), place.peft_folder())
+        registry.record(outcome(firsts[1], new_number=2))
+        registry.set_alias(names[1], "on-222222222222", 2)
+        registry.record(outcome(firsts[2], Verdict.FAILED))
+        registry.register(draft(names[3], place.family, place.peft_folder(1)), place.peft_folder(1))
+        place.person.set_alias_manually(names[3], "on-222222222222", 2)
+        place.person.retire_manually(names[4])
+        found = registry.fleet(place.family)
+        assert (found.live, found.unreadable) == one_by_one(registry, place.family)
+        assert [adapter.name for adapter in found.live] == names[:4]
+        assert found.unreadable == ()
+        assert registry.fleet("no-such-family") == FamilyAdapters(())
+
     def test_a_name_that_breaks_the_rule_is_refused_before_anything_is_written(self, place):
         place.trained()
         folder = place.peft_folder()
@@ -110,7 +133,7 @@ class TestEveryRegistry:
             with pytest.raises(InvalidSpecError):
                 place.registry.register(draft(name, place.family, folder), folder)
         assert place.registry.adapters(place.family) == (place.adapter,)
-        assert place.registry.set_aside(place.family) == ()
+        assert place.registry.fleet(place.family).unreadable == ()
         assert place.registry.family(place.adapter) == place.family
         with pytest.raises(NotFoundError):
             place.registry.family("nobody-there")
@@ -300,9 +323,9 @@ class TestMlflow:
         place.trained()
         uri = f"models:/{place.adapter}/1"
         found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "d")))
-        assert {p.name for p in found.iterdir()} == {
-            "adapter_config.json", "adapter_model.safetensors",
-        }  # fmt: skip
+        files = {p.name for p in found.iterdir()}
+        assert files - MODEL_FILES == {"adapter_config.json", "adapter_model.safetensors"}
+        assert "MLmodel" in files
 
     def test_tags_describe_the_version(self, place):
         folder = place.peft_folder()
@@ -354,6 +377,53 @@ class TestMlflow:
         with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
             asked = replace(draft(place.adapter, place.family, folder), run_id=run.id)
             assert place.registry.register(asked, folder).run_id == run.id
+
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_scores_belong_to_the_model_and_to_the_data_of_the_suite(self, place, servers, trained):
+        from trans_peft.edges.mlflow_runs import MlflowRunLog
+
+        folder, client = place.peft_folder(), place.person.client
+        asked = draft(place.adapter, place.family, folder)
+        with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
+            asked = replace(asked, run_id=run.id if trained else None)
+            place.registry.register(asked, folder, scores={"exceptions": 62.5})
+        model = client.get_logged_model(
+            logged_model_id(client.get_model_version(place.adapter, "1"))
+        )
+        (metric,) = model.metrics
+        assert (metric.key, metric.value) == ("exceptions/score", 62.5)
+        assert (metric.dataset_name, metric.dataset_digest) == ("exceptions", "ab" * 18)
+        assert trained == (metric.run_id == run.id)
+
+    def test_the_run_of_an_outcome_lists_the_flipped_items(self, place):
+        source = place.trained()
+        made = place.registry.register(transferred(source), place.peft_folder())
+        old, new = (
+            replace(
+                evaluation(source.weights_sha256, right),
+                suite="exceptions",
+                base_fingerprint_sha256=base.fingerprint_sha256,
+            )
+            for base, right in ((source.base, 3), (made.base, 1))
+        )
+        judged = replace(outcome(source, new_number=made.number), evaluations=(old, new))
+        place.registry.record(judged)
+        client = place.person.client
+        model = client.get_logged_model(
+            logged_model_id(client.get_model_version(place.adapter, str(made.number)))
+        )
+        figures = {metric.key: metric.value for metric in model.metrics}
+        assert figures["exceptions/score"] == 79.0
+        run_id = model.metrics[0].run_id
+        table = client.load_table(
+            client.get_run(run_id).info.experiment_id, "flipped-items.json", [run_id]
+        )
+        assert table[["suite", "item", "change"]].values.tolist() == [
+            ["exceptions", "item-1", "lost"],
+            ["exceptions", "item-2", "lost"],
+        ]
+        (used,) = client.get_run(run_id).inputs.dataset_inputs
+        assert used.dataset.name == "exceptions"
 
     def test_a_late_registration_of_a_lost_shard_is_superseded(self, place):
         first = place.trained()
@@ -512,7 +582,8 @@ def test_invalid_tags_and_names_are_set_aside_with_the_reason(servers, unique, t
     )
     client.set_model_version_tag(place.adapter, str(version.number), "trans_peft.made_by", "x")
     assert place.registry.adapters(place.family) == (place.adapter,)
-    (line,) = place.registry.set_aside(place.family)
+    unreadable, line = place.registry.fleet(place.family).unreadable
+    assert unreadable.startswith(f"{place.adapter}: the tag trans_peft.made_by of version 1")
     assert "must be 1 to 100 ASCII letters" in line
     assert any(place.adapter in line for line in place.registry.set_aside())
     with pytest.raises(IntegrityError, match=r"the tag trans_peft\.made_by of version 1"):
@@ -521,4 +592,123 @@ def test_invalid_tags_and_names_are_set_aside_with_the_reason(servers, unique, t
     assert place.registry.versions(place.adapter) == (version,)
     client.set_registered_model_tag(place.adapter, "trans_peft.retired", "yes")
     assert place.registry.adapters(place.family) == ()
-    assert any("must be true or false" in line for line in place.registry.set_aside(place.family))
+    lines = place.registry.fleet(place.family).unreadable
+    assert any("must be true or false" in line for line in lines)
+
+
+@pytest.mark.servers
+def test_the_requests_for_a_fleet_do_not_depend_on_its_size(servers, unique, tmp_path, monkeypatch):
+    place = place_in_mlflow(servers, unique, tmp_path)
+    first = place.trained()
+    place.registry.register(transferred(first), place.peft_folder())
+    place.registry.record(outcome(first, new_number=2))
+    client, sent = place.person.client, []
+    send = requests.Session.send
+    counted = []
+    for size in (3, 40):
+        for number in range(len(place.registry.adapters(place.family)), size):
+            _copy_adapter(client, place.adapter, f"{unique}-{number}")
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                requests.Session, "send", lambda *a, **k: sent.append(a[1].url) or send(*a, **k)
+            )
+            found = place.registry.fleet(place.family)
+        assert (len(found.live), found.unreadable) == (size, ())
+        counted.append(len(sent))
+        sent.clear()
+    assert counted == [2, 2]
+
+
+def _copy_adapter(client: Any, original: str, name: str) -> None:
+    """Register the first version of an adapter under another name: its tags alone, no files."""
+    client.create_registered_model(name, tags=client.get_registered_model(original).tags)
+    found = client.get_model_version(original, "1")
+    recipe = found.tags["trans_peft.recipe"].replace(f'"{original}"', f'"{name}"')
+    client.create_model_version(
+        name,
+        found.source,
+        tags=found.tags | {"trans_peft.adapter": name, "trans_peft.recipe": recipe},
+        model_id=found.source.removeprefix("models:/"),
+        await_creation_for=0,
+    )
+
+
+@pytest.mark.servers
+def test_the_searches_return_what_the_client_of_mlflow_returns(servers, unique, tmp_path):
+    place = place_in_mlflow(servers, unique, tmp_path)
+    place.trained()
+    place.registry.register(transferred(place.trained()), place.peft_folder())
+    place.person.set_alias_manually(place.adapter, "on-222222222222", 2)
+    place.person.client.create_registered_model(f"{unique}-empty")
+    place.person.client.set_registered_model_tag(place.adapter, "trans_peft.retired", "")
+    client, tracking = place.person.client, place.registry._tracking
+    for name in (place.adapter, f"{unique}-empty"):
+        (found,) = tracking._search("registered-models", f"name = '{name}'", ["name ASC"])
+        assert found == entry_of(client.get_registered_model(name)) == tracking.found_model(name)
+    entities = client.search_model_versions(
+        f"name = '{place.adapter}'", order_by=["version_number"]
+    )
+    assert tracking.versions_of([place.adapter]) == [*map(entry_of, entities)]
+    assert len(entities) == 2
+
+
+@pytest.mark.servers
+def test_odd_entries_of_a_fleet_are_read_as_they_are_one_by_one(servers, unique, tmp_path):
+    place = place_in_mlflow(servers, unique, tmp_path)
+    client, names = place.person.client, [f"{unique}-{i}" for i in range(6)]
+    for name in names:
+        place.registry.register(transferred(place.trained(name)), place.peft_folder())
+    untagged, moved, pruned, damaged, copied, lost = names
+    client.delete_model_version_tag(untagged, "1", "trans_peft.family")
+    client.set_model_version_tag(moved, "2", "trans_peft.family", "another-family")
+    client.delete_model_version(pruned, "2")
+    client.set_model_version_tag(damaged, "1", "trans_peft.suites", "[")
+    client.copy_model_version(f"models:/{damaged}/2", copied)
+    client.delete_registered_model_tag(lost, "trans_peft.family")
+    client.create_registered_model(
+        f"{unique}-empty",
+        tags={"trans_peft.kind": "adapter", "trans_peft.family": place.family},
+    )
+    found = place.registry.fleet(place.family)
+    live, unreadable = one_by_one(place.registry, place.family)
+    (aside,) = found.unreadable[len(unreadable) :]
+    assert (found.live, found.unreadable) == (live, (*unreadable, aside))
+    assert [line.split(":")[0] for line in unreadable] == [untagged, damaged]
+    assert aside.startswith(f"{lost}: the tag trans_peft.family must be {place.family}")
+    assert [(one.name, len(one.versions)) for one in found.live] == [
+        (moved, 2), (pruned, 1), (copied, 2), (f"{unique}-empty", 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.servers
+def test_mlflow_does_not_show_which_tags_and_aliases_changed(servers, unique, tmp_path):
+    """Otherwise, a later look could read only what changed (decision 0145)."""
+    place = place_in_mlflow(servers, unique, tmp_path)
+    place.trained()
+    client = place.person.client
+
+    def times():
+        return (
+            client.get_registered_model(place.adapter).last_updated_timestamp,
+            client.get_model_version(place.adapter, "1").last_updated_timestamp,
+        )
+
+    before = times()
+    client.set_registered_model_tag(place.adapter, "a", "b")
+    client.set_model_version_tag(place.adapter, "1", "a", "b")
+    client.set_registered_model_alias(place.adapter, "a", "1")
+    assert times() == before
+    (found,) = client.search_model_versions(f"name = '{place.adapter}'")
+    assert found.aliases == []
+
+
+@pytest.mark.servers
+def test_a_database_without_a_server_is_read_alike(unique, tmp_path, monkeypatch):
+    from trans_peft.edges.mlflow_registry import MlflowRegistry
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    registry = MlflowRegistry(f"sqlite:///{tmp_path}/mlflow.db")
+    place = Place(registry, unique, None, tmp_path)
+    version = place.trained()
+    assert registry.fleet(place.family).live == (registry.adapter(place.adapter),)
+    assert registry.versions(place.adapter) == (version,)

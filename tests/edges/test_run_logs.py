@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from trans_peft.domain.data import DataSource
 from trans_peft.edges.memory import MemoryRunLog
 from trans_peft.ports import RunLog
 
@@ -18,6 +19,7 @@ class Seen:
     params: dict[str, str]
     metrics: dict[str, list[tuple[int, float]]]
     files: set[str]
+    datasets: set[tuple[str, str]]
 
 
 class MemoryEye:
@@ -27,7 +29,8 @@ class MemoryEye:
     def look(self, run_id: str) -> Seen:
         (run,) = [run for run in self.log.runs if run.id == run_id]
         params = {name: str(value) for name, value in run.recorded_params.items()}
-        return Seen(run.status, run.tags, params, run.recorded_metrics, set(run.files))
+        datasets = {(name, data.sha256[:36]) for name, data in run.datasets.items()}
+        return Seen(run.status, run.tags, params, run.recorded_metrics, set(run.files), datasets)
 
 
 class MlflowEye:
@@ -51,7 +54,8 @@ class MlflowEye:
             for file in self.client.list_artifacts(run_id, folder)
             if not file.is_dir
         }
-        return Seen(run.info.status.lower(), own, run.data.params, metrics, files)
+        datasets = {(use.dataset.name, use.dataset.digest) for use in run.inputs.dataset_inputs}
+        return Seen(run.info.status.lower(), own, run.data.params, metrics, files, datasets)
 
 
 @pytest.fixture(params=["memory", pytest.param("mlflow", marks=pytest.mark.servers)])
@@ -76,6 +80,7 @@ class TestEveryRunLog:
                 run.metrics({"loss": 2.0 / step, "score/held-out": step}, step)
             assert eye.look(run.id).status == "running"
             assert eye.look(run.id).metrics["loss"] == [(1, 2.0), (2, 1.0)]
+            run.dataset("tone", DataSource("s3://data/tone.jsonl", "ab" * 32))
             run.file(path)
             run.file(path, "plots")
         seen = eye.look(run.id)
@@ -84,6 +89,7 @@ class TestEveryRunLog:
         assert seen.params["optimizer.learning_rate"] == "0.001"
         assert seen.metrics["score/held-out"] == [(1, 1.0), (2, 2.0)]
         assert seen.files == {"recipe.json", "plots/recipe.json"}
+        assert seen.datasets == {("tone", "ab" * 18)}
 
     def test_a_run_whose_block_raises_is_failed(self, log_and_eye):
         log: RunLog

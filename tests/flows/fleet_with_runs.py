@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.states import Completed, Failed
 
-from tasks.reporting import parked_text
+from tasks.reporting import limited, parked_text
 from tasks.shards import EndedShard, Shard
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import Verdict
@@ -127,6 +127,7 @@ class FleetWithRuns:
         publish_plan=lambda plan: None,
         publish_fleet=lambda *a: None,
         obstacle_text=obstacle_text,
+        limited=limited,
         parked_text=parked_text,
     )
 

@@ -1,6 +1,6 @@
 """The section of the fleet report about the changes of one run."""
 
-from tasks.reporting import changes_markdown, obstacle_text
+from tasks.reporting import MAX_LISTED, changes_markdown, limited, obstacle_text
 from trans_peft.domain.adapter import ManualOverride
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.fleet import (
@@ -40,3 +40,11 @@ def test_an_obstacle_is_indented_below_its_line():
     refused = changes_markdown(FleetChanges(obstacle=ChampionNotReady("small", 3)))
     assert "- **promotion refused**: champion is set on version 3 of small" in refused
     assert "\n    expected: a version that ingestion made ready\n" in refused
+
+
+def test_long_lists_end_with_the_number_of_others():
+    aliases = tuple(AliasChange(f"a{i}", V2.alias, 2) for i in range(MAX_LISTED + 7))
+    lines = changes_markdown(FleetChanges(aliases=aliases, promoted=V2)).splitlines()
+    assert len(lines) == MAX_LISTED + 4
+    assert lines[-2:] == ["- and 7 more", "- **serving moved to small/v2**"]
+    assert limited(map(str, range(MAX_LISTED))) == [*map(str, range(MAX_LISTED))]

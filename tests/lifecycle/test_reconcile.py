@@ -1,6 +1,7 @@
 """The plan and the aliases that follow from the state of the registry."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import BaseUnreadableError, NotFoundError, NotServedError
 from trans_peft.lifecycle.reconcile import (
     MAX_ATTEMPTS,
+    MAX_ESTIMATES,
     observe,
     observe_adapter,
     plan,
@@ -160,6 +162,27 @@ def test_the_estimate_is_the_duration_of_the_reference_evaluation(fleet, two_bas
     found = with_cost_estimates(plan(seen, POLICY), seen, fleet.platform)
     estimates = {w.adapter: w.estimated_seconds for w in found.tasks}
     assert estimates == {"chat": 42.0, "code": None}
+
+
+def test_the_estimate_is_the_longest_transfer_so_far(fleet, two_bases):
+    task = fleet.tasks()[0]
+    outcome = fleet.judge(task)
+    fleet.platform.registry.record(replace(outcome, seconds=17.0))
+    fleet.add_base("v3")
+    seen = observe(FAMILY, fleet.platform)
+    found = with_cost_estimates(plan(seen, POLICY), seen, fleet.platform)
+    estimates = {w.adapter: w.estimated_seconds for w in found.tasks}
+    assert estimates == {"chat": None, "code": None} | {task.adapter: 17.0}
+
+
+def test_a_large_plan_reads_few_evaluations(fleet, two_bases):
+    for number in range(MAX_ESTIMATES + 5):
+        fleet.add_adapter(f"more-{number}", two_bases[0])
+    reads = []
+    store = SimpleNamespace(get=reads.append)
+    seen = observe(FAMILY, fleet.platform)
+    with_cost_estimates(plan(seen, POLICY), seen, replace(fleet.platform, evaluations=store))
+    assert len(reads) == MAX_ESTIMATES
 
 
 def test_a_task_is_parked_after_three_failures(fleet, two_bases):

@@ -152,8 +152,6 @@ def test_an_invalid_template_is_refused_before_it_is_rendered(template, message)
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].nosuch.field }}", "UndefinedError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("{{ messages[0].items }}", "memory address"),
-        ("{{ joiner() }}", "memory address"),
         ("{{ messages | map('ran' ~ 'dom') | list }}", "No filter named 'random'"),
         ("{{ self.__class__ }}{{ ().__class__.__mro__ }}", "SecurityError"),
         ("{% include 'x' %}", "TypeError"),
@@ -165,6 +163,30 @@ def test_errors_are_reported_for_each_conversation(template, message):
     texts, problems = rendered(template)
     assert texts == ["", ""]
     assert all(message in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0].items }}", "<object>"),
+        ("{{ messages[0].items|string|upper }}", "<OBJECT>"),
+        ("{{ '{}'.format(messages[0].items)[1:] }}", "object>"),
+        ("{{ [messages[0].items]|join }}{{ 'a'.join ~ 1 }}", "<object><object>1"),
+        ("{{ messages[0]|attr('items') }}{{ messages|map('first') }}", "<object><object>"),
+        ("{{ joiner() }}{{ cycler(1) }}{{ raise_exception }}", "<object><object><object>"),
+        ("{% set c = cycler(1, 2) %}{{ c.next() }}{{ c.next() }}{{ c.current }}", "121"),
+        ("{% set j = joiner('-') %}{{ j() }}{{ j() }}", "-"),
+        ("{% for k, v in messages[0].items() %}{{ k }}{% endfor %}", "rolecontent"),
+        (
+            "{% for m in messages|reverse %}{{ loop.cycle('a') }}{{ loop.last }}{% endfor %}",
+            "aTrue",
+        ),
+    ],
+)
+def test_no_memory_address_becomes_text(template, text):
+    chat = [[{"role": "user", "content": "hi"}]]
+    found = render_prompts(template, chat, special_tokens={}, add_generation_prompt=True)
+    assert found == ([text], [""])
 
 
 def test_an_error_in_one_conversation_does_not_affect_others():

@@ -39,6 +39,14 @@ def probe(uploaded):
     )
 
 
+def test_a_tokenizer_that_samples_is_refused():
+    changed = tiny_tokenizer()
+    for dropout, refused in ((None, False), (0.0, False), (0.1, True)):
+        changed.backend_tokenizer.model.dropout = dropout
+        assert bool(tokenizer_problems(changed)) is refused
+    assert "model.dropout is 0.1" in tokenizer_problems(changed)[0]
+
+
 def grow(times, rules=1):
     return [normalizers.Replace("a", "a" * times)] * rules
 

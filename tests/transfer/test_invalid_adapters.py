@@ -155,6 +155,11 @@ INVALID = {
     "a surrogate for a key": (config('{"peft_type": "LORA", "\\udfff": 1}'), "attach", "surrogate"),
     "a key twice": (config('{"peft_type": "LORA", "r": 4, "r": 8}'), "hash", "repeated keys: 'r'"),
     "not a number": (config('{"peft_type": "LORA", "lora_alpha": NaN}'), "hash", "NaN"),
+    "beyond every float": (
+        config('{"peft_type": "LORA", "lora_alpha": 1e999}'),
+        "hash",
+        "1e999 is not a finite number",
+    ),
     "deep": (
         config('{"peft_type": "LORA", "a": ' + "[" * 50_000),
         "hash",

@@ -30,6 +30,20 @@ def test_a_method_without_a_scale_is_refused(write_adapter, tmp_path):
         rescaled(folder, tmp_path / "half", 0.5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 10**400},
+        {"alpha_pattern": {"q_proj": 10**400}},
+        {"lora_alpha": "x", "alpha_pattern": {"lora_alpha": 3}},
+        {"lora_alpha": True},
+    ],
+)
+def test_every_scale_must_be_a_number(options, write_adapter, tmp_path):
+    with pytest.raises(AdapterError, match="every scale must be a number"):
+        rescaled(edit_config(write_adapter(), **options), tmp_path / "half", 0.5)
+
+
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_factor_must_be_positive_and_finite(factor, write_adapter, tmp_path):
     with pytest.raises(InvalidSpecError, match="positive and finite"):

@@ -21,7 +21,7 @@ from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Compatibility, Effect, TransferOutcome
 from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
-from trans_peft.edges.memory import MemoryRegistry, memory_platform
+from trans_peft.edges.memory import memory_platform
 from trans_peft.ports import Platform
 from trans_peft.validation.gate import judge
 
@@ -259,13 +259,9 @@ _KINDS = (
 )  # fmt: skip
 
 
-def large(
-    work_dir: Path, adapters: int, bases: int = 3, registry: MemoryRegistry | None = None
-) -> Platform:
+def large(work_dir: Path, adapters: int, bases: int = 3) -> Platform:
     """Return a platform with many adapters. Every fifth has no verdict on the last base."""
     fleet = ExampleFleet(work_dir)
-    if registry is not None:
-        fleet.platform = replace(fleet.platform, registry=registry)
     registry = fleet.platform.registry
     refs = [fleet.add_base(f"v{n}").ref for n in range(1, bases + 1)]
     fleet.set_alias("serving", "v1")

@@ -122,12 +122,12 @@ class SlowRegistry:
     def __getattr__(self, name):
         return getattr(self._registry, name)
 
-    def adapters(self, family):
+    def fleet(self, family):
         self.reads += 1
         if not self.may_read.is_set():
             self.waits.set()
         assert self.may_read.wait(10)
-        return self._registry.adapters(family)
+        return self._registry.fleet(family)
 
 
 def wait_until(condition):

@@ -184,12 +184,8 @@ def test_the_token_by_which_a_template_ends_a_turn(template, end):
 
 
 @settings(deadline=None, max_examples=50)
-@given(
-    answer=st.lists(st.integers(0, 257), max_size=6),
-    ended=st.booleans(),
-    padding=st.integers(0, 3),
-)
-def test_the_text_of_an_answer_ends_before_its_end_token(answer, ended, padding):
+@given(answer=st.lists(st.integers(0, 257), max_size=6), ended=st.booleans())
+def test_the_text_of_an_answer_ends_before_its_end_token(answer, ended):
     tokenizer = naming({10: "<|tool|>", 11: "<|end|>"})
     ends = {257, 11}
     before = answer
@@ -197,10 +193,15 @@ def test_the_text_of_an_answer_ends_before_its_end_token(answer, ended, padding)
         if token in ends:
             before = answer[:i]
             break
-    while before and before[-1] == 256:
-        before = before[:-1]
-    ids = [*answer, *([257] if ended else []), *[256] * padding]
+    ids = [*answer, *([257] if ended else [])]
     assert answer_text(tokenizer, ids, ends) == tokenizer.decode(before)
+
+
+def test_the_padding_token_is_part_of_an_answer():
+    tokenizer = naming({})
+    tokenizer.pad_token = "!"
+    ids = tokenizer("Hello!")["input_ids"]
+    assert answer_text(tokenizer, [*ids, 257], {257}) == "Hello!"
 
 
 def metaspace(*special: str) -> PreTrainedTokenizerFast:

@@ -13,6 +13,7 @@ from trans_peft.ports import ArtifactStore, StoredFile
 from trans_peft.safetensors_header import read_file_header
 
 __all__ = [
+    "GENERATION",
     "MAX_TEXT_BYTES",
     "Checkpoint",
     "folder_checkpoint",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 MAX_TEXT_BYTES = 64 << 20
+GENERATION = "generation_config.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE = ".jinja"
 
@@ -34,11 +36,13 @@ class Checkpoint:
         config: the text of config.json.
         tensors: name in the files -> signature; read from a header alone, its sha256 is empty.
         tokenizer: name of a tokenizer's file -> its text.
+        generation: the text of generation_config.json; empty without the file.
     """
 
     config: str
     tensors: Mapping[str, TensorSignature]
     tokenizer: Mapping[str, str]
+    generation: str = ""
 
     def fields(self) -> Mapping[str, Any]:
         """Return the parsed config.json."""
@@ -65,6 +69,7 @@ def read_checkpoint(
         read_text(uri, store, config),
         tensors,
         {file.name: read_text(uri, store, file) for file in wanted},
+        read_text(uri, store, files[GENERATION]) if GENERATION in files else "",
     )
 
 
@@ -79,7 +84,9 @@ def folder_checkpoint(folder: Path) -> Checkpoint:
         tensors |= {e.name: TensorSignature(e.shape, e.dtype, "") for e in entries}
     names = [path.name for path in folder.iterdir() if is_tokenizer_file(path.name)]
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in ("config.json", *names)}
-    return Checkpoint(texts.pop("config.json"), tensors, texts)
+    generation = folder / GENERATION
+    text = generation.read_text(encoding="utf-8") if generation.is_file() else ""
+    return Checkpoint(texts.pop("config.json"), tensors, texts, text)
 
 
 def read_text(uri: str, store: ArtifactStore, file: StoredFile) -> str:

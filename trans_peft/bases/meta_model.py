@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trans_peft.bases.checkpoint import GENERATION
 from trans_peft.errors import listed
 from trans_peft.isolation import is_memory_limit_error
 from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
@@ -35,15 +36,19 @@ MAX_BUFFER_BYTES = 4 << 30
 
 
 def inspect_checkpoint(
-    config: str, tensors: Sequence[Sequence[Any]], tokenizer: Mapping[str, str]
+    config: str,
+    tensors: Sequence[Sequence[Any]],
+    tokenizer: Mapping[str, str],
+    generation: str = "",
 ) -> dict[str, Any]:
     """Return all differences between a checkpoint and its model, and the model's weights.
 
     `config` is the text of config.json. `tensors` are (name in the files, dtype in the spelling of
     safetensors, shape, sha256 or ""). `tokenizer` maps file names to texts; empty to leave out the
-    tokenizer. The result has `problems`, a list of sentences, and `weights`, a list of (name in the
-    model, shape, name in the files) for each tensor of the model's state dict; the last one is None
-    for a weight that is missing or converted from several tensors.
+    tokenizer. `generation` is the text of generation_config.json; empty without the file. The
+    result has `problems`, a list of sentences, and `weights`, a list of (name in the model, shape,
+    name in the files) for each tensor of the model's state dict; the last one is None for a weight
+    that is missing or converted from several tensors.
     """
     try:
         full_config, model_class, own_config = _model_class(config)
@@ -70,6 +75,7 @@ def inspect_checkpoint(
         *_different_tied_weights(loaded.model, checkpoint),
         *_large_buffers(loaded.model),
         *_tokenizer_problems(loaded.model, config, tokenizer),
+        *_generation_problems(loaded.model, generation),
     ]
     weights = [
         [name, list(tensor.shape), checkpoint.source(tensor)]
@@ -287,6 +293,24 @@ def _tokenizer_problems(
             raise MemoryError(str(error)) from error
         return [f"the tokenizer cannot be used: {type(error).__name__}: {_first_lines(error)}"]
     return problems + _tokens_without_rows(model, tokenizer.get_vocab())
+
+
+def _generation_problems(model: "PreTrainedModel", text: str) -> list[str]:
+    """Return why generation_config.json cannot be loaded, or which end tokens do not exist."""
+    from transformers import GenerationConfig
+
+    from trans_peft.models import end_token_problems
+
+    if text:
+        try:
+            with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+                (Path(folder) / GENERATION).write_text(text, encoding="utf-8")
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            if is_memory_limit_error(error):
+                raise MemoryError(str(error)) from error
+            return [f"{GENERATION} cannot be loaded: {type(error).__name__}: {_first_lines(error)}"]
+    return end_token_problems(model)
 
 
 def _tokens_without_rows(model: "PreTrainedModel", tokens: Mapping[str, int]) -> list[str]:

@@ -28,6 +28,7 @@ _IMPORTS = (  # takes 3 s; the fork server imports them once, for all children
     "transformers.models.llama.modeling_llama", "peft", "trans_peft.models",
 )  # fmt: skip
 _LAYERS = re.compile(r"(num|n)_(hidden_|encoder_|decoder_)?layers?|(encoder|decoder)_layers|depth")
+_MAX_LABELS = 10_000
 _QUANTIZED = ("quantization_config", "compression_config")
 _PACKED = re.compile(r"F[468]_|F4$")
 
@@ -69,6 +70,7 @@ def check_checkpoint(checkpoint: Checkpoint, subject: str) -> tuple[ModelWeight,
         *_quantized(config, tensors),
         *_external_references(config),
         *_implausible_layers(config, len(tensors)),
+        *_many_labels(config),
     ]
     weights: tuple[ModelWeight, ...] = ()
     if not problems:
@@ -99,6 +101,7 @@ def inspect(checkpoint: Checkpoint, subject: str) -> tuple[list[str], tuple[Mode
             for name, tensor in checkpoint.tensors.items()
         ],
         dict(checkpoint.tokenizer),
+        checkpoint.generation,
         subject=f"the model of {subject}",
         limits=LIMITS,
         imports=_IMPORTS,
@@ -114,7 +117,8 @@ def _key(checkpoint: Checkpoint) -> str:
         [name, tensor.dtype, list(tensor.shape), tensor.sha256]
         for name, tensor in sorted(checkpoint.tensors.items())
     ]
-    return content_sha256([checkpoint.config, tensors, dict(checkpoint.tokenizer)])
+    texts = [checkpoint.config, dict(checkpoint.tokenizer), checkpoint.generation]
+    return content_sha256([texts, tensors])
 
 
 def _quantized(config: Mapping[str, Any], tensors: Mapping[str, TensorSignature]) -> Iterator[str]:
@@ -144,6 +148,13 @@ def _implausible_layers(config: Mapping[str, Any], tensors: int) -> Iterator[str
     for path, key, value in _fields(config):
         if _LAYERS.fullmatch(key) and isinstance(value, int) and value > tensors:
             yield f"config.json: {path} is {value:,}, but the files hold {tensors:,} tensors"
+
+
+def _many_labels(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield label counts for which transformers would build long tables at every load."""
+    for path, key, value in _fields(config):
+        if key == "num_labels" and isinstance(value, int) and value > _MAX_LABELS:
+            yield f"config.json: {path} is {value:,}; a language model has no labels; remove it"
 
 
 def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -8,7 +8,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trans_peft.bases.checkpoint import MAX_TEXT_BYTES, Checkpoint, is_tokenizer_file
+from trans_peft.bases.checkpoint import (
+    GENERATION,
+    MAX_TEXT_BYTES,
+    Checkpoint,
+    is_tokenizer_file,
+)
 from trans_peft.bases.safetensors_stream import tensor_signatures
 from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.domain.bounds import MAX_TENSORS
@@ -136,7 +141,7 @@ class ModelFiles:
             return None
         tokenizer = {name: text for name, text in self._texts.items() if is_tokenizer_file(name)}
         config = self._texts["config.json"]
-        self.checkpoint = Checkpoint(config, tensors, tokenizer)
+        self.checkpoint = Checkpoint(config, tensors, tokenizer, self._texts.get(GENERATION, ""))
         return Fingerprint(
             architecture=architecture,
             layer_count=layers,
@@ -261,6 +266,11 @@ class ModelFiles:
         if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
             self.problems.append(f"{INDEX}: no `weight_map` of tensor name -> file name")
             return None
+        if not isinstance(self._json[INDEX].get("metadata"), dict):
+            self.problems.append(
+                f"{INDEX}: no `metadata`, which transformers reads; save the model again with "
+                "save_pretrained, or add an empty object"
+            )
         return index
 
 

@@ -28,19 +28,20 @@ _NOT_SUPPORTED = frozenset(
     [
         # more messages, or a rule for the model
         "system", "systemprompt", "systemmessage", "systeminstruction", "systeminstructions",
-        "sysprompt", "developer", "developerprompt", "developermessage", "history",
+        "sys", "sysprompt", "sysmsg", "developer", "developerprompt", "developermessage", "history",
         "chathistory", "conversationhistory", "conversation", "conversations", "dialog",
         "dialogue",
         # what a chat template reads beside the messages
-        "tools", "toolcalls", "toolcall", "toolchoice", "toolresults", "toolresponses",
+        "tool", "tools", "toolcalls", "toolcall", "toolchoice", "toolresults", "toolresponses",
         "availabletools", "paralleltoolcalls", "functions", "function", "functioncalls",
         "functioncall", "documents", "chattemplate", "chattemplatekwargs", "templatekwargs",
         "prompttemplate", "addgenerationprompt", "continuefinalmessage", "enablethinking",
         "thinking", "reasoningcontent", "reasoningeffort", "responseformat", "responseschema",
         # more than text
-        "image", "images", "video", "videos", "audio", "audios", "pixelvalues",
+        "image", "images", "imagepath", "imagepaths", "imageurl", "imageurls",
+        "video", "videos", "audio", "audios", "pixelvalues",
         # text around the prompt
-        "fewshot", "fewshots", "fewshotexamples", "demonstrations", "exemplars", "prefix",
+        "shots", "fewshot", "fewshots", "fewshotexamples", "demonstrations", "exemplars", "prefix",
         "suffix", "promptprefix", "promptsuffix",
         # weights and masks of the loss
         "weight", "weights", "sampleweight", "sampleweights", "exampleweight", "lossweight",
@@ -59,9 +60,17 @@ _TEXT_OF_OTHER_FORMATS = frozenset(
         "prompt", "prompts", "completion", "messages", "instruction", "instructions", "input",
         "inputs", "output", "outputs", "response", "query", "question", "problem", "context",
         "contexts", "passage", "background", "preamble", "persona", "article", "document",
-        "hint", "hints", "rules", "guidelines", "examples", "turns",
+        "hint", "hints", "options", "rules", "guidelines", "examples", "turns",
     ]
 )  # fmt: skip
+_TEXT_PARTS = re.compile(
+    "^sys?tem|fewshot|prefill|preprompt|promptprefix|responseprefix|assistantprefix|history"
+    "|previousturn|multiturn|tooldef|toolcall|toolresult|chattemplate|rejected|chosen|functions"
+)
+"""Fields with these parts in their names are not supported, unless their values are numbers."""
+_WEIGHT_PARTS = re.compile(
+    "(completion|loss|token|row)weight|ismasked|(loss|completion|prompt)mask|trainon"
+)
 _SEPARATORS = re.compile(r"[\W_]+")
 
 
@@ -78,10 +87,20 @@ def unsupported_fields(
             continue
         plain, shown = _SEPARATORS.sub("", name).casefold(), excerpt(name, 60)
         check = _BY_VALUE.get(plain)
-        if plain in _NOT_SUPPORTED or (check is not None and check(value)):
+        if (
+            plain in _NOT_SUPPORTED
+            or (check is not None and check(value))
+            or _has_unsupported_part(plain, value)
+        ):
             yield f"the field {shown} is not supported: it could change the prompt or the loss"
         elif text is not None and plain in _TEXT_OF_OTHER_FORMATS and not _within(value, text):
             yield f"the field {shown} is not read, and its text is not in the prompt or answer"
+
+
+def _has_unsupported_part(plain: str, value: Any) -> bool:
+    if _WEIGHT_PARTS.search(plain):
+        return True
+    return not isinstance(value, int | float) and _TEXT_PARTS.search(plain) is not None
 
 
 def _is_empty(value: Any) -> bool:

@@ -5,6 +5,7 @@ PEFT checks few types and accepts repeated keys and NaN. These checks need neith
 """
 
 import json
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,7 +32,10 @@ def parse_adapter_config(data: bytes) -> dict[str, Any]:
     """
     try:
         config = parse_json(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_finite
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_not_finite,
+            parse_float=_finite,
         )
         json.dumps(config, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -76,5 +80,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _not_finite(text)
+
+
 def _not_finite(text: str) -> float:
-    raise ValueError(f"{text} is not a number in JSON")
+    raise ValueError(f"{text} is not a finite number")

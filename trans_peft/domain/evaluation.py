@@ -30,24 +30,27 @@ __all__ = [
     "SuiteJudgment",
     "Verdict",
     "evaluation_key",
+    "flipped_items",
     "prefix_key",
     "verdict_key",
 ]
 
-_DECODING_REVISION = 2
+_DECODING_REVISION = 3
 """Part of every evaluation key. Increased when the same suite, template and model produce other
 prompts or answers, so that results of different revisions are never compared. Revision 2: answers
 keep special tokens, the end-of-turn token ends a chat answer, chat templates get a fixed date, and
-the import of HumanEval/115 precedes the prompt."""
+the import of HumanEval/115 precedes the prompt. Revision 3: a padding token is part of an
+answer."""
 
 _SCORING_REVISIONS: Mapping[str, int | str] = {
     "bleu": "case:mixed|eff:yes|tok:13a|smooth:exp",
     "code": 2,
-    "math_verify": 2,
+    "math_verify": 3,
 }
 """Part of the evaluation keys of these scoring rules. Changed when a rule scores the same answer
 differently. `bleu`: sacrebleu's signature. `code` 2: evalplus' tolerance for floats, and exceptions
-that end an iteration. `math_verify` 2: other number notations, percentages and points."""
+that end an iteration. `math_verify` 3: other number notations, percentages, points, words and
+units."""
 
 BARE = "bare"
 """The value of `weights_sha256` for a base without an adapter."""
@@ -260,6 +263,21 @@ class Evaluation:
     def kept_answers(self) -> dict[str, str]:
         """Texts of answers by item id; empty if the suite does not store answers."""
         return {item.id: item.answer for item in self.items if item.answer is not None}
+
+
+def flipped_items(
+    before: Evaluation, after: Evaluation
+) -> tuple[tuple[ItemResult, ItemResult], ...]:
+    """Return both results of each item that is right in one of two evaluations of a suite only.
+
+    Items that one of them does not have are left out.
+    """
+    old = {item.id: item for item in before.items}
+    return tuple(
+        (old[item.id], item)
+        for item in after.items
+        if item.id in old and old[item.id].correct != item.correct
+    )
 
 
 class Verdict(StrEnum):

@@ -14,6 +14,7 @@ from trans_peft.errors import NotFoundError
 __all__ = [
     "AliasChange",
     "ChampionNotReady",
+    "FamilyAdapters",
     "Fleet",
     "FleetChanges",
     "IdleAdapter",
@@ -79,6 +80,19 @@ class RegisteredAdapter:
     def outcome_on(self, base: BaseVersion) -> TransferOutcome | None:
         """Return the newest outcome of the source version's weights on a base."""
         return outcome_of(self.source.weights_sha256, base.fingerprint_sha256, self.outcomes)
+
+
+@dataclass(frozen=True)
+class FamilyAdapters:
+    """The adapters of one family, as one read of the registry found them.
+
+    Attributes:
+        live: The live adapters that can be read, by name.
+        unreadable: The live adapters that cannot be read, each with the reason.
+    """
+
+    live: tuple[RegisteredAdapter, ...]
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
@@ -304,7 +305,7 @@ class TrainingRecipe:
         if problems:
             raise InvalidSpecError(f"the recipe is invalid: {'; '.join(problems)}")
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of the whole recipe: names the work folder, so that a rerun resumes its own."""
         return content_sha256(self)

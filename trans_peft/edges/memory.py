@@ -6,17 +6,19 @@ Methods that end in `_manually` do what a person does in MLflow's pages. No port
 import hashlib
 import itertools
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.conventions import SERVING_ALIAS
+from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation
-from trans_peft.domain.fleet import RegisteredAdapter
+from trans_peft.domain.fleet import FamilyAdapters, RegisteredAdapter
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.places import Places
@@ -230,10 +232,11 @@ class MemoryRegistry:
         self._retired: set[str] = set()
         self._versions: dict[str, list[AdapterVersion]] = {}
         self._tags: dict[tuple[str, int], dict[str, str]] = {}
-        self._outcomes: dict[tuple[str, str], TransferOutcome] = {}
-        self._aliases: dict[tuple[str, str], int] = {}
-        self._set_by_reconcile: dict[tuple[str, str], int | None] = {}
-        self._overrides: dict[tuple[str, str], ManualOverride] = {}
+        # Each by name of the adapter, then by fingerprint of the base or by alias.
+        self._outcomes: defaultdict[str, dict[str, TransferOutcome]] = defaultdict(dict)
+        self._aliases: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        self._set_by_reconcile: defaultdict[str, dict[str, int | None]] = defaultdict(dict)
+        self._overrides: defaultdict[str, dict[str, ManualOverride]] = defaultdict(dict)
         self._lock = threading.Lock()
 
     def adapters(self, family: str) -> tuple[str, ...]:
@@ -246,7 +249,11 @@ class MemoryRegistry:
             )
         )
 
-    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
+    def fleet(self, family: str) -> FamilyAdapters:
+        """Return all live adapters of a family. All can be read."""
+        return FamilyAdapters(tuple(map(self.adapter, self.adapters(family))))
+
+    def set_aside(self) -> tuple[str, ...]:
         """Return nothing: `register` accepts valid names only."""
         return ()
 
@@ -273,7 +280,12 @@ class MemoryRegistry:
         return tuple(self._versions[adapter])
 
     def register(
-        self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
+        self,
+        draft: AdapterVersion,
+        folder: Path,
+        *,
+        tags: Mapping[str, str] | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> AdapterVersion:
         """Register the PEFT folder as a new version, or return the existing one."""
         with self._lock:
@@ -312,8 +324,8 @@ class MemoryRegistry:
             if not any(version.number == number for version in versions):
                 raise NotFoundError(f"there is no version {number} of {outcome.adapter}")
             base = outcome.base.fingerprint_sha256
-            previous = self._outcomes.get((outcome.adapter, base))
-            self._outcomes[outcome.adapter, base] = outcome.counted_after(previous)
+            previous = self._outcomes[outcome.adapter].get(base)
+            self._outcomes[outcome.adapter][base] = outcome.counted_after(previous)
             if outcome.new_number is not None:
                 self._versions[outcome.adapter] = [
                     replace(
@@ -334,21 +346,21 @@ class MemoryRegistry:
         self.versions(adapter)
         return tuple(
             replace(outcome, evaluations=())
-            for (name, _), outcome in sorted(self._outcomes.items(), key=lambda item: item[0])
-            if name == adapter
+            for _, outcome in sorted(self._outcomes[adapter].items(), key=lambda item: item[0])
         )
 
     def alias(self, adapter: str, alias: str) -> int | None:
         """Return the number of the version with an alias, or None. Raises NotFoundError."""
         self.versions(adapter)
-        return self._aliases.get((adapter, alias))
+        return self._aliases[adapter].get(alias)
 
     def aliases(self, adapter: str) -> Mapping[str, AliasState]:
         """Return the state of each alias that is set, was set by reconcile, or has a record."""
         self.versions(adapter)
-        known = {*self._aliases, *self._set_by_reconcile, *self._overrides}
+        known = (self._aliases, self._set_by_reconcile, self._overrides)
         return {
-            alias: self._alias_state(adapter, alias) for name, alias in known if name == adapter
+            alias: self._alias_state(adapter, alias)
+            for alias in set().union(*(aliases[adapter] for aliases in known))
         }
 
     def set_alias(self, adapter: str, alias: str, number: int | None) -> bool:
@@ -357,8 +369,8 @@ class MemoryRegistry:
             raise NotFoundError(f"there is no version {number} of {adapter}")
         if self._alias_state(adapter, alias).manual:
             return False
-        _move(self._aliases, (adapter, alias), number)
-        self._set_by_reconcile[adapter, alias] = number
+        _move(self._aliases[adapter], alias, number)
+        self._set_by_reconcile[adapter][alias] = number
         return True
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
@@ -370,17 +382,16 @@ class MemoryRegistry:
     ) -> None:
         """Store the record of a manual override; None removes the record."""
         self.versions(adapter)
-        self._overrides.pop((adapter, alias), None)
+        self._overrides[adapter].pop(alias, None)
         if override is not None:
-            self._overrides[adapter, alias] = override
+            self._overrides[adapter][alias] = override
 
     def _alias_state(self, adapter: str, alias: str) -> AliasState:
-        key = (adapter, alias)
-        stands = self._aliases.get(key)
+        stands = self._aliases[adapter].get(alias)
         return AliasState(
             stands,
-            manual=stands != self._set_by_reconcile.get(key),
-            recorded=self._overrides.get(key),
+            manual=stands != self._set_by_reconcile[adapter].get(alias),
+            recorded=self._overrides[adapter].get(alias),
         )
 
     def download(self, version: AdapterVersion, folder: str | Path) -> Path:
@@ -401,14 +412,14 @@ class MemoryRegistry:
 
     def set_alias_manually(self, adapter: str, alias: str, number: int | None) -> None:
         """Move or remove an alias, as a person does. It then has a manual override."""
-        _move(self._aliases, (adapter, alias), number)
+        _move(self._aliases[adapter], alias, number)
 
 
 def _bytes_and_base(version: AdapterVersion) -> tuple[str, str]:
     return version.weights_sha256, version.base.fingerprint_sha256
 
 
-def _move(aliases: dict[tuple[str, str], int], key: tuple[str, str], number: int | None) -> None:
+def _move(aliases: dict[Any, int], key: Any, number: int | None) -> None:
     if number is None:
         aliases.pop(key, None)
     else:
@@ -441,6 +452,7 @@ class MemoryRun:
     recorded_params: dict[str, object] = field(default_factory=dict)
     recorded_metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    datasets: dict[str, DataSource] = field(default_factory=dict)
 
     def params(self, values: Mapping[str, object]) -> None:
         """Record the parameters of the run."""
@@ -450,6 +462,10 @@ class MemoryRun:
         """Record metrics at a step."""
         for name, value in values.items():
             self.recorded_metrics.setdefault(name, []).append((step, value))
+
+    def dataset(self, name: str, data: DataSource) -> None:
+        """Record the data that the run is trained on."""
+        self.datasets[name] = data
 
     def file(self, path: Path, folder: str = "") -> None:
         """Store a file with the run."""

@@ -1,6 +1,6 @@
 """A client of one MLflow server, with paging, retries of conflicting writes, and mapped errors.
 
-Only this module imports mlflow. It neither reads nor sets MLflow's global state: each `Tracking`
+It neither reads nor sets MLflow's global state: each `Tracking`
 has its own URI, so that one process can use two servers. Tags of this library start with
 `trans_peft.`; the methods here take and return tag names without that prefix.
 """
@@ -10,14 +10,15 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.environment_variables import (
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
     MLFLOW_HTTP_REQUEST_TIMEOUT,
@@ -25,11 +26,19 @@ from mlflow.environment_variables import (
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
+from mlflow.utils.rest_utils import http_request, verify_rest_response
 from requests.exceptions import RequestException
 
 from trans_peft.domain.conventions import TAG_PREFIX
 from trans_peft.domain.names import check_case
+from trans_peft.edges.mlflow_search import (
+    FoundModel,
+    FoundVersion,
+    Page,
+    all_pages,
+    entry_of,
+    page_of,
+)
 from trans_peft.errors import (
     AccessError,
     IntegrityError,
@@ -43,12 +52,24 @@ from trans_peft.errors import (
     unknown_name,
 )
 
-__all__ = ["Tracking", "all_pages", "copied_from", "full_tags", "mapped_errors", "own_tags", "tag"]
+__all__ = [
+    "DatasetUse",
+    "Tracking",
+    "copied_from",
+    "full_tags",
+    "logged_model_id",
+    "mapped_errors",
+    "own_tags",
+    "tag",
+]
 
 _CONNECT_TIMEOUT_S = 3
 _KINDS = {"base": "base family"}
 _PARAM_LIMIT = 6000
 _PAGE = 1000
+_BY_NUMBER = ("name ASC", "version_number ASC")
+_MAX_FILTER = 2000
+"""Characters of one filter. It is part of a URL, which proxies limit to 8 KiB."""
 
 
 def tag(name: str) -> str:
@@ -231,6 +252,25 @@ def _check_server(tracking_uri: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class DatasetUse:
+    """A data set that a run used.
+
+    Attributes:
+        name: The name that MLflow shows.
+        digest: The start of the hash of its bytes.
+        source_type: The kind of its address, such as "s3".
+        source: The address as JSON.
+        context: What the run used it for: "training" or "evaluation".
+    """
+
+    name: str
+    digest: str
+    source_type: str
+    source: str
+    context: str
+
+
 class Tracking:
     """One MLflow server: experiments, runs, registered models, artifacts.
 
@@ -302,14 +342,47 @@ class Tracking:
         return tuple(run.info.run_id for run in runs)
 
     def log_metrics(
-        self, run_id: str, values: Mapping[str, float], *, step: int, time_ms: int
+        self,
+        run_id: str,
+        values: Mapping[str, float],
+        *,
+        step: int,
+        time_ms: int,
+        model_id: str | None = None,
+        dataset: DatasetUse | None = None,
     ) -> None:
-        """Record metrics at a step, synchronously."""
+        """Record metrics at a step, synchronously; optionally as those of a model and data set."""
         metrics = [
-            Metric(_metric_name(name), float(value), time_ms, step)
+            Metric(
+                _metric_name(name),
+                float(value),
+                time_ms,
+                step,
+                model_id=model_id,
+                dataset_name=dataset.name if dataset else None,
+                dataset_digest=dataset.digest if dataset else None,
+            )
             for name, value in values.items()
         ]
         self.client.log_batch(run_id, metrics=metrics)
+
+    def log_datasets(self, run_id: str, used: Sequence[DatasetUse]) -> None:
+        """Record the data sets that a run used."""
+        inputs = [
+            DatasetInput(
+                Dataset(use.name, use.digest, use.source_type, use.source),
+                [InputTag("mlflow.data.context", use.context)],
+            )
+            for use in used
+        ]
+        if inputs:
+            self.client.log_inputs(run_id, datasets=inputs)
+
+    def log_table(self, run_id: str, rows: Sequence[Mapping[str, str]], name: str) -> None:
+        """Attach a table that MLflow's page shows. All rows have the same keys."""
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        with mapped_errors(self.uri):
+            self.client.log_table(run_id, columns, name)
 
     def log_params(self, run_id: str, values: Mapping[str, object]) -> None:
         """Record parameters, cut to the length that MLflow accepts."""
@@ -343,13 +416,13 @@ class Tracking:
 
     # The model registry
 
-    def models(self, tags: Mapping[str, str]) -> list[Any]:
+    def models(self, tags: Mapping[str, str]) -> list[FoundModel]:
         """Return all registered models with these tags, sorted by name."""
-        return all_pages(
-            lambda token: self.client.search_registered_models(
-                _with_tags(tags), max_results=_PAGE, order_by=["name ASC"], page_token=token
-            )
-        )
+        return self._search("registered-models", _with_tags(tags), ["name ASC"])
+
+    def found_model(self, name: str) -> FoundModel:
+        """Return the registered model of that name, of whatever kind. NotFoundError."""
+        return cast(FoundModel, entry_of(self.client.get_registered_model(name)))
 
     def model(self, name: str, kind: str) -> Any:
         """Return a registered model and its aliases. NotFoundError, also for another kind."""
@@ -398,16 +471,40 @@ class Tracking:
             )
         )
 
-    def tagged_versions(self, tags: Mapping[str, str]) -> list[Any]:
+    def tagged_versions(self, tags: Mapping[str, str]) -> list[FoundVersion]:
         """Return the versions of all registered models with these tags, by name and number."""
-        return all_pages(
-            lambda token: self.client.search_model_versions(
-                _with_tags(tags),
-                max_results=_PAGE,
-                order_by=["name ASC", "version_number ASC"],
-                page_token=token,
-            )
+        return self._search("model-versions", _with_tags(tags), _BY_NUMBER)
+
+    def versions_of(self, names: Iterable[str]) -> list[FoundVersion]:
+        """Return all versions of these registered models, in few requests."""
+        found: list[FoundVersion] = []
+        for wanted in _names_filters(names):
+            found += self._search("model-versions", wanted, _BY_NUMBER)
+        return found
+
+    def _search(self, kind: str, wanted: str, order_by: Sequence[str]) -> list[Any]:
+        """Return all results of a search for "registered-models" or "model-versions"."""
+        if self.uri.startswith(("http://", "https://")):
+            return all_pages(lambda token: self._page(kind, wanted, order_by, token))
+        search = getattr(self.client, f"search_{kind.replace('-', '_')}")  # a database
+        entities = all_pages(
+            lambda token: search(wanted, max_results=_PAGE, order_by=[*order_by], page_token=token)
         )
+        return [*map(entry_of, entities)]
+
+    def _page(self, kind: str, wanted: str, order_by: Sequence[str], token: str | None) -> Page:
+        """Return one page of a search, as `mlflow_search` says."""
+        _ = self.client  # checks the server at the first use
+        path = f"/api/2.0/mlflow/{kind}/search"
+        params = {"filter": wanted, "max_results": _PAGE, "order_by": [*order_by]}
+        with mapped_errors(self.uri):
+            response = http_request(
+                get_default_host_creds(self.uri),
+                path,
+                "GET",
+                params=params | ({"page_token": token} if token else {}),
+            )
+            return page_of(verify_rest_response(response, path).json())
 
     def make_version(
         self,
@@ -451,9 +548,15 @@ class Tracking:
         _retry_conflict(self.client.set_registered_model_alias, name, alias, str(number))
 
     def upload_model(
-        self, purpose: str, name: str, folder: Path, *, run_id: str | None, tags: Mapping[str, str]
+        self,
+        purpose: str,
+        name: str,
+        folders: Sequence[Path],
+        *,
+        run_id: str | None,
+        tags: Mapping[str, str],
     ) -> str:
-        """Upload a folder as a logged model, and return the id of that model."""
+        """Upload the files of all folders as one logged model, and return the id of that model."""
         model = self.client.create_logged_model(
             self.experiment(purpose),
             name=re.sub(
@@ -464,7 +567,8 @@ class Tracking:
             tags=full_tags(tags),
         )
         try:
-            self.client.log_model_artifacts(model.model_id, str(folder))
+            for folder in folders:
+                self.client.log_model_artifacts(model.model_id, str(folder))
         except BaseException:
             with contextlib.suppress(StoreError):
                 self.client.finalize_logged_model(model.model_id, "FAILED")
@@ -497,6 +601,15 @@ def copied_from(found: Any) -> str | None:
     return copied and copied.group(1)
 
 
+def logged_model_id(found: Any) -> str | None:
+    """Return the id of the logged model that a version was created from, or None.
+
+    MLflow's REST API does not return `model_id`.
+    """
+    logged = re.fullmatch(r"models:/(m-\w+)", found.source or "")
+    return logged and logged.group(1)
+
+
 def _retry_conflict(write: Callable[..., Any], *arguments: str) -> None:
     """Write, and write again if another client wrote the same row meanwhile."""
     try:
@@ -505,20 +618,21 @@ def _retry_conflict(write: Callable[..., Any], *arguments: str) -> None:
         write(*arguments)
 
 
-def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
-    """Return the items of all pages of a search. `search` takes the token of a page, or None."""
-    found, token = [], None
-    while True:
-        page = search(token)
-        found += page
-        token = page.token
-        if not token:
-            return found
-
-
 def _with_tags(tags: Mapping[str, str]) -> str:
     """Return MLflow's filter for all of these tags."""
     return " AND ".join(f"tags.`{tag(key)}` = {_literal(value)}" for key, value in tags.items())
+
+
+def _names_filters(names: Iterable[str]) -> Iterator[str]:
+    """Yield MLflow's filters for models with these names, each of limited length."""
+    listed = ""
+    for name in map(_literal, names):
+        if listed and len(listed) + len(name) > _MAX_FILTER:
+            yield f"name IN ({listed})"
+            listed = ""
+        listed += f", {name}" if listed else name
+    if listed:
+        yield f"name IN ({listed})"
 
 
 def _literal(value: str) -> str:

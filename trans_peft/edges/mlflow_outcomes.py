@@ -1,9 +1,10 @@
 """Transfer outcomes in MLflow: the full outcome as a run, a summary as a tag of the version.
 
-The run (experiment `trans-peft/transfers`) has `outcome.json` with every item, and the main figures
-as metrics. The tag `outcome.on-<base>` of the version has the fields that reconcile needs, so that
-reading a fleet downloads no files. The tag is written last. After a crash before that, the transfer
-is repeated, and a finished run with the same verdict is used again.
+The run (experiment `trans-peft/transfers`) has `outcome.json` with every item, the main figures as
+metrics of the registered model, the suites as data sets, and a table of the flipped items. The tag
+`outcome.on-<base>` of the version has the fields that reconcile needs, so that reading a fleet
+downloads no files. The tag is written last. After a crash before that, the transfer is repeated,
+and a finished run with the same verdict is used again.
 """
 
 import json
@@ -18,10 +19,12 @@ from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.names import quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_codec import from_json, to_json
-from trans_peft.edges.mlflow_client import Tracking, own_tags, tag
+from trans_peft.edges.mlflow_client import Tracking, logged_model_id, own_tags, tag
+from trans_peft.edges.mlflow_lineage import log_flipped_items, log_scores
+from trans_peft.edges.mlflow_tags import adapter_version
 from trans_peft.errors import IntegrityError, listed_lines
 
-__all__ = ["MlflowOutcomes"]
+__all__ = ["MlflowOutcomes", "newest_outcomes"]
 
 _FILE = "outcome.json"
 _TAG = re.compile(rf"{re.escape(OUTCOME_TAG_PREFIX)}{ADAPTER_ALIAS_PREFIX}[0-9a-f]+")
@@ -39,7 +42,7 @@ class _OutcomeTag:
 
 
 class MlflowOutcomes:
-    """Reads and writes outcomes. `found` are MLflow's versions of one adapter."""
+    """Writes outcomes. `found` are MLflow's versions of one adapter."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
@@ -72,6 +75,7 @@ class MlflowOutcomes:
             with self._tracking.run("transfers", name, tags) as run_id:
                 self._tracking.write_text(run_id, _FILE, to_json(TransferOutcome, outcome))
                 self._tracking.log_metrics(run_id, _figures(outcome), step=0, time_ms=time_ms)
+                self._log_lineage(run_id, outcome, number, found)
         verdict = {"verdict": outcome.verdict.value}
         if outcome.new_number is None:
             verdict = {f"verdict.{base}": outcome.verdict.value}
@@ -84,27 +88,62 @@ class MlflowOutcomes:
             outcome.adapter, number, {**verdict, f"{OUTCOME_TAG_PREFIX}{base}": json.dumps(summary)}
         )
 
+    def _log_lineage(
+        self, run_id: str, outcome: TransferOutcome, number: int, found: list[Any]
+    ) -> None:
+        """Link the run to the suites and to the model that it judged, and list flipped items."""
+        version = next(version for version in found if int(version.version) == number)
+        registered = adapter_version(version)
+        log_scores(
+            self._tracking,
+            run_id,
+            logged_model_id(version) if outcome.new_number is not None else None,
+            registered.suites,
+            {suite.suite: dict(_numbers(asdict(suite))) for suite in outcome.judgment.suites},
+        )
+        old = {
+            evaluation.suite: evaluation
+            for evaluation in outcome.evaluations
+            if evaluation.weights_sha256 == outcome.weights_sha256
+            and evaluation.base_fingerprint_sha256 == registered.trained_on.fingerprint_sha256
+        }
+        new = [
+            evaluation
+            for evaluation in outcome.evaluations
+            if evaluation.weights_sha256 == registered.weights_sha256
+            and evaluation.base_fingerprint_sha256 == outcome.base.fingerprint_sha256
+        ]
+        log_flipped_items(
+            self._tracking,
+            run_id,
+            [(old[found.suite], found) for found in new if found.suite in old],
+        )
+
     def _remove_tags(self, base: str, versions: Iterable[Any]) -> None:
         for version in versions:
             for name in (f"{OUTCOME_TAG_PREFIX}{base}", f"verdict.{base}"):
                 if name in own_tags(version.tags):
                     self._tracking.untag_version(version.name, int(version.version), name)
 
-    def newest(self, found: list[Any]) -> tuple[TransferOutcome, ...]:
-        """Return the newest outcome for each base, without evaluations, by base fingerprint."""
-        newest: dict[str, tuple[int, TransferOutcome]] = {}
-        for base, time_ms, outcome in _stored(found):
-            if base not in newest or time_ms > newest[base][0]:
-                newest[base] = (time_ms, outcome)
-        return tuple(
-            sorted(
-                (outcome for _, outcome in newest.values()),
-                key=lambda outcome: outcome.base.fingerprint_sha256,
-            )
+
+def newest_outcomes(found: Iterable[Any]) -> tuple[TransferOutcome, ...]:
+    """Return the newest outcome for each base, without evaluations, by base fingerprint.
+
+    `found` are MLflow's versions of one adapter.
+    """
+    newest: dict[str, tuple[int, TransferOutcome]] = {}
+    for base, time_ms, outcome in _stored(found):
+        if base not in newest or time_ms > newest[base][0]:
+            newest[base] = (time_ms, outcome)
+    return tuple(
+        sorted(
+            (outcome for _, outcome in newest.values()),
+            key=lambda outcome: outcome.base.fingerprint_sha256,
         )
+    )
 
 
-def _stored(found: list[Any]) -> list[tuple[str, int, TransferOutcome]]:
+def _stored(found: Iterable[Any]) -> list[tuple[str, int, TransferOutcome]]:
     """Return (base alias, time in ms, outcome) for all versions of one adapter."""
     outcomes = []
     for version in found:
@@ -161,9 +200,6 @@ def _figures(outcome: TransferOutcome) -> dict[str, float]:
         figures["max_logit_change"] = outcome.effect.max_logit_change
     for item in outcome.tried:
         figures[f"strategy/{item.strategy.value}/seconds"] = item.seconds
-    for suite in outcome.judgment.suites:
-        for name, value in _numbers(asdict(suite)):
-            figures[f"{suite.suite}/{name}"] = value
     return figures
 
 

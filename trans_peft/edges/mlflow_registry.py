@@ -7,29 +7,36 @@
       alias            on-<first 12 digits of a base's fingerprint>: serves on that base
 
 The files of a version are a plain PEFT folder: `PeftModel.from_pretrained` loads the result of
-`mlflow.artifacts.download_artifacts("models:/name/3")`. MLflow has no compare-and-set. `register`
-therefore searches before and after it creates a version. Of two versions with the same bytes for
-the same base, the lower number stays, and the other one gets the tag `superseded`.
+`mlflow.artifacts.download_artifacts("models:/name/3")`. The files of `edges.mlflow_model` lie
+beside them, so that `mlflow.pyfunc.load_model` loads the version on its base. MLflow has no
+compare-and-set. `register` therefore searches before and after it creates a version. Of two
+versions with the same bytes for the same base, the lower number stays, and the other one gets the
+tag `superseded`.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.conventions import ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX
-from trans_peft.domain.fleet import RegisteredAdapter
+from trans_peft.domain.fleet import FamilyAdapters, RegisteredAdapter
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_codec import to_json
 from trans_peft.edges.mlflow_client import Tracking, copied_from, own_tags, tag
-from trans_peft.edges.mlflow_outcomes import MlflowOutcomes
+from trans_peft.edges.mlflow_lineage import log_scores
+from trans_peft.edges.mlflow_model import MODEL_FILES, write_model_files
+from trans_peft.edges.mlflow_outcomes import MlflowOutcomes, newest_outcomes
+from trans_peft.edges.mlflow_search import FoundModel, FoundVersion
 from trans_peft.edges.mlflow_tags import NONE, adapter_version, alias_states, version_tags
 from trans_peft.errors import (
     IntegrityError,
     InvalidSpecError,
     NotFoundError,
+    TransPeftError,
     translating_full_disk_errors,
 )
 from trans_peft.files import check_unused
@@ -48,26 +55,50 @@ class MlflowRegistry:
     def adapters(self, family: str) -> tuple[str, ...]:
         """Return the names of the family's live adapters (not tagged `retired`), sorted."""
         models = self._tracking.models({"kind": "adapter", "family": family})
-        live = [m.name for m in models if not _why_aside(m, family) and not _is_retired(m)]
-        return tuple(sorted(live))
+        return tuple(sorted(model.name for model in models if _is_live(model, family)))
 
-    def set_aside(self, family: str | None = None) -> tuple[str, ...]:
-        """Return the adapters that cannot be read, which `adapters` leaves out, with the reason.
+    def fleet(self, family: str) -> FamilyAdapters:
+        """Return all live adapters of a family, in two searches in parallel.
 
         Tags of the registered model and tags of its versions both name a family. An adapter is
-        listed if one of the two is missing, or if its `kind` is missing or wrong.
+        unreadable if one of the two is missing, or if its `kind` is missing or wrong.
+
+        The two searches, and the pages of each, read the registry at different moments. Models and
+        versions that do not match are therefore read again, the versions after the model:
+
+        - versions without a model: the model was registered in between, its tags are wrong, or it
+          was on none of the pages because another one was deleted meanwhile;
+        - version numbers other than 1 to the latest one: a version was registered in between, it
+          has no tag of the family, it was deleted, or another one was deleted meanwhile.
+
+        What remains is an adapter whose tags and aliases were read seconds apart. This equals an
+        adapter that changes after it was read, which every caller has to expect:
+        `apply_verdicts` reads an adapter again before it writes, and a task before it starts.
         """
-        if family is not None:
-            claiming = self._tracking.models({"family": family})
-            known = {model.name for model in claiming if model.name != family}
-            named = {
-                found.name
-                for found in self._tracking.tagged_versions({"family": family})
-                if _is_ours(found)
-            }
-            lost = [self._lost(name, family) for name in sorted(named - known)]
-            problems = [_why_aside(model, family) for model in (*claiming, *filter(None, lost))]
-            return tuple(filter(None, problems))
+        with ThreadPoolExecutor(1) as pool:
+            search = pool.submit(self._tracking.tagged_versions, {"family": family})
+            models = {model.name: model for model in self._tracking.models({"family": family})}
+            versions = _by_name(search.result())
+        strangers = {name for name, found in versions.items() if any(map(_is_ours, found))}
+        for name in sorted(strangers - models.keys()):
+            if model := self._claimed(name, family):
+                models[name] = model
+        live = {name: model for name, model in models.items() if _is_live(model, family)}
+        gaps = [name for name, model in live.items() if _has_gaps(model, versions.get(name, []))]
+        again = _by_name(self._tracking.versions_of(gaps))
+        versions |= {name: again.get(name, []) for name in gaps}
+        adapters: list[RegisteredAdapter] = []
+        unreadable: list[str] = []
+        for name, model in sorted(live.items()):
+            try:
+                adapters.append(_adapter(model, _ours(name, versions.get(name, []))))
+            except TransPeftError as error:
+                unreadable.append(f"{name}: {error}")
+        aside = filter(None, (_why_aside(model, family) for model in models.values()))
+        return FamilyAdapters(tuple(adapters), (*unreadable, *aside))
+
+    def set_aside(self) -> tuple[str, ...]:
+        """Return the adapters of families that do not exist, each with the reason."""
         models = [(model.name, own_tags(model.tags)) for model in self._tracking.models({})]
         families = {name for name, tags in models if tags.get("kind") == "base"}
         return tuple(
@@ -82,29 +113,22 @@ class MlflowRegistry:
 
         Raises NotFoundError, IntegrityError.
         """
-        model, found = self._tracking.model(name, "adapter"), self._found(name)
-        family = own_tags(model.tags).get("family", "")
-        return RegisteredAdapter(
-            name=name,
-            family=family,
-            versions=tuple(map(adapter_version, found)),
-            outcomes=self._outcomes.newest(found),
-            aliases=alias_states(model),
-            is_live=not _why_aside(model, family) and not _is_retired(model),
-        )
+        return _adapter(self._tracking.model(name, "adapter"), self._found(name))
 
-    def _lost(self, name: str, family: str) -> Any | None:
-        """Return the model whose versions are adapters of the family while its own tags are not.
+    def _claimed(self, name: str, family: str) -> FoundModel | None:
+        """Return a model that a search for the family did not find, although its versions name it.
 
-        None if a version confirms the model's tags: the version with the other family is then
-        reported in the model's family.
+        None if the model was deleted, or if it is an adapter of another family: a version that
+        confirms its tags exists, and that family reports the version with this one.
         """
         try:
-            model = self._tracking.client.get_registered_model(name)
-        except NotFoundError:  # deleted since the search
+            model = self._tracking.found_model(name)
+        except NotFoundError:
             return None
         tags = own_tags(model.tags)
-        confirmed = tags.get("kind") == "adapter" and any(
+        if tags.get("kind") != "adapter" or tags.get("family") == family:
+            return model
+        confirmed = name_problem("the name", name) is not None or any(
             own_tags(found.tags).get("family") == tags.get("family")
             for found in self._tracking.versions(name)
             if _is_ours(found)
@@ -120,11 +144,17 @@ class MlflowRegistry:
         return tuple(adapter_version(found) for found in self._found(adapter))
 
     def register(
-        self, draft: AdapterVersion, folder: Path, *, tags: Mapping[str, str] | None = None
+        self,
+        draft: AdapterVersion,
+        folder: Path,
+        *,
+        tags: Mapping[str, str] | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> AdapterVersion:
         """Register a PEFT folder as a new version, or return the same version if it exists.
 
-        `tags` are shown on MLflow's page. InvalidSpecError if one has a name that this class uses.
+        `tags` and `scores` are shown on MLflow's pages. InvalidSpecError if a tag has a name that
+        this class uses.
         """
         ours = version_tags(draft)
         taken = sorted(ours.keys() & (tags or {}).keys())
@@ -135,9 +165,17 @@ class MlflowRegistry:
         self._make_adapter(draft.adapter, draft.base.family)
         if not self._same(draft):
             purpose = "training" if draft.transferred_from is None else "transfers"
-            model_id = self._tracking.upload_model(
-                purpose, draft.adapter, folder, run_id=draft.run_id, tags={"adapter": draft.adapter}
-            )
+            with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
+                model_files = write_model_files(draft, Path(scratch, "model"))
+                model_id = self._tracking.upload_model(
+                    purpose,
+                    draft.adapter,
+                    (folder, model_files),
+                    run_id=draft.run_id,
+                    tags={"adapter": draft.adapter},
+                )
+            if scores:
+                self._log_scores(draft, model_id, scores)
             self._tracking.make_version(
                 draft.adapter,
                 f"models:/{model_id}",
@@ -161,7 +199,7 @@ class MlflowRegistry:
 
     def outcomes(self, adapter: str) -> tuple[TransferOutcome, ...]:
         """Return the newest outcome for each base, without evaluations, by base fingerprint."""
-        return self._outcomes.newest(self._found(adapter))
+        return newest_outcomes(self._found(adapter))
 
     def alias(self, adapter: str, alias: str) -> int | None:
         """Return the version number that an alias points to. NotFoundError."""
@@ -236,8 +274,20 @@ class MlflowRegistry:
                     do="restore them from a backup of MLflow's artifacts",
                 )
             for path in written.iterdir():
-                path.rename(folder / path.name)
+                if path.name not in MODEL_FILES:
+                    path.rename(folder / path.name)
         return folder
+
+    def _log_scores(
+        self, draft: AdapterVersion, model_id: str, scores: Mapping[str, float]
+    ) -> None:
+        """Record the scores with the run that trained the weights, or with a new run."""
+        figures = {suite: {"score": score} for suite, score in scores.items()}
+        if draft.run_id is not None:
+            log_scores(self._tracking, draft.run_id, model_id, draft.suites, figures)
+            return
+        with self._tracking.run("adoptions", draft.adapter, {"adapter": draft.adapter}) as run_id:
+            log_scores(self._tracking, run_id, model_id, draft.suites, figures)
 
     def _make_adapter(self, adapter: str, family: str) -> None:
         wanted = {"kind": "adapter", "family": family}
@@ -251,17 +301,11 @@ class MlflowRegistry:
             )
 
     def _found(self, adapter: str) -> list[Any]:
-        """Return the versions that `register` created, without copies made by "Promote model".
-
-        A copy would be a second version with the same bytes.
-        """
+        """Return the versions of an adapter that `register` created, oldest first."""
         found = self._tracking.versions(adapter)
         if not found:
             self._tracking.model(adapter, "adapter")
-        ours = [version for version in found if _is_ours(version)]
-        if found and not ours:
-            raise NotFoundError(f"{adapter!r} is not an adapter", found="versions of another kind")
-        return ours
+        return _ours(adapter, found)
 
     def _same(self, draft: AdapterVersion) -> list[AdapterVersion]:
         """Return the versions with the draft's weights and base, the lowest number first."""
@@ -276,6 +320,46 @@ class MlflowRegistry:
         self._tracking.tag_model(adapter, f"{ALIAS_TAG_PREFIX}{alias}", where)
 
 
+def _adapter(model: Any, found: list[Any]) -> RegisteredAdapter:
+    """Return the adapter with this registered model and these versions. IntegrityError."""
+    family = own_tags(model.tags).get("family", "")
+    return RegisteredAdapter(
+        name=model.name,
+        family=family,
+        versions=tuple(map(adapter_version, found)),
+        outcomes=newest_outcomes(found),
+        aliases=alias_states(model),
+        is_live=_is_live(model, family),
+    )
+
+
+def _by_name(found: Iterable[FoundVersion]) -> dict[str, list[FoundVersion]]:
+    """Return versions by name of the model, oldest first, each once.
+
+    A search returns a version twice if an earlier one is registered while its pages are read.
+    """
+    versions: dict[str, dict[int, FoundVersion]] = {}
+    for version in found:
+        versions.setdefault(version.name, {})[int(version.version)] = version
+    return {name: [one for _, one in sorted(its.items())] for name, its in versions.items()}
+
+
+def _has_gaps(model: FoundModel, found: list[FoundVersion]) -> bool:
+    """Whether `found` cannot be all versions of a model."""
+    return [int(version.version) for version in found] != [*range(1, model.latest + 1)]
+
+
+def _ours(name: str, found: list[Any]) -> list[Any]:
+    """Return the versions that `register` created, without copies made by "Promote model".
+
+    A copy would be a second version with the same bytes. NotFoundError if all are of another kind.
+    """
+    ours = [version for version in found if _is_ours(version)]
+    if found and not ours:
+        raise NotFoundError(f"{name!r} is not an adapter", found="versions of another kind")
+    return ours
+
+
 def _number_text(number: int | None) -> str:
     return NONE if number is None else str(number)
 
@@ -286,8 +370,11 @@ def _is_ours(found: Any) -> bool:
     return not copied_from(found) and ("weights_sha256" in tags or "adapter" in tags)
 
 
-def _is_retired(model: Any) -> bool:
-    return own_tags(model.tags).get("retired", "false") == "true"
+def _is_live(model: Any, family: str) -> bool:
+    """Whether a model is an adapter of the family with valid tags, and not retired."""
+    tags = own_tags(model.tags)
+    is_adapter = tags.get("kind") == "adapter" and tags.get("retired", "false") != "true"
+    return is_adapter and not _why_aside(model, family)
 
 
 def _why_aside(model: Any, family: str) -> str | None:

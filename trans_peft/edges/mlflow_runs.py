@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from trans_peft.domain.data import DataSource
 from trans_peft.edges.mlflow_client import Tracking
+from trans_peft.edges.mlflow_lineage import dataset_use
 
 __all__ = ["MlflowRun", "MlflowRunLog"]
 
@@ -28,6 +30,10 @@ class MlflowRun:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics at a step."""
         self._tracking.log_metrics(self.id, values, step=step, time_ms=int(time.time() * 1000))
+
+    def dataset(self, name: str, data: DataSource) -> None:
+        """Record the data that the run is trained on."""
+        self._tracking.log_datasets(self.id, [dataset_use(name, data, "training")])
 
     def file(self, path: Path, folder: str = "") -> None:
         """Attach a file."""

@@ -6,6 +6,7 @@ an IntegrityError that names the tag and the version, never another exception.
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride, VersionState
@@ -136,7 +137,16 @@ def _override(text: str | None) -> ManualOverride | None:
 
 
 def _parse_tag(kind: Any, tags: Mapping[str, str], name: str, where: str) -> Any:
-    return from_json(kind, tags[name], where=f"the tag {tag(name)} of {where}")
+    try:
+        return _parsed(kind, tags[name])
+    except IntegrityError:  # raise it with the name of the tag
+        return from_json(kind, tags[name], where=f"the tag {tag(name)} of {where}")
+
+
+@lru_cache(maxsize=64)
+def _parsed(kind: Any, text: str) -> Any:
+    """Return the value of a tag. Versions of one adapter share their suites and their recipe."""
+    return from_json(kind, text, where="the tag")
 
 
 def _number(tags: Mapping[str, str], name: str, where: str) -> int | None:

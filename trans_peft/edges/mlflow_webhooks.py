@@ -7,7 +7,8 @@ the server may still sign with the old secret.
 
 from dataclasses import dataclass, field
 
-from trans_peft.edges.mlflow_client import Tracking, all_pages
+from trans_peft.edges.mlflow_client import Tracking
+from trans_peft.edges.mlflow_search import all_pages
 
 __all__ = ["Webhook", "ensure_webhook", "send_test_event"]
 

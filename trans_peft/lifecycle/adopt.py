@@ -104,7 +104,7 @@ def adopt(  # noqa: PLR0913  as `train`, with what a recipe would contain
                 do="check that the folder contains trained weights for this model",
             )
         weights_sha256 = adapter_weights_sha256(folder)
-        evaluate_on(
+        evaluations = evaluate_on(
             base,
             pinned,
             platform,
@@ -131,6 +131,7 @@ def adopt(  # noqa: PLR0913  as `train`, with what a recipe would contain
                 "adopted_from": folder_uri,
                 "chat_template": f"of {base}" if template == "base" else template,
             },
+            scores={name: found.score for name, found in evaluations.items()},
         )
     platform.registry.set_alias(adapter, version.base.alias, version.number)
     return version

@@ -54,7 +54,11 @@ def apply_verdicts(
     adapters, unreadable = [], [*fleet.unreadable]
     for adapter in fleet.adapters:
         try:
-            adapters.append(_apply(adapter, fleet, platform, seen_at, changes))
+            if _has_changes(adapter, fleet):
+                # A fleet takes long to read: an older verdict must not undo what another run set.
+                adapter = platform.registry.adapter(adapter.name)
+            if adapter.is_live:
+                adapters.append(_apply(adapter, fleet, platform, seen_at, changes))
         except StoreError:
             raise  # the registry did not respond, which is no fault of the adapter
         except TransPeftError as error:
@@ -74,6 +78,11 @@ class _AdapterChanges:
 
     aliases: list[AliasChange] = field(default_factory=list)
     manual_overrides: list[ObservedOverride] = field(default_factory=list)
+
+
+def _has_changes(adapter: RegisteredAdapter, fleet: Fleet) -> bool:
+    """Return whether the verdicts require a change of one of the adapter's aliases."""
+    return any(_differs(adapter.alias_on(base), _decide(adapter, base)) for base in fleet.bases)
 
 
 def _apply(

@@ -20,6 +20,7 @@ from trans_peft.ports import Platform
 
 __all__ = [
     "MAX_ATTEMPTS",
+    "MAX_ESTIMATES",
     "is_still_needed",
     "observe",
     "observe_adapter",
@@ -30,22 +31,23 @@ __all__ = [
 MAX_ATTEMPTS = 3
 """After this many failed attempts under one policy, a task is parked until a person acts."""
 
+MAX_ESTIMATES = 20
+"""The number of adapters whose evaluations are read to estimate the duration of their tasks."""
+
 
 def observe(family: str, platform: Platform) -> Fleet:
-    """Read the whole fleet of one family from the registry.
+    """Read the whole fleet of one family from the registry, in a few searches.
 
     An adapter that cannot be read is listed in `unreadable` and does not affect the others. Raises
     StoreError if the registry does not respond.
     """
-    adapters: list[RegisteredAdapter] = []
-    unreadable: list[str] = []
-    for name in platform.registry.adapters(family):
-        found = _read_adapter(name, family, platform, unreadable)
-        adapters += [found] if found is not None else []
+    found = platform.registry.fleet(family)
+    unreadable = [*found.unreadable]
+    adapters = [one for one in found.live if _is_usable(one, family, unreadable)]
     return replace(
         _observe_bases(family, platform),
         adapters=tuple(adapters),
-        unreadable=(*unreadable, *platform.registry.set_aside(family)),
+        unreadable=tuple(unreadable),
         notes=platform.catalog.promotion_notes(family),
         set_aside=platform.catalog.set_aside(family),
     )
@@ -58,11 +60,18 @@ def observe_adapter(adapter: str, family: str, platform: Platform) -> Fleet:
     this one is retired or unknown, belongs to another family, or cannot be read.
     """
     unreadable: list[str] = []
-    found = _read_adapter(adapter, family, platform, unreadable)
+    adapters: tuple[RegisteredAdapter, ...] = ()
+    try:
+        found = platform.registry.adapter(adapter)
+    except StoreError:
+        raise  # the registry did not respond, which is no fault of the adapter
+    except TransPeftError as error:
+        unreadable.append(f"{adapter}: {error}")
+    else:
+        if _is_usable(found, family, unreadable) and found.is_live:
+            adapters = (found,)
     return replace(
-        _observe_bases(family, platform),
-        adapters=(found,) if found is not None and found.is_live else (),
-        unreadable=tuple(unreadable),
+        _observe_bases(family, platform), adapters=adapters, unreadable=tuple(unreadable)
     )
 
 
@@ -92,21 +101,28 @@ def is_still_needed(task: TransferTask, fleet: Fleet, policy: GatePolicy) -> boo
 
 
 def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
-    """Return the plan with an estimated duration for each task.
+    """Return the plan with an estimated duration for each task, where one is known.
 
-    The estimate is the duration of the adapter's evaluation on the base that it was trained on. It
-    is no part of `plan`, because it reads whole evaluations from the store.
+    The estimate is the duration of the adapter's longest transfer so far. Without one, it is the
+    duration of its evaluation on the base that it was trained on. That is no part of `plan`,
+    because it reads whole evaluations from the store: of the first `MAX_ESTIMATES` adapters only.
     """
     adapters = {adapter.name: adapter for adapter in fleet.adapters}
     seconds: dict[str, float | None] = {}
+    reads = 0
     tasks = []
     for item in found.tasks:
         if item.estimated_seconds is None:
+            adapter = adapters[item.adapter]
             if item.adapter not in seconds:
-                try:
-                    seconds[item.adapter] = _seconds(adapters[item.adapter].versions, platform)
-                except StoreError:  # a plan without estimates is better than no plan
-                    return found
+                known = max((outcome.seconds for outcome in adapter.outcomes), default=0.0)
+                seconds[item.adapter] = known or None
+                if not known and reads < MAX_ESTIMATES:
+                    reads += 1
+                    try:
+                        seconds[item.adapter] = _seconds(adapter.versions, platform)
+                    except StoreError:  # a plan without estimates is better than no plan
+                        return found
             item = replace(item, estimated_seconds=seconds[item.adapter])
         tasks.append(item)
     return replace(found, tasks=tuple(tasks))
@@ -122,27 +138,22 @@ def _observe_bases(family: str, platform: Platform) -> Fleet:
     )
 
 
-def _read_adapter(
-    name: str, family: str, platform: Platform, unreadable: list[str]
-) -> RegisteredAdapter | None:
-    """Read one adapter; if it cannot be read, add the reason to `unreadable` and return None."""
+def _is_usable(adapter: RegisteredAdapter, family: str, unreadable: list[str]) -> bool:
+    """Return whether all values of an adapter are valid; if not, add the reason to `unreadable`."""
     try:
-        found = platform.registry.adapter(name)
-        source = source_version(found.versions)  # raises NotFoundError if no version was trained
+        source = adapter.source  # raises NotFoundError if no version was trained
         for suite in source.suites:
             _ = suite.suite_sha256  # raises InvalidSpecError if its evaluations have no key
         for recipe in (
-            *(version.recipe for version in found.versions),
-            *(outcome.training for outcome in found.outcomes),
+            *(version.recipe for version in adapter.versions),
+            *(outcome.training for outcome in adapter.outcomes),
         ):
             _ = recipe and recipe.sha256  # raises InvalidSpecError if it cannot be trained
-        _check(found, family)
-    except StoreError:
-        raise  # the registry did not respond, which is no fault of the adapter
+        _check(adapter, family)
     except TransPeftError as error:
-        unreadable.append(f"{name}: {error}")
-        return None
-    return found
+        unreadable.append(f"{adapter.name}: {error}")
+        return False
+    return True
 
 
 def _check(adapter: RegisteredAdapter, family: str) -> None:

@@ -1,17 +1,21 @@
 """The fleet report: every adapter on every base version, with the figures of each verdict."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState
 from trans_peft.domain.evaluation import SuiteJudgment, Verdict
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
-from trans_peft.errors import StoreError, TransPeftError
+from trans_peft.errors import StoreError, TransPeftError, listed_lines
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.ports import Platform
 
-__all__ = ["FleetReport", "FleetRow", "report"]
+__all__ = ["MAX_ADAPTERS", "FleetReport", "FleetRow", "report"]
+
+MAX_ADAPTERS = 200
+"""The number of adapters whose figures the report has. Each costs reads of stored evaluations."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,14 @@ class FleetReport:
     unreadable: tuple[str, ...] = ()
 
     def markdown(self) -> str:
-        """Return the report in Markdown: a table of adapters and bases, then the reasons."""
+        """Return the report in Markdown: a table of adapters and bases, then the reasons.
+
+        Of a large fleet, it has `MAX_ADAPTERS` adapters and how many serve on each base.
+        """
         cells = {(row.adapter, row.base): row for row in self.rows}
-        adapters = list(dict.fromkeys(row.adapter for row in self.rows))
+        live = list(dict.fromkeys(row.adapter for row in self.rows))
+        adapters = live[:MAX_ADAPTERS]
+        shown = {*adapters}
         lines = [
             f"# Fleet of {self.family}",
             "",
@@ -82,6 +91,7 @@ class FleetReport:
             f"**{self.champion or 'not set (paused: serving does not change)'}**",
             "",
             *([f"**{self.champion} does not serve**: {self.note}", ""] if self.note else []),
+            *([self._totals(len(live)), ""] if len(live) > len(adapters) else []),
             "| adapter | " + " | ".join(self.bases) + " |",
             "|---|" + "---|" * len(self.bases),
         ]
@@ -89,24 +99,46 @@ class FleetReport:
             f"| {name} | " + " | ".join(_cell(cells[name, base]) for base in self.bases) + " |"
             for name in adapters
         ]
-        judged = [row for row in self.rows if row.verdict is not None]
+        judged = [row for row in self.rows if row.verdict is not None and row.adapter in shown]
         lines += ["", "## Why", ""] if judged else []
         lines += [
             f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}{_strategies(row)}"
             for row in judged
         ]
-        overrides = [row for row in self.rows if row.manual]
-        lines += ["", "## Manual overrides", ""] if overrides else []
-        lines += [f"- **{row.adapter}** on {row.base}: {row.manual}" for row in overrides]
+        manual = [
+            f"**{row.adapter}** on {row.base}: {row.manual}" for row in self.rows if row.manual
+        ]
+        lines += ["", "## Manual overrides", ""] if manual else []
+        lines += [f"- {text}" for text in listed_lines(manual, MAX_ADAPTERS)]
         lines += ["", "## Unreadable entries", ""] if self.unreadable else []
-        lines += [f"- {' '.join(text.split())}" for text in self.unreadable]
+        unreadable = [" ".join(text.split()) for text in self.unreadable]
+        lines += [f"- {text}" for text in listed_lines(unreadable, MAX_ADAPTERS)]
         return "\n".join(lines)
+
+    def _totals(self, live: int) -> str:
+        """Return how many adapters serve on each base, and which ones are shown."""
+        serving = Counter(row.base for row in self.rows if row.serves)
+        totals = ", ".join(f"{serving[base]} on {base}" for base in self.bases)
+        return (
+            f"{live} live adapters, of which serve: {totals}. The first {MAX_ADAPTERS} are shown, "
+            f"those that do not serve on {self.champion or self.serving or 'a base'} before others."
+        )
 
 
 def report(family: str, platform: Platform) -> FleetReport:
-    """Read one family's fleet and return its report."""
+    """Read one family's fleet and return its report.
+
+    Adapters that do not serve on the champion come first if there are more than `MAX_ADAPTERS`.
+    Only the first `MAX_ADAPTERS` adapters have `scores`.
+    """
     fleet = observe(family, platform)
     serving, champion = fleet.base(fleet.serving), fleet.base(fleet.champion)
+    wanted = champion or serving
+    if wanted is not None and len(fleet.adapters) > MAX_ADAPTERS:
+        order = sorted(
+            fleet.adapters, key=lambda one: one.can_serve(wanted, one.alias_on(wanted).number)
+        )
+        fleet = replace(fleet, adapters=tuple(order))
     unreadable = [*fleet.unreadable, *fleet.set_aside]
     rows = _rows(fleet, platform, unreadable)
     return FleetReport(
@@ -157,7 +189,7 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
             unreadable.append(f"the scores of stored evaluations are missing: {error}")
             return ()
 
-    for adapter in fleet.adapters:
+    for number, adapter in enumerate(fleet.adapters):
         source = adapter.source
         for base in fleet.bases:
             outcome = adapter.outcome_on(base)
@@ -179,7 +211,7 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
                     serves=adapter.can_serve(base, adapter.alias_on(base).number),
                     manual=_override_note(adapter.alias_on(base)),
                     suites=outcome.judgment.suites if outcome else (),
-                    scores=scores(trained_here) if trained_here else (),
+                    scores=(scores(trained_here) if trained_here and number < MAX_ADAPTERS else ()),
                     chance={
                         suite.name: suite.chance_points
                         for suite in source.suites

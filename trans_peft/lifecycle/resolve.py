@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 
-from trans_peft.domain.adapter import AdapterVersion
+from trans_peft.domain.adapter import AdapterVersion, AliasState
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import BASE_ALIASES
+from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.errors import InvalidSpecError, NotFoundError, NotServedError
 from trans_peft.ports import Platform
 
-__all__ = ["base_trained_on", "find_base", "resolve"]
+__all__ = ["base_trained_on", "find_base", "find_fingerprint", "resolve", "resolve_on"]
 
 
 def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
@@ -30,6 +31,21 @@ def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
         found=", ".join(f"{base.version} (not ready)" for base in versions if not base.ready)
         or repr(version),
         do="ingest the base first, or set the alias on a version that is ready",
+    )
+
+
+def find_fingerprint(family: str, fingerprint_sha256: str, platform: Platform) -> BaseVersion:
+    """Return the ready base version with a fingerprint. Raises NotFoundError with all of them."""
+    bases = [base for base in platform.catalog.versions(family) if base.ready]
+    for base in bases:
+        if base.fingerprint_sha256 == fingerprint_sha256:
+            return base
+    raise NotFoundError(
+        f"family {family!r} has no ready base version with the fingerprint "
+        f"{fingerprint_sha256[:12]}",
+        expected=", ".join(f"{base.version} ({base.fingerprint_sha256[:12]})" for base in bases)
+        or "none is ready yet",
+        do="ingest the base first",
     )
 
 
@@ -71,30 +87,60 @@ def resolve(adapter: str, platform: Platform, *, base: str = "serving") -> Adapt
             found=", ".join(type(value).__name__ for value in (adapter, platform, base)),
             do="pass the adapter's name first, then the platform that connect() returns",
         )
-    versions = platform.registry.versions(adapter)
-    if not versions:
-        raise NotFoundError(f"adapter {adapter!r} has no versions", do="train or adopt it first")
-    target = find_base(versions[0].base.family, base, platform)
-    number = platform.registry.alias(adapter, target.alias)
-    for version in versions:
+    found = _adapter(adapter, platform)
+    return _serving_version(found, find_base(found.family, base, platform))
+
+
+def resolve_on(
+    adapter: str, fingerprint_sha256: str, platform: Platform
+) -> tuple[AdapterVersion, BaseVersion]:
+    """Return the version of an adapter that serves on the base with a fingerprint, and that base.
+
+    A server that has loaded a base knows its fingerprint, and no label. Raises what `resolve`
+    raises; NotFoundError if the adapter's family has no such base.
+    """
+    found = _adapter(adapter, platform)
+    base = find_fingerprint(found.family, fingerprint_sha256, platform)
+    return _serving_version(found, base), base
+
+
+def _adapter(name: str, platform: Platform) -> RegisteredAdapter:
+    found = platform.registry.adapter(name)
+    if not found.versions:
+        raise NotFoundError(f"adapter {name!r} has no versions", do="train or adopt it first")
+    return found
+
+
+def _serving_version(adapter: RegisteredAdapter, target: BaseVersion) -> AdapterVersion:
+    """Return the version that has the alias of a base. NotServedError, with the reason."""
+    state = adapter.alias_on(target)
+    for version in adapter.versions:
         if (
-            version.number == number
+            version.number == state.number
             and version.base.fingerprint_sha256 == target.fingerprint_sha256
         ):
             return version
+    raise NotServedError(
+        f"{adapter.name} does not serve on {target}",
+        expected=f"the alias {target.alias} on a version of {adapter.name} that was made for "
+        f"{target}",
+        found=_why_not(adapter, state, target),
+        do="reconcile the family, retrain the adapter, or set the alias in MLflow to approve it",
+    )
+
+
+def _why_not(adapter: RegisteredAdapter, state: AliasState, target: BaseVersion) -> str:
+    if state.number is not None:
+        return f"the alias on version {state.number}, which was made for another base"
     outcome = next(
         (
             outcome
-            for outcome in platform.registry.outcomes(adapter)
+            for outcome in adapter.outcomes
             if outcome.base.fingerprint_sha256 == target.fingerprint_sha256
         ),
         None,
     )
-    raise NotServedError(
-        f"{adapter} does not serve on {target}",
-        expected=f"the alias {target.alias} on a version of {adapter} that was made for {target}",
-        found=f"verdict {outcome.verdict}: {outcome.judgment.reason}"
-        if outcome
-        else "no verdict yet",
-        do="reconcile the family, retrain the adapter, or set the alias in MLflow to approve it",
+    verdict = (
+        f"verdict {outcome.verdict}: {outcome.judgment.reason}" if outcome else "no verdict yet"
     )
+    return f"a person removed the alias ({verdict})" if state.manual else verdict

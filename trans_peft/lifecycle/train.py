@@ -117,6 +117,7 @@ def train(
     tags = base.ref.labels | {"adapter": resolved.adapter}
     with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:
         run.params(_params(resolved))
+        run.dataset(resolved.adapter, resolved.data)
 
         def on_training_event(event: Event) -> None:
             if isinstance(event, events.TrainingMetrics):
@@ -135,14 +136,13 @@ def train(
             EvaluationSubject(resolved.adapter, result.weights_sha256, lambda: result.folder),
             on_progress=on_progress,
         )
-        scores = {f"score/{name}": item.score for name, item in evaluations.items()}
         if resolved.synthetic_prompts is not None:
-            scores["synthetic_prompts"] = prompts
-        run.metrics(scores, result.steps)
+            run.metrics({"synthetic_prompts": prompts}, result.steps)
         version = platform.registry.register(
             replace(trained_version(base, resolved, result), run_id=run.id),
             result.folder,
             tags=_tags(resolved, result, evaluations),
+            scores={name: found.score for name, found in evaluations.items()},
         )
     platform.registry.set_alias(version.adapter, version.base.alias, version.number)
     return version

@@ -7,13 +7,12 @@ __all__ = ["answer_text", "decode_ids"]
 
 
 def answer_text(tokenizer: Any, ids: Sequence[int], end_tokens: Collection[int]) -> str:
-    """Return the text of an answer: all tokens before the first end token, without padding.
+    """Return the text of an answer: all tokens before the first end token.
 
-    Special tokens inside the answer are kept (see `decode_ids`).
+    `ids` are not padded: a padding token is part of the answer. Special tokens inside the answer
+    are kept (see `decode_ids`).
     """
     length = next((i for i, token in enumerate(ids) if token in end_tokens), len(ids))
-    while length and ids[length - 1] == tokenizer.pad_token_id:
-        length -= 1
     return decode_ids(tokenizer, ids[:length])
 
 

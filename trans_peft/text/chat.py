@@ -11,6 +11,7 @@ The macro formats `PINNED_DATE` instead. Any server that loads the pinned templa
 prompts. Templates that use Jinja's `random` filter or `lipsum` function are refused.
 """
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -18,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from trans_peft.isolation import is_memory_limit_error
+from trans_peft.text.stable_jinja import stabilize
 
 __all__ = [
     "MAX_TEMPLATE_CHARACTERS",
@@ -177,12 +179,15 @@ def turn_end(
 
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> Any:
-    """Compile a template as transformers does, without Jinja's random functions."""
+    """Compile a template as transformers does, without random functions and memory addresses."""
     from transformers.utils import chat_template_utils
 
-    compiled = chat_template_utils._cached_compile_jinja_template(template)
-    compiled.environment.filters.pop("random", None)
-    compiled.environment.globals.pop("lipsum", None)
+    compile_template = chat_template_utils._cached_compile_jinja_template
+    environment = inspect.unwrap(compile_template)("").environment
+    stabilize(environment)
+    compiled = environment.from_string(template)
+    environment.filters.pop("random", None)
+    environment.globals.pop("lipsum", None)
     return compiled
 
 

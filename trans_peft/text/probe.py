@@ -44,7 +44,11 @@ def tokenizer_problems(tokenizer: Any) -> list[str]:
 
     Raises MemoryError if the tokenizer exhausts the memory.
     """
-    problems = [*_length_problems(tokenizer), *_decoder_problems(tokenizer)]
+    problems = [
+        *_length_problems(tokenizer),
+        *_decoder_problems(tokenizer),
+        *_sampling_problems(tokenizer),
+    ]
     if problems:
         return problems
     try:
@@ -64,6 +68,25 @@ def tokenizer_problems(tokenizer: Any) -> list[str]:
                 special_tokens=tokenizer.special_tokens_map,
                 add_generation_prompt=prompt,
             )
+    return problems
+
+
+def _sampling_problems(tokenizer: Any) -> list[str]:
+    """Return the settings by which a text is tokenized differently each time."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    dropout = getattr(model, "dropout", None)
+    settings = getattr(tokenizer, "sp_model_kwargs", None) or {}
+    problems = []
+    if dropout:
+        problems.append(
+            f"tokenizer.json: model.dropout is {dropout:g}, which tokenizes a text differently "
+            "each time; set it to null"
+        )
+    if settings.get("enable_sampling"):
+        problems.append(
+            "tokenizer_config.json: sp_model_kwargs.enable_sampling tokenizes a text differently "
+            "each time; remove it"
+        )
     return problems
 
 

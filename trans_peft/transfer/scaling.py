@@ -6,7 +6,9 @@ the adapter's hash changes, because it covers the config.
 """
 
 import json
+import reprlib
 import shutil
+import sys
 from pathlib import Path
 
 from trans_peft.errors import AdapterError, InvalidSpecError, listed
@@ -34,8 +36,8 @@ def rescaled(folder: Path, target: Path, factor: float) -> Path:
         raise InvalidSpecError("the factor of a scale must be positive and finite", found=factor)
     config = dict(source.config)
     pattern = config.get("alpha_pattern") or {}
-    alphas = {"lora_alpha": config.get("lora_alpha"), **pattern}
-    wrong = [f"{key}: {alpha!r}" for key, alpha in alphas.items() if not _is_number(alpha)]
+    alphas = [("lora_alpha", config.get("lora_alpha")), *pattern.items()]
+    wrong = [f"{key}: {reprlib.repr(alpha)}" for key, alpha in alphas if not _is_scale(alpha)]
     if wrong:
         raise AdapterError(f"{folder}: every scale must be a number", found=listed(wrong))
     config["lora_alpha"] = config["lora_alpha"] * factor
@@ -45,5 +47,7 @@ def rescaled(folder: Path, target: Path, factor: float) -> Path:
     return target
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_scale(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # also compares integers that are no float

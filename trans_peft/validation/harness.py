@@ -139,10 +139,18 @@ def _harness_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
     class KeepsSpecialTokens(HFLM):
         def tok_decode(self, tokens: Any, skip_special_tokens: bool | None = None) -> str:
             if skip_special_tokens is None:  # an answer, padded to the longest of its batch
-                return answer_text(self.tokenizer, tokens, ends)
+                return answer_text(self.tokenizer, _without_padding(tokens, self), ends)
             return str(super().tok_decode(tokens, skip_special_tokens))
 
     return KeepsSpecialTokens(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _without_padding(tokens: Any, harness_model: Any) -> list[int]:
+    """Return an answer without its padding, which also follows answers without an end token."""
+    ids = [int(token) for token in tokens]
+    while ids and ids[-1] == harness_model.tokenizer.pad_token_id:
+        ids.pop()
+    return ids
 
 
 def _item(sample: Mapping[str, Any], metric: str, suite: Suite) -> ItemResult:

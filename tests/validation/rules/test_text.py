@@ -247,6 +247,8 @@ PIECES = (
         ("0.1", "0.1000000000000000000001", False),
         ("0.10", "1e-1", True),
         ("2.0", "2", True),
+        ("1e99999999999999999999", "1", False),
+        ('{"n": 1e-99999999999999999999}', '{"n": 1}', False),
     ],
 )
 def test_json_numbers_are_compared_exactly(answer, reference, equal):

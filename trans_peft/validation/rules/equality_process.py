@@ -15,6 +15,11 @@ from trans_peft.validation.rules.notation import counts_words, plain
 
 _MEMORY_BYTES = 4 * 2**30
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
+_WORDS = re.compile(r"(?<![\\A-Za-z{_^])[A-Za-z]{3,}|\b[ap]\.?m\b", re.I)
+_CURRENCY = re.compile("\\\\[$]|[\u00a3\u00a5\u20a9\u20aa\u20ac\u20b9\u20bd]")
+_RANGE = re.compile("\\d+\\s*[\u2012-\u2015]\\s*\\d+")
+_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
+_NOT_EQUAL = re.compile(r"\\neq?\b|\\not\s*=|\u2260")
 _EMPTY = re.compile(r"\\(?:emptyset|varnothing)|\\\{\s*\\\}")
 
 
@@ -23,10 +28,33 @@ def main() -> None:
     logging.disable(logging.CRITICAL)  # math-verify warns that its own time limit is off
 
     def equal(question: list[str]) -> bool:
+        if not _may_agree(*question):
+            return False
         answer, reference = map(_parsed, question)
         return any(_same(*pair) for pair in product(reference, answer))
 
     serve(equal, memory_bytes=_MEMORY_BYTES)
+
+
+def _may_agree(answer: str, reference: str) -> bool:
+    """Whether two final answers can agree by the parts of them that math-verify does not compare.
+
+    If both have words ("5 minutes", "Alice: 3"), one of them must have all words of the other. If
+    both have a currency sign, it must be the same. Both or neither must have a "not equal" sign.
+    Ranges with a dash ("5\u20136") must be the same.
+    """
+    if bool(_NOT_EQUAL.search(answer)) != bool(_NOT_EQUAL.search(reference)):
+        return False
+    if _RANGE.findall(answer) != _RANGE.findall(reference):
+        return False
+    currencies = [set(_CURRENCY.findall(text)) for text in (answer, reference)]
+    if all(currencies) and currencies[0] != currencies[1]:
+        return False
+    first, second = (
+        {word.casefold().removesuffix("s") for word in _WORDS.findall(plain(text))}
+        for text in (answer, reference)
+    )
+    return not (first and second) or first <= second or second <= first
 
 
 def _same(reference: Any, answer: Any) -> bool:
@@ -47,7 +75,7 @@ def _parsed(text: str) -> list[Any]:
 
     text = plain(text)
     read = parse(f"${text}$", parsing_timeout=None)
-    if _WORD.search(text) and not counts_words(text):
+    if _WORD.search(text) and not counts_words(text) and len(_NUMBER.findall(text)) < 2:
         words = parse(text.replace("\\%", "%"), parsing_timeout=None)
         # Of a number with a percent sign, math-verify's text value is the number alone.
         read += [value for value in words if "%" not in text or not isinstance(value, str)]

@@ -7,6 +7,7 @@ A formula parser reads "1,234/1" as the list 1 and 234/1, ignores digits of othe
   full-width ones, one half as one character, the minus sign);
 - thousands without separators, also inside a formula ("1,234/1", "1{,}234"), but not between
   brackets, where a comma separates ("(1,234)" is a point);
+- currency signs and bold type left out, "1e3" as 1000, "3 1/2" as 3 and one half;
 - "percent" as a percent sign, "thousand", "million" and "dozen" multiplied out, "minus" as a sign.
 """
 
@@ -16,6 +17,7 @@ from decimal import Decimal
 
 __all__ = ["counts_words", "plain"]
 
+_CURRENCIES = "\u00a3\u00a5\u20a9\u20aa\u20ac\u20b9\u20bd"
 _SIGNS = {
     "\u066a": "%",  # Arabic percent sign
     "\u066b": ".",  # Arabic decimal separator
@@ -33,6 +35,9 @@ _SIGNS = {
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\ufe63"
 _DASH_AS_SIGN = re.compile(rf"(^|[(\[,=$+*/]\s*)[{_DASHES}](?=\s*[\d.\\$])")
 _NARROW_SPACE_BETWEEN_DIGITS = re.compile(r"(?<=\d)(?:[\u00a0\u202f\u2009]|\\,)(?=\d{3}(?!\d))")
+_BOLD = re.compile(r"\*\*(?=\S)([^*]+)(?<=\S)\*\*")
+_EXPONENT = re.compile(r"(?<![\w.\\])(\d{1,20}(?:\.\d{1,20})?)[eE]([-+]?\d{1,2})(?![\w.])")
+_MIXED_NUMBER = re.compile(r"(?<![\d.,/^_{\\])(\d+)\s+(\d+)/(\d+)(?![\d./])")
 _ROOT = re.compile("\u221a\\s*(\\d+|[A-Za-z])")
 _SAFE_SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -54,8 +59,9 @@ _COUNTING = re.compile(
 
 def plain(text: str) -> str:
     """Return a final answer with its numbers in ASCII digits, without thousands separators."""
-    text = _ROOT.sub(r"\\sqrt{\1}", "".join(map(_in_latex, _mixed(text))))
+    text = _ROOT.sub(r"\\sqrt{\1}", "".join(map(_in_latex, _mixed(_BOLD.sub(r"\1", text)))))
     text = _NARROW_SPACE_BETWEEN_DIGITS.sub("", _DASH_AS_SIGN.sub(r"\1-", text))
+    text = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", _EXPONENT.sub(_written_out, text))
     text = _without_thousands(_SAFE_SEPARATOR.sub("", text))
     text = _PERCENT_IN_TEXT.sub(r"\\%", _PERCENT.sub(r"\\% ", text))
     return _MINUS.sub("-", _SCALE.sub(_multiplied, text))
@@ -78,6 +84,8 @@ def _mixed(text: str) -> str:
 def _in_latex(sign: str) -> str:
     if sign.isascii():
         return sign
+    if sign in _CURRENCIES:
+        return ""
     if sign in _SIGNS:
         return _SIGNS[sign]
     if unicodedata.category(sign) == "Nd":
@@ -105,6 +113,10 @@ def _without_thousands(text: str) -> str:
 
 def _joined(found: re.Match[str]) -> str:
     return found[0].replace(",", "")
+
+
+def _written_out(found: re.Match[str]) -> str:
+    return f"{Decimal(found[1]).scaleb(int(found[2])):f}"
 
 
 def _multiplied(found: re.Match[str]) -> str:

@@ -180,13 +180,13 @@ def json_equal(answer: str, reference: str) -> float:
     """
     try:
         expected = _typed(_json(reference))
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise DataError(
             "the reference is not JSON", found=f"{excerpt(reference)}: {error}"
         ) from error
     try:
         return 100.0 if _typed(_json(answer)) == expected else 0.0
-    except ValueError:
+    except (ValueError, ArithmeticError):
         return 0.0
 
 

@@ -1,0 +1,242 @@
+"""Measures how long reconcile needs to read and plan a fleet of 10,000 adapters.
+
+    python -m benchmarks.fleet [--adapters 10000] [--runs 3] [--database URI] [--workers 4] [--dry]
+
+It starts an MLflow server of its own on SQLite, or on the empty database at `--database`. Each
+adapter has two versions, an outcome, aliases on two bases, and no verdict on a third base, so that
+every adapter is in the plan. The registry writes the first adapter. The others are copies of its
+rows. Each run is a process of its own. `low` and `high` are the quartiles.
+
+`fleet.plan_10000_s`: the first look of a process: what the task `plan_fleet` does. The database is
+in the page cache.
+`fleet.plan_10000_vs_per_adapter`: its time / the time of reading each adapter by itself, which is
+estimated from 100 adapters in the same process.
+`fleet.idle_look_10000_s`: the second look of that process; nothing changed.
+`fleet.plan_growth`: `plan` with 10,000 adapters / with 1,000.
+`fleet.memory_10000_mib`: the peak RSS of the process.
+"""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import requests
+import sqlalchemy
+
+from benchmarks.bridge import middle
+from benchmarks.ratios import record
+from infra.stack.machine import free_ports
+from tests.edges.examples import draft, outcome, peft_folder, transferred
+from trans_peft import connect
+from trans_peft.domain.base import BaseVersion, Fingerprint
+from trans_peft.domain.evaluation import GatePolicy
+from trans_peft.lifecycle.reconcile import observe, plan, with_cost_estimates
+from trans_peft.ports import Platform
+
+FAMILY = "bench"
+FIRST = "adapter-00000"
+SAMPLE = 100
+TABLES = (
+    "registered_models",
+    "model_versions",
+    "registered_model_tags",
+    "model_version_tags",
+    "registered_model_aliases",
+)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--adapters", type=int, default=10_000)
+    options.add_argument("--runs", type=int, default=3)
+    options.add_argument("--database", help="URI of an empty database; by default SQLite")
+    options.add_argument("--workers", type=int, default=4, help="of MLflow, whose default is 4")
+    options.add_argument("--dry", action="store_true", help="print, and leave results.json alone")
+    options.add_argument("--read", metavar="URL", help=argparse.SUPPRESS)  # one run
+    chosen = options.parse_args()
+    if chosen.read:
+        print(json.dumps(read(chosen.read)))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with us
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    small, large = chosen.adapters // 10, chosen.adapters
+    runs: dict[int, list[dict[str, float]]] = {small: [], large: []}
+    with tempfile.TemporaryDirectory(prefix="tp-bench-") as folder:
+        database = chosen.database or f"sqlite:///{folder}/mlflow.db"
+        with serving(database, Path(folder), chosen.workers) as url:
+            make_first(url, Path(folder))
+            for count, taken in runs.items():
+                add_copies(database, count)
+                for _ in range(chosen.runs):
+                    command = [sys.executable, "-m", "benchmarks.fleet", "--read", url]
+                    found = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+                    taken.append(json.loads(found.stdout.splitlines()[-1]))
+                    print(count, taken[-1], flush=True)
+    facts = {
+        "machine": f"{os.cpu_count()} cores",
+        "mlflow": version("mlflow"),
+        "shape": f"{large} adapters with 2 versions, {database.partition(':')[0]}, "
+        f"{chosen.workers} workers of MLflow; {runs[large][0]['requests']:.0f} requests for a look",
+    }
+    results = {
+        f"plan_{large}_s": [run["plan_s"] for run in runs[large]],
+        f"idle_look_{large}_s": [run["idle_s"] for run in runs[large]],
+        f"plan_{large}_vs_per_adapter": [
+            run["plan_s"] / (large * run["adapter_s"]) for run in runs[large]
+        ],
+        "plan_growth": [
+            run["plan_s"] / before["plan_s"]
+            for before, run in zip(runs[small], runs[large], strict=True)
+        ],
+        f"memory_{large}_mib": [run["memory_mib"] for run in runs[large]],
+    }
+    for name, values in results.items():
+        if chosen.dry:
+            print(f"fleet.{name}", middle(values), facts)
+        else:
+            record(f"fleet.{name}", middle(values), facts)
+
+
+def read(url: str) -> dict[str, float]:
+    """Return the figures of one process that looks twice, and then reads single adapters."""
+    platform, sent = connect(url, work_dir=tempfile.gettempdir()), 0
+    send = requests.Session.send
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal sent
+        sent += 1
+        return send(*arguments, **options)
+
+    requests.Session.send = counted  # type: ignore[method-assign]
+    plan_s = look(platform)
+    idle_s, before = 0.0, sent
+    idle_s = look(platform)
+    idle_requests = sent - before
+    memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    names = platform.registry.adapters(FAMILY)
+    names = names[:: max(1, len(names) // SAMPLE)]
+    began = time.perf_counter()
+    for name in names:
+        platform.registry.adapter(name)
+    return {
+        "plan_s": plan_s,
+        "idle_s": idle_s,
+        "requests": idle_requests,
+        "memory_mib": memory_mib,
+        "adapter_s": (time.perf_counter() - began) / len(names),
+    }
+
+
+def look(platform: Platform) -> float:
+    """Return the seconds of reading and planning the fleet."""
+    began = time.perf_counter()
+    fleet = observe(FAMILY, platform)
+    found = with_cost_estimates(plan(fleet, GatePolicy()), fleet, platform)
+    taken = time.perf_counter() - began
+    if not len(found.tasks) == len(fleet.adapters) > 0 or found.unreadable:
+        raise RuntimeError(f"unexpected plan: {len(found.tasks)} tasks, {found.unreadable[:3]}")
+    return taken
+
+
+@contextmanager
+def serving(database: str, folder: Path, workers: int) -> Iterator[str]:
+    """Run MLflow on a database and yield its URL."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--port", str(port)),
+        *("--workers", str(workers)),
+        *("--backend-store-uri", database, "--artifacts-destination", f"{folder}/artifacts"),
+    ]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (
+        (folder / "mlflow.log").open("w") as log,
+        subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        ) as server,
+    ):
+        try:
+            for _ in range(240):
+                with suppress(OSError):
+                    requests.get(f"{url}/health", timeout=5).raise_for_status()
+                    break
+                time.sleep(0.5)
+            yield url
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+
+
+def make_first(url: str, folder: Path) -> None:
+    """Register three bases and the first adapter, with a verdict on the second base."""
+    platform = connect(url, work_dir=folder)
+    v1, v2, _ = (
+        platform.catalog.make_ready(
+            BaseVersion(FAMILY, name, f"s3://bases/{FAMILY}/{name}", 0),
+            fingerprint=Fingerprint("Llama", 2, name, {}, "v", "t"),
+            source="benchmark",
+        )
+        for name in ("v1", "v2", "v3")
+    )
+    peft = peft_folder(folder / "peft")
+    new = draft(FIRST, FAMILY, peft, v1.fingerprint_sha256)
+    first = platform.registry.register(replace(new, trained_on=v1.ref), peft)
+    second = platform.registry.register(transferred(first, v2.fingerprint_sha256), peft)
+    passed = outcome(
+        first,
+        new_number=second.number,
+        policy=GatePolicy().sha256,
+        base=v2.fingerprint_sha256,
+    )
+    platform.registry.record(replace(passed, training=None))
+    for found in (first, second):
+        platform.registry.set_alias(FIRST, found.base.alias, found.number)
+
+
+def add_copies(database: str, count: int) -> None:
+    """Copy the rows of the first adapter until there are `count` adapters."""
+    engine = sqlalchemy.create_engine(database)
+    with engine.begin() as connection:
+        known = connection.scalar(
+            sqlalchemy.text("SELECT count(*) FROM registered_models WHERE name LIKE 'adapter-%'")
+        )
+        connection.execute(sqlalchemy.text("CREATE TEMPORARY TABLE copies (copy VARCHAR(64))"))
+        connection.execute(
+            sqlalchemy.text("INSERT INTO copies VALUES (:copy)"),
+            [{"copy": f"adapter-{number:05}"} for number in range(known, count)],
+        )
+        for table in TABLES:
+            columns = [
+                column["name"] for column in sqlalchemy.inspect(connection).get_columns(table)
+            ]
+            values = [
+                f"replace({name}, '{FIRST}', copy)" if name in ("name", "value") else name
+                for name in columns
+            ]
+            connection.execute(
+                sqlalchemy.text(  # of names in this file and of MLflow's columns
+                    f"INSERT INTO {table} ({', '.join(columns)}) "  # noqa: S608
+                    f"SELECT {', '.join(values)} FROM {table} CROSS JOIN copies "
+                    f"WHERE name = '{FIRST}'"
+                )
+            )
+    if engine.dialect.name == "postgresql":  # which does so by itself, after a while
+        with engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT").execute(
+                sqlalchemy.text("ANALYZE")
+            )
+
+
+if __name__ == "__main__":
+    main()
