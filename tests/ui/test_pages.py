@@ -401,6 +401,10 @@ def test_the_openapi_document_describes_every_json_response(client):
         assert path.startswith("/api/") and operations.keys() == {"get"}
         answer = operations["get"]["responses"]["200"]["content"]["application/json"]["schema"]
         assert "$ref" in answer or answer["items"]["$ref"]
+        for status in ("404", "422", "503"):
+            problem = operations["get"]["responses"][status]["content"]["application/json"]
+            assert problem["schema"]["$ref"].endswith("/Problem")
+    assert document["components"]["schemas"]["Problem"]["required"] == ["detail"]
 
 
 @pytest.mark.parametrize("path", API)

@@ -7,6 +7,7 @@ there is no route for another method.
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,9 +77,23 @@ def create_app(platform: Platform, settings: UiSettings) -> ASGIApp:
     return SecurityHeaders(checked)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """An error: what is wrong, expected and found, and what to do, as one text."""
+
+    detail: str
+
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "There is no such name"},
+    422: {"model": Problem, "description": "A parameter cannot be used"},
+    503: {"model": Problem, "description": "The registry does not respond, or cannot be read"},
+}
+
+
 def _api(reader: Reader) -> APIRouter:
     """Return the routes that respond with JSON."""
-    api = APIRouter(prefix="/api", tags=["fleet"])
+    api = APIRouter(prefix="/api", tags=["fleet"], responses=_PROBLEMS)
 
     @api.get("/families")
     def families() -> tuple[FamilyView, ...]:
