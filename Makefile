@@ -36,7 +36,7 @@ help: ## show this
 	@echo "make study        measure the effect of Trans-PEFT (hours); resumes from study/scores.jsonl"
 	@echo "make bench        benchmarks of training, evaluation, downloads and notifications (hours)"
 	@echo
-	@echo "  the platform on this machine: MLflow, Prefect, S3, the bridge, one worker"
+	@echo "  the platform on this machine: MLflow, Prefect, S3, the bridge, the fleet page, one worker"
 	@echo "make up           start it, deploy prefect.yaml, wait until all programs are healthy"
 	@echo "make status       show the state of each program"
 	@echo "make login        show the user and password of Prefect's page"
@@ -44,7 +44,7 @@ help: ## show this
 	@echo "make down         stop it; $(STATE) keeps its data"
 	@echo "make clean-state  stop it and delete $(STATE)"
 	@echo '  in a shell:     eval "$$($(BIN)/python -m infra.stack env)"'
-	@echo "  other ports:    make up MLFLOW_PORT=5501 PREFECT_PORT=4251 S3_PORT=8351 BRIDGE_PORT=4261"
+	@echo "  other ports:    make up MLFLOW_PORT=5501 PREFECT_PORT=4251 S3_PORT=8351 BRIDGE_PORT=4261 UI_PORT=4271"
 	@echo "  its worker:     make up TRANS_PEFT_READABLE=... TRANS_PEFT_FAMILIES=... (infra/README.md)"
 	@echo "  more:           $(BIN)/python -m infra.stack --help, infra/README.md"
 	@echo
@@ -95,6 +95,7 @@ bench: $(MODEL)
 	$(BIN)/python -m benchmarks.validate
 	$(BIN)/python -m benchmarks.bridge
 	$(BIN)/python -m benchmarks.fleet
+	$(BIN)/python -m benchmarks.ui
 	$(MAKE) up
 	eval "$$($(BIN)/python -m infra.stack env)" && \
 	  $(BIN)/python benchmarks/download.py s3://data/benchmark

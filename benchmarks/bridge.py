@@ -101,13 +101,14 @@ def main() -> None:
 
 @contextmanager
 def running(folder: Path) -> Iterator[Stack]:
-    s3, mlflow, prefect, bridge = free_ports(4)
+    s3, mlflow, prefect, bridge, ui = free_ports(5)
     settings = StackSettings(
         state=folder / "state",
         s3_port=s3,
         mlflow_port=mlflow,
         prefect_port=prefect,
         bridge_port=bridge,
+        ui_port=ui,
     )
     up(settings, print)
     try:

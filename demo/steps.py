@@ -252,6 +252,7 @@ class Steps:
         experiment = self._mlflow.get_run(run_id).info.experiment_id
         for name, link in (
             ("picture", str(picture)),
+            ("fleet page", f"{self._stack.urls['ui']}/families/{FAMILY}"),
             ("base versions and adapters", f"{mlflow}/#/models"),
             ("the family", f"{mlflow}/#/models/{FAMILY}"),
             ("this result", f"{mlflow}/#/experiments/{experiment}/runs/{run_id}"),

@@ -7,9 +7,8 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks.composition import platform
 from tasks.policy import RETRIES
-from trans_peft.domain.conventions import OUTCOME_TAG_PREFIX, TAG_PREFIX
+from trans_peft.domain.conventions import OUTCOME_TAG_PREFIX, TAG_PREFIX, artifact_key
 from trans_peft.domain.fleet import FleetChanges
-from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Plan, TransferTask
 from trans_peft.errors import listed_lines
 from trans_peft.lifecycle.promotion import describe_obstacle
@@ -38,7 +37,7 @@ def publish_plan(plan: Plan) -> None:
     for line in limited(map(parked_text, plan.parked)):
         logger.warning("%s", line)
     create_table_artifact(
-        key=f"plan-{_slug(plan.family)}",
+        key=artifact_key("plan", plan.family),
         table=[
             {
                 "adapter": item.adapter,
@@ -60,7 +59,7 @@ def publish_plan(plan: Plan) -> None:
 def publish_fleet(family: str, changes: FleetChanges) -> str:
     """Write the fleet report to a markdown artifact and return its text."""
     text = report(family, platform()).markdown() + "\n\n" + changes_markdown(changes)
-    create_markdown_artifact(key=f"fleet-{_slug(family)}", markdown=text)
+    create_markdown_artifact(key=artifact_key("fleet", family), markdown=text)
     return text
 
 
@@ -104,12 +103,3 @@ def changes_markdown(changes: FleetChanges) -> str:
         text = obstacle_text(changes).replace("\n", "\n  ")
         lines.append(f"- **{what}**: {text}")
     return "\n".join(["## Changes", "", *(lines or ["- none"])])
-
-
-def _slug(family: str) -> str:
-    """Return the name in the alphabet of Prefect's artifact keys: lower case, digits and dashes.
-
-    If that changes the name, a hash is appended, so that `a.b` and `a-b` have different keys.
-    """
-    slug = "".join(sign if sign.isalnum() else "-" for sign in family.lower())
-    return slug if slug == family else f"{slug}-{content_sha256(family)[:8]}"

@@ -11,6 +11,8 @@ EXTRA_OF = {
     "botocore": "s3",
     "cyclopts": "cli",
     "datasets": "eval",
+    "fastapi": "ui",
+    "jinja2": "ui",
     "OpenSSL": "signatures",
     "math_verify": "eval",
     "mlflow": "mlflow",
@@ -21,7 +23,9 @@ EXTRA_OF = {
     "rich": "cli",
     "sacrebleu": "eval",
     "scipy": "eval",
+    "starlette": "ui",
     "trl": "train",
+    "uvicorn": "ui",
     "yaml": "cli",
 }
 """Top-level module -> extra that installs it, as declared in pyproject.toml."""

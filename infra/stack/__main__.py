@@ -12,7 +12,8 @@ from infra.stack.stack import down, status, up
 from trans_peft.errors import TransPeftError
 
 _HELP = """\
-up        start the servers, worker and bridge, deploy prefect.yaml, wait until all are healthy
+up        start the servers, worker, bridge and fleet page, deploy prefect.yaml, wait until all are
+          healthy
 down      stop them; the state folder stays
 status    show the state of each program; exit code 1 unless all are healthy
 login     show the user and password of Prefect's page
@@ -25,6 +26,7 @@ settings, as environment variables:
   MLFLOW_PORT       5500
   PREFECT_PORT      4250
   BRIDGE_PORT       4260
+  UI_PORT           4270
   GPU_SLOTS         flow runs on the `gpu` queue at a time (1)
   MLFLOW_BACKEND_STORE_URI, PREFECT_API_DATABASE_CONNECTION_URL
                     databases instead of SQLite: postgresql+psycopg2://..., postgresql+asyncpg://...

@@ -1,4 +1,4 @@
-"""Command and environment of each of the five programs of the stack.
+"""Command and environment of each of the six programs of the stack.
 
 The process manager starts each program as `python -m infra.stack run NAME`, which replaces itself
 by the program. Configuration files and command lines therefore contain no secrets, and each start
@@ -189,6 +189,26 @@ def _bridge_command(settings: StackSettings) -> list[str]:
     return [sys.executable, "-m", "infra.bridge", "serve"]
 
 
+def _ui_command(settings: StackSettings) -> list[str]:
+    return [sys.executable, "-m", "trans_peft.cli", "ui"]
+
+
+def _ui_environment(settings: StackSettings) -> dict[str, str]:
+    """Return the servers' URLs alone: the fleet page needs no credentials."""
+    urls = settings.urls
+    return {
+        "MLFLOW_TRACKING_URI": urls["mlflow"],
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # A person waits for the page.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "TRANS_PEFT_UI_HOST": HOST,
+        "TRANS_PEFT_UI_PORT": str(settings.ui_port),
+        "TRANS_PEFT_UI_MLFLOW_URL": urls["mlflow"],
+        "TRANS_PEFT_UI_PREFECT_URL": urls["prefect"],
+    }
+
+
 PROGRAMS = {
     program.name: program
     for program in (
@@ -197,6 +217,7 @@ PROGRAMS = {
         Program("prefect", _prefect_command, _prefect_environment, stop_s=10),
         Program("worker", _worker_command, _worker_environment, 30, crash_interrupted_runs),
         Program("bridge", _bridge_command, lambda s: s.bridge_environment, stop_s=10),
+        Program("ui", _ui_command, _ui_environment, stop_s=4),
     )
 }
 

@@ -106,6 +106,7 @@ class StackSettings(EnvironmentSettings):
     prefect_port: _Port = Field(default=4250, validation_alias="PREFECT_PORT")
     s3_port: _Port = Field(default=8350, validation_alias="S3_PORT")
     bridge_port: _Port = Field(default=4260, validation_alias="BRIDGE_PORT")
+    ui_port: _Port = Field(default=4270, validation_alias="UI_PORT")
 
     gpu_slots: int = Field(default=1, ge=1, validation_alias="GPU_SLOTS")
     """Flow runs on the `gpu` queue at a time."""
@@ -187,6 +188,7 @@ class StackSettings(EnvironmentSettings):
             "MLFLOW_PORT": self.mlflow_port,
             "PREFECT_PORT": self.prefect_port,
             "BRIDGE_PORT": self.bridge_port,
+            "UI_PORT": self.ui_port,
         }
 
     @property
@@ -197,6 +199,7 @@ class StackSettings(EnvironmentSettings):
             "mlflow": f"http://{HOST}:{self.mlflow_port}",
             "prefect": f"http://{HOST}:{self.prefect_port}",
             "bridge": f"http://{HOST}:{self.bridge_port}",
+            "ui": f"http://{HOST}:{self.ui_port}",
         }
 
     @property

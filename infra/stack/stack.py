@@ -142,7 +142,8 @@ class _Stack:
         self._run("deploy", ["-m", "prefect", "--no-prompt", "deploy", "--all"], environment)
         self._log("prefect", f"deployed {settings.checkout / 'prefect.yaml'}")
         self._start("bridge")
-        self._wait("mlflow", "worker", "bridge")
+        self._start("ui")
+        self._wait("mlflow", "worker", "bridge", "ui")
         webhooks = {**environment, **settings.bridge_environment}
         self._run("webhooks", ["-m", "infra.bridge", "webhooks"], webhooks)
         self._log("bridge", "receives the notifications of MLflow and S3")

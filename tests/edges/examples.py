@@ -109,7 +109,7 @@ def outcome(
         base=BaseRef(source.base.family, "v2", base),
         weights_sha256=source.weights_sha256,
         policy_sha256=policy,
-        judgment=Judgment(verdict, "because", (suite,)),
+        judgment=Judgment(verdict, "because", (suite,), margin_points=5.0, alpha=0.05),
         compatibility=Compatibility(notes=("the chat template changed",)),
         effect=Effect(0.25),
         evaluations=(evaluation(source.weights_sha256),),

@@ -50,9 +50,14 @@ _PORTS = _ports()
 
 def settings_below(state):
     """Return the settings of a separate stack, with unused ports."""
-    s3, mlflow, prefect, bridge = islice(_PORTS, 4)
+    s3, mlflow, prefect, bridge, ui = islice(_PORTS, 5)
     return StackSettings(
-        state=state, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect, bridge_port=bridge
+        state=state,
+        s3_port=s3,
+        mlflow_port=mlflow,
+        prefect_port=prefect,
+        bridge_port=bridge,
+        ui_port=ui,
     )
 
 

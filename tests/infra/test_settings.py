@@ -12,7 +12,7 @@ from infra.stack.programs import PROGRAMS
 from infra.stack.settings import Secrets, StackSettings, without_services
 from trans_peft.errors import InvalidSpecError
 
-ports = st.lists(st.integers(1024, 65535), min_size=4, max_size=4, unique=True)
+ports = st.lists(st.integers(1024, 65535), min_size=5, max_size=5, unique=True)
 
 
 def settings_from(environment):
@@ -33,13 +33,14 @@ def no_settings_of_the_shell(monkeypatch):
 
 @given(ports, st.integers(1, 64), st.sampled_from(["", "postgresql+psycopg2://u:p%40@h/db"]))
 def test_settings_are_read_back_from_their_own_environment(chosen, slots, database):
-    s3, mlflow, prefect, bridge = chosen
+    s3, mlflow, prefect, bridge, ui = chosen
     settings = StackSettings(
         state=Path("/tmp/s"),
         s3_port=s3,
         mlflow_port=mlflow,
         prefect_port=prefect,
         bridge_port=bridge,
+        ui_port=ui,
         gpu_slots=slots,
         mlflow_database=database,
     )

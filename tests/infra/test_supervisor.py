@@ -33,6 +33,7 @@ def test_programs_are_restarted_have_bounded_logs_and_stop_as_groups(parsed_conf
     assert [name for name, program in programs.items() if not program.autostart] == [
         "worker",
         "bridge",
+        "ui",
     ]
 
 

@@ -12,14 +12,15 @@ from trans_peft.cli.layers import criticality, drift
 from trans_peft.cli.resolve import resolve
 from trans_peft.cli.serving import export, manifest
 from trans_peft.cli.transfers import check, transfer
+from trans_peft.cli.ui import ui
 
 __all__ = ["app"]
 
 _INTRODUCTION = """
 Train adapters that lose less when their base model is updated, and judge them on each version.
 
-All commands except `resolve`, `manifest` and `export` work on local folders and `s3://` prefixes,
-without a server. From training to serving in five commands:
+All commands except `resolve`, `manifest`, `export` and `ui` work on local folders and `s3://`
+prefixes, without a server. From training to serving in five commands:
 
 1. `trans-peft train recipe.yaml --base models/v1 --out runs/mine`
 2. `trans-peft publish models/v2 s3://bases/mine/v2 --family mine --version v2 --parent v1`
@@ -31,8 +32,8 @@ without a server. From training to serving in five commands:
 _EPILOGUE = """
 **Exit codes:** 0 success · 1 the adapter is incompatible, or its verdict is not `passed` ·
 2 invalid input · 3 the command failed.
-Every command accepts `--json`: it then prints one JSON value to stdout. Progress and errors go to
-stderr.
+Every command except `ui` accepts `--json`: it then prints one JSON value to stdout. Progress and
+errors go to stderr.
 """
 
 app = App(
@@ -57,6 +58,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     drift,
     convert,
     publish,
+    ui,
 )
 for _position, _command in enumerate(_COMMANDS, start=1):
     app.command(_command, sort_key=_position)

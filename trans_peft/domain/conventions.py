@@ -7,6 +7,8 @@ Renaming one also changes prefect.yaml and the pages in docs/ that show it.
 import re
 from enum import StrEnum
 
+from trans_peft.domain.identity import content_sha256
+
 __all__ = [
     "ADAPTER_ALIAS",
     "ADAPTER_ALIAS_PREFIX",
@@ -24,6 +26,7 @@ __all__ = [
     "WORK_POOL",
     "Deployment",
     "Event",
+    "artifact_key",
 ]
 
 CONVERTED_SUFFIX = ".as-llama"
@@ -84,3 +87,14 @@ WORK_POOL = "trans-peft"
 
 GPU_LIMIT = "gpu"
 """Prefect's global concurrency limit that holds the GPU slots."""
+
+
+def artifact_key(prefix: str, family: str) -> str:
+    """Return the key of a family's Prefect artifact, such as the fleet report (`fleet-<family>`).
+
+    Keys have lower-case letters, digits and dashes. If that changes the name, a hash is appended,
+    so that `a.b` and `a-b` have different keys.
+    """
+    slug = "".join(sign if sign.isalnum() else "-" for sign in family.lower())
+    slug = slug if slug == family else f"{slug}-{content_sha256(family)[:8]}"
+    return f"{prefix}-{slug}"

@@ -480,8 +480,19 @@ class SuiteJudgment:
 
 @dataclass(frozen=True)
 class Judgment:
-    """A verdict, its reason as a sentence, and the figures of every suite."""
+    """A verdict, its reason as a sentence, and the figures of every suite.
+
+    Attributes:
+        verdict: the verdict.
+        reason: the reason as one line of text.
+        suites: the figures of every suite that was compared.
+        margin_points: margin of the policy that was applied, in points. None if no suite was
+            compared, and in outcomes that were recorded without it.
+        alpha: one-sided level of that policy, likewise. For a recovery strategy it is its share.
+    """
 
     verdict: Verdict
     reason: str
     suites: tuple[SuiteJudgment, ...] = ()
+    margin_points: float | None = None
+    alpha: float | None = None

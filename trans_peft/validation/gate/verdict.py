@@ -93,7 +93,13 @@ def judge(
         replace(judge_whole(suite), items_needed=0)
         for suite in sorted(set(reference) - {*required})
     ]
-    return Judgment(verdict, reason(policy, verdict, deciding, other), (*deciding, *other))
+    return Judgment(
+        verdict,
+        reason(policy, verdict, deciding, other),
+        (*deciding, *other),
+        margin_points=policy.margin_points,
+        alpha=policy.alpha,
+    )
 
 
 def _verdict(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> Verdict:
