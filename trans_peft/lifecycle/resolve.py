@@ -113,7 +113,12 @@ def resolve_on(
 
 
 def serving_version(adapter: RegisteredAdapter, base: BaseVersion) -> AdapterVersion | None:
-    """Return the version that serves on a base: the one with its alias that was made for it."""
+    """Return the version that serves on a base: the one with its alias that was made for it.
+
+    None if there is none, and for an adapter that is not live.
+    """
+    if not adapter.is_live:
+        return None
     number = adapter.alias_on(base).number
     for version in adapter.versions:
         if version.number == number and version.base.fingerprint_sha256 == base.fingerprint_sha256:
@@ -123,6 +128,8 @@ def serving_version(adapter: RegisteredAdapter, base: BaseVersion) -> AdapterVer
 
 def why_not_serving(adapter: RegisteredAdapter, base: BaseVersion) -> str:
     """Return why `serving_version` is None, with the verdict, if there is one."""
+    if not adapter.is_live:
+        return "the adapter is retired, or its tags cannot be read"
     state = adapter.alias_on(base)
     if state.number is not None:
         return f"the alias on version {state.number}, which was made for another base"
