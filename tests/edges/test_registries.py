@@ -673,10 +673,10 @@ def test_odd_entries_of_a_fleet_are_read_as_they_are_one_by_one(servers, unique,
     live, unreadable = one_by_one(place.registry, place.family)
     (aside,) = found.unreadable[len(unreadable) :]
     assert (found.live, found.unreadable) == (live, (*unreadable, aside))
-    assert [line.split(":")[0] for line in unreadable] == [untagged, damaged]
+    assert [line.split(":")[0] for line in unreadable] == [untagged, moved, damaged]
     assert aside.startswith(f"{lost}: the tag trans_peft.family must be {place.family}")
     assert [(one.name, len(one.versions)) for one in found.live] == [
-        (moved, 2), (pruned, 1), (copied, 2), (f"{unique}-empty", 0),
+        (pruned, 1), (copied, 2), (f"{unique}-empty", 0),
     ]  # fmt: skip
 
 
@@ -702,6 +702,7 @@ def test_mlflow_does_not_show_which_tags_and_aliases_changed(servers, unique, tm
     assert found.aliases == []
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_a_database_without_a_server_is_read_alike(unique, tmp_path, monkeypatch):
     from trans_peft.edges.mlflow_registry import MlflowRegistry
