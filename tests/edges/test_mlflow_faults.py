@@ -62,6 +62,7 @@ def promote_approve_roll_back(fleet):
     return upgrade.state
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300 * STORMS)
 def test_failed_requests_do_not_change_the_final_registry(servers, unique, tmp_path, monkeypatch):
     expected = promote_approve_roll_back(

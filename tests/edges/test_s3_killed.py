@@ -94,6 +94,7 @@ def until_it_answers(call):
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kills_at_random_moments_do_not_change_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.1)

@@ -73,6 +73,7 @@ def test_an_example_without_arguments_prints_its_usage(name, monkeypatch, capsys
     assert f"usage: {name}.py [-h] BASE OUTPUT" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_accelerate_launch_trains_in_two_processes(tiny_base, tmp_path):
     command = [

@@ -65,6 +65,7 @@ def worker(rank, port, folder):
     os._exit(0)  # taking gloo's process group down has waited for ever
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_processes_train_as_one_that_draws_for_both(tmp_path):
     with socket.socket() as free:

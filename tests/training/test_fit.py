@@ -167,6 +167,7 @@ def test_a_finished_run_in_a_moved_folder_is_not_repeated(uninterrupted, tmp_pat
     assert again.result == replace(uninterrupted.result, folder=moved / "adapter")
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_resumes_to_the_same_weights(uninterrupted, cancelled):
     resumed = run(cancelled)
     (started,) = resumed.of(TrainingStarted)
