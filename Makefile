@@ -25,7 +25,7 @@ endif
 LOCKED  = $(INSTALL) --no-deps --require-hashes --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-architectures test-end-to-end faults check docs format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end faults check docs format lock
 
 help: ## show this
 	@echo "make setup        install all dependencies into .venv (other targets do this first)"
@@ -52,6 +52,7 @@ help: ## show this
 	@echo "make test         all tests except the slow ones   make check   format, lint, types, imports"
 	@echo "make test-stack   tests that start a stack (make up, a base update), and slow ones (as in CI)"
 	@echo "make test-wheel   the wheel alone in an empty environment (as in CI)"
+	@echo "make test-vllm    serving with a real vLLM server, in an environment of its own (3 GB)"
 	@echo "make test-end-to-end  promotion, approval and rollback on a stack (about 6 min)"
 	@echo "make faults       killed programs, network failures, full disks (an hour or more)"
 	@echo "make docs         the documentation site, in build/site"
@@ -115,11 +116,26 @@ clean-state: down
 TEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
-	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not wheel and not architectures"
+	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not wheel and not architectures and not vllm"
 
 # Builds the wheel and installs it without extras into an empty environment (about 90 s).
 test-wheel: $(READY)
 	$(BIN)/python -m pytest tests/package -m wheel
+
+# vLLM needs other versions than the .venv: an environment of its own, with torch's build for the CPU.
+VLLM       := build/vllm-env
+VLLM_TORCH ?= --index-url https://download.pytorch.org/whl/cpu
+$(VLLM)/.ready: locks/vllm.txt
+	test -x $(VLLM)/bin/python || python3.11 -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install $(VLLM_TORCH) torch==2.13.0
+	$(VLLM)/bin/python -m pip install --no-deps --require-hashes --only-binary :all: \
+	  --requirement locks/vllm.txt
+	$(VLLM)/bin/python -m pip install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Starts three vLLM servers one after the other, each with 4 GB of memory (about 8 minutes).
+test-vllm: $(READY) $(VLLM)/.ready
+	$(BIN)/python -m pytest tests/serving -m vllm
 
 # Tests every architecture of transformers again (some minutes).
 test-architectures: $(READY)

@@ -207,6 +207,18 @@ def test_resolve_returns_the_serving_version_or_raises_the_reason(consumer):
     assert "do:       check the spelling" in str(caught.value)
 
 
+def test_a_retired_adapter_does_not_serve(tmp_path):
+    fleet = MemoryFleet(tmp_path, "mine")
+    v1 = fleet.add_base("v1")
+    fleet.add_adapter("chat", v1)
+    fleet.promote(v1)
+    fleet.apply_verdicts()
+    assert tp.resolve("chat", fleet.platform).number == 1
+    fleet.platform.registry.retire_manually("chat")
+    with pytest.raises(NotServedError, match="the adapter is retired"):
+        tp.resolve("chat", fleet.platform)
+
+
 def test_the_command_resolves_and_fails_closed(consumer, capsys):
     fleet, chat = consumer
     assert main(["resolve", chat, "--json"]) == 0

@@ -10,6 +10,7 @@ from trans_peft.cli.bases import convert, fingerprint, publish
 from trans_peft.cli.label_free import agreement
 from trans_peft.cli.layers import criticality, drift
 from trans_peft.cli.resolve import resolve
+from trans_peft.cli.serving import export, manifest
 from trans_peft.cli.transfers import check, transfer
 from trans_peft.cli.ui import ui
 
@@ -18,8 +19,8 @@ __all__ = ["app"]
 _INTRODUCTION = """
 Train adapters that lose less when their base model is updated, and judge them on each version.
 
-All commands except `resolve` and `ui` work on local folders and `s3://` prefixes, without a server. From
-training to serving in five commands:
+All commands except `resolve`, `manifest`, `export` and `ui` work on local folders and `s3://`
+prefixes, without a server. From training to serving in five commands:
 
 1. `trans-peft train recipe.yaml --base models/v1 --out runs/mine`
 2. `trans-peft publish models/v2 s3://bases/mine/v2 --family mine --version v2 --parent v1`
@@ -49,6 +50,8 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     check,
     transfer,
     resolve,
+    manifest,
+    export,
     agreement,
     fingerprint,
     criticality,

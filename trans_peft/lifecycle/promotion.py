@@ -15,7 +15,7 @@ from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import NotFoundError, listed
 from trans_peft.ports import Platform
 
-__all__ = ["check_policy", "describe_obstacle"]
+__all__ = ["check_policy", "describe_obstacle", "idle_adapter"]
 
 _MAX_NAMES = 10
 
@@ -33,7 +33,7 @@ def check_policy(
         base=base,
         policy=policy,
         live=len(fleet.adapters) + len(fleet.unreadable),
-        idle=tuple(filter(None, (_idle(adapter, base) for adapter in fleet.adapters))),
+        idle=tuple(filter(None, (idle_adapter(adapter, base) for adapter in fleet.adapters))),
         unreadable=fleet.unreadable,
         required=_idle_required(fleet, base, policy, platform),
     )
@@ -86,7 +86,7 @@ def _named(adapter: IdleAdapter) -> str:
     return f"{adapter.name} ({adapter.reason})"
 
 
-def _idle(adapter: RegisteredAdapter, base: BaseVersion) -> IdleAdapter | None:
+def idle_adapter(adapter: RegisteredAdapter, base: BaseVersion) -> IdleAdapter | None:
     """Return why an adapter does not serve on a base, or None if it serves."""
     state, outcome = adapter.alias_on(base), adapter.outcome_on(base)
     if adapter.can_serve(base, state.number):
@@ -104,7 +104,7 @@ def _idle_required(
     idle: list[IdleAdapter | None] = []
     for name in policy.required_adapters:
         if name in adapters:
-            idle.append(_idle(adapters[name], base))
+            idle.append(idle_adapter(adapters[name], base))
             continue
         try:
             family = platform.registry.family(name)

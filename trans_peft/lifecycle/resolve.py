@@ -2,14 +2,22 @@
 
 from collections.abc import Iterable
 
-from trans_peft.domain.adapter import AdapterVersion, AliasState
+from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import BASE_ALIASES
 from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.errors import InvalidSpecError, NotFoundError, NotServedError
 from trans_peft.ports import Platform
 
-__all__ = ["base_trained_on", "find_base", "find_fingerprint", "resolve", "resolve_on"]
+__all__ = [
+    "base_trained_on",
+    "find_base",
+    "find_fingerprint",
+    "resolve",
+    "resolve_on",
+    "serving_version",
+    "why_not_serving",
+]
 
 
 def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
@@ -88,7 +96,7 @@ def resolve(adapter: str, platform: Platform, *, base: str = "serving") -> Adapt
             do="pass the adapter's name first, then the platform that connect() returns",
         )
     found = _adapter(adapter, platform)
-    return _serving_version(found, find_base(found.family, base, platform))
+    return _required(found, find_base(found.family, base, platform))
 
 
 def resolve_on(
@@ -101,7 +109,42 @@ def resolve_on(
     """
     found = _adapter(adapter, platform)
     base = find_fingerprint(found.family, fingerprint_sha256, platform)
-    return _serving_version(found, base), base
+    return _required(found, base), base
+
+
+def serving_version(adapter: RegisteredAdapter, base: BaseVersion) -> AdapterVersion | None:
+    """Return the version that serves on a base: the one with its alias that was made for it.
+
+    None if there is none, and for an adapter that is not live.
+    """
+    if not adapter.is_live:
+        return None
+    number = adapter.alias_on(base).number
+    for version in adapter.versions:
+        if version.number == number and version.base.fingerprint_sha256 == base.fingerprint_sha256:
+            return version
+    return None
+
+
+def why_not_serving(adapter: RegisteredAdapter, base: BaseVersion) -> str:
+    """Return why `serving_version` is None, with the verdict, if there is one."""
+    if not adapter.is_live:
+        return "the adapter is retired, or its tags cannot be read"
+    state = adapter.alias_on(base)
+    if state.number is not None:
+        return f"the alias on version {state.number}, which was made for another base"
+    outcome = next(
+        (
+            outcome
+            for outcome in adapter.outcomes
+            if outcome.base.fingerprint_sha256 == base.fingerprint_sha256
+        ),
+        None,
+    )
+    verdict = (
+        f"verdict {outcome.verdict}: {outcome.judgment.reason}" if outcome else "no verdict yet"
+    )
+    return f"a person removed the alias ({verdict})" if state.manual else verdict
 
 
 def _adapter(name: str, platform: Platform) -> RegisteredAdapter:
@@ -111,36 +154,15 @@ def _adapter(name: str, platform: Platform) -> RegisteredAdapter:
     return found
 
 
-def _serving_version(adapter: RegisteredAdapter, target: BaseVersion) -> AdapterVersion:
-    """Return the version that has the alias of a base. NotServedError, with the reason."""
-    state = adapter.alias_on(target)
-    for version in adapter.versions:
-        if (
-            version.number == state.number
-            and version.base.fingerprint_sha256 == target.fingerprint_sha256
-        ):
-            return version
+def _required(adapter: RegisteredAdapter, target: BaseVersion) -> AdapterVersion:
+    """Return the version that serves on a base. NotServedError, with the reason."""
+    version = serving_version(adapter, target)
+    if version is not None:
+        return version
     raise NotServedError(
         f"{adapter.name} does not serve on {target}",
         expected=f"the alias {target.alias} on a version of {adapter.name} that was made for "
         f"{target}",
-        found=_why_not(adapter, state, target),
+        found=why_not_serving(adapter, target),
         do="reconcile the family, retrain the adapter, or set the alias in MLflow to approve it",
     )
-
-
-def _why_not(adapter: RegisteredAdapter, state: AliasState, target: BaseVersion) -> str:
-    if state.number is not None:
-        return f"the alias on version {state.number}, which was made for another base"
-    outcome = next(
-        (
-            outcome
-            for outcome in adapter.outcomes
-            if outcome.base.fingerprint_sha256 == target.fingerprint_sha256
-        ),
-        None,
-    )
-    verdict = (
-        f"verdict {outcome.verdict}: {outcome.judgment.reason}" if outcome else "no verdict yet"
-    )
-    return f"a person removed the alias ({verdict})" if state.manual else verdict

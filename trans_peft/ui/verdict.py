@@ -11,6 +11,7 @@ from trans_peft.domain.evaluation import (
     Evaluation,
     Suite,
     SuiteJudgment,
+    flipped_items,
     prefix_key,
 )
 from trans_peft.domain.fleet import RegisteredAdapter
@@ -249,10 +250,9 @@ def _flips(
 
 
 def _compared(old: Evaluation, new: Evaluation) -> Flips:
-    before = {item.id: item.correct for item in old.items}
-    both = [(item.id, before[item.id], item.correct) for item in new.items if item.id in before]
+    flipped = flipped_items(old, new)
     return Flips(
-        lost=tuple(item for item, was, now in both if was and not now),
-        gained=tuple(item for item, was, now in both if now and not was),
-        compared=len(both),
+        lost=tuple(before.id for before, _ in flipped if before.correct),
+        gained=tuple(before.id for before, _ in flipped if not before.correct),
+        compared=len({item.id for item in old.items} & {item.id for item in new.items}),
     )

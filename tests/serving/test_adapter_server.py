@@ -1,0 +1,80 @@
+"""The adapters of a server process: its settings, and its reads of a real MLflow server."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.faults.proxy import RandomFaults, proxied
+from tests.serving.fleet import ServingFleet
+from trans_peft.client import connect
+from trans_peft.errors import InvalidSpecError
+from trans_peft.lifecycle.resolve import resolve
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.serving.adapter_server import AdapterServer, Prepared, ServerSettings
+from trans_peft.serving.router import Refusal, RefusalReason
+
+
+def test_the_settings_come_from_variables_with_defaults():
+    found = ServerSettings.from_environment({"TRANS_PEFT_SERVE_FAMILY": "small"})
+    assert found == ServerSettings(
+        "small", Path("~/.cache/trans-peft/served").expanduser(), None, 5.0
+    )
+    everything = {
+        "TRANS_PEFT_SERVE_FAMILY": "small",
+        "TRANS_PEFT_SERVE_FOLDERS": "/data/served",
+        "TRANS_PEFT_SERVE_BASE_NAME": "bare",
+        "TRANS_PEFT_SERVE_POLL_S": "0.5",
+    }
+    assert ServerSettings.from_environment(everything) == ServerSettings(
+        "small", Path("/data/served"), "bare", 0.5
+    )
+
+
+@pytest.mark.parametrize("poll", ["0", "30", "-1", "nan", "often"])
+def test_all_problems_of_the_settings_are_reported(poll):
+    with pytest.raises(InvalidSpecError) as caught:
+        ServerSettings.from_environment({"TRANS_PEFT_SERVE_POLL_S": poll})
+    assert "TRANS_PEFT_SERVE_FAMILY is not set" in str(caught.value)
+    assert f"not {poll!r}" in str(caught.value)
+
+
+@pytest.mark.servers
+def test_a_server_follows_a_real_registry_and_outlives_it(
+    servers, unique, tmp_path, tiny_bases, caplog
+):
+    fleet = ServingFleet(tmp_path, connect(servers.mlflow_url), unique)
+    chat, code = f"{unique}-chat", f"{unique}-code"
+    v1 = fleet.add_base("v1", tiny_bases[0])
+    fleet.train(chat, v1, 1)
+    fleet.train(code, v1, 2)
+    faults = RandomFaults(0, 1.0, ("reset",), bad=False)
+    with proxied(servers.mlflow_url, faults, keeps_host=False) as url:
+        settings = ServerSettings(unique, tmp_path / "served")
+        server = AdapterServer(settings, connect(url))
+        server.start(str(tiny_bases[0]), max_rank=8)
+
+        def loaded(name: str) -> str:
+            """Prepare and load what answers, as the middleware and the resolver do."""
+            adapter = server.route(name)
+            assert isinstance(server.prepare(adapter), Prepared)
+            return adapter_weights_sha256(server.load(adapter.engine_name))
+
+        assert loaded(chat) == resolve(chat, fleet.platform, base="v1").weights_sha256
+        newer = fleet.train(chat, v1, 3)
+        server.refresh()
+        assert loaded(chat) == newer.weights_sha256
+        assert [name.split(".v")[1][0] for name in server.revoked()] == ["1"]
+
+        faults.bad = True
+        with caplog.at_level(logging.WARNING, logger="trans_peft.serving"):
+            for _ in range(3):
+                server.refresh()
+        assert len(caplog.records) == 1
+        assert loaded(chat) == newer.weights_sha256
+        refusal = server.route(code)
+        assert isinstance(refusal, Refusal) and refusal.reason is RefusalReason.REGISTRY_AWAY
+
+        faults.bad = False
+        server.refresh()
+        assert loaded(code) == resolve(code, fleet.platform, base="v1").weights_sha256

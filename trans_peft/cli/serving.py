@@ -1,0 +1,116 @@
+"""The commands `manifest` and `export`: what serves on a base, and its files for a server."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from trans_peft.cli.options import Json
+from trans_peft.cli.show import out, print_json, stderr, table
+from trans_peft.serving.export import Exported, Layout
+
+__all__ = ["export", "manifest"]
+
+_Family = Annotated[str, Parameter(help="Family of the base, such as `smollm2`.")]
+_Base = Annotated[str, Parameter(help="Base version, such as `v2`, or `serving` or `champion`.")]
+_TrackingUri = Annotated[
+    str | None,
+    Parameter(help="MLflow server. The default is the variable `MLFLOW_TRACKING_URI`."),
+]
+
+
+def manifest(
+    *,
+    family: _Family,
+    base: _Base = "serving",
+    tracking_uri: _TrackingUri = None,
+    json: Json = False,
+) -> int:
+    """Print which version of every adapter serves on a base, and why the others do not.
+
+    With `--json`, the output is a serving manifest (docs/reference/serving-manifest.json).
+
+    Example: `trans-peft manifest --family smollm2 --base serving`
+    """
+    from trans_peft.client import connect
+    from trans_peft.serving.manifest import serving_manifest
+
+    found = serving_manifest(family, base, connect(tracking_uri))
+    if json:
+        print_json(found)
+        return 0
+    aliases = ", ".join(found.base_aliases) or "no alias"
+    out.print(f"{found.base} ({aliases}), fingerprint {found.base.fingerprint_sha256[:12]}")
+    shown = table("adapter", "version", "verdict", "made by", "weights")
+    for adapter in found.adapters:
+        verdict = adapter.verdict or "trained here"
+        shown.add_row(
+            adapter.name,
+            str(adapter.number),
+            f"{verdict}, approved manually" if adapter.is_manual else verdict,
+            adapter.made_by,
+            adapter.weights_sha256[:12],
+        )
+    out.print(shown)
+    for entry in found.idle:
+        out.print(entry.detail, markup=False)
+    return 0
+
+
+def export(
+    folder: Annotated[Path, Parameter(help="Folder to write; one for each base and server.")],
+    /,
+    *,
+    family: _Family,
+    layout: Annotated[Layout, Parameter(help="The server that reads the folder.")],
+    model: Annotated[str, Parameter(help="The string that the server gets as `--model`.")],
+    base: _Base = "serving",
+    uri: Annotated[
+        str, Parameter(help="URI of `FOLDER/adapters` for the pods; `kserve` needs it.")
+    ] = "",
+    max_rank: Annotated[int | None, Parameter(help="Largest rank that the server accepts.")] = None,
+    watch: Annotated[
+        float | None, Parameter(help="Keep the folder in step: seconds between two reads.")
+    ] = None,
+    grace_s: Annotated[
+        float, Parameter(help="Seconds that a folder stays after its adapter stopped serving.")
+    ] = 3600.0,
+    tracking_uri: _TrackingUri = None,
+    json: Json = False,
+) -> int:
+    """Write the adapters that serve on a base for another server: vLLM, NIM, SGLang, LoRAX, KServe.
+
+    The folder belongs to the base version that `--base` names now. When another one serves, export
+    to another folder. The exit code is 1 if the server could not serve one of the adapters.
+
+    Example: `trans-peft export lora --family smollm2 --layout vllm-filesystem --model models/v2
+    --watch 5`
+    """
+    from trans_peft.client import connect
+    from trans_peft.serving.export import Export, ExportSettings
+    from trans_peft.serving.export import watch as keep_in_step
+
+    settings = ExportSettings(folder, layout, model, uri, max_rank, grace_s)
+    job = Export(settings, family, base, connect(tracking_uri))
+
+    def show(exported: Exported) -> None:
+        if json:
+            print_json(exported.manifest)
+            return
+        for adapter in exported.manifest.adapters:
+            state = "added " if adapter.engine_name in exported.added else ""
+            out.print(f"{state}{adapter.name}: {adapter.engine_name}", markup=False)
+        for name in exported.removed:
+            out.print(f"removed {name}", markup=False)
+        for entry in exported.refused:
+            stderr.print(f"{entry.name} was left out: {entry.detail}", markup=False, style="red")
+
+    if watch is None:
+        exported = job.sync()
+        show(exported)
+        return 1 if exported.refused else 0
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    keep_in_step(job, watch, stopped=threading.Event(), on_change=show)
+    return 0

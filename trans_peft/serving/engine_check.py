@@ -1,0 +1,166 @@
+"""Find what in a PEFT folder a LoRA server would ignore, or fail on, on a given base.
+
+Servers check little of an adapter. vLLM 0.32 answers with status 200 if tensors belong to a layer
+that the base does not have, and those tensors then do nothing. The checks here read headers alone.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trans_peft.domain.base import Fingerprint
+from trans_peft.errors import AdapterError, listed
+from trans_peft.transfer.peft_folder import PeftFolder, read_peft_folder
+
+__all__ = ["EngineBase", "check_for_engine"]
+
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>.+)\."
+    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)"
+)
+_COPY_OF_BASE = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+
+_WITHOUT_EFFECT = frozenset({
+    # who made the adapter, and on what
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
+    "revision", "task_type",
+    # which modules: the tensors say it
+    "exclude_modules", "layers_pattern", "layers_to_transform", "target_modules",
+    # how it was trained
+    "corda_config", "ensure_weight_tying", "eva_config", "init_lora_weights", "loftq_config",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size",
+    "runtime_config", "fan_in_fan_out",
+})  # fmt: skip
+"""Fields of adapter_config.json that a server may ignore."""
+_SUPPORTED = frozenset({"lora_alpha", "r", "use_rslora"})
+_PATTERNS = frozenset({"alpha_pattern", "rank_pattern"})
+
+
+@dataclass(frozen=True)
+class EngineBase:
+    """The base of a server, and what the server can load.
+
+    Attributes:
+        fingerprint: Fingerprint of the base, with the names and shapes of its tensors.
+        max_rank: Largest rank that the server accepts; None if it has no limit.
+        has_patterns: Whether the server reads `rank_pattern` and `alpha_pattern`.
+    """
+
+    fingerprint: Fingerprint
+    max_rank: int | None = None
+    has_patterns: bool = False
+
+
+def check_for_engine(folder: Path, engine: EngineBase) -> None:
+    """Raise AdapterError with every reason why a server would not serve this adapter as trained."""
+    adapter = read_peft_folder(folder)
+    problems = [
+        *_config_problems(adapter, engine),
+        *(_tensor_problems(adapter, engine) if adapter.peft_type == "LORA" else ()),
+    ]
+    if problems:
+        raise AdapterError(
+            f"the server cannot serve the adapter in {folder} as it was trained",
+            expected="LoRA tensors that fit the base, and options that the server applies",
+            found="; ".join(problems),
+            do="merge such an adapter into its base, or train it with plain LoRA",
+        )
+
+
+def _config_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
+    if adapter.peft_type != "LORA":
+        return [f"its method is {adapter.peft_type}, and servers load LoRA only"]
+    config = adapter.config
+    problems = [
+        f"adapter_config.json has no {name}"
+        for name in ("r", "lora_alpha", "target_modules")
+        if not config.get(name)
+    ]
+    if adapter.rewriting_init:
+        problems.append(f"init_lora_weights={adapter.rewriting_init!r} changes the base")
+    known = _WITHOUT_EFFECT | _SUPPORTED | (_PATTERNS if engine.has_patterns else frozenset())
+    problems += [
+        f"the option {name}={value!r} would be ignored"
+        for name, value in sorted(config.items())
+        if name not in known and value and value != "none"
+    ]
+    recorded = adapter.base_fingerprint_sha256
+    if recorded is not None and recorded != engine.fingerprint.digest:
+        problems.append(
+            f"it was made for the base {recorded[:12]}, and the server has "
+            f"{engine.fingerprint.digest[:12]}"
+        )
+    return problems
+
+
+def _tensor_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
+    weights = _module_shapes(engine.fingerprint)
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+    problems: list[str] = []
+    unknown: list[str] = []
+    unread: list[str] = []
+    for key, shape in adapter.tensors.items():
+        if key.endswith(_COPY_OF_BASE):
+            problems.append(f"{key} is a weight of the base, which a server would ignore")
+            continue
+        match = _TENSOR.fullmatch(key)
+        if match is None:
+            unread.append(key)
+        else:
+            part = "A" if "_A" in match["part"] else "B"
+            pairs.setdefault(match["module"], {})[part] = shape
+    if unread:
+        problems.append(f"no server reads these tensors: {listed(sorted(unread))}")
+    for module, pair in sorted(pairs.items()):
+        of_base = _shape_of(module, weights)
+        if of_base is None:
+            unknown.append(module)
+        elif pair.keys() != {"A", "B"}:
+            problems.append(f"{module} has only one of lora_A and lora_B")
+        else:
+            problems += _shape_problems(module, (pair["A"], pair["B"]), of_base, engine.max_rank)
+    if unknown:
+        problems.append(f"the base has no module {listed(unknown)}, so its weights do nothing")
+    return problems
+
+
+def _shape_problems(
+    module: str,
+    pair: tuple[tuple[int, ...], tuple[int, ...]],
+    shape: tuple[int, ...],
+    max_rank: int | None,
+) -> list[str]:
+    first, second = pair
+    if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
+        return [f"{module} has lora_A of shape {first} and lora_B of shape {second}"]
+    problems = []
+    # GPT-2 stores its linear layers transposed, and so does every embedding.
+    if shape not in ((second[0], first[1]), (first[1], second[0])):
+        problems.append(
+            f"{module} has shape {shape} in the base, and the adapter is for "
+            f"{(second[0], first[1])}"
+        )
+    if max_rank is not None and first[0] > max_rank:
+        problems.append(f"{module} has rank {first[0]}, and the server accepts at most {max_rank}")
+    return problems
+
+
+def _module_shapes(fingerprint: Fingerprint) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each module's weight, by the names in the files of the base."""
+    shapes = {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in fingerprint.tensors.items()
+        if name.endswith(".weight")
+    }
+    if "lm_head" not in shapes:  # a head that is tied to the embedding is in no file
+        embedding = next((name for name in shapes if name.endswith(_EMBEDDINGS)), None)
+        if embedding is not None:
+            shapes["lm_head"] = shapes[embedding]
+    return shapes
+
+
+def _shape_of(module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Return the shape of a module. Files may leave out its first part, such as `transformer.`."""
+    return shapes.get(module) or shapes.get(module.partition(".")[2])
