@@ -57,7 +57,8 @@ MEANINGS: Mapping[State, Meaning] = {
         "Consider serving the base without the adapter.",
     ),
     State.INCONCLUSIVE: Meaning(
-        "None of these is shown. The reason states how many more items would decide.",
+        "None of passed, needs-retuning and retire is shown. The reason states how many more items "
+        "would decide.",
         "Use a larger suite, or set the alias manually.",
     ),
 }
