@@ -39,7 +39,7 @@ class Vllm:
     def complete(self, model: str, prompt: str, tokens: int = 16) -> httpx.Response:
         return self.post(
             "/v1/completions",
-            model=model, prompt=prompt, max_tokens=tokens, temperature=0, ignore_eos=True,
+            model=model, prompt=prompt, max_tokens=tokens, temperature=0, min_tokens=tokens,
             return_token_ids=True,
         )  # fmt: skip
 
