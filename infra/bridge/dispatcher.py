@@ -50,7 +50,7 @@ class DispatchOutcome(StrEnum):
     """Result of one notification."""
 
     STARTED = "started"  # a run was created for it
-    WAITING = "waiting"  # a run that has not begun yet will see its change
+    WAITING = "waiting"  # a run that has not begun yet will read its change
     IGNORED = "ignored"  # valid, and needs no run
     REJECTED = "rejected"  # can never be valid
     REFUSED = "refused"  # not authenticated, or not readable as a request

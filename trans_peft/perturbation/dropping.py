@@ -22,7 +22,7 @@ from trans_peft.perturbation.units import DecoderLayer, Experts, projection_shap
 __all__ = ["drop_attention", "drop_ffn"]
 
 
-class DroppableModule(Protocol):
+class DropDecision(Protocol):
     """An object with the draw of a sub-layer for the running forward pass, such as `MaskSite`."""
 
     @property
@@ -33,7 +33,7 @@ class DroppableModule(Protocol):
 Parameters = Callable[[], Iterator[nn.Parameter]]
 
 
-def drop_ffn(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -> None:
+def drop_ffn(mask_site: DropDecision, layer: DecoderLayer, undo: ExitStack) -> None:
     """Drop the FFN of a layer with the adapters in and after it, until `undo` closes."""
     parameters = _parameters_beside(layer, "attention")
     for unit in layer.ffn:
@@ -51,7 +51,7 @@ def drop_ffn(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -
         _zero_output(mask_site, module, undo)
 
 
-def drop_attention(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -> None:
+def drop_attention(mask_site: DropDecision, layer: DecoderLayer, undo: ExitStack) -> None:
     """Drop the attention of a layer with an adapter after it, until `undo` closes."""
     if layer.attention is not None:
         output = layer.attention.output
@@ -60,7 +60,7 @@ def drop_attention(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitSt
 
 
 def _drop_whole(
-    mask_site: DroppableModule, whole: nn.Module, trainable: Parameters, undo: ExitStack
+    mask_site: DropDecision, whole: nn.Module, trainable: Parameters, undo: ExitStack
 ) -> None:
     original = whole.forward
 
@@ -72,7 +72,7 @@ def _drop_whole(
     override(whole, forward, undo)
 
 
-def _zero_output(mask_site: DroppableModule, module: nn.Module, undo: ExitStack) -> None:
+def _zero_output(mask_site: DropDecision, module: nn.Module, undo: ExitStack) -> None:
     """Set the first tensor of a module's output to zero while the sub-layer is dropped."""
     original = module.forward
 
@@ -92,7 +92,7 @@ def _zeroed(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
 
 
-def _drop_input(mask_site: DroppableModule, projection: nn.Module, undo: ExitStack) -> None:
+def _drop_input(mask_site: DropDecision, projection: nn.Module, undo: ExitStack) -> None:
     """Make a projection return a width of zero neurons while the sub-layer is dropped."""
     original = projection.forward
 
@@ -103,7 +103,7 @@ def _drop_input(mask_site: DroppableModule, projection: nn.Module, undo: ExitSta
 
 
 def _drop_output(
-    mask_site: DroppableModule, projection: nn.Module, trainable: Parameters, undo: ExitStack
+    mask_site: DropDecision, projection: nn.Module, trainable: Parameters, undo: ExitStack
 ) -> None:
     original = projection.forward
     _, out = projection_shape(projection) or (0, 0)
@@ -117,7 +117,7 @@ def _drop_output(
 
 
 def _leave_out_adapters(
-    mask_site: DroppableModule, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
+    mask_site: DropDecision, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
 ) -> None:
     """Drop an adapter that follows the sub-layer of these parts together with the sub-layer."""
     for child in layer.module.children():
@@ -126,7 +126,7 @@ def _leave_out_adapters(
             _leave_out_adapter(mask_site, child, undo)
 
 
-def _leave_out_adapter(mask_site: DroppableModule, child: BaseTunerLayer, undo: ExitStack) -> None:
+def _leave_out_adapter(mask_site: DropDecision, child: BaseTunerLayer, undo: ExitStack) -> None:
     original = child.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
 from trans_peft.sandbox.check import CodeTests
 from trans_peft.sandbox.errors import InvalidTestsError, SandboxError
 from trans_peft.sandbox.guards import MACHINE_REQUIREMENTS, Guard, MissingGuardsError
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.sandbox.runner import select_runner
 from trans_peft.validation.guards import guards_named
 from trans_peft.validation.rules.longest_python import longest_python, parsed
@@ -33,7 +33,7 @@ __all__ = ["PYTHON", "code", "extract"]
 
 # Processor time decides, so that a busy machine changes no result. The wall limit ends programs
 # that wait.
-_LIMITS = Limits(cpu_s=10.0, wall_s=120.0)
+_LIMITS = SandboxLimits(cpu_s=10.0, wall_s=120.0)
 _MAX_ERROR_CHARACTERS = 500
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
