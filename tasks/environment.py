@@ -9,9 +9,8 @@ from trans_peft.errors import InvalidSpecError
 
 __all__ = ["EnvironmentSettings"]
 
-_DEFAULT_NOT_COMPUTED = (
-    "default_factory_not_called"  # pydantic's error for a default behind another error
-)
+_DEFAULT_NOT_COMPUTED = "default_factory_not_called"
+"""pydantic's error for a default that depends on a field with an error."""
 
 
 class EnvironmentSettings(BaseSettings):

@@ -40,8 +40,7 @@ __all__ = ["QUEUES", "ZOMBIE_AUTOMATION", "WorkQueueSettings", "register"]
 class WorkQueueSettings:
     """A queue of the work pool.
 
-    Priority 1 is the highest. At most as many runs as there are GPU slots run of an `is_limited`
-    queue.
+    Priority 1 is the highest. If `is_limited`, as many flows run at a time as there are GPU slots.
     """
 
     priority: int
