@@ -101,7 +101,7 @@ def test_only_the_current_transfer_of_a_crashed_shard_counts_as_an_attempt(tasks
     left = plan(*on_base[done:])
     crashed = replace(CRASHED, tasks=on_base)
     assert interrupted_transfers([crashed], left) == on_base[done : done + 1]
-    for other in ({"crashed": False}, {"never_ran": True}):
+    for other in ({"is_crashed": False}, {"never_ran": True}):
         assert interrupted_transfers([replace(crashed, **other)], left) == ()
 
 
@@ -110,10 +110,16 @@ def test_only_the_current_transfer_of_a_crashed_shard_counts_as_an_attempt(tasks
     [
         ({}, ()),  # killed: the remaining tasks are started again
         ({"never_ran": True}, (B, C)),  # the worker could not start it
-        ({"crashed": False, "cancelled": True, "state_name": "Cancelled"}, (B, C)),  # a person
-        ({"crashed": False, "cancelled": True, "state_name": "Withdrawn"}, ()),  # a reconcile
-        ({"crashed": False, "state_name": "Completed"}, (B, C)),  # not done, and not tried for ever
-        ({"crashed": False, "state_name": "Failed"}, (B, C)),
+        (
+            {"is_crashed": False, "is_cancelled": True, "state_name": "Cancelled"},
+            (B, C),
+        ),  # a person
+        ({"is_crashed": False, "is_cancelled": True, "state_name": "Withdrawn"}, ()),  # a reconcile
+        (
+            {"is_crashed": False, "state_name": "Completed"},
+            (B, C),
+        ),  # not done, and not tried for ever
+        ({"is_crashed": False, "state_name": "Failed"}, (B, C)),
     ],
     ids=["killed", "never ran", "cancelled", "withdrawn", "completed", "failed"],
 )
