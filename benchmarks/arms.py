@@ -29,7 +29,7 @@ from trans_peft.validation.evaluate import answer, context_of, evaluate
 from trans_peft.validation.tokenized_suite import prepare
 
 
-class Laps:
+class AdapterTimer:
     """The seconds that a method takes for each adapter. Its remaining time is shared by all."""
 
     def __init__(self, workload: Workload) -> None:
@@ -43,7 +43,7 @@ class Laps:
         self.seconds[adapter] = self._clock() - started
 
 
-class Peer:
+class TransformersGenerate:
     """`generate` of transformers in left-padded batches, in the given order or sorted by length."""
 
     def __init__(self, workload: Workload, *, by_length: bool) -> None:
@@ -88,7 +88,8 @@ class Peer:
 
 def reload(workload: Workload) -> dict[str, Any]:
     """Load base and adapter again for each adapter."""
-    laps, loads, peer, texts = Laps(workload), Laps(workload), Peer(workload, by_length=False), {}
+    laps, loads = AdapterTimer(workload), AdapterTimer(workload)
+    peer, texts = TransformersGenerate(workload, by_length=False), {}
     bare = peer.answers(from_pretrained(workload))
     for name, folder in workload.task.adapters.items():
         with laps.of(name):
@@ -102,7 +103,7 @@ def reload(workload: Workload) -> dict[str, Any]:
 
 def set_adapter(workload: Workload) -> dict[str, Any]:
     """Load the base once, with all adapters of one type on it. One adapter is active at a time."""
-    laps, peer, texts = Laps(workload), Peer(workload, by_length=True), {}
+    laps, peer, texts = AdapterTimer(workload), TransformersGenerate(workload, by_length=True), {}
     model = from_pretrained(workload)
     bare = peer.answers(model)
     by_type: dict[str, list[str]] = {}
@@ -142,17 +143,17 @@ def plain(workload: Workload) -> dict[str, Any]:
         )
         return [item.answer or "" for item in found.items]
 
-    laps, bare, texts = Laps(workload), answers(base.model), {}
+    laps, bare, texts = AdapterTimer(workload), answers(base.model), {}
     for name, folder in workload.task.adapters.items():
         with laps.of(name), attached(base.model, Path(folder)) as model:
             texts[name] = answers(model)
     return {"adapters": workload.judged(texts, bare), "laps": laps.seconds}
 
 
-def whole(workload: Workload, *, sequential: bool = False) -> dict[str, Any]:
+def transfer_every_adapter(workload: Workload, *, sequential: bool = False) -> dict[str, Any]:
     """Transfer each adapter, as a shard does."""
     policy = replace(workload.policy, sequential=sequential)
-    laps, found = Laps(workload), {}
+    laps, found = AdapterTimer(workload), {}
     for name, version in workload.versions.items():
         with laps.of(name):
             workload.platform.evaluations.put(workload.reference(name))  # stored, as on a platform
@@ -180,7 +181,7 @@ def references(workload: Workload) -> dict[str, Any]:
     return {}
 
 
-def turns(workload: Workload, count: int) -> dict[str, Any]:
+def attach_and_detach(workload: Workload, count: int) -> dict[str, Any]:
     """Attach, answer and detach `count` times. Return the peak memory of the process."""
     base = load_base(workload.folder, workload.suite.dtype)
     asked = tokenized_suite_for(workload.suite, base, workload.platform)
@@ -275,7 +276,7 @@ ARMS: dict[str, Callable[[Workload], dict[str, Any]]] = {
     "reload": reload,
     "set": set_adapter,
     "plain": plain,
-    "whole": whole,
-    "early": lambda workload: whole(workload, sequential=True),
+    "whole": transfer_every_adapter,
+    "early": lambda workload: transfer_every_adapter(workload, sequential=True),
 }
 HARNESS: dict[str, Callable[[Workload], dict[str, Any]]] = {"choose": choose, "harness": harness}

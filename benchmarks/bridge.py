@@ -282,7 +282,7 @@ class BridgeBenchmark:
 
 
 def _request(secret: str, burst: int, delivery: int) -> bytes:
-    """Return MLflow's webhook for a champion that was taken away, as bytes of HTTP."""
+    """Return the HTTP request of MLflow's webhook for a removed alias `champion`, as bytes."""
     data = {"name": FAMILIES[delivery % len(FAMILIES)], "alias": CHAMPION_ALIAS}
     event = {"entity": "model_version_alias", "action": "deleted", "data": data}
     body, at = json.dumps(event).encode(), str(int(time.time()))

@@ -35,7 +35,7 @@ from trans_peft.validation.decoding.generation import Answers, generate
 ITEMS = 64
 
 
-class TokenizedSuite:
+class DecodingWorkload:
     """Tokenized prompts, and the methods to answer them: this project's and transformers'."""
 
     def __init__(self, tokenizer: Any, examples: Sequence[Example]) -> None:
@@ -123,12 +123,12 @@ def loaded(folder: Path, adapter: Path) -> Iterator[tuple[Any, Any]]:
 @contextmanager
 def both(
     options: argparse.Namespace, update: str
-) -> Iterator[tuple[Any, TokenizedSuite, list[list[int]]]]:
+) -> Iterator[tuple[Any, DecodingWorkload, list[list[int]]]]:
     """The adapter on the updated base, the prompts, and its answers on the old base."""
     if options.tiny:
         examples = [Example(str(i), f"question {i} {'?' * (i % 7)}", "") for i in range(4)]
         (old, tokenizer), (new, _) = tiny(update=0.0), tiny(update=0.001)
-        tokenized = TokenizedSuite(tokenizer, examples)
+        tokenized = DecodingWorkload(tokenizer, examples)
         yield new, tokenized, tokenized.ours(old, 4).ids
         return
     bases_and_rows(options.study, update)
@@ -136,9 +136,9 @@ def both(
     folder = adapter(options.study, rows, "lora-16", seed=1)
     examples = list(parse_examples(rows["eval"].read_bytes(), "eval.jsonl"))[: options.items]
     with loaded(options.study / "bases" / "v1", folder) as (model, tokenizer):
-        recorded = TokenizedSuite(tokenizer, examples).ours(model, 32).ids
+        recorded = DecodingWorkload(tokenizer, examples).ours(model, 32).ids
     with loaded(options.study / "bases" / update, folder) as (model, tokenizer):
-        yield model, TokenizedSuite(tokenizer, examples), recorded
+        yield model, DecodingWorkload(tokenizer, examples), recorded
 
 
 def wrong_drafts(answers: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -158,7 +158,7 @@ def compare(
     batch: int,
     suffix: str,
     model: Any,
-    tokenized: TokenizedSuite,
+    tokenized: DecodingWorkload,
     recorded: list[list[int]],
     options: argparse.Namespace,
     clock: Clock,

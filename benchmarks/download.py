@@ -1,9 +1,10 @@
 """Measures what ranges save: the download of a base in ranges on 8 streams, relative to one stream.
 
 Both sides call `trans_peft.bases.cache.download` with an empty cache, and include all that a worker
-waits for: reading, hashing, syncing and sealing. The single stream is the same code with ranges
-larger than the file. A server on this machine has no network delay; `--connection-mib-s` limits the
-rate of each connection, and adds the rate to the name of the result.
+waits for: reading, hashing, fsync and the record of the hashes. The single stream is the same code
+with ranges larger than the file. A server on this machine has no network delay;
+`--connection-mib-s` limits the rate of each connection, and adds the rate to the name of the
+result.
 
     python benchmarks/download.py s3://bucket/scratch [--mib 128] [--connection-mib-s 20]
         [--pairs 9] [--clock wall]

@@ -41,8 +41,8 @@ def prepare(options: argparse.Namespace) -> Clock:
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory, as CUDA's allocator does. Without glibc: do nothing.
 
-    Else what varies from one train step to the next is how long the kernel takes to hand out pages
-    of zeros: a sixth of all processor time, and more than what a perturbation saves.
+    Without this, the kernel spends a sixth of all processor time on zeroing pages. That time varies
+    between training steps by more than a perturbation saves.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -46,7 +46,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import ARMS, HARNESS, references, turns
+from benchmarks.arms import ARMS, HARNESS, attach_and_detach, references
 from benchmarks.ratios import CLOCKS, machine, middle, parser, prepare, record
 from benchmarks.workload import ANSWERS, Task, Workload
 from study.fleet import bases_and_rows, fleet, statements
@@ -74,7 +74,7 @@ def run_as_child(arm: str, path: Path) -> None:
     name, _, count = arm.partition(" ")
     started = clock()
     if name == "turns":
-        result = turns(workload, int(count))
+        result = attach_and_detach(workload, int(count))
     else:
         result = {**ARMS, **HARNESS, "references": references}[name](workload)
     print(json.dumps({"seconds": clock() - started, **result}))
@@ -185,7 +185,7 @@ def compare_memory(task: Task, options: argparse.Namespace, full: bool) -> None:
 def compare_harness(task: Task, options: argparse.Namespace, full: bool) -> None:
     """Record the ratio of the times for one task, and both scores."""
     if find_spec("lm_eval") is None:
-        print("lm-evaluation-harness is not installed: pip install 'trans-peft[harness]'")
+        print("lm-evaluation-harness is not installed: pip install '.[harness]'")
         return
     rounds = [{name: in_child(name, task) for name in HARNESS} for _ in range(options.pairs)]
     ours, theirs = rounds[0]["choose"], rounds[0]["harness"]

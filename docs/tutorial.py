@@ -2,7 +2,7 @@
 #
 # This tutorial trains an adapter with Trans-PEFT, registers it, publishes a new version of its base,
 # evaluates the adapter there, and resolves the version that may serve. It needs
-# `pip install 'trans-peft[all]'` and no server: MLflow keeps its registry in a SQLite file.
+# `pip install '.[all]'` in a checkout, and no server: MLflow keeps its registry in a SQLite file.
 #
 # Run it as a program: `TUTORIAL_BASE=models/smollm2 python docs/tutorial.py`. `TUTORIAL_BASE` is the folder
 # of any causal language model: config, safetensors weights and tokenizer.

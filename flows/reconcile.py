@@ -134,7 +134,7 @@ class _Family:
     def _update(self, ended: tuple[EndedShard, ...]) -> None:
         changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
         plan = reconciliation.plan_fleet(self.name, self.policy)
-        killed = shards.in_flight(ended, plan)
+        killed = shards.interrupted_transfers(ended, plan)
         for lost in killed:
             state = transfer.record_failure(
                 lost, self.policy, reason="its process was killed", return_state=True
@@ -160,7 +160,7 @@ class _Family:
         ours = {shard.run_id for shard in self.started}
         self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)
         self.started = tuple(shard for shard in active_shards if shard.run_id in ours)
-        for part in shards.cut(todo, self.shard_size):
+        for part in shards.split_into_shards(todo, self.shard_size):
             self.started += (shards.start(part, self.policy),)
         untrained = [
             f"{recipe.adapter} on {recipe.base_version}: retraining failed three times"

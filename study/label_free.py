@@ -55,7 +55,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class StudyAdapter:
     """An adapter of the study, with its folder and its scores by base."""
 
     identity: str
@@ -104,7 +104,7 @@ def prompts_of(examples: Sequence[Example]) -> list[int]:
     return sorted(ranked[:PROMPTS])
 
 
-def candidates(prepared: Prepared, score_file: ScoreFile) -> list[Candidate]:
+def candidates(prepared: Prepared, score_file: ScoreFile) -> list[StudyAdapter]:
     """Return every finished adapter that was trained on v1 and scored there and on an update."""
     by_key = {score.key: score for score in score_file}
     found = []
@@ -116,11 +116,11 @@ def candidates(prepared: Prepared, score_file: ScoreFile) -> list[Candidate]:
             keys = {base: prepared.key(identity, task, base) for base in (V1, *UPDATES)}
             scores = {base: by_key[key] for base, key in keys.items() if key in by_key}
             if V1 in scores and len(scores) > 1:
-                found.append(Candidate(identity, folder / "adapter", scores))
+                found.append(StudyAdapter(identity, folder / "adapter", scores))
     return found
 
 
-def measure(prepared: Prepared, found: Sequence[Candidate]) -> None:
+def measure(prepared: Prepared, found: Sequence[StudyAdapter]) -> None:
     """Append the missing line of each adapter and update, base by base."""
     known = {line.key for line in measured()}
     wanted = [

@@ -88,7 +88,9 @@ def rank_correlation(rows: Sequence[Row], counts: np.ndarray, risk: str) -> np.n
     drawn = counts.sum(axis=1)
 
     def covariance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Times drawn squared: sums of quarters, so exactly 0 where one is constant."""
+        """Return the covariance times drawn². Its terms are multiples of 1/4, so it is exactly 0
+        where x or y is constant.
+        """
         sums = [(counts * product).sum(axis=1) for product in (x * y, x, y)]
         return drawn * sums[0] - sums[1] * sums[2]
 

@@ -1,9 +1,9 @@
-"""Compute the study's tables from its scores, in Markdown: one for each task and update.
+"""Compute the study's Markdown tables, one for each task and update, from the stored scores.
 
-Each answers four questions. How does Trans-PEFT change the score on the new base after equal
-training? How does it at an equal score on the old base, for which it needs longer training? How
-much does it cost on the old base? Which share of the gap to an adapter that was trained on the new
-base does it close?
+Each table answers four questions about Trans-PEFT. How does it change the score on the new base
+after equal training? How does it change that score at an equal score on the old base, which takes
+longer training? How much does it cost on the old base? Which share of the gap to an adapter that
+was trained on the new base does it close?
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -9,7 +9,8 @@ from trans_peft.errors import InvalidSpecError
 
 __all__ = ["EnvironmentSettings"]
 
-_CONSEQUENTIAL = "default_factory_not_called"  # pydantic's error for a default behind another error
+_DEFAULT_NOT_COMPUTED = "default_factory_not_called"
+"""pydantic's error for a default that depends on a field with an error."""
 
 
 class EnvironmentSettings(BaseSettings):
@@ -32,7 +33,7 @@ class EnvironmentSettings(BaseSettings):
             problems = [
                 self._problem(found)
                 for found in error.errors(include_url=False, include_context=False)
-                if found["type"] != _CONSEQUENTIAL
+                if found["type"] != _DEFAULT_NOT_COMPUTED
             ]
         else:
             return

@@ -34,10 +34,10 @@ __all__ = [
     "Shard",
     "active_shards",
     "cancel_shard",
-    "cut",
-    "in_flight",
+    "interrupted_transfers",
     "missing",
     "obsolete_shards",
+    "split_into_shards",
     "start",
     "unfinished_tasks",
     "wait",
@@ -57,12 +57,12 @@ class Shard:
     Attributes:
         run_id: Id of its flow run.
         tasks: Its transfers.
-        waits: Whether the flow run has not started.
+        is_waiting: Whether the flow run has not started.
     """
 
     run_id: UUID
     tasks: tuple[TransferTask, ...]
-    waits: bool = False
+    is_waiting: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class EndedShard:
         tasks: Its transfers.
         state_name: Name of the final state.
         never_ran: Whether it ended before it started.
-        cancelled: Whether it was cancelled.
-        crashed: Whether its process was killed or lost.
+        is_cancelled: Whether it was cancelled.
+        is_crashed: Whether its process was killed or lost.
         message: Message of the final state.
     """
 
@@ -83,12 +83,12 @@ class EndedShard:
     tasks: tuple[TransferTask, ...]
     state_name: str
     never_ran: bool
-    cancelled: bool
-    crashed: bool
+    is_cancelled: bool
+    is_crashed: bool
     message: str = ""
 
     @property
-    def withdrawn(self) -> bool:
+    def is_withdrawn(self) -> bool:
         """Whether reconcile withdrew it before it started."""
         return self.state_name == _WITHDRAWN
 
@@ -111,11 +111,14 @@ def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, 
     return tuple(
         shard
         for shard in active_shards
-        if shard.waits and any(w.key not in planned or rank[w.base] > first for w in shard.tasks)
+        if shard.is_waiting
+        and any(w.key not in planned or rank[w.base] > first for w in shard.tasks)
     )
 
 
-def cut(tasks: Sequence[TransferTask], size: int) -> tuple[tuple[TransferTask, ...], ...]:
+def split_into_shards(
+    tasks: Sequence[TransferTask], size: int
+) -> tuple[tuple[TransferTask, ...], ...]:
     """Divide transfers into shards of one base and at most `size` adapters."""
     shards = []
     for base in dict.fromkeys(item.base for item in tasks):
@@ -174,7 +177,7 @@ def start(tasks: tuple[TransferTask, ...], policy: GatePolicy) -> Shard:
         )
         if run.state is None or not run.state.is_final():
             break
-    return Shard(run.id, tasks, waits=True)
+    return Shard(run.id, tasks, is_waiting=True)
 
 
 def cancel_shard(shard: Shard) -> None:
@@ -214,7 +217,7 @@ def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, 
             time.sleep(_POLL_S)
 
 
-def in_flight(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
+def interrupted_transfers(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
     """Return the transfer that each killed shard was working on: the first that is still planned.
 
     It counts as a failed attempt, so that an adapter that kills each process is parked in the end.
@@ -223,7 +226,7 @@ def in_flight(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ..
     return tuple(
         next(task for task in shard.tasks if task.key in planned)
         for shard in ended
-        if shard.crashed and not shard.never_ran and any(w.key in planned for w in shard.tasks)
+        if shard.is_crashed and not shard.never_ran and any(w.key in planned for w in shard.tasks)
     )
 
 
@@ -236,7 +239,7 @@ def unfinished_tasks(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferT
     undone = {
         item.key
         for shard in ended
-        if not shard.withdrawn and (shard.never_ran or not shard.crashed)
+        if not shard.is_withdrawn and (shard.never_ran or not shard.is_crashed)
         for item in shard.tasks
     }
     return tuple(item for item in plan.tasks if item.key in undone)
@@ -248,8 +251,8 @@ def _ended(run: FlowRun, state: State[Any], shard: Shard) -> EndedShard:
         tasks=shard.tasks,
         state_name=state.name or "",
         never_ran=run.start_time is None,
-        cancelled=state.is_cancelled(),
-        crashed=state.is_crashed(),
+        is_cancelled=state.is_cancelled(),
+        is_crashed=state.is_crashed(),
         message=state.message or "",
     )
 

@@ -13,7 +13,7 @@ from trans_peft.domain.bounds import MAX_DATA_ROWS, MAX_ROW_CHARACTERS
 from trans_peft.domain.data import DataSource
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import DataError, LimitExceededError
-from trans_peft.isolation import Limits
+from trans_peft.isolation import CallLimits
 
 STORE = FileStore()
 ROW = {"prompt": "2 + 2 =", "completion": " 4"}
@@ -36,7 +36,7 @@ def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
 
 
 def test_one_batch_that_is_larger_than_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(parsing, "_LIMITS", Limits(memory_bytes=256 << 20))
+    monkeypatch.setattr(parsing, "_LIMITS", CallLimits(memory_bytes=256 << 20))
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(repeated("x" * 40_000_000, 30), path)
     with pytest.raises((LimitExceededError, DataError), match=f"{path} (needs more mem|holds too)"):
@@ -60,7 +60,7 @@ def test_a_gzip_file_is_not_decompressed_beyond_the_bound(members):
 
 @pytest.mark.parametrize("text", ["[" + "{}," * 4_000_000 + "{}]", '{"a":[' + "[]," * 4_000_000])
 def test_json_that_takes_more_memory_than_it_may_is_refused(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(parsing, "_LIMITS", Limits(memory_bytes=128 << 20))
+    monkeypatch.setattr(parsing, "_LIMITS", CallLimits(memory_bytes=128 << 20))
     path = tmp_path / "rows.json"
     path.write_text(text)
     with pytest.raises(LimitExceededError, match=f"(?s)the data file {path} needs more memory"):

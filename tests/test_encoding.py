@@ -12,7 +12,7 @@ from trans_peft.data.encoding import token_ids
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.errors import ContentError, LimitExceededError
-from trans_peft.isolation import Limits
+from trans_peft.isolation import CallLimits
 from trans_peft.validation.tokenized_suite import prepare, with_answers
 
 TEXT = Example("text", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", " b")
@@ -29,7 +29,7 @@ LOOPS = (
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(encoding, "_LIMITS", Limits(cpu_s=1, memory_bytes=1 << 29))
+    monkeypatch.setattr(encoding, "_LIMITS", CallLimits(cpu_s=1, memory_bytes=1 << 29))
 
 
 def backtracking():

@@ -253,7 +253,7 @@ def test_the_command_shows_no_progress_bars_of_libraries(monkeypatch):
 
 def test_a_missing_extra_is_named_with_its_command():
     with (
-        pytest.raises(ModuleNotFoundError, match=r"pip install 'trans-peft\[train\]'"),
+        pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[train\]'"),
         explaining_missing_extras(),
     ):
         raise ModuleNotFoundError("No module named 'trl'", name="trl.trainer")

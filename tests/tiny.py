@@ -45,7 +45,7 @@ def tiny_model_in_4_bits() -> LlamaForCausalLM:
                     packed.weight = Params4bit(
                         child.weight.data, requires_grad=False, quant_type="nf4", module=packed
                     )
-                    # Some processors would pack the weights anew in eval mode, and round them.
+                    # Some processors would pack the weights again in eval mode, and round them.
                     packed.support_avx512bf16_for_cpu = False
                     setattr(parent, name, packed.to("cpu"))
     model.is_loaded_in_4bit = True

@@ -42,7 +42,7 @@ def explaining_missing_extras() -> Iterator[None]:
         if extra is None or "pip install" in str(error):
             raise
         raise ModuleNotFoundError(
-            f"{package} is not installed: run `pip install 'trans-peft[{extra}]'`, or install "
-            "everything with `pip install 'trans-peft[all]'`",
+            f"{package} is not installed: in a checkout of trans-peft, run "
+            f"`pip install '.[{extra}]'`, or `pip install '.[all]'` for everything",
             name=error.name,
         ) from error

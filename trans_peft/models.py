@@ -200,7 +200,7 @@ def _quantization_options(device: str) -> dict[str, Any]:
     if find_spec("bitsandbytes") is None:
         raise InvalidSpecError(
             "dtype nf4 needs bitsandbytes, which is not installed",
-            do="pip install 'trans-peft[quantized]', or train in bfloat16",
+            do="pip install '.[quantized]' in a checkout of trans-peft, or train in bfloat16",
         )
     config = BitsAndBytesConfig(
         load_in_4bit=True,

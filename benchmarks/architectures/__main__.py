@@ -11,9 +11,9 @@ import warnings
 
 import transformers
 
+from benchmarks.architectures.outcomes import check_architecture
 from benchmarks.architectures.page import PAGE, write
 from benchmarks.architectures.tiny import ARCHITECTURES
-from benchmarks.architectures.verdicts import judge
 
 
 def main() -> None:
@@ -22,12 +22,12 @@ def main() -> None:
     names = parser.parse_args().names
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    verdicts = []
+    outcomes = []
     for name in names or ARCHITECTURES:
-        verdicts.append(judge(name))
-        print(verdicts[-1].row, flush=True)
+        outcomes.append(check_architecture(name))
+        print(outcomes[-1].row, flush=True)
     if not names:
-        write(verdicts)
+        write(outcomes)
         print(f"written to {PAGE}")
 
 

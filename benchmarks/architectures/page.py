@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks.architectures.verdicts import Verdict
+from benchmarks.architectures.outcomes import ArchitectureOutcome
 
 __all__ = ["PAGE", "read", "write"]
 
@@ -17,29 +17,29 @@ _END = "<!-- end -->"
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| [^|]+ \| (?P<outcome>[^|]+) \| (?P<detail>.*) \|$")
 
 
-def write(verdicts: Sequence[Verdict]) -> None:
+def write(outcomes: Sequence[ArchitectureOutcome]) -> None:
     """Replace the part of the page that the command writes."""
     text = PAGE.read_text()
     head, tail = text[: text.index(_BEGIN)], text[text.index(_END) :]
-    PAGE.write_text("\n".join([f"{head}{_BEGIN}", "", *_table(verdicts), "", tail]))
+    PAGE.write_text("\n".join([f"{head}{_BEGIN}", "", *_table(outcomes), "", tail]))
 
 
-def read() -> dict[str, Verdict]:
-    """Return the verdicts of the page, by architecture."""
+def read() -> dict[str, ArchitectureOutcome]:
+    """Return the outcomes of the page, by architecture."""
     rows = map(_ROW.match, PAGE.read_text().splitlines())
     return {
-        row["name"]: Verdict(row["name"], row["outcome"], row["detail"].strip())
+        row["name"]: ArchitectureOutcome(row["name"], row["outcome"], row["detail"].strip())
         for row in rows
         if row is not None
     }
 
 
-def _table(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    counts = Counter(verdict.outcome for verdict in verdicts)
+def _table(outcomes: Sequence[ArchitectureOutcome]) -> Iterator[str]:
+    counts = Counter(row.outcome for row in outcomes)
     counted = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
-    yield f"transformers {transformers.__version__}, {len(verdicts)} architectures: {counted}."
+    yield f"transformers {transformers.__version__}, {len(outcomes)} architectures: {counted}."
     yield ""
     yield "| model type | class | outcome | why |"
     yield "| -- | -- | -- | -- |"
-    for verdict in verdicts:
-        yield verdict.row
+    for outcome in outcomes:
+        yield outcome.row

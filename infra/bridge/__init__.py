@@ -16,7 +16,7 @@ sender should try again, and 4xx for a request that can never succeed. Start it 
     prefect_calls.py   calls to Prefect with a timeout, on a client that is replaced
     loops.py           background loops that continue after exceptions
     queue.py           receives notifications from SQS
-    verdicts.py        measures the time from a notification to its first verdict
+    first_verdict.py   measures the time from a notification to its first verdict
     metrics.py         Prometheus metrics
     logs.py            JSON log lines
     settings.py        environment variables

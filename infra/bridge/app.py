@@ -22,7 +22,7 @@ from infra.bridge.authentication import AuthenticationError, check_token, mlflow
 from infra.bridge.dispatcher import Dispatcher, DispatchOutcome, DispatchResult, UnavailableError
 from infra.bridge.logs import LOG
 from infra.bridge.loops import Failures
-from infra.bridge.metrics import Metrics, Place
+from infra.bridge.metrics import FailureSource, Metrics
 from infra.bridge.notifications import Ignored, Notification, Parsed, Rejected, from_mlflow, from_s3
 from infra.bridge.settings import MLFLOW_PATH, S3_PATH, BridgeSettings
 
@@ -65,7 +65,7 @@ class NotificationHandler:
                 except UnavailableError as error:
                     result, reason = DispatchResult(DispatchOutcome.UNAVAILABLE), str(error)
                 except Exception as error:
-                    self.failures.record(Place.NOTIFICATION, error, delivery=delivery_id)
+                    self.failures.record(FailureSource.NOTIFICATION, error, delivery=delivery_id)
                     result, reason = DispatchResult(DispatchOutcome.FAILED), type(error).__name__
             case Ignored():
                 result = DispatchResult(DispatchOutcome.IGNORED)

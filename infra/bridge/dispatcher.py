@@ -2,7 +2,7 @@
 
 Concurrent notifications share calls. One call to Prefect is in progress at a time. Notifications
 that arrive meanwhile wait for the next call, which begins after all of them arrived and therefore
-sees their changes. A thousand notifications at once cause a few calls, however many families they
+reads their changes. A thousand notifications at once cause a few calls, however many families they
 concern. Two bridges that run at the same time start at most one run each.
 """
 
@@ -50,7 +50,7 @@ class DispatchOutcome(StrEnum):
     """Result of one notification."""
 
     STARTED = "started"  # a run was created for it
-    WAITING = "waiting"  # a run that has not begun yet will see its change
+    WAITING = "waiting"  # a run that has not begun yet will read its change
     IGNORED = "ignored"  # valid, and needs no run
     REJECTED = "rejected"  # can never be valid
     REFUSED = "refused"  # not authenticated, or not readable as a request

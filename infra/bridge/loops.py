@@ -9,7 +9,7 @@ from prefect.exceptions import PrefectException
 
 from infra.bridge.dispatcher import UnavailableError
 from infra.bridge.logs import LOG
-from infra.bridge.metrics import Metrics, Place
+from infra.bridge.metrics import FailureSource, Metrics
 
 __all__ = ["Failures", "run_forever"]
 
@@ -24,19 +24,19 @@ class Failures:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def record(self, place: Place, error: BaseException, **fields: object) -> None:
+    def record(self, source: FailureSource, error: BaseException, **fields: object) -> None:
         """Write one log line with these additional fields, and count one failure.
 
         The line has a traceback unless the error means that a server is not available.
         """
-        self._metrics.failed(place)
+        self._metrics.failed(source)
         reason = f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARACTERS]
         trace = None if isinstance(error, _UNAVAILABLE) else error
-        LOG.warning("failed", exc_info=trace, extra={"place": place, "reason": reason, **fields})
+        LOG.warning("failed", exc_info=trace, extra={"place": source, "reason": reason, **fields})
 
 
 async def run_forever(
-    place: Place,
+    source: FailureSource,
     step: Callable[[], Awaitable[None]],
     *,
     interval_s: float,
@@ -55,7 +55,7 @@ async def run_forever(
             await step()
             failed = 0
         except Exception as error:
-            failures.record(place, error)
+            failures.record(source, error)
             failed += 1
         pause_s = first_retry_s * 2 ** min(failed - 1, 16) if failed else interval_s
         await asyncio.sleep(min(pause_s, max(_MAX_PAUSE_S, interval_s)))

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from infra.bridge.dispatcher import DispatchOutcome
 from infra.bridge.notifications import NotificationKind
 
-__all__ = ["Metrics", "Place"]
+__all__ = ["FailureSource", "Metrics"]
 
 _BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600)
 _VERDICT_BUCKETS_S = (5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
@@ -22,7 +22,7 @@ _KINDS = frozenset({*NotificationKind, "none"})
 _OUTCOMES = frozenset(DispatchOutcome)
 
 
-class Place(StrEnum):
+class FailureSource(StrEnum):
     """Operation in which the bridge handled an exception."""
 
     NOTIFICATION = "notification"  # dispatching one notification
@@ -32,7 +32,7 @@ class Place(StrEnum):
     MESSAGE = "message"  # processing one of its messages
 
 
-_PLACES = frozenset(Place)
+_FAILURE_SOURCES = frozenset(FailureSource)
 
 
 class Metrics:
@@ -81,9 +81,9 @@ class Metrics:
         self._notifications.labels(sender, _known(kind, _KINDS), _known(outcome, _OUTCOMES)).inc()
         self._answer.labels(sender).observe(seconds)
 
-    def failed(self, place: Place) -> None:
+    def failed(self, source: FailureSource) -> None:
         """Count one exception after which the bridge continued."""
-        self._failures.labels(_known(place, _PLACES)).inc()
+        self._failures.labels(_known(source, _FAILURE_SOURCES)).inc()
 
     def run_exists(self, kind: str, changed_at: datetime | None) -> None:
         """Observe the time from a change until now, when its run exists."""

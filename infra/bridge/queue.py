@@ -28,10 +28,10 @@ from infra.bridge.app import NotificationHandler
 from infra.bridge.dispatcher import DispatchOutcome, UnavailableError
 from infra.bridge.logs import LOG
 from infra.bridge.loops import run_forever
-from infra.bridge.metrics import Place
+from infra.bridge.metrics import FailureSource
 from infra.bridge.notifications import from_s3, is_delivery_id
 
-__all__ = ["MAX_RECEIVES", "Message", "Queue", "SqsQueue", "consume"]
+__all__ = ["MAX_RECEIVES", "Message", "MessageQueue", "SqsQueue", "consume"]
 
 VISIBILITY_S = 60
 MAX_RECEIVES = 10
@@ -64,7 +64,7 @@ class Message:
         return hashlib.sha256(self.id.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-class Queue(Protocol):
+class MessageQueue(Protocol):
     """A queue whose messages return unless they are deleted. Blocking: called in threads.
 
     Each method may raise any exception, for example if the queue does not answer.
@@ -139,7 +139,7 @@ def _message(found: dict[str, Any]) -> Message:
 
 
 async def consume(
-    queue: Queue, handler: NotificationHandler, *, root_uri: str = "", pause_s: float = 5.0
+    queue: MessageQueue, handler: NotificationHandler, *, root_uri: str = "", pause_s: float = 5.0
 ) -> NoReturn:
     """Process the messages of the queue without end. `pause_s` is the pause before a retry."""
 
@@ -151,11 +151,17 @@ async def consume(
             for message in received:
                 group.create_task(_process(message, queue, handler, root_uri, pause_s))
 
-    await run_forever(Place.QUEUE, step, interval_s=0.0, retry_s=pause_s, failures=handler.failures)
+    await run_forever(
+        FailureSource.QUEUE, step, interval_s=0.0, retry_s=pause_s, failures=handler.failures
+    )
 
 
 async def _process(
-    message: Message, queue: Queue, handler: NotificationHandler, root_uri: str, pause_s: float
+    message: Message,
+    queue: MessageQueue,
+    handler: NotificationHandler,
+    root_uri: str,
+    pause_s: float,
 ) -> None:
     """Process one message. A failure is recorded, and the message returns later."""
     try:
@@ -174,11 +180,15 @@ async def _process(
         # If this fails, the message returns with the same id and finds its run.
         await asyncio.to_thread(queue.delete, message)
     except Exception as error:
-        handler.failures.record(Place.MESSAGE, error, delivery=message.delivery_id)
+        handler.failures.record(FailureSource.MESSAGE, error, delivery=message.delivery_id)
 
 
 async def _handle(
-    message: Message, queue: Queue, handler: NotificationHandler, root_uri: str, pause_s: float
+    message: Message,
+    queue: MessageQueue,
+    handler: NotificationHandler,
+    root_uri: str,
+    pause_s: float,
 ) -> DispatchOutcome:
     """Handle the message until Prefect is available, and return the outcome."""
     body = message.body.encode(errors="surrogatepass")
@@ -195,10 +205,12 @@ async def _handle(
 
 
 async def _extend_visibility(
-    message: Message, queue: Queue, handler: NotificationHandler
+    message: Message, queue: MessageQueue, handler: NotificationHandler
 ) -> NoReturn:
     async def extend() -> None:
         await asyncio.to_thread(queue.extend, message)
 
     await asyncio.sleep(VISIBILITY_S / 3)
-    await run_forever(Place.MESSAGE, extend, interval_s=VISIBILITY_S / 3, failures=handler.failures)
+    await run_forever(
+        FailureSource.MESSAGE, extend, interval_s=VISIBILITY_S / 3, failures=handler.failures
+    )

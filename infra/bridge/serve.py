@@ -11,9 +11,10 @@ from prefect.client.orchestration import get_client
 
 from infra.bridge.app import NotificationHandler, create_app
 from infra.bridge.dispatcher import Dispatcher, DispatchOutcome
+from infra.bridge.first_verdict import FirstVerdictMonitor
 from infra.bridge.logs import configure_logging
 from infra.bridge.loops import run_forever
-from infra.bridge.metrics import Metrics, Place
+from infra.bridge.metrics import FailureSource, Metrics
 from infra.bridge.notifications import Notification, NotificationKind
 from infra.bridge.prefect_calls import PrefectCalls
 from infra.bridge.protocol import MAX_HEADERS_BYTES, DeadlineProtocol
@@ -21,7 +22,6 @@ from infra.bridge.queue import SqsQueue, consume
 from infra.bridge.registry import MlflowFamilyLookup
 from infra.bridge.run_starter import PrefectRunStarter, shorten_retry_after
 from infra.bridge.settings import BridgeSettings
-from infra.bridge.verdicts import FirstVerdictMonitor
 
 __all__ = ["create_server", "serve", "start_initial_run"]
 
@@ -42,7 +42,9 @@ async def serve(settings: BridgeSettings) -> None:
     monitor = FirstVerdictMonitor(prefect, metrics, handler.failures)
     background: list[Coroutine[Any, Any, None]] = [
         start_initial_run(handler),
-        run_forever(Place.EVENTS, monitor.poll, interval_s=_EVENTS_S, failures=handler.failures),
+        run_forever(
+            FailureSource.EVENTS, monitor.poll, interval_s=_EVENTS_S, failures=handler.failures
+        ),
     ]
     if settings.queue_url:
         queue = SqsQueue(settings.queue_url)

@@ -33,18 +33,24 @@ from infra.stack.job_template import PROCESS_JOB_TEMPLATE
 from infra.stack.settings import StackSettings
 from trans_peft.domain.conventions import GPU_LIMIT, WORK_POOL
 
-__all__ = ["QUEUES", "ZOMBIE_AUTOMATION", "Queue", "register"]
+__all__ = ["QUEUES", "ZOMBIE_AUTOMATION", "WorkQueueSettings", "register"]
 
 
 @dataclass(frozen=True)
-class Queue:
-    """A queue of the work pool. Priority 1 is the highest; GPU slots bound a `limited` queue."""
+class WorkQueueSettings:
+    """A queue of the work pool.
+
+    Priority 1 is the highest. If `is_limited`, as many flows run at a time as there are GPU slots.
+    """
 
     priority: int
-    limited: bool
+    is_limited: bool
 
 
-QUEUES = {"control": Queue(1, limited=False), "gpu": Queue(2, limited=True)}
+QUEUES = {
+    "control": WorkQueueSettings(1, is_limited=False),
+    "gpu": WorkQueueSettings(2, is_limited=True),
+}
 
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _SILENCE_MINUTES = 3
@@ -90,7 +96,7 @@ async def register(client: PrefectClient, gpu_slots: int) -> None:
             found = await client.read_work_queue_by_name(name, work_pool_name=WORK_POOL)
         except ObjectNotFound:
             found = await client.create_work_queue(name, work_pool_name=WORK_POOL)
-        limit = gpu_slots if queue.limited else None
+        limit = gpu_slots if queue.is_limited else None
         await client.update_work_queue(found.id, priority=queue.priority, concurrency_limit=limit)
     await client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, gpu_slots)
     await client.update_global_concurrency_limit(
@@ -100,7 +106,7 @@ async def register(client: PrefectClient, gpu_slots: int) -> None:
 
 
 async def _register_automation(client: PrefectClient) -> None:
-    """Create or update the automation. An update forgets the heartbeats of the running flows."""
+    """Create or update the automation. An update discards the heartbeats of running flows."""
     found = await client.read_automations_by_name(ZOMBIE_AUTOMATION.name)
     if not found:
         await client.create_automation(ZOMBIE_AUTOMATION)

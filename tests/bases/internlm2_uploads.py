@@ -67,7 +67,7 @@ TOKENIZER_SETTINGS = {
 
 
 def random_weights(config, seed=0, dtype=torch.float32):
-    """Draw everything at random, norms and biases too: nothing that is mixed up may cancel out."""
+    """Draw all weights at random, norms and biases too: swapped tensors then change the logits."""
     generator = torch.Generator().manual_seed(seed)
     d, f, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -115,7 +115,7 @@ def internlm2_logits(config, weights, ids):
             theta *= longer ** (head / (head - 2))
     angles = positions[:, None] / theta ** (torch.arange(0, head, 2) / head)
 
-    def rotate(x):  # (positions, head): the i-th and the (i + head/2)-th number turn together
+    def rotate(x):  # (positions, head): rotates the i-th and the (i + head/2)-th number as a pair
         a, b = x.chunk(2, dim=-1)
         return torch.cat(
             [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1

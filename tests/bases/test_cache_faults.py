@@ -139,7 +139,7 @@ def test_a_kill_after_the_last_range_repeats_no_download(base, tmp_path, monkeyp
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    owner = {"Path.rename": Path, "clear": ranges.Partial}.get(step, cache)
+    owner = {"Path.rename": Path, "clear": ranges.UnfinishedDownload}.get(step, cache)
     owner = cache._Copy if step.startswith("_Copy") else owner
     with monkeypatch.context() as patch:
         patch.setattr(owner, step.rpartition(".")[2], killed)
@@ -172,7 +172,7 @@ def test_parallel_processes_download_each_byte_once_and_see_complete_copies(base
 def test_only_a_replaced_file_is_downloaded_again(tmp_path):
     store = store_of(files_of())
     files = store.list(URI)
-    partial = ranges.Partial(tmp_path / "part")
+    partial = ranges.UnfinishedDownload(tmp_path / "part")
     for item in partial.prepare(URI, files, RANGE):
         with store.read(f"{URI}/{item.name}", start=item.start, stop=item.stop) as chunks:
             partial.write(item, chunks)
@@ -217,14 +217,14 @@ def test_a_full_disk_is_reported_before_anything_is_read(base, tmp_path, monkeyp
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_up_meanwhile_gets_its_space_back(base, tmp_path, monkeypatch, code):
-    write = ranges.Partial.write
+    write = ranges.UnfinishedDownload.write
 
     def full(partial, item, chunks):
         if item.start > 10 * RANGE:
             raise OSError(code, os.strerror(code))
         write(partial, item, chunks)
 
-    monkeypatch.setattr(ranges.Partial, "write", full)
+    monkeypatch.setattr(ranges.UnfinishedDownload, "write", full)
     with pytest.raises(StoreError, match="is full; the unfinished download was removed"):
         get(base, tmp_path / "cache")
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock", ".use"}
@@ -299,7 +299,7 @@ def aged(days):
 def test_silent_corruption_is_found_within_a_week(base, tmp_path):
     copy = get(base, tmp_path / "cache")
     flip(copy / "model.safetensors", restore_times=True)
-    record = copy.with_suffix(".json")  # as if nothing had been written: the disk forgot
+    record = copy.with_suffix(".json")  # the record says that the changed file was hashed
     record.write_text(json.dumps({"files": cache._stats(copy)} | aged(8)))
     assert is_right(base, get(base, tmp_path / "cache"))
 
@@ -350,7 +350,7 @@ def there(bases, cache_dir):
 
 
 def unused(base, cache_dir, last_use_s, **how):
-    """Have a copy that nobody uses, last used then."""
+    """Make an unused copy whose last use was at `last_use_s`."""
     in_a_process(lambda: get(base, cache_dir, **how))
     os.utime(cache_dir / f"{base[1].digest}.use", (last_use_s, last_use_s))
 

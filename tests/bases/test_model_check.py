@@ -26,7 +26,7 @@ from trans_peft.domain.base import TensorSignature, Upload
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import MemoryStore, memory_platform
 from trans_peft.errors import UploadError
-from trans_peft.isolation import Limits
+from trans_peft.isolation import CallLimits
 from trans_peft.lifecycle.bases import ingest, pending
 from trans_peft.models import load_base
 
@@ -179,7 +179,7 @@ def test_a_tokenizer_that_does_not_load_is_reported(llama):
 
 
 def test_a_chat_template_that_never_ends_is_refused(llama, monkeypatch):
-    monkeypatch.setattr(model_check, "LIMITS", Limits(cpu_s=2, file_bytes=128 << 20))
+    monkeypatch.setattr(model_check, "LIMITS", CallLimits(cpu_s=2, file_bytes=128 << 20))
     loops = "".join(f"{{% for a{i} in range(99999) %}}" for i in range(3))
     template = loops + "x" + "{% endfor %}" * 3
     files = llama.tokenizer | {"chat_template.jinja": template}
@@ -326,7 +326,7 @@ def test_position_tables_above_the_limit_are_refused(llama, monkeypatch):
 
 def test_a_model_that_exceeds_a_limit_is_refused(llama, monkeypatch):
     # A child whose memory is used up may also stop responding; the time limit then ends it.
-    monkeypatch.setattr(model_check, "LIMITS", Limits(memory_bytes=1 << 20, wall_s=15))
+    monkeypatch.setattr(model_check, "LIMITS", CallLimits(memory_bytes=1 << 20, wall_s=15))
     with pytest.raises(UploadError, match=r"more (memory|time) than an evaluation may take"):
         check_checkpoint(edited(llama, of_its_own=True), "the upload")
 

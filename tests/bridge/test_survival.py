@@ -19,15 +19,15 @@ from prefect.events import Event
 
 from infra.bridge.app import NotificationHandler
 from infra.bridge.dispatcher import Dispatcher, Run, UnavailableError
+from infra.bridge.first_verdict import FirstVerdictMonitor
 from infra.bridge.loops import Failures, run_forever
-from infra.bridge.metrics import Metrics, Place
+from infra.bridge.metrics import FailureSource, Metrics
 from infra.bridge.notifications import Notification, NotificationKind
 from infra.bridge.prefect_calls import PrefectCalls
 from infra.bridge.queue import MAX_RECEIVES, Message, SqsQueue, consume
 from infra.bridge.readiness import Readiness
 from infra.bridge.registry import MlflowFamilyLookup
 from infra.bridge.run_starter import PrefectRunStarter
-from infra.bridge.verdicts import FirstVerdictMonitor
 from tasks.origin import Origin
 from tests.bridge.fakes import FakePrefect, FakeRegistry
 from tests.bridge.test_app import JSON, uploaded
@@ -372,7 +372,7 @@ def test_polling_continues_after_any_error(error):
 
     async def scenario():
         loop = asyncio.create_task(
-            run_forever(Place.EVENTS, verdicts.poll, interval_s=0.01, failures=noted)
+            run_forever(FailureSource.EVENTS, verdicts.poll, interval_s=0.01, failures=noted)
         )
         await asyncio.sleep(0.1)
         client.broken = None
@@ -423,7 +423,11 @@ def test_the_pause_grows_with_each_failure_in_a_row():
             async with asyncio.timeout(1):
                 metrics = Metrics()
                 await run_forever(
-                    Place.QUEUE, step, interval_s=0.0, retry_s=0.05, failures=Failures(metrics)
+                    FailureSource.QUEUE,
+                    step,
+                    interval_s=0.0,
+                    retry_s=0.05,
+                    failures=Failures(metrics),
                 )
 
     asyncio.run(scenario())

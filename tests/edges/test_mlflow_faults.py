@@ -25,13 +25,13 @@ STORMS = int(os.environ.get("STORMS", "1"))
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch):
-    """MLflow's client waits between its attempts; the number of them stays."""
+    """Remove the pause between the attempts of MLflow's client; their number stays the same."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 
 
 class Again:
-    """A port whose every call is made again for as long as it says that nobody answers."""
+    """A port that repeats each call, up to 30 times, while it raises StoreError."""
 
     def __init__(self, port):
         self.port = port
@@ -45,13 +45,13 @@ class Again:
                     return method(*arguments, **options)
                 except StoreError:
                     pass
-            raise AssertionError(f"{name} never gets through")
+            raise AssertionError(f"{name} failed 30 times")
 
         return call
 
 
 def promote_approve_roll_back(fleet):
-    """A person promotes, approves by hand and rolls back, and all of it is followed."""
+    """A person promotes, approves manually and rolls back; the verdicts are applied after each."""
     upgrade = Upgrade(fleet)
     fleet.promote(upgrade.v2)
     upgrade.apply_verdicts()

@@ -496,7 +496,7 @@ class TestMlflow:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(place.registry, "_record_alias", _only_once(place.registry._record_alias))
             place.registry.set_alias(place.adapter, alias, 1)
-        assert place.registry.aliases(place.adapter)[alias] == AliasState(1, unfinished=True)
+        assert place.registry.aliases(place.adapter)[alias] == AliasState(1, is_unfinished=True)
         place.registry.set_alias(place.adapter, alias, 1)
         assert place.registry.aliases(place.adapter)[alias] == AliasState(1)
         place.person.set_alias_manually(place.adapter, alias, None)

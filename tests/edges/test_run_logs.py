@@ -11,8 +11,8 @@ from trans_peft.ports import RunLog
 
 
 @dataclass
-class Seen:
-    """A run as somebody sees it who looks from outside."""
+class RecordedRun:
+    """A run as a client reads it from the run log."""
 
     status: str
     tags: dict[str, str]
@@ -22,24 +22,26 @@ class Seen:
     datasets: set[tuple[str, str]]
 
 
-class MemoryEye:
+class MemoryReader:
     def __init__(self, log: MemoryRunLog) -> None:
         self.log = log
 
-    def look(self, run_id: str) -> Seen:
+    def read(self, run_id: str) -> RecordedRun:
         (run,) = [run for run in self.log.runs if run.id == run_id]
         params = {name: str(value) for name, value in run.recorded_params.items()}
         datasets = {(name, data.sha256[:36]) for name, data in run.datasets.items()}
-        return Seen(run.status, run.tags, params, run.recorded_metrics, set(run.files), datasets)
+        return RecordedRun(
+            run.status, run.tags, params, run.recorded_metrics, set(run.files), datasets
+        )
 
 
-class MlflowEye:
+class MlflowReader:
     def __init__(self) -> None:
         from mlflow import MlflowClient
 
         self.client = MlflowClient()
 
-    def look(self, run_id: str) -> Seen:
+    def read(self, run_id: str) -> RecordedRun:
         run = self.client.get_run(run_id)
         own = {k.removeprefix("trans_peft."): v for k, v in run.data.tags.items()
                if k.startswith("trans_peft.")}  # fmt: skip
@@ -55,48 +57,48 @@ class MlflowEye:
             if not file.is_dir
         }
         datasets = {(use.dataset.name, use.dataset.digest) for use in run.inputs.dataset_inputs}
-        return Seen(run.info.status.lower(), own, run.data.params, metrics, files, datasets)
+        return RecordedRun(run.info.status.lower(), own, run.data.params, metrics, files, datasets)
 
 
 @pytest.fixture(params=["memory", pytest.param("mlflow", marks=pytest.mark.servers)])
-def log_and_eye(request: pytest.FixtureRequest):
+def log_and_reader(request: pytest.FixtureRequest):
     if request.param == "memory":
         log = MemoryRunLog()
-        return log, MemoryEye(log)
+        return log, MemoryReader(log)
     servers = request.getfixturevalue("servers")
     from trans_peft.edges.mlflow_runs import MlflowRunLog
 
-    return MlflowRunLog(servers.mlflow_url), MlflowEye()
+    return MlflowRunLog(servers.mlflow_url), MlflowReader()
 
 
 class TestEveryRunLog:
-    def test_a_run_is_seen_while_it_runs_and_when_it_is_over(self, log_and_eye, tmp_path: Path):
-        log, eye = log_and_eye
+    def test_a_run_can_be_read_while_it_runs_and_later(self, log_and_reader, tmp_path: Path):
+        log, reader = log_and_reader
         path = tmp_path / "recipe.json"
         path.write_text("{}")
         with log.run("train tone", tags={"adapter": "tone"}) as run:
             run.params({"optimizer.learning_rate": 0.001, "suites": ("a", "b")})
             for step in (1, 2):
                 run.metrics({"loss": 2.0 / step, "score/held-out": step}, step)
-            assert eye.look(run.id).status == "running"
-            assert eye.look(run.id).metrics["loss"] == [(1, 2.0), (2, 1.0)]
+            assert reader.read(run.id).status == "running"
+            assert reader.read(run.id).metrics["loss"] == [(1, 2.0), (2, 1.0)]
             run.dataset("tone", DataSource("s3://data/tone.jsonl", "ab" * 32))
             run.file(path)
             run.file(path, "plots")
-        seen = eye.look(run.id)
-        assert seen.status == "finished"
-        assert seen.tags == {"adapter": "tone"}
-        assert seen.params["optimizer.learning_rate"] == "0.001"
-        assert seen.metrics["score/held-out"] == [(1, 1.0), (2, 2.0)]
-        assert seen.files == {"recipe.json", "plots/recipe.json"}
-        assert seen.datasets == {("tone", "ab" * 18)}
+        found = reader.read(run.id)
+        assert found.status == "finished"
+        assert found.tags == {"adapter": "tone"}
+        assert found.params["optimizer.learning_rate"] == "0.001"
+        assert found.metrics["score/held-out"] == [(1, 1.0), (2, 2.0)]
+        assert found.files == {"recipe.json", "plots/recipe.json"}
+        assert found.datasets == {("tone", "ab" * 18)}
 
-    def test_a_run_whose_block_raises_is_failed(self, log_and_eye):
+    def test_a_run_whose_block_raises_is_failed(self, log_and_reader):
         log: RunLog
-        log, eye = log_and_eye
+        log, reader = log_and_reader
         with pytest.raises(KeyboardInterrupt), log.run("train", tags={}) as run:
             raise KeyboardInterrupt
-        assert eye.look(run.id).status == "failed"
+        assert reader.read(run.id).status == "failed"
 
 
 @pytest.mark.servers
@@ -107,11 +109,11 @@ class TestMlflow:
         from trans_peft.edges.mlflow_runs import MlflowRunLog
 
         monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-        eye = MlflowEye()
+        reader = MlflowReader()
         with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline:
-                found = eye.client.get_run(run.id).data.metrics
+                found = reader.client.get_run(run.id).data.metrics
                 if "system/cpu_utilization_percentage" in found:
                     break
                 time.sleep(0.2)
@@ -123,7 +125,7 @@ class TestMlflow:
         with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
             run.params({f"p{i}": "x" * 9000 for i in range(101)})
             run.metrics({"score (%)": float("nan"), "a/b": float("inf")}, 0)
-        data = MlflowEye().client.get_run(run.id).data
+        data = MlflowReader().client.get_run(run.id).data
         assert len(data.params) == 101
         assert set(data.metrics) >= {"score ___", "a/b"}
 
@@ -134,4 +136,4 @@ class TestMlflow:
         with MlflowRunLog(servers.mlflow_url).run("train", tags={}) as run:
             run.metrics({"loss": 1.0}, 0)
         monkeypatch.undo()
-        assert MlflowEye().look(run.id).metrics == {"loss": [(0, 1.0)]}
+        assert MlflowReader().read(run.id).metrics == {"loss": [(0, 1.0)]}

@@ -150,9 +150,9 @@ class FleetWithRuns:
         key = tuple(item.key for item in tasks)
         for run in self.runs:
             if run.key == key and run.state in ("Scheduled", "Running"):
-                return Shard(run.id, run.tasks, waits=True)
+                return Shard(run.id, run.tasks, is_waiting=True)
         self.runs.append(Run(uuid4(), key, tasks))
-        return Shard(self.runs[-1].id, tasks, waits=True)
+        return Shard(self.runs[-1].id, tasks, is_waiting=True)
 
     def _active_shards(self, family: str, policy: Any) -> tuple[Shard, ...]:
         return tuple(
@@ -220,7 +220,7 @@ class FleetWithRuns:
                     {
                         alias: (
                             s.number,
-                            s.manual,
+                            s.is_manual,
                             s.recorded and (s.recorded.number, s.recorded.wanted),
                         )
                         for alias, s in adapter.aliases.items()
@@ -237,6 +237,6 @@ def _ended(run: Run) -> EndedShard:
         run.tasks,
         run.state,
         never_ran=not run.started,
-        cancelled=run.state in ("Cancelled", "Withdrawn"),
-        crashed=run.state == "Crashed",
+        is_cancelled=run.state in ("Cancelled", "Withdrawn"),
+        is_crashed=run.state == "Crashed",
     )

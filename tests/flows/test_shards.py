@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tasks.shards import (
     EndedShard,
     Shard,
-    cut,
-    in_flight,
+    interrupted_transfers,
     missing,
     obsolete_shards,
+    split_into_shards,
     unfinished_tasks,
 )
 from trans_peft.domain.base import BaseRef
@@ -37,8 +37,8 @@ def task(adapter: str, base: BaseRef = V2, attempt: int = 1) -> TransferTask:
     return TransferTask(adapter, 1, base, Reason.NO_VERDICT, attempt)
 
 
-def shard(*items: TransferTask, waits: bool = True) -> Shard:
-    return Shard(uuid4(), items, waits)
+def shard(*items: TransferTask, is_waiting: bool = True) -> Shard:
+    return Shard(uuid4(), items, is_waiting)
 
 
 def plan(*items: TransferTask) -> Plan:
@@ -47,12 +47,14 @@ def plan(*items: TransferTask) -> Plan:
 
 A, B, C = task("a"), task("b"), task("c")
 NEWER = task("a", V3)
-CRASHED = EndedShard("shard", (A, B, C), "Crashed", never_ran=False, cancelled=False, crashed=True)
+CRASHED = EndedShard(
+    "shard", (A, B, C), "Crashed", never_ran=False, is_cancelled=False, is_crashed=True
+)
 
 
 @given(TASKS, st.integers(1, 5))
 def test_each_transfer_is_in_one_shard_of_one_base(tasks, size):
-    shards = cut(tasks, size)
+    shards = split_into_shards(tasks, size)
     assert sorted(map(str, (item for shard in shards for item in shard))) == sorted(map(str, tasks))
     assert all(1 <= len(shard) <= size for shard in shards)
     assert all(len({item.base for item in shard}) == 1 for shard in shards)
@@ -74,8 +76,8 @@ def test_a_task_in_a_shard_is_not_missing_even_if_its_estimate_changed(tasks, da
         (plan(), shard(A), True),
         (plan(NEWER, A), shard(A), True),  # a newer base comes first in the queue
         (plan(A, NEWER), shard(A), False),
-        (plan(NEWER, A), shard(A, waits=False), False),  # it checks again before each adapter
-        (plan(), shard(A, waits=False), False),
+        (plan(NEWER, A), shard(A, is_waiting=False), False),  # it checks again before each adapter
+        (plan(), shard(A, is_waiting=False), False),
     ],
 )
 def test_a_waiting_shard_is_withdrawn_if_it_is_not_needed_next(planned, waiting, withdrawn):
@@ -88,19 +90,19 @@ def test_a_shard_is_kept_if_the_task_on_the_newer_base_is_active():
 
 @given(TASKS, st.integers(1, 5))
 def test_no_shard_is_withdrawn_if_all_tasks_are_active(tasks, size):
-    shards = [shard(*part) for part in cut(tasks, size)]
+    shards = [shard(*part) for part in split_into_shards(tasks, size)]
     assert obsolete_shards(plan(*tasks), shards) == ()
 
 
 @given(TASKS.filter(len), st.data())
 def test_only_the_current_transfer_of_a_crashed_shard_counts_as_an_attempt(tasks, data):
-    on_base = cut(tasks, len(tasks))[0]
+    on_base = split_into_shards(tasks, len(tasks))[0]
     done = data.draw(st.integers(0, len(on_base)))
     left = plan(*on_base[done:])
     crashed = replace(CRASHED, tasks=on_base)
-    assert in_flight([crashed], left) == on_base[done : done + 1]
-    for other in ({"crashed": False}, {"never_ran": True}):
-        assert in_flight([replace(crashed, **other)], left) == ()
+    assert interrupted_transfers([crashed], left) == on_base[done : done + 1]
+    for other in ({"is_crashed": False}, {"never_ran": True}):
+        assert interrupted_transfers([replace(crashed, **other)], left) == ()
 
 
 @pytest.mark.parametrize(
@@ -108,10 +110,16 @@ def test_only_the_current_transfer_of_a_crashed_shard_counts_as_an_attempt(tasks
     [
         ({}, ()),  # killed: the remaining tasks are started again
         ({"never_ran": True}, (B, C)),  # the worker could not start it
-        ({"crashed": False, "cancelled": True, "state_name": "Cancelled"}, (B, C)),  # a person
-        ({"crashed": False, "cancelled": True, "state_name": "Withdrawn"}, ()),  # a reconcile
-        ({"crashed": False, "state_name": "Completed"}, (B, C)),  # not done, and not tried for ever
-        ({"crashed": False, "state_name": "Failed"}, (B, C)),
+        (
+            {"is_crashed": False, "is_cancelled": True, "state_name": "Cancelled"},
+            (B, C),
+        ),  # a person
+        ({"is_crashed": False, "is_cancelled": True, "state_name": "Withdrawn"}, ()),  # a reconcile
+        (
+            {"is_crashed": False, "state_name": "Completed"},
+            (B, C),
+        ),  # not done, and not tried for ever
+        ({"is_crashed": False, "state_name": "Failed"}, (B, C)),
     ],
     ids=["killed", "never ran", "cancelled", "withdrawn", "completed", "failed"],
 )

@@ -101,7 +101,7 @@ def test_the_event_that_starts_reconcile_is_a_trigger_in_prefect_yaml():
 
 
 def test_the_gpu_limit_and_the_gpu_queue_have_one_name():
-    assert QUEUES[GPU_LIMIT].limited
+    assert QUEUES[GPU_LIMIT].is_limited
 
 
 def test_the_alias_of_a_base_matches_its_pattern_and_is_no_name():

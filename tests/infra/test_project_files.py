@@ -52,7 +52,7 @@ def test_reconcile_does_not_wait_in_the_queue_of_its_shards():
     queues = {d["entrypoint"].split(":")[1]: d["work_pool"]["work_queue_name"] for d in DEPLOYMENTS}
     assert queues["reconcile"] == "control"
     assert queues["transfer_shard"] == queues["train_adapter"] == "gpu"
-    assert QUEUES["control"].limited is False
+    assert QUEUES["control"].is_limited is False
     assert QUEUES["control"].priority < QUEUES["gpu"].priority
 
 

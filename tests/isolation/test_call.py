@@ -24,7 +24,7 @@ from trans_peft.errors import (
     LimitExceededError,
     TransPeftError,
 )
-from trans_peft.isolation import Limits, call_isolated, is_memory_limit_error
+from trans_peft.isolation import CallLimits, call_isolated, is_memory_limit_error
 
 SUBJECT = "the tokenizer of s3://bases/mine"
 TORCH = ("torch",)
@@ -92,18 +92,18 @@ def test_endless_recursion_is_an_error():
 @pytest.mark.parametrize("function", [functions.matches_forever, functions.loops_in_threads])
 def test_processor_time_is_limited(function):
     with pytest.raises(LimitExceededError, match=f"(?s){SUBJECT}.*processor time.*at most 1 s"):
-        call(function, limits=Limits(cpu_s=1))
+        call(function, limits=CallLimits(cpu_s=1))
 
 
 @pytest.mark.parametrize("function", [functions.sleeps, functions.ignores_signals])
 def test_elapsed_time_is_limited(function):
     started = time.monotonic()
     with pytest.raises(LimitExceededError, match=f"(?s){SUBJECT}.*time.*at most 1 s"):
-        call(function, limits=Limits(wall_s=1, cpu_s=3600))
+        call(function, limits=CallLimits(wall_s=1, cpu_s=3600))
     assert time.monotonic() - started < 20
 
 
-MEMORY = Limits(memory_bytes=256 << 20, cpu_s=60)
+MEMORY = CallLimits(memory_bytes=256 << 20, cpu_s=60)
 
 
 @pytest.mark.parametrize(
@@ -126,18 +126,20 @@ def test_torch_works_below_the_memory_limit():
 
 def test_the_size_of_a_result_is_limited():
     with pytest.raises(LimitExceededError, match="space for its result"):
-        call(functions.returns, "large", limits=Limits(result_bytes=1000))
+        call(functions.returns, "large", limits=CallLimits(result_bytes=1000))
 
 
 def test_the_size_of_a_file_is_limited(tmp_path):
     with pytest.raises(ContentError, match="File too large"):
-        call(functions.writes, str(tmp_path / "file"), 2 << 20, limits=Limits(file_bytes=1 << 20))
+        call(
+            functions.writes, str(tmp_path / "file"), 2 << 20, limits=CallLimits(file_bytes=1 << 20)
+        )
 
 
 @pytest.mark.parametrize("invalid", [{"cpu_s": 0}, {"memory_bytes": -1}, {"wall_s": float("nan")}])
 def test_a_limit_that_is_not_positive_is_refused(invalid):
     with pytest.raises(ValueError, match="must be positive"):
-        Limits(**invalid)
+        CallLimits(**invalid)
 
 
 def test_a_crash_is_an_error_about_the_content():

@@ -141,7 +141,11 @@ def test_an_update_is_evaluated_promoted_and_rolled_back(life):
     (task,) = plan(fleet, POLICY).tasks
     answered = []
     outcome = transfer(
-        task, fleet, POLICY, platform, on_progress=lambda progress: answered.append(progress.what)
+        task,
+        fleet,
+        POLICY,
+        platform,
+        on_progress=lambda progress: answered.append(progress.description),
     )
     assert outcome.compatibility.ok
     assert outcome.effect is not None and outcome.effect.found
@@ -166,7 +170,7 @@ def test_an_update_is_evaluated_promoted_and_rolled_back(life):
         fleet,
         lenient,
         platform,
-        on_progress=lambda progress: answered.append(progress.what),
+        on_progress=lambda progress: answered.append(progress.description),
     )
     assert (outcome.verdict, answered) == (Verdict.PASSED, [])
     assert len(platform.registry.versions("parity")) == 2

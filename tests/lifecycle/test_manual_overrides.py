@@ -107,7 +107,7 @@ class FleetAndPeople(RuleBasedStateMachine):
         for adapter in seen.adapters:
             for base in seen.bases:
                 state = adapter.alias_on(base)
-                assert (state.recorded is not None) is state.manual
+                assert (state.recorded is not None) is state.is_manual
         again = self.fleet.apply_verdicts(HALF)
         assert (again.aliases, again.promoted) == ((), None)
 

@@ -68,7 +68,9 @@ class Upgrade:
         seen = observe(self.fleet.family, self.fleet.platform)
         return seen.serving, set(seen.notes), [
             {
-                base.version: (state.number, state.manual, state.unfinished, bool(state.recorded))
+                base.version: (
+                    state.number, state.is_manual, state.is_unfinished, bool(state.recorded)
+                )
                 for base in seen.bases
                 for state in [adapter.alias_on(base)]
             }

@@ -118,7 +118,7 @@ def named(folder: Path, cache: Path):
 def test_an_adapter_is_compatible_by_the_module_names_of_the_loaded_model(
     name, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(model_names, "inspect", in_process)
+    monkeypatch.setattr(model_names, "compare_with_built_model", in_process)
     kind = KINDS[name]
     v1 = write(tmp_path / "v1", kind)
     v2 = write(tmp_path / "v2", kind, seed=2, drift=0.05, renamed=False)
@@ -143,7 +143,7 @@ def in_process(checkpoint, subject):
 
 
 def test_a_removed_module_is_a_mismatch(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_names, "inspect", in_process)
+    monkeypatch.setattr(model_names, "compare_with_built_model", in_process)
     kind = KINDS["gpt2, the hub's names"]
     old = named(write(tmp_path / "v1", kind), tmp_path)
     adapter = write_adapter(tmp_path / "adapter", tmp_path / "v1", kind.targets)
@@ -155,14 +155,16 @@ def test_a_removed_module_is_a_mismatch(tmp_path, monkeypatch):
 
 def test_module_names_are_derived_once_per_fingerprint(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(model_names, "inspect", lambda *a: calls.append(a) or in_process(*a))
+    monkeypatch.setattr(
+        model_names, "compare_with_built_model", lambda *a: calls.append(a) or in_process(*a)
+    )
     folder = write(tmp_path / "v1", KINDS["gpt2 as saved"])
     assert named(folder, tmp_path) == named(folder, tmp_path)
     assert len(calls) == 1
 
 
 def test_a_fingerprint_without_config_reads_it_from_the_base(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_names, "inspect", in_process)
+    monkeypatch.setattr(model_names, "compare_with_built_model", in_process)
     folder = write(tmp_path / "v1", KINDS["gpt2, the hub's names"])
     recorded = fingerprint(str(folder), FileStore())
     older = replace(recorded, config="")

@@ -124,11 +124,13 @@ def test_a_shard_loads_its_base_and_evaluates_the_bare_base_once(shard, counted,
     assert counted == {"load": 1, "plain.jsonl": 1, "few-shot.jsonl": 1}
     items = Counter()
     for step in progress:
-        items[step.what] = max(items[step.what], step.done)
+        items[step.description] = max(items[step.description], step.done)
     bare = {what: done for what, done in items.items() if what.startswith("bare base")}
     if not sequential:
         assert bare == {"bare base: plain on v2": ITEMS, "bare base: few-shot on v2": ITEMS}
-        assert len([step for step in progress if step.what in bare]) == 2 * 2  # batches of 32
+        assert (
+            len([step for step in progress if step.description in bare]) == 2 * 2
+        )  # batches of 32
     assert {step.adapter for step in progress} <= {*KINDS, "bare base"}
     assert all(step.done <= step.total for step in progress)
     assert all((step.eta_s == 0) == (step.done == step.total) for step in progress)
@@ -140,7 +142,7 @@ def test_missing_reference_evaluations_are_computed_first(shard):
     empty = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
     progress = []
     judge(empty, "ia3", progress=progress.append)
-    assert list(dict.fromkeys(step.what for step in progress)) == [
+    assert list(dict.fromkeys(step.description for step in progress)) == [
         "ia3: plain on v1", "ia3: few-shot on v1", "ia3: plain on v2", "ia3: few-shot on v2",
         "bare base: plain on v2", "bare base: few-shot on v2",
     ]  # fmt: skip

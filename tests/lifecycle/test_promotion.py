@@ -313,7 +313,7 @@ class TestManualOverrides:
             registry.set_alias_manually("chat", v2.alias, number)
             fleet.apply_verdicts()
         state = registry.aliases("chat")[v2.alias]
-        assert (state.number, state.manual, state.recorded) == (2, False, None)
+        assert (state.number, state.is_manual, state.recorded) == (2, False, None)
 
     def test_an_override_before_any_verdict_is_kept(self, fleet, two_bases):
         v1, _ = two_bases

@@ -55,7 +55,7 @@ def judged(platform, policy):
         policy,
         platform,
         on_progress=lambda progress: answered.update(
-            {progress.what: (progress.done, progress.total)}
+            {progress.description: (progress.done, progress.total)}
         ),
     )
     return outcome, {what: done for what, done in answered.items() if what.endswith("v2")}

@@ -17,7 +17,7 @@ from trans_peft.domain.places import Places
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import AccessError, AdapterError, TransPeftError, UploadError
-from trans_peft.isolation import Limits
+from trans_peft.isolation import CallLimits
 from trans_peft.lifecycle import adopt as adoption
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest, pending
@@ -73,7 +73,7 @@ def adopted(setup, tmp_path):
     ],
 )
 def test_an_adapter_that_exceeds_the_limits_is_not_adopted(setup, adopted, changes, monkeypatch):
-    monkeypatch.setattr(patterns, "_LIMITS", Limits(cpu_s=1))
+    monkeypatch.setattr(patterns, "_LIMITS", CallLimits(cpu_s=1))
     with pytest.raises(TransPeftError):
         adopted(**changes)
     assert "theirs" not in setup[0].registry.adapters(FAMILY)

@@ -21,7 +21,7 @@ SUBJECT = "the adapter in s3://x"
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(patterns, "_LIMITS", patterns.Limits(cpu_s=1))
+    monkeypatch.setattr(patterns, "_LIMITS", patterns.CallLimits(cpu_s=1))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The wheel, installed alone into an empty environment, as `pip install trans-peft` does."""
+"""The wheel, installed alone into an empty environment, as `pip install .` does."""
 
 import shutil
 import subprocess
@@ -62,7 +62,7 @@ def test_the_command_line_names_the_extra_that_it_needs(python):
     command = python.parent / "trans-peft"
     ran = subprocess.run([command, "--help"], capture_output=True, text=True)
     assert ran.returncode == 3
-    assert "pip install 'trans-peft[cli]'" in ran.stderr
+    assert "pip install '.[cli]'" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from benchmarks.architectures.outcomes import DROPPED, MASKED, check_architecture, distance
 from benchmarks.architectures.page import read
 from benchmarks.architectures.tiny import ARCHITECTURES, UNBUILT, tiny
-from benchmarks.architectures.verdicts import DROPPED, MASKED, distance, judge
 from trans_peft.perturbation import Layout
 
 COMMAND = "run python -m benchmarks.architectures"
@@ -30,20 +30,20 @@ def test_the_page_lists_every_architecture_of_transformers():
 
 
 @pytest.mark.parametrize("architecture", FAST)
-def test_the_verdict_of_a_fast_architecture_equals_the_page(architecture):
-    assert judge(architecture) == read()[architecture], COMMAND
+def test_the_outcome_of_a_fast_architecture_equals_the_page(architecture):
+    assert check_architecture(architecture) == read()[architecture], COMMAND
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SLOWER)
-def test_the_verdict_of_a_slower_architecture_equals_the_page(architecture):
-    assert judge(architecture) == read()[architecture], COMMAND
+def test_the_outcome_of_a_slower_architecture_equals_the_page(architecture):
+    assert check_architecture(architecture) == read()[architecture], COMMAND
 
 
 @pytest.mark.architectures
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - set(FAST) - set(SLOWER)))
-def test_the_verdict_of_every_architecture_equals_the_page(architecture):
-    assert judge(architecture) == read()[architecture], COMMAND
+def test_the_outcome_of_every_architecture_equals_the_page(architecture):
+    assert check_architecture(architecture) == read()[architecture], COMMAND
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,16 @@
 from dataclasses import replace
 from textwrap import dedent
 
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.sandbox.run import RunResult
 from trans_peft.sandbox.runner import select_runner
 
 MEBIBYTE = 1 << 20
-LIMITS = Limits(wall_s=4, cpu_s=1, memory_bytes=128 * MEBIBYTE, scratch_bytes=2 * MEBIBYTE)
+LIMITS = SandboxLimits(wall_s=4, cpu_s=1, memory_bytes=128 * MEBIBYTE, scratch_bytes=2 * MEBIBYTE)
 SHORT_WALL_LIMIT = replace(LIMITS, wall_s=0.5)
 
 
-def run(program: str, limits: Limits = LIMITS) -> RunResult:
+def run(program: str, limits: SandboxLimits = LIMITS) -> RunResult:
     """Run an indented program in a sandbox with all guards."""
     return select_runner().run(dedent(program), limits)
 

@@ -5,7 +5,7 @@ import pytest
 from tests.sandbox.programs import LIMITS, SHORT_WALL_LIMIT
 from trans_peft.sandbox.check import CodeTests, FailureReason, check_program
 from trans_peft.sandbox.errors import InvalidLimitsError, InvalidTestsError
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.validation.rules.program_tests import humaneval_tests, mbpp_tests
 
 PROMPT = 'def area(a, b):\n    """Return a times b."""\n'
@@ -97,4 +97,4 @@ def test_unusable_tests_are_refused(make):
 
 def test_invalid_limits_are_reported_at_once():
     with pytest.raises(InvalidLimitsError, match=r"wall_s.*memory_bytes"):
-        Limits(wall_s=0, memory_bytes=1)
+        SandboxLimits(wall_s=0, memory_bytes=1)

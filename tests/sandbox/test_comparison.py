@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from trans_peft.sandbox.check import FailureReason, check_program
 from trans_peft.sandbox.checker import _equal
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.validation.rules.program_tests import humaneval_tests, mbpp_tests
 
 pytestmark = pytest.mark.usefixtures("all_guards")
 
-LIMITS = Limits(wall_s=10, cpu_s=2)
+LIMITS = SandboxLimits(wall_s=10, cpu_s=2)
 
 
 def mbpp(program, *asserts, reference="def f(*args): pass"):

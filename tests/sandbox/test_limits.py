@@ -13,7 +13,7 @@ from textwrap import dedent
 import pytest
 
 from tests.sandbox.programs import LIMITS, SHORT_WALL_LIMIT, attempts, run
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.sandbox.process import Sandbox
 
 
@@ -21,10 +21,10 @@ from trans_peft.sandbox.process import Sandbox
 @pytest.mark.parametrize(
     ("program", "limits", "stopped_by"),
     [
-        ("while True: print('x' * 999)", Limits(output_bytes=5000), "output"),
+        ("while True: print('x' * 999)", SandboxLimits(output_bytes=5000), "output"),
         (
             "import sys\nwhile True: sys.stderr.write('x' * 999)",
-            Limits(output_bytes=5000),
+            SandboxLimits(output_bytes=5000),
             "output",
         ),
         ("while True: pass", replace(LIMITS, wall_s=30), "cpu"),
@@ -89,7 +89,7 @@ def test_the_size_of_the_scratch_folder_is_limited():
     assert "x" not in run("import os; print(*os.listdir())").stdout
 
 
-def write_while_running(program: str, limits: Limits) -> bytes:
+def write_while_running(program: str, limits: SandboxLimits) -> bytes:
     """Run a program and return what it and its children wrote to a pipe until all closed it.
 
     A process that outlives its sandbox keeps the pipe open, which raises an AssertionError.
@@ -148,7 +148,7 @@ def write_while_running(program: str, limits: Limits) -> bytes:
 )  # fmt: skip
 def test_processes_are_few_and_end_with_the_program(program, max_distinct_writes):
     started = time.monotonic()
-    written = write_while_running(program, Limits(wall_s=1, processes=4))
+    written = write_while_running(program, SandboxLimits(wall_s=1, processes=4))
     assert time.monotonic() - started < 5
     assert len(set(written.split())) <= max_distinct_writes
 
@@ -190,8 +190,8 @@ def test_the_program_ends_with_its_caller_and_its_supervisor(ended):
     script = f"""
         import os, signal, threading
         from trans_peft.sandbox.process import Sandbox
-        from trans_peft.sandbox.limits import Limits
-        with Sandbox(Limits(), frozenset(), [{write_fd}, 2]) as sandbox:
+        from trans_peft.sandbox.limits import SandboxLimits
+        with Sandbox(SandboxLimits(), frozenset(), [{write_fd}, 2]) as sandbox:
             os.close({write_fd})
             program = "import time, ctypes; ctypes.CDLL(None).prctl(1, 0); print('on', flush=True)"
             sandbox.start("script", {{"program": program + "; time.sleep(60)"}})

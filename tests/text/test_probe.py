@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers
 from tests.tiny import tiny_tokenizer
 from trans_peft.domain.bounds import MAX_DECODER_GROWTH, MAX_TOKEN_CHARACTERS
 from trans_peft.errors import LimitExceededError
-from trans_peft.isolation import Limits, call_isolated
+from trans_peft.isolation import CallLimits, call_isolated
 from trans_peft.text.chat import MAX_TEMPLATE_CHARACTERS
 from trans_peft.text.probe import tokenizer_problems
 
@@ -34,7 +34,7 @@ def probe(uploaded):
         tokenizer_problems,
         uploaded,
         subject="the tokenizer of s3://bases/mine",
-        limits=Limits(cpu_s=2, memory_bytes=1 << 29),
+        limits=CallLimits(cpu_s=2, memory_bytes=1 << 29),
         imports=("trans_peft.text.probe", "transformers.utils.chat_template_utils"),
     )
 

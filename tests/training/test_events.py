@@ -39,8 +39,8 @@ def test_any_other_line_is_log(line):
 
 def test_metrics_have_a_text_and_names():
     progress = TrainingMetrics(3, 8, 1.5, 1e-3, 0.1, 1234.5, 5.0)
-    assert progress.rest == "loss 1.5000  lr 1.00e-03  1,234 tokens/s  5 s left"
-    assert str(progress) == f"step 3/8  {progress.rest}"
+    assert progress.summary == "loss 1.5000  lr 1.00e-03  1,234 tokens/s  5 s left"
+    assert str(progress) == f"step 3/8  {progress.summary}"
     assert progress.metrics == {
         "loss": 1.5,
         "learning_rate": 1e-3,

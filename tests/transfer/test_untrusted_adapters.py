@@ -24,7 +24,7 @@ SLOW_PATTERNS = [
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(patterns, "_LIMITS", patterns.Limits(cpu_s=1))
+    monkeypatch.setattr(patterns, "_LIMITS", patterns.CallLimits(cpu_s=1))
 
 
 @pytest.mark.parametrize("changes", SLOW_PATTERNS)

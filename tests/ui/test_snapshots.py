@@ -32,7 +32,7 @@ def test_only_the_first_request_reads(clock):
 
 def test_it_is_due_only_if_it_was_requested_and_is_old(clock):
     cached = Cached(lambda: 1, clock)
-    assert not cached.is_due(30)  # nobody asked for it
+    assert not cached.is_due(30)  # no request asked for it
     cached.get()
     cached.get()
     clock.now = 29.0

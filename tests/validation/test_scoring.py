@@ -42,7 +42,7 @@ def suite(**options):
 
 def marked(name):
     scoring, *_ = EXAMPLES[name]
-    return make_scorer(suite(scoring=scoring, threshold=50.0 if RULES[name].graded else None))
+    return make_scorer(suite(scoring=scoring, threshold=50.0 if RULES[name].is_graded else None))
 
 
 @pytest.mark.parametrize("name", sorted(RULES.keys() - {"python", "code"}))

@@ -27,7 +27,7 @@ from trans_peft.bases.eviction import evict
 from trans_peft.bases.filename_checks import filename_problem
 from trans_peft.bases.fingerprint import ByteProgress, Scan, folder_file_reader, scan
 from trans_peft.bases.model_files import affects_outputs
-from trans_peft.bases.ranges import RANGE_BYTES, Partial, fetching
+from trans_peft.bases.ranges import RANGE_BYTES, UnfinishedDownload, fetching
 from trans_peft.bases.upload import read_manifest
 from trans_peft.domain.base import Fingerprint
 from trans_peft.errors import (
@@ -143,7 +143,7 @@ def _download(
     range_bytes: int,
     on_progress: ByteProgress | None,
 ) -> None:
-    partial = Partial(copy.path("part"))
+    partial = UnfinishedDownload(copy.path("part"))
     files = model_files(uri, store)
     try:
         with FileLock(copy.cache_dir / "eviction.lock"):

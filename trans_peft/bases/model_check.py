@@ -15,11 +15,11 @@ from trans_peft.bases.meta_model import inspect_checkpoint
 from trans_peft.domain.base import TensorSignature
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import ContentError, UploadError, listed
-from trans_peft.isolation import Limits, call_isolated
+from trans_peft.isolation import CallLimits, call_isolated
 
-__all__ = ["LIMITS", "ModelWeight", "check_checkpoint", "inspect"]
+__all__ = ["LIMITS", "ModelWeight", "check_checkpoint", "compare_with_built_model"]
 
-LIMITS = Limits(cpu_s=120, wall_s=900, memory_bytes=4 << 30, file_bytes=128 << 20)
+LIMITS = CallLimits(cpu_s=120, wall_s=900, memory_bytes=4 << 30, file_bytes=128 << 20)
 """Limits of the child process, which builds one model and loads one tokenizer."""
 
 _IMPORTS = (  # takes 3 s; the fork server imports them once, for all children
@@ -75,7 +75,7 @@ def check_checkpoint(checkpoint: Checkpoint, subject: str) -> tuple[ModelWeight,
     weights: tuple[ModelWeight, ...] = ()
     if not problems:
         try:
-            problems, weights = inspect(checkpoint, subject)
+            problems, weights = compare_with_built_model(checkpoint, subject)
         except ContentError as error:
             problems = [str(error)]
     if problems:
@@ -87,7 +87,9 @@ def check_checkpoint(checkpoint: Checkpoint, subject: str) -> tuple[ModelWeight,
     return weights
 
 
-def inspect(checkpoint: Checkpoint, subject: str) -> tuple[list[str], tuple[ModelWeight, ...]]:
+def compare_with_built_model(
+    checkpoint: Checkpoint, subject: str
+) -> tuple[list[str], tuple[ModelWeight, ...]]:
     """Build the model in a child process; return all differences, and the model's weights.
 
     Raises ContentError if that fails or exceeds `LIMITS`, IsolationError if no child process can

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trans_peft.bases.checkpoint import Checkpoint, read_text
-from trans_peft.bases.model_check import ModelWeight, inspect
+from trans_peft.bases.model_check import ModelWeight, compare_with_built_model
 from trans_peft.bases.model_files import config_sha256
 from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.errors import (
@@ -45,7 +45,7 @@ def in_model_names(
         config = fingerprint.config or _config_at(uri, store, fingerprint)
         if not config:
             return fingerprint
-        _, weights = inspect(Checkpoint(config, fingerprint.tensors, {}), uri)
+        _, weights = compare_with_built_model(Checkpoint(config, fingerprint.tensors, {}), uri)
         _write_cache(cached, weights)
     if not weights:
         return fingerprint

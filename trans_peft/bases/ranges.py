@@ -21,7 +21,7 @@ from trans_peft.errors import StoreError
 from trans_peft.files import atomic_write
 from trans_peft.ports import ArtifactStore, StoredFile
 
-__all__ = ["RANGE_BYTES", "STREAMS", "Partial", "Range", "fetching"]
+__all__ = ["RANGE_BYTES", "STREAMS", "Range", "UnfinishedDownload", "fetching"]
 
 RANGE_BYTES = 16 << 20
 STREAMS = 8
@@ -39,7 +39,7 @@ class Range:
     stop: int
 
 
-class Partial:
+class UnfinishedDownload:
     """A folder with an unfinished download."""
 
     def __init__(self, folder: Path) -> None:
@@ -121,7 +121,7 @@ class Partial:
 
 @contextmanager
 def fetching(
-    partial: Partial, missing: Sequence[Range], store: ArtifactStore
+    partial: UnfinishedDownload, missing: Sequence[Range], store: ArtifactStore
 ) -> Iterator[FileReader]:
     """Download the missing ranges in the background, and yield a `FileReader` of the files.
 

@@ -115,7 +115,7 @@ def _verifier(public_key: str) -> Any:
             f"the public key {public_key} cannot be used to check signatures on this worker",
             expected="a public key on one of the curves P-256, P-384 and P-521, PEM",
             found=f"{type(error).__name__}: {error}",
-            do="correct the path in TRANS_PEFT_FAMILIES, or install trans-peft[signatures]",
+            do="correct the path in TRANS_PEFT_FAMILIES, or install the extra `signatures`",
         ) from error
 
 

@@ -50,7 +50,7 @@ def train(
         def on_event(event: events.Event) -> None:
             if isinstance(event, events.TrainingMetrics):
                 steps.append(event)
-                what, note = f"training {wanted.adapter}", f"steps  {event.rest}"
+                what, note = f"training {wanted.adapter}", f"steps  {event.summary}"
                 shown.update(what, event.step, event.total_steps, note)
             elif isinstance(event, events.TrainingStarted):
                 shown.print_line(str(event))

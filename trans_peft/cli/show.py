@@ -60,7 +60,9 @@ class ProgressDisplay:
 
     def evaluation(self, answered: "EvaluationProgress") -> None:
         """Show the progress of an evaluation."""
-        self.update(f"evaluating {answered.what}", answered.done, answered.total, answered.rest)
+        self.update(
+            f"evaluating {answered.description}", answered.done, answered.total, answered.summary
+        )
 
 
 @contextmanager

@@ -8,11 +8,11 @@ enough.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from trans_peft.isolation import Limits, call_isolated
+from trans_peft.isolation import CallLimits, call_isolated
 
 __all__ = ["encoded", "token_ids"]
 
-_LIMITS = Limits(cpu_s=300, wall_s=1800, memory_bytes=4 << 30)
+_LIMITS = CallLimits(cpu_s=300, wall_s=1800, memory_bytes=4 << 30)
 _CHUNK_CHARACTERS, _CHUNK_ITEMS = 1 << 24, 10_000
 _MODULES = ("jinja2.sandbox", "transformers.utils.chat_template_utils")
 

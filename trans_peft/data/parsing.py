@@ -19,7 +19,7 @@ from trans_peft.data.templates import through_template
 from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS, MAX_ROW_CHARACTERS
 from trans_peft.domain.untrusted_json import duplicates
 from trans_peft.errors import DataError, listed
-from trans_peft.isolation import Limits, call_isolated
+from trans_peft.isolation import CallLimits, call_isolated
 
 __all__ = [
     "PromptRows",
@@ -31,7 +31,7 @@ __all__ = [
     "unchecked_rows",
 ]
 
-_LIMITS = Limits(cpu_s=600, wall_s=1800, memory_bytes=8 << 30, result_bytes=1 << 30)
+_LIMITS = CallLimits(cpu_s=600, wall_s=1800, memory_bytes=8 << 30, result_bytes=1 << 30)
 _BATCH_ROWS, _SLICE_ROWS = 1024, 16
 
 

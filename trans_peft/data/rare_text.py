@@ -1,7 +1,7 @@
 """Recognize texts that repeat rare parts of other texts, such as a name or a number of one row.
 
 A language model that was trained on texts can repeat them (Carlini et al. 2021). A part that many
-texts share tells nothing about one of them; a part of one text may be private.
+texts share does not identify one of them; a part of one text may be private.
 """
 
 import re

@@ -66,14 +66,14 @@ class AliasState:
 
     Attributes:
         number: The version that has the alias. None for no version.
-        manual: Whether a person set or removed the alias after reconcile last set it.
-        unfinished: Whether a write of the alias was interrupted. Setting it again completes it.
+        is_manual: Whether a person set or removed the alias after reconcile last set it.
+        is_unfinished: Whether a write of the alias was interrupted. Setting it again completes it.
         recorded: The manual override that the registry has recorded for the alias.
     """
 
     number: int | None = None
-    manual: bool = False
-    unfinished: bool = False
+    is_manual: bool = False
+    is_unfinished: bool = False
     recorded: ManualOverride | None = None
 
 

@@ -63,7 +63,7 @@ class Suite:
     Attributes:
         name: name of the suite, part of its hash.
         data: prompt/completion rows or chat rows. The completion is the reference answer.
-        scoring: name of a rule in `trans_peft.validation.scoring`, with its argument after a colon.
+        scoring: name of a rule in `trans_peft.validation.scoring`; its parameter follows a colon.
         threshold: smallest correct value of a rule that returns a degree (BLEU, chrF, ROUGE-L,
             label F1).
         max_new_tokens: largest number of tokens of an answer. Decoding is greedy.

@@ -9,7 +9,7 @@ from typing import Any
 
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["ADDED_LATER", "content_sha256"]
+__all__ = ["ADDED_LATER", "content_sha256", "json_value"]
 
 ADDED_LATER: Mapping[str, Any] = {"added_later": True}
 """Metadata of a dataclass field that was added after hashes of its class had been stored.
@@ -19,23 +19,23 @@ that existed before the field therefore do not change.
 """
 
 
-def _plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Return a value as JSON represents it; sets become sorted lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         held = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
         return {
-            field.name: _plain(item)
+            field.name: json_value(item)
             for field, item in held
             if not ("added_later" in field.metadata and item == field.default)
         }
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
+        return sorted(json_value(item) for item in value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [json_value(item) for item in value]
     return value
 
 
@@ -49,7 +49,7 @@ def content_sha256(value: Any) -> str:
         InvalidSpecError: a number is infinite or NaN.
     """
     try:
-        text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(json_value(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     except ValueError as error:
         raise InvalidSpecError(
             "the recipe, suite or policy contains NaN or an infinite number",

@@ -367,7 +367,7 @@ class MemoryRegistry:
         """Set or remove (None) the alias. Returns False if it has a manual override."""
         if number is not None and number not in [v.number for v in self.versions(adapter)]:
             raise NotFoundError(f"there is no version {number} of {adapter}")
-        if self._alias_state(adapter, alias).manual:
+        if self._alias_state(adapter, alias).is_manual:
             return False
         _move(self._aliases[adapter], alias, number)
         self._set_by_reconcile[adapter][alias] = number
@@ -375,7 +375,7 @@ class MemoryRegistry:
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
         """Return whether the alias is where reconcile last set it."""
-        return not self._alias_state(adapter, alias).manual
+        return not self._alias_state(adapter, alias).is_manual
 
     def record_manual_override(
         self, adapter: str, alias: str, override: ManualOverride | None
@@ -390,7 +390,7 @@ class MemoryRegistry:
         stands = self._aliases[adapter].get(alias)
         return AliasState(
             stands,
-            manual=stands != self._set_by_reconcile[adapter].get(alias),
+            is_manual=stands != self._set_by_reconcile[adapter].get(alias),
             recorded=self._overrides[adapter].get(alias),
         )
 

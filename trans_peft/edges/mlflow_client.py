@@ -411,7 +411,10 @@ class Tracking:
             raise IntegrityError(f"{name} of run {run_id} is not text", found=error) from error
 
     def system_metrics(self, run_id: str) -> SystemMetricsMonitor:
-        """Return a monitor, not yet started, that records CPU, memory and devices into a run."""
+        """Return a monitor, not yet started, that records the machine's use into a run.
+
+        It records GPUs only if the package nvidia-ml-py is installed.
+        """
         return SystemMetricsMonitor(run_id, tracking_uri=self.uri)
 
     # The model registry

@@ -218,7 +218,7 @@ class MlflowRegistry:
         if number is not None:
             self._tracking.client.get_model_version(adapter, str(number))
         state = self.aliases(adapter).get(alias, AliasState())
-        if state.manual:
+        if state.is_manual:
             return False
         if state.number != number:
             # Recorded first, as "old>new": after a crash in between, both count as set here.
@@ -234,7 +234,7 @@ class MlflowRegistry:
 
     def owns_alias(self, adapter: str, alias: str) -> bool:
         """Whether the alias is as this class last set it. False: a person changed it."""
-        return not self.aliases(adapter).get(alias, AliasState()).manual
+        return not self.aliases(adapter).get(alias, AliasState()).is_manual
 
     def record_manual_override(
         self, adapter: str, alias: str, override: ManualOverride | None

@@ -1,7 +1,8 @@
 """`RunLog` in MLflow: training runs in the experiment `trans-peft/training`.
 
 Metrics are written immediately, so that MLflow's page shows them while the run is active. Metrics
-of the machine (CPU, memory, network, devices) are added every few seconds.
+of the machine (CPU, memory, disk, network) are added every few seconds, and those of NVIDIA GPUs
+if the package nvidia-ml-py is installed.
 """
 
 import time

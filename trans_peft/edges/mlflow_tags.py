@@ -122,8 +122,8 @@ def _alias_state(model: Any, alias: str, tags: Mapping[str, str]) -> AliasState:
     recorded = tags.get(f"{ALIAS_TAG_PREFIX}{alias}", NONE).split(">")
     return AliasState(
         number=None if current is None else int(current),
-        manual=str(current or NONE) not in recorded,
-        unfinished=len(recorded) > 1,
+        is_manual=str(current or NONE) not in recorded,
+        is_unfinished=len(recorded) > 1,
         recorded=_override(tags.get(f"{OVERRIDE_TAG_PREFIX}{alias}")),
     )
 

@@ -1,10 +1,10 @@
 """Objects in S3, or in a server with the same protocol, as an `ArtifactStore`.
 
-Only this module imports boto3. Credentials, region and endpoint come from boto3's default sources
-(`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, profiles, roles). A read requests the ETag that was listed
-(`If-Match`), so that the bytes that are verified are the bytes that are used. The content of a
-whole object is compared with its MD5 if the ETag is one, else with its listed size; boto3 verifies
-`x-amz-checksum-*` for objects that have such a checksum.
+No other module of the library imports boto3. Credentials, region and endpoint come from boto3's
+default sources (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, profiles, roles). A read requests the ETag
+that was listed (`If-Match`), so that the bytes that are verified are the bytes that are used. The
+content of a whole object is compared with its MD5 if the ETag is one, else with its listed size;
+boto3 verifies `x-amz-checksum-*` for objects that have such a checksum.
 """
 
 import builtins

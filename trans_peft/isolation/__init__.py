@@ -1,6 +1,6 @@
 """Run a function on untrusted content in a child process with limits on CPU, memory and time.
 
-    from trans_peft.isolation import Limits, call_isolated
+    from trans_peft.isolation import CallLimits, call_isolated
 
     ids = call_isolated(encode, folder, texts, subject=f"the tokenizer of {uri}")
 
@@ -11,6 +11,6 @@ process can read. Programs that a model wrote run in `trans_peft.sandbox` instea
 """
 
 from trans_peft.isolation.call import call_isolated
-from trans_peft.isolation.limits import Limits, is_memory_limit_error
+from trans_peft.isolation.limits import CallLimits, is_memory_limit_error
 
-__all__ = ["Limits", "call_isolated", "is_memory_limit_error"]
+__all__ = ["CallLimits", "call_isolated", "is_memory_limit_error"]

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 from trans_peft import errors
 from trans_peft.errors import ContentError, IsolationError, LimitExceededError, TransPeftError
 from trans_peft.isolation.environment import child_environment
-from trans_peft.isolation.limits import Limits
+from trans_peft.isolation.limits import CallLimits
 from trans_peft.isolation.server import LENGTH, receive_exactly
 
 __all__ = ["call_isolated"]
@@ -39,7 +39,7 @@ def call_isolated(
     function: Callable[..., Any],
     *args: Any,
     subject: str,
-    limits: Limits | None = None,
+    limits: CallLimits | None = None,
     imports: Sequence[str] = (),
 ) -> Any:
     """Return `function(*args)`, computed in a child process with limits.
@@ -50,7 +50,7 @@ def call_isolated(
         function: a function that can be imported by its module and name.
         args: values that can be pickled.
         subject: what the content is, for errors ("the tokenizer of s3://bucket/base").
-        limits: what the call may use. None: the defaults of `Limits`.
+        limits: what the call may use. None: the defaults of `CallLimits`.
         imports: modules that are slow to import. The fork server imports them once, outside the
             limits.
 
@@ -67,7 +67,7 @@ def call_isolated(
     """
     if function.__module__ == "__main__" or "<" in function.__qualname__:
         raise TypeError(f"{function.__qualname__} cannot be imported by name in a child process")
-    limits = limits or Limits()
+    limits = limits or CallLimits()
     request = pickle.dumps((function, args))
     header = {
         "path": sys.path,
@@ -94,7 +94,7 @@ class _NotStartedError(Exception):
 
 
 class _Call:
-    def __init__(self, subject: str, limits: Limits) -> None:
+    def __init__(self, subject: str, limits: CallLimits) -> None:
         self._subject = subject
         self._limits = limits
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trans_peft.errors import TransPeftError
-from trans_peft.isolation.limits import Limits, is_memory_limit_error
+from trans_peft.isolation.limits import CallLimits, is_memory_limit_error
 
 __all__ = ["run"]
 
@@ -34,7 +34,7 @@ def run(call: socket.socket, stderr: int, header: dict[str, Any]) -> NoReturn:
         with call, call.makefile("rwb") as stream:
             size = int.from_bytes(stream.read(8), "big")
             request = stream.read(size)
-            reply = json.dumps(_execute(request, Limits(**header["limits"]))).encode()
+            reply = json.dumps(_execute(request, CallLimits(**header["limits"]))).encode()
             if len(reply) > header["limits"]["result_bytes"]:
                 reply = json.dumps({"limit": "result", "found": len(reply)}).encode()
             stream.write(len(reply).to_bytes(8, "big") + reply)
@@ -47,7 +47,7 @@ def run(call: socket.socket, stderr: int, header: dict[str, Any]) -> NoReturn:
     os._exit(0)
 
 
-def _execute(request: bytes, limits: Limits) -> dict[str, Any]:
+def _execute(request: bytes, limits: CallLimits) -> dict[str, Any]:
     limits.apply()
     try:
         function, args = pickle.loads(request)  # noqa: S301  the parent process wrote it

@@ -19,7 +19,7 @@ from typing import Any
 
 from trans_peft.errors import EvaluationError
 from trans_peft.isolation.environment import child_environment
-from trans_peft.isolation.limits import Limits
+from trans_peft.isolation.limits import CallLimits
 
 __all__ = ["LimitedProcess", "serve"]
 
@@ -104,7 +104,7 @@ def serve(function: Callable[[Any], Any], *, memory_bytes: int = 1 << 30) -> Non
     Runs inside the process. `memory_bytes` limits the memory that calls may use, in addition to
     what the process uses when `serve` begins.
     """
-    limits = Limits(cpu_s=_UNLIMITED_CPU_S, memory_bytes=memory_bytes)
+    limits = CallLimits(cpu_s=_UNLIMITED_CPU_S, memory_bytes=memory_bytes)
     limits.apply()
     _write(_READY)
     for line in sys.stdin:

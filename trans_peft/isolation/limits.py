@@ -6,14 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Limits", "is_memory_limit_error"]
+__all__ = ["CallLimits", "is_memory_limit_error"]
 
 _MIB = 1 << 20
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Limits:
+class CallLimits:
     """What one isolated call may use. ValueError for a limit that is not positive.
 
     Attributes:

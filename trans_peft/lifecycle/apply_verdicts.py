@@ -102,7 +102,7 @@ def _apply(
                 changes.aliases.append(AliasChange(adapter.name, base.alias, decision.number))
             else:  # a person changed the alias after it was read
                 state = platform.registry.aliases(adapter.name)[base.alias]
-        override = _override(state, decision, seen_at) if state.manual else None
+        override = _override(state, decision, seen_at) if state.is_manual else None
         if override != state.recorded:
             platform.registry.record_manual_override(adapter.name, base.alias, override)
         if override is not None:
@@ -135,9 +135,9 @@ def _decide(adapter: RegisteredAdapter, base: BaseVersion) -> _Decision:
 
 
 def _differs(state: AliasState, decision: _Decision) -> bool:
-    if state.manual or decision.is_open:
+    if state.is_manual or decision.is_open:
         return False
-    return state.unfinished or state.number != decision.number
+    return state.is_unfinished or state.number != decision.number
 
 
 def _override(state: AliasState, decision: _Decision, seen_at: str) -> ManualOverride:

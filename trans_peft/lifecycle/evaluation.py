@@ -97,15 +97,15 @@ class EvaluationProgress:
     eta_s: float | None
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         """A description of the evaluation that stays the same from the first to the last item."""
         return f"{self.adapter}: {self.suite} on {self.base}"
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.done} of {self.total} {self.rest}"
+        return f"{self.description}: {self.done} of {self.total} {self.summary}"
 
     @property
-    def rest(self) -> str:
+    def summary(self) -> str:
         """The unit of `done` and `total`, and the remaining time if it is known."""
         if self.eta_s is None or self.done == self.total:
             return "items"

@@ -91,7 +91,7 @@ def idle_adapter(adapter: RegisteredAdapter, base: BaseVersion) -> IdleAdapter |
     state, outcome = adapter.alias_on(base), adapter.outcome_on(base)
     if adapter.can_serve(base, state.number):
         return None
-    if state.manual:
+    if state.is_manual:
         blocked = state.number is None
         return IdleAdapter(adapter.name, IdleReason.BLOCKED if blocked else IdleReason.OTHER_BASE)
     return IdleAdapter(adapter.name, outcome.verdict if outcome else IdleReason.NO_VERDICT)

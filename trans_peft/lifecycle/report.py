@@ -249,4 +249,4 @@ def _training_note(version: AdapterVersion) -> str:
 
 
 def _override_note(state: AliasState) -> str:
-    return str(state.recorded or "not recorded yet") if state.manual else ""
+    return str(state.recorded or "not recorded yet") if state.is_manual else ""

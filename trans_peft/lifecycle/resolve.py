@@ -144,7 +144,7 @@ def why_not_serving(adapter: RegisteredAdapter, base: BaseVersion) -> str:
     verdict = (
         f"verdict {outcome.verdict}: {outcome.judgment.reason}" if outcome else "no verdict yet"
     )
-    return f"a person removed the alias ({verdict})" if state.manual else verdict
+    return f"a person removed the alias ({verdict})" if state.is_manual else verdict
 
 
 def _adapter(name: str, platform: Platform) -> RegisteredAdapter:

@@ -45,7 +45,8 @@ def transfer(
     The steps are: compatibility (reads no weights), effect probe, evaluation on the new base, and
     the gate, which compares with the results on the base that the adapter was trained on. If direct
     transfer does not pass, the recovery strategies of the policy are tried in order. The registered
-    version is that of the first strategy that passes, or else of direct transfer.
+    version is that of the first strategy that passes, or else of the first one with the verdict
+    `inconclusive`, or else of direct transfer.
 
     Stored results are reused. After a change of the policy no model is loaded, unless a sequential
     policy needs items that were not evaluated before.

@@ -14,14 +14,14 @@ from trans_peft.domain.bounds import MAX_ADAPTER_NUMBER, MAX_PATTERN_LENGTH
 from trans_peft.domain.excerpts import excerpt
 from trans_peft.domain.spec import MAX_OPTION_DEPTH
 from trans_peft.errors import InvalidSpecError, LimitExceededError, listed
-from trans_peft.isolation import Limits, call_isolated
+from trans_peft.isolation import CallLimits, call_isolated
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["TARGET_FORM", "check_options", "compile_problems", "names_of"]
 
-_LIMITS = Limits(cpu_s=10, memory_bytes=1 << 29)
+_LIMITS = CallLimits(cpu_s=10, memory_bytes=1 << 29)
 _QUANTIFIERS = frozenset("*+?{")
 TARGET_FORM = r"(.*\.)?({})$"
 """How PEFT embeds an entry of `target_modules` or of an option with values by module."""
@@ -42,7 +42,7 @@ _EXPRESSIONS = frozenset({"target_modules", "exclude_modules", "feedforward_modu
 _OPENED = frozenset({"adapters"})  # XLORA
 _PATHS = ("_path", "_dir", "_file", "_folder")
 _SEEDS = ("seed", "prng_key")
-_COMPILE_LIMITS = Limits(cpu_s=1, memory_bytes=1 << 29)
+_COMPILE_LIMITS = CallLimits(cpu_s=1, memory_bytes=1 << 29)
 _LITERAL = re.compile(r"[\w.-]*", re.ASCII)
 _TOO_SLOW = "together with the other patterns it takes more than 1 s to compile"
 

@@ -9,8 +9,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
@@ -20,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trans_peft.domain.adapter import AdapterSpec
+from trans_peft.domain.identity import json_value
 from trans_peft.errors import InvalidSpecError, listed
 from trans_peft.methods.allocation import BoundedAllocation
 from trans_peft.methods.effects import unused_on_model
@@ -83,7 +82,7 @@ def to_config(spec: AdapterSpec) -> PeftConfig:
     problems = [f"{spec.peft_type} has no option {name!r}" for name in unknown]
     if unknown:
         problems.append(f"its options are {', '.join(options)}")
-    known_options = {k: _plain(v) for k, v in spec.options.items() if k in options}
+    known_options = {k: json_value(v) for k, v in spec.options.items() if k in options}
     problems += option_problems(config_class, spec.peft_type, known_options)
     problems += invalid_patterns(known_options) if not problems else []
     problems += not_trainable(spec.peft_type, known_options)
@@ -128,7 +127,7 @@ def to_spec(config: PeftConfig) -> AdapterSpec:
             else field.default
         )
         if value != default:
-            options[field.name] = _plain(value)
+            options[field.name] = json_value(value)
     peft_type = config.peft_type
     return AdapterSpec(str(getattr(peft_type, "value", peft_type)), options)
 
@@ -259,21 +258,6 @@ def _raising_ignored(spec: AdapterSpec) -> Iterator[None]:
         )
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON represents it; sets become sorted lists."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    return value
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ from trans_peft.perturbation.units import DecoderLayer, Experts, projection_shap
 __all__ = ["drop_attention", "drop_ffn"]
 
 
-class DroppableModule(Protocol):
+class DropDecision(Protocol):
     """An object with the draw of a sub-layer for the running forward pass, such as `MaskSite`."""
 
     @property
@@ -33,52 +33,50 @@ class DroppableModule(Protocol):
 Parameters = Callable[[], Iterator[nn.Parameter]]
 
 
-def drop_ffn(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -> None:
+def drop_ffn(decision: DropDecision, layer: DecoderLayer, undo: ExitStack) -> None:
     """Drop the FFN of a layer with the adapters in and after it, until `undo` closes."""
     parameters = _parameters_beside(layer, "attention")
     for unit in layer.ffn:
         if isinstance(unit, Experts):
-            _drop_whole(mask_site, unit.module, parameters, undo)
-            _leave_out_adapters(mask_site, layer, unit.modules, undo)
+            _drop_whole(decision, unit.module, parameters, undo)
+            _leave_out_adapters(decision, layer, unit.modules, undo)
         elif unit.whole is not None:
-            _drop_whole(mask_site, unit.whole, parameters, undo)
+            _drop_whole(decision, unit.whole, parameters, undo)
         else:
             for projection in unit.inputs if unit.narrows else ():
-                _drop_input(mask_site, projection, undo)
-            _drop_output(mask_site, unit.down, parameters, undo)
-            _leave_out_adapters(mask_site, layer, unit.modules, undo)
+                _drop_input(decision, projection, undo)
+            _drop_output(decision, unit.down, parameters, undo)
+            _leave_out_adapters(decision, layer, unit.modules, undo)
     for module in layer.biased:
-        _zero_output(mask_site, module, undo)
+        _zero_output(decision, module, undo)
 
 
-def drop_attention(mask_site: DroppableModule, layer: DecoderLayer, undo: ExitStack) -> None:
+def drop_attention(decision: DropDecision, layer: DecoderLayer, undo: ExitStack) -> None:
     """Drop the attention of a layer with an adapter after it, until `undo` closes."""
     if layer.attention is not None:
         output = layer.attention.output
-        _drop_output(mask_site, output, _parameters_beside(layer, "ffn"), undo)
-        _leave_out_adapters(mask_site, layer, (output,), undo)
+        _drop_output(decision, output, _parameters_beside(layer, "ffn"), undo)
+        _leave_out_adapters(decision, layer, (output,), undo)
 
 
 def _drop_whole(
-    mask_site: DroppableModule, whole: nn.Module, trainable: Parameters, undo: ExitStack
+    decision: DropDecision, whole: nn.Module, trainable: Parameters, undo: ExitStack
 ) -> None:
     original = whole.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (
-            _zeros_in_graph(x, trainable()) if mask_site.dropped else original(x, *args, **kwargs)
-        )
+        return _zeros_in_graph(x, trainable()) if decision.dropped else original(x, *args, **kwargs)
 
     override(whole, forward, undo)
 
 
-def _zero_output(mask_site: DroppableModule, module: nn.Module, undo: ExitStack) -> None:
+def _zero_output(decision: DropDecision, module: nn.Module, undo: ExitStack) -> None:
     """Set the first tensor of a module's output to zero while the sub-layer is dropped."""
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if not mask_site.dropped:
+        if not decision.dropped:
             return result
         if isinstance(result, torch.Tensor):
             return _zeroed(result)
@@ -92,24 +90,24 @@ def _zeroed(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
 
 
-def _drop_input(mask_site: DroppableModule, projection: nn.Module, undo: ExitStack) -> None:
+def _drop_input(decision: DropDecision, projection: nn.Module, undo: ExitStack) -> None:
     """Make a projection return a width of zero neurons while the sub-layer is dropped."""
     original = projection.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return x.detach()[..., :0] if mask_site.dropped else original(x, *args, **kwargs)
+        return x.detach()[..., :0] if decision.dropped else original(x, *args, **kwargs)
 
     override(projection, forward, undo)
 
 
 def _drop_output(
-    mask_site: DroppableModule, projection: nn.Module, trainable: Parameters, undo: ExitStack
+    decision: DropDecision, projection: nn.Module, trainable: Parameters, undo: ExitStack
 ) -> None:
     original = projection.forward
     _, out = projection_shape(projection) or (0, 0)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if mask_site.dropped:
+        if decision.dropped:
             return _zeros_in_graph(x.new_empty((*x.shape[:-1], out)), trainable())
         return original(x, *args, **kwargs)
 
@@ -117,20 +115,20 @@ def _drop_output(
 
 
 def _leave_out_adapters(
-    mask_site: DroppableModule, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
+    decision: DropDecision, layer: DecoderLayer, parts: tuple[nn.Module, ...], undo: ExitStack
 ) -> None:
     """Drop an adapter that follows the sub-layer of these parts together with the sub-layer."""
     for child in layer.module.children():
         inside = {id(module) for module in child.modules() if module is not child}
         if isinstance(child, BaseTunerLayer) and any(id(part) in inside for part in parts):
-            _leave_out_adapter(mask_site, child, undo)
+            _leave_out_adapter(decision, child, undo)
 
 
-def _leave_out_adapter(mask_site: DroppableModule, child: BaseTunerLayer, undo: ExitStack) -> None:
+def _leave_out_adapter(decision: DropDecision, child: BaseTunerLayer, undo: ExitStack) -> None:
     original = child.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (child.get_base_layer() if mask_site.dropped else original)(*args, **kwargs)
+        return (child.get_base_layer() if decision.dropped else original)(*args, **kwargs)
 
     override(child, forward, undo)
 

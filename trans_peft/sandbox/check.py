@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from trans_peft.sandbox.checker import FailureReason
 from trans_peft.sandbox.errors import InvalidTestsError
 from trans_peft.sandbox.guards import Guard
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.sandbox.process import Sandbox
 from trans_peft.sandbox.protocol import InvalidMessageError, receive
 
@@ -76,7 +76,7 @@ class CodeResult:
 def check_program(
     program: str,
     tests: CodeTests,
-    limits: Limits = Limits(),  # noqa: B008  frozen
+    limits: SandboxLimits = SandboxLimits(),  # noqa: B008  frozen
     allow_missing: Set[Guard] = frozenset(),
 ) -> CodeResult:
     """Test the text of a Python program, which can import the standard library only.

@@ -25,7 +25,7 @@ from typing import Any
 
 from trans_peft.sandbox import candidate, checker, kernel, script
 from trans_peft.sandbox.guards import Guard
-from trans_peft.sandbox.limits import Limits, set_limits
+from trans_peft.sandbox.limits import SandboxLimits, set_limits
 from trans_peft.sandbox.root import SCRATCH, enter_private_root
 from trans_peft.sandbox.system_calls import forbid_pdeathsig_changes, forbid_system_calls
 
@@ -100,7 +100,7 @@ def _run_job(
     request: Mapping[str, Any], caller: socket.socket, fds: list[int]
 ) -> Mapping[str, Any]:
     """Set up the remaining guards, run the job in a child, and return how the child ended."""
-    limits = Limits(**request["limits"])
+    limits = SandboxLimits(**request["limits"])
     missing: dict[str, str] = request["missing"]
     with suppress(OSError):  # if memory runs out, the kernel kills this process before the caller
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -172,7 +172,9 @@ def _close_all_but(descriptors: Sequence[int]) -> None:
     os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
-def _drop_privileges(limits: Limits, missing: Mapping[str, str], *, change_ids: bool) -> None:
+def _drop_privileges(
+    limits: SandboxLimits, missing: Mapping[str, str], *, change_ids: bool
+) -> None:
     """Set the limits, become the user nobody, and give up all capabilities."""
     os.setsid()
     # Without a change of ids, the kernel counts the supervisor too, which has the same id.

@@ -6,13 +6,13 @@ from math import ceil
 
 from trans_peft.sandbox.errors import InvalidLimitsError
 
-__all__ = ["Limits", "set_limits"]
+__all__ = ["SandboxLimits", "set_limits"]
 
 _MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """Upper bounds for one sandbox. InvalidLimitsError for bounds that no program can meet.
 
     At worst a sandbox uses `processes` times `memory_bytes`, plus `scratch_bytes`.
@@ -49,7 +49,7 @@ class Limits:
 _OPEN_FILES = 64
 
 
-def set_limits(limits: Limits, *, other_processes: int = 0) -> None:
+def set_limits(limits: SandboxLimits, *, other_processes: int = 0) -> None:
     """Set the kernel's limits for this process and its children.
 
     A process without privileges cannot raise them again. `other_processes` is the number of

@@ -19,7 +19,7 @@ from trans_peft.sandbox.child import NOBODY
 from trans_peft.sandbox.errors import SandboxFailedError
 from trans_peft.sandbox.forkserver import LIBRARY, ForkServer
 from trans_peft.sandbox.guards import Guard, require_guards
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.sandbox.root import python_paths
 
 __all__ = ["ProcessExit", "Sandbox"]
@@ -71,7 +71,9 @@ class Sandbox:
     the job may use, in the order that the job expects.
     """
 
-    def __init__(self, limits: Limits, allow_missing: Set[Guard], fds: Sequence[int]) -> None:
+    def __init__(
+        self, limits: SandboxLimits, allow_missing: Set[Guard], fds: Sequence[int]
+    ) -> None:
         self._limits = limits
         self._allow_missing = allow_missing
         self._fds = fds

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from trans_peft.sandbox.guards import Guard
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.sandbox.process import ProcessExit, Sandbox
 
 __all__ = ["RunResult", "missing_guards", "run_script"]
@@ -22,7 +22,7 @@ class RunResult:
 
     Attributes:
         exit: how it ended. Exit code 0 does not mean that the program is right.
-        stdout: the first `Limits.output_bytes` of what it wrote there, decoded.
+        stdout: the first `SandboxLimits.output_bytes` of what it wrote there, decoded.
         stderr: the same of stderr.
     """
 
@@ -33,7 +33,7 @@ class RunResult:
 
 def run_script(
     program: str,
-    limits: Limits = Limits(),  # noqa: B008  frozen
+    limits: SandboxLimits = SandboxLimits(),  # noqa: B008  frozen
     allow_missing: Set[Guard] = frozenset(),
 ) -> RunResult:
     """Run the text of a Python program, which can import the standard library only.

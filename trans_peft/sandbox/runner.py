@@ -10,7 +10,7 @@ from typing import Protocol
 
 from trans_peft.sandbox.check import CodeResult, CodeTests, check_program
 from trans_peft.sandbox.guards import Guard, MissingGuardsError, require_guards
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.sandbox.run import RunResult, missing_guards, run_script
 
 __all__ = ["RUNNERS", "CodeRunner", "NamespaceRunner", "select_runner"]
@@ -34,11 +34,11 @@ class CodeRunner(Protocol):
         """All other guards, each with the reason why it does not hold."""
         ...
 
-    def run(self, program: str, limits: Limits) -> RunResult:
+    def run(self, program: str, limits: SandboxLimits) -> RunResult:
         """Run the text of a program as a script and return its output."""
         ...
 
-    def check(self, program: str, tests: CodeTests, limits: Limits) -> CodeResult:
+    def check(self, program: str, tests: CodeTests, limits: SandboxLimits) -> CodeResult:
         """Run tests against the text of a program, in a process that the program cannot reach."""
         ...
 
@@ -59,11 +59,11 @@ class NamespaceRunner:
         """The other guards, each with the kernel's error."""
         return missing_guards()
 
-    def run(self, program: str, limits: Limits) -> RunResult:
+    def run(self, program: str, limits: SandboxLimits) -> RunResult:
         """Run the program in one sandbox."""
         return run_script(program, limits, self.allow_missing)
 
-    def check(self, program: str, tests: CodeTests, limits: Limits) -> CodeResult:
+    def check(self, program: str, tests: CodeTests, limits: SandboxLimits) -> CodeResult:
         """Run the tests in one sandbox and the program in another."""
         return check_program(program, tests, limits, self.allow_missing)
 

@@ -194,7 +194,7 @@ def _served(adapter: RegisteredAdapter, base: BaseVersion) -> ServedAdapter | No
         made_by="training" if is_direct and version.is_trained else str(version.made_by),
         verdict=version.state.verdict,
         policy_sha256=outcome.policy_sha256 if outcome is not None and is_judged else "",
-        is_manual=state.manual,
+        is_manual=state.is_manual,
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trans_peft.errors import UnsupportedModelError
 from trans_peft.isolation import is_memory_limit_error
-from trans_peft.text.tokenizer_files import TOKENIZER_NAME, stage
+from trans_peft.text.tokenizer_files import TOKENIZER_NAME, write_hashed_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         )
     with TemporaryDirectory(prefix="trans-peft-tokenizer-") as scratch:
         try:
-            stage(folder, Path(scratch))
+            write_hashed_copy(folder, Path(scratch))
             tokenizer = AutoTokenizer.from_pretrained(
                 scratch, trust_remote_code=False, local_files_only=True
             )

@@ -9,7 +9,8 @@ The hashes cover:
 
 `AutoTokenizer` also reads vocab.json, merges.txt, added_tokens.json and *.model files if they
 exist, and its result depends on the folder's name and on the version of transformers that saved the
-files. `stage` therefore writes a folder with the hashed content only, to load the tokenizer from.
+files. `write_hashed_copy` therefore writes a folder with the hashed content only, to load the
+tokenizer from.
 """
 
 import hashlib
@@ -28,9 +29,9 @@ __all__ = [
     "chat_template_sha256",
     "setting_conflicts",
     "settings_of",
-    "stage",
     "tokenizer_sha256",
     "vocabulary",
+    "write_hashed_copy",
 ]
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -47,8 +48,8 @@ _UNHASHED_SETTINGS = frozenset({
     "processor_class", "tokenizer_file", "transformers_version",
 })  # fmt: skip
 _PROVENANCE_FIELDS = frozenset({"_commit_hash", "_name_or_path", "transformers_version"})
-"""Fields of config.json that state where a model comes from. `stage` removes them, because they
-affect the tokenizer class that transformers chooses."""
+"""Fields of config.json that state where a model comes from. `write_hashed_copy` removes them,
+because they affect the tokenizer class that transformers chooses."""
 
 
 def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
@@ -115,7 +116,7 @@ def setting_conflicts(special: Mapping[str, Any], settings: Mapping[str, Any]) -
     ]
 
 
-def stage(folder: Path, target: Path) -> None:
+def write_hashed_copy(folder: Path, target: Path) -> None:
     """Write a copy of a tokenizer to `target` that has only the hashed content.
 
     `folder` is a Hugging Face folder; config.json may be missing. Raises OSError if there is no

@@ -82,10 +82,10 @@ class TrainingMetrics:
         }
 
     def __str__(self) -> str:
-        return f"step {self.step}/{self.total_steps}  {self.rest}"
+        return f"step {self.step}/{self.total_steps}  {self.summary}"
 
     @property
-    def rest(self) -> str:
+    def summary(self) -> str:
         """The metrics and the remaining time, as the log and the terminal show them."""
         left = "" if self.eta_s is None else f"  {self.eta_s:.0f} s left"
         return (

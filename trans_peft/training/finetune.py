@@ -207,7 +207,7 @@ def _trainer(
 def _check_weights(model: PeftModel, steps: int) -> None:
     """Raise TrainingError if a trained weight is not finite.
 
-    The check of the loss cannot see the update of the last step.
+    The loss is computed before the update, so its check does not cover the last update.
     """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     broken = sorted(key for key, tensor in state.items() if not torch.isfinite(tensor).all())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trans_peft.errors import listed
-from trans_peft.isolation import Limits, call_isolated
+from trans_peft.isolation import CallLimits, call_isolated
 from trans_peft.text.answers import decode_ids
 from trans_peft.text.chat import render_prompts, template_of
 from trans_peft.text.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ _SETTINGS = (
     "extra_special_tokens", "split_special_tokens", "clean_up_tokenization_spaces", "add_bos_token",
     "add_eos_token", "add_prefix_space", "padding_side", "truncation_side", "model_max_length",
 )  # fmt: skip
-_LIMITS = Limits(cpu_s=300, wall_s=1800, memory_bytes=4 << 30)
+_LIMITS = CallLimits(cpu_s=300, wall_s=1800, memory_bytes=4 << 30)
 
 
 def compare_tokenizers(

@@ -261,7 +261,7 @@ def cell_of(
 
 
 def _override(alias: AliasState, serves: bool) -> Override:
-    if not alias.manual:
+    if not alias.is_manual:
         return Override.NONE
     return Override.APPROVED if serves else Override.BLOCKED
 

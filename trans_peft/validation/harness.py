@@ -178,7 +178,8 @@ def _manager(folder: str | None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InvalidSpecError(
-            "lm-evaluation-harness is not installed", do="pip install 'trans-peft[harness]'"
+            "lm-evaluation-harness is not installed",
+            do="pip install '.[harness]' in a checkout of trans-peft",
         ) from error
     return TaskManager(include_path=folder)
 

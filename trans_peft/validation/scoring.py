@@ -5,8 +5,9 @@ that are right or wrong, graded rules need the suite's `threshold`: an answer wi
 score is right. Exact rules return only 0 and 100.
 
 A suite names a rule, and after a colon the rule's parameter: `exact_match`, `regex:true|false`.
-Both are part of the suite's hash. A rule whose scores change gets a new name, or a new number in
-`trans_peft.domain.evaluation`, which is part of the hash too. To add a rule, add a row to `RULES`.
+Both are part of the suite's hash. A rule whose scores change gets a new name, or another
+value in `_SCORING_REVISIONS` of `trans_peft.domain.evaluation`, which is part of the hash too. To
+add a rule, add a row to `RULES`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -44,41 +45,41 @@ class Rule:
     Attributes:
         bind: returns the rule for the parameter after the colon ("" without one).
         takes: describes that parameter; empty for a rule without one.
-        optional: whether the parameter may be omitted.
-        graded: whether the suite needs a threshold.
-        sandboxed: whether `bind` also takes the sandbox guards that the worker may lack.
-        literal: whether a right answer is the text of the reference, apart from white space around
-            it. `prepare` then refuses references that decoding cannot produce.
+        may_omit_parameter: whether the parameter may be omitted.
+        is_graded: whether the suite needs a threshold.
+        runs_programs: whether `bind` also takes the sandbox guards that the worker may lack.
+        is_literal: whether a right answer is the text of the reference, apart from white space
+            around it. `prepare` then refuses references that decoding cannot produce.
     """
 
     bind: Callable[..., Score]
     takes: str = ""
-    optional: bool = False
-    graded: bool = False
-    sandboxed: bool = False
-    literal: bool = False
+    may_omit_parameter: bool = False
+    is_graded: bool = False
+    runs_programs: bool = False
+    is_literal: bool = False
 
 
-def _plain(score: Score, *, graded: bool = False, literal: bool = False) -> Rule:
-    return Rule(lambda _: score, graded=graded, literal=literal)
+def _without_parameter(score: Score, *, is_graded: bool = False, is_literal: bool = False) -> Rule:
+    return Rule(lambda _: score, is_graded=is_graded, is_literal=is_literal)
 
 
 RULES: Mapping[str, Rule] = {
-    "exact_match": _plain(exact_match, literal=True),
+    "exact_match": _without_parameter(exact_match, is_literal=True),
     "regex": Rule(regex, takes="PATTERN"),
-    "json_equal": _plain(json_equal),
-    "choice": Rule(chosen, takes="per_token or per_character", optional=True),
-    "math_verify": Rule(math_verify, takes="MARKER", optional=True),
-    "metamath_gsm8k": _plain(metamath_gsm8k),
-    "metamath_math": _plain(metamath_math),
-    "paper_gsm8k": _plain(paper_gsm8k),
-    "paper_math": _plain(paper_math),
-    "code": Rule(code, takes="pythonX.Y", sandboxed=True),
+    "json_equal": _without_parameter(json_equal),
+    "choice": Rule(chosen, takes="per_token or per_character", may_omit_parameter=True),
+    "math_verify": Rule(math_verify, takes="MARKER", may_omit_parameter=True),
+    "metamath_gsm8k": _without_parameter(metamath_gsm8k),
+    "metamath_math": _without_parameter(metamath_math),
+    "paper_gsm8k": _without_parameter(paper_gsm8k),
+    "paper_math": _without_parameter(paper_math),
+    "code": Rule(code, takes="pythonX.Y", runs_programs=True),
     "python": Rule(entry_point, takes="NAME==VERSION"),
-    "bleu": _plain(bleu, graded=True),
-    "chrf": _plain(chrf, graded=True),
-    "rouge_l": _plain(rouge_l, graded=True),
-    "label_f1": _plain(label_f1, graded=True),
+    "bleu": _without_parameter(bleu, is_graded=True),
+    "chrf": _without_parameter(chrf, is_graded=True),
+    "rouge_l": _without_parameter(rouge_l, is_graded=True),
+    "label_f1": _without_parameter(label_f1, is_graded=True),
 }
 
 
@@ -108,7 +109,7 @@ def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, 
             found=excerpt(suite.scoring),
             do="correct `scoring` in the suite (docs/suites.md)",
         )
-    if rule.takes and not rule.optional and not parameter:
+    if rule.takes and not rule.may_omit_parameter and not parameter:
         raise InvalidSpecError(
             f"suite {suite.name!r}: {name} needs a parameter",
             expected=_usage(name, rule),
@@ -116,24 +117,24 @@ def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, 
             do="correct `scoring` in the suite (docs/suites.md)",
         )
     threshold = suite.threshold
-    if rule.graded and (threshold is None or not 0 < threshold <= 100):
+    if rule.is_graded and (threshold is None or not 0 < threshold <= 100):
         raise InvalidSpecError(
             f"suite {suite.name!r}: {name} is a graded rule, so it needs a threshold",
             expected="threshold in (0, 100]: answers with at least that score are right",
             found=threshold,
             do="set `threshold` in the suite",
         )
-    if not rule.graded and threshold is not None:
+    if not rule.is_graded and threshold is not None:
         raise InvalidSpecError(
             f"suite {suite.name!r}: {name} is not a graded rule and takes no threshold",
             found=f"threshold={threshold}",
             do="remove the threshold",
         )
-    score = rule.bind(parameter, may_lack) if rule.sandboxed else rule.bind(parameter)
+    score = rule.bind(parameter, may_lack) if rule.runs_programs else rule.bind(parameter)
     minimum = 100.0 if threshold is None else threshold
     return lambda answer, reference: score(answer, reference) >= minimum
 
 
 def _usage(name: str, rule: Rule) -> str:
     whole = f"{name}:{rule.takes}" if rule.takes else name
-    return f"{name}, or {whole}" if rule.takes and rule.optional else whole
+    return f"{name}, or {whole}" if rule.takes and rule.may_omit_parameter else whole

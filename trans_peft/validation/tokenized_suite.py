@@ -127,7 +127,7 @@ def prepare(
         for prompt, item_answers in zip(prompts, wholes, strict=True)
     ]
     expected = tuple([] if suite.is_choice else ids[0] for ids in behind)
-    if RULES[suite.scoring.partition(":")[0]].literal:
+    if RULES[suite.scoring.partition(":")[0]].is_literal:
         problems += _unreachable_references(tokenizer, suite, examples, prompts, expected)
     _refuse(suite, examples, problems)
     return TokenizedSuite(

@@ -83,7 +83,7 @@ def learned(*leads, rows=32):
     trust, drafts = DraftAcceptance(), [Draft(TEXT, first=4) for _ in leads]
     for draft, lead in zip(drafts, leads, strict=True):
         draft.observe(TEXT if lead == math.inf else [*TEXT[:lead], 7])
-    trust.learn(drafts)
+    trust.record(drafts)
     return trust.first(rows)
 
 
@@ -113,7 +113,7 @@ def test_correct_drafts_are_proposed_as_a_whole():
 
 def test_empty_drafts_are_ignored():
     trust = DraftAcceptance()
-    trust.learn([Draft([], first=16)] * 100)
+    trust.record([Draft([], first=16)] * 100)
     assert trust.first(32) == 8
 
 

@@ -336,7 +336,7 @@ BAD_REFERENCES = {
 
 @pytest.mark.parametrize("scoring", BAD_REFERENCES)
 def test_no_error_quotes_a_long_reference_whole(scoring):
-    graded = RULES[scoring.partition(":")[0]].graded
+    graded = RULES[scoring.partition(":")[0]].is_graded
     suite = Suite(
         "s", DataSource("x", "0" * 64), scoring=scoring, threshold=50.0 if graded else None
     )

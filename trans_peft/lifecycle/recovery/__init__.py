@@ -1,1 +1,1 @@
-"""Recovery strategies for adapters that direct transfer does not carry over."""
+"""Recovery strategies for adapters that do not pass with direct transfer."""

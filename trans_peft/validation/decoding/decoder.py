@@ -141,7 +141,7 @@ class Decoder:
             if any(surplus):
                 columns -= truncate_cache(cache, surplus)
             unfinished = [unfinished[i] for i in keep]
-        self._acceptance.learn(row.draft for row in rows if row.is_over and row.draft)
+        self._acceptance.record(row.draft for row in rows if row.is_over and row.draft)
 
     def keep_together(self, batch: Sequence[DecodingRow]) -> int:
         """Return how many rows at the start of a batch, sorted longest first, to answer together.

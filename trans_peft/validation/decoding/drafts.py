@@ -86,7 +86,7 @@ class DraftAcceptance:
         needed = math.ceil(len(self._agreed_prefixes) * rows / (rows + PASS_OVERHEAD_TOKENS))
         return int(min(sorted(self._agreed_prefixes, reverse=True)[needed - 1], sys.maxsize))
 
-    def learn(self, drafts: Iterable[Draft]) -> None:
+    def record(self, drafts: Iterable[Draft]) -> None:
         """Record the drafts of finished answers; empty drafts are ignored."""
         self._agreed_prefixes.extend(draft.agreed_prefix for draft in drafts if len(draft))
 

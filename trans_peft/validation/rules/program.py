@@ -23,7 +23,7 @@ from trans_peft.errors import DataError, EvaluationError, InvalidSpecError
 from trans_peft.sandbox.check import CodeTests
 from trans_peft.sandbox.errors import InvalidTestsError, SandboxError
 from trans_peft.sandbox.guards import MACHINE_REQUIREMENTS, Guard, MissingGuardsError
-from trans_peft.sandbox.limits import Limits
+from trans_peft.sandbox.limits import SandboxLimits
 from trans_peft.sandbox.runner import select_runner
 from trans_peft.validation.guards import guards_named
 from trans_peft.validation.rules.longest_python import longest_python, parsed
@@ -33,17 +33,17 @@ __all__ = ["PYTHON", "code", "extract"]
 
 # Processor time decides, so that a busy machine changes no result. The wall limit ends programs
 # that wait.
-_LIMITS = Limits(cpu_s=10.0, wall_s=120.0)
+_LIMITS = SandboxLimits(cpu_s=10.0, wall_s=120.0)
 _MAX_ERROR_CHARACTERS = 500
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 """The version of Python that runs programs here, in the form that `code` expects."""
 
 
-def code(setting: str, may_lack: Collection[str] = frozenset()) -> Callable[[str, str], float]:
+def code(parameter: str, may_lack: Collection[str] = frozenset()) -> Callable[[str, str], float]:
     """Return the rule that gives 100 to a program that passes its tests, and 0 to others.
 
-    The program is the prompt and the answer together. The tests are in the reference. `setting`
+    The program is the prompt and the answer together. The tests are in the reference. `parameter`
     comes from the suite: the version of Python, and after it the guards that the suite's author
     allows to be missing (`python3.11`, `python3.11+network+user`). `may_lack` comes from the
     operator of the worker: the guards that the worker may lack. A guard may be missing only if both
@@ -53,13 +53,13 @@ def code(setting: str, may_lack: Collection[str] = frozenset()) -> Callable[[str
     EvaluationError if this machine lacks a guard that must not be missing, and DataError for a
     reference without usable tests.
     """
-    python, *names = setting.split("+")
+    python, *names = parameter.split("+")
     if python != PYTHON or not {*names} <= {*map(str, Guard)}:
         raise InvalidSpecError(
             "this worker cannot run programs with the suite's settings",
             expected=f"code:{PYTHON}, and after a + each guard that may be missing "
             f"({', '.join(Guard)})",
-            found=excerpt(f"code:{setting}"),
+            found=excerpt(f"code:{parameter}"),
             do="evaluate on a worker with that version of Python, or change the suite and evaluate "
             "all adapters and bases again",
         )

@@ -9,10 +9,10 @@ from uuid import uuid4
 import pytest
 from prefect.events import Event
 
+from infra.bridge.first_verdict import FirstVerdictMonitor
 from infra.bridge.loops import Failures
 from infra.bridge.metrics import Metrics
 from infra.bridge.prefect_calls import PrefectCalls
-from infra.bridge.verdicts import FirstVerdictMonitor
 from tasks import events, origin, shards
 from tasks.origin import Origin
 from tests.edges.examples import draft, outcome, peft_folder

@@ -11,7 +11,7 @@ from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import UnsupportedModelError
 from trans_peft.perturbation import Layout, perturbed
 
-__all__ = ["DROPPED", "MASKED", "Verdict", "distance", "judge"]
+__all__ = ["DROPPED", "MASKED", "ArchitectureOutcome", "check_architecture", "distance"]
 
 MASKED = Perturbation(masking_p=0.3)
 DROPPED = Perturbation(dropping_p=0.5)
@@ -20,7 +20,7 @@ _IDS = VOCABULARY // 4 + torch.arange(9)[None] * 3 % (VOCABULARY // 2)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ArchitectureOutcome:
     """One row: `outcome` is equal, multiplied, refused, different or not built."""
 
     architecture: str
@@ -34,33 +34,35 @@ class Verdict:
         return f"| {name} | {ARCHITECTURES[self.architecture]} | {self.outcome} | {self.detail} |"
 
 
-def judge(architecture: str) -> Verdict:
+def check_architecture(architecture: str) -> ArchitectureOutcome:
     """Perturb a tiny random model of an architecture and compare with the formulas."""
     if architecture in UNBUILT:
-        return Verdict(architecture, "not built", UNBUILT[architecture])
+        return ArchitectureOutcome(architecture, "not built", UNBUILT[architecture])
     model = tiny(architecture)
     try:
         with perturbed(model, MASKED, seed=_SEED) as handle:
             pass
     except UnsupportedModelError as error:
-        return Verdict(architecture, "refused", _reason(error))
+        return ArchitectureOutcome(architecture, "refused", _reason(error))
     try:
         _logits(model, _IDS, {})
     except Exception as error:
-        return Verdict(architecture, "multiplied", f"not compared with the formula: {error}")
+        return ArchitectureOutcome(
+            architecture, "multiplied", f"not compared with the formula: {error}"
+        )
     wrong = [
         f"{name} {off:.1%} off the formula"
         for name, perturbation in (("masked", MASKED), ("dropped", DROPPED))
         if (off := distance(model, architecture, perturbation)) > 1e-4
     ]
     if wrong:
-        return Verdict(architecture, "different", "; ".join(wrong))
+        return ArchitectureOutcome(architecture, "different", "; ".join(wrong))
     details = list(dict.fromkeys(handle.multiplied.values()))
     without = len(handle.without_ffn)
     if without:
         details.append(f"{without} of the layers have no FFN")
     outcome = "multiplied" if handle.multiplied else "equal"
-    return Verdict(architecture, outcome, "; ".join(details))
+    return ArchitectureOutcome(architecture, outcome, "; ".join(details))
 
 
 def distance(

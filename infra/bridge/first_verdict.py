@@ -20,7 +20,7 @@ from prefect.exceptions import PrefectException
 
 from infra.bridge.logs import LOG
 from infra.bridge.loops import Failures
-from infra.bridge.metrics import Metrics, Place
+from infra.bridge.metrics import FailureSource, Metrics
 from infra.bridge.prefect_calls import PrefectCalls
 from tasks.origin import Origin
 from trans_peft.domain.conventions import Event
@@ -94,7 +94,7 @@ class FirstVerdictMonitor:
         except Exception as error:
             if event.id not in self._failed:  # each poll reads it again
                 self._failed[event.id] = None
-                self._failures.record(Place.EVENT, error, event=str(event.id)[:100])
+                self._failures.record(FailureSource.EVENT, error, event=str(event.id)[:100])
 
     def _observe(self, event: ReceivedEvent) -> None:
         origin = Origin.of_payload(event.payload)
