@@ -7,13 +7,13 @@ pairs. The code that turns evaluations into a verdict is in `trans_peft.validati
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from math import isfinite
 from typing import ClassVar, Literal, NamedTuple
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.names import name_problem, quoted
+from trans_peft.domain.numbers import is_finite_number
 from trans_peft.domain.recovery import RecoveryPolicy
 from trans_peft.errors import InvalidSpecError
 
@@ -95,7 +95,7 @@ class Suite:
         problems = []
         if self.chance_points is not None and not 0 <= self.chance_points < 100:
             problems.append(f"chance_points must lie in [0, 100), not {self.chance_points}")
-        if self.threshold is not None and not _is_finite(self.threshold):
+        if self.threshold is not None and not is_finite_number(self.threshold):
             problems.append(f"threshold must be a finite number, not {quoted(self.threshold)}")
         if problem := name_problem("name", self.name):
             problems.append(problem)
@@ -149,10 +149,6 @@ class Suite:
         return evaluation_key(
             weights_sha256, base_fingerprint_sha256, self.suite_sha256, self.decoding_sha256
         )
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def evaluation_key(

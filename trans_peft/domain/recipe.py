@@ -1,6 +1,5 @@
 """How an adapter is trained: the settings that a training result depends on."""
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
@@ -11,6 +10,7 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.names import name_problem
+from trans_peft.domain.numbers import is_finite_number
 from trans_peft.domain.recovery import MIN_PROMPTS
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.errors import InvalidSpecError
@@ -33,12 +33,6 @@ _Where = Literal["ffn", "attention", "both"]
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    if _is_whole(value):
-        return abs(value) < 1 << 63
-    return isinstance(value, float) and math.isfinite(value)
 
 
 def _count_problems(settings: Any, ranges: dict[str, tuple[int, int]]) -> list[str]:
@@ -104,7 +98,7 @@ class Perturbation:
         problems = [
             f"{name} must lie in [0, 1), not {value!r}"
             for name, value in (("masking_p", self.masking_p), ("dropping_p", self.dropping_p))
-            if not (_is_number(value) and 0 <= value < 1)
+            if not (is_finite_number(value) and 0 <= value < 1)
         ]
         problems += _choice_problems(self, granularity=_Granularity, where=_Where)
         layers = self.spared_layers
@@ -172,19 +166,21 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         problems = _count_problems(self, _COUNTS)
-        learning_rate_is_valid = _is_number(self.learning_rate) and 0 < self.learning_rate <= 10
+        learning_rate_is_valid = (
+            is_finite_number(self.learning_rate) and 0 < self.learning_rate <= 10
+        )
         if not learning_rate_is_valid:
             problems.append(
                 f"learning_rate must be above 0 and at most 10, not {self.learning_rate!r}"
             )
-        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+        if not (is_finite_number(self.weight_decay) and self.weight_decay >= 0):
             problems.append(f"weight_decay must be finite and at least 0, not {self.weight_decay}")
         elif learning_rate_is_valid and self.learning_rate * self.weight_decay >= 1:
             problems.append(
                 f"weight_decay must be less than 1 / learning_rate = {1 / self.learning_rate:g}, "
                 f"not {self.weight_decay!r}"
             )
-        if not (_is_number(self.max_grad_norm) and self.max_grad_norm >= 0):
+        if not (is_finite_number(self.max_grad_norm) and self.max_grad_norm >= 0):
             problems.append(
                 f"max_grad_norm must be finite and at least 0 (0: no clipping), "
                 f"not {self.max_grad_norm!r}"

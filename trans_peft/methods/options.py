@@ -7,13 +7,14 @@ option and one without it: initial weights, losses, logits and saved files
 
 import dataclasses
 import json
-import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from peft import PeftConfig
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from trans_peft.domain.numbers import is_finite_number
 
 __all__ = ["not_evaluable", "not_trainable", "option_problems", "saved_problems"]
 
@@ -296,7 +297,7 @@ def _named(kind: Any) -> str:
 def _positive(value: Any, *, whole: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False
-    return math.isfinite(value) and value > 0
+    return is_finite_number(value) and value > 0
 
 
 def _any_negative(value: Any) -> bool:

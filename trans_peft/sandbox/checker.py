@@ -13,6 +13,7 @@ import builtins
 import math
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -142,6 +143,8 @@ def _equal(first: Any, second: Any, swapped: bool) -> Any:
 def _is_close(answer: Any, expected: Any) -> bool:
     """Return what numpy's `allclose` returns for a number and an expected float."""
     if not isinstance(expected, float) or not isinstance(answer, (int, float)):
+        return False
+    if isinstance(answer, int) and abs(answer) > sys.float_info.max:
         return False
     if not (math.isfinite(answer) and math.isfinite(expected)):
         return answer == expected

@@ -8,9 +8,9 @@ the adapter's hash changes, because it covers the config.
 import json
 import reprlib
 import shutil
-import sys
 from pathlib import Path
 
+from trans_peft.domain.numbers import is_finite_number
 from trans_peft.errors import AdapterError, InvalidSpecError, listed
 from trans_peft.transfer.peft_folder import CONFIG_NAME, read_peft_folder
 
@@ -37,7 +37,9 @@ def rescaled(folder: Path, target: Path, factor: float) -> Path:
     config = dict(source.config)
     pattern = config.get("alpha_pattern") or {}
     alphas = [("lora_alpha", config.get("lora_alpha")), *pattern.items()]
-    wrong = [f"{key}: {reprlib.repr(alpha)}" for key, alpha in alphas if not _is_scale(alpha)]
+    wrong = [
+        f"{key}: {reprlib.repr(alpha)}" for key, alpha in alphas if not is_finite_number(alpha)
+    ]
     if wrong:
         raise AdapterError(f"{folder}: every scale must be a number", found=listed(wrong))
     config["lora_alpha"] = config["lora_alpha"] * factor
@@ -45,9 +47,3 @@ def rescaled(folder: Path, target: Path, factor: float) -> Path:
     shutil.copytree(folder, target)
     (target / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return target
-
-
-def _is_scale(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # also compares integers that are no float

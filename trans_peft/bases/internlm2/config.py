@@ -6,11 +6,11 @@ and are never run. A field without an equivalent in Llama is refused, and so is 
 for which the release's code has a default.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from trans_peft.bases.model_files import OUTPUT_NEUTRAL_FIELDS
+from trans_peft.domain.numbers import is_finite_number
 
 __all__ = [
     "ARCHITECTURE",
@@ -57,7 +57,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"fields without an equivalent in Llama: {', '.join(unknown)}")
     for kind, names, fits in (
         ("a positive integer", _COUNTS, lambda v: type(v) is int and v > 0),
-        ("a positive number", _NUMBERS, lambda v: _is_number(v) and v > 0),
+        ("a positive number", _NUMBERS, lambda v: is_finite_number(v) and v > 0),
         ("true or false", _FLAGS, lambda v: isinstance(v, bool)),
         ("a string", ("hidden_act",), lambda v: isinstance(v, str)),
     ):
@@ -105,13 +105,9 @@ def _scaling_problems(scaling: Any) -> list[str]:
         case None:
             return []
         case {"type": "dynamic" | "linear", "factor": factor, **more} if (
-            not more and _is_number(factor) and factor >= 1
+            not more and is_finite_number(factor) and factor >= 1
         ):
             return []
         case _:
             expected = '{"type": "dynamic" or "linear", "factor": at least 1}'
             return [f"`rope_scaling` must be null or {expected}, not {scaling!r}"]
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
