@@ -165,7 +165,7 @@ def test_every_spec_has_a_hash():
 
 def test_the_recipe_of_the_readme_can_be_trained():
     page = (Path(__file__).parents[1] / "README.md").read_text()
-    parameters = re.search(r"### A recipe.*?```json\n(.*?)```", page, re.DOTALL)[1]
+    parameters = re.search(r"### Parameters.*?```json\n(.*?)```", page, re.DOTALL)[1]
     recipe = TypeAdapter(TrainingRecipe).validate_python(json.loads(parameters)["recipe"])
     assert recipe.perturbation.masking_p == 0.1
     assert to_config(recipe.spec).r == 16

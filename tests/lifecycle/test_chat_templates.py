@@ -157,6 +157,7 @@ def test_an_adapter_whose_template_cannot_be_used_is_not_adopted(template, expec
     assert "theirs" not in platform.registry.adapters(FAMILY)
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_keeps_the_template_it_was_trained_with(setup, prompts):
     platform, root, suites = setup
     recipe = TrainingRecipe(

@@ -65,6 +65,7 @@ def setup(tmp_path, monkeypatch):
     return Setup(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_the_distilled_weights_are_judged_and_registered(tmp_path, monkeypatch):
     setup = Setup(tmp_path, monkeypatch)  # with a training process
     outcome, tried = setup.distilled()

@@ -330,6 +330,7 @@ def test_missing_training_rows_are_reported(setup):
     assert "cannot be read" in outcome.tried[1].reason
 
 
+@pytest.mark.slow
 def test_a_failed_retuning_keeps_the_verdict(tmp_path):
     setup = TransferSetup(
         tmp_path, spec=AdapterSpec("LORA", OPTIONS | {"r": 4})

@@ -617,6 +617,7 @@ def test_a_layout_that_does_not_match_is_refused(layout, message):
         pytest.fail("entered")
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_perturbed_like_any_other():
     """torch.compile compiles the other modules; the gradients are correct."""
     model = tiny_model(layers=2).train()

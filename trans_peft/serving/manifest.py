@@ -6,9 +6,7 @@ The rule is that of `trans_peft.lifecycle.resolve`, applied to every live adapte
 import json
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from trans_peft.domain.base import BaseRef, BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
@@ -19,6 +17,9 @@ from trans_peft.lifecycle.promotion import idle_adapter
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.lifecycle.resolve import find_base, serving_version, why_not_serving
 from trans_peft.ports import Platform
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "FORMAT",
@@ -153,6 +154,8 @@ def manifest_to_json(manifest: ServingManifest) -> str:
 
 def manifest_from_json(text: str | bytes, where: str = "the serving manifest") -> ServingManifest:
     """Read a manifest. Raises IntegrityError, which names `where`, if it is invalid."""
+    from pydantic import ValidationError
+
     try:
         manifest = _codec().validate_json(text)
     except ValidationError as error:
@@ -173,7 +176,9 @@ def json_schema() -> dict[str, Any]:
 
 
 @cache
-def _codec() -> TypeAdapter[ServingManifest]:
+def _codec() -> "TypeAdapter[ServingManifest]":
+    from pydantic import TypeAdapter  # `trans-peft --help` imports this module
+
     return TypeAdapter(ServingManifest)
 
 
