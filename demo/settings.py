@@ -36,7 +36,7 @@ DATA_SEED = 0
 """Selects the files for evaluation. The settings below were chosen on the split of seed 2."""
 
 DISTILLATION = DistillationPolicy(
-    prompts_uri="s3://data/demo/traffic/{adapter}.jsonl", prompts=192, steps=12
+    prompts_uri="s3://data/demo/traffic/{adapter}.jsonl", prompts=256, steps=16
 )
 """The file has prompts of the task that are no training or evaluation rows, as recent traffic is
 none. Fewer prompts and steps than the library's defaults save time."""
@@ -53,7 +53,7 @@ the power at the observed discordance."""
 PROMOTION = PromotionPolicy(min_serving_share=0.0)
 """Promotes the new base whatever the verdicts are, to show what happens to each adapter."""
 
-UPDATE = UpdateSettings(steps=16, learning_rate=1e-3, rows=2, seed=0, weights="ffn")
+UPDATE = UpdateSettings(steps=20, learning_rate=1e-3, rows=2, seed=0, weights="ffn")
 
 SPEC = AdapterSpec(
     "LORA",
@@ -106,8 +106,8 @@ EXCEPTIONS = DemoTask(
     stop=("\n", "("),  # a bare base continues with the call: its class still counts
 )
 SIGNATURES = DemoTask(
-    Task("signatures", functions.signatures, 400, 36, files_share=0.3),
-    OptimizerSettings(learning_rate=1e-3, steps=32, batch_size=16, warmup_steps=3, max_length=128),
+    Task("signatures", functions.signatures, 400, 48, files_share=0.3),
+    OptimizerSettings(learning_rate=1e-3, steps=40, batch_size=16, warmup_steps=4, max_length=128),
 )
 RETURNS = DemoTask(
     Task("returns", functions.returns, 400, 80, files_share=0.3),
