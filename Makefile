@@ -133,7 +133,7 @@ $(VLLM)/.ready: locks/vllm.txt
 	$(VLLM)/bin/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Starts three vLLM servers one after the other, each with 4 GB of memory (about 8 minutes).
+# Starts three vLLM servers one after the other, each with 4 GB of memory (about 5 minutes).
 test-vllm: $(READY) $(VLLM)/.ready
 	$(BIN)/python -m pytest tests/serving -m vllm
 

@@ -3,6 +3,7 @@
 Its answer is the SHA-256 of the weights file that it read when it loaded the adapter.
 """
 
+import asyncio
 import hashlib
 import json
 from argparse import Namespace
@@ -21,6 +22,7 @@ class FakeEngine:
         self.requests: dict[str, Path] = {}  # LoRA name -> folder, as in the API server
         self.memory: dict[str, str] = {}  # LoRA name -> what the engine has read
         self.is_dead = False
+        self.waits = False  # requests wait before vLLM looks their adapter up
         self.bodies: list[dict] = []
         self.key = api_key
         routes = [
@@ -81,6 +83,8 @@ class FakeEngine:
             return denied
         body = await request.json()
         self.bodies.append(body)
+        while self.waits:
+            await asyncio.sleep(0.01)
         name = body.get("model")
         if self.is_dead:
             return JSONResponse({"error": "EngineDeadError"}, 500)

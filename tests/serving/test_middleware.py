@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -184,6 +185,27 @@ def test_a_block_reaches_a_loaded_adapter_and_unloads_it(serve, fleet):
         assert served.refused("chat") == (404, "adapter_blocked")
         assert served.engine.requests == {}
         assert served.text("code")
+
+
+def test_a_request_that_was_accepted_ends_on_its_weights_while_the_alias_moves(
+    serve, fleet, tmp_path
+):
+    with serve() as served, ThreadPoolExecutor() as threads:
+        old = fleet.served("chat", "v1").engine_name
+        first = served.text("chat")
+        served.engine.evict(old)
+        served.engine.requests.clear()  # as after a start: vLLM has to ask the resolver
+        served.engine.waits = True
+        asked = threads.submit(served.text, "chat")
+        while len(served.engine.bodies) < 2:
+            time.sleep(0.005)
+        newer = fleet.train("chat", fleet.base("v1"), seed=9)
+        served.follow()
+        served.engine.waits = False
+        assert asked.result(30) == first
+        assert served.text("chat") == weights(fleet, "chat", newer.number, tmp_path)
+        served.follow()
+        assert set(served.engine.requests) == {fleet.served("chat", "v1").engine_name}
 
 
 def test_an_approval_a_new_version_and_a_rollback_reach_the_server(serve, fleet, tmp_path):

@@ -9,8 +9,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +123,7 @@ class AdapterServer:
         self._folders: AdapterFolders | None = None
         self._router = Router(None)
         self._loaded: set[str] = set()
+        self._answering: Counter[str] = Counter()
         self._prepared: dict[str, Prepared] = {}
         self._failed: dict[str, tuple[Refusal, float]] = {}
         self._guard = threading.Lock()
@@ -213,27 +215,42 @@ class AdapterServer:
         self._prepared[name] = prepared
         return prepared
 
+    @contextmanager
+    def answering(self, engine_name: str) -> Iterator[None]:
+        """Keep an adapter loaded for the duration of a request, even if it is revoked meanwhile."""
+        with self._guard:
+            self._answering[engine_name] += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._answering[engine_name] -= 1
+                self._answering += Counter()  # drops the names without requests
+
     def load(self, engine_name: str) -> Path | None:
         """Return the folder that the server loads under an engine name, and note that it did.
 
-        Returns None for a name that does not serve, or that `prepare` did not return.
+        Returns None for a name that neither serves nor has a request, or that was not prepared.
         """
         with self._guard:
             prepared = self._prepared.get(engine_name)
-            if prepared is None or engine_name not in self._router.engine_names:
+            if prepared is None or engine_name not in self._needed():
                 return None
             self._loaded.add(engine_name)
         return prepared.folder
 
     def revoked(self) -> tuple[str, ...]:
-        """Return the engine names that are loaded and do not serve any more, sorted."""
+        """Return the engine names that are loaded, do not serve and have no request, sorted."""
         with self._guard:
-            return tuple(sorted(self._loaded - self._router.engine_names))
+            return tuple(sorted(self._loaded - self._needed()))
 
     def unloaded(self, engine_name: str) -> None:
         """Note that the server has unloaded a name."""
         with self._guard:
             self._loaded.discard(engine_name)
+
+    def _needed(self) -> frozenset[str]:
+        return self._router.engine_names | self._answering.keys()
 
 
 _current: AdapterServer | None = None

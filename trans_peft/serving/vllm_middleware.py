@@ -130,6 +130,7 @@ class ServeByVerdict:
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request whose body names a model."""
+        assert self._server is not None
         body = await _read_body(receive)
         if body is None:
             return
@@ -147,7 +148,8 @@ class ServeByVerdict:
             return
         asked, request["model"] = request["model"], route
         scope, receive = _with_body(scope, receive, json.dumps(request).encode())
-        await self._app(scope, receive, _Renamed(send, route, asked))
+        with self._server.answering(route):
+            await self._app(scope, receive, _Renamed(send, route, asked))
 
     async def _route(self, request: dict[str, Any], path: str, args: Any) -> str | Refusal:
         """Return the name inside of the server for a request, whose template it may set."""
@@ -162,7 +164,11 @@ class ServeByVerdict:
             )
         if isinstance(found, BareBase):
             return _engine_base_name(args)
-        prepared = self._server.ready(found) or await self._prepare(found)
+        prepared: Prepared | Refusal | None = self._server.ready(found)
+        if prepared is None:
+            prepared = await self._prepare(found)
+            if self._server.route(request["model"]) != found:  # the registry changed meanwhile
+                return await self._route(request, path, args)
         if isinstance(prepared, Refusal):
             return prepared
         is_chat = path in _CHATS and (path != "/tokenize" or "messages" in request)
