@@ -22,7 +22,10 @@ def ports_of(processes):
 
 
 def answers_without_credentials(ports, bucket):
-    """Return the requests that read the secret or were not refused."""
+    """Return the requests that read the secret or were not refused.
+
+    A port that nobody listens on any more answers nothing.
+    """
     reads = [f"/{bucket}/secret/x.txt", f"/buckets/{bucket}/secret/x.txt", f"/buckets/{bucket}/"]
     reads += [f"/{bucket}?list-type=2", "/buckets/?pretty=y", "/dir/assign", "/vol/status"]
     reads += ["/dir/lookup?volumeId=1", "/dir/lookup?fileId=1,01637037d6&read=yes", "/dir/status"]
@@ -35,7 +38,8 @@ def answers_without_credentials(ports, bucket):
     with httpx.Client(timeout=30, trust_env=False) as http:
         for port in sorted(ports):
             for method, path in asked:
-                with suppress(httpx.RemoteProtocolError, httpx.ReadError):  # gRPC with TLS
+                # gRPC with TLS, or a process that has ended since its ports were listed.
+                with suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.ConnectError):
                     url = f"http://127.0.0.1:{port}{path}"
                     answer = http.request(method, url, content=b"x" if method != "GET" else None)
                     page = "text/html" in answer.headers.get("content-type", "")  # of a program
