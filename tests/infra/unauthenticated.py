@@ -24,7 +24,7 @@ def ports_of(processes):
 def answers_without_credentials(ports, bucket):
     """Return the requests that read the secret or were not refused.
 
-    A port that nobody listens on any more answers nothing.
+    A port that was closed after it was listed does not count as open.
     """
     reads = [f"/{bucket}/secret/x.txt", f"/buckets/{bucket}/secret/x.txt", f"/buckets/{bucket}/"]
     reads += [f"/{bucket}?list-type=2", "/buckets/?pretty=y", "/dir/assign", "/vol/status"]

@@ -21,7 +21,7 @@ class CountingEvaluations:
 
 @pytest.fixture
 def fleet(tmp_path):
-    """Five adapters, of which the fourth does not serve on v2, the champion."""
+    """Five adapters. The fourth does not serve on v2, which is champion."""
     found = MemoryFleet(tmp_path)
     v1 = found.add_base("v1")
     for name in "abcde":
@@ -43,7 +43,7 @@ def test_a_large_fleet_is_cut_after_the_adapters_that_do_not_serve(fleet, monkey
     assert list(dict.fromkeys(row.adapter for row in found.rows)) == [*"dabce"]
     lines = found.markdown().splitlines()
     assert lines[4] == (
-        "5 live adapters, of which serve: 5 on v1, 4 on v2. The first 2 are shown, those that do "
+        "5 live adapters. Serving: 5 on v1, 4 on v2. The first 2 are shown, those that do "
         "not serve on v2 before others."
     )
     assert [line[:4] for line in lines if line.startswith("| ")] == ["| ad", "| d ", "| a "]

@@ -320,7 +320,11 @@ def test_the_name_inside_of_a_text_is_left_as_it_is(serve, fleet):
 
 def test_without_the_api_key_nothing_is_answered_and_no_name_is_told(serve, fleet, monkeypatch):
     with serve(api_key="secret") as served:
-        for response in (served.ask("chat"), served.ask("nobody"), served.client.get("/v1/models")):
+        for response in (
+            served.ask("chat"),
+            served.ask("unknown"),
+            served.client.get("/v1/models"),
+        ):
             assert response.status_code == 401
             assert response.json() == {"error": "Unauthorized"}
         assert not list(served.server.settings.folders.glob("chat*"))

@@ -86,5 +86,5 @@ def test_a_request_is_answered_by_the_version_that_serves_or_by_an_error(
 
 
 def test_a_router_without_adapters_says_so():
-    found = Router(replace(MANIFEST, adapters=())).route("nobody")
+    found = Router(replace(MANIFEST, adapters=())).route("unknown")
     assert isinstance(found, Refusal) and "serve: none" in found.message

@@ -289,7 +289,7 @@ def test_the_platform_is_only_read(fleet):
         "/families/not%20a%20name%2F",
         f"/families/{FAMILY}/bases/v9",
         f"/families/{FAMILY}?base=v9",
-        f"{ADAPTERS}/nobody",
+        f"{ADAPTERS}/unknown",
         f"{ADAPTERS}/chat%22%3E",
         f"{ADAPTERS}/summaries/on/v3",
         f"{ADAPTERS}/summaries/on/v1",

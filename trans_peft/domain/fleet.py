@@ -59,12 +59,18 @@ class RegisteredAdapter:
         """Return the state of the alias that marks the version which serves on a base."""
         return self.aliases.get(base.alias, AliasState())
 
-    def can_serve(self, base: BaseVersion, number: int | None) -> bool:
-        """Return whether the version with that number is bound to this base."""
-        return any(
-            version.number == number and version.base.fingerprint_sha256 == base.fingerprint_sha256
-            for version in self.versions
-        )
+    def serving_on(self, base: BaseVersion) -> AdapterVersion | None:
+        """Return the version that serves on a base: the one with its alias that was made for it.
+
+        None if there is none, and for an adapter that is not live.
+        """
+        if not self.is_live:
+            return None
+        number, fingerprint_sha256 = self.alias_on(base).number, base.fingerprint_sha256
+        for version in self.versions:
+            if version.number == number and version.base.fingerprint_sha256 == fingerprint_sha256:
+                return version
+        return None
 
     def trained_on(self, base: BaseVersion) -> AdapterVersion | None:
         """Return the latest version that was trained on a base, or None."""

@@ -60,7 +60,7 @@ def apply_verdicts(
             if adapter.is_live:
                 adapters.append(_apply(adapter, fleet, platform, seen_at, changes))
         except StoreError:
-            raise  # the registry did not respond, which is no fault of the adapter
+            raise  # the registry did not respond, so the adapter did not fail
         except TransPeftError as error:
             unreadable.append(f"{adapter.name}: {error}")
     updated = replace(fleet, adapters=tuple(adapters), unreadable=tuple(unreadable))

@@ -117,7 +117,7 @@ def _readable_versions(platform: Platform) -> list[BaseVersion]:
         try:
             versions += platform.catalog.versions(family)
         except StoreError:
-            raise  # the catalog did not respond, which is no fault of the family
+            raise  # the catalog did not respond, so the family did not fail
         except TransPeftError:  # reconcile of that family reports it, or it was just deleted
             continue
     return versions

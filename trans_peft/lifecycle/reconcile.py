@@ -64,7 +64,7 @@ def observe_adapter(adapter: str, family: str, platform: Platform) -> Fleet:
     try:
         found = platform.registry.adapter(adapter)
     except StoreError:
-        raise  # the registry did not respond, which is no fault of the adapter
+        raise  # the registry did not respond, so the adapter did not fail
     except TransPeftError as error:
         unreadable.append(f"{adapter}: {error}")
     else:
@@ -104,8 +104,8 @@ def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
     """Return the plan with an estimated duration for each task, where one is known.
 
     The estimate is the duration of the adapter's longest transfer so far. Without one, it is the
-    duration of its evaluation on the base that it was trained on. That is no part of `plan`,
-    because it reads whole evaluations from the store: of the first `MAX_ESTIMATES` adapters only.
+    duration of its evaluation on the base that it was trained on. `plan` does not estimate, because
+    this function reads whole evaluations from the store, of the first `MAX_ESTIMATES` adapters.
     """
     adapters = {adapter.name: adapter for adapter in fleet.adapters}
     seconds: dict[str, float | None] = {}

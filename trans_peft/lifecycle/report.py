@@ -120,7 +120,7 @@ class FleetReport:
         serving = Counter(row.base for row in self.rows if row.serves)
         totals = ", ".join(f"{serving[base]} on {base}" for base in self.bases)
         return (
-            f"{live} live adapters, of which serve: {totals}. The first {MAX_ADAPTERS} are shown, "
+            f"{live} live adapters. Serving: {totals}. The first {MAX_ADAPTERS} are shown, "
             f"those that do not serve on {self.champion or self.serving or 'a base'} before others."
         )
 
@@ -135,9 +135,7 @@ def report(family: str, platform: Platform) -> FleetReport:
     serving, champion = fleet.base(fleet.serving), fleet.base(fleet.champion)
     wanted = champion or serving
     if wanted is not None and len(fleet.adapters) > MAX_ADAPTERS:
-        order = sorted(
-            fleet.adapters, key=lambda one: one.can_serve(wanted, one.alias_on(wanted).number)
-        )
+        order = sorted(fleet.adapters, key=lambda one: one.serving_on(wanted) is not None)
         fleet = replace(fleet, adapters=tuple(order))
     unreadable = [*fleet.unreadable, *fleet.set_aside]
     rows = _rows(fleet, platform, unreadable)
@@ -208,7 +206,7 @@ def _rows(fleet: Fleet, platform: Platform, unreadable: list[str]) -> Sequence[F
                         if outcome
                         else "no verdict"
                     ),
-                    serves=adapter.can_serve(base, adapter.alias_on(base).number),
+                    serves=adapter.serving_on(base) is not None,
                     manual=_override_note(adapter.alias_on(base)),
                     suites=outcome.judgment.suites if outcome else (),
                     scores=(scores(trained_here) if trained_here and number < MAX_ADAPTERS else ()),

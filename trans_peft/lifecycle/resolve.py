@@ -15,7 +15,6 @@ __all__ = [
     "find_fingerprint",
     "resolve",
     "resolve_on",
-    "serving_version",
     "why_not_serving",
 ]
 
@@ -112,22 +111,8 @@ def resolve_on(
     return _required(found, base), base
 
 
-def serving_version(adapter: RegisteredAdapter, base: BaseVersion) -> AdapterVersion | None:
-    """Return the version that serves on a base: the one with its alias that was made for it.
-
-    None if there is none, and for an adapter that is not live.
-    """
-    if not adapter.is_live:
-        return None
-    number = adapter.alias_on(base).number
-    for version in adapter.versions:
-        if version.number == number and version.base.fingerprint_sha256 == base.fingerprint_sha256:
-            return version
-    return None
-
-
 def why_not_serving(adapter: RegisteredAdapter, base: BaseVersion) -> str:
-    """Return why `serving_version` is None, with the verdict, if there is one."""
+    """Return why no version serves on a base, with the verdict, if there is one."""
     if not adapter.is_live:
         return "the adapter is retired, or its tags cannot be read"
     state = adapter.alias_on(base)
@@ -156,7 +141,7 @@ def _adapter(name: str, platform: Platform) -> RegisteredAdapter:
 
 def _required(adapter: RegisteredAdapter, target: BaseVersion) -> AdapterVersion:
     """Return the version that serves on a base. NotServedError, with the reason."""
-    version = serving_version(adapter, target)
+    version = adapter.serving_on(target)
     if version is not None:
         return version
     raise NotServedError(

@@ -223,7 +223,7 @@ def _stats(folder: Path) -> _Stats:
 
 
 def _rename_base(folder: Path, base_name: str) -> None:
-    """Set `base_model_name_or_path`, which is no part of the hash of the weights."""
+    """Set `base_model_name_or_path`, which the hash of the weights does not cover."""
     config = dict(read_peft_folder(folder).config)
     if config.get("base_model_name_or_path") != base_name:
         config["base_model_name_or_path"] = base_name

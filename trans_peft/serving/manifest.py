@@ -15,7 +15,7 @@ from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import IntegrityError
 from trans_peft.lifecycle.promotion import idle_adapter
 from trans_peft.lifecycle.reconcile import observe
-from trans_peft.lifecycle.resolve import find_base, serving_version, why_not_serving
+from trans_peft.lifecycle.resolve import find_base, why_not_serving
 from trans_peft.ports import Platform
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _codec() -> "TypeAdapter[ServingManifest]":
 
 def _served(adapter: RegisteredAdapter, base: BaseVersion) -> ServedAdapter | None:
     state = adapter.alias_on(base)
-    version = serving_version(adapter, base)
+    version = adapter.serving_on(base)
     if version is None:
         return None
     outcome = adapter.outcome_on(base)

@@ -245,7 +245,7 @@ def cell_of(
 ) -> Cell:
     """Return the cell of an adapter on a base version with its outcome there."""
     alias = adapter.alias_on(base)
-    serves = adapter.can_serve(base, alias.number)
+    serves = adapter.serving_on(base) is not None
     if is_trained or outcome is None:
         state = State.TRAINED if is_trained else State.MISSING
         return Cell(base.version, state, serves, _override(alias, serves), None, "")
