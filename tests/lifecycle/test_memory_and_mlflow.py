@@ -78,7 +78,9 @@ class Upgrade:
         ]  # fmt: skip
 
 
-@pytest.fixture(params=["memory", pytest.param("mlflow", marks=pytest.mark.servers)])
+@pytest.fixture(
+    params=["memory", pytest.param("mlflow", marks=[pytest.mark.servers, pytest.mark.slow])]
+)
 def upgrade(request, unique, tmp_path):
     if request.param == "memory":
         return Upgrade(MemoryFleet(tmp_path, unique))
@@ -181,6 +183,7 @@ def test_an_adapter_that_cannot_be_read_blocks_the_promotion(upgrade):
     assert str(promoted) == f"{upgrade.fleet.family}/v2"
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 @pytest.mark.parametrize("kind", ["Adapter", "base", None])
 def test_a_wrong_kind_on_a_real_server_blocks_the_promotion(servers, unique, tmp_path, kind):
@@ -246,6 +249,7 @@ def test_after_a_kill_at_any_write_the_next_run_reaches_the_same_state(
     assert ends == [upgrade.state] * len(ends)
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_a_parked_task_starts_again_when_the_reported_tag_is_removed(servers, unique, tmp_path):
     fleet = MemoryFleet.on_mlflow(tmp_path, unique, servers.mlflow_url)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,3 +196,23 @@ def test_added_tokens_that_are_in_tokenizer_json_too_are_accepted(folder):
     edit(folder / "added_tokens.json", **{"<eos>": 257})
     found = scan(FileStore().list(str(folder)), folder_file_reader(folder))
     assert found.problems == ()
+
+
+IMPORTED_BY_LOADING = """
+import importlib, sys
+from pathlib import Path
+from trans_peft.text.tokenizer import TOKENIZER_IMPORTS, load_tokenizer
+for name in TOKENIZER_IMPORTS:
+    importlib.import_module(name)
+before = set(sys.modules)
+load_tokenizer(Path(sys.argv[1]))
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_a_forked_child_that_loads_a_tokenizer_imports_nothing_more(base):
+    """Otherwise each child imports torch and transformers again, which takes seconds."""
+    ran = subprocess.run(
+        [sys.executable, "-c", IMPORTED_BY_LOADING, base], capture_output=True, text=True
+    )
+    assert (ran.stdout.split(), ran.returncode) == ([], 0), ran.stderr

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,6 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 
 from tests.tiny import tiny_model
 from trans_peft.domain.base import Fingerprint, TensorSignature
-from trans_peft.domain.identity import content_sha256
 
 WriteAdapter = Callable[..., Path]
 
@@ -62,7 +62,7 @@ def fingerprint_of(model: torch.nn.Module, **changes) -> Fingerprint:
         tensors[name] = TensorSignature(
             tuple(value.shape),
             "F32",
-            content_sha256(flat.tolist()),
+            hashlib.sha256(flat.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
             tuple(flat[at].tolist()),
         )
     fields = {

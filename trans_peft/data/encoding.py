@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from trans_peft.isolation import CallLimits, call_isolated
+from trans_peft.text.chat import CHAT_IMPORTS
 
 __all__ = ["encoded", "token_ids"]
 
 _LIMITS = CallLimits(cpu_s=300, wall_s=1800, memory_bytes=4 << 30)
 _CHUNK_CHARACTERS, _CHUNK_ITEMS = 1 << 24, 10_000
-_MODULES = ("jinja2.sandbox", "transformers.utils.chat_template_utils")
-
 T = TypeVar("T")
 
 
@@ -43,7 +42,7 @@ def encoded(
             *arguments,
             limits=_LIMITS,
             subject=f"the tokenizer or the chat template of {name}",
-            imports=(*_MODULES, type(tokenizer).__module__),
+            imports=(*CHAT_IMPORTS, type(tokenizer).__module__),
         )
     return found
 

@@ -22,6 +22,7 @@ from trans_peft.isolation import is_memory_limit_error
 from trans_peft.text.stable_jinja import stabilize
 
 __all__ = [
+    "CHAT_IMPORTS",
     "MAX_TEMPLATE_CHARACTERS",
     "PINNED_DATE",
     "pinned",
@@ -30,6 +31,9 @@ __all__ = [
     "template_problems",
     "turn_end",
 ]
+
+CHAT_IMPORTS = ("jinja2.sandbox", "transformers.utils.chat_template_utils")
+"""What `render_prompts` imports, for `call_isolated`."""
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 

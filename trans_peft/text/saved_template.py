@@ -11,7 +11,12 @@ from typing import Any
 from trans_peft.domain.untrusted_json import parse_json
 from trans_peft.errors import AdapterError, ContentError
 from trans_peft.isolation import call_isolated
-from trans_peft.text.chat import MAX_TEMPLATE_CHARACTERS, pinned, template_problems
+from trans_peft.text.chat import (
+    CHAT_IMPORTS,
+    MAX_TEMPLATE_CHARACTERS,
+    pinned,
+    template_problems,
+)
 
 __all__ = [
     "MAX_SETTINGS_BYTES",
@@ -85,7 +90,7 @@ def check_template(template: str, subject: str) -> None:
         template_problems,
         template,
         subject=subject,
-        imports=("jinja2.sandbox", "transformers.utils.chat_template_utils"),
+        imports=CHAT_IMPORTS,
     )
     if problems:
         raise ContentError(

@@ -11,7 +11,14 @@ from trans_peft.text.tokenizer_files import TOKENIZER_NAME, write_hashed_copy
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_tokenizer"]
+__all__ = ["TOKENIZER_IMPORTS", "load_tokenizer"]
+
+TOKENIZER_IMPORTS = (
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",  # needs what all architectures need
+)
+"""What `load_tokenizer` imports, for `call_isolated`. `transformers` alone imports none of it."""
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

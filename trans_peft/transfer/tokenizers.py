@@ -13,8 +13,8 @@ from typing import Any
 from trans_peft.errors import listed
 from trans_peft.isolation import CallLimits, call_isolated
 from trans_peft.text.answers import decode_ids
-from trans_peft.text.chat import render_prompts, template_of
-from trans_peft.text.tokenizer import load_tokenizer
+from trans_peft.text.chat import CHAT_IMPORTS, render_prompts, template_of
+from trans_peft.text.tokenizer import TOKENIZER_IMPORTS, load_tokenizer
 
 __all__ = ["PROBE_CORPUS", "compare_tokenizers"]
 
@@ -78,7 +78,7 @@ def compare_tokenizers(
         template,
         limits=_LIMITS,
         subject=f"the tokenizers in {old} and {new}",
-        imports=("transformers", "jinja2.sandbox", "transformers.utils.chat_template_utils"),
+        imports=(*TOKENIZER_IMPORTS, *CHAT_IMPORTS),
     )
     return tuple(mismatches), tuple(notes)
 
