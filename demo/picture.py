@@ -75,10 +75,11 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
                 fontweight="bold",
             )
     bare_v2 = arms[0].figures.versus_bare_base
-    bare = [arms[0].bare_v1, *2 * [bare_v2.reference_score if bare_v2 else 0.0]]
-    axes.plot(
-        range(3), bare, color=_GREY, linestyle="--", marker="o", markersize=4, label="bare base"
-    )
+    if bare_v2 is not None:
+        axes.plot(
+            [1, 2], 2 * [bare_v2.reference_score],
+            color=_GREY, linestyle="--", marker="o", markersize=4, label="bare base v2",
+        )  # fmt: skip
     axes.set_xticks(
         range(3),
         ["base v1\n(trained here)", "base v2\n(same adapter bytes)", "base v2\n(registered)"],

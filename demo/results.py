@@ -11,7 +11,7 @@ from demo.settings import POLICY, DemoTask, recipes
 from trans_peft.domain.evaluation import SuiteJudgment, Verdict
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.evaluation import evaluate_on, pin_suites
+from trans_peft.lifecycle.evaluation import pin_suites
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import find_base
@@ -35,7 +35,6 @@ class Result:
         adapter: The adapter's name.
         task: The name of its task.
         method: How it was trained.
-        bare_v1: The score of v1 without an adapter.
         direct: The score of the unchanged adapter on v2.
         figures: The figures of the version that is registered for v2.
         verdict: The verdict on that version.
@@ -48,7 +47,6 @@ class Result:
     adapter: str
     task: str
     method: str
-    bare_v1: float
     direct: float
     figures: SuiteJudgment
     verdict: Verdict
@@ -59,18 +57,13 @@ class Result:
 
 
 def results(demo_tasks: Sequence[DemoTask], version: str, platform: Platform) -> list[Result]:
-    """Return every result on a new base version. NotFoundError if a verdict is missing.
-
-    No flow needs the score of the bare v1. It is read from the evaluation store, or computed if it
-    is not stored yet.
-    """
-    v1, new = (find_base(FAMILY, label, platform) for label in ("v1", version))
+    """Return every result on a new base version. NotFoundError if a verdict is missing."""
+    new = find_base(FAMILY, version, platform)
     sources = {adapter.name: adapter.source for adapter in observe(FAMILY, platform).adapters}
     rows = {row.adapter: row for row in report(FAMILY, platform).rows if row.base == version}
     found = []
     for demo_task in demo_tasks:
         suites = pin_suites((demo_task.suite,), platform)
-        bare = evaluate_on(v1, suites, platform)[demo_task.suite.name].score
         for recipe in recipes(demo_task):
             row = rows.get(recipe.adapter)
             if row is None or row.verdict is None or not row.suites:
@@ -89,7 +82,6 @@ def results(demo_tasks: Sequence[DemoTask], version: str, platform: Platform) ->
                     adapter=recipe.adapter,
                     task=demo_task.task.name,
                     method=_method(recipe.perturbation.masking_p, recipe.perturbation.dropping_p),
-                    bare_v1=bare,
                     direct=direct.score,
                     figures=row.suites[0],
                     verdict=row.verdict,
@@ -111,7 +103,7 @@ def table(found: Sequence[Result]) -> Table:
     """Return the table: one row per adapter, scores and differences in points, 80 columns wide."""
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     shown.add_column("adapter\nmethod", no_wrap=True)
-    shown.add_column("v1→v2→final\nbare base", no_wrap=True)
+    shown.add_column("v1→v2→final\nbare v2", no_wrap=True)
     shown.add_column("change\nbounds", justify="right", no_wrap=True)
     shown.add_column("items\npower", justify="right", no_wrap=True)
     shown.add_column("verdict\nstrategy", no_wrap=True)
@@ -125,8 +117,7 @@ def table(found: Sequence[Result]) -> Table:
         style = _STYLES.get(result.verdict, "red")
         shown.add_row(
             f"[bold]{result.adapter}[/]\n[dim]{result.method}[/]",
-            f"{'→'.join(f'{score:.1f}' for score in scores)}\n"
-            f"[dim]{result.bare_v1:.1f}→{bare_v2}[/]",
+            f"{'→'.join(f'{score:.1f}' for score in scores)}\n[dim]{bare_v2}[/]",
             f"{old.difference:+.1f}\n[dim]{old.lower:+.1f}, {old.upper:+.1f}[/]",
             f"{figures.items}/{old.discordant}\n[dim]{100 * figures.power:.0f} %[/]",
             f"[{style}]{result.verdict}[/]\n[dim]{result.strategy}[/]",

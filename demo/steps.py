@@ -26,7 +26,6 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS, Deployment
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.evaluation import EvaluationProgress, evaluate_on, pin_suites
 from trans_peft.lifecycle.report import report
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.train import resolve_recipe
@@ -123,7 +122,6 @@ class Steps:
                     if name == suite.name
                 )
                 self._screen.success(f"{recipe.adapter}: {score:.1f} % right on {base}")
-        self._bare_v1()
 
     def base_v2(self) -> None:
         """Train v1 further, and upload the result with an S3 client."""
@@ -233,19 +231,6 @@ class Steps:
     def _reconcile(self, reason: str) -> None:
         parameters = {"family": FAMILY, "policy": POLICY, "promotion": PROMOTION, "wait": True}
         run(Deployment.RECONCILE, parameters, key=f"reconcile/{reason}", screen=self._screen)
-
-    def _bare_v1(self) -> None:
-        """Evaluate the bare v1 as well, to show what the adapters learned."""
-        for demo_task in self._demo_tasks:
-            suites = pin_suites((demo_task.suite,), platform())
-            base = find_base(FAMILY, "v1", platform())
-            self._screen.line(f"the bare v1 on {demo_task.task.name}", "dim")
-            found = evaluate_on(base, suites, platform(), on_progress=self._items)
-            score = found[demo_task.suite.name].score
-            self._screen.success(f"bare v1 on {demo_task.task.name}: {score:.1f} % right")
-
-    def _items(self, answered: EvaluationProgress) -> None:
-        self._screen.heartbeat(str(answered))
 
     def _links(self, picture: Path, run_id: str) -> None:
         mlflow, prefect = (self._stack.urls[name] for name in ("mlflow", "prefect"))

@@ -65,7 +65,10 @@ SETS = {
     "servers": LockedSet(
         "infra/containers/Dockerfile",
         (),
-        ("boto3", "fastapi<0.151", "mlflow", "prefect", "psycopg2-binary", "sqlalchemy<2.1"),
+        (
+            *("mlflow", "prefect", "psycopg2-binary", "sqlalchemy<2.1", "fastapi<0.151"),
+            *("boto3", "filelock", "psutil"),  # the bridge and the fleet page
+        ),
         pythons=_IMAGE_PYTHON,
     ),
     "worker": LockedSet(

@@ -2,7 +2,7 @@
 
 from prefect import task
 
-from tasks import events
+from tasks import events, lineage
 from tasks.composition import platform
 from tasks.limits import upload_lock
 from tasks.policy import RETRIES
@@ -43,4 +43,5 @@ def _ingest(upload: Upload) -> BaseVersion:
         events.base_refused(str(upload), upload.uri, str(refusal))
         raise
     events.base_ready(base)
+    lineage.base_ready(base.ref)
     return base

@@ -8,10 +8,10 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from trans_peft.lifecycle.evaluation import EvaluationProgress
+from trans_peft.lifecycle.progress import WorkProgress
 from trans_peft.training.events import Event, TrainingMetrics
 
-__all__ = ["evaluation_progress", "training_progress"]
+__all__ = ["training_progress", "work_progress"]
 
 _EVERY_S = 5.0
 
@@ -35,15 +35,15 @@ def training_progress(adapter: str) -> Callable[[Event], None]:
     return show
 
 
-def evaluation_progress() -> Callable[[EvaluationProgress], None]:
-    """Return a callback that logs the progress of an evaluation every few seconds."""
+def work_progress() -> Callable[[WorkProgress], None]:
+    """Return a callback that logs progress every few seconds."""
     logger = get_run_logger()
     last = 0.0
 
-    def show(answered: EvaluationProgress) -> None:
+    def show(reached: WorkProgress) -> None:
         nonlocal last
-        if time.monotonic() - last >= _EVERY_S or answered.done == answered.total:
+        if time.monotonic() - last >= _EVERY_S or reached.done == reached.total:
             last = time.monotonic()
-            logger.info("%s", answered)
+            logger.info("%s", reached)
 
     return show

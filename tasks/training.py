@@ -2,10 +2,11 @@
 
 from prefect import task
 
+from tasks import lineage
 from tasks.composition import platform
 from tasks.limits import adapter_lock
 from tasks.policy import RETRIES
-from tasks.progress import evaluation_progress, training_progress
+from tasks.progress import training_progress, work_progress
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.names import check_names
@@ -22,25 +23,29 @@ __all__ = ["adopt_adapter", "retrain", "train_adapter"]
 def train_adapter(recipe: TrainingRecipe) -> AdapterVersion:
     """Train, evaluate and register one adapter."""
     with adapter_lock(recipe.adapter):
-        return train(
+        version = train(
             recipe,
             platform(),
             on_event=training_progress(recipe.adapter),
-            on_progress=evaluation_progress(),
+            on_progress=work_progress(),
         )
+    lineage.adapter_trained(version)
+    return version
 
 
 @task(**RETRIES, task_run_name="retrain {recipe.adapter}")
 def retrain(recipe: TrainingRecipe, policy: GatePolicy) -> TransferOutcome:
     """Train an adapter again on a new base on which transfer did not pass, and apply the gate."""
     with adapter_lock(recipe.adapter):
-        return retraining.retrain(
+        outcome = retraining.retrain(
             recipe,
             policy,
             platform(),
             on_event=training_progress(recipe.adapter),
-            on_progress=evaluation_progress(),
+            on_progress=work_progress(),
         )
+    lineage.adapter_transferred(outcome)
+    return outcome
 
 
 @task(**RETRIES, task_run_name="adopt {adapter}")
@@ -50,12 +55,14 @@ def adopt_adapter(
     """Check, evaluate and register an existing PEFT folder."""
     check_names("the adapter", adapter=adapter, family=family)  # the lock contains the name
     with adapter_lock(adapter):
-        return adopt(
+        version = adopt(
             adapter,
             folder_uri,
             family,
             suites,
             platform(),
             base_version=base_version,
-            on_progress=evaluation_progress(),
+            on_progress=work_progress(),
         )
+    lineage.adapter_trained(version)
+    return version

@@ -6,11 +6,11 @@ The functions import `trans_peft.lifecycle.transfer` themselves, because importi
 
 from prefect import task
 
-from tasks import events
+from tasks import events, lineage
 from tasks.composition import platform
 from tasks.limits import adapter_lock
 from tasks.policy import RETRIES
-from tasks.progress import evaluation_progress
+from tasks.progress import work_progress
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferOutcome, TransferTask
 from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
@@ -31,10 +31,9 @@ def transfer_adapter(transfer_task: TransferTask, policy: GatePolicy) -> Transfe
         fleet = observe_adapter(transfer_task.adapter, transfer_task.base.family, platform())
         if not is_still_needed(transfer_task, fleet, policy):
             return None
-        outcome = transfer(
-            transfer_task, fleet, policy, platform(), on_progress=evaluation_progress()
-        )
+        outcome = transfer(transfer_task, fleet, policy, platform(), on_progress=work_progress())
     events.adapter_judged(outcome)
+    lineage.adapter_transferred(outcome)
     return outcome
 
 

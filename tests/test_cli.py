@@ -399,7 +399,7 @@ def test_evaluate_writes_the_items_and_reuses_them(cli, tmp_path):
     arguments = ("evaluate", "mine", "--base", "v1", "--suite", "suite.yaml", "--state", tmp_path)
     code, _, err = cli.run(*arguments, "--out", tmp_path / "out")
     assert code == 0
-    assert re.search(r"evaluating mine: sums on v1-[0-9a-f]{8}: 8 of 8 items", err)
+    assert re.search(r"mine: sums on v1-[0-9a-f]{8}: 8 of 8 items", err)
     kept = json.loads((tmp_path / "out" / "sums.json").read_text())
     assert len(kept["items"]) == 8
     code, out, err = cli.run(*arguments, "--json")

@@ -57,6 +57,9 @@ class MlflowPerson:
     def retire_manually(self, adapter: str) -> None:
         self.client.set_registered_model_tag(adapter, "trans_peft.retired", "true")
 
+    def set_owner_manually(self, adapter: str, owner: str) -> None:
+        self.client.set_registered_model_tag(adapter, "owner", owner)
+
     def set_alias_manually(self, adapter: str, alias: str, number: int | None) -> None:
         if number is None:
             self.client.delete_registered_model_alias(adapter, alias)
@@ -104,8 +107,11 @@ class TestEveryRegistry:
         assert found.versions == registry.versions(place.adapter)
         assert found.outcomes == registry.outcomes(place.adapter) != ()
         assert found.aliases == registry.aliases(place.adapter) != {}
+        assert found.owner == ""
+        place.person.set_owner_manually(place.adapter, "search team")
         place.person.retire_manually(place.adapter)
-        assert registry.adapter(place.adapter) == replace(found, is_live=False)
+        changed = replace(found, owner="search team", is_live=False)
+        assert registry.adapter(place.adapter) == changed
         with pytest.raises(NotFoundError):
             registry.adapter("unknown-adapter")
 

@@ -84,7 +84,7 @@ def test_pin_writes_digests_and_nothing_else(tool, answer, tmp_path):
         assert written == before.splitlines()
 
 
-@pytest.mark.parametrize("service", ["mlflow", "prefect", "postgres", "bridge"])
+@pytest.mark.parametrize("service", ["mlflow", "prefect", "postgres", "bridge", "ui"])
 def test_no_server_of_compose_is_open_to_the_network(service):
     for port in COMPOSE["services"][service].get("ports", []):
         assert port.startswith("127.0.0.1:")

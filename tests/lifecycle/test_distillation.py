@@ -91,6 +91,18 @@ def test_the_distilled_weights_are_judged_and_registered(tmp_path, monkeypatch):
     assert not [*setup.platform.work_dir.rglob("prompts.jsonl")]
 
 
+def test_answers_and_training_steps_are_reported_as_progress(setup):
+    _, tried = setup.distilled()
+    assert tried.verdict == "needs-retuning"
+    of_distillation = [str(step) for step in setup.progress if "items" not in step.unit]
+    assert of_distillation[-4:] == [
+        "parity: teacher's answers before distillation on v2: 45 of 45 prompts",
+        "parity: distillation on v2: 1 of 3 steps",
+        "parity: distillation on v2: 2 of 3 steps, 0 s left",
+        "parity: distillation on v2: 3 of 3 steps",
+    ]
+
+
 def test_the_new_bases_own_probabilities_can_be_kept(setup):
     _, tried = setup.distilled(beta=1.0)
     assert tried.verdict == "needs-retuning"

@@ -128,7 +128,8 @@ class TransferSetup:
         v2 = self.bases[1].ref
         task = TransferTask("parity", self.source.number, v2, Reason.NO_VERDICT)
         fleet = observe_adapter("parity", FAMILY, self.platform)
-        return transfer(task, fleet, policy, self.platform)
+        self.progress = []
+        return transfer(task, fleet, policy, self.platform, on_progress=self.progress.append)
 
     def version(self, outcome):
         versions = self.platform.registry.versions("parity")

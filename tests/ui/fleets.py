@@ -227,6 +227,7 @@ def example(work_dir: Path) -> ExampleFleet:
     for number, (name, suites) in enumerate(names.items()):
         method = ("LORA", "LORA", "LOHA", "HOULSBY")[number % 4]
         fleet.train(name, "v1", suites=suites, method=method)
+        fleet.platform.registry.set_owner_manually(name, ("search", "support")[number % 2])
 
     def move(name: str, base: str, lost: int, gained: int, **more) -> None:
         fleet.transfer(name, base, dict.fromkeys(names[name], (lost, gained)), **more)

@@ -109,6 +109,7 @@ def indexes(draw, observed_bases):
     rows = [
         Row(
             name,
+            draw(st.sampled_from(["", "us", "them"])),
             draw(st.sampled_from(["LORA", "LOHA"])),
             tuple(draw(st.sets(st.sampled_from(["a", "b"])))),
             "v1",
@@ -126,6 +127,7 @@ queries = st.builds(
     verdict=st.sampled_from([None, *State]),
     method=st.sampled_from(["", "LORA", "NONE"]),
     suite=st.sampled_from(["", "a"]),
+    owner=st.sampled_from(["", "us"]),
     serves=st.booleans(),
     sort=st.sampled_from(Sort),
     descending=st.booleans(),
@@ -153,6 +155,7 @@ def expected(index, query):
     rows = [r for r in rows if query.verdict in (None, r.cells[column].state)]
     rows = [r for r in rows if query.method in ("", r.method)]
     rows = [r for r in rows if not query.suite or query.suite in r.suites]
+    rows = [r for r in rows if query.owner in ("", r.owner)]
     rows = [r for r in rows if not query.serves or r.cells[column].serves]
     if query.sort == "name":
         rows.sort(key=lambda r: (r.adapter.lower(), r.adapter), reverse=query.descending)

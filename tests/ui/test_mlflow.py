@@ -30,10 +30,12 @@ def test_the_json_over_mlflow_equals_that_over_memory(servers, unique, tmp_path)
     (tmp_path / "mlflow").mkdir()
     memory = filled(ExampleFleet(tmp_path / "memory", unique), unique)
     memory.set_alias("champion", "v2")
+    memory.platform.registry.set_owner_manually(f"{unique}-chat", "search")
     real = ExampleFleet(tmp_path / "mlflow", unique)
     real.platform = replace(connect(servers.mlflow_url), store=real.platform.store)
     filled(real, unique)
     MlflowClient(servers.mlflow_url).set_registered_model_alias(unique, "champion", "2")
+    MlflowClient(servers.mlflow_url).set_registered_model_tag(f"{unique}-chat", "owner", "search")
     paths = [
         f"/api/families/{unique}/progress",
         f"/api/families/{unique}/adapters?sort=difference",

@@ -55,9 +55,7 @@ def train(
             elif isinstance(event, events.TrainingStarted):
                 shown.print_line(str(event))
 
-        version = train_on(
-            wanted, workspace.platform, on_event=on_event, on_progress=shown.evaluation
-        )
+        version = train_on(wanted, workspace.platform, on_event=on_event, on_progress=shown.work)
         write_json(out / "training.json", steps)
         evaluations = _write_version(version, workspace, out)
     _print_version(version, evaluations, out, json=json)
@@ -112,7 +110,7 @@ def evaluate(
         if adapter is not None and folder is not None:
             weights_sha256 = adapter_weights_sha256(folder)
             subject = EvaluationSubject(adapter_name(adapter), weights_sha256, lambda: folder)
-        found = evaluate_on(on, pinned, workspace.platform, subject, on_progress=shown.evaluation)
+        found = evaluate_on(on, pinned, workspace.platform, subject, on_progress=shown.work)
     if out is not None:
         _write_evaluations(found.values(), out)
     if json:
@@ -157,7 +155,7 @@ def adopt(
             suites,
             workspace.platform,
             base_version=trained_on.version,
-            on_progress=shown.evaluation,
+            on_progress=shown.work,
         )
         evaluations = _write_version(version, workspace, out)
     _print_version(version, evaluations, out, json=json)

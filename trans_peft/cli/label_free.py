@@ -52,7 +52,7 @@ def agreement(
             workspace.base(new, LOCAL),
             suite,
             workspace.platform,
-            on_progress=shown.evaluation,
+            on_progress=shown.work,
         )
     if json:
         print_json(found)

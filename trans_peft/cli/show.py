@@ -14,7 +14,7 @@ from trans_peft.domain.evaluation import Evaluation, Suite, Verdict
 from trans_peft.domain.outcome import Compatibility, TransferOutcome
 
 if TYPE_CHECKING:
-    from trans_peft.lifecycle.evaluation import EvaluationProgress  # imports the data package
+    from trans_peft.lifecycle.progress import WorkProgress
 
 __all__ = [
     "ProgressDisplay",
@@ -58,11 +58,9 @@ class ProgressDisplay:
         console = stderr if self._bars is None else self._bars.console
         console.print(line, markup=False, style="dim")
 
-    def evaluation(self, answered: "EvaluationProgress") -> None:
-        """Show the progress of an evaluation."""
-        self.update(
-            f"evaluating {answered.description}", answered.done, answered.total, answered.summary
-        )
+    def work(self, reached: "WorkProgress") -> None:
+        """Show the progress of an evaluation or of a recovery training."""
+        self.update(reached.description, reached.done, reached.total, reached.summary)
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def transfer(
             observe_adapter(source.adapter, LOCAL, platform),
             gate,
             platform,
-            on_progress=shown.evaluation,
+            on_progress=shown.work,
         )
     write_json(out / "outcome.json", outcome)
     if outcome.new_number is not None:

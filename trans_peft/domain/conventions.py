@@ -20,6 +20,7 @@ __all__ = [
     "GPU_LIMIT",
     "OUTCOME_TAG_PREFIX",
     "OVERRIDE_TAG_PREFIX",
+    "OWNER_TAG",
     "RECONCILE_TAG",
     "SERVING_ALIAS",
     "TAG_PREFIX",
@@ -43,6 +44,9 @@ ALIAS_TAG_PREFIX = "alias."
 
 OVERRIDE_TAG_PREFIX = "manual-override."
 """Starts the tag (after `TAG_PREFIX`) that records the manual override of an alias."""
+
+OWNER_TAG = "owner"
+"""Names the owner of an adapter. People set it on the registered model, without `TAG_PREFIX`."""
 
 OUTCOME_TAG_PREFIX = "outcome."
 """Starts the tag (after `TAG_PREFIX`, before the base's alias) with the outcome on a base."""

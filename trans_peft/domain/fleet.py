@@ -38,6 +38,7 @@ class RegisteredAdapter:
         versions: All versions, oldest first.
         outcomes: The newest outcome per base, without evaluations.
         aliases: The state of each alias that is set, was set by reconcile, or has a record.
+        owner: The tag `owner` of the registered model; empty without it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RegisteredAdapter:
     outcomes: tuple[TransferOutcome, ...] = ()
     aliases: Mapping[str, AliasState] = field(default_factory=dict)
     is_live: bool = True
+    owner: str = ""
 
     @property
     def source(self) -> AdapterVersion:

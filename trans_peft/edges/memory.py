@@ -230,6 +230,7 @@ class MemoryRegistry:
         self._files: dict[tuple[str, int], dict[str, bytes]] = {}
         self._families: dict[str, str] = {}
         self._retired: set[str] = set()
+        self._owners: dict[str, str] = {}
         self._versions: dict[str, list[AdapterVersion]] = {}
         self._tags: dict[tuple[str, int], dict[str, str]] = {}
         # Each by name of the adapter, then by fingerprint of the base or by alias.
@@ -266,6 +267,7 @@ class MemoryRegistry:
             outcomes=self.outcomes(name),
             aliases=self.aliases(name),
             is_live=name not in self._retired,
+            owner=self._owners.get(name, ""),
         )
 
     def family(self, adapter: str) -> str:
@@ -409,6 +411,10 @@ class MemoryRegistry:
     def retire_manually(self, adapter: str) -> None:
         """Tag an adapter as retired, as a person does."""
         self._retired.add(adapter)
+
+    def set_owner_manually(self, adapter: str, owner: str) -> None:
+        """Tag an adapter with its owner, as a person does."""
+        self._owners[adapter] = owner
 
     def set_alias_manually(self, adapter: str, alias: str, number: int | None) -> None:
         """Move or remove an alias, as a person does. It then has a manual override."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
-from trans_peft.domain.conventions import ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX
+from trans_peft.domain.conventions import ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX, OWNER_TAG
 from trans_peft.domain.fleet import FamilyAdapters, RegisteredAdapter
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
@@ -330,6 +330,7 @@ def _adapter(model: Any, found: list[Any]) -> RegisteredAdapter:
         outcomes=newest_outcomes(found),
         aliases=alias_states(model),
         is_live=_is_live(model, family),
+        owner=model.tags.get(OWNER_TAG, ""),
     )
 
 

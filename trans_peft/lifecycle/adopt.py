@@ -18,11 +18,11 @@ from trans_peft.errors import (
 from trans_peft.lifecycle.base_files import base_folder, named_fingerprint
 from trans_peft.lifecycle.evaluation import (
     EvaluationSubject,
-    ProgressCallback,
     evaluate_on,
     pin_suites,
 )
 from trans_peft.lifecycle.preflight import check_registration, check_suites
+from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform

@@ -1,6 +1,5 @@
 """Evaluate adapters and bare bases on suites. Stored evaluations are reused."""
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ from trans_peft.data import pin, read_examples
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.ports import Platform
 from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import saved_template
@@ -25,12 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BARE_BASE",
-    "EvaluationProgress",
     "EvaluationSubject",
-    "ProgressCallback",
     "evaluate_on",
     "pin_suites",
-    "progress_reporter",
     "tokenized_suite_for",
 ]
 
@@ -64,6 +61,10 @@ class EvaluationSubject:
         """The labels that a stored evaluation gets."""
         return {} if self.folder is None else {"adapter": self.name}
 
+    def evaluated_on(self, suite: Suite, base: BaseVersion) -> str:
+        """Return the description of an evaluation in progress reports."""
+        return f"{self.name}: {suite.name} on {base.version}"
+
     def drafts(self, suite: str) -> Mapping[str, str]:
         """Return the kept answers of the reference to a suite, by item id."""
         reference = self.reference.get(suite)
@@ -72,75 +73,6 @@ class EvaluationSubject:
 
 BARE_BASE = EvaluationSubject("bare base", BARE, None)
 """The base version without an adapter."""
-
-
-@dataclass(frozen=True)
-class EvaluationProgress:
-    """The progress of one subject on one suite and one base version.
-
-    Attributes:
-        adapter: The name of the adapter, or "bare base".
-        suite: The name of the suite.
-        base: The label of the base version.
-        done: The number of items that are evaluated.
-        total: The number of items of the suite.
-        eta_s: The remaining time in seconds at the average speed so far; None until a tenth of the
-            work is done. It is an upper estimate: the longest items come first, and a sequential
-            test may stop early.
-    """
-
-    adapter: str
-    suite: str
-    base: str
-    done: int
-    total: int
-    eta_s: float | None
-
-    @property
-    def description(self) -> str:
-        """A description of the evaluation that stays the same from the first to the last item."""
-        return f"{self.adapter}: {self.suite} on {self.base}"
-
-    def __str__(self) -> str:
-        return f"{self.description}: {self.done} of {self.total} {self.summary}"
-
-    @property
-    def summary(self) -> str:
-        """The unit of `done` and `total`, and the remaining time if it is known."""
-        if self.eta_s is None or self.done == self.total:
-            return "items"
-        return f"items, {self.eta_s:.0f} s left"
-
-
-ProgressCallback = Callable[[EvaluationProgress], None]
-"""Called after each batch of items."""
-
-
-def progress_reporter(
-    on_progress: ProgressCallback | None,
-    subject: EvaluationSubject,
-    suite: Suite,
-    base: BaseVersion,
-    *,
-    before: int = 0,
-    total: int | None = None,
-) -> Callable[[int, int], None]:
-    """Return a function that takes (items done, items in total) and calls `on_progress`.
-
-    The estimate of the remaining time starts with this call. `before` items were evaluated earlier;
-    `total` replaces the total of the call, for an evaluation that runs in parts.
-    """
-    started = time.monotonic()
-
-    def report(done: int, of: int) -> None:
-        if on_progress is None:
-            return
-        whole, done = (of if total is None else total), before + done
-        seconds, share = time.monotonic() - started, (done - before) / (whole - before)
-        eta_s = seconds * (1 - share) / share if share >= 0.1 else None
-        on_progress(EvaluationProgress(subject.name, suite.name, base.version, done, whole, eta_s))
-
-    return report
 
 
 def pin_suites(suites: Sequence[Suite], platform: Platform) -> tuple[Suite, ...]:
@@ -244,5 +176,5 @@ def _evaluate(
             weights_sha256=subject.weights_sha256,
             base_fingerprint_sha256=base.fingerprint_sha256,
             drafts=subject.drafts(suite.name),
-            on_progress=progress_reporter(on_progress, subject, suite, base),
+            on_progress=progress_reporter(on_progress, subject.evaluated_on(suite, base)),
         )

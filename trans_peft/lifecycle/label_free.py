@@ -16,9 +16,9 @@ from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import (
     BARE_BASE,
     EvaluationSubject,
-    ProgressCallback,
     evaluate_on,
 )
+from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import Platform
 from trans_peft.text.saved_template import saved_template

@@ -11,11 +11,10 @@ from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import (
     BARE_BASE,
     EvaluationSubject,
-    ProgressCallback,
     evaluate_on,
-    progress_reporter,
     tokenized_suite_for,
 )
+from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.ports import Platform
 from trans_peft.text.saved_template import saved_template
 from trans_peft.validation.statistics.sequential import (
@@ -169,7 +168,10 @@ class _BatchEvaluator:
             base_fingerprint_sha256=self._base.fingerprint_sha256,
             drafts=subject.drafts(suite.name),
             on_progress=progress_reporter(
-                self._on_progress, subject, suite, self._base, before=before, total=total
+                self._on_progress,
+                subject.evaluated_on(suite, self._base),
+                before=before,
+                total=total,
             ),
         )
 

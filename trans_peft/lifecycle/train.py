@@ -14,11 +14,11 @@ from trans_peft.errors import translating_full_disk_errors
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import (
     EvaluationSubject,
-    ProgressCallback,
     evaluate_on,
     pin_suites,
 )
 from trans_peft.lifecycle.preflight import check_registration, check_suites
+from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.synthetic_prompts import (
     check_synthetic_prompts,

@@ -17,7 +17,8 @@ from trans_peft.lifecycle.base_files import (
     reading_base,
     tokenizer_folder,
 )
-from trans_peft.lifecycle.evaluation import EvaluationSubject, ProgressCallback, evaluate_on
+from trans_peft.lifecycle.evaluation import EvaluationSubject, evaluate_on
+from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
 from trans_peft.lifecycle.recovery.evaluator import (
     CandidateEvaluator,
@@ -168,7 +169,15 @@ def _evaluate(
     result = recover(
         evaluator,
         CandidateInputs(
-            source, folder, base, trained_on, reference, policy.recovery, platform, scratch
+            source,
+            folder,
+            base,
+            trained_on,
+            reference,
+            policy.recovery,
+            platform,
+            scratch,
+            on_progress,
         ),
     )
     return replace(

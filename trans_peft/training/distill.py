@@ -4,7 +4,7 @@ Teacher and student are in memory one after the other.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from trans_peft.errors import DataError
 from trans_peft.models import load_base, release_base
 from trans_peft.text.saved_template import saved_template
 from trans_peft.training.distillation import TeacherTargets, amplified
+from trans_peft.training.events import on_steps
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 from trans_peft.transfer.load_adapter import attached
@@ -66,6 +67,8 @@ class Distillation:
             the adapter and the perturbation; its data file and its targets are not used.
         suite: gives the dtype and the decoding settings of the teacher's answers. No item is read.
         policy: the settings.
+        on_answers: called with (prompts answered, all prompts).
+        on_steps: called with (training steps done, all steps).
     """
 
     adapter: Path
@@ -73,6 +76,8 @@ class Distillation:
     job: TrainingJob
     suite: Suite
     policy: DistillationPolicy
+    on_answers: Callable[[int, int], None] = lambda done, total: None
+    on_steps: Callable[[int, int], None] = lambda done, total: None
 
     def run(self, prompts: Sequence[Example], scratch: Path) -> Distilled:
         """Answer the prompts, train on nine tenths of the answers, and measure on the others.
@@ -108,7 +113,7 @@ class Distillation:
         job = replace(job, work_dir=job.work_dir / f"distill-{job.identity()[:16]}")
         before = self._divergence(held_out, self.adapter)
         release_base()  # the training process loads its own
-        result = fit(job, on_event=lambda event: None)
+        result = fit(job, on_event=on_steps(self.on_steps))
         after = self._divergence(held_out, result.folder)
         return Distilled(result, teacher_s, len(held_out), before, after)
 
@@ -140,6 +145,7 @@ class Distillation:
                 max_new_tokens=self.suite.max_new_tokens,
                 stop=self.suite.stop,
                 top=_TOP,
+                on_progress=self.on_answers,
             )
         targets = TeacherTargets.of(ids, answers)
         if self.policy.beta is None:

@@ -4,6 +4,7 @@ Other output of the process (stderr, prints of libraries) is its log and becomes
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "TrainingStarted",
     "decode",
     "encode",
+    "on_steps",
 ]
 
 
@@ -106,6 +108,16 @@ class CheckpointSaved:
 
 Event = LogLine | TrainingStarted | TrainingMetrics | CheckpointSaved
 """Events that `fit` passes to its caller."""
+
+
+def on_steps(report: Callable[[int, int], None]) -> Callable[[Event], None]:
+    """Return a callback for `fit` that calls `report` with (steps done, steps in total)."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, TrainingMetrics):
+            report(event.step, event.total_steps)
+
+    return on_event
 
 
 @dataclass(frozen=True)

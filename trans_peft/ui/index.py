@@ -83,6 +83,7 @@ class Row:
     """One adapter with a cell for each ready base version, oldest first."""
 
     adapter: str
+    owner: str
     method: str
     suites: tuple[str, ...]
     trained_on: str
@@ -110,6 +111,7 @@ class FleetQuery(BaseModel):
     verdict: State | None = Field(default=None, description="verdict on that base version")
     method: str = Field(default="", description="PEFT type of the adapter")
     suite: str = Field(default="", description="name of a suite of the adapter")
+    owner: str = Field(default="", description="tag `owner` of the adapter's registered model")
     serves: bool = Field(default=False, description="only adapters that serve on that base version")
     sort: Sort = Field(default=Sort.NAME)
     descending: bool = False
@@ -166,6 +168,11 @@ class FleetIndex:
         return tuple(sorted({suite for row in self.rows for suite in row.suites}))
 
     @cached_property
+    def owners(self) -> tuple[str, ...]:
+        """Owners of the adapters that have one."""
+        return tuple(sorted({row.owner for row in self.rows if row.owner}))
+
+    @cached_property
     def adapters(self) -> Mapping[str, RegisteredAdapter]:
         """The live adapters by name."""
         return {adapter.name: adapter for adapter in self.fleet.adapters}
@@ -204,7 +211,8 @@ def build_index(fleet: Fleet) -> FleetIndex:
     """Return the index of a fleet. All of its figures are computed now, not by a request."""
     rows = sorted((_row(adapter, fleet.bases) for adapter in fleet.adapters), key=_by_name)
     index = FleetIndex(fleet, tuple(rows))
-    _ = index.counts, index.serving_counts, index.methods, index.suites, index.adapters
+    _ = index.counts, index.serving_counts, index.methods, index.suites, index.owners
+    _ = index.adapters
     return index
 
 
@@ -221,6 +229,7 @@ def _row(adapter: RegisteredAdapter, bases: tuple[BaseVersion, ...]) -> Row:
     }
     return Row(
         adapter.name,
+        adapter.owner,
         source.method,
         tuple(suite.name for suite in source.suites),
         source.trained_on.version,
@@ -294,6 +303,8 @@ def _matches(row: Row, query: FleetQuery, column: int | None) -> bool:
     if query.method and query.method != row.method:
         return False
     if query.suite and query.suite not in row.suites:
+        return False
+    if query.owner and query.owner != row.owner:
         return False
     if column is None:
         return not query.verdict and not query.serves

@@ -65,6 +65,7 @@ class AdapterView:
     name: str
     family: str
     is_live: bool
+    owner: str
     method: str
     trained_on: str
     suites: tuple[str, ...]
@@ -106,6 +107,7 @@ def adapter_view(adapter: RegisteredAdapter, fleet: Fleet, links: Links) -> Adap
         name=adapter.name,
         family=adapter.family,
         is_live=adapter.is_live,
+        owner=adapter.owner,
         method=source.method,
         trained_on=source.trained_on.version,
         suites=tuple(suite.name for suite in source.suites),

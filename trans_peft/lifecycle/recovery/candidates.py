@@ -9,6 +9,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryPolicy, RecoveryStrategy
+from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.ports import Platform
 
 __all__ = ["Candidate", "CandidateInputs", "recipe_on"]
@@ -44,6 +45,7 @@ class CandidateInputs:
         recovery: The settings of the strategies.
         platform: The platform. Training runs below its work folder.
         scratch: A folder for other candidates.
+        on_progress: Called with the progress of a training, and of a teacher's answers before it.
     """
 
     source: AdapterVersion
@@ -54,6 +56,12 @@ class CandidateInputs:
     recovery: RecoveryPolicy
     platform: Platform
     scratch: Path
+    on_progress: ProgressCallback | None = None
+
+    def reporter(self, work: str, unit: str) -> Callable[[int, int], None]:
+        """Return a function that reports (units done, units in total) of a part of the work."""
+        description = f"{self.source.adapter}: {work} on {self.base.version}"
+        return progress_reporter(self.on_progress, description, unit)
 
 
 def recipe_on(recipe: TrainingRecipe, base: BaseVersion) -> TrainingRecipe:

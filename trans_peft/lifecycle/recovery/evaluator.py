@@ -21,9 +21,9 @@ from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import (
     BARE_BASE,
     EvaluationSubject,
-    ProgressCallback,
     evaluate_on,
 )
+from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs
 from trans_peft.lifecycle.recovery.prompts import has_prompts
 from trans_peft.lifecycle.recovery.strategies import make_candidate

@@ -19,7 +19,8 @@ from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.evaluation import EvaluationSubject, ProgressCallback, evaluate_on
+from trans_peft.lifecycle.evaluation import EvaluationSubject, evaluate_on
+from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.recovery.candidates import Candidate
 from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, policy_per_strategy
 from trans_peft.lifecycle.resolve import base_trained_on, find_base

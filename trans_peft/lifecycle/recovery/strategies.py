@@ -99,6 +99,7 @@ def _retuned(
     inputs: CandidateInputs, recipe: TrainingRecipe, rows: Sequence[Example]
 ) -> Candidate | str:
     """Continue training from the source's weights on the new base for a few steps."""
+    from trans_peft.training.events import on_steps
     from trans_peft.training.job import TrainingJob
     from trans_peft.training.launch import fit
 
@@ -117,7 +118,7 @@ def _retuned(
     )
     job = replace(job, work_dir=job.work_dir / f"retune-{job.identity()[:16]}")
     try:
-        result = fit(job, on_event=lambda event: None)
+        result = fit(job, on_event=on_steps(inputs.reporter("re-tuning", "steps")))
     except TrainingCancelled:
         raise
     except (TrainingError, DataError, AdapterError, InvalidSpecError) as error:
