@@ -47,10 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(screen: Screen, *, full: bool) -> None:
     stack = StackSettings()
     screen.section("The platform", "MLflow, Prefect, S3 and a worker, on this machine")
-    from demo.programs import become_client_of, run_module
+    from demo.programs import Module, become_client_of, run_module
 
-    run_module(["infra.stack", "up"], screen)
-    become_client_of(stack)
+    folder = stack.state / "demo"
+    with Module(["demo.files", str(folder), *(["--full"] if full else [])]) as files:
+        run_module(["infra.stack", "up"], screen)
+        become_client_of(stack)
+        screen.section("Files", "base v1, and rows from the Python packages on this machine")
+        files.finish(screen)
 
     # Prefect reads the environment when it is imported, so it is imported here.
     from demo import settings

@@ -7,8 +7,6 @@ of the original release.
 """
 
 import importlib.util
-import os
-import sys
 from pathlib import Path
 
 from trans_peft.errors import NotFoundError
@@ -70,8 +68,3 @@ def write_base_v1(folder: Path) -> Path:
         f"base v1: {model.num_parameters() / 1e6:.0f} M parameters written to {folder}", flush=True
     )
     return folder
-
-
-if __name__ == "__main__":
-    os.environ["TQDM_DISABLE"] = "1"
-    write_base_v1(Path(sys.argv[1]))

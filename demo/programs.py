@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from demo.screen import DemoError, Screen
 from infra.stack.settings import StackSettings, without_services
 
-__all__ = ["become_client_of", "run_module"]
+__all__ = ["Module", "become_client_of", "run_module"]
 
 _POLL_S = 0.5
 
@@ -40,50 +40,61 @@ def become_client_of(stack: StackSettings) -> None:
 
 def run_module(arguments: Sequence[str], screen: Screen) -> None:
     """Run `python -m ...` and show its output line by line. DemoError if it fails."""
-    environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin are many times slower on a busy machine
-        **os.environ,
-        "TQDM_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    lines: SimpleQueue[str | None] = SimpleQueue()
-    last: deque[str] = deque(maxlen=15)
-    with subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
+    with Module(arguments) as module:
+        module.finish(screen)
 
-        def read() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                lines.put(line.rstrip())
-            lines.put(None)
 
-        threading.Thread(target=read, daemon=True).start()
-        started = time.monotonic()
-        try:
-            while (line := _next(lines)) is not None:
-                if line:
-                    last.append(line)
-                    screen.line(line)
-                screen.heartbeat(f"python -m {arguments[0]}: {time.monotonic() - started:.0f} s")
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode:
-        raise DemoError(
-            f"python -m {arguments[0]} ended with exit code {process.returncode}",
-            found="\n".join(last),
+class Module:
+    """Runs `python -m ...` in the background. It is terminated at the end of the `with` block."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._name = f"python -m {arguments[0]}"
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
+        environment = {
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin are slow on a busy machine
+            **os.environ,
+            "TQDM_DISABLE": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
+        threading.Thread(target=self._read, daemon=True).start()
 
+    def __enter__(self) -> "Module":
+        return self
 
-def _next(lines: "SimpleQueue[str | None]") -> str | None:
-    try:
-        return lines.get(timeout=_POLL_S)
-    except Empty:
-        return ""
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def finish(self, screen: Screen) -> None:
+        """Show the output so far, then each line until the program ends. DemoError if it fails."""
+        last: deque[str] = deque(maxlen=15)
+        started = time.monotonic()
+        while (line := self._next()) is not None:
+            if line:
+                last.append(line)
+                screen.line(line)
+            screen.heartbeat(f"{self._name}: {time.monotonic() - started:.0f} s")
+        if code := self._process.wait():
+            raise DemoError(f"{self._name} ended with exit code {code}", found="\n".join(last))
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            for line in output:
+                self._lines.put(line.rstrip())
+        self._lines.put(None)
+
+    def _next(self) -> str | None:
+        try:
+            return self._lines.get(timeout=_POLL_S)
+        except Empty:
+            return ""

@@ -11,13 +11,12 @@ from rich.text import Text
 
 from demo.base import FAMILY
 from demo.deployments import run, set_parameters
+from demo.files import base_v1_folder, rows_folder
 from demo.picture import draw
 from demo.programs import run_module
 from demo.results import Result, notes, results, table
 from demo.screen import Screen
-from demo.settings import DATA_SEED, DISTILLATION, POLICY, PROMOTION, UPDATE, DemoTask, recipes
-from demo.sources import source_files
-from demo.tasks import is_written, split, write
+from demo.settings import DISTILLATION, POLICY, PROMOTION, UPDATE, DemoTask, recipes
 from demo.upload import upload
 from infra.stack.settings import StackSettings
 from tasks.composition import platform
@@ -54,9 +53,8 @@ class Steps:
         """Publish SmolLM2-135M as v1."""
         self._screen.section("Base v1", "SmolLM2-135M-Instruct, published and verified")
         if self._ready("v1") is None:
-            run_module(["demo.base", str(self._folder / "v1")], self._screen)
             publish(
-                self._folder / "v1",
+                base_v1_folder(self._folder),
                 _uri("v1"),
                 family=FAMILY,
                 version="v1",
@@ -67,17 +65,10 @@ class Steps:
         self._ingest("v1")
 
     def data(self) -> None:
-        """Extract the rows of every task and upload them."""
-        self._screen.section("Data", "from the Python packages on this machine")
-        files = None
+        """Upload the rows of every task."""
+        self._screen.section("Data", "rows of each task, and prompts for the recovery")
         for demo_task in self._demo_tasks:
             folder = self._rows_of(demo_task)
-            if not is_written(folder):
-                if files is None:
-                    self._screen.line("reading the source of the installed packages")
-                    files = list(source_files())
-                self._screen.line(f"{demo_task.task.name}: extracting from {len(files):,} files")
-                write(split(demo_task.task, files, DATA_SEED), folder)
             counts = []
             for name in ("train.jsonl", "eval.jsonl"):
                 with (folder / name).open("rb") as rows:
@@ -137,7 +128,7 @@ class Steps:
                 run_module(
                     [
                         "demo.update",
-                        *("--base", str(self._folder / "v1"), "--to", str(folder)),
+                        *("--base", str(base_v1_folder(self._folder)), "--to", str(folder)),
                         *("--report", str(figures), "--held-out", *held_out),
                         *("--settings", json.dumps(asdict(UPDATE))),
                     ],
@@ -196,7 +187,7 @@ class Steps:
         return found
 
     def _rows_of(self, demo_task: DemoTask) -> Path:
-        return self._folder / "data" / demo_task.task.name
+        return rows_folder(self._folder, demo_task.task.name)
 
     def _ready(self, version: str) -> BaseVersion | None:
         try:
