@@ -12,10 +12,10 @@ PYTHON ?= $(NEWEST)
 
 # Compares every file with the hashes of the lock. Wheels only: a build runs unlocked programs.
 HASHED := --no-deps --require-hashes --only-binary :all:
-PIP    := -m pip install --disable-pip-version-check --no-compile
+PIP    := -m pip install --disable-pip-version-check
 # uv is several times faster than pip, but does not read pip's configuration. Where it finds no index, pip
 # installs the lock.
-LOCKED  = $(BIN)/uv pip install --python $(1) $(HASHED) --requirement $(2) \
+LOCKED  = $(BIN)/uv pip install --compile-bytecode --python $(1) $(HASHED) --requirement $(2) \
   || $(1) $(PIP) $(HASHED) --requirement $(2)
 
 .DEFAULT_GOAL := help

@@ -64,9 +64,9 @@ class Places:
         with text that the file system cannot encode, or through a loop of symbolic links.
         """
         try:
-            real = path.resolve()
+            real = _without_links(path)
             os.fsencode(real)
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
+        except (OSError, ValueError, RuntimeError) as error:
             raise AccessError(
                 f"{quoted(uri, 200)} cannot be used as a local path",
                 expected="the path of a file or folder",
@@ -95,6 +95,18 @@ class Places:
             found=name,
             do=f"put the data into a bucket, or ask the operator to add hub:{name} to {_SETTING}",
         )
+
+
+def _without_links(path: Path) -> Path:
+    """Return the absolute path without symbolic links, also if no file has it.
+
+    Raises OSError for a loop of links (RuntimeError before Python 3.13). `Path.resolve` raises it
+    only in strict mode since Python 3.13.
+    """
+    try:
+        return path.resolve(strict=True)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path.resolve()
 
 
 def _path_of(uri: str) -> str:
