@@ -190,3 +190,19 @@ def test_a_server_with_an_unknown_base_ends(servers, fleet, unique, tmp_path):
     settings = variables(servers.mlflow_url, unique)
     with vllm_server(tmp_path / "server", base, settings, fails=True) as vllm:
         assert "has no ready base version with the fingerprint" in vllm.log.read_text()
+
+
+def test_one_server_answers_for_fifty_adapters(servers, unique, tmp_path, bases):
+    """Twice each, in opposite orders, so that the engine loads each adapter again."""
+    fleet = ServingFleet(tmp_path, connect(servers.mlflow_url), unique)
+    v1 = fleet.add_base("v1", bases[0])
+    names = [f"{unique}-{number}" for number in range(50)]
+    for seed, name in enumerate(names):
+        fleet.train(name, v1, seed=seed, hidden=HIDDEN)
+    fleet.catalog.set_serving(v1)
+    with vllm_server(tmp_path / "server", bases[0], variables(servers.mlflow_url, unique)) as vllm:
+        found = {name: vllm.tokens(name, PROMPTS[0]) for name in names}
+        assert {name: vllm.tokens(name, PROMPTS[0]) for name in reversed(names)} == found
+    assert len({tuple(tokens) for tokens in found.values()}) == len(names)
+    for name in names[::7]:
+        assert found[name] == expected(fleet, bases[0], name, 1)[0]
