@@ -355,6 +355,16 @@ def test_a_file_in_place_of_the_unfinished_downloads_stops_downloads_alone(expor
     assert "do:" in exported.refused[0].detail
 
 
+def test_a_damaged_folder_that_cannot_be_moved_leaves_the_lists(export, fleet, tmp_path):
+    job = export()
+    job.sync()
+    tamper(tmp_path / "out" / "adapters" / fleet.served("code", "v1").engine_name)
+    (tmp_path / "out" / ".state" / "damaged").write_text("")
+    with pytest.raises(StoreError, match="cannot be used"):
+        job.sync()
+    assert listed(tmp_path / "out") == ["chat"]
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"{}", None])
 def test_a_manifest_that_cannot_be_read_is_an_error_with_advice(export, tmp_path, content):
     path = tmp_path / "out" / "manifest.json"

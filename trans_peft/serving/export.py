@@ -205,16 +205,21 @@ class Export:
             wanted = manifest_of(observe(self._base.family, self._platform), self._base)
             atomic_write(self._record, self._target)
             self._adapters.mkdir(exist_ok=True)
+            first = self._verified(
+                wanted, _without_downloads(wanted.adapters, before, self._names())
+            )
+            if first.adapters != before:
+                self._write(first)
             damaged = self._folders.set_damaged_aside((*before, *wanted.adapters))
-            present = {path.name for path in self._adapters.iterdir()}
-            first = _without_downloads(wanted.adapters, before, present)
-            if first != wanted.adapters:
-                self._write(self._verified(wanted, first))
+            present = self._names()
             manifest = self._verified(wanted, wanted.adapters)
             self._write(manifest)
             served = {adapter.engine_name for adapter in manifest.adapters}
             removed = self._remove(served)
             return Exported(manifest, before, tuple(sorted(served - present)), removed, damaged)
+
+    def _names(self) -> set[str]:
+        return {path.name for path in self._adapters.iterdir()}
 
     def _verified(
         self, wanted: ServingManifest, adapters: Sequence[ServedAdapter]

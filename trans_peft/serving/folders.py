@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -216,9 +217,15 @@ class AdapterFolders:
 
     def _is_intact(self, folder: Path, sha256: str) -> bool:
         """Whether the hash of a folder begins with `sha256`, and the folder is for this base."""
+        with suppress(OSError):
+            if self._verified.get(folder.name) == _stats(folder):
+                return True
         if not self._weights_sha256(folder).startswith(sha256):
             return False
-        return self._base_name in (None, _recorded_base(folder))
+        try:
+            return self._base_name in (None, _recorded_base(folder))
+        except TransPeftError:
+            return False
 
     def _weights_sha256(self, folder: Path) -> str:
         """Return the hash of the weights, or why there is none; hash again only after a change."""
