@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,15 @@ import pytest
 import yaml
 
 from trans_peft.cli import main
-from trans_peft.errors import InvalidSpecError, StoreError
+from trans_peft.errors import (
+    IntegrityError,
+    InvalidSpecError,
+    NotFoundError,
+    StoreError,
+    TransPeftError,
+)
 from trans_peft.models import adapter_weights_sha256
-from trans_peft.serving.export import Export, ExportSettings, Layout, watch
+from trans_peft.serving.export import Export, ExportSettings, Layout, LeftOut, watch
 from trans_peft.serving.manifest import manifest_from_json
 from trans_peft.transfer.peft_folder import read_peft_folder
 
@@ -186,9 +193,205 @@ def test_a_name_that_a_server_would_confuse_with_the_base_is_left_out(export):
     assert "'chat'" in exported.refused[0].detail
 
 
+def tamper(folder: Path) -> None:
+    """Flip one bit of the weights, as another program may."""
+    weights = folder / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0x40
+    weights.write_bytes(data)
+
+
+def block(fleet, name: str) -> None:
+    fleet.registry.set_alias_manually(name, fleet.base("v1").alias, None)
+
+
+def listed(folder: Path) -> list[str]:
+    return [item["name"] for item in json.loads((folder / "manifest.json").read_text())["adapters"]]
+
+
+@pytest.mark.parametrize(
+    "error", [StoreError("away"), PermissionError("no"), NotFoundError("gone")]
+)
+def test_a_download_that_fails_stops_no_revocation(export, fleet, tmp_path, monkeypatch, error):
+    job = export(Layout.LORAX)
+    job.sync()
+    old = fleet.served("chat", "v1").engine_name
+    fleet.train("new", fleet.base("v1"), seed=9)
+    block(fleet, "chat")
+    at_download = []
+
+    def download(version, folder):
+        at_download.append((listed(tmp_path / "out"), set(json.loads(lists.read_text()))))
+        raise error
+
+    lists = tmp_path / "out" / "lorax.json"
+    monkeypatch.setattr(fleet.registry, "download", download)
+    exported = job.sync()
+    assert at_download == [(["code"], {"code"})]  # revoked before the download
+    assert [(entry.name, entry.reason) for entry in exported.refused] == [
+        ("new", LeftOut.UNAVAILABLE)
+    ]
+    assert [entry.name for entry in exported.revoked] == ["chat"]
+    assert listed(tmp_path / "out") == ["code"]
+    assert (tmp_path / "out" / ".state" / "revoked" / old).exists()
+    monkeypatch.undo()
+    assert [adapter.name for adapter in job.sync().manifest.adapters] == ["code", "new"]
+
+
+def test_a_name_keeps_its_version_until_the_new_one_is_downloaded(
+    export, fleet, tmp_path, monkeypatch
+):
+    job = export()
+    job.sync()
+    fleet.train("chat", fleet.base("v1"), seed=7)
+    block(fleet, "code")
+    real, at_download = fleet.registry.download, []
+
+    def download(version, folder):
+        manifest = manifest_from_json((tmp_path / "out" / "manifest.json").read_text())
+        at_download.append([(item.name, item.number) for item in manifest.adapters])
+        return real(version, folder)
+
+    monkeypatch.setattr(fleet.registry, "download", download)
+    after = [(item.name, item.number) for item in job.sync().manifest.adapters]
+    assert at_download == [[("chat", 1)]]
+    assert after == [("chat", 3)]
+
+
+def test_an_export_that_was_killed_keeps_its_base(export, fleet, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fleet.registry, "download", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(base="v1").sync()
+    (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
+    monkeypatch.undo()
+    with pytest.raises(InvalidSpecError, match="was written for another base"):
+        export(base="v2")
+
+
+@pytest.mark.parametrize("other", [{"base": "v2"}, {"base": "v1", "model": "/models/other"}])
+def test_of_two_exports_to_one_folder_the_second_base_or_model_is_refused(export, tmp_path, other):
+    first, second = export(base="v1"), export(**other)
+    first.sync()
+    before = files(tmp_path / "out")
+    with pytest.raises(InvalidSpecError, match=r"another base, or under another --model"):
+        second.sync()
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("is_revoked", [False, True])
+def test_a_changed_folder_leaves_the_sight_of_servers_at_once(
+    export, fleet, tmp_path, name, is_revoked
+):
+    export().sync()
+    code = fleet.served("code", "v1")
+    folder = tmp_path / "out" / "adapters" / code.engine_name
+    if is_revoked:
+        block(fleet, "code")
+    if name == "adapter_config.json":
+        (folder / name).chmod(0o644)
+        (folder / name).write_text((folder / name).read_text().replace(MODEL, "/models/other"))
+    else:
+        tamper(folder)
+    changed = (folder / name).read_bytes()
+    exported = export().sync()
+    assert exported.damaged == (code.engine_name,)
+    assert (tmp_path / "out" / ".state" / "damaged" / folder.name / name).read_bytes() == changed
+    assert folder.exists() != is_revoked
+    if not is_revoked:
+        assert adapter_weights_sha256(folder) == code.weights_sha256
+        assert exported.refused == () and exported.added == (code.engine_name,)
+    assert export().sync().damaged == ()
+
+
+def spoil_with_file(out: Path, name: str) -> None:
+    shutil.rmtree(out / "adapters" / name)
+    (out / "adapters" / name).write_text("")
+
+
+def spoil_with_link(out: Path, name: str) -> None:
+    (out / "adapters" / name / "junk").symlink_to("/nowhere")
+
+
+def spoil_with_dangling_folder(out: Path, name: str) -> None:
+    shutil.rmtree(out / "adapters" / name)
+    (out / "adapters" / name).symlink_to("/nowhere")
+
+
+def spoil_with_truncated_weights(out: Path, name: str) -> None:
+    weights = out / "adapters" / name / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(b"\xff")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_with_file, spoil_with_link, spoil_with_dangling_folder, spoil_with_truncated_weights],
+)
+def test_odd_files_concern_one_adapter_and_are_replaced(export, fleet, tmp_path, spoil):
+    job = export()
+    job.sync()
+    name = fleet.served("code", "v1").engine_name
+    spoil(tmp_path / "out", name)
+    exported = job.sync()
+    assert exported.damaged == (name,)
+    assert [adapter.name for adapter in exported.manifest.adapters] == ["chat", "code"]
+
+
+def test_a_file_in_place_of_the_unfinished_downloads_stops_downloads_alone(export, fleet, tmp_path):
+    job = export()
+    job.sync()
+    part = tmp_path / "out" / ".state" / "part"
+    shutil.rmtree(part)
+    part.write_text("")
+    fleet.train("new", fleet.base("v1"), seed=9)
+    exported = job.sync()
+    assert [adapter.name for adapter in exported.manifest.adapters] == ["chat", "code"]
+    assert [entry.name for entry in exported.refused] == ["new"]
+    assert "do:" in exported.refused[0].detail
+
+
+def test_a_damaged_folder_that_cannot_be_moved_leaves_the_lists(export, fleet, tmp_path):
+    job = export()
+    job.sync()
+    tamper(tmp_path / "out" / "adapters" / fleet.served("code", "v1").engine_name)
+    (tmp_path / "out" / ".state" / "damaged").write_text("")
+    with pytest.raises(StoreError, match="cannot be used"):
+        job.sync()
+    assert listed(tmp_path / "out") == ["chat"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"{}", None])
+def test_a_manifest_that_cannot_be_read_is_an_error_with_advice(export, tmp_path, content):
+    path = tmp_path / "out" / "manifest.json"
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"manifest\.json is not a(?s:.*)expected:(?s:.*)do:"):
+        export()
+
+
+@pytest.mark.parametrize("name", ["adapters", ".state", ".state/base", "lora-paths.json"])
+def test_a_folder_that_cannot_be_written_is_an_error_with_advice(export, tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("") if name in ("adapters", ".state") else path.mkdir()
+    with pytest.raises(TransPeftError, match=r"expected:(?s:.*)do:"):
+        export(Layout.SGLANG).sync()
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
-    [({"model": ""}, "base's name"), ({"layout": Layout.KSERVE, "uri": "/data"}, "hf://")],
+    [
+        ({"model": ""}, "base's name"),
+        ({"layout": Layout.KSERVE, "uri": "/data"}, "hf://"),
+        ({"max_rank": 0}, "largest rank"),
+        ({"grace_s": float("nan")}, "seconds from 0"),
+        ({"grace_s": -1.0}, "seconds from 0"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(export, settings, problem):
     with pytest.raises(InvalidSpecError, match=problem):
@@ -224,7 +427,7 @@ def test_a_registry_that_is_away_changes_nothing_and_is_logged_once(
         stopped.set()
 
     with caplog.at_level(logging.INFO, logger="trans_peft.serving.export"):
-        watch(job, 0.01, stopped=stopped, on_change=changed)
+        watch(job, 0.1, stopped=stopped, on_change=changed)
     assert len(calls) == 4 and len(changes) == 1
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     after = files(tmp_path / "out")
@@ -258,7 +461,7 @@ class TestCommands:
         assert "added chat: chat.v1." in capsys.readouterr().out
         fleet.train("deep", fleet.base("v1"), layers=3)
         assert main(arguments) == 1
-        assert "deep was left out" in capsys.readouterr().err
+        assert "left out deep" in capsys.readouterr().err
 
     def test_export_of_a_verdict_that_changed_follows(self, fleet, tmp_path, capsys):
         arguments = ["export", str(tmp_path / "out"), "--family", fleet.family, "--base", "v2",
@@ -266,4 +469,43 @@ class TestCommands:
         assert main(arguments) == 0
         fleet.registry.set_alias_manually("chat", fleet.base("v2").alias, None)
         assert main(arguments) == 0
-        assert "removed chat.v2." in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert re.search(r"^removed chat: chat does not serve on small/v2: ", printed, re.M)
+        assert re.search(r"^deleted the folder chat\.v2\.", printed, re.M)
+
+    def test_export_prints_what_changed_and_what_did_not(self, fleet, tmp_path, capsys):
+        arguments = ["export", str(tmp_path / "out"), "--family", fleet.family,
+                     "--layout", "sglang", "--model", MODEL]  # fmt: skip
+        main(arguments)
+        capsys.readouterr()
+        fleet.train("chat", fleet.base("v1"), seed=7)
+        fleet.train("new", fleet.base("v1"), seed=8)
+        assert main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition(":")[0] for line in lines] == [
+            "updated chat", "unchanged code", "added new",
+        ]  # fmt: skip
+
+    def test_export_of_a_changed_folder_repairs_it_and_fails(self, fleet, tmp_path, capsys):
+        arguments = ["export", str(tmp_path / "out"), "--family", fleet.family,
+                     "--layout", "nim", "--model", MODEL]  # fmt: skip
+        main(arguments)
+        name = fleet.served("code", "v1").engine_name
+        tamper(tmp_path / "out" / "adapters" / name)
+        assert main(arguments) == 1
+        assert f"changed files were found in {name}" in capsys.readouterr().err
+        assert main(arguments) == 0
+
+    @pytest.mark.parametrize(
+        "option",
+        [("--watch", "0"), ("--watch", "-1"), ("--watch", "nan"), ("--watch", "inf"),
+         ("--watch", "1e-9"), ("--max-rank", "0"), ("--max-rank", "-1"),
+         ("--grace-s", "nan"), ("--grace-s", "-5")],
+    )  # fmt: skip
+    def test_options_that_cannot_work_are_refused(self, fleet, tmp_path, capsys, option):
+        arguments = ["export", str(tmp_path / "out"), "--family", fleet.family,
+                     "--layout", "nim", "--model", MODEL]  # fmt: skip
+        assert main([*arguments, *option]) == 2
+        printed = capsys.readouterr().err
+        assert "InvalidSpecError" in printed and "expected:" in printed and "do:" in printed
+        assert not (tmp_path / "out").exists()

@@ -234,3 +234,79 @@ def test_folders_of_others_are_not_removed(registry, root):
     (root / "notes").mkdir(parents=True)
     assert AdapterFolders(root, registry).remove_unused() == ()
     assert (root / "notes").is_dir()
+
+
+def flip(weights: Path) -> None:
+    time.sleep(0.02)  # a later tick of the file system's clock
+    weights.chmod(0o644)
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0x40
+    weights.write_bytes(data)
+
+
+def test_a_file_that_changes_after_its_verification_is_not_recorded_as_verified(
+    registry, root, monkeypatch
+):
+    adapter = registry.add("chat")
+
+    def check(folder):  # runs after the hash was compared
+        monkeypatch.setattr(folders, "_check", None)
+        flip(folder / "adapter_model.safetensors")
+
+    folders = AdapterFolders(root, registry, check)
+    with pytest.raises(IntegrityError, match="are not those of chat version 1"):
+        folders.ensure(adapter)
+    assert not folders.is_unchanged(adapter)
+    with pytest.raises(IntegrityError, match="are not those of chat version 1"):
+        folders.ensure(adapter)
+
+
+def test_a_file_that_changes_while_it_is_made_durable_is_found(registry, root, monkeypatch):
+    adapter = registry.add("chat")
+
+    def sync(path):
+        if path.name == "adapter_model.safetensors":
+            flip(path)
+
+    monkeypatch.setattr("trans_peft.serving.folders._sync", sync)
+    folders = AdapterFolders(root, registry)
+    with pytest.raises(IntegrityError, match="are not those of chat version 1"):
+        folders.ensure(adapter)
+    assert not folders.path(adapter).exists()
+
+
+def test_a_file_or_link_in_place_of_a_folder_is_an_error_of_this_adapter(registry, root):
+    chat, code = registry.add("chat", 1), registry.add("code", 2)
+    root.mkdir()
+    folders = AdapterFolders(root, registry)
+    for put in (lambda path: path.write_text(""), lambda path: path.symlink_to("/nowhere")):
+        put(folders.path(chat))
+        with pytest.raises(IntegrityError, match=r"cannot be read(?s:.*)expected:(?s:.*)do:"):
+            folders.ensure(chat)
+        assert folders.ensure(code).is_dir()
+        folders.path(chat).unlink()
+
+
+@pytest.mark.parametrize("kind", ["part", "use", "lock"])
+def test_a_file_in_place_of_the_state_is_a_store_error(registry, root, kind):
+    (root / ".state").mkdir(parents=True)
+    (root / ".state" / kind).write_text("")
+    with pytest.raises(StoreError, match=r"cannot be used(?s:.*)do:"):
+        AdapterFolders(root, registry).ensure(registry.add("chat"))
+
+
+def test_damaged_folders_are_moved_away_and_downloaded_again(registry, root):
+    chat, code = registry.add("chat", 1), registry.add("code", 2)
+    folders = AdapterFolders(root, registry)
+    for adapter in (chat, code):
+        folders.ensure(adapter)
+    (root / "notes").mkdir()
+    flip(folders.path(chat) / "adapter_model.safetensors")
+    for process in (folders, AdapterFolders(root, registry)):
+        assert process.set_damaged_aside([code]) == (
+            (chat.engine_name,) if process is folders else ()
+        )
+    assert (root / ".state" / "damaged" / chat.engine_name).is_dir()
+    assert (root / "notes").is_dir()
+    assert adapter_weights_sha256(folders.ensure(chat)) == chat.weights_sha256
+    assert registry.downloads == 3

@@ -70,7 +70,10 @@ def export(
     uri: Annotated[
         str, Parameter(help="URI of `FOLDER/adapters` for the pods; `kserve` needs it.")
     ] = "",
-    max_rank: Annotated[int | None, Parameter(help="Largest rank that the server accepts.")] = None,
+    max_rank: Annotated[
+        int | None,
+        Parameter(help="Leave out larger ranks: the server's `--max-lora-rank`. No limit without."),
+    ] = None,
     watch: Annotated[
         float | None, Parameter(help="Keep the folder in step: seconds between two reads.")
     ] = None,
@@ -83,34 +86,56 @@ def export(
     """Write the adapters that serve on a base for another server: vLLM, NIM, SGLang, LoRAX, KServe.
 
     The folder belongs to the base version that `--base` names now. When another one serves, export
-    to another folder. The exit code is 1 if the server could not serve one of the adapters.
+    to another folder. The exit code is 1 if an adapter was left out, or if another program had
+    changed a folder.
 
     Example: `trans-peft export lora --family smollm2 --layout vllm-filesystem --model models/v2
     --watch 5`
     """
     from trans_peft.client import connect
-    from trans_peft.serving.export import Export, ExportSettings
+    from trans_peft.serving.export import Export, ExportSettings, check_pause
     from trans_peft.serving.export import watch as keep_in_step
 
     settings = ExportSettings(folder, layout, model, uri, max_rank, grace_s)
+    if watch is not None:
+        check_pause(watch)
     job = Export(settings, family, base, connect(tracking_uri))
 
     def show(exported: Exported) -> None:
         if json:
             print_json(exported.manifest)
-            return
-        for adapter in exported.manifest.adapters:
-            state = "added " if adapter.engine_name in exported.added else ""
-            out.print(f"{state}{adapter.name}: {adapter.engine_name}", markup=False)
-        for name in exported.removed:
-            out.print(f"removed {name}", markup=False)
+        else:
+            _print_changes(exported)
+        for name in exported.damaged:
+            moved = folder / ".state" / "damaged" / name
+            stderr.print(
+                f"changed files were found in {name}: they are now in {moved}",
+                markup=False,
+                style="red",
+            )
         for entry in exported.refused:
-            stderr.print(f"{entry.name} was left out: {entry.detail}", markup=False, style="red")
+            stderr.print(f"left out {entry.name}: {entry.detail}", markup=False, style="red")
 
     if watch is None:
         exported = job.sync()
         show(exported)
-        return 1 if exported.refused else 0
+        return 1 if exported.refused or exported.damaged else 0
     logging.basicConfig(format="%(levelname)s %(message)s")
     keep_in_step(job, watch, stopped=threading.Event(), on_change=show)
     return 0
+
+
+def _print_changes(exported: Exported) -> None:
+    before = {adapter.name: adapter.engine_name for adapter in exported.before}
+    for adapter in exported.manifest.adapters:
+        old, new = before.get(adapter.name), adapter.engine_name
+        if old is None:
+            out.print(f"added {adapter.name}: {new}", markup=False)
+        elif old != new:
+            out.print(f"updated {adapter.name}: {new}, before {old}", markup=False)
+        else:
+            out.print(f"unchanged {adapter.name}: {new}", markup=False)
+    for entry in exported.revoked:
+        out.print(f"removed {entry.name}: {entry.detail}", markup=False)
+    for name in exported.removed:
+        out.print(f"deleted the folder {name}", markup=False)

@@ -7,15 +7,18 @@ memory, and then serves other bytes under the old name, or ends if the folder is
     <state>/part/<engine name>/  an unfinished download; renamed to the former when it is complete
     <state>/use/<engine name>    locked (shared) by each process that uses the folder, until it ends
     <state>/lock/<engine name>   locked by the process that downloads or removes the folder
+    <state>/damaged/<engine name>/  a folder whose files were changed (`set_damaged_aside`)
 """
 
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -24,8 +27,12 @@ from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.errors import (
     IntegrityError,
     NotFoundError,
+    StoreError,
+    TransPeftError,
+    full_disk_error,
+    is_full_disk,
+    map_exceptions,
     replacing_paths_in_errors,
-    translating_full_disk_errors,
 )
 from trans_peft.files import atomic_write
 from trans_peft.models import adapter_weights_sha256
@@ -33,11 +40,12 @@ from trans_peft.ports import AdapterRegistry
 from trans_peft.serving.manifest import ServedAdapter
 from trans_peft.transfer.peft_folder import CONFIG_NAME, read_peft_folder
 
-__all__ = ["COMPLETE", "AdapterFolders"]
+__all__ = ["COMPLETE", "AdapterFolders", "folder_error"]
 
 COMPLETE = ".complete"
 """The record in a complete folder: the engine name and the whole hash, on two lines."""
 
+_ENGINE_NAME = re.compile(r".+\.v[0-9]+\.([0-9a-f]{12})")
 _Stats = tuple[tuple[str, int, int, int, int], ...]
 
 
@@ -70,6 +78,7 @@ class AdapterFolders:
         self._check = check
         self._base_name = base_name
         self._verified: dict[str, _Stats] = {}
+        self._hashed: dict[str, tuple[_Stats, str]] = {}
         self._handles: dict[str, int] = {}
         self._guard = threading.Lock()
 
@@ -83,22 +92,42 @@ class AdapterFolders:
         The weights are hashed once in each process. From then on this process uses the folder, so
         that no `remove_unused` removes it.
 
-        Raises IntegrityError if the folder has other content, AdapterError if the server cannot
-        serve it, NotFoundError if the registry no longer has this version, and StoreError.
+        Raises IntegrityError if the folder has other content or cannot be read, AdapterError if the
+        server cannot serve it, NotFoundError if the registry no longer has this version, and
+        StoreError if the registry or the disk fails.
         """
         folder, name = self.path(adapter), adapter.engine_name
-        with translating_full_disk_errors(self._root):
+        with map_exceptions({OSError: lambda error: folder_error(self._root, error)}):
             self._root.mkdir(parents=True, exist_ok=True)
             with self._locked(name):
                 self._hold(name)
-                if not folder.exists():
-                    self._download(adapter)
-                    self._verified[name] = _stats(folder)
-                if self._verified.get(name) != _stats(folder):
-                    before = _stats(folder)
+                if not (folder.exists() or folder.is_symlink()):
+                    self._verified[name] = self._download(adapter)
+                # The files may have changed since they were read: what is recorded is older.
+                before = _readable_stats(folder)
+                if self._verified.get(name) != before:
                     self._verify(adapter, folder)
                     self._verified[name] = before
         return folder
+
+    def set_damaged_aside(self, adapters: Collection[ServedAdapter]) -> tuple[str, ...]:
+        """Move damaged folders to `<state>/damaged`, and return their engine names, sorted.
+
+        A folder is damaged if its files are not those of its engine name: of the adapter in
+        `adapters`, or else of any adapter whose hash begins as the name says. Servers do not find
+        it any more, and `ensure` downloads it again. Entries without an engine name stay.
+        """
+        known = {adapter.engine_name: adapter.weights_sha256 for adapter in adapters}
+        damaged = []
+        for folder in sorted(self._root.iterdir()):
+            named = _ENGINE_NAME.fullmatch(folder.name)
+            if named is None:
+                continue
+            with self._locked(folder.name):
+                if not self._is_intact(folder, known.get(folder.name, named[1])):
+                    folder.rename(self._vacant("damaged", folder.name))
+                    damaged.append(folder.name)
+        return tuple(damaged)
 
     def is_unchanged(self, adapter: ServedAdapter) -> bool:
         """Whether no file of a folder was changed, added or removed since `ensure` verified it."""
@@ -127,30 +156,32 @@ class AdapterFolders:
                 continue
             with self._locked(folder.name):
                 if self._is_unused(folder.name, idle_s):
-                    gone = self._state / "part" / folder.name
-                    shutil.rmtree(gone, ignore_errors=True)
+                    gone = self._vacant("part", folder.name)
                     folder.rename(gone)
                     shutil.rmtree(gone, ignore_errors=True)
                     removed.append(folder.name)
         return tuple(removed)
 
-    def _download(self, adapter: ServedAdapter) -> None:
-        part = self._state / "part" / adapter.engine_name
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    def _download(self, adapter: ServedAdapter) -> _Stats:
+        """Download an adapter, and return the files' state from before they were verified."""
+        part = self._vacant("part", adapter.engine_name)
         try:
             with replacing_paths_in_errors({part: f"{adapter.name} version {adapter.number}"}):
                 self._registry.download(self._version(adapter), part)
                 if self._base_name is not None:
                     _rename_base(part, self._base_name)
+                for path in part.rglob("*"):
+                    if path.is_file():
+                        path.chmod(0o444)
+                        _sync(path)
+                record = f"{adapter.engine_name}\n{adapter.weights_sha256}\n"
+                atomic_write(part / COMPLETE, record)
+                before = _readable_stats(part)
                 self._verify(adapter, part)
-            for path in part.rglob("*"):
-                if path.is_file():
-                    path.chmod(0o444)
-                    _sync(path)
-            atomic_write(part / COMPLETE, f"{adapter.engine_name}\n{adapter.weights_sha256}\n")
             _sync(part)
             part.rename(self.path(adapter))
             _sync(self._root)
+            return before
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -165,10 +196,7 @@ class AdapterFolders:
         )
 
     def _verify(self, adapter: ServedAdapter, folder: Path) -> None:
-        try:
-            found = adapter_weights_sha256(folder)
-        except NotFoundError as error:
-            found = f"a file is missing: {error}"
+        found = self._weights_sha256(folder)
         if found != adapter.weights_sha256:
             raise IntegrityError(
                 f"the files in {folder} are not those of {adapter.name} version {adapter.number}",
@@ -176,7 +204,7 @@ class AdapterFolders:
                 found=found,
                 do="find out who changed them, and move the folder away: it is downloaded again",
             )
-        recorded = read_peft_folder(folder).config.get("base_model_name_or_path")
+        recorded = _recorded_base(folder)
         if self._base_name not in (None, recorded):
             raise IntegrityError(
                 f"{folder} was written for a server with another --model",
@@ -187,10 +215,46 @@ class AdapterFolders:
         if self._check is not None:
             self._check(folder)
 
+    def _is_intact(self, folder: Path, sha256: str) -> bool:
+        """Whether the hash of a folder begins with `sha256`, and the folder is for this base."""
+        with suppress(OSError):
+            if self._verified.get(folder.name) == _stats(folder):
+                return True
+        if not self._weights_sha256(folder).startswith(sha256):
+            return False
+        try:
+            return self._base_name in (None, _recorded_base(folder))
+        except TransPeftError:
+            return False
+
+    def _weights_sha256(self, folder: Path) -> str:
+        """Return the hash of the weights, or why there is none; hash again only after a change."""
+        try:
+            before = _stats(folder)
+            known, found = self._hashed.get(folder.name, ((), ""))
+            if known != before:
+                found = adapter_weights_sha256(folder)
+                self._hashed[folder.name] = before, found
+        except NotFoundError as error:
+            return f"a file is missing: {error}"
+        except (TransPeftError, OSError, ValueError) as error:
+            return f"it cannot be read: {error}"
+        return found
+
     def _locked(self, name: str) -> FileLock:
-        for kind in ("part", "use", "lock"):
+        for kind in ("use", "lock"):
             (self._state / kind).mkdir(parents=True, exist_ok=True)
         return FileLock(self._state / "lock" / name)
+
+    def _vacant(self, kind: str, name: str) -> Path:
+        """Return a path below the state, without what another process left there."""
+        path = self._state / kind / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return path
 
     def _hold(self, name: str) -> None:
         """Hold a shared lock until this process ends; the kernel releases it even after a kill."""
@@ -220,6 +284,35 @@ def _stats(folder: Path) -> _Stats:
         stat = path.stat()
         found.append((path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
     return tuple(found)
+
+
+def _readable_stats(folder: Path) -> _Stats:
+    """Return `_stats`. Raises IntegrityError if the folder is a file, or has a dangling link."""
+    try:
+        return _stats(folder)
+    except OSError as error:
+        raise IntegrityError(
+            f"{folder} cannot be read",
+            expected="a folder with the files of one adapter",
+            found=error,
+            do="find out who changed it, and move it away: it is downloaded again",
+        ) from error
+
+
+def folder_error(folder: Path, error: OSError) -> StoreError:
+    """Return the error for a folder of this library that cannot be read or written."""
+    if is_full_disk(error):
+        return full_disk_error(folder, error)
+    return StoreError(
+        f"the folder {folder} cannot be used",
+        expected="folders and files that this program may read and write, as it created them",
+        found=error,
+        do="move away the file or folder that is in the way, or correct its permissions",
+    )
+
+
+def _recorded_base(folder: Path) -> object:
+    return read_peft_folder(folder).config.get("base_model_name_or_path")
 
 
 def _rename_base(folder: Path, base_name: str) -> None:
