@@ -7,7 +7,7 @@ from urllib.parse import quote, urlencode
 
 from trans_peft.ui.index import FleetQuery, State
 
-__all__ = ["FILTERS", "SIGNS", "count", "duration", "points", "query_url", "score"]
+__all__ = ["FILTERS", "SIGNS", "count", "duration", "percent", "points", "query_url", "score"]
 
 _MINUS = "\N{MINUS SIGN}"
 
@@ -40,6 +40,11 @@ def score(value: float | None) -> str:
 def count(value: int) -> str:
     """Return a whole number with separators: 10,000."""
     return f"{value:,}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share of 1 in percent: "80 %". "unknown" for None."""
+    return "unknown" if share is None else f"{100 * share:.0f} %"
 
 
 def duration(seconds: float | None) -> str:
@@ -81,12 +86,11 @@ def _pretty(value: object) -> str:
 
 def _moment(value: datetime | str) -> str:
     """Return a time without its fractions of a second; a text that is no time as it is."""
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value)
-        except ValueError:
-            return str(value)
-    return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+        return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError):  # OverflowError: the year 1 in a zone east of UTC
+        return str(value)
 
 
 FILTERS = {
@@ -94,6 +98,7 @@ FILTERS = {
     "duration": duration,
     "moment": _moment,
     "part": _path_part,
+    "percent": percent,
     "points": points,
     "pretty": _pretty,
     "score": score,

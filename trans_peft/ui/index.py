@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from math import ceil, isfinite
+from math import ceil
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -16,6 +16,7 @@ from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import unknown_name
+from trans_peft.ui.figures import finite
 
 __all__ = [
     "Cell",
@@ -276,8 +277,8 @@ def _override(alias: AliasState, serves: bool) -> Override:
 
 
 def _largest_loss(judgment: Judgment) -> float | None:
-    differences = [suite.versus_old_base.difference for suite in judgment.suites]
-    return min((d for d in differences if isfinite(d)), default=None)
+    differences = [finite(suite.versus_old_base.difference) for suite in judgment.suites]
+    return min((d for d in differences if d is not None), default=None)
 
 
 def select(index: FleetIndex, query: FleetQuery) -> FleetPage:

@@ -7,6 +7,7 @@ from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.errors import NotFoundError, StoreError, TransPeftError, unknown_name
 from trans_peft.ports import Platform
+from trans_peft.ui.figures import finite
 from trans_peft.ui.index import FleetPage, FleetQuery, State, select
 from trans_peft.ui.life import (
     AdapterView,
@@ -129,10 +130,10 @@ class Reader:
             old_base=(source or adapter.source).trained_on.version,
             station=station,
             meaning=MEANINGS[station.cell.state],
-            margin_points=outcome.judgment.margin_points,
-            alpha=outcome.judgment.alpha,
+            margin_points=finite(outcome.judgment.margin_points),
+            alpha=finite(outcome.judgment.alpha),
             policy_sha256=outcome.policy_sha256,
-            largest_logit_change=outcome.effect.max_logit_change if outcome.effect else None,
+            largest_logit_change=finite(outcome.effect.max_logit_change) if outcome.effect else None,
             suites=suites_of(adapter, base, outcome, self._platform.evaluations),
             page_url=self._links.version(name, outcome.new_number or outcome.source_number),
         )

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
@@ -18,6 +17,7 @@ from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.errors import TransPeftError
 from trans_peft.ports import EvaluationStore
+from trans_peft.ui.figures import finite
 from trans_peft.ui.index import State
 from trans_peft.ui.picture import Picture, picture
 
@@ -84,7 +84,7 @@ class Flips:
 
 @dataclass(frozen=True)
 class ComparisonView:
-    """A comparison of docs/verdicts.md. A bound of None does not exist.
+    """A comparison of docs/verdicts.md. A bound of None does not exist; a figure of None is unknown.
 
     Attributes:
         reference: What the adapter on the new base is compared with.
@@ -100,10 +100,10 @@ class ComparisonView:
     """
 
     reference: str
-    reference_score: float
+    reference_score: float | None
     items: int
     discordant: int
-    difference: float
+    difference: float | None
     lower: float | None
     upper: float | None
     inferiority_bound: float | None
@@ -113,7 +113,7 @@ class ComparisonView:
 
 @dataclass(frozen=True)
 class SuiteView:
-    """The figures of one suite behind a verdict.
+    """The figures of one suite behind a verdict. A figure of None is unknown.
 
     Attributes:
         suite: Name of the suite.
@@ -128,10 +128,10 @@ class SuiteView:
     """
 
     suite: str
-    score: float
+    score: float | None
     items: int
     suite_items: int | None
-    power: float
+    power: float | None
     more_items: int
     chance: float | None
     comparisons: tuple[ComparisonView, ...]
@@ -151,7 +151,7 @@ def suites_of(
     return tuple(
         _suite_view(
             figures,
-            outcome.judgment.margin_points,
+            finite(outcome.judgment.margin_points),
             suites.get(figures.suite),
             _flips(figures, suites.get(figures.suite), source, made, base, evaluations),
         )
@@ -176,10 +176,10 @@ def _suite_view(
         views.append(_comparison_view("a fresh adapter", fresh, loss, _versus_adapter(fresh)))
     return SuiteView(
         suite=figures.suite,
-        score=figures.score,
+        score=finite(figures.score),
         items=figures.items,
         suite_items=figures.prefix.suite_items if figures.prefix else None,
-        power=figures.power,
+        power=finite(figures.power),
         more_items=figures.more_items,
         chance=suite.chance_points if suite else None,
         comparisons=tuple(views),
@@ -202,20 +202,16 @@ def _comparison_view(
     }
     return ComparisonView(
         reference=reference,
-        reference_score=found.reference_score,
+        reference_score=finite(found.reference_score),
         items=found.items,
         discordant=found.discordant,
-        difference=found.difference,
-        lower=_finite(found.lower),
-        upper=_finite(found.upper),
-        inferiority_bound=_finite(found.inferiority_bound),
+        difference=finite(found.difference),
+        lower=finite(found.lower),
+        upper=finite(found.upper),
+        inferiority_bound=finite(found.inferiority_bound),
         shown=tuple(name for name, holds in tests.items() if holds),
         picture=picture(found, limit, result),
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if isfinite(value) else None
 
 
 def _flips(
