@@ -7,9 +7,20 @@ from urllib.parse import quote, urlencode
 
 from trans_peft.ui.index import FleetQuery, State
 
-__all__ = ["FILTERS", "SIGNS", "count", "duration", "percent", "points", "query_url", "score"]
+__all__ = [
+    "FILTERS",
+    "SIGNS",
+    "count",
+    "duration",
+    "percent",
+    "points",
+    "query_url",
+    "score",
+    "shortened",
+]
 
 _MINUS = "\N{MINUS SIGN}"
+_LONGEST_TEXT = 60
 
 SIGNS: Mapping[State, str] = {
     State.PASSED: "\N{CHECK MARK}",
@@ -63,6 +74,15 @@ def duration(seconds: float | None) -> str:
     return f"{whole} s"
 
 
+def shortened(text: str) -> str:
+    """Return a text with at most 60 characters. Tags of MLflow may have very many."""
+    return (
+        text
+        if len(text) <= _LONGEST_TEXT
+        else f"{text[: _LONGEST_TEXT - 1]}\N{HORIZONTAL ELLIPSIS}"
+    )
+
+
 def query_url(path: str, query: FleetQuery, **changes: object) -> str:
     """Return a path with the fields of a query that differ from their defaults."""
     fields = query.model_dump(mode="json", exclude_defaults=True) | changes
@@ -102,5 +122,6 @@ FILTERS = {
     "points": points,
     "pretty": _pretty,
     "score": score,
+    "shortened": shortened,
 }
 """Filters of the templates by name."""

@@ -46,6 +46,9 @@ class State(StrEnum):
     TRAINED = "trained"
 
 
+_LONGEST_OWNER = 200
+"""Characters of an owner that the filter offers: a longer one makes URLs that proxies refuse."""
+
 _RANK = {state: rank for rank, state in enumerate(State)}  # what needs attention comes first
 
 
@@ -107,7 +110,9 @@ class FleetQuery(BaseModel):
 
     q: str = Field(default="", max_length=100, description="part of the adapter's name")
     base: str = Field(
-        default="", description="base version of the filters and the order; default: champion"
+        default="",
+        description="base version of the filters and the order; default: champion, or else the "
+        "newest",
     )
     verdict: State | None = Field(default=None, description="verdict on that base version")
     method: str = Field(default="", description="PEFT type of the adapter")
@@ -170,8 +175,8 @@ class FleetIndex:
 
     @cached_property
     def owners(self) -> tuple[str, ...]:
-        """Owners of the adapters that have one."""
-        return tuple(sorted({row.owner for row in self.rows if row.owner}))
+        """Owners of the adapters that have one, without those too long for a URL."""
+        return tuple(sorted({r.owner for r in self.rows if 0 < len(r.owner) <= _LONGEST_OWNER}))
 
     @cached_property
     def adapters(self) -> Mapping[str, RegisteredAdapter]:

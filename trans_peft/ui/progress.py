@@ -148,5 +148,7 @@ def _of_base(
 
 def _mean_seconds(outcomes: list[TransferOutcome]) -> float | None:
     """Return the mean duration of transfers that led to a verdict from figures; None without."""
-    seconds = [o.seconds for o in outcomes if 0 < o.seconds < inf and o.verdict is not Verdict.FAILED]
+    seconds = [
+        o.seconds for o in outcomes if 0 < o.seconds < inf and o.verdict is not Verdict.FAILED
+    ]
     return mean(seconds) if seconds else None

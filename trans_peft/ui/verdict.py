@@ -1,7 +1,7 @@
 """A verdict explained: what it means, the figures of every suite, and the items that changed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
@@ -18,10 +18,10 @@ from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.errors import TransPeftError
 from trans_peft.ports import EvaluationStore
 from trans_peft.ui.figures import finite
-from trans_peft.ui.index import State
+from trans_peft.ui.index import Override, State
 from trans_peft.ui.picture import Picture, picture
 
-__all__ = ["MEANINGS", "Flips", "Meaning", "SuiteView", "suites_of"]
+__all__ = ["MEANINGS", "Flips", "Meaning", "SuiteView", "meaning_of", "suites_of"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,26 @@ MEANINGS: Mapping[State, Meaning] = {
     ),
 }
 """The table of docs/verdicts.md. A test compares them."""
+
+
+def meaning_of(state: State, override: Override, base: BaseVersion, number: int | None) -> Meaning:
+    """Return the meaning of a verdict. For a manual override, `do` says how to undo it.
+
+    `number` is the adapter's version for `base`; None if the transfer registered none.
+    """
+    meaning = MEANINGS[state]
+    if override is Override.NONE:
+        return meaning
+    if override is Override.BLOCKED:
+        version = f"version {number}" if number else f"a version for {base}"
+        done, undo = "does not serve", f"set that alias on {version}"
+    else:
+        done, undo = "serves", "remove that alias"
+    text = (
+        f"The adapter {done} on {base}, because a person changed its alias {base.alias}. Reconcile "
+        f"keeps this. To undo it, {undo} in MLflow."
+    )
+    return replace(meaning, do=text if state is State.PASSED else f"{meaning.do} {text}")
 
 
 @dataclass(frozen=True)
