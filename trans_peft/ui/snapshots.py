@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Generic, TypeVar
 
 from trans_peft.domain.base import BaseVersion
@@ -201,7 +202,7 @@ class Snapshots:
         """Read the known families that nothing has read, or has tried to read, before."""
         for family in self._names.last or ():
             if family not in self._families and not self._stopped:
-                self._logging_faults(lambda: self.get(family))
+                self._logging_faults(partial(self.get, family))
 
     def _logging_faults(self, read: Callable[[], object]) -> None:
         """Call a function; its errors go to the log, because they must not end the thread."""

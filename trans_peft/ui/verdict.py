@@ -104,7 +104,9 @@ class Flips:
 
 @dataclass(frozen=True)
 class ComparisonView:
-    """A comparison of docs/verdicts.md. A bound of None does not exist; a figure of None is unknown.
+    """A comparison of docs/verdicts.md. A bound of None does not exist.
+
+    Any other figure of None is unknown.
 
     Attributes:
         reference: What the adapter on the new base is compared with.
