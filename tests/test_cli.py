@@ -271,10 +271,13 @@ def test_drift_reports_attention_and_ffn(cli):
 
 def test_fingerprint_is_the_same_for_a_path_and_a_published_copy(cli, tmp_path):
     uri = (tmp_path / "bucket" / "v1").as_uri()
-    code, out, _ = cli.run(
+    code, out, err = cli.run(
         *("publish", "v1", uri, "--family", "tiny", "--version", "v1", "--parent", "v0")
     )
     assert (code, out.split()[:5]) == (0, ["tiny/v1", "was", "published", "to", f"{uri}:"])
+    size = out.split(" files, ")[1].partition(" bytes")[0]
+    assert f"hashing v1: {size} of {size} B\n" in err
+    assert f"uploading to {uri}: {size} of {size} B\n" in err
     manifest = json.loads((tmp_path / "bucket/v1/trans_peft_manifest.json").read_text())
     assert (manifest["family"], manifest["version"], manifest["parent"]) == ("tiny", "v1", "v0")
     _, there = cli.json("fingerprint", uri)

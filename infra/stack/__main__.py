@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from infra.stack.programs import PROGRAMS, exec_program
 from infra.stack.settings import StackSettings
-from infra.stack.stack import down, status, up
+from infra.stack.stack import check_client, down, status, up
 from trans_peft.errors import TransPeftError
 
 _HELP = """\
@@ -22,6 +22,7 @@ run NAME  run one of the programs in this process (the process manager calls thi
 
 settings, as environment variables:
   TRANS_PEFT_STATE  folder that holds all state (.state)
+                    The ports of its last `up` are known: name them once, with `up`.
   S3_PORT           8350
   MLFLOW_PORT       5500
   PREFECT_PORT      4250
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "login":
                 _print(":".join(settings.prefect_auth))
             case "env":
+                check_client(settings)
                 for name, value in settings.client_environment.items():
                     _print(f"export {name}={shlex.quote(value)}")
             case "run":

@@ -1,6 +1,7 @@
 """Settings of the stack, read from its environment, with the URLs and environments they imply.
 
-Where the configured program has a name for a variable, that name is used here too.
+Where the configured program has a name for a variable, that name is used here too. Ports that no
+variable names are those of the last `up` of the state folder, or else the defaults.
 """
 
 import json
@@ -9,8 +10,9 @@ import secrets
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -88,6 +90,25 @@ class Secrets:
 
 _Port = Annotated[int, Field(ge=1024, le=65535)]
 _Folder = Annotated[Path, AfterValidator(Path.resolve)]
+_LAST_UP = "running-with"
+
+
+def _port(variable: str, default: int) -> Any:
+    """Return a field with the port of the last `up` as its default, or else `default`."""
+    return Field(
+        default_factory=lambda found: _ports_of_last_up(found["state"]).get(variable, default),
+        validate_default=True,
+        validation_alias=variable,
+    )
+
+
+def _ports_of_last_up(state: Path) -> dict[str, str]:
+    """Return the ports that `up` wrote into the state folder: the first words of one line."""
+    path = state / _LAST_UP
+    words = path.read_text().split() if path.is_file() else []
+    pairs = (word.partition("=") for word in words)
+    ports = takewhile(lambda pair: pair[0].endswith("_PORT"), pairs)
+    return {variable: port for variable, _, port in ports}
 
 
 class StackSettings(EnvironmentSettings):
@@ -102,11 +123,11 @@ class StackSettings(EnvironmentSettings):
     )
     """Folder that holds all state of the stack."""
 
-    mlflow_port: _Port = Field(default=5500, validation_alias="MLFLOW_PORT")
-    prefect_port: _Port = Field(default=4250, validation_alias="PREFECT_PORT")
-    s3_port: _Port = Field(default=8350, validation_alias="S3_PORT")
-    bridge_port: _Port = Field(default=4260, validation_alias="BRIDGE_PORT")
-    ui_port: _Port = Field(default=4270, validation_alias="UI_PORT")
+    mlflow_port: _Port = _port("MLFLOW_PORT", 5500)
+    prefect_port: _Port = _port("PREFECT_PORT", 4250)
+    s3_port: _Port = _port("S3_PORT", 8350)
+    bridge_port: _Port = _port("BRIDGE_PORT", 4260)
+    ui_port: _Port = _port("UI_PORT", 4270)
 
     gpu_slots: int = Field(default=1, ge=1, validation_alias="GPU_SLOTS")
     """Flow runs on the `gpu` queue at a time."""
@@ -190,6 +211,27 @@ class StackSettings(EnvironmentSettings):
             "BRIDGE_PORT": self.bridge_port,
             "UI_PORT": self.ui_port,
         }
+
+    @property
+    def chosen_at_up(self) -> str:
+        """The ports, and what else an `up` of a running stack must not change, as one line."""
+        compared: dict[str, object] = {
+            **self.ports,
+            "TRANS_PEFT_CHECKOUT": self.checkout,
+            **self.worker_choices,
+        }
+        return " ".join(f"{name}={value}" for name, value in compared.items() if value)
+
+    @property
+    def last_up(self) -> Path:
+        """File with `chosen_at_up` of the last `up`. It stays after `down`."""
+        return self.state / _LAST_UP
+
+    @property
+    def has_ports_of_last_up(self) -> bool:
+        """Whether no variable names another port than the last `up` had. True before any `up`."""
+        last = _ports_of_last_up(self.state)
+        return not last or last == {name: str(port) for name, port in self.ports.items()}
 
     @property
     def urls(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from infra.stack.health import create_buckets, is_healthy
 from infra.stack.machine import end, marked, owner, port_is_free
@@ -17,7 +18,7 @@ from infra.stack.supervisor import Supervisor
 from trans_peft.domain.conventions import WORK_POOL
 from trans_peft.errors import TransPeftError
 
-__all__ = ["Report", "StackError", "down", "status", "up"]
+__all__ = ["Report", "StackError", "check_client", "down", "status", "up"]
 
 Report = Callable[[str], None]
 _TIMEOUT_S = 300.0
@@ -47,8 +48,21 @@ def down(settings: StackSettings, report: Report) -> None:
         _Stack(settings, report).down()
 
 
+def check_client(settings: StackSettings) -> None:
+    """StackError if the stack of this state folder runs with other ports than these settings."""
+    if not settings.has_ports_of_last_up and Supervisor(settings).is_running():
+        _refuse_other_settings(
+            settings,
+            "unset the variables of the ports, or set TRANS_PEFT_STATE to another state folder",
+        )
+
+
 def status(settings: StackSettings, report: Report) -> bool:
-    """Report the state of each program, and return whether all are healthy."""
+    """Report the state of each program, and return whether all are healthy.
+
+    StackError if the stack runs with other ports.
+    """
+    check_client(settings)
     programs = Supervisor(settings).programs()
     all_healthy = bool(programs)
     for name in PROGRAMS:
@@ -110,7 +124,7 @@ class _Stack:
 
     def _start_manager(self) -> None:
         _ = self._settings.secrets  # generated before several programs read them
-        self._settings_file.write_text(self._compared_settings)
+        self._settings.last_up.write_text(self._settings.chosen_at_up)
         try:
             self._supervisor.start()
         except subprocess.CalledProcessError as failed:
@@ -213,27 +227,9 @@ class _Stack:
             raise StackError("\n".join(["the stack cannot start:", *taken]))
 
     def _check_settings(self) -> None:
-        running = self._settings_file.read_text()
-        if running != self._compared_settings:
-            raise StackError(
-                "the stack of this state folder already runs with other settings",
-                expected=self._compared_settings,
-                found=running,
-                do="run make down first, or choose another state folder: TRANS_PEFT_STATE=...",
-            )
-
-    @property
-    def _compared_settings(self) -> str:
-        compared: dict[str, object] = {
-            **self._settings.ports,
-            "TRANS_PEFT_CHECKOUT": self._settings.checkout,
-            **self._settings.worker_choices,
-        }
-        return " ".join(f"{name}={value}" for name, value in compared.items() if value)
-
-    @property
-    def _settings_file(self) -> Path:
-        return self._settings.state / "running-with"
+        if self._settings.last_up.read_text() != self._settings.chosen_at_up:
+            do = "run make down first, or choose another state folder: TRANS_PEFT_STATE=..."
+            _refuse_other_settings(self._settings, do)
 
     def _end_leftovers(self) -> None:
         """End the flow runs of a stopped worker, or all programs of a killed manager."""
@@ -253,6 +249,15 @@ class _Stack:
 
     def _log(self, name: str, message: str) -> None:
         self._report(f"{self._elapsed_s:5.1f} s  {name:8} {message}")
+
+
+def _refuse_other_settings(settings: StackSettings, do: str) -> NoReturn:
+    raise StackError(
+        f"the stack of {settings.state} already runs with other settings",
+        expected=settings.chosen_at_up,
+        found=settings.last_up.read_text(),
+        do=do,
+    )
 
 
 @contextmanager

@@ -112,6 +112,76 @@ def test_without_a_stack_there_is_no_password(verb, tmp_path, monkeypatch, capsy
     assert not (tmp_path / "nothing").exists()
 
 
+CHOSEN = {
+    "S3_PORT": "8801",
+    "MLFLOW_PORT": "8802",
+    "PREFECT_PORT": "8803",
+    "BRIDGE_PORT": "8804",
+    "UI_PORT": "8805",
+}
+
+
+def after_up(state, **chosen):
+    """Leave the state folder as `up` leaves it, and return its variable."""
+    state.mkdir(exist_ok=True)
+    here = {"TRANS_PEFT_STATE": str(state)}
+    settings = settings_from({**here, **chosen})
+    settings.last_up.write_text(settings.chosen_at_up)
+    return here
+
+
+def test_the_ports_of_the_last_up_are_known(tmp_path):
+    here = after_up(tmp_path / "a", **CHOSEN, TRANS_PEFT_READABLE="x UI_PORT=1 S3_PORT=2")
+    assert settings_from(here).ports == {name: int(port) for name, port in CHOSEN.items()}
+    explicit = settings_from({**here, "MLFLOW_PORT": "9900"})
+    assert explicit.ports["MLFLOW_PORT"] == 9900 and explicit.ports["UI_PORT"] == 8805
+    assert not explicit.has_ports_of_last_up and settings_from(here).has_ports_of_last_up
+    other = settings_from({"TRANS_PEFT_STATE": str(tmp_path / "b")})
+    assert other.ports["MLFLOW_PORT"] == 5500 and other.has_ports_of_last_up
+
+
+def test_a_port_that_was_damaged_in_the_state_folder_is_reported(tmp_path):
+    (tmp_path / "running-with").write_text("S3_PORT=8801 MLFLOW_PORT=x")
+    with pytest.raises(InvalidSpecError, match=r"mlflow_port: .*found 'x'"):
+        settings_from({"TRANS_PEFT_STATE": str(tmp_path)})
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command with these variables, and return its code, output and errors."""
+
+    def run(verb, environment):
+        monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        code = main([verb])
+        for name in environment:
+            monkeypatch.delenv(name)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_client_gets_the_addresses_of_the_stack_of_its_state_folder(tmp_path, run):
+    here = after_up(tmp_path / "state", **CHOSEN)
+    code, shown, _ = run("env", here)
+    assert code == 0
+    assert "export MLFLOW_TRACKING_URI=http://127.0.0.1:8802\n" in shown
+    assert "export PREFECT_API_URL=http://127.0.0.1:8803/api\n" in shown
+    assert "export AWS_ENDPOINT_URL=http://127.0.0.1:8801\n" in shown
+    assert "http://127.0.0.1:8805" in run("status", here)[1]
+
+
+@pytest.mark.parametrize("verb", ["env", "status", "up"])
+def test_other_ports_than_those_of_the_running_stack_are_refused(tmp_path, run, verb, monkeypatch):
+    here = after_up(tmp_path / "state", **CHOSEN)
+    monkeypatch.setattr("infra.stack.supervisor.Supervisor.is_running", lambda self: True)
+    code, shown, problem = run(verb, {**here, "MLFLOW_PORT": "9900"})
+    assert (code, shown) == (1, "")
+    assert "already runs with other settings" in problem
+    assert "MLFLOW_PORT=9900" in problem and "MLFLOW_PORT=8802" in problem
+
+
 def test_only_the_bridge_gets_the_secrets_of_its_senders(tmp_path):
     settings = StackSettings(state=tmp_path)
     environments = {name: dict(program.environment(settings)) for name, program in PROGRAMS.items()}

@@ -129,6 +129,19 @@ def test_up_shows_the_four_urls_and_every_program_is_healthy(running):
     assert stack("status", running.settings).returncode == 0
 
 
+def test_the_ports_of_a_running_stack_are_known_by_its_state_folder(running):
+    settings = running.settings
+    alone = dict.fromkeys(settings.ports, "")
+    assert stack("status", settings, **alone).returncode == 0
+    shown = stack("env", settings, **alone).stdout
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL"):
+        assert f"export {name}={settings.client_environment[name]}\n" in shown
+    assert settings.urls["ui"] in stack("up", settings, **alone).stdout
+    refused = stack("env", settings, MLFLOW_PORT=str(settings.mlflow_port + 10_000))
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert f"MLFLOW_PORT={settings.mlflow_port} " in refused.stderr
+
+
 def test_every_deployment_of_prefect_yaml_is_there(running):
     found = running.deployments()
     assert set(found) == {

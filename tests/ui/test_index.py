@@ -50,6 +50,15 @@ def test_the_cells_say_what_the_fleet_report_says(fleet, observed):
         assert bool(cell.override) == bool(row.manual)
 
 
+def test_filters_refer_to_champion_or_else_to_the_newest_base_version(observed):
+    numbers = {base.version: base.number for base in observed.bases}
+    for champion, expected in (("v3", "v3"), ("v1", "v1"), (None, "v3")):
+        fleet = replace(observed, champion=numbers.get(champion), serving=numbers["v2"])
+        assert select(build_index(fleet), FleetQuery()).base == expected
+    not_ready = replace(observed, champion=99)
+    assert select(build_index(not_ready), FleetQuery()).base == "v3"
+
+
 def test_the_progress_says_what_the_plan_says(observed):
     found = progress_of(build_index(observed))
     planned = plan(observed, POLICY)

@@ -129,6 +129,50 @@ def test_an_incompatible_adapter_is_explained_without_figures(client):
     assert "Margin not recorded" in seen.text
 
 
+def test_the_verdict_of_a_blocked_adapter_says_how_to_undo_it(tmp_path):
+    fleet = ExampleFleet(tmp_path)
+    for version in ("v1", "v2"):
+        fleet.add_base(version)
+    fleet.train("chat", "v1")
+    made = fleet.transfer("chat", "v2", {"exceptions": (6, 8)}).new_number
+    alias = fleet.bases["v2"].alias
+    fleet.platform.registry.set_alias_manually("chat", alias, None)
+    with client_of(fleet.platform) as client:
+        text = page(client, f"{ADAPTERS}/chat/on/v2").text
+    assert "passed blocked manually" in text
+    assert (
+        f"What to do The adapter does not serve on smollm2/v2, because a person changed its alias "
+        f"{alias}. Reconcile keeps this. To undo it, set that alias on version {made} in MLflow."
+    ) in text
+
+
+def test_the_verdict_of_an_approved_adapter_says_how_to_undo_it(client, fleet):
+    text = page(client, f"{ADAPTERS}/release-notes/on/v3").text
+    alias = fleet.bases["v3"].alias
+    assert (
+        "set the alias manually. The adapter serves on smollm2/v3, because a person changed its "
+        f"alias {alias}. Reconcile keeps this. To undo it, remove that alias in MLflow."
+    ) in text
+
+
+def test_a_long_owner_is_shortened(tmp_path):
+    fleet = ExampleFleet(tmp_path)
+    fleet.add_base("v1")
+    owners = {"chat": "o" * 100_000, "code": "p" * 200, "docs": "q" * 201}
+    for name, owner in owners.items():
+        fleet.train(name, "v1")
+        fleet.platform.registry.set_owner_manually(name, owner)
+    with client_of(fleet.platform) as client:
+        family = client.get(f"/families/{FAMILY}").text
+        assert len(family) < 30_000
+        assert f"owner {'o' * 59}\N{HORIZONTAL ELLIPSIS}<" in family
+        assert f'<option value="{"p" * 200}">{"p" * 59}\N{HORIZONTAL ELLIPSIS}</option>' in family
+        assert 'value="o' not in family and 'value="q' not in family
+        found = page(client, f"/families/{FAMILY}?owner={'p' * 200}")
+        assert "1 of 3 adapters" in found.text
+        assert len(client.get(f"{ADAPTERS}/chat").text) < 30_000
+
+
 def test_a_base_version_shows_who_serves_on_it(client):
     seen = page(client, f"/families/{FAMILY}/bases/v3")
     names = [row[0] for row in seen.rows[1:]]
@@ -247,6 +291,18 @@ def test_other_names_in_the_host_header_are_refused(fleet, host, status):
             assert client.get(path, headers={"Host": host}).status_code == status
 
 
+@pytest.mark.parametrize("host", ["::1", "[::1]", "0:0:0:0:0:0:0:1", "2001:DB8::1"])
+def test_the_host_may_be_an_ipv6_address(fleet, host):
+    settings = UiSettings(host=host, allowed_hosts=("fd00::2",))
+    named = "[2001:db8::1]" if host == "2001:DB8::1" else "[::1]"
+    assert settings.url == f"http://{named}:4270"
+    with client_of(fleet.platform, settings) as client:
+        for header in (named, f"{named}:4270", "[fd00::2]:80", "localhost"):
+            assert client.get("/health", headers={"Host": header}).status_code == 200
+        for header in ("[fd00::3]:4270", "::1", "[::1", "evil.com."):
+            assert client.get("/health", headers={"Host": header}).status_code == 400
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
 def test_nothing_can_be_written(client, method):
     for path in (*PAGES, *API):
@@ -310,6 +366,15 @@ def test_parameters_that_cannot_be_used_are_422(client, query):
     assert f"{name}: Input should be" in page(client, f"/families/{FAMILY}?{query}", 422).text
     response = client.get(f"/api/families/{FAMILY}/adapters?{query}")
     assert response.status_code == 422 and response.json()["detail"].startswith(name)
+
+
+@pytest.mark.parametrize("path", API)
+def test_unknown_parameters_of_the_api_are_422(client, path):
+    response = client.get(f"{path}?bogus=1&q=")
+    assert response.status_code == 422
+    wrong = "'bogus'" if path.endswith("/adapters") else "'bogus', 'q'"
+    assert response.json()["detail"].startswith(f"{wrong}: ")
+    assert client.get(PAGES[1] + "?bogus=1").status_code == 200  # a page ignores it
 
 
 class Away:
@@ -420,11 +485,23 @@ def test_every_json_response_is_strict_json(client, path):
     ("wrong", "problem"),
     [
         ({"port": 0}, "the port must lie in"),
-        ({"refresh_s": 0}, "at least 1 s"),
+        ({"refresh_s": 0}, r"in \[1, 86,400\] s, not 0"),
+        ({"refresh_s": float("inf")}, "the interval must lie in"),
+        ({"refresh_s": float("nan")}, "the interval must lie in"),
+        ({"host": ""}, "the host must be an address or a name"),
+        ({"host": "::1]"}, "the host must be an address or a name"),
+        ({"host": "localhost:80"}, "the host must be an address or a name"),
+        ({"host": "fe80::1%eth0"}, "the host must be an address or a name"),
         ({"mlflow_url": "javascript:alert(1)"}, "MLflow's pages must be http"),
         ({"prefect_url": "http://"}, "Prefect's pages must be http"),
         ({"allowed_hosts": ("*",)}, "names without port"),
         ({"allowed_hosts": ("a:80",)}, "names without port"),
+        ({"allowed_hosts": ("*.",)}, r"names without port.* not '\*.'"),
+        ({"allowed_hosts": (".",)}, "names without port"),
+        ({"allowed_hosts": ("",)}, "names without port"),
+        ({"allowed_hosts": ("a..b",)}, "names without port"),
+        ({"allowed_hosts": ("*.::1",)}, "names without port"),
+        ({"allowed_hosts": ("http://a",)}, "names without port"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(wrong, problem):

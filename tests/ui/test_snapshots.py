@@ -190,3 +190,42 @@ def test_a_registry_that_comes_back_is_read(fleet):
         Snapshots(replace(fleet.platform, catalog=catalog), 30).families()
     catalog.away = False
     assert Snapshots(replace(fleet.platform, catalog=catalog), 30).families() == (FAMILY,)
+
+
+def test_a_new_family_is_read_after_the_list_was_requested(fleet):
+    registry = SlowRegistry(fleet.platform.registry)
+    snapshots = Snapshots(replace(fleet.platform, registry=registry), refresh_s=0.05)
+    snapshots.start()
+    try:
+        wait_until(lambda: snapshots.last(FAMILY) is not None)
+        fleet.platform.catalog.register_manually("other", "s3://bases/other/v1")
+        wait_until(lambda: "other" in snapshots.families())
+        wait_until(lambda: snapshots.last("other") is not None)
+        reads = registry.reads
+        for _ in range(10):
+            snapshots.families()
+            time.sleep(0.02)
+        assert registry.reads == reads == 2  # each family once
+    finally:
+        snapshots.stop()
+
+
+def test_a_family_that_cannot_be_read_is_not_tried_again_for_the_list(fleet):
+    class Broken:
+        reads = 0
+
+        def fleet(self, family):
+            self.reads += 1
+            raise StoreError("away")
+
+    registry = Broken()
+    snapshots = Snapshots(replace(fleet.platform, registry=registry), refresh_s=0.02)
+    snapshots.start()
+    try:
+        wait_until(lambda: snapshots.failure(FAMILY) is not None)
+        for _ in range(10):
+            assert snapshots.families() == (FAMILY,)
+            time.sleep(0.02)
+        assert registry.reads == 1
+    finally:
+        snapshots.stop()

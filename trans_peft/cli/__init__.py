@@ -61,4 +61,4 @@ def _print_error(error: TransPeftError) -> None:
     text = str(error)
     for folder, uri in DOWNLOADED_FROM.items():
         text = text.replace(str(folder), uri)
-    stderr.print(f"{type(error).__name__}: {text}", markup=False, highlight=False, style="red")
+    stderr.print(f"{type(error).__name__}: {text}", style="red")

@@ -111,6 +111,14 @@ def publish(
     if rules is not None:
         rules.check(family, uri, uri)
     with progress() as shown:
+
+        def report(done: int, total: int) -> None:
+            size = total // 2  # `upload` counts each byte twice: when it is hashed, and when sent
+            if done <= size:
+                shown.update(f"hashing {folder}", done, size, "B")
+            else:
+                shown.update(f"uploading to {uri}", done - size, size, "B")
+
         manifest = upload(
             folder,
             uri,
@@ -119,7 +127,7 @@ def publish(
             parent=parent,
             store=SchemeStore(),
             sign_key=sign_key,
-            on_progress=lambda done, total: shown.update(f"publishing {uri}", done, total, "B"),
+            on_progress=report,
         )
     if json:
         print_json({"uri": uri, **vars(manifest)})

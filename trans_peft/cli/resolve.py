@@ -45,10 +45,10 @@ def resolve(
     if json:
         print_json({**vars(version), "alias": version.base.alias, "folder": folder})
         return 0
-    out.print(f"{version.adapter} version {version.number}", markup=False)
-    out.print(f"base           {version.base}", markup=False)
+    out.print(f"{version.adapter} version {version.number}")
+    out.print(f"base           {version.base}")
     out.print(f"fingerprint    {version.base.fingerprint_sha256}")
     out.print(f"weights        {version.weights_sha256}")
     if folder is not None:
-        out.print(f"files          {folder}", markup=False)
+        out.print(f"files          {folder}")
     return 0

@@ -8,8 +8,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from trans_peft.cli.options import Json
-from trans_peft.cli.show import out, print_json, stderr, table
+from trans_peft.cli.show import out, print_json, print_wrapped, stderr, table
+from trans_peft.domain.base import BaseRef
 from trans_peft.serving.export import Exported, Layout
+from trans_peft.serving.manifest import IdleEntry
 
 __all__ = ["export", "manifest"]
 
@@ -43,7 +45,8 @@ def manifest(
         return 0
     aliases = ", ".join(found.base_aliases) or "no alias"
     out.print(f"{found.base} ({aliases}), fingerprint {found.base.fingerprint_sha256[:12]}")
-    shown = table("adapter", "version", "verdict", "made by", "weights")
+    texts = ("verdict", "made by", "weights")
+    shown = table("adapter", "version", *texts, texts=texts)
     for adapter in found.adapters:
         verdict = adapter.verdict or "trained here"
         shown.add_row(
@@ -53,10 +56,20 @@ def manifest(
             adapter.made_by,
             adapter.weights_sha256[:12],
         )
-    out.print(shown)
-    for entry in found.idle:
-        out.print(entry.detail, markup=False)
+    print_wrapped(shown)
+    if found.idle:
+        idle = table("does not serve", "reason", "detail", texts=("reason", "detail"))
+        for entry in found.idle:
+            idle.add_row(entry.name, entry.reason, _without_names(entry, found.base))
+        out.print()
+        print_wrapped(idle)
     return 0
+
+
+def _without_names(entry: IdleEntry, base: BaseRef) -> str:
+    """Return the detail without the beginning that every row would repeat."""
+    beginning = f"{entry.name} does not serve on {base}: "
+    return entry.detail.removeprefix(beginning).removeprefix(f"verdict {entry.reason}: ")
 
 
 def export(

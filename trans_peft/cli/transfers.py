@@ -73,7 +73,7 @@ def check(
         change = effect.max_logit_change
         stdout.print(f"the adapter changes logits on the new base by up to {change:.3g}")
     elif effect is not None:
-        stdout.print("[red]the adapter changes no logit on the new base[/]")
+        stdout.print("the adapter changes no logit on the new base", style="red")
     return 0 if fits else 1
 
 

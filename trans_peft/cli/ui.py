@@ -25,7 +25,7 @@ def ui(
         str,
         Parameter(
             help="Further names in the Host header, separated by commas, such as "
-            "`fleet.example.com`. Requests with other names receive 400.",
+            "`fleet.example.com` or `*.example.com`. Requests with other names receive 400.",
             env_var="TRANS_PEFT_UI_ALLOWED_HOSTS",
         ),
     ] = "",
@@ -55,7 +55,7 @@ def ui(
     refresh_s: Annotated[
         float,
         Parameter(
-            help="Seconds after which an open family is read again.",
+            help="Seconds after which an open family is read again, 1 to 86400.",
             env_var="TRANS_PEFT_UI_REFRESH_S",
         ),
     ] = 30.0,
@@ -84,7 +84,7 @@ def ui(
         refresh_s=refresh_s,
     )
     platform = connect(tracking_uri or None)
-    stderr.print(f"fleet page at http://{host}:{port}", markup=False)
+    stderr.print(f"fleet page at {settings.url}")
     serve(platform, settings)
     return 0
 

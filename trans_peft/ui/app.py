@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,6 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from trans_peft.domain.names import quoted
 from trans_peft.errors import InvalidSpecError, NotFoundError, StoreError, TransPeftError
 from trans_peft.ports import Platform
 from trans_peft.ui.formats import FILTERS, SIGNS, query_url
@@ -93,7 +94,12 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 def _api(reader: Reader) -> APIRouter:
     """Return the routes that respond with JSON."""
-    api = APIRouter(prefix="/api", tags=["fleet"], responses=_PROBLEMS)
+    api = APIRouter(
+        prefix="/api",
+        tags=["fleet"],
+        responses=_PROBLEMS,
+        dependencies=[Depends(_refuse_unknown_parameters)],
+    )
 
     @api.get("/families")
     def families() -> tuple[FamilyView, ...]:
@@ -126,6 +132,19 @@ def _api(reader: Reader) -> APIRouter:
         return reader.base(family, base)
 
     return api
+
+
+def _refuse_unknown_parameters(request: Request) -> None:
+    """InvalidSpecError for a parameter that the address does not have. Pages ignore them."""
+    is_list = request.scope["route"].path.endswith("/adapters")
+    known = FleetQuery.model_fields if is_list else {}
+    unknown = sorted(request.query_params.keys() - known.keys())
+    if unknown:
+        raise InvalidSpecError(
+            f"{', '.join(map(quoted, unknown))}: {request.url.path} has no such parameter",
+            expected=", ".join(known) or "no parameters",
+            do="read /api/openapi.json",
+        )
 
 
 class _Pages:

@@ -7,9 +7,20 @@ from urllib.parse import quote, urlencode
 
 from trans_peft.ui.index import FleetQuery, State
 
-__all__ = ["FILTERS", "SIGNS", "count", "duration", "points", "query_url", "score"]
+__all__ = [
+    "FILTERS",
+    "SIGNS",
+    "count",
+    "duration",
+    "percent",
+    "points",
+    "query_url",
+    "score",
+    "shortened",
+]
 
 _MINUS = "\N{MINUS SIGN}"
+_LONGEST_TEXT = 60
 
 SIGNS: Mapping[State, str] = {
     State.PASSED: "\N{CHECK MARK}",
@@ -42,6 +53,11 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def percent(share: float | None) -> str:
+    """Return a share of 1 in percent: "80 %". "unknown" for None."""
+    return "unknown" if share is None else f"{100 * share:.0f} %"
+
+
 def duration(seconds: float | None) -> str:
     """Return a duration in its two largest units: "2 h 10 min". "unknown" for None."""
     if seconds is None:
@@ -56,6 +72,15 @@ def duration(seconds: float | None) -> str:
             rest = whole % size // small_size
             return f"{whole // size} {unit}" + (f" {rest} {small}" if rest else "")
     return f"{whole} s"
+
+
+def shortened(text: str) -> str:
+    """Return a text with at most 60 characters. Tags of MLflow may have very many."""
+    return (
+        text
+        if len(text) <= _LONGEST_TEXT
+        else f"{text[: _LONGEST_TEXT - 1]}\N{HORIZONTAL ELLIPSIS}"
+    )
 
 
 def query_url(path: str, query: FleetQuery, **changes: object) -> str:
@@ -81,12 +106,11 @@ def _pretty(value: object) -> str:
 
 def _moment(value: datetime | str) -> str:
     """Return a time without its fractions of a second; a text that is no time as it is."""
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value)
-        except ValueError:
-            return str(value)
-    return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+        return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError):  # OverflowError: the year 1 in a zone east of UTC
+        return str(value)
 
 
 FILTERS = {
@@ -94,8 +118,10 @@ FILTERS = {
     "duration": duration,
     "moment": _moment,
     "part": _path_part,
+    "percent": percent,
     "points": points,
     "pretty": _pretty,
     "score": score,
+    "shortened": shortened,
 }
 """Filters of the templates by name."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from math import ceil, isfinite
+from math import ceil
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -16,6 +16,7 @@ from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import unknown_name
+from trans_peft.ui.figures import finite
 
 __all__ = [
     "Cell",
@@ -44,6 +45,9 @@ class State(StrEnum):
     PASSED = Verdict.PASSED.value
     TRAINED = "trained"
 
+
+_LONGEST_OWNER = 200
+"""Characters of an owner that the filter offers: a longer one makes URLs that proxies refuse."""
 
 _RANK = {state: rank for rank, state in enumerate(State)}  # what needs attention comes first
 
@@ -106,7 +110,9 @@ class FleetQuery(BaseModel):
 
     q: str = Field(default="", max_length=100, description="part of the adapter's name")
     base: str = Field(
-        default="", description="base version of the filters and the order; default: champion"
+        default="",
+        description="base version of the filters and the order; default: champion, or else the "
+        "newest",
     )
     verdict: State | None = Field(default=None, description="verdict on that base version")
     method: str = Field(default="", description="PEFT type of the adapter")
@@ -169,8 +175,8 @@ class FleetIndex:
 
     @cached_property
     def owners(self) -> tuple[str, ...]:
-        """Owners of the adapters that have one."""
-        return tuple(sorted({row.owner for row in self.rows if row.owner}))
+        """Owners of the adapters that have one, without those too long for a URL."""
+        return tuple(sorted({r.owner for r in self.rows if 0 < len(r.owner) <= _LONGEST_OWNER}))
 
     @cached_property
     def adapters(self) -> Mapping[str, RegisteredAdapter]:
@@ -276,8 +282,8 @@ def _override(alias: AliasState, serves: bool) -> Override:
 
 
 def _largest_loss(judgment: Judgment) -> float | None:
-    differences = [suite.versus_old_base.difference for suite in judgment.suites]
-    return min((d for d in differences if isfinite(d)), default=None)
+    differences = [finite(suite.versus_old_base.difference) for suite in judgment.suites]
+    return min((d for d in differences if d is not None), default=None)
 
 
 def select(index: FleetIndex, query: FleetQuery) -> FleetPage:

@@ -9,6 +9,7 @@ from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
+from trans_peft.ui.figures import finite
 from trans_peft.ui.index import Cell, cell_of
 from trans_peft.ui.links import Links
 
@@ -38,7 +39,7 @@ class Station:
         reason: The reason of the verdict; empty without one.
         number: Number of the version that the outcome registered, or that was trained there.
         attempts: Number of failed attempts in a row.
-        seconds: Duration of the transfer.
+        seconds: Duration of the transfer. None: unknown.
         tried: The recovery strategies that were tried.
         notes: Differences of the bases that allow a transfer.
         mismatches: Differences that prevent it.
@@ -50,7 +51,7 @@ class Station:
     reason: str = ""
     number: int | None = None
     attempts: int = 0
-    seconds: float = 0.0
+    seconds: float | None = None
     tried: tuple[StrategyAttempt, ...] = ()
     notes: tuple[str, ...] = ()
     mismatches: tuple[str, ...] = ()
@@ -131,7 +132,7 @@ def _station(adapter: RegisteredAdapter, base: BaseVersion) -> Station:
         reason=outcome.judgment.reason,
         number=outcome.new_number,
         attempts=outcome.attempts if cell.state == "failed" else 0,
-        seconds=outcome.seconds,
+        seconds=finite(outcome.seconds),
         tried=outcome.tried,
         notes=outcome.compatibility.notes,
         mismatches=outcome.compatibility.mismatches,

@@ -4,13 +4,15 @@ Positions are percentages of the picture's width, so that its text has the same 
 """
 
 from dataclasses import dataclass
-from math import ceil, floor, isfinite
+from math import ceil, floor
 
 from trans_peft.domain.evaluation import Comparison
+from trans_peft.ui.figures import finite
 
 __all__ = ["Picture", "picture"]
 
 _LEFT, _RIGHT = 4.0, 96.0
+_LARGEST = 100.0  # scores lie in [0, 100], so no difference of two scores is larger
 _STEPS = (0.5, 1, 2, 5, 10, 20, 25, 50, 100)
 _MAX_TICKS = 7
 _ROOM = 0.08  # of the axis, at both ends
@@ -20,8 +22,10 @@ _ROOM = 0.08  # of the axis, at both ends
 class Picture:
     """One comparison. Positions in percent of the width; a bound that does not exist is at the end.
 
+    Figures beyond 100 points are at the end, too.
+
     Attributes:
-        difference: Position of the difference.
+        difference: Position of the difference. None if it is unknown.
         lower: Position of the lower bound.
         upper: Position of the upper bound.
         is_open_below: Whether there is no lower bound.
@@ -32,7 +36,7 @@ class Picture:
         result: `good`, `bad` or `open`: what the tests showed.
     """
 
-    difference: float
+    difference: float | None
     lower: float
     upper: float
     is_open_below: bool
@@ -45,16 +49,17 @@ class Picture:
 
 def picture(found: Comparison, limit: float | None, result: str) -> Picture:
     """Return the picture of a comparison. `limit` in points; None: no margin is drawn."""
-    values = [v for v in (found.difference, found.lower, found.upper) if isfinite(v)]
-    values += [0.0] if limit is None else [0.0, limit]
+    difference, lower, upper = map(finite, (found.difference, found.lower, found.upper))
+    known = [v for v in (difference, lower, upper, limit, 0.0) if v is not None]
+    values = [min(max(v, -_LARGEST), _LARGEST) for v in known]
     room = max(max(values) - min(values), 1.0) * _ROOM
     axis = _Axis(min(values) - room, max(values) + room)
     return Picture(
-        difference=axis.position(found.difference),
-        lower=axis.position(found.lower),
-        upper=axis.position(found.upper),
-        is_open_below=not isfinite(found.lower),
-        is_open_above=not isfinite(found.upper),
+        difference=None if difference is None else axis.position(difference),
+        lower=axis.position(axis.low if lower is None else lower),
+        upper=axis.position(axis.high if upper is None else upper),
+        is_open_below=lower is None,
+        is_open_above=upper is None,
         zero=axis.position(0.0),
         limit=None if limit is None else axis.position(limit),
         ticks=axis.ticks(),

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from statistics import mean
 
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS
+from trans_peft.ui.figures import finite
 from trans_peft.ui.index import FleetIndex, State
 
 __all__ = ["BaseProgress", "FleetProgress", "progress_of"]
@@ -106,7 +108,7 @@ def progress_of(index: FleetIndex) -> FleetProgress:
         fleet.family,
         bases,
         sum(base.missing + base.retried for base in wanted),
-        sum(known) if len(known) == len(estimates) else None,
+        finite(sum(known)) if len(known) == len(estimates) else None,
         fleet.notes.get(fleet.champion, "") if fleet.champion is not None else "",
     )
 
@@ -140,11 +142,13 @@ def _of_base(
         serving=index.serving_counts[base.version],
         states={state: states[state] for state in State if states[state]},
         seconds_each=each,
-        seconds_left=None if each is None else each * (missing + retried),
+        seconds_left=None if each is None else finite(each * (missing + retried)),
     )
 
 
 def _mean_seconds(outcomes: list[TransferOutcome]) -> float | None:
     """Return the mean duration of transfers that led to a verdict from figures; None without."""
-    seconds = [o.seconds for o in outcomes if o.seconds > 0 and o.verdict is not Verdict.FAILED]
+    seconds = [
+        o.seconds for o in outcomes if 0 < o.seconds < inf and o.verdict is not Verdict.FAILED
+    ]
     return mean(seconds) if seconds else None

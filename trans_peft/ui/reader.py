@@ -7,6 +7,7 @@ from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.errors import NotFoundError, StoreError, TransPeftError, unknown_name
 from trans_peft.ports import Platform
+from trans_peft.ui.figures import finite
 from trans_peft.ui.index import FleetPage, FleetQuery, State, select
 from trans_peft.ui.life import (
     AdapterView,
@@ -18,7 +19,7 @@ from trans_peft.ui.life import (
 from trans_peft.ui.links import Links
 from trans_peft.ui.progress import FleetProgress
 from trans_peft.ui.snapshots import Snapshot, Snapshots
-from trans_peft.ui.verdict import MEANINGS, Meaning, SuiteView, suites_of
+from trans_peft.ui.verdict import Meaning, SuiteView, meaning_of, suites_of
 
 __all__ = ["FamilyView", "Reader", "VerdictView"]
 
@@ -46,7 +47,7 @@ class VerdictView:
         base: Label of the new base version.
         old_base: Label of the base version that the judged weights were trained on.
         station: The verdict with its reason, strategies and override.
-        meaning: What the verdict says, and what to do.
+        meaning: What the verdict says, and what to do, also about a manual override.
         margin_points: The non-inferiority margin. None if the outcome does not record it.
         alpha: The one-sided level, likewise.
         policy_sha256: Hash of the gate policy.
@@ -128,11 +129,13 @@ class Reader:
             base=base.version,
             old_base=(source or adapter.source).trained_on.version,
             station=station,
-            meaning=MEANINGS[station.cell.state],
-            margin_points=outcome.judgment.margin_points,
-            alpha=outcome.judgment.alpha,
+            meaning=meaning_of(station.cell.state, station.cell.override, base, outcome.new_number),
+            margin_points=finite(outcome.judgment.margin_points),
+            alpha=finite(outcome.judgment.alpha),
             policy_sha256=outcome.policy_sha256,
-            largest_logit_change=outcome.effect.max_logit_change if outcome.effect else None,
+            largest_logit_change=finite(outcome.effect.max_logit_change)
+            if outcome.effect
+            else None,
             suites=suites_of(adapter, base, outcome, self._platform.evaluations),
             page_url=self._links.version(name, outcome.new_number or outcome.source_number),
         )

@@ -13,7 +13,7 @@ def serve(platform: Platform, settings: UiSettings) -> None:
     """Serve the fleet page until the process receives a signal to end."""
     uvicorn.run(
         create_app(platform, settings),
-        host=settings.host,
+        host=settings.listening_address,
         port=settings.port,
         access_log=False,  # the proxy, if there is one, logs who reads what
         server_header=False,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Generic, TypeVar
 
 from trans_peft.domain.base import BaseVersion
@@ -136,9 +137,13 @@ class Snapshots:
         self._thread.join(timeout=5)
 
     def families(self) -> tuple[str, ...]:
-        """Return the names of all families. StoreError if they were never read."""
+        """Return the names of all families. StoreError if they were never read.
+
+        Old names, and families that were never read, are read in the background.
+        """
         names = self._names.get()
-        self._wake_if_due(self._names)
+        if self._names.is_due(self._refresh_s) or not self._families.keys() >= {*names}:
+            self._wake.set()
         return names
 
     def get(self, family: str) -> Snapshot:
@@ -170,9 +175,10 @@ class Snapshots:
         return cached.failure if cached else None
 
     def refresh(self) -> None:
-        """Read everything that was requested and is older than the interval."""
+        """Read everything that was requested and is older than the interval, and new families."""
         if self._names.is_due(self._refresh_s):
             self._names.refresh()
+        self._read_new()
         for family, cached in list(self._families.items()):
             if cached.is_due(self._refresh_s) and not self._stopped:
                 try:
@@ -185,18 +191,20 @@ class Snapshots:
             self._wake.set()
 
     def _run(self) -> None:
-        self._logging_faults(self._read_all)
+        self._logging_faults(self._names.get)
+        self._logging_faults(self._read_new)
         while not self._stopped:
             self._wake.wait(self._refresh_s)
             self._wake.clear()
             self._logging_faults(self.refresh)
 
-    def _read_all(self) -> None:
-        for family in self._names.get():
-            if not self._stopped:
-                self.get(family)
+    def _read_new(self) -> None:
+        """Read the known families that nothing has read, or has tried to read, before."""
+        for family in self._names.last or ():
+            if family not in self._families and not self._stopped:
+                self._logging_faults(partial(self.get, family))
 
-    def _logging_faults(self, read: Callable[[], None]) -> None:
+    def _logging_faults(self, read: Callable[[], object]) -> None:
         """Call a function; its errors go to the log, because they must not end the thread."""
         try:
             read()

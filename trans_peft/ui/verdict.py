@@ -1,8 +1,7 @@
 """A verdict explained: what it means, the figures of every suite, and the items that changed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
@@ -18,10 +17,11 @@ from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.errors import TransPeftError
 from trans_peft.ports import EvaluationStore
-from trans_peft.ui.index import State
+from trans_peft.ui.figures import finite
+from trans_peft.ui.index import Override, State
 from trans_peft.ui.picture import Picture, picture
 
-__all__ = ["MEANINGS", "Flips", "Meaning", "SuiteView", "suites_of"]
+__all__ = ["MEANINGS", "Flips", "Meaning", "SuiteView", "meaning_of", "suites_of"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,26 @@ MEANINGS: Mapping[State, Meaning] = {
 """The table of docs/verdicts.md. A test compares them."""
 
 
+def meaning_of(state: State, override: Override, base: BaseVersion, number: int | None) -> Meaning:
+    """Return the meaning of a verdict. For a manual override, `do` says how to undo it.
+
+    `number` is the adapter's version for `base`; None if the transfer registered none.
+    """
+    meaning = MEANINGS[state]
+    if override is Override.NONE:
+        return meaning
+    if override is Override.BLOCKED:
+        version = f"version {number}" if number else f"a version for {base}"
+        done, undo = "does not serve", f"set that alias on {version}"
+    else:
+        done, undo = "serves", "remove that alias"
+    text = (
+        f"The adapter {done} on {base}, because a person changed its alias {base.alias}. Reconcile "
+        f"keeps this. To undo it, {undo} in MLflow."
+    )
+    return replace(meaning, do=text if state is State.PASSED else f"{meaning.do} {text}")
+
+
 @dataclass(frozen=True)
 class Flips:
     """The items whose result differs between the old base and the new one.
@@ -86,6 +106,8 @@ class Flips:
 class ComparisonView:
     """A comparison of docs/verdicts.md. A bound of None does not exist.
 
+    Any other figure of None is unknown.
+
     Attributes:
         reference: What the adapter on the new base is compared with.
         reference_score: Score of the reference, in points.
@@ -100,10 +122,10 @@ class ComparisonView:
     """
 
     reference: str
-    reference_score: float
+    reference_score: float | None
     items: int
     discordant: int
-    difference: float
+    difference: float | None
     lower: float | None
     upper: float | None
     inferiority_bound: float | None
@@ -113,7 +135,7 @@ class ComparisonView:
 
 @dataclass(frozen=True)
 class SuiteView:
-    """The figures of one suite behind a verdict.
+    """The figures of one suite behind a verdict. A figure of None is unknown.
 
     Attributes:
         suite: Name of the suite.
@@ -128,10 +150,10 @@ class SuiteView:
     """
 
     suite: str
-    score: float
+    score: float | None
     items: int
     suite_items: int | None
-    power: float
+    power: float | None
     more_items: int
     chance: float | None
     comparisons: tuple[ComparisonView, ...]
@@ -151,7 +173,7 @@ def suites_of(
     return tuple(
         _suite_view(
             figures,
-            outcome.judgment.margin_points,
+            finite(outcome.judgment.margin_points),
             suites.get(figures.suite),
             _flips(figures, suites.get(figures.suite), source, made, base, evaluations),
         )
@@ -176,10 +198,10 @@ def _suite_view(
         views.append(_comparison_view("a fresh adapter", fresh, loss, _versus_adapter(fresh)))
     return SuiteView(
         suite=figures.suite,
-        score=figures.score,
+        score=finite(figures.score),
         items=figures.items,
         suite_items=figures.prefix.suite_items if figures.prefix else None,
-        power=figures.power,
+        power=finite(figures.power),
         more_items=figures.more_items,
         chance=suite.chance_points if suite else None,
         comparisons=tuple(views),
@@ -202,20 +224,16 @@ def _comparison_view(
     }
     return ComparisonView(
         reference=reference,
-        reference_score=found.reference_score,
+        reference_score=finite(found.reference_score),
         items=found.items,
         discordant=found.discordant,
-        difference=found.difference,
-        lower=_finite(found.lower),
-        upper=_finite(found.upper),
-        inferiority_bound=_finite(found.inferiority_bound),
+        difference=finite(found.difference),
+        lower=finite(found.lower),
+        upper=finite(found.upper),
+        inferiority_bound=finite(found.inferiority_bound),
         shown=tuple(name for name, holds in tests.items() if holds),
         picture=picture(found, limit, result),
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if isfinite(value) else None
 
 
 def _flips(
