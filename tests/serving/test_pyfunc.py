@@ -141,6 +141,8 @@ def test_a_version_that_does_not_serve_is_refused(registered, load):
     registered.serve(None)
     with pytest.raises(NotServedError, match="pyfunc-chat does not serve on pyfunc/v1"):
         load("/1")
+    with pytest.raises(mlflow.MlflowException, match=r"alias .* not found"):  # before our loader
+        load(f"@{registered.base.alias}")
     registered.serve(1)
 
 
