@@ -35,6 +35,10 @@ class FakeEngine:
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/v1/chat/completions", self._complete, methods=["POST"]),
             Route("/v1/responses", self._complete, methods=["POST"]),
+            *(
+                Route(path, self._complete, methods=["POST"])
+                for path in ("/v1/embeddings", "/pooling", "/classify", "/tokenize")
+            ),
         ]
         self.started = False
 

@@ -1,9 +1,11 @@
 """The adapters of a server process: its settings, and its reads of a real MLflow server."""
 
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from requests import Response
 
 from tests.faults.proxy import RandomFaults, proxied
 from tests.serving.fleet import ServingFleet
@@ -79,3 +81,92 @@ def test_a_server_follows_a_real_registry_and_outlives_it(
         faults.bad = False
         server.refresh()
         assert loaded(code) == resolve(code, fleet.platform, base="v1").weights_sha256
+
+
+ANSWERS = [
+    b"", b"{}", b"[]", b"<html>log in</html>", b'{"error": "x"}',
+    b'{"model_versions": [{"nom": 1}]}',
+    b'{"registered_models": [{"nom": 1}], "registered_model": {"name": 1}}',
+    b'{"registered_model": {"name": "x"}, "model_versions": "x", "registered_models": null}',
+]  # fmt: skip
+
+
+@pytest.fixture
+def odd_answers(monkeypatch):
+    """Answer requests to MLflow's REST API whose path ends with `of` by other bytes."""
+    from mlflow.utils import rest_utils
+
+    request = rest_utils._get_http_response_with_retries
+
+    @contextmanager
+    def answering(content, of):
+        def respond(method, url, *arguments, **options):
+            if not url.endswith(of):
+                return request(method, url, *arguments, **options)
+            response = Response()
+            response.status_code, response._content = 200, content
+            return response
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rest_utils, "_get_http_response_with_retries", respond)
+            yield
+
+    return answering
+
+
+@pytest.mark.servers
+def test_an_odd_answer_of_the_registry_keeps_what_is_loaded_and_routes_nothing_else(
+    servers, unique, tmp_path, tiny_bases, odd_answers
+):
+    fleet = ServingFleet(tmp_path, connect(servers.mlflow_url), unique)
+    chat, code = f"{unique}-chat", f"{unique}-code"
+    v1 = fleet.add_base("v1", tiny_bases[0])
+    fleet.train(chat, v1, 1)
+    fleet.train(code, v1, 2)
+    server = AdapterServer(ServerSettings(unique, tmp_path / "served"), fleet.platform)
+    server.start(str(tiny_bases[0]), max_rank=8)
+    adapter = server.route(chat)
+    server.prepare(adapter)
+    server.load(adapter.engine_name)
+    for content in ANSWERS:
+        for of in ("", "registered-models/get", "registered-models/search", "versions/search"):
+            if content == b"{}" and of.endswith("search"):
+                continue  # MLflow's own answer to a search that finds nothing
+            with odd_answers(content, of):
+                server.refresh()
+            assert server.route(chat) == adapter, (content, of)
+            assert server.revoked() == ()
+            refusal = server.route(code)
+            assert isinstance(refusal, Refusal), (content, of)
+            assert refusal.reason is RefusalReason.REGISTRY_AWAY
+            server.refresh()
+            assert server.route(code).name == code
+
+
+def test_an_unexpected_error_of_a_read_counts_as_a_registry_that_is_away(fleet, monkeypatch):
+    settings = ServerSettings(fleet.family, fleet.folder / "served")
+    server = AdapterServer(settings, fleet.platform)
+    server.start(str(fleet.bases["v1"]), max_rank=8)
+    chat = server.route("chat")
+    server.prepare(chat)
+    server.load(chat.engine_name)
+
+    def odd(family):
+        raise KeyError("name")
+
+    monkeypatch.setattr(fleet.registry, "fleet", odd)
+    server.refresh()
+    assert server.route("chat") == chat
+    assert server.route("code").reason is RefusalReason.REGISTRY_AWAY
+
+
+def test_a_folder_that_cannot_be_cleaned_does_not_end_the_start(fleet, caplog):
+    folder = fleet.folder / "served"
+    for name in ("chat.v9.0123456789ab", ".state"):
+        (folder / name).mkdir(parents=True)
+    (folder / "chat.v9.0123456789ab" / ".complete").write_text("")
+    (folder / ".state" / "lock").write_text("a file where a folder belongs")
+    server = AdapterServer(ServerSettings(fleet.family, folder), fleet.platform)
+    server.start(str(fleet.bases["v1"]), max_rank=8)
+    assert "unused folders in" in caplog.text
+    assert server.prepare(server.route("chat")).reason is RefusalReason.DAMAGED

@@ -51,6 +51,7 @@ def serve(fleet, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.delenv("VLLM_SKIP_MODEL_NAME_VALIDATION", raising=False)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver,trans-peft")
 
     @contextmanager
     def start(base="v1", *, base_name=None, headers=None, **args):
@@ -110,11 +111,28 @@ def test_a_request_without_a_model_is_never_answered_from_the_bare_base(serve, b
         assert served.engine.bodies == []
 
 
-@pytest.mark.parametrize("data", [b"", b"nonsense", b"[1]", b'"chat"', b"[" * 100_000, b"\xff"])
-def test_a_body_that_is_no_object_is_refused(serve, data):
+def nested(depth):
+    return b'{"model": "chat", "x": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+BODIES = [
+    (b"", "is not valid JSON"),
+    (b"nonsense", "is not valid JSON: Expecting value"),
+    (b"\xff", "is not valid JSON"),
+    (b'{"model": "chat", "x": ' + b"1" * 5000 + b"}", "is not valid JSON"),
+    (b"[1]", "must be a JSON object"),
+    (b'"chat"', "must be a JSON object"),
+    (b"[" * 100_000, "is nested too deeply"),
+    (nested(1500), "is nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("data", "problem"), BODIES, ids=range(len(BODIES)))
+def test_a_body_that_is_no_object_is_refused(serve, data, problem):
     with serve() as served:
         response = served.client.post("/v1/completions", content=data)
         assert response.status_code == 400
+        assert problem in response.json()["error"]["message"]
         assert served.engine.bodies == []
 
 
@@ -365,6 +383,96 @@ def test_an_adapter_with_a_template_of_its_own_is_asked_with_it(serve, fleet, tm
         assert "chat_template" not in served.engine.bodies[-1]
 
 
+TEMPLATES = [
+    {"chat_template": "{{ 1 }}"},
+    {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+    {"chat_template_kwargs": {"enable_thinking": False, "chat_template": None}},
+]
+WITH_TEMPLATE = [
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
+    "/v1/messages/count_tokens", "/v1/embeddings", "/pooling", "/classify", "/tokenize",
+    "/score", "/rerank",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", WITH_TEMPLATE)
+@pytest.mark.parametrize("body", TEMPLATES)
+def test_a_template_in_a_request_is_refused_on_every_route(serve, path, body):
+    with serve(trust_request_chat_template=True, base_name="bare") as served:
+        for name in ("chat", "bare"):
+            assert served.refused(name, path, messages=[], **body) == (404, "route_closed")
+        assert served.engine.bodies == []
+
+
+def test_other_options_of_the_template_pass(serve):
+    options = {"chat_template_kwargs": {"enable_thinking": False}}
+    with serve() as served:
+        assert served.ask("chat", "/v1/chat/completions", messages=[], **options).status_code == 200
+        assert served.engine.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling", "/classify", "/tokenize"])
+def test_a_chat_on_another_route_has_the_template_of_the_adapter(serve, fleet, tmp_path, path):
+    template = "{{ messages[0]['content'] }}"
+    draft = lora_folder(tmp_path / "draft", 5)
+    (draft / "chat_template.jinja").write_text(template)
+    fleet._register(draft, "styled", fleet.base("v1"), None)
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    with serve() as served:
+        assert served.refused("styled", path, **chat) == (422, "adapter_unsupported")
+        assert served.ask("styled", path).status_code == 200
+    with serve(trust_request_chat_template=True) as served:
+        assert served.ask("styled", path, **chat).status_code == 200
+        assert served.engine.bodies[-1]["chat_template"] == template
+
+
+def test_the_bare_base_never_answers_under_the_name_of_an_adapter(serve, fleet, monkeypatch):
+    def away(*_):
+        raise StoreError("MLflow cannot be reached")
+
+    with serve("v2", base_name="chat") as served:
+        fleet.registry.retire_manually("chat")
+        served.follow()
+        assert served.refused("chat") == (404, "adapter_unknown")
+        assert [model["id"] for model in served.client.get("/v1/models").json()["data"]] == []
+    for name in ("bare", "code", "chat", "chat@next"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fleet.catalog, "versions", away)
+            with serve("v2", base_name=name) as served:  # the registry is away from the start
+                assert served.refused(name) == (503, "registry_unavailable")
+    for name, refused in {"code": "adapter_not_served", "chat@next": "base_is_not_next"}.items():
+        with serve("v2", base_name=name) as served:
+            assert served.refused(name) == (404, refused)
+            with monkeypatch.context() as patch:
+                patch.setattr(fleet.catalog, "versions", away)
+                served.follow()
+                assert served.refused(name) == (503, "registry_unavailable")
+
+
+ODD_FOLDERS = ["the folder is a file", "a dangling link in it", "part is a file", "use is a file"]
+
+
+@pytest.mark.parametrize("case", ODD_FOLDERS)
+def test_odd_files_in_the_folders_are_an_error_of_this_server(serve, fleet, tmp_path, case):
+    code = tmp_path / "served" / fleet.served("code", "v1").engine_name
+    state = tmp_path / "served" / ".state"
+    with serve() as served:
+        served.text("chat")
+        if case == "the folder is a file":
+            code.write_text("")
+        elif case == "a dangling link in it":
+            code.mkdir()
+            (code / "x").symlink_to("/nowhere")
+        else:
+            name = case.partition(" ")[0]
+            (state / name).rename(tmp_path / name)
+            (state / name).write_text("")
+        status, reason = served.refused("code")
+        assert (status, reason) == (500, "adapter_damaged")
+        assert "code version 1 cannot be loaded" in served.ask("code").json()["error"]["message"]
+        assert served.text("chat")
+
+
 def startup_message(app):
     """Return what the app sends to the server that starts it."""
     import asyncio
@@ -396,6 +504,8 @@ def behind_middleware(fleet, model, tmp_path):
 START = [
     ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"}, "asks no resolver"),
     ({"VLLM_SKIP_MODEL_NAME_VALIDATION": "1"}, "from the bare base"),
+    ({"VLLM_PLUGINS": ""}, "does not list trans-peft"),
+    ({"VLLM_PLUGINS": "lora_filesystem_resolver"}, "does not list trans-peft"),
 ]
 
 

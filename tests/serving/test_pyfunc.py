@@ -3,6 +3,7 @@
 import json
 
 import mlflow
+import pandas
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -140,6 +141,8 @@ def test_a_version_that_does_not_serve_is_refused(registered, load):
     registered.serve(None)
     with pytest.raises(NotServedError, match="pyfunc-chat does not serve on pyfunc/v1"):
         load("/1")
+    with pytest.raises(mlflow.MlflowException, match=r"alias .* not found"):  # before our loader
+        load(f"@{registered.base.alias}")
     registered.serve(1)
 
 
@@ -158,6 +161,49 @@ def test_changed_weights_and_other_models_are_refused(registered, tmp_path):
     mlflow.models.Model().save(str(tmp_path / "MLmodel"))
     with pytest.raises(IntegrityError, match="does not describe an adapter version"):
         _load_pyfunc(folder)
+
+
+def test_files_that_change_after_the_model_was_loaded_are_not_served(registered, tmp_path):
+    from trans_peft.serving.pyfunc import _load_pyfunc
+
+    def load(name):
+        return _load_pyfunc(
+            mlflow.artifacts.download_artifacts(
+                f"models:/{registered.adapter}/1", dst_path=str(tmp_path / name)
+            )
+        )
+
+    rows, params = pandas.DataFrame({"prompt": PROMPTS}), {"max_new_tokens": NEW_TOKENS, "stop": []}
+    for name in ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"):
+        model = load(name)
+        expected = model.predict(rows, params)
+        path = model.folder / name
+        content = path.read_bytes()
+        other = (
+            content.replace(b"800", b"100") if name.endswith(".json") else content[:-9] + b"x" * 9
+        )
+        assert other != content
+        path.write_bytes(other)
+        with pytest.raises(IntegrityError, match="differ from the registered ones"):
+            model.predict(rows, params)
+        path.write_bytes(content)
+        assert model.predict(rows, params) == expected
+        path.unlink()
+        with pytest.raises(IntegrityError, match="load the model again"):
+            model.predict(rows, params)
+
+
+def test_a_copy_of_the_base_that_changed_on_the_disk_is_replaced(registered, load):
+    from trans_peft.lifecycle.base_files import base_folder
+
+    model = load(f"@{registered.base.alias}")
+    expected = model.predict(PROMPTS)
+    path = base_folder(registered.base, registered.platform) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4000:] = bytes(4000)
+    path.chmod(0o644)
+    path.write_bytes(bytes(content))
+    assert model.predict(PROMPTS) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The decision for each request, as a table: name and registry -> version or error."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -61,7 +62,19 @@ TABLE = [
     ("away, canary loaded", Router(NEXT, "refused", LOADED), "chat@next", CHAT),
     ("bare base", Router(MANIFEST, base_name="base"), "base", "base"),
     ("bare base not allowed", Router(MANIFEST), "base", (404, "adapter_unknown", "")),
-    ("bare base, away", Router(None, "refused", base_name="base"), "base", "base"),
+    ("bare base, away later", Router(MANIFEST, "refused", base_name="base"), "base", "base"),
+    ("bare base, away from the start", Router(None, "refused", base_name="base"), "base",
+     (503, "registry_unavailable", "refused")),
+    ("the base has an adapter's name, away", Router(MANIFEST, "refused", base_name="chat"), "chat",
+     (503, "registry_unavailable", "refused")),
+    ("and the adapter is loaded", Router(MANIFEST, "refused", LOADED, "chat"), "chat", CHAT),
+    ("a path as the base's name", Router(MANIFEST, base_name="/m" * 99), "/m" * 99, "base"),
+    ("longer than any name", Router(MANIFEST), "c" * 101, (404, "adapter_unknown", "at most 100")),
+    ("that, on a canary", Router(MANIFEST), "c" * 101 + "@next",
+     (404, "adapter_unknown", "at most 100")),
+    ("that, away", AWAY, "c" * 101, (404, "adapter_unknown", "at most 100")),
+    ("control characters", Router(MANIFEST), "\x1b[2J\n",
+     (404, "adapter_unknown", "'\\x1b[2J\\n'")),
     ("the adapter wins over the base's name", Router(MANIFEST, base_name="chat"), "chat", CHAT),
     ("so does an idle one", Router(MANIFEST, base_name="unsure"), "unsure",
      (404, "adapter_not_served", "")),
@@ -88,3 +101,29 @@ def test_a_request_is_answered_by_the_version_that_serves_or_by_an_error(
 def test_a_router_without_adapters_says_so():
     found = Router(replace(MANIFEST, adapters=())).route("unknown")
     assert isinstance(found, Refusal) and "serve: none" in found.message
+
+
+NAMES = ["x" * 2_000_000, "adapter-x" * 1111, "adapter-x" * 11, "adapter-x", "\x00" * 100]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=[str(len(name)) for name in NAMES])
+@pytest.mark.parametrize("suffix", ["", "@next"])
+@pytest.mark.parametrize("state", [{}, {"registry_error": "refused"}])
+def test_an_unknown_name_is_refused_at_once_and_is_not_echoed_in_full(name, suffix, state):
+    many = tuple(sorted((replace(CHAT, name=f"adapter-{i}") for i in range(1000)),
+                        key=lambda found: found.name))  # fmt: skip
+    router = Router(replace(MANIFEST, adapters=many), **state)
+    began = time.process_time()
+    found = router.route(name + suffix)
+    assert time.process_time() - began < 0.2
+    assert isinstance(found, Refusal)
+    assert len(found.message) < 600
+
+
+@pytest.mark.parametrize("number", [0, 499, 999])
+def test_of_many_adapters_the_names_most_like_an_unknown_one_are_named_first(number):
+    many = tuple(replace(CHAT, name=f"adapter-{i:03}") for i in range(1000))
+    found = Router(replace(MANIFEST, adapters=many)).route(f"adapter-{number:03}a")
+    assert isinstance(found, Refusal)
+    assert f"serve: adapter-{number:03}, " in found.message
+    assert found.message.endswith("and 995 more")

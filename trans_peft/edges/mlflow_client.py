@@ -37,6 +37,7 @@ from trans_peft.edges.mlflow_search import (
     Page,
     all_pages,
     entry_of,
+    malformed_answer,
     page_of,
 )
 from trans_peft.errors import (
@@ -425,12 +426,12 @@ class Tracking:
 
     def found_model(self, name: str) -> FoundModel:
         """Return the registered model of that name, of whatever kind. NotFoundError."""
-        return cast(FoundModel, entry_of(self.client.get_registered_model(name)))
+        return cast(FoundModel, entry_of(self._registered(name)))
 
     def model(self, name: str, kind: str) -> Any:
         """Return a registered model and its aliases. NotFoundError, also for another kind."""
         try:
-            found = self.client.get_registered_model(name)
+            found = self._registered(name)
         except NotFoundError as error:
             known = [model.name for model in self.models({"kind": kind})]
             raise unknown_name(_KINDS.get(kind, kind), name, known) from error
@@ -447,11 +448,22 @@ class Tracking:
     def make_model(self, name: str, tags: Mapping[str, str]) -> Any:
         """Return the registered model of that name; create it with these tags if it is missing."""
         with contextlib.suppress(NotFoundError):
-            return self.client.get_registered_model(name)
+            return self._registered(name)
         check_case("the name", name, self._like(name))
         with contextlib.suppress(_ConflictError):
             return self.client.create_registered_model(name, tags=full_tags(tags))
-        return self.client.get_registered_model(name)  # another process created it first
+        return self._registered(name)  # another process created it first
+
+    def _registered(self, name: str) -> Any:
+        """Return MLflow's entity of a registered model. NotFoundError.
+
+        MLflow's client ignores what it does not know in an answer. Of any JSON object without a
+        model, it makes a model without a name.
+        """
+        found = self.client.get_registered_model(name)
+        if found.name.lower() != name.lower():  # some databases ignore case
+            raise malformed_answer(f"the registered model {name!r}", found.name or "no model")
+        return found
 
     def _like(self, name: str) -> list[str]:
         """Return the names of registered models that ILIKE finds; `_` matches any character."""
@@ -463,16 +475,9 @@ class Tracking:
         )
         return [model.name for model in found]
 
-    def versions(self, name: str) -> list[Any]:
+    def versions(self, name: str) -> list[FoundVersion]:
         """Return all versions of a registered model, oldest first; empty if there is no model."""
-        return all_pages(
-            lambda token: self.client.search_model_versions(
-                f"name = {_literal(name)}",
-                max_results=_PAGE,
-                order_by=["name ASC", "version_number ASC"],
-                page_token=token,
-            )
-        )
+        return self._search("model-versions", f"name = {_literal(name)}", _BY_NUMBER)
 
     def tagged_versions(self, tags: Mapping[str, str]) -> list[FoundVersion]:
         """Return the versions of all registered models with these tags, by name and number."""
@@ -507,7 +512,9 @@ class Tracking:
                 "GET",
                 params=params | ({"page_token": token} if token else {}),
             )
-            return page_of(verify_rest_response(response, path).json())
+            if response.ok and not response.content:  # MLflow's client reads it as `{}`
+                raise malformed_answer("a JSON object", "")
+            return page_of(verify_rest_response(response, path).json(), kind)
 
     def make_version(
         self,

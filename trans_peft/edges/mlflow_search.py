@@ -8,7 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FoundModel", "FoundVersion", "Page", "all_pages", "entry_of", "page_of"]
+from trans_peft.domain.names import quoted
+from trans_peft.errors import StoreError
+
+__all__ = [
+    "FoundModel",
+    "FoundVersion",
+    "Page",
+    "all_pages",
+    "entry_of",
+    "malformed_answer",
+    "page_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +57,49 @@ class Page(list[Any]):
 
 
 def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
-    """Return the items of all pages of a search. `search` takes the token of a page, or None."""
-    found, token = [], None
+    """Return the items of all pages of a search. `search` takes the token of a page, or None.
+
+    Raises StoreError if a page names itself or an earlier one as the next.
+    """
+    found: list[Any] = []
+    token: str | None = None
+    asked: set[str | None] = set()
     while True:
+        asked.add(token)
         page = search(token)
         found += page
         token = page.token
         if not token:
             return found
+        if token in asked:
+            raise malformed_answer("the token of a page that was read before", token)
 
 
-def page_of(answer: Mapping[str, Any]) -> Page:
-    """Return the page in an answer of `registered-models/search` or `model-versions/search`."""
-    page = Page(
-        FoundModel(
-            row["name"],
-            _tags(row),
-            {alias["alias"]: alias["version"] for alias in row.get("aliases", ())},
-            max((int(version["version"]) for version in row.get("latest_versions", ())), default=0),
-        )
-        for row in answer.get("registered_models", ())
-    )
-    page += (
-        FoundVersion(
-            row["name"], row["version"], row.get("source", ""), row.get("run_id", ""), _tags(row)
-        )
-        for row in answer.get("model_versions", ())
-    )
-    page.token = answer.get("next_page_token", "")
+def page_of(answer: object, kind: str) -> Page:
+    """Return the page in an answer to a search for "registered-models" or "model-versions".
+
+    MLflow's server leaves out an empty list, so that an empty page is `{}`. Raises StoreError for
+    an answer of another shape: taken as an empty page, it would revoke every adapter.
+    """
+    key = kind.replace("-", "_")
+    if not isinstance(answer, dict) or not (key in answer or answer.keys() <= {"next_page_token"}):
+        raise malformed_answer(f"a JSON object with {key}", answer)
+    try:
+        page = Page(map(_model if key == "registered_models" else _version, answer.get(key, ())))
+        page.token = _text(answer.get("next_page_token", ""))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise malformed_answer(f"{key} with the fields of MLflow's REST API", answer) from error
     return page
+
+
+def malformed_answer(expected: str, found: object) -> StoreError:
+    """Return the error for an answer that MLflow's server does not give."""
+    return StoreError(
+        "the answer of MLflow to a read of its registry has another shape",
+        expected=expected,
+        found=quoted(found, 200),
+        do="check MLFLOW_TRACKING_URI, the version of the server, and the proxies before it",
+    )
 
 
 def entry_of(entity: Any) -> FoundModel | FoundVersion:
@@ -87,5 +112,29 @@ def entry_of(entity: Any) -> FoundModel | FoundVersion:
     )
 
 
+def _model(row: Mapping[str, Any]) -> FoundModel:
+    numbers = (int(version["version"]) for version in row.get("latest_versions", ()))
+    aliases = {
+        _text(alias["alias"]): str(int(alias["version"])) for alias in row.get("aliases", ())
+    }
+    return FoundModel(_text(row["name"]), _tags(row), aliases, max(numbers, default=0))
+
+
+def _version(row: Mapping[str, Any]) -> FoundVersion:
+    return FoundVersion(
+        _text(row["name"]),
+        str(int(row["version"])),
+        _text(row.get("source", "")),
+        _text(row.get("run_id", "")),
+        _tags(row),
+    )
+
+
 def _tags(row: Mapping[str, Any]) -> dict[str, str]:
-    return {tag["key"]: tag.get("value", "") for tag in row.get("tags", ())}
+    return {_text(tag["key"]): _text(tag.get("value", "")) for tag in row.get("tags", ())}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{quoted(value)} is not text")
+    return value

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.conventions import BASE_ALIASES
+from trans_peft.domain.conventions import BASE_ALIASES, CHAMPION_ALIAS, SERVING_ALIAS, TAG_PREFIX
 from trans_peft.domain.fleet import RegisteredAdapter
 from trans_peft.errors import InvalidSpecError, NotFoundError, NotServedError
 from trans_peft.ports import Platform
@@ -26,18 +26,34 @@ def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
     NotFoundError with the existing versions, also for a version that is not ready.
     """
     versions = platform.catalog.versions(family)
-    number = platform.catalog.alias(family, version) if version in BASE_ALIASES else None
+    is_alias = version in BASE_ALIASES
+    number = platform.catalog.alias(family, version) if is_alias else None
     for base in versions:
         if base.ready and (
             base.number == number if number is not None else base.version == version
         ):
             return base
+    if is_alias and number is None:
+        raise _alias_not_set(family, version, versions)
     raise NotFoundError(
         f"family {family!r} has no ready base version {version!r}",
         expected=", ".join(base.version for base in versions if base.ready) or "none is ready yet",
         found=", ".join(f"{base.version} (not ready)" for base in versions if not base.ready)
         or repr(version),
         do="ingest the base first, or set the alias on a version that is ready",
+    )
+
+
+def _alias_not_set(family: str, alias: str, versions: Iterable[BaseVersion]) -> NotFoundError:
+    """Return the error for a family of which no version has `serving`, or none has `champion`."""
+    ready = ", ".join(base.version for base in versions if base.ready)
+    promote = f"set the alias {CHAMPION_ALIAS} in MLflow on a version that is ready"
+    if alias == SERVING_ALIAS:
+        promote += f", and reconcile the family: it moves {SERVING_ALIAS} there"
+    return NotFoundError(
+        f"no base version of family {family!r} has the alias {alias!r} yet",
+        expected=f"the alias on a version that is ready: {ready or 'none is ready yet'}",
+        do=f"{promote}; or ask for a version by its name" if ready else "ingest a base first",
     )
 
 
@@ -149,5 +165,28 @@ def _required(adapter: RegisteredAdapter, target: BaseVersion) -> AdapterVersion
         expected=f"the alias {target.alias} on a version of {adapter.name} that was made for "
         f"{target}",
         found=why_not_serving(adapter, target),
-        do="reconcile the family, retrain the adapter, or set the alias in MLflow to approve it",
+        do=_how_to_serve(adapter, target),
+    )
+
+
+def _how_to_serve(adapter: RegisteredAdapter, base: BaseVersion) -> str:
+    """Return what a person can do so that an adapter serves on a base."""
+    if not adapter.is_live:
+        return (
+            f"remove the tag {TAG_PREFIX}retired from the registered model {adapter.name} in "
+            "MLflow to serve it again; without that tag, correct its tags that begin with "
+            f"{TAG_PREFIX}"
+        )
+    if not adapter.alias_on(base).is_manual:
+        return "reconcile the family, retrain the adapter, or set the alias in MLflow to approve it"
+    made_for_it = [
+        str(version.number)
+        for version in adapter.versions
+        if version.base.fingerprint_sha256 == base.fingerprint_sha256
+    ]
+    if not made_for_it:
+        return f"retrain the adapter on {base}, and set the alias {base.alias} on that version"
+    return (
+        f"set the alias {base.alias} in MLflow on version {' or '.join(made_for_it)}, which was "
+        f"made for {base}: reconcile keeps what a person set"
     )

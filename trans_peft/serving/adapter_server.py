@@ -17,6 +17,7 @@ from pathlib import Path
 
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.domain.base import Fingerprint
+from trans_peft.domain.names import name_problem
 from trans_peft.errors import (
     AdapterError,
     IntegrityError,
@@ -31,7 +32,7 @@ from trans_peft.ports import Platform
 from trans_peft.serving.engine_check import EngineBase, check_for_engine
 from trans_peft.serving.folders import AdapterFolders
 from trans_peft.serving.manifest import ServedAdapter, manifest_of
-from trans_peft.serving.router import BareBase, Refusal, RefusalReason, Router
+from trans_peft.serving.router import NEXT_SUFFIX, BareBase, Refusal, RefusalReason, Router
 from trans_peft.text.saved_template import saved_template
 
 __all__ = ["AdapterServer", "Prepared", "ServerSettings", "current", "set_current"]
@@ -52,8 +53,8 @@ class ServerSettings:
     Attributes:
         family: The base family (`TRANS_PEFT_SERVE_FAMILY`).
         folders: Where the adapters are kept (`TRANS_PEFT_SERVE_FOLDERS`).
-        base_name: The name under which the bare base answers; None: it does not
-            (`TRANS_PEFT_SERVE_BASE_NAME`).
+        base_name: The name under which the bare base answers, unless an adapter has it; None: it
+            does not answer (`TRANS_PEFT_SERVE_BASE_NAME`).
         poll_s: Seconds between two reads of the registry (`TRANS_PEFT_SERVE_POLL_S`).
     """
 
@@ -151,31 +152,44 @@ class AdapterServer:
         with suppress(StoreError):  # refresh reports it
             find_fingerprint(self.settings.family, self._base.digest, self._platform)
         self.refresh()
-        self._folders.remove_unused(self._router.engine_names, idle_s=_KEEP_UNUSED_S)
+        try:
+            self._folders.remove_unused(self._router.engine_names, idle_s=_KEEP_UNUSED_S)
+        except OSError as error:  # a file where a folder belongs, or another user's folder
+            _log.warning("unused folders in %s stay: %s", self.settings.folders, error)
 
     def refresh(self) -> None:
-        """Read the registry. If it does not respond, keep what was read last, and log it once.
+        """Read the registry. If it cannot be read, keep what was read last, and log it once.
 
         If the base of this server is no longer a ready version of the family, nothing serves.
         """
         assert self._base is not None
         family, before = self.settings.family, self._router
-        manifest, error = before.manifest, ""
+        manifest, base_name, error = before.manifest, before.base_name, ""
         try:
             base = find_fingerprint(family, self._base.digest, self._platform)
-            manifest = manifest_of(observe(family, self._platform), base)
+            read = manifest_of(observe(family, self._platform), base)
+            manifest, base_name = read, self._free_base_name()
         except StoreError as failure:
             error = str(failure)
         except TransPeftError as failure:
             manifest, error = None, str(failure)
+        except Exception as failure:  # an answer of a shape that no check expected
+            error = f"{type(failure).__name__}: {failure}"
         changed = (manifest is None) != (before.manifest is None) or not before.registry_error
         if error and changed:
             kept = "what is loaded stays" if manifest else "nothing is served"
             _log.warning("the registry cannot be read, and %s: %s", kept, error)
         elif manifest and before.registry_error and not error:
             _log.info("%s serves %d adapters", manifest.base, len(manifest.adapters))
+        is_news = before.base_name is not None or before.manifest is None
+        if manifest and not error and base_name != self.settings.base_name and is_news:
+            _log.warning(
+                "the bare base does not answer under TRANS_PEFT_SERVE_BASE_NAME=%s: an adapter has "
+                "that name",
+                self.settings.base_name,
+            )
         with self._guard:
-            self._router = Router(manifest, error, self._loaded, self.settings.base_name)
+            self._router = Router(manifest, error, self._loaded, base_name)
 
     def route(self, model: object) -> ServedAdapter | BareBase | Refusal:
         """Return what answers a request for a model (`Router.route`)."""
@@ -206,7 +220,7 @@ class AdapterServer:
         try:
             folder = self._folders.ensure(adapter)
             prepared = Prepared(folder, _own_template(folder, self._base))
-        except TransPeftError as error:
+        except (TransPeftError, OSError) as error:
             refusal = _refusal(adapter, error)
             self._failed[name] = refusal, self._clock()
             _log.warning("%s cannot be served: %s", name, error)
@@ -249,6 +263,17 @@ class AdapterServer:
         with self._guard:
             self._loaded.discard(engine_name)
 
+    def _free_base_name(self) -> str | None:
+        """Return the name of the bare base, unless an adapter has it: a retired one as well."""
+        if self.settings.base_name is None:
+            return None
+        name = self.settings.base_name.removesuffix(NEXT_SUFFIX)
+        if name_problem("the name", name) is None:
+            with suppress(NotFoundError):
+                self._platform.registry.family(name)
+                return None
+        return self.settings.base_name
+
     def _needed(self) -> frozenset[str]:
         return self._router.engine_names | self._answering.keys()
 
@@ -275,7 +300,7 @@ def _own_template(folder: Path, base: Fingerprint) -> str | None:
     return None if same else template
 
 
-def _refusal(adapter: ServedAdapter, error: TransPeftError) -> Refusal:
+def _refusal(adapter: ServedAdapter, error: TransPeftError | OSError) -> Refusal:
     reason = RefusalReason.NOT_SERVED
     if isinstance(error, IntegrityError):
         reason = RefusalReason.DAMAGED

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trans_peft.errors import (
+    AdapterError,
     DataError,
     IntegrityError,
     InvalidSpecError,
+    NotFoundError,
     NotServedError,
     listed_lines,
 )
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from trans_peft.data import Example
+    from trans_peft.domain.base import BaseVersion
+    from trans_peft.ports import Platform
 
 __all__ = ["AdapterModel"]
 
@@ -40,14 +44,18 @@ class AdapterModel:
     """An adapter version and the base that it was made for.
 
     Attributes:
-        folder: The verified PEFT folder.
-        base_folder: The verified copy of the base.
+        folder: The PEFT folder.
+        weights_sha256: Hash of the registered weights, which the folder must have at each call.
+        base: The base version.
         dtype: The precision in which the suites of the adapter were evaluated.
+        platform: Where the base is stored, and this worker's verified copy of it.
     """
 
     folder: Path
-    base_folder: Path
+    weights_sha256: str
+    base: "BaseVersion"
     dtype: str
+    platform: "Platform"
 
     def predict(self, data: "DataFrame", params: Mapping[str, Any]) -> list[str]:
         """Return the greedy continuation of each prompt, as an evaluation would generate it.
@@ -58,9 +66,14 @@ class AdapterModel:
                 all other columns before.
             params: `max_new_tokens` and `stop` (strings that end an answer).
 
-        Raises DataError with every row that is invalid or does not fit into the base's context.
+        The files are read at each call, and the weights are hashed before. A copy of the base that
+        was changed on the disk is downloaded again.
+
+        Raises DataError with every row that is invalid or does not fit into the base's context, and
+        IntegrityError if the adapter's files were changed after the model was loaded.
         """
         from trans_peft.data import end_of_turn, prompt_ids
+        from trans_peft.lifecycle.base_files import base_folder
         from trans_peft.models import load_base
         from trans_peft.text.saved_template import saved_template
         from trans_peft.transfer.load_adapter import attached
@@ -68,9 +81,10 @@ class AdapterModel:
         from trans_peft.validation.evaluate import context_of
 
         examples = _examples(data)
-        template = saved_template(self.folder)
         with _lock:
-            base = load_base(self.base_folder, self.dtype)
+            _check_weights(self.folder, self.weights_sha256, do="load the model again")
+            template = saved_template(self.folder)
+            base = load_base(base_folder(self.base, self.platform), self.dtype)
             prompts = prompt_ids(examples, base.tokenizer, template)
             _check_length(prompts, params["max_new_tokens"], context_of(base.model))
             end = end_of_turn(examples[0], base.tokenizer, template)
@@ -101,7 +115,6 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Ad
     from trans_peft.client import connect
     from trans_peft.lifecycle.base_files import base_folder
     from trans_peft.lifecycle.resolve import find_fingerprint, resolve_on
-    from trans_peft.models import adapter_weights_sha256
 
     folder = Path(path)
     about = Model.load(str(folder)).metadata or {}
@@ -112,14 +125,8 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Ad
             found=f"no {', '.join(sorted(missing))}",
             do="load a version that this platform registered",
         )
-    found = adapter_weights_sha256(folder)
-    if found != about["weights_sha256"]:
-        raise IntegrityError(
-            f"the weights in {folder} differ from the registered ones",
-            expected=about["weights_sha256"],
-            found=found,
-            do="restore them from a backup of MLflow's artifacts",
-        )
+    found = about["weights_sha256"]
+    _check_weights(folder, found, do="restore them from a backup of MLflow's artifacts")
     platform = connect(mlflow.get_registry_uri())
     if _requires_serving(model_config):
         version, base = resolve_on(about["adapter"], about["base_fingerprint"], platform)
@@ -132,7 +139,25 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Ad
             )
     else:
         base = find_fingerprint(about["family"], about["base_fingerprint"], platform)
-    return AdapterModel(folder, base_folder(base, platform), about["dtype"])
+    base_folder(base, platform)  # downloads it now and not in the first request
+    return AdapterModel(folder, found, base, about["dtype"], platform)
+
+
+def _check_weights(folder: Path, expected: str, *, do: str) -> None:
+    """Raise IntegrityError unless a PEFT folder has the weights with that hash."""
+    from trans_peft.models import adapter_weights_sha256
+
+    try:
+        found = adapter_weights_sha256(folder)
+    except (AdapterError, NotFoundError, OSError) as error:
+        found = f"no adapter: {error}"
+    if found != expected:
+        raise IntegrityError(
+            f"the weights in {folder} differ from the registered ones",
+            expected=expected,
+            found=found,
+            do=do,
+        )
 
 
 def _requires_serving(model_config: Mapping[str, Any] | None) -> bool:

@@ -3,11 +3,13 @@
 `Router` is a pure function of the name in the request and of what was last read from the registry.
 """
 
+from bisect import bisect
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
 from trans_peft.domain.fleet import IdleReason
+from trans_peft.domain.names import LONGEST_NAME, quoted
 from trans_peft.errors import closest, listed
 from trans_peft.serving.manifest import IdleEntry, ServedAdapter, ServingManifest
 
@@ -15,6 +17,9 @@ __all__ = ["NEXT_SUFFIX", "BareBase", "Refusal", "RefusalReason", "Router"]
 
 NEXT_SUFFIX = "@next"
 """Ends a name that is answered only on the base that is `champion` and does not serve yet."""
+
+_COMPARED = 40
+"""An unknown name is compared with this many names at most: each takes a tenth of a millisecond."""
 
 
 class RefusalReason(StrEnum):
@@ -72,7 +77,8 @@ class Router:
         manifest: What serves on the server's base, as it was last read. None before the first read.
         registry_error: Why the last read failed. Empty if it did not.
         loaded: Engine names of the adapters that the server has loaded.
-        base_name: The name under which the bare base answers. None: it does not.
+        base_name: The name under which the bare base answers, and which the registry gave to no
+            adapter, live or retired. None: it does not answer.
     """
 
     manifest: ServingManifest | None
@@ -83,8 +89,8 @@ class Router:
     def route(self, model: object) -> ServedAdapter | BareBase | Refusal:
         """Return what answers a request for `model`, the value of that field in its body.
 
-        A registry that is away changes nothing for an adapter that is loaded. All other names are
-        refused until it is back.
+        A registry that is away changes nothing for an adapter that is loaded, and nothing for the
+        bare base after the first read. All other names are refused until it is back.
         """
         if not isinstance(model, str) or not model:
             return Refusal(
@@ -92,8 +98,13 @@ class Router:
                 "the request names no model; set the field `model` to the name of an adapter",
             )
         name = model.removesuffix(NEXT_SUFFIX)
+        if len(name) > LONGEST_NAME and model != self.base_name:
+            return Refusal(
+                RefusalReason.UNKNOWN,
+                f"there is no adapter {quoted(name)}; a name has at most {LONGEST_NAME} characters",
+            )
         adapter = next((a for a in self._adapters if a.name == name), None)
-        if model == self.base_name and adapter is None and not self._knows_idle(name):
+        if model == self.base_name and self._is_free(name):
             return BareBase()
         is_loaded = adapter is not None and adapter.engine_name in self.loaded
         if (self.manifest is None or self.registry_error) and not is_loaded:
@@ -117,13 +128,17 @@ class Router:
     def _idle(self) -> tuple[IdleEntry, ...]:
         return self.manifest.idle if self.manifest else ()
 
-    def _knows_idle(self, name: str) -> bool:
-        return any(entry.name == name for entry in self._idle)
+    def _is_free(self, name: str) -> bool:
+        """Whether the registry was read, and no adapter had that name."""
+        if self.manifest is None:
+            return False
+        is_served = any(adapter.name == name for adapter in self._adapters)
+        return not is_served and all(entry.name != name for entry in self._idle)
 
     def _registry_is_away(self, model: str) -> Refusal:
         return Refusal(
             RefusalReason.REGISTRY_AWAY,
-            f"{model} is not loaded here, and the registry cannot be read now: "
+            f"{quoted(model)} is not loaded here, and the registry cannot be read now: "
             f"{self.registry_error or 'it was not read yet'}",
         )
 
@@ -132,8 +147,8 @@ class Router:
         aliases = " and ".join(self.manifest.base_aliases) or "no alias"
         return Refusal(
             RefusalReason.NOT_NEXT,
-            f"{model} needs the base that is champion and does not serve yet; this server has "
-            f"{self.manifest.base}, which has {aliases}",
+            f"{quoted(model)} needs the base that is champion and does not serve yet; this server "
+            f"has {self.manifest.base}, which has {aliases}",
         )
 
     def _refusal(self, name: str) -> Refusal:
@@ -141,8 +156,11 @@ class Router:
             if entry.name == name:
                 reason = _IDLE.get(entry.reason, RefusalReason.NOT_SERVED)
                 return Refusal(reason, entry.detail)
-        known = [adapter.name for adapter in self._adapters]
-        served = listed(closest(name, known)) or "none"
+        known = [adapter.name for adapter in self._adapters]  # sorted
+        start = max(0, min(bisect(known, name) - _COMPARED // 2, len(known) - _COMPARED))
+        near = known[start : start + _COMPARED]
+        served = [*closest(name, near), *known[:start], *known[start + _COMPARED :]]
         return Refusal(
-            RefusalReason.UNKNOWN, f"there is no adapter {name!r}; adapters that serve: {served}"
+            RefusalReason.UNKNOWN,
+            f"there is no adapter {quoted(name)}; adapters that serve: {listed(served) or 'none'}",
         )

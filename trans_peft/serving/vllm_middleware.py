@@ -13,11 +13,12 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
 
 from trans_peft.client import connect
+from trans_peft.domain.names import quoted
 from trans_peft.errors import InvalidSpecError, TransPeftError
 from trans_peft.serving.adapter_server import AdapterServer, Prepared, ServerSettings, set_current
 from trans_peft.serving.manifest import ServedAdapter
@@ -36,14 +37,20 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 VERSION_HEADER = b"trans-peft-version"
 """The header of each answer with the engine name: adapter, version, start of the hash."""
 
+_PLUGIN = "trans-peft"
+"""The name of the entry point of `vllm_plugin`."""
 _OPEN = frozenset({"/health", "/ping", "/version", "/metrics", "/load"})
 _MODELS = "/v1/models"
-_TEMPLATED = frozenset({"/v1/chat/completions", "/tokenize"})
-"""Routes whose body may have a chat template."""
-_CHATS = _TEMPLATED | {"/v1/responses", "/v1/messages", "/v1/messages/count_tokens"}
-_WITH_MODEL = _CHATS | {
-    "/classify", "/detokenize", "/pooling", "/rerank", "/score", "/v1/completions",
-    "/v1/embeddings", "/v1/rerank", "/v1/score", "/v2/rerank",
+_CHATS = frozenset({
+    "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses",
+})  # fmt: skip
+"""Routes whose every request is a chat. On others, a request with `messages` is one."""
+_TEMPLATED = frozenset({
+    "/classify", "/pooling", "/tokenize", "/v1/chat/completions", "/v1/embeddings",
+})  # fmt: skip
+"""Routes on which vLLM applies the chat template in the body of a chat."""
+_WITH_MODEL = _CHATS | _TEMPLATED | {
+    "/detokenize", "/rerank", "/score", "/v1/completions", "/v1/rerank", "/v1/score", "/v2/rerank",
 }  # fmt: skip
 """Routes whose body is a JSON object with the field `model`."""
 
@@ -119,7 +126,7 @@ class ServeByVerdict:
                 send, Refusal(RefusalReason.REGISTRY_AWAY, "the server has not started")
             )
         elif not ((method, path) == ("GET", _MODELS) or (method == "POST" and path in _WITH_MODEL)):
-            message = f"{method} {path} is closed on this server"
+            message = f"{method} {quoted(path)} is closed on this server"
             await _send_refusal(send, Refusal(RefusalReason.CLOSED, message))
         elif not await self._is_authorized(scope):
             await _send_json(send, 401, {"error": "Unauthorized"})
@@ -134,13 +141,9 @@ class ServeByVerdict:
         body = await _read_body(receive)
         if body is None:
             return
-        try:
-            request = json.loads(body)
-        except (ValueError, RecursionError):
-            request = None
-        if not isinstance(request, dict):
-            message = "the body of the request must be a JSON object"
-            await _send_refusal(send, Refusal(RefusalReason.NO_MODEL, message))
+        request = _parsed(body)
+        if isinstance(request, Refusal):
+            await _send_refusal(send, request)
             return
         route = await self._route(request, path, scope["app"].state.args)
         if isinstance(route, Refusal):
@@ -157,7 +160,7 @@ class ServeByVerdict:
         found = self._server.route(request.get("model"))
         if isinstance(found, Refusal):
             return found
-        if path in _TEMPLATED and "chat_template" in request:
+        if _brings_template(request):
             return Refusal(
                 RefusalReason.CLOSED,
                 "requests cannot bring a chat template: an adapter is judged with its own",
@@ -171,7 +174,7 @@ class ServeByVerdict:
                 return await self._route(request, path, args)
         if isinstance(prepared, Refusal):
             return prepared
-        is_chat = path in _CHATS and (path != "/tokenize" or "messages" in request)
+        is_chat = path in _CHATS or "messages" in request
         if is_chat and prepared.chat_template is not None:
             if path not in _TEMPLATED or not getattr(args, "trust_request_chat_template", False):
                 return Refusal(
@@ -243,7 +246,8 @@ class ServeByVerdict:
             }
             for adapter in adapters
         ]
-        if (base := self._server.settings.base_name) is not None:
+        base = self._server.settings.base_name
+        if isinstance(self._server.route(base), BareBase):
             data.insert(0, {"id": base, "object": "model", "owned_by": "trans-peft"})
         return {"object": "list", "data": data}
 
@@ -310,6 +314,9 @@ def _check_environment() -> None:
         problems.append(
             "VLLM_SKIP_MODEL_NAME_VALIDATION is set, so vLLM answers any name from the bare base"
         )
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and _PLUGIN not in plugins.split(","):
+        problems.append(f"VLLM_PLUGINS does not list {_PLUGIN}, so vLLM does not load the resolver")
     if problems:
         raise InvalidSpecError(
             f"this vLLM would not serve by verdict: {'; '.join(problems)}",
@@ -327,6 +334,30 @@ def _engine_base_name(args: Any) -> str:
     if isinstance(names, str):
         return names
     return str(names[0] if names else args.model)
+
+
+def _parsed(body: bytes) -> dict[str, Any] | Refusal:
+    """Return the JSON object in a body, or what is wrong with it."""
+    try:
+        request = json.loads(body)
+    except RecursionError:
+        return _unusable("is nested too deeply")
+    except ValueError as error:
+        return _unusable(f"is not valid JSON: {error}")
+    return request if isinstance(request, dict) else _unusable("must be a JSON object")
+
+
+def _unusable(problem: str) -> Refusal:
+    return Refusal(RefusalReason.NO_MODEL, f"the body of the request {problem}")
+
+
+def _brings_template(request: Mapping[str, Any]) -> bool:
+    """Whether a request has a chat template, on whatever route.
+
+    vLLM passes the object `chat_template_kwargs` on to the template, and applies a template in it.
+    """
+    options = request.get("chat_template_kwargs")
+    return "chat_template" in request or (isinstance(options, dict) and "chat_template" in options)
 
 
 async def _read_body(receive: Receive) -> bytes | None:
