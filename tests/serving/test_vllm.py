@@ -203,6 +203,5 @@ def test_one_server_answers_for_fifty_adapters(servers, unique, tmp_path, bases)
     with vllm_server(tmp_path / "server", bases[0], variables(servers.mlflow_url, unique)) as vllm:
         found = {name: vllm.tokens(name, PROMPTS[0]) for name in names}
         assert {name: vllm.tokens(name, PROMPTS[0]) for name in reversed(names)} == found
-    assert len({tuple(tokens) for tokens in found.values()}) == len(names)
-    for name in names[::7]:
+    for name in names:
         assert found[name] == expected(fleet, bases[0], name, 1)[0]
