@@ -30,7 +30,7 @@ from trans_peft.lifecycle.reconcile import observe
 from trans_peft.lifecycle.resolve import find_fingerprint
 from trans_peft.ports import Platform
 from trans_peft.serving.engine_check import EngineBase, check_for_engine
-from trans_peft.serving.folders import AdapterFolders
+from trans_peft.serving.folders import AdapterFolders, FolderError
 from trans_peft.serving.manifest import ServedAdapter, manifest_of
 from trans_peft.serving.router import NEXT_SUFFIX, BareBase, Refusal, RefusalReason, Router
 from trans_peft.text.saved_template import saved_template
@@ -302,7 +302,7 @@ def _own_template(folder: Path, base: Fingerprint) -> str | None:
 
 def _refusal(adapter: ServedAdapter, error: TransPeftError | OSError) -> Refusal:
     reason = RefusalReason.NOT_SERVED
-    if isinstance(error, IntegrityError):
+    if isinstance(error, (IntegrityError, FolderError)):
         reason = RefusalReason.DAMAGED
     elif isinstance(error, AdapterError):
         reason = RefusalReason.UNSUPPORTED

@@ -40,13 +40,17 @@ from trans_peft.ports import AdapterRegistry
 from trans_peft.serving.manifest import ServedAdapter
 from trans_peft.transfer.peft_folder import CONFIG_NAME, read_peft_folder
 
-__all__ = ["COMPLETE", "AdapterFolders", "folder_error"]
+__all__ = ["COMPLETE", "AdapterFolders", "FolderError", "folder_error"]
 
 COMPLETE = ".complete"
 """The record in a complete folder: the engine name and the whole hash, on two lines."""
 
 _ENGINE_NAME = re.compile(r".+\.v[0-9]+\.([0-9a-f]{12})")
 _Stats = tuple[tuple[str, int, int, int, int], ...]
+
+
+class FolderError(StoreError):
+    """A folder of this machine cannot be used, for example because a file is in its place."""
 
 
 class AdapterFolders:
@@ -303,7 +307,7 @@ def folder_error(folder: Path, error: OSError) -> StoreError:
     """Return the error for a folder of this library that cannot be read or written."""
     if is_full_disk(error):
         return full_disk_error(folder, error)
-    return StoreError(
+    return FolderError(
         f"the folder {folder} cannot be used",
         expected="folders and files that this program may read and write, as it created them",
         found=error,
