@@ -41,15 +41,22 @@ def test_all_problems_of_the_settings_are_reported(poll):
     assert f"not {poll!r}" in str(caught.value)
 
 
+@pytest.fixture
+def real_fleet(servers, unique, tmp_path, tiny_bases):
+    """A fleet in a real registry: UNIQUE-chat and UNIQUE-code serve on v1."""
+    fleet = ServingFleet(tmp_path, connect(servers.mlflow_url), unique)
+    v1 = fleet.add_base("v1", tiny_bases[0])
+    for seed, name in enumerate(("chat", "code"), 1):
+        fleet.train(f"{unique}-{name}", v1, seed)
+    return fleet
+
+
 @pytest.mark.servers
 def test_a_server_follows_a_real_registry_and_outlives_it(
-    servers, unique, tmp_path, tiny_bases, caplog
+    servers, real_fleet, unique, tmp_path, tiny_bases, caplog
 ):
-    fleet = ServingFleet(tmp_path, connect(servers.mlflow_url), unique)
+    fleet, v1 = real_fleet, real_fleet.base("v1")
     chat, code = f"{unique}-chat", f"{unique}-code"
-    v1 = fleet.add_base("v1", tiny_bases[0])
-    fleet.train(chat, v1, 1)
-    fleet.train(code, v1, 2)
     faults = RandomFaults(0, 1.0, ("reset",), bad=False)
     with proxied(servers.mlflow_url, faults, keeps_host=False) as url:
         settings = ServerSettings(unique, tmp_path / "served")
@@ -116,14 +123,10 @@ def odd_answers(monkeypatch):
 
 @pytest.mark.servers
 def test_an_odd_answer_of_the_registry_keeps_what_is_loaded_and_routes_nothing_else(
-    servers, unique, tmp_path, tiny_bases, odd_answers
+    real_fleet, unique, tmp_path, tiny_bases, odd_answers
 ):
-    fleet = ServingFleet(tmp_path, connect(servers.mlflow_url), unique)
     chat, code = f"{unique}-chat", f"{unique}-code"
-    v1 = fleet.add_base("v1", tiny_bases[0])
-    fleet.train(chat, v1, 1)
-    fleet.train(code, v1, 2)
-    server = AdapterServer(ServerSettings(unique, tmp_path / "served"), fleet.platform)
+    server = AdapterServer(ServerSettings(unique, tmp_path / "served"), real_fleet.platform)
     server.start(str(tiny_bases[0]), max_rank=8)
     adapter = server.route(chat)
     server.prepare(adapter)

@@ -123,11 +123,10 @@ def export(
             moved = folder / ".state" / "damaged" / name
             stderr.print(
                 f"changed files were found in {name}: they are now in {moved}",
-                markup=False,
                 style="red",
             )
         for entry in exported.refused:
-            stderr.print(f"left out {entry.name}: {entry.detail}", markup=False, style="red")
+            stderr.print(f"left out {entry.name}: {entry.detail}", style="red")
 
     if watch is None:
         exported = job.sync()
@@ -143,12 +142,12 @@ def _print_changes(exported: Exported) -> None:
     for adapter in exported.manifest.adapters:
         old, new = before.get(adapter.name), adapter.engine_name
         if old is None:
-            out.print(f"added {adapter.name}: {new}", markup=False)
+            out.print(f"added {adapter.name}: {new}")
         elif old != new:
-            out.print(f"updated {adapter.name}: {new}, before {old}", markup=False)
+            out.print(f"updated {adapter.name}: {new}, before {old}")
         else:
-            out.print(f"unchanged {adapter.name}: {new}", markup=False)
+            out.print(f"unchanged {adapter.name}: {new}")
     for entry in exported.revoked:
-        out.print(f"removed {entry.name}: {entry.detail}", markup=False)
+        out.print(f"removed {entry.name}: {entry.detail}")
     for name in exported.removed:
-        out.print(f"deleted the folder {name}", markup=False)
+        out.print(f"deleted the folder {name}")

@@ -45,7 +45,7 @@ def find_base(family: str, version: str, platform: Platform) -> BaseVersion:
 
 
 def _alias_not_set(family: str, alias: str, versions: Iterable[BaseVersion]) -> NotFoundError:
-    """Return the error for a family of which no version has `serving`, or none has `champion`."""
+    """Return the error for an alias that no version of the family has."""
     ready = ", ".join(base.version for base in versions if base.ready)
     promote = f"set the alias {CHAMPION_ALIAS} in MLflow on a version that is ready"
     if alias == SERVING_ALIAS:
