@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from tasks import ingestion, reconciliation, recovery, reporting, shards, transfer
+from tasks import ingestion, looks, reconciliation, recovery, reporting, shards, transfer
 from tasks.shards import EndedShard, Shard
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.fleet import FleetChanges
@@ -17,12 +17,13 @@ from trans_peft.domain.promotion import PromotionPolicy
 
 
 @flow(name="reconcile")
-def reconcile(
+def reconcile(  # noqa: PLR0913  the parameters of the deployment
     policy: GatePolicy,
     promotion: PromotionPolicy,
     shard_size: int,
     family: str | None = None,
     wait: bool = False,
+    skip_unchanged_minutes: int = 0,
     dry_run: bool = False,
 ) -> State:
     """Compare the desired state of the fleets with the registry, and start what is missing.
@@ -37,6 +38,10 @@ def reconcile(
         shard_size: Maximum number of adapters in a shard. They share one load of the base.
         family: Base family to reconcile. None: all families.
         wait: Wait also for shards that other runs started.
+        skip_unchanged_minutes: Do not read a fleet again if a run in the last minutes found nothing
+            to do, and its base versions, their aliases, both policies and the versions of its
+            adapters are the same. Changes of an adapter's tags and aliases are not noticed. 0 reads
+            every fleet.
         dry_run: Publish the plan and change nothing.
     """
     names = [name for name in reconciliation.base_families() if family in (None, name)]
@@ -50,7 +55,8 @@ def reconcile(
         return Completed(message="planned, nothing changed")
 
     for one in found.values():  # before ingestion, so that a rollback does not wait for an upload
-        one.update()
+        if not one.is_unchanged(skip_unchanged_minutes):
+            one.update()
     refused = []
     waiting = ingestion.find_pending(return_state=True)
     if not waiting.is_completed():
@@ -112,7 +118,17 @@ class _Family:
     def publish_plan(self) -> None:
         """Publish the plan, and change nothing."""
         with self._collecting_errors():
-            reporting.publish_plan(reconciliation.plan_fleet(self.name, self.policy))
+            fleet = reconciliation.read_fleet(self.name)
+            reporting.publish_plan(reconciliation.plan_fleet(fleet, self.policy))
+
+    def is_unchanged(self, minutes: int) -> bool:
+        """Return whether a run in the last minutes found nothing to do, and nothing changed."""
+        if not minutes:
+            return False
+        with self._collecting_errors():
+            revision = looks.revision(self.name, self.policy, self.promotion)
+            return looks.is_unchanged(self.name, revision, minutes)
+        return True  # the problem is reported, and reading the fleet would fail as well
 
     def update(self, ended: tuple[EndedShard, ...] = ()) -> None:
         """Apply the known verdicts, and start shards for missing ones. `ended` are ended shards."""
@@ -132,8 +148,9 @@ class _Family:
             )
 
     def _update(self, ended: tuple[EndedShard, ...]) -> None:
-        changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
-        plan = reconciliation.plan_fleet(self.name, self.policy)
+        revision = looks.revision(self.name, self.policy, self.promotion)
+        fleet, changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
+        plan = reconciliation.plan_fleet(fleet, self.policy)
         killed = shards.interrupted_transfers(ended, plan)
         for lost in killed:
             state = transfer.record_failure(
@@ -145,7 +162,8 @@ class _Family:
                     f"{state.message}"
                 )
         if killed:
-            plan = reconciliation.plan_fleet(self.name, self.policy)
+            fleet = reconciliation.read_fleet(self.name)
+            plan = reconciliation.plan_fleet(fleet, self.policy)
         for end in ended:
             reason = f"shard {end.name} ended as {end.state_name}; the next run continues its work"
             if end.message:
@@ -169,7 +187,9 @@ class _Family:
         ]
         self.problems = (*self._problems(plan, changes), *untrained)
         reporting.publish_plan(plan)  # after the shards, which must not wait for a report
-        reporting.publish_fleet(self.name, changes)
+        reporting.publish_fleet(fleet, changes)
+        if not (self.problems or self.awaited(wait=True) or plan.trainings or changes.obstacle):
+            looks.record_look(self.name, revision)
 
     def _problems(self, plan: Plan, changes: FleetChanges) -> Iterator[str]:
         if changes.is_refused or (changes.obstacle and not self.awaited(wait=True)):

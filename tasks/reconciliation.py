@@ -7,13 +7,13 @@ from tasks.composition import platform
 from tasks.policy import RETRIES
 from tasks.reporting import obstacle_text
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.fleet import FleetChanges
+from trans_peft.domain.fleet import Fleet, FleetChanges
 from trans_peft.domain.outcome import Plan
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.lifecycle import reconcile
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 
-__all__ = ["apply_fleet_verdicts", "base_families", "plan_fleet", "set_aside"]
+__all__ = ["apply_fleet_verdicts", "base_families", "plan_fleet", "read_fleet", "set_aside"]
 
 
 @task(**RETRIES)
@@ -28,24 +28,32 @@ def set_aside() -> tuple[str, ...]:
     return (*platform().catalog.set_aside(), *platform().registry.set_aside())
 
 
-@task(**RETRIES, task_run_name="plan {family}")
-def plan_fleet(family: str, policy: GatePolicy) -> Plan:
-    """Compare the desired state of a family with the registry, and return the missing transfers."""
-    fleet = reconcile.observe(family, platform())
+@task(**RETRIES, task_run_name="read {family}")
+def read_fleet(family: str) -> Fleet:
+    """Read the fleet of a family from the registry."""
+    return reconcile.observe(family, platform())
+
+
+@task(**RETRIES, task_run_name="plan {fleet.family}")
+def plan_fleet(fleet: Fleet, policy: GatePolicy) -> Plan:
+    """Compare the desired state of a family with its fleet, and return the missing transfers."""
     return reconcile.with_cost_estimates(reconcile.plan(fleet, policy), fleet, platform())
 
 
 @task(**RETRIES, task_run_name="apply verdicts of {family}")
 def apply_fleet_verdicts(
     family: str, policy: GatePolicy, promotion: PromotionPolicy
-) -> FleetChanges:
-    """Set aliases by verdict, then move `serving`. Repeats if `champion` moved meanwhile."""
+) -> tuple[Fleet, FleetChanges]:
+    """Read a fleet, set aliases by verdict, then move `serving`; return the fleet afterwards.
+
+    Repeats if `champion` moved meanwhile.
+    """
     while True:
         fleet = reconcile.observe(family, platform())
-        changes = apply_verdicts(fleet, policy, promotion, platform())
+        fleet, changes = apply_verdicts(fleet, policy, promotion, platform())
         if changes.promoted is not None:
             events.fleet_promoted(family, str(changes.promoted))
         if changes.is_refused and not changes.already_reported:
             events.promotion_refused(family, obstacle_text(changes))
         if not changes.is_outdated:
-            return changes
+            return fleet, changes

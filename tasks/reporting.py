@@ -8,11 +8,11 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from tasks.composition import platform
 from tasks.policy import RETRIES
 from trans_peft.domain.conventions import OUTCOME_TAG_PREFIX, TAG_PREFIX, artifact_key
-from trans_peft.domain.fleet import FleetChanges
+from trans_peft.domain.fleet import Fleet, FleetChanges
 from trans_peft.domain.outcome import Plan, TransferTask
 from trans_peft.errors import listed_lines
 from trans_peft.lifecycle.promotion import describe_obstacle
-from trans_peft.lifecycle.report import report
+from trans_peft.lifecycle.report import report_of
 
 __all__ = [
     "MAX_LISTED",
@@ -55,11 +55,11 @@ def publish_plan(plan: Plan) -> None:
     )
 
 
-@task(**RETRIES, task_run_name="fleet of {family}")
-def publish_fleet(family: str, changes: FleetChanges) -> str:
+@task(**RETRIES, task_run_name="fleet of {fleet.family}")
+def publish_fleet(fleet: Fleet, changes: FleetChanges) -> str:
     """Write the fleet report to a markdown artifact and return its text."""
-    text = report(family, platform()).markdown() + "\n\n" + changes_markdown(changes)
-    create_markdown_artifact(key=artifact_key("fleet", family), markdown=text)
+    text = report_of(fleet, platform()).markdown() + "\n\n" + changes_markdown(changes)
+    create_markdown_artifact(key=artifact_key("fleet", fleet.family), markdown=text)
     return text
 
 

@@ -137,6 +137,12 @@ class AdapterRegistry(Protocol):
         adapter that cannot be read does not affect the others.
         """
 
+    def newest(self, family: str) -> str:
+        """Return a text that changes when a version of an adapter of the family is registered.
+
+        One request, whatever the number of adapters. Tags and aliases do not change the text.
+        """
+
     def set_aside(self) -> tuple[str, ...]:
         """Return descriptions of adapters of families that do not exist."""
 

@@ -63,6 +63,11 @@ class FakeTracking:
             if full_tags(tags).items() <= model.tags.items()
         ]
 
+    def newest_model(self, tags: dict[str, str]) -> str:
+        return str(
+            [(model.name, len(self.made.get(model.name, ()))) for model in self.models(tags)]
+        )
+
     def found_model(self, name: str) -> FoundModel:
         if name not in self.known:
             raise NotFoundError(f"there is no {name!r}")

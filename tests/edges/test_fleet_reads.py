@@ -171,9 +171,9 @@ def test_a_verdict_that_was_overtaken_moves_no_alias(two):
     seen = observe("spoilt", fleet.platform)  # passed, but the alias is not set yet
     fleet.judge(task, Verdict.INCONCLUSIVE)
     fleet.apply_verdicts()
-    assert apply_verdicts(seen, POLICY, ANY, fleet.platform).aliases == ()
+    assert apply_verdicts(seen, POLICY, ANY, fleet.platform)[1].aliases == ()
     assert fleet.platform.registry.alias("good", v3.alias) is None
     retired = observe("spoilt", fleet.platform)
     fleet.judge(task, Verdict.PASSED)
     two.tracking.tag_model("good", "retired", "true")
-    assert apply_verdicts(retired, POLICY, ANY, fleet.platform).aliases == ()
+    assert apply_verdicts(retired, POLICY, ANY, fleet.platform)[1].aliases == ()

@@ -133,8 +133,8 @@ class Two:
             assert (found.live, found.unreadable[: len(unreadable)]) == (live, unreadable)
             for number in (2, 1):
                 fleet.person.sets_on_a_base(fleet.family, "champion", number)
-                changes = apply_verdicts(observe(fleet.family, fleet.platform), POLICY, ANY_SHARE,
-                                 fleet.platform)  # fmt: skip
+                seen = observe(fleet.family, fleet.platform)
+                _, changes = apply_verdicts(seen, POLICY, ANY_SHARE, fleet.platform)
                 if isinstance(changes.obstacle, VerdictsMissing):  # the damaged adapter has none
                     assert "bad" in changes.obstacle.adapters
                 elif changes.obstacle is None:

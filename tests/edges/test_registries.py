@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -172,6 +173,18 @@ class TestEveryRegistry:
             place.trained(name)
         place.person.retire_manually(names[0])
         assert place.registry.adapters(place.family) == tuple(sorted(names[1:]))
+
+    def test_the_newest_version_of_a_family_changes_with_each_registration(self, place):
+        seen = [place.registry.newest(place.family)]
+        for name, seed in (("a", 1), ("b", 1), ("a", 2)):
+            time.sleep(0.002)  # MLflow's times have milliseconds
+            version = place.trained(f"{place.adapter}-{name}", seed)
+            seen.append(place.registry.newest(place.family))
+        assert len(set(seen)) == 4
+        place.registry.set_alias(version.adapter, version.base.alias, version.number)
+        place.person.retire_manually(f"{place.adapter}-b")
+        assert place.registry.newest(place.family) == seen[-1]
+        assert place.registry.newest("other-family") == place.registry.newest("no-such-family")
 
     def test_the_folder_comes_back_byte_by_byte(self, place, tmp_path):
         version = place.trained()

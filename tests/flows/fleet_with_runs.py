@@ -19,11 +19,18 @@ from tasks.reporting import limited, parked_text
 from tasks.shards import EndedShard, Shard
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.outcome import TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.lifecycle import transfer
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
-from trans_peft.lifecycle.reconcile import is_still_needed, observe, observe_adapter, plan
+from trans_peft.lifecycle.reconcile import (
+    is_still_needed,
+    observe,
+    observe_adapter,
+    plan,
+    revision,
+)
 
 WRITES = {
     "catalog": ("set_serving", "note_promotion"),
@@ -66,7 +73,10 @@ class Run:
 
 @dataclass
 class FleetWithRuns:
-    """A fleet, and the flow runs of its shards. `verdicts` are those other than passed."""
+    """A fleet, and the flow runs of its shards. `verdicts` are those other than passed.
+
+    `reads` counts how often a run read the fleet, and `looks` has the last looks that it recorded.
+    """
 
     folder: Path
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
@@ -76,6 +86,8 @@ class FleetWithRuns:
     records: list[tuple] = field(default_factory=list)
     locked: set[str] = field(default_factory=set)
     moments: int = 0
+    reads: int = 0
+    looks: dict[str, str] = field(default_factory=dict)
     at: Callable[[int, str], None] = lambda number, what: None
 
     def __post_init__(self) -> None:
@@ -96,7 +108,7 @@ class FleetWithRuns:
         from flows import reconcile as module
 
         with monkeypatch.context() as patch:
-            for name in ("reconciliation", "ingestion", "reporting", "transfer"):
+            for name in ("reconciliation", "ingestion", "looks", "reporting", "transfer"):
                 patch.setattr(module, name, getattr(self, f"_{name}"))
             for name in ("start", "active_shards", "cancel_shard", "wait"):
                 patch.setattr(module.shards, name, getattr(self, f"_{name}"))
@@ -109,17 +121,30 @@ class FleetWithRuns:
     def _reconciliation(self) -> SimpleNamespace:
         def apply_fleet_verdicts(family: str, policy: Any, promotion: Any) -> Any:
             while True:
-                changes = apply_verdicts(
-                    observe(family, self.platform), policy, promotion, self.platform
+                fleet, changes = apply_verdicts(
+                    self._read(family), policy, promotion, self.platform
                 )
                 if not changes.is_outdated:
-                    return changes
+                    return fleet, changes
 
         return SimpleNamespace(
             base_families=self.platform.catalog.families,
             set_aside=lambda: self.platform.catalog.set_aside(),
-            plan_fleet=lambda family, policy: plan(observe(family, self.platform), policy),
+            read_fleet=self._read,
+            plan_fleet=plan,
             apply_fleet_verdicts=apply_fleet_verdicts,
+        )
+
+    def _read(self, family: str) -> Fleet:
+        self.reads += 1
+        return observe(family, self.platform)
+
+    @property
+    def _looks(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            revision=lambda *given: revision(*given, self.platform),
+            is_unchanged=lambda family, found, minutes: self.looks.get(family) == found,
+            record_look=self.looks.__setitem__,
         )
 
     _ingestion = SimpleNamespace(find_pending=lambda return_state: Completed(data=()))

@@ -93,6 +93,56 @@ class TestOneRun:
         assert upgraded.fleet.serving == 2
 
 
+class TestUnchanged:
+    """A scheduled run does not read a fleet again that did not change since nothing was to do."""
+
+    @pytest.fixture
+    def settled(self, undisturbed, monkeypatch):
+        undisturbed.reconcile(monkeypatch)  # the first look after the promotion
+        undisturbed.reads = 0
+        return undisturbed
+
+    def again(self, settled, monkeypatch, **parameters):
+        state = settled.reconcile(monkeypatch, **{"skip_unchanged_minutes": 60} | parameters)
+        reads, settled.reads = settled.reads, 0
+        return state.name, reads
+
+    def test_is_not_read(self, settled, monkeypatch):
+        assert self.again(settled, monkeypatch) == ("Completed", 0)
+
+    def test_is_read_where_every_fleet_is_to_be_read(self, settled, monkeypatch):
+        assert self.again(settled, monkeypatch, skip_unchanged_minutes=0) == ("Completed", 1)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda fleet: fleet.add_base("v3"),
+            lambda fleet: fleet.promote(fleet.platform.catalog.versions(FAMILY)[0]),
+            lambda fleet: fleet.promote(None),
+            lambda fleet: fleet.add_adapter("fresh", fleet.platform.catalog.versions(FAMILY)[1]),
+        ],
+        ids=["new base", "rollback", "no champion", "new adapter"],
+    )
+    def test_is_read_after_a_change_until_nothing_is_to_do(self, settled, monkeypatch, change):
+        change(settled.fleet)
+        name, reads = self.again(settled, monkeypatch)
+        assert name == "Completed" and reads >= 1
+        self.again(settled, monkeypatch)
+        assert self.again(settled, monkeypatch) == ("Completed", 0)
+
+    def test_is_read_under_another_policy(self, settled, monkeypatch):
+        stricter = replace(POLICY, margin_points=1.0)
+        assert self.again(settled, monkeypatch, policy=stricter)[1] >= 1
+
+    def test_is_read_as_long_as_a_person_has_to_act(self, settled, monkeypatch):
+        settled.promotion = replace(
+            settled.promotion, required_adapters=("e",), free_rollback=False
+        )
+        settled.fleet.promote(settled.fleet.platform.catalog.versions(FAMILY)[0])
+        for _ in range(2):
+            assert self.again(settled, monkeypatch) == ("Failed", 1)
+
+
 def killed(*_):
     raise Killed
 
@@ -368,10 +418,10 @@ class TestOneFamilyThatFails:
         tasks = upgraded._reconciliation
         plain = getattr(tasks, step)
 
-        def failing(family, *rest):
-            if family == "broken":
+        def failing(given, *rest):
+            if "broken" in (given, getattr(given, "family", "")):
                 raise error
-            return plain(family, *rest)
+            return plain(given, *rest)
 
         setattr(tasks, step, failing)
         monkeypatch.setattr(FleetWithRuns, "_reconciliation", tasks)

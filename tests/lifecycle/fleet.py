@@ -141,7 +141,8 @@ class MemoryFleet:
             self.judge(task, verdict)
 
     def apply_verdicts(self, promotion: PromotionPolicy = ANY) -> FleetChanges:
-        return apply_verdicts(observe(self.family, self.platform), POLICY, promotion, self.platform)
+        fleet = observe(self.family, self.platform)
+        return apply_verdicts(fleet, POLICY, promotion, self.platform)[1]
 
     def promote(self, base: BaseVersion | None) -> None:
         """Move or remove `champion`, as a person does in MLflow."""

@@ -60,7 +60,7 @@ class Upgrade:
 
     def apply_verdicts(self, promotion=ALL):
         seen = observe(self.fleet.family, self.fleet.platform)
-        return apply_verdicts(seen, POLICY, promotion, self.fleet.platform)
+        return apply_verdicts(seen, POLICY, promotion, self.fleet.platform)[1]
 
     @property
     def state(self):
@@ -174,7 +174,7 @@ def test_an_adapter_that_cannot_be_read_blocks_the_promotion(upgrade):
     seen = observe(upgrade.fleet.family, upgrade.fleet.platform)
     seen = replace(seen, unreadable=("x: the tag cannot be read",))
     any_share = PromotionPolicy(min_serving_share=0.0)
-    changes = apply_verdicts(seen, POLICY, any_share, upgrade.fleet.platform)
+    _, changes = apply_verdicts(seen, POLICY, any_share, upgrade.fleet.platform)
     assert changes.promoted is None
     assert changes.obstacle.unreadable == ("x: the tag cannot be read",)
     text = obstacle_text(changes)

@@ -84,7 +84,7 @@ class TestChampion:
         fleet.promote(v2)
         seen = observe(FAMILY, fleet.platform)
         fleet.promote(v3)
-        changes = apply_verdicts(seen, POLICY, ALL, fleet.platform)
+        _, changes = apply_verdicts(seen, POLICY, ALL, fleet.platform)
         assert (changes.is_outdated, changes.promoted, fleet.serving) == (True, None, v1.number)
         fleet.apply_verdicts()
         assert fleet.serving == v3.number
@@ -251,7 +251,7 @@ class TestManualOverrides:
         return apply_verdicts(
             observe(FAMILY, fleet.platform), POLICY, ALL, fleet.platform,
             now=self.SEEN.replace(**later),
-        )  # fmt: skip
+        )[1]  # fmt: skip
 
     def test_a_block_is_recorded_and_kept_by_later_runs(self, fleet, two_bases):
         _, v2 = two_bases
@@ -329,6 +329,6 @@ class TestManualOverrides:
         fleet.judge(again, Verdict.PASSED)
         seen = observe(FAMILY, fleet.platform)
         fleet.platform.registry.set_alias_manually("chat", v2.alias, 1)
-        (found,) = apply_verdicts(seen, POLICY, ALL, fleet.platform).manual_overrides
+        (found,) = apply_verdicts(seen, POLICY, ALL, fleet.platform)[1].manual_overrides
         assert found.override.number == 1
         assert fleet.platform.registry.alias("chat", v2.alias) == 1

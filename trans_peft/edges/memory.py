@@ -254,6 +254,12 @@ class MemoryRegistry:
         """Return all live adapters of a family. All can be read."""
         return FamilyAdapters(tuple(map(self.adapter, self.adapters(family))))
 
+    def newest(self, family: str) -> str:
+        """Return the number of versions of the family's adapters."""
+        return str(
+            sum(len(self._versions[name]) for name, its in self._families.items() if its == family)
+        )
+
     def set_aside(self) -> tuple[str, ...]:
         """Return nothing: `register` accepts valid names only."""
         return ()

@@ -424,6 +424,16 @@ class Tracking:
         """Return all registered models with these tags, sorted by name."""
         return self._search("registered-models", _with_tags(tags), ["name ASC"])
 
+    def newest_model(self, tags: Mapping[str, str]) -> str:
+        """Return the name of the model with these tags that changed last, and the time in ms.
+
+        Empty if no model has the tags. MLflow counts versions as changes, and no tags or aliases.
+        """
+        found = self.client.search_registered_models(
+            _with_tags(tags), max_results=1, order_by=["last_updated_timestamp DESC"]
+        )
+        return "".join(f"{model.name} {model.last_updated_timestamp}" for model in found)
+
     def found_model(self, name: str) -> FoundModel:
         """Return the registered model of that name, of whatever kind. NotFoundError."""
         return cast(FoundModel, entry_of(self._registered(name)))

@@ -97,6 +97,13 @@ class MlflowRegistry:
         aside = filter(None, (_why_aside(model, family) for model in models.values()))
         return FamilyAdapters(tuple(adapters), (*unreadable, *aside))
 
+    def newest(self, family: str) -> str:
+        """Return the adapter that changed last, and when, in ms since the epoch; empty without one.
+
+        MLflow sets the time when it creates, changes or deletes a version of a model.
+        """
+        return self._tracking.newest_model({"kind": "adapter", "family": family})
+
     def set_aside(self) -> tuple[str, ...]:
         """Return the adapters of families that do not exist, each with the reason."""
         models = [(model.name, own_tags(model.tags)) for model in self._tracking.models({})]

@@ -42,12 +42,15 @@ def apply_verdicts(
     platform: Platform,
     *,
     now: datetime | None = None,
-) -> FleetChanges:
+) -> tuple[Fleet, FleetChanges]:
     """Set each adapter's alias on each base by its verdict, then move `serving` to `champion`.
 
     `serving` moves when every live adapter has a verdict on the champion and the promotion policy
     is met. Otherwise the reason is returned and noted on the version with `champion`. `now` is the
     time that is recorded for a new manual override.
+
+    Returns the fleet as it is after the changes, so that nobody has to read it again, and the
+    changes.
     """
     seen_at = (now or datetime.now(UTC)).isoformat(timespec="seconds")
     changes = _AdapterChanges()
@@ -64,8 +67,9 @@ def apply_verdicts(
         except TransPeftError as error:
             unreadable.append(f"{adapter.name}: {error}")
     updated = replace(fleet, adapters=tuple(adapters), unreadable=tuple(unreadable))
-    return replace(
-        _promote(updated, policy, promotion, platform),
+    promoted, found = _promote(updated, policy, promotion, platform)
+    return promoted, replace(
+        found,
         aliases=tuple(changes.aliases),
         manual_overrides=tuple(changes.manual_overrides),
         unreadable=(*unreadable, *fleet.set_aside),
@@ -149,7 +153,7 @@ def _override(state: AliasState, decision: _Decision, seen_at: str) -> ManualOve
 
 def _promote(
     fleet: Fleet, policy: GatePolicy, promotion: PromotionPolicy, platform: Platform
-) -> FleetChanges:
+) -> tuple[Fleet, FleetChanges]:
     obstacle = _obstacle(fleet, policy, promotion, platform)
     changes = FleetChanges(obstacle=obstacle)
     notes: dict[int, str] = {}
@@ -170,7 +174,7 @@ def _promote(
         fleet = replace(fleet, serving=champion.number)
     if moves or notes != fleet.notes:
         changes = replace(changes, is_outdated=_aliases_changed(fleet, platform))
-    return changes
+    return replace(fleet, notes=notes), changes
 
 
 def _aliases_changed(fleet: Fleet, platform: Platform) -> bool:

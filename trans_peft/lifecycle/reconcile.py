@@ -7,13 +7,16 @@ read here, so lost, doubled or reordered ones have no effect on the plan.
 """
 
 from dataclasses import replace
+from importlib.metadata import version
 
 from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
+from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Plan, Reason, TransferTask
+from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import IntegrityError, StoreError, TransPeftError
 from trans_peft.ports import Platform
@@ -25,6 +28,7 @@ __all__ = [
     "observe",
     "observe_adapter",
     "plan",
+    "revision",
     "with_cost_estimates",
 ]
 
@@ -73,6 +77,20 @@ def observe_adapter(adapter: str, family: str, platform: Platform) -> Fleet:
     return replace(
         _observe_bases(family, platform), adapters=adapters, unreadable=tuple(unreadable)
     )
+
+
+def revision(
+    family: str, policy: GatePolicy, promotion: PromotionPolicy, platform: Platform
+) -> str:
+    """Return a hash that changes with what the next look at a family would find, in five requests.
+
+    It covers the ready base versions and their aliases, both policies, this package's version, and
+    whether a version of an adapter was registered. It does not cover tags and aliases of adapters,
+    which a person may change: MLflow offers no search for what changed in them.
+    """
+    bases = _observe_bases(family, platform)
+    newest = platform.registry.newest(family)
+    return content_sha256([version("trans-peft"), bases, newest, policy, promotion])
 
 
 def plan(fleet: Fleet, policy: GatePolicy) -> Plan:

@@ -12,7 +12,7 @@ from trans_peft.errors import StoreError, TransPeftError, listed_lines
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.ports import Platform
 
-__all__ = ["MAX_ADAPTERS", "FleetReport", "FleetRow", "report"]
+__all__ = ["MAX_ADAPTERS", "FleetReport", "FleetRow", "report", "report_of"]
 
 MAX_ADAPTERS = 200
 """The number of adapters whose figures the report has. Each costs reads of stored evaluations."""
@@ -126,12 +126,16 @@ class FleetReport:
 
 
 def report(family: str, platform: Platform) -> FleetReport:
-    """Read one family's fleet and return its report.
+    """Read one family's fleet and return its report, as `report_of` does."""
+    return report_of(observe(family, platform), platform)
+
+
+def report_of(fleet: Fleet, platform: Platform) -> FleetReport:
+    """Return the report of a fleet. It reads the evaluations of at most `MAX_ADAPTERS` adapters.
 
     Adapters that do not serve on the champion come first if there are more than `MAX_ADAPTERS`.
     Only the first `MAX_ADAPTERS` adapters have `scores`.
     """
-    fleet = observe(family, platform)
     serving, champion = fleet.base(fleet.serving), fleet.base(fleet.champion)
     wanted = champion or serving
     if wanted is not None and len(fleet.adapters) > MAX_ADAPTERS:
@@ -140,7 +144,7 @@ def report(family: str, platform: Platform) -> FleetReport:
     unreadable = [*fleet.unreadable, *fleet.set_aside]
     rows = _rows(fleet, platform, unreadable)
     return FleetReport(
-        family=family,
+        family=fleet.family,
         serving=serving.version if serving else None,
         champion=champion.version if champion else None,
         bases=tuple(base.version for base in fleet.bases),
