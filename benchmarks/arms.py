@@ -1,7 +1,6 @@
 """The methods that `benchmarks.validate` compares. Each is a function of the workload."""
 
 import json
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks.peak_memory import peak_memory_mib
 from benchmarks.ratios import CLOCKS
 from benchmarks.workload import Workload
 from study.fleet import FAMILY
@@ -189,7 +189,7 @@ def attach_and_detach(workload: Workload, count: int) -> dict[str, Any]:
     for turn in range(count):
         with attached(base.model, Path(folders[turn % len(folders)])) as model:
             answer(model, asked, weights_sha256=str(turn), base_fingerprint_sha256="")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_mib() * 2**20
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     return {"peak_bytes": peak}

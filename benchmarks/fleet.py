@@ -19,7 +19,6 @@ estimated from 100 adapters in the same process.
 import argparse
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -30,25 +29,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import requests
 import sqlalchemy
 
 from benchmarks.bridge import middle
+from benchmarks.fleet_look import FAMILY
 from benchmarks.ratios import record
 from infra.stack.machine import free_ports
 from tests.edges.examples import draft, outcome, peft_folder, transferred
 from trans_peft import connect
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.promotion import PromotionPolicy
-from trans_peft.lifecycle.reconcile import observe, plan, revision, with_cost_estimates
-from trans_peft.ports import Platform
 
-FAMILY = "bench"
 FIRST = "adapter-00000"
-SAMPLE = 100
 TABLES = (
     "registered_models",
     "model_versions",
@@ -65,11 +59,7 @@ def main() -> None:
     options.add_argument("--database", help="URI of an empty database; by default SQLite")
     options.add_argument("--workers", type=int, default=4, help="of MLflow, whose default is 4")
     options.add_argument("--dry", action="store_true", help="print, and leave results.json alone")
-    options.add_argument("--read", metavar="URL", help=argparse.SUPPRESS)  # one run
     chosen = options.parse_args()
-    if chosen.read:
-        print(json.dumps(read(chosen.read)))
-        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with us
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     small, large = chosen.adapters // 10, chosen.adapters
@@ -81,7 +71,7 @@ def main() -> None:
             for count, taken in runs.items():
                 add_copies(database, count)
                 for _ in range(chosen.runs):
-                    command = [sys.executable, "-m", "benchmarks.fleet", "--read", url]
+                    command = [sys.executable, "-m", "benchmarks.fleet_look", url]
                     found = subprocess.run(command, check=True, stdout=subprocess.PIPE)
                     taken.append(json.loads(found.stdout.splitlines()[-1]))
                     print(count, taken[-1], flush=True)
@@ -109,49 +99,6 @@ def main() -> None:
             print(f"fleet.{name}", middle(values), facts)
         else:
             record(f"fleet.{name}", middle(values), facts)
-
-
-def read(url: str) -> dict[str, float]:
-    """Return the figures of one process: a look, an idle look, and reads of single adapters."""
-    platform, sent = connect(url, work_dir=tempfile.gettempdir()), 0
-    send = requests.Session.send
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        nonlocal sent
-        sent += 1
-        return send(*arguments, **options)
-
-    requests.Session.send = counted  # type: ignore[method-assign]
-    plan_s, requests_of_a_look = look(platform), sent
-    began = time.perf_counter()
-    revision(FAMILY, GatePolicy(), PromotionPolicy(), platform)
-    idle_s = time.perf_counter() - began
-    idle_requests = sent - requests_of_a_look
-    memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    names = platform.registry.adapters(FAMILY)
-    names = names[:: max(1, len(names) // SAMPLE)]
-    began = time.perf_counter()
-    for name in names:
-        platform.registry.adapter(name)
-    return {
-        "plan_s": plan_s,
-        "idle_s": idle_s,
-        "requests": requests_of_a_look,
-        "idle_requests": idle_requests,
-        "memory_mib": memory_mib,
-        "adapter_s": (time.perf_counter() - began) / len(names),
-    }
-
-
-def look(platform: Platform) -> float:
-    """Return the seconds of reading and planning the fleet."""
-    began = time.perf_counter()
-    fleet = observe(FAMILY, platform)
-    found = with_cost_estimates(plan(fleet, GatePolicy()), fleet, platform)
-    taken = time.perf_counter() - began
-    if not len(found.tasks) == len(fleet.adapters) > 0 or found.unreadable:
-        raise RuntimeError(f"unexpected plan: {len(found.tasks)} tasks, {found.unreadable[:3]}")
-    return taken
 
 
 @contextmanager

@@ -10,7 +10,6 @@ float mask of the whole activation, and a draw of Python's `random` for each lay
 
 import argparse
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from peak_memory import peak_memory_mib
 from peft import LoraConfig, PeftModel, get_peft_model
 from ratios import (
     Clock,
@@ -148,7 +148,7 @@ def main() -> None:
         step = Step(model, neuron if options.peak == "neuron" else plain)
         step(time.perf_counter)
         step(time.perf_counter)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_memory_mib())
         return
     keep_freed_memory()
     shape = f"SmolLM2-135M, fp32, LoRA r 16 on q,k,v,o, batch {BATCH} x {LENGTH} tokens"
