@@ -9,7 +9,10 @@ from tasks.environment import EnvironmentSettings
 from trans_peft.domain.owners import FamilyRule, Owners
 from trans_peft.domain.places import Places
 
-__all__ = ["Settings", "settings"]
+__all__ = ["METRICS_FOLDER", "Settings", "settings"]
+
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""prometheus_client reads this variable when it is imported, and the folder must exist then."""
 
 
 class Settings(EnvironmentSettings):
@@ -43,6 +46,13 @@ class Settings(EnvironmentSettings):
     `{"smol": {"prefixes": ["s3://team-a/smol/"], "key": "/etc/trans-peft/smol.pem"}}`. A family
     without prefixes takes its versions from below `TRANS_PEFT_BASES_URI`/NAME/. With a key, each
     upload must carry a valid signature."""
+
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, validation_alias="TRANS_PEFT_METRICS_PORT"
+    )
+    """Port on which a flow run serves its metrics, if it is alone in its container. Where several
+    runs share a host, `PROMETHEUS_MULTIPROC_DIR` is set, and the exporter serves them. None: no
+    server."""
 
     @property
     def owners(self) -> Owners:

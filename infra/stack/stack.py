@@ -157,7 +157,8 @@ class _Stack:
         self._log("prefect", f"deployed {settings.checkout / 'prefect.yaml'}")
         self._start("bridge")
         self._start("ui")
-        self._wait("mlflow", "worker", "bridge", "ui")
+        self._start("exporter")
+        self._wait("mlflow", "worker", "bridge", "ui", "exporter")
         webhooks = {**environment, **settings.bridge_environment}
         self._run("webhooks", ["-m", "infra.bridge", "webhooks"], webhooks)
         self._log("bridge", "receives the notifications of MLflow and S3")
