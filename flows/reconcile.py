@@ -1,10 +1,11 @@
 """Flow `reconcile`: judge each live adapter on each base that may serve, and apply the verdicts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
@@ -52,10 +53,10 @@ def reconcile(
     for one in found.values():  # before ingestion, so that a rollback does not wait for an upload
         one.update()
     refused = []
-    waiting = ingestion.find_pending(return_state=True)
-    if not waiting.is_completed():
-        refused.append(f"uploads cannot be listed: {waiting.message}")
-    for upload in waiting.result() if waiting.is_completed() else ():
+    pending = ingestion.find_pending(return_state=True)
+    if not pending.is_completed():
+        refused.append(f"uploads cannot be listed: {pending.message}")
+    for upload in pending.result() if pending.is_completed() else ():
         state = ingestion.ingest_pending(upload, return_state=True)
         if not state.is_completed():
             refused.append(f"{upload}: {state.message}")
@@ -64,19 +65,33 @@ def reconcile(
             found.setdefault(base.family, fresh).update()
 
     while awaited := {name: one.awaited(wait) for name, one in found.items() if one.awaited(wait)}:
-        name, ended = shards.wait(awaited)
+        waiting = [found[name] for name in awaited]
+        name, ended = shards.wait(awaited, on_unserved=partial(_report_unserved, waiting))
         found[name].update(ended)
 
     if family is None:
         refused += reconciliation.set_aside()
     if family not in (None, *found):
         refused.append(f"there is no base family {family!r}, and no upload of one")
+    if why := shards.why_unserved([shard for one in found.values() for shard in one.others]):
+        refused.append(why)
     if problems := refused + [problem for one in found.values() for problem in one.problems]:
         return Failed(message="\n".join(problems))
     others = sum(len(shard.tasks) for one in found.values() for shard in one.others)
     return Completed(
         message=f"other runs work on {others} verdicts" if others else "no verdict is missing"
     )
+
+
+def _report_unserved(families: Sequence["_Family"], why: str) -> None:
+    """Write to the log and to the fleet reports that no worker serves the queue of the shards."""
+    logger = get_run_logger()
+    if why:
+        logger.warning("%s", why)
+    else:
+        logger.info("a worker serves the queue again")
+    for one in families:
+        one.publish_report(why)
 
 
 @dataclass
@@ -94,6 +109,7 @@ class _Family:
         others: Active shards that other runs started.
         problems: Problems to report at the end of the run.
         left: Transfers that this run does not start again, by key, with the reason.
+        changes: Changes of the last update.
     """
 
     name: str
@@ -104,6 +120,7 @@ class _Family:
     others: tuple[Shard, ...] = ()
     problems: tuple[str, ...] = ()
     left: dict[tuple, str] = field(default_factory=dict)
+    changes: FleetChanges = FleetChanges()  # noqa: RUF009  frozen
 
     def awaited(self, wait: bool) -> tuple[Shard, ...]:
         """Return the shards for which this run waits."""
@@ -119,6 +136,10 @@ class _Family:
         with self._collecting_errors():
             self._update(ended)
 
+    def publish_report(self, warning: str) -> None:
+        """Publish the fleet report again, with a warning. A failure does not affect the run."""
+        reporting.publish_fleet(self.name, self.changes, warning, return_state=True)
+
     @contextmanager
     def _collecting_errors(self) -> Iterator[None]:
         """Turn an exception into a problem of this family, and stop waiting for its shards."""
@@ -133,6 +154,7 @@ class _Family:
 
     def _update(self, ended: tuple[EndedShard, ...]) -> None:
         changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
+        self.changes = changes
         plan = reconciliation.plan_fleet(self.name, self.policy)
         killed = shards.interrupted_transfers(ended, plan)
         for lost in killed:

@@ -5,8 +5,9 @@ from Prefect, by the tags of their flow runs.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any, cast
 from uuid import UUID
@@ -24,6 +25,7 @@ from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
 
 from tasks.origin import inherited_tags
+from tasks.queues import UNSERVED_AFTER_S, QueueWatch, unserved
 from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import content_sha256
@@ -41,6 +43,7 @@ __all__ = [
     "start",
     "unfinished_tasks",
     "wait",
+    "why_unserved",
 ]
 
 _TASKS = TypeAdapter(tuple[TransferTask, ...])
@@ -151,7 +154,7 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
                 run.name,
             )
             continue
-        shards.append(Shard(run.id, tasks, run.state is None or run.state.is_scheduled()))
+        shards.append(Shard(run.id, tasks, _is_waiting(run)))
     return tuple(shards)
 
 
@@ -193,13 +196,21 @@ def cancel_shard(shard: Shard) -> None:
             client.set_flow_run_state(shard.run_id, state)
 
 
-def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, ...]]:
-    """Wait until all shards of one group have ended. Return the group's name and its shards."""
+def wait(
+    groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]
+) -> tuple[str, tuple[EndedShard, ...]]:
+    """Wait until all shards of one group have ended. Return the group's name and its shards.
+
+    If no worker serves the queue of a waiting shard for a minute, `on_unserved` is called with the
+    reason, and with an empty text when a worker serves it again.
+    """
     logger = get_run_logger()
     logged: dict[UUID, str] = {}
     ended: dict[UUID, EndedShard] = {}
+    watch = QueueWatch(on_unserved)
     with get_client(sync_client=True) as client:
         while True:
+            waiting: list[FlowRun] = []
             for shard in (shard for group in groups.values() for shard in group):
                 if shard.run_id in ended:
                     continue
@@ -211,10 +222,24 @@ def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, 
                     )
                 if run.state is not None and run.state.is_final():
                     ended[shard.run_id] = _ended(run, run.state, shard)
+                elif _is_waiting(run):
+                    waiting.append(run)
             for name, group in groups.items():
                 if all(shard.run_id in ended for shard in group):
                     return name, tuple(ended[shard.run_id] for shard in group)
+            watch.check(waiting, client)
             time.sleep(_POLL_S)
+
+
+def why_unserved(shards: Sequence[Shard]) -> str:
+    """Return why waiting shards of other runs cannot start; empty if they can, or are new."""
+    with get_client(sync_client=True) as client:
+        for shard in (shard for shard in shards if shard.is_waiting):
+            run = client.read_flow_run(shard.run_id)
+            due = run.expected_start_time or datetime.now(UTC)
+            if _is_waiting(run) and datetime.now(UTC) - due > timedelta(seconds=UNSERVED_AFTER_S):
+                return unserved([run], client)
+    return ""
 
 
 def interrupted_transfers(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
@@ -243,6 +268,10 @@ def unfinished_tasks(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferT
         for item in shard.tasks
     }
     return tuple(item for item in plan.tasks if item.key in undone)
+
+
+def _is_waiting(run: FlowRun) -> bool:
+    return run.state is None or run.state.is_scheduled()
 
 
 def _ended(run: FlowRun, state: State[Any], shard: Shard) -> EndedShard:

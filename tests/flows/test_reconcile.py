@@ -87,13 +87,16 @@ class TestOneRun:
         assert [run.state for run in upgraded.runs] == ["Scheduled"] * 3
         state = upgraded.reconcile(monkeypatch)
         assert (state.name, state.message) == ("Completed", "other runs work on 5 verdicts")
+        upgraded.unserved = "no worker serves the queue gpu"
+        state = upgraded.reconcile(monkeypatch)
+        assert (state.name, state.message) == ("Failed", "no worker serves the queue gpu")
         assert len(upgraded.runs) == 3
         assert upgraded.reconcile(monkeypatch, wait=True).message == "no verdict is missing"
         assert len(upgraded.runs) == 3
         assert upgraded.fleet.serving == 2
 
 
-def killed(*_):
+def killed(*_, **__):
     raise Killed
 
 
