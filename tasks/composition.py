@@ -22,5 +22,6 @@ def platform() -> Platform:
             places=settings().places,
             may_lack=settings().may_lack,
             owners=settings().owners,
+            checkpoints_uri=settings().checkpoints_uri,
         )
     )

@@ -116,6 +116,9 @@ class _CountingStore:
     def write(self, uri: str, data: BinaryIO) -> None:
         self._store.write(uri, data)
 
+    def remove(self, uri: str) -> None:
+        self._store.remove(uri)
+
 
 def _measured(chunks: Iterator[bytes], counter: Counter) -> Iterator[bytes]:
     for chunk in chunks:

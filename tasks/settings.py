@@ -27,6 +27,10 @@ class Settings(EnvironmentSettings):
     bases_uri: str = Field(default="", validation_alias="TRANS_PEFT_BASES_URI")
     """Prefix below which uploads of base versions arrive. Empty: only registered versions count."""
 
+    checkpoints_uri: str = Field(default="", validation_alias="TRANS_PEFT_CHECKPOINTS_URI")
+    """Prefix for the checkpoints of unfinished training, such as `s3://data/checkpoints`. Empty:
+    they stay on the disk, and a training continues on the same worker only."""
+
     cache_gib: float | None = Field(default=None, gt=0, validation_alias="TRANS_PEFT_CACHE_GIB")
     """Bound of the copies of bases. The worker deletes copies that no process uses, the least
     recently used first, before their sum exceeds it. None: the disk is the bound."""
@@ -61,8 +65,8 @@ class Settings(EnvironmentSettings):
 
     @property
     def places(self) -> Places:
-        """The places that may be read; a local `TRANS_PEFT_BASES_URI` is one of them."""
-        return Places.named(self.readable, also=(self.bases_uri,))
+        """The places that may be read, and local prefixes of bases and checkpoints."""
+        return Places.named(self.readable, also=(self.bases_uri, self.checkpoints_uri))
 
     @property
     def may_lack(self) -> tuple[str, ...]:

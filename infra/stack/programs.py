@@ -14,7 +14,7 @@ from pathlib import Path
 
 from infra.bridge.settings import S3_PATH
 from infra.stack import seaweed
-from infra.stack.interrupted import crash_interrupted_runs
+from infra.stack.interrupted import INTERRUPTED_S, crash_interrupted_runs
 from infra.stack.machine import PROGRAM_MARK, end, free_ports, marked, port_is_free
 from infra.stack.settings import (
     BASES_URI,
@@ -174,6 +174,7 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
         METRICS_FOLDER: str(_metrics_folder(settings)),
         "TRANS_PEFT_CHECKOUT": str(settings.checkout),
         "TRANS_PEFT_BASES_URI": BASES_URI,
+        "TRANS_PEFT_CHECKPOINTS_URI": "s3://data/checkpoints",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the task retries too, and logs it
@@ -243,7 +244,7 @@ def exec_program(name: str, settings: StackSettings) -> None:
     First ends the processes that an earlier, killed instance left: a child that holds the port, or
     flow runs without a worker.
     """
-    end(marked(settings.state, name), grace_s=5)
+    end(marked(settings.state, name), grace_s=INTERRUPTED_S)
     program = PROGRAMS[name]
     program.before(settings)
     command = program.command(settings)

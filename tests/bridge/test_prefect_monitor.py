@@ -13,6 +13,7 @@ from infra.bridge.prefect_calls import PrefectCalls
 from infra.bridge.prefect_monitor import QUEUES, PrefectMonitor
 from infra.stack import prefect_objects
 
+
 def ago(seconds):
     return datetime.now(UTC) - timedelta(seconds=seconds)
 
