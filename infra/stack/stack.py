@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from infra.stack.health import create_buckets, is_healthy
-from infra.stack.machine import end, marked, owner, port_is_free
 from infra.stack.interrupted import INTERRUPTED_S
+from infra.stack.machine import end, marked, owner, port_is_free
 from infra.stack.programs import PROGRAMS, leftover_sockets
 from infra.stack.settings import BUCKETS, StackSettings, without_services
 from infra.stack.supervisor import Supervisor
