@@ -1,6 +1,7 @@
 """Rules, dashboard and page use metrics, labels and values that the programs export."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -10,9 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from prefect.logging.configuration import DEFAULT_LOGGING_SETTINGS_PATH
+from pythonjsonlogger.json import JsonFormatter
 
 from infra.bridge import metrics as bridge
 from infra.bridge.dispatcher import DispatchOutcome
+from infra.bridge.logs import json_formatter
 from infra.bridge.prefect_monitor import QUEUES
 from infra.stack.settings import StackSettings
 from tasks import metrics as worker
@@ -130,3 +134,33 @@ def test_promtool_accepts_the_files_and_the_tests_of_the_rules_pass(command):
         [PROMTOOL, *command], cwd=FOLDER, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_logs_of_flow_runs_have_the_names_of_the_bridge():
+    config = yaml.safe_load((FOLDER / "logging.yaml").read_text())
+    wanted = {name: value for name, value in config["formatters"]["json"].items() if name != "()"}
+    record = logging.LogRecord("prefect.flow_runs", logging.INFO, "", 1, "%s ended", ("x",), None)
+    record.flow_run_id, record.flow_run_name = "0-1", "judge small/v2"
+    line = json.loads(JsonFormatter(**wanted).format(record))
+    assert line.pop("time")
+    assert line == {
+        "level": "INFO",
+        "logger": "prefect.flow_runs",
+        "message": "x ended",
+        "run": "0-1",
+        "run_name": "judge small/v2",
+    }
+    bridge_line = json.loads(json_formatter().format(record))
+    assert {"level", "logger", "message", "time"} <= bridge_line.keys()
+
+
+def test_logs_of_runs_still_reach_prefects_pages():
+    ours = yaml.safe_load((FOLDER / "logging.yaml").read_text())["loggers"]
+    theirs = yaml.safe_load(DEFAULT_LOGGING_SETTINGS_PATH.read_text())["loggers"]
+    assert ours == {name: theirs[name] for name in ours}
+    assert [name for name in theirs if "api" in str(theirs[name].get("handlers"))] == [
+        "prefect.extra",
+        "prefect.flow_runs",
+        "prefect.task_runs",
+        "prefect.workers",
+    ]
