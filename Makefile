@@ -38,7 +38,7 @@ help: ## show this
 	@echo "make down         stop it; $(STATE) keeps its data"
 	@echo "make clean-state  stop it and delete $(STATE)"
 	@echo '  in a shell:     eval "$$($(BIN)/python -m infra.stack env)"'
-	@echo "  other ports:    make up MLFLOW_PORT=5501 PREFECT_PORT=4251 S3_PORT=8351 BRIDGE_PORT=4261 UI_PORT=4271"
+	@echo "  other ports:    make up MLFLOW_PORT=5501 PREFECT_PORT=4251 S3_PORT=8351 BRIDGE_PORT=4261 UI_PORT=4271 METRICS_PORT=9465"
 	@echo "  its worker:     make up TRANS_PEFT_READABLE=... TRANS_PEFT_FAMILIES=... (infra/README.md)"
 	@echo "  more:           $(BIN)/python -m infra.stack --help, infra/README.md"
 	@echo

@@ -101,7 +101,7 @@ def main() -> None:
 
 @contextmanager
 def running(folder: Path) -> Iterator[Stack]:
-    s3, mlflow, prefect, bridge, ui = free_ports(5)
+    s3, mlflow, prefect, bridge, ui, metrics = free_ports(6)
     settings = StackSettings(
         state=folder / "state",
         s3_port=s3,
@@ -109,6 +109,7 @@ def running(folder: Path) -> Iterator[Stack]:
         prefect_port=prefect,
         bridge_port=bridge,
         ui_port=ui,
+        metrics_port=metrics,
     )
     up(settings, print)
     try:

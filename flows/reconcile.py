@@ -1,17 +1,18 @@
 """Flow `reconcile`: judge each live adapter on each base that may serve, and apply the verdicts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from tasks import ingestion, looks, reconciliation, recovery, reporting, shards, transfer
 from tasks.shards import EndedShard, Shard
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.fleet import FleetChanges
+from trans_peft.domain.fleet import Fleet, FleetChanges
 from trans_peft.domain.outcome import Plan
 from trans_peft.domain.promotion import PromotionPolicy
 
@@ -58,10 +59,10 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
         if not one.is_unchanged(skip_unchanged_minutes):
             one.update()
     refused = []
-    waiting = ingestion.find_pending(return_state=True)
-    if not waiting.is_completed():
-        refused.append(f"uploads cannot be listed: {waiting.message}")
-    for upload in waiting.result() if waiting.is_completed() else ():
+    pending = ingestion.find_pending(return_state=True)
+    if not pending.is_completed():
+        refused.append(f"uploads cannot be listed: {pending.message}")
+    for upload in pending.result() if pending.is_completed() else ():
         state = ingestion.ingest_pending(upload, return_state=True)
         if not state.is_completed():
             refused.append(f"{upload}: {state.message}")
@@ -70,19 +71,33 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
             found.setdefault(base.family, fresh).update()
 
     while awaited := {name: one.awaited(wait) for name, one in found.items() if one.awaited(wait)}:
-        name, ended = shards.wait(awaited)
+        waiting = [found[name] for name in awaited]
+        name, ended = shards.wait(awaited, on_unserved=partial(_report_unserved, waiting))
         found[name].update(ended)
 
     if family is None:
         refused += reconciliation.set_aside()
     if family not in (None, *found):
         refused.append(f"there is no base family {family!r}, and no upload of one")
+    if why := shards.why_unserved([shard for one in found.values() for shard in one.others]):
+        refused.append(why)
     if problems := refused + [problem for one in found.values() for problem in one.problems]:
         return Failed(message="\n".join(problems))
     others = sum(len(shard.tasks) for one in found.values() for shard in one.others)
     return Completed(
         message=f"other runs work on {others} verdicts" if others else "no verdict is missing"
     )
+
+
+def _report_unserved(families: Sequence["_Family"], why: str) -> None:
+    """Write to the log and to the fleet reports that no worker serves the queue of the shards."""
+    logger = get_run_logger()
+    if why:
+        logger.warning("%s", why)
+    else:
+        logger.info("a worker serves the queue again")
+    for one in families:
+        one.publish_report(why)
 
 
 @dataclass
@@ -100,6 +115,7 @@ class _Family:
         others: Active shards that other runs started.
         problems: Problems to report at the end of the run.
         left: Transfers that this run does not start again, by key, with the reason.
+        seen: The fleet that the last update left, and its changes.
     """
 
     name: str
@@ -110,6 +126,7 @@ class _Family:
     others: tuple[Shard, ...] = ()
     problems: tuple[str, ...] = ()
     left: dict[tuple, str] = field(default_factory=dict)
+    seen: tuple[Fleet, FleetChanges] | None = None
 
     def awaited(self, wait: bool) -> tuple[Shard, ...]:
         """Return the shards for which this run waits."""
@@ -134,6 +151,11 @@ class _Family:
         """Apply the known verdicts, and start shards for missing ones. `ended` are ended shards."""
         with self._collecting_errors():
             self._update(ended)
+
+    def publish_report(self, warning: str) -> None:
+        """Publish the fleet report again, with a warning. A failure does not affect the run."""
+        if self.seen is not None:
+            reporting.publish_fleet(*self.seen, warning, return_state=True)
 
     @contextmanager
     def _collecting_errors(self) -> Iterator[None]:
@@ -178,7 +200,8 @@ class _Family:
         ours = {shard.run_id for shard in self.started}
         self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)
         self.started = tuple(shard for shard in active_shards if shard.run_id in ours)
-        for part in shards.split_into_shards(todo, self.shard_size):
+        free = max(shards.MAX_ACTIVE - len(active_shards), 0)
+        for part in shards.split_into_shards(todo, self.shard_size)[:free]:
             self.started += (shards.start(part, self.policy),)
         untrained = [
             f"{recipe.adapter} on {recipe.base_version}: retraining failed three times"
@@ -187,6 +210,7 @@ class _Family:
         ]
         self.problems = (*self._problems(plan, changes), *untrained)
         reporting.publish_plan(plan)  # after the shards, which must not wait for a report
+        self.seen = (fleet, changes)
         reporting.publish_fleet(fleet, changes)
         if not (self.problems or self.awaited(wait=True) or plan.trainings or changes.obstacle):
             looks.record_look(self.name, revision)

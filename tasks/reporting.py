@@ -56,9 +56,11 @@ def publish_plan(plan: Plan) -> None:
 
 
 @task(**RETRIES, task_run_name="fleet of {fleet.family}")
-def publish_fleet(fleet: Fleet, changes: FleetChanges) -> str:
-    """Write the fleet report to a markdown artifact and return its text."""
+def publish_fleet(fleet: Fleet, changes: FleetChanges, warning: str = "") -> str:
+    """Write the fleet report to a markdown artifact, below a warning, and return its text."""
     text = report_of(fleet, platform()).markdown() + "\n\n" + changes_markdown(changes)
+    if warning:
+        text = f"**Warning**\n\n```text\n{warning}\n```\n\n{text}"
     create_markdown_artifact(key=artifact_key("fleet", fleet.family), markdown=text)
     return text
 

@@ -9,7 +9,10 @@ from tasks.environment import EnvironmentSettings
 from trans_peft.domain.owners import FamilyRule, Owners
 from trans_peft.domain.places import Places
 
-__all__ = ["Settings", "settings"]
+__all__ = ["METRICS_FOLDER", "Settings", "settings"]
+
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""prometheus_client reads this variable when it is imported, and the folder must exist then."""
 
 
 class Settings(EnvironmentSettings):
@@ -23,6 +26,10 @@ class Settings(EnvironmentSettings):
 
     bases_uri: str = Field(default="", validation_alias="TRANS_PEFT_BASES_URI")
     """Prefix below which uploads of base versions arrive. Empty: only registered versions count."""
+
+    checkpoints_uri: str = Field(default="", validation_alias="TRANS_PEFT_CHECKPOINTS_URI")
+    """Prefix for the checkpoints of unfinished training, such as `s3://data/checkpoints`. Empty:
+    they stay on the disk, and a training continues on the same worker only."""
 
     cache_gib: float | None = Field(default=None, gt=0, validation_alias="TRANS_PEFT_CACHE_GIB")
     """Bound of the copies of bases. The worker deletes copies that no process uses, the least
@@ -44,6 +51,13 @@ class Settings(EnvironmentSettings):
     without prefixes takes its versions from below `TRANS_PEFT_BASES_URI`/NAME/. With a key, each
     upload must carry a valid signature."""
 
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, validation_alias="TRANS_PEFT_METRICS_PORT"
+    )
+    """Port on which a flow run serves its metrics, if it is alone in its container. Where several
+    runs share a host, `PROMETHEUS_MULTIPROC_DIR` is set, and the exporter serves them. None: no
+    server."""
+
     @property
     def owners(self) -> Owners:
         """The prefixes and keys by which each base family accepts versions."""
@@ -51,8 +65,8 @@ class Settings(EnvironmentSettings):
 
     @property
     def places(self) -> Places:
-        """The places that may be read; a local `TRANS_PEFT_BASES_URI` is one of them."""
-        return Places.named(self.readable, also=(self.bases_uri,))
+        """The places that may be read, and local prefixes of bases and checkpoints."""
+        return Places.named(self.readable, also=(self.bases_uri, self.checkpoints_uri))
 
     @property
     def may_lack(self) -> tuple[str, ...]:

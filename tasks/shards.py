@@ -5,16 +5,18 @@ from Prefect, by the tags of their flow runs.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any, cast
 from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
@@ -24,12 +26,15 @@ from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
 
 from tasks.origin import inherited_tags
+from tasks.queues import UNSERVED_AFTER_S, QueueWatch, unserved
 from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Plan, TransferTask
 
 __all__ = [
+    "ENOUGH_ENDED",
+    "MAX_ACTIVE",
     "EndedShard",
     "Shard",
     "active_shards",
@@ -41,7 +46,14 @@ __all__ = [
     "start",
     "unfinished_tasks",
     "wait",
+    "why_unserved",
 ]
+
+MAX_ACTIVE = 64
+"""Active shards of a family. A run starts the next ones when others have ended."""
+
+ENOUGH_ENDED = 32
+"""Ended shards after which the next ones are started. A large fleet takes a minute to read first."""
 
 _TASKS = TypeAdapter(tuple[TransferTask, ...])
 _POLL_S = 2.0
@@ -151,7 +163,7 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
                 run.name,
             )
             continue
-        shards.append(Shard(run.id, tasks, run.state is None or run.state.is_scheduled()))
+        shards.append(Shard(run.id, tasks, _is_waiting(run)))
     return tuple(shards)
 
 
@@ -193,17 +205,28 @@ def cancel_shard(shard: Shard) -> None:
             client.set_flow_run_state(shard.run_id, state)
 
 
-def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, ...]]:
-    """Wait until all shards of one group have ended. Return the group's name and its shards."""
+def wait(
+    groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]
+) -> tuple[str, tuple[EndedShard, ...]]:
+    """Wait until all shards of one group have ended, or `ENOUGH_ENDED` of them.
+
+    Returns the group's name and its ended shards. A poll is one request for 200 shards. If no
+    worker serves the queue of a waiting shard for a minute, `on_unserved` is called with the reason,
+    and with an empty text when a worker serves it again.
+    """
     logger = get_run_logger()
     logged: dict[UUID, str] = {}
     ended: dict[UUID, EndedShard] = {}
+    watch = QueueWatch(on_unserved)
+    awaited = [shard for group in groups.values() for shard in group]
     with get_client(sync_client=True) as client:
         while True:
-            for shard in (shard for group in groups.values() for shard in group):
-                if shard.run_id in ended:
+            waiting: list[FlowRun] = []
+            pending = [shard for shard in awaited if shard.run_id not in ended]
+            for shard, run in _with_runs(pending, client):
+                if run is None:
+                    ended[shard.run_id] = _deleted(shard)
                     continue
-                run = client.read_flow_run(shard.run_id)
                 if run.state is not None and run.state.name != logged.get(shard.run_id, ""):
                     logged[shard.run_id] = run.state.name or ""
                     logger.info(
@@ -211,10 +234,25 @@ def wait(groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, 
                     )
                 if run.state is not None and run.state.is_final():
                     ended[shard.run_id] = _ended(run, run.state, shard)
+                elif _is_waiting(run):
+                    waiting.append(run)
             for name, group in groups.items():
-                if all(shard.run_id in ended for shard in group):
-                    return name, tuple(ended[shard.run_id] for shard in group)
+                over = tuple(ended[shard.run_id] for shard in group if shard.run_id in ended)
+                if len(over) >= min(len(group), ENOUGH_ENDED):
+                    return name, over
+            watch.check(waiting, client)
             time.sleep(_POLL_S)
+
+
+def why_unserved(shards: Sequence[Shard]) -> str:
+    """Return why waiting shards of other runs cannot start; empty if they can, or are new."""
+    with get_client(sync_client=True) as client:
+        for shard in (shard for shard in shards if shard.is_waiting):
+            run = client.read_flow_run(shard.run_id)
+            due = run.expected_start_time or datetime.now(UTC)
+            if _is_waiting(run) and datetime.now(UTC) - due > timedelta(seconds=UNSERVED_AFTER_S):
+                return unserved([run], client)
+    return ""
 
 
 def interrupted_transfers(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
@@ -243,6 +281,33 @@ def unfinished_tasks(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferT
         for item in shard.tasks
     }
     return tuple(item for item in plan.tasks if item.key in undone)
+
+
+def _with_runs(
+    shards: Sequence[Shard], client: SyncPrefectClient
+) -> Iterator[tuple[Shard, FlowRun | None]]:
+    """Yield each shard with its flow run, or None if the run was deleted. One request a page."""
+    for first in range(0, len(shards), _PAGE):
+        page = shards[first : first + _PAGE]
+        wanted = FlowRunFilter(id=FlowRunFilterId(any_=[shard.run_id for shard in page]))
+        found = {run.id: run for run in client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE)}
+        yield from ((shard, found.get(shard.run_id)) for shard in page)
+
+
+def _deleted(shard: Shard) -> EndedShard:
+    """Return a shard whose flow run was deleted: it ended as a cancelled one does."""
+    return EndedShard(
+        name=str(shard.run_id),
+        tasks=shard.tasks,
+        state_name="deleted",
+        never_ran=False,
+        is_cancelled=True,
+        is_crashed=False,
+    )
+
+
+def _is_waiting(run: FlowRun) -> bool:
+    return run.state is None or run.state.is_scheduled()
 
 
 def _ended(run: FlowRun, state: State[Any], shard: Shard) -> EndedShard:

@@ -2,7 +2,7 @@
 
 from prefect import task
 
-from tasks import lineage
+from tasks import lineage, metrics
 from tasks.composition import platform
 from tasks.limits import adapter_lock
 from tasks.policy import RETRIES
@@ -44,6 +44,7 @@ def retrain(recipe: TrainingRecipe, policy: GatePolicy) -> TransferOutcome:
             on_event=training_progress(recipe.adapter),
             on_progress=work_progress(),
         )
+    metrics.adapter_judged(outcome)
     lineage.adapter_transferred(outcome)
     return outcome
 

@@ -6,7 +6,7 @@ The functions import `trans_peft.lifecycle.transfer` themselves, because importi
 
 from prefect import task
 
-from tasks import events, lineage
+from tasks import events, lineage, metrics
 from tasks.composition import platform
 from tasks.limits import adapter_lock
 from tasks.policy import RETRIES
@@ -33,6 +33,7 @@ def transfer_adapter(transfer_task: TransferTask, policy: GatePolicy) -> Transfe
             return None
         outcome = transfer(transfer_task, fleet, policy, platform(), on_progress=work_progress())
     events.adapter_judged(outcome)
+    metrics.adapter_judged(outcome)
     lineage.adapter_transferred(outcome)
     return outcome
 
@@ -50,4 +51,5 @@ def record_failure(
             return None
         outcome = transfer.record_failure(transfer_task, fleet, policy, platform(), reason=reason)
     events.adapter_judged(outcome)
+    metrics.adapter_judged(outcome)
     return outcome

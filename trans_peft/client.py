@@ -23,7 +23,7 @@ DEFAULT_WORK_DIR = Path("~/.cache/trans-peft")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # MLflow's, without a server
 
 
-def connect(
+def connect(  # noqa: PLR0913  the settings of a worker
     tracking_uri: str | None = None,
     *,
     work_dir: str | Path = DEFAULT_WORK_DIR,
@@ -31,6 +31,7 @@ def connect(
     places: Places = Places(),  # noqa: B008  frozen
     may_lack: Collection[str] = (),
     owners: Owners = Owners(),  # noqa: B008  frozen
+    checkpoints_uri: str = "",
 ) -> Platform:
     """Return the platform of an MLflow tracking server. Sends no request yet.
 
@@ -48,6 +49,8 @@ def connect(
             machine; by default none (docs/suites.md).
         owners: The places and signing keys from which each base family accepts versions; by default
             any place (docs/uploads.md).
+        checkpoints_uri: The prefix for checkpoints of unfinished training, so that another machine
+            can continue it; by default they stay in `work_dir`.
 
     Raises InvalidSpecError without a tracking URI, for a malformed one or for an unknown guard, and
     ModuleNotFoundError without the extra `mlflow`.
@@ -93,6 +96,7 @@ def connect(
             cache_bytes=cache_bytes,
             may_lack=guards_named(may_lack),
             owners=owners,
+            checkpoints_uri=checkpoints_uri,
         )
 
 

@@ -17,6 +17,7 @@ EXTRA_OF = {
     "math_verify": "eval",
     "mlflow": "mlflow",
     "model_signing": "signatures",
+    "prometheus_client": "ui",
     "psutil": "mlflow",
     "pydantic": "cli",
     "rapidfuzz": "eval",

@@ -5,7 +5,7 @@ implementations pass the same contract tests. `Platform` bundles one implementat
 `trans_peft.client.connect` builds it, and every function of `trans_peft.lifecycle` takes it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,9 @@ class ArtifactStore(Protocol):
 
     def write(self, uri: str, data: BinaryIO) -> None:
         """Write one file atomically: readers see the whole file or none."""
+
+    def remove(self, uri: str) -> None:
+        """Remove one file. Does nothing if there is none."""
 
 
 class BaseCatalog(Protocol):
@@ -265,6 +268,8 @@ class Platform:
         cache_bytes: The limit for copies of bases in bytes; None means the size of the disk.
         may_lack: Names of the guards of the sandbox for generated code that may be missing here.
         owners: The places and the signing keys from which each base family accepts versions.
+        checkpoints_uri: Prefix for the checkpoints of unfinished training; empty: on the disk only.
+        on_base_copy: Called at each use of a base with whether this worker had a copy of it.
     """
 
     store: ArtifactStore
@@ -276,3 +281,5 @@ class Platform:
     cache_bytes: int | None = None
     may_lack: frozenset[str] = frozenset()
     owners: Owners = Owners()  # noqa: RUF009  frozen
+    checkpoints_uri: str = ""
+    on_base_copy: Callable[[bool], None] = lambda found: None

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the bridge, in a registry of their own.
+"""Prometheus metrics of the bridge and of what Prefect does, in a registry of their own.
 
 Prometheus keeps one time series for each combination of label values until the process ends. Every
 label therefore has a closed set of values. A value outside of the set is counted as `other`.
@@ -8,7 +8,7 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from infra.bridge.dispatcher import DispatchOutcome
 from infra.bridge.notifications import NotificationKind
@@ -30,13 +30,17 @@ class FailureSource(StrEnum):
     EVENT = "event"  # processing one of these events
     QUEUE = "queue"  # reading the queue
     MESSAGE = "message"  # processing one of its messages
+    STATE = "state"  # reading what waits and runs in Prefect
 
 
 _FAILURE_SOURCES = frozenset(FailureSource)
 
 
 class Metrics:
-    """Notifications by sender, kind and outcome; times to the run and to the first verdict."""
+    """Notifications by sender, kind and outcome; times to the run and to the first verdict.
+
+    `PrefectMonitor` sets the gauges, which are attributes.
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -49,7 +53,7 @@ class Metrics:
         self._failures = Counter(
             "trans_peft_bridge_failures",
             "Exceptions after which the bridge continued, by place "
-            "(notification, events, event, queue, message)",
+            "(notification, events, event, queue, message, state)",
             ["place"],
             registry=self._registry,
         )
@@ -74,6 +78,27 @@ class Metrics:
             buckets=_VERDICT_BUCKETS_S,
             registry=self._registry,
         )
+
+        self.prefect_up = self._gauge("prefect_up", "1 if Prefect answered the last time")
+        self.queue_runs = self._gauge(
+            "queue_runs", "Flow runs that are due, by state (waiting, running)", "queue", "state"
+        )
+        self.queue_age = self._gauge(
+            "queue_age_seconds", "Time for which the oldest due flow run has waited", "queue"
+        )
+        self.queue_poll_age = self._gauge(
+            "queue_poll_age_seconds", "Time since a worker polled the queue", "queue"
+        )
+        self.shards = self._gauge("shards", "Shards, by state (waiting, running)", "state")
+        self.workers = self._gauge("workers_online", "Workers of the pool that send heartbeats")
+        self.reconcile_end = self._gauge(
+            "reconcile_end_timestamp_seconds",
+            "When reconcile last ended, by final state (completed, failed, crashed)",
+            "state",
+        )
+
+    def _gauge(self, name: str, description: str, *labels: str) -> Gauge:
+        return Gauge(f"trans_peft_{name}", description, labels, registry=self._registry)
 
     def answered(self, sender: str, kind: str, outcome: DispatchOutcome, seconds: float) -> None:
         """Count one notification that was answered after this many seconds."""

@@ -1,4 +1,4 @@
-"""Runs the bridge: the HTTP server, the queue, the monitor of verdicts, and one initial run."""
+"""Runs the bridge: the HTTP server, the queue, the monitors of Prefect, and one initial run."""
 
 import asyncio
 import uuid
@@ -17,6 +17,7 @@ from infra.bridge.loops import run_forever
 from infra.bridge.metrics import FailureSource, Metrics
 from infra.bridge.notifications import Notification, NotificationKind
 from infra.bridge.prefect_calls import PrefectCalls
+from infra.bridge.prefect_monitor import PrefectMonitor
 from infra.bridge.protocol import MAX_HEADERS_BYTES, DeadlineProtocol
 from infra.bridge.queue import SqsQueue, consume
 from infra.bridge.registry import MlflowFamilyLookup
@@ -26,6 +27,7 @@ from infra.bridge.settings import BridgeSettings
 __all__ = ["create_server", "serve", "start_initial_run"]
 
 _EVENTS_S = 15.0
+_STATE_S = 30.0
 _MAX_PAUSE_S = 30.0
 _MAX_CONNECTIONS = 1024
 """uvicorn answers 503 beyond this. With the longest body on each, they hold 256 MiB."""
@@ -44,6 +46,12 @@ async def serve(settings: BridgeSettings) -> None:
         start_initial_run(handler),
         run_forever(
             FailureSource.EVENTS, monitor.poll, interval_s=_EVENTS_S, failures=handler.failures
+        ),
+        run_forever(
+            FailureSource.STATE,
+            PrefectMonitor(prefect, metrics).poll,
+            interval_s=_STATE_S,
+            failures=handler.failures,
         ),
     ]
     if settings.queue_url:

@@ -1,12 +1,12 @@
 """The whole platform on one machine, from Python packages alone: `python -m infra.stack up`.
 
 It runs MLflow (tracking and registry), Prefect (server and one worker), SeaweedFS (S3), the
-bridge and the fleet page, with small databases, under supervisor. They write below one state
-folder, which can be deleted, and listen on 127.0.0.1 only. infra/README.md describes installations
-on more machines.
+bridge, the fleet page and the exporter of metrics, with small databases, under supervisor. They
+write below one state folder, which can be deleted, and listen on 127.0.0.1 only. infra/README.md
+describes installations on more machines.
 
     settings.py         environment variables, and the URLs and environments that they imply
-    programs.py         command and environment of each of the six programs
+    programs.py         command and environment of each of the seven programs
     seaweed.py          the S3 server, which refuses requests without credentials on all its ports
     supervisor.py       the process manager: configuration, start, requests
     machine.py          ports and processes of this machine

@@ -28,6 +28,7 @@ settings, as environment variables:
   PREFECT_PORT      4250
   BRIDGE_PORT       4260
   UI_PORT           4270
+  METRICS_PORT      9464
   GPU_SLOTS         flow runs on the `gpu` queue at a time (1)
   MLFLOW_BACKEND_STORE_URI, PREFECT_API_DATABASE_CONNECTION_URL
                     databases instead of SQLite: postgresql+psycopg2://..., postgresql+asyncpg://...

@@ -28,6 +28,8 @@ def is_healthy(name: str, settings: StackSettings) -> bool:
                     return http.get(f"{urls['prefect']}/api/health").is_success
                 case "ui":
                     return http.get(f"{urls['ui']}/health").is_success
+                case "exporter":
+                    return http.get(f"{urls['exporter']}/metrics").is_success
                 case "bridge":
                     return http.get(f"{urls['bridge']}/ready").is_success
                 case _:

@@ -13,7 +13,10 @@ import httpx
 from infra.stack.settings import StackSettings
 from trans_peft.domain.conventions import WORK_POOL
 
-__all__ = ["crash_interrupted_runs"]
+__all__ = ["INTERRUPTED_S", "crash_interrupted_runs"]
+
+INTERRUPTED_S = 30.0
+"""Time that a flow run has to end after SIGTERM. A training saves a checkpoint in it."""
 
 _UNFINISHED = {
     "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}},

@@ -1,4 +1,4 @@
-"""Command and environment of each of the six programs of the stack.
+"""Command and environment of each of the seven programs of the stack.
 
 The process manager starts each program as `python -m infra.stack run NAME`, which replaces itself
 by the program. Configuration files and command lines therefore contain no secrets, and each start
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from infra.bridge.settings import S3_PATH
 from infra.stack import seaweed
-from infra.stack.interrupted import crash_interrupted_runs
+from infra.stack.interrupted import INTERRUPTED_S, crash_interrupted_runs
 from infra.stack.machine import PROGRAM_MARK, end, free_ports, marked, port_is_free
 from infra.stack.settings import (
     BASES_URI,
@@ -23,6 +23,7 @@ from infra.stack.settings import (
     StackSettings,
     without_services,
 )
+from tasks.settings import METRICS_FOLDER
 from trans_peft.domain.conventions import WORK_POOL
 
 __all__ = ["PROGRAMS", "Program", "exec_program", "leftover_sockets"]
@@ -170,8 +171,10 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
         **settings.client_environment,
         **settings.worker_choices,
         "TRANS_PEFT_STATE": str(_folder(settings, "work")),
+        METRICS_FOLDER: str(_metrics_folder(settings)),
         "TRANS_PEFT_CHECKOUT": str(settings.checkout),
         "TRANS_PEFT_BASES_URI": BASES_URI,
+        "TRANS_PEFT_CHECKPOINTS_URI": "s3://data/checkpoints",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the task retries too, and logs it
@@ -182,6 +185,18 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         # A run repeats its requests safely, so one 500 does not have to end it.
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
+    }
+
+
+def _exporter_command(settings: StackSettings) -> list[str]:
+    return [sys.executable, "-m", "infra.exporter"]
+
+
+def _exporter_environment(settings: StackSettings) -> dict[str, str]:
+    return {
+        METRICS_FOLDER: str(_metrics_folder(settings)),
+        "TRANS_PEFT_METRICS_HOST": HOST,
+        "TRANS_PEFT_METRICS_PORT": str(settings.metrics_port),
     }
 
 
@@ -218,6 +233,7 @@ PROGRAMS = {
         Program("worker", _worker_command, _worker_environment, 30, crash_interrupted_runs),
         Program("bridge", _bridge_command, lambda s: s.bridge_environment, stop_s=10),
         Program("ui", _ui_command, _ui_environment, stop_s=4),
+        Program("exporter", _exporter_command, _exporter_environment, stop_s=4),
     )
 }
 
@@ -228,7 +244,7 @@ def exec_program(name: str, settings: StackSettings) -> None:
     First ends the processes that an earlier, killed instance left: a child that holds the port, or
     flow runs without a worker.
     """
-    end(marked(settings.state, name), grace_s=5)
+    end(marked(settings.state, name), grace_s=INTERRUPTED_S)
     program = PROGRAMS[name]
     program.before(settings)
     command = program.command(settings)
@@ -239,6 +255,10 @@ def exec_program(name: str, settings: StackSettings) -> None:
     }
     os.chdir(_folder(settings, name))
     os.execve(command[0], command, environment)  # noqa: S606  our own command, without a shell
+
+
+def _metrics_folder(settings: StackSettings) -> Path:
+    return _folder(settings, "work/metrics")
 
 
 def _folder(settings: StackSettings, name: str) -> Path:

@@ -128,6 +128,7 @@ class StackSettings(EnvironmentSettings):
     s3_port: _Port = _port("S3_PORT", 8350)
     bridge_port: _Port = _port("BRIDGE_PORT", 4260)
     ui_port: _Port = _port("UI_PORT", 4270)
+    metrics_port: _Port = _port("METRICS_PORT", 9464)
 
     gpu_slots: int = Field(default=1, ge=1, validation_alias="GPU_SLOTS")
     """Flow runs on the `gpu` queue at a time."""
@@ -210,6 +211,7 @@ class StackSettings(EnvironmentSettings):
             "PREFECT_PORT": self.prefect_port,
             "BRIDGE_PORT": self.bridge_port,
             "UI_PORT": self.ui_port,
+            "METRICS_PORT": self.metrics_port,
         }
 
     @property
@@ -230,8 +232,8 @@ class StackSettings(EnvironmentSettings):
     @property
     def has_ports_of_last_up(self) -> bool:
         """Whether no variable names another port than the last `up` had. True before any `up`."""
-        last = _ports_of_last_up(self.state)
-        return not last or last == {name: str(port) for name, port in self.ports.items()}
+        ports = {name: str(port) for name, port in self.ports.items()}
+        return _ports_of_last_up(self.state).items() <= ports.items()
 
     @property
     def urls(self) -> dict[str, str]:
@@ -242,6 +244,7 @@ class StackSettings(EnvironmentSettings):
             "prefect": f"http://{HOST}:{self.prefect_port}",
             "bridge": f"http://{HOST}:{self.bridge_port}",
             "ui": f"http://{HOST}:{self.ui_port}",
+            "exporter": f"http://{HOST}:{self.metrics_port}",
         }
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from infra.stack.health import create_buckets, is_healthy
+from infra.stack.interrupted import INTERRUPTED_S
 from infra.stack.machine import end, marked, owner, port_is_free
 from infra.stack.programs import PROGRAMS, leftover_sockets
 from infra.stack.settings import BUCKETS, StackSettings, without_services
@@ -115,6 +116,8 @@ class _Stack:
                     reported_at = time.monotonic()
                     self._log(name, "is stopping")
                 time.sleep(0.1)
+            # Flow runs save a checkpoint while the servers of their results still run.
+            end(marked(self._settings.state, name), grace_s=INTERRUPTED_S)
             self._log(name, "stopped")
         self._supervisor.shut_down()
         self._end_leftovers()
@@ -157,7 +160,8 @@ class _Stack:
         self._log("prefect", f"deployed {settings.checkout / 'prefect.yaml'}")
         self._start("bridge")
         self._start("ui")
-        self._wait("mlflow", "worker", "bridge", "ui")
+        self._start("exporter")
+        self._wait("mlflow", "worker", "bridge", "ui", "exporter")
         webhooks = {**environment, **settings.bridge_environment}
         self._run("webhooks", ["-m", "infra.bridge", "webhooks"], webhooks)
         self._log("bridge", "receives the notifications of MLflow and S3")
@@ -236,7 +240,7 @@ class _Stack:
         left = marked(self._settings.state)
         if left:
             self._log("stack", f"ending leftover processes: {', '.join(str(p.pid) for p in left)}")
-            end(left, grace_s=10)
+            end(left, grace_s=INTERRUPTED_S)
 
     def _last_lines(self, name: str, count: int = 20) -> str:
         path = self._settings.logs / f"{name}.log"

@@ -62,8 +62,8 @@ def configuration(settings: StackSettings) -> RawConfigParser:
             "command": f'"{sys.executable}" -m infra.stack run {program.name}',
             "priority": str(priority),
             # `up` starts the worker when its pool exists, the bridge when the deployment exists.
-            # The fleet page starts last, so that it does not slow the start of the others.
-            "autostart": str(program.name not in ("worker", "bridge", "ui")).lower(),
+            # The others start last, so that they do not slow the start of the servers.
+            "autostart": str(program.name in ("s3", "mlflow", "prefect")).lower(),
             "autorestart": "true",
             "startsecs": "2",
             "startretries": "10",

@@ -77,7 +77,7 @@ def test_changed_files_in_the_prefix_are_an_integrity_error(tmp_path):
 def test_a_prefix_with_a_missing_file_is_an_integrity_error(tmp_path):
     store = store_of(folder_of())
     expected = fingerprint(URI, store)
-    store.remove_manually(f"{URI}/config.json")
+    store.remove(f"{URI}/config.json")
     with pytest.raises(IntegrityError, match=r"config\.json: missing"):
         download(URI, store, tmp_path, fingerprint=expected)
 

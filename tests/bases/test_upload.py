@@ -255,7 +255,7 @@ def test_an_upload_that_changes_while_it_is_read_is_not_refused(when, file, chan
 
         def change(self, uri):
             if change == "removed":
-                store.remove_manually(uri)
+                store.remove(uri)
             else:
                 store.write(uri, io.BytesIO(b"other"))
 

@@ -60,6 +60,14 @@ class TestEveryStore:
         assert [(f.name, f.size) for f in store.list(prefix)] == [("empty", 0)]
         assert read(store, f"{prefix}/empty") == b""
 
+    def test_removes_one_file_and_none_without_an_error(self, place):
+        store, prefix = place
+        for name in ("a", "ab"):
+            store.write(f"{prefix}/{name}", io.BytesIO(b"x"))
+        store.remove(f"{prefix}/a")
+        store.remove(f"{prefix}/a")
+        assert [file.name for file in store.list(prefix)] == ["ab"]
+
     def test_a_missing_file_is_not_found(self, place):
         store, prefix = place
         with pytest.raises(NotFoundError, match="nowhere"):

@@ -50,7 +50,7 @@ _PORTS = _ports()
 
 def settings_below(state):
     """Return the settings of a separate stack, with unused ports."""
-    s3, mlflow, prefect, bridge, ui = islice(_PORTS, 5)
+    s3, mlflow, prefect, bridge, ui, metrics = islice(_PORTS, 6)
     return StackSettings(
         state=state,
         s3_port=s3,
@@ -58,6 +58,7 @@ def settings_below(state):
         prefect_port=prefect,
         bridge_port=bridge,
         ui_port=ui,
+        metrics_port=metrics,
     )
 
 

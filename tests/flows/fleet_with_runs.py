@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.states import Completed, Failed
 
+from tasks import shards
 from tasks.reporting import limited, parked_text
 from tasks.shards import EndedShard, Shard
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet, obstacle_text
@@ -88,6 +89,7 @@ class FleetWithRuns:
     moments: int = 0
     reads: int = 0
     looks: dict[str, str] = field(default_factory=dict)
+    unserved: str = ""
     at: Callable[[int, str], None] = lambda number, what: None
 
     def __post_init__(self) -> None:
@@ -110,7 +112,7 @@ class FleetWithRuns:
         with monkeypatch.context() as patch:
             for name in ("reconciliation", "ingestion", "looks", "reporting", "transfer"):
                 patch.setattr(module, name, getattr(self, f"_{name}"))
-            for name in ("start", "active_shards", "cancel_shard", "wait"):
+            for name in ("start", "active_shards", "cancel_shard", "wait", "why_unserved"):
                 patch.setattr(module.shards, name, getattr(self, f"_{name}"))
             given = {"policy": POLICY, "promotion": self.promotion, "shard_size": self.shard_size}
             return module.reconcile.fn(**given | parameters)
@@ -191,13 +193,19 @@ class FleetWithRuns:
         if run.state == "Scheduled":
             run.state = "Withdrawn"
 
-    def _wait(self, groups: Mapping[str, Sequence[Shard]]) -> tuple[str, tuple[EndedShard, ...]]:
+    def _wait(
+        self, groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]
+    ) -> tuple[str, tuple[EndedShard, ...]]:
         while True:
             for name, group in groups.items():
                 runs = [self._run(shard) for shard in group]
-                if all(run.state not in ("Scheduled", "Running") for run in runs):
-                    return name, tuple(_ended(run) for run in runs)
+                over = [run for run in runs if run.state not in ("Scheduled", "Running")]
+                if len(over) >= min(len(group), shards.ENOUGH_ENDED):
+                    return name, tuple(map(_ended, over))
             self.work_one_shard()
+
+    def _why_unserved(self, shards: Sequence[Shard]) -> str:
+        return self.unserved if any(shard.is_waiting for shard in shards) else ""
 
     def _run(self, shard: Shard) -> Run:
         return next(run for run in self.runs if run.id == shard.run_id)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from prefect.states import Failed
 
+from tasks import shards
 from tasks.recovery import start_training
 from tests.flows.fleet_with_runs import FleetWithRuns, Killed
 from tests.lifecycle.fleet import FAMILY, POLICY, SUITE
@@ -67,6 +68,25 @@ class TestOneRun:
         assert upgraded.reconcile(monkeypatch, dry_run=True).name == "Completed"
         assert (upgraded.final_state, upgraded.runs, upgraded.moments) == (before, [], 0)
 
+    def test_starts_a_bounded_number_of_shards_at_a_time(self, undisturbed, tmp_path, monkeypatch):
+        monkeypatch.setattr(shards, "MAX_ACTIVE", 2)
+        monkeypatch.setattr(shards, "ENOUGH_ENDED", 1)
+        upgraded = upgrade(tmp_path / "bounded")
+        upgraded.shard_size = 1
+        active = []
+        monkeypatch.setattr(
+            FleetWithRuns,
+            "work_one_shard",
+            lambda self, plain=FleetWithRuns.work_one_shard: (
+                active.append(sum(run.state == "Scheduled" for run in self.runs)),
+                plain(self),
+            ),
+        )
+        upgraded.reconcile(monkeypatch)
+        assert [len(run.tasks) for run in upgraded.runs] == [1] * 5
+        assert active == [2, 2, 2, 2, 1]
+        assert upgraded.final_state == undisturbed.final_state
+
     def test_reports_an_unknown_family(self, undisturbed, monkeypatch):
         state = undisturbed.reconcile(monkeypatch, family="smal")
         assert state.name == "Failed"
@@ -87,6 +107,9 @@ class TestOneRun:
         assert [run.state for run in upgraded.runs] == ["Scheduled"] * 3
         state = upgraded.reconcile(monkeypatch)
         assert (state.name, state.message) == ("Completed", "other runs work on 5 verdicts")
+        upgraded.unserved = "no worker serves the queue gpu"
+        state = upgraded.reconcile(monkeypatch)
+        assert (state.name, state.message) == ("Failed", "no worker serves the queue gpu")
         assert len(upgraded.runs) == 3
         assert upgraded.reconcile(monkeypatch, wait=True).message == "no verdict is missing"
         assert len(upgraded.runs) == 3
@@ -143,7 +166,7 @@ class TestUnchanged:
             assert self.again(settled, monkeypatch) == ("Failed", 1)
 
 
-def killed(*_):
+def killed(*_, **__):
     raise Killed
 
 

@@ -12,7 +12,7 @@ from infra.stack.programs import PROGRAMS
 from infra.stack.settings import Secrets, StackSettings, without_services
 from trans_peft.errors import InvalidSpecError
 
-ports = st.lists(st.integers(1024, 65535), min_size=5, max_size=5, unique=True)
+ports = st.lists(st.integers(1024, 65535), min_size=6, max_size=6, unique=True)
 
 
 def settings_from(environment):
@@ -33,7 +33,7 @@ def no_settings_of_the_shell(monkeypatch):
 
 @given(ports, st.integers(1, 64), st.sampled_from(["", "postgresql+psycopg2://u:p%40@h/db"]))
 def test_settings_are_read_back_from_their_own_environment(chosen, slots, database):
-    s3, mlflow, prefect, bridge, ui = chosen
+    s3, mlflow, prefect, bridge, ui, metrics = chosen
     settings = StackSettings(
         state=Path("/tmp/s"),
         s3_port=s3,
@@ -41,6 +41,7 @@ def test_settings_are_read_back_from_their_own_environment(chosen, slots, databa
         prefect_port=prefect,
         bridge_port=bridge,
         ui_port=ui,
+        metrics_port=metrics,
         gpu_slots=slots,
         mlflow_database=database,
     )
@@ -118,6 +119,7 @@ CHOSEN = {
     "PREFECT_PORT": "8803",
     "BRIDGE_PORT": "8804",
     "UI_PORT": "8805",
+    "METRICS_PORT": "8806",
 }
 
 

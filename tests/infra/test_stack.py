@@ -123,7 +123,7 @@ def running(tmp_path_factory):
         stack("down", settings)
 
 
-def test_up_shows_the_four_urls_and_every_program_is_healthy(running):
+def test_up_shows_the_urls_and_every_program_is_healthy(running):
     for url in running.settings.urls.values():
         assert url in running.output
     assert stack("status", running.settings).returncode == 0

@@ -34,6 +34,7 @@ def test_programs_are_restarted_have_bounded_logs_and_stop_as_groups(parsed_conf
         "worker",
         "bridge",
         "ui",
+        "exporter",
     ]
 
 

@@ -57,3 +57,11 @@ def make_job(tiny_base: Path, data_file: Path):
         return TrainingJob(recipe, tiny_base, "s3://bases/tiny/v1", "f00d", data_file, work_dir)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(make_job, tmp_path_factory):
+    """A run that nothing disturbs, of the recipe `runs.PERTURBED`."""
+    from tests.training.runs import PERTURBED, run
+
+    return run(make_job(tmp_path_factory.mktemp("uninterrupted"), PERTURBED))

@@ -17,6 +17,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ _RECORD_LIFETIME_S = 7 * 24 * 3600.0
 """A copy is hashed again after this time, in case the disk has changed bytes silently."""
 
 
-def download(  # noqa: PLR0913  three optional limits and callbacks
+def download(  # noqa: PLR0913  four optional limits and callbacks
     uri: str,
     store: ArtifactStore,
     cache_dir: Path,
@@ -56,13 +57,15 @@ def download(  # noqa: PLR0913  three optional limits and callbacks
     limit_bytes: int | None = None,
     range_bytes: int = RANGE_BYTES,
     on_progress: ByteProgress | None = None,
+    on_found: Callable[[bool], None] = lambda found: None,
 ) -> Path:
     """Return the folder with the verified copy of a base; download it first if it is missing.
 
     One process downloads while the others wait. After a killed download, the next call reads only
     the missing ranges. This process holds the copy until it ends, so that it is not evicted. Copies
     that no process holds are removed, least recently used first, if all copies together would
-    exceed `limit_bytes` or the disk; a single base is downloaded whatever the limit.
+    exceed `limit_bytes` or the disk; a single base is downloaded whatever the limit. `on_found` is
+    called with whether the copy was there.
 
     Raises NotFoundError; StoreError, also for a full disk, after the unfinished download was
     removed; IntegrityError if the files no longer match the fingerprint.
@@ -73,10 +76,13 @@ def download(  # noqa: PLR0913  three optional limits and callbacks
     with _mapped_errors(copy):
         copy.cache_dir.mkdir(parents=True, exist_ok=True)
         _hold_until_exit(copy.path("use"))
-        if not copy.is_verified():
+        found = copy.is_verified()
+        if not found:
             with FileLock(copy.path("lock")):
-                if not (copy.is_verified() or copy.verify_again()):
+                found = copy.is_verified() or copy.verify_again()
+                if not found:
                     _download(uri, store, copy, limit_bytes, range_bytes, on_progress)
+    on_found(found)
     return copy.folder
 
 

@@ -119,6 +119,12 @@ class FileStore:
             while chunk := data.read(self._chunk_bytes):
                 file.write(chunk)
 
+    def remove(self, uri: str) -> None:
+        """Remove one file. Does nothing if there is none. Raises StoreError."""
+        path = self._path(uri)
+        with _mapped_errors(uri):
+            path.unlink(missing_ok=True)
+
 
 def _open_regular(path: Path, uri: str) -> BinaryIO:
     """Open a file; StoreError for a named pipe, which would block until something writes to it."""

@@ -94,9 +94,9 @@ class MemoryStore:
         """Write one file."""
         self._files[uri] = data.read()
 
-    def remove_manually(self, uri: str) -> None:
-        """Delete a file, as its owner can."""
-        del self._files[uri]
+    def remove(self, uri: str) -> None:
+        """Remove one file. Does nothing if there is none."""
+        self._files.pop(uri, None)
 
 
 def _etag(data: bytes) -> str:

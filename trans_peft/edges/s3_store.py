@@ -186,6 +186,12 @@ class S3Store:
         with _mapped_errors(uri):
             self._client.upload_fileobj(_Unclosed(data), bucket, key, Config=_TRANSFER)
 
+    def remove(self, uri: str) -> None:
+        """Remove one object. Does nothing if there is none. Raises StoreError."""
+        bucket, key = _bucket_and_key(uri)
+        with _mapped_errors(uri):
+            self._client.delete_object(Bucket=bucket, Key=key)
+
 
 class _Unclosed:
     """A file without `close`: boto3 closes the files that it uploads, the caller's stays open."""

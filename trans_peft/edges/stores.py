@@ -44,6 +44,10 @@ class SchemeStore:
         """Write one file atomically."""
         self._store(uri).write(uri, data)
 
+    def remove(self, uri: str) -> None:
+        """Remove one file. Does nothing if there is none."""
+        self._store(uri).remove(uri)
+
     def _store(self, uri: str) -> ArtifactStore:
         scheme, separator, _ = uri.partition("://")
         if scheme == "s3":

@@ -38,6 +38,7 @@ def base_folder(base: BaseVersion, platform: Platform) -> Path:
             platform.work_dir / "bases",
             fingerprint=platform.catalog.fingerprint(base),
             limit_bytes=platform.cache_bytes,
+            on_found=platform.on_base_copy,
         )
 
 

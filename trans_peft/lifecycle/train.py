@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from trans_peft.artifacts import child_uri
 from trans_peft.data import Example, pin, read_examples, write_examples
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
 from trans_peft.domain.recipe import SyntheticPrompts, TrainingRecipe
-from trans_peft.errors import translating_full_disk_errors
+from trans_peft.errors import StoreError, translating_full_disk_errors
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import (
     EvaluationSubject,
@@ -27,11 +29,19 @@ from trans_peft.lifecycle.synthetic_prompts import (
 )
 from trans_peft.ports import Platform
 from trans_peft.training import events
+from trans_peft.training.checkpoint_store import CheckpointStore, continued
 from trans_peft.training.events import Event
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 
-__all__ = ["job_on", "resolve_recipe", "train", "trained_version"]
+__all__ = [
+    "job_on",
+    "remove_checkpoints",
+    "resolve_recipe",
+    "stored_checkpoints",
+    "train",
+    "trained_version",
+]
 
 
 def resolve_recipe(
@@ -71,6 +81,20 @@ def job_on(
     )
 
 
+def stored_checkpoints(job: TrainingJob, platform: Platform) -> CheckpointStore | None:
+    """Return the checkpoints of a job in the artifact store; None if the platform has no place."""
+    if not platform.checkpoints_uri:
+        return None
+    return CheckpointStore(platform.store, child_uri(platform.checkpoints_uri, job.identity()))
+
+
+def remove_checkpoints(checkpoints: CheckpointStore | None) -> None:
+    """Remove the checkpoints of a training whose result is registered, if the store allows it."""
+    if checkpoints is not None:
+        with suppress(StoreError):
+            checkpoints.clear()
+
+
 def trained_version(
     base: BaseVersion, recipe: TrainingRecipe, result: TrainingResult
 ) -> AdapterVersion:
@@ -98,9 +122,10 @@ def train(
     """Train one adapter by a recipe, register it, and let it serve on the base it was trained on.
 
     If a version of the same recipe, base and data is registered, it is returned and nothing is
-    trained. A killed run resumes from its last checkpoint on the same worker. `preflight` checks
-    before the first step that evaluation and registration are possible. `on_event` gets the
-    training events, `on_progress` the progress of the evaluation.
+    trained. A killed run resumes from its last checkpoint: on the same worker, or on any worker if
+    the platform has a place for checkpoints. `preflight` checks before the first step that
+    evaluation and registration are possible. `on_event` gets the training events, `on_progress` the
+    progress of the evaluation.
 
     Raises TrainingError, OutOfMemoryError, DataError, InvalidSpecError or NotFoundError. Nothing is
     registered then.
@@ -127,7 +152,8 @@ def train(
         job = job_on(base, resolved, examples, platform)
         run.file(_write_recipe(resolved, job.work_dir))  # fails early if files cannot be stored
         prompts = write_synthetic_prompts(job, examples, platform.store, on_event=on_event)
-        result = fit(job, on_event=on_training_event)
+        checkpoints = stored_checkpoints(job, platform)
+        result = fit(job, on_event=continued(job, checkpoints, on_training_event))
         keep_prompts(job.work_dir, result.folder)
         evaluations = evaluate_on(
             base,
@@ -145,6 +171,7 @@ def train(
             scores={name: found.score for name, found in evaluations.items()},
         )
     platform.registry.set_alias(version.adapter, version.base.alias, version.number)
+    remove_checkpoints(checkpoints)
     return version
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +26,7 @@ import trans_peft.errors
 from trans_peft.errors import OutOfMemoryError, TrainingCancelled, TrainingError, TransPeftError
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.training.events import (
+    CheckpointSaved,
     Event,
     EventMessage,
     Failed,
@@ -43,6 +45,7 @@ _LESS_MEMORY = (
 )
 _TAIL_LINES = 25
 _READERS_S = 5
+_CHECKPOINT_S = 25.0  # machines that are taken away give 30 s
 
 
 def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResult:
@@ -51,7 +54,8 @@ def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResul
     This thread calls `on_event` with each event. A run that was killed resumes from its last
     complete checkpoint and ends in the same weights as an uninterrupted run. A finished run is not
     repeated: its result is returned. All training processes end when this call ends, also by an
-    exception or by the death of this process.
+    exception or by the death of this process. If a signal ends this call (KeyboardInterrupt,
+    SystemExit, Prefect's TerminationSignal), they save a checkpoint first, for up to 25 s.
 
     Raises:
         NotFoundError, InvalidSpecError: the job cannot start.
@@ -65,7 +69,13 @@ def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResul
     if done is not None:
         return done
     with _Training(job) as training:
-        training.follow(on_event)
+        try:
+            training.follow(on_event)
+        except Exception:
+            raise
+        except BaseException:  # a signal, or Prefect cancels the run
+            training.stop_after_checkpoint(on_event)
+            raise
     result = _finished(job)
     if result is None:
         raise TrainingError(
@@ -155,6 +165,28 @@ class _Training:
         if failure is not None:
             raise _error(failure)
         self._raise_for(self._process.wait())
+
+    def stop_after_checkpoint(self, on_event: Callable[[Event], None]) -> None:
+        """Let the processes save a checkpoint after the current step, for at most 25 s.
+
+        `on_event` gets the saved checkpoint. Its errors are dropped: the call ends anyway.
+        """
+        deadline_s = time.monotonic() + _CHECKPOINT_S
+        assert self._process.stdin is not None
+        with suppress(OSError):  # the processes may have ended
+            self._process.stdin.write("stop\n")
+            self._process.stdin.flush()
+        open_streams = len(self._readers)
+        while open_streams and (left_s := deadline_s - time.monotonic()) > 0:
+            with suppress(queue.Empty):
+                match self._lines.get(timeout=left_s):
+                    case None:
+                        open_streams -= 1
+                    case CheckpointSaved() as saved:
+                        with suppress(Exception):
+                            on_event(saved)
+                    case Failed() | Finished():
+                        return
 
     def _read(self, stream: IO[str], parse: Callable[[str], EventMessage | LogLine]) -> None:
         with stream:

@@ -1,4 +1,4 @@
-"""The child's side of the protocol: a stream of events, and an exit when the parent dies.
+"""The child's side of the protocol: events, requests to stop, and an exit when the parent dies.
 
 This module is imported before torch, so that a process ends with its parent even during imports.
 """
@@ -11,7 +11,10 @@ from typing import TextIO
 
 from trans_peft.training.events import EventMessage, encode
 
-__all__ = ["EventStream", "exit_with_parent"]
+__all__ = ["EventStream", "exit_with_parent", "stop_requested"]
+
+stop_requested = threading.Event()
+"""Set when training has to save a checkpoint after the current step, and end."""
 
 
 class EventStream:
@@ -31,12 +34,15 @@ class EventStream:
 def exit_with_parent() -> None:
     """Kill this process's group when stdin ends, that is, when the parent dies.
 
-    The kernel closes the pipe however the parent ends, SIGKILL included.
+    The kernel closes the pipe however the parent ends, SIGKILL included. A byte in the pipe, and
+    SIGTERM, set `stop_requested`.
     """
 
     def wait() -> None:
         while os.read(0, 1024):
-            pass
+            stop_requested.set()
         os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
 
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()

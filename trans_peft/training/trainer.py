@@ -13,8 +13,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from trans_peft.errors import TrainingError
+from trans_peft.errors import TrainingCancelled, TrainingError
 from trans_peft.training.events import CheckpointSaved, EventMessage, TrainingMetrics
+from trans_peft.training.parent_watch import stop_requested
 
 __all__ = ["AnswerTrainer", "EventCallback", "last_checkpoint"]
 
@@ -98,6 +99,8 @@ def _only_positions(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
 class EventCallback(TrainerCallback):
     """Reports progress, marks complete checkpoints, and raises if the loss is not finite.
 
+    When a stop is requested, training saves a checkpoint after the current step and ends.
+
     `tokens_per_step[i]` are the tokens of step i + 1 without padding, over all processes.
     """
 
@@ -153,6 +156,23 @@ class EventCallback(TrainerCallback):
             )
         )
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Save a checkpoint and end training if a stop is requested from any process."""
+        if state.global_step < state.max_steps and _in_any_process(stop_requested.is_set()):
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """TrainingCancelled if training ended before its last step."""
+        if state.global_step < state.max_steps:
+            raise TrainingCancelled(
+                f"training was terminated after step {state.global_step} of {state.max_steps}, "
+                "where it saved a checkpoint"
+            )
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -162,6 +182,16 @@ class EventCallback(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / _COMPLETE).touch()
             self._send(CheckpointSaved(state.global_step))
+
+
+def _in_any_process(value: bool) -> bool:
+    """Return whether the value is true in any process: all of them must stop at the same step."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return value
+    any_true = torch.tensor([int(value)], device=state.device)
+    torch.distributed.all_reduce(any_true, op=torch.distributed.ReduceOp.MAX)
+    return bool(any_true.item())
 
 
 def last_checkpoint(folder: Path) -> Path | None:

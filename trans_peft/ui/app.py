@@ -1,11 +1,11 @@
-"""The web application: pages below /, the same views as JSON below /api.
+"""The web application: pages below /, the same views as JSON below /api, metrics at /metrics.
 
 FastAPI describes the JSON in /api/openapi.json from the types of the views. Every request reads;
 there is no route for another method.
 """
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from trans_peft.ui.headers import SecurityHeaders
 from trans_peft.ui.index import FleetPage, FleetQuery, Sort, State
 from trans_peft.ui.life import AdapterView, BaseView
 from trans_peft.ui.links import Links
+from trans_peft.ui.metrics import METRICS_PATH, ByAddress, FleetCollector, metrics_text
 from trans_peft.ui.progress import FleetProgress
 from trans_peft.ui.reader import FamilyView, Reader, VerdictView
 from trans_peft.ui.settings import UiSettings
@@ -73,9 +74,10 @@ def create_app(platform: Platform, settings: UiSettings) -> ASGIApp:
     )
     app.include_router(_api(reader))
     app.include_router(pages.router(), include_in_schema=False)
+    app.add_route(METRICS_PATH, _metrics(FleetCollector(snapshots)), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=_HERE / "static"))
     checked = TrustedHostMiddleware(app, allowed_hosts=settings.accepted_hosts, www_redirect=False)
-    return SecurityHeaders(checked)
+    return SecurityHeaders(ByAddress(app, checked))
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,13 @@ def _described(error: Exception) -> tuple[int, str, str]:
 def _health() -> Response:
     """Respond that the process answers. Makes no request to the registry."""
     return JSONResponse({"status": "ok"})
+
+
+def _metrics(collector: FleetCollector) -> Callable[[Request], Response]:
+    def metrics(request: Request) -> Response:
+        return Response(metrics_text(collector), media_type="text/plain; version=0.0.4")
+
+    return metrics
 
 
 def _icon() -> Response:

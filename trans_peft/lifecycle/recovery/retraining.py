@@ -25,8 +25,15 @@ from trans_peft.lifecycle.recovery.candidates import Candidate
 from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, policy_per_strategy
 from trans_peft.lifecycle.resolve import base_trained_on, find_base
 from trans_peft.lifecycle.synthetic_prompts import keep_prompts
-from trans_peft.lifecycle.train import job_on, resolve_recipe, trained_version
+from trans_peft.lifecycle.train import (
+    job_on,
+    remove_checkpoints,
+    resolve_recipe,
+    stored_checkpoints,
+    trained_version,
+)
 from trans_peft.ports import Platform
+from trans_peft.training.checkpoint_store import continued
 from trans_peft.training.events import Event
 from trans_peft.training.launch import fit
 
@@ -60,7 +67,8 @@ def retrain(
     trained_on = base_trained_on(source, platform.catalog.versions(source.base.family))
     resolved, _ = resolve_recipe(recipe, platform)
     job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
-    result = fit(job, on_event=on_event)
+    checkpoints = stored_checkpoints(job, platform)
+    result = fit(job, on_event=continued(job, checkpoints, on_event))
     with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
         folder = cache(lambda: platform.registry.download(source, Path(scratch, "source")))
         if resolved.synthetic_prompts is not None:
@@ -112,6 +120,7 @@ def retrain(
             strategy=RecoveryStrategy.RETRAINED,
         )
     platform.registry.record(outcome)
+    remove_checkpoints(checkpoints)
     return outcome
 
 
