@@ -53,7 +53,7 @@ MAX_ACTIVE = 64
 """Active shards of a family. A run starts the next ones when others have ended."""
 
 ENOUGH_ENDED = 32
-"""Ended shards after which the next ones are started. A large fleet takes a minute to read first."""
+"""Ended shards after which a run reads the fleet and starts the next ones."""
 
 _TASKS = TypeAdapter(tuple[TransferTask, ...])
 _POLL_S = 2.0
@@ -211,8 +211,8 @@ def wait(
     """Wait until all shards of one group have ended, or `ENOUGH_ENDED` of them.
 
     Returns the group's name and its ended shards. A poll is one request for 200 shards. If no
-    worker serves the queue of a waiting shard for a minute, `on_unserved` is called with the reason,
-    and with an empty text when a worker serves it again.
+    worker serves the queue of a waiting shard for a minute, `on_unserved` is called with the
+    reason, and with an empty text when a worker serves it again.
     """
     logger = get_run_logger()
     logged: dict[UUID, str] = {}
