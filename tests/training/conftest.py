@@ -57,3 +57,14 @@ def make_job(tiny_base: Path, data_file: Path):
         return TrainingJob(recipe, tiny_base, "s3://bases/tiny/v1", "f00d", data_file, work_dir)
 
     return make
+
+
+@pytest.fixture
+def short_run(make_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that trains by a recipe: `tests.training.short_runs.short_run`."""
+    from tests.training import short_runs
+    from trans_peft.training import finetune
+
+    # `test_adapter_check` tests the check, which takes as long as a short run.
+    monkeypatch.setattr(finetune, "check_adapter_is_trainable", lambda *_: None)
+    return lambda recipe: short_runs.short_run(make_job(tmp_path, recipe))

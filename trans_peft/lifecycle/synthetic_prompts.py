@@ -88,9 +88,7 @@ def write_synthetic_prompts(
     else:
         folder = job.work_dir / "prompt-model"
         folder.mkdir(parents=True, exist_ok=True)
-        optimizer = replace(
-            recipe.optimizer, steps=settings.steps, warmup_steps=settings.steps // 10
-        )
+        optimizer = recipe.optimizer.for_steps(settings.steps, settings.steps // 10)
         result = fit(
             replace(
                 job,

@@ -175,10 +175,12 @@ def _registered(
 def _params(recipe: TrainingRecipe) -> dict[str, object]:
     """Return the recipe as flat parameters, which MLflow can show and compare."""
     optimizer = {f"optimizer.{k}": v for k, v in asdict(recipe.optimizer).items()}
+    compute = {f"compute.{k}": v for k, v in asdict(recipe.compute).items()}
     options = {f"{recipe.spec.peft_type}.{k}": v for k, v in recipe.spec.options.items()}
     return {
         **asdict(recipe.perturbation),
         **optimizer,
+        **compute,
         **options,
         "dtype": recipe.dtype,
         "seed": recipe.seed,

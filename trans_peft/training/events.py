@@ -34,19 +34,24 @@ class LogLine:
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """The model is ready. Training starts after `step` (0, or the step of the checkpoint)."""
+    """The model is ready. Training starts after `step` (0, or the step of the checkpoint).
+
+    `epochs` is how often the steps of the whole run use each row.
+    """
 
     step: int
     total_steps: int
     trainable_parameters: int
     device: str
     processes: int
+    epochs: float
 
     def __str__(self) -> str:
         start = f"resumes after step {self.step}" if self.step else "starts"
         return (
-            f"training {start}: {self.total_steps} steps, {self.trainable_parameters:,} trainable "
-            f"parameters, {self.processes} process(es) on {self.device}"
+            f"training {start}: {self.total_steps} steps ({self.epochs:g} epochs), "
+            f"{self.trainable_parameters:,} trainable parameters, {self.processes} process(es) on "
+            f"{self.device}"
         )
 
 

@@ -21,9 +21,11 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from trl import SFTConfig
+from transformers.integrations.liger import apply_liger_kernel
+from trl import pack_dataset
 
 from trans_peft.data import Example, full_ids, parse_examples, prompt_ids, token_counts
+from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import (
     AdapterError,
     DataError,
@@ -38,10 +40,13 @@ from trans_peft.perturbation import perturbed
 from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import check_template, saved_template, write_template
 from trans_peft.training.adapter_check import check_adapter_is_trainable, save_adapter
+from trans_peft.training.arguments import loraplus_optimizer, training_arguments
 from trans_peft.training.batches import training_order
+from trans_peft.training.compilation import compile_layers
 from trans_peft.training.distillation import DistillationTrainer, TeacherTargets
 from trans_peft.training.events import EventMessage, TrainingStarted
 from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.machine_check import check_machine
 from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
 from trans_peft.transfer.peft_folder import WEIGHTS_NAME, read_peft_folder
 
@@ -57,30 +62,35 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
     saves the adapter, and writes the result last. DataError before a model is loaded;
     InvalidSpecError before the first step; TrainingError if the loss or a weight is not finite.
     """
-    recipe, steps = job.recipe, job.recipe.optimizer.steps
+    recipe = job.recipe
+    check_machine(recipe)
     tokenizer = load_tokenizer(job.base_folder)
     template = _template(job, tokenizer)
     shortened_rows = 0
+    make: Callable[..., AnswerTrainer] = AnswerTrainer
     if job.targets is None:
         read = parse_examples(job.data_file.read_bytes(), recipe.data.uri)
         # These places refer to the job's copy of the data, not to the user's file.
         examples = tuple(replace(example, place="") for example in read)
         shortened_rows = check_tokens(examples, tokenizer, recipe.optimizer.max_length, template)
-        trainer = _trainer(
-            job, AnswerTrainer, token_rows(examples, tokenizer, template), str(state.device)
-        )
+        rows = token_rows(examples, tokenizer, template)
     else:
         targets = TeacherTargets.read(job.targets)
-        trainer = _trainer(
-            job, partial(DistillationTrainer, targets), targets.training_rows(), str(state.device)
-        )
+        rows, make = targets.training_rows(), partial(DistillationTrainer, targets)
+    sequences = _sequences(rows, recipe)
+    optimizer = recipe.optimizer.for_rows(sequences, state.num_processes)
+    assert optimizer.steps is not None
+    steps, epochs = optimizer.steps, optimizer.epochs_of(sequences, state.num_processes)
+    job = replace(job, recipe=replace(recipe, optimizer=optimizer))
+    trainer = _trainer(job, make, rows, str(state.device))
     tokens_per_step = _fix_order(trainer, job, state.num_processes)
     model = trainer.model.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = last_checkpoint(job.checkpoint_folder)
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if state.is_main_process:
-        send(TrainingStarted(first_step, steps, trainable, str(state.device), state.num_processes))
+        device, processes = str(state.device), state.num_processes
+        send(TrainingStarted(first_step, steps, trainable, device, processes, epochs))
     trainer.remove_callback(PrinterCallback)  # EventCallback reports the same metrics
     trainer.add_callback(EventCallback(send, tokens_per_step))
     set_seed(recipe.seed, device_specific=True)  # each process draws its own dropout
@@ -88,6 +98,8 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
     with perturbed(
         model, recipe.perturbation, seed=recipe.seed, rank=state.process_index, step=first_step
     ):
+        if recipe.compute.compile:
+            compile_layers(model)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started_s
     state.wait_for_everyone()
@@ -104,6 +116,7 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
             tokens_per_s=sum(tokens_per_step[first_step:]) / seconds,
             trainable_parameters=trainable,
             shortened_rows=shortened_rows,
+            epochs=epochs,
         ).write(job.result_file)
         shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
 
@@ -178,17 +191,20 @@ def _trainer(
     rows: list[dict[str, list[int]]],
     device: str,
 ) -> AnswerTrainer:
-    base = load_base(job.base_folder, job.recipe.dtype, device)
-    check_adapter_is_trainable(base, job.recipe.spec, job.work_dir)
-    set_seed(job.recipe.seed)  # the adapter's initial weights
-    model = attach(base.model, job.recipe.spec)
+    recipe = job.recipe
+    base = load_base(job.base_folder, recipe.dtype, device, attention=recipe.compute.attention)
+    if recipe.compute.liger:  # before perturbed(), which looks at the layers that are trained
+        apply_liger_kernel(base.model, {"fused_linear_cross_entropy": False})
+    check_adapter_is_trainable(base, recipe.spec, job.work_dir)
+    set_seed(recipe.seed)  # the adapter's initial weights
+    model = attach(base.model, recipe.spec)
     if job.start is not None:
         _load_start(job.start, model)
     trainable = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
     try:
         trainer = make(
             model=model,
-            args=_arguments(job),
+            args=training_arguments(job),
             train_dataset=Dataset.from_list(rows),
             processing_class=base.tokenizer,
         )
@@ -201,6 +217,8 @@ def _trainer(
         ) from error
     for parameter, dtype in trainable:  # TRL casts them to bfloat16 on nf4, which loses updates
         parameter.data = parameter.data.to(dtype)
+    if (ratio := recipe.optimizer.loraplus_lr_ratio) != 1:
+        trainer.optimizer = loraplus_optimizer(model, trainer.args, ratio)
     return trainer
 
 
@@ -239,10 +257,19 @@ def _load_start(folder: Path, model: PeftModel) -> None:
     set_peft_model_state_dict(model, tensors)
 
 
+def _sequences(rows: Sequence[dict[str, list[int]]], recipe: TrainingRecipe) -> int:
+    """Return how many sequences TRL makes of the rows: fewer than rows if it packs them."""
+    if not recipe.packing:
+        return len(rows)
+    lengths = Dataset.from_dict({"input_ids": [[0] * len(row["input_ids"]) for row in rows]})
+    return len(pack_dataset(lengths, recipe.optimizer.max_length))
+
+
 def _fix_order(trainer: AnswerTrainer, job: TrainingJob, processes: int) -> list[int]:
     """Put the rows of the whole run in training order, and return the tokens of each step."""
     optimizer = job.recipe.optimizer
-    rows_per_step = optimizer.batch_size * optimizer.gradient_accumulation * processes
+    assert optimizer.steps is not None  # see OptimizerSettings.for_rows
+    rows_per_step = optimizer.rows_per_step(processes)
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     order = training_order(lengths, rows_per_step, optimizer.steps, job.recipe.seed)
     trainer.train_dataset = trainer.train_dataset.select(order)
@@ -250,38 +277,6 @@ def _fix_order(trainer: AnswerTrainer, job: TrainingJob, processes: int) -> list
         sum(lengths[row] for row in order[first : first + rows_per_step])
         for first in range(0, len(order), rows_per_step)
     ]
-
-
-def _arguments(job: TrainingJob) -> SFTConfig:
-    recipe = job.recipe
-    optimizer = recipe.optimizer
-    return SFTConfig(
-        output_dir=str(job.checkpoint_folder),
-        max_steps=optimizer.steps,
-        per_device_train_batch_size=optimizer.batch_size,
-        gradient_accumulation_steps=optimizer.gradient_accumulation,
-        learning_rate=optimizer.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        max_grad_norm=optimizer.max_grad_norm,
-        max_length=optimizer.max_length,
-        packing=recipe.packing,
-        completion_only_loss=True,
-        seed=recipe.seed,
-        train_sampling_strategy="sequential",  # training.batches defines the order
-        bf16=False,  # no autocast: the base has the recipe's dtype, the adapter its own
-        gradient_checkpointing=False,
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=recipe.checkpoint_steps,
-        save_total_limit=2,  # the previous one is needed until the newest is complete
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,  # adapters of dropped sub-layers get zero gradients
-    )
 
 
 def _save(model: PeftModel, job: TrainingJob, template: str | None) -> None:

@@ -126,6 +126,7 @@ class TrainingResult:
         tokens_per_s: tokens per second in that time.
         trainable_parameters: number of trained parameters.
         shortened_rows: rows that were cut at `max_length`.
+        epochs: how often the steps used each row.
     """
 
     folder: Path
@@ -136,6 +137,7 @@ class TrainingResult:
     tokens_per_s: float
     trainable_parameters: int
     shortened_rows: int
+    epochs: float = 0.0
 
     def write(self, path: Path) -> None:
         """Write the result as JSON, atomically."""

@@ -104,9 +104,10 @@ def _retuned(
     from trans_peft.training.launch import fit
 
     steps = inputs.recovery.retune_steps
-    optimizer = replace(
-        recipe.optimizer, steps=steps, warmup_steps=min(recipe.optimizer.warmup_steps, steps // 10)
-    )
+    optimizer = recipe.optimizer
+    tenth = steps // 10
+    warmup_steps = tenth if optimizer.warmup_ratio else min(optimizer.warmup_steps, tenth)
+    optimizer = optimizer.for_steps(steps, warmup_steps)
     job = TrainingJob(
         recipe=replace(recipe_on(recipe, inputs.base), optimizer=optimizer),
         base_folder=base_folder(inputs.base, inputs.platform),
