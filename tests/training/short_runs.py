@@ -10,9 +10,9 @@ from tests.tiny import tiny_tokenizer
 from tests.training.conftest import EXAMPLES
 from trans_peft.perturbation import perturbed
 from trans_peft.training.compilation import compile_layers
-from trans_peft.training.finetune import _fix_order, _trainer, token_rows
+from trans_peft.training.finetune import _fix_order, _trainer
 from trans_peft.training.job import TrainingJob
-from trans_peft.training.trainer import AnswerTrainer
+from trans_peft.training.job_rows import JobRows, token_rows
 
 ROWS = token_rows(EXAMPLES, tiny_tokenizer())
 SHORT = {"steps": 4, "warmup_steps": 1}
@@ -33,7 +33,7 @@ def short_run(job: TrainingJob) -> Result:
     settings = job.recipe
     job = replace(job, recipe=replace(settings, optimizer=settings.optimizer.for_rows(20, 1)))
     Path(job.work_dir).mkdir(exist_ok=True)
-    trainer = _trainer(job, AnswerTrainer, ROWS, "cpu")
+    trainer = _trainer(job, JobRows(ROWS, (), len(ROWS), []), "cpu")
     _fix_order(trainer, job, 1)
     with perturbed(trainer.model.train(), settings.perturbation, seed=settings.seed):
         if settings.compute.compile:

@@ -163,10 +163,6 @@ class OptimizerSettings:
         """Return the rows of one optimizer step, over all processes."""
         return self.batch_size * self.gradient_accumulation * processes
 
-    def epochs_of(self, rows: float, processes: int) -> float:
-        """Return how often the steps use each of `rows` rows, to two decimals."""
-        return round((self.steps or 0) * self.rows_per_step(processes) / rows, 2)
-
     @property
     def duration(self) -> str:
         """The length of the run as text: "100 steps of 16 rows", "3 epochs in steps of 16 rows"."""

@@ -1,13 +1,14 @@
 """How an adapter is trained: the settings that a training result depends on."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.compute import ComputeSettings
 from trans_peft.domain.conventions import BASE_ALIASES
-from trans_peft.domain.data import DataSource
+from trans_peft.domain.data import DataSource, TrainingSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.field_checks import (
     choice_problems,
@@ -20,6 +21,7 @@ from trans_peft.domain.names import name_problem
 from trans_peft.domain.optimizer import OptimizerSettings
 from trans_peft.domain.recovery import MIN_PROMPTS
 from trans_peft.domain.spec import AdapterSpec
+from trans_peft.domain.validation import ValidationSettings
 from trans_peft.errors import InvalidSpecError
 
 __all__ = [
@@ -138,7 +140,7 @@ class TrainingRecipe:
     Attributes:
         adapter: name of the adapter.
         family: name of the base family.
-        data: training rows.
+        data: training rows: one source, or a list of sources with weights.
         suites: evaluation suites of the adapter, for this base and for every later one. At least
             one, with distinct names.
         base_version: version ("v1") or alias ("serving", "champion") of the base. It is resolved
@@ -150,11 +152,13 @@ class TrainingRecipe:
             that compute in bfloat16. Evaluations use the dtype of their suite instead.
         seed: seed of the initial weights, the order of rows, dropout and the perturbations. From 0
             to 2**31 - 1.
+        data_seed: seed of the order of rows, if it differs from `seed`.
         processes: processes that `accelerate launch` starts.
         packing: whether several rows share one sequence.
         checkpoint_steps: steps between two checkpoints.
         synthetic_prompts: prompts that are written during the training and kept with the adapter,
             for the recovery strategy `distilled` after an update of the base.
+        validation: rows that are held out, the loss on which is computed during the training.
         compute: what trades memory against time, and kernels.
     """
 
@@ -162,7 +166,7 @@ class TrainingRecipe:
 
     adapter: str
     family: str
-    data: DataSource
+    data: DataSource | tuple[TrainingSource, ...]
     suites: tuple[Suite, ...]
     base_version: str = "serving"
     spec: AdapterSpec = field(default_factory=AdapterSpec)
@@ -174,6 +178,8 @@ class TrainingRecipe:
     packing: bool = False
     checkpoint_steps: int = 50
     synthetic_prompts: SyntheticPrompts | None = field(default=None, metadata=ADDED_LATER)
+    data_seed: int | None = field(default=None, metadata=ADDED_LATER)
+    validation: ValidationSettings | None = field(default=None, metadata=ADDED_LATER)
     # One value for all recipes, because ADDED_LATER compares with the default.
     compute: ComputeSettings = field(default=ComputeSettings(), metadata=ADDED_LATER)
 
@@ -194,6 +200,9 @@ class TrainingRecipe:
             problems.append(f"suites share a name: {names}")
         problems += choice_problems(self, dtype=_Dtype)
         counts = count_problems(self, _RECIPE_COUNTS)
+        if self.data_seed is not None:
+            counts += count_problems(self, {"data_seed": _RECIPE_COUNTS["seed"]})
+        problems += self._data_problems()
         problems += counts or self.optimizer.row_problems(self.processes)
         if self.optimizer.loraplus_lr_ratio != 1 and self.spec.peft_type != "LORA":
             problems.append(
@@ -206,6 +215,39 @@ class TrainingRecipe:
             )
         if problems:
             raise InvalidSpecError(f"the recipe is invalid: {'; '.join(problems)}")
+
+    def _data_problems(self) -> list[str]:
+        problems = []
+        if not self.sources:
+            problems.append("data must name at least one source")
+        places = [(source.uri, source.template) for source in self.sources]
+        if len(set(places)) != len(places):
+            problems.append(f"data names a source twice: {[uri for uri, _ in places]}")
+        if self.packing and any(source.weight != 1 for source in self.sources):
+            problems.append(
+                "packing puts rows of several sources into one sequence, so that every weight must "
+                "be 1"
+            )
+        return problems
+
+    @cached_property
+    def sources(self) -> tuple[TrainingSource, ...]:
+        """The sources of the training rows, of which there may be one."""
+        if isinstance(self.data, DataSource):
+            return (TrainingSource(self.data.uri, self.data.sha256, self.data.template),)
+        return self.data
+
+    def with_sources(self, change: Callable[[Any], Any]) -> "TrainingRecipe":
+        """Return the recipe with `change` applied to each source of training and validation rows.
+
+        `change` returns an object of the class of its argument.
+        """
+        data = self.data
+        changed = change(data) if isinstance(data, DataSource) else tuple(map(change, data))
+        validation = self.validation
+        if validation is not None and validation.data is not None:
+            validation = replace(validation, data=change(validation.data))
+        return replace(self, data=changed, validation=validation)
 
     @cached_property
     def sha256(self) -> str:

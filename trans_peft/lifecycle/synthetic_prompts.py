@@ -93,9 +93,15 @@ def write_synthetic_prompts(
             replace(
                 job,
                 recipe=replace(
-                    recipe, optimizer=optimizer, perturbation=Perturbation(), packing=False
+                    recipe,
+                    optimizer=optimizer,
+                    perturbation=Perturbation(),
+                    packing=False,
+                    validation=None,
                 ),
                 data_file=write_examples(prompt_model_rows(examples), folder / "data.jsonl"),
+                more_data_files=(),
+                validation_file=None,
                 work_dir=folder,
             ),
             on_event=on_event,

@@ -16,6 +16,7 @@ __all__ = [
     "ProcessStarted",
     "TrainingMetrics",
     "TrainingStarted",
+    "ValidationMetrics",
     "decode",
     "encode",
     "on_steps",
@@ -102,6 +103,30 @@ class TrainingMetrics:
 
 
 @dataclass(frozen=True)
+class ValidationMetrics:
+    """The loss on the validation rows after a step.
+
+    Attributes:
+        step: completed optimizer steps.
+        loss: mean over the answer tokens of all validation rows, in nats.
+        best_step: step with the lowest loss so far.
+    """
+
+    step: int
+    loss: float
+    best_step: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of this step, by the names under which MLflow stores them."""
+        return {"validation_loss": self.loss}
+
+    def __str__(self) -> str:
+        lowest = "the lowest" if self.step == self.best_step else f"lowest after {self.best_step}"
+        return f"step {self.step}: validation loss {self.loss:.4f}, {lowest}"
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint is complete; training can resume from it."""
 
@@ -111,7 +136,7 @@ class CheckpointSaved:
         return f"checkpoint after step {self.step}"
 
 
-Event = LogLine | TrainingStarted | TrainingMetrics | CheckpointSaved
+Event = LogLine | TrainingStarted | TrainingMetrics | ValidationMetrics | CheckpointSaved
 """Events that `fit` passes to its caller."""
 
 
@@ -146,13 +171,20 @@ class Finished:
 
 
 EventMessage = (
-    TrainingStarted | TrainingMetrics | CheckpointSaved | ProcessStarted | Failed | Finished
+    TrainingStarted
+    | TrainingMetrics
+    | ValidationMetrics
+    | CheckpointSaved
+    | ProcessStarted
+    | Failed
+    | Finished
 )
 _MESSAGES: dict[str, type[EventMessage]] = {
     kind.__name__: kind
     for kind in (
         TrainingStarted,
         TrainingMetrics,
+        ValidationMetrics,
         CheckpointSaved,
         ProcessStarted,
         Failed,
