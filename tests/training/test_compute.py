@@ -33,9 +33,11 @@ def test_checkpointing_changes_no_draw(short_run, granularity):
     torch.testing.assert_close(short_run(replace(settings, compute=CHECKPOINTED)), expected)
 
 
-@pytest.mark.slow  # the compiler takes half a minute
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("granularity", ["neuron", "element"])
+@pytest.mark.slow  # the compiler needs a minute of processor time
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("granularity", "checkpointing"), [("neuron", False), ("element", True)], ids=str
+)
 def test_compiling_changes_no_draw(short_run, granularity, checkpointing):
     """Without dropout, which compiled code draws in another order."""
     settings = replace(recipe(**SHORT), perturbation=Perturbation(0.3, 0.3, granularity))
@@ -117,7 +119,13 @@ def test_ligers_kernels_are_in_the_base_before_the_adapter(short_run, monkeypatc
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("attention", "flash"), ("compile", 1), ("gradient_checkpointing", None), ("liger", "yes")],
+    [
+        ("attention", "flash"),
+        ("compile", 1),
+        ("gradient_checkpointing", None),
+        ("liger", "yes"),
+        ("memory_gib", 0),
+    ],
 )
 def test_a_value_of_another_kind_is_refused(field, value):
     with pytest.raises(InvalidSpecError, match=f"{field} must be .*, not {value!r}"):
@@ -125,9 +133,15 @@ def test_a_value_of_another_kind_is_refused(field, value):
 
 
 def test_every_compute_setting_is_part_of_the_hash():
-    changed = {"gradient_checkpointing": True, "attention": "eager", "compile": True, "liger": True}
+    changed: dict[str, object] = {
+        "gradient_checkpointing": True,
+        "attention": "eager",
+        "compile": True,
+        "liger": True,
+        "memory_gib": 8.0,
+    }
     assert set(changed) == set(vars(ComputeSettings()))
     hashes = {
         replace(recipe(), compute=ComputeSettings(**{k: v})).sha256 for k, v in changed.items()
     }
-    assert len(hashes | {recipe().sha256}) == 5
+    assert len(hashes | {recipe().sha256}) == 6

@@ -89,7 +89,7 @@ def test_a_killed_run_stops_at_the_same_step_with_the_same_best_weights(
         return LOSSES[step]
 
     monkeypatch.setattr(held_out, "held_out_loss", loss_of_step)
-    job = validated("killed", patience=3)
+    job = validated("killed", stop_after=3)
 
     def kill(message):
         stops = (
@@ -138,7 +138,7 @@ def test_validation_rows_and_settings_belong_together(make_job, validated, tmp_p
         ({"share": 0.1, "data": DataSource("v.jsonl")}, "give either data, .* or share"),
         ({"share": 0.6}, r"share must lie in \[0, 0.5\], not 0.6"),
         ({"share": 0.1, "every_steps": 0}, "every_steps must be a whole number from 1"),
-        ({"share": 0.1, "patience": -1}, "patience must be a whole number from 0"),
+        ({"share": 0.1, "stop_after": -1}, "stop_after must be a whole number from 0"),
         ({"share": 0.1, "keep": "first"}, "keep must be one of best, last"),
     ],
     ids=str,

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.field_checks import choice_problems
+from trans_peft.domain.numbers import is_finite_number
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["ComputeSettings"]
@@ -27,6 +28,8 @@ class ComputeSettings:
             choice: `sdpa` where the architecture has it, else `eager`.
         compile: whether `torch.compile` compiles the decoder layers.
         liger: whether the layers use the kernels of the package liger-kernel.
+        memory_gib: memory that the tensors of one process may use, in GiB. If it is given, a
+            training whose estimated peak is larger is refused before a model is loaded.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -35,6 +38,7 @@ class ComputeSettings:
     attention: _Attention = "auto"
     compile: bool = False
     liger: bool = False
+    memory_gib: float | None = None
 
     def __post_init__(self) -> None:
         problems = choice_problems(self, attention=_Attention)
@@ -43,5 +47,8 @@ class ComputeSettings:
             for name in _SWITCHES
             if not isinstance(value := getattr(self, name), bool)
         ]
+        memory = self.memory_gib
+        if memory is not None and not (is_finite_number(memory) and memory > 0):
+            problems.append(f"memory_gib must be finite and above 0, or null, not {memory!r}")
         if problems:
             raise InvalidSpecError(f"the compute settings are invalid: {'; '.join(problems)}")

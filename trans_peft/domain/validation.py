@@ -12,7 +12,7 @@ from trans_peft.errors import InvalidSpecError
 __all__ = ["ValidationSettings"]
 
 _Keep = Literal["best", "last"]
-_COUNTS = {"every_steps": (1, 10_000_000), "patience": (0, 10_000)}
+_COUNTS = {"every_steps": (1, 10_000_000), "stop_after": (0, 10_000)}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ValidationSettings:
             prompt decides, so that every seed holds out the same rows, and rows with one prompt are
             on one side.
         every_steps: steps between two computations of the loss. The last step has one as well.
-        patience: computations in a row without a lower loss after which the training stops. 0:
+        stop_after: computations in a row without a lower loss after which the training stops. 0:
             it does not stop.
         keep: weights that become the adapter: those with the lowest loss, or those of the last
             step.
@@ -39,7 +39,7 @@ class ValidationSettings:
     data: DataSource | None = None
     share: float = 0.0
     every_steps: int = 50
-    patience: int = 0
+    stop_after: int = 0
     keep: _Keep = "best"
 
     def __post_init__(self) -> None:

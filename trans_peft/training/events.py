@@ -13,6 +13,7 @@ __all__ = [
     "Failed",
     "Finished",
     "LogLine",
+    "MemoryEstimated",
     "ProcessStarted",
     "TrainingMetrics",
     "TrainingStarted",
@@ -31,6 +32,43 @@ class LogLine:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class MemoryEstimated:
+    """The estimated memory of a training step, in one process.
+
+    Attributes:
+        base_bytes: weights of the frozen base.
+        adapter_bytes: weights of the adapter.
+        optimizer_bytes: the optimizer's state, and copies of gradients.
+        activation_bytes: activations, gradients and temporary tensors at the peak.
+    """
+
+    base_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The sum of all parts."""
+        return sum(vars(self).values())
+
+    @property
+    def peak(self) -> str:
+        """The sum of all parts as text."""
+        return f"{self.peak_bytes / (1 << 30):.2f} GiB"
+
+    def __str__(self) -> str:
+        parts = {
+            "base": self.base_bytes,
+            "adapter": self.adapter_bytes,
+            "optimizer": self.optimizer_bytes,
+            "activations": self.activation_bytes,
+        }
+        shown = ", ".join(f"{name} {size / (1 << 30):.2f}" for name, size in parts.items())
+        return f"estimated memory {self.peak} ({shown})"
 
 
 @dataclass(frozen=True)
@@ -136,7 +174,14 @@ class CheckpointSaved:
         return f"checkpoint after step {self.step}"
 
 
-Event = LogLine | TrainingStarted | TrainingMetrics | ValidationMetrics | CheckpointSaved
+Event = (
+    LogLine
+    | MemoryEstimated
+    | TrainingStarted
+    | TrainingMetrics
+    | ValidationMetrics
+    | CheckpointSaved
+)
 """Events that `fit` passes to its caller."""
 
 
@@ -171,7 +216,8 @@ class Finished:
 
 
 EventMessage = (
-    TrainingStarted
+    MemoryEstimated
+    | TrainingStarted
     | TrainingMetrics
     | ValidationMetrics
     | CheckpointSaved
@@ -182,6 +228,7 @@ EventMessage = (
 _MESSAGES: dict[str, type[EventMessage]] = {
     kind.__name__: kind
     for kind in (
+        MemoryEstimated,
         TrainingStarted,
         TrainingMetrics,
         ValidationMetrics,

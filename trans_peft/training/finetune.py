@@ -44,6 +44,7 @@ from trans_peft.training.held_out import ValidationCallback
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.job_rows import JobRows, read_job_rows
 from trans_peft.training.machine_check import check_machine
+from trans_peft.training.memory import check_memory
 from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
 from trans_peft.transfer.peft_folder import WEIGHTS_NAME, read_peft_folder
 
@@ -64,6 +65,10 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
     rows = read_job_rows(job, tokenizer, template)
     optimizer = recipe.optimizer.for_rows(rows.sequences, state.num_processes)
     job = replace(job, recipe=replace(recipe, optimizer=optimizer))
+    if recipe.compute.memory_gib is not None:
+        estimate = check_memory(recipe, job.base_folder, rows.largest_step(recipe))
+        if state.is_main_process:
+            send(estimate)
     trainer = _trainer(job, rows, str(state.device))
     tokens_per_step = _fix_order(trainer, job, state.num_processes, rows.sources)
     model = trainer.model.train()

@@ -83,7 +83,7 @@ class ValidationCallback(TrainerCallback):
                 self._save(step)
             self._send(ValidationMetrics(step, loss, best_step))
         later = sum(evaluated > best_step for evaluated, _ in _evaluations(state))
-        if self._settings.patience and later >= self._settings.patience:
+        if self._settings.stop_after and later >= self._settings.stop_after:
             control.should_training_stop = True
             # The trainer would make a further step if it resumed from a checkpoint of this step.
             control.should_save = False

@@ -9,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from trans_peft.data import Example, full_ids, parse_examples, prompt_ids, token_counts
+from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import DataError, listed_lines
 from trans_peft.training.batches import WeightedRows
 from trans_peft.training.distillation import TeacherTargets
 from trans_peft.training.job import TrainingJob
+from trans_peft.training.memory import StepShape
 
 __all__ = ["JobRows", "check_tokens", "read_job_rows", "token_rows"]
 
@@ -42,6 +44,18 @@ class JobRows:
     held_out: list[TokenRow]
     shortened: int = 0
     targets: TeacherTargets | None = None
+
+    def largest_step(self, recipe: TrainingRecipe) -> StepShape:
+        """Return the shape of a micro-batch of the longest rows.
+
+        A packed micro-batch is one sequence, of which at most all tokens are answers.
+        """
+        batch_size, longest = recipe.optimizer.batch_size, recipe.optimizer.max_length
+        if recipe.packing:
+            return StepShape(1, batch_size * longest, batch_size * longest)
+        tokens = min(longest, max(len(row["input_ids"]) for row in self.training))
+        answers = max(sum(row["completion_mask"]) for row in self.training)
+        return StepShape(batch_size, tokens, min(answers, tokens))
 
 
 def read_job_rows(
