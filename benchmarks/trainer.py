@@ -44,7 +44,8 @@ from trans_peft.data import Example
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recipe import OptimizerSettings, TrainingRecipe
-from trans_peft.training.finetune import _arguments, _fix_order
+from trans_peft.training.arguments import training_arguments
+from trans_peft.training.finetune import _fix_order
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.trainer import AnswerTrainer, EventCallback
 
@@ -120,7 +121,7 @@ class Arm:
 
 def ours(job: TrainingJob, examples: tuple[Example, ...], layers: int, clock: Clock) -> Arm:
     """The trainer as `finetune` builds and runs it, without a perturbation."""
-    arguments = _arguments(job)
+    arguments = training_arguments(job)
     arguments.save_strategy = "no"
     trainer = AnswerTrainer(
         model=smollm2(layers),

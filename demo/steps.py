@@ -251,4 +251,4 @@ def _description(recipe: TrainingRecipe) -> str:
         else f"LoRA with Trans-PEFT: masking {perturbation.masking_p:g}, "
         f"dropping {perturbation.dropping_p:g}, spared layers {perturbation.spared_layers}"
     )
-    return f"{how}; {optimizer.steps} steps of {optimizer.batch_size} rows"
+    return f"{how}; {optimizer.duration}"

@@ -59,7 +59,7 @@ PERTURBATIONS = {
 }
 OPTIMIZERS = {
     "learning_rate": ((1e-12, 1, 10), (0, -1e-3, 10.5, 1e37, 1e300, INF, NAN, "1e-3", True, None)),
-    "steps": ((1, 10_000), (0, -1, 10**15, 1.5, "3", True, None)),
+    "steps": ((1, 10_000), (0, -1, 10**15, 1.5, "3", True)),
     "batch_size": ((1, 10_000), (0, -1, 10**12, 1.5, True)),
     "gradient_accumulation": ((1, 10_000), (0, -1, 10**12, 1.5)),
     "warmup_steps": ((0, 99), (-1, 100, 10**6, 0.1)),
@@ -69,7 +69,15 @@ OPTIMIZERS = {
     ),
     "max_grad_norm": ((0, 1.0, 1e9), (-1.0, INF, NAN, None)),
     "max_length": ((2, 10**6), (0, 1, -1, 10**9, 1.5)),
+    "warmup_ratio": ((0, 0.03, 0.99), (-0.1, 1, NAN, "0.1", True, None)),
+    "schedule": (("cosine", "linear", "constant"), ("cosinus", None)),
+    "name": (("adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit"), ("sgd", "", None)),
+    "betas": (((0, 0), (0.9, 0.95)), ((0.9,), (0.9, 1), (-0.1, 0.9), ("0.9", 0.9), 0.9, None)),
+    "epsilon": ((1e-12, 1), (0, -1e-8, 2, NAN, "1e-8", None)),
+    "loraplus_lr_ratio": ((1, 16.0), (0, 0.5, -1, 1000, INF, "16", None)),
+    "neftune_alpha": ((0, 5, 15.0), (-1, 1000, NAN, True, None)),
 }
+EPOCHS = ((1, 3, 0.5, 10_000), (0, -1, 10_001, NAN, "3", True))
 RECIPES = {
     "dtype": (("float32", "bfloat16", "nf4"), ("float16", "int8", None)),
     "seed": ((0, 2**31 - 1), (-1, 2**31, 2**40, 1.5, "1")),
@@ -109,7 +117,85 @@ def test_a_value_out_of_range_is_refused_by_its_field(settings, field, value):
 
 
 def test_every_field_of_the_optimizer_has_a_range():
-    assert {field.name for field in fields(OptimizerSettings)} == set(OPTIMIZERS)
+    assert {field.name for field in fields(OptimizerSettings)} == {*OPTIMIZERS, "epochs"}
+
+
+@pytest.mark.parametrize("epochs", EPOCHS[0])
+def test_epochs_are_accepted_instead_of_steps(epochs):
+    settings = OptimizerSettings(epochs=epochs)
+    assert settings.steps is None
+    assert settings == OptimizerSettings(epochs=float(epochs))
+    same = [replace(RECIPE, optimizer=OptimizerSettings(epochs=e)) for e in (epochs, float(epochs))]
+    assert same[0].sha256 == same[1].sha256
+
+
+@pytest.mark.parametrize("epochs", EPOCHS[1])
+def test_epochs_out_of_range_are_refused(epochs):
+    with pytest.raises(InvalidSpecError, match="epochs must be above 0 and at most 10,000, not"):
+        OptimizerSettings(epochs=epochs)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({"steps": 100}, {"epochs": 3}), ({"warmup_steps": 3}, {"warmup_ratio": 0.1})],
+)
+def test_two_fields_for_one_setting_are_refused(first, second):
+    (one,), (other,) = first, second
+    with pytest.raises(InvalidSpecError, match=f"{one}=.* and {other}=.* are both given"):
+        OptimizerSettings(**first, **second)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "processes", "steps", "warmup_steps"),
+    [
+        ({"epochs": 3, "batch_size": 16}, 1000, 1, 188, 0),  # 187.5 steps
+        ({"epochs": 3, "batch_size": 16, "warmup_ratio": 0.03}, 3000, 1, 563, 17),  # the paper's
+        ({"epochs": 1, "batch_size": 4, "gradient_accumulation": 2}, 64, 2, 4, 0),
+        ({"epochs": 0.5, "batch_size": 2}, 10, 1, 3, 0),
+        ({"steps": 10, "warmup_ratio": 0.99}, 7, 1, 10, 9),
+        ({"steps": 10, "warmup_steps": 2}, 7, 1, 10, 2),
+    ],
+)
+def test_epochs_become_steps(settings, rows, processes, steps, warmup_steps):
+    found = OptimizerSettings(**settings).for_rows(rows, processes)
+    assert (found.steps, found.epochs) == (steps, None)
+    assert (found.warmup_steps, found.warmup_ratio) == (warmup_steps, 0)
+
+
+def test_epochs_that_are_shorter_than_the_warm_up_or_too_long_are_refused():
+    with pytest.raises(InvalidSpecError, match="warmup_steps must be less than steps=3, not 3"):
+        OptimizerSettings(epochs=1, batch_size=4, warmup_steps=3).for_rows(12, 1)
+    with pytest.raises(InvalidSpecError, match="must be at most 100,000,000 rows"):
+        OptimizerSettings(epochs=10_000, batch_size=1000).for_rows(20_000, 1)
+
+
+def test_a_run_states_its_length():
+    assert OptimizerSettings().duration == "100 steps of 16 rows"
+    assert OptimizerSettings(epochs=3).duration == "3 epochs in steps of 16 rows"
+
+
+def test_fields_that_were_added_change_no_stored_hash():
+    """These hashes were computed before `epochs` and all fields after it existed."""
+    assert RECIPE.sha256 == "83179e35258ae87d2e4430f280cbe3795177a6abe386c292e24ba426e0c20024"
+    settings = OptimizerSettings(1e-3, 7, warmup_steps=2)
+    assert replace(RECIPE, optimizer=settings).sha256 == (
+        "f7f9d27f4f4344928a3204121e9410c9ca2fa1fb5364cbb51e5bc2614be933cb"
+    )
+
+
+@pytest.mark.parametrize("name", sorted({*OPTIMIZERS, "epochs"} - {"steps"}))
+def test_every_field_of_the_optimizer_is_part_of_the_hash(name):
+    accepted = EPOCHS[0] if name == "epochs" else OPTIMIZERS[name][0]
+    hashes = {
+        replace(RECIPE, optimizer=OptimizerSettings(**{name: value})).sha256 for value in accepted
+    }
+    assert len(hashes) == len(accepted)
+
+
+def test_the_rate_of_lora_plus_needs_lora():
+    faster = replace(RECIPE, optimizer=OptimizerSettings(loraplus_lr_ratio=16))
+    with pytest.raises(InvalidSpecError, match="loraplus_lr_ratio needs an adapter of the type"):
+        replace(faster, spec=AdapterSpec("LOHA"))
 
 
 def test_a_run_on_more_rows_than_its_order_can_hold_is_refused():

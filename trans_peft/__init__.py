@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trans_peft.client import connect
-    from trans_peft.domain.data import DataSource
+    from trans_peft.domain.compute import ComputeSettings
+    from trans_peft.domain.data import DataSource, TrainingSource
     from trans_peft.domain.evaluation import Evaluation, GatePolicy, Suite, Verdict
-    from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
+    from trans_peft.domain.optimizer import OptimizerSettings
+    from trans_peft.domain.recipe import Perturbation, TrainingRecipe
     from trans_peft.domain.spec import AdapterSpec
+    from trans_peft.domain.validation import ValidationSettings
     from trans_peft.errors import TransPeftError
     from trans_peft.lifecycle.resolve import resolve
     from trans_peft.perturbation import Layout, PerturbationHandle, perturbed
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterSpec",
+    "ComputeSettings",
     "DataSource",
     "Evaluation",
     "GatePolicy",
@@ -36,7 +40,9 @@ __all__ = [
     "Platform",
     "Suite",
     "TrainingRecipe",
+    "TrainingSource",
     "TransPeftError",
+    "ValidationSettings",
     "Verdict",
     "connect",
     "perturbed",
@@ -47,17 +53,20 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "AdapterSpec": "domain.spec",
+    "ComputeSettings": "domain.compute",
     "DataSource": "domain.data",
     "Evaluation": "domain.evaluation",
     "GatePolicy": "domain.evaluation",
     "Layout": "perturbation",
-    "OptimizerSettings": "domain.recipe",
+    "OptimizerSettings": "domain.optimizer",
     "Perturbation": "domain.recipe",
     "PerturbationHandle": "perturbation",
     "Platform": "ports",
     "Suite": "domain.evaluation",
     "TrainingRecipe": "domain.recipe",
+    "TrainingSource": "domain.data",
     "TransPeftError": "errors",
+    "ValidationSettings": "domain.validation",
     "Verdict": "domain.evaluation",
     "connect": "client",
     "perturbed": "perturbation",

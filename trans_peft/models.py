@@ -84,7 +84,9 @@ def release_base() -> None:
         torch.cuda.empty_cache()
 
 
-def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase:
+def load_base(
+    folder: Path, dtype: str, device: str | None = None, *, attention: str = "auto"
+) -> LoadedBase:
     """Load a base from a Hugging Face folder, or return the base that was loaded last.
 
     A process keeps one base in memory. It is returned again for the same folder, files, dtype and
@@ -96,6 +98,8 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
         dtype: name of a torch dtype ("float32"), or "nf4" for linear layers in 4 bits to train on
             (QLoRA, Dettmers et al. 2023: NF4 with double quantization, computing in bfloat16).
         device: name of a torch device; by default "cuda" if it is available, else "cpu".
+        attention: transformers' name of an attention implementation; "auto" leaves the choice to
+            transformers.
 
     Raises:
         NotFoundError: the folder lacks a part of a base.
@@ -109,7 +113,7 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
     global _cached
     folder = Path(folder).resolve()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    key = (folder, dtype, device, _files(folder))
+    key = (folder, dtype, device, attention, _files(folder))
     if _cached is not None:
         if _cached.key == key:
             changed = _cached.checksums.changes(_checksums(_cached.base))
@@ -118,14 +122,14 @@ def load_base(folder: Path, dtype: str, device: str | None = None) -> LoadedBase
                 return _cached.base
             _log.warning("%s changed in memory and is loaded again: %s", folder, listed(changed))
         _cached = None
-    precision = (
-        _quantization_options(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
-    )
+    options = _quantization_options(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
+    if attention != "auto":
+        options["attn_implementation"] = attention
     try:
         tokenizer = load_tokenizer(folder)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            **precision,
+            **options,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

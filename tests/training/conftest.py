@@ -65,3 +65,14 @@ def uninterrupted(make_job, tmp_path_factory):
     from tests.training.runs import PERTURBED, run
 
     return run(make_job(tmp_path_factory.mktemp("uninterrupted"), PERTURBED))
+
+
+@pytest.fixture
+def short_run(make_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that trains by a recipe: `tests.training.short_runs.short_run`."""
+    from tests.training import short_runs
+    from trans_peft.training import finetune
+
+    # `test_adapter_check` tests the check, which takes as long as a short run.
+    monkeypatch.setattr(finetune, "check_adapter_is_trainable", lambda *_: None)
+    return lambda recipe: short_runs.short_run(make_job(tmp_path, recipe))

@@ -13,7 +13,7 @@ from trans_peft.training.events import (
 )
 
 MESSAGES = [
-    TrainingStarted(0, 8, 100, "cpu", 1),
+    TrainingStarted(0, 8, 100, "cpu", 1, 3.2),
     TrainingMetrics(3, 8, 1.5, 1e-3, 0.1, 100.0, 5.0),
     CheckpointSaved(3),
     ProcessStarted(17),
@@ -35,6 +35,12 @@ def test_a_message_is_one_line_that_reads_back(message):
 )
 def test_any_other_line_is_log(line):
     assert decode(line) == LogLine(line)
+
+
+def test_the_start_states_steps_and_epochs():
+    assert str(TrainingStarted(0, 8, 1000, "cpu", 2, 3.2)) == (
+        "training starts: 8 steps (3.2 epochs), 1,000 trainable parameters, 2 process(es) on cpu"
+    )
 
 
 def test_metrics_have_a_text_and_names():

@@ -15,7 +15,7 @@ from tests.training.conftest import EXAMPLES
 from trans_peft.data import ChatMessage, Example
 from trans_peft.errors import TrainingError
 from trans_peft.training.events import CheckpointSaved, TrainingMetrics
-from trans_peft.training.finetune import token_rows
+from trans_peft.training.job_rows import token_rows
 from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
 
 CHATS = tuple(

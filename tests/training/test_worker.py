@@ -11,7 +11,7 @@ from trans_peft.data import Example
 from trans_peft.errors import DataError, TrainingError
 from trans_peft.training import worker
 from trans_peft.training.events import Failed
-from trans_peft.training.finetune import check_tokens
+from trans_peft.training.job_rows import check_tokens
 
 TOKENIZER = tiny_tokenizer()
 LONGEST = max(len(example.full_ids(TOKENIZER)) for example in EXAMPLES)

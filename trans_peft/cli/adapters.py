@@ -52,7 +52,7 @@ def train(
                 steps.append(event)
                 what, note = f"training {wanted.adapter}", f"steps  {event.summary}"
                 shown.update(what, event.step, event.total_steps, note)
-            elif isinstance(event, events.TrainingStarted):
+            elif isinstance(event, events.TrainingStarted | events.ValidationMetrics):
                 shown.print_line(str(event))
 
         version = train_on(wanted, workspace.platform, on_event=on_event, on_progress=shown.work)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -26,7 +27,8 @@ def read_recipe(path: Path) -> TrainingRecipe:
     """
     recipe = _read(path, TrainingRecipe)
     suites = tuple(_resolve_suite(path, suite) for suite in recipe.suites)
-    return replace(recipe, data=_resolve_source(path, recipe.data), suites=suites)
+    recipe = recipe.with_sources(partial(_resolve_source, path))
+    return replace(recipe, suites=suites)
 
 
 def read_suites(paths: Sequence[Path]) -> tuple[Suite, ...]:

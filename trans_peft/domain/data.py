@@ -1,13 +1,15 @@
-"""The data source of a recipe or a suite."""
+"""The data sources of recipes and suites."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
+from trans_peft.domain.field_checks import is_whole
 from trans_peft.domain.identity import ADDED_LATER
+from trans_peft.domain.numbers import is_finite_number
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["DataSource"]
+__all__ = ["DataSource", "TrainingSource"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,30 @@ class DataSource:
                 "a data source without a uri", do="give a path, s3://... or hub:..."
             )
 
-    def pinned(self, sha256: str) -> "DataSource":
+    def pinned(self, sha256: str) -> Self:
         """Return this source bound to the bytes with that hash."""
         return replace(self, sha256=sha256)
+
+
+@dataclass(frozen=True)
+class TrainingSource(DataSource):
+    """One of several data sources of a recipe.
+
+    Attributes:
+        weight: how often a row of this source is trained on for each time that a row of a source
+            with the weight 1 is. Above 0, at most 1,000.
+        limit: number of rows to use, the first of the source; None for all of them.
+    """
+
+    weight: float = 1.0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if not (is_finite_number(self.weight) and 0 < self.weight <= 1000):
+            problems.append(f"weight must be above 0 and at most 1,000, not {self.weight!r}")
+        if self.limit is not None and not (is_whole(self.limit) and self.limit > 0):
+            problems.append(f"limit must be a whole number from 1, or null, not {self.limit!r}")
+        if problems:
+            raise InvalidSpecError(f"the data source {self.uri} is invalid: {'; '.join(problems)}")

@@ -1,68 +1,39 @@
 """How an adapter is trained: the settings that a training result depends on."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
+from trans_peft.domain.compute import ComputeSettings
 from trans_peft.domain.conventions import BASE_ALIASES
-from trans_peft.domain.data import DataSource
+from trans_peft.domain.data import DataSource, TrainingSource
 from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.field_checks import (
+    choice_problems,
+    count_problems,
+    interval_problems,
+    is_whole,
+)
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.names import name_problem
-from trans_peft.domain.numbers import is_finite_number
+from trans_peft.domain.optimizer import OptimizerSettings
 from trans_peft.domain.recovery import MIN_PROMPTS
 from trans_peft.domain.spec import AdapterSpec
+from trans_peft.domain.validation import ValidationSettings
 from trans_peft.errors import InvalidSpecError
 
 __all__ = [
-    "MAX_TRAINED_ROWS",
     "OptimizerSettings",
     "Perturbation",
     "SyntheticPrompts",
     "TrainingRecipe",
 ]
 
-MAX_TRAINED_ROWS = 100_000_000
-"""Rows of a whole run, repetitions included. Training keeps the order of all of them in memory."""
-
 _Dtype = Literal["float32", "bfloat16", "nf4"]
 _Granularity = Literal["neuron", "element"]
 _Where = Literal["ffn", "attention", "both"]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _count_problems(settings: Any, ranges: dict[str, tuple[int, int]]) -> list[str]:
-    """Return a problem for each field that is not a whole number in its range."""
-    return [
-        f"{name} must be a whole number from {low} to {high:,}, not {value!r}"
-        for name, (low, high) in ranges.items()
-        if not (_is_whole(value := getattr(settings, name)) and low <= value <= high)
-    ]
-
-
-def _choice_problems(settings: Any, **choices: Any) -> list[str]:
-    """Return a problem for each field whose value is not one of its literals."""
-    return [
-        f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(settings, name)!r}"
-        for name, kind in choices.items()
-        if getattr(settings, name) not in get_args(kind)
-    ]
-
-
-def _row_problems(optimizer: "OptimizerSettings", processes: int) -> list[str]:
-    """Return a problem if the run trains on more rows than its order can hold."""
-    per_step = optimizer.batch_size * optimizer.gradient_accumulation * processes
-    rows = optimizer.steps * per_step
-    if rows <= MAX_TRAINED_ROWS:
-        return []
-    return [
-        f"steps * batch_size * gradient_accumulation * processes must be at most "
-        f"{MAX_TRAINED_ROWS:,} rows, not {rows:,}"
-    ]
 
 
 @dataclass(frozen=True)
@@ -95,14 +66,10 @@ class Perturbation:
     spared_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} must lie in [0, 1), not {value!r}"
-            for name, value in (("masking_p", self.masking_p), ("dropping_p", self.dropping_p))
-            if not (is_finite_number(value) and 0 <= value < 1)
-        ]
-        problems += _choice_problems(self, granularity=_Granularity, where=_Where)
+        problems = interval_problems(self, {"masking_p": (0, 1), "dropping_p": (0, 1)})
+        problems += choice_problems(self, granularity=_Granularity, where=_Where)
         layers = self.spared_layers
-        if invalid := [layer for layer in layers if not _is_whole(layer) or layer < 0]:
+        if invalid := [layer for layer in layers if not is_whole(layer) or layer < 0]:
             problems.append(f"spared_layers must be layer indices from 0, found {invalid!r}")
         elif len(set(layers)) < len(layers):
             problems.append(f"spared_layers must name each layer once, found {list(layers)}")
@@ -124,75 +91,6 @@ class Perturbation:
     def is_off(self) -> bool:
         """Whether nothing is perturbed: plain fine-tuning."""
         return self.masking_p == 0 and self.dropping_p == 0
-
-
-_COUNTS = {
-    "steps": (1, 10_000_000),
-    "batch_size": (1, 1_000_000),
-    "gradient_accumulation": (1, 1_000_000),
-    "warmup_steps": (0, 10_000_000),
-    "max_length": (2, 10_000_000),
-}
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """Settings of AdamW and of its cosine schedule with linear warm-up.
-
-    InvalidSpecError for a value outside its range.
-
-    Attributes:
-        learning_rate: peak of the schedule. Above 0, at most 10.
-        steps: optimizer steps of the run. At most 10,000,000.
-        batch_size: rows per process and micro-step.
-        gradient_accumulation: micro-steps per optimizer step.
-        warmup_steps: steps before the peak. Fewer than `steps`.
-        weight_decay: AdamW's decoupled decay. At least 0, and less than 1 / learning_rate, because
-            a step multiplies a weight by 1 - learning_rate * weight_decay.
-        max_grad_norm: norm to which gradients are clipped. 0 switches clipping off.
-        max_length: tokens after which a row is cut. At least 2, a prompt token and an answer token.
-    """
-
-    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
-
-    learning_rate: float = 3e-4
-    steps: int = 100
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int = 512
-
-    def __post_init__(self) -> None:
-        problems = _count_problems(self, _COUNTS)
-        learning_rate_is_valid = (
-            is_finite_number(self.learning_rate) and 0 < self.learning_rate <= 10
-        )
-        if not learning_rate_is_valid:
-            problems.append(
-                f"learning_rate must be above 0 and at most 10, not {self.learning_rate!r}"
-            )
-        if not (is_finite_number(self.weight_decay) and self.weight_decay >= 0):
-            problems.append(f"weight_decay must be finite and at least 0, not {self.weight_decay}")
-        elif learning_rate_is_valid and self.learning_rate * self.weight_decay >= 1:
-            problems.append(
-                f"weight_decay must be less than 1 / learning_rate = {1 / self.learning_rate:g}, "
-                f"not {self.weight_decay!r}"
-            )
-        if not (is_finite_number(self.max_grad_norm) and self.max_grad_norm >= 0):
-            problems.append(
-                f"max_grad_norm must be finite and at least 0 (0: no clipping), "
-                f"not {self.max_grad_norm!r}"
-            )
-        if not problems:
-            if self.warmup_steps >= self.steps:
-                problems.append(
-                    f"warmup_steps must be less than steps={self.steps}, not {self.warmup_steps}"
-                )
-            problems += _row_problems(self, 1)
-        if problems:
-            raise InvalidSpecError(f"the optimizer settings are invalid: {'; '.join(problems)}")
 
 
 _RECIPE_COUNTS = {
@@ -223,9 +121,7 @@ class SyntheticPrompts:
     count: int = 320
 
     def __post_init__(self) -> None:
-        problems = _count_problems(
-            self, {"steps": (0, 10_000_000), "count": (MIN_PROMPTS, 100_000)}
-        )
+        problems = count_problems(self, {"steps": (0, 10_000_000), "count": (MIN_PROMPTS, 100_000)})
         if not problems and (self.approved is None) == (self.steps == 0):
             problems.append(
                 "give either approved, a file of prompts that may be kept, or steps, the optimizer "
@@ -244,41 +140,48 @@ class TrainingRecipe:
     Attributes:
         adapter: name of the adapter.
         family: name of the base family.
-        data: training rows.
+        data: training rows: one source, or a list of sources with weights.
         suites: evaluation suites of the adapter, for this base and for every later one. At least
             one, with distinct names.
         base_version: version ("v1") or alias ("serving", "champion") of the base. It is resolved
             once, when training starts; the registry records the resolved version.
         spec: type and options of the adapter.
         perturbation: Trans-PEFT's perturbations.
-        optimizer: settings of AdamW and its schedule.
+        optimizer: length of the run, settings of AdamW and its schedule.
         dtype: dtype of the frozen base during training. `nf4` is QLoRA: linear layers in 4 bits
             that compute in bfloat16. Evaluations use the dtype of their suite instead.
         seed: seed of the initial weights, the order of rows, dropout and the perturbations. From 0
             to 2**31 - 1.
+        data_seed: seed of the order of rows, if it differs from `seed`.
         processes: processes that `accelerate launch` starts.
         packing: whether several rows share one sequence.
         checkpoint_steps: steps between two checkpoints.
         synthetic_prompts: prompts that are written during the training and kept with the adapter,
             for the recovery strategy `distilled` after an update of the base.
+        validation: rows that are held out, the loss on which is computed during the training.
+        compute: what trades memory against time, and kernels.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     adapter: str
     family: str
-    data: DataSource
+    data: DataSource | tuple[TrainingSource, ...]
     suites: tuple[Suite, ...]
     base_version: str = "serving"
     spec: AdapterSpec = field(default_factory=AdapterSpec)
     perturbation: Perturbation = Perturbation()
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     dtype: _Dtype = "float32"
     seed: int = 42
     processes: int = 1
     packing: bool = False
     checkpoint_steps: int = 50
     synthetic_prompts: SyntheticPrompts | None = field(default=None, metadata=ADDED_LATER)
+    data_seed: int | None = field(default=None, metadata=ADDED_LATER)
+    validation: ValidationSettings | None = field(default=None, metadata=ADDED_LATER)
+    # One value for all recipes, because ADDED_LATER compares with the default.
+    compute: ComputeSettings = field(default=ComputeSettings(), metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = [
@@ -295,11 +198,56 @@ class TrainingRecipe:
         names = [suite.name for suite in self.suites]
         if len(set(names)) != len(names):
             problems.append(f"suites share a name: {names}")
-        problems += _choice_problems(self, dtype=_Dtype)
-        counts = _count_problems(self, _RECIPE_COUNTS)
-        problems += counts or _row_problems(self.optimizer, self.processes)
+        problems += choice_problems(self, dtype=_Dtype)
+        counts = count_problems(self, _RECIPE_COUNTS)
+        if self.data_seed is not None:
+            counts += count_problems(self, {"data_seed": _RECIPE_COUNTS["seed"]})
+        problems += self._data_problems()
+        problems += counts or self.optimizer.row_problems(self.processes)
+        if self.optimizer.loraplus_lr_ratio != 1 and self.spec.peft_type != "LORA":
+            problems.append(
+                "optimizer.loraplus_lr_ratio needs an adapter of the type LORA, which has weights "
+                f"B, not {self.spec.peft_type}"
+            )
+        if self.compute.attention == "flash_attention_2" and self.dtype == "float32":
+            problems.append(
+                "compute.attention flash_attention_2 needs the dtype bfloat16 or nf4, not float32"
+            )
         if problems:
             raise InvalidSpecError(f"the recipe is invalid: {'; '.join(problems)}")
+
+    def _data_problems(self) -> list[str]:
+        problems = []
+        if not self.sources:
+            problems.append("data must name at least one source")
+        places = [(source.uri, source.template) for source in self.sources]
+        if len(set(places)) != len(places):
+            problems.append(f"data names a source twice: {[uri for uri, _ in places]}")
+        if self.packing and any(source.weight != 1 for source in self.sources):
+            problems.append(
+                "packing puts rows of several sources into one sequence, so that every weight must "
+                "be 1"
+            )
+        return problems
+
+    @cached_property
+    def sources(self) -> tuple[TrainingSource, ...]:
+        """The sources of the training rows, of which there may be one."""
+        if isinstance(self.data, DataSource):
+            return (TrainingSource(self.data.uri, self.data.sha256, self.data.template),)
+        return self.data
+
+    def with_sources(self, change: Callable[[Any], Any]) -> "TrainingRecipe":
+        """Return the recipe with `change` applied to each source of training and validation rows.
+
+        `change` returns an object of the class of its argument.
+        """
+        data = self.data
+        changed = change(data) if isinstance(data, DataSource) else tuple(map(change, data))
+        validation = self.validation
+        if validation is not None and validation.data is not None:
+            validation = replace(validation, data=change(validation.data))
+        return replace(self, data=changed, validation=validation)
 
     @cached_property
     def sha256(self) -> str:

@@ -88,16 +88,20 @@ def write_synthetic_prompts(
     else:
         folder = job.work_dir / "prompt-model"
         folder.mkdir(parents=True, exist_ok=True)
-        optimizer = replace(
-            recipe.optimizer, steps=settings.steps, warmup_steps=settings.steps // 10
-        )
+        optimizer = recipe.optimizer.for_steps(settings.steps, settings.steps // 10)
         result = fit(
             replace(
                 job,
                 recipe=replace(
-                    recipe, optimizer=optimizer, perturbation=Perturbation(), packing=False
+                    recipe,
+                    optimizer=optimizer,
+                    perturbation=Perturbation(),
+                    packing=False,
+                    validation=None,
                 ),
                 data_file=write_examples(prompt_model_rows(examples), folder / "data.jsonl"),
+                more_data_files=(),
+                validation_file=None,
                 work_dir=folder,
             ),
             on_event=on_event,

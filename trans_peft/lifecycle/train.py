@@ -1,13 +1,14 @@
 """Train an adapter by a recipe, evaluate it on its base, and register it as a live adapter."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from trans_peft.artifacts import child_uri
-from trans_peft.data import Example, pin, read_examples, write_examples
+from trans_peft.data import pin, write_examples
+from trans_peft.data.training_rows import TrainingRows, read_training_rows
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation
@@ -53,11 +54,12 @@ def resolve_recipe(
     hash of the returned recipe identifies the training result.
     """
     base = find_base(recipe.family, recipe.base_version, platform)
-    data = recipe.data if recipe.data.sha256 else pin(recipe.data, platform.store)
+    pinned = recipe.with_sources(
+        lambda source: source if source.sha256 else pin(source, platform.store)
+    )
     resolved = replace(
-        recipe,
+        pinned,
         base_version=base.version,
-        data=data,
         suites=pin_suites(recipe.suites, platform),
         synthetic_prompts=_pinned(recipe.synthetic_prompts, platform),
     )
@@ -65,12 +67,18 @@ def resolve_recipe(
 
 
 def job_on(
-    base: BaseVersion, recipe: TrainingRecipe, examples: Sequence[Example], platform: Platform
+    base: BaseVersion, recipe: TrainingRecipe, rows: TrainingRows, platform: Platform
 ) -> TrainingJob:
     """Return the training job of a resolved recipe. The recipe's hash names its work folder."""
     work_dir = platform.work_dir / "training" / recipe.sha256[:16]
     with translating_full_disk_errors(platform.work_dir):
-        data_file = write_examples(examples, work_dir / "data.jsonl")
+        data_file, *more_data_files = (
+            write_examples(examples, work_dir / f"data{number or ''}.jsonl")
+            for number, examples in enumerate(rows.sources)
+        )
+        validation_file = None
+        if rows.validation:
+            validation_file = write_examples(rows.validation, work_dir / "validation.jsonl")
     return TrainingJob(
         recipe=recipe,
         base_folder=base_folder(base, platform),
@@ -78,6 +86,8 @@ def job_on(
         base_revision=base.fingerprint_sha256,
         data_file=data_file,
         work_dir=work_dir,
+        more_data_files=tuple(more_data_files),
+        validation_file=validation_file,
     )
 
 
@@ -135,23 +145,24 @@ def train(
     if existing is not None:
         return existing
     check_registration(resolved.adapter, base.family, platform)
-    examples = read_examples(resolved.data, platform.store)
+    rows = read_training_rows(resolved, platform.store)
     check_suites(base, resolved.suites, platform)
     check_synthetic_prompts(resolved, platform.store)
 
     tags = base.ref.labels | {"adapter": resolved.adapter}
     with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:
         run.params(_params(resolved))
-        run.dataset(resolved.adapter, resolved.data)
+        for source in resolved.sources:
+            run.dataset(resolved.adapter, source)
 
         def on_training_event(event: Event) -> None:
-            if isinstance(event, events.TrainingMetrics):
+            if isinstance(event, events.TrainingMetrics | events.ValidationMetrics):
                 run.metrics(event.metrics, event.step)
             on_event(event)
 
-        job = job_on(base, resolved, examples, platform)
+        job = job_on(base, resolved, rows, platform)
         run.file(_write_recipe(resolved, job.work_dir))  # fails early if files cannot be stored
-        prompts = write_synthetic_prompts(job, examples, platform.store, on_event=on_event)
+        prompts = write_synthetic_prompts(job, rows.training, platform.store, on_event=on_event)
         checkpoints = stored_checkpoints(job, platform)
         result = fit(job, on_event=continued(job, checkpoints, on_training_event))
         keep_prompts(job.work_dir, result.folder)
@@ -202,16 +213,18 @@ def _registered(
 def _params(recipe: TrainingRecipe) -> dict[str, object]:
     """Return the recipe as flat parameters, which MLflow can show and compare."""
     optimizer = {f"optimizer.{k}": v for k, v in asdict(recipe.optimizer).items()}
+    compute = {f"compute.{k}": v for k, v in asdict(recipe.compute).items()}
     options = {f"{recipe.spec.peft_type}.{k}": v for k, v in recipe.spec.options.items()}
     return {
         **asdict(recipe.perturbation),
         **optimizer,
+        **compute,
         **options,
         "dtype": recipe.dtype,
         "seed": recipe.seed,
         "processes": recipe.processes,
         "packing": recipe.packing,
-        "data": recipe.data.uri,
+        "data": ", ".join(source.uri for source in recipe.sources),
     }
 
 
@@ -222,7 +235,7 @@ def _tags(
         "masking_p": str(recipe.perturbation.masking_p),
         "dropping_p": str(recipe.perturbation.dropping_p),
         "seed": str(recipe.seed),
-        "data_sha256": recipe.data.sha256,
+        "data_sha256": ",".join(source.sha256 for source in recipe.sources),
         "final_loss": f"{result.final_loss:.4f}",
         **{f"score.{suite}": f"{item.score:.2f}" for suite, item in evaluations.items()},
     }

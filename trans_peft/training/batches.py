@@ -6,23 +6,47 @@ skips exactly the rows that were trained on. As in transformers' `LengthGroupedS
 similar length share a step to save padding: rows are sorted by length within random pools.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-__all__ = ["training_order"]
+__all__ = ["WeightedRows", "training_order"]
 
 _POOL_STEPS = 50
 
 
-def training_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> list[int]:
+@dataclass(frozen=True)
+class WeightedRows:
+    """The number of rows of one data source, and how often an epoch uses each of them."""
+
+    rows: int
+    weight: float
+
+    @property
+    def rows_per_epoch(self) -> float:
+        """The rows of this source that one epoch uses, repetitions included."""
+        return self.rows * self.weight
+
+
+def training_order(
+    lengths: Sequence[int],
+    rows_per_step: int,
+    steps: int,
+    seed: int,
+    sources: Sequence[WeightedRows] = (),
+) -> list[int]:
     """Return steps * rows_per_step row numbers in training order.
 
     `lengths` are tokens per row. Each row is used once before any row is used twice, except for
     shifts within a pool of 50 steps. Within a step rows are sorted by length, so that the rows of
-    a micro-batch have similar lengths.
+    a micro-batch have similar lengths. `sources` divide the rows: their weights give the share of
+    each source in every part of the order; without them, all rows are of one source.
     """
     generator = random.Random(seed)
-    endless = _passes(len(lengths), generator)
+    endless = (
+        _interleaved(sources, seed) if len(sources) > 1 else _passes(range(len(lengths)), generator)
+    )
     order: list[int] = []
     while len(order) < steps * rows_per_step:
         missing = steps - len(order) // rows_per_step
@@ -34,6 +58,26 @@ def training_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed:
     return order
 
 
-def _passes(rows: int, generator: random.Random) -> Iterator[int]:
+def _passes(rows: range, generator: random.Random) -> Iterator[int]:
     while True:
-        yield from generator.sample(range(rows), rows)
+        yield from generator.sample(rows, len(rows))
+
+
+def _interleaved(sources: Sequence[WeightedRows], seed: int) -> Iterator[int]:
+    """Yield rows of all sources, in proportion to the rows of each times its weight.
+
+    The next row is of the source whose number of rows so far, with this row, is the smallest
+    multiple of its share. Each source has an order of its own, which the others do not change.
+    """
+    firsts = itertools.accumulate((source.rows for source in sources), initial=0)
+    streams = [
+        _passes(range(first, first + source.rows), random.Random(f"{seed} {number}"))
+        for number, (first, source) in enumerate(zip(firsts, sources, strict=False))
+    ]
+    taken = [0] * len(sources)
+    while True:
+        number = min(
+            range(len(sources)), key=lambda i: ((taken[i] + 1) / sources[i].rows_per_epoch, i)
+        )
+        taken[number] += 1
+        yield next(streams[number])

@@ -123,14 +123,12 @@ class Distillation:
         of_process = max(1, policy.batch_size // recipe.processes)
         batch_size = min(recipe.optimizer.batch_size, of_process)
         optimizer = replace(
-            recipe.optimizer,
-            steps=policy.steps,
+            recipe.optimizer.for_steps(policy.steps, policy.steps // 10),
             batch_size=batch_size,
             gradient_accumulation=of_process // batch_size,
             learning_rate=policy.learning_rate,
-            warmup_steps=policy.steps // 10,
         )
-        return replace(recipe, optimizer=optimizer, packing=False)
+        return replace(recipe, optimizer=optimizer, packing=False, validation=None)
 
     def _teacher(self, prompts: Sequence[Example]) -> TeacherTargets:
         old = load_base(self.old_base, self.suite.dtype)

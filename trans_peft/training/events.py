@@ -13,9 +13,11 @@ __all__ = [
     "Failed",
     "Finished",
     "LogLine",
+    "MemoryEstimated",
     "ProcessStarted",
     "TrainingMetrics",
     "TrainingStarted",
+    "ValidationMetrics",
     "decode",
     "encode",
     "on_steps",
@@ -33,20 +35,62 @@ class LogLine:
 
 
 @dataclass(frozen=True)
+class MemoryEstimated:
+    """The estimated memory of a training step, in one process.
+
+    Attributes:
+        base_bytes: weights of the frozen base.
+        adapter_bytes: weights of the adapter.
+        optimizer_bytes: the optimizer's state, and copies of gradients.
+        activation_bytes: activations, gradients and temporary tensors at the peak.
+    """
+
+    base_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The sum of all parts."""
+        return sum(vars(self).values())
+
+    @property
+    def peak(self) -> str:
+        """The sum of all parts as text."""
+        return f"{self.peak_bytes / (1 << 30):.2f} GiB"
+
+    def __str__(self) -> str:
+        parts = {
+            "base": self.base_bytes,
+            "adapter": self.adapter_bytes,
+            "optimizer": self.optimizer_bytes,
+            "activations": self.activation_bytes,
+        }
+        shown = ", ".join(f"{name} {size / (1 << 30):.2f}" for name, size in parts.items())
+        return f"estimated memory {self.peak} ({shown})"
+
+
+@dataclass(frozen=True)
 class TrainingStarted:
-    """The model is ready. Training starts after `step` (0, or the step of the checkpoint)."""
+    """The model is ready. Training starts after `step` (0, or the step of the checkpoint).
+
+    `epochs` is how often the steps of the whole run use each row.
+    """
 
     step: int
     total_steps: int
     trainable_parameters: int
     device: str
     processes: int
+    epochs: float
 
     def __str__(self) -> str:
         start = f"resumes after step {self.step}" if self.step else "starts"
         return (
-            f"training {start}: {self.total_steps} steps, {self.trainable_parameters:,} trainable "
-            f"parameters, {self.processes} process(es) on {self.device}"
+            f"training {start}: {self.total_steps} steps ({self.epochs:g} epochs), "
+            f"{self.trainable_parameters:,} trainable parameters, {self.processes} process(es) on "
+            f"{self.device}"
         )
 
 
@@ -97,6 +141,30 @@ class TrainingMetrics:
 
 
 @dataclass(frozen=True)
+class ValidationMetrics:
+    """The loss on the validation rows after a step.
+
+    Attributes:
+        step: completed optimizer steps.
+        loss: mean over the answer tokens of all validation rows, in nats.
+        best_step: step with the lowest loss so far.
+    """
+
+    step: int
+    loss: float
+    best_step: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of this step, by the names under which MLflow stores them."""
+        return {"validation_loss": self.loss}
+
+    def __str__(self) -> str:
+        lowest = "the lowest" if self.step == self.best_step else f"lowest after {self.best_step}"
+        return f"step {self.step}: validation loss {self.loss:.4f}, {lowest}"
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint is complete; training can resume from it."""
 
@@ -106,7 +174,14 @@ class CheckpointSaved:
         return f"checkpoint after step {self.step}"
 
 
-Event = LogLine | TrainingStarted | TrainingMetrics | CheckpointSaved
+Event = (
+    LogLine
+    | MemoryEstimated
+    | TrainingStarted
+    | TrainingMetrics
+    | ValidationMetrics
+    | CheckpointSaved
+)
 """Events that `fit` passes to its caller."""
 
 
@@ -141,13 +216,22 @@ class Finished:
 
 
 EventMessage = (
-    TrainingStarted | TrainingMetrics | CheckpointSaved | ProcessStarted | Failed | Finished
+    MemoryEstimated
+    | TrainingStarted
+    | TrainingMetrics
+    | ValidationMetrics
+    | CheckpointSaved
+    | ProcessStarted
+    | Failed
+    | Finished
 )
 _MESSAGES: dict[str, type[EventMessage]] = {
     kind.__name__: kind
     for kind in (
+        MemoryEstimated,
         TrainingStarted,
         TrainingMetrics,
+        ValidationMetrics,
         CheckpointSaved,
         ProcessStarted,
         Failed,

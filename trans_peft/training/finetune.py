@@ -21,16 +21,13 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from trl import SFTConfig
+from transformers.integrations.liger import apply_liger_kernel
 
-from trans_peft.data import Example, full_ids, parse_examples, prompt_ids, token_counts
 from trans_peft.errors import (
     AdapterError,
-    DataError,
     InvalidSpecError,
     TrainingError,
     listed,
-    listed_lines,
 )
 from trans_peft.methods.specs import attach
 from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
@@ -38,16 +35,20 @@ from trans_peft.perturbation import perturbed
 from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import check_template, saved_template, write_template
 from trans_peft.training.adapter_check import check_adapter_is_trainable, save_adapter
-from trans_peft.training.batches import training_order
-from trans_peft.training.distillation import DistillationTrainer, TeacherTargets
+from trans_peft.training.arguments import loraplus_optimizer, training_arguments
+from trans_peft.training.batches import WeightedRows, training_order
+from trans_peft.training.compilation import compile_layers
+from trans_peft.training.distillation import DistillationTrainer
 from trans_peft.training.events import EventMessage, TrainingStarted
+from trans_peft.training.held_out import ValidationCallback
 from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.job_rows import JobRows, read_job_rows
+from trans_peft.training.machine_check import check_machine
+from trans_peft.training.memory import check_memory
 from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
 from trans_peft.transfer.peft_folder import WEIGHTS_NAME, read_peft_folder
 
-__all__ = ["check_tokens", "finetune", "token_rows"]
-
-_PROBLEMS_SHOWN = 20
+__all__ = ["finetune"]
 
 
 def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage], None]) -> None:
@@ -57,43 +58,62 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
     saves the adapter, and writes the result last. DataError before a model is loaded;
     InvalidSpecError before the first step; TrainingError if the loss or a weight is not finite.
     """
-    recipe, steps = job.recipe, job.recipe.optimizer.steps
+    recipe = job.recipe
+    check_machine(recipe)
     tokenizer = load_tokenizer(job.base_folder)
     template = _template(job, tokenizer)
-    shortened_rows = 0
-    if job.targets is None:
-        read = parse_examples(job.data_file.read_bytes(), recipe.data.uri)
-        # These places refer to the job's copy of the data, not to the user's file.
-        examples = tuple(replace(example, place="") for example in read)
-        shortened_rows = check_tokens(examples, tokenizer, recipe.optimizer.max_length, template)
-        trainer = _trainer(
-            job, AnswerTrainer, token_rows(examples, tokenizer, template), str(state.device)
-        )
-    else:
-        targets = TeacherTargets.read(job.targets)
-        trainer = _trainer(
-            job, partial(DistillationTrainer, targets), targets.training_rows(), str(state.device)
-        )
-    tokens_per_step = _fix_order(trainer, job, state.num_processes)
+    rows = read_job_rows(job, tokenizer, template)
+    optimizer = recipe.optimizer.for_rows(rows.sequences, state.num_processes)
+    job = replace(job, recipe=replace(recipe, optimizer=optimizer))
+    if recipe.compute.memory_gib is not None:
+        estimate = check_memory(recipe, job.base_folder, rows.largest_step(recipe))
+        if state.is_main_process:
+            send(estimate)
+    trainer = _trainer(job, rows, str(state.device))
+    tokens_per_step = _fix_order(trainer, job, state.num_processes, rows.sources)
     model = trainer.model.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = last_checkpoint(job.checkpoint_folder)
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    epochs_per_step = optimizer.rows_per_step(state.num_processes) / rows.sequences
     if state.is_main_process:
-        send(TrainingStarted(first_step, steps, trainable, str(state.device), state.num_processes))
+        steps = len(tokens_per_step)
+        send(
+            TrainingStarted(
+                step=first_step,
+                total_steps=steps,
+                trainable_parameters=trainable,
+                device=str(state.device),
+                processes=state.num_processes,
+                epochs=steps * epochs_per_step,
+            )
+        )
     trainer.remove_callback(PrinterCallback)  # EventCallback reports the same metrics
-    trainer.add_callback(EventCallback(send, tokens_per_step))
+    validation = None
+    if recipe.validation is not None:
+        best_folder = job.work_dir / "best"
+        validation = ValidationCallback(
+            trainer, rows.held_out, recipe.validation, best_folder, send
+        )
+        trainer.add_callback(validation)
+    trainer.add_callback(EventCallback(send, tokens_per_step))  # last: it completes a checkpoint
     set_seed(recipe.seed, device_specific=True)  # each process draws its own dropout
     started_s = time.monotonic()
     with perturbed(
         model, recipe.perturbation, seed=recipe.seed, rank=state.process_index, step=first_step
     ):
+        if recipe.compute.compile:
+            compile_layers(model)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started_s
     state.wait_for_everyone()
     if state.is_main_process:
+        steps = trainer.state.global_step
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log][-10:]
         _check_weights(model, steps)
+        kept_step, validation_loss = validation.kept() if validation else (None, None)
+        if validation and (kept_folder := validation.kept_folder()) is not None:
+            _load_weights(kept_folder, model)
         _save(model, job, template)
         TrainingResult(
             folder=job.adapter_folder,
@@ -101,65 +121,15 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
             steps=steps,
             final_loss=sum(losses) / len(losses),
             seconds=seconds,
-            tokens_per_s=sum(tokens_per_step[first_step:]) / seconds,
+            tokens_per_s=sum(tokens_per_step[first_step:steps]) / seconds,
             trainable_parameters=trainable,
-            shortened_rows=shortened_rows,
+            shortened_rows=rows.shortened,
+            epochs=steps * epochs_per_step,
+            validation_loss=validation_loss,
+            kept_step=kept_step,
         ).write(job.result_file)
         shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
-
-
-def check_tokens(
-    examples: tuple[Example, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    template: str | None = None,
-) -> int:
-    """Return how many rows are cut at `max_length`; DataError lists rows that cannot be trained on.
-
-    These are rows whose prompt alone fills `max_length`, and rows whose prompt ends in other tokens
-    once the answer follows: an evaluation would use another prompt. The second check does not apply
-    to chats, whose template separates prompt and answer.
-    """
-    shortened, problems = 0, []
-    counts = token_counts(examples, tokenizer, template)
-    for example, (prompt, whole, starts) in zip(examples, counts, strict=True):
-        shortened += whole > max_length
-        if prompt >= max_length:
-            problems.append(
-                f"{example.location}: its prompt of {prompt} tokens fills max_length={max_length}"
-            )
-        elif example.messages is None and not starts:
-            problems.append(
-                f"{example.location}: the prompt ends in other tokens if the answer follows"
-            )
-    if problems:
-        raise DataError(
-            f"{len(problems)} of {len(examples)} rows cannot be trained on\n    "
-            + "\n    ".join(listed_lines(problems, _PROBLEMS_SHOWN)),
-            expected="prompts shorter than max_length, whose tokens do not depend on the answer",
-            do="raise optimizer.max_length or remove long rows; move white space from the end of a "
-            "prompt to the start of its answer",
-        )
-    return shortened
-
-
-def token_rows(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str | None = None
-) -> list[dict[str, list[int]]]:
-    """Return the examples as token ids in TRL's format, with a mask of the answers.
-
-    TRL could tokenize the texts itself, but it would render chats without limits and with the
-    current date. In a chat the answer starts at the first token at which the prompt and the whole
-    conversation differ.
-    """
-    rows = []
-    prompts = prompt_ids(examples, tokenizer, template)
-    for prompt, whole in zip(prompts, full_ids(examples, tokenizer, template), strict=True):
-        pairs = zip(prompt, whole, strict=False)
-        start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
-        mask = [0] * start + [1] * (len(whole) - start)
-        rows.append({"input_ids": whole, "completion_mask": mask})
-    return rows
+        shutil.rmtree(job.work_dir / "best", ignore_errors=True)
 
 
 def _template(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -172,24 +142,25 @@ def _template(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> str | Non
     return template
 
 
-def _trainer(
-    job: TrainingJob,
-    make: Callable[..., AnswerTrainer],
-    rows: list[dict[str, list[int]]],
-    device: str,
-) -> AnswerTrainer:
-    base = load_base(job.base_folder, job.recipe.dtype, device)
-    check_adapter_is_trainable(base, job.recipe.spec, job.work_dir)
-    set_seed(job.recipe.seed)  # the adapter's initial weights
-    model = attach(base.model, job.recipe.spec)
+def _trainer(job: TrainingJob, rows: JobRows, device: str) -> AnswerTrainer:
+    recipe = job.recipe
+    base = load_base(job.base_folder, recipe.dtype, device, attention=recipe.compute.attention)
+    if recipe.compute.liger:  # before perturbed(), which looks at the layers that are trained
+        apply_liger_kernel(base.model, {"fused_linear_cross_entropy": False})
+    check_adapter_is_trainable(base, recipe.spec, job.work_dir)
+    set_seed(recipe.seed)  # the adapter's initial weights
+    model = attach(base.model, recipe.spec)
     if job.start is not None:
-        _load_start(job.start, model)
+        _load_weights(job.start, model)
+    make: Callable[..., AnswerTrainer] = AnswerTrainer
+    if rows.targets is not None:
+        make = partial(DistillationTrainer, rows.targets)
     trainable = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
     try:
         trainer = make(
             model=model,
-            args=_arguments(job),
-            train_dataset=Dataset.from_list(rows),
+            args=training_arguments(job),
+            train_dataset=Dataset.from_list(rows.training),
             processing_class=base.tokenizer,
         )
     except (NotImplementedError, TypeError, ValueError) as error:
@@ -201,6 +172,8 @@ def _trainer(
         ) from error
     for parameter, dtype in trainable:  # TRL casts them to bfloat16 on nf4, which loses updates
         parameter.data = parameter.data.to(dtype)
+    if (ratio := recipe.optimizer.loraplus_lr_ratio) != 1:
+        trainer.optimizer = loraplus_optimizer(model, trainer.args, ratio)
     return trainer
 
 
@@ -220,7 +193,7 @@ def _check_weights(model: PeftModel, steps: int) -> None:
         )
 
 
-def _load_start(folder: Path, model: PeftModel) -> None:
+def _load_weights(folder: Path, model: PeftModel) -> None:
     """Load the weights of a PEFT folder. AdapterError unless names and shapes match exactly."""
     tensors = load_file(read_peft_folder(folder).path / WEIGHTS_NAME)
     expected = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
@@ -239,49 +212,24 @@ def _load_start(folder: Path, model: PeftModel) -> None:
     set_peft_model_state_dict(model, tensors)
 
 
-def _fix_order(trainer: AnswerTrainer, job: TrainingJob, processes: int) -> list[int]:
+def _fix_order(
+    trainer: AnswerTrainer,
+    job: TrainingJob,
+    processes: int,
+    sources: Sequence[WeightedRows] = (),
+) -> list[int]:
     """Put the rows of the whole run in training order, and return the tokens of each step."""
     optimizer = job.recipe.optimizer
-    rows_per_step = optimizer.batch_size * optimizer.gradient_accumulation * processes
+    assert optimizer.steps is not None  # see OptimizerSettings.for_rows
+    rows_per_step = optimizer.rows_per_step(processes)
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    order = training_order(lengths, rows_per_step, optimizer.steps, job.recipe.seed)
+    seed = job.recipe.seed if job.recipe.data_seed is None else job.recipe.data_seed
+    order = training_order(lengths, rows_per_step, optimizer.steps, seed, sources)
     trainer.train_dataset = trainer.train_dataset.select(order)
     return [
         sum(lengths[row] for row in order[first : first + rows_per_step])
         for first in range(0, len(order), rows_per_step)
     ]
-
-
-def _arguments(job: TrainingJob) -> SFTConfig:
-    recipe = job.recipe
-    optimizer = recipe.optimizer
-    return SFTConfig(
-        output_dir=str(job.checkpoint_folder),
-        max_steps=optimizer.steps,
-        per_device_train_batch_size=optimizer.batch_size,
-        gradient_accumulation_steps=optimizer.gradient_accumulation,
-        learning_rate=optimizer.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        max_grad_norm=optimizer.max_grad_norm,
-        max_length=optimizer.max_length,
-        packing=recipe.packing,
-        completion_only_loss=True,
-        seed=recipe.seed,
-        train_sampling_strategy="sequential",  # training.batches defines the order
-        bf16=False,  # no autocast: the base has the recipe's dtype, the adapter its own
-        gradient_checkpointing=False,
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=recipe.checkpoint_steps,
-        save_total_limit=2,  # the previous one is needed until the newest is complete
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,  # adapters of dropped sub-layers get zero gradients
-    )
 
 
 def _save(model: PeftModel, job: TrainingJob, template: str | None) -> None:

@@ -24,12 +24,16 @@ class TrainingJob:
         base_folder: folder of the base model.
         base_name: name of the base in the saved adapter_config.json.
         base_revision: revision of the base in the saved adapter_config.json.
-        data_file: training rows as JSON Lines (`trans_peft.data.write_examples`).
+        data_file: training rows of the recipe's first source, as JSON Lines
+            (`trans_peft.data.write_examples`).
         work_dir: folder of everything that the run writes: checkpoints, `result.json`, and the
             PEFT folder `adapter`.
         start: PEFT folder with the initial weights, of the recipe's spec; None for new weights.
         targets: a teacher's answers (`trans_peft.training.distillation.TeacherTargets`) to learn
             from instead of the answers in `data_file`, which then has the prompts.
+        more_data_files: training rows of its other sources, in order. Without them, all rows are in
+            `data_file`, and the weights of the sources have no effect.
+        validation_file: held-out rows, if the recipe has `validation`.
     """
 
     recipe: TrainingRecipe
@@ -40,6 +44,13 @@ class TrainingJob:
     work_dir: Path
     start: Path | None = None
     targets: Path | None = None
+    more_data_files: tuple[Path, ...] = ()
+    validation_file: Path | None = None
+
+    @property
+    def data_files(self) -> tuple[Path, ...]:
+        """The files of the training rows, one for each source."""
+        return (self.data_file, *self.more_data_files)
 
     @property
     def adapter_folder(self) -> Path:
@@ -59,6 +70,9 @@ class TrainingJob:
     def identity(self) -> str:
         """Return the hash of everything that the trained weights depend on. Paths do not count."""
         inputs = [self.recipe, self.base_name, self.base_revision, _sha256(self.data_file)]
+        inputs += [_sha256(path) for path in self.more_data_files]
+        if self.validation_file is not None:
+            inputs.append(_sha256(self.validation_file))
         if self.start is not None:
             inputs.append(adapter_weights_sha256(self.start))
         if self.targets is not None:
@@ -73,7 +87,12 @@ class TrainingJob:
         """
         missing = [
             str(path)
-            for path in (self.base_folder / "config.json", self.data_file, self.targets)
+            for path in (
+                self.base_folder / "config.json",
+                *self.data_files,
+                self.validation_file,
+                self.targets,
+            )
             if path is not None and not path.is_file()
         ]
         if missing:
@@ -82,6 +101,7 @@ class TrainingJob:
                 expected="; ".join(missing),
                 do="download the base and the data again",
             )
+        self._check_files()
         mark = self.work_dir / "identity"
         identity = self.identity()
         if mark.is_file() and mark.read_text() != identity:
@@ -93,6 +113,21 @@ class TrainingJob:
             )
         self.work_dir.mkdir(parents=True, exist_ok=True)
         mark.write_text(identity)
+
+    def _check_files(self) -> None:
+        problems = []
+        files, sources = len(self.data_files), len(self.recipe.sources)
+        if self.more_data_files and files != sources:
+            problems.append(f"{files} data files for {sources} sources of the recipe")
+        if (self.validation_file is None) != (self.recipe.validation is None):
+            problems.append(
+                "a validation file and the recipe's validation belong together, and only one of "
+                "them is given"
+            )
+        if problems:
+            raise InvalidSpecError(
+                "the files of the training job do not fit its recipe", found="; ".join(problems)
+            )
 
     def write(self) -> Path:
         """Write the job into its work folder as JSON and return the file."""
@@ -120,12 +155,16 @@ class TrainingResult:
     Attributes:
         folder: PEFT folder of the adapter.
         weights_sha256: hash of its weights.
-        steps: optimizer steps of the run.
+        steps: optimizer steps that were made.
         final_loss: mean loss of the last ten steps, in nats per token.
         seconds: duration of training; of a resumed run, since it resumed.
         tokens_per_s: tokens per second in that time.
         trainable_parameters: number of trained parameters.
         shortened_rows: rows that were cut at `max_length`.
+        epochs: how often the steps used each row.
+        validation_loss: loss of the adapter on the validation rows, in nats per token; None without
+            validation.
+        kept_step: step whose weights the adapter has, if there is validation.
     """
 
     folder: Path
@@ -136,6 +175,9 @@ class TrainingResult:
     tokens_per_s: float
     trainable_parameters: int
     shortened_rows: int
+    epochs: float = 0.0
+    validation_loss: float | None = None
+    kept_step: int | None = None
 
     def write(self, path: Path) -> None:
         """Write the result as JSON, atomically."""

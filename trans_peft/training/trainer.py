@@ -113,6 +113,7 @@ class EventCallback(TrainerCallback):
         self._tokens_per_step = tokens_per_step
         self._first_step = 0
         self._started_s = 0.0
+        self._is_cancelled = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -159,15 +160,19 @@ class EventCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save a checkpoint and end training if a stop is requested from any process."""
-        if state.global_step < state.max_steps and _in_any_process(stop_requested.is_set()):
-            control.should_save = control.should_training_stop = True
+        """Save a checkpoint and end training if a stop is requested from any process.
+
+        Not after the last step: early stopping has set `should_training_stop` then.
+        """
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if not is_last and _in_any_process(stop_requested.is_set()):
+            self._is_cancelled = control.should_save = control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """TrainingCancelled if training ended before its last step."""
-        if state.global_step < state.max_steps:
+        """TrainingCancelled if a stop was requested before the last step."""
+        if self._is_cancelled:
             raise TrainingCancelled(
                 f"training was terminated after step {state.global_step} of {state.max_steps}, "
                 "where it saved a checkpoint"

@@ -175,7 +175,7 @@ def _recipe(recipe: TrainingRecipe | None) -> str:
         else f"masking {perturbation.masking_p:g}, dropping {perturbation.dropping_p:g}"
     )
     return (
-        f"{recipe.spec.peft_type}, {how}, {optimizer.steps} steps of {optimizer.batch_size} rows, "
+        f"{recipe.spec.peft_type}, {how}, {optimizer.duration}, "
         f"learning rate {optimizer.learning_rate:g}"
     )
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from trans_peft.data import read_examples
+from trans_peft.data.training_rows import read_training_rows
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Verdict
@@ -66,7 +66,7 @@ def retrain(
         )
     trained_on = base_trained_on(source, platform.catalog.versions(source.base.family))
     resolved, _ = resolve_recipe(recipe, platform)
-    job = job_on(base, resolved, read_examples(resolved.data, platform.store), platform)
+    job = job_on(base, resolved, read_training_rows(resolved, platform.store), platform)
     checkpoints = stored_checkpoints(job, platform)
     result = fit(job, on_event=continued(job, checkpoints, on_event))
     with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:

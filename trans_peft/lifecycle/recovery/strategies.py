@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trans_peft.data import Example, full_ids, prompt_ids, read_examples, write_examples
+from trans_peft.data import Example, full_ids, prompt_ids, write_examples
+from trans_peft.data.training_rows import TrainingRows, read_training_rows
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import (
@@ -47,11 +48,11 @@ def make_candidate(strategy: RecoveryStrategy, inputs: CandidateInputs) -> Candi
     if strategy is RecoveryStrategy.RETRAINED:
         return "runs as a training flow of its own"
     try:
-        rows = read_examples(recipe.data, inputs.platform.store)
+        rows = read_training_rows(recipe, inputs.platform.store)
     except (NotFoundError, IntegrityError, DataError) as error:
         return f"its training rows cannot be read: {error}"
     return (
-        _rescaled(inputs, rows)
+        _rescaled(inputs, rows.training)
         if strategy is RecoveryStrategy.RESCALED
         else _retuned(inputs, recipe, rows)
     )
@@ -96,7 +97,7 @@ def _loss(loaded: Any, folder: Path, rows: Sequence[Example]) -> float:
 
 
 def _retuned(
-    inputs: CandidateInputs, recipe: TrainingRecipe, rows: Sequence[Example]
+    inputs: CandidateInputs, recipe: TrainingRecipe, rows: TrainingRows
 ) -> Candidate | str:
     """Continue training from the source's weights on the new base for a few steps."""
     from trans_peft.training.events import on_steps
@@ -104,15 +105,21 @@ def _retuned(
     from trans_peft.training.launch import fit
 
     steps = inputs.recovery.retune_steps
-    optimizer = replace(
-        recipe.optimizer, steps=steps, warmup_steps=min(recipe.optimizer.warmup_steps, steps // 10)
+    optimizer = recipe.optimizer
+    tenth = steps // 10
+    warmup_steps = tenth if optimizer.warmup_ratio else min(optimizer.warmup_steps, tenth)
+    optimizer = optimizer.for_steps(steps, warmup_steps)
+    data_file, *more_data_files = (
+        write_examples(examples, inputs.scratch / f"rows{number or ''}.jsonl")
+        for number, examples in enumerate(rows.sources)
     )
     job = TrainingJob(
-        recipe=replace(recipe_on(recipe, inputs.base), optimizer=optimizer),
+        recipe=replace(recipe_on(recipe, inputs.base), optimizer=optimizer, validation=None),
         base_folder=base_folder(inputs.base, inputs.platform),
         base_name=inputs.base.uri,
         base_revision=inputs.base.fingerprint_sha256,
-        data_file=write_examples(rows, inputs.scratch / "rows.jsonl"),
+        data_file=data_file,
+        more_data_files=tuple(more_data_files),
         work_dir=inputs.platform.work_dir / "training",
         start=inputs.folder(),
     )

@@ -1,0 +1,66 @@
+"""The trainer's arguments and optimizer for a recipe whose number of steps is known."""
+
+import torch
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from torch.optim import Optimizer
+from transformers import Trainer
+from trl import SFTConfig
+
+from trans_peft.training.job import TrainingJob
+
+__all__ = ["loraplus_optimizer", "training_arguments"]
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def training_arguments(job: TrainingJob) -> SFTConfig:
+    """Return the arguments of TRL's trainer. The recipe has `steps`, not `epochs`."""
+    recipe = job.recipe
+    optimizer = recipe.optimizer
+    assert optimizer.steps is not None  # see OptimizerSettings.for_rows
+    return SFTConfig(
+        output_dir=str(job.checkpoint_folder),
+        max_steps=optimizer.steps,
+        per_device_train_batch_size=optimizer.batch_size,
+        gradient_accumulation_steps=optimizer.gradient_accumulation,
+        learning_rate=optimizer.learning_rate,
+        lr_scheduler_type=_SCHEDULES[optimizer.schedule],
+        warmup_steps=optimizer.warmup_steps,
+        optim=optimizer.name,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_epsilon=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        neftune_noise_alpha=optimizer.neftune_alpha or None,
+        max_length=optimizer.max_length,
+        packing=recipe.packing,
+        completion_only_loss=True,
+        seed=recipe.seed,
+        train_sampling_strategy="sequential",  # training.batches defines the order
+        bf16=False,  # no autocast: the base has the recipe's dtype, the adapter its own
+        gradient_checkpointing=recipe.compute.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.checkpoint_steps,
+        save_total_limit=2,  # the previous one is needed until the newest is complete
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # adapters of dropped sub-layers get zero gradients
+    )
+
+
+def loraplus_optimizer(model: PeftModel, arguments: SFTConfig, ratio: float) -> Optimizer:
+    """Return the arguments' optimizer with `ratio` times the learning rate for LoRA's B."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return create_loraplus_optimizer(
+        model,
+        kind,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=arguments.weight_decay,
+        **options,
+    )
