@@ -61,7 +61,8 @@ def story(tmp_path_factory, tiny_base):
         try:
             stack = Stack(first)
             stack.publish(str(tiny_base), "v1")
-            assert stack.run("reconcile")["type"] == "COMPLETED"
+            ingested = stack.run("ingest-base", uri="s3://bases/tiny/v1")
+            assert ingested["type"] == "COMPLETED"
             for name, value in first.client_environment.items():
                 patch.setenv(name, value)
             platform = connect(work_dir=folder / "client")
