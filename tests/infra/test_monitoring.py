@@ -164,3 +164,14 @@ def test_logs_of_runs_still_reach_prefects_pages():
         "prefect.task_runs",
         "prefect.workers",
     ]
+
+
+def test_the_page_has_every_alert_and_every_metric_of_the_fleet():
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert set(re.findall(r"^\| `(TransPeft\w+)` \|", page, re.MULTILINE)) == {
+        rule["alert"] for rule in RULES
+    }
+    bridge_only = re.compile("notification|first_verdict|bridge_failures")  # docs/triggers.md
+    names = {re.sub("_(bucket|sum|count)$", "", name) for name in EXPORTED}
+    missing = {name for name in names if f"`{name}`" not in page and not bridge_only.search(name)}
+    assert not missing

@@ -61,7 +61,8 @@ def story(tmp_path_factory, tiny_base):
         try:
             stack = Stack(first)
             stack.publish(str(tiny_base), "v1")
-            assert stack.run("reconcile")["type"] == "COMPLETED"
+            ingested = stack.run("ingest-base", uri="s3://bases/tiny/v1")
+            assert ingested["type"] == "COMPLETED"
             for name, value in first.client_environment.items():
                 patch.setenv(name, value)
             platform = connect(work_dir=folder / "client")
@@ -73,7 +74,8 @@ def story(tmp_path_factory, tiny_base):
             stack.champion(1)
             wait_until(lambda: stack.alias("tiny", "serving") == "1")
             assert stack.run("reconcile")["message"] == "no verdict is missing"
-            httpx.get(f"{first.urls['ui']}/families/tiny", timeout=60)
+            # The fleet page reads a new family in the background.
+            wait_until(lambda: ("verdicts_missing", "tiny") in samples(first, "ui"))
             scraped = {name: samples(first, name) for name in ("bridge", "ui", "exporter")}
             before = registered(first, patch, folder / "before")
         finally:

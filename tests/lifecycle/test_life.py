@@ -57,11 +57,27 @@ def write_update(folder, noise=1e-3):
     return folder
 
 
+class WatchedStore(FileStore):
+    """A store that remembers which files were written."""
+
+    def __init__(self):
+        super().__init__()
+        self.written = []
+
+    def write(self, uri, data):
+        super().write(uri, data)
+        self.written.append(uri)
+
+
 @pytest.fixture(scope="module")
 def life(tmp_path_factory):
     """v1 ready and serving, one adapter trained on it under Trans-PEFT."""
     root = tmp_path_factory.mktemp("life")
-    platform = replace(memory_platform(root / "work"), store=FileStore())
+    platform = replace(
+        memory_platform(root / "work"),
+        store=WatchedStore(),
+        checkpoints_uri=str(root / "checkpoints"),
+    )
     uploads = root / "bases"
     publish(
         write_tiny_base(root / "v1"),
@@ -99,6 +115,16 @@ def test_training_registers_a_live_adapter_that_serves_where_it_was_trained(life
     assert run.recorded_params["masking_p"] == 0.1
     assert json.loads(run.files["recipe.json"])["base_version"] == "v1"
     assert platform.registry.tags(version)["dropping_p"] == "0.1"
+
+
+def test_its_checkpoints_were_copied_and_are_removed_after_the_registration(life):
+    platform, *_ = life
+    prefix = f"{platform.checkpoints_uri}/"
+    copied = [uri.removeprefix(prefix) for uri in platform.store.written if uri.startswith(prefix)]
+    assert [name.partition("/")[2] for name in copied if name.endswith("checkpoint-6.json")] == [
+        "checkpoint-6.json"
+    ]
+    assert platform.store.list(platform.checkpoints_uri) == ()
 
 
 def test_the_same_recipe_again_trains_nothing(life):

@@ -206,3 +206,23 @@ def test_sigterm_saves_a_checkpoint_within_30_s(uninterrupted, make_job, tmp_pat
     (started,) = resumed.of(TrainingStarted)
     assert started.step == last
     assert resumed.result.weights_sha256 == uninterrupted.result.weights_sha256
+
+
+@pytest.mark.slow  # a training of two processes
+def test_two_processes_stop_at_the_same_step(make_job, tmp_path):
+    job = make_job(tmp_path, recipe(masking_p=0.2, processes=2, checkpoint_steps=50, steps=50))
+    saved_steps = []
+
+    def on_event(event):
+        if isinstance(event, CheckpointSaved):
+            saved_steps.append(event.step)
+        if isinstance(event, TrainingMetrics) and event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(job, on_event=on_event)
+    assert all_gone(job)
+    (step,) = saved_steps
+    assert 3 <= step < 50
+    files = [path.name for path in (job.checkpoint_folder / f"checkpoint-{step}").iterdir()]
+    assert {"complete", "rng_state_0.pth", "rng_state_1.pth"} <= set(files)
