@@ -193,6 +193,25 @@ def test_unknown_fields_hide_no_invalid_value(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("data", "messages"),
+    [
+        ({"url": "t"}, [f"data.url: {NO_FIELD}uri, ", "data.uri: this field is missing"]),
+        ([{"uri": "t", "wieght": 2}], [f"data.0.wieght: {NO_FIELD}weight, "]),
+        ([{"uri": "t", "weight": 0}], ["data.0: the data source t is invalid: weight must be"]),
+        ("t.jsonl", ["data: input should be a dictionary"]),
+    ],
+    ids=str,
+)
+def test_invalid_data_is_reported_by_its_place(data, messages, cli, tmp_path):
+    """One source and a list of sources are both accepted, and the other form is not reported."""
+    (tmp_path / "bad.json").write_text(json.dumps(RECIPE | {"data": data}))
+    code, _, err = cli.run("train", tmp_path / "bad.json", "--base", "v1", "--out", "x")
+    assert code == 2
+    assert all(message in err for message in messages)
+    assert "TrainingSource" not in err
+
+
+@pytest.mark.parametrize(
     ("perturbation", "message"),
     [
         ({"masking_p": float("nan")}, "masking_p must lie in [0, 1), not nan"),

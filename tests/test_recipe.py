@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from trans_peft.domain.data import DataSource
+from trans_peft.domain.compute import ComputeSettings
+from trans_peft.domain.data import DataSource, TrainingSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
 from trans_peft.domain.spec import AdapterSpec
+from trans_peft.domain.validation import ValidationSettings
 from trans_peft.errors import InvalidSpecError
 from trans_peft.methods.specs import to_config
 
@@ -255,3 +257,48 @@ def test_the_recipe_of_the_readme_can_be_trained():
     recipe = TypeAdapter(TrainingRecipe).validate_python(json.loads(parameters)["recipe"])
     assert recipe.perturbation.masking_p == 0.1
     assert to_config(recipe.spec).r == 16
+
+
+DATA = {
+    "one source": DataSource("t.jsonl"),
+    "several": (TrainingSource("t.jsonl", "f00d", weight=2.0), TrainingSource("u", limit=3)),
+}
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_a_recipe_is_equal_after_it_was_json(data):
+    recipe = replace(
+        RECIPE,
+        data=DATA[data],
+        data_seed=3,
+        optimizer=OptimizerSettings(epochs=3, warmup_ratio=0.03, betas=(0.9, 0.95)),
+        compute=ComputeSettings(attention="eager", memory_gib=8.0),
+        validation=ValidationSettings(DataSource("v.jsonl"), stop_after=2),
+    )
+    adapter = TypeAdapter(TrainingRecipe)
+    again = adapter.validate_json(adapter.dump_json(recipe))
+    assert again == recipe
+    assert again.sha256 == recipe.sha256
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": DATA["several"]},
+        {"data": (TrainingSource("t.jsonl"),)},
+        {"data": (TrainingSource("t.jsonl", limit=3),)},
+        {"data": (TrainingSource("t.jsonl", weight=3.0),)},
+        {"data_seed": 42},
+        {"validation": ValidationSettings(share=0.1)},
+        {"validation": ValidationSettings(share=0.1, keep="last")},
+    ],
+    ids=str,
+)
+def test_data_and_validation_are_part_of_the_hash(change):
+    hashes = {replace(RECIPE, **c).sha256 for c in ({}, {"data_seed": 43}, change)}
+    assert len(hashes) == 3
+
+
+def test_the_seed_of_the_order_has_the_range_of_the_seed():
+    with pytest.raises(InvalidSpecError, match="data_seed must be a whole number from 0"):
+        replace(RECIPE, data_seed=-1)

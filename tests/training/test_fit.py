@@ -16,6 +16,10 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tests.training.conftest import EXAMPLES, recipe
 from tests.training.runs import PERTURBED, all_gone, processes_of, run
+from tests.training.test_trainer import restated
+from trans_peft.data import write_examples
+from trans_peft.domain.compute import ComputeSettings
+from trans_peft.domain.validation import ValidationSettings
 from trans_peft.errors import OutOfMemoryError, TrainingCancelled, TrainingError
 from trans_peft.methods.specs import attach
 from trans_peft.models import adapter_weights_sha256
@@ -23,11 +27,22 @@ from trans_peft.perturbation import perturbed
 from trans_peft.text.saved_template import saved_template
 from trans_peft.training import launch
 from trans_peft.training.batches import training_order
-from trans_peft.training.events import CheckpointSaved, Event, TrainingMetrics, TrainingStarted
+from trans_peft.training.events import (
+    CheckpointSaved,
+    Event,
+    TrainingMetrics,
+    TrainingStarted,
+    ValidationMetrics,
+)
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit
 
-TWO_PROCESSES = recipe(masking_p=0.2, dropping_p=0.3, processes=2, checkpoint_steps=2)
+TWO_PROCESSES = replace(
+    recipe(masking_p=0.2, dropping_p=0.3, processes=2, checkpoint_steps=2),
+    compute=ComputeSettings(gradient_checkpointing=True),
+    validation=ValidationSettings(share=0.2, every_steps=5, keep="last"),
+)
+HELD_OUT = EXAMPLES[:5]
 
 
 class Cancelled(BaseException):
@@ -53,7 +68,10 @@ def cancelled(make_job, tmp_path_factory) -> TrainingJob:
 @pytest.fixture(scope="session")
 def orphaned(make_job, tmp_path_factory) -> TrainingJob:
     """Two processes whose parent is killed (SIGKILL) after a checkpoint."""
-    job = make_job(tmp_path_factory.mktemp("orphaned"), TWO_PROCESSES)
+    folder = tmp_path_factory.mktemp("orphaned")
+    held_out = write_examples(HELD_OUT, folder / "held-out.jsonl")
+    job = replace(make_job(folder / "work", TWO_PROCESSES), validation_file=held_out)
+    job.work_dir.mkdir()
     command = [sys.executable, "-c", PARENT, str(job.write())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -143,7 +161,10 @@ def test_a_cancelled_run_resumes_to_the_same_weights(uninterrupted, cancelled):
 def test_two_processes_end_with_a_killed_parent_and_resume_to_the_weights_of_a_plain_loop(
     orphaned, tiny_base
 ):
-    """The reference is one process, one row at a time, and nothing of accelerate, TRL or DDP."""
+    """The reference is one process, one row at a time, and nothing of accelerate, TRL or DDP.
+
+    Nor does it checkpoint activations.
+    """
     resumed = run(orphaned)
     (started,) = resumed.of(TrainingStarted)
     assert started.step >= 2
@@ -159,6 +180,11 @@ def test_two_processes_end_with_a_killed_parent_and_resume_to_the_weights_of_a_p
     assert (logits - tiny_model().eval()(ids).logits).abs().max() > 1e-2, (
         "training changed the logits"
     )
+    last = resumed.of(ValidationMetrics)[-1]
+    with torch.no_grad():
+        expected = restated(plain, HELD_OUT).item()
+    assert (last.step, last.loss) == (8, pytest.approx(expected, rel=1e-4))
+    assert resumed.result.validation_loss == last.loss
 
 
 def trained_by_a_plain_loop() -> torch.nn.Module:

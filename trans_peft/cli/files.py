@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from trans_peft.domain.data import DataSource
@@ -17,6 +17,7 @@ __all__ = ["check_results_folder", "read_policy", "read_recipe", "read_suites", 
 
 T = TypeVar("T")
 
+_ANOTHER_MEMBER = ("dataclass_type", "tuple_type")  # of a union
 _UNKNOWN_FIELD = "unexpected_keyword_argument"  # as pydantic names it
 
 
@@ -87,7 +88,7 @@ def _read(path: Path, kind: type[T]) -> T:
             read = TypeAdapter(kind).validate_python(value)
             break
         except ValidationError as error:
-            found = error.errors()
+            found = _of_chosen_members(error.errors(), value)
         # An unknown field hides what is wrong with the values beside it: read again without it.
         unknown = [problem["loc"] for problem in found if problem["type"] == _UNKNOWN_FIELD]
         problems += [
@@ -126,6 +127,40 @@ def _parse(path: Path) -> Any:
     )
 
 
+def _of_chosen_members(problems: Sequence[Any], value: Any) -> list[Any]:
+    """Return problems with their places in the value, without those of a union's other members.
+
+    pydantic reports the problems of each member (one data source, a list of them), and the member's
+    name is a part of the place.
+    """
+    placed = [problem | {"loc": _place_in(value, problem)} for problem in problems]
+    mismatches = {
+        number
+        for number, (problem, found) in enumerate(zip(problems, placed, strict=True))
+        if problem["type"] in _ANOTHER_MEMBER and problem["loc"] != found["loc"]
+    }
+    elsewhere = [found["loc"] for n, found in enumerate(placed) if n not in mismatches]
+    return [
+        found
+        for number, found in enumerate(placed)
+        if number not in mismatches
+        or not any(loc[: len(found["loc"])] == found["loc"] for loc in elsewhere)
+    ]
+
+
+def _place_in(value: Any, problem: Any) -> tuple[int | str, ...]:
+    """Return the keys and indices of a problem's place, without names of a union's members."""
+    place = []
+    for number, part in enumerate(problem["loc"]):
+        is_key = isinstance(value, dict) and part in value
+        if is_key or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]
+            place.append(part)
+        elif problem["type"] == "missing" and number == len(problem["loc"]) - 1:
+            place.append(part)
+    return tuple(place)
+
+
 def _without(value: Any, places: Sequence[tuple[int | str, ...]], at: int = 0) -> Any:
     """Return JSON data without the fields at these places."""
     items = enumerate(value) if isinstance(value, list) else value.items()
@@ -141,10 +176,15 @@ def _without(value: Any, places: Sequence[tuple[int | str, ...]], at: int = 0) -
 
 def _fields_at(kind: Any, place: Sequence[int | str]) -> list[str]:
     """Return the fields of the dataclass below `kind` at a place such as ("suites", 0)."""
-    for part in place:
-        if isinstance(part, str):  # not the index of an item
-            kind = get_type_hints(kind)[part]
-            kind = next((arg for arg in get_args(kind) if arg is not NoneType), kind)
+    for number, part in enumerate(place):
+        if not isinstance(part, str):  # the index of an item
+            continue
+        kind = get_type_hints(kind)[part]
+        if isinstance(kind, UnionType):  # a list, or one object
+            is_list = isinstance([*place, ""][number + 1], int)
+            members = [arg for arg in get_args(kind) if arg is not NoneType]
+            kind = next((arg for arg in members if bool(get_args(arg)) == is_list), members[0])
+        kind = next(iter(get_args(kind)), kind)
     return [field.name for field in fields(kind)]
 
 

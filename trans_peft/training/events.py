@@ -88,7 +88,7 @@ class TrainingStarted:
     def __str__(self) -> str:
         start = f"resumes after step {self.step}" if self.step else "starts"
         return (
-            f"training {start}: {self.total_steps} steps ({self.epochs:g} epochs), "
+            f"training {start}: {self.total_steps} steps ({self.epochs:.3g} epochs), "
             f"{self.trainable_parameters:,} trainable parameters, {self.processes} process(es) on "
             f"{self.device}"
         )

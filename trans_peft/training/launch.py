@@ -40,8 +40,8 @@ from trans_peft.training.job import TrainingJob, TrainingResult
 __all__ = ["fit"]
 
 _LESS_MEMORY = (
-    "lower optimizer.batch_size (and raise gradient_accumulation by the same factor), lower "
-    "max_length, or train in bfloat16 or nf4"
+    "set compute.gradient_checkpointing, lower optimizer.batch_size (and raise "
+    "gradient_accumulation by the same factor), lower max_length, or train in bfloat16 or nf4"
 )
 _TAIL_LINES = 25
 _READERS_S = 5
