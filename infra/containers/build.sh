@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the three images with buildah, without a daemon and without privileges for containers
-# (chroot isolation), and prints the size of each:
+# (chroot isolation), writes the packages of each to build/images (CycloneDX), and prints its size:
 #
 #   infra/containers/build.sh              on python:3.11-slim, by its digest in .env (pin.sh)
 #   infra/containers/build.sh --stand-in   where no registry can be reached: on a Debian bookworm with
@@ -51,5 +51,13 @@ for target in servers bridge worker; do
     --build-arg "PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL:-}" \
     --ignorefile infra/containers/Dockerfile.dockerignore ${BUILD_VOLUMES:-} \
     --file infra/containers/Dockerfile . >&2
+done
+
+mkdir -p build/images
+for target in servers bridge worker; do
+  container=$(buildah from --pull-never "trans-peft-$target")
+  buildah run "$container" -- python - "trans-peft-$target" \
+    <infra/containers/sbom.py >"build/images/trans-peft-$target.cdx.json"
+  buildah rm "$container" >/dev/null
 done
 buildah images --format '{{.Name}} {{.Size}}' | grep trans-peft-

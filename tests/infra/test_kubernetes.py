@@ -111,7 +111,7 @@ def test_every_port_of_a_service_and_every_probe_names_a_port_of_its_pod(compone
     documents = rendered(*components)
     templates = pods(documents)
     for name, service in of_kind(documents, "Service").items():
-        pod = templates[service["spec"]["selector"]["app.kubernetes.io/name"]]
+        pod = templates[service["spec"]["selector"]["trans-peft/program"]]
         ports = {p["name"]: p["containerPort"] for p in pod["spec"]["containers"][0]["ports"]}
         for port in service["spec"]["ports"]:
             assert ports[port["targetPort"]] == port["port"], name
@@ -303,7 +303,7 @@ def test_every_budget_leaves_a_pod_to_evict(components):
     documents = rendered(*components)
     workloads = of_kind(documents, "Deployment")
     for budget in of_kind(documents, "PodDisruptionBudget").values():
-        name = budget["spec"]["selector"]["matchLabels"]["app.kubernetes.io/name"]
+        name = budget["spec"]["selector"]["matchLabels"]["trans-peft/program"]
         if name in workloads:  # MLflow may be outside
             assert replicas(workloads[name]) > budget["spec"]["minAvailable"]
 
