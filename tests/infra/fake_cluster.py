@@ -20,7 +20,7 @@ from aiohttp import web
 
 Document = dict[str, Any]
 _VERSIONS = {"pods": "v1", "jobs": "batch/v1"}
-_KINDS = {"pods": "Pod", "jobs": "Job"}
+_KINDS = {"pods": "Pod", "jobs": "Job", "namespaces": "Namespace", "events": "Event"}
 
 
 class FakeCluster:
@@ -116,13 +116,15 @@ class FakeCluster:
         groups = [{"name": "batch", "versions": [batch], "preferredVersion": batch}]
         app.router.add_get("/apis", _json({"groups": groups}))
         for resource, prefix in (("pods", "/api/v1"), ("jobs", "/apis/batch/v1")):
-            app.router.add_get(prefix, _json({"resources": [_described(resource)]}))
+            others = [_described("namespaces"), _described("events")] if resource == "pods" else []
+            app.router.add_get(prefix, _json({"resources": [_described(resource), *others]}))
             place = f"{prefix}/namespaces/{self.namespace}/{resource}"
             app.router.add_get(place, self._list)
             app.router.add_post(place, self._create)
             app.router.add_get(f"{place}/{{name}}", self._read)
             app.router.add_delete(f"{place}/{{name}}", self._delete)
             app.router.add_get(f"{place}/{{name}}/log", self._log)
+        app.router.add_route("*", "/{other:.*}", self._other)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         self._loop.run_until_complete(runner.setup())
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -134,19 +136,11 @@ class FakeCluster:
     async def _authorize(self, request: web.Request, handler: Any) -> web.StreamResponse:
         if request.path in ("/version", "/api", "/apis", "/api/v1", "/apis/batch/v1"):
             return await handler(request)  # what every account may read
-        resource = _resource(request)
-        named = "name" in request.match_info
-        reading = "get" if named else "watch" if request.query.get("watch") else "list"
-        verb = {"GET": reading, "POST": "create", "DELETE": "delete"}.get(request.method, "patch")
-        group = "batch" if resource == "jobs" else ""
-        if request.path.endswith("/log"):
-            resource = "pods/log"
-        asked = (group, resource, verb)
-        if not request.match_info.route.name and not self._allows(*asked):
-            self.refused.append((request.method, request.path, verb))
-            return web.json_response(
-                {"kind": "Status", "code": 403, "message": "forbidden"}, status=403
-            )
+        asked = _asked(request)
+        if not self._allows(*asked):
+            self.refused.append(asked)
+            refusal = {"kind": "Status", "code": 403, "message": f"{asked} is forbidden"}
+            return web.json_response(refusal, status=403)
         self.used.add(asked)
         return await handler(request)
 
@@ -155,6 +149,9 @@ class FakeCluster:
             group in rule["apiGroups"] and resource in rule["resources"] and verb in rule["verbs"]
             for rule in self._rules
         )
+
+    async def _other(self, request: web.Request) -> web.Response:
+        return web.json_response(await request.json() if request.can_read_body else {})
 
     async def _create(self, request: web.Request) -> web.Response:
         job = await request.json()
@@ -251,6 +248,17 @@ class FakeCluster:
         return asyncio.run_coroutine_threadsafe(called(), self._loop).result(20)
 
 
+def _asked(request: web.Request) -> tuple[str, str, str]:
+    """Return API group, resource and verb of a request, as a Role names them."""
+    group, _, rest = request.path.removeprefix("/apis/").removeprefix("/api/v1").partition("/")
+    parts = rest.removeprefix("v1/").split("/")
+    parts = parts[2:] if parts[0] == "namespaces" and len(parts) > 2 else parts
+    resource = "/".join(parts[::2])  # a subresource follows a name
+    reading = "get" if len(parts) > 1 else "watch" if request.query.get("watch") else "list"
+    verbs = {"GET": reading, "POST": "create", "DELETE": "delete", "PATCH": "patch"}
+    return group, resource, verbs[request.method]
+
+
 def _resource(request: web.Request) -> str:
     return "jobs" if request.path.startswith("/apis/batch/v1") else "pods"
 
@@ -268,7 +276,8 @@ def _described(resource: str) -> Document:
     verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
     kind = _KINDS[resource]
     return {
-        "name": resource, "kind": kind, "singularName": kind.lower(), "namespaced": True,
+        "name": resource, "kind": kind, "singularName": kind.lower(),
+        "namespaced": resource != "namespaces",
         "verbs": verbs,
     }  # fmt: skip
 
