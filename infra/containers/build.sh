@@ -34,19 +34,24 @@ stand_in() {
   buildah commit --quiet --rm "$container" "$base" >&2
 }
 
+pull=--pull # if it is not here
 case "${1:-}" in
   --stand-in)
+    pull=--pull-never
     buildah inspect --type image "$base" >/dev/null 2>&1 || stand_in
     digest=$(buildah inspect --type image --format '{{.FromImageDigest}}' "$base")
     PYTHON_SHA256=${digest#sha256:}
     ;;
-  "") PYTHON_SHA256=$(sed -n 's/^PYTHON_SHA256=//p' infra/containers/.env) ;;
+  "")
+    PYTHON_SHA256=$(sed -n 's/^PYTHON_SHA256=//p' infra/containers/.env)
+    test -n "$PYTHON_SHA256" || { echo "run infra/containers/pin.sh first" >&2; exit 1; }
+    ;;
   *) echo "usage: $0 [--stand-in]" >&2; exit 2 ;;
 esac
 
 for target in servers bridge worker; do
   # shellcheck disable=SC2086  # several options
-  buildah bud --pull-never --layers --target "$target" --tag "trans-peft-$target" \
+  buildah bud $pull --layers --target "$target" --tag "trans-peft-$target" \
     --build-arg "PYTHON_SHA256=$PYTHON_SHA256" \
     --build-arg "PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL:-}" \
     --ignorefile infra/containers/Dockerfile.dockerignore ${BUILD_VOLUMES:-} \

@@ -7,6 +7,7 @@ The standard library alone, because images have no other packages in common. `do
 """
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -15,11 +16,10 @@ __all__ = ["debian_packages", "main", "python_packages"]
 
 
 def python_packages() -> list[dict[str, str]]:
-    """Return the installed distributions as components, by name."""
-    found = {one.name.lower().replace("_", "-"): one.version for one in distributions()}
+    """Return the installed distributions as components, by their canonical names."""
+    found = {(re.sub(r"[-_.]+", "-", one.name).lower(), one.version) for one in distributions()}
     return [
-        _component(name, version, f"pkg:pypi/{name}@{version}")
-        for name, version in sorted(found.items())
+        _component(name, version, f"pkg:pypi/{name}@{version}") for name, version in sorted(found)
     ]
 
 

@@ -192,6 +192,7 @@ def test_components_of_an_sbom_have_package_urls():
         {"type": "library", "name": "zlib1g", "version": "1:1.2",
          "purl": "pkg:deb/debian/zlib1g@1:1.2?arch=amd64"},
     ]  # fmt: skip
-    purls = [one["purl"] for one in python_packages()]
-    assert f"pkg:pypi/pytest@{pytest.__version__}" in purls
-    assert purls == sorted(purls)
+    found = {one["name"]: one["purl"] for one in python_packages()}
+    assert found["pytest"] == f"pkg:pypi/pytest@{pytest.__version__}"
+    assert found["ruamel-yaml"].startswith("pkg:pypi/ruamel-yaml@")  # its metadata: ruamel.yaml
+    assert [*found] == sorted(found)
