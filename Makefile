@@ -19,7 +19,7 @@ LOCKED  = $(BIN)/uv pip install --compile-bytecode --python $(1) $(HASHED) --req
   || $(1) $(PIP) $(HASHED) --requirement $(2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end faults check docs format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end images faults check docs format lock
 
 help: ## show this
 	@echo "make setup        install all dependencies into .venv (other targets do this first)"
@@ -48,6 +48,7 @@ help: ## show this
 	@echo "make test-wheel   the wheel alone in an empty environment (as in CI)"
 	@echo "make test-vllm    serving with a real vLLM server, in an environment of its own (3 GB)"
 	@echo "make test-end-to-end  promotion, approval and rollback on a stack (about 6 min)"
+	@echo "make images       the container images: built with buildah, and run (infra/README.md)"
 	@echo "make faults       killed programs, network failures, full disks (an hour or more)"
 	@echo "make docs         the documentation site, in build/site"
 	@echo "make format       ruff format and fixes   make lock    versions and hashes of this .venv"
@@ -138,6 +139,11 @@ test-architectures: $(READY)
 test-stack: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py \
 	  tests/edges tests/end_to_end tests/examples tests/infra tests/lifecycle tests/perturbation tests/training
+
+# Builds all images with buildah and runs the command of each. Without a registry: make images STAND_IN=--stand-in
+images: $(READY)
+	infra/containers/build.sh $(STAND_IN)
+	$(BIN)/python -m pytest tests/infra/test_images.py
 
 test-end-to-end: $(READY)
 	$(BIN)/python -m pytest -m end_to_end

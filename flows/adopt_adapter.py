@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks import training
-from tasks.limits import gpu_slot
+from tasks.limits import gpu_slots
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import Suite
 
@@ -26,5 +26,5 @@ def adopt_adapter(
         base_version: Base version that the adapter was trained on. None: the one that `revision` in
             adapter_config.json names.
     """
-    with gpu_slot():
+    with gpu_slots():
         return training.adopt_adapter(adapter, folder_uri, family, suites, base_version)

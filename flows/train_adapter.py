@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks import training
-from tasks.limits import gpu_slot
+from tasks.limits import gpu_slots
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferOutcome
@@ -22,7 +22,7 @@ def train_adapter(
             result is then registered only if it passes the gate against the adapter's results on
             the old base. None: train a new adapter, or a new version of one.
     """
-    with gpu_slot():
+    with gpu_slots(recipe.processes):
         if policy is not None:
             return training.retrain(recipe, policy)
         return training.train_adapter(recipe)

@@ -5,7 +5,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from tasks import transfer
-from tasks.limits import gpu_slot
+from tasks.limits import gpu_slots
 from tasks.policy import is_infrastructure_failure
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferTask
@@ -25,7 +25,7 @@ def transfer_shard(shard: tuple[TransferTask, ...], policy: GatePolicy) -> State
     """
     logger = get_run_logger()
     failed, not_recorded, skipped = [], [], []
-    with gpu_slot():
+    with gpu_slots():
         for task in shard:
             state = transfer.transfer_adapter(task, policy, return_state=True)
             if state.is_completed():

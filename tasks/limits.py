@@ -11,17 +11,34 @@ from prefect.exceptions import ObjectAlreadyExists
 
 from trans_peft.domain.conventions import GPU_LIMIT
 from trans_peft.domain.identity import content_sha256
+from trans_peft.errors import InvalidSpecError
 
-__all__ = ["adapter_lock", "gpu_slot", "upload_lock"]
+__all__ = ["adapter_lock", "gpu_slots", "upload_lock"]
 
 _LEASE_S = 60.0
 """After a holder is killed, its slot is free within this time. Prefect renews no shorter lease."""
 
 
 @contextmanager
-def gpu_slot() -> Iterator[None]:
-    """Hold one slot of the concurrency limit `gpu` (`prefect gcl create gpu --limit N`)."""
-    with concurrency(GPU_LIMIT, occupy=1, lease_duration=_LEASE_S, strict=True):
+def gpu_slots(count: int = 1) -> Iterator[None]:
+    """Hold slots of the concurrency limit `gpu` (`prefect gcl create gpu --limit N`), one per GPU.
+
+    InvalidSpecError if the limit is lower than `count`, so that the run would wait for ever.
+    """
+    with ExitStack() as stack:
+        slots = concurrency(GPU_LIMIT, occupy=count, lease_duration=_LEASE_S, strict=True)
+        try:
+            stack.enter_context(slots)
+        except ConcurrencySlotAcquisitionError as error:
+            if _status(error) != httpx.codes.UNPROCESSABLE_ENTITY:
+                raise
+            raise InvalidSpecError(
+                f"this run cannot get {count} GPU slots",
+                expected=f"at least {count} slots of Prefect's concurrency limit {GPU_LIMIT}",
+                found="fewer slots, or an inactive limit",
+                do="set GPU_SLOTS to the number of GPUs of all workers together and run "
+                "`python -m infra.stack.prefect_objects`, or lower `processes` in the recipe",
+            ) from error
         yield
 
 
@@ -50,7 +67,7 @@ def upload_lock(uri: str, *, wait: bool = True) -> Iterator[bool]:
             name = f"upload:{content_sha256(uri)[:16]}"
             stack.enter_context(_lock(name, max_retries=None if wait else 0))
         except ConcurrencySlotAcquisitionError as error:
-            if not _is_taken(error):
+            if _status(error) != httpx.codes.LOCKED:
                 raise
             held = False
         yield held
@@ -68,8 +85,7 @@ def _lock(name: str, *, max_retries: int | None = None) -> Iterator[None]:
         yield
 
 
-def _is_taken(error: ConcurrencySlotAcquisitionError) -> bool:
+def _status(error: ConcurrencySlotAcquisitionError) -> int | None:
+    """Return the HTTP status with which Prefect refused the slots. None: it did not respond."""
     cause = error.__cause__
-    return isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code == (
-        httpx.codes.LOCKED
-    )
+    return cause.response.status_code if isinstance(cause, httpx.HTTPStatusError) else None

@@ -1,6 +1,7 @@
 """Creates the objects that a new Prefect server needs before the first deployment.
 
-- The work pool, whose job template has no command (`job_template.py`).
+- The work pool, whose job template has no command (`job_template.py`). Its type is `kubernetes` if
+  KUBERNETES_JOB_TEMPLATE names the folder of a template (infra/kubernetes), and else `process`.
 - Its two queues. `control` (ingest, reconcile) has no limit. `gpu` (training, shards) runs as many
   flows at a time as there are GPU slots. A reconcile that waits for its shards therefore never
   occupies the places that the shards need. The worker itself has no limit, because one limit for
@@ -16,6 +17,8 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import (
@@ -28,12 +31,13 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from pydantic import Field, model_validator
 
-from infra.stack.job_template import PROCESS_JOB_TEMPLATE
-from infra.stack.settings import StackSettings
+from infra.stack.job_template import PROCESS_JOB_TEMPLATE, kubernetes_job_template
+from tasks.environment import EnvironmentSettings
 from trans_peft.domain.conventions import GPU_LIMIT, WORK_POOL
 
-__all__ = ["QUEUES", "ZOMBIE_AUTOMATION", "WorkQueueSettings", "register"]
+__all__ = ["QUEUES", "ZOMBIE_AUTOMATION", "PoolSettings", "WorkQueueSettings", "register"]
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,40 @@ ZOMBIE_AUTOMATION = AutomationCore(
 )
 
 
-async def register(client: PrefectClient, gpu_slots: int) -> None:
-    """Create or update the pool, its queues, the GPU slots and the automation."""
-    template = PROCESS_JOB_TEMPLATE
+class PoolSettings(EnvironmentSettings):
+    """GPU slots, and the job template of a pool whose flow runs are Kubernetes Jobs."""
+
+    gpu_slots: int = Field(default=1, ge=1, validation_alias="GPU_SLOTS")
+    """GPUs of all workers together."""
+
+    template_folder: Path | None = Field(default=None, validation_alias="KUBERNETES_JOB_TEMPLATE")
+    """Folder with the template of a Kubernetes pool. None: a process pool, or the template that the
+    operator gave to the Kubernetes pool."""
+
+    worker_image: str = Field(default="", validation_alias="WORKER_IMAGE")
+    """Image of the flow runs of a Kubernetes pool."""
+
+    @model_validator(mode="after")
+    def _image_is_known(self) -> "PoolSettings":
+        if self.template_folder and not self.worker_image:
+            raise ValueError("KUBERNETES_JOB_TEMPLATE is set, and WORKER_IMAGE is not")
+        return self
+
+
+async def register(
+    client: PrefectClient, gpu_slots: int, kubernetes_template: dict[str, Any] | None = None
+) -> None:
+    """Create or update the pool, its queues, the GPU slots and the automation.
+
+    With a `kubernetes_template`, the pool's type is `kubernetes`, and it gets this template.
+    """
+    kind = "process" if kubernetes_template is None else "kubernetes"
+    template = kubernetes_template or PROCESS_JOB_TEMPLATE
     with suppress(ObjectAlreadyExists):
-        pool = WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template)
+        pool = WorkPoolCreate(name=WORK_POOL, type=kind, base_job_template=template)
         await client.create_work_pool(pool)
     found_pool = await client.read_work_pool(WORK_POOL)
-    # The operator provides the template of a Kubernetes pool: infra/kubernetes.
-    if found_pool.type == "process" and found_pool.base_job_template != template:
+    if found_pool.type == kind and found_pool.base_job_template != template:
         await client.update_work_pool(WORK_POOL, WorkPoolUpdate(base_job_template=template))
     for name, queue in QUEUES.items():
         try:
@@ -116,9 +145,11 @@ async def _register_automation(client: PrefectClient) -> None:
 
 
 async def _main() -> None:
-    settings = StackSettings()
+    settings = PoolSettings()
+    folder = settings.template_folder
+    template = kubernetes_job_template(folder, settings.worker_image) if folder else None
     async with get_client() as client:
-        await register(client, settings.gpu_slots)
+        await register(client, settings.gpu_slots, template)
 
 
 if __name__ == "__main__":

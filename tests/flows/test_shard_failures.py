@@ -102,7 +102,7 @@ def shard(monkeypatch, tmp_path):
             record_failure=record_failure,
         )
         monkeypatch.setattr(module, "transfer", fakes)
-        monkeypatch.setattr(module, "gpu_slot", nullcontext)
+        monkeypatch.setattr(module, "gpu_slots", nullcontext)
         monkeypatch.setattr(module, "get_run_logger", lambda: logging.getLogger("shard"))
         return module.transfer_shard.fn((A, B, C), POLICY), charged
 

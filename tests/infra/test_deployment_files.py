@@ -15,7 +15,7 @@ from infra.stack.settings import StackSettings
 
 INFRA = Path(__file__).parents[2] / "infra"
 COMPOSE = yaml.safe_load((INFRA / "containers" / "compose.yaml").read_text())
-TEMPLATE = json.loads((INFRA / "kubernetes" / "base-job-template.json").read_text())
+TEMPLATE = json.loads((INFRA / "kubernetes" / "base" / "base-job-template.json").read_text())
 DOCKERFILE = (INFRA / "containers" / "Dockerfile").read_text()
 
 
@@ -123,6 +123,15 @@ def test_the_image_contains_what_the_worker_imports():
     assert {"trans_peft", "tasks", "flows", "infra", "prefect.yaml", "locks"} <= names
     ignored = (INFRA / "containers" / "Dockerfile.dockerignore").read_text().splitlines()
     assert {f"!{name}" for name in names} <= set(ignored)
+
+
+def test_no_image_contains_the_passwords_of_a_deployment():
+    """The last line that matches counts, and `!infra` comes first."""
+    ignored = (INFRA / "containers" / "Dockerfile.dockerignore").read_text().splitlines()
+    after = ignored[ignored.index("!infra") :]
+    assert {"infra/containers/.env*", "infra/kubernetes/secrets"} <= set(after)
+    in_git = (INFRA.parent / ".gitignore").read_text().splitlines()
+    assert "infra/kubernetes/secrets/" in in_git
 
 
 def test_a_worker_in_a_container_has_the_variables_of_a_local_worker(tmp_path):

@@ -1,13 +1,24 @@
 """The objects that a Prefect server needs, on a server in this process."""
 
 import asyncio
+import shutil
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.exceptions import ObjectNotFound
 from prefect.testing.utilities import prefect_test_harness
 
+from infra.stack.job_template import kubernetes_job_template
 from infra.stack.prefect_objects import ZOMBIE_AUTOMATION, register
+from tasks.limits import gpu_slots
+from trans_peft.domain.conventions import GPU_LIMIT, WORK_POOL
+from trans_peft.errors import InvalidSpecError
+
+KUBERNETES = Path(__file__).parents[2] / "infra" / "kubernetes"
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
@@ -43,3 +54,48 @@ def test_registering_again_updates_an_automation_only_if_it_differs(monkeypatch)
     assert updates == [ZOMBIE_AUTOMATION.trigger.within]
     assert found.trigger == ZOMBIE_AUTOMATION.trigger
     assert found.actions == ZOMBIE_AUTOMATION.actions
+
+
+def test_a_run_takes_as_many_slots_as_it_has_processes():
+    async def used():
+        async with get_client() as client:
+            return (await client.read_global_concurrency_limit_by_name(GPU_LIMIT)).active_slots
+
+    async def registered():
+        async with get_client() as client:
+            await register(client, gpu_slots=4)
+
+    asyncio.run(registered())
+    with gpu_slots(3):
+        assert asyncio.run(used()) == 3
+        with gpu_slots():
+            assert asyncio.run(used()) == 4
+    assert asyncio.run(used()) == 0
+    with pytest.raises(InvalidSpecError, match="cannot get 5 GPU slots"), gpu_slots(5):
+        pass
+
+
+def test_a_kubernetes_pool_gets_the_template_and_its_patches(tmp_path):
+    folder = tmp_path / "template"
+    folder.mkdir()
+    shutil.copy(KUBERNETES / "base" / "base-job-template.json", folder)
+    shutil.copy(KUBERNETES / "components" / "cache" / "cache.patch.json", folder)
+    template = kubernetes_job_template(folder, "registry.example.com/worker:1")
+
+    async def registered():
+        async with get_client() as client:
+            with suppress(ObjectNotFound):
+                await client.delete_work_pool(WORK_POOL)
+            await register(client, 1, template)
+            first = await client.read_work_pool(WORK_POOL)
+            await client.update_work_pool(WORK_POOL, WorkPoolUpdate(base_job_template={}))
+            await register(client, 1, template)
+            return first, await client.read_work_pool(WORK_POOL)
+
+    first, second = asyncio.run(registered())
+    assert first.type == "kubernetes"
+    assert first.base_job_template == second.base_job_template == template
+    pod = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == "registry.example.com/worker:1"
+    assert {"name": "state", "persistentVolumeClaim": {"claimName": "state"}} in pod["volumes"]
+    assert "state_size" not in template["variables"]["properties"]

@@ -1,0 +1,1 @@
+"""Images of the programs, and their deployment with Docker Compose."""

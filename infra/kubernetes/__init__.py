@@ -1,0 +1,1 @@
+"""Kubernetes manifests, and the program that writes their secrets."""
