@@ -25,6 +25,7 @@ __all__ = [
     "ItemResult",
     "Judgment",
     "Levels",
+    "NegativeFlips",
     "Prefix",
     "Suite",
     "SuiteJudgment",
@@ -117,7 +118,8 @@ class Suite:
     def suite_sha256(self) -> str:
         """Hash of the items and the scoring rule.
 
-        The hash includes the bytes of the data and its template, but not its location.
+        The hash includes the bytes of the data, its template and the columns of its clusters and
+        slices, but not its location.
 
         Raises:
             InvalidSpecError: the data is not pinned.
@@ -129,10 +131,12 @@ class Suite:
             )
         fields = [self.name, self.data.sha256, self.limit, self.scoring, self.threshold]
         revision = _SCORING_REVISIONS.get(self.scoring.partition(":")[0])
+        columns = [self.data.cluster, self.data.slice]
         return content_sha256(
             fields
             + ([self.data.template] if self.data.template else [])
             + ([["marking", revision]] if revision else [])
+            + ([["columns", *columns]] if any(columns) else [])
         )
 
     @property
@@ -175,12 +179,16 @@ class ItemResult:
         correct: whether the scoring rule accepted the answer.
         answer_sha256: SHA-256 of the answer; empty if it was not recorded.
         answer: text of the answer; None unless the suite sets `keep_answers`.
+        cluster: the cluster of the item. Empty: the item is independent of all others.
+        slice: the slice of the item; empty if the suite has no slices.
     """
 
     id: str
     correct: bool
     answer_sha256: str = ""
     answer: str | None = None
+    cluster: str = ""
+    slice: str = ""
 
 
 @dataclass(frozen=True)
@@ -328,6 +336,8 @@ class GatePolicy:
             `alpha`.
         must_match_fresh: whether the adapter must also be non-inferior to an adapter that was tuned
             on the new base.
+        max_negative_flip_points: the share of items that were right on the old base and are wrong
+            on the new one must be shown to lie below this limit, in points. None: no limit.
         label: a name for this policy; part of its hash.
 
     Raises:
@@ -344,9 +354,13 @@ class GatePolicy:
     recovery: RecoveryPolicy = field(default=RecoveryPolicy(), metadata=ADDED_LATER)
     must_match_fresh: bool = field(default=False, metadata=ADDED_LATER)
     label: str = field(default="", metadata=ADDED_LATER)
+    max_negative_flip_points: float | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
+        limit = self.max_negative_flip_points
+        if limit is not None and not 0 < limit < 100:
+            problems.append(f"max_negative_flip_points must lie in (0, 100), not {limit}")
         if self.sequential and self.must_match_fresh:
             problems.append(
                 "sequential and must_match_fresh exclude each other, because a fresh adapter is "
@@ -379,12 +393,14 @@ class GatePolicy:
             self, alpha=self.alpha / len(self.recovery.strategies), recovery=RecoveryPolicy()
         )
 
-    def levels(self, inferiority_tests: int) -> Levels:
+    def levels(self, required_count: int, *, has_fresh_test: bool = False) -> Levels:
         """Return the levels of one suite's tests.
 
-        `inferiority_tests` is the number of inferiority tests on all required suites together.
+        All inferiority tests on the `required_count` required suites share `alpha`: against the old
+        base, against a fresh adapter (`has_fresh_test`), and of the limit of negative flips.
         """
-        return Levels(self.alpha, self.alpha / inferiority_tests)
+        tests = 1 + has_fresh_test + (self.max_negative_flip_points is not None)
+        return Levels(self.alpha, self.alpha / (required_count * tests))
 
     def requires(self, suites: Iterable[str]) -> tuple[str, ...]:
         """Return the required suites without repetitions; `suites` are those of the adapter."""
@@ -434,6 +450,27 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class NegativeFlips:
+    """Items of a suite that were right on the old base and are wrong on the new one.
+
+    Attributes:
+        items: number of these items.
+        points: their share of the compared items, in points.
+        lower: lower confidence bound of `points` at level `Levels.inferiority`.
+        upper: upper confidence bound of `points` at level `Levels.alpha`.
+        below_limit: `upper` lies below the policy's limit. False without a limit.
+        above_limit: `lower` lies above the policy's limit. False without a limit.
+    """
+
+    items: int
+    points: float
+    lower: float
+    upper: float
+    below_limit: bool = False
+    above_limit: bool = False
+
+
+@dataclass(frozen=True)
 class SuiteJudgment:
     """The figures of one suite behind a verdict.
 
@@ -451,6 +488,10 @@ class SuiteJudgment:
             required, or if more items would not help.
         prefix: the part of the suite that was evaluated in a sequential test; None for other tests.
             All figures are then those of that part, and the bounds hold at any stopping time.
+        clusters: number of clusters of the compared items; 0 if all items are independent.
+        design_effect: variance of the difference from the old base relative to independent items.
+        negative_flips: items that were right on the old base and are wrong on the new one. None in
+            outcomes that were recorded without them.
     """
 
     suite: str
@@ -461,6 +502,9 @@ class SuiteJudgment:
     versus_fresh_adapter: Comparison | None = None
     items_needed: int = 0
     prefix: Prefix | None = None
+    clusters: int = 0
+    design_effect: float = 1.0
+    negative_flips: NegativeFlips | None = None
 
     @property
     def items(self) -> int:

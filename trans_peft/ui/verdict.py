@@ -8,6 +8,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import (
     Comparison,
     Evaluation,
+    NegativeFlips,
     Suite,
     SuiteJudgment,
     flipped_items,
@@ -147,6 +148,9 @@ class SuiteView:
         chance: Score of random guessing in points, if the suite states it.
         comparisons: The comparisons with the old base, the bare new base and a fresh adapter.
         flips: The items whose result changed.
+        clusters: Number of clusters of the items; 0 if all items are independent.
+        negative_flips: Figures of the items that are right on the old base and wrong on the new
+            one. None if the outcome does not record them.
     """
 
     suite: str
@@ -158,6 +162,8 @@ class SuiteView:
     chance: float | None
     comparisons: tuple[ComparisonView, ...]
     flips: Flips
+    clusters: int = 0
+    negative_flips: NegativeFlips | None = None
 
 
 def suites_of(
@@ -206,6 +212,8 @@ def _suite_view(
         chance=suite.chance_points if suite else None,
         comparisons=tuple(views),
         flips=flips,
+        clusters=figures.clusters,
+        negative_flips=figures.negative_flips,
     )
 
 

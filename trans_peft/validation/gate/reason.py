@@ -45,6 +45,8 @@ def _scores(suite: SuiteJudgment) -> str:
         if suite.prefix
         else f"{suite.items} items"
     )
+    if suite.clusters:
+        items += f" in {suite.clusters} clusters (design effect {suite.design_effect:.1f})"
     return (
         f"{suite.suite}: score {suite.versus_old_base.reference_score:.1f} on the old base, "
         f"{suite.score:.1f} on the new base, {items}"
@@ -56,6 +58,8 @@ def _passed(policy: GatePolicy, suite: SuiteJudgment) -> str:
     change = "lost at most" if lower < 0 else "gained at least"
     parts = [_scores(suite), f"{change} {abs(lower):.2f} points, margin {policy.margin_points:g}"]
     bare, fresh = suite.versus_bare_base, suite.versus_fresh_adapter
+    if policy.max_negative_flip_points is not None:
+        parts.append(_flips(policy, suite))
     if bare is not None and bare.superior:
         parts.append(
             f"at least {bare.lower:.2f} points better than the bare new base "
@@ -68,6 +72,11 @@ def _passed(policy: GatePolicy, suite: SuiteJudgment) -> str:
 
 def _needs_retuning(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> list[str]:
     parts = [_loss(policy, suite) for suite in suites if suite.versus_old_base.inferior]
+    parts += [
+        f"{_scores(suite)}; {_flips(policy, suite)}"
+        for suite in suites
+        if suite.negative_flips is not None and suite.negative_flips.above_limit
+    ]
     if policy.must_match_fresh:
         parts += [
             f"{_scores(suite)}; a freshly tuned adapter scores {fresh.reference_score:.1f}, "
@@ -81,6 +90,16 @@ def _needs_retuning(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> list
 def _loss(policy: GatePolicy, suite: SuiteJudgment) -> str:
     loss = -suite.versus_old_base.inferiority_bound
     return f"{_scores(suite)}; lost at least {loss:.2f} points, margin {policy.margin_points:g}"
+
+
+def _flips(policy: GatePolicy, suite: SuiteJudgment) -> str:
+    flips, limit = suite.negative_flips, policy.max_negative_flip_points
+    assert flips is not None and limit is not None
+    bound = f"at least {flips.lower:.2f}" if flips.above_limit else f"at most {flips.upper:.2f}"
+    return (
+        f"{flips.items} items are right on the old base and wrong on the new one "
+        f"({flips.points:.2f} points, {bound}, limit {limit:g})"
+    )
 
 
 def _retire(policy: GatePolicy, suite: SuiteJudgment) -> str:
@@ -141,6 +160,9 @@ def _undecided(policy: GatePolicy, suite: SuiteJudgment) -> str:
             f"loss exceeds the margin of {policy.margin_points:g} (power if nothing was lost: "
             f"{100 * suite.power:.0f} %)"
         )
+    flips = suite.negative_flips
+    if policy.max_negative_flip_points is not None and flips and not flips.below_limit:
+        parts.append(_flips(policy, suite))
     if policy.must_beat_bare and bare is not None and not bare.superior:
         parts.append(
             f"the difference from the bare new base ({bare.reference_score:.1f}) lies between "

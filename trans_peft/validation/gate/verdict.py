@@ -119,13 +119,21 @@ def _passes(policy: GatePolicy, suite: SuiteJudgment) -> bool:
     bare, fresh = suite.versus_bare_base, suite.versus_fresh_adapter
     return (
         suite.versus_old_base.non_inferior
+        and _has_few_flips(policy, suite)
         and (not policy.must_beat_bare or (bare is not None and bare.superior))
         and (not policy.must_match_fresh or (fresh is not None and fresh.non_inferior))
     )
 
 
 def _needs_retuning(policy: GatePolicy, suite: SuiteJudgment) -> bool:
-    fresh = suite.versus_fresh_adapter
+    fresh, flips = suite.versus_fresh_adapter, suite.negative_flips
+    if flips is not None and flips.above_limit:
+        return True
     return suite.versus_old_base.inferior or (
         policy.must_match_fresh and fresh is not None and fresh.inferior
     )
+
+
+def _has_few_flips(policy: GatePolicy, suite: SuiteJudgment) -> bool:
+    flips = suite.negative_flips
+    return policy.max_negative_flip_points is None or (flips is not None and flips.below_limit)

@@ -2,39 +2,29 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
 
-from trans_peft.domain.evaluation import BARE, Evaluation
+from trans_peft.domain.evaluation import BARE, Evaluation, ItemResult
 from trans_peft.errors import InvalidSpecError
+from trans_peft.validation.statistics.clusters import ClusterCounts
 
-__all__ = ["Pairs", "check_comparable", "check_same_questions", "count_pairs"]
+__all__ = ["check_comparable", "check_same_questions", "cluster_of", "count_pairs"]
 
 _MAX_SHOWN_IDS = 5
 
 
-class Pairs(NamedTuple):
-    """Counts of paired results: items with two results, and items with one correct result."""
-
-    n: int
-    only_first: int
-    only_second: int
-
-    @property
-    def points(self) -> float:
-        """Score of the second evaluation minus score of the first, in points."""
-        return 100.0 * (self.only_second - self.only_first) / self.n
-
-    @property
-    def discordant(self) -> int:
-        """Number of items with exactly one correct result."""
-        return self.only_first + self.only_second
+def cluster_of(item: ItemResult) -> tuple[str, str]:
+    """Return the cluster of an item. An item without a cluster is one of its own."""
+    return (item.cluster, "") if item.cluster else ("", item.id)
 
 
-def count_pairs(first: Evaluation, second: Evaluation) -> Pairs:
-    """Count the pairs of two evaluations of the same items."""
+def count_pairs(first: Evaluation, second: Evaluation) -> ClusterCounts:
+    """Count the losses and gains from the first evaluation to the second, by cluster.
+
+    Both have the same items.
+    """
     before = {item.id: item.correct for item in first.items}
     changes = [item.correct - before[item.id] for item in second.items]
-    return Pairs(len(changes), changes.count(-1), changes.count(1))
+    return ClusterCounts.of(changes, map(cluster_of, second.items))
 
 
 def check_same_questions(first: Evaluation, second: Evaluation) -> None:
