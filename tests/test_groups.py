@@ -102,3 +102,10 @@ def test_results_get_the_groups_of_their_examples(read):
         ("a", "de"),
     ]
     assert [item.id for item in found.items] == [item.id for item in items]
+
+
+def test_more_than_twenty_slices_are_an_error(read):
+    rows = [{**ROWS[0], "conversation": "", "prompt": f"{n}", "topic": n} for n in range(21)]
+    with pytest.raises(DataError, match=r"'topic' has too many values(.|\n)*at most 20(.|\n)*21"):
+        read(rows, slice="topic")
+    assert len(read(rows[1:], slice="topic")) == 20

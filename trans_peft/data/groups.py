@@ -12,6 +12,7 @@ from trans_peft.errors import DataError, listed_lines
 __all__ = ["grouped"]
 
 _SHOWN, _MAX_CHARACTERS = 20, 200
+_MAX_SLICES = 20
 
 
 def grouped(
@@ -21,7 +22,8 @@ def grouped(
 
     A value is text or a whole number. `rows` are those before a template, so that the columns of a
     public data set can be named. DataError with every row that has no value: a column that is
-    partly empty would silently make independent items of the rows without a value.
+    partly empty would silently make independent items of the rows without a value. DataError too
+    if the rows have more than 20 slices.
     """
     if not (cluster or slice_):
         return tuple(examples)
@@ -40,6 +42,14 @@ def grouped(
             "invalid\n    " + "\n    ".join(listed_lines(problems, _SHOWN)),
             expected=f"text of at most {_MAX_CHARACTERS} characters or a whole number in every row",
             do="complete the column, or remove `cluster` or `slice` from the suite's data",
+        )
+    slices = {example.slice for example in found}
+    if len(slices) > _MAX_SLICES:
+        raise DataError(
+            f"{uri}: the column {excerpt(slice_)} has too many values for slices",
+            expected=f"at most {_MAX_SLICES}",
+            found=len(slices),
+            do="name a column with fewer values, or remove `slice` from the suite's data",
         )
     return tuple(found)
 

@@ -27,6 +27,7 @@ __all__ = [
     "Levels",
     "NegativeFlips",
     "Prefix",
+    "SliceJudgment",
     "Suite",
     "SuiteJudgment",
     "Verdict",
@@ -338,6 +339,8 @@ class GatePolicy:
             on the new base.
         max_negative_flip_points: the share of items that were right on the old base and are wrong
             on the new one must be shown to lie below this limit, in points. None: no limit.
+        required_slices: slices of required suites on which the adapter must be non-inferior as
+            well, each as `SUITE/SLICE`.
         label: a name for this policy; part of its hash.
 
     Raises:
@@ -355,6 +358,7 @@ class GatePolicy:
     must_match_fresh: bool = field(default=False, metadata=ADDED_LATER)
     label: str = field(default="", metadata=ADDED_LATER)
     max_negative_flip_points: float | None = field(default=None, metadata=ADDED_LATER)
+    required_slices: tuple[str, ...] = field(default=(), metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
@@ -366,6 +370,7 @@ class GatePolicy:
                 "sequential and must_match_fresh exclude each other, because a fresh adapter is "
                 "compared on complete suites"
             )
+        problems += _slice_problems(self)
         if not 0 < self.margin_points < 100:
             problems.append(f"margin_points must lie in (0, 100), not {self.margin_points}")
         if not 0 < self.alpha < 0.5:
@@ -397,14 +402,32 @@ class GatePolicy:
         """Return the levels of one suite's tests.
 
         All inferiority tests on the `required_count` required suites share `alpha`: against the old
-        base, against a fresh adapter (`has_fresh_test`), and of the limit of negative flips.
+        base, against a fresh adapter (`has_fresh_test`), of the limit of negative flips, and on
+        each required slice.
         """
         tests = 1 + has_fresh_test + (self.max_negative_flip_points is not None)
-        return Levels(self.alpha, self.alpha / (required_count * tests))
+        slices = len(set(self.required_slices))
+        return Levels(self.alpha, self.alpha / (required_count * tests + slices))
 
     def requires(self, suites: Iterable[str]) -> tuple[str, ...]:
         """Return the required suites without repetitions; `suites` are those of the adapter."""
         return tuple(dict.fromkeys(self.required_suites)) or tuple(sorted(suites))
+
+
+def _slice_problems(policy: GatePolicy) -> list[str]:
+    problems = []
+    if policy.sequential and policy.required_slices:
+        problems.append(
+            "sequential and required_slices exclude each other, because the items of a slice are "
+            "tested as a whole"
+        )
+    for name in policy.required_slices:
+        suite, _, found = name.partition("/")
+        if not suite or not found:
+            problems.append(f"a required slice must have the form SUITE/SLICE, not {quoted(name)}")
+        elif policy.required_suites and suite not in policy.required_suites:
+            problems.append(f"the suite of the required slice {quoted(name)} is not required")
+    return problems
 
 
 def verdict_key(evaluation_keys: tuple[str, ...], policy_sha256: str) -> str:
@@ -471,6 +494,28 @@ class NegativeFlips:
 
 
 @dataclass(frozen=True)
+class SliceJudgment:
+    """The figures of one slice of a suite.
+
+    Attributes:
+        name: the slice's value in the column that the suite's data names.
+        score: score of the adapter on the new base, on the items of the slice, in points.
+        versus_old_base: comparison with the same adapter on the base that it was trained on.
+        required: whether the policy requires the slice.
+        clusters: number of clusters of its items; 0 if all items are independent.
+        items_needed: estimated number of items of this slice that would decide its test with a
+            probability of 80 %. 0 if it is decided or not required.
+    """
+
+    name: str
+    score: float
+    versus_old_base: Comparison
+    required: bool = False
+    clusters: int = 0
+    items_needed: int = 0
+
+
+@dataclass(frozen=True)
 class SuiteJudgment:
     """The figures of one suite behind a verdict.
 
@@ -492,6 +537,7 @@ class SuiteJudgment:
         design_effect: variance of the difference from the old base relative to independent items.
         negative_flips: items that were right on the old base and are wrong on the new one. None in
             outcomes that were recorded without them.
+        slices: the figures of each slice, by name; empty if the suite has no slices.
     """
 
     suite: str
@@ -505,6 +551,12 @@ class SuiteJudgment:
     clusters: int = 0
     design_effect: float = 1.0
     negative_flips: NegativeFlips | None = None
+    slices: tuple[SliceJudgment, ...] = ()
+
+    @property
+    def required_slices(self) -> tuple[SliceJudgment, ...]:
+        """The slices that the policy requires."""
+        return tuple(found for found in self.slices if found.required)
 
     @property
     def items(self) -> int:

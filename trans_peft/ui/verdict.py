@@ -9,6 +9,7 @@ from trans_peft.domain.evaluation import (
     Comparison,
     Evaluation,
     NegativeFlips,
+    SliceJudgment,
     Suite,
     SuiteJudgment,
     flipped_items,
@@ -151,6 +152,7 @@ class SuiteView:
         clusters: Number of clusters of the items; 0 if all items are independent.
         negative_flips: Figures of the items that are right on the old base and wrong on the new
             one. None if the outcome does not record them.
+        slices: Figures of each slice.
     """
 
     suite: str
@@ -164,6 +166,7 @@ class SuiteView:
     flips: Flips
     clusters: int = 0
     negative_flips: NegativeFlips | None = None
+    slices: tuple[SliceJudgment, ...] = ()
 
 
 def suites_of(
@@ -214,6 +217,7 @@ def _suite_view(
         flips=flips,
         clusters=figures.clusters,
         negative_flips=figures.negative_flips,
+        slices=figures.slices,
     )
 
 

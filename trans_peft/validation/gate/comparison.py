@@ -7,6 +7,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any, NamedTuple
 
 from trans_peft.domain.evaluation import (
@@ -16,12 +17,17 @@ from trans_peft.domain.evaluation import (
     Levels,
     NegativeFlips,
     Prefix,
+    SliceJudgment,
     SuiteJudgment,
 )
 from trans_peft.validation.statistics.betting import power_of_betting_test
 from trans_peft.validation.statistics.clusters import ClusterCounts
 from trans_peft.validation.statistics.pairing import count_pairs
-from trans_peft.validation.statistics.sequential import EvaluatedModel, SequentialSuiteTest
+from trans_peft.validation.statistics.sequential import (
+    EvaluatedModel,
+    SequentialSuiteTest,
+    SuiteClusters,
+)
 
 __all__ = ["judge_sequential_suite", "judge_suite"]
 
@@ -55,6 +61,8 @@ def judge_suite(
     versus_bare = compared_with(bare) if bare is not None else None
     versus_fresh = compared_with(fresh) if fresh is not None else None
     margin = policy.margin_points / 100
+    slices = _slices(policy, levels, reference, candidate)
+    items_needed = _items_needed(policy, levels, versus_old, versus_bare, versus_fresh)
     return SuiteJudgment(
         suite=reference.suite,
         score=candidate.score,
@@ -62,10 +70,49 @@ def judge_suite(
         power=versus_old.counts.power_of_non_inferiority(margin, levels.alpha),
         versus_bare_base=versus_bare and versus_bare.comparison,
         versus_fresh_adapter=versus_fresh and versus_fresh.comparison,
-        items_needed=_items_needed(policy, levels, versus_old, versus_bare, versus_fresh),
+        items_needed=max([items_needed, *(_suite_items(part, versus_old) for part in slices)]),
         negative_flips=_negative_flips(policy, levels, versus_old.counts),
+        slices=slices,
         **_clusters(versus_old.counts, margin),
     )
+
+
+def _slices(
+    policy: GatePolicy, levels: Levels, reference: Evaluation, candidate: Evaluation
+) -> tuple[SliceJudgment, ...]:
+    """Return the figures of each slice. The items of a suite without slices have none."""
+    found = []
+    for name in _slice_names(candidate):
+        old, new = (_only(evaluation, name) for evaluation in (reference, candidate))
+        counts = count_pairs(old, new)
+        compared = _Compared(counts, _score_comparison(policy, levels, counts, old.score))
+        required = f"{candidate.suite}/{name}" in policy.required_slices
+        found.append(
+            SliceJudgment(
+                name=name,
+                score=new.score,
+                versus_old_base=compared.comparison,
+                required=required,
+                clusters=0 if counts.are_single else counts.clusters,
+                items_needed=_items_to_test_loss(policy, levels, compared) if required else 0,
+            )
+        )
+    return tuple(found)
+
+
+def _suite_items(part: SliceJudgment, versus_old: _Compared) -> int:
+    """Return how many items the suite needs so that a slice has the items that it needs."""
+    return ceil(part.items_needed * versus_old.counts.items / part.versus_old_base.items)
+
+
+def _slice_names(evaluation: Evaluation) -> list[str]:
+    return sorted({item.slice for item in evaluation.items} - {""})
+
+
+def _only(evaluation: Evaluation, name: str) -> Evaluation:
+    """Return the results of one slice."""
+    items = tuple(item for item in evaluation.items if item.slice == name)
+    return replace(evaluation, items=items, prefix=None)
 
 
 def _negative_flips(policy: GatePolicy, levels: Levels, counts: ClusterCounts) -> NegativeFlips:
@@ -146,6 +193,7 @@ def judge_sequential_suite(policy: GatePolicy, test: SequentialSuiteTest) -> Sui
         items_needed=_items_needed(policy, test.levels, versus_old, versus_bare, None),
         prefix=Prefix(suite_items, test.seed),
         negative_flips=_betting_flips(policy, test, counts),
+        slices=_betting_slices(policy, test),
         **_clusters(counts, margin),
     )
 
@@ -156,15 +204,17 @@ def _betting_comparison(
     differences: Sequence[int],
     reference_score: float,
     *,
+    clusters: SuiteClusters | None = None,
     exact_at: tuple[float, float],
 ) -> _Compared:
     """Compare by bounds that lie beyond `exact_at` (lower, upper) exactly if the tests say so."""
     margin, levels = policy.margin_points / 100, test.levels
+    clusters = clusters or test.clusters
     negated = [-difference for difference in differences]
-    lower = test.lower_limit(differences, exact_at[0], levels.alpha, margin)
-    upper = -test.lower_limit(negated, -exact_at[1], levels.alpha, margin)
-    inferiority_bound = -test.lower_limit(negated, margin, levels.inferiority, margin)
-    counts = ClusterCounts.of(differences, test.clusters.numbers[: len(differences)])
+    lower = clusters.lower_limit(differences, exact_at[0], levels.alpha, margin)
+    upper = -clusters.lower_limit(negated, -exact_at[1], levels.alpha, margin)
+    inferiority_bound = -clusters.lower_limit(negated, margin, levels.inferiority, margin)
+    counts = ClusterCounts.of(differences, clusters.numbers[: len(differences)])
     comparison = Comparison(
         reference_score=reference_score,
         items=counts.items,
@@ -181,6 +231,36 @@ def _betting_comparison(
     return _Compared(counts, comparison)
 
 
+def _betting_slices(policy: GatePolicy, test: SequentialSuiteTest) -> tuple[SliceJudgment, ...]:
+    """Return the figures of each slice with evaluated items. No sequential policy requires one."""
+    found = []
+    margin = policy.margin_points / 100
+    for name in sorted({*test.slices} - {""}):
+        places = [i for i, of_item in enumerate(test.slices) if of_item == name]
+        evaluated = [i for i in places if i < len(test.changes)]
+        if not evaluated:
+            continue
+        changes = [test.changes[i] for i in evaluated]
+        reference_score = 100 * sum(test.old[i] for i in evaluated) / len(evaluated)
+        compared = _betting_comparison(
+            policy,
+            test,
+            changes,
+            reference_score,
+            clusters=SuiteClusters([test.clusters.numbers[i] for i in places]),
+            exact_at=(-margin, -margin),
+        )
+        found.append(
+            SliceJudgment(
+                name=name,
+                score=reference_score + compared.counts.points,
+                versus_old_base=compared.comparison,
+                clusters=0 if compared.counts.are_single else compared.counts.clusters,
+            )
+        )
+    return tuple(found)
+
+
 def _betting_flips(
     policy: GatePolicy, test: SequentialSuiteTest, counts: ClusterCounts
 ) -> NegativeFlips:
@@ -189,8 +269,8 @@ def _betting_flips(
     share = min(counts.totals[1] / counts.items, 0.99) if limit is None else limit / 100
     losses = [int(change < 0) for change in test.changes]
     kept = [-loss for loss in losses]
-    lower = test.lower_limit(losses, share, test.levels.inferiority, effect)
-    upper = -test.lower_limit(kept, -share, test.levels.alpha, effect)
+    lower = test.clusters.lower_limit(losses, share, test.levels.inferiority, effect)
+    upper = -test.clusters.lower_limit(kept, -share, test.levels.alpha, effect)
     found = _flips(policy, counts, 100 * max(lower, 0.0), 100 * upper)
     if limit is None:
         return found

@@ -2,8 +2,14 @@
 
 from collections.abc import Sequence
 
-from trans_peft.domain.evaluation import Comparison, GatePolicy, SuiteJudgment, Verdict
-from trans_peft.validation.statistics.intervals import items_to_decide
+from trans_peft.domain.evaluation import (
+    Comparison,
+    GatePolicy,
+    SliceJudgment,
+    SuiteJudgment,
+    Verdict,
+)
+from trans_peft.validation.statistics.intervals import items_to_decide, smallest_sample
 
 __all__ = ["reason"]
 
@@ -35,6 +41,13 @@ def reason(
         for suite in other
         if suite.versus_old_base.inferior
     ]
+    parts += [
+        f"not required, but inferior: slice {part.name} of {suite.suite}, lost at least "
+        f"{-part.versus_old_base.inferiority_bound:.2f} points"
+        for suite in (*required, *other)
+        for part in suite.slices
+        if part.versus_old_base.inferior and not part.required
+    ]
     test = "sequential test, " if policy.sequential else ""
     return f"{'; '.join(parts)} ({test}one-sided level {100 * policy.alpha:g} %)"
 
@@ -60,6 +73,10 @@ def _passed(policy: GatePolicy, suite: SuiteJudgment) -> str:
     bare, fresh = suite.versus_bare_base, suite.versus_fresh_adapter
     if policy.max_negative_flip_points is not None:
         parts.append(_flips(policy, suite))
+    for part in suite.required_slices:
+        lower = part.versus_old_base.lower
+        change = "lost at most" if lower < 0 else "gained at least"
+        parts.append(f"slice {part.name}: {change} {abs(lower):.2f} points")
     if bare is not None and bare.superior:
         parts.append(
             f"at least {bare.lower:.2f} points better than the bare new base "
@@ -72,6 +89,13 @@ def _passed(policy: GatePolicy, suite: SuiteJudgment) -> str:
 
 def _needs_retuning(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> list[str]:
     parts = [_loss(policy, suite) for suite in suites if suite.versus_old_base.inferior]
+    parts += [
+        f"{_scores(suite)}; slice {part.name}: lost at least "
+        f"{-part.versus_old_base.inferiority_bound:.2f} points, margin {policy.margin_points:g}"
+        for suite in suites
+        for part in suite.required_slices
+        if part.versus_old_base.inferior
+    ]
     parts += [
         f"{_scores(suite)}; {_flips(policy, suite)}"
         for suite in suites
@@ -163,6 +187,11 @@ def _undecided(policy: GatePolicy, suite: SuiteJudgment) -> str:
     flips = suite.negative_flips
     if policy.max_negative_flip_points is not None and flips and not flips.below_limit:
         parts.append(_flips(policy, suite))
+    parts += [
+        _undecided_slice(policy, part)
+        for part in suite.required_slices
+        if not part.versus_old_base.non_inferior
+    ]
     if policy.must_beat_bare and bare is not None and not bare.superior:
         parts.append(
             f"the difference from the bare new base ({bare.reference_score:.1f}) lies between "
@@ -176,6 +205,22 @@ def _undecided(policy: GatePolicy, suite: SuiteJudgment) -> str:
     if suite.more_items:
         parts.append(f"about {suite.more_items:,} more items would decide")
     return f"{_scores(suite)}; {', '.join(parts)}" if parts else ""
+
+
+def _undecided_slice(policy: GatePolicy, part: SliceJudgment) -> str:
+    items = part.versus_old_base.items
+    smallest = smallest_sample(policy.margin_points / 100, policy.alpha)
+    if items < smallest:
+        return (
+            f"slice {part.name} has {items} items, too few for any result: a margin of "
+            f"{policy.margin_points:g} points needs at least {smallest}"
+        )
+    needed = part.items_needed - items
+    more = f" (about {needed:,} more items of it would decide)" if needed > 0 else ""
+    return (
+        f"the change on slice {part.name} ({items} items) lies between "
+        f"{_interval(part.versus_old_base)}{more}"
+    )
 
 
 def _interval(comparison: Comparison) -> str:

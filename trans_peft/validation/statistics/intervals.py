@@ -24,6 +24,7 @@ __all__ = [
     "lower_bound",
     "power_of_non_inferiority",
     "score_statistic",
+    "smallest_sample",
     "upper_bound",
 ]
 
@@ -113,6 +114,15 @@ def power_of_non_inferiority(n: int, discordant_share: float, margin: float, alp
         too_few = np.where(searching & ~passes, gains, too_few)
     weights = binom.pmf(discordant, n, discordant_share)
     return float(np.sum(weights * binom.sf(enough - 1, discordant, 0.5)))
+
+
+def smallest_sample(margin: float, alpha: float) -> int:
+    """Return the smallest number of items of which any result can show non-inferiority.
+
+    It is that of a sample without discordant items, whose lower bound is -z^2 / (n + z^2).
+    """
+    z = float(norm.isf(alpha))
+    return int(z * z * (1 - margin) / margin) + 1
 
 
 def items_to_decide(  # noqa: PLR0913  the counts, the test and its assumptions

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from trans_peft.domain.evaluation import BARE, Evaluation, ItemResult
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, ItemResult
+from trans_peft.domain.names import quoted
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.statistics.clusters import ClusterCounts
 
-__all__ = ["check_comparable", "check_same_questions", "cluster_of", "count_pairs"]
+__all__ = ["check_comparable", "check_same_questions", "check_slices", "cluster_of", "count_pairs"]
 
 _MAX_SHOWN_IDS = 5
 
@@ -91,6 +92,30 @@ def check_comparable(  # noqa: PLR0913  the arguments of `judge`
             "the evaluations cannot be compared:\n    " + "\n    ".join(problems),
             expected="the same items, scoring rule and decoding settings",
             do="evaluate all of them on the same pinned suite; no verdict was recorded",
+        )
+
+
+def check_slices(policy: GatePolicy, reference: Mapping[str, Evaluation]) -> None:
+    """Raise InvalidSpecError unless the required suites have the required slices.
+
+    `reference` are complete evaluations by suite name, so this is known before the new base is
+    evaluated.
+    """
+    problems = []
+    for required in dict.fromkeys(policy.required_slices):
+        suite, _, name = required.partition("/")
+        items = reference[suite].items if suite in reference else ()
+        slices = sorted({item.slice for item in items} - {""})
+        if suite not in policy.requires(reference):
+            problems.append(f"{quoted(required)}: the suite is not required")
+        elif name not in slices:
+            known = ", ".join(slices) or "none: its data names no column `slice`"
+            problems.append(f"{quoted(required)}: the suite has the slices {known}")
+    if problems:
+        raise InvalidSpecError(
+            "the policy requires slices that do not exist: " + "; ".join(problems),
+            expected="SUITE/SLICE, with a required suite and a value of its column for slices",
+            do="correct required_slices in the gate policy, or the suite's data",
         )
 
 

@@ -139,6 +139,18 @@ class SuiteClusters:
             start += size
         return found
 
+    def lower_limit(
+        self, values: Sequence[int], threshold: float, alpha: float, effect: float
+    ) -> float:
+        """Return `lower_confidence_limit` of values of the first items, by cluster."""
+        return lower_confidence_limit(
+            self.bets(values),
+            threshold,
+            items=self.count,
+            alpha=alpha,
+            effect=effect * self.mean_weight,
+        )
+
 
 class SequentialSuiteTest:
     """The four betting tests of one required suite, and the results observed so far.
@@ -150,6 +162,8 @@ class SequentialSuiteTest:
         levels: significance levels of the tests.
         clusters: the clusters of the items; one for each item of a suite without clusters.
         batch_ends: numbers of items after which the tests are examined. Each completes a cluster.
+        old: whether the answer on the old base was right, for each item of `order`.
+        slices: the slice of each item of `order`; empty texts without slices.
         changes: new base minus old base for each item, in this order; each -1, 0 or 1.
         bare_differences: adapter minus bare base for each item, likewise.
         non_inferior: test that the loss against the old base is smaller than the margin.
@@ -172,7 +186,9 @@ class SequentialSuiteTest:
         self.batch_ends = tuple(dict.fromkeys(ends))
         self.changes: list[int] = []
         self.bare_differences: list[int] = []
-        self._old = {item.id: item.correct for item in reference.items}
+        items = {item.id: item for item in reference.items}
+        self.old = [items[id_].correct for id_ in self.order]
+        self.slices = [items[id_].slice for id_ in self.order]
         self._correct: dict[EvaluatedModel, list[bool]] = {
             EvaluatedModel.CANDIDATE: [],
             EvaluatedModel.BARE: [],
@@ -208,18 +224,6 @@ class SequentialSuiteTest:
         superior = [self.superior] if must_beat_bare else []
         return [self.non_inferior, *filter(None, [self.few_flips]), *superior]
 
-    def lower_limit(
-        self, values: Sequence[int], threshold: float, alpha: float, effect: float
-    ) -> float:
-        """Return `lower_confidence_limit` of values of the first items, by cluster."""
-        return lower_confidence_limit(
-            self.clusters.bets(values),
-            threshold,
-            items=self.clusters.count,
-            alpha=alpha,
-            effect=effect * self.clusters.mean_weight,
-        )
-
     def observed_count(self, model: EvaluatedModel) -> int:
         """Return the number of items observed for one model."""
         return len(self._correct[model])
@@ -231,8 +235,7 @@ class SequentialSuiteTest:
     @property
     def reference_score(self) -> float:
         """Share of correct answers on the old base, in points, on the items of `changes`."""
-        ids = self.order[: len(self.changes)]
-        return 100 * sum(self._old[id_] for id_ in ids) / len(ids)
+        return 100 * sum(self.old[: len(self.changes)]) / len(self.changes)
 
     def next_ids(self, model: EvaluatedModel) -> tuple[str, ...]:
         """Return the ids of the next batch of one model."""
@@ -257,9 +260,8 @@ class SequentialSuiteTest:
             )
         self._correct[model] += [correct[id_] for id_ in expected]
         new, bare = self._correct[EvaluatedModel.CANDIDATE], self._correct[EvaluatedModel.BARE]
-        old = [self._old[id_] for id_ in self.order]
         start = len(self.changes)
-        for change, weight in self._extended(self.changes, new, old):
+        for change, weight in self._extended(self.changes, new, self.old):
             self.non_inferior.observe(change, weight)
             self.inferior.observe(-change, weight)
         if self.few_flips is not None and self.many_flips is not None:
