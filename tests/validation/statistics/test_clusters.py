@@ -18,7 +18,8 @@ from trans_peft.validation.gate import judge
 from trans_peft.validation.statistics import intervals
 from trans_peft.validation.statistics.betting import BettingTest
 from trans_peft.validation.statistics.clusters import ClusterCounts
-from trans_peft.validation.statistics.sequential import SequentialGate, order
+from trans_peft.validation.statistics.order import order
+from trans_peft.validation.statistics.sequential import SequentialGate
 
 PAGE = (Path(__file__).parents[3] / "docs" / "statistics.md").read_text()
 X = st.sampled_from([-1, 0, 0, 0, 1])

@@ -22,11 +22,11 @@ from trans_peft.domain.evaluation import (
 )
 from trans_peft.validation.statistics.betting import power_of_betting_test
 from trans_peft.validation.statistics.clusters import ClusterCounts
+from trans_peft.validation.statistics.order import SuiteClusters
 from trans_peft.validation.statistics.pairing import count_pairs
 from trans_peft.validation.statistics.sequential import (
     EvaluatedModel,
     SequentialSuiteTest,
-    SuiteClusters,
 )
 
 __all__ = ["judge_sequential_suite", "judge_suite"]

@@ -3,19 +3,14 @@
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, ItemResult
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy
 from trans_peft.domain.names import quoted
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.statistics.clusters import ClusterCounts
 
-__all__ = ["check_comparable", "check_same_questions", "check_slices", "cluster_of", "count_pairs"]
+__all__ = ["check_comparable", "check_same_questions", "check_slices", "count_pairs"]
 
 _MAX_SHOWN_IDS = 5
-
-
-def cluster_of(item: ItemResult) -> tuple[str, str]:
-    """Return the cluster of an item. An item without a cluster is one of its own."""
-    return (item.cluster, "") if item.cluster else ("", item.id)
 
 
 def count_pairs(first: Evaluation, second: Evaluation) -> ClusterCounts:
