@@ -65,8 +65,8 @@ def simulate(
     return PassRates(
         fixed_by_items=float(np.mean([_passes(found.reshape(-1, 1)) for found in x])),
         fixed_by_clusters=float(np.mean([_passes(found) for found in x])),
-        betting_by_items=_betting(x.reshape(adapters, -1)[:, _shuffled()]),
-        betting_by_clusters=_betting(x.mean(axis=2)),
+        betting_by_items=_betting(x.reshape(adapters, -1)[:, _shuffled()], unit_steps=True),
+        betting_by_clusters=_betting(x.mean(axis=2), unit_steps=size == 1),
     )
 
 
@@ -82,10 +82,14 @@ def _passes(found: NDArray[np.int8]) -> bool:
     return bool(counts.statistic(-MARGIN) > counts.quantile(ALPHA))
 
 
-def _betting(x: NDArray[np.generic]) -> float:
+def _betting(x: NDArray[np.generic], *, unit_steps: bool) -> float:
     """Return the share of significant tests; `x` has the shape (adapters, bets)."""
     betting_test = BettingTest(
-        np.full(len(x), -MARGIN), items=x.shape[1], alpha=ALPHA, effect=MARGIN
+        np.full(len(x), -MARGIN),
+        items=x.shape[1],
+        alpha=ALPHA,
+        effect=MARGIN,
+        unit_steps=unit_steps,
     )
     for values in x.T:
         betting_test.observe(values)

@@ -67,7 +67,7 @@ class Suite:
         data: prompt/completion rows or chat rows. The completion is the reference answer.
         scoring: name of a rule in `trans_peft.validation.scoring`; its parameter follows a colon.
         threshold: smallest correct value of a rule that returns a degree (BLEU, chrF, ROUGE-L,
-            label F1).
+            label F1). None for such a rule: results are degrees, and the claim is about their mean.
         max_new_tokens: largest number of tokens of an answer. Decoding is greedy.
         stop: strings that end an answer. The answer is cut before the first of them.
         limit: number of rows to use, from the first. None: all rows.
@@ -177,7 +177,8 @@ class ItemResult:
 
     Attributes:
         id: id of the item.
-        correct: whether the scoring rule accepted the answer.
+        correct: whether the scoring rule accepted the answer. In a suite with degrees, the degree
+            from 0.0 to 1.0.
         answer_sha256: SHA-256 of the answer; empty if it was not recorded.
         answer: text of the answer; None unless the suite sets `keep_answers`.
         cluster: the cluster of the item. Empty: the item is independent of all others.
@@ -185,7 +186,7 @@ class ItemResult:
     """
 
     id: str
-    correct: bool
+    correct: bool | float
     answer_sha256: str = ""
     answer: str | None = None
     cluster: str = ""
@@ -260,8 +261,13 @@ class Evaluation:
         return whole if self.prefix is None else prefix_key(whole, self.prefix, len(self.items))
 
     @property
+    def has_degrees(self) -> bool:
+        """Whether the results are degrees instead of right or wrong."""
+        return any(isinstance(item.correct, float) for item in self.items)
+
+    @property
     def score(self) -> float:
-        """Share of correct answers, in points (0 to 100)."""
+        """Share of correct answers, or mean degree, in points (0 to 100)."""
         return 100.0 * sum(item.correct for item in self.items) / len(self.items)
 
     @property
@@ -275,13 +281,14 @@ def flipped_items(
 ) -> tuple[tuple[ItemResult, ItemResult], ...]:
     """Return both results of each item that is right in one of two evaluations of a suite only.
 
+    In a suite with degrees these are the items whose degrees differ by at least one half.
     Items that one of them does not have are left out.
     """
     old = {item.id: item for item in before.items}
     return tuple(
         (old[item.id], item)
         for item in after.items
-        if item.id in old and old[item.id].correct != item.correct
+        if item.id in old and abs(old[item.id].correct - item.correct) >= 0.5
     )
 
 
@@ -475,6 +482,8 @@ class Comparison:
 @dataclass(frozen=True)
 class NegativeFlips:
     """Items of a suite that were right on the old base and are wrong on the new one.
+
+    In a suite with degrees, items whose degree fell by at least one half.
 
     Attributes:
         items: number of these items.

@@ -282,7 +282,7 @@ def _flips(
 def _compared(old: Evaluation, new: Evaluation) -> Flips:
     flipped = flipped_items(old, new)
     return Flips(
-        lost=tuple(before.id for before, _ in flipped if before.correct),
-        gained=tuple(before.id for before, _ in flipped if not before.correct),
+        lost=tuple(old.id for old, new in flipped if old.correct > new.correct),
+        gained=tuple(old.id for old, new in flipped if old.correct < new.correct),
         compared=len({item.id for item in old.items} & {item.id for item in new.items}),
     )

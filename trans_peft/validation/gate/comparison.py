@@ -22,8 +22,9 @@ from trans_peft.domain.evaluation import (
 )
 from trans_peft.validation.statistics.betting import power_of_betting_test
 from trans_peft.validation.statistics.clusters import ClusterCounts
+from trans_peft.validation.statistics.degrees import DegreeChanges
 from trans_peft.validation.statistics.order import SuiteClusters
-from trans_peft.validation.statistics.pairing import count_pairs
+from trans_peft.validation.statistics.pairing import count_flips, count_pairs
 from trans_peft.validation.statistics.sequential import (
     EvaluatedModel,
     SequentialSuiteTest,
@@ -33,7 +34,7 @@ __all__ = ["judge_sequential_suite", "judge_suite"]
 
 
 class _Compared(NamedTuple):
-    counts: ClusterCounts
+    counts: ClusterCounts | DegreeChanges
     comparison: Comparison
 
 
@@ -54,7 +55,7 @@ def judge_suite(
     levels = policy.levels(required_count, has_fresh_test=has_fresh_test)
 
     def compared_with(other: Evaluation) -> _Compared:
-        counts = count_pairs(other, candidate)
+        counts = count_pairs(other, candidate, policy.margin_points / 100)
         return _Compared(counts, _score_comparison(policy, levels, counts, other.score))
 
     versus_old = compared_with(reference)
@@ -62,7 +63,8 @@ def judge_suite(
     versus_fresh = compared_with(fresh) if fresh is not None else None
     margin = policy.margin_points / 100
     slices = _slices(policy, levels, reference, candidate)
-    items_needed = _items_needed(policy, levels, versus_old, versus_bare, versus_fresh)
+    flips = count_flips(reference, candidate)
+    items_needed = _items_needed(policy, levels, versus_old, versus_bare, versus_fresh, flips)
     return SuiteJudgment(
         suite=reference.suite,
         score=candidate.score,
@@ -71,7 +73,7 @@ def judge_suite(
         versus_bare_base=versus_bare and versus_bare.comparison,
         versus_fresh_adapter=versus_fresh and versus_fresh.comparison,
         items_needed=max([items_needed, *(_suite_items(part, versus_old) for part in slices)]),
-        negative_flips=_negative_flips(policy, levels, versus_old.counts),
+        negative_flips=_negative_flips(policy, levels, flips),
         slices=slices,
         **_clusters(versus_old.counts, margin),
     )
@@ -84,7 +86,7 @@ def _slices(
     found = []
     for name in _slice_names(candidate):
         old, new = (_only(evaluation, name) for evaluation in (reference, candidate))
-        counts = count_pairs(old, new)
+        counts = count_pairs(old, new, policy.margin_points / 100)
         compared = _Compared(counts, _score_comparison(policy, levels, counts, old.score))
         required = f"{candidate.suite}/{name}" in policy.required_slices
         found.append(
@@ -135,7 +137,7 @@ def _flips(policy: GatePolicy, counts: ClusterCounts, lower: float, upper: float
     )
 
 
-def _clusters(counts: ClusterCounts, margin: float) -> dict[str, Any]:
+def _clusters(counts: ClusterCounts | DegreeChanges, margin: float) -> dict[str, Any]:
     """Return the fields of a suite's figures about its clusters; empty without clusters."""
     if counts.are_single:
         return {}
@@ -143,7 +145,10 @@ def _clusters(counts: ClusterCounts, margin: float) -> dict[str, Any]:
 
 
 def _score_comparison(
-    policy: GatePolicy, levels: Levels, counts: ClusterCounts, reference_score: float
+    policy: GatePolicy,
+    levels: Levels,
+    counts: ClusterCounts | DegreeChanges,
+    reference_score: float,
 ) -> Comparison:
     margin = policy.margin_points
     lower = 100 * counts.lower_bound(levels.alpha)
@@ -181,7 +186,8 @@ def judge_sequential_suite(policy: GatePolicy, test: SequentialSuiteTest) -> Sui
             test.score(EvaluatedModel.BARE),
             exact_at=(0.0, margin),
         )
-    counts = versus_old.counts
+    numbers = test.clusters.numbers[: len(test.changes)]
+    counts = ClusterCounts.of(test.changes, numbers)
     independent_items = max(1, int(suite_items / counts.design_effect(-margin)))
     share = counts.discordant / counts.items
     return SuiteJudgment(
@@ -190,7 +196,7 @@ def judge_sequential_suite(policy: GatePolicy, test: SequentialSuiteTest) -> Sui
         versus_old_base=versus_old.comparison,
         power=power_of_betting_test(independent_items, share, margin, test.levels.alpha),
         versus_bare_base=versus_bare and versus_bare.comparison,
-        items_needed=_items_needed(policy, test.levels, versus_old, versus_bare, None),
+        items_needed=_items_needed(policy, test.levels, versus_old, versus_bare, None, counts),
         prefix=Prefix(suite_items, test.seed),
         negative_flips=_betting_flips(policy, test, counts),
         slices=_betting_slices(policy, test),
@@ -284,11 +290,12 @@ def _items_needed(
     versus_old: _Compared,
     versus_bare: _Compared | None,
     versus_fresh: _Compared | None,
+    flips: ClusterCounts,
 ) -> int:
     """Return how many items would decide all tests of the verdict; 0 if they are decided."""
     needed = [_items_to_test_loss(policy, levels, versus_old)]
     if policy.max_negative_flip_points is not None:
-        needed.append(_items_to_test_flips(policy, levels, versus_old.counts))
+        needed.append(_items_to_test_flips(policy, levels, flips))
     if versus_fresh is not None and policy.must_match_fresh:
         needed.append(_items_to_test_loss(policy, levels, versus_fresh))
     if versus_bare is not None and policy.must_beat_bare:

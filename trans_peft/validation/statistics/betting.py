@@ -50,13 +50,16 @@ def bet_size(
     variance: ArrayLike,
     threshold: ArrayLike,
     estimated_excess: ArrayLike,
+    *,
+    unit_steps: bool = True,
 ) -> NDArray[np.float64]:
     """Return the bet on the next item, per unit of x - threshold, elementwise.
 
     The bet is the larger of two. One hedges "the sum of x - threshold reaches a constant within
     `items_remaining` items", an event whose probability under the hypothesis is `wealth`. The other
     is Kelly's bet for `estimated_excess`, which decides earlier in suites that are much larger than
-    needed. The bet never exceeds what reaches a wealth of 1 with the smallest possible gain.
+    needed. With `unit_steps`, where x is -1, 0 or 1, the bet never exceeds what reaches a wealth of
+    1 with the smallest possible gain.
 
     Args:
         wealth: current wealth, in (0, 1).
@@ -70,9 +73,10 @@ def bet_size(
     z = -ndtri(wealth / 2)
     hedge = np.exp(-z * z / 2 - log_ndtr(-z)) / np.sqrt(2 * np.pi * items_remaining * variance)
     bet = np.maximum(hedge, np.asarray(estimated_excess, dtype=np.float64) / variance)
-    smallest_gain = np.where(threshold < -1e-9, -threshold, 1 - threshold)
-    sufficient = (1 / wealth - 1) / smallest_gain
-    return np.minimum(bet, np.minimum(sufficient, _MAX_BET_SHARE / (1 + threshold)))
+    if unit_steps:
+        smallest_gain = np.where(threshold < -1e-9, -threshold, 1 - threshold)
+        bet = np.minimum(bet, (1 / wealth - 1) / smallest_gain)
+    return np.where(wealth >= 1, 0.0, np.minimum(bet, _MAX_BET_SHARE / (1 + threshold)))
 
 
 class BettingTest:
@@ -86,6 +90,7 @@ class BettingTest:
         alpha: significance level, the largest probability of ever rejecting a true hypothesis.
         effect: smallest excess over the threshold that the test should detect, times the mean
             weight.
+        unit_steps: whether every x is -1, 0 or 1, with weight 1.
 
     Attributes:
         wealth: evidence against the hypothesis, from `alpha` at the start to 1 (significant).
@@ -100,7 +105,15 @@ class BettingTest:
         >>> bool(test.is_significant)
     """
 
-    def __init__(self, threshold: ArrayLike, *, items: int, alpha: float, effect: float) -> None:
+    def __init__(
+        self,
+        threshold: ArrayLike,
+        *,
+        items: int,
+        alpha: float,
+        effect: float,
+        unit_steps: bool = True,
+    ) -> None:
         self.threshold = np.asarray(threshold, dtype=np.float64)
         if not (items >= 1 and 0 < alpha < 1 and effect > 0 and np.all(abs(self.threshold) < 1)):
             raise InvalidSpecError(
@@ -109,6 +122,7 @@ class BettingTest:
                 found=f"items={items}, alpha={alpha}, effect={effect}, threshold={self.threshold}",
             )
         self.items, self.alpha, self.effect, self.observed_items = items, alpha, effect, 0
+        self.unit_steps = unit_steps
         self.wealth: NDArray[np.float64] = np.full(self.threshold.shape, alpha)
         self._squares: Any = 0
         self._sum: Any = 0
@@ -129,7 +143,12 @@ class BettingTest:
         x, weight = np.asarray(x, dtype=np.float64), np.asarray(weight, dtype=np.float64)
         # At a wealth of 1 the bet is 0, so a significant test stays significant.
         bets = bet_size(
-            self.wealth, self.items_remaining, self.variance, self.threshold, self.estimated_excess
+            self.wealth,
+            self.items_remaining,
+            self.variance,
+            self.threshold,
+            self.estimated_excess,
+            unit_steps=self.unit_steps,
         )
         wealth = self.wealth * (1 + bets * weight * (x - self.threshold))
         self.wealth = np.where(wealth > 1 - 1e-12, 1.0, wealth)
@@ -189,6 +208,7 @@ def lower_confidence_limit(
     items: int,
     alpha: float,
     effect: float,
+    unit_steps: bool = True,
 ) -> float:
     """Return the largest threshold whose betting test on `x` is significant; -1 if there is none.
 
@@ -199,7 +219,9 @@ def lower_confidence_limit(
     """
 
     def is_significant(thresholds: NDArray[np.float64]) -> NDArray[np.bool_]:
-        betting_test = BettingTest(thresholds, items=items, alpha=alpha, effect=effect)
+        betting_test = BettingTest(
+            thresholds, items=items, alpha=alpha, effect=effect, unit_steps=unit_steps
+        )
         for value in x:
             betting_test.observe(*(value if isinstance(value, tuple) else (value,)))
         return betting_test.is_significant

@@ -68,6 +68,11 @@ class SuiteClusters:
         self.mean_weight = sum(self._sizes) / self._largest / self.count
         self.ends = list(accumulate(self._sizes))
 
+    @property
+    def are_single(self) -> bool:
+        """Whether no cluster has two items."""
+        return self.count == len(self.numbers)
+
     def complete(self, items: int) -> int:
         """Return the number of items in the complete clusters among the first `items` items."""
         clusters = bisect_right(self.ends, items)
@@ -77,7 +82,7 @@ class SuiteClusters:
         """Return the number of items at which the cluster of item `items` ends."""
         return self.ends[min(bisect_left(self.ends, items), self.count - 1)]
 
-    def bets(self, changes: Sequence[int], start: int = 0) -> list[tuple[float, float]]:
+    def bets(self, changes: Sequence[float], start: int = 0) -> list[tuple[float, float]]:
         """Return the mean and the weight of each complete cluster.
 
         `changes` are those of the first items of complete clusters. `start` is the number of items
@@ -93,13 +98,23 @@ class SuiteClusters:
         return found
 
     def lower_limit(
-        self, values: Sequence[int], threshold: float, alpha: float, effect: float
+        self,
+        values: Sequence[float],
+        threshold: float,
+        alpha: float,
+        effect: float,
+        *,
+        unit_steps: bool = True,
     ) -> float:
-        """Return `lower_confidence_limit` of values of the first items, by cluster."""
+        """Return `lower_confidence_limit` of values of the first items, by cluster.
+
+        `unit_steps`: whether the values are -1, 0 or 1.
+        """
         return lower_confidence_limit(
             self.bets(values),
             threshold,
             items=self.count,
             alpha=alpha,
             effect=effect * self.mean_weight,
+            unit_steps=unit_steps and self.are_single,
         )

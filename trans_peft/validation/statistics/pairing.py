@@ -7,20 +7,45 @@ from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy
 from trans_peft.domain.names import quoted
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.statistics.clusters import ClusterCounts
+from trans_peft.validation.statistics.degrees import DegreeChanges
+from trans_peft.validation.statistics.order import SuiteClusters, cluster_of, order, order_seed
 
-__all__ = ["check_comparable", "check_same_questions", "check_slices", "count_pairs"]
+__all__ = ["check_comparable", "check_same_questions", "check_slices", "count_flips", "count_pairs"]
 
 _MAX_SHOWN_IDS = 5
 
 
-def count_pairs(first: Evaluation, second: Evaluation) -> ClusterCounts:
-    """Count the losses and gains from the first evaluation to the second, by cluster.
+def count_pairs(
+    first: Evaluation, second: Evaluation, margin: float
+) -> ClusterCounts | DegreeChanges:
+    """Return the changes from the first evaluation to the second, by cluster.
 
-    Both have the same items.
+    Both have the same items. In a suite with degrees, the changes are bet on with the effect
+    `margin`, in an order that depends on the suite and the second base only.
+    """
+    if not (first.has_degrees or second.has_degrees):
+        return count_flips(first, second)
+    before = {item.id: item.correct for item in first.items}
+    after = {item.id: item for item in second.items}
+    clusters = {id_: cluster_of(item) for id_, item in after.items()}
+    seed = order_seed(second.suite_sha256, second.base_fingerprint_sha256)
+    ids = order(after, seed, clusters)
+    return DegreeChanges(
+        [float(after[id_].correct - before[id_]) for id_ in ids],
+        SuiteClusters([clusters[id_] for id_ in ids]),
+        margin,
+    )
+
+
+def count_flips(first: Evaluation, second: Evaluation) -> ClusterCounts:
+    """Count the items that are right in one of two evaluations of the same items, by cluster.
+
+    In a suite with degrees these are the items whose degrees differ by at least one half.
     """
     before = {item.id: item.correct for item in first.items}
     changes = [item.correct - before[item.id] for item in second.items]
-    return ClusterCounts.of(changes, map(cluster_of, second.items))
+    flips = [(change >= 0.5) - (change <= -0.5) for change in changes]
+    return ClusterCounts.of(flips, map(cluster_of, second.items))
 
 
 def check_same_questions(first: Evaluation, second: Evaluation) -> None:

@@ -83,6 +83,13 @@ class SequentialSuiteTest:
     def __init__(
         self, policy: GatePolicy, reference: Evaluation, seed: str, *, suites: int
     ) -> None:
+        if reference.has_degrees:
+            raise InvalidSpecError(
+                f"suite {reference.suite!r} has degrees, which a sequential policy cannot test",
+                expected="a suite whose items are right or wrong",
+                found="a graded scoring rule without a threshold",
+                do="set `threshold` in the suite, or `sequential: false` in the gate policy",
+            )
         self.suite, self.seed = reference.suite, seed
         clusters = {item.id: cluster_of(item) for item in reference.items}
         self.order = order(clusters, seed, clusters)
@@ -92,7 +99,7 @@ class SequentialSuiteTest:
         self.changes: list[int] = []
         self.bare_differences: list[int] = []
         items = {item.id: item for item in reference.items}
-        self.old = [items[id_].correct for id_ in self.order]
+        self.old = [bool(items[id_].correct) for id_ in self.order]
         self.slices = [items[id_].slice for id_ in self.order]
         self._correct: dict[EvaluatedModel, list[bool]] = {
             EvaluatedModel.CANDIDATE: [],
@@ -107,6 +114,7 @@ class SequentialSuiteTest:
                 items=self.clusters.count,
                 alpha=alpha,
                 effect=effect * self.clusters.mean_weight,
+                unit_steps=self.clusters.are_single,
             )
 
         self.non_inferior = betting_test(-margin, self.levels.alpha)
@@ -244,7 +252,7 @@ class SequentialGate:
         Raises:
             InvalidSpecError: the items are not those of the last request.
         """
-        self.suites[suite].observe(model, {item.id: item.correct for item in items})
+        self.suites[suite].observe(model, {item.id: bool(item.correct) for item in items})
 
     def next_request(self) -> ItemRequest | None:
         """Return the next items to evaluate, or None if the verdict is known.
