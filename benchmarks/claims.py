@@ -1,8 +1,8 @@
-"""Level and power of the limit of negative flips and of required slices.
+"""Level and power of the limit of negative flips and of required slices, and what leakage hides.
 
     python -m benchmarks.claims
 
-The figures of negative flips are exact. Those of slices come from 100,000 simulated adapters per
+The figures of negative flips and of leakage are exact. Those of slices come from 100,000 simulated adapters per
 row: a suite of 1,000 items has a slice of 200 items, and 20 % of all items are discordant. The
 benchmark takes a few seconds. Its tables are in docs/statistics.md.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom, norm
 
+from benchmarks.sequential import fixed_size_power
 from trans_peft.validation.statistics.clusters import ClusterCounts
 from trans_peft.validation.statistics.intervals import score_statistic
 
@@ -74,6 +75,16 @@ def slice_rates(loss_on_slice: float, *, adapters: int, seed: int = 0) -> SliceR
     return SliceRates(float(suite.mean()), float((suite & on_slice).mean()))
 
 
+def leakage_rate(leaked: float, loss: float) -> float:
+    """Return the exact probability of non-inferiority on 500 items.
+
+    A share `leaked` of the items was seen in training, and their answers do not change. The true
+    loss on other questions is `loss`, and 20 % of their items are discordant.
+    """
+    seen = 1 - leaked
+    return fixed_size_power(500, seen * DISCORDANT, seen * loss)[0]
+
+
 def main() -> None:
     print("| items | true share of negative flips | shown below 4 | shown above 4 |")
     print("| -- | -- | -- | -- |")
@@ -86,6 +97,11 @@ def main() -> None:
     for points in (0, 5, 10, 15):
         rates = slice_rates(points / 100, adapters=100_000)
         print(f"| {points} | {100 * rates.suite:.0f} % | {100 * rates.suite_and_slice:.1f} % |")
+    print("\n| leaked items | passed, loss of 5 points | passed, loss of 7 points |")
+    print("| -- | -- | -- |")
+    for leaked in (0.0, 0.02, 0.1, 0.3, 0.5):
+        at_5, at_7 = (100 * leakage_rate(leaked, loss) for loss in (0.05, 0.07))
+        print(f"| {100 * leaked:.0f} % | {at_5:.1f} % | {at_7:.1f} % |")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from benchmarks.claims import flip_rates, slice_rates
+from benchmarks.claims import flip_rates, leakage_rate, slice_rates
 from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.validation.statistics.clusters import ClusterCounts
 
@@ -31,6 +31,13 @@ def test_the_table_of_slices_matches_the_simulation(row):
     loss, *percents = row
     found = slice_rates(loss / 100, adapters=20_000, seed=1)
     assert [100 * rate for rate in found] == pytest.approx(percents, abs=1.5)
+
+
+@pytest.mark.parametrize("row", table("<!-- leakage:"), ids=lambda row: f"{row[0]:.0f} %")
+def test_the_table_of_leakage_matches_the_code(row):
+    leaked, *percents = row
+    found = [leakage_rate(leaked / 100, loss) for loss in (0.05, 0.07)]
+    assert percents == [round(100 * rate, 1) for rate in found]
 
 
 @pytest.mark.parametrize(("flips", "bound"), [(0, "0.60"), (10, "3.37")])

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, NamedTuple
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
+from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.numbers import is_finite_number
 from trans_peft.domain.recovery import RecoveryPolicy
@@ -348,6 +349,8 @@ class GatePolicy:
             on the new one must be shown to lie below this limit, in points. None: no limit.
         required_slices: slices of required suites on which the adapter must be non-inferior as
             well, each as `SUITE/SLICE`.
+        max_leakage_points: largest share of a required suite's items that may be (nearly) training
+            rows, in points. An adapter above it does not pass. None: no limit.
         label: a name for this policy; part of its hash.
 
     Raises:
@@ -366,12 +369,17 @@ class GatePolicy:
     label: str = field(default="", metadata=ADDED_LATER)
     max_negative_flip_points: float | None = field(default=None, metadata=ADDED_LATER)
     required_slices: tuple[str, ...] = field(default=(), metadata=ADDED_LATER)
+    max_leakage_points: float | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
         limit = self.max_negative_flip_points
         if limit is not None and not 0 < limit < 100:
             problems.append(f"max_negative_flip_points must lie in (0, 100), not {limit}")
+        if self.max_leakage_points is not None and not 0 <= self.max_leakage_points < 100:
+            problems.append(
+                f"max_leakage_points must lie in [0, 100), not {self.max_leakage_points}"
+            )
         if self.sequential and self.must_match_fresh:
             problems.append(
                 "sequential and must_match_fresh exclude each other, because a fresh adapter is "
@@ -590,6 +598,8 @@ class Judgment:
         margin_points: margin of the policy that was applied, in points. None if no suite was
             compared, and in outcomes that were recorded without it.
         alpha: one-sided level of that policy, likewise. For a recovery strategy it is its share.
+        leakage: training rows that are items of a suite, for each suite; empty if they were not
+            counted.
     """
 
     verdict: Verdict
@@ -597,3 +607,4 @@ class Judgment:
     suites: tuple[SuiteJudgment, ...] = ()
     margin_points: float | None = None
     alpha: float | None = None
+    leakage: tuple[SuiteLeakage, ...] = ()
