@@ -2,9 +2,9 @@
 
     python -m benchmarks.claims
 
-The figures of negative flips and of leakage are exact. Those of slices come from 100,000 simulated adapters per
-row: a suite of 1,000 items has a slice of 200 items, and 20 % of all items are discordant. The
-benchmark takes a few seconds. Its tables are in docs/statistics.md.
+The figures of negative flips and of leakage are exact. Those of slices come from 100,000 simulated
+adapters per row: a suite of 1,000 items has a slice of 200 items, and 20 % of all items are
+discordant. The benchmark takes a few seconds. Its tables are in docs/statistics.md.
 """
 
 from functools import cache

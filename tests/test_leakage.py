@@ -41,6 +41,12 @@ def test_templates_are_not_compared():
     assert near_matches(texts, items) == (3, 3)
 
 
+def test_a_part_of_a_word_that_all_share_is_compared():
+    assert near_matches(
+        [f"{n} is odd" for n in range(20)], [f"1{n:02} is odd" for n in range(9)]
+    ) == (0, 0)
+
+
 def test_repeated_training_rows_count_each_time():
     assert near_matches(
         ["What is the capital of Peru?"] * 4 + ["x"], ["what is  the capital of peru?", "y"]

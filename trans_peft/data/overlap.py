@@ -67,8 +67,8 @@ class NearMatches(NamedTuple):
 def near_matches(texts: Sequence[str], items: Sequence[str]) -> NearMatches:
     """Count the texts that nearly match an item, and the items that a text nearly matches.
 
-    What all texts begin and end with is not compared, and neither is that of all items: both may be
-    rendered with a template. Memory grows with the items only.
+    Whole words that all texts begin and end with are not compared, and neither are those of all
+    items: both may be rendered with a template. Memory grows with the items only.
     """
     index = _Index()
     for item in _without_shared([normalized(item) for item in items]):
@@ -85,6 +85,10 @@ def near_matches(texts: Sequence[str], items: Sequence[str]) -> NearMatches:
 
 def _without_shared(texts: list[str]) -> list[str]:
     before, after = _shared(texts)
+    before, after = (
+        before[: before.rfind(" ") + 1],
+        after[after.find(" ") :] if " " in after else "",
+    )
     return [text.removeprefix(before).removesuffix(after) for text in texts]
 
 
