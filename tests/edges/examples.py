@@ -15,11 +15,14 @@ from trans_peft.domain.evaluation import (
     Evaluation,
     ItemResult,
     Judgment,
+    NegativeFlips,
+    SliceJudgment,
     Suite,
     SuiteJudgment,
     Verdict,
 )
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.domain.outcome import Compatibility, Effect, TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
@@ -64,6 +67,7 @@ def draft(adapter: str, family: str, folder: Path, base: str = "1" * 64) -> Adap
             adapter, family, SUITE.data, (SUITE,), spec=AdapterSpec("LORA", {"r": 2})
         ),
         made_by=RecoveryStrategy.RETRAINED,
+        leakage=(SuiteLeakage("exceptions", 3, 100, 2, 7),),
     )
 
 
@@ -102,14 +106,31 @@ def outcome(
         superior=False,
         reference_non_inferior=False,
     )
-    suite = SuiteJudgment("exceptions", 79.0, change, power=0.8, items_needed=9)
+    suite = SuiteJudgment(
+        "exceptions",
+        79.0,
+        change,
+        power=0.8,
+        items_needed=9,
+        clusters=2,
+        design_effect=1.5,
+        negative_flips=NegativeFlips(1, 25.0, 1.5, 60.5, below_limit=True),
+        slices=(SliceJudgment("German", 75.0, change, required=True, clusters=1),),
+    )
     return TransferOutcome(
         adapter=source.adapter,
         source_number=source.number,
         base=BaseRef(source.base.family, "v2", base),
         weights_sha256=source.weights_sha256,
         policy_sha256=policy,
-        judgment=Judgment(verdict, "because", (suite,), margin_points=5.0, alpha=0.05),
+        judgment=Judgment(
+            verdict,
+            "because",
+            (suite,),
+            margin_points=5.0,
+            alpha=0.05,
+            leakage=source.leakage,
+        ),
         compatibility=Compatibility(notes=("the chat template changed",)),
         effect=Effect(0.25),
         evaluations=(evaluation(source.weights_sha256),),

@@ -12,6 +12,7 @@ from trans_peft.domain.adapter import AdapterSpec
 from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite, Verdict
+from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
 from trans_peft.edges.file_store import FileStore
@@ -108,6 +109,7 @@ def test_training_registers_a_live_adapter_that_serves_where_it_was_trained(life
     assert platform.registry.adapters(FAMILY) == ("parity",)
     assert version.is_trained
     assert version.suites[0].data.sha256  # pinned
+    assert version.leakage == (SuiteLeakage("parity", 0, 64, 0, 24),)
     assert resolve("parity", platform) == version
     run = platform.runs.runs[0]
     assert run.status == "finished"

@@ -69,9 +69,8 @@ def test_a_graded_rule_is_right_at_its_threshold_and_above():
     ("options", "message"),
     [
         ({"scoring": "meteor"}, "exact_match, regex"),
-        ({"scoring": "chrf"}, "needs a threshold"),
-        ({"scoring": "chrf", "threshold": 0.0}, "needs a threshold"),
-        ({"scoring": "chrf", "threshold": 101.0}, "needs a threshold"),
+        ({"scoring": "chrf", "threshold": 0.0}, "invalid threshold"),
+        ({"scoring": "chrf", "threshold": 101.0}, "invalid threshold"),
         ({"scoring": "exact_match", "threshold": 50.0}, "takes no threshold"),
         ({"scoring": "exact_match:x"}, "invalid parameter of the scoring rule exact_match"),
         ({"scoring": "exact_match:"}, "invalid parameter of the scoring rule exact_match"),

@@ -35,6 +35,8 @@ class Example:
         reference: what answers are scored against, if that is not the completion (for a program,
             its unit tests).
         place: the row's place in its file ("line 3"), for error messages. Not compared.
+        cluster: value of the column that the source names as `cluster`; empty without one.
+        slice: value of the column that the source names as `slice`; empty without one.
     """
 
     id: str
@@ -44,6 +46,8 @@ class Example:
     choices: tuple[str, ...] = ()
     reference: str = ""
     place: str = field(default="", compare=False)
+    cluster: str = ""
+    slice: str = ""
 
     @property
     def location(self) -> str:

@@ -7,10 +7,10 @@ training data).
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
-__all__ = ["distinct_from", "normalized", "similarity"]
+__all__ = ["NearMatches", "distinct_from", "near_matches", "normalized", "similarity"]
 
 _GRAM = 5
 _THRESHOLD = 0.8
@@ -57,6 +57,41 @@ def distinct_from(
     return kept
 
 
+class NearMatches(NamedTuple):
+    """Numbers of texts and of items that match each other exactly or nearly."""
+
+    texts: int
+    items: int
+
+
+def near_matches(texts: Sequence[str], items: Sequence[str]) -> NearMatches:
+    """Count the texts that nearly match an item, and the items that a text nearly matches.
+
+    Whole words that all texts begin and end with are not compared, and neither are those of all
+    items: both may be rendered with a template. Memory grows with the items only.
+    """
+    index = _Index()
+    for item in _without_shared([normalized(item) for item in items]):
+        index.add(_grams(item))
+    matching_texts, matched_items = 0, set[int]()
+    known: dict[str, list[int]] = {}  # training data repeats prompts
+    for text in _without_shared([normalized(text) for text in texts]):
+        if text not in known:
+            known[text] = index.near_matches(_grams(text))
+        matching_texts += bool(known[text])
+        matched_items.update(known[text])
+    return NearMatches(matching_texts, len(matched_items))
+
+
+def _without_shared(texts: list[str]) -> list[str]:
+    before, after = _shared(texts)
+    before, after = (
+        before[: before.rfind(" ") + 1],
+        after[after.find(" ") :] if " " in after else "",
+    )
+    return [text.removeprefix(before).removesuffix(after) for text in texts]
+
+
 class _Index:
     """Sets of 5-grams, found by their rarest members.
 
@@ -76,15 +111,20 @@ class _Index:
             self._by_gram.setdefault(gram, []).append(number)
 
     def has_near_match(self, grams: frozenset[str]) -> bool:
+        return bool(self.near_matches(grams))
+
+    def near_matches(self, grams: frozenset[str]) -> list[int]:
+        """Return the numbers of the sets that nearly match, in the order of adding."""
         rarest = sorted(grams, key=lambda gram: (len(self._by_gram.get(gram, ())), gram))
         needed = int(_THRESHOLD * len(grams))
         near: set[int] = set()
         for gram in rarest[: len(grams) - needed + 1]:
             near.update(self._by_gram.get(gram, ()))
-        return any(
-            len(grams & self._sets[number]) >= _THRESHOLD * len(grams | self._sets[number])
-            for number in near
-        )
+        return [
+            number
+            for number in sorted(near)
+            if len(grams & self._sets[number]) >= _THRESHOLD * len(grams | self._sets[number])
+        ]
 
 
 def _shared(texts: list[str]) -> tuple[str, str]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trans_peft.data.example import ChatMessage, Example
+from trans_peft.data.groups import grouped
 from trans_peft.data.json_rows import json_rows
 from trans_peft.data.rows import Row, examples_from, without_answer
 from trans_peft.data.templates import through_template
 from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS, MAX_ROW_CHARACTERS
+from trans_peft.domain.data import DataSource
 from trans_peft.domain.untrusted_json import duplicates
 from trans_peft.errors import DataError, listed
 from trans_peft.isolation import CallLimits, call_isolated
@@ -41,16 +43,17 @@ def parse_examples(lines: bytes, name: str) -> tuple[Example, ...]:
 
 
 def examples_in(
-    data: bytes, uri: str, *, template: str = "", limit: int | None = None
+    data: bytes, source: DataSource, *, limit: int | None = None
 ) -> tuple[Example, ...]:
     """Parse a data file in a child process and return its first `limit` examples.
 
-    The ending of `uri` gives the file format. Raises DataError with every invalid row or with the
-    exceeded bound, InvalidSpecError for an unknown template, and LimitExceededError if parsing
-    takes more than 10 minutes of processor time or 8 GiB.
+    The ending of the source's `uri` gives the file format. Raises DataError with every invalid row
+    or with the exceeded bound, InvalidSpecError for an unknown template, and LimitExceededError if
+    parsing takes more than 10 minutes of processor time or 8 GiB.
     """
-    check_kind(uri)
-    rows = _isolated(_plain_examples, data, uri, template, limit)
+    check_kind(source.uri)
+    columns = source.cluster, source.slice
+    rows = _isolated(_plain_examples, data, source.uri, source.template, columns, limit)
     return _examples(rows)
 
 
@@ -80,15 +83,20 @@ def prompts_in(data: bytes, uri: str) -> PromptRows:
     return PromptRows(_examples(rows), answered, tuple(invalid))
 
 
-def checked(rows: list[Row], uri: str, template: str) -> tuple[Example, ...]:
+def checked(
+    rows: list[Row], uri: str, template: str, columns: tuple[str, str] = ("", "")
+) -> tuple[Example, ...]:
     """Return the examples of rows, converted by a template if one is named.
+
+    `columns` are the names of the columns with the cluster and the slice of a row, or "".
 
     Raises DataError with every invalid row, including rows with more than MAX_ROW_CHARACTERS
     characters, and InvalidSpecError for an unknown template.
     """
     if len(rows) > MAX_DATA_ROWS:
         raise _too_many_rows(uri, len(rows))
-    examples = examples_from(through_template(rows, template) if template else rows, uri)
+    examples = examples_from(through_template(rows, template) if template else rows, uri, columns)
+    examples = grouped(examples, rows, uri, *columns)
     long = [
         f"{example.location}: {size} characters"
         for example in examples
@@ -139,9 +147,12 @@ def _isolated(function: Callable[..., Any], data: bytes, uri: str, *arguments: A
     )
 
 
-def _plain_examples(data: bytes, uri: str, template: str, limit: int | None) -> list[list[Any]]:
+def _plain_examples(
+    data: bytes, uri: str, template: str, columns: Sequence[str], limit: int | None
+) -> list[list[Any]]:
     """Parse a file and return its examples as plain lists: runs in the child process."""
-    return _plain(checked(unchecked_rows(data, uri), uri, template)[:limit])
+    cluster, slice_ = columns
+    return _plain(checked(unchecked_rows(data, uri), uri, template, (cluster, slice_))[:limit])
 
 
 def _plain_prompts(data: bytes, uri: str) -> list[Any]:
@@ -168,6 +179,8 @@ def _plain(examples: Sequence[Example]) -> list[list[Any]]:
             example.messages and [[turn.role, turn.content] for turn in example.messages],
             list(example.choices),
             example.reference,
+            example.cluster,
+            example.slice,
             example.place,
         ]
         for example in examples
@@ -184,9 +197,11 @@ def _examples(rows: Sequence[Sequence[Any]]) -> tuple[Example, ...]:
             messages=messages and tuple(ChatMessage(role, content) for role, content in messages),
             choices=tuple(choices),
             reference=reference,
+            cluster=cluster,
+            slice=slice_,
             place=place,
         )
-        for id_, prompt, completion, messages, choices, reference, place in rows
+        for id_, prompt, completion, messages, choices, reference, cluster, slice_, place in rows
     )
 
 

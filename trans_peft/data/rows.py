@@ -9,7 +9,7 @@ result (`trans_peft.data.fields`).
 """
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,13 @@ Row = tuple[str, Any]
 """A row's place in its file ("line 3") and its value, or an `InvalidRow`."""
 
 
-def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
-    """Return the examples of rows. DataError with the place and reason of every invalid row."""
+def examples_from(
+    rows: list[Row], name: str, metadata: Collection[str] = ()
+) -> tuple[Example, ...]:
+    """Return the examples of rows. DataError with the place and reason of every invalid row.
+
+    `metadata` are fields that the source names as metadata, whatever other formats use them for.
+    """
     problems: list[tuple[str, str]] = []
     examples: list[Example] = []
     shapes: dict[str, str] = {}  # shape -> place of its first row
@@ -83,7 +88,7 @@ def examples_from(rows: list[Row], name: str) -> tuple[Example, ...]:
             elif own_id:
                 own_ids[own_id] = where
             example = _example(row, own_id, content_counts, where)
-            reasons += unsupported_fields(row, _READ[_shape(row)], _text(example))
+            reasons += unsupported_fields(row, _READ[_shape(row)].union(metadata), _text(example))
             examples.append(example)
         problems += [(where, reason) for reason in reasons]
     if not rows:

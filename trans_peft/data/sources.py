@@ -38,10 +38,11 @@ def read_examples(
     if source.uri.startswith(HUB):
         rows, sha256 = _hub_rows(source.uri, store.places)
         _check_pin(source, sha256)
-        return checked(rows, source.uri, source.template)[:limit]
+        columns = source.cluster, source.slice
+        return checked(rows, source.uri, source.template, columns)[:limit]
     data, sha256 = _file(source.uri, store)
     _check_pin(source, sha256)
-    return examples_in(data, source.uri, template=source.template, limit=limit)
+    return examples_in(data, source, limit=limit)
 
 
 def read_prompts(source: DataSource, store: ArtifactStore) -> PromptRows:

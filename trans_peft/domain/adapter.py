@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from trans_peft.domain.base import BaseRef
 from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.domain.names import check_names
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy
@@ -98,6 +99,8 @@ class AdapterVersion:
         state: The part that can change.
         recipe: Training recipe. None for an adopted adapter.
         made_by: Recovery strategy that made the weights from those of `transferred_from`.
+        leakage: Training rows that are items of a suite, for each suite. Empty for an adopted
+            adapter, and for one that was trained before they were counted.
 
     Raises:
         InvalidSpecError: the adapter's name is invalid, or the two bases are of different families.
@@ -116,6 +119,7 @@ class AdapterVersion:
     state: VersionState = VersionState()
     recipe: TrainingRecipe | None = None
     made_by: RecoveryStrategy = RecoveryStrategy.DIRECT
+    leakage: tuple[SuiteLeakage, ...] = ()
 
     def __post_init__(self) -> None:
         check_names(f"the adapter version with the number {self.number}", adapter=self.adapter)

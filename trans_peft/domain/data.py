@@ -22,6 +22,11 @@ class DataSource:
     means "not pinned yet". A pinned source whose bytes differ is an error, never a warning.
     `template` names how the rows of a public data set become questions and answers
     (`trans_peft.data.templates`); empty: the rows are questions and answers already.
+
+    `cluster` and `slice` name columns of a suite's rows (docs/statistics.md). Rows with the same
+    value of `cluster` are not independent: the tests count clusters instead of items. Rows with the
+    same value of `slice` are reported as a group. Empty: the suite has no clusters or no slices.
+    Every row must then have a value. Training ignores both.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -29,6 +34,8 @@ class DataSource:
     uri: str
     sha256: str = ""
     template: str = field(default="", metadata=ADDED_LATER)
+    cluster: str = field(default="", metadata=ADDED_LATER)
+    slice: str = field(default="", metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         if not self.uri:

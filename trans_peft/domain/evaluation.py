@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, NamedTuple
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
+from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.numbers import is_finite_number
 from trans_peft.domain.recovery import RecoveryPolicy
@@ -25,7 +26,9 @@ __all__ = [
     "ItemResult",
     "Judgment",
     "Levels",
+    "NegativeFlips",
     "Prefix",
+    "SliceJudgment",
     "Suite",
     "SuiteJudgment",
     "Verdict",
@@ -65,7 +68,7 @@ class Suite:
         data: prompt/completion rows or chat rows. The completion is the reference answer.
         scoring: name of a rule in `trans_peft.validation.scoring`; its parameter follows a colon.
         threshold: smallest correct value of a rule that returns a degree (BLEU, chrF, ROUGE-L,
-            label F1).
+            label F1). None for such a rule: results are degrees, and the claim is about their mean.
         max_new_tokens: largest number of tokens of an answer. Decoding is greedy.
         stop: strings that end an answer. The answer is cut before the first of them.
         limit: number of rows to use, from the first. None: all rows.
@@ -117,7 +120,8 @@ class Suite:
     def suite_sha256(self) -> str:
         """Hash of the items and the scoring rule.
 
-        The hash includes the bytes of the data and its template, but not its location.
+        The hash includes the bytes of the data, its template and the columns of its clusters and
+        slices, but not its location.
 
         Raises:
             InvalidSpecError: the data is not pinned.
@@ -129,10 +133,12 @@ class Suite:
             )
         fields = [self.name, self.data.sha256, self.limit, self.scoring, self.threshold]
         revision = _SCORING_REVISIONS.get(self.scoring.partition(":")[0])
+        columns = [self.data.cluster, self.data.slice]
         return content_sha256(
             fields
             + ([self.data.template] if self.data.template else [])
             + ([["marking", revision]] if revision else [])
+            + ([["columns", *columns]] if any(columns) else [])
         )
 
     @property
@@ -172,15 +178,20 @@ class ItemResult:
 
     Attributes:
         id: id of the item.
-        correct: whether the scoring rule accepted the answer.
+        correct: whether the scoring rule accepted the answer. In a suite with degrees, the degree
+            from 0.0 to 1.0.
         answer_sha256: SHA-256 of the answer; empty if it was not recorded.
         answer: text of the answer; None unless the suite sets `keep_answers`.
+        cluster: the cluster of the item. Empty: the item is independent of all others.
+        slice: the slice of the item; empty if the suite has no slices.
     """
 
     id: str
-    correct: bool
+    correct: bool | float
     answer_sha256: str = ""
     answer: str | None = None
+    cluster: str = ""
+    slice: str = ""
 
 
 @dataclass(frozen=True)
@@ -251,8 +262,13 @@ class Evaluation:
         return whole if self.prefix is None else prefix_key(whole, self.prefix, len(self.items))
 
     @property
+    def has_degrees(self) -> bool:
+        """Whether the results are degrees instead of right or wrong."""
+        return any(isinstance(item.correct, float) for item in self.items)
+
+    @property
     def score(self) -> float:
-        """Share of correct answers, in points (0 to 100)."""
+        """Share of correct answers, or mean degree, in points (0 to 100)."""
         return 100.0 * sum(item.correct for item in self.items) / len(self.items)
 
     @property
@@ -266,13 +282,14 @@ def flipped_items(
 ) -> tuple[tuple[ItemResult, ItemResult], ...]:
     """Return both results of each item that is right in one of two evaluations of a suite only.
 
+    In a suite with degrees these are the items whose degrees differ by at least one half.
     Items that one of them does not have are left out.
     """
     old = {item.id: item for item in before.items}
     return tuple(
         (old[item.id], item)
         for item in after.items
-        if item.id in old and old[item.id].correct != item.correct
+        if item.id in old and abs(old[item.id].correct - item.correct) >= 0.5
     )
 
 
@@ -328,6 +345,12 @@ class GatePolicy:
             `alpha`.
         must_match_fresh: whether the adapter must also be non-inferior to an adapter that was tuned
             on the new base.
+        max_negative_flip_points: the share of items that were right on the old base and are wrong
+            on the new one must be shown to lie below this limit, in points. None: no limit.
+        required_slices: slices of required suites on which the adapter must be non-inferior as
+            well, each as `SUITE/SLICE`.
+        max_leakage_points: largest share of a required suite's items that may be (nearly) training
+            rows, in points. An adapter above it does not pass. None: no limit.
         label: a name for this policy; part of its hash.
 
     Raises:
@@ -344,14 +367,25 @@ class GatePolicy:
     recovery: RecoveryPolicy = field(default=RecoveryPolicy(), metadata=ADDED_LATER)
     must_match_fresh: bool = field(default=False, metadata=ADDED_LATER)
     label: str = field(default="", metadata=ADDED_LATER)
+    max_negative_flip_points: float | None = field(default=None, metadata=ADDED_LATER)
+    required_slices: tuple[str, ...] = field(default=(), metadata=ADDED_LATER)
+    max_leakage_points: float | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
+        limit = self.max_negative_flip_points
+        if limit is not None and not 0 < limit < 100:
+            problems.append(f"max_negative_flip_points must lie in (0, 100), not {limit}")
+        if self.max_leakage_points is not None and not 0 <= self.max_leakage_points < 100:
+            problems.append(
+                f"max_leakage_points must lie in [0, 100), not {self.max_leakage_points}"
+            )
         if self.sequential and self.must_match_fresh:
             problems.append(
                 "sequential and must_match_fresh exclude each other, because a fresh adapter is "
                 "compared on complete suites"
             )
+        problems += _slice_problems(self)
         if not 0 < self.margin_points < 100:
             problems.append(f"margin_points must lie in (0, 100), not {self.margin_points}")
         if not 0 < self.alpha < 0.5:
@@ -379,16 +413,36 @@ class GatePolicy:
             self, alpha=self.alpha / len(self.recovery.strategies), recovery=RecoveryPolicy()
         )
 
-    def levels(self, inferiority_tests: int) -> Levels:
+    def levels(self, required_count: int, *, has_fresh_test: bool = False) -> Levels:
         """Return the levels of one suite's tests.
 
-        `inferiority_tests` is the number of inferiority tests on all required suites together.
+        All inferiority tests on the `required_count` required suites share `alpha`: against the old
+        base, against a fresh adapter (`has_fresh_test`), of the limit of negative flips, and on
+        each required slice.
         """
-        return Levels(self.alpha, self.alpha / inferiority_tests)
+        tests = 1 + has_fresh_test + (self.max_negative_flip_points is not None)
+        slices = len(set(self.required_slices))
+        return Levels(self.alpha, self.alpha / (required_count * tests + slices))
 
     def requires(self, suites: Iterable[str]) -> tuple[str, ...]:
         """Return the required suites without repetitions; `suites` are those of the adapter."""
         return tuple(dict.fromkeys(self.required_suites)) or tuple(sorted(suites))
+
+
+def _slice_problems(policy: GatePolicy) -> list[str]:
+    problems = []
+    if policy.sequential and policy.required_slices:
+        problems.append(
+            "sequential and required_slices exclude each other, because the items of a slice are "
+            "tested as a whole"
+        )
+    for name in policy.required_slices:
+        suite, _, found = name.partition("/")
+        if not suite or not found:
+            problems.append(f"a required slice must have the form SUITE/SLICE, not {quoted(name)}")
+        elif policy.required_suites and suite not in policy.required_suites:
+            problems.append(f"the suite of the required slice {quoted(name)} is not required")
+    return problems
 
 
 def verdict_key(evaluation_keys: tuple[str, ...], policy_sha256: str) -> str:
@@ -434,6 +488,51 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class NegativeFlips:
+    """Items of a suite that were right on the old base and are wrong on the new one.
+
+    In a suite with degrees, items whose degree fell by at least one half.
+
+    Attributes:
+        items: number of these items.
+        points: their share of the compared items, in points.
+        lower: lower confidence bound of `points` at level `Levels.inferiority`.
+        upper: upper confidence bound of `points` at level `Levels.alpha`.
+        below_limit: `upper` lies below the policy's limit. False without a limit.
+        above_limit: `lower` lies above the policy's limit. False without a limit.
+    """
+
+    items: int
+    points: float
+    lower: float
+    upper: float
+    below_limit: bool = False
+    above_limit: bool = False
+
+
+@dataclass(frozen=True)
+class SliceJudgment:
+    """The figures of one slice of a suite.
+
+    Attributes:
+        name: the slice's value in the column that the suite's data names.
+        score: score of the adapter on the new base, on the items of the slice, in points.
+        versus_old_base: comparison with the same adapter on the base that it was trained on.
+        required: whether the policy requires the slice.
+        clusters: number of clusters of its items; 0 if all items are independent.
+        items_needed: estimated number of items of this slice that would decide its test with a
+            probability of 80 %. 0 if it is decided or not required.
+    """
+
+    name: str
+    score: float
+    versus_old_base: Comparison
+    required: bool = False
+    clusters: int = 0
+    items_needed: int = 0
+
+
+@dataclass(frozen=True)
 class SuiteJudgment:
     """The figures of one suite behind a verdict.
 
@@ -451,6 +550,11 @@ class SuiteJudgment:
             required, or if more items would not help.
         prefix: the part of the suite that was evaluated in a sequential test; None for other tests.
             All figures are then those of that part, and the bounds hold at any stopping time.
+        clusters: number of clusters of the compared items; 0 if all items are independent.
+        design_effect: variance of the difference from the old base relative to independent items.
+        negative_flips: items that were right on the old base and are wrong on the new one. None in
+            outcomes that were recorded without them.
+        slices: the figures of each slice, by name; empty if the suite has no slices.
     """
 
     suite: str
@@ -461,6 +565,15 @@ class SuiteJudgment:
     versus_fresh_adapter: Comparison | None = None
     items_needed: int = 0
     prefix: Prefix | None = None
+    clusters: int = 0
+    design_effect: float = 1.0
+    negative_flips: NegativeFlips | None = None
+    slices: tuple[SliceJudgment, ...] = ()
+
+    @property
+    def required_slices(self) -> tuple[SliceJudgment, ...]:
+        """The slices that the policy requires."""
+        return tuple(found for found in self.slices if found.required)
 
     @property
     def items(self) -> int:
@@ -485,6 +598,8 @@ class Judgment:
         margin_points: margin of the policy that was applied, in points. None if no suite was
             compared, and in outcomes that were recorded without it.
         alpha: one-sided level of that policy, likewise. For a recovery strategy it is its share.
+        leakage: training rows that are items of a suite, for each suite; empty if they were not
+            counted.
     """
 
     verdict: Verdict
@@ -492,3 +607,4 @@ class Judgment:
     suites: tuple[SuiteJudgment, ...] = ()
     margin_points: float | None = None
     alpha: float | None = None
+    leakage: tuple[SuiteLeakage, ...] = ()

@@ -60,7 +60,7 @@ def log_flipped_items(
         {
             "suite": old.suite,
             "item": before.id,
-            "change": "lost" if before.correct else "gained",
+            "change": "lost" if before.correct > after.correct else "gained",
             "old answer": before.answer or "",
             "new answer": after.answer or "",
         }

@@ -13,6 +13,7 @@ from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseRef
 from trans_peft.domain.conventions import ALIAS_TAG_PREFIX, OVERRIDE_TAG_PREFIX
 from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.domain.names import quoted
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy
@@ -44,6 +45,7 @@ def version_tags(draft: AdapterVersion) -> dict[str, str]:
         "transferred_from": "" if transferred is None else str(transferred),
         "recipe": "" if draft.recipe is None else to_json(TrainingRecipe, draft.recipe),
         "made_by": draft.made_by.value,
+        "leakage": to_json(tuple[SuiteLeakage, ...], draft.leakage) if draft.leakage else "",
     }
 
 
@@ -65,6 +67,11 @@ def adapter_version(found: Any) -> AdapterVersion:
             run_id=found.run_id or None,
             recipe=_parse_tag(TrainingRecipe, tags, "recipe", where) if "recipe" in tags else None,
             made_by=_strategy(tags, where),
+            leakage=(
+                _parse_tag(tuple[SuiteLeakage, ...], tags, "leakage", where)
+                if "leakage" in tags
+                else ()
+            ),
             state=VersionState(
                 verdict=tags.get("verdict"),
                 verdict_key=tags.get("verdict_key"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from trans_peft.data import pin, read_examples
+from trans_peft.data import Example, pin, read_examples
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.lifecycle.base_files import base_folder
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate_on",
     "pin_suites",
     "tokenized_suite_for",
+    "with_groups",
 ]
 
 _MAX_SUITES_PER_BASE = 16
@@ -170,7 +171,7 @@ def _evaluate(
     tokenized = tokenized_suite_for(suite, loaded, platform, template)
     subject_model = nullcontext(loaded.model) if folder is None else attached(loaded.model, folder)
     with subject_model as model:
-        return answer(
+        found = answer(
             model,
             tokenized,
             weights_sha256=subject.weights_sha256,
@@ -178,3 +179,14 @@ def _evaluate(
             drafts=subject.drafts(suite.name),
             on_progress=progress_reporter(on_progress, subject.evaluated_on(suite, base)),
         )
+    return with_groups(found, tokenized.examples)
+
+
+def with_groups(evaluation: Evaluation, examples: Sequence[Example]) -> Evaluation:
+    """Return an evaluation with the cluster and the slice of each item, from its example."""
+    by_id = {example.id: example for example in examples}
+    items = (
+        replace(item, cluster=by_id[item.id].cluster, slice=by_id[item.id].slice)
+        for item in evaluation.items
+    )
+    return replace(evaluation, items=tuple(items))

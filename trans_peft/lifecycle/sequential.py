@@ -13,6 +13,7 @@ from trans_peft.lifecycle.evaluation import (
     EvaluationSubject,
     evaluate_on,
     tokenized_suite_for,
+    with_groups,
 )
 from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.ports import Platform
@@ -21,7 +22,6 @@ from trans_peft.validation.statistics.sequential import (
     EvaluatedModel,
     SequentialGate,
     SequentialSuiteTest,
-    batch_ends,
 )
 
 __all__ = ["evaluate_sequentially"]
@@ -100,7 +100,7 @@ def _stored(
     """Return the whole evaluation from the store, or else the longest stored part of it."""
     whole = suite.evaluation_key(subject.weights_sha256, base.fingerprint_sha256)
     n = len(test.order)
-    ends = [end for end in reversed(batch_ends(n)) if end < n]
+    ends = [end for end in reversed(test.batch_ends) if end < n]
     keys = [whole, *(prefix_key(whole, Prefix(n, test.seed), end) for end in ends)]
     return next((found for key in keys if (found := platform.evaluations.get(key))), None)
 
@@ -161,9 +161,10 @@ class _BatchEvaluator:
         from trans_peft.validation.evaluate import answer
 
         loaded = self._load(subject, suite.dtype)
-        return answer(
+        questions = tokenized_suite_for(suite, loaded.base, self._platform, loaded.template)
+        found = answer(
             loaded.model,
-            tokenized_suite_for(suite, loaded.base, self._platform, loaded.template).only(ids),
+            questions.only(ids),
             weights_sha256=subject.weights_sha256,
             base_fingerprint_sha256=self._base.fingerprint_sha256,
             drafts=subject.drafts(suite.name),
@@ -174,6 +175,7 @@ class _BatchEvaluator:
                 total=total,
             ),
         )
+        return with_groups(found, questions.examples)
 
     def _load(self, subject: EvaluationSubject, dtype: str) -> _LoadedSubject:
         from trans_peft.models import load_base

@@ -20,6 +20,7 @@ from trans_peft.lifecycle.evaluation import (
     evaluate_on,
     pin_suites,
 )
+from trans_peft.lifecycle.leakage import count_leakage
 from trans_peft.lifecycle.preflight import check_registration, check_suites
 from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.resolve import find_base
@@ -147,6 +148,7 @@ def train(
     check_registration(resolved.adapter, base.family, platform)
     rows = read_training_rows(resolved, platform.store)
     check_suites(base, resolved.suites, platform)
+    leakage = count_leakage(rows.training, resolved.suites, platform.store)
     check_synthetic_prompts(resolved, platform.store)
 
     tags = base.ref.labels | {"adapter": resolved.adapter}
@@ -154,6 +156,7 @@ def train(
         run.params(_params(resolved))
         for source in resolved.sources:
             run.dataset(resolved.adapter, source)
+        run.metrics({f"leakage_points/{found.suite}": found.points for found in leakage}, 0)
 
         def on_training_event(event: Event) -> None:
             if isinstance(event, events.TrainingMetrics | events.ValidationMetrics):
@@ -176,7 +179,7 @@ def train(
         if resolved.synthetic_prompts is not None:
             run.metrics({"synthetic_prompts": prompts}, result.steps)
         version = platform.registry.register(
-            replace(trained_version(base, resolved, result), run_id=run.id),
+            replace(trained_version(base, resolved, result), run_id=run.id, leakage=leakage),
             result.folder,
             tags=_tags(resolved, result, evaluations),
             scores={name: found.score for name, found in evaluations.items()},

@@ -11,6 +11,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import GatePolicy, Judgment, Verdict
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import Compatibility, TransferOutcome, TransferTask, outcome_of
+from trans_peft.domain.recovery import RecoveryPolicy
 from trans_peft.errors import replacing_paths_in_errors, translating_full_disk_errors
 from trans_peft.lifecycle.base_files import (
     named_fingerprint,
@@ -18,6 +19,7 @@ from trans_peft.lifecycle.base_files import (
     tokenizer_folder,
 )
 from trans_peft.lifecycle.evaluation import EvaluationSubject, evaluate_on
+from trans_peft.lifecycle.leakage import leakage_problem
 from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
 from trans_peft.lifecycle.recovery.evaluator import (
@@ -29,6 +31,7 @@ from trans_peft.lifecycle.recovery.evaluator import (
 from trans_peft.lifecycle.resolve import base_trained_on
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare, tokenizers_may_differ
+from trans_peft.validation.statistics.pairing import check_slices
 
 __all__ = ["record_failure", "transfer"]
 
@@ -157,6 +160,10 @@ def _evaluate(
 
     subject = EvaluationSubject(source.adapter, source.weights_sha256, folder)
     reference = evaluate_on(trained_on, source.suites, platform, subject, on_progress=on_progress)
+    check_slices(policy, reference)
+    if leakage_problem(policy, source):
+        # No strategy removes an item of the suite from the training rows.
+        policy = replace(policy, recovery=RecoveryPolicy())
     evaluator = CandidateEvaluator(
         source,
         base,

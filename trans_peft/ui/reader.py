@@ -50,6 +50,7 @@ class VerdictView:
         meaning: What the verdict says, and what to do, also about a manual override.
         margin_points: The non-inferiority margin. None if the outcome does not record it.
         alpha: The one-sided level, likewise.
+        leakage: Training rows that are items of a suite, as text for each suite.
         policy_sha256: Hash of the gate policy.
         largest_logit_change: Result of the effect probe; None if it was not run.
         suites: The figures of every suite.
@@ -64,6 +65,7 @@ class VerdictView:
     meaning: Meaning
     margin_points: float | None
     alpha: float | None
+    leakage: tuple[str, ...]
     policy_sha256: str
     largest_logit_change: float | None
     suites: tuple[SuiteView, ...]
@@ -132,6 +134,7 @@ class Reader:
             meaning=meaning_of(station.cell.state, station.cell.override, base, outcome.new_number),
             margin_points=finite(outcome.judgment.margin_points),
             alpha=finite(outcome.judgment.alpha),
+            leakage=tuple(map(str, outcome.judgment.leakage)),
             policy_sha256=outcome.policy_sha256,
             largest_logit_change=finite(outcome.effect.max_logit_change)
             if outcome.effect

@@ -8,6 +8,8 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import (
     Comparison,
     Evaluation,
+    NegativeFlips,
+    SliceJudgment,
     Suite,
     SuiteJudgment,
     flipped_items,
@@ -147,6 +149,10 @@ class SuiteView:
         chance: Score of random guessing in points, if the suite states it.
         comparisons: The comparisons with the old base, the bare new base and a fresh adapter.
         flips: The items whose result changed.
+        clusters: Number of clusters of the items; 0 if all items are independent.
+        negative_flips: Figures of the items that are right on the old base and wrong on the new
+            one. None if the outcome does not record them.
+        slices: Figures of each slice.
     """
 
     suite: str
@@ -158,6 +164,9 @@ class SuiteView:
     chance: float | None
     comparisons: tuple[ComparisonView, ...]
     flips: Flips
+    clusters: int = 0
+    negative_flips: NegativeFlips | None = None
+    slices: tuple[SliceJudgment, ...] = ()
 
 
 def suites_of(
@@ -206,6 +215,9 @@ def _suite_view(
         chance=suite.chance_points if suite else None,
         comparisons=tuple(views),
         flips=flips,
+        clusters=figures.clusters,
+        negative_flips=figures.negative_flips,
+        slices=figures.slices,
     )
 
 
@@ -270,7 +282,7 @@ def _flips(
 def _compared(old: Evaluation, new: Evaluation) -> Flips:
     flipped = flipped_items(old, new)
     return Flips(
-        lost=tuple(before.id for before, _ in flipped if before.correct),
-        gained=tuple(before.id for before, _ in flipped if not before.correct),
+        lost=tuple(old.id for old, new in flipped if old.correct > new.correct),
+        gained=tuple(old.id for old, new in flipped if old.correct < new.correct),
         compared=len({item.id for item in old.items} & {item.id for item in new.items}),
     )

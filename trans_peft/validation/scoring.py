@@ -1,8 +1,8 @@
 """The table of scoring rules, which decide whether an answer is right.
 
-A rule returns a score of 0 to 100 for an answer and its reference. Because the gate compares items
-that are right or wrong, graded rules need the suite's `threshold`: an answer with at least that
-score is right. Exact rules return only 0 and 100.
+A rule returns a score of 0 to 100 for an answer and its reference. With the suite's `threshold`, an
+answer with at least that score is right. A graded rule without a threshold gives each item a
+degree, and the gate compares means. Exact rules return only 0 and 100.
 
 A suite names a rule, and after a colon the rule's parameter: `exact_match`, `regex:true|false`.
 Both are part of the suite's hash. A rule whose scores change gets a new name, or another
@@ -46,7 +46,7 @@ class Rule:
         bind: returns the rule for the parameter after the colon ("" without one).
         takes: describes that parameter; empty for a rule without one.
         may_omit_parameter: whether the parameter may be omitted.
-        is_graded: whether the suite needs a threshold.
+        is_graded: whether the suite may have a threshold.
         runs_programs: whether `bind` also takes the sandbox guards that the worker may lack.
         is_literal: whether a right answer is the text of the reference, apart from white space
             around it. `prepare` then refuses references that decoding cannot produce.
@@ -83,14 +83,16 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, str], bool]:
+def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, str], bool | float]:
     """Return the suite's `is_right(answer, reference)`.
+
+    For a graded rule without a threshold, it returns the degree from 0.0 to 1.0.
 
     `may_lack` are the sandbox guards that may be missing on this worker; they come from the
     worker's operator, never from the suite.
 
-    InvalidSpecError for an unknown rule, a missing or unexpected parameter, a graded rule without a
-    threshold, and an exact rule with one. `is_right` raises DataError for a reference that no
+    InvalidSpecError for an unknown rule, a missing or unexpected parameter, a threshold outside its
+    range, and an exact rule with one. `is_right` raises DataError for a reference that no
     answer can match, whatever the answer is.
     """
     name, colon, parameter = suite.scoring.partition(":")
@@ -117,12 +119,13 @@ def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, 
             do="correct `scoring` in the suite (docs/suites.md)",
         )
     threshold = suite.threshold
-    if rule.is_graded and (threshold is None or not 0 < threshold <= 100):
+    if rule.is_graded and threshold is not None and not 0 < threshold <= 100:
         raise InvalidSpecError(
-            f"suite {suite.name!r}: {name} is a graded rule, so it needs a threshold",
-            expected="threshold in (0, 100]: answers with at least that score are right",
+            f"suite {suite.name!r}: invalid threshold of the graded rule {name}",
+            expected="threshold in (0, 100]: answers with at least that score are right; or none: "
+            "the mean score is compared",
             found=threshold,
-            do="set `threshold` in the suite",
+            do="correct `threshold` in the suite, or remove it",
         )
     if not rule.is_graded and threshold is not None:
         raise InvalidSpecError(
@@ -131,6 +134,8 @@ def make_scorer(suite: Suite, may_lack: Collection[str] = ()) -> Callable[[str, 
             do="remove the threshold",
         )
     score = rule.bind(parameter, may_lack) if rule.runs_programs else rule.bind(parameter)
+    if rule.is_graded and threshold is None:
+        return lambda answer, reference: min(max(score(answer, reference) / 100, 0.0), 1.0)
     minimum = 100.0 if threshold is None else threshold
     return lambda answer, reference: score(answer, reference) >= minimum
 

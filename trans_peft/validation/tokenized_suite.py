@@ -29,7 +29,8 @@ class TokenizedSuite:
         prompts: token ids of each item's prompt.
         expected: token ids of each item's right answer; empty for a `choice` suite.
         choices: token ids of each item's choices; empty for all other suites.
-        is_right: `is_right(answer, reference)` of the suite's scoring rule.
+        is_right: `is_right(answer, reference)` of the suite's scoring rule, True or False; in a
+            suite with degrees the degree from 0.0 to 1.0.
         exact: the decoded text of `expected` where it differs from the right answer's text (by a
             normalizer, or a space after a special token), else None.
         end_tokens: tokens that end an answer, in addition to those of the model and the tokenizer.
@@ -41,7 +42,7 @@ class TokenizedSuite:
     prompts: tuple[list[int], ...]
     expected: tuple[list[int], ...]
     choices: tuple[list[list[int]], ...]
-    is_right: Callable[[str, str], bool]
+    is_right: Callable[[str, str], bool | float]
     exact: tuple[str | None, ...]
     end_tokens: frozenset[int]
 
@@ -58,16 +59,17 @@ class TokenizedSuite:
             exact=tuple(self.exact[i] for i in chosen),
         )
 
-    def is_correct(self, number: int, answer: str) -> bool:
-        """Whether an answer to the item at a position is right by the suite's rule.
+    def is_correct(self, number: int, answer: str) -> bool | float:
+        """Whether an answer to the item at a position is right by the suite's rule, or its degree.
 
         An answer with exactly the tokens of the right answer is right, also if the tokenizer
         decodes them to another text.
         """
         example, exact = self.examples[number], self.exact[number]
-        if self.is_right(answer, example.reference or example.completion):
-            return True
-        return exact is not None and self.is_right(answer, exact)
+        found = self.is_right(answer, example.reference or example.completion)
+        if exact is None or found >= 1:
+            return found
+        return max(found, self.is_right(answer, exact))
 
     def drafts(self, answers: Mapping[str, str]) -> list[list[int]]:
         """Return each item's expected answer as token ids: that in `answers`, else the right one.
@@ -166,7 +168,7 @@ def with_answers(
 
 
 def _exact(
-    tokenizer: Any, example: Example, ids: list[int], is_right: Callable[[str, str], bool]
+    tokenizer: Any, example: Example, ids: list[int], is_right: Callable[[str, str], bool | float]
 ) -> str | None:
     """Return the decoded text of the right answer if it differs and is a valid reference."""
     if not ids or example.reference or tokenizer.unk_token_id in ids:

@@ -21,12 +21,11 @@ from trans_peft.domain.evaluation import GatePolicy, ItemResult, Prefix, Verdict
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.gate import judge
 from trans_peft.validation.statistics.intervals import items_to_decide
+from trans_peft.validation.statistics.order import order, order_seed
 from trans_peft.validation.statistics.sequential import (
     EvaluatedModel,
     SequentialGate,
     batch_ends,
-    order,
-    order_seed,
 )
 
 EARLY = replace(POLICY, sequential=True)

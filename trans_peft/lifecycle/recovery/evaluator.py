@@ -23,6 +23,7 @@ from trans_peft.lifecycle.evaluation import (
     EvaluationSubject,
     evaluate_on,
 )
+from trans_peft.lifecycle.leakage import with_leakage
 from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs
 from trans_peft.lifecycle.recovery.prompts import has_prompts
@@ -87,6 +88,7 @@ class CandidateEvaluator:
             found, bare = self._evaluations(subject), self._evaluations(BARE_BASE)
             fresh = self._fresh_evaluations()
         judgment = judge(self.policy, self.reference, found, bare, fresh)
+        judgment = with_leakage(judgment, self.policy, self.source)
         return judgment, (*found.values(), *bare.values(), *fresh.values())
 
     def _evaluations(self, subject: EvaluationSubject) -> dict[str, Evaluation]:

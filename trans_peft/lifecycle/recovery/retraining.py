@@ -109,6 +109,7 @@ def retrain(
                 trained_version(base, resolved, result),
                 suites=source.suites,
                 made_by=RecoveryStrategy.RETRAINED,
+                leakage=source.leakage,  # of the same training rows and suites
             ),
             result.folder,
         )

@@ -2,8 +2,14 @@
 
 from collections.abc import Sequence
 
-from trans_peft.domain.evaluation import Comparison, GatePolicy, SuiteJudgment, Verdict
-from trans_peft.validation.statistics.intervals import items_to_decide
+from trans_peft.domain.evaluation import (
+    Comparison,
+    GatePolicy,
+    SliceJudgment,
+    SuiteJudgment,
+    Verdict,
+)
+from trans_peft.validation.statistics.intervals import items_to_decide, smallest_sample
 
 __all__ = ["reason"]
 
@@ -35,6 +41,13 @@ def reason(
         for suite in other
         if suite.versus_old_base.inferior
     ]
+    parts += [
+        f"not required, but inferior: slice {part.name} of {suite.suite}, lost at least "
+        f"{-part.versus_old_base.inferiority_bound:.2f} points"
+        for suite in (*required, *other)
+        for part in suite.slices
+        if part.versus_old_base.inferior and not part.required
+    ]
     test = "sequential test, " if policy.sequential else ""
     return f"{'; '.join(parts)} ({test}one-sided level {100 * policy.alpha:g} %)"
 
@@ -45,6 +58,8 @@ def _scores(suite: SuiteJudgment) -> str:
         if suite.prefix
         else f"{suite.items} items"
     )
+    if suite.clusters:
+        items += f" in {suite.clusters} clusters (design effect {suite.design_effect:.1f})"
     return (
         f"{suite.suite}: score {suite.versus_old_base.reference_score:.1f} on the old base, "
         f"{suite.score:.1f} on the new base, {items}"
@@ -56,6 +71,12 @@ def _passed(policy: GatePolicy, suite: SuiteJudgment) -> str:
     change = "lost at most" if lower < 0 else "gained at least"
     parts = [_scores(suite), f"{change} {abs(lower):.2f} points, margin {policy.margin_points:g}"]
     bare, fresh = suite.versus_bare_base, suite.versus_fresh_adapter
+    if policy.max_negative_flip_points is not None:
+        parts.append(_flips(policy, suite))
+    for part in suite.required_slices:
+        lower = part.versus_old_base.lower
+        change = "lost at most" if lower < 0 else "gained at least"
+        parts.append(f"slice {part.name}: {change} {abs(lower):.2f} points")
     if bare is not None and bare.superior:
         parts.append(
             f"at least {bare.lower:.2f} points better than the bare new base "
@@ -68,6 +89,18 @@ def _passed(policy: GatePolicy, suite: SuiteJudgment) -> str:
 
 def _needs_retuning(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> list[str]:
     parts = [_loss(policy, suite) for suite in suites if suite.versus_old_base.inferior]
+    parts += [
+        f"{_scores(suite)}; slice {part.name}: lost at least "
+        f"{-part.versus_old_base.inferiority_bound:.2f} points, margin {policy.margin_points:g}"
+        for suite in suites
+        for part in suite.required_slices
+        if part.versus_old_base.inferior
+    ]
+    parts += [
+        f"{_scores(suite)}; {_flips(policy, suite)}"
+        for suite in suites
+        if suite.negative_flips is not None and suite.negative_flips.above_limit
+    ]
     if policy.must_match_fresh:
         parts += [
             f"{_scores(suite)}; a freshly tuned adapter scores {fresh.reference_score:.1f}, "
@@ -81,6 +114,16 @@ def _needs_retuning(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> list
 def _loss(policy: GatePolicy, suite: SuiteJudgment) -> str:
     loss = -suite.versus_old_base.inferiority_bound
     return f"{_scores(suite)}; lost at least {loss:.2f} points, margin {policy.margin_points:g}"
+
+
+def _flips(policy: GatePolicy, suite: SuiteJudgment) -> str:
+    flips, limit = suite.negative_flips, policy.max_negative_flip_points
+    assert flips is not None and limit is not None
+    bound = f"at least {flips.lower:.2f}" if flips.above_limit else f"at most {flips.upper:.2f}"
+    return (
+        f"{flips.items} items are right on the old base and wrong on the new one "
+        f"({flips.points:.2f} points, {bound}, limit {limit:g})"
+    )
 
 
 def _retire(policy: GatePolicy, suite: SuiteJudgment) -> str:
@@ -141,6 +184,14 @@ def _undecided(policy: GatePolicy, suite: SuiteJudgment) -> str:
             f"loss exceeds the margin of {policy.margin_points:g} (power if nothing was lost: "
             f"{100 * suite.power:.0f} %)"
         )
+    flips = suite.negative_flips
+    if policy.max_negative_flip_points is not None and flips and not flips.below_limit:
+        parts.append(_flips(policy, suite))
+    parts += [
+        _undecided_slice(policy, part)
+        for part in suite.required_slices
+        if not part.versus_old_base.non_inferior
+    ]
     if policy.must_beat_bare and bare is not None and not bare.superior:
         parts.append(
             f"the difference from the bare new base ({bare.reference_score:.1f}) lies between "
@@ -154,6 +205,22 @@ def _undecided(policy: GatePolicy, suite: SuiteJudgment) -> str:
     if suite.more_items:
         parts.append(f"about {suite.more_items:,} more items would decide")
     return f"{_scores(suite)}; {', '.join(parts)}" if parts else ""
+
+
+def _undecided_slice(policy: GatePolicy, part: SliceJudgment) -> str:
+    items = part.versus_old_base.items
+    smallest = smallest_sample(policy.margin_points / 100, policy.alpha)
+    if items < smallest:
+        return (
+            f"slice {part.name} has {items} items, too few for any result: a margin of "
+            f"{policy.margin_points:g} points needs at least {smallest}"
+        )
+    needed = part.items_needed - items
+    more = f" (about {needed:,} more items of it would decide)" if needed > 0 else ""
+    return (
+        f"the change on slice {part.name} ({items} items) lies between "
+        f"{_interval(part.versus_old_base)}{more}"
+    )
 
 
 def _interval(comparison: Comparison) -> str:

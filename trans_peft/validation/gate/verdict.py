@@ -27,7 +27,7 @@ from trans_peft.domain.evaluation import (
 )
 from trans_peft.validation.gate.comparison import judge_sequential_suite, judge_suite
 from trans_peft.validation.gate.reason import reason
-from trans_peft.validation.statistics.pairing import check_comparable
+from trans_peft.validation.statistics.pairing import check_comparable, check_slices
 from trans_peft.validation.statistics.sequential import replay
 
 __all__ = ["judge"]
@@ -58,6 +58,7 @@ def judge(
     """
     fresh = fresh or {}
     required = policy.requires(reference)
+    check_slices(policy, reference)
     check_comparable(
         required,
         reference,
@@ -88,10 +89,9 @@ def judge(
         deciding = [judge_whole(suite) for suite in required]
         verdict = _verdict(policy, deciding)
     if verdict is not Verdict.INCONCLUSIVE:
-        deciding = [replace(suite, items_needed=0) for suite in deciding]
+        deciding = [_without_estimates(suite) for suite in deciding]
     other = [
-        replace(judge_whole(suite), items_needed=0)
-        for suite in sorted(set(reference) - {*required})
+        _without_estimates(judge_whole(suite)) for suite in sorted(set(reference) - {*required})
     ]
     return Judgment(
         verdict,
@@ -100,6 +100,11 @@ def judge(
         margin_points=policy.margin_points,
         alpha=policy.alpha,
     )
+
+
+def _without_estimates(suite: SuiteJudgment) -> SuiteJudgment:
+    slices = tuple(replace(part, items_needed=0) for part in suite.slices)
+    return replace(suite, items_needed=0, slices=slices)
 
 
 def _verdict(policy: GatePolicy, suites: Sequence[SuiteJudgment]) -> Verdict:
@@ -119,13 +124,24 @@ def _passes(policy: GatePolicy, suite: SuiteJudgment) -> bool:
     bare, fresh = suite.versus_bare_base, suite.versus_fresh_adapter
     return (
         suite.versus_old_base.non_inferior
+        and _has_few_flips(policy, suite)
+        and all(part.versus_old_base.non_inferior for part in suite.required_slices)
         and (not policy.must_beat_bare or (bare is not None and bare.superior))
         and (not policy.must_match_fresh or (fresh is not None and fresh.non_inferior))
     )
 
 
 def _needs_retuning(policy: GatePolicy, suite: SuiteJudgment) -> bool:
-    fresh = suite.versus_fresh_adapter
+    fresh, flips = suite.versus_fresh_adapter, suite.negative_flips
+    if flips is not None and flips.above_limit:
+        return True
+    if any(part.versus_old_base.inferior for part in suite.required_slices):
+        return True
     return suite.versus_old_base.inferior or (
         policy.must_match_fresh and fresh is not None and fresh.inferior
     )
+
+
+def _has_few_flips(policy: GatePolicy, suite: SuiteJudgment) -> bool:
+    flips = suite.negative_flips
+    return policy.max_negative_flip_points is None or (flips is not None and flips.below_limit)

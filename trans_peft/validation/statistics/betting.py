@@ -1,7 +1,7 @@
 """Betting tests: sequential tests of a mean that are valid at any stopping time.
 
 A betting test rejects the hypothesis "the mean of x is at most `threshold`". It observes x item by
-item; each x is -1, 0 or 1. The test starts with a wealth of `alpha` and bets before each item that
+item; each x lies in [-1, 1]. It starts with a wealth of `alpha` and bets before each item that
 x exceeds the threshold: wealth <- wealth * (1 + bet * (x - threshold)). If the hypothesis is true,
 the wealth is a nonnegative supermartingale, so it ever reaches 1 with a probability of at most
 `alpha` (Ville's inequality). This holds for any number of looks and for any bets, as long as each
@@ -17,6 +17,11 @@ all items. If the observed mean is far from the threshold, Kelly's bet is larger
 The mean is that of the population from which the items were drawn. A bet must not depend on its own
 item, not even on that item's result on the old base: bets placed only on items that were wrong
 before cannot lose.
+
+Items that come in clusters get one bet per cluster, because the items of a cluster are not
+independent: x is then the mean of the cluster, and its `weight` is the cluster's size divided by
+the largest size. The bet wins `weight * (x - threshold)`, whose mean is at most 0 if the mean over
+the items of the population is at most `threshold`.
 """
 
 from collections.abc import Sequence
@@ -45,13 +50,16 @@ def bet_size(
     variance: ArrayLike,
     threshold: ArrayLike,
     estimated_excess: ArrayLike,
+    *,
+    unit_steps: bool = True,
 ) -> NDArray[np.float64]:
     """Return the bet on the next item, per unit of x - threshold, elementwise.
 
     The bet is the larger of two. One hedges "the sum of x - threshold reaches a constant within
     `items_remaining` items", an event whose probability under the hypothesis is `wealth`. The other
     is Kelly's bet for `estimated_excess`, which decides earlier in suites that are much larger than
-    needed. The bet never exceeds what reaches a wealth of 1 with the smallest possible gain.
+    needed. With `unit_steps`, where x is -1, 0 or 1, the bet never exceeds what reaches a wealth of
+    1 with the smallest possible gain.
 
     Args:
         wealth: current wealth, in (0, 1).
@@ -65,13 +73,14 @@ def bet_size(
     z = -ndtri(wealth / 2)
     hedge = np.exp(-z * z / 2 - log_ndtr(-z)) / np.sqrt(2 * np.pi * items_remaining * variance)
     bet = np.maximum(hedge, np.asarray(estimated_excess, dtype=np.float64) / variance)
-    smallest_gain = np.where(threshold < -1e-9, -threshold, 1 - threshold)
-    sufficient = (1 / wealth - 1) / smallest_gain
-    return np.minimum(bet, np.minimum(sufficient, _MAX_BET_SHARE / (1 + threshold)))
+    if unit_steps:
+        smallest_gain = np.where(threshold < -1e-9, -threshold, 1 - threshold)
+        bet = np.minimum(bet, (1 / wealth - 1) / smallest_gain)
+    return np.where(wealth >= 1, 0.0, np.minimum(bet, _MAX_BET_SHARE / (1 + threshold)))
 
 
 class BettingTest:
-    """Sequential one-sided test that the mean of x lies above a threshold; each x is -1, 0 or 1.
+    """Sequential one-sided test that the mean of x lies above a threshold; each x is in [-1, 1].
 
     `threshold` and x may be arrays of one shape. Then one test runs per element.
 
@@ -79,7 +88,9 @@ class BettingTest:
         threshold: the mean under the null hypothesis, in (-1, 1).
         items: largest number of items that will be observed.
         alpha: significance level, the largest probability of ever rejecting a true hypothesis.
-        effect: smallest excess over the threshold that the test should detect.
+        effect: smallest excess over the threshold that the test should detect, times the mean
+            weight.
+        unit_steps: whether every x is -1, 0 or 1, with weight 1.
 
     Attributes:
         wealth: evidence against the hypothesis, from `alpha` at the start to 1 (significant).
@@ -94,7 +105,15 @@ class BettingTest:
         >>> bool(test.is_significant)
     """
 
-    def __init__(self, threshold: ArrayLike, *, items: int, alpha: float, effect: float) -> None:
+    def __init__(
+        self,
+        threshold: ArrayLike,
+        *,
+        items: int,
+        alpha: float,
+        effect: float,
+        unit_steps: bool = True,
+    ) -> None:
         self.threshold = np.asarray(threshold, dtype=np.float64)
         if not (items >= 1 and 0 < alpha < 1 and effect > 0 and np.all(abs(self.threshold) < 1)):
             raise InvalidSpecError(
@@ -103,12 +122,16 @@ class BettingTest:
                 found=f"items={items}, alpha={alpha}, effect={effect}, threshold={self.threshold}",
             )
         self.items, self.alpha, self.effect, self.observed_items = items, alpha, effect, 0
+        self.unit_steps = unit_steps
         self.wealth: NDArray[np.float64] = np.full(self.threshold.shape, alpha)
-        self._discordant: Any = 0
+        self._squares: Any = 0
         self._sum: Any = 0
+        self._weight: Any = 0
 
-    def observe(self, x: ArrayLike) -> None:
+    def observe(self, x: ArrayLike, weight: ArrayLike = 1.0) -> None:
         """Place a bet and update the wealth with the next item's x.
+
+        `weight` in (0, 1] scales what the bet wins or loses.
 
         Raises:
             InvalidSpecError: all `items` were observed already.
@@ -117,14 +140,20 @@ class BettingTest:
             raise InvalidSpecError(
                 "a betting test received more items than its maximum", expected=self.items
             )
-        x = np.asarray(x, dtype=np.float64)
+        x, weight = np.asarray(x, dtype=np.float64), np.asarray(weight, dtype=np.float64)
         # At a wealth of 1 the bet is 0, so a significant test stays significant.
         bets = bet_size(
-            self.wealth, self.items_remaining, self.variance, self.threshold, self.estimated_excess
+            self.wealth,
+            self.items_remaining,
+            self.variance,
+            self.threshold,
+            self.estimated_excess,
+            unit_steps=self.unit_steps,
         )
-        wealth = self.wealth * (1 + bets * (x - self.threshold))
+        wealth = self.wealth * (1 + bets * weight * (x - self.threshold))
         self.wealth = np.where(wealth > 1 - 1e-12, 1.0, wealth)
-        self._discordant, self._sum = self._discordant + (x != 0), self._sum + x
+        self._squares, self._sum = self._squares + (weight * x) ** 2, self._sum + weight * x
+        self._weight = self._weight + weight
         self.observed_items += 1
 
     @property
@@ -134,19 +163,19 @@ class BettingTest:
 
     @property
     def variance(self) -> Any:
-        """Estimated variance of x, from the observed items and a prior of 15 % discordant items."""
-        weight = _PRIOR_ITEMS + self.observed_items
-        return (_PRIOR_DISCORDANT + self._discordant) / weight - (self._sum / weight) ** 2
+        """Estimated variance of `weight * x`, with a prior of 15 % discordant items."""
+        items = _PRIOR_ITEMS + self.observed_items
+        return (_PRIOR_DISCORDANT + self._squares) / items - (self._sum / items) ** 2
 
     @property
     def estimated_excess(self) -> Any:
-        """Observed mean minus the threshold, less one standard error; at least half of `effect`.
+        """Observed mean win of a bet of 1, less one standard error; at least half of `effect`.
 
         The lower limit keeps the bets positive, because without bets the wealth cannot grow.
         """
-        weight = _PRIOR_ITEMS + self.observed_items
-        excess = (self._sum - self.threshold * self.observed_items) / weight
-        return np.maximum(self.effect / 2, excess - np.sqrt(self.variance / weight))
+        items = _PRIOR_ITEMS + self.observed_items
+        excess = (self._sum - self.threshold * self._weight) / items
+        return np.maximum(self.effect / 2, excess - np.sqrt(self.variance / items))
 
     @property
     def is_significant(self) -> Any:
@@ -173,18 +202,28 @@ class BettingTest:
 
 
 def lower_confidence_limit(
-    x: Sequence[int], threshold: float, *, items: int, alpha: float, effect: float
+    x: Sequence[float | tuple[float, float]],
+    threshold: float,
+    *,
+    items: int,
+    alpha: float,
+    effect: float,
+    unit_steps: bool = True,
 ) -> float:
     """Return the largest threshold whose betting test on `x` is significant; -1 if there is none.
+
+    An element of `x` is a value, or a pair of a cluster's mean and its weight.
 
     The limit holds at any stopping time. It is accurate to about 0.00005. It is at or above
     `threshold` exactly if the test with that threshold is significant.
     """
 
     def is_significant(thresholds: NDArray[np.float64]) -> NDArray[np.bool_]:
-        betting_test = BettingTest(thresholds, items=items, alpha=alpha, effect=effect)
+        betting_test = BettingTest(
+            thresholds, items=items, alpha=alpha, effect=effect, unit_steps=unit_steps
+        )
         for value in x:
-            betting_test.observe(value)
+            betting_test.observe(*(value if isinstance(value, tuple) else (value,)))
         return betting_test.is_significant
 
     above = is_significant(np.array([threshold]))[0]

@@ -10,7 +10,7 @@ it is positive if more results are correct after the change. `margin` and `diffe
 proportions as well: 5 points are 0.05.
 """
 
-from math import ceil, log2
+from math import ceil, log2, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,7 @@ __all__ = [
     "lower_bound",
     "power_of_non_inferiority",
     "score_statistic",
+    "smallest_sample",
     "upper_bound",
 ]
 
@@ -115,19 +116,36 @@ def power_of_non_inferiority(n: int, discordant_share: float, margin: float, alp
     return float(np.sum(weights * binom.sf(enough - 1, discordant, 0.5)))
 
 
-def items_to_decide(
-    n: int, b: int, c: int, difference: float, alpha: float, *, power: float = 0.8
+def smallest_sample(margin: float, alpha: float) -> int:
+    """Return the smallest number of items of which any result can show non-inferiority.
+
+    It is that of a sample without discordant items, whose lower bound is -z^2 / (n + z^2).
+    """
+    z = float(norm.isf(alpha))
+    return int(z * z * (1 - margin) / margin) + 1
+
+
+def items_to_decide(  # noqa: PLR0913  the counts, the test and its assumptions
+    n: int,
+    b: int,
+    c: int,
+    difference: float,
+    alpha: float,
+    *,
+    power: float = 0.8,
+    design_effect: float = 1.0,
 ) -> int:
     """Return the total number of items at which a bound excludes `difference` with `power`.
 
     The bound is the one at level `alpha` on the side of the observed difference. Assumes that the
     true shares are the observed ones. T is proportional to the square root of n, so it must reach
     z(alpha) + z(power). An observed difference closer than half an item to `difference` counts as
-    half an item away; the result is then very large. Never returns less than `n`.
+    half an item away; the result is then very large. Never returns less than `n`. `design_effect`
+    is the variance of the statistic relative to independent items.
     """
     _check(n, b, c, alpha)
     surplus = c - b - n * difference
     gains = c + 0.5 - surplus if abs(surplus) < 0.5 else c
     t = abs(float(score_statistic(n, b, gains, difference)))
-    required_t = float(norm.isf(alpha) + norm.ppf(power))
+    required_t = float(norm.isf(alpha) + norm.ppf(power)) * sqrt(design_effect)
     return max(n, ceil(n * (required_t / t) ** 2))

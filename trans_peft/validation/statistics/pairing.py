@@ -2,39 +2,50 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
 
-from trans_peft.domain.evaluation import BARE, Evaluation
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy
+from trans_peft.domain.names import quoted
 from trans_peft.errors import InvalidSpecError
+from trans_peft.validation.statistics.clusters import ClusterCounts
+from trans_peft.validation.statistics.degrees import DegreeChanges
+from trans_peft.validation.statistics.order import SuiteClusters, cluster_of, order, order_seed
 
-__all__ = ["Pairs", "check_comparable", "check_same_questions", "count_pairs"]
+__all__ = ["check_comparable", "check_same_questions", "check_slices", "count_flips", "count_pairs"]
 
 _MAX_SHOWN_IDS = 5
 
 
-class Pairs(NamedTuple):
-    """Counts of paired results: items with two results, and items with one correct result."""
+def count_pairs(
+    first: Evaluation, second: Evaluation, margin: float
+) -> ClusterCounts | DegreeChanges:
+    """Return the changes from the first evaluation to the second, by cluster.
 
-    n: int
-    only_first: int
-    only_second: int
+    Both have the same items. In a suite with degrees, the changes are bet on with the effect
+    `margin`, in an order that depends on the suite and the second base only.
+    """
+    if not (first.has_degrees or second.has_degrees):
+        return count_flips(first, second)
+    before = {item.id: item.correct for item in first.items}
+    after = {item.id: item for item in second.items}
+    clusters = {id_: cluster_of(item) for id_, item in after.items()}
+    seed = order_seed(second.suite_sha256, second.base_fingerprint_sha256)
+    ids = order(after, seed, clusters)
+    return DegreeChanges(
+        [float(after[id_].correct - before[id_]) for id_ in ids],
+        SuiteClusters([clusters[id_] for id_ in ids]),
+        margin,
+    )
 
-    @property
-    def points(self) -> float:
-        """Score of the second evaluation minus score of the first, in points."""
-        return 100.0 * (self.only_second - self.only_first) / self.n
 
-    @property
-    def discordant(self) -> int:
-        """Number of items with exactly one correct result."""
-        return self.only_first + self.only_second
+def count_flips(first: Evaluation, second: Evaluation) -> ClusterCounts:
+    """Count the items that are right in one of two evaluations of the same items, by cluster.
 
-
-def count_pairs(first: Evaluation, second: Evaluation) -> Pairs:
-    """Count the pairs of two evaluations of the same items."""
+    In a suite with degrees these are the items whose degrees differ by at least one half.
+    """
     before = {item.id: item.correct for item in first.items}
     changes = [item.correct - before[item.id] for item in second.items]
-    return Pairs(len(changes), changes.count(-1), changes.count(1))
+    flips = [(change >= 0.5) - (change <= -0.5) for change in changes]
+    return ClusterCounts.of(flips, map(cluster_of, second.items))
 
 
 def check_same_questions(first: Evaluation, second: Evaluation) -> None:
@@ -101,6 +112,30 @@ def check_comparable(  # noqa: PLR0913  the arguments of `judge`
             "the evaluations cannot be compared:\n    " + "\n    ".join(problems),
             expected="the same items, scoring rule and decoding settings",
             do="evaluate all of them on the same pinned suite; no verdict was recorded",
+        )
+
+
+def check_slices(policy: GatePolicy, reference: Mapping[str, Evaluation]) -> None:
+    """Raise InvalidSpecError unless the required suites have the required slices.
+
+    `reference` are complete evaluations by suite name, so this is known before the new base is
+    evaluated.
+    """
+    problems = []
+    for required in dict.fromkeys(policy.required_slices):
+        suite, _, name = required.partition("/")
+        items = reference[suite].items if suite in reference else ()
+        slices = sorted({item.slice for item in items} - {""})
+        if suite not in policy.requires(reference):
+            problems.append(f"{quoted(required)}: the suite is not required")
+        elif name not in slices:
+            known = ", ".join(slices) or "none: its data names no column `slice`"
+            problems.append(f"{quoted(required)}: the suite has the slices {known}")
+    if problems:
+        raise InvalidSpecError(
+            "the policy requires slices that do not exist: " + "; ".join(problems),
+            expected="SUITE/SLICE, with a required suite and a value of its column for slices",
+            do="correct required_slices in the gate policy, or the suite's data",
         )
 
 

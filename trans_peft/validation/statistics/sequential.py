@@ -3,7 +3,7 @@
 The verdicts and their hypotheses are those of the gate (docs/verdicts.md). Each hypothesis is
 tested by betting (`trans_peft.validation.statistics.betting`) instead of by a bound on all items.
 The order does not depend on any result, so its first items are a sample of the population, as the
-whole suite is.
+whole suite is. Items of one cluster follow each other and are one bet.
 
 Levels. A wrong `passed` requires a wrong rejection on at least one suite, which happens with a
 probability of at most `alpha`, for any number of suites and any stopping time. The same holds for
@@ -11,15 +11,14 @@ probability of at most `alpha`, for any number of suites and any stopping time. 
 costs power but cannot raise an error rate.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from hashlib import sha256
 from typing import NamedTuple
 
 from trans_peft.domain.evaluation import Evaluation, GatePolicy, ItemResult, Verdict
-from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.statistics.betting import BettingTest
+from trans_peft.validation.statistics.order import SuiteClusters, cluster_of, order, order_seed
 
 __all__ = [
     "EvaluatedModel",
@@ -27,8 +26,6 @@ __all__ = [
     "SequentialGate",
     "SequentialSuiteTest",
     "batch_ends",
-    "order",
-    "order_seed",
     "replay",
 ]
 
@@ -51,20 +48,6 @@ class ItemRequest(NamedTuple):
     ids: tuple[str, ...]
 
 
-def order_seed(suite_sha256: str, base_fingerprint_sha256: str) -> str:
-    """Return the seed of a suite's order on a base.
-
-    The seed is derived from hashes, so it cannot be chosen. All adapters and the bare base have the
-    same seed on a base, so they can share stored answers.
-    """
-    return content_sha256(["order", suite_sha256, base_fingerprint_sha256])
-
-
-def order(ids: Iterable[str], seed: str) -> tuple[str, ...]:
-    """Return the ids in a pseudo-random order that depends on the ids and the seed only."""
-    return tuple(sorted(ids, key=lambda id_: (sha256(f"{seed} {id_}".encode()).digest(), id_)))
-
-
 def batch_ends(items: int) -> range:
     """Return the numbers of items after which the tests are examined; at most 16, 32 or more apart.
 
@@ -82,22 +65,42 @@ class SequentialSuiteTest:
         seed: seed of the order.
         order: all item ids, in the order in which they are evaluated.
         levels: significance levels of the tests.
+        clusters: the clusters of the items; one for each item of a suite without clusters.
+        batch_ends: numbers of items after which the tests are examined. Each completes a cluster.
+        old: whether the answer on the old base was right, for each item of `order`.
+        slices: the slice of each item of `order`; empty texts without slices.
         changes: new base minus old base for each item, in this order; each -1, 0 or 1.
         bare_differences: adapter minus bare base for each item, likewise.
         non_inferior: test that the loss against the old base is smaller than the margin.
         inferior: test that the loss against the old base is larger than the margin.
         superior: test that the adapter is better than the bare base.
         baseline_non_inferior: test that the bare base is less than the margin worse.
+        few_flips: test that the share of negative flips lies below the policy's limit; None without
+            a limit.
+        many_flips: test that it lies above the limit; None without a limit.
     """
 
     def __init__(
         self, policy: GatePolicy, reference: Evaluation, seed: str, *, suites: int
     ) -> None:
+        if reference.has_degrees:
+            raise InvalidSpecError(
+                f"suite {reference.suite!r} has degrees, which a sequential policy cannot test",
+                expected="a suite whose items are right or wrong",
+                found="a graded scoring rule without a threshold",
+                do="set `threshold` in the suite, or `sequential: false` in the gate policy",
+            )
         self.suite, self.seed = reference.suite, seed
-        self.order = order([item.id for item in reference.items], seed)
+        clusters = {item.id: cluster_of(item) for item in reference.items}
+        self.order = order(clusters, seed, clusters)
+        self.clusters = SuiteClusters([clusters[id_] for id_ in self.order])
+        ends = [self.clusters.end_after(end) for end in batch_ends(len(self.order))]
+        self.batch_ends = tuple(dict.fromkeys(ends))
         self.changes: list[int] = []
         self.bare_differences: list[int] = []
-        self._old = {item.id: item.correct for item in reference.items}
+        items = {item.id: item for item in reference.items}
+        self.old = [bool(items[id_].correct) for id_ in self.order]
+        self.slices = [items[id_].slice for id_ in self.order]
         self._correct: dict[EvaluatedModel, list[bool]] = {
             EvaluatedModel.CANDIDATE: [],
             EvaluatedModel.BARE: [],
@@ -105,13 +108,34 @@ class SequentialSuiteTest:
         self.levels = policy.levels(suites)
         margin = policy.margin_points / 100
 
-        def betting_test(threshold: float, alpha: float) -> BettingTest:
-            return BettingTest(threshold, items=len(self.order), alpha=alpha, effect=margin)
+        def betting_test(threshold: float, alpha: float, effect: float = margin) -> BettingTest:
+            return BettingTest(
+                threshold,
+                items=self.clusters.count,
+                alpha=alpha,
+                effect=effect * self.clusters.mean_weight,
+                unit_steps=self.clusters.are_single,
+            )
 
         self.non_inferior = betting_test(-margin, self.levels.alpha)
         self.inferior = betting_test(margin, self.levels.inferiority)
         self.superior = betting_test(0.0, self.levels.alpha)
         self.baseline_non_inferior = betting_test(-margin, self.levels.alpha)
+        self.few_flips = self.many_flips = None
+        if policy.max_negative_flip_points is not None:
+            limit = policy.max_negative_flip_points / 100
+            self.few_flips = betting_test(-limit, self.levels.alpha, limit)
+            self.many_flips = betting_test(limit, self.levels.inferiority, limit)
+
+    @property
+    def inferiority_tests(self) -> list[BettingTest]:
+        """The tests of which one significant result leads to `needs-retuning`."""
+        return [self.inferior, *filter(None, [self.many_flips])]
+
+    def pass_tests(self, *, must_beat_bare: bool) -> list[BettingTest]:
+        """Return the tests that must all be significant for `passed`."""
+        superior = [self.superior] if must_beat_bare else []
+        return [self.non_inferior, *filter(None, [self.few_flips]), *superior]
 
     def observed_count(self, model: EvaluatedModel) -> int:
         """Return the number of items observed for one model."""
@@ -124,13 +148,12 @@ class SequentialSuiteTest:
     @property
     def reference_score(self) -> float:
         """Share of correct answers on the old base, in points, on the items of `changes`."""
-        ids = self.order[: len(self.changes)]
-        return 100 * sum(self._old[id_] for id_ in ids) / len(ids)
+        return 100 * sum(self.old[: len(self.changes)]) / len(self.changes)
 
     def next_ids(self, model: EvaluatedModel) -> tuple[str, ...]:
         """Return the ids of the next batch of one model."""
         done = self.observed_count(model)
-        end = next(end for end in batch_ends(len(self.order)) if end > done)
+        end = next(end for end in self.batch_ends if end > done)
         return self.order[done:end]
 
     def observe(self, model: EvaluatedModel, correct: Mapping[str, bool]) -> None:
@@ -150,20 +173,31 @@ class SequentialSuiteTest:
             )
         self._correct[model] += [correct[id_] for id_ in expected]
         new, bare = self._correct[EvaluatedModel.CANDIDATE], self._correct[EvaluatedModel.BARE]
-        for i in range(len(self.changes), len(new)):
-            change = int(new[i]) - int(self._old[self.order[i]])
-            self.changes.append(change)
-            self.non_inferior.observe(change)
-            self.inferior.observe(-change)
-        for i in range(len(self.bare_differences), min(len(new), len(bare))):
-            difference = int(new[i]) - int(bare[i])
-            self.bare_differences.append(difference)
-            self.superior.observe(difference)
-            self.baseline_non_inferior.observe(-difference)
+        start = len(self.changes)
+        for change, weight in self._extended(self.changes, new, self.old):
+            self.non_inferior.observe(change, weight)
+            self.inferior.observe(-change, weight)
+        if self.few_flips is not None and self.many_flips is not None:
+            losses = [int(change < 0) for change in self.changes]
+            for loss, weight in self.clusters.bets(losses, start):
+                self.few_flips.observe(-loss, weight)
+                self.many_flips.observe(loss, weight)
+        for difference, weight in self._extended(self.bare_differences, new, bare):
+            self.superior.observe(difference, weight)
+            self.baseline_non_inferior.observe(-difference, weight)
+
+    def _extended(
+        self, differences: list[int], new: Sequence[bool], other: Sequence[bool]
+    ) -> list[tuple[float, float]]:
+        """Add the differences of clusters that both sides answered, and return their bets."""
+        start = len(differences)
+        end = self.clusters.complete(min(len(new), len(other)))
+        differences += [int(new[i]) - int(other[i]) for i in range(start, end)]
+        return self.clusters.bets(differences, start)
 
     def next_model(self, betting_test: BettingTest) -> EvaluatedModel:
         """Return the model that has to be evaluated next to update a test."""
-        if betting_test in (self.non_inferior, self.inferior):
+        if betting_test not in (self.superior, self.baseline_non_inferior):
             return EvaluatedModel.CANDIDATE
         behind = self.observed_count(EvaluatedModel.BARE) < self.observed_count(
             EvaluatedModel.CANDIDATE
@@ -218,7 +252,7 @@ class SequentialGate:
         Raises:
             InvalidSpecError: the items are not those of the last request.
         """
-        self.suites[suite].observe(model, {item.id: item.correct for item in items})
+        self.suites[suite].observe(model, {item.id: bool(item.correct) for item in items})
 
     def next_request(self) -> ItemRequest | None:
         """Return the next items to evaluate, or None if the verdict is known.
@@ -226,13 +260,12 @@ class SequentialGate:
         Requests serve the tests for `passed` first. Once one of these is futile, they serve the
         inferiority tests, and then the tests for `retire`.
         """
-        tests = self.suites.values()
-        if _all_significant(self._pass_tests) or any(t.inferior.is_significant for t in tests):
+        if _all_significant(self._pass_tests) or _any_significant(self._inferiority_tests):
             return None
         if _none_futile(self._pass_tests):
             return self._request_for(self._pass_tests)
-        if undecided := [(test, test.inferior) for test in tests if test.inferior.is_undecided]:
-            return self._request_for(undecided)
+        if any(betting_test.is_undecided for _, betting_test in self._inferiority_tests):
+            return self._request_for(self._inferiority_tests)
         if self._bare and _none_futile(self._retire_tests):
             return self._request_for(self._retire_tests)
         return None
@@ -242,7 +275,7 @@ class SequentialGate:
         """The verdict that follows from the significant tests, in the order of the gate's table."""
         if _all_significant(self._pass_tests):
             return Verdict.PASSED
-        if any(test.inferior.is_significant for test in self.suites.values()):
+        if _any_significant(self._inferiority_tests):
             return Verdict.NEEDS_RETUNING
         if _all_significant(self._retire_tests):
             return Verdict.RETIRE
@@ -253,8 +286,15 @@ class SequentialGate:
         return [
             (test, betting_test)
             for test in self.suites.values()
-            for betting_test in (test.non_inferior, test.superior)
-            if self._must_beat_bare or betting_test is test.non_inferior
+            for betting_test in test.pass_tests(must_beat_bare=self._must_beat_bare)
+        ]
+
+    @property
+    def _inferiority_tests(self) -> list[tuple[SequentialSuiteTest, BettingTest]]:
+        return [
+            (test, betting_test)
+            for test in self.suites.values()
+            for betting_test in test.inferiority_tests
         ]
 
     @property
@@ -274,6 +314,10 @@ class SequentialGate:
 
 def _all_significant(betting_tests: Sequence[tuple[SequentialSuiteTest, BettingTest]]) -> bool:
     return all(betting_test.is_significant for _, betting_test in betting_tests)
+
+
+def _any_significant(betting_tests: Sequence[tuple[SequentialSuiteTest, BettingTest]]) -> bool:
+    return any(betting_test.is_significant for _, betting_test in betting_tests)
 
 
 def _none_futile(betting_tests: Sequence[tuple[SequentialSuiteTest, BettingTest]]) -> bool:
