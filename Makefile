@@ -88,6 +88,7 @@ bench: $(MODEL)
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.validate
+	$(BIN)/python -m benchmarks.judge
 	$(BIN)/python -m benchmarks.bridge
 	$(BIN)/python -m benchmarks.fleet
 	$(BIN)/python -m benchmarks.ui

@@ -1,7 +1,8 @@
 """Ports: the protocols through which this library reads and writes external systems.
 
 `trans_peft.edges` implements them for MLflow, S3 and local files, and in memory. All
-implementations pass the same contract tests. `Platform` bundles one implementation of each port;
+implementations pass the same contract tests. `Engine`, the port to what runs a model, is
+implemented in `trans_peft.validation`. `Platform` bundles one implementation of each other port;
 `trans_peft.client.connect` builds it, and every function of `trans_peft.lifecycle` takes it.
 """
 

@@ -106,6 +106,18 @@ def counted(monkeypatch):
     return calls
 
 
+def with_results_on_v1(shard):
+    """The platform with a store that has the evaluations on v1 alone."""
+    platform, root = shard
+    there = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
+    for name in KINDS:
+        version = platform.registry.versions(name)[0]
+        for suite in version.suites:
+            key = suite.evaluation_key(version.weights_sha256, version.base.fingerprint_sha256)
+            there.evaluations.put(platform.evaluations.get(key))
+    return there
+
+
 def judge(platform, name, policy=POLICY, progress=None):
     task = TransferTask(name, 1, find_base(FAMILY, "v2", platform).ref, Reason.NO_VERDICT)
     fleet = observe_adapter(name, FAMILY, platform)
@@ -114,13 +126,7 @@ def judge(platform, name, policy=POLICY, progress=None):
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_shard_loads_its_base_and_evaluates_the_bare_base_once(shard, counted, sequential):
-    platform, root = shard
-    there = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
-    for name in KINDS:  # the results on v1 are stored
-        version = platform.registry.versions(name)[0]
-        for suite in version.suites:
-            key = suite.evaluation_key(version.weights_sha256, version.base.fingerprint_sha256)
-            there.evaluations.put(platform.evaluations.get(key))
+    there = with_results_on_v1(shard)
     progress = []
     for name in KINDS:
         judge(there, name, replace(POLICY, sequential=sequential), progress.append)
@@ -289,9 +295,18 @@ def stored(platform, names=(*KINDS, BARE)):
 
 @pytest.fixture(scope="module")
 def one_by_one(shard):
-    there = with_empty_store(shard)
+    there = with_results_on_v1(shard)
     outcomes = {name: judge(there, name).judgment for name in KINDS}
     return stored(there), outcomes
+
+
+def on_v1_and_of(names, one_by_one):
+    """The results on v1, and those of some adapters and the bare base on v2."""
+    return {
+        key: items
+        for key, items in one_by_one[0].items()
+        if key[1] == "v1" or key[0] in (*names, BARE)
+    }
 
 
 def test_a_shard_stores_from_mixed_batches_what_each_adapter_answers_alone(shard, one_by_one):
@@ -309,7 +324,7 @@ def test_a_shard_stores_from_mixed_batches_what_each_adapter_answers_alone(shard
 
 
 def test_near_ties_are_asked_again_alone(shard, one_by_one, monkeypatch):
-    there, names = with_empty_store(shard), ("ia3",)
+    there, names = with_results_on_v1(shard), ("ia3",)
     asked = []
 
     def alone(model, questions, **options):
@@ -319,17 +334,13 @@ def test_near_ties_are_asked_again_alone(shard, one_by_one, monkeypatch):
     monkeypatch.setattr(evaluating, "answer", alone)
     monkeypatch.setattr(decoder, "NEAR_TIE", 1e9)
     assert prepare_shard(there, names) == {}
-    found = stored(there)
-    assert found == {
-        key: one for key, one in one_by_one[0].items() if key[0] in (*names, BARE)
-        and (key[0], key[1]) != (BARE, "v1")
-    }  # fmt: skip
-    assert len(asked) == len(found) == 2 + 4
+    assert stored(there) == on_v1_and_of(names, one_by_one)
+    assert len(asked) == 4  # two suites of the adapter and of the bare base
     assert {count for _, count in asked} == {ITEMS}
 
 
 def test_an_adapter_that_fails_in_a_batch_fails_no_other(shard, one_by_one, monkeypatch):
-    there, names = with_empty_store(shard), ("lora-r-8", "ia3")
+    there, names = with_results_on_v1(shard), ("lora-r-8", "ia3")
     broken = there.registry.versions("lora-r-8")[0].weights_sha256
     together = evaluating.answer_together
 
@@ -340,10 +351,25 @@ def test_an_adapter_that_fails_in_a_batch_fails_no_other(shard, one_by_one, monk
 
     monkeypatch.setattr(evaluating, "answer_together", failing)
     assert prepare_shard(there, names) == {}
+    assert stored(there) == on_v1_and_of(["ia3"], one_by_one)
+
+
+def test_a_suite_that_cannot_be_read_keeps_no_other_suite_from_mixed_batches(shard, one_by_one):
+    there, (_, root) = with_results_on_v1(shard), shard
+    rows = root / "plain.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.replace("odd", "even"))
+    evaluation._tokenized_suites.clear()
+    try:
+        left_out = prepare_shard(there, ["ia3", "lora-r-2"])
+    finally:
+        rows.write_text(before)
+    assert "has changed since it was pinned" in left_out["ia3"]
     assert stored(there) == {
-        key: one for key, one in one_by_one[0].items() if key[0] in ("ia3", BARE)
-        and (key[0], key[1]) != (BARE, "v1")
-    }  # fmt: skip
+        key: items
+        for key, items in on_v1_and_of(["ia3", "lora-r-2"], one_by_one).items()
+        if key[1] == "v1" or key[2] == "few-shot"
+    }
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,15 @@ def test_an_adapter_that_does_not_see_the_rows_is_left_out(folders):
         )
 
 
+def test_rows_of_an_adapter_that_is_not_attached_are_an_error(folders):
+    model = tiny_model().eval()
+    with (
+        attached_together(model, only(folders, ["ia3", "bottleneck"])) as mixed,
+        pytest.raises(InvalidSpecError, match=r"expected: one of ia3\n  found: +bottleneck"),
+    ):
+        mixed(adapter_names=["ia3", "bottleneck"], input_ids=torch.tensor([[5], [7]]))
+
+
 def examples(name, count):
     rows = [(f"{name} {i} {'!' * (i % 5)}", " yes") for i in range(count)]
     return [
@@ -220,14 +229,14 @@ def examples(name, count):
 
 @pytest.mark.parametrize("suite", [SUITE, CHOICES], ids=lambda suite: suite.name)
 def test_an_evaluation_from_mixed_batches_is_that_of_the_adapter_alone(suite, folders, tokenizer):
-    model = tiny_model().eval()
+    model, names = tiny_model().eval(), ["lora r 8", "dora", "ia3"]
     asked = [
         AskedAdapter(name, prepare(tokenizer, suite, examples(name, 3 + n), context=None), name)
-        for n, name in enumerate(MIXED)
+        for n, name in enumerate(names)
     ]
     asked.append(AskedAdapter(None, asked[0].questions, BARE))
     steps = []
-    with attached_together(model, only(folders, MIXED)) as mixed:
+    with attached_together(model, only(folders, names)) as mixed:
         found = answer_together(
             mixed,
             asked,

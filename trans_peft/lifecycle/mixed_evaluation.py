@@ -7,6 +7,7 @@ transfer evaluates it alone and reports its error.
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -150,36 +151,46 @@ class _Group:
         asked, left_out = self._tokenized(loaded, missing)
         named = {subject.weights_sha256: subject for subject, _ in missing}
         folders = {
-            subject.weights_sha256: subject.folder()
-            for subject in named.values()
-            if subject.folder is not None and subject.name not in left_out
+            one.adapter: folder()
+            for one in asked
+            if one.adapter is not None and (folder := named[one.adapter].folder) is not None
         }
-        found: list[tuple[AskedAdapter, MixedEvaluation]] = []
+        undecided: list[tuple[AskedAdapter, MixedEvaluation]] = []
         with attached_together(loaded.model, folders) as mixed:
             for adapter, reason in mixed.left_out.items():
                 left_out[named[adapter].name] = reason
-            for group in _groups(
-                loaded.model, [one for one in asked if one.adapter not in mixed.left_out]
-            ):
-                found += self._answered(mixed, group)
-        for one, (evaluation, near_tie_ids) in found:
-            if near_tie_ids:
-                alone = partial(
-                    answer,
-                    questions=one.questions.only(near_tie_ids),
-                    weights_sha256=one.weights_sha256,
-                    base_fingerprint_sha256=self.base.fingerprint_sha256,
-                    drafts=one.drafts,
-                )
-                if one.adapter is None:
-                    again = alone(loaded.model)
-                else:
-                    with attached(loaded.model, folders[one.adapter]) as model:
-                        again = alone(model)
-                evaluation = _with_items(evaluation, again)
-            labels = self.base.ref.labels | named[one.weights_sha256].labels
-            self.platform.evaluations.put(evaluation, labels=labels)
+            shared = [one for one in asked if one.adapter is None or one.adapter in mixed.adapters]
+            for group in _groups(loaded.model, shared):
+                for one, found in self._answered(mixed, group):
+                    if found.near_tie_ids:
+                        undecided.append((one, found))
+                    else:
+                        self._put(found.evaluation, named[one.weights_sha256])
+        for one, (evaluation, near_tie_ids) in undecided:
+            subject = named[one.weights_sha256]
+            attaching = (
+                nullcontext(loaded.model)
+                if one.adapter is None
+                else attached(loaded.model, folders[one.adapter])
+            )
+            try:
+                with attaching as alone:
+                    again = answer(
+                        alone,
+                        one.questions.only(near_tie_ids),
+                        weights_sha256=one.weights_sha256,
+                        base_fingerprint_sha256=self.base.fingerprint_sha256,
+                        drafts=one.drafts,
+                    )
+            except EvaluationError as error:
+                left_out[subject.name] = str(error)
+            else:
+                self._put(_with_items(evaluation, again), subject)
         return left_out
+
+    def _put(self, evaluation: Evaluation, subject: EvaluationSubject) -> None:
+        labels = self.base.ref.labels | subject.labels
+        self.platform.evaluations.put(evaluation, labels=labels)
 
     def _tokenized(
         self, loaded: "LoadedBase", missing: Sequence[tuple[EvaluationSubject, Suite]]

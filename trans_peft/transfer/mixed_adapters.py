@@ -24,7 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from trans_peft.checksums import model_checksums
-from trans_peft.errors import AdapterError, UnsupportedModelError, listed
+from trans_peft.errors import (
+    AdapterError,
+    InvalidSpecError,
+    UnsupportedModelError,
+    listed,
+)
 from trans_peft.rounding import difference_beyond_rounding
 from trans_peft.snapshot import ModelSnapshot
 from trans_peft.transfer.load_adapter import attach
@@ -148,7 +153,17 @@ class MixedModel(nn.Module):
         return getattr(self._base, "generation_config", None)
 
     def forward(self, *, adapter_names: Sequence[str | None], **inputs: Any) -> Any:
-        """Run the base, each row with its adapter. None: the bare base."""
+        """Run the base, each row with its adapter. None: the bare base.
+
+        Raises InvalidSpecError for an adapter that is not attached.
+        """
+        if unknown := {*adapter_names} - {*self.adapters, None}:
+            raise InvalidSpecError(
+                "rows have adapters that are not attached",
+                expected=f"one of {', '.join(self.adapters) or 'no adapters'}",
+                found=", ".join(map(str, unknown)),
+                do="leave out the adapters that `left_out` names",
+            )
         self._batch.runs = list(_runs(adapter_names))
         self._batch.rows = len(adapter_names)
         try:
