@@ -138,7 +138,8 @@ test-architectures: $(READY)
 
 test-stack: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py \
-	  tests/edges tests/end_to_end tests/examples tests/infra tests/lifecycle tests/perturbation tests/training
+	  tests/edges tests/end_to_end tests/examples tests/infra tests/lifecycle tests/perturbation tests/training \
+	  tests/validation
 
 test-end-to-end: $(READY)
 	$(BIN)/python -m pytest -m end_to_end

@@ -21,7 +21,11 @@ from trans_peft.validation.tokenized_suite import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ENGINES = {"loop": LoopEngine, "continuous batching": ContinuousBatchingEngine}
+ENGINES = [
+    pytest.param(LoopEngine, id="loop"),
+    # Slow: each call starts a thread and allocates the pages of its cache.
+    pytest.param(ContinuousBatchingEngine, id="continuous batching", marks=pytest.mark.slow),
+]
 PROMPTS = [[40, 50, 60, 70], [33] * 9, [100, 101, 102] * 5, [77]]
 MOST = 6
 
@@ -33,7 +37,7 @@ def model():
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request, model, tokenizer) -> Engine:
-    return ENGINES[request.param](model, tokenizer)
+    return request.param(model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,7 @@ def test_scores_are_those_of_one_pass_each(engine, model, free):
         assert best[:-1] == [True] * (len(tokens) - 1)
 
 
-@pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("make", ENGINES)
 def test_logits_that_are_not_finite_are_an_evaluation_error(make, tokenizer):
     broken = tiny_model()
     with torch.no_grad():
