@@ -89,6 +89,7 @@ bench: $(MODEL)
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.validate
+	$(BIN)/python -m benchmarks.judge
 	$(BIN)/python -m benchmarks.bridge
 	$(BIN)/python -m benchmarks.fleet
 	$(BIN)/python -m benchmarks.ui
@@ -138,7 +139,8 @@ test-architectures: $(READY)
 
 test-stack: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py \
-	  tests/edges tests/end_to_end tests/examples tests/infra tests/lifecycle tests/perturbation tests/training
+	  tests/edges tests/end_to_end tests/examples tests/infra tests/lifecycle tests/perturbation tests/training \
+	  tests/validation
 
 # Builds all images with buildah and runs the command of each. Without a registry: make images STAND_IN=--stand-in
 images: $(READY)

@@ -13,7 +13,10 @@ from trans_peft.domain.outcome import TransferTask
 
 @flow(name="transfer-shard")
 def transfer_shard(shard: tuple[TransferTask, ...], policy: GatePolicy) -> State:
-    """Judge the adapters of the shard one after the other. A failure affects one adapter only.
+    """Judge the adapters of the shard. A failure affects one adapter only.
+
+    Adapters that can share batches are evaluated first, together. The transfers then run one after
+    the other and use these evaluations; what is missing, each transfer evaluates itself.
 
     A transfer that is no longer needed is skipped. A failure of an adapter is recorded as one
     attempt. A failure of a service, a disk, an access right or a base version is not recorded as an
@@ -26,6 +29,13 @@ def transfer_shard(shard: tuple[TransferTask, ...], policy: GatePolicy) -> State
     logger = get_run_logger()
     failed, not_recorded, skipped = [], [], []
     with gpu_slots():
+        if len(shard) > 1:
+            together = transfer.evaluate_together(shard, policy, return_state=True)
+            if together.is_completed():
+                for adapter, reason in together.result().items():
+                    logger.info("%s is evaluated alone: %s", adapter, reason)
+            else:
+                logger.warning("all adapters are evaluated alone: %s", together.message)
         for task in shard:
             state = transfer.transfer_adapter(task, policy, return_state=True)
             if state.is_completed():

@@ -15,7 +15,24 @@ from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferOutcome, TransferTask
 from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
 
-__all__ = ["record_failure", "transfer_adapter"]
+__all__ = ["evaluate_together", "record_failure", "transfer_adapter"]
+
+
+@task(task_run_name="evaluate {transfer_tasks[0].base} in mixed batches")
+def evaluate_together(
+    transfer_tasks: tuple[TransferTask, ...], policy: GatePolicy
+) -> dict[str, str]:
+    """Store evaluations that the transfers need; return why adapters were left out, by name.
+
+    Without retries and locks: what is missing afterwards, each transfer evaluates itself.
+    """
+    from trans_peft.lifecycle.mixed_evaluation import evaluate_shard
+
+    seen = [
+        (one, observe_adapter(one.adapter, one.base.family, platform())) for one in transfer_tasks
+    ]
+    needed = [(one, fleet) for one, fleet in seen if is_still_needed(one, fleet, policy)]
+    return evaluate_shard(needed, policy, platform(), on_progress=work_progress())
 
 
 @task(**RETRIES, task_run_name="transfer {transfer_task.adapter} to {transfer_task.base}")

@@ -1,15 +1,16 @@
 """Ports: the protocols through which this library reads and writes external systems.
 
 `trans_peft.edges` implements them for MLflow, S3 and local files, and in memory. All
-implementations pass the same contract tests. `Platform` bundles one implementation of each port;
+implementations pass the same contract tests. `Engine`, the port to what runs a model, is
+implemented in `trans_peft.validation`. `Platform` bundles one implementation of each other port;
 `trans_peft.client.connect` builds it, and every function of `trans_peft.lifecycle` takes it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
@@ -24,11 +25,14 @@ __all__ = [
     "AdapterRegistry",
     "ArtifactStore",
     "BaseCatalog",
+    "Engine",
+    "EngineAnswer",
     "EvaluationStore",
     "Platform",
     "Run",
     "RunLog",
     "StoredFile",
+    "TokenScore",
 ]
 
 
@@ -226,6 +230,72 @@ class EvaluationStore(Protocol):
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
         """Store an evaluation. An evaluation with an existing key is ignored."""
+
+
+class EngineAnswer(NamedTuple):
+    """One generated answer.
+
+    Attributes:
+        text: The text before the end token or the first stop string.
+        ids: The generated tokens, including the one that ended the answer.
+        near_ties: Tokens whose two best logits differ by less than 1e-4, if the engine counts them.
+    """
+
+    text: str
+    ids: Sequence[int]
+    near_ties: int = 0
+
+
+class TokenScore(NamedTuple):
+    """The log-probability of a given token in nats, and whether it is the likeliest token."""
+
+    log_p: float
+    is_best: bool
+
+
+class Engine(Protocol):
+    """Runs one model, with or without an adapter, on texts given as token ids.
+
+    The methods are those of lm-evaluation-harness' interface of a model. Prompts and contexts are
+    not empty. An engine returns results in the order of its arguments and keeps no state between
+    calls. In float32 two engines choose the same tokens, except for near ties. Raises
+    EvaluationError if logits are not finite.
+    """
+
+    name: str
+    """Part of the key of an evaluation, unless it is `DEFAULT_ENGINE`. It contains the version of
+    the software if a new version may answer differently."""
+
+    dtype: str
+    """Data type of the model's weights, such as "float32"."""
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        end_tokens: frozenset[int] = frozenset(),
+        drafts: Sequence[Sequence[int]] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Sequence[EngineAnswer]:
+        """Continue each prompt greedily until an end token, a stop string or `max_new_tokens`.
+
+        `drafts` are expected answers. They change no answer, and an engine may ignore them.
+        """
+
+    def likelihoods(
+        self,
+        questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Sequence[Sequence[float]]:
+        """Return the log-likelihood in nats of each continuation of each prompt."""
+
+    def scores(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Sequence[Sequence[TokenScore]]:
+        """Return a score for each of the given tokens of each (context, tokens)."""
 
 
 class Run(Protocol):

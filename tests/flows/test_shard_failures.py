@@ -82,7 +82,7 @@ def shard(monkeypatch, tmp_path):
     passed = outcome(draft("chat", "small", peft_folder(tmp_path / "peft")))
     passed = replace(passed, training=None)
 
-    def run(errors, not_recorded=None):
+    def run(errors, not_recorded=None, together=None):
         charged = []
 
         def record_failure(task, policy, reason, return_state):
@@ -98,6 +98,7 @@ def shard(monkeypatch, tmp_path):
             )
 
         fakes = SimpleNamespace(
+            evaluate_together=lambda tasks, policy, return_state: together or Completed(data={}),
             transfer_adapter=transfer_adapter,
             record_failure=record_failure,
         )
@@ -134,6 +135,20 @@ def test_a_failure_that_cannot_be_recorded_stops_no_other_adapter(shard):
 def test_a_shard_without_errors_is_completed(shard):
     state, charged = shard({})
     assert (state.name, state.message, charged) == ("Completed", "3 adapters judged", [])
+
+
+@pytest.mark.parametrize(
+    ("together", "logged"),
+    [
+        (Completed(data={"a": "the method OFT"}), "a is evaluated alone: the method OFT"),
+        (Failed(message="no memory"), "all adapters are evaluated alone: no memory"),
+    ],
+)
+def test_adapters_without_mixed_batches_are_judged_alone(shard, caplog, together, logged):
+    with caplog.at_level("INFO"):
+        state, charged = shard({}, together=together)
+    assert (state.name, state.message, charged) == ("Completed", "3 adapters judged", [])
+    assert logged in caplog.messages
 
 
 def test_a_limit_that_another_run_creates_at_the_same_time_is_used(monkeypatch):

@@ -19,19 +19,22 @@ from trans_peft.bases.publish import publish
 from trans_peft.data import read_examples
 from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
-from trans_peft.domain.evaluation import GatePolicy, Suite
+from trans_peft.domain.evaluation import BARE, GatePolicy, Suite
 from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
-from trans_peft.errors import IntegrityError
+from trans_peft.errors import EvaluationError, IntegrityError
 from trans_peft.lifecycle import evaluation
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.mixed_evaluation import evaluate_shard
 from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.methods.bottleneck import BottleneckConfig
 from trans_peft.transfer.load_adapter import attached
+from trans_peft.validation import evaluate as evaluating
+from trans_peft.validation.decoding import decoder
 from trans_peft.validation.evaluate import answer, evaluate
 
 FAMILY, ITEMS = "tiny", 40
@@ -103,6 +106,18 @@ def counted(monkeypatch):
     return calls
 
 
+def with_results_on_v1(shard):
+    """The platform with a store that has the evaluations on v1 alone."""
+    platform, root = shard
+    there = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
+    for name in KINDS:
+        version = platform.registry.versions(name)[0]
+        for suite in version.suites:
+            key = suite.evaluation_key(version.weights_sha256, version.base.fingerprint_sha256)
+            there.evaluations.put(platform.evaluations.get(key))
+    return there
+
+
 def judge(platform, name, policy=POLICY, progress=None):
     task = TransferTask(name, 1, find_base(FAMILY, "v2", platform).ref, Reason.NO_VERDICT)
     fleet = observe_adapter(name, FAMILY, platform)
@@ -111,13 +126,7 @@ def judge(platform, name, policy=POLICY, progress=None):
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_shard_loads_its_base_and_evaluates_the_bare_base_once(shard, counted, sequential):
-    platform, root = shard
-    there = replace(platform, evaluations=memory_platform(root / "unused").evaluations)
-    for name in KINDS:  # the results on v1 are stored
-        version = platform.registry.versions(name)[0]
-        for suite in version.suites:
-            key = suite.evaluation_key(version.weights_sha256, version.base.fingerprint_sha256)
-            there.evaluations.put(platform.evaluations.get(key))
+    there = with_results_on_v1(shard)
     progress = []
     for name in KINDS:
         judge(there, name, replace(POLICY, sequential=sequential), progress.append)
@@ -247,3 +256,128 @@ def test_the_number_of_kept_tokenized_suites_is_limited(shard):
     assert evaluation.tokenized_suite_for(many[-1], base, platform) is made[-1]
     assert len(evaluation._tokenized_suites[base]) == evaluation._MAX_SUITES_PER_BASE
     assert evaluation.tokenized_suite_for(many[0], base, platform) is not made[0]
+
+
+def with_empty_store(shard):
+    platform, root = shard
+    return replace(platform, evaluations=memory_platform(root / "unused").evaluations)
+
+
+def prepare_shard(platform, names=tuple(KINDS), policy=POLICY, attempt=1):
+    v2 = find_base(FAMILY, "v2", platform).ref
+    return evaluate_shard(
+        [
+            (
+                TransferTask(name, 1, v2, Reason.NO_VERDICT, attempt),
+                observe_adapter(name, FAMILY, platform),
+            )
+            for name in names
+        ],
+        policy,
+        platform,
+    )
+
+
+def stored(platform, names=(*KINDS, BARE)):
+    """The results of the evaluations in the store, by subject, base and suite."""
+    suites = platform.registry.versions("dora")[0].suites
+    found = {}
+    for name in names:
+        weights = BARE if name == BARE else platform.registry.versions(name)[0].weights_sha256
+        for version in ("v1", "v2"):
+            base = find_base(FAMILY, version, platform)
+            for suite in suites:
+                key = suite.evaluation_key(weights, base.fingerprint_sha256)
+                if (one := platform.evaluations.get(key)) is not None:
+                    found[name, version, suite.name] = one.items
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_by_one(shard):
+    there = with_results_on_v1(shard)
+    outcomes = {name: judge(there, name).judgment for name in KINDS}
+    return stored(there), outcomes
+
+
+def on_v1_and_of(names, one_by_one):
+    """The results on v1, and those of some adapters and the bare base on v2."""
+    return {
+        key: items
+        for key, items in one_by_one[0].items()
+        if key[1] == "v1" or key[0] in (*names, BARE)
+    }
+
+
+def test_a_shard_stores_from_mixed_batches_what_each_adapter_answers_alone(shard, one_by_one):
+    expected, judgments = one_by_one
+    there = with_empty_store(shard)
+    left_out = prepare_shard(there)
+    assert list(left_out) == ["bottleneck"]
+    assert "the method BOTTLENECK" in left_out["bottleneck"]
+    found = stored(there)
+    assert found == {key: one for key, one in expected.items() if key[0] != "bottleneck"}
+    progress = []
+    outcomes = {name: judge(there, name, progress=progress.append).judgment for name in KINDS}
+    assert outcomes == judgments
+    assert {step.description.partition(":")[0] for step in progress} == {"bottleneck"}
+
+
+def test_near_ties_are_asked_again_alone(shard, one_by_one, monkeypatch):
+    there, names = with_results_on_v1(shard), ("ia3",)
+    asked = []
+
+    def alone(model, questions, **options):
+        asked.append((options["weights_sha256"], len(questions.examples)))
+        return answer(model, questions, **options)
+
+    monkeypatch.setattr(evaluating, "answer", alone)
+    monkeypatch.setattr(decoder, "NEAR_TIE", 1e9)
+    assert prepare_shard(there, names) == {}
+    assert stored(there) == on_v1_and_of(names, one_by_one)
+    assert len(asked) == 4  # two suites of the adapter and of the bare base
+    assert {count for _, count in asked} == {ITEMS}
+
+
+def test_an_adapter_that_fails_in_a_batch_fails_no_other(shard, one_by_one, monkeypatch):
+    there, names = with_results_on_v1(shard), ("lora-r-8", "ia3")
+    broken = there.registry.versions("lora-r-8")[0].weights_sha256
+    together = evaluating.answer_together
+
+    def failing(model, asked, **options):
+        if broken in [one.weights_sha256 for one in asked]:
+            raise EvaluationError("the model's logits are not finite")
+        return together(model, asked, **options)
+
+    monkeypatch.setattr(evaluating, "answer_together", failing)
+    assert prepare_shard(there, names) == {}
+    assert stored(there) == on_v1_and_of(["ia3"], one_by_one)
+
+
+def test_a_suite_that_cannot_be_read_keeps_no_other_suite_from_mixed_batches(shard, one_by_one):
+    there, (_, root) = with_results_on_v1(shard), shard
+    rows = root / "plain.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.replace("odd", "even"))
+    evaluation._tokenized_suites.clear()
+    try:
+        left_out = prepare_shard(there, ["ia3", "lora-r-2"])
+    finally:
+        rows.write_text(before)
+    assert "has changed since it was pinned" in left_out["ia3"]
+    assert stored(there) == {
+        key: items
+        for key, items in on_v1_and_of(["ia3", "lora-r-2"], one_by_one).items()
+        if key[1] == "v1" or key[2] == "few-shot"
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"policy": replace(POLICY, sequential=True)}, {"attempt": 2}],
+    ids=["sequential", "second attempt"],
+)
+def test_nothing_is_evaluated_together_where_it_would_not_help(shard, options):
+    there = with_empty_store(shard)
+    assert prepare_shard(there, **options) == {}
+    assert stored(there) == {}

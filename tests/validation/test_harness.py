@@ -15,7 +15,11 @@ from trans_peft.validation.evaluate import evaluate
 
 pytest.importorskip("lm_eval", reason="needs the extra `harness`")
 
-from trans_peft.validation.harness import evaluate_harness, harness_suite
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from trans_peft.validation.engine import LoopEngine
+from trans_peft.validation.harness import evaluate_harness, harness_model, harness_suite
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -102,6 +106,45 @@ def test_the_harness_gives_the_same_choices(metric, scoring, model, tasks):
         (item.id, item.correct) for item in ours.items
     ]
     assert 0 < theirs.score < 100
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]
+
+
+def test_the_engine_answers_requests_as_the_harness_own_model_does(model):
+    """The independent reference of all three kinds of requests."""
+    context = 40
+    theirs = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=1, max_length=context)
+    ours = harness_model(LoopEngine(model, tiny_tokenizer()), tiny_tokenizer(), context)
+    pairs = [("Is it", " late"), ("Is it ", "late"), ("", "late"), ("y" * 60, " no"), ("x", " a")]
+    pairs += [(text, ours_best(model, text)) for text in ("ab", "Is snow cold? Answer:")]
+    found = ours.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    expected = theirs.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    assert [log_p for log_p, _ in found] == pytest.approx([p for p, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert {greedy for _, greedy in found} == {True, False}
+
+    texts = [("short",), ("a text of more than two contexts " * 3,)]
+    rolling = ours.loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
+    assert rolling == pytest.approx(
+        theirs.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True),
+        abs=1e-3,
+    )
+
+    options = {"until": ["\n", "~"], "max_gen_toks": 6, "do_sample": False}
+    asked = [("Is it", options), ("z" * 60, options), ("q", options | {"max_gen_toks": 3})]
+    assert ours.generate_until(requests("generate_until", *asked)) == theirs.generate_until(
+        requests("generate_until", *asked), disable_tqdm=True
+    )
+
+
+def ours_best(model, text):
+    """The likeliest next token after a text."""
+    tokenizer = tiny_tokenizer()
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
+    return tokenizer.decode(logits[:256].argmax())
 
 
 def test_an_evaluation_has_a_key_and_changes_no_state(model, tasks):

@@ -20,6 +20,7 @@ from trans_peft.errors import InvalidSpecError
 
 __all__ = [
     "BARE",
+    "DEFAULT_ENGINE",
     "Comparison",
     "Evaluation",
     "GatePolicy",
@@ -54,6 +55,9 @@ _SCORING_REVISIONS: Mapping[str, int | str] = {
 differently. `bleu`: sacrebleu's signature. `code` 2: evalplus' tolerance for floats, and exceptions
 that end an iteration. `math_verify` 3: other number notations, percentages, points, words and
 units."""
+
+DEFAULT_ENGINE = "loop"
+"""The engine of evaluations whose keys name none: `trans_peft.validation.engine.LoopEngine`."""
 
 BARE = "bare"
 """The value of `weights_sha256` for a base without an adapter."""
@@ -150,18 +154,28 @@ class Suite:
             ["greedy", _DECODING_REVISION, self.max_new_tokens, list(self.stop), self.dtype]
         )
 
-    def evaluation_key(self, weights_sha256: str, base_fingerprint_sha256: str) -> str:
+    def evaluation_key(
+        self, weights_sha256: str, base_fingerprint_sha256: str, engine: str = DEFAULT_ENGINE
+    ) -> str:
         """Return the key of this suite's evaluation of an adapter (or `BARE`) on a base."""
         return evaluation_key(
-            weights_sha256, base_fingerprint_sha256, self.suite_sha256, self.decoding_sha256
+            weights_sha256, base_fingerprint_sha256, self.suite_sha256, self.decoding_sha256, engine
         )
 
 
 def evaluation_key(
-    weights_sha256: str, base_fingerprint_sha256: str, suite_sha256: str, decoding_sha256: str
+    weights_sha256: str,
+    base_fingerprint_sha256: str,
+    suite_sha256: str,
+    decoding_sha256: str,
+    engine: str = DEFAULT_ENGINE,
 ) -> str:
-    """Return the key of an evaluation. Equal keys mean equal results."""
-    return content_sha256([weights_sha256, base_fingerprint_sha256, suite_sha256, decoding_sha256])
+    """Return the key of an evaluation. Equal keys mean equal results.
+
+    The default engine is not part of the key.
+    """
+    parts = [weights_sha256, base_fingerprint_sha256, suite_sha256, decoding_sha256]
+    return content_sha256(parts if engine == DEFAULT_ENGINE else [*parts, ["engine", engine]])
 
 
 def prefix_key(whole_key: str, prefix: "Prefix", items: int) -> str:
@@ -222,6 +236,7 @@ class Evaluation:
         prefix: the part of the suite that was evaluated; None for the complete suite.
         near_ties: number of answer tokens whose two largest logits were within 1e-4. Another batch
             size or machine may choose the other token.
+        engine: name of the engine that answered (`trans_peft.ports.Engine`).
 
     Raises:
         InvalidSpecError: there are no items, ids repeat, or `prefix` covers the complete suite.
@@ -236,6 +251,7 @@ class Evaluation:
     seconds: float = 0.0
     prefix: Prefix | None = None
     near_ties: int = 0
+    engine: str = DEFAULT_ENGINE
 
     def __post_init__(self) -> None:
         ids = [item.id for item in self.items]
@@ -258,6 +274,7 @@ class Evaluation:
             self.base_fingerprint_sha256,
             self.suite_sha256,
             self.decoding_sha256,
+            self.engine,
         )
         return whole if self.prefix is None else prefix_key(whole, self.prefix, len(self.items))
 

@@ -33,7 +33,7 @@ from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare, tokenizers_may_differ
 from trans_peft.validation.statistics.pairing import check_slices
 
-__all__ = ["record_failure", "transfer"]
+__all__ = ["TransferInputs", "compatibility_on", "record_failure", "transfer"]
 
 
 def transfer(
@@ -59,7 +59,7 @@ def transfer(
     the port methods that write. Raises NotFoundError if the adapter or the base is not in `fleet`.
     """
     started = time.monotonic()
-    inputs = _Inputs.of(task, fleet)
+    inputs = TransferInputs.of(task, fleet)
     source = inputs.source
     with (
         translating_full_disk_errors(tempfile.gettempdir()),
@@ -81,7 +81,7 @@ def record_failure(
 ) -> TransferOutcome:
     """Record that an attempt ended with an error. Reconcile parks a task after three failures."""
     outcome = replace(
-        _new_outcome(_Inputs.of(task, fleet), policy),
+        _new_outcome(TransferInputs.of(task, fleet), policy),
         judgment=Judgment(Verdict.FAILED, reason),
     )
     platform.registry.record(outcome)
@@ -89,7 +89,7 @@ def record_failure(
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class TransferInputs:
     """What one transfer needs from the registry, taken from one read of the fleet."""
 
     task: TransferTask
@@ -98,15 +98,18 @@ class _Inputs:
     bases: tuple[BaseVersion, ...]
 
     @classmethod
-    def of(cls, task: TransferTask, fleet: Fleet) -> "_Inputs":
+    def of(cls, task: TransferTask, fleet: Fleet) -> "TransferInputs":
+        """Return the inputs. Raises NotFoundError if adapter or base is not in the fleet."""
         return cls(task, fleet.adapter(task.adapter), fleet.referred_base(task.base), fleet.bases)
 
     @property
     def source(self) -> AdapterVersion:
+        """The version that is transferred."""
         return self.adapter.source
 
     @property
     def trained_on(self) -> BaseVersion:
+        """The base that it was trained on. Raises BaseUnreadableError."""
         with reading_base(self.source.trained_on):
             return base_trained_on(self.source, self.bases)
 
@@ -119,7 +122,7 @@ class _Inputs:
         )
 
 
-def _new_outcome(inputs: _Inputs, policy: GatePolicy) -> TransferOutcome:
+def _new_outcome(inputs: TransferInputs, policy: GatePolicy) -> TransferOutcome:
     source, base = inputs.source, inputs.base
     return TransferOutcome(
         adapter=source.adapter,
@@ -134,7 +137,7 @@ def _new_outcome(inputs: _Inputs, policy: GatePolicy) -> TransferOutcome:
 
 def _evaluate(
     outcome: TransferOutcome,
-    inputs: _Inputs,
+    inputs: TransferInputs,
     policy: GatePolicy,
     platform: Platform,
     scratch: Path,
@@ -148,7 +151,7 @@ def _evaluate(
 
     known = inputs.known_outcome()
     if known is None:
-        compatibility = _compare(folder(), trained_on, base, platform, scratch)
+        compatibility = compatibility_on(folder(), trained_on, base, platform, scratch)
         effect = probe(folder(), base, source, platform) if compatibility.ok else None
     else:
         compatibility, effect = known.compatibility, known.effect
@@ -202,9 +205,10 @@ def _evaluate(
     )
 
 
-def _compare(
+def compatibility_on(
     folder: Path, trained_on: BaseVersion, base: BaseVersion, platform: Platform, scratch: Path
 ) -> Compatibility:
+    """Compare an adapter's two bases. No weights are read; `scratch` is a folder for tokenizers."""
     old, new = named_fingerprint(trained_on, platform), named_fingerprint(base, platform)
     same = not tokenizers_may_differ(old, new)
     return compare(
@@ -216,7 +220,9 @@ def _compare(
     )
 
 
-def _registered(inputs: _Inputs, candidate: Candidate, platform: Platform, scratch: Path) -> int:
+def _registered(
+    inputs: TransferInputs, candidate: Candidate, platform: Platform, scratch: Path
+) -> int:
     """Register the candidate's weights on the new base and return the number of the version.
 
     Returns the number of the existing version if the same weights are registered on this base.

@@ -2,19 +2,65 @@
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from trans_peft.data import Example
 from trans_peft.domain.evaluation import Evaluation, ItemResult, Suite
 from trans_peft.errors import InvalidSpecError
+from trans_peft.ports import Engine
 from trans_peft.validation.decoding.batching import Progress
-from trans_peft.validation.decoding.generation import generate
 from trans_peft.validation.decoding.likelihoods import choose
+from trans_peft.validation.engine import LoopEngine, dtype_of
 from trans_peft.validation.rules.multiple_choice import Measure
 from trans_peft.validation.tokenized_suite import TokenizedSuite, prepare
 
-__all__ = ["answer", "check_dtype", "context_of", "evaluate"]
+__all__ = [
+    "AskedAdapter",
+    "MixedEvaluation",
+    "answer",
+    "answer_together",
+    "answer_with",
+    "check_dtype",
+    "context_of",
+    "evaluate",
+]
+
+
+@dataclass(frozen=True)
+class AskedAdapter:
+    """One adapter of a mixed batch, and its questions.
+
+    Attributes:
+        adapter: its name on the model; None for the bare base.
+        questions: the suite.
+        weights_sha256: hash of its weights, or `BARE`; part of the evaluation's key.
+        drafts: expected answers by item id, as for `answer`.
+    """
+
+    adapter: str | None
+    questions: TokenizedSuite
+    weights_sha256: str
+    drafts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def decoding(self) -> tuple[object, ...]:
+        """What must be equal for two adapters to share a batch."""
+        suite = self.questions.suite
+        rule = suite.scoring if suite.is_choice else ""
+        return suite.decoding_sha256, rule, self.questions.end_tokens
+
+
+class MixedEvaluation(NamedTuple):
+    """An evaluation from mixed batches, and the ids of its items that have a near tie.
+
+    Alone, an adapter could answer these items differently within rounding.
+    """
+
+    evaluation: Evaluation
+    near_tie_ids: tuple[str, ...]
 
 
 def evaluate(  # noqa: PLR0913  the key's two hashes, and options
@@ -73,50 +119,143 @@ def answer(  # noqa: PLR0913  the key's two hashes, and options
     are restored. Raises InvalidSpecError if the model's dtype is not the suite's; for
     EvaluationError see `generate` and `choose`.
     """
+    return answer_with(
+        LoopEngine(model, questions.tokenizer, batch_size=batch_size),
+        questions,
+        weights_sha256=weights_sha256,
+        base_fingerprint_sha256=base_fingerprint_sha256,
+        drafts=drafts,
+        on_progress=on_progress,
+    )
+
+
+def answer_with(
+    engine: Engine,
+    questions: TokenizedSuite,
+    *,
+    weights_sha256: str,
+    base_fingerprint_sha256: str,
+    drafts: Mapping[str, str] | None = None,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Return the evaluation of a suite by an engine, as `answer` does with the default engine.
+
+    The engine's name is part of the evaluation's key, unless it is the default engine.
+    """
     started = time.perf_counter()
-    suite, examples = questions.suite, questions.examples
-    check_dtype(model, suite)
-    near_ties = 0
-    if suite.is_choice:
-        answers = choose(
-            model,
-            examples,
-            questions.prompts,
-            questions.choices,
-            measure=Measure(suite.scoring.partition(":")[2]),
-            batch_size=batch_size,
-            on_progress=on_progress,
+    asked = AskedAdapter(None, questions, weights_sha256, drafts or {})
+    found = _answers(engine, [asked], on_progress)
+    seconds = time.perf_counter() - started
+    return _evaluation(asked, found, base_fingerprint_sha256, engine.name, seconds)
+
+
+def answer_together(
+    model: Any,
+    asked: Sequence[AskedAdapter],
+    *,
+    base_fingerprint_sha256: str,
+    batch_size: int | None = None,
+    on_progress: Progress | None = None,
+) -> list[MixedEvaluation]:
+    """Evaluate several adapters of one base in mixed batches; return the results in their order.
+
+    `model` takes `adapter_names`, as `trans_peft.transfer.mixed_adapters.MixedModel` does. The
+    answers equal those of `answer` for each adapter alone, except for items with a near tie. The
+    seconds are divided by the numbers of items. Further arguments and errors are those of `answer`;
+    an error is that of any of the adapters.
+
+    Raises InvalidSpecError if the adapters have different decoding settings.
+    """
+    started = time.perf_counter()
+    if len({one.decoding for one in asked}) > 1:
+        raise InvalidSpecError(
+            "adapters with different decoding settings cannot share batches",
+            expected="the same max_new_tokens, stop strings, end tokens and dtype, or the same "
+            "rule for choices",
+            found=", ".join(sorted({one.questions.suite.name for one in asked})),
+            do="group them by AskedAdapter.decoding",
         )
-    else:
-        generated = generate(
-            model,
-            questions.tokenizer,
-            questions.prompts,
-            max_new_tokens=suite.max_new_tokens,
-            stop=suite.stop,
-            end_tokens=questions.end_tokens,
-            drafts=questions.drafts(drafts or {}),
-            batch_size=batch_size,
-            on_progress=on_progress,
+    adapters = [one.adapter for one in asked for _ in one.questions.examples]
+    engine = LoopEngine(
+        model, asked[0].questions.tokenizer, adapters=adapters, batch_size=batch_size
+    )
+    found = iter(_answers(engine, asked, on_progress))
+    per_item_s = (time.perf_counter() - started) / len(adapters)
+    results = []
+    for one in asked:
+        examples = one.questions.examples
+        own = list(islice(found, len(examples)))
+        ties = (e.id for e, item in zip(examples, own, strict=True) if item.is_near_tie)
+        seconds = per_item_s * len(examples)
+        evaluation = _evaluation(one, own, base_fingerprint_sha256, engine.name, seconds)
+        results.append(MixedEvaluation(evaluation, tuple(ties)))
+    return results
+
+
+class _Answer(NamedTuple):
+    """The text of an answer, its near ties, and whether rounding may have decided about it."""
+
+    text: str
+    near_ties: int
+    is_near_tie: bool
+
+
+def _answers(
+    engine: Engine, asked: Sequence[AskedAdapter], on_progress: Progress | None
+) -> list[_Answer]:
+    """Return the answers of an engine to all items of all adapters."""
+    first = asked[0].questions
+    for one in asked:
+        _check_dtype(engine.dtype, one.questions.suite)
+    prompts = [prompt for one in asked for prompt in one.questions.prompts]
+    if first.suite.is_choice:
+        choices = [choices for one in asked for choices in one.questions.choices]
+        found = engine.likelihoods(
+            list(zip(prompts, choices, strict=True)), on_progress=on_progress
         )
-        answers, near_ties = generated.texts, generated.near_ties
+        examples = [example for one in asked for example in one.questions.examples]
+        measure = Measure(first.suite.scoring.partition(":")[2])
+        chosen = choose(examples, choices, found, measure)
+        return [_Answer(text, 0, tie) for text, tie in zip(*chosen, strict=True)]
+    generated = engine.answers(
+        prompts,
+        max_new_tokens=first.suite.max_new_tokens,
+        stop=first.suite.stop,
+        end_tokens=first.end_tokens,
+        drafts=[draft for one in asked for draft in one.questions.drafts(one.drafts)],
+        on_progress=on_progress,
+    )
+    return [_Answer(one.text, one.near_ties, one.near_ties > 0) for one in generated]
+
+
+def _evaluation(
+    asked: AskedAdapter,
+    answers: Sequence[_Answer],
+    base_fingerprint_sha256: str,
+    engine: str,
+    seconds: float,
+) -> Evaluation:
+    questions, suite = asked.questions, asked.questions.suite
     return Evaluation(
         suite=suite.name,
-        weights_sha256=weights_sha256,
+        weights_sha256=asked.weights_sha256,
         base_fingerprint_sha256=base_fingerprint_sha256,
         suite_sha256=suite.suite_sha256,
         decoding_sha256=suite.decoding_sha256,
         items=tuple(
             ItemResult(
                 id=example.id,
-                correct=questions.is_correct(number, text),
-                answer_sha256=sha256(text.encode()).hexdigest(),
-                answer=text if suite.keep_answers else None,
+                correct=questions.is_correct(number, answer.text),
+                answer_sha256=sha256(answer.text.encode()).hexdigest(),
+                answer=answer.text if suite.keep_answers else None,
             )
-            for number, (example, text) in enumerate(zip(examples, answers, strict=True))
+            for number, (example, answer) in enumerate(
+                zip(questions.examples, answers, strict=True)
+            )
         ),
-        seconds=time.perf_counter() - started,
-        near_ties=near_ties,
+        seconds=seconds,
+        near_ties=sum(answer.near_ties for answer in answers),
+        engine=engine,
     )
 
 
@@ -127,7 +266,10 @@ def context_of(model: Any) -> int | None:
 
 def check_dtype(model: Any, suite: Suite) -> None:
     """Raise InvalidSpecError unless the model has the suite's dtype."""
-    found = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    _check_dtype(dtype_of(model), suite)
+
+
+def _check_dtype(found: str, suite: Suite) -> None:
     if found != suite.dtype:
         raise InvalidSpecError(
             f"the model does not have the dtype of suite {suite.name!r}",

@@ -4,12 +4,11 @@
     evaluation = evaluate_harness(model, tokenizer, suite, weights_sha256=..., ...)
 
 The harness (EleutherAI/lm-evaluation-harness, `simple_evaluate`) builds the prompts and scores the
-answers. Its results by item become an `Evaluation`, which the gate handles like any other. A suite
-is pinned to the version of the harness, the task's configuration and its documents. Needs the extra
-`harness`.
+answers. The decoding loop of this project answers: its `TemplateLM` is one over `LoopEngine`. The
+results by item become an `Evaluation`, which the gate handles like any other. A suite is pinned to
+the version of the harness, the task's configuration and its documents. Needs the extra `harness`.
 """
 
-import copy
 import json
 import time
 from collections.abc import Mapping
@@ -21,13 +20,14 @@ from typing import Any
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation, ItemResult, Suite
 from trans_peft.errors import DataError, IntegrityError, InvalidSpecError, NotFoundError
-from trans_peft.text.answers import answer_text
-from trans_peft.validation.decoding.batching import evaluating
-from trans_peft.validation.evaluate import check_dtype
+from trans_peft.ports import Engine
+from trans_peft.validation.engine import LoopEngine
+from trans_peft.validation.evaluate import check_dtype, context_of
 
-__all__ = ["evaluate_harness", "harness_suite"]
+__all__ = ["evaluate_harness", "harness_model", "harness_suite"]
 
 _SCHEME = "lm_eval:"
+_DEFAULT_CONTEXT = 2048
 
 
 def harness_suite(
@@ -72,7 +72,7 @@ def evaluate_harness(  # noqa: PLR0913  as `evaluate`
     *,
     weights_sha256: str,
     base_fingerprint_sha256: str,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     folder: str | None = None,
 ) -> Evaluation:
     """Evaluate a loaded model, with or without an adapter, on a suite of `harness_suite`.
@@ -96,17 +96,16 @@ def evaluate_harness(  # noqa: PLR0913  as `evaluate`
             do="install the pinned version of the harness and of the data, or pin the suite again "
             "and evaluate the adapter on all bases again",
         )
-    own = copy.deepcopy(tokenizer)  # the harness adds a padding token to it
-    with evaluating(model):
-        results = simple_evaluate(
-            _harness_model(model, own, batch_size),
-            tasks=[task],
-            limit=suite.limit,
-            bootstrap_iters=0,
-            random_seed=None,  # leaves the seeds of this process unchanged
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
+    engine = LoopEngine(model, tokenizer, batch_size=batch_size)
+    results = simple_evaluate(
+        harness_model(engine, tokenizer, context_of(model)),
+        tasks=[task],
+        limit=suite.limit,
+        bootstrap_iters=0,
+        random_seed=None,  # leaves the seeds of this process unchanged
+        numpy_random_seed=None,
+        torch_random_seed=None,
+    )
     metric, _, filtered = suite.scoring.removeprefix(_SCHEME).partition(",")
     samples = [
         sample
@@ -129,28 +128,83 @@ def evaluate_harness(  # noqa: PLR0913  as `evaluate`
     )
 
 
-def _harness_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """Return a model of the harness whose answers keep special tokens, as references do."""
-    from lm_eval.models.huggingface import HFLM
+def harness_model(engine: Engine, tokenizer: Any, context: int | None) -> Any:
+    """Return a model of the harness (`TemplateLM`) for which an engine answers.
 
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    `context` is the context length in tokens; by default 2048, as in the harness.
+    """
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    class KeepsSpecialTokens(HFLM):
-        def tok_decode(self, tokens: Any, skip_special_tokens: bool | None = None) -> str:
-            if skip_special_tokens is None:  # an answer, padded to the longest of its batch
-                return answer_text(self.tokenizer, _without_padding(tokens, self), ends)
-            return str(super().tok_decode(tokens, skip_special_tokens))
+    max_length = context or _DEFAULT_CONTEXT
 
-    return KeepsSpecialTokens(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    class EngineLM(TemplateLM):
+        """Requests of the harness as calls of an engine. Long contexts lose their start."""
 
+        @property
+        def eot_token_id(self) -> int:
+            return int(tokenizer.eos_token_id)
 
-def _without_padding(tokens: Any, harness_model: Any) -> list[int]:
-    """Return an answer without its padding, which also follows answers without an end token."""
-    ids = [int(token) for token in tokens]
-    while ids and ids[-1] == harness_model.tokenizer.pad_token_id:
-        ids.pop()
-    return ids
+        @property
+        def prefix_token_id(self) -> int:
+            first = tokenizer.bos_token_id
+            return self.eot_token_id if first is None else int(first)
+
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int]:
+            own = tokenizer.bos_token
+            if add_special_tokens is None:
+                add_special_tokens = not (own and string.startswith(own))
+            ids = tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+            return [int(id_) for id_ in ids]
+
+        def _loglikelihood_tokens(
+            self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        ) -> list[tuple[float, bool]]:
+            texts = []
+            for _strings, before, tokens in requests:
+                # The last of the tokens is not read, so that it may exceed the length by one.
+                whole = [*before, *tokens][-(max_length + 1) :]
+                texts.append((whole[: -len(tokens)], tokens))
+            return [
+                (sum(token.log_p for token in found), all(token.is_best for token in found))
+                for found in engine.scores(texts)
+            ]
+
+        def loglikelihood_rolling(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[float]:
+            sums = []
+            for request in requests:
+                windows = get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=max_length,
+                    context_len=1,
+                )
+                found = engine.scores([make_disjoint_window(window) for window in windows])
+                sums.append(sum(token.log_p for tokens in found for token in tokens))
+            return sums
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            texts = [""] * len(requests)
+            settings: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+            for number, request in enumerate(requests):
+                options = normalize_gen_kwargs(dict(request.args[1]))
+                stop = tuple(filter(None, handle_stop_sequences(options.get("until"), eos=None)))
+                settings.setdefault((options["max_gen_toks"], stop), []).append(number)
+            for (most, stop), numbers in settings.items():
+                prompts = [
+                    self.tok_encode(requests[i].args[0])[-(max_length - most) :] for i in numbers
+                ]
+                answers = engine.answers(prompts, max_new_tokens=most, stop=stop)
+                for i, answer in zip(numbers, answers, strict=True):
+                    texts[i] = answer.text
+            return texts
+
+    return EngineLM()
 
 
 def _item(sample: Mapping[str, Any], metric: str, suite: Suite) -> ItemResult:

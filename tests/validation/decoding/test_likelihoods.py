@@ -50,9 +50,11 @@ EXAMPLES = [example(number) for number in range(len(QUESTIONS))]
 SUITE = Suite("choices", DataSource("c.jsonl", "0" * 64), scoring="choice:per_token")
 
 
-def chosen(model, tokenizer, **options):
+def chosen(model, tokenizer, measure, **options):
     asked = prepare(tokenizer, SUITE, EXAMPLES, context=None)
-    return choose(model, asked.examples, asked.prompts, asked.choices, **options)
+    questions = list(zip(asked.prompts, asked.choices, strict=True))
+    found = log_likelihoods(model, questions, **options)
+    return choose(asked.examples, asked.choices, found, measure).texts
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])

@@ -48,6 +48,7 @@ class DecodingRow:
     Attributes:
         prompt: token ids of the prompt.
         expected: token ids of the expected answer, from which the draft is made.
+        adapter: name of the adapter that answers, for a model with several.
         cached: how many tokens of prompt and answer are in the cache.
         answer: the tokens generated so far.
         is_over: whether the answer has ended.
@@ -57,6 +58,7 @@ class DecodingRow:
 
     prompt: Sequence[int]
     expected: Sequence[int] = ()
+    adapter: str | None = None
     draft: Draft | None = None
     cached: int = 0
     answer: list[int] = field(default_factory=list)
@@ -106,8 +108,11 @@ class Decoder:
         With `may_postpone`, stop when so few are left that processing their texts again later,
         together with others, is faster. Raises EvaluationError if logits are not finite.
         """
-        rows = [row for row in batch if not row.is_over]
-        cache, columns, cached = self._reader.begin([row.text for row in rows])
+        # Rows of one adapter side by side, so that a layer takes them as one slice.
+        rows = sorted((row for row in batch if not row.is_over), key=lambda row: row.adapter or "")
+        cache, columns, cached = self._reader.begin(
+            [row.text for row in rows], [row.adapter for row in rows]
+        )
         first = self._acceptance.first(len(rows))
         for row, row_cached in zip(rows, cached, strict=True):
             row.cached = row_cached
@@ -119,7 +124,7 @@ class Decoder:
                 unfinished, columns + max(len(row.unread) for row in unfinished)
             )
             parts = [
-                PromptPart(row.cached, row.unread, proposal)
+                PromptPart(row.cached, row.unread, proposal, row.adapter)
                 for row, proposal in zip(unfinished, proposals, strict=True)
             ]
             longest = max(map(len, proposals))

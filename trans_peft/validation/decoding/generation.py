@@ -23,7 +23,7 @@ from trans_peft.validation.decoding.decoder import Decoder, DecodingRow
 from trans_peft.validation.decoding.next_tokens import NextTokens
 from trans_peft.validation.decoding.prefixes import PrefixReader, check_adapter
 
-__all__ = ["Answers", "evaluating", "generate"]
+__all__ = ["AnswerEnds", "Answers", "evaluating", "generate"]
 
 _EXTRA_TOKENS = 4  # that a stop string may span in addition to one for each of its bytes
 
@@ -35,7 +35,8 @@ class Answers:
     Attributes:
         texts: the text before the end token or the first stop string, with special tokens.
         ids: the generated tokens, including the one that ended the answer.
-        near_ties: tokens of all answers whose two best logits differ by less than 1e-4.
+        near_ties_of: for each answer, the number of tokens whose two best logits differ by less
+            than 1e-4.
         drafted: proposed tokens that were checked.
         accepted: proposed tokens that greedy decoding confirmed.
         next_tokens: for each answer the distributions from which its tokens were chosen; empty
@@ -44,10 +45,15 @@ class Answers:
 
     texts: list[str]
     ids: list[list[int]]
-    near_ties: int = 0
+    near_ties_of: list[int]
     drafted: int = 0
     accepted: int = 0
     next_tokens: list[NextTokens] = field(default_factory=list)
+
+    @property
+    def near_ties(self) -> int:
+        """The near ties of all answers."""
+        return sum(self.near_ties_of)
 
 
 def generate(  # noqa: PLR0913  named as in transformers
@@ -59,6 +65,7 @@ def generate(  # noqa: PLR0913  named as in transformers
     stop: Sequence[str] = (),
     end_tokens: Collection[int] = (),
     drafts: Sequence[Sequence[int]] | None = None,
+    adapters: Sequence[str | None] | None = None,
     batch_size: int | None = None,
     top: int = 0,
     on_progress: Progress | None = None,
@@ -71,6 +78,8 @@ def generate(  # noqa: PLR0913  named as in transformers
     Args:
         prompts: token ids without padding.
         drafts: expected token ids of each answer. Correct ones save time; none changes an answer.
+        adapters: names of each prompt's adapter, for a model with several
+            (`trans_peft.transfer.mixed_adapters`). None in the list: the bare base.
         batch_size: prompts in a batch, by default 32; halved when memory runs out.
         top: number of most likely tokens in the distributions that are returned. 0: none.
         on_progress: called with the finished answers and the total.
@@ -81,16 +90,17 @@ def generate(  # noqa: PLR0913  named as in transformers
     add virtual tokens (prompt tuning, prefix tuning).
     """
     _check(model, prompts, max_new_tokens, stop, drafts)
-    ends = _AnswerEnds(model, tokenizer, stop, end_tokens)
+    ends = AnswerEnds(model, tokenizer, stop, end_tokens)
     drafts = [ends.before(d, max_new_tokens) for d in drafts or [()] * len(prompts)]
-    rows = [DecodingRow(prompt, draft) for prompt, draft in zip(prompts, drafts, strict=True)]
+    names = [None] * len(prompts) if adapters is None else adapters
+    rows = [DecodingRow(*parts) for parts in zip(prompts, drafts, names, strict=True)]
 
     def report_progress(*_: int) -> None:
         if on_progress is not None:
             on_progress(sum(row.is_over for row in rows), len(rows))
 
     with evaluating(model), torch.no_grad():
-        reader = PrefixReader(model, cache_support(model), prompts)
+        reader = PrefixReader(model, cache_support(model), prompts, adapters)
         if not reader.support.batched:
             batch_size = 1
         decoder = Decoder(
@@ -120,7 +130,7 @@ def generate(  # noqa: PLR0913  named as in transformers
     return Answers(
         texts=[ends.text(answer) for answer in ids],
         ids=ids,
-        near_ties=sum(row.near_ties for row in rows),
+        near_ties_of=[row.near_ties for row in rows],
         drafted=sum(row.drafted for row in rows),
         accepted=sum(row.accepted for row in rows),
         next_tokens=[NextTokens.joined(row.next_tokens) for row in rows] if top else [],
@@ -150,12 +160,17 @@ def _check(
         )
 
 
-class _AnswerEnds:
-    """Finds the end of an answer: end tokens and stop strings."""
+class AnswerEnds:
+    """Finds the end of an answer: end tokens and stop strings.
+
+    `tokens` are the end tokens: those of the model and the tokenizer, `end_tokens`, and the stop
+    strings that are tokens.
+    """
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, stop: Sequence[str], end_tokens: Collection[int]
     ) -> None:
+        """`stop` and `end_tokens` are those of `generate`."""
         added = tokenizer.get_added_vocab()
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         own = own if isinstance(own, list) else [own]
@@ -167,6 +182,7 @@ class _AnswerEnds:
         self._tokenizer = tokenizer
 
     def reached(self, answer: Sequence[int]) -> bool:
+        """Whether an answer ends with its last token."""
         if answer[-1] in self.tokens:
             return True
         if not self._strings:
@@ -184,5 +200,6 @@ class _AnswerEnds:
         return draft[: next(over, None)]
 
     def text(self, answer: list[int]) -> str:
+        """Return the text before the end token or the first stop string."""
         text = answer_text(self._tokenizer, answer, self.tokens)
         return text[: min((at for s in self._strings if (at := text.find(s)) >= 0), default=None)]

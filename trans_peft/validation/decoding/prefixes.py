@@ -5,8 +5,8 @@ in the last column. Position embeddings (learned, rotary, ALiBi) and local atten
 correct for every architecture. Only the removal of tokens from the cache depends on the type of
 cache.
 
-The prefix that all prompts of a suite share (few-shot examples, an instruction) is processed once
-for each adapter and copied into every batch. A prompt that is shorter than others of its batch
+The prefix that all prompts share (few-shot examples, an instruction) is processed once for each
+adapter and copied into every batch. A prompt that is shorter than others of its batch
 processes the end of the prefix again, in columns that would otherwise be padding. This makes no
 pass wider, and leaves no gap between the prefix and the rest of the text.
 """
@@ -30,6 +30,7 @@ __all__ = [
     "PromptPart",
     "check_adapter",
     "last_columns",
+    "shared_prefix",
     "supports_truncation",
     "truncate_cache",
 ]
@@ -55,37 +56,51 @@ class CacheSupport:
 
 
 class PromptPart(NamedTuple):
-    """The tokens of one text in a pass: `certain` and `proposed` ones, after `cached` tokens."""
+    """The tokens of one text in a pass: `certain` and `proposed` ones, after `cached` tokens.
+
+    `adapter` is the name of the text's adapter, for a model with several.
+    """
 
     cached: int
     certain: Sequence[int]
     proposed: Sequence[int] = ()
+    adapter: str | None = None
 
 
 class PrefixReader:
-    """Runs one model on batches of texts, and caches the common prefix of `prompts`."""
+    """Runs one model on batches of texts, and caches the common prefix of `prompts`.
+
+    `adapters` are the names of their adapters, for a model with several (`adapter_names`, as in
+    PEFT); each adapter has its own cache of the prefix.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         support: CacheSupport,
         prompts: Sequence[Sequence[int]] = (),
+        adapters: Sequence[str | None] | None = None,
     ) -> None:
         check_adapter(model)
         self._model = model
+        self._is_mixed = adapters is not None
         self.support = support
         self.device = next(model.parameters()).device
-        self._prefix = _shared_prefix(model, prompts)
+        self._row_of = {name: row for row, name in enumerate(dict.fromkeys(adapters or [None]))}
+        self._prefix = shared_prefix(model, prompts, copies=len(self._row_of))
         self._prefix_cache: Any = None
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, int, list[int]]:
+    def begin(
+        self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None] | None = None
+    ) -> tuple[Any, int, list[int]]:
         """Return a cache (None: empty), its width in columns, and each prompt's cached tokens.
 
         At least one token of each prompt is not cached. The remaining tokens of a prompt fill at
         most as many columns as those of the longest prompt.
         """
         if self._prefix and self._prefix_cache is None:
-            out = self.read([PromptPart(0, self._prefix)], None, 0)
+            parts = [PromptPart(0, self._prefix, adapter=name) for name in self._row_of]
+            out = self.read(parts, None, 0)
             self._prefix_cache = out.past_key_values
             if supports_truncation(self._prefix_cache) < len(self._prefix):
                 self._prefix = []  # the cache has a recurrent state, or a window dropped its start
@@ -95,7 +110,8 @@ class PrefixReader:
         most = max(map(len, prompts)) - shared
         moves = [min(most + shared - len(prompt), shared) for prompt in prompts]
         cache = copy.deepcopy(self._prefix_cache)
-        cache.batch_repeat_interleave(len(prompts))
+        rows = [self._row_of[name] for name in adapters or [None] * len(prompts)]
+        cache.reorder_cache(torch.tensor(rows, device=self.device))
         _move_right(cache, moves)
         return cache, shared, [shared - move for move in moves]
 
@@ -110,7 +126,7 @@ class PrefixReader:
         before = max(len(part.certain) for part in parts)
         behind = max(len(part.proposed) for part in parts)
         ids, starts, ends = [], [], []
-        for cached, certain, proposed in parts:
+        for cached, certain, proposed, _ in parts:
             left, right = before - len(certain), behind - len(proposed)
             ids.append([0] * left + [*certain, *proposed] + [0] * right)
             starts.append(cached - left)
@@ -120,10 +136,12 @@ class PrefixReader:
         # The text of a row is at its right end; its first new column has the position `start`.
         position = torch.arange(columns + before + behind, device=self.device) + start - columns
         positions = {"position_ids": position[:, columns:].clamp(min=0).minimum(end)}
+        names = {"adapter_names": [part.adapter for part in parts]}
         return self._model(
             input_ids=torch.tensor(ids, device=self.device),
             attention_mask=(position >= 0).long(),
             **(positions if self.support.positions else {}),
+            **(names if self._is_mixed else {}),
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
@@ -187,9 +205,14 @@ def _move_right(cache: Any, moves: Sequence[int]) -> None:
         layer.values = layer.values.take_along_dim(here, dim=2)
 
 
-def _shared_prefix(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Return the common prefix of all prompts, without the last token of any; [] if too short."""
-    if len(prompts) < 2 or any(
+def shared_prefix(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, copies: int = 1
+) -> list[int]:
+    """Return the common prefix of all prompts, without the last token of any.
+
+    It is empty if reading it once for each of `copies` adapters would save nothing.
+    """
+    if len(prompts) <= copies or any(
         word in str(getattr(getattr(model, "config", None), "rope_parameters", ""))
         for word in _LENGTH_DEPENDENT_ROPES
     ):
@@ -197,4 +220,4 @@ def _shared_prefix(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[i
     first, last = min(map(list, prompts)), max(map(list, prompts))  # in order of their tokens
     most = min(map(len, prompts)) - 1
     agreed = next((i for i in range(most) if first[i] != last[i]), max(most, 0))
-    return first[:agreed] if agreed * (len(prompts) - 1) > PASS_OVERHEAD_TOKENS else []
+    return first[:agreed] if agreed * (len(prompts) - copies) > PASS_OVERHEAD_TOKENS else []

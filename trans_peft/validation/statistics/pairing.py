@@ -72,11 +72,11 @@ def check_comparable(  # noqa: PLR0913  the arguments of `judge`
 ) -> None:
     """Raise InvalidSpecError, with all reasons, unless every suite can be compared item by item.
 
-    Results are comparable if they have the same suite hash, item ids and decoding settings. The
-    mappings are those of `trans_peft.validation.gate.judge`. Results of the fresh adapter may be
-    missing. Results of the bare base may be missing from suites that are not required, and from all
-    suites without `bare_required`. Results on the new base of a suite in `partial` may be missing
-    or lack items.
+    Results are comparable if they have the same suite hash, item ids, decoding settings (with the
+    dtype) and engine. The mappings are those of `trans_peft.validation.gate.judge`. Results of the
+    fresh adapter may be missing. Results of the bare base may be missing from suites that are not
+    required, and from all suites without `bare_required`. Results on the new base of a suite in
+    `partial` may be missing or lack items.
     """
     fresh = fresh or {}
     problems = [] if required else ["no required suite has results"]
@@ -110,8 +110,9 @@ def check_comparable(  # noqa: PLR0913  the arguments of `judge`
     if problems:
         raise InvalidSpecError(
             "the evaluations cannot be compared:\n    " + "\n    ".join(problems),
-            expected="the same items, scoring rule and decoding settings",
-            do="evaluate all of them on the same pinned suite; no verdict was recorded",
+            expected="the same items, scoring rule, decoding settings and engine",
+            do="evaluate all of them on the same pinned suite with the same engine; no verdict was "
+            "recorded",
         )
 
 
@@ -141,7 +142,7 @@ def check_slices(policy: GatePolicy, reference: Mapping[str, Evaluation]) -> Non
 
 def _different_settings(results: Mapping[str, Evaluation]) -> list[str]:
     problems = []
-    for name in ("suite", "suite_sha256", "decoding_sha256"):
+    for name in ("suite", "suite_sha256", "decoding_sha256", "engine"):
         values = {side: getattr(result, name) for side, result in results.items()}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{value[:12]} ({side})" for side, value in values.items())

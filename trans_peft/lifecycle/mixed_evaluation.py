@@ -1,0 +1,269 @@
+"""Evaluate several adapters of one base in mixed batches, and store each evaluation by its key.
+
+`evaluate_shard` does so for the transfers of a shard, before they run. Each transfer then finds its
+evaluations in the store. An adapter that cannot share batches, or fails, has none there: its own
+transfer evaluates it alone and reports its error.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Suite
+from trans_peft.domain.fleet import Fleet
+from trans_peft.domain.outcome import TransferTask
+from trans_peft.errors import EvaluationError, TransPeftError, translating_full_disk_errors
+from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.evaluation import BARE_BASE, EvaluationSubject, tokenized_suite_for
+from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
+from trans_peft.lifecycle.transfer import TransferInputs, compatibility_on
+from trans_peft.ports import Platform
+from trans_peft.text.saved_template import saved_template
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trans_peft.models import LoadedBase
+    from trans_peft.validation.evaluate import AskedAdapter, MixedEvaluation
+
+__all__ = ["evaluate_shard", "evaluate_together"]
+
+Subjects = Sequence[tuple[EvaluationSubject, Sequence[Suite]]]
+
+
+def evaluate_shard(
+    transfers: Sequence[tuple[TransferTask, Fleet]],
+    policy: GatePolicy,
+    platform: Platform,
+    *,
+    on_progress: ProgressCallback | None = None,
+) -> dict[str, str]:
+    """Store the evaluations that transfers to one base need, from mixed batches where possible.
+
+    Missing evaluations on the bases that the adapters were trained on come first, then those on the
+    new base, with the bare base among the rows. Returns why adapters were left out, by name.
+
+    Nothing is evaluated under a sequential policy, which needs few items of each adapter, and if a
+    transfer is not in its first attempt. A killed shard is counted as an attempt of its first
+    transfer, so the next shard must work on one adapter at a time to find the one that kills it.
+    """
+    if policy.sequential or any(task.attempt > 1 for task, _ in transfers):
+        return {}
+    left_out: dict[str, str] = {}
+    with (
+        translating_full_disk_errors(tempfile.gettempdir()),
+        tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
+    ):
+        ready: list[tuple[TransferInputs, BaseVersion, EvaluationSubject]] = []
+        for number, (task, fleet) in enumerate(transfers):
+            folder = Path(scratch) / str(number)
+            try:
+                inputs = TransferInputs.of(task, fleet)
+                source, old = inputs.source, inputs.trained_on
+                download = cache(partial(platform.registry.download, source, folder / "adapter"))
+                known = inputs.known_outcome()
+                compatibility = (
+                    compatibility_on(download(), old, inputs.base, platform, folder)
+                    if known is None
+                    else known.compatibility
+                )
+            except TransPeftError as error:
+                left_out[task.adapter] = str(error)
+                continue
+            if compatibility.ok:
+                subject = EvaluationSubject(source.adapter, source.weights_sha256, download)
+                ready.append((inputs, old, subject))
+        for old in dict.fromkeys(old for _, old, _ in ready):
+            asked: Subjects = [
+                (subject, inputs.source.suites) for inputs, own, subject in ready if own == old
+            ]
+            left_out |= evaluate_together(old, asked, platform, on_progress=on_progress)
+        if ready:
+            suites = dict.fromkeys(suite for inputs, *_ in ready for suite in inputs.source.suites)
+            asked = [
+                *(
+                    (
+                        replace(subject, reference=_reference(inputs, old, platform)),
+                        inputs.source.suites,
+                    )
+                    for inputs, old, subject in ready
+                ),
+                (BARE_BASE, [*suites]),
+            ]
+            new = ready[0][0].base
+            left_out |= evaluate_together(new, asked, platform, on_progress=on_progress)
+    return left_out
+
+
+def evaluate_together(
+    base: BaseVersion,
+    subjects: Subjects,
+    platform: Platform,
+    *,
+    on_progress: ProgressCallback | None = None,
+) -> dict[str, str]:
+    """Store the missing evaluations of several subjects on a base, from mixed batches.
+
+    Evaluations share batches if their suites have the same decoding settings and the same common
+    prefix of all prompts. Items with a near tie are asked again with their adapter alone. The keys
+    are those of `evaluate_on`, and in float32 the answers are too.
+
+    Returns why subjects were left out, by name. A subject is also left out, without a reason, if no
+    other could share its batches. Raises what loading the base raises.
+    """
+    missing = {
+        suite.evaluation_key(subject.weights_sha256, base.fingerprint_sha256): (subject, suite)
+        for subject, suites in subjects
+        for suite in suites
+    }
+    missing = {key: one for key, one in missing.items() if platform.evaluations.get(key) is None}
+    left_out: dict[str, str] = {}
+    for dtype in dict.fromkeys(suite.dtype for _, suite in missing.values()):
+        asked = [(subject, suite) for subject, suite in missing.values() if suite.dtype == dtype]
+        if len(asked) > 1:
+            left_out |= _Group(base, platform, on_progress).evaluate(asked)
+    return left_out
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Evaluations on one base in one dtype."""
+
+    base: BaseVersion
+    platform: Platform
+    on_progress: ProgressCallback | None
+
+    def evaluate(self, missing: Sequence[tuple[EvaluationSubject, Suite]]) -> dict[str, str]:
+        from trans_peft.models import load_base
+        from trans_peft.transfer.load_adapter import attached
+        from trans_peft.transfer.mixed_adapters import attached_together
+        from trans_peft.validation.decoding.cache_support import cache_support
+        from trans_peft.validation.evaluate import answer
+
+        loaded = load_base(base_folder(self.base, self.platform), missing[0][1].dtype)
+        if not cache_support(loaded.model).batched:
+            return {}  # its texts cannot share a pass
+        asked, left_out = self._tokenized(loaded, missing)
+        named = {subject.weights_sha256: subject for subject, _ in missing}
+        folders = {
+            one.adapter: folder()
+            for one in asked
+            if one.adapter is not None and (folder := named[one.adapter].folder) is not None
+        }
+        undecided: list[tuple[AskedAdapter, MixedEvaluation]] = []
+        with attached_together(loaded.model, folders) as mixed:
+            for adapter, reason in mixed.left_out.items():
+                left_out[named[adapter].name] = reason
+            shared = [one for one in asked if one.adapter is None or one.adapter in mixed.adapters]
+            for group in _groups(loaded.model, shared):
+                for one, found in self._answered(mixed, group):
+                    if found.near_tie_ids:
+                        undecided.append((one, found))
+                    else:
+                        self._put(found.evaluation, named[one.weights_sha256])
+        for one, (evaluation, near_tie_ids) in undecided:
+            subject = named[one.weights_sha256]
+            attaching = (
+                nullcontext(loaded.model)
+                if one.adapter is None
+                else attached(loaded.model, folders[one.adapter])
+            )
+            try:
+                with attaching as alone:
+                    again = answer(
+                        alone,
+                        one.questions.only(near_tie_ids),
+                        weights_sha256=one.weights_sha256,
+                        base_fingerprint_sha256=self.base.fingerprint_sha256,
+                        drafts=one.drafts,
+                    )
+            except EvaluationError as error:
+                left_out[subject.name] = str(error)
+            else:
+                self._put(_with_items(evaluation, again), subject)
+        return left_out
+
+    def _put(self, evaluation: Evaluation, subject: EvaluationSubject) -> None:
+        labels = self.base.ref.labels | subject.labels
+        self.platform.evaluations.put(evaluation, labels=labels)
+
+    def _tokenized(
+        self, loaded: "LoadedBase", missing: Sequence[tuple[EvaluationSubject, Suite]]
+    ) -> "tuple[list[AskedAdapter], dict[str, str]]":
+        """Return the questions of each subject, and why some have none."""
+        from trans_peft.validation.evaluate import AskedAdapter
+
+        asked, left_out = [], {}
+        for subject, suite in missing:
+            try:
+                template = None if subject.folder is None else saved_template(subject.folder())
+                questions = tokenized_suite_for(suite, loaded, self.platform, template)
+            except TransPeftError as error:
+                left_out[subject.name] = str(error)
+                continue
+            adapter = None if subject.weights_sha256 == BARE else subject.weights_sha256
+            drafts = subject.drafts(suite.name)
+            asked.append(AskedAdapter(adapter, questions, subject.weights_sha256, drafts))
+        return asked, left_out
+
+    def _answered(
+        self, mixed: "nn.Module", asked: "Sequence[AskedAdapter]"
+    ) -> "list[tuple[AskedAdapter, MixedEvaluation]]":
+        """Return the evaluations. If one of them fails, the halves are tried by themselves."""
+        from trans_peft.validation.evaluate import answer_together
+
+        suites = sorted({one.questions.suite.name for one in asked})
+        what = f"{len(asked)} evaluations together: {', '.join(suites)} on {self.base.version}"
+        try:
+            found = answer_together(
+                mixed,
+                asked,
+                base_fingerprint_sha256=self.base.fingerprint_sha256,
+                on_progress=progress_reporter(self.on_progress, what),
+            )
+            return [*zip(asked, found, strict=True)]
+        except EvaluationError:
+            if len(asked) == 1:
+                return []
+            half = len(asked) // 2
+            return self._answered(mixed, asked[:half]) + self._answered(mixed, asked[half:])
+
+
+def _groups(model: "nn.Module", asked: "Sequence[AskedAdapter]") -> "list[list[AskedAdapter]]":
+    """Return the evaluations that share batches. One that could only run alone is left out."""
+    from trans_peft.validation.decoding.prefixes import shared_prefix
+
+    groups: dict[object, list[AskedAdapter]] = {}
+    for one in asked:
+        prefix = tuple(shared_prefix(model, one.questions.prompts))
+        groups.setdefault((one.decoding, prefix), []).append(one)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _with_items(evaluation: Evaluation, again: Evaluation) -> Evaluation:
+    """Return an evaluation with the items of another one in place of its own."""
+    items = {item.id: item for item in again.items}
+    return replace(
+        evaluation,
+        items=tuple(items.get(item.id, item) for item in evaluation.items),
+        seconds=evaluation.seconds + again.seconds,
+    )
+
+
+def _reference(
+    inputs: TransferInputs, old: BaseVersion, platform: Platform
+) -> Mapping[str, Evaluation]:
+    """Return the stored evaluations of an adapter on the base that it was trained on, by suite."""
+    source, fingerprint = inputs.source, old.fingerprint_sha256
+    found = {
+        suite.name: platform.evaluations.get(
+            suite.evaluation_key(source.weights_sha256, fingerprint)
+        )
+        for suite in source.suites
+    }
+    return {name: evaluation for name, evaluation in found.items() if evaluation is not None}
