@@ -12,7 +12,9 @@ from trans_peft.domain.outcome import TransferTask
 
 
 @flow(name="transfer-shard")
-def transfer_shard(shard: tuple[TransferTask, ...], policy: GatePolicy) -> State:
+def transfer_shard(
+    shard: tuple[TransferTask, ...], policy: GatePolicy, one_by_one: bool = False
+) -> State:
     """Judge the adapters of the shard. A failure affects one adapter only.
 
     Adapters that can share batches are evaluated first, together. The transfers then run one after
@@ -25,11 +27,13 @@ def transfer_shard(shard: tuple[TransferTask, ...], policy: GatePolicy) -> State
     Args:
         shard: Transfers to the same base version.
         policy: Gate policy.
+        one_by_one: Evaluate no two adapters in one batch, so that an adapter that ends the process
+            is known.
     """
     logger = get_run_logger()
     failed, not_recorded, skipped = [], [], []
     with gpu_slots():
-        if len(shard) > 1:
+        if len(shard) > 1 and not one_by_one:
             together = transfer.evaluate_together(shard, policy, return_state=True)
             if together.is_completed():
                 for adapter, reason in together.result().items():

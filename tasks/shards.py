@@ -27,6 +27,7 @@ from pydantic import TypeAdapter
 
 from tasks.origin import inherited_tags
 from tasks.queues import UNSERVED_AFTER_S, QueueWatch, unserved
+from trans_peft.domain.base import BaseRef
 from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import content_sha256
@@ -37,6 +38,7 @@ __all__ = [
     "MAX_ACTIVE",
     "EndedShard",
     "Shard",
+    "Suspect",
     "active_shards",
     "cancel_shard",
     "interrupted_transfers",
@@ -44,6 +46,7 @@ __all__ = [
     "obsolete_shards",
     "split_into_shards",
     "start",
+    "suspects",
     "unfinished_tasks",
     "wait",
     "why_unserved",
@@ -54,6 +57,9 @@ MAX_ACTIVE = 64
 
 ENOUGH_ENDED = 32
 """Ended shards after which a run reads the fleet and starts the next ones."""
+
+Suspect = tuple[str, BaseRef]
+"""The name of an adapter that may have killed a process, and the base."""
 
 _TASKS = TypeAdapter(tuple[TransferTask, ...])
 _POLL_S = 2.0
@@ -70,11 +76,13 @@ class Shard:
         run_id: Id of its flow run.
         tasks: Its transfers.
         is_waiting: Whether the flow run has not started.
+        one_by_one: Whether it evaluates no two adapters in one batch.
     """
 
     run_id: UUID
     tasks: tuple[TransferTask, ...]
     is_waiting: bool = False
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class EndedShard:
         is_cancelled: Whether it was cancelled.
         is_crashed: Whether its process was killed or lost.
         message: Message of the final state.
+        one_by_one: Whether it evaluated no two adapters in one batch.
     """
 
     name: str
@@ -98,11 +107,17 @@ class EndedShard:
     is_cancelled: bool
     is_crashed: bool
     message: str = ""
+    one_by_one: bool = False
 
     @property
     def is_withdrawn(self) -> bool:
         """Whether reconcile withdrew it before it started."""
         return self.state_name == _WITHDRAWN
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether its process was killed or lost while it worked."""
+        return self.is_crashed and not self.never_ran
 
 
 def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, ...]:
@@ -163,24 +178,29 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
                 run.name,
             )
             continue
-        shards.append(Shard(run.id, tasks, _is_waiting(run)))
+        one_by_one = run.parameters.get("one_by_one") is True
+        shards.append(Shard(run.id, tasks, _is_waiting(run), one_by_one))
     return tuple(shards)
 
 
-def start(tasks: tuple[TransferTask, ...], policy: GatePolicy) -> Shard:
+def start(
+    tasks: tuple[TransferTask, ...], policy: GatePolicy, *, one_by_one: bool = False
+) -> Shard:
     """Start the flow run of a shard of one base, or return the active one with the same transfers.
+
+    `one_by_one`: evaluate no two adapters in one batch.
 
     Prefect returns the same run for an idempotency key for ever. If that run has ended without
     doing its transfers, the next key starts a new run.
     """
     base = tasks[0].base
-    key = content_sha256([[item.key for item in tasks], policy])
+    key = content_sha256([[item.key for item in tasks], policy, *(["alone"] if one_by_one else [])])
     for attempt in count():
         run = cast(  # `run_deployment` returns a coroutine in asynchronous code only
             FlowRun,
             run_deployment(
                 Deployment.TRANSFER_SHARD,
-                parameters={"shard": tasks, "policy": policy},
+                parameters={"shard": tasks, "policy": policy, "one_by_one": one_by_one},
                 flow_run_name=f"judge {base}",
                 idempotency_key=f"{key}:{attempt}",
                 tags=[*_tags(base.family, policy), *inherited_tags()],
@@ -189,7 +209,7 @@ def start(tasks: tuple[TransferTask, ...], policy: GatePolicy) -> Shard:
         )
         if run.state is None or not run.state.is_final():
             break
-    return Shard(run.id, tasks, is_waiting=True)
+    return Shard(run.id, tasks, is_waiting=True, one_by_one=one_by_one)
 
 
 def cancel_shard(shard: Shard) -> None:
@@ -259,13 +279,31 @@ def interrupted_transfers(ended: Sequence[EndedShard], plan: Plan) -> tuple[Tran
     """Return the transfer that each killed shard was working on: the first that is still planned.
 
     It counts as a failed attempt, so that an adapter that kills each process is parked in the end.
+    A shard whose adapters share batches may have been working on any of them (`suspects`).
     """
     planned = {item.key for item in plan.tasks}
     return tuple(
         next(task for task in shard.tasks if task.key in planned)
         for shard in ended
-        if shard.is_crashed and not shard.never_ran and any(w.key in planned for w in shard.tasks)
+        if shard.was_killed and _is_alone(shard) and any(w.key in planned for w in shard.tasks)
     )
+
+
+def suspects(ended: Sequence[EndedShard]) -> frozenset[Suspect]:
+    """Return the adapters of killed shards whose adapters share batches, each with its base.
+
+    Evaluated one by one, the adapter that kills the process is known.
+    """
+    return frozenset(
+        (task.adapter, task.base)
+        for shard in ended
+        if shard.was_killed and not _is_alone(shard)
+        for task in shard.tasks
+    )
+
+
+def _is_alone(shard: EndedShard) -> bool:
+    return shard.one_by_one or len(shard.tasks) == 1
 
 
 def unfinished_tasks(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
@@ -319,6 +357,7 @@ def _ended(run: FlowRun, state: State[Any], shard: Shard) -> EndedShard:
         is_cancelled=state.is_cancelled(),
         is_crashed=state.is_crashed(),
         message=state.message or "",
+        one_by_one=shard.one_by_one,
     )
 
 

@@ -68,6 +68,7 @@ class Run:
     id: UUID
     key: tuple
     tasks: tuple[TransferTask, ...]
+    one_by_one: bool
     state: str = "Scheduled"
     started: bool = False
 
@@ -173,17 +174,17 @@ class FleetWithRuns:
 
     # Prefect's part
 
-    def _start(self, tasks: tuple[TransferTask, ...], policy: Any) -> Shard:
-        key = tuple(item.key for item in tasks)
+    def _start(self, tasks: tuple[TransferTask, ...], policy: Any, *, one_by_one: bool) -> Shard:
+        key = (*(item.key for item in tasks), one_by_one)
         for run in self.runs:
             if run.key == key and run.state in ("Scheduled", "Running"):
                 return Shard(run.id, run.tasks, is_waiting=True)
-        self.runs.append(Run(uuid4(), key, tasks))
-        return Shard(self.runs[-1].id, tasks, is_waiting=True)
+        self.runs.append(Run(uuid4(), key, tasks, one_by_one))
+        return Shard(self.runs[-1].id, tasks, is_waiting=True, one_by_one=one_by_one)
 
     def _active_shards(self, family: str, policy: Any) -> tuple[Shard, ...]:
         return tuple(
-            Shard(run.id, run.tasks, run.state == "Scheduled")
+            Shard(run.id, run.tasks, run.state == "Scheduled", run.one_by_one)
             for run in self.runs
             if run.state in ("Scheduled", "Running")
         )
@@ -217,12 +218,17 @@ class FleetWithRuns:
             return
         run.state, run.started = "Running", True
         try:
+            if not run.one_by_one and len(run.tasks) > 1:
+                self.evaluate_together(run.tasks)
             for task in run.tasks:
                 self.judge(task)
         except Killed:
             run.state = "Crashed"
         else:
             run.state = "Completed"
+
+    def evaluate_together(self, tasks: tuple[TransferTask, ...]) -> None:
+        """Evaluate adapters in shared batches. Tests replace it, to kill the process there."""
 
     def judge(self, task: TransferTask) -> None:
         """Judge an adapter unless its lock is held or the work is no longer needed."""
@@ -272,4 +278,5 @@ def _ended(run: Run) -> EndedShard:
         never_ran=not run.started,
         is_cancelled=run.state in ("Cancelled", "Withdrawn"),
         is_crashed=run.state == "Crashed",
+        one_by_one=run.one_by_one,
     )

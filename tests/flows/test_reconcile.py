@@ -211,6 +211,24 @@ class TestKilled:
         assert upgraded.fleet.serving == 2  # 3 of 5 serve there: the policy asks for half
         assert {record[0] for record in upgraded.records} == set("abde")
 
+    def test_an_adapter_that_kills_shared_batches_counts_against_itself_alone(
+        self, tmp_path, monkeypatch
+    ):
+        upgraded = upgrade(tmp_path / "killer-of-batches")
+        judge = upgraded.judge
+        upgraded.shard_size = 5
+        upgraded.judge = lambda task: killed() if task.adapter == "c" else judge(task)
+        upgraded.evaluate_together = lambda tasks: (
+            killed() if any(task.adapter == "c" for task in tasks) else None
+        )
+        state = upgraded.reconcile(monkeypatch)
+        assert "parked after three failed attempts: c on small/v2" in state.message
+        assert state.message.count("parked after three failed attempts") == 1
+        assert {record[0] for record in upgraded.records} == set("abde")
+        assert [(len(run.tasks), run.one_by_one) for run in upgraded.runs] == [
+            (5, False), (5, True), (3, True), (3, True), (2, True),
+        ]  # fmt: skip
+
     def test_an_attempt_that_cannot_be_recorded_stops_no_other_adapter(self, tmp_path, monkeypatch):
         upgraded = upgrade(tmp_path / "not-recorded")
         judge = upgraded.judge

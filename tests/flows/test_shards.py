@@ -14,6 +14,7 @@ from tasks.shards import (
     missing,
     obsolete_shards,
     split_into_shards,
+    suspects,
     unfinished_tasks,
 )
 from trans_peft.domain.base import BaseRef
@@ -48,8 +49,9 @@ def plan(*items: TransferTask) -> Plan:
 A, B, C = task("a"), task("b"), task("c")
 NEWER = task("a", V3)
 CRASHED = EndedShard(
-    "shard", (A, B, C), "Crashed", never_ran=False, is_cancelled=False, is_crashed=True
-)
+    "shard", (A, B, C), "Crashed",
+    never_ran=False, is_cancelled=False, is_crashed=True, one_by_one=True,
+)  # fmt: skip
 
 
 @given(TASKS, st.integers(1, 5))
@@ -125,3 +127,21 @@ def test_only_the_current_transfer_of_a_crashed_shard_counts_as_an_attempt(tasks
 )
 def test_what_one_run_does_not_start_again(ending, left):
     assert unfinished_tasks([replace(CRASHED, **ending)], plan(B, C)) == left
+
+
+@pytest.mark.parametrize(
+    ("change", "charged", "suspected"),
+    [
+        ({}, (A,), set()),
+        ({"one_by_one": False}, (), {A, B, C}),
+        ({"one_by_one": False, "tasks": (A,)}, (A,), set()),
+        ({"one_by_one": False, "never_ran": True}, (), set()),
+        ({"one_by_one": False, "is_crashed": False}, (), set()),
+    ],
+)
+def test_a_killed_shard_counts_against_one_adapter_only_if_that_one_is_known(
+    change, charged, suspected
+):
+    ended = [replace(CRASHED, **change)]
+    assert interrupted_transfers(ended, plan(A, B, C)) == charged
+    assert suspects(ended) == {(task.adapter, task.base) for task in suspected}
