@@ -34,7 +34,7 @@ stand_in() {
   buildah commit --quiet --rm "$container" "$base" >&2
 }
 
-pull=--pull # if it is not here
+pull=--pull=false # only where it is not here yet
 case "${1:-}" in
   --stand-in)
     pull=--pull-never
