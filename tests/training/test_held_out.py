@@ -45,7 +45,7 @@ def validated(make_job, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"packing": True}], ids=["padded", "packed"])
-@pytest.mark.parametrize("batch_size", [1, 4, 8])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_loss_is_the_mean_over_all_answer_tokens(tmp_path, settings, batch_size):
     ours = trainer(tmp_path, per_device_eval_batch_size=batch_size, **settings)
     ours.model.train()
@@ -75,7 +75,13 @@ class Killed(BaseException):
     """Not caught by anything, like a signal."""
 
 
-@pytest.mark.parametrize("when", ["after a checkpoint", "after the step that ends the run"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param("after a checkpoint", marks=pytest.mark.slow),  # as long as the other one
+        "after the step that ends the run",
+    ],
+)
 def test_a_killed_run_stops_at_the_same_step_with_the_same_best_weights(
     validated, monkeypatch, when
 ):
