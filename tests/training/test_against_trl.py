@@ -93,7 +93,23 @@ def plain(tiny_base, tmp_path_factory):
     return theirs(tiny_base, tmp_path_factory.mktemp("plain"), recipe(**SHORT), 4)
 
 
-@pytest.mark.parametrize("case", [*OPTIMIZERS, *COMPUTE])
+SLOW = (
+    "linear",
+    "constant",
+    "warm-up ratio",
+    "betas",
+    "checkpointing",
+    "eager",
+)  # a second for each
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case in SLOW else ())
+        for case in (*OPTIMIZERS, *COMPUTE)
+    ],
+)
 def test_a_field_trains_as_in_trl(short_run, tiny_base, tmp_path, plain, case):
     settings = recipe(**SHORT)
     if case in OPTIMIZERS:

@@ -23,7 +23,10 @@ CHECKPOINTED = ComputeSettings(gradient_checkpointing=True)
 COMPILED = ComputeSettings(compile=True)
 
 
-@pytest.mark.parametrize("granularity", ["neuron", "element"])
+@pytest.mark.parametrize(
+    "granularity",
+    [pytest.param("neuron", marks=pytest.mark.slow), "element"],  # a second for each
+)
 def test_checkpointing_changes_no_draw(short_run, granularity):
     """Dropout draws the same again, because the recomputation restores torch's generator."""
     settings = replace(

@@ -46,7 +46,7 @@ def validated(make_job, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"packing": True}], ids=["padded", "packed"])
-@pytest.mark.parametrize("batch_size", [1, 4, 8])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_loss_is_the_mean_over_all_answer_tokens(tmp_path, settings, batch_size):
     ours = trainer(tmp_path, per_device_eval_batch_size=batch_size, **settings)
     ours.model.train()
@@ -79,8 +79,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("when", "on_another_host"),
     [
-        ("after a checkpoint", False),
-        ("after a checkpoint", True),
+        pytest.param("after a checkpoint", False, marks=pytest.mark.slow),  # as long as the others
+        pytest.param("after a checkpoint", True, marks=pytest.mark.slow),
         ("after the step that ends the run", False),
     ],
 )

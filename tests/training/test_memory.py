@@ -68,12 +68,13 @@ def larger_base(tmp_path_factory):
 @pytest.mark.parametrize(
     ("size", "dtype", "compute"),
     [
-        ("tiny", "float32", {}),
-        ("tiny", "bfloat16", {}),
         ("tiny", "float32", {"gradient_checkpointing": True}),
-        ("tiny", "float32", {"attention": "eager"}),
-        ("larger", "float32", {}),
-        ("larger", "float32", {"gradient_checkpointing": True}),
+        # each of the others needs seconds on fake tensors
+        pytest.param("tiny", "float32", {}, marks=pytest.mark.slow),
+        pytest.param("tiny", "bfloat16", {}, marks=pytest.mark.slow),
+        pytest.param("tiny", "float32", {"attention": "eager"}, marks=pytest.mark.slow),
+        pytest.param("larger", "float32", {}, marks=pytest.mark.slow),
+        pytest.param("larger", "float32", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -87,6 +88,7 @@ def test_the_estimate_is_within_5_percent_of_the_allocations(
     assert found == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow  # several passes on fake tensors
 def test_the_parts_follow_from_the_number_of_weights(tiny_base):
     settings = replace(recipe(gradient_accumulation=2), processes=2)
     found = estimate_memory(settings, tiny_base, SHAPE)
@@ -103,6 +105,7 @@ def test_the_parts_follow_from_the_number_of_weights(tiny_base):
     assert found.optimizer_bytes == (2 + 4 + 4) * trained_weights
 
 
+@pytest.mark.slow  # several passes on fake tensors
 def test_nf4_needs_a_quarter_of_the_linear_layers(tiny_base):
     sixteen, four = (
         estimate_memory(replace(recipe(), dtype=dtype), tiny_base, SHAPE)
@@ -114,6 +117,7 @@ def test_nf4_needs_a_quarter_of_the_linear_layers(tiny_base):
     assert saved == pytest.approx(linear * (2 - 0.516) - 2 * largest, abs=20)
 
 
+@pytest.mark.slow  # several passes on fake tensors
 def test_a_recipe_that_does_not_fit_is_refused_with_what_to_change(tiny_base):
     settings = replace(recipe(), compute=ComputeSettings(memory_gib=1e-5))
     with pytest.raises(InvalidSpecError) as caught:

@@ -84,6 +84,16 @@ def test_the_loss_covers_the_answers_only(tmp_path, examples, packing):
     )
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_do_not_attend_to_each_other(tmp_path, attention):
+    ours = trainer(tmp_path, packing=True)
+    ours.model.get_base_model().set_attn_implementation(attention)
+    batch = ours.data_collator([dict(row) for row in ours.train_dataset])
+    assert batch["input_ids"].shape[0] == 1
+    loss = ours.compute_loss(ours.model.train(), dict(batch))
+    torch.testing.assert_close(loss, restated(ours.model, EXAMPLES[:6]), rtol=1e-4, atol=1e-6)
+
+
 def test_the_loss_equals_trls(tmp_path):
     ours = trainer(tmp_path)
     batch = ours.data_collator([dict(row) for row in ours.train_dataset])
