@@ -1,6 +1,6 @@
 """Measures mixed batches: 16 adapters with a suite of 32 items each, together and one by one.
 
-The adapters are of the kinds of `study.fleet` that can share batches (LoRA of five shapes, DoRA and
+The adapters are of the kinds of `study.fleet` that can share batches (LoRA of four shapes, DoRA and
 IA3), with random weights, on SmolLM2-135M in fp32. Each has 32 other items of the suite of classes.
 Both sides start with the base in memory and an empty store, and end with 16 stored evaluations:
 
