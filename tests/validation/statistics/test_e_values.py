@@ -84,5 +84,5 @@ def test_dependent_fleets_keep_the_false_discovery_rate():
     assert mostly_bad.false > 0.1  # without a target
     assert mostly_bad.false_selected <= 0.1
     mostly_good = simulate(0.1, 0.05, fleets=4, adapters=300, seed=9)
-    assert mostly_good.selected == mostly_good.passed > 0.4
+    assert 0.3 < mostly_good.selected <= mostly_good.passed
     assert mostly_good.false_selected < 0.1
