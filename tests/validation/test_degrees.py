@@ -32,7 +32,7 @@ from trans_peft.validation.statistics.pairing import count_pairs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text()
 RNG = np.random.default_rng(2)
-OLD = RNG.beta(6, 3, 500)
+OLD = RNG.beta(6, 3, 200)
 
 
 def degrees(values, base="new", weights="adapter"):
@@ -90,12 +90,12 @@ def test_the_wealth_of_degrees_equals_the_formula():
 
 
 def test_the_mean_change_and_its_bounds_are_close_to_those_of_a_bootstrap():
-    new = np.clip(OLD + RNG.normal(-0.02, 0.1, 500), 0, 1)
+    new = np.clip(OLD + RNG.normal(-0.02, 0.1, 200), 0, 1)
     counts = count_pairs(arms(new)[0]["summaries"], arms(new)[1]["summaries"], 0.05)
     assert counts.points == pytest.approx(100 * np.mean(new - OLD))
-    draws = [RNG.choice(new - OLD, 500).mean() for _ in range(2000)]
-    assert counts.lower_bound(0.05) == pytest.approx(np.quantile(draws, 0.05), abs=0.006)
-    assert counts.upper_bound(0.05) == pytest.approx(np.quantile(draws, 0.95), abs=0.006)
+    draws = [RNG.choice(new - OLD, 200).mean() for _ in range(2000)]
+    assert counts.lower_bound(0.05) == pytest.approx(np.quantile(draws, 0.05), abs=0.015)
+    assert counts.upper_bound(0.05) == pytest.approx(np.quantile(draws, 0.95), abs=0.015)
 
 
 CASES = {
@@ -108,7 +108,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_verdict_is_about_the_mean(case):
     shift, noise, verdict = CASES[case]
-    new = np.clip(OLD + np.random.default_rng(5).normal(shift, noise, 500), 0, 1)
+    new = np.clip(OLD + np.random.default_rng(5).normal(shift, noise, 200), 0, 1)
     if case == "lost about the margin":
         new += OLD.mean() - 0.05 - new.mean()
     judgment = judge(POLICY, *arms(np.clip(new, 0, 1)))
@@ -137,19 +137,19 @@ def test_power_is_the_share_of_passes_without_loss():
     passed = np.mean(
         [
             of(RNG.choice(changes - changes.mean(), 200)).lower_bound(0.05) >= -0.05
-            for _ in range(25)
+            for _ in range(12)
         ]
     )
-    assert power == pytest.approx(passed, abs=0.2)
+    assert power == pytest.approx(passed, abs=0.3)
     assert 0.5 < power < 0.95
 
 
 def test_clusters_are_one_bet():
-    new = np.clip(OLD - 0.3 * (np.arange(500) < 20), 0, 1)
+    new = np.clip(OLD - 0.3 * (np.arange(200) < 20), 0, 1)
     alone, together = (
         judge(POLICY, *(clustered(arm, size) for arm in arms(new))).suites[0] for size in (1, 20)
     )
-    assert (alone.clusters, together.clusters) == (0, 25)
+    assert (alone.clusters, together.clusters) == (0, 10)
     assert together.versus_old_base.difference == pytest.approx(alone.versus_old_base.difference)
     assert together.versus_old_base.lower < alone.versus_old_base.lower
 

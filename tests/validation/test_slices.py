@@ -114,7 +114,7 @@ def test_the_clusters_of_a_slice_count():
 
 
 def test_a_sequential_policy_reports_slices_of_the_evaluated_items():
-    reference, *others = arms(lost=30, sizes=HALVES)
+    reference, *others = arms(lost=200, sizes=HALVES)
     _, candidate, bare = drive(EARLY, reference, *others)
     (suite,) = judge(EARLY, reference, candidate, bare).suites
     evaluated = candidate["imports"].items

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from benchmarks.claims import flip_rates, leakage_rate, slice_rates
 from trans_peft.domain.evaluation import GatePolicy, Suite
+from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.validation.statistics.clusters import ClusterCounts
 
 PAGE = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text()
@@ -50,7 +51,9 @@ def test_the_bounds_of_few_flips_match_the_code(flips, bound):
 @pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
 def test_the_examples_are_valid(text):
     fields = yaml.safe_load(text)
-    if "suites" in fields:
+    if "promotion" in fields:
+        assert TypeAdapter(PromotionPolicy).validate_python(fields["promotion"]).fdr == 0.1
+    elif "suites" in fields:
         assert TypeAdapter(tuple[Suite, ...]).validate_python(fields["suites"])[0].data.uri
     else:
         assert TypeAdapter(GatePolicy).validate_python(fields) != GatePolicy()

@@ -617,6 +617,8 @@ class Judgment:
         alpha: one-sided level of that policy, likewise. For a recovery strategy it is its share.
         leakage: training rows that are items of a suite, for each suite; empty if they were not
             counted.
+        e_value: evidence against "the adapter does not pass": the smallest wealth of the tests that
+            `passed` needs, divided by alpha. None unless the policy is sequential.
     """
 
     verdict: Verdict
@@ -625,3 +627,4 @@ class Judgment:
     margin_points: float | None = None
     alpha: float | None = None
     leakage: tuple[SuiteLeakage, ...] = ()
+    e_value: float | None = None

@@ -6,6 +6,7 @@ compare-and-set. Both aliases of the family are therefore read again before and 
 moves; if they changed, the result is marked as outdated and the caller applies the verdicts again.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from trans_peft.domain.fleet import (
 )
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import NotFoundError, StoreError, TransPeftError
+from trans_peft.lifecycle.fleet_claim import check_fdr, within_fdr
 from trans_peft.lifecycle.promotion import check_policy, describe_obstacle
 from trans_peft.lifecycle.reconcile import plan
 from trans_peft.ports import Platform
@@ -52,16 +54,18 @@ def apply_verdicts(
     Returns the fleet as it is after the changes, so that nobody has to read it again, and the
     changes.
     """
+    check_fdr(policy, promotion)
+    selected = None if promotion.fdr is None else within_fdr(fleet, promotion.fdr)
     seen_at = (now or datetime.now(UTC)).isoformat(timespec="seconds")
     changes = _AdapterChanges()
     adapters, unreadable = [], [*fleet.unreadable]
     for adapter in fleet.adapters:
         try:
-            if _has_changes(adapter, fleet):
+            if _has_changes(adapter, fleet, selected):
                 # A fleet takes long to read: an older verdict must not undo what another run set.
                 adapter = platform.registry.adapter(adapter.name)
             if adapter.is_live:
-                adapters.append(_apply(adapter, fleet, platform, seen_at, changes))
+                adapters.append(_apply(adapter, fleet, platform, seen_at, changes, selected))
         except StoreError:
             raise  # the registry did not respond, so the adapter did not fail
         except TransPeftError as error:
@@ -84,9 +88,15 @@ class _AdapterChanges:
     manual_overrides: list[ObservedOverride] = field(default_factory=list)
 
 
-def _has_changes(adapter: RegisteredAdapter, fleet: Fleet) -> bool:
+_Selected = Mapping[str, frozenset[str]] | None
+"""Names of the adapters that may serve by verdict, by the base's alias. None: all that passed."""
+
+
+def _has_changes(adapter: RegisteredAdapter, fleet: Fleet, selected: _Selected) -> bool:
     """Return whether the verdicts require a change of one of the adapter's aliases."""
-    return any(_differs(adapter.alias_on(base), _decide(adapter, base)) for base in fleet.bases)
+    return any(
+        _differs(adapter.alias_on(base), _decide(adapter, base, selected)) for base in fleet.bases
+    )
 
 
 def _apply(
@@ -95,11 +105,12 @@ def _apply(
     platform: Platform,
     seen_at: str,
     changes: _AdapterChanges,
+    selected: _Selected,
 ) -> RegisteredAdapter:
     """Set one adapter's alias on each base; return the adapter with its aliases as they are now."""
     states = dict(adapter.aliases)
     for base in {base.alias: base for base in fleet.bases}.values():
-        decision, state = _decide(adapter, base), adapter.alias_on(base)
+        decision, state = _decide(adapter, base, selected), adapter.alias_on(base)
         if _differs(state, decision):
             if platform.registry.set_alias(adapter.name, base.alias, decision.number):
                 state = AliasState(decision.number, recorded=state.recorded)
@@ -127,7 +138,7 @@ class _Decision:
     is_open: bool = False
 
 
-def _decide(adapter: RegisteredAdapter, base: BaseVersion) -> _Decision:
+def _decide(adapter: RegisteredAdapter, base: BaseVersion, selected: _Selected) -> _Decision:
     trained_here = adapter.trained_on(base)
     if trained_here is not None:  # even if a newer version was trained on another base
         return _Decision(trained_here.number, "trained here")
@@ -135,6 +146,8 @@ def _decide(adapter: RegisteredAdapter, base: BaseVersion) -> _Decision:
     if outcome is None or outcome.verdict is Verdict.FAILED:  # an error is not a verdict
         return _Decision(None, str(outcome.verdict) if outcome else "no verdict", is_open=True)
     passed = outcome.verdict is Verdict.PASSED
+    if passed and selected is not None and adapter.name not in selected[base.alias]:
+        return _Decision(None, "passed, but not within the FDR target of the fleet")
     return _Decision(outcome.new_number if passed else None, str(outcome.verdict))
 
 

@@ -1,6 +1,7 @@
 """Decide whether a fleet may move to a base version, and describe what prevents it."""
 
 from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.fleet import (
     ChampionNotReady,
     Fleet,
@@ -70,6 +71,9 @@ def _describe_policy(found: PolicyNotMet) -> str:
         )
     problems += [f"required: {_named(adapter)}" for adapter in found.required]
     policy = found.policy
+    outside = sum(adapter.reason is Verdict.PASSED for adapter in found.idle)
+    if policy.fdr is not None and outside:
+        problems.append(f"{outside} adapters passed, but not within the FDR target {policy.fdr:g}")
     required = (
         f", including {', '.join(policy.required_adapters)}" if policy.required_adapters else ""
     )

@@ -19,6 +19,7 @@ from trans_peft.lifecycle.base_files import (
     tokenizer_folder,
 )
 from trans_peft.lifecycle.evaluation import EvaluationSubject, evaluate_on
+from trans_peft.lifecycle.fleet_claim import of_all_strategies
 from trans_peft.lifecycle.leakage import leakage_problem
 from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
@@ -192,7 +193,7 @@ def _evaluate(
     )
     return replace(
         outcome,
-        judgment=result.judgment,
+        judgment=of_all_strategies(result.judgment, policy),
         evaluations=(*reference.values(), *result.evaluations),
         new_number=_registered(inputs, result.candidate, platform, scratch),
         strategy=result.candidate.strategy,

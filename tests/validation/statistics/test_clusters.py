@@ -50,6 +50,7 @@ def clustered(evaluations, size):
 
 
 @given(GROUPS, st.floats(-0.9, 0.9))
+@settings(max_examples=30, deadline=None)
 def test_the_statistic_is_tangos_divided_by_a_variance_that_counts_clusters(groups, difference):
     flat = [x for group in groups for x in group]
     by_cluster = sum(sum(x - difference for x in group) ** 2 for group in groups)
@@ -96,7 +97,7 @@ def test_bounds_agree_with_a_bootstrap_by_cluster():
 
 
 @given(GROUPS, st.sampled_from([0.01, 0.05, 0.2]))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 def test_the_test_rejects_everything_below_the_lower_bound(groups, alpha):
     counts = counts_of(groups)
     lower = counts.lower_bound(alpha)
@@ -181,16 +182,16 @@ def test_a_cluster_is_one_bet_on_the_sum_of_its_items(groups):
 
 def test_clusters_of_different_sizes_keep_the_level():
     """One cluster in five has 8 items, whose loss is shared; the mean over the items is -0.05."""
-    rng, passed = np.random.default_rng(0), 0
-    for _ in range(300):
-        betting_test = BettingTest(-0.05, items=60, alpha=0.1, effect=0.05 * 2.4 / 8)
-        for _ in range(60):
-            large = rng.random() < 0.2
-            # items: 0.2 * 8 + 0.8 = 2.4 a cluster; losses: 0.2 * 8 * 0.075 = 0.12 a cluster
-            x = -float(large and rng.random() < 0.075)
-            betting_test.observe(x, 1.0 if large else 1 / 8)
-        passed += bool(betting_test.is_significant)
-    assert passed / 300 <= 0.1 + 3 * 0.018
+    rng = np.random.default_rng(0)
+    betting_test = BettingTest(
+        np.full(2000, -0.05), items=60, alpha=0.1, effect=0.05 * 2.4 / 8, unit_steps=False
+    )
+    for _ in range(60):
+        large = rng.random(2000) < 0.2
+        # items: 0.2 * 8 + 0.8 = 2.4 a cluster; losses: 0.2 * 8 * 0.075 = 0.12 a cluster
+        x = -(large & (rng.random(2000) < 0.075)).astype(float)
+        betting_test.observe(x, np.where(large, 1.0, 1 / 8))
+    assert np.mean(betting_test.is_significant) <= 0.1 + 3 * 0.0067
 
 
 # The gate.
@@ -198,7 +199,7 @@ def test_clusters_of_different_sizes_keep_the_level():
 
 @pytest.mark.parametrize("policy", [POLICY, EARLY], ids=["fixed", "sequential"])
 def test_clusters_of_one_item_change_no_figure_of_a_verdict(policy):
-    arms = three(bits(252, 48), bits(250, 50, 7), POOR)
+    arms = three(bits(100, 20), bits(98, 22, 7), bits(8, 112))
     single = [clustered(arm, 1) for arm in arms]
     if policy.sequential:
         judgments = []

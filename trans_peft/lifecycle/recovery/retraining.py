@@ -20,6 +20,7 @@ from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluation import EvaluationSubject, evaluate_on
+from trans_peft.lifecycle.fleet_claim import of_all_strategies
 from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.recovery.candidates import Candidate
 from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator, policy_per_strategy
@@ -115,7 +116,7 @@ def retrain(
         )
         outcome = replace(
             outcome,
-            judgment=judgment,
+            judgment=of_all_strategies(judgment, policy),
             evaluations=(*reference.values(), *evaluations),
             new_number=version.number,
             strategy=RecoveryStrategy.RETRAINED,

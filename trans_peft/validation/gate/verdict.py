@@ -79,9 +79,10 @@ def judge(
             fresh.get(suite),
         )
 
+    e_value = None
     if policy.sequential:
         gate = replay(policy, reference, candidate, bare)
-        verdict = gate.verdict
+        verdict, e_value = gate.verdict, gate.smallest_wealth / policy.alpha
         deciding = [
             judge_sequential_suite(policy, test) for test in gate.suites.values() if test.changes
         ]
@@ -99,6 +100,7 @@ def judge(
         (*deciding, *other),
         margin_points=policy.margin_points,
         alpha=policy.alpha,
+        e_value=e_value,
     )
 
 

@@ -282,6 +282,14 @@ class SequentialGate:
         return Verdict.INCONCLUSIVE
 
     @property
+    def smallest_wealth(self) -> float:
+        """Smallest wealth of the tests that `passed` needs. Divided by `alpha`, it is an e-value.
+
+        If one of their hypotheses is true, the wealth of its test has a mean of at most `alpha`.
+        """
+        return min(float(betting_test.wealth) for _, betting_test in self._pass_tests)
+
+    @property
     def _pass_tests(self) -> list[tuple[SequentialSuiteTest, BettingTest]]:
         return [
             (test, betting_test)
