@@ -139,7 +139,7 @@ test-architectures: $(READY)
 
 test-stack: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py \
-	  tests/edges tests/end_to_end tests/examples tests/infra tests/lifecycle tests/perturbation tests/training \
+	  tests/edges tests/end_to_end tests/examples tests/flows tests/infra tests/lifecycle tests/perturbation tests/training \
 	  tests/validation
 
 # Builds all images with buildah and runs the command of each. Without a registry: make images STAND_IN=--stand-in

@@ -48,11 +48,9 @@ def evaluate_shard(
     Missing evaluations on the bases that the adapters were trained on come first, then those on the
     new base, with the bare base among the rows. Returns why adapters were left out, by name.
 
-    Nothing is evaluated under a sequential policy, which needs few items of each adapter, and if a
-    transfer is not in its first attempt. A killed shard is counted as an attempt of its first
-    transfer, so the next shard must work on one adapter at a time to find the one that kills it.
+    Nothing is evaluated under a sequential policy, which needs few items of each adapter.
     """
-    if policy.sequential or any(task.attempt > 1 for task, _ in transfers):
+    if policy.sequential:
         return {}
     left_out: dict[str, str] = {}
     with (
