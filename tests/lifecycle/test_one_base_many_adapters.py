@@ -263,12 +263,12 @@ def with_empty_store(shard):
     return replace(platform, evaluations=memory_platform(root / "unused").evaluations)
 
 
-def prepare_shard(platform, names=tuple(KINDS), policy=POLICY, attempt=1):
+def prepare_shard(platform, names=tuple(KINDS), policy=POLICY):
     v2 = find_base(FAMILY, "v2", platform).ref
     return evaluate_shard(
         [
             (
-                TransferTask(name, 1, v2, Reason.NO_VERDICT, attempt),
+                TransferTask(name, 1, v2, Reason.NO_VERDICT),
                 observe_adapter(name, FAMILY, platform),
             )
             for name in names
@@ -372,12 +372,7 @@ def test_a_suite_that_cannot_be_read_keeps_no_other_suite_from_mixed_batches(sha
     }
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"policy": replace(POLICY, sequential=True)}, {"attempt": 2}],
-    ids=["sequential", "second attempt"],
-)
-def test_nothing_is_evaluated_together_where_it_would_not_help(shard, options):
+def test_nothing_is_evaluated_together_under_a_sequential_policy(shard):
     there = with_empty_store(shard)
-    assert prepare_shard(there, **options) == {}
+    assert prepare_shard(there, policy=replace(POLICY, sequential=True)) == {}
     assert stored(there) == {}
