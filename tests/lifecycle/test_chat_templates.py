@@ -28,7 +28,7 @@ from trans_peft.lifecycle.transfer import transfer
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.text.chat import pinned
 from trans_peft.text.saved_template import TEMPLATE_NAME, saved_template
-from trans_peft.validation import evaluate as evaluating
+from trans_peft.validation import engine
 
 FAMILY = "tiny"
 NEW = "{{ strftime_now('%Y') }}:{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -71,13 +71,13 @@ def setup(tmp_path):
 @pytest.fixture
 def prompts(monkeypatch):
     """The prompts of every evaluation as text, in order."""
-    prompts, generate = [], evaluating.generate
+    prompts, generate = [], engine.generate
 
     def recording(model, tokenizer, ids, **options):
         prompts.append([tokenizer.decode(row) for row in ids])
         return generate(model, tokenizer, ids, **options)
 
-    monkeypatch.setattr(evaluating, "generate", recording)
+    monkeypatch.setattr(engine, "generate", recording)
     return prompts
 
 

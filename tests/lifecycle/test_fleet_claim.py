@@ -41,7 +41,7 @@ def judge(fleet, e_values):
 
 def serving(fleet, promotion=TARGET):
     """Apply the verdicts. Returns the changes and the adapters that serve on v2."""
-    changes = apply_verdicts(observe(FAMILY, fleet.platform), EARLY, promotion, fleet.platform)
+    _, changes = apply_verdicts(observe(FAMILY, fleet.platform), EARLY, promotion, fleet.platform)
     seen = observe(FAMILY, fleet.platform)
     return changes, {a.name for a in seen.adapters if a.serving_on(fleet.v2) is not None}
 
