@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from tasks import ingestion, looks, reconciliation, recovery, reporting, shards, transfer
-from tasks.shards import EndedShard, Shard, Suspect
+from tasks.shards import EndedShard, Shard
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.fleet import Fleet, FleetChanges
 from trans_peft.domain.outcome import Plan
@@ -115,7 +115,6 @@ class _Family:
         others: Active shards that other runs started.
         problems: Problems to report at the end of the run.
         left: Transfers that this run does not start again, by key, with the reason.
-        suspects: Adapters that are evaluated one by one, because one of them may kill processes.
         seen: The fleet that the last update left, and its changes.
     """
 
@@ -127,7 +126,6 @@ class _Family:
     others: tuple[Shard, ...] = ()
     problems: tuple[str, ...] = ()
     left: dict[tuple, str] = field(default_factory=dict)
-    suspects: frozenset[Suspect] = frozenset()
     seen: tuple[Fleet, FleetChanges] | None = None
 
     def awaited(self, wait: bool) -> tuple[Shard, ...]:
@@ -175,7 +173,6 @@ class _Family:
         revision = looks.revision(self.name, self.policy, self.promotion)
         fleet, changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
         plan = reconciliation.plan_fleet(fleet, self.policy)
-        self.suspects |= shards.suspects(ended)
         killed = shards.interrupted_transfers(ended, plan)
         for lost in killed:
             state = transfer.record_failure(
@@ -203,9 +200,10 @@ class _Family:
         ours = {shard.run_id for shard in self.started}
         self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)
         self.started = tuple(shard for shard in active_shards if shard.run_id in ours)
+        suspects = shards.suspects(self.name, self.policy) if todo else frozenset()
         free = max(shards.MAX_ACTIVE - len(active_shards), 0)
         for part in shards.split_into_shards(todo, self.shard_size)[:free]:
-            one_by_one = any((task.adapter, task.base) in self.suspects for task in part)
+            one_by_one = any((task.adapter, task.base) in suspects for task in part)
             self.started += (shards.start(part, self.policy, one_by_one=one_by_one),)
         untrained = [
             f"{recipe.adapter} on {recipe.base_version}: retraining failed three times"

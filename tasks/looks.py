@@ -31,7 +31,10 @@ def is_unchanged(family: str, revision: str, minutes: int) -> bool:
     last = Variable.get(_name(family))
     if not isinstance(last, dict) or last.get("revision") != revision:
         return False
-    age = datetime.now(UTC) - datetime.fromisoformat(str(last["at"]))
+    try:
+        age = datetime.now(UTC) - datetime.fromisoformat(str(last.get("at")))
+    except (TypeError, ValueError):  # someone changed the variable; TypeError: no time zone
+        return False
     return timedelta(0) <= age < timedelta(minutes=minutes)
 
 

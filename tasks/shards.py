@@ -5,7 +5,7 @@ from Prefect, by the tags of their flow runs.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -22,6 +22,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
 
@@ -156,10 +157,7 @@ def split_into_shards(
 
 def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
     """Return the shards of a family and policy that have not ended, of all reconcile runs."""
-    wanted = FlowRunFilter(
-        tags=FlowRunFilterTags(all_=_tags(family, policy)),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_NOT_OVER)),
-    )
+    wanted = _wanted(family, policy, _NOT_OVER)
     found: list[FlowRun] = []
     with get_client(sync_client=True) as client:
         for page in count():
@@ -167,8 +165,39 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
             found += runs
             if len(runs) < _PAGE:
                 break
-    shards = []
-    for run in sorted(found, key=lambda run: str(run.id)):
+    return tuple(_shards(sorted(found, key=lambda run: str(run.id))))
+
+
+def suspects(family: str, policy: GatePolicy) -> frozenset[Suspect]:
+    """Return the adapters of killed shards whose adapters shared batches, each with its base.
+
+    One of them may have killed the process. Evaluated one by one, it is known. Reads the newest 200
+    crashed runs of the family, so that a crash counts even if its reconcile run died as well.
+    """
+    wanted = _wanted(family, policy, [StateType.CRASHED])
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_run_filter=wanted, limit=_PAGE, sort=FlowRunSort.END_TIME_DESC
+        )
+    killed = _shards(run for run in runs if run.start_time is not None)
+    return frozenset(
+        (task.adapter, task.base)
+        for shard in killed
+        if not _is_alone(shard)
+        for task in shard.tasks
+    )
+
+
+def _wanted(family: str, policy: GatePolicy, states: list[StateType]) -> FlowRunFilter:
+    return FlowRunFilter(
+        tags=FlowRunFilterTags(all_=_tags(family, policy)),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
+    )
+
+
+def _shards(runs: Iterable[FlowRun]) -> Iterator[Shard]:
+    """Yield the shard of each flow run. A run whose parameters cannot be read is ignored."""
+    for run in runs:
         try:
             tasks = _TASKS.validate_python(run.parameters["shard"])
         except (KeyError, ValueError):
@@ -179,8 +208,7 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
             )
             continue
         one_by_one = run.parameters.get("one_by_one") is True
-        shards.append(Shard(run.id, tasks, _is_waiting(run), one_by_one))
-    return tuple(shards)
+        yield Shard(run.id, tasks, _is_waiting(run), one_by_one)
 
 
 def start(
@@ -289,20 +317,7 @@ def interrupted_transfers(ended: Sequence[EndedShard], plan: Plan) -> tuple[Tran
     )
 
 
-def suspects(ended: Sequence[EndedShard]) -> frozenset[Suspect]:
-    """Return the adapters of killed shards whose adapters share batches, each with its base.
-
-    Evaluated one by one, the adapter that kills the process is known.
-    """
-    return frozenset(
-        (task.adapter, task.base)
-        for shard in ended
-        if shard.was_killed and not _is_alone(shard)
-        for task in shard.tasks
-    )
-
-
-def _is_alone(shard: EndedShard) -> bool:
+def _is_alone(shard: Shard | EndedShard) -> bool:
     return shard.one_by_one or len(shard.tasks) == 1
 
 

@@ -113,7 +113,9 @@ class FleetWithRuns:
         with monkeypatch.context() as patch:
             for name in ("reconciliation", "ingestion", "looks", "reporting", "transfer"):
                 patch.setattr(module, name, getattr(self, f"_{name}"))
-            for name in ("start", "active_shards", "cancel_shard", "wait", "why_unserved"):
+            for name in (
+                *("start", "active_shards", "suspects", "cancel_shard", "wait", "why_unserved"),
+            ):
                 patch.setattr(module.shards, name, getattr(self, f"_{name}"))
             given = {"policy": POLICY, "promotion": self.promotion, "shard_size": self.shard_size}
             return module.reconcile.fn(**given | parameters)
@@ -187,6 +189,12 @@ class FleetWithRuns:
             Shard(run.id, run.tasks, run.state == "Scheduled", run.one_by_one)
             for run in self.runs
             if run.state in ("Scheduled", "Running")
+        )
+
+    def _suspects(self, family: str, policy: Any) -> frozenset:
+        killed = [run for run in self.runs if run.state == "Crashed" and not run.one_by_one]
+        return frozenset(
+            (task.adapter, task.base) for run in killed if len(run.tasks) > 1 for task in run.tasks
         )
 
     def _cancel_shard(self, shard: Shard) -> None:

@@ -37,6 +37,15 @@ def test_a_look_that_is_too_old_or_in_the_future_does_not_count(age, unchanged):
     assert is_unchanged.fn("small", "3" * 64, 60) is unchanged
 
 
-def test_a_variable_that_someone_else_wrote_does_not_count():
-    Variable.set("trans-peft-look-small", "yes", overwrite=True)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "yes",
+        {"revision": "3" * 64},
+        {"revision": "3" * 64, "at": "yesterday"},
+        {"revision": "3" * 64, "at": "2026-11-30T12:00:00"},
+    ],
+)
+def test_a_variable_that_someone_else_wrote_does_not_count(value):
+    Variable.set("trans-peft-look-small", value, overwrite=True)
     assert not is_unchanged.fn("small", "3" * 64, 60)

@@ -229,6 +229,20 @@ class TestKilled:
             (5, False), (5, True), (3, True), (3, True), (2, True),
         ]  # fmt: skip
 
+    def test_is_found_even_if_reconcile_dies_with_each_shard(self, tmp_path, monkeypatch):
+        upgraded = upgrade(tmp_path / "both")
+        upgraded.shard_size = 5
+        upgraded.evaluate_together = lambda tasks: killed()
+        work = upgraded.work_one_shard
+        upgraded.work_one_shard = lambda: (work(), killed())
+        for _ in range(2):
+            with pytest.raises(Killed):
+                upgraded.reconcile(monkeypatch)
+        assert [(run.state, run.one_by_one) for run in upgraded.runs] == [
+            ("Crashed", False), ("Completed", True),
+        ]  # fmt: skip
+        assert {record[0] for record in upgraded.records} == set("abcde")
+
     def test_an_attempt_that_cannot_be_recorded_stops_no_other_adapter(self, tmp_path, monkeypatch):
         upgraded = upgrade(tmp_path / "not-recorded")
         judge = upgraded.judge

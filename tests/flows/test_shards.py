@@ -1,12 +1,16 @@
 """How tasks are divided into shards, which are withdrawn, and what counts when one is killed."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect.client.schemas.objects import StateType
 
+from tasks import shards
 from tasks.shards import (
     EndedShard,
     Shard,
@@ -14,10 +18,10 @@ from tasks.shards import (
     missing,
     obsolete_shards,
     split_into_shards,
-    suspects,
     unfinished_tasks,
 )
 from trans_peft.domain.base import BaseRef
+from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import Plan, Reason, TransferTask
 
 V2, V3 = BaseRef("small", "v2", "2" * 64), BaseRef("small", "v3", "3" * 64)
@@ -56,10 +60,10 @@ CRASHED = EndedShard(
 
 @given(TASKS, st.integers(1, 5))
 def test_each_transfer_is_in_one_shard_of_one_base(tasks, size):
-    shards = split_into_shards(tasks, size)
-    assert sorted(map(str, (item for shard in shards for item in shard))) == sorted(map(str, tasks))
-    assert all(1 <= len(shard) <= size for shard in shards)
-    assert all(len({item.base for item in shard}) == 1 for shard in shards)
+    parts = split_into_shards(tasks, size)
+    assert sorted(map(str, (item for part in parts for item in part))) == sorted(map(str, tasks))
+    assert all(1 <= len(part) <= size for part in parts)
+    assert all(len({item.base for item in part}) == 1 for part in parts)
 
 
 @given(TASKS, st.data())
@@ -130,18 +134,43 @@ def test_what_one_run_does_not_start_again(ending, left):
 
 
 @pytest.mark.parametrize(
-    ("change", "charged", "suspected"),
+    ("change", "charged"),
     [
-        ({}, (A,), set()),
-        ({"one_by_one": False}, (), {A, B, C}),
-        ({"one_by_one": False, "tasks": (A,)}, (A,), set()),
-        ({"one_by_one": False, "never_ran": True}, (), set()),
-        ({"one_by_one": False, "is_crashed": False}, (), set()),
+        ({}, (A,)),
+        ({"one_by_one": False}, ()),
+        ({"one_by_one": False, "tasks": (A,)}, (A,)),
+        ({"never_ran": True}, ()),
+        ({"is_crashed": False}, ()),
     ],
 )
-def test_a_killed_shard_counts_against_one_adapter_only_if_that_one_is_known(
-    change, charged, suspected
+def test_a_killed_shard_counts_against_one_adapter_only_if_that_one_is_known(change, charged):
+    assert interrupted_transfers([replace(CRASHED, **change)], plan(A, B, C)) == charged
+
+
+@pytest.mark.parametrize(
+    ("parameters", "started", "found"),
+    [
+        ({"shard": (A, B)}, True, {A, B}),
+        ({"shard": (A, B), "one_by_one": False}, True, {A, B}),
+        ({"shard": (A, B), "one_by_one": True}, True, set()),
+        ({"shard": (A, B)}, False, set()),
+        ({"shard": (A,)}, True, set()),
+        ({"shard": "odd"}, True, set()),
+    ],
+)
+def test_the_adapters_of_a_crashed_run_are_suspects_if_they_shared_batches(
+    monkeypatch, parameters, started, found
 ):
-    ended = [replace(CRASHED, **change)]
-    assert interrupted_transfers(ended, plan(A, B, C)) == charged
-    assert suspects(ended) == {(task.adapter, task.base) for task in suspected}
+    run = SimpleNamespace(
+        id=uuid4(), name="run", parameters=parameters, start_time=started or None, state=None
+    )
+
+    def read_flow_runs(*, flow_run_filter, limit, sort):
+        assert flow_run_filter.state.type.any_ == [StateType.CRASHED]
+        assert sort == "END_TIME_DESC"
+        return [run]
+
+    client = SimpleNamespace(read_flow_runs=read_flow_runs)
+    monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
+    monkeypatch.setattr(shards, "get_run_logger", lambda: SimpleNamespace(warning=lambda *_: None))
+    assert shards.suspects("small", GatePolicy()) == {(task.adapter, task.base) for task in found}
