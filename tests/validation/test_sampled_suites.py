@@ -15,6 +15,7 @@ from trans_peft.domain.evaluation import BARE, Suite, Verdict
 from trans_peft.domain.evaluation import GatePolicy as Policy
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import InvalidSpecError
+from trans_peft.lifecycle.label_free import compare_label_free
 from trans_peft.ports import Sampling
 from trans_peft.transfer.mixed_adapters import attached_together
 from trans_peft.validation.decoding.generation import generate
@@ -142,6 +143,11 @@ def test_the_gate_bets_on_the_means_of_paired_items(evaluation):
 def test_a_sequential_policy_refuses_means(evaluation):
     with pytest.raises(InvalidSpecError, match="degrees"):
         SequentialSuiteTest(Policy(sequential=True), evaluation, "seed", suites=1)
+
+
+def test_a_comparison_without_labels_refuses_sampled_answers(tmp_path):
+    with pytest.raises(InvalidSpecError, match="cannot be compared without labels"):
+        compare_label_free(tmp_path, None, None, SUITE, None)
 
 
 @pytest.mark.parametrize(
