@@ -238,12 +238,27 @@ class EngineAnswer(NamedTuple):
     Attributes:
         text: The text before the end token or the first stop string.
         ids: The generated tokens, including the one that ended the answer.
-        near_ties: Tokens whose two best logits differ by less than 1e-4, if the engine counts them.
+        near_ties: Tokens that would be others if logits changed by 1e-4, if the engine counts them.
     """
 
     text: str
     ids: Sequence[int]
     near_ties: int = 0
+
+
+class Sampling(NamedTuple):
+    """How the tokens of answers are sampled.
+
+    Attributes:
+        temperature: Logits are divided by it.
+        top_p: Sum of the probabilities of the most likely tokens, which alone are chosen.
+        keys: For each prompt the key of its random numbers, less than 2**128. An answer depends on
+            its prompt and its key alone.
+    """
+
+    temperature: float
+    top_p: float
+    keys: Sequence[int]
 
 
 class TokenScore(NamedTuple):
@@ -269,7 +284,7 @@ class Engine(Protocol):
     dtype: str
     """Data type of the model's weights, such as "float32"."""
 
-    def answers(
+    def answers(  # noqa: PLR0913  the arguments of `generate`
         self,
         prompts: Sequence[Sequence[int]],
         *,
@@ -277,11 +292,14 @@ class Engine(Protocol):
         stop: Sequence[str] = (),
         end_tokens: frozenset[int] = frozenset(),
         drafts: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Sequence[EngineAnswer]:
-        """Continue each prompt greedily until an end token, a stop string or `max_new_tokens`.
+        """Continue each prompt until an end token, a stop string or `max_new_tokens`.
 
         `drafts` are expected answers. They change no answer, and an engine may ignore them.
+        Decoding is greedy without `sampling`. An engine that cannot sample by keys raises
+        InvalidSpecError.
         """
 
     def likelihoods(

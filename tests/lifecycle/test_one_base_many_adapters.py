@@ -34,7 +34,7 @@ from trans_peft.lifecycle.transfer import transfer
 from trans_peft.methods.bottleneck import BottleneckConfig
 from trans_peft.transfer.load_adapter import attached
 from trans_peft.validation import evaluate as evaluating
-from trans_peft.validation.decoding import decoder
+from trans_peft.validation.decoding import sampling
 from trans_peft.validation.evaluate import answer, evaluate
 
 FAMILY, ITEMS = "tiny", 40
@@ -332,7 +332,7 @@ def test_near_ties_are_asked_again_alone(shard, one_by_one, monkeypatch):
         return answer(model, questions, **options)
 
     monkeypatch.setattr(evaluating, "answer", alone)
-    monkeypatch.setattr(decoder, "NEAR_TIE", 1e9)
+    monkeypatch.setattr(sampling, "NEAR_TIE", 1e9)
     assert prepare_shard(there, names) == {}
     assert stored(there) == on_v1_and_of(names, one_by_one)
     assert len(asked) == 4  # two suites of the adapter and of the bare base

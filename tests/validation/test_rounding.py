@@ -10,7 +10,7 @@ from study.rounding import derived, logits, measured
 from tests.tiny import tiny_model
 from tests.validation.models import model_of
 from trans_peft.transfer.load_adapter import attached
-from trans_peft.validation.decoding.decoder import NEAR_TIE
+from trans_peft.validation.decoding.sampling import NEAR_TIE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

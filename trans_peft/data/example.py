@@ -1,5 +1,6 @@
 """Examples (a prompt and its answer, as text or as a chat) and their token ids."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,8 @@ class Example:
         place: the row's place in its file ("line 3"), for error messages. Not compared.
         cluster: value of the column that the source names as `cluster`; empty without one.
         slice: value of the column that the source names as `slice`; empty without one.
+        tools: the functions that the prompt of a chat offers, as the JSON text of a list of
+            schemas; empty without them.
     """
 
     id: str
@@ -48,6 +51,7 @@ class Example:
     place: str = field(default="", compare=False)
     cluster: str = ""
     slice: str = ""
+    tools: str = ""
 
     @property
     def location(self) -> str:
@@ -58,7 +62,7 @@ class Example:
     @property
     def characters(self) -> int:
         """Total number of characters of all texts of the example."""
-        texts = [self.prompt, self.completion, self.reference, *self.choices]
+        texts = [self.prompt, self.completion, self.reference, self.tools, *self.choices]
         texts += [turn.content for turn in self.messages or ()]
         return sum(map(len, texts))
 
@@ -81,7 +85,8 @@ class Example:
         if self.messages is None:
             return {"prompt": self.prompt, "completion": self.completion}
         turns = [{"role": turn.role, "content": turn.content} for turn in self.messages]
-        return {"prompt": turns[:-1], "completion": turns[-1:]}
+        tools = {"tools": json.loads(self.tools)} if self.tools else {}
+        return {"prompt": turns[:-1], "completion": turns[-1:], **tools}
 
 
 def prompt_ids(
@@ -208,6 +213,7 @@ def _chat_ids(
         list(conversations.values()),
         special_tokens=tokenizer.special_tokens_map,
         add_generation_prompt=add_generation_prompt,
+        tools=[examples[i].tools for i in conversations],
     )
     rows = [
         f"{examples[i].location}: {problem}"

@@ -31,7 +31,7 @@ _NOT_SUPPORTED = frozenset(
         "sys", "sysprompt", "sysmsg", "developer", "developerprompt", "developermessage", "history",
         "chathistory", "conversationhistory", "conversation", "conversations", "dialog",
         "dialogue",
-        # what a chat template reads beside the messages
+        # what a chat template reads beside the messages (`tools` is read beside `messages`)
         "tool", "tools", "toolcalls", "toolcall", "toolchoice", "toolresults", "toolresponses",
         "availabletools", "paralleltoolcalls", "functions", "function", "functioncalls",
         "functioncall", "documents", "chattemplate", "chattemplatekwargs", "templatekwargs",

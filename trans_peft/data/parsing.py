@@ -182,6 +182,7 @@ def _plain(examples: Sequence[Example]) -> list[list[Any]]:
             example.cluster,
             example.slice,
             example.place,
+            example.tools,
         ]
         for example in examples
     ]
@@ -200,8 +201,20 @@ def _examples(rows: Sequence[Sequence[Any]]) -> tuple[Example, ...]:
             cluster=cluster,
             slice=slice_,
             place=place,
+            tools=tools,
         )
-        for id_, prompt, completion, messages, choices, reference, cluster, slice_, place in rows
+        for (
+            id_,
+            prompt,
+            completion,
+            messages,
+            choices,
+            reference,
+            cluster,
+            slice_,
+            place,
+            tools,
+        ) in rows
     )
 
 

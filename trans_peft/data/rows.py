@@ -4,8 +4,8 @@ Rows have one of three shapes: prompt/completion, chat `messages` with the assis
 and instruction/input/output, which is rendered with the Alpaca prompt of LLM-Adapters
 (AGI-Edgerunners/LLM-Adapters, `generate_prompt`). One error lists all invalid rows. A row of any
 shape may also have `choices` (all answers to choose from) and `reference` (what answers are scored
-against, if not the completion). Other fields are metadata, or an error if they could change the
-result (`trans_peft.data.fields`).
+against, if not the completion), and a chat `tools`. Other fields are metadata, or an error if they
+could change the result (`trans_peft.data.fields`).
 """
 
 import reprlib
@@ -15,6 +15,7 @@ from typing import Any
 
 from trans_peft.data.example import ChatMessage, Example
 from trans_peft.data.fields import OWN_FIELDS, unsupported_fields
+from trans_peft.data.tools import tools_reasons, tools_text
 from trans_peft.domain.excerpts import excerpt
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import DataError, listed, listed_lines
@@ -36,10 +37,8 @@ _SHAPES = {
     "messages": ("messages",),
     "instruction/output": ("instruction", "output"),
 }
-_READ = {
-    shape: OWN_FIELDS.union(keys, ("input",) if shape == "instruction/output" else ())
-    for shape, keys in _SHAPES.items()
-}
+_OPTIONAL = {"prompt/completion": (), "messages": ("tools",), "instruction/output": ("input",)}
+_READ = {shape: OWN_FIELDS.union(keys, _OPTIONAL[shape]) for shape, keys in _SHAPES.items()}
 _MESSAGE_FIELDS = ("role", "content")
 _ROLES = ("system", "user", "assistant")
 _MESSAGE_LIMIT = 20
@@ -158,6 +157,7 @@ def _reasons(row: Any) -> Iterator[str]:
     yield from _scoring_reasons(row)
     if shapes == ["messages"]:
         yield from _chat_reasons(row["messages"])
+        yield from tools_reasons(row.get("tools"))
         return
     for key in _SHAPES[shapes[0]]:
         yield from _text_reasons(key, row[key])
@@ -272,10 +272,12 @@ def _example(
     else:
         prompt, completion = row["prompt"], row["completion"]
     choices, reference = tuple(row.get("choices") or ()), row.get("reference") or ""
+    tools = tools_text(row.get("tools")) if shape == "messages" else ""
     if not own_id:
         # Equal rows are interchangeable, so it does not matter which of them gets which number.
-        scored_by = [choices, reference] if choices or reference else []
-        content = content_sha256([prompt, completion, messages, *scored_by])[:16]
+        more = [choices, reference] if choices or reference else []
+        more += [{"tools": tools}] if tools else []
+        content = content_sha256([prompt, completion, messages, *more])[:16]
         content_counts[content] = count = content_counts.get(content, 0) + 1
         own_id = content if count == 1 else f"{content}-{count}"
-    return Example(own_id, prompt, completion, messages, choices, reference, where)
+    return Example(own_id, prompt, completion, messages, choices, reference, where, tools=tools)

@@ -94,6 +94,8 @@ def write_examples(examples: Iterable[Example], path: Path) -> Path:
                 row |= {"prompt": example.prompt, "completion": example.completion}
             else:
                 row["messages"] = [vars(turn) for turn in example.messages]
+                if example.tools:
+                    row["tools"] = example.tools
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return path
 

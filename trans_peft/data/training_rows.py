@@ -81,4 +81,5 @@ def _split(
 
 
 def _prompt_sha256(example: Example) -> str:
-    return content_sha256([example.prompt, (example.messages or ())[:-1]])
+    tools = [example.tools] if example.tools else []
+    return content_sha256([example.prompt, (example.messages or ())[:-1], *tools])

@@ -46,6 +46,12 @@ keep special tokens, the end-of-turn token ends a chat answer, chat templates ge
 the import of HumanEval/115 precedes the prompt. Revision 3: a padding token is part of an
 answer."""
 
+_SAMPLING_REVISION = 1
+"""Part of the keys of evaluations with sampled answers. Increased when the same distributions and
+seed give other tokens."""
+
+_MAX_SAMPLES = 64
+
 _SCORING_REVISIONS: Mapping[str, int | str] = {
     "bleu": "case:mixed|eff:yes|tok:13a|smooth:exp",
     "code": 2,
@@ -73,13 +79,21 @@ class Suite:
         scoring: name of a rule in `trans_peft.validation.scoring`; its parameter follows a colon.
         threshold: smallest correct value of a rule that returns a degree (BLEU, chrF, ROUGE-L,
             label F1). None for such a rule: results are degrees, and the claim is about their mean.
-        max_new_tokens: largest number of tokens of an answer. Decoding is greedy.
+        max_new_tokens: largest number of tokens of an answer.
         stop: strings that end an answer. The answer is cut before the first of them.
         limit: number of rows to use, from the first. None: all rows.
         dtype: data type of the model's weights.
         keep_answers: whether evaluations store the texts of answers, which are user data.
         chance_points: score of random guessing, in points. Reports show it; no verdict uses it. An
             adapter that scores no better on its old base is not distilled.
+        temperature: answers are sampled with this temperature, from 0.05 to 10. None: decoding is
+            greedy.
+        top_p: only the most likely tokens are sampled, those before which the sum of probabilities
+            is less than `top_p`, from 0.01 to 1. 1: all tokens.
+        samples: answers to each item, at most 64. With several, the result of an item is their mean
+            score, from 0.0 to 1.0.
+        sampling_seed: seed of the random numbers. They depend on it, the item's id and the number
+            of the answer alone.
 
     Raises:
         InvalidSpecError: fields are invalid. The message lists all problems.
@@ -97,6 +111,10 @@ class Suite:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     keep_answers: bool = False
     chance_points: float | None = field(default=None, metadata=ADDED_LATER)
+    temperature: float | None = field(default=None, metadata=ADDED_LATER)
+    top_p: float = field(default=1.0, metadata=ADDED_LATER)
+    samples: int = field(default=1, metadata=ADDED_LATER)
+    sampling_seed: int = field(default=0, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
@@ -112,6 +130,7 @@ class Suite:
             problems.append(f"stop must be a list of strings that are not empty, not {self.stop!r}")
         if self.limit is not None and self.limit < 1:
             problems.append(f"limit must be at least 1, not {self.limit}")
+        problems += _sampling_problems(self)
         if problems:
             raise InvalidSpecError(f"suite {quoted(self.name)}: {'; '.join(problems)}")
 
@@ -119,6 +138,15 @@ class Suite:
     def is_choice(self) -> bool:
         """Whether the suite is multiple choice: the most likely choice is the answer."""
         return self.scoring.partition(":")[0] == "choice"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether answers are sampled instead of decoded greedily."""
+        return self.temperature is not None
+
+    def answer_key(self, item: str, number: int) -> int:
+        """Return the key of the random numbers of an answer to an item, less than 2**128."""
+        return int(content_sha256(["answer", self.sampling_seed, item, number])[:32], 16)
 
     @property
     def suite_sha256(self) -> str:
@@ -150,9 +178,11 @@ class Suite:
         """Hash of the settings that affect the answers of a model."""
         if self.is_choice:
             return content_sha256(["choice", _DECODING_REVISION, self.dtype])
-        return content_sha256(
-            ["greedy", _DECODING_REVISION, self.max_new_tokens, list(self.stop), self.dtype]
-        )
+        shared = [_DECODING_REVISION, self.max_new_tokens, list(self.stop), self.dtype]
+        if not self.is_sampled:
+            return content_sha256(["greedy", *shared])
+        sampling = [self.temperature, self.top_p, self.samples, self.sampling_seed]
+        return content_sha256(["sampled", _SAMPLING_REVISION, *shared, *sampling])
 
     def evaluation_key(
         self, weights_sha256: str, base_fingerprint_sha256: str, engine: str = DEFAULT_ENGINE
@@ -161,6 +191,31 @@ class Suite:
         return evaluation_key(
             weights_sha256, base_fingerprint_sha256, self.suite_sha256, self.decoding_sha256, engine
         )
+
+
+def _sampling_problems(suite: Suite) -> list[str]:
+    problems = []
+    if not suite.is_sampled:
+        options = {"samples": 1, "top_p": 1.0, "sampling_seed": 0}
+        problems += [
+            f"{name}={getattr(suite, name)} needs a temperature, because greedy decoding "
+            "has one answer"
+            for name, default in options.items()
+            if getattr(suite, name) != default
+        ]
+    elif suite.is_choice:
+        problems.append(
+            "temperature needs a scoring rule for generated answers: choice compares likelihoods"
+        )
+    numbers = [("temperature", suite.temperature, 0.05, 10), ("top_p", suite.top_p, 0.01, 1)]
+    for name, value, least, most in numbers:
+        if value is not None and not (is_finite_number(value) and least <= value <= most):
+            problems.append(f"{name} must lie in [{least}, {most}], not {quoted(value)}")
+    if not 1 <= suite.samples <= _MAX_SAMPLES:
+        problems.append(f"samples must lie in [1, {_MAX_SAMPLES}], not {suite.samples}")
+    if not 0 <= suite.sampling_seed < 2**63:
+        problems.append(f"sampling_seed must lie in [0, 2**63), not {suite.sampling_seed}")
+    return problems
 
 
 def evaluation_key(
@@ -193,9 +248,10 @@ class ItemResult:
     Attributes:
         id: id of the item.
         correct: whether the scoring rule accepted the answer. In a suite with degrees, the degree
-            from 0.0 to 1.0.
-        answer_sha256: SHA-256 of the answer; empty if it was not recorded.
-        answer: text of the answer; None unless the suite sets `keep_answers`.
+            from 0.0 to 1.0. With several answers to an item, the mean of their results.
+        answer_sha256: SHA-256 of `answer`, also if it is not kept; empty if it was not recorded.
+        answer: text of the answer; None unless the suite sets `keep_answers`. With several answers
+            to an item, the JSON list of their texts.
         cluster: the cluster of the item. Empty: the item is independent of all others.
         slice: the slice of the item; empty if the suite has no slices.
     """
@@ -234,8 +290,8 @@ class Evaluation:
         items: the results; ids are unique.
         seconds: duration of the evaluation.
         prefix: the part of the suite that was evaluated; None for the complete suite.
-        near_ties: number of answer tokens whose two largest logits were within 1e-4. Another batch
-            size or machine may choose the other token.
+        near_ties: number of answer tokens that would be others if logits changed by 1e-4. Another
+            batch size or machine may choose the other token.
         engine: name of the engine that answered (`trans_peft.ports.Engine`).
 
     Raises:

@@ -58,13 +58,14 @@ def compare_label_free(
 
     `adapter` is a PEFT folder. `prompts` is a pinned suite with `keep_answers`; its completions and
     its scoring rule have no effect. Stored answers are reused. Each base is loaded once. Raises
-    InvalidSpecError for a suite that keeps no answers or decodes none.
+    InvalidSpecError for a suite that keeps no answers, decodes none or samples them.
     """
-    if prompts.is_choice or not prompts.keep_answers:
+    if prompts.is_choice or prompts.is_sampled or not prompts.keep_answers:
         raise InvalidSpecError(
             f"suite {prompts.name!r} cannot be compared without labels",
-            expected="decoded answers, and keep_answers: true",
-            found=f"scoring {prompts.scoring}, keep_answers: {prompts.keep_answers}",
+            expected="greedy answers (no temperature), and keep_answers: true",
+            found=f"scoring {prompts.scoring}, temperature: {prompts.temperature}, "
+            f"keep_answers: {prompts.keep_answers}",
             do="use public prompts, and set keep_answers in the suite",
         )
     weights_sha256 = adapter_weights_sha256(adapter)

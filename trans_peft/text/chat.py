@@ -12,6 +12,7 @@ prompts. Templates that use Jinja's `random` filter or `lipsum` function are ref
 """
 
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -113,6 +114,7 @@ def render_prompts(
     *,
     special_tokens: Mapping[str, Any],
     add_generation_prompt: bool,
+    tools: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
     """Render each conversation and return (texts, problems), each as long as `conversations`.
 
@@ -125,6 +127,8 @@ def render_prompts(
         conversations: lists of messages with `role` and `content`.
         special_tokens: `special_tokens_map` of the tokenizer; templates use its keys as variables.
         add_generation_prompt: whether the text ends with the header of the assistant's answer.
+        tools: for each conversation the JSON text of its tools, or "". It is a problem if the
+            template writes the same text without them.
 
     Raises MemoryError if a template exhausts the memory.
     """
@@ -134,19 +138,17 @@ def render_prompts(
         return [""] * len(conversations), [problem] * len(conversations)
     compiled = _compiled(pinned(template))
     texts, problems = [], []
-    for conversation in conversations:
+    tools = tools or [""] * len(conversations)
+    for conversation, offered in zip(conversations, tools, strict=True):
         problem = ""
         messages = [dict(message) for message in conversation]
         try:
-            text = compiled.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **special_tokens,
-            )
+            options = {**special_tokens, "add_generation_prompt": add_generation_prompt}
+            text = _rendered(compiled, messages, offered, options)
             text.encode()
-            contents = "\n".join(str(message.get("content")) for message in messages)
+            if offered and text == _rendered(compiled, messages, "", options):
+                raise ValueError("the row has tools, and the template does not write them")
+            contents = "\n".join([offered, *(str(turn.get("content")) for turn in messages)])
             if set(_ADDRESS.findall(text)) - set(_ADDRESS.findall(template + contents)):
                 raise ValueError("the prompt contains a memory address")
         except Exception as error:  # an untrusted template can raise any exception
@@ -156,6 +158,13 @@ def render_prompts(
         texts.append(text)
         problems.append(problem)
     return texts, problems
+
+
+def _rendered(
+    compiled: Any, messages: Sequence[Mapping[str, Any]], tools: str, options: Mapping[str, Any]
+) -> str:
+    offered = json.loads(tools) if tools else None
+    return str(compiled.render(messages=messages, tools=offered, documents=None, **options))
 
 
 def turn_end(

@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from trans_peft.errors import EvaluationError
-from trans_peft.ports import EngineAnswer, TokenScore
+from trans_peft.errors import EvaluationError, InvalidSpecError
+from trans_peft.ports import EngineAnswer, Sampling, TokenScore
 from trans_peft.validation.decoding.batching import DEFAULT_BATCH_SIZE, evaluating
 from trans_peft.validation.decoding.generation import AnswerEnds
 from trans_peft.validation.engine import LoopEngine, dtype_of
@@ -42,7 +42,7 @@ class ContinuousBatchingEngine:
         self._loop = LoopEngine(model, tokenizer, batch_size=batch_size)
         self.dtype = dtype_of(model)
 
-    def answers(
+    def answers(  # noqa: PLR0913  the arguments of `generate`
         self,
         prompts: Sequence[Sequence[int]],
         *,
@@ -50,9 +50,20 @@ class ContinuousBatchingEngine:
         stop: Sequence[str] = (),
         end_tokens: frozenset[int] = frozenset(),
         drafts: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[EngineAnswer]:
-        """Continue each prompt greedily. EvaluationError if transformers fails on one of them."""
+        """Continue each prompt greedily.
+
+        EvaluationError if transformers fails on one of them, InvalidSpecError for `sampling`.
+        """
+        if sampling is not None:
+            raise InvalidSpecError(
+                "continuous batching cannot sample answers",
+                expected="greedy decoding: its random numbers depend on the other texts of a batch",
+                found=f"temperature={sampling.temperature}",
+                do="use the default engine",
+            )
         if not prompts:
             return []
         ends = AnswerEnds(self._model, self._tokenizer, stop, end_tokens)

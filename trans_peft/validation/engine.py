@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from trans_peft.domain.evaluation import DEFAULT_ENGINE
-from trans_peft.ports import EngineAnswer, TokenScore
+from trans_peft.ports import EngineAnswer, Sampling, TokenScore
 from trans_peft.validation.decoding.generation import generate
 from trans_peft.validation.decoding.likelihoods import log_likelihoods, token_scores
 
@@ -36,7 +36,7 @@ class LoopEngine:
         self._adapters, self._batch_size = adapters, batch_size
         self.dtype = dtype_of(model)
 
-    def answers(
+    def answers(  # noqa: PLR0913  the arguments of `generate`
         self,
         prompts: Sequence[Sequence[int]],
         *,
@@ -44,9 +44,10 @@ class LoopEngine:
         stop: Sequence[str] = (),
         end_tokens: frozenset[int] = frozenset(),
         drafts: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[EngineAnswer]:
-        """Continue each prompt greedily; see `generate`."""
+        """Continue each prompt; see `generate`."""
         found = generate(
             self._model,
             self._tokenizer,
@@ -56,6 +57,7 @@ class LoopEngine:
             end_tokens=end_tokens,
             drafts=drafts,
             adapters=self._adapters,
+            sampling=sampling,
             batch_size=self._batch_size,
             on_progress=on_progress,
         )

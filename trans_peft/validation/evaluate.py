@@ -1,5 +1,6 @@
 """Evaluate a model, with or without an adapter, on a suite, item by item."""
 
+import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from trans_peft.data import Example
 from trans_peft.domain.evaluation import Evaluation, ItemResult, Suite
 from trans_peft.errors import InvalidSpecError
-from trans_peft.ports import Engine
+from trans_peft.ports import Engine, Sampling
 from trans_peft.validation.decoding.batching import Progress
 from trans_peft.validation.decoding.likelihoods import choose
 from trans_peft.validation.engine import LoopEngine, dtype_of
@@ -105,13 +106,16 @@ def answer(  # noqa: PLR0913  the key's two hashes, and options
 ) -> Evaluation:
     """Generate an answer to each item, score the answers, and return the results by item.
 
-    Answers are decoded greedily, or chosen by log-likelihood if the suite's scoring is `choice`.
+    Answers are decoded greedily, sampled if the suite has a `temperature`, or chosen by
+    log-likelihood if its scoring is `choice`. The result of an item with several answers is their
+    mean.
 
     Args:
         weights_sha256: hash of the adapter's weights, or `BARE`; part of the evaluation's key.
         base_fingerprint_sha256: hash of the base's fingerprint; part of the evaluation's key.
         drafts: expected answers by item id, such as those on another base; by default the right
-            answers. Correct drafts save time. No draft changes a result.
+            answers. Correct drafts save time. No draft changes a result. With several answers to an
+            item, the JSON list of all of them.
         batch_size: items in a batch; by default 32.
         on_progress: called with the items done and the total.
 
@@ -170,17 +174,20 @@ def answer_together(
     if len({one.decoding for one in asked}) > 1:
         raise InvalidSpecError(
             "adapters with different decoding settings cannot share batches",
-            expected="the same max_new_tokens, stop strings, end tokens and dtype, or the same "
-            "rule for choices",
+            expected="the same max_new_tokens, stop strings, end tokens, dtype and sampling, or "
+            "the same rule for choices",
             found=", ".join(sorted({one.questions.suite.name for one in asked})),
             do="group them by AskedAdapter.decoding",
         )
-    adapters = [one.adapter for one in asked for _ in one.questions.examples]
+    samples = asked[0].questions.suite.samples
+    adapters = [
+        one.adapter for one in asked for _ in one.questions.examples for _ in range(samples)
+    ]
     engine = LoopEngine(
         model, asked[0].questions.tokenizer, adapters=adapters, batch_size=batch_size
     )
     found = iter(_answers(engine, asked, on_progress))
-    per_item_s = (time.perf_counter() - started) / len(adapters)
+    per_item_s = (time.perf_counter() - started) * samples / len(adapters)
     results = []
     for one in asked:
         examples = one.questions.examples
@@ -192,19 +199,20 @@ def answer_together(
     return results
 
 
-class _Answer(NamedTuple):
-    """The text of an answer, its near ties, and whether rounding may have decided about it."""
+class _Answers(NamedTuple):
+    """The answers to an item, their near ties, and whether rounding may have decided about one."""
 
-    text: str
+    texts: Sequence[str]
     near_ties: int
     is_near_tie: bool
 
 
 def _answers(
     engine: Engine, asked: Sequence[AskedAdapter], on_progress: Progress | None
-) -> list[_Answer]:
+) -> list[_Answers]:
     """Return the answers of an engine to all items of all adapters."""
     first = asked[0].questions
+    samples = first.suite.samples
     for one in asked:
         _check_dtype(engine.dtype, one.questions.suite)
     prompts = [prompt for one in asked for prompt in one.questions.prompts]
@@ -216,21 +224,38 @@ def _answers(
         examples = [example for one in asked for example in one.questions.examples]
         measure = Measure(first.suite.scoring.partition(":")[2])
         chosen = choose(examples, choices, found, measure)
-        return [_Answer(text, 0, tie) for text, tie in zip(*chosen, strict=True)]
+        return [_Answers([text], 0, tie) for text, tie in zip(*chosen, strict=True)]
     generated = engine.answers(
-        prompts,
+        [prompt for prompt in prompts for _ in range(samples)],
         max_new_tokens=first.suite.max_new_tokens,
         stop=first.suite.stop,
         end_tokens=first.end_tokens,
         drafts=[draft for one in asked for draft in one.questions.drafts(one.drafts)],
-        on_progress=on_progress,
+        sampling=_sampling(asked),
+        on_progress=on_progress
+        and (lambda done, total: on_progress(done // samples, len(prompts))),
     )
-    return [_Answer(one.text, one.near_ties, one.near_ties > 0) for one in generated]
+    answers = []
+    for start in range(0, len(generated), samples):
+        own = generated[start : start + samples]
+        ties = sum(one.near_ties for one in own)
+        answers.append(_Answers([one.text for one in own], ties, ties > 0))
+    return answers
+
+
+def _sampling(asked: Sequence[AskedAdapter]) -> Sampling | None:
+    """Return the keys of all answers, and the settings, which all adapters share."""
+    suite = asked[0].questions.suite
+    if suite.temperature is None:
+        return None
+    examples = [example for one in asked for example in one.questions.examples]
+    keys = [suite.answer_key(e.id, number) for e in examples for number in range(suite.samples)]
+    return Sampling(suite.temperature, suite.top_p, keys)
 
 
 def _evaluation(
     asked: AskedAdapter,
-    answers: Sequence[_Answer],
+    answers: Sequence[_Answers],
     base_fingerprint_sha256: str,
     engine: str,
     seconds: float,
@@ -242,20 +267,23 @@ def _evaluation(
         base_fingerprint_sha256=base_fingerprint_sha256,
         suite_sha256=suite.suite_sha256,
         decoding_sha256=suite.decoding_sha256,
-        items=tuple(
-            ItemResult(
-                id=example.id,
-                correct=questions.is_correct(number, answer.text),
-                answer_sha256=sha256(answer.text.encode()).hexdigest(),
-                answer=answer.text if suite.keep_answers else None,
-            )
-            for number, (example, answer) in enumerate(
-                zip(questions.examples, answers, strict=True)
-            )
-        ),
+        items=tuple(_item(questions, number, found.texts) for number, found in enumerate(answers)),
         seconds=seconds,
-        near_ties=sum(answer.near_ties for answer in answers),
+        near_ties=sum(found.near_ties for found in answers),
         engine=engine,
+    )
+
+
+def _item(questions: TokenizedSuite, number: int, texts: Sequence[str]) -> ItemResult:
+    """Return the result of the item at a position from the texts of its answers."""
+    several = len(texts) > 1
+    recorded = json.dumps(texts, ensure_ascii=False) if several else texts[0]
+    scores = [questions.is_correct(number, text) for text in texts]
+    return ItemResult(
+        id=questions.examples[number].id,
+        correct=sum(scores) / len(scores) if several else scores[0],
+        answer_sha256=sha256(recorded.encode()).hexdigest(),
+        answer=recorded if questions.suite.keep_answers else None,
     )
 
 

@@ -79,13 +79,19 @@ def evaluate_harness(  # noqa: PLR0913  as `evaluate`
 
     The model's training modes are restored, and the tokenizer is not changed. Raises IntegrityError
     if the task changed since the suite was pinned, and InvalidSpecError if a value of the metric is
-    neither 0 nor 1 and the suite has no threshold, or if the model has another dtype. For further
-    errors see `harness_suite`.
+    neither 0 nor 1 and the suite has no threshold, if the suite has a temperature, or if the model
+    has another dtype. For further errors see `harness_suite`.
     """
     from lm_eval import simple_evaluate
 
     started = time.perf_counter()
     check_dtype(model, suite)
+    if suite.is_sampled:
+        raise InvalidSpecError(
+            f"suite {suite.name!r}: tasks of the harness are decoded greedily",
+            found=f"temperature={suite.temperature}",
+            do="remove the temperature",
+        )
     task = _load(suite.data.uri.removeprefix(_SCHEME), folder)
     found = _task_sha256(task)
     if found != suite.data.sha256:

@@ -1,5 +1,6 @@
 """Check a suite's items and tokenize them, once for any number of adapters on a base."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,15 +73,22 @@ class TokenizedSuite:
         return max(found, self.is_right(answer, exact))
 
     def drafts(self, answers: Mapping[str, str]) -> list[list[int]]:
-        """Return each item's expected answer as token ids: that in `answers`, else the right one.
+        """Return the token ids of each expected answer: that in `answers`, else the right one.
 
-        `answers` are texts by item id.
+        `answers` are texts by item id. A suite with several answers to an item has as many drafts
+        of it, one after the other; the texts are JSON lists of them.
         """
-        drafts = list(self.expected)
+        samples = self.suite.samples
+        drafts = [list(ids) for ids in self.expected for _ in range(samples)]
         known = [i for i, example in enumerate(self.examples) if example.id in answers]
-        pairs = [(self.examples[i], self.prompts[i], answers[self.examples[i].id]) for i in known]
-        for i, whole in zip(known, with_answers(self.tokenizer, pairs), strict=True):
-            drafts[i] = whole[len(self.prompts[i]) :]
+        pairs = []
+        for i in known:
+            text = answers[self.examples[i].id]
+            texts = json.loads(text) if samples > 1 else [text]
+            pairs += [(self.examples[i], self.prompts[i], one) for one in texts]
+        places = [i * samples + number for i in known for number in range(samples)]
+        for place, whole in zip(places, with_answers(self.tokenizer, pairs), strict=True):
+            drafts[place] = whole[len(self.prompts[place // samples]) :]
         return drafts
 
 

@@ -1,8 +1,9 @@
-"""Decode one batch of answers greedily, with drafts and a shared key-value cache.
+"""Decode one batch of answers, with drafts and a shared key-value cache.
 
 Each forward pass processes the tokens that are certain and, after them, proposed tokens from the
-drafts. Each row keeps the proposed tokens that greedy decoding confirms and one generated token;
-the others are removed from the cache. With empty drafts this is plain greedy decoding.
+drafts. Each row keeps the proposed tokens that equal those that decoding chooses, and one generated
+token; the others are removed from the cache. With empty drafts this is plain decoding. A token is a
+function of its logits, also where it is sampled (`trans_peft.validation.decoding.sampling`).
 
 A pass over two rows takes nearly as long as one over twenty. So answers that last longer than most
 of their batch are postponed and continued together with those of other batches.
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trans_peft.errors import EvaluationError
+from trans_peft.ports import Sampling
 from trans_peft.validation.decoding.drafts import (
     PASS_OVERHEAD_TOKENS,
     Draft,
@@ -32,11 +34,9 @@ from trans_peft.validation.decoding.prefixes import (
     supports_truncation,
     truncate_cache,
 )
+from trans_peft.validation.decoding.sampling import Choice, chosen_greedily, sampled
 
-__all__ = ["NEAR_TIE", "Decoder", "DecodingRow"]
-
-NEAR_TIE = 1e-4
-"""Logits that differ by less can change their order with the shape of the batch."""
+__all__ = ["Decoder", "DecodingRow"]
 
 _MAX_LOGITS = 2**27  # of one forward pass over drafts: half a gigabyte in fp32
 
@@ -49,6 +49,7 @@ class DecodingRow:
         prompt: token ids of the prompt.
         expected: token ids of the expected answer, from which the draft is made.
         adapter: name of the adapter that answers, for a model with several.
+        key: key of the random numbers of the answer; 0 where decoding is greedy.
         cached: how many tokens of prompt and answer are in the cache.
         answer: the tokens generated so far.
         is_over: whether the answer has ended.
@@ -59,6 +60,7 @@ class DecodingRow:
     prompt: Sequence[int]
     expected: Sequence[int] = ()
     adapter: str | None = None
+    key: int = 0
     draft: Draft | None = None
     cached: int = 0
     answer: list[int] = field(default_factory=list)
@@ -90,13 +92,20 @@ class Decoder:
     """Decodes the batches of one suite, and adapts proposals to how earlier drafts agreed."""
 
     def __init__(
-        self, reader: PrefixReader, is_over: Callable[[list[int]], bool], *, top: int = 0
+        self,
+        reader: PrefixReader,
+        is_over: Callable[[list[int]], bool],
+        *,
+        sampling: Sampling | None = None,
+        top: int = 0,
     ) -> None:
         """`is_over` returns whether an answer ends with its last token.
 
-        The distributions of the `top` most likely tokens are kept at each token of an answer.
+        Tokens are chosen by `sampling` and the keys of the rows, by default greedily. The
+        distributions of the `top` most likely tokens are kept at each token of an answer.
         """
         self._reader, self._is_over, self._top = reader, is_over, top
+        self._sampling = sampling
         self._acceptance = DraftAcceptance()
         # Both are set after the first forward pass.
         self._truncatable_columns, self._vocabulary = sys.maxsize, 1
@@ -195,8 +204,7 @@ class Decoder:
         `logits` has the shape (rows, longest proposal + 1, vocabulary) and begins at the last
         unread token. Raises EvaluationError if they are not finite.
         """
-        best, tokens = logits.max(-1)
-        near = (logits >= best[..., None] - NEAR_TIE).sum(-1) > 1
+        best, tokens, near = self._chosen(rows, logits)
         confirmed = []
         for i, (row, proposal, *columns) in enumerate(
             zip(rows, proposals, best.tolist(), tokens.tolist(), near.tolist(), strict=True)
@@ -227,6 +235,17 @@ class Decoder:
             row.accepted += agreed
             confirmed.append(agreed)
         return confirmed
+
+    def _chosen(self, rows: Sequence[DecodingRow], logits: torch.Tensor) -> Choice:
+        if self._sampling is None:
+            return chosen_greedily(logits)
+        return sampled(
+            logits,
+            [row.key for row in rows],
+            [len(row.answer) for row in rows],
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+        )
 
 
 def _is_worth_postponing(unfinished: Sequence[DecodingRow], rows: int) -> bool:

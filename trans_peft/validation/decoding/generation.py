@@ -1,11 +1,13 @@
-"""Greedy decoding with a loaded causal language model, in batches and with drafts.
+"""Decoding with a loaded causal language model, in batches and with drafts.
 
 The tokens are those of transformers' `generate(do_sample=False)` on one prompt at a time, in fp32.
-If the two best logits differ by less than 1e-4, either token may be chosen. Decoding is faster
-because prompts of similar length share a batch, a common prefix of all prompts is processed once,
-logits are computed only where they are needed, finished answers leave their batch, and an expected
-answer is checked in one forward pass. Of the model's generation config only the end tokens are
-used.
+If the two best logits differ by less than 1e-4, either token may be chosen. With `sampling`, tokens
+have the probabilities of `generate(do_sample=True)`, and depend on the key of the answer.
+
+Decoding is faster because prompts of similar length share a batch, a common prefix of all prompts
+is processed once, logits are computed only where they are needed, finished answers leave their
+batch, and an expected answer is checked in one forward pass. Of the model's generation config only
+the end tokens are used.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from trans_peft.errors import InvalidSpecError
+from trans_peft.ports import Sampling
 from trans_peft.text.answers import answer_text, decode_ids
 from trans_peft.validation.decoding.batching import Progress, evaluating, in_batches
 from trans_peft.validation.decoding.cache_support import cache_support
@@ -35,10 +38,10 @@ class Answers:
     Attributes:
         texts: the text before the end token or the first stop string, with special tokens.
         ids: the generated tokens, including the one that ended the answer.
-        near_ties_of: for each answer, the number of tokens whose two best logits differ by less
-            than 1e-4.
+        near_ties_of: for each answer, the number of tokens that would be others if logits changed
+            by 1e-4.
         drafted: proposed tokens that were checked.
-        accepted: proposed tokens that greedy decoding confirmed.
+        accepted: proposed tokens that decoding confirmed.
         next_tokens: for each answer the distributions from which its tokens were chosen; empty
             unless `generate` got `top`.
     """
@@ -66,11 +69,12 @@ def generate(  # noqa: PLR0913  named as in transformers
     end_tokens: Collection[int] = (),
     drafts: Sequence[Sequence[int]] | None = None,
     adapters: Sequence[str | None] | None = None,
+    sampling: Sampling | None = None,
     batch_size: int | None = None,
     top: int = 0,
     on_progress: Progress | None = None,
 ) -> Answers:
-    """Continue each prompt by greedy decoding.
+    """Continue each prompt by greedy decoding, or by sampling.
 
     An answer ends with an end token (the model's, the tokenizer's, or one of `end_tokens`), with
     the token that completes one of the `stop` strings, or after `max_new_tokens` tokens.
@@ -80,20 +84,23 @@ def generate(  # noqa: PLR0913  named as in transformers
         drafts: expected token ids of each answer. Correct ones save time; none changes an answer.
         adapters: names of each prompt's adapter, for a model with several
             (`trans_peft.transfer.mixed_adapters`). None in the list: the bare base.
+        sampling: how tokens are sampled, with a key for each prompt. None: greedy decoding.
         batch_size: prompts in a batch, by default 32; halved when memory runs out.
         top: number of most likely tokens in the distributions that are returned. 0: none.
         on_progress: called with the finished answers and the total.
 
     The model's training modes are restored. Raises EvaluationError if logits are not finite or a
     single prompt does not fit into memory; InvalidSpecError for empty prompts, empty stop strings,
-    `max_new_tokens` below 1 and a wrong number of drafts; UnsupportedModelError for adapters that
-    add virtual tokens (prompt tuning, prefix tuning).
+    `max_new_tokens` below 1 and a wrong number of drafts or keys; UnsupportedModelError for
+    adapters that add virtual tokens (prompt tuning, prefix tuning).
     """
-    _check(model, prompts, max_new_tokens, stop, drafts)
+    _check(model, prompts, max_new_tokens, stop)
+    _check_counts(len(prompts), drafts=drafts, keys=sampling and sampling.keys)
     ends = AnswerEnds(model, tokenizer, stop, end_tokens)
     drafts = [ends.before(d, max_new_tokens) for d in drafts or [()] * len(prompts)]
     names = [None] * len(prompts) if adapters is None else adapters
-    rows = [DecodingRow(*parts) for parts in zip(prompts, drafts, names, strict=True)]
+    keys = [0] * len(prompts) if sampling is None else sampling.keys
+    rows = [DecodingRow(*parts) for parts in zip(prompts, drafts, names, keys, strict=True)]
 
     def report_progress(*_: int) -> None:
         if on_progress is not None:
@@ -106,6 +113,7 @@ def generate(  # noqa: PLR0913  named as in transformers
         decoder = Decoder(
             reader,
             lambda answer: len(answer) == max_new_tokens or ends.reached(answer),
+            sampling=sampling,
             top=top,
         )
         while waiting := [row for row in rows if not row.is_over]:
@@ -142,7 +150,6 @@ def _check(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop: Sequence[str],
-    drafts: Sequence[Sequence[int]] | None,
 ) -> None:
     check_adapter(model)
     empty = [i for i, prompt in enumerate(prompts) if not prompt]
@@ -152,12 +159,16 @@ def _check(
         raise InvalidSpecError("a stop string is empty", found=list(stop))
     if max_new_tokens < 1:
         raise InvalidSpecError("max_new_tokens must be at least 1", found=max_new_tokens)
-    if drafts is not None and len(drafts) != len(prompts):
-        raise InvalidSpecError(
-            "the number of drafts is not the number of prompts",
-            expected=f"{len(prompts)} drafts",
-            found=len(drafts),
-        )
+
+
+def _check_counts(prompts: int, **given: Sequence[Any] | None) -> None:
+    for what, values in given.items():
+        if values is not None and len(values) != prompts:
+            raise InvalidSpecError(
+                f"the number of {what} is not the number of prompts",
+                expected=f"{prompts} {what}",
+                found=len(values),
+            )
 
 
 class AnswerEnds:

@@ -24,8 +24,8 @@ from trans_peft.validation.decoding.batching import (
     in_batches,
 )
 from trans_peft.validation.decoding.cache_support import cache_support
-from trans_peft.validation.decoding.decoder import NEAR_TIE
 from trans_peft.validation.decoding.prefixes import PrefixReader, PromptPart
+from trans_peft.validation.decoding.sampling import NEAR_TIE
 from trans_peft.validation.rules.multiple_choice import Measure
 
 __all__ = ["Choices", "choose", "log_likelihoods", "token_scores"]

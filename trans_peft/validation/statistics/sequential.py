@@ -87,8 +87,9 @@ class SequentialSuiteTest:
             raise InvalidSpecError(
                 f"suite {reference.suite!r} has degrees, which a sequential policy cannot test",
                 expected="a suite whose items are right or wrong",
-                found="a graded scoring rule without a threshold",
-                do="set `threshold` in the suite, or `sequential: false` in the gate policy",
+                found="a graded scoring rule without a threshold, or several answers to an item",
+                do="set `threshold` or `samples: 1` in the suite, or `sequential: false` in the "
+                "gate policy",
             )
         self.suite, self.seed = reference.suite, seed
         clusters = {item.id: cluster_of(item) for item in reference.items}
