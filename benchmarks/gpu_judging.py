@@ -26,6 +26,7 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, Suite
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
+from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import EvaluationSubject
 from trans_peft.models import adapter_weights_sha256, load_base
 from trans_peft.validation.evaluate import evaluate
@@ -50,7 +51,13 @@ class JudgedFleet:
     def make(cls, shape: Shape, base: Path, work: Path) -> "JudgedFleet":
         """Write the adapters and the suite, whose right answers are those of the bare base."""
         work.mkdir()
-        loaded = load_base(base, shape.dtype)
+        platform = replace(memory_platform(work / "platform"), store=FileStore())
+        version = platform.catalog.make_ready(
+            BaseVersion(FAMILY, "v1", str(base), 0),
+            fingerprint=fingerprint(str(base), platform.store),
+            source="benchmark",
+        )
+        loaded = load_base(base_folder(version, platform), shape.dtype)
         prompts = texts(shape.items, 16, 32, seed=2)
         examples = [Example(str(i), prompt, " w0") for i, prompt in enumerate(prompts)]
         suite = Suite(
@@ -79,12 +86,6 @@ class JudgedFleet:
             kind = FLEET[number % len(FLEET)]
             adapters[f"{kind}-{number}"] = work / f"{kind}-{number}"
             save_random_adapter(loaded.model, kind, number, work / f"{kind}-{number}")
-        platform = replace(memory_platform(work / "platform"), store=FileStore())
-        version = platform.catalog.make_ready(
-            BaseVersion(FAMILY, "v1", str(base), 0),
-            fingerprint=fingerprint(str(base), platform.store),
-            source="benchmark",
-        )
         suites = (replace(suite, data=pin(suite.data, platform.store)),)
         asked = [
             (EvaluationSubject(name, adapter_weights_sha256(folder), partial(Path, folder)), suites)

@@ -1,6 +1,7 @@
 """The benchmark of `make gpu` runs without a GPU for a tiny shape, and records nothing."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu
 from benchmarks.gpu_judging import equal_scores
+from benchmarks.gpu_memory import RECIPE, changes
 from benchmarks.gpu_training import linear_flop
 from benchmarks.ratios import RESULTS
 from tests.tiny import tiny_model
+from trans_peft.cli.files import read_recipe
+
+PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
 
 
 def test_the_work_of_a_step_is_what_pytorch_counts_in_matrix_products():
@@ -59,3 +64,11 @@ def test_the_tiny_shape_runs_all_parts_and_records_nothing(monkeypatch, capsys):
     assert all("not a result" in line for line in lines[:-1])
     assert "3 of 3 scores equal" in lines[3]
     assert "not measured: " in lines[-1]
+
+
+def test_the_page_has_the_recipe_that_is_estimated_and_every_goal():
+    assert f"```yaml\n{RECIPE.read_text()}```" in PAGE
+    names = [name for name, _ in changes(read_recipe(RECIPE))]
+    assert [name for name in names[1:] if f"| `{name}`" not in PAGE] == []
+    rows = [line.split(" | ") for line in PAGE.splitlines() if line.startswith("| `gpu.")]
+    assert {row[0].strip("| `"): row[2].strip() for row in rows} == gpu.GOALS

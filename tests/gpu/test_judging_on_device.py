@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.gpu.devices import DEVICES
+from tests.gpu.devices import DEVICES, fill_reserved_memory, more_gpu_memory
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.validation.test_mixed_batches import MIXED, ids, one_by_one, save_adapters, texts_of
 from trans_peft.errors import EvaluationError
@@ -43,8 +43,8 @@ def test_adapters_share_batches_in_bfloat16(device, tmp_path):
 
 
 @contextmanager
-def little_memory(model, device, room):
-    """Leave memory for a share of the memory of a batch; on a CPU, for that share of its rows."""
+def little_memory(model, device, room, batch_bytes):
+    """Leave memory for a share of a batch; on a CPU, for that share of its rows."""
 
     def check_rows(_module, _args, inputs):
         if len(inputs["input_ids"]) > BATCH * room:
@@ -55,13 +55,9 @@ def little_memory(model, device, room):
         yield
         hook.remove()
         return
-    batch_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties().total_memory
-    allowed = torch.cuda.memory_reserved() + room * batch_bytes
-    torch.cuda.set_per_process_memory_fraction(allowed / total)
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
+    with more_gpu_memory(int(room * batch_bytes)):
+        _filled = [] if room else fill_reserved_memory()
+        yield
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -74,16 +70,21 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_single_item_is_named(device):
     model.register_forward_pre_hook(
         lambda _module, _args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
     )
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     expected = generate(model, tokenizer, prompts, max_new_tokens=2)
     assert max(rows) == BATCH
+    batch_bytes = 0
+    if device == "cuda":
+        batch_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
     rows.clear()
-    with little_memory(model, device, 0.5):
+    with little_memory(model, device, 0.5, batch_bytes):
         found = generate(model, tokenizer, prompts, max_new_tokens=2)
     assert found.ids == expected.ids
     assert max(rows) == BATCH  # the batch that failed
     assert rows[-1] <= BATCH // 2
     with (
-        little_memory(model, device, 0),
+        little_memory(model, device, 0, batch_bytes),
         pytest.raises(EvaluationError, match="out of memory with a single item"),
     ):
         generate(model, tokenizer, prompts, max_new_tokens=2)

@@ -1,7 +1,7 @@
-"""Training with the settings that need a GPU. One case of each test runs on a CPU as well.
+"""Training with the settings that need a GPU.
 
-The cases for a CPU are slow, and tests/training has faster ones of the same behavior: they show
-that this code works where there is no GPU.
+The cases marked `slow` train on the device that the machine has. They show that this code works
+where there is no GPU; tests/training has faster tests of the same behavior.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from peft.utils import load_peft_weights
 
-from tests.gpu.devices import on_gpu
+from tests.gpu.devices import more_gpu_memory, on_gpu
 from tests.training.conftest import recipe
 from trans_peft.domain.compute import ComputeSettings
 from trans_peft.training.events import CheckpointSaved, TrainingMetrics, TrainingStarted
@@ -93,8 +93,7 @@ def test_a_compute_setting_changes_losses_by_rounding_only(wide_job, compute, pa
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({}, marks=SLOW, id="float32 on a CPU"),
-        pytest.param({}, marks=on_gpu(), id="float32"),
+        pytest.param({}, marks=SLOW, id="float32"),
         pytest.param({"dtype": "nf4"}, marks=on_gpu("bitsandbytes"), id="QLoRA"),
     ],
 )
@@ -121,12 +120,7 @@ def test_a_resumed_run_ends_in_the_same_weights(wide_job, tmp_path, change):
 
 @pytest.mark.gpu
 def test_a_training_that_does_not_fit_reports_that_memory_ran_out(wide_job):
-    total = torch.cuda.get_device_properties().total_memory
-    torch.cuda.empty_cache()
-    allowed = torch.cuda.memory_reserved() + 64 * 2**20
-    torch.cuda.set_per_process_memory_fraction(allowed / total)
     job = wide_job("large", recipe(steps=1, warmup_steps=0, batch_size=2048, max_length=96))
-    with pytest.raises(torch.OutOfMemoryError) as caught:
+    with more_gpu_memory(256 * 2**20), pytest.raises(torch.OutOfMemoryError) as caught:
         trained(job)
-    torch.cuda.set_per_process_memory_fraction(1.0)
     assert _failure(caught.value).error == "OutOfMemoryError"
