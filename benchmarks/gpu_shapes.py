@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -49,7 +50,7 @@ class Shape:
     name: str
     about: str
     sizes: dict[str, int] = field(default_factory=dict)
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     sequence: int = 2048
     batch: int = 4
     steps: int = 8

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from datasets import Dataset
@@ -33,7 +33,7 @@ from trans_peft.training.job_rows import JobRows, token_rows
 from trans_peft.training.trainer import EventCallback
 
 PERTURBATION = Perturbation(masking_p=0.2, dropping_p=0.2)
-ATTENTION = "sdpa"
+ATTENTION: Final = "sdpa"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
