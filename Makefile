@@ -19,7 +19,7 @@ LOCKED  = $(BIN)/uv pip install --compile-bytecode --python $(1) $(HASHED) --req
   || $(1) $(PIP) $(HASHED) --requirement $(2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end images faults check docs format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end gpu images faults check docs format lock
 
 help: ## show this
 	@echo "make setup        install all dependencies into .venv (other targets do this first)"
@@ -48,6 +48,7 @@ help: ## show this
 	@echo "make test-wheel   the wheel alone in an empty environment (as in CI)"
 	@echo "make test-vllm    serving with a real vLLM server, in an environment of its own (3 GB)"
 	@echo "make test-end-to-end  promotion, approval and rollback on a stack (about 6 min)"
+	@echo "make gpu          on a machine with CUDA: tests and benchmarks that need a GPU (docs/gpu.md)"
 	@echo "make images       the container images: built with buildah, and run (infra/README.md)"
 	@echo "make faults       killed programs, network failures, full disks (an hour or more)"
 	@echo "make docs         the documentation site, in build/site"
@@ -113,7 +114,7 @@ clean-state: down
 TEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
-	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not wheel and not architectures and not vllm"
+	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not wheel and not architectures and not vllm and not gpu"
 
 # Builds the wheel and installs it without extras into an empty environment (about 90 s).
 test-wheel: $(READY)
@@ -139,8 +140,32 @@ test-architectures: $(READY)
 
 test-stack: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py \
-	  tests/edges tests/end_to_end tests/examples tests/flows tests/infra tests/lifecycle tests/perturbation tests/training \
+	  tests/edges tests/end_to_end tests/examples tests/flows tests/gpu tests/infra tests/lifecycle tests/perturbation \
+	  tests/training \
 	  tests/validation
+
+# Tests and benchmarks that need a GPU with CUDA (docs/gpu.md). Their packages are beside the .venv, as in
+# .ci/run: PEFT and transformers would import them in every process. Those without a lock are installed by
+# version. A package that cannot be installed is named, and what needs it is left out.
+GPU     := build/gpu
+HARNESS  = $(GPU)/harness/lib/python$(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')/site-packages
+BESIDE   = echo "== installing $(1)"; $(2) || echo "== not installed: $(1). What needs it is left out." >&2
+gpu: $(MODEL)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	  "make gpu needs a GPU and a torch with CUDA. Found no GPU, and torch " + torch.__version__)'
+	@$(call BESIDE,bitsandbytes,$(BIN)/python $(PIP) --quiet $(HASHED) --upgrade --target $(GPU)/packages --requirement locks/quantized.txt)
+	@for package in liger-kernel==0.8.5 flash-attn==2.8.3.post2; do \
+	  $(call BESIDE,$$package,$(BIN)/python $(PIP) --quiet --no-deps --only-binary :all: --upgrade --target $(GPU)/packages $$package); \
+	done
+	@$(call BESIDE,lm-evaluation-harness,$(BIN)/python $(PIP) --quiet --no-deps --require-hashes --prefix $(GPU)/harness --requirement locks/harness.txt)
+	@$(call BESIDE,vllm,$(BIN)/python -m venv $(GPU)/vllm && $(GPU)/vllm/bin/python $(PIP) --quiet --only-binary :all: vllm==0.32.0)
+	@export PYTHONPATH=$(GPU)/packages CUDA_VISIBLE_DEVICES="$${CUDA_VISIBLE_DEVICES-0}"; failed=; \
+	"$(BIN)/python" -m pytest -m "gpu or slow" -rs tests/gpu || failed="; tests/gpu"; \
+	for command in "benchmarks.gpu --shape smollm2 --only train judge harness --harness $(HARNESS)" \
+	    "benchmarks.gpu --shape 7b --harness $(HARNESS) --vllm $(GPU)/vllm/bin/python"; do \
+	  echo "== $$command"; $(BIN)/python -m $$command || failed="$$failed; $$command"; \
+	done; \
+	test -z "$$failed" || { echo "== failed$$failed" >&2; exit 1; }
 
 # Builds all images with buildah and runs the command of each. Without a registry: make images STAND_IN=--stand-in
 images: $(READY)

@@ -33,6 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("quantized") and find_spec("bitsandbytes") is None:
         pytest.skip("needs the extra `quantized`, without which this .venv starts a second sooner")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU with CUDA, and CUDA_VISIBLE_DEVICES: `make gpu`")
 
 
 from tests.servers import servers, unique  # noqa: E402, F401
