@@ -141,8 +141,7 @@ test-architectures: $(READY)
 test-stack: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py \
 	  tests/edges tests/end_to_end tests/examples tests/flows tests/gpu tests/infra tests/lifecycle tests/perturbation \
-	  tests/training \
-	  tests/validation
+	  tests/training tests/validation
 
 # Tests and benchmarks that need a GPU with CUDA (docs/gpu.md). Their packages are beside the .venv, as in
 # .ci/run: PEFT and transformers would import them in every process. Those without a lock are installed by

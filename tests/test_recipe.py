@@ -85,9 +85,12 @@ RECIPES = {
     "seed": ((0, 2**31 - 1), (-1, 2**31, 2**40, 1.5, "1")),
     "processes": ((1, 64), (0, -1, 10**6, 1.5)),
     "checkpoint_steps": ((1, 10**6), (0, -1, 10**9, 0.5)),
+    "objective": (("sft", "dpo"), ("kto", "", None)),
 }
+PREFERENCES = {"dpo_beta": ((0.1, 0.01, 1.0, 100), (0, -0.1, 101, NAN, INF, "0.1", True, None))}
 BASES = (
     (Perturbation(masking_p=0.1), PERTURBATIONS),
+    (replace(RECIPE, objective="dpo"), PREFERENCES),
     (OptimizerSettings(), OPTIMIZERS),
     (RECIPE, RECIPES),
 )
@@ -198,6 +201,31 @@ def test_the_rate_of_lora_plus_needs_lora():
     faster = replace(RECIPE, optimizer=OptimizerSettings(loraplus_lr_ratio=16))
     with pytest.raises(InvalidSpecError, match="loraplus_lr_ratio needs an adapter of the type"):
         replace(faster, spec=AdapterSpec("LOHA"))
+
+
+NOT_WITH_DPO = {
+    "packing": {"packing": True},
+    "a template": {"data": DataSource("t.jsonl", template="gsm8k")},
+    "validation": {"validation": ValidationSettings(share=0.1)},
+    "granularity element": {"perturbation": Perturbation(masking_p=0.1, granularity="element")},
+    "compute.memory_gib": {"compute": ComputeSettings(memory_gib=8)},
+}
+
+
+def test_everything_that_preferences_do_not_have_is_named_at_once():
+    given = {name: value for one in NOT_WITH_DPO.values() for name, value in one.items()}
+    with pytest.raises(InvalidSpecError, match=".*".join(NOT_WITH_DPO)):
+        replace(RECIPE, objective="dpo", **given)
+    for one in NOT_WITH_DPO.values():
+        replace(RECIPE, **one)
+
+
+def test_the_objective_is_part_of_the_hash_and_beta_belongs_to_dpo():
+    dpo = replace(RECIPE, objective="dpo")
+    assert len({r.sha256 for r in (RECIPE, dpo, replace(dpo, dpo_beta=0.5))}) == 3
+    assert replace(dpo, dpo_beta=0.5).for_answers() == RECIPE
+    with pytest.raises(InvalidSpecError, match=r"dpo_beta=0\.5 needs objective: dpo"):
+        replace(RECIPE, dpo_beta=0.5)
 
 
 def test_a_run_on_more_rows_than_its_order_can_hold_is_refused():

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trans_peft.data.encoding import encoded
@@ -40,6 +40,7 @@ class Example:
         slice: value of the column that the source names as `slice`; empty without one.
         tools: the functions that the prompt of a chat offers, as the JSON text of a list of
             schemas; empty without them.
+        rejected: the answer that the completion is preferred to; empty without preferences.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Example:
     cluster: str = ""
     slice: str = ""
     tools: str = ""
+    rejected: str = ""
 
     @property
     def location(self) -> str:
@@ -62,7 +64,8 @@ class Example:
     @property
     def characters(self) -> int:
         """Total number of characters of all texts of the example."""
-        texts = [self.prompt, self.completion, self.reference, self.tools, *self.choices]
+        texts = [self.prompt, self.completion, self.rejected, self.reference, self.tools]
+        texts += self.choices
         texts += [turn.content for turn in self.messages or ()]
         return sum(map(len, texts))
 
@@ -80,8 +83,26 @@ class Example:
         """Return `full_ids` of this example alone, with the tokenizer's own chat template."""
         return full_ids([self], tokenizer)[0]
 
+    def with_rejected(self) -> "Example":
+        """Return the example with the rejected answer as its completion."""
+        messages = self.messages and (
+            *self.messages[:-1],
+            ChatMessage(self.messages[-1].role, self.rejected),
+        )
+        return replace(self, completion=self.rejected, messages=messages, rejected="")
+
     def trl_row(self) -> dict[str, Any]:
-        """Return the example in TRL's prompt/completion format (text, or lists of messages)."""
+        """Return the example in TRL's format: text, or lists of messages.
+
+        The keys are `prompt` and `completion`; `prompt`, `chosen` and `rejected` with preferences.
+        """
+        if self.rejected:
+            chosen, rejected = replace(self, rejected="").trl_row(), self.with_rejected().trl_row()
+            return {
+                "prompt": chosen["prompt"],
+                "chosen": chosen["completion"],
+                "rejected": rejected["completion"],
+            }
         if self.messages is None:
             return {"prompt": self.prompt, "completion": self.completion}
         turns = [{"role": turn.role, "content": turn.content} for turn in self.messages]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from trans_peft.data.example import ChatMessage, Example
 from trans_peft.data.groups import grouped
 from trans_peft.data.json_rows import json_rows
+from trans_peft.data.preferences import preferences_from
 from trans_peft.data.rows import Row, examples_from, without_answer
 from trans_peft.data.templates import through_template
 from trans_peft.domain.bounds import MAX_DATA_BYTES, MAX_DATA_ROWS, MAX_ROW_CHARACTERS
@@ -37,15 +38,17 @@ _LIMITS = CallLimits(cpu_s=600, wall_s=1800, memory_bytes=8 << 30, result_bytes=
 _BATCH_ROWS, _SLICE_ROWS = 1024, 16
 
 
-def parse_examples(lines: bytes, name: str) -> tuple[Example, ...]:
+def parse_examples(lines: bytes, name: str, *, preferences: bool = False) -> tuple[Example, ...]:
     """Parse JSON Lines. DataError with every invalid row; `name` is the file's name in it."""
-    return examples_from(json_rows(lines, name), name)
+    return (preferences_from if preferences else examples_from)(json_rows(lines, name), name)
 
 
 def examples_in(
-    data: bytes, source: DataSource, *, limit: int | None = None
+    data: bytes, source: DataSource, *, limit: int | None = None, preferences: bool = False
 ) -> tuple[Example, ...]:
     """Parse a data file in a child process and return its first `limit` examples.
+
+    With `preferences`, its rows have a prompt, a chosen and a rejected answer.
 
     The ending of the source's `uri` gives the file format. Raises DataError with every invalid row
     or with the exceeded bound, InvalidSpecError for an unknown template, and LimitExceededError if
@@ -53,7 +56,8 @@ def examples_in(
     """
     check_kind(source.uri)
     columns = source.cluster, source.slice
-    rows = _isolated(_plain_examples, data, source.uri, source.template, columns, limit)
+    arguments = source.template, columns, limit, preferences
+    rows = _isolated(_plain_examples, data, source.uri, *arguments)
     return _examples(rows)
 
 
@@ -84,7 +88,12 @@ def prompts_in(data: bytes, uri: str) -> PromptRows:
 
 
 def checked(
-    rows: list[Row], uri: str, template: str, columns: tuple[str, str] = ("", "")
+    rows: list[Row],
+    uri: str,
+    template: str,
+    columns: tuple[str, str] = ("", ""),
+    *,
+    preferences: bool = False,
 ) -> tuple[Example, ...]:
     """Return the examples of rows, converted by a template if one is named.
 
@@ -95,7 +104,8 @@ def checked(
     """
     if len(rows) > MAX_DATA_ROWS:
         raise _too_many_rows(uri, len(rows))
-    examples = examples_from(through_template(rows, template) if template else rows, uri, columns)
+    read = preferences_from if preferences else examples_from
+    examples = read(through_template(rows, template) if template else rows, uri, columns)
     examples = grouped(examples, rows, uri, *columns)
     long = [
         f"{example.location}: {size} characters"
@@ -148,11 +158,17 @@ def _isolated(function: Callable[..., Any], data: bytes, uri: str, *arguments: A
 
 
 def _plain_examples(
-    data: bytes, uri: str, template: str, columns: Sequence[str], limit: int | None
+    data: bytes,
+    uri: str,
+    template: str,
+    columns: Sequence[str],
+    limit: int | None,
+    preferences: bool,
 ) -> list[list[Any]]:
     """Parse a file and return its examples as plain lists: runs in the child process."""
     cluster, slice_ = columns
-    return _plain(checked(unchecked_rows(data, uri), uri, template, (cluster, slice_))[:limit])
+    rows = unchecked_rows(data, uri)
+    return _plain(checked(rows, uri, template, (cluster, slice_), preferences=preferences)[:limit])
 
 
 def _plain_prompts(data: bytes, uri: str) -> list[Any]:
@@ -181,6 +197,7 @@ def _plain(examples: Sequence[Example]) -> list[list[Any]]:
             example.reference,
             example.cluster,
             example.slice,
+            example.rejected,
             example.place,
             example.tools,
         ]
@@ -200,6 +217,7 @@ def _examples(rows: Sequence[Sequence[Any]]) -> tuple[Example, ...]:
             reference=reference,
             cluster=cluster,
             slice=slice_,
+            rejected=rejected,
             place=place,
             tools=tools,
         )
@@ -212,6 +230,7 @@ def _examples(rows: Sequence[Sequence[Any]]) -> tuple[Example, ...]:
             reference,
             cluster,
             slice_,
+            rejected,
             place,
             tools,
         ) in rows

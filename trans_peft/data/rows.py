@@ -20,7 +20,7 @@ from trans_peft.domain.excerpts import excerpt
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import DataError, listed, listed_lines
 
-__all__ = ["NO_ANSWER", "InvalidRow", "Row", "examples_from", "without_answer"]
+__all__ = ["NO_ANSWER", "InvalidRow", "Row", "examples_from", "field_names", "without_answer"]
 
 _ALPACA = (
     "Below is an instruction that describes a task. "
@@ -37,8 +37,9 @@ _SHAPES = {
     "messages": ("messages",),
     "instruction/output": ("instruction", "output"),
 }
-_OPTIONAL = {"prompt/completion": (), "messages": ("tools",), "instruction/output": ("input",)}
-_READ = {shape: OWN_FIELDS.union(keys, _OPTIONAL[shape]) for shape, keys in _SHAPES.items()}
+_EXPECTED = "rows of one shape: " + "; ".join(" + ".join(keys) for keys in _SHAPES.values())
+_OPTIONAL = {"messages": ("tools",), "instruction/output": ("input",)}
+_READ = {shape: OWN_FIELDS.union(keys, _OPTIONAL.get(shape, ())) for shape, keys in _SHAPES.items()}
 _MESSAGE_FIELDS = ("role", "content")
 _ROLES = ("system", "user", "assistant")
 _MESSAGE_LIMIT = 20
@@ -66,11 +67,17 @@ Row = tuple[str, Any]
 
 
 def examples_from(
-    rows: list[Row], name: str, metadata: Collection[str] = ()
+    rows: list[Row],
+    name: str,
+    metadata: Collection[str] = (),
+    *,
+    expected: str = _EXPECTED,
+    counted: str = "rows",
 ) -> tuple[Example, ...]:
     """Return the examples of rows. DataError with the place and reason of every invalid row.
 
     `metadata` are fields that the source names as metadata, whatever other formats use them for.
+    `expected` and `counted` are texts of the error: the format of the file, and what `rows` are.
     """
     problems: list[tuple[str, str]] = []
     examples: list[Example] = []
@@ -100,9 +107,8 @@ def examples_from(
         lines = [f"{where}: {reason}" for where, reason in problems]
         shown = listed_lines(lines, _MESSAGE_LIMIT)
         raise DataError(
-            f"{name}: {bad} of {len(rows)} rows are invalid\n    " + "\n    ".join(shown),
-            expected="rows of one shape: "
-            + "; ".join(" + ".join(keys) for keys in _SHAPES.values()),
+            f"{name}: {bad} of {len(rows)} {counted} are invalid\n    " + "\n    ".join(shown),
+            expected=expected,
             do="correct or remove these rows",
         )
     return tuple(examples)
@@ -147,7 +153,9 @@ def _reasons(row: Any) -> Iterator[str]:
         return
     shapes = [shape for shape, keys in _SHAPES.items() if all(key in row for key in keys)]
     if len(shapes) != 1:
-        found = " and ".join(shapes) if shapes else f"the fields {_names(row)}"
+        found = " and ".join(shapes) if shapes else field_names(row)
+        if "chosen" in row and "rejected" in row:
+            found += " (preferences are read if the recipe has objective: dpo)"
         yield f"must have one of the known shapes, found {found}"
         return
     if type(row.get("id")) not in (str, int, type(None)) or row.get("id") == "":
@@ -217,11 +225,11 @@ def _shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def _names(row: dict[str, Any]) -> str:
+def field_names(row: dict[str, Any]) -> str:
     """Return the names of a row's fields for a message."""
     names = [name if name.isprintable() else repr(name) for name in row]
     shown = [name if len(name) <= _NAME_LIMIT else f"{name[:_NAME_LIMIT]}..." for name in names]
-    return listed(shown, _MESSAGE_LIMIT) or "(none)"
+    return f"the fields {listed(shown, _MESSAGE_LIMIT) or '(none)'}"
 
 
 def _chat_reasons(messages: Any) -> Iterator[str]:

@@ -27,9 +27,15 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def read_examples(
-    source: DataSource, store: ArtifactStore, *, limit: int | None = None
+    source: DataSource,
+    store: ArtifactStore,
+    *,
+    limit: int | None = None,
+    preferences: bool = False,
 ) -> tuple[Example, ...]:
     """Read a source, check all of its rows and return the first `limit` examples.
+
+    With `preferences`, its rows have a prompt, a chosen and a rejected answer.
 
     Raises DataError with every invalid row and its line, IntegrityError if the bytes of a pinned
     source changed, NotFoundError if the source does not exist, InvalidSpecError for an unknown
@@ -39,10 +45,11 @@ def read_examples(
         rows, sha256 = _hub_rows(source.uri, store.places)
         _check_pin(source, sha256)
         columns = source.cluster, source.slice
-        return checked(rows, source.uri, source.template, columns)[:limit]
+        read = checked(rows, source.uri, source.template, columns, preferences=preferences)
+        return read[:limit]
     data, sha256 = _file(source.uri, store)
     _check_pin(source, sha256)
-    return examples_in(data, source, limit=limit)
+    return examples_in(data, source, limit=limit, preferences=preferences)
 
 
 def read_prompts(source: DataSource, store: ArtifactStore) -> PromptRows:
@@ -81,7 +88,10 @@ def pin(source: DataSource, store: ArtifactStore) -> DataSource:
 
 
 def write_examples(examples: Iterable[Example], path: Path) -> Path:
-    """Write examples as JSON Lines that `parse_examples` reads back to equal ones."""
+    """Write examples as JSON Lines that `parse_examples` reads back to equal ones.
+
+    Examples with preferences are read back with `preferences=True`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for example in examples:
@@ -90,8 +100,8 @@ def write_examples(examples: Iterable[Example], path: Path) -> Path:
                 row["choices"] = example.choices
             if example.reference:
                 row["reference"] = example.reference
-            if example.messages is None:
-                row |= {"prompt": example.prompt, "completion": example.completion}
+            if example.messages is None or example.rejected:
+                row |= example.trl_row()
             else:
                 row["messages"] = [vars(turn) for turn in example.messages]
                 if example.tools:

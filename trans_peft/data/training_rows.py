@@ -40,7 +40,10 @@ def read_training_rows(recipe: TrainingRecipe, store: ArtifactStore) -> Training
     Raises what `trans_peft.data.read_examples` raises, and DataError if a validation row has the
     prompt of a training row, or if a source has no row left for training.
     """
-    sources = tuple(read_examples(source, store, limit=source.limit) for source in recipe.sources)
+    sources = tuple(
+        read_examples(source, store, limit=source.limit, preferences=recipe.objective == "dpo")
+        for source in recipe.sources
+    )
     settings = recipe.validation
     if settings is None:
         return TrainingRows(sources)

@@ -18,6 +18,7 @@ from trans_peft.domain.field_checks import (
 )
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.names import name_problem
+from trans_peft.domain.numbers import is_finite_number
 from trans_peft.domain.optimizer import OptimizerSettings
 from trans_peft.domain.recovery import MIN_PROMPTS
 from trans_peft.domain.spec import AdapterSpec
@@ -34,6 +35,8 @@ __all__ = [
 _Dtype = Literal["float32", "bfloat16", "nf4"]
 _Granularity = Literal["neuron", "element"]
 _Where = Literal["ffn", "attention", "both"]
+_Objective = Literal["sft", "dpo"]
+_BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,11 @@ class TrainingRecipe:
             for the recovery strategy `distilled` after an update of the base.
         validation: rows that are held out, the loss on which is computed during the training.
         compute: what trades memory against time, and kernels.
+        objective: what the training maximizes. `sft`: the likelihood of the answers. `dpo`: the
+            preference of the chosen over the rejected answer of each row, relative to the base
+            without the adapter (Direct Preference Optimization).
+        dpo_beta: with `dpo`, how strongly a distance from the base is punished. Above 0, at most
+            100. Only `dpo` has this field.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -182,6 +190,8 @@ class TrainingRecipe:
     validation: ValidationSettings | None = field(default=None, metadata=ADDED_LATER)
     # One value for all recipes, because ADDED_LATER compares with the default.
     compute: ComputeSettings = field(default=ComputeSettings(), metadata=ADDED_LATER)
+    objective: _Objective = field(default="sft", metadata=ADDED_LATER)
+    dpo_beta: float = field(default=_BETA, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = [
@@ -203,6 +213,7 @@ class TrainingRecipe:
         if self.data_seed is not None:
             counts += count_problems(self, {"data_seed": _RECIPE_COUNTS["seed"]})
         problems += self._data_problems()
+        problems += self._objective_problems()
         problems += counts or self.optimizer.row_problems(self.processes)
         if self.optimizer.loraplus_lr_ratio != 1 and self.spec.peft_type != "LORA":
             problems.append(
@@ -229,6 +240,39 @@ class TrainingRecipe:
                 "be 1"
             )
         return problems
+
+    def _objective_problems(self) -> list[str]:
+        problems = choice_problems(self, objective=_Objective)
+        beta = self.dpo_beta
+        if not (is_finite_number(beta) and 0 < beta <= 100):
+            problems.append(f"dpo_beta must be above 0 and at most 100, not {beta!r}")
+        if self.objective != "dpo":
+            if not problems and beta != _BETA:
+                problems.append(f"dpo_beta={beta!r} needs objective: dpo")
+            return problems
+        if self.packing:
+            problems.append("packing is not possible with objective: dpo, which trains on pairs")
+        if any(source.template for source in self.sources):
+            problems.append(
+                "a template makes questions and answers, and objective: dpo needs rows with "
+                "prompt, chosen and rejected"
+            )
+        if self.validation is not None:
+            problems.append(
+                "validation computes the loss of answers, which objective: dpo does not train"
+            )
+        if self.perturbation.granularity == "element":
+            problems.append(
+                "granularity element draws a mask for each token, so that the chosen and the "
+                "rejected answer of objective: dpo would have different masks: use neuron"
+            )
+        if self.compute.memory_gib is not None:
+            problems.append("compute.memory_gib estimates a step of objective: sft only")
+        return problems
+
+    def for_answers(self) -> "TrainingRecipe":
+        """Return the recipe for one file of answers that are not rows of the recipe's data."""
+        return replace(self, objective="sft", dpo_beta=_BETA, packing=False, validation=None)
 
     @cached_property
     def sources(self) -> tuple[TrainingSource, ...]:

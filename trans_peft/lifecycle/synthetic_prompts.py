@@ -93,11 +93,7 @@ def write_synthetic_prompts(
             replace(
                 job,
                 recipe=replace(
-                    recipe,
-                    optimizer=optimizer,
-                    perturbation=Perturbation(),
-                    packing=False,
-                    validation=None,
+                    recipe.for_answers(), optimizer=optimizer, perturbation=Perturbation()
                 ),
                 data_file=write_examples(prompt_model_rows(examples), folder / "data.jsonl"),
                 more_data_files=(),

@@ -227,6 +227,7 @@ def _params(recipe: TrainingRecipe) -> dict[str, object]:
         "seed": recipe.seed,
         "processes": recipe.processes,
         "packing": recipe.packing,
+        "objective": recipe.objective,
         "data": ", ".join(source.uri for source in recipe.sources),
     }
 

@@ -1,11 +1,14 @@
 """The trainer's arguments and optimizer for a recipe whose number of steps is known."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch.optim import Optimizer
-from transformers import Trainer
-from trl import SFTConfig
+from transformers import Trainer, TrainingArguments
+from trl import DPOConfig, SFTConfig
 
 from trans_peft.training.job import TrainingJob
 
@@ -14,12 +17,18 @@ __all__ = ["loraplus_optimizer", "training_arguments"]
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def training_arguments(job: TrainingJob) -> SFTConfig:
+def training_arguments(job: TrainingJob) -> SFTConfig | DPOConfig:
     """Return the arguments of TRL's trainer. The recipe has `steps`, not `epochs`."""
     recipe = job.recipe
     optimizer = recipe.optimizer
     assert optimizer.steps is not None  # see OptimizerSettings.for_rows
-    return SFTConfig(
+    make: Callable[..., SFTConfig | DPOConfig] = partial(
+        SFTConfig, packing=recipe.packing, completion_only_loss=True
+    )
+    if recipe.objective == "dpo":
+        # The options of the adapter set its dropout, also for preferences.
+        make = partial(DPOConfig, beta=recipe.dpo_beta, disable_dropout=False)
+    return make(
         output_dir=str(job.checkpoint_folder),
         max_steps=optimizer.steps,
         per_device_train_batch_size=optimizer.batch_size,
@@ -35,8 +44,6 @@ def training_arguments(job: TrainingJob) -> SFTConfig:
         max_grad_norm=optimizer.max_grad_norm,
         neftune_noise_alpha=optimizer.neftune_alpha or None,
         max_length=optimizer.max_length,
-        packing=recipe.packing,
-        completion_only_loss=True,
         seed=recipe.seed,
         train_sampling_strategy="sequential",  # training.batches defines the order
         bf16=False,  # no autocast: the base has the recipe's dtype, the adapter its own
@@ -54,7 +61,7 @@ def training_arguments(job: TrainingJob) -> SFTConfig:
     )
 
 
-def loraplus_optimizer(model: PeftModel, arguments: SFTConfig, ratio: float) -> Optimizer:
+def loraplus_optimizer(model: PeftModel, arguments: TrainingArguments, ratio: float) -> Optimizer:
     """Return the arguments' optimizer with `ratio` times the learning rate for LoRA's B."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     return create_loraplus_optimizer(

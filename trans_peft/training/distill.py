@@ -128,7 +128,7 @@ class Distillation:
             gradient_accumulation=of_process // batch_size,
             learning_rate=policy.learning_rate,
         )
-        return replace(recipe, optimizer=optimizer, packing=False, validation=None)
+        return replace(recipe.for_answers(), optimizer=optimizer)
 
     def _teacher(self, prompts: Sequence[Example]) -> TeacherTargets:
         old = load_base(self.old_base, self.suite.dtype)

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.integrations.liger import apply_liger_kernel
 
 from trans_peft.errors import (
@@ -42,9 +42,10 @@ from trans_peft.training.distillation import DistillationTrainer
 from trans_peft.training.events import EventMessage, TrainingStarted
 from trans_peft.training.held_out import ValidationCallback
 from trans_peft.training.job import TrainingJob, TrainingResult
-from trans_peft.training.job_rows import JobRows, read_job_rows
+from trans_peft.training.job_rows import JobRows, read_job_rows, token_count
 from trans_peft.training.machine_check import check_machine
 from trans_peft.training.memory import check_memory
+from trans_peft.training.preferences import PreferenceTrainer
 from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
 from trans_peft.transfer.peft_folder import WEIGHTS_NAME, read_peft_folder
 
@@ -142,23 +143,24 @@ def _template(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> str | Non
     return template
 
 
-def _trainer(job: TrainingJob, rows: JobRows, device: str) -> AnswerTrainer:
+def _trainer(job: TrainingJob, rows: JobRows, device: str) -> Trainer:
     recipe = job.recipe
     base = load_base(job.base_folder, recipe.dtype, device, attention=recipe.compute.attention)
     if recipe.compute.liger:  # before perturbed(), which looks at the layers that are trained
         apply_liger_kernel(base.model, {"fused_linear_cross_entropy": False})
     check_adapter_is_trainable(base, recipe.spec, job.work_dir)
     set_seed(recipe.seed)  # the adapter's initial weights
-    model = attach(base.model, recipe.spec)
-    if job.start is not None:
-        _load_weights(job.start, model)
-    make: Callable[..., AnswerTrainer] = AnswerTrainer
-    if rows.targets is not None:
-        make = partial(DistillationTrainer, rows.targets)
-    trainable = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
+    if recipe.objective == "dpo":
+        make: Callable[..., Trainer] = partial(PreferenceTrainer, base.model, recipe.spec)
+        trainable = []
+    else:
+        model = attach(base.model, recipe.spec)
+        make = partial(AnswerTrainer, model=model)
+        if rows.targets is not None:
+            make = partial(DistillationTrainer, rows.targets, model=model)
+        trainable = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
     try:
         trainer = make(
-            model=model,
             args=training_arguments(job),
             train_dataset=Dataset.from_list(rows.training),
             processing_class=base.tokenizer,
@@ -166,14 +168,16 @@ def _trainer(job: TrainingJob, rows: JobRows, device: str) -> AnswerTrainer:
     except (NotImplementedError, TypeError, ValueError) as error:
         raise InvalidSpecError(
             "TRL rejects the recipe",
-            expected="a recipe that SFTTrainer accepts",
+            expected="a recipe that SFTTrainer or DPOTrainer accepts",
             found=error,
             do="change the adapter's options or the optimizer settings",
         ) from error
     for parameter, dtype in trainable:  # TRL casts them to bfloat16 on nf4, which loses updates
         parameter.data = parameter.data.to(dtype)
+    if job.start is not None:
+        _load_weights(job.start, trainer.model)
     if (ratio := recipe.optimizer.loraplus_lr_ratio) != 1:
-        trainer.optimizer = loraplus_optimizer(model, trainer.args, ratio)
+        trainer.optimizer = loraplus_optimizer(trainer.model, trainer.args, ratio)
     return trainer
 
 
@@ -213,7 +217,7 @@ def _load_weights(folder: Path, model: PeftModel) -> None:
 
 
 def _fix_order(
-    trainer: AnswerTrainer,
+    trainer: Trainer,
     job: TrainingJob,
     processes: int,
     sources: Sequence[WeightedRows] = (),
@@ -222,7 +226,7 @@ def _fix_order(
     optimizer = job.recipe.optimizer
     assert optimizer.steps is not None  # see OptimizerSettings.for_rows
     rows_per_step = optimizer.rows_per_step(processes)
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    lengths = [token_count(row) for row in trainer.train_dataset]
     seed = job.recipe.seed if job.recipe.data_seed is None else job.recipe.data_seed
     order = training_order(lengths, rows_per_step, optimizer.steps, seed, sources)
     trainer.train_dataset = trainer.train_dataset.select(order)

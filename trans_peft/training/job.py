@@ -156,7 +156,8 @@ class TrainingResult:
         folder: PEFT folder of the adapter.
         weights_sha256: hash of its weights.
         steps: optimizer steps that were made.
-        final_loss: mean loss of the last ten steps, in nats per token.
+        final_loss: mean loss of the last ten steps, in nats per token; with the objective dpo, the
+            mean loss of a pair.
         seconds: duration of training; of a resumed run, since it resumed.
         tokens_per_s: tokens per second in that time.
         trainable_parameters: number of trained parameters.

@@ -16,12 +16,22 @@ from trans_peft.training.distillation import TeacherTargets
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.memory import StepShape
 
-__all__ = ["JobRows", "check_tokens", "read_job_rows", "token_rows"]
+__all__ = ["JobRows", "check_tokens", "read_job_rows", "token_count", "token_rows"]
 
 _PROBLEMS_SHOWN = 20
 
 TokenRow = dict[str, list[int]]
-"""A row in TRL's format: `input_ids`, and `completion_mask`, with 1 for tokens of the answer."""
+"""A row in TRL's format: `input_ids`, and `completion_mask`, with 1 for tokens of the answer.
+
+A row of preferences has `prompt_ids`, `chosen_ids` and `rejected_ids`.
+"""
+
+
+def token_count(row: TokenRow) -> int:
+    """Return the number of tokens that a training step computes for a row."""
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ class JobRows:
         sequences: sequences of one epoch, repetitions included. They are the rows, or what TRL
             packs them into.
         held_out: validation rows.
-        shortened: number of training rows that are cut at `max_length`.
+        shortened: number of training rows that are cut at `max_length`; of preferences, the number
+            of answers.
         targets: a teacher's targets, if the job has them.
     """
 
@@ -68,10 +79,17 @@ def read_job_rows(
     recipe = job.recipe
     max_length = recipe.optimizer.max_length
     names = [source.uri for source in recipe.sources]
-    parts = [_examples(file, name) for file, name in zip(job.data_files, names, strict=False)]
+    prefers = recipe.objective == "dpo"
+    parts = [
+        _examples(file, name, preferences=prefers)
+        for file, name in zip(job.data_files, names, strict=False)
+    ]
     examples = [example for part in parts for example in part]
-    shortened = check_tokens(examples, tokenizer, max_length, template)
-    training = token_rows(examples, tokenizer, template)
+    answers = [*examples, *(e.with_rejected() for e in examples)] if prefers else examples
+    shortened = check_tokens(answers, tokenizer, max_length, template)
+    training = token_rows(answers, tokenizer, template)
+    if prefers:
+        training = list(map(_pair, training[: len(examples)], training[len(examples) :]))
     held_out: list[TokenRow] = []
     if job.validation_file is not None:
         validation = _examples(job.validation_file, "the validation rows")
@@ -86,8 +104,8 @@ def read_job_rows(
     return JobRows(training, sources, sequences, held_out, shortened)
 
 
-def _examples(file: Path, name: str) -> list[Example]:
-    read = parse_examples(file.read_bytes(), name)
+def _examples(file: Path, name: str, *, preferences: bool = False) -> list[Example]:
+    read = parse_examples(file.read_bytes(), name, preferences=preferences)
     # These places refer to the job's copy of the data, not to the user's file.
     return [replace(example, place="") for example in read]
 
@@ -144,3 +162,17 @@ def token_rows(
         mask = [0] * start + [1] * (len(whole) - start)
         rows.append({"input_ids": whole, "completion_mask": mask})
     return rows
+
+
+def _pair(chosen: TokenRow, rejected: TokenRow) -> TokenRow:
+    """Return the row of preferences of two answers to one prompt.
+
+    A token that both answers start with, and that one of them shares with the prompt alone, is part
+    of the prompt only if it is for both.
+    """
+    prompt = min(row["completion_mask"].count(0) for row in (chosen, rejected))
+    return {
+        "prompt_ids": chosen["input_ids"][:prompt],
+        "chosen_ids": chosen["input_ids"][prompt:],
+        "rejected_ids": rejected["input_ids"][prompt:],
+    }

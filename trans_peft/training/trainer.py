@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTTrainer
 
 from trans_peft.errors import TrainingCancelled, TrainingError
 from trans_peft.training.events import CheckpointSaved, EventMessage, TrainingMetrics
 from trans_peft.training.parent_watch import stop_requested
 
-__all__ = ["AnswerTrainer", "EventCallback", "last_checkpoint"]
+__all__ = ["AnswerTrainer", "EventCallback", "last_checkpoint", "with_all_gradients"]
 
 _COMPLETE = "complete"
 
@@ -41,7 +47,8 @@ class AnswerTrainer(SFTTrainer):
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.args.device.type == "cuda":
-            return self._connected(super().compute_loss(model, inputs, False, num_items_in_batch))
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            return with_all_gradients(loss, self)
         logits, targets = self.answer_logits(model, inputs)
         loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         return self.per_item(loss, len(targets), num_items_in_batch)
@@ -64,22 +71,23 @@ class AnswerTrainer(SFTTrainer):
         loss = loss / torch.as_tensor(tokens if items is None else items).clamp(min=1)
         if self.args.average_tokens_across_devices and items is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
-        return self._connected(loss)
-
-    def _connected(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the loss with a gradient, possibly zero, for every trained weight.
-
-        PEFT's module_dropout leaves whole modules out of a step. Without a gradient for their
-        weights DDP fails, and so does a step that leaves out all of them.
-        """
-        config = self.accelerator.unwrap_model(self.model).peft_config["default"]
-        if not getattr(config, "module_dropout", 0):
-            return loss
-        trained = (p for p in self.model.parameters() if p.requires_grad)
-        return loss + 0 * sum(parameter.sum() for parameter in trained)
+        return with_all_gradients(loss, self)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write no model card, because checkpoints are not published."""
+
+
+def with_all_gradients(loss: torch.Tensor, trainer: Trainer) -> torch.Tensor:
+    """Return the loss with a gradient, possibly zero, for every trained weight.
+
+    PEFT's module_dropout leaves whole modules out of a step. Without a gradient for their weights
+    DDP fails, and so does a step that leaves out all of them.
+    """
+    config = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
+    if not getattr(config, "module_dropout", 0):
+        return loss
+    trained = (p for p in trainer.model.parameters() if p.requires_grad)
+    return loss + 0 * sum(parameter.sum() for parameter in trained)
 
 
 @contextmanager
