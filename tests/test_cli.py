@@ -196,7 +196,7 @@ def test_unknown_fields_hide_no_invalid_value(cli, tmp_path):
     ("data", "messages"),
     [
         ({"url": "t"}, [f"data.url: {NO_FIELD}uri, ", "data.uri: this field is missing"]),
-        ([{"uri": "t", "wieght": 2}], [f"data.0.wieght: {NO_FIELD}weight, "]),
+        ([{"uri": "t", "weigth_": 2}], [f"data.0.weigth_: {NO_FIELD}weight, "]),
         ([{"uri": "t", "weight": 0}], ["data.0: the data source t is invalid: weight must be"]),
         ("t.jsonl", ["data: input should be a dictionary"]),
     ],
