@@ -19,7 +19,7 @@ LOCKED  = $(BIN)/uv pip install --compile-bytecode --python $(1) $(HASHED) --req
   || $(1) $(PIP) $(HASHED) --requirement $(2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end faults check docs format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end faults test-hosts check docs format lock
 
 help: ## show this
 	@echo "make setup        install all dependencies into .venv (other targets do this first)"
@@ -49,6 +49,7 @@ help: ## show this
 	@echo "make test-vllm    serving with a real vLLM server, in an environment of its own (3 GB)"
 	@echo "make test-end-to-end  promotion, approval and rollback on a stack (about 6 min)"
 	@echo "make faults       killed programs, network failures, full disks (an hour or more)"
+	@echo "make test-hosts   an upgrade by several hosts, one killed and one cut off (needs root)"
 	@echo "make docs         the documentation site, in build/site"
 	@echo "make format       ruff format and fixes   make lock    versions and hashes of this .venv"
 
@@ -111,7 +112,7 @@ clean-state: down
 TEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
-	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not wheel and not architectures and not vllm"
+	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not hosts and not wheel and not architectures and not vllm"
 
 # Builds the wheel and installs it without extras into an empty environment (about 90 s).
 test-wheel: $(READY)
@@ -146,6 +147,11 @@ test-end-to-end: $(READY)
 MOMENTS ?= 4
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m faults --moments $(MOMENTS) --faults-log faults.jsonl
+
+# Hosts are network namespaces (root, iptables); MLflow and Prefect use Postgres. Fewer: ADAPTERS=16
+ADAPTERS ?= 64
+test-hosts: $(READY)
+	$(BIN)/python -m pytest tests/hosts -m hosts --adapters $(ADAPTERS) --hosts-log hosts.jsonl
 
 # All pages follow docs/style.md. docs/reference/errors.md is left out: mdformat would join its options.
 PAGES := README.md CONTRIBUTING.md CHANGELOG.md infra/README.md docs/decisions docs/reference/api.md $(wildcard docs/*.md)
