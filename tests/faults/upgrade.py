@@ -339,14 +339,9 @@ def final_state(family):
             for alias in model.aliases
         },
         "evaluated": _counted(family, "evaluations", "adapter", "base_version", "suite"),
-        "judged": judged(family),
+        "judged": _counted(family, "transfers", "adapter", "base_version", "verdict"),
     }
     return json.loads(_with_labels(json.dumps(state, indent=1, sort_keys=True), words))
-
-
-def judged(family):
-    """Count the verdicts of each adapter on each base version, without failures."""
-    return _counted(family, "transfers", "adapter", "base_version", "verdict")
 
 
 def _numbers(found):
