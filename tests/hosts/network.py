@@ -71,10 +71,10 @@ class Host:
 def host(name, number, ports, delay_s):
     """Create a host that reaches these ports of 127.0.0.1, each direction after the delay.
 
-    `number` (from 0 to 62) selects the addresses, of a network that is reserved for examples.
+    `number` (from 0 to 62) selects the addresses, of a network that is reserved for tests.
     """
     link = f"veth-{number}"
-    own, other = (f"192.0.2.{4 * number + place}" for place in (1, 2))
+    own, other = (f"198.18.0.{4 * number + place}" for place in (1, 2))
     inside = ("ip", "netns", "exec", name)
     nat = (*inside, "iptables", "--wait", "-t", "nat", "-A")
     listed = ",".join(map(str, ports))
