@@ -88,7 +88,8 @@ def shards_on(host, family):
     return {
         run_id
         for run_id in host.flow_runs() & runs.keys()
-        if any(
+        if runs[run_id]["state_type"] == "RUNNING"
+        and any(
             task["base"]["family"] == family.name
             for task in runs[run_id]["parameters"].get("shard", ())
         )
