@@ -322,6 +322,8 @@ def final_state(family):
         words[base.tags["trans_peft.fingerprint"]] = f"FINGERPRINT-{label}"
         words[base.tags["trans_peft.fingerprint"][:12]] = label
         words[base.tags["trans_peft.manifest"]] = f"MANIFEST-{label}"
+    for adapter in family.adapters:  # the hash covers the chat template, which names the family
+        words[found[adapter][0].tags["trans_peft.weights_sha256"]] = f"WEIGHTS-OF-{adapter}"
     numbers = {name: _numbers(found[name]) for name in names}
     state = {
         "models": {
