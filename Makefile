@@ -19,7 +19,7 @@ LOCKED  = $(BIN)/uv pip install --compile-bytecode --python $(1) $(HASHED) --req
   || $(1) $(PIP) $(HASHED) --requirement $(2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end gpu images faults check docs format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end gpu images faults test-hosts check docs format lock
 
 help: ## show this
 	@echo "make setup        install all dependencies into .venv (other targets do this first)"
@@ -51,6 +51,7 @@ help: ## show this
 	@echo "make gpu          on a machine with CUDA: tests and benchmarks that need a GPU (docs/gpu.md)"
 	@echo "make images       the container images: built with buildah, and run (infra/README.md)"
 	@echo "make faults       killed programs, network failures, full disks (an hour or more)"
+	@echo "make test-hosts   an upgrade by several hosts, one killed and one cut off (needs root)"
 	@echo "make docs         the documentation site, in build/site"
 	@echo "make format       ruff format and fixes   make lock    versions and hashes of this .venv"
 
@@ -114,7 +115,7 @@ clean-state: down
 TEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
-	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not wheel and not architectures and not vllm and not gpu"
+	$(TEST) -m "not stack and not slow and not end_to_end and not faults and not hosts and not wheel and not architectures and not vllm and not gpu"
 
 # Builds the wheel and installs it without extras into an empty environment (about 90 s).
 test-wheel: $(READY)
@@ -178,6 +179,11 @@ test-end-to-end: $(READY)
 MOMENTS ?= 4
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m faults --moments $(MOMENTS) --faults-log faults.jsonl
+
+# Hosts are network namespaces (root, iptables); MLflow and Prefect use Postgres. Fewer: ADAPTERS=16
+ADAPTERS ?= 64
+test-hosts: $(READY)
+	$(BIN)/python -m pytest tests/hosts -m hosts --adapters $(ADAPTERS) --hosts-log hosts.jsonl
 
 # All pages follow docs/style.md. docs/reference/errors.md is left out: mdformat would join its options.
 PAGES := README.md CONTRIBUTING.md CHANGELOG.md infra/README.md docs/decisions docs/reference/api.md $(wildcard docs/*.md)

@@ -8,7 +8,8 @@
   both queues would deadlock as soon as that many reconciles wait.
 - The GPU slots. `with concurrency("gpu")` holds one, in any queue and program.
 - The automation for zombie flows (docs.prefect.io, "detect zombie flows"). It marks a run as
-  crashed when its heartbeats stop. Until then the run occupies its place in the queue.
+  crashed when its heartbeats stop. Until then the run occupies its place in the queue. A second one
+  does so if a run does not start after a worker took it: such a run sends no heartbeats.
 
 `up` runs this module as a program. Running it again updates only what differs.
 """
@@ -37,7 +38,14 @@ from infra.stack.job_template import PROCESS_JOB_TEMPLATE, kubernetes_job_templa
 from tasks.environment import EnvironmentSettings
 from trans_peft.domain.conventions import GPU_LIMIT, WORK_POOL
 
-__all__ = ["QUEUES", "ZOMBIE_AUTOMATION", "PoolSettings", "WorkQueueSettings", "register"]
+__all__ = [
+    "QUEUES",
+    "START_AUTOMATION",
+    "ZOMBIE_AUTOMATION",
+    "PoolSettings",
+    "WorkQueueSettings",
+    "register",
+]
 
 
 @dataclass(frozen=True)
@@ -56,32 +64,51 @@ QUEUES = {
     "gpu": WorkQueueSettings(2, is_limited=True),
 }
 
-_HEARTBEAT = "prefect.flow-run.heartbeat"
 _SILENCE_MINUTES = 3
-ZOMBIE_AUTOMATION = AutomationCore(
-    name="crash-zombie-flow-runs",
-    description=f"Mark a flow run as crashed after {_SILENCE_MINUTES} minutes without a heartbeat",
-    trigger=EventTrigger(
-        after={_HEARTBEAT},
-        expect={
-            _HEARTBEAT,
-            *(f"prefect.flow-run.{s}" for s in ("Completed", "Failed", "Cancelled", "Crashed")),
-        },
-        match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-        for_each={"prefect.resource.id"},
-        posture=Posture.Proactive,
-        threshold=1,
-        within=timedelta(minutes=_SILENCE_MINUTES),
-    ),
-    actions=[
-        ChangeFlowRunState(
-            name=None,
-            state=StateType.CRASHED,
-            message=f"The run sent no heartbeat for {_SILENCE_MINUTES} minutes. "
-            "Its machine or process is gone.",
-            force=False,
-        )
-    ],
+_START_MINUTES = 15  # a pod may first have to wait for a node and its image
+
+
+def _crash_unless(
+    name: str, message: str, *, after: set[str], expect: set[str], minutes: int
+) -> AutomationCore:
+    """Return an automation that crashes a run if none of the expected events follows.
+
+    Events are those of a flow run: `heartbeat`, or the name of a state. A final state is always
+    expected.
+    """
+    ended = {"Completed", "Failed", "Cancelled", "Crashed"}
+    return AutomationCore(
+        name=name,
+        description=f"Mark a flow run as crashed: {message}",
+        trigger=EventTrigger(
+            after={f"prefect.flow-run.{event}" for event in after},
+            expect={f"prefect.flow-run.{event}" for event in expect | ended},
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(minutes=minutes),
+        ),
+        actions=[
+            ChangeFlowRunState(name=None, state=StateType.CRASHED, message=message, force=False)
+        ],
+    )
+
+
+ZOMBIE_AUTOMATION = _crash_unless(
+    "crash-zombie-flow-runs",
+    f"The run sent no heartbeat for {_SILENCE_MINUTES} minutes. Its machine or process is gone.",
+    after={"heartbeat", "Running"},
+    expect={"heartbeat"},
+    minutes=_SILENCE_MINUTES,
+)
+START_AUTOMATION = _crash_unless(
+    "crash-flow-runs-that-do-not-start",
+    f"A worker took the run, and it did not start within {_START_MINUTES} minutes. Its machine or "
+    "process is gone.",
+    after={"Pending", "Submitting"},
+    expect={"Running", "Retrying", "Scheduled", "Late", "AwaitingConcurrencySlot", "AwaitingRetry"},
+    minutes=_START_MINUTES,
 )
 
 
@@ -108,7 +135,7 @@ class PoolSettings(EnvironmentSettings):
 async def register(
     client: PrefectClient, gpu_slots: int, kubernetes_template: dict[str, Any] | None = None
 ) -> None:
-    """Create or update the pool, its queues, the GPU slots and the automation.
+    """Create or update the pool, its queues, the GPU slots and the automations.
 
     With a `kubernetes_template`, the pool's type is `kubernetes`, and it gets this template.
     """
@@ -131,17 +158,18 @@ async def register(
     await client.update_global_concurrency_limit(
         GPU_LIMIT, GlobalConcurrencyLimitUpdate(active=True)
     )
-    await _register_automation(client)
+    for automation in (ZOMBIE_AUTOMATION, START_AUTOMATION):
+        await _register_automation(client, automation)
 
 
-async def _register_automation(client: PrefectClient) -> None:
-    """Create or update the automation. An update discards the heartbeats of running flows."""
-    found = await client.read_automations_by_name(ZOMBIE_AUTOMATION.name)
+async def _register_automation(client: PrefectClient, automation: AutomationCore) -> None:
+    """Create or update an automation. An update discards the events that it has counted."""
+    found = await client.read_automations_by_name(automation.name)
     if not found:
-        await client.create_automation(ZOMBIE_AUTOMATION)
+        await client.create_automation(automation)
     for one in found:
-        if AutomationCore(**one.model_dump(exclude={"id"})) != ZOMBIE_AUTOMATION:
-            await client.update_automation(one.id, ZOMBIE_AUTOMATION)
+        if AutomationCore(**one.model_dump(exclude={"id"})) != automation:
+            await client.update_automation(one.id, automation)
 
 
 async def _main() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle, islice
@@ -165,6 +166,22 @@ class Stack:
 
     def alias(self, model, alias):
         return self.mlflow.get_registered_model(model).aliases.get(alias)
+
+
+@contextmanager
+def running(settings):
+    """Start a stack with these settings, and stop it at the end."""
+
+    def make(verb):
+        environment = {**os.environ, **settings.to_environment()}
+        command = [sys.executable, "-m", "infra.stack", verb]
+        return subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+    make("up")
+    try:
+        yield Stack(settings)
+    finally:
+        make("down")
 
 
 def wait_until(holds, patience_s=120):

@@ -1,13 +1,12 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from infra.stack.settings import StackSettings
 from tests.end_to_end.conftest import stack as fresh
-from tests.end_to_end.running_stack import LENIENT, Stack
-from tests.faults.upgrade import Upgrade, final_state, make_family, record_alias_history, retrying
+from tests.end_to_end.running_stack import Stack
+from tests.faults.upgrade import Upgrade, final_state, make_family, prepared
 
 __all__ = ["fresh"]
 
@@ -29,14 +28,7 @@ def stack(request):
         started = Stack(StackSettings())
     else:
         started = request.getfixturevalue("fresh")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in started.settings.client_environment.items():
-            patch.setenv(name, value)
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # `retrying` repeats requests
-        patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        patch.setenv("NO_PROXY", os.environ.get("NO_PROXY", "") + ",127.0.0.1")
-        retrying(lambda: started.set_parameters_of_reconcile(policy=LENIENT))
-        record_alias_history(started)
+    with prepared(started):
         yield started
 
 

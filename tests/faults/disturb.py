@@ -72,12 +72,15 @@ def stopped(stack, program):
 
 
 @contextmanager
-def worker(stack, name, folder, **environment):
-    """Run an additional worker with its own folder and environment, as on another machine."""
+def worker(stack, name, folder, *, command=(), options=(), **environment):
+    """Run an additional worker with its own folder and environment, as on another machine.
+
+    `command` precedes the worker's own command line, and `options` follow it.
+    """
     settings = stack.settings
     folder.mkdir(parents=True, exist_ok=True)
     program = PROGRAMS["worker"]
-    command = [name if word == "local" else word for word in program.command(settings)]
+    own = [name if word == "local" else word for word in program.command(settings)]
     ours = {
         **without_services(os.environ),
         **program.environment(settings),
@@ -86,8 +89,10 @@ def worker(stack, name, folder, **environment):
         PROGRAM_MARK: name,
         **environment,
     }
-    with (folder / "worker.log").open("w") as log:
-        running = subprocess.Popen(command, env=ours, cwd=folder, stdout=log, stderr=log)
+    with (folder / f"{name}.log").open("w") as log:
+        running = subprocess.Popen(
+            [*command, *own, *options], env=ours, cwd=folder, stdout=log, stderr=log
+        )
     try:
         yield running
     finally:

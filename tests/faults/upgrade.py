@@ -6,16 +6,17 @@ history end in the same state. `final_state` returns the content of MLflow's reg
 without times and without the family's names, so that two states can be compared with ==. A family
 is upgraded repeatedly, from v1 to v2 to v3, because creating one takes as long as an upgrade.
 
-MLflow keeps no history of its aliases. A trigger in its database records one
+MLflow keeps no history of its aliases. A trigger in its database, SQLite or Postgres, records one
 (`record_alias_history`), so that tests can count the moves of an alias.
 """
 
 import json
+import os
 import re
-import sqlite3
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from hashlib import sha256
@@ -23,6 +24,8 @@ from pathlib import Path
 from uuid import uuid4
 
 import httpx
+import pytest
+import sqlalchemy
 import torch
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.exceptions import MlflowException
@@ -48,15 +51,36 @@ AWAY = (BotoCoreError, ClientError, MlflowException, httpx.HTTPError, OSError)
 
 PATIENCE_S = 1800
 QUESTIONS = "s3://data/faults.jsonl"
-_TRIGGERS = """
-CREATE TABLE IF NOT EXISTS moves (name TEXT, alias TEXT, number TEXT);
-CREATE TRIGGER IF NOT EXISTS set_alias AFTER INSERT ON registered_model_aliases
-    BEGIN INSERT INTO moves VALUES (new.name, new.alias, new.version); END;
-CREATE TRIGGER IF NOT EXISTS move_alias AFTER UPDATE ON registered_model_aliases
-    BEGIN INSERT INTO moves VALUES (new.name, new.alias, new.version); END;
-CREATE TRIGGER IF NOT EXISTS remove_alias AFTER DELETE ON registered_model_aliases
-    BEGIN INSERT INTO moves VALUES (old.name, old.alias, 'none'); END;
-"""
+_TRIGGERS = {
+    "sqlite": (
+        "CREATE TABLE IF NOT EXISTS moves (name TEXT, alias TEXT, number TEXT)",
+        *(
+            f"CREATE TRIGGER IF NOT EXISTS {verb}_alias AFTER {verb} ON registered_model_aliases "
+            f"BEGIN INSERT INTO moves VALUES ({row}.name, {row}.alias, {number}); END"
+            for verb, row, number in (
+                ("INSERT", "new", "new.version"),
+                ("UPDATE", "new", "new.version"),
+                ("DELETE", "old", "'none'"),
+            )
+        ),
+    ),
+    "postgresql": (
+        "CREATE TABLE IF NOT EXISTS moves (rowid SERIAL, name TEXT, alias TEXT, number TEXT)",
+        """
+        CREATE OR REPLACE FUNCTION record_move() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF TG_OP = 'DELETE' THEN
+                INSERT INTO moves (name, alias, number) VALUES (old.name, old.alias, 'none');
+            ELSE
+                INSERT INTO moves (name, alias, number) VALUES (new.name, new.alias, new.version);
+            END IF;
+            RETURN NULL;
+        END $$
+        """,
+        "CREATE OR REPLACE TRIGGER record_move AFTER INSERT OR UPDATE OR DELETE "
+        "ON registered_model_aliases FOR EACH ROW EXECUTE FUNCTION record_move()",
+    ),
+}
 _TIMES = {"attempts", "run_id", "seconds", "time_ms"}
 
 
@@ -108,6 +132,7 @@ class Upgrade:
     family: Family
     label: str = "v2"
     began: float = field(default_factory=time.monotonic)
+    promoted: float | None = None
     person: Future | None = None
 
     def begin(self):
@@ -144,13 +169,30 @@ class Upgrade:
         wait_until(lambda: family.version(self.label), PATIENCE_S)
         number = family.version(self.label).version
         retrying(stack.champion, number, family.name)
+        self.promoted = time.monotonic()
         return number
+
+
+@contextmanager
+def prepared(stack):
+    """Let this process be a client of the stack, with a policy that tiny models can pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in stack.settings.client_environment.items():
+            patch.setenv(name, value)
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # `retrying` repeats requests
+        patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        patch.setenv("NO_PROXY", os.environ.get("NO_PROXY", "") + ",127.0.0.1")
+        retrying(lambda: stack.set_parameters_of_reconcile(policy=LENIENT))
+        record_alias_history(stack)
+        yield
 
 
 def record_alias_history(stack):
     """Let MLflow's database record every move of an alias."""
-    with _database(stack) as database:
-        database.executescript(_TRIGGERS)
+    database = _database(stack)
+    with database.begin() as connection:
+        for statement in _TRIGGERS[database.dialect.name]:
+            connection.exec_driver_sql(statement)
 
 
 def make_family(stack, name, folder, adapters=2):
@@ -229,11 +271,11 @@ def unfinished_runs(stack):
 
 def moves(stack, name, alias):
     """Return the versions to which an alias was moved, in order."""
-    with _database(stack) as database:
-        rows = database.execute(
-            "SELECT number FROM moves WHERE (name, alias) = (?, ?) ORDER BY rowid", (name, alias)
-        )
-        return [number for (number,) in rows]
+    wanted = sqlalchemy.text(
+        "SELECT number FROM moves WHERE name = :name AND alias = :alias ORDER BY rowid"
+    )
+    with _database(stack).connect() as connection:
+        return list(connection.execute(wanted, {"name": name, "alias": alias}).scalars())
 
 
 def promotions(family):
@@ -256,6 +298,7 @@ def final_state(family):
     times, the attempts of a verdict, unfinished MLflow runs (of killed processes) and superseded
     versions: if the response to a registration is lost, the version is registered again, and all
     but the lowest are tagged superseded. Versions are therefore numbered among the visible ones.
+    Shards that start at the same time may each evaluate the bare base, so this counts once.
 
     Also asserts that the key of each verdict follows from its evaluations and policy, and that each
     run that a tag names exists and is finished.
@@ -279,6 +322,8 @@ def final_state(family):
         words[base.tags["trans_peft.fingerprint"]] = f"FINGERPRINT-{label}"
         words[base.tags["trans_peft.fingerprint"][:12]] = label
         words[base.tags["trans_peft.manifest"]] = f"MANIFEST-{label}"
+    for adapter in family.adapters:  # the hash covers the chat template, which names the family
+        words[found[adapter][0].tags["trans_peft.weights_sha256"]] = f"WEIGHTS-OF-{adapter}"
     numbers = {name: _numbers(found[name]) for name in names}
     state = {
         "models": {
@@ -296,7 +341,12 @@ def final_state(family):
             for name, model in models.items()
             for alias in model.aliases
         },
-        "evaluated": _counted(family, "evaluations", "adapter", "base_version", "suite"),
+        "evaluated": {
+            evaluated: 1 if evaluated.startswith("bare ") else times
+            for evaluated, times in _counted(
+                family, "evaluations", "adapter", "base_version", "suite"
+            ).items()
+        },
         "judged": _counted(family, "transfers", "adapter", "base_version", "verdict"),
     }
     return json.loads(_with_labels(json.dumps(state, indent=1, sort_keys=True), words))
@@ -376,7 +426,13 @@ def _flow(settings, flow_id):
 
 
 def _database(stack):
-    return sqlite3.connect(stack.settings.state / "mlflow" / "mlflow.db", timeout=60)
+    sqlite = f"sqlite:///{stack.settings.state}/mlflow/mlflow.db?timeout=60"
+    return _engine(stack.settings.mlflow_database or sqlite)
+
+
+@cache
+def _engine(url):
+    return sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
 
 
 def _questions(stack):

@@ -13,7 +13,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.testing.utilities import prefect_test_harness
 
 from infra.stack.job_template import kubernetes_job_template
-from infra.stack.prefect_objects import ZOMBIE_AUTOMATION, register
+from infra.stack.prefect_objects import START_AUTOMATION, ZOMBIE_AUTOMATION, register
 from tasks.limits import gpu_slots
 from trans_peft.domain.conventions import GPU_LIMIT, WORK_POOL
 from trans_peft.errors import InvalidSpecError
@@ -48,12 +48,17 @@ def test_registering_again_updates_an_automation_only_if_it_differs(monkeypatch)
             await client.create_automation(older)
             for _ in range(2):
                 await register(client, gpu_slots=1)
-            return updates, await client.read_automations_by_name(ZOMBIE_AUTOMATION.name)
+            return (
+                updates,
+                await client.read_automations_by_name(ZOMBIE_AUTOMATION.name),
+                await client.read_automations_by_name(START_AUTOMATION.name),
+            )
 
-    updates, (found,) = asyncio.run(registered())
+    updates, (found,), (start,) = asyncio.run(registered())
     assert updates == [ZOMBIE_AUTOMATION.trigger.within]
     assert found.trigger == ZOMBIE_AUTOMATION.trigger
     assert found.actions == ZOMBIE_AUTOMATION.actions
+    assert start.trigger == START_AUTOMATION.trigger
 
 
 def test_a_run_takes_as_many_slots_as_it_has_processes():
