@@ -60,8 +60,9 @@ class OptimizerSettings:
             and a GPU.
         betas: AdamW's decay rates of the two moments. Each in [0, 1).
         epsilon: AdamW's term in the denominator. Above 0, at most 1.
-        loraplus_lr_ratio: learning rate of LoRA's B over that of its A and of all other weights
-            (LoRA+, Hayou et al. 2024). 1 gives all weights the same rate.
+        loraplus_lr_ratio: learning rate of LoRA's B, with its bias, over that of its A and of all
+            other weights (LoRA+, Hayou et al. 2024). A and B of an embedding have PEFT's rate of
+            1e-6 instead. 1 gives all weights the same rate.
         neftune_alpha: scale of the uniform noise on the embeddings of a training row (NEFTune, Jain
             et al. 2023). 0 adds none.
     """
