@@ -200,6 +200,55 @@ def test_the_rate_of_lora_plus_needs_lora():
         replace(faster, spec=AdapterSpec("LOHA"))
 
 
+@pytest.mark.parametrize(
+    ("ratio", "largest"), [(1, 99.9), (1.0, 99.9), (16, 6.24), (16.0, 6.24), (999, 0.1)]
+)
+def test_the_decay_is_below_1_over_the_highest_rate(ratio, largest):
+    settings = {"learning_rate": 1e-2, "loraplus_lr_ratio": ratio}
+    assert OptimizerSettings(**settings, weight_decay=largest).weight_decay == largest
+    rate = "learning_rate" if ratio == 1 else r"\(learning_rate \* loraplus_lr_ratio\)"
+    with pytest.raises(InvalidSpecError, match=rf"weight_decay must be less than 1 / {rate} = "):
+        OptimizerSettings(**settings, weight_decay=100.1 / ratio)
+
+
+def test_a_weight_needs_a_second_source():
+    weighted = TrainingSource("t.jsonl", weight=5.0)
+    with pytest.raises(InvalidSpecError, match=r"one source, with the weight 5.0.* add a source"):
+        replace(RECIPE, data=(weighted,))
+    both = replace(RECIPE, data=(weighted, TrainingSource("u.jsonl")))
+    assert [source.weight for source in both.sources] == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "every_steps", "stop_after", "first_stop"),
+    [
+        (100, 50, 1, 100),  # the last step
+        (101, 50, 1, None),
+        (100, 33, 2, None),  # losses after steps 33, 66, 99 and 100
+        (99, 33, 2, 99),
+        (100, 10, 9, 100),
+        (100, 10, 8, None),
+        (10, 50, 1, 100),
+        (10, 50, 0, None),
+    ],
+)
+def test_a_run_that_is_too_short_to_be_stopped_is_refused(
+    steps, every_steps, stop_after, first_stop
+):
+    validation = ValidationSettings(share=0.1, every_steps=every_steps, stop_after=stop_after)
+    settings = OptimizerSettings(epochs=steps, batch_size=1)
+    recipe = replace(RECIPE, optimizer=settings, validation=validation)  # steps are not known
+    if first_stop is None:
+        resolved = replace(recipe, optimizer=settings.for_rows(1, 1))
+        assert resolved.optimizer.steps == steps
+        return
+    with pytest.raises(
+        InvalidSpecError,
+        match=f"cannot stop the run before step {first_stop}, and the run has {steps} steps",
+    ):
+        replace(recipe, optimizer=settings.for_rows(1, 1))
+
+
 def test_a_run_on_more_rows_than_its_order_can_hold_is_refused():
     optimizer = OptimizerSettings(steps=10_000, batch_size=1_000, gradient_accumulation=10)
     with pytest.raises(InvalidSpecError, match="must be at most 100,000,000 rows"):
@@ -287,7 +336,6 @@ def test_a_recipe_is_equal_after_it_was_json(data):
         {"data": DATA["several"]},
         {"data": (TrainingSource("t.jsonl"),)},
         {"data": (TrainingSource("t.jsonl", limit=3),)},
-        {"data": (TrainingSource("t.jsonl", weight=3.0),)},
         {"data_seed": 42},
         {"validation": ValidationSettings(share=0.1)},
         {"validation": ValidationSettings(share=0.1, keep="last")},

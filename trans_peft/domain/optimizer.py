@@ -48,8 +48,9 @@ class OptimizerSettings:
         batch_size: rows per process and micro-step.
         gradient_accumulation: micro-steps per optimizer step.
         warmup_steps: steps before the peak, with a linear rise. Fewer than the steps of the run.
-        weight_decay: AdamW's decoupled decay. At least 0, and less than 1 / learning_rate, because
-            a step multiplies a weight by 1 - learning_rate * weight_decay.
+        weight_decay: AdamW's decoupled decay. At least 0, and less than 1 over the highest learning
+            rate, which is learning_rate * loraplus_lr_ratio, because a step multiplies a weight by
+            1 - its rate * weight_decay.
         max_grad_norm: norm to which gradients are clipped. 0 switches clipping off.
         max_length: tokens after which a row is cut. At least 2, a prompt token and an answer token.
         epochs: passes over the rows, instead of `steps`. Above 0, at most 10,000. `for_rows`
@@ -126,11 +127,16 @@ class OptimizerSettings:
             )
         if not (is_finite_number(self.weight_decay) and self.weight_decay >= 0):
             problems.append(f"weight_decay must be finite and at least 0, not {self.weight_decay}")
-        elif learning_rate_is_valid and self.learning_rate * self.weight_decay >= 1:
-            problems.append(
-                f"weight_decay must be less than 1 / learning_rate = {1 / self.learning_rate:g}, "
-                f"not {self.weight_decay!r}"
-            )
+        elif learning_rate_is_valid and is_finite_number(self.loraplus_lr_ratio):
+            highest = self.learning_rate * max(1, self.loraplus_lr_ratio)
+            if highest * self.weight_decay >= 1:
+                rate = "learning_rate"
+                if highest != self.learning_rate:
+                    rate = "(learning_rate * loraplus_lr_ratio)"
+                problems.append(
+                    f"weight_decay must be less than 1 / {rate} = {1 / highest:g}, "
+                    f"not {self.weight_decay!r}"
+                )
         if not (is_finite_number(self.max_grad_norm) and self.max_grad_norm >= 0):
             problems.append(
                 f"max_grad_norm must be finite and at least 0 (0: no clipping), "
