@@ -4,9 +4,12 @@ import json
 import math
 import re
 from dataclasses import fields, replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from trans_peft.domain.compute import ComputeSettings
@@ -154,6 +157,13 @@ def test_two_fields_for_one_setting_are_refused(first, second):
         ({"epochs": 3, "batch_size": 16, "warmup_ratio": 0.03}, 3000, 1, 563, 17),  # the paper's
         ({"epochs": 1, "batch_size": 4, "gradient_accumulation": 2}, 64, 2, 4, 0),
         ({"epochs": 0.5, "batch_size": 2}, 10, 1, 3, 0),
+        ({"epochs": 1.1, "batch_size": 10}, 100, 1, 11, 0),
+        ({"epochs": 1.1, "batch_size": 10}, 101, 1, 12, 0),  # 11.11 steps
+        ({"epochs": 10, "batch_size": 3}, 3 * 0.1, 1, 1, 0),
+        ({"epochs": 1.001, "batch_size": 1000}, 10_000_000, 1, 10_010, 0),
+        ({"epochs": 1.000001, "batch_size": 10}, 10_000_000, 1, 1_000_001, 0),
+        ({"epochs": 1, "batch_size": 100}, 10_000_001, 1, 100_001, 0),  # 1 row more
+        ({"epochs": 0.001, "batch_size": 16}, 3, 1, 1, 0),
         ({"steps": 10, "warmup_ratio": 0.99}, 7, 1, 10, 9),
         ({"steps": 10, "warmup_steps": 2}, 7, 1, 10, 2),
     ],
@@ -162,6 +172,19 @@ def test_epochs_become_steps(settings, rows, processes, steps, warmup_steps):
     found = OptimizerSettings(**settings).for_rows(rows, processes)
     assert (found.steps, found.epochs) == (steps, None)
     assert (found.warmup_steps, found.warmup_ratio) == (warmup_steps, 0)
+
+
+@given(
+    tenths=st.integers(1, 100_000),
+    rows=st.integers(1, 1_000_000),
+    weight=st.integers(1, 10_000),
+    batch_size=st.integers(1, 4096),
+)
+def test_steps_are_those_of_the_decimal_numbers(tenths, rows, weight, batch_size):
+    exact = math.ceil(Fraction(tenths * rows * weight, 1000 * batch_size))
+    assume(exact * batch_size <= 100_000_000 and exact <= 10_000_000)
+    settings = OptimizerSettings(epochs=tenths / 10, batch_size=batch_size)
+    assert settings.for_rows(rows * (weight / 100), 1).steps == exact
 
 
 def test_epochs_that_are_shorter_than_the_warm_up_or_too_long_are_refused():

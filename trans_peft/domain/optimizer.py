@@ -17,6 +17,9 @@ MAX_TRAINED_ROWS = 100_000_000
 
 _DEFAULT_STEPS = 100
 
+_ROUNDING = 1e-12
+"""Bound of the relative error of a product of float64 numbers: 1.1 * 100 is 110.00000000000001."""
+
 _Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 _Schedule = Literal["cosine", "linear", "constant"]
 
@@ -191,7 +194,8 @@ class OptimizerSettings:
         steps = self.steps
         if steps is None:
             assert self.epochs is not None  # see __post_init__
-            steps = math.ceil(self.epochs * rows / self.rows_per_step(processes))
+            exact = self.epochs * rows / self.rows_per_step(processes)
+            steps = math.ceil(exact * (1 - _ROUNDING))
         warmup_steps = self.warmup_steps
         if self.warmup_ratio:
             warmup_steps = min(math.ceil(self.warmup_ratio * steps), steps - 1)
