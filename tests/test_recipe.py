@@ -4,9 +4,12 @@ import json
 import math
 import re
 from dataclasses import fields, replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from trans_peft.domain.compute import ComputeSettings
@@ -157,6 +160,13 @@ def test_two_fields_for_one_setting_are_refused(first, second):
         ({"epochs": 3, "batch_size": 16, "warmup_ratio": 0.03}, 3000, 1, 563, 17),  # the paper's
         ({"epochs": 1, "batch_size": 4, "gradient_accumulation": 2}, 64, 2, 4, 0),
         ({"epochs": 0.5, "batch_size": 2}, 10, 1, 3, 0),
+        ({"epochs": 1.1, "batch_size": 10}, 100, 1, 11, 0),
+        ({"epochs": 1.1, "batch_size": 10}, 101, 1, 12, 0),  # 11.11 steps
+        ({"epochs": 10, "batch_size": 3}, 3 * 0.1, 1, 1, 0),
+        ({"epochs": 1.001, "batch_size": 1000}, 10_000_000, 1, 10_010, 0),
+        ({"epochs": 1.000001, "batch_size": 10}, 10_000_000, 1, 1_000_001, 0),
+        ({"epochs": 1, "batch_size": 100}, 10_000_001, 1, 100_001, 0),  # 1 row more
+        ({"epochs": 0.001, "batch_size": 16}, 3, 1, 1, 0),
         ({"steps": 10, "warmup_ratio": 0.99}, 7, 1, 10, 9),
         ({"steps": 10, "warmup_steps": 2}, 7, 1, 10, 2),
     ],
@@ -165,6 +175,19 @@ def test_epochs_become_steps(settings, rows, processes, steps, warmup_steps):
     found = OptimizerSettings(**settings).for_rows(rows, processes)
     assert (found.steps, found.epochs) == (steps, None)
     assert (found.warmup_steps, found.warmup_ratio) == (warmup_steps, 0)
+
+
+@given(
+    tenths=st.integers(1, 100_000),
+    rows=st.integers(1, 1_000_000),
+    weight=st.integers(1, 10_000),
+    batch_size=st.integers(1, 4096),
+)
+def test_steps_are_those_of_the_decimal_numbers(tenths, rows, weight, batch_size):
+    exact = math.ceil(Fraction(tenths * rows * weight, 1000 * batch_size))
+    assume(exact * batch_size <= 100_000_000 and exact <= 10_000_000)
+    settings = OptimizerSettings(epochs=tenths / 10, batch_size=batch_size)
+    assert settings.for_rows(rows * (weight / 100), 1).steps == exact
 
 
 def test_epochs_that_are_shorter_than_the_warm_up_or_too_long_are_refused():
@@ -226,6 +249,55 @@ def test_the_objective_is_part_of_the_hash_and_beta_belongs_to_dpo():
     assert replace(dpo, dpo_beta=0.5).for_answers() == RECIPE
     with pytest.raises(InvalidSpecError, match=r"dpo_beta=0\.5 needs objective: dpo"):
         replace(RECIPE, dpo_beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "largest"), [(1, 99.9), (1.0, 99.9), (16, 6.24), (16.0, 6.24), (999, 0.1)]
+)
+def test_the_decay_is_below_1_over_the_highest_rate(ratio, largest):
+    settings = {"learning_rate": 1e-2, "loraplus_lr_ratio": ratio}
+    assert OptimizerSettings(**settings, weight_decay=largest).weight_decay == largest
+    rate = "learning_rate" if ratio == 1 else r"\(learning_rate \* loraplus_lr_ratio\)"
+    with pytest.raises(InvalidSpecError, match=rf"weight_decay must be less than 1 / {rate} = "):
+        OptimizerSettings(**settings, weight_decay=100.1 / ratio)
+
+
+def test_a_weight_needs_a_second_source():
+    weighted = TrainingSource("t.jsonl", weight=5.0)
+    with pytest.raises(InvalidSpecError, match=r"one source, with the weight 5.0.* add a source"):
+        replace(RECIPE, data=(weighted,))
+    both = replace(RECIPE, data=(weighted, TrainingSource("u.jsonl")))
+    assert [source.weight for source in both.sources] == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "every_steps", "stop_after", "first_stop"),
+    [
+        (100, 50, 1, 100),  # the last step
+        (101, 50, 1, None),
+        (100, 33, 2, None),  # losses after steps 33, 66, 99 and 100
+        (99, 33, 2, 99),
+        (100, 10, 9, 100),
+        (100, 10, 8, None),
+        (10, 50, 1, 100),
+        (10, 50, 0, None),
+    ],
+)
+def test_a_run_that_is_too_short_to_be_stopped_is_refused(
+    steps, every_steps, stop_after, first_stop
+):
+    validation = ValidationSettings(share=0.1, every_steps=every_steps, stop_after=stop_after)
+    settings = OptimizerSettings(epochs=steps, batch_size=1)
+    recipe = replace(RECIPE, optimizer=settings, validation=validation)  # steps are not known
+    if first_stop is None:
+        resolved = replace(recipe, optimizer=settings.for_rows(1, 1))
+        assert resolved.optimizer.steps == steps
+        return
+    with pytest.raises(
+        InvalidSpecError,
+        match=f"cannot stop the run before step {first_stop}, and the run has {steps} steps",
+    ):
+        replace(recipe, optimizer=settings.for_rows(1, 1))
 
 
 def test_a_run_on_more_rows_than_its_order_can_hold_is_refused():
@@ -315,7 +387,6 @@ def test_a_recipe_is_equal_after_it_was_json(data):
         {"data": DATA["several"]},
         {"data": (TrainingSource("t.jsonl"),)},
         {"data": (TrainingSource("t.jsonl", limit=3),)},
-        {"data": (TrainingSource("t.jsonl", weight=3.0),)},
         {"data_seed": 42},
         {"validation": ValidationSettings(share=0.1)},
         {"validation": ValidationSettings(share=0.1, keep="last")},

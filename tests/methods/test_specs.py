@@ -1,8 +1,10 @@
 """AdapterSpec to PEFT config and back, and attaching an adapter."""
 
+import warnings
+
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tests.tiny import tiny_model
@@ -77,3 +79,19 @@ def test_a_second_adapter_is_refused(wrapped):
     model = attach(tiny_model(), LORA)
     with pytest.raises(InvalidSpecError, match="already has an adapter"):
         attach(model if wrapped else model.get_base_model(), LORA)
+
+
+def test_attaching_passes_on_no_warning_about_the_old_name_of_checkpointing(monkeypatch):
+    """A warning about something else is passed on."""
+    model = tiny_model()
+    attached = PeftModel.__init__
+
+    def warn_too(*arguments, **options):
+        warnings.warn("about something else", UserWarning, stacklevel=1)
+        attached(*arguments, **options)
+
+    monkeypatch.setattr(PeftModel, "__init__", warn_too)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(model, AdapterSpec("LORA", {"target_modules": ["q_proj"]}))
+    assert [str(warning.message) for warning in caught] == ["about something else"]

@@ -136,6 +136,17 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(validated, monkeypatc
         trained(validated("nan"))
 
 
+def test_a_run_that_cannot_be_stopped_is_refused_before_a_base_is_loaded(validated, monkeypatch):
+    monkeypatch.setattr(finetune_module, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    job = validated("short")
+    settings = replace(
+        recipe(steps=None, epochs=0.4),  # 4 steps of 2 rows
+        validation=ValidationSettings(share=0.2, every_steps=1, stop_after=3),
+    )
+    with pytest.raises(InvalidSpecError, match="before step 4, and the run has 4 steps"):
+        trained(replace(job, recipe=settings))
+
+
 def test_validation_rows_and_settings_belong_together(make_job, validated, tmp_path):
     job = validated("one")
     for odd in (replace(job, validation_file=None), replace(job, recipe=recipe())):

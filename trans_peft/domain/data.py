@@ -54,7 +54,7 @@ class TrainingSource(DataSource):
 
     Attributes:
         weight: how often a row of this source is trained on for each time that a row of a source
-            with the weight 1 is. Above 0, at most 1,000.
+            with the weight 1 is. Above 0, at most 1,000. It must be 1 if there is no other source.
         limit: number of rows to use, the first of the source; None for all of them.
     """
 

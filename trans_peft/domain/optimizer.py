@@ -17,6 +17,9 @@ MAX_TRAINED_ROWS = 100_000_000
 
 _DEFAULT_STEPS = 100
 
+_ROUNDING = 1e-12
+"""Bound of the relative error of a product of float64 numbers: 1.1 * 100 is 110.00000000000001."""
+
 _Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 _Schedule = Literal["cosine", "linear", "constant"]
 
@@ -48,8 +51,9 @@ class OptimizerSettings:
         batch_size: rows per process and micro-step.
         gradient_accumulation: micro-steps per optimizer step.
         warmup_steps: steps before the peak, with a linear rise. Fewer than the steps of the run.
-        weight_decay: AdamW's decoupled decay. At least 0, and less than 1 / learning_rate, because
-            a step multiplies a weight by 1 - learning_rate * weight_decay.
+        weight_decay: AdamW's decoupled decay. At least 0, and less than 1 over the highest learning
+            rate, which is learning_rate * loraplus_lr_ratio, because a step multiplies a weight by
+            1 - its rate * weight_decay.
         max_grad_norm: norm to which gradients are clipped. 0 switches clipping off.
         max_length: tokens after which a row is cut. At least 2, a prompt token and an answer token.
         epochs: passes over the rows, instead of `steps`. Above 0, at most 10,000. `for_rows`
@@ -60,8 +64,9 @@ class OptimizerSettings:
             and a GPU.
         betas: AdamW's decay rates of the two moments. Each in [0, 1).
         epsilon: AdamW's term in the denominator. Above 0, at most 1.
-        loraplus_lr_ratio: learning rate of LoRA's B over that of its A and of all other weights
-            (LoRA+, Hayou et al. 2024). 1 gives all weights the same rate.
+        loraplus_lr_ratio: learning rate of LoRA's B, with its bias, over that of its A and of all
+            other weights (LoRA+, Hayou et al. 2024). A and B of an embedding have PEFT's rate of
+            1e-6 instead. 1 gives all weights the same rate.
         neftune_alpha: scale of the uniform noise on the embeddings of a training row (NEFTune, Jain
             et al. 2023). 0 adds none.
     """
@@ -125,11 +130,16 @@ class OptimizerSettings:
             )
         if not (is_finite_number(self.weight_decay) and self.weight_decay >= 0):
             problems.append(f"weight_decay must be finite and at least 0, not {self.weight_decay}")
-        elif learning_rate_is_valid and self.learning_rate * self.weight_decay >= 1:
-            problems.append(
-                f"weight_decay must be less than 1 / learning_rate = {1 / self.learning_rate:g}, "
-                f"not {self.weight_decay!r}"
-            )
+        elif learning_rate_is_valid and is_finite_number(self.loraplus_lr_ratio):
+            highest = self.learning_rate * max(1, self.loraplus_lr_ratio)
+            if highest * self.weight_decay >= 1:
+                rate = "learning_rate"
+                if highest != self.learning_rate:
+                    rate = "(learning_rate * loraplus_lr_ratio)"
+                problems.append(
+                    f"weight_decay must be less than 1 / {rate} = {1 / highest:g}, "
+                    f"not {self.weight_decay!r}"
+                )
         if not (is_finite_number(self.max_grad_norm) and self.max_grad_norm >= 0):
             problems.append(
                 f"max_grad_norm must be finite and at least 0 (0: no clipping), "
@@ -184,7 +194,8 @@ class OptimizerSettings:
         steps = self.steps
         if steps is None:
             assert self.epochs is not None  # see __post_init__
-            steps = math.ceil(self.epochs * rows / self.rows_per_step(processes))
+            exact = self.epochs * rows / self.rows_per_step(processes)
+            steps = math.ceil(exact * (1 - _ROUNDING))
         warmup_steps = self.warmup_steps
         if self.warmup_ratio:
             warmup_steps = min(math.ceil(self.warmup_ratio * steps), steps - 1)

@@ -212,7 +212,7 @@ class TrainingRecipe:
         counts = count_problems(self, _RECIPE_COUNTS)
         if self.data_seed is not None:
             counts += count_problems(self, {"data_seed": _RECIPE_COUNTS["seed"]})
-        problems += self._data_problems()
+        problems += self._data_problems() + self._validation_problems()
         problems += self._objective_problems()
         problems += counts or self.optimizer.row_problems(self.processes)
         if self.optimizer.loraplus_lr_ratio != 1 and self.spec.peft_type != "LORA":
@@ -234,7 +234,12 @@ class TrainingRecipe:
         places = [(source.uri, source.template) for source in self.sources]
         if len(set(places)) != len(places):
             problems.append(f"data names a source twice: {[uri for uri, _ in places]}")
-        if self.packing and any(source.weight != 1 for source in self.sources):
+        if len(self.sources) == 1 and self.sources[0].weight != 1:
+            problems.append(
+                f"data has one source, with the weight {self.sources[0].weight!r}, which compares "
+                "it with no other source: remove the weight, or add a source"
+            )
+        elif self.packing and any(source.weight != 1 for source in self.sources):
             problems.append(
                 "packing puts rows of several sources into one sequence, so that every weight must "
                 "be 1"
@@ -273,6 +278,25 @@ class TrainingRecipe:
     def for_answers(self) -> "TrainingRecipe":
         """Return the recipe for one file of answers that are not rows of the recipe's data."""
         return replace(self, objective="sft", dpo_beta=_BETA, packing=False, validation=None)
+
+    def _validation_problems(self) -> list[str]:
+        """Return a problem if the run is too short to be stopped early.
+
+        Only where `steps` are known: a recipe with `epochs` is checked again with its steps, before
+        the training starts. The first loss is always the lowest, so that the loss number
+        `stop_after` + 1 is the first one that can stop the run.
+        """
+        validation, steps = self.validation, self.optimizer.steps
+        if validation is None or not validation.stop_after or steps is None:
+            return []
+        first_stop = (validation.stop_after + 1) * validation.every_steps
+        if first_stop < steps:
+            return []
+        return [
+            f"validation.stop_after={validation.stop_after} cannot stop the run before step "
+            f"{first_stop}, and the run has {steps} steps: lower stop_after or "
+            f"every_steps={validation.every_steps}, or remove stop_after"
+        ]
 
     @cached_property
     def sources(self) -> tuple[TrainingSource, ...]:

@@ -29,7 +29,7 @@ class ValidationSettings:
             on one side.
         every_steps: steps between two computations of the loss. The last step has one as well.
         stop_after: computations in a row without a lower loss after which the training stops. 0:
-            it does not stop.
+            it does not stop. (stop_after + 1) * every_steps must be less than the steps of the run.
         keep: weights that become the adapter: those with the lowest loss, or those of the last
             step.
     """

@@ -45,6 +45,7 @@ _HARMLESS_WARNINGS = (
     "merging LoRA weights",  # nothing is merged here
     "did not match any targeted module",  # ignores target_parameters; see `unused_entries`
     "instead they will be restored using the PRNG key",  # the intended use of projection_prng_key
+    "`is_gradient_checkpointing` is deprecated",  # PEFT reads transformers' old name
 )
 _LINEAR = (nn.Linear, Conv1D)
 _NOT_OPTIONS = {  # fields that record where a config came from

@@ -62,12 +62,25 @@ def training_arguments(job: TrainingJob) -> SFTConfig | DPOConfig:
 
 
 def loraplus_optimizer(model: PeftModel, arguments: TrainingArguments, ratio: float) -> Optimizer:
-    """Return the arguments' optimizer with `ratio` times the learning rate for LoRA's B."""
+    """Return the arguments' optimizer with `ratio` times the learning rate for LoRA's B.
+
+    PEFT puts all vectors into the groups of B. Those that are not of a B, such as the magnitudes of
+    DoRA, get the rate of A here.
+    """
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    return create_loraplus_optimizer(
+    optimizer = create_loraplus_optimizer(
         model,
         kind,
         loraplus_lr_ratio=ratio,
         loraplus_weight_decay=arguments.weight_decay,
         **options,
     )
+    of_b = {id(weight) for name, weight in model.named_parameters() if ".lora_B." in name}
+    for group in tuple(optimizer.param_groups):
+        if group["lr"] <= arguments.learning_rate:
+            continue
+        weights = group["params"]
+        group["params"] = [weight for weight in weights if id(weight) in of_b]
+        if others := [weight for weight in weights if id(weight) not in of_b]:
+            optimizer.add_param_group(group | {"params": others, "lr": arguments.learning_rate})
+    return optimizer

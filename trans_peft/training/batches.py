@@ -2,8 +2,10 @@
 
 A sampler that draws during training cannot be resumed exactly (transformers' length-grouped sampler
 uses torch's global generator). Here the whole run is one list of row numbers, so a resumed run
-skips exactly the rows that were trained on. As in transformers' `LengthGroupedSampler`, rows of
-similar length share a step to save padding: rows are sorted by length within random pools.
+skips exactly the rows that were trained on. If all rows are of one source, rows of similar length
+share a step to save padding, as in transformers' `LengthGroupedSampler`: rows are sorted by length
+within random pools. Rows of several sources are not, because sources of different lengths would
+then never share a step.
 """
 
 import itertools
@@ -38,15 +40,29 @@ def training_order(
 ) -> list[int]:
     """Return steps * rows_per_step row numbers in training order.
 
-    `lengths` are tokens per row. Each row is used once before any row is used twice, except for
-    shifts within a pool of 50 steps. Within a step rows are sorted by length, so that the rows of
-    a micro-batch have similar lengths. `sources` divide the rows: their weights give the share of
-    each source in every part of the order; without them, all rows are of one source.
+    `lengths` are tokens per row. Within a step rows are sorted by length, so that the rows of a
+    micro-batch have similar lengths. `sources` divide the rows; without them, all rows are of one
+    source.
+
+    Rows of one source are drawn without replacement, one epoch after the other, and the drawn rows
+    of 50 steps are a pool, which is sorted by length and divided into steps. A pool can have rows
+    of several epochs, so that a step can have copies of a row, and a row can be used a second time
+    before another one was used.
+
+    Rows of several sources have no pools. Each step has rows of each source in proportion to the
+    rows of the source times its weight: less than one row more or fewer for two sources, and less
+    than n - 1 rows for n > 2 of them. A row is used again after all rows of its source were used,
+    except for shifts within a step.
     """
+    if len(sources) > 1:
+        mixed = _interleaved(sources, seed)
+        return [
+            row
+            for _ in range(steps)
+            for row in sorted(itertools.islice(mixed, rows_per_step), key=lengths.__getitem__)
+        ]
     generator = random.Random(seed)
-    endless = (
-        _interleaved(sources, seed) if len(sources) > 1 else _passes(range(len(lengths)), generator)
-    )
+    endless = _passes(range(len(lengths)), generator)
     order: list[int] = []
     while len(order) < steps * rows_per_step:
         missing = steps - len(order) // rows_per_step
