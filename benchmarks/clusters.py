@@ -7,10 +7,12 @@ have an intra-cluster correlation of 0.3: an item has its cluster's common chang
 probability of sqrt(0.3), otherwise a change of its own. "By items" are the tests that take items as
 independent, "by clusters" those that count clusters. A test keeps its level if at most 5 % of the
 adapters that lost exactly the margin of 5 points pass. The benchmark takes about a minute on one
-core. Its table is in docs/statistics.md.
+core. Its tables are in docs/statistics.md. The second one is about clusters of unequal sizes whose
+items are all equal, so that few large clusters decide.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,15 @@ from trans_peft.validation.statistics.betting import BettingTest
 from trans_peft.validation.statistics.clusters import ClusterCounts
 
 MARGIN, ALPHA, CORRELATION, ITEMS, DISCORDANT = 0.05, 0.05, 0.3, 500, 0.2
+
+
+UNEQUAL = {
+    "5 of 30, 150 of 1": [30] * 5 + [1] * 150,
+    "8 of 20, 240 of 1": [20] * 8 + [1] * 240,
+    "20 of 10, 100 of 1": [10] * 20 + [1] * 100,
+    "50 of 10": [10] * 50,
+}
+"""Sizes of clusters, by their description."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,19 @@ def simulate(
     )
 
 
+def unequal(sizes: Sequence[int], loss: float, gain: float, *, adapters: int, seed: int) -> float:
+    """Return the share that passes if whole clusters are lost and gained with these probabilities.
+
+    The adapters lost exactly the margin if `loss` - `gain` is 0.05.
+    """
+    items = np.array(sizes, dtype=float)
+    draws = np.random.default_rng(seed).random((adapters, len(items)))
+    lost = np.where(draws < loss, items, 0.0)
+    gained = np.where((draws >= loss) & (draws < loss + gain), items, 0.0)
+    counts = [ClusterCounts(items, *pair) for pair in zip(lost, gained, strict=True)]
+    return float(np.mean([c.statistic(-MARGIN) > c.quantile(ALPHA) for c in counts]))
+
+
 def _shuffled() -> NDArray[np.int64]:
     """Return an order of items that does not depend on their clusters."""
     return np.random.default_rng(0).permutation(ITEMS)
@@ -107,6 +131,20 @@ def main() -> None:
             found = simulate(size, loss, adapters=adapters, seed=size)
             rates = " | ".join(f"{100 * rate:.1f} %" for rate in vars(found).values())
             print(f"| {ITEMS // size} of {size} | {100 * loss:g} | {rates} |", flush=True)
+    print_unequal(adapters)
+
+
+def print_unequal(adapters: int) -> None:
+    """Print the shares that pass with clusters of unequal sizes, for a loss of the margin."""
+    print("| clusters | effective clusters | 5 lost, 0 gained | 7 and 2 | 10 and 5 | 20 and 15 |")
+    print("| -- | -- | -- | -- | -- | -- |")
+    for name, sizes in UNEQUAL.items():
+        effective = sum(sizes) ** 2 / sum(size**2 for size in sizes)
+        rates = " | ".join(
+            f"{100 * unequal(sizes, gain + MARGIN, gain, adapters=adapters, seed=1):.1f} %"
+            for gain in (0.0, 0.02, 0.05, 0.15)
+        )
+        print(f"| {name} | {effective:.0f} | {rates} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,12 @@ def test_the_columns_that_the_source_names_are_read(read):
     assert [(e.cluster, e.slice) for e in examples] == [("a", "de"), ("a", "en"), ("7", "en")]
 
 
+def test_white_space_around_a_value_is_removed(read):
+    rows = [{"prompt": f"{i}", "completion": "x", "c": c} for i, c in enumerate(["A ", "A", "\tA"])]
+    for columns in ({"cluster": "c"}, {"slice": "c"}):
+        assert [e.cluster + e.slice for e in read(rows, **columns)] == ["A"] * 3
+
+
 def test_columns_do_not_change_the_ids_of_items(read):
     plain = [{"prompt": row["prompt"], "completion": row["completion"]} for row in ROWS]
     before = read(plain)

@@ -47,6 +47,29 @@ def test_a_part_of_a_word_that_all_share_is_compared():
     ) == (0, 0)
 
 
+def test_equal_prompts_match_if_the_items_share_more_words_than_the_rows():
+    rows = [f"What is {a} + {b}?" for a in range(10, 40) for b in range(10, 40)]
+    assert near_matches(rows, rows[60:90]).items == 30
+    assert near_matches(rows[60:90], rows).texts == 30
+    assert near_matches(rows[:60], rows[60:90]) == (0, 0)
+
+
+@pytest.mark.parametrize("odd_rows", [[], ["Hello there"]])
+@pytest.mark.parametrize("odd_items", [[], ["Bye now"]])
+def test_equal_prompts_match_if_one_prompt_has_no_template(odd_rows, odd_items):
+    template = "Below is an instruction. Write a response. ### Instruction: {} ### Response:"
+    prompts = [template.format(f"Say {i} in words") for i in range(100, 150)]
+    assert near_matches([*prompts, *odd_rows], [*prompts, *odd_items]) == (50, 50)
+
+
+def test_prompts_with_5_grams_of_many_items_are_found_if_they_are_equal_or_have_rare_ones():
+    template = "Translate the sentence to German. Keep names and numbers as they are: {}"
+    items = [template.format(f"{i * 7919 % 10007:05} apples") for i in range(300)] + ["odd one"]
+    near = template.format("03912 apples and one pear")
+    rows = [*items[:20], near, "x y z"]
+    assert near_matches(rows, [*items, near + "s"]).texts == 21
+
+
 def test_repeated_training_rows_count_each_time():
     assert near_matches(
         ["What is the capital of Peru?"] * 4 + ["x"], ["what is  the capital of peru?", "y"]

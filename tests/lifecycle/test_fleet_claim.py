@@ -62,6 +62,21 @@ def test_too_few_that_passed_do_not_serve_and_the_promotion_says_why(fleet):
     assert serving(fleet, TARGET)[1] == set()  # a stricter target takes the alias back
 
 
+def test_an_adapter_that_is_trained_on_the_base_after_its_verdict_stays_a_hypothesis(fleet):
+    judge(fleet, [20.0, None, None, None])
+    target = PromotionPolicy(fdr=0.15)  # 4 / 0.15 = 26.7, but 2 / 0.15 = 13.3
+    assert serving(fleet, target)[1] == set()
+    fleet.add_adapter("a1", fleet.v2, weights="trained on v2")
+    fleet.add_adapter("a2", fleet.v2, weights="trained on v2")
+    assert serving(fleet, target)[1] == {"a1", "a2"}
+
+
+def test_an_adapter_that_was_only_trained_on_the_base_is_no_hypothesis(fleet):
+    fleet.add_adapter("new", fleet.v2)
+    judge(fleet, [20.0, None, None, None])
+    assert serving(fleet, PromotionPolicy(fdr=0.2))[1] == {"a0", "new"}  # 4 / 0.2 = 20
+
+
 def test_without_a_target_every_adapter_that_passed_serves(fleet):
     judge(fleet, [None, None, None, 20.0])
     assert serving(fleet, PromotionPolicy())[1] == {"a3"}

@@ -70,6 +70,25 @@ def test_every_source_is_pinned_and_becomes_a_file(platform_and_recipe):
     assert [example.prompt for example in held_out] == prompts[2]
 
 
+def test_rows_of_training_and_of_validation_are_compared_with_the_suites(
+    platform_and_recipe, monkeypatch
+):
+    class ComparedError(Exception):
+        pass
+
+    def count(rows, suites, store):
+        raise ComparedError(sorted(row.prompt for row in rows), [suite.name for suite in suites])
+
+    platform, recipe = platform_and_recipe
+    monkeypatch.setattr("trans_peft.lifecycle.train.count_leakage", count)
+    found = read_training_rows(recipe, platform.store)
+    assert len(found.validation) >= 1 and len(found.training) + len(found.validation) == 16
+    with pytest.raises(ComparedError) as compared:
+        train(recipe, platform, on_event=print)
+    prompts = sorted(row.prompt for row in (*found.training, *found.validation))
+    assert compared.value.args == (prompts, ["odd"])
+
+
 @pytest.mark.slow  # starts a training process
 def test_a_recipe_with_epochs_sources_and_validation_is_trained(platform_and_recipe):
     platform, recipe = platform_and_recipe

@@ -20,10 +20,10 @@ def grouped(
 ) -> tuple[Example, ...]:
     """Return the examples with the values of two columns of their rows; "" names no column.
 
-    A value is text or a whole number. `rows` are those before a template, so that the columns of a
-    public data set can be named. DataError with every row that has no value: a column that is
-    partly empty would silently make independent items of the rows without a value. DataError too
-    if the rows have more than 20 slices.
+    A value is text without the white space around it, or a whole number. `rows` are those before a
+    template, so that the columns of a public data set can be named. DataError with every row that
+    has no value: a column that is partly empty would silently make independent items of the rows
+    without a value. DataError too if the rows have more than 20 slices.
     """
     if not (cluster or slice_):
         return tuple(examples)
@@ -34,7 +34,11 @@ def grouped(
         row = by_place[example.place]
         problems += _problems(example, row, {"cluster": cluster, "slice": slice_})
         found.append(
-            replace(example, cluster=_value(row, cluster), slice=_value(row, slice_).strip())
+            replace(
+                example,
+                cluster=_value(row, cluster).strip(),
+                slice=_value(row, slice_).strip(),
+            )
         )
     if problems:
         raise DataError(

@@ -5,6 +5,7 @@ after case and white space were normalized (Lee et al. 2022 use the same thresho
 training data).
 """
 
+import math
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ __all__ = ["NearMatches", "distinct_from", "near_matches", "normalized", "simila
 
 _GRAM = 5
 _THRESHOLD = 0.8
+_MAX_ITEMS = 50
 
 T = TypeVar("T")
 
@@ -67,29 +69,42 @@ class NearMatches(NamedTuple):
 def near_matches(texts: Sequence[str], items: Sequence[str]) -> NearMatches:
     """Count the texts that nearly match an item, and the items that a text nearly matches.
 
-    Whole words that all texts begin and end with are not compared, and neither are those of all
-    items: both may be rendered with a template. Memory grows with the items only.
+    Both may be rendered with a template. Whole words that all texts, or all items, begin and end
+    with are therefore removed, from the texts and from the items alike. Equal prompts stay equal,
+    and are always found. An item that differs from a text is only compared with it if the two
+    share one of the text's rarest 5-grams, and at most 50 items have that 5-gram. This bounds the
+    comparisons of a text, also if a template could not be removed. Other near matches are not
+    found. Memory grows with the items only.
     """
-    index = _Index()
-    for item in _without_shared([normalized(item) for item in items]):
+    normal_texts, normal_items = ([normalized(text) for text in side] for side in (texts, items))
+    templates = [_shared_words(normal_texts), _shared_words(normal_items)]
+    index = _Index(max_items=_MAX_ITEMS)
+    equal: dict[str, list[int]] = {}
+    for number, item in enumerate(_without(templates, normal) for normal in normal_items):
+        equal.setdefault(item, []).append(number)
         index.add(_grams(item))
     matching_texts, matched_items = 0, set[int]()
-    known: dict[str, list[int]] = {}  # training data repeats prompts
-    for text in _without_shared([normalized(text) for text in texts]):
+    known: dict[str, set[int]] = {}  # training data repeats prompts
+    for text in (_without(templates, normal) for normal in normal_texts):
         if text not in known:
-            known[text] = index.near_matches(_grams(text))
+            known[text] = {*equal.get(text, ()), *index.near_matches(_grams(text))}
         matching_texts += bool(known[text])
-        matched_items.update(known[text])
+        matched_items |= known[text]
     return NearMatches(matching_texts, len(matched_items))
 
 
-def _without_shared(texts: list[str]) -> list[str]:
+def _shared_words(texts: list[str]) -> tuple[str, str]:
+    """Return the whole words that all texts begin and end with."""
     before, after = _shared(texts)
-    before, after = (
-        before[: before.rfind(" ") + 1],
-        after[after.find(" ") :] if " " in after else "",
-    )
-    return [text.removeprefix(before).removesuffix(after) for text in texts]
+    return before[: before.rfind(" ") + 1], after[after.find(" ") :] if " " in after else ""
+
+
+def _without(templates: Sequence[tuple[str, str]], text: str) -> str:
+    """Return a text without the longest beginning and the longest end that are a template's."""
+    before = max((start for start, _ in templates if text.startswith(start)), key=len, default="")
+    text = text.removeprefix(before)
+    after = max((end for _, end in templates if text.endswith(end)), key=len, default="")
+    return text.removesuffix(after)
 
 
 class _Index:
@@ -97,10 +112,11 @@ class _Index:
 
     Two sets with a similarity of at least t share more than a fraction t of each. So a match must
     contain one of the first n - ceil(t * n) + 1 grams of a set of n, in any fixed order (prefix
-    filter, Chaudhuri et al. 2006).
+    filter, Chaudhuri et al. 2006). Grams that more than `max_items` sets have are not looked up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_items: float = math.inf) -> None:
+        self._max_items = max_items
         self._sets: list[frozenset[str]] = []
         self._by_gram: dict[str, list[int]] = {}
 
@@ -119,7 +135,10 @@ class _Index:
         needed = int(_THRESHOLD * len(grams))
         near: set[int] = set()
         for gram in rarest[: len(grams) - needed + 1]:
-            near.update(self._by_gram.get(gram, ()))
+            having = self._by_gram.get(gram, ())
+            if len(having) > self._max_items:
+                break  # so do all that follow
+            near.update(having)
         return [
             number
             for number in sorted(near)

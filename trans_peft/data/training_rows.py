@@ -33,6 +33,11 @@ class TrainingRows:
         """The training rows of all sources, one after the other."""
         return tuple(example for source in self.sources for example in source)
 
+    @property
+    def all(self) -> tuple[Example, ...]:
+        """All rows that the weights depend on: validation rows may select the kept checkpoint."""
+        return self.training + self.validation
+
 
 def read_training_rows(recipe: TrainingRecipe, store: ArtifactStore) -> TrainingRows:
     """Read all rows of a recipe.

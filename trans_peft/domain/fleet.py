@@ -89,6 +89,15 @@ class RegisteredAdapter:
         """Return the newest outcome of the source version's weights on a base."""
         return outcome_of(self.source.weights_sha256, base.fingerprint_sha256, self.outcomes)
 
+    def was_judged_on(self, base: BaseVersion) -> bool:
+        """Return whether any version's weights have an outcome on a base.
+
+        It stays true if the adapter is trained on the base afterwards.
+        """
+        return any(
+            outcome.base.fingerprint_sha256 == base.fingerprint_sha256 for outcome in self.outcomes
+        )
+
 
 @dataclass(frozen=True)
 class FamilyAdapters:

@@ -12,7 +12,7 @@ class SuiteLeakage:
     Attributes:
         suite: name of the suite.
         rows: number of training rows whose prompt is nearly that of an item.
-        training_rows: number of training rows that were compared.
+        training_rows: number of training rows that were compared, with validation rows.
         items: number of items of the suite that are nearly training rows.
         suite_items: number of items of the suite.
     """

@@ -41,7 +41,10 @@ def within_fdr(fleet: Fleet, fdr: float) -> Mapping[str, frozenset[str]]:
     """Return the names of the adapters that e-BH selects on each base, by the base's alias.
 
     Every live adapter that was not trained on the base is a hypothesis, whether it has a verdict or
-    not. Only `passed` with an e-value counts, so the set grows while verdicts are recorded.
+    not. One that was judged on the base stays a hypothesis if it is trained there afterwards:
+    otherwise the number of hypotheses would depend on the results. Its trained version is not
+    selected and serves as every version that was trained on its base. Only `passed` with an e-value
+    counts, so the set grows while verdicts are recorded.
     """
     return {base.alias: _selected(fleet, base, fdr) for base in fleet.bases}
 
@@ -50,9 +53,10 @@ def _selected(fleet: Fleet, base: BaseVersion, fdr: float) -> frozenset[str]:
     e_values: dict[str, float] = {}
     hypotheses = len(fleet.unreadable)
     for adapter in fleet.adapters:
-        if adapter.trained_on(base) is not None:
+        is_trained_here = adapter.trained_on(base) is not None
+        hypotheses += not is_trained_here or adapter.was_judged_on(base)
+        if is_trained_here:
             continue
-        hypotheses += 1
         outcome = adapter.outcome_on(base)
         if outcome is not None and outcome.verdict is Verdict.PASSED:
             e_values[adapter.name] = outcome.judgment.e_value or 0.0

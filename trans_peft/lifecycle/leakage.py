@@ -22,6 +22,7 @@ def count_leakage(
 ) -> tuple[SuiteLeakage, ...]:
     """Return for each suite how many training rows have nearly the prompt of an item.
 
+    `rows` are all rows that the weights depend on, also those of validation.
     Near matches are those of `trans_peft.data.overlap`. Answers and system messages are not
     compared. Raises what `read_examples` raises for a suite.
     """

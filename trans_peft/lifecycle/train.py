@@ -148,7 +148,7 @@ def train(
     check_registration(resolved.adapter, base.family, platform)
     rows = read_training_rows(resolved, platform.store)
     check_suites(base, resolved.suites, platform)
-    leakage = count_leakage(rows.training, resolved.suites, platform.store)
+    leakage = count_leakage(rows.all, resolved.suites, platform.store)
     check_synthetic_prompts(resolved, platform.store)
 
     tags = base.ref.labels | {"adapter": resolved.adapter}

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import combinations
 from math import isclose
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t as student
 
-from benchmarks.clusters import changes, simulate
+from benchmarks.clusters import UNEQUAL, changes, simulate, unequal
 from tests.validation.statistics.test_sequential import EARLY, drive
 from tests.validation.test_gate import POLICY, POOR, bits, three
 from trans_peft.domain.evaluation import Verdict
@@ -56,7 +58,11 @@ def test_the_statistic_is_tangos_divided_by_a_variance_that_counts_clusters(grou
     by_cluster = sum(sum(x - difference for x in group) ** 2 for group in groups)
     by_item = sum((x - difference) ** 2 for x in flat)
     tango = intervals.score_statistic(len(flat), flat.count(-1), flat.count(1), difference)
-    expected = float(tango) / np.sqrt(max(1.0, by_cluster / by_item if by_item else 1.0))
+    pairs = [pair for group in groups for pair in combinations(np.array(group) - difference, 2)]
+    products, squares = sum(x * y for x, y in pairs), sum((x * x + y * y) / 2 for x, y in pairs)
+    largest = sum(len(group) ** 2 for group in groups) / len(flat)
+    kish = 1 + (products / squares if squares else 1) * (largest - 1)
+    expected = float(tango) / np.sqrt(max(1.0, kish, by_cluster / by_item if by_item else 1.0))
     assert float(counts_of(groups).statistic(difference)) == pytest.approx(expected, abs=1e-9)
 
 
@@ -87,6 +93,53 @@ def test_equal_items_count_as_one():
     )
 
 
+def test_few_large_clusters_and_many_single_items():
+    counts = counts_of([[0] * 30] * 5 + [[-1]] * 10 + [[1]] * 3 + [[0]] * 137)
+    assert counts.effective_clusters == pytest.approx(300**2 / (5 * 30**2 + 150))
+    # The only pairs are those of the large clusters, whose items are equal: rho is 1.
+    assert float(counts.design_effect(-0.05)) == pytest.approx((5 * 30**2 + 150) / 300)
+    assert counts.quantile(0.05) == pytest.approx(student.isf(0.05, counts.effective_clusters - 1))
+
+
+@given(
+    st.integers(2, 6).flatmap(
+        lambda m: st.lists(
+            st.lists(st.sampled_from([-1, 0, 1]), min_size=m, max_size=m), min_size=2, max_size=20
+        )
+    )
+)
+@settings(deadline=None, max_examples=30)
+def test_clusters_of_one_size_have_the_robust_design_effect(groups):
+    counts = counts_of(groups)
+    x = np.array(groups) + 0.05
+    robust = max(np.sum(x.sum(axis=1) ** 2) / np.sum(x**2), 1)
+    assert float(counts.design_effect(-0.05)) == pytest.approx(robust, abs=1e-9)
+    assert counts.effective_clusters == pytest.approx(len(groups), abs=1e-9)
+
+
+@pytest.mark.parametrize("sizes", UNEQUAL.values(), ids=UNEQUAL)
+def test_clusters_of_unequal_sizes_keep_the_level(sizes):
+    assert unequal(sizes, 0.07, 0.02, adapters=500, seed=2) <= 0.05 + 3 * 0.01
+
+
+def test_the_table_of_unequal_clusters_in_the_docs_shows_the_level():
+    lines = PAGE.split("<!-- unequal:")[1].split("\n\n")[1].splitlines()[2:]
+    rows = [[cell.strip(" %") for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in rows] == list(UNEQUAL)
+    for name, _, *rates in rows:
+        assert max(map(float, rates)) <= 5 + 3 * 0.35
+        again = 100 * unequal(UNEQUAL[name], 0.1, 0.05, adapters=300, seed=5)
+        assert again == pytest.approx(float(rates[2]), abs=5)
+
+
+def test_the_share_of_flips_in_unequal_clusters_keeps_the_level():
+    draws = np.random.default_rng(4).random((400, 155)) < 0.1
+    sizes = np.array(UNEQUAL["5 of 30, 150 of 1"], dtype=float)
+    counts = [ClusterCounts(sizes, sizes * lost, 0 * sizes) for lost in draws]
+    assert np.mean([c.largest_loss_share(0.05, limit=0.1) < 0.1 for c in counts]) <= 0.08
+    assert np.mean([c.smallest_loss_share(0.05, limit=0.1) > 0.1 for c in counts]) <= 0.08
+
+
 def test_bounds_agree_with_a_bootstrap_by_cluster():
     x = changes(200, 5, adapters=1, loss=0.02, correlation=0.3, seed=4)[0]
     rng, sums = np.random.default_rng(0), x.sum(axis=1)
@@ -102,7 +155,7 @@ def test_the_test_rejects_everything_below_the_lower_bound(groups, alpha):
     counts = counts_of(groups)
     lower = counts.lower_bound(alpha)
     below = np.linspace(-0.999, lower, 50, endpoint=False)
-    if lower > -1:
+    if lower > -0.999:
         assert np.all(counts.statistic(below) > counts.quantile(alpha) - 1e-6)
     assert lower <= counts.points / 100 + 1e-9
     assert isclose(counts.upper_bound(alpha), -counts.reversed().lower_bound(alpha))

@@ -9,13 +9,24 @@ which is the cluster-robust variance divided by the variance of independent item
 
 Here x is -1, 0 or 1 for an item, and d is the hypothesized difference. Each cluster counts once in
 the numerator, whatever the correlation within it. The variance is taken under the hypothesis, as in
-a score test. The statistic is compared with Student's distribution of one degree of freedom less
-than there are clusters. A design effect below 1 counts as 1.
+a score test.
+
+This variance is too small if few large clusters happen to have no loss and many small ones have
+some. The design effect is therefore at least that of Kish for the intra-cluster correlation rho of
+all pairs of items in one cluster, with m the number of items of a cluster:
+
+    deff(d) = 1 + rho(d) * (sum of m^2 / sum of m - 1)
+    rho(d) = sum over pairs of (x - d) * (x' - d) / sum over pairs of ((x - d)^2 + (x' - d)^2) / 2
+
+Both are equal for clusters of one size. A design effect below 1 counts as 1. The statistic is
+compared with Student's distribution of one degree of freedom less than there are effective
+clusters, (sum of m)^2 / sum of m^2, which is the number of clusters if all have one size.
 
 Sources: J. N. K. Rao and A. J. Scott, "A simple method for the analysis of clustered binary data",
 Biometrics 48 (1992) 577-585 (Tango's statistic on counts that are divided by the design effect is
 the statistic used here); A. C. Cameron and D. L. Miller, "A practitioner's guide to cluster-robust
-inference", Journal of Human Resources 50 (2015) 317-372 (degrees of freedom); E. L. Korn and
+inference", Journal of Human Resources 50 (2015) 317-372 (degrees of freedom); L. Kish, "Survey
+sampling", Wiley, 1965 (design effect and effective number for unequal sizes); E. L. Korn and
 B. I. Graubard, "Confidence intervals for proportions with small expected number of positive counts
 estimated from survey data", Survey Methodology 24 (1998) 193-201 (bounds of a single share: those
 of Clopper and Pearson for the effective number of items).
@@ -89,6 +100,11 @@ class ClusterCounts:
         return len(self.sizes)
 
     @property
+    def effective_clusters(self) -> float:
+        """Number of clusters of one size that have the same variance if their items are equal."""
+        return float(self.sizes.sum() ** 2 / np.sum(self.sizes**2))
+
+    @property
     def discordant(self) -> int:
         """Number of losses and gains."""
         return self.totals[1] + self.totals[2]
@@ -116,12 +132,21 @@ class ClusterCounts:
         """
         d = np.asarray(difference, dtype=np.float64)
         n, b, c = self.totals
-        sums = (self.gains - self.losses) - np.multiply.outer(d, self.sizes)
+        changes = self.gains - self.losses
+        sums = changes - np.multiply.outer(d, self.sizes)
+        squares = (
+            self.gains
+            + self.losses
+            - np.multiply.outer(2 * d, changes)
+            + np.multiply.outer(d * d, self.sizes)
+        )
         variance = (b + c) - 2 * d * (c - b) + n * d * d
+        pairs = np.sum(squares * (self.sizes - 1), axis=-1)
         largest = np.sum(self.sizes**2) / n  # the limit for d -> 0 without discordant items
         with np.errstate(divide="ignore", invalid="ignore"):
             effect = np.where(variance > 0, np.sum(sums**2, axis=-1) / variance, largest)
-        return np.maximum(effect, 1.0)
+            correlation = np.where(pairs > 0, np.sum(sums**2 - squares, axis=-1) / pairs, 1.0)
+        return np.maximum(np.maximum(effect, 1 + correlation * (largest - 1)), 1.0)
 
     def statistic(self, difference: ArrayLike) -> NDArray[np.float64]:
         """Return the cluster-robust statistic for the hypothesis D = `difference`, elementwise."""
@@ -134,7 +159,8 @@ class ClusterCounts:
         """Return the quantile that the statistic has to exceed; infinite for a single cluster."""
         if self.are_single:
             return float(norm.isf(probability))
-        return float(student.isf(probability, self.clusters - 1)) if self.clusters > 1 else np.inf
+        degrees = self.effective_clusters - 1
+        return float(student.isf(probability, degrees)) if self.clusters > 1 else np.inf
 
     def lower_bound(self, alpha: float) -> float:
         """Return the one-sided lower confidence bound of D at level `alpha`.
