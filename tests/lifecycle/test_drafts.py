@@ -29,7 +29,11 @@ def used_drafts(monkeypatch):
     monkeypatch.setattr("trans_peft.transfer.load_adapter.attached", attached)
     monkeypatch.setattr("trans_peft.models.load_base", lambda *_: loaded)
     monkeypatch.setattr("trans_peft.lifecycle.evaluation.base_folder", lambda *_: None)
-    monkeypatch.setattr("trans_peft.lifecycle.evaluation.tokenized_suite_for", lambda *_: None)
+    monkeypatch.setattr(
+        "trans_peft.lifecycle.evaluation.tokenized_suite_for",
+        lambda *_: SimpleNamespace(examples=()),
+    )
+    monkeypatch.setattr("trans_peft.lifecycle.evaluation.with_groups", lambda found, _: found)
     return drafts
 
 

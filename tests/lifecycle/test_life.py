@@ -119,13 +119,12 @@ def test_training_registers_a_live_adapter_that_serves_where_it_was_trained(life
     assert platform.registry.tags(version)["dropping_p"] == "0.1"
 
 
-def test_its_checkpoints_were_copied_and_are_removed_after_the_registration(life):
-    platform, *_ = life
-    prefix = f"{platform.checkpoints_uri}/"
-    copied = [uri.removeprefix(prefix) for uri in platform.store.written if uri.startswith(prefix)]
-    assert [name.partition("/")[2] for name in copied if name.endswith("checkpoint-6.json")] == [
-        "checkpoint-6.json"
-    ]
+def test_its_checkpoint_was_copied_and_is_removed_after_the_registration(life):
+    """The training removes its last checkpoint when it ends, maybe before it was copied."""
+    platform, _, _, _, events = life
+    copied = [uri for uri in platform.store.written if uri.endswith("/checkpoint-6.json")]
+    reported = [event for event in events if "after step 6 was not copied" in str(event)]
+    assert len(copied) + len(reported) == 1
     assert platform.store.list(platform.checkpoints_uri) == ()
 
 

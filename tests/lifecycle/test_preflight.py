@@ -57,7 +57,6 @@ def chat_without_end(path):
 SUITES = {
     "a rule, misspelt": (rows, {"scoring": "exact_mach"}, InvalidSpecError, "exact_mach"),
     "a rule's expression": (rows, {"scoring": "regex:(("}, InvalidSpecError, "regex"),
-    "a rule without its threshold": (rows, {"scoring": "chrf"}, InvalidSpecError, "threshold"),
     "no choices": (rows, {"scoring": "choice"}, DataError, "no choices"),
     "a prompt too long": (
         lambda path: rows(path, prompt="x" * 600),
