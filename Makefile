@@ -19,7 +19,7 @@ LOCKED  = $(BIN)/uv pip install --compile-bytecode --python $(1) $(HASHED) --req
   || $(1) $(PIP) $(HASHED) --requirement $(2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-wheel test-vllm test-architectures test-end-to-end gpu images faults test-hosts check docs format lock
+.PHONY: help setup demo demo-full study bench up down status login logs clean-state test test-stack test-slow test-wheel test-vllm test-architectures test-end-to-end gpu images faults test-hosts check docs format lock
 
 help: ## show this
 	@echo "make setup        install all dependencies into .venv (other targets do this first)"
@@ -45,6 +45,7 @@ help: ## show this
 	@echo "  development"
 	@echo "make test         all tests except the slow ones   make check   format, lint, types, imports"
 	@echo "make test-stack   tests that start a stack (make up, a base update), and slow ones (as in CI)"
+	@echo "make test-slow    slow tests that do not fit into CI: compilation, engines, backup and restore"
 	@echo "make test-wheel   the wheel alone in an empty environment (as in CI)"
 	@echo "make test-vllm    serving with a real vLLM server, in an environment of its own (3 GB)"
 	@echo "make test-end-to-end  promotion, approval and rollback on a stack (about 6 min)"
@@ -139,10 +140,16 @@ test-vllm: $(READY) $(VLLM)/.ready
 test-architectures: $(READY)
 	$(TEST) -m architectures tests/perturbation
 
+# Slow tests that do not fit into CI.
+SLOW := tests/gpu tests/training tests/validation tests/infra/test_operation.py tests/perturbation/test_sharded.py
+
 test-stack: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py \
-	  tests/edges tests/end_to_end tests/examples tests/flows tests/gpu tests/infra tests/lifecycle tests/perturbation \
-	  tests/training tests/validation
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py tests/edges \
+	  tests/end_to_end tests/examples tests/flows tests/infra tests/lifecycle tests/perturbation \
+	  $(addprefix --ignore=,$(SLOW))
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" $(SLOW)
 
 # Tests and benchmarks that need a GPU with CUDA (docs/gpu.md). Their packages are beside the .venv, as in
 # .ci/run: PEFT and transformers would import them in every process. Those without a lock are installed by
