@@ -53,7 +53,7 @@ def e_values(adapters: int, bad: int, alpha: float, seed: int) -> NDArray[np.flo
 def simulate(
     bad_share: float, alpha: float, *, fleets: int, adapters: int = 1000, seed: int = 0
 ) -> FleetRates:
-    """Simulate fleets of which `bad_share` lost exactly the margin."""
+    """Simulate fleets in which a share `bad_share` of the adapters lost exactly the margin."""
     bad, found = round(bad_share * adapters), []
     for fleet in range(fleets):
         values = e_values(adapters, bad, alpha, seed + fleet)

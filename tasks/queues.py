@@ -60,7 +60,7 @@ def _text(name: str, pool: str, waiting: int, found: str, do: str) -> str:
 
 
 class QueueWatch:
-    """Reports once when runs have waited for a minute in a queue that nobody serves, and its end.
+    """Reports once that runs have waited for a minute in a queue without a worker, and its end.
 
     `on_change` is called with the text of `unserved`, and with an empty text when a worker serves
     the queue again.

@@ -51,8 +51,7 @@ def apply_verdicts(
     is met. Otherwise the reason is returned and noted on the version with `champion`. `now` is the
     time that is recorded for a new manual override.
 
-    Returns the fleet as it is after the changes, so that nobody has to read it again, and the
-    changes.
+    Returns the fleet as it is after the changes, which need not be read again, and the changes.
     """
     check_fdr(policy, promotion)
     selected = None if promotion.fdr is None else within_fdr(fleet, promotion.fdr)
