@@ -142,7 +142,7 @@ for task in plan(fleet, policy).tasks:
 
 # +
 mlflow.set_registered_model_alias(FAMILY, "champion", str(v2.number))
-changes = apply_verdicts(observe(FAMILY, platform), policy, PromotionPolicy(), platform)
+_, changes = apply_verdicts(observe(FAMILY, platform), policy, PromotionPolicy(), platform)
 print("serving:", changes.promoted)
 version = tp.resolve("parity", platform)
 print(version.base.version, platform.registry.download(version, work / "serving"))

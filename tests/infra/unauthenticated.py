@@ -8,6 +8,7 @@ import httpx
 import psutil
 
 SECRET = b"nobody-else-may-read-this"
+_PAGES = ("text/html", "text/plain; version=")
 _GRPC_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
 
@@ -42,7 +43,8 @@ def answers_without_credentials(ports, bucket):
                 with suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.ConnectError):
                     url = f"http://127.0.0.1:{port}{path}"
                     answer = http.request(method, url, content=b"x" if method != "GET" else None)
-                    page = "text/html" in answer.headers.get("content-type", "")  # of a program
+                    # A program's own page, or metrics, which the exporter returns for any path.
+                    page = answer.headers.get("content-type", "").startswith(_PAGES)
                     if SECRET in answer.content or not (answer.status_code >= 400 or page):
                         open_.append((port, method, path, answer.status_code))
     return open_ + [(port, "gRPC") for port in sorted(ports) if speaks_grpc(port)]
