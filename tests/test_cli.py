@@ -231,6 +231,9 @@ def test_an_invalid_perturbation_is_reported(perturbation, message, cli, tmp_pat
     [
         ("s.json", "{", "cannot be read"),
         ("s.yaml", "a: [", "cannot be read"),
+        ("s.json", '{"name": "a", "name": "b"}', "the key 'name' is repeated in one object"),
+        ("s.yaml", "name: a\nname: b", "the key 'name' is repeated in one mapping"),
+        ("s.yaml", "data: {uri: a, uri: b}", "the key 'uri' is repeated in one mapping"),
         ("s.toml", "", "has an unknown extension"),
         ("s.yaml", "- 1", "is not a valid Suite"),
     ],

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 from infra.locks import LEFT_OUT, PYTHONS, SETS, merged, pins
 from infra.stack.prefect_objects import QUEUES
+from trans_peft.cli.unique_keys import parse_yaml
 from trans_peft.domain.conventions import WORK_POOL
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,15 @@ def test_reconcile_does_not_wait_in_the_queue_of_its_shards():
 def test_no_deployment_contains_a_path_of_one_machine():
     assert str(Path.home()) not in (ROOT / "prefect.yaml").read_text()
     assert "{{ $TRANS_PEFT_CHECKOUT }}" in (ROOT / "prefect.yaml").read_text()
+
+
+def test_no_yaml_file_repeats_a_key():
+    files = [ROOT / "prefect.yaml", *(ROOT / "examples").rglob("*.yaml")]
+    files += (ROOT / "infra").rglob("*.yaml")
+    assert len(files) > 30
+    for path in files:
+        for document in re.split(r"^---$", path.read_text(), flags=re.MULTILINE):
+            parse_yaml(document)
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)

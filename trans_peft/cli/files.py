@@ -108,18 +108,18 @@ def _read(path: Path, kind: type[T]) -> T:
 
 
 def _parse(path: Path) -> Any:
-    import json
-
     import yaml
+
+    from trans_peft.cli.unique_keys import parse_json, parse_yaml
 
     if not path.is_file():
         raise NotFoundError(f"there is no file {path}")
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".json":
-            return json.loads(text)
+            return parse_json(text)
         if path.suffix in (".yaml", ".yml"):
-            return yaml.safe_load(text)
+            return parse_yaml(text)
     except (ValueError, yaml.YAMLError) as error:
         raise InvalidSpecError(f"{path} cannot be read: {error}") from error
     raise InvalidSpecError(
