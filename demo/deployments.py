@@ -8,7 +8,7 @@ was killed, is started again. A run that failed ends the demo.
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import count
 from typing import Any, cast
 from uuid import UUID
@@ -17,25 +17,31 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
     FlowRunFilter,
     FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
     LogFilter,
     LogFilterFlowRunId,
     LogFilterLevel,
     LogFilterTimestamp,
 )
-from prefect.client.schemas.objects import FlowRun, Log
+from prefect.client.schemas.objects import FlowRun, Log, StateType
 from prefect.client.schemas.sorting import LogSort
 from prefect.deployments import run_deployment
 from pydantic_core import to_jsonable_python
 
 from demo.screen import DemoError, Screen, servers_gone
+from trans_peft.domain.conventions import Deployment
 
 __all__ = ["run", "set_parameters"]
 
 _POLL_S = 1.0
 _MAX_SILENCE_S = 30.0
 _MAX_CRASHES = 3
+_LATE = timedelta(seconds=10)  # each run sends its log lines every few seconds
 _INFO = 20
 _NOISE = (
     "All deployment steps",
@@ -121,11 +127,16 @@ def _follow(run_id: UUID, deployment: str, screen: Screen) -> FlowRun:
 
 
 class _Logs:
-    """Reads the new log lines of a flow run and of the runs that it started."""
+    """Reads the new log lines of a flow run, of the runs that it started, and of running shards.
+
+    A reconcile run also waits for shards that another one started.
+    """
 
     def __init__(self, client: SyncPrefectClient, run_id: UUID) -> None:
         self._client = client
+        self._shards = client.read_deployment_by_name(Deployment.TRANSFER_SHARD).id
         self._run_id = run_id
+        self._runs = {run_id}
         self._seen: set[UUID] = set()
         self._since: datetime | None = None
 
@@ -135,9 +146,16 @@ class _Logs:
                 parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[self._run_id])
             )
         )
+        shards = self._client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[self._shards])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
+            ),
+        )
+        self._runs.update(run.id for run in (*children, *shards))
         found = self._client.read_logs(
             LogFilter(
-                flow_run_id=LogFilterFlowRunId(any_=[self._run_id, *(run.id for run in children)]),
+                flow_run_id=LogFilterFlowRunId(any_=sorted(self._runs)),
                 level=LogFilterLevel(ge_=_INFO),
                 timestamp=LogFilterTimestamp(after_=cast(Any, self._since)),
             ),
@@ -146,7 +164,7 @@ class _Logs:
         fresh = [log for log in found if log.id not in self._seen]
         self._seen.update(log.id for log in fresh)
         if found:
-            self._since = found[-1].timestamp
+            self._since = found[-1].timestamp - _LATE
         return [
             log
             for log in fresh

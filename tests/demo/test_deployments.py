@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from demo import __main__ as demo
 from demo import deployments
-from demo.deployments import _follow, run
+from demo.deployments import _follow, _Logs, run
 from demo.screen import DemoError, Screen
 
 
@@ -102,11 +103,64 @@ class Client:
             raise httpx.ConnectError("Connection refused")
         return SimpleNamespace(state=_state(StateType.COMPLETED), state_name="Completed")
 
+    def read_deployment_by_name(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(id=uuid4())
+
     def read_flow_runs(self, **_: object) -> list[object]:
         return []
 
     def read_logs(self, *_: object, **__: object) -> list[object]:
         return []
+
+
+class ClientWithShard(Client):
+    """A shard of another reconcile run is running; its first lines arrive after a later one."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.own, self.shard, self.shards = uuid4(), uuid4(), uuid4()
+        self.logs = [self._log(self.own, 5, "shard judge v2: Running")]
+
+    def read_deployment_by_name(self, name: str) -> SimpleNamespace:
+        assert name == "transfer-shard/default"
+        return SimpleNamespace(id=self.shards)
+
+    def read_flow_runs(self, *, flow_run_filter, deployment_filter=None) -> list[SimpleNamespace]:
+        if deployment_filter is None:
+            assert flow_run_filter.parent_flow_run_id.any_ == [self.own]
+            return []
+        assert deployment_filter.id.any_ == [self.shards]
+        return [SimpleNamespace(id=self.shard)]
+
+    def read_logs(self, log_filter, **_: object) -> list[SimpleNamespace]:
+        after = log_filter.timestamp.after_
+        return sorted(
+            (
+                log
+                for log in self.logs
+                if log.flow_run_id in log_filter.flow_run_id.any_
+                and (after is None or log.timestamp > after)
+            ),
+            key=lambda log: log.timestamp,
+        )
+
+    def late_lines(self) -> None:
+        self.logs += [self._log(self.shard, 3, "72 of 363"), self._log(self.shard, 6, "132 of 363")]
+
+    def _log(self, run, second, message) -> SimpleNamespace:
+        at = datetime(2026, 1, 1, 0, 0, second, tzinfo=UTC)
+        return SimpleNamespace(
+            id=uuid4(), flow_run_id=run, timestamp=at, message=message, name="prefect.task_runs"
+        )
+
+
+def test_lines_of_running_shards_are_shown_once_also_if_they_arrive_late():
+    client = ClientWithShard()
+    logs = _Logs(client, client.own)
+    assert [log.message for log in logs.new()] == ["shard judge v2: Running"]
+    client.late_lines()
+    assert [log.message for log in logs.new()] == ["72 of 363", "132 of 363"]
+    assert logs.new() == []
 
 
 @pytest.mark.parametrize("outages", [3, 10**9])
