@@ -35,11 +35,9 @@ __all__ = [
 DATA_SEED = 0
 """Selects the files for evaluation. The settings below were chosen on the split of seed 2."""
 
-DISTILLATION = DistillationPolicy(
-    prompts_uri="s3://data/demo/traffic/{adapter}.jsonl", prompts=256, steps=16
-)
-"""The file has prompts of the task that are no training or evaluation rows, as recent traffic is
-none. Fewer prompts and steps than the library's defaults save time."""
+DISTILLATION = DistillationPolicy(prompts_uri="s3://data/demo/traffic/{adapter}.jsonl")
+"""The library's defaults. The file has prompts of the task that are no training or evaluation rows,
+as recent traffic is none."""
 
 POLICY = GatePolicy(
     margin_points=5.0,
