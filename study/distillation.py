@@ -7,6 +7,7 @@ the update. The seconds for writing prompts, before the update, are in the log.
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from study.cells import Prepared, end_with_parent, log, log_steps, prepare, score_of, spared_layers
+from study.distillation_report import PAGE, PICTURE, draw, figures, page_with, recoveries
 from study.plan import STEPS, V1, PlannedTraining, arms
 from study.score_file import Score, ScoreFile
 from trans_peft.data import Example, parse_examples, read_prompts, write_examples
@@ -30,6 +32,7 @@ from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit as train
 
 SCORES = Path(__file__).with_name("distilled.jsonl")
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results.json"
 POLICY = DistillationPolicy()
 CELLS = (("exceptions", "ffn"), ("signatures", "all"), ("exceptions", "all"), ("signatures", "ffn"))
 """Tasks and updates. The policy's defaults were chosen in the last one, with seed 1."""
@@ -176,16 +179,24 @@ def _rows(prepared: Prepared, task: str, name: str) -> Sequence[Example]:
 
 
 def main() -> None:
-    """Run what the score file lacks."""
+    """Run what the score file lacks, and write the report."""
     parser = argparse.ArgumentParser(prog="python -m study.distillation", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".study"), help="folder for all files")
     parser.add_argument("--cells", type=int, default=len(CELLS) * len(SEEDS), help="cells to run")
+    parser.add_argument("--report", action="store_true", help="write the report only")
     options = parser.parse_args()
+    known = ScoreFile(SCORES)
+    if not options.report:
+        run_missing(known, options.folder.resolve(), options.cells)
+    write_report(known)
+
+
+def run_missing(known: ScoreFile, folder: Path, cells: int) -> None:
+    """Run what the score file lacks, the first cells only."""
     os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
     end_with_parent()
-    known = ScoreFile(SCORES)
-    planned = [(task, update, seed) for seed in SEEDS for task, update in CELLS][: options.cells]
-    prepared = prepare(options.folder.resolve(), sorted({update for _, update, _ in planned}))
+    planned = [(task, update, seed) for seed in SEEDS for task, update in CELLS][:cells]
+    prepared = prepare(folder, sorted({update for _, update, _ in planned}))
     named = arms(spared_layers(prepared))
     for arm, sources in PARTS:
         for task, update, seed in planned:
@@ -196,6 +207,15 @@ def main() -> None:
                     f"{score.task}, {score.arm}, seed {seed}, on {score.scored_on}: "
                     f"{score.points:.1f}, {score.train_seconds:.0f} s"
                 )
+
+
+def write_report(known: ScoreFile) -> None:
+    """Write the tables into docs/survival.md, the picture, and benchmarks/results.json."""
+    found = list(recoveries(tuple(known)))
+    PAGE.write_text(page_with(PAGE.read_text(), found))
+    results = json.loads(RESULTS.read_text()) | figures(found)
+    RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+    print(f"{PAGE}\n{draw(found, PICTURE) if found else 'no picture yet'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+"""Compute the tables and the picture of docs/survival.md from the scores in study/distilled.jsonl.
+
+For each task and update, every way to carry an adapter over is compared with direct transfer of a
+plain adapter and with Fine-tune(new). The share of the gap is (score - direct transfer) /
+(Fine-tune(new) - direct transfer).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from study.pages import with_blocks
+from study.plan import V1
+from study.score_file import Score
+from study.statistics import Interval, interval, right
+
+__all__ = ["PAGE", "PICTURE", "Recovery", "draw", "figures", "page_with", "recoveries"]
+
+PAGE = Path(__file__).parent.parent / "docs" / "survival.md"
+PICTURE = PAGE.parent / "images" / "survival.png"
+
+PLAIN, SPARED, NEW = "plain", "spared", "Fine-tune(new)"
+_SOURCES = {
+    "unlabeled": "unlabeled prompts",
+    "written after 20": "prompts written after 20 approved ones",
+    "written after 5": "prompts written after 5 approved ones",
+    "prompt model": "prompts of a prompt model",
+}
+_ADAPTERS = {PLAIN: "plain", SPARED: "Trans-PEFT"}
+_DEFAULT = f"{PLAIN}, distilled, unlabeled"
+_GREY, _INK = "#8A8F98", "#22262B"
+_COLORS = {PLAIN: "#E07A1F", SPARED: "#1F6FB2"}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The scores on one task and one update."""
+
+    task: str
+    update: str
+    scores: tuple[Score, ...]
+
+    @cached_property
+    def by_arm(self) -> Mapping[tuple[str, str], Mapping[int, Score]]:
+        """The scores by arm and base, and by seed. A plain adapter of the new base is `NEW`."""
+        found: dict[tuple[str, str], dict[int, Score]] = {}
+        for score in self.scores:
+            is_new = score.arm == PLAIN and score.trained_on != V1
+            arm = NEW if is_new else score.arm
+            found.setdefault((arm, score.scored_on), {})[score.seed] = score
+        return found
+
+    def seeds(self, *arms: str) -> list[int]:
+        """Return the seeds with which all these arms were scored on the new base."""
+        known = [set(self.by_arm.get((arm, self.update), ())) for arm in arms]
+        return sorted(set.intersection(*known))
+
+    def share(self, arm: str) -> Interval | None:
+        """Return the share of the gap that an arm closes, in percent. None without scores.
+
+        With one seed, only items are resampled.
+        """
+        seeds = self.seeds(arm, PLAIN, NEW)
+        if not seeds:
+            return None
+        ours, direct, new = (self._right(name, self.update, seeds) for name in (arm, PLAIN, NEW))
+        return interval(
+            lambda draw: 100 * (draw(ours) - draw(direct)) / (draw(new) - draw(direct)), *ours.shape
+        )
+
+    def mean(self, arm: str, base: str) -> float | None:
+        """Return the mean score over all seeds, in points. None without scores."""
+        scores = self.by_arm.get((arm, base), {}).values()
+        return float(np.mean([score.points for score in scores])) if scores else None
+
+    def old_base_cost(self) -> Interval | None:
+        """Return how many points fewer than the plain adapter a Trans-PEFT adapter has on v1."""
+        known = [set(self.by_arm.get((arm, V1), ())) for arm in (PLAIN, SPARED)]
+        if not (seeds := sorted(set.intersection(*known))):
+            return None
+        plain, spared = (self._right(arm, V1, seeds) for arm in (PLAIN, SPARED))
+        return interval(lambda draw: draw(plain) - draw(spared), *plain.shape)
+
+    def seconds(self, arm: str) -> float | None:
+        """Return the mean seconds of an arm after the update. None without scores."""
+        if arm in (PLAIN, SPARED):
+            return 0.0
+        scores = self.by_arm.get((arm, self.update), {}).values()
+        return float(np.mean([score.train_seconds for score in scores])) if scores else None
+
+    def costs(self, arm: str) -> list[float]:
+        """Return the seconds of an arm divided by those of Fine-tune(new), by seed."""
+        ours, new = (self.by_arm[name, self.update] for name in (arm, NEW))
+        return [ours[seed].train_seconds / new[seed].train_seconds for seed in self.seeds(arm, NEW)]
+
+    def _right(self, arm: str, base: str, seeds: Sequence[int]) -> np.ndarray:
+        scores = self.by_arm[arm, base]
+        return right({seed: score.right for seed, score in scores.items()}, seeds)
+
+
+def recoveries(scores: Sequence[Score]) -> Iterator[Recovery]:
+    """Yield each task and update with a score of Fine-tune(new) and of direct transfer."""
+    for task, update in sorted({(s.task, s.scored_on) for s in scores if s.scored_on != V1}):
+        ours = tuple(s for s in scores if s.task == task and s.scored_on in (V1, update))
+        # Adapters that were made for another update have no score on this one.
+        recovery = Recovery(task, update, ours)
+        if recovery.seeds(PLAIN, NEW):
+            yield recovery
+
+
+def figures(found: Sequence[Recovery]) -> dict[str, dict[str, Any]]:
+    """Return the entries of benchmarks/results.json. An entry without scores is left out."""
+    shares = {str(pair.task) + ", " + pair.update: pair.share(_DEFAULT) for pair in found}
+    known = {name: share for name, share in shares.items() if share is not None}
+    entries: dict[str, dict[str, Any]] = {}
+    if known:
+        name = min(known, key=lambda pair: known[pair].value)
+        entries["survive.gap_closed_min"] = _entry(
+            known[name], 100, f"{name}; the smallest of {len(known)} pairs; {_DEFAULT}"
+        )
+    costs = [cost for pair in found for cost in pair.costs(_DEFAULT)] if known else []
+    if costs:
+        low, median, high = np.quantile(costs, [0.25, 0.5, 0.75])
+        entries["survive.cost_vs_retrain"] = _entry(
+            Interval(median, low, high), 1, f"{len(costs)} adapters; {_DEFAULT}; the middle half"
+        )
+    prices = {
+        f"{pair.task}, {pair.update}": price
+        for pair in found
+        if (price := pair.old_base_cost()) is not None
+    }
+    if prices:
+        name = max(prices, key=lambda pair: prices[pair].value)
+        entries["survive.old_base_cost_points"] = _entry(
+            prices[name], 1, f"{name.partition(',')[0]}; the largest of the tasks; {SPARED}"
+        )
+    return entries
+
+
+def _entry(found: Interval, divisor: float, shape: str) -> dict[str, Any]:
+    names = ("value", "low", "high")
+    values = (found.value, found.low, found.high)
+    rounded = {name: round(value / divisor, 4) for name, value in zip(names, values, strict=True)}
+    return {**rounded, "shape": f"SmolLM2-135M, 120 steps, two cores; {shape}"}
+
+
+def page_with(page: str, found: Sequence[Recovery]) -> str:
+    """Return the page with its block `recoveries` replaced."""
+    return with_blocks(page, {"recoveries": "\n\n".join(map(_table, found))})
+
+
+def _arms() -> Iterator[tuple[str, str]]:
+    """Yield each arm with its title, in the order of the tables."""
+    for adapter, title in _ADAPTERS.items():
+        yield adapter, f"{title}, unchanged"
+        for source, described in _SOURCES.items():
+            yield f"{adapter}, distilled, {source}", f"{title}, distilled: {described}"
+    yield NEW, "Fine-tune(new)"
+
+
+def _table(pair: Recovery) -> str:
+    seeds = pair.seeds(PLAIN, NEW)
+    count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    items = len(pair.by_arm[PLAIN, V1][seeds[0]].right)
+    lines = [
+        f"### {pair.task}, update `{pair.update}`: {count}, {items} items",
+        "",
+        "| adapter | old base | new base | share of the gap, % | seconds after the update |",
+        "| -- | -: | -: | -: | -: |",
+    ]
+    for arm, title in _arms():
+        new, share, seconds = pair.mean(arm, pair.update), pair.share(arm), pair.seconds(arm)
+        if new is None or share is None or seconds is None:
+            continue
+        old = pair.mean(arm, V1)
+        closed = "0" if arm == PLAIN else "100" if arm == NEW else _percent(share)
+        lines.append(
+            f"| {title} | {'' if old is None else f'{old:.1f}'} | {new:.1f} | {closed} | "
+            f"{seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _percent(share: Interval) -> str:
+    return f"{share.value:.0f} ({share.low:.0f}, {share.high:.0f})"
+
+
+def draw(found: Sequence[Recovery], path: Path) -> Path:
+    """Write a PNG with the share of the gap of every arm, one panel per task and update."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = {"font.size": 10, "axes.edgecolor": _GREY, "text.color": _INK, "xtick.color": _INK}
+    with plt.rc_context({**style, "ytick.color": _INK, "axes.labelcolor": _INK}):
+        figure, axes = plt.subplots(
+            len(found), 1, figsize=(9, 2.6 * len(found)), squeeze=False, sharex=True,
+            layout="constrained",
+        )  # fmt: skip
+        for panel, pair in zip(axes.flat, found, strict=True):
+            rows = [
+                (title, share, _COLORS[arm.partition(",")[0]])
+                for arm, title in _arms()
+                if arm not in (PLAIN, NEW) and (share := pair.share(arm)) is not None
+            ]
+            for row, (_, share, color) in enumerate(reversed(rows)):
+                panel.plot([share.low, share.high], [row, row], color=color, linewidth=2)
+                panel.plot(share.value, row, "o", color=color, markersize=7)
+            panel.set_yticks(range(len(rows)), [title for title, *_ in reversed(rows)])
+            panel.set_ylim(-0.6, len(rows) - 0.4)
+            for at, line in ((0, "-"), (80, ":"), (100, "--")):
+                panel.axvline(at, color=_GREY, linewidth=1, linestyle=line, zorder=0)
+            panel.set_title(f"{pair.task}, update {pair.update}", loc="left")
+            panel.spines[["top", "right", "left"]].set_visible(False)
+            panel.tick_params(left=False)
+        axes.flat[-1].set_xlabel(
+            "share of the gap that is closed, %: 0 is direct transfer of a plain adapter, "
+            "100 is Fine-tune(new)"
+        )
+        figure.savefig(path, dpi=130, facecolor="white")
+        plt.close(figure)
+    return path

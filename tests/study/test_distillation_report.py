@@ -1,0 +1,70 @@
+"""The report on constructed scores whose shares are known."""
+
+from functools import partial
+
+import pytest
+
+from study.distillation_report import figures, page_with, recoveries
+from study.plan import V1
+from study.score_file import Score
+
+ITEMS = 100
+DISTILLED = "plain, distilled, unlabeled"
+PAGE = "# Page\n\n<!-- begin recoveries -->\n\nold\n\n<!-- end recoveries -->\n"
+
+
+def score(arm, base, points, *, seed=1, trained_on=V1, seconds=0.0, task="task"):
+    right = "1" * points + "0" * (ITEMS - points)
+    return Score(f"{arm}{seed}{trained_on}{base}", task, arm, 120, seed, trained_on, base, right,
+                 {}, seconds)  # fmt: skip
+
+
+def pair(seed, distilled, task="task"):
+    """Direct transfer falls from 70 to 40; Fine-tune(new) reaches 60 in 200 s."""
+    made = partial(score, seed=seed, task=task)
+    return [
+        made("plain", V1, 70),
+        made("spared", V1, 68),
+        made("plain", "ffn", 40),
+        made("spared", "ffn", 50),
+        made("plain", "ffn", 60, trained_on="ffn", seconds=200.0),
+        made(DISTILLED, "ffn", distilled, seconds=50.0),
+    ]
+
+
+def test_the_share_of_the_gap():
+    (found,) = recoveries(pair(1, 58) + pair(2, 54))
+    assert found.share(DISTILLED).value == pytest.approx(80)
+    assert found.share("spared").value == pytest.approx(50)
+    assert found.share("plain, distilled, prompt model") is None
+    share = found.share(DISTILLED)
+    assert share.low < 80 < share.high
+
+
+def test_a_seed_without_fine_tune_new_is_left_out():
+    incomplete = [s for s in pair(2, 40) if s.trained_on == V1]
+    (found,) = recoveries(pair(1, 58) + incomplete)
+    assert found.seeds(DISTILLED, "plain") == [1, 2]
+    assert found.share(DISTILLED).value == pytest.approx(90)
+
+
+def test_a_pair_without_fine_tune_new_is_not_reported():
+    assert list(recoveries([s for s in pair(1, 58) if s.trained_on == V1])) == []
+
+
+def test_figures_are_of_the_worst_pair_and_of_all_costs():
+    found = list(recoveries(pair(1, 58) + pair(1, 50, task="other")))
+    entries = figures(found)
+    assert entries["survive.gap_closed_min"]["value"] == pytest.approx(0.5)
+    assert "other, ffn" in entries["survive.gap_closed_min"]["shape"]
+    assert entries["survive.cost_vs_retrain"]["value"] == pytest.approx(0.25)
+    assert entries["survive.old_base_cost_points"]["value"] == pytest.approx(2)
+    assert figures([]) == {}
+
+
+def test_the_table():
+    page = page_with(PAGE, list(recoveries(pair(1, 56))))
+    assert "### task, update `ffn`: 1 seed, 100 items" in page
+    assert "| plain, unchanged | 70.0 | 40.0 | 0 | 0 |" in page
+    assert "| plain, distilled: unlabeled prompts |  | 56.0 | 80 (" in page
+    assert "| Fine-tune(new) |  | 60.0 | 100 | 200 |" in page
