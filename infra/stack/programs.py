@@ -14,7 +14,7 @@ from pathlib import Path
 
 from infra.bridge.settings import S3_PATH
 from infra.stack import seaweed
-from infra.stack.interrupted import INTERRUPTED_S, crash_interrupted_runs
+from infra.stack.interrupted import INTERRUPTED_S, WORKER, crash_interrupted_runs
 from infra.stack.machine import PROGRAM_MARK, end, free_ports, marked, port_is_free
 from infra.stack.settings import (
     BASES_URI,
@@ -162,7 +162,7 @@ def _prefect_environment(settings: StackSettings) -> dict[str, str]:
 def _worker_command(settings: StackSettings) -> list[str]:
     return [
         sys.executable, "-m", "prefect", "worker", "start",
-        "--pool", WORK_POOL, "--type", "process", "--name", "local", "--install-policy", "never",
+        "--pool", WORK_POOL, "--type", "process", "--name", WORKER, "--install-policy", "never",
     ]  # fmt: skip
 
 

@@ -5,13 +5,18 @@ import shutil
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+from prefect.states import Running
 from prefect.testing.utilities import prefect_test_harness
 
+from infra.stack.interrupted import WORKER, crash_interrupted_runs
 from infra.stack.job_template import kubernetes_job_template
 from infra.stack.prefect_objects import START_AUTOMATION, ZOMBIE_AUTOMATION, register
 from tasks.limits import gpu_slots
@@ -104,3 +109,27 @@ def test_a_kubernetes_pool_gets_the_template_and_its_patches(tmp_path):
     assert pod["containers"][0]["image"] == "registry.example.com/worker:1"
     assert {"name": "state", "persistentVolumeClaim": {"claimName": "state"}} in pod["volumes"]
     assert "state_size" not in template["variables"]["properties"]
+
+
+def test_runs_are_not_marked_as_interrupted_while_a_worker_of_another_host_is_online():
+    api = get_current_settings().api.url
+    stack = SimpleNamespace(urls={"prefect": api.removesuffix("/api")}, prefect_auth=None)
+
+    @flow
+    def work() -> None:
+        pass
+
+    async def run_after_restart(other_worker):
+        async with get_client() as client:
+            await register(client, gpu_slots=1)
+            run = await client.create_flow_run(
+                work, state=Running(), work_pool_name=WORK_POOL, work_queue_name="gpu"
+            )
+            await client.send_worker_heartbeat(WORK_POOL, WORKER)
+            if other_worker:
+                await client.send_worker_heartbeat(WORK_POOL, other_worker)
+            await asyncio.to_thread(crash_interrupted_runs, stack)
+            return (await client.read_flow_run(run.id)).state_name
+
+    assert asyncio.run(run_after_restart(None)) == "Crashed"
+    assert asyncio.run(run_after_restart("ProcessWorker of another host")) == "Running"
