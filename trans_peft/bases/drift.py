@@ -20,7 +20,7 @@ from trans_peft.perturbation.ffn import find_layers
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Drift", "weight_drift"]
+__all__ = ["Drift", "weight_drift", "weight_pairs"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def weight_drift(old: Path, new: Path) -> Drift:
     """
     sublayers = _sublayers(old)
     squares: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for name, before, after in _pairs(old, new):
+    for name, before, after in weight_pairs(old, new):
         if name not in sublayers:
             raise UnsupportedModelError(
                 f"{name} in {old} is not a weight of the model that config.json describes"
@@ -108,7 +108,7 @@ def _weights(module: "nn.Module") -> Iterator[int]:
     return (id(parameter) for parameter in module.parameters())
 
 
-def _pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
+def weight_pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
     """Yield (name, old, new) of every tensor, in float32."""
     from safetensors import safe_open
 

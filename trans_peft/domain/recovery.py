@@ -10,7 +10,9 @@ from trans_peft.errors import InvalidSpecError
 
 __all__ = [
     "MIN_PROMPTS",
+    "CompensationPolicy",
     "DistillationPolicy",
+    "PromptsPolicy",
     "RecoveryPolicy",
     "RecoveryStrategy",
     "StrategyAttempt",
@@ -18,7 +20,7 @@ __all__ = [
 
 
 MIN_PROMPTS = 32
-"""Prompts below which a distillation is not tried."""
+"""Prompts below which `compensated` and `distilled` are not tried."""
 
 
 class RecoveryStrategy(StrEnum):
@@ -29,6 +31,7 @@ class RecoveryStrategy(StrEnum):
 
     DIRECT = "direct"
     RESCALED = "rescaled"
+    COMPENSATED = "compensated"
     DISTILLED = "distilled"
     RETUNED = "re-tuned"
     RETRAINED = "retrained"
@@ -38,23 +41,13 @@ _ADAPTER = "{adapter}"
 
 
 @dataclass(frozen=True)
-class DistillationPolicy:
-    """Settings of the strategy `distilled`, which reads no training row.
-
-    The adapter on the base that it was trained on answers prompts (the teacher). The adapter on the
-    new base is trained on the teacher's probabilities, from its old weights.
+class PromptsPolicy:
+    """Prompts of the strategies that read no training row.
 
     Attributes:
         prompts_uri: file of prompts, such as recent traffic; "{adapter}" stands for the adapter's
             name. Empty: the adapter's own prompts (`synthetic_prompts` of its recipe).
-        prompts: number of prompts that the teacher answers. A tenth of them is held out.
-        steps: optimizer steps.
-        batch_size: prompts per step, over all processes. Micro-batches are not larger than the
-            recipe's.
-        learning_rate: largest learning rate of AdamW; it follows a cosine.
-        beta: None: the teacher's probabilities are those of the adapter on its old base. Otherwise
-            they are those of the new base, changed by `beta` times the adapter's change on the old
-            base, which keeps what the update improved.
+        prompts: number of prompts that the adapter answers on the base that it was trained on.
 
     Raises:
         InvalidSpecError: fields are invalid. The message lists all problems.
@@ -64,25 +57,27 @@ class DistillationPolicy:
 
     prompts_uri: str = ""
     prompts: int = 320
-    steps: int = 20
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    beta: float | None = None
 
     def __post_init__(self) -> None:
         problems = [
             f"{name} must be at least {least}, not {getattr(self, name)}"
-            for name, least in (("prompts", MIN_PROMPTS), ("steps", 1), ("batch_size", 1))
+            for name, least in {"prompts": MIN_PROMPTS, **self._least()}.items()
             if getattr(self, name) < least
         ]
-        if not 0 < self.learning_rate <= 1:
-            problems.append(f"learning_rate must lie in (0, 1], not {self.learning_rate}")
-        if self.beta is not None and not 0 < self.beta <= 10:
-            problems.append(f"beta must lie in (0, 10], not {self.beta}")
         if "{" in self.prompts_uri.replace(_ADAPTER, ""):
             problems.append(f"prompts_uri may contain {_ADAPTER} only, found {self.prompts_uri!r}")
+        problems += self._problems()
         if problems:
-            raise InvalidSpecError(f"the distillation policy is invalid: {'; '.join(problems)}")
+            name = type(self).__name__.removesuffix("Policy").lower()
+            raise InvalidSpecError(f"the {name} policy is invalid: {'; '.join(problems)}")
+
+    def _least(self) -> dict[str, int]:
+        """Return the smallest value of each further field that is a number of things."""
+        return {}
+
+    def _problems(self) -> list[str]:
+        """Return the problems of further fields."""
+        return []
 
     def prompts_of(self, adapter: str) -> str:
         """Return the URI of an adapter's prompts."""
@@ -90,15 +85,68 @@ class DistillationPolicy:
 
 
 @dataclass(frozen=True)
+class CompensationPolicy(PromptsPolicy):
+    """Settings of the strategy `compensated`, which trains nothing and reads no training row.
+
+    A matrix of low rank is added to the adapter in every linear module that the update changed. It
+    restores the module's outputs on the inputs that the adapter has while it answers the prompts.
+
+    Attributes:
+        rank: rank of these matrices. The adapter's rank grows by it.
+    """
+
+    rank: int = 16
+
+    def _least(self) -> dict[str, int]:
+        return {"rank": 1}
+
+
+@dataclass(frozen=True)
+class DistillationPolicy(PromptsPolicy):
+    """Settings of the strategy `distilled`, which reads no training row.
+
+    The adapter on the base that it was trained on answers prompts (the teacher). A tenth of them is
+    held out. The adapter on the new base is trained on the teacher's probabilities, from its old
+    weights.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: prompts per step, over all processes. Micro-batches are not larger than the
+            recipe's.
+        learning_rate: largest learning rate of AdamW; it follows a cosine.
+        beta: None: the teacher's probabilities are those of the adapter on its old base. Otherwise
+            they are those of the new base, changed by `beta` times the adapter's change on the old
+            base, which keeps what the update improved.
+    """
+
+    steps: int = 20
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    beta: float | None = None
+
+    def _least(self) -> dict[str, int]:
+        return {"steps": 1, "batch_size": 1}
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if not 0 < self.learning_rate <= 1:
+            problems.append(f"learning_rate must lie in (0, 1], not {self.learning_rate}")
+        if self.beta is not None and not 0 < self.beta <= 10:
+            problems.append(f"beta must lie in (0, 10], not {self.beta}")
+        return problems
+
+
+@dataclass(frozen=True)
 class RecoveryPolicy:
     """The strategies that are tried after direct transfer. By default there are none.
 
-    No strategy is trained on an item of a suite. `distilled` reads no training row either; the
-    other strategies do.
+    No strategy is trained on an item of a suite. `compensated` and `distilled` read no training row
+    either; the other strategies do.
 
     Attributes:
         scales: factors for the adapter's scale. The factor under which the training rows are most
             likely on the new base is tried. Positive, distinct, and without 1.
+        compensation: settings of the strategy `compensated`. None switches it off.
         distillation: settings of the strategy `distilled`. None switches it off.
         retune_steps: optimizer steps of further training on the new base, from the old weights. 0
             switches re-tuning off.
@@ -111,6 +159,7 @@ class RecoveryPolicy:
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     scales: tuple[float, ...] = ()
+    compensation: CompensationPolicy | None = field(default=None, metadata=ADDED_LATER)
     distillation: DistillationPolicy | None = field(default=None, metadata=ADDED_LATER)
     retune_steps: int = 0
     retrain: bool = False
@@ -135,6 +184,7 @@ class RecoveryPolicy:
         """The strategies of this policy, direct transfer first."""
         enabled = {
             RecoveryStrategy.RESCALED: bool(self.scales),
+            RecoveryStrategy.COMPENSATED: self.compensation is not None,
             RecoveryStrategy.DISTILLED: self.distillation is not None,
             RecoveryStrategy.RETUNED: self.retune_steps > 0,
             RecoveryStrategy.RETRAINED: self.retrain,

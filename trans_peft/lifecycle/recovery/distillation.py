@@ -4,27 +4,19 @@ The prompts and the teacher's answers wait in the scratch folder of the transfer
 with it.
 """
 
-from collections.abc import Mapping, Sequence
-
-from trans_peft.domain.evaluation import Evaluation, Suite
 from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import (
-    AccessError,
     AdapterError,
-    BaseUnreadableError,
-    ContentError,
-    DataError,
     EvaluationError,
-    IntegrityError,
     InvalidSpecError,
-    NotFoundError,
     TrainingCancelled,
     TrainingError,
     UnsupportedModelError,
 )
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
-from trans_peft.lifecycle.recovery.prompts import has_prompts, prompts_for
+from trans_peft.lifecycle.recovery.prompts import prompts_for
+from trans_peft.lifecycle.recovery.teacher import UNUSABLE, why_no_teacher
 
 __all__ = ["distilled"]
 
@@ -43,9 +35,7 @@ def distilled(inputs: CandidateInputs) -> Candidate | str:
     assert policy is not None
     if recipe is None:
         return "the adapter has no recipe, so its type and options are unknown"
-    if not has_prompts(source, policy):
-        return "neither the policy (prompts_uri) nor the recipe (synthetic_prompts) gives prompts"
-    if reason := _at_chance(source.suites, inputs.reference):
+    if reason := why_no_teacher(inputs, policy):
         return reason
     folder = inputs.folder()
     try:
@@ -68,14 +58,7 @@ def distilled(inputs: CandidateInputs) -> Candidate | str:
         ).run(prompts.examples, inputs.scratch)
     except TrainingCancelled:
         raise
-    except (
-        AccessError,
-        BaseUnreadableError,
-        ContentError,
-        DataError,
-        IntegrityError,
-        NotFoundError,
-    ) as error:
+    except UNUSABLE as error:
         return f"its prompts or its old base cannot be used: {error}"
     except (
         AdapterError,
@@ -93,18 +76,3 @@ def distilled(inputs: CandidateInputs) -> Candidate | str:
         f"{result.seconds:.0f} s of training; {found.change}"
     )
     return Candidate(RecoveryStrategy.DISTILLED, lambda: result.folder, result.weights_sha256, note)
-
-
-def _at_chance(suites: Sequence[Suite], reference: Mapping[str, Evaluation]) -> str:
-    """Return a reason if the teacher answers no suite better than by chance."""
-    scores = {
-        suite.name: (reference[suite.name].score, suite.chance_points)
-        for suite in suites
-        if suite.name in reference and suite.chance_points is not None
-    }
-    if len(scores) < len(suites) or any(score > chance for score, chance in scores.values()):
-        return ""
-    shown = ", ".join(
-        f"{name}: {score:.1f} of {chance:g}" for name, (score, chance) in scores.items()
-    )
-    return f"on its old base the adapter answers no better than by chance ({shown})"

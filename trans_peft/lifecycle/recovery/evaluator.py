@@ -38,13 +38,19 @@ __all__ = ["CandidateEvaluator", "RecoveryResult", "policy_per_strategy", "probe
 def policy_per_strategy(policy: GatePolicy, source: AdapterVersion) -> GatePolicy:
     """Return the policy at the level of one recovery strategy of an adapter.
 
-    The strategies that can be tried share alpha. `distilled` has no share if nothing names prompts
-    for the adapter; this is known before anything is evaluated, so the level holds.
+    The strategies that can be tried share alpha. `compensated` and `distilled` have no share if
+    nothing names prompts for the adapter, and `compensated` has none for other types than LoRA.
+    This is known before anything is evaluated, so the level holds.
     """
     recovery = policy.recovery
-    if recovery.distillation is not None and not has_prompts(source, recovery.distillation):
-        policy = replace(policy, recovery=replace(recovery, distillation=None))
-    return policy.per_strategy
+    compensation, distillation = recovery.compensation, recovery.distillation
+    if compensation is not None and not (
+        source.method == "LORA" and has_prompts(source, compensation)
+    ):
+        recovery = replace(recovery, compensation=None)
+    if distillation is not None and not (source.recipe and has_prompts(source, distillation)):
+        recovery = replace(recovery, distillation=None)
+    return replace(policy, recovery=recovery).per_strategy
 
 
 @dataclass(frozen=True)

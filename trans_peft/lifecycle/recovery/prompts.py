@@ -1,7 +1,7 @@
-"""Prompts for the recovery strategy `distilled`, from a file or kept with the adapter.
+"""Prompts for the recovery strategies without training rows, from a file or kept with the adapter.
 
-No training row is read. Prompts that a suite asks, exactly or nearly, are left out, so that the
-gate measures on prompts that the distillation has not seen.
+Prompts that a suite asks, exactly or nearly, are left out, so that the gate measures on prompts
+that the recovery has not seen.
 """
 
 import random
@@ -12,7 +12,7 @@ from trans_peft.data import Example, read_prompts
 from trans_peft.data.overlap import distinct_from
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.data import DataSource
-from trans_peft.domain.recovery import MIN_PROMPTS, DistillationPolicy
+from trans_peft.domain.recovery import MIN_PROMPTS, PromptsPolicy
 from trans_peft.errors import DataError
 from trans_peft.lifecycle.synthetic_prompts import kept_prompts, suite_prompts
 from trans_peft.ports import Platform
@@ -28,14 +28,14 @@ class Prompts:
     note: str
 
 
-def has_prompts(source: AdapterVersion, policy: DistillationPolicy) -> bool:
-    """Whether the policy or the adapter's recipe gives prompts for `distilled`."""
+def has_prompts(source: AdapterVersion, policy: PromptsPolicy) -> bool:
+    """Whether the policy or the adapter's recipe gives prompts of the adapter."""
     recipe = source.recipe
-    return recipe is not None and bool(policy.prompts_uri or recipe.synthetic_prompts)
+    return bool(policy.prompts_uri or (recipe and recipe.synthetic_prompts))
 
 
 def prompts_for(
-    source: AdapterVersion, folder: Path, policy: DistillationPolicy, platform: Platform
+    source: AdapterVersion, folder: Path, policy: PromptsPolicy, platform: Platform
 ) -> Prompts:
     """Return at most `policy.prompts` prompts for an adapter, whose PEFT folder is `folder`.
 

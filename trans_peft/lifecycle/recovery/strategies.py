@@ -24,6 +24,7 @@ from trans_peft.errors import (
 )
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
+from trans_peft.lifecycle.recovery.compensation import compensated
 from trans_peft.lifecycle.recovery.distillation import distilled
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.text.saved_template import saved_template
@@ -40,6 +41,8 @@ def make_candidate(strategy: RecoveryStrategy, inputs: CandidateInputs) -> Candi
     """
     if strategy is RecoveryStrategy.DIRECT:
         return Candidate(strategy, inputs.folder, inputs.source.weights_sha256)
+    if strategy is RecoveryStrategy.COMPENSATED:
+        return compensated(inputs)
     if strategy is RecoveryStrategy.DISTILLED:
         return distilled(inputs)
     recipe = inputs.source.recipe

@@ -1,0 +1,156 @@
+"""Compensation of an update against dense matrices."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import IA3Config, PeftModel
+from safetensors.torch import load_file
+
+from tests.tiny import tiny_model
+from trans_peft.bases.drift import weight_pairs
+from trans_peft.errors import AdapterError
+from trans_peft.transfer.compensation import compensate, module_inputs, not_compensable
+from trans_peft.transfer.load_adapter import attach
+
+SEQUENCES = [list(range(start, start + 12)) for start in range(0, 240, 5)]
+FFN = ("gate_proj", "up_proj", "down_proj")
+FULL = 64
+"""No module of the tiny model has a smaller side than this rank."""
+
+
+@pytest.fixture
+def bases(tmp_path):
+    """Return a function that writes two bases, the second with other weights in some modules."""
+
+    def write(changed=FFN):
+        old, new = tiny_model(), tiny_model()
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for name, weight in new.named_parameters():
+                if name.split(".")[-2] in changed:
+                    weight += 0.3 * weight.std() * torch.randn_like(weight)
+        old.save_pretrained(tmp_path / "old")
+        new.save_pretrained(tmp_path / "new")
+        return tmp_path / "old", tmp_path / "new"
+
+    return write
+
+
+def compensation_of(adapter, old, new, rank, target):
+    inputs = module_inputs(tiny_model(), adapter, SEQUENCES)
+    return compensate(adapter, weight_pairs(old, new), inputs, rank, target)
+
+
+def logits(base, folder):
+    ids = torch.tensor(SEQUENCES)
+    with torch.no_grad():
+        return attach(type(tiny_model()).from_pretrained(base), folder)(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("changed", [FFN, ("q_proj", "o_proj"), ("v_proj", "down_proj")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 5}, "lora_alpha": 6},
+        {"use_dora": True, "lora_alpha": 6},
+        {"target_modules": r".*layers\.1\.mlp\.(up|down)_proj"},
+    ],
+    ids=["lora", "rslora", "patterns", "dora", "ffn of a layer"],
+)
+def test_at_full_rank_the_adapter_answers_as_on_the_old_base(
+    options, changed, write_adapter, bases, tmp_path
+):
+    old, new = bases(changed)
+    adapter = write_adapter(**options)
+    found = compensation_of(adapter, old, new, FULL, tmp_path / "out")
+    assert found.explained == pytest.approx(1, abs=1e-6)
+    assert found.other_share == 0
+    before = logits(old, adapter)
+    torch.testing.assert_close(logits(new, found.folder), before, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(new, adapter), before, rtol=1e-2, atol=1e-2)
+
+
+def test_the_compensation_is_the_best_of_its_rank(write_adapter, bases, tmp_path):
+    old, new = bases()
+    adapter = write_adapter()
+    inputs = module_inputs(tiny_model(), adapter, SEQUENCES)
+    found = compensate(adapter, weight_pairs(old, new), inputs, 2, tmp_path / "out")
+    tensors, before, after = (
+        load_file(next(folder.glob("*.safetensors"))) for folder in (found.folder, old, new)
+    )
+    for name, x in inputs.items():
+        change = (before[x.weight] - after[x.weight]).numpy()
+        if not change.any():
+            continue
+        outputs = change @ x.values.numpy().T
+        rank = 6  # of the adapter, which does not change this module, and of the compensation
+        best = np.linalg.norm(np.linalg.svd(outputs, compute_uv=False)[rank:])
+        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"].numpy() for side in "AB")
+        error = np.linalg.norm(outputs - b @ a @ x.values.numpy().T)
+        assert best * (1 - 1e-5) <= error <= best * 1.01
+
+
+def test_the_inputs_are_those_of_the_adapter_on_the_old_base(write_adapter):
+    adapter = write_adapter()
+    found = module_inputs(tiny_model(), adapter, SEQUENCES)
+    model = PeftModel.from_pretrained(tiny_model(), adapter)
+    seen = {}
+    layer = model.base_model.model.model.layers[1]
+    layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.update(down=inputs[0]))
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda _, inputs: seen.update(q=inputs[0]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor(SEQUENCES))
+    for name, key in (
+        ("model.layers.1.mlp.down_proj", "down"),
+        ("model.layers.1.self_attn.q_proj", "q"),
+    ):
+        torch.testing.assert_close(
+            found[name].values, seen[key].flatten(0, 1), rtol=1e-4, atol=1e-5
+        )
+    assert found["lm_head"].weight == "model.embed_tokens.weight"  # tied
+    rows = len(found["model.layers.1.mlp.down_proj"].values)
+    assert found["lm_head"].values.shape == (rows, 32)
+
+
+def test_the_written_adapter_has_one_rank_and_scale(write_adapter, bases, tmp_path):
+    old, new = bases()
+    found = compensation_of(write_adapter(lora_alpha=16), old, new, 3, tmp_path / "out")
+    config = json.loads((found.folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (7, 7)
+    assert len(config["target_modules"]) == 2 * (2 + 3)  # layers x (q, v, and the FFN)
+    assert found.modules == 6
+    assert 0.3 < found.explained < 1
+
+
+def test_a_tied_output_layer_is_compensated(write_adapter, bases, tmp_path):
+    old, new = bases(("embed_tokens",))
+    found = compensation_of(write_adapter(), old, new, FULL, tmp_path / "out")
+    hidden = torch.randn(3, 32)
+    before = tiny_model().lm_head(hidden)
+    after = attach(type(tiny_model()).from_pretrained(new), found.folder).get_output_embeddings()
+    torch.testing.assert_close(after(hidden), before, rtol=1e-4, atol=1e-4)
+    assert found.modules == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"],
+                   task_type="CAUSAL_LM"), "type IA3 has no low-rank product"),
+    ],
+)  # fmt: skip
+def test_other_types_are_refused(config, reason, write_adapter, bases, tmp_path):
+    folder = write_adapter(config=config)
+    assert reason in not_compensable(folder)
+    with pytest.raises(AdapterError, match=reason):
+        compensate(folder, weight_pairs(*bases()), {}, 4, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_update_of_no_linear_module_is_refused(write_adapter, bases, tmp_path):
+    with pytest.raises(AdapterError, match="changes no linear module"):
+        compensation_of(write_adapter(), *bases(("input_layernorm",)), 4, tmp_path / "out")

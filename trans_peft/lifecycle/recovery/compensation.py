@@ -1,0 +1,76 @@
+"""The strategy `compensated`: restore the outputs of the old base on the adapter's own inputs.
+
+No weight is trained. The prompts and the teacher's answers are in memory only.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trans_peft.data import Example, prompt_ids
+from trans_peft.domain.recovery import RecoveryStrategy
+from trans_peft.errors import AdapterError, EvaluationError, UnsupportedModelError
+from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs
+from trans_peft.lifecycle.recovery.prompts import prompts_for
+from trans_peft.lifecycle.recovery.teacher import UNUSABLE, why_no_teacher
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.text.saved_template import saved_template
+
+if TYPE_CHECKING:
+    from trans_peft.transfer.compensation import ModuleInputs
+
+__all__ = ["compensated"]
+
+
+def compensated(inputs: CandidateInputs) -> Candidate | str:
+    """Return the compensated candidate, or the reason why there is none."""
+    from trans_peft.bases.drift import weight_pairs
+    from trans_peft.transfer.compensation import compensate, not_compensable
+
+    source, policy = inputs.source, inputs.recovery.compensation
+    assert policy is not None
+    if reason := why_no_teacher(inputs, policy):
+        return reason
+    folder, target = inputs.folder(), inputs.scratch / "compensated"
+    if reason := not_compensable(folder):
+        return reason
+    try:
+        prompts = prompts_for(source, folder, policy, inputs.platform)
+        old_base = base_folder(inputs.trained_on, inputs.platform)
+        new_base = base_folder(inputs.base, inputs.platform)
+        read = _inputs(inputs, folder, old_base, prompts.examples)
+        found = compensate(folder, weight_pairs(old_base, new_base), read, policy.rank, target)
+    except UNUSABLE as error:
+        return f"its prompts or its old base cannot be used: {error}"
+    except (AdapterError, EvaluationError, UnsupportedModelError) as error:
+        return f"compensation failed: {error}".replace(str(folder), str(source))
+    note = f"{prompts.note}; rank {policy.rank}; {found}"
+    return Candidate(
+        RecoveryStrategy.COMPENSATED, lambda: target, adapter_weights_sha256(target), note
+    )
+
+
+def _inputs(
+    inputs: CandidateInputs, folder: Path, old_base: Path, prompts: Sequence[Example]
+) -> "Mapping[str, ModuleInputs]":
+    """Return the inputs of the modules while the adapter on its old base answers prompts."""
+    from trans_peft.models import load_base
+    from trans_peft.transfer.compensation import module_inputs
+    from trans_peft.transfer.load_adapter import attached
+    from trans_peft.validation.decoding.generation import generate
+
+    suite = max(inputs.source.suites, key=lambda suite: suite.max_new_tokens)
+    old = load_base(old_base, suite.dtype)
+    ids = prompt_ids(prompts, old.tokenizer, saved_template(folder))
+    with attached(old.model, folder) as model:
+        answers = generate(
+            model,
+            old.tokenizer,
+            ids,
+            max_new_tokens=suite.max_new_tokens,
+            stop=suite.stop,
+            on_progress=inputs.reporter("answers before compensation", "prompts"),
+        )
+    rows = [[*prompt, *answer] for prompt, answer in zip(ids, answers.ids, strict=True)]
+    return module_inputs(old.model, folder, rows)
