@@ -1,14 +1,15 @@
-"""Distill adapters of the study after an update: `python -m study.distillation`.
+"""Recover adapters of the study after an update, without labels: `python -m study.distillation`.
 
 For each task, update and seed it trains a plain adapter and one under Trans-PEFT on v1, and a plain
-adapter on the new base; carries the first two over directly; and distills them with prompts from
-each source. study/distilled.jsonl has one line for each score, with the seconds that it cost after
-the update. The seconds for writing prompts, before the update, are in the log.
+adapter on the new base; carries the first two over directly; and compensates and distills them with
+prompts from each source. study/distilled.jsonl has one line for each score, with the seconds that
+it cost after the update. The seconds for writing prompts, before the update, are in the log.
 """
 
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from study.cells import Prepared, end_with_parent, log, log_steps, prepare, scor
 from study.distillation_report import PAGE, PICTURE, draw, figures, page_with, recoveries
 from study.plan import STEPS, V1, PlannedTraining, arms
 from study.score_file import Score, ScoreFile
+from trans_peft.bases.drift import weight_pairs
 from trans_peft.data import Example, parse_examples, read_prompts, write_examples
 from trans_peft.data.overlap import distinct_from
 from trans_peft.domain.data import DataSource
@@ -26,10 +28,13 @@ from trans_peft.domain.recipe import SyntheticPrompts
 from trans_peft.domain.recovery import DistillationPolicy
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import DataError
+from trans_peft.lifecycle.recovery.compensation import answering_inputs
 from trans_peft.lifecycle.synthetic_prompts import kept_prompts, write_synthetic_prompts
+from trans_peft.models import adapter_weights_sha256
 from trans_peft.training.distill import Distillation
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit as train
+from trans_peft.transfer.compensation import compensate
 
 SCORES = Path(__file__).with_name("distilled.jsonl")
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results.json"
@@ -51,20 +56,32 @@ class Source:
     steps: int = 0
 
 
-SOURCES = (
-    Source("unlabeled"),
+UNLABELED, OTHER_TASK = Source("unlabeled"), Source("other task")
+WRITTEN = (
     *(Source(f"written after {n}", approved=n) for n in APPROVED),
     Source("prompt model", steps=PROMPT_MODEL_STEPS),
 )
+RANKS = (16, 64)
+"""Ranks of the compensation. The first is the policy's default."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arms that are recovered with the same strategies and prompts. A rank of 0 distills."""
+
+    arm: str
+    ranks: Sequence[int]
+    sources: Sequence[Source]
 
 
 PARTS = (
-    ("plain", SOURCES[:1]),
-    ("spared", SOURCES[:1]),
-    ("plain", SOURCES[1:]),
-    ("spared", SOURCES[1:]),
+    Part("plain", (0, RANKS[0]), (UNLABELED,)),
+    Part("spared", (0, RANKS[0]), (UNLABELED,)),
+    Part("plain", RANKS[1:], (UNLABELED,)),
+    Part("plain", RANKS[:1], (*WRITTEN, OTHER_TASK)),
+    Part("plain", (0,), WRITTEN),
 )
-"""Arms and their sources of prompts, in the order in which they run."""
+"""In the order in which they run."""
 
 
 def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Example]:
@@ -75,7 +92,9 @@ def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Ex
     task = job.recipe.adapter
     rows, store = prepared.rows(task), FileStore()
     items = [row.prompt_text() for row in _rows(prepared, task, "eval.jsonl")]
-    if source == SOURCES[0]:
+    if source == OTHER_TASK:
+        rows = prepared.rows(next(name for name in prepared.suites if name != task))
+    if source in (UNLABELED, OTHER_TASK):
         traffic = read_prompts(DataSource(str(rows / "prompts.jsonl")), store).prompts
         return distinct_from(traffic, items, text=Example.prompt_text, limit=POLICY.prompts)
     folder = job.work_dir / f"prompts-{content_sha256([source, POLICY.prompts])[:8]}"
@@ -98,11 +117,7 @@ def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Ex
 
 
 def scores(
-    prepared: Prepared,
-    planned: PlannedTraining,
-    update: str,
-    sources: Sequence[Source],
-    known: ScoreFile,
+    prepared: Prepared, planned: PlannedTraining, update: str, part: Part, known: ScoreFile
 ) -> Iterator[Score]:
     """Yield the scores of one arm of a cell that the score file lacks."""
     job, trained = _trained(prepared, planned)
@@ -110,15 +125,48 @@ def scores(
     if planned.arm == "plain":
         anew = replace(planned, base=update)
         yield from _missing(prepared, anew, (update,), _trained(prepared, anew)[1], known)
-    for source in sources:
-        distilled = replace(planned, arm=f"{planned.arm}, distilled, {source.name}")
-        if (*_cell(distilled), update) not in {score.cell for score in known}:
-            try:
-                result = _distilled(prepared, distilled, job, trained, update, source)
-            except DataError as error:  # too few prompts
-                log(f"{distilled}: {error}")
+    for source in part.sources:
+        for rank in part.ranks:
+            strategy = f"compensated {rank}" if rank else "distilled"
+            arm = replace(planned, arm=f"{planned.arm}, {strategy}, {source.name}")
+            if (*_cell(arm), update) in {score.cell for score in known}:
                 continue
-            yield from _missing(prepared, distilled, (update,), result, known)
+            try:
+                made = prompts(prepared, job, source)
+                result = (
+                    _compensated(prepared, arm, job, trained, update, rank, made)
+                    if rank
+                    else _distilled(prepared, arm, job, trained, update, made)
+                )
+            except DataError as error:  # too few prompts
+                log(f"{arm}: {error}")
+                continue
+            yield from _missing(prepared, arm, (update,), result, known)
+
+
+def _compensated(  # noqa: PLR0913  one cell
+    prepared: Prepared,
+    planned: PlannedTraining,
+    job: TrainingJob,
+    trained: TrainingResult,
+    update: str,
+    rank: int,
+    made: Sequence[Example],
+) -> TrainingResult:
+    """Return the compensated adapter; its seconds are those of the answers and of the products."""
+    folder = prepared.folder / "compensated" / content_sha256([planned, update])[:16]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    started_s = time.monotonic()
+    inputs = answering_inputs(
+        trained.folder, prepared.base(V1), prepared.suites[planned.task], made
+    )
+    weights = weight_pairs(prepared.base(V1), prepared.base(update))
+    found = compensate(trained.folder, weights, inputs, rank, folder)
+    seconds = time.monotonic() - started_s
+    log(f"{planned}: {len(made)} prompts, {found}")
+    weights_sha256 = adapter_weights_sha256(folder)
+    return replace(trained, folder=folder, weights_sha256=weights_sha256, seconds=seconds)
 
 
 def _distilled(
@@ -127,11 +175,10 @@ def _distilled(
     job: TrainingJob,
     trained: TrainingResult,
     update: str,
-    source: Source,
+    made: Sequence[Example],
 ) -> TrainingResult:
     """Return the result of a distillation; its seconds include the teacher's."""
     folder = prepared.folder / "distilled" / content_sha256([planned, update])[:16]
-    made = prompts(prepared, job, source)
     found = Distillation(
         adapter=trained.folder,
         old_base=prepared.base(V1),
@@ -183,25 +230,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m study.distillation", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".study"), help="folder for all files")
     parser.add_argument("--cells", type=int, default=len(CELLS) * len(SEEDS), help="cells to run")
+    parser.add_argument("--parts", type=int, default=len(PARTS), help="parts of each cell to run")
     parser.add_argument("--report", action="store_true", help="write the report only")
     options = parser.parse_args()
     known = ScoreFile(SCORES)
     if not options.report:
-        run_missing(known, options.folder.resolve(), options.cells)
+        run_missing(known, options.folder.resolve(), options.cells, PARTS[: options.parts])
     write_report(known)
 
 
-def run_missing(known: ScoreFile, folder: Path, cells: int) -> None:
+def run_missing(known: ScoreFile, folder: Path, cells: int, parts: Sequence[Part]) -> None:
     """Run what the score file lacks, the first cells only."""
     os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
     end_with_parent()
     planned = [(task, update, seed) for seed in SEEDS for task, update in CELLS][:cells]
     prepared = prepare(folder, sorted({update for _, update, _ in planned}))
     named = arms(spared_layers(prepared))
-    for arm, sources in PARTS:
+    for part in parts:
         for task, update, seed in planned:
-            training = PlannedTraining(task, arm, named[arm], STEPS[0], seed)
-            for score in scores(prepared, training, update, sources, known):
+            training = PlannedTraining(task, part.arm, named[part.arm], STEPS[0], seed)
+            for score in scores(prepared, training, update, part, known):
                 known.append(score)
                 log(
                     f"{score.task}, {score.arm}, seed {seed}, on {score.scored_on}: "

@@ -3,11 +3,12 @@
 No weight is trained. The prompts and the teacher's answers are in memory only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trans_peft.data import Example, prompt_ids
+from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import AdapterError, EvaluationError, UnsupportedModelError
 from trans_peft.lifecycle.base_files import base_folder
@@ -20,7 +21,7 @@ from trans_peft.text.saved_template import saved_template
 if TYPE_CHECKING:
     from trans_peft.transfer.compensation import ModuleInputs
 
-__all__ = ["compensated"]
+__all__ = ["answering_inputs", "compensated"]
 
 
 def compensated(inputs: CandidateInputs) -> Candidate | str:
@@ -39,7 +40,9 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
         prompts = prompts_for(source, folder, policy, inputs.platform)
         old_base = base_folder(inputs.trained_on, inputs.platform)
         new_base = base_folder(inputs.base, inputs.platform)
-        read = _inputs(inputs, folder, old_base, prompts.examples)
+        suite = max(source.suites, key=lambda suite: suite.max_new_tokens)
+        progress = inputs.reporter("answers before compensation", "prompts")
+        read = answering_inputs(folder, old_base, suite, prompts.examples, progress)
         found = compensate(folder, weight_pairs(old_base, new_base), read, policy.rank, target)
     except UNUSABLE as error:
         return f"its prompts or its old base cannot be used: {error}"
@@ -51,16 +54,23 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
     )
 
 
-def _inputs(
-    inputs: CandidateInputs, folder: Path, old_base: Path, prompts: Sequence[Example]
+def answering_inputs(
+    folder: Path,
+    old_base: Path,
+    suite: Suite,
+    prompts: Sequence[Example],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> "Mapping[str, ModuleInputs]":
-    """Return the inputs of the modules while the adapter on its old base answers prompts."""
+    """Return the inputs of the modules while an adapter on its old base answers prompts.
+
+    `folder` is the PEFT folder. The suite gives the dtype and the decoding settings; no item of it
+    is read.
+    """
     from trans_peft.models import load_base
     from trans_peft.transfer.compensation import module_inputs
     from trans_peft.transfer.load_adapter import attached
     from trans_peft.validation.decoding.generation import generate
 
-    suite = max(inputs.source.suites, key=lambda suite: suite.max_new_tokens)
     old = load_base(old_base, suite.dtype)
     ids = prompt_ids(prompts, old.tokenizer, saved_template(folder))
     with attached(old.model, folder) as model:
@@ -70,7 +80,7 @@ def _inputs(
             ids,
             max_new_tokens=suite.max_new_tokens,
             stop=suite.stop,
-            on_progress=inputs.reporter("answers before compensation", "prompts"),
+            on_progress=on_progress,
         )
     rows = [[*prompt, *answer] for prompt, answer in zip(ids, answers.ids, strict=True)]
     return module_inputs(old.model, folder, rows)
