@@ -167,7 +167,7 @@ def of_the_authors(base, folder, settings, rows, **arguments):
     )
 
 
-def labelled(row, *, with_prompt):
+def labeled(row, *, with_prompt):
     ids, mask = row["input_ids"], row["completion_mask"]
     labels = [
         token if with_prompt or answer else -100 for token, answer in zip(ids, mask, strict=True)
@@ -187,7 +187,7 @@ def test_the_papers_schedules_and_losses_are_those_of_its_trainer(
 ):
     schedule, with_prompt = PAPER[case]
     settings = replace(recipe(**SHORT | schedule), train_on_prompt=with_prompt)
-    rows = [labelled(row, with_prompt=with_prompt) for row in ROWS]
+    rows = [labeled(row, with_prompt=with_prompt) for row in ROWS]
     kind = "linear" if with_prompt else "cosine"
     reference = of_the_authors(
         tiny_base, tmp_path / "theirs", settings, rows, lr_scheduler_type=kind, warmup_steps=2

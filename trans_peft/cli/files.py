@@ -230,10 +230,19 @@ def _text(problem: Any, kind: type) -> str:
 
 
 def _resolve_suite(path: Path, suite: Suite) -> Suite:
-    return replace(suite, data=_resolve_source(path, suite.data))
+    judge = suite.judge and replace(
+        suite.judge,
+        uri=_resolve_uri(path, suite.judge.uri),
+        labeled=_resolve_source(path, suite.judge.labeled),
+    )
+    return replace(suite, data=_resolve_source(path, suite.data), judge=judge)
 
 
 def _resolve_source(path: Path, source: DataSource) -> DataSource:
-    if "://" in source.uri or source.uri.startswith("hub:"):
-        return source
-    return replace(source, uri=str((path.parent / source.uri).resolve()))
+    return replace(source, uri=_resolve_uri(path, source.uri))
+
+
+def _resolve_uri(path: Path, uri: str) -> str:
+    if "://" in uri or uri.startswith("hub:"):
+        return uri
+    return str((path.parent / uri).resolve())
