@@ -178,6 +178,23 @@ def test_a_suite_of_the_paper_is_named_in_a_recipe_and_in_a_file(tmp_path):
     assert read_suites(files) == expected
 
 
+def test_paths_of_a_judge_model_are_relative_to_the_file(tmp_path):
+    judge = {
+        "uri": "judge", "prompt": "{prompt}{answer}", "choices": ["y", "n"], "marks": [1, 0],
+        "labeled": {"uri": "labeled.jsonl"},
+    }  # fmt: skip
+    (tmp_path / "suite.json").write_text(json.dumps(SUITE | {"scoring": "judge", "judge": judge}))
+    (found,) = read_suites([tmp_path / "suite.json"])
+    assert (found.judge.uri, found.judge.labeled.uri) == (
+        str(tmp_path / "judge"),
+        str(tmp_path / "labeled.jsonl"),
+    )
+    wrong = {"judge": judge | {"mark": 1, "uri": ""}}
+    (tmp_path / "suite.json").write_text(json.dumps(SUITE | {"scoring": "judge"} | wrong))
+    with pytest.raises(InvalidSpecError, match=r"(?s)judge.mark: there is no such.*uri must name"):
+        read_suites([tmp_path / "suite.json"])
+
+
 def test_the_papers_recipe_on_the_page_is_valid(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     (text,) = re.findall(r"```yaml\n(adapter: math\n.*?)```", page, re.DOTALL)
