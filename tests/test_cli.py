@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer, write_tiny_base
 from trans_peft.cli import main
+from trans_peft.cli.files import read_recipe, read_suites
+from trans_peft.domain.data import DataSource
+from trans_peft.errors import InvalidSpecError, NotFoundError
 from trans_peft.perturbation import layer_criticality
+from trans_peft.validation.suites import named
 
 COMMANDS = (
     "train", "evaluate", "adopt", "check", "transfer", "resolve", "agreement",
@@ -144,6 +149,78 @@ def test_invalid_input_is_reported_without_a_traceback(case, cli):
     assert out == ""
     assert "Traceback" not in err
     assert not (cli.folder / "x").exists()
+
+
+def test_one_option_takes_several_suites(cli, tmp_path):
+    (tmp_path / "again.json").write_text(json.dumps(SUITE | {"name": "again"}))
+    (tmp_path / "rows.jsonl").write_text((cli.folder / "rows.jsonl").read_text())
+    suites = ("--suite", "suite.json", tmp_path / "again.json")
+    code, found = cli.json("evaluate", "--bare", *suites, "--base", "v1", "--state", tmp_path / "s")
+    assert code == 0
+    assert [each["suite"] for each in found] == ["sums", "again"]
+    code, _, err = cli.run("evaluate", "mine", "--suite", "--base", "v1")
+    assert code == 2
+    assert "--suite" in err
+
+
+def test_a_suite_of_the_paper_is_named_in_a_recipe_and_in_a_file(tmp_path):
+    listed = ["boolq", {"named": "gsm8k", "folder": "data", "limit": 200, "dtype": "bfloat16"}]
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(RECIPE | {"suites": [*listed, SUITE]}))
+    expected = (
+        named("boolq"),
+        replace(named("gsm8k", str(tmp_path / "data")), limit=200, dtype="bfloat16"),
+    )
+    assert read_recipe(recipe).suites[:2] == expected
+    files = [tmp_path / "a.yaml", tmp_path / "b.json"]
+    for file, suite in zip(files, listed, strict=True):
+        file.write_text(json.dumps(suite))
+    assert read_suites(files) == expected
+
+
+def test_paths_of_a_judge_model_are_relative_to_the_file(tmp_path):
+    judge = {
+        "uri": "judge", "prompt": "{prompt}{answer}", "choices": ["y", "n"], "marks": [1, 0],
+        "labeled": {"uri": "labeled.jsonl"},
+    }  # fmt: skip
+    (tmp_path / "suite.json").write_text(json.dumps(SUITE | {"scoring": "judge", "judge": judge}))
+    (found,) = read_suites([tmp_path / "suite.json"])
+    assert (found.judge.uri, found.judge.labeled.uri) == (
+        str(tmp_path / "judge"),
+        str(tmp_path / "labeled.jsonl"),
+    )
+    wrong = {"judge": judge | {"mark": 1, "uri": ""}}
+    (tmp_path / "suite.json").write_text(json.dumps(SUITE | {"scoring": "judge"} | wrong))
+    with pytest.raises(InvalidSpecError, match=r"(?s)judge.mark: there is no such.*uri must name"):
+        read_suites([tmp_path / "suite.json"])
+
+
+def test_the_papers_recipe_on_the_page_is_valid(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (text,) = re.findall(r"```yaml\n(adapter: math\n.*?)```", page, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert recipe.data == DataSource(
+        "hub:meta-math/MetaMathQA::train[:100000]", template="metamathqa"
+    )
+    assert recipe.suites == (named("gsm8k"), named("math", str(tmp_path / "data")))
+
+
+@pytest.mark.parametrize(
+    ("suite", "kind", "message"),
+    [
+        ("squad", NotFoundError, "boolq, piqa"),
+        ({"named": ["boolq"]}, InvalidSpecError, "named: NAME"),
+        ({"named": "boolq", "folder": 5}, InvalidSpecError, "folder: 5"),
+        ({"named": "boolq", "limits": 5}, InvalidSpecError, "suites.0.limits: there is no such"),
+        ({"named": "boolq", "limit": 0}, InvalidSpecError, "limit must be at least 1"),
+    ],
+    ids=str,
+)
+def test_a_wrong_name_of_a_suite_is_reported(suite, kind, message, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE | {"suites": [suite]}))
+    with pytest.raises(kind, match=message):
+        read_recipe(tmp_path / "recipe.json")
 
 
 def test_all_problems_of_a_recipe_are_reported_at_once(cli, tmp_path):

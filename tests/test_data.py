@@ -224,6 +224,43 @@ def test_a_hub_data_set_is_read_by_name_configuration_and_split(monkeypatch):
     assert asked[:2] == [("someone/sums", "easy", "test"), ("someone/sums", None, "train")]
 
 
+@pytest.mark.parametrize(
+    ("uri", "config", "split"),
+    [
+        ("hub:meta-math/MetaMathQA::train[:100000]", None, "train[:100000]"),
+        ("hub:someone/sums:easy:train[10%:20%]+test[-5:]", "easy", "train[10%:20%]+test[-5:]"),
+    ],
+)
+def test_a_slice_of_a_split_is_read(monkeypatch, uri, config, split):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((config, split))
+        return datasets.Dataset.from_list([PLAIN])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    read_examples(DataSource(uri), STORE)
+    assert asked == [(config, split)]
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("hub:o/n::train[5]", r"the split 'train\[5\]', which .* train\[:100000\]"),
+        ("hub:o/n::train[:5", "the split"),
+        ("hub:o/n::train[:300%]", "Percent slice"),
+        ("hub:o/n:main:test:more", "the split 'test:more'"),
+        ("hub:o/n:train[:5]", "after a second colon"),
+    ],
+)
+def test_a_wrong_slice_is_refused_before_the_hub_is_asked(monkeypatch, uri, message):
+    monkeypatch.setattr("datasets.load_dataset", None)
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        read_examples(DataSource(uri), STORE)
+
+
 @pytest.mark.parametrize("uri", ["rows.csv", "rows", "hub:", "hub:a:b:c:d"])
 def test_an_unsupported_uri_is_refused(uri):
     with pytest.raises(DataError, match="expected"):

@@ -228,6 +228,7 @@ def test_the_rate_of_lora_plus_needs_lora():
 
 NOT_WITH_DPO = {
     "packing": {"packing": True},
+    "train_on_prompt": {"train_on_prompt": True},
     "a template": {"data": DataSource("t.jsonl", template="gsm8k")},
     "validation": {"validation": ValidationSettings(share=0.1)},
     "granularity element": {"perturbation": Perturbation(masking_p=0.1, granularity="element")},
@@ -388,6 +389,7 @@ def test_a_recipe_is_equal_after_it_was_json(data):
         {"data": (TrainingSource("t.jsonl"),)},
         {"data": (TrainingSource("t.jsonl", limit=3),)},
         {"data_seed": 42},
+        {"train_on_prompt": True},
         {"validation": ValidationSettings(share=0.1)},
         {"validation": ValidationSettings(share=0.1, keep="last")},
     ],

@@ -109,6 +109,54 @@ def test_commonsense_prompts_are_those_of_llm_adapters(name, tmp_path):
     assert read(tmp_path, name, theirs, name="test.json") == (example,)
 
 
+def trained_by_the_authors(row):
+    """`SupervisedDataset` of gccnlp/Trans-PEFT's training_utils.py, restated."""
+    instruction, *more = row["query"].split("\n")
+    given = "\n".join(more)
+    paired = ", paired with an input that provides further context" if given else ""
+    middle = f"### Input:\n{given}\n\n" if given else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n{middle}### Response:{row['response']}"
+    )
+
+
+@pytest.mark.parametrize("name", ["metamathqa", "codefeedback"])
+@pytest.mark.parametrize("query", ["Two and {two}?", "Add:\n2\n\n3", "One line.\n"])
+def test_rows_with_a_query_become_the_prompts_that_the_paper_trains_with(name, query, tmp_path):
+    row = {"query": query, "response": "It is 4.\nThe answer is: 4", "type": "GSM_Rephrased"}
+    (example,) = read(tmp_path, name, row)
+    assert example.prompt + example.completion == trained_by_the_authors(row)
+    assert example.completion == f":{row['response']}"
+
+
+def test_the_authors_data_set_of_code_has_the_column_answer_instead_of_response(tmp_path):
+    row = {"query": "Add.", "answer": "2 + 2", "resource": "evol", "lang": "python"}
+    (example,) = read(tmp_path, "codefeedback", row)
+    same = {"query": "Add.", "response": "2 + 2"}
+    assert (example,) == read(tmp_path, "codefeedback", same)
+    with pytest.raises(DataError, match="the field 'response' is missing"):
+        read(tmp_path, "metamathqa", row)
+
+
+@pytest.mark.parametrize("name", COMMONSENSE)
+def test_commonsense170k_has_the_prompts_that_the_paper_trains_with(name, tmp_path):
+    _, instruction, label = COMMONSENSE[name]
+    output = f"the correct answer is {label}"
+    row = {"instruction": instruction, "input": "", "output": output, "answer": label}
+    (example,) = read(tmp_path, "commonsense170k", row)
+    indent = " " * 16
+    assert example.prompt + example.completion == (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.  \n\n"
+        f"{indent}### Instruction:\n{indent}{instruction}\n{indent}\n"
+        f"{indent}### Response:\n{indent}{output}"
+    )
+    with pytest.raises(DataError, match="output names"):
+        read(tmp_path, "commonsense170k", row | {"answer": "true" if label != "true" else "false"})
+
+
 def test_gsm8k_prompts_are_those_of_metamath(tmp_path):
     row = {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4, or 4,000 m.\n#### 4,000"}
     (example,) = read(tmp_path, "gsm8k", row)

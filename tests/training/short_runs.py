@@ -12,7 +12,7 @@ from trans_peft.perturbation import perturbed
 from trans_peft.training.compilation import compile_layers
 from trans_peft.training.finetune import _fix_order, _trainer
 from trans_peft.training.job import TrainingJob
-from trans_peft.training.job_rows import JobRows, token_rows
+from trans_peft.training.job_rows import JobRows, read_job_rows, token_rows
 
 ROWS = token_rows(EXAMPLES, tiny_tokenizer())
 SHORT = {"steps": 4, "warmup_steps": 1}
@@ -33,7 +33,10 @@ def short_run(job: TrainingJob) -> Result:
     settings = job.recipe
     job = replace(job, recipe=replace(settings, optimizer=settings.optimizer.for_rows(20, 1)))
     Path(job.work_dir).mkdir(exist_ok=True)
-    trainer = _trainer(job, JobRows(ROWS, (), len(ROWS), []), "cpu")
+    rows = ROWS
+    if settings.train_on_prompt:
+        rows = read_job_rows(job, tiny_tokenizer(), None).training
+    trainer = _trainer(job, JobRows(rows, (), len(rows), []), "cpu")
     _fix_order(trainer, job, 1)
     with perturbed(trainer.model.train(), settings.perturbation, seed=settings.seed):
         if settings.compute.compile:

@@ -37,12 +37,17 @@ def test_a_run_that_was_killed_while_saving_needs_no_further_step(make_job, tmp_
     first = trained(job, keep)
     assert not job.checkpoint_folder.exists()
     (tmp_path / "kept").rename(job.checkpoint_folder)
+    mark = job.checkpoint_folder / "checkpoint-8" / "device_seconds"
+    assert 0 < float(mark.read_text()) <= first.device_seconds
+    mark.write_text("1000")
     job.result_file.unlink()
     (job.adapter_folder / "adapter_model.safetensors").write_bytes(b"half")
     sent = []
     again = trained(job, sent.append)
     assert again.weights_sha256 == first.weights_sha256
     assert again.final_loss == first.final_loss
+    assert 1000 < again.device_seconds < 1100
+    assert again.tags["device_seconds"] == f"{again.device_seconds:.1f}"
     assert not [message for message in sent if isinstance(message, TrainingMetrics)]
     assert [message.step for message in sent if isinstance(message, TrainingStarted)] == [8]
 

@@ -32,6 +32,11 @@ def test_all_rows_without_an_answer_within_max_length_are_reported():
     assert "id long1" in str(caught.value)
 
 
+def test_a_prompt_that_fills_max_length_is_cut_if_the_loss_counts_prompts():
+    rows = (Example("long", "x" * 60, "y"), Example("short", "x", "y"))
+    assert check_tokens(rows, TOKENIZER, 60, with_prompt=True) == 1
+
+
 def test_a_prompt_that_the_answer_would_change_is_refused():
     merging = tiny_tokenizer()
     merging.add_tokens(["=4"])

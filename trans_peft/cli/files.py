@@ -1,7 +1,7 @@
 """Read recipes, suites and policies from JSON or YAML files, and write results as JSON files."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,9 +24,15 @@ _UNKNOWN_FIELD = "unexpected_keyword_argument"  # as pydantic names it
 def read_recipe(path: Path) -> TrainingRecipe:
     """Read a training recipe. Relative paths of data are resolved against the file's folder.
 
-    Raises NotFoundError if there is no such file, and InvalidSpecError with all problems in it.
+    A suite of the paper may be its name, or `named` with a `folder` and fields that differ.
+
+    Raises NotFoundError if there is no such file or suite, and InvalidSpecError with all problems
+    in the file.
     """
-    recipe = _read(path, TrainingRecipe)
+    value = _parse(path)
+    if isinstance(value, dict) and isinstance(value.get("suites"), list):
+        value["suites"] = [_with_fields(suite) for suite in value["suites"]]
+    recipe = _checked(path, value, TrainingRecipe)
     suites = tuple(_resolve_suite(path, suite) for suite in recipe.suites)
     recipe = recipe.with_sources(partial(_resolve_source, path))
     return replace(recipe, suites=suites)
@@ -35,9 +41,12 @@ def read_recipe(path: Path) -> TrainingRecipe:
 def read_suites(paths: Sequence[Path]) -> tuple[Suite, ...]:
     """Read one suite from each file. Relative paths of data are resolved against its folder.
 
-    Raises NotFoundError and InvalidSpecError as `read_recipe` does, and for two suites of one name.
+    A suite of the paper may be named, as in `read_recipe`. Raises NotFoundError and
+    InvalidSpecError as `read_recipe` does, and for two suites of one name.
     """
-    suites = tuple(_resolve_suite(path, _read(path, Suite)) for path in paths)
+    suites = tuple(
+        _resolve_suite(path, _checked(path, _with_fields(_parse(path)), Suite)) for path in paths
+    )
     names = [suite.name for suite in suites]
     if len(set(names)) != len(names):
         raise InvalidSpecError(
@@ -51,7 +60,7 @@ def read_suites(paths: Sequence[Path]) -> tuple[Suite, ...]:
 
 def read_policy(path: Path | None) -> GatePolicy:
     """Read a gate policy. Without a file, return the default policy."""
-    return GatePolicy() if path is None else _read(path, GatePolicy)
+    return GatePolicy() if path is None else _checked(path, _parse(path), GatePolicy)
 
 
 def check_results_folder(out: Path) -> None:
@@ -79,10 +88,30 @@ def write_json(path: Path, value: object) -> None:
     atomic_write(path, to_json(value, indent=2) + b"\n")
 
 
-def _read(path: Path, kind: type[T]) -> T:
+def _with_fields(suite: Any) -> Any:
+    """Return the fields of a suite that is named, such as "boolq"; all else unchanged."""
+    from trans_peft.validation.suites import named
+
+    if isinstance(suite, str):
+        suite = {"named": suite}
+    if not (isinstance(suite, dict) and "named" in suite):
+        return suite
+    changes = dict(suite)
+    name, folder = changes.pop("named"), changes.pop("folder", None)
+    if not (isinstance(name, str) and isinstance(folder, str | None)):
+        raise InvalidSpecError(
+            "a suite of the paper is named by texts",
+            expected="named: NAME, and optionally folder: PATH",
+            found=f"named: {name!r}, folder: {folder!r}",
+        )
+    return asdict(named(name, folder)) | changes
+
+
+def _checked(path: Path, value: Any, kind: type[T]) -> T:
+    """Return the value of a file as an object. InvalidSpecError with all problems in it."""
     from pydantic import TypeAdapter, ValidationError
 
-    value, problems = _parse(path), []
+    problems: list[str] = []
     while True:
         try:
             read = TypeAdapter(kind).validate_python(value)
@@ -201,10 +230,19 @@ def _text(problem: Any, kind: type) -> str:
 
 
 def _resolve_suite(path: Path, suite: Suite) -> Suite:
-    return replace(suite, data=_resolve_source(path, suite.data))
+    judge = suite.judge and replace(
+        suite.judge,
+        uri=_resolve_uri(path, suite.judge.uri),
+        labeled=_resolve_source(path, suite.judge.labeled),
+    )
+    return replace(suite, data=_resolve_source(path, suite.data), judge=judge)
 
 
 def _resolve_source(path: Path, source: DataSource) -> DataSource:
-    if "://" in source.uri or source.uri.startswith("hub:"):
-        return source
-    return replace(source, uri=str((path.parent / source.uri).resolve()))
+    return replace(source, uri=_resolve_uri(path, source.uri))
+
+
+def _resolve_uri(path: Path, uri: str) -> str:
+    if "://" in uri or uri.startswith("hub:"):
+        return uri
+    return str((path.parent / uri).resolve())

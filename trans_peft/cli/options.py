@@ -22,7 +22,9 @@ SuiteFiles = Annotated[
     Parameter(
         name="--suite",
         negative=(),
-        help="Evaluation suite, as a JSON or YAML file. Repeat it for several suites.",
+        consume_multiple=1,
+        help="One or several suites, each a JSON or YAML file. Everything up to the next option "
+        "is a suite, so name the adapter before it.",
     ),
 ]
 Out = Annotated[Path, Parameter(name="--out", help="New folder for the results.")]

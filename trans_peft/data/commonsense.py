@@ -4,6 +4,10 @@ Source: AGI-Edgerunners/LLM-Adapters, the rows of `dataset/*/test.json` and the 
 `commomsense_evaluate.py` with its indentation. The same rows can be read from the data sets' own
 pages on the hub; their instruction is then built as in LLM-Adapters.
 
+Commonsense170K joins the training rows of all eight. Its template has the prompt that the paper
+trains with (gccnlp/Trans-PEFT, `generate_prompt` of `training_utils.py`), which has other white
+space than the prompt of the evaluation.
+
 The last space of LLM-Adapters' prompt is moved to the start of the completion. Tokenizing prompt
 and completion separately then gives the same tokens as tokenizing them together.
 """
@@ -14,13 +18,27 @@ from typing import Any
 from trans_peft.data.columns import TEXT, Column, Form, Template, one_of, texts, whole
 from trans_peft.domain.excerpts import excerpt
 
-__all__ = ["ARC", "BOOLQ", "HELLASWAG", "OPENBOOKQA", "PIQA", "SOCIAL_I_QA", "WINOGRANDE"]
+__all__ = [
+    "ARC",
+    "BOOLQ",
+    "COMMONSENSE_170K",
+    "HELLASWAG",
+    "OPENBOOKQA",
+    "PIQA",
+    "SOCIAL_I_QA",
+    "WINOGRANDE",
+]
 
 _INDENT = " " * 16
 _PROMPT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request. \n\n"
     f"{_INDENT}### Instruction:\n{_INDENT}{{}}\n\n{_INDENT}### Response:\n{_INDENT}"
+)
+_TRAINING_PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.  \n\n"
+    f"{_INDENT}### Instruction:\n{_INDENT}{{}}\n{_INDENT}\n{_INDENT}### Response:\n{_INDENT}"
 )
 _OUTPUT = "the correct answer is "
 _FORMAT = "Answer format: "
@@ -36,6 +54,15 @@ def _template(names: tuple[str, ...], *own: Form) -> Template:
     set's page; they build an instruction and the name of the right answer.
     """
 
+    def with_prompt(form: Form) -> Form:
+        return Form(form.columns, lambda row: _row(*form.build(row)))
+
+    return Template((_llm_adapters(names), *map(with_prompt, own)))
+
+
+def _llm_adapters(names: tuple[str, ...], prompt: str = _PROMPT) -> Form:
+    """Return the form of LLM-Adapters' rows, whose answers have these names."""
+
     def from_llm_adapters(row: _Row) -> dict[str, Any]:
         name = row["output"].removeprefix(_OUTPUT)
         _, found, options = row["instruction"].rpartition(_FORMAT)
@@ -45,10 +72,7 @@ def _template(names: tuple[str, ...], *own: Form) -> Template:
             )
         if row.get("answer") not in (None, name):
             raise ValueError(f"output names {name!r}, but answer is {row['answer']!r}")
-        return _row(row["instruction"], name)
-
-    def with_prompt(form: Form) -> Form:
-        return Form(form.columns, lambda row: _row(*form.build(row)))
+        return _row(row["instruction"], name, prompt)
 
     columns = {
         "instruction": TEXT,
@@ -56,11 +80,11 @@ def _template(names: tuple[str, ...], *own: Form) -> Template:
         "answer": one_of(*names, optional=True),
         "input": one_of("", optional=True),
     }
-    return Template((Form(columns, from_llm_adapters), *map(with_prompt, own)))
+    return Form(columns, from_llm_adapters)
 
 
-def _row(instruction: str, name: str) -> dict[str, Any]:
-    prompt = _PROMPT.format(instruction)
+def _row(instruction: str, name: str, prompt: str = _PROMPT) -> dict[str, Any]:
+    prompt = prompt.format(instruction)
     return {"prompt": prompt[:-1], "completion": f"{prompt[-1]}{_OUTPUT}{name}"}
 
 
@@ -211,4 +235,18 @@ WINOGRANDE = _template(
 ARC = _template(_names("answer", 5), _science_form("question", 3, 5))
 OPENBOOKQA = _template(
     _names("answer", 4), _science_form("question_stem", 4, 4), _science_form("question", 4, 4)
+)
+COMMONSENSE_170K = Template(
+    (
+        _llm_adapters(
+            (
+                *("true", "false"),
+                *_names("solution", 2),
+                *_names("answer", 5),
+                *_names("ending", 4),
+                *_names("option", 2),
+            ),
+            _TRAINING_PROMPT,
+        ),
+    )
 )

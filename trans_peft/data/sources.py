@@ -128,12 +128,15 @@ def _file(uri: str, store: ArtifactStore) -> tuple[bytes, str]:
 
 
 def _hub_rows(uri: str, places: Places) -> tuple[list[Row], str]:
-    name, config, split, *rest = [*uri.removeprefix(HUB).split(":"), "", ""]
-    if not _NAME.fullmatch(name) or any(rest):
+    # A slice of a split has colons of its own.
+    name, config, split = [*uri.removeprefix(HUB).split(":", 2), "", ""][:3]
+    if not _NAME.fullmatch(name) or "[" in config:
         raise DataError(
             f"{uri} does not name a hub data set",
-            expected="hub:OWNER/NAME[:CONFIG[:SPLIT]], such as hub:openai/gsm8k:main:test",
-            do="write the owner in front, as in the address of the data set's page on the hub",
+            expected="hub:OWNER/NAME[:CONFIG[:SPLIT]], such as hub:openai/gsm8k:main:test, or "
+            "hub:meta-math/MetaMathQA::train[:100000] without a configuration",
+            do="write the owner in front, as in the address of the data set's page on the hub, and "
+            "the split after a second colon",
         )
     places.check_data_set(name, uri)
     if Path(name).exists():  # `datasets` would read the folder instead of the hub
@@ -144,8 +147,19 @@ def _hub_rows(uri: str, places: Places) -> tuple[list[Row], str]:
         )
     import datasets
 
+    split = split or "train"
     try:
-        table = datasets.load_dataset(name, config or None, split=split or "train")
+        datasets.ReadInstruction.from_spec(split)
+    except ValueError as error:
+        raise DataError(
+            f"{uri} has the split {split!r}, which the package datasets cannot read",
+            expected="a split or slices of splits, such as train, train[:100000], train[10%:20%] "
+            "or train[:5000]+test",
+            found=error,
+            do="correct the text after the second colon",
+        ) from error
+    try:
+        table = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the hub client raises many types
         raise DataError(
             f"the hub data set {uri} cannot be read",

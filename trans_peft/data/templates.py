@@ -5,6 +5,8 @@ Prompts and answers are, character for character, those of the projects that the
 - commonsense (`commonsense`): AGI-Edgerunners/LLM-Adapters.
 - GSM8K and MATH: meta-math/MetaMath, `eval_gsm8k.py` and `eval_math.py`; a completion ends with
   "The answer is: ", as MetaMathQA's do.
+- Commonsense170K, MetaMathQA and CodeFeedback, for training: gccnlp/Trans-PEFT,
+  `training_utils.py`. The first line of a query is the instruction, and the others are its input.
 - HumanEval: openai/human-eval, with the prompt of evalplus. MBPP+ (378 tasks): evalplus.
   MBPP (the 500 tasks 11 to 510): the same docstring prompt, with all three tests in it.
 
@@ -31,6 +33,18 @@ _METAMATH = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response: Let's think step by step."
+)
+# gccnlp/Trans-PEFT, PROMPT_DICT. The colon after this text is the start of the completion, because
+# some tokenizers (Qwen2's) join it with a letter that follows.
+_QUERY = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response"
+)
+_QUERY_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response"
 )
 _CALCULATOR = re.compile(r"<<.*?>>")
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
@@ -62,6 +76,17 @@ def _step_by_step(question: str, solution: str, answer: str) -> dict[str, Any]:
         "prompt": _METAMATH.format(question),
         "completion": f" {solution}\nThe answer is: {answer}",
     }
+
+
+def _query(answer: str) -> Form:
+    """Return the form of rows with a query and a column `answer`."""
+
+    def build(row: _Row) -> dict[str, Any]:
+        instruction, _, more = row["query"].partition("\n")
+        prompt = _QUERY_WITH_INPUT.format(instruction, more) if more else _QUERY.format(instruction)
+        return {"prompt": prompt, "completion": f":{row[answer]}"}
+
+    return Form({answer: TEXT, "query": TEXT}, build)
 
 
 def _last_boxed(solution: str) -> str:
@@ -139,6 +164,10 @@ TEMPLATES: Mapping[str, Template] = {
     "winogrande": commonsense.WINOGRANDE,
     "arc": commonsense.ARC,
     "openbookqa": commonsense.OPENBOOKQA,
+    "commonsense170k": commonsense.COMMONSENSE_170K,
+    "metamathqa": Template((_query("response"),)),
+    # fxmeng/CodeFeedback-Python105K, and m-a-p/CodeFeedback-Filtered-Instruction
+    "codefeedback": Template((_query("response"), _query("answer"))),
     "gsm8k": Template((Form({"question": TEXT, "answer": TEXT}, _gsm8k),)),
     "math": Template((Form({"problem": TEXT, "solution": TEXT}, _math),)),
     "humaneval": Template(

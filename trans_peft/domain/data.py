@@ -18,8 +18,10 @@ class DataSource:
 
     `uri` is a local path or `s3://...` ending in `.jsonl`, `.json` (one JSON value a line, or one
     list of them), either of them with `.gz` after it, or `.parquet`; or
-    `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for a hub data set. `sha256` is the hash of the bytes; empty
-    means "not pinned yet". A pinned source whose bytes differ is an error, never a warning.
+    `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for a hub data set, where SPLIT may have slices in the syntax
+    of the package datasets (`hub:meta-math/MetaMathQA::train[:100000]`). `sha256` is the hash of
+    the bytes; empty means "not pinned yet". A pinned source whose bytes differ is an error, never a
+    warning.
     `template` names how the rows of a public data set become questions and answers
     (`trans_peft.data.templates`); empty: the rows are questions and answers already.
 
@@ -55,7 +57,7 @@ class TrainingSource(DataSource):
     Attributes:
         weight: how often a row of this source is trained on for each time that a row of a source
             with the weight 1 is. Above 0, at most 1,000. It must be 1 if there is no other source.
-        limit: number of rows to use, the first of the source; None for all of them.
+        limit: number of rows to use, the first in the order of the source; None for all of them.
     """
 
     weight: float = 1.0

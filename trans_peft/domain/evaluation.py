@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, NamedTuple
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
+from trans_peft.domain.judge_model import JudgeModel
 from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.domain.names import name_problem, quoted
 from trans_peft.domain.numbers import is_finite_number
@@ -94,6 +95,8 @@ class Suite:
             score, from 0.0 to 1.0.
         sampling_seed: seed of the random numbers. They depend on it, the item's id and the number
             of the answer alone.
+        judge: the model that marks the answers; only with the scoring rule `judge`. The claim is
+            then about the share of answers that people would label as right.
 
     Raises:
         InvalidSpecError: fields are invalid. The message lists all problems.
@@ -115,6 +118,7 @@ class Suite:
     top_p: float = field(default=1.0, metadata=ADDED_LATER)
     samples: int = field(default=1, metadata=ADDED_LATER)
     sampling_seed: int = field(default=0, metadata=ADDED_LATER)
+    judge: JudgeModel | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
@@ -130,7 +134,7 @@ class Suite:
             problems.append(f"stop must be a list of strings that are not empty, not {self.stop!r}")
         if self.limit is not None and self.limit < 1:
             problems.append(f"limit must be at least 1, not {self.limit}")
-        problems += _sampling_problems(self)
+        problems += _sampling_problems(self) + _judge_problems(self)
         if problems:
             raise InvalidSpecError(f"suite {quoted(self.name)}: {'; '.join(problems)}")
 
@@ -156,7 +160,7 @@ class Suite:
         slices, but not its location.
 
         Raises:
-            InvalidSpecError: the data is not pinned.
+            InvalidSpecError: the data or the judge model is not pinned.
         """
         if not self.data.sha256:
             raise InvalidSpecError(
@@ -171,6 +175,7 @@ class Suite:
             + ([self.data.template] if self.data.template else [])
             + ([["marking", revision]] if revision else [])
             + ([["columns", *columns]] if any(columns) else [])
+            + ([["judge", self.judge.sha256]] if self.judge else [])
         )
 
     @property
@@ -215,6 +220,19 @@ def _sampling_problems(suite: Suite) -> list[str]:
         problems.append(f"samples must lie in [1, {_MAX_SAMPLES}], not {suite.samples}")
     if not 0 <= suite.sampling_seed < 2**63:
         problems.append(f"sampling_seed must lie in [0, 2**63), not {suite.sampling_seed}")
+    return problems
+
+
+def _judge_problems(suite: Suite) -> list[str]:
+    if (suite.judge is None) != (suite.scoring != "judge"):
+        return ["scoring: judge and the field judge, a judge model, belong together"]
+    if suite.judge is None:
+        return []
+    problems = []
+    if suite.samples > 1:
+        problems.append("a judge model marks one answer to each item: remove samples")
+    if suite.threshold is not None:
+        problems.append("the marks of a judge model have no threshold: remove it")
     return problems
 
 
@@ -293,6 +311,7 @@ class Evaluation:
         near_ties: number of answer tokens that would be others if logits changed by 1e-4. Another
             batch size or machine may choose the other token.
         engine: name of the engine that answered (`trans_peft.ports.Engine`).
+        labeled: for marks of a judge model, whether each labeled answer is right, and its mark.
 
     Raises:
         InvalidSpecError: there are no items, ids repeat, or `prefix` covers the complete suite.
@@ -308,6 +327,7 @@ class Evaluation:
     prefix: Prefix | None = None
     near_ties: int = 0
     engine: str = DEFAULT_ENGINE
+    labeled: tuple[tuple[bool, float], ...] = ()
 
     def __post_init__(self) -> None:
         ids = [item.id for item in self.items]
@@ -341,8 +361,20 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """Share of correct answers, or mean degree, in points (0 to 100)."""
-        return 100.0 * sum(item.correct for item in self.items) / len(self.items)
+        """Share of correct answers, or mean degree, in points (0 to 100).
+
+        With a judge model, the share of right answers that its mean mark corresponds to: the mean
+        mark of labeled right answers is 100 points, that of wrong ones 0.
+        """
+        mean = sum(item.correct for item in self.items) / len(self.items)
+        if self.labeled:
+            marks = [
+                [mark for is_right, mark in self.labeled if is_right == side]
+                for side in (True, False)
+            ]
+            right, wrong = (sum(part) / len(part) for part in marks)
+            mean = min(max((mean - wrong) / (right - wrong), 0.0), 1.0)
+        return 100.0 * mean
 
     @property
     def kept_answers(self) -> dict[str, str]:

@@ -168,6 +168,8 @@ class TrainingRecipe:
             without the adapter (Direct Preference Optimization).
         dpo_beta: with `dpo`, how strongly a distance from the base is punished. Above 0, at most
             100. Only `dpo` has this field.
+        train_on_prompt: whether the loss counts the tokens of prompts as well as those of answers
+            (`train_on_inputs` of LLM-Adapters). Only with `sft`.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -192,6 +194,7 @@ class TrainingRecipe:
     compute: ComputeSettings = field(default=ComputeSettings(), metadata=ADDED_LATER)
     objective: _Objective = field(default="sft", metadata=ADDED_LATER)
     dpo_beta: float = field(default=_BETA, metadata=ADDED_LATER)
+    train_on_prompt: bool = field(default=False, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = [
@@ -257,6 +260,10 @@ class TrainingRecipe:
             return problems
         if self.packing:
             problems.append("packing is not possible with objective: dpo, which trains on pairs")
+        if self.train_on_prompt:
+            problems.append(
+                "train_on_prompt is not possible with objective: dpo, which compares answers"
+            )
         if any(source.template for source in self.sources):
             problems.append(
                 "a template makes questions and answers, and objective: dpo needs rows with "
@@ -277,7 +284,14 @@ class TrainingRecipe:
 
     def for_answers(self) -> "TrainingRecipe":
         """Return the recipe for one file of answers that are not rows of the recipe's data."""
-        return replace(self, objective="sft", dpo_beta=_BETA, packing=False, validation=None)
+        return replace(
+            self,
+            objective="sft",
+            dpo_beta=_BETA,
+            packing=False,
+            validation=None,
+            train_on_prompt=False,
+        )
 
     def _validation_problems(self) -> list[str]:
         """Return a problem if the run is too short to be stopped early.

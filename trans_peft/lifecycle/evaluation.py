@@ -12,6 +12,7 @@ from trans_peft.data import Example, pin, read_examples
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.judge_model import judged, labeled_marks, pin_judge
 from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.ports import Platform
 from trans_peft.text.chat import template_of
@@ -79,10 +80,14 @@ BARE_BASE = EvaluationSubject("bare base", BARE, None)
 def pin_suites(suites: Sequence[Suite], platform: Platform) -> tuple[Suite, ...]:
     """Return the suites with the hash of the data that they name now.
 
-    A suite that is pinned already keeps its hash.
+    A suite that is pinned already keeps its hash. A judge model is pinned as well.
     """
     return tuple(
-        suite if suite.data.sha256 else replace(suite, data=pin(suite.data, platform.store))
+        replace(
+            suite,
+            data=suite.data if suite.data.sha256 else pin(suite.data, platform.store),
+            judge=suite.judge and pin_judge(suite.judge, platform),
+        )
         for suite in suites
     )
 
@@ -161,6 +166,21 @@ def _evaluate(
     subject: EvaluationSubject,
     on_progress: ProgressCallback | None,
 ) -> Evaluation:
+    if suite.judge is None:
+        return _answered(base, suite, platform, subject, on_progress)[0]
+    labeled_marks(suite, platform, on_progress=on_progress)  # an unusable judge is an error first
+    answered, examples = _answered(base, suite, platform, subject, on_progress)
+    return judged(answered, examples, suite, platform, on_progress=on_progress)
+
+
+def _answered(
+    base: BaseVersion,
+    suite: Suite,
+    platform: Platform,
+    subject: EvaluationSubject,
+    on_progress: ProgressCallback | None,
+) -> tuple[Evaluation, tuple[Example, ...]]:
+    """Return the evaluation, and the items. With a judge model, its results are not marked yet."""
     from trans_peft.models import load_base
     from trans_peft.transfer.load_adapter import attached
     from trans_peft.validation.evaluate import answer
@@ -179,7 +199,7 @@ def _evaluate(
             drafts=subject.drafts(suite.name),
             on_progress=progress_reporter(on_progress, subject.evaluated_on(suite, base)),
         )
-    return with_groups(found, tokenized.examples)
+    return with_groups(found, tokenized.examples), tokenized.examples
 
 
 def with_groups(evaluation: Evaluation, examples: Sequence[Example]) -> Evaluation:

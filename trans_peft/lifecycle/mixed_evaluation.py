@@ -118,6 +118,7 @@ def evaluate_together(
         suite.evaluation_key(subject.weights_sha256, base.fingerprint_sha256): (subject, suite)
         for subject, suites in subjects
         for suite in suites
+        if suite.judge is None  # a judge model is loaded after each adapter's answers
     }
     missing = {key: one for key, one in missing.items() if platform.evaluations.get(key) is None}
     left_out: dict[str, str] = {}

@@ -17,6 +17,7 @@ from trans_peft.errors import (
     UnsupportedModelError,
 )
 from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.judge_model import labeled_marks
 from trans_peft.ports import Platform
 
 __all__ = ["check_registration", "check_suites"]
@@ -48,7 +49,9 @@ def check_registration(adapter: str, family: str, platform: Platform) -> None:
 def check_suites(
     base: BaseVersion, suites: Sequence[Suite], platform: Platform, *, template: str | None = None
 ) -> None:
-    """Raise an error unless every pinned suite can be evaluated on a base. Loads no model.
+    """Raise an error unless every pinned suite can be evaluated on a base.
+
+    Loads no model, except a suite's judge model whose labeled answers have no stored marks.
 
     Reads the rows, checks the scoring rule, renders and tokenizes the prompts, and checks their
     length and choices, as an evaluation does. `template` is the adapter's own chat template; None
@@ -72,6 +75,8 @@ def check_suites(
                 template=template,
                 may_lack=platform.may_lack,
             )
+            if suite.judge is not None:
+                labeled_marks(suite, platform)
         except (DataError, InvalidSpecError) as error:
             errors.append(error)
     if len(errors) == 1:

@@ -228,6 +228,7 @@ def _params(recipe: TrainingRecipe) -> dict[str, object]:
         "processes": recipe.processes,
         "packing": recipe.packing,
         "objective": recipe.objective,
+        "train_on_prompt": recipe.train_on_prompt,
         "data": ", ".join(source.uri for source in recipe.sources),
     }
 
@@ -240,7 +241,7 @@ def _tags(
         "dropping_p": str(recipe.perturbation.dropping_p),
         "seed": str(recipe.seed),
         "data_sha256": ",".join(source.sha256 for source in recipe.sources),
-        "final_loss": f"{result.final_loss:.4f}",
+        **result.tags,
         **{f"score.{suite}": f"{item.score:.2f}" for suite, item in evaluations.items()},
     }
 

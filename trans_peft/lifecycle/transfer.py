@@ -32,7 +32,7 @@ from trans_peft.lifecycle.recovery.evaluator import (
 from trans_peft.lifecycle.resolve import base_trained_on
 from trans_peft.ports import Platform
 from trans_peft.transfer.compatibility import compare, tokenizers_may_differ
-from trans_peft.validation.statistics.pairing import check_slices
+from trans_peft.validation.statistics.pairing import check_flips, check_slices
 
 __all__ = ["TransferInputs", "compatibility_on", "record_failure", "transfer"]
 
@@ -165,6 +165,7 @@ def _evaluate(
     subject = EvaluationSubject(source.adapter, source.weights_sha256, folder)
     reference = evaluate_on(trained_on, source.suites, platform, subject, on_progress=on_progress)
     check_slices(policy, reference)
+    check_flips(policy, reference)
     if leakage_problem(policy, source):
         # No strategy removes an item of the suite from the training rows.
         policy = replace(policy, recovery=RecoveryPolicy())

@@ -46,7 +46,12 @@ from trans_peft.training.job_rows import JobRows, read_job_rows, token_count
 from trans_peft.training.machine_check import check_machine
 from trans_peft.training.memory import check_memory
 from trans_peft.training.preferences import PreferenceTrainer
-from trans_peft.training.trainer import AnswerTrainer, EventCallback, last_checkpoint
+from trans_peft.training.trainer import (
+    AnswerTrainer,
+    EventCallback,
+    device_seconds,
+    last_checkpoint,
+)
 from trans_peft.transfer.peft_folder import WEIGHTS_NAME, read_peft_folder
 
 __all__ = ["finetune"]
@@ -97,7 +102,8 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
             trainer, rows.held_out, recipe.validation, best_folder, send
         )
         trainer.add_callback(validation)
-    trainer.add_callback(EventCallback(send, tokens_per_step))  # last: it completes a checkpoint
+    progress = EventCallback(send, tokens_per_step, device_seconds(checkpoint))
+    trainer.add_callback(progress)  # last: it completes a checkpoint
     set_seed(recipe.seed, device_specific=True)  # each process draws its own dropout
     started_s = time.monotonic()
     with perturbed(
@@ -106,7 +112,7 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
         if recipe.compute.compile:
             compile_layers(model)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - started_s
+    seconds, device_s = time.monotonic() - started_s, progress.device_seconds
     state.wait_for_everyone()
     if state.is_main_process:
         steps = trainer.state.global_step
@@ -128,6 +134,7 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
             epochs=steps * epochs_per_step,
             validation_loss=validation_loss,
             kept_step=kept_step,
+            device_seconds=device_s,
         ).write(job.result_file)
         shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
         shutil.rmtree(job.work_dir / "best", ignore_errors=True)

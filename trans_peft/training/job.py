@@ -166,6 +166,8 @@ class TrainingResult:
         validation_loss: loss of the adapter on the validation rows, in nats per token; None without
             validation.
         kept_step: step whose weights the adapter has, if there is validation.
+        device_seconds: duration of training times the number of processes, each of which has a
+            device. Attempts that were interrupted count up to their last checkpoint.
     """
 
     folder: Path
@@ -179,6 +181,15 @@ class TrainingResult:
     epochs: float = 0.0
     validation_loss: float | None = None
     kept_step: int | None = None
+    device_seconds: float = 0.0
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The figures that a registered adapter version has as tags."""
+        return {
+            "final_loss": f"{self.final_loss:.4f}",
+            "device_seconds": f"{self.device_seconds:.1f}",
+        }
 
     def write(self, path: Path) -> None:
         """Write the result as JSON, atomically."""

@@ -21,7 +21,9 @@ __all__ = ["JobRows", "check_tokens", "read_job_rows", "token_count", "token_row
 _PROBLEMS_SHOWN = 20
 
 TokenRow = dict[str, list[int]]
-"""A row in TRL's format: `input_ids`, and `completion_mask`, with 1 for tokens of the answer.
+"""A row in TRL's format: `input_ids`, and `completion_mask`, with 1 for tokens of the loss.
+
+These are the answer's, and those of the prompt as well if the recipe has `train_on_prompt`.
 
 A row of preferences has `prompt_ids`, `chosen_ids` and `rejected_ids`.
 """
@@ -86,15 +88,16 @@ def read_job_rows(
     ]
     examples = [example for part in parts for example in part]
     answers = [*examples, *(e.with_rejected() for e in examples)] if prefers else examples
-    shortened = check_tokens(answers, tokenizer, max_length, template)
-    training = token_rows(answers, tokenizer, template)
+    with_prompt = recipe.train_on_prompt
+    shortened = check_tokens(answers, tokenizer, max_length, template, with_prompt=with_prompt)
+    training = token_rows(answers, tokenizer, template, with_prompt=with_prompt)
     if prefers:
         training = list(map(_pair, training[: len(examples)], training[len(examples) :]))
     held_out: list[TokenRow] = []
     if job.validation_file is not None:
         validation = _examples(job.validation_file, "the validation rows")
-        check_tokens(validation, tokenizer, max_length, template)
-        held_out = token_rows(validation, tokenizer, template)
+        check_tokens(validation, tokenizer, max_length, template, with_prompt=with_prompt)
+        held_out = token_rows(validation, tokenizer, template, with_prompt=with_prompt)
     if recipe.packing:
         lengths = Dataset.from_dict({"input_ids": [[0] * len(r["input_ids"]) for r in training]})
         return JobRows(training, (), len(pack_dataset(lengths, max_length)), held_out, shortened)
@@ -115,18 +118,20 @@ def check_tokens(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     template: str | None = None,
+    *,
+    with_prompt: bool = False,
 ) -> int:
     """Return how many rows are cut at `max_length`; DataError lists rows that cannot be trained on.
 
-    These are rows whose prompt alone fills `max_length`, and rows whose prompt ends in other tokens
-    once the answer follows: an evaluation would use another prompt. The second check does not apply
-    to chats, whose template separates prompt and answer.
+    These are rows whose prompt alone fills `max_length`, unless the loss is `with_prompt`, and rows
+    whose prompt ends in other tokens once the answer follows: an evaluation would use another
+    prompt. The second check does not apply to chats, whose template separates prompt and answer.
     """
     shortened, problems = 0, []
     counts = token_counts(examples, tokenizer, template)
     for example, (prompt, whole, starts) in zip(examples, counts, strict=True):
         shortened += whole > max_length
-        if prompt >= max_length:
+        if prompt >= max_length and not with_prompt:
             problems.append(
                 f"{example.location}: its prompt of {prompt} tokens fills max_length={max_length}"
             )
@@ -146,9 +151,15 @@ def check_tokens(
 
 
 def token_rows(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str | None = None
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    *,
+    with_prompt: bool = False,
 ) -> list[dict[str, list[int]]]:
-    """Return the examples as token ids in TRL's format, with a mask of the answers.
+    """Return the examples as token ids in TRL's format, with a mask of the tokens of the loss.
+
+    These are the answers, and `with_prompt` all tokens.
 
     TRL could tokenize the texts itself, but it would render chats without limits and with the
     current date. In a chat the answer starts at the first token at which the prompt and the whole
@@ -159,7 +170,7 @@ def token_rows(
     for prompt, whole in zip(prompts, full_ids(examples, tokenizer, template), strict=True):
         pairs = zip(prompt, whole, strict=False)
         start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(whole)))
-        mask = [0] * start + [1] * (len(whole) - start)
+        mask = [int(with_prompt)] * start + [1] * (len(whole) - start)
         rows.append({"input_ids": whole, "completion_mask": mask})
     return rows
 

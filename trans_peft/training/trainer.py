@@ -23,9 +23,16 @@ from trans_peft.errors import TrainingCancelled, TrainingError
 from trans_peft.training.events import CheckpointSaved, EventMessage, TrainingMetrics
 from trans_peft.training.parent_watch import stop_requested
 
-__all__ = ["AnswerTrainer", "EventCallback", "last_checkpoint", "with_all_gradients"]
+__all__ = [
+    "AnswerTrainer",
+    "EventCallback",
+    "device_seconds",
+    "last_checkpoint",
+    "with_all_gradients",
+]
 
 _COMPLETE = "complete"
+_DEVICE_SECONDS = "device_seconds"
 
 
 class AnswerTrainer(SFTTrainer):
@@ -110,18 +117,27 @@ class EventCallback(TrainerCallback):
     When a stop is requested, training saves a checkpoint after the current step and ends.
 
     `tokens_per_step[i]` are the tokens of step i + 1 without padding, over all processes.
+    `earlier_device_s` are the device seconds up to the checkpoint that the training resumes from.
     """
 
     def __init__(
         self,
         send: Callable[[EventMessage], None],
         tokens_per_step: Sequence[int],
+        earlier_device_s: float = 0.0,
     ) -> None:
         self._send = send
         self._tokens_per_step = tokens_per_step
+        self._earlier_device_s = earlier_device_s
         self._first_step = 0
         self._started_s = 0.0
         self._is_cancelled = False
+
+    @property
+    def device_seconds(self) -> float:
+        """The time since training started, times the number of processes, and earlier attempts."""
+        seconds = time.monotonic() - self._started_s
+        return self._earlier_device_s + seconds * PartialState().num_processes
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -193,6 +209,7 @@ class EventCallback(TrainerCallback):
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / _DEVICE_SECONDS).write_text(str(self.device_seconds))
             (folder / _COMPLETE).touch()
             self._send(CheckpointSaved(state.global_step))
 
@@ -214,3 +231,9 @@ def last_checkpoint(folder: Path) -> Path | None:
         for mark in folder.glob(f"checkpoint-*/{_COMPLETE}")
     ]
     return folder / f"checkpoint-{max(steps)}" if steps else None
+
+
+def device_seconds(checkpoint: Path | None) -> float:
+    """Return the device seconds up to a checkpoint; 0 without one, or if it has no such file."""
+    file = checkpoint and checkpoint / _DEVICE_SECONDS
+    return float(file.read_text()) if file and file.is_file() else 0.0

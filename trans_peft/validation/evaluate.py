@@ -80,9 +80,15 @@ def evaluate(  # noqa: PLR0913  the key's two hashes, and options
     """Tokenize a suite's examples with `prepare`, and evaluate the model on them with `answer`.
 
     `may_lack` are the sandbox guards that may be missing on this machine. All items are checked
-    before the model runs. Raises what `prepare` and `answer` raise.
+    before the model runs. Raises what `prepare` and `answer` raise, and InvalidSpecError for a
+    suite with a judge model, which `trans_peft.lifecycle.evaluation.evaluate_on` loads afterwards.
     """
     check_dtype(model, suite)
+    if suite.judge is not None:
+        raise InvalidSpecError(
+            f"suite {suite.name!r} has a judge model, which cannot share memory with this model",
+            do="evaluate it with trans_peft.lifecycle.evaluation.evaluate_on",
+        )
     return answer(
         model,
         prepare(tokenizer, suite, examples, context=context_of(model), may_lack=may_lack),
@@ -119,9 +125,10 @@ def answer(  # noqa: PLR0913  the key's two hashes, and options
         batch_size: items in a batch; by default 32.
         on_progress: called with the items done and the total.
 
-    The texts of answers are kept only if the suite has `keep_answers`. The model's training modes
-    are restored. Raises InvalidSpecError if the model's dtype is not the suite's; for
-    EvaluationError see `generate` and `choose`.
+    The texts of answers are kept only if the suite has `keep_answers`, or a judge model, which
+    marks them afterwards; until then the results are NaN. The model's training modes are restored.
+    Raises InvalidSpecError if the model's dtype is not the suite's; for EvaluationError see
+    `generate` and `choose`.
     """
     return answer_with(
         LoopEngine(model, questions.tokenizer, batch_size=batch_size),
@@ -283,7 +290,7 @@ def _item(questions: TokenizedSuite, number: int, texts: Sequence[str]) -> ItemR
         id=questions.examples[number].id,
         correct=sum(scores) / len(scores) if several else scores[0],
         answer_sha256=sha256(recorded.encode()).hexdigest(),
-        answer=recorded if questions.suite.keep_answers else None,
+        answer=recorded if questions.suite.keep_answers or questions.suite.judge else None,
     )
 
 

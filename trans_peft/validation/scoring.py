@@ -30,6 +30,7 @@ from trans_peft.validation.rules.text import (
     label_f1,
     regex,
     rouge_l,
+    unmarked,
 )
 
 __all__ = ["RULES", "Rule", "Score", "make_scorer"]
@@ -80,6 +81,7 @@ RULES: Mapping[str, Rule] = {
     "chrf": _without_parameter(chrf, is_graded=True),
     "rouge_l": _without_parameter(rouge_l, is_graded=True),
     "label_f1": _without_parameter(label_f1, is_graded=True),
+    "judge": _without_parameter(unmarked, is_graded=True),
 }
 
 

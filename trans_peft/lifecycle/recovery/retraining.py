@@ -113,6 +113,7 @@ def retrain(
                 leakage=source.leakage,  # of the same training rows and suites
             ),
             result.folder,
+            tags=result.tags,
         )
         outcome = replace(
             outcome,

@@ -27,7 +27,11 @@ from trans_peft.domain.evaluation import (
 )
 from trans_peft.validation.gate.comparison import judge_sequential_suite, judge_suite
 from trans_peft.validation.gate.reason import reason
-from trans_peft.validation.statistics.pairing import check_comparable, check_slices
+from trans_peft.validation.statistics.pairing import (
+    check_comparable,
+    check_flips,
+    check_slices,
+)
 from trans_peft.validation.statistics.sequential import replay
 
 __all__ = ["judge"]
@@ -59,6 +63,7 @@ def judge(
     fresh = fresh or {}
     required = policy.requires(reference)
     check_slices(policy, reference)
+    check_flips(policy, reference)
     check_comparable(
         required,
         reference,

@@ -4,6 +4,7 @@ Each rule returns a score of 0 to 100 for an answer and its reference, and raise
 reference that no answer can match.
 """
 
+import math
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -29,6 +30,7 @@ __all__ = [
     "label_f1",
     "regex",
     "rouge_l",
+    "unmarked",
 ]
 
 CPU_LIMIT_S = 5
@@ -44,6 +46,11 @@ _ROUGE_WORD = re.compile(r"[a-z0-9]+")
 def exact_match(answer: str, reference: str) -> float:
     """Return 100 if both are the same text apart from white space at both ends, else 0."""
     return 100.0 if answer.strip() == reference.strip() else 0.0
+
+
+def unmarked(answer: str, reference: str) -> float:
+    """Return NaN: a judge model marks the answers after all of them are written."""
+    return math.nan
 
 
 def bleu(answer: str, reference: str) -> float:

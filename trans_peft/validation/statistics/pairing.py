@@ -8,9 +8,17 @@ from trans_peft.domain.names import quoted
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.statistics.clusters import ClusterCounts
 from trans_peft.validation.statistics.degrees import DegreeChanges
+from trans_peft.validation.statistics.judged import JudgedChanges, LabeledMarks
 from trans_peft.validation.statistics.order import SuiteClusters, cluster_of, order, order_seed
 
-__all__ = ["check_comparable", "check_same_questions", "check_slices", "count_flips", "count_pairs"]
+__all__ = [
+    "check_comparable",
+    "check_flips",
+    "check_same_questions",
+    "check_slices",
+    "count_flips",
+    "count_pairs",
+]
 
 _MAX_SHOWN_IDS = 5
 
@@ -21,7 +29,8 @@ def count_pairs(
     """Return the changes from the first evaluation to the second, by cluster.
 
     Both have the same items. In a suite with degrees, the changes are bet on with the effect
-    `margin`, in an order that depends on the suite and the second base only.
+    `margin`, in an order that depends on the suite and the second base only. Marks of a judge model
+    become changes of the share of right answers.
     """
     if not (first.has_degrees or second.has_degrees):
         return count_flips(first, second)
@@ -30,11 +39,11 @@ def count_pairs(
     clusters = {id_: cluster_of(item) for id_, item in after.items()}
     seed = order_seed(second.suite_sha256, second.base_fingerprint_sha256)
     ids = order(after, seed, clusters)
-    return DegreeChanges(
-        [float(after[id_].correct - before[id_]) for id_ in ids],
-        SuiteClusters([clusters[id_] for id_ in ids]),
-        margin,
-    )
+    changes = [float(after[id_].correct - before[id_]) for id_ in ids]
+    of_suite = SuiteClusters([clusters[id_] for id_ in ids])
+    if second.labeled:
+        return JudgedChanges(changes, of_suite, margin, LabeledMarks.of(second.labeled))
+    return DegreeChanges(changes, of_suite, margin)
 
 
 def count_flips(first: Evaluation, second: Evaluation) -> ClusterCounts:
@@ -137,6 +146,22 @@ def check_slices(policy: GatePolicy, reference: Mapping[str, Evaluation]) -> Non
             "the policy requires slices that do not exist: " + "; ".join(problems),
             expected="SUITE/SLICE, with a required suite and a value of its column for slices",
             do="correct required_slices in the gate policy, or the suite's data",
+        )
+
+
+def check_flips(policy: GatePolicy, reference: Mapping[str, Evaluation]) -> None:
+    """Raise InvalidSpecError if negative flips are limited on suites with a judge model.
+
+    A mark that fell is no answer that became wrong, and nothing corrects the number of such marks.
+    """
+    suites = [name for name in policy.requires(reference) if name in reference]
+    judged = [name for name in suites if reference[name].labeled]
+    if policy.max_negative_flip_points is not None and judged:
+        raise InvalidSpecError(
+            f"the policy limits negative flips, which a judge model cannot count: {judged}",
+            expected="required suites whose answers are scored by a rule",
+            do="remove max_negative_flip_points from the gate policy, or do not require these "
+            "suites",
         )
 
 

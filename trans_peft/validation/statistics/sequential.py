@@ -87,7 +87,8 @@ class SequentialSuiteTest:
             raise InvalidSpecError(
                 f"suite {reference.suite!r} has degrees, which a sequential policy cannot test",
                 expected="a suite whose items are right or wrong",
-                found="a graded scoring rule without a threshold, or several answers to an item",
+                found="a graded scoring rule without a threshold, several answers to an item, or a "
+                "judge model",
                 do="set `threshold` or `samples: 1` in the suite, or `sequential: false` in the "
                 "gate policy",
             )
