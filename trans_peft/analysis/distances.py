@@ -94,7 +94,7 @@ def profile(moments: Moments) -> tuple[float, ...]:
     _, second = _means(moments, torch.ones(1, len(moments.tokens), dtype=torch.float64))
     groups = torch.tensor_split(second[0], min(COLUMNS, second.shape[1]))
     mean = second.mean().clamp(min=torch.finfo(second.dtype).tiny)
-    return tuple((group.mean() / mean).sqrt().item() for group in groups)
+    return tuple(round((group.mean() / mean).sqrt().item(), 4) for group in groups)
 
 
 def _draws(blocks: int) -> torch.Tensor:

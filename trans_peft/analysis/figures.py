@@ -1,6 +1,6 @@
 """Figures of an analysis, as in the paper: heat maps (fig. 1, 2, 8, 9) and influence (fig. 3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,52 +15,58 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_figures"]
+__all__ = ["Figures", "draw_figures"]
+
+Draw = Callable[["Figure"], None]
+
+Figures = Mapping[str, Mapping[str, Path]]
+"""Name of the update -> caption -> file."""
 
 _ATTENTION, _FFN, _OLD, _NEW = "#1F6FB2", "#E07A1F", "#8A8F98", "#8E5BB5"
 _INK, _AXIS = "#22262B", "#8A8F98"
 _HIGH, _HIGHEST = 99.5, 1.3
 
 
-def draw_figures(analysis: Analysis, folder: Path) -> dict[str, Path]:
-    """Write PNG files into a folder; return them by caption, in the order of a report.
+def draw_figures(analysis: Analysis, folder: Path) -> Figures:
+    """Write PNG files into a folder; return them by update and caption, in the order of a report.
 
     Each update has a figure of its layers. With texts, it also has heat maps and influences. Raises
     ModuleNotFoundError without matplotlib (extra `figures`).
     """
-    found: dict[str, Path] = {}
-    for number, update in enumerate(analysis.updates, start=1):
-        pair = f"{analysis.old} and {update.name}"
-        found[f"Change of each layer from {analysis.old} to {update.name}"] = _saved(
-            folder / f"update-{number}-layers.png", partial(_layers, update=update)
-        )
-        old, new = analysis.measured, update.measured
-        if old is None or new is None:
-            continue
-        sides = {analysis.old: old, update.name: new}
-        for kind, name in (("attention", "attention"), ("ffn", "FFNs")):
-            found[f"Where the activations of {name} are large on {pair}"] = _saved(
-                folder / f"update-{number}-{kind}.png",
-                partial(_heat_maps, sides=sides, kind=kind),
-            )
-        found[f"Influence of each FFN on the magnitude of activations on {pair}"] = _saved(
-            folder / f"update-{number}-influence.png",
-            partial(_influences, sides=sides),
-        )
-    return found
+    return {
+        update.name: {
+            caption: _saved(folder / f"update-{number}-{name}.png", draw)
+            for name, caption, draw in _drawings(analysis, update)
+        }
+        for number, update in enumerate(analysis.updates, start=1)
+    }
 
 
-def _saved(path: Path, draw: "Callable[[Figure], None]") -> Path:
+def _drawings(analysis: Analysis, update: UpdateAnalysis) -> Iterator[tuple[str, str, Draw]]:
+    """Yield (name of the file, caption, function that draws) of each figure of an update."""
+    yield "layers", "Change of attention and FFN in each layer", partial(_layers, update=update)
+    if analysis.measured is None or update.measured is None:
+        return
+    sides = {analysis.old: analysis.measured, update.name: update.measured}
+    for kind, name in (("attention", "attention"), ("ffn", "the FFNs")):
+        caption = f"Where the activations of {name} are large"
+        yield kind, caption, partial(_heat_maps, sides=sides, kind=kind)
+    caption = "Influence of each FFN on the magnitude of activations"
+    yield "influence", caption, partial(_influences, sides=sides)
+
+
+def _saved(path: Path, draw: Draw) -> Path:
     with explaining_missing_extras():
         import matplotlib as mpl
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     style = {
         "font.size": 11, "axes.edgecolor": _AXIS, "text.color": _INK, "xtick.color": _INK,
         "ytick.color": _INK, "axes.labelcolor": _INK, "axes.spines.top": False,
         "axes.spines.right": False, "legend.frameon": False,
     }  # fmt: skip
     with mpl.rc_context(style):
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        figure = Figure(figsize=(11, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.15))
         draw(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, facecolor="white")
@@ -120,15 +126,15 @@ def _influences(figure: "Figure", sides: dict[str, Measured]) -> None:
         found = [interval for interval in side.influence if interval is not None]
         panel.bar(
             [layer + at for layer in layers],
-            [100 * interval.value for interval in found],
+            [interval.value for interval in found],
             0.38,
-            yerr=100 * _errors(found),
+            yerr=_errors(found),
             color=color,
             label=name,
             error_kw={"elinewidth": 1, "ecolor": _INK},
         )
     panel.axhline(0, color=_AXIS, linewidth=1)
-    panel.set_ylabel("change of |h| by the FFN, %")
+    panel.set_ylabel("(|h| - |h'|) / |h'|")
     _layer_axis(panel, len(next(iter(sides.values())).influence))
     panel.legend()
 

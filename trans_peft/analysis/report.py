@@ -2,13 +2,14 @@
 
 import math
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 from pathlib import Path
 
 from trans_peft.analysis.distances import Interval
-from trans_peft.analysis.figures import draw_figures
+from trans_peft.analysis.figures import Figures, draw_figures
 from trans_peft.analysis.updates import Analysis, UpdateAnalysis
 from trans_peft.files import atomic_write
 
@@ -17,7 +18,8 @@ __all__ = ["Table", "analysis_json", "tables", "write_report"]
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #22262b; max-width: 72rem; margin: 2rem auto;
   padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.35rem; margin-top: 3rem; }
+h3 { font-size: 1.1rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e2e5e9;
@@ -39,14 +41,19 @@ class Table:
 
 
 def tables(analysis: Analysis) -> tuple[Table, ...]:
-    """Return tables of all updates, and of the layers of each: of weights, then of activations."""
-    found = [_ranking(analysis)]
+    """Return tables of all updates, then of the layers of each: weights, activations, influence."""
+    layers = (_of_layers(analysis, update) for update in analysis.updates)
+    return (*_of_updates(analysis), *chain.from_iterable(layers))
+
+
+def _of_updates(analysis: Analysis) -> tuple[Table, ...]:
+    return (_ranking(analysis), *([_summary(analysis)] if analysis.texts else ()))
+
+
+def _of_layers(analysis: Analysis, update: UpdateAnalysis) -> tuple[Table, ...]:
+    found = [_weights(analysis, update)]
     if analysis.texts:
-        found.append(_summary(analysis))
-    for update in analysis.updates:
-        found.append(_weights(analysis, update))
-        if analysis.texts:
-            found.append(_activations(analysis, update))
+        found += [_distances(analysis, update), _influences(analysis, update)]
     return tuple(found)
 
 
@@ -121,27 +128,32 @@ def _weights(analysis: Analysis, update: UpdateAnalysis) -> Table:
     )
 
 
-def _activations(analysis: Analysis, update: UpdateAnalysis) -> Table:
-    assert update.distances is not None and update.measured is not None and analysis.measured
-    old, new = analysis.measured.influence, update.measured.influence
-    columns = update.distances.ffn, update.distances.attention, old, new
+def _distances(analysis: Analysis, update: UpdateAnalysis) -> Table:
+    assert update.distances is not None
+    columns = update.distances.ffn, update.distances.attention
     return Table(
         f"Activations by layer: {analysis.old} to {update.name}",
-        (
-            "layer",
-            "FFN",
-            "attention",
-            f"influence, {analysis.old}",
-            f"influence, {update.name}",
-            "opposite",
-        ),
+        ("layer", "FFN", "attention"),
         tuple(
-            (str(layer), *map(_shown, figures), "yes" if _opposite(*figures[2:]) else "")
-            for layer, figures in enumerate(zip(*columns, strict=True))
+            (str(layer), *map(_shown, both))
+            for layer, both in enumerate(zip(*columns, strict=True))
         ),
-        "FFN and attention: relative Fréchet distance. Influence: (|h| - |h'|) / |h'|, where h' is "
-        "the hidden state without the FFN. Opposite: the influences have different signs, and both "
-        "intervals exclude 0.",
+        "Relative Fréchet distance, with 95 % intervals.",
+    )
+
+
+def _influences(analysis: Analysis, update: UpdateAnalysis) -> Table:
+    assert analysis.measured is not None and update.measured is not None
+    columns = analysis.measured.influence, update.measured.influence
+    return Table(
+        f"Influence of FFNs by layer: {analysis.old} and {update.name}",
+        ("layer", analysis.old, update.name, "opposite"),
+        tuple(
+            (str(layer), *map(_shown, both), "yes" if _opposite(*both) else "")
+            for layer, both in enumerate(zip(*columns, strict=True))
+        ),
+        "(|h| - |h'|) / |h'|, where h is the hidden state after the layer and h' the one without "
+        "its FFN. Opposite: the signs differ, and both intervals exclude 0.",
     )
 
 
@@ -160,16 +172,21 @@ def _shown(interval: Interval | None) -> str:
 
 
 def _title(analysis: Analysis) -> str:
-    return f"{analysis.old} and {', '.join(update.name for update in analysis.updates)}"
+    return f"{analysis.old} and its updates {', '.join(u.name for u in analysis.updates)}"
 
 
-def _markdown(analysis: Analysis, figures: Mapping[str, Path]) -> str:
-    parts = [f"# {_title(analysis)}"]
-    for found in tables(analysis):
+def _markdown(analysis: Analysis, figures: Figures) -> str:
+    def shown(found: Table) -> str:
         lines = [found.header, ("-",) * len(found.header), *found.rows]
         table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-        parts += [f"## {found.title}", found.note, table]
-    parts += [f"![{caption}](figures/{path.name})" for caption, path in figures.items()]
+        return f"### {found.title}\n\n{table}\n\n{found.note}"
+
+    parts = [f"# {_title(analysis)}", *map(shown, _of_updates(analysis))]
+    for update in analysis.updates:
+        drawn = figures[update.name].items()
+        parts.append(f"## {analysis.old} to {update.name}")
+        parts += [f"![{caption}](figures/{path.name})" for caption, path in drawn]
+        parts += map(shown, _of_layers(analysis, update))
     return "\n\n".join(parts) + "\n"
 
 
@@ -177,22 +194,28 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _html(analysis: Analysis, figures: Mapping[str, Path]) -> str:
-    title = escape(_title(analysis))
-    body = [f"<h1>{title}</h1>"]
-    for found in tables(analysis):
-        head = _row("th", found.header)
+def _html(analysis: Analysis, figures: Figures) -> str:
+    def shown(found: Table) -> str:
         rows = "\n".join(_row("td", row) for row in found.rows)
-        body.append(
-            f'<h2>{escape(found.title)}</h2>\n<p class="note">{escape(found.note)}</p>\n'
-            f'<div class="scroll"><table><thead>{head}</thead>\n<tbody>{rows}</tbody></table></div>'
+        return (
+            f'<h3>{escape(found.title)}</h3>\n<div class="scroll"><table>'
+            f"<thead>{_row('th', found.header)}</thead>\n<tbody>{rows}</tbody></table></div>\n"
+            f'<p class="note">{escape(found.note)}</p>'
         )
-    for caption, path in figures.items():
-        image = b64encode(path.read_bytes()).decode()
-        body.append(
-            f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
+
+    def image(caption: str, path: Path) -> str:
+        data = b64encode(path.read_bytes()).decode()
+        return (
+            f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
+
+    title = escape(_title(analysis))
+    body = [f"<h1>{title}</h1>", *map(shown, _of_updates(analysis))]
+    for update in analysis.updates:
+        body.append(f"<h2>{escape(analysis.old)} to {escape(update.name)}</h2>")
+        body += [image(caption, path) for caption, path in figures[update.name].items()]
+        body += map(shown, _of_layers(analysis, update))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"

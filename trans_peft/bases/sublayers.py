@@ -6,7 +6,7 @@ untrusted: then call `sublayers` through `trans_peft.isolation`.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trans_peft.bases.meta_model import build_model
@@ -14,6 +14,7 @@ from trans_peft.errors import UnsupportedModelError, listed
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 __all__ = ["OTHER", "SubLayer", "sublayers"]
 
@@ -28,15 +29,13 @@ def sublayers(config: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sub
     """Return the sub-layer of each tensor; `OTHER` for tensors of neither kind.
 
     `config` is the text of config.json, `shapes` are those of the tensors by their names in the
-    files. The names may lack the prefix of the model or have a longer one, and separate experts are
-    assigned to the module that holds them. The mixer of a layer without attention (Mamba) counts as
-    its attention. UnsupportedModelError if the tensors of a sub-layer have another number of
-    elements than its module.
+    files, where experts may be separate tensors. The mixer of a layer without attention (Mamba)
+    counts as its attention. UnsupportedModelError if the tensors of a sub-layer have another number
+    of elements than its module.
     """
     model = build_model(config)[1]
     owners = _owners(model)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found = {name: _lookup(name, prefix, owners) for name in shapes}
+    found = {name: _lookup(spelled, owners) for name, spelled in _model_names(model, shapes)}
     _check_complete(model, owners, found, shapes)
     return found
 
@@ -67,11 +66,37 @@ def _ids(module: "nn.Module") -> Iterator[int]:
     return (id(parameter) for parameter in module.parameters())
 
 
-def _lookup(name: str, prefix: str, owners: Mapping[str, SubLayer]) -> SubLayer:
+def _model_names(
+    model: "PreTrainedModel", names: Iterable[str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each name with its spellings in the model, the likeliest first.
+
+    transformers renames tensors when it loads them. The tensors of a text model inside a multimodal
+    checkpoint have a longer name, which is tried without its first parts.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    weights = model.state_dict()
+    for name in sorted(names, key=dot_natural_key):  # the order of a load
+        renamed, _ = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, weights
+        )
+        parts = name.split(".")
+        yield name, (renamed, *(".".join(parts[n:]) for n in range(len(parts))))
+
+
+def _lookup(spellings: Iterable[str], owners: Mapping[str, SubLayer]) -> SubLayer:
     """Return the owner of a tensor, or of the innermost module around it that has an owner."""
-    parts = name.split(".")
-    for spelled in (name, prefix + name, *(".".join(parts[n:]) for n in range(1, len(parts)))):
-        path = spelled
+    for path in spellings:
         while path:
             if path in owners:
                 return owners[path]
