@@ -117,12 +117,19 @@ def test_each_neuron_counts_at_most_its_wasserstein_distance(seed, scale, shift)
             assert distance >= w1 - 1e-5
 
 
+def test_a_permutation_of_neurons_is_a_change_that_a_histogram_of_the_layer_does_not_show():
+    a = torch.randn(40, 8, generator=torch.manual_seed(2)) * torch.arange(1, 9)
+    b = a.flip(1)
+    assert wasserstein_distance(a.flatten().numpy(), b.flatten().numpy()) < 1e-6
+    assert compare_activations(activations_of(a), activations_of(b)).ffn[0].value > 0.5
+
+
 def test_a_profile_shows_which_neurons_are_large():
     values = torch.ones(10, 512)
     values[:, :2] = 3.0
     shown = profile(moments_of(values))
     assert len(shown) == 256
-    assert shown[0] == pytest.approx(3 * shown[1]) and shown[1] == pytest.approx(shown[-1])
+    assert shown[0] == pytest.approx(3 * shown[1], rel=1e-3) and shown[1] == shown[-1]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ __all__ = ["Distances", "Interval", "compare_activations", "influence", "profile
 
 RESAMPLES = 400
 COLUMNS = 256
+_CHUNK = 8192  # neurons that a bootstrap computes together
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ def profile(moments: Moments) -> tuple[float, ...]:
     Adjacent neurons form at most `COLUMNS` groups. A value is the root mean square of a group
     relative to that of the whole sub-layer.
     """
-    _, second = _means(moments, torch.ones(1, len(moments.tokens), dtype=torch.float64))
-    groups = torch.tensor_split(second[0], min(COLUMNS, second.shape[1]))
+    once = torch.ones(1, len(moments.tokens), dtype=torch.float64)
+    (second,) = _means(moments, once, torch.arange(len(moments.parts)))[1]
+    groups = torch.tensor_split(second, min(COLUMNS, len(second)))
     mean = second.mean().clamp(min=torch.finfo(second.dtype).tiny)
     return tuple(round((group.mean() / mean).sqrt().item(), 4) for group in groups)
 
@@ -105,20 +107,27 @@ def _draws(blocks: int) -> torch.Tensor:
     return torch.cat((torch.ones(1, blocks), counts)).double()
 
 
-def _means(moments: Moments, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _means(
+    moments: Moments, draws: torch.Tensor, neurons: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the means of the activations and of their squares (draws, neurons)."""
-    tokens = (draws @ moments.tokens)[:, moments.parts].clamp(min=1)
-    return (draws @ moments.first) / tokens, (draws @ moments.second) / tokens
+    tokens = (draws @ moments.tokens).clamp(min=1)[:, moments.parts[neurons]]
+    first, second = (draws @ sums[:, neurons] for sums in (moments.first, moments.second))
+    return first / tokens, second / tokens
 
 
 def _distance(old: Moments, new: Moments, draws: torch.Tensor) -> torch.Tensor:
-    (mean, second), (new_mean, new_second) = (_means(m, draws) for m in (old, new))
-    std, new_std = (
-        (square - m**2).clamp(min=0).sqrt()
-        for m, square in ((mean, second), (new_mean, new_second))
-    )
-    moved = ((new_mean - mean) ** 2 + (new_std - std) ** 2).sum(1)
-    return (moved / second.sum(1).clamp(min=torch.finfo(second.dtype).tiny)).sqrt()
+    moved = total = torch.zeros(len(draws), dtype=draws.dtype)
+    for neurons in torch.arange(len(old.parts)).split(_CHUNK):
+        (mean, second), (new_mean, new_second) = (_means(m, draws, neurons) for m in (old, new))
+        std, new_std = _std(mean, second), _std(new_mean, new_second)
+        moved = moved + ((new_mean - mean) ** 2 + (new_std - std) ** 2).sum(1)
+        total = total + second.sum(1)
+    return (moved / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt()
+
+
+def _std(mean: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return (second - mean**2).clamp(min=0).sqrt()
 
 
 def _mean(values: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -91,7 +91,7 @@ def _layers(figure: "Figure", update: UpdateAnalysis) -> None:
         panels[1].set_title("activations, with 95 % intervals", loc="left")
         panels[1].set_ylabel("relative Fréchet distance")
     for panel in panels:
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
         _layer_axis(panel, len(drift.ffn_by_layer))
         panel.legend()
 

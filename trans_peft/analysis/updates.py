@@ -150,7 +150,7 @@ def analyse(
     names = [side.name for side in (old, *news)]
     if not news or len(set(names)) < len(names):
         raise InvalidSpecError(
-            "the bases cannot be analysed",
+            "the bases cannot be compared",
             expected="an old base and at least one update, each with its own name",
             found=", ".join(names),
         )
