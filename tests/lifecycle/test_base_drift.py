@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
+from trans_peft.bases import drift
 from trans_peft.bases.publish import publish
 from trans_peft.domain.base import Upload
 from trans_peft.edges.file_store import FileStore
@@ -41,7 +42,8 @@ def test_a_version_records_its_drift_from_its_predecessor(tmp_path, monkeypatch)
     def no_process(*_, **__):
         raise IsolationError("no process could be started")
 
-    monkeypatch.setattr("trans_peft.bases.drift.call_isolated", no_process)
+    drift._isolated_sublayers.cache_clear()
+    monkeypatch.setattr(drift, "call_isolated", no_process)
     assert ingested("v4", parent="v1").drift == (
         "from v1: not estimated: no process could be started"
     )

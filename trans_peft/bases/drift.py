@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -81,12 +82,20 @@ def sampled_drift(old: Fingerprint, new: Fingerprint, subject: str) -> Drift:
     ContentError if config.json does not describe a model, IsolationError.
     """
     shapes = _shared_shapes(old.tensors, new.tensors, subject)
+    kinds = _isolated_sublayers(new.config, tuple(sorted(shapes.items())))
+    return _drift(kinds, _sampled_changes(old.tensors, new.tensors, subject))
+
+
+@lru_cache(maxsize=4)
+def _isolated_sublayers(
+    config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> dict[str, SubLayer]:
+    """Return `sublayers`, computed in a child process. Versions of one base share the result."""
     found = call_isolated(
-        sublayers, new.config, shapes, subject=f"the config of {subject}", limits=LIMITS,
+        sublayers, config, dict(shapes), subject="the sub-layers of a base", limits=LIMITS,
         imports=IMPORTS,
     )  # fmt: skip
-    kinds = {name: (str(kind), int(layer)) for name, (kind, layer) in found.items()}
-    return _drift(kinds, _sampled_changes(old.tensors, new.tensors, subject))
+    return {name: (str(kind), int(layer)) for name, (kind, layer) in found.items()}
 
 
 class _Change(NamedTuple):
