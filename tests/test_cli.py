@@ -296,6 +296,8 @@ def test_analyse_prints_and_writes_the_values_of_the_library(cli, tmp_path):
 def test_analyse_refuses_other_bases_and_missing_adapters(cli):
     code, _, err = cli.run("analyse", "v1", "unrelated")
     assert code == 2 and "the weights are unrelated" in err
+    code, _, err = cli.run("analyse", "v1", "v2", "--rows", "-1")
+    assert code == 2 and "Must be >= 0" in err
     code, _, err = cli.run("analyse", "v1", "v2", "--adapter", "adapter")
     assert code == 2 and "one for each of the 2 bases" in err
 

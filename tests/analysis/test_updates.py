@@ -15,6 +15,7 @@ from trans_peft.analysis import (
     AnalysisSettings,
     BaseSide,
     analyse,
+    draw_figures,
     public_rows,
     tables,
     write_report,
@@ -136,6 +137,8 @@ def test_other_bases_are_refused_before_a_model_is_loaded(sides, tmp_path, monke
 def test_too_few_texts_and_equal_names_are_refused(sides):
     with pytest.raises(DataError, match="at least two texts"):
         analyse(sides["v1"], [sides["one"]], ROWS[:1])
+    with pytest.raises(InvalidSpecError, match=r"tokens must be .* dtype must be one of"):
+        AnalysisSettings(tokens=1, dtype="int8")
     for news in ([], [sides["v1"]]):
         with pytest.raises(InvalidSpecError, match="each with its own name"):
             analyse(sides["v1"], news, ROWS)
@@ -151,6 +154,10 @@ def test_the_report_has_every_figure_and_value(found, tmp_path):
     assert page.rows == [list(row) for row in rows]
     assert all(f"| {' | '.join(row)} |" in text for row in rows)
     assert page.tags.count("img") == 4
+    gaps = replace(one.measured, attention=(None, None), ffn=(None, one.measured.ffn[1][:7]))
+    hybrid = replace(one.updates[0], measured=gaps)
+    drawn = draw_figures(replace(one, measured=gaps, updates=(hybrid,)), tmp_path / "hybrid")
+    assert len(drawn["one"]) == 3  # no heat map of attention
     assert not re.search(r'(src|href)="(?!data:)', html.read_text())
     for name in re.findall(r"\((figures/.*?)\)", text):
         assert (tmp_path / name).stat().st_size > 1000

@@ -49,8 +49,9 @@ def _drawings(analysis: Analysis, update: UpdateAnalysis) -> Iterator[tuple[str,
         return
     sides = {analysis.old: analysis.measured, update.name: update.measured}
     for kind, name in (("attention", "attention"), ("ffn", "the FFNs")):
-        caption = f"Where the activations of {name} are large"
-        yield kind, caption, partial(_heat_maps, sides=sides, kind=kind)
+        if any(row is not None for row in getattr(update.measured, kind)):
+            caption = f"Where the activations of {name} are large"
+            yield kind, caption, partial(_heat_maps, sides=sides, kind=kind)
     caption = "Influence of each FFN on the magnitude of activations"
     yield "influence", caption, partial(_influences, sides=sides)
 
@@ -166,9 +167,12 @@ def _layer_axis(axes: "Axes", layers: int) -> None:
 
 
 def _matrix(rows: Sequence[Sequence[float] | None]) -> np.ndarray:
-    width = max((len(row) for row in rows if row is not None), default=1)
-    empty = [float("nan")] * width
-    # Layers of other widths have fewer groups: repeat their values over the full width.
-    full = [empty if row is None else np.resize(np.repeat(row, -(-width // len(row))), width)
-            for row in rows]  # fmt: skip
-    return np.array(full)
+    width = max(len(row) for row in rows if row is not None)
+    columns = np.arange(width)
+    # A layer with fewer groups has wider ones; a layer without the sub-layer stays empty.
+    return np.array(
+        [
+            np.full(width, np.nan) if row is None else np.take(row, columns * len(row) // width)
+            for row in rows
+        ]
+    )

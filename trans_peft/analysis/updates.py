@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 from trans_peft.analysis.activations import Activations, measure_activations
 from trans_peft.analysis.distances import (
@@ -22,12 +23,15 @@ from trans_peft.analysis.pair import drift_of_versions
 from trans_peft.analysis.theorem import BoundTerms, bound_terms
 from trans_peft.bases.drift import Drift
 from trans_peft.data import Example, full_ids, parse_examples
+from trans_peft.domain.field_checks import choice_problems, count_problems
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import DataError, InvalidSpecError, listed
 from trans_peft.models import load_base, load_tokenizer, release_base
 from trans_peft.transfer.load_adapter import attached
 
 __all__ = ["Analysis", "AnalysisSettings", "BaseSide", "UpdateAnalysis", "analyse", "public_rows"]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the running base, the texts that are done, and all texts."""
@@ -51,17 +55,23 @@ class BaseSide:
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """Settings of an analysis.
+    """Settings of an analysis. InvalidSpecError for values out of range.
 
     Attributes:
-        tokens: tokens of each text to use, from its start.
+        tokens: tokens of each text to use, from its start; at least 2.
         perturbation: the training whose regularizer theorem 1 contains.
-        dtype: name of the torch dtype in which the bases run.
+        dtype: torch dtype in which the bases run.
     """
 
     tokens: int = 256
     perturbation: Perturbation = field(default_factory=lambda: Perturbation(0.1, 0.1))
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        problems = count_problems(self, {"tokens": (2, 1_000_000)})
+        problems += choice_problems(self, dtype=Dtype)
+        if problems:
+            raise InvalidSpecError(f"the analysis has invalid settings: {'; '.join(problems)}")
 
 
 @dataclass(frozen=True)

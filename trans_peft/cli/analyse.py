@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from trans_peft.cli.options import Json, State
 from trans_peft.cli.show import out as terminal
@@ -24,7 +24,11 @@ def analyse(
         str, Parameter(help="Texts to run the bases on, as a recipe's `data.uri`.")
     ] = "",
     rows: Annotated[
-        int, Parameter(help="Number of texts. 0: compare the weights alone, without a model.")
+        int,
+        Parameter(
+            validator=validators.Number(gte=0),
+            help="Number of texts. 0: compare the weights alone, without a model.",
+        ),
     ] = 64,
     tokens: Annotated[int, Parameter(help="Tokens of each text to use, from its start.")] = 256,
     adapter: Annotated[
@@ -37,7 +41,10 @@ def analyse(
     ] = None,
     masking_p: Annotated[float, Parameter(help="p_m of theorem 1's regularizer.")] = 0.1,
     dropping_p: Annotated[float, Parameter(help="p_d of theorem 1's regularizer.")] = 0.1,
-    dtype: Annotated[str, Parameter(help="torch dtype in which the bases run.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        Parameter(help="torch dtype in which the bases run."),
+    ] = "float32",
     out: Annotated[
         Path | None, Parameter(help="New folder for JSON, Markdown, an HTML page and figures.")
     ] = None,
