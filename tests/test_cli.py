@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer, write_tiny_base
+from trans_peft.bases.drift import weight_drift
 from trans_peft.cli import main
 from trans_peft.cli.files import read_recipe, read_suites
 from trans_peft.domain.data import DataSource
@@ -24,7 +25,7 @@ from trans_peft.validation.suites import named
 
 COMMANDS = (
     "train", "evaluate", "adopt", "check", "transfer", "resolve", "agreement",
-    "fingerprint", "criticality", "drift", "convert", "publish",
+    "fingerprint", "criticality", "analyse", "convert", "publish",
 )  # fmt: skip
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}, "max_new_tokens": 2}
 RECIPE = {
@@ -360,12 +361,25 @@ def test_too_few_tokens_for_criticality_are_reported(cli, tmp_path):
     assert "too short to measure the criticality of layers" in err
 
 
-def test_drift_reports_attention_and_ffn(cli):
-    code, found = cli.json("drift", "--old", "v1", "--new", "v2")
-    assert code == 0
-    assert 0.01 < found["attention"] < 1 and 0.01 < found["ffn"] < 1
-    code, out, _ = cli.run("drift", "--old", "v1", "--new", "v2")
-    assert f"{found['ffn']:.2%}" in out
+def test_analyse_prints_and_writes_the_values_of_the_library(cli, tmp_path):
+    code, found = cli.json("analyse", "v1", "v2", "--rows", "0")
+    assert code == 0 and found["texts"] == 0 and found["measured"] is None
+    drift = found["updates"][0]["drift"]
+    assert drift["ffn"] == pytest.approx(weight_drift(Path("v1"), Path("v2")).ffn)
+    out = tmp_path / "report"
+    code, printed, _ = cli.run("analyse", "v1", "v2", "--rows", "2", "--tokens", "9", "--out", out)
+    assert code == 0 and f"{drift['ffn']:.2%}" in printed and "FFN - attention" in printed
+    assert json.loads((out / "analysis.json").read_text())["tokens"] == 18
+    assert "data:image/png;base64," in (out / "index.html").read_text()
+
+
+def test_analyse_refuses_other_bases_and_missing_adapters(cli):
+    code, _, err = cli.run("analyse", "v1", "unrelated")
+    assert code == 2 and "the weights are unrelated" in err
+    code, _, err = cli.run("analyse", "v1", "v2", "--rows", "-1")
+    assert code == 2 and "Must be >= 0" in err
+    code, _, err = cli.run("analyse", "v1", "v2", "--adapter", "adapter")
+    assert code == 2 and "one for each of the 2 bases" in err
 
 
 def test_fingerprint_is_the_same_for_a_path_and_a_published_copy(cli, tmp_path):

@@ -120,10 +120,10 @@ class BaseCatalog(Protocol):
     ) -> BaseVersion:
         """Register a verified base version and return it with its number, ready.
 
-        `draft` gives the family, the label, the URI, the parent and the manifest's hash. Its
-        `number` is that of a registered version to complete, or 0 for a new one. `source` describes
-        the origin for people. If the same label and fingerprint are ready already, that version is
-        returned. Raises UploadError if the label is ready with another fingerprint.
+        `draft` gives the family, the label, the URI, the parent, the manifest's hash and the drift.
+        Its `number` is that of a registered version to complete, or 0 for a new one. `source`
+        describes the origin for people. If the same label and fingerprint are ready already, that
+        version is returned. Raises UploadError if the label is ready with another fingerprint.
         """
 
     def fingerprint(self, base: BaseVersion) -> Fingerprint:

@@ -75,7 +75,8 @@ class TestEveryCatalog:
             place.catalog.alias(place.family, "serving")
 
     def test_a_published_version_is_ready_and_keeps_its_fields(self, place):
-        base = place.publish("v1", parent="v0", manifest_sha256="a" * 64)
+        drift = "from v0, estimated: FFN 25.00%"
+        base = place.publish("v1", parent="v0", manifest_sha256="a" * 64, drift=drift)
         assert base == BaseVersion(
             family=place.family,
             version="v1",
@@ -85,6 +86,7 @@ class TestEveryCatalog:
             parent="v0",
             ready=True,
             manifest_sha256="a" * 64,
+            drift=drift,
         )
         assert place.catalog.versions(place.family) == (base,)
         assert place.family in place.catalog.families()

@@ -126,7 +126,7 @@ def test_an_interrupted_ingestion_leaves_no_pending_upload_behind(platform, uplo
 
 def test_an_ingestion_killed_before_registration_is_repeated_from_the_upload(platform, upload):
     class Unreachable:
-        families = platform.catalog.families
+        families, versions = platform.catalog.families, platform.catalog.versions
 
         def make_ready(self, *arguments, **named):
             raise KeyboardInterrupt

@@ -354,7 +354,7 @@ def test_a_refusal_by_the_catalog_is_reported_once(platform):
     put(platform, WHOLE)
 
     class Choosy:
-        families = platform.catalog.families
+        families, versions = platform.catalog.families, platform.catalog.versions
 
         def make_ready(self, *_, **__):
             raise InvalidSpecError("'smol' is registered already, and not as a base")

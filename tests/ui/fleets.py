@@ -94,6 +94,7 @@ class ExampleFleet:
             BaseVersion(
                 self.family, version, f"s3://bases/{self.family}/{version}", 0,
                 parent=parent, manifest_sha256=content_sha256(["manifest", version]),
+                drift=f"from {parent}, estimated: FFN 12.50%" if parent else "",
             ),
             fingerprint=Fingerprint(
                 "LlamaForCausalLM", 30, content_sha256("c"), {"model.embed_tokens.weight": weight},

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-_VOID = {"meta", "link", "input", "br", "hr"}
+_VOID = {"meta", "link", "input", "br", "hr", "img"}
 
 
 class Page(HTMLParser):

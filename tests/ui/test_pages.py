@@ -186,6 +186,7 @@ def test_a_base_version_shows_who_serves_on_it(client):
     assert "5 of 12 adapters" in seen.text
     assert ["v2", f"/families/{FAMILY}/bases/v2"] in seen.links  # its parent
     assert "331,776" in seen.text  # parameters: 576 x 576
+    assert "from v2, estimated: FFN 12.50%" in seen.text
 
 
 def test_a_base_version_that_is_not_ready(client):

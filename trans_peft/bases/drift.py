@@ -8,31 +8,43 @@ Theorem 1 bounds the loss of a transferred adapter by the FFN term.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
 
+from trans_peft.bases.checkpoint import folder_checkpoint
+from trans_peft.bases.model_check import IMPORTS, LIMITS
+from trans_peft.bases.sublayers import SubLayer, sublayers
+from trans_peft.domain.base import Fingerprint, TensorSignature
 from trans_peft.errors import UnsupportedModelError, listed
-from trans_peft.perturbation.ffn import find_layers
+from trans_peft.isolation import call_isolated
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-__all__ = ["Drift", "weight_drift", "weight_pairs"]
+__all__ = ["Drift", "sampled_drift", "weight_drift", "weight_pairs"]
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Relative change of a base's weights, |new - old| / |old|.
+    """Change of a base's weights, in Frobenius norms. NaN where there are no such weights.
 
     Attributes:
-        attention: over the attention of all layers, without norms.
-        ffn: over the FFNs of all layers, without norms.
-        other: over all other weights, such as embeddings, norms and routers.
-        attention_by_layer: of each layer, in order.
-        ffn_by_layer: of each layer, in order.
+        attention: relative change |new - old| / |old| over the attention of all layers, without
+            norms.
+        ffn: the same over the FFNs of all layers.
+        other: the same over all other weights, such as embeddings, norms and routers.
+        attention_by_layer: the same for each layer, in order.
+        ffn_by_layer: the same for each layer, in order.
+        ffn_shift_by_layer: |new - old| of each layer's FFN, in the unit of the weights; 0 for a
+            layer without an FFN.
+        ffn_norm_by_layer: |old| of each layer's FFN.
+        cosine: median cosine between the old and the new values of a matrix. Independent weights
+            have 0.
     """
 
     attention: float
@@ -40,72 +52,129 @@ class Drift:
     other: float
     attention_by_layer: tuple[float, ...]
     ffn_by_layer: tuple[float, ...]
+    ffn_shift_by_layer: tuple[float, ...]
+    ffn_norm_by_layer: tuple[float, ...]
+    cosine: float
+
+    @property
+    def ffn_shift(self) -> float:
+        """|new - old| over the FFNs of all layers: the first term of theorem 1 without L_f."""
+        return math.hypot(*self.ffn_shift_by_layer)
 
 
 def weight_drift(old: Path, new: Path) -> Drift:
     """Compare two versions of one base, each a Hugging Face folder with safetensors.
 
     One pair of tensors is in memory at a time, in float32. Raises UnsupportedModelError if the
-    folders contain different tensors, or tensors that the model does not have, or if the attention
-    of a layer is not found.
+    folders contain different tensors, or if the tensors cannot be assigned to sub-layers.
     """
-    sublayers = _sublayers(old)
-    squares: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for name, before, after in weight_pairs(old, new):
-        if name not in sublayers:
-            raise UnsupportedModelError(
-                f"{name} in {old} is not a weight of the model that config.json describes"
-            )
-        change = squares[sublayers[name]]
-        change[0] += (after - before).square().sum().item()
-        change[1] += before.square().sum().item()
+    before, after = folder_checkpoint(old), folder_checkpoint(new)
+    shapes = _shared_shapes(before.tensors, after.tensors, f"{old} and {new}")
+    return _drift(sublayers(before.config, shapes), _exact_changes(old, new))
 
-    def over_layers(wanted: str) -> float:
-        return _relative([change for (kind, _), change in squares.items() if kind == wanted])
 
-    def by_layer(kind: str) -> tuple[float, ...]:
-        layers = 1 + max(layer for _, layer in squares)
-        return tuple(_relative([squares[kind, layer]]) for layer in range(layers))
+def sampled_drift(old: Fingerprint, new: Fingerprint, subject: str) -> Drift:
+    """Estimate `weight_drift` from the values that fingerprints sample of each tensor.
+
+    No file is read. A fingerprint has 32 values of each tensor, so the estimate of one layer's FFN
+    rests on about 100 values, and a change of a few rows can be missed. `subject` names the pair in
+    errors. Raises UnsupportedModelError as `weight_drift` does and if a fingerprint has no samples,
+    ContentError if config.json does not describe a model, IsolationError.
+    """
+    shapes = _shared_shapes(old.tensors, new.tensors, subject)
+    kinds = _isolated_sublayers(new.config, tuple(sorted(shapes.items())))
+    return _drift(kinds, _sampled_changes(old.tensors, new.tensors, subject))
+
+
+@lru_cache(maxsize=4)
+def _isolated_sublayers(
+    config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> dict[str, SubLayer]:
+    """Return `sublayers`, computed in a child process. Versions of one base share the result."""
+    found = call_isolated(
+        sublayers, config, dict(shapes), subject="the sub-layers of a base", limits=LIMITS,
+        imports=IMPORTS,
+    )  # fmt: skip
+    return {name: (str(kind), int(layer)) for name, (kind, layer) in found.items()}
+
+
+class _Change(NamedTuple):
+    """Sums of squares of one tensor: of its change, of its old values, and its cosine."""
+
+    name: str
+    change: float
+    before: float
+    cosine: float | None
+
+
+def _drift(kinds: Mapping[str, SubLayer], changes: Iterable[_Change]) -> Drift:
+    squares: dict[SubLayer, list[tuple[float, float]]] = defaultdict(list)
+    cosines = []
+    for found in changes:
+        squares[kinds[found.name]].append((found.change, found.before))
+        if found.cosine is not None:
+            cosines.append(found.cosine)
+    layers = range(1 + max(layer for _, layer in squares))
+
+    def total(wanted: str) -> float:
+        every = [pairs for (kind, _), pairs in squares.items() if kind == wanted]
+        return _relative([pair for pairs in every for pair in pairs])
+
+    def norm(layer: int, column: int) -> float:
+        return math.sqrt(math.fsum(pair[column] for pair in squares.get(("ffn", layer), ())))
 
     return Drift(
-        attention=over_layers("attention"),
-        ffn=over_layers("ffn"),
-        other=over_layers("other"),
-        attention_by_layer=by_layer("attention"),
-        ffn_by_layer=by_layer("ffn"),
+        attention=total("attention"),
+        ffn=total("ffn"),
+        other=total("other"),
+        attention_by_layer=tuple(_relative(squares.get(("attention", n), [])) for n in layers),
+        ffn_by_layer=tuple(_relative(squares.get(("ffn", n), [])) for n in layers),
+        ffn_shift_by_layer=tuple(norm(n, 0) for n in layers),
+        ffn_norm_by_layer=tuple(norm(n, 1) for n in layers),
+        cosine=median(cosines) if cosines else math.nan,
     )
 
 
-def _relative(changes: list[list[float]]) -> float:
-    before = math.fsum(square for _, square in changes)
-    change = math.fsum(square for square, _ in changes)
-    return math.sqrt(change / before) if before else 0.0
+def _relative(pairs: list[tuple[float, float]]) -> float:
+    change, before = (math.fsum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+    return math.sqrt(change / before) if before else math.nan
 
 
-def _sublayers(folder: Path) -> dict[str, tuple[str, int]]:
-    """Return weight -> (sub-layer, layer), ("other", -1) for weights of neither kind."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _shared_shapes(
+    old: Mapping[str, TensorSignature], new: Mapping[str, TensorSignature], subject: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors, if both versions have the same."""
+    unshared = sorted(old.keys() ^ new.keys())
+    if unshared or not old:
+        raise UnsupportedModelError(
+            f"{subject} contain different tensors",
+            expected=f"{len(old)} tensors in both",
+            found=f"only in one of them: {listed(unshared)}" if unshared else "no tensors",
+            do="compare versions of one base",
+        )
+    resized = [
+        f"{name}: {before.shape}, then {new[name].shape}"
+        for name, before in sorted(old.items())
+        if before.shape != new[name].shape
+    ]
+    if resized:
+        raise UnsupportedModelError(
+            f"{subject} contain tensors of different shapes",
+            expected="the same shapes",
+            found=listed(resized),
+            do="compare versions of one base",
+        )
+    return {name: tensor.shape for name, tensor in old.items()}
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    owner: dict[int, tuple[str, int]] = {}
-    for index, layer in enumerate(find_layers(model)[1]):
-        if layer.attention is None:
-            raise UnsupportedModelError(f"the attention of layer {index} was not found in {folder}")
-        owner |= dict.fromkeys(_weights(layer.attention.module), ("attention", index))
-        for unit in layer.ffn:
-            for module in unit.modules:
-                owner |= dict.fromkeys(_weights(module), ("ffn", index))
-    return {
-        name: owner.get(id(parameter), ("other", -1))
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
 
-
-def _weights(module: "nn.Module") -> Iterator[int]:
-    return (id(parameter) for parameter in module.parameters())
+def _exact_changes(old: Path, new: Path) -> Iterator[_Change]:
+    for name, before, after in weight_pairs(old, new):
+        squared = before.square().sum().item()
+        cosine = None
+        norm = math.sqrt(squared) * after.norm().item()
+        if before.dim() > 1 and norm > 0:
+            cosine = before.flatten().dot(after.flatten()).item() / norm
+        yield _Change(name, (after - before).square_().sum().item(), squared, cosine)
 
 
 def weight_pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
@@ -122,19 +191,20 @@ def weight_pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"
             }
             for folder in (old, new)
         )
-        unshared = sorted(before.keys() ^ after.keys())
-        if unshared or not before:
-            raise UnsupportedModelError(
-                f"{old} and {new} contain different tensors",
-                expected=f"{len(before)} tensors in both",
-                found=f"only in one of them: {listed(unshared)}" if unshared else "no tensors",
-            )
         for name in sorted(before):
-            first, second = before[name].get_tensor(name), after[name].get_tensor(name)
-            if first.shape != second.shape:
-                raise UnsupportedModelError(
-                    f"{name} has different shapes",
-                    expected=tuple(first.shape),
-                    found=tuple(second.shape),
-                )
-            yield name, first.float(), second.float()
+            yield name, before[name].get_tensor(name).float(), after[name].get_tensor(name).float()
+
+
+def _sampled_changes(
+    old: Mapping[str, TensorSignature], new: Mapping[str, TensorSignature], subject: str
+) -> Iterator[_Change]:
+    for name, before in old.items():
+        first, second = before.sketch, new[name].sketch
+        if not first or len(first) != len(second):
+            raise UnsupportedModelError(
+                f"the fingerprints of {subject} have no sampled values of {name} in common"
+            )
+        represented = math.prod(before.shape) / len(first)
+        change = math.fsum((b - a) ** 2 for a, b in zip(first, second, strict=True))
+        squared = math.fsum(value**2 for value in first)
+        yield _Change(name, represented * change, represented * squared, None)

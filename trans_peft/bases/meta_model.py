@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["inspect_checkpoint"]
+__all__ = ["build_model", "inspect_checkpoint"]
 
 _PREFIX = "trans-peft-model-"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -51,9 +51,10 @@ def inspect_checkpoint(
     that is missing or converted from several tensors.
     """
     try:
-        full_config, model_class, own_config = _model_class(config)
+        full_config, built = build_model(config)
+        model_class = type(built)
         checkpoint = _Checkpoint(tensors)
-        loaded = _load(model_class, own_config, checkpoint)
+        loaded = _load(model_class, built.config, checkpoint)
     except Exception as error:  # with an untrusted config any line of transformers can fail
         if is_memory_limit_error(error):
             raise MemoryError(str(error)) from error
@@ -85,8 +86,11 @@ def inspect_checkpoint(
     return {"problems": problems, "weights": weights}
 
 
-def _model_class(config: str) -> tuple["PreTrainedConfig", type, "PreTrainedConfig"]:
-    """Return the config, the class that AutoModelForCausalLM loads, and that class's config."""
+def build_model(config: str) -> tuple["PreTrainedConfig", "PreTrainedModel"]:
+    """Return the config and the causal language model of a config.json, on the meta device.
+
+    `config` is the text of the file. With an untrusted text any line of transformers can fail.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -94,8 +98,7 @@ def _model_class(config: str) -> tuple["PreTrainedConfig", type, "PreTrainedConf
         (Path(folder) / "config.json").write_text(config, encoding="utf-8")
         full = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(full, trust_remote_code=False)
-    return full, type(model), model.config
+        return full, AutoModelForCausalLM.from_config(full, trust_remote_code=False)
 
 
 class _Checkpoint:

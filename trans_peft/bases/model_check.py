@@ -17,12 +17,12 @@ from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import ContentError, UploadError, listed
 from trans_peft.isolation import CallLimits, call_isolated
 
-__all__ = ["LIMITS", "ModelWeight", "check_checkpoint", "compare_with_built_model"]
+__all__ = ["IMPORTS", "LIMITS", "ModelWeight", "check_checkpoint", "compare_with_built_model"]
 
 LIMITS = CallLimits(cpu_s=120, wall_s=900, memory_bytes=4 << 30, file_bytes=128 << 20)
 """Limits of the child process, which builds one model and loads one tokenizer."""
 
-_IMPORTS = (  # takes 3 s; the fork server imports them once, for all children
+IMPORTS = (  # takes 3 s; the fork server imports them once, for all children
     "transformers.generation.utils", "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama", "peft", "trans_peft.models",
@@ -106,7 +106,7 @@ def compare_with_built_model(
         checkpoint.generation,
         subject=f"the model of {subject}",
         limits=LIMITS,
-        imports=_IMPORTS,
+        imports=IMPORTS,
     )
     weights = tuple(
         ModelWeight(name, tuple(shape), source) for name, shape, source in found["weights"]

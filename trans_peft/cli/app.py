@@ -6,9 +6,10 @@ from importlib.metadata import version
 from cyclopts import App
 
 from trans_peft.cli.adapters import adopt, evaluate, train
+from trans_peft.cli.analyse import analyse
 from trans_peft.cli.bases import convert, fingerprint, publish
 from trans_peft.cli.label_free import agreement
-from trans_peft.cli.layers import criticality, drift
+from trans_peft.cli.layers import criticality
 from trans_peft.cli.resolve import resolve
 from trans_peft.cli.serving import export, manifest
 from trans_peft.cli.transfers import check, transfer
@@ -55,7 +56,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     agreement,
     fingerprint,
     criticality,
-    drift,
+    analyse,
     convert,
     publish,
     ui,

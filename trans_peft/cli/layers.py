@@ -1,15 +1,15 @@
-"""The commands `criticality` and `drift`: the layers of a base, and how an update changed them."""
+"""The command `criticality`: how much the loss depends on the FFN of each layer."""
 
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from trans_peft.cli.options import Json, NewBase, OldBase, State
+from trans_peft.cli.options import Json, State
 from trans_peft.cli.show import out, print_json, progress, table
 from trans_peft.cli.workspace import LOCAL, Workspace
 
-__all__ = ["criticality", "drift"]
+__all__ = ["criticality"]
 
 _LENGTH = 128
 
@@ -68,35 +68,4 @@ def criticality(
         found.add_row(str(layer), f"{nats:.2f}", "spare" if layer in spared else "")
     out.print(found)
     out.print(f'"spared_layers": {list(spared)}', markup=False)
-    return 0
-
-
-def drift(
-    *, old: OldBase, new: NewBase, json: Json = False, state: State = Path(".trans-peft")
-) -> int:
-    """Print the relative change of a base's weights in each layer, for attention and FFN.
-
-    Trans-PEFT assumes that updates change the FFNs more than attention.
-
-    Example: `trans-peft drift --old models/v1 --new models/v2`
-    """
-    from trans_peft.bases.drift import weight_drift
-    from trans_peft.lifecycle.base_files import base_folder
-
-    with progress() as shown:
-        workspace = Workspace.at(state, shown)
-        folders = [
-            base_folder(workspace.base(uri, LOCAL), workspace.platform) for uri in (old, new)
-        ]
-        found = weight_drift(*folders)
-    if json:
-        print_json(found)
-        return 0
-    shown_table = table("layer", "attention", "FFN")
-    layers = zip(found.attention_by_layer, found.ffn_by_layer, strict=True)
-    for layer, (attention, ffn) in enumerate(layers):
-        shown_table.add_row(str(layer), f"{attention:.2%}", f"{ffn:.2%}")
-    shown_table.add_row("all", f"{found.attention:.2%}", f"{found.ffn:.2%}", style="bold")
-    out.print(shown_table)
-    out.print(f"embeddings, norms and all other weights: {found.other:.2%}")
     return 0

@@ -114,10 +114,10 @@ def progress() -> Iterator[ProgressDisplay]:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON value on stdout."""
+    """Print one JSON value on stdout, with null for numbers that are not finite."""
     from pydantic_core import to_json
 
-    print(to_json(value, indent=2).decode())  # noqa: T201
+    print(to_json(value, indent=2, inf_nan_mode="null").decode())  # noqa: T201
 
 
 def evaluation_table(evaluations: Iterable[Evaluation]) -> Table:

@@ -143,6 +143,8 @@ class BaseVersion:
         ready: Whether ingestion verified the version. Everything else ignores other versions.
         manifest_sha256: Hash of the manifest that the files were verified against. Empty without.
         served: Whether the fleet serves on this version, or has served on it.
+        drift: How far its weights moved from its predecessor, or why that is unknown, for people.
+            Empty for a version without a predecessor.
     """
 
     family: str
@@ -154,6 +156,7 @@ class BaseVersion:
     ready: bool = False
     manifest_sha256: str = ""
     served: bool = False
+    drift: str = ""
 
     def __post_init__(self) -> None:
         names = {"family": self.family, "version": self.version}

@@ -4,6 +4,7 @@
       version          family, version, fingerprint, parent, source, fingerprint_run, ready=true;
                        served=<family>; promotion (why `champion` here does not serve);
                        manifest, where the upload had one;
+                       drift, where there was an earlier version;
                        uri, where what serves was converted from the version's MLflow source
 
 A registered model with the tag `kind=base` is a base family. `make_ready` sets the tag, and users
@@ -140,6 +141,7 @@ class MlflowCatalog:
             "parent": draft.parent,
             "source": source,
             "manifest": draft.manifest_sha256 or None,
+            "drift": draft.drift or None,
             "fingerprint": fingerprint.digest,
             "fingerprint_run": run_id,
         }
@@ -244,6 +246,7 @@ class MlflowCatalog:
             ready=ready,
             manifest_sha256=known.get("manifest", "") if ours else "",
             served=tags.get("served") == found.name,  # copies have the tag of the original
+            drift=tags.get("drift", "") if ours else "",
         )
 
     def _claims(self, family: str, version: str) -> list[BaseVersion]:

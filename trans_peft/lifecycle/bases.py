@@ -30,6 +30,7 @@ from trans_peft.errors import (
     UploadError,
     translating_full_disk_errors,
 )
+from trans_peft.lifecycle.base_drift import describe_drift
 from trans_peft.ports import Platform, StoredFile
 
 __all__ = ["ingest", "pending"]
@@ -40,7 +41,7 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
 
     The files must match the model that loads them exactly (`bases.model_check`). If the upload is
     ready already, the existing version is returned. The version of an InternLM2 upload has the URI
-    of its converted files.
+    of its converted files. The version records how far its weights moved from its predecessor.
 
     Raises UploadError with all reasons for a refusal, for example a place that is not configured
     for the family, or a wrong signature. Raises InvalidSpecError if the catalog does not accept the
@@ -62,15 +63,16 @@ def ingest(upload: Upload, platform: Platform) -> BaseVersion:
         check_checkpoint(verified.checkpoint, f"the upload {uri}")
         family, version, parent = _claimed(upload, verified.manifest)
         claimed_sha256 = verified.manifest.sha256 if verified.manifest else ""
+        draft = BaseVersion(
+            family,
+            version,
+            uri,
+            number=upload.registered.number if upload.registered else 0,
+            parent=parent,
+            manifest_sha256=claimed_sha256,
+        )
         ready = platform.catalog.make_ready(
-            BaseVersion(
-                family,
-                version,
-                uri,
-                number=upload.registered.number if upload.registered else 0,
-                parent=parent,
-                manifest_sha256=claimed_sha256,
-            ),
+            replace(draft, drift=describe_drift(draft, verified.fingerprint, platform)),
             fingerprint=verified.fingerprint,
             source=f"{source}, {verified.verified}",
         )

@@ -95,6 +95,7 @@ class BaseView:
     alias: str
     fingerprint_sha256: str
     manifest_sha256: str
+    drift: str
     note: str
     page_url: str
     fingerprint: Mapping[str, str | int] | None
@@ -201,6 +202,7 @@ def base_view(
         alias=base.alias if base.ready else "",
         fingerprint_sha256=base.fingerprint_sha256,
         manifest_sha256=base.manifest_sha256,
+        drift=base.drift,
         note=fleet.notes.get(base.number, ""),
         page_url=links.version(base.family, base.number),
         fingerprint=None if fingerprint is None else _summary(fingerprint),
