@@ -178,9 +178,15 @@ def _exact_changes(old: Path, new: Path) -> Iterator[_Change]:
 
 
 def weight_pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
-    """Yield (name, old, new) of every tensor, in float32."""
+    """Yield (name, old, new) of every tensor of two folders, in float32.
+
+    Raises UnsupportedModelError if their tensors have different names or shapes.
+    """
     from safetensors import safe_open
 
+    _shared_shapes(
+        folder_checkpoint(old).tensors, folder_checkpoint(new).tensors, f"{old} and {new}"
+    )
     with ExitStack() as stack:
         before, after = (
             {

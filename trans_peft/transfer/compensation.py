@@ -76,7 +76,8 @@ class Compensation:
     Attributes:
         folder: its PEFT folder.
         modules: number of modules whose change is compensated.
-        explained: share of the squared change of their outputs that is compensated.
+        explained: share of the squared change of a module's outputs that is compensated, on
+            average.
         other_share: share of the squared change of all weights that is in other weights.
     """
 
@@ -193,8 +194,8 @@ def compensate(
     )
     written = {key: tensor for key, tensor in tensors.items() if ".lora_" not in key}
     names: list[str] = []
-    squares = {"outputs": 0.0, "compensated": 0.0, "weights": 0.0, "other": 0.0}
-    done = 0
+    shares: list[float] = []
+    whole = other = 0.0
     generator = torch.Generator().manual_seed(0)
     modules = defaultdict(list)
     for name, found in inputs.items():
@@ -202,24 +203,21 @@ def compensate(
     for weight, old, new in weights:
         change = old - new
         size = change.square().sum().item()
-        squares["weights"] += size
-        if not modules[weight]:
-            squares["other"] += size
-        for name in modules[weight]:
+        whole += size
+        other += size if weight not in modules else 0.0
+        for name in modules.get(weight, ()):
             key = f"{_PREFIX}{name}."
             if not size and f"{key}lora_A.weight" not in tensors:
                 continue
             a, b = _product(tensors, key, config, old)
             exact = a.shape[0]
             if size:
-                basis, gained, whole = _basis(change, inputs[name].values, total - exact)
-                squares["compensated"] += gained
-                squares["outputs"] += whole
+                basis, share = _basis(change, inputs[name].values, total - exact)
+                shares.append(share)
                 rows = basis.T @ change
                 balance = rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
                 a = torch.cat([a, rows / balance[:, None]])
                 b = torch.cat([b, basis * balance], dim=1)
-                done += 1
             a, b = _padded(a, b, total, generator)
             names.append(name)
             written |= {f"{key}lora_A.weight": a, f"{key}lora_B.weight": b}
@@ -234,7 +232,7 @@ def compensate(
             f"{adapter} cannot be compensated: it adapts modules that are not linear modules of "
             f"the base: {listed(lost)}"
         )
-    if not done:
+    if not shares:
         raise AdapterError(f"{adapter} cannot be compensated: the update changes no linear module")
     shutil.copytree(adapter, target)
     save_file({key: tensor.contiguous() for key, tensor in written.items()}, target / WEIGHTS_NAME)
@@ -244,12 +242,7 @@ def compensate(
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
     }  # fmt: skip
     (target / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    return Compensation(
-        target,
-        done,
-        squares["compensated"] / squares["outputs"] if squares["outputs"] else 1.0,
-        squares["other"] / squares["weights"],
-    )
+    return Compensation(target, len(shares), sum(shares) / len(shares), other / whole)
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
@@ -272,13 +265,13 @@ def _product(
     return a, b * _scale(config, name, a.shape[0])
 
 
-def _basis(change: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, float, float]:
-    """Return U (out_features, at most rank), and the squared norms of U U^T Y and Y.
+def _basis(change: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Return U (out_features, at most rank), and the share |U U^T Y|^2 / |Y|^2.
 
     Y = change @ inputs.T are the changes of the outputs. Inputs X = Q R can be replaced by R: the
-    left singular vectors and the norms of Y stay the same.
+    left singular vectors and the norms of Y stay the same. For an output layer, Y is then smaller.
     """
-    if inputs.shape[0] > inputs.shape[1]:
+    if change.shape[0] > inputs.shape[0] > inputs.shape[1]:
         inputs = torch.linalg.qr(inputs.float(), mode="r").R
     outputs = change @ inputs.to(change).T
     rank = min(rank, *outputs.shape)
@@ -286,7 +279,8 @@ def _basis(change: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, float, fl
         torch.manual_seed(0)
         size = min(rank + _OVERSAMPLING, *outputs.shape)
         basis = torch.svd_lowrank(outputs, q=size, niter=_ITERATIONS)[0][:, :rank]
-    return basis, (basis.T @ outputs).square().sum().item(), outputs.square().sum().item()
+    whole = outputs.square().sum().item()
+    return basis, (basis.T @ outputs).square().sum().item() / whole if whole else 1.0
 
 
 def _padded(a: Tensor, b: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
