@@ -1,0 +1,122 @@
+"""The recovery strategy `compensated` in a transfer: it reads prompts, and no training row."""
+
+import json
+
+import pytest
+
+from tests.lifecycle.test_distillation import PROMPTS, Setup
+from tests.lifecycle.test_recovery import ITEMS, strategies
+from trans_peft.domain.recovery import CompensationPolicy, DistillationPolicy, RecoveryStrategy
+from trans_peft.errors import EvaluationError, InvalidSpecError
+from trans_peft.models import adapter_weights_sha256
+from trans_peft.validation.decoding import generation
+
+FULL = 64
+"""No module of the tiny model has a smaller side than this rank."""
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    return Setup(tmp_path, monkeypatch)
+
+
+def compensated(setup, rows=None, **settings):
+    """Return the outcome, and the attempt of the strategy."""
+    rows = [{"prompt": text} for text in PROMPTS] if rows is None else rows
+    uri = setup.write(rows).replace("parity", "{adapter}")
+    policy = CompensationPolicy(**{"prompts_uri": uri, "rank": 4} | settings)
+    outcome = setup.transfer(compensation=policy)
+    assert strategies(outcome)[0] == ("direct", "needs-retuning")
+    return outcome, outcome.tried[1]
+
+
+def test_the_compensated_weights_are_judged_and_registered(setup):
+    outcome, tried = compensated(setup)
+    assert (tried.strategy, tried.verdict) == ("compensated", "needs-retuning")
+    assert tried.note.startswith("45 prompts of ")
+    assert "; rank 4; " in tried.note
+    # The same weights again: the result is stored under their hash.
+    (known,) = {
+        found.weights_sha256
+        for found in setup.platform.evaluations._evaluations.values()
+        if found.base_fingerprint_sha256 == setup.bases[1].fingerprint_sha256
+    } - {setup.source.weights_sha256, "bare"}
+    setup.forget(known, setup.bases[1])
+    setup.answered(known, setup.bases[1], right=ITEMS)
+    outcome, tried = compensated(setup)
+    assert (outcome.verdict, outcome.strategy) == ("passed", "compensated")
+    assert "level 2.5 %" in outcome.judgment.reason  # one of two strategies
+    version = setup.version(outcome)
+    assert version.made_by is RecoveryStrategy.COMPENSATED
+    assert version.trained_on.version == "v1"
+    folder = setup.platform.registry.download(version, setup.folder / "downloaded")
+    assert adapter_weights_sha256(folder) == known
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 6
+    assert "absent.jsonl" not in {uri.rpartition("/")[2] for uri in setup.read}
+
+
+def test_at_full_rank_the_linear_modules_are_compensated_and_not_the_norms(setup):
+    _, tried = compensated(setup, rank=FULL)
+    assert "100 % of the change of 15 linear modules compensated" in tried.note
+
+
+def test_answers_are_reported_as_progress(setup):
+    compensated(setup)
+    shown = [str(step) for step in setup.progress if "items" not in step.unit]
+    assert shown[-1] == "parity: answers before compensation on v2: 45 of 45 prompts"
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"prompt": text} for text in PROMPTS[:10]], "at least 32"),
+        ([{"prompt": f"{i}  IS"} for i in range(ITEMS)], "at least 32"),  # the suite's items
+    ],
+    ids=["few", "of the suite"],
+)
+def test_unusable_prompts_leave_the_direct_verdict(setup, rows, reason):
+    outcome, tried = compensated(setup, rows)
+    assert (tried.verdict, outcome.strategy) == ("", "direct")
+    assert reason in tried.reason
+
+
+def test_an_adapter_without_prompts_keeps_the_whole_level(setup):
+    outcome, tried = compensated(setup, prompts_uri="")
+    assert "(synthetic_prompts) gives prompts" in str(tried)
+    assert "level 5 %" in outcome.judgment.reason
+
+
+def test_an_adapter_without_a_recipe_is_compensated_and_not_distilled(tmp_path, monkeypatch):
+    setup = Setup(tmp_path, monkeypatch, recipe=False)
+    uri = setup.write([{"prompt": text} for text in PROMPTS])
+    outcome = setup.transfer(
+        compensation=CompensationPolicy(prompts_uri=uri, rank=4),
+        distillation=DistillationPolicy(prompts_uri=uri),
+    )
+    assert [strategy for strategy, verdict in strategies(outcome) if verdict] == [
+        "direct", "compensated",
+    ]  # fmt: skip
+    assert "level 2.5 %" in outcome.judgment.reason
+
+
+def test_a_failure_of_the_answers_leaves_the_direct_verdict(setup, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise EvaluationError("the logits are not finite")
+
+    monkeypatch.setattr(generation, "generate", fail)
+    outcome, tried = compensated(setup)
+    assert (tried.verdict, outcome.strategy) == ("", "direct")
+    assert tried.reason == "compensation failed: the logits are not finite"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1, not 0"),
+        ({"prompts": 8}, "prompts must be at least 32, not 8"),
+        ({"prompts_uri": "s3://x/{name}.jsonl"}, "may contain {adapter} only"),
+    ],
+)
+def test_invalid_settings(settings, message):
+    with pytest.raises(InvalidSpecError, match=f"the compensation policy is invalid: .*{message}"):
+        CompensationPolicy(**settings)
