@@ -18,11 +18,11 @@ from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
-from trans_peft.domain.recovery import DistillationPolicy, RecoveryPolicy
+from trans_peft.domain.recovery import CompensationPolicy, RecoveryPolicy
 
 __all__ = [
     "ARMS",
-    "DISTILLATION",
+    "COMPENSATION",
     "FULL",
     "POLICY",
     "PROMOTION",
@@ -35,7 +35,7 @@ __all__ = [
 DATA_SEED = 0
 """Selects the files for evaluation. The settings below were chosen on the split of seed 2."""
 
-DISTILLATION = DistillationPolicy(prompts_uri="s3://data/demo/traffic/{adapter}.jsonl")
+COMPENSATION = CompensationPolicy(prompts_uri="s3://data/demo/traffic/{adapter}.jsonl")
 """The library's defaults. The file has prompts of the task that are no training or evaluation rows,
 as recent traffic is none."""
 
@@ -43,9 +43,9 @@ POLICY = GatePolicy(
     margin_points=5.0,
     alpha=0.05,
     must_beat_bare=True,
-    recovery=RecoveryPolicy(distillation=DISTILLATION),
+    recovery=RecoveryPolicy(compensation=COMPENSATION),
 )
-"""The library's defaults, and distillation for adapters that do not pass unchanged. The table shows
+"""The library's defaults, and compensation for adapters that do not pass unchanged. The table shows
 the power at the observed discordance."""
 
 PROMOTION = PromotionPolicy(min_serving_share=0.0)

@@ -16,7 +16,7 @@ from demo.picture import draw
 from demo.programs import run_module
 from demo.results import Result, notes, results, table
 from demo.screen import Screen
-from demo.settings import DISTILLATION, POLICY, PROMOTION, UPDATE, DemoTask, recipes
+from demo.settings import COMPENSATION, POLICY, PROMOTION, UPDATE, DemoTask, recipes
 from demo.upload import upload
 from infra.stack.settings import StackSettings
 from tasks.composition import platform
@@ -77,7 +77,7 @@ class Steps:
                     platform().store.write(f"{demo_task.folder_uri}/{name}", rows)
             for recipe in recipes(demo_task):
                 with (folder / "prompts.jsonl").open("rb") as prompts:
-                    platform().store.write(DISTILLATION.prompts_of(recipe.adapter), prompts)
+                    platform().store.write(COMPENSATION.prompts_of(recipe.adapter), prompts)
             self._screen.success(
                 f"{demo_task.task.name}: {counts[0]:,} training rows, {counts[1]:,} evaluation rows"
             )

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from flows.reconcile import reconcile
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.promotion import PromotionPolicy
-from trans_peft.domain.recovery import DistillationPolicy, RecoveryPolicy
+from trans_peft.domain.recovery import CompensationPolicy, RecoveryPolicy
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
@@ -26,7 +26,7 @@ DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 @pytest.mark.parametrize(
     ("name", "default"),
     [
-        ("policy", GatePolicy(recovery=RecoveryPolicy(distillation=DistillationPolicy()))),
+        ("policy", GatePolicy(recovery=RecoveryPolicy(compensation=CompensationPolicy()))),
         ("promotion", PromotionPolicy()),
     ],
 )

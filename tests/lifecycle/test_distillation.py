@@ -12,7 +12,12 @@ from tests.tiny import tiny_tokenizer
 from trans_peft.data import ChatMessage, Example
 from trans_peft.data.overlap import distinct_from, similarity
 from trans_peft.domain.data import DataSource
-from trans_peft.domain.recovery import DistillationPolicy, RecoveryPolicy, RecoveryStrategy
+from trans_peft.domain.recovery import (
+    CompensationPolicy,
+    DistillationPolicy,
+    RecoveryPolicy,
+    RecoveryStrategy,
+)
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import DataError, EvaluationError, InvalidSpecError, TrainingError
 from trans_peft.lifecycle.report import report
@@ -214,7 +219,11 @@ def test_invalid_settings_are_refused(settings, reason):
 
 def test_the_strategies_are_tried_in_order():
     policy = RecoveryPolicy(
-        scales=(0.5,), distillation=DistillationPolicy(), retune_steps=2, retrain=True
+        scales=(0.5,),
+        compensation=CompensationPolicy(),
+        distillation=DistillationPolicy(),
+        retune_steps=2,
+        retrain=True,
     )
     assert policy.strategies == tuple(RecoveryStrategy)
 
