@@ -33,10 +33,17 @@ from trans_peft.errors import AdapterError, listed
 from trans_peft.transfer.load_adapter import attached
 from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_peft_folder
 
-__all__ = ["Compensation", "ModuleInputs", "compensate", "module_inputs", "not_compensable"]
+__all__ = [
+    "MAX_TOKENS",
+    "Compensation",
+    "ModuleInputs",
+    "compensate",
+    "module_inputs",
+    "not_compensable",
+]
 
-_SEQUENCE_TOKENS = 16_384
-"""Tokens of sequences that are read; the first sequences are used."""
+MAX_TOKENS = 8_192
+"""Tokens of sequences that are useful: more inputs hardly change the result."""
 
 _INPUTS = 4_096
 """Inputs of each module that are kept, from random positions of the sequences."""
@@ -107,15 +114,12 @@ def module_inputs(
 ) -> Mapping[str, ModuleInputs]:
     """Return inputs of the linear modules of a base with an adapter, by the names of the modules.
 
-    `sequences` are token ids, such as prompts with answers. The first ones are used.
+    `sequences` are token ids, such as prompts with answers, of about `MAX_TOKENS` in total.
     """
     device, head = model.device, model.get_output_embeddings()
     names = {id(weight): name for name, weight in model.named_parameters()}
     modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    used, tokens = 0, 0
-    while used < len(sequences) and tokens < _SEQUENCE_TOKENS:
-        tokens += len(sequences[used])
-        used += 1
+    tokens = sum(map(len, sequences))
     generator = torch.Generator().manual_seed(0)
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
     chosen = torch.empty(0)
@@ -135,7 +139,7 @@ def module_inputs(
             if module is not head
         ]
         try:
-            for first in range(0, used, _BATCH):
+            for first in range(0, len(sequences), _BATCH):
                 batch = [torch.tensor(ids) for ids in sequences[first : first + _BATCH]]
                 ids = nn.utils.rnn.pad_sequence(batch, batch_first=True)
                 lengths = torch.tensor([len(row) for row in batch])

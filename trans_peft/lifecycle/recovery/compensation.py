@@ -4,6 +4,7 @@ No weight is trained. The prompts and the teacher's answers are in memory only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,16 +64,18 @@ def answering_inputs(
 ) -> "Mapping[str, ModuleInputs]":
     """Return the inputs of the modules while an adapter on its old base answers prompts.
 
-    `folder` is the PEFT folder. The suite gives the dtype and the decoding settings; no item of it
+    The first prompts that have `MAX_TOKENS` together are answered, and at least one. `folder` is the PEFT folder. The suite gives the dtype and the decoding settings; no item of it
     is read.
     """
     from trans_peft.models import load_base
-    from trans_peft.transfer.compensation import module_inputs
+    from trans_peft.transfer.compensation import MAX_TOKENS, module_inputs
     from trans_peft.transfer.load_adapter import attached
     from trans_peft.validation.decoding.generation import generate
 
     old = load_base(old_base, suite.dtype)
     ids = prompt_ids(prompts, old.tokenizer, saved_template(folder))
+    ends = accumulate(map(len, ids))
+    ids = [prompt for prompt, end in zip(ids, ends, strict=True) if end <= MAX_TOKENS] or ids[:1]
     with attached(old.model, folder) as model:
         answers = generate(
             model,
