@@ -64,8 +64,8 @@ def answering_inputs(
 ) -> "Mapping[str, ModuleInputs]":
     """Return the inputs of the modules while an adapter on its old base answers prompts.
 
-    The first prompts that have `MAX_TOKENS` together are answered, and at least one. `folder` is the PEFT folder. The suite gives the dtype and the decoding settings; no item of it
-    is read.
+    The first prompts that have `MAX_TOKENS` together are answered, and at least one. `folder` is
+    the PEFT folder. The suite gives the dtype and the decoding settings; no item of it is read.
     """
     from trans_peft.models import load_base
     from trans_peft.transfer.compensation import MAX_TOKENS, module_inputs
