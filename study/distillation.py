@@ -76,9 +76,10 @@ class Part:
 
 PARTS = (
     Part("plain", (0, RANKS[0]), (UNLABELED,)),
-    Part("spared", (0, RANKS[0]), (UNLABELED,)),
     Part("plain", RANKS[1:], (UNLABELED,)),
-    Part("plain", RANKS[:1], (*WRITTEN, OTHER_TASK)),
+    Part("plain", RANKS[:1], (OTHER_TASK, WRITTEN[0])),
+    Part("spared", (0, RANKS[0]), (UNLABELED,)),
+    Part("plain", RANKS[:1], WRITTEN),
     Part("plain", (0,), WRITTEN),
 )
 """In the order in which they run."""
