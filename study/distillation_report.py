@@ -26,13 +26,20 @@ PICTURE = PAGE.parent / "images" / "survival.png"
 PLAIN, SPARED, NEW = "plain", "spared", "Fine-tune(new)"
 _SOURCES = {
     "unlabeled": "unlabeled prompts",
+    "other task": "unlabeled prompts of the other task",
     "written after 20": "prompts written after 20 approved ones",
     "written after 5": "prompts written after 5 approved ones",
     "prompt model": "prompts of a prompt model",
 }
+_STRATEGIES = {
+    "compensated 16": "compensated at rank 16",
+    "compensated 64": "compensated at rank 64",
+    "distilled": "distilled",
+}
 _ADAPTERS = {PLAIN: "plain", SPARED: "Trans-PEFT"}
-_DEFAULT = f"{PLAIN}, distilled, unlabeled"
+_DEFAULT = f"{PLAIN}, compensated 16, unlabeled"
 _GREY, _INK = "#8A8F98", "#22262B"
+_RANGE = (-60, 150)
 _COLORS = {PLAIN: "#E07A1F", SPARED: "#1F6FB2"}
 
 
@@ -157,8 +164,9 @@ def _arms() -> Iterator[tuple[str, str]]:
     """Yield each arm with its title, in the order of the tables."""
     for adapter, title in _ADAPTERS.items():
         yield adapter, f"{title}, unchanged"
-        for source, described in _SOURCES.items():
-            yield f"{adapter}, distilled, {source}", f"{title}, distilled: {described}"
+        for strategy, done in _STRATEGIES.items():
+            for source, described in _SOURCES.items():
+                yield f"{adapter}, {strategy}, {source}", f"{title}, {done}: {described}"
     yield NEW, "Fine-tune(new)"
 
 
@@ -198,30 +206,38 @@ def draw(found: Sequence[Recovery], path: Path) -> Path:
 
     style = {"font.size": 10, "axes.edgecolor": _GREY, "text.color": _INK, "xtick.color": _INK}
     with plt.rc_context({**style, "ytick.color": _INK, "axes.labelcolor": _INK}):
+        shown = [_shares(pair) for pair in found]
+        counts = [len(rows) for rows in shown]
         figure, axes = plt.subplots(
-            len(found), 1, figsize=(9, 2.6 * len(found)), squeeze=False, sharex=True,
+            len(found), 1, figsize=(10, 0.32 * sum(counts) + 0.7 * len(found) + 0.4),
+            height_ratios=[count + 0.4 for count in counts], squeeze=False, sharex=True,
             layout="constrained",
         )  # fmt: skip
-        for panel, pair in zip(axes.flat, found, strict=True):
-            rows = [
-                (title, share, _COLORS[arm.partition(",")[0]])
-                for arm, title in _arms()
-                if arm not in (PLAIN, NEW) and (share := pair.share(arm)) is not None
-            ]
+        for panel, pair, rows in zip(axes.flat, found, shown, strict=True):
             for row, (_, share, color) in enumerate(reversed(rows)):
                 panel.plot([share.low, share.high], [row, row], color=color, linewidth=2)
-                panel.plot(share.value, row, "o", color=color, markersize=7)
+                panel.plot(share.value, row, "o", color=color, markersize=6)
             panel.set_yticks(range(len(rows)), [title for title, *_ in reversed(rows)])
-            panel.set_ylim(-0.6, len(rows) - 0.4)
+            panel.set_ylim(-0.7, len(rows) - 0.3)
+            panel.set_xlim(*_RANGE)
             for at, line in ((0, "-"), (80, ":"), (100, "--")):
                 panel.axvline(at, color=_GREY, linewidth=1, linestyle=line, zorder=0)
-            panel.set_title(f"{pair.task}, update {pair.update}", loc="left")
+            panel.set_title(f"{pair.task}, update {pair.update}", loc="left", fontsize=10)
             panel.spines[["top", "right", "left"]].set_visible(False)
             panel.tick_params(left=False)
-        axes.flat[-1].set_xlabel(
-            "share of the gap that is closed, %: 0 is direct transfer of a plain adapter, "
-            "100 is Fine-tune(new)"
+        axes.flat[-1].set_xticks(
+            [0, 50, 80, 100], ["0\ndirect transfer", "50", "80", "100\nFine-tune(new)"]
         )
+        axes.flat[-1].set_xlabel("share of the gap that is closed, %")
         figure.savefig(path, dpi=130, facecolor="white")
         plt.close(figure)
     return path
+
+
+def _shares(pair: Recovery) -> list[tuple[str, Interval, str]]:
+    """Return the title, the share of the gap and the color of each arm between the references."""
+    return [
+        (title, share, _COLORS[arm.partition(",")[0]])
+        for arm, title in _arms()
+        if arm not in (PLAIN, NEW) and (share := pair.share(arm)) is not None
+    ]

@@ -9,7 +9,7 @@ from study.plan import V1
 from study.score_file import Score
 
 ITEMS = 100
-DISTILLED = "plain, distilled, unlabeled"
+COMPENSATED = "plain, compensated 16, unlabeled"
 PAGE = "# Page\n\n<!-- begin recoveries -->\n\nold\n\n<!-- end recoveries -->\n"
 
 
@@ -19,7 +19,7 @@ def score(arm, base, points, *, seed=1, trained_on=V1, seconds=0.0, task="task")
                  {}, seconds)  # fmt: skip
 
 
-def pair(seed, distilled, task="task"):
+def pair(seed, compensated, task="task"):
     """Direct transfer falls from 70 to 40; Fine-tune(new) reaches 60 in 200 s."""
     made = partial(score, seed=seed, task=task)
     return [
@@ -28,24 +28,24 @@ def pair(seed, distilled, task="task"):
         made("plain", "ffn", 40),
         made("spared", "ffn", 50),
         made("plain", "ffn", 60, trained_on="ffn", seconds=200.0),
-        made(DISTILLED, "ffn", distilled, seconds=50.0),
+        made(COMPENSATED, "ffn", compensated, seconds=50.0),
     ]
 
 
 def test_the_share_of_the_gap():
     (found,) = recoveries(pair(1, 58) + pair(2, 54))
-    assert found.share(DISTILLED).value == pytest.approx(80)
+    assert found.share(COMPENSATED).value == pytest.approx(80)
     assert found.share("spared").value == pytest.approx(50)
     assert found.share("plain, distilled, prompt model") is None
-    share = found.share(DISTILLED)
+    share = found.share(COMPENSATED)
     assert share.low < 80 < share.high
 
 
 def test_a_seed_without_fine_tune_new_is_left_out():
     incomplete = [s for s in pair(2, 40) if s.trained_on == V1]
     (found,) = recoveries(pair(1, 58) + incomplete)
-    assert found.seeds(DISTILLED, "plain") == [1, 2]
-    assert found.share(DISTILLED).value == pytest.approx(90)
+    assert found.seeds(COMPENSATED, "plain") == [1, 2]
+    assert found.share(COMPENSATED).value == pytest.approx(90)
 
 
 def test_a_pair_without_fine_tune_new_is_not_reported():
@@ -66,5 +66,5 @@ def test_the_table():
     page = page_with(PAGE, list(recoveries(pair(1, 56))))
     assert "### task, update `ffn`: 1 seed, 100 items" in page
     assert "| plain, unchanged | 70.0 | 40.0 | 0 | 0 |" in page
-    assert "| plain, distilled: unlabeled prompts |  | 56.0 | 80 (" in page
+    assert "| plain, compensated at rank 16: unlabeled prompts |  | 56.0 | 80 (" in page
     assert "| Fine-tune(new) |  | 60.0 | 100 | 200 |" in page
