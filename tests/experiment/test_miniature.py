@@ -1,0 +1,112 @@
+"""Each table and figure of the paper on the tiny model, by the command."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from trans_peft.cli import main
+from trans_peft.errors import TrainingError
+from trans_peft.experiment import cells
+
+TITLES = {
+    "tables": ["Selected rates", "Scores (tables 1 and 2)", "Domain updates (fig. 5)",
+               "GPU hours (fig. 7)", "Analyses of the two bases"],
+    "repeats": ["Scores (tables 1 and 2)", "Significance (table 3)", "Seeds (table 4)",
+                "Sweep of `dropping_p` (fig. 6)", "Sweep of `masking_p` (fig. 6)",
+                "Sweep of `where` (fig. 10)", "GPU hours (fig. 7)"],
+}  # fmt: skip
+FIGURES = {
+    "tables": ["domains-tiny", "hours-tiny", "survival-tiny-v2", "survival-tiny-v3"],
+    "repeats": ["hours-tiny", "survival-tiny-v2", "sweep-1-dropping_p", "sweep-2-masking_p",
+                "sweep-3-where"],
+}  # fmt: skip
+TRAININGS = {"tables": 2 + 2 * (2 + 2), "repeats": 2 * (2 + 1) + 2 + 2 + 2 * 2}
+
+
+@pytest.fixture
+def command(bases, tmp_path, capsys):
+    def run(name: str, *options: str) -> tuple[int, str]:
+        code = main(
+            ["experiment", str(bases / f"{name}.yaml"), "--out", str(tmp_path / name),
+             "--state", str(tmp_path / "state"), *options]
+        )  # fmt: skip
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["tables", "repeats"])
+def test_every_table_and_figure(command, trained, tmp_path, name):
+    code, text = command(name, "--dry-run")
+    assert code == 0 and text.count("\nnew ") + text.startswith("new ") == TRAININGS[name]
+    assert not trained and not (tmp_path / name).exists()
+
+    code, text = command(name)
+    assert code == 0, text
+    assert len(trained) == TRAININGS[name]
+    assert f"experiment: {TRAININGS[name]} of {TRAININGS[name]} trainings" in text
+    folder = tmp_path / name
+    report = (folder / "report.md").read_text()
+    assert [title for title in TITLES[name] if f"\n## {title}\n" not in report] == []
+    assert sorted(path.stem for path in folder.glob("figures/*.svg")) == FIGURES[name]
+    assert "missing" not in report and "not a result" not in report
+    page = (folder / "report.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert page.count("data:image/svg+xml") == len(FIGURES[name])
+    assert {len(line["right"]) for line in lines_of(folder / "scores.jsonl")} <= {0, 20, 30}
+
+    scored = (folder / "scores.jsonl").read_bytes()
+    code, text = command(name)
+    assert code == 0 and len(trained) == TRAININGS[name]
+    assert (folder / "scores.jsonl").read_bytes() == scored
+    code, text = command(name, "--dry-run", "--json")
+    plan = json.loads(text)
+    assert plan["missing"] == 0 and plan["gpu_hours"] == 0
+
+
+def test_a_run_that_was_killed_continues(command, trained, tmp_path, monkeypatch):
+    whole, calls = cells.fit, []
+
+    def killed_at_the_third(job, *, on_event):
+        calls.append(job)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(job, on_event=on_event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "fit", killed_at_the_third)
+        with pytest.raises(SystemExit, match="130"):
+            command("repeats")
+    first = lines_of(tmp_path / "repeats" / "scores.jsonl")
+    text = command("repeats", "--dry-run", "--json")[1]
+    assert json.loads(text)["missing"] == TRAININGS["repeats"] - 2
+    monkeypatch.setattr(cells, "scores", fail)
+    monkeypatch.setattr("trans_peft.experiment.run.scores", fail)
+    assert command("repeats")[0] == 3
+    assert lines_of(tmp_path / "repeats" / "scores.jsonl") == first
+
+
+def fail(*_, **__):
+    raise TrainingError("stopped by the test")
+
+
+def test_quick_files_are_no_results(command, trained, bases, tmp_path):
+    small = yaml.safe_load((bases / "repeats.yaml").read_text())
+    small |= {"seeds": [42], "data_seeds": [], "sweeps": [], "quick": {"steps": 2, "items": 5}}
+    (bases / "small.yaml").write_text(yaml.safe_dump(small))
+    code, _ = command("small", "--quick")
+    assert code == 0
+    (folder,) = (tmp_path / "small").iterdir()
+    assert folder.name == "not-a-result"
+    figures = sorted(path.name for path in folder.glob("figures/*"))
+    assert figures == ["hours-tiny-not-a-result.svg", "survival-tiny-v2-not-a-result.svg"]
+    report = (folder / "report-not-a-result.md").read_text()
+    assert "> **Not a result.**" in report
+    assert all(line["is_quick"] for line in lines_of(folder / "scores.jsonl"))

@@ -1,0 +1,183 @@
+"""What an experiment would do: its cells, GPU hours, disk, and differences from the paper."""
+
+import shutil
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+
+from trans_peft.domain.base import BaseVersion
+from trans_peft.domain.experiment import Experiment, PlannedTraining
+from trans_peft.errors import StoreError
+from trans_peft.experiment.cells import Score, is_complete
+from trans_peft.experiment.deviations import deviations
+from trans_peft.experiment.prepare import Prepared, suites_of
+from trans_peft.ports import Platform
+
+__all__ = ["Disk", "Outline", "Row", "check_disk", "disk", "outline"]
+
+_COPIES = 2 * 3
+"""A checkpoint has an adapter's weights and both moments; two checkpoints exist at one time."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One planned training.
+
+    Attributes:
+        training: the training.
+        is_known: whether all of its scores exist. None: unknown, because a base or data cannot be
+            read on this machine.
+    """
+
+    training: PlannedTraining
+    is_known: bool | None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that the missing trainings need on the disk, and bytes that are free.
+
+    Attributes:
+        bases: copies of bases that are not on this machine.
+        adapters: adapters and checkpoints.
+        free: free bytes.
+    """
+
+    bases: int
+    adapters: int
+    free: int
+
+    @property
+    def needed(self) -> int:
+        """The bytes that are needed."""
+        return self.bases + self.adapters
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The plan of an experiment.
+
+    Attributes:
+        rows: the trainings, those of the selection first. If there are some, its first candidate
+            takes the place of the rates to select in the others.
+        deviations: differences from the paper.
+        gpu_hours: estimate for the missing trainings and evaluations; None: unknown.
+        disk: bytes on the disk; None if a base or data cannot be read here.
+        notes: what is unknown, and why; suites with training rows.
+    """
+
+    rows: tuple[Row, ...]
+    deviations: tuple[str, ...]
+    gpu_hours: float | None
+    disk: Disk | None
+    notes: tuple[str, ...]
+
+    @property
+    def missing(self) -> int:
+        """Number of trainings that are not known to be complete."""
+        return sum(not row.is_known for row in self.rows)
+
+
+def outline(
+    experiment: Experiment,
+    prepared: Prepared | None,
+    platform: Platform,
+    scores: Collection[Score],
+    notes: Iterable[str] = (),
+) -> Outline:
+    """Return the plan. `prepared` is None if a base or data cannot be read on this machine."""
+    known = frozenset(score.key for score in scores)
+    trainings = (*experiment.selection_trainings(), *experiment.trainings())
+    rows = tuple(
+        Row(planned, None if prepared is None else is_complete(planned, prepared, known))
+        for planned in trainings
+    )
+    missing = [row.training for row in rows if not row.is_known]
+    found = [] if prepared is None else [str(one) for one in prepared.leakage if one.rows]
+    hours, unknown = _gpu_hours(missing, experiment, scores)
+    return Outline(
+        rows,
+        deviations(experiment, suites_of(experiment)),
+        hours,
+        None if prepared is None else disk(missing, prepared, platform),
+        (*notes, *found, *unknown),
+    )
+
+
+def disk(missing: Iterable[PlannedTraining], prepared: Prepared, platform: Platform) -> Disk:
+    """Return the bytes that trainings need on the disk of this machine."""
+    sizes: dict[tuple[str, str], int] = {}
+    adapters = largest = 0
+    for planned in missing:
+        of = (planned.family, planned.method)
+        if of not in sizes:
+            sizes[of] = _adapter_bytes(planned, prepared, platform)
+        adapters += sizes[of]
+        largest = max(largest, sizes[of])
+    bases = {base.fingerprint_sha256: base for base in prepared.bases.values()}
+    copies = sum(_copy_bytes(base, platform) for base in bases.values())
+    platform.work_dir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(platform.work_dir).free
+    return Disk(copies, adapters + _COPIES * largest, free)
+
+
+def check_disk(found: Disk, folder: Path) -> None:
+    """Raise StoreError if the disk does not have the bytes that are needed."""
+    if found.needed > found.free:
+        raise StoreError(
+            f"the experiment does not fit on the disk of {folder}",
+            expected=f"{found.needed / 1e9:.1f} GB: {found.bases / 1e9:.1f} GB for copies of "
+            f"bases, {found.adapters / 1e9:.1f} GB for adapters and checkpoints",
+            found=f"{found.free / 1e9:.1f} GB are free",
+            do="free disk space, pass a folder of another disk as --state, or leave out methods, "
+            "seeds or sweeps",
+        )
+
+
+def _gpu_hours(
+    missing: Iterable[PlannedTraining], experiment: Experiment, scores: Collection[Score]
+) -> tuple[float | None, list[str]]:
+    """Return the hours of trainings with their evaluations, and what is unknown.
+
+    Measured hours of the same family and method take the place of those of the file. None if the
+    hours of trainings are unknown.
+    """
+    cost, total, unknown = experiment.cost, 0.0, set()
+    for planned in missing:
+        like = [s for s in scores if (s.family, s.method) == (planned.family, planned.method)]
+        whole = [score.gpu_seconds for score in like if not score.is_resumed and score.gpu_seconds]
+        training = fmean(whole) / 3600 if whole else cost.training_gpu_hours
+        seconds: dict[str, list[float]] = {}
+        for score in like:
+            seconds.setdefault(score.suite, []).append(score.score_seconds)
+        evaluation = (
+            sum(map(fmean, seconds.values())) / 3600 if seconds else cost.evaluation_gpu_hours
+        )
+        if training is None:
+            unknown.add("the GPU hours of a training are unknown: give cost.training_gpu_hours")
+        if evaluation is None:
+            unknown.add(
+                "GPU hours are without evaluations, which are unknown: give "
+                "cost.evaluation_gpu_hours"
+            )
+        total += (training or 0.0) + (evaluation or 0.0) * len(planned.scored_on)
+    is_known = not any("of a training" in text for text in unknown)
+    return total if is_known else None, sorted(unknown)
+
+
+def _adapter_bytes(planned: PlannedTraining, prepared: Prepared, platform: Platform) -> int:
+    from trans_peft.training.memory import trainable_parameters
+
+    config = platform.catalog.fingerprint(prepared.base(planned)).config
+    with TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(config)
+        return 4 * trainable_parameters(prepared.recipe(planned), Path(folder))
+
+
+def _copy_bytes(base: BaseVersion, platform: Platform) -> int:
+    """Return the size of a base in a bucket that this machine has no copy of."""
+    if "://" not in base.uri or (platform.work_dir / "bases" / base.fingerprint_sha256).exists():
+        return 0
+    return sum(file.size for file in platform.store.list(base.uri))
