@@ -19,7 +19,7 @@ from trans_peft.perturbation import layer_criticality
 
 COMMANDS = (
     "train", "evaluate", "adopt", "check", "transfer", "resolve", "agreement",
-    "fingerprint", "criticality", "drift", "convert", "publish",
+    "fingerprint", "criticality", "drift", "convert", "publish", "experiment",
 )  # fmt: skip
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}, "max_new_tokens": 2}
 RECIPE = {

@@ -15,6 +15,7 @@ EXTRA_OF = {
     "jinja2": "ui",
     "OpenSSL": "signatures",
     "math_verify": "eval",
+    "matplotlib": "experiment",
     "mlflow": "mlflow",
     "model_signing": "signatures",
     "prometheus_client": "ui",

@@ -27,13 +27,13 @@ TRAININGS = {"tables": 2 + 2 * (2 + 2), "repeats": 2 * (2 + 1) + 2 + 2 + 2 * 2}
 
 @pytest.fixture
 def command(bases, tmp_path, capsys):
-    def run(name: str, *options: str) -> tuple[int, str]:
+    def run(name: str, *options: str) -> tuple[int, str, str]:
         code = main(
             ["experiment", str(bases / f"{name}.yaml"), "--out", str(tmp_path / name),
              "--state", str(tmp_path / "state"), *options]
         )  # fmt: skip
         captured = capsys.readouterr()
-        return code, captured.out + captured.err
+        return code, captured.out, captured.err
 
     return run
 
@@ -44,11 +44,11 @@ def lines_of(path):
 
 @pytest.mark.parametrize("name", ["tables", "repeats"])
 def test_every_table_and_figure(command, trained, tmp_path, name):
-    code, text = command(name, "--dry-run")
+    code, text, _ = command(name, "--dry-run")
     assert code == 0 and text.count("\nnew ") + text.startswith("new ") == TRAININGS[name]
     assert not trained and not (tmp_path / name).exists()
 
-    code, text = command(name)
+    code, _, text = command(name)
     assert code == 0, text
     assert len(trained) == TRAININGS[name]
     assert f"experiment: {TRAININGS[name]} of {TRAININGS[name]} trainings" in text
@@ -63,11 +63,9 @@ def test_every_table_and_figure(command, trained, tmp_path, name):
     assert {len(line["right"]) for line in lines_of(folder / "scores.jsonl")} <= {0, 20, 30}
 
     scored = (folder / "scores.jsonl").read_bytes()
-    code, text = command(name)
-    assert code == 0 and len(trained) == TRAININGS[name]
+    assert command(name)[0] == 0 and len(trained) == TRAININGS[name]
     assert (folder / "scores.jsonl").read_bytes() == scored
-    code, text = command(name, "--dry-run", "--json")
-    plan = json.loads(text)
+    plan = json.loads(command(name, "--dry-run", "--json")[1])
     assert plan["missing"] == 0 and plan["gpu_hours"] == 0
 
 
@@ -101,8 +99,7 @@ def test_quick_files_are_no_results(command, trained, bases, tmp_path):
     small = yaml.safe_load((bases / "repeats.yaml").read_text())
     small |= {"seeds": [42], "data_seeds": [], "sweeps": [], "quick": {"steps": 2, "items": 5}}
     (bases / "small.yaml").write_text(yaml.safe_dump(small))
-    code, _ = command("small", "--quick")
-    assert code == 0
+    assert command("small", "--quick")[0] == 0
     (folder,) = (tmp_path / "small").iterdir()
     assert folder.name == "not-a-result"
     figures = sorted(path.name for path in folder.glob("figures/*"))

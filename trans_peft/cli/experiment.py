@@ -66,8 +66,10 @@ def experiment(
         if dry_run:
             return _print_plan(wanted, workspace, found, json=json)
         prepared = prepare(wanted, _finder(workspace, download=True), workspace.platform)
-        run(prepared, workspace.platform, found, _watch(shown), is_quick=quick)
-        report = report_on(prepared, workspace.platform, found, out, is_quick=quick)
+        try:
+            run(prepared, workspace.platform, found, _watch(shown), is_quick=quick)
+        finally:  # what was scored before an error is reported as well
+            report = report_on(prepared, workspace.platform, found, out, is_quick=quick)
     if mlflow:
         from trans_peft.client import connect
 
@@ -117,7 +119,11 @@ def _watch(shown: ProgressDisplay) -> Any:
         note = f"{reached.summary}  {reached.description}"
         shown.update("evaluation", reached.done, reached.total, note)
 
-    return Watch(shown.work, on_event, on_progress)
+    def on_trainings(reached: WorkProgress) -> None:
+        left = "" if not reached.eta_s else f", {reached.eta_s / 3600:.1f} h left"
+        shown.update(reached.description, reached.done, reached.total, f"{reached.unit}{left}")
+
+    return Watch(on_trainings, on_event, on_progress)
 
 
 def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: bool) -> int:

@@ -20,6 +20,7 @@ from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import BARE_BASE, EvaluationSubject, evaluate_on
 from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.train import job_on, remove_checkpoints, stored_checkpoints
+from trans_peft.models import release_base
 from trans_peft.ports import Platform
 from trans_peft.training.checkpoint_store import continued
 from trans_peft.training.events import Event, TrainingStarted
@@ -222,6 +223,7 @@ def _trained(
         on_event(event)
 
     checkpoints = stored_checkpoints(job, platform)
+    release_base()  # that of the last evaluation
     result = fit(job, on_event=continued(job, checkpoints, note))
     remove_checkpoints(checkpoints)
     return result, mark.exists()

@@ -60,7 +60,7 @@ def survival_figure(scores: Scores, new: str, path: Path, mark: str = "") -> Pat
         axes.plot([low, high], [low, high], color=_PALE, linewidth=1, zorder=0)
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         axes.set(xlabel=f"right on {OLD}, %", ylabel=f"right on {new}, %")
-        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        _legend(axes)
 
     title = f"{scores.family}: what survives on {new} (mean of {len(scores.suites)} suites)"
     _draw(path, title, panel, mark, size=(8.2, 5.0))
@@ -108,8 +108,9 @@ def sweep_figure(scores: Scores, sweep: Sweep, path: Path, mark: str = "") -> Pa
                     color=colors[label], capsize=3, label=f"on {label}",
                 )  # fmt: skip
         axes.set(xlabel={"masking_p": "$p_m$", "dropping_p": "$p_d$"}[sweep.field])
+        axes.set_xticks([float(value) for value in values])
         axes.set(ylabel="right, % (mean of suites)")
-        axes.legend(frameon=False, fontsize=9)
+        _legend(axes)
 
     return _draw(path, f"{scores.family}, {sweep.method}: {sweep.field}", panel, mark)
 
@@ -131,7 +132,7 @@ def hours_figure(scores: Scores, path: Path, mark: str = "") -> Path | None:
         axes.bar(at + 0.2, again, 0.38, bottom=plain, color=_DIRECT, label="plain, on each new base")  # noqa: E501  # fmt: skip
         axes.set_xticks(at, list(known))
         axes.set(ylabel="GPU hours of an adapter")
-        axes.legend(frameon=False, fontsize=9)
+        _legend(axes)
 
     return _draw(path, f"{scores.family}: GPU hours, measured", panel, mark)
 
@@ -156,7 +157,13 @@ def _groups(
                 )  # fmt: skip
     axes.set_xticks(range(len(groups)), groups)
     axes.set(ylabel="right, % (mean of suites)")
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)
+
+
+def _legend(axes: "Axes") -> None:
+    """Add a legend beside the panel, if something was drawn."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _interval(scores: Scores, line: Line, runs: Sequence[Run]) -> Interval | None:

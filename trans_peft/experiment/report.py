@@ -29,7 +29,8 @@ h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.4rem; border-bottom: 1px so
 div.scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: 13.5px; white-space: nowrap; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e6e8eb; }
-th { background: #f4f5f7; } tbody tr:hover { background: #fafbfc; }
+th { background: #f4f5f7; text-align: left; } th:empty { padding: 0; }
+tbody tr:hover { background: #fafbfc; }
 img { max-width: 100%; } code { background: #f4f5f7; padding: 0 .2em; }
 blockquote { margin: 1rem 0; padding: .5rem 1rem; background: #fdf0e3;
   border-left: 4px solid #e07a1f; font-weight: 600; }
