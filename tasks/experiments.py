@@ -30,7 +30,7 @@ from trans_peft.domain.experiment import Experiment, PlannedTraining
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import InvalidSpecError, TrainingError
 from trans_peft.experiment.cells import Score, bare_scores, is_complete, keys, scores
-from trans_peft.experiment.outline import check_disk, disk
+from trans_peft.experiment.disk import check_disk, disk
 from trans_peft.experiment.prepare import Prepared, prepare
 from trans_peft.experiment.report import MARK
 from trans_peft.experiment.run import report_on, with_selected_rates

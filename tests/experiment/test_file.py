@@ -184,7 +184,7 @@ def test_the_files_of_the_paper_have_its_pairs_of_bases():
 def test_differences_are_named():
     example = read_experiment(HERE / "tables.yaml")
     found = " ".join(deviations(example, suites_of(example)))
-    for words in ("Rows of a step: 8; the paper's: 16", "Length: 6 steps", "no biases", "eq. 4"):
+    for words in ("Rows of a step: 8; the paper's: 16", "Length: 4 steps", "no biases", "eq. 4"):
         assert words in found
     element = replace(example, arms={"a": Perturbation(0.1, granularity="element")}, selection=None)
     assert "eq. 4" not in " ".join(deviations(element, suites_of(element)))

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from trans_peft.cli import main
-from trans_peft.errors import TrainingError
 from trans_peft.experiment import cells
 
 TITLES = {
@@ -22,7 +21,7 @@ FIGURES = {
     "repeats": ["hours-tiny", "survival-tiny-v2", "sweep-1-dropping_p", "sweep-2-masking_p",
                 "sweep-3-where"],
 }  # fmt: skip
-TRAININGS = {"tables": 2 + 2 * (2 + 2), "repeats": 2 * (2 + 1) + 2 + 2 + 2 * 2}
+TRAININGS = {"tables": 2 + 2 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 1 + 2 * 2}
 
 
 @pytest.fixture
@@ -62,43 +61,46 @@ def test_every_table_and_figure(command, trained, tmp_path, name):
     assert page.count("data:image/svg+xml") == len(FIGURES[name])
     assert {len(line["right"]) for line in lines_of(folder / "scores.jsonl")} <= {0, 20, 30}
 
-    scored = (folder / "scores.jsonl").read_bytes()
-    assert command(name)[0] == 0 and len(trained) == TRAININGS[name]
-    assert (folder / "scores.jsonl").read_bytes() == scored
-    plan = json.loads(command(name, "--dry-run", "--json")[1])
-    assert plan["missing"] == 0 and plan["gpu_hours"] == 0
+
+@pytest.fixture
+def small(bases):
+    """Write `small.yaml`, which has three trainings."""
+    example = yaml.safe_load((bases / "repeats.yaml").read_text())
+    example |= {"seeds": [42], "data_seeds": [], "sweeps": [], "quick": {"steps": 2, "items": 5}}
+    (bases / "small.yaml").write_text(yaml.safe_dump(example))
 
 
-def test_a_run_that_was_killed_continues(command, trained, tmp_path, monkeypatch):
-    whole, calls = cells.fit, []
+def test_a_run_that_was_killed_continues_and_repeats_nothing(
+    command, small, trained, tmp_path, monkeypatch
+):
+    path, whole = tmp_path / "small" / "scores.jsonl", cells.fit
 
-    def killed_at_the_third(job, *, on_event):
-        calls.append(job)
-        if len(calls) == 3:
+    def killed(job, *, on_event):
+        if len(trained) == 2:
             raise KeyboardInterrupt
         return whole(job, on_event=on_event)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "fit", killed_at_the_third)
+        patch.setattr(cells, "fit", killed)
         with pytest.raises(SystemExit, match="130"):
-            command("repeats")
-    first = lines_of(tmp_path / "repeats" / "scores.jsonl")
-    text = command("repeats", "--dry-run", "--json")[1]
-    assert json.loads(text)["missing"] == TRAININGS["repeats"] - 2
-    monkeypatch.setattr(cells, "scores", fail)
-    monkeypatch.setattr("trans_peft.experiment.run.scores", fail)
-    assert command("repeats")[0] == 3
-    assert lines_of(tmp_path / "repeats" / "scores.jsonl") == first
+            command("small")
+    first = path.read_text()
+    report = (tmp_path / "small" / "report.md").read_text()
+    assert "**1 trainings are missing; what needs them is empty.**" in report
+    assert json.loads(command("small", "--dry-run", "--json")[1])["missing"] == 1
+
+    assert command("small")[0] == 0
+    assert len({job.work_dir for job in trained}) == len(trained) == 3
+    scored = path.read_text()
+    assert scored.startswith(first) and len(scored) > len(first)
+
+    assert command("small")[0] == 0
+    assert len(trained) == 3 and path.read_text() == scored
+    plan = json.loads(command("small", "--dry-run", "--json")[1])
+    assert plan["missing"] == 0 and plan["gpu_hours"] == 0
 
 
-def fail(*_, **__):
-    raise TrainingError("stopped by the test")
-
-
-def test_quick_files_are_no_results(command, trained, bases, tmp_path):
-    small = yaml.safe_load((bases / "repeats.yaml").read_text())
-    small |= {"seeds": [42], "data_seeds": [], "sweeps": [], "quick": {"steps": 2, "items": 5}}
-    (bases / "small.yaml").write_text(yaml.safe_dump(small))
+def test_quick_files_are_no_results(command, small, trained, tmp_path):
     assert command("small", "--quick")[0] == 0
     (folder,) = (tmp_path / "small").iterdir()
     assert folder.name == "not-a-result"
@@ -107,3 +109,4 @@ def test_quick_files_are_no_results(command, trained, bases, tmp_path):
     report = (folder / "report-not-a-result.md").read_text()
     assert "> **Not a result.**" in report
     assert all(line["is_quick"] for line in lines_of(folder / "scores.jsonl"))
+    assert {len(line["right"]) for line in lines_of(folder / "scores.jsonl")} == {5}

@@ -10,7 +10,7 @@ from trans_peft.cli import main
 from trans_peft.domain.experiment import OLD
 from trans_peft.errors import StoreError
 from trans_peft.experiment.cells import answer_loss
-from trans_peft.experiment.outline import Disk, check_disk
+from trans_peft.experiment.disk import Disk, check_disk
 from trans_peft.experiment.prepare import recipe_of
 
 
@@ -44,10 +44,10 @@ def test_what_does_not_fit_on_the_disk_is_refused(tmp_path):
 
 
 def test_nothing_runs_if_the_disk_is_too_small(bases, tmp_path, capsys, trained, monkeypatch):
-    from trans_peft.experiment import outline
+    from trans_peft.experiment import disk
 
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(outline.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
     code = main(
         ["experiment", str(bases / "repeats.yaml"), "--out", str(tmp_path / "out"),
          "--state", str(tmp_path / "state")]

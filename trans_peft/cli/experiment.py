@@ -31,8 +31,8 @@ def experiment(
         bool,
         Parameter(
             negative=(),
-            help="Print the plan, its cost and its differences from the "
-            "paper. Nothing is downloaded or run.",
+            help="Print the plan, its cost and its differences from the paper. Runs nothing, and "
+            "downloads no base.",
         ),
     ] = False,
     mlflow: Annotated[
@@ -127,7 +127,8 @@ def _watch(shown: ProgressDisplay) -> Any:
 
 
 def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: bool) -> int:
-    from trans_peft.experiment.outline import check_disk, outline
+    from trans_peft.experiment.disk import check_disk
+    from trans_peft.experiment.outline import outline
     from trans_peft.experiment.prepare import check_families, prepare
     from trans_peft.experiment.run import with_selected_rates
 
@@ -143,7 +144,7 @@ def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: b
     prepared = None
     if not notes:
         try:
-            prepared = prepare(wanted, find, workspace.platform)
+            prepared = prepare(wanted, find, workspace.platform, plan_only=True)
             prepared = with_selected_rates(prepared, found)
         except (DataError, NotFoundError) as error:
             notes.append(str(error))

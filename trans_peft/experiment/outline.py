@@ -1,24 +1,17 @@
 """What an experiment would do: its cells, GPU hours, disk, and differences from the paper."""
 
-import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 
-from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.experiment import Experiment, PlannedTraining
-from trans_peft.errors import StoreError
 from trans_peft.experiment.cells import Score, is_complete
 from trans_peft.experiment.deviations import deviations
+from trans_peft.experiment.disk import Disk, disk
 from trans_peft.experiment.prepare import Prepared, suites_of
 from trans_peft.ports import Platform
 
-__all__ = ["Disk", "Outline", "Row", "check_disk", "disk", "outline"]
-
-_COPIES = 2 * 3
-"""A checkpoint has an adapter's weights and both moments; two checkpoints exist at one time."""
+__all__ = ["Outline", "Row", "outline"]
 
 
 @dataclass(frozen=True)
@@ -33,26 +26,6 @@ class Row:
 
     training: PlannedTraining
     is_known: bool | None
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes that the missing trainings need on the disk, and bytes that are free.
-
-    Attributes:
-        bases: copies of bases that are not on this machine.
-        adapters: adapters and checkpoints.
-        free: free bytes.
-    """
-
-    bases: int
-    adapters: int
-    free: int
-
-    @property
-    def needed(self) -> int:
-        """The bytes that are needed."""
-        return self.bases + self.adapters
 
 
 @dataclass(frozen=True)
@@ -106,36 +79,6 @@ def outline(
     )
 
 
-def disk(missing: Iterable[PlannedTraining], prepared: Prepared, platform: Platform) -> Disk:
-    """Return the bytes that trainings need on the disk of this machine."""
-    sizes: dict[tuple[str, str], int] = {}
-    adapters = largest = 0
-    for planned in missing:
-        of = (planned.family, planned.method)
-        if of not in sizes:
-            sizes[of] = _adapter_bytes(planned, prepared, platform)
-        adapters += sizes[of]
-        largest = max(largest, sizes[of])
-    bases = {base.fingerprint_sha256: base for base in prepared.bases.values()}
-    copies = sum(_copy_bytes(base, platform) for base in bases.values())
-    platform.work_dir.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(platform.work_dir).free
-    return Disk(copies, adapters + _COPIES * largest, free)
-
-
-def check_disk(found: Disk, folder: Path) -> None:
-    """Raise StoreError if the disk does not have the bytes that are needed."""
-    if found.needed > found.free:
-        raise StoreError(
-            f"the experiment does not fit on the disk of {folder}",
-            expected=f"{found.needed / 1e9:.1f} GB: {found.bases / 1e9:.1f} GB for copies of "
-            f"bases, {found.adapters / 1e9:.1f} GB for adapters and checkpoints",
-            found=f"{found.free / 1e9:.1f} GB are free",
-            do="free disk space, pass a folder of another disk as --state, or leave out methods, "
-            "seeds or sweeps",
-        )
-
-
 def _gpu_hours(
     missing: Iterable[PlannedTraining], experiment: Experiment, scores: Collection[Score]
 ) -> tuple[float | None, list[str]]:
@@ -165,19 +108,3 @@ def _gpu_hours(
         total += (training or 0.0) + (evaluation or 0.0) * len(planned.scored_on)
     is_known = not any("of a training" in text for text in unknown)
     return total if is_known else None, sorted(unknown)
-
-
-def _adapter_bytes(planned: PlannedTraining, prepared: Prepared, platform: Platform) -> int:
-    from trans_peft.training.memory import trainable_parameters
-
-    config = platform.catalog.fingerprint(prepared.base(planned)).config
-    with TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(config)
-        return 4 * trainable_parameters(prepared.recipe(planned), Path(folder))
-
-
-def _copy_bytes(base: BaseVersion, platform: Platform) -> int:
-    """Return the size of a base in a bucket that this machine has no copy of."""
-    if "://" not in base.uri or (platform.work_dir / "bases" / base.fingerprint_sha256).exists():
-        return 0
-    return sum(file.size for file in platform.store.list(base.uri))

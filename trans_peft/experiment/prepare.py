@@ -16,6 +16,7 @@ from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.validation import ValidationSettings
 from trans_peft.errors import InvalidSpecError, listed
+from trans_peft.experiment.disk import check_disk, copies
 from trans_peft.lifecycle.base_files import tokenizer_folder
 from trans_peft.lifecycle.evaluation import pin_suites
 from trans_peft.lifecycle.leakage import count_leakage
@@ -127,11 +128,14 @@ def suites_of(experiment: Experiment) -> tuple[Suite, ...]:
     return found
 
 
-def prepare(experiment: Experiment, find: FindBase, platform: Platform) -> Prepared:
+def prepare(
+    experiment: Experiment, find: FindBase, platform: Platform, *, plan_only: bool = False
+) -> Prepared:
     """Return the experiment with everything pinned, after all checks that need no model.
 
-    Raises InvalidSpecError if two bases are not versions of one model, and what reading training
-    rows and suites raises.
+    With `plan_only` no base is downloaded, and suites are not tokenized. Raises InvalidSpecError if
+    two bases are not versions of one model, StoreError if the disk is too small for copies of the
+    bases, and what reading training rows and suites raises.
     """
     suites = suites_of(experiment)
     bases = {
@@ -148,8 +152,10 @@ def prepare(experiment: Experiment, find: FindBase, platform: Platform) -> Prepa
         pinned = tuple(source.pinned(pin(source, platform.store).sha256) for source in data)
     experiment = replace(experiment, training=replace(experiment.training, data=pinned))
     suites = pin_suites(suites, platform)
-    for base in {base.fingerprint_sha256: base for base in bases.values()}.values():
-        check_suites(base, suites, platform)
+    if not plan_only:
+        check_disk(copies(bases.values(), platform), platform.work_dir)
+        for base in {base.fingerprint_sha256: base for base in bases.values()}.values():
+            check_suites(base, suites, platform)
     first = experiment.trainings()[0]
     rows = read_training_rows(recipe_of(experiment, first, _NAME), platform.store)
     leakage = count_leakage(rows.all, suites, platform.store)

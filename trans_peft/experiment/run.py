@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trans_peft.errors import TrainingError
+from trans_peft.domain.experiment import PlannedTraining
 from trans_peft.experiment.cells import Score, bare_scores, is_complete, keys, scores, selected
-from trans_peft.experiment.outline import check_disk, disk, outline
+from trans_peft.experiment.disk import check_disk, disk
+from trans_peft.experiment.outline import outline
 from trans_peft.experiment.prepare import Prepared
 from trans_peft.experiment.report import Report, write_report
 from trans_peft.experiment.score_file import ScoreFile
@@ -40,44 +41,46 @@ def run(
     watch: Watch,
     *,
     is_quick: bool = False,
-) -> Prepared:
-    """Run what the file of scores lacks, and return the experiment with its selected rates.
+) -> None:
+    """Run what the file of scores lacks: the trainings of the selection first.
 
     Raises StoreError, before anything runs, if the adapters do not fit on the disk.
     """
-    trainings = prepared.experiment.selection_trainings() + prepared.experiment.trainings()
-    needed = [planned for planned in trainings if not is_complete(planned, prepared, found)]
-    check_disk(disk(needed, prepared, platform), platform.work_dir)
+    start = with_selected_rates(prepared, found)
+    selection = start.experiment.selection_trainings()
+    trainings = selection + start.experiment.trainings()
+    missing = [planned for planned in trainings if not is_complete(planned, start, found)]
+    check_disk(disk(missing, start, platform), platform.work_dir)
     for score in bare_scores(
         prepared, platform, found, on_progress=watch.on_progress, is_quick=is_quick
     ):
         found.append(score)
     started_s, done = time.monotonic(), 0
 
-    def train_missing(of: Prepared, *, selection: bool) -> None:
+    def train(of: Prepared, trainings: Iterable[PlannedTraining]) -> None:
         nonlocal done
-        planned_trainings = (
-            of.experiment.selection_trainings() if selection else of.experiment.trainings()
-        )
-        for planned in planned_trainings:
+        for planned in trainings:
             if is_complete(planned, of, found):
                 continue
             for score in scores(
-                planned, of, platform, found,
-                on_event=watch.on_event, on_progress=watch.on_progress, is_quick=is_quick,
-            ):  # fmt: skip
+                planned,
+                of,
+                platform,
+                found,
+                on_event=watch.on_event,
+                on_progress=watch.on_progress,
+                is_quick=is_quick,
+            ):
                 found.append(score)
             done += 1
-            total = max(len(needed), done)
+            total = max(len(missing), done)
             eta_s = (time.monotonic() - started_s) / done * (total - done)
             watch.on_trainings(WorkProgress("experiment", done, total, "trainings", eta_s))
 
-    train_missing(prepared, selection=True)
+    train(start, selection)
     chosen = with_selected_rates(prepared, found)
-    if chosen.experiment.selection is not None:
-        raise TrainingError("the candidates of the selection have no scores")
-    train_missing(chosen, selection=False)
-    return chosen
+    assert chosen.experiment.selection is None
+    train(chosen, chosen.experiment.trainings())
 
 
 def with_selected_rates(prepared: Prepared, found: Iterable[Score]) -> Prepared:
