@@ -31,7 +31,7 @@ from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import InvalidSpecError, TrainingError
 from trans_peft.experiment.cells import Score, bare_scores, is_complete, keys, scores
 from trans_peft.experiment.disk import check_disk, disk
-from trans_peft.experiment.prepare import Prepared, prepare
+from trans_peft.experiment.prepare import Prepared, pinned, prepare
 from trans_peft.experiment.report import MARK
 from trans_peft.experiment.run import report_on, with_selected_rates
 from trans_peft.lifecycle.resolve import find_base
@@ -127,7 +127,7 @@ def score_cell(
     is_quick: bool,
 ) -> int:
     """Train and score one cell on this worker, store its scores, and return their number."""
-    prepared = prepare(experiment, _find, platform())
+    prepared = pinned(experiment, _find, platform())
     if training is None:
         found = tuple(
             bare_scores(

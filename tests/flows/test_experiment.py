@@ -23,7 +23,15 @@ from trans_peft.domain.recipe import Perturbation
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import InvalidSpecError, TrainingError
-from trans_peft.experiment import cells
+from trans_peft.experiment import cells, figures
+from trans_peft.experiment.prepare import Prepared
+from trans_peft.experiment.prepare import prepare as prepare_now
+
+
+def write_empty(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
 
 
 class Platform:
@@ -69,6 +77,17 @@ class Platform:
                 publish_report=experiments.publish_report.fn,
             ),
         )
+        checked: dict[str, Prepared] = {}
+
+        def prepare(experiment, *given):
+            key = repr(experiment)  # each start checks the experiment again, which takes a second
+            if key not in checked:
+                checked[key] = prepare_now(experiment, *given)
+            return checked[key]
+
+        monkeypatch.setattr(experiments, "prepare", prepare)
+        monkeypatch.setattr(experiments, "pinned", prepare)
+        monkeypatch.setattr(figures, "_draw", lambda path, *_, **__: write_empty(path))
         monkeypatch.setattr(cells, "_trained", self._trained)
         monkeypatch.setattr(
             cells, "_held_out_loss", lambda planned, *_: planned.perturbation.masking_p

@@ -129,7 +129,7 @@ def _watch(shown: ProgressDisplay) -> Any:
 def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: bool) -> int:
     from trans_peft.experiment.disk import check_disk
     from trans_peft.experiment.outline import outline
-    from trans_peft.experiment.prepare import check_families, prepare
+    from trans_peft.experiment.prepare import check_families, pinned, with_leakage
     from trans_peft.experiment.run import with_selected_rates
 
     find, notes = _finder(workspace, download=False), []
@@ -144,7 +144,7 @@ def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: b
     prepared = None
     if not notes:
         try:
-            prepared = prepare(wanted, find, workspace.platform, plan_only=True)
+            prepared = with_leakage(pinned(wanted, find, workspace.platform), workspace.platform)
             prepared = with_selected_rates(prepared, found)
         except (DataError, NotFoundError) as error:
             notes.append(str(error))

@@ -31,7 +31,17 @@ from trans_peft.transfer.tokenizers import compare_tokenizers
 from trans_peft.validation.scoring import RULES
 from trans_peft.validation.suites import named
 
-__all__ = ["FindBase", "Prepared", "check_families", "check_family", "prepare", "suites_of"]
+__all__ = [
+    "FindBase",
+    "Prepared",
+    "check_families",
+    "check_family",
+    "pinned",
+    "prepare",
+    "recipe_of",
+    "suites_of",
+    "with_leakage",
+]
 
 FindBase = Callable[[str], BaseVersion]
 """Returns the verified base version at a place that an experiment names."""
@@ -128,14 +138,24 @@ def suites_of(experiment: Experiment) -> tuple[Suite, ...]:
     return found
 
 
-def prepare(
-    experiment: Experiment, find: FindBase, platform: Platform, *, plan_only: bool = False
-) -> Prepared:
-    """Return the experiment with everything pinned, after all checks that need no model.
+def prepare(experiment: Experiment, find: FindBase, platform: Platform) -> Prepared:
+    """Return the pinned experiment after all checks that need no model.
 
-    With `plan_only` no base is downloaded, and suites are not tokenized. Raises InvalidSpecError if
-    two bases are not versions of one model, StoreError if the disk is too small for copies of the
-    bases, and what reading training rows and suites raises.
+    Raises InvalidSpecError if two bases are not versions of one model, StoreError if the disk is
+    too small for copies of the bases, and what reading training rows and suites raises.
+    """
+    prepared = pinned(experiment, find, platform)
+    check_families(prepared.bases, platform)
+    check_disk(copies(prepared.bases.values(), platform), platform.work_dir)
+    for base in {base.fingerprint_sha256: base for base in prepared.bases.values()}.values():
+        check_suites(base, prepared.suites, platform)
+    return with_leakage(prepared, platform)
+
+
+def pinned(experiment: Experiment, find: FindBase, platform: Platform) -> Prepared:
+    """Return the experiment with its bases, and with data and suites pinned. Checks nothing else.
+
+    Raises what `find` and `suites_of` raise, and what reading data raises.
     """
     suites = suites_of(experiment)
     bases = {
@@ -143,23 +163,21 @@ def prepare(
         for name, family in experiment.families.items()
         for label in family.labels
     }
-    check_families(bases, platform)
     data = experiment.training.data
-    pinned: DataSource | tuple[TrainingSource, ...]
+    pinned_data: DataSource | tuple[TrainingSource, ...]
     if isinstance(data, DataSource):
-        pinned = pin(data, platform.store)
+        pinned_data = pin(data, platform.store)
     else:
-        pinned = tuple(source.pinned(pin(source, platform.store).sha256) for source in data)
-    experiment = replace(experiment, training=replace(experiment.training, data=pinned))
-    suites = pin_suites(suites, platform)
-    if not plan_only:
-        check_disk(copies(bases.values(), platform), platform.work_dir)
-        for base in {base.fingerprint_sha256: base for base in bases.values()}.values():
-            check_suites(base, suites, platform)
-    first = experiment.trainings()[0]
-    rows = read_training_rows(recipe_of(experiment, first, _NAME), platform.store)
-    leakage = count_leakage(rows.all, suites, platform.store)
-    return Prepared(experiment, suites, bases, leakage)
+        pinned_data = tuple(source.pinned(pin(source, platform.store).sha256) for source in data)
+    training = replace(experiment.training, data=pinned_data)
+    return Prepared(replace(experiment, training=training), pin_suites(suites, platform), bases)
+
+
+def with_leakage(prepared: Prepared, platform: Platform) -> Prepared:
+    """Return the experiment with the numbers of training rows that are items of its suites."""
+    first, *_ = prepared.experiment.trainings()
+    rows = read_training_rows(recipe_of(prepared.experiment, first, _NAME), platform.store)
+    return replace(prepared, leakage=count_leakage(rows.all, prepared.suites, platform.store))
 
 
 def check_families(bases: Mapping[tuple[str, str], BaseVersion], platform: Platform) -> None:
