@@ -48,6 +48,7 @@ UNKNOWN = "there is no such field; valid fields, the most similar first:"
 WHERE = {"field": "where", "values": ["ffn", "all"], "family": "tiny", "method": "LoRA",
          "at": {"masking_p": 0.1}}  # fmt: skip
 NOWHERE = {"field": "masking_p", "values": [0.1, 0.2], "family": "x", "method": "y"}
+SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}}
 OTHER = {"tiny": {"old": "a", "new": {"b": "b"}}}
 CHANGES = [
     ("seed", 1, f"seed: {UNKNOWN} seeds"),
@@ -66,7 +67,7 @@ CHANGES = [
     ("sweeps", [WHERE], "where must be one of ffn, attention, both"),
     ("sweeps", [NOWHERE], "sweeps.0.family 'x' is not in families"),
     ("suites.0.scoring", "bleu", "the results of sums are degrees"),
-    ("suites.0.name", "more", "two suites are named more"),
+    ("suites", [SUITE, SUITE], "two suites are named sums"),
     ("quick", {"families": OTHER}, "quick.families.tiny must replace a family"),
 ]
 

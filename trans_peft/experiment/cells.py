@@ -157,7 +157,7 @@ def scores(  # noqa: PLR0913  two callbacks, as in `lifecycle.train`
     unscored = Score(
         "", planned.family, planned.method, asdict(planned.perturbation), planned.seed,
         planned.data_seed, planned.base, "", "", is_resumed=is_resumed, is_quick=is_quick,
-        gpu_seconds=round(result.seconds * prepared.experiment.training.processes, 1),
+        gpu_seconds=round(result.seconds * prepared.experiment.training.processes, 3),
     )  # fmt: skip
     subject = EvaluationSubject(str(planned), result.weights_sha256, lambda: result.folder)
     for label, suite, key in missing:
