@@ -5,6 +5,7 @@
 
 import gc
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,11 +68,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TrainingJob]]:
     from accelerate import PartialState
 
     from trans_peft.experiment import cells
+    from trans_peft.isolation import call
     from trans_peft.training import finetune, launch
 
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # accelerate collects after each training, which takes longer than the training
     jobs: list[TrainingJob] = []
 
     def fit_here(job: TrainingJob, *, on_event) -> TrainingResult:
@@ -79,10 +79,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TrainingJob]]:
         if (done := launch._finished(job)) is not None:
             return done
         jobs.append(job)
-        job.write()
+        gc.freeze()  # accelerate collects after each training, which takes longer than the training
         finetune.finetune(job, PartialState(cpu=True), on_event)
         return TrainingResult.read(job.result_file)
 
+    def call_here(self, header: bytes, request: bytes) -> object:
+        function, arguments = pickle.loads(request)
+        return json.loads(json.dumps(function(*arguments)))
+
+    # `tests/isolation` tests child processes. Hundreds of them take longer than the trainings.
+    monkeypatch.setattr(call._Call, "run", call_here)
     # `tests/training/test_adapter_check.py` tests the check, which takes as long as the training.
     monkeypatch.setattr(finetune, "check_adapter_is_trainable", lambda *_: None)
     monkeypatch.setattr(cells, "fit", fit_here)
