@@ -17,9 +17,9 @@ TITLES = {
                 "Sweep of `where` (fig. 10)", "GPU hours (fig. 7)"],
 }  # fmt: skip
 FIGURES = {
-    "tables": ["domains-tiny", "hours-tiny", "survival-tiny-v2", "survival-tiny-v3"],
-    "repeats": ["hours-tiny", "survival-tiny-v2", "sweep-1-dropping_p", "sweep-2-masking_p",
-                "sweep-3-where"],
+    "tables": ["domains-tiny", "hours-tiny", "transfer-tiny-v2", "transfer-tiny-v3"],
+    "repeats": ["hours-tiny", "sweep-1-dropping_p", "sweep-2-masking_p", "sweep-3-where",
+                "transfer-tiny-v2"],
 }  # fmt: skip
 TRAININGS = {"tables": 2 + 2 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 1 + 2 * 2}
 
@@ -107,7 +107,7 @@ def test_quick_files_are_no_results(command, small, trained, tmp_path):
     (folder,) = (tmp_path / "small").iterdir()
     assert folder.name == "not-a-result"
     figures = sorted(path.name for path in folder.glob("figures/*"))
-    assert figures == ["hours-tiny-not-a-result.svg", "survival-tiny-v2-not-a-result.svg"]
+    assert figures == ["hours-tiny-not-a-result.svg", "transfer-tiny-v2-not-a-result.svg"]
     report = (folder / "report-not-a-result.md").read_text()
     assert "> **Not a result.**" in report
     assert all(line["is_quick"] for line in lines_of(folder / "scores.jsonl"))

@@ -166,7 +166,8 @@ class Selection:
     """How the rates of an arm are chosen: on held-out training rows, never on items of a suite.
 
     The candidates are all pairs of `masking_p` and `dropping_p`. Each is trained on the old base
-    without the held-out rows. The candidate with the lowest loss on them on the new base wins.
+    without the held-out rows. The candidate with the lowest loss on them on the new base is
+    selected.
 
     Attributes:
         arm: the arm that gets the rates. Its other fields stay.

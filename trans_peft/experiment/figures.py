@@ -14,7 +14,7 @@ from trans_peft.experiment.tables import hours
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["bases_figure", "hours_figure", "survival_figure", "sweep_figure"]
+__all__ = ["bases_figure", "hours_figure", "sweep_figure", "transfer_figure"]
 
 _GREY, _INK, _PALE = "#8A8F98", "#22262B", "#D5D8DD"
 _TUNED, _DIRECT = "#3B3F46", "#E07A1F"
@@ -23,7 +23,7 @@ _BASES = (_GREY, *_ARMS)
 _MARKERS = "osD^vP"
 
 
-def survival_figure(scores: Scores, new: str, path: Path, mark: str = "") -> Path | None:
+def transfer_figure(scores: Scores, new: str, path: Path, mark: str = "") -> Path | None:
     """Plot the mean score on the new base against that on the old one, for all methods and arms.
 
     A small point is one seed. On the diagonal nothing is lost. A dashed line is Fine-tune(new).
@@ -62,7 +62,7 @@ def survival_figure(scores: Scores, new: str, path: Path, mark: str = "") -> Pat
         axes.set(xlabel=f"right on {OLD}, %", ylabel=f"right on {new}, %")
         _legend(axes)
 
-    title = f"{scores.family}: what survives on {new} (mean of {len(scores.suites)} suites)"
+    title = f"{scores.family}: scores on both bases, {new} (mean of {len(scores.suites)} suites)"
     _draw(path, title, panel, mark, size=(8.2, 5.0))
     return path if shown else None
 

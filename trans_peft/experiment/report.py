@@ -122,8 +122,8 @@ def _sections(sources: _Sources) -> Iterator[str]:
     for family, bases in experiment.families.items():
         scores = sources.of(family)
         for new in bases.new:
-            image = figures.survival_figure(
-                scores, new, _figure(sources, f"survival-{family}-{new}"), sources.mark
+            image = figures.transfer_figure(
+                scores, new, _figure(sources, f"transfer-{family}-{new}"), sources.mark
             )
             yield _section(f"### {family}, {new}", tables.main_table(scores, new), image, sources)
     yield from _repeats(sources)
@@ -185,8 +185,8 @@ def _selected(sources: _Sources) -> str:
     return (
         f"## Selected rates\n\n`{chosen.arm}`: {rates_text(arm)}. Loss on {100 * chosen.share:g} % "
         f"of the training rows, which these trainings held out, in nats per answer token; the "
-        f"lowest one on {chosen.new} wins. Chosen on {chosen.family} with {chosen.method} and seed "
-        f"{chosen.seed}, which no table contains. Rows of {chosen.family} are therefore the "
+        f"lowest one on {chosen.new} is selected. Chosen on {chosen.family} with "
+        f"{chosen.method} and seed {chosen.seed}, which no table contains. Rows of {chosen.family} are therefore the "
         f"weaker evidence.\n\n{text}"
     )
 
