@@ -186,8 +186,8 @@ def _selected(sources: _Sources) -> str:
         f"## Selected rates\n\n`{chosen.arm}`: {rates_text(arm)}. Loss on {100 * chosen.share:g} % "
         f"of the training rows, which these trainings held out, in nats per answer token; the "
         f"lowest one on {chosen.new} is selected. Chosen on {chosen.family} with "
-        f"{chosen.method} and seed {chosen.seed}, which no table contains. Rows of {chosen.family} are therefore the "
-        f"weaker evidence.\n\n{text}"
+        f"{chosen.method} and seed {chosen.seed}, which no table contains. Rows "
+        f"of {chosen.family} are therefore the weaker evidence.\n\n{text}"
     )
 
 
