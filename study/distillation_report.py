@@ -16,7 +16,7 @@ import numpy as np
 from study.pages import with_blocks
 from study.plan import V1
 from study.score_file import Score
-from study.statistics import Interval, interval, right
+from trans_peft.experiment.statistics import Interval, resampled, right
 
 __all__ = ["PAGE", "PICTURE", "Recovery", "draw", "figures", "page_with", "recoveries"]
 
@@ -74,10 +74,8 @@ class Recovery:
         seeds = self.seeds(arm, PLAIN, NEW)
         if not seeds:
             return None
-        ours, direct, new = (self._right(name, self.update, seeds) for name in (arm, PLAIN, NEW))
-        return interval(
-            lambda draw: 100 * (draw(ours) - draw(direct)) / (draw(new) - draw(direct)), *ours.shape
-        )
+        ours, direct, new = (self._drawn(name, self.update, seeds) for name in (arm, PLAIN, NEW))
+        return Interval.of(100 * (ours - direct) / (new - direct))
 
     def mean(self, arm: str, base: str) -> float | None:
         """Return the mean score over all seeds, in points. None without scores."""
@@ -89,8 +87,8 @@ class Recovery:
         known = [set(self.by_arm.get((arm, V1), ())) for arm in (PLAIN, SPARED)]
         if not (seeds := sorted(set.intersection(*known))):
             return None
-        plain, spared = (self._right(arm, V1, seeds) for arm in (PLAIN, SPARED))
-        return interval(lambda draw: draw(plain) - draw(spared), *plain.shape)
+        plain, spared = (self._drawn(arm, V1, seeds) for arm in (PLAIN, SPARED))
+        return Interval.of(plain - spared)
 
     def seconds(self, arm: str) -> float | None:
         """Return the mean seconds of an arm after the update. None without scores."""
@@ -104,9 +102,9 @@ class Recovery:
         ours, new = (self.by_arm[name, self.update] for name in (arm, NEW))
         return [ours[seed].train_seconds / new[seed].train_seconds for seed in self.seeds(arm, NEW)]
 
-    def _right(self, arm: str, base: str, seeds: Sequence[int]) -> np.ndarray:
+    def _drawn(self, arm: str, base: str, seeds: Sequence[int]) -> np.ndarray:
         scores = self.by_arm[arm, base]
-        return right({seed: score.right for seed, score in scores.items()}, seeds)
+        return resampled([right([scores[seed].right for seed in seeds])])
 
 
 def recoveries(scores: Sequence[Score]) -> Iterator[Recovery]:

@@ -16,8 +16,8 @@ import numpy as np
 from study.pages import with_blocks
 from study.plan import CHOSEN_ON, SEEDS, STEPS, V1
 from study.score_file import Score
-from study.statistics import Draw, Interval, interval, right
 from trans_peft.domain.evaluation import BARE
+from trans_peft.experiment.statistics import Interval, resampled, right
 
 __all__ = ["NEW", "TITLES", "Comparison", "comparisons", "markdown", "page_with"]
 
@@ -52,7 +52,7 @@ class Comparison:
                 arm = NEW if score.trained_on != V1 else score.arm
                 found.setdefault((arm, score.steps, score.scored_on), {})[score.seed] = score.right
         return {
-            key: right(by_seed, SEEDS)
+            key: right([by_seed[seed] for seed in SEEDS])
             for key, by_seed in found.items()
             if set(by_seed) == set(SEEDS)
         }
@@ -82,17 +82,12 @@ class Comparison:
                   for b in (V1, self.update)]  # fmt: skip
         if any(key not in self.arms for key in wanted):
             return None
-        plain_old, plain_new, old_1, new_1, old_2, new_2 = (self.arms[key] for key in wanted)
-
-        def difference(draw: Draw) -> float:
-            low, high = draw(old_1), draw(old_2)
-            if high == low:
-                return float("nan")
-            share = (draw(plain_old) - low) / (high - low)
-            return draw(new_1) + share * (draw(new_2) - draw(new_1)) - draw(plain_new)
-
-        low, at, high = (100 * float(answers.mean()) for answers in (old_1, plain_old, old_2))
-        return interval(difference, *plain_old.shape) if low <= at <= high else None
+        found = [self.arms[key] for key in wanted]
+        plain_old, plain_new, old_1, new_1, old_2, new_2 = (resampled([one]) for one in found)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(old_2 == old_1, np.nan, (plain_old - old_1) / (old_2 - old_1))
+        reached = old_1[0] <= plain_old[0] <= old_2[0]
+        return Interval.of(new_1 + share * (new_2 - new_1) - plain_new) if reached else None
 
     def gap(self) -> Interval | None:
         """Return Fine-tune(new) minus direct transfer."""
@@ -110,8 +105,8 @@ class Comparison:
     ) -> Interval | None:
         if first not in self.arms or second not in self.arms:
             return None
-        a, b = self.arms[first], self.arms[second]
-        return interval(lambda draw: draw(a) - draw(b), *a.shape)
+        a, b = (resampled([self.arms[key]]) for key in (first, second))
+        return Interval.of(a - b)
 
 
 def comparisons(scores: Sequence[Score]) -> Iterator[Comparison]:

@@ -4,11 +4,11 @@ The file is part of the repository. On another machine only missing or changed s
 and the tables can be written without any computation.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trans_peft.experiment import score_file
 
 __all__ = ["Score", "ScoreFile"]
 
@@ -44,22 +44,8 @@ class Score:
         return 100 * self.right.count("1") / len(self.right)
 
 
-class ScoreFile:
-    """A JSON Lines file of scores. Of two scores with the same `cell`, the later one counts."""
+class ScoreFile(score_file.ScoreFile[Score]):
+    """A JSON Lines file of the study's scores."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._scores = {score.cell: score for score in (Score(**json.loads(x)) for x in lines)}
-
-    def __contains__(self, key: object) -> bool:
-        return any(score.key == key for score in self._scores.values())
-
-    def __iter__(self) -> Iterator[Score]:
-        return iter(self._scores.values())
-
-    def append(self, score: Score) -> None:
-        """Append one score to the file."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(asdict(score)) + "\n")
-        self._scores[score.cell] = score
+        super().__init__(path, Score)

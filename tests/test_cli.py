@@ -25,7 +25,7 @@ from trans_peft.validation.suites import named
 
 COMMANDS = (
     "train", "evaluate", "adopt", "check", "transfer", "resolve", "agreement",
-    "fingerprint", "criticality", "analyse", "convert", "publish",
+    "fingerprint", "criticality", "analyse", "convert", "publish", "experiment",
 )  # fmt: skip
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}, "max_new_tokens": 2}
 RECIPE = {

@@ -8,6 +8,7 @@ from cyclopts import App
 from trans_peft.cli.adapters import adopt, evaluate, train
 from trans_peft.cli.analyse import analyse
 from trans_peft.cli.bases import convert, fingerprint, publish
+from trans_peft.cli.experiment import experiment
 from trans_peft.cli.label_free import agreement
 from trans_peft.cli.layers import criticality
 from trans_peft.cli.resolve import resolve
@@ -53,6 +54,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     resolve,
     manifest,
     export,
+    experiment,
     agreement,
     fingerprint,
     criticality,

@@ -1,19 +1,27 @@
 """Read recipes, suites and policies from JSON or YAML files, and write results as JSON files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
+from trans_peft.domain.experiment import BaseFamily, Experiment
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, NotFoundError, closest
 from trans_peft.files import atomic_write, check_unused
 
-__all__ = ["check_results_folder", "read_policy", "read_recipe", "read_suites", "write_json"]
+__all__ = [
+    "check_results_folder",
+    "read_experiment",
+    "read_policy",
+    "read_recipe",
+    "read_suites",
+    "write_json",
+]
 
 T = TypeVar("T")
 
@@ -56,6 +64,30 @@ def read_suites(paths: Sequence[Path]) -> tuple[Suite, ...]:
             do="change the field `name` in one of the files",
         )
     return suites
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read an experiment. Relative paths of bases and data are resolved against the file's folder.
+
+    Raises NotFoundError and InvalidSpecError as `read_recipe` does.
+    """
+    read = _checked(path, _parse(path), Experiment)
+    data, published = read.training.data, read.published_suites
+    if published is not None and published.folder is not None:
+        published = replace(published, folder=_resolve(path, published.folder))
+    return replace(
+        read,
+        families=_resolve_families(path, read.families),
+        training=replace(
+            read.training,
+            data=_resolve_source(path, data)
+            if isinstance(data, DataSource)
+            else tuple(_resolve_source(path, source) for source in data),
+        ),
+        published_suites=published,
+        suites=tuple(_resolve_suite(path, suite) for suite in read.suites),
+        quick=replace(read.quick, families=_resolve_families(path, read.quick.families)),
+    )
 
 
 def read_policy(path: Path | None) -> GatePolicy:
@@ -205,10 +237,15 @@ def _without(value: Any, places: Sequence[tuple[int | str, ...]], at: int = 0) -
 
 def _fields_at(kind: Any, place: Sequence[int | str]) -> list[str]:
     """Return the fields of the dataclass below `kind` at a place such as ("suites", 0)."""
+    is_key = False  # whether the next part is a key of a mapping
     for number, part in enumerate(place):
-        if not isinstance(part, str):  # the index of an item
+        if is_key or not isinstance(part, str):  # or the index of an item
+            is_key = False
             continue
         kind = get_type_hints(kind)[part]
+        if get_origin(kind) is Mapping:
+            kind, is_key = get_args(kind)[1], True
+            continue
         if isinstance(kind, UnionType):  # a list, or one object
             is_list = isinstance([*place, ""][number + 1], int)
             members = [arg for arg in get_args(kind) if arg is not NoneType]
@@ -232,17 +269,31 @@ def _text(problem: Any, kind: type) -> str:
 def _resolve_suite(path: Path, suite: Suite) -> Suite:
     judge = suite.judge and replace(
         suite.judge,
-        uri=_resolve_uri(path, suite.judge.uri),
+        uri=_resolve(path, suite.judge.uri),
         labeled=_resolve_source(path, suite.judge.labeled),
     )
     return replace(suite, data=_resolve_source(path, suite.data), judge=judge)
 
 
-def _resolve_source(path: Path, source: DataSource) -> DataSource:
-    return replace(source, uri=_resolve_uri(path, source.uri))
+def _resolve_families(path: Path, families: Mapping[str, BaseFamily]) -> Mapping[str, BaseFamily]:
+    return {
+        name: BaseFamily(
+            _resolve(path, family.old),
+            {label: _resolve(path, uri) for label, uri in family.new.items()},
+        )
+        for name, family in families.items()
+    }
 
 
-def _resolve_uri(path: Path, uri: str) -> str:
+_Source = TypeVar("_Source", bound=DataSource)
+
+
+def _resolve_source(path: Path, source: _Source) -> _Source:
+    return replace(source, uri=_resolve(path, source.uri))
+
+
+def _resolve(path: Path, uri: str) -> str:
+    """Return a path relative to the folder of a file, or a URI as it is."""
     if "://" in uri or uri.startswith("hub:"):
         return uri
     return str((path.parent / uri).resolve())

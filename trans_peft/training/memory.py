@@ -26,7 +26,7 @@ from trans_peft.errors import InvalidSpecError, TransPeftError
 from trans_peft.methods.specs import attach
 from trans_peft.training.events import MemoryEstimated
 
-__all__ = ["StepShape", "check_memory", "estimate_memory"]
+__all__ = ["StepShape", "check_memory", "estimate_memory", "trainable_parameters"]
 
 _GIB = 1 << 30
 _NF4_BYTES = (4 + 0.127) / 8
@@ -97,9 +97,18 @@ def estimate_memory(recipe: TrainingRecipe, base: Path, shape: StepShape) -> Mem
         ) from error
 
 
+def trainable_parameters(recipe: TrainingRecipe, base: Path) -> int:
+    """Return the number of parameters that a recipe trains. `base` needs no more than a config."""
+    return _trained(_without_weights(recipe, base))
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def _estimate(recipe: TrainingRecipe, base: Path, shape: StepShape) -> MemoryEstimated:
     model = _without_weights(recipe, base)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = _trained(model)
     with FakeTensorMode():
         _make_fake(model)
         ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)

@@ -1,0 +1,191 @@
+"""Experiment files: what is refused, the trainings that follow, and the files of the paper."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trans_peft.cli import main
+from trans_peft.cli.files import read_experiment
+from trans_peft.domain.experiment import OLD, PLAIN, Experiment
+from trans_peft.domain.recipe import Perturbation
+from trans_peft.errors import InvalidSpecError
+from trans_peft.experiment.deviations import deviations
+from trans_peft.experiment.prepare import recipe_of, suites_of
+
+HERE = Path(__file__).parent
+PAPER = sorted((HERE.parents[1] / "examples" / "experiments").glob("*.yaml"))
+
+
+@pytest.fixture
+def refused(tmp_path):
+    def read(name: str, change) -> str:
+        value = yaml.safe_load((HERE / f"{name}.yaml").read_text())
+        change(value)
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump(value))
+        with pytest.raises(InvalidSpecError) as caught:
+            suites_of(read_experiment(path))
+        return str(caught.value)
+
+    return read
+
+
+def setter(path: str, value: object):
+    """Return a function that sets a field by its dotted path."""
+
+    def change(experiment):
+        *parents, last = path.split(".")
+        for part in parents:
+            experiment = experiment[int(part) if part.isdigit() else part]
+        experiment[last] = value
+
+    return change
+
+
+UNKNOWN = "there is no such field; valid fields, the most similar first:"
+WHERE = {"field": "where", "values": ["ffn", "all"], "family": "tiny", "method": "LoRA",
+         "at": {"masking_p": 0.1}}  # fmt: skip
+NOWHERE = {"field": "masking_p", "values": [0.1, 0.2], "family": "x", "method": "y"}
+SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}}
+OTHER = {"tiny": {"old": "a", "new": {"b": "b"}}}
+CHANGES = [
+    ("seed", 1, f"seed: {UNKNOWN} seeds"),
+    ("families.tiny.newer", {}, f"families.tiny.newer: {UNKNOWN} new"),
+    ("methods.LoRA.option", {}, f"methods.LoRA.option: {UNKNOWN} options"),
+    ("arms.Trans-PEFT.masking", 1, f"arms.Trans-PEFT.masking: {UNKNOWN} masking_p"),
+    ("training.optimizer.step", 1, f"training.optimizer.step: {UNKNOWN} steps"),
+    ("training", {}, "training.data: this field is missing"),
+    ("seeds", [1, 1], "seeds must be different whole numbers"),
+    ("seeds", [0], "selection.seed=0 is also a seed of the tables"),
+    ("selection.arm", "x", "selection.arm 'x' is not in arms"),
+    ("selection.new", "v9", "selection.new 'v9' is not in families.tiny"),
+    ("arms.other", {}, "arms.other perturbs nothing"),
+    ("families.tiny.new.old", "v2", "must not have the label 'old'"),
+    ("suites", [], "give published_suites, suites, or both"),
+    ("sweeps", [WHERE], "where must be one of ffn, attention, both"),
+    ("sweeps", [NOWHERE], "sweeps.0.family 'x' is not in families"),
+    ("suites.0.scoring", "bleu", "the results of sums are degrees"),
+    ("suites", [SUITE, SUITE], "two suites are named sums"),
+    ("quick", {"families": OTHER}, "quick.families.tiny must replace a family"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), CHANGES)
+def test_invalid_files_are_refused_with_the_place(refused, path, value, message):
+    assert message in refused("tables", setter(path, value))
+
+
+def test_a_candidate_of_the_selection_is_not_plain(refused):
+    def change(experiment):
+        experiment["selection"] |= {"masking_p": [0.0, 0.1], "dropping_p": [0.0]}
+
+    assert "both 0 in a candidate, which is plain" in refused("tables", change)
+
+
+@pytest.fixture(params=["tables", "repeats"])
+def example(request) -> Experiment:
+    return read_experiment(HERE / f"{request.param}.yaml")
+
+
+def test_each_training_is_planned_once_and_trans_peft_is_scored_on_the_old_base(example):
+    planned = example.trainings()
+    recipes = [recipe_of(example, each, each.base).sha256 for each in planned]
+    assert len(set(recipes)) == len(recipes)
+    for each in planned:
+        assert each.scored_on == (
+            example.families["tiny"].labels if each.base == OLD else (each.base,)
+        )
+
+
+def test_every_arm_has_every_seed_on_equal_terms(example):
+    planned = example.trainings()
+    for method in example.methods:
+        for seed in example.seeds:
+            of = [p for p in planned if (p.method, p.seed, p.data_seed) == (method, seed, None)]
+            arms = {p.perturbation for p in of if p.base == OLD}
+            assert arms >= {PLAIN, *example.arms.values()}
+            assert {p.base for p in of if p.perturbation == PLAIN} == {
+                *example.families["tiny"].labels
+            }
+
+
+def test_orders_of_rows_keep_the_first_seed():
+    example = read_experiment(HERE / "repeats.yaml")
+    orders = {(p.seed, p.data_seed) for p in example.trainings() if p.data_seed is not None}
+    assert orders == {(42, 1), (42, 2)}
+
+
+def test_a_selection_holds_rows_out_and_its_seed_is_not_reported():
+    example = read_experiment(HERE / "tables.yaml")
+    for planned in example.selection_trainings():
+        recipe = recipe_of(example, planned, "b")
+        assert recipe.validation.share == 0.1 and recipe.seed not in example.seeds
+    chosen = example.with_rates(Perturbation(0.3, 0.1))
+    assert chosen.selection_trainings() == ()
+    assert all(recipe_of(chosen, p, "b").validation is None for p in chosen.trainings())
+
+
+def test_a_new_suite_repeats_no_training(example):
+    more = replace(example, suites=(*example.suites, replace(example.suites[0], name="new")))
+    for planned, again in zip(example.trainings(), more.trainings(), strict=True):
+        assert recipe_of(example, planned, "b") == recipe_of(more, again, "b")
+
+
+def test_the_quick_profile_limits_rows_items_and_steps(example):
+    quick = example.as_quick()
+    assert sum(source.limit for source in quick.training.sources) == example.quick.rows
+    assert {suite.limit for suite in quick.suites} == {50}
+    assert quick.training.optimizer.steps == 20
+
+
+# The files of the paper
+
+
+def test_there_is_a_file_for_each_table_of_the_paper():
+    assert [path.stem for path in PAPER] == ["code", "commonsense", "math", "seeds"]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_files_of_the_paper_are_planned(path, tmp_path, capsys):
+    options = ["--out", tmp_path / "out", "--state", tmp_path / "state", "--dry-run"]
+    assert main(["experiment", str(path), *map(str, options)]) == 0
+    text = capsys.readouterr().out
+    example = read_experiment(path)
+    assert text.count("unknown  ") == len(example.trainings()) + len(example.selection_trainings())
+    assert "is not in the hub's cache" in text and "differences from the paper:" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_files_of_the_paper_have_its_settings(path):
+    example = read_experiment(path)
+    found = deviations(example, suites_of(example))
+    stated = ("Rows of a step", "Length", "Learning rate", "Schedule", "Rank", "Training rows",
+              "Dtype")  # fmt: skip
+    assert [one for one in found if one.startswith(stated)] == []
+
+
+def test_the_files_of_the_paper_have_its_pairs_of_bases():
+    pairs = {
+        (family.old.rpartition("/")[2], uri.rpartition("/")[2])
+        for path in PAPER
+        for family in read_experiment(path).families.values()
+        for uri in family.new.values()
+    }
+    assert pairs == {
+        ("Qwen2-7B", "Qwen2.5-7B"),
+        ("internlm2-7b", "internlm2_5-7b"),
+        ("deepseek-llm-7b-base", "deepseek-math-7b-base"),
+        ("deepseek-llm-7b-base", "deepseek-coder-7b-base-v1.5"),
+    }
+
+
+def test_differences_are_named():
+    example = read_experiment(HERE / "tables.yaml")
+    found = " ".join(deviations(example, suites_of(example)))
+    for words in ("Rows of a step: 8; the paper's: 16", "Length: 4 steps", "no biases", "eq. 4"):
+        assert words in found
+    element = replace(example, arms={"a": Perturbation(0.1, granularity="element")}, selection=None)
+    assert "eq. 4" not in " ".join(deviations(element, suites_of(element)))
