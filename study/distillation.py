@@ -76,10 +76,10 @@ class Part:
 
 PARTS = (
     Part("plain", (0, RANKS[0]), (UNLABELED,)),
-    Part("plain", RANKS[1:], (UNLABELED,)),
-    Part("plain", RANKS[:1], (OTHER_TASK, WRITTEN[0])),
-    Part("spared", (0, RANKS[0]), (UNLABELED,)),
+    Part("plain", RANKS[:1], (OTHER_TASK,)),
     Part("plain", RANKS[:1], WRITTEN),
+    Part("spared", (0, RANKS[0]), (UNLABELED,)),
+    Part("plain", RANKS[1:], (UNLABELED,)),
     Part("plain", (0,), WRITTEN),
 )
 """In the order in which they run."""
