@@ -158,11 +158,15 @@ def module_inputs(
             last = (None, chosen)
             for hook in hooks:
                 hook.remove()
-    return {
-        name: ModuleInputs(names[id(modules[name].weight)], torch.cat(parts))
-        for name, parts in found.items()
-        if parts
-    }
+    joined: dict[tuple[int, ...], Tensor] = {}
+    inputs = {}
+    for name, parts in found.items():
+        shared = tuple(map(id, parts))
+        if parts and shared not in joined:
+            joined[shared] = torch.cat(parts)
+        if parts:
+            inputs[name] = ModuleInputs(names[id(modules[name].weight)], joined[shared])
+    return inputs
 
 
 def compensate(
