@@ -141,11 +141,11 @@ test-architectures: $(READY)
 	$(TEST) -m architectures tests/perturbation
 
 # Slow tests that do not fit into CI.
-SLOW := tests/gpu tests/training tests/validation tests/infra/test_operation.py tests/perturbation/test_sharded.py
+SLOW := tests/gpu tests/training tests/validation tests/infra/test_operation.py tests/perturbation
 
 test-stack: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or slow" tests/test_tutorial.py tests/edges \
-	  tests/end_to_end tests/examples tests/flows tests/infra tests/lifecycle tests/perturbation \
+	  tests/end_to_end tests/examples tests/flows tests/infra tests/lifecycle \
 	  $(addprefix --ignore=,$(SLOW))
 
 test-slow: $(READY)

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -30,9 +31,15 @@ def python(tmp_path_factory) -> Path:
         python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source,
     )  # fmt: skip
     (wheel,) = folder.glob("trans_peft-*.whl")
-    constraints = ROOT / "constraints.txt"
-    _run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, wheel)
+    _install(python, "--constraint", ROOT / "constraints.txt", wheel)
     return python
+
+
+def _install(python: Path, *arguments: str | Path) -> None:
+    """Install with uv, which links what it has installed before, or with pip without an index."""
+    uv = [Path(sys.prefix, "bin", "uv"), "pip", "install", "--quiet", "--python", python]
+    if subprocess.run([*uv, *arguments], check=False).returncode:
+        _run(python, "-m", "pip", "install", "--quiet", *arguments)
 
 
 def test_only_what_perturbed_needs_is_installed(python):
