@@ -44,6 +44,12 @@ ROWS = {
         {"question_stem": "q", "choices": FOUR, "answerKey": "A"},
         {"answerKey": ["A", "B", "C", "D"], "choices": []},
     ),
+    "commonsense170k": (
+        {"instruction": "q\n\nAnswer format: true/false", "output": "the correct answer is true"},
+        {"output": ["the correct answer is true"]},
+    ),
+    "metamathqa": ({"query": "q", "response": "r"}, {}),
+    "codefeedback": ({"query": "q", "response": "r"}, {}),
     "gsm8k": ({"question": "q", "answer": "so 4\n#### 4"}, {"answer": []}),
     "math": ({"problem": "p", "solution": "\\boxed{4}"}, {"solution": []}),
     "humaneval": (

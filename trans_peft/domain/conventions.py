@@ -84,6 +84,7 @@ class Deployment(StrEnum):
     TRAIN_ADAPTER = "train-adapter/default"
     ADOPT_ADAPTER = "adopt-adapter/default"
     TRANSFER_SHARD = "transfer-shard/default"
+    EXPERIMENT = "experiment/default"
     EXPERIMENT_CELL = "experiment-cell/default"
 
 
