@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from tests.lifecycle.test_distillation import PROMPTS, Setup
 from tests.lifecycle.test_recovery import ITEMS, strategies
 from trans_peft.domain.recovery import CompensationPolicy, DistillationPolicy, RecoveryStrategy
-from trans_peft.errors import EvaluationError, InvalidSpecError
+from trans_peft.errors import AdapterError, EvaluationError, InvalidSpecError
+from trans_peft.lifecycle.recovery import evaluator
 from trans_peft.models import adapter_weights_sha256
+from trans_peft.transfer import compensation
 from trans_peft.validation.decoding import generation
 
 FULL = 64
@@ -99,14 +102,57 @@ def test_an_adapter_without_a_recipe_is_compensated_and_not_distilled(tmp_path, 
     assert "level 2.5 %" in outcome.judgment.reason
 
 
-def test_a_failure_of_the_answers_leaves_the_direct_verdict(setup, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "function", "error", "reason"),
+    [
+        (
+            generation,
+            "generate",
+            EvaluationError("the logits are not finite"),
+            "compensation failed: the logits are not finite",
+        ),
+        (
+            generation,
+            "generate",
+            InvalidSpecError("prompt 3 is empty"),
+            "compensation failed: prompt 3 is empty",
+        ),
+        (
+            compensation,
+            "module_inputs",
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "compensation failed: out of memory: CUDA out of memory",
+        ),
+    ],
+)
+def test_a_failure_leaves_the_direct_verdict(setup, monkeypatch, module, function, error, reason):
     def fail(*_: object, **__: object) -> None:
-        raise EvaluationError("the logits are not finite")
+        raise error
 
-    monkeypatch.setattr(generation, "generate", fail)
+    monkeypatch.setattr(module, function, fail)
     outcome, tried = compensated(setup)
     assert (tried.verdict, outcome.strategy) == ("", "direct")
-    assert tried.reason == "compensation failed: the logits are not finite"
+    assert tried.reason == reason
+
+
+def test_a_result_that_cannot_be_loaded_leaves_the_direct_verdict(setup, monkeypatch):
+    def fail(folder, *_: object) -> None:
+        raise AdapterError(f"{folder} does not fit this base")
+
+    probe = evaluator.probe
+    monkeypatch.setattr(
+        evaluator, "probe", lambda *args: (fail if "compensated" in args[0].name else probe)(*args)
+    )
+    outcome, tried = compensated(setup)
+    assert (tried.verdict, outcome.strategy) == ("", "direct")
+    assert tried.reason == f"its result cannot be used: {setup.source} does not fit this base"
+
+
+def test_prompts_that_do_not_fit_into_the_context_are_not_answered(setup):
+    long = [{"prompt": f"{text} {'x' * 600}"} for text in PROMPTS]
+    outcome, tried = compensated(setup, long)
+    assert (tried.verdict, outcome.strategy) == ("", "direct")
+    assert "no prompt fits into the context of the old base" in tried.reason
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, PeftModel
-from safetensors.torch import load_file
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
+from tests.perturbation.architectures import ARCHITECTURES
 from tests.tiny import tiny_model
+from tests.transfer.conftest import edit_config
 from trans_peft.bases.drift import weight_pairs
 from trans_peft.errors import AdapterError
 from trans_peft.transfer.compensation import compensate, module_inputs, not_compensable
@@ -134,6 +137,126 @@ def test_a_tied_output_layer_is_compensated(write_adapter, bases, tmp_path):
     after = attach(type(tiny_model()).from_pretrained(new), found.folder).get_output_embeddings()
     torch.testing.assert_close(after(hidden), before, rtol=1e-4, atol=1e-4)
     assert found.modules == 1
+
+
+@pytest.mark.parametrize("name", ["opt, pre norm", "qwen2_moe"])
+def test_modules_may_receive_the_tokens_of_all_rows_in_one_dimension(name, tmp_path):
+    (architecture,) = (one for one in ARCHITECTURES if one.name == name)
+    old, new = architecture.model().eval(), architecture.model().eval()
+    linear = [
+        module.weight for module in new.model.modules() if isinstance(module, torch.nn.Linear)
+    ]
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for weight in linear:
+            weight += 0.3 * weight.std() * torch.randn_like(weight)
+    for folder, model in (("old", old), ("new", new)):
+        model.save_pretrained(tmp_path / folder)
+    config = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    config.task_type = "CAUSAL_LM"
+    get_peft_model(architecture.model(), config).save_pretrained(tmp_path / "adapter")
+    sequences = [[(3 * row + i) % 60 for i in range(12)] for row in range(20)]
+    inputs = module_inputs(architecture.model().eval(), tmp_path / "adapter", sequences)
+    pairs = weight_pairs(tmp_path / "old", tmp_path / "new")
+    found = compensate(tmp_path / "adapter", pairs, inputs, FULL, tmp_path / "out")
+    assert found.modules == len(linear)
+    ids = torch.tensor(sequences)
+    with torch.no_grad():
+        before = attach(old, tmp_path / "adapter")(input_ids=ids).logits
+        after = attach(new, found.folder)(input_ids=ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [
+        ({"lora_alpha": 8}, {"init_lora_weights": "orthogonal"}),  # for even ranks only
+        ({"lora_alpha": 8}, {"lora_alpha": None}),
+    ],
+    ids=["orthogonal", "without lora_alpha"],
+)
+def test_options_of_the_given_config_do_not_break_the_written_one(
+    options, saved, write_adapter, bases, tmp_path
+):
+    old, new = bases()
+    adapter = write_adapter(**options)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | saved
+    config = {name: value for name, value in config.items() if value is not None}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    found = compensation_of(adapter, old, new, FULL - 1, tmp_path / "out")
+    torch.testing.assert_close(
+        logits(new, found.folder), logits(old, adapter), rtol=1e-4, atol=1e-4
+    )
+
+
+def untied_bases(tmp_path, edit):
+    """Return two bases with an output layer of their own, whose weight `edit` changes."""
+    old, new = (LlamaForCausalLM(tiny_model().config) for _ in range(2))
+    for model in (old, new):
+        model.config.tie_word_embeddings = False
+        model.load_state_dict(tiny_model().state_dict())
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    torch.manual_seed(7)
+    with torch.no_grad():
+        new.model.layers[0].mlp.up_proj.weight += 0.01 * torch.randn(64, 32)
+        edit(old.lm_head.weight, new.lm_head.weight)
+    old.save_pretrained(tmp_path / "old")
+    new.save_pretrained(tmp_path / "new")
+    return tmp_path / "old", tmp_path / "new"
+
+
+def test_a_trained_copy_of_the_output_layer_is_kept(tmp_path):
+    def change(_, new):
+        new += 0.1
+
+    old, new = untied_bases(tmp_path, change)
+    model = LlamaForCausalLM.from_pretrained(old)
+    config = LoraConfig(
+        r=2, target_modules=["v_proj"], modules_to_save=["lm_head"], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    adapter = tmp_path / "adapter"
+    get_peft_model(model, config).save_pretrained(adapter)
+    inputs = module_inputs(LlamaForCausalLM.from_pretrained(old), adapter, SEQUENCES)
+    found = compensate(adapter, weight_pairs(old, new), inputs, FULL, tmp_path / "out")
+    ids = torch.tensor(SEQUENCES)
+    with torch.no_grad():
+        before, after = (
+            attach(LlamaForCausalLM.from_pretrained(base), folder)(input_ids=ids).logits
+            for base, folder in ((old, adapter), (new, found.folder))
+        )
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    assert found.modules == 1
+
+
+def test_dora_leaves_out_an_output_layer_with_rows_of_zeros(write_adapter, tmp_path):
+    def change(old, new):
+        new += 0.1
+        old[250:] = new[250:] = 0
+
+    old, new = untied_bases(tmp_path, change)
+    adapter = write_adapter(use_dora=True)
+    inputs = module_inputs(LlamaForCausalLM.from_pretrained(old), adapter, SEQUENCES)
+    found = compensate(adapter, weight_pairs(old, new), inputs, 4, tmp_path / "out")
+    assert (found.modules, found.other_share > 0.9) == (1, True)
+    model = attach(LlamaForCausalLM.from_pretrained(new), found.folder)
+    with torch.no_grad():
+        assert model(input_ids=torch.tensor(SEQUENCES)).logits.isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_refused(write_adapter, bases, tmp_path):
+    old, new = bases()
+    path = new / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="not finite"):
+        compensation_of(write_adapter(), old, new, 4, tmp_path / "out")
+
+
+def test_options_that_change_the_product_are_named(write_adapter):
+    folder = edit_config(write_adapter(), ensure_weight_tying=True, lora_bias=True)
+    assert not_compensable(folder) == "the adapter has ensure_weight_tying, lora_bias"
 
 
 @pytest.mark.parametrize(

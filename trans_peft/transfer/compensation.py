@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trans_peft.errors import AdapterError, listed
+from trans_peft.errors import AdapterError, UnsupportedModelError, listed
 from trans_peft.transfer.load_adapter import attached
 from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_peft_folder
 
@@ -53,12 +53,15 @@ _OVERSAMPLING, _ITERATIONS = 8, 4  # of the randomized SVD
 _PREFIX = "base_model.model."
 _CHANGED_FORM = (  # options under which the product is not scale * B A on every token
     "alora_invocation_tokens",
+    "ensure_weight_tying",
     "layer_replication",
     "lora_bias",
+    "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
+    "velora_config",
 )
 
 
@@ -114,8 +117,14 @@ def module_inputs(
 ) -> Mapping[str, ModuleInputs]:
     """Return inputs of the linear modules of a base with an adapter, by the names of the modules.
 
-    `sequences` are token ids, such as prompts with answers, of about `MAX_TOKENS` in total.
+    Modules that do not receive every token once, such as experts, and modules of which the adapter
+    has a trained copy (`modules_to_save`) are left out. `sequences` are token ids, such as prompts
+    with answers, of about `MAX_TOKENS` in total.
+
+    Raises UnsupportedModelError if the base returns no hidden states.
     """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     device, head = model.device, model.get_output_embeddings()
     names = {id(weight): name for name, weight in model.named_parameters()}
     modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -127,12 +136,16 @@ def module_inputs(
 
     def keep(name: str, inputs: Tensor) -> None:
         nonlocal last
+        rows = inputs.flatten(0, -2)  # some modules receive (batch * tokens, features)
+        if len(rows) != len(chosen):
+            return
         if inputs is not last[0]:  # modules with the same input share its copy
-            last = (inputs, inputs[chosen].detach().clone())
+            last = (inputs, rows[chosen].detach().clone())
         found[name].append(last[1])
 
     with attached(model, adapter), torch.no_grad():
         backbone = model.base_model  # without the output layer, whose outputs would be large
+        replaced = isinstance(model.get_output_embeddings(), AuxiliaryTrainingWrapper)
         hooks = [
             module.register_forward_pre_hook(lambda _, given, name=name: keep(name, given[0]))
             for name, module in modules.items()
@@ -145,14 +158,17 @@ def module_inputs(
                 lengths = torch.tensor([len(row) for row in batch])
                 mask = torch.arange(ids.shape[1]) < lengths[:, None]
                 drawn = torch.rand(ids.shape, generator=generator) < _INPUTS / tokens
-                chosen = (mask & drawn).to(device)
-                hidden = backbone(
+                chosen = (mask & drawn).flatten().to(device)
+                outputs = backbone(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device, torch.long),
                     use_cache=False,
-                ).last_hidden_state
+                )
+                hidden = getattr(outputs, "last_hidden_state", None)
+                if hidden is None:
+                    raise UnsupportedModelError(f"{type(model).__name__} returns no hidden states")
                 for name, module in modules.items():
-                    if module is head:
+                    if module is head and not replaced:
                         keep(name, hidden)
         finally:
             last = (None, chosen)
@@ -190,7 +206,8 @@ def compensate(
         target: a new folder.
 
     Raises:
-        AdapterError: the adapter is not compensable, or no linear module has changed.
+        AdapterError: the adapter is not compensable, no linear module has changed, or the outputs
+            of one are not finite.
     """
     if reason := not_compensable(adapter):
         raise AdapterError(f"{adapter} cannot be compensated: {reason}", expected="LoRA or DoRA")
@@ -208,15 +225,23 @@ def compensate(
     modules = defaultdict(list)
     for name, found in inputs.items():
         modules[found.weight].append(name)
+
+    def can_be_new(weight: Tensor) -> bool:
+        # DoRA divides by the norm of each row, and rows of unused tokens can be 0.
+        return not config.get("use_dora") or bool(weight.any(dim=1).all())
+
     for weight, old, new in weights:
         change = old - new
         size = change.square().sum().item()
         whole += size
-        other += size if weight not in modules else 0.0
-        for name in modules.get(weight, ()):
+        here = [
+            name
+            for name in modules.get(weight, ())
+            if f"{_PREFIX}{name}.lora_A.weight" in tensors or (size and can_be_new(new))
+        ]
+        other += 0.0 if here else size
+        for name in here:
             key = f"{_PREFIX}{name}."
-            if not size and f"{key}lora_A.weight" not in tensors:
-                continue
             a, b = _product(tensors, key, config, old)
             exact = a.shape[0]
             if size:
@@ -237,8 +262,8 @@ def compensate(
     lost = [key for key in tensors if ".lora_" in key and key not in written]
     if lost:
         raise AdapterError(
-            f"{adapter} cannot be compensated: it adapts modules that are not linear modules of "
-            f"the base: {listed(lost)}"
+            f"{adapter} cannot be compensated: it adapts other modules than linear ones that "
+            f"receive every token: {listed(lost)}"
         )
     if not shares:
         raise AdapterError(f"{adapter} cannot be compensated: the update changes no linear module")
@@ -248,6 +273,7 @@ def compensate(
         "r": total, "lora_alpha": total, "use_rslora": False,
         "rank_pattern": {}, "alpha_pattern": {}, "target_modules": sorted(names),
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+        "init_lora_weights": True,  # the given one may not allow this rank
     }  # fmt: skip
     (target / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return Compensation(target, len(shares), sum(shares) / len(shares), other / whole)
@@ -255,10 +281,12 @@ def compensate(
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
     """Return the factor of B A in a module, as PEFT computes it."""
+    from peft import LoraConfig
     from peft.utils.other import get_pattern_key
 
     alphas = config.get("alpha_pattern") or {}
-    alpha = float(alphas.get(get_pattern_key(alphas.keys(), name), config["lora_alpha"]))
+    default = config.get("lora_alpha", LoraConfig.lora_alpha)
+    alpha = float(alphas.get(get_pattern_key(alphas.keys(), name), default))
     return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -282,6 +310,11 @@ def _basis(change: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, float]:
     if change.shape[0] > inputs.shape[0] > inputs.shape[1]:
         inputs = torch.linalg.qr(inputs.float(), mode="r").R
     outputs = change @ inputs.to(change).T
+    if not outputs.isfinite().all():
+        raise AdapterError(
+            "the change of the outputs of a linear module is not finite",
+            expected="finite weights in both bases, and finite inputs in the suite's dtype",
+        )
     rank = min(rank, *outputs.shape)
     with torch.random.fork_rng(devices=[]):  # the SVD draws from torch's global generator
         torch.manual_seed(0)

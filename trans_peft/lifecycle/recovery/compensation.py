@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 from trans_peft.data import Example, prompt_ids
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.recovery import RecoveryStrategy
-from trans_peft.errors import AdapterError, EvaluationError, UnsupportedModelError
+from trans_peft.errors import (
+    AdapterError,
+    DataError,
+    EvaluationError,
+    InvalidSpecError,
+    UnsupportedModelError,
+)
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs
 from trans_peft.lifecycle.recovery.prompts import prompts_for
@@ -29,6 +35,7 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
     """Return the compensated candidate, or the reason why there is none."""
     from trans_peft.bases.drift import weight_pairs
     from trans_peft.transfer.compensation import compensate, not_compensable
+    from trans_peft.validation.decoding.batching import is_out_of_memory
 
     source, policy = inputs.source, inputs.recovery.compensation
     assert policy is not None
@@ -47,8 +54,12 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
         found = compensate(folder, weight_pairs(old_base, new_base), read, policy.rank, target)
     except UNUSABLE as error:
         return f"its prompts or its old base cannot be used: {error}"
-    except (AdapterError, EvaluationError, UnsupportedModelError) as error:
+    except (AdapterError, EvaluationError, InvalidSpecError, UnsupportedModelError) as error:
         return f"compensation failed: {error}".replace(str(folder), str(source))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"compensation failed: out of memory: {error}"
     note = f"{prompts.note}; rank {policy.rank}; {found}"
     return Candidate(
         RecoveryStrategy.COMPENSATED, lambda: target, adapter_weights_sha256(target), note
@@ -66,14 +77,26 @@ def answering_inputs(
 
     The first prompts that have `MAX_TOKENS` together are answered, and at least one. `folder` is
     the PEFT folder. The suite gives the dtype and the decoding settings; no item of it is read.
+
+    Raises DataError if no prompt fits into the base's context together with an answer.
     """
     from trans_peft.models import load_base
     from trans_peft.transfer.compensation import MAX_TOKENS, module_inputs
     from trans_peft.transfer.load_adapter import attached
     from trans_peft.validation.decoding.generation import generate
+    from trans_peft.validation.evaluate import context_of
 
     old = load_base(old_base, suite.dtype)
     ids = prompt_ids(prompts, old.tokenizer, saved_template(folder))
+    context = context_of(old.model)
+    if context is not None:
+        ids = [prompt for prompt in ids if len(prompt) + suite.max_new_tokens <= context]
+    if not ids:
+        raise DataError(
+            "no prompt fits into the context of the old base together with an answer",
+            expected=f"{context} tokens, of which {suite.max_new_tokens} for the answer",
+            do="pass shorter prompts",
+        )
     ends = accumulate(map(len, ids))
     ids = [prompt for prompt, end in zip(ids, ends, strict=True) if end <= MAX_TOKENS] or ids[:1]
     with attached(old.model, folder) as model:

@@ -16,7 +16,7 @@ from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import Evaluation, GatePolicy, Judgment, Verdict
 from trans_peft.domain.outcome import Effect
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
-from trans_peft.errors import replacing_paths_in_errors
+from trans_peft.errors import AdapterError, replacing_paths_in_errors
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import (
     BARE_BASE,
@@ -154,8 +154,7 @@ def recover(evaluator: CandidateEvaluator, inputs: CandidateInputs) -> RecoveryR
         started = time.monotonic()
         made = make_candidate(strategy, inputs)
         if isinstance(made, Candidate) and strategy is not RecoveryStrategy.DIRECT:
-            effect = probe(made.folder(), evaluator.base, evaluator.source, evaluator.platform)
-            made = made if effect.found else "it changes no logit on this base"
+            made = _probed(made, evaluator)
         if isinstance(made, str):
             tried.append(StrategyAttempt(strategy, "", made, time.monotonic() - started))
             continue
@@ -173,6 +172,16 @@ def recover(evaluator: CandidateEvaluator, inputs: CandidateInputs) -> RecoveryR
         tried=tuple(tried) if len(strategies) > 1 else (),
         is_open=verdict not in (Verdict.PASSED, Verdict.RETIRE),
     )
+
+
+def _probed(candidate: Candidate, evaluator: CandidateEvaluator) -> Candidate | str:
+    """Return the candidate, or why it cannot be evaluated on the new base."""
+    folder = candidate.folder()
+    try:
+        effect = probe(folder, evaluator.base, evaluator.source, evaluator.platform)
+    except AdapterError as error:
+        return f"its result cannot be used: {error}".replace(str(folder), str(evaluator.source))
+    return candidate if effect.found else "it changes no logit on this base"
 
 
 def _is_better(verdict: Verdict, other: Verdict) -> bool:
