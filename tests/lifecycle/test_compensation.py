@@ -63,6 +63,11 @@ def test_at_full_rank_the_linear_modules_are_compensated_and_not_the_norms(setup
     assert "100 % of the change of 15 linear modules compensated" in tried.note
 
 
+def test_the_output_layer_can_be_left_out(setup):
+    _, tried = compensated(setup, rank=FULL, output_layer=False)
+    assert "100 % of the change of 14 linear modules compensated" in tried.note
+
+
 def test_answers_are_reported_as_progress(setup):
     compensated(setup)
     shown = [str(step) for step in setup.progress if "items" not in step.unit]

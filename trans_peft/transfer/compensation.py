@@ -73,10 +73,12 @@ class ModuleInputs:
         weight: name of the module's weight in the files of the base. The weight of an output layer
             may be that of the input embedding.
         values: the inputs, of shape (n, in_features).
+        of_output_layer: whether the module is the output layer.
     """
 
     weight: str
     values: Tensor
+    of_output_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,9 @@ def module_inputs(
         if parts and shared not in joined:
             joined[shared] = torch.cat(parts)
         if parts:
-            inputs[name] = ModuleInputs(names[id(modules[name].weight)], joined[shared])
+            module = modules[name]
+            weight = names[id(module.weight)]
+            inputs[name] = ModuleInputs(weight, joined[shared], module is head)
     return inputs
 
 

@@ -51,6 +51,8 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
         suite = max(source.suites, key=lambda suite: suite.max_new_tokens)
         progress = inputs.reporter("answers before compensation", "prompts")
         read = answering_inputs(folder, old_base, suite, prompts.examples, progress)
+        if not policy.output_layer:
+            read = {name: one for name, one in read.items() if not one.of_output_layer}
         found = compensate(folder, weight_pairs(old_base, new_base), read, policy.rank, target)
     except UNUSABLE as error:
         return f"its prompts or its old base cannot be used: {error}"
