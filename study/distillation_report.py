@@ -82,13 +82,17 @@ class Recovery:
         scores = self.by_arm.get((arm, base), {}).values()
         return float(np.mean([score.points for score in scores])) if scores else None
 
-    def old_base_cost(self) -> Interval | None:
-        """Return how many points fewer than the plain adapter a Trans-PEFT adapter has on v1."""
-        known = [set(self.by_arm.get((arm, V1), ())) for arm in (PLAIN, SPARED)]
+    def old_base_cost(self, arm: str) -> Interval | None:
+        """Return how many points fewer than the plain adapter the adapter of an arm has on v1.
+
+        Strategies after the update do not change the adapter on v1.
+        """
+        arms = PLAIN, arm.partition(",")[0]
+        known = [set(self.by_arm.get((name, V1), ())) for name in arms]
         if not (seeds := sorted(set.intersection(*known))):
             return None
-        plain, spared = (self._drawn(arm, V1, seeds) for arm in (PLAIN, SPARED))
-        return Interval.of(plain - spared)
+        plain, ours = (self._drawn(name, V1, seeds) for name in arms)
+        return Interval.of(plain - ours)
 
     def seconds(self, arm: str) -> float | None:
         """Return the mean seconds of an arm after the update. None without scores."""
@@ -133,16 +137,17 @@ def figures(found: Sequence[Recovery]) -> dict[str, dict[str, Any]]:
         entries["survive.cost_vs_retrain"] = _entry(
             Interval(median, low, high), 1, f"{len(costs)} adapters; {_DEFAULT}; the middle half"
         )
-    prices = {
-        f"{pair.task}, {pair.update}": price
-        for pair in found
-        if (price := pair.old_base_cost()) is not None
-    }
-    if prices:
-        name = max(prices, key=lambda pair: prices[pair].value)
-        entries["survive.old_base_cost_points"] = _entry(
-            prices[name], 1, f"{name.partition(',')[0]}; the largest of the tasks; {SPARED}"
-        )
+    for key, arm in (("", _DEFAULT), (".trans_peft", SPARED)):
+        prices = {
+            pair.task: price
+            for pair in found
+            if pair.share(arm) is not None and (price := pair.old_base_cost(arm)) is not None
+        }
+        if prices:
+            name = max(prices, key=lambda task: prices[task].value)
+            entries[f"survive.old_base_cost_points{key}"] = _entry(
+                prices[name], 1, f"{name}; the largest of {len(prices)} tasks; {arm}"
+            )
     return entries
 
 

@@ -58,7 +58,8 @@ def test_figures_are_of_the_worst_pair_and_of_all_costs():
     assert entries["survive.gap_closed_min"]["value"] == pytest.approx(0.5)
     assert "other, ffn" in entries["survive.gap_closed_min"]["shape"]
     assert entries["survive.cost_vs_retrain"]["value"] == pytest.approx(0.25)
-    assert entries["survive.old_base_cost_points"]["value"] == pytest.approx(2)
+    assert entries["survive.old_base_cost_points"]["value"] == 0  # of the plain adapter
+    assert entries["survive.old_base_cost_points.trans_peft"]["value"] == pytest.approx(2)
     assert figures([]) == {}
 
 
