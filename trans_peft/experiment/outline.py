@@ -90,8 +90,8 @@ def _gpu_hours(
     cost, total, unknown = experiment.cost, 0.0, set()
     for planned in missing:
         like = [s for s in scores if (s.family, s.method) == (planned.family, planned.method)]
-        whole = [score.gpu_seconds for score in like if not score.is_resumed and score.gpu_seconds]
-        training = fmean(whole) / 3600 if whole else cost.training_gpu_hours
+        measured = [score.gpu_seconds for score in like if score.gpu_seconds]
+        training = fmean(measured) / 3600 if measured else cost.training_gpu_hours
         seconds: dict[str, list[float]] = {}
         for score in like:
             seconds.setdefault(score.suite, []).append(score.score_seconds)

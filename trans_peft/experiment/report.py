@@ -230,7 +230,7 @@ def _sweeps(sources: _Sources) -> Iterator[str]:
 def _hours(sources: _Sources) -> Iterator[str]:
     cost = sources.experiment.cost
     yield (
-        "## GPU hours (fig. 7)\n\nDuration of the measured training loops, times their processes. "
+        "## GPU hours (fig. 7)\n\nDuration of the training loops times their processes. "
         "An adapter that is tuned again was trained on the old base and on each new base. "
         f"{cost.adapters:,} adapters are this number times one adapter"
         + (
@@ -239,9 +239,6 @@ def _hours(sources: _Sources) -> Iterator[str]:
             else "."
         )
     )
-    resumed = sum(score.is_resumed for score in sources.scores)
-    if resumed:
-        yield f"{resumed} scores belong to trainings that resumed; their hours are left out."
     for family in sources.experiment.families:
         scores = sources.of(family)
         path = _figure(sources, f"hours-{family}")
