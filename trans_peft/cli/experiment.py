@@ -129,7 +129,7 @@ def _watch(shown: ProgressDisplay) -> Any:
 def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: bool) -> int:
     from trans_peft.experiment.disk import check_disk
     from trans_peft.experiment.outline import outline
-    from trans_peft.experiment.prepare import check_families, pinned, with_leakage
+    from trans_peft.experiment.prepare import check_families, check_scoring, pinned, with_leakage
     from trans_peft.experiment.run import with_selected_rates
 
     find, notes = _finder(workspace, download=False), []
@@ -141,6 +141,7 @@ def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: b
             except NotFoundError as error:
                 notes.append(f"families.{name}.{label}: {error}")
     check_families(bases, workspace.platform)
+    check_scoring(wanted)
     prepared = None
     if not notes:
         try:

@@ -250,7 +250,8 @@ def answer_loss(
     for row in token_rows(rows, loaded.tokenizer, template):
         ids = row["input_ids"][: recipe.optimizer.max_length]
         start = row["completion_mask"].index(1)
-        texts.append((ids[:start], ids[start:]))
+        if len(ids) > start:  # with `train_on_prompt`, a prompt may fill the length
+            texts.append((ids[:start], ids[start:]))
     with attached(loaded.model, adapter) as model:
         found = LoopEngine(model, loaded.tokenizer).scores(texts)
     losses = [-token.log_p for text in found for token in text]

@@ -8,7 +8,7 @@ from trans_peft.domain.experiment import Experiment, PlannedTraining
 from trans_peft.experiment.cells import Score, is_complete
 from trans_peft.experiment.deviations import deviations
 from trans_peft.experiment.disk import Disk, disk
-from trans_peft.experiment.prepare import Prepared, suites_of
+from trans_peft.experiment.prepare import Prepared
 from trans_peft.ports import Platform
 
 __all__ = ["Outline", "Row", "outline"]
@@ -72,7 +72,7 @@ def outline(
     hours, unknown = _gpu_hours(missing, experiment, scores)
     return Outline(
         rows,
-        deviations(experiment, suites_of(experiment)),
+        deviations(experiment),
         hours,
         None if prepared is None else disk(missing, prepared, platform),
         (*notes, *found, *unknown),
