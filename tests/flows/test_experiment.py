@@ -110,7 +110,7 @@ class Platform:
     def _trained(self, planned, *_):
         if self.failing and self.failing in str(planned):
             raise TrainingError("stopped by the test")
-        return SimpleNamespace(seconds=2.0, folder=Path("none"), weights_sha256=str(planned)), False
+        return SimpleNamespace(device_seconds=2.0, folder=Path("none"), weights_sha256=str(planned))
 
     def _evaluated(self, base, suites, *_, **__):
         items = [SimpleNamespace(correct=number % 2 == 0) for number in range(20)]

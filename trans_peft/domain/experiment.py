@@ -290,6 +290,8 @@ class Experiment:
         seeds: seeds of the trainings. Tables have the mean over them (table 4 shows each).
         data_seeds: further trainings with the first seed and other orders of rows (table 3).
         sweeps: trainings that differ in one field of the perturbation (fig. 6 and 10).
+        analyses: whether the report analyses each family's bases, with plain adapters of the first
+            method and seed (fig. 1, 2, 3, 8 and 9, and theorem 1).
         selection: how the rates of an arm are chosen. None: they are those of `arms`.
         cost: prices for fig. 7, and expected hours for a dry run.
         quick: what `--quick` changes.
@@ -306,6 +308,7 @@ class Experiment:
     seeds: tuple[int, ...] = (42,)
     data_seeds: tuple[int, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
+    analyses: bool = False
     selection: Selection | None = None
     cost: Cost = field(default_factory=Cost)
     quick: QuickProfile = field(default_factory=QuickProfile)

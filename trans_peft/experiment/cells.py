@@ -24,12 +24,13 @@ from trans_peft.models import release_base
 from trans_peft.ports import Platform
 from trans_peft.training.checkpoint_store import continued
 from trans_peft.training.events import Event
-from trans_peft.training.job import TrainingResult
+from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 
 __all__ = [
     "HELD_OUT",
     "Score",
+    "adapter_on_disk",
     "answer_loss",
     "bare_scores",
     "is_complete",
@@ -208,15 +209,27 @@ def _trained(
     platform: Platform,
     on_event: Callable[[Event], None],
 ) -> TrainingResult:
-    base, recipe = prepared.base(planned), prepared.recipe(planned)
-    job = job_on(base, recipe, read_training_rows(recipe, platform.store), platform)
-    # Its place may change, and its content may not.
-    job = replace(job, base_name=base.fingerprint_sha256)
+    job = _job(planned, prepared, platform)
     checkpoints = stored_checkpoints(job, platform)
     release_base()  # that of the last evaluation
     result = fit(job, on_event=continued(job, checkpoints, on_event))
     remove_checkpoints(checkpoints)
     return result
+
+
+def adapter_on_disk(
+    planned: PlannedTraining, prepared: Prepared, platform: Platform
+) -> Path | None:
+    """Return the folder of a training's adapter; None if it is not on this machine."""
+    job = _job(planned, prepared, platform)
+    return job.adapter_folder if job.result_file.is_file() else None
+
+
+def _job(planned: PlannedTraining, prepared: Prepared, platform: Platform) -> TrainingJob:
+    base, recipe = prepared.base(planned), prepared.recipe(planned)
+    job = job_on(base, recipe, read_training_rows(recipe, platform.store), platform)
+    # Its place may change, and its content may not.
+    return replace(job, base_name=base.fingerprint_sha256)
 
 
 def _held_out_loss(
