@@ -23,7 +23,7 @@ FIGURES = {
                 "transfer-tiny-v2"],
 }  # fmt: skip
 ANALYSED = {"tables": 2 * 4, "repeats": 0}
-TRAININGS = {"tables": 2 + 2 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 1 + 2 * 2}
+TRAININGS = {"tables": 2 + 3 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 1 + 2 + 2 * 2}
 
 
 @pytest.fixture
