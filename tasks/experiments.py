@@ -3,8 +3,10 @@
 Scores are files below `RESULTS_URI/scores`, one for each cell, so that any worker can run any cell.
 """
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -29,6 +31,7 @@ from trans_peft.domain.conventions import Deployment, artifact_key
 from trans_peft.domain.experiment import Experiment, PlannedTraining
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import InvalidSpecError, TrainingError
+from trans_peft.experiment.analyses import FamilyAnalysis, analyse_families, are_complete
 from trans_peft.experiment.cells import Score, bare_scores, is_complete, keys, scores
 from trans_peft.experiment.disk import check_disk, disk
 from trans_peft.experiment.prepare import Prepared, pinned, prepare
@@ -62,7 +65,7 @@ def find_missing(experiment: Experiment, results_uri: str) -> tuple[Cell, ...]:
     missing: list[PlannedTraining | None] = [
         planned for planned in wanted if not is_complete(planned, chosen, known)
     ]
-    if not keys(prepared, ()) <= known:
+    if not (keys(prepared, ()) <= known and _are_analysed(chosen, results_uri)):
         missing.append(None)
     return tuple(Cell(_cell_key(chosen, planned), planned) for planned in missing)
 
@@ -129,27 +132,39 @@ def score_cell(
     """Train and score one cell on this worker, store its scores, and return their number."""
     prepared = pinned(experiment, _find, platform())
     if training is None:
-        found = tuple(
-            bare_scores(
-                prepared, platform(), (), on_progress=work_progress(), is_quick=is_quick
-            )
-        )  # fmt: skip
-    else:
-        check_disk(disk([training], prepared, platform()), platform().work_dir)
-        found = tuple(
-            scores(
-                training,
-                prepared,
-                platform(),
-                (),
-                on_event=training_progress(str(training)),
-                on_progress=work_progress(),
-                is_quick=is_quick,
-            )
-        )
-    uri = child_uri(results_uri, f"scores/{_cell_key(prepared, training)}.json")
-    platform().store.write(uri, BytesIO(_SCORES.dump_json(found)))
-    return len(found)
+        return _score_bases(prepared, results_uri, is_quick=is_quick)
+    check_disk(disk([training], prepared, platform()), platform().work_dir)
+    found = scores(
+        training,
+        prepared,
+        platform(),
+        (),
+        on_event=training_progress(str(training)),
+        on_progress=work_progress(),
+        is_quick=is_quick,
+    )
+    return _store(found, _cell_key(prepared, training), results_uri)
+
+
+def _score_bases(prepared: Prepared, results_uri: str, *, is_quick: bool) -> int:
+    """Score the bases without an adapter and analyse their families, each once."""
+    stored = _stored(results_uri)
+    known = frozenset(score.key for score in stored)
+    found = bare_scores(
+        prepared, platform(), known, on_progress=work_progress(), is_quick=is_quick
+    )  # fmt: skip
+    count = _store(found, _cell_key(prepared, None), results_uri)
+    chosen = with_selected_rates(prepared, stored)
+    if chosen.experiment.selection is None:
+        known = frozenset(analysis.key for analysis in _analyses(results_uri))
+        for analysis in analyse_families(
+            chosen, platform(), known, on_progress=work_progress(), is_quick=is_quick
+        ):
+            uri = child_uri(results_uri, f"analyses/{analysis.key}.json")
+            # pydantic writes null for NaN, which is a drift without such weights.
+            content = json.dumps(asdict(analysis)).encode()
+            platform().store.write(uri, BytesIO(content))
+    return count
 
 
 @task(**RETRIES, task_run_name="report of {experiment.name}")
@@ -159,13 +174,20 @@ def publish_report(experiment: Experiment, results_uri: str, *, is_quick: bool) 
     name = f"experiment {experiment.name}" + (f" ({MARK})" if is_quick else "")
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        report = report_on(prepared, platform(), _stored(results_uri), root, is_quick=is_quick)
+        report = report_on(
+            prepared,
+            platform(),
+            _stored(results_uri),
+            _analyses(results_uri),
+            root,
+            is_quick=is_quick,
+        )
         with platform().runs.run(name, tags={"experiment": experiment.name}) as run:
             for path in report.files:
                 place = path.relative_to(root)
                 with path.open("rb") as file:
                     platform().store.write(child_uri(results_uri, place.as_posix()), file)
-                run.file(path, "" if path.parent == root else path.parent.name)
+                run.file(path, "" if path.parent == root else place.parent.as_posix())
         text = report.markdown.read_text()
     # Prefect's page cannot show files of a bucket, so that images become links.
     linked = text.replace("![", "[").replace("](figures/", f"]({child_uri(results_uri, 'figures')}/")  # noqa: E501  # fmt: skip
@@ -189,14 +211,40 @@ def _find(place: str) -> BaseVersion:
 
 def _stored(results_uri: str) -> tuple[Score, ...]:
     """Return all stored scores."""
-    store = platform().store
-    prefix = child_uri(results_uri, "scores")
     return tuple(
         score
-        for file in store.list(prefix)
-        if file.name.endswith(".json")
-        for score in _SCORES.validate_json(read_file(prefix, file, store))
+        for content in _files(child_uri(results_uri, "scores"))
+        for score in _SCORES.validate_json(content)
     )
+
+
+def _analyses(results_uri: str) -> tuple[FamilyAnalysis, ...]:
+    """Return all stored analyses."""
+    contents = _files(child_uri(results_uri, "analyses"))
+    return tuple(FamilyAnalysis(**json.loads(content)) for content in contents)
+
+
+def _are_analysed(chosen: Prepared, results_uri: str) -> bool:
+    """Whether no analysis is missing. They need the selected rates, for theorem 1."""
+    if chosen.experiment.selection is not None:
+        return True
+    return are_complete(chosen, {analysis.key for analysis in _analyses(results_uri)})
+
+
+def _files(prefix: str) -> Iterator[bytes]:
+    store = platform().store
+    for file in store.list(prefix):
+        if file.name.endswith(".json"):
+            yield read_file(prefix, file, store)
+
+
+def _store(found: Iterable[Score], key: str, results_uri: str) -> int:
+    """Write the scores of a cell, if there are any, and return their number."""
+    new = tuple(found)
+    if new:
+        uri = child_uri(results_uri, f"scores/{key}.json")
+        platform().store.write(uri, BytesIO(_SCORES.dump_json(new)))
+    return len(new)
 
 
 def _cell_key(prepared: Prepared, training: PlannedTraining | None) -> str:

@@ -12,7 +12,7 @@ from trans_peft.domain.experiment import OLD, PLAIN, Experiment
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import InvalidSpecError
 from trans_peft.experiment.deviations import deviations
-from trans_peft.experiment.prepare import recipe_of, suites_of
+from trans_peft.experiment.prepare import check_scoring, recipe_of
 
 HERE = Path(__file__).parent
 PAPER = sorted((HERE.parents[1] / "examples" / "experiments").glob("*.yaml"))
@@ -26,7 +26,7 @@ def refused(tmp_path):
         path = tmp_path / "experiment.yaml"
         path.write_text(yaml.safe_dump(value))
         with pytest.raises(InvalidSpecError) as caught:
-            suites_of(read_experiment(path))
+            check_scoring(read_experiment(path))
         return str(caught.value)
 
     return read
@@ -63,11 +63,11 @@ CHANGES = [
     ("selection.new", "v9", "selection.new 'v9' is not in families.tiny"),
     ("arms.other", {}, "arms.other perturbs nothing"),
     ("families.tiny.new.old", "v2", "must not have the label 'old'"),
-    ("suites", [], "give published_suites, suites, or both"),
+    ("suites", [], "suites must name at least one suite"),
     ("sweeps", [WHERE], "where must be one of ffn, attention, both"),
     ("sweeps", [NOWHERE], "sweeps.0.family 'x' is not in families"),
     ("suites.0.scoring", "bleu", "the results of sums are degrees"),
-    ("suites", [SUITE, SUITE], "two suites are named sums"),
+    ("suites", [SUITE, SUITE], "suites share a name: ['sums', 'sums']"),
     ("quick", {"families": OTHER}, "quick.families.tiny must replace a family"),
 ]
 
@@ -161,10 +161,22 @@ def test_the_files_of_the_paper_are_planned(path, tmp_path, capsys):
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_the_files_of_the_paper_have_its_settings(path):
     example = read_experiment(path)
-    found = deviations(example, suites_of(example))
+    found = deviations(example)
     stated = ("Rows of a step", "Length", "Learning rate", "Schedule", "Rank", "Training rows",
-              "Dtype")  # fmt: skip
+              "Dtype", "Loss")  # fmt: skip
     assert [one for one in found if one.startswith(stated)] == []
+
+
+def test_commonsense_adapters_train_on_prompts_as_well():
+    of = {path.stem: read_experiment(path) for path in PAPER}
+    with_prompt = {
+        name: {recipe_of(example, p, "b").train_on_prompt for p in example.trainings()}
+        for name, example in of.items()
+    }
+    assert with_prompt == {"code": {False}, "commonsense": {True}, "math": {False}, "seeds": {False}}  # noqa: E501  # fmt: skip
+    without = replace(of["commonsense"].training, train_on_prompt=False)
+    found = deviations(replace(of["commonsense"], training=without))
+    assert [one for one in found if one.startswith("Loss: on answers;")]
 
 
 def test_the_files_of_the_paper_have_its_pairs_of_bases():
@@ -184,8 +196,8 @@ def test_the_files_of_the_paper_have_its_pairs_of_bases():
 
 def test_differences_are_named():
     example = read_experiment(HERE / "tables.yaml")
-    found = " ".join(deviations(example, suites_of(example)))
+    found = " ".join(deviations(example))
     for words in ("Rows of a step: 8; the paper's: 16", "Length: 4 steps", "no biases", "eq. 4"):
         assert words in found
     element = replace(example, arms={"a": Perturbation(0.1, granularity="element")}, selection=None)
-    assert "eq. 4" not in " ".join(deviations(element, suites_of(element)))
+    assert "eq. 4" not in " ".join(deviations(element))

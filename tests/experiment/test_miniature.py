@@ -11,7 +11,8 @@ from trans_peft.experiment import cells
 
 TITLES = {
     "tables": ["Selected rates", "Scores (tables 1 and 2)", "Domain updates (fig. 5)",
-               "GPU hours (fig. 7)", "Analyses of the two bases"],
+               "GPU hours (fig. 7)",
+               "Analyses of the bases (fig. 1, 2, 3, 8, 9, theorem 1)"],
     "repeats": ["Scores (tables 1 and 2)", "Significance (table 3)", "Seeds (table 4)",
                 "Sweep of `dropping_p` (fig. 6)", "Sweep of `masking_p` (fig. 6)",
                 "Sweep of `where` (fig. 10)", "GPU hours (fig. 7)"],
@@ -21,7 +22,8 @@ FIGURES = {
     "repeats": ["hours-tiny", "sweep-1-dropping_p", "sweep-2-masking_p", "sweep-3-where",
                 "transfer-tiny-v2"],
 }  # fmt: skip
-TRAININGS = {"tables": 2 + 2 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 1 + 2 * 2}
+ANALYSED = {"tables": 2 * 4, "repeats": 0}
+TRAININGS = {"tables": 2 + 3 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 1 + 2 + 2 * 2}
 
 
 @pytest.fixture
@@ -59,6 +61,9 @@ def test_every_table_and_figure(command, trained, tmp_path, name):
     page = (folder / "report.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert page.count("data:image/svg+xml") == len(FIGURES[name])
+    heat_maps = [path.stem for path in folder.glob("figures/analysis-tiny/*.png")]
+    assert page.count("data:image/png") == len(heat_maps) == ANALYSED[name]
+    assert ("### tiny, with plain LoRA adapters" in report) == bool(ANALYSED[name])
     assert {len(line["right"]) for line in lines_of(folder / "scores.jsonl")} <= {0, 20}
 
 

@@ -16,6 +16,7 @@ from flows import experiment as flow_module
 from flows import experiment_cell as cell_module
 from tasks import experiments
 from tests.experiment.conftest import bases  # noqa: F401
+from trans_peft import analysis
 from trans_peft.cli.files import read_experiment
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.experiment import OLD, BaseFamily
@@ -87,6 +88,9 @@ class Platform:
 
         monkeypatch.setattr(experiments, "prepare", prepare)
         monkeypatch.setattr(experiments, "pinned", prepare)
+        rows = analysis.public_rows()[:2]
+        monkeypatch.setattr(analysis, "public_rows", lambda: rows)
+        monkeypatch.setattr(analysis, "draw_figures", lambda *_: {})
         monkeypatch.setattr(figures, "_draw", lambda path, *_, **__: write_empty(path))
         monkeypatch.setattr(cells, "_trained", self._trained)
         monkeypatch.setattr(
@@ -110,7 +114,7 @@ class Platform:
     def _trained(self, planned, *_):
         if self.failing and self.failing in str(planned):
             raise TrainingError("stopped by the test")
-        return SimpleNamespace(seconds=2.0, folder=Path("none"), weights_sha256=str(planned)), False
+        return SimpleNamespace(device_seconds=2.0, folder=Path("none"), weights_sha256=str(planned))
 
     def _evaluated(self, base, suites, *_, **__):
         items = [SimpleNamespace(correct=number % 2 == 0) for number in range(20)]
@@ -154,6 +158,8 @@ def test_the_report_is_an_artifact_and_its_files_are_results(ready):
     assert "# Experiment tables" in ready.artifacts[-1] and "![" not in ready.artifacts[-1]
     names = {file.name for file in ready.platform.store.list(ready.uri)}
     assert {"report.md", "report.html", "figures/hours-tiny.svg"} <= names
+    assert len([name for name in names if name.startswith("analyses/")]) == 1
+    assert "### tiny, without adapters" in ready.artifacts[-1]
     (run,) = ready.platform.runs.runs
     assert run.name == "experiment tables"
 

@@ -27,15 +27,16 @@ _INK, _AXIS = "#22262B", "#8A8F98"
 _HIGH, _HIGHEST = 99.5, 1.3
 
 
-def draw_figures(analysis: Analysis, folder: Path) -> Figures:
+def draw_figures(analysis: Analysis, folder: Path, mark: str = "") -> Figures:
     """Write PNG files into a folder; return them by update and caption, in the order of a report.
 
-    Each update has a figure of its layers. With texts, it also has heat maps and influences. Raises
-    ModuleNotFoundError without matplotlib (extra `figures`).
+    Each update has a figure of its layers. With texts, it also has heat maps and influences. A text
+    `mark` is written across each figure. Raises ModuleNotFoundError without matplotlib (extra
+    `figures`).
     """
     return {
         update.name: {
-            caption: _saved(folder / f"update-{number}-{name}.png", draw)
+            caption: _saved(folder / f"update-{number}-{name}.png", draw, mark)
             for name, caption, draw in _drawings(analysis, update)
         }
         for number, update in enumerate(analysis.updates, start=1)
@@ -56,7 +57,7 @@ def _drawings(analysis: Analysis, update: UpdateAnalysis) -> Iterator[tuple[str,
     yield "influence", caption, partial(_influences, sides=sides)
 
 
-def _saved(path: Path, draw: Draw) -> Path:
+def _saved(path: Path, draw: Draw, mark: str) -> Path:
     with explaining_missing_extras():
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -69,6 +70,11 @@ def _saved(path: Path, draw: Draw) -> Path:
     with mpl.rc_context(style):
         figure = Figure(figsize=(11, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.15))
         draw(figure)
+        if mark:
+            figure.text(
+                0.5, 0.5, mark, fontsize=48, color=_FFN, alpha=0.3, rotation=15,
+                ha="center", va="center",
+            )  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, facecolor="white")
     return path

@@ -50,6 +50,7 @@ def experiment(
 
     Example: `trans-peft experiment my.yaml --out runs/mine --quick`
     """  # noqa: E501
+    from trans_peft.experiment.analyses import FamilyAnalysis
     from trans_peft.experiment.cells import Score
     from trans_peft.experiment.prepare import prepare
     from trans_peft.experiment.report import MARK
@@ -61,22 +62,25 @@ def experiment(
         wanted = wanted.as_quick()
         out = out / MARK.replace(" ", "-")
     found = ScoreFile(out / "scores.jsonl", Score)
+    analyses = ScoreFile(out / "analyses.jsonl", FamilyAnalysis)
     with progress() as shown:
         workspace = Workspace.at(state, shown)
         if dry_run:
             return _print_plan(wanted, workspace, found, json=json)
         prepared = prepare(wanted, _finder(workspace, download=True), workspace.platform)
         try:
-            run(prepared, workspace.platform, found, _watch(shown), is_quick=quick)
+            run(prepared, workspace.platform, found, analyses, _watch(shown), is_quick=quick)
         finally:  # what was scored before an error is reported as well
-            report = report_on(prepared, workspace.platform, found, out, is_quick=quick)
+            report = report_on(prepared, workspace.platform, found, analyses, out, is_quick=quick)
     if mlflow:
         from trans_peft.client import connect
 
         name = f"experiment {wanted.name}" + (f" ({MARK})" if quick else "")
         with connect(work_dir=state).runs.run(name, tags={"experiment": wanted.name}) as logged:
             for path in report.files:
-                logged.file(path, "" if path.parent == out else path.parent.name)
+                logged.file(
+                    path, "" if path.parent == out else path.parent.relative_to(out).as_posix()
+                )
     if json:
         print_json({"report": report.page, "files": report.files, "scores": len(list(found))})
     else:
@@ -129,7 +133,7 @@ def _watch(shown: ProgressDisplay) -> Any:
 def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: bool) -> int:
     from trans_peft.experiment.disk import check_disk
     from trans_peft.experiment.outline import outline
-    from trans_peft.experiment.prepare import check_families, pinned, with_leakage
+    from trans_peft.experiment.prepare import check_families, check_scoring, pinned, with_leakage
     from trans_peft.experiment.run import with_selected_rates
 
     find, notes = _finder(workspace, download=False), []
@@ -141,6 +145,7 @@ def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: b
             except NotFoundError as error:
                 notes.append(f"families.{name}.{label}: {error}")
     check_families(bases, workspace.platform)
+    check_scoring(wanted)
     prepared = None
     if not notes:
         try:

@@ -37,10 +37,7 @@ def read_recipe(path: Path) -> TrainingRecipe:
     Raises NotFoundError if there is no such file or suite, and InvalidSpecError with all problems
     in the file.
     """
-    value = _parse(path)
-    if isinstance(value, dict) and isinstance(value.get("suites"), list):
-        value["suites"] = [_with_fields(suite) for suite in value["suites"]]
-    recipe = _checked(path, value, TrainingRecipe)
+    recipe = _checked(path, _with_suites(_parse(path)), TrainingRecipe)
     suites = tuple(_resolve_suite(path, suite) for suite in recipe.suites)
     recipe = recipe.with_sources(partial(_resolve_source, path))
     return replace(recipe, suites=suites)
@@ -69,12 +66,11 @@ def read_suites(paths: Sequence[Path]) -> tuple[Suite, ...]:
 def read_experiment(path: Path) -> Experiment:
     """Read an experiment. Relative paths of bases and data are resolved against the file's folder.
 
-    Raises NotFoundError and InvalidSpecError as `read_recipe` does.
+    A suite of the paper may be named, as in `read_recipe`. Raises NotFoundError and
+    InvalidSpecError as `read_recipe` does.
     """
-    read = _checked(path, _parse(path), Experiment)
-    data, published = read.training.data, read.published_suites
-    if published is not None and published.folder is not None:
-        published = replace(published, folder=_resolve(path, published.folder))
+    read = _checked(path, _with_suites(_parse(path)), Experiment)
+    data = read.training.data
     return replace(
         read,
         families=_resolve_families(path, read.families),
@@ -84,7 +80,6 @@ def read_experiment(path: Path) -> Experiment:
             if isinstance(data, DataSource)
             else tuple(_resolve_source(path, source) for source in data),
         ),
-        published_suites=published,
         suites=tuple(_resolve_suite(path, suite) for suite in read.suites),
         quick=replace(read.quick, families=_resolve_families(path, read.quick.families)),
     )
@@ -118,6 +113,13 @@ def write_json(path: Path, value: object) -> None:
     from pydantic_core import to_json
 
     atomic_write(path, to_json(value, indent=2) + b"\n")
+
+
+def _with_suites(value: Any) -> Any:
+    """Return the value of a file with the fields of the suites that it names."""
+    if isinstance(value, dict) and isinstance(value.get("suites"), list):
+        return {**value, "suites": [_with_fields(suite) for suite in value["suites"]]}
+    return value
 
 
 def _with_fields(suite: Any) -> Any:

@@ -28,7 +28,6 @@ __all__ = [
     "Cost",
     "Experiment",
     "PlannedTraining",
-    "PublishedSuites",
     "QuickProfile",
     "Selection",
     "Sweep",
@@ -43,7 +42,6 @@ PLAIN = Perturbation()
 """The arm that every experiment has: fine-tuning without masking and dropping."""
 
 _Dtype = Literal["float32", "bfloat16", "nf4"]
-_SuiteDtype = Literal["float32", "bfloat16", "float16"]
 _Swept = Literal["masking_p", "dropping_p", "where"]
 _SEED = (0, 2**31 - 1)
 
@@ -96,6 +94,7 @@ class TrainingSettings:
     packing: bool = False
     checkpoint_steps: int = 50
     compute: ComputeSettings = field(default_factory=ComputeSettings)
+    train_on_prompt: bool = False
 
     @property
     def sources(self) -> tuple[TrainingSource, ...]:
@@ -103,25 +102,6 @@ class TrainingSettings:
         if isinstance(self.data, DataSource):
             return (TrainingSource(self.data.uri, self.data.sha256, self.data.template),)
         return self.data
-
-
-@dataclass(frozen=True)
-class PublishedSuites:
-    """Suites of the paper by name (`trans_peft.validation.suites`).
-
-    Attributes:
-        names: their names.
-        folder: folder of data sets, a path or `s3://...`. None: the hub.
-        dtype: data type of the model's weights in the evaluations.
-        limit: number of items of each suite, from the first. None: all items.
-    """
-
-    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
-
-    names: tuple[str, ...]
-    folder: str | None = None
-    dtype: _SuiteDtype = "float32"
-    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -306,11 +286,12 @@ class Experiment:
         methods: adapters by name. All are trained in every arm.
         training: the settings of all trainings.
         arms: perturbations by name. Plain fine-tuning is always there and has no name here.
-        published_suites: suites of the paper.
-        suites: other suites.
+        suites: what the adapters are scored on. In a file, a suite of the paper may be its name.
         seeds: seeds of the trainings. Tables have the mean over them (table 4 shows each).
         data_seeds: further trainings with the first seed and other orders of rows (table 3).
         sweeps: trainings that differ in one field of the perturbation (fig. 6 and 10).
+        analyses: whether the report analyses each family's bases, with plain adapters of the first
+            method and seed (fig. 1, 2, 3, 8 and 9, and theorem 1).
         selection: how the rates of an arm are chosen. None: they are those of `arms`.
         cost: prices for fig. 7, and expected hours for a dry run.
         quick: what `--quick` changes.
@@ -323,11 +304,11 @@ class Experiment:
     methods: Mapping[str, AdapterSpec]
     training: TrainingSettings
     arms: Mapping[str, Perturbation]
-    published_suites: PublishedSuites | None = None
-    suites: tuple[Suite, ...] = ()
+    suites: tuple[Suite, ...]
     seeds: tuple[int, ...] = (42,)
     data_seeds: tuple[int, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
+    analyses: bool = False
     selection: Selection | None = None
     cost: Cost = field(default_factory=Cost)
     quick: QuickProfile = field(default_factory=QuickProfile)
@@ -340,8 +321,11 @@ class Experiment:
             if not named:
                 problems.append(f"{kind} must name at least one")
         problems += self._arm_problems() + self._seed_problems() + self._reference_problems()
-        if self.published_suites is None and not self.suites:
-            problems.append("give published_suites, suites, or both")
+        names = [suite.name for suite in self.suites]
+        if not names:
+            problems.append("suites must name at least one suite")
+        if len(set(names)) != len(names):
+            problems.append(f"suites share a name: {names}")
         _raise(f"the experiment {self.name!r} is invalid", problems)
 
     def _arm_problems(self) -> list[str]:
@@ -397,13 +381,11 @@ class Experiment:
             for source in self.training.sources
         )
         optimizer = self.training.optimizer.for_steps(self.quick.steps, warmup_steps=1)
-        published = self.published_suites
         chosen = self.selection
         return replace(
             self,
             families=families,
             training=replace(self.training, data=data, optimizer=optimizer),
-            published_suites=published and replace(published, limit=self.quick.items),
             suites=tuple(
                 replace(suite, limit=min(self.quick.items, suite.limit or self.quick.items))
                 for suite in self.suites

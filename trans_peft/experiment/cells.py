@@ -23,13 +23,14 @@ from trans_peft.lifecycle.train import job_on, remove_checkpoints, stored_checkp
 from trans_peft.models import release_base
 from trans_peft.ports import Platform
 from trans_peft.training.checkpoint_store import continued
-from trans_peft.training.events import Event, TrainingStarted
-from trans_peft.training.job import TrainingResult
+from trans_peft.training.events import Event
+from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 
 __all__ = [
     "HELD_OUT",
     "Score",
+    "adapter_on_disk",
     "answer_loss",
     "bare_scores",
     "is_complete",
@@ -58,8 +59,7 @@ class Score:
         suite: name of the suite, or `HELD_OUT`.
         right: one character per item, in the order of the suite: "1" for a right answer.
         loss: with `HELD_OUT`, the loss in nats per answer token; None otherwise.
-        gpu_seconds: duration of the training loop, times its processes.
-        is_resumed: whether the training resumed from a checkpoint. `gpu_seconds` is too low then.
+        gpu_seconds: duration of the training loop, times its processes, over all attempts.
         score_seconds: duration of the evaluation.
         is_quick: whether the score was computed with `--quick` and is no result.
     """
@@ -76,7 +76,6 @@ class Score:
     right: str = ""
     loss: float | None = None
     gpu_seconds: float = 0.0
-    is_resumed: bool = False
     score_seconds: float = 0.0
     is_quick: bool = False
 
@@ -153,11 +152,11 @@ def scores(  # noqa: PLR0913  two callbacks, as in `lifecycle.train`
     missing = [cell for cell in _cells(planned, prepared) if cell[2] not in known]
     if not missing:
         return
-    result, is_resumed = _trained(planned, prepared, platform, on_event)
+    result = _trained(planned, prepared, platform, on_event)
     unscored = Score(
         "", planned.family, planned.method, asdict(planned.perturbation), planned.seed,
-        planned.data_seed, planned.base, "", "", is_resumed=is_resumed, is_quick=is_quick,
-        gpu_seconds=round(result.seconds * prepared.experiment.training.processes, 3),
+        planned.data_seed, planned.base, "", "", gpu_seconds=round(result.device_seconds, 3),
+        is_quick=is_quick,
     )  # fmt: skip
     subject = EvaluationSubject(str(planned), result.weights_sha256, lambda: result.folder)
     for label, suite, key in missing:
@@ -209,24 +208,28 @@ def _trained(
     prepared: Prepared,
     platform: Platform,
     on_event: Callable[[Event], None],
-) -> tuple[TrainingResult, bool]:
-    """Return the result of a training, and whether it resumed from a checkpoint."""
+) -> TrainingResult:
+    job = _job(planned, prepared, platform)
+    checkpoints = stored_checkpoints(job, platform)
+    release_base()  # that of the last evaluation
+    result = fit(job, on_event=continued(job, checkpoints, on_event))
+    remove_checkpoints(checkpoints)
+    return result
+
+
+def adapter_on_disk(
+    planned: PlannedTraining, prepared: Prepared, platform: Platform
+) -> Path | None:
+    """Return the folder of a training's adapter; None if it is not on this machine."""
+    job = _job(planned, prepared, platform)
+    return job.adapter_folder if job.result_file.is_file() else None
+
+
+def _job(planned: PlannedTraining, prepared: Prepared, platform: Platform) -> TrainingJob:
     base, recipe = prepared.base(planned), prepared.recipe(planned)
     job = job_on(base, recipe, read_training_rows(recipe, platform.store), platform)
     # Its place may change, and its content may not.
-    job = replace(job, base_name=base.fingerprint_sha256)
-    mark = job.work_dir / "resumed"
-
-    def note(event: Event) -> None:
-        if isinstance(event, TrainingStarted) and event.step:
-            mark.touch()
-        on_event(event)
-
-    checkpoints = stored_checkpoints(job, platform)
-    release_base()  # that of the last evaluation
-    result = fit(job, on_event=continued(job, checkpoints, note))
-    remove_checkpoints(checkpoints)
-    return result, mark.exists()
+    return replace(job, base_name=base.fingerprint_sha256)
 
 
 def _held_out_loss(
@@ -260,7 +263,8 @@ def answer_loss(
     for row in token_rows(rows, loaded.tokenizer, template):
         ids = row["input_ids"][: recipe.optimizer.max_length]
         start = row["completion_mask"].index(1)
-        texts.append((ids[:start], ids[start:]))
+        if len(ids) > start:  # with `train_on_prompt`, a prompt may fill the length
+            texts.append((ids[:start], ids[start:]))
     with attached(loaded.model, adapter) as model:
         found = LoopEngine(model, loaded.tokenizer).scores(texts)
     losses = [-token.log_p for text in found for token in text]

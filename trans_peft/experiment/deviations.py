@@ -30,22 +30,23 @@ class _Paper:
     words: tuple[str, ...]
     schedule: str
     masking_p: tuple[float, ...]
+    train_on_prompt: bool = False
 
 
 _RATES = (0.1, 0.2, 0.3)
 _TASKS = (
-    _Paper(_COMMONSENSE, 32, "Commonsense170K", ("170k",), "linear", _RATES),
+    _Paper(_COMMONSENSE, 32, "Commonsense170K", ("170k",), "linear", _RATES, True),
     _Paper(_MATH, 64, "100,000 rows of MetaMathQA", ("metamath",), "cosine", (0.01, 0.05, 0.1)),
     _Paper(_CODE, 64, "CodeFeedback105K", ("codefeedback",), "cosine", (0.01, 0.05, 0.1)),
 )
 
 
-def deviations(experiment: Experiment, suites: Sequence[Suite]) -> tuple[str, ...]:
+def deviations(experiment: Experiment) -> tuple[str, ...]:
     """Return a sentence for each difference from the paper. Equal settings are not listed."""
-    names = {suite.name for suite in suites}
+    names = {suite.name for suite in experiment.suites}
     tasks = [task for task in _TASKS if task.suites & names]
     found = [
-        *_of_scoring(suites, names),
+        *_of_scoring(experiment.suites, names),
         *_of_perturbations(experiment),
         *_of_training(experiment, tasks),
     ]
@@ -120,8 +121,12 @@ def _of_training(experiment: Experiment, tasks: Sequence[_Paper]) -> Iterator[st
             yield f"Schedule: {optimizer.schedule}; the paper's for these suites: {task.schedule}."
         if not any(word in uris.lower().replace("_", "").replace("-", "") for word in task.words):
             yield f"Training rows: {uris}; the paper's for these suites: {task.data}."
-        if task.suites == _COMMONSENSE:
-            yield "The loss covers the answers; the authors' commonsense script trains on prompts too."  # noqa: E501
+        if shared.train_on_prompt != task.train_on_prompt:
+            loss = {True: "prompts and answers", False: "answers"}
+            yield (
+                f"Loss: on {loss[shared.train_on_prompt]}; the authors' scripts for these suites: "
+                f"on {loss[task.train_on_prompt]}."
+            )
         for name, spec in experiment.methods.items():
             rank = spec.options.get("r", spec.options.get("bottleneck_dim"))
             if rank != task.rank:

@@ -8,7 +8,7 @@ from trans_peft.domain.experiment import Experiment, PlannedTraining
 from trans_peft.experiment.cells import Score, is_complete
 from trans_peft.experiment.deviations import deviations
 from trans_peft.experiment.disk import Disk, disk
-from trans_peft.experiment.prepare import Prepared, suites_of
+from trans_peft.experiment.prepare import Prepared
 from trans_peft.ports import Platform
 
 __all__ = ["Outline", "Row", "outline"]
@@ -72,7 +72,7 @@ def outline(
     hours, unknown = _gpu_hours(missing, experiment, scores)
     return Outline(
         rows,
-        deviations(experiment, suites_of(experiment)),
+        deviations(experiment),
         hours,
         None if prepared is None else disk(missing, prepared, platform),
         (*notes, *found, *unknown),
@@ -90,8 +90,8 @@ def _gpu_hours(
     cost, total, unknown = experiment.cost, 0.0, set()
     for planned in missing:
         like = [s for s in scores if (s.family, s.method) == (planned.family, planned.method)]
-        whole = [score.gpu_seconds for score in like if not score.is_resumed and score.gpu_seconds]
-        training = fmean(whole) / 3600 if whole else cost.training_gpu_hours
+        measured = [score.gpu_seconds for score in like if score.gpu_seconds]
+        training = fmean(measured) / 3600 if measured else cost.training_gpu_hours
         seconds: dict[str, list[float]] = {}
         for score in like:
             seconds.setdefault(score.suite, []).append(score.score_seconds)

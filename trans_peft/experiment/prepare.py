@@ -29,17 +29,16 @@ from trans_peft.transfer.compatibility import (
 )
 from trans_peft.transfer.tokenizers import compare_tokenizers
 from trans_peft.validation.scoring import RULES
-from trans_peft.validation.suites import named
 
 __all__ = [
     "FindBase",
     "Prepared",
     "check_families",
     "check_family",
+    "check_scoring",
     "pinned",
     "prepare",
     "recipe_of",
-    "suites_of",
     "with_leakage",
 ]
 
@@ -57,7 +56,7 @@ class Prepared:
 
     Attributes:
         experiment: the experiment, with pinned data.
-        suites: all suites, pinned.
+        suites: its suites, pinned.
         bases: the bases by family and label.
         leakage: for each suite, the training rows that have nearly the prompt of an item.
     """
@@ -106,36 +105,23 @@ def recipe_of(experiment: Experiment, planned: PlannedTraining, base: str) -> Tr
         checkpoint_steps=shared.checkpoint_steps,
         validation=validation,
         compute=shared.compute,
+        train_on_prompt=shared.train_on_prompt,
     )
 
 
-def suites_of(experiment: Experiment) -> tuple[Suite, ...]:
-    """Return all suites, the published ones first, not pinned.
-
-    Raises InvalidSpecError for two suites of one name, and for a suite whose results are degrees.
-    """
-    published = experiment.published_suites
-    found: tuple[Suite, ...] = experiment.suites
-    if published is not None:
-        named_suites = (named(name, published.folder) for name in published.names)
-        found = (
-            *(replace(s, dtype=published.dtype, limit=published.limit) for s in named_suites),
-            *found,
-        )
-    names = [suite.name for suite in found]
-    problems = [f"two suites are named {name}" for name in set(names) if names.count(name) > 1]
-    problems += [
+def check_scoring(experiment: Experiment) -> None:
+    """Raise InvalidSpecError for a suite whose results are degrees, not right or wrong."""
+    problems = [
         f"the results of {suite.name} are degrees: give it a threshold, and one answer to an item"
-        for suite in found
+        for suite in experiment.suites
         if suite.samples > 1 or _has_degrees(suite)
     ]
     if problems:
         raise InvalidSpecError(
             f"the suites of the experiment {experiment.name!r} cannot be used: "
             + "; ".join(problems),
-            expected="suites of different names, each with right and wrong answers",
+            expected="suites with right and wrong answers",
         )
-    return found
 
 
 def prepare(experiment: Experiment, find: FindBase, platform: Platform) -> Prepared:
@@ -155,9 +141,9 @@ def prepare(experiment: Experiment, find: FindBase, platform: Platform) -> Prepa
 def pinned(experiment: Experiment, find: FindBase, platform: Platform) -> Prepared:
     """Return the experiment with its bases, and with data and suites pinned. Checks nothing else.
 
-    Raises what `find` and `suites_of` raise, and what reading data raises.
+    Raises what `find` and `check_scoring` raise, and what reading data raises.
     """
-    suites = suites_of(experiment)
+    check_scoring(experiment)
     bases = {
         (name, label): find(family.uri(label))
         for name, family in experiment.families.items()
@@ -170,7 +156,9 @@ def pinned(experiment: Experiment, find: FindBase, platform: Platform) -> Prepar
     else:
         pinned_data = tuple(source.pinned(pin(source, platform.store).sha256) for source in data)
     training = replace(experiment.training, data=pinned_data)
-    return Prepared(replace(experiment, training=training), pin_suites(suites, platform), bases)
+    return Prepared(
+        replace(experiment, training=training), pin_suites(experiment.suites, platform), bases
+    )
 
 
 def with_leakage(prepared: Prepared, platform: Platform) -> Prepared:

@@ -1,4 +1,4 @@
-"""The report of an experiment: report.md, report.html with all figures in it, and figures/*.svg."""
+"""The report of an experiment: report.md, report.html with all figures in it, and figures/."""
 
 import base64
 import re
@@ -9,18 +9,16 @@ from pathlib import Path
 
 from trans_peft.domain.experiment import Experiment, rates_text
 from trans_peft.experiment import figures, tables
+from trans_peft.experiment.analyses import FamilyAnalysis
 from trans_peft.experiment.cells import Score
 from trans_peft.experiment.comparison import Scores
 from trans_peft.experiment.outline import Outline
 from trans_peft.files import atomic_write
 
-__all__ = ["ANALYSES", "MARK", "Report", "write_report"]
+__all__ = ["MARK", "Report", "write_report"]
 
 MARK = "not a result"
 """Written on everything that `--quick` makes."""
-
-ANALYSES = "Analyses of the two bases"
-"""The section for figures 1, 2, 3, 8, 9 and theorem 1, which need no adapter."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #22262b; background: #fff;
@@ -35,7 +33,8 @@ img { max-width: 100%; } code { background: #f4f5f7; padding: 0 .2em; }
 blockquote { margin: 1rem 0; padding: .5rem 1rem; background: #fdf0e3;
   border-left: 4px solid #e07a1f; font-weight: 600; }
 """
-_IMAGE = re.compile(r'src="([^"]+\.svg)"')
+_IMAGE = re.compile(r'src="([^"]+\.(svg|png))"')
+_TYPES = {"svg": "svg+xml", "png": "png"}
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,25 @@ class _Sources:
 
     experiment: Experiment
     selection: Experiment
-    suites: tuple[str, ...]
     scores: Sequence[Score]
+    analyses: Sequence[FamilyAnalysis]
     folder: Path
     mark: str
 
     def of(self, family: str) -> Scores:
         return Scores.of(self.experiment, family, self.suites, self.scores)
 
+    @property
+    def suites(self) -> tuple[str, ...]:
+        return tuple(suite.name for suite in self.experiment.suites)
+
 
 def write_report(  # noqa: PLR0913  what was planned, what was found, and where it is written
     given: Experiment,
     experiment: Experiment,
     plan: Outline,
-    suites: Sequence[str],
     scores: Sequence[Score],
+    analyses: Sequence[FamilyAnalysis],
     folder: Path,
     *,
     is_quick: bool = False,
@@ -89,13 +92,13 @@ def write_report(  # noqa: PLR0913  what was planned, what was found, and where 
         given: The experiment of the file, with its selection.
         experiment: The experiment with the selected rates; the same one without a selection.
         plan: Its plan, with the differences from the paper.
-        suites: Names of the suites.
         scores: The scores.
+        analyses: The analyses of families.
         folder: The folder.
         is_quick: Whether the scores were computed with `--quick` and are no results.
     """
     mark = MARK if is_quick else ""
-    sources = _Sources(experiment, given, tuple(suites), scores, folder, mark)
+    sources = _Sources(experiment, given, scores, analyses, folder, mark)
     parts = [f"# Experiment {experiment.name}"]
     if mark:
         parts.append(f"> **{MARK.capitalize()}.** Made with `--quick`: few rows, items and steps.")
@@ -106,7 +109,7 @@ def write_report(  # noqa: PLR0913  what was planned, what was found, and where 
     markdown, page = folder / f"{name}.md", folder / f"{name}.html"
     atomic_write(markdown, text)
     atomic_write(page, _page(text, folder, experiment.name))
-    return Report(markdown, page, tuple(folder / found for found in re.findall(r"\]\((\S+\.svg)\)", text)))  # noqa: E501  # fmt: skip
+    return Report(markdown, page, tuple(folder / found for found in re.findall(r"\]\((\S+\.(?:svg|png))\)", text)))  # noqa: E501  # fmt: skip
 
 
 def _sections(sources: _Sources) -> Iterator[str]:
@@ -139,10 +142,7 @@ def _sections(sources: _Sources) -> Iterator[str]:
             yield _section("", "", image, sources)
     yield from _sweeps(sources)
     yield from _hours(sources)
-    yield (
-        f"## {ANALYSES}\n\nFigures 1, 2, 3, 8 and 9 and theorem 1 of the paper concern the two "
-        "bases and no adapter of this experiment. This report does not contain them."
-    )
+    yield from _analyses(sources)
 
 
 def _settings(sources: _Sources, plan: Outline) -> str:
@@ -230,7 +230,7 @@ def _sweeps(sources: _Sources) -> Iterator[str]:
 def _hours(sources: _Sources) -> Iterator[str]:
     cost = sources.experiment.cost
     yield (
-        "## GPU hours (fig. 7)\n\nDuration of the measured training loops, times their processes. "
+        "## GPU hours (fig. 7)\n\nDuration of the training loops times their processes. "
         "An adapter that is tuned again was trained on the old base and on each new base. "
         f"{cost.adapters:,} adapters are this number times one adapter"
         + (
@@ -239,14 +239,33 @@ def _hours(sources: _Sources) -> Iterator[str]:
             else "."
         )
     )
-    resumed = sum(score.is_resumed for score in sources.scores)
-    if resumed:
-        yield f"{resumed} scores belong to trainings that resumed; their hours are left out."
     for family in sources.experiment.families:
         scores = sources.of(family)
         path = _figure(sources, f"hours-{family}")
         image = figures.hours_figure(scores, path, sources.mark)
         yield _section(f"### {family}", tables.hours_table(scores, cost), image, sources)
+
+
+def _analyses(sources: _Sources) -> Iterator[str]:
+    from trans_peft import analysis as analysed
+
+    if sources.experiment.analyses:
+        yield (
+            "## Analyses of the bases (fig. 1, 2, 3, 8, 9, theorem 1)\n\nThe bases read the texts "
+            "that come with `trans-peft analyse`. docs/analysis.md explains the measures."
+        )
+    for found in sources.analyses:
+        analysis = found.analysis
+        adapters = f"with plain {found.method} adapters" if found.method else "without adapters"
+        yield f"### {found.family}, {adapters}"
+        for shown in analysed.tables(analysis):
+            yield f"#### {shown.title}\n\n{tables.table(shown.header, shown.rows)}\n\n{shown.note}"
+        folder = _figure(sources, f"analysis-{found.family}").with_suffix("")
+        drawn = analysed.draw_figures(analysis, folder, sources.mark)
+        for update, images in drawn.items():
+            for caption, image in images.items():
+                title = f"#### {caption}: {analysis.old} and {update}"
+                yield _section(title, "", image, sources)
 
 
 def _intervals(experiment: Experiment) -> str:
@@ -283,7 +302,7 @@ def _page(text: str, folder: Path, name: str) -> str:
 
     def embedded(match: re.Match[str]) -> str:
         data = base64.b64encode((folder / match.group(1)).read_bytes()).decode()
-        return f'src="data:image/svg+xml;base64,{data}"'
+        return f'src="data:image/{_TYPES[match.group(2)]};base64,{data}"'
 
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trans_peft.domain.experiment import PlannedTraining
+from trans_peft.experiment.analyses import FamilyAnalysis, analyse_families, current
 from trans_peft.experiment.cells import Score, bare_scores, is_complete, keys, scores, selected
 from trans_peft.experiment.disk import check_disk, disk
 from trans_peft.experiment.outline import outline
@@ -26,7 +27,7 @@ class Watch:
     Attributes:
         on_trainings: called when a training is complete, with the estimate of the remaining time.
         on_event: called with each event of a training.
-        on_progress: called after each batch of an evaluation.
+        on_progress: called after each batch of an evaluation and each text of an analysis.
     """
 
     on_trainings: ProgressCallback
@@ -38,11 +39,12 @@ def run(
     prepared: Prepared,
     platform: Platform,
     found: ScoreFile[Score],
+    analyses: ScoreFile[FamilyAnalysis],
     watch: Watch,
     *,
     is_quick: bool = False,
 ) -> None:
-    """Run what the file of scores lacks: the trainings of the selection first.
+    """Run what the files lack: the trainings of the selection first, the analyses last.
 
     Raises StoreError, before anything runs, if the adapters do not fit on the disk.
     """
@@ -81,6 +83,10 @@ def run(
     chosen = with_selected_rates(prepared, found)
     assert chosen.experiment.selection is None
     train(chosen, chosen.experiment.trainings())
+    for analysis in analyse_families(
+        chosen, platform, analyses, on_progress=watch.on_progress, is_quick=is_quick
+    ):
+        analyses.append(analysis)
 
 
 def with_selected_rates(prepared: Prepared, found: Iterable[Score]) -> Prepared:
@@ -97,21 +103,27 @@ def report_on(
     prepared: Prepared,
     platform: Platform,
     found: Iterable[Score],
+    analyses: Iterable[FamilyAnalysis],
     folder: Path,
     *,
     is_quick: bool = False,
 ) -> Report:
-    """Write the report on the scores that exist.
+    """Write the report on the scores and analyses that exist.
 
-    The file may have others, of earlier versions of the bases, the data or the experiment.
+    The files may have others, of earlier versions of the bases, the data or the experiment.
     """
     stored = tuple(found)
     chosen = with_selected_rates(prepared, stored)
     trainings = prepared.experiment.selection_trainings() + chosen.experiment.trainings()
-    current = keys(prepared, trainings) | keys(prepared, ())
-    own = tuple(score for score in stored if score.key in current)
+    wanted = keys(prepared, trainings) | keys(prepared, ())
+    own = tuple(score for score in stored if score.key in wanted)
     plan = outline(prepared.experiment, chosen, platform, own)
-    names = [suite.name for suite in prepared.suites]
     return write_report(
-        prepared.experiment, chosen.experiment, plan, names, own, folder, is_quick=is_quick
+        prepared.experiment,
+        chosen.experiment,
+        plan,
+        own,
+        current(chosen, analyses),
+        folder,
+        is_quick=is_quick,
     )

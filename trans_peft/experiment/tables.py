@@ -152,14 +152,10 @@ class Hours:
 
 
 def hours(scores: Scores, method: str) -> Hours | None:
-    """Return the measured hours of a method; None if a training is missing.
-
-    Trainings that resumed from a checkpoint are left out, because only the time since then is
-    known.
-    """
+    """Return the measured hours of a method; None if a training is missing."""
     measured: dict[tuple[str, bool], dict[object, float]] = {}
     for score in scores.scores:
-        if score.method == method and score.gpu_seconds and not score.is_resumed:
+        if score.method == method and score.gpu_seconds:
             of = measured.setdefault((score.trained_on, score.arm.is_off), {})
             of[score.arm, score.seed, score.data_seed] = score.gpu_seconds / 3600
     new = scores.experiment.families[scores.family].new
