@@ -65,7 +65,7 @@ def find_missing(experiment: Experiment, results_uri: str) -> tuple[Cell, ...]:
     missing: list[PlannedTraining | None] = [
         planned for planned in wanted if not is_complete(planned, chosen, known)
     ]
-    if not (keys(prepared, ()) <= known and _are_analysed(chosen, results_uri)):
+    if not (keys(prepared, ()) <= known and _are_analyzed(chosen, results_uri)):
         missing.append(None)
     return tuple(Cell(_cell_key(chosen, planned), planned) for planned in missing)
 
@@ -224,7 +224,7 @@ def _analyses(results_uri: str) -> tuple[FamilyAnalysis, ...]:
     return tuple(FamilyAnalysis(**json.loads(content)) for content in contents)
 
 
-def _are_analysed(chosen: Prepared, results_uri: str) -> bool:
+def _are_analyzed(chosen: Prepared, results_uri: str) -> bool:
     """Whether no analysis is missing. They need the selected rates, for theorem 1."""
     if chosen.experiment.selection is not None:
         return True

@@ -161,3 +161,14 @@ def test_the_report_has_every_figure_and_value(found, tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', html.read_text())
     for name in re.findall(r"\((figures/.*?)\)", text):
         assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_a_mark_is_drawn_on_each_figure(found, tmp_path):
+    one = replace(found, updates=found.updates[:1], measured=None)
+    plain, marked = (
+        draw_figures(one, tmp_path / name, mark)["attention"].values()
+        for name, mark in (("plain", ""), ("marked", "not a result"))
+    )
+    assert [path.name for path in plain] == [path.name for path in marked]
+    for before, after in zip(plain, marked, strict=True):
+        assert before.read_bytes() != after.read_bytes()

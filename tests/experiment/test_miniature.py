@@ -22,8 +22,8 @@ FIGURES = {
     "repeats": ["hours-tiny", "sweep-1-dropping_p", "sweep-2-masking_p", "sweep-3-where",
                 "transfer-tiny-v2"],
 }  # fmt: skip
-ANALYSED = {"tables": 2 * 4, "repeats": 0}
-TRAININGS = {"tables": 2 + 3 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 1 + 2 + 2 * 2}
+ANALYZED = {"tables": 2 * 4, "repeats": 0}
+TRAININGS = {"tables": 2 + 3 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 2 + 2 * 2}
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_every_table_and_figure(command, trained, tmp_path, name):
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert page.count("data:image/svg+xml") == len(FIGURES[name])
     heat_maps = [path.stem for path in folder.glob("figures/analysis-tiny/*.png")]
-    assert page.count("data:image/png") == len(heat_maps) == ANALYSED[name]
-    assert ("### tiny, with plain LoRA adapters" in report) == bool(ANALYSED[name])
+    assert page.count("data:image/png") == len(heat_maps) == ANALYZED[name]
+    assert ("### tiny, with plain LoRA adapters" in report) == bool(ANALYZED[name])
     assert {len(line["right"]) for line in lines_of(folder / "scores.jsonl")} <= {0, 20}
 
 

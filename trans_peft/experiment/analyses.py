@@ -43,7 +43,7 @@ class FamilyAnalysis:
 
     @property
     def cell(self) -> str:
-        """What was analysed, by name."""
+        """What was analyzed, by name."""
         return self.family
 
     @property

@@ -247,7 +247,7 @@ def _hours(sources: _Sources) -> Iterator[str]:
 
 
 def _analyses(sources: _Sources) -> Iterator[str]:
-    from trans_peft import analysis as analysed
+    from trans_peft import analysis as analyzed
 
     if sources.experiment.analyses:
         yield (
@@ -258,10 +258,10 @@ def _analyses(sources: _Sources) -> Iterator[str]:
         analysis = found.analysis
         adapters = f"with plain {found.method} adapters" if found.method else "without adapters"
         yield f"### {found.family}, {adapters}"
-        for shown in analysed.tables(analysis):
+        for shown in analyzed.tables(analysis):
             yield f"#### {shown.title}\n\n{tables.table(shown.header, shown.rows)}\n\n{shown.note}"
         folder = _figure(sources, f"analysis-{found.family}").with_suffix("")
-        drawn = analysed.draw_figures(analysis, folder, sources.mark)
+        drawn = analyzed.draw_figures(analysis, folder, sources.mark)
         for update, images in drawn.items():
             for caption, image in images.items():
                 title = f"#### {caption}: {analysis.old} and {update}"
