@@ -11,7 +11,7 @@ from trans_peft.domain.recovery import CompensationPolicy, DistillationPolicy, R
 from trans_peft.errors import AdapterError, EvaluationError, InvalidSpecError
 from trans_peft.lifecycle.recovery import evaluator
 from trans_peft.models import adapter_weights_sha256
-from trans_peft.transfer import compensation
+from trans_peft.transfer import module_inputs
 from trans_peft.validation.decoding import generation
 
 FULL = 64
@@ -123,7 +123,7 @@ def test_an_adapter_without_a_recipe_is_compensated_and_not_distilled(tmp_path, 
             "compensation failed: prompt 3 is empty",
         ),
         (
-            compensation,
+            module_inputs,
             "module_inputs",
             torch.OutOfMemoryError("CUDA out of memory"),
             "compensation failed: out of memory: CUDA out of memory",

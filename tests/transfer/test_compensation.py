@@ -14,8 +14,9 @@ from tests.tiny import tiny_model
 from tests.transfer.conftest import edit_config
 from trans_peft.bases.drift import weight_pairs
 from trans_peft.errors import AdapterError
-from trans_peft.transfer.compensation import compensate, module_inputs, not_compensable
+from trans_peft.transfer.compensation import compensate, not_compensable
 from trans_peft.transfer.load_adapter import attach
+from trans_peft.transfer.module_inputs import module_inputs
 
 SEQUENCES = [list(range(start, start + 12)) for start in range(0, 240, 5)]
 FFN = ("gate_proj", "up_proj", "down_proj")

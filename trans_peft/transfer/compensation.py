@@ -26,31 +26,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from trans_peft.errors import AdapterError, UnsupportedModelError, listed
-from trans_peft.transfer.load_adapter import attached
+from trans_peft.errors import AdapterError, listed
+from trans_peft.transfer.module_inputs import ModuleInputs
 from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_peft_folder
 
-__all__ = [
-    "MAX_TOKENS",
-    "Compensation",
-    "ModuleInputs",
-    "compensate",
-    "module_inputs",
-    "not_compensable",
-]
+__all__ = ["Compensation", "compensate", "not_compensable"]
 
-MAX_TOKENS = 8_192
-"""Tokens of sequences that are useful: more inputs hardly change the result."""
-
-_INPUTS = 4_096
-"""Inputs of each module that are kept, from random positions of the sequences."""
-
-_BATCH = 16
 _OVERSAMPLING, _ITERATIONS = 8, 4  # of the randomized SVD
 _PREFIX = "base_model.model."
+_MAGNITUDE = "lora_magnitude_vector"
 _CHANGED_FORM = (  # options under which the product is not scale * B A on every token
     "alora_invocation_tokens",
     "ensure_weight_tying",
@@ -63,22 +49,6 @@ _CHANGED_FORM = (  # options under which the product is not scale * B A on every
     "use_qalora",
     "velora_config",
 )
-
-
-@dataclass(frozen=True)
-class ModuleInputs:
-    """Inputs of a linear module.
-
-    Attributes:
-        weight: name of the module's weight in the files of the base. The weight of an output layer
-            may be that of the input embedding.
-        values: the inputs, of shape (n, in_features).
-        of_output_layer: whether the module is the output layer.
-    """
-
-    weight: str
-    values: Tensor
-    of_output_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,81 +84,6 @@ def not_compensable(folder: Path) -> str:
     return f"the adapter has {', '.join(options)}" if options else ""
 
 
-def module_inputs(
-    model: PreTrainedModel, adapter: Path, sequences: Sequence[Sequence[int]]
-) -> Mapping[str, ModuleInputs]:
-    """Return inputs of the linear modules of a base with an adapter, by the names of the modules.
-
-    Modules that do not receive every token once, such as experts, and modules of which the adapter
-    has a trained copy (`modules_to_save`) are left out. `sequences` are token ids, such as prompts
-    with answers, of about `MAX_TOKENS` in total.
-
-    Raises UnsupportedModelError if the base returns no hidden states.
-    """
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    device, head = model.device, model.get_output_embeddings()
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    tokens = sum(map(len, sequences))
-    generator = torch.Generator().manual_seed(0)
-    found: dict[str, list[Tensor]] = {name: [] for name in modules}
-    chosen = torch.empty(0)
-    last: tuple[Tensor | None, Tensor] = (None, chosen)
-
-    def keep(name: str, inputs: Tensor) -> None:
-        nonlocal last
-        rows = inputs.flatten(0, -2)  # some modules receive (batch * tokens, features)
-        if len(rows) != len(chosen):
-            return
-        if inputs is not last[0]:  # modules with the same input share its copy
-            last = (inputs, rows[chosen].detach().clone())
-        found[name].append(last[1])
-
-    with attached(model, adapter), torch.no_grad():
-        backbone = model.base_model  # without the output layer, whose outputs would be large
-        replaced = isinstance(model.get_output_embeddings(), AuxiliaryTrainingWrapper)
-        hooks = [
-            module.register_forward_pre_hook(lambda _, given, name=name: keep(name, given[0]))
-            for name, module in modules.items()
-            if module is not head
-        ]
-        try:
-            for first in range(0, len(sequences), _BATCH):
-                batch = [torch.tensor(ids) for ids in sequences[first : first + _BATCH]]
-                ids = nn.utils.rnn.pad_sequence(batch, batch_first=True)
-                lengths = torch.tensor([len(row) for row in batch])
-                mask = torch.arange(ids.shape[1]) < lengths[:, None]
-                drawn = torch.rand(ids.shape, generator=generator) < _INPUTS / tokens
-                chosen = (mask & drawn).flatten().to(device)
-                outputs = backbone(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device, torch.long),
-                    use_cache=False,
-                )
-                hidden = getattr(outputs, "last_hidden_state", None)
-                if hidden is None:
-                    raise UnsupportedModelError(f"{type(model).__name__} returns no hidden states")
-                for name, module in modules.items():
-                    if module is head and not replaced:
-                        keep(name, hidden)
-        finally:
-            last = (None, chosen)
-            for hook in hooks:
-                hook.remove()
-    joined: dict[tuple[int, ...], Tensor] = {}
-    inputs = {}
-    for name, parts in found.items():
-        shared = tuple(map(id, parts))
-        if parts and shared not in joined:
-            joined[shared] = torch.cat(parts)
-        if parts:
-            module = modules[name]
-            weight = names[id(module.weight)]
-            inputs[name] = ModuleInputs(weight, joined[shared], module is head)
-    return inputs
-
-
 def compensate(
     adapter: Path,
     weights: Iterable[tuple[str, Tensor, Tensor]],
@@ -215,55 +110,36 @@ def compensate(
     """
     if reason := not_compensable(adapter):
         raise AdapterError(f"{adapter} cannot be compensated: {reason}", expected="LoRA or DoRA")
-    config = dict(read_peft_folder(adapter).config)
-    tensors = load_file(adapter / WEIGHTS_NAME)
-    total = rank + max(
-        (tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")),
-        default=0,
-    )
-    written = {key: tensor for key, tensor in tensors.items() if ".lora_" not in key}
+    source = _Adapter(read_peft_folder(adapter).config, load_file(adapter / WEIGHTS_NAME))
+    total = source.rank + rank
+    modules = defaultdict(list)
+    for name, found in inputs.items():
+        modules[found.weight].append(name)
+    written = {key: tensor for key, tensor in source.tensors.items() if ".lora_" not in key}
     names: list[str] = []
     shares: list[float] = []
     whole = other = 0.0
     generator = torch.Generator().manual_seed(0)
-    modules = defaultdict(list)
-    for name, found in inputs.items():
-        modules[found.weight].append(name)
-
-    def can_be_new(weight: Tensor) -> bool:
-        # DoRA divides by the norm of each row, and rows of unused tokens can be 0.
-        return not config.get("use_dora") or bool(weight.any(dim=1).all())
-
     for weight, old, new in weights:
-        change = old - new
-        size = change.square().sum().item()
+        size = (old - new).square().sum().item()
+        here = [name for name in modules[weight] if source.is_written(name, new, bool(size))]
         whole += size
-        here = [
-            name
-            for name in modules.get(weight, ())
-            if f"{_PREFIX}{name}.lora_A.weight" in tensors or (size and can_be_new(new))
-        ]
         other += 0.0 if here else size
         for name in here:
-            key = f"{_PREFIX}{name}."
-            a, b = _product(tensors, key, config, old)
+            a, b = source.product(name, old)
             exact = a.shape[0]
             if size:
-                basis, share = _basis(change, inputs[name].values, total - exact)
+                more_a, more_b, share = _correction(old - new, inputs[name].values, total - exact)
+                a, b = torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)
                 shares.append(share)
-                rows = basis.T @ change
-                balance = rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
-                a = torch.cat([a, rows / balance[:, None]])
-                b = torch.cat([b, basis * balance], dim=1)
             a, b = _padded(a, b, total, generator)
+            key = f"{_PREFIX}{name}."
             names.append(name)
             written |= {f"{key}lora_A.weight": a, f"{key}lora_B.weight": b}
-            if config.get("use_dora"):
-                magnitude = f"{key}lora_magnitude_vector"
-                written[magnitude] = _magnitude(
-                    tensors.get(magnitude), old + b[:, :exact] @ a[:exact], new + b @ a
-                )
-    lost = [key for key in tensors if ".lora_" in key and key not in written]
+            if source.is_dora:
+                before, after = old + b[:, :exact] @ a[:exact], new + b @ a
+                written[f"{key}{_MAGNITUDE}"] = source.magnitude(name, before, after)
+    lost = [key for key in source.tensors if ".lora_" in key and key not in written]
     if lost:
         raise AdapterError(
             f"{adapter} cannot be compensated: it adapts other modules than linear ones that "
@@ -273,43 +149,82 @@ def compensate(
         raise AdapterError(f"{adapter} cannot be compensated: the update changes no linear module")
     shutil.copytree(adapter, target)
     save_file({key: tensor.contiguous() for key, tensor in written.items()}, target / WEIGHTS_NAME)
-    config |= {
-        "r": total, "lora_alpha": total, "use_rslora": False,
-        "rank_pattern": {}, "alpha_pattern": {}, "target_modules": sorted(names),
-        "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
-        "init_lora_weights": True,  # the given one may not allow this rank
-    }  # fmt: skip
+    config = source.config_at(total, names)
     (target / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return Compensation(target, len(shares), sum(shares) / len(shares), other / whole)
 
 
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """Return the factor of B A in a module, as PEFT computes it."""
-    from peft import LoraConfig
-    from peft.utils.other import get_pattern_key
+@dataclass(frozen=True)
+class _Adapter:
+    """The config and the tensors of a LoRA adapter. Modules have their names in the base."""
 
-    alphas = config.get("alpha_pattern") or {}
-    default = config.get("lora_alpha", LoraConfig.lora_alpha)
-    alpha = float(alphas.get(get_pattern_key(alphas.keys(), name), default))
-    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def is_dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module."""
+        ranks = [t.shape[0] for key, t in self.tensors.items() if key.endswith("lora_A.weight")]
+        return max(ranks, default=0)
+
+    def is_written(self, name: str, new: Tensor, is_changed: bool) -> bool:
+        """Whether the compensated adapter has matrices for a module with this new weight.
+
+        DoRA divides by the norm of each row, and rows of unused tokens can be 0.
+        """
+        if f"{_PREFIX}{name}.lora_A.weight" in self.tensors:
+            return True
+        return is_changed and not (self.is_dora and not new.any(dim=1).all())
+
+    def product(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and scale * B of a module, of rank 0 if the adapter does not change it."""
+        key = f"{_PREFIX}{name}.lora_"
+        if f"{key}A.weight" not in self.tensors:
+            return weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
+        a, b = (self.tensors[f"{key}{side}.weight"].float() for side in "AB")
+        return a, b * self._scale(name, a.shape[0])
+
+    def magnitude(self, name: str, before: Tensor, after: Tensor) -> Tensor:
+        """Return DoRA's magnitudes, with which the factor of each row is that on the old base.
+
+        `before` and `after` are the weights with the products of the two adapters. A module without
+        a magnitude has the factor 1.
+        """
+        known = self.tensors.get(f"{_PREFIX}{name}.{_MAGNITUDE}")
+        norms = after.norm(dim=1)
+        return norms if known is None else known.float() / before.norm(dim=1) * norms
+
+    def config_at(self, rank: int, names: Sequence[str]) -> dict[str, Any]:
+        """Return the config of an adapter with one rank and the scale 1 in these modules."""
+        return {
+            **self.config,
+            "r": rank, "lora_alpha": rank, "use_rslora": False,
+            "rank_pattern": {}, "alpha_pattern": {}, "target_modules": sorted(names),
+            "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+            "init_lora_weights": True,  # the given one may not allow this rank
+        }  # fmt: skip
+
+    def _scale(self, name: str, rank: int) -> float:
+        """Return the factor of B A in a module, as PEFT computes it."""
+        from peft import LoraConfig
+        from peft.utils.other import get_pattern_key
+
+        alphas = self.config.get("alpha_pattern") or {}
+        default = self.config.get("lora_alpha", LoraConfig.lora_alpha)
+        alpha = float(alphas.get(get_pattern_key(alphas.keys(), name), default))
+        return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-def _product(
-    tensors: Mapping[str, Tensor], key: str, config: Mapping[str, Any], weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return A and scale * B of a module, of rank 0 if the adapter does not change it."""
-    if f"{key}lora_A.weight" not in tensors:
-        return weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
-    a, b = (tensors[f"{key}lora_{side}.weight"].float() for side in "AB")
-    name = key.removeprefix(_PREFIX).removesuffix(".")
-    return a, b * _scale(config, name, a.shape[0])
+def _correction(change: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return A and B with B A = U U^T change, and the share |U U^T Y|^2 / |Y|^2.
 
-
-def _basis(change: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, float]:
-    """Return U (out_features, at most rank), and the share |U U^T Y|^2 / |Y|^2.
-
-    Y = change @ inputs.T are the changes of the outputs. Inputs X = Q R can be replaced by R: the
-    left singular vectors and the norms of Y stay the same. For an output layer, Y is then smaller.
+    Y = change @ inputs.T are the changes of the outputs, and U their first left singular vectors.
+    Inputs X = Q R can be replaced by R: U and the norms of Y stay the same. For an output layer, Y
+    is then smaller.
     """
     if change.shape[0] > inputs.shape[0] > inputs.shape[1]:
         inputs = torch.linalg.qr(inputs.float(), mode="r").R
@@ -325,7 +240,10 @@ def _basis(change: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, float]:
         size = min(rank + _OVERSAMPLING, *outputs.shape)
         basis = torch.svd_lowrank(outputs, q=size, niter=_ITERATIONS)[0][:, :rank]
     whole = outputs.square().sum().item()
-    return basis, (basis.T @ outputs).square().sum().item() / whole if whole else 1.0
+    share = (basis.T @ outputs).square().sum().item() / whole if whole else 1.0
+    rows = basis.T @ change
+    balance = rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
+    return rows / balance[:, None], basis * balance, share
 
 
 def _padded(a: Tensor, b: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -333,13 +251,3 @@ def _padded(a: Tensor, b: Tensor, rank: int, generator: torch.Generator) -> tupl
     missing, width = rank - a.shape[0], a.shape[1]
     drawn = (2 * torch.rand(missing, width, generator=generator) - 1) / sqrt(width)
     return torch.cat([a, drawn]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
-
-
-def _magnitude(old_magnitude: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
-    """Return DoRA's magnitudes, with which the factor of each row is that on the old base.
-
-    `old` and `new` are the weights with the products of the adapter. An adapter without a magnitude
-    for the module has the factor 1.
-    """
-    norms = new.norm(dim=1)
-    return norms if old_magnitude is None else old_magnitude.float() / old.norm(dim=1) * norms

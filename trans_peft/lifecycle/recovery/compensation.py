@@ -26,7 +26,7 @@ from trans_peft.models import adapter_weights_sha256
 from trans_peft.text.saved_template import saved_template
 
 if TYPE_CHECKING:
-    from trans_peft.transfer.compensation import ModuleInputs
+    from trans_peft.transfer.module_inputs import ModuleInputs
 
 __all__ = ["answering_inputs", "compensated"]
 
@@ -83,8 +83,8 @@ def answering_inputs(
     Raises DataError if no prompt fits into the base's context together with an answer.
     """
     from trans_peft.models import load_base
-    from trans_peft.transfer.compensation import MAX_TOKENS, module_inputs
     from trans_peft.transfer.load_adapter import attached
+    from trans_peft.transfer.module_inputs import MAX_TOKENS, module_inputs
     from trans_peft.validation.decoding.generation import generate
     from trans_peft.validation.evaluate import context_of
 

@@ -1,0 +1,113 @@
+"""Inputs of the linear modules of a base while an adapter processes token sequences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trans_peft.errors import UnsupportedModelError
+from trans_peft.transfer.load_adapter import attached
+
+__all__ = ["MAX_TOKENS", "ModuleInputs", "module_inputs"]
+
+MAX_TOKENS = 8_192
+"""Tokens of sequences that are useful: more inputs hardly change a compensation."""
+
+_INPUTS = 4_096
+"""Inputs of each module that are kept, from random positions of the sequences."""
+
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class ModuleInputs:
+    """Inputs of a linear module.
+
+    Attributes:
+        weight: name of the module's weight in the files of the base. The weight of an output layer
+            may be that of the input embedding.
+        values: the inputs, of shape (n, in_features).
+        of_output_layer: whether the module is the output layer.
+    """
+
+    weight: str
+    values: Tensor
+    of_output_layer: bool = False
+
+
+def module_inputs(
+    model: PreTrainedModel, adapter: Path, sequences: Sequence[Sequence[int]]
+) -> Mapping[str, ModuleInputs]:
+    """Return inputs of the linear modules of a base with an adapter, by the names of the modules.
+
+    Modules that do not receive every token once, such as experts, and modules of which the adapter
+    has a trained copy (`modules_to_save`) are left out. `sequences` are token ids, such as prompts
+    with answers, of about `MAX_TOKENS` in total.
+
+    Raises UnsupportedModelError if the base returns no hidden states.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    device, head = model.device, model.get_output_embeddings()
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    tokens = sum(map(len, sequences))
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    chosen = torch.empty(0)
+    last: tuple[Tensor | None, Tensor] = (None, chosen)
+
+    def keep(name: str, inputs: Tensor) -> None:
+        nonlocal last
+        rows = inputs.flatten(0, -2)  # some modules receive (batch * tokens, features)
+        if len(rows) != len(chosen):
+            return
+        if inputs is not last[0]:  # modules with the same input share its copy
+            last = (inputs, rows[chosen].detach().clone())
+        found[name].append(last[1])
+
+    with attached(model, adapter), torch.no_grad():
+        backbone = model.base_model  # without the output layer, whose outputs would be large
+        replaced = isinstance(model.get_output_embeddings(), AuxiliaryTrainingWrapper)
+        hooks = [
+            module.register_forward_pre_hook(lambda _, given, name=name: keep(name, given[0]))
+            for name, module in modules.items()
+            if module is not head
+        ]
+        try:
+            for first in range(0, len(sequences), _BATCH):
+                batch = [torch.tensor(ids) for ids in sequences[first : first + _BATCH]]
+                ids = nn.utils.rnn.pad_sequence(batch, batch_first=True)
+                lengths = torch.tensor([len(row) for row in batch])
+                mask = torch.arange(ids.shape[1]) < lengths[:, None]
+                drawn = torch.rand(ids.shape, generator=generator) < _INPUTS / tokens
+                chosen = (mask & drawn).flatten().to(device)
+                outputs = backbone(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device, torch.long),
+                    use_cache=False,
+                )
+                hidden = getattr(outputs, "last_hidden_state", None)
+                if hidden is None:
+                    raise UnsupportedModelError(f"{type(model).__name__} returns no hidden states")
+                for name, module in modules.items():
+                    if module is head and not replaced:
+                        keep(name, hidden)
+        finally:
+            last = (None, chosen)
+            for hook in hooks:
+                hook.remove()
+    joined: dict[tuple[int, ...], Tensor] = {}
+    inputs = {}
+    for name, parts in found.items():
+        shared = tuple(map(id, parts))
+        if parts and shared not in joined:
+            joined[shared] = torch.cat(parts)
+        if parts:
+            module = modules[name]
+            weight = names[id(module.weight)]
+            inputs[name] = ModuleInputs(weight, joined[shared], module is head)
+    return inputs
