@@ -124,6 +124,10 @@ def test_an_adapter_can_be_added_to_a_base_in_4_bits(tiny_base):
     assert len(packed) == 2 * 7
     assert "lm_head" not in packed
     assert model.model.layers[0].mlp.down_proj.weight.quant_state.quant_type == "nf4"
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
+    with torch.no_grad():  # some processors would pack the weights again
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
     ids = torch.arange(12)[None]
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).train()

@@ -157,6 +157,7 @@ def load_base(
         )
     model.config.return_dict = True  # config.json may disable it; this library needs named outputs
     model.to(device).eval()
+    _keep_quantized_weights(model)
     base = LoadedBase(model, tokenizer)
     _cached = _CachedBase(key, _checksums(base), base)
     return base
@@ -194,6 +195,17 @@ def _mismatch_error(folder: Path, problems: list[str]) -> UnsupportedModelError:
         "\n  - ".join([f"the weights in {folder} do not match config.json:", *problems]),
         do="save the model again with save_pretrained(folder), or correct config.json",
     )
+
+
+def _keep_quantized_weights(model: "PreTrainedModel") -> None:
+    """Let bitsandbytes compute with 4-bit weights as they are.
+
+    On processors with AVX512-BF16 it packs them again at the first forward pass in eval mode. That
+    rounds their scales, and fails for modules with fewer than 64 input features.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization_options(device: str) -> dict[str, Any]:
