@@ -159,13 +159,13 @@ def _compensated(  # noqa: PLR0913  one cell
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
     started_s = time.monotonic()
-    inputs = answering_inputs(
+    inputs, answered = answering_inputs(
         trained.folder, prepared.base(V1), prepared.suites[planned.task], made
     )
     weights = weight_pairs(prepared.base(V1), prepared.base(update))
     found = compensate(trained.folder, weights, inputs, rank, folder)
     seconds = time.monotonic() - started_s
-    log(f"{planned}: {len(made)} prompts, {found}")
+    log(f"{planned}: {answered} of {len(made)} prompts, {found}")
     weights_sha256 = adapter_weights_sha256(folder)
     return replace(trained, folder=folder, weights_sha256=weights_sha256, seconds=seconds)
 

@@ -37,7 +37,7 @@ def test_the_compensated_weights_are_judged_and_registered(setup):
     outcome, tried = compensated(setup)
     assert (tried.strategy, tried.verdict) == ("compensated", "needs-retuning")
     assert tried.note.startswith("45 prompts of ")
-    assert "; rank 4; " in tried.note
+    assert ", 45 of them answered; rank 4; " in tried.note
     # The same weights again: the result is stored under their hash.
     (known,) = {
         found.weights_sha256

@@ -178,15 +178,17 @@ def _exact_changes(old: Path, new: Path) -> Iterator[_Change]:
 
 
 def weight_pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
-    """Yield (name, old, new) of every tensor of two folders, in float32.
+    """Return an iterator over (name, old, new) of every tensor of two folders, in float32.
 
-    Raises UnsupportedModelError if their tensors have different names or shapes.
+    Raises UnsupportedModelError at once if their tensors have different names or shapes.
     """
+    before, after = folder_checkpoint(old).tensors, folder_checkpoint(new).tensors
+    return _values(old, new, sorted(_shared_shapes(before, after, f"{old} and {new}")))
+
+
+def _values(old: Path, new: Path, names: Iterable[str]) -> Iterator[tuple[str, "Tensor", "Tensor"]]:
     from safetensors import safe_open
 
-    _shared_shapes(
-        folder_checkpoint(old).tensors, folder_checkpoint(new).tensors, f"{old} and {new}"
-    )
     with ExitStack() as stack:
         before, after = (
             {
@@ -197,7 +199,7 @@ def weight_pairs(old: Path, new: Path) -> Iterator[tuple[str, "Tensor", "Tensor"
             }
             for folder in (old, new)
         )
-        for name in sorted(before):
+        for name in names:
             yield name, before[name].get_tensor(name).float(), after[name].get_tensor(name).float()
 
 

@@ -50,10 +50,11 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
         new_base = base_folder(inputs.base, inputs.platform)
         suite = max(source.suites, key=lambda suite: suite.max_new_tokens)
         progress = inputs.reporter("answers before compensation", "prompts")
-        read = answering_inputs(folder, old_base, suite, prompts.examples, progress)
+        weights = weight_pairs(old_base, new_base)
+        read, answered = answering_inputs(folder, old_base, suite, prompts.examples, progress)
         if not policy.output_layer:
             read = {name: one for name, one in read.items() if not one.of_output_layer}
-        found = compensate(folder, weight_pairs(old_base, new_base), read, policy.rank, target)
+        found = compensate(folder, weights, read, policy.rank, target)
     except UNUSABLE as error:
         return f"its prompts or its old base cannot be used: {error}"
     except (AdapterError, EvaluationError, InvalidSpecError, UnsupportedModelError) as error:
@@ -62,7 +63,7 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
         if not is_out_of_memory(error):
             raise
         return f"compensation failed: out of memory: {error}"
-    note = f"{prompts.note}; rank {policy.rank}; {found}"
+    note = f"{prompts.note}, {answered} of them answered; rank {policy.rank}; {found}"
     return Candidate(
         RecoveryStrategy.COMPENSATED, lambda: target, adapter_weights_sha256(target), note
     )
@@ -74,8 +75,10 @@ def answering_inputs(
     suite: Suite,
     prompts: Sequence[Example],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> "Mapping[str, ModuleInputs]":
+) -> "tuple[Mapping[str, ModuleInputs], int]":
     """Return the inputs of the modules while an adapter on its old base answers prompts.
+
+    The second value is the number of prompts that were answered.
 
     The first prompts that have `MAX_TOKENS` together are answered, and at least one. `folder` is
     the PEFT folder. The suite gives the dtype and the decoding settings; no item of it is read.
@@ -111,4 +114,4 @@ def answering_inputs(
             on_progress=on_progress,
         )
     rows = [[*prompt, *answer] for prompt, answer in zip(ids, answers.ids, strict=True)]
-    return module_inputs(old.model, folder, rows)
+    return module_inputs(old.model, folder, rows), len(rows)
