@@ -146,6 +146,8 @@ def test_every_deployment_of_prefect_yaml_is_there(running):
     found = running.deployments()
     assert set(found) == {
         "adopt_adapter",
+        "experiment",
+        "experiment_cell",
         "ingest_base",
         "reconcile",
         "train_adapter",
