@@ -62,7 +62,7 @@ def test_the_example_policy_is_valid():
     fields = yaml.safe_load(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
     policy = TypeAdapter(GatePolicy).validate_python(fields)
     assert fields.keys() == {field.name for field in dataclasses.fields(GatePolicy)}
-    assert policy.per_strategy.alpha == pytest.approx(0.05 / 4)
+    assert policy.per_strategy.alpha == pytest.approx(0.05 / 5)
 
 
 @pytest.mark.parametrize("name", [*Verdict, *RULES])

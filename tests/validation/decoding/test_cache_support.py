@@ -113,7 +113,8 @@ def test_broken_weights_are_left_to_decoding():
 def test_a_broken_adapter_does_not_decide_how_later_adapters_are_read():
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(model_of("bart"), LoraConfig(r=2, target_modules=["q_proj"]))
+    # Of `v_proj`: some processors compute finite logits from queries that are not finite.
+    model = get_peft_model(model_of("bart"), LoraConfig(r=2, target_modules=["v_proj"]))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.constant_(weight, float("nan"))
