@@ -22,7 +22,10 @@ SHARDS = 6
 """Shards of an upgrade, divisible by one, two and three hosts."""
 
 UPGRADES = (1, 2, 3, "disturbed")
-"""One family for each: by this many hosts, and by three of which one is killed and one cut off."""
+"""One family for each run: with one, two and three hosts, and with three hosts and faults.
+
+In the run with faults, one host is killed and one is disconnected.
+"""
 
 _numbers = count()
 

@@ -166,8 +166,8 @@ class TrainingResult:
         validation_loss: loss of the adapter on the validation rows, in nats per token; None without
             validation.
         kept_step: step whose weights the adapter has, if there is validation.
-        device_seconds: duration of training times the number of processes, each of which has a
-            device. Attempts that were interrupted count up to their last checkpoint.
+        device_seconds: duration of training in seconds times the number of processes. Each process
+            uses one device. Attempts that were interrupted count up to their last checkpoint.
     """
 
     folder: Path
