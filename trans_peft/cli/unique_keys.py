@@ -9,14 +9,14 @@ from typing import Any
 
 import yaml
 
-from trans_peft.domain.untrusted_json import duplicates
+from trans_peft.domain.untrusted_json import unique_object
 
 __all__ = ["parse_json", "parse_yaml"]
 
 
 def parse_json(text: str) -> Any:
     """Parse JSON. Raises ValueError if it is no JSON, or if an object repeats a key."""
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=unique_object)
 
 
 def parse_yaml(text: str) -> Any:
@@ -25,12 +25,6 @@ def parse_yaml(text: str) -> Any:
     A key beside `<<` may replace a merged one.
     """
     return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := duplicates(key for key, _ in pairs):
-        raise ValueError(f"the key {twice[0]!r} is repeated in one object")
-    return dict(pairs)
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trans_peft.domain.untrusted_json import check_depth, duplicates, parse_json
+from trans_peft.domain.untrusted_json import check_depth, parse_json, unique_object
 
 __all__ = ["tools_reasons", "tools_text"]
 
@@ -33,7 +33,7 @@ def tools_reasons(value: Any) -> Iterator[str]:
         return
     is_text = isinstance(value, str)
     try:
-        found = parse_json(value, object_pairs_hook=_object) if is_text else value
+        found = parse_json(value, object_pairs_hook=unique_object) if is_text else value
         check_depth(found)
         json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, TypeError) as error:
@@ -46,14 +46,6 @@ def tools_reasons(value: Any) -> Iterator[str]:
             "tools has fields that are null, as Parquet writes them for fields of other rows; "
             "give tools as JSON text"
         )
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = duplicates(key for key, _ in pairs)
-        raise ValueError(f"the key {twice[0][:60]!r} is repeated in one object")
-    return found
 
 
 def _has_null(value: Any) -> bool:

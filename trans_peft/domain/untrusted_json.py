@@ -12,7 +12,7 @@ from typing import Any
 
 from trans_peft.domain.bounds import MAX_JSON_DEPTH, MAX_JSON_VALUES
 
-__all__ = ["check_depth", "check_value_count", "duplicates", "parse_json"]
+__all__ = ["check_depth", "check_value_count", "duplicates", "parse_json", "unique_object"]
 
 
 def parse_json(
@@ -65,6 +65,15 @@ def check_depth(value: Any) -> None:
         ]
     if level:
         raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep")
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, as an `object_pairs_hook`. Raises ValueError if a key is repeated."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = duplicates(key for key, _ in pairs)
+        raise ValueError(f"the key {twice[0][:60]!r} is repeated in one object")
+    return found
 
 
 def duplicates(names: Iterable[str]) -> list[str]:
