@@ -70,7 +70,9 @@ def weight_drift(old: Path, new: Path) -> Drift:
     """
     before, after = folder_checkpoint(old), folder_checkpoint(new)
     shapes = _shared_shapes(before.tensors, after.tensors, f"{old} and {new}")
-    return _drift(sublayers(before.config, shapes), _exact_changes(old, new))
+    return _drift(
+        sublayers(before.config, shapes), _exact_changes(_values(old, new, sorted(shapes)))
+    )
 
 
 def sampled_drift(old: Fingerprint, new: Fingerprint, subject: str) -> Drift:
@@ -167,8 +169,8 @@ def _shared_shapes(
     return {name: tensor.shape for name, tensor in old.items()}
 
 
-def _exact_changes(old: Path, new: Path) -> Iterator[_Change]:
-    for name, before, after in weight_pairs(old, new):
+def _exact_changes(pairs: Iterable[tuple[str, "Tensor", "Tensor"]]) -> Iterator[_Change]:
+    for name, before, after in pairs:
         squared = before.square().sum().item()
         cosine = None
         norm = math.sqrt(squared) * after.norm().item()
