@@ -58,6 +58,8 @@ EFFECTS = {
         "bottleneck_dim": (8, {}),
         "non_linearity": ("gelu", {}),
         "init_bottleneck_weights": (False, {}),
+        "compensated_modules": (["model.layers.0.mlp.up_proj"], {}),
+        "compensation_rank": (4, {"compensated_modules": ("model.layers.0.mlp.up_proj",)}),
     },
     "C3A": {
         "block_size": (16, {}),
@@ -280,6 +282,10 @@ EFFECTS = {
 
 IGNORED = {
     ("BOFT", "boft_dropout"): ({"boft_dropout": 0.1}, "at least 1 / 8, the number of blocks"),
+    ("BOTTLENECK", "compensation_rank"): (
+        {"compensation_rank": 4},
+        "without compensated_modules",
+    ),
     ("DEFT", "alpha"): ({"alpha": 3, "para": True}, "no effect where para is set"),
     ("DEFT", "init_scale"): ({"init_scale": 2.0}, "no effect unless init_weights is False"),
     ("DEFT", "init_weights"): ({"init_weights": False, "para": True}, "where para is set"),

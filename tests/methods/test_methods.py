@@ -43,6 +43,15 @@ METHODS = {
     ),
     "qlora": Method(LORA_ON_ALL, tiny_model_in_4_bits, sliced=False),
     "houlsby": Method(HOULSBY),
+    "houlsby with compensated modules": Method(
+        AdapterSpec(
+            "BOTTLENECK",
+            {
+                "bottleneck_dim": 8,
+                "compensated_modules": ["model.layers.0.self_attn.q_proj", "lm_head"],
+            },
+        )
+    ),
     "houlsby in 4 bits": Method(HOULSBY, tiny_model_in_4_bits, sliced=False),
     "houlsby after the ffn": Method(AdapterSpec("BOTTLENECK", {"target_modules": ["mlp"]})),
     "ia3": Method(AdapterSpec("IA3"), sliced=False),

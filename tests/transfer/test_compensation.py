@@ -14,8 +14,10 @@ from tests.tiny import tiny_model
 from tests.transfer.conftest import edit_config
 from trans_peft.bases.drift import weight_pairs
 from trans_peft.errors import AdapterError
-from trans_peft.transfer.compensation import compensate, not_compensable
+from trans_peft.methods.bottleneck import BottleneckConfig
+from trans_peft.transfer.compensation import compensate
 from trans_peft.transfer.load_adapter import attach
+from trans_peft.transfer.low_rank_matrices import not_compensable
 from trans_peft.transfer.module_inputs import module_inputs
 
 SEQUENCES = [list(range(start, start + 12)) for start in range(0, 240, 5)]
@@ -76,6 +78,38 @@ def test_at_full_rank_the_adapter_answers_as_on_the_old_base(
     before = logits(old, adapter)
     torch.testing.assert_close(logits(new, found.folder), before, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(new, adapter), before, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target_modules": ["mlp"]}, {"target_modules": ["o_proj", "down_proj"]}],
+    ids=["both sub-layers", "ffn", "the last projections"],
+)
+def test_a_bottleneck_adapter_is_compensated_at_every_update(
+    options, write_adapter, bases, tmp_path
+):
+    old, new = bases()
+    config = BottleneckConfig(init_bottleneck_weights=False, task_type="CAUSAL_LM", **options)
+    adapter = write_adapter(config=config)
+    before = logits(old, adapter)
+    found = compensation_of(adapter, old, new, FULL, tmp_path / "out")
+    assert found.explained == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(logits(new, found.folder), before, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(new, adapter), before, rtol=1e-2, atol=1e-2)
+
+    next_base = tmp_path / "next"
+    model = type(tiny_model()).from_pretrained(new)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight += 0.01 * torch.randn(32, 32)
+            layer.mlp.up_proj.weight += 0.01 * torch.randn(64, 32)
+    model.save_pretrained(next_base)
+    inputs = module_inputs(type(model).from_pretrained(new), found.folder, SEQUENCES)
+    again = compensate(found.folder, weight_pairs(new, next_base), inputs, FULL, tmp_path / "again")
+    torch.testing.assert_close(logits(next_base, again.folder), before, rtol=1e-4, atol=1e-4)
+    saved = json.loads((again.folder / "adapter_config.json").read_text())
+    assert saved["compensation_rank"] == 2 * FULL
+    assert len(saved["compensated_modules"]) == 2 * (1 + 3)  # layers x (q and the FFN)
 
 
 def test_the_compensation_is_the_best_of_its_rank(write_adapter, bases, tmp_path):
@@ -264,7 +298,7 @@ def test_options_that_change_the_product_are_named(write_adapter):
     ("config", "reason"),
     [
         (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"],
-                   task_type="CAUSAL_LM"), "type IA3 has no low-rank product"),
+                   task_type="CAUSAL_LM"), "no matrices of low rank to an adapter of the type IA3"),
     ],
 )  # fmt: skip
 def test_other_types_are_refused(config, reason, write_adapter, bases, tmp_path):

@@ -92,6 +92,7 @@ _NEEDS: Mapping[tuple[str, str], tuple[_Need, ...]] = {
     ("*", "qalora_group_size"): (_set("use_qalora"),),
     ("*", "megatron_core"): (_set("megatron_config"),),
     ("*", "rank_dropout_scale"): (_set("rank_dropout"),),
+    ("BOTTLENECK", "compensation_rank"): (_set("compensated_modules"),),
     ("DEFT", "alpha"): (_unset("para"),),
     ("DEFT", "init_scale"): (_equal("init_weights", False), _unset("para")),
     ("DEFT", "init_weights"): (_unset("para"),),
@@ -126,7 +127,8 @@ _NEEDS: Mapping[tuple[str, str], tuple[_Need, ...]] = {
 """Options that PEFT reads only together with others, by method ("*": any) and option."""
 
 _POSITIVE = frozenset({
-    "adapter_layers", "adapter_len", "alpha", "block_size", "bottleneck_dim", "d_initial",
+    "adapter_layers", "adapter_len", "alpha", "block_size", "bottleneck_dim", "compensation_rank",
+    "d_initial",
     "delora_lambda", "eps", "gralora_k", "group_size", "init_logits_std", "init_scale",
     "init_theta_d_bound", "init_v_bound", "init_vector_bank_bound", "lora_alpha", "mini_r",
     "n_frequency", "num_cayley_neumann_terms", "num_vectors", "psoft_svd_lowrank_niter",

@@ -1,4 +1,4 @@
-"""Compensate an update of the base in a LoRA adapter, in closed form and without labels.
+"""Compensate an update of the base in an adapter, in closed form and without labels.
 
 An update changes the weight of a linear module from W_old to W_new. The adapter was trained on the
 outputs of W_old. A matrix C of low rank is added to the adapter so that W_new + C gives nearly the
@@ -11,44 +11,31 @@ No other C of this rank has a smaller error |(W_old - W_new - C) X^T| (Eckart an
 that the adapter has on its old base.
 
 C is part of the adapter: its LoRA matrices are joined with those of C, and modules that it did not
-adapt get C alone. Linear modules are compensated, with the output layer. Changes of input
-embeddings, norms and other weights are not.
+adapt get C alone. A bottleneck adapter has the matrices of C beside its own
+(`trans_peft.methods.bottleneck.CompensatedLinear`). Linear modules are compensated, with the output
+layer. Changes of input embeddings, norms and other weights are not.
 """
 
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trans_peft.errors import AdapterError, listed
+from trans_peft.transfer.low_rank_matrices import low_rank_matrices, not_compensable
 from trans_peft.transfer.module_inputs import ModuleInputs
-from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_peft_folder
+from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
-__all__ = ["Compensation", "compensate", "not_compensable"]
+__all__ = ["Compensation", "compensate"]
 
 _OVERSAMPLING, _ITERATIONS = 8, 4  # of the randomized SVD
-_PREFIX = "base_model.model."
-_MAGNITUDE = "lora_magnitude_vector"
-_CHANGED_FORM = (  # options under which the product is not scale * B A on every token
-    "alora_invocation_tokens",
-    "ensure_weight_tying",
-    "layer_replication",
-    "lora_bias",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
 
 
 @dataclass(frozen=True)
@@ -75,15 +62,6 @@ class Compensation:
         )
 
 
-def not_compensable(folder: Path) -> str:
-    """Return why an adapter cannot be compensated; empty if it can. DoRA and rsLoRA can."""
-    found = read_peft_folder(folder)
-    if found.peft_type != "LORA":
-        return f"an adapter of the type {found.peft_type} has no low-rank product"
-    options = [name for name in _CHANGED_FORM if found.config.get(name)]
-    return f"the adapter has {', '.join(options)}" if options else ""
-
-
 def compensate(
     adapter: Path,
     weights: Iterable[tuple[str, Tensor, Tensor]],
@@ -97,7 +75,7 @@ def compensate(
     that the adapter does not change use all of it for C.
 
     Args:
-        adapter: PEFT folder of a LoRA adapter, with or without DoRA.
+        adapter: PEFT folder of a LoRA adapter, with or without DoRA, or of a bottleneck adapter.
         weights: name, old value and new value of every tensor of the base, in float32
             (`trans_peft.bases.drift.weight_pairs`).
         inputs: inputs of the modules, from `module_inputs`.
@@ -109,13 +87,16 @@ def compensate(
             of one are not finite.
     """
     if reason := not_compensable(adapter):
-        raise AdapterError(f"{adapter} cannot be compensated: {reason}", expected="LoRA or DoRA")
-    source = _Adapter(read_peft_folder(adapter).config, load_file(adapter / WEIGHTS_NAME))
+        raise AdapterError(
+            f"{adapter} cannot be compensated: {reason}",
+            expected="LoRA, DoRA or a bottleneck adapter",
+        )
+    source = low_rank_matrices(adapter)
     total = source.rank + rank
     modules = defaultdict(list)
     for name, found in inputs.items():
         modules[found.weight].append(name)
-    written = {key: tensor for key, tensor in source.tensors.items() if ".lora_" not in key}
+    written = {key: tensor for key, tensor in source.tensors.items() if not source.is_matrix(key)}
     names: list[str] = []
     shares: list[float] = []
     whole = other = 0.0
@@ -133,13 +114,12 @@ def compensate(
                 a, b = torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)
                 shares.append(share)
             a, b = _padded(a, b, total, generator)
-            key = f"{_PREFIX}{name}."
             names.append(name)
-            written |= {f"{key}lora_A.weight": a, f"{key}lora_B.weight": b}
+            written |= {source.key(name, "A"): a, source.key(name, "B"): b}
             if source.is_dora:
                 before, after = old + b[:, :exact] @ a[:exact], new + b @ a
-                written[f"{key}{_MAGNITUDE}"] = source.magnitude(name, before, after)
-    lost = [key for key in source.tensors if ".lora_" in key and key not in written]
+                written[source.magnitude_key(name)] = source.magnitude(name, before, after)
+    lost = [key for key in source.tensors if source.is_matrix(key) and key not in written]
     if lost:
         raise AdapterError(
             f"{adapter} cannot be compensated: it adapts other modules than linear ones that "
@@ -152,71 +132,6 @@ def compensate(
     config = source.config_at(total, names)
     (target / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return Compensation(target, len(shares), sum(shares) / len(shares), other / whole)
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """The config and the tensors of a LoRA adapter. Modules have their names in the base."""
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    @property
-    def is_dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of a module."""
-        ranks = [t.shape[0] for key, t in self.tensors.items() if key.endswith("lora_A.weight")]
-        return max(ranks, default=0)
-
-    def is_written(self, name: str, new: Tensor, is_changed: bool) -> bool:
-        """Whether the compensated adapter has matrices for a module with this new weight.
-
-        DoRA divides by the norm of each row, and rows of unused tokens can be 0.
-        """
-        if f"{_PREFIX}{name}.lora_A.weight" in self.tensors:
-            return True
-        return is_changed and not (self.is_dora and not new.any(dim=1).all())
-
-    def product(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and scale * B of a module, of rank 0 if the adapter does not change it."""
-        key = f"{_PREFIX}{name}.lora_"
-        if f"{key}A.weight" not in self.tensors:
-            return weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
-        a, b = (self.tensors[f"{key}{side}.weight"].float() for side in "AB")
-        return a, b * self._scale(name, a.shape[0])
-
-    def magnitude(self, name: str, before: Tensor, after: Tensor) -> Tensor:
-        """Return DoRA's magnitudes, with which the factor of each row is that on the old base.
-
-        `before` and `after` are the weights with the products of the two adapters. A module without
-        a magnitude has the factor 1.
-        """
-        known = self.tensors.get(f"{_PREFIX}{name}.{_MAGNITUDE}")
-        norms = after.norm(dim=1)
-        return norms if known is None else known.float() / before.norm(dim=1) * norms
-
-    def config_at(self, rank: int, names: Sequence[str]) -> dict[str, Any]:
-        """Return the config of an adapter with one rank and the scale 1 in these modules."""
-        return {
-            **self.config,
-            "r": rank, "lora_alpha": rank, "use_rslora": False,
-            "rank_pattern": {}, "alpha_pattern": {}, "target_modules": sorted(names),
-            "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
-            "init_lora_weights": True,  # the given one may not allow this rank
-        }  # fmt: skip
-
-    def _scale(self, name: str, rank: int) -> float:
-        """Return the factor of B A in a module, as PEFT computes it."""
-        from peft import LoraConfig
-        from peft.utils.other import get_pattern_key
-
-        alphas = self.config.get("alpha_pattern") or {}
-        default = self.config.get("lora_alpha", LoraConfig.lora_alpha)
-        alpha = float(alphas.get(get_pattern_key(alphas.keys(), name), default))
-        return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
 def _correction(change: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

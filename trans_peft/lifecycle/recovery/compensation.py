@@ -34,7 +34,8 @@ __all__ = ["answering_inputs", "compensated"]
 def compensated(inputs: CandidateInputs) -> Candidate | str:
     """Return the compensated candidate, or the reason why there is none."""
     from trans_peft.bases.drift import weight_pairs
-    from trans_peft.transfer.compensation import compensate, not_compensable
+    from trans_peft.transfer.compensation import compensate
+    from trans_peft.transfer.low_rank_matrices import not_compensable
     from trans_peft.validation.decoding.batching import is_out_of_memory
 
     source, policy = inputs.source, inputs.recovery.compensation

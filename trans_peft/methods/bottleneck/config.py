@@ -25,6 +25,9 @@ class BottleneckConfig(PeftConfig):
         exclude_modules: targets to leave out.
         modules_to_save: modules to train and save whole.
         init_bottleneck_weights: whether W_up starts at zero, so that a new adapter changes nothing.
+        compensated_modules: names of linear modules that are compensated for an update of the base,
+            see `CompensatedLinear`. They are trained with the rest.
+        compensation_rank: rank of their matrices.
     """
 
     bottleneck_dim: int = 64
@@ -33,6 +36,8 @@ class BottleneckConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_bottleneck_weights: bool = True
+    compensated_modules: list[str] | None = None
+    compensation_rank: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,5 +51,7 @@ class BottleneckConfig(PeftConfig):
             problems.append(
                 f"non_linearity must be one of {NON_LINEARITIES}, not {self.non_linearity!r}"
             )
+        if self.compensation_rank < 1:
+            problems.append(f"compensation_rank must be at least 1, not {self.compensation_rank}")
         if problems:
             raise ValueError("; ".join(problems))

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.activations import ACT2FN
 
+from trans_peft.methods.bottleneck.compensated_linear import CompensatedLinear
 from trans_peft.methods.bottleneck.config import BottleneckConfig
 
 __all__ = ["BottleneckLayer"]
@@ -69,6 +70,18 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             "a bottleneck adapter is not linear and cannot be merged; "
             "keep it, or remove it with unload()"
         )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the sub-layer of the base without its `CompensatedLinear`, for PEFT's `unload`."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        for parent in self.modules():
+            for child, module in list(parent.named_children()):
+                if isinstance(module, CompensatedLinear):
+                    setattr(parent, child, module.base_layer)
+        return self.base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the sub-layer with h replaced by h + W_up f(W_down h)."""

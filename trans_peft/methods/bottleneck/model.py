@@ -3,9 +3,10 @@
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from trans_peft.methods.bottleneck.compensated_linear import CompensatedLinear
 from trans_peft.methods.bottleneck.config import BottleneckConfig
 from trans_peft.methods.bottleneck.layer import BottleneckLayer
 
@@ -22,7 +23,7 @@ class BottleneckModel(BaseTuner):
     """
 
     prefix = "bottleneck_"
-    tuner_layer_cls = BottleneckLayer
+    tuner_layer_cls = BaseTunerLayer
     target_module_mapping = {  # noqa: RUF012 - PEFT reads it as a class attribute
         "cohere": _LLAMA_LIKE,
         "falcon": ["self_attention", "mlp"],
@@ -42,6 +43,18 @@ class BottleneckModel(BaseTuner):
         "qwen2_moe": _LLAMA_LIKE,
         "qwen3": _LLAMA_LIKE,
     }
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Wrap the sub-layers, and the linear modules that the adapter compensates."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, BottleneckConfig)
+        for name in config.compensated_modules or ():
+            layer = _compensated_linear(model, name)
+            layer.update_layer(adapter_name, config.compensation_rank)
+            layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
 
     def _create_and_replace(  # noqa: PLR0913  the signature is PEFT's
         self,
@@ -65,3 +78,22 @@ class BottleneckModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new: Any, child: Any) -> None:
         setattr(parent, child_name, new)
+
+
+def _compensated_linear(model: nn.Module, name: str) -> CompensatedLinear:
+    """Return the layer around the linear module with this name in the base.
+
+    The sub-layers on the way to it are wrapped already. ValueError if the base has no such module.
+    """
+    parent, child, module = model, "", model
+    for part in name.split("."):
+        parent, child, module = module, part, getattr(module, part, None)  # type: ignore[assignment]
+        if isinstance(module, BottleneckLayer):
+            parent, child, module = module, "base_layer", module.base_layer
+    if isinstance(module, CompensatedLinear):
+        return module
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"compensated_modules: the base has no linear module {name}")
+    layer = CompensatedLinear(module)
+    setattr(parent, child, layer)
+    return layer
