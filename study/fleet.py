@@ -3,7 +3,8 @@
 The bases and rows are those of `make study`. Other files are below `decode` and `fleet` in the
 study's folder. The adapters are trained to write the whole `raise` statement, about 15 tokens, from
 a message. A second suite scores only the class of the exception, the start of the statement.
-`study.upgrade` runs this fleet through the flows, and the benchmarks measure its evaluation.
+`study.upgrade` runs this fleet through the flows, with the second suite. The benchmarks measure its
+evaluation.
 """
 
 import json
@@ -28,8 +29,7 @@ from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit
 
 MOST, STOP = 64, ("\n",)
-ITEMS = 120
-"""Items of the suite of statements that verdicts of this fleet are based on."""
+STEPS = 120
 FAMILY = "smollm2-135m"
 PATCH = "patch"
 """The study's update `all` with a tenth of its learning rate, chosen before any evaluation."""
@@ -131,7 +131,7 @@ def class_suite(rows: Path) -> Suite:
     return Suite("class", DataSource(str(rows)), max_new_tokens=8, stop=ends, keep_answers=True)
 
 
-def recipe(kind: str, seed: int, steps: int = 40) -> TrainingRecipe:
+def recipe(kind: str, seed: int, steps: int = STEPS) -> TrainingRecipe:
     """Return the recipe of an adapter of the fleet. The URIs of its data are placeholders."""
     return TrainingRecipe(
         adapter="raise",
@@ -151,7 +151,9 @@ def recipe(kind: str, seed: int, steps: int = 40) -> TrainingRecipe:
     )
 
 
-def adapter(study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: int = 40) -> Path:
+def adapter(
+    study: Path, rows: Mapping[str, Path], kind: str, seed: int, steps: int = STEPS
+) -> Path:
     """Train an adapter on base v1, unless it exists (minutes). Return its folder."""
 
     def show(event: Event) -> None:

@@ -1,17 +1,20 @@
 """Run sixteen adapters of eight kinds through two updates: `python -m study.upgrade`.
 
 It works on the stack of `make up` as a platform team does: it uploads bases with an S3 client,
-adopts adapters and sets `champion`. The policies of prefect.yaml apply; their margin was fixed
-before any of these adapters was trained. Each step is skipped if its result exists, so an
-interrupted run resumes. The table of docs/fleet.md is written from the registry.
+adopts adapters and sets `champion`. The policies of prefect.yaml apply, and the file of unlabeled
+prompts is named in them; their margin was fixed before any of these adapters was trained. Each step
+is skipped if its result exists, so an interrupted run resumes. The table of docs/fleet.md and the
+figure in benchmarks/results.json are written from the registry.
 """
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 
@@ -19,25 +22,32 @@ from demo.programs import become_client_of, run_module
 from demo.screen import DemoError, Screen
 from demo.upload import upload
 from infra.stack.settings import StackSettings
-from study.fleet import ITEMS, PATCH, bases_and_rows, fleet, statements, suite
+from study.fleet import PATCH, bases_and_rows, class_suite, classes, fleet, statements
 from study.pages import with_blocks
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS, Deployment
 from trans_peft.domain.data import DataSource
-from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.evaluation import GatePolicy, Verdict
+from trans_peft.domain.recovery import CompensationPolicy, RecoveryPolicy, RecoveryStrategy
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.evaluation import evaluate_on, pin_suites
 from trans_peft.lifecycle.report import FleetReport, FleetRow, report
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
 
-__all__ = ["OLD", "UPDATES", "counted", "table"]
+__all__ = ["OLD", "UPDATES", "counted", "serving_share", "table"]
 
 FAMILY, OLD = "fleet", "v1"
 UPDATES = (PATCH, "all")
 ADAPTERS = 16
 _DATA = "s3://data/fleet"
-_PAGE = Path(__file__).parent.parent / "docs" / "fleet.md"
+_ROOT = Path(__file__).parent.parent
+_PAGE, _RESULTS = _ROOT / "docs" / "fleet.md", _ROOT / "benchmarks" / "results.json"
+_SUITE = replace(class_suite(Path()), data=DataSource(f"{_DATA}/classes.jsonl"))
+POLICY = GatePolicy(
+    recovery=RecoveryPolicy(compensation=CompensationPolicy(prompts_uri=f"{_DATA}/prompts.jsonl"))
+)
+"""The policy of prefect.yaml, with the prompts of this fleet."""
 
 
 def main() -> None:
@@ -49,25 +59,30 @@ def main() -> None:
     screen.section("The fleet", f"{ADAPTERS} adapters of eight kinds, trained on {OLD}")
     for update in UPDATES:
         bases_and_rows(options.study, update)
-    rows = statements(options.study)
-    folders = fleet(options.study, rows, ADAPTERS)
+    folders = fleet(options.study, statements(options.study), ADAPTERS)
+    items = classes(options.study)
     screen.success(f"{len(folders)} adapters")
 
     screen.section("The platform", "MLflow, Prefect, S3, a worker and the bridge")
     run_module(["infra.stack", "up"], screen)
     become_client_of(StackSettings())
     # Prefect reads the environment when it is imported, so it is imported here.
-    from demo.deployments import run
+    from demo.deployments import run, set_parameters
     from tasks.composition import platform
 
     steps = Steps(screen, options.study, platform(), partial(run, screen=screen))
+    set_parameters(Deployment.RECONCILE, {"policy": POLICY})
     steps.old_base()
-    steps.adopted(rows, folders)
-    bare_on_old = steps.bare_on_old(rows)
+    steps.adopted(items, folders)
+    bare_on_old = steps.bare_on_old()
     for update in UPDATES:
         steps.updated(update)
     seen = report(FAMILY, platform())
     _PAGE.write_text(with_blocks(_PAGE.read_text(), {"verdicts": table(seen, bare_on_old)}))
+    results = json.loads(_RESULTS.read_text()) | {
+        "survive.fleet_serving_share": serving_share(seen)
+    }
+    _RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     screen.success(f"{counted(seen)}; written: {_PAGE}")
 
 
@@ -89,12 +104,14 @@ class Steps:
         if self._platform.catalog.alias(FAMILY, SERVING_ALIAS) is None:
             self._promote(OLD)
 
-    def adopted(self, rows: Mapping[str, Path], folders: Mapping[str, Path]) -> None:
+    def adopted(self, items: Path, folders: Mapping[str, Path]) -> None:
         """Register every adapter on v1, with its evaluation there."""
         self._screen.section("Adapters", f"adopted: evaluated on {OLD}, registered")
-        store, evaluated = self._platform.store, _suite(rows)
-        with rows["eval"].open("rb") as file:
-            store.write(evaluated.data.uri, file)
+        store = self._platform.store
+        prompts = self._study / "rows" / "exceptions" / "prompts.jsonl"
+        for source, uri in ((items, _SUITE.data.uri), (prompts, f"{_DATA}/prompts.jsonl")):
+            with source.open("rb") as file:
+                store.write(uri, file)
         known = self._platform.registry.adapters(FAMILY)
         for name, folder in folders.items():
             if name in known:
@@ -102,12 +119,12 @@ class Steps:
             for path in sorted(folder.iterdir()):
                 with path.open("rb") as file:
                     store.write(f"{_DATA}/{name}/{path.name}", file)
-            self._run(Deployment.ADOPT_ADAPTER, self._adoption(name, evaluated), key=name)
+            self._run(Deployment.ADOPT_ADAPTER, self._adoption(name), key=name)
 
-    def bare_on_old(self, rows: Mapping[str, Path]) -> float:
+    def bare_on_old(self) -> float:
         """Return the score of the bare v1, which no verdict needs."""
         base = find_base(FAMILY, OLD, self._platform)
-        suites = pin_suites([_suite(rows)], self._platform)
+        suites = pin_suites([_SUITE], self._platform)
         (found,) = evaluate_on(base, suites, self._platform).values()
         return found.score
 
@@ -120,12 +137,12 @@ class Steps:
         self._reconcile(f"judge {update}")
         self._promote(update)
 
-    def _adoption(self, name: str, evaluated: Suite) -> dict[str, object]:
+    def _adoption(self, name: str) -> dict[str, object]:
         return {
             "adapter": name,
             "folder_uri": f"{_DATA}/{name}",
             "family": FAMILY,
-            "suites": [evaluated],
+            "suites": [_SUITE],
             "base_version": OLD,
         }
 
@@ -174,10 +191,6 @@ class Steps:
                 raise
 
 
-def _suite(rows: Mapping[str, Path]) -> Suite:
-    return replace(suite(rows["eval"]), data=DataSource(f"{_DATA}/eval.jsonl"), limit=ITEMS)
-
-
 def table(seen: FleetReport, bare_on_old: float) -> str:
     """Return a Markdown table with a row per adapter. NotFoundError if one was not judged."""
     cells = {(row.adapter, row.base): row for row in seen.rows}
@@ -203,13 +216,26 @@ def counted(seen: FleetReport) -> str:
     return "; ".join(parts)
 
 
+def serving_share(seen: FleetReport) -> dict[str, Any]:
+    """Return the share of the adapters that serve on the last update, with its exact interval."""
+    from scipy.stats import binomtest
+
+    verdicts = [row.verdict for row in seen.rows if row.base == UPDATES[-1]]
+    found = binomtest(verdicts.count(Verdict.PASSED), len(verdicts))
+    interval = found.proportion_ci()
+    values = {"value": found.statistic, "low": interval.low, "high": interval.high}
+    shape = f"SmolLM2-135M, {len(verdicts)} adapters of eight kinds, update {UPDATES[-1]}"
+    return {name: round(value, 4) for name, value in values.items()} | {"shape": shape}
+
+
 def _cell(row: FleetRow) -> str:
     if row.verdict is None or not row.suites:
         raise NotFoundError(f"{row.adapter} has no figures on {row.base}", found=row.reason)
     found = row.suites[0]
     change = found.versus_old_base
     bounds = f"({change.lower:+.1f}, {change.upper:+.1f})"
-    return f"{found.score:.1f}, {change.difference:+.1f} {bounds}, {row.verdict}"
+    made = "" if row.strategy == RecoveryStrategy.DIRECT else f" ({row.strategy})"
+    return f"{found.score:.1f}, {change.difference:+.1f} {bounds}, {row.verdict}{made}"
 
 
 if __name__ == "__main__":

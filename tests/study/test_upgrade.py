@@ -1,9 +1,12 @@
 """The table of docs/fleet.md, for a constructed fleet."""
 
+from dataclasses import replace
+
 import pytest
 
-from study.upgrade import OLD, UPDATES, counted, table
+from study.upgrade import OLD, UPDATES, counted, serving_share, table
 from trans_peft.domain.evaluation import Comparison, SuiteJudgment, Verdict
+from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import NotFoundError
 from trans_peft.lifecycle.report import FleetReport, FleetRow
 
@@ -55,6 +58,18 @@ def test_a_row_has_the_old_score_and_figures_and_verdict_on_each_update():
     first, *_ = table(fleet((PASSED, RETUNE)), 4.0).splitlines()[2:]
     passed, retune = ("40.0, -10.0 (-14.2, -5.0), " + str(v) for v in (PASSED, RETUNE))
     assert first == f"| a0 | 50.0 | {passed} | {retune} |"
+
+
+def test_a_cell_names_the_strategy_that_made_the_version():
+    seen = fleet((PASSED, PASSED))
+    last = replace(seen.rows[-1], strategy=RecoveryStrategy.COMPENSATED)
+    first, *_ = table(replace(seen, rows=(*seen.rows[:-1], last)), 4.0).splitlines()[2:]
+    assert first.endswith("-5.0), passed | 40.0, -10.0 (-14.2, -5.0), passed (compensated) |")
+
+
+def test_the_share_that_serves_on_the_last_update_has_an_exact_interval():
+    found = serving_share(fleet((RETUNE, PASSED), (PASSED, PASSED), (PASSED, RETUNE)))
+    assert (found["value"], found["low"], found["high"]) == (0.6667, 0.0943, 0.9916)
 
 
 def test_the_table_ends_with_the_bare_base_and_the_counts():
