@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -156,7 +156,7 @@ def bare_scores(prepared: Prepared, known: Container[str]) -> Iterator[Score]:
         for task in TASKS:
             key = prepared.key(BARE, task, base)
             if key not in known:
-                right = _answers(prepared, task, base, None)
+                right = _marks(_results(prepared, task, base, None))
                 yield Score(key, task, BARE, 0, 0, "", base, right, {}, 0.0)
 
 
@@ -191,6 +191,8 @@ def score_of(
     prepared: Prepared, planned: PlannedTraining, base: str, key: str, result: TrainingResult
 ) -> Score:
     """Return the score of a trained adapter on a base."""
+    results = _results(prepared, planned.task, base, result.folder)
+    has_degrees = any(isinstance(one, float) for one in results)
     return Score(
         key=key,
         task=planned.task,
@@ -199,13 +201,20 @@ def score_of(
         seed=planned.seed,
         trained_on=planned.base,
         scored_on=base,
-        right=_answers(prepared, planned.task, base, result.folder),
+        right="" if has_degrees else _marks(results),
         perturbation=asdict(planned.perturbation),
         train_seconds=round(result.seconds, 1),
+        degrees=[round(float(degree), 4) for degree in results] if has_degrees else [],
     )
 
 
-def _answers(prepared: Prepared, task: str, base: str, adapter: Path | None) -> str:
+def _marks(results: Sequence[bool | float]) -> str:
+    return "".join("1" if correct else "0" for correct in results)
+
+
+def _results(
+    prepared: Prepared, task: str, base: str, adapter: Path | None
+) -> Sequence[bool | float]:
     from contextlib import nullcontext
 
     from trans_peft.models import load_base
@@ -223,4 +232,4 @@ def _answers(prepared: Prepared, task: str, base: str, adapter: Path | None) -> 
             weights_sha256=BARE,
             base_fingerprint_sha256=prepared.fingerprints[base],
         )
-    return "".join("1" if item.correct else "0" for item in found.items)
+    return [item.correct for item in found.items]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from study.cells import Prepared, end_with_parent, log, log_steps, prepare, score_of, spared_layers
 from study.distillation_report import PAGE, PICTURE, draw, figures, page_with, recoveries
+from study.free_text import FREE_TEXT, with_free_text
 from study.plan import STEPS, V1, PlannedTraining, arms
 from study.score_file import Score, ScoreFile
 from trans_peft.bases.drift import weight_pairs
@@ -41,6 +42,8 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results.json"
 POLICY = DistillationPolicy()
 CELLS = (("exceptions", "ffn"), ("signatures", "all"), ("exceptions", "all"), ("signatures", "ffn"))
 """Tasks and updates. The policy's defaults were chosen in the last one, with seed 1."""
+FREE_TEXT_CELLS = ((FREE_TEXT, "ffn"), (FREE_TEXT, "all"))
+"""Run with the first seed, after the other tasks."""
 SEEDS = (1, 2, 3)
 APPROVED = (20, 5)
 """Numbers of approved prompts after which v1 writes others."""
@@ -222,6 +225,15 @@ def _trained(prepared: Prepared, planned: PlannedTraining) -> tuple[TrainingJob,
     return job, train(job, on_event=log_steps(planned))
 
 
+def _cells() -> list[tuple[str, str, int]]:
+    """Return the tasks, updates and seeds in the order in which they run."""
+    first, *_ = SEEDS
+    return [
+        *((task, update, seed) for seed in SEEDS for task, update in CELLS),
+        *((task, update, first) for task, update in FREE_TEXT_CELLS),
+    ]
+
+
 def _rows(prepared: Prepared, task: str, name: str) -> Sequence[Example]:
     return parse_examples((prepared.rows(task) / name).read_bytes(), name)
 
@@ -230,7 +242,7 @@ def main() -> None:
     """Run what the score file lacks, and write the report."""
     parser = argparse.ArgumentParser(prog="python -m study.distillation", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".study"), help="folder for all files")
-    parser.add_argument("--cells", type=int, default=len(CELLS) * len(SEEDS), help="cells to run")
+    parser.add_argument("--cells", type=int, default=len(_cells()), help="cells to run")
     parser.add_argument("--parts", type=int, default=len(PARTS), help="parts of each cell to run")
     parser.add_argument("--report", action="store_true", help="write the report only")
     options = parser.parse_args()
@@ -244,8 +256,10 @@ def run_missing(known: ScoreFile, folder: Path, cells: int, parts: Sequence[Part
     """Run what the score file lacks, the first cells only."""
     os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
     end_with_parent()
-    planned = [(task, update, seed) for seed in SEEDS for task, update in CELLS][:cells]
+    planned = _cells()[:cells]
     prepared = prepare(folder, sorted({update for _, update, _ in planned}))
+    if any(task == FREE_TEXT for task, *_ in planned):
+        prepared = with_free_text(prepared)
     named = arms(spared_layers(prepared))
     for part in parts:
         for task, update, seed in planned:

@@ -16,7 +16,7 @@ import numpy as np
 from study.pages import with_blocks
 from study.plan import V1
 from study.score_file import Score
-from trans_peft.experiment.statistics import Interval, resampled, right
+from trans_peft.experiment.statistics import Interval, resampled
 
 __all__ = ["PAGE", "PICTURE", "Recovery", "draw", "figures", "page_with", "recoveries"]
 
@@ -108,7 +108,7 @@ class Recovery:
 
     def _drawn(self, arm: str, base: str, seeds: Sequence[int]) -> np.ndarray:
         scores = self.by_arm[arm, base]
-        return resampled([right([scores[seed].right for seed in seeds])])
+        return resampled([np.array([scores[seed].results for seed in seeds])])
 
 
 def recoveries(scores: Sequence[Score]) -> Iterator[Recovery]:
@@ -176,7 +176,7 @@ def _arms() -> Iterator[tuple[str, str]]:
 def _table(pair: Recovery) -> str:
     seeds = pair.seeds(PLAIN, NEW)
     count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    items = len(pair.by_arm[PLAIN, V1][seeds[0]].right)
+    items = len(pair.by_arm[PLAIN, V1][seeds[0]].results)
     lines = [
         f"### {pair.task}, update `{pair.update}`: {count}, {items} items",
         "",

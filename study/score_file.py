@@ -4,7 +4,7 @@ The file is part of the repository. On another machine only missing or changed s
 and the tables can be written without any computation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ __all__ = ["Score", "ScoreFile"]
 class Score:
     """The results of one adapter (or of the base, `arm` "bare") on one task and one base.
 
-    `right` has one character per item, in the order of the suite: "1" for a right answer.
+    `right` has one character per item, in the order of the suite: "1" for a right answer. In a task
+    whose answers have degrees, it is empty, and `degrees` has a number from 0 to 1 for each item.
     `perturbation` is that of the recipe. `train_seconds` is the time of the training loop.
     """
 
@@ -31,6 +32,12 @@ class Score:
     right: str
     perturbation: dict[str, Any]
     train_seconds: float
+    degrees: list[float] = field(default_factory=list)
+
+    @property
+    def results(self) -> list[float]:
+        """The result of each item, from 0 to 1."""
+        return self.degrees or [float(mark) for mark in self.right]
 
     @property
     def cell(self) -> tuple[str, str, int, int, str, str]:
@@ -40,8 +47,8 @@ class Score:
 
     @property
     def points(self) -> float:
-        """Share of right answers, in percent."""
-        return 100 * self.right.count("1") / len(self.right)
+        """The mean result, in percent."""
+        return 100 * sum(self.results) / len(self.results)
 
 
 class ScoreFile(score_file.ScoreFile[Score]):
