@@ -124,11 +124,13 @@ def scores(
     prepared: Prepared, planned: PlannedTraining, update: str, part: Part, known: ScoreFile
 ) -> Iterator[Score]:
     """Yield the scores of one arm of a cell that the score file lacks."""
-    job, trained = _trained(prepared, planned)
-    yield from _missing(prepared, planned, (V1, update), trained, known)
+    job, trained = trained_on_its_base(prepared, planned)
+    yield from missing_scores(prepared, planned, (V1, update), trained, known)
     if planned.arm == "plain":
         anew = replace(planned, base=update)
-        yield from _missing(prepared, anew, (update,), _trained(prepared, anew)[1], known)
+        yield from missing_scores(
+            prepared, anew, (update,), trained_on_its_base(prepared, anew)[1], known
+        )
     for source in part.sources:
         for rank in part.ranks:
             strategy = f"compensated {rank}" if rank else "distilled"
@@ -138,20 +140,19 @@ def scores(
             try:
                 made = prompts(prepared, job, source)
                 result = (
-                    _compensated(prepared, arm, job, trained, update, rank, made)
+                    compensated(prepared, arm, trained, update, rank, made)
                     if rank
                     else _distilled(prepared, arm, job, trained, update, made)
                 )
             except DataError as error:  # too few prompts
                 log(f"{arm}: {error}")
                 continue
-            yield from _missing(prepared, arm, (update,), result, known)
+            yield from missing_scores(prepared, arm, (update,), result, known)
 
 
-def _compensated(  # noqa: PLR0913  one cell
+def compensated(
     prepared: Prepared,
     planned: PlannedTraining,
-    job: TrainingJob,
     trained: TrainingResult,
     update: str,
     rank: int,
@@ -199,13 +200,14 @@ def _distilled(
     return replace(found.training, seconds=found.teacher_s + found.training.seconds)
 
 
-def _missing(
+def missing_scores(
     prepared: Prepared,
     planned: PlannedTraining,
     bases: Sequence[str],
     result: TrainingResult,
     known: ScoreFile,
 ) -> Iterator[Score]:
+    """Yield the scores of an adapter on these bases that the score file lacks."""
     for base in bases:
         key = prepared.key(result.weights_sha256, planned.task, base)
         if key not in known:
@@ -216,7 +218,9 @@ def _cell(planned: PlannedTraining) -> tuple[str, str, int, int, str]:
     return (planned.task, planned.arm, planned.steps, planned.seed, planned.base)
 
 
-def _trained(prepared: Prepared, planned: PlannedTraining) -> tuple[TrainingJob, TrainingResult]:
+def trained_on_its_base(
+    prepared: Prepared, planned: PlannedTraining
+) -> tuple[TrainingJob, TrainingResult]:
     """Train an adapter in float32, which is faster than bfloat16 on most processors."""
     job = prepared.job(planned)
     job = replace(job, recipe=replace(job.recipe, dtype="float32"))
@@ -248,11 +252,11 @@ def main() -> None:
     options = parser.parse_args()
     known = ScoreFile(SCORES)
     if not options.report:
-        run_missing(known, options.folder.resolve(), options.cells, PARTS[: options.parts])
+        runmissing_scores(known, options.folder.resolve(), options.cells, PARTS[: options.parts])
     write_report(known)
 
 
-def run_missing(known: ScoreFile, folder: Path, cells: int, parts: Sequence[Part]) -> None:
+def runmissing_scores(known: ScoreFile, folder: Path, cells: int, parts: Sequence[Part]) -> None:
     """Run what the score file lacks, the first cells only."""
     os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
     end_with_parent()

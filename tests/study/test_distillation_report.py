@@ -10,7 +10,9 @@ from study.score_file import Score
 
 ITEMS = 100
 COMPENSATED = "plain, compensated 16, unlabeled"
-PAGE = "# Page\n\n<!-- begin recoveries -->\n\nold\n\n<!-- end recoveries -->\n"
+PAGE = "# Page\n\n" + "".join(
+    f"<!-- begin {name} -->\n\nold\n\n<!-- end {name} -->\n" for name in ("recoveries", "cost")
+)
 
 
 def score(arm, base, points, *, seed=1, trained_on=V1, seconds=0.0, task="task"):
@@ -69,3 +71,13 @@ def test_the_table():
     assert "| plain, unchanged | 70.0 | 40.0 | 0 | 0 |" in page
     assert "| plain, compensated at rank 16: unlabeled prompts |  | 56.0 | 80 (" in page
     assert "| Fine-tune(new) |  | 60.0 | 100 | 200 |" in page
+
+
+def test_the_costs_are_those_of_pairs_in_which_every_way_was_measured():
+    distilled = score("plain, distilled, unlabeled", "ffn", 50, seconds=100.0)
+    found = list(recoveries([*pair(1, 58), distilled, *pair(2, 58)]))
+    assert page_with(PAGE, found).partition("begin cost")[2].splitlines()[4:7] == [
+        "| compensated at rank 16 | 50 | 0.25 (0.25 to 0.25) | 14 |",
+        "| distilled | 100 | 0.50 (0.50 to 0.50) | 28 |",
+        "| Fine-tune(new) | 200 | 1 | 56 |",
+    ]
