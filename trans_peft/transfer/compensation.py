@@ -21,7 +21,8 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from functools import lru_cache
+from math import isfinite, sqrt
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
 __all__ = ["Compensation", "compensate"]
 
-_OVERSAMPLING, _ITERATIONS = 8, 4  # of the randomized SVD
+_OVERSAMPLING, _ITERATIONS = 8, 5  # of the subspace iteration
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def compensate(
     shares: list[float] = []
     whole = other = 0.0
     generator = torch.Generator().manual_seed(0)
+    # Modules with the same inputs follow each other: keys and queries, gates and ups.
+    moment = lru_cache(maxsize=2)(_SecondMoment)
     for weight, old, new in weights:
         size = (old - new).square().sum().item()
         here = [name for name in modules[weight] if source.is_written(name, new, bool(size))]
@@ -110,7 +113,9 @@ def compensate(
             a, b = source.product(name, old)
             exact = a.shape[0]
             if size:
-                more_a, more_b, share = _correction(old - new, inputs[name].values, total - exact)
+                more_a, more_b, share = _correction(
+                    old - new, moment(inputs[name].values), total - exact
+                )
                 a, b = torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)
                 shares.append(share)
             a, b = _padded(a, b, total, generator)
@@ -134,28 +139,48 @@ def compensate(
     return Compensation(target, len(shares), sum(shares) / len(shares), other / whole)
 
 
-def _correction(change: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+class _SecondMoment:
+    """S = X^T X of inputs X (n, in_features), which are kept instead if they are fewer."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        inputs = inputs.to("cpu", torch.float32)  # where the weights of the bases are
+        n, width = inputs.shape
+        self._inputs = None if n > width else inputs
+        self._product = inputs.T @ inputs if n > width else None
+
+    def __rmatmul__(self, left: Tensor) -> Tensor:
+        """Return `left` S."""
+        if self._product is not None:
+            return left @ self._product
+        assert self._inputs is not None
+        return left @ self._inputs.T @ self._inputs
+
+
+def _correction(change: Tensor, moment: _SecondMoment, rank: int) -> tuple[Tensor, Tensor, float]:
     """Return A and B with B A = U U^T change, and the share |U U^T Y|^2 / |Y|^2.
 
-    Y = change @ inputs.T are the changes of the outputs, and U their first left singular vectors.
-    Inputs X = Q R can be replaced by R: U and the norms of Y stay the same. For an output layer, Y
-    is then smaller.
+    Y = change @ X^T are the changes of the outputs, and U their first left singular vectors. These
+    are eigenvectors of Y Y^T = change S change^T, which is never formed: subspace iteration
+    (Halko, Martinsson and Tropp 2011) multiplies few vectors by it.
     """
-    if change.shape[0] > inputs.shape[0] > inputs.shape[1]:
-        inputs = torch.linalg.qr(inputs.float(), mode="r").R
-    outputs = change @ inputs.to(change).T
-    if not outputs.isfinite().all():
+    weighted = change @ moment
+    whole = (weighted * change).sum().item()
+    if not isfinite(whole):
         raise AdapterError(
             "the change of the outputs of a linear module is not finite",
             expected="finite weights in both bases, and finite inputs in the suite's dtype",
         )
-    rank = min(rank, *outputs.shape)
-    with torch.random.fork_rng(devices=[]):  # the SVD draws from torch's global generator
-        torch.manual_seed(0)
-        size = min(rank + _OVERSAMPLING, *outputs.shape)
-        basis = torch.svd_lowrank(outputs, q=size, niter=_ITERATIONS)[0][:, :rank]
-    whole = outputs.square().sum().item()
-    share = (basis.T @ outputs).square().sum().item() / whole if whole else 1.0
+    rank = min(rank, *change.shape)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(
+        change.shape[0], min(rank + _OVERSAMPLING, *change.shape), generator=generator
+    )
+    basis = torch.linalg.qr(drawn).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(weighted @ (change.T @ basis)).Q
+    values, vectors = torch.linalg.eigh((basis.T @ weighted) @ (change.T @ basis))
+    basis = basis @ vectors[:, -rank:]
+    share = values[-rank:].sum().item() / whole if whole else 1.0
     rows = basis.T @ change
     balance = rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
     return rows / balance[:, None], basis * balance, share
