@@ -36,11 +36,18 @@ _STRATEGIES = {
     "compensated 64": "compensated at rank 64",
     "distilled": "distilled",
 }
-_ADAPTERS = {PLAIN: "plain", SPARED: "Trans-PEFT"}
+_ADAPTERS = {
+    PLAIN: "plain",
+    SPARED: "Trans-PEFT",
+    "update x 1.5": "trained under up to 1.5 of a short FFN update",
+    "update x 4": "trained under up to 4 times a short FFN update",
+    "noise x 1.5": "trained under noise of the norm of up to 1.5 of it",
+}
 _DEFAULT = f"{PLAIN}, compensated 16, unlabeled"
 _GREY, _INK = "#8A8F98", "#22262B"
 _RANGE = (-60, 150)
 _COLORS = {PLAIN: "#E07A1F", SPARED: "#1F6FB2"}
+_OTHER_COLOR = "#5B8C5A"
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Recovery:
 
     def seconds(self, arm: str) -> float | None:
         """Return the mean seconds of an arm after the update. None without scores."""
-        if arm in (PLAIN, SPARED):
+        if arm in _ADAPTERS:
             return 0.0
         scores = self.by_arm.get((arm, self.update), {}).values()
         return float(np.mean([score.train_seconds for score in scores])) if scores else None
@@ -267,7 +274,7 @@ def draw(found: Sequence[Recovery], path: Path) -> Path:
 def _shares(pair: Recovery) -> list[tuple[str, Interval, str]]:
     """Return the title, the share of the gap and the color of each arm between the references."""
     return [
-        (title, share, _COLORS[arm.partition(",")[0]])
+        (title, share, _COLORS.get(arm.partition(",")[0], _OTHER_COLOR))
         for arm, title in _arms()
         if arm not in (PLAIN, NEW) and (share := pair.share(arm)) is not None
     ]
