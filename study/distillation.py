@@ -16,7 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from study.cells import Prepared, end_with_parent, log, log_steps, prepare, score_of, spared_layers
-from study.distillation_report import PAGE, PICTURE, draw, figures, page_with, recoveries
+from study.distillation_report import (
+    PAGE,
+    PICTURE,
+    README,
+    draw,
+    figures,
+    page_with,
+    readme_with,
+    recoveries,
+)
 from study.free_text import FREE_TEXT, with_free_text
 from study.plan import STEPS, V1, PlannedTraining, arms
 from study.score_file import Score, ScoreFile
@@ -277,8 +286,9 @@ def runmissing_scores(known: ScoreFile, folder: Path, cells: int, parts: Sequenc
 
 
 def write_report(known: ScoreFile) -> None:
-    """Write the tables into docs/survival.md, the picture, and benchmarks/results.json."""
+    """Write the tables of README.md and docs/survival.md, the picture, and results.json."""
     found = list(recoveries(tuple(known)))
+    README.write_text(readme_with(README.read_text(), found))
     PAGE.write_text(page_with(PAGE.read_text(), found))
     results = json.loads(RESULTS.read_text()) | figures(found)
     RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")

@@ -18,9 +18,20 @@ from study.plan import V1
 from study.score_file import Score
 from trans_peft.experiment.statistics import Interval, resampled
 
-__all__ = ["PAGE", "PICTURE", "Recovery", "draw", "figures", "page_with", "recoveries"]
+__all__ = [
+    "PAGE",
+    "PICTURE",
+    "README",
+    "Recovery",
+    "draw",
+    "figures",
+    "page_with",
+    "readme_with",
+    "recoveries",
+]
 
-PAGE = Path(__file__).parent.parent / "docs" / "survival.md"
+README = Path(__file__).parent.parent / "README.md"
+PAGE = README.parent / "docs" / "survival.md"
 PICTURE = PAGE.parent / "images" / "survival.png"
 
 PLAIN, SPARED, NEW = "plain", "spared", "Fine-tune(new)"
@@ -169,6 +180,26 @@ def page_with(page: str, found: Sequence[Recovery]) -> str:
     """Return the page with its blocks `recoveries` and `cost` replaced."""
     tables = {"recoveries": "\n\n".join(map(_table, found)), "cost": _costs(found)}
     return with_blocks(page, tables)
+
+
+def readme_with(readme: str, found: Sequence[Recovery]) -> str:
+    """Return the README with its block `recoveries` replaced: the default strategy only."""
+    lines = [
+        "| task, update of the base | old base | new base: unchanged | compensated | trained anew "
+        "| share of the gap closed, % | time / training anew |",
+        "| -- | -: | -: | -: | -: | -: | -: |",
+    ]
+    for pair in sorted(found, key=lambda pair: (pair.update != "ffn", pair.task)):
+        if (share := pair.share(_DEFAULT)) is None:
+            continue
+        cells = [(PLAIN, V1), *((arm, pair.update) for arm in (PLAIN, _DEFAULT, NEW))]
+        old, direct, made, anew = (f"{pair.mean(*cell):.1f}" for cell in cells)
+        weights = {"ffn": "FFN weights only", "all": "all weights"}[pair.update]
+        lines.append(
+            f"| {pair.task}, {weights} | {old} | {direct} | **{made}** | {anew} | "
+            f"{_percent(share)} | {np.median(pair.costs(_DEFAULT)):.2f} |"
+        )
+    return with_blocks(readme, {"recoveries": "\n".join(lines)})
 
 
 def _arms() -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from study.distillation_report import figures, page_with, recoveries
+from study.distillation_report import figures, page_with, readme_with, recoveries
 from study.plan import V1
 from study.score_file import Score
 
@@ -81,3 +81,13 @@ def test_the_costs_are_those_of_pairs_in_which_every_way_was_measured():
         "| distilled | 100 | 0.50 (0.50 to 0.50) | 28 |",
         "| Fine-tune(new) | 200 | 1 | 56 |",
     ]
+
+
+def test_the_readme_has_the_default_strategy_of_every_pair():
+    found = list(recoveries([*pair(1, 58), *pair(2, 54)]))
+    assert (
+        readme_with(PAGE, found)
+        .splitlines()[6]
+        .startswith("| task, FFN weights only | 70.0 | 40.0 | **56.0** | 60.0 | 80 (")
+    )
+    assert readme_with(PAGE, found).splitlines()[6].endswith(" | 0.25 |")
