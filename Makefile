@@ -27,7 +27,7 @@ help: ## show this
 	@echo "  examples"
 	@echo "make demo         a real model, two adapters, an update, every verdict (12 min on 2 cores)"
 	@echo "make demo-full    more tasks and adapters; no time limit, resumable"
-	@echo "make study        measure the effect of Trans-PEFT (hours); resumes from study/scores.jsonl"
+	@echo "make study        measure the effect of Trans-PEFT (hours); resumes from study/results"
 	@echo "make bench        benchmarks of training, evaluation, downloads and notifications (hours)"
 	@echo
 	@echo "  the platform on this machine: MLflow, Prefect, S3, the bridge, the fleet page, one worker"

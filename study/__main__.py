@@ -1,71 +1,86 @@
-"""`python -m study`: run what is missing, then print the tables and draw the picture."""
+"""`python -m study`: run the experiments of the study, then write the tables of docs/study.md."""
 
 import argparse
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.markdown import Markdown
+from study.cells import prepare
+from study.pages import with_blocks
+from study.plan import CANDIDATES, STUDY, results, scores
+from trans_peft.cli import main as trans_peft
+from trans_peft.experiment import figures, tables
+from trans_peft.experiment.comparison import Scores
 
-from study.cells import bare_scores, end_with_parent, log, prepare, scores, spared_layers
-from study.picture import draw
-from study.plan import planned_trainings
-from study.report import comparisons, markdown, page_with
-from study.score_file import ScoreFile
+FOLDER = Path(__file__).parents[1] / ".study"
+"""The folder of bases, rows and adapters, which the experiment files name."""
 
-SCORES = Path(__file__).with_name("scores.jsonl")
 FIGURES = Path(__file__).with_name("updates.json")
-PAGE = Path(__file__).parent.parent / "docs" / "study.md"
-PICTURE = PAGE.parent / "images" / "study.png"
+PAGE = FOLDER.with_name("docs") / "study.md"
 
 
 def main() -> None:
-    """Run the parts of the study that the file of scores lacks, and write the report."""
+    """Make the bases and rows, run what the experiments lack, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".study"), help="folder for all files")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="adapters in parallel")
-    parser.add_argument("--report", action="store_true", help="write the report only")
-    options = parser.parse_args()
-    score_file = ScoreFile(SCORES)
-    if not options.report:
-        run_missing(score_file, options.folder.resolve(), options.jobs)
-    write_report(score_file)
+    parser.add_argument("--report", action="store_true", help="write the page only")
+    if not parser.parse_args().report:
+        FIGURES.write_text(json.dumps(prepare(FOLDER).updates, indent=1) + "\n")
+        for experiment in (CANDIDATES, STUDY):
+            file = Path(__file__).with_name(f"{experiment.name}.yaml")
+            out, state = results(experiment), FOLDER / "state"
+            code = trans_peft(
+                ["experiment", str(file), "--out", str(out), "--state", str(state)]
+            )  # fmt: skip
+            if code:
+                sys.exit(code)
+    for task in STUDY.families:
+        for update, picture in pictures(task).items():
+            figures.transfer_figure(Scores.of(STUDY, task, scores(STUDY)), update, picture)
+    PAGE.write_text(page_with(PAGE.read_text()))
+    print(PAGE)
 
 
-def run_missing(score_file: ScoreFile, folder: Path, jobs: int) -> None:
-    """Train and score what the file of scores lacks, `jobs` adapters in parallel."""
-    os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
-    prepared = prepare(folder)
-    FIGURES.write_text(json.dumps(prepared.updates, indent=1) + "\n")
-    for score in bare_scores(prepared, score_file):
-        log(f"bare, {score.task}: {score.points:.1f} % right on {score.scored_on}")
-        score_file.append(score)
-    spared = spared_layers(prepared)
-    log(f"spared layers: {spared}")
-    known = frozenset(score.key for score in score_file)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, initializer=end_with_parent) as pool:
-        running = {
-            pool.submit(scores, planned, prepared, known): planned
-            for planned in planned_trainings(spared)
-        }
-        for done, future in enumerate(as_completed(running), start=1):
-            for score in future.result():
-                score_file.append(score)
-            log(f"{done} of {len(running)} adapters")
+def pictures(task: str) -> dict[str, Path]:
+    """Return the file of a task's picture for each update."""
+    folder = PAGE.parent / "images"
+    return {name: folder / f"study-{task}-{name}.svg" for name in STUDY.families[task].new}
 
 
-def write_report(score_file: ScoreFile) -> None:
-    """Write the tables into the page of the study, print them, and draw the picture."""
-    updates = json.loads(FIGURES.read_text())
-    PAGE.write_text(page_with(PAGE.read_text(), tuple(score_file), updates))
-    found = list(comparisons(tuple(score_file)))
-    Console().print(Markdown("\n\n".join(map(markdown, found))))
-    print(f"\n{PAGE}\n{draw(found, PICTURE) if found else 'no picture yet'}")
+def page_with(page: str) -> str:
+    """Return the page with its blocks `updates`, `comparisons` and `candidates` replaced."""
+    (task,) = CANDIDATES.families
+    (update,) = CANDIDATES.families[task].new
+    blocks = {
+        "updates": _updates_table(),
+        "candidates": tables.change_table(Scores.of(CANDIDATES, task, scores(CANDIDATES)), update),
+        "comparisons": "\n\n".join(map(_comparisons, STUDY.families)),
+    }
+    return with_blocks(page, blocks)
+
+
+def _comparisons(task: str) -> str:
+    """Return the tables of a task, for each update."""
+    found = Scores.of(STUDY, task, scores(STUDY))
+    return "\n\n".join(
+        f"### {task}, update `{update}`\n\n![scores on both bases](images/{picture.name})\n\n"
+        f"{tables.change_table(found, update)}\n\n"
+        f"At an equal score on the old base:\n\n{tables.equal_score_table(found, update)}"
+        for update, picture in pictures(task).items()
+    )
+
+
+def _updates_table() -> str:
+    """Return the table of the updates: the loss on held-out source code, and the drift."""
+    columns = ["update", "held-out loss, nats per token", "attention", "FFN", "other weights"]
+    rows = [
+        [
+            f"`{name}`",
+            f"{found['held_out_loss_before']:.3f} -> {found['held_out_loss_after']:.3f}",
+            *(f"{found[f'drift_{kind}_percent']:.2f} %" for kind in ("attention", "ffn", "other")),
+        ]
+        for name, found in json.loads(FIGURES.read_text()).items()
+    ]
+    return tables.table(columns, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make the bases, rows, adapters and scores of the study, each once.
+"""Make the bases and rows of the study, each once, and score adapters of docs/survival.md.
 
 All files are in one folder. An adapter is stored under the hash of its inputs. A training that was
 killed resumes from its last checkpoint.
@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,17 +26,14 @@ from trans_peft.domain.identity import content_sha256
 from trans_peft.edges.file_store import FileStore
 from trans_peft.training.events import Event, TrainingMetrics
 from trans_peft.training.job import TrainingJob, TrainingResult
-from trans_peft.training.launch import fit as train
 
 __all__ = [
     "Prepared",
-    "bare_scores",
     "end_with_parent",
     "log",
     "log_steps",
     "prepare",
     "score_of",
-    "scores",
     "spared_layers",
 ]
 
@@ -150,33 +147,6 @@ def spared_layers(prepared: Prepared) -> tuple[int, ...]:
     return propose_spared_layers(layer_criticality(base.model, [{"input_ids": ids, "labels": ids}]))
 
 
-def bare_scores(prepared: Prepared, known: Container[str]) -> Iterator[Score]:
-    """Yield the missing scores of bases without an adapter."""
-    for base in prepared.fingerprints:
-        for task in TASKS:
-            key = prepared.key(BARE, task, base)
-            if key not in known:
-                right = _marks(_results(prepared, task, base, None))
-                yield Score(key, task, BARE, 0, 0, "", base, right, {}, 0.0)
-
-
-def scores(planned: PlannedTraining, prepared: Prepared, known: Container[str]) -> list[Score]:
-    """Train one adapter and return its missing scores, one per base."""
-    job = prepared.job(planned)
-    keys = {base: prepared.key(job.identity(), planned.task, base) for base in planned.scored_on}
-    missing = {base: key for base, key in keys.items() if key not in known}
-    if not missing:
-        return []
-
-    result = train(job, on_event=log_steps(planned))
-    found = []
-    for base, key in missing.items():
-        score = score_of(prepared, planned, base, key, result)
-        log(f"{planned}: {score.points:.1f} % right on {base}")
-        found.append(score)
-    return found
-
-
 def log_steps(planned: PlannedTraining) -> Callable[[Event], None]:
     """Return a callback that logs every twentieth step of a training."""
 
@@ -193,6 +163,7 @@ def score_of(
     """Return the score of a trained adapter on a base."""
     results = _results(prepared, planned.task, base, result.folder)
     has_degrees = any(isinstance(one, float) for one in results)
+    marks = "".join("1" if correct else "0" for correct in results)
     return Score(
         key=key,
         task=planned.task,
@@ -201,29 +172,21 @@ def score_of(
         seed=planned.seed,
         trained_on=planned.base,
         scored_on=base,
-        right="" if has_degrees else _marks(results),
+        right="" if has_degrees else marks,
         perturbation=asdict(planned.perturbation),
         train_seconds=round(result.seconds, 1),
         degrees=[round(float(degree), 4) for degree in results] if has_degrees else [],
     )
 
 
-def _marks(results: Sequence[bool | float]) -> str:
-    return "".join("1" if correct else "0" for correct in results)
-
-
-def _results(
-    prepared: Prepared, task: str, base: str, adapter: Path | None
-) -> Sequence[bool | float]:
-    from contextlib import nullcontext
-
+def _results(prepared: Prepared, task: str, base: str, adapter: Path) -> Sequence[bool | float]:
     from trans_peft.models import load_base
     from trans_peft.transfer.load_adapter import attached
     from trans_peft.validation.evaluate import evaluate
 
     rows = prepared.rows(task) / "eval.jsonl"
     loaded = load_base(prepared.base(base), prepared.suites[task].dtype)
-    with nullcontext(loaded.model) if adapter is None else attached(loaded.model, adapter) as model:
+    with attached(loaded.model, adapter) as model:
         found = evaluate(
             model,
             loaded.tokenizer,

@@ -10,28 +10,41 @@ update; finished lines are not computed again. One thread.
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from study.cells import Prepared, log, prepare
 from study.label_free_report import PAGE, page_with
-from study.plan import TASKS, UPDATES, V1
-from study.score_file import Score, ScoreFile
+from study.plan import CANDIDATES, STEPS, STUDY, TASKS, UPDATES, V1, scores
 from study.triage import Activations, record_activations, risks
+from trans_peft.cli.show import progress
+from trans_peft.cli.workspace import LOCAL, Workspace
 from trans_peft.data import Example, parse_examples
 from trans_peft.domain.evaluation import BARE
+from trans_peft.domain.experiment import OLD, PLAIN, Experiment
 from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import NotFoundError
+from trans_peft.experiment.cells import adapter_on_disk
+from trans_peft.experiment.prepare import pinned
 from trans_peft.files import open_atomic
 
-__all__ = ["PROMPTS", "Measured", "measured", "prompts_of"]
+__all__ = ["PROMPTS", "Adapter", "Measured", "measured", "prompts_of", "results"]
 
 PROMPTS = 64
 MEASURED = Path(__file__).with_name("label_free.jsonl")
-SCORES = Path(__file__).with_name("scores.jsonl")
+
+
+class Adapter(NamedTuple):
+    """An adapter of the study's experiments that was trained on v1, by names."""
+
+    task: str
+    arm: str
+    steps: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -53,19 +66,20 @@ class Measured:
     kl: float
     risks: dict[str, float]
 
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter."""
+        return Adapter(self.task, self.arm, self.steps, self.seed)
+
 
 @dataclass(frozen=True)
 class StudyAdapter:
-    """An adapter of the study, with its folder and its scores by base."""
+    """An adapter on this machine, with the hash of its recipe and the updates it was scored on."""
 
+    names: Adapter
     identity: str
     folder: Path
-    scores: dict[str, Score]
-
-    @property
-    def first(self) -> Score:
-        """The score on v1."""
-        return self.scores[V1]
+    updates: frozenset[str]
 
 
 def main() -> None:
@@ -79,12 +93,10 @@ def main() -> None:
 
         torch.set_num_threads(1)
         prepared = prepare(options.folder.resolve())
-        found = candidates(prepared, ScoreFile(SCORES))
+        found = candidates(prepared.folder)
         log(f"{len(found)} adapters")
         measure(prepared, found)
-    page = page_with(
-        PAGE.read_text(), tuple(ScoreFile(SCORES)), measured(), _excluded(options.folder)
-    )
+    page = page_with(PAGE.read_text(), results(), measured(), _excluded(options.folder))
     PAGE.write_text(page)
     print(PAGE)
 
@@ -104,20 +116,44 @@ def prompts_of(examples: Sequence[Example]) -> list[int]:
     return sorted(ranked[:PROMPTS])
 
 
-def candidates(prepared: Prepared, score_file: ScoreFile) -> list[StudyAdapter]:
-    """Return every finished adapter that was trained on v1 and scored there and on an update."""
-    by_key = {score.key: score for score in score_file}
-    found = []
-    for folder in sorted((prepared.folder / "adapters").iterdir()):
-        if not (folder / "result.json").is_file():
-            continue
-        identity = (folder / "identity").read_text()
-        for task in TASKS:
-            keys = {base: prepared.key(identity, task, base) for base in (V1, *UPDATES)}
-            scores = {base: by_key[key] for base, key in keys.items() if key in by_key}
-            if V1 in scores and len(scores) > 1:
-                found.append(StudyAdapter(identity, folder / "adapter", scores))
+def results() -> dict[Adapter, dict[str, str]]:
+    """Return the marks of the items of each adapter that was trained on v1, by base."""
+    found: dict[Adapter, dict[str, str]] = {}
+    for experiment in (STUDY, CANDIDATES):
+        names = _arm_names(experiment)
+        for score in scores(experiment):
+            if score.method != BARE and score.trained_on == OLD:
+                steps = score.steps or STEPS[0]
+                adapter = Adapter(score.family, names[score.arm], steps, score.seed)
+                found.setdefault(adapter, {})[score.scored_on] = score.right
     return found
+
+
+def candidates(folder: Path) -> list[StudyAdapter]:
+    """Return every adapter of the experiments on this machine that was scored on v1 and an update.
+
+    `folder` is that of the study, which has the state of the experiments.
+    """
+    found, scored = [], results()
+    with progress() as shown:
+        workspace = Workspace.at(folder / "state", shown)
+        for experiment in (STUDY, CANDIDATES):
+            opened = pinned(experiment, lambda uri: workspace.base(uri, LOCAL), workspace.platform)
+            names = _arm_names(experiment)
+            on_v1 = (planned for planned in experiment.trainings() if planned.base == OLD)
+            for planned in on_v1:
+                steps = planned.steps or STEPS[0]
+                adapter = Adapter(planned.family, names[planned.perturbation], steps, planned.seed)
+                bases = scored.get(adapter, {}).keys()
+                on_disk = adapter_on_disk(planned, opened, workspace.platform)
+                if on_disk is not None and len(bases) > 1:
+                    sha256 = opened.recipe(planned).sha256
+                    found.append(StudyAdapter(adapter, sha256, on_disk, frozenset(bases - {OLD})))
+    return found
+
+
+def _arm_names(experiment: Experiment) -> Mapping[Perturbation, str]:
+    return {PLAIN: "plain"} | {arm: name for name, arm in experiment.arms.items()}
 
 
 def measure(prepared: Prepared, found: Sequence[StudyAdapter]) -> None:
@@ -127,8 +163,8 @@ def measure(prepared: Prepared, found: Sequence[StudyAdapter]) -> None:
         (candidate, update)
         for candidate in found
         for update in UPDATES
-        if update in candidate.scores
-        and _key(prepared, candidate.identity, candidate.first.task, update) not in known
+        if update in candidate.updates
+        and _key(prepared, candidate.identity, candidate.names.task, update) not in known
     ]
     if not wanted:
         return
@@ -145,25 +181,23 @@ def measure(prepared: Prepared, found: Sequence[StudyAdapter]) -> None:
                 else:
                     _answers_on_v1(prepared, task, BARE, None, bare)
         for candidate in {id(c): c for c, update in wanted if base in (V1, update)}.values():
-            task = candidate.first.task
+            task = candidate.names.task
             with _Session(prepared, base, task, candidate.identity, candidate.folder) as adapter:
                 if base == V1:
                     _answers_on_v1(prepared, task, candidate.identity, candidate.folder, adapter)
                     continue
                 old = _answers_on_v1(prepared, task, candidate.identity, candidate.folder)
                 equal, kl = adapter.compared(old)
-                score = candidate.first
                 line = Measured(
-                    _key(prepared, candidate.identity, task, base), score.task, score.arm,
-                    score.steps, score.seed, base, PROMPTS, equal, kl,
+                    _key(prepared, candidate.identity, task, base), *candidate.names, base,
+                    PROMPTS, equal, kl,
                     risks(
                         candidate.folder, prepared.base(V1), prepared.base(base),
                         activations[V1, task], activations[base, task],
                     ),
                 )  # fmt: skip
                 _append(line)
-                log(f"{score.task}, {score.arm} {score.steps}, {score.seed}, {base}: "
-                    f"{equal} of {PROMPTS}, KL {kl:.3f}")  # fmt: skip
+                log(f"{candidate.names}, {base}: {equal} of {PROMPTS}, KL {kl:.3f}")
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from study.pages import with_blocks
-from study.plan import UPDATES, V1
-from study.score_file import Score
+from study.plan import UPDATES
 from study.triage import NAMES
 from trans_peft.domain.evaluation import BARE
+from trans_peft.domain.experiment import OLD
 from trans_peft.validation.statistics.intervals import lower_bound
 
 if TYPE_CHECKING:
-    from study.label_free import Measured
+    from study.label_free import Adapter, Measured
 
 __all__ = ["MARGINS", "PAGE", "Row", "area", "joined", "page_with", "rank_correlation"]
 
@@ -50,19 +50,19 @@ class Row:
 
 def joined(
     measured: Sequence["Measured"],
-    scores: Sequence[Score],
+    results: Mapping["Adapter", Mapping[str, str]],
     excluded: Mapping[str, Sequence[int]],
 ) -> list[Row]:
-    """Return the measured adapters. The loss excludes the items that were answered."""
-    by_cell = {score.cell: score for score in scores}
+    """Return the measured adapters. The loss excludes the items that were answered.
+
+    `results` has the marks of each adapter's items on each base.
+    """
     rows = []
     for line in measured:
         if line.arm == BARE:
             continue
-        who = (line.task, line.arm, line.steps, line.seed, V1)
-        old, new = (
-            _without(by_cell[*who, b].right, excluded[line.task]) for b in (V1, line.update)
-        )
+        right = results[line.adapter]
+        old, new = (_without(right[base], excluded[line.task]) for base in (OLD, line.update))
         lost_items = sum(a == "1" and b == "0" for a, b in zip(old, new, strict=True))
         gained = sum(a == "0" and b == "1" for a, b in zip(old, new, strict=True))
         bound = 100 * lower_bound(len(old), lost_items, gained, _ALPHA)
@@ -120,12 +120,12 @@ def _below(values: Sequence[float]) -> np.ndarray:
 
 def page_with(
     page: str,
-    scores: Sequence[Score],
+    results: Mapping["Adapter", Mapping[str, str]],
     measured: Sequence["Measured"],
     excluded: Mapping[str, Sequence[int]],
 ) -> str:
     """Return the page with its blocks replaced, in the format that mdformat keeps unchanged."""
-    rows = joined(measured, scores, excluded)
+    rows = joined(measured, results, excluded)
     blocks = {
         "shifts": _shifts(measured, rows),
         "label-free": _predictors(rows, ("disagreement", "KL")),

@@ -1,7 +1,8 @@
-"""The file of scores: one line per score, with a key that is a hash of all inputs.
+"""The scores of docs/survival.md: one line per score, with a key that is a hash of all inputs.
 
-The file is part of the repository. On another machine only missing or changed scores are computed,
-and the tables can be written without any computation.
+An adapter there can be compensated or distilled, which is no training of an experiment. The file is
+part of the repository. On another machine only missing or changed scores are computed, and the
+tables can be written without any computation.
 """
 
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ __all__ = ["Score", "ScoreFile"]
 
 @dataclass(frozen=True)
 class Score:
-    """The results of one adapter (or of the base, `arm` "bare") on one task and one base.
+    """The results of one adapter on one task and one base.
 
-    `right` has one character per item, in the order of the suite: "1" for a right answer. In a task
-    whose answers have degrees, it is empty, and `degrees` has a number from 0 to 1 for each item.
-    `perturbation` is that of the recipe. `train_seconds` is the time of the training loop.
+    `arm` says how it was trained and carried over. `right` has one character per item, in the order
+    of the suite: "1" for a right answer. In a task whose answers have degrees, it is empty, and
+    `degrees` has a number from 0 to 1 for each item. `perturbation` is that of the recipe.
+    `train_seconds` are the seconds of the training loop, or of the recovery strategy.
     """
 
     key: str
@@ -52,7 +54,7 @@ class Score:
 
 
 class ScoreFile(score_file.ScoreFile[Score]):
-    """A JSON Lines file of the study's scores."""
+    """A JSON Lines file of these scores."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, Score)

@@ -17,8 +17,12 @@ from trans_peft.experiment.cells import HELD_OUT, Score, selected
 from trans_peft.experiment.comparison import Comparison, Scores
 from trans_peft.experiment.score_file import ScoreFile
 
+READ = read_experiment(Path(__file__).with_name("repeats.yaml"))
 EXPERIMENT = replace(
-    read_experiment(Path(__file__).with_name("repeats.yaml")), data_seeds=(1, 2, 3)
+    READ,
+    data_seeds=(1, 2, 3),
+    longer=(),
+    suites=(*READ.suites, replace(READ.suites[0], name="more")),
 )
 OURS = EXPERIMENT.arms["Trans-PEFT"]
 SUITES = {"sums": 40, "more": 100}
@@ -61,7 +65,7 @@ def example() -> tuple[Score, ...]:
     return tuple(found + bare)
 
 
-SCORES = Scores.of(EXPERIMENT, "tiny", SUITES, example())
+SCORES = Scores.of(EXPERIMENT, "tiny", example())
 FOUND = Comparison(SCORES, "LoRA", "v2")
 
 
@@ -97,7 +101,7 @@ def test_there_is_no_share_without_a_gap():
     equal = tuple(
         replace(s, right="10" * (len(s.right) // 2)) if s.right else s for s in SCORES.scores
     )
-    found = Comparison(Scores.of(EXPERIMENT, "tiny", SUITES, equal), "LoRA", "v2")
+    found = Comparison(Scores.of(EXPERIMENT, "tiny", equal), "LoRA", "v2")
     assert found.share(OURS) is None
 
 
@@ -116,10 +120,76 @@ def test_p_values_compare_the_orders_of_rows(suite):
 
 def test_a_missing_run_leaves_a_cell_empty():
     missing = tuple(s for s in SCORES.scores if (s.seed, s.suite) != (1, "more"))
-    found = Comparison(Scores.of(EXPERIMENT, "tiny", SUITES, missing), "LoRA", "v2")
+    found = Comparison(Scores.of(EXPERIMENT, "tiny", missing), "LoRA", "v2")
     assert found.scores.average(found.direct) is None
     assert found.difference(found.carried(OURS), found.direct) is None
     assert found.scores.points(found.direct, "sums") is not None
+
+
+def test_the_change_by_the_update_is_that_between_the_bases():
+    runs = [(42, None), (1, None)]
+    cells = row_of(tables.change_table(SCORES, "v2"), "Trans-PEFT")
+    old, new = (mean(OURS, OLD, base, runs) for base in (OLD, "v2"))
+    plain = [mean(PLAIN, OLD, base, runs) for base in (OLD, "v2")]
+    assert cells[1:4] == ["4 steps", f"{old:.1f}", f"{new:.1f}"]
+    starts = [f"{new - old:+.1f} (", f"{old - plain[0]:+.1f} (", f"{new - plain[1]:+.1f} ("]
+    assert [cell[: len(start)] for cell, start in zip(cells[4:7], starts, strict=True)] == starts
+
+
+def row_of(text: str, title: str) -> list[str]:
+    """Return the cells of the row with that arm, without the method."""
+    rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    (found,) = (cells[1:] for cells in rows if cells[1] == title)
+    return found
+
+
+def longer(old: int, new: int, *, plain: tuple[int, int] = (70, 50)) -> Comparison:
+    """Return a comparison with two lengths of training, on 100 items with equal seeds.
+
+    Trans-PEFT has 60 and 56 right answers on the bases after the shorter training.
+    """
+    experiment = replace(EXPERIMENT, longer=(8,), suites=EXPERIMENT.suites[:1])
+    points = {
+        (PLAIN, None): plain, (OURS, None): (60, 56), (PLAIN, 8): (90, 60), (OURS, 8): (old, new)
+    }  # fmt: skip
+    found = [
+        score(arm, OLD, base, "sums", "1" * right + "0" * (100 - right), seed=seed, steps=steps)
+        for (arm, steps), of in points.items()
+        for base, right in zip((OLD, "v2"), of, strict=True)
+        for seed in experiment.seeds
+    ]
+    return Comparison(Scores.of(experiment, "tiny", found), "LoRA", "v2")
+
+
+def test_the_score_at_an_equal_old_score_is_interpolated():
+    # 70 lies half way between 60 and 80, so the new base's score is half way between 56 and 76.
+    assert longer(80, 76).at_equal_old_score(OURS).value == pytest.approx(66 - 50)
+
+
+def test_an_old_score_out_of_reach_is_not_extrapolated():
+    for found in (longer(65, 60), longer(80, 76, plain=(59, 50))):
+        assert found.at_equal_old_score(OURS) is None
+        assert (
+            row_of(tables.equal_score_table(found.scores, "v2"), "Trans-PEFT")[1] == "not reached"
+        )
+
+
+def test_without_longer_trainings_the_comparison_at_an_equal_score_is_empty():
+    scores = longer(80, 76).scores
+    short = replace(scores, scores=tuple(s for s in scores.scores if s.steps is None))
+    assert Comparison(short, "LoRA", "v2").at_equal_old_score(OURS) is None
+    assert row_of(tables.equal_score_table(short, "v2"), "Trans-PEFT")[1] == ""
+
+
+def test_arms_are_compared_after_equally_long_training():
+    lines = tables.change_table(longer(80, 76).scores, "v2").splitlines()
+    (line,) = [line for line in lines if "| Trans-PEFT | 8 steps |" in line]
+    assert "| 80.0 | 76.0 | -4.0 (" in line and "| -10.0 (" in line and "| +16.0 (" in line
+
+
+def test_longer_trainings_do_not_count_as_hours_of_an_adapter():
+    more = tuple(replace(s, key=f"{s.key}8", steps=8, gpu_seconds=9e9) for s in SCORES.scores)
+    assert tables.hours(replace(SCORES, scores=SCORES.scores + more), "LoRA").once == 1
 
 
 def test_hours_are_means_over_trainings():

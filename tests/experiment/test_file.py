@@ -50,13 +50,14 @@ WHERE = {"field": "where", "values": ["ffn", "all"], "family": "tiny", "method":
 NOWHERE = {"field": "masking_p", "values": [0.1, 0.2], "family": "x", "method": "y"}
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}}
 OTHER = {"tiny": {"old": "a", "new": {"b": "b"}}}
+SMALL = {"tiny": {"old": "a", "new": {"v2": "b", "v3": "c"}, "suites": [SUITE]}}
 CHANGES = [
     ("seed", 1, f"seed: {UNKNOWN} seeds"),
     ("families.tiny.newer", {}, f"families.tiny.newer: {UNKNOWN} new"),
     ("methods.LoRA.option", {}, f"methods.LoRA.option: {UNKNOWN} options"),
     ("arms.Trans-PEFT.masking", 1, f"arms.Trans-PEFT.masking: {UNKNOWN} masking_p"),
     ("training.optimizer.step", 1, f"training.optimizer.step: {UNKNOWN} steps"),
-    ("training", {}, "training.data: this field is missing"),
+    ("training", {}, "training.data is missing, and so is families.tiny.data"),
     ("seeds", [1, 1], "seeds must be different whole numbers"),
     ("seeds", [0], "selection.seed=0 is also a seed of the tables"),
     ("selection.arm", "x", "selection.arm 'x' is not in arms"),
@@ -69,6 +70,11 @@ CHANGES = [
     ("suites.0.scoring", "bleu", "the results of sums are degrees"),
     ("suites", [SUITE, SUITE], "suites share a name: ['sums', 'sums']"),
     ("quick", {"families": OTHER}, "quick.families.tiny must replace a family"),
+    ("quick", {"families": SMALL}, "quick.families.tiny has the rows and suites of the family"),
+    ("longer", [4], "longer must be ascending numbers of steps above 4, not [4]"),
+    ("longer", [16, 8], "longer must be ascending"),
+    ("families.tiny.suites", [SUITE, SUITE], "suites share a name: ['sums', 'sums']"),
+    ("families.tiny.suites", [SUITE | {"stops": 1}], f"families.tiny.suites.0.stops: {UNKNOWN}"),
 ]
 
 
@@ -82,6 +88,14 @@ def test_a_candidate_of_the_selection_is_not_plain(refused):
         experiment["selection"] |= {"masking_p": [0.0, 0.1], "dropping_p": [0.0]}
 
     assert "both 0 in a candidate, which is plain" in refused("tables", change)
+
+
+def test_longer_trainings_need_steps(refused):
+    def change(experiment):
+        experiment["training"]["optimizer"] = {"epochs": 1.0}
+        experiment["longer"] = [8]
+
+    assert "longer needs training.optimizer.steps, not epochs" in refused("tables", change)
 
 
 @pytest.fixture(params=["tables", "repeats"])
@@ -117,6 +131,55 @@ def test_orders_of_rows_keep_the_first_seed():
     assert orders == {(42, 1), (42, 2)}
 
 
+def test_longer_trainings_are_those_on_the_old_base_with_a_longer_warm_up():
+    example = read_experiment(HERE / "repeats.yaml")
+    optimizer = replace(example.training.optimizer, warmup_steps=2)
+    example = replace(
+        example, training=replace(example.training, optimizer=optimizer), longer=(6, 8)
+    )
+    longer = [p for p in example.trainings() if p.steps is not None]
+    arms = {PLAIN, *example.arms.values()}
+    assert {(p.perturbation, p.seed, p.steps) for p in longer} == {
+        (arm, seed, steps) for arm in arms for seed in example.seeds for steps in (6, 8)
+    }
+    assert {p.base for p in longer} == {OLD}
+    warm_ups = {p.steps: recipe_of(example, p, "b").optimizer.warmup_steps for p in longer}
+    assert warm_ups == {6: 3, 8: 4}
+    assert example.as_quick().longer == (40, 60)
+
+
+@pytest.fixture
+def two_tasks(tmp_path) -> Experiment:
+    """Two families with the same bases, one with its own rows and suites, some of them named."""
+    value = yaml.safe_load((HERE / "repeats.yaml").read_text())
+    other = {"data": [{"uri": "a.jsonl"}, {"uri": "b.jsonl"}], "suites": ["gsm8k", SUITE]}
+    value["families"]["other"] = value["families"]["tiny"] | other
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return read_experiment(path)
+
+
+def test_a_family_can_have_its_own_rows_and_suites(two_tasks, tmp_path):
+    files = {
+        p.family: {source.uri for source in recipe_of(two_tasks, p, "b").sources}
+        for p in two_tasks.trainings()
+    }
+    paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "a", "b", "rows")}
+    assert files == {"tiny": {paths["train"]}, "other": {paths["a"], paths["b"]}}
+    assert [s.name for s in two_tasks.suites_of("tiny")] == ["sums"]
+    assert [s.name for s in two_tasks.suites_of("other")] == ["gsm8k", "sums"]
+    assert two_tasks.suites_of("other")[1].data.uri == paths["rows"]
+    assert len(two_tasks.all_suites) == 3
+    quick = two_tasks.as_quick()
+    assert [s.limit for s in quick.sources_of("other")] == [100, 100]
+    assert {s.limit for s in quick.suites_of("other")} == {50}
+
+
+def test_the_papers_settings_are_compared_with_those_of_families_that_have_its_suites(two_tasks):
+    found = [one for one in deviations(two_tasks) if one.startswith("Training rows")]
+    assert len(found) == 1 and "a.jsonl" in found[0] and "train.jsonl" not in found[0]
+
+
 def test_a_selection_holds_rows_out_and_its_seed_is_not_reported():
     example = read_experiment(HERE / "tables.yaml")
     for planned in example.selection_trainings():
@@ -135,7 +198,7 @@ def test_a_new_suite_repeats_no_training(example):
 
 def test_the_quick_profile_limits_rows_items_and_steps(example):
     quick = example.as_quick()
-    assert sum(source.limit for source in quick.training.sources) == example.quick.rows
+    assert sum(source.limit for source in quick.sources_of("tiny")) == example.quick.rows
     assert {suite.limit for suite in quick.suites} == {50}
     assert quick.training.optimizer.steps == 20
 

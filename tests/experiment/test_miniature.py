@@ -13,7 +13,8 @@ TITLES = {
     "tables": ["Selected rates", "Scores (tables 1 and 2)", "Domain updates (fig. 5)",
                "GPU hours (fig. 7)",
                "Analyses of the bases (fig. 1, 2, 3, 8, 9, theorem 1)"],
-    "repeats": ["Scores (tables 1 and 2)", "Significance (table 3)", "Seeds (table 4)",
+    "repeats": ["Scores (tables 1 and 2)", "At an equal score on the old base",
+                "Significance (table 3)", "Seeds (table 4)",
                 "Sweep of `dropping_p` (fig. 6)", "Sweep of `masking_p` (fig. 6)",
                 "Sweep of `where` (fig. 10)", "GPU hours (fig. 7)"],
 }  # fmt: skip
@@ -23,7 +24,7 @@ FIGURES = {
                 "transfer-tiny-v2"],
 }  # fmt: skip
 ANALYZED = {"tables": 2 * 4, "repeats": 0}
-TRAININGS = {"tables": 2 + 3 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 2 + 2 * 2}
+TRAININGS = {"tables": 2 + 3 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 2 + 2 * 2 + 2 * 2}
 
 
 @pytest.fixture
@@ -69,11 +70,18 @@ def test_every_table_and_figure(command, trained, tmp_path, name):
 
 @pytest.fixture
 def small(bases):
-    """Write `small.yaml`, which has three trainings and two suites."""
+    """Write `small.yaml`: three trainings of a family with its own rows and two suites."""
     example = yaml.safe_load((bases / "repeats.yaml").read_text())
     more = {"name": "more", "data": {"uri": "more.jsonl"}, "max_new_tokens": 1}
-    example["suites"].append(more)
-    example |= {"seeds": [42], "data_seeds": [], "sweeps": [], "quick": {"steps": 2, "items": 5}}
+    example["families"]["tiny"] |= {"data": example["training"].pop("data")}
+    example["families"]["tiny"] |= {"suites": [*example.pop("suites"), more]}
+    example |= {
+        "seeds": [42],
+        "data_seeds": [],
+        "sweeps": [],
+        "longer": [],
+        "quick": {"steps": 2, "items": 5},
+    }
     (bases / "small.yaml").write_text(yaml.safe_dump(example))
 
 

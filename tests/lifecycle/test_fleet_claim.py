@@ -7,6 +7,7 @@ import pytest
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import Judgment, Verdict
 from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import InvalidSpecError
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.fleet_claim import of_all_strategies
@@ -75,6 +76,53 @@ def test_an_adapter_that_was_only_trained_on_the_base_is_no_hypothesis(fleet):
     fleet.add_adapter("new", fleet.v2)
     judge(fleet, [20.0, None, None, None])
     assert serving(fleet, PromotionPolicy(fdr=0.2))[1] == {"a0", "new"}  # 4 / 0.2 = 20
+
+
+def retrained(fleet, name, e_value):
+    """Register a version that the last strategy made after `needs-retuning`, as `retrain` does."""
+    registry = fleet.platform.registry
+    adapter = registry.adapter(name)
+    earlier = adapter.outcome_on(fleet.v2)
+    version = registry.register(
+        replace(
+            adapter.source,
+            base=fleet.v2.ref,
+            trained_on=fleet.v2.ref,
+            weights_sha256=f"retrained {name}",
+            made_by=RecoveryStrategy.RETRAINED,
+        ),
+        fleet.work_dir / "peft",
+    )
+    judgment = Judgment(Verdict.PASSED, "", alpha=0.05, e_value=e_value)
+    made_by = {"new_number": version.number, "strategy": RecoveryStrategy.RETRAINED}
+    registry.record(replace(earlier, judgment=judgment, **made_by))
+    return version
+
+
+def test_a_retrained_adapter_is_selected_by_the_e_value_of_its_strategy(fleet):
+    judge(fleet, [None, None, None, None])
+    retrained(fleet, "a0", 20.0)
+    version = retrained(fleet, "a1", 20.0)
+    changes, names = serving(fleet)  # 4 / (0.1 * 2) = 20
+    assert names == {"a0", "a1"} and changes.promoted == fleet.v2
+    assert fleet.platform.registry.alias("a1", fleet.v2.alias) == version.number
+
+
+@pytest.mark.parametrize("e_value", [19.0, None])
+def test_a_retrained_adapter_without_enough_evidence_does_not_serve(fleet, e_value):
+    judge(fleet, [20.0, None, None, None])
+    retrained(fleet, "a1", e_value)
+    changes, names = serving(fleet)
+    assert names == set() and changes.promoted is None
+    assert "2 adapters passed, but not within the FDR target 0.1" in obstacle_text(changes)
+    assert serving(fleet, PromotionPolicy())[1] == {"a0", "a1"}  # without a target, both do
+
+
+def test_a_version_that_a_person_trained_after_it_is_outside_the_claim(fleet):
+    judge(fleet, [None, None, None, None])
+    retrained(fleet, "a1", 1.0)
+    fleet.add_adapter("a1", fleet.v2, weights="trained on v2")
+    assert serving(fleet)[1] == {"a1"}
 
 
 def test_without_a_target_every_adapter_that_passed_serves(fleet):

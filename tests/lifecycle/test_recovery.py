@@ -253,6 +253,22 @@ def test_retraining_is_evaluated_by_the_same_gate(setup, monkeypatch):
     assert "retrained here after an update" in report(FAMILY, setup.platform).markdown()
 
 
+def test_a_retrained_adapter_has_its_share_of_the_evidence(setup, monkeypatch):
+    def fit_and_answer(job, on_event):
+        result = fit_here(job, on_event)
+        setup.answered(result.weights_sha256, setup.bases[1], right=ITEMS)
+        return result
+
+    monkeypatch.setattr(retraining, "fit", fit_and_answer)
+    policy = replace(POLICY, sequential=True, recovery=RecoveryPolicy(retrain=True))
+    left = setup.transfer(retrain=True).training
+    passed = retrain(left, policy, setup.platform, on_event=lambda event: None)
+    assert (passed.verdict, passed.strategy) == ("passed", "retrained")
+    # It passes at alpha / 2 with the e-value 2 / alpha, of which the adapter has a half.
+    assert passed.judgment.alpha == pytest.approx(POLICY.alpha / 2)
+    assert passed.judgment.e_value == pytest.approx(1 / POLICY.alpha)
+
+
 def test_retraining_finds_the_old_base_by_fingerprint(setup, monkeypatch):
     monkeypatch.setattr(retraining, "fit", fit_here)
     policy = replace(POLICY, recovery=RecoveryPolicy(retrain=True))

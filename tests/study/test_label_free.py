@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from scipy.stats import mannwhitneyu, spearmanr
 
-from study.label_free import MEASURED, PROMPTS, SCORES, Measured, measured, prompts_of
+from study.label_free import MEASURED, PROMPTS, Adapter, Measured, measured, prompts_of, results
 from study.label_free_report import PAGE, area, joined, page_with, rank_correlation
-from study.plan import TASKS, V1
-from study.score_file import Score, ScoreFile
+from study.plan import TASKS
 from study.triage import record_activations, risks
 from tests.tiny import tiny_model
 from trans_peft.data import Example
+from trans_peft.domain.experiment import OLD
 
 ITEMS = 100
 
@@ -25,17 +25,20 @@ def measured_by_hand(seed, equal, kl):
     return Measured(f"k{seed}", "signatures", "plain", 120, seed, "ffn", 64, equal, kl, {})
 
 
-def scored(seed, lost):
-    """Two scores: everything right on v1, `lost` items less on the new base."""
-    for base, right in ((V1, ITEMS), ("ffn", ITEMS - lost)):
-        marks = "1" * right + "0" * (ITEMS - right)
-        yield Score(f"{seed}{base}", "signatures", "plain", 120, seed, V1, base, marks, {}, 1.0)
+def scored(losses):
+    """The marks of adapters by seed: all items right on v1, fewer on the new base."""
+    return {
+        Adapter("signatures", "plain", 120, seed): {
+            OLD: "1" * ITEMS,
+            "ffn": "1" * (ITEMS - lost) + "0" * lost,
+        }
+        for seed, lost in enumerate(losses)
+    }
 
 
 def example_rows(kls=(0.1, 0.2, 0.4), losses=(0, 20, 50)):
     lines = [measured_by_hand(seed, 60 - seed, kl) for seed, kl in enumerate(kls)]
-    scores = [score for seed, lost in enumerate(losses) for score in scored(seed, lost)]
-    return joined(lines, scores, {"signatures": []})
+    return joined(lines, scored(losses), {"signatures": []})
 
 
 def once(rows):
@@ -88,7 +91,7 @@ def test_both_measures_are_scipys_on_the_rows_that_were_drawn_with_ties_too():
 
 def test_items_that_were_asked_do_not_count_for_the_loss():
     line = [measured_by_hand(0, 60, 0.1)]
-    (row,) = joined(line, list(scored(0, 20)), {"signatures": list(range(80, 100))})
+    (row,) = joined(line, scored([20]), {"signatures": list(range(80, 100))})
     assert row.lost == 0
 
 
@@ -104,7 +107,7 @@ def test_the_page_in_the_docs_equals_the_measurements():
     excluded = json.loads(MEASURED.with_name("label_free_prompts.json").read_text())
     assert set(excluded) == set(TASKS)
     page = PAGE.read_text()
-    assert page_with(page, tuple(ScoreFile(SCORES)), measured(), excluded) == page
+    assert page_with(page, results(), measured(), excluded) == page
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
-from trans_peft.domain.experiment import BaseFamily, Experiment
+from trans_peft.domain.experiment import BaseFamily, Experiment, Rows
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, NotFoundError, closest
 from trans_peft.files import atomic_write, check_unused
@@ -69,18 +69,21 @@ def read_experiment(path: Path) -> Experiment:
     A suite of the paper may be named, as in `read_recipe`. Raises NotFoundError and
     InvalidSpecError as `read_recipe` does.
     """
-    read = _checked(path, _with_suites(_parse(path)), Experiment)
-    data = read.training.data
+    value = _with_suites(_parse(path))
+    if isinstance(value, dict) and isinstance(value.get("families"), dict):
+        families = {name: _with_suites(family) for name, family in value["families"].items()}
+        value = {**value, "families": families}
+    read = _checked(path, value, Experiment)
+
+    def rows(data: Rows) -> Rows:
+        if isinstance(data, DataSource):
+            return _resolve_source(path, data)
+        return tuple(_resolve_source(path, source) for source in data)
+
+    resolved = read.with_rows(rows, lambda suites: tuple(_resolve_suite(path, s) for s in suites))
     return replace(
-        read,
-        families=_resolve_families(path, read.families),
-        training=replace(
-            read.training,
-            data=_resolve_source(path, data)
-            if isinstance(data, DataSource)
-            else tuple(_resolve_source(path, source) for source in data),
-        ),
-        suites=tuple(_resolve_suite(path, suite) for suite in read.suites),
+        resolved,
+        families=_resolve_families(path, resolved.families),
         quick=replace(read.quick, families=_resolve_families(path, read.quick.families)),
     )
 
@@ -279,9 +282,10 @@ def _resolve_suite(path: Path, suite: Suite) -> Suite:
 
 def _resolve_families(path: Path, families: Mapping[str, BaseFamily]) -> Mapping[str, BaseFamily]:
     return {
-        name: BaseFamily(
-            _resolve(path, family.old),
-            {label: _resolve(path, uri) for label, uri in family.new.items()},
+        name: replace(
+            family,
+            old=_resolve(path, family.old),
+            new={label: _resolve(path, uri) for label, uri in family.new.items()},
         )
         for name, family in families.items()
     }

@@ -4,7 +4,7 @@ It states bases, methods, arms, data, suites and seeds. `trans_peft.experiment` 
 trainings, runs them and writes the report. docs/experiments.md has a worked example.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import ClassVar, Literal
@@ -29,6 +29,7 @@ __all__ = [
     "Experiment",
     "PlannedTraining",
     "QuickProfile",
+    "Rows",
     "Selection",
     "Sweep",
     "TrainingSettings",
@@ -40,6 +41,9 @@ OLD = "old"
 
 PLAIN = Perturbation()
 """The arm that every experiment has: fine-tuning without masking and dropping."""
+
+Rows = DataSource | tuple[TrainingSource, ...]
+"""Training rows: one source, or several. An empty tuple: none are given."""
 
 _Dtype = Literal["float32", "bfloat16", "nf4"]
 _Swept = Literal["masking_p", "dropping_p", "where"]
@@ -54,12 +58,16 @@ class BaseFamily:
         old: the base on which adapters are trained once: a local folder, `s3://...`, or
             `hub:OWNER/NAME[@REVISION]`. In the flow `experiment`: FAMILY/VERSION of the catalog.
         new: its updates, by label. Several labels are domain updates (fig. 5).
+        data: training rows of this family, instead of those of `training`.
+        suites: suites of this family, instead of those of the experiment.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     old: str
     new: Mapping[str, str]
+    data: Rows = ()
+    suites: tuple[Suite, ...] = ()
 
     def __post_init__(self) -> None:
         problems = [p for name in self.new if (p := name_problem("the label of a new base", name))]
@@ -87,7 +95,7 @@ class TrainingSettings:
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
-    data: DataSource | tuple[TrainingSource, ...]
+    data: Rows = ()
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     dtype: _Dtype = "float32"
     processes: int = 1
@@ -95,13 +103,6 @@ class TrainingSettings:
     checkpoint_steps: int = 50
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     train_on_prompt: bool = False
-
-    @property
-    def sources(self) -> tuple[TrainingSource, ...]:
-        """The sources of the training rows."""
-        if isinstance(self.data, DataSource):
-            return (TrainingSource(self.data.uri, self.data.sha256, self.data.template),)
-        return self.data
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,8 @@ class QuickProfile:
         rows: training rows.
         items: items of each suite.
         steps: optimizer steps.
-        families: small bases that replace families of the same name. If there are some, families
-            without a replacement are left out.
+        families: small bases that replace families of the same name, with the rows and suites of
+            these families. If there are some, families without a replacement are left out.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -239,6 +240,21 @@ class QuickProfile:
     def __post_init__(self) -> None:
         limits = {"rows": (2, 100_000), "items": (1, 100_000), "steps": (2, 100_000)}
         _raise("the quick profile is invalid", count_problems(self, limits))
+
+    def fewer_rows(self, data: Rows) -> Rows:
+        """Return training rows with a limit for each source."""
+        sources = _sources(data)
+        return tuple(
+            replace(source, limit=min(limit, source.limit or limit))
+            for limit in [-(-self.rows // max(1, len(sources)))]
+            for source in sources
+        )
+
+    def fewer_items(self, suites: tuple[Suite, ...]) -> tuple[Suite, ...]:
+        """Return suites with a limit for each."""
+        return tuple(
+            replace(suite, limit=min(self.items, suite.limit or self.items)) for suite in suites
+        )
 
 
 @dataclass(frozen=True)
@@ -254,6 +270,7 @@ class PlannedTraining:
         scored_on: labels of the bases to score it on.
         data_seed: seed of the order of rows, if it differs from `seed`.
         held_out: share of the training rows that is held out, for the selection; 0 otherwise.
+        steps: optimizer steps, if they are not those of the experiment.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -266,13 +283,15 @@ class PlannedTraining:
     scored_on: tuple[str, ...]
     data_seed: int | None = None
     held_out: float = 0.0
+    steps: int | None = None
 
     def __str__(self) -> str:
         order = "" if self.data_seed is None else f", data seed {self.data_seed}"
         held_out = ", rates to select" if self.held_out else ""
+        length = "" if self.steps is None else f", {self.steps} steps"
         return (
             f"{self.family}/{self.base}, {self.method}, {rates_text(self.perturbation)}, "
-            f"seed {self.seed}{order}{held_out}"
+            f"seed {self.seed}{order}{held_out}{length}"
         )
 
 
@@ -289,6 +308,8 @@ class Experiment:
         suites: what the adapters are scored on. In a file, a suite of the paper may be its name.
         seeds: seeds of the trainings. Tables have the mean over them (table 4 shows each).
         data_seeds: further trainings with the first seed and other orders of rows (table 3).
+        longer: optimizer steps of further trainings of all arms on the old base, with each seed,
+            to compare arms at an equal score on the old base. In ascending order.
         sweeps: trainings that differ in one field of the perturbation (fig. 6 and 10).
         analyses: whether the report analyses each family's bases, with plain adapters of the first
             method and seed (fig. 1, 2, 3, 8 and 9, and theorem 1).
@@ -304,9 +325,10 @@ class Experiment:
     methods: Mapping[str, AdapterSpec]
     training: TrainingSettings
     arms: Mapping[str, Perturbation]
-    suites: tuple[Suite, ...]
+    suites: tuple[Suite, ...] = ()
     seeds: tuple[int, ...] = (42,)
     data_seeds: tuple[int, ...] = ()
+    longer: tuple[int, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
     analyses: bool = False
     selection: Selection | None = None
@@ -320,12 +342,8 @@ class Experiment:
             problems += [p for name in named if (p := name_problem(f"a name in {kind}", name))]
             if not named:
                 problems.append(f"{kind} must name at least one")
-        problems += self._arm_problems() + self._seed_problems() + self._reference_problems()
-        names = [suite.name for suite in self.suites]
-        if not names:
-            problems.append("suites must name at least one suite")
-        if len(set(names)) != len(names):
-            problems.append(f"suites share a name: {names}")
+        problems += self._arm_problems() + self._seed_problems() + self._length_problems()
+        problems += self._row_problems() + self._reference_problems()
         _raise(f"the experiment {self.name!r} is invalid", problems)
 
     def _arm_problems(self) -> list[str]:
@@ -348,6 +366,29 @@ class Experiment:
             )
         return problems
 
+    def _length_problems(self) -> list[str]:
+        steps, lengths = self.training.optimizer.steps, list(self.longer)
+        if not lengths:
+            return []
+        if steps is None:
+            return ["longer needs training.optimizer.steps, not epochs"]
+        if sorted({steps, *lengths}) != [steps, *lengths]:
+            return [f"longer must be ascending numbers of steps above {steps}, not {lengths}"]
+        return []
+
+    def _row_problems(self) -> list[str]:
+        """Return a problem for each family without rows or suites, or with suites of one name."""
+        problems = []
+        for family in self.families:
+            if not self.sources_of(family):
+                problems.append(f"training.data is missing, and so is families.{family}.data")
+            names = [suite.name for suite in self.suites_of(family)]
+            if not names:
+                problems.append(f"suites must name at least one suite, or families.{family}.suites")
+            if len(set(names)) != len(names):
+                problems.append(f"suites share a name: {names}")
+        return list(dict.fromkeys(problems))
+
     def _reference_problems(self) -> list[str]:
         """Return a problem for each name that a sweep, the selection or the profile lacks."""
         used = [(f"sweeps.{n}", s.family, s.method) for n, s in enumerate(self.sweeps)]
@@ -365,34 +406,74 @@ class Experiment:
             family_of = self.families.get(chosen.family)
             if family_of is not None and chosen.new not in family_of.new:
                 problems.append(f"selection.new {chosen.new!r} is not in families.{chosen.family}")
-        problems += [
-            f"quick.families.{name} must replace a family, with the same labels of new bases"
-            for name, small in self.quick.families.items()
-            if name not in self.families or set(small.new) != set(self.families[name].new)
-        ]
+        for name, small in self.quick.families.items():
+            if name not in self.families or set(small.new) != set(self.families[name].new):
+                problems.append(
+                    f"quick.families.{name} must replace a family, with the same labels of new "
+                    "bases"
+                )
+            if small.data or small.suites:
+                problems.append(
+                    f"quick.families.{name} has the rows and suites of the family that it replaces"
+                )
         return problems
+
+    def data_of(self, family: str) -> Rows:
+        """Return the training rows of a family."""
+        return self.families[family].data or self.training.data
+
+    def sources_of(self, family: str) -> tuple[TrainingSource, ...]:
+        """Return the sources of the training rows of a family."""
+        return _sources(self.data_of(family))
+
+    def suites_of(self, family: str) -> tuple[Suite, ...]:
+        """Return the suites of a family."""
+        return self.families[family].suites or self.suites
+
+    @property
+    def all_suites(self) -> tuple[Suite, ...]:
+        """The suites of all families, each once."""
+        return tuple(dict.fromkeys(s for family in self.families for s in self.suites_of(family)))
+
+    def optimizer(self, steps: int | None = None) -> OptimizerSettings:
+        """Return the optimizer settings of a training of so many steps; None: the usual number.
+
+        The warm-up of a longer training is longer in proportion.
+        """
+        usual = self.training.optimizer
+        if steps is None:
+            return usual
+        assert usual.steps is not None  # see _length_problems
+        return replace(usual, steps=steps, warmup_steps=usual.warmup_steps * steps // usual.steps)
+
+    def with_rows(
+        self, data: Callable[[Rows], Rows], suites: Callable[[tuple[Suite, ...]], tuple[Suite, ...]]
+    ) -> "Experiment":
+        """Return the experiment with all training rows and suites changed by two functions."""
+        families = {
+            name: replace(family, data=data(family.data), suites=suites(family.suites))
+            for name, family in self.families.items()
+        }
+        training = replace(self.training, data=data(self.training.data))
+        return replace(self, families=families, training=training, suites=suites(self.suites))
 
     def as_quick(self) -> "Experiment":
         """Return the experiment with the changes of its quick profile."""
-        families = self.quick.families or self.families
-        rows = -(-self.quick.rows // len(self.training.sources))
-        data = tuple(
-            replace(source, limit=min(rows, source.limit or rows))
-            for source in self.training.sources
-        )
+        families = {
+            name: replace(small, data=self.families[name].data, suites=self.families[name].suites)
+            for name, small in self.quick.families.items()
+        } or self.families
         optimizer = self.training.optimizer.for_steps(self.quick.steps, warmup_steps=1)
         chosen = self.selection
-        return replace(
+        quick = replace(
             self,
             families=families,
-            training=replace(self.training, data=data, optimizer=optimizer),
-            suites=tuple(
-                replace(suite, limit=min(self.quick.items, suite.limit or self.quick.items))
-                for suite in self.suites
-            ),
+            training=replace(self.training, optimizer=optimizer),
+            longer=tuple(self.quick.steps * n for n, _ in enumerate(self.longer, start=2)),
             sweeps=tuple(sweep for sweep in self.sweeps if sweep.family in families),
             selection=chosen if chosen and chosen.family in families else None,
         )
+        return quick.with_rows(self.quick.fewer_rows, self.quick.fewer_items)
 
     def with_rates(self, chosen: Perturbation) -> "Experiment":
         """Return the experiment with the selected rates in their arm, and no selection."""
@@ -436,6 +517,9 @@ class Experiment:
             yield from self._on_old(first, data_seed)
         for seed in others:
             yield from self._of_seed(seed)
+        for steps in self.longer:
+            for seed in self.seeds:
+                yield from self._on_old(seed, steps=steps)
 
     def _of_seed(self, seed: int) -> Iterator[PlannedTraining]:
         yield from self._on_old(seed)
@@ -444,12 +528,15 @@ class Experiment:
                 for method in self.methods:
                     yield PlannedTraining(family, label, method, PLAIN, seed, (label,))
 
-    def _on_old(self, seed: int, data_seed: int | None = None) -> Iterator[PlannedTraining]:
+    def _on_old(
+        self, seed: int, data_seed: int | None = None, steps: int | None = None
+    ) -> Iterator[PlannedTraining]:
         for family, bases in self.families.items():
             for method in self.methods:
                 for perturbation in (PLAIN, *self.arms.values()):
                     yield PlannedTraining(
-                        family, OLD, method, perturbation, seed, bases.labels, data_seed
+                        family, OLD, method, perturbation, seed, bases.labels, data_seed,
+                        steps=steps,
                     )  # fmt: skip
 
 
@@ -465,6 +552,12 @@ def rates_text(perturbation: Perturbation) -> str:
     if perturbation.spared_layers:
         parts.append(f"without layers {', '.join(map(str, perturbation.spared_layers))}")
     return ", ".join(parts)
+
+
+def _sources(data: Rows) -> tuple[TrainingSource, ...]:
+    if isinstance(data, DataSource):
+        return (TrainingSource(data.uri, data.sha256, data.template),)
+    return data
 
 
 def _raise(what: str, problems: list[str]) -> None:

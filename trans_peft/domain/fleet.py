@@ -9,6 +9,7 @@ from trans_peft.domain.base import BaseRef, BaseVersion
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.outcome import TransferOutcome, outcome_of
 from trans_peft.domain.promotion import PromotionPolicy
+from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import NotFoundError
 
 __all__ = [
@@ -88,6 +89,23 @@ class RegisteredAdapter:
     def outcome_on(self, base: BaseVersion) -> TransferOutcome | None:
         """Return the newest outcome of the source version's weights on a base."""
         return outcome_of(self.source.weights_sha256, base.fingerprint_sha256, self.outcomes)
+
+    def retrained_on(self, base: BaseVersion) -> AdapterVersion | None:
+        """Return `trained_on(base)` if the recovery strategy `retrained` made it, else None.
+
+        Such a version serves by the verdict of that strategy, not because it was trained there.
+        """
+        trained = self.trained_on(base)
+        is_retrained = trained is not None and trained.made_by is RecoveryStrategy.RETRAINED
+        return trained if is_retrained else None
+
+    def deciding_outcome_on(self, base: BaseVersion) -> TransferOutcome | None:
+        """Return the outcome that registered `retrained_on(base)`, or else `outcome_on(base)`."""
+        retrained = self.retrained_on(base)
+        if retrained is None:
+            return self.outcome_on(base)
+        found = (one for one in self.outcomes if one.new_number == retrained.number)
+        return next(found, None)
 
     def was_judged_on(self, base: BaseVersion) -> bool:
         """Return whether any version's weights have an outcome on a base.

@@ -62,6 +62,7 @@ class Score:
         gpu_seconds: duration of the training loop, times its processes, over all attempts.
         score_seconds: duration of the evaluation.
         is_quick: whether the score was computed with `--quick` and is no result.
+        steps: optimizer steps, if they are not those of the experiment.
     """
 
     key: str
@@ -78,12 +79,13 @@ class Score:
     gpu_seconds: float = 0.0
     score_seconds: float = 0.0
     is_quick: bool = False
+    steps: int | None = None
 
     @property
     def cell(self) -> tuple[object, ...]:
         """What was scored, by names."""
         trained = (self.family, self.trained_on, self.method, self.arm, self.seed, self.data_seed)
-        return (*trained, self.scored_on, self.suite)
+        return (*trained, self.steps, self.scored_on, self.suite)
 
     @property
     def arm(self) -> Perturbation:
@@ -108,8 +110,8 @@ def keys(prepared: Prepared, trainings: Sequence[PlannedTraining]) -> frozenset[
         return frozenset(key for each in trainings for _, _, key in _cells(each, prepared))
     return frozenset(
         prepared.key(BARE, base, suite)
-        for base in prepared.bases.values()
-        for suite in prepared.suites
+        for (family, _), base in prepared.bases.items()
+        for suite in prepared.experiment.suites_of(family)
     )
 
 
@@ -123,7 +125,7 @@ def bare_scores(
 ) -> Iterator[Score]:
     """Yield the missing scores of bases without an adapter."""
     for (family, label), base in prepared.bases.items():
-        for suite in prepared.suites:
+        for suite in prepared.experiment.suites_of(family):
             key = prepared.key(BARE, base, suite)
             if key not in known:
                 (found,) = evaluate_on(
@@ -156,7 +158,7 @@ def scores(  # noqa: PLR0913  two callbacks, as in `lifecycle.train`
     unscored = Score(
         "", planned.family, planned.method, asdict(planned.perturbation), planned.seed,
         planned.data_seed, planned.base, "", "", gpu_seconds=round(result.device_seconds, 3),
-        is_quick=is_quick,
+        is_quick=is_quick, steps=planned.steps,
     )  # fmt: skip
     subject = EvaluationSubject(str(planned), result.weights_sha256, lambda: result.folder)
     for label, suite, key in missing:
@@ -165,7 +167,8 @@ def scores(  # noqa: PLR0913  two callbacks, as in `lifecycle.train`
         if suite == HELD_OUT:
             yield replace(score, loss=_held_out_loss(planned, prepared, base, result, platform))
             continue
-        (pinned,) = (found for found in prepared.suites if found.name == suite)
+        suites = prepared.experiment.suites_of(planned.family)
+        (pinned,) = (found for found in suites if found.name == suite)
         (found,) = evaluate_on(base, [pinned], platform, subject, on_progress=on_progress).values()
         yield replace(score, right=_marks(found), score_seconds=round(found.seconds, 1))
 
@@ -191,7 +194,8 @@ def selected(prepared: Prepared, found: Iterable[Score]) -> Perturbation | None:
 def _cells(planned: PlannedTraining, prepared: Prepared) -> list[tuple[str, str, str]]:
     """Return (label of the base, name of the suite, key) of each score of a training."""
     recipe_sha256 = prepared.recipe(planned).sha256
-    scored = [HELD_OUT] if planned.held_out else list(prepared.suites)
+    suites = prepared.experiment.suites_of(planned.family)
+    scored = [HELD_OUT] if planned.held_out else list(suites)
     return [
         (
             label,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,12 +21,16 @@ Run = tuple[int, int | None]
 
 @dataclass(frozen=True)
 class Line:
-    """A method and an arm, trained on one base and scored on one base of the same family."""
+    """A method and an arm, trained on one base and scored on one base of the same family.
+
+    `steps` are the optimizer steps of a longer training, None for the usual number.
+    """
 
     method: str
     arm: Perturbation
     trained_on: str
     scored_on: str
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,17 @@ class Scores:
     scores: tuple[Score, ...]
 
     @classmethod
-    def of(
-        cls, experiment: Experiment, family: str, suites: Iterable[str], found: Iterable[Score]
-    ) -> "Scores":
+    def of(cls, experiment: Experiment, family: str, found: Iterable[Score]) -> "Scores":
         """Return the scores of a family among all scores."""
         own = tuple(score for score in found if score.family == family and score.suite != HELD_OUT)
-        return cls(experiment, family, tuple(suites), own)
+        suites = tuple(suite.name for suite in experiment.suites_of(family))
+        return cls(experiment, family, suites, own)
 
     @cached_property
     def _right(self) -> dict[tuple[Line, Run, str], str]:
         return {
             (
-                Line(score.method, score.arm, score.trained_on, score.scored_on),
+                Line(score.method, score.arm, score.trained_on, score.scored_on, score.steps),
                 (score.seed, score.data_seed),
                 score.suite,
             ): score.right
@@ -72,6 +76,11 @@ class Scores:
     def orders(self) -> tuple[Run, ...]:
         """The runs of table 3: the first seed with each order of rows."""
         return tuple((self.experiment.seeds[0], order) for order in self.experiment.data_seeds)
+
+    @property
+    def lengths(self) -> tuple[int | None, ...]:
+        """The optimizer steps of the trainings on the old base; None is the usual number."""
+        return (None, *self.experiment.longer)
 
     def results(
         self, line: Line, suites: Sequence[str], runs: Sequence[Run]
@@ -129,9 +138,11 @@ class Comparison:
         """Direct transfer: plain, trained on the old base and scored on the new one."""
         return self.carried(PLAIN)
 
-    def carried(self, arm: Perturbation, scored_on: str | None = None) -> Line:
+    def carried(
+        self, arm: Perturbation, scored_on: str | None = None, steps: int | None = None
+    ) -> Line:
         """Return an arm that was trained on the old base, scored on the new base or another."""
-        return Line(self.method, arm, OLD, self.new if scored_on is None else scored_on)
+        return Line(self.method, arm, OLD, self.new if scored_on is None else scored_on, steps)
 
     def difference(
         self,
@@ -155,14 +166,41 @@ class Comparison:
         None if the interval of the gap does not lie above zero.
         """
         lines = (self.carried(arm), self.direct, self.tuned_new)
-        found = [self.scores.results(line, self.scores.suites, self.scores.seeds) for line in lines]
-        gap = self.difference(self.tuned_new, self.direct)
-        if gap is None or gap.low <= 0 or found[0] is None:
+        ours, direct, tuned = (self._draws(line) for line in lines)
+        if ours is None or direct is None or tuned is None or Interval.of(tuned - direct).low <= 0:
             return None
-        ours, direct, tuned = (resampled(one) for one in found if one is not None)
         with np.errstate(divide="ignore", invalid="ignore"):
             shares = np.where(tuned == direct, np.nan, 100 * (ours - direct) / (tuned - direct))
         return Interval.of(shares)
+
+    def at_equal_old_score(self, arm: Perturbation) -> Interval | None:
+        """Return an arm's score on the new base minus direct transfer's, at equal old-base scores.
+
+        Arms learn more slowly under perturbation. The arm's score on the new base is interpolated
+        linearly between two lengths of training, at the old-base score of direct transfer after
+        the usual number of steps. None if that score lies between no two of the arm's.
+        """
+        plain_old, plain_new = self._draws(self.tuned_old), self._draws(self.direct)
+        if plain_old is None or plain_new is None:
+            return None
+        for lengths in pairwise(self.scores.lengths):
+            old, new = (
+                [self._draws(self.carried(arm, base, steps)) for steps in lengths]
+                for base in (OLD, self.new)
+            )
+            if any(draws is None for draws in (*old, *new)):
+                continue
+            (old_1, old_2), (new_1, new_2) = np.array(old), np.array(new)
+            if old_1[0] <= plain_old[0] <= old_2[0]:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    way = np.where(old_2 == old_1, np.nan, (plain_old - old_1) / (old_2 - old_1))
+                return Interval.of(new_1 + way * (new_2 - new_1) - plain_new)
+        return None
+
+    def _draws(self, line: Line) -> np.ndarray | None:
+        """Return the resampled mean scores of a line; None if one is missing."""
+        found = self.scores.results(line, self.scores.suites, self.scores.seeds)
+        return None if found is None else resampled(found)
 
     def p_value(self, arm: Perturbation, suite: str | None = None) -> float | None:
         """Return the p-value of table 3 for an arm against direct transfer. None: all suites."""

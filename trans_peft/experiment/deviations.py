@@ -43,12 +43,11 @@ _TASKS = (
 
 def deviations(experiment: Experiment) -> tuple[str, ...]:
     """Return a sentence for each difference from the paper. Equal settings are not listed."""
-    names = {suite.name for suite in experiment.suites}
-    tasks = [task for task in _TASKS if task.suites & names]
+    names = {suite.name for suite in experiment.all_suites}
     found = [
-        *_of_scoring(experiment.suites, names),
+        *_of_scoring(experiment.all_suites, names),
         *_of_perturbations(experiment),
-        *_of_training(experiment, tasks),
+        *_of_training(experiment),
     ]
     if unknown := sorted(names - _COMMONSENSE - _MATH - _CODE):
         found.append(f"Suites that the paper does not have: {', '.join(unknown)}.")
@@ -101,7 +100,7 @@ def _of_perturbations(experiment: Experiment) -> Iterator[str]:
         )
 
 
-def _of_training(experiment: Experiment, tasks: Sequence[_Paper]) -> Iterator[str]:
+def _of_training(experiment: Experiment) -> Iterator[str]:
     shared = experiment.training
     optimizer = shared.optimizer
     rows = optimizer.rows_per_step(shared.processes)
@@ -115,8 +114,13 @@ def _of_training(experiment: Experiment, tasks: Sequence[_Paper]) -> Iterator[st
             yield f"{what.capitalize()}: {value}; the paper's: {paper}."
     if optimizer.epochs != 3:
         yield f"Length: {optimizer.duration}; the paper's: 3 epochs."
-    uris = ", ".join(source.uri for source in shared.sources)
-    for task in tasks:
+    tasks = {family: _tasks(experiment, family) for family in experiment.families}
+    for task in _TASKS:
+        families = [family for family in tasks if task in tasks[family]]
+        if not families:
+            continue
+        sources = [source.uri for family in families for source in experiment.sources_of(family)]
+        uris = ", ".join(dict.fromkeys(sources))
         if optimizer.schedule != task.schedule:
             yield f"Schedule: {optimizer.schedule}; the paper's for these suites: {task.schedule}."
         if not any(word in uris.lower().replace("_", "").replace("-", "") for word in task.words):
@@ -134,5 +138,11 @@ def _of_training(experiment: Experiment, tasks: Sequence[_Paper]) -> Iterator[st
         rates = {arm.masking_p for arm in experiment.arms.values()} - {0.0, *task.masking_p}
         if experiment.selection is None and rates:
             yield f"p_m: {sorted(rates)}; the paper chooses from {list(task.masking_p)}."
-    if len(tasks) > 1:
+    if any(len(of) > 1 for of in tasks.values()):
         yield "One adapter is trained for several kinds of tasks; the paper trains one for each."
+
+
+def _tasks(experiment: Experiment, family: str) -> list[_Paper]:
+    """Return the kinds of tasks that a family's suites have."""
+    names = {suite.name for suite in experiment.suites_of(family)}
+    return [task for task in _TASKS if task.suites & names]

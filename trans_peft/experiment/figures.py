@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trans_peft.domain.experiment import OLD, Sweep
+from trans_peft.domain.experiment import OLD, PLAIN, Sweep
 from trans_peft.experiment.comparison import Comparison, Line, Run, Scores
 from trans_peft.experiment.statistics import Interval, resampled
 from trans_peft.experiment.tables import hours
@@ -26,34 +26,39 @@ _MARKERS = "osD^vP"
 def transfer_figure(scores: Scores, new: str, path: Path, mark: str = "") -> Path | None:
     """Plot the mean score on the new base against that on the old one, for all methods and arms.
 
-    A small point is one seed. On the diagonal nothing is lost. A dashed line is Fine-tune(new).
+    A small point is one seed. A line joins the lengths of training, and a longer one has its number
+    of steps. On the diagonal nothing is lost. A dashed line is Fine-tune(new).
     """
     shown: list[float] = []
 
     def panel(axes: "Axes") -> None:
         for method, marker in zip(scores.experiment.methods, _MARKERS * 9, strict=False):
             found = Comparison(scores, method, new)
-            arms = [("Direct Transfer", found.direct, found.tuned_old, _DIRECT)]
-            arms += [
-                (name, found.carried(arm), found.carried(arm, OLD), color)
-                for (name, arm), color in zip(
-                    scores.experiment.arms.items(), _ARMS * 9, strict=False
-                )
-            ]
-            for name, on_new, on_old, color in arms:
-                for run in scores.seeds:
-                    x, y = scores.average(on_old, [run]), scores.average(on_new, [run])
+            arms = {"Direct Transfer": PLAIN, **scores.experiment.arms}
+            for (name, arm), color in zip(arms.items(), (_DIRECT, *_ARMS * 9), strict=False):
+                means = []
+                for steps in scores.lengths:
+                    on_old, on_new = found.carried(arm, OLD, steps), found.carried(arm, None, steps)
+                    for run in scores.seeds:
+                        x, y = scores.average(on_old, [run]), scores.average(on_new, [run])
+                        if x is not None and y is not None:
+                            axes.plot(x, y, marker, color=color, markersize=4, alpha=0.4)
+                            shown.extend((x, y))
+                    x, y = scores.average(on_old), scores.average(on_new)
                     if x is not None and y is not None:
-                        axes.plot(x, y, marker, color=color, markersize=4, alpha=0.4)
-                x, y = scores.average(on_old), scores.average(on_new)
-                if x is not None and y is not None:
-                    shown.extend((x, y))
-                    label = f"{method}, {name}"
-                    axes.plot(x, y, marker, color=color, markersize=9, label=label)
+                        means.append((x, y))
+                        if steps is not None:
+                            axes.annotate(f"  {steps} steps", (x, y), color=color, fontsize=8)
+                if means:
+                    x_y = zip(*means, strict=True)
+                    axes.plot(
+                        *x_y, f"{marker}-", color=color, markersize=9, label=f"{method}, {name}"
+                    )
             tuned = scores.average(found.tuned_new)
             if tuned is not None:
                 shown.append(tuned)
-                axes.axhline(tuned, color=_TUNED, linewidth=1, linestyle="--")
+                label = f"{method}, Fine-tune(new)"
+                axes.axhline(tuned, color=_TUNED, linewidth=1, linestyle="--", label=label)
         if not shown:
             return
         low, high = min(shown) - 4, max(shown) + 4
@@ -62,7 +67,9 @@ def transfer_figure(scores: Scores, new: str, path: Path, mark: str = "") -> Pat
         axes.set(xlabel=f"right on {OLD}, %", ylabel=f"right on {new}, %")
         _legend(axes)
 
-    title = f"{scores.family}: scores on both bases, {new} (mean of {len(scores.suites)} suites)"
+    suites = len(scores.suites)
+    of = f" (mean of {suites} suites)" if suites > 1 else ""
+    title = f"{scores.family}: scores on both bases, {new}{of}"
     _draw(path, title, panel, mark, size=(8.2, 5.0))
     return path if shown else None
 

@@ -88,10 +88,15 @@ def _gpu_hours(
     hours of trainings are unknown.
     """
     cost, total, unknown = experiment.cost, 0.0, set()
+
+    def length(steps: int | None) -> float:
+        """Return the length of a training, as a multiple of the usual one."""
+        return 1 if steps is None else steps / (experiment.training.optimizer.steps or steps)
+
     for planned in missing:
         like = [s for s in scores if (s.family, s.method) == (planned.family, planned.method)]
-        measured = [score.gpu_seconds for score in like if score.gpu_seconds]
-        training = fmean(measured) / 3600 if measured else cost.training_gpu_hours
+        measured = [s.gpu_seconds / length(s.steps) / 3600 for s in like if s.gpu_seconds]
+        training = fmean(measured) if measured else cost.training_gpu_hours
         seconds: dict[str, list[float]] = {}
         for score in like:
             seconds.setdefault(score.suite, []).append(score.score_seconds)
@@ -105,6 +110,8 @@ def _gpu_hours(
                 "GPU hours are without evaluations, which are unknown: give "
                 "cost.evaluation_gpu_hours"
             )
-        total += (training or 0.0) + (evaluation or 0.0) * len(planned.scored_on)
+        total += (training or 0.0) * length(planned.steps) + (evaluation or 0.0) * len(
+            planned.scored_on
+        )
     is_known = not any("of a training" in text for text in unknown)
     return total if is_known else None, sorted(unknown)

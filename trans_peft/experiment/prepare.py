@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from trans_peft.data import pin
 from trans_peft.data.training_rows import read_training_rows
 from trans_peft.domain.base import BaseVersion, Fingerprint
-from trans_peft.domain.data import DataSource, TrainingSource
+from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
-from trans_peft.domain.experiment import OLD, Experiment, PlannedTraining
+from trans_peft.domain.experiment import OLD, Experiment, PlannedTraining, Rows
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.domain.recipe import TrainingRecipe
@@ -55,14 +56,12 @@ class Prepared:
     """A checked experiment with the bases on this machine.
 
     Attributes:
-        experiment: the experiment, with pinned data.
-        suites: its suites, pinned.
+        experiment: the experiment, with pinned rows and suites.
         bases: the bases by family and label.
         leakage: for each suite, the training rows that have nearly the prompt of an item.
     """
 
     experiment: Experiment
-    suites: tuple[Suite, ...]
     bases: Mapping[tuple[str, str], BaseVersion]
     leakage: tuple[SuiteLeakage, ...] = ()
 
@@ -91,12 +90,12 @@ def recipe_of(experiment: Experiment, planned: PlannedTraining, base: str) -> Tr
     return TrainingRecipe(
         adapter=_NAME,
         family=_NAME,
-        data=shared.data,
+        data=experiment.data_of(planned.family),
         suites=(_ANY_SUITE,),
         base_version=base,
         spec=experiment.methods[planned.method],
         perturbation=planned.perturbation,
-        optimizer=shared.optimizer,
+        optimizer=experiment.optimizer(planned.steps),
         dtype=shared.dtype,
         seed=planned.seed,
         data_seed=planned.data_seed,
@@ -113,7 +112,7 @@ def check_scoring(experiment: Experiment) -> None:
     """Raise InvalidSpecError for a suite whose results are degrees, not right or wrong."""
     problems = [
         f"the results of {suite.name} are degrees: give it a threshold, and one answer to an item"
-        for suite in experiment.suites
+        for suite in experiment.all_suites
         if suite.samples > 1 or _has_degrees(suite)
     ]
     if problems:
@@ -133,8 +132,12 @@ def prepare(experiment: Experiment, find: FindBase, platform: Platform) -> Prepa
     prepared = pinned(experiment, find, platform)
     check_families(prepared.bases, platform)
     check_disk(copies(prepared.bases.values(), platform), platform.work_dir)
-    for base in {base.fingerprint_sha256: base for base in prepared.bases.values()}.values():
-        check_suites(base, prepared.suites, platform)
+    asked = {
+        (base.fingerprint_sha256, prepared.experiment.suites_of(family)): base
+        for (family, _), base in prepared.bases.items()
+    }
+    for (_, suites), base in asked.items():
+        check_suites(base, suites, platform)
     return with_leakage(prepared, platform)
 
 
@@ -149,23 +152,28 @@ def pinned(experiment: Experiment, find: FindBase, platform: Platform) -> Prepar
         for name, family in experiment.families.items()
         for label in family.labels
     }
-    data = experiment.training.data
-    pinned_data: DataSource | tuple[TrainingSource, ...]
-    if isinstance(data, DataSource):
-        pinned_data = pin(data, platform.store)
-    else:
-        pinned_data = tuple(source.pinned(pin(source, platform.store).sha256) for source in data)
-    training = replace(experiment.training, data=pinned_data)
-    return Prepared(
-        replace(experiment, training=training), pin_suites(experiment.suites, platform), bases
-    )
+
+    def pinned_rows(data: Rows) -> Rows:
+        if isinstance(data, DataSource):
+            return pin(data, platform.store)
+        return tuple(source.pinned(pin(source, platform.store).sha256) for source in data)
+
+    suites = partial(pin_suites, platform=platform)
+    return Prepared(experiment.with_rows(pinned_rows, suites), bases)
 
 
 def with_leakage(prepared: Prepared, platform: Platform) -> Prepared:
     """Return the experiment with the numbers of training rows that are items of its suites."""
-    first, *_ = prepared.experiment.trainings()
-    rows = read_training_rows(recipe_of(prepared.experiment, first, _NAME), platform.store)
-    return replace(prepared, leakage=count_leakage(rows.all, prepared.suites, platform.store))
+    experiment = prepared.experiment
+    first = {
+        (experiment.data_of(planned.family), experiment.suites_of(planned.family)): planned
+        for planned in reversed(experiment.trainings())
+    }
+    leakage: list[SuiteLeakage] = []
+    for (_, suites), planned in first.items():
+        rows = read_training_rows(recipe_of(experiment, planned, _NAME), platform.store)
+        leakage += count_leakage(rows.all, suites, platform.store)
+    return replace(prepared, leakage=tuple(leakage))
 
 
 def check_families(bases: Mapping[tuple[str, str], BaseVersion], platform: Platform) -> None:

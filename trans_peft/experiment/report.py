@@ -2,12 +2,12 @@
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from trans_peft.domain.experiment import Experiment, rates_text
+from trans_peft.domain.experiment import OLD, Experiment, rates_text
 from trans_peft.experiment import figures, tables
 from trans_peft.experiment.analyses import FamilyAnalysis
 from trans_peft.experiment.cells import Score
@@ -69,11 +69,7 @@ class _Sources:
     mark: str
 
     def of(self, family: str) -> Scores:
-        return Scores.of(self.experiment, family, self.suites, self.scores)
-
-    @property
-    def suites(self) -> tuple[str, ...]:
-        return tuple(suite.name for suite in self.experiment.suites)
+        return Scores.of(self.experiment, family, self.scores)
 
 
 def write_report(  # noqa: PLR0913  what was planned, what was found, and where it is written
@@ -117,10 +113,10 @@ def _sections(sources: _Sources) -> Iterator[str]:
     if sources.selection.selection is not None:
         yield _selected(sources)
     yield (
-        "## Scores (tables 1 and 2)\n\nRight answers in percent. *Difference*: rows on the new "
-        "base minus Direct Transfer, rows on the old base minus Fine-tune(old), mean over suites. "
-        "*Share of the gap*: of the gap from Direct Transfer to Fine-tune(new), if its interval "
-        f"lies above zero. {_intervals(experiment)}"
+        "## Scores (tables 1 and 2)\n\nRight answers in percent. The second table of each pair of "
+        "bases has means over suites, and compares arms after equally long training. *Share of the "
+        "gap*: of the gap from Direct Transfer to Fine-tune(new), if its interval lies above zero. "
+        f"{_intervals(experiment)}"
     )
     for family, bases in experiment.families.items():
         scores = sources.of(family)
@@ -128,7 +124,9 @@ def _sections(sources: _Sources) -> Iterator[str]:
             image = figures.transfer_figure(
                 scores, new, _figure(sources, f"transfer-{family}-{new}"), sources.mark
             )
-            yield _section(f"### {family}, {new}", tables.main_table(scores, new), image, sources)
+            text = f"{tables.main_table(scores, new)}\n\n{tables.change_table(scores, new)}"
+            yield _section(f"### {family}, {new}", text, image, sources)
+    yield from _equal_scores(sources)
     yield from _repeats(sources)
     if any(len(bases.new) > 1 for bases in experiment.families.values()):
         yield (
@@ -147,7 +145,15 @@ def _sections(sources: _Sources) -> Iterator[str]:
 
 def _settings(sources: _Sources, plan: Outline) -> str:
     experiment, shared = sources.experiment, sources.experiment.training
-    items = {score.suite: len(score.right) for score in sources.scores if score.right}
+    items = {(s.family, s.suite): len(s.right) for s in sources.scores if s.right}
+    rows_of = {
+        name: ", ".join(source.uri for source in experiment.sources_of(name))
+        for name in experiment.families
+    }
+    suites_of = {
+        name: ", ".join(f"{s.name} ({items.get((name, s.name), '?')})" for s in experiment.suites_of(name))  # noqa: E501
+        for name in experiment.families
+    }  # fmt: skip
     bases = "; ".join(
         f"{name}: {family.old} -> {', '.join(f'{label} ({uri})' for label, uri in family.new.items())}"  # noqa: E501
         for name, family in experiment.families.items()
@@ -156,13 +162,15 @@ def _settings(sources: _Sources, plan: Outline) -> str:
         ["bases", bases],
         ["methods", "; ".join(f"{n}: {s.peft_type} {_options(s.options)}" for n, s in experiment.methods.items())],  # noqa: E501
         ["arms", "; ".join(f"{name}: {rates_text(arm)}" for name, arm in experiment.arms.items())],
-        ["training rows", ", ".join(source.uri for source in shared.sources)],
+        ["training rows", _by_family(rows_of)],
         ["training", f"{shared.optimizer.duration}, learning rate {shared.optimizer.learning_rate:g}, {shared.optimizer.schedule}, {shared.dtype}"],  # noqa: E501
-        ["suites (items)", ", ".join(f"{name} ({items.get(name, '?')})" for name in sources.suites)],  # noqa: E501
+        ["suites (items)", _by_family(suites_of)],
         ["seeds", ", ".join(map(str, experiment.seeds))],
     ]  # fmt: skip
     if experiment.data_seeds:
         rows.append(["seeds of the order of rows", ", ".join(map(str, experiment.data_seeds))])
+    if experiment.longer:
+        rows.append(["steps of longer trainings", ", ".join(map(str, experiment.longer))])
     lines = ["## What was run", "", tables.table(["", ""], rows, texts=2)]
     if plan.missing:
         lines += ["", f"**{plan.missing} trainings are missing; what needs them is empty.**"]
@@ -189,6 +197,20 @@ def _selected(sources: _Sources) -> str:
         f"{chosen.method} and seed {chosen.seed}, which no table contains. Rows "
         f"of {chosen.family} are therefore the weaker evidence.\n\n{text}"
     )
+
+
+def _equal_scores(sources: _Sources) -> Iterator[str]:
+    experiment = sources.experiment
+    if not experiment.longer:
+        return
+    yield (
+        "## At an equal score on the old base\n\nArms learn more slowly under perturbation. The "
+        "score of an arm on the new base is interpolated between its lengths of training, at the "
+        f"score of Direct Transfer on {OLD} after {experiment.training.optimizer.steps} steps."
+    )
+    for family, bases in experiment.families.items():
+        for new in bases.new:
+            yield f"### {family}, {new}\n\n{tables.equal_score_table(sources.of(family), new)}"
 
 
 def _repeats(sources: _Sources) -> Iterator[str]:
@@ -272,6 +294,13 @@ def _intervals(experiment: Experiment) -> str:
     runs = len(experiment.seeds)
     over = f"{runs} seeds and items" if runs > 1 else "items alone: there is one seed"
     return f"Intervals: the middle 95 % of 4,000 resamples of {over}."
+
+
+def _by_family(texts: Mapping[str, str]) -> str:
+    """Return one text if it is that of all families, else each with its family."""
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{family}: {text}" for family, text in texts.items())
 
 
 def _options(options: object) -> str:

@@ -4,13 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from trans_peft.domain.experiment import OLD, Cost, Experiment, rates_text
+from trans_peft.domain.experiment import OLD, PLAIN, Cost, Experiment, rates_text
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.experiment.cells import HELD_OUT, Score
 from trans_peft.experiment.comparison import Comparison, Line, Scores
+from trans_peft.experiment.statistics import Interval
 
 __all__ = [
     "Hours",
+    "change_table",
+    "equal_score_table",
     "hours",
     "hours_table",
     "main_table",
@@ -30,48 +33,89 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int =
 
 
 def main_table(scores: Scores, new: str) -> str:
-    """Return table 1 or 2: all methods and arms of a family on one new base, in percent.
-
-    Rows of the old base state the difference from Fine-tune(old), those of the new base from direct
-    transfer.
-    """
-    columns = ["method", "", *scores.suites, "average", "difference", "share of the gap"]
+    """Return table 1 or 2: all methods and arms of a family on one new base, in percent."""
+    columns = ["method", "", *scores.suites, "average"]
     rows = [
         ["bare base", f"on {label}"]
         + [_points(scores.bare_points(label, suite)) for suite in scores.suites]
-        + [_points(scores.bare_average(label)), "", ""]
+        + [_points(scores.bare_average(label))]
         for label in (OLD, new)
     ]
     for method in scores.experiment.methods:
-        found = Comparison(scores, method, new)
-        rows += [_row(found, *line) for line in _lines(found)]
+        for title, line in _lines(Comparison(scores, method, new)):
+            points = [_points(scores.points(line, suite)) for suite in scores.suites]
+            rows.append([method, title, *points, _points(scores.average(line))])
     return table(columns, rows, texts=2)
 
 
-def _lines(found: Comparison) -> Iterator[tuple[str, Line, Line | None, Perturbation | None]]:
-    """Yield (title, line, line to subtract, arm of the share) for each row of a method."""
-    yield "Fine-tune(new)", found.tuned_new, found.direct, None
-    yield "Fine-tune(old)", found.tuned_old, None, None
-    yield "Direct Transfer", found.direct, None, None
+def _lines(found: Comparison) -> Iterator[tuple[str, Line]]:
+    """Yield the title and the line of each row of a method."""
+    yield "Fine-tune(new)", found.tuned_new
+    yield "Fine-tune(old)", found.tuned_old
+    yield "Direct Transfer", found.direct
     for name, arm in found.scores.experiment.arms.items():
-        yield name, found.carried(arm), found.direct, arm
-        yield f"{name} on {OLD}", found.carried(arm, OLD), found.tuned_old, None
+        yield name, found.carried(arm)
+        yield f"{name} on {OLD}", found.carried(arm, OLD)
 
 
-def _row(
-    found: Comparison, title: str, line: Line, other: Line | None, arm: Perturbation | None
-) -> list[str]:
-    scores = found.scores
-    difference = None if other is None else found.difference(line, other)
-    share = None if arm is None else found.share(arm)
-    return [
-        found.method,
-        title,
-        *(_points(scores.points(line, suite)) for suite in scores.suites),
-        _points(scores.average(line)),
-        "" if difference is None else str(difference),
-        "" if share is None else f"{share.value:.0f} % ({share.low:.0f}, {share.high:.0f})",
-    ]
+def change_table(scores: Scores, new: str) -> str:
+    """Return the means over suites on both bases, and the differences with their intervals.
+
+    Each arm is compared with direct transfer after equally long training.
+    """
+    columns = [
+        "method", "", "trained for", OLD, new, "change by the update",
+        f"{OLD}, minus Fine-tune(old)", f"{new}, minus Direct Transfer", "share of the gap",
+    ]  # fmt: skip
+    bare = [_points(scores.bare_average(label)) for label in (OLD, new)]
+    rows = [["bare base", "", "", *bare, "", "", "", ""]]
+    for method in scores.experiment.methods:
+        found = Comparison(scores, method, new)
+        gap = _text(found.difference(found.tuned_new, found.direct))
+        tuned = _points(scores.average(found.tuned_new))
+        rows.append([method, "Fine-tune(new)", _duration(scores), "", tuned, "", "", gap, ""])
+        for steps in scores.lengths:
+            rows += [
+                _change_row(found, title, arm, steps)
+                for title, arm in {"Direct Transfer": PLAIN, **scores.experiment.arms}.items()
+            ]
+    return table(columns, rows, texts=3)
+
+
+def _change_row(found: Comparison, title: str, arm: Perturbation, steps: int | None) -> list[str]:
+    labels = (OLD, found.new)
+    lines = [found.carried(arm, label, steps) for label in labels]
+    row = [found.method, title, _duration(found.scores, steps)]
+    row += [_points(found.scores.average(line)) for line in lines]
+    row.append(_text(found.difference(lines[1], lines[0])))
+    if arm == PLAIN:
+        return [*row, "", "", ""]
+    plain = [found.carried(PLAIN, label, steps) for label in labels]
+    row += [_text(found.difference(*pair)) for pair in zip(lines, plain, strict=True)]
+    share = found.share(arm) if steps is None else None
+    percent = share and f"{share.value:.0f} % ({share.low:.0f}, {share.high:.0f})"
+    return [*row, percent or ""]
+
+
+def equal_score_table(scores: Scores, new: str) -> str:
+    """Return the difference of each arm from direct transfer at an equal score on the old base."""
+    rows = []
+    for method in scores.experiment.methods:
+        found = Comparison(scores, method, new)
+        for name, arm in scores.experiment.arms.items():
+            lines = [found.carried(arm, steps=steps) for steps in scores.lengths]
+            is_scored = all(scores.average(line) is not None for line in lines)
+            reached = found.at_equal_old_score(arm)
+            text = "not reached" if reached is None and is_scored else _text(reached)
+            rows.append([method, name, text])
+    return table(["method", "arm", f"{new}, minus Direct Transfer"], rows, texts=2)
+
+
+def _duration(scores: Scores, steps: int | None = None) -> str:
+    optimizer = scores.experiment.optimizer(steps)
+    return (
+        f"{optimizer.steps} steps" if optimizer.epochs is None else f"{optimizer.epochs:g} epochs"
+    )
 
 
 def p_value_table(scores: Scores, new: str) -> str:
@@ -97,7 +141,7 @@ def seed_table(scores: Scores, new: str) -> str:
     rows = []
     for suite in scores.suites:
         for method in scores.experiment.methods:
-            for title, line, *_ in _lines(Comparison(scores, method, new)):
+            for title, line in _lines(Comparison(scores, method, new)):
                 by_seed = [scores.points(line, suite, [run]) for run in scores.seeds]
                 mean = scores.points(line, suite)
                 rows.append([suite, method, title, *map(_points, by_seed), _points(mean)])
@@ -155,7 +199,7 @@ def hours(scores: Scores, method: str) -> Hours | None:
     """Return the measured hours of a method; None if a training is missing."""
     measured: dict[tuple[str, bool], dict[object, float]] = {}
     for score in scores.scores:
-        if score.method == method and score.gpu_seconds:
+        if score.method == method and score.gpu_seconds and score.steps is None:
             of = measured.setdefault((score.trained_on, score.arm.is_off), {})
             of[score.arm, score.seed, score.data_seed] = score.gpu_seconds / 3600
     new = scores.experiment.families[scores.family].new
@@ -187,6 +231,10 @@ def hours_table(scores: Scores, cost: Cost) -> str:
 
 def _points(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
+
+
+def _text(found: Interval | None) -> str:
+    return "" if found is None else str(found)
 
 
 def _p(value: float | None) -> str:

@@ -137,16 +137,22 @@ class _Decision:
     is_open: bool = False
 
 
+_OUTSIDE = "passed, but not within the FDR target of the fleet"
+
+
 def _decide(adapter: RegisteredAdapter, base: BaseVersion, selected: _Selected) -> _Decision:
+    is_outside = selected is not None and adapter.name not in selected[base.alias]
     trained_here = adapter.trained_on(base)
     if trained_here is not None:  # even if a newer version was trained on another base
+        if is_outside and adapter.retrained_on(base) is not None:
+            return _Decision(None, _OUTSIDE)
         return _Decision(trained_here.number, "trained here")
     outcome = adapter.outcome_on(base)
     if outcome is None or outcome.verdict is Verdict.FAILED:  # an error is not a verdict
         return _Decision(None, str(outcome.verdict) if outcome else "no verdict", is_open=True)
     passed = outcome.verdict is Verdict.PASSED
-    if passed and selected is not None and adapter.name not in selected[base.alias]:
-        return _Decision(None, "passed, but not within the FDR target of the fleet")
+    if passed and is_outside:
+        return _Decision(None, _OUTSIDE)
     return _Decision(outcome.new_number if passed else None, str(outcome.verdict))
 
 

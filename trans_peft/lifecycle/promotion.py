@@ -92,7 +92,7 @@ def _named(adapter: IdleAdapter) -> str:
 
 def idle_adapter(adapter: RegisteredAdapter, base: BaseVersion) -> IdleAdapter | None:
     """Return why an adapter does not serve on a base, or None if it serves."""
-    state, outcome = adapter.alias_on(base), adapter.outcome_on(base)
+    state, outcome = adapter.alias_on(base), adapter.deciding_outcome_on(base)
     if adapter.serving_on(base) is not None:
         return None
     if state.is_manual:
