@@ -1,4 +1,4 @@
-"""Run sixteen adapters of eight kinds through two updates: `python -m study.upgrade`.
+"""Run sixteen adapters of eight kinds through the study's updates: `python -m study.upgrade`.
 
 It works on the stack of `make up` as a platform team does: it uploads bases with an S3 client,
 adopts adapters and sets `champion`. The policies of prefect.yaml apply, and the file of unlabeled
@@ -22,7 +22,7 @@ from demo.programs import become_client_of, run_module
 from demo.screen import DemoError, Screen
 from demo.upload import upload
 from infra.stack.settings import StackSettings
-from study.fleet import PATCH, bases_and_rows, class_suite, classes, fleet, statements
+from study.fleet import bases_and_rows, class_suite, classes, fleet, statements
 from study.pages import with_blocks
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS, Deployment
@@ -38,12 +38,13 @@ from trans_peft.ports import Platform
 __all__ = ["OLD", "UPDATES", "counted", "serving_share", "table"]
 
 FAMILY, OLD = "fleet", "v1"
-UPDATES = (PATCH, "all")
+UPDATES = ("all", "ffn")
 ADAPTERS = 16
 _DATA = "s3://data/fleet"
 _ROOT = Path(__file__).parent.parent
 _PAGE, _RESULTS = _ROOT / "docs" / "fleet.md", _ROOT / "benchmarks" / "results.json"
-_SUITE = replace(class_suite(Path()), data=DataSource(f"{_DATA}/classes.jsonl"))
+ITEMS = 640
+_SUITE = replace(class_suite(Path()), data=DataSource(f"{_DATA}/classes.jsonl"), limit=ITEMS)
 POLICY = GatePolicy(
     recovery=RecoveryPolicy(compensation=CompensationPolicy(prompts_uri=f"{_DATA}/prompts.jsonl"))
 )
@@ -217,14 +218,14 @@ def counted(seen: FleetReport) -> str:
 
 
 def serving_share(seen: FleetReport) -> dict[str, Any]:
-    """Return the share of the adapters that serve on the last update, with its exact interval."""
+    """Return the share of the adapters that serve on the first update, with its exact interval."""
     from scipy.stats import binomtest
 
-    verdicts = [row.verdict for row in seen.rows if row.base == UPDATES[-1]]
+    verdicts = [row.verdict for row in seen.rows if row.base == UPDATES[0]]
     found = binomtest(verdicts.count(Verdict.PASSED), len(verdicts))
     interval = found.proportion_ci()
     values = {"value": found.statistic, "low": interval.low, "high": interval.high}
-    shape = f"SmolLM2-135M, {len(verdicts)} adapters of eight kinds, update {UPDATES[-1]}"
+    shape = f"SmolLM2-135M, {len(verdicts)} adapters of eight kinds, update {UPDATES[0]}"
     return {name: round(value, 4) for name, value in values.items()} | {"shape": shape}
 
 

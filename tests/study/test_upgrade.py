@@ -67,8 +67,8 @@ def test_a_cell_names_the_strategy_that_made_the_version():
     assert first.endswith("-5.0), passed | 40.0, -10.0 (-14.2, -5.0), passed (compensated) |")
 
 
-def test_the_share_that_serves_on_the_last_update_has_an_exact_interval():
-    found = serving_share(fleet((RETUNE, PASSED), (PASSED, PASSED), (PASSED, RETUNE)))
+def test_the_share_that_serves_on_the_first_update_has_an_exact_interval():
+    found = serving_share(fleet((PASSED, RETUNE), (PASSED, PASSED), (RETUNE, PASSED)))
     assert (found["value"], found["low"], found["high"]) == (0.6667, 0.0943, 0.9916)
 
 
