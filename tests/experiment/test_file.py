@@ -12,7 +12,7 @@ from trans_peft.domain.experiment import OLD, PLAIN, Experiment
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import InvalidSpecError
 from trans_peft.experiment.deviations import deviations
-from trans_peft.experiment.prepare import check_scoring, recipe_of
+from trans_peft.experiment.prepare import check_settings, recipe_of
 
 HERE = Path(__file__).parent
 PAPER = sorted((HERE.parents[1] / "examples" / "experiments").glob("*.yaml"))
@@ -26,7 +26,7 @@ def refused(tmp_path):
         path = tmp_path / "experiment.yaml"
         path.write_text(yaml.safe_dump(value))
         with pytest.raises(InvalidSpecError) as caught:
-            check_scoring(read_experiment(path))
+            check_settings(read_experiment(path))
         return str(caught.value)
 
     return read
@@ -50,6 +50,11 @@ WHERE = {"field": "where", "values": ["ffn", "all"], "family": "tiny", "method":
 NOWHERE = {"field": "masking_p", "values": [0.1, 0.2], "family": "x", "method": "y"}
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}}
 OTHER = {"tiny": {"old": "a", "new": {"b": "b"}}}
+JUDGED = SUITE | {
+    "scoring": "judge",
+    "judge": {"uri": "v1", "prompt": "{prompt}{answer}", "choices": ["y", "n"], "marks": [1, 0],
+              "labeled": {"uri": "labeled.jsonl"}},
+}  # fmt: skip
 CHANGES = [
     ("seed", 1, f"seed: {UNKNOWN} seeds"),
     ("families.tiny.newer", {}, f"families.tiny.newer: {UNKNOWN} new"),
@@ -58,6 +63,15 @@ CHANGES = [
     ("training.optimizer.step", 1, f"training.optimizer.step: {UNKNOWN} steps"),
     ("training", {}, "training.data: this field is missing"),
     ("seeds", [1, 1], "seeds must be different whole numbers"),
+    (
+        "seeds",
+        [1, -1],
+        "seeds must be different whole numbers from 0 to 2,147,483,647, not [1, -1]",
+    ),
+    ("data_seeds", [2**31], "data_seeds must be different whole numbers from 0 to 2,147,483,647"),
+    ("training.processes", 0, "processes must be a whole number from 1"),
+    ("methods.bare", {}, "no method may have the name 'bare'"),
+    ("cost.currency", "<b>|", "currency must be letters or a sign, as USD or €: '<b>|'"),
     ("seeds", [0], "selection.seed=0 is also a seed of the tables"),
     ("selection.arm", "x", "selection.arm 'x' is not in arms"),
     ("selection.new", "v9", "selection.new 'v9' is not in families.tiny"),
@@ -67,6 +81,7 @@ CHANGES = [
     ("sweeps", [WHERE], "where must be one of ffn, attention, both"),
     ("sweeps", [NOWHERE], "sweeps.0.family 'x' is not in families"),
     ("suites.0.scoring", "bleu", "the results of sums are degrees"),
+    ("suites", [JUDGED], "a judge model marks the answers of sums"),
     ("suites", [SUITE, SUITE], "suites share a name: ['sums', 'sums']"),
     ("quick", {"families": OTHER}, "quick.families.tiny must replace a family"),
 ]
@@ -115,6 +130,12 @@ def test_orders_of_rows_keep_the_first_seed():
     example = read_experiment(HERE / "repeats.yaml")
     orders = {(p.seed, p.data_seed) for p in example.trainings() if p.data_seed is not None}
     assert orders == {(42, 1), (42, 2)}
+
+
+def test_the_order_of_the_first_seed_is_not_trained_again():
+    example = replace(read_experiment(HERE / "repeats.yaml"), seeds=(1, 42), data_seeds=(1, 2))
+    assert example.orders == ((1, None), (1, 2))
+    assert {p.data_seed for p in example.trainings()} == {None, 2}
 
 
 def test_a_selection_holds_rows_out_and_its_seed_is_not_reported():
