@@ -1,5 +1,6 @@
 """The command line: arguments, exit codes, output and files."""
 
+import errno
 import json
 import os
 import re
@@ -276,7 +277,7 @@ def test_unknown_fields_hide_no_invalid_value(cli, tmp_path):
         ({"url": "t"}, [f"data.url: {NO_FIELD}uri, ", "data.uri: this field is missing"]),
         ([{"uri": "t", "weigth_": 2}], [f"data.0.weigth_: {NO_FIELD}weight, "]),
         ([{"uri": "t", "weight": 0}], ["data.0: the data source t is invalid: weight must be"]),
-        ("t.jsonl", ["data: input should be a dictionary"]),
+        ("t.jsonl", ["data: must have fields with values (found 't.jsonl')"]),
     ],
     ids=str,
 )
@@ -304,6 +305,13 @@ def test_an_invalid_perturbation_is_reported(perturbation, message, cli, tmp_pat
     assert message in err
 
 
+# 9 ** 29 texts, if aliases were copied
+ALIASES = "".join(
+    f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9 if n else 'x')}]\n" for n in range(30)
+)
+ALIASES += "name: *k29\ndata: {uri: a}\n"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -314,13 +322,46 @@ def test_an_invalid_perturbation_is_reported(perturbation, message, cli, tmp_pat
         ("s.yaml", "data: {uri: a, uri: b}", "the key 'uri' is repeated in one mapping"),
         ("s.toml", "", "has an unknown extension"),
         ("s.yaml", "- 1", "is not a valid Suite"),
+        ("s.yaml", "", "the file: must have fields with values (found None)"),
+        ("s.yaml", "name: \xe9", "can't decode byte 0xe9"),
+        ("s.json", '{"name": "\xe9"}', "can't decode byte 0xe9"),
+        ("s.yaml", "name: " + "[" * 5000, "nested more than 100 levels deep"),
+        ("s.json", '{"name": ' + "[" * 100_000, "nested more than 100 levels deep"),
+        ("s.yaml", "name: &a [*a]", "nested more than 100 levels deep"),
+        ("s.yaml", ALIASES, "name: input should be a valid string (found [[[...], "),
+        ("s.yaml", f"name: a\ndata: {'x' * 999}", "x...x"),
     ],
 )
 def test_files_that_cannot_be_read_are_reported(name, text, message, cli, tmp_path):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="latin-1")
     code, _, err = cli.run("evaluate", "mine", "--base", "v1", "--suite", tmp_path / name)
     assert code == 2
     assert message in err
+    assert len(err) < 10_000
+
+
+def test_errors_of_folders_and_disks_have_no_traceback(cli, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    evaluate = ("evaluate", "--bare", "--base", "v1", "--suite", "suite.json")
+    code, _, err = cli.run(*evaluate, "--state", tmp_path / "file")
+    assert code == 3
+    assert f"StoreError: {tmp_path}/file/fingerprints cannot be read or written" in err
+    assert "Not a directory" in err and "Traceback" not in err
+    analyse = ("analyse", "v1", "v2", "--rows", "0", "--state", tmp_path / "state", "--out")
+    code, _, err = cli.run(*analyse, tmp_path / "file" / "out")
+    assert code == 3 and f"{tmp_path}/file is a file" in err
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    code, _, err = cli.run(*analyse, tmp_path / "out")
+    assert code == 3 and f"{tmp_path} is read-only" in err
+    monkeypatch.undo()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("trans_peft.cli.workspace.write_json", full)
+    monkeypatch.chdir(cli.folder)
+    code, _, err = cli.run(*evaluate, "--state", tmp_path / "state")
+    assert code == 3 and "is full" in err and "Traceback" not in err
 
 
 def test_a_failure_has_another_exit_code_than_invalid_input(cli, monkeypatch):

@@ -55,12 +55,12 @@ def test_columns_of_rows_that_a_template_converts_are_read(read):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, "line 2 (id {id}): the column 'customer' (cluster) is empty"),
-        ("", "line 2 (id {id}): the column 'customer' (cluster) is empty"),
-        ("  ", "line 2 (id {id}): the column 'customer' (cluster) is '  '"),
-        (1.5, "line 2 (id {id}): the column 'customer' (cluster) is '1.5'"),
-        (True, "line 2 (id {id}): the column 'customer' (cluster) is 'True'"),
-        ("x" * 201, "line 2 (id {id}): the column 'customer' (cluster) has 201 characters"),
+        (None, "line 2 (id {id}): the column 'customer' is empty"),
+        ("", "line 2 (id {id}): the column 'customer' is empty"),
+        ("  ", "line 2 (id {id}): the column 'customer' is '  '"),
+        (1.5, "line 2 (id {id}): the column 'customer' is '1.5'"),
+        (True, "line 2 (id {id}): the column 'customer' is 'True'"),
+        ("x" * 201, "line 2 (id {id}): the column 'customer' has 201 characters"),
     ],
 )
 def test_a_row_without_a_valid_value_is_an_error(read, value, message):
@@ -70,11 +70,11 @@ def test_a_row_without_a_valid_value_is_an_error(read, value, message):
     with pytest.raises(DataError) as error:
         read([{**row, "conversation": ""} for row in rows], cluster="customer")
     assert message.format(id=id_) in str(error.value)
-    assert "1 values of the columns" in str(error.value)
+    assert "1 values of a column" in str(error.value)
 
 
 def test_a_column_that_no_row_has_is_an_error_that_lists_the_rows(read):
-    with pytest.raises(DataError, match=r"3 values .*\n.*line 1 .*'customer' \(cluster\) is empty"):
+    with pytest.raises(DataError, match=r"3 values .*\n.*line 1 .*'customer' is empty"):
         read([{**row, "conversation": ""} for row in ROWS], cluster="customer")
 
 
@@ -112,6 +112,8 @@ def test_results_get_the_groups_of_their_examples(read):
 
 def test_more_than_twenty_slices_are_an_error(read):
     rows = [{**ROWS[0], "conversation": "", "prompt": f"{n}", "topic": n} for n in range(21)]
-    with pytest.raises(DataError, match=r"'topic' has too many values(.|\n)*at most 20(.|\n)*21"):
+    with pytest.raises(
+        DataError, match=r"'topic' has too many different values(.|\n)*at most 20(.|\n)*21"
+    ):
         read(rows, slice="topic")
     assert len(read(rows[1:], slice="topic")) == 20

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from trans_peft.errors import InvalidSpecError
+from trans_peft.errors import InvalidSpecError, StoreError
 
-__all__ = ["atomic_write", "check_unused", "is_temporary", "open_atomic"]
+__all__ = ["atomic_write", "check_unused", "check_writable", "is_temporary", "open_atomic"]
 
 _PREFIX, _SUFFIX = ".trans-peft-", ".part"
 
@@ -49,6 +49,19 @@ def check_unused(folder: Path) -> None:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InvalidSpecError(
             f"{folder} is not empty", expected="a new or empty folder", do="choose another folder"
+        )
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise StoreError if files cannot be written to a folder, which may not exist yet."""
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise StoreError(
+            f"results cannot be written to the folder {folder}",
+            expected="a folder that this user may write to, or the path of a new one",
+            found=f"{above} is {'read-only' if above.is_dir() else 'a file'}",
+            do="choose another folder, or correct its permissions",
         )
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
@@ -20,6 +22,7 @@ from trans_peft.analysis import (
     tables,
     write_report,
 )
+from trans_peft.analysis.figures import _drawings
 from trans_peft.analysis.theorem import bound_terms
 from trans_peft.bases.drift import weight_drift
 from trans_peft.domain.recipe import Perturbation
@@ -172,3 +175,35 @@ def test_a_mark_is_drawn_on_each_figure(found, tmp_path):
     assert [path.name for path in plain] == [path.name for path in marked]
     for before, after in zip(plain, marked, strict=True):
         assert before.read_bytes() != after.read_bytes()
+
+
+def test_names_of_folders_are_shown_as_they_are(found, tmp_path):
+    """`$` begins a formula of matplotlib, `_` hides a label of its legends, `<b>` is HTML."""
+    update = replace(found.updates[0], name="_new <b>$^$")
+    odd = replace(found, old="$_{", updates=(update,))
+    _, markdown, html = write_report(odd, tmp_path)
+    assert "$_{ to _new &lt;b&gt;$^$" in html.read_text()
+    assert "$_{ to _new &lt;b>$^$" in markdown.read_text()
+
+    (draw,) = [draw for name, _, draw in _drawings(odd, update) if name == "influence"]
+    figure = Figure()
+    draw(figure)
+    texts = figure.axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in texts] == [r"\$_{", r" _new <b>\$^\$"]
+
+
+def test_layers_are_whole_numbers(found):
+    """With one layer, matplotlib would write fractions of it."""
+    update = found.updates[0]
+    first = {
+        name: getattr(update.drift, name)[:1] for name in ("attention_by_layer", "ffn_by_layer")
+    }
+    one = replace(update, drift=replace(update.drift, **first), distances=None)
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    (draw,) = [draw for name, _, draw in _drawings(found, one) if name == "layers"]
+    draw(figure)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low < tick < high] == [0]

@@ -117,3 +117,15 @@ def test_another_architecture_is_refused_by_its_tensors(v1, tmp_path):
     model.config.num_hidden_layers = 1
     with pytest.raises(UnsupportedModelError, match=r"only in one of them: model\.layers\.1"):
         weight_drift(v1, saved(model, tmp_path / "v2"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_their_tensor(v1, tmp_path, value):
+    model = tiny_model()
+    name = "model.layers.1.mlp.up_proj.weight"
+    model.get_parameter(name).data[0, 0] = value
+    broken = saved(model, tmp_path / "broken")
+    with pytest.raises(UnsupportedModelError, match=f"tensor {name} of the new version has values"):
+        weight_drift(v1, broken)
+    with pytest.raises(UnsupportedModelError, match=f"tensor {name} of the old version has values"):
+        weight_drift(broken, v1)

@@ -15,7 +15,6 @@ from trans_peft.domain.recipe import Perturbation
 from trans_peft.experiment import tables
 from trans_peft.experiment.cells import HELD_OUT, Score, selected
 from trans_peft.experiment.comparison import Comparison, Scores
-from trans_peft.experiment.score_file import ScoreFile
 
 READ = read_experiment(Path(__file__).with_name("repeats.yaml"))
 EXPERIMENT = replace(
@@ -245,27 +244,3 @@ def test_the_candidate_with_the_lowest_loss_on_the_new_base_is_selected():
     ]
     assert selected(PREPARED, found) == high
     assert selected(PREPARED, found[:-1]) is None
-
-
-# The file of scores
-
-
-def test_scores_are_read_again_as_they_were(tmp_path):
-    file = ScoreFile(tmp_path / "scores.jsonl", Score)
-    for one in SCORES.scores:
-        file.append(one)
-    again = ScoreFile(tmp_path / "scores.jsonl", Score)
-    assert [s.cell for s in again] == [s.cell for s in SCORES.scores]
-    assert [s.right for s in again] == [s.right for s in SCORES.scores]
-
-
-def test_an_unfinished_line_is_removed_and_a_later_score_counts(tmp_path):
-    path = tmp_path / "scores.jsonl"
-    first = SCORES.scores[0]
-    ScoreFile(path, Score).append(first)
-    path.write_bytes(path.read_bytes() + b'{"key": "unfin')
-    file = ScoreFile(path, Score)
-    assert first.key in file and len(list(file)) == 1
-    file.append(replace(first, key="other"))
-    again = ScoreFile(path, Score)
-    assert "other" in again and first.key not in again

@@ -12,7 +12,7 @@ from trans_peft.domain.experiment import OLD, PLAIN, Experiment
 from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import InvalidSpecError
 from trans_peft.experiment.deviations import deviations
-from trans_peft.experiment.prepare import check_scoring, recipe_of
+from trans_peft.experiment.prepare import check_settings, recipe_of
 
 HERE = Path(__file__).parent
 PAPER = sorted((HERE.parents[1] / "examples" / "experiments").glob("*.yaml"))
@@ -26,7 +26,7 @@ def refused(tmp_path):
         path = tmp_path / "experiment.yaml"
         path.write_text(yaml.safe_dump(value))
         with pytest.raises(InvalidSpecError) as caught:
-            check_scoring(read_experiment(path))
+            check_settings(read_experiment(path))
         return str(caught.value)
 
     return read
@@ -51,6 +51,11 @@ NOWHERE = {"field": "masking_p", "values": [0.1, 0.2], "family": "x", "method": 
 SUITE = {"name": "sums", "data": {"uri": "rows.jsonl"}}
 OTHER = {"tiny": {"old": "a", "new": {"b": "b"}}}
 SMALL = {"tiny": {"old": "a", "new": {"v2": "b", "v3": "c"}, "suites": [SUITE]}}
+JUDGED = SUITE | {
+    "scoring": "judge",
+    "judge": {"uri": "v1", "prompt": "{prompt}{answer}", "choices": ["y", "n"], "marks": [1, 0],
+              "labeled": {"uri": "labeled.jsonl"}},
+}  # fmt: skip
 CHANGES = [
     ("seed", 1, f"seed: {UNKNOWN} seeds"),
     ("families.tiny.newer", {}, f"families.tiny.newer: {UNKNOWN} new"),
@@ -59,6 +64,15 @@ CHANGES = [
     ("training.optimizer.step", 1, f"training.optimizer.step: {UNKNOWN} steps"),
     ("training", {}, "training.data is missing, and so is families.tiny.data"),
     ("seeds", [1, 1], "seeds must be different whole numbers"),
+    (
+        "seeds",
+        [1, -1],
+        "seeds must be different whole numbers from 0 to 2,147,483,647, not [1, -1]",
+    ),
+    ("data_seeds", [2**31], "data_seeds must be different whole numbers from 0 to 2,147,483,647"),
+    ("training.processes", 0, "processes must be a whole number from 1"),
+    ("methods.bare", {}, "no method may have the name 'bare'"),
+    ("cost.currency", "<b>|", "currency must be letters or a sign, as USD or €: '<b>|'"),
     ("seeds", [0], "selection.seed=0 is also a seed of the tables"),
     ("selection.arm", "x", "selection.arm 'x' is not in arms"),
     ("selection.new", "v9", "selection.new 'v9' is not in families.tiny"),
@@ -68,6 +82,7 @@ CHANGES = [
     ("sweeps", [WHERE], "where must be one of ffn, attention, both"),
     ("sweeps", [NOWHERE], "sweeps.0.family 'x' is not in families"),
     ("suites.0.scoring", "bleu", "the results of sums are degrees"),
+    ("suites", [JUDGED], "a judge model marks the answers of sums"),
     ("suites", [SUITE, SUITE], "suites share a name: ['sums', 'sums']"),
     ("quick", {"families": OTHER}, "quick.families.tiny must replace a family"),
     ("quick", {"families": SMALL}, "quick.families.tiny has the rows and suites of the family"),
@@ -178,6 +193,12 @@ def test_a_family_can_have_its_own_rows_and_suites(two_tasks, tmp_path):
 def test_the_papers_settings_are_compared_with_those_of_families_that_have_its_suites(two_tasks):
     found = [one for one in deviations(two_tasks) if one.startswith("Training rows")]
     assert len(found) == 1 and "a.jsonl" in found[0] and "train.jsonl" not in found[0]
+
+
+def test_the_order_of_the_first_seed_is_not_trained_again():
+    example = replace(read_experiment(HERE / "repeats.yaml"), seeds=(1, 42), data_seeds=(1, 2))
+    assert example.orders == ((1, None), (1, 2))
+    assert {p.data_seed for p in example.trainings()} == {None, 2}
 
 
 def test_a_selection_holds_rows_out_and_its_seed_is_not_reported():

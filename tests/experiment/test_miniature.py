@@ -19,9 +19,9 @@ TITLES = {
                 "Sweep of `where` (fig. 10)", "GPU hours (fig. 7)"],
 }  # fmt: skip
 FIGURES = {
-    "tables": ["domains-tiny", "hours-tiny", "transfer-tiny-v2", "transfer-tiny-v3"],
-    "repeats": ["hours-tiny", "sweep-1-dropping_p", "sweep-2-masking_p", "sweep-3-where",
-                "transfer-tiny-v2"],
+    "tables": ["domains", "hours", "transfer-v2", "transfer-v3"],
+    "repeats": ["hours", "sweep-1-dropping_p", "sweep-2-masking_p", "sweep-3-where",
+                "transfer-v2"],
 }  # fmt: skip
 ANALYZED = {"tables": 2 * 4, "repeats": 0}
 TRAININGS = {"tables": 2 + 3 * (2 + 2), "repeats": 2 * (2 + 1) + 1 + 2 + 2 * 2 + 2 * 2}
@@ -57,12 +57,12 @@ def test_every_table_and_figure(command, trained, tmp_path, name):
     folder = tmp_path / name
     report = (folder / "report.md").read_text()
     assert [title for title in TITLES[name] if f"\n## {title}\n" not in report] == []
-    assert sorted(path.stem for path in folder.glob("figures/*.svg")) == FIGURES[name]
+    assert sorted(path.stem for path in folder.glob("figures/tiny/*.svg")) == FIGURES[name]
     assert "missing" not in report and "not a result" not in report
     page = (folder / "report.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert page.count("data:image/svg+xml") == len(FIGURES[name])
-    heat_maps = [path.stem for path in folder.glob("figures/analysis-tiny/*.png")]
+    heat_maps = [path.stem for path in folder.glob("figures/tiny/analysis/*.png")]
     assert page.count("data:image/png") == len(heat_maps) == ANALYZED[name]
     assert ("### tiny, with plain LoRA adapters" in report) == bool(ANALYZED[name])
     assert {len(line["right"]) for line in lines_of(folder / "scores.jsonl")} <= {0, 20}
@@ -119,8 +119,8 @@ def test_quick_files_are_no_results(command, small, trained, tmp_path):
     assert command("small", "--quick")[0] == 0
     (folder,) = (tmp_path / "small").iterdir()
     assert folder.name == "not-a-result"
-    figures = sorted(path.name for path in folder.glob("figures/*"))
-    assert figures == ["hours-tiny-not-a-result.svg", "transfer-tiny-v2-not-a-result.svg"]
+    figures = sorted(path.name for path in folder.glob("figures/tiny/*"))
+    assert figures == ["hours-not-a-result.svg", "transfer-v2-not-a-result.svg"]
     report = (folder / "report-not-a-result.md").read_text()
     assert "> **Not a result.**" in report
     assert all(line["is_quick"] for line in lines_of(folder / "scores.jsonl"))

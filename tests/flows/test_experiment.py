@@ -157,7 +157,7 @@ def test_the_report_is_an_artifact_and_its_files_are_results(ready):
     ready.run()
     assert "# Experiment tables" in ready.artifacts[-1] and "![" not in ready.artifacts[-1]
     names = {file.name for file in ready.platform.store.list(ready.uri)}
-    assert {"report.md", "report.html", "figures/hours-tiny.svg"} <= names
+    assert {"report.md", "report.html", "figures/tiny/hours.svg"} <= names
     assert len([name for name in names if name.startswith("analyses/")]) == 1
     assert "### tiny, without adapters" in ready.artifacts[-1]
     (run,) = ready.platform.runs.runs

@@ -15,7 +15,7 @@ from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.judge_model import JudgeModel
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
-from trans_peft.errors import DataError, IntegrityError, InvalidSpecError
+from trans_peft.errors import DataError, EvaluationError, IntegrityError, InvalidSpecError
 from trans_peft.lifecycle import judge_model
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
@@ -126,7 +126,11 @@ def test_it_is_an_error_before_an_adapter_is_adopted(place, tmp_path):
     ("rows", "message"),
     [
         ([*labeled(), {"prompt": "p", "completion": "c", "label": "maybe"}], "label 'maybe'"),
-        ([*labeled(), {"prompt": "p", "completion": "c"}], "'?label'? .slice. is empty"),
+        ([*labeled(), {"prompt": "p", "completion": "c"}], "the column 'label' is empty"),
+        (
+            [{**row, "label": str(i)} for i, row in enumerate(labeled())],
+            "the column 'label' has too many different values",
+        ),
         (labeled(wrong=3), "30 right and 3 wrong answers"),
     ],
 )
@@ -158,3 +162,25 @@ def test_a_suite_with_a_judge_shares_no_batch(place, monkeypatch):
     other = replace(BARE_BASE, name="other", weights_sha256="ab" * 32)
     monkeypatch.setattr("trans_peft.models.load_base", None)
     assert evaluate_together(base, [(BARE_BASE, [pinned]), (other, [pinned])], platform) == {}
+
+
+@pytest.mark.parametrize(
+    ("length", "value", "kind", "message"),
+    [
+        (1, float("nan"), EvaluationError, "the model's logits are not finite"),
+        (600, 0.0, DataError, "but the context is 512"),
+    ],
+)
+def test_errors_while_marking_name_the_judge_and_the_answers(
+    place, tmp_path, length, value, kind, message
+):
+    platform, suite, base = place
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
+    model.save_pretrained(tmp_path / "judge")
+    rows = [{**row, "prompt": row["prompt"] * length} for row in labeled()]
+    judge = replace(suite.judge, labeled=write(tmp_path / "others.jsonl", rows))
+    (pinned,) = pin_suites([replace(suite, judge=judge)], platform)
+    place_of = f"the judge model {tmp_path}/judge, labeled answers of sums: "
+    with pytest.raises(kind, match=f"(?s){place_of}.*{message}"):
+        evaluate_on(base, [pinned], platform)

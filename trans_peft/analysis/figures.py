@@ -23,7 +23,7 @@ Figures = Mapping[str, Mapping[str, Path]]
 """Name of the update -> caption -> file."""
 
 _ATTENTION, _FFN, _OLD, _NEW = "#1F6FB2", "#E07A1F", "#8A8F98", "#8E5BB5"
-_INK, _AXIS = "#22262B", "#8A8F98"
+_INK, _AXIS, _MARK = "#22262B", "#8A8F98", "#C1121F"
 _HIGH, _HIGHEST = 99.5, 1.3
 
 
@@ -48,13 +48,18 @@ def _drawings(analysis: Analysis, update: UpdateAnalysis) -> Iterator[tuple[str,
     yield "layers", "Change of attention and FFN in each layer", partial(_layers, update=update)
     if analysis.measured is None or update.measured is None:
         return
-    sides = {analysis.old: analysis.measured, update.name: update.measured}
+    sides = {_text(analysis.old): analysis.measured, _text(update.name): update.measured}
     for kind, name in (("attention", "attention"), ("ffn", "the FFNs")):
         if any(row is not None for row in getattr(update.measured, kind)):
             caption = f"Where the activations of {name} are large"
             yield kind, caption, partial(_heat_maps, sides=sides, kind=kind)
     caption = "Influence of each FFN on the magnitude of activations"
     yield "influence", caption, partial(_influences, sides=sides)
+
+
+def _text(name: str) -> str:
+    """Return a name that matplotlib shows as it is: `$` begins a formula, `_` a hidden label."""
+    return f"{' ' if name.startswith('_') else ''}{name}".replace("$", r"\$")
 
 
 def _saved(path: Path, draw: Draw, mark: str) -> Path:
@@ -72,7 +77,7 @@ def _saved(path: Path, draw: Draw, mark: str) -> Path:
         draw(figure)
         if mark:
             figure.text(
-                0.5, 0.5, mark, fontsize=48, color=_FFN, alpha=0.3, rotation=15,
+                0.5, 0.5, mark, fontsize=48, color=_MARK, alpha=0.45, rotation=15,
                 ha="center", va="center",
             )  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +127,7 @@ def _heat_maps(figure: "Figure", sides: dict[str, Measured], kind: str) -> None:
     for panel in panels:
         panel.set_xlabel("group of neurons")
         panel.spines[:].set_visible(False)
-        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panels[0].set_ylabel("layer")
 
 
@@ -169,7 +174,7 @@ def _layer_axis(axes: "Axes", layers: int) -> None:
 
     axes.set_xlabel("layer")
     axes.set_xlim(-0.6, layers - 0.4)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _matrix(rows: Sequence[Sequence[float] | None]) -> np.ndarray:

@@ -187,7 +187,8 @@ def _markdown(analysis: Analysis, figures: Figures) -> str:
         parts.append(f"## {analysis.old} to {update.name}")
         parts += [f"![{caption}](figures/{path.name})" for caption, path in drawn]
         parts += map(shown, _of_layers(analysis, update))
-    return "\n\n".join(parts) + "\n"
+    # Names of bases are names of folders. Nothing here is meant as HTML.
+    return ("\n\n".join(parts) + "\n").replace("<", "&lt;")
 
 
 def _cell(text: str) -> str:

@@ -66,7 +66,8 @@ def weight_drift(old: Path, new: Path) -> Drift:
     """Compare two versions of one base, each a Hugging Face folder with safetensors.
 
     One pair of tensors is in memory at a time, in float32. Raises UnsupportedModelError if the
-    folders contain different tensors, or if the tensors cannot be assigned to sub-layers.
+    folders contain different tensors, if a value is not finite, or if the tensors cannot be
+    assigned to sub-layers.
     """
     before, after = folder_checkpoint(old), folder_checkpoint(new)
     shapes = _shared_shapes(before.tensors, after.tensors, f"{old} and {new}")
@@ -113,6 +114,12 @@ def _drift(kinds: Mapping[str, SubLayer], changes: Iterable[_Change]) -> Drift:
     squares: dict[SubLayer, list[tuple[float, float]]] = defaultdict(list)
     cosines = []
     for found in changes:
+        if not math.isfinite(found.change + found.before):
+            side = "new" if math.isfinite(found.before) else "old"
+            raise UnsupportedModelError(
+                f"the tensor {found.name} of the {side} version has values that are not finite",
+                do=f"replace the {side} version by a checkpoint with finite weights",
+            )
         squares[kinds[found.name]].append((found.change, found.before))
         if found.cosine is not None:
             cosines.append(found.cosine)

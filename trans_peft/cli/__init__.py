@@ -5,16 +5,23 @@ ports in memory and in folders. Every command prints text and tables, or one JSO
 `--json`. Progress and errors go to stderr.
 """
 
+import errno
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 
-from trans_peft.errors import TransPeftError
+from trans_peft.errors import StoreError, TransPeftError, is_full_disk
 from trans_peft.extras import explaining_missing_extras
 
 __all__ = ["main"]
+
+_OF_THE_MACHINE = frozenset(
+    {errno.EACCES, errno.EDQUOT, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+     errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+)  # fmt: skip
+"""Errors of folders and disks. A file that is missing (ENOENT) is an error of this program."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The code is 0 for success, 1 if an adapter is incompatible or its verdict is not `passed`, 2 for
     invalid input, 3 if the command failed, and 130 if the user interrupted it. An error of
-    `trans_peft.errors` is printed as a message without a traceback.
+    `trans_peft.errors` is printed as a message without a traceback, and so is an error of a folder
+    or a disk, such as a full one.
     """
     try:
         with explaining_missing_extras():
@@ -50,8 +58,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if isinstance(error, CycloptsError):  # cyclopts has printed it
             return 2
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            _print_error(_store_error(error))
+            return 3
         traceback.print_exc()
         return 3
+
+
+def _store_error(error: OSError) -> StoreError:
+    path = error.filename or "one of the folders in the command"
+    if is_full_disk(error):
+        return StoreError(
+            f"the disk of {path} is full",
+            found=error.strerror,
+            do="free space on it, or pass folders of another disk as --out and --state",
+        )
+    return StoreError(
+        f"{path} cannot be read or written",
+        expected="files and folders that this user may read and write",
+        found=error.strerror,
+        do="correct its permissions, or choose another folder",
+    )
 
 
 def _print_error(error: TransPeftError) -> None:

@@ -1,5 +1,7 @@
 """The command `experiment`: the tables and figures of the paper for your own bases and data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +15,10 @@ from trans_peft.cli.show import out as stdout
 from trans_peft.cli.workspace import LOCAL, Workspace
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.experiment import Experiment
+from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.places import HUB
-from trans_peft.errors import DataError, NotFoundError
+from trans_peft.errors import DataError, NotFoundError, StoreError
+from trans_peft.files import check_writable
 
 __all__ = ["experiment"]
 
@@ -61,9 +65,10 @@ def experiment(
     if quick:
         wanted = wanted.as_quick()
         out = out / MARK.replace(" ", "-")
-    found = ScoreFile(out / "scores.jsonl", Score)
-    analyses = ScoreFile(out / "analyses.jsonl", FamilyAnalysis)
-    with progress() as shown:
+    check_writable(out)
+    with progress() as shown, nullcontext() if dry_run else _locked(out):
+        found = ScoreFile(out / "scores.jsonl", Score)
+        analyses = ScoreFile(out / "analyses.jsonl", FamilyAnalysis)
         workspace = Workspace.at(state, shown)
         if dry_run:
             return _print_plan(wanted, workspace, found, json=json)
@@ -88,6 +93,26 @@ def experiment(
     return 0
 
 
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Lock the folder of results. StoreError if another command writes to it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise StoreError(
+            f"another command writes to {out}",
+            expected="one command at a time for a folder of results",
+            do="wait until it has ended, or pass another folder as --out",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _finder(workspace: Workspace, *, download: bool) -> Any:
     """Return a function that verifies the base at a place. InternLM2 bases are converted."""
     from trans_peft.bases.converters import convert, needs_conversion
@@ -97,9 +122,9 @@ def _finder(workspace: Workspace, *, download: bool) -> Any:
         folder = str(model_folder(uri, download=download)) if uri.startswith(HUB) else uri
         store = workspace.platform.store
         if needs_conversion(folder, store):
-            converted = (
-                workspace.platform.work_dir / "converted" / folder.strip("/").replace("/", "-")
-            )
+            files = [(file.name, file.size, file.etag) for file in store.list(folder)]
+            name = content_sha256([folder, files])
+            converted = workspace.platform.work_dir / "converted" / name
             if not converted.exists():
                 if not download:
                     raise NotFoundError(f"{uri} has not been converted on this machine")
@@ -133,10 +158,18 @@ def _watch(shown: ProgressDisplay) -> Any:
 def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: bool) -> int:
     from trans_peft.experiment.disk import check_disk
     from trans_peft.experiment.outline import outline
-    from trans_peft.experiment.prepare import check_families, check_scoring, pinned, with_leakage
+    from trans_peft.experiment.prepare import (
+        check_families,
+        check_layers,
+        check_settings,
+        pinned,
+        with_leakage,
+    )
     from trans_peft.experiment.run import with_selected_rates
 
-    find, notes = _finder(workspace, download=False), []
+    check_settings(wanted)
+
+    find, notes, invalid = _finder(workspace, download=False), [], None
     bases = {}
     for name, family in wanted.families.items():
         for label in family.labels:
@@ -145,14 +178,16 @@ def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: b
             except NotFoundError as error:
                 notes.append(f"families.{name}.{label}: {error}")
     check_families(bases, workspace.platform)
-    check_scoring(wanted)
+    check_layers(wanted, bases, workspace.platform)
     prepared = None
     if not notes:
         try:
             prepared = with_leakage(pinned(wanted, find, workspace.platform), workspace.platform)
             prepared = with_selected_rates(prepared, found)
-        except (DataError, NotFoundError) as error:
+        except NotFoundError as error:
             notes.append(str(error))
+        except DataError as error:  # raised when the plan is printed
+            invalid = error
     plan = outline(
         wanted if prepared is None else prepared.experiment,
         prepared, workspace.platform, tuple(found), notes,
@@ -182,4 +217,6 @@ def _print_plan(wanted: Experiment, workspace: Workspace, found: Any, *, json: b
                 stdout.print(f"  - {line}")
     if plan.disk is not None:
         check_disk(plan.disk, workspace.platform.work_dir)
+    if invalid is not None:
+        raise invalid
     return 0

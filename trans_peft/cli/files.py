@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Suite
+from trans_peft.domain.excerpts import LONGEST_EXCERPT
 from trans_peft.domain.experiment import BaseFamily, Experiment, Rows
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, NotFoundError, closest
@@ -27,6 +29,9 @@ T = TypeVar("T")
 
 _ANOTHER_MEMBER = ("dataclass_type", "tuple_type")  # of a union
 _UNKNOWN_FIELD = "unexpected_keyword_argument"  # as pydantic names it
+_SHORT = Repr()
+_SHORT.maxlevel = 2  # YAML aliases may repeat a list many times
+_SHORT.maxstring = _SHORT.maxother = LONGEST_EXCERPT
 
 
 def read_recipe(path: Path) -> TrainingRecipe:
@@ -180,13 +185,13 @@ def _parse(path: Path) -> Any:
 
     if not path.is_file():
         raise NotFoundError(f"there is no file {path}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             return parse_json(text)
         if path.suffix in (".yaml", ".yml"):
             return parse_yaml(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # also text that is not UTF-8
         raise InvalidSpecError(f"{path} cannot be read: {error}") from error
     raise InvalidSpecError(
         f"{path} has an unknown extension", expected=".json, .yaml or .yml", found=path.suffix
@@ -268,7 +273,10 @@ def _text(problem: Any, kind: type) -> str:
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return "this field is missing"
-    return f"{problem['msg'].lower()} (found {problem['input']!r})"
+    found = _SHORT.repr(problem["input"])
+    if problem["type"] == "dataclass_type":
+        return f"must have fields with values (found {found})"
+    return f"{problem['msg'].lower()} (found {found})"
 
 
 def _resolve_suite(path: Path, suite: Suite) -> Suite:

@@ -1,30 +1,36 @@
 """Parse JSON and YAML, and refuse mappings with a repeated key.
 
 Both formats leave it to the parser which of the values counts, and the usual parsers take the last
-one without a word.
+one without a word. Values nested more than 100 levels deep are refused as well, because parsers and
+checks are recursive; a YAML anchor that contains itself is one.
 """
 
-import json
 from typing import Any
 
 import yaml
 
-from trans_peft.domain.untrusted_json import unique_object
+from trans_peft.domain import untrusted_json
+from trans_peft.domain.bounds import MAX_JSON_DEPTH
 
 __all__ = ["parse_json", "parse_yaml"]
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON. Raises ValueError if it is no JSON, or if an object repeats a key."""
-    return json.loads(text, object_pairs_hook=unique_object)
+    """Parse JSON. Raises ValueError for other text, a repeated key, or values nested too deep."""
+    return untrusted_json.parse_json(text, object_pairs_hook=untrusted_json.unique_object)
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML. Raises yaml.YAMLError if it is no YAML, or if a mapping repeats a key.
+    """Parse YAML. Raises yaml.YAMLError for other text, or if a mapping repeats a key.
 
-    A key beside `<<` may replace a merged one.
+    A key beside `<<` may replace a merged one. Raises ValueError for values nested too deep.
     """
-    return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+    except RecursionError as error:
+        raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep") from error
+    untrusted_json.check_depth(value)
+    return value
 
 
 class _Loader(yaml.SafeLoader):

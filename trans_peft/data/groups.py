@@ -1,6 +1,6 @@
 """Read the cluster and the slice of each row from the columns that a data source names."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ def grouped(
     found = []
     for example in examples:
         row = by_place[example.place]
-        problems += _problems(example, row, {"cluster": cluster, "slice": slice_})
+        problems += _problems(example, row, (cluster, slice_))
         found.append(
             replace(
                 example,
@@ -42,39 +42,34 @@ def grouped(
         )
     if problems:
         raise DataError(
-            f"{uri}: {len(problems)} values of the columns for clusters and slices are missing or "
-            "invalid\n    " + "\n    ".join(listed_lines(problems, _SHOWN)),
+            f"{uri}: {len(problems)} values of a column are missing or invalid\n    "
+            + "\n    ".join(listed_lines(problems, _SHOWN)),
             expected=f"text of at most {_MAX_CHARACTERS} characters or a whole number in every row",
-            do="complete the column, or remove `cluster` or `slice` from the suite's data",
+            do="complete the column, or name another one",
         )
     slices = {example.slice for example in found}
     if len(slices) > _MAX_SLICES:
         raise DataError(
-            f"{uri}: the column {excerpt(slice_)} has too many values for slices",
+            f"{uri}: the column {excerpt(slice_)} has too many different values",
             expected=f"at most {_MAX_SLICES}",
             found=len(slices),
-            do="name a column with fewer values, or remove `slice` from the suite's data",
+            do="use fewer values, or name another column",
         )
     return tuple(found)
 
 
-def _problems(
-    example: Example, row: Mapping[str, Any], columns: Mapping[str, str]
-) -> Iterator[str]:
-    for purpose, column in columns.items():
+def _problems(example: Example, row: Mapping[str, Any], columns: Iterable[str]) -> Iterator[str]:
+    for column in columns:
         value = row.get(column)
         text = _value(row, column)
         if not column:
             continue
         if value is None or value == "":
-            yield f"{example.location}: the column {excerpt(column)} ({purpose}) is empty"
+            yield f"{example.location}: the column {excerpt(column)} is empty"
         elif type(value) not in (str, int) or not text.strip() or not _is_unicode(text):
-            yield f"{example.location}: the column {excerpt(column)} ({purpose}) is {excerpt(text)}"
+            yield f"{example.location}: the column {excerpt(column)} is {excerpt(text)}"
         elif len(text) > _MAX_CHARACTERS:
-            yield (
-                f"{example.location}: the column {excerpt(column)} ({purpose}) has {len(text)} "
-                "characters"
-            )
+            yield (f"{example.location}: the column {excerpt(column)} has {len(text)} characters")
 
 
 def _value(row: Mapping[str, Any], column: str) -> str:

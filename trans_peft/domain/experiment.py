@@ -4,6 +4,7 @@ It states bases, methods, arms, data, suites and seeds. `trans_peft.experiment` 
 trainings, runs them and writes the report. docs/experiments.md has a worked example.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -12,8 +13,8 @@ from typing import ClassVar, Literal
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.compute import ComputeSettings
 from trans_peft.domain.data import DataSource, TrainingSource
-from trans_peft.domain.evaluation import Suite
-from trans_peft.domain.field_checks import choice_problems, count_problems
+from trans_peft.domain.evaluation import BARE, Suite
+from trans_peft.domain.field_checks import choice_problems, count_problems, is_whole
 from trans_peft.domain.names import name_problem
 from trans_peft.domain.numbers import is_finite_number
 from trans_peft.domain.optimizer import OptimizerSettings
@@ -48,6 +49,7 @@ Rows = DataSource | tuple[TrainingSource, ...]
 _Dtype = Literal["float32", "bfloat16", "nf4"]
 _Swept = Literal["masking_p", "dropping_p", "where"]
 _SEED = (0, 2**31 - 1)
+_CURRENCY = re.compile(r"[^\W\d_]{1,10}|[$¢£¥€₩₹]")
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ class Cost:
 
     def __post_init__(self) -> None:
         problems = count_problems(self, {"adapters": (1, 10_000_000)})
+        if not _CURRENCY.fullmatch(self.currency):
+            problems.append(f"currency must be letters or a sign, as USD or €: {self.currency!r}")
         for name in ("price_per_gpu_hour", "training_gpu_hours", "evaluation_gpu_hours"):
             value = getattr(self, name)
             if value is not None and not (is_finite_number(value) and value >= 0):
@@ -342,6 +346,10 @@ class Experiment:
             problems += [p for name in named if (p := name_problem(f"a name in {kind}", name))]
             if not named:
                 problems.append(f"{kind} must name at least one")
+        if BARE in self.methods:
+            problems.append(
+                f"no method may have the name {BARE!r}, which scores of bare bases have"
+            )
         problems += self._arm_problems() + self._seed_problems() + self._length_problems()
         problems += self._row_problems() + self._reference_problems()
         _raise(f"the experiment {self.name!r} is invalid", problems)
@@ -358,8 +366,12 @@ class Experiment:
         problems = []
         for kind, least in (("seeds", 1), ("data_seeds", 0)):
             values = getattr(self, kind)
-            if len(values) < least or len(set(values)) < len(values):
-                problems.append(f"{kind} must be different whole numbers, not {list(values)}")
+            in_range = all(is_whole(v) and _SEED[0] <= v <= _SEED[1] for v in values)
+            if len(values) < least or len(set(values)) < len(values) or not in_range:
+                problems.append(
+                    f"{kind} must be different whole numbers from 0 to {_SEED[1]:,}, not "
+                    f"{list(values)}"
+                )
         if self.selection and self.selection.seed in (*self.seeds, *self.data_seeds):
             problems.append(
                 f"selection.seed={self.selection.seed} is also a seed of the tables: choose another"
@@ -457,6 +469,12 @@ class Experiment:
         training = replace(self.training, data=data(self.training.data))
         return replace(self, families=families, training=training, suites=suites(self.suites))
 
+    @property
+    def orders(self) -> tuple[tuple[int, int | None], ...]:
+        """The seed and data seed of the first seed's trainings with each order of the rows."""
+        first, *_ = self.seeds
+        return tuple((first, None if order == first else order) for order in self.data_seeds)
+
     def as_quick(self) -> "Experiment":
         """Return the experiment with the changes of its quick profile."""
         families = {
@@ -513,8 +531,8 @@ class Experiment:
                 yield PlannedTraining(
                     sweep.family, OLD, sweep.method, perturbation, first, labels
                 )  # fmt: skip
-        for data_seed in self.data_seeds:
-            yield from self._on_old(first, data_seed)
+        for seed, data_seed in self.orders:
+            yield from self._on_old(seed, data_seed)
         for seed in others:
             yield from self._of_seed(seed)
         for steps in self.longer:

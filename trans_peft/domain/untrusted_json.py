@@ -57,12 +57,13 @@ def check_depth(value: Any) -> None:
     for _ in range(MAX_JSON_DEPTH):
         if not level:
             return
-        level = [
+        items = (
             item
             for parent in level
             for item in (parent.values() if isinstance(parent, dict) else parent)
             if isinstance(item, (dict, list))
-        ]
+        )
+        level = list({id(item): item for item in items}.values())  # YAML may repeat an object
     if level:
         raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep")
 

@@ -7,14 +7,18 @@ result depends on. A training that was killed resumes from its last checkpoint.
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from trans_peft.data import Example
 from trans_peft.data.training_rows import read_training_rows
+from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation
 from trans_peft.domain.experiment import PlannedTraining
+from trans_peft.domain.names import quoted
+from trans_peft.domain.numbers import is_finite_number
 from trans_peft.domain.recipe import Perturbation, TrainingRecipe
+from trans_peft.errors import EvaluationError, InvalidSpecError
 from trans_peft.experiment.prepare import Prepared
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.evaluation import BARE_BASE, EvaluationSubject, evaluate_on
@@ -47,6 +51,8 @@ HELD_OUT = "held-out training rows"
 class Score:
     """The results of one adapter, or of a bare base, on one base and one suite.
 
+    InvalidSpecError for other characters in `right`, and for numbers that are not finite.
+
     Attributes:
         key: hash of all inputs.
         family: name of the family of bases.
@@ -65,6 +71,8 @@ class Score:
         steps: optimizer steps, if they are not those of the experiment.
     """
 
+    __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
+
     key: str
     family: str
     method: str
@@ -80,6 +88,15 @@ class Score:
     score_seconds: float = 0.0
     is_quick: bool = False
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = (self.loss or 0.0, self.gpu_seconds, self.score_seconds)
+        if {*self.right} - {"0", "1"} or not all(map(is_finite_number, numbers)):
+            raise InvalidSpecError(
+                f"the score of {self.suite} has invalid values",
+                expected="answers that are 0 or 1, and finite numbers",
+                found=f"{quoted(self.right)}, {numbers}",
+            )
 
     @property
     def cell(self) -> tuple[object, ...]:
@@ -128,9 +145,14 @@ def bare_scores(
         for suite in prepared.experiment.suites_of(family):
             key = prepared.key(BARE, base, suite)
             if key not in known:
-                (found,) = evaluate_on(
-                    base, [suite], platform, BARE_BASE, on_progress=on_progress
-                ).values()
+                try:
+                    (found,) = evaluate_on(
+                        base, [suite], platform, BARE_BASE, on_progress=on_progress
+                    ).values()
+                except EvaluationError as error:
+                    raise EvaluationError(
+                        f"{family}/{label}, without an adapter: {error}"
+                    ) from error
                 yield Score(
                     key, family, BARE, asdict(Perturbation()), 0, None, label, label, suite.name,
                     right=_marks(found), score_seconds=round(found.seconds, 1), is_quick=is_quick,

@@ -75,7 +75,7 @@ class Scores:
     @property
     def orders(self) -> tuple[Run, ...]:
         """The runs of table 3: the first seed with each order of rows."""
-        return tuple((self.experiment.seeds[0], order) for order in self.experiment.data_seeds)
+        return self.experiment.orders
 
     @property
     def lengths(self) -> tuple[int | None, ...]:

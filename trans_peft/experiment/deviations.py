@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.experiment import Experiment
+from trans_peft.experiment.tables import literal
 
 __all__ = ["deviations"]
 
@@ -124,7 +125,7 @@ def _of_training(experiment: Experiment) -> Iterator[str]:
         if optimizer.schedule != task.schedule:
             yield f"Schedule: {optimizer.schedule}; the paper's for these suites: {task.schedule}."
         if not any(word in uris.lower().replace("_", "").replace("-", "") for word in task.words):
-            yield f"Training rows: {uris}; the paper's for these suites: {task.data}."
+            yield f"Training rows: {literal(uris)}; the paper's for these suites: {task.data}."
         if shared.train_on_prompt != task.train_on_prompt:
             loss = {True: "prompts and answers", False: "answers"}
             yield (

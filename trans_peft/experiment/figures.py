@@ -18,16 +18,19 @@ __all__ = ["bases_figure", "hours_figure", "sweep_figure", "transfer_figure"]
 
 _GREY, _INK, _PALE = "#8A8F98", "#22262B", "#D5D8DD"
 _TUNED, _DIRECT = "#3B3F46", "#E07A1F"
-_ARMS = ("#1F6FB2", "#8E5BB5", "#2A9D6F", "#B23A6F")
+_ARMS = ("#1F6FB2", "#8E5BB5", "#2A9D6F", "#B23A6F", "#8C6D1F", "#17A2B8", "#6B8E23", "#C44E9D")
 _BASES = (_GREY, *_ARMS)
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vP*X<>"
+_MARK = "#C1121F"
+_LETTERS = 45  # that fit side by side below the axis
 
 
 def transfer_figure(scores: Scores, new: str, path: Path, mark: str = "") -> Path | None:
     """Plot the mean score on the new base against that on the old one, for all methods and arms.
 
     A small point is one seed. A line joins the lengths of training, and a longer one has its number
-    of steps. On the diagonal nothing is lost. A dashed line is Fine-tune(new).
+    of steps. On the diagonal nothing is lost. A dashed line with the marker of a method is its
+    Fine-tune(new).
     """
     shown: list[float] = []
 
@@ -47,6 +50,7 @@ def transfer_figure(scores: Scores, new: str, path: Path, mark: str = "") -> Pat
                     x, y = scores.average(on_old), scores.average(on_new)
                     if x is not None and y is not None:
                         means.append((x, y))
+                        shown.extend((x, y))
                         if steps is not None:
                             axes.annotate(f"  {steps} steps", (x, y), color=color, fontsize=8)
                 if means:
@@ -57,8 +61,10 @@ def transfer_figure(scores: Scores, new: str, path: Path, mark: str = "") -> Pat
             tuned = scores.average(found.tuned_new)
             if tuned is not None:
                 shown.append(tuned)
-                label = f"{method}, Fine-tune(new)"
-                axes.axhline(tuned, color=_TUNED, linewidth=1, linestyle="--", label=label)
+                axes.axhline(
+                    tuned, color=_TUNED, linewidth=1, linestyle="--", marker=marker, markersize=5,
+                    label=f"{method}, Fine-tune(new)",
+                )  # fmt: skip
         if not shown:
             return
         low, high = min(shown) - 4, max(shown) + 4
@@ -94,6 +100,8 @@ def sweep_figure(scores: Scores, sweep: Sweep, path: Path, mark: str = "") -> Pa
     """Plot fig. 6 as lines over the values of a rate, or fig. 10 as bars for each sub-layer."""
     labels = scores.experiment.families[scores.family].labels
     values = list(sweep.perturbations)
+    if sweep.field != "where":
+        values.sort(key=float)
     colors = dict(zip(labels, _BASES * 9, strict=False))
 
     def line(value: Any, label: str) -> Line:
@@ -104,18 +112,18 @@ def sweep_figure(scores: Scores, sweep: Sweep, path: Path, mark: str = "") -> Pa
             bars = [(f"on {name}", [line(v, name) for v in values], colors[name]) for name in labels]  # noqa: E501  # fmt: skip
             _groups(axes, scores, [str(value) for value in values], bars, scores.seeds[:1])
             return
-        for label in labels:
+        for number, label in enumerate(labels):
             found = [_interval(scores, line(value, label), scores.seeds[:1]) for value in values]
-            known = [(x, one) for x, one in zip(values, found, strict=True) if one is not None]
+            known = [(x, one) for x, one in enumerate(found) if one is not None]
             if known:
                 x, y = zip(*known, strict=True)
-                errors = _errors(y)
+                shift = 0.06 * (number - (len(labels) - 1) / 2)  # error bars lie side by side
                 axes.errorbar(
-                    np.array(x, dtype=float), [one.value for one in y], yerr=errors, fmt="-o",
+                    np.array(x) + shift, [one.value for one in y], yerr=_errors(y), fmt="-o",
                     color=colors[label], capsize=3, label=f"on {label}",
                 )  # fmt: skip
         axes.set(xlabel={"masking_p": "$p_m$", "dropping_p": "$p_d$"}[sweep.field])
-        axes.set_xticks([float(value) for value in values])
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axes.set(ylabel="right, % (mean of suites)")
         _legend(axes)
 
@@ -137,7 +145,7 @@ def hours_figure(scores: Scores, path: Path, mark: str = "") -> Path | None:
         axes.bar(at - 0.2, once, 0.38, color=_ARMS[0], label="Trans-PEFT, tuned once")
         axes.bar(at + 0.2, plain, 0.38, color=_GREY, label="plain, on the old base")
         axes.bar(at + 0.2, again, 0.38, bottom=plain, color=_DIRECT, label="plain, on each new base")  # noqa: E501  # fmt: skip
-        axes.set_xticks(at, list(known))
+        _name_groups(axes, list(known))
         axes.set(ylabel="GPU hours of an adapter")
         _legend(axes)
 
@@ -162,9 +170,17 @@ def _groups(
                     yerr=_errors([found]), color=color, capsize=2, ecolor=_INK,
                     error_kw={"linewidth": 1}, label=title if group == 0 else None,
                 )  # fmt: skip
-    axes.set_xticks(range(len(groups)), groups)
+    _name_groups(axes, groups)
     axes.set(ylabel="right, % (mean of suites)")
     _legend(axes)
+
+
+def _name_groups(axes: "Axes", names: Sequence[str]) -> None:
+    """Write a name below each group of bars; slanted if they would overlap."""
+    slanted: dict[str, Any] = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(
+        range(len(names)), names, **(slanted if sum(map(len, names)) > _LETTERS else {})
+    )
 
 
 def _legend(axes: "Axes") -> None:
@@ -210,9 +226,9 @@ def _draw(
         axes.spines[["top", "right"]].set_visible(False)
         if mark:
             figure.text(
-                0.45, 0.5, mark, fontsize=38, color=_DIRECT, alpha=0.3, rotation=20,
+                0.45, 0.5, mark, fontsize=38, color=_MARK, alpha=0.45, rotation=20,
                 ha="center", va="center",
             )  # fmt: skip
-        figure.savefig(path, facecolor="white", metadata={"Date": None})
+        figure.savefig(path, facecolor="white", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
     return path

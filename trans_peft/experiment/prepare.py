@@ -36,7 +36,8 @@ __all__ = [
     "Prepared",
     "check_families",
     "check_family",
-    "check_scoring",
+    "check_layers",
+    "check_settings",
     "pinned",
     "prepare",
     "recipe_of",
@@ -108,10 +109,16 @@ def recipe_of(experiment: Experiment, planned: PlannedTraining, base: str) -> Tr
     )
 
 
-def check_scoring(experiment: Experiment) -> None:
-    """Raise InvalidSpecError for a suite whose results are degrees, not right or wrong."""
+def check_settings(experiment: Experiment) -> None:
+    """Raise InvalidSpecError for an invalid recipe, or for a suite with degrees. Reads no file."""
+    for planned in (*experiment.selection_trainings(), *experiment.trainings()):
+        recipe_of(experiment, planned, _NAME)
     problems = [
-        f"the results of {suite.name} are degrees: give it a threshold, and one answer to an item"
+        f"a judge model marks the answers of {suite.name}, and marks are not right or wrong: leave "
+        "this suite out"
+        if suite.judge is not None
+        else f"the results of {suite.name} are degrees: give it a threshold, and one answer to an "
+        "item"
         for suite in experiment.all_suites
         if suite.samples > 1 or _has_degrees(suite)
     ]
@@ -131,6 +138,7 @@ def prepare(experiment: Experiment, find: FindBase, platform: Platform) -> Prepa
     """
     prepared = pinned(experiment, find, platform)
     check_families(prepared.bases, platform)
+    check_layers(experiment, prepared.bases, platform)
     check_disk(copies(prepared.bases.values(), platform), platform.work_dir)
     asked = {
         (base.fingerprint_sha256, prepared.experiment.suites_of(family)): base
@@ -144,9 +152,9 @@ def prepare(experiment: Experiment, find: FindBase, platform: Platform) -> Prepa
 def pinned(experiment: Experiment, find: FindBase, platform: Platform) -> Prepared:
     """Return the experiment with its bases, and with data and suites pinned. Checks nothing else.
 
-    Raises what `find` and `check_scoring` raise, and what reading data raises.
+    Raises what `find` and `check_settings` raise, and what reading data raises.
     """
-    check_scoring(experiment)
+    check_settings(experiment)
     bases = {
         (name, label): find(family.uri(label))
         for name, family in experiment.families.items()
@@ -195,6 +203,28 @@ def check_families(bases: Mapping[tuple[str, str], BaseVersion], platform: Platf
             expected="a new base that was trained further from the old one, with the same "
             "architecture, shapes and tokens",
             do="correct the bases in the experiment file",
+        )
+
+
+def check_layers(
+    experiment: Experiment, bases: Mapping[tuple[str, str], BaseVersion], platform: Platform
+) -> None:
+    """Raise InvalidSpecError if a perturbation spares layers that a base does not have, or all."""
+    problems = {}
+    for planned in (*experiment.selection_trainings(), *experiment.trainings()):
+        spared = planned.perturbation.spared_layers
+        if spared and (base := bases.get((planned.family, planned.base))) is not None:
+            layers = platform.catalog.fingerprint(base).layer_count
+            if max(spared) >= layers or len(spared) == layers:
+                problems[planned.family, spared] = (
+                    f"spared_layers {list(spared)}: {planned.family}/{planned.base} has the layers "
+                    f"0 to {layers - 1}, and at least one of them must be perturbed"
+                )
+    if problems:
+        raise InvalidSpecError(
+            "a perturbation spares layers that cannot be spared\n    "
+            + "\n    ".join(problems.values()),
+            do="correct spared_layers in the experiment file",
         )
 
 

@@ -33,7 +33,7 @@ img { max-width: 100%; } code { background: #f4f5f7; padding: 0 .2em; }
 blockquote { margin: 1rem 0; padding: .5rem 1rem; background: #fdf0e3;
   border-left: 4px solid #e07a1f; font-weight: 600; }
 """
-_IMAGE = re.compile(r'src="([^"]+\.(svg|png))"')
+_IMAGE = re.compile(r'src="(figures/[^"]+\.(svg|png))"')
 _TYPES = {"svg": "svg+xml", "png": "png"}
 
 
@@ -105,7 +105,8 @@ def write_report(  # noqa: PLR0913  what was planned, what was found, and where 
     markdown, page = folder / f"{name}.md", folder / f"{name}.html"
     atomic_write(markdown, text)
     atomic_write(page, _page(text, folder, experiment.name))
-    return Report(markdown, page, tuple(folder / found for found in re.findall(r"\]\((\S+\.(?:svg|png))\)", text)))  # noqa: E501  # fmt: skip
+    images = re.findall(r"^!\[[^\]]*\]\((figures/\S+)\)$", text, re.MULTILINE)
+    return Report(markdown, page, tuple(folder / image for image in images))
 
 
 def _sections(sources: _Sources) -> Iterator[str]:
@@ -122,7 +123,7 @@ def _sections(sources: _Sources) -> Iterator[str]:
         scores = sources.of(family)
         for new in bases.new:
             image = figures.transfer_figure(
-                scores, new, _figure(sources, f"transfer-{family}-{new}"), sources.mark
+                scores, new, _figure(sources, family, f"transfer-{new}"), sources.mark
             )
             text = f"{tables.main_table(scores, new)}\n\n{tables.change_table(scores, new)}"
             yield _section(f"### {family}, {new}", text, image, sources)
@@ -135,7 +136,7 @@ def _sections(sources: _Sources) -> Iterator[str]:
         )
     for family, bases in experiment.families.items():
         if len(bases.new) > 1:
-            path = _figure(sources, f"domains-{family}")
+            path = _figure(sources, family, "domains")
             image = figures.bases_figure(sources.of(family), path, sources.mark)
             yield _section("", "", image, sources)
     yield from _sweeps(sources)
@@ -147,7 +148,7 @@ def _settings(sources: _Sources, plan: Outline) -> str:
     experiment, shared = sources.experiment, sources.experiment.training
     items = {(s.family, s.suite): len(s.right) for s in sources.scores if s.right}
     rows_of = {
-        name: ", ".join(source.uri for source in experiment.sources_of(name))
+        name: ", ".join(tables.literal(source.uri) for source in experiment.sources_of(name))
         for name in experiment.families
     }
     suites_of = {
@@ -155,7 +156,8 @@ def _settings(sources: _Sources, plan: Outline) -> str:
         for name in experiment.families
     }  # fmt: skip
     bases = "; ".join(
-        f"{name}: {family.old} -> {', '.join(f'{label} ({uri})' for label, uri in family.new.items())}"  # noqa: E501
+        f"{name}: {tables.literal(family.old)} -> "
+        + ", ".join(f"{label} ({tables.literal(uri)})" for label, uri in family.new.items())
         for name, family in experiment.families.items()
     )
     rows = [
@@ -219,8 +221,9 @@ def _repeats(sources: _Sources) -> Iterator[str]:
         yield (
             f"## Significance (table 3)\n\nSeed {experiment.seeds[0]} with "
             f"{len(experiment.data_seeds)} orders of the rows. p: two-sided paired t test between "
-            "the runs of an arm and of Direct Transfer; the paper does not name its test. Beside "
-            "it the difference in points, with its interval over runs and items."
+            "the runs of an arm and of Direct Transfer; the paper does not name its test. There is "
+            "none if all runs have the same difference. Beside it the difference in points, with "
+            "its interval over runs and items."
         )
         for family, bases in experiment.families.items():
             for new in bases.new:
@@ -239,7 +242,10 @@ def _sweeps(sources: _Sources) -> Iterator[str]:
         of = "fig. 10" if sweep.field == "where" else "fig. 6"
         fixed = rates_text(sweep.at)
         image = figures.sweep_figure(
-            scores, sweep, _figure(sources, f"sweep-{number}-{sweep.field}"), sources.mark
+            scores,
+            sweep,
+            _figure(sources, sweep.family, f"sweep-{number}-{sweep.field}"),
+            sources.mark,
         )
         text = tables.sweep_table(scores, sweep.perturbations, sweep.method)
         title = (
@@ -263,7 +269,7 @@ def _hours(sources: _Sources) -> Iterator[str]:
     )
     for family in sources.experiment.families:
         scores = sources.of(family)
-        path = _figure(sources, f"hours-{family}")
+        path = _figure(sources, family, "hours")
         image = figures.hours_figure(scores, path, sources.mark)
         yield _section(f"### {family}", tables.hours_table(scores, cost), image, sources)
 
@@ -282,7 +288,7 @@ def _analyses(sources: _Sources) -> Iterator[str]:
         yield f"### {found.family}, {adapters}"
         for shown in analyzed.tables(analysis):
             yield f"#### {shown.title}\n\n{tables.table(shown.header, shown.rows)}\n\n{shown.note}"
-        folder = _figure(sources, f"analysis-{found.family}").with_suffix("")
+        folder = _figure(sources, found.family, "analysis").with_suffix("")
         drawn = analyzed.draw_figures(analysis, folder, sources.mark)
         for update, images in drawn.items():
             for caption, image in images.items():
@@ -305,12 +311,12 @@ def _by_family(texts: Mapping[str, str]) -> str:
 
 def _options(options: object) -> str:
     pairs = options.items() if hasattr(options, "items") else ()
-    return ", ".join(f"{name} {value}" for name, value in pairs)
+    return tables.literal(", ".join(f"{name} {value}" for name, value in pairs))
 
 
-def _figure(sources: _Sources, name: str) -> Path:
+def _figure(sources: _Sources, family: str, name: str) -> Path:
     suffix = f"-{MARK.replace(' ', '-')}" if sources.mark else ""
-    return sources.folder / "figures" / f"{name}{suffix}.svg"
+    return sources.folder / "figures" / family / f"{name}{suffix}.svg"
 
 
 def _section(title: str, text: str, image: Path | None, sources: _Sources) -> str:

@@ -1,11 +1,13 @@
 """Run all missing cells of an experiment on this machine, one after the other."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trans_peft.domain.experiment import PlannedTraining
+from trans_peft.errors import TransPeftError
 from trans_peft.experiment.analyses import FamilyAnalysis, analyse_families, current
 from trans_peft.experiment.cells import Score, bare_scores, is_complete, keys, scores, selected
 from trans_peft.experiment.disk import check_disk, disk
@@ -64,16 +66,17 @@ def run(
         for planned in trainings:
             if is_complete(planned, of, found):
                 continue
-            for score in scores(
-                planned,
-                of,
-                platform,
-                found,
-                on_event=watch.on_event,
-                on_progress=watch.on_progress,
-                is_quick=is_quick,
-            ):
-                found.append(score)
+            with _naming(planned):
+                for score in scores(
+                    planned,
+                    of,
+                    platform,
+                    found,
+                    on_event=watch.on_event,
+                    on_progress=watch.on_progress,
+                    is_quick=is_quick,
+                ):
+                    found.append(score)
             done += 1
             total = max(len(missing), done)
             eta_s = (time.monotonic() - started_s) / done * (total - done)
@@ -87,6 +90,15 @@ def run(
         chosen, platform, analyses, on_progress=watch.on_progress, is_quick=is_quick
     ):
         analyses.append(analysis)
+
+
+@contextmanager
+def _naming(planned: PlannedTraining) -> Iterator[None]:
+    """State in errors of the block which training they are about."""
+    try:
+        yield
+    except TransPeftError as error:
+        raise type(error)(f"{planned}: {error}") from error
 
 
 def with_selected_rates(prepared: Prepared, found: Iterable[Score]) -> Prepared:

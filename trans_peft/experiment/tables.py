@@ -16,6 +16,7 @@ __all__ = [
     "equal_score_table",
     "hours",
     "hours_table",
+    "literal",
     "main_table",
     "p_value_table",
     "seed_table",
@@ -29,7 +30,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int =
     """Return a Markdown table. The first `texts` columns are text, the others numbers."""
     marks = ["--" if number < texts else "-:" for number in range(len(columns))]
     lines = [columns, marks, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+
+
+def literal(text: str) -> str:
+    """Return a text of a user, such as a path or a pattern, as Markdown that shows it as it is.
+
+    >>> literal(".*_(q|v)_proj")
+    '`.*_(q|v)_proj`'
+    """
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`" if text.strip() else ""
 
 
 def main_table(scores: Scores, new: str) -> str:
@@ -239,5 +251,5 @@ def _text(found: Interval | None) -> str:
 
 def _p(value: float | None) -> str:
     if value is None:
-        return "p unknown"
+        return "no p"
     return "p<0.01" if value < 0.01 else f"p={value:.2f}"

@@ -16,7 +16,13 @@ from trans_peft.data import Example, pin, read_examples
 from trans_peft.domain.base import Fingerprint
 from trans_peft.domain.evaluation import BARE, Evaluation, ItemResult, Suite
 from trans_peft.domain.judge_model import JudgeModel
-from trans_peft.errors import DataError, IntegrityError, InvalidSpecError, listed_lines
+from trans_peft.errors import (
+    DataError,
+    EvaluationError,
+    IntegrityError,
+    InvalidSpecError,
+    listed_lines,
+)
 from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.ports import Platform, StoredFile
 
@@ -120,14 +126,17 @@ def _marks(
     from trans_peft.validation.judge_model import mark_answers
 
     with _loaded(judge, platform) as base:
-        return mark_answers(
-            LoopEngine(base.model, base.tokenizer),
-            base.tokenizer,
-            judge,
-            answers,
-            context=context_of(base.model),
-            on_progress=progress_reporter(on_progress, f"judge model: {what}"),
-        )
+        try:
+            return mark_answers(
+                LoopEngine(base.model, base.tokenizer),
+                base.tokenizer,
+                judge,
+                answers,
+                context=context_of(base.model),
+                on_progress=progress_reporter(on_progress, f"judge model: {what}"),
+            )
+        except (DataError, EvaluationError) as error:
+            raise type(error)(f"the judge model {judge.uri}, {what}: {error}") from error
 
 
 @contextmanager
