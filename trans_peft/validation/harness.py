@@ -21,7 +21,7 @@ from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
 from trans_peft.ports import Engine
 from trans_peft.validation.engine import LoopEngine
 from trans_peft.validation.evaluate import check_dtype, context_of
-from trans_peft.validation.harness_tasks import check_metric, load_task, task_sha256
+from trans_peft.validation.harness_tasks import check_metric, load_task, task_manager, task_sha256
 
 __all__ = ["evaluate_harness", "harness_model", "harness_suite"]
 
@@ -98,6 +98,7 @@ def evaluate_harness(  # noqa: PLR0913  as `evaluate`
     results = simple_evaluate(
         harness_model(engine, tokenizer, context_of(model)),
         tasks=[task],
+        task_manager=task_manager(folder),  # a new one would read thousands of files
         limit=suite.limit,
         bootstrap_iters=0,
         random_seed=None,  # leaves the seeds of this process unchanged

@@ -294,8 +294,10 @@ def _generation(harness: HarnessTask, options: Mapping[str, Any]) -> tuple[int, 
     found = normalize_gen_kwargs(dict(options))
     if found["do_sample"]:
         raise _refused(harness, ["it decodes with sampling"])
+    if "" in found["until"]:
+        raise _refused(harness, ["it has an empty stop string"])
     stop: list[str] = []
-    for text in filter(None, found["until"]):
+    for text in found["until"]:
         # The harness cuts at one string after the other.
         if not any(earlier in text for earlier in stop):
             stop.append(text)

@@ -10,7 +10,7 @@ from typing import Any
 from trans_peft.domain.places import Places
 from trans_peft.errors import DataError, InvalidSpecError, NotFoundError, closest, listed
 
-__all__ = ["check_metric", "config_sha256", "load_task", "task_sha256"]
+__all__ = ["check_metric", "config_sha256", "load_task", "task_manager", "task_sha256"]
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -25,7 +25,7 @@ def load_task(name: str, *, folder: str | None = None, places: Places | None = N
     or a missing extra, AccessError for a data set that may not be read, and DataError if the task
     cannot be loaded.
     """
-    manager = _manager(folder)
+    manager = task_manager(folder)
     entry = manager.task_index.get(name)
     if entry is None:
         near = closest(name, manager.all_subtasks)[:3]
@@ -50,9 +50,10 @@ def load_task(name: str, *, folder: str | None = None, places: Places | None = N
     try:
         task = manager.load(name)["tasks"][name]
     except Exception as error:  # the hub client and the task's own code raise many types
+        cause = error.__cause__ or error
         raise DataError(
             f"the task {name} cannot be loaded",
-            found=f"{type(error).__name__}: {error}",
+            found=f"{type(cause).__name__}: {cause}",
             do="check the connection to the hub and the name of the task's data set; where the hub "
             "cannot be reached, use a suite that was pinned elsewhere (docs/suites.md)",
         ) from error
@@ -98,7 +99,7 @@ def _config(task: Any) -> dict[str, Any]:
 
 
 @cache
-def _manager(folder: str | None) -> Any:
+def task_manager(folder: str | None) -> Any:
     """Return the harness' task manager, which reads thousands of files at construction."""
     try:
         from lm_eval.tasks import TaskManager
