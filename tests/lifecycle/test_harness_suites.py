@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.harness_tasks import ROWS
+from tests.lifecycle.test_life import write_update
 from tests.tiny import tiny_model, write_tiny_base
 from trans_peft.bases.publish import publish
 from trans_peft.domain.base import Upload
@@ -46,19 +47,16 @@ def write_adapter(folder):
     return str(folder)
 
 
-def add_base(platform, root, version, seed):
-    uri = str(root / "bases" / version)
-    folder = write_tiny_base(root / version, seed=seed)
-    publish(folder, uri, family="tiny", version=version, store=FileStore())
+def add_base(platform, folder):
+    """Publish a folder as a version with its name."""
+    uri = str(folder.parent / "bases" / folder.name)
+    publish(folder, uri, family="tiny", version=folder.name, store=FileStore())
     return ingest(Upload(uri), platform)
 
 
 def test_without_the_harness_or_a_place_the_error_says_what_to_do(platform, monkeypatch):
     with pytest.raises(InvalidSpecError, match="TRANS_PEFT_SUITES_URI"):
         pin_suites([SUITE], replace(platform, suites_uri=""))
-    from trans_peft.validation.harness_tasks import task_manager
-
-    task_manager.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(InvalidSpecError, match=r"(?s)not installed.*pin the suite where"):
         pin_suites([SUITE], platform)
@@ -80,13 +78,12 @@ def test_both_bases_are_compared_on_the_items_that_pinning_stored(
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    old = add_base(platform, tmp_path, "v1", seed=0)
+    old = add_base(platform, write_tiny_base(tmp_path / "v1"))
     adopted = adopt(
         "mine", write_adapter(tmp_path / "lora"), "tiny", [pinned], platform, base_version="v1"
     )
     assert adopted.suites == (pinned,)
-    new = add_base(platform, tmp_path, "v2", seed=5)
-    fleet = observe("tiny", platform)
+    new = add_base(platform, write_update(tmp_path / "v2"))
     platform.catalog.set_alias_manually("tiny", "champion", new.number)
     fleet = observe("tiny", platform)
     (task,) = plan(fleet, POLICY).tasks

@@ -153,6 +153,11 @@ class Suite:
         return self.scoring.partition(":")[0] == "choice"
 
     @property
+    def needs_items(self) -> bool:
+        """Whether the items come from a task of lm-evaluation-harness and are not written yet."""
+        return self.harness is not None and not self.harness.is_pinned
+
+    @property
     def is_sampled(self) -> bool:
         """Whether answers are sampled instead of decoded greedily."""
         return self.temperature is not None

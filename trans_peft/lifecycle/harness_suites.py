@@ -28,7 +28,7 @@ def with_harness_items(
     """
     from trans_peft.validation.harness_rows import harness_items
 
-    if suite.harness is None or suite.harness.is_pinned:
+    if suite.harness is None or not suite.needs_items:
         return suite
     if not platform.suites_uri:
         raise InvalidSpecError(
