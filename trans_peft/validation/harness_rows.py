@@ -232,10 +232,12 @@ def _answer_row(task: Any, document: _Document) -> Any:
     if task.get_config("doc_to_choice") is not None:
         gold = task.doc_to_choice(document.content)[gold]
     if isinstance(gold, list) != bool(task.multiple_target):
-        return InvalidRow("it has a list of right answers, and other documents have one, or none")
+        return InvalidRow(
+            "its target is a list and that of the first document is not, or the other way"
+        )
     right = gold if isinstance(gold, list) else [str(gold)]
     if not right or not all(isinstance(text, str) for text in right):
-        return InvalidRow("its right answers are no texts")
+        return InvalidRow("its right answers are not all texts")
     return {
         "id": str(document.number),
         "prompt": document.requests[0][0],
@@ -247,7 +249,7 @@ def _answer_row(task: Any, document: _Document) -> Any:
 def _match(task: Any, harness: HarnessTask) -> str:
     """Return the scoring rule for the metric exact_match behind the filter of a metric."""
     listed = task.dump_config().get("metric_list") or [{"metric": "exact_match"}]
-    options = next(one for one in listed if one["metric"] == "exact_match")
+    options = [one for one in listed if one["metric"] == "exact_match"][-1]  # as the harness
     if options.get("hf_evaluate"):
         raise _refused(harness, ["its metric is that of the package evaluate"])
     unused = ("metric", "aggregation", "higher_is_better", "hf_evaluate")
