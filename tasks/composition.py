@@ -23,5 +23,6 @@ def platform() -> Platform:
             may_lack=settings().may_lack,
             owners=settings().owners,
             checkpoints_uri=settings().checkpoints_uri,
+            suites_uri=settings().suites_uri,
         )
     )

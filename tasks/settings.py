@@ -31,6 +31,10 @@ class Settings(EnvironmentSettings):
     """Prefix for the checkpoints of unfinished training, such as `s3://data/checkpoints`. Empty:
     they stay on the disk, and a training continues on the same worker only."""
 
+    suites_uri: str = Field(default="", validation_alias="TRANS_PEFT_SUITES_URI")
+    """Prefix for the items of suites that are tasks of lm-evaluation-harness, such as
+    `s3://data/suites`. All workers read it. Empty: such suites must be pinned elsewhere."""
+
     cache_gib: float | None = Field(default=None, gt=0, validation_alias="TRANS_PEFT_CACHE_GIB")
     """Bound of the copies of bases. The worker deletes copies that no process uses, the least
     recently used first, before their sum exceeds it. None: the disk is the bound."""
@@ -65,8 +69,9 @@ class Settings(EnvironmentSettings):
 
     @property
     def places(self) -> Places:
-        """The places that may be read, and local prefixes of bases and checkpoints."""
-        return Places.named(self.readable, also=(self.bases_uri, self.checkpoints_uri))
+        """The places that may be read, and local prefixes of bases, checkpoints and suites."""
+        own = (self.bases_uri, self.checkpoints_uri, self.suites_uri)
+        return Places.named(self.readable, also=own)
 
     @property
     def may_lack(self) -> tuple[str, ...]:

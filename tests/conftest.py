@@ -40,4 +40,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a GPU with CUDA, and CUDA_VISIBLE_DEVICES: `make gpu`")
 
 
+from tests.harness_tasks import harness_tasks  # noqa: E402, F401
 from tests.servers import servers, unique  # noqa: E402, F401

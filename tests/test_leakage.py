@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.edges.examples import draft, peft_folder
-from trans_peft.data import read_examples
+from trans_peft.data import Example, pin, read_examples
 from trans_peft.data.overlap import near_matches, similarity
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import GatePolicy, Judgment, Suite, Verdict
+from trans_peft.domain.harness_task import HarnessTask
 from trans_peft.domain.leakage import SuiteLeakage
 from trans_peft.edges.file_store import FileStore
 from trans_peft.errors import InvalidSpecError
@@ -91,6 +92,24 @@ def test_the_prompts_of_rows_and_items_are_compared(tmp_path):
         SuiteLeakage("a", 2, 2, 2, 3),
         SuiteLeakage("b", 1, 2, 1, 2),
     )
+
+
+@pytest.mark.parametrize(
+    ("start", "counted"), [("Who? Goethe. ", 1), ("{i}: other questions for each. ", 0)]
+)
+def test_items_with_different_answered_questions_are_not_counted(start, counted, tmp_path):
+    questions = ["Who wrote Faust?", "Why is the sky?"]
+    rows = [
+        {"prompt": start.format(i=i) * 5 + question, "completion": " x"}
+        for i, question in enumerate(questions)
+    ]
+    (tmp_path / "suite.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = pin(DataSource(str(tmp_path / "suite.jsonl")), FileStore())
+    task = HarnessTask("t", "exact_match", num_fewshot=5, version="0.4", config_sha256="c" * 64)
+    found = count_leakage(
+        [Example("1", questions[0], " x")], [Suite("s", data, harness=task)], FileStore()
+    )
+    assert [leaked.items for leaked in found] == [1] * counted
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ def connect(  # noqa: PLR0913  the settings of a worker
     may_lack: Collection[str] = (),
     owners: Owners = Owners(),  # noqa: B008  frozen
     checkpoints_uri: str = "",
+    suites_uri: str = "",
 ) -> Platform:
     """Return the platform of an MLflow tracking server. Sends no request yet.
 
@@ -51,6 +52,8 @@ def connect(  # noqa: PLR0913  the settings of a worker
             any place (docs/uploads.md).
         checkpoints_uri: The prefix for checkpoints of unfinished training, so that another machine
             can continue it; by default they stay in `work_dir`.
+        suites_uri: The prefix for the items of suites that are tasks of lm-evaluation-harness. All
+            workers must be able to read it. By default such suites cannot be pinned.
 
     Raises InvalidSpecError without a tracking URI, for a malformed one or for an unknown guard, and
     ModuleNotFoundError without the extra `mlflow`.
@@ -97,6 +100,7 @@ def connect(  # noqa: PLR0913  the settings of a worker
             may_lack=guards_named(may_lack),
             owners=owners,
             checkpoints_uri=checkpoints_uri,
+            suites_uri=suites_uri,
         )
 
 

@@ -357,6 +357,7 @@ class Platform:
         may_lack: Names of the guards of the sandbox for generated code that may be missing here.
         owners: The places and the signing keys from which each base family accepts versions.
         checkpoints_uri: Prefix for the checkpoints of unfinished training; empty: on the disk only.
+        suites_uri: Prefix for the items of suites that pinning writes; empty: none can be written.
         on_base_copy: Called at each use of a base with whether this worker had a copy of it.
     """
 
@@ -370,4 +371,5 @@ class Platform:
     may_lack: frozenset[str] = frozenset()
     owners: Owners = Owners()  # noqa: RUF009  frozen
     checkpoints_uri: str = ""
+    suites_uri: str = ""
     on_base_copy: Callable[[bool], None] = lambda found: None

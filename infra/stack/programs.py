@@ -175,6 +175,7 @@ def _worker_environment(settings: StackSettings) -> dict[str, str]:
         "TRANS_PEFT_CHECKOUT": str(settings.checkout),
         "TRANS_PEFT_BASES_URI": BASES_URI,
         "TRANS_PEFT_CHECKPOINTS_URI": "s3://data/checkpoints",
+        "TRANS_PEFT_SUITES_URI": "s3://data/suites",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the task retries too, and logs it

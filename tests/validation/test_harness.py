@@ -1,11 +1,11 @@
 """Run where the extra `harness` is installed, and skipped elsewhere."""
 
 import json
-import os
 
 import pytest
 import torch
 
+from tests.harness_tasks import ROWS
 from tests.tiny import tiny_model, tiny_tokenizer
 from trans_peft.data import parse_examples
 from trans_peft.domain.data import DataSource
@@ -26,66 +26,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the harness's own
 ]
 
-ROWS = [
-    {"q": "Is snow cold", "choices": ["yes", "no"], "gold": 0},
-    {"q": "Is fire cold", "choices": ["yes", "no", "it may be"], "gold": 1},
-    {"q": "Is ice hot", "choices": ["y", "not at all"], "gold": 1},
-    {"q": "Is it late", "choices": ["yes", "not at all"], "gold": 0},
-    {"q": "x", "choices": ["1", "22", "333", "4444"], "gold": 2},
-    {"q": "Is it", "choices": ["a", "b", "c"], "gold": 0},
-]
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-test_split: test
-output_type: {kind}
-doc_to_text: "{{{{q}}}}? Answer:"
-{target}
-metadata: {{version: 1.0}}
-"""
-CHOOSING = """
-doc_to_choice: "{{choices}}"
-doc_to_target: gold
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-DECODING = """
-doc_to_target: "{{choices[gold]}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: %s}
-metric_list: [{metric: exact_match}]
-"""
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = folder / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, ROWS)))
-    for name, kind, target in (
-        ("tiny_choice", "multiple_choice", CHOOSING),
-        ("tiny_answer", "generate_until", DECODING % "false"),
-        ("tiny_sampled", "generate_until", DECODING % "true"),
-    ):
-        text = TASK.format(name=name, kind=kind, rows=rows, target=target)
-        (folder / f"{name}.yaml").write_text(text)
-    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-    return str(folder)
-
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model(seed=4).eval()
 
 
-def run(model, suite, tasks, tokenizer=None):
+def run(model, suite, harness_tasks, tokenizer=None):
     return evaluate_harness(
-        model, tokenizer or tiny_tokenizer(), suite, folder=tasks, batch_size=2,
+        model, tokenizer or tiny_tokenizer(), suite, folder=harness_tasks, batch_size=2,
         weights_sha256=BARE, base_fingerprint_sha256="base",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(("metric", "scoring"), [("acc", ""), ("acc_norm", ":per_character")])
-def test_the_harness_gives_the_same_choices(metric, scoring, model, tasks):
+def test_the_harness_gives_the_same_choices(metric, scoring, model, harness_tasks):
     """The independent reference of `choice`, item by item."""
     rows = [
         {
@@ -101,7 +56,7 @@ def test_the_harness_gives_the_same_choices(metric, scoring, model, tasks):
         Suite("s", DataSource("x.jsonl", "0" * 64), scoring=f"choice{scoring}"),
         examples, weights_sha256=BARE, base_fingerprint_sha256="base",
     )  # fmt: skip
-    theirs = run(model, harness_suite("tiny_choice", metric, folder=tasks), tasks)
+    theirs = run(model, harness_suite("tiny_choice", metric, folder=harness_tasks), harness_tasks)
     assert [(item.id, item.correct) for item in theirs.items] == [
         (item.id, item.correct) for item in ours.items
     ]
@@ -147,12 +102,12 @@ def ours_best(model, text):
     return tokenizer.decode(logits[:256].argmax())
 
 
-def test_an_evaluation_has_a_key_and_changes_no_state(model, tasks):
+def test_an_evaluation_has_a_key_and_changes_no_state(model, harness_tasks):
     model.train()
     state, tokenizer = torch.get_rng_state(), tiny_tokenizer()
     tokenizer.pad_token = None
-    suite = harness_suite("tiny_answer", "exact_match", folder=tasks, limit=3)
-    result = run(model, suite, tasks, tokenizer)
+    suite = harness_suite("tiny_answer", "exact_match", folder=harness_tasks, limit=3)
+    result = run(model, suite, harness_tasks, tokenizer)
     assert result.key == suite.evaluation_key(BARE, "base")
     assert [item.id for item in result.items] == ["0", "1", "2"]
     assert {item.answer for item in result.items} == {None}
@@ -162,20 +117,21 @@ def test_an_evaluation_has_a_key_and_changes_no_state(model, tasks):
     model.eval()
 
 
-def test_the_same_task_has_the_same_hash_and_another_metric_another(tasks):
+def test_the_same_task_has_the_same_hash_and_another_metric_another(harness_tasks):
     first, again, other = (
-        harness_suite("tiny_choice", metric, folder=tasks) for metric in ("acc", "acc", "acc_norm")
+        harness_suite("tiny_choice", metric, folder=harness_tasks)
+        for metric in ("acc", "acc", "acc_norm")
     )
     assert first == again
     assert first.data == other.data
     assert first.suite_sha256 != other.suite_sha256
 
 
-def test_a_task_that_changed_is_refused(model, tasks):
-    suite = harness_suite("tiny_choice", "acc", folder=tasks)
+def test_a_task_that_changed_is_refused(model, harness_tasks):
+    suite = harness_suite("tiny_choice", "acc", folder=harness_tasks)
     moved = Suite(suite.name, suite.data.pinned("0" * 64), scoring=suite.scoring)
     with pytest.raises(IntegrityError, match="has changed"):
-        run(model, moved, tasks)
+        run(model, moved, harness_tasks)
 
 
 @pytest.mark.parametrize(
@@ -186,12 +142,12 @@ def test_a_task_that_changed_is_refused(model, tasks):
         ("tiny_sampled", "exact_match", InvalidSpecError, "decodes with sampling"),
     ],
 )
-def test_a_task_that_cannot_be_a_suite_is_refused(task, metric, error, message, tasks):
+def test_a_task_that_cannot_be_a_suite_is_refused(task, metric, error, message, harness_tasks):
     with pytest.raises(error, match=message):
-        harness_suite(task, metric, folder=tasks)
+        harness_suite(task, metric, folder=harness_tasks)
 
 
-def test_an_unknown_filter_is_not_found(model, tasks):
-    suite = harness_suite("tiny_answer", "exact_match,strict", folder=tasks)
+def test_an_unknown_filter_is_not_found(model, harness_tasks):
+    suite = harness_suite("tiny_answer", "exact_match,strict", folder=harness_tasks)
     with pytest.raises(NotFoundError, match="exact_match,none"):
-        run(model, suite, tasks)
+        run(model, suite, harness_tasks)

@@ -32,6 +32,10 @@ EXAMPLES = {
     "bleu": ("bleu", "Load the model now", "xyz", "Load the model", " \n"),
     "chrf": ("chrf", "Loads the model", "xyz", "Load the model", " \n"),
     "rouge_l": ("rouge_l", "Loads the model!", "Laden", "loads a model", "你好"),
+    "harness_match": (
+        'harness_match:{"filter": [{"function": "regex", "regex_pattern": "[0-9]+"}]}',
+        "it is 12.", "13", '["11", "12"]', "12",
+    ),
     "label_f1": ("label_f1", "b, a", "c", "a\nb", " ,"),
 }  # fmt: skip
 
@@ -82,6 +86,16 @@ def test_a_graded_rule_is_right_at_its_threshold_and_above():
         ({"scoring": "regex:(?L)a"}, "bad inline flags"),
         ({"scoring": "regex:" + "(" * 1500 + ")" * 1500}, "recursion"),
         ({"scoring": "regex:" + "a" * 4001}, "4001 characters, at most 4000"),
+        ({"scoring": "harness_match"}, "harness_match:SETTINGS"),
+        ({"scoring": "harness_match:{"}, "no JSON"),
+        ({"scoring": "harness_match:[]"}, "no object"),
+        ({"scoring": 'harness_match:{"ignore_case": 1}'}, "'ignore_case' with the value '1'"),
+        ({"scoring": 'harness_match:{"regexes_to_ignore": ["("]}'}, "unterminated subpattern"),
+        ({"scoring": 'harness_match:{"filter": [{"function": "vote"}]}'}, "is not one of regex"),
+        (
+            {"scoring": 'harness_match:{"filter": [{"function": "lowercase", "k": 2}]}'},
+            "the filter lowercase: 'k' may not be '2'",
+        ),
         ({"scoring": "choice:per_word"}, "choice:per_token or"),
         ({"scoring": "python"}, "python:NAME==VERSION"),
     ],

@@ -285,7 +285,8 @@ def _resolve_suite(path: Path, suite: Suite) -> Suite:
         uri=_resolve(path, suite.judge.uri),
         labeled=_resolve_source(path, suite.judge.labeled),
     )
-    return replace(suite, data=_resolve_source(path, suite.data), judge=judge)
+    data = suite.data if suite.needs_items else _resolve_source(path, suite.data)
+    return replace(suite, data=data, judge=judge)
 
 
 def _resolve_families(path: Path, families: Mapping[str, BaseFamily]) -> Mapping[str, BaseFamily]:

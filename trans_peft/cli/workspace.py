@@ -1,8 +1,9 @@
 """The ports of the command line, and its cache between commands.
 
 The state folder holds evaluations by key, fingerprints by the names, sizes and ETags of the files
-they were computed from, copies of bases from buckets, and checkpoints of unfinished training. All
-of it can be deleted; later commands then take longer.
+they were computed from, copies of bases from buckets, checkpoints of unfinished training, and the
+items of suites that are tasks of lm-evaluation-harness. All of it can be deleted; later commands
+then take longer.
 """
 
 import hashlib
@@ -92,6 +93,7 @@ class Workspace:
             evaluations=EvaluationFolder(state / "evaluations"),
             runs=MemoryRunLog(),
             work_dir=state,
+            suites_uri=str(state / "suites"),
             may_lack=missing_guards(),
         )
         return cls(platform, progress)

@@ -73,11 +73,13 @@ def examples_from(
     *,
     expected: str = _EXPECTED,
     counted: str = "rows",
+    do: str = "correct or remove these rows",
 ) -> tuple[Example, ...]:
     """Return the examples of rows. DataError with the place and reason of every invalid row.
 
     `metadata` are fields that the source names as metadata, whatever other formats use them for.
-    `expected` and `counted` are texts of the error: the format of the file, and what `rows` are.
+    `expected`, `counted` and `do` are texts of the error: the format of the file, what `rows` are,
+    and how to correct them.
     """
     problems: list[tuple[str, str]] = []
     examples: list[Example] = []
@@ -109,7 +111,7 @@ def examples_from(
         raise DataError(
             f"{name}: {bad} of {len(rows)} {counted} are invalid\n    " + "\n    ".join(shown),
             expected=expected,
-            do="correct or remove these rows",
+            do=do,
         )
     return tuple(examples)
 

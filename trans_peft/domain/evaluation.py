@@ -5,12 +5,13 @@ pairs. The code that turns evaluations into a verdict is in `trans_peft.validati
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import ClassVar, Literal, NamedTuple
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.data import DataSource
+from trans_peft.domain.harness_task import HarnessTask
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.judge_model import JudgeModel
 from trans_peft.domain.leakage import SuiteLeakage
@@ -66,6 +67,9 @@ units."""
 DEFAULT_ENGINE = "loop"
 """The engine of evaluations whose keys name none: `trans_peft.validation.engine.LoopEngine`."""
 
+_NO_DATA = DataSource("harness:")
+"""The data of a suite whose items pinning writes, from a task of lm-evaluation-harness."""
+
 BARE = "bare"
 """The value of `weights_sha256` for a base without an adapter."""
 
@@ -76,7 +80,8 @@ class Suite:
 
     Attributes:
         name: name of the suite, part of its hash.
-        data: prompt/completion rows or chat rows. The completion is the reference answer.
+        data: prompt/completion rows or chat rows. The completion is the reference answer. Omitted
+            in a suite with `harness` that is not pinned.
         scoring: name of a rule in `trans_peft.validation.scoring`; its parameter follows a colon.
         threshold: smallest correct value of a rule that returns a degree (BLEU, chrF, ROUGE-L,
             label F1). None for such a rule: results are degrees, and the claim is about their mean.
@@ -97,6 +102,9 @@ class Suite:
             of the answer alone.
         judge: the model that marks the answers; only with the scoring rule `judge`. The claim is
             then about the share of answers that people would label as right.
+        harness: the task of lm-evaluation-harness that gives the items, their answers, the scoring
+            rule, `max_new_tokens` and `stop`. Pinning sets these fields
+            (`trans_peft.lifecycle.evaluation.pin_suites`).
 
     Raises:
         InvalidSpecError: fields are invalid. The message lists all problems.
@@ -105,7 +113,7 @@ class Suite:
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
 
     name: str
-    data: DataSource
+    data: DataSource = _NO_DATA
     scoring: str = "exact_match"
     threshold: float | None = None
     max_new_tokens: int = 16
@@ -119,6 +127,7 @@ class Suite:
     samples: int = field(default=1, metadata=ADDED_LATER)
     sampling_seed: int = field(default=0, metadata=ADDED_LATER)
     judge: JudgeModel | None = field(default=None, metadata=ADDED_LATER)
+    harness: HarnessTask | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = []
@@ -134,7 +143,7 @@ class Suite:
             problems.append(f"stop must be a list of strings that are not empty, not {self.stop!r}")
         if self.limit is not None and self.limit < 1:
             problems.append(f"limit must be at least 1, not {self.limit}")
-        problems += _sampling_problems(self) + _judge_problems(self)
+        problems += [*_sampling_problems(self), *_judge_problems(self), *_harness_problems(self)]
         if problems:
             raise InvalidSpecError(f"suite {quoted(self.name)}: {'; '.join(problems)}")
 
@@ -142,6 +151,11 @@ class Suite:
     def is_choice(self) -> bool:
         """Whether the suite is multiple choice: the most likely choice is the answer."""
         return self.scoring.partition(":")[0] == "choice"
+
+    @property
+    def needs_items(self) -> bool:
+        """Whether the items come from a task of lm-evaluation-harness and are not written yet."""
+        return self.harness is not None and not self.harness.is_pinned
 
     @property
     def is_sampled(self) -> bool:
@@ -157,7 +171,8 @@ class Suite:
         """Hash of the items and the scoring rule.
 
         The hash includes the bytes of the data, its template and the columns of its clusters and
-        slices, but not its location.
+        slices, but not its location. It also includes the task of lm-evaluation-harness that the
+        items come from.
 
         Raises:
             InvalidSpecError: the data or the judge model is not pinned.
@@ -165,7 +180,7 @@ class Suite:
         if not self.data.sha256:
             raise InvalidSpecError(
                 f"suite {self.name!r} has no hash: its data is not pinned",
-                do="pin the data with trans_peft.data.pin, and use the pinned suite",
+                do="pin the suite with trans_peft.lifecycle.evaluation.pin_suites",
             )
         fields = [self.name, self.data.sha256, self.limit, self.scoring, self.threshold]
         revision = _SCORING_REVISIONS.get(self.scoring.partition(":")[0])
@@ -176,6 +191,7 @@ class Suite:
             + ([["marking", revision]] if revision else [])
             + ([["columns", *columns]] if any(columns) else [])
             + ([["judge", self.judge.sha256]] if self.judge else [])
+            + ([["harness", self.harness]] if self.harness else [])
         )
 
     @property
@@ -234,6 +250,25 @@ def _judge_problems(suite: Suite) -> list[str]:
     if suite.threshold is not None:
         problems.append("the marks of a judge model have no threshold: remove it")
     return problems
+
+
+_SET_BY_PINNING = ("data", "scoring", "max_new_tokens", "stop")
+_NOT_WITH_HARNESS = ("threshold", "temperature", "judge")
+
+
+def _harness_problems(suite: Suite) -> list[str]:
+    if suite.harness is None:
+        return ["data is missing"] if suite.data == _NO_DATA else []
+    pinned = suite.harness.is_pinned
+    if pinned and not suite.data.sha256:
+        return ["harness has a version, but data is not pinned: remove version and config_sha256"]
+    defaults = {field.name: field.default for field in fields(suite)}
+    fixed = _NOT_WITH_HARNESS if pinned else (*_SET_BY_PINNING, *_NOT_WITH_HARNESS)
+    return [
+        f"the task of lm-evaluation-harness decides about {name}: remove it"
+        for name in fixed
+        if getattr(suite, name) != defaults[name]
+    ]
 
 
 def evaluation_key(

@@ -12,6 +12,7 @@ from trans_peft.data import Example, pin, read_examples
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.harness_suites import with_harness_items
 from trans_peft.lifecycle.judge_model import judged, labeled_marks, pin_judge
 from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.ports import Platform
@@ -77,18 +78,25 @@ BARE_BASE = EvaluationSubject("bare base", BARE, None)
 """The base version without an adapter."""
 
 
-def pin_suites(suites: Sequence[Suite], platform: Platform) -> tuple[Suite, ...]:
+def pin_suites(
+    suites: Sequence[Suite], platform: Platform, *, tasks_folder: str | None = None
+) -> tuple[Suite, ...]:
     """Return the suites with the hash of the data that they name now.
 
-    A suite that is pinned already keeps its hash. A judge model is pinned as well.
+    A suite that is pinned already keeps its hash. A judge model is pinned as well. The items of a
+    task of lm-evaluation-harness are stored below `platform.suites_uri`; `tasks_folder` contains
+    additional tasks of the harness (YAML), whose Python functions are run.
     """
+    with_items = (
+        with_harness_items(suite, platform, tasks_folder=tasks_folder) for suite in suites
+    )
     return tuple(
         replace(
             suite,
             data=suite.data if suite.data.sha256 else pin(suite.data, platform.store),
             judge=suite.judge and pin_judge(suite.judge, platform),
         )
-        for suite in suites
+        for suite in with_items
     )
 
 

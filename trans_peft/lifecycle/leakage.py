@@ -4,6 +4,7 @@ An adapter that was trained on items of its suite repeats answers that it has se
 the new one then agree on these items, and a loss on other questions does not show.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,15 +25,26 @@ def count_leakage(
 
     `rows` are all rows that the weights depend on, also those of validation.
     Near matches are those of `trans_peft.data.overlap`. Answers and system messages are not
-    compared. Raises what `read_examples` raises for a suite.
+    compared. A suite whose items have different answered questions before their own is left out: a
+    row matches no such prompt. Raises what `read_examples` raises for a suite.
     """
     prompts = [row.prompt_text() for row in rows]
     found = []
     for suite in suites:
         items = read_examples(suite.data, store, limit=suite.limit)
-        matches = near_matches(prompts, [item.prompt_text() for item in items])
+        texts = [item.prompt_text() for item in items]
+        if suite.harness is not None and suite.harness.num_fewshot and not _share_a_half(texts):
+            continue
+        matches = near_matches(prompts, texts)
         found.append(SuiteLeakage(suite.name, matches.texts, len(rows), matches.items, len(items)))
     return tuple(found)
+
+
+def _share_a_half(texts: Sequence[str]) -> bool:
+    """Return whether at least half of the shortest text is a beginning of all texts."""
+    # Characters, not components of a path.
+    shared = os.path.commonprefix(texts)  # noqa: RUF071
+    return 2 * len(shared) >= min(map(len, texts))
 
 
 def leakage_problem(policy: GatePolicy, source: AdapterVersion) -> str | None:

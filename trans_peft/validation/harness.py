@@ -12,17 +12,16 @@ the version of the harness, the task's configuration and its documents. Needs th
 import json
 import time
 from collections.abc import Mapping
-from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
 from typing import Any
 
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Evaluation, ItemResult, Suite
-from trans_peft.errors import DataError, IntegrityError, InvalidSpecError, NotFoundError
+from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
 from trans_peft.ports import Engine
 from trans_peft.validation.engine import LoopEngine
 from trans_peft.validation.evaluate import check_dtype, context_of
+from trans_peft.validation.harness_tasks import check_metric, load_task, task_manager, task_sha256
 
 __all__ = ["evaluate_harness", "harness_model", "harness_suite"]
 
@@ -47,18 +46,11 @@ def harness_suite(
     NotFoundError for an unknown task or metric, InvalidSpecError for a group of tasks or a task
     with sampling, DataError if its documents cannot be loaded.
     """
-    loaded = _load(task, folder)
-    names = [one["metric"] for one in loaded.dump_config().get("metric_list") or []]
-    if names and metric.partition(",")[0] not in names:
-        raise NotFoundError(
-            f"the task {task} does not compute this metric",
-            expected=", ".join(names),
-            found=metric,
-            do="name one of these metrics",
-        )
+    loaded = load_task(task, folder=folder)
+    check_metric(loaded, metric)
     return Suite(
         task,
-        DataSource(f"{_SCHEME}{task}", _task_sha256(loaded)),
+        DataSource(f"{_SCHEME}{task}", task_sha256(loaded)),
         scoring=f"{_SCHEME}{metric}",
         threshold=threshold,
         limit=limit,
@@ -92,8 +84,8 @@ def evaluate_harness(  # noqa: PLR0913  as `evaluate`
             found=f"temperature={suite.temperature}",
             do="remove the temperature",
         )
-    task = _load(suite.data.uri.removeprefix(_SCHEME), folder)
-    found = _task_sha256(task)
+    task = load_task(suite.data.uri.removeprefix(_SCHEME), folder=folder)
+    found = task_sha256(task)
     if found != suite.data.sha256:
         raise IntegrityError(
             f"the task {suite.name} has changed since it was pinned",
@@ -106,6 +98,7 @@ def evaluate_harness(  # noqa: PLR0913  as `evaluate`
     results = simple_evaluate(
         harness_model(engine, tokenizer, context_of(model)),
         tasks=[task],
+        task_manager=task_manager(folder),  # a new one would read thousands of files
         limit=suite.limit,
         bootstrap_iters=0,
         random_seed=None,  # leaves the seeds of this process unchanged
@@ -229,51 +222,3 @@ def _item(sample: Mapping[str, Any], metric: str, suite: Suite) -> ItemResult:
         answer_sha256=sha256(answer.encode()).hexdigest(),
         answer=answer if suite.keep_answers else None,
     )
-
-
-@cache
-def _manager(folder: str | None) -> Any:
-    """Return the harness' task manager, which reads thousands of files at construction."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise InvalidSpecError(
-            "lm-evaluation-harness is not installed",
-            do="pip install '.[harness]' in a checkout of trans-peft",
-        ) from error
-    return TaskManager(include_path=folder)
-
-
-def _load(name: str, folder: str | None) -> Any:
-    manager = _manager(folder)
-    if name not in manager.all_tasks:
-        raise NotFoundError(
-            "unknown task of lm-evaluation-harness",
-            found=name,
-            do="correct the name, or pass the folder of the task's YAML file",
-        )
-    try:
-        tasks = manager.load(name)["tasks"]
-    except Exception as error:  # the hub client and the task's own code raise many types
-        raise DataError(
-            f"the task {name} cannot be loaded", found=f"{type(error).__name__}: {error}"
-        ) from error
-    if list(tasks) != [name]:
-        raise InvalidSpecError(
-            f"{name} is a group of tasks, but a suite is one task",
-            expected="one of its tasks",
-            found=", ".join(tasks),
-            do="make a suite of each of its tasks",
-        )
-    task = tasks[name]
-    if (task.dump_config().get("generation_kwargs") or {}).get("do_sample"):
-        raise InvalidSpecError(
-            f"the task {name} decodes with sampling, so its results cannot be compared",
-            do="use a task without do_sample",
-        )
-    return task
-
-
-def _task_sha256(task: Any) -> str:
-    content = [version("lm_eval"), task.dump_config(), [dict(doc) for doc in task.eval_docs]]
-    return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

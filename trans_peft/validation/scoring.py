@@ -17,6 +17,7 @@ from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.excerpts import excerpt
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.rules.entry_point import entry_point
+from trans_peft.validation.rules.harness_match import harness_match
 from trans_peft.validation.rules.mathematics import math_verify
 from trans_peft.validation.rules.metamath import metamath_gsm8k, metamath_math
 from trans_peft.validation.rules.multiple_choice import chosen
@@ -81,6 +82,7 @@ RULES: Mapping[str, Rule] = {
     "chrf": _without_parameter(chrf, is_graded=True),
     "rouge_l": _without_parameter(rouge_l, is_graded=True),
     "label_f1": _without_parameter(label_f1, is_graded=True),
+    "harness_match": Rule(harness_match, takes="SETTINGS"),
     "judge": _without_parameter(unmarked, is_graded=True),
 }
 
