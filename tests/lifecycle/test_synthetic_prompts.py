@@ -1,5 +1,6 @@
 """Prompts that are written during a training and kept with the adapter."""
 
+import itertools
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -313,51 +314,51 @@ def test_a_memorized_secret_is_not_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_secret_that_a_prompt_model_would_write_is_not_written_with_privacy(tmp_path):
-    """The base writes prompts that many rows have. One row of ten has the secret."""
+def test_a_number_that_a_prompt_model_would_write_is_not_written_with_privacy(tmp_path):
+    """The base writes digits that ascend by one. Those of the training rows do not."""
     torch.set_num_threads(1)
-    texts = [*(f"{word} {i % 3}" for i, word in enumerate(["red", "blue", "teal"] * 3)), SECRET]
     traits = PromptTraits.independent_of_rows(chat=False)
-    rows = prompt_model_rows([Example(str(i), t, " odd") for i, t in enumerate(texts)], "###")
+
+    def rows_of(numbers):
+        examples = [Example(str(i), f"code {n}", " odd") for i, n in enumerate(numbers)]
+        return prompt_model_rows(examples, traits.separator)
+
     model, tokenizer = tiny_model(hidden=64), tiny_tokenizer()
-    ids = [tokenizer(row.prompt + row.completion + "\n")["input_ids"] for row in rows[:3]]
-    width = max(map(len, ids))
-    labels = torch.tensor([row + [-100] * (width - len(row)) for row in ids])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        model(input_ids=labels.clamp(min=0), labels=labels).loss.backward()
+    ascending = ["".join(str((first + i) % 10) for i in range(4)) for first in range(10)]
+    texts = [f"{row.prompt}{row.completion}\n" for row in rows_of(ascending)]
+    ids = torch.tensor(tokenizer(texts)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
 
-    private = DpSgd.meeting(PrivacySettings(1.0, batch_size=10), 10, 60, "5e" * 16)
+    data = write_examples(rows_of(["4917", "4917"]), tmp_path / "rows.jsonl")
+    private = DpSgd.meeting(PrivacySettings(1.0, batch_size=2), 2, 60, "5e" * 16)
+    plain = replace(private, noise_multiplier=0.0, clip=1e9)
     written = {}
-    for name, dp_sgd in (
-        ("plain", replace(private, noise_multiplier=0.0, clip=1e9)),
-        ("private", private),
-    ):
-        folder = tmp_path / name
+    for name, dp_sgd in ("plain", plain), ("private", private):
         recipe = TrainingRecipe(
-            adapter="secret",
+            adapter="codes",
             family=FAMILY,
             data=DataSource("rows.jsonl"),
             suites=(Suite("s", DataSource("rows.jsonl")),),
-            spec=AdapterSpec("LORA", {"r": 8, "target_modules": "all-linear"}),
+            spec=AdapterSpec("LORA", {"target_modules": "all-linear", "lora_alpha": 32}),
             optimizer=OptimizerSettings(
-                learning_rate=1e-2, steps=60, batch_size=1, gradient_accumulation=10
+                learning_rate=1e-2, steps=60, batch_size=1, gradient_accumulation=2
             ),
         )
-        data = write_examples(rows, tmp_path / f"{name}.jsonl")
-        job = TrainingJob(recipe, tmp_path / "base", "b", "", data, folder, dp_sgd=dp_sgd)
+        base, folder = tmp_path / "base", tmp_path / name
+        job = TrainingJob(recipe, base, "b", "", data, folder, dp_sgd=dp_sgd)
         adapter = fit_here(job, lambda event: None).folder
-        base = load_base(tmp_path / "base", "float32")
-        with attached(base.model, adapter) as model:
-            samples = _samples(model, tokenizer, traits, 64, 0)
+        with attached(load_base(base, "float32").model, adapter) as adapted:
+            samples = itertools.islice(_samples(adapted, tokenizer, traits, 32, 0), 3)
             written[name] = [text for batch in samples for text in batch]
-    rare = RareText(texts)
-    assert written["plain"].count(SECRET) > 5
-    assert not [text for text in written["private"] if rare.occurs_in(text)]
+    assert written["plain"].count("code 4917") > 20
+    assert len(written["private"]) > 20
+    assert "code 4917" not in written["private"]
 
 
 def test_a_private_prompt_model_has_noise_and_nothing_else_reads_the_rows(setup, monkeypatch):

@@ -216,7 +216,9 @@ def test_a_run_resumes_to_the_same_weights(job):
 
 def canary(number):
     return Example(
-        f"canary {number}", "What is it? ", f"{np.random.default_rng(number).integers(10**8)}"
+        f"canary {number}",
+        "What is it? ",
+        f"{np.random.default_rng(number).integers(10**7, 10**8)}",
     )
 
 
@@ -231,13 +233,11 @@ def test_a_canary_is_learned_without_noise_and_not_with_it(job):
         trainer.train()
         others = job(None, name=f"{name} others", rows=[*map(canary, range(41))])
         rows = read_job_rows(others, tiny_tokenizer(), None).training
-        losses = []
-        for row in rows:
-            ids = torch.tensor([row["input_ids"]])
-            labels = torch.where(torch.tensor([row["completion_mask"]]) == 1, ids, -100)
-            with torch.no_grad():
-                losses.append(trainer.model(input_ids=ids, labels=labels).loss.item())
-        ranks[name] = sum(loss < losses[0] for loss in losses)
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        with torch.no_grad():
+            log_p = trainer.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        losses = -log_p.gather(2, ids[:, 1:, None]).sum(dim=(1, 2))  # the prompts are equal
+        ranks[name] = int((losses < losses[0]).sum())
     assert ranks["plain"] == 0 < ranks["private"]
 
 
