@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from study.cells import Prepared, end_with_parent, log, log_steps, prepare, score_of, spared_layers
@@ -33,7 +33,8 @@ from trans_peft.bases.drift import weight_pairs
 from trans_peft.data import Example, parse_examples, read_prompts, write_examples
 from trans_peft.data.overlap import distinct_from
 from trans_peft.domain.data import DataSource
-from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.identity import ADDED_LATER, content_sha256
+from trans_peft.domain.privacy import PrivacySettings
 from trans_peft.domain.recipe import SyntheticPrompts
 from trans_peft.domain.recovery import DistillationPolicy
 from trans_peft.edges.file_store import FileStore
@@ -66,12 +67,14 @@ class Source:
     name: str
     approved: int = 0
     steps: int = 0
+    epsilon: float = field(default=0.0, metadata=ADDED_LATER)
 
 
 UNLABELED, OTHER_TASK = Source("unlabeled"), Source("other task")
 WRITTEN = (
     *(Source(f"written after {n}", approved=n) for n in APPROVED),
     Source("prompt model", steps=PROMPT_MODEL_STEPS),
+    Source("prompt model with epsilon 8", steps=PROMPT_MODEL_STEPS, epsilon=8.0),
 )
 RANKS = (16, 64)
 """Ranks of the compensation. The first is the policy's default."""
@@ -117,6 +120,7 @@ def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Ex
         approved=DataSource(str(approved)) if source.approved else None,
         steps=source.steps,
         count=POLICY.prompts,
+        privacy=PrivacySettings(source.epsilon) if source.epsilon else None,
     )
     suite = replace(prepared.suites[task], data=DataSource(str(rows / "eval.jsonl")))
     recipe = replace(job.recipe, suites=(suite,), synthetic_prompts=settings)

@@ -41,6 +41,7 @@ _SOURCES = {
     "written after 20": "prompts written after 20 approved ones",
     "written after 5": "prompts written after 5 approved ones",
     "prompt model": "prompts of a prompt model",
+    "prompt model with epsilon 8": "prompts of a prompt model with epsilon 8",
 }
 _STRATEGIES = {
     "compensated 16": "compensated at rank 16",

@@ -15,7 +15,13 @@ from pydantic import TypeAdapter
 from trans_peft.domain.compute import ComputeSettings
 from trans_peft.domain.data import DataSource, TrainingSource
 from trans_peft.domain.evaluation import Suite
-from trans_peft.domain.recipe import OptimizerSettings, Perturbation, TrainingRecipe
+from trans_peft.domain.privacy import PrivacySettings
+from trans_peft.domain.recipe import (
+    OptimizerSettings,
+    Perturbation,
+    SyntheticPrompts,
+    TrainingRecipe,
+)
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.domain.validation import ValidationSettings
 from trans_peft.errors import InvalidSpecError
@@ -200,6 +206,30 @@ def test_epochs_that_are_shorter_than_the_warm_up_or_too_long_are_refused():
 def test_a_run_states_its_length():
     assert OptimizerSettings().duration == "100 steps of 16 rows"
     assert OptimizerSettings(epochs=3).duration == "3 epochs in steps of 16 rows"
+
+
+def test_privacy_is_part_of_the_hash_and_its_absence_changes_no_stored_hash():
+    """The first hash was computed before the field existed."""
+    prompts = SyntheticPrompts(steps=60)
+    values = [None, *(PrivacySettings(8.0, **f) for f in ({}, {"delta": 1e-6}, {"batch_size": 64}))]
+    hashes = [
+        replace(RECIPE, synthetic_prompts=replace(prompts, privacy=value)).sha256
+        for value in values
+    ]
+    assert hashes[0] == "8a4512855eacb98a23ba8911fddcfb22c9c2908299a3d1566731b0d58c960e7b"
+    assert len({*hashes}) == 4
+    whole = replace(prompts, privacy=PrivacySettings(8))
+    assert replace(RECIPE, synthetic_prompts=whole).sha256 == hashes[1]
+    read = TypeAdapter(SyntheticPrompts).validate_python({"steps": 60, "privacy": {"epsilon": 8}})
+    assert read == whole
+
+
+def test_privacy_needs_held_out_rows_that_do_not_depend_on_the_others():
+    private = SyntheticPrompts(steps=60, privacy=PrivacySettings(8.0))
+    held_out = ValidationSettings(data=DataSource("v.jsonl"))
+    assert replace(RECIPE, synthetic_prompts=private, validation=held_out)
+    with pytest.raises(InvalidSpecError, match=r"needs validation\.data instead"):
+        replace(RECIPE, synthetic_prompts=private, validation=ValidationSettings(share=0.1))
 
 
 def test_fields_that_were_added_change_no_stored_hash():

@@ -13,6 +13,7 @@ EXTRA_OF = {
     "datasets": "eval",
     "fastapi": "ui",
     "jinja2": "ui",
+    "opacus": "privacy",
     "OpenSSL": "signatures",
     "math_verify": "eval",
     "matplotlib": "figures",

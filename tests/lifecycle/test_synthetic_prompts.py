@@ -1,5 +1,6 @@
 """Prompts that are written during a training and kept with the adapter."""
 
+import itertools
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,9 +13,11 @@ from peft import LoraConfig, get_peft_model
 from tests.lifecycle.test_distillation import PROMPTS, WORDS
 from tests.lifecycle.test_recovery import FAMILY, ITEMS, POLICY, TransferSetup, fit_here
 from tests.tiny import tiny_model, tiny_tokenizer
-from trans_peft.data import ChatMessage, Example
+from trans_peft.data import ChatMessage, Example, write_examples
 from trans_peft.data.rare_text import RareText
 from trans_peft.domain.data import DataSource
+from trans_peft.domain.evaluation import Suite
+from trans_peft.domain.privacy import PrivacySettings
 from trans_peft.domain.recipe import OptimizerSettings, SyntheticPrompts, TrainingRecipe
 from trans_peft.domain.recovery import DistillationPolicy, RecoveryPolicy
 from trans_peft.domain.spec import AdapterSpec
@@ -25,8 +28,16 @@ from trans_peft.lifecycle.recovery import retraining
 from trans_peft.lifecycle.synthetic_prompts import keep_prompts, kept_prompts
 from trans_peft.models import load_base
 from trans_peft.training import distill
+from trans_peft.training.dp_sgd import DpSgd
+from trans_peft.training.events import TrainingMetrics, TrainingStarted
 from trans_peft.training.job import TrainingJob
-from trans_peft.training.prompt_writing import PromptLimits, _samples, prompt_model_rows, sampled
+from trans_peft.training.prompt_writing import (
+    PromptLimits,
+    PromptTraits,
+    _samples,
+    prompt_model_rows,
+    sampled,
+)
 from trans_peft.transfer.load_adapter import attached
 
 SECRET = "the card of the customer Jane is 4929 1234"
@@ -40,7 +51,7 @@ def setup(tmp_path, monkeypatch):
     return TransferSetup(tmp_path)
 
 
-def trained(setup, prompts, adapter="kept", **fields):
+def trained(setup, prompts, adapter="kept", on_event=lambda event: None, **fields):
     rows = [{"prompt": text, "completion": " odd"} for text in PROMPTS]
     path = setup.folder / "train.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -55,7 +66,7 @@ def trained(setup, prompts, adapter="kept", **fields):
         synthetic_prompts=prompts,
         **fields,
     )
-    return training.train(recipe, setup.platform, on_event=lambda event: None)
+    return training.train(recipe, setup.platform, on_event=on_event)
 
 
 def writes(monkeypatch, *texts):
@@ -156,7 +167,7 @@ def test_a_chat_prompt_has_a_common_system_message_and_nothing_else_of_a_row(
         model=SimpleNamespace(config=SimpleNamespace()), tokenizer=tiny_tokenizer()
     )
     examples = [chat(n, system, f"question {n}") for n, system in enumerate(systems)]
-    (found,) = sampled(base, tmp_path, examples, [], PromptLimits(1, 64))
+    (found,) = sampled(base, tmp_path, PromptTraits.of(examples), [], PromptLimits(1, 64))
     expected = [ChatMessage("system", kept)] if kept else []
     answer = ChatMessage("assistant", "(no answer)")
     assert found.messages == (*expected, ChatMessage("user", "what is it?"), answer)
@@ -227,6 +238,7 @@ def test_an_adapter_without_its_file_is_not_distilled(setup):
         {"steps": -1},
         {"steps": 3, "count": 31},
         {"steps": 2.5},
+        {"approved": DataSource("a.jsonl"), "privacy": PrivacySettings(8.0)},
     ],
 )
 def test_invalid_settings_are_refused(fields):
@@ -234,14 +246,42 @@ def test_invalid_settings_are_refused(fields):
         SyntheticPrompts(**fields)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"epsilon": 0},
+        {"epsilon": -1.0},
+        {"epsilon": 101},
+        {"epsilon": float("nan")},
+        {"epsilon": "8"},
+        {"delta": 0},
+        {"delta": 1},
+        {"delta": 1e-11},
+        {"clip": 0},
+        {"clip": float("inf")},
+        {"batch_size": 0},
+        {"batch_size": 2.5},
+    ],
+)
+def test_invalid_privacy_is_refused(fields):
+    with pytest.raises(InvalidSpecError, match=f"privacy is invalid: {next(iter(fields))} must"):
+        PrivacySettings(**{"epsilon": 8.0} | fields)
+
+
+def test_all_problems_of_privacy_are_named_at_once():
+    with pytest.raises(InvalidSpecError, match=r"batch_size.*; epsilon.*; delta.*; clip"):
+        PrivacySettings(0, 0, 0, 0)
+
+
 def test_rows_of_a_prompt_model_end_with_a_line_that_no_prompt_contains():
     texts = [f"### {text}" for text in PROMPTS[:4]]
-    rows = prompt_model_rows([Example(text, text, " odd") for text in texts])
+    examples = [Example(text, text, " odd") for text in texts]
+    rows = prompt_model_rows(examples, PromptTraits.of(examples).separator)
     assert {row.prompt for row in rows} == {"Prompt"}
     assert [row.completion for row in rows] == [f"\n{text}\n-----" for text in texts]
     every = Example("1", "### ----- ===== @@@@@ ~~~~~", " odd")
     with pytest.raises(DataError, match="all of them in every prompt"):
-        prompt_model_rows([every])
+        prompt_model_rows([every], PromptTraits.of([every]).separator)
 
 
 @pytest.mark.slow
@@ -251,9 +291,9 @@ def test_a_memorized_secret_is_not_kept(tmp_path):
     texts = [*(f"{word} {i % 3}" for i, word in enumerate(["red", "blue", "teal"] * 3)), SECRET]
     examples = [Example(str(i), text, " odd") for i, text in enumerate(texts)]
     model, tokenizer = tiny_model(hidden=64), tiny_tokenizer()
-    rows = [
-        tokenizer(row.prompt + row.completion)["input_ids"] for row in prompt_model_rows(examples)
-    ]
+    traits = PromptTraits.of(examples)
+    learned = prompt_model_rows(examples, traits.separator)
+    rows = [tokenizer(row.prompt + row.completion)["input_ids"] for row in learned]
     width = max(map(len, rows))
     labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -267,10 +307,117 @@ def test_a_memorized_secret_is_not_kept(tmp_path):
 
     base = load_base(tmp_path / "base", "float32")
     with attached(base.model, tmp_path / "peft") as model:
-        written = [t for batch in _samples(model, tokenizer, texts, 64, 0) for t in batch]
+        written = [t for batch in _samples(model, tokenizer, traits, 64, 0) for t in batch]
     assert written.count(SECRET) > 10
-    kept = [e.prompt for e in sampled(base, tmp_path / "peft", examples, [], PromptLimits(50, 64))]
+    kept = [e.prompt for e in sampled(base, tmp_path / "peft", traits, [], PromptLimits(50, 64))]
     assert sorted(kept) == ["blue 1", "red 0", "teal 2"]  # three prompts of each
+
+
+@pytest.mark.slow
+def test_a_number_that_a_prompt_model_would_write_is_not_written_with_privacy(tmp_path):
+    """The base writes digits that ascend by one. Those of the training rows do not."""
+    torch.set_num_threads(1)
+    traits = PromptTraits.independent_of_rows(chat=False)
+
+    def rows_of(numbers):
+        examples = [Example(str(i), f"code {n}", " odd") for i, n in enumerate(numbers)]
+        return prompt_model_rows(examples, traits.separator)
+
+    model, tokenizer = tiny_model(hidden=64), tiny_tokenizer()
+    ascending = ["".join(str((first + i) % 10) for i in range(4)) for first in range(10)]
+    texts = [f"{row.prompt}{row.completion}\n" for row in rows_of(ascending)]
+    ids = torch.tensor(tokenizer(texts)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    data = write_examples(rows_of(["4917", "4917"]), tmp_path / "rows.jsonl")
+    private = DpSgd.meeting(PrivacySettings(1.0, batch_size=2), 2, 60, "5e" * 16)
+    plain = replace(private, noise_multiplier=0.0, clip=1e9)
+    written = {}
+    for name, dp_sgd in ("plain", plain), ("private", private):
+        recipe = TrainingRecipe(
+            adapter="codes",
+            family=FAMILY,
+            data=DataSource("rows.jsonl"),
+            suites=(Suite("s", DataSource("rows.jsonl")),),
+            spec=AdapterSpec("LORA", {"target_modules": "all-linear", "lora_alpha": 32}),
+            optimizer=OptimizerSettings(
+                learning_rate=1e-2, steps=60, batch_size=1, gradient_accumulation=2
+            ),
+        )
+        base, folder = tmp_path / "base", tmp_path / name
+        job = TrainingJob(recipe, base, "b", "", data, folder, dp_sgd=dp_sgd)
+        adapter = fit_here(job, lambda event: None).folder
+        with attached(load_base(base, "float32").model, adapter) as adapted:
+            samples = itertools.islice(_samples(adapted, tokenizer, traits, 32, 0), 3)
+            written[name] = [text for batch in samples for text in batch]
+    assert written["plain"].count("code 4917") > 20
+    assert len(written["private"]) > 20
+    assert "code 4917" not in written["private"]
+
+
+def test_a_private_prompt_model_has_noise_and_nothing_else_reads_the_rows(setup, monkeypatch):
+    """Prompts of the training rows are kept: leaving them out would show that there are such rows.
+
+    Losses are not reported either.
+    """
+    writes(monkeypatch, *PROMPTS)
+    jobs, events = [], []
+
+    def fit(job, on_event):
+        jobs.append((job, (job.work_dir / "secret_key").read_text()))
+        return fit_here(job, on_event)
+
+    monkeypatch.setattr(synthetic_prompts, "fit", fit)
+    privacy = PrivacySettings(epsilon=1.0, clip=0.5, batch_size=40)
+    for adapter in ("first", "second"):
+        prompts = SyntheticPrompts(steps=2, count=40, privacy=privacy)
+        version = trained(setup, prompts, adapter, on_event=events.append, processes=1)
+        folder = setup.platform.registry.download(version, setup.folder / f"{adapter} downloaded")
+        assert [example.prompt for example in kept_prompts(folder).prompts] == PROMPTS[:40]
+    assert version.recipe.synthetic_prompts.privacy == privacy
+    assert not [*setup.platform.work_dir.rglob("prompt-model")]  # and the key
+    for job, key in jobs:
+        expected = DpSgd.meeting(privacy, len(PROMPTS), 2, key)
+        assert job.dp_sgd == expected
+        assert expected.noise_multiplier > 1
+        optimizer = job.recipe.optimizer
+        assert (optimizer.batch_size, optimizer.gradient_accumulation) == (1, 40)
+        assert (optimizer.steps, optimizer.max_grad_norm) == (2, 0)
+    assert len({key for _, key in jobs}) == 2
+    started = [event.total_steps for event in events if isinstance(event, TrainingStarted)]
+    assert started == [2, 3, 2, 3]  # a prompt model, then its adapter
+    assert [e.total_steps for e in events if isinstance(e, TrainingMetrics)] == [3] * 6
+
+
+def test_privacy_that_the_rows_cannot_have_is_refused_before_a_model_is_loaded(setup, monkeypatch):
+    monkeypatch.setattr(synthetic_prompts, "fit", None)
+    privacy = PrivacySettings(8.0, delta=0.03, batch_size=64)
+    with pytest.raises(InvalidSpecError, match=r"1 / rows = 0.0222.*at most the 45 rows"):
+        trained(setup, SyntheticPrompts(steps=2, privacy=privacy))
+    assert not [*setup.platform.work_dir.glob("training/*")]
+
+
+def test_traits_without_rows_are_those_of_any_rows(tmp_path, monkeypatch):
+    from trans_peft.training import prompt_writing
+
+    monkeypatch.setattr(prompt_writing, "attached", lambda model, folder: nullcontext(model))
+    writes(monkeypatch, "question 0", "###")
+    base = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace()), tokenizer=tiny_tokenizer()
+    )
+    for chat_rows in (True, False):
+        traits = PromptTraits.independent_of_rows(chat=chat_rows)
+        (found,) = sampled(base, tmp_path, traits, [], PromptLimits(1, 64))
+        assert found.prompt_text() == "question 0"
+        assert (found.messages is not None) == chat_rows
+    assert found.messages is None
+    assert traits.texts == ()
 
 
 def test_a_part_is_rare_if_fewer_than_three_texts_have_it():

@@ -20,6 +20,7 @@ from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.names import name_problem
 from trans_peft.domain.numbers import is_finite_number
 from trans_peft.domain.optimizer import OptimizerSettings
+from trans_peft.domain.privacy import PrivacySettings
 from trans_peft.domain.recovery import MIN_PROMPTS
 from trans_peft.domain.spec import AdapterSpec
 from trans_peft.domain.validation import ValidationSettings
@@ -109,12 +110,15 @@ class SyntheticPrompts:
 
     Either the base writes them after a list of approved prompts, or a prompt model does: a second
     adapter with the recipe's spec, trained on the prompts of the training rows alone, and deleted
-    after it wrote. InvalidSpecError unless exactly one of the two is given.
+    after it wrote. InvalidSpecError unless exactly one of the two is given, and for `privacy`
+    without a prompt model.
 
     Attributes:
         approved: file of prompts that the owner allows to keep, for instance 20 invented ones.
         steps: optimizer steps of the prompt model, with the recipe's batch size and learning rate.
         count: number of prompts to write.
+        privacy: guarantee of differential privacy for the written prompts. None trains the prompt
+            model without one, and leaves out prompts that repeat rare parts of the training rows.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -122,6 +126,7 @@ class SyntheticPrompts:
     approved: DataSource | None = None
     steps: int = 0
     count: int = 320
+    privacy: PrivacySettings | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = count_problems(self, {"steps": (0, 10_000_000), "count": (MIN_PROMPTS, 100_000)})
@@ -130,6 +135,8 @@ class SyntheticPrompts:
                 "give either approved, a file of prompts that may be kept, or steps, the optimizer "
                 "steps of a prompt model"
             )
+        elif not problems and self.privacy is not None and self.approved is not None:
+            problems.append("privacy is that of a prompt model: give steps instead of approved")
         if problems:
             raise InvalidSpecError(f"synthetic_prompts is invalid: {'; '.join(problems)}")
 
@@ -215,7 +222,7 @@ class TrainingRecipe:
         counts = count_problems(self, _RECIPE_COUNTS)
         if self.data_seed is not None:
             counts += count_problems(self, {"data_seed": _RECIPE_COUNTS["seed"]})
-        problems += self._data_problems() + self._validation_problems()
+        problems += self._data_problems() + self._validation_problems() + self._privacy_problems()
         problems += self._objective_problems()
         problems += counts or self.optimizer.row_problems(self.processes)
         if self.optimizer.loraplus_lr_ratio != 1 and self.spec.peft_type != "LORA":
@@ -310,6 +317,15 @@ class TrainingRecipe:
             f"validation.stop_after={validation.stop_after} cannot stop the run before step "
             f"{first_stop}, and the run has {steps} steps: lower stop_after or "
             f"every_steps={validation.every_steps}, or remove stop_after"
+        ]
+
+    def _privacy_problems(self) -> list[str]:
+        prompts, validation = self.synthetic_prompts, self.validation
+        if prompts is None or prompts.privacy is None or validation is None or not validation.share:
+            return []
+        return [
+            "synthetic_prompts.privacy needs validation.data instead of validation.share: the rows "
+            "that a share holds out depend on all rows"
         ]
 
     @cached_property

@@ -1,5 +1,6 @@
 """Prompts that are written during a training and kept with the adapter, in its PEFT folder."""
 
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,11 +9,14 @@ from pathlib import Path
 from trans_peft.data import Example, read_examples, read_prompts, write_examples
 from trans_peft.data.parsing import PromptRows, prompts_in
 from trans_peft.domain.evaluation import Suite
-from trans_peft.domain.recipe import Perturbation, TrainingRecipe
+from trans_peft.domain.privacy import PrivacySettings
+from trans_peft.domain.recipe import Perturbation, SyntheticPrompts, TrainingRecipe
 from trans_peft.domain.recovery import MIN_PROMPTS
 from trans_peft.errors import DataError, NotFoundError, listed
+from trans_peft.files import atomic_write
 from trans_peft.ports import ArtifactStore
-from trans_peft.training.events import Event
+from trans_peft.training.dp_sgd import DpSgd, noise_multiplier
+from trans_peft.training.events import Event, TrainingMetrics
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit
 
@@ -27,10 +31,18 @@ __all__ = [
 _NAME = "synthetic_prompts.jsonl"
 
 
-def check_synthetic_prompts(recipe: TrainingRecipe, store: ArtifactStore) -> None:
-    """Raise DataError for rows of the recipe's approved prompts that are no prompts."""
+def check_synthetic_prompts(recipe: TrainingRecipe, rows: int, store: ArtifactStore) -> None:
+    """Check a recipe's synthetic prompts before a model is loaded. `rows` are its training rows.
+
+    Raises DataError for approved prompts that are no prompts. If the recipe asks for privacy,
+    raises what `trans_peft.training.dp_sgd.noise_multiplier` raises.
+    """
     settings = recipe.synthetic_prompts
-    if settings is None or settings.approved is None:
+    if settings is None:
+        return
+    if settings.privacy is not None:
+        noise_multiplier(settings.privacy, rows, settings.steps)
+    if settings.approved is None:
         return
     found = read_prompts(settings.approved, store)
     if found.invalid or not found.prompts:
@@ -66,12 +78,7 @@ def write_synthetic_prompts(
     `trans_peft.training.launch.fit` raises.
     """
     from trans_peft.models import load_base, release_base
-    from trans_peft.training.prompt_writing import (
-        PromptLimits,
-        like_examples,
-        prompt_model_rows,
-        sampled,
-    )
+    from trans_peft.training.prompt_writing import like_examples
 
     recipe, settings = job.recipe, job.recipe.synthetic_prompts
     if settings is None:
@@ -80,50 +87,108 @@ def write_synthetic_prompts(
     if file.exists():
         return file.read_bytes().count(b"\n")
     items = suite_prompts(recipe.suites, store)
-    dtype = recipe.suites[0].dtype
     if settings.approved is not None:
         approved = read_prompts(settings.approved, store).prompts
-        base = load_base(job.base_folder, dtype)
+        base = load_base(job.base_folder, recipe.suites[0].dtype)
         written = like_examples(base, approved, items, settings.count, recipe.seed)
+        del base
     else:
-        folder = job.work_dir / "prompt-model"
-        folder.mkdir(parents=True, exist_ok=True)
-        optimizer = recipe.optimizer.for_steps(settings.steps, settings.steps // 10)
-        result = fit(
-            replace(
-                job,
-                recipe=replace(
-                    recipe.for_answers(), optimizer=optimizer, perturbation=Perturbation()
-                ),
-                data_file=write_examples(prompt_model_rows(examples), folder / "data.jsonl"),
-                more_data_files=(),
-                validation_file=None,
-                work_dir=folder,
-            ),
-            on_event=on_event,
-        )
-        base = load_base(job.base_folder, dtype)
-        written = sampled(
-            base,
-            result.folder,
-            examples,
-            items,
-            PromptLimits(settings.count, recipe.optimizer.max_length),
-            recipe.seed,
-        )
-        shutil.rmtree(folder)
-    del base
+        written = _of_prompt_model(job, settings, examples, items, on_event)
     release_base()  # the training process loads its own
     if len(written) < MIN_PROMPTS:
         raise DataError(
             f"{len(written)} synthetic prompts could be written for {recipe.adapter}",
             expected=f"at least {MIN_PROMPTS} that differ from each other and from the suites, and "
-            "that repeat no rare part of the training prompts",
+            "that repeat no rare part of the training prompts (which only privacy allows)",
             do="approve more prompts, train the prompt model with more steps, or remove "
             "synthetic_prompts from the recipe",
         )
     write_examples(written, file.with_suffix(".partial")).replace(file)
     return len(written)
+
+
+def _of_prompt_model(
+    job: TrainingJob,
+    settings: SyntheticPrompts,
+    examples: Sequence[Example],
+    items: Sequence[str],
+    on_event: Callable[[Event], None],
+) -> list[Example]:
+    """Train a prompt model, and return the prompts that it writes. The model is deleted."""
+    from trans_peft.models import load_base
+    from trans_peft.training.prompt_writing import (
+        PromptLimits,
+        PromptTraits,
+        prompt_model_rows,
+        sampled,
+    )
+
+    recipe, privacy = job.recipe, settings.privacy
+    folder = job.work_dir / "prompt-model"
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = recipe.optimizer.for_steps(settings.steps, settings.steps // 10)
+    learned = replace(recipe.for_answers(), optimizer=optimizer, perturbation=Perturbation())
+    traits, dp_sgd, report = PromptTraits.of(examples), None, on_event
+    if privacy is not None:
+        # All rows of a file have one shape, so that of the first one shows nothing else of it.
+        traits = PromptTraits.independent_of_rows(chat=examples[0].messages is not None)
+        dp_sgd = DpSgd.meeting(privacy, len(examples), settings.steps, _secret_key(folder))
+        learned, report = _on_single_rows(learned, privacy), _without_losses(on_event)
+    rows = prompt_model_rows(examples, traits.separator)
+    result = fit(
+        replace(
+            job,
+            recipe=learned,
+            data_file=write_examples(rows, folder / "data.jsonl"),
+            more_data_files=(),
+            validation_file=None,
+            work_dir=folder,
+            dp_sgd=dp_sgd,
+        ),
+        on_event=report,
+    )
+    written = sampled(
+        load_base(job.base_folder, recipe.suites[0].dtype),
+        result.folder,
+        traits,
+        items,
+        PromptLimits(settings.count, recipe.optimizer.max_length),
+        recipe.seed,
+    )
+    shutil.rmtree(folder)
+    return written
+
+
+def _on_single_rows(recipe: TrainingRecipe, privacy: PrivacySettings) -> TrainingRecipe:
+    """Return the recipe with micro-steps of one row, in one process.
+
+    Gradients are clipped row by row, and not once more after the noise was added.
+    """
+    optimizer = replace(
+        recipe.optimizer, batch_size=1, gradient_accumulation=privacy.batch_size, max_grad_norm=0.0
+    )
+    return replace(recipe, optimizer=optimizer, processes=1)
+
+
+def _secret_key(folder: Path) -> str:
+    """Return the key of a private training, which a resumed run reads again.
+
+    It is no part of the recipe, because noise that can be computed protects nothing.
+    """
+    file = folder / "secret_key"
+    if not file.exists():
+        atomic_write(file, secrets.token_hex(16), mode=0o600)
+    return file.read_text()
+
+
+def _without_losses(on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Return a callback that drops metrics, which depend on the rows and have no noise."""
+
+    def report(event: Event) -> None:
+        if not isinstance(event, TrainingMetrics):
+            on_event(event)
+
+    return report
 
 
 def keep_prompts(origin: Path, adapter: Path) -> None:

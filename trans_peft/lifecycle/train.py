@@ -149,7 +149,7 @@ def train(
     rows = read_training_rows(resolved, platform.store)
     check_suites(base, resolved.suites, platform)
     leakage = count_leakage(rows.all, resolved.suites, platform.store)
-    check_synthetic_prompts(resolved, platform.store)
+    check_synthetic_prompts(resolved, len(rows.training), platform.store)
 
     tags = base.ref.labels | {"adapter": resolved.adapter}
     with platform.runs.run(f"train {resolved.adapter} on {base}", tags=tags) as run:

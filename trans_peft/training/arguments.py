@@ -32,7 +32,8 @@ def training_arguments(job: TrainingJob) -> SFTConfig | DPOConfig:
         output_dir=str(job.checkpoint_folder),
         max_steps=optimizer.steps,
         per_device_train_batch_size=optimizer.batch_size,
-        gradient_accumulation_steps=optimizer.gradient_accumulation,
+        # A batch of a private training has all rows of a step, whose number varies.
+        gradient_accumulation_steps=optimizer.gradient_accumulation if job.dp_sgd is None else 1,
         learning_rate=optimizer.learning_rate,
         lr_scheduler_type=_SCHEDULES[optimizer.schedule],
         warmup_steps=optimizer.warmup_steps,

@@ -46,6 +46,7 @@ from trans_peft.training.job_rows import JobRows, read_job_rows, token_count
 from trans_peft.training.machine_check import check_machine
 from trans_peft.training.memory import check_memory
 from trans_peft.training.preferences import PreferenceTrainer
+from trans_peft.training.private_trainer import PrivateTrainer
 from trans_peft.training.trainer import (
     AnswerTrainer,
     EventCallback,
@@ -76,7 +77,10 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
         if state.is_main_process:
             send(estimate)
     trainer = _trainer(job, rows, str(state.device))
-    tokens_per_step = _fix_order(trainer, job, state.num_processes, rows.sources)
+    if isinstance(trainer, PrivateTrainer):
+        tokens_per_step = trainer.tokens_per_step
+    else:
+        tokens_per_step = _fix_order(trainer, job, state.num_processes, rows.sources)
     model = trainer.model.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = last_checkpoint(job.checkpoint_folder)
@@ -165,6 +169,8 @@ def _trainer(job: TrainingJob, rows: JobRows, device: str) -> Trainer:
         make = partial(AnswerTrainer, model=model)
         if rows.targets is not None:
             make = partial(DistillationTrainer, rows.targets, model=model)
+        elif job.dp_sgd is not None:
+            make = partial(PrivateTrainer, job.dp_sgd, model=model)
         trainable = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
     try:
         trainer = make(

@@ -11,6 +11,7 @@ from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, NotFoundError
 from trans_peft.files import atomic_write
 from trans_peft.models import adapter_weights_sha256
+from trans_peft.training.dp_sgd import DpSgd
 
 __all__ = ["TrainingJob", "TrainingResult"]
 
@@ -34,6 +35,8 @@ class TrainingJob:
         more_data_files: training rows of its other sources, in order. Without them, all rows are in
             `data_file`, and the weights of the sources have no effect.
         validation_file: held-out rows, if the recipe has `validation`.
+        dp_sgd: parameters of a differentially private training; None trains without. A micro-step
+            then has one row, and `gradient_accumulation` is the expected number of rows of a step.
     """
 
     recipe: TrainingRecipe
@@ -46,6 +49,7 @@ class TrainingJob:
     targets: Path | None = None
     more_data_files: tuple[Path, ...] = ()
     validation_file: Path | None = None
+    dp_sgd: DpSgd | None = None
 
     @property
     def data_files(self) -> tuple[Path, ...]:
@@ -77,6 +81,8 @@ class TrainingJob:
             inputs.append(adapter_weights_sha256(self.start))
         if self.targets is not None:
             inputs.append(_sha256(self.targets))
+        if self.dp_sgd is not None:
+            inputs.append(self.dp_sgd)
         return content_sha256(inputs)
 
     def check(self) -> None:
@@ -124,10 +130,22 @@ class TrainingJob:
                 "a validation file and the recipe's validation belong together, and only one of "
                 "them is given"
             )
+        if self.dp_sgd is not None and not self._trains_on_single_rows():
+            problems.append(
+                "dp_sgd needs micro-steps of one row of answers, in one process, and no targets"
+            )
         if problems:
             raise InvalidSpecError(
                 "the files of the training job do not fit its recipe", found="; ".join(problems)
             )
+
+    def _trains_on_single_rows(self) -> bool:
+        recipe = self.recipe
+        return (
+            recipe == recipe.for_answers()
+            and self.targets is None
+            and (recipe.processes, recipe.optimizer.batch_size) == (1, 1)
+        )
 
     def write(self) -> Path:
         """Write the job into its work folder as JSON and return the file."""

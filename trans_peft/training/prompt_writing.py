@@ -1,8 +1,8 @@
 """Let a base write prompts: after a list of approved prompts, or with a prompt model.
 
 A prompt model is an adapter that was trained on the prompts of training rows
-(`prompt_model_rows`). What it writes is kept only if it repeats no rare part of them
-(`trans_peft.data.rare_text`).
+(`prompt_model_rows`). Without differential privacy, what it writes is kept only if it repeats no
+rare part of them (`trans_peft.data.rare_text`).
 """
 
 import random
@@ -27,7 +27,7 @@ from trans_peft.validation.decoding.batching import in_batches
 from trans_peft.validation.decoding.cache_support import cache_support
 from trans_peft.validation.evaluate import context_of
 
-__all__ = ["PromptLimits", "like_examples", "prompt_model_rows", "sampled"]
+__all__ = ["PromptLimits", "PromptTraits", "like_examples", "prompt_model_rows", "sampled"]
 
 _SEPARATORS = ("###", "-----", "=====", "@@@@@", "~~~~~")
 """Lines that end a prompt. The first one that occurs in the fewest prompts is used."""
@@ -53,17 +53,42 @@ def like_examples(
     return _distinct(_continuations(base, texts, seed), examples[0], known, count)
 
 
-def prompt_model_rows(examples: Sequence[Example]) -> list[Example]:
+@dataclass(frozen=True)
+class PromptTraits:
+    """What is known about the prompts that a prompt model learns, besides its weights.
+
+    Attributes:
+        separator: line that ends a prompt.
+        shape: an example whose system message all written prompts get.
+        texts: the training prompts. Written prompts are no longer than they are, and repeat no rare
+            part of them. Empty if they must not be read (differential privacy).
+    """
+
+    separator: str
+    shape: Example
+    texts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "PromptTraits":
+        """Return the traits that fit the training rows best."""
+        texts = tuple(map(_last_text, examples))
+        return cls(_separator(texts), _common_shape(examples), texts)
+
+    @classmethod
+    def independent_of_rows(cls, *, chat: bool) -> "PromptTraits":
+        """Return traits that depend on no training row, only on whether the rows are chats."""
+        return cls(_SEPARATORS[0], Example("", "", NO_ANSWER, () if chat else None))
+
+
+def prompt_model_rows(examples: Sequence[Example], separator: str) -> list[Example]:
     """Return the rows on which a prompt model is trained: prompts as answers to a fixed start.
 
     Prompts that contain the separator are left out. DataError if all of them do.
     """
-    texts = [_last_text(example) for example in examples]
-    separator = _separator(texts)
     rows = [
         Example(example.id, _START, f"\n{text}\n{separator}")
-        for example, text in zip(examples, texts, strict=True)
-        if separator not in text
+        for example in examples
+        if separator not in (text := _last_text(example))
     ]
     if not rows:
         raise DataError(
@@ -86,26 +111,25 @@ class PromptLimits:
 def sampled(
     base: LoadedBase,
     prompt_model: Path,
-    examples: Sequence[Example],
+    traits: PromptTraits,
     items: Sequence[str],
     limits: PromptLimits,
     seed: int = 0,
 ) -> list[Example]:
     """Return up to `limits.count` prompts that a prompt model writes.
 
-    `prompt_model` is the PEFT folder of an adapter that was trained on `prompt_model_rows` of the
-    examples. A prompt that repeats a rare part of an example is left out (`RareText`). A chat has
-    one message, because the model learned last messages only, and the system message of the
-    examples if at least three of them share it.
+    `prompt_model` is the PEFT folder of an adapter that was trained on `prompt_model_rows`. A
+    prompt that repeats a rare part of `traits.texts` is left out (`RareText`). A chat has one
+    message, because the model learned last messages only, and the system message of `traits.shape`,
+    which at least three examples share.
     """
-    texts = [_last_text(example) for example in examples]
-    rare = RareText(texts)
+    rare = RareText(traits.texts)
     with attached(base.model, prompt_model) as model:
         written = (
             [text for text in texts if not rare.occurs_in(text)]
-            for texts in _samples(model, base.tokenizer, texts, limits.max_length, seed)
+            for texts in _samples(model, base.tokenizer, traits, limits.max_length, seed)
         )
-        return _distinct(written, _common_shape(examples), items, limits.count)
+        return _distinct(written, traits.shape, items, limits.count)
 
 
 def _distinct(
@@ -160,14 +184,15 @@ def _continuations(base: LoadedBase, examples: Sequence[str], seed: int) -> Iter
 
 
 def _samples(
-    model: Any, tokenizer: Any, examples: Sequence[str], max_length: int, seed: int
+    model: Any, tokenizer: Any, traits: PromptTraits, max_length: int, seed: int
 ) -> Iterator[list[str]]:
     """Yield the texts that a prompt model wrote in each round."""
-    end = f"\n{_separator(examples)}"
-    longest = max(len(ids) for ids in tokenizer(list(examples))["input_ids"])
-    longest += len(tokenizer(end)["input_ids"]) + 1
+    end = f"\n{traits.separator}"
     start = tokenizer(_START)["input_ids"]
-    new_tokens = min(longest, max_length, (context_of(model) or maxsize) - len(start))
+    new_tokens = min(max_length, (context_of(model) or maxsize) - len(start))
+    if traits.texts:
+        longest = max(len(ids) for ids in tokenizer(list(traits.texts))["input_ids"])
+        new_tokens = min(new_tokens, longest + len(tokenizer(end)["input_ids"]) + 1)
     rows = [start] * _BATCH
     for number in range(_ROUNDS * 2):
         yield _written(model, tokenizer, rows, new_tokens, end, seed * _ROUNDS + number)
