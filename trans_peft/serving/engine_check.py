@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from trans_peft.domain.base import Fingerprint
@@ -85,25 +86,21 @@ class EngineBase:
 def check_for_engine(folder: Path, engine: EngineBase) -> None:
     """Raise AdapterError with every reason why a server would not serve this adapter as trained."""
     adapter = read_peft_folder(folder)
-    others = _config_problems(adapter, engine)
-    ranks, output_layer = [], []
-    if adapter.peft_type == "LORA":
-        others += _tensor_problems(adapter, engine)
-        ranks, output_layer = (
-            _rank_problems(adapter, engine),
-            _output_layer_problems(adapter, engine),
-        )
-    if problems := [*others, *ranks, *output_layer]:
-        advice = {
-            _USE_PLAIN_LORA: others,
-            _ALLOW_RANK: ranks,
-            _LEAVE_OUT_OUTPUT_LAYER: output_layer,
-        }
+    is_lora = adapter.peft_type == "LORA"
+    problems = {
+        _USE_PLAIN_LORA: [
+            *_config_problems(adapter, engine),
+            *(_tensor_problems(adapter, engine) if is_lora else ()),
+        ],
+        _ALLOW_RANK: _rank_problems(adapter, engine),
+        _LEAVE_OUT_OUTPUT_LAYER: _output_layer_problems(adapter, engine),
+    }
+    if any(problems.values()):
         raise AdapterError(
             f"the server cannot serve the adapter in {folder} as it was trained",
             expected="LoRA tensors that fit the base, and options that the server applies",
-            found="; ".join(problems),
-            do="; ".join(text for text, reasons in advice.items() if reasons),
+            found="; ".join(chain.from_iterable(problems.values())),
+            do="; ".join(advice for advice, found in problems.items() if found),
         )
 
 
