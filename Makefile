@@ -132,7 +132,7 @@ $(VLLM)/.ready: $(READY) locks/vllm.txt
 	$(VLLM)/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Starts three vLLM servers one after the other, each with 4 GB of memory (about 5 minutes).
+# Starts vLLM servers one after the other, each with 4 GB of memory (about 10 minutes).
 test-vllm: $(READY) $(VLLM)/.ready
 	$(BIN)/python -m pytest tests/serving -m vllm
 

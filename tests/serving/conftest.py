@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,4 +29,20 @@ def fleet(tmp_path, tiny_bases) -> ServingFleet:
     fleet.catalog.set_alias_manually(fleet.family, "champion", v1.number)
     fleet.transfer("chat", v2)
     fleet.transfer("code", v2, Verdict.INCONCLUSIVE)
+    return fleet
+
+
+@pytest.fixture
+def qwen2_fleet(tmp_path, tiny_bases) -> ServingFleet:
+    """On a base whose output layer vLLM does not adapt, plain and adapts-output-layer serve."""
+    base = shutil.copytree(tiny_bases[0], tmp_path / "qwen2")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps(config | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"})
+    )
+    fleet = ServingFleet(tmp_path)
+    v1 = fleet.add_base("v1", base)
+    fleet.train("plain", v1, seed=1)
+    fleet.train("adapts-output-layer", v1, seed=2, output_layer=True)
+    fleet.catalog.set_serving(v1)
     return fleet

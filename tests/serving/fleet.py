@@ -26,7 +26,8 @@ from trans_peft.serving.manifest import ServedAdapter, serving_manifest
 from trans_peft.transfer.load_adapter import rebind_adapter
 
 FAMILY = "small"
-HIDDEN, RANK = 32, 4  # as in tests/tiny.py
+HIDDEN, VOCABULARY = 32, 258  # as in tests/tiny.py
+RANK = 4
 
 
 def lora_folder(
@@ -36,17 +37,23 @@ def lora_folder(
     hidden: int = HIDDEN,
     layers: int = 2,
     rank: int = RANK,
+    output_layer: bool = False,
     **config,
 ) -> Path:
-    """Write a PEFT folder like PEFT's own, for q_proj and down_proj of a tiny base."""
+    """Write a PEFT folder like PEFT's own, for q_proj and down_proj of a tiny base, or lm_head."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
+    modules = {
+        f"model.layers.{layer}.{module}": (hidden, inputs)
+        for layer in range(layers)
+        for module, inputs in (("self_attn.q_proj", hidden), ("mlp.down_proj", 2 * hidden))
+    }
+    modules |= {"lm_head": (VOCABULARY, hidden)} if output_layer else {}
     tensors = {}
-    for layer in range(layers):
-        for module, inputs in (("self_attn.q_proj", hidden), ("mlp.down_proj", 2 * hidden)):
-            prefix = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{prefix}.lora_A.weight"] = random.normal(size=(rank, inputs)) * 0.3
-            tensors[f"{prefix}.lora_B.weight"] = random.normal(size=(hidden, rank)) * 0.3
+    for module, (outputs, inputs) in modules.items():
+        prefix = f"base_model.model.{module}"
+        tensors[f"{prefix}.lora_A.weight"] = random.normal(size=(rank, inputs)) * 0.3
+        tensors[f"{prefix}.lora_B.weight"] = random.normal(size=(outputs, rank)) * 0.3
     save_file(
         {key: value.astype(np.float32) for key, value in tensors.items()},
         folder / "adapter_model.safetensors",
@@ -88,6 +95,10 @@ class ServingFleet:
         """Register an adapter that was trained on a base; by default it serves there."""
         draft = lora_folder(self._new_folder(), seed, **options)
         return self._register(draft, name, base, None, serves)
+
+    def add_folder(self, name: str, base: BaseVersion, folder: Path) -> AdapterVersion:
+        """Register a PEFT folder as an adapter that serves on a base."""
+        return self._register(folder, name, base, None)
 
     def transfer(
         self, name: str, base: BaseVersion, verdict: Verdict = Verdict.PASSED

@@ -173,3 +173,13 @@ def test_a_folder_that_cannot_be_cleaned_does_not_end_the_start(fleet, caplog):
     server.start(str(fleet.bases["v1"]), max_rank=8)
     assert "unused folders in" in caplog.text
     assert server.prepare(server.route("chat")).reason is RefusalReason.DAMAGED
+
+
+def test_an_output_layer_that_vllm_does_not_adapt_is_refused(qwen2_fleet):
+    settings = ServerSettings(qwen2_fleet.family, qwen2_fleet.folder / "served")
+    server = AdapterServer(settings, qwen2_fleet.platform)
+    server.start(str(qwen2_fleet.bases["v1"]), max_rank=8)
+    assert isinstance(server.prepare(server.route("plain")), Prepared)
+    refusal = server.prepare(server.route("adapts-output-layer"))
+    assert refusal.reason is RefusalReason.UNSUPPORTED
+    assert "output_layer: false" in refusal.message

@@ -1,10 +1,12 @@
 """What a LoRA server would ignore or fail on is refused before it is loaded."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.serving.compensated import base_and_update, compensated
 from tests.serving.fleet import lora_folder
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.edges.stores import SchemeStore
@@ -62,7 +64,7 @@ def test_patterns_are_accepted_if_the_server_reads_them(engine, tmp_path):
 SHAPES = [
     ({"layers": 3}, "the base has no module model.layers.2.mlp.down_proj"),
     ({"hidden": 64}, "has shape (32, 32) in the base, and the adapter is for (64, 64)"),
-    ({"rank": 16}, "has rank 16, and the server accepts at most 8"),
+    ({"rank": 16}, "and the server accepts at most 8"),
 ]
 
 
@@ -115,4 +117,62 @@ def test_every_problem_is_reported(engine, tmp_path):
     folder = lora_folder(tmp_path / "adapter", layers=3, rank=16, use_dora=True)
     with pytest.raises(AdapterError) as caught:
         check_for_engine(folder, engine)
-    assert all(text in str(caught.value) for text in ("use_dora", "rank 16", "layers.2"))
+    texts = ("use_dora", "the rank is 16 in", "layers.2", "plain LoRA", "--max-lora-rank")
+    assert all(text in str(caught.value) for text in texts)
+
+
+@pytest.fixture(scope="module")
+def updated(tmp_path_factory):
+    """A base and its update, and what a vLLM server on the update loads."""
+    bases = base_and_update(tmp_path_factory.mktemp("updated"))
+    return bases, EngineBase(fingerprint(str(bases[1]), SchemeStore()), max_rank=8, is_vllm=True)
+
+
+def on(engine, architecture):
+    return replace(engine, fingerprint=replace(engine.fingerprint, architecture=architecture))
+
+
+@pytest.mark.parametrize("output_layer", [True, False], ids=["output layer", "none"])
+def test_vllm_loads_a_compensated_output_layer_on_some_architectures(
+    updated, tmp_path, output_layer
+):
+    bases, engine = updated
+    adapter = lora_folder(tmp_path / "adapter")
+    folder = compensated(adapter, bases, tmp_path / "compensated", output_layer=output_layer)
+    check_for_engine(folder, engine)
+    for name in ("Qwen2ForCausalLM", "MistralForCausalLM", "AModelOfNextYear"):
+        check_for_engine(folder, replace(on(engine, name), is_vllm=False))
+        if not output_layer:
+            check_for_engine(folder, on(engine, name))
+            continue
+        with pytest.raises(AdapterError) as caught:
+            check_for_engine(folder, on(engine, name))
+        found, advice = str(caught.value).split("  do:")
+        assert f"lm_head, and vLLM applies no LoRA matrices to that of {name}" in found
+        assert "output_layer: false" in advice
+        assert "plain LoRA" not in advice and "rank" not in advice
+
+
+def test_the_rank_of_all_modules_is_one_problem_with_its_own_advice(updated, tmp_path):
+    bases, engine = updated
+    folder = compensated(lora_folder(tmp_path / "adapter"), bases, tmp_path / "compensated")
+    with pytest.raises(AdapterError) as caught:
+        check_for_engine(folder, replace(engine, max_rank=4))
+    found, advice = str(caught.value).split("  do:")
+    assert "the rank is 8 in lm_head, model.layers.0" in found
+    assert found.count("the rank is") == 1 and "and 4 more" in found
+    assert "--max-lora-rank" in advice and "plain LoRA" not in advice
+
+
+def test_a_compensated_dora_adapter_is_refused(updated, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    bases, engine = updated
+    model = AutoModelForCausalLM.from_pretrained(bases[0])
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    folder = compensated(tmp_path / "adapter", bases, tmp_path / "compensated")
+    with pytest.raises(AdapterError, match="the option use_dora=True would be ignored") as caught:
+        check_for_engine(folder, engine)
+    assert "lora_magnitude_vector" in str(caught.value)

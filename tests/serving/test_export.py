@@ -187,6 +187,21 @@ def test_an_adapter_that_no_server_could_serve_does_not_stop_the_others(export, 
     assert len(list((tmp_path / "out" / "adapters").iterdir())) == 2
 
 
+@pytest.mark.parametrize("layout", Layout)
+def test_an_output_layer_that_vllm_does_not_adapt_is_left_out_for_servers_that_run_vllm(
+    qwen2_fleet, layout, tmp_path
+):
+    uri = "pvc://adapters/fleet" if layout is Layout.KSERVE else ""
+    settings = ExportSettings(tmp_path / "out", layout, MODEL, uri)
+    exported = Export(settings, qwen2_fleet.family, "serving", qwen2_fleet.platform).sync()
+    refused = {entry.name: entry.detail for entry in exported.refused}
+    if layout in (Layout.SGLANG, Layout.LORAX):
+        assert refused == {}
+    else:
+        assert list(refused) == ["adapts-output-layer"]
+        assert "output_layer: false" in refused["adapts-output-layer"]
+
+
 def test_a_name_that_a_server_would_confuse_with_the_base_is_left_out(export):
     exported = export(Layout.KSERVE, model="chat").sync()
     assert [entry.name for entry in exported.refused] == ["chat"]

@@ -4,16 +4,20 @@ Run with `make test-vllm`. The engine has memory for one adapter, so that each c
 evicts the other one, and its files are read again.
 """
 
+import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.faults.proxy import RandomFaults, proxied
+from tests.serving.compensated import base_and_update, compensated
 from tests.serving.fleet import ServingFleet, lora_folder
 from tests.serving.vllm_server import PYTHON, vllm_server
 from trans_peft.client import connect
 from trans_peft.domain.evaluation import Verdict
+from trans_peft.serving.engine_check import VLLM_OUTPUT_LAYERS
 
 pytestmark = [
     pytest.mark.vllm,
@@ -205,3 +209,61 @@ def test_one_server_answers_for_fifty_adapters(servers, unique, tmp_path, bases)
         assert {name: vllm.tokens(name, PROMPTS[0]) for name in reversed(names)} == found
     for name in names:
         assert found[name] == expected(fleet, bases[0], name, 1)[0]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_compensated_adapter_answers_as_with_peft(servers, unique, tmp_path, tied):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    bases = base_and_update(tmp_path / "bases", tied=tied, hidden=HIDDEN)
+    plain, dora = lora_folder(tmp_path / "plain", hidden=HIDDEN), tmp_path / "dora"
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(bases[0])
+    get_peft_model(model, config).save_pretrained(dora)
+    folders = {
+        "plain": plain,
+        "compensated": compensated(plain, bases, tmp_path / "compensated"),
+        "no-output": compensated(plain, bases, tmp_path / "no-output", output_layer=False),
+        "dora": compensated(dora, bases, tmp_path / "compensated-dora"),
+    }
+    fleet = ServingFleet(tmp_path, connect(servers.mlflow_url), unique)
+    base = fleet.add_base("v2", bases[1])
+    for name, folder in folders.items():
+        fleet.add_folder(f"{unique}-{name}", base, folder)
+    fleet.catalog.set_serving(base)
+    names = [f"{unique}-{name}" for name in ("plain", "compensated", "no-output")]
+    reference = {name: expected(fleet, bases[1], name, 1) for name in names}
+    assert len(set(map(str, reference.values()))) == len(names)
+    with vllm_server(tmp_path / "server", bases[1], variables(servers.mlflow_url, unique)) as vllm:
+        for name in (*names, *reversed(names)):
+            assert answers(vllm, name) == reference[name], name
+        assert vllm.refusal(f"{unique}-dora") == (422, "adapter_unsupported")
+
+
+_EMBEDDING_MODULES = """
+import json
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+from vllm.model_executor.models.registry import ModelRegistry
+
+names = set()
+for found in causal.values():
+    names |= {found} if isinstance(found, str) else set(found)
+modules = {}
+for name in names & ModelRegistry.models.keys():
+    try:
+        found = ModelRegistry.models[name].load_model_cls()
+    except ImportError:  # what it imports is not installed here
+        continue
+    modules[name] = list(getattr(found, "embedding_modules", ()))
+print(json.dumps(modules))
+"""
+
+
+def test_the_table_of_output_layers_is_that_of_vllm():
+    command = [PYTHON, "-c", _EMBEDDING_MODULES]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    modules = json.loads(output.splitlines()[-1])
+    adapted = {name for name, found in modules.items() if "lm_head" in found}
+    assert len(adapted) > 20
+    assert adapted == VLLM_OUTPUT_LAYERS & modules.keys()

@@ -143,7 +143,7 @@ class AdapterServer:
                 do="download the base version of the registry, and pass its folder",
             )
         self._base = fingerprint(str(Path(model).resolve()), self._platform.store)
-        engine = EngineBase(self._base, max_rank, has_patterns=True)
+        engine = EngineBase(self._base, max_rank, has_patterns=True, is_vllm=True)
         self._folders = AdapterFolders(
             self.settings.folders,
             self._platform.registry,

@@ -5,15 +5,17 @@ that the base does not have, and those tensors then do nothing. The checks here 
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from trans_peft.domain.base import Fingerprint
 from trans_peft.errors import AdapterError, listed
 from trans_peft.transfer.peft_folder import PeftFolder, read_peft_folder
 
-__all__ = ["EngineBase", "check_for_engine"]
+__all__ = ["VLLM_OUTPUT_LAYERS", "EngineBase", "check_for_engine"]
 
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\."
@@ -21,6 +23,7 @@ _TENSOR = re.compile(
 )
 _COPY_OF_BASE = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+_OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 _WITHOUT_EFFECT = frozenset({
     # who made the adapter, and on what
@@ -37,6 +40,30 @@ _WITHOUT_EFFECT = frozenset({
 _SUPPORTED = frozenset({"lora_alpha", "r", "use_rslora"})
 _PATTERNS = frozenset({"alpha_pattern", "rank_pattern"})
 
+VLLM_OUTPUT_LAYERS = frozenset({
+    "ApertusForCausalLM", "Ernie4_5ForCausalLM", "Exaone4ForCausalLM", "ExaoneMoeForCausalLM",
+    "FalconH1ForCausalLM", "GraniteForCausalLM", "GraniteMoeForCausalLM",
+    "GraniteMoeHybridForCausalLM", "GraniteMoeSWAForCausalLM", "GraniteMoeSharedForCausalLM",
+    "GraniteSWAForCausalLM", "HyperCLOVAXForCausalLM", "InklingForCausalLM", "JambaForCausalLM",
+    "Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "Llama4ForCausalLM", "LlamaForCausalLM",
+    "MiniCPM3ForCausalLM", "MixtralForCausalLM", "NemotronForCausalLM", "NemotronHForCausalLM",
+    "Phi3ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM",
+})  # fmt: skip
+"""Architectures on whose output layer vLLM 0.32 applies LoRA. It refuses to load it on others."""
+
+_USE_PLAIN_LORA = (
+    "train it with plain LoRA, or merge it into its base, unless it adapts an output layer that is "
+    "tied to the input embedding, which merging would change"
+)
+_ALLOW_RANK = (
+    "give the server a larger limit, such as --max-lora-rank, or a smaller rank to the adapter"
+)
+_LEAVE_OUT_OUTPUT_LAYER = (
+    "set output_layer: false in the recovery policy's compensation and reconcile, or train the "
+    "adapter on other modules"
+)
+
 
 @dataclass(frozen=True)
 class EngineBase:
@@ -46,26 +73,34 @@ class EngineBase:
         fingerprint: Fingerprint of the base, with the names and shapes of its tensors.
         max_rank: Largest rank that the server accepts; None if it has no limit.
         has_patterns: Whether the server reads `rank_pattern` and `alpha_pattern`.
+        is_vllm: Whether the server is vLLM, which adapts the output layer of some architectures
+            only.
     """
 
     fingerprint: Fingerprint
     max_rank: int | None = None
     has_patterns: bool = False
+    is_vllm: bool = False
 
 
 def check_for_engine(folder: Path, engine: EngineBase) -> None:
     """Raise AdapterError with every reason why a server would not serve this adapter as trained."""
     adapter = read_peft_folder(folder)
-    problems = [
-        *_config_problems(adapter, engine),
-        *(_tensor_problems(adapter, engine) if adapter.peft_type == "LORA" else ()),
-    ]
-    if problems:
+    is_lora = adapter.peft_type == "LORA"
+    problems = {
+        _USE_PLAIN_LORA: [
+            *_config_problems(adapter, engine),
+            *(_tensor_problems(adapter, engine) if is_lora else ()),
+        ],
+        _ALLOW_RANK: _rank_problems(adapter, engine),
+        _LEAVE_OUT_OUTPUT_LAYER: _output_layer_problems(adapter, engine),
+    }
+    if any(problems.values()):
         raise AdapterError(
             f"the server cannot serve the adapter in {folder} as it was trained",
             expected="LoRA tensors that fit the base, and options that the server applies",
-            found="; ".join(problems),
-            do="merge such an adapter into its base, or train it with plain LoRA",
+            found="; ".join(chain.from_iterable(problems.values())),
+            do="; ".join(advice for advice, found in problems.items() if found),
         )
 
 
@@ -120,7 +155,7 @@ def _tensor_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
         elif pair.keys() != {"A", "B"}:
             problems.append(f"{module} has only one of lora_A and lora_B")
         else:
-            problems += _shape_problems(module, (pair["A"], pair["B"]), of_base, engine.max_rank)
+            problems += _shape_problems(module, (pair["A"], pair["B"]), of_base)
     if unknown:
         problems.append(f"the base has no module {listed(unknown)}, so its weights do nothing")
     return problems
@@ -130,21 +165,46 @@ def _shape_problems(
     module: str,
     pair: tuple[tuple[int, ...], tuple[int, ...]],
     shape: tuple[int, ...],
-    max_rank: int | None,
 ) -> list[str]:
     first, second = pair
     if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
         return [f"{module} has lora_A of shape {first} and lora_B of shape {second}"]
-    problems = []
     # GPT-2 stores its linear layers transposed, and so does every embedding.
-    if shape not in ((second[0], first[1]), (first[1], second[0])):
-        problems.append(
-            f"{module} has shape {shape} in the base, and the adapter is for "
-            f"{(second[0], first[1])}"
-        )
-    if max_rank is not None and first[0] > max_rank:
-        problems.append(f"{module} has rank {first[0]}, and the server accepts at most {max_rank}")
-    return problems
+    if shape in ((second[0], first[1]), (first[1], second[0])):
+        return []
+    return [
+        f"{module} has shape {shape} in the base, and the adapter is for {(second[0], first[1])}"
+    ]
+
+
+def _rank_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
+    if engine.max_rank is None:
+        return []
+    modules = defaultdict(list)
+    for key, shape in sorted(adapter.tensors.items()):
+        match = _TENSOR.fullmatch(key)
+        if match is None or "_A" not in match["part"] or len(shape) != 2:
+            continue
+        if shape[0] > engine.max_rank:
+            modules[shape[0]].append(match["module"])
+    return [
+        f"the rank is {rank} in {listed(names)}, and the server accepts at most {engine.max_rank}"
+        for rank, names in sorted(modules.items())
+    ]
+
+
+def _output_layer_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
+    architecture = engine.fingerprint.architecture
+    if not engine.is_vllm or architecture in VLLM_OUTPUT_LAYERS:
+        return []
+    matches = filter(None, map(_TENSOR.fullmatch, adapter.tensors))
+    found = {match["module"] for match in matches}
+    return [
+        f"it adapts the output layer {module}, and vLLM applies no LoRA matrices to that of "
+        f"{architecture}"
+        for module in sorted(found)
+        if module.rpartition(".")[2] in _OUTPUT_LAYERS
+    ]
 
 
 def _module_shapes(fingerprint: Fingerprint) -> dict[str, tuple[int, ...]]:

@@ -67,6 +67,11 @@ class Layout(StrEnum):
     LORAX = "lorax"
     KSERVE = "kserve"
 
+    @property
+    def is_vllm(self) -> bool:
+        """Whether the server runs vLLM."""
+        return self not in (Layout.SGLANG, Layout.LORAX)
+
 
 class LeftOut(StrEnum):
     """Why an export leaves out an adapter that serves by the registry."""
@@ -181,7 +186,11 @@ class Export:
             self._listed()
         if settings.layout is Layout.KSERVE:
             _check_pods_uri("the base", self._base.uri, "publish the base to a bucket")
-        engine = EngineBase(platform.catalog.fingerprint(self._base), settings.max_rank)
+        engine = EngineBase(
+            platform.catalog.fingerprint(self._base),
+            settings.max_rank,
+            is_vllm=settings.layout.is_vllm,
+        )
         self._adapters = settings.folder / "adapters"
         self._folders = AdapterFolders(
             self._adapters,
