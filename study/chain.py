@@ -111,7 +111,7 @@ def table(found: Sequence[Score]) -> str:
         direct = [known[PLAIN, *adapter, base] for adapter in adapters]
         points = f"{np.mean([score.points for score in direct]):.1f}"
         if base == V1:
-            lines.append(f"| {base} | {points} | {len(direct)} of {len(direct)} | | |")
+            lines.append(f"| {base} | {points} | {len(direct)} of {len(direct)} |  |  |")
             continue
         old = [known[PLAIN, *adapter, V1] for adapter in adapters]
         made = [known[COMPENSATED, *adapter, base] for adapter in adapters]

@@ -46,5 +46,5 @@ def test_the_table_counts_the_adapters_that_serve_on_each_version():
         )
     ]
     lines = table(found).splitlines()
-    assert lines[2] == f"| {V1} | 60.0 | 2 of 2 | | |"
+    assert lines[2] == f"| {V1} | 60.0 | 2 of 2 |  |  |"
     assert lines[3:] == [f"| {base} | 45.0 | 1 of 2 | 59.0 | 2 of 2 |" for base in CHAIN]
