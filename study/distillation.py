@@ -265,11 +265,11 @@ def main() -> None:
     options = parser.parse_args()
     known = ScoreFile(SCORES)
     if not options.report:
-        runmissing_scores(known, options.folder.resolve(), options.cells, PARTS[: options.parts])
+        run_missing(known, options.folder.resolve(), options.cells, PARTS[: options.parts])
     write_report(known)
 
 
-def runmissing_scores(known: ScoreFile, folder: Path, cells: int, parts: Sequence[Part]) -> None:
+def run_missing(known: ScoreFile, folder: Path, cells: int, parts: Sequence[Part]) -> None:
     """Run what the score file lacks, the first cells only."""
     os.environ.update(TQDM_DISABLE="1", OMP_WAIT_POLICY="PASSIVE")
     end_with_parent()
