@@ -16,6 +16,7 @@ from trans_peft.domain.recovery import (
     RecoveryPolicy,
     RecoveryStrategy,
 )
+from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import AdapterError, EvaluationError, InvalidSpecError
 from trans_peft.lifecycle.recovery import evaluator
 from trans_peft.methods.bottleneck import BottleneckConfig
@@ -95,6 +96,13 @@ def test_unusable_prompts_leave_the_direct_verdict(setup, rows, reason):
     outcome, tried = compensated(setup, rows)
     assert (tried.verdict, outcome.strategy) == ("", "direct")
     assert reason in tried.reason
+
+
+def test_prompts_in_an_unsupported_store_leave_the_direct_verdict(setup):
+    setup.platform = replace(setup.platform, store=SchemeStore())
+    outcome, tried = compensated(setup, prompts_uri="gs://traffic/{adapter}.jsonl")
+    assert (tried.verdict, outcome.strategy) == ("", "direct")
+    assert "there is no store for the URI scheme 'gs'" in tried.reason
 
 
 def test_an_adapter_without_prompts_keeps_the_whole_level(setup):
