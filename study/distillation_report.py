@@ -228,6 +228,9 @@ def _table(pair: Recovery) -> str:
         if new is None or share is None or seconds is None:
             continue
         old = pair.mean(arm, V1)
+        scored = len(pair.seeds(arm, PLAIN, NEW))
+        if scored < len(seeds):
+            title += f" ({scored} of {count})"
         closed = "0" if arm == PLAIN else "100" if arm == NEW else _percent(share)
         lines.append(
             f"| {title} | {'' if old is None else f'{old:.1f}'} | {new:.1f} | {closed} | "

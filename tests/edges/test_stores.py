@@ -11,7 +11,7 @@ import pytest
 from trans_peft.domain.places import Places
 from trans_peft.edges.memory import MemoryStore
 from trans_peft.edges.stores import SchemeStore
-from trans_peft.errors import IntegrityError, NotFoundError, StoreError
+from trans_peft.errors import AccessError, IntegrityError, NotFoundError, StoreError
 from trans_peft.ports import ArtifactStore
 
 BIG = 40 << 20  # more than one part of a multipart upload
@@ -275,7 +275,7 @@ class TestFiles:
         for use in (SchemeStore().list, lambda uri: read(SchemeStore(), uri)):
             with pytest.raises(StoreError, match=r"s3://bucket/key, a path, or file:///path"):
                 use(uri)
-        with pytest.raises(StoreError, match="there is no store for the URI scheme"):
+        with pytest.raises(AccessError, match="there is no store for the URI scheme"):
             SchemeStore().write(uri, io.BytesIO(b"x"))
 
     def test_a_file_uri_with_a_host_is_refused(self):

@@ -1,15 +1,25 @@
 """The recovery strategy `compensated` in a transfer: it reads prompts, and no training row."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from tests.lifecycle.test_distillation import PROMPTS, Setup
-from tests.lifecycle.test_recovery import ITEMS, strategies
-from trans_peft.domain.recovery import CompensationPolicy, DistillationPolicy, RecoveryStrategy
+from tests.lifecycle.test_recovery import ITEMS, POLICY, strategies
+from tests.tiny import tiny_model
+from trans_peft.domain.recovery import (
+    CompensationPolicy,
+    DistillationPolicy,
+    RecoveryPolicy,
+    RecoveryStrategy,
+)
+from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import AdapterError, EvaluationError, InvalidSpecError
 from trans_peft.lifecycle.recovery import evaluator
+from trans_peft.methods.bottleneck import BottleneckConfig
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.transfer import module_inputs
 from trans_peft.validation.decoding import generation
@@ -88,10 +98,38 @@ def test_unusable_prompts_leave_the_direct_verdict(setup, rows, reason):
     assert reason in tried.reason
 
 
+def test_prompts_in_an_unsupported_store_leave_the_direct_verdict(setup):
+    setup.platform = replace(setup.platform, store=SchemeStore())
+    outcome, tried = compensated(setup, prompts_uri="gs://traffic/{adapter}.jsonl")
+    assert (tried.verdict, outcome.strategy) == ("", "direct")
+    assert "there is no store for the URI scheme 'gs'" in tried.reason
+
+
 def test_an_adapter_without_prompts_keeps_the_whole_level(setup):
     outcome, tried = compensated(setup, prompts_uri="")
     assert "(synthetic_prompts) gives prompts" in str(tried)
     assert "level 5 %" in outcome.judgment.reason
+
+
+def write_bottleneck(folder):
+    config = BottleneckConfig(
+        bottleneck_dim=4, init_bottleneck_weights=False, task_type="CAUSAL_LM"
+    )
+    get_peft_model(tiny_model(), config).save_pretrained(folder)
+
+
+def test_a_bottleneck_adapter_is_compensated_at_its_share_of_the_level(tmp_path, monkeypatch):
+    setup = Setup(tmp_path, monkeypatch, recipe=False, edit=write_bottleneck)
+    outcome, tried = compensated(setup)
+    assert (tried.strategy, tried.verdict) == ("compensated", "needs-retuning")
+    assert "level 2.5 %" in outcome.judgment.reason  # one of two strategies
+
+
+@pytest.mark.parametrize(("method", "strategies"), [("LORA", 2), ("BOTTLENECK", 2), ("IA3", 1)])
+def test_the_level_is_shared_with_the_types_that_can_be_compensated(setup, method, strategies):
+    policy = replace(POLICY, recovery=RecoveryPolicy(compensation=CompensationPolicy("x.jsonl")))
+    found = evaluator.policy_per_strategy(policy, replace(setup.source, method=method))
+    assert found.alpha == policy.alpha / strategies
 
 
 def test_an_adapter_without_a_recipe_is_compensated_and_not_distilled(tmp_path, monkeypatch):

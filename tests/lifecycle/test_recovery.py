@@ -41,6 +41,7 @@ from trans_peft.models import adapter_weights_sha256
 from trans_peft.training.finetune import finetune
 from trans_peft.training.job import TrainingResult
 from trans_peft.transfer.load_adapter import attached
+from trans_peft.transfer.peft_folder import read_peft_folder
 from trans_peft.transfer.scaling import rescaled
 
 ITEMS, FAMILY = 96, "tiny"
@@ -90,7 +91,7 @@ class TransferSetup:
                 base=v1.ref,
                 trained_on=v1.ref,
                 weights_sha256=adapter_weights_sha256(self.peft),
-                method="LORA",
+                method=read_peft_folder(self.peft).peft_type,
                 suites=(self.suite,),
                 recipe=TrainingRecipe(
                     adapter="parity",

@@ -73,6 +73,13 @@ def test_the_table():
     assert "| Fine-tune(new) |  | 60.0 | 100 | 200 |" in page
 
 
+def test_a_row_with_fewer_seeds_says_so():
+    others = [s for s in pair(2, 0) if s.arm == "plain"]
+    page = page_with(PAGE, list(recoveries(pair(1, 56) + others)))
+    assert "unlabeled prompts (1 of 2 seeds) |  | 56.0 | 80 (" in page
+    assert "| plain, unchanged | 70.0 |" in page
+
+
 def test_the_costs_are_those_of_pairs_in_which_every_way_was_measured():
     distilled = score("plain, distilled, unlabeled", "ffn", 50, seconds=100.0)
     found = list(recoveries([*pair(1, 58), distilled, *pair(2, 58)]))

@@ -13,8 +13,10 @@ from tests.perturbation.architectures import ARCHITECTURES
 from tests.tiny import tiny_model
 from tests.transfer.conftest import edit_config
 from trans_peft.bases.drift import weight_pairs
+from trans_peft.domain.recipe import Perturbation
 from trans_peft.errors import AdapterError
 from trans_peft.methods.bottleneck import BottleneckConfig
+from trans_peft.perturbation import perturbed
 from trans_peft.transfer.compensation import compensate
 from trans_peft.transfer.load_adapter import attach
 from trans_peft.transfer.low_rank_matrices import not_compensable
@@ -112,6 +114,26 @@ def test_a_bottleneck_adapter_is_compensated_at_every_update(
     assert len(saved["compensated_modules"]) == 2 * (1 + 3)  # layers x (q and the FFN)
 
 
+@pytest.mark.parametrize("kind", [{"masking_p": 0.5}, {"dropping_p": 0.5}], ids=str)
+def test_a_compensated_bottleneck_adapter_is_perturbed_as_on_the_old_base(
+    kind, write_adapter, bases, tmp_path
+):
+    old, new = bases()
+    config = BottleneckConfig(init_bottleneck_weights=False, task_type="CAUSAL_LM")
+    adapter = write_adapter(config=config)
+    found = compensation_of(adapter, old, new, FULL, tmp_path / "out")
+
+    def perturbed_logits(base, folder):
+        model = LlamaForCausalLM.from_pretrained(base)
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True).train()
+        with perturbed(model, Perturbation(**kind), seed=5):
+            return model(input_ids=torch.tensor(SEQUENCES)).logits.detach()
+
+    before = perturbed_logits(old, adapter)
+    torch.testing.assert_close(perturbed_logits(new, found.folder), before, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, logits(old, adapter), rtol=1e-3, atol=1e-3)
+
+
 def test_the_compensation_is_the_best_of_its_rank(write_adapter, bases, tmp_path):
     old, new = bases()
     adapter = write_adapter()
@@ -152,6 +174,12 @@ def test_the_inputs_are_those_of_the_adapter_on_the_old_base(write_adapter):
     assert found["lm_head"].weight == "model.embed_tokens.weight"  # tied
     rows = len(found["model.layers.1.mlp.down_proj"].values)
     assert found["lm_head"].values.shape == (rows, 32)
+
+
+def test_a_rank_above_the_sides_of_the_modules_is_full_rank(write_adapter, bases, tmp_path):
+    old, new = bases()
+    found = compensation_of(write_adapter(), old, new, 10**12, tmp_path / "out")
+    assert json.loads((found.folder / "adapter_config.json").read_text())["r"] == 4 + FULL
 
 
 def test_the_written_adapter_has_one_rank_and_scale(write_adapter, bases, tmp_path):
@@ -285,8 +313,17 @@ def test_weights_that_are_not_finite_are_refused(write_adapter, bases, tmp_path)
     tensors = load_file(path)
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(AdapterError, match="not finite"):
+    with pytest.raises(AdapterError, match=r"weight model\.layers\.0\.mlp\.up_proj\.weight is not"):
         compensation_of(write_adapter(), old, new, 4, tmp_path / "out")
+
+
+def test_inputs_that_are_not_finite_are_refused(write_adapter, bases, tmp_path):
+    old, new = bases()
+    adapter = write_adapter()
+    inputs = module_inputs(tiny_model(), adapter, SEQUENCES)
+    inputs["model.layers.1.mlp.down_proj"].values[0, 0] = float("inf")
+    with pytest.raises(AdapterError, match=r"outputs of model\.layers\.1\.mlp\.down_proj is not"):
+        compensate(adapter, weight_pairs(old, new), inputs, 4, tmp_path / "out")
 
 
 def test_options_that_change_the_product_are_named(write_adapter):
@@ -310,5 +347,34 @@ def test_other_types_are_refused(config, reason, write_adapter, bases, tmp_path)
 
 
 def test_an_update_of_no_linear_module_is_refused(write_adapter, bases, tmp_path):
-    with pytest.raises(AdapterError, match="changes no linear module"):
-        compensation_of(write_adapter(), *bases(("input_layernorm",)), 4, tmp_path / "out")
+    old, new = bases(())
+    path = new / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] += 0.1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="changes no linear module") as caught:
+        compensation_of(write_adapter(), old, new, 4, tmp_path / "out")
+    assert "found:    changes of model.norm.weight" in str(caught.value)
+
+
+def test_an_output_layer_that_the_adapter_has_is_compensated_at_the_next_update_too(
+    write_adapter, bases, tmp_path
+):
+    old, new = bases(("embed_tokens", *FFN))
+    adapter = write_adapter()
+    first = compensation_of(adapter, old, new, FULL, tmp_path / "first")
+    model = LlamaForCausalLM.from_pretrained(new)
+    with torch.no_grad():
+        model.lm_head.weight += 0.01 * torch.randn(258, 32)
+    model.save_pretrained(tmp_path / "next")
+    inputs = module_inputs(LlamaForCausalLM.from_pretrained(new), first.folder, SEQUENCES)
+    again = compensate(
+        first.folder, weight_pairs(new, tmp_path / "next"), inputs, FULL, tmp_path / "again",
+        output_layer=False,
+    )  # fmt: skip
+    assert again.modules == 1
+    hidden = torch.randn(3, 32)
+    head = attach(LlamaForCausalLM.from_pretrained(tmp_path / "next"), again.folder)
+    torch.testing.assert_close(
+        head.get_output_embeddings()(hidden), tiny_model().lm_head(hidden), rtol=1e-4, atol=1e-4
+    )

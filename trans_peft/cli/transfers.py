@@ -95,8 +95,8 @@ def transfer(
     recipe: Annotated[
         Path | None,
         Parameter(
-            help="Recipe that the adapter was trained with. Recovery strategies of the policy need "
-            "its data."
+            help="Recipe that the adapter was trained with. Distillation needs it; rescaling and "
+            "re-tuning also read its data; compensation needs none."
         ),
     ] = None,
     json: Json = False,
@@ -106,8 +106,8 @@ def transfer(
 
     Evaluates the adapter on both bases, and the bare new base; reuses evaluations of earlier
     commands. Writes `outcome.json` (the verdict with all its figures) and `adapter/`: the same
-    weights bound to the new base, with the adapter's chat template or that of the old base. Exit
-    code 0 only if the verdict is `passed`.
+    weights, or those of the recovery strategy in `outcome.json`, bound to the new base, with the
+    adapter's chat template or that of the old base. Exit code 0 only if the verdict is `passed`.
 
     Example: `trans-peft transfer runs/mine/adapter --old models/v1 --new models/v2 --suite
     suite.yaml --out runs/mine-v2`

@@ -93,9 +93,9 @@ class CompensationPolicy(PromptsPolicy):
 
     Attributes:
         rank: rank of these matrices. The adapter's rank grows by it.
-        output_layer: whether the output layer (`lm_head`) is compensated as well. Some servers load
-            no LoRA matrices for it, such as vLLM on Qwen2.5, and merging them into a base with tied
-            embeddings changes the input embedding.
+        output_layer: whether the output layer (`lm_head`) is compensated as well, if the adapter
+            does not adapt it already. Some servers load no LoRA matrices for it, such as vLLM on
+            Qwen2.5, and merging them into a base with tied embeddings changes the input embedding.
     """
 
     rank: int = 16

@@ -8,7 +8,7 @@ from typing import BinaryIO
 from trans_peft.domain.names import quoted
 from trans_peft.domain.places import Places
 from trans_peft.edges.file_store import ANYWHERE, FileStore
-from trans_peft.errors import StoreError
+from trans_peft.errors import AccessError
 from trans_peft.ports import ArtifactStore, StoredFile
 
 __all__ = ["SchemeStore"]
@@ -17,7 +17,7 @@ __all__ = ["SchemeStore"]
 class SchemeStore:
     """`ArtifactStore` for `s3://` URIs, paths and `file://` URIs. boto3 is imported only for S3.
 
-    Every method raises StoreError for another scheme.
+    Every method raises AccessError for another scheme: a retry does not help.
     """
 
     def __init__(self, places: Places = ANYWHERE) -> None:
@@ -54,7 +54,7 @@ class SchemeStore:
             return self._s3
         if scheme == "file" or not separator:
             return self._files
-        raise StoreError(
+        raise AccessError(
             f"there is no store for the URI scheme {quoted(scheme)}",
             expected="s3://bucket/key, a path, or file:///path",
             found=quoted(uri, 200),

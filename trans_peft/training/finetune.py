@@ -224,7 +224,8 @@ def _load_weights(folder: Path, model: PeftModel) -> None:
             f"training cannot start from {folder}: its tensors do not match the recipe's spec",
             expected=f"{len(expected)} tensors",
             found=f"{len(tensors)} tensors; different or of another shape: {listed(unlike)}",
-            do="start from an adapter that was trained with the same spec",
+            do="start from an adapter that was trained with the same spec, or give the recipe the "
+            "options in its adapter_config.json",
         )
     set_peft_model_state_dict(model, tensors)
 

@@ -69,11 +69,14 @@ def compensate(
     inputs: Mapping[str, ModuleInputs],
     rank: int,
     target: Path,
+    *,
+    output_layer: bool = True,
 ) -> Compensation:
     """Write an adapter for the new base whose changed modules are compensated.
 
     The rank of the written adapter is that of the given one plus `rank`, in every module. Modules
-    that the adapter does not change use all of it for C.
+    that the adapter does not change use all of it for C. A `rank` above the largest number of
+    inputs of a module counts as that number, at which C is exact.
 
     Args:
         adapter: PEFT folder of a LoRA adapter, with or without DoRA, or of a bottleneck adapter.
@@ -82,10 +85,12 @@ def compensate(
         inputs: inputs of the modules, from `module_inputs`.
         rank: rank of C in modules that the adapter changes.
         target: a new folder.
+        output_layer: whether the output layer is compensated even if the adapter does not change
+            it.
 
     Raises:
-        AdapterError: the adapter is not compensable, no linear module has changed, or the outputs
-            of one are not finite.
+        AdapterError: the adapter is not compensable, no linear module has changed, or the change of
+            a weight or of a module's outputs is not finite.
     """
     if reason := not_compensable(adapter):
         raise AdapterError(
@@ -93,12 +98,16 @@ def compensate(
             expected="LoRA, DoRA or a bottleneck adapter",
         )
     source = low_rank_matrices(adapter)
-    total = source.rank + rank
+    total = source.rank + min(
+        rank, max((one.values.shape[1] for one in inputs.values()), default=0)
+    )
     modules = defaultdict(list)
     for name, found in inputs.items():
-        modules[found.weight].append(name)
+        if output_layer or not found.of_output_layer or source.key(name, "A") in source.tensors:
+            modules[found.weight].append(name)
     written = {key: tensor for key, tensor in source.tensors.items() if not source.is_matrix(key)}
     names: list[str] = []
+    elsewhere: list[str] = []
     shares: list[float] = []
     whole = other = 0.0
     generator = torch.Generator().manual_seed(0)
@@ -106,15 +115,18 @@ def compensate(
     moment = lru_cache(maxsize=2)(_SecondMoment)
     for weight, old, new in weights:
         size = (old - new).square().sum().item()
+        _check_finite(size, f"the change of the weight {weight}")
         here = [name for name in modules[weight] if source.is_written(name, new, bool(size))]
         whole += size
-        other += 0.0 if here else size
+        if size and not here:
+            other += size
+            elsewhere.append(weight)
         for name in here:
             a, b = source.product(name, old)
             exact = a.shape[0]
             if size:
                 more_a, more_b, share = _correction(
-                    old - new, moment(inputs[name].values), total - exact
+                    old - new, moment(inputs[name].values), total - exact, name
                 )
                 a, b = torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)
                 shares.append(share)
@@ -131,7 +143,11 @@ def compensate(
             f"receive every token: {listed(lost)}"
         )
     if not shares:
-        raise AdapterError(f"{adapter} cannot be compensated: the update changes no linear module")
+        raise AdapterError(
+            f"{adapter} cannot be compensated: the update changes no linear module",
+            expected="a changed weight of a torch.nn.Linear that receives every token",
+            found=f"changes of {listed(sorted(elsewhere))}" if elsewhere else "no change",
+        )
     shutil.copytree(adapter, target)
     save_file({key: tensor.contiguous() for key, tensor in written.items()}, target / WEIGHTS_NAME)
     config = source.config_at(total, names)
@@ -156,8 +172,10 @@ class _SecondMoment:
         return left @ self._inputs.T @ self._inputs
 
 
-def _correction(change: Tensor, moment: _SecondMoment, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return A and B with B A = U U^T change, and the share |U U^T Y|^2 / |Y|^2.
+def _correction(
+    change: Tensor, moment: _SecondMoment, rank: int, name: str
+) -> tuple[Tensor, Tensor, float]:
+    """Return A and B with B A = U U^T change, and the share |U U^T Y|^2 / |Y|^2, of a module.
 
     Y = change @ X^T are the changes of the outputs, and U their first left singular vectors. These
     are eigenvectors of Y Y^T = change S change^T, which is never formed: subspace iteration
@@ -165,11 +183,7 @@ def _correction(change: Tensor, moment: _SecondMoment, rank: int) -> tuple[Tenso
     """
     weighted = change @ moment
     whole = (weighted * change).sum().item()
-    if not isfinite(whole):
-        raise AdapterError(
-            "the change of the outputs of a linear module is not finite",
-            expected="finite weights in both bases, and finite inputs in the suite's dtype",
-        )
+    _check_finite(whole, f"the change of the outputs of {name}")
     rank = min(rank, *change.shape)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(
@@ -184,6 +198,14 @@ def _correction(change: Tensor, moment: _SecondMoment, rank: int) -> tuple[Tenso
     rows = basis.T @ change
     balance = rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
     return rows / balance[:, None], basis * balance, share
+
+
+def _check_finite(value: float, subject: str) -> None:
+    if not isfinite(value):
+        raise AdapterError(
+            f"{subject} is not finite",
+            expected="finite weights in both bases, and finite inputs in the suite's dtype",
+        )
 
 
 def _padded(a: Tensor, b: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

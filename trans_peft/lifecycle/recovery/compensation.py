@@ -53,9 +53,9 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
         progress = inputs.reporter("answers before compensation", "prompts")
         weights = weight_pairs(old_base, new_base)
         read, answered = answering_inputs(folder, old_base, suite, prompts.examples, progress)
-        if not policy.output_layer:
-            read = {name: one for name, one in read.items() if not one.of_output_layer}
-        found = compensate(folder, weights, read, policy.rank, target)
+        found = compensate(
+            folder, weights, read, policy.rank, target, output_layer=policy.output_layer
+        )
     except UNUSABLE as error:
         return f"its prompts or its old base cannot be used: {error}"
     except (AdapterError, EvaluationError, InvalidSpecError, UnsupportedModelError) as error:

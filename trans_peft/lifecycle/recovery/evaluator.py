@@ -39,13 +39,15 @@ def policy_per_strategy(policy: GatePolicy, source: AdapterVersion) -> GatePolic
     """Return the policy at the level of one recovery strategy of an adapter.
 
     The strategies that can be tried share alpha. `compensated` and `distilled` have no share if
-    nothing names prompts for the adapter, and `compensated` has none for other types than LoRA.
-    This is known before anything is evaluated, so the level holds.
+    nothing names prompts for the adapter, and `compensated` has none for types that it does not
+    support. This is known before anything is evaluated, so the level holds.
     """
+    from trans_peft.transfer.low_rank_matrices import COMPENSABLE
+
     recovery = policy.recovery
     compensation, distillation = recovery.compensation, recovery.distillation
     if compensation is not None and not (
-        source.method == "LORA" and has_prompts(source, compensation)
+        source.method in COMPENSABLE and has_prompts(source, compensation)
     ):
         recovery = replace(recovery, compensation=None)
     if distillation is not None and not (source.recipe and has_prompts(source, distillation)):

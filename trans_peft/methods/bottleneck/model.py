@@ -1,5 +1,6 @@
 """The PEFT tuner of bottleneck adapters."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from peft import PeftConfig
@@ -19,7 +20,8 @@ class BottleneckModel(BaseTuner):
     """Wraps every targeted sub-layer in a `BottleneckLayer`, as PEFT's own tuners do.
 
     The output of a target must be what is added to the residual stream: an attention, an FFN, or
-    the last projection of one.
+    the last projection of one. All adapters of one model must wrap the same sub-layers wherever one
+    adapts or compensates a module inside of them: the names of its tensors contain the wrappers.
     """
 
     prefix = "bottleneck_"
@@ -47,14 +49,31 @@ class BottleneckModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Wrap the sub-layers, and the linear modules that the adapter compensates."""
+        """Wrap the sub-layers, and the linear modules that the adapter compensates.
+
+        ValueError if the base lacks one of these modules, or if another adapter of the model wraps
+        other sub-layers around them.
+        """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         assert isinstance(config, BottleneckConfig)
         for name in config.compensated_modules or ():
             layer = _compensated_linear(model, name)
+            others = [(weight, weight.requires_grad) for weight in layer.parameters()]
             layer.update_layer(adapter_name, config.compensation_rank)
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
+            for weight, is_trained in others:
+                weight.requires_grad_(is_trained)
+        self._check_wrappers(model, adapter_name)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """Raise ValueError for `adapter_names`, which PEFT would ignore."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "bottleneck adapters cannot be selected for each row of a batch (adapter_names); "
+                "call set_adapter and pass the rows of one adapter"
+            )
+        return nullcontext()
 
     def _create_and_replace(  # noqa: PLR0913  the signature is PEFT's
         self,
@@ -79,6 +98,35 @@ class BottleneckModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new: Any, child: Any) -> None:
         setattr(parent, child_name, new)
 
+    def _check_wrappers(self, model: nn.Module, new: str) -> None:
+        """Raise ValueError if an adapter needs a module inside a wrapper that is not its own.
+
+        The names of its tensors lack the wrapper, so PEFT would not load them. Targets of the new
+        adapter inside of wrappers were skipped by PEFT.
+        """
+        for name, outer in model.named_modules():
+            if not isinstance(outer, BottleneckLayer):
+                continue
+            wrapping = _adapters(outer)
+            for path, inner in outer.base_layer.named_modules():
+                needing = _adapters(inner)
+                plain = f"{name}.{path}".strip(".").replace(".base_layer", "")
+                if path and self._check_target_module_exists(self.peft_config[new], plain):
+                    needing = needing | {new}
+                if foreign := sorted(needing - wrapping):
+                    raise ValueError(
+                        f"target_modules and compensated_modules of the adapters {foreign} do not "
+                        f"fit into one model with those of {sorted(wrapping)}, which wrap {name} "
+                        f"around {plain}; load them on separate copies of the base"
+                    )
+
+
+def _adapters(module: nn.Module) -> set[str]:
+    """Return the names of the adapters that have tensors in a module."""
+    if isinstance(module, BottleneckLayer):
+        return set(module.bottleneck_down)
+    return set(module.bottleneck_compensation_A) if isinstance(module, CompensatedLinear) else set()
+
 
 def _compensated_linear(model: nn.Module, name: str) -> CompensatedLinear:
     """Return the layer around the linear module with this name in the base.
@@ -93,7 +141,7 @@ def _compensated_linear(model: nn.Module, name: str) -> CompensatedLinear:
     if isinstance(module, CompensatedLinear):
         return module
     if not isinstance(module, nn.Linear):
-        raise ValueError(f"compensated_modules: the base has no linear module {name}")
+        raise ValueError(f"compensated_modules: the base has no linear module {name!r}")
     layer = CompensatedLinear(module)
     setattr(parent, child, layer)
     return layer
