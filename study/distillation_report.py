@@ -150,12 +150,6 @@ def figures(found: Sequence[Recovery]) -> dict[str, dict[str, Any]]:
         entries["survive.gap_closed_min"] = _entry(
             known[name], 100, f"{name}; the smallest of {len(known)} pairs; {_DEFAULT}"
         )
-    costs = [cost for pair in found for cost in pair.costs(_DEFAULT)] if known else []
-    if costs:
-        low, median, high = np.quantile(costs, [0.25, 0.5, 0.75])
-        entries["survive.cost_vs_retrain"] = _entry(
-            Interval(median, low, high), 1, f"{len(costs)} adapters; {_DEFAULT}; the middle half"
-        )
     for key, arm in (("", _DEFAULT), (".trans_peft", SPARED)):
         prices = {
             pair.task: price

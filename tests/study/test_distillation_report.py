@@ -54,12 +54,11 @@ def test_a_pair_without_fine_tune_new_is_not_reported():
     assert list(recoveries([s for s in pair(1, 58) if s.trained_on == V1])) == []
 
 
-def test_figures_are_of_the_worst_pair_and_of_all_costs():
+def test_the_figure_is_that_of_the_worst_pair():
     found = list(recoveries(pair(1, 58) + pair(1, 50, task="other")))
     entries = figures(found)
     assert entries["survive.gap_closed_min"]["value"] == pytest.approx(0.5)
     assert "other, ffn" in entries["survive.gap_closed_min"]["shape"]
-    assert entries["survive.cost_vs_retrain"]["value"] == pytest.approx(0.25)
     assert entries["survive.old_base_cost_points"]["value"] == 0  # of the plain adapter
     assert entries["survive.old_base_cost_points.trans_peft"]["value"] == pytest.approx(2)
     assert figures([]) == {}
