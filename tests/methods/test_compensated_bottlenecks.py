@@ -77,6 +77,12 @@ def test_bottleneck_adapters_share_a_base_exactly_or_not_at_all(first, second, t
         assert torch.equal(logits(saved), alone)
 
 
+def test_a_target_inside_another_one_is_refused():
+    config = BottleneckConfig(target_modules=["self_attn", "o_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="a sub-layer and a module inside it"):
+        get_peft_model(tiny_model(), config)
+
+
 def test_a_compensated_adapter_stays_trainable_beside_another_one(tmp_path):
     first, second = (
         bottleneck(tmp_path / str(seed), seed=seed, compensated_modules=COMPENSATED)

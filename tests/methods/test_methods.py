@@ -32,6 +32,7 @@ class Method:
     sliced: bool = True
 
 
+COMPENSATED = {"compensated_modules": ["model.layers.0.self_attn.q_proj", "lm_head"]}
 LORA_ON_ALL = AdapterSpec("LORA", {"r": 4, "target_modules": ALL})
 HOULSBY = AdapterSpec("BOTTLENECK", {"bottleneck_dim": 8})
 METHODS = {
@@ -44,15 +45,14 @@ METHODS = {
     "qlora": Method(LORA_ON_ALL, tiny_model_in_4_bits, sliced=False),
     "houlsby": Method(HOULSBY),
     "houlsby with compensated modules": Method(
-        AdapterSpec(
-            "BOTTLENECK",
-            {
-                "bottleneck_dim": 8,
-                "compensated_modules": ["model.layers.0.self_attn.q_proj", "lm_head"],
-            },
-        )
+        AdapterSpec("BOTTLENECK", {"bottleneck_dim": 8} | COMPENSATED)
     ),
     "houlsby in 4 bits": Method(HOULSBY, tiny_model_in_4_bits, sliced=False),
+    "houlsby with compensated modules in 4 bits": Method(
+        AdapterSpec("BOTTLENECK", {"bottleneck_dim": 8} | COMPENSATED),
+        tiny_model_in_4_bits,
+        sliced=False,
+    ),
     "houlsby after the ffn": Method(AdapterSpec("BOTTLENECK", {"target_modules": ["mlp"]})),
     "ia3": Method(AdapterSpec("IA3"), sliced=False),
     "vera": Method(AdapterSpec("VERA", {"r": 8, "target_modules": ["q_proj", "o_proj"]})),

@@ -51,10 +51,17 @@ class BottleneckModel(BaseTuner):
     ) -> None:
         """Wrap the sub-layers, and the linear modules that the adapter compensates.
 
-        ValueError if the base lacks one of these modules, or if another adapter of the model wraps
-        other sub-layers around them.
+        ValueError if the base lacks one of these modules, if one target is inside another, or if
+        another adapter of the model wraps other sub-layers around them.
         """
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except AttributeError as error:  # PEFT looks for a module of a sub-layer that is wrapped
+            if BottleneckLayer.__name__ not in str(error):
+                raise
+            raise ValueError(
+                "target_modules has a sub-layer and a module inside it; name one of them"
+            ) from error
         config = self.peft_config[adapter_name]
         assert isinstance(config, BottleneckConfig)
         for name in config.compensated_modules or ():
