@@ -32,8 +32,8 @@ def family(tmp_path):
     code = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
-        "print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)\n"
+        "sleep = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "subprocess.Popen([sys.executable, '-c', sleep], start_new_session=True)\n"
         "time.sleep(60)\n"
     )
     ours = subprocess.Popen(

@@ -29,7 +29,7 @@ def parse_yaml(text: str) -> Any:
         value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
     except RecursionError as error:
         raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep") from error
-    untrusted_json.check_depth(value)
+    untrusted_json.check_depth(value, has_aliases=True)
     return value
 
 

@@ -51,19 +51,24 @@ def check_value_count(text: str) -> None:
         raise ValueError(f"about {count} values, at most {MAX_JSON_VALUES} are read")
 
 
-def check_depth(value: Any) -> None:
-    """Raise ValueError for a parsed value nested more than MAX_JSON_DEPTH levels deep."""
+def check_depth(value: Any, *, has_aliases: bool = False) -> None:
+    """Raise ValueError for a parsed value nested more than MAX_JSON_DEPTH levels deep.
+
+    With `has_aliases`, the value may contain one object many times, as YAML allows. It is then
+    followed once on each level, which takes more memory.
+    """
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_JSON_DEPTH):
         if not level:
             return
-        items = (
+        level = [
             item
             for parent in level
             for item in (parent.values() if isinstance(parent, dict) else parent)
             if isinstance(item, (dict, list))
-        )
-        level = list({id(item): item for item in items}.values())  # YAML may repeat an object
+        ]
+        if has_aliases:
+            level = list({id(item): item for item in level}.values())
     if level:
         raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep")
 
