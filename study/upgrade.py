@@ -55,10 +55,12 @@ def main() -> None:
     """Run the steps that the registry lacks, and write the table."""
     parser = argparse.ArgumentParser(prog="python -m study.upgrade", description=__doc__)
     parser.add_argument("--study", type=Path, default=Path(".study"), help="folder for all files")
+    parser.add_argument("--updates", type=int, default=len(UPDATES), help="updates to run")
     options = parser.parse_args()
+    updates = UPDATES[: options.updates]
     screen = Screen()
     screen.section("The fleet", f"{ADAPTERS} adapters of eight kinds, trained on {OLD}")
-    for update in UPDATES:
+    for update in updates:
         bases_and_rows(options.study, update)
     folders = fleet(options.study, statements(options.study), ADAPTERS)
     items = classes(options.study)
@@ -76,7 +78,7 @@ def main() -> None:
     steps.old_base()
     steps.adopted(items, folders)
     bare_on_old = steps.bare_on_old()
-    for update in UPDATES:
+    for update in updates:
         steps.updated(update)
     seen = report(FAMILY, platform())
     _PAGE.write_text(with_blocks(_PAGE.read_text(), {"verdicts": table(seen, bare_on_old)}))
@@ -195,13 +197,14 @@ class Steps:
 def table(seen: FleetReport, bare_on_old: float) -> str:
     """Return a Markdown table with a row per adapter. NotFoundError if one was not judged."""
     cells = {(row.adapter, row.base): row for row in seen.rows}
-    columns = [f"{base}: score, change (bounds), verdict" for base in UPDATES]
-    lines = [f"| adapter | {OLD} | {' | '.join(columns)} |", "| -- | -: |" + " -- |" * len(UPDATES)]
+    updates = [base for base in UPDATES if base in seen.bases]
+    columns = [f"{base}: score, change (bounds), verdict" for base in updates]
+    lines = [f"| adapter | {OLD} | {' | '.join(columns)} |", "| -- | -: |" + " -- |" * len(updates)]
     for name in dict.fromkeys(row.adapter for row in seen.rows):
         (_, score), *_ = cells[name, OLD].scores
-        judged = " | ".join(_cell(cells[name, base]) for base in UPDATES)
+        judged = " | ".join(_cell(cells[name, base]) for base in updates)
         lines.append(f"| {name} | {score:.1f} | {judged} |")
-    compared = [cells[name, base].suites[0].versus_bare_base for base in UPDATES]
+    compared = [cells[name, base].suites[0].versus_bare_base for base in updates]
     bare = [f"{found.reference_score:.1f}" if found else "-" for found in compared]
     lines.append(f"| no adapter | {bare_on_old:.1f} | {' | '.join(bare)} |")
     return "\n".join([*lines, "", f"{counted(seen)}."])
@@ -211,6 +214,8 @@ def counted(seen: FleetReport) -> str:
     """Return the number of adapters with each verdict on each base, as text."""
     parts = []
     for base in UPDATES:
+        if base not in seen.bases:
+            continue
         verdicts = Counter(str(row.verdict) for row in seen.rows if row.base == base)
         counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
         parts.append(f"on {base}: {counts}")

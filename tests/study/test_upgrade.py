@@ -79,6 +79,14 @@ def test_the_table_ends_with_the_bare_base_and_the_counts():
     assert text.endswith(f"on {first}: 1 needs-retuning, 1 passed; on {second}: 2 needs-retuning.")
 
 
+def test_an_update_that_was_not_uploaded_has_no_column():
+    seen = fleet((PASSED, RETUNE))
+    seen = replace(seen, bases=(OLD, UPDATES[0]), rows=seen.rows[:-1])
+    first, *_ = table(seen, 4.0).splitlines()[2:]
+    assert first == "| a0 | 50.0 | 40.0, -10.0 (-14.2, -5.0), passed |"
+    assert counted(seen) == f"on {UPDATES[0]}: 1 passed"
+
+
 def test_an_adapter_without_a_verdict_is_an_error():
     with pytest.raises(NotFoundError, match=f"a0 has no figures on {UPDATES[1]}"):
         table(fleet((PASSED, None)), 4.0)
