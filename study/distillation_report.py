@@ -120,11 +120,6 @@ class Recovery:
         scores = self.by_arm.get((arm, self.update), {}).values()
         return float(np.mean([score.train_seconds for score in scores])) if scores else None
 
-    def costs(self, arm: str) -> list[float]:
-        """Return the seconds of an arm divided by those of Fine-tune(new), by seed."""
-        ours, new = (self.by_arm[name, self.update] for name in (arm, NEW))
-        return [ours[seed].train_seconds / new[seed].train_seconds for seed in self.seeds(arm, NEW)]
-
     def _drawn(self, arm: str, base: str, seeds: Sequence[int]) -> np.ndarray:
         scores = self.by_arm[arm, base]
         return resampled([np.array([scores[seed].results for seed in seeds])])
@@ -181,8 +176,8 @@ def readme_with(readme: str, found: Sequence[Recovery]) -> str:
     """Return the README with its block `recoveries` replaced: the default strategy only."""
     lines = [
         "| task, update of the base | old base | new base: unchanged | compensated | trained anew "
-        "| share of the gap closed, % | time / training anew |",
-        "| -- | -: | -: | -: | -: | -: | -: |",
+        "| share of the gap closed, % |",
+        "| -- | -: | -: | -: | -: | -: |",
     ]
     for pair in sorted(found, key=lambda pair: (pair.update != "ffn", pair.task)):
         if (share := pair.share(_DEFAULT)) is None:
@@ -192,7 +187,7 @@ def readme_with(readme: str, found: Sequence[Recovery]) -> str:
         weights = {"ffn": "FFN weights only", "all": "all weights"}[pair.update]
         lines.append(
             f"| {pair.task}, {weights} | {old} | {direct} | **{made}** | {anew} | "
-            f"{_percent(share)} | {np.median(pair.costs(_DEFAULT)):.2f} |"
+            f"{_percent(share)} |"
         )
     return with_blocks(readme, {"recoveries": "\n".join(lines)})
 
