@@ -15,8 +15,8 @@ from pathlib import Path
 
 from demo.base import write_base_v1
 from demo.sources import source_files
-from demo.tasks import is_written, read_held_out, split, write
-from demo.update import update, update_text
+from demo.tasks import HeldOut, is_written, read_held_out, split, write
+from demo.update import UpdateSettings, update, update_text
 from study.plan import DATA_SEED, TASKS, UPDATES, V1, PlannedTraining, suite
 from study.score_file import Score
 from trans_peft.bases.fingerprint import fingerprint
@@ -35,6 +35,7 @@ __all__ = [
     "prepare",
     "score_of",
     "spared_layers",
+    "write_update",
 ]
 
 _PROBE_ROWS, _PROBE_LENGTH = 8, 128
@@ -109,12 +110,7 @@ def prepare(folder: Path, updates: Collection[str] = tuple(UPDATES)) -> Prepared
     v1 = write_base_v1(folder / "bases" / V1)
     held_out = read_held_out(rows.values())
     for name in updates:
-        settings, target = UPDATES[name], folder / "bases" / name
-        if not (target / "figures.json").exists():
-            log(f"update {name}: {settings.tokens:,} tokens")
-            target.mkdir(exist_ok=True)
-            figures = update(v1, target, settings, held_out)
-            (target / "figures.json").write_text(json.dumps(figures, indent=1))  # last
+        write_update(v1, folder / "bases" / name, UPDATES[name], held_out)
     bases = {name: folder / "bases" / name for name in (V1, *updates)}
     return Prepared(
         folder=folder,
@@ -127,6 +123,16 @@ def prepare(folder: Path, updates: Collection[str] = tuple(UPDATES)) -> Prepared
             for name, path in rows.items()
         },
     )
+
+
+def write_update(before: Path, folder: Path, settings: UpdateSettings, held_out: HeldOut) -> None:
+    """Train a base further and write it to `folder`, unless it exists (minutes)."""
+    figures = folder / "figures.json"
+    if not figures.exists():
+        log(f"update {folder.name}: {settings.tokens:,} tokens")
+        folder.mkdir(exist_ok=True)
+        found = update(before, folder, settings, held_out)
+        figures.write_text(json.dumps(found, indent=1))  # last
 
 
 def spared_layers(prepared: Prepared) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ level. The scores are in study/distilled.jsonl.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from demo.tasks import read_held_out
-from demo.update import update
-from study.cells import Prepared, end_with_parent, log, prepare
+from study.cells import Prepared, end_with_parent, log, prepare, write_update
 from study.distillation import (
     RANKS,
     SCORES,
@@ -72,13 +70,8 @@ def with_chain(prepared: Prepared) -> Prepared:
     held_out = read_held_out(prepared.rows(name) for name in TASKS)
     fingerprints = dict(prepared.fingerprints)
     for number, (before, after) in enumerate(pairwise(CHAIN), start=1):
-        folder = prepared.base(after)
-        if not (folder / "figures.json").exists():
-            log(f"update {after}")
-            folder.mkdir(exist_ok=True)
-            settings = replace(UPDATES["all"], seed=number)
-            figures = update(prepared.base(before), folder, settings, held_out)
-            (folder / "figures.json").write_text(json.dumps(figures, indent=1))  # last
+        folder, settings = prepared.base(after), replace(UPDATES["all"], seed=number)
+        write_update(prepared.base(before), folder, settings, held_out)
         fingerprints[after] = fingerprint(str(folder), FileStore()).digest
     return replace(prepared, fingerprints=fingerprints)
 

@@ -8,7 +8,6 @@ study/distilled.jsonl, beside those of masking.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from demo.tasks import read_held_out
-from demo.update import UpdateSettings, update
-from study.cells import Prepared, end_with_parent, log, prepare
+from demo.update import UpdateSettings
+from study.cells import Prepared, end_with_parent, log, prepare, write_update
 from study.distillation import SCORES, missing_scores
 from study.plan import STEPS, TASKS, UPDATES, V1, PlannedTraining
 from study.score_file import ScoreFile
@@ -75,12 +74,8 @@ def main() -> None:
 
 def history(prepared: Prepared) -> Mapping[str, Tensor]:
     """Return the changes of weights by the short update, which is made unless it exists."""
-    folder = prepared.base(HISTORY)
-    if not (folder / "figures.json").exists():
-        held_out = read_held_out(prepared.rows(name) for name in TASKS)
-        folder.mkdir(exist_ok=True)
-        figures = update(prepared.base(V1), folder, SETTINGS, held_out)
-        (folder / "figures.json").write_text(json.dumps(figures, indent=1))  # last
+    held_out = read_held_out(prepared.rows(name) for name in TASKS)
+    write_update(prepared.base(V1), prepared.base(HISTORY), SETTINGS, held_out)
     return difference(prepared, HISTORY)
 
 

@@ -1,7 +1,7 @@
 """The scores of docs/survival.md: one line per score, with a key that is a hash of all inputs.
 
-An adapter there can be compensated or distilled, which is no training of an experiment. The file is
-part of the repository. On another machine only missing or changed scores are computed, and the
+An experiment has no arms for compensated or distilled adapters, so this file has its own format. It
+is part of the repository. On another machine only missing or changed scores are computed, and the
 tables can be written without any computation.
 """
 

@@ -265,7 +265,7 @@ def test_a_retrained_adapter_has_its_share_of_the_evidence(setup, monkeypatch):
     left = setup.transfer(retrain=True).training
     passed = retrain(left, policy, setup.platform, on_event=lambda event: None)
     assert (passed.verdict, passed.strategy) == ("passed", "retrained")
-    # It passes at alpha / 2 with the e-value 2 / alpha, of which the adapter has a half.
+    # It passes at alpha / 2, so its own e-value is 2 / alpha. The mean of both strategies is half.
     assert passed.judgment.alpha == pytest.approx(POLICY.alpha / 2)
     assert passed.judgment.e_value == pytest.approx(1 / POLICY.alpha)
 

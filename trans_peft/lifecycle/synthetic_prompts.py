@@ -173,7 +173,7 @@ def _on_single_rows(recipe: TrainingRecipe, privacy: PrivacySettings) -> Trainin
 def _secret_key(folder: Path) -> str:
     """Return the key of a private training, which a resumed run reads again.
 
-    It is no part of the recipe, because noise that can be computed protects nothing.
+    The recipe does not contain it: whoever knows the key can compute the noise and subtract it.
     """
     file = folder / "secret_key"
     if not file.exists():

@@ -43,9 +43,9 @@ def module_inputs(
 ) -> Mapping[str, ModuleInputs]:
     """Return inputs of the linear modules of a base with an adapter, by the names of the modules.
 
-    Modules that do not receive every token once, such as experts, and modules of which the adapter
-    has a trained copy (`modules_to_save`) are left out. `sequences` are token ids, such as prompts
-    with answers, of about `MAX_TOKENS` in total.
+    Two kinds of modules are left out: experts and others that do not receive every token exactly
+    once, and modules that the adapter replaces by a trained copy (`modules_to_save`).
+    `sequences` are token ids, such as prompts with answers, of about `MAX_TOKENS` in total.
 
     Raises UnsupportedModelError if the base returns no hidden states.
     """

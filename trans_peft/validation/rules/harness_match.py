@@ -42,9 +42,10 @@ _SWITCHES = ("ignore_case", "ignore_punctuation", "ignore_numbers")
 def harness_match(parameter: str) -> Callable[[str, str], float]:
     """Return the rule with these settings, a JSON object.
 
-    A reference is a JSON list of texts, of which the answer must equal one. InvalidSpecError for
-    settings that are not supported, or a pattern that cannot be compiled within `COMPILE_LIMIT_S`.
-    The rule raises EvaluationError if an answer takes more than `CPU_LIMIT_S`.
+    A reference is a JSON list of texts. An answer is right if it equals one of them.
+    InvalidSpecError for settings that are not supported, or a pattern that cannot be compiled
+    within `COMPILE_LIMIT_S`. The rule raises EvaluationError if an answer takes more than
+    `CPU_LIMIT_S`.
     """
     try:
         settings = parse_json(parameter)
