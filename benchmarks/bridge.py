@@ -147,7 +147,7 @@ class BridgeBenchmark:
         stack = self._stack
         for name, text in (("train", rows(0, 64)), ("eval", rows(100, 24))):
             stack.s3.upload_fileobj(io.BytesIO(text.encode()), "data", f"{name}.jsonl")
-        self._put(write_tiny_base(self._folder / "v1"), "v1")
+        put_base(stack, write_tiny_base(self._folder / "v1"), "v1")
         wait_until(lambda: stack.mlflow.search_model_versions("name='tiny'"), patience_s=300)
         self._settle()
         stack.champion("1")
@@ -194,10 +194,10 @@ class BridgeBenchmark:
         notification = self._logged("champion")
         run = self._began(notification["run"])
         states = self._stack.prefect("GET", f"flow_run_states/?flow_run_id={notification['run']}")
-        at = {state["type"]: _seconds(state["timestamp"]) for state in states}
+        at = {state["type"]: seconds(state["timestamp"]) for state in states}
         heard, created = (
-            _seconds(notification["time"]) - notification["seconds"],
-            _seconds(run["created"]),
+            seconds(notification["time"]) - notification["seconds"],
+            seconds(run["created"]),
         )
         self._settle()
         return _split(PROMOTION, (set_at, heard, created, at["PENDING"], at["RUNNING"]))
@@ -205,7 +205,7 @@ class BridgeBenchmark:
     def upload(self, number: int) -> dict[str, float]:
         """Upload a base; return the seconds from its manifest to its first verdict, and a split."""
         name = f"v{number}"
-        put_at = self._put(write_update(self._folder / name, seed=number), name)
+        put_at = put_base(self._stack, write_update(self._folder / name, seed=number), name)
         notification = self._logged("upload")
         stack, judged = self._stack, []
 
@@ -225,34 +225,17 @@ class BridgeBenchmark:
         wait_until(verdict, patience_s=600)
         judged_at = time.time()
         run = self._began(notification["run"])
-        shards = self._runs(tags={"all_": ["family:tiny"]})
-        created = {_seconds(shard["created"]): shard for shard in shards}
+        shards = runs(stack, tags={"all_": ["family:tiny"]})
+        created = {seconds(shard["created"]): shard for shard in shards}
         shard = created[min(at for at in created if at > put_at)]
         self._settle()
         moments = (shard["created"], shard["start_time"])
         moments = (run["created"], run["start_time"], *moments)
-        return _split(UPLOAD, (put_at, *map(_seconds, moments), judged_at))
-
-    def _put(self, folder: Path, name: str) -> float:
-        """Upload a folder as a plain client does, the manifest last; return when that began."""
-        local = f"{folder}-published"
-        publish(folder, local, family="tiny", version=name, store=FileStore())
-        began = 0.0
-        files = sorted(Path(local).iterdir(), key=lambda file: file.name == Manifest.FILE_NAME)
-        for file in files:
-            began = time.time()
-            self._stack.s3.upload_file(str(file), "bases", f"tiny/{name}/{file.name}")
-        return began
+        return _split(UPLOAD, (put_at, *map(seconds, moments), judged_at))
 
     def _settle(self) -> None:
         """Wait until no run is due or unfinished, and skip the log of the bridge up to here."""
-        at_work = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
-        due = {"state": {"type": {"any_": ["SCHEDULED"]}}}
-        while True:
-            soon = datetime.fromtimestamp(time.time() + 20).astimezone().isoformat()
-            if not self._runs(**at_work) + self._runs(**due, expected_start_time={"before_": soon}):
-                break
-            time.sleep(0.5)
+        settle(self._stack)
         self._read = self._log.stat().st_size
 
     def _logged(self, kind: str) -> dict[str, Any]:
@@ -276,10 +259,33 @@ class BridgeBenchmark:
                 return run
             time.sleep(0.1)
 
-    def _runs(self, **wanted: Any) -> list[dict[str, Any]]:
-        return self._stack.prefect(
-            "POST", "flow_runs/filter", json={"flow_runs": wanted, "limit": 200}
-        )
+
+def runs(stack: Stack, **wanted: Any) -> list[dict[str, Any]]:
+    """Return at most 200 flow runs, as Prefect's filter selects them."""
+    return stack.prefect("POST", "flow_runs/filter", json={"flow_runs": wanted, "limit": 200})
+
+
+def settle(stack: Stack, poll_s: float = 0.5) -> None:
+    """Wait until no flow run is due or unfinished."""
+    at_work = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+    due = {"state": {"type": {"any_": ["SCHEDULED"]}}}
+    while True:
+        soon = datetime.fromtimestamp(time.time() + 20).astimezone().isoformat()
+        if not runs(stack, **at_work) + runs(stack, **due, expected_start_time={"before_": soon}):
+            break
+        time.sleep(poll_s)
+
+
+def put_base(stack: Stack, folder: Path, name: str) -> float:
+    """Upload a tiny base as a plain client does, the manifest last; return when that began."""
+    local = f"{folder}-published"
+    publish(folder, local, family="tiny", version=name, store=FileStore())
+    began = 0.0
+    files = sorted(Path(local).iterdir(), key=lambda file: file.name == Manifest.FILE_NAME)
+    for file in files:
+        began = time.time()
+        stack.s3.upload_file(str(file), "bases", f"tiny/{name}/{file.name}")
+    return began
 
 
 def _request(secret: str, burst: int, delivery: int) -> bytes:
@@ -314,7 +320,7 @@ def middle(values: Sequence[float]) -> dict[str, float]:
     return {**rounded, "runs": len(values)}
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
