@@ -79,6 +79,9 @@ _TASKS = {
     "tiny_choice": ("rows", "multiple_choice", "", CHOOSING),
     "tiny_spaced": ("rows", "multiple_choice", " ", CHOOSING),
     "tiny_odd": ("odd", "multiple_choice", "", CHOOSING),
+    "tiny_shuffled": (
+        "rows", "multiple_choice", "", CHOOSING + "process_docs: !function own.shuffled\n",
+    ),
     "tiny_zero": ("rows", "multiple_choice", "", CHOOSING + "num_fewshot: 0\n"),
     "tiny_answer": ("rows", "generate_until", "", ANSWERING),
     "tiny_sampled": ("rows", "generate_until", "", ANSWERING.replace("false", "true")),
@@ -101,7 +104,20 @@ _TASKS = {
     ),
 }  # fmt: skip
 _GROUP = "group: tiny_group\ntask: [tiny_choice, tiny_answer]\n"
-_OWN = "def process_results(doc, results):\n    return {'exact_match': 1.0}\n"
+_OWN = """
+import random
+
+def process_results(doc, results):
+    return {'exact_match': 1.0}
+
+def shuffled(documents):
+    def shuffle(doc):
+        right, choices = doc["choices"][doc["gold"]], list(doc["choices"])
+        random.shuffle(choices)
+        return {"choices": choices, "gold": choices.index(right)}
+
+    return documents.map(shuffle)
+"""
 
 
 @pytest.fixture(scope="session")

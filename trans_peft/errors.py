@@ -232,13 +232,22 @@ class TrainingCancelled(TrainingError):  # noqa: N818  a cancellation is not an 
 def translating_full_disk_errors(folder: str | Path) -> AbstractContextManager[None]:
     """Raise StoreError if the block fails because the disk of `folder` is full."""
     return map_exceptions(
-        {OSError: lambda error: full_disk_error(folder, error) if is_full_disk(error) else None}
+        {Exception: lambda error: full_disk_error(folder, error) if is_full_disk(error) else None}
     )
 
 
-def is_full_disk(error: OSError) -> bool:
-    """Whether the operating system reports a full disk or an exhausted quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def is_full_disk(error: Exception) -> bool:
+    """Whether the operating system reports a full disk or an exhausted quota.
+
+    `shutil.copytree` and libraries in Rust, such as safetensors, raise errors of their own, with
+    the number in the text.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in full
+    return any(
+        f"[Errno {number}]" in str(error) or f"(os error {number})" in str(error) for number in full
+    )
 
 
 def full_disk_error(folder: str | Path, found: object) -> StoreError:

@@ -9,7 +9,8 @@ from peft import get_peft_model
 
 from tests.lifecycle.test_distillation import PROMPTS, Setup
 from tests.lifecycle.test_recovery import ITEMS, POLICY, strategies
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
+from trans_peft.data import Example
 from trans_peft.domain.recovery import (
     CompensationPolicy,
     DistillationPolicy,
@@ -19,6 +20,7 @@ from trans_peft.domain.recovery import (
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import AdapterError, EvaluationError, InvalidSpecError
 from trans_peft.lifecycle.recovery import evaluator
+from trans_peft.lifecycle.recovery.compensation import answering_inputs
 from trans_peft.methods.bottleneck import BottleneckConfig
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.transfer import module_inputs
@@ -189,6 +191,20 @@ def test_a_result_that_cannot_be_loaded_leaves_the_direct_verdict(setup, monkeyp
     outcome, tried = compensated(setup)
     assert (tried.verdict, outcome.strategy) == ("", "direct")
     assert tried.reason == f"its result cannot be used: {setup.source} does not fit this base"
+
+
+def test_a_prompt_that_is_longer_than_all_that_is_read_does_not_displace_the_others(
+    setup, monkeypatch
+):
+    texts = PROMPTS[:3]
+    lengths = [len(ids) for ids in tiny_tokenizer()(texts)["input_ids"]]
+    monkeypatch.setattr(module_inputs, "MAX_TOKENS", sum(lengths[:2]))
+    prompts = [Example(text, text, " ") for text in ("x y " * sum(lengths), *texts)]
+    suite = setup.source.suites[0]
+    _, answered = answering_inputs(setup.peft, setup.folder / "v1", suite, prompts)
+    assert answered == 2
+    _, answered = answering_inputs(setup.peft, setup.folder / "v1", suite, prompts[:1])
+    assert answered == 1
 
 
 def test_prompts_that_do_not_fit_into_the_context_are_not_answered(setup):

@@ -4,6 +4,7 @@ import itertools
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from tests.lifecycle.test_recovery import FAMILY, ITEMS, POLICY, TransferSetup, 
 from tests.tiny import tiny_model, tiny_tokenizer
 from trans_peft.data import ChatMessage, Example, write_examples
 from trans_peft.data.rare_text import RareText
+from trans_peft.domain.compute import ComputeSettings
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 from trans_peft.domain.privacy import PrivacySettings
@@ -29,7 +31,7 @@ from trans_peft.lifecycle.synthetic_prompts import keep_prompts, kept_prompts
 from trans_peft.models import load_base
 from trans_peft.training import distill
 from trans_peft.training.dp_sgd import DpSgd
-from trans_peft.training.events import TrainingMetrics, TrainingStarted
+from trans_peft.training.events import MemoryEstimated, TrainingMetrics, TrainingStarted
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.prompt_writing import (
     PromptLimits,
@@ -364,7 +366,7 @@ def test_a_number_that_a_prompt_model_would_write_is_not_written_with_privacy(tm
 def test_a_private_prompt_model_has_noise_and_nothing_else_reads_the_rows(setup, monkeypatch):
     """Prompts of the training rows are kept: leaving them out would show that there are such rows.
 
-    Losses are not reported either.
+    Losses are not reported either, nor is the estimated memory, which shows the longest row.
     """
     writes(monkeypatch, *PROMPTS)
     jobs, events = [], []
@@ -377,7 +379,8 @@ def test_a_private_prompt_model_has_noise_and_nothing_else_reads_the_rows(setup,
     privacy = PrivacySettings(epsilon=1.0, clip=0.5, batch_size=40)
     for adapter in ("first", "second"):
         prompts = SyntheticPrompts(steps=2, count=40, privacy=privacy)
-        version = trained(setup, prompts, adapter, on_event=events.append, processes=1)
+        compute = ComputeSettings(memory_gib=8.0)
+        version = trained(setup, prompts, adapter, on_event=events.append, compute=compute)
         folder = setup.platform.registry.download(version, setup.folder / f"{adapter} downloaded")
         assert [example.prompt for example in kept_prompts(folder).prompts] == PROMPTS[:40]
     assert version.recipe.synthetic_prompts.privacy == privacy
@@ -393,6 +396,26 @@ def test_a_private_prompt_model_has_noise_and_nothing_else_reads_the_rows(setup,
     started = [event.total_steps for event in events if isinstance(event, TrainingStarted)]
     assert started == [2, 3, 2, 3]  # a prompt model, then its adapter
     assert [e.total_steps for e in events if isinstance(e, TrainingMetrics)] == [3] * 6
+    assert len([e for e in events if isinstance(e, MemoryEstimated)]) == 2  # of the adapters
+
+
+def test_a_run_that_is_killed_while_it_deletes_the_prompt_model_is_repeated(setup, monkeypatch):
+    writes(monkeypatch, *NEW)
+    remove = synthetic_prompts.shutil.rmtree
+
+    def killed(folder, **options):
+        if (key := Path(folder, "secret_key")).exists():
+            key.unlink()
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    prompts = SyntheticPrompts(steps=2, privacy=PrivacySettings(8.0, batch_size=40))
+    monkeypatch.setattr(synthetic_prompts.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(setup, prompts)
+    monkeypatch.setattr(synthetic_prompts.shutil, "rmtree", remove)
+    assert trained(setup, prompts).adapter == "kept"
+    assert not [*setup.platform.work_dir.rglob("prompt-model*")]
 
 
 def test_privacy_that_the_rows_cannot_have_is_refused_before_a_model_is_loaded(setup, monkeypatch):

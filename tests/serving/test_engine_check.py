@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -11,7 +12,8 @@ from tests.serving.fleet import lora_folder
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import AdapterError
-from trans_peft.serving.engine_check import EngineBase, check_for_engine
+from trans_peft.serving.engine_check import EngineBase, check_for_engine, ranks
+from trans_peft.transfer.peft_folder import read_peft_folder
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,25 @@ def test_vllm_loads_a_compensated_output_layer_on_some_architectures(
         assert f"lm_head, and vLLM applies no LoRA matrices to that of {name}" in found
         assert "output_layer: false" in advice
         assert "plain LoRA" not in advice and "rank" not in advice
+
+
+def test_vllm_loads_an_adapter_of_the_input_embedding_on_some_architectures(updated, tmp_path):
+    _, engine = updated
+    folder = lora_folder(tmp_path / "adapter")
+    vocabulary, hidden = engine.fingerprint.tensors["model.embed_tokens.weight"].shape
+    name = "base_model.model.model.embed_tokens.lora_embedding"
+    matrices = {f"{name}_A": (4, vocabulary), f"{name}_B": (hidden, 4)}
+    save_file(
+        {key: np.ones(shape, np.float32) for key, shape in matrices.items()},
+        folder / "adapter_model.safetensors",
+    )
+    assert ranks(read_peft_folder(folder)) == {"model.embed_tokens": 4}
+    for name in ("LlamaForCausalLM", "CohereForCausalLM"):
+        check_for_engine(folder, on(engine, name))
+    for name in ("Qwen2ForCausalLM", "MistralForCausalLM"):
+        check_for_engine(folder, replace(on(engine, name), is_vllm=False))
+        with pytest.raises(AdapterError, match=r"(?s)embed_tokens, and vLLM.*linear modules alone"):
+            check_for_engine(folder, on(engine, name))
 
 
 def test_the_rank_of_all_modules_is_one_problem_with_its_own_advice(updated, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.serving.fleet import lora_folder
 from trans_peft.cli import main
 from trans_peft.errors import (
     IntegrityError,
@@ -126,6 +127,17 @@ def test_kserve_gets_a_service_that_loads_each_adapter(export, fleet, tmp_path):
         assert adapter["uri"].startswith("pvc://adapters/fleet/")
         folder = tmp_path / "out" / "adapters" / adapter["uri"].rpartition("/")[2]
         assert folder.is_dir()
+
+
+def test_a_server_gets_no_synthetic_prompts(export, fleet, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.serving.fleet.rebind_adapter", lambda draft, *_, **__: draft)
+    name = "synthetic_prompts.jsonl"
+    folder = lora_folder(tmp_path / "prompted", seed=9)
+    (folder / name).write_text('{"prompt": "text of a training row"}')
+    version = fleet.add_folder("prompted", fleet.base("serving"), folder)
+    assert (fleet.registry.download(version, tmp_path / "downloaded") / name).exists()
+    assert "prompted" in {adapter.name for adapter in export().sync().manifest.adapters}
+    assert not [*(tmp_path / "out").rglob(name)]
 
 
 def test_the_same_state_writes_no_folder_again(export, tmp_path):

@@ -17,7 +17,7 @@ from tests.serving.fleet import ServingFleet, lora_folder
 from tests.serving.vllm_server import PYTHON, vllm_server
 from trans_peft.client import connect
 from trans_peft.domain.evaluation import Verdict
-from trans_peft.serving.engine_check import VLLM_OUTPUT_LAYERS
+from trans_peft.serving.engine_check import VLLM_INPUT_EMBEDDINGS, VLLM_OUTPUT_LAYERS
 
 pytestmark = [
     pytest.mark.vllm,
@@ -260,10 +260,12 @@ print(json.dumps(modules))
 """
 
 
-def test_the_table_of_output_layers_is_that_of_vllm():
+def test_the_tables_of_embeddings_are_those_of_vllm():
     command = [PYTHON, "-c", _EMBEDDING_MODULES]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     modules = json.loads(output.splitlines()[-1])
     adapted = {name for name, found in modules.items() if "lm_head" in found}
     assert len(adapted) > 20
     assert adapted == VLLM_OUTPUT_LAYERS & modules.keys()
+    adapted = {name for name, found in modules.items() if {*found} - {"lm_head"}}
+    assert adapted == VLLM_INPUT_EMBEDDINGS & modules.keys()

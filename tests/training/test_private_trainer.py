@@ -119,6 +119,31 @@ def test_a_step_clips_each_row_and_adds_noise_once(job):
         torch.testing.assert_close(weight.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_random_numbers_of_a_row_do_not_depend_on_other_rows(job):
+    """With numbers from one public seed, a row would change the dropout of the rows after it, and
+    the sum by more than `clip`."""
+    trainer = trainer_of(job(replace(SOME_ROWS, noise_multiplier=0.0, clip=1e9), dropout=0.5))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    with torch.no_grad():
+        for weight in weights:
+            weight.fill_(0.1)
+
+    def gradients(*rows):
+        trainer.model.zero_grad()
+        torch.manual_seed(1)
+        trainer.training_step(trainer.model, trainer.data_collator([{"rows": [*rows]}]))
+        return torch.cat([weight.grad.flatten() for weight in weights])
+
+    second = gradients(6)
+    torch.testing.assert_close(gradients(1, 6), gradients(1) + second)
+    trainer._dp_sgd = replace(trainer._dp_sgd, key="00" * 16)
+    assert not torch.allclose(second, gradients(6)), "they could be computed from the recipe"
+    trainer._dp_sgd, trainer.state.global_step = replace(trainer._dp_sgd, key=KEY), 1
+    assert not torch.allclose(second, gradients(6)), "all steps have the same"
+
+
 def test_a_step_without_rows_has_the_gradient_of_the_noise(job):
     trainer = trainer_of(job(replace(SOME_ROWS, sampling_rate=0.0)))
     assert trainer.tokens_per_step == [0, 0, 0]
@@ -245,6 +270,7 @@ def test_a_key_is_part_of_the_identity_and_a_job_reads_back_equal(job):
     made = job(SOME_ROWS)
     made.check()
     assert TrainingJob.read(made.write()) == made
+    assert made.write().stat().st_mode & 0o077 == 0, "the file contains the key"
     other = replace(made, dp_sgd=replace(SOME_ROWS, key="00" * 16))
     assert len({j.identity() for j in (made, other, replace(made, dp_sgd=None))}) == 3
 

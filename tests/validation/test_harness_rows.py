@@ -1,5 +1,6 @@
 """Items from tasks of the harness. Run where the extra `harness` is installed."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -149,6 +150,33 @@ def test_items_are_those_of_the_task(harness_tasks):
     assert filtered_items.fields["max_new_tokens"] == 12
     assert filtered_items.fields["stop"] == ("Q:", "xx")  # the harness cuts at it first
     assert filtered_items.examples[0].reference == '["D", "x"]'
+
+
+def test_documents_that_a_task_shuffles_are_those_of_the_harness(
+    harness_tasks, tmp_path, monkeypatch
+):
+    """As gpqa does, with the generators of the process, which the harness seeds."""
+
+    def with_new_cache(name):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / name)
+
+    found = []
+    for seed in (1, 2):
+        with_new_cache(str(seed))
+        random.seed(seed)
+        before = random.getstate()
+        items = harness_items(HarnessTask("tiny_shuffled", "acc"), folder=harness_tasks)
+        assert random.getstate() == before
+        found.append([list(example.choices) for example in items.examples])
+    with_new_cache("theirs")
+    results = lm_eval.simple_evaluate(
+        "dummy", tasks=["tiny_shuffled"], bootstrap_iters=0,
+        task_manager=task_manager(harness_tasks),
+    )  # fmt: skip
+    samples = results["samples"]["tiny_shuffled"]
+    theirs = [[f" {choice}" for choice in sample["doc"]["choices"]] for sample in samples]
+    assert found[0] == found[1] == theirs
+    assert theirs != [[f" {choice}" for choice in row["choices"]] for row in ROWS]
 
 
 def test_equal_tasks_have_equal_hashes_and_other_settings_others(harness_tasks):

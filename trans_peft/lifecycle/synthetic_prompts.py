@@ -16,7 +16,7 @@ from trans_peft.errors import DataError, NotFoundError, listed
 from trans_peft.files import atomic_write
 from trans_peft.ports import ArtifactStore
 from trans_peft.training.dp_sgd import DpSgd, noise_multiplier
-from trans_peft.training.events import Event, TrainingMetrics
+from trans_peft.training.events import Event, MemoryEstimated, TrainingMetrics
 from trans_peft.training.job import TrainingJob
 from trans_peft.training.launch import fit
 
@@ -124,7 +124,8 @@ def _of_prompt_model(
     )
 
     recipe, privacy = job.recipe, settings.privacy
-    folder = job.work_dir / "prompt-model"
+    folder, deleted = job.work_dir / "prompt-model", job.work_dir / "prompt-model.deleted"
+    shutil.rmtree(deleted, ignore_errors=True)  # left over by a run that was killed
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = recipe.optimizer.for_steps(settings.steps, settings.steps // 10)
     learned = replace(recipe.for_answers(), optimizer=optimizer, perturbation=Perturbation())
@@ -133,7 +134,7 @@ def _of_prompt_model(
         # All rows of a file have one shape, so that of the first one shows nothing else of it.
         traits = PromptTraits.independent_of_rows(chat=examples[0].messages is not None)
         dp_sgd = DpSgd.meeting(privacy, len(examples), settings.steps, _secret_key(folder))
-        learned, report = _on_single_rows(learned, privacy), _without_losses(on_event)
+        learned, report = _on_single_rows(learned, privacy), _without_figures(on_event)
     rows = prompt_model_rows(examples, traits.separator)
     result = fit(
         replace(
@@ -155,7 +156,8 @@ def _of_prompt_model(
         PromptLimits(settings.count, recipe.optimizer.max_length),
         recipe.seed,
     )
-    shutil.rmtree(folder)
+    folder.rename(deleted)  # a folder without its key, or with a part of its files, cannot resume
+    shutil.rmtree(deleted)
     return written
 
 
@@ -181,11 +183,11 @@ def _secret_key(folder: Path) -> str:
     return file.read_text()
 
 
-def _without_losses(on_event: Callable[[Event], None]) -> Callable[[Event], None]:
-    """Return a callback that drops metrics, which depend on the rows and have no noise."""
+def _without_figures(on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Return a callback that drops losses and estimates, which depend on rows and have no noise."""
 
     def report(event: Event) -> None:
-        if not isinstance(event, TrainingMetrics):
+        if not isinstance(event, TrainingMetrics | MemoryEstimated):
             on_event(event)
 
     return report

@@ -15,7 +15,13 @@ from trans_peft.domain.base import Fingerprint
 from trans_peft.errors import AdapterError, listed
 from trans_peft.transfer.peft_folder import PeftFolder, read_peft_folder
 
-__all__ = ["VLLM_OUTPUT_LAYERS", "EngineBase", "check_for_engine"]
+__all__ = [
+    "VLLM_INPUT_EMBEDDINGS",
+    "VLLM_OUTPUT_LAYERS",
+    "EngineBase",
+    "check_for_engine",
+    "ranks",
+]
 
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\."
@@ -51,6 +57,8 @@ VLLM_OUTPUT_LAYERS = frozenset({
     "Qwen3_5MoeForCausalLM",
 })  # fmt: skip
 """Architectures on whose output layer vLLM 0.32 applies LoRA. It refuses to load it on others."""
+VLLM_INPUT_EMBEDDINGS = VLLM_OUTPUT_LAYERS | {"Cohere2ForCausalLM", "CohereForCausalLM"}
+"""The same for the input embedding."""
 
 _USE_PLAIN_LORA = (
     "train it with plain LoRA, or merge it into its base, unless it adapts an output layer that is "
@@ -63,6 +71,7 @@ _LEAVE_OUT_OUTPUT_LAYER = (
     "set output_layer: false in the recovery policy's compensation and reconcile, or train the "
     "adapter on other modules"
 )
+_LEAVE_OUT_EMBEDDING = "train the adapter on linear modules alone"
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,8 @@ class EngineBase:
         fingerprint: Fingerprint of the base, with the names and shapes of its tensors.
         max_rank: Largest rank that the server accepts; None if it has no limit.
         has_patterns: Whether the server reads `rank_pattern` and `alpha_pattern`.
-        is_vllm: Whether the server is vLLM, which adapts the output layer of some architectures
-            only.
+        is_vllm: Whether the server is vLLM, which adapts the embeddings and the output layer of
+            some architectures only.
     """
 
     fingerprint: Fingerprint
@@ -94,6 +103,7 @@ def check_for_engine(folder: Path, engine: EngineBase) -> None:
         ],
         _ALLOW_RANK: _rank_problems(adapter, engine),
         _LEAVE_OUT_OUTPUT_LAYER: _output_layer_problems(adapter, engine),
+        _LEAVE_OUT_EMBEDDING: _embedding_problems(adapter, engine),
     }
     if any(problems.values()):
         raise AdapterError(
@@ -177,16 +187,27 @@ def _shape_problems(
     ]
 
 
+def ranks(adapter: PeftFolder) -> dict[str, int]:
+    """Return the rank of each module that has LoRA matrices."""
+    return {
+        match["module"]: adapter.tensors[match.string][0]
+        for match in _matches(adapter)
+        if "_A" in match["part"] and len(adapter.tensors[match.string]) == 2
+    }
+
+
+def _matches(adapter: PeftFolder) -> list[re.Match[str]]:
+    """Return the names of the LoRA matrices, in order."""
+    return [*filter(None, map(_TENSOR.fullmatch, sorted(adapter.tensors)))]
+
+
 def _rank_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
     if engine.max_rank is None:
         return []
     modules = defaultdict(list)
-    for key, shape in sorted(adapter.tensors.items()):
-        match = _TENSOR.fullmatch(key)
-        if match is None or "_A" not in match["part"] or len(shape) != 2:
-            continue
-        if shape[0] > engine.max_rank:
-            modules[shape[0]].append(match["module"])
+    for module, rank in ranks(adapter).items():
+        if rank > engine.max_rank:
+            modules[rank].append(module)
     return [
         f"the rank is {rank} in {listed(names)}, and the server accepts at most {engine.max_rank}"
         for rank, names in sorted(modules.items())
@@ -197,13 +218,23 @@ def _output_layer_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]
     architecture = engine.fingerprint.architecture
     if not engine.is_vllm or architecture in VLLM_OUTPUT_LAYERS:
         return []
-    matches = filter(None, map(_TENSOR.fullmatch, adapter.tensors))
-    found = {match["module"] for match in matches}
     return [
         f"it adapts the output layer {module}, and vLLM applies no LoRA matrices to that of "
         f"{architecture}"
-        for module in sorted(found)
+        for module in ranks(adapter)
         if module.rpartition(".")[2] in _OUTPUT_LAYERS
+    ]
+
+
+def _embedding_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
+    architecture = engine.fingerprint.architecture
+    if not engine.is_vllm or architecture in VLLM_INPUT_EMBEDDINGS:
+        return []
+    return [
+        f"it adapts the embedding {match['module']}, and vLLM applies no LoRA matrices to that of "
+        f"{architecture}"
+        for match in _matches(adapter)
+        if match["part"] == "lora_embedding_A"
     ]
 
 

@@ -36,7 +36,7 @@ from trans_peft.files import atomic_write
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
-from trans_peft.serving.engine_check import EngineBase, check_for_engine
+from trans_peft.serving.engine_check import EngineBase, check_for_engine, ranks
 from trans_peft.serving.folders import AdapterFolders, folder_error
 from trans_peft.serving.manifest import (
     IdleEntry,
@@ -323,8 +323,9 @@ class Export:
     def _write_kserve(self, manifest: ServingManifest) -> None:
         import yaml
 
-        ranks = [_rank(self._folders.path(adapter)) for adapter in manifest.adapters]
-        largest = self._settings.max_rank or max(ranks, default=1)
+        folders = [read_peft_folder(self._folders.path(item)) for item in manifest.adapters]
+        found = [rank for folder in folders for rank in ranks(folder).values()]
+        largest = self._settings.max_rank or max(found, default=1)
         prefix = self._settings.uri.rstrip("/")
         service = {
             "apiVersion": "serving.kserve.io/v1alpha2",
@@ -486,8 +487,3 @@ def _check_name(adapter: ServedAdapter, model: str) -> None:
                 expected="letters, digits, '.', '_' and '-', and not the name of the base",
                 do="register the adapter under another name, or give the base another one",
             )
-
-
-def _rank(folder: Path) -> int:
-    tensors = read_peft_folder(folder).tensors
-    return max((shape[0] for key, shape in tensors.items() if "lora_A" in key), default=1)

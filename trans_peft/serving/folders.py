@@ -3,7 +3,8 @@
 A server may read an adapter from its folder again at any time: vLLM does after it evicted it from
 memory, and then serves other bytes under the old name, or ends if the folder is gone.
 
-    <root>/<engine name>/        a verified PEFT folder with the record `.complete`
+    <root>/<engine name>/        a verified PEFT folder with the record `.complete`, without files
+                                 that its hash does not cover
     <state>/part/<engine name>/  an unfinished download; renamed to the former when it is complete
     <state>/use/<engine name>    locked (shared) by each process that uses the folder, until it ends
     <state>/lock/<engine name>   locked by the process that downloads or removes the folder
@@ -38,7 +39,8 @@ from trans_peft.files import atomic_write
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.ports import AdapterRegistry
 from trans_peft.serving.manifest import ServedAdapter
-from trans_peft.transfer.peft_folder import CONFIG_NAME, read_peft_folder
+from trans_peft.text.saved_template import TEMPLATE_NAME
+from trans_peft.transfer.peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_peft_folder
 
 __all__ = ["COMPLETE", "AdapterFolders", "FolderError", "folder_error"]
 
@@ -172,6 +174,7 @@ class AdapterFolders:
         try:
             with replacing_paths_in_errors({part: f"{adapter.name} version {adapter.number}"}):
                 self._registry.download(self._version(adapter), part)
+                _remove_other_files(part)
                 if self._base_name is not None:
                     _rename_base(part, self._base_name)
                 for path in part.rglob("*"):
@@ -313,6 +316,17 @@ def folder_error(folder: Path, error: OSError) -> StoreError:
         found=error,
         do="move away the file or folder that is in the way, or correct its permissions",
     )
+
+
+def _remove_other_files(folder: Path) -> None:
+    """Remove files that the hash of the weights does not cover, such as synthetic prompts."""
+    for path in folder.iterdir():
+        if path.name in (CONFIG_NAME, WEIGHTS_NAME, TEMPLATE_NAME):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _recorded_base(folder: Path) -> object:

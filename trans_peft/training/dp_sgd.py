@@ -1,7 +1,7 @@
 """Random choices of a differentially private training, and the noise that its guarantee needs.
 
-Rows and noise are drawn from a secret key and the step. So a resumed run draws the same numbers,
-and they cannot be computed from the recipe, whose seed is public.
+Rows, noise and the seeds of dropout are drawn from a secret key and the step. So a resumed run
+draws the same numbers, and they cannot be computed from the recipe, whose seed is public.
 """
 
 import warnings
@@ -29,7 +29,7 @@ class DpSgd:
         clip: norm to which the gradient of one row is clipped.
         batch_size: expected number of rows of a step.
         sampling_rate: probability of each row to be drawn in a step.
-        key: secret of 32 hexadecimal digits, from which rows and noise are drawn.
+        key: secret of 32 hexadecimal digits, from which all random numbers of the steps are drawn.
     """
 
     noise_multiplier: float
@@ -61,6 +61,16 @@ class DpSgd:
         generator = self._generator(step)
         scale = np.float32(self.noise_multiplier * self.clip)
         return [scale * generator.standard_normal(size, dtype=np.float32) for size in sizes]
+
+    def seed(self, step: int, row: int) -> int:
+        """Return the seed of the random numbers, such as dropout, for a row in a step (from 1).
+
+        The other rows of the step do not change it. If all rows shared one sequence of numbers with
+        a public seed, a row would change the gradients of the rows after it, and `clip` would not
+        bound its effect.
+        """
+        entropy = [int(self.key, 16), step, 1 + row]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
     def _generator(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([int(self.key, 16), stream])

@@ -148,9 +148,12 @@ class TrainingJob:
         )
 
     def write(self) -> Path:
-        """Write the job into its work folder as JSON and return the file."""
+        """Write the job into its work folder as JSON and return the file.
+
+        Other users cannot read it, because it contains the key of a private training.
+        """
         path = self.work_dir / "job.json"
-        path.write_bytes(_JOB.dump_json(self, indent=2))
+        atomic_write(path, _JOB.dump_json(self, indent=2), mode=0o600)
         return path
 
     @classmethod

@@ -20,7 +20,8 @@ class PrivateTrainer(AnswerTrainer):
     The gradient of step t is (sum over the drawn rows of g min(1, C / |g|) + noise) / B. Here g is
     the gradient of a row's mean loss over its answer tokens, |g| its norm over all trained weights,
     C `clip`, and B the expected number of rows. Each row has a backward pass of its own, so that
-    this works for every type of adapter. `train_dataset` has one entry for each step.
+    this works for every type of adapter, and random numbers of its own (`DpSgd.seed`).
+    `train_dataset` has one entry for each step.
     """
 
     train_dataset: Dataset
@@ -47,7 +48,8 @@ class PrivateTrainer(AnswerTrainer):
 
     def _one_by_one(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
         (step,) = steps
-        return {"rows": [self._collate([self._rows[row]]) for row in step["rows"]]}
+        rows = step["rows"]
+        return {"rows": [self._collate([self._rows[row]]) for row in rows], "numbers": rows}
 
     def training_step(
         self,
@@ -59,7 +61,9 @@ class PrivateTrainer(AnswerTrainer):
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         loss = torch.zeros((), device=self.args.device)
-        for row in inputs["rows"]:
+        step = self.state.global_step + 1
+        for number, row in zip(inputs["numbers"], inputs["rows"], strict=True):
+            torch.manual_seed(self._dp_sgd.seed(step, number))
             loss += super().training_step(model, row) / len(inputs["rows"])
             # In float32, because rounding in bfloat16 could exceed `clip`.
             found = [None if w.grad is None else w.grad.float() for w in weights]
@@ -69,7 +73,7 @@ class PrivateTrainer(AnswerTrainer):
                 if gradient is not None:
                     total += scale * gradient
             model.zero_grad()
-        noise = self._dp_sgd.noise(self.state.global_step + 1, [w.numel() for w in weights])
+        noise = self._dp_sgd.noise(step, [w.numel() for w in weights])
         for total, weight, drawn in zip(sums, weights, noise, strict=True):
             total += torch.from_numpy(drawn).view_as(total).to(total.device)
             weight.grad = (total / self._dp_sgd.batch_size).to(weight.dtype)

@@ -21,7 +21,13 @@ from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
 from trans_peft.ports import Engine
 from trans_peft.validation.engine import LoopEngine
 from trans_peft.validation.evaluate import check_dtype, context_of
-from trans_peft.validation.harness_tasks import check_metric, load_task, task_manager, task_sha256
+from trans_peft.validation.harness_tasks import (
+    check_metric,
+    harness_seeds,
+    load_task,
+    task_manager,
+    task_sha256,
+)
 
 __all__ = ["evaluate_harness", "harness_model", "harness_suite"]
 
@@ -29,6 +35,7 @@ _SCHEME = "lm_eval:"
 _DEFAULT_CONTEXT = 2048
 
 
+@harness_seeds()
 def harness_suite(
     task: str,
     metric: str,
@@ -57,6 +64,7 @@ def harness_suite(
     )
 
 
+@harness_seeds()
 def evaluate_harness(  # noqa: PLR0913  as `evaluate`
     model: Any,
     tokenizer: Any,
@@ -101,7 +109,7 @@ def evaluate_harness(  # noqa: PLR0913  as `evaluate`
         task_manager=task_manager(folder),  # a new one would read thousands of files
         limit=suite.limit,
         bootstrap_iters=0,
-        random_seed=None,  # leaves the seeds of this process unchanged
+        random_seed=None,  # see harness_seeds
         numpy_random_seed=None,
         torch_random_seed=None,
     )

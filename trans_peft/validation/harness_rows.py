@@ -18,7 +18,12 @@ from trans_peft.data.rows import InvalidRow, Row, examples_from
 from trans_peft.domain.harness_task import HarnessTask
 from trans_peft.domain.places import Places
 from trans_peft.errors import DataError, InvalidSpecError, NotFoundError, map_exceptions
-from trans_peft.validation.harness_tasks import check_metric, config_sha256, load_task
+from trans_peft.validation.harness_tasks import (
+    check_metric,
+    config_sha256,
+    harness_seeds,
+    load_task,
+)
 from trans_peft.validation.rules.harness_match import harness_match, settings_problems
 
 __all__ = ["HarnessItems", "harness_items"]
@@ -61,6 +66,7 @@ class _Document(NamedTuple):
     requests: list[tuple[Any, ...]]
 
 
+@harness_seeds()
 def harness_items(
     harness: HarnessTask,
     *,

@@ -1,7 +1,10 @@
 """Load tasks of lm-evaluation-harness. Needs the extra `harness`."""
 
 import json
+import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -10,9 +13,39 @@ from typing import Any
 from trans_peft.domain.places import Places
 from trans_peft.errors import DataError, InvalidSpecError, NotFoundError, closest, listed
 
-__all__ = ["check_metric", "config_sha256", "load_task", "task_manager", "task_sha256"]
+__all__ = [
+    "check_metric",
+    "config_sha256",
+    "harness_seeds",
+    "load_task",
+    "task_manager",
+    "task_sha256",
+]
 
+_RANDOM_SEED, _OTHER_SEED = 0, 1234  # the defaults of the harness
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+@contextmanager
+def harness_seeds() -> Iterator[None]:
+    """Seed the global random number generators as the harness does, and restore them afterwards.
+
+    Some tasks use them to make their documents. gpqa, for example, shuffles the choices. Without
+    the seeds every process would have other documents.
+    """
+    import numpy as np
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(_RANDOM_SEED)
+        np.random.seed(_OTHER_SEED)
+        torch.manual_seed(_OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 def load_task(name: str, *, folder: str | None = None, places: Places | None = None) -> Any:

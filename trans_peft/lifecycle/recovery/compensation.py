@@ -81,8 +81,9 @@ def answering_inputs(
 
     The second value is the number of prompts that were answered.
 
-    The first prompts that have `MAX_TOKENS` together are answered, and at least one. `folder` is
-    the PEFT folder. The suite gives the dtype and the decoding settings; no item of it is read.
+    The first prompts that have `MAX_TOKENS` together are answered, and at least one. Prompts with
+    more tokens are left out if there are others. `folder` is the PEFT folder. The suite gives the
+    dtype and the decoding settings; no item of it is read.
 
     Raises DataError if no prompt fits into the base's context together with an answer.
     """
@@ -103,6 +104,7 @@ def answering_inputs(
             expected=f"{context} tokens, of which {suite.max_new_tokens} for the answer",
             do="pass shorter prompts",
         )
+    ids = [prompt for prompt in ids if len(prompt) <= MAX_TOKENS] or ids[:1]
     ends = accumulate(map(len, ids))
     ids = [prompt for prompt, end in zip(ids, ends, strict=True) if end <= MAX_TOKENS] or ids[:1]
     with attached(old.model, folder) as model:
