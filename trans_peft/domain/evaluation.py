@@ -7,6 +7,7 @@ pairs. The code that turns evaluations into a verdict is in `trans_peft.validati
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
@@ -538,7 +539,7 @@ class GatePolicy:
         if problems:
             raise InvalidSpecError(f"the gate policy is invalid: {'; '.join(problems)}")
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of the policy, part of every verdict key."""
         return content_sha256(self)

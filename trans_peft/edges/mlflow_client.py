@@ -511,7 +511,12 @@ class Tracking:
         return [*map(entry_of, entities)]
 
     def _page(self, kind: str, wanted: str, order_by: Sequence[str], token: str | None) -> Page:
-        """Return one page of a search, as `mlflow_search` says."""
+        """Return one page of a search, as `mlflow_search` says.
+
+        A connection stays with the worker process of MLflow that accepted it. Each page has a
+        connection of its own, so that two searches in parallel do not wait for one worker while the
+        others are idle.
+        """
         _ = self.client  # checks the server at the first use
         path = f"/api/2.0/mlflow/{kind}/search"
         params = {"filter": wanted, "max_results": _PAGE, "order_by": [*order_by]}
@@ -520,11 +525,16 @@ class Tracking:
                 get_default_host_creds(self.uri),
                 path,
                 "GET",
+                extra_headers={"Connection": "close"},
                 params=params | ({"page_token": token} if token else {}),
             )
-            if response.ok and not response.content:  # MLflow's client reads it as `{}`
-                raise malformed_answer("a JSON object", "")
-            return page_of(verify_rest_response(response, path).json(), kind)
+            if response.status_code != 200:
+                verify_rest_response(response, path)
+        try:  # `verify_rest_response` parses the answer as well, and reads an empty one as `{}`
+            answer = response.json()
+        except ValueError as error:
+            raise malformed_answer("a JSON object", response.text) from error
+        return page_of(answer, kind)
 
     def make_version(
         self,
