@@ -67,6 +67,11 @@ class TrainingJob:
         return self.work_dir / "checkpoints"
 
     @property
+    def file(self) -> Path:
+        """File of the job, which its processes read."""
+        return self.work_dir / "job.json"
+
+    @property
     def result_file(self) -> Path:
         """File of the result, which is written last."""
         return self.work_dir / "result.json"
@@ -148,10 +153,9 @@ class TrainingJob:
         )
 
     def write(self) -> Path:
-        """Write the job into its work folder as JSON and return the file."""
-        path = self.work_dir / "job.json"
-        path.write_bytes(_JOB.dump_json(self, indent=2))
-        return path
+        """Write the job into its work folder as JSON, atomically, and return the file."""
+        atomic_write(self.file, _JOB.dump_json(self, indent=2))
+        return self.file
 
     @classmethod
     def read(cls, path: Path) -> "TrainingJob":
