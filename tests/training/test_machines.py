@@ -1,6 +1,8 @@
 """Several machines: what the environment says, and what each machine starts."""
 
 import json
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,41 @@ def test_a_machine_waits_for_the_job(make_job, tmp_path, second, monkeypatch):
     job.work_dir.mkdir()
     join.main(job.file)
     assert joined == [job]
+
+
+REPORT = """
+import torch
+from accelerate import PartialState
+
+state = PartialState(cpu=True)
+total = torch.tensor([state.process_index + 1])
+torch.distributed.all_reduce(total)
+print(state.num_processes, state.process_index, state.local_process_index, total.item())
+"""
+
+
+@pytest.mark.slow  # two launchers and two processes import torch
+@pytest.mark.timeout(900)
+def test_the_processes_of_two_machines_find_each_other(make_job, tmp_path, monkeypatch):
+    """Two launches on this host. `test_sharding.py` trains with two processes."""
+    job = make_job(tmp_path, recipe(processes=2))
+    script = tmp_path / "report.py"
+    script.write_text(REPORT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    launched = []
+    for rank in ("1", "0"):
+        names = SECOND | {
+            "TRANS_PEFT_MACHINE_RANK": rank,
+            "TRANS_PEFT_MAIN_ADDRESS": address,
+        }
+        for name, value in names.items():
+            monkeypatch.setenv(name, value)
+        command = launch._command(job)
+        command = [*command[: command.index("--module")], str(script)]
+        launched.append(
+            subprocess.Popen(command, env=launch._environment(1), stdout=subprocess.PIPE, text=True)
+        )
+    reports = [process.communicate()[0].split() for process in launched]
+    assert reports == [["2", "1", "0", "3"], ["2", "0", "0", "3"]]
