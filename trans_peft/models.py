@@ -93,11 +93,14 @@ def load_base(
     device, unless its content has changed since it was loaded (`trans_peft.checksums`). A changed
     base is loaded again. Loading another base releases the one in memory first.
 
+    Without `device`, a base that does not fit the first GPU is placed on all visible GPUs, and in
+    the host's memory (`trans_peft.placement`).
+
     Args:
         folder: a folder with config.json, safetensors files and a tokenizer.
         dtype: name of a torch dtype ("float32"), or "nf4" for linear layers in 4 bits to train on
             (QLoRA, Dettmers et al. 2023: NF4 with double quantization, computing in bfloat16).
-        device: name of a torch device; by default "cuda" if it is available, else "cpu".
+        device: name of a torch device; by default the GPUs if there are any, else "cpu".
         attention: transformers' name of an attention implementation; "auto" leaves the choice to
             transformers.
 
@@ -106,13 +109,17 @@ def load_base(
         UnsupportedModelError: transformers has no causal language model for the files, a tensor is
             missing or unexpected, or there is no valid end-of-text token.
         InvalidSpecError: dtype is "nf4", and bitsandbytes is not installed.
+        OutOfMemoryError: the first GPU cannot hold a layer of the base.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from trans_peft.placement import gpus, place
+
     global _cached
     folder = Path(folder).resolve()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "nf4":  # loaded on one device
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     key = (folder, dtype, device, attention, _files(folder))
     if _cached is not None:
         if _cached.key == key:
@@ -156,7 +163,11 @@ def load_base(
             do="correct the file, and publish the base as a new version",
         )
     model.config.return_dict = True  # config.json may disable it; this library needs named outputs
-    model.to(device).eval()
+    if device is None:
+        place(model, gpus())
+    else:
+        model.to(device)
+    model.eval()
     _keep_quantized_weights(model)
     base = LoadedBase(model, tokenizer)
     _cached = _CachedBase(key, _checksums(base), base)
@@ -208,7 +219,7 @@ def _keep_quantized_weights(model: "PreTrainedModel") -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization_options(device: str) -> dict[str, Any]:
+def _quantization_options(device: str | None) -> dict[str, Any]:
     """Return the options of `from_pretrained` that load a base in 4 bits directly on a device."""
     import torch
     from transformers import BitsAndBytesConfig

@@ -128,6 +128,7 @@ def test_ligers_kernels_are_in_the_base_before_the_adapter(short_run, monkeypatc
         ("gradient_checkpointing", None),
         ("liger", "yes"),
         ("memory_gib", 0),
+        ("sharding", 1),
     ],
 )
 def test_a_value_of_another_kind_is_refused(field, value):
@@ -142,9 +143,11 @@ def test_every_compute_setting_is_part_of_the_hash():
         "compile": True,
         "liger": True,
         "memory_gib": 8.0,
+        "sharding": True,
     }
     assert set(changed) == set(vars(ComputeSettings()))
     hashes = {
-        replace(recipe(), compute=ComputeSettings(**{k: v})).sha256 for k, v in changed.items()
+        replace(recipe(processes=2), compute=ComputeSettings(**{k: v})).sha256
+        for k, v in changed.items()
     }
-    assert len(hashes | {recipe().sha256}) == 6
+    assert len(hashes | {recipe(processes=2).sha256}) == 7

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import write_tiny_base
+from tests.tiny import tiny_model, write_tiny_base
 from tests.training.conftest import recipe
 from tests.training.test_finetune import trained
 from trans_peft.domain.compute import ComputeSettings
@@ -115,6 +115,14 @@ def test_nf4_needs_a_quarter_of_the_linear_layers(tiny_base):
     linear, largest = 2 * (2 * 1024 + 2 * 512 + 3 * 2048), 2048
     saved = sixteen.base_bytes - four.base_bytes
     assert saved == pytest.approx(linear * (2 - 0.516) - 2 * largest, abs=20)
+
+
+def test_a_sharded_base_gathers_two_layers_and_what_is_outside_of_them():
+    model = tiny_model(layers=3)
+    layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
+    outside = sum(weight.nbytes for weight in model.parameters()) - 3 * layer
+    adapted = attach(model, recipe().spec)
+    assert memory._gathered(adapted) == outside + 2 * layer
 
 
 @pytest.mark.slow  # several passes on fake tensors

@@ -1,17 +1,18 @@
 """How a training run computes: trades of memory against time, and kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.field_checks import choice_problems
+from trans_peft.domain.identity import ADDED_LATER
 from trans_peft.domain.numbers import is_finite_number
 from trans_peft.errors import InvalidSpecError
 
 __all__ = ["ComputeSettings"]
 
 _Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
-_SWITCHES = ("gradient_checkpointing", "compile", "liger")
+_SWITCHES = ("gradient_checkpointing", "compile", "liger", "sharding")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ComputeSettings:
         liger: whether the layers use the kernels of the package liger-kernel.
         memory_gib: memory that the tensors of one process may use, in GiB. If it is given, a
             training whose estimated peak is larger is refused before a model is loaded.
+        sharding: whether each process keeps a part of the base's frozen weights only, and gathers
+            each layer for its passes (FSDP2), so that the base need not fit one GPU.
     """
 
     __pydantic_config__: ClassVar = FORBID_EXTRA_FIELDS
@@ -39,6 +42,7 @@ class ComputeSettings:
     compile: bool = False
     liger: bool = False
     memory_gib: float | None = None
+    sharding: bool = field(default=False, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         problems = choice_problems(self, attention=_Attention)

@@ -234,8 +234,22 @@ class TrainingRecipe:
             problems.append(
                 "compute.attention flash_attention_2 needs the dtype bfloat16 or nf4, not float32"
             )
+        if self.compute.sharding:
+            problems += self._sharding_problems()
         if problems:
             raise InvalidSpecError(f"the recipe is invalid: {'; '.join(problems)}")
+
+    def _sharding_problems(self) -> list[str]:
+        needs = {
+            "at least 2 processes, which share the base": self.processes >= 2,
+            "the dtype float32 or bfloat16": self.dtype != "nf4",
+            "objective: sft": self.objective == "sft",
+            "compute.compile: false": not self.compute.compile,
+            "synthetic prompts without privacy, whose training has one process": not (
+                self.synthetic_prompts and self.synthetic_prompts.privacy
+            ),
+        }
+        return [f"compute.sharding needs {need}" for need, is_met in needs.items() if not is_met]
 
     def _data_problems(self) -> list[str]:
         problems = []

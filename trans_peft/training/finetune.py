@@ -16,10 +16,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed import get_world_size
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.integrations.liger import apply_liger_kernel
 
@@ -30,7 +33,13 @@ from trans_peft.errors import (
     listed,
 )
 from trans_peft.methods.specs import attach
-from trans_peft.models import adapter_weights_sha256, load_base, load_tokenizer
+from trans_peft.models import (
+    LoadedBase,
+    adapter_weights_sha256,
+    load_base,
+    load_tokenizer,
+    release_base,
+)
 from trans_peft.perturbation import perturbed
 from trans_peft.text.chat import template_of
 from trans_peft.text.saved_template import check_template, saved_template, write_template
@@ -47,6 +56,7 @@ from trans_peft.training.machine_check import check_machine
 from trans_peft.training.memory import check_memory
 from trans_peft.training.preferences import PreferenceTrainer
 from trans_peft.training.private_trainer import PrivateTrainer
+from trans_peft.training.sharding import in_turns, shard_base
 from trans_peft.training.trainer import (
     AnswerTrainer,
     EventCallback,
@@ -67,6 +77,15 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
     """
     recipe = job.recipe
     check_machine(recipe)
+    checkpoint = last_checkpoint(job.checkpoint_folder)
+    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    if len(resumed := set(gather_object([first_step]))) > 1:
+        raise TrainingError(
+            "the processes of the training would resume from different checkpoints",
+            expected="one work folder for all machines",
+            found=f"checkpoints of the steps {', '.join(map(str, sorted(resumed)))}",
+            do="give all machines the same file system below the worker's state folder",
+        )
     tokenizer = load_tokenizer(job.base_folder)
     template = _template(job, tokenizer)
     rows = read_job_rows(job, tokenizer, template)
@@ -83,8 +102,6 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
         tokens_per_step = _fix_order(trainer, job, state.num_processes, rows.sources)
     model = trainer.model.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    checkpoint = last_checkpoint(job.checkpoint_folder)
-    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     epochs_per_step = optimizer.rows_per_step(state.num_processes) / rows.sequences
     if state.is_main_process:
         steps = len(tokens_per_step)
@@ -154,18 +171,45 @@ def _template(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> str | Non
     return template
 
 
-def _trainer(job: TrainingJob, rows: JobRows, device: str) -> Trainer:
+def _model(job: TrainingJob, device: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Return the model to train, and its tokenizer. TRL attaches the adapter of preferences."""
+    recipe = job.recipe
+    if recipe.compute.sharding:
+        mesh = init_device_mesh(torch.device(device).type, (get_world_size(),))
+        return in_turns(partial(_sharded_model, job, mesh, device))
+    base = _base(job, device)
+    model = base.model if recipe.objective == "dpo" else attach(base.model, recipe.spec)
+    return model, base.tokenizer
+
+
+def _sharded_model(
+    job: TrainingJob, mesh: DeviceMesh, device: str
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    base = _base(job, "cpu")  # a GPU may not hold it
+    model = attach(base.model, job.recipe.spec)
+    release_base()  # a sharded base cannot be used again
+    shard_base(model, mesh, device)
+    return model, base.tokenizer
+
+
+def _base(job: TrainingJob, device: str) -> LoadedBase:
+    """Load the base, check that the adapter can be trained on it, and seed its initial weights."""
     recipe = job.recipe
     base = load_base(job.base_folder, recipe.dtype, device, attention=recipe.compute.attention)
     if recipe.compute.liger:  # before perturbed(), which looks at the layers that are trained
         apply_liger_kernel(base.model, {"fused_linear_cross_entropy": False})
     check_adapter_is_trainable(base, recipe.spec, job.work_dir)
-    set_seed(recipe.seed)  # the adapter's initial weights
+    set_seed(recipe.seed)
+    return base
+
+
+def _trainer(job: TrainingJob, rows: JobRows, device: str) -> Trainer:
+    recipe = job.recipe
+    model, tokenizer = _model(job, device)
     if recipe.objective == "dpo":
-        make: Callable[..., Trainer] = partial(PreferenceTrainer, base.model, recipe.spec)
+        make: Callable[..., Trainer] = partial(PreferenceTrainer, model, recipe.spec)
         trainable = []
     else:
-        model = attach(base.model, recipe.spec)
         make = partial(AnswerTrainer, model=model)
         if rows.targets is not None:
             make = partial(DistillationTrainer, rows.targets, model=model)
@@ -176,7 +220,7 @@ def _trainer(job: TrainingJob, rows: JobRows, device: str) -> Trainer:
         trainer = make(
             args=training_arguments(job),
             train_dataset=Dataset.from_list(rows.training),
-            processing_class=base.tokenizer,
+            processing_class=tokenizer,
         )
     except (NotImplementedError, TypeError, ValueError) as error:
         raise InvalidSpecError(

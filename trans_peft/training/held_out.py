@@ -158,17 +158,21 @@ def held_out_loss(trainer: AnswerTrainer, rows: Sequence[dict[str, list[int]]]) 
     size, longest = trainer.args.per_device_eval_batch_size, trainer.args.max_length
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # less padding
     own = [_labelled(row, longest) for row in ordered[state.process_index :: state.num_processes]]
+    # A sharded base is gathered in every pass, so all processes need the same number of passes.
+    passes = math.ceil(math.ceil(len(rows) / state.num_processes) / size)
     total = torch.zeros(2, dtype=torch.float64, device=state.device)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for first in range(0, len(own), size):
-                inputs = trainer.data_collator(own[first : first + size])
+            for number in range(passes):
+                batch = own[number * size : (number + 1) * size]
+                inputs = trainer.data_collator(batch or [_labelled(ordered[0], longest)])
                 inputs = send_to_device(inputs, state.device)
                 logits, targets = trainer.answer_logits(model, inputs)
                 loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-                total += torch.stack([loss.double(), torch.tensor(len(targets)).to(loss)])
+                if batch:
+                    total += torch.stack([loss.double(), torch.tensor(len(targets)).to(loss)])
     finally:
         model.train(was_training)
     summed, tokens = trainer.accelerator.reduce(total).tolist()

@@ -67,6 +67,11 @@ class TrainingJob:
         return self.work_dir / "checkpoints"
 
     @property
+    def file(self) -> Path:
+        """File of the job, which its processes read."""
+        return self.work_dir / "job.json"
+
+    @property
     def result_file(self) -> Path:
         """File of the result, which is written last."""
         return self.work_dir / "result.json"
@@ -148,13 +153,12 @@ class TrainingJob:
         )
 
     def write(self) -> Path:
-        """Write the job into its work folder as JSON and return the file.
+        """Write the job into its work folder as JSON, atomically, and return the file.
 
         Other users cannot read it, because it contains the key of a private training.
         """
-        path = self.work_dir / "job.json"
-        atomic_write(path, _JOB.dump_json(self, indent=2), mode=0o600)
-        return path
+        atomic_write(self.file, _JOB.dump_json(self, indent=2), mode=0o600)
+        return self.file
 
     @classmethod
     def read(cls, path: Path) -> "TrainingJob":

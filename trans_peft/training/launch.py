@@ -36,8 +36,9 @@ from trans_peft.training.events import (
     decode,
 )
 from trans_peft.training.job import TrainingJob, TrainingResult
+from trans_peft.training.machines import Machines
 
-__all__ = ["fit"]
+__all__ = ["fit", "take_part"]
 
 _LESS_MEMORY = (
     "set compute.gradient_checkpointing, lower optimizer.batch_size (and raise "
@@ -57,6 +58,9 @@ def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResul
     exception or by the death of this process. If a signal ends this call (KeyboardInterrupt,
     SystemExit, Prefect's TerminationSignal), they save a checkpoint first, for up to 25 s.
 
+    If the environment names several machines (`trans_peft.training.machines`), this is machine 0.
+    The training starts when all others have joined it.
+
     Raises:
         NotFoundError, InvalidSpecError: the job cannot start.
         DataError: rows cannot be trained on.
@@ -68,14 +72,8 @@ def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResul
     done = _finished(job)
     if done is not None:
         return done
-    with _Training(job) as training:
-        try:
-            training.follow(on_event)
-        except Exception:
-            raise
-        except BaseException:  # a signal, or Prefect cancels the run
-            training.stop_after_checkpoint(on_event)
-            raise
+    job.write()
+    take_part(job, on_event=on_event)
     result = _finished(job)
     if result is None:
         raise TrainingError(
@@ -84,6 +82,21 @@ def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResul
             do="run the training again",
         )
     return result
+
+
+def take_part(job: TrainingJob, *, on_event: Callable[[Event], None]) -> None:
+    """Run this machine's processes of a job that `fit` has written, until the adapter is saved.
+
+    Raises what `fit` raises. Processes end with this call, as there.
+    """
+    with _Training(job) as training:
+        try:
+            training.follow(on_event)
+        except Exception:
+            raise
+        except BaseException:  # a signal, or Prefect cancels the run
+            training.stop_after_checkpoint(on_event)
+            raise
 
 
 def _finished(job: TrainingJob) -> TrainingResult | None:
@@ -99,7 +112,7 @@ def _finished(job: TrainingJob) -> TrainingResult | None:
 
 
 class _Training:
-    """The processes of one run, which start on entry and are killed on exit."""
+    """This machine's processes of one run, which start on entry and are killed on exit."""
 
     def __init__(self, job: TrainingJob) -> None:
         self._job = job
@@ -113,7 +126,7 @@ class _Training:
             stdin=subprocess.PIPE,  # closes when this process dies; see parent_watch
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_environment(self._job.recipe.processes),
+            env=_environment(Machines.of().local_processes(self._job.recipe.processes)),
             text=True,
             errors="replace",
             start_new_session=True,
@@ -229,7 +242,7 @@ def _error(failure: Failed) -> TransPeftError:
 
 
 def _command(job: TrainingJob) -> list[str]:
-    processes = job.recipe.processes
+    processes = Machines.of().local_processes(job.recipe.processes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // processes))
     return [
@@ -237,26 +250,29 @@ def _command(job: TrainingJob) -> list[str]:
         *("-m", "accelerate.commands.launch"),
         *("--config_file", str(_launch_config(job))),
         *("--num_cpu_threads_per_process", threads),
-        *("--module", "trans_peft.training.worker", str(job.write())),
+        *("--module", "trans_peft.training.worker", str(job.file)),
     ]
 
 
 def _launch_config(job: TrainingJob) -> Path:
     processes = job.recipe.processes
+    machines = Machines.of() if processes > 1 else Machines()
     config = {
         "compute_environment": "LOCAL_MACHINE",
         # accelerate starts several processes only for this type; without a GPU they use the CPU
         # and gloo.
         "distributed_type": "MULTI_GPU" if processes > 1 else "NO",
         "num_processes": processes,
-        "num_machines": 1,
-        "machine_rank": 0,
-        "main_process_port": 0,
+        "num_machines": machines.count,
+        "machine_rank": machines.rank,
+        "main_process_ip": machines.host if machines.count > 1 else None,
+        "main_process_port": machines.port,
+        "same_network": True,
         "mixed_precision": "no",
         "use_cpu": False,
         "debug": False,
     }
-    path = job.work_dir / "accelerate.json"
+    path = job.work_dir / f"accelerate-{machines.rank}.json"
     path.write_text(json.dumps(config, indent=2))
     return path
 

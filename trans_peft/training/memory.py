@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.errors import InvalidSpecError, TransPeftError
@@ -126,6 +127,8 @@ def _estimate(recipe: TrainingRecipe, base: Path, shape: StepShape) -> MemoryEst
     base_bytes = held_bytes - trained_bytes
     if recipe.dtype == "nf4":
         base_bytes -= _saved_by_nf4(model)
+    if recipe.compute.sharding:
+        base_bytes = base_bytes // recipe.processes + _gathered(model)
     masks = shape.rows * shape.tokens**2  # one byte for each pair of tokens
     return MemoryEstimated(
         base_bytes=base_bytes,
@@ -191,6 +194,20 @@ def _saved_by_nf4(model: PeftModel) -> int:
     }
     largest = max(weights.values(), default=0)
     return int((2 - _NF4_BYTES) * sum(weights.values()) - 2 * largest)
+
+
+def _gathered(model: PeftModel) -> int:
+    """Return the bytes that FSDP2 gathers at most: two layers, and all that is outside of layers.
+
+    The second layer is gathered while the first one computes.
+    """
+    layers = [
+        sum(weight.nbytes for weight in layer.parameters() if not weight.requires_grad)
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+    ]
+    frozen = sum(weight.nbytes for weight in model.parameters() if not weight.requires_grad)
+    return max(frozen - sum(layers), 0) + 2 * max(layers, default=0)
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -39,8 +40,9 @@ class AnswerTrainer(SFTTrainer):
     """An `SFTTrainer` that computes logits only at positions with a label.
 
     TRL does so with a Triton kernel. Without Triton its fused head computes every position and
-    multiplies by the vocabulary three times. On such a device this trainer selects the hidden
-    states before the output embedding instead. The loss is the same sum over the same tokens.
+    multiplies by the vocabulary three times. On such a device, and for a sharded base, whose output
+    embedding is whole during a forward pass only, this trainer selects the hidden states before the
+    output embedding instead. The loss is the same sum over the same tokens.
     """
 
     def compute_loss(
@@ -53,7 +55,7 @@ class AnswerTrainer(SFTTrainer):
         """Return the summed negative log-likelihood of the labels over `num_items_in_batch`."""
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.args.device.type == "cuda":
+        if self.args.device.type == "cuda" and not isinstance(self.model, FSDPModule):
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
             return with_all_gradients(loss, self)
         logits, targets = self.answer_logits(model, inputs)

@@ -18,6 +18,7 @@ from pathlib import Path
 from trans_peft.errors import InvalidSpecError, TrainingError, TransPeftError
 from trans_peft.training.events import Failed, Finished, ProcessStarted
 from trans_peft.training.job import TrainingJob
+from trans_peft.training.machines import Machines
 from trans_peft.training.parent_watch import EventStream, exit_with_parent
 
 _LOCK_WAIT_S = 20
@@ -51,10 +52,10 @@ def _run(job: TrainingJob, events: EventStream) -> None:
     disable_progress_bars()
     logging.disable_progress_bar()
     processes, gpus = job.recipe.processes, torch.cuda.device_count()
-    if 0 < gpus < processes:
+    if 0 < gpus < (here := Machines.of().local_processes(processes)):
         raise InvalidSpecError(
             "there are fewer GPUs than processes",
-            expected=f"{processes} GPUs",
+            expected=f"{here} GPUs",
             found=gpus,
             do="lower the recipe's processes, or make more GPUs visible",
         )
@@ -70,7 +71,8 @@ def _run(job: TrainingJob, events: EventStream) -> None:
     with exclusive_work_dir(job.work_dir, held=state.is_main_process):
         state.wait_for_everyone()  # until the lock is held, another run may write a checkpoint
         finetune(job, state, events.send)
-        if state.is_main_process:
+        state.wait_for_everyone()  # until the main process has saved the result
+        if state.is_local_main_process:
             events.send(Finished())
 
 

@@ -61,6 +61,11 @@ class _Part:
     down: Tensor | None = None
     up: Tensor | None = None
 
+    def on(self, device: torch.device) -> "_Part":
+        """Return the part on the device of a pass. Between passes weights may be elsewhere."""
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return _Part(**{name: value.to(device) for name, value in tensors.items()})
+
     def added_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the outputs with the adapter, in the dtype of y."""
         result = y
@@ -95,14 +100,14 @@ class _Layer:
             return None
         x = self._checked(args[0]).clone()
         for factor, rows in scaled:
-            x[rows] = (x[rows] * factor).to(x.dtype)
+            x[rows] = (x[rows] * factor.to(x.device)).to(x.dtype)
         return x, *args[1:]
 
     def after(self, _module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         """Add the parts to the outputs, in place."""
         for part, rows in self._present():
             if part.factor is not None or part.down is not None:
-                y[rows] = part.added_to(y[rows], self._checked(args[0])[rows])
+                y[rows] = part.on(y.device).added_to(y[rows], self._checked(args[0])[rows])
 
     def _present(self) -> list[tuple[_Part, slice]]:
         return [(self.parts[a], rows) for a, rows in self._batch.runs if a in self.parts]

@@ -66,7 +66,7 @@ def module_inputs(
         if len(rows) != len(chosen):
             return
         if inputs is not last[0]:  # modules with the same input share its copy
-            last = (inputs, rows[chosen].detach().clone())
+            last = (inputs, rows[chosen.to(rows.device)].detach().clone())
         found[name].append(last[1])
 
     with attached(model, adapter), torch.no_grad():

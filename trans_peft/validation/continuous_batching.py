@@ -35,8 +35,16 @@ class ContinuousBatchingEngine:
     def __init__(self, model: nn.Module, tokenizer: Any, *, batch_size: int | None = None) -> None:
         """On a CPU, there is room for `batch_size` texts at once, by default 32.
 
-        On a GPU, transformers uses the free memory.
+        On a GPU, transformers uses the free memory. InvalidSpecError if the base is on several
+        devices (`trans_peft.placement`).
         """
+        devices = sorted({str(weight.device) for weight in model.parameters()})
+        if len(devices) > 1:
+            raise InvalidSpecError(
+                "continuous batching needs the whole base on one device",
+                found=", ".join(devices),
+                do="use the default engine, or a GPU that the base fits",
+            )
         self._model, self._tokenizer = model, tokenizer
         self._batch_size = batch_size or DEFAULT_BATCH_SIZE
         self._loop = LoopEngine(model, tokenizer, batch_size=batch_size)

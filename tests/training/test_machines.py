@@ -1,0 +1,145 @@
+"""Several machines: what the environment says, and what each machine starts."""
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import recipe
+from tests.training.test_finetune import trained
+from trans_peft.errors import InvalidSpecError, TrainingError
+from trans_peft.training import finetune as finetune_module
+from trans_peft.training import join, launch
+from trans_peft.training.machines import Machines
+
+SECOND = {
+    "TRANS_PEFT_MACHINES": "2",
+    "TRANS_PEFT_MACHINE_RANK": "1",
+    "TRANS_PEFT_MAIN_ADDRESS": "train-0:29500",
+}
+
+
+@pytest.fixture
+def second(monkeypatch):
+    for name, value in SECOND.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_environment_names_the_machines():
+    assert Machines.of(SECOND) == Machines(2, 1, "train-0", 29500)
+    assert Machines.of({}) == Machines.of({"TRANS_PEFT_MACHINES": "1"}) == Machines()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"TRANS_PEFT_MACHINE_RANK": "2"},
+        {"TRANS_PEFT_MACHINE_RANK": ""},
+        {"TRANS_PEFT_MACHINES": "two"},
+        {"TRANS_PEFT_MACHINES": ""},
+        {"TRANS_PEFT_MAIN_ADDRESS": "train-0"},
+        {"TRANS_PEFT_MAIN_ADDRESS": "train-0:70000"},
+        {"TRANS_PEFT_MAIN_ADDRESS": ":29500"},
+    ],
+    ids=str,
+)
+def test_an_environment_that_names_no_machines_is_refused(change):
+    (name,) = change
+    with pytest.raises(InvalidSpecError, match=f"{name}={change[name]!r}"):
+        Machines.of(SECOND | change)
+
+
+def test_every_machine_has_the_same_number_of_processes():
+    two = Machines.of(SECOND)
+    assert [two.local_processes(n) for n in (1, 2, 8)] == [1, 1, 4]
+    assert Machines().local_processes(3) == 3
+    with pytest.raises(InvalidSpecError, match="a multiple of 2"):
+        two.local_processes(3)
+
+
+def test_accelerate_is_told_of_the_machines(make_job, tmp_path, second, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    command = launch._command(make_job(tmp_path, recipe(processes=4)))
+    config = json.loads(Path(command[command.index("--config_file") + 1]).read_text())
+    told = {
+        "num_machines": 2, "machine_rank": 1, "num_processes": 4,
+        "main_process_ip": "train-0", "main_process_port": 29500,
+    }  # fmt: skip
+    assert {name: config[name] for name in told} == told
+    assert command[command.index("--num_cpu_threads_per_process") + 1] == "4", "two processes here"
+
+
+def test_a_training_of_one_process_needs_no_other_machine(make_job, tmp_path, second):
+    command = launch._command(make_job(tmp_path, recipe()))
+    config = json.loads(Path(command[command.index("--config_file") + 1]).read_text())
+    assert (config["num_machines"], config["num_processes"]) == (1, 1)
+
+
+def test_machines_without_a_common_work_folder_are_refused(make_job, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_module, "gather_object", lambda own: [*own, 3])
+    monkeypatch.setattr(finetune_module, "load_tokenizer", lambda _: pytest.fail("loaded"))
+    with pytest.raises(TrainingError, match=r"(?s)different checkpoints.*of the steps 0, 3"):
+        trained(make_job(tmp_path, recipe()))
+
+
+def test_machine_0_does_not_join(tmp_path, second, monkeypatch):
+    monkeypatch.setenv("TRANS_PEFT_MACHINE_RANK", "0")
+    with pytest.raises(InvalidSpecError, match="machine 0 starts a training"):
+        join.main(tmp_path / "job.json")
+
+
+def test_a_training_of_one_process_is_not_joined(make_job, tmp_path, second):
+    job = make_job(tmp_path, recipe())
+    job.write()
+    with pytest.raises(InvalidSpecError, match="one process, which machine 0 runs"):
+        join.main(job.file)
+
+
+def test_a_machine_waits_for_the_job(make_job, tmp_path, second, monkeypatch):
+    job, joined = make_job(tmp_path / "work", recipe(processes=2)), []
+    monkeypatch.setattr(join.time, "sleep", lambda _: job.write())
+    monkeypatch.setattr(join, "take_part", lambda job, on_event: joined.append(job))
+    job.work_dir.mkdir()
+    join.main(job.file)
+    assert joined == [job]
+
+
+REPORT = """
+import torch
+from accelerate import PartialState
+
+state = PartialState(cpu=True)
+total = torch.tensor([state.process_index + 1])
+torch.distributed.all_reduce(total)
+print(state.num_processes, state.process_index, state.local_process_index, total.item())
+"""
+
+
+@pytest.mark.slow  # two launchers and two processes import torch
+@pytest.mark.timeout(900)
+def test_the_processes_of_two_machines_find_each_other(make_job, tmp_path, monkeypatch):
+    """Two launches on this host. `test_sharding.py` trains with two processes."""
+    job = make_job(tmp_path, recipe(processes=2))
+    script = tmp_path / "report.py"
+    script.write_text(REPORT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    launched = []
+    for rank in ("1", "0"):
+        names = SECOND | {
+            "TRANS_PEFT_MACHINE_RANK": rank,
+            "TRANS_PEFT_MAIN_ADDRESS": address,
+        }
+        for name, value in names.items():
+            monkeypatch.setenv(name, value)
+        command = launch._command(job)
+        command = [*command[: command.index("--module")], str(script)]
+        launched.append(
+            subprocess.Popen(command, env=launch._environment(1), stdout=subprocess.PIPE, text=True)
+        )
+    reports = [process.communicate()[0].split() for process in launched]
+    assert reports == [["2", "1", "0", "3"], ["2", "0", "0", "3"]]
