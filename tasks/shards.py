@@ -31,7 +31,7 @@ from tasks.queues import UNSERVED_AFTER_S, QueueWatch, unserved
 from trans_peft.domain.base import BaseRef
 from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.identity import content_sha256, json_value
 from trans_peft.domain.outcome import Plan, TransferTask
 
 __all__ = [
@@ -228,7 +228,12 @@ def start(
             FlowRun,
             run_deployment(
                 Deployment.TRANSFER_SHARD,
-                parameters={"shard": tasks, "policy": policy, "one_by_one": one_by_one},
+                # As `json_value`, so that a worker with older code can read them.
+                parameters={
+                    "shard": json_value(tasks),
+                    "policy": json_value(policy),
+                    "one_by_one": one_by_one,
+                },
                 flow_run_name=f"judge {base}",
                 idempotency_key=f"{key}:{attempt}",
                 tags=[*_tags(base.family, policy), *inherited_tags()],
