@@ -28,6 +28,7 @@ from pydantic import TypeAdapter
 
 from tasks.origin import inherited_tags
 from tasks.queues import UNSERVED_AFTER_S, QueueWatch, unserved
+from tasks.worker import code_tag
 from trans_peft.domain.base import BaseRef
 from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
@@ -236,7 +237,7 @@ def start(
                 },
                 flow_run_name=f"judge {base}",
                 idempotency_key=f"{key}:{attempt}",
-                tags=[*_tags(base.family, policy), *inherited_tags()],
+                tags=[*_tags(base.family, policy), code_tag(), *inherited_tags()],
                 timeout=0,
             ),
         )
