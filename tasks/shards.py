@@ -26,6 +26,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
 
+from tasks.limits import gpu_slot_count
 from tasks.origin import inherited_tags
 from tasks.queues import UNSERVED_AFTER_S, QueueWatch, unserved
 from tasks.worker import code_tag
@@ -36,14 +37,14 @@ from trans_peft.domain.identity import content_sha256, json_value
 from trans_peft.domain.outcome import Plan, TransferTask
 
 __all__ = [
-    "ENOUGH_ENDED",
-    "MAX_ACTIVE",
     "EndedShard",
     "Shard",
     "Suspect",
     "active_shards",
     "cancel_shard",
+    "enough_ended",
     "interrupted_transfers",
+    "max_active",
     "missing",
     "obsolete_shards",
     "split_into_shards",
@@ -54,11 +55,8 @@ __all__ = [
     "why_unserved",
 ]
 
-MAX_ACTIVE = 64
-"""Active shards of a family. A run starts the next ones when others have ended."""
-
-ENOUGH_ENDED = 32
-"""Ended shards after which a run reads the fleet and starts the next ones."""
+_MIN_WAITING = 8
+"""Waiting shards of a family on few GPU slots. Fewer would mean more reads of its fleet."""
 
 Suspect = tuple[str, BaseRef]
 """The name of an adapter that may have killed a process, and the base."""
@@ -120,6 +118,28 @@ class EndedShard:
     def was_killed(self) -> bool:
         """Whether its process was killed or lost while it worked."""
         return self.is_crashed and not self.never_ran
+
+
+def max_active(slots: int) -> int:
+    """Return how many shards of a family may run or wait, on this many GPU slots.
+
+    Prefect starts the runs of a queue in the order in which they became due. A shard of another
+    family waits for those that wait already, so each family keeps few of them waiting: two rounds
+    of all slots. Families that all have more to do then take turns.
+    """
+    return slots + _waiting(slots)
+
+
+def enough_ended(slots: int) -> int:
+    """Return after how many ended shards a run reads the fleet and starts the next ones.
+
+    The other half of the waiting shards occupies the slots meanwhile.
+    """
+    return _waiting(slots) // 2
+
+
+def _waiting(slots: int) -> int:
+    return max(2 * slots, _MIN_WAITING)
 
 
 def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, ...]:
@@ -262,7 +282,7 @@ def cancel_shard(shard: Shard) -> None:
 def wait(
     groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]
 ) -> tuple[str, tuple[EndedShard, ...]]:
-    """Wait until all shards of one group have ended, or `ENOUGH_ENDED` of them.
+    """Wait until all shards of one group have ended, or `enough_ended` of them.
 
     Returns the group's name and its ended shards. A poll is one request for 200 shards. If no
     worker serves the queue of a waiting shard for a minute, `on_unserved` is called with the
@@ -272,6 +292,7 @@ def wait(
     logged: dict[UUID, str] = {}
     ended: dict[UUID, EndedShard] = {}
     watch = QueueWatch(on_unserved)
+    enough = enough_ended(gpu_slot_count())
     awaited = [shard for group in groups.values() for shard in group]
     with get_client(sync_client=True) as client:
         while True:
@@ -292,7 +313,7 @@ def wait(
                     waiting.append(run)
             for name, group in groups.items():
                 over = tuple(ended[shard.run_id] for shard in group if shard.run_id in ended)
-                if len(over) >= min(len(group), ENOUGH_ENDED):
+                if len(over) >= min(len(group), enough):
                     return name, over
             watch.check(waiting, client)
             time.sleep(_POLL_S)

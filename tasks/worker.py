@@ -12,7 +12,6 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 
 import trans_peft
 from tasks.settings import settings
-from trans_peft.errors import WorkerError
 
 __all__ = ["check_worker", "clock_difference", "code_difference", "code_tag"]
 
@@ -27,26 +26,15 @@ def check_worker() -> tuple[str, ...]:
 
     Raises WorkerError if PyTorch sees fewer GPUs than `TRANS_PEFT_GPUS`.
     """
-    _check_gpus(settings().gpus)
+    if wanted := settings().gpus:
+        from trans_peft.models import check_gpus
+
+        check_gpus(wanted)
     with get_client(sync_client=True) as client:
         warnings = tuple(filter(None, (code_difference(), clock_difference(client))))
     for warning in warnings:
         get_run_logger().warning("%s", warning)
     return warnings
-
-
-def _check_gpus(wanted: int) -> None:
-    if wanted:
-        import torch
-
-        if (found := torch.cuda.device_count()) < wanted:
-            raise WorkerError(
-                "this worker lacks GPUs",
-                expected=f"at least {wanted} that PyTorch sees (TRANS_PEFT_GPUS of this worker)",
-                found=found,
-                do="stop this worker, and correct its driver, its build of torch or its "
-                "CUDA_VISIBLE_DEVICES, or lower TRANS_PEFT_GPUS",
-            )
 
 
 @cache

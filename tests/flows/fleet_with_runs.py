@@ -84,6 +84,7 @@ class FleetWithRuns:
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     promotion: PromotionPolicy = field(default_factory=PromotionPolicy)
     shard_size: int = 2
+    slots: int = 1
     runs: list[Run] = field(default_factory=list)
     records: list[tuple] = field(default_factory=list)
     locked: set[str] = field(default_factory=set)
@@ -117,6 +118,7 @@ class FleetWithRuns:
                 *("start", "active_shards", "suspects", "cancel_shard", "wait", "why_unserved"),
             ):
                 patch.setattr(module.shards, name, getattr(self, f"_{name}"))
+            patch.setattr(module.limits, "gpu_slot_count", lambda: self.slots)
             given = {"policy": POLICY, "promotion": self.promotion, "shard_size": self.shard_size}
             return module.reconcile.fn(**given | parameters)
 
@@ -209,7 +211,7 @@ class FleetWithRuns:
             for name, group in groups.items():
                 runs = [self._run(shard) for shard in group]
                 over = [run for run in runs if run.state not in ("Scheduled", "Running")]
-                if len(over) >= min(len(group), shards.ENOUGH_ENDED):
+                if len(over) >= min(len(group), shards.enough_ended(self.slots)):
                     return name, tuple(map(_ended, over))
             self.work_one_shard()
 

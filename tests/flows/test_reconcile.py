@@ -69,8 +69,8 @@ class TestOneRun:
         assert (upgraded.final_state, upgraded.runs, upgraded.moments) == (before, [], 0)
 
     def test_starts_a_bounded_number_of_shards_at_a_time(self, undisturbed, tmp_path, monkeypatch):
-        monkeypatch.setattr(shards, "MAX_ACTIVE", 2)
-        monkeypatch.setattr(shards, "ENOUGH_ENDED", 1)
+        monkeypatch.setattr(shards, "max_active", lambda slots: 2 * slots)
+        monkeypatch.setattr(shards, "enough_ended", lambda slots: slots)
         upgraded = upgrade(tmp_path / "bounded")
         upgraded.shard_size = 1
         active = []
