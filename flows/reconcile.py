@@ -205,7 +205,9 @@ class _Family:
         free = max(most - len(active_shards), 0)
         for part in shards.split_into_shards(todo, self.shard_size)[:free]:
             one_by_one = any((task.adapter, task.base) in suspects for task in part)
-            self.started += (shards.start(part, self.policy, one_by_one=one_by_one),)
+            is_urgent = part[0].base == plan.awaited
+            shard = shards.start(part, self.policy, one_by_one=one_by_one, is_urgent=is_urgent)
+            self.started += (shard,)
         untrained = [
             f"{recipe.adapter} on {recipe.base_version}: retraining failed three times"
             for recipe in plan.trainings

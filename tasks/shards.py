@@ -58,6 +58,13 @@ __all__ = [
 _MIN_WAITING = 8
 """Waiting shards of a family on few GPU slots. Fewer would mean more reads of its fleet."""
 
+_HEAD_START = timedelta(days=1)
+"""Prefect starts the runs of a queue in the order of their scheduled times. A shard of a promotion
+therefore goes ahead of all runs but those that have waited for so long."""
+
+_PROMOTION = "promotion"
+"""Tag of the run of such a shard."""
+
 Suspect = tuple[str, BaseRef]
 """The name of an adapter that may have killed a process, and the base."""
 
@@ -77,12 +84,14 @@ class Shard:
         tasks: Its transfers.
         is_waiting: Whether the flow run has not started.
         one_by_one: Whether it evaluates no two adapters in one batch.
+        is_urgent: Whether a promotion waited for it when it was started.
     """
 
     run_id: UUID
     tasks: tuple[TransferTask, ...]
     is_waiting: bool = False
     one_by_one: bool = False
+    is_urgent: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,8 +160,9 @@ def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, .
 def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, ...]:
     """Return the waiting shards to withdraw.
 
-    These are shards with transfers that are no longer planned, and shards whose base comes
-    after a base with transfers in no shard. In one queue, these would have to wait for them.
+    These are shards with transfers that are no longer planned, shards whose base comes after a base
+    with transfers in no shard, and shards for which a promotion waits by now. In one queue, these
+    would have to wait for less urgent ones.
     """
     planned = {item.key for item in plan.tasks}
     rank = {base: i for i, base in enumerate(dict.fromkeys(w.base for w in plan.tasks))}
@@ -161,7 +171,12 @@ def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, 
         shard
         for shard in active_shards
         if shard.is_waiting
-        and any(w.key not in planned or rank[w.base] > first for w in shard.tasks)
+        and any(
+            w.key not in planned
+            or rank[w.base] > first
+            or (w.base == plan.awaited and not shard.is_urgent)
+            for w in shard.tasks
+        )
     )
 
 
@@ -229,20 +244,26 @@ def _shards(runs: Iterable[FlowRun]) -> Iterator[Shard]:
             )
             continue
         one_by_one = run.parameters.get("one_by_one") is True
-        yield Shard(run.id, tasks, _is_waiting(run), one_by_one)
+        yield Shard(run.id, tasks, _is_waiting(run), one_by_one, _PROMOTION in run.tags)
 
 
 def start(
-    tasks: tuple[TransferTask, ...], policy: GatePolicy, *, one_by_one: bool = False
+    tasks: tuple[TransferTask, ...],
+    policy: GatePolicy,
+    *,
+    one_by_one: bool = False,
+    is_urgent: bool = False,
 ) -> Shard:
     """Start the flow run of a shard of one base, or return the active one with the same transfers.
 
-    `one_by_one`: evaluate no two adapters in one batch.
+    `one_by_one`: evaluate no two adapters in one batch. `is_urgent`: go ahead of runs that became
+    due in the last `_HEAD_START`, because a promotion waits for the shard.
 
     Prefect returns the same run for an idempotency key for ever. If that run has ended without
     doing its transfers, the next key starts a new run.
     """
     base = tasks[0].base
+    tags = [*_tags(base.family, policy), code_tag(), *inherited_tags()]
     key = content_sha256([[item.key for item in tasks], policy, *(["alone"] if one_by_one else [])])
     for attempt in count():
         run = cast(  # `run_deployment` returns a coroutine in asynchronous code only
@@ -257,13 +278,14 @@ def start(
                 },
                 flow_run_name=f"judge {base}",
                 idempotency_key=f"{key}:{attempt}",
-                tags=[*_tags(base.family, policy), code_tag(), *inherited_tags()],
+                scheduled_time=datetime.now(UTC) - _HEAD_START if is_urgent else None,
+                tags=[*tags, _PROMOTION] if is_urgent else tags,
                 timeout=0,
             ),
         )
         if run.state is None or not run.state.is_final():
             break
-    return Shard(run.id, tasks, is_waiting=True, one_by_one=one_by_one)
+    return Shard(run.id, tasks, is_waiting=True, one_by_one=one_by_one, is_urgent=is_urgent)
 
 
 def cancel_shard(shard: Shard) -> None:
@@ -324,8 +346,9 @@ def why_unserved(shards: Sequence[Shard]) -> str:
     with get_client(sync_client=True) as client:
         for shard in (shard for shard in shards if shard.is_waiting):
             run = client.read_flow_run(shard.run_id)
-            due = run.expected_start_time or datetime.now(UTC)
-            if _is_waiting(run) and datetime.now(UTC) - due > timedelta(seconds=UNSERVED_AFTER_S):
+            created = run.created or datetime.now(UTC)
+            waits_s = (datetime.now(UTC) - created).total_seconds()
+            if _is_waiting(run) and waits_s > UNSERVED_AFTER_S:
                 return unserved([run], client)
     return ""
 

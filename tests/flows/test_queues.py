@@ -43,7 +43,7 @@ def run(state=None, due_s=90.0, run_id=None):
         name="judge small/v2",
         state=state or Scheduled(),
         start_time=None,
-        expected_start_time=datetime.now(UTC) - timedelta(seconds=due_s),
+        created=datetime.now(UTC) - timedelta(seconds=due_s),
         work_queue_name="gpu",
         work_pool_name="trans-peft",
     )

@@ -87,6 +87,21 @@ class TestOneRun:
         assert active == [2, 2, 2, 2, 1]
         assert upgraded.final_state == undisturbed.final_state
 
+    def test_shards_of_a_promotion_go_ahead_of_those_that_wait(self, tmp_path, monkeypatch):
+        upgraded = upgrade(tmp_path / "urgent")
+        fleet = upgraded.fleet
+        fleet.promote(fleet.platform.catalog.versions(FAMILY)[0])  # v2 is an upload, no promotion
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(FleetWithRuns, "_wait", killed)
+            upgraded.reconcile(monkeypatch)
+        assert [(run.state, run.is_urgent) for run in upgraded.runs] == [("Scheduled", False)] * 3
+        fleet.promote(fleet.platform.catalog.versions(FAMILY)[1])
+        assert upgraded.reconcile(monkeypatch).name == "Completed"
+        assert [(run.state, run.is_urgent) for run in upgraded.runs] == [
+            *[("Withdrawn", False)] * 3, *[("Completed", True)] * 3,
+        ]  # fmt: skip
+        assert fleet.serving == 2
+
     def test_reports_an_unknown_family(self, undisturbed, monkeypatch):
         state = undisturbed.reconcile(monkeypatch, family="smal")
         assert state.name == "Failed"

@@ -70,15 +70,17 @@ WORKER = {"MLFLOW_TRACKING_URI": "http://mlflow", "TRANS_PEFT_STATE": "/state"}
 
 
 @pytest.mark.parametrize("gpus", ["-1", "all", "0.5"])
-def test_a_number_of_gpus_that_is_none_is_refused(gpus):
+def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch, gpus):
+    monkeypatch.setenv("TRANS_PEFT_GPUS", gpus)
     with pytest.raises(InvalidSpecError, match="TRANS_PEFT_GPUS"):
-        Settings(**WORKER, TRANS_PEFT_GPUS=gpus)
+        Settings(**WORKER)
 
 
 @pytest.mark.parametrize(("gpus", "found"), [("", 0), ("4", 4), ("01", 1)])
-def test_a_number_of_gpus_may_have_a_leading_zero(gpus, found):
+def test_a_number_of_gpus_may_have_a_leading_zero(monkeypatch, gpus, found):
     """As in the job template of Kubernetes, where it must be a string."""
-    assert Settings(**WORKER, TRANS_PEFT_GPUS=gpus).gpus == found
+    monkeypatch.setenv("TRANS_PEFT_GPUS", gpus)
+    assert Settings(**WORKER).gpus == found
 
 
 @pytest.mark.parametrize(

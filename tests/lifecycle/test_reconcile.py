@@ -51,6 +51,25 @@ def test_a_pending_retraining_is_planned_until_it_was_tried(fleet, two_bases):
         )  # evaluated again first
 
 
+def test_a_promotion_is_awaited_until_the_base_serves(fleet):
+    v1, v2 = fleet.add_base("v1"), fleet.add_base("v2")
+    fleet.add_adapter("chat", v1)
+
+    def awaited():
+        return plan(observe(FAMILY, fleet.platform), POLICY).awaited
+
+    assert awaited() is None  # no champion
+    fleet.promote(v1)
+    assert awaited() == v1.ref
+    fleet.apply_verdicts()
+    assert awaited() is None  # v2 is an upload
+    fleet.promote(v2)
+    assert awaited() == v2.ref
+    fleet.complete_tasks()
+    fleet.apply_verdicts()
+    assert awaited() is None
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("_DECODING_REVISION", 2), ("_SCORING_REVISIONS", {"exact_match": 2})]
 )

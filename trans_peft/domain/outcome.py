@@ -184,6 +184,7 @@ class Plan:
         parked: Transfers whose attempts all failed; a person has to act.
         unreadable: Registry entries that cannot be read, each with the reason.
         trainings: Recipes for retraining that recorded outcomes contain.
+        awaited: The base version to which a person wants the fleet to move, until it serves.
     """
 
     family: str
@@ -191,3 +192,4 @@ class Plan:
     parked: tuple[TransferTask, ...] = ()
     unreadable: tuple[str, ...] = ()
     trainings: tuple[TrainingRecipe, ...] = ()
+    awaited: BaseRef | None = None

@@ -106,7 +106,14 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
             elif (recipe := _pending_retraining(adapter, base, policy)) is not None:
                 trainings.append(recipe)
     aside = (*fleet.unreadable, *fleet.set_aside)
-    return Plan(fleet.family, tuple(tasks), tuple(parked), aside, tuple(trainings))
+    return Plan(
+        fleet.family,
+        tuple(tasks),
+        tuple(parked),
+        aside,
+        tuple(trainings),
+        None if fleet.awaited_base is None else fleet.awaited_base.ref,
+    )
 
 
 def is_still_needed(task: TransferTask, fleet: Fleet, policy: GatePolicy) -> bool:
