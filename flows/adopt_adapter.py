@@ -4,6 +4,7 @@ from prefect import flow
 
 from tasks import training
 from tasks.limits import gpu_slots
+from tasks.worker import check_worker
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import Suite
 
@@ -26,5 +27,6 @@ def adopt_adapter(
         base_version: Base version that the adapter was trained on. None: the one that `revision` in
             adapter_config.json names.
     """
+    check_worker()
     with gpu_slots():
         return training.adopt_adapter(adapter, folder_uri, family, suites, base_version)

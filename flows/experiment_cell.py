@@ -4,6 +4,7 @@ from prefect import flow
 
 from tasks import experiments
 from tasks.limits import gpu_slots
+from tasks.worker import check_worker
 from trans_peft.domain.experiment import Experiment, PlannedTraining
 
 
@@ -22,5 +23,6 @@ def experiment_cell(
         training: Adapter to train. None: score the bases without an adapter.
         is_quick: Whether the scores are no results.
     """
+    check_worker()
     with gpu_slots(1 if training is None else experiment.training.processes):
         return experiments.score_cell(experiment, training, results_uri, is_quick=is_quick)

@@ -9,7 +9,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from tasks import ingestion, looks, reconciliation, recovery, reporting, shards, transfer
+from tasks import ingestion, limits, looks, reconciliation, recovery, reporting, shards, transfer
 from tasks.shards import EndedShard, Shard
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.fleet import Fleet, FleetChanges
@@ -201,10 +201,13 @@ class _Family:
         self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)
         self.started = tuple(shard for shard in active_shards if shard.run_id in ours)
         suspects = shards.suspects(self.name, self.policy) if todo else frozenset()
-        free = max(shards.MAX_ACTIVE - len(active_shards), 0)
+        most = shards.max_active(limits.gpu_slot_count()) if todo else 0
+        free = max(most - len(active_shards), 0)
         for part in shards.split_into_shards(todo, self.shard_size)[:free]:
             one_by_one = any((task.adapter, task.base) in suspects for task in part)
-            self.started += (shards.start(part, self.policy, one_by_one=one_by_one),)
+            is_urgent = part[0].base == plan.awaited
+            shard = shards.start(part, self.policy, one_by_one=one_by_one, is_urgent=is_urgent)
+            self.started += (shard,)
         untrained = [
             f"{recipe.adapter} on {recipe.base_version}: retraining failed three times"
             for recipe in plan.trainings

@@ -4,6 +4,7 @@ from prefect import flow
 
 from tasks import training
 from tasks.limits import gpu_slots
+from tasks.worker import check_worker
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferOutcome
@@ -22,6 +23,7 @@ def train_adapter(
             result is then registered only if it passes the gate against the adapter's results on
             the old base. None: train a new adapter, or a new version of one.
     """
+    check_worker()
     with gpu_slots(recipe.processes):
         if policy is not None:
             return training.retrain(recipe, policy)

@@ -7,6 +7,7 @@ from prefect.states import Completed, Failed
 from tasks import transfer
 from tasks.limits import gpu_slots
 from tasks.policy import is_infrastructure_failure
+from tasks.worker import check_worker
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferTask
 
@@ -21,8 +22,8 @@ def transfer_shard(
     the other and use these evaluations; what is missing, each transfer evaluates itself.
 
     A transfer that is no longer needed is skipped. A failure of an adapter is recorded as one
-    attempt. A failure of a service, a disk, an access right or a base version is not recorded as an
-    attempt, and the next reconcile starts the transfer again.
+    attempt. A failure of a service, a worker, an access right or a base version is not recorded as
+    an attempt, and the next reconcile starts the transfer again.
 
     Args:
         shard: Transfers to the same base version.
@@ -32,6 +33,7 @@ def transfer_shard(
     """
     logger = get_run_logger()
     failed, not_recorded, skipped = [], [], []
+    warnings = check_worker()
     with gpu_slots():
         if len(shard) > 1 and not one_by_one:
             together = transfer.evaluate_together(shard, policy, return_state=True)
@@ -63,7 +65,7 @@ def transfer_shard(
                     )
     if failed or not_recorded:
         lines = [f"{len(failed)} of {len(shard)} failed: {', '.join(failed)}"] if failed else []
-        return Failed(message="\n".join([*lines, *not_recorded]))
+        return Failed(message="\n".join([*lines, *not_recorded, *warnings]))
     judged = f"{len(shard) - len(skipped)} adapters judged"
     more = f", {len(skipped)} no longer needed" if skipped else ""
-    return Completed(message=judged + more)
+    return Completed(message="\n".join([judged + more, *warnings]))

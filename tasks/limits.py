@@ -7,13 +7,13 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from trans_peft.domain.conventions import GPU_LIMIT
 from trans_peft.domain.identity import content_sha256
 from trans_peft.errors import InvalidSpecError
 
-__all__ = ["adapter_lock", "gpu_slots", "upload_lock"]
+__all__ = ["adapter_lock", "gpu_slot_count", "gpu_slots", "upload_lock"]
 
 _LEASE_S = 60.0
 """After a holder is killed, its slot is free within this time. Prefect renews no shorter lease."""
@@ -40,6 +40,15 @@ def gpu_slots(count: int = 1) -> Iterator[None]:
                 "`python -m infra.stack.prefect_objects`, or lower `processes` in the recipe",
             ) from error
         yield
+
+
+def gpu_slot_count() -> int:
+    """Return the GPU slots of all workers together; 1 if the limit does not exist."""
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_global_concurrency_limit_by_name(GPU_LIMIT).limit
+        except ObjectNotFound:  # the runs that need a slot report it
+            return 1
 
 
 @contextmanager

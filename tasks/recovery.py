@@ -11,9 +11,10 @@ from prefect.deployments import run_deployment
 
 from tasks.origin import inherited_tags
 from tasks.policy import RETRIES
+from tasks.worker import code_tag
 from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.identity import content_sha256, json_value
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS
 
@@ -33,9 +34,9 @@ def start_training(recipe: TrainingRecipe, policy: GatePolicy) -> bool:
             FlowRun,
             run_deployment(
                 Deployment.TRAIN_ADAPTER,
-                parameters={"recipe": recipe, "policy": policy},
+                parameters={"recipe": json_value(recipe), "policy": json_value(policy)},
                 idempotency_key=f"{key}:{attempt}",
-                tags=inherited_tags(),
+                tags=[code_tag(), *inherited_tags()],
                 timeout=0,
             ),
         )

@@ -39,6 +39,10 @@ class Settings(EnvironmentSettings):
     """Bound of the copies of bases. The worker deletes copies that no process uses, the least
     recently used first, before their sum exceeds it. None: the disk is the bound."""
 
+    gpus: int = Field(default=0, ge=0, validation_alias="TRANS_PEFT_GPUS")
+    """GPUs that this worker must have. A run of the queue `gpu` fails at once if PyTorch sees
+    fewer. 0: such runs compute on the CPU where there is no GPU."""
+
     readable: str = Field(default="", validation_alias="TRANS_PEFT_READABLE")
     """Local folders and hub data sets (`hub:NAME`) that recipes, suites and adapters may name,
     separated by commas. Empty: none."""

@@ -26,23 +26,25 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
 
+from tasks.limits import gpu_slot_count
 from tasks.origin import inherited_tags
 from tasks.queues import UNSERVED_AFTER_S, QueueWatch, unserved
+from tasks.worker import code_tag
 from trans_peft.domain.base import BaseRef
 from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
-from trans_peft.domain.identity import content_sha256
+from trans_peft.domain.identity import content_sha256, json_value
 from trans_peft.domain.outcome import Plan, TransferTask
 
 __all__ = [
-    "ENOUGH_ENDED",
-    "MAX_ACTIVE",
     "EndedShard",
     "Shard",
     "Suspect",
     "active_shards",
     "cancel_shard",
+    "enough_ended",
     "interrupted_transfers",
+    "max_active",
     "missing",
     "obsolete_shards",
     "split_into_shards",
@@ -53,11 +55,15 @@ __all__ = [
     "why_unserved",
 ]
 
-MAX_ACTIVE = 64
-"""Active shards of a family. A run starts the next ones when others have ended."""
+_MIN_WAITING = 8
+"""Waiting shards of a family on few GPU slots. Fewer would mean more reads of its fleet."""
 
-ENOUGH_ENDED = 32
-"""Ended shards after which a run reads the fleet and starts the next ones."""
+_HEAD_START = timedelta(days=1)
+"""Prefect starts the runs of a queue in the order of their scheduled times. A shard of a promotion
+therefore goes ahead of all runs but those that have waited for so long."""
+
+_PROMOTION = "promotion"
+"""Tag of the run of such a shard."""
 
 Suspect = tuple[str, BaseRef]
 """The name of an adapter that may have killed a process, and the base."""
@@ -78,12 +84,14 @@ class Shard:
         tasks: Its transfers.
         is_waiting: Whether the flow run has not started.
         one_by_one: Whether it evaluates no two adapters in one batch.
+        is_urgent: Whether a promotion waited for it when it was started.
     """
 
     run_id: UUID
     tasks: tuple[TransferTask, ...]
     is_waiting: bool = False
     one_by_one: bool = False
+    is_urgent: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,28 @@ class EndedShard:
         return self.is_crashed and not self.never_ran
 
 
+def max_active(slots: int) -> int:
+    """Return how many shards of a family may run or wait, on this many GPU slots.
+
+    Prefect starts the runs of a queue in the order in which they became due. A shard of another
+    family waits for those that wait already, so each family keeps few of them waiting: two rounds
+    of all slots. Families that all have more to do then take turns.
+    """
+    return slots + _waiting(slots)
+
+
+def enough_ended(slots: int) -> int:
+    """Return after how many ended shards a run reads the fleet and starts the next ones.
+
+    The other half of the waiting shards occupies the slots meanwhile.
+    """
+    return _waiting(slots) // 2
+
+
+def _waiting(slots: int) -> int:
+    return max(2 * slots, _MIN_WAITING)
+
+
 def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, ...]:
     """Return the transfers of a plan that are in no active shard, in the plan's order."""
     taken = {item.key for shard in active_shards for item in shard.tasks}
@@ -130,8 +160,9 @@ def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, .
 def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, ...]:
     """Return the waiting shards to withdraw.
 
-    These are shards with transfers that are no longer planned, and shards whose base comes
-    after a base with transfers in no shard. In one queue, these would have to wait for them.
+    These are shards with transfers that are no longer planned, shards whose base comes after a base
+    with transfers in no shard, and shards for which a promotion waits by now. In one queue, these
+    would have to wait for less urgent ones.
     """
     planned = {item.key for item in plan.tasks}
     rank = {base: i for i, base in enumerate(dict.fromkeys(w.base for w in plan.tasks))}
@@ -140,7 +171,12 @@ def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, 
         shard
         for shard in active_shards
         if shard.is_waiting
-        and any(w.key not in planned or rank[w.base] > first for w in shard.tasks)
+        and any(
+            w.key not in planned
+            or rank[w.base] > first
+            or (w.base == plan.awaited and not shard.is_urgent)
+            for w in shard.tasks
+        )
     )
 
 
@@ -208,36 +244,48 @@ def _shards(runs: Iterable[FlowRun]) -> Iterator[Shard]:
             )
             continue
         one_by_one = run.parameters.get("one_by_one") is True
-        yield Shard(run.id, tasks, _is_waiting(run), one_by_one)
+        yield Shard(run.id, tasks, _is_waiting(run), one_by_one, _PROMOTION in run.tags)
 
 
 def start(
-    tasks: tuple[TransferTask, ...], policy: GatePolicy, *, one_by_one: bool = False
+    tasks: tuple[TransferTask, ...],
+    policy: GatePolicy,
+    *,
+    one_by_one: bool = False,
+    is_urgent: bool = False,
 ) -> Shard:
     """Start the flow run of a shard of one base, or return the active one with the same transfers.
 
-    `one_by_one`: evaluate no two adapters in one batch.
+    `one_by_one`: evaluate no two adapters in one batch. `is_urgent`: go ahead of runs that became
+    due in the last `_HEAD_START`, because a promotion waits for the shard.
 
     Prefect returns the same run for an idempotency key for ever. If that run has ended without
     doing its transfers, the next key starts a new run.
     """
     base = tasks[0].base
+    tags = [*_tags(base.family, policy), code_tag(), *inherited_tags()]
     key = content_sha256([[item.key for item in tasks], policy, *(["alone"] if one_by_one else [])])
     for attempt in count():
         run = cast(  # `run_deployment` returns a coroutine in asynchronous code only
             FlowRun,
             run_deployment(
                 Deployment.TRANSFER_SHARD,
-                parameters={"shard": tasks, "policy": policy, "one_by_one": one_by_one},
+                # As `json_value`, so that a worker with older code can read them.
+                parameters={
+                    "shard": json_value(tasks),
+                    "policy": json_value(policy),
+                    "one_by_one": one_by_one,
+                },
                 flow_run_name=f"judge {base}",
                 idempotency_key=f"{key}:{attempt}",
-                tags=[*_tags(base.family, policy), *inherited_tags()],
+                scheduled_time=datetime.now(UTC) - _HEAD_START if is_urgent else None,
+                tags=[*tags, _PROMOTION] if is_urgent else tags,
                 timeout=0,
             ),
         )
         if run.state is None or not run.state.is_final():
             break
-    return Shard(run.id, tasks, is_waiting=True, one_by_one=one_by_one)
+    return Shard(run.id, tasks, is_waiting=True, one_by_one=one_by_one, is_urgent=is_urgent)
 
 
 def cancel_shard(shard: Shard) -> None:
@@ -256,7 +304,7 @@ def cancel_shard(shard: Shard) -> None:
 def wait(
     groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]
 ) -> tuple[str, tuple[EndedShard, ...]]:
-    """Wait until all shards of one group have ended, or `ENOUGH_ENDED` of them.
+    """Wait until all shards of one group have ended, or `enough_ended` of them.
 
     Returns the group's name and its ended shards. A poll is one request for 200 shards. If no
     worker serves the queue of a waiting shard for a minute, `on_unserved` is called with the
@@ -266,6 +314,7 @@ def wait(
     logged: dict[UUID, str] = {}
     ended: dict[UUID, EndedShard] = {}
     watch = QueueWatch(on_unserved)
+    enough = enough_ended(gpu_slot_count())
     awaited = [shard for group in groups.values() for shard in group]
     with get_client(sync_client=True) as client:
         while True:
@@ -286,7 +335,7 @@ def wait(
                     waiting.append(run)
             for name, group in groups.items():
                 over = tuple(ended[shard.run_id] for shard in group if shard.run_id in ended)
-                if len(over) >= min(len(group), ENOUGH_ENDED):
+                if len(over) >= min(len(group), enough):
                     return name, over
             watch.check(waiting, client)
             time.sleep(_POLL_S)
@@ -297,8 +346,9 @@ def why_unserved(shards: Sequence[Shard]) -> str:
     with get_client(sync_client=True) as client:
         for shard in (shard for shard in shards if shard.is_waiting):
             run = client.read_flow_run(shard.run_id)
-            due = run.expected_start_time or datetime.now(UTC)
-            if _is_waiting(run) and datetime.now(UTC) - due > timedelta(seconds=UNSERVED_AFTER_S):
+            created = run.created or datetime.now(UTC)
+            waits_s = (datetime.now(UTC) - created).total_seconds()
+            if _is_waiting(run) and waits_s > UNSERVED_AFTER_S:
                 return unserved([run], client)
     return ""
 

@@ -15,6 +15,7 @@
     ├── StoreError            (OSError)       a store, a server or a disk fails
     │   ├── AccessError       (PermissionError)   it denies access: do not retry
     │   └── BaseUnreadableError               a base version cannot be read: repair it first
+    ├── WorkerError           (RuntimeError)  this worker cannot do it: correct it, or use another
     ├── EvaluationError       (RuntimeError)  a model produced no answers that can be scored
     └── TrainingError         (RuntimeError)  a training process ended without an adapter
         ├── OutOfMemoryError  (MemoryError)
@@ -51,6 +52,7 @@ __all__ = [
     "TransPeftError",
     "UnsupportedModelError",
     "UploadError",
+    "WorkerError",
     "closest",
     "full_disk_error",
     "is_full_disk",
@@ -211,6 +213,10 @@ class AccessError(StoreError, PermissionError):
 
 class BaseUnreadableError(StoreError):
     """The record or the files of a base version cannot be read. No adapter is at fault."""
+
+
+class WorkerError(TransPeftError, RuntimeError):
+    """This worker cannot do what is asked, such as one with older code. Another worker may."""
 
 
 class EvaluationError(TransPeftError, RuntimeError):

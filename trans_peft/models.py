@@ -22,6 +22,7 @@ from trans_peft.errors import (
     InvalidSpecError,
     NotFoundError,
     UnsupportedModelError,
+    WorkerError,
     listed,
 )
 from trans_peft.loading import is_text_backbone, loading_problems, unexpected_names
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LoadedBase",
     "adapter_weights_sha256",
+    "check_gpus",
     "end_token_problems",
     "load_base",
     "load_tokenizer",
@@ -82,6 +84,20 @@ def release_base() -> None:
     gc.collect()  # models refer to themselves
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def check_gpus(wanted: int) -> None:
+    """Raise WorkerError if PyTorch sees fewer GPUs. `load_base` would use the CPU without one."""
+    import torch
+
+    if (found := torch.cuda.device_count()) < wanted:
+        raise WorkerError(
+            "this worker lacks GPUs",
+            expected=f"at least {wanted} that PyTorch sees (TRANS_PEFT_GPUS of this worker)",
+            found=found,
+            do="stop this worker, and correct its driver, its build of torch or its "
+            "CUDA_VISIBLE_DEVICES, or lower TRANS_PEFT_GPUS",
+        )
 
 
 def load_base(

@@ -71,8 +71,12 @@ class PrefectMonitor:
                 limit=1,
                 **of_queue,
             )
-            due = oldest[0].expected_start_time if oldest else now
-            metrics.queue_age.labels(name).set(_age_s(due, now))
+            # A shard of a promotion is scheduled before it is created (tasks/shards.py).
+            ages = [
+                min(_age_s(run.expected_start_time, now), _age_s(run.created, now))
+                for run in oldest
+            ]
+            metrics.queue_age.labels(name).set(max(ages, default=0.0))
         flow, deployment = _of(Deployment.TRANSFER_SHARD)
         for state in _STATES:
             count = await client.count_flow_runs(

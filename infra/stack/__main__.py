@@ -32,7 +32,7 @@ settings, as environment variables:
   GPU_SLOTS         flow runs on the `gpu` queue at a time (1)
   MLFLOW_BACKEND_STORE_URI, PREFECT_API_DATABASE_CONNECTION_URL
                     databases instead of SQLite: postgresql+psycopg2://..., postgresql+asyncpg://...
-  TRANS_PEFT_READABLE, TRANS_PEFT_SANDBOX_MAY_LACK, TRANS_PEFT_FAMILIES
+  TRANS_PEFT_GPUS, TRANS_PEFT_READABLE, TRANS_PEFT_SANDBOX_MAY_LACK, TRANS_PEFT_FAMILIES
                     passed to the worker (infra/README.md)
 """
 

@@ -149,6 +149,9 @@ class StackSettings(EnvironmentSettings):
     readable: str = Field(default="", validation_alias="TRANS_PEFT_READABLE")
     """Passed to the worker: local folders and hub data sets that recipes may name."""
 
+    worker_gpus: int = Field(default=0, ge=0, validation_alias="TRANS_PEFT_GPUS")
+    """Passed to the worker: GPUs that it must have. 0: it computes on the CPU without one."""
+
     sandbox_may_lack: str = Field(default="", validation_alias="TRANS_PEFT_SANDBOX_MAY_LACK")
     """Passed to the worker: guards of the sandbox that may be missing."""
 
@@ -198,6 +201,7 @@ class StackSettings(EnvironmentSettings):
         """The variables that configure the worker alone; an empty value is the default."""
         return {
             "TRANS_PEFT_FAMILIES": self.families,
+            "TRANS_PEFT_GPUS": str(self.worker_gpus or ""),
             "TRANS_PEFT_READABLE": self.readable,
             "TRANS_PEFT_SANDBOX_MAY_LACK": self.sandbox_may_lack,
         }

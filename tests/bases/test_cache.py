@@ -3,6 +3,7 @@
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 
@@ -63,6 +64,20 @@ def test_parallel_callers_download_once(tmp_path):
         copies = set(pool.map(call, range(4)))
     assert copies == {tmp_path / expected.digest}
     assert len(reads) == len(folder_of())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_upgrade_downloads_each_base_once_a_host_wherever_its_shards_run(tmp_path, seed):
+    random, found = Random(seed), []
+    bases = {version: store_of(folder_of(weights(version))) for version in range(2)}
+    known = {version: fingerprint(URI, store) for version, store in bases.items()}
+    hosts = [f"host-{number}" for number in range(4)]
+    placed = [(random.choice(hosts), random.choice([*bases])) for _ in range(40)]
+    for host, version in placed:
+        download(
+            URI, bases[version], tmp_path / host, fingerprint=known[version], on_found=found.append
+        )
+    assert found.count(False) == len({*placed}) <= len(hosts) * len(bases)
 
 
 def test_changed_files_in_the_prefix_are_an_integrity_error(tmp_path):

@@ -18,9 +18,14 @@ def ago(seconds):
     return datetime.now(UTC) - timedelta(seconds=seconds)
 
 
-def run(flow, queue, state, *, due_s=0.0, ended_s=0.0):
+def run(flow, queue, state, *, due_s=0.0, ended_s=0.0, created_s=1e6):
     return SimpleNamespace(
-        flow=flow, queue=queue, state=state, expected_start_time=ago(due_s), end_time=ago(ended_s)
+        flow=flow,
+        queue=queue,
+        state=state,
+        expected_start_time=ago(due_s),
+        end_time=ago(ended_s),
+        created=ago(created_s),
     )
 
 
@@ -115,3 +120,10 @@ def test_without_an_answer_prefect_is_down_and_the_last_numbers_stay():
     with pytest.raises(TypeError):
         gauges(broken, metrics)
     assert (shown(metrics)["prefect_up",], shown(metrics)["workers_online",]) == (0, 1)
+
+
+def test_a_shard_of_a_promotion_has_waited_since_it_was_created():
+    """It is scheduled for an earlier time, so that it goes first."""
+    urgent = run("transfer-shard", "gpu", "SCHEDULED", due_s=86_400 + 50, created_s=50)
+    found = gauges(Client(urgent))
+    assert found["queue_age_seconds", "gpu"] == pytest.approx(50, abs=30)

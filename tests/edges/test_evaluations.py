@@ -79,7 +79,7 @@ def test_an_evaluation_with_a_damaged_file_is_stored_again(servers, unique, tmp_
     if left is None:
         files.delete_artifacts("evaluation.json")
     else:
-        other = to_json(type(known), evaluation(f"{unique}-other"))
+        other = to_json(evaluation(f"{unique}-other"))
         (tmp_path / "evaluation.json").write_text(other if left == "another" else left)
         files.log_artifact(str(tmp_path / "evaluation.json"))
     assert evaluations.get(known.key) is None

@@ -69,6 +69,7 @@ class Run:
     key: tuple
     tasks: tuple[TransferTask, ...]
     one_by_one: bool
+    is_urgent: bool = False
     state: str = "Scheduled"
     started: bool = False
 
@@ -84,6 +85,7 @@ class FleetWithRuns:
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     promotion: PromotionPolicy = field(default_factory=PromotionPolicy)
     shard_size: int = 2
+    slots: int = 1
     runs: list[Run] = field(default_factory=list)
     records: list[tuple] = field(default_factory=list)
     locked: set[str] = field(default_factory=set)
@@ -117,6 +119,7 @@ class FleetWithRuns:
                 *("start", "active_shards", "suspects", "cancel_shard", "wait", "why_unserved"),
             ):
                 patch.setattr(module.shards, name, getattr(self, f"_{name}"))
+            patch.setattr(module.limits, "gpu_slot_count", lambda: self.slots)
             given = {"policy": POLICY, "promotion": self.promotion, "shard_size": self.shard_size}
             return module.reconcile.fn(**given | parameters)
 
@@ -176,20 +179,19 @@ class FleetWithRuns:
 
     # Prefect's part
 
-    def _start(self, tasks: tuple[TransferTask, ...], policy: Any, *, one_by_one: bool) -> Shard:
+    def _start(
+        self, tasks: tuple[TransferTask, ...], policy: Any, *, one_by_one: bool, is_urgent: bool
+    ) -> Shard:
         key = (*(item.key for item in tasks), one_by_one)
         for run in self.runs:
             if run.key == key and run.state in ("Scheduled", "Running"):
-                return Shard(run.id, run.tasks, is_waiting=True)
-        self.runs.append(Run(uuid4(), key, tasks, one_by_one))
-        return Shard(self.runs[-1].id, tasks, is_waiting=True, one_by_one=one_by_one)
+                return _shard(run)
+        run = Run(uuid4(), key, tasks, one_by_one, is_urgent)
+        self.runs.append(run)
+        return _shard(run)
 
     def _active_shards(self, family: str, policy: Any) -> tuple[Shard, ...]:
-        return tuple(
-            Shard(run.id, run.tasks, run.state == "Scheduled", run.one_by_one)
-            for run in self.runs
-            if run.state in ("Scheduled", "Running")
-        )
+        return tuple(_shard(run) for run in self.runs if run.state in ("Scheduled", "Running"))
 
     def _suspects(self, family: str, policy: Any) -> frozenset:
         killed = [run for run in self.runs if run.state == "Crashed" and not run.one_by_one]
@@ -209,7 +211,7 @@ class FleetWithRuns:
             for name, group in groups.items():
                 runs = [self._run(shard) for shard in group]
                 over = [run for run in runs if run.state not in ("Scheduled", "Running")]
-                if len(over) >= min(len(group), shards.ENOUGH_ENDED):
+                if len(over) >= min(len(group), shards.enough_ended(self.slots)):
                     return name, tuple(map(_ended, over))
             self.work_one_shard()
 
@@ -220,10 +222,11 @@ class FleetWithRuns:
         return next(run for run in self.runs if run.id == shard.run_id)
 
     def work_one_shard(self) -> None:
-        """Run the oldest waiting shard, as a worker does."""
-        run = next((run for run in self.runs if run.state == "Scheduled"), None)
-        if run is None:
+        """Run the waiting shard that was scheduled first, as a worker does."""
+        waiting = [run for run in self.runs if run.state == "Scheduled"]
+        if not waiting:
             return
+        run = next((run for run in waiting if run.is_urgent), waiting[0])
         run.state, run.started = "Running", True
         try:
             if not run.one_by_one and len(run.tasks) > 1:
@@ -276,6 +279,10 @@ class FleetWithRuns:
                 for adapter in seen.adapters
             },
         }
+
+
+def _shard(run: Run) -> Shard:
+    return Shard(run.id, run.tasks, run.state == "Scheduled", run.one_by_one, run.is_urgent)
 
 
 def _ended(run: Run) -> EndedShard:

@@ -66,6 +66,7 @@ class Platform:
             lambda key, markdown: self.artifacts.append(markdown),
         )  # fmt: skip
         monkeypatch.setattr(cell_module, "gpu_slots", lambda count: nullcontext())
+        monkeypatch.setattr(cell_module, "check_worker", tuple)
         monkeypatch.setattr(
             cell_module, "experiments", SimpleNamespace(score_cell=experiments.score_cell.fn)
         )

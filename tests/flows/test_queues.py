@@ -43,7 +43,7 @@ def run(state=None, due_s=90.0, run_id=None):
         name="judge small/v2",
         state=state or Scheduled(),
         start_time=None,
-        expected_start_time=datetime.now(UTC) - timedelta(seconds=due_s),
+        created=datetime.now(UTC) - timedelta(seconds=due_s),
         work_queue_name="gpu",
         work_pool_name="trans-peft",
     )
@@ -99,6 +99,7 @@ def client(monkeypatch):
     monkeypatch.setattr(shards.time, "sleep", sleep)
     monkeypatch.setattr(shards, "QueueWatch", lambda tell: QueueWatch(tell, lambda: now[0]))
     monkeypatch.setattr(shards, "get_run_logger", lambda: SimpleNamespace(info=lambda *_: None))
+    monkeypatch.setattr(shards, "gpu_slot_count", lambda: 32)
     client.now = now
     return client
 
@@ -117,8 +118,8 @@ def test_a_wait_ends_when_enough_shards_have_ended_and_costs_one_request_a_poll(
 
     client.at = end_one
     name, ended = shards.wait({"small": some}, on_unserved=lambda text: None)
-    assert (name, len(ended)) == ("small", shards.ENOUGH_ENDED)
-    assert client.reads == shards.ENOUGH_ENDED + 1
+    assert (name, len(ended)) == ("small", 32)
+    assert client.reads == 32 + 1
 
 
 def test_a_deleted_run_counts_as_cancelled(client):

@@ -69,8 +69,8 @@ class TestOneRun:
         assert (upgraded.final_state, upgraded.runs, upgraded.moments) == (before, [], 0)
 
     def test_starts_a_bounded_number_of_shards_at_a_time(self, undisturbed, tmp_path, monkeypatch):
-        monkeypatch.setattr(shards, "MAX_ACTIVE", 2)
-        monkeypatch.setattr(shards, "ENOUGH_ENDED", 1)
+        monkeypatch.setattr(shards, "max_active", lambda slots: 2 * slots)
+        monkeypatch.setattr(shards, "enough_ended", lambda slots: slots)
         upgraded = upgrade(tmp_path / "bounded")
         upgraded.shard_size = 1
         active = []
@@ -86,6 +86,21 @@ class TestOneRun:
         assert [len(run.tasks) for run in upgraded.runs] == [1] * 5
         assert active == [2, 2, 2, 2, 1]
         assert upgraded.final_state == undisturbed.final_state
+
+    def test_shards_of_a_promotion_go_ahead_of_those_that_wait(self, tmp_path, monkeypatch):
+        upgraded = upgrade(tmp_path / "urgent")
+        fleet = upgraded.fleet
+        fleet.promote(fleet.platform.catalog.versions(FAMILY)[0])  # v2 is an upload, no promotion
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(FleetWithRuns, "_wait", killed)
+            upgraded.reconcile(monkeypatch)
+        assert [(run.state, run.is_urgent) for run in upgraded.runs] == [("Scheduled", False)] * 3
+        fleet.promote(fleet.platform.catalog.versions(FAMILY)[1])
+        assert upgraded.reconcile(monkeypatch).name == "Completed"
+        assert [(run.state, run.is_urgent) for run in upgraded.runs] == [
+            *[("Withdrawn", False)] * 3, *[("Completed", True)] * 3,
+        ]  # fmt: skip
+        assert fleet.serving == 2
 
     def test_reports_an_unknown_family(self, undisturbed, monkeypatch):
         state = undisturbed.reconcile(monkeypatch, family="smal")

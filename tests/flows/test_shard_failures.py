@@ -24,6 +24,7 @@ from trans_peft.errors import (
     IntegrityError,
     NotFoundError,
     StoreError,
+    WorkerError,
     translating_full_disk_errors,
 )
 
@@ -47,6 +48,7 @@ def no_slot(cause):
         (StoreError("S3 cannot be reached"), True, True),
         (AccessError("S3 denies access"), True, False),
         (BaseUnreadableError("its fingerprint is missing"), True, False),
+        (WorkerError("older code"), True, False),
         (ConnectionResetError(), True, True),
         (TimeoutError(), True, True),
         (httpx.ConnectError("refused"), True, True),
@@ -82,7 +84,7 @@ def shard(monkeypatch, tmp_path):
     passed = outcome(draft("chat", "small", peft_folder(tmp_path / "peft")))
     passed = replace(passed, training=None)
 
-    def run(errors, not_recorded=None, together=None):
+    def run(errors, not_recorded=None, together=None, warnings=()):
         charged = []
 
         def record_failure(task, policy, reason, return_state):
@@ -104,6 +106,7 @@ def shard(monkeypatch, tmp_path):
         )
         monkeypatch.setattr(module, "transfer", fakes)
         monkeypatch.setattr(module, "gpu_slots", nullcontext)
+        monkeypatch.setattr(module, "check_worker", lambda: warnings)
         monkeypatch.setattr(module, "get_run_logger", lambda: logging.getLogger("shard"))
         return module.transfer_shard.fn((A, B, C), POLICY), charged
 
@@ -114,6 +117,15 @@ def test_an_outage_counts_as_no_attempt_and_is_reported(shard):
     state, charged = shard({"a": StoreError("S3 cannot be reached"), "b": AccessError("locked")})
     assert (state.name, charged) == ("Failed", [])
     assert state.message == "a: S3 cannot be reached\nb: locked"
+
+
+@pytest.mark.parametrize(
+    ("errors", "name"), [({}, "Completed"), ({"a": StoreError("S3")}, "Failed")]
+)
+def test_warnings_about_the_worker_end_the_message(shard, errors, name):
+    state, _ = shard(errors, warnings=("the clock of this worker is wrong",))
+    assert state.name == name
+    assert state.message.splitlines()[-1] == "the clock of this worker is wrong"
 
 
 def test_a_failing_adapter_is_counted_beside_an_outage(shard):

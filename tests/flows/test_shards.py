@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -42,12 +43,12 @@ def task(adapter: str, base: BaseRef = V2, attempt: int = 1) -> TransferTask:
     return TransferTask(adapter, 1, base, Reason.NO_VERDICT, attempt)
 
 
-def shard(*items: TransferTask, is_waiting: bool = True) -> Shard:
-    return Shard(uuid4(), items, is_waiting)
+def shard(*items: TransferTask, is_waiting: bool = True, is_urgent: bool = False) -> Shard:
+    return Shard(uuid4(), items, is_waiting, is_urgent=is_urgent)
 
 
-def plan(*items: TransferTask) -> Plan:
-    return Plan("small", items)
+def plan(*items: TransferTask, awaited: BaseRef | None = None) -> Plan:
+    return Plan("small", items, awaited=awaited)
 
 
 A, B, C = task("a"), task("b"), task("c")
@@ -84,10 +85,34 @@ def test_a_task_in_a_shard_is_not_missing_even_if_its_estimate_changed(tasks, da
         (plan(A, NEWER), shard(A), False),
         (plan(NEWER, A), shard(A, is_waiting=False), False),  # it checks again before each adapter
         (plan(), shard(A, is_waiting=False), False),
+        (plan(A, awaited=V2), shard(A), True),  # started before the promotion
+        (plan(A, awaited=V2), shard(A, is_urgent=True), False),
+        (plan(A, awaited=V2), shard(A, is_waiting=False), False),
+        (plan(A, awaited=V3), shard(A), False),
     ],
 )
 def test_a_waiting_shard_is_withdrawn_if_it_is_not_needed_next(planned, waiting, withdrawn):
     assert obsolete_shards(planned, [waiting]) == ((waiting,) if withdrawn else ())
+
+
+@pytest.mark.parametrize("is_urgent", [False, True])
+def test_a_shard_of_a_promotion_is_scheduled_before_all_others(monkeypatch, is_urgent):
+    started = []
+
+    def run_deployment(name, **given):
+        started.append(given)
+        return SimpleNamespace(id=uuid4(), state=None)
+
+    monkeypatch.setattr(shards, "run_deployment", run_deployment)
+    assert shards.start((A, B), GatePolicy(), is_urgent=is_urgent).is_urgent is is_urgent
+    (given,) = started
+    run = SimpleNamespace(id=uuid4(), state=None, **given)
+    assert [found.is_urgent for found in shards._shards([run])] == [is_urgent]
+    if is_urgent:
+        ahead = datetime.now(UTC) - given["scheduled_time"]
+        assert timedelta(days=1) <= ahead < timedelta(days=1, minutes=5)
+    else:
+        assert given["scheduled_time"] is None  # now
 
 
 def test_a_shard_is_kept_if_the_task_on_the_newer_base_is_active():
@@ -162,7 +187,12 @@ def test_the_adapters_of_a_crashed_run_are_suspects_if_they_shared_batches(
     monkeypatch, parameters, started, found
 ):
     run = SimpleNamespace(
-        id=uuid4(), name="run", parameters=parameters, start_time=started or None, state=None
+        id=uuid4(),
+        name="run",
+        parameters=parameters,
+        start_time=started or None,
+        state=None,
+        tags=[],
     )
 
     def read_flow_runs(*, flow_run_filter, limit, sort):

@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
-from prefect.states import Running
+from prefect.states import Running, Scheduled
 from prefect.testing.utilities import prefect_test_harness
 
 from infra.stack.interrupted import WORKER, crash_interrupted_runs
@@ -133,3 +133,30 @@ def test_runs_are_not_marked_as_interrupted_while_a_worker_of_another_host_is_on
 
     assert asyncio.run(run_after_restart(None)) == "Crashed"
     assert asyncio.run(run_after_restart("ProcessWorker of another host")) == "Running"
+
+
+def test_the_runs_of_a_queue_start_in_the_order_of_their_scheduled_times():
+    """Shards of a promotion rely on it (`tasks.shards.start`)."""
+
+    @flow
+    def work() -> None:
+        pass
+
+    async def order(hours):
+        async with get_client() as client:
+            await register(client, gpu_slots=8)
+            for ago in hours:
+                scheduled = Scheduled(scheduled_time=datetime.now(UTC) - timedelta(hours=ago))
+                await client.create_flow_run(
+                    work,
+                    name=f"{ago}",
+                    state=scheduled,
+                    work_pool_name=WORK_POOL,
+                    work_queue_name="gpu",
+                )
+            found = await client.get_scheduled_flow_runs_for_work_pool(
+                WORK_POOL, work_queue_names=["gpu"], scheduled_before=datetime.now(UTC)
+            )
+            return [one.flow_run.name for one in found]
+
+    assert asyncio.run(order([1, 24, 0, 30])) == ["30", "24", "1", "0"]

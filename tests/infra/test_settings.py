@@ -257,6 +257,7 @@ def test_up_passes_the_settings_of_the_worker_on(tmp_path):
     families = '{"smol": {"key": "/etc/trans-peft/smol.pem"}}'
     chosen = {
         "TRANS_PEFT_FAMILIES": families,
+        "TRANS_PEFT_GPUS": "1",
         "TRANS_PEFT_READABLE": "hub:openai/*",
         "TRANS_PEFT_SANDBOX_MAY_LACK": "user",
     }

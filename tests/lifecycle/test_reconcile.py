@@ -13,7 +13,7 @@ from tests.lifecycle.fleet import FAMILY, POLICY, SUITE, MemoryFleet, evaluation
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Reason
 from trans_peft.domain.recipe import TrainingRecipe
-from trans_peft.errors import BaseUnreadableError, NotFoundError, NotServedError
+from trans_peft.errors import BaseUnreadableError, NotFoundError, NotServedError, WorkerError
 from trans_peft.lifecycle.reconcile import (
     MAX_ATTEMPTS,
     MAX_ESTIMATES,
@@ -23,7 +23,7 @@ from trans_peft.lifecycle.reconcile import (
     with_cost_estimates,
 )
 from trans_peft.lifecycle.resolve import resolve
-from trans_peft.lifecycle.transfer import record_failure, transfer
+from trans_peft.lifecycle.transfer import TransferInputs, record_failure, transfer
 
 
 def lines(tasks):
@@ -49,6 +49,42 @@ def test_a_pending_retraining_is_planned_until_it_was_tried(fleet, two_bases):
         assert (
             plan(seen, replace(POLICY, margin_points=1.0)).trainings == ()
         )  # evaluated again first
+
+
+def test_a_promotion_is_awaited_until_the_base_serves(fleet):
+    v1, v2 = fleet.add_base("v1"), fleet.add_base("v2")
+    fleet.add_adapter("chat", v1)
+
+    def awaited():
+        return plan(observe(FAMILY, fleet.platform), POLICY).awaited
+
+    assert awaited() is None  # no champion
+    fleet.promote(v1)
+    assert awaited() == v1.ref
+    fleet.apply_verdicts()
+    assert awaited() is None  # v2 is an upload
+    fleet.promote(v2)
+    assert awaited() == v2.ref
+    fleet.complete_tasks()
+    fleet.apply_verdicts()
+    assert awaited() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("_DECODING_REVISION", 2), ("_SCORING_REVISIONS", {"exact_match": 2})]
+)
+def test_a_worker_whose_code_scores_in_another_way_does_nothing(
+    fleet, two_bases, monkeypatch, name, value
+):
+    planned = fleet.tasks()
+    seen = observe(FAMILY, fleet.platform)
+    assert TransferInputs.of(planned[0], seen).task == planned[0]
+    monkeypatch.setattr(f"trans_peft.domain.evaluation.{name}", value)
+    with pytest.raises(WorkerError, match="the code of this worker scores the suites of chat"):
+        transfer(planned[0], seen, POLICY, fleet.platform)
+    assert lines(fleet.tasks()) == lines(planned)
+    by_older_code = replace(planned[0], suites_sha256="")
+    assert TransferInputs.of(by_older_code, seen).task == by_older_code
 
 
 def test_a_second_run_plans_nothing(fleet, two_bases):

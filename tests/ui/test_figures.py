@@ -45,7 +45,7 @@ def fleet(tmp_path_factory):
 def stored(fleet):
     """The outcome as it is stored: JSON in a tag."""
     (outcome,) = fleet.platform.registry.outcomes("chat")
-    return json.loads(to_json(TransferOutcome, outcome))
+    return json.loads(to_json(outcome))
 
 
 def changed(value, draw, name=""):

@@ -170,10 +170,10 @@ def test_a_sequential_policy_refuses_degrees():
 
 def test_degrees_are_stored_and_read_as_degrees():
     evaluation = degrees([0.0, 0.25, 1.0])["summaries"]
-    read = from_json(Evaluation, to_json(Evaluation, evaluation), where="a test")
+    read = from_json(Evaluation, to_json(evaluation), where="a test")
     assert read == evaluation and read.has_degrees and read.score == pytest.approx(125 / 3)
     right = replace(evaluation, items=(ItemResult("a", True), ItemResult("b", False)))
-    read = from_json(Evaluation, to_json(Evaluation, right), where="a test")
+    read = from_json(Evaluation, to_json(right), where="a test")
     assert [item.correct for item in read.items] == [True, False] and not read.has_degrees
 
 

@@ -291,7 +291,7 @@ def test_labels_are_stored_and_read():
     evaluation = Evaluation(
         "essays", "w", "b", "s", "d", (ItemResult("1", 0.5),), labeled=((True, 0.9), (False, 0.1))
     )
-    assert from_json(Evaluation, to_json(Evaluation, evaluation), where="a test") == evaluation
+    assert from_json(Evaluation, to_json(evaluation), where="a test") == evaluation
     assert evaluation.score == pytest.approx(50)
 
 

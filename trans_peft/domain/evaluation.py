@@ -39,6 +39,7 @@ __all__ = [
     "evaluation_key",
     "flipped_items",
     "prefix_key",
+    "suites_sha256",
     "verdict_key",
 ]
 
@@ -285,6 +286,14 @@ def evaluation_key(
     """
     parts = [weights_sha256, base_fingerprint_sha256, suite_sha256, decoding_sha256]
     return content_sha256(parts if engine == DEFAULT_ENGINE else [*parts, ["engine", engine]])
+
+
+def suites_sha256(suites: Iterable[Suite]) -> str:
+    """Return the hash of all that decides the results of these suites on one base and adapter.
+
+    Code of two versions that gives other results for a suite has other hashes of it.
+    """
+    return content_sha256([[suite.suite_sha256, suite.decoding_sha256] for suite in suites])
 
 
 def prefix_key(whole_key: str, prefix: "Prefix", items: int) -> str:

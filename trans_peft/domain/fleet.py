@@ -186,6 +186,11 @@ class Fleet:
         )
 
     @property
+    def awaited_base(self) -> BaseVersion | None:
+        """The base version to which a person wants the fleet to move: `champion`, not `serving`."""
+        return None if self.champion == self.serving else self.base(self.champion)
+
+    @property
     def desired_bases(self) -> tuple[BaseVersion, ...]:
         """The base versions on which every live adapter needs a verdict, most important first.
 

@@ -14,13 +14,17 @@ __all__ = ["ADDED_LATER", "content_sha256", "json_value"]
 ADDED_LATER: Mapping[str, Any] = {"added_later": True}
 """Metadata of a dataclass field that was added after hashes of its class had been stored.
 
-Such a field is part of the hash only if its value differs from its default. The hashes of values
-that existed before the field therefore do not change.
+Such a field is part of the hash, and of stored JSON, only if its value differs from its default.
+The hashes of values that existed before the field therefore do not change, and older code reads
+values that do not use it. The default must never change.
 """
 
 
 def json_value(value: Any) -> Any:
-    """Return a value as JSON represents it; sets become sorted lists."""
+    """Return a value as JSON represents it; sets become sorted lists.
+
+    Fields that are `ADDED_LATER` are left out if they have their default.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         held = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
         return {

@@ -70,6 +70,8 @@ class TransferTask:
         reason: Why the transfer is necessary.
         attempt: 1, or one more than the number of failed attempts.
         estimated_seconds: The estimated duration; None if it is unknown.
+        suites_sha256: What decides the results of the adapter's suites, in the code that planned
+            the task (`suites_sha256`). Empty: not checked.
     """
 
     adapter: str
@@ -78,6 +80,7 @@ class TransferTask:
     reason: Reason
     attempt: int = 1
     estimated_seconds: float | None = None
+    suites_sha256: str = ""
 
     def __post_init__(self) -> None:
         check_names("the transfer task", adapter=self.adapter)
@@ -181,6 +184,7 @@ class Plan:
         parked: Transfers whose attempts all failed; a person has to act.
         unreadable: Registry entries that cannot be read, each with the reason.
         trainings: Recipes for retraining that recorded outcomes contain.
+        awaited: The base version to which a person wants the fleet to move, until it serves.
     """
 
     family: str
@@ -188,3 +192,4 @@ class Plan:
     parked: tuple[TransferTask, ...] = ()
     unreadable: tuple[str, ...] = ()
     trainings: tuple[TrainingRecipe, ...] = ()
+    awaited: BaseRef | None = None

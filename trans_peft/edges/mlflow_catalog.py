@@ -282,7 +282,7 @@ class MlflowCatalog:
                     "tensors": len(fingerprint.tensors),
                 },
             )
-            self._tracking.write_text(run_id, _FILE, to_json(Fingerprint, fingerprint))
+            self._tracking.write_text(run_id, _FILE, to_json(fingerprint))
         return run_id
 
 

@@ -50,7 +50,7 @@ class MlflowEvaluations:
             "base_fingerprint": evaluation.base_fingerprint_sha256,
         }
         with self._tracking.run("evaluations", evaluation.suite, tags) as run_id:
-            self._tracking.write_text(run_id, _FILE, to_json(Evaluation, evaluation))
+            self._tracking.write_text(run_id, _FILE, to_json(evaluation))
             self._tracking.log_metrics(
                 run_id,
                 {

@@ -16,6 +16,7 @@ from typing import Any
 
 from trans_peft.domain.conventions import ADAPTER_ALIAS_PREFIX, OUTCOME_TAG_PREFIX
 from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.identity import json_value
 from trans_peft.domain.names import quoted
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.edges.json_codec import from_json, to_json
@@ -73,7 +74,7 @@ class MlflowOutcomes:
         if run_id is None:
             name = f"{outcome.adapter} on {outcome.base}"
             with self._tracking.run("transfers", name, tags) as run_id:
-                self._tracking.write_text(run_id, _FILE, to_json(TransferOutcome, outcome))
+                self._tracking.write_text(run_id, _FILE, to_json(outcome))
                 self._tracking.log_metrics(run_id, _figures(outcome), step=0, time_ms=time_ms)
                 self._log_lineage(run_id, outcome, number, found)
         verdict = {"verdict": outcome.verdict.value}
@@ -187,7 +188,7 @@ def _short(outcome: TransferOutcome) -> Any:
         judgment=replace(outcome.judgment, reason=outcome.judgment.reason[:_MAX_REASON]),
         tried=tuple(replace(item, reason=item.reason[:_MAX_LINE]) for item in outcome.tried),
     )
-    return json.loads(to_json(TransferOutcome, short))
+    return json_value(short)
 
 
 def _first(lines: tuple[str, ...]) -> tuple[str, ...]:

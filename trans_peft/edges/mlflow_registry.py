@@ -249,7 +249,7 @@ class MlflowRegistry:
         """Record a manual override of an alias, to be shown in MLflow; None removes the record."""
         name = f"{OVERRIDE_TAG_PREFIX}{alias}"
         if override is not None:
-            self._tracking.tag_model(adapter, name, to_json(ManualOverride, override))
+            self._tracking.tag_model(adapter, name, to_json(override))
         elif name in own_tags(self._tracking.model(adapter, "adapter").tags):
             self._tracking.untag_model(adapter, name)
 

@@ -41,11 +41,11 @@ def version_tags(draft: AdapterVersion) -> dict[str, str]:
         "weights_sha256": draft.weights_sha256,
         "method": draft.method,
         "recipe_sha256": draft.recipe_sha256,
-        "suites": to_json(tuple[Suite, ...], draft.suites),
+        "suites": to_json(draft.suites),
         "transferred_from": "" if transferred is None else str(transferred),
-        "recipe": "" if draft.recipe is None else to_json(TrainingRecipe, draft.recipe),
+        "recipe": "" if draft.recipe is None else to_json(draft.recipe),
         "made_by": draft.made_by.value,
-        "leakage": to_json(tuple[SuiteLeakage, ...], draft.leakage) if draft.leakage else "",
+        "leakage": to_json(draft.leakage) if draft.leakage else "",
     }
 
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import CHAMPION_ALIAS, SERVING_ALIAS
-from trans_peft.domain.evaluation import GatePolicy, Verdict
+from trans_peft.domain.evaluation import GatePolicy, Verdict, suites_sha256
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Plan, Reason, TransferTask
@@ -106,7 +106,14 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
             elif (recipe := _pending_retraining(adapter, base, policy)) is not None:
                 trainings.append(recipe)
     aside = (*fleet.unreadable, *fleet.set_aside)
-    return Plan(fleet.family, tuple(tasks), tuple(parked), aside, tuple(trainings))
+    return Plan(
+        fleet.family,
+        tuple(tasks),
+        tuple(parked),
+        aside,
+        tuple(trainings),
+        None if fleet.awaited_base is None else fleet.awaited_base.ref,
+    )
 
 
 def is_still_needed(task: TransferTask, fleet: Fleet, policy: GatePolicy) -> bool:
@@ -251,4 +258,5 @@ def _missing(
         reason=reason,
         attempt=attempt,
         estimated_seconds=0.0 if reason is Reason.POLICY_CHANGED else None,
+        suites_sha256=suites_sha256(source.suites),
     )

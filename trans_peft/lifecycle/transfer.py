@@ -8,11 +8,15 @@ from pathlib import Path
 
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import GatePolicy, Judgment, Verdict
+from trans_peft.domain.evaluation import GatePolicy, Judgment, Verdict, suites_sha256
 from trans_peft.domain.fleet import Fleet, RegisteredAdapter
 from trans_peft.domain.outcome import Compatibility, TransferOutcome, TransferTask, outcome_of
 from trans_peft.domain.recovery import RecoveryPolicy
-from trans_peft.errors import replacing_paths_in_errors, translating_full_disk_errors
+from trans_peft.errors import (
+    WorkerError,
+    replacing_paths_in_errors,
+    translating_full_disk_errors,
+)
 from trans_peft.lifecycle.base_files import (
     named_fingerprint,
     reading_base,
@@ -100,8 +104,21 @@ class TransferInputs:
 
     @classmethod
     def of(cls, task: TransferTask, fleet: Fleet) -> "TransferInputs":
-        """Return the inputs. Raises NotFoundError if adapter or base is not in the fleet."""
-        return cls(task, fleet.adapter(task.adapter), fleet.referred_base(task.base), fleet.bases)
+        """Return the inputs.
+
+        Raises NotFoundError if adapter or base is not in the fleet, and WorkerError if the code of
+        this worker scores the suites in another way than the code that planned the task.
+        """
+        adapter = fleet.adapter(task.adapter)
+        if task.suites_sha256 not in ("", found := suites_sha256(adapter.source.suites)):
+            raise WorkerError(
+                f"the code of this worker scores the suites of {task.adapter} in another way than "
+                "the code of the reconcile that planned the transfer",
+                expected=f"the hash {task.suites_sha256[:12]}",
+                found=found[:12],
+                do="update the checkout or image of the older one of the two workers",
+            )
+        return cls(task, adapter, fleet.referred_base(task.base), fleet.bases)
 
     @property
     def source(self) -> AdapterVersion:
