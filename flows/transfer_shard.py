@@ -21,8 +21,8 @@ def transfer_shard(
     the other and use these evaluations; what is missing, each transfer evaluates itself.
 
     A transfer that is no longer needed is skipped. A failure of an adapter is recorded as one
-    attempt. A failure of a service, a disk, an access right or a base version is not recorded as an
-    attempt, and the next reconcile starts the transfer again.
+    attempt. A failure of a service, a disk, an access right or a base version is not, nor is an
+    engine that this worker lacks. The next reconcile starts the transfer again.
 
     Args:
         shard: Transfers to the same base version.

@@ -7,7 +7,13 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
-from trans_peft.errors import AccessError, BaseUnreadableError, IsolationError, StoreError
+from trans_peft.errors import (
+    AccessError,
+    BaseUnreadableError,
+    EngineUnavailableError,
+    IsolationError,
+    StoreError,
+)
 
 __all__ = ["RETRIES", "is_infrastructure_failure"]
 
@@ -15,6 +21,7 @@ __all__ = ["RETRIES", "is_infrastructure_failure"]
 _INFRASTRUCTURE = (
     StoreError,
     IsolationError,
+    EngineUnavailableError,
     ConnectionError,
     TimeoutError,
     ConcurrencySlotAcquisitionError,
@@ -23,7 +30,7 @@ _INFRASTRUCTURE = (
 
 
 def is_infrastructure_failure(state: State[Any]) -> bool:
-    """Whether a task failed because of a service, a disk, an access right or a base version.
+    """Whether a task failed because of a service, a worker, an access right or a base version.
 
     Such a failure does not count as an attempt of the adapter. The next reconcile starts the task
     again.
@@ -37,9 +44,10 @@ def is_infrastructure_failure(state: State[Any]) -> bool:
 def _is_worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Whether another attempt within a minute can succeed.
 
-    It cannot if access is denied or a base version cannot be read: a person has to act first.
+    It cannot if access is denied, a base version cannot be read, or the worker lacks the engine: a
+    person has to act first.
     """
-    lasting = isinstance(_error(state), AccessError | BaseUnreadableError)
+    lasting = isinstance(_error(state), AccessError | BaseUnreadableError | EngineUnavailableError)
     return is_infrastructure_failure(state) and not lasting
 
 

@@ -16,6 +16,7 @@
     │   ├── AccessError       (PermissionError)   it denies access: do not retry
     │   └── BaseUnreadableError               a base version cannot be read: repair it first
     ├── EvaluationError       (RuntimeError)  a model produced no answers that can be scored
+    ├── EngineUnavailableError (RuntimeError) an engine is not installed, or cannot run here
     └── TrainingError         (RuntimeError)  a training process ended without an adapter
         ├── OutOfMemoryError  (MemoryError)
         └── TrainingCancelled
@@ -37,6 +38,7 @@ __all__ = [
     "BaseUnreadableError",
     "ContentError",
     "DataError",
+    "EngineUnavailableError",
     "EvaluationError",
     "IntegrityError",
     "InvalidSpecError",
@@ -215,6 +217,10 @@ class BaseUnreadableError(StoreError):
 
 class EvaluationError(TransPeftError, RuntimeError):
     """A model produced no answers that can be scored: logits not finite, or out of memory."""
+
+
+class EngineUnavailableError(TransPeftError, RuntimeError):
+    """An engine that is not installed or cannot run on this worker. No adapter is at fault."""
 
 
 class TrainingError(TransPeftError, RuntimeError):

@@ -20,6 +20,7 @@ from tests.lifecycle.fleet import POLICY
 from trans_peft.errors import (
     AccessError,
     BaseUnreadableError,
+    EngineUnavailableError,
     EvaluationError,
     IntegrityError,
     NotFoundError,
@@ -47,6 +48,7 @@ def no_slot(cause):
         (StoreError("S3 cannot be reached"), True, True),
         (AccessError("S3 denies access"), True, False),
         (BaseUnreadableError("its fingerprint is missing"), True, False),
+        (EngineUnavailableError("vLLM is not installed"), True, False),
         (ConnectionResetError(), True, True),
         (TimeoutError(), True, True),
         (httpx.ConnectError("refused"), True, True),

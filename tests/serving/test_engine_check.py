@@ -11,7 +11,7 @@ from tests.serving.fleet import lora_folder
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import AdapterError
-from trans_peft.serving.engine_check import EngineBase, check_for_engine
+from trans_peft.transfer.engine_check import EngineBase, check_for_engine
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,6 @@ from trans_peft.files import atomic_write
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
-from trans_peft.serving.engine_check import EngineBase, check_for_engine
 from trans_peft.serving.folders import AdapterFolders, folder_error
 from trans_peft.serving.manifest import (
     IdleEntry,
@@ -46,7 +45,7 @@ from trans_peft.serving.manifest import (
     manifest_of,
     manifest_to_json,
 )
-from trans_peft.transfer.peft_folder import read_peft_folder
+from trans_peft.transfer.engine_check import EngineBase, check_for_engine, lora_rank
 
 __all__ = ["Export", "ExportSettings", "Exported", "Layout", "LeftOut", "check_pause", "watch"]
 
@@ -323,7 +322,7 @@ class Export:
     def _write_kserve(self, manifest: ServingManifest) -> None:
         import yaml
 
-        ranks = [_rank(self._folders.path(adapter)) for adapter in manifest.adapters]
+        ranks = [lora_rank(self._folders.path(adapter)) for adapter in manifest.adapters]
         largest = self._settings.max_rank or max(ranks, default=1)
         prefix = self._settings.uri.rstrip("/")
         service = {
@@ -486,8 +485,3 @@ def _check_name(adapter: ServedAdapter, model: str) -> None:
                 expected="letters, digits, '.', '_' and '-', and not the name of the base",
                 do="register the adapter under another name, or give the base another one",
             )
-
-
-def _rank(folder: Path) -> int:
-    tensors = read_peft_folder(folder).tensors
-    return max((shape[0] for key, shape in tensors.items() if "lora_A" in key), default=1)
