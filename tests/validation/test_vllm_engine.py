@@ -42,13 +42,13 @@ class LLM:
             os.write(2, b"Killed by the kernel")
             os._exit(9)
         log_p = float("nan") if prompt[0] == 2 else -1.0
-        tokens = 1 if prompt[0] == 3 else sampling.max_tokens
+        tokens = 1 if prompt[0] == 3 and sampling.detokenize else sampling.max_tokens
         ids = [prompt[-1] + (adapter.number if adapter else 0)] * tokens
         scores = [{token: SimpleNamespace(logprob=log_p * token, rank=token)} for token in prompt]
         return SimpleNamespace(
             prompt_logprobs=[None, *scores[1:]],
             outputs=[SimpleNamespace(
-                token_ids=ids, stop_reason="x",
+                token_ids=ids,
                 logprobs=[{token: SimpleNamespace(logprob=log_p)} for token in ids],
             )],
         )
@@ -164,7 +164,6 @@ def test_scores_are_those_of_the_given_tokens(engine_of):
         (RAISES, "RuntimeError: out of blocks"),
         (DIES, "the process ended: .*Killed by the kernel"),
         (IS_NAN, "logits are not finite"),
-        (ENDS_EARLY, "1 tokens, ended by 'x'"),
     ],
 )
 def test_an_error_of_vllm_is_an_evaluation_error(engine_of, starts, first, message):
@@ -173,6 +172,11 @@ def test_an_error_of_vllm_is_an_evaluation_error(engine_of, starts, first, messa
         engine.answers([[9], [first, 40]], max_new_tokens=2, stop=["x"])
     assert ids(engine.answers([[9]], max_new_tokens=2)) == [[9, 9]]
     assert len(starts()) == (2 if first == DIES else 1)
+
+
+def test_an_answer_that_only_vllm_ends_is_asked_again(engine_of):
+    answers = engine_of().answers([[ENDS_EARLY, 40], [9, 40]], max_new_tokens=3, stop=["x"])
+    assert ids(answers) == [[40] * 3] * 2
 
 
 def test_a_base_that_vllm_does_not_load_is_an_error_of_the_engine(engine_of):

@@ -58,7 +58,6 @@ def _answers(llm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
                 "log_p": [
                     at[token].logprob for token, at in zip(ids, answer.logprobs, strict=True)
                 ],
-                "stopped_at": answer.stop_reason,
                 "prompt": [(at[token].logprob, at[token].rank) for token, at in scores],
             }
         )

@@ -134,26 +134,27 @@ class VllmEngine:
                 do="use the default engine",
             )
         ends = AnswerEnds(self._ends_of, self._tokenizer, stop, end_tokens)
+        options: dict[str, Any] = {
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": sorted(ends.tokens),
+            "skip_special_tokens": False,
+        }
+        results = list(self._results(prompts, stop=list(stop), detokenize=bool(stop), **options))
+        cuts = [_end(ends, found["ids"]) for found in results]
+        # vLLM finds stop strings in its own text, which can differ at incomplete characters.
+        early = [
+            number
+            for number, (found, cut) in enumerate(zip(results, cuts, strict=True))
+            if cut is None and len(found["ids"]) < max_new_tokens
+        ]
+        again = self._results([prompts[number] for number in early], detokenize=False, **options)
+        for number, found in zip(early, again, strict=True):
+            results[number], cuts[number] = found, _end(ends, found["ids"])
         answers = []
-        for found in self._results(
-            prompts,
-            max_tokens=max_new_tokens,
-            stop_token_ids=sorted(ends.tokens),
-            stop=list(stop),
-            detokenize=bool(stop),
-            skip_special_tokens=False,
-        ):
+        for found, cut in zip(results, cuts, strict=True):
             _check_finite(found["log_p"])
-            ids = found["ids"]
-            cut = next((n for n in range(1, len(ids) + 1) if ends.reached(ids[:n])), None)
-            if cut is None and len(ids) < max_new_tokens:
-                raise EvaluationError(
-                    "vLLM ended an answer early",
-                    expected=f"{max_new_tokens} tokens, an end token or one of {list(stop)}",
-                    found=f"{len(ids)} tokens, ended by {found['stopped_at']!r}",
-                    do="use the default engine: vLLM decodes these tokens to another text",
-                )
-            answers.append(EngineAnswer(ends.text(ids[:cut]), ids[:cut]))
+            ids = found["ids"][:cut]
+            answers.append(EngineAnswer(ends.text(ids), ids))
         if on_progress is not None:
             on_progress(len(answers), len(prompts))
         return answers
@@ -212,6 +213,11 @@ class VllmEngine:
                 do="use the default engine, which names the adapter or the item at fault",
             )
         return iter(found)
+
+
+def _end(ends: AnswerEnds, ids: Sequence[int]) -> int | None:
+    """Return the number of tokens of an answer that has an end; None without one."""
+    return next((n for n in range(1, len(ids) + 1) if ends.reached(ids[:n])), None)
 
 
 def _check_finite(log_p: Sequence[float]) -> None:
