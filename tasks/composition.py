@@ -24,5 +24,6 @@ def platform() -> Platform:
             owners=settings().owners,
             checkpoints_uri=settings().checkpoints_uri,
             suites_uri=settings().suites_uri,
+            vllm=settings().vllm,
         )
     )

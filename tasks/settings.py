@@ -35,6 +35,10 @@ class Settings(EnvironmentSettings):
     """Prefix for the items of suites that are tasks of lm-evaluation-harness, such as
     `s3://data/suites`. All workers read it. Empty: such suites must be pinned elsewhere."""
 
+    vllm: Path | None = Field(default=None, validation_alias="TRANS_PEFT_VLLM")
+    """Python environment with vLLM, for gate policies that choose that engine. None: the
+    environment of the worker."""
+
     cache_gib: float | None = Field(default=None, gt=0, validation_alias="TRANS_PEFT_CACHE_GIB")
     """Bound of the copies of bases. The worker deletes copies that no process uses, the least
     recently used first, before their sum exceeds it. None: the disk is the bound."""

@@ -33,6 +33,7 @@ def connect(  # noqa: PLR0913  the settings of a worker
     owners: Owners = Owners(),  # noqa: B008  frozen
     checkpoints_uri: str = "",
     suites_uri: str = "",
+    vllm: str | Path | None = None,
 ) -> Platform:
     """Return the platform of an MLflow tracking server. Sends no request yet.
 
@@ -54,6 +55,8 @@ def connect(  # noqa: PLR0913  the settings of a worker
             can continue it; by default they stay in `work_dir`.
         suites_uri: The prefix for the items of suites that are tasks of lm-evaluation-harness. All
             workers must be able to read it. By default such suites cannot be pinned.
+        vllm: The Python environment with vLLM, for policies that choose that engine; by default the
+            environment of this process.
 
     Raises InvalidSpecError without a tracking URI, for a malformed one or for an unknown guard, and
     ModuleNotFoundError without the extra `mlflow`.
@@ -101,6 +104,7 @@ def connect(  # noqa: PLR0913  the settings of a worker
             owners=owners,
             checkpoints_uri=checkpoints_uri,
             suites_uri=suites_uri,
+            vllm=None if vllm is None else Path(vllm).expanduser(),
         )
 
 

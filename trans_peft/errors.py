@@ -17,6 +17,7 @@
     │   └── BaseUnreadableError               a base version cannot be read: repair it first
     ├── WorkerError           (RuntimeError)  this worker cannot do it: correct it, or use another
     ├── EvaluationError       (RuntimeError)  a model produced no answers that can be scored
+    ├── EngineUnavailableError (RuntimeError) an engine is not installed, or cannot run here
     └── TrainingError         (RuntimeError)  a training process ended without an adapter
         ├── OutOfMemoryError  (MemoryError)
         └── TrainingCancelled
@@ -216,7 +217,7 @@ class BaseUnreadableError(StoreError):
 
 
 class WorkerError(TransPeftError, RuntimeError):
-    """This worker cannot do what is asked, such as one with older code. Another worker may."""
+    """This worker cannot do what is asked: its code is older, or it lacks GPUs or an engine."""
 
 
 class EvaluationError(TransPeftError, RuntimeError):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LoadedBase",
     "adapter_weights_sha256",
+    "base_files",
+    "borrow_memory",
     "check_gpus",
     "end_token_problems",
     "load_base",
@@ -73,6 +76,7 @@ class _CachedBase:
 
 
 _cached: _CachedBase | None = None
+_return_memory: Callable[[], None] | None = None
 
 
 def release_base() -> None:
@@ -98,6 +102,16 @@ def check_gpus(wanted: int) -> None:
             do="stop this worker, and correct its driver, its build of torch or its "
             "CUDA_VISIBLE_DEVICES, or lower TRANS_PEFT_GPUS",
         )
+
+
+def borrow_memory(release: Callable[[], None]) -> None:
+    """Free the memory of the base that `load_base` keeps, until a base is loaded again.
+
+    `release` is called before that. It frees what the caller has on the device.
+    """
+    global _return_memory
+    release_base()
+    _return_memory = release
 
 
 def load_base(
@@ -132,11 +146,11 @@ def load_base(
 
     from trans_peft.placement import gpus, place
 
-    global _cached
+    global _cached, _return_memory
     folder = Path(folder).resolve()
     if dtype == "nf4":  # loaded on one device
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    key = (folder, dtype, device, attention, _files(folder))
+    key = (folder, dtype, device, attention, base_files(folder))
     if _cached is not None:
         if _cached.key == key:
             changed = _cached.checksums.changes(_checksums(_cached.base))
@@ -145,6 +159,9 @@ def load_base(
                 return _cached.base
             _log.warning("%s changed in memory and is loaded again: %s", folder, listed(changed))
         _cached = None
+    if _return_memory is not None:
+        _return_memory()
+        _return_memory = None
     options = _quantization_options(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
     if attention != "auto":
         options["attn_implementation"] = attention
@@ -332,7 +349,7 @@ def _hashed_config(config: Path) -> dict[str, Any]:
     }
 
 
-def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
+def base_files(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Return (name, size in bytes, mtime in ns) of the files of a base, or raise NotFoundError."""
     files = {path.name: path for path in folder.glob("*") if path.is_file()}
     missing = []

@@ -358,6 +358,7 @@ class Platform:
         owners: The places and the signing keys from which each base family accepts versions.
         checkpoints_uri: Prefix for the checkpoints of unfinished training; empty: on the disk only.
         suites_uri: Prefix for the items of suites that pinning writes; empty: none can be written.
+        vllm: The Python environment with vLLM; None: that of this process.
         on_base_copy: Called at each use of a base with whether this worker had a copy of it.
     """
 
@@ -372,4 +373,5 @@ class Platform:
     owners: Owners = Owners()  # noqa: RUF009  frozen
     checkpoints_uri: str = ""
     suites_uri: str = ""
+    vllm: Path | None = None
     on_base_copy: Callable[[bool], None] = lambda found: None

@@ -15,19 +15,17 @@ def used_drafts(monkeypatch):
     """The drafts of each evaluation that is computed; no model is loaded for it."""
     drafts = []
 
-    def answer(model, suite, *, weights_sha256, drafts: dict, **_):
+    def answer_with(engine, suite, *, weights_sha256, drafts: dict, **_):
         seen.append(drafts)
         return replace(evaluation(weights_sha256, base, 1, 2), base_fingerprint_sha256="new")
 
     @contextmanager
-    def attached(model, folder):
-        yield model
+    def opened(kind, base_folder, dtype, folder, platform):
+        yield SimpleNamespace(tokenizer=None), None
 
     seen, base = drafts, SimpleNamespace(fingerprint_sha256="new")
-    loaded = SimpleNamespace(model=None, tokenizer=None)
-    monkeypatch.setattr("trans_peft.validation.evaluate.answer", answer)
-    monkeypatch.setattr("trans_peft.transfer.load_adapter.attached", attached)
-    monkeypatch.setattr("trans_peft.models.load_base", lambda *_: loaded)
+    monkeypatch.setattr("trans_peft.validation.evaluate.answer_with", answer_with)
+    monkeypatch.setattr("trans_peft.lifecycle.evaluation.opened", opened)
     monkeypatch.setattr("trans_peft.lifecycle.evaluation.base_folder", lambda *_: None)
     monkeypatch.setattr(
         "trans_peft.lifecycle.evaluation.tokenized_suite_for",

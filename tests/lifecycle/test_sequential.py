@@ -132,13 +132,13 @@ def test_parts_use_old_answers_as_drafts_and_sum_near_ties(fleet, tmp_path, monk
     adopted = adopt("kept", peft, FAMILY, (suite,), platform, base_version="v1")
     on_v1 = suite.evaluation_key(adopted.weights_sha256, adopted.base.fingerprint_sha256)
     expected = platform.evaluations.get(on_v1).kept_answers
-    drafts, answer = [], evaluate.answer
+    drafts, answer_with = [], evaluate.answer_with
 
-    def undecided(model, questions, **options):
+    def undecided(engine, questions, **options):
         drafts.append(options["drafts"])
-        return replace(answer(model, questions, **options), near_ties=2)
+        return replace(answer_with(engine, questions, **options), near_ties=2)
 
-    monkeypatch.setattr(evaluate, "answer", undecided)
+    monkeypatch.setattr(evaluate, "answer_with", undecided)
     policy = replace(EARLY, margin_points=5.0)
     v2 = find_base(FAMILY, "v2", platform).ref
     task = TransferTask("kept", adopted.number, v2, Reason.NO_VERDICT)

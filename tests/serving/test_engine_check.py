@@ -12,7 +12,7 @@ from tests.serving.fleet import lora_folder
 from trans_peft.bases.fingerprint import fingerprint
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import AdapterError
-from trans_peft.serving.engine_check import EngineBase, check_for_engine, ranks
+from trans_peft.transfer.engine_check import EngineBase, check_for_engine, ranks
 from trans_peft.transfer.peft_folder import read_peft_folder
 
 

@@ -17,7 +17,7 @@ from tests.serving.fleet import ServingFleet, lora_folder
 from tests.serving.vllm_server import PYTHON, vllm_server
 from trans_peft.client import connect
 from trans_peft.domain.evaluation import Verdict
-from trans_peft.serving.engine_check import VLLM_INPUT_EMBEDDINGS, VLLM_OUTPUT_LAYERS
+from trans_peft.transfer.engine_check import VLLM_INPUT_EMBEDDINGS, VLLM_OUTPUT_LAYERS
 
 pytestmark = [
     pytest.mark.vllm,

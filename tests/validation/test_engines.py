@@ -1,19 +1,26 @@
-"""One contract for every engine: transformers' plain `generate` and one forward pass each."""
+"""The engines that need no environment of their own."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from tests.tiny import tiny_model
-from tests.validation.models import by_transformers, ending_with, model_of
+from tests.validation.engine_contract import MOST, PROMPTS, EngineContract
+from tests.validation.models import CONFIGS, model_of
+from trans_peft.bases.meta_model import build_model
 from trans_peft.data import Example
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, DEFAULT_ENGINE, Evaluation, Suite
 from trans_peft.domain.evaluation import GatePolicy as Policy
-from trans_peft.errors import EvaluationError, InvalidSpecError
+from trans_peft.errors import InvalidSpecError
+from trans_peft.methods.bottleneck import BottleneckConfig
 from trans_peft.ports import Engine, EngineAnswer
-from trans_peft.validation.continuous_batching import ContinuousBatchingEngine
+from trans_peft.transfer.load_adapter import attached
+from trans_peft.transfer.peft_folder import read_peft_folder
+from trans_peft.validation.continuous_batching import ContinuousBatchingEngine, unsupported
 from trans_peft.validation.engine import LoopEngine
 from trans_peft.validation.evaluate import answer, answer_with
 from trans_peft.validation.gate import judge
@@ -26,8 +33,6 @@ ENGINES = [
     # Slow: each call starts a thread and allocates the pages of its cache.
     pytest.param(ContinuousBatchingEngine, id="continuous batching", marks=pytest.mark.slow),
 ]
-PROMPTS = [[40, 50, 60, 70], [33] * 9, [100, 101, 102] * 5, [77]]
-MOST = 6
 
 
 @pytest.fixture(scope="module")
@@ -35,85 +40,72 @@ def model():
     return model_of("llama")
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def engine(request, model, tokenizer) -> Engine:
-    return request.param(model, tokenizer)
+@pytest.mark.parametrize("make", ENGINES, scope="class")
+class TestEngines(EngineContract):
+    @pytest.fixture(scope="class")
+    def engine(self, make, model, tokenizer) -> Engine:
+        return make(model, tokenizer)
+
+    @pytest.fixture
+    def broken(self, make, tokenizer) -> Engine:
+        model = tiny_model()
+        with torch.no_grad():
+            model.model.norm.weight.fill_(float("nan"))
+        return make(model, tokenizer)
 
 
-@pytest.fixture(scope="module")
-def free(model):
-    """The answers of transformers, prompt by prompt."""
-    with ending_with(model, 257):
-        return by_transformers(model, PROMPTS, max_new_tokens=MOST)
+ADAPTERS = {
+    "LORA": LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    "DORA": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+    "IA3": IA3Config(
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    ),
+    "BOTTLENECK": BottleneckConfig(init_bottleneck_weights=False),
+}
 
 
-def log_p(model, context, tokens):
-    """The log-probabilities at the positions of the tokens, from one pass over the whole text."""
-    with torch.no_grad():
-        logits = model(torch.tensor([[*context, *tokens]])).logits[0].double()
-    return logits[len(context) - 1 : -1].log_softmax(-1)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ADAPTERS.values(), ids=ADAPTERS)
+def test_continuous_batching_answers_with_each_kind_of_adapter(config, model, tokenizer, tmp_path):
+    torch.manual_seed(1)
+    get_peft_model(model_of("llama"), config).save_pretrained(tmp_path)
+    options = {"max_new_tokens": 2 * MOST}
+    bare = LoopEngine(model, tokenizer).answers(PROMPTS, **options)
+    with attached(model, tmp_path) as adapted:
+        assert unsupported(model, read_peft_folder(tmp_path).peft_type) == ""
+        expected = LoopEngine(adapted, tokenizer).answers(PROMPTS, **options)
+        found = ContinuousBatchingEngine(adapted, tokenizer).answers(PROMPTS, **options)
+    assert [list(one.ids) for one in found] == [list(one.ids) for one in expected]
+    assert [list(one.ids) for one in bare] != [list(one.ids) for one in expected]
 
 
-def test_answers_are_those_of_greedy_decoding(engine, free, tokenizer):
-    found = engine.answers(PROMPTS, max_new_tokens=MOST)
-    assert [list(one.ids) for one in found] == free
-    assert [one.text for one in found] == [tokenizer.decode(ids) for ids in free]
-    assert engine.answers([], max_new_tokens=MOST) == []
+@pytest.mark.parametrize("name", CONFIGS)
+def test_continuous_batching_refuses_bases_that_it_reads_differently(name):
+    _, built = build_model(json.dumps(CONFIGS[name].to_dict()))
+    problem = unsupported(built, "LORA")
+    refused = {
+        "gpt neo, window 8": "attention of GPTNeoForCausalLM",
+        "falcon, alibi": "attention of FalconForCausalLM",
+        "lfm2, convolution": "layers of the type conv of Lfm2ForCausalLM",
+    }
+    assert problem.partition("does not support the ")[2] == refused.get(name, "")
 
 
-def test_an_answer_ends_with_an_end_token_or_before_a_stop_string(engine, free, tokenizer):
-    end = free[0][2]
-    ended = engine.answers(PROMPTS[:1], max_new_tokens=MOST, end_tokens=frozenset({end}))
-    assert list(ended[0].ids) == free[0][: free[0].index(end) + 1]
-    stop = tokenizer.decode(free[2][3:4])
-    (stopped,) = engine.answers(PROMPTS[2:3], max_new_tokens=MOST, stop=[stop])
-    assert stopped.text == tokenizer.decode(free[2]).partition(stop)[0]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_continuous_batching_reads_every_other_base_as_the_loop_does(name, tokenizer):
+    model = model_of(name)
+    if not unsupported(model, "LORA"):
+        prompts, options = [*PROMPTS, [100, 101, 102] * 15], {"max_new_tokens": 2 * MOST}
+        expected = LoopEngine(model, tokenizer).answers(prompts, **options)
+        found = ContinuousBatchingEngine(model, tokenizer).answers(prompts, **options)
+        assert [list(one.ids) for one in found] == [list(one.ids) for one in expected]
 
 
-def test_drafts_change_no_answer(engine, free):
-    for drafts in (free, [ids[::-1] for ids in free]):
-        found = engine.answers(PROMPTS, max_new_tokens=MOST, drafts=drafts)
-        assert [list(one.ids) for one in found] == free
-
-
-def test_likelihoods_are_those_of_one_pass_each(engine, model):
-    questions = [(prompt, [[65], [66, 67, 68]]) for prompt in PROMPTS]
-    expected = [
-        [
-            log_p(model, prompt, choice).gather(1, torch.tensor(choice)[:, None]).sum().item()
-            for choice in choices
-        ]
-        for prompt, choices in questions
-    ]
-    found = engine.likelihoods(questions)
-    assert [list(sums) for sums in found] == [pytest.approx(sums, abs=1e-3) for sums in expected]
-
-
-def test_scores_are_those_of_one_pass_each(engine, model, free):
-    texts = [(prompt, [*ids, 65]) for prompt, ids in zip(PROMPTS, free, strict=True)]
-    found = engine.scores([*texts, (PROMPTS[0], [])])
-    assert found[-1] == []
-    for (context, tokens), scores in zip(texts, found, strict=False):
-        rows = log_p(model, context, tokens)
-        own = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-        assert [one.log_p for one in scores] == pytest.approx(own, abs=1e-3)
-        best = [token == likeliest for token, likeliest in zip(tokens, rows.argmax(1), strict=True)]
-        assert [one.is_best for one in scores] == best
-        assert best[:-1] == [True] * (len(tokens) - 1)
-
-
-@pytest.mark.parametrize("make", ENGINES)
-def test_logits_that_are_not_finite_are_an_evaluation_error(make, tokenizer):
-    broken = tiny_model()
-    with torch.no_grad():
-        broken.model.norm.weight.fill_(float("nan"))
-    engine = make(broken, tokenizer)
-    with pytest.raises(EvaluationError, match="not finite"):
-        engine.answers(PROMPTS, max_new_tokens=2)
-    with pytest.raises(EvaluationError, match="not finite"):
-        engine.likelihoods([(PROMPTS[0], [[65, 66]])])
-    with pytest.raises(EvaluationError, match="not finite"):
-        engine.scores([(PROMPTS[0], [65, 66])])
+def test_continuous_batching_refuses_adapters_outside_of_the_layers(model):
+    assert "adapters of the type PREFIX_TUNING" in unsupported(model, "PREFIX_TUNING")
 
 
 class Parrot:

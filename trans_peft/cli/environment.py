@@ -5,18 +5,25 @@ extra `platform`, and the command line works without that.
 """
 
 import os
+from pathlib import Path
 
 from trans_peft.domain.owners import FamilyRule, Owners
 from trans_peft.errors import InvalidSpecError
 from trans_peft.validation.guards import guards_named
 
-__all__ = ["missing_guards", "owners"]
+__all__ = ["missing_guards", "owners", "vllm_environment"]
 
 
 def missing_guards() -> frozenset[str]:
     """Return the guards of the sandbox that may be missing: `TRANS_PEFT_SANDBOX_MAY_LACK`."""
     listed = os.environ.get("TRANS_PEFT_SANDBOX_MAY_LACK", "").split(",")
     return guards_named([name.strip() for name in listed if name.strip()])
+
+
+def vllm_environment() -> Path | None:
+    """Return the Python environment with vLLM: `TRANS_PEFT_VLLM`; None if it is not set."""
+    found = os.environ.get("TRANS_PEFT_VLLM", "")
+    return Path(found) if found else None
 
 
 def owners() -> Owners | None:

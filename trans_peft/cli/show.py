@@ -16,7 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from trans_peft.domain.evaluation import Evaluation, Suite, Verdict
+from trans_peft.domain.evaluation import Evaluation, Suite, Verdict, engine_lines
 from trans_peft.domain.outcome import Compatibility, TransferOutcome
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def print_outcome(outcome: TransferOutcome, suites: Iterable[Suite] = ()) -> Non
                 f"{old.upper:+.1f}",
             )
         out.print(shown)
+    _print_lines("engine", engine_lines(outcome.judgment.suites))
     _print_lines("note", outcome.compatibility.notes)
     _print_lines("tried", [str(item) for item in outcome.tried])
     color = _COLORS.get(outcome.verdict, "red")

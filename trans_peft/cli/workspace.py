@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trans_peft.artifacts import download_files
-from trans_peft.cli.environment import missing_guards
+from trans_peft.cli.environment import missing_guards, vllm_environment
 from trans_peft.cli.files import write_json
 from trans_peft.cli.show import ProgressDisplay
 from trans_peft.domain.base import BaseVersion, Fingerprint
@@ -83,7 +83,7 @@ class Workspace:
 
         The workspace may read any local path that its user may read. The environment variable
         TRANS_PEFT_SANDBOX_MAY_LACK lists the guards of the sandbox for generated code that may be
-        missing on this machine.
+        missing on this machine, and TRANS_PEFT_VLLM is the Python environment with vLLM.
         """
         state = state.resolve()
         platform = Platform(
@@ -95,6 +95,7 @@ class Workspace:
             work_dir=state,
             suites_uri=str(state / "suites"),
             may_lack=missing_guards(),
+            vllm=vllm_environment(),
         )
         return cls(platform, progress)
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Final, Literal, NamedTuple
 
 from trans_peft.domain import FORBID_EXTRA_FIELDS
 from trans_peft.domain.data import DataSource
+from trans_peft.domain.field_checks import choice_problems
 from trans_peft.domain.harness_task import HarnessTask
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.judge_model import JudgeModel
@@ -25,6 +26,7 @@ __all__ = [
     "BARE",
     "DEFAULT_ENGINE",
     "Comparison",
+    "EngineKind",
     "Evaluation",
     "GatePolicy",
     "ItemResult",
@@ -36,6 +38,7 @@ __all__ = [
     "Suite",
     "SuiteJudgment",
     "Verdict",
+    "engine_lines",
     "evaluation_key",
     "flipped_items",
     "prefix_key",
@@ -66,7 +69,11 @@ differently. `bleu`: sacrebleu's signature. `code` 2: evalplus' tolerance for fl
 that end an iteration. `math_verify` 3: other number notations, percentages, points, words and
 units."""
 
-DEFAULT_ENGINE = "loop"
+EngineKind = Literal["loop", "continuous-batching", "vllm"]
+"""The engines that a gate policy may choose: this project's decoding loop, continuous batching by
+transformers, and vLLM. The name in an evaluation also has the version (`Evaluation.engine`)."""
+
+DEFAULT_ENGINE: Final = "loop"
 """The engine of evaluations whose keys name none: `trans_peft.validation.engine.LoopEngine`."""
 
 _NO_DATA = DataSource("harness:")
@@ -501,6 +508,8 @@ class GatePolicy:
             well, each as `SUITE/SLICE`.
         max_leakage_points: largest share of a required suite's items that may be (nearly) training
             rows, in points. An adapter above it does not pass. None: no limit.
+        engine: what answers the suites on both bases. The default engine answers a suite instead,
+            on both bases, if this engine cannot serve the suite or one of the adapters.
         label: a name for this policy; part of its hash.
 
     Raises:
@@ -520,9 +529,10 @@ class GatePolicy:
     max_negative_flip_points: float | None = field(default=None, metadata=ADDED_LATER)
     required_slices: tuple[str, ...] = field(default=(), metadata=ADDED_LATER)
     max_leakage_points: float | None = field(default=None, metadata=ADDED_LATER)
+    engine: EngineKind = field(default=DEFAULT_ENGINE, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = choice_problems(self, engine=EngineKind)
         limit = self.max_negative_flip_points
         if limit is not None and not 0 < limit < 100:
             problems.append(f"max_negative_flip_points must lie in (0, 100), not {limit}")
@@ -705,6 +715,8 @@ class SuiteJudgment:
         negative_flips: items that were right on the old base and are wrong on the new one. None in
             outcomes that were recorded without them.
         slices: the figures of each slice, by name; empty if the suite has no slices.
+        engine: name of the engine that answered on both bases (`Evaluation.engine`).
+        engine_note: why the default engine answered instead of the policy's; empty if it did not.
     """
 
     suite: str
@@ -719,6 +731,8 @@ class SuiteJudgment:
     design_effect: float = 1.0
     negative_flips: NegativeFlips | None = None
     slices: tuple[SliceJudgment, ...] = ()
+    engine: str = DEFAULT_ENGINE
+    engine_note: str = ""
 
     @property
     def required_slices(self) -> tuple[SliceJudgment, ...]:
@@ -735,6 +749,16 @@ class SuiteJudgment:
         """Number of items to add to the suite to reach `items_needed`; 0 if it has enough."""
         suite_items = self.prefix.suite_items if self.prefix else self.items
         return max(self.items_needed - suite_items, 0)
+
+
+def engine_lines(suites: Iterable[SuiteJudgment]) -> tuple[str, ...]:
+    """Return which engine answered each suite, unless it was the default by the policy's choice."""
+    return tuple(
+        f"{one.suite}: {one.engine}"
+        + (f", not the policy's engine: {one.engine_note}" if one.engine_note else "")
+        for one in suites
+        if one.engine != DEFAULT_ENGINE or one.engine_note
+    )
 
 
 @dataclass(frozen=True)

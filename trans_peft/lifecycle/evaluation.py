@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from trans_peft.data import Example, pin, read_examples
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, Evaluation, Suite
 from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.engines import ONLY_DEFAULT, Engines, opened
 from trans_peft.lifecycle.harness_suites import with_harness_items
 from trans_peft.lifecycle.judge_model import judged, labeled_marks, pin_judge
 from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
@@ -52,17 +52,25 @@ class EvaluationSubject:
             None for the bare base.
         reference: Evaluations of the same adapter on another base, by suite name. Decoding uses the
             answers that they keep as drafts.
+        engines: The engine that answers each suite.
     """
 
     name: str
     weights_sha256: str
     folder: Callable[[], Path] | None
     reference: Mapping[str, Evaluation] = field(default_factory=dict)
+    engines: Engines = ONLY_DEFAULT
 
     @property
     def labels(self) -> dict[str, str]:
         """The labels that a stored evaluation gets."""
         return {} if self.folder is None else {"adapter": self.name}
+
+    def evaluation_key(self, suite: Suite, base: BaseVersion) -> str:
+        """Return the key of its evaluation on a base."""
+        return suite.evaluation_key(
+            self.weights_sha256, base.fingerprint_sha256, self.engines.name_for(suite)
+        )
 
     def evaluated_on(self, suite: Suite, base: BaseVersion) -> str:
         """Return the description of an evaluation in progress reports."""
@@ -151,9 +159,7 @@ def evaluate_on(
         print({suite: evaluation.score for suite, evaluation in evaluations.items()})
     """
     stored = {  # all reads come first: the store must respond before hours of evaluation
-        suite.name: platform.evaluations.get(
-            suite.evaluation_key(subject.weights_sha256, base.fingerprint_sha256)
-        )
+        suite.name: platform.evaluations.get(subject.evaluation_key(suite, base))
         for suite in suites
     }
     found: dict[str, Evaluation] = {}
@@ -189,18 +195,15 @@ def _answered(
     on_progress: ProgressCallback | None,
 ) -> tuple[Evaluation, tuple[Example, ...]]:
     """Return the evaluation, and the items. With a judge model, its results are not marked yet."""
-    from trans_peft.models import load_base
-    from trans_peft.transfer.load_adapter import attached
-    from trans_peft.validation.evaluate import answer
+    from trans_peft.validation.evaluate import answer_with
 
-    loaded = load_base(base_folder(base, platform), suite.dtype)
     folder = None if subject.folder is None else subject.folder()
     template = None if folder is None else saved_template(folder)
-    tokenized = tokenized_suite_for(suite, loaded, platform, template)
-    subject_model = nullcontext(loaded.model) if folder is None else attached(loaded.model, folder)
-    with subject_model as model:
-        found = answer(
-            model,
+    kind, files = subject.engines.kind_for(suite), base_folder(base, platform)
+    with opened(kind, files, suite.dtype, folder, platform) as (loaded, engine):
+        tokenized = tokenized_suite_for(suite, loaded, platform, template)
+        found = answer_with(
+            engine,
             tokenized,
             weights_sha256=subject.weights_sha256,
             base_fingerprint_sha256=base.fingerprint_sha256,

@@ -2,7 +2,9 @@
 
 `evaluate_shard` does so for the transfers of a shard, before they run. Each transfer then finds its
 evaluations in the store. An adapter that cannot share batches, or fails, has none there: its own
-transfer evaluates it alone and reports its error.
+transfer evaluates it alone and reports its error. Only the default engine mixes adapters in a
+batch. Another engine of the gate policy answers for one adapter after the other, so that a shard
+also loads each base once.
 """
 
 import tempfile
@@ -14,12 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Suite
+from trans_peft.domain.evaluation import BARE, DEFAULT_ENGINE, Evaluation, GatePolicy, Suite
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.outcome import TransferTask
 from trans_peft.errors import EvaluationError, TransPeftError, translating_full_disk_errors
 from trans_peft.lifecycle.base_files import base_folder
-from trans_peft.lifecycle.evaluation import BARE_BASE, EvaluationSubject, tokenized_suite_for
+from trans_peft.lifecycle.engines import check_engine, choose_engines
+from trans_peft.lifecycle.evaluation import (
+    BARE_BASE,
+    EvaluationSubject,
+    evaluate_on,
+    tokenized_suite_for,
+)
 from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.lifecycle.transfer import TransferInputs, compatibility_on
 from trans_peft.ports import Platform
@@ -48,8 +56,10 @@ def evaluate_shard(
     Missing evaluations on the bases that the adapters were trained on come first, then those on the
     new base, with the bare base among the rows. Returns why adapters were left out, by name.
 
-    Nothing is evaluated under a sequential policy, which needs few items of each adapter.
+    Nothing is evaluated under a sequential policy, which needs few items of each adapter. Raises
+    WorkerError if this worker lacks the policy's engine.
     """
+    check_engine(policy.engine, platform)
     if policy.sequential:
         return {}
     left_out: dict[str, str] = {}
@@ -70,31 +80,54 @@ def evaluate_shard(
                     if known is None
                     else known.compatibility
                 )
+                if not compatibility.ok:
+                    continue
+                adapters = [(old, download), (inputs.base, download)]
+                engines = choose_engines(policy.engine, source.suites, adapters, platform)
             except TransPeftError as error:
                 left_out[task.adapter] = str(error)
                 continue
-            if compatibility.ok:
-                subject = EvaluationSubject(source.adapter, source.weights_sha256, download)
-                ready.append((inputs, old, subject))
+            subject = EvaluationSubject(
+                source.adapter, source.weights_sha256, download, engines=engines
+            )
+            ready.append((inputs, old, subject))
         for old in dict.fromkeys(old for _, old, _ in ready):
             asked: Subjects = [
                 (subject, inputs.source.suites) for inputs, own, subject in ready if own == old
             ]
             left_out |= evaluate_together(old, asked, platform, on_progress=on_progress)
+            left_out |= _evaluate_by_engine(old, asked, platform, on_progress)
         if ready:
-            suites = dict.fromkeys(suite for inputs, *_ in ready for suite in inputs.source.suites)
-            asked = [
-                *(
-                    (
-                        replace(subject, reference=_reference(inputs, old, platform)),
-                        inputs.source.suites,
-                    )
-                    for inputs, old, subject in ready
-                ),
-                (BARE_BASE, [*suites]),
-            ]
             new = ready[0][0].base
+            asked = [
+                (
+                    replace(subject, reference=_reference(inputs, old, platform)),
+                    inputs.source.suites,
+                )
+                for inputs, old, subject in ready
+            ]
+            asked += [
+                (replace(BARE_BASE, engines=subject.engines), suites) for subject, suites in asked
+            ]
             left_out |= evaluate_together(new, asked, platform, on_progress=on_progress)
+            left_out |= _evaluate_by_engine(new, asked, platform, on_progress)
+    return left_out
+
+
+def _evaluate_by_engine(
+    base: BaseVersion,
+    subjects: Subjects,
+    platform: Platform,
+    on_progress: ProgressCallback | None,
+) -> dict[str, str]:
+    """Store the evaluations by engines other than the default; return why adapters have none."""
+    left_out = {}
+    for subject, suites in subjects:
+        own = [suite for suite in suites if subject.engines.kind_for(suite) != DEFAULT_ENGINE]
+        try:
+            evaluate_on(base, own, platform, subject, on_progress=on_progress)
+        except TransPeftError as error:
+            left_out[subject.name] = str(error)
     return left_out
 
 
@@ -109,7 +142,8 @@ def evaluate_together(
 
     Evaluations share batches if their suites have the same decoding settings and the same common
     prefix of all prompts. Items with a near tie are asked again with their adapter alone. The keys
-    are those of `evaluate_on`, and in float32 the answers are too.
+    are those of `evaluate_on`, and in float32 the answers are too. Suites that another engine than
+    the default answers are left to `evaluate_on`.
 
     Returns why subjects were left out, by name. A subject is also left out, without a reason, if no
     other could share its batches. Raises what loading the base raises.
@@ -119,6 +153,7 @@ def evaluate_together(
         for subject, suites in subjects
         for suite in suites
         if suite.judge is None  # a judge model is loaded after each adapter's answers
+        and subject.engines.kind_for(suite) == DEFAULT_ENGINE
     }
     missing = {key: one for key, one in missing.items() if platform.evaluations.get(key) is None}
     left_out: dict[str, str] = {}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from trans_peft.domain.adapter import AdapterVersion, AliasState
-from trans_peft.domain.evaluation import SuiteJudgment, Verdict
+from trans_peft.domain.evaluation import SuiteJudgment, Verdict, engine_lines
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import StoreError, TransPeftError, listed_lines
@@ -103,6 +103,7 @@ class FleetReport:
         lines += ["", "## Why", ""] if judged else []
         lines += [
             f"- **{row.adapter}** on {row.base}: {row.verdict}. {row.reason}{_strategies(row)}"
+            f"{_engines(row)}"
             for row in judged
         ]
         manual = [
@@ -243,6 +244,11 @@ def _strategies(row: FleetRow) -> str:
     if not row.tried:
         return ""
     return f" Strategy: {row.strategy}. Tried: {'; '.join(map(str, row.tried))}."
+
+
+def _engines(row: FleetRow) -> str:
+    lines = engine_lines(row.suites)
+    return f" Engine: {'; '.join(lines)}." if lines else ""
 
 
 def _training_note(version: AdapterVersion) -> str:

@@ -6,8 +6,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import Evaluation, GatePolicy, Prefix, Suite, prefix_key
+from trans_peft.domain.evaluation import (
+    EngineKind,
+    Evaluation,
+    GatePolicy,
+    Prefix,
+    Suite,
+    prefix_key,
+)
 from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.engines import opened
 from trans_peft.lifecycle.evaluation import (
     BARE_BASE,
     EvaluationSubject,
@@ -16,7 +24,7 @@ from trans_peft.lifecycle.evaluation import (
     with_groups,
 )
 from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
-from trans_peft.ports import Platform
+from trans_peft.ports import Engine, Platform
 from trans_peft.text.saved_template import saved_template
 from trans_peft.validation.statistics.sequential import (
     EvaluatedModel,
@@ -41,13 +49,13 @@ def evaluate_sequentially(
     Both are by suite name. A suite without any evaluated item is missing. Items of a required suite
     are evaluated in a seeded order, starting after the longest stored part, and the new part is
     stored. Other suites are evaluated as a whole. `subject.reference` must hold the adapter's
-    evaluations on the base that it was trained on, for every suite.
+    evaluations on the base that it was trained on, for every suite, by the engines of `subject`.
     """
     gate = SequentialGate(policy, subject.reference, base.fingerprint_sha256)
     named = {suite.name: suite for suite in suites}
     states = {
         EvaluatedModel.CANDIDATE: _ModelState(subject),
-        EvaluatedModel.BARE: _ModelState(BARE_BASE),
+        EvaluatedModel.BARE: _ModelState(replace(BARE_BASE, engines=subject.engines)),
     }
     with _BatchEvaluator(base, platform, on_progress) as evaluator:
         while (request := gate.next_request()) is not None:
@@ -98,7 +106,7 @@ def _stored(
     platform: Platform,
 ) -> Evaluation | None:
     """Return the whole evaluation from the store, or else the longest stored part of it."""
-    whole = suite.evaluation_key(subject.weights_sha256, base.fingerprint_sha256)
+    whole = subject.evaluation_key(suite, base)
     n = len(test.order)
     ends = [end for end in reversed(test.batch_ends) if end < n]
     keys = [whole, *(prefix_key(whole, Prefix(n, test.seed), end) for end in ends)]
@@ -127,9 +135,10 @@ class _LoadedSubject:
     """One subject on the loaded base, in one dtype. `template` is the adapter's chat template."""
 
     subject: EvaluationSubject
+    kind: EngineKind
     dtype: str
     base: Any
-    model: Any
+    engine: Engine
     template: str | None
 
 
@@ -158,12 +167,12 @@ class _BatchEvaluator:
         before: int,
         total: int,
     ) -> Evaluation:
-        from trans_peft.validation.evaluate import answer
+        from trans_peft.validation.evaluate import answer_with
 
-        loaded = self._load(subject, suite.dtype)
+        loaded = self._load(subject, suite)
         questions = tokenized_suite_for(suite, loaded.base, self._platform, loaded.template)
-        found = answer(
-            loaded.model,
+        found = answer_with(
+            loaded.engine,
             questions.only(ids),
             weights_sha256=subject.weights_sha256,
             base_fingerprint_sha256=self._base.fingerprint_sha256,
@@ -177,18 +186,24 @@ class _BatchEvaluator:
         )
         return with_groups(found, questions.examples)
 
-    def _load(self, subject: EvaluationSubject, dtype: str) -> _LoadedSubject:
-        from trans_peft.models import load_base
-        from trans_peft.transfer.load_adapter import attached
-
-        loaded = self._loaded
-        if loaded is None or loaded.subject is not subject or loaded.dtype != dtype:
+    def _load(self, subject: EvaluationSubject, suite: Suite) -> _LoadedSubject:
+        loaded, kind, dtype = self._loaded, subject.engines.kind_for(suite), suite.dtype
+        if (
+            loaded is None
+            or loaded.subject is not subject
+            or (loaded.kind, loaded.dtype) != (kind, dtype)
+        ):
             self._stack.close()  # detaches the previous adapter from the shared base
-            base = load_base(base_folder(self._base, self._platform), dtype)
-            model, template = base.model, None
-            if subject.folder is not None:
-                folder = subject.folder()
-                template = saved_template(folder)
-                model = self._stack.enter_context(attached(model, folder))
-            self._loaded = loaded = _LoadedSubject(subject, dtype, base, model, template)
+            folder = None if subject.folder is None else subject.folder()
+            base, engine = self._stack.enter_context(
+                opened(
+                    kind,
+                    base_folder(self._base, self._platform),
+                    dtype,
+                    folder,
+                    self._platform,
+                )
+            )
+            template = None if folder is None else saved_template(folder)
+            self._loaded = loaded = _LoadedSubject(subject, kind, dtype, base, engine, template)
         return loaded

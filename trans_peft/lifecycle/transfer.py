@@ -22,7 +22,7 @@ from trans_peft.lifecycle.base_files import (
     reading_base,
     tokenizer_folder,
 )
-from trans_peft.lifecycle.evaluation import EvaluationSubject, evaluate_on
+from trans_peft.lifecycle.engines import check_engine
 from trans_peft.lifecycle.fleet_claim import of_all_strategies
 from trans_peft.lifecycle.leakage import leakage_problem
 from trans_peft.lifecycle.progress import ProgressCallback
@@ -161,6 +161,7 @@ def _evaluate(
     scratch: Path,
     on_progress: ProgressCallback | None,
 ) -> TransferOutcome:
+    check_engine(policy.engine, platform)  # before a model is loaded
     source, base, trained_on = inputs.source, inputs.base, inputs.trained_on
 
     @cache  # downloaded once, and only if something has to be computed
@@ -179,22 +180,22 @@ def _evaluate(
     if effect is None or not effect.found:
         return _incompatible(outcome, "the adapter changes no logit on this base")
 
-    subject = EvaluationSubject(source.adapter, source.weights_sha256, folder)
-    reference = evaluate_on(trained_on, source.suites, platform, subject, on_progress=on_progress)
-    check_slices(policy, reference)
-    check_flips(policy, reference)
     if leakage_problem(policy, source):
         # No strategy removes an item of the suite from the training rows.
         policy = replace(policy, recovery=RecoveryPolicy())
     evaluator = CandidateEvaluator(
         source,
+        folder,
+        trained_on,
         base,
         policy_per_strategy(policy, source),
-        reference,
         platform,
         fresh=inputs.adapter.trained_on(base),
         on_progress=on_progress,
     )
+    reference = evaluator.reference()
+    check_slices(policy, reference)
+    check_flips(policy, reference)
     result = recover(
         evaluator,
         CandidateInputs(
@@ -212,7 +213,7 @@ def _evaluate(
     return replace(
         outcome,
         judgment=of_all_strategies(result.judgment, policy),
-        evaluations=(*reference.values(), *result.evaluations),
+        evaluations=result.evaluations,
         new_number=_registered(inputs, result.candidate, platform, scratch),
         strategy=result.candidate.strategy,
         tried=result.tried,

@@ -29,11 +29,11 @@ from trans_peft.errors import (
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.lifecycle.resolve import find_fingerprint
 from trans_peft.ports import Platform
-from trans_peft.serving.engine_check import EngineBase, check_for_engine
 from trans_peft.serving.folders import AdapterFolders, FolderError
 from trans_peft.serving.manifest import ServedAdapter, manifest_of
 from trans_peft.serving.router import NEXT_SUFFIX, BareBase, Refusal, RefusalReason, Router
 from trans_peft.text.saved_template import saved_template
+from trans_peft.transfer.engine_check import EngineBase, check_for_engine
 
 __all__ = ["AdapterServer", "Prepared", "ServerSettings", "current", "set_current"]
 

@@ -36,7 +36,6 @@ from trans_peft.files import atomic_write
 from trans_peft.lifecycle.reconcile import observe
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.ports import Platform
-from trans_peft.serving.engine_check import EngineBase, check_for_engine, ranks
 from trans_peft.serving.folders import AdapterFolders, folder_error
 from trans_peft.serving.manifest import (
     IdleEntry,
@@ -46,7 +45,7 @@ from trans_peft.serving.manifest import (
     manifest_of,
     manifest_to_json,
 )
-from trans_peft.transfer.peft_folder import read_peft_folder
+from trans_peft.transfer.engine_check import EngineBase, check_for_engine, lora_rank
 
 __all__ = ["Export", "ExportSettings", "Exported", "Layout", "LeftOut", "check_pause", "watch"]
 
@@ -323,9 +322,8 @@ class Export:
     def _write_kserve(self, manifest: ServingManifest) -> None:
         import yaml
 
-        folders = [read_peft_folder(self._folders.path(item)) for item in manifest.adapters]
-        found = [rank for folder in folders for rank in ranks(folder).values()]
-        largest = self._settings.max_rank or max(found, default=1)
+        ranks = [lora_rank(self._folders.path(adapter)) for adapter in manifest.adapters]
+        largest = self._settings.max_rank or max(ranks, default=1)
         prefix = self._settings.uri.rstrip("/")
         service = {
             "apiVersion": "serving.kserve.io/v1alpha2",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import (
+    DEFAULT_ENGINE,
     Comparison,
     Evaluation,
     NegativeFlips,
@@ -153,6 +154,8 @@ class SuiteView:
         negative_flips: Figures of the items that are right on the old base and wrong on the new
             one. None if the outcome does not record them.
         slices: Figures of each slice.
+        engine: Name of the engine that answered on both bases.
+        engine_note: Why the default engine answered instead of the policy's; empty if it did not.
     """
 
     suite: str
@@ -167,6 +170,8 @@ class SuiteView:
     clusters: int = 0
     negative_flips: NegativeFlips | None = None
     slices: tuple[SliceJudgment, ...] = ()
+    engine: str = DEFAULT_ENGINE
+    engine_note: str = ""
 
 
 def suites_of(
@@ -218,6 +223,8 @@ def _suite_view(
         clusters=figures.clusters,
         negative_flips=figures.negative_flips,
         slices=figures.slices,
+        engine=figures.engine,
+        engine_note=figures.engine_note,
     )
 
 
@@ -261,8 +268,11 @@ def _flips(
         return Flips(problem="the registry no longer has the version or the suite that was judged")
     if made is None:
         return Flips(problem="the outcome names no version whose evaluation could be looked up")
-    old_key = suite.evaluation_key(source.weights_sha256, source.base.fingerprint_sha256)
-    new_key = suite.evaluation_key(made.weights_sha256, base.fingerprint_sha256)
+    sides = (source.weights_sha256, source.base), (made.weights_sha256, base)
+    old_key, new_key = (
+        suite.evaluation_key(weights_sha256, side.fingerprint_sha256, figures.engine)
+        for weights_sha256, side in sides
+    )
     if figures.prefix is not None and figures.items < figures.prefix.suite_items:
         new_key = prefix_key(new_key, figures.prefix, figures.items)
     try:

@@ -18,9 +18,29 @@ from trans_peft.validation.decoding.batching import DEFAULT_BATCH_SIZE, evaluati
 from trans_peft.validation.decoding.generation import AnswerEnds
 from trans_peft.validation.engine import LoopEngine, dtype_of
 
-__all__ = ["ContinuousBatchingEngine"]
+__all__ = ["ContinuousBatchingEngine", "unsupported"]
 
 _PAGE_TOKENS = 256
+_ADAPTERS = frozenset({"BOTTLENECK", "IA3", "LORA"})
+_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
+
+def unsupported(model: nn.Module, peft_type: str) -> str:
+    """Return why continuous batching cannot answer with a kind of adapter; empty if it can.
+
+    No weights are read: `model` may be on the meta device. All texts of a batch are one sequence,
+    which only transformers' own attention functions read as several. `generate_batch` calls the
+    model under PEFT's wrapper, so that an adapter outside of the model's layers would have no
+    effect.
+    """
+    if peft_type not in _ADAPTERS:
+        return f"continuous batching does not serve adapters of the type {peft_type}"
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    layers = set(getattr(config, "layer_types", None) or ()) - _LAYERS
+    if layers or not getattr(model, "_supports_attention_backend", False):
+        found = f"layers of the type {', '.join(sorted(layers))}" if layers else "attention"
+        return f"continuous batching does not support the {found} of {type(model).__name__}"
+    return ""
 
 
 class ContinuousBatchingEngine:

@@ -6,8 +6,9 @@ probability that a candidate passes whose loss exceeds the margin therefore stay
 
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from trans_peft.domain.outcome import Effect
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import AdapterError, replacing_paths_in_errors
 from trans_peft.lifecycle.base_files import base_folder
+from trans_peft.lifecycle.engines import Engines, choose_engines
 from trans_peft.lifecycle.evaluation import (
     BARE_BASE,
     EvaluationSubject,
@@ -61,66 +63,98 @@ class CandidateEvaluator:
 
     Attributes:
         source: The adapter version that is transferred.
+        folder: Returns the PEFT folder of `source`.
+        trained_on: The base version that `source` was trained on.
         base: The new base version.
         policy: The gate policy at the level of one strategy (`policy_per_strategy`).
-        reference: The evaluations of `source` on the base that it was trained on, by suite name.
         platform: The platform.
         fresh: The version of the adapter that was trained on `base`, if there is one.
         on_progress: Called after each batch of items.
     """
 
     source: AdapterVersion
+    folder: Callable[[], Path]
+    trained_on: BaseVersion
     base: BaseVersion
     policy: GatePolicy
-    reference: Mapping[str, Evaluation]
     platform: Platform
     fresh: AdapterVersion | None = None
     on_progress: ProgressCallback | None = None
+    _references: dict[Engines, dict[str, Evaluation]] = field(default_factory=dict, init=False)
+
+    def reference(self) -> Mapping[str, Evaluation]:
+        """Return the evaluations of `source` on the base that it was trained on, by suite name.
+
+        The engines are those that direct transfer has.
+        """
+        source = self.source
+        direct = Candidate(RecoveryStrategy.DIRECT, self.folder, source.weights_sha256)
+        with self._fresh() as fresh:
+            return self._reference(self._engines(direct, fresh))
 
     def judge(self, candidate: Candidate) -> tuple[Judgment, tuple[Evaluation, ...]]:
-        """Return the verdict on a candidate, and the evaluations on the new base behind it."""
-        subject = EvaluationSubject(
-            self.source.adapter, candidate.weights_sha256, candidate.folder, self.reference
-        )
-        fresh: Mapping[str, Evaluation] = {}
-        if self.policy.sequential:
-            found, bare = evaluate_sequentially(
-                self.policy,
-                self.base,
-                self.source.suites,
-                self.platform,
-                subject,
-                on_progress=self.on_progress,
+        """Return the verdict on a candidate, and all evaluations behind it."""
+        policy, suites, platform = self.policy, self.source.suites, self.platform
+        with self._fresh() as fresh:
+            engines = self._engines(candidate, fresh)
+            reference = self._reference(engines)
+            subject = EvaluationSubject(
+                self.source.adapter,
+                candidate.weights_sha256,
+                candidate.folder,
+                reference,
+                engines,
             )
-        else:
-            found, bare = self._evaluations(subject), self._evaluations(BARE_BASE)
-            fresh = self._fresh_evaluations()
-        judgment = judge(self.policy, self.reference, found, bare, fresh)
-        judgment = with_leakage(judgment, self.policy, self.source)
-        return judgment, (*found.values(), *bare.values(), *fresh.values())
+            of_fresh: Mapping[str, Evaluation] = {}
+            if policy.sequential:
+                found, bare = evaluate_sequentially(
+                    policy, self.base, suites, platform, subject, on_progress=self.on_progress
+                )
+            else:
+                found = self._evaluations(self.base, subject)
+                bare = self._evaluations(self.base, replace(BARE_BASE, engines=engines))
+                if fresh is not None:
+                    of_fresh = self._evaluations(self.base, replace(fresh, engines=engines))
+        judgment = engines.noted_in(judge(policy, reference, found, bare, of_fresh))
+        judgment = with_leakage(judgment, policy, self.source)
+        sides = (reference, found, bare, of_fresh)
+        return judgment, tuple(evaluation for side in sides for evaluation in side.values())
 
-    def _evaluations(self, subject: EvaluationSubject) -> dict[str, Evaluation]:
+    def _engines(self, candidate: Candidate, fresh: EvaluationSubject | None) -> Engines:
+        """Return the engines that can answer all sides of the comparison with a candidate."""
+        adapters = [(self.trained_on, self.folder), (self.base, candidate.folder)]
+        if fresh is not None and fresh.folder is not None:
+            adapters.append((self.base, fresh.folder))
+        return choose_engines(self.policy.engine, self.source.suites, adapters, self.platform)
+
+    def _reference(self, engines: Engines) -> Mapping[str, Evaluation]:
+        if engines not in self._references:
+            source = self.source
+            subject = EvaluationSubject(
+                source.adapter, source.weights_sha256, self.folder, engines=engines
+            )
+            self._references[engines] = self._evaluations(self.trained_on, subject)
+        return self._references[engines]
+
+    def _evaluations(self, base: BaseVersion, subject: EvaluationSubject) -> dict[str, Evaluation]:
         return evaluate_on(
-            self.base, self.source.suites, self.platform, subject, on_progress=self.on_progress
+            base, self.source.suites, self.platform, subject, on_progress=self.on_progress
         )
 
-    def _fresh_evaluations(self) -> dict[str, Evaluation]:
-        """Return the evaluations of the adapter version that was trained on the new base."""
+    @contextmanager
+    def _fresh(self) -> Iterator[EvaluationSubject | None]:
+        """Yield the version that was trained on the new base; None if it is not compared."""
         fresh = self.fresh
-        if fresh is None:
-            return {}
+        if fresh is None or self.policy.sequential:
+            yield None
+            return
         with (
             tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
             replacing_paths_in_errors({Path(scratch) / "fresh": str(fresh)}),
         ):
             folder = Path(scratch) / "fresh"
-            return self._evaluations(
-                EvaluationSubject(
-                    fresh.adapter,
-                    fresh.weights_sha256,
-                    cache(lambda: self.platform.registry.download(fresh, folder)),
-                )
-            )
+            download = cache(lambda: self.platform.registry.download(fresh, folder))
+            yield EvaluationSubject(fresh.adapter, fresh.weights_sha256, download)
 
 
 @dataclass(frozen=True)
@@ -131,7 +165,7 @@ class RecoveryResult:
         candidate: The first candidate that passed, or else the first whose verdict is
             `inconclusive`, or else that of direct transfer.
         judgment: The verdict on the candidate.
-        evaluations: The evaluations on the new base behind the verdict.
+        evaluations: All evaluations behind the verdict.
         tried: One attempt per strategy; empty if the policy has no strategy but direct transfer.
         is_open: Whether the last candidate failed in a way that another strategy may correct.
     """

@@ -13,13 +13,18 @@ from pathlib import Path
 
 from trans_peft.data.training_rows import read_training_rows
 from trans_peft.domain.adapter import AdapterVersion
-from trans_peft.domain.base import BaseVersion
-from trans_peft.domain.evaluation import BARE, Evaluation, GatePolicy, Verdict
+from trans_peft.domain.evaluation import (
+    BARE,
+    DEFAULT_ENGINE,
+    Evaluation,
+    GatePolicy,
+    Verdict,
+)
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import NotFoundError
-from trans_peft.lifecycle.evaluation import EvaluationSubject, evaluate_on
+from trans_peft.lifecycle.engines import check_engine
 from trans_peft.lifecycle.fleet_claim import of_all_strategies
 from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.recovery.candidates import Candidate
@@ -53,9 +58,11 @@ def retrain(
 
     `recipe` is the `training` of the outcome of a transfer. Raises NotFoundError before the
     training if the adapter has no outcome on that base, or if the base that the adapter was trained
-    on is no longer in the catalog. If the training raises an error, nothing is recorded.
+    on is no longer in the catalog, and WorkerError if this worker lacks the policy's
+    engine. If the training raises an error, nothing is recorded.
     """
     started = time.monotonic()
+    check_engine(policy.engine, platform)
     base = find_base(recipe.family, recipe.base_version, platform)
     adapter = platform.registry.adapter(recipe.adapter)
     source, earlier = adapter.source, adapter.outcome_on(base)
@@ -70,25 +77,22 @@ def retrain(
     job = job_on(base, resolved, read_training_rows(resolved, platform.store), platform)
     checkpoints = stored_checkpoints(job, platform)
     result = fit(job, on_event=continued(job, checkpoints, on_event))
+    candidate = Candidate(RecoveryStrategy.RETRAINED, lambda: result.folder, result.weights_sha256)
     with tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch:
         folder = cache(lambda: platform.registry.download(source, Path(scratch, "source")))
         if resolved.synthetic_prompts is not None:
             keep_prompts(folder(), result.folder)
-        subject = EvaluationSubject(source.adapter, source.weights_sha256, folder)
-        reference = evaluate_on(
-            trained_on, source.suites, platform, subject, on_progress=on_progress
+        evaluator = CandidateEvaluator(
+            source,
+            folder,
+            trained_on,
+            base,
+            policy_per_strategy(policy, source),
+            platform,
+            fresh=adapter.trained_on(base),
+            on_progress=on_progress,
         )
-    evaluator = CandidateEvaluator(
-        source,
-        base,
-        policy_per_strategy(policy, source),
-        reference,
-        platform,
-        fresh=adapter.trained_on(base),
-        on_progress=on_progress,
-    )
-    candidate = Candidate(RecoveryStrategy.RETRAINED, lambda: result.folder, result.weights_sha256)
-    judgment, evaluations = evaluator.judge(candidate)
+        judgment, evaluations = evaluator.judge(candidate)
     tried = StrategyAttempt(
         RecoveryStrategy.RETRAINED,
         judgment.verdict.value,
@@ -101,7 +105,7 @@ def retrain(
         tried=(*(t for t in earlier.tried if t.strategy is not RecoveryStrategy.RETRAINED), tried),
         training=None,
         policy_sha256=policy.sha256,
-        evaluations=_stored(source, base, platform),
+        evaluations=_stored(source, earlier, platform),
         seconds=earlier.seconds + tried.seconds,
     )
     if judgment.verdict is Verdict.PASSED:
@@ -118,7 +122,7 @@ def retrain(
         outcome = replace(
             outcome,
             judgment=of_all_strategies(judgment, policy),
-            evaluations=(*reference.values(), *evaluations),
+            evaluations=evaluations,
             new_number=version.number,
             strategy=RecoveryStrategy.RETRAINED,
         )
@@ -128,16 +132,20 @@ def retrain(
 
 
 def _stored(
-    source: AdapterVersion, base: BaseVersion, platform: Platform
+    source: AdapterVersion, earlier: TransferOutcome, platform: Platform
 ) -> tuple[Evaluation, ...]:
     """Return the stored evaluations behind the verdict of direct transfer, whole suites only."""
+    engines = {figures.suite: figures.engine for figures in earlier.judgment.suites}
+    new = earlier.base.fingerprint_sha256
     sides = (
         (source.weights_sha256, source.base.fingerprint_sha256),
-        (source.weights_sha256, base.fingerprint_sha256),
-        (BARE, base.fingerprint_sha256),
+        (source.weights_sha256, new),
+        (BARE, new),
     )
     found = (
-        platform.evaluations.get(suite.evaluation_key(*side))
+        platform.evaluations.get(
+            suite.evaluation_key(*side, engines.get(suite.name, DEFAULT_ENGINE))
+        )
         for side in sides
         for suite in source.suites
     )

@@ -99,10 +99,11 @@ def judge(
     other = [
         _without_estimates(judge_whole(suite)) for suite in sorted(set(reference) - {*required})
     ]
+    suites = (replace(one, engine=reference[one.suite].engine) for one in (*deciding, *other))
     return Judgment(
         verdict,
         reason(policy, verdict, deciding, other),
-        (*deciding, *other),
+        tuple(suites),
         margin_points=policy.margin_points,
         alpha=policy.alpha,
         e_value=e_value,

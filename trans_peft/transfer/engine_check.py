@@ -20,6 +20,7 @@ __all__ = [
     "VLLM_OUTPUT_LAYERS",
     "EngineBase",
     "check_for_engine",
+    "lora_rank",
     "ranks",
 ]
 
@@ -92,13 +93,17 @@ class EngineBase:
     is_vllm: bool = False
 
 
-def check_for_engine(folder: Path, engine: EngineBase) -> None:
-    """Raise AdapterError with every reason why a server would not serve this adapter as trained."""
+def check_for_engine(folder: Path, engine: EngineBase, *, transferred: bool = False) -> None:
+    """Raise AdapterError with every reason why a server would not serve this adapter as trained.
+
+    With `transferred`, the adapter may have been made for another base with equal shapes.
+    """
     adapter = read_peft_folder(folder)
     is_lora = adapter.peft_type == "LORA"
     problems = {
         _USE_PLAIN_LORA: [
             *_config_problems(adapter, engine),
+            *(_base_problems(adapter, engine) if is_lora and not transferred else ()),
             *(_tensor_problems(adapter, engine) if is_lora else ()),
         ],
         _ALLOW_RANK: _rank_problems(adapter, engine),
@@ -112,6 +117,11 @@ def check_for_engine(folder: Path, engine: EngineBase) -> None:
             found="; ".join(chain.from_iterable(problems.values())),
             do="; ".join(advice for advice, found in problems.items() if found),
         )
+
+
+def lora_rank(folder: Path) -> int:
+    """Return the largest rank of the LoRA matrices in a PEFT folder; 1 without any."""
+    return max(ranks(read_peft_folder(folder)).values(), default=1)
 
 
 def _config_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
@@ -131,13 +141,14 @@ def _config_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
         for name, value in sorted(config.items())
         if name not in known and value and value != "none"
     ]
-    recorded = adapter.base_fingerprint_sha256
-    if recorded is not None and recorded != engine.fingerprint.digest:
-        problems.append(
-            f"it was made for the base {recorded[:12]}, and the server has "
-            f"{engine.fingerprint.digest[:12]}"
-        )
     return problems
+
+
+def _base_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
+    recorded, served = adapter.base_fingerprint_sha256, engine.fingerprint.digest
+    if recorded in (None, served):
+        return []
+    return [f"it was made for the base {recorded[:12]}, and the server has {served[:12]}"]
 
 
 def _tensor_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
