@@ -26,7 +26,7 @@ from study.distillation_report import (
     readme_with,
     recoveries,
 )
-from study.free_text import FREE_TEXT, with_free_text
+from study.free_text import FREE_TEXT, MAX_LENGTH, with_free_text
 from study.plan import STEPS, V1, PlannedTraining, arms
 from study.score_file import Score, ScoreFile
 from trans_peft.bases.drift import weight_pairs
@@ -237,6 +237,9 @@ def trained_on_its_base(
     """Train an adapter in float32, which is faster than bfloat16 on most processors."""
     job = prepared.job(planned)
     job = replace(job, recipe=replace(job.recipe, dtype="float32"))
+    if planned.task == FREE_TEXT:
+        optimizer = replace(job.recipe.optimizer, max_length=MAX_LENGTH)
+        job = replace(job, recipe=replace(job.recipe, optimizer=optimizer))
     job = replace(job, work_dir=prepared.folder / "adapters" / job.identity()[:16])
 
     return job, train(job, on_event=log_steps(planned))

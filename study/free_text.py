@@ -16,9 +16,12 @@ from study.plan import DATA_SEED, TASKS
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import Suite
 
-__all__ = ["FREE_TEXT", "with_free_text"]
+__all__ = ["FREE_TEXT", "MAX_LENGTH", "with_free_text"]
 
 FREE_TEXT = "docstrings"
+MAX_LENGTH = 192
+"""Tokens of a row. Five of the prompts have more than 127, which fills the study's `max_length`."""
+
 _TASK = Task(FREE_TEXT, docstrings, train_per_label=3_200, evaluation_per_label=400)
 
 
