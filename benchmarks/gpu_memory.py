@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_memory [--recipe examples/qwen2_7b.yaml]
 
 The base has Qwen2-7B's shape (its published config.json). The recipe is estimated as it is, and
-with single fields changed (docs/gpu.md). About two minutes on one core.
+with single fields changed (docs/gpu.md).
 """
 
 import argparse
