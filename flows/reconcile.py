@@ -193,7 +193,7 @@ class _Family:
             self.left |= {task.key: reason for task in shards.unfinished_tasks([end], plan)}
 
         active_shards = shards.active_shards(self.name, self.policy)
-        for shard in (obsolete := shards.obsolete_shards(plan, active_shards)):
+        for shard in (obsolete := shards.obsolete_shards(plan, active_shards, self.left)):
             shards.cancel_shard(shard)
         active_shards = tuple(shard for shard in active_shards if shard not in obsolete)
         todo = [task for task in shards.missing(plan, active_shards) if task.key not in self.left]

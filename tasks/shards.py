@@ -5,7 +5,7 @@ from Prefect, by the tags of their flow runs.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -157,16 +157,20 @@ def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, .
     return tuple(item for item in plan.tasks if item.key not in taken)
 
 
-def obsolete_shards(plan: Plan, active_shards: Sequence[Shard]) -> tuple[Shard, ...]:
+def obsolete_shards(
+    plan: Plan, active_shards: Sequence[Shard], left: Collection[tuple[Any, ...]] = ()
+) -> tuple[Shard, ...]:
     """Return the waiting shards to withdraw.
 
     These are shards with transfers that are no longer planned, shards whose base comes after a base
     with transfers in no shard, and shards for which a promotion waits by now. In one queue, these
-    would have to wait for less urgent ones.
+    would have to wait for less urgent ones. No shard is withdrawn for a transfer whose key is in
+    `left`: this run does not start it.
     """
     planned = {item.key for item in plan.tasks}
     rank = {base: i for i, base in enumerate(dict.fromkeys(w.base for w in plan.tasks))}
-    first = min((rank[item.base] for item in missing(plan, active_shards)), default=len(rank))
+    todo = (item for item in missing(plan, active_shards) if item.key not in left)
+    first = min((rank[item.base] for item in todo), default=len(rank))
     return tuple(
         shard
         for shard in active_shards
@@ -296,8 +300,8 @@ def cancel_shard(shard: Shard) -> None:
         message="no longer needed, or less urgent than other transfers",
     )
     with get_client(sync_client=True) as client:
-        run = client.read_flow_run(shard.run_id)
-        if run.state is not None and run.state.is_scheduled():
+        ((_, run),) = _with_runs([shard], client)
+        if run is not None and run.state is not None and run.state.is_scheduled():
             client.set_flow_run_state(shard.run_id, state)
 
 
@@ -344,8 +348,9 @@ def wait(
 def why_unserved(shards: Sequence[Shard]) -> str:
     """Return why waiting shards of other runs cannot start; empty if they can, or are new."""
     with get_client(sync_client=True) as client:
-        for shard in (shard for shard in shards if shard.is_waiting):
-            run = client.read_flow_run(shard.run_id)
+        for _, run in _with_runs([shard for shard in shards if shard.is_waiting], client):
+            if run is None:
+                continue
             created = run.created or datetime.now(UTC)
             waits_s = (datetime.now(UTC) - created).total_seconds()
             if _is_waiting(run) and waits_s > UNSERVED_AFTER_S:

@@ -1,6 +1,7 @@
 """A base in parts on several devices answers as one that is on a single device."""
 
 import logging
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
 from tests.validation.models import model_of
 from trans_peft import placement
 from trans_peft.checksums import model_checksums
-from trans_peft.errors import InvalidSpecError, OutOfMemoryError
+from trans_peft.errors import OutOfMemoryError, WorkerError
 from trans_peft.methods.bottleneck import BottleneckConfig
 from trans_peft.methods.registration import register_methods
 from trans_peft.models import load_base, release_base
@@ -201,8 +202,27 @@ def test_a_gpu_without_room_for_one_layer_is_refused():
 def test_continuous_batching_needs_one_device():
     model = tiny_model()
     model.model.layers[1].to("meta")
-    with pytest.raises(InvalidSpecError, match=r"(?s)whole base on one device.*cpu, meta"):
+    with pytest.raises(WorkerError, match=r"(?s)whole base on one device.*cpu, meta"):
         ContinuousBatchingEngine(model, TOKENIZER)
+
+
+class Pair(NamedTuple):
+    hidden: torch.Tensor
+    weights: torch.Tensor | None
+
+
+def test_inputs_and_outputs_keep_their_types():
+    pair = placement._moved(Pair(torch.ones(2), None), "meta")
+    assert isinstance(pair, Pair)
+    assert (str(pair.hidden.device), pair.weights) == ("meta", None)
+
+
+@pytest.mark.parametrize(
+    ("layers", "outside", "devices"), [([4], 12, [10, 10]), ([], 12, [10, 10]), ([4], 2, [0, 0])]
+)
+def test_the_first_device_has_to_hold_what_is_outside_the_layers(layers, outside, devices):
+    with pytest.raises(OutOfMemoryError, match="does not fit the GPU"):
+        layer_devices(layers, outside, devices)
 
 
 LAYERS = st.lists(st.integers(1, 50), min_size=1, max_size=12)

@@ -58,7 +58,7 @@ def place(model: nn.Module, devices: Sequence[DeviceMemory]) -> None:
     share of their memory filled. The layers for which no memory is left are streamed.
 
     Raises OutOfMemoryError if the first device cannot hold what is outside the layers, and one
-    layer.
+    layer if any has to be streamed.
     """
     if not devices:
         return
@@ -96,13 +96,14 @@ def layer_devices(layers: Sequence[int], outside: int, devices: Sequence[int]) -
         >>> layer_devices([4, 4, 4, 4], 2, [10])
         [0, None, None, None]
 
-    Raises OutOfMemoryError if the first device cannot hold `outside` and one layer.
+    Raises OutOfMemoryError if the first device cannot hold `outside`, and one layer if any has to
+    be streamed.
     """
-    least = 100 * (outside + sum(layers)) // sum(devices)
+    least = 100 * (outside + sum(layers)) // max(1, sum(devices))
     for percent in range(least, 101):
         limits = [size * percent // 100 for size in devices]
         limits[0] -= outside
-        if None not in (found := _filled(layers, limits)):
+        if limits[0] >= 0 and None not in (found := _filled(layers, limits)):
             return found
     limits = [devices[0] - outside - max(layers, default=0), *devices[1:]]
     if limits[0] < 0:
@@ -166,7 +167,8 @@ def _moved(value: Any, device: str) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
+        moved = (_moved(item, device) for item in value)
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     return value

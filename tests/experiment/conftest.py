@@ -76,7 +76,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TrainingJob]]:
 
     def fit_here(job: TrainingJob, *, on_event) -> TrainingResult:
         job.check()
-        if (done := launch._finished(job)) is not None:
+        if (done := launch.finished(job)) is not None:
             return done
         jobs.append(job)
         gc.freeze()  # accelerate collects after each training, which takes longer than the training

@@ -151,9 +151,18 @@ def test_shards_of_other_runs_are_checked_when_they_have_waited_for_a_minute(
     monkeypatch, due_s, is_reported
 ):
     client = Client()
-    client.read_flow_run = lambda _: run(due_s=due_s)
-    monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
     waiting = Shard(uuid4(), (), is_waiting=True)
+    client.read_flow_runs = lambda **_: [run(due_s=due_s, run_id=waiting.run_id)]
+    monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
     assert bool(shards.why_unserved([Shard(uuid4(), ()), waiting])) is is_reported
     assert shards.why_unserved([Shard(uuid4(), ())]) == ""
     assert queues.UNSERVED_AFTER_S == 60
+
+
+def test_a_shard_whose_run_was_deleted_is_not_checked_and_not_withdrawn(monkeypatch):
+    client = Client()
+    deleted, waiting = (Shard(uuid4(), (), is_waiting=True) for _ in range(2))
+    client.states[waiting.run_id] = Scheduled()
+    monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
+    assert "no worker serves" in shards.why_unserved([deleted, waiting])
+    shards.cancel_shard(deleted)

@@ -102,6 +102,21 @@ class TestOneRun:
         ]  # fmt: skip
         assert fleet.serving == 2
 
+    def test_a_base_that_fails_withdraws_no_shard_on_another(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(shards, "enough_ended", lambda slots: slots)
+        upgraded = upgrade(tmp_path / "failing")
+        fleet = upgraded.fleet
+        fleet.promote(fleet.platform.catalog.versions(FAMILY)[0])
+        fleet.add_base("v3")
+        plain = upgraded.judge
+        monkeypatch.setattr(
+            upgraded, "judge", lambda task: task.base.version == "v3" or plain(task)
+        )
+        assert "ended as Completed" in upgraded.reconcile(monkeypatch).message
+        assert [(run.tasks[0].base.version, run.state) for run in upgraded.runs] == [
+            *[("v3", "Completed")] * 3, *[("v2", "Completed")] * 3,
+        ]  # fmt: skip
+
     def test_reports_an_unknown_family(self, undisturbed, monkeypatch):
         state = undisturbed.reconcile(monkeypatch, family="smal")
         assert state.name == "Failed"

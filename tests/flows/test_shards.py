@@ -115,6 +115,11 @@ def test_a_shard_of_a_promotion_is_scheduled_before_all_others(monkeypatch, is_u
         assert given["scheduled_time"] is None  # now
 
 
+def test_a_transfer_that_is_not_started_again_comes_before_no_shard():
+    """Otherwise two runs that have given it up would withdraw each other's shards for ever."""
+    assert obsolete_shards(plan(NEWER, A), [shard(A)], {NEWER.key: "its shard failed"}) == ()
+
+
 def test_a_shard_is_kept_if_the_task_on_the_newer_base_is_active():
     assert obsolete_shards(plan(NEWER, A), [shard(NEWER), shard(A)]) == ()
 

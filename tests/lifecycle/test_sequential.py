@@ -1,7 +1,11 @@
 """Transfers with sequential tests, with a tiny model and ports in memory."""
 
+import gc
 import json
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -15,8 +19,11 @@ from trans_peft.domain.evaluation import BARE, GatePolicy, Suite, Verdict
 from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
+from trans_peft.lifecycle import sequential
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.engines import Engines
+from trans_peft.lifecycle.evaluation import BARE_BASE
 from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.transfer import transfer
@@ -145,3 +152,27 @@ def test_parts_use_old_answers_as_drafts_and_sum_near_ties(fleet, tmp_path, monk
     outcome = transfer(task, observe_adapter("kept", FAMILY, platform), policy, platform)
     assert drafts == [expected] * 3 and len(expected) == ITEMS
     assert outcome.evaluations[1].near_ties == 6
+
+
+def test_a_base_is_released_before_another_engine_starts(monkeypatch):
+    """vLLM takes the memory that the base of the default engine had."""
+    bases = []
+
+    class Base:
+        pass
+
+    @contextmanager
+    def opened(*_):
+        gc.collect()
+        assert not any(base() for base in bases)
+        base = Base()
+        bases.append(weakref.ref(base))
+        yield base, None
+
+    monkeypatch.setattr(sequential, "opened", opened)
+    monkeypatch.setattr(sequential, "base_folder", lambda *_: None)
+    subject = replace(BARE_BASE, engines=Engines("vllm", "vllm 1", (("pick", "choices"),)))
+    with sequential._BatchEvaluator(None, None, None) as evaluator:
+        for name in ("pick", "words", "pick"):
+            evaluator._load(subject, SimpleNamespace(name=name, dtype="float32"))
+    assert len(bases) == 3

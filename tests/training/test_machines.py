@@ -3,6 +3,7 @@
 import json
 import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,10 +80,38 @@ def test_a_training_of_one_process_needs_no_other_machine(make_job, tmp_path, se
 
 
 def test_machines_without_a_common_work_folder_are_refused(make_job, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune_module, "gather_object", lambda own: [*own, 3])
+    job = make_job(tmp_path, recipe())
+    other = (job.identity(), 3)
+    monkeypatch.setattr(finetune_module, "gather_object", lambda own: [*own, other])
     monkeypatch.setattr(finetune_module, "load_tokenizer", lambda _: pytest.fail("loaded"))
     with pytest.raises(TrainingError, match=r"(?s)different checkpoints.*of the steps 0, 3"):
+        trained(job)
+
+
+def test_machines_with_different_jobs_are_refused(make_job, tmp_path, monkeypatch):
+    other = (make_job(tmp_path, replace(recipe(), seed=7)).identity(), 0)
+    monkeypatch.setattr(finetune_module, "gather_object", lambda own: [*own, other])
+    monkeypatch.setattr(finetune_module, "load_tokenizer", lambda _: pytest.fail("loaded"))
+    with pytest.raises(InvalidSpecError, match=f"(?s)different jobs.*{other[0][:12]}"):
         trained(make_job(tmp_path, recipe()))
+
+
+def test_a_training_starts_on_machine_0(make_job, tmp_path, second, monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, "take_part", lambda job, on_event: started.append(job))
+    with pytest.raises(InvalidSpecError, match=r"(?s)starts on machine 0.*join .*job\.json"):
+        launch.fit(make_job(tmp_path, recipe(processes=2)), on_event=started.append)
+    assert started == []
+
+
+def test_a_training_that_has_ended_is_not_joined(make_job, tmp_path, second, monkeypatch):
+    """Machine 0 returns the result and starts no process, so nobody would answer."""
+    job, joined = make_job(tmp_path, recipe(processes=2)), []
+    job.write()
+    monkeypatch.setattr(join, "take_part", lambda job, on_event: joined.append(job))
+    monkeypatch.setattr(join, "finished", lambda job: "result")
+    join.main(job.file)
+    assert joined == []
 
 
 def test_machine_0_does_not_join(tmp_path, second, monkeypatch):

@@ -1,8 +1,12 @@
 """The process of the vLLM engine, with a fake package in place of vLLM."""
 
 import json
+import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +160,65 @@ def test_scores_are_those_of_the_given_tokens(engine_of):
     assert [tuple(score) for score in scores] == [(-1.0, True), (-2.0, False)]
     assert nothing == []
     assert engine_of().likelihoods([([9, 40], [[1, 2], [3]]), ([9], [[5]])]) == [[-3, -3], [-5]]
+
+
+class Interrupted(SimpleNamespace):
+    """A pipe to wait for, until the user presses Ctrl-C."""
+
+    def __init__(self, pipe):
+        super().__init__(close=pipe.close)
+
+    def readline(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_call_leaves_no_answers_for_the_next_one(engine_of):
+    """The results of the first call are in the pipe when it is interrupted."""
+    engine = engine_of()
+    engine.answers([[9, 40]], max_new_tokens=1)
+    process = vllm_engine._running._running
+
+    process.stdout = Interrupted(process.stdout)
+    with pytest.raises(KeyboardInterrupt):
+        engine.answers([[9, 41]], max_new_tokens=1)
+    assert ids(engine.answers([[9, 42]], max_new_tokens=1)) == [[42]]
+    assert process.poll() is not None
+
+
+def test_an_interrupted_start_ends_the_process(engine_of, monkeypatch):
+    started, plain = [], subprocess.Popen
+
+    def popen(*arguments, **options):
+        started.append(plain(*arguments, **options))
+        started[0].stdout = Interrupted(started[0].stdout)
+        return started[0]
+
+    monkeypatch.setattr(vllm_engine.subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        engine_of().answers([[9, 40]], max_new_tokens=1)
+    assert started[0].poll() is not None
+
+
+def test_a_stopped_process_leaves_no_open_files(engine_of):
+    engine_of().answers([[9, 40]], max_new_tokens=1)
+    process = vllm_engine._running
+    vllm_engine._stop()
+    files = (process._running.stdin, process._running.stdout, process._log)
+    assert all(file.closed for file in files)
+
+
+def test_a_version_of_vllm_that_was_installed_meanwhile_is_another_engine(
+    environment, engine_of, tmp_path
+):
+    engine, changed = engine_of(), tmp_path / "changed"
+    shutil.copytree(environment, changed, symlinks=True)
+    package = changed / "site" / "vllm" / "__init__.py"
+    package.write_text(package.read_text().replace("1.2.3", "1.2.4"))
+    python = changed / "bin" / "python"
+    python.write_text(python.read_text().replace(str(environment), str(changed)))
+    engine._base = replace(engine._base, environment=changed)
+    with pytest.raises(WorkerError, match=r"(?s)expected: vllm 1.2.3\n.*found: +vllm 1.2.4"):
+        engine.answers([[9, 40]], max_new_tokens=1)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,7 @@ class _BatchEvaluator:
             or (loaded.kind, loaded.dtype) != (kind, dtype)
         ):
             self._stack.close()  # detaches the previous adapter from the shared base
+            self._loaded = loaded = None  # vLLM needs the memory of a base that nothing refers to
             folder = None if subject.folder is None else subject.folder()
             base, engine = self._stack.enter_context(
                 opened(

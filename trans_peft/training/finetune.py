@@ -79,13 +79,7 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
     check_machine(recipe)
     checkpoint = last_checkpoint(job.checkpoint_folder)
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if len(resumed := set(gather_object([first_step]))) > 1:
-        raise TrainingError(
-            "the processes of the training would resume from different checkpoints",
-            expected="one work folder for all machines",
-            found=f"checkpoints of the steps {', '.join(map(str, sorted(resumed)))}",
-            do="give all machines the same file system below the worker's state folder",
-        )
+    _check_processes(gather_object([(job.identity(), first_step)]))
     tokenizer = load_tokenizer(job.base_folder)
     template = _template(job, tokenizer)
     rows = read_job_rows(job, tokenizer, template)
@@ -159,6 +153,26 @@ def finetune(job: TrainingJob, state: PartialState, send: Callable[[EventMessage
         ).write(job.result_file)
         shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
         shutil.rmtree(job.work_dir / "best", ignore_errors=True)
+
+
+def _check_processes(found: Sequence[tuple[str, int]]) -> None:
+    """Raise if the processes, each with its job and first step, do not continue one training."""
+    if len(jobs := {job for job, _ in found}) > 1:
+        raise InvalidSpecError(
+            "the processes of the training have different jobs",
+            expected="one recipe, base and data on all machines",
+            found=f"jobs with the hashes {', '.join(sorted(job[:12] for job in jobs))}",
+            do="give `python -m trans_peft.training.join` the job.json of the training that "
+            "machine 0 runs, and each training at the same time a TRANS_PEFT_MAIN_ADDRESS of its "
+            "own",
+        )
+    if len(steps := {step for _, step in found}) > 1:
+        raise TrainingError(
+            "the processes of the training would resume from different checkpoints",
+            expected="one work folder for all machines",
+            found=f"checkpoints of the steps {', '.join(map(str, sorted(steps)))}",
+            do="give all machines the same file system below the worker's state folder",
+        )
 
 
 def _template(job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> str | None:

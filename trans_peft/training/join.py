@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trans_peft.errors import InvalidSpecError
 from trans_peft.training.job import TrainingJob
-from trans_peft.training.launch import take_part
+from trans_peft.training.launch import finished, take_part
 from trans_peft.training.machines import Machines
 
 _POLL_S = 1.0
@@ -22,7 +22,10 @@ _log = logging.getLogger(__name__)
 
 
 def main(job_file: Path) -> None:
-    """Wait for the job, and run this machine's processes until the training ends."""
+    """Wait for the job, and run this machine's processes until the training ends.
+
+    Returns at once if the training has ended.
+    """
     machines = Machines.of(os.environ)
     if machines.rank == 0:
         raise InvalidSpecError(
@@ -39,6 +42,9 @@ def main(job_file: Path) -> None:
             found=job_file,
             do="raise the recipe's processes, or let no other machine join",
         )
+    if finished(job) is not None:  # machine 0 starts no processes
+        _log.info("the training has ended: %s", job.result_file)
+        return
     take_part(job, on_event=lambda event: _log.info("%s", event))
 
 

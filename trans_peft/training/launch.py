@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 import trans_peft.errors
-from trans_peft.errors import OutOfMemoryError, TrainingCancelled, TrainingError, TransPeftError
+from trans_peft.errors import (
+    InvalidSpecError,
+    OutOfMemoryError,
+    TrainingCancelled,
+    TrainingError,
+    TransPeftError,
+)
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.training.events import (
     CheckpointSaved,
@@ -38,7 +44,7 @@ from trans_peft.training.events import (
 from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.machines import Machines
 
-__all__ = ["fit", "take_part"]
+__all__ = ["finished", "fit", "take_part"]
 
 _LESS_MEMORY = (
     "set compute.gradient_checkpointing, lower optimizer.batch_size (and raise "
@@ -62,19 +68,27 @@ def fit(job: TrainingJob, *, on_event: Callable[[Event], None]) -> TrainingResul
     The training starts when all others have joined it.
 
     Raises:
-        NotFoundError, InvalidSpecError: the job cannot start.
+        NotFoundError, InvalidSpecError: the job cannot start, or this is not machine 0.
         DataError: rows cannot be trained on.
         OutOfMemoryError: a process needed more memory than there is.
         TrainingCancelled: the processes were terminated (SIGTERM).
         TrainingError: the processes failed for another reason.
     """
     job.check()
-    done = _finished(job)
+    done = finished(job)
     if done is not None:
         return done
+    if job.recipe.processes > 1 and (rank := Machines.of().rank) > 0:
+        raise InvalidSpecError(
+            "a training on several machines starts on machine 0",
+            expected="TRANS_PEFT_MACHINE_RANK=0",
+            found=f"TRANS_PEFT_MACHINE_RANK={rank}",
+            do=f"run `python -m trans_peft.training.join {job.file}` on this machine, or unset its "
+            "TRANS_PEFT_MACHINE variables",
+        )
     job.write()
     take_part(job, on_event=on_event)
-    result = _finished(job)
+    result = finished(job)
     if result is None:
         raise TrainingError(
             "training reported success but saved no intact adapter",
@@ -99,7 +113,8 @@ def take_part(job: TrainingJob, *, on_event: Callable[[Event], None]) -> None:
             raise
 
 
-def _finished(job: TrainingJob) -> TrainingResult | None:
+def finished(job: TrainingJob) -> TrainingResult | None:
+    """Return the result of a training that has ended and whose adapter is intact, or None."""
     if not job.result_file.is_file():
         return None
     result = TrainingResult.read(job.result_file)

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from trans_peft.errors import EvaluationError, InvalidSpecError
+from trans_peft.errors import EvaluationError, InvalidSpecError, WorkerError
 from trans_peft.ports import EngineAnswer, Sampling, TokenScore
 from trans_peft.validation.decoding.batching import DEFAULT_BATCH_SIZE, evaluating
 from trans_peft.validation.decoding.generation import AnswerEnds
@@ -55,15 +55,15 @@ class ContinuousBatchingEngine:
     def __init__(self, model: nn.Module, tokenizer: Any, *, batch_size: int | None = None) -> None:
         """On a CPU, there is room for `batch_size` texts at once, by default 32.
 
-        On a GPU, transformers uses the free memory. InvalidSpecError if the base is on several
-        devices (`trans_peft.placement`).
+        On a GPU, transformers uses the free memory. WorkerError if the base is on several devices
+        (`trans_peft.placement`): a larger GPU would hold it.
         """
         devices = sorted({str(weight.device) for weight in model.parameters()})
         if len(devices) > 1:
-            raise InvalidSpecError(
+            raise WorkerError(
                 "continuous batching needs the whole base on one device",
                 found=", ".join(devices),
-                do="use the default engine, or a GPU that the base fits",
+                do="choose another engine in the policy, or use a GPU that the base fits",
             )
         self._model, self._tokenizer = model, tokenizer
         self._batch_size = batch_size or DEFAULT_BATCH_SIZE

@@ -6,7 +6,8 @@
 The Python is that of an environment with vLLM, which needs other versions of its dependencies than
 this project. This file therefore imports nothing of this project. The first line of the input has
 the arguments of `vllm.LLM`, and each further line one request: token ids of prompts, an adapter or
-null, and fields of `SamplingParams`. Requests and results are JSON, one line each.
+null, and fields of `SamplingParams`. Requests and results are JSON, one line each. The first result
+has the version of vLLM and the kind of its device.
 """
 
 import json
@@ -68,20 +69,25 @@ def _main() -> None:
     results = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # vLLM prints to standard output
 
-    def write(function: Any, *arguments: Any) -> Any:
+    llm: Any = None
+
+    def start(arguments: dict[str, Any]) -> dict[str, str]:
+        nonlocal llm
+        llm = _start(arguments)
+        return _check()
+
+    def write(function: Any, *arguments: Any) -> None:
         try:
             found, error = function(*arguments), None
         except Exception as raised:
             found, error = None, f"{type(raised).__name__}: {raised}"
-        served = None if callable(getattr(found, "generate", None)) else found
-        results.write(json.dumps([served, error]) + "\n")
+        results.write(json.dumps([found, error]) + "\n")
         results.flush()
-        return found
 
     if sys.argv[1:] == ["check"]:
         write(_check)
         return
-    llm = write(_start, json.loads(sys.stdin.readline()))
+    write(start, json.loads(sys.stdin.readline()))
     for line in sys.stdin:
         write(_answers, llm, json.loads(line))
 

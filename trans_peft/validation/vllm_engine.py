@@ -10,6 +10,7 @@ import math
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -31,12 +32,14 @@ MAX_RANK = _RANKS[-1]
 
 _LEAST_LENGTH = 1024
 _SHOWN_LOG = 2000  # characters
-_DEFAULTS = {
+_FIXED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which ends with this one
+    "HF_HUB_OFFLINE": "1",
+}
+_DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; by default vLLM takes half of the host's memory
-    "HF_HUB_OFFLINE": "1",
 }
 _numbers = count(1)
 """Numbers of adapters. vLLM caches by the name of an adapter, so no name is used twice."""
@@ -68,7 +71,11 @@ def vllm_name(environment: Path) -> str:
             do="install vLLM there, set TRANS_PEFT_VLLM to its environment, or choose another "
             "engine in the policy",
         )
-    return f"vllm {found['version'].partition('+')[0]}"
+    return _name(found["version"])
+
+
+def _name(version: str) -> str:
+    return f"vllm {version.partition('+')[0]}"
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,13 @@ class VllmEngine:
         if not prompts:
             return iter(())
         process = _process(self._base, self._rank, max(map(len, prompts)) + max_tokens)
+        if process.name != self.name:
+            raise WorkerError(
+                "another version of vLLM was installed while this process ran",
+                expected=self.name,
+                found=process.name,
+                do="run it again in a new process",
+            )
         request = {
             "prompts": [list(prompt) for prompt in prompts],
             "adapter": self._adapter,
@@ -249,7 +263,7 @@ class _Process:
             "generation_config": "vllm", "enable_lora": True, "max_loras": 1,
             "max_lora_rank": rank, "max_model_len": length, "seed": 0,
         }  # fmt: skip
-        _, error = self.call(arguments)
+        found, error = self.call(arguments)
         if error is not None:
             self.stop()
             raise WorkerError(
@@ -258,9 +272,13 @@ class _Process:
                 found=error,
                 do="choose another engine in the policy",
             )
+        self.name = _name(found["version"])
 
     def call(self, request: Mapping[str, Any]) -> tuple[Any, str | None]:
-        """Send one line; return the result, and None or the error."""
+        """Send one line; return the result, and None or the error.
+
+        An interrupted call ends the process: the next call would read the results of this one.
+        """
         assert self._running.stdin is not None and self._running.stdout is not None
         try:
             self._running.stdin.write(json.dumps(request) + "\n")
@@ -268,9 +286,15 @@ class _Process:
             line = self._running.stdout.readline()
         except BrokenPipeError:
             line = ""
-        if not line:
+        except BaseException:
             self.stop()
-            return None, f"the process ended: {self._end_of_log()}"
+            raise
+        if not line:
+            self._running.kill()
+            self._running.wait()  # until the log is complete
+            error = f"the process ended: {self._end_of_log()}"
+            self.stop()
+            return None, error
         found, error = json.loads(line)
         return found, error
 
@@ -283,8 +307,10 @@ class _Process:
         return self._running.poll() is None
 
     def stop(self) -> None:
-        self._running.kill()
-        self._running.wait()
+        """End the process, and close its pipes and its log. Again: no effect."""
+        with suppress(BrokenPipeError), self._running:  # a part of a request may be unsent
+            self._running.kill()
+        self._log.close()
 
 
 _running: _Process | None = None
@@ -326,4 +352,4 @@ def _variables() -> dict[str, str]:
     """Return the variables of the process. PYTHONPATH may name packages of this environment."""
     own = without_credentials()
     own.pop("PYTHONPATH", None)
-    return _DEFAULTS | own
+    return _DEFAULTS | own | _FIXED
