@@ -1,6 +1,7 @@
 """vLLM as an engine: the contract of engines, and a transfer. Run with `make test-vllm`."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,11 @@ def of_vllm(base):
     )
 
 
+def by_loop(model, tokenizer):
+    """The default engine, as `VllmEngine` opens it."""
+    return lambda: nullcontext(LoopEngine(model, tokenizer))
+
+
 def ids(answers):
     return [list(one.ids) for one in answers]
 
@@ -89,7 +95,7 @@ def ids(answers):
 class TestVllmEngine(EngineContract):
     @pytest.fixture(scope="class")
     def engine(self, base, model, tokenizer):
-        return VllmEngine(of_vllm(base), model, tokenizer)
+        return VllmEngine(of_vllm(base), model, tokenizer, by_loop(model, tokenizer))
 
     @pytest.fixture
     def broken(self, model, tokenizer, tmp_path):
@@ -97,11 +103,11 @@ class TestVllmEngine(EngineContract):
         broken = AutoModelForCausalLM.from_pretrained(base)
         with torch.no_grad():
             broken.model.norm.weight.fill_(float("nan"))
-        return VllmEngine(of_vllm(saved(broken, tokenizer, base)), model, tokenizer)
+        of_broken = of_vllm(saved(broken, tokenizer, base))
+        return VllmEngine(of_broken, model, tokenizer, by_loop(broken, tokenizer))
 
 
 def test_adapters_answer_as_with_the_default_engine(base, model, tokenizer, tmp_path):
-    questions = [(prompt, [[65], [66, 67, 68]]) for prompt in PROMPTS]
     engines = []
     for seed, targets in enumerate((["q_proj", "down_proj"], ["q_proj"], ["v_proj", "lm_head"])):
         torch.manual_seed(seed)
@@ -112,7 +118,9 @@ def test_adapters_answer_as_with_the_default_engine(base, model, tokenizer, tmp_
         engines.append(
             (
                 LoopEngine(adapted, tokenizer),
-                VllmEngine(of_vllm(base), model, tokenizer, folder, LORA["r"]),
+                VllmEngine(
+                    of_vllm(base), model, tokenizer, by_loop(own, tokenizer), folder, LORA["r"]
+                ),
             )
         )
     answers = set()
@@ -120,10 +128,6 @@ def test_adapters_answer_as_with_the_default_engine(base, model, tokenizer, tmp_
         expected = ids(loop.answers(PROMPTS, max_new_tokens=MOST))
         assert ids(vllm.answers(PROMPTS, max_new_tokens=MOST)) == expected
         answers.add(str(expected))
-        for found, sums in zip(
-            vllm.likelihoods(questions), loop.likelihoods(questions), strict=True
-        ):
-            assert found == pytest.approx(sums, abs=1e-3)
     assert len(answers) == len(engines)
 
 

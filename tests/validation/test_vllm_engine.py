@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.tiny import tiny_model, write_tiny_base
+from tests.tiny import tiny_model, tiny_tokenizer, write_tiny_base
 from trans_peft import models
 from trans_peft.errors import EvaluationError, InvalidSpecError, WorkerError
 from trans_peft.ports import Sampling
 from trans_peft.validation import vllm_engine
+from trans_peft.validation.engine import LoopEngine
 from trans_peft.validation.vllm_engine import VllmBase, VllmEngine, vllm_name
 
 RAISES, DIES, IS_NAN, ENDS_EARLY = range(4)
@@ -48,9 +50,7 @@ class LLM:
         log_p = float("nan") if prompt[0] == 2 else -1.0
         tokens = 1 if prompt[0] == 3 and sampling.detokenize else sampling.max_tokens
         ids = [prompt[-1] + (adapter.number if adapter else 0)] * tokens
-        scores = [{token: SimpleNamespace(logprob=log_p * token, rank=token)} for token in prompt]
         return SimpleNamespace(
-            prompt_logprobs=[None, *scores[1:]],
             outputs=[SimpleNamespace(
                 token_ids=ids,
                 logprobs=[{token: SimpleNamespace(logprob=log_p)} for token in ids],
@@ -99,10 +99,10 @@ def starts(tmp_path, monkeypatch):
 
 @pytest.fixture
 def engine_of(environment, starts, tokenizer):
-    def make(*adapter, dtype="float32", context=None, folder=Path("/bases/1")):
+    def make(*adapter, dtype="float32", context=None, folder=Path("/bases/1"), default=nullcontext):
         base = VllmBase(environment, folder, (), dtype, context)
         with torch.device("meta"):
-            return VllmEngine(base, tiny_model(), tokenizer, *adapter)
+            return VllmEngine(base, tiny_model(), tokenizer, default, *adapter)
 
     return make
 
@@ -155,11 +155,13 @@ def test_a_base_is_loaded_after_vllm_has_ended(engine_of, tmp_path):
     assert models._cached is None
 
 
-def test_scores_are_those_of_the_given_tokens(engine_of):
-    (scores, nothing) = engine_of().scores([([9, 40], [1, 2]), ([9], [])])
-    assert [tuple(score) for score in scores] == [(-1.0, True), (-2.0, False)]
-    assert nothing == []
-    assert engine_of().likelihoods([([9, 40], [[1, 2], [3]]), ([9], [[5]])]) == [[-3, -3], [-5]]
+def test_likelihoods_and_scores_are_those_of_the_default_engine(engine_of):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    loop = LoopEngine(model, tokenizer)
+    engine = engine_of(default=lambda: nullcontext(loop))
+    questions, texts = [([9, 40], [[1, 2], [3]])], [([9, 40], [1, 2])]
+    assert engine.likelihoods(questions) == loop.likelihoods(questions)
+    assert engine.scores(texts) == loop.scores(texts)
 
 
 class Interrupted(SimpleNamespace):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,12 +163,21 @@ def opened(
         loaded = _without_weights(base, files)
         of_vllm = VllmBase(_vllm(platform), base, files, dtype, context_of(loaded.model))
         rank = 0 if adapter is None else lora_rank(adapter)
-        yield loaded, VllmEngine(of_vllm, loaded.model, loaded.tokenizer, adapter, rank)
+        default = partial(_default_engine, base, dtype, adapter, platform)
+        yield loaded, VllmEngine(of_vllm, loaded.model, loaded.tokenizer, default, adapter, rank)
         return
     loaded = load_base(base, dtype)
     make = LoopEngine if kind == DEFAULT_ENGINE else ContinuousBatchingEngine
     with nullcontext(loaded.model) if adapter is None else attached(loaded.model, adapter) as model:
         yield loaded, make(model, loaded.tokenizer)
+
+
+@contextmanager
+def _default_engine(
+    base: Path, dtype: str, adapter: Path | None, platform: Platform
+) -> Iterator[Engine]:
+    with opened(DEFAULT_ENGINE, base, dtype, adapter, platform) as (_, engine):
+        yield engine
 
 
 @lru_cache(maxsize=1)

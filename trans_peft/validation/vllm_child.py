@@ -34,10 +34,7 @@ def _start(arguments: dict[str, Any]) -> Any:
 
 
 def _answers(llm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return tokens, their log-probabilities, and (log-probability, rank) of the prompt's tokens.
-
-    The first token of a prompt has none.
-    """
+    """Return the tokens of each answer, and their log-probabilities."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -45,21 +42,15 @@ def _answers(llm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     sampling = SamplingParams(**request["sampling"])
     results = []
-    for prompt, found in zip(
-        request["prompts"],
-        llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False),
-        strict=True,
-    ):
+    for found in llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False):
         (answer,) = found.outputs
         ids = list(answer.token_ids)
-        scores = zip(prompt[1:], (found.prompt_logprobs or ())[1:], strict=False)
         results.append(
             {
                 "ids": ids,
                 "log_p": [
                     at[token].logprob for token, at in zip(ids, answer.logprobs, strict=True)
                 ],
-                "prompt": [(at[token].logprob, at[token].rank) for token, at in scores],
             }
         )
     return results

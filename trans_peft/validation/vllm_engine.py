@@ -10,7 +10,7 @@ import math
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -20,7 +20,7 @@ from typing import Any
 from trans_peft.errors import EvaluationError, InvalidSpecError, WorkerError
 from trans_peft.isolation.environment import without_credentials
 from trans_peft.models import borrow_memory
-from trans_peft.ports import EngineAnswer, Sampling, TokenScore
+from trans_peft.ports import Engine, EngineAnswer, Sampling, TokenScore
 from trans_peft.validation.decoding.generation import AnswerEnds
 
 __all__ = ["MAX_RANK", "VllmBase", "VllmEngine", "vllm_name"]
@@ -100,7 +100,9 @@ class VllmBase:
 class VllmEngine:
     """Answers with vLLM (`trans_peft.ports.Engine`).
 
-    Drafts are ignored, near ties are not counted, and no progress is reported within a call.
+    Drafts are ignored, near ties are not counted, and no progress is reported within a call. Where
+    vLLM may apply LoRA to the output layer, it cannot return the log-probabilities of given tokens
+    (0.32: `prompt_logprobs` fails). The default engine computes them.
     """
 
     def __init__(
@@ -108,16 +110,19 @@ class VllmEngine:
         base: VllmBase,
         ends_of: Any,
         tokenizer: Any,
+        default: Callable[[], AbstractContextManager[Engine]],
         adapter: Path | None = None,
         rank: int = 0,
     ) -> None:
         """Prepare the engine; the first call starts vLLM, unless it runs on this base.
 
         `ends_of` is the base's model, whose end tokens end an answer; its weights are not read.
+        `default` opens the default engine with the same base and adapter.
         `adapter` is a PEFT folder with LoRA matrices of at most this `rank`; None: the bare base.
         """
         self.name, self.dtype = vllm_name(base.environment), base.dtype
         self._base, self._ends_of, self._tokenizer, self._rank = base, ends_of, tokenizer, rank
+        self._default = default
         number = next(_numbers)
         self._adapter = adapter and (f"adapter-{number}", number, str(adapter))
 
@@ -171,32 +176,17 @@ class VllmEngine:
         questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
         *,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[float]]:
-        """Return the log-likelihood of each continuation, the sum of its tokens' scores."""
-        scores = iter(
-            self.scores([(prompt, choice) for prompt, choices in questions for choice in choices])
-        )
-        sums = [
-            [math.fsum(score.log_p for score in next(scores)) for _ in choices]
-            for _, choices in questions
-        ]
-        if on_progress is not None:
-            on_progress(len(sums), len(questions))
-        return sums
+    ) -> Sequence[Sequence[float]]:
+        """Return the log-likelihood of each continuation, by the default engine."""
+        with self._default() as engine:
+            return engine.likelihoods(questions, on_progress=on_progress)
 
     def scores(
         self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> list[list[TokenScore]]:
-        """Return the score of each given token, which vLLM computes while it reads a prompt."""
-        prompts = [[*context, *tokens] for context, tokens in texts]
-        scores = []
-        for (context, _), found in zip(
-            texts, self._results(prompts, max_tokens=1, prompt_logprobs=0), strict=True
-        ):
-            own = found["prompt"][len(context) - 1 :]
-            _check_finite([log_p for log_p, _ in own])
-            scores.append([TokenScore(log_p, rank == 1) for log_p, rank in own])
-        return scores
+    ) -> Sequence[Sequence[TokenScore]]:
+        """Return the score of each given token, by the default engine."""
+        with self._default() as engine:
+            return engine.scores(texts)
 
     def _results(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, **sampling: Any
