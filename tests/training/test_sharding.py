@@ -83,12 +83,14 @@ def test_what_cannot_be_sharded_is_refused(need):
 
 
 def train(job, *, stop_after=None):
-    """Train in two forked processes, which need not import torch again, and return the result."""
+    """Train in two processes, and return the result."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    forks = multiprocessing.get_context("fork")
-    processes = [forks.Process(target=work, args=(job, rank, port, stop_after)) for rank in (0, 1)]
+    context = multiprocessing.get_context("spawn")  # a fork would have the group of other tests
+    processes = [
+        context.Process(target=work, args=(job, rank, port, stop_after)) for rank in (0, 1)
+    ]
     for process in processes:
         process.start()
     for process in processes:
