@@ -1,8 +1,10 @@
 """Several machines: what the environment says, and what each machine starts."""
 
 import json
+import os
 import socket
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 
 from tests.training.conftest import recipe
 from tests.training.test_finetune import trained
+from tests.training.test_fit import HELD_OUT, TWO_PROCESSES
+from trans_peft.data import write_examples
 from trans_peft.errors import InvalidSpecError, TrainingError
 from trans_peft.training import finetune as finetune_module
 from trans_peft.training import join, launch
@@ -136,39 +140,28 @@ def test_a_machine_waits_for_the_job(make_job, tmp_path, second, monkeypatch):
     assert joined == [job]
 
 
-REPORT = """
-import torch
-from accelerate import PartialState
-
-state = PartialState(cpu=True)
-total = torch.tensor([state.process_index + 1])
-torch.distributed.all_reduce(total)
-print(state.num_processes, state.process_index, state.local_process_index, total.item())
-"""
-
-
-@pytest.mark.slow  # two launchers and two processes import torch
+@pytest.mark.slow  # three launchers and four processes import torch
 @pytest.mark.timeout(900)
-def test_the_processes_of_two_machines_find_each_other(make_job, tmp_path, monkeypatch):
-    """Two launches on this host. `test_sharding.py` trains with two processes."""
-    job = make_job(tmp_path, recipe(processes=2))
-    script = tmp_path / "report.py"
-    script.write_text(REPORT)
+def test_two_machines_train_the_weights_of_two_processes_of_one(make_job, tmp_path, monkeypatch):
+    """The machines are this host twice: a training, and another process that joins it."""
+    held_out = write_examples(HELD_OUT, tmp_path / "held-out.jsonl")
+    alone, job = (
+        replace(make_job(tmp_path / name, TWO_PROCESSES), validation_file=held_out)
+        for name in ("one", "two")
+    )
+    one = launch.fit(alone, on_event=ignored)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    launched = []
-    for rank in ("1", "0"):
-        names = SECOND | {
-            "TRANS_PEFT_MACHINE_RANK": rank,
-            "TRANS_PEFT_MAIN_ADDRESS": address,
-        }
-        for name, value in names.items():
-            monkeypatch.setenv(name, value)
-        command = launch._command(job)
-        command = [*command[: command.index("--module")], str(script)]
-        launched.append(
-            subprocess.Popen(command, env=launch._environment(1), stdout=subprocess.PIPE, text=True)
-        )
-    reports = [process.communicate()[0].split() for process in launched]
-    assert reports == [["2", "1", "0", "3"], ["2", "0", "0", "3"]]
+    environment = SECOND | {"TRANS_PEFT_MAIN_ADDRESS": address}
+    command = [sys.executable, "-m", "trans_peft.training.join", str(job.file)]
+    other = subprocess.Popen(command, env=os.environ | environment)
+    for name, value in (environment | {"TRANS_PEFT_MACHINE_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    two = launch.fit(job, on_event=ignored)
+    assert other.wait() == 0
+    assert two.weights_sha256 == one.weights_sha256
+
+
+def ignored(event):
+    """Ignore an event."""
