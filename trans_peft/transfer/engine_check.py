@@ -58,7 +58,14 @@ VLLM_OUTPUT_LAYERS = frozenset({
     "Qwen3_5MoeForCausalLM",
 })  # fmt: skip
 """Architectures on whose output layer vLLM 0.32 applies LoRA. It refuses to load it on others."""
-VLLM_INPUT_EMBEDDINGS = VLLM_OUTPUT_LAYERS | {"Cohere2ForCausalLM", "CohereForCausalLM"}
+VLLM_INPUT_EMBEDDINGS = VLLM_OUTPUT_LAYERS - {"InklingForCausalLM"} | {
+    "ArceeForCausalLM", "Cohere2ForCausalLM", "CohereForCausalLM", "CwmForCausalLM",
+    "FlexOlmoForCausalLM", "GPTBigCodeForCausalLM", "GPTNeoXForCausalLM", "GlmForCausalLM",
+    "HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM", "Jais2ForCausalLM",
+    "MellumForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM",
+    "PhiForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM",
+    "VaultGemmaForCausalLM",
+}  # fmt: skip
 """The same for the input embedding."""
 
 _USE_PLAIN_LORA = (
