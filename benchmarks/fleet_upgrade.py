@@ -10,6 +10,7 @@ different weights on a tiny base, and uploads an update. Then it promotes the up
 `fleet.upgrade_1000_overhead_s`: (time from writing the manifest of the update until reconcile has
 applied the last verdict - computing) / adapters. Computing is the time of the evaluations on the
 new base. With the default of one GPU slot, the shards run one after the other.
+`fleet.upgrade_1000_whole_s`: the same with the computing.
 `fleet.promote_1000_s`, `fleet.roll_back_1000_s`: from setting `champion` until `serving` of the
 base has moved.
 """

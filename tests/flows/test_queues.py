@@ -1,4 +1,4 @@
-"""A queue that nobody serves is reported after a minute, once, and so is its end."""
+"""A queue that no worker serves is reported after a minute, once, and so is its end."""
 
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta

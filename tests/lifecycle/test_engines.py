@@ -8,11 +8,9 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 
-from tests.lifecycle.test_life import write_update
+from tests.lifecycle.test_life import add_base, write_update
 from tests.tiny import tiny_model, write_tiny_base
 from trans_peft import models
-from trans_peft.bases.publish import publish
-from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import DEFAULT_ENGINE, GatePolicy, Suite, engine_lines
 from trans_peft.domain.outcome import Reason, TransferTask
@@ -21,7 +19,6 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import InvalidSpecError, WorkerError
 from trans_peft.lifecycle.adopt import adopt
-from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.engines import ONLY_DEFAULT, choose_engines
 from trans_peft.lifecycle.mixed_evaluation import evaluate_shard
 from trans_peft.lifecycle.reconcile import observe_adapter
@@ -50,13 +47,8 @@ def with_adapters(tmp_path_factory):
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("engines")
     platform = replace(memory_platform(root / "work"), store=FileStore())
-    for version, folder in (
-        ("v1", write_tiny_base(root / "v1")),
-        ("v2", write_update(root / "v2")),
-    ):
-        uri = str(root / "bases" / version)
-        publish(folder, uri, family=FAMILY, version=version, store=FileStore())
-        ingest(Upload(uri), platform)
+    add_base(platform, write_tiny_base(root / "v1"))
+    add_base(platform, write_update(root / "v2"))
     rows = [
         {"id": f"{i}", "prompt": f"{i} is", "completion": " odd", "choices": [" odd", " even"]}
         for i in range(ITEMS)

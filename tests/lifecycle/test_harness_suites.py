@@ -9,17 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.harness_tasks import ROWS
-from tests.lifecycle.test_life import write_update
+from tests.lifecycle.test_life import add_base, write_update
 from tests.tiny import tiny_model, write_tiny_base
-from trans_peft.bases.publish import publish
-from trans_peft.domain.base import Upload
 from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.harness_task import HarnessTask
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import IntegrityError, InvalidSpecError
 from trans_peft.lifecycle.adopt import adopt
-from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.evaluation import pin_suites
 from trans_peft.lifecycle.reconcile import observe, plan
 from trans_peft.lifecycle.transfer import transfer
@@ -45,13 +42,6 @@ def write_adapter(folder):
                 weight.normal_()
     model.save_pretrained(folder)
     return str(folder)
-
-
-def add_base(platform, folder):
-    """Publish a folder as a version with its name."""
-    uri = str(folder.parent / "bases" / folder.name)
-    publish(folder, uri, family="tiny", version=folder.name, store=FileStore())
-    return ingest(Upload(uri), platform)
 
 
 def test_without_the_harness_or_a_place_the_error_says_what_to_do(platform, monkeypatch):

@@ -46,6 +46,13 @@ def rows(path, count, start=0):
     return DataSource(str(path))
 
 
+def add_base(platform, folder):
+    """Publish a folder as a version with its name, and ingest it."""
+    uri = str(folder.parent / "bases" / folder.name)
+    publish(folder, uri, family=FAMILY, version=folder.name, store=FileStore())
+    return ingest(Upload(uri), platform)
+
+
 def write_update(folder, noise=1e-3):
     """v2: the same model after a small step in a random direction."""
     model = tiny_model()

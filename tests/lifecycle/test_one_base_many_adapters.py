@@ -12,12 +12,10 @@ import transformers
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tests.lifecycle.test_life import write_update
+from tests.lifecycle.test_life import add_base, write_update
 from tests.tiny import tiny_model, write_tiny_base
 from trans_peft import models
-from trans_peft.bases.publish import publish
 from trans_peft.data import read_examples
-from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, GatePolicy, Suite
 from trans_peft.domain.outcome import Reason, TransferTask
@@ -26,7 +24,6 @@ from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import EvaluationError, IntegrityError
 from trans_peft.lifecycle import evaluation
 from trans_peft.lifecycle.adopt import adopt
-from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.mixed_evaluation import evaluate_shard
 from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.resolve import find_base
@@ -63,13 +60,8 @@ def shard(tmp_path_factory):
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("shard")
     platform = replace(memory_platform(root / "work"), store=FileStore())
-    for version, folder in (
-        ("v1", write_tiny_base(root / "v1")),
-        ("v2", write_update(root / "v2", noise=2e-2)),
-    ):
-        uri = str(root / "bases" / version)
-        publish(folder, uri, family=FAMILY, version=version, store=FileStore())
-        ingest(Upload(uri), platform)
+    add_base(platform, write_tiny_base(root / "v1"))
+    add_base(platform, write_update(root / "v2", noise=2e-2))
     shots = "".join(f"{i} is {'odd' if i % 2 else 'even'}. " for i in range(9))
     suites = []
     for name, before in (("plain", ""), ("few-shot", shots)):

@@ -10,10 +10,8 @@ from types import SimpleNamespace
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from tests.lifecycle.test_life import write_update
+from tests.lifecycle.test_life import add_base, write_update
 from tests.tiny import tiny_model, write_tiny_base
-from trans_peft.bases.publish import publish
-from trans_peft.domain.base import Upload
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.evaluation import BARE, GatePolicy, Suite, Verdict
 from trans_peft.domain.outcome import Reason, TransferTask
@@ -21,7 +19,6 @@ from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.lifecycle import sequential
 from trans_peft.lifecycle.adopt import adopt
-from trans_peft.lifecycle.bases import ingest
 from trans_peft.lifecycle.engines import Engines
 from trans_peft.lifecycle.evaluation import BARE_BASE
 from trans_peft.lifecycle.reconcile import observe_adapter
@@ -37,13 +34,8 @@ EARLY = GatePolicy(margin_points=20.0, must_beat_bare=False, sequential=True)
 def fleet(tmp_path):
     """v1, v2 and an adapter that answers every item wrongly on both, so that nothing is lost."""
     platform = replace(memory_platform(tmp_path / "work"), store=FileStore())
-    for version, folder in (
-        ("v1", write_tiny_base(tmp_path / "v1")),
-        ("v2", write_update(tmp_path / "v2")),
-    ):
-        uri = str(tmp_path / "bases" / version)
-        publish(folder, uri, family=FAMILY, version=version, store=FileStore())
-        ingest(Upload(uri), platform)
+    add_base(platform, write_tiny_base(tmp_path / "v1"))
+    add_base(platform, write_update(tmp_path / "v2"))
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "peft")
     rows = [{"id": f"{i}", "prompt": f"{i} is", "completion": " odd"} for i in range(ITEMS)]

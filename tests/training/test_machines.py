@@ -109,7 +109,7 @@ def test_a_training_starts_on_machine_0(make_job, tmp_path, second, monkeypatch)
 
 
 def test_a_training_that_has_ended_is_not_joined(make_job, tmp_path, second, monkeypatch):
-    """Machine 0 returns the result and starts no process, so nobody would answer."""
+    """Machine 0 returns the result and starts no processes that could be joined."""
     job, joined = make_job(tmp_path, recipe(processes=2)), []
     job.write()
     monkeypatch.setattr(join, "take_part", lambda job, on_event: joined.append(job))

@@ -6,7 +6,7 @@ that the base does not have, and those tensors then do nothing. The checks here 
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -233,26 +233,27 @@ def _rank_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
 
 
 def _output_layer_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
-    architecture = engine.fingerprint.architecture
-    if not engine.is_vllm or architecture in VLLM_OUTPUT_LAYERS:
-        return []
-    return [
-        f"it adapts the output layer {module}, and vLLM applies no LoRA matrices to that of "
-        f"{architecture}"
-        for module in ranks(adapter)
-        if module.rpartition(".")[2] in _OUTPUT_LAYERS
-    ]
+    modules = (name for name in ranks(adapter) if name.rpartition(".")[2] in _OUTPUT_LAYERS)
+    return _not_adapted(engine, VLLM_OUTPUT_LAYERS, "output layer", modules)
 
 
 def _embedding_problems(adapter: PeftFolder, engine: EngineBase) -> list[str]:
+    found = (match for match in _matches(adapter) if match["part"] == "lora_embedding_A")
+    modules = (match["module"] for match in found)
+    return _not_adapted(engine, VLLM_INPUT_EMBEDDINGS, "embedding", modules)
+
+
+def _not_adapted(
+    engine: EngineBase, adapted: frozenset[str], kind: str, modules: Iterable[str]
+) -> list[str]:
+    """Return a problem for each of these modules, unless the server adapts this kind of module."""
     architecture = engine.fingerprint.architecture
-    if not engine.is_vllm or architecture in VLLM_INPUT_EMBEDDINGS:
+    if not engine.is_vllm or architecture in adapted:
         return []
     return [
-        f"it adapts the embedding {match['module']}, and vLLM applies no LoRA matrices to that of "
+        f"it adapts the {kind} {module}, and vLLM applies no LoRA matrices to that of "
         f"{architecture}"
-        for match in _matches(adapter)
-        if match["part"] == "lora_embedding_A"
+        for module in modules
     ]
 
 

@@ -12,11 +12,11 @@ import transformers
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from trans_peft.errors import EvaluationError, InvalidSpecError, WorkerError
+from trans_peft.errors import EvaluationError, WorkerError
 from trans_peft.ports import EngineAnswer, Sampling, TokenScore
 from trans_peft.validation.decoding.batching import DEFAULT_BATCH_SIZE, evaluating
 from trans_peft.validation.decoding.generation import AnswerEnds
-from trans_peft.validation.engine import LoopEngine, dtype_of
+from trans_peft.validation.engine import LoopEngine, dtype_of, refuse_sampling
 
 __all__ = ["ContinuousBatchingEngine", "unsupported"]
 
@@ -85,13 +85,7 @@ class ContinuousBatchingEngine:
 
         EvaluationError if transformers fails on one of them, InvalidSpecError for `sampling`.
         """
-        if sampling is not None:
-            raise InvalidSpecError(
-                "continuous batching cannot sample answers",
-                expected="greedy decoding: its random numbers depend on the other texts of a batch",
-                found=f"temperature={sampling.temperature}",
-                do="use the default engine",
-            )
+        refuse_sampling(sampling, "continuous batching")
         if not prompts:
             return []
         ends = AnswerEnds(self._model, self._tokenizer, stop, end_tokens)

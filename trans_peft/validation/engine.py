@@ -6,16 +6,28 @@ from typing import Any
 from torch import nn
 
 from trans_peft.domain.evaluation import DEFAULT_ENGINE
+from trans_peft.errors import InvalidSpecError
 from trans_peft.ports import EngineAnswer, Sampling, TokenScore
 from trans_peft.validation.decoding.generation import generate
 from trans_peft.validation.decoding.likelihoods import log_likelihoods, token_scores
 
-__all__ = ["LoopEngine", "dtype_of"]
+__all__ = ["LoopEngine", "dtype_of", "refuse_sampling"]
 
 
 def dtype_of(model: Any) -> str:
     """Return the name of the dtype of a model's weights, such as "float32"."""
     return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+
+
+def refuse_sampling(sampling: Sampling | None, engine: str) -> None:
+    """Raise InvalidSpecError if an engine that only decodes greedily is asked to sample."""
+    if sampling is not None:
+        raise InvalidSpecError(
+            f"{engine} cannot sample answers",
+            expected="greedy decoding: its random numbers depend on the other texts of a batch",
+            found=f"temperature={sampling.temperature}",
+            do="use the default engine",
+        )
 
 
 class LoopEngine:

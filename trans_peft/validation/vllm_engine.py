@@ -17,11 +17,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from trans_peft.errors import EvaluationError, InvalidSpecError, WorkerError
+from trans_peft.errors import EvaluationError, WorkerError
 from trans_peft.isolation.environment import without_credentials
 from trans_peft.models import borrow_memory
 from trans_peft.ports import Engine, EngineAnswer, Sampling, TokenScore
 from trans_peft.validation.decoding.generation import AnswerEnds
+from trans_peft.validation.engine import refuse_sampling
 
 __all__ = ["MAX_RANK", "VllmBase", "VllmEngine", "vllm_name"]
 
@@ -138,13 +139,7 @@ class VllmEngine:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[EngineAnswer]:
         """Continue each prompt greedily. InvalidSpecError for `sampling`."""
-        if sampling is not None:
-            raise InvalidSpecError(
-                "vLLM cannot sample answers",
-                expected="greedy decoding: its random numbers depend on the other texts of a batch",
-                found=f"temperature={sampling.temperature}",
-                do="use the default engine",
-            )
+        refuse_sampling(sampling, "vLLM")
         ends = AnswerEnds(self._ends_of, self._tokenizer, stop, end_tokens)
         options: dict[str, Any] = {
             "max_tokens": max_new_tokens,
