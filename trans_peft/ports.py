@@ -136,6 +136,12 @@ class AdapterRegistry(Protocol):
     def adapters(self, family: str) -> tuple[str, ...]:
         """Return the names of the family's live (not retired) adapters, sorted."""
 
+    def registered_name(self, adapter: str) -> str | None:
+        """Return the registered name that equals `adapter` if case is ignored, or None.
+
+        The adapter can be of any family, live or not. The cost does not grow with their number.
+        """
+
     def fleet(self, family: str) -> FamilyAdapters:
         """Return all live adapters of a family, each as `adapter` returns it.
 

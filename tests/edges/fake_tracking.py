@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from trans_peft.domain.names import check_case
+from trans_peft.domain.names import check_case, same_but_for_case
 from trans_peft.edges.mlflow_client import full_tags, own_tags, tag
 from trans_peft.edges.mlflow_search import FoundModel
 from trans_peft.errors import NotFoundError
@@ -67,6 +67,9 @@ class FakeTracking:
         return str(
             [(model.name, len(self.made.get(model.name, ()))) for model in self.models(tags)]
         )
+
+    def model_name(self, name: str) -> str | None:
+        return same_but_for_case(name, self.known) or (name if name in self.known else None)
 
     def found_model(self, name: str) -> FoundModel:
         if name not in self.known:

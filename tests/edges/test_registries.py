@@ -14,6 +14,7 @@ import requests
 
 from tests.edges.examples import draft, evaluation, outcome, peft_folder, transferred
 from tests.edges.one_by_one import one_by_one
+from trans_peft import connect
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.evaluation import Verdict, verdict_key
 from trans_peft.domain.fleet import FamilyAdapters
@@ -22,6 +23,7 @@ from trans_peft.edges.mlflow_client import logged_model_id
 from trans_peft.edges.mlflow_model import MODEL_FILES
 from trans_peft.edges.mlflow_search import entry_of
 from trans_peft.errors import IntegrityError, InvalidSpecError, NotFoundError
+from trans_peft.lifecycle.preflight import check_registration
 from trans_peft.ports import AdapterRegistry
 
 
@@ -91,6 +93,15 @@ class TestEveryRegistry:
                 ask(place.adapter)
         with pytest.raises(NotFoundError):
             place.registry.alias(place.adapter, "on-1")
+
+    def test_a_name_is_found_in_either_case(self, place):
+        assert place.registry.registered_name(place.adapter) is None
+        place.trained()
+        for name in (place.adapter, place.adapter.upper()):
+            assert place.registry.registered_name(name) == place.adapter
+        assert place.registry.registered_name(f"{place.adapter}-2") is None
+        place.person.retire_manually(place.adapter)
+        assert place.registry.registered_name(place.adapter) == place.adapter
 
     def test_a_version_comes_back_as_it_went_in(self, place):
         version = place.trained()
@@ -613,6 +624,39 @@ def test_invalid_tags_and_names_are_set_aside_with_the_reason(servers, unique, t
     assert place.registry.adapters(place.family) == ()
     lines = place.registry.fleet(place.family).unreadable
     assert any("must be true or false" in line for line in lines)
+
+
+@pytest.mark.servers
+def test_a_check_of_a_name_does_not_read_the_family(servers, unique, tmp_path, monkeypatch):
+    place = place_in_mlflow(servers, unique, tmp_path)
+    place.trained()
+    platform = connect(servers.mlflow_url, work_dir=tmp_path / "work")
+    check_registration(place.adapter, place.family, platform)  # finds MLflow's experiment
+    sent, send = [], requests.Session.send
+
+    def sending(session: Any, request: Any, **options: Any) -> Any:
+        sent.append(request.url)
+        response = send(session, request, **options)
+        models = response.json().get("registered_models", ())
+        assert [model["name"] for model in models] in ([], [place.adapter])
+        return response
+
+    monkeypatch.setattr(requests.Session, "send", sending)
+    counted = []
+    for size in (2, 20):
+        with monkeypatch.context() as patch:
+            patch.setattr(requests.Session, "send", send)
+            for number in range(len(place.registry.adapters(place.family)), size):
+                _copy_adapter(place.person.client, place.adapter, f"{unique}-{number}")
+        sent.clear()
+        check_registration(f"new-{unique}", place.family, platform)
+        check_registration(place.adapter, place.family, platform)
+        with pytest.raises(InvalidSpecError, match="upper and lower case alone"):
+            check_registration(place.adapter.upper(), place.family, platform)
+        with pytest.raises(InvalidSpecError, match="belongs to another family"):
+            check_registration(place.adapter, "other", platform)
+        counted.append(len(sent))
+    assert counted[0] == counted[1] > 0
 
 
 @pytest.mark.servers

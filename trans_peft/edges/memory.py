@@ -250,6 +250,10 @@ class MemoryRegistry:
             )
         )
 
+    def registered_name(self, adapter: str) -> str | None:
+        """Return the registered name that equals `adapter` if case is ignored, or None."""
+        return next((name for name in self._families if name.lower() == adapter.lower()), None)
+
     def fleet(self, family: str) -> FamilyAdapters:
         """Return all live adapters of a family. All can be read."""
         return FamilyAdapters(tuple(map(self.adapter, self.adapters(family))))

@@ -434,6 +434,20 @@ class Tracking:
         )
         return "".join(f"{model.name} {model.last_updated_timestamp}" for model in found)
 
+    def model_name(self, name: str) -> str | None:
+        """Return the name of a registered model that equals `name` if case is ignored, or None.
+
+        `_` in a filter with ILIKE matches any character, so there can be several pages.
+        """
+        wanted = f"name ILIKE {_literal(name)}"
+        found = all_pages(
+            lambda token: self.client.search_registered_models(
+                wanted, max_results=_PAGE, page_token=token
+            )
+        )
+        same = sorted(model.name for model in found if model.name.lower() == name.lower())
+        return name if name in same else next(iter(same), None)
+
     def found_model(self, name: str) -> FoundModel:
         """Return the registered model of that name, of whatever kind. NotFoundError."""
         return cast(FoundModel, entry_of(self._registered(name)))
@@ -459,7 +473,8 @@ class Tracking:
         """Return the registered model of that name; create it with these tags if it is missing."""
         with contextlib.suppress(NotFoundError):
             return self._registered(name)
-        check_case("the name", name, self._like(name))
+        if (existing := self.model_name(name)) is not None:
+            check_case("the name", name, [existing])
         with contextlib.suppress(_ConflictError):
             return self.client.create_registered_model(name, tags=full_tags(tags))
         return self._registered(name)  # another process created it first
@@ -474,16 +489,6 @@ class Tracking:
         if found.name.lower() != name.lower():  # some databases ignore case
             raise malformed_answer(f"the registered model {name!r}", found.name or "no model")
         return found
-
-    def _like(self, name: str) -> list[str]:
-        """Return the names of registered models that ILIKE finds; `_` matches any character."""
-        wanted = f"name ILIKE {_literal(name)}"
-        found = all_pages(
-            lambda token: self.client.search_registered_models(
-                wanted, max_results=_PAGE, page_token=token
-            )
-        )
-        return [model.name for model in found]
 
     def versions(self, name: str) -> list[FoundVersion]:
         """Return all versions of a registered model, oldest first; empty if there is no model."""

@@ -57,6 +57,13 @@ class MlflowRegistry:
         models = self._tracking.models({"kind": "adapter", "family": family})
         return tuple(sorted(model.name for model in models if _is_live(model, family)))
 
+    def registered_name(self, adapter: str) -> str | None:
+        """Return the name of a registered model that equals `adapter` if case is ignored, or None.
+
+        The model may also be a base family, as MLflow has one set of names.
+        """
+        return self._tracking.model_name(adapter)
+
     def fleet(self, family: str) -> FamilyAdapters:
         """Return all live adapters of a family, in two searches in parallel.
 

@@ -1,6 +1,7 @@
 """Check before training or adoption that evaluation and registration will be possible."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -30,11 +31,11 @@ def check_registration(adapter: str, family: str, platform: Platform) -> None:
     evaluation store respond. Raises StoreError if the folder of this worker is not writable.
     """
     check_names("the adapter cannot be registered", adapter=adapter, family=family)
-    check_case("adapter", adapter, platform.registry.adapters(family))
-    try:
-        families = {version.base.family for version in platform.registry.versions(adapter)}
-    except NotFoundError:
-        families = set()
+    families: set[str] = set()
+    if (existing := platform.registry.registered_name(adapter)) is not None:
+        check_case("adapter", adapter, [existing])
+        with suppress(NotFoundError):
+            families = {version.base.family for version in platform.registry.versions(adapter)}
     if families - {family}:
         raise InvalidSpecError(
             f"the adapter {adapter!r} belongs to another family",

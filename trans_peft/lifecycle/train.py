@@ -198,7 +198,7 @@ def _pinned(settings: SyntheticPrompts | None, platform: Platform) -> SyntheticP
 def _registered(
     recipe: TrainingRecipe, base: BaseVersion, platform: Platform
 ) -> AdapterVersion | None:
-    if recipe.adapter not in platform.registry.adapters(recipe.family):
+    if platform.registry.registered_name(recipe.adapter) != recipe.adapter:
         return None
     return next(
         (
