@@ -69,11 +69,14 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
         elif (base := state.result()) is not None and family in (None, base.family):
             fresh = _Family(base.family, policy, promotion, shard_size)
             found.setdefault(base.family, fresh).update()
+    for one in found.values():  # after the shards were started, because large reports take seconds
+        one.publish()
 
     while awaited := {name: one.awaited(wait) for name, one in found.items() if one.awaited(wait)}:
         waiting = [found[name] for name in awaited]
         name, ended = shards.wait(awaited, on_unserved=partial(_report_unserved, waiting))
         found[name].update(ended)
+        found[name].publish()
 
     if family is None:
         refused += reconciliation.set_aside()
@@ -97,7 +100,17 @@ def _report_unserved(families: Sequence["_Family"], why: str) -> None:
     else:
         logger.info("a worker serves the queue again")
     for one in families:
-        one.publish_report(why)
+        one.publish_warning(why)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What one update of a family found: its revision before, the fleet, the changes, the plan."""
+
+    revision: str
+    fleet: Fleet
+    changes: FleetChanges
+    plan: Plan
 
 
 @dataclass
@@ -115,7 +128,7 @@ class _Family:
         others: Active shards that other runs started.
         problems: Problems to report at the end of the run.
         left: Transfers that this run does not start again, by key, with the reason.
-        seen: The fleet that the last update left, and its changes.
+        last: What the last update found, None before the first one and after a failed one.
     """
 
     name: str
@@ -126,7 +139,7 @@ class _Family:
     others: tuple[Shard, ...] = ()
     problems: tuple[str, ...] = ()
     left: dict[tuple, str] = field(default_factory=dict)
-    seen: tuple[Fleet, FleetChanges] | None = None
+    last: _Update | None = None
 
     def awaited(self, wait: bool) -> tuple[Shard, ...]:
         """Return the shards for which this run waits."""
@@ -149,13 +162,27 @@ class _Family:
 
     def update(self, ended: tuple[EndedShard, ...] = ()) -> None:
         """Apply the known verdicts, and start shards for missing ones. `ended` are ended shards."""
+        self.last = None
         with self._collecting_errors():
             self._update(ended)
 
-    def publish_report(self, warning: str) -> None:
+    def publish(self) -> None:
+        """Publish the plan and the report of the last update; record it if nothing is left to do."""
+        if self.last is None:
+            return
+        with self._collecting_errors():
+            reporting.publish_plan(self.last.plan)
+            reporting.publish_fleet(self.last.fleet, self.last.changes)
+            is_left = self.last.plan.trainings or self.last.changes.obstacle
+            if not (self.problems or self.awaited(wait=True) or is_left):
+                looks.record_look(self.name, self.last.revision)
+
+    def publish_warning(self, warning: str) -> None:
         """Publish the fleet report again, with a warning. A failure does not affect the run."""
-        if self.seen is not None:
-            reporting.publish_fleet(*self.seen, warning, return_state=True)
+        if self.last is not None:
+            reporting.publish_fleet(
+                self.last.fleet, self.last.changes, warning, return_state=True
+            )
 
     @contextmanager
     def _collecting_errors(self) -> Iterator[None]:
@@ -214,11 +241,7 @@ class _Family:
             if not recovery.start_training(recipe, self.policy)
         ]
         self.problems = (*self._problems(plan, changes), *untrained)
-        reporting.publish_plan(plan)  # after the shards, which must not wait for a report
-        self.seen = (fleet, changes)
-        reporting.publish_fleet(fleet, changes)
-        if not (self.problems or self.awaited(wait=True) or plan.trainings or changes.obstacle):
-            looks.record_look(self.name, revision)
+        self.last = _Update(revision, fleet, changes, plan)
 
     def _problems(self, plan: Plan, changes: FleetChanges) -> Iterator[str]:
         if changes.is_refused or (changes.obstacle and not self.awaited(wait=True)):

@@ -78,7 +78,8 @@ class Run:
 class FleetWithRuns:
     """A fleet, and the flow runs of its shards. `verdicts` are those other than passed.
 
-    `reads` counts how often a run read the fleet, and `looks` has the last looks that it recorded.
+    `reads` counts how often a run read the fleet, `looks` has the last looks that it recorded, and
+    `reported` has the number of flow runs at the moment of each fleet report.
     """
 
     folder: Path
@@ -92,6 +93,7 @@ class FleetWithRuns:
     moments: int = 0
     reads: int = 0
     looks: dict[str, str] = field(default_factory=dict)
+    reported: list[int] = field(default_factory=list)
     unserved: str = ""
     at: Callable[[int, str], None] = lambda number, what: None
 
@@ -156,13 +158,16 @@ class FleetWithRuns:
         )
 
     _ingestion = SimpleNamespace(find_pending=lambda return_state: Completed(data=()))
-    _reporting = SimpleNamespace(
-        publish_plan=lambda plan: None,
-        publish_fleet=lambda *a: None,
-        obstacle_text=obstacle_text,
-        limited=limited,
-        parked_text=parked_text,
-    )
+
+    @property
+    def _reporting(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            publish_plan=lambda plan: None,
+            publish_fleet=lambda *a: self.reported.append(len(self.runs)),
+            obstacle_text=obstacle_text,
+            limited=limited,
+            parked_text=parked_text,
+        )
 
     @property
     def _transfer(self) -> SimpleNamespace:

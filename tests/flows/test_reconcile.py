@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
 from tasks import shards
 from tasks.recovery import start_training
@@ -116,6 +116,22 @@ class TestOneRun:
         assert [(run.tasks[0].base.version, run.state) for run in upgraded.runs] == [
             *[("v3", "Completed")] * 3, *[("v2", "Completed")] * 3,
         ]  # fmt: skip
+
+    def test_reports_after_the_shards_of_an_upload_were_started(self, undisturbed, monkeypatch):
+        undisturbed.reported.clear()
+        monkeypatch.setattr(
+            undisturbed,
+            "_ingestion",
+            SimpleNamespace(
+                find_pending=lambda return_state: Completed(data=("upload of v3",)),
+                ingest_pending=lambda upload, return_state: Completed(
+                    data=undisturbed.fleet.add_base("v3")
+                ),
+            ),
+        )
+        undisturbed.reconcile(monkeypatch)
+        assert undisturbed.reported[0] == 6  # the three runs on v2, and those on v3
+        assert len(undisturbed.reported) == 2  # and once the shards have ended
 
     def test_reports_an_unknown_family(self, undisturbed, monkeypatch):
         state = undisturbed.reconcile(monkeypatch, family="smal")
