@@ -36,7 +36,8 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
     Args:
         policy: Gate policy: when an adapter may serve on a new base.
         promotion: Promotion policy: when a base may serve.
-        shard_size: Maximum number of adapters in a shard. They share one load of the base.
+        shard_size: Number of adapters in a shard, which are evaluated together. A shard can have
+            more if it is estimated to take less than ten minutes.
         family: Base family to reconcile. None: all families.
         wait: Wait also for shards that other runs started.
         skip_unchanged_minutes: Do not read a fleet again if a run in the last minutes found nothing
@@ -55,11 +56,11 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
             return Failed(message="\n".join(["planned, nothing changed", *problems]))
         return Completed(message="planned, nothing changed")
 
+    pending = ingestion.find_pending(return_state=True)
     for one in found.values():  # before ingestion, so that a rollback does not wait for an upload
         if not one.is_unchanged(skip_unchanged_minutes):
             one.update()
     refused = []
-    pending = ingestion.find_pending(return_state=True)
     if not pending.is_completed():
         refused.append(f"uploads cannot be listed: {pending.message}")
     for upload in pending.result() if pending.is_completed() else ():
@@ -123,7 +124,7 @@ class _Family:
         name: Name of the base family.
         policy: Gate policy.
         promotion: Promotion policy.
-        shard_size: Maximum number of adapters in a shard.
+        shard_size: Number of adapters that are evaluated together.
         started: Active shards that this run started.
         others: Active shards that other runs started.
         problems: Problems to report at the end of the run.
@@ -167,7 +168,10 @@ class _Family:
             self._update(ended)
 
     def publish(self) -> None:
-        """Publish the plan and the report of the last update; record it if nothing is left to do."""
+        """Publish the plan and the report of the last update.
+
+        Record the update if nothing is left to do, so that a scheduled run can skip the family.
+        """
         if self.last is None:
             return
         with self._collecting_errors():
@@ -180,9 +184,7 @@ class _Family:
     def publish_warning(self, warning: str) -> None:
         """Publish the fleet report again, with a warning. A failure does not affect the run."""
         if self.last is not None:
-            reporting.publish_fleet(
-                self.last.fleet, self.last.changes, warning, return_state=True
-            )
+            reporting.publish_fleet(self.last.fleet, self.last.changes, warning, return_state=True)
 
     @contextmanager
     def _collecting_errors(self) -> Iterator[None]:
@@ -228,12 +230,17 @@ class _Family:
         self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)
         self.started = tuple(shard for shard in active_shards if shard.run_id in ours)
         suspects = shards.suspects(self.name, self.policy) if todo else frozenset()
-        most = shards.max_active(limits.gpu_slot_count()) if todo else 0
-        free = max(most - len(active_shards), 0)
-        for part in shards.split_into_shards(todo, self.shard_size)[:free]:
+        slots = limits.gpu_slot_count() if todo else 1
+        free = max(shards.max_active(slots) - len(active_shards), 0)
+        for part in shards.split_into_shards(todo, self.shard_size, slots)[:free]:
             one_by_one = any((task.adapter, task.base) in suspects for task in part)
-            is_urgent = part[0].base == plan.awaited
-            shard = shards.start(part, self.policy, one_by_one=one_by_one, is_urgent=is_urgent)
+            shard = shards.start(
+                part,
+                self.policy,
+                size=self.shard_size,
+                one_by_one=one_by_one,
+                is_urgent=part[0].base == plan.awaited,
+            )
             self.started += (shard,)
         untrained = [
             f"{recipe.adapter} on {recipe.base_version}: retraining failed three times"

@@ -14,12 +14,16 @@ from trans_peft.domain.outcome import TransferTask
 
 @flow(name="transfer-shard")
 def transfer_shard(
-    shard: tuple[TransferTask, ...], policy: GatePolicy, one_by_one: bool = False
+    shard: tuple[TransferTask, ...],
+    policy: GatePolicy,
+    one_by_one: bool = False,
+    size: int | None = None,
 ) -> State:
     """Judge the adapters of the shard. A failure affects one adapter only.
 
-    Adapters that can share batches are evaluated first, together. The transfers then run one after
-    the other and use these evaluations; what is missing, each transfer evaluates itself.
+    Adapters that can share batches are evaluated first, `size` of them together. The transfers then
+    run one after the other and use these evaluations; what is missing, each transfer evaluates
+    itself.
 
     A transfer that is no longer needed is skipped. A failure of an adapter is recorded as one
     attempt. A failure of a service, a worker, an access right or a base version is not recorded as
@@ -30,13 +34,14 @@ def transfer_shard(
         policy: Gate policy.
         one_by_one: Evaluate no two adapters in one batch, so that an adapter that ends the process
             is known.
+        size: Maximum number of adapters in memory at once, evaluated together. None: all.
     """
     logger = get_run_logger()
     failed, not_recorded, skipped = [], [], []
     warnings = check_worker()
     with gpu_slots():
         if len(shard) > 1 and not one_by_one:
-            together = transfer.evaluate_together(shard, policy, return_state=True)
+            together = transfer.evaluate_together(shard, policy, size, return_state=True)
             if together.is_completed():
                 for adapter, reason in together.result().items():
                     logger.info("%s is evaluated alone: %s", adapter, reason)

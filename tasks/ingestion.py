@@ -7,8 +7,10 @@ from tasks.composition import platform
 from tasks.limits import upload_lock
 from tasks.policy import RETRIES
 from tasks.settings import settings
+from trans_peft.bases.model_check import IMPORTS as MODEL_IMPORTS
 from trans_peft.domain.base import BaseVersion, Upload
 from trans_peft.errors import UploadError
+from trans_peft.isolation import prepare
 from trans_peft.lifecycle import bases
 
 __all__ = ["find_pending", "ingest_base", "ingest_pending"]
@@ -16,8 +18,14 @@ __all__ = ["find_pending", "ingest_base", "ingest_pending"]
 
 @task(**RETRIES)
 def find_pending() -> tuple[Upload, ...]:
-    """Return the uploads and registered versions that are not ready yet."""
-    return bases.pending(platform(), root_uri=settings().bases_uri)
+    """Return the uploads and registered versions that are not ready yet.
+
+    If there are some, the process that will build their models starts meanwhile.
+    """
+    found = bases.pending(platform(), root_uri=settings().bases_uri)
+    if found:
+        prepare(MODEL_IMPORTS)
+    return found
 
 
 @task(**RETRIES, task_run_name="ingest {upload.uri}")

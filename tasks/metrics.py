@@ -19,7 +19,7 @@ from typing import BinaryIO
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 
 from tasks.settings import METRICS_FOLDER
-from trans_peft.domain.evaluation import Evaluation, Verdict
+from trans_peft.domain.evaluation import Evaluation, EvaluationSummary, Verdict
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.ports import ArtifactStore, EvaluationStore, Platform, StoredFile
 
@@ -136,6 +136,9 @@ class _CountingEvaluations:
         found = self._evaluations.get(key)
         _read("evaluation", found is not None)
         return found
+
+    def summary(self, key: str) -> EvaluationSummary | None:
+        return self._evaluations.summary(key)
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
         self._evaluations.put(evaluation, labels=labels)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from statistics import median
 from typing import Any, cast
 from uuid import UUID
 
@@ -57,6 +58,10 @@ __all__ = [
 
 _MIN_WAITING = 8
 """Waiting shards of a family on few GPU slots. Fewer would mean more reads of its fleet."""
+
+_MAX_GROUPS = 8
+_SHARD_S = 600.0
+"""Bounds of a shard with more than `shard_size` adapters. A promotion waits for running shards."""
 
 _HEAD_START = timedelta(days=1)
 """Prefect starts the runs of a queue in the order of their scheduled times. A shard of a promotion
@@ -185,13 +190,31 @@ def obsolete_shards(
 
 
 def split_into_shards(
-    tasks: Sequence[TransferTask], size: int
+    tasks: Sequence[TransferTask], size: int, slots: int = 1
 ) -> tuple[tuple[TransferTask, ...], ...]:
-    """Divide transfers into shards of one base and at most `size` adapters."""
-    shards = []
+    """Divide transfers into shards of one base.
+
+    A shard has `size` adapters. It has up to eight times as many while it is estimated to take less
+    than ten minutes, because a process needs seconds to start and to load the base, as long as
+    there are two shards for each GPU slot. A transfer without an estimate counts as the median of
+    the others.
+    """
+    known = [item.estimated_seconds for item in tasks if item.estimated_seconds is not None]
+    typical_s = median(known) if known else _SHARD_S
+    shards: list[tuple[TransferTask, ...]] = []
     for base in dict.fromkeys(item.base for item in tasks):
         on_base = [item for item in tasks if item.base == base]
-        shards += [tuple(on_base[i : i + size]) for i in range(0, len(on_base), size)]
+        most = min(max(size, -(-len(on_base) // (2 * slots))), _MAX_GROUPS * size)
+        part: list[TransferTask] = []
+        seconds = 0.0
+        for item in on_base:
+            takes_s = typical_s if item.estimated_seconds is None else item.estimated_seconds
+            if len(part) == most or (len(part) >= size and seconds + takes_s > _SHARD_S):
+                shards.append(tuple(part))
+                part, seconds = [], 0.0
+            part.append(item)
+            seconds += takes_s
+        shards.append(tuple(part))
     return tuple(shards)
 
 
@@ -255,13 +278,15 @@ def start(
     tasks: tuple[TransferTask, ...],
     policy: GatePolicy,
     *,
+    size: int,
     one_by_one: bool = False,
     is_urgent: bool = False,
 ) -> Shard:
     """Start the flow run of a shard of one base, or return the active one with the same transfers.
 
-    `one_by_one`: evaluate no two adapters in one batch. `is_urgent`: go ahead of runs that became
-    due in the last `_HEAD_START`, because a promotion waits for the shard.
+    `size`: the number of adapters that it evaluates together. `one_by_one`: evaluate no two
+    adapters in one batch. `is_urgent`: go ahead of runs that became due in the last `_HEAD_START`,
+    because a promotion waits for the shard.
 
     Prefect returns the same run for an idempotency key for ever. If that run has ended without
     doing its transfers, the next key starts a new run.
@@ -279,6 +304,7 @@ def start(
                     "shard": json_value(tasks),
                     "policy": json_value(policy),
                     "one_by_one": one_by_one,
+                    **({"size": size} if len(tasks) > size else {}),
                 },
                 flow_run_name=f"judge {base}",
                 idempotency_key=f"{key}:{attempt}",

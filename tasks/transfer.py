@@ -20,9 +20,11 @@ __all__ = ["evaluate_together", "record_failure", "transfer_adapter"]
 
 @task(task_run_name="evaluate {transfer_tasks[0].base} in mixed batches")
 def evaluate_together(
-    transfer_tasks: tuple[TransferTask, ...], policy: GatePolicy
+    transfer_tasks: tuple[TransferTask, ...], policy: GatePolicy, size: int | None = None
 ) -> dict[str, str]:
     """Store evaluations that the transfers need; return why adapters were left out, by name.
+
+    At most `size` adapters are in memory at once.
 
     Without retries and locks: what is missing afterwards, each transfer evaluates itself.
     """
@@ -32,7 +34,7 @@ def evaluate_together(
         (one, observe_adapter(one.adapter, one.base.family, platform())) for one in transfer_tasks
     ]
     needed = [(one, fleet) for one, fleet in seen if is_still_needed(one, fleet, policy)]
-    return evaluate_shard(needed, policy, platform(), on_progress=work_progress())
+    return evaluate_shard(needed, policy, platform(), size=size, on_progress=work_progress())
 
 
 @task(**RETRIES, task_run_name="transfer {transfer_task.adapter} to {transfer_task.base}")

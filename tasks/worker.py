@@ -12,6 +12,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 
 import trans_peft
 from tasks.settings import settings
+from trans_peft.isolation import prepare
+from trans_peft.text.chat import CHAT_IMPORTS
 
 __all__ = ["check_worker", "clock_difference", "code_difference", "code_tag"]
 
@@ -24,8 +26,11 @@ _TAG = "code:"
 def check_worker() -> tuple[str, ...]:
     """Check this worker, and return warnings, which are also written to the log.
 
+    The process that will render prompts starts meanwhile.
+
     Raises WorkerError if PyTorch sees fewer GPUs than `TRANS_PEFT_GPUS`.
     """
+    prepare(CHAT_IMPORTS)
     if wanted := settings().gpus:
         from trans_peft.models import check_gpus
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.data import DataSource
-from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.evaluation import Evaluation, EvaluationSummary
 from trans_peft.domain.fleet import FamilyAdapters, RegisteredAdapter
 from trans_peft.domain.outcome import TransferOutcome
 from trans_peft.domain.owners import Owners
@@ -233,6 +233,9 @@ class EvaluationStore(Protocol):
 
     def get(self, key: str) -> Evaluation | None:
         """Return the evaluation with that key, or None. Raises IntegrityError."""
+
+    def summary(self, key: str) -> EvaluationSummary | None:
+        """Return score and duration of the evaluation with that key, or None. No item is read."""
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
         """Store an evaluation. An evaluation with an existing key is ignored."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from trans_peft.domain.names import check_case, same_but_for_case
-from trans_peft.edges.mlflow_client import full_tags, own_tags, tag
+from trans_peft.edges.mlflow_client import FinishedRun, full_tags, own_tags, tag
 from trans_peft.edges.mlflow_search import FoundModel
 from trans_peft.errors import NotFoundError
 
@@ -41,6 +41,7 @@ class FakeTracking:
         self.known: dict[str, Model] = {}
         self.made: dict[str, list[Version]] = {}
         self._runs: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+        self._metrics: dict[str, dict[str, float]] = {}
         self._ids = itertools.count(1)
 
     @property
@@ -140,10 +141,17 @@ class FakeTracking:
         yield run_id
 
     def oldest_run(self, purpose: str, tags: dict[str, str]) -> str | None:
-        return next(iter(self.finished_runs(purpose, tags)), None)
+        return next((run.id for run in self.finished_runs(purpose, tags)), None)
 
-    def finished_runs(self, purpose: str, tags: dict[str, str]) -> list[str]:
-        return [run_id for run_id, (its, _) in self._runs.items() if tags.items() <= its.items()]
+    def finished_runs(
+        self, purpose: str, tags: dict[str, str], limit: int = 100
+    ) -> list[FinishedRun]:
+        """Return the runs. The folder of a run's files is its id."""
+        found = [run_id for run_id, (its, _) in self._runs.items() if tags.items() <= its.items()]
+        return [FinishedRun(run_id, run_id, self._metrics.get(run_id, {})) for run_id in found]
+
+    def artifact_uri(self, run_id: str) -> str:
+        return run_id
 
     def log_params(self, *_: object) -> None:
         pass
@@ -154,8 +162,8 @@ class FakeTracking:
     def log_table(self, *_: object) -> None:
         pass
 
-    def log_metrics(self, *_: object, **__: object) -> None:
-        pass
+    def log_metrics(self, run_id: str, values: dict[str, float], **_: object) -> None:
+        self._metrics[run_id] = dict(values)
 
     def write_text(self, run_id: str, name: str, text: str) -> None:
         self._runs[run_id][1][name] = text

@@ -22,6 +22,12 @@ def evaluations(request: pytest.FixtureRequest):
 class TestEveryStoreOfEvaluations:
     def test_an_unknown_key_returns_none(self, evaluations, unique):
         assert evaluations.get(evaluation(unique).key) is None
+        assert evaluations.summary(evaluation(unique).key) is None
+
+    def test_a_summary_equals_the_evaluation(self, evaluations, unique):
+        known = replace(evaluation(unique, right=3), seconds=1.25)
+        evaluations.put(known)
+        assert evaluations.summary(known.key) == (known.score, 1.25) == (75.0, 1.25)
 
     def test_an_evaluation_comes_back_item_by_item(self, evaluations, unique):
         known = evaluation(unique)

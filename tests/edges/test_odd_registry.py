@@ -416,8 +416,8 @@ def test_an_unreadable_evaluation_is_stored_again(two, text):
     finally:
         two.spoilt.platform = platform
         two.tracking.write_text(run_id, "evaluation.json", kept)
-        for other_id in two.tracking.finished_runs("evaluations", {"evaluation_key": one.key})[1:]:
-            del two.tracking._runs[other_id]
+        for other in two.tracking.finished_runs("evaluations", {"evaluation_key": one.key})[1:]:
+            del two.tracking._runs[other.id]
 
 
 class NoAnswer:
@@ -426,7 +426,7 @@ class NoAnswer:
     def __init__(self):
         self.calls = 0
 
-    def get(self, key):
+    def summary(self, key):
         self.calls += 1
         raise StoreError("the experiment 'trans-peft/evaluations' cannot be used", found="deleted")
 

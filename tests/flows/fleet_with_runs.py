@@ -185,7 +185,13 @@ class FleetWithRuns:
     # Prefect's part
 
     def _start(
-        self, tasks: tuple[TransferTask, ...], policy: Any, *, one_by_one: bool, is_urgent: bool
+        self,
+        tasks: tuple[TransferTask, ...],
+        policy: Any,
+        *,
+        size: int,
+        one_by_one: bool,
+        is_urgent: bool,
     ) -> Shard:
         key = (*(item.key for item in tasks), one_by_one)
         for run in self.runs:

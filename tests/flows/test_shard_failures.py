@@ -100,7 +100,7 @@ def shard(monkeypatch, tmp_path):
             )
 
         fakes = SimpleNamespace(
-            evaluate_together=lambda tasks, policy, return_state: together or Completed(data={}),
+            evaluate_together=lambda *given, return_state: together or Completed(data={}),
             transfer_adapter=transfer_adapter,
             record_failure=record_failure,
         )

@@ -63,8 +63,41 @@ CRASHED = EndedShard(
 def test_each_transfer_is_in_one_shard_of_one_base(tasks, size):
     parts = split_into_shards(tasks, size)
     assert sorted(map(str, (item for part in parts for item in part))) == sorted(map(str, tasks))
-    assert all(1 <= len(part) <= size for part in parts)
+    assert all(1 <= len(part) <= 8 * size for part in parts)
     assert all(len({item.base for item in part}) == 1 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "slots", "lengths"),
+    [
+        (40, None, 1, [16, 16, 8]),  # nothing is known
+        (40, 60.0, 1, [16, 16, 8]),  # 16 minutes
+        (40, 0.5, 1, [20, 20]),  # two for each slot
+        (40, 0.5, 3, [16, 16, 8]),
+        (1000, 0.5, 1, [128] * 7 + [104]),
+        (1000, 10.0, 1, [60] * 16 + [40]),  # ten minutes
+        (1000, 0.5, 16, [32] * 31 + [8]),
+        (3, 0.5, 1, [3]),
+    ],
+)
+def test_short_transfers_share_a_shard(count, seconds, slots, lengths):
+    """All transfers but the first have no estimate, as in a plan of many."""
+    first, *others = (task(f"a{number}") for number in range(count))
+    tasks = [replace(first, estimated_seconds=seconds), *others]
+    assert [len(part) for part in split_into_shards(tasks, 16, slots)] == lengths
+
+
+def test_a_long_shard_names_how_many_adapters_are_evaluated_together(monkeypatch):
+    started = []
+
+    def run_deployment(name, parameters, **given):
+        started.append(parameters)
+        return SimpleNamespace(id=uuid4(), state=None)
+
+    monkeypatch.setattr(shards, "run_deployment", run_deployment)
+    for size in (2, 3):
+        shards.start((A, B, C), GatePolicy(), size=size)
+    assert [given.get("size") for given in started] == [2, None]  # None as older workers know it
 
 
 @given(TASKS, st.data())
@@ -104,7 +137,7 @@ def test_a_shard_of_a_promotion_is_scheduled_before_all_others(monkeypatch, is_u
         return SimpleNamespace(id=uuid4(), state=None)
 
     monkeypatch.setattr(shards, "run_deployment", run_deployment)
-    assert shards.start((A, B), GatePolicy(), is_urgent=is_urgent).is_urgent is is_urgent
+    assert shards.start((A, B), GatePolicy(), size=2, is_urgent=is_urgent).is_urgent is is_urgent
     (given,) = started
     run = SimpleNamespace(id=uuid4(), state=None, **given)
     assert [found.is_urgent for found in shards._shards([run])] == [is_urgent]

@@ -150,7 +150,7 @@ def test_a_shard_is_started_with_parameters_that_older_code_can_read(monkeypatch
     made = SimpleNamespace(id=uuid4(), state=None)
     monkeypatch.setattr(shards, "run_deployment", lambda name, **rest: started.append(rest) or made)
     policy = GatePolicy(margin_points=3.0, required_suites=("exceptions",))
-    shards.start((A, B), policy)
+    shards.start((A, B), policy, size=2)
     (run,) = started
     assert worker.code_tag() in run["tags"]
     given = json.loads(json.dumps(run["parameters"]))

@@ -24,7 +24,7 @@ from trans_peft.errors import (
     LimitExceededError,
     TransPeftError,
 )
-from trans_peft.isolation import CallLimits, call_isolated, is_memory_limit_error
+from trans_peft.isolation import CallLimits, call_isolated, is_memory_limit_error, prepare
 
 SUBJECT = "the tokenizer of s3://bases/mine"
 TORCH = ("torch",)
@@ -50,6 +50,27 @@ def test_lone_surrogates_are_returned_and_paths_are_refused(tmp_path):
     assert call(functions.echo, "\ud800 \N{SNOWMAN}") == ["\ud800 \N{SNOWMAN}"]
     with pytest.raises(ContentError, match="plain JSON values, not PosixPath"):
         call(functions.echo, tmp_path)
+
+
+def test_modules_are_imported_once_and_in_the_background(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text(
+        "import pathlib, time\n"
+        "time.sleep(1)\n"
+        "with pathlib.Path(__file__).with_name('imported').open('a') as file:\n"
+        "    file.write('once ')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    started_s = time.monotonic()
+    prepare(["slow_to_import"])
+    assert time.monotonic() - started_s < 0.5
+    assert not (tmp_path / "imported").exists()
+    assert call(functions.echo, 1, imports=["slow_to_import"]) == [1]
+    assert (tmp_path / "imported").read_text() == "once "
+
+
+def test_a_module_that_cannot_be_prepared_affects_no_call():
+    prepare(["no_such_module"])
+    assert call(functions.echo, 1) == [1]
 
 
 @pytest.mark.parametrize("kind", ["object", "set", "int keys", "bytes", "deep"])

@@ -29,6 +29,7 @@ from trans_peft.lifecycle.reconcile import observe_adapter
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.methods.bottleneck import BottleneckConfig
+from trans_peft.transfer import mixed_adapters
 from trans_peft.transfer.load_adapter import attached
 from trans_peft.validation import evaluate as evaluating
 from trans_peft.validation.decoding import sampling
@@ -255,7 +256,7 @@ def with_empty_store(shard):
     return replace(platform, evaluations=memory_platform(root / "unused").evaluations)
 
 
-def prepare_shard(platform, names=tuple(KINDS), policy=POLICY):
+def prepare_shard(platform, names=tuple(KINDS), policy=POLICY, size=None):
     v2 = find_base(FAMILY, "v2", platform).ref
     return evaluate_shard(
         [
@@ -267,6 +268,7 @@ def prepare_shard(platform, names=tuple(KINDS), policy=POLICY):
         ],
         policy,
         platform,
+        size=size,
     )
 
 
@@ -313,6 +315,20 @@ def test_a_shard_stores_from_mixed_batches_what_each_adapter_answers_alone(shard
     outcomes = {name: judge(there, name, progress=progress.append).judgment for name in KINDS}
     assert outcomes == judgments
     assert {step.description.partition(":")[0] for step in progress} == {"bottleneck"}
+
+
+def test_parts_of_a_shard_give_the_same_answers(shard, one_by_one, monkeypatch):
+    there, names = with_results_on_v1(shard), ("lora-r-2", "lora-r-8", "dora", "ia3")
+    together, counts = mixed_adapters.attached_together, []
+
+    def counting(model, folders):
+        counts.append(len(folders))
+        return together(model, folders)
+
+    monkeypatch.setattr(mixed_adapters, "attached_together", counting)
+    assert prepare_shard(there, names, size=2) == {}
+    assert counts == [2, 2]
+    assert stored(there) == on_v1_and_of(names, one_by_one)
 
 
 def test_near_ties_are_asked_again_alone(shard, one_by_one, monkeypatch):

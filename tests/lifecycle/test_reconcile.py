@@ -215,7 +215,7 @@ def test_a_large_plan_reads_few_evaluations(fleet, two_bases):
     for number in range(MAX_ESTIMATES + 5):
         fleet.add_adapter(f"more-{number}", two_bases[0])
     reads = []
-    store = SimpleNamespace(get=reads.append)
+    store = SimpleNamespace(summary=reads.append)
     seen = observe(FAMILY, fleet.platform)
     with_cost_estimates(plan(seen, POLICY), seen, replace(fleet.platform, evaluations=store))
     assert len(reads) == MAX_ESTIMATES

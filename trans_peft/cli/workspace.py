@@ -18,7 +18,7 @@ from trans_peft.cli.environment import missing_guards, vllm_environment
 from trans_peft.cli.files import write_json
 from trans_peft.cli.show import ProgressDisplay
 from trans_peft.domain.base import BaseVersion, Fingerprint
-from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.evaluation import Evaluation, EvaluationSummary
 from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.names import LONGEST_NAME, name_problem
 from trans_peft.edges.memory import MemoryCatalog, MemoryRegistry, MemoryRunLog
@@ -60,6 +60,11 @@ class EvaluationFolder:
         except ValidationError:  # the cache may be damaged; the evaluation is computed again
             return None
         return found if found.key == key else None
+
+    def summary(self, key: str) -> EvaluationSummary | None:
+        """Return score and duration of the evaluation with that key, or None."""
+        found = self.get(key)
+        return None if found is None else EvaluationSummary(found.score, found.seconds)
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
         """Store an evaluation. Changes nothing if there is one with the same key."""

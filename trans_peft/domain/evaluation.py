@@ -28,6 +28,7 @@ __all__ = [
     "Comparison",
     "EngineKind",
     "Evaluation",
+    "EvaluationSummary",
     "GatePolicy",
     "ItemResult",
     "Judgment",
@@ -345,6 +346,13 @@ class Prefix:
 
     suite_items: int
     seed: str
+
+
+class EvaluationSummary(NamedTuple):
+    """The score of an evaluation in points, and its duration."""
+
+    score: float
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from trans_peft.domain.adapter import AdapterVersion, AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion, Fingerprint
 from trans_peft.domain.conventions import SERVING_ALIAS
 from trans_peft.domain.data import DataSource
-from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.evaluation import Evaluation, EvaluationSummary
 from trans_peft.domain.fleet import FamilyAdapters, RegisteredAdapter
 from trans_peft.domain.names import check_case, check_names, name_problem, quoted
 from trans_peft.domain.outcome import TransferOutcome
@@ -451,6 +451,11 @@ class MemoryEvaluations:
     def get(self, key: str) -> Evaluation | None:
         """Return the evaluation with that key, or None."""
         return self._evaluations.get(key)
+
+    def summary(self, key: str) -> EvaluationSummary | None:
+        """Return score and duration of the evaluation with that key, or None."""
+        found = self._evaluations.get(key)
+        return None if found is None else EvaluationSummary(found.score, found.seconds)
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:
         """Store an evaluation. An evaluation with an existing key is ignored."""

@@ -170,7 +170,7 @@ class MlflowCatalog:
                     f"{base} has no fingerprint: it was never made ready",
                     do="reconcile the family, which verifies the version and makes it ready",
                 )
-            text = self._tracking.read_text(run_id, _FILE)
+            text = self._tracking.read_text(self._tracking.artifact_uri(run_id), _FILE)
             stored = from_json(Fingerprint, text, where=f"{_FILE} of run {run_id}")
             if stored.digest != digest:
                 raise IntegrityError(

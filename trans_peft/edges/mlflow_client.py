@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlflow.artifacts
 from mlflow import MlflowClient
@@ -55,6 +55,7 @@ from trans_peft.errors import (
 
 __all__ = [
     "DatasetUse",
+    "FinishedRun",
     "Tracking",
     "copied_from",
     "full_tags",
@@ -253,6 +254,14 @@ def _check_server(tracking_uri: str) -> None:
         )
 
 
+class FinishedRun(NamedTuple):
+    """A finished run: its id, the folder of its files, and its last metrics."""
+
+    id: str
+    artifact_uri: str
+    metrics: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class DatasetUse:
     """A data set that a run used.
@@ -285,9 +294,14 @@ class Tracking:
     @cached_property
     def client(self) -> Any:
         """An `MlflowClient` whose methods raise errors of `trans_peft.errors`."""
-        if self.uri.startswith(("http://", "https://")):
+        if self._is_server:
             _check_server(self.uri)
         return _MappedClient(MlflowClient(self.uri, registry_uri=self.uri), self.uri)
+
+    @property
+    def _is_server(self) -> bool:
+        """Whether the URI is that of a server, and not of a database."""
+        return self.uri.startswith(("http://", "https://"))
 
     # Experiments and runs
 
@@ -328,19 +342,22 @@ class Tracking:
 
     def oldest_run(self, purpose: str, tags: Mapping[str, str]) -> str | None:
         """Return the id of the oldest finished run with these tags."""
-        return next(iter(self.finished_runs(purpose, tags, limit=1)), None)
+        found = self.finished_runs(purpose, tags, limit=1)
+        return found[0].id if found else None
 
     def finished_runs(
         self, purpose: str, tags: Mapping[str, str], *, limit: int = 100
-    ) -> tuple[str, ...]:
-        """Return the ids of at most `limit` finished runs with these tags, the oldest first."""
+    ) -> tuple[FinishedRun, ...]:
+        """Return at most `limit` finished runs with these tags, the oldest first."""
         runs = self.client.search_runs(
             [self.experiment(purpose)],
             filter_string=f"{_with_tags(tags)} AND attributes.status = 'FINISHED'",
             order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
             max_results=limit,
         )
-        return tuple(run.info.run_id for run in runs)
+        return tuple(
+            FinishedRun(run.info.run_id, run.info.artifact_uri, run.data.metrics) for run in runs
+        )
 
     def log_metrics(
         self,
@@ -400,16 +417,21 @@ class Tracking:
             path.write_text(text)
             self.client.log_artifact(run_id, str(path))
 
-    def read_text(self, run_id: str, name: str) -> str:
-        """Return a text file of a run. Raises NotFoundError, IntegrityError, StoreError."""
-        # `client.download_artifacts` reports every failure as a missing file.
-        folder_uri = self.client.get_run(run_id).info.artifact_uri
+    def artifact_uri(self, run_id: str) -> str:
+        """Return the folder of a run's files. Raises NotFoundError."""
+        return str(self.client.get_run(run_id).info.artifact_uri)
+
+    def read_text(self, folder_uri: str, name: str) -> str:
+        """Return a text file of a run's folder. Raises NotFoundError, IntegrityError, StoreError.
+
+        MLflow's `client.download_artifacts` reports every failure as a missing file.
+        """
         with mapped_errors(self.uri), tempfile.TemporaryDirectory(prefix="trans-peft-") as folder:
             content = self._download(f"{folder_uri}/{name}", folder).read_bytes()
         try:
             return content.decode()
         except UnicodeError as error:
-            raise IntegrityError(f"{name} of run {run_id} is not text", found=error) from error
+            raise IntegrityError(f"{folder_uri}/{name} is not text", found=error) from error
 
     def system_metrics(self, run_id: str) -> SystemMetricsMonitor:
         """Return a monitor, not yet started, that records the machine's use into a run.
@@ -507,7 +529,7 @@ class Tracking:
 
     def _search(self, kind: str, wanted: str, order_by: Sequence[str]) -> list[Any]:
         """Return all results of a search for "registered-models" or "model-versions"."""
-        if self.uri.startswith(("http://", "https://")):
+        if self._is_server:
             return all_pages(lambda token: self._page(kind, wanted, order_by, token))
         search = getattr(self.client, f"search_{kind.replace('-', '_')}")  # a database
         entities = all_pages(
@@ -564,7 +586,8 @@ class Tracking:
     def tag_version(self, name: str, number: int, tags: Mapping[str, str | None]) -> None:
         """Set tags on a version, in this order."""
         for key, value in full_tags(tags).items():
-            _retry_conflict(self.client.set_model_version_tag, name, str(number), key, value)
+            named = {"name": name, "version": str(number), "key": key, "value": value}
+            _retry_conflict(self._set_tag, "model-versions", named)
 
     def untag_version(self, name: str, number: int, key: str) -> None:
         """Remove a tag from a version."""
@@ -572,7 +595,23 @@ class Tracking:
 
     def tag_model(self, name: str, key: str, value: str) -> None:
         """Set a tag on a registered model."""
-        _retry_conflict(self.client.set_registered_model_tag, name, tag(key), value)
+        named = {"name": name, "key": tag(key), "value": value}
+        _retry_conflict(self._set_tag, "registered-models", named)
+
+    def _set_tag(self, kind: str, named: Mapping[str, str]) -> None:
+        """Set a tag of a "registered-models" or "model-versions" entry.
+
+        MLflow's client reads the registered model before each tag, to see whether it is a prompt.
+        """
+        if not self._is_server:
+            set_tag = f"set_{kind.replace('-', '_').removesuffix('s')}_tag"
+            getattr(self.client, set_tag)(**named)
+            return
+        _ = self.client  # checks the server at the first use
+        path = f"/api/2.0/mlflow/{kind}/set-tag"
+        with mapped_errors(self.uri):
+            response = http_request(get_default_host_creds(self.uri), path, "POST", json=named)
+            verify_rest_response(response, path)
 
     def untag_model(self, name: str, key: str) -> None:
         """Remove a tag from a registered model."""
@@ -645,7 +684,7 @@ def logged_model_id(found: Any) -> str | None:
     return logged and logged.group(1)
 
 
-def _retry_conflict(write: Callable[..., Any], *arguments: str) -> None:
+def _retry_conflict(write: Callable[..., Any], *arguments: Any) -> None:
     """Write, and write again if another client wrote the same row meanwhile."""
     try:
         write(*arguments)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
-from trans_peft.domain.evaluation import Evaluation
+from trans_peft.domain.evaluation import Evaluation, EvaluationSummary
 from trans_peft.edges.json_codec import from_json, to_json
 from trans_peft.edges.mlflow_client import Tracking
 from trans_peft.errors import IntegrityError, NotFoundError
@@ -30,12 +30,23 @@ class MlflowEvaluations:
         A run whose file is missing or damaged does not count: the same key always has the same
         evaluation, so it is computed and stored again.
         """
-        for run_id in self._tracking.finished_runs("evaluations", {"evaluation_key": key}):
+        for run in self._tracking.finished_runs("evaluations", {"evaluation_key": key}):
             with suppress(NotFoundError, IntegrityError):
-                text = self._tracking.read_text(run_id, _FILE)
+                text = self._tracking.read_text(run.artifact_uri, _FILE)
                 evaluation: Evaluation = from_json(Evaluation, text, where=_FILE)
                 if evaluation.key == key:
                     return evaluation
+        return None
+
+    def summary(self, key: str) -> EvaluationSummary | None:
+        """Return score and duration of the oldest evaluation with that key, or None.
+
+        One request: the file of the evaluation is not read.
+        """
+        runs = self._tracking.finished_runs("evaluations", {"evaluation_key": key}, limit=1)
+        for run in runs:
+            if {"score", "seconds"} <= run.metrics.keys():
+                return EvaluationSummary(run.metrics["score"], run.metrics["seconds"])
         return None
 
     def put(self, evaluation: Evaluation, *, labels: Mapping[str, str] | None = None) -> None:

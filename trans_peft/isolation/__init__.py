@@ -10,7 +10,7 @@ these failures. It is not a security sandbox: it runs as the same user and can r
 process can read. Programs that a model wrote run in `trans_peft.sandbox` instead.
 """
 
-from trans_peft.isolation.call import call_isolated
+from trans_peft.isolation.call import call_isolated, prepare
 from trans_peft.isolation.limits import CallLimits, is_memory_limit_error
 
-__all__ = ["CallLimits", "call_isolated", "is_memory_limit_error"]
+__all__ = ["CallLimits", "call_isolated", "is_memory_limit_error", "prepare"]

@@ -23,7 +23,7 @@ from trans_peft.isolation.environment import child_environment
 from trans_peft.isolation.limits import CallLimits
 from trans_peft.isolation.server import LENGTH, receive_exactly
 
-__all__ = ["call_isolated"]
+__all__ = ["call_isolated", "prepare"]
 
 _START_S = 600.0
 """How long the server may take to start and to import modules."""
@@ -69,15 +69,10 @@ def call_isolated(
         raise TypeError(f"{function.__qualname__} cannot be imported by name in a child process")
     limits = limits or CallLimits()
     request = pickle.dumps((function, args))
-    header = {
-        "path": sys.path,
-        "imports": [*imports, function.__module__],
-        "folder": _working_directory(),
-        "limits": asdict(limits),
-    }
+    header = _header([*imports, function.__module__], limits)
     for attempt in (1, 2):
         try:
-            return _Call(subject, limits).run(json.dumps(header).encode(), request)
+            return _Call(subject, limits).run(header, request)
         except _NotStartedError as error:
             if attempt == 2:
                 raise IsolationError(
@@ -87,6 +82,31 @@ def call_isolated(
                 ) from error
             _server.stop()
     raise AssertionError
+
+
+def prepare(imports: Sequence[str]) -> None:
+    """Start the fork server and import modules there, in the background.
+
+    Otherwise the first call that needs these modules waits for their import, which takes seconds.
+    Errors are left to that call.
+    """
+
+    def import_modules() -> None:
+        limits = CallLimits()
+        with suppress(_NotStartedError, TransPeftError):
+            _Call("nothing", limits).run(_header(imports, limits), pickle.dumps((bool, ())))
+
+    threading.Thread(target=import_modules, daemon=True).start()
+
+
+def _header(imports: Sequence[str], limits: CallLimits) -> bytes:
+    header = {
+        "path": sys.path,
+        "imports": [*imports],
+        "folder": _working_directory(),
+        "limits": asdict(limits),
+    }
+    return json.dumps(header).encode()
 
 
 class _NotStartedError(Exception):

@@ -8,12 +8,12 @@ also loads each base once.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, DEFAULT_ENGINE, Evaluation, GatePolicy, Suite
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate_shard", "evaluate_together"]
 
+T = TypeVar("T")
+
 Subjects = Sequence[tuple[EvaluationSubject, Sequence[Suite]]]
 
 
@@ -49,12 +51,14 @@ def evaluate_shard(
     policy: GatePolicy,
     platform: Platform,
     *,
+    size: int | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> dict[str, str]:
     """Store the evaluations that transfers to one base need, from mixed batches where possible.
 
     Missing evaluations on the bases that the adapters were trained on come first, then those on the
-    new base, with the bare base among the rows. Returns why adapters were left out, by name.
+    new base, with the bare base among the rows. At most `size` adapters are in memory at once; None
+    means all. Returns why adapters were left out, by name.
 
     Nothing is evaluated under a sequential policy, which needs few items of each adapter. Raises
     WorkerError if this worker lacks the policy's engine.
@@ -92,26 +96,33 @@ def evaluate_shard(
             )
             ready.append((inputs, old, subject))
         for old in dict.fromkeys(old for _, old, _ in ready):
-            asked: Subjects = [
+            on_old = [
                 (subject, inputs.source.suites) for inputs, own, subject in ready if own == old
             ]
-            left_out |= evaluate_together(old, asked, platform, on_progress=on_progress)
-            left_out |= _evaluate_by_engine(old, asked, platform, on_progress)
-        if ready:
-            new = ready[0][0].base
-            asked = [
+            for asked in _parts(on_old, size):
+                left_out |= evaluate_together(old, asked, platform, on_progress=on_progress)
+                left_out |= _evaluate_by_engine(old, asked, platform, on_progress)
+        for part in _parts(ready, size):
+            new = part[0][0].base
+            on_new = [
                 (
                     replace(subject, reference=_reference(inputs, old, platform)),
                     inputs.source.suites,
                 )
-                for inputs, old, subject in ready
+                for inputs, old, subject in part
             ]
-            asked += [
-                (replace(BARE_BASE, engines=subject.engines), suites) for subject, suites in asked
+            on_new += [
+                (replace(BARE_BASE, engines=subject.engines), suites) for subject, suites in on_new
             ]
-            left_out |= evaluate_together(new, asked, platform, on_progress=on_progress)
-            left_out |= _evaluate_by_engine(new, asked, platform, on_progress)
+            left_out |= evaluate_together(new, on_new, platform, on_progress=on_progress)
+            left_out |= _evaluate_by_engine(new, on_new, platform, on_progress)
     return left_out
+
+
+def _parts(items: Sequence[T], size: int | None) -> Iterator[Sequence[T]]:
+    """Yield the items in parts of at most `size`; None means one part."""
+    step = size or max(1, len(items))
+    return (items[at : at + step] for at in range(0, len(items), step))
 
 
 def _evaluate_by_engine(

@@ -130,7 +130,7 @@ def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
 
     The estimate is the duration of the adapter's longest transfer so far. Without one, it is the
     duration of its evaluation on the base that it was trained on. `plan` does not estimate, because
-    this function reads whole evaluations from the store, of the first `MAX_ESTIMATES` adapters.
+    this function reads from the evaluation store, for the first `MAX_ESTIMATES` adapters.
     """
     adapters = {adapter.name: adapter for adapter in fleet.adapters}
     seconds: dict[str, float | None] = {}
@@ -213,7 +213,7 @@ def _seconds(versions: tuple[AdapterVersion, ...], platform: Platform) -> float 
     known = []
     for suite in source.suites:
         try:
-            found = platform.evaluations.get(
+            found = platform.evaluations.summary(
                 suite.evaluation_key(source.weights_sha256, source.base.fingerprint_sha256)
             )
         except StoreError:

@@ -15,7 +15,7 @@ from trans_peft.ports import Platform
 __all__ = ["MAX_ADAPTERS", "FleetReport", "FleetRow", "report", "report_of"]
 
 MAX_ADAPTERS = 200
-"""The number of adapters whose figures the report has. Each costs reads of stored evaluations."""
+"""The number of adapters whose figures the report has. Each costs a request for each suite."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def report(family: str, platform: Platform) -> FleetReport:
 
 
 def report_of(fleet: Fleet, platform: Platform) -> FleetReport:
-    """Return the report of a fleet. It reads the evaluations of at most `MAX_ADAPTERS` adapters.
+    """Return the report of a fleet. It reads the scores of at most `MAX_ADAPTERS` adapters.
 
     Adapters that do not serve on the champion come first if there are more than `MAX_ADAPTERS`.
     Only the first `MAX_ADAPTERS` adapters have `scores`.
@@ -165,7 +165,7 @@ def _scores(
     scores = []
     for suite in version.suites:
         try:
-            found = platform.evaluations.get(
+            found = platform.evaluations.summary(
                 suite.evaluation_key(version.weights_sha256, version.base.fingerprint_sha256)
             )
         except StoreError:
@@ -173,7 +173,7 @@ def _scores(
         except TransPeftError as error:
             unreadable.append(f"{version}, suite {suite.name}: {error}")
             continue
-        scores += [(found.suite, found.score)] if found is not None else []
+        scores += [(suite.name, found.score)] if found is not None else []
     return tuple(scores)
 
 
