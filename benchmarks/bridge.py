@@ -100,7 +100,8 @@ def main() -> None:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Stack]:
+def running(folder: Path, **more: str) -> Iterator[Stack]:
+    """Run a stack with its state in the folder. `more` are further settings."""
     s3, mlflow, prefect, bridge, ui, metrics = free_ports(6)
     settings = StackSettings(
         state=folder / "state",
@@ -110,7 +111,7 @@ def running(folder: Path) -> Iterator[Stack]:
         bridge_port=bridge,
         ui_port=ui,
         metrics_port=metrics,
-    )
+    ).model_copy(update=more)
     up(settings, print)
     try:
         yield Stack(settings)

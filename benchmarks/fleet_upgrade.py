@@ -1,11 +1,13 @@
 """Measures what an upgrade of a fleet of 1,000 tiny adapters costs beside the computing.
 
-    python -m benchmarks.fleet_upgrade [--adapters 1000] [--items 32] [--folder FOLDER] [--dry]
+    python -m benchmarks.fleet_upgrade [--adapters 1000] [--items 32] [--sqlite]
+                                       [--folder FOLDER] [--dry]
 
-It starts a separate stack (`make up`, on free ports) with default settings, adopts adapters with
-different weights on a tiny base, and uploads an update. Then it promotes the update with the alias
-`champion`, and promotes the old base again. `--folder` keeps the folder of the stack, so that
-`make up TRANS_PEFT_STATE=FOLDER/state` shows its pages.
+It starts a separate stack (`make up`, on free ports) with default settings and with MLflow and
+Prefect on a PostgreSQL server of its own (`initdb` must be in PATH), or on SQLite with `--sqlite`.
+It adopts adapters with different weights on a tiny base, and uploads an update. Then it promotes
+the update with the alias `champion`, and promotes the old base again. `--folder` keeps the folder
+of the stack. With `--sqlite`, `make up TRANS_PEFT_STATE=FOLDER/state` then shows its pages.
 
 `fleet.upgrade_1000_overhead_s`: (time from writing the manifest of the update until reconcile has
 applied the last verdict - computing) / adapters. Computing is the time of the evaluations on the
@@ -35,7 +37,9 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from benchmarks.bridge import middle, put_base, running, runs, seconds, settle
 from benchmarks.ratios import record
+from infra.stack.machine import free_ports
 from tests.end_to_end.running_stack import LENIENT, Stack, rows, wait_until, write_update
+from tests.hosts.postgres import postgres
 from tests.tiny import write_tiny_base
 from trans_peft import connect
 from trans_peft.domain.conventions import SERVING_ALIAS
@@ -53,6 +57,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--adapters", type=int, default=1000)
     options.add_argument("--items", type=int, default=32)
+    options.add_argument("--sqlite", action="store_true", help="SQLite in place of PostgreSQL")
     options.add_argument("--folder", type=Path, help="keep the stack's folder here")
     options.add_argument("--dry", action="store_true", help="print, and leave results.json alone")
     chosen = options.parse_args()
@@ -64,9 +69,17 @@ def main() -> None:
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     with ExitStack() as ending:
         folder = chosen.folder or Path(ending.enter_context(tempfile.TemporaryDirectory()))
-        found = measured(ending.enter_context(running(folder)), folder, chosen)
+        databases: dict[str, str] = {}
+        if not chosen.sqlite:
+            address = ending.enter_context(postgres(*free_ports(1)))
+            databases = {
+                "mlflow_database": f"postgresql+psycopg2://{address}/mlflow",
+                "prefect_database": f"postgresql+asyncpg://{address}/prefect",
+            }
+        found = measured(ending.enter_context(running(folder, **databases)), folder, chosen)
     facts = {"machine": f"{os.cpu_count()} cores", "prefect": version("prefect")}
-    shape = f"{chosen.adapters} adapters, {chosen.items} items, SQLite, one shard at a time"
+    database = "SQLite" if chosen.sqlite else "PostgreSQL"
+    shape = f"{chosen.adapters} adapters, {chosen.items} items, {database}, one shard at a time"
     for name, value in found.items():
         if chosen.dry:
             print(name, round(value, 3))
