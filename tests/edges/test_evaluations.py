@@ -48,6 +48,26 @@ class TestEveryStoreOfEvaluations:
 
 
 @pytest.mark.servers
+def test_evaluations_that_were_read_are_kept_in_memory(servers, unique, monkeypatch):
+    from trans_peft.edges import mlflow_evaluations as module
+
+    store, known = module.MlflowEvaluations(servers.mlflow_url), evaluation(unique)
+    read, reads = module.Tracking.read_text, []
+    monkeypatch.setattr(
+        module.Tracking, "read_text", lambda *given: reads.append(given[2]) or read(*given)
+    )
+    store.put(known)
+    assert store.get(known.key) == store.get(known.key) == known
+    assert reads == ["evaluation.json"]
+    newer = evaluation(f"{unique}-newer")
+    store.put(newer)
+    monkeypatch.setattr(module, "_MAX_ITEMS", len(known.items))
+    assert store.get(newer.key) == newer
+    assert store.get(known.key) == known
+    assert len(reads) == 3
+
+
+@pytest.mark.servers
 def test_an_interrupted_run_is_not_used(servers, unique, monkeypatch):
     from trans_peft.edges.mlflow_client import Tracking
     from trans_peft.edges.mlflow_evaluations import MlflowEvaluations

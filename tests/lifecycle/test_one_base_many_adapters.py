@@ -22,7 +22,7 @@ from trans_peft.domain.outcome import Reason, TransferTask
 from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import EvaluationError, IntegrityError
-from trans_peft.lifecycle import evaluation
+from trans_peft.lifecycle import evaluation, kept_downloads
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.mixed_evaluation import evaluate_shard
 from trans_peft.lifecycle.reconcile import observe_adapter
@@ -329,6 +329,35 @@ def test_parts_of_a_shard_give_the_same_answers(shard, one_by_one, monkeypatch):
     assert prepare_shard(there, names, size=2) == {}
     assert counts == [2, 2]
     assert stored(there) == on_v1_and_of(names, one_by_one)
+
+
+@pytest.mark.parametrize(("max_bytes", "kept"), [(2 << 30, 2), (3_000, 1), (2_000, 0)])
+def test_files_of_the_shard_are_kept_for_its_transfers(
+    shard, tmp_path, monkeypatch, max_bytes, kept
+):
+    """The two adapters have 2,872 and 2,149 bytes. The newer one is kept rather than the older."""
+    there, names = with_results_on_v1(shard), ("lora-r-2", "ia3")
+    downloaded = []
+    plain = there.registry.download
+
+    def counting(version, folder):
+        downloaded.append(version.adapter)
+        return plain(version, folder)
+
+    monkeypatch.setattr(there.registry, "download", counting)
+    monkeypatch.setattr(kept_downloads, "MAX_BYTES", max_bytes)
+    monkeypatch.setattr(kept_downloads, "_kept", {})
+    assert prepare_shard(there, names) == {}
+    assert downloaded == [*names]
+    for place in ("first", "second"):  # kept files are given once
+        for name in names:
+            version = there.registry.versions(name)[0]
+            found = kept_downloads.download(version, tmp_path / place / name, there)
+            assert found == tmp_path / place / name
+            assert models.adapter_weights_sha256(found) == version.weights_sha256
+        assert downloaded == [*names, *names[: 2 - kept]]
+        kept = 0
+        downloaded[len(names) :] = []
 
 
 def test_near_ties_are_asked_again_alone(shard, one_by_one, monkeypatch):

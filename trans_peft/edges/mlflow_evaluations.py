@@ -16,13 +16,20 @@ from trans_peft.errors import IntegrityError, NotFoundError
 __all__ = ["MlflowEvaluations"]
 
 _FILE = "evaluation.json"
+_MAX_ITEMS = 50_000
+"""Items of all evaluations that are kept in memory, about 30 MB. The oldest ones are removed."""
 
 
 class MlflowEvaluations:
-    """Evaluations by key in the MLflow server at `tracking_uri`."""
+    """Evaluations by key in the MLflow server at `tracking_uri`.
+
+    Those that were read last stay in memory: a shard reads the evaluation of the bare base for each
+    adapter. One that was only written does not: another process may have written it first.
+    """
 
     def __init__(self, tracking_uri: str) -> None:
         self._tracking = Tracking(tracking_uri)
+        self._kept: dict[str, Evaluation] = {}
 
     def get(self, key: str) -> Evaluation | None:
         """Return the evaluation with that key, the oldest that can be read, or None.
@@ -30,12 +37,14 @@ class MlflowEvaluations:
         A run whose file is missing or damaged does not count: the same key always has the same
         evaluation, so it is computed and stored again.
         """
+        if (kept := self._kept.get(key)) is not None:
+            return kept
         for run in self._tracking.finished_runs("evaluations", {"evaluation_key": key}):
             with suppress(NotFoundError, IntegrityError):
                 text = self._tracking.read_text(run.artifact_uri, _FILE)
                 evaluation: Evaluation = from_json(Evaluation, text, where=_FILE)
                 if evaluation.key == key:
-                    return evaluation
+                    return self._keep(evaluation)
         return None
 
     def summary(self, key: str) -> EvaluationSummary | None:
@@ -72,3 +81,9 @@ class MlflowEvaluations:
                 step=0,
                 time_ms=int(time.time() * 1000),
             )
+
+    def _keep(self, evaluation: Evaluation) -> Evaluation:
+        self._kept[evaluation.key] = evaluation
+        while sum(len(one.items) for one in [*self._kept.values()]) > _MAX_ITEMS:
+            self._kept.pop(next(iter(self._kept)))
+        return evaluation

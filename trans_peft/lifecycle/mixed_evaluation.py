@@ -20,6 +20,7 @@ from trans_peft.domain.evaluation import BARE, DEFAULT_ENGINE, Evaluation, GateP
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.outcome import TransferTask
 from trans_peft.errors import EvaluationError, TransPeftError, translating_full_disk_errors
+from trans_peft.lifecycle import kept_downloads
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.engines import check_engine, choose_engines
 from trans_peft.lifecycle.evaluation import (
@@ -72,12 +73,14 @@ def evaluate_shard(
         tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
     ):
         ready: list[tuple[TransferInputs, BaseVersion, EvaluationSubject]] = []
+        folders: dict[str, Path] = {}
         for number, (task, fleet) in enumerate(transfers):
             folder = Path(scratch) / str(number)
             try:
                 inputs = TransferInputs.of(task, fleet)
                 source, old = inputs.source, inputs.trained_on
-                download = cache(partial(platform.registry.download, source, folder / "adapter"))
+                adapter = folders[task.adapter] = folder / "adapter"
+                download = cache(partial(kept_downloads.download, source, adapter, platform))
                 known = inputs.known_outcome()
                 compatibility = (
                     compatibility_on(download(), old, inputs.base, platform, folder)
@@ -116,6 +119,9 @@ def evaluate_shard(
             ]
             left_out |= evaluate_together(new, on_new, platform, on_progress=on_progress)
             left_out |= _evaluate_by_engine(new, on_new, platform, on_progress)
+        for inputs, _, _ in ready:
+            if (folder := folders[inputs.task.adapter]).exists():
+                kept_downloads.keep(inputs.source, folder)
     return left_out
 
 

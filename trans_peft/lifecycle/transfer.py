@@ -17,6 +17,7 @@ from trans_peft.errors import (
     replacing_paths_in_errors,
     translating_full_disk_errors,
 )
+from trans_peft.lifecycle import kept_downloads
 from trans_peft.lifecycle.base_files import (
     named_fingerprint,
     reading_base,
@@ -166,7 +167,7 @@ def _evaluate(
 
     @cache  # downloaded once, and only if something has to be computed
     def folder() -> Path:
-        return platform.registry.download(source, scratch / "source")
+        return kept_downloads.download(source, scratch / "source", platform)
 
     known = inputs.known_outcome()
     if known is None:
