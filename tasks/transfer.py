@@ -4,6 +4,8 @@ The functions import `trans_peft.lifecycle.transfer` themselves, because importi
 (scipy) takes half a second. Most reconcile runs start no transfer.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 from prefect import task
 
 from tasks import events, lineage, metrics
@@ -12,6 +14,7 @@ from tasks.limits import adapter_lock
 from tasks.policy import RETRIES
 from tasks.progress import work_progress
 from trans_peft.domain.evaluation import GatePolicy
+from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.outcome import TransferOutcome, TransferTask
 from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
 
@@ -30,9 +33,12 @@ def evaluate_together(
     """
     from trans_peft.lifecycle.mixed_evaluation import evaluate_shard
 
-    seen = [
-        (one, observe_adapter(one.adapter, one.base.family, platform())) for one in transfer_tasks
-    ]
+    def observe(one: TransferTask) -> Fleet:
+        return observe_adapter(one.adapter, one.base.family, platform())
+
+    platform()  # before the threads
+    with ThreadPoolExecutor(8) as pool:  # which wait for MLflow most of the time
+        seen = [*zip(transfer_tasks, pool.map(observe, transfer_tasks), strict=True)]
     needed = [(one, fleet) for one, fleet in seen if is_still_needed(one, fleet, policy)]
     return evaluate_shard(needed, policy, platform(), size=size, on_progress=work_progress())
 

@@ -8,8 +8,9 @@ also loads each base once.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_shard", "evaluate_together"]
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+_THREADS = 8
 
 Subjects = Sequence[tuple[EvaluationSubject, Sequence[Suite]]]
 
@@ -73,15 +77,19 @@ def evaluate_shard(
         tempfile.TemporaryDirectory(prefix="trans-peft-") as scratch,
     ):
         ready: list[tuple[TransferInputs, BaseVersion, EvaluationSubject]] = []
-        folders: dict[str, Path] = {}
-        for number, (task, fleet) in enumerate(transfers):
-            folder = Path(scratch) / str(number)
+        needed: list[TransferInputs] = []
+        for task, fleet in transfers:
             try:
-                inputs = TransferInputs.of(task, fleet)
-                source, old = inputs.source, inputs.trained_on
-                adapter = folders[task.adapter] = folder / "adapter"
-                download = cache(partial(kept_downloads.download, source, adapter, platform))
-                known = inputs.known_outcome()
+                needed.append(TransferInputs.of(task, fleet))
+            except TransPeftError as error:
+                left_out[task.adapter] = str(error)
+        folders = {one.task.adapter: Path(scratch) / one.task.adapter / "adapter" for one in needed}
+        downloads = _downloads(needed, folders, platform)
+        for inputs in needed:
+            task, source = inputs.task, inputs.source
+            folder, download = folders[task.adapter].parent, downloads[task.adapter]
+            try:
+                old, known = inputs.trained_on, inputs.known_outcome()
                 compatibility = (
                     compatibility_on(download(), old, inputs.base, platform, folder)
                     if known is None
@@ -107,12 +115,10 @@ def evaluate_shard(
                 left_out |= _evaluate_by_engine(old, asked, platform, on_progress)
         for part in _parts(ready, size):
             new = part[0][0].base
+            references = _in_parallel(lambda one: _reference(one[0], one[1], platform), part)
             on_new = [
-                (
-                    replace(subject, reference=_reference(inputs, old, platform)),
-                    inputs.source.suites,
-                )
-                for inputs, old, subject in part
+                (replace(subject, reference=reference), inputs.source.suites)
+                for (inputs, _, subject), reference in zip(part, references, strict=True)
             ]
             on_new += [
                 (replace(BARE_BASE, engines=subject.engines), suites) for subject, suites in on_new
@@ -123,6 +129,36 @@ def evaluate_shard(
             if (folder := folders[inputs.task.adapter]).exists():
                 kept_downloads.keep(inputs.source, folder)
     return left_out
+
+
+def _downloads(
+    needed: Sequence[TransferInputs], folders: Mapping[str, Path], platform: Platform
+) -> dict[str, Callable[[], Path]]:
+    """Return for each adapter a function that downloads its files once, and start what is needed.
+
+    A download that fails is repeated by the call of its function, which raises the error.
+    """
+    found: dict[str, Callable[[], Path]] = {
+        one.task.adapter: cache(
+            partial(kept_downloads.download, one.source, folders[one.task.adapter], platform)
+        )
+        for one in needed
+    }
+
+    def download(inputs: TransferInputs) -> None:
+        if inputs.known_outcome() is None:
+            folders[inputs.task.adapter].parent.mkdir()
+            with suppress(TransPeftError):
+                found[inputs.task.adapter]()
+
+    _in_parallel(download, needed)
+    return found
+
+
+def _in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Return the results of requests that mostly wait for other machines, in the items' order."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [*pool.map(function, items)]
 
 
 def _parts(items: Sequence[T], size: int | None) -> Iterator[Sequence[T]]:
@@ -172,7 +208,10 @@ def evaluate_together(
         if suite.judge is None  # a judge model is loaded after each adapter's answers
         and subject.engines.kind_for(suite) == DEFAULT_ENGINE
     }
-    missing = {key: one for key, one in missing.items() if platform.evaluations.get(key) is None}
+    stored = _in_parallel(platform.evaluations.get, [*missing])
+    missing = {
+        key: one for (key, one), found in zip(missing.items(), stored, strict=True) if found is None
+    }
     left_out: dict[str, str] = {}
     for dtype in dict.fromkeys(suite.dtype for _, suite in missing.values()):
         asked = [(subject, suite) for subject, suite in missing.values() if suite.dtype == dtype]
@@ -212,11 +251,12 @@ class _Group:
                 left_out[named[adapter].name] = reason
             shared = [one for one in asked if one.adapter is None or one.adapter in mixed.adapters]
             for group in _groups(loaded.model, shared):
-                for one, found in self._answered(mixed, group):
-                    if found.near_tie_ids:
-                        undecided.append((one, found))
-                    else:
-                        self._put(found.evaluation, named[one.weights_sha256])
+                answered = self._answered(mixed, group)
+                undecided += [pair for pair in answered if pair[1].near_tie_ids]
+                _in_parallel(
+                    lambda pair: self._put(pair[1].evaluation, named[pair[0].weights_sha256]),
+                    [pair for pair in answered if not pair[1].near_tie_ids],
+                )
         for one, (evaluation, near_tie_ids) in undecided:
             subject = named[one.weights_sha256]
             attaching = (
