@@ -128,8 +128,15 @@ class Recovery:
 def recoveries(scores: Sequence[Score]) -> Iterator[Recovery]:
     """Yield each task and update with a score of Fine-tune(new) and of direct transfer."""
     for task, update in sorted({(s.task, s.scored_on) for s in scores if s.scored_on != V1}):
-        ours = tuple(s for s in scores if s.task == task and s.scored_on in (V1, update))
-        # Adapters that were made for another update have no score on this one.
+        there = {(s.arm, s.seed) for s in scores if s.task == task and s.scored_on == update}
+        ours = (
+            tuple(  # scores on v1 of the same adapters only, so that both columns can be compared
+                s
+                for s in scores
+                if s.task == task
+                and (s.scored_on == update or (s.scored_on == V1 and (s.arm, s.seed) in there))
+            )
+        )
         recovery = Recovery(task, update, ours)
         if recovery.seeds(PLAIN, NEW):
             yield recovery

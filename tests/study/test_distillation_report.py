@@ -96,3 +96,11 @@ def test_the_readme_has_the_default_strategy_of_every_pair():
         .splitlines()[6]
         .startswith("| task, FFN weights only | 70.0 | 40.0 | **56.0** | 60.0 | 80 (")
     )
+
+
+def test_both_columns_of_a_row_have_the_same_seeds():
+    others = [s for s in pair(2, 0) if s.arm == "plain"]
+    page = page_with(
+        PAGE, list(recoveries([*pair(1, 56), *others, score("spared", V1, 10, seed=2)]))
+    )
+    assert "| Trans-PEFT, unchanged (1 of 2 seeds) | 68.0 | 50.0 |" in page
