@@ -4,8 +4,6 @@ The functions import `trans_peft.lifecycle.transfer` themselves, because importi
 (scipy) takes half a second. Most reconcile runs start no transfer.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 from prefect import task
 
 from tasks import events, lineage, metrics
@@ -16,6 +14,7 @@ from tasks.progress import work_progress
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.outcome import TransferOutcome, TransferTask
+from trans_peft.lifecycle.parallel import in_parallel
 from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
 
 __all__ = ["evaluate_together", "record_failure", "transfer_adapter"]
@@ -37,8 +36,7 @@ def evaluate_together(
         return observe_adapter(one.adapter, one.base.family, platform())
 
     platform()  # before the threads
-    with ThreadPoolExecutor(8) as pool:  # which wait for MLflow most of the time
-        seen = [*zip(transfer_tasks, pool.map(observe, transfer_tasks), strict=True)]
+    seen = zip(transfer_tasks, in_parallel(observe, transfer_tasks), strict=True)
     needed = [(one, fleet) for one, fleet in seen if is_still_needed(one, fleet, policy)]
     return evaluate_shard(needed, policy, platform(), size=size, on_progress=work_progress())
 

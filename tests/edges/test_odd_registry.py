@@ -389,8 +389,12 @@ def test_aliases_of_a_deleted_version_affect_no_other_adapter(two, alias):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"suite": "x"}', "null", "[[" * 5000, "OTHER"])
 def test_an_unreadable_evaluation_is_stored_again(two, text):
-    store = MlflowEvaluations("fake://")
-    store._tracking = two.tracking
+    def new_process():
+        store = MlflowEvaluations("fake://")
+        store._tracking = two.tracking
+        return store
+
+    store = new_process()
     version = two.spoilt.platform.registry.versions("good")[0]
     (suite,) = version.suites
     one = replace(
@@ -406,6 +410,8 @@ def test_an_unreadable_evaluation_is_stored_again(two, text):
     kept = two.tracking.read_text(run_id, "evaluation.json")
     other = kept.replace(version.weights_sha256, "0" * 64)
     two.tracking.write_text(run_id, "evaluation.json", other if text == "OTHER" else text)
+    assert store.get(one.key) == one  # in the memory of the process that read it
+    store = new_process()
     assert store.get(one.key) is None
     platform = two.spoilt.platform
     two.spoilt.platform = replace(platform, evaluations=store)

@@ -115,6 +115,9 @@ class FleetWithRuns:
         from flows import reconcile as module
 
         with monkeypatch.context() as patch:
+            patch.setattr(  # in one thread, so that a test can kill the process at any write
+                "trans_peft.lifecycle.apply_verdicts.in_parallel", lambda *given: [*map(*given)]
+            )
             for name in ("reconciliation", "ingestion", "looks", "reporting", "transfer"):
                 patch.setattr(module, name, getattr(self, f"_{name}"))
             for name in (

@@ -8,8 +8,9 @@ moves; if they changed, the result is marked as outdated and the caller applies 
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from trans_peft.domain.adapter import AliasState, ManualOverride
 from trans_peft.domain.base import BaseVersion
@@ -28,6 +29,7 @@ from trans_peft.domain.fleet import (
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.errors import NotFoundError, StoreError, TransPeftError
 from trans_peft.lifecycle.fleet_claim import check_fdr, within_fdr
+from trans_peft.lifecycle.parallel import in_parallel
 from trans_peft.lifecycle.promotion import check_policy, describe_obstacle
 from trans_peft.lifecycle.reconcile import plan
 from trans_peft.ports import Platform
@@ -56,35 +58,38 @@ def apply_verdicts(
     check_fdr(policy, promotion)
     selected = None if promotion.fdr is None else within_fdr(fleet, promotion.fdr)
     seen_at = (now or datetime.now(UTC)).isoformat(timespec="seconds")
-    changes = _AdapterChanges()
-    adapters, unreadable = [], [*fleet.unreadable]
-    for adapter in fleet.adapters:
+
+    def applied(adapter: RegisteredAdapter) -> _Applied:
         try:
             if _has_changes(adapter, fleet, selected):
                 # A fleet takes long to read: an older verdict must not undo what another run set.
                 adapter = platform.registry.adapter(adapter.name)
-            if adapter.is_live:
-                adapters.append(_apply(adapter, fleet, platform, seen_at, changes, selected))
+            return _apply(adapter, fleet, platform, seen_at, selected)
         except StoreError:
             raise  # the registry did not respond, so the adapter did not fail
         except TransPeftError as error:
-            unreadable.append(f"{adapter.name}: {error}")
-    updated = replace(fleet, adapters=tuple(adapters), unreadable=tuple(unreadable))
+            return _Applied(unreadable=(f"{adapter.name}: {error}",))
+
+    results = in_parallel(applied, fleet.adapters)
+    unreadable = (*fleet.unreadable, *(text for one in results for text in one.unreadable))
+    adapters = tuple(one.adapter for one in results if one.adapter is not None)
+    updated = replace(fleet, adapters=adapters, unreadable=unreadable)
     promoted, found = _promote(updated, policy, promotion, platform)
     return promoted, replace(
         found,
-        aliases=tuple(changes.aliases),
-        manual_overrides=tuple(changes.manual_overrides),
+        aliases=tuple(change for one in results for change in one.aliases),
+        manual_overrides=tuple(seen for one in results for seen in one.manual_overrides),
         unreadable=(*unreadable, *fleet.set_aside),
     )
 
 
-@dataclass(frozen=True)
-class _AdapterChanges:
-    """The changed aliases and the manual overrides of all adapters so far."""
+class _Applied(NamedTuple):
+    """An adapter as it is after its verdicts were applied, None if it is not live, and changes."""
 
-    aliases: list[AliasChange] = field(default_factory=list)
-    manual_overrides: list[ObservedOverride] = field(default_factory=list)
+    adapter: RegisteredAdapter | None = None
+    aliases: tuple[AliasChange, ...] = ()
+    manual_overrides: tuple[ObservedOverride, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 _Selected = Mapping[str, frozenset[str]] | None
@@ -103,26 +108,29 @@ def _apply(
     fleet: Fleet,
     platform: Platform,
     seen_at: str,
-    changes: _AdapterChanges,
     selected: _Selected,
-) -> RegisteredAdapter:
+) -> _Applied:
     """Set one adapter's alias on each base; return the adapter with its aliases as they are now."""
+    if not adapter.is_live:
+        return _Applied()
+    aliases: list[AliasChange] = []
+    overrides: list[ObservedOverride] = []
     states = dict(adapter.aliases)
     for base in {base.alias: base for base in fleet.bases}.values():
         decision, state = _decide(adapter, base, selected), adapter.alias_on(base)
         if _differs(state, decision):
             if platform.registry.set_alias(adapter.name, base.alias, decision.number):
                 state = AliasState(decision.number, recorded=state.recorded)
-                changes.aliases.append(AliasChange(adapter.name, base.alias, decision.number))
+                aliases.append(AliasChange(adapter.name, base.alias, decision.number))
             else:  # a person changed the alias after it was read
                 state = platform.registry.aliases(adapter.name)[base.alias]
         override = _override(state, decision, seen_at) if state.is_manual else None
         if override != state.recorded:
             platform.registry.record_manual_override(adapter.name, base.alias, override)
         if override is not None:
-            changes.manual_overrides.append(ObservedOverride(adapter.name, base.ref, override))
+            overrides.append(ObservedOverride(adapter.name, base.ref, override))
         states[base.alias] = state
-    return replace(adapter, aliases=states)
+    return _Applied(replace(adapter, aliases=states), tuple(aliases), tuple(overrides))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ also loads each base once.
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -30,6 +29,7 @@ from trans_peft.lifecycle.evaluation import (
     evaluate_on,
     tokenized_suite_for,
 )
+from trans_peft.lifecycle.parallel import in_parallel
 from trans_peft.lifecycle.progress import ProgressCallback, progress_reporter
 from trans_peft.lifecycle.transfer import TransferInputs, compatibility_on
 from trans_peft.ports import Platform
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_shard", "evaluate_together"]
 
 T = TypeVar("T")
-R = TypeVar("R")
-
-_THREADS = 8
 
 Subjects = Sequence[tuple[EvaluationSubject, Sequence[Suite]]]
 
@@ -115,7 +112,7 @@ def evaluate_shard(
                 left_out |= _evaluate_by_engine(old, asked, platform, on_progress)
         for part in _parts(ready, size):
             new = part[0][0].base
-            references = _in_parallel(lambda one: _reference(one[0], one[1], platform), part)
+            references = in_parallel(lambda one: _reference(one[0], one[1], platform), part)
             on_new = [
                 (replace(subject, reference=reference), inputs.source.suites)
                 for (inputs, _, subject), reference in zip(part, references, strict=True)
@@ -151,14 +148,8 @@ def _downloads(
             with suppress(TransPeftError):
                 found[inputs.task.adapter]()
 
-    _in_parallel(download, needed)
+    in_parallel(download, needed)
     return found
-
-
-def _in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Return the results of requests that mostly wait for other machines, in the items' order."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return [*pool.map(function, items)]
 
 
 def _parts(items: Sequence[T], size: int | None) -> Iterator[Sequence[T]]:
@@ -208,7 +199,7 @@ def evaluate_together(
         if suite.judge is None  # a judge model is loaded after each adapter's answers
         and subject.engines.kind_for(suite) == DEFAULT_ENGINE
     }
-    stored = _in_parallel(platform.evaluations.get, [*missing])
+    stored = in_parallel(platform.evaluations.get, [*missing])
     missing = {
         key: one for (key, one), found in zip(missing.items(), stored, strict=True) if found is None
     }
@@ -253,7 +244,7 @@ class _Group:
             for group in _groups(loaded.model, shared):
                 answered = self._answered(mixed, group)
                 undecided += [pair for pair in answered if pair[1].near_tie_ids]
-                _in_parallel(
+                in_parallel(
                     lambda pair: self._put(pair[1].evaluation, named[pair[0].weights_sha256]),
                     [pair for pair in answered if not pair[1].near_tie_ids],
                 )
