@@ -60,6 +60,8 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
     for one in found.values():  # before ingestion, so that a rollback does not wait for an upload
         if not one.is_unchanged(skip_unchanged_minutes):
             one.update()
+    for one in found.values():  # after the shards were started: a large report takes seconds
+        one.publish()
     refused = []
     if not pending.is_completed():
         refused.append(f"uploads cannot be listed: {pending.message}")
@@ -70,7 +72,7 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
         elif (base := state.result()) is not None and family in (None, base.family):
             fresh = _Family(base.family, policy, promotion, shard_size)
             found.setdefault(base.family, fresh).update()
-    for one in found.values():  # after the shards were started, because large reports take seconds
+    for one in found.values():
         one.publish()
 
     while awaited := {name: one.awaited(wait) for name, one in found.items() if one.awaited(wait)}:
@@ -130,6 +132,7 @@ class _Family:
         problems: Problems to report at the end of the run.
         left: Transfers that this run does not start again, by key, with the reason.
         last: What the last update found, None before the first one and after a failed one.
+        published: What was published last.
     """
 
     name: str
@@ -141,6 +144,7 @@ class _Family:
     problems: tuple[str, ...] = ()
     left: dict[tuple, str] = field(default_factory=dict)
     last: _Update | None = None
+    published: _Update | None = None
 
     def awaited(self, wait: bool) -> tuple[Shard, ...]:
         """Return the shards for which this run waits."""
@@ -168,12 +172,13 @@ class _Family:
             self._update(ended)
 
     def publish(self) -> None:
-        """Publish the plan and the report of the last update.
+        """Publish the plan and the report of the last update, unless they are published.
 
         Record the update if nothing is left to do, so that a scheduled run can skip the family.
         """
-        if self.last is None:
+        if self.last is None or self.last is self.published:
             return
+        self.published = self.last
         with self._collecting_errors():
             reporting.publish_plan(self.last.plan)
             reporting.publish_fleet(self.last.fleet, self.last.changes)

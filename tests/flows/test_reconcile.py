@@ -117,7 +117,9 @@ class TestOneRun:
             *[("v3", "Completed")] * 3, *[("v2", "Completed")] * 3,
         ]  # fmt: skip
 
-    def test_reports_after_the_shards_of_an_upload_were_started(self, undisturbed, monkeypatch):
+    def test_reports_before_an_upload_and_after_its_shards_were_started(
+        self, undisturbed, monkeypatch
+    ):
         undisturbed.reported.clear()
         monkeypatch.setattr(
             undisturbed,
@@ -130,8 +132,8 @@ class TestOneRun:
             ),
         )
         undisturbed.reconcile(monkeypatch)
-        assert undisturbed.reported[0] == 6  # the three runs on v2, and those on v3
-        assert len(undisturbed.reported) == 2  # and once the shards have ended
+        # Before the upload is ingested, after its shards were started, and after they have ended.
+        assert undisturbed.reported == [3, 6, 6]
 
     def test_reports_an_unknown_family(self, undisturbed, monkeypatch):
         state = undisturbed.reconcile(monkeypatch, family="smal")
