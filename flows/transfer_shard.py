@@ -34,7 +34,7 @@ def transfer_shard(
         policy: Gate policy.
         one_by_one: Evaluate no two adapters in one batch, so that an adapter that ends the process
             is known.
-        size: Maximum number of adapters in memory at once, evaluated together. None: all.
+        size: Maximum number of adapters that are evaluated together. None: all.
     """
     logger = get_run_logger()
     failed, not_recorded, skipped = [], [], []

@@ -8,12 +8,12 @@ also loads each base once.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.evaluation import BARE, DEFAULT_ENGINE, Evaluation, GatePolicy, Suite
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate_shard", "evaluate_together"]
 
-T = TypeVar("T")
-
 Subjects = Sequence[tuple[EvaluationSubject, Sequence[Suite]]]
 
 
@@ -59,8 +57,8 @@ def evaluate_shard(
     """Store the evaluations that transfers to one base need, from mixed batches where possible.
 
     Missing evaluations on the bases that the adapters were trained on come first, then those on the
-    new base, with the bare base among the rows. At most `size` adapters are in memory at once; None
-    means all. Returns why adapters were left out, by name.
+    new base, with the bare base among the rows. The files and weights of at most `size` adapters
+    are on this machine at once; None means all. Returns why adapters were left out, by name.
 
     Nothing is evaluated under a sequential policy, which needs few items of each adapter. Raises
     WorkerError if this worker lacks the policy's engine.
@@ -68,6 +66,19 @@ def evaluate_shard(
     check_engine(policy.engine, platform)
     if policy.sequential:
         return {}
+    left_out: dict[str, str] = {}
+    step = size or max(1, len(transfers))
+    for at in range(0, len(transfers), step):
+        left_out |= _evaluate_part(transfers[at : at + step], policy, platform, on_progress)
+    return left_out
+
+
+def _evaluate_part(
+    transfers: Sequence[tuple[TransferTask, Fleet]],
+    policy: GatePolicy,
+    platform: Platform,
+    on_progress: ProgressCallback | None,
+) -> dict[str, str]:
     left_out: dict[str, str] = {}
     with (
         translating_full_disk_errors(tempfile.gettempdir()),
@@ -104,24 +115,23 @@ def evaluate_shard(
             )
             ready.append((inputs, old, subject))
         for old in dict.fromkeys(old for _, old, _ in ready):
-            on_old = [
+            asked: Subjects = [
                 (subject, inputs.source.suites) for inputs, own, subject in ready if own == old
             ]
-            for asked in _parts(on_old, size):
-                left_out |= evaluate_together(old, asked, platform, on_progress=on_progress)
-                left_out |= _evaluate_by_engine(old, asked, platform, on_progress)
-        for part in _parts(ready, size):
-            new = part[0][0].base
-            references = in_parallel(lambda one: _reference(one[0], one[1], platform), part)
-            on_new = [
+            left_out |= evaluate_together(old, asked, platform, on_progress=on_progress)
+            left_out |= _evaluate_by_engine(old, asked, platform, on_progress)
+        if ready:
+            new = ready[0][0].base
+            references = in_parallel(lambda one: _reference(one[0], one[1], platform), ready)
+            asked = [
                 (replace(subject, reference=reference), inputs.source.suites)
-                for (inputs, _, subject), reference in zip(part, references, strict=True)
+                for (inputs, _, subject), reference in zip(ready, references, strict=True)
             ]
-            on_new += [
-                (replace(BARE_BASE, engines=subject.engines), suites) for subject, suites in on_new
+            asked += [
+                (replace(BARE_BASE, engines=subject.engines), suites) for subject, suites in asked
             ]
-            left_out |= evaluate_together(new, on_new, platform, on_progress=on_progress)
-            left_out |= _evaluate_by_engine(new, on_new, platform, on_progress)
+            left_out |= evaluate_together(new, asked, platform, on_progress=on_progress)
+            left_out |= _evaluate_by_engine(new, asked, platform, on_progress)
         for inputs, _, _ in ready:
             if (folder := folders[inputs.task.adapter]).exists():
                 kept_downloads.keep(inputs.source, folder)
@@ -150,12 +160,6 @@ def _downloads(
 
     in_parallel(download, needed)
     return found
-
-
-def _parts(items: Sequence[T], size: int | None) -> Iterator[Sequence[T]]:
-    """Yield the items in parts of at most `size`; None means one part."""
-    step = size or max(1, len(items))
-    return (items[at : at + step] for at in range(0, len(items), step))
 
 
 def _evaluate_by_engine(
