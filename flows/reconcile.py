@@ -204,6 +204,7 @@ class _Family:
             )
 
     def _update(self, ended: tuple[EndedShard, ...]) -> None:
+        before = shards.active_shards(self.name, self.policy)
         revision = looks.revision(self.name, self.policy, self.promotion)
         fleet, changes = reconciliation.apply_fleet_verdicts(self.name, self.policy, self.promotion)
         plan = reconciliation.plan_fleet(fleet, self.policy)
@@ -226,7 +227,10 @@ class _Family:
                 reason += f": {end.message}"
             self.left |= {task.key: reason for task in shards.unfinished_tasks([end], plan)}
 
-        active_shards = shards.active_shards(self.name, self.policy)
+        # With those that were active before the fleet was read: a verdict of a shard that ended
+        # meanwhile may not be in the fleet.
+        after = shards.active_shards(self.name, self.policy)
+        active_shards = tuple({shard.run_id: shard for shard in (*before, *after)}.values())
         for shard in (obsolete := shards.obsolete_shards(plan, active_shards, self.left)):
             shards.cancel_shard(shard)
         active_shards = tuple(shard for shard in active_shards if shard not in obsolete)

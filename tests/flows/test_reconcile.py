@@ -87,6 +87,24 @@ class TestOneRun:
         assert active == [2, 2, 2, 2, 1]
         assert upgraded.final_state == undisturbed.final_state
 
+    def test_a_shard_that_ends_while_the_fleet_is_read_is_not_started_again(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        upgraded = upgrade(tmp_path / "read")
+        read = upgraded._read
+
+        def slow_read(family):
+            fleet = read(family)
+            upgraded.work_one_shard()
+            return fleet
+
+        monkeypatch.setattr(upgraded, "_read", slow_read)
+        monkeypatch.setattr(shards, "enough_ended", lambda slots: 1)
+        upgraded.reconcile(monkeypatch)
+        started = [task.adapter for run in upgraded.runs for task in run.tasks]
+        assert sorted(started) == [*"abcde"]
+        assert upgraded.final_state == undisturbed.final_state
+
     def test_shards_of_a_promotion_go_ahead_of_those_that_wait(self, tmp_path, monkeypatch):
         upgraded = upgrade(tmp_path / "urgent")
         fleet = upgraded.fleet
