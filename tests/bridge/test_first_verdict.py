@@ -128,7 +128,7 @@ def test_a_shard_inherits_the_notification_of_the_run_that_started_it(sent_event
     made = SimpleNamespace(id=uuid4(), state=None)
     monkeypatch.setattr(shards, "run_deployment", lambda name, **rest: started.append(rest) or made)
     base = BaseRef("smol", "v2", "2" * 64)
-    shards.start((TransferTask("chat", 1, base, Reason.NO_VERDICT),), GatePolicy())
+    shards.start((TransferTask("chat", 1, base, Reason.NO_VERDICT),), GatePolicy(), size=16)
     (run,) = started
     assert run["flow_run_name"] == "judge smol/v2"
     assert {*NOTIFICATION.tags, "family:smol"} < {*run["tags"]}

@@ -46,10 +46,11 @@ def stack(verb, settings, **more):
 
 
 def test_a_port_in_use_is_reported_with_its_owner_and_nothing_starts(tmp_path):
-    settings = settings_below(tmp_path / "state")
     with socket.socket() as other:
-        other.bind(("127.0.0.1", settings.mlflow_port))
+        other.bind(("127.0.0.1", 0))
         other.listen()
+        taken = {"mlflow_port": other.getsockname()[1]}
+        settings = settings_below(tmp_path / "state").model_copy(update=taken)
         refused = stack("up", settings)
     assert refused.returncode == 1
     assert f"port {settings.mlflow_port} is in use by process {os.getpid()}" in refused.stderr

@@ -212,6 +212,8 @@ def test_after_a_kill_at_any_write_the_next_run_reaches_the_same_state(
 ):
     from mlflow import MlflowClient
 
+    from trans_peft.edges.mlflow_client import Tracking
+
     writes = [name for name in vars(MlflowClient) if name.startswith(("set_", "delete_"))]
     left = None
 
@@ -229,6 +231,9 @@ def test_after_a_kill_at_any_write_the_next_run_reaches_the_same_state(
 
     for name in writes:
         monkeypatch.setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
+    monkeypatch.setattr(Tracking, "_set_tag", counted(Tracking._set_tag))
+    one_by_one = "trans_peft.lifecycle.apply_verdicts.in_parallel"
+    monkeypatch.setattr(one_by_one, lambda function, items: [*map(function, items)])
     ends = []
     for position in itertools.count(1):
         fleet = MemoryFleet.on_mlflow(tmp_path, f"{unique}-{position}", servers.mlflow_url)
