@@ -71,11 +71,7 @@ def main() -> None:
         folder = chosen.folder or Path(ending.enter_context(tempfile.TemporaryDirectory()))
         databases: dict[str, str] = {}
         if not chosen.sqlite:
-            address = ending.enter_context(postgres(*free_ports(1)))
-            databases = {
-                "mlflow_database": f"postgresql+psycopg2://{address}/mlflow",
-                "prefect_database": f"postgresql+asyncpg://{address}/prefect",
-            }
+            databases = ending.enter_context(postgres(*free_ports(1)))
         found = measured(ending.enter_context(running(folder, **databases)), folder, chosen)
     facts = {"machine": f"{os.cpu_count()} cores", "prefect": version("prefect")}
     database = "SQLite" if chosen.sqlite else "PostgreSQL"

@@ -52,13 +52,9 @@ def stack(tmp_path_factory):
     if lacks := missing():
         pytest.skip(f"several hosts on one machine need {', '.join(lacks)}")
     (port,) = free_ports(1)
-    with postgres(port) as address:
+    with postgres(port) as databases:
         settings = settings_below(tmp_path_factory.mktemp("hosts") / "state").model_copy(
-            update={
-                "gpu_slots": SLOTS,
-                "mlflow_database": f"postgresql+psycopg2://{address}/mlflow",
-                "prefect_database": f"postgresql+asyncpg://{address}/prefect",
-            }
+            update={"gpu_slots": SLOTS, **databases}
         )
         with running(settings) as started, prepared(started):
             yield started

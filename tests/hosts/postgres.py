@@ -18,7 +18,7 @@ USER = "trans_peft"
 
 @contextmanager
 def postgres(port):
-    """Run a server with the empty databases `mlflow` and `prefect`, and yield their address.
+    """Run a server with the empty databases `mlflow` and `prefect`; yield the stack's settings.
 
     It runs as the user `nobody`, because Postgres refuses to run as root.
     """
@@ -42,7 +42,11 @@ def postgres(port):
         )
     try:
         wait_until(lambda: _has_databases(port))
-        yield f"{USER}@{HOST}:{port}"
+        address = f"{USER}@{HOST}:{port}"
+        yield {
+            "mlflow_database": f"postgresql+psycopg2://{address}/mlflow",
+            "prefect_database": f"postgresql+asyncpg://{address}/prefect",
+        }
     finally:
         server.send_signal(2)  # SIGINT disconnects the clients
         server.wait(30)

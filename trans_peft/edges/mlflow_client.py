@@ -544,24 +544,28 @@ class Tracking:
         connection of its own, so that two searches in parallel do not wait for one worker while the
         others are idle.
         """
-        _ = self.client  # checks the server at the first use
-        path = f"/api/2.0/mlflow/{kind}/search"
         params = {"filter": wanted, "max_results": _PAGE, "order_by": [*order_by]}
-        with mapped_errors(self.uri):
-            response = http_request(
-                get_default_host_creds(self.uri),
-                path,
-                "GET",
-                extra_headers={"Connection": "close"},
-                params=params | ({"page_token": token} if token else {}),
-            )
-            if response.status_code != 200:
-                verify_rest_response(response, path)
+        response = self._request(
+            f"{kind}/search",
+            "GET",
+            extra_headers={"Connection": "close"},
+            params=params | ({"page_token": token} if token else {}),
+        )
         try:  # `verify_rest_response` parses the answer as well, and reads an empty one as `{}`
             answer = response.json()
         except ValueError as error:
             raise malformed_answer("a JSON object", response.text) from error
         return page_of(answer, kind)
+
+    def _request(self, endpoint: str, method: str, **options: Any) -> Any:
+        """Return the response of MLflow's REST API, without its client. Raises mapped errors."""
+        _ = self.client  # checks the server at the first use
+        path = f"/api/2.0/mlflow/{endpoint}"
+        with mapped_errors(self.uri):
+            response = http_request(get_default_host_creds(self.uri), path, method, **options)
+            if response.status_code != 200:
+                verify_rest_response(response, path)
+        return response
 
     def make_version(
         self,
@@ -607,11 +611,7 @@ class Tracking:
             set_tag = f"set_{kind.replace('-', '_').removesuffix('s')}_tag"
             getattr(self.client, set_tag)(**named)
             return
-        _ = self.client  # checks the server at the first use
-        path = f"/api/2.0/mlflow/{kind}/set-tag"
-        with mapped_errors(self.uri):
-            response = http_request(get_default_host_creds(self.uri), path, "POST", json=named)
-            verify_rest_response(response, path)
+        self._request(f"{kind}/set-tag", "POST", json=named)
 
     def untag_model(self, name: str, key: str) -> None:
         """Remove a tag from a registered model."""

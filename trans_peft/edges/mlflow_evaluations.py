@@ -4,6 +4,7 @@ The tag `evaluation_key` identifies the run, `evaluation.json` has the results o
 metric `score` is shown on MLflow's page.
 """
 
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,6 +31,7 @@ class MlflowEvaluations:
     def __init__(self, tracking_uri: str) -> None:
         self._tracking = Tracking(tracking_uri)
         self._kept: dict[str, Evaluation] = {}
+        self._lock = threading.Lock()
 
     def get(self, key: str) -> Evaluation | None:
         """Return the evaluation with that key, the oldest that can be read, or None.
@@ -83,7 +85,8 @@ class MlflowEvaluations:
             )
 
     def _keep(self, evaluation: Evaluation) -> Evaluation:
-        self._kept[evaluation.key] = evaluation
-        while sum(len(one.items) for one in [*self._kept.values()]) > _MAX_ITEMS:
-            self._kept.pop(next(iter(self._kept)))
+        with self._lock:  # a shard reads in several threads
+            self._kept[evaluation.key] = evaluation
+            while sum(len(one.items) for one in self._kept.values()) > _MAX_ITEMS:
+                self._kept.pop(next(iter(self._kept)))
         return evaluation

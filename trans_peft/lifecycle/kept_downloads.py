@@ -39,6 +39,7 @@ def download(version: AdapterVersion, folder: Path, platform: Platform) -> Path:
     kept = _kept.pop(_key(version), None)
     if kept is None:
         return platform.registry.download(version, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     return Path(shutil.move(kept[0], folder))
 
 

@@ -141,7 +141,7 @@ def _evaluate_part(
 def _downloads(
     needed: Sequence[TransferInputs], folders: Mapping[str, Path], platform: Platform
 ) -> dict[str, Callable[[], Path]]:
-    """Return for each adapter a function that downloads its files once, and start what is needed.
+    """Return for each adapter a function that downloads its files once; download what is needed.
 
     A download that fails is repeated by the call of its function, which raises the error.
     """
@@ -154,7 +154,6 @@ def _downloads(
 
     def download(inputs: TransferInputs) -> None:
         if inputs.known_outcome() is None:
-            folders[inputs.task.adapter].parent.mkdir()
             with suppress(TransPeftError):
                 found[inputs.task.adapter]()
 
