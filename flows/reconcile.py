@@ -46,6 +46,8 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
             every fleet.
         dry_run: Publish the plan and change nothing.
     """
+    if not dry_run:
+        ingestion.prepare_for_upload()
     names = [name for name in reconciliation.base_families() if family in (None, name)]
     found = {name: _Family(name, policy, promotion, shard_size) for name in names}
     if dry_run:

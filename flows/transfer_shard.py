@@ -3,6 +3,7 @@
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks import transfer
 from tasks.limits import gpu_slots
@@ -12,7 +13,7 @@ from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferTask
 
 
-@flow(name="transfer-shard")
+@flow(name="transfer-shard", task_runner=ThreadPoolTaskRunner(max_workers=4))
 def transfer_shard(
     shard: tuple[TransferTask, ...],
     policy: GatePolicy,
@@ -21,9 +22,9 @@ def transfer_shard(
 ) -> State:
     """Judge the adapters of the shard. A failure affects one adapter only.
 
-    Adapters that can share batches are evaluated first, `size` of them together. The transfers then
-    run one after the other and use these evaluations; what is missing, each transfer evaluates
-    itself.
+    Adapters that can share batches are evaluated first, `size` of them together. The transfers
+    follow and use these evaluations; what is missing, each transfer evaluates itself. Up to four
+    run at once: one computes, while the others read and write the registry.
 
     A transfer that is no longer needed is skipped. A failure of an adapter is recorded as one
     attempt. A failure of a service, a worker, an access right or a base version is not recorded as
@@ -32,8 +33,8 @@ def transfer_shard(
     Args:
         shard: Transfers to the same base version.
         policy: Gate policy.
-        one_by_one: Evaluate no two adapters in one batch, so that an adapter that ends the process
-            is known.
+        one_by_one: Evaluate no two adapters in one batch, and run no two transfers at once, so that
+            an adapter that ends the process is known.
         size: Maximum number of adapters that are evaluated together. None: all.
     """
     logger = get_run_logger()
@@ -47,8 +48,7 @@ def transfer_shard(
                     logger.info("%s is evaluated alone: %s", adapter, reason)
             else:
                 logger.warning("all adapters are evaluated alone: %s", together.message)
-        for task in shard:
-            state = transfer.transfer_adapter(task, policy, return_state=True)
+        for task, state in transfer.transfer_each(shard, policy, one_by_one):
             if state.is_completed():
                 outcome = state.result()
                 if outcome is None:

@@ -5,6 +5,7 @@ from prefect import task
 from tasks import events, lineage
 from tasks.composition import platform
 from tasks.limits import upload_lock
+from tasks.origin import origin
 from tasks.policy import RETRIES
 from tasks.settings import settings
 from trans_peft.bases.model_check import IMPORTS as MODEL_IMPORTS
@@ -13,7 +14,16 @@ from trans_peft.errors import UploadError
 from trans_peft.isolation import prepare
 from trans_peft.lifecycle import bases
 
-__all__ = ["find_pending", "ingest_base", "ingest_pending"]
+__all__ = ["find_pending", "ingest_base", "ingest_pending", "prepare_for_upload"]
+
+
+def prepare_for_upload() -> None:
+    """Start the process that will build the model of an upload, if one caused this run.
+
+    It imports for three seconds, while the run reads the registry.
+    """
+    if (cause := origin()) is not None and cause.kind == "upload":
+        prepare(MODEL_IMPORTS)
 
 
 @task(**RETRIES)

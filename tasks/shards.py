@@ -75,6 +75,8 @@ Suspect = tuple[str, BaseRef]
 
 _TASKS = TypeAdapter(tuple[TransferTask, ...])
 _POLL_S = 2.0
+_MAX_DELAY_S = 60.0
+"""A verdict takes effect at most this long after its shard has ended, and the fleet is read."""
 _PAGE = 200  # Prefect's own limit for one answer
 _WITHDRAWN = "Withdrawn"
 _NOT_OVER = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -147,7 +149,8 @@ def max_active(slots: int) -> int:
 def enough_ended(slots: int) -> int:
     """Return after how many ended shards a run reads the fleet and starts the next ones.
 
-    The other half of the waiting shards occupies the slots meanwhile.
+    It does so after a minute with fewer. The other half of the waiting shards occupies the slots
+    meanwhile.
     """
     return _waiting(slots) // 2
 
@@ -334,7 +337,7 @@ def cancel_shard(shard: Shard) -> None:
 def wait(
     groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]
 ) -> tuple[str, tuple[EndedShard, ...]]:
-    """Wait until all shards of one group have ended, or `enough_ended` of them.
+    """Wait until all shards of one group have ended, `enough_ended` of them, or one a minute ago.
 
     Returns the group's name and its ended shards. A poll is one request for 200 shards. If no
     worker serves the queue of a waiting shard for a minute, `on_unserved` is called with the
@@ -343,6 +346,7 @@ def wait(
     logger = get_run_logger()
     logged: dict[UUID, str] = {}
     ended: dict[UUID, EndedShard] = {}
+    seen_s: dict[UUID, float] = {}
     watch = QueueWatch(on_unserved)
     enough = enough_ended(gpu_slot_count())
     awaited = [shard for group in groups.values() for shard in group]
@@ -364,9 +368,12 @@ def wait(
                 elif _is_waiting(run):
                     waiting.append(run)
             for name, group in groups.items():
-                over = tuple(ended[shard.run_id] for shard in group if shard.run_id in ended)
-                if len(over) >= min(len(group), enough):
-                    return name, over
+                over = [shard.run_id for shard in group if shard.run_id in ended]
+                now_s = time.monotonic()
+                waits_s = [now_s - seen_s.setdefault(run_id, now_s) for run_id in over]
+                is_late = max(waits_s, default=0.0) >= _MAX_DELAY_S
+                if is_late or len(over) >= min(len(group), enough):
+                    return name, tuple(ended[run_id] for run_id in over)
             watch.check(waiting, client)
             time.sleep(_POLL_S)
 

@@ -4,7 +4,10 @@ The functions import `trans_peft.lifecycle.transfer` themselves, because importi
 (scipy) takes half a second. Most reconcile runs start no transfer.
 """
 
+from collections.abc import Iterator, Sequence
+
 from prefect import task
+from prefect.client.schemas.objects import State
 
 from tasks import events, lineage, metrics
 from tasks.composition import platform
@@ -17,7 +20,7 @@ from trans_peft.domain.outcome import TransferOutcome, TransferTask
 from trans_peft.lifecycle.parallel import in_parallel
 from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
 
-__all__ = ["evaluate_together", "record_failure", "transfer_adapter"]
+__all__ = ["evaluate_together", "record_failure", "transfer_adapter", "transfer_each"]
 
 
 @task(task_run_name="evaluate {transfer_tasks[0].base} in mixed batches")
@@ -59,6 +62,23 @@ def transfer_adapter(transfer_task: TransferTask, policy: GatePolicy) -> Transfe
     metrics.adapter_judged(outcome)
     lineage.adapter_transferred(outcome)
     return outcome
+
+
+def transfer_each(
+    transfer_tasks: Sequence[TransferTask], policy: GatePolicy, one_by_one: bool
+) -> Iterator[tuple[TransferTask, State]]:
+    """Run `transfer_adapter` for each task; return the final states in the order of the tasks.
+
+    Unless `one_by_one`, several run at once, as many as the flow's task runner allows.
+    """
+    if one_by_one:
+        for one in transfer_tasks:
+            yield one, transfer_adapter(one, policy, return_state=True)
+        return
+    futures = [transfer_adapter.submit(one, policy) for one in transfer_tasks]
+    for one, future in zip(transfer_tasks, futures, strict=True):
+        future.wait()
+        yield one, future.state
 
 
 @task(**RETRIES, task_run_name="record that {transfer_task.adapter} failed")

@@ -160,7 +160,9 @@ class FleetWithRuns:
             record_look=self.looks.__setitem__,
         )
 
-    _ingestion = SimpleNamespace(find_pending=lambda return_state: Completed(data=()))
+    _ingestion = SimpleNamespace(
+        prepare_for_upload=lambda: None, find_pending=lambda return_state: Completed(data=())
+    )
 
     @property
     def _reporting(self) -> SimpleNamespace:

@@ -97,6 +97,7 @@ def client(monkeypatch):
 
     monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
     monkeypatch.setattr(shards.time, "sleep", sleep)
+    monkeypatch.setattr(shards.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(shards, "QueueWatch", lambda tell: QueueWatch(tell, lambda: now[0]))
     monkeypatch.setattr(shards, "get_run_logger", lambda: SimpleNamespace(info=lambda *_: None))
     monkeypatch.setattr(shards, "gpu_slot_count", lambda: 32)
@@ -113,13 +114,27 @@ def waiting_shards(client, count):
 def test_a_wait_ends_when_enough_shards_have_ended_and_costs_one_request_a_poll(client):
     some = waiting_shards(client, 150)
 
-    def end_one(now):
-        client.states[some[int(now / 2) - 1].run_id] = Completed()
+    def end_two(now):
+        client.states |= {shard.run_id: Completed() for shard in some[int(now) - 2 : int(now)]}
 
-    client.at = end_one
+    client.at = end_two
     name, ended = shards.wait({"small": some}, on_unserved=lambda text: None)
     assert (name, len(ended)) == ("small", 32)
-    assert client.reads == 32 + 1
+    assert client.reads == 16 + 1
+
+
+def test_a_wait_ends_a_minute_after_the_first_shard_if_fewer_have_ended(client):
+    first, second, *_ = some = waiting_shards(client, 10)
+
+    def end(now):
+        if now == 100:
+            client.states[first.run_id] = Completed()
+        if now == 150:
+            client.states[second.run_id] = Completed()
+
+    client.at = end
+    _, ended = shards.wait({"small": some}, on_unserved=lambda text: None)
+    assert (client.now[0], len(ended)) == (160.0, 2)
 
 
 def test_a_deleted_run_counts_as_cancelled(client):

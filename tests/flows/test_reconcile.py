@@ -143,6 +143,7 @@ class TestOneRun:
             undisturbed,
             "_ingestion",
             SimpleNamespace(
+                prepare_for_upload=lambda: None,
                 find_pending=lambda return_state: Completed(data=("upload of v3",)),
                 ingest_pending=lambda upload, return_state: Completed(
                     data=undisturbed.fleet.add_base("v3")
@@ -572,7 +573,10 @@ class TestOneFamilyThatFails:
         assert "the family small cannot be reconciled: ValueError" in state.message
 
     def test_uploads_that_cannot_be_listed_stop_no_family(self, upgraded, monkeypatch):
-        away = SimpleNamespace(find_pending=lambda return_state: Failed(message="no such bucket"))
+        away = SimpleNamespace(
+            prepare_for_upload=lambda: None,
+            find_pending=lambda return_state: Failed(message="no such bucket"),
+        )
         monkeypatch.setattr(FleetWithRuns, "_ingestion", away)
         state = upgraded.reconcile(monkeypatch)
         assert "uploads cannot be listed: no such bucket" in state.message

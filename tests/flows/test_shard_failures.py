@@ -93,15 +93,15 @@ def shard(monkeypatch, tmp_path):
             charged.append(task.adapter)
             return Completed(data=None)
 
-        def transfer_adapter(task, policy, return_state):
-            error = errors.get(task.adapter)
-            return (
-                Completed(data=passed) if error is None else Failed(data=error, message=f"{error}")
-            )
+        def transfer_each(tasks, policy, one_by_one):
+            for task in tasks:
+                error = errors.get(task.adapter)
+                failed = Failed(data=error, message=f"{error}")
+                yield task, Completed(data=passed) if error is None else failed
 
         fakes = SimpleNamespace(
             evaluate_together=lambda *given, return_state: together or Completed(data={}),
-            transfer_adapter=transfer_adapter,
+            transfer_each=transfer_each,
             record_failure=record_failure,
         )
         monkeypatch.setattr(module, "transfer", fakes)

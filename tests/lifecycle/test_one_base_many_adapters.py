@@ -2,9 +2,12 @@
 
 import gc
 import json
+import threading
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ from trans_peft.lifecycle import evaluation, kept_downloads
 from trans_peft.lifecycle.adopt import adopt
 from trans_peft.lifecycle.mixed_evaluation import evaluate_shard
 from trans_peft.lifecycle.reconcile import observe_adapter
+from trans_peft.lifecycle.recovery.evaluator import CandidateEvaluator
 from trans_peft.lifecycle.resolve import find_base
 from trans_peft.lifecycle.transfer import transfer
 from trans_peft.methods.bottleneck import BottleneckConfig
@@ -137,6 +141,41 @@ def test_a_shard_loads_its_base_and_evaluates_the_bare_base_once(shard, counted,
     assert all(step.done <= step.total for step in progress)
     assert all((step.eta_s == 0) == (step.done == step.total) for step in progress)
     assert all((step.eta_s or 0) >= 0 for step in progress)
+
+
+def test_threads_transfer_as_one_thread_does_and_one_of_them_computes_at_a_time(
+    shard, counted, monkeypatch
+):
+    expected = {name: judge(with_results_on_v1(shard), name) for name in KINDS}
+    models.release_base()
+    computing, overlap = threading.Lock(), threading.Barrier(2)
+    judging = CandidateEvaluator.judge
+
+    def judged(self, made):
+        assert computing.acquire(blocking=False)
+        try:
+            return judging(self, made)
+        finally:
+            computing.release()
+
+    there = with_results_on_v1(shard)
+    recorded = there.registry.record
+
+    def record(outcome):
+        overlap.wait(timeout=60)
+        recorded(outcome)
+
+    names = ("lora-r-2", "lora-r-8", "dora", "ia3")  # two pairs
+    monkeypatch.setattr(CandidateEvaluator, "judge", judged)
+    monkeypatch.setattr(there.registry, "record", record)
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(names, pool.map(partial(judge, there), names), strict=True))
+    for name in names:
+        assert expected[name].judgment == found[name].judgment
+        assert [
+            (one.suite, one.weights_sha256, one.items) for one in expected[name].evaluations
+        ] == [(one.suite, one.weights_sha256, one.items) for one in found[name].evaluations]
+    assert counted["load"] == 2
 
 
 def test_missing_reference_evaluations_are_computed_first(shard):

@@ -9,10 +9,12 @@ import contextlib
 import errno
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -72,6 +74,10 @@ _PAGE = 1000
 _BY_NUMBER = ("name ASC", "version_number ASC")
 _MAX_FILTER = 2000
 """Characters of one filter. It is part of a URL, which proxies limit to 8 KiB."""
+
+if find_spec("dbruntime") is None:
+    # MLflow tries to import it for the headers of each request. None makes that fail at once.
+    sys.modules.setdefault("dbruntime", cast(Any, None))
 
 
 def tag(name: str) -> str:

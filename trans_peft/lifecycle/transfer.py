@@ -1,6 +1,7 @@
 """Transfer one adapter to one new base version: evaluate, apply the gate, register the result."""
 
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, replace
 from functools import cache
@@ -41,6 +42,9 @@ from trans_peft.validation.statistics.pairing import check_flips, check_slices
 
 __all__ = ["TransferInputs", "compatibility_on", "record_failure", "transfer"]
 
+_computing = threading.Lock()
+"""Held while a transfer uses models: the transfers of a process share one copy of a base."""
+
 
 def transfer(
     task: TransferTask,
@@ -61,10 +65,12 @@ def transfer(
     Stored results are reused. After a change of the policy no model is loaded, unless a sequential
     policy needs items that were not evaluated before.
 
+    Several threads may transfer different adapters. One of them computes at a time; the others read
+    and write the registry meanwhile. The seconds of the outcome do not include the wait for others.
+
     `fleet` comes from `observe_adapter` (or `observe`); the registry is not read again, except by
     the port methods that write. Raises NotFoundError if the adapter or the base is not in `fleet`.
     """
-    started = time.monotonic()
     inputs = TransferInputs.of(task, fleet)
     source = inputs.source
     with (
@@ -74,9 +80,14 @@ def transfer(
             {Path(scratch) / "source": str(source), Path(scratch): f"a copy of {source}"}
         ),
     ):
-        outcome = _evaluate(
-            _new_outcome(inputs, policy), inputs, policy, platform, Path(scratch), on_progress
-        )
+        with _computing:
+            started = time.monotonic()
+            outcome, candidate = _evaluate(
+                _new_outcome(inputs, policy), inputs, policy, platform, Path(scratch), on_progress
+            )
+        if candidate is not None:
+            number = _registered(inputs, candidate, platform, Path(scratch))
+            outcome = replace(outcome, new_number=number)
     outcome = replace(outcome, seconds=time.monotonic() - started)
     platform.registry.record(outcome)
     return outcome
@@ -161,7 +172,8 @@ def _evaluate(
     platform: Platform,
     scratch: Path,
     on_progress: ProgressCallback | None,
-) -> TransferOutcome:
+) -> tuple[TransferOutcome, Candidate | None]:
+    """Return the outcome without a version, and the candidate to register, if there is one."""
     check_engine(policy.engine, platform)  # before a model is loaded
     source, base, trained_on = inputs.source, inputs.base, inputs.trained_on
 
@@ -177,9 +189,9 @@ def _evaluate(
         compatibility, effect = known.compatibility, known.effect
     outcome = replace(outcome, compatibility=compatibility, effect=effect)
     if not compatibility.ok:
-        return _incompatible(outcome, "; ".join(compatibility.mismatches))
+        return _incompatible(outcome, "; ".join(compatibility.mismatches)), None
     if effect is None or not effect.found:
-        return _incompatible(outcome, "the adapter changes no logit on this base")
+        return _incompatible(outcome, "the adapter changes no logit on this base"), None
 
     if leakage_problem(policy, source):
         # No strategy removes an item of the suite from the training rows.
@@ -211,11 +223,10 @@ def _evaluate(
             on_progress,
         ),
     )
-    return replace(
+    judged = replace(
         outcome,
         judgment=of_all_strategies(result.judgment, policy),
         evaluations=result.evaluations,
-        new_number=_registered(inputs, result.candidate, platform, scratch),
         strategy=result.candidate.strategy,
         tried=result.tried,
         training=(
@@ -224,6 +235,7 @@ def _evaluate(
             else None
         ),
     )
+    return judged, result.candidate
 
 
 def compatibility_on(
