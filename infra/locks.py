@@ -78,6 +78,7 @@ SETS = {
             *("mlflow", "prefect", "psycopg2-binary", "sqlalchemy<2.1", "fastapi<0.151"),
             *("boto3", "filelock", "psutil"),  # the bridge and the fleet page
             "prefect-redis",  # several Prefect servers (infra/kubernetes)
+            "uvloop",  # decision 0295
         ),
         pythons=_IMAGE_PYTHON,
     ),
