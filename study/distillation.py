@@ -58,6 +58,8 @@ SEEDS = (1, 2, 3)
 APPROVED = (20, 5)
 """Numbers of approved prompts after which v1 writes others."""
 PROMPT_MODEL_STEPS = 60
+PRIVATE_ROWS = 64
+"""Rows of a step under differential privacy, whose gradients are computed one by one."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Ex
         approved=DataSource(str(approved)) if source.approved else None,
         steps=source.steps,
         count=POLICY.prompts,
-        privacy=PrivacySettings(source.epsilon) if source.epsilon else None,
+        privacy=PrivacySettings(source.epsilon, batch_size=PRIVATE_ROWS)
+        if source.epsilon
+        else None,
     )
     suite = replace(prepared.suites[task], data=DataSource(str(rows / "eval.jsonl")))
     recipe = replace(job.recipe, suites=(suite,), synthetic_prompts=settings)
