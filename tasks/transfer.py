@@ -4,7 +4,8 @@ The functions import `trans_peft.lifecycle.transfer` themselves, because importi
 (scipy) takes half a second. Most reconcile runs start no transfer.
 """
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from prefect import task
 from prefect.client.schemas.objects import State
@@ -18,9 +19,17 @@ from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.outcome import TransferOutcome, TransferTask
 from trans_peft.lifecycle.parallel import in_parallel
+from trans_peft.lifecycle.progress import WorkProgress
 from trans_peft.lifecycle.reconcile import is_still_needed, observe_adapter
 
 __all__ = ["evaluate_together", "record_failure", "transfer_adapter", "transfer_each"]
+
+_run_ends = threading.Event()
+"""Set when the run of the shard is terminated. Its threads would continue for hours otherwise."""
+
+
+class _RunEndsError(Exception):
+    """Raised in a thread of a terminated run. No part of the library handles it."""
 
 
 @task(task_run_name="evaluate {transfer_tasks[0].base} in mixed batches")
@@ -57,7 +66,7 @@ def transfer_adapter(transfer_task: TransferTask, policy: GatePolicy) -> Transfe
         fleet = observe_adapter(transfer_task.adapter, transfer_task.base.family, platform())
         if not is_still_needed(transfer_task, fleet, policy):
             return None
-        outcome = transfer(transfer_task, fleet, policy, platform(), on_progress=work_progress())
+        outcome = transfer(transfer_task, fleet, policy, platform(), on_progress=_stoppable())
     events.adapter_judged(outcome)
     metrics.adapter_judged(outcome)
     lineage.adapter_transferred(outcome)
@@ -76,9 +85,25 @@ def transfer_each(
             yield one, transfer_adapter(one, policy, return_state=True)
         return
     futures = [transfer_adapter.submit(one, policy) for one in transfer_tasks]
-    for one, future in zip(transfer_tasks, futures, strict=True):
-        future.wait()
-        yield one, future.state
+    try:
+        for one, future in zip(transfer_tasks, futures, strict=True):
+            future.wait()
+            yield one, future.state
+    except BaseException:
+        _run_ends.set()
+        raise
+
+
+def _stoppable() -> Callable[[WorkProgress], None]:
+    """Return `work_progress()`, which also ends the transfer if its run is terminated."""
+    show = work_progress()
+
+    def reached(progress: WorkProgress) -> None:
+        if _run_ends.is_set():
+            raise _RunEndsError("the run of the shard was terminated")
+        show(progress)
+
+    return reached
 
 
 @task(**RETRIES, task_run_name="record that {transfer_task.adapter} failed")
