@@ -1,9 +1,11 @@
 """Flow `transfer-shard`: judge several adapters on one new base, which is loaded once."""
 
+from typing import Any, cast
+
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from tasks import transfer
 from tasks.limits import gpu_slots
@@ -12,8 +14,10 @@ from tasks.worker import check_worker
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferTask
 
+_FOUR_AT_ONCE = cast(TaskRunner[Any], ThreadPoolTaskRunner(max_workers=4))
 
-@flow(name="transfer-shard", task_runner=ThreadPoolTaskRunner(max_workers=4))
+
+@flow(name="transfer-shard", task_runner=_FOUR_AT_ONCE)
 def transfer_shard(
     shard: tuple[TransferTask, ...],
     policy: GatePolicy,
