@@ -84,6 +84,7 @@ def transfer_each(
         for one in transfer_tasks:
             yield one, transfer_adapter(one, policy, return_state=True)
         return
+    _run_ends.clear()  # a process may run several shards, one after the other
     futures = [transfer_adapter.submit(one, policy) for one in transfer_tasks]
     try:
         for one, future in zip(transfer_tasks, futures, strict=True):
