@@ -28,7 +28,7 @@ def transfer_shard(
 
     Adapters that can share batches are evaluated first, `size` of them together. The transfers
     follow and use these evaluations; what is missing, each transfer evaluates itself. Up to four
-    run at once: one computes, while the others read and write the registry.
+    run concurrently: one uses the models, while the others read and write the registry.
 
     A transfer that is no longer needed is skipped. A failure of an adapter is recorded as one
     attempt. A failure of a service, a worker, an access right or a base version is not recorded as

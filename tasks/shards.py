@@ -76,7 +76,7 @@ Suspect = tuple[str, BaseRef]
 _TASKS = TypeAdapter(tuple[TransferTask, ...])
 _POLL_S = 2.0
 _MAX_DELAY_S = 60.0
-"""A verdict takes effect at most this long after its shard has ended, and the fleet is read."""
+"""Seconds from the end of a shard until `wait` returns, if fewer than `enough_ended` have ended."""
 _PAGE = 200  # Prefect's own limit for one answer
 _WITHDRAWN = "Withdrawn"
 _NOT_OVER = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -337,7 +337,9 @@ def cancel_shard(shard: Shard) -> None:
 def wait(
     groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]
 ) -> tuple[str, tuple[EndedShard, ...]]:
-    """Wait until all shards of one group have ended, `enough_ended` of them, or one a minute ago.
+    """Wait until all shards of one group or `enough_ended` of them have ended.
+
+    Returns no later than a minute after the first shard of a group has ended.
 
     Returns the group's name and its ended shards. A poll is one request for 200 shards. If no
     worker serves the queue of a waiting shard for a minute, `on_unserved` is called with the
@@ -346,7 +348,7 @@ def wait(
     logger = get_run_logger()
     logged: dict[UUID, str] = {}
     ended: dict[UUID, EndedShard] = {}
-    seen_s: dict[UUID, float] = {}
+    first_end_s: dict[str, float] = {}
     watch = QueueWatch(on_unserved)
     enough = enough_ended(gpu_slot_count())
     awaited = [shard for group in groups.values() for shard in group]
@@ -368,12 +370,13 @@ def wait(
                 elif _is_waiting(run):
                     waiting.append(run)
             for name, group in groups.items():
-                over = [shard.run_id for shard in group if shard.run_id in ended]
+                over = tuple(ended[shard.run_id] for shard in group if shard.run_id in ended)
                 now_s = time.monotonic()
-                waits_s = [now_s - seen_s.setdefault(run_id, now_s) for run_id in over]
-                is_late = max(waits_s, default=0.0) >= _MAX_DELAY_S
+                if over:
+                    first_end_s.setdefault(name, now_s)
+                is_late = now_s - first_end_s.get(name, now_s) >= _MAX_DELAY_S
                 if is_late or len(over) >= min(len(group), enough):
-                    return name, tuple(ended[run_id] for run_id in over)
+                    return name, over
             watch.check(waiting, client)
             time.sleep(_POLL_S)
 

@@ -4,13 +4,21 @@ from datetime import UTC, datetime
 
 import pytest
 
+from infra.bridge.notifications import NotificationKind
 from tasks import ingestion
 from tasks.origin import Origin
 from trans_peft.bases.model_check import IMPORTS
 
 
 @pytest.mark.parametrize(
-    ("kind", "prepared"), [("upload", [IMPORTS]), ("champion", []), ("start-up", []), (None, [])]
+    ("kind", "prepared"),
+    [
+        *(
+            (kind, [IMPORTS] if kind == NotificationKind.UPLOAD else [])
+            for kind in NotificationKind
+        ),
+        (None, []),
+    ],
 )
 def test_only_a_run_that_an_upload_caused_starts_it_before_it_reads_the_registry(
     kind, prepared, monkeypatch
