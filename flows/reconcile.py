@@ -7,9 +7,19 @@ from functools import partial
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
-from tasks import ingestion, limits, looks, reconciliation, recovery, reporting, shards, transfer
+from tasks import (
+    deployed_policies,
+    ingestion,
+    limits,
+    looks,
+    reconciliation,
+    recovery,
+    reporting,
+    shards,
+    transfer,
+)
 from tasks.shards import EndedShard, Shard
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.fleet import Fleet, FleetChanges
@@ -48,6 +58,8 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
     """
     if not dry_run:
         ingestion.prepare_for_upload()
+        if changed := deployed_policies.changed_policies(policy, promotion):
+            return _superseded(changed, family, wait)
     names = [name for name in reconciliation.base_families() if family in (None, name)]
     found = {name: _Family(name, policy, promotion, shard_size) for name in names}
     if dry_run:
@@ -80,6 +92,8 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
     while awaited := {name: one.awaited(wait) for name, one in found.items() if one.awaited(wait)}:
         waiting = [found[name] for name in awaited]
         name, ended = shards.wait(awaited, on_unserved=partial(_report_unserved, waiting))
+        if changed := deployed_policies.changed_policies(policy, promotion):
+            return _superseded(changed, family, wait)
         found[name].update(ended)
         found[name].publish()
 
@@ -94,6 +108,18 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
     others = sum(len(shard.tasks) for one in found.values() for shard in one.others)
     return Completed(
         message=f"other runs work on {others} verdicts" if others else "no verdict is missing"
+    )
+
+
+def _superseded(changed: str, family: str | None, wait: bool) -> State:
+    """Start a run with the policies of the deployment; return the final state of this run."""
+    successor = deployed_policies.start_successor(family, wait)
+    return Cancelled(
+        name="Superseded",
+        message=f"the {changed} of this run and of the deployment differ: it was changed after "
+        f"this run was created, or this run got its own. Run {successor} continues with the "
+        "deployment's. To judge by another policy, change the deployment; to see its plan first, "
+        "use dry_run",
     )
 
 
@@ -235,7 +261,9 @@ class _Family:
         active_shards = tuple({shard.run_id: shard for shard in (*before, *after)}.values())
         for shard in (obsolete := shards.obsolete_shards(plan, active_shards, self.left)):
             shards.cancel_shard(shard)
-        active_shards = tuple(shard for shard in active_shards if shard not in obsolete)
+        active_shards = tuple(
+            shard for shard in active_shards if not (shard in obsolete or shard.is_outdated)
+        )
         todo = [task for task in shards.missing(plan, active_shards) if task.key not in self.left]
         ours = {shard.run_id for shard in self.started}
         self.others = tuple(shard for shard in active_shards if shard.run_id not in ours)

@@ -9,7 +9,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from tasks import transfer
 from tasks.limits import gpu_slots
-from tasks.policy import is_infrastructure_failure
+from tasks.retries import is_infrastructure_failure
 from tasks.worker import check_worker
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.outcome import TransferTask

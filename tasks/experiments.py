@@ -23,8 +23,8 @@ from pydantic import TypeAdapter
 
 from tasks.composition import platform
 from tasks.origin import inherited_tags
-from tasks.policy import RETRIES
 from tasks.progress import training_progress, work_progress
+from tasks.retries import RETRIES
 from trans_peft.artifacts import child_uri, read_file
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import Deployment, artifact_key

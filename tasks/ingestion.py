@@ -6,7 +6,7 @@ from tasks import events, lineage
 from tasks.composition import platform
 from tasks.limits import upload_lock
 from tasks.origin import origin
-from tasks.policy import RETRIES
+from tasks.retries import RETRIES
 from tasks.settings import settings
 from trans_peft.bases.model_check import IMPORTS as MODEL_IMPORTS
 from trans_peft.domain.base import BaseVersion, Upload

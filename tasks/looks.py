@@ -10,7 +10,7 @@ from prefect import task
 from prefect.variables import Variable
 
 from tasks.composition import platform
-from tasks.policy import RETRIES
+from tasks.retries import RETRIES
 from trans_peft.domain.conventions import artifact_key
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.promotion import PromotionPolicy

@@ -4,8 +4,8 @@ from prefect import task
 
 from tasks import events
 from tasks.composition import platform
-from tasks.policy import RETRIES
 from tasks.reporting import obstacle_text
+from tasks.retries import RETRIES
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.fleet import Fleet, FleetChanges
 from trans_peft.domain.outcome import Plan

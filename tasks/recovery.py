@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 
 from tasks.origin import inherited_tags
-from tasks.policy import RETRIES
+from tasks.retries import RETRIES
 from tasks.worker import code_tag
 from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy

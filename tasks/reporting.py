@@ -6,7 +6,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks.composition import platform
-from tasks.policy import RETRIES
+from tasks.retries import RETRIES
 from trans_peft.domain.conventions import OUTCOME_TAG_PREFIX, TAG_PREFIX, artifact_key
 from trans_peft.domain.fleet import Fleet, FleetChanges
 from trans_peft.domain.outcome import Plan, TransferTask

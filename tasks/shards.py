@@ -92,6 +92,7 @@ class Shard:
         is_waiting: Whether the flow run has not started.
         one_by_one: Whether it evaluates no two adapters in one batch.
         is_urgent: Whether a promotion waited for it when it was started.
+        is_outdated: Whether it has another gate policy than the deployment of reconcile.
     """
 
     run_id: UUID
@@ -99,6 +100,7 @@ class Shard:
     is_waiting: bool = False
     one_by_one: bool = False
     is_urgent: bool = False
+    is_outdated: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,11 @@ def _waiting(slots: int) -> int:
 
 
 def missing(plan: Plan, active_shards: Sequence[Shard]) -> tuple[TransferTask, ...]:
-    """Return the transfers of a plan that are in no active shard, in the plan's order."""
-    taken = {item.key for shard in active_shards for item in shard.tasks}
+    """Return the transfers of a plan that are in no active shard, in the plan's order.
+
+    An outdated shard does not count, because it skips its transfers.
+    """
+    taken = {item.key for shard in active_shards if not shard.is_outdated for item in shard.tasks}
     return tuple(item for item in plan.tasks if item.key not in taken)
 
 
@@ -170,10 +175,10 @@ def obsolete_shards(
 ) -> tuple[Shard, ...]:
     """Return the waiting shards to withdraw.
 
-    These are shards with transfers that are no longer planned, shards whose base comes after a base
-    with transfers in no shard, and shards for which a promotion waits by now. In one queue, these
-    would have to wait for less urgent ones. No shard is withdrawn for a transfer whose key is in
-    `left`: this run does not start it.
+    These are outdated shards, shards with transfers that are no longer planned, shards whose base
+    comes after a base with transfers in no shard, and shards for which a promotion waits by now. In
+    one queue, these would have to wait for less urgent ones. No shard is withdrawn for a transfer
+    whose key is in `left`: this run does not start it.
     """
     planned = {item.key for item in plan.tasks}
     rank = {base: i for i, base in enumerate(dict.fromkeys(w.base for w in plan.tasks))}
@@ -183,11 +188,14 @@ def obsolete_shards(
         shard
         for shard in active_shards
         if shard.is_waiting
-        and any(
-            w.key not in planned
-            or rank[w.base] > first
-            or (w.base == plan.awaited and not shard.is_urgent)
-            for w in shard.tasks
+        and (
+            shard.is_outdated
+            or any(
+                w.key not in planned
+                or rank[w.base] > first
+                or (w.base == plan.awaited and not shard.is_urgent)
+                for w in shard.tasks
+            )
         )
     )
 
@@ -222,8 +230,12 @@ def split_into_shards(
 
 
 def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
-    """Return the shards of a family and policy that have not ended, of all reconcile runs."""
-    wanted = _wanted(family, policy, _NOT_OVER)
+    """Return the shards of a family that have not ended, of all reconcile runs.
+
+    Those of another policy are outdated.
+    """
+    family_tag, policy_tag = _tags(family, policy)
+    wanted = _wanted([family_tag], _NOT_OVER)
     found: list[FlowRun] = []
     with get_client(sync_client=True) as client:
         for page in count():
@@ -231,7 +243,7 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
             found += runs
             if len(runs) < _PAGE:
                 break
-    return tuple(_shards(sorted(found, key=lambda run: str(run.id))))
+    return tuple(_shards(sorted(found, key=lambda run: str(run.id)), policy_tag))
 
 
 def suspects(family: str, policy: GatePolicy) -> frozenset[Suspect]:
@@ -240,12 +252,12 @@ def suspects(family: str, policy: GatePolicy) -> frozenset[Suspect]:
     One of them may have killed the process. Evaluated one by one, it is known. Reads the newest 200
     crashed runs of the family, so that a crash counts even if its reconcile run died as well.
     """
-    wanted = _wanted(family, policy, [StateType.CRASHED])
+    wanted = _wanted(_tags(family, policy), [StateType.CRASHED])
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
             flow_run_filter=wanted, limit=_PAGE, sort=FlowRunSort.END_TIME_DESC
         )
-    killed = _shards(run for run in runs if run.start_time is not None)
+    killed = _shards((run for run in runs if run.start_time is not None), _tags(family, policy)[1])
     return frozenset(
         (task.adapter, task.base)
         for shard in killed
@@ -254,14 +266,14 @@ def suspects(family: str, policy: GatePolicy) -> frozenset[Suspect]:
     )
 
 
-def _wanted(family: str, policy: GatePolicy, states: list[StateType]) -> FlowRunFilter:
+def _wanted(tags: Sequence[str], states: list[StateType]) -> FlowRunFilter:
     return FlowRunFilter(
-        tags=FlowRunFilterTags(all_=_tags(family, policy)),
+        tags=FlowRunFilterTags(all_=list(tags)),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
     )
 
 
-def _shards(runs: Iterable[FlowRun]) -> Iterator[Shard]:
+def _shards(runs: Iterable[FlowRun], policy_tag: str) -> Iterator[Shard]:
     """Yield the shard of each flow run. A run whose parameters cannot be read is ignored."""
     for run in runs:
         try:
@@ -273,8 +285,14 @@ def _shards(runs: Iterable[FlowRun]) -> Iterator[Shard]:
                 run.name,
             )
             continue
-        one_by_one = run.parameters.get("one_by_one") is True
-        yield Shard(run.id, tasks, _is_waiting(run), one_by_one, _PROMOTION in run.tags)
+        yield Shard(
+            run.id,
+            tasks,
+            is_waiting=_is_waiting(run),
+            one_by_one=run.parameters.get("one_by_one") is True,
+            is_urgent=_PROMOTION in run.tags,
+            is_outdated=policy_tag not in run.tags,
+        )
 
 
 def start(
@@ -467,5 +485,5 @@ def _ended(run: FlowRun, state: State[Any], shard: Shard) -> EndedShard:
     )
 
 
-def _tags(family: str, policy: GatePolicy) -> list[str]:
-    return [f"family:{family}", f"policy:{policy.sha256[:12]}"]
+def _tags(family: str, policy: GatePolicy) -> tuple[str, str]:
+    return f"family:{family}", f"policy:{policy.sha256[:12]}"

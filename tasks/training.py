@@ -5,8 +5,8 @@ from prefect import task
 from tasks import lineage, metrics
 from tasks.composition import platform
 from tasks.limits import adapter_lock
-from tasks.policy import RETRIES
 from tasks.progress import training_progress, work_progress
+from tasks.retries import RETRIES
 from trans_peft.domain.adapter import AdapterVersion
 from trans_peft.domain.evaluation import GatePolicy, Suite
 from trans_peft.domain.names import check_names

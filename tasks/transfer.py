@@ -12,9 +12,10 @@ from prefect.client.schemas.objects import State
 
 from tasks import events, lineage, metrics
 from tasks.composition import platform
+from tasks.deployed_policies import is_deployed
 from tasks.limits import adapter_lock
-from tasks.policy import RETRIES
 from tasks.progress import work_progress
+from tasks.retries import RETRIES
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.outcome import TransferOutcome, TransferTask
@@ -47,6 +48,8 @@ def evaluate_together(
     def observe(one: TransferTask) -> Fleet:
         return observe_adapter(one.adapter, one.base.family, platform())
 
+    if not is_deployed(policy):
+        return {}
     platform()  # before the threads
     seen = zip(transfer_tasks, in_parallel(observe, transfer_tasks), strict=True)
     needed = [(one, fleet) for one, fleet in seen if is_still_needed(one, fleet, policy)]
@@ -64,7 +67,7 @@ def transfer_adapter(transfer_task: TransferTask, policy: GatePolicy) -> Transfe
 
     with adapter_lock(transfer_task.adapter):
         fleet = observe_adapter(transfer_task.adapter, transfer_task.base.family, platform())
-        if not is_still_needed(transfer_task, fleet, policy):
+        if not _is_needed(transfer_task, fleet, policy):
             return None
         outcome = transfer(transfer_task, fleet, policy, platform(), on_progress=_stoppable())
     events.adapter_judged(outcome)
@@ -95,6 +98,11 @@ def transfer_each(
         raise
 
 
+def _is_needed(transfer_task: TransferTask, fleet: Fleet, policy: GatePolicy) -> bool:
+    """Return whether reconcile still plans the transfer: by this policy, and with this attempt."""
+    return is_still_needed(transfer_task, fleet, policy) and is_deployed(policy)
+
+
 def _stoppable() -> Callable[[WorkProgress], None]:
     """Return `work_progress()`, which also ends the transfer if its run is terminated."""
     show = work_progress()
@@ -116,7 +124,7 @@ def record_failure(
 
     with adapter_lock(transfer_task.adapter):
         fleet = observe_adapter(transfer_task.adapter, transfer_task.base.family, platform())
-        if not is_still_needed(transfer_task, fleet, policy):
+        if not _is_needed(transfer_task, fleet, policy):
             return None
         outcome = transfer.record_failure(transfer_task, fleet, policy, platform(), reason=reason)
     events.adapter_judged(outcome)

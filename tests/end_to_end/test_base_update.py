@@ -4,6 +4,7 @@ The tests start all work through deployments and read results with MLflow's own 
 """
 
 import io
+import re
 
 import psutil
 import pytest
@@ -99,6 +100,19 @@ def test_an_existing_adapter_is_adopted_from_a_bucket(stack, tmp_path):
     assert stack.mlflow.get_model_version("theirs", "1").tags["trans_peft.base_version"] == "v1"
 
 
+def test_a_run_with_another_policy_than_the_deployment_changes_nothing(stack):
+    before = versions(stack, "parity")
+    state = stack.run("reconcile", family="tiny", policy=LENIENT | {"label": "june"})
+    assert (state["type"], state["name"]) == ("CANCELLED", "Superseded")
+    successor = re.search(r"Run (\S+) continues", state["message"])[1]
+    (run,) = stack.prefect(
+        "POST", "flow_runs/filter", json={"flow_runs": {"name": {"any_": [successor]}}}
+    )
+    assert stack.end_of(run)["type"] == "COMPLETED"
+    assert run["parameters"]["family"] == "tiny"
+    assert versions(stack, "parity") == before
+
+
 def test_cancelling_a_training_ends_every_process_of_it(stack):
     endless = RECIPE | {"adapter": "endless", "optimizer": {"steps": 1_000_000, "batch_size": 8}}
     run = stack.start("train-adapter", recipe=endless)
@@ -116,6 +130,11 @@ def test_cancelling_a_training_ends_every_process_of_it(stack):
     assert stack.end_of(run)["type"] == "CANCELLED"
     with pytest.raises(MlflowException, match="not found"):
         stack.mlflow.get_registered_model("endless")
+
+
+def versions(stack, adapter):
+    found = stack.mlflow.search_model_versions(f"name='{adapter}'")
+    return [(version.version, version.tags) for version in found]
 
 
 def ready(stack, number):

@@ -19,7 +19,7 @@ from tasks import shards
 from tasks.reporting import limited, parked_text
 from tasks.shards import EndedShard, Shard
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet, obstacle_text
-from trans_peft.domain.evaluation import Verdict
+from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.outcome import TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
@@ -69,6 +69,7 @@ class Run:
     key: tuple
     tasks: tuple[TransferTask, ...]
     one_by_one: bool
+    policy: GatePolicy = POLICY
     is_urgent: bool = False
     state: str = "Scheduled"
     started: bool = False
@@ -79,12 +80,14 @@ class FleetWithRuns:
     """A fleet, and the flow runs of its shards. `verdicts` are those other than passed.
 
     `reads` counts how often a run read the fleet, `looks` has the last looks that it recorded, and
-    `reported` has the number of flow runs at the moment of each fleet report.
+    `reported` has the number of flow runs at the moment of each fleet report. `policy` is the gate
+    policy of the deployment, and `successors` the parameters of the runs that others started.
     """
 
     folder: Path
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     promotion: PromotionPolicy = field(default_factory=PromotionPolicy)
+    policy: GatePolicy = POLICY
     shard_size: int = 2
     slots: int = 1
     runs: list[Run] = field(default_factory=list)
@@ -94,6 +97,7 @@ class FleetWithRuns:
     reads: int = 0
     looks: dict[str, str] = field(default_factory=dict)
     reported: list[int] = field(default_factory=list)
+    successors: list[tuple[str | None, bool]] = field(default_factory=list)
     unserved: str = ""
     at: Callable[[int, str], None] = lambda number, what: None
 
@@ -118,17 +122,37 @@ class FleetWithRuns:
             patch.setattr(  # in one thread, so that a test can kill the process at any write
                 "trans_peft.lifecycle.apply_verdicts.in_parallel", lambda *given: [*map(*given)]
             )
-            for name in ("reconciliation", "ingestion", "looks", "reporting", "transfer"):
+            for name in (
+                *("deployed_policies", "reconciliation", "ingestion", "looks", "reporting"),
+                "transfer",
+            ):
                 patch.setattr(module, name, getattr(self, f"_{name}"))
             for name in (
                 *("start", "active_shards", "suspects", "cancel_shard", "wait", "why_unserved"),
             ):
                 patch.setattr(module.shards, name, getattr(self, f"_{name}"))
             patch.setattr(module.limits, "gpu_slot_count", lambda: self.slots)
-            given = {"policy": POLICY, "promotion": self.promotion, "shard_size": self.shard_size}
+            given = {
+                "policy": self.policy,
+                "promotion": self.promotion,
+                "shard_size": self.shard_size,
+            }
             return module.reconcile.fn(**given | parameters)
 
     # The tasks without Prefect
+
+    @property
+    def _deployed_policies(self) -> SimpleNamespace:
+        def start_successor(family: str | None, wait: bool) -> str:
+            self.successors.append((family, wait))
+            return "next-run"
+
+        return SimpleNamespace(
+            changed_policies=lambda policy, promotion: (
+                "gate policy" if policy != self.policy else ""
+            ),
+            start_successor=start_successor,
+        )
 
     @property
     def _reconciliation(self) -> SimpleNamespace:
@@ -198,16 +222,17 @@ class FleetWithRuns:
         one_by_one: bool,
         is_urgent: bool,
     ) -> Shard:
-        key = (*(item.key for item in tasks), one_by_one)
+        key = (*(item.key for item in tasks), one_by_one, policy.sha256)
         for run in self.runs:
             if run.key == key and run.state in ("Scheduled", "Running"):
-                return _shard(run)
-        run = Run(uuid4(), key, tasks, one_by_one, is_urgent)
+                return _shard(run, policy)
+        run = Run(uuid4(), key, tasks, one_by_one, policy, is_urgent)
         self.runs.append(run)
-        return _shard(run)
+        return _shard(run, policy)
 
     def _active_shards(self, family: str, policy: Any) -> tuple[Shard, ...]:
-        return tuple(_shard(run) for run in self.runs if run.state in ("Scheduled", "Running"))
+        active = (run for run in self.runs if run.state in ("Scheduled", "Running"))
+        return tuple(_shard(run, policy) for run in active)
 
     def _suspects(self, family: str, policy: Any) -> frozenset:
         killed = [run for run in self.runs if run.state == "Crashed" and not run.one_by_one]
@@ -248,7 +273,8 @@ class FleetWithRuns:
             if not run.one_by_one and len(run.tasks) > 1:
                 self.evaluate_together(run.tasks)
             for task in run.tasks:
-                self.judge(task)
+                if run.policy == self.policy:
+                    self.judge(task)
         except Killed:
             run.state = "Crashed"
         else:
@@ -261,12 +287,14 @@ class FleetWithRuns:
         """Judge an adapter unless its lock is held or the work is no longer needed."""
         if task.adapter in self.locked:
             return
-        if not is_still_needed(task, observe_adapter(task.adapter, FAMILY, self.platform), POLICY):
+        fleet = observe_adapter(task.adapter, FAMILY, self.platform)
+        if not is_still_needed(task, fleet, self.policy):
             return
         self.locked.add(task.adapter)
         plain, self.fleet.platform = self.fleet.platform, self.platform
         try:
-            outcome = self.fleet.judge(task, self.verdicts.get(task.adapter, Verdict.PASSED))
+            verdict = self.verdicts.get(task.adapter, Verdict.PASSED)
+            outcome = self.fleet.judge(task, verdict, self.policy)
         finally:
             self.fleet.platform = plain
             self.locked.remove(task.adapter)
@@ -297,8 +325,15 @@ class FleetWithRuns:
         }
 
 
-def _shard(run: Run) -> Shard:
-    return Shard(run.id, run.tasks, run.state == "Scheduled", run.one_by_one, run.is_urgent)
+def _shard(run: Run, policy: GatePolicy) -> Shard:
+    return Shard(
+        run.id,
+        run.tasks,
+        is_waiting=run.state == "Scheduled",
+        one_by_one=run.one_by_one,
+        is_urgent=run.is_urgent,
+        is_outdated=run.policy != policy,
+    )
 
 
 def _ended(run: Run) -> EndedShard:

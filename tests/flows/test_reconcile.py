@@ -183,6 +183,59 @@ class TestOneRun:
         assert upgraded.fleet.serving == 2
 
 
+class TestChangedPolicy:
+    """A run judges by the policies of its deployment or not at all."""
+
+    STRICTER = replace(POLICY, margin_points=1.0)
+
+    def test_a_run_that_was_created_before_the_change_does_nothing(self, tmp_path, monkeypatch):
+        upgraded = upgrade(tmp_path / "created")
+        state = upgraded.reconcile(monkeypatch, policy=self.STRICTER, family=FAMILY, wait=True)
+        assert (state.type, state.name) == ("CANCELLED", "Superseded")
+        assert "the gate policy of this run and of the deployment differ" in state.message
+        assert "next-run continues" in state.message
+        assert upgraded.successors == [(FAMILY, True)]
+        assert (upgraded.runs, upgraded.moments) == ([], 0)
+
+    def test_a_dry_run_may_have_any_policy(self, tmp_path, monkeypatch):
+        upgraded = upgrade(tmp_path / "dry")
+        state = upgraded.reconcile(monkeypatch, policy=self.STRICTER, dry_run=True)
+        assert (state.name, upgraded.successors) == ("Completed", [])
+
+    def test_a_change_during_a_run_ends_it_and_no_adapter_is_judged_by_the_old_policy(
+        self, tmp_path, monkeypatch
+    ):
+        upgraded = upgrade(tmp_path / "during")
+        judge = upgraded.judge
+
+        def change_policy_after_the_first_adapter(task):
+            judge(task)
+            upgraded.policy = self.STRICTER
+
+        upgraded.judge = change_policy_after_the_first_adapter
+        monkeypatch.setattr(shards, "enough_ended", lambda slots: 1)
+        assert upgraded.reconcile(monkeypatch).name == "Superseded"
+        assert upgraded.successors == [(None, False)]
+        old = [run for run in upgraded.runs if run.policy == POLICY]
+        assert [run.state for run in old] == ["Completed", "Scheduled", "Scheduled"]
+        assert [adapter for adapter, *_ in upgraded.records] == ["a"]
+
+        assert upgraded.reconcile(monkeypatch).name == "Completed"
+        assert [run.state for run in old] == ["Completed", "Withdrawn", "Withdrawn"]
+        assert [adapter for adapter, *_ in upgraded.records] == ["a", *"abcde"]
+        assert upgraded.reconcile(monkeypatch).message == "no verdict is missing"
+
+    def test_a_running_shard_of_the_old_policy_takes_no_transfer(self, tmp_path, monkeypatch):
+        upgraded = upgrade(tmp_path / "running")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(FleetWithRuns, "_wait", killed)
+            upgraded.reconcile(monkeypatch)
+        upgraded.runs[0].state = "Running"
+        upgraded.policy = self.STRICTER
+        assert upgraded.reconcile(monkeypatch).message == "no verdict is missing"
+        assert [adapter for adapter, *_ in upgraded.records] == [*"abcde"]
+
+
 class TestUnchanged:
     """A scheduled run does not read a fleet again that did not change since nothing was to do."""
 
@@ -221,8 +274,8 @@ class TestUnchanged:
         assert self.again(settled, monkeypatch) == ("Completed", 0)
 
     def test_is_read_under_another_policy(self, settled, monkeypatch):
-        stricter = replace(POLICY, margin_points=1.0)
-        assert self.again(settled, monkeypatch, policy=stricter)[1] >= 1
+        settled.policy = replace(POLICY, margin_points=1.0)
+        assert self.again(settled, monkeypatch)[1] >= 1
 
     def test_is_read_as_long_as_a_person_has_to_act(self, settled, monkeypatch):
         settled.promotion = replace(

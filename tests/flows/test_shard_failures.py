@@ -13,7 +13,7 @@ from prefect.states import Completed, Failed
 
 from flows import transfer_shard as module
 from tasks import limits
-from tasks.policy import RETRIES, is_infrastructure_failure
+from tasks.retries import RETRIES, is_infrastructure_failure
 from tests.edges.examples import draft, outcome, peft_folder
 from tests.flows.test_shards import A, B, C
 from tests.lifecycle.fleet import POLICY

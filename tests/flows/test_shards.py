@@ -43,8 +43,8 @@ def task(adapter: str, base: BaseRef = V2, attempt: int = 1) -> TransferTask:
     return TransferTask(adapter, 1, base, Reason.NO_VERDICT, attempt)
 
 
-def shard(*items: TransferTask, is_waiting: bool = True, is_urgent: bool = False) -> Shard:
-    return Shard(uuid4(), items, is_waiting, is_urgent=is_urgent)
+def shard(*items: TransferTask, is_waiting: bool = True, **options: bool) -> Shard:
+    return Shard(uuid4(), items, is_waiting, **options)
 
 
 def plan(*items: TransferTask, awaited: BaseRef | None = None) -> Plan:
@@ -107,6 +107,10 @@ def test_a_task_in_a_shard_is_not_missing_even_if_its_estimate_changed(tasks, da
     assert missing(plan(*tasks), [shard(*with_cost_estimates)]) == tuple(tasks[taken:])
 
 
+def test_a_transfer_in_an_outdated_shard_is_missing():
+    assert missing(plan(A, B), [shard(A, is_outdated=True), shard(B)]) == (A,)
+
+
 @pytest.mark.parametrize(
     ("planned", "waiting", "withdrawn"),
     [
@@ -122,6 +126,8 @@ def test_a_task_in_a_shard_is_not_missing_even_if_its_estimate_changed(tasks, da
         (plan(A, awaited=V2), shard(A, is_urgent=True), False),
         (plan(A, awaited=V2), shard(A, is_waiting=False), False),
         (plan(A, awaited=V3), shard(A), False),
+        (plan(A), shard(A, is_outdated=True), True),  # by a policy from before a change
+        (plan(A), shard(A, is_outdated=True, is_waiting=False), False),  # it skips its transfers
     ],
 )
 def test_a_waiting_shard_is_withdrawn_if_it_is_not_needed_next(planned, waiting, withdrawn):
@@ -140,7 +146,10 @@ def test_a_shard_of_a_promotion_is_scheduled_before_all_others(monkeypatch, is_u
     assert shards.start((A, B), GatePolicy(), size=2, is_urgent=is_urgent).is_urgent is is_urgent
     (given,) = started
     run = SimpleNamespace(id=uuid4(), state=None, **given)
-    assert [found.is_urgent for found in shards._shards([run])] == [is_urgent]
+    (found,) = shards._shards([run], f"policy:{GatePolicy().sha256[:12]}")
+    assert (found.is_urgent, found.is_outdated) == (is_urgent, False)
+    (found,) = shards._shards([run], f"policy:{GatePolicy(label='june').sha256[:12]}")
+    assert (found.is_urgent, found.is_outdated) == (is_urgent, True)
     if is_urgent:
         ahead = datetime.now(UTC) - given["scheduled_time"]
         assert timedelta(days=1) <= ahead < timedelta(days=1, minutes=5)

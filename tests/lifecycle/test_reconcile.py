@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefect.states import Failed
 
-from tasks.policy import RETRIES, is_infrastructure_failure
+from tasks.retries import RETRIES, is_infrastructure_failure
 from tests.lifecycle.fleet import FAMILY, POLICY, SUITE, MemoryFleet, evaluation
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Reason

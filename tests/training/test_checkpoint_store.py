@@ -34,7 +34,7 @@ def saved(folder, step, content=b"weights"):
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "adapter_model.safetensors").write_bytes(content + b"%d" % step)
-    (checkpoint / "complete").touch()
+    (checkpoint / "complete").write_text("adapter_model.safetensors")
     return checkpoint
 
 
@@ -140,6 +140,52 @@ def test_a_failed_copy_is_reported_and_does_not_end_training(tmp_path, make_job)
     lines = [str(event) for event in events if isinstance(event, LogLine)]
     assert "step 3 was not copied: S3 is down" in lines[0]
     assert "step 6 was not copied" in lines[1]
+
+
+class Watched(MemoryStore):
+    """A store that calls `on_write` before each write."""
+
+    def __init__(self, on_write):
+        super().__init__()
+        self.on_write = on_write
+
+    def write(self, uri, data):
+        self.on_write()
+        super().write(uri, data)
+
+
+def test_a_checkpoint_that_is_deleted_during_its_copy_is_copied_whole(tmp_path, make_job):
+    job, events = make_job(tmp_path / "job", recipe()), []
+
+    def end_training():
+        job.result_file.touch()
+        shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
+
+    checkpoints = CheckpointStore(Watched(end_training), PREFIX)
+    copying = continued(job, checkpoints, events.append)
+    saved(job.checkpoint_folder, 3)
+    copying(CheckpointSaved(3))
+    assert events == [CheckpointSaved(3)]
+    checkpoints.download(3, tmp_path / "there")
+    assert (tmp_path / "there/checkpoint-3/adapter_model.safetensors").read_bytes() == b"weights3"
+    assert not list(job.work_dir.glob("*.upload"))
+
+
+def test_the_missing_checkpoint_of_an_ended_training_is_not_reported(tmp_path, make_job):
+    job, events = make_job(tmp_path / "job", recipe()), []
+    copying = continued(job, CheckpointStore(MemoryStore(), PREFIX), events.append)
+    job.result_file.touch()
+    copying(CheckpointSaved(3))
+    assert events == [CheckpointSaved(3)]
+
+
+def test_a_checkpoint_that_is_partly_deleted_is_not_copied(tmp_path):
+    store = MemoryStore()
+    checkpoint = saved(tmp_path, 3)
+    (checkpoint / "adapter_model.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"adapter_model\.safetensors"):
+        CheckpointStore(store, PREFIX).upload(checkpoint)
+    assert store.list(PREFIX) == ()
 
 
 def test_without_a_store_the_callback_is_that_of_the_caller(make_job, tmp_path):

@@ -27,7 +27,7 @@ from trans_peft.training.job import TrainingJob
 __all__ = ["CheckpointStore", "continued"]
 
 _KEPT = 2
-_COMPLETE = "complete"  # the file that `trans_peft.training.trainer` writes last
+_COMPLETE = "complete"  # `trans_peft.training.trainer` writes it last, with the other files' names
 _FOLDER = re.compile(r"checkpoint-(\d{1,9})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
@@ -38,9 +38,9 @@ def continued(
     """Prepare `fit` to resume from the newest checkpoint of this host or of the artifact store.
 
     Returns the callback to pass to `fit`. It calls `on_event`, and copies each complete checkpoint
-    to the artifact store. A copy that fails is reported as a line of the log; training goes on.
-    Without a store it is `on_event`. Raises what `TrainingJob.check` raises, and StoreError if the
-    stored checkpoints cannot be read.
+    to the artifact store. A copy that fails is reported as a line of the log; training goes on. A
+    checkpoint that training deletes at its end is not copied. Without a store it is `on_event`.
+    Raises what `TrainingJob.check` raises, and StoreError if the stored checkpoints cannot be read.
     """
     if checkpoints is None:
         return on_event
@@ -54,6 +54,8 @@ def continued(
             try:
                 checkpoints.upload(job.checkpoint_folder / f"checkpoint-{event.step}")
             except TransPeftError as error:
+                if job.result_file.is_file():
+                    return
                 on_event(LogLine(f"the checkpoint after step {event.step} was not copied: {error}"))
 
     return copying
@@ -91,12 +93,15 @@ class CheckpointStore:
 
     def upload(self, checkpoint: Path) -> None:
         """Copy a complete checkpoint, and remove all but the two newest. Raises StoreError."""
-        staged = checkpoint.with_name(f"{checkpoint.name}.upload")
+        # Training deletes old checkpoints meanwhile, and all of them at its end. Links outside of
+        # its folder keep the files.
+        staged = checkpoint.parent.with_suffix(".upload")
         try:
             with _disk_errors(checkpoint):
                 shutil.rmtree(staged, ignore_errors=True)
-                # Training deletes old checkpoints meanwhile; links keep the files.
                 shutil.copytree(checkpoint, staged, copy_function=os.link)
+                for name in (staged / _COMPLETE).read_text().splitlines():
+                    (staged / name).stat()  # raises if it was deleted before the links were made
                 hashes = {}
                 for path in sorted(staged.iterdir()):
                     with path.open("rb") as file:

@@ -212,7 +212,9 @@ class EventCallback(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / _DEVICE_SECONDS).write_text(str(self.device_seconds))
-            (folder / _COMPLETE).touch()
+            (folder / _COMPLETE).write_text(
+                "\n".join(sorted(path.name for path in folder.iterdir()))
+            )
             self._send(CheckpointSaved(state.global_step))
 
 
