@@ -23,7 +23,13 @@ class EnvironmentSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        frozen=True, populate_by_name=True, env_ignore_empty=True, extra="ignore"
+        frozen=True,
+        populate_by_name=True,
+        # Otherwise `populate_by_name` reads variables with the names of the fields as well, such as
+        # GPUS. No variable can have a name with "=".
+        env_prefix="=",
+        env_ignore_empty=True,
+        extra="ignore",
     )
 
     def __init__(self, **values: Any) -> None:

@@ -18,6 +18,17 @@ def environment(monkeypatch):
     return monkeypatch
 
 
+def test_a_variable_with_the_name_of_a_field_is_ignored(environment):
+    """METRICS_PORT belongs to `make up`, and GPUS may be set for another program."""
+    expected = Settings()
+    assert expected.state_dir == Path("/tmp/state")
+    for name, field in Settings.model_fields.items():
+        if field.validation_alias != name.upper():
+            environment.setenv(name, "7")
+            environment.setenv(name.upper(), "7")
+    assert Settings() == expected
+
+
 @pytest.mark.parametrize(("gib", "expected"), [("20", 20 << 30), ("0.5", 1 << 29)])
 def test_the_bound_of_the_copies_is_given_in_gib(environment, gib, expected):
     environment.setenv("TRANS_PEFT_CACHE_GIB", gib)
