@@ -36,14 +36,15 @@ def training_progress(adapter: str) -> Callable[[Event], None]:
 
 
 def work_progress() -> Callable[[WorkProgress], None]:
-    """Return a callback that logs progress every few seconds."""
+    """Return a callback that logs progress every few seconds, and when other work begins."""
     logger = get_run_logger()
-    last = 0.0
+    last, work = 0.0, ""
 
     def show(reached: WorkProgress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _EVERY_S or reached.done == reached.total:
-            last = time.monotonic()
+        nonlocal last, work
+        is_new = reached.description != work
+        if is_new or time.monotonic() - last >= _EVERY_S or reached.done == reached.total:
+            last, work = time.monotonic(), reached.description
             logger.info("%s", reached)
 
     return show

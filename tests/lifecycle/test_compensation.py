@@ -83,7 +83,8 @@ def test_the_output_layer_can_be_left_out(setup):
 def test_answers_are_reported_as_progress(setup):
     compensated(setup)
     shown = [str(step) for step in setup.progress if "items" not in step.unit]
-    assert shown[-1] == "parity: answers before compensation on v2: 45 of 45 prompts"
+    assert shown[0] == "parity: needs-retuning (direct) on v2: 1 of 2 strategies"
+    assert shown[-1] == "parity: answers for compensation on v1: 45 of 45 prompts"
 
 
 @pytest.mark.parametrize(

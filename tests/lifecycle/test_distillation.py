@@ -101,7 +101,7 @@ def test_answers_and_training_steps_are_reported_as_progress(setup):
     assert tried.verdict == "needs-retuning"
     of_distillation = [str(step) for step in setup.progress if "items" not in step.unit]
     assert of_distillation[-4:] == [
-        "parity: teacher's answers before distillation on v2: 45 of 45 prompts",
+        "parity: answers for distillation on v1: 45 of 45 prompts",
         "parity: distillation on v2: 1 of 3 steps",
         "parity: distillation on v2: 2 of 3 steps, 0 s left",
         "parity: distillation on v2: 3 of 3 steps",

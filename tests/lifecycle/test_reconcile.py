@@ -13,6 +13,7 @@ from tests.lifecycle.fleet import FAMILY, POLICY, SUITE, MemoryFleet, evaluation
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.outcome import Reason
 from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.recovery import RecoveryPolicy, RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import BaseUnreadableError, NotFoundError, NotServedError, WorkerError
 from trans_peft.lifecycle.reconcile import (
     MAX_ATTEMPTS,
@@ -183,6 +184,40 @@ def test_a_changed_policy_is_planned_with_zero_cost(fleet, two_bases):
     again = fleet.tasks(stricter)
     assert [w.reason for w in again] == [Reason.POLICY_CHANGED] * 2
     assert [w.estimated_seconds for w in again] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "recovery", "seconds"),
+    [
+        (Verdict.PASSED, RecoveryPolicy(scales=(2.0,)), 0.0),
+        (Verdict.NEEDS_RETUNING, RecoveryPolicy(), 0.0),
+        (Verdict.NEEDS_RETUNING, RecoveryPolicy(scales=(2.0,)), None),
+    ],
+)
+def test_a_recovery_under_a_changed_policy_has_a_cost(fleet, two_bases, verdict, recovery, seconds):
+    fleet.complete_tasks(verdict)
+    again = fleet.tasks(GatePolicy(margin_points=1.0, recovery=recovery))
+    assert [w.estimated_seconds for w in again] == [seconds] * 2
+
+
+def test_the_plan_names_the_cost_of_recoveries(fleet, two_bases):
+    policy = GatePolicy(recovery=RecoveryPolicy(scales=(2.0,)))
+
+    def cost(policy):
+        seen = observe(FAMILY, fleet.platform)
+        return with_cost_estimates(plan(seen, policy), seen, fleet.platform).recovery_cost
+
+    assert cost(POLICY) == ""
+    assert cost(policy).startswith("the estimates do not include the recovery (rescaled)")
+    for task, seconds in zip(fleet.tasks(), (30.0, 50.0), strict=True):
+        tried = (
+            StrategyAttempt(RecoveryStrategy.DIRECT, "needs-retuning", "given", 9.0),
+            StrategyAttempt(RecoveryStrategy.COMPENSATED, "", "no prompts", 1.0),
+            StrategyAttempt(RecoveryStrategy.RESCALED, "passed", "given", seconds),
+        )
+        fleet.platform.registry.record(replace(fleet.judge(task), tried=tried))
+    fleet.add_base("v3")
+    assert "takes about 40 s more, the median recovery of this family" in cost(policy)
 
 
 def test_a_changed_policy_does_not_repeat_incompatible_transfers(fleet, two_bases):

@@ -185,6 +185,9 @@ class Plan:
         unreadable: Registry entries that cannot be read, each with the reason.
         trainings: Recipes for retraining that recorded outcomes contain.
         awaited: The base version to which a person wants the fleet to move, until it serves.
+        recoveries: The strategies for adapters that do not pass with direct transfer.
+        recovery_seconds: The median duration of the recoveries of this family so far; None without
+            any.
     """
 
     family: str
@@ -193,3 +196,22 @@ class Plan:
     unreadable: tuple[str, ...] = ()
     trainings: tuple[TrainingRecipe, ...] = ()
     awaited: BaseRef | None = None
+    recoveries: tuple[RecoveryStrategy, ...] = ()
+    recovery_seconds: float | None = None
+
+    @property
+    def recovery_cost(self) -> str:
+        """What a recovery adds to the estimates, in words; empty if the policy has no strategy."""
+        if not self.recoveries:
+            return ""
+        names = ", ".join(self.recoveries)
+        if self.recovery_seconds is None:
+            return (
+                f"the estimates do not include the recovery ({names}) of adapters that do not pass "
+                "with direct transfer: its duration is not known in this family yet"
+            )
+        return (
+            f"an adapter that does not pass with direct transfer takes about "
+            f"{self.recovery_seconds:.0f} s more, the median recovery of this family ({names}); "
+            "estimates from earlier transfers include it"
+        )

@@ -8,6 +8,7 @@ read here, so lost, doubled or reordered ones have no effect on the plan.
 
 from dataclasses import replace
 from importlib.metadata import version
+from statistics import median
 
 from trans_peft.domain.adapter import AdapterVersion, source_version
 from trans_peft.domain.base import BaseVersion
@@ -18,6 +19,7 @@ from trans_peft.domain.identity import content_sha256
 from trans_peft.domain.outcome import Plan, Reason, TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.recovery import RecoveryStrategy
 from trans_peft.errors import IntegrityError, StoreError, TransPeftError
 from trans_peft.ports import Platform
 
@@ -113,6 +115,11 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
         aside,
         tuple(trainings),
         None if fleet.awaited_base is None else fleet.awaited_base.ref,
+        recoveries=tuple(
+            strategy
+            for strategy in policy.recovery.strategies
+            if strategy is not RecoveryStrategy.DIRECT
+        ),
     )
 
 
@@ -129,8 +136,9 @@ def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
     """Return the plan with an estimated duration for each task, where one is known.
 
     The estimate is the duration of the adapter's longest transfer so far. Without one, it is the
-    duration of its evaluation on the base that it was trained on. `plan` does not estimate, because
-    this function reads from the evaluation store, for the first `MAX_ESTIMATES` adapters.
+    duration of its evaluation on the base that it was trained on, which includes no recovery.
+    `plan` does not estimate, because this function reads from the evaluation store, for the first
+    `MAX_ESTIMATES` adapters.
     """
     adapters = {adapter.name: adapter for adapter in fleet.adapters}
     seconds: dict[str, float | None] = {}
@@ -150,7 +158,21 @@ def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
                         return found
             item = replace(item, estimated_seconds=seconds[item.adapter])
         tasks.append(item)
-    return replace(found, tasks=tuple(tasks))
+    return replace(found, tasks=tuple(tasks), recovery_seconds=_recovery_seconds(fleet))
+
+
+def _recovery_seconds(fleet: Fleet) -> float | None:
+    """Return the median duration of the recoveries of a fleet, None without any."""
+    durations = []
+    for adapter in fleet.adapters:
+        for outcome in adapter.outcomes:
+            attempts = [
+                attempt.seconds
+                for attempt in outcome.tried
+                if attempt.verdict and attempt.strategy is not RecoveryStrategy.DIRECT
+            ]
+            durations += [sum(attempts)] if attempts else []
+    return median(durations) if durations else None
 
 
 def _observe_bases(family: str, platform: Platform) -> Fleet:
@@ -251,12 +273,17 @@ def _missing(
         reason, attempt = Reason.POLICY_CHANGED, 1
     else:
         return None
+    # A recovery is computed again, because its weights may depend on the policy.
+    computes = outcome is None or (
+        outcome.verdict is not Verdict.PASSED
+        and policy.recovery.strategies != (RecoveryStrategy.DIRECT,)
+    )
     return TransferTask(
         adapter=adapter.name,
         source_number=source.number,
         base=base.ref,
         reason=reason,
         attempt=attempt,
-        estimated_seconds=0.0 if reason is Reason.POLICY_CHANGED else None,
+        estimated_seconds=0.0 if reason is Reason.POLICY_CHANGED and not computes else None,
         suites_sha256=suites_sha256(source.suites),
     )

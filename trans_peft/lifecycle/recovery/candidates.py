@@ -58,9 +58,14 @@ class CandidateInputs:
     scratch: Path
     on_progress: ProgressCallback | None = None
 
-    def reporter(self, work: str, unit: str) -> Callable[[int, int], None]:
-        """Return a function that reports (units done, units in total) of a part of the work."""
-        description = f"{self.source.adapter}: {work} on {self.base.version}"
+    def reporter(
+        self, work: str, unit: str, *, base: BaseVersion | None = None
+    ) -> Callable[[int, int], None]:
+        """Return a function that reports (units done, units in total) of a part of the work.
+
+        `base` is where the work is done. None: on the new base.
+        """
+        description = f"{self.source.adapter}: {work} on {(base or self.base).version}"
         return progress_reporter(self.on_progress, description, unit)
 
 

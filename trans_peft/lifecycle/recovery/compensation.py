@@ -50,7 +50,7 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
         old_base = base_folder(inputs.trained_on, inputs.platform)
         new_base = base_folder(inputs.base, inputs.platform)
         suite = max(source.suites, key=lambda suite: suite.max_new_tokens)
-        progress = inputs.reporter("answers before compensation", "prompts")
+        progress = inputs.reporter("answers for compensation", "prompts", base=inputs.trained_on)
         weights = weight_pairs(old_base, new_base)
         read, answered = answering_inputs(folder, old_base, suite, prompts.examples, progress)
         found = compensate(

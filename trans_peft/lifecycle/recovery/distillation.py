@@ -53,7 +53,9 @@ def distilled(inputs: CandidateInputs) -> Candidate | str:
             ),
             suite=max(source.suites, key=lambda suite: suite.max_new_tokens),
             policy=policy,
-            on_answers=inputs.reporter("teacher's answers before distillation", "prompts"),
+            on_answers=inputs.reporter(
+                "answers for distillation", "prompts", base=inputs.trained_on
+            ),
             on_steps=inputs.reporter("distillation", "steps"),
         ).run(prompts.examples, inputs.scratch)
     except TrainingCancelled:

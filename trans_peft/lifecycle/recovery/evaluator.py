@@ -202,6 +202,9 @@ def recover(evaluator: CandidateEvaluator, inputs: CandidateInputs) -> RecoveryR
             best = made, judgment, evaluations
         if verdict in (Verdict.PASSED, Verdict.RETIRE):
             break
+        if strategy is not strategies[-1]:
+            shown = inputs.reporter(f"{verdict} ({strategy})", "strategies")
+            shown(len(tried), len(strategies))
     assert best is not None  # direct transfer is always tried
     return RecoveryResult(
         *best,
