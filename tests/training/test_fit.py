@@ -261,6 +261,15 @@ def test_a_users_accelerate_configuration_changes_nothing(make_job, tmp_path, mo
     assert (config["mixed_precision"], config["distributed_type"]) == ("no", "NO")
 
 
+def test_a_training_gets_no_credentials(monkeypatch):
+    secrets = ("AWS_SECRET_ACCESS_KEY", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD")
+    for name in (*secrets, "HF_TOKEN"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    assert "secret" not in launch._environment(1).values()
+    assert launch._environment(1)["NCCL_DEBUG"] == "INFO"
+
+
 @pytest.mark.parametrize(
     ("visible", "processes", "given"),
     [(None, 2, "0,1"), ("3,5,7", 1, "3"), ("3,5,7", 2, "3,5"), ("", 1, ""), ("4", 2, "4")],

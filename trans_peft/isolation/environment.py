@@ -1,4 +1,4 @@
-"""The environment of a child process that evaluates untrusted content."""
+"""The environment of a child process, without the credentials of its parent."""
 
 import os
 import sys

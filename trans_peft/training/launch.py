@@ -30,6 +30,7 @@ from trans_peft.errors import (
     TrainingError,
     TransPeftError,
 )
+from trans_peft.isolation.environment import without_credentials
 from trans_peft.models import adapter_weights_sha256
 from trans_peft.training.events import (
     CheckpointSaved,
@@ -293,10 +294,13 @@ def _launch_config(job: TrainingJob) -> Path:
 
 
 def _environment(processes: int) -> dict[str, str]:
-    """Return the caller's environment with one GPU per process, to avoid nn.DataParallel."""
+    """Return the caller's environment with one GPU per process, to avoid nn.DataParallel.
+
+    Credentials are left out: a training reads local files only.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = map(str, range(processes)) if visible is None else visible.split(",")[:processes]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    inherited = {k: v for k, v in without_credentials().items() if not k.startswith("ACCELERATE_")}
     # By default OpenMP's threads spin while they wait, which makes a step several times slower on a
     # machine that runs other processes.
     defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
