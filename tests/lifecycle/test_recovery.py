@@ -32,6 +32,7 @@ from trans_peft.edges.memory import memory_platform
 from trans_peft.errors import AdapterError, InvalidSpecError, NotFoundError
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
 from trans_peft.lifecycle.bases import ingest
+from trans_peft.lifecycle.evaluation import BARE_BASE
 from trans_peft.lifecycle.reconcile import observe, observe_adapter, plan
 from trans_peft.lifecycle.recovery import retraining
 from trans_peft.lifecycle.recovery.retraining import retrain
@@ -124,8 +125,8 @@ class TransferSetup:
         key = self.suite.evaluation_key(weights_sha256, base.fingerprint_sha256)
         self.platform.evaluations._evaluations.pop(key)
 
-    def transfer(self, **recovery):
-        policy = replace(POLICY, recovery=RecoveryPolicy(**recovery))
+    def transfer(self, policy=POLICY, **recovery):
+        policy = replace(policy, recovery=RecoveryPolicy(**recovery))
         v2 = self.bases[1].ref
         task = TransferTask("parity", self.source.number, v2, Reason.NO_VERDICT)
         fleet = observe_adapter("parity", FAMILY, self.platform)
@@ -305,6 +306,27 @@ def test_an_inconclusive_candidate_is_registered_instead_of_one_that_needs_retun
     assert strategies(outcome) == [("direct", "needs-retuning"), ("rescaled", "inconclusive")]
     assert (outcome.verdict, outcome.strategy) == ("inconclusive", "rescaled")
     assert setup.version(outcome).made_by is RecoveryStrategy.RESCALED
+
+
+def test_an_adapter_that_may_have_lost_its_score_is_recovered_after_retire(setup):
+    v2 = setup.bases[1]
+    for weights in (setup.source.weights_sha256, BARE_BASE.weights_sha256):
+        setup.answered(weights, v2, right=ITEMS - 8)  # a loss of 8 points, margin 10
+    assert setup.transfer().verdict == "retire"
+    scaled = rescaled(setup.peft, setup.folder / "scaled", 1.1)
+    setup.answered(adapter_weights_sha256(scaled), v2, right=ITEMS)
+    outcome = setup.transfer(scales=(0.25, 1.1))
+    assert strategies(outcome) == [("direct", "retire"), ("rescaled", "passed")]
+    assert setup.version(outcome).made_by is RecoveryStrategy.RESCALED
+
+
+def test_an_adapter_that_kept_its_score_is_not_recovered_after_retire(setup):
+    v2 = setup.bases[1]
+    for weights in (setup.source.weights_sha256, BARE_BASE.weights_sha256):
+        setup.answered(weights, v2, right=ITEMS)
+    outcome = setup.transfer(replace(POLICY, must_beat_bare=True), scales=(1.1,), retrain=True)
+    assert strategies(outcome) == [("direct", "retire")]
+    assert outcome.training is None
 
 
 def test_an_adapter_trained_on_the_new_base_is_a_second_reference(setup):

@@ -6,7 +6,7 @@ probability that a candidate passes whose loss exceeds the margin therefore stay
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -180,12 +180,14 @@ class RecoveryResult:
 def recover(evaluator: CandidateEvaluator, inputs: CandidateInputs) -> RecoveryResult:
     """Try the strategies of a policy in order, until a candidate passes.
 
-    Stops early at the verdict `retire`: the bare base is as good as the adapter.
+    Stops early at the verdict `retire` on a candidate that kept its score: the bare base is as good
+    as the adapter was.
     """
     strategies = inputs.recovery.strategies
+    required = evaluator.policy.requires(inputs.reference)
     tried: list[StrategyAttempt] = []
     best: tuple[Candidate, Judgment, tuple[Evaluation, ...]] | None = None
-    verdict = ""
+    is_open = True
     for strategy in strategies:
         started = time.monotonic()
         made = make_candidate(strategy, inputs)
@@ -195,12 +197,12 @@ def recover(evaluator: CandidateEvaluator, inputs: CandidateInputs) -> RecoveryR
             tried.append(StrategyAttempt(strategy, "", made, time.monotonic() - started))
             continue
         judgment, evaluations = evaluator.judge(made)
-        verdict = judgment.verdict.value
-        seconds = time.monotonic() - started
+        verdict, seconds = judgment.verdict.value, time.monotonic() - started
         tried.append(StrategyAttempt(strategy, verdict, judgment.reason, seconds, made.note))
         if best is None or _is_better(judgment.verdict, best[1].verdict):
             best = made, judgment, evaluations
-        if verdict in (Verdict.PASSED, Verdict.RETIRE):
+        is_open = _can_improve(judgment, required)
+        if not is_open:
             break
         if strategy is not strategies[-1]:
             shown = inputs.reporter(f"{verdict} ({strategy})", "strategies")
@@ -209,8 +211,23 @@ def recover(evaluator: CandidateEvaluator, inputs: CandidateInputs) -> RecoveryR
     return RecoveryResult(
         *best,
         tried=tuple(tried) if len(strategies) > 1 else (),
-        is_open=verdict not in (Verdict.PASSED, Verdict.RETIRE),
+        is_open=is_open,
     )
+
+
+def _can_improve(judgment: Judgment, required: Sequence[str]) -> bool:
+    """Return whether another strategy may reach a better verdict.
+
+    Beside an adapter that lost its score on the new base, every bare base looks good. So `retire`
+    is final only for an adapter that kept its score on the required suites.
+    """
+    if judgment.verdict is Verdict.RETIRE:
+        return not all(
+            suite.versus_old_base.non_inferior
+            for suite in judgment.suites
+            if suite.suite in required
+        )
+    return judgment.verdict is not Verdict.PASSED
 
 
 def _probed(candidate: Candidate, evaluator: CandidateEvaluator) -> Candidate | str:
