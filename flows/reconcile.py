@@ -7,7 +7,7 @@ from functools import partial
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed, Failed
+from prefect.states import Completed, Failed
 
 from tasks import (
     deployed_policies,
@@ -114,7 +114,7 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
 def _superseded(changed: str, family: str | None, wait: bool) -> State:
     """Start a run with the policies of the deployment; return the final state of this run."""
     successor = deployed_policies.start_successor(family, wait)
-    return Cancelled(
+    return Failed(  # not cancelled, because Prefect would cancel its shards as well
         name="Superseded",
         message=f"the {changed} of this run and of the deployment differ: it was changed after "
         f"this run was created, or this run got its own. Run {successor} continues with the "

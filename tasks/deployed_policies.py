@@ -53,6 +53,7 @@ def start_successor(family: str | None, wait: bool) -> str:
         idempotency_key=f"successor of {current_run.id}",
         tags=inherited_tags(),
         timeout=0,
+        as_subflow=False,  # so that it goes on if a person cancels the current run
     )
     return str(run.name)
 

@@ -97,3 +97,22 @@ def test_a_shard_skips_transfers_of_another_policy(deploy, judged, found, count)
         judge()
         assert judged == [A] * count
         judged.clear()
+
+
+def test_the_next_run_is_no_child_of_the_run_that_ends(monkeypatch):
+    """Prefect cancels the children of a cancelled run."""
+    started = []
+
+    def run_deployment(name, **given):
+        started.append((name, given))
+        return SimpleNamespace(name="loose-dog")
+
+    monkeypatch.setattr(deployed_policies, "run_deployment", run_deployment)
+    monkeypatch.setattr(deployed_policies, "current_run", SimpleNamespace(id="7"))
+    monkeypatch.setattr(deployed_policies, "inherited_tags", lambda: ["notification:n"])
+    assert deployed_policies.start_successor("small", wait=True) == "loose-dog"
+    ((name, given),) = started
+    assert name == "reconcile/default"
+    assert given["parameters"] == {"family": "small", "wait": True}
+    assert (given["as_subflow"], given["idempotency_key"]) == (False, "successor of 7")
+    assert given["tags"] == ["notification:n"]

@@ -191,7 +191,7 @@ class TestChangedPolicy:
     def test_a_run_that_was_created_before_the_change_does_nothing(self, tmp_path, monkeypatch):
         upgraded = upgrade(tmp_path / "created")
         state = upgraded.reconcile(monkeypatch, policy=self.STRICTER, family=FAMILY, wait=True)
-        assert (state.type, state.name) == ("CANCELLED", "Superseded")
+        assert (state.type, state.name) == ("FAILED", "Superseded")
         assert "the gate policy of this run and of the deployment differ" in state.message
         assert "next-run continues" in state.message
         assert upgraded.successors == [(FAMILY, True)]
