@@ -25,7 +25,7 @@ help: ## show this
 	@echo "make setup        install all dependencies into .venv (other targets do this first)"
 	@echo
 	@echo "  examples"
-	@echo "make demo         a real model, two adapters, an update, every verdict (12 min on 2 cores)"
+	@echo "make demo         a real model, two adapters, an update, every verdict (12 to 17 min on 2 cores)"
 	@echo "make demo-full    more tasks and adapters; no time limit, resumable"
 	@echo "make study        measure the effect of Trans-PEFT (hours); resumes from study/results"
 	@echo "make bench        benchmarks of training, evaluation, downloads and notifications (hours)"

@@ -245,10 +245,11 @@ def _uri(version: str) -> str:
 
 def _description(recipe: TrainingRecipe) -> str:
     perturbation, optimizer = recipe.perturbation, recipe.optimizer
+    spared = ", ".join(map(str, perturbation.spared_layers)) or "none"
     how = (
         "plain LoRA"
         if perturbation.is_off
         else f"LoRA with Trans-PEFT: masking {perturbation.masking_p:g}, "
-        f"dropping {perturbation.dropping_p:g}, spared layers {perturbation.spared_layers}"
+        f"dropping {perturbation.dropping_p:g}, spared layers: {spared}"
     )
     return f"{how}; {optimizer.duration}"

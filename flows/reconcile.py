@@ -259,10 +259,13 @@ class _Family:
         # meanwhile may not be in the fleet.
         after = shards.active_shards(self.name, self.policy)
         active_shards = tuple({shard.run_id: shard for shard in (*before, *after)}.values())
-        for shard in (obsolete := shards.obsolete_shards(plan, active_shards, self.left)):
-            shards.cancel_shard(shard)
+        withdrawn = [
+            shard
+            for shard in shards.obsolete_shards(plan, active_shards, self.left)
+            if shards.cancel_shard(shard)
+        ]
         active_shards = tuple(
-            shard for shard in active_shards if not (shard in obsolete or shard.is_outdated)
+            shard for shard in active_shards if not (shard in withdrawn or shard.is_outdated)
         )
         todo = [task for task in shards.missing(plan, active_shards) if task.key not in self.left]
         ours = {shard.run_id for shard in self.started}

@@ -42,7 +42,8 @@ def transfer_shard(
         size: Maximum number of adapters that are evaluated together. None: all.
     """
     logger = get_run_logger()
-    failed, not_recorded, skipped = [], [], []
+    failed, skipped = [], []
+    not_recorded: dict[str, list[str]] = {}  # adapters, by message: an outage concerns many
     warnings = check_worker()
     with gpu_slots():
         if len(shard) > 1 and not one_by_one:
@@ -61,20 +62,22 @@ def transfer_shard(
                     continue
                 logger.info("%s: %s. %s", task.adapter, outcome.verdict, outcome.judgment.reason)
             elif is_infrastructure_failure(state):
-                not_recorded.append(f"{task.adapter}: {state.message}")
+                not_recorded.setdefault(str(state.message), []).append(task.adapter)
             else:
                 reason = str(state.message)
                 record = transfer.record_failure(task, policy, reason, return_state=True)
                 if record.is_completed():
                     failed.append(task.adapter)
                 else:
-                    not_recorded.append(
-                        f"{task.adapter}: {reason}; this attempt is not counted, because it could "
-                        f"not be recorded: {record.message}"
+                    text = (
+                        f"{reason}; this attempt is not counted, because it could not be recorded: "
+                        f"{record.message}"
                     )
+                    not_recorded.setdefault(text, []).append(task.adapter)
     if failed or not_recorded:
         lines = [f"{len(failed)} of {len(shard)} failed: {', '.join(failed)}"] if failed else []
-        return Failed(message="\n".join([*lines, *not_recorded, *warnings]))
+        lines += [f"{', '.join(names)}: {message}" for message, names in not_recorded.items()]
+        return Failed(message="\n".join([*lines, *warnings]))
     judged = f"{len(shard) - len(skipped)} adapters judged"
     more = f", {len(skipped)} no longer needed" if skipped else ""
     return Completed(message="\n".join([judged + more, *warnings]))

@@ -46,7 +46,9 @@ def publish_plan(plan: Plan) -> None:
                 "base": item.base.version,
                 "reason": str(item.reason),
                 "attempt": item.attempt,
-                "estimated seconds": item.estimated_seconds,
+                "estimated seconds": None
+                if item.estimated_seconds is None
+                else round(item.estimated_seconds),
                 "parked": is_parked,
             }
             for is_parked, items in ((False, plan.tasks), (True, plan.parked))

@@ -23,6 +23,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
@@ -79,6 +80,13 @@ _MAX_DELAY_S = 60.0
 """Seconds from the end of a shard until `wait` returns, if fewer than `enough_ended` have ended."""
 _PAGE = 200  # Prefect's own limit for one answer
 _WITHDRAWN = "Withdrawn"
+_STOPPED = (
+    "Execution was aborted by a termination signal",
+    "Execution was cancelled by the runtime environment",
+    "The worker was stopped",
+)
+"""Beginnings of Prefect's and this project's messages of crashed runs whose process was told to
+end, for example by `make down` or because a machine is taken away. No adapter causes that."""
 _NOT_OVER = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
@@ -134,8 +142,8 @@ class EndedShard:
 
     @property
     def was_killed(self) -> bool:
-        """Whether its process was killed or lost while it worked."""
-        return self.is_crashed and not self.never_ran
+        """Whether its process was killed or lost while it worked, and not stopped from outside."""
+        return self.is_crashed and not self.never_ran and not self.message.startswith(_STOPPED)
 
 
 def max_active(slots: int) -> int:
@@ -210,7 +218,8 @@ def split_into_shards(
     there are two shards for each GPU slot. A transfer without an estimate counts as the median of
     the others.
     """
-    known = [item.estimated_seconds for item in tasks if item.estimated_seconds is not None]
+    slots = max(slots, 1)  # no slots: a person empties the pool, and the shards wait
+    known = [item.estimated_seconds for item in tasks if item.estimated_seconds]
     typical_s = median(known) if known else _SHARD_S
     shards: list[tuple[TransferTask, ...]] = []
     for base in dict.fromkeys(item.base for item in tasks):
@@ -257,7 +266,13 @@ def suspects(family: str, policy: GatePolicy) -> frozenset[Suspect]:
         runs = client.read_flow_runs(
             flow_run_filter=wanted, limit=_PAGE, sort=FlowRunSort.END_TIME_DESC
         )
-    killed = _shards((run for run in runs if run.start_time is not None), _tags(family, policy)[1])
+    died = (
+        run
+        for run in runs
+        if run.start_time is not None
+        and not (run.state is not None and (run.state.message or "").startswith(_STOPPED))
+    )
+    killed = _shards(died, _tags(family, policy)[1])
     return frozenset(
         (task.adapter, task.base)
         for shard in killed
@@ -339,8 +354,11 @@ def start(
     return Shard(run.id, tasks, is_waiting=True, one_by_one=one_by_one, is_urgent=is_urgent)
 
 
-def cancel_shard(shard: Shard) -> None:
-    """Withdraw a waiting shard. One that has just started skips its needless transfers itself."""
+def cancel_shard(shard: Shard) -> bool:
+    """Withdraw a waiting shard; return whether it did not start meanwhile.
+
+    One that has just started skips its needless transfers itself.
+    """
     state: State[Any] = State(
         type=StateType.CANCELLED,
         name=_WITHDRAWN,
@@ -348,8 +366,11 @@ def cancel_shard(shard: Shard) -> None:
     )
     with get_client(sync_client=True) as client:
         ((_, run),) = _with_runs([shard], client)
-        if run is not None and run.state is not None and run.state.is_scheduled():
-            client.set_flow_run_state(shard.run_id, state)
+        if run is None:
+            return True
+        if run.state is None or not run.state.is_scheduled():
+            return False
+        return client.set_flow_run_state(shard.run_id, state).status is SetStateStatus.ACCEPT
 
 
 def wait(
@@ -380,9 +401,8 @@ def wait(
                     continue
                 if run.state is not None and run.state.name != logged.get(shard.run_id, ""):
                     logged[shard.run_id] = run.state.name or ""
-                    logger.info(
-                        "shard %s: %s %s", run.name, run.state.name, run.state.message or ""
-                    )
+                    message = f": {run.state.message}" if run.state.message else ""
+                    logger.info("shard %s: %s%s", run.name, run.state.name, message)
                 if run.state is not None and run.state.is_final():
                     ended[shard.run_id] = _ended(run, run.state, shard)
                 elif _is_waiting(run):

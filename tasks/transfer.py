@@ -29,7 +29,7 @@ _run_ends = threading.Event()
 """Set when the run of the shard is terminated. Its threads would continue for hours otherwise."""
 
 
-class _RunEndsError(Exception):
+class _RunEndsError(BaseException):  # not an Exception: a training saves a checkpoint then
     """Raised in a thread of a terminated run. No part of the library handles it."""
 
 
@@ -83,13 +83,13 @@ def transfer_each(
 
     Unless `one_by_one`, several run at once, as many as the flow's task runner allows.
     """
+    _run_ends.clear()  # a process may run several shards, one after the other
     if one_by_one:
         for one in transfer_tasks:
             yield one, transfer_adapter(one, policy, return_state=True)
         return
-    _run_ends.clear()  # a process may run several shards, one after the other
-    futures = [transfer_adapter.submit(one, policy) for one in transfer_tasks]
     try:
+        futures = [transfer_adapter.submit(one, policy) for one in transfer_tasks]
         for one, future in zip(transfer_tasks, futures, strict=True):
             future.wait()
             yield one, future.state

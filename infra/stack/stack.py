@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from infra.stack.health import create_buckets, is_healthy
 from infra.stack.interrupted import INTERRUPTED_S
+from infra.stack.kept_parameters import KeptParameters
 from infra.stack.machine import end, marked, owner, port_is_free
 from infra.stack.programs import PROGRAMS, leftover_sockets
 from infra.stack.settings import BUCKETS, StackSettings, without_services
@@ -156,8 +157,11 @@ class _Stack:
         self._run("register", ["-m", "infra.stack.prefect_objects"], environment)
         self._log("prefect", f"work pool {WORK_POOL}, GPU slots: {settings.gpu_slots}")
         self._start("worker")
+        kept = KeptParameters.read(settings)
         self._run("deploy", ["-m", "prefect", "--no-prompt", "deploy", "--all"], environment)
         self._log("prefect", f"deployed {settings.checkout / 'prefect.yaml'}")
+        if line := kept.restore():
+            self._log("prefect", line)
         self._start("bridge")
         self._start("ui")
         self._start("exporter")

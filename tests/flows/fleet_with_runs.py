@@ -240,10 +240,11 @@ class FleetWithRuns:
             (task.adapter, task.base) for run in killed if len(run.tasks) > 1 for task in run.tasks
         )
 
-    def _cancel_shard(self, shard: Shard) -> None:
+    def _cancel_shard(self, shard: Shard) -> bool:
         run = self._run(shard)
         if run.state == "Scheduled":
             run.state = "Withdrawn"
+        return run.state == "Withdrawn"
 
     def _wait(
         self, groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]

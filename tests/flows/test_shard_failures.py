@@ -113,6 +113,12 @@ def shard(monkeypatch, tmp_path):
     return run
 
 
+def test_a_message_is_written_once_for_all_adapters(shard):
+    outage = StoreError("S3 cannot be reached")
+    state, _ = shard({"a": outage, "b": outage, "c": StoreError("other")})
+    assert state.message == "a, b: S3 cannot be reached\nc: other"
+
+
 def test_an_outage_counts_as_no_attempt_and_is_reported(shard):
     state, charged = shard({"a": StoreError("S3 cannot be reached"), "b": AccessError("locked")})
     assert (state.name, charged) == ("Failed", [])

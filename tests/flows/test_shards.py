@@ -9,7 +9,8 @@ from uuid import uuid4
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.responses import SetStateStatus
 
 from tasks import shards
 from tasks.shards import (
@@ -23,6 +24,7 @@ from tasks.shards import (
 )
 from trans_peft.domain.base import BaseRef
 from trans_peft.domain.evaluation import GatePolicy
+from trans_peft.domain.identity import json_value
 from trans_peft.domain.outcome import Plan, Reason, TransferTask
 
 V2, V3 = BaseRef("small", "v2", "2" * 64), BaseRef("small", "v3", "3" * 64)
@@ -78,6 +80,8 @@ def test_each_transfer_is_in_one_shard_of_one_base(tasks, size):
         (1000, 10.0, 1, [60] * 16 + [40]),  # ten minutes
         (1000, 0.5, 16, [32] * 31 + [8]),
         (3, 0.5, 1, [3]),
+        (40, 0.5, 0, [20, 20]),  # no slots: a person empties the pool
+        (40, 0.0, 1, [16, 16, 8]),  # stored results say nothing about the others
     ],
 )
 def test_short_transfers_share_a_shard(count, seconds, slots, lengths):
@@ -251,3 +255,55 @@ def test_the_adapters_of_a_crashed_run_are_suspects_if_they_shared_batches(
     monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
     monkeypatch.setattr(shards, "get_run_logger", lambda: SimpleNamespace(warning=lambda *_: None))
     assert shards.suspects("small", GatePolicy()) == {(task.adapter, task.base) for task in found}
+
+
+@pytest.mark.parametrize(
+    ("message", "was_killed"),
+    [
+        ("Flow run process exited with -9.", True),
+        ("No heartbeat for 3 minutes.", True),
+        ("Execution was aborted by a termination signal.", False),
+        ("Execution was cancelled by the runtime environment.", False),
+        ("The worker was stopped or killed during this run.", False),
+    ],
+)
+def test_a_process_that_was_stopped_from_outside_is_charged_to_no_adapter(message, was_killed):
+    ended = EndedShard("s", (A,), "Crashed", False, False, is_crashed=True, message=message)
+    assert ended.was_killed is was_killed
+    assert interrupted_transfers([ended], plan(A)) == ((A,) if was_killed else ())
+
+
+@pytest.mark.parametrize("message", ["killed", "Execution was aborted by a termination signal."])
+def test_the_adapters_of_a_shard_that_was_stopped_are_not_suspects(monkeypatch, message):
+    crashed = SimpleNamespace(
+        id=uuid4(),
+        name="shard",
+        tags=[],
+        start_time=datetime.now(UTC),
+        state=SimpleNamespace(message=message, is_scheduled=lambda: False),
+        parameters={"shard": json_value((A, B))},
+    )
+    client = SimpleNamespace(read_flow_runs=lambda **given: [crashed])
+    monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
+    found = shards.suspects("small", GatePolicy())
+    assert {adapter for adapter, _ in found} == ({"a", "b"} if message == "killed" else set())
+
+
+@pytest.mark.parametrize(
+    ("state", "answer", "withdrawn"),
+    [
+        (StateType.SCHEDULED, SetStateStatus.ACCEPT, True),
+        (StateType.SCHEDULED, SetStateStatus.REJECT, False),  # it started meanwhile
+        (StateType.RUNNING, None, False),
+        (None, None, True),  # deleted
+    ],
+)
+def test_only_a_shard_that_did_not_start_counts_as_withdrawn(monkeypatch, state, answer, withdrawn):
+    one = shard(A)
+    runs = [SimpleNamespace(id=one.run_id, state=State(type=state))] if state else []
+    client = SimpleNamespace(
+        read_flow_runs=lambda **given: runs,
+        set_flow_run_state=lambda run_id, wanted: SimpleNamespace(status=answer),
+    )
+    monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
+    assert shards.cancel_shard(one) is withdrawn
