@@ -326,6 +326,26 @@ def stored(platform, names=(*KINDS, BARE)):
     return found
 
 
+def test_adapters_that_do_not_fit_the_memory_end_no_other_mixed_evaluation(shard, monkeypatch):
+    there, attach = with_results_on_v1(shard), mixed_adapters.attach
+
+    def attach_or_fail(model, folder, *given, **options):
+        if folder.parent.name == "lora-r-2":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return attach(model, folder, *given, **options)
+
+    monkeypatch.setattr(mixed_adapters, "attach", attach_or_fail)
+    left_out = prepare_shard(there, ("lora-r-2", "lora-r-8", "dora", "ia3"), size=2)
+    assert left_out.keys() == {"lora-r-2", "lora-r-8"}
+    assert "CUDA out of memory" in left_out["lora-r-2"]
+    v2 = find_base(FAMILY, "v2", there)
+    for name in ("dora", "ia3"):
+        version = there.registry.versions(name)[0]
+        for suite in version.suites:
+            key = suite.evaluation_key(version.weights_sha256, v2.fingerprint_sha256)
+            assert there.evaluations.get(key) is not None
+
+
 @pytest.fixture(scope="module")
 def one_by_one(shard):
     there = with_results_on_v1(shard)

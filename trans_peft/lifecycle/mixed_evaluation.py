@@ -58,7 +58,8 @@ def evaluate_shard(
 
     Missing evaluations on the bases that the adapters were trained on come first, then those on the
     new base, with the bare base among the rows. The files and weights of at most `size` adapters
-    are on this machine at once; None means all. Returns why adapters were left out, by name.
+    are on this machine at once; None means all. Returns why adapters were left out, by name. If
+    memory does not suffice for some that are evaluated together, they are left out.
 
     Nothing is evaluated under a sequential policy, which needs few items of each adapter. Raises
     WorkerError if this worker lacks the policy's engine.
@@ -66,10 +67,18 @@ def evaluate_shard(
     check_engine(policy.engine, platform)
     if policy.sequential:
         return {}
+    from trans_peft.validation.decoding.batching import is_out_of_memory
+
     left_out: dict[str, str] = {}
     step = size or max(1, len(transfers))
     for at in range(0, len(transfers), step):
-        left_out |= _evaluate_part(transfers[at : at + step], policy, platform, on_progress)
+        part = transfers[at : at + step]
+        try:
+            left_out |= _evaluate_part(part, policy, platform, on_progress)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            left_out |= {task.adapter: f"out of memory: {error}" for task, _ in part}
     return left_out
 
 
