@@ -103,10 +103,11 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
         axes.plot(change.difference, y, "o", color=_color(arm), markersize=9)
         axes.annotate(
             f"{arm.method}: {arm.verdict}",
-            (change.lower, y),
+            (0.02, y),  # at the left edge, because long labels would exceed the right one
+            xycoords=axes.get_yaxis_transform(),
             xytext=(0, 14),
             textcoords="offset points",
-            ha="left",  # centered, long labels would exceed the axis
+            ha="left",
             color=_color(arm),
             fontweight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
