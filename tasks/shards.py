@@ -18,6 +18,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
+    FlowRunFilterIdempotencyKey,
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
@@ -61,6 +62,7 @@ _MIN_WAITING = 8
 """Waiting shards of a family on few GPU slots. Fewer would mean more reads of its fleet."""
 
 _MAX_GROUPS = 8
+_MAX_TASKS = 1_000  # Prefect accepts 512 KiB of parameters, and a transfer has about 400 bytes
 _SHARD_S = 600.0
 """Bounds of a shard with more than `shard_size` adapters. A promotion waits for running shards."""
 
@@ -87,7 +89,10 @@ _STOPPED = (
 )
 """Beginnings of Prefect's and this project's messages of crashed runs whose process was told to
 end, for example by `make down` or because a machine is taken away. No adapter causes that."""
-_NOT_OVER = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+_NOT_OVER = [
+    *(StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED),
+    StateType.CANCELLING,
+]
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ def split_into_shards(
     shards: list[tuple[TransferTask, ...]] = []
     for base in dict.fromkeys(item.base for item in tasks):
         on_base = [item for item in tasks if item.base == base]
-        most = min(max(size, -(-len(on_base) // (2 * slots))), _MAX_GROUPS * size)
+        most = min(max(size, -(-len(on_base) // (2 * slots))), _MAX_GROUPS * size, _MAX_TASKS)
         part: list[TransferTask] = []
         seconds = 0.0
         for item in on_base:
@@ -248,7 +253,12 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
     found: list[FlowRun] = []
     with get_client(sync_client=True) as client:
         for page in count():
-            runs = client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE, offset=page * _PAGE)
+            runs = client.read_flow_runs(
+                flow_run_filter=wanted,
+                limit=_PAGE,
+                offset=page * _PAGE,
+                sort=FlowRunSort.ID_DESC,  # a start between two pages changes other orders
+            )
             found += runs
             if len(runs) < _PAGE:
                 break
@@ -330,7 +340,8 @@ def start(
     base = tasks[0].base
     tags = [*_tags(base.family, policy), code_tag(), *inherited_tags()]
     key = content_sha256([[item.key for item in tasks], policy, *(["alone"] if one_by_one else [])])
-    for attempt in count():
+    attempt = 0
+    while True:
         run = cast(  # `run_deployment` returns a coroutine in asynchronous code only
             FlowRun,
             run_deployment(
@@ -351,7 +362,20 @@ def start(
         )
         if run.state is None or not run.state.is_final():
             break
+        attempt = _newest_attempt(key, attempt) + 1
     return Shard(run.id, tasks, is_waiting=True, one_by_one=one_by_one, is_urgent=is_urgent)
+
+
+def _newest_attempt(key: str, attempt: int) -> int:
+    """Return the newest attempt of a shard among the next 200; `attempt` if there are no others.
+
+    An outage of days has hundreds of them.
+    """
+    attempts = {f"{key}:{later}": later for later in range(attempt + 1, attempt + 1 + _PAGE)}
+    wanted = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=list(attempts)))
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE)
+    return max((attempts[str(run.idempotency_key)] for run in runs), default=attempt)
 
 
 def cancel_shard(shard: Shard) -> bool:

@@ -1,5 +1,6 @@
 """How tasks are divided into shards, which are withdrawn, and what counts when one is killed."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -307,3 +308,41 @@ def test_only_a_shard_that_did_not_start_counts_as_withdrawn(monkeypatch, state,
     )
     monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
     assert shards.cancel_shard(one) is withdrawn
+
+
+@pytest.mark.parametrize("ended", [0, 1, 144, 450])
+def test_the_requests_for_a_new_attempt_do_not_grow_with_the_ended_ones(monkeypatch, ended):
+    runs = {}
+
+    def run_for(attempt):
+        over = attempt < ended
+        return SimpleNamespace(
+            id=uuid4(), idempotency_key=None, state=SimpleNamespace(is_final=lambda: over)
+        )
+
+    def run_deployment(name, *, idempotency_key, **given):
+        key, _, attempt = idempotency_key.rpartition(":")
+        for number in range(ended):
+            runs.setdefault(f"{key}:{number}", run_for(number))
+        created.append(int(attempt))
+        return runs.setdefault(idempotency_key, run_for(int(attempt)))
+
+    def read_flow_runs(flow_run_filter, limit):
+        wanted = flow_run_filter.idempotency_key.any_
+        assert len(wanted) <= limit == 200
+        return [SimpleNamespace(idempotency_key=key) for key in wanted if key in runs]
+
+    created = []
+    client = SimpleNamespace(read_flow_runs=read_flow_runs)
+    monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
+    monkeypatch.setattr(shards, "run_deployment", run_deployment)
+    shards.start((A,), GatePolicy(), size=16)
+    assert created[-1] == ended
+    assert len(created) <= 2 + ended // 200 + 1
+
+
+def test_a_shard_fits_the_parameters_of_a_flow_run():
+    tasks = [replace(task(f"a{number}"), estimated_seconds=0.01) for number in range(5_000)]
+    parts = split_into_shards(tasks, 400)
+    assert max(map(len, parts)) == 1_000
+    assert len(json.dumps(json_value(parts[0]))) < 512 << 10
