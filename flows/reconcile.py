@@ -1,6 +1,6 @@
 """Flow `reconcile`: judge each live adapter on each base that may serve, and apply the verdicts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from tasks import (
     shards,
     transfer,
 )
+from tasks.queues import QueueWatch
 from tasks.shards import EndedShard, Shard
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.fleet import Fleet, FleetChanges
@@ -89,9 +90,9 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
     for one in found.values():
         one.publish()
 
+    watch = QueueWatch(partial(_report_unserved, found))
     while awaited := {name: one.awaited(wait) for name, one in found.items() if one.awaited(wait)}:
-        waiting = [found[name] for name in awaited]
-        name, ended = shards.wait(awaited, on_unserved=partial(_report_unserved, waiting))
+        name, ended = shards.wait(awaited, watch)
         if changed := deployed_policies.changed_policies(policy, promotion):
             return _superseded(changed, family, wait)
         found[name].update(ended)
@@ -123,15 +124,15 @@ def _superseded(changed: str, family: str | None, wait: bool) -> State:
     )
 
 
-def _report_unserved(families: Sequence["_Family"], why: str) -> None:
+def _report_unserved(families: Mapping[str, "_Family"], why: str) -> None:
     """Write to the log and to the fleet reports that no worker serves the queue of the shards."""
     logger = get_run_logger()
     if why:
         logger.warning("%s", why)
     else:
         logger.info("a worker serves the queue again")
-    for one in families:
-        one.publish_warning(why)
+    for one in families.values():
+        one.publish_warning(why if one.awaited(wait=True) else "")
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class _Family:
         others: Active shards that other runs started.
         problems: Problems to report at the end of the run.
         left: Transfers that this run does not start again, by key, with the reason.
+        warning: Text above the fleet report, such as that no worker serves the queue.
         last: What the last update found, None before the first one and after a failed one.
         published: What was published last.
     """
@@ -171,6 +173,7 @@ class _Family:
     others: tuple[Shard, ...] = ()
     problems: tuple[str, ...] = ()
     left: dict[tuple, str] = field(default_factory=dict)
+    warning: str = ""
     last: _Update | None = None
     published: _Update | None = None
 
@@ -209,14 +212,15 @@ class _Family:
         self.published = self.last
         with self._collecting_errors():
             reporting.publish_plan(self.last.plan)
-            reporting.publish_fleet(self.last.fleet, self.last.changes)
+            reporting.publish_fleet(self.last.fleet, self.last.changes, self.warning)
             is_left = self.last.plan.trainings or self.last.changes.obstacle
             if not (self.problems or self.awaited(wait=True) or is_left):
                 looks.record_look(self.name, self.last.revision)
 
     def publish_warning(self, warning: str) -> None:
-        """Publish the fleet report again, with a warning. A failure does not affect the run."""
-        if self.last is not None:
+        """Publish the fleet report with another warning. A failure does not affect the run."""
+        changed, self.warning = warning != self.warning, warning
+        if changed and self.last is not None:
             reporting.publish_fleet(self.last.fleet, self.last.changes, warning, return_state=True)
 
     @contextmanager

@@ -5,7 +5,7 @@ from Prefect, by the tags of their flow runs.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -398,21 +398,20 @@ def cancel_shard(shard: Shard) -> bool:
 
 
 def wait(
-    groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]
+    groups: Mapping[str, Sequence[Shard]], watch: QueueWatch
 ) -> tuple[str, tuple[EndedShard, ...]]:
     """Wait until all shards of one group or `enough_ended` of them have ended.
 
     Returns no later than a minute after the first shard of a group has ended.
 
-    Returns the group's name and its ended shards. A poll is one request for 200 shards. If no
-    worker serves the queue of a waiting shard for a minute, `on_unserved` is called with the
-    reason, and with an empty text when a worker serves it again.
+    Returns the group's name and its ended shards. A poll is one request for 200 shards. `watch`
+    reports if no worker serves the queue of a waiting shard. Pass the same one to all calls of a
+    run.
     """
     logger = get_run_logger()
     logged: dict[UUID, str] = {}
     ended: dict[UUID, EndedShard] = {}
     first_end_s: dict[str, float] = {}
-    watch = QueueWatch(on_unserved)
     enough = enough_ended(gpu_slot_count())
     awaited = [shard for group in groups.values() for shard in group]
     with get_client(sync_client=True) as client:

@@ -16,6 +16,7 @@ import pytest
 from prefect.states import Completed, Failed
 
 from tasks import shards
+from tasks.queues import QueueWatch
 from tasks.reporting import limited, parked_text
 from tasks.shards import EndedShard, Shard
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet, obstacle_text
@@ -247,7 +248,7 @@ class FleetWithRuns:
         return run.state == "Withdrawn"
 
     def _wait(
-        self, groups: Mapping[str, Sequence[Shard]], *, on_unserved: Callable[[str], None]
+        self, groups: Mapping[str, Sequence[Shard]], watch: QueueWatch
     ) -> tuple[str, tuple[EndedShard, ...]]:
         while True:
             for name, group in groups.items():

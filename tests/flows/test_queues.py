@@ -98,7 +98,7 @@ def client(monkeypatch):
     monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
     monkeypatch.setattr(shards.time, "sleep", sleep)
     monkeypatch.setattr(shards.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(shards, "QueueWatch", lambda tell: QueueWatch(tell, lambda: now[0]))
+    client.watch = lambda tell: QueueWatch(tell, lambda: now[0])
     monkeypatch.setattr(shards, "get_run_logger", lambda: SimpleNamespace(info=lambda *_: None))
     monkeypatch.setattr(shards, "gpu_slot_count", lambda: 32)
     client.now = now
@@ -118,7 +118,7 @@ def test_a_wait_ends_when_enough_shards_have_ended_and_costs_one_request_a_poll(
         client.states |= {shard.run_id: Completed() for shard in some[int(now) - 2 : int(now)]}
 
     client.at = end_two
-    name, ended = shards.wait({"small": some}, on_unserved=lambda text: None)
+    name, ended = shards.wait({"small": some}, client.watch(print))
     assert (name, len(ended)) == ("small", 32)
     assert client.reads == 16 + 1
 
@@ -133,7 +133,7 @@ def test_a_wait_ends_a_minute_after_the_first_shard_if_fewer_have_ended(client):
             client.states[second.run_id] = Completed()
 
     client.at = end
-    _, ended = shards.wait({"small": some}, on_unserved=lambda text: None)
+    _, ended = shards.wait({"small": some}, client.watch(print))
     assert (client.now[0], len(ended)) == (160.0, 2)
 
 
@@ -141,7 +141,7 @@ def test_a_deleted_run_counts_as_cancelled(client):
     kept, deleted = waiting_shards(client, 2)
     client.states[kept.run_id] = Completed()
     del client.states[deleted.run_id]
-    _, ended = shards.wait({"small": [kept, deleted]}, on_unserved=lambda text: None)
+    _, ended = shards.wait({"small": [kept, deleted]}, client.watch(print))
     assert [(one.state_name, one.is_cancelled) for one in ended] == [
         ("Completed", False), ("deleted", True),
     ]  # fmt: skip
@@ -156,9 +156,26 @@ def test_a_reconcile_that_waits_reports_it_and_goes_on_waiting(client):
             client.states[shard.run_id] = Completed()
 
     client.at = end
-    name, (ended,) = shards.wait({"small": [shard]}, on_unserved=lambda t: seen.append((now[0], t)))
+    name, (ended,) = shards.wait(
+        {"small": [shard]}, client.watch(lambda t: seen.append((now[0], t)))
+    )
     assert (name, ended.state_name) == ("small", "Completed")
     assert [at for at, _ in seen] == [60.0]
+
+
+def test_one_watch_reports_over_several_waits(client):
+    """A wait may be shorter than a minute."""
+    shards_, seen = waiting_shards(client, 3), []
+    watch = client.watch(lambda text: seen.append((client.now[0], bool(text))))
+    for number, one in enumerate(shards_):
+
+        def end(now, number=number, one=one):
+            if now >= 40 * (number + 1):
+                client.states[one.run_id] = Completed()
+
+        client.at = end
+        shards.wait({"small": [one]}, watch)
+    assert seen == [(60.0, True)]
 
 
 @pytest.mark.parametrize(("due_s", "is_reported"), [(90, True), (5, False)])
