@@ -19,6 +19,7 @@ from tasks import (
     reporting,
     shards,
     transfer,
+    worker,
 )
 from tasks.queues import QueueWatch
 from tasks.shards import EndedShard, Shard
@@ -71,13 +72,13 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
             return Failed(message="\n".join(["planned, nothing changed", *problems]))
         return Completed(message="planned, nothing changed")
 
+    refused = [clock] if (clock := worker.check_clock()) else []
     pending = ingestion.find_pending(return_state=True)
     for one in found.values():  # before ingestion, so that a rollback does not wait for an upload
         if not one.is_unchanged(skip_unchanged_minutes):
             one.update()
     for one in found.values():  # after the shards were started: a large report takes seconds
         one.publish()
-    refused = []
     if not pending.is_completed():
         refused.append(f"uploads cannot be listed: {pending.message}")
     for upload in pending.result() if pending.is_completed() else ():

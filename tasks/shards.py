@@ -6,7 +6,7 @@ from Prefect, by the tags of their flow runs.
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from statistics import median
@@ -22,6 +22,9 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
@@ -129,6 +132,7 @@ class EndedShard:
         is_crashed: Whether its process was killed or lost.
         message: Message of the final state.
         one_by_one: Whether it evaluated no two adapters in one batch.
+        ended_tasks: Names of its task runs that completed or failed. Read if it was killed.
     """
 
     name: str
@@ -139,6 +143,7 @@ class EndedShard:
     is_crashed: bool
     message: str = ""
     one_by_one: bool = False
+    ended_tasks: frozenset[str] = frozenset()
 
     @property
     def is_withdrawn(self) -> bool:
@@ -427,7 +432,9 @@ def wait(
                     message = f": {run.state.message}" if run.state.message else ""
                     logger.info("shard %s: %s%s", run.name, run.state.name, message)
                 if run.state is not None and run.state.is_final():
-                    ended[shard.run_id] = _ended(run, run.state, shard)
+                    ended[shard.run_id] = _with_ended_tasks(
+                        _ended(run, run.state, shard), shard.run_id, client
+                    )
                 elif _is_waiting(run):
                     waiting.append(run)
             for name, group in groups.items():
@@ -456,17 +463,37 @@ def why_unserved(shards: Sequence[Shard]) -> str:
 
 
 def interrupted_transfers(ended: Sequence[EndedShard], plan: Plan) -> tuple[TransferTask, ...]:
-    """Return the transfer that each killed shard was working on: the first that is still planned.
+    """Return the transfer that each killed shard was working on.
 
-    It counts as a failed attempt, so that an adapter that kills each process is parked in the end.
-    A shard whose adapters share batches may have been working on any of them (`suspects`).
+    It is the first that is still planned and whose task run did not end. It counts as a failed
+    attempt, so that an adapter that kills each process is parked in the end. A shard whose adapters
+    share batches may have been working on any of them (`suspects`).
     """
     planned = {item.key for item in plan.tasks}
-    return tuple(
-        next(task for task in shard.tasks if task.key in planned)
-        for shard in ended
-        if shard.was_killed and _is_alone(shard) and any(w.key in planned for w in shard.tasks)
+    found = []
+    for shard in ended:
+        if shard.was_killed and _is_alone(shard):
+            left = [task for task in shard.tasks if task.key in planned]
+            found += [one for one in left if _task_run_name(one) not in shard.ended_tasks][:1]
+    return tuple(found)
+
+
+def _task_run_name(task: TransferTask) -> str:
+    """Return the name of the task run of a transfer, as `tasks.transfer` names it."""
+    return f"transfer {task.adapter} to {task.base}"
+
+
+def _with_ended_tasks(shard: EndedShard, run_id: UUID, client: SyncPrefectClient) -> EndedShard:
+    """Return the shard with the names of its ended task runs, if it was killed."""
+    if not (shard.was_killed and _is_alone(shard)):
+        return shard
+    over = TaskRunFilterStateType(any_=[StateType.COMPLETED, StateType.FAILED])
+    runs = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])),
+        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=over)),
+        limit=_PAGE,
     )
+    return replace(shard, ended_tasks=frozenset(run.name for run in runs))
 
 
 def _is_alone(shard: Shard | EndedShard) -> bool:

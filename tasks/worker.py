@@ -15,7 +15,7 @@ from tasks.settings import settings
 from trans_peft.isolation import prepare
 from trans_peft.text.chat import CHAT_IMPORTS
 
-__all__ = ["check_worker", "clock_difference", "code_difference", "code_tag"]
+__all__ = ["check_clock", "check_worker", "clock_difference", "code_difference", "code_tag"]
 
 _MAX_CLOCK_S = 30.0
 """Clocks that differ by less are not reported. The header `Date` has whole seconds."""
@@ -68,6 +68,15 @@ def code_difference() -> str:
         f"  found:    {code_tag()}\n"
         "  do:       update the older checkout or image (docs/operations.md)"
     )
+
+
+def check_clock() -> str:
+    """Return `clock_difference` with a client of its own.
+
+    Reconcile schedules shards by its clock: with one that is ahead, they would start late.
+    """
+    with get_client(sync_client=True) as client:
+        return clock_difference(client)
 
 
 def clock_difference(client: SyncPrefectClient) -> str:

@@ -100,6 +100,7 @@ class FleetWithRuns:
     reported: list[int] = field(default_factory=list)
     successors: list[tuple[str | None, bool]] = field(default_factory=list)
     unserved: str = ""
+    clock: str = ""
     at: Callable[[int, str], None] = lambda number, what: None
 
     def __post_init__(self) -> None:
@@ -133,6 +134,7 @@ class FleetWithRuns:
             ):
                 patch.setattr(module.shards, name, getattr(self, f"_{name}"))
             patch.setattr(module.limits, "gpu_slot_count", lambda: self.slots)
+            patch.setattr(module.worker, "check_clock", lambda: self.clock)
             given = {
                 "policy": self.policy,
                 "promotion": self.promotion,

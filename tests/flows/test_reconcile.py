@@ -154,6 +154,13 @@ class TestOneRun:
         # Before the upload is ingested, after its shards were started, and after they have ended.
         assert undisturbed.reported == [3, 6, 6]
 
+    def test_reports_a_wrong_clock_and_works(self, tmp_path, monkeypatch):
+        upgraded = upgrade(tmp_path / "clock")
+        upgraded.clock = "the clock of this worker is wrong"
+        state = upgraded.reconcile(monkeypatch)
+        assert (state.name, state.message) == ("Failed", "the clock of this worker is wrong")
+        assert upgraded.fleet.serving == 2
+
     def test_reports_an_unknown_family(self, undisturbed, monkeypatch):
         state = undisturbed.reconcile(monkeypatch, family="smal")
         assert state.name == "Failed"

@@ -23,6 +23,7 @@ from tasks.shards import (
     split_into_shards,
     unfinished_tasks,
 )
+from tasks.transfer import transfer_adapter
 from trans_peft.domain.base import BaseRef
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import json_value
@@ -346,3 +347,27 @@ def test_a_shard_fits_the_parameters_of_a_flow_run():
     parts = split_into_shards(tasks, 400)
     assert max(map(len, parts)) == 1_000
     assert len(json.dumps(json_value(parts[0]))) < 512 << 10
+
+
+def test_a_killed_shard_was_working_on_the_first_transfer_that_did_not_end(monkeypatch):
+    """The transfer of a failed because S3 was down, which counts as no attempt."""
+    assert (
+        transfer_adapter.task_run_name == "transfer {transfer_task.adapter} to {transfer_task.base}"
+    )
+    asked = []
+
+    def read_task_runs(**given):
+        asked.append(given["flow_run_filter"].id.any_)
+        return [SimpleNamespace(name=f"transfer a to {V2}")]
+
+    client, run_id = SimpleNamespace(read_task_runs=read_task_runs), uuid4()
+    killed = EndedShard(
+        "s", (A, B, C), "Crashed", False, False, is_crashed=True, message="-9", one_by_one=True
+    )
+    ended = shards._with_ended_tasks(killed, run_id, client)
+    assert interrupted_transfers([ended], plan(A, B, C)) == (B,)
+    assert interrupted_transfers([ended], plan(A)) == ()
+    assert asked == [[run_id]]
+    completed = replace(killed, is_crashed=False)
+    assert shards._with_ended_tasks(completed, run_id, client) is completed
+    assert len(asked) == 1
