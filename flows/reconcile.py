@@ -43,7 +43,8 @@ def reconcile(  # noqa: PLR0913  the parameters of the deployment
 
     For each family, the run applies the known verdicts, ingests uploads, starts shards for missing
     verdicts, and applies the new verdicts when its shards have ended. Several runs can work at the
-    same time. If a run dies, the next one continues its work.
+    same time. If a run dies, the next one continues its work. A run whose policies are not those of
+    the deployment starts a run with the deployment's and ends, unless it is a dry run.
 
     Args:
         policy: Gate policy: when an adapter may serve on a new base.

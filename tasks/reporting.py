@@ -34,7 +34,7 @@ def publish_plan(plan: Plan) -> None:
     logger = get_run_logger()
     for line in limited(map(str, plan.tasks)):
         logger.info("%s", line)
-    if plan.tasks and plan.recovery_cost:
+    if plan.recovery_cost:
         logger.info("%s", plan.recovery_cost)
     for line in limited(map(parked_text, plan.parked)):
         logger.warning("%s", line)
@@ -54,13 +54,8 @@ def publish_plan(plan: Plan) -> None:
             for is_parked, items in ((False, plan.tasks), (True, plan.parked))
             for item in items[:MAX_LISTED]
         ],
-        description="\n\n".join(
-            [
-                f"{len(plan.tasks)} to judge, {len(plan.parked)} parked; at most {MAX_LISTED} of "
-                "each are listed",
-                *([plan.recovery_cost] if plan.tasks and plan.recovery_cost else []),
-            ]
-        ),
+        description=f"{len(plan.tasks)} to judge, {len(plan.parked)} parked; at most {MAX_LISTED} "
+        f"of each are listed\n\n{plan.recovery_cost}".rstrip(),
     )
 
 

@@ -37,7 +37,7 @@ from tasks.origin import inherited_tags
 from tasks.queues import UNSERVED_AFTER_S, QueueWatch, unserved
 from tasks.worker import code_tag
 from trans_peft.domain.base import BaseRef
-from trans_peft.domain.conventions import Deployment
+from trans_peft.domain.conventions import WORKER_STOPPED, Deployment
 from trans_peft.domain.evaluation import GatePolicy
 from trans_peft.domain.identity import content_sha256, json_value
 from trans_peft.domain.outcome import Plan, TransferTask
@@ -88,10 +88,10 @@ _WITHDRAWN = "Withdrawn"
 _STOPPED = (
     "Execution was aborted by a termination signal",
     "Execution was cancelled by the runtime environment",
-    "The worker was stopped",
+    WORKER_STOPPED,
 )
-"""Beginnings of Prefect's and this project's messages of crashed runs whose process was told to
-end, for example by `make down` or because a machine is taken away. No adapter causes that."""
+"""How Prefect's and this project's messages of crashed runs begin if a signal ended the process,
+for example by `make down` or because a machine is taken away. No adapter causes that."""
 _NOT_OVER = [
     *(StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED),
     StateType.CANCELLING,
@@ -153,7 +153,7 @@ class EndedShard:
     @property
     def was_killed(self) -> bool:
         """Whether its process was killed or lost while it worked, and not stopped from outside."""
-        return self.is_crashed and not self.never_ran and not self.message.startswith(_STOPPED)
+        return self.is_crashed and not self.never_ran and not _was_stopped(self.message)
 
 
 def max_active(slots: int) -> int:
@@ -284,8 +284,7 @@ def suspects(family: str, policy: GatePolicy) -> frozenset[Suspect]:
     died = (
         run
         for run in runs
-        if run.start_time is not None
-        and not (run.state is not None and (run.state.message or "").startswith(_STOPPED))
+        if run.start_time is not None and not _was_stopped(run.state.message if run.state else None)
     )
     killed = _shards(died, _tags(family, policy)[1])
     return frozenset(
@@ -494,6 +493,11 @@ def _with_ended_tasks(shard: EndedShard, run_id: UUID, client: SyncPrefectClient
         limit=_PAGE,
     )
     return replace(shard, ended_tasks=frozenset(run.name for run in runs))
+
+
+def _was_stopped(message: str | None) -> bool:
+    """Return whether the message of a crashed run says that it was stopped from outside."""
+    return (message or "").startswith(_STOPPED)
 
 
 def _is_alone(shard: Shard | EndedShard) -> bool:

@@ -14,7 +14,7 @@ import time
 import httpx
 
 from infra.stack.settings import StackSettings
-from trans_peft.domain.conventions import WORK_POOL
+from trans_peft.domain.conventions import WORK_POOL, WORKER_STOPPED
 
 __all__ = ["INTERRUPTED_S", "WORKER", "crash_interrupted_runs"]
 
@@ -31,7 +31,7 @@ _UNFINISHED = {
 _CRASHED = {
     "type": "CRASHED",
     "name": "Crashed",
-    "message": "The worker was stopped or killed during this run.",
+    "message": WORKER_STOPPED,
 }
 _TIMEOUT_S = 120.0
 
@@ -44,8 +44,7 @@ def crash_interrupted_runs(settings: StackSettings) -> None:
     `POST /flow_runs/{id}/set_state`.
     """
     deadline = time.monotonic() + _TIMEOUT_S
-    url, auth = settings.urls["prefect"], settings.prefect_auth
-    with httpx.Client(base_url=url, auth=auth, timeout=30, trust_env=False) as prefect:
+    with settings.prefect_client(timeout_s=30) as prefect:
         while True:
             try:
                 workers = prefect.post(f"/api/work_pools/{WORK_POOL}/workers/filter", json={})

@@ -16,6 +16,7 @@ from trans_peft.domain.conventions import Deployment
 
 __all__ = ["KeptParameters"]
 
+_TIMEOUT_S = 60.0
 _NAME = f"/api/deployments/name/{Deployment.RECONCILE}"
 
 
@@ -29,7 +30,7 @@ class KeptParameters:
     @classmethod
     def read(cls, settings: StackSettings) -> "KeptParameters":
         """Read them from Prefect. Raises httpx.HTTPError."""
-        with _prefect(settings) as prefect:
+        with settings.prefect_client(_TIMEOUT_S) as prefect:
             answer = prefect.get(_NAME)
             if answer.status_code == httpx.codes.NOT_FOUND:
                 return cls(settings, None)
@@ -45,7 +46,7 @@ class KeptParameters:
         digest = hashlib.sha256((self.settings.checkout / "prefect.yaml").read_bytes()).hexdigest()
         is_same_file = mark.is_file() and mark.read_text() == digest
         mark.write_text(digest)
-        with _prefect(self.settings) as prefect:
+        with self.settings.prefect_client(_TIMEOUT_S) as prefect:
             deployed = prefect.get(_NAME).raise_for_status().json()
             before = self.found
             if before is None or before == deployed["parameters"]:
@@ -61,8 +62,3 @@ class KeptParameters:
             body = {"parameters": before}
             prefect.patch(f"/api/deployments/{deployed['id']}", json=body).raise_for_status()
             return f"kept {changed}, which differ from prefect.yaml"
-
-
-def _prefect(settings: StackSettings) -> httpx.Client:
-    url, auth = settings.urls["prefect"], settings.prefect_auth
-    return httpx.Client(base_url=url, auth=auth, timeout=60, trust_env=False)

@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 from pydantic import (
     AfterValidator,
     Field,
@@ -270,6 +271,15 @@ class StackSettings(EnvironmentSettings):
     def prefect_auth(self) -> tuple[str, str]:
         """User and password for Prefect's API (HTTP basic authentication)."""
         return _PREFECT_USER, self.secrets.prefect_password
+
+    def prefect_client(self, timeout_s: float) -> httpx.Client:
+        """Return a client of Prefect's REST API that uses no proxy."""
+        return httpx.Client(
+            base_url=self.urls["prefect"],
+            auth=self.prefect_auth,
+            timeout=timeout_s,
+            trust_env=False,
+        )
 
     @property
     def client_environment(self) -> dict[str, str]:

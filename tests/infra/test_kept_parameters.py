@@ -6,14 +6,13 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from infra.stack import kept_parameters
 from infra.stack.kept_parameters import KeptParameters
 
 FILE, CHANGED = {"policy": {}, "wait": False}, {"policy": {"label": "june"}, "wait": False}
 
 
 @pytest.fixture
-def prefect(tmp_path, monkeypatch):
+def prefect(tmp_path):
     """A Prefect server with one deployment, and `make up` without its other steps."""
     server = SimpleNamespace(parameters=None)
 
@@ -25,12 +24,10 @@ def prefect(tmp_path, monkeypatch):
             server.parameters = json.loads(request.content)["parameters"]
         return httpx.Response(200, json={"id": "7", "parameters": server.parameters})
 
-    monkeypatch.setattr(
-        kept_parameters,
-        "_prefect",
-        lambda settings: httpx.Client(transport=httpx.MockTransport(answer), base_url="http://p"),
-    )
-    settings = SimpleNamespace(state=tmp_path, checkout=tmp_path)
+    def client(timeout_s):
+        return httpx.Client(transport=httpx.MockTransport(answer), base_url="http://p")
+
+    settings = SimpleNamespace(state=tmp_path, checkout=tmp_path, prefect_client=client)
     (tmp_path / "prefect.yaml").write_text("one")
 
     def up(parameters=FILE):

@@ -91,6 +91,9 @@ class Deployment(StrEnum):
 WORK_POOL = "trans-peft"
 """Prefect work pool of all deployments."""
 
+WORKER_STOPPED = "The worker was stopped or killed during this run."
+"""Message of a flow run that a stopped worker left, and that was marked as crashed after it."""
+
 GPU_LIMIT = "gpu"
 """Prefect's global concurrency limit that holds the GPU slots."""
 

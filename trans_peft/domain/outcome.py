@@ -201,8 +201,11 @@ class Plan:
 
     @property
     def recovery_cost(self) -> str:
-        """What a recovery adds to the estimates, in words; empty if the policy has no strategy."""
-        if not self.recoveries:
+        """What a recovery adds to the estimates, in words.
+
+        Empty if there is nothing to transfer, or no strategy but direct transfer.
+        """
+        if not (self.tasks and self.recoveries):
             return ""
         names = ", ".join(self.recoveries)
         if self.recovery_seconds is None:

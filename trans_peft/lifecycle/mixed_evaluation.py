@@ -58,8 +58,8 @@ def evaluate_shard(
 
     Missing evaluations on the bases that the adapters were trained on come first, then those on the
     new base, with the bare base among the rows. The files and weights of at most `size` adapters
-    are on this machine at once; None means all. Returns why adapters were left out, by name. If
-    memory does not suffice for some that are evaluated together, they are left out.
+    are on this machine at once; None means all. Returns why adapters were left out, by name. A
+    group that does not fit the memory is left out.
 
     Nothing is evaluated under a sequential policy, which needs few items of each adapter. Raises
     WorkerError if this worker lacks the policy's engine.

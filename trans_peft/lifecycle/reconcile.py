@@ -115,11 +115,7 @@ def plan(fleet: Fleet, policy: GatePolicy) -> Plan:
         aside,
         tuple(trainings),
         None if fleet.awaited_base is None else fleet.awaited_base.ref,
-        recoveries=tuple(
-            strategy
-            for strategy in policy.recovery.strategies
-            if strategy is not RecoveryStrategy.DIRECT
-        ),
+        recoveries=policy.recovery.strategies[1:],
     )
 
 
@@ -262,7 +258,7 @@ def _missing(
     source = adapter.source
     if adapter.trained_on(base) is not None:
         return None
-    outcome = adapter.outcome_on(base)
+    outcome, seconds = adapter.outcome_on(base), None
     if outcome is None:
         reason, attempt = Reason.NO_VERDICT, 1
     elif outcome.verdict is Verdict.FAILED:
@@ -271,19 +267,17 @@ def _missing(
         reason, attempt = Reason.RETRY, outcome.attempts + 1 if same_policy else 1
     elif outcome.verdict is not Verdict.INCOMPATIBLE and outcome.policy_sha256 != policy.sha256:
         reason, attempt = Reason.POLICY_CHANGED, 1
+        # A recovery is computed again, because its weights may depend on the policy.
+        if outcome.verdict is Verdict.PASSED or policy.recovery.strategies[1:] == ():
+            seconds = 0.0
     else:
         return None
-    # A recovery is computed again, because its weights may depend on the policy.
-    computes = outcome is None or (
-        outcome.verdict is not Verdict.PASSED
-        and policy.recovery.strategies != (RecoveryStrategy.DIRECT,)
-    )
     return TransferTask(
         adapter=adapter.name,
         source_number=source.number,
         base=base.ref,
         reason=reason,
         attempt=attempt,
-        estimated_seconds=0.0 if reason is Reason.POLICY_CHANGED and not computes else None,
+        estimated_seconds=seconds,
         suites_sha256=suites_sha256(source.suites),
     )
