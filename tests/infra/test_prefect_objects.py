@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -112,8 +113,10 @@ def test_a_kubernetes_pool_gets_the_template_and_its_patches(tmp_path):
 
 
 def test_runs_are_not_marked_as_interrupted_while_a_worker_of_another_host_is_online():
-    api = get_current_settings().api.url
-    stack = SimpleNamespace(urls={"prefect": api.removesuffix("/api")}, prefect_auth=None)
+    server = get_current_settings().api.url.removesuffix("/api")
+    stack = SimpleNamespace(
+        prefect_client=lambda timeout_s: httpx.Client(base_url=server, timeout=timeout_s)
+    )
 
     @flow
     def work() -> None:
