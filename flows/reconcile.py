@@ -187,7 +187,8 @@ class _Family:
         """Publish the plan, and change nothing."""
         with self._collecting_errors():
             fleet = reconciliation.read_fleet(self.name)
-            reporting.publish_plan(reconciliation.plan_fleet(fleet, self.policy))
+            plan = reconciliation.plan_fleet(fleet, self.policy)
+            reporting.publish_plan(plan, recovery.unprepared(fleet, self.policy))
 
     def is_unchanged(self, minutes: int) -> bool:
         """Return whether a run in the last minutes found nothing to do, and nothing changed."""

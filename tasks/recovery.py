@@ -1,24 +1,34 @@
-"""Task that starts retraining, the recovery strategy with a flow run of its own.
+"""Tasks of the recovery strategies: check what they need, and start a retraining.
 
 Reconcile imports this module, so it imports no machine-learning libraries.
 """
 
+from collections.abc import Mapping
 from typing import cast
 
 from prefect import task
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 
+from tasks.composition import platform
 from tasks.origin import inherited_tags
 from tasks.retries import RETRIES
 from tasks.worker import code_tag
 from trans_peft.domain.conventions import Deployment
 from trans_peft.domain.evaluation import GatePolicy
+from trans_peft.domain.fleet import Fleet
 from trans_peft.domain.identity import content_sha256, json_value
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.lifecycle.reconcile import MAX_ATTEMPTS
+from trans_peft.lifecycle.recovery import readiness
 
-__all__ = ["start_training"]
+__all__ = ["start_training", "unprepared"]
+
+
+@task(**RETRIES, task_run_name="prompts of {fleet.family}")
+def unprepared(fleet: Fleet, policy: GatePolicy) -> Mapping[str, str]:
+    """Return the adapters that no strategy without training rows can recover, with the reasons."""
+    return readiness.unprepared(fleet, policy.recovery, platform().store)
 
 
 @task(**RETRIES, task_run_name="start retraining of {recipe.adapter}")

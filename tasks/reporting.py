@@ -1,6 +1,6 @@
 """Prefect artifacts for users: the plan and the fleet report of a family."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -10,7 +10,7 @@ from tasks.retries import RETRIES
 from trans_peft.domain.conventions import OUTCOME_TAG_PREFIX, TAG_PREFIX, artifact_key
 from trans_peft.domain.fleet import Fleet, FleetChanges
 from trans_peft.domain.outcome import Plan, TransferTask
-from trans_peft.errors import listed_lines
+from trans_peft.errors import listed, listed_lines
 from trans_peft.lifecycle.promotion import describe_obstacle
 from trans_peft.lifecycle.report import report_of
 
@@ -22,6 +22,7 @@ __all__ = [
     "parked_text",
     "publish_fleet",
     "publish_plan",
+    "unprepared_text",
 ]
 
 MAX_LISTED = 200
@@ -29,13 +30,19 @@ MAX_LISTED = 200
 
 
 @task(**RETRIES, task_run_name="plan of {plan.family}")
-def publish_plan(plan: Plan) -> None:
-    """Write the plan to the log and to a table artifact."""
+def publish_plan(plan: Plan, unprepared: Mapping[str, str] | None = None) -> None:
+    """Write the plan to the log and to a table artifact.
+
+    `unprepared`: the adapters that cannot be recovered without training rows, with the reasons.
+    """
     logger = get_run_logger()
+    warning = unprepared_text(unprepared or {})
     for line in limited(map(str, plan.tasks)):
         logger.info("%s", line)
     if plan.recovery_cost:
         logger.info("%s", plan.recovery_cost)
+    if warning:
+        logger.warning("%s", warning)
     for line in limited(map(parked_text, plan.parked)):
         logger.warning("%s", line)
     create_table_artifact(
@@ -55,7 +62,7 @@ def publish_plan(plan: Plan) -> None:
             for item in items[:MAX_LISTED]
         ],
         description=f"{len(plan.tasks)} to judge, {len(plan.parked)} parked; at most {MAX_LISTED} "
-        f"of each are listed\n\n{plan.recovery_cost}".rstrip(),
+        f"of each are listed\n\n{plan.recovery_cost}\n\n{warning}".rstrip(),
     )
 
 
@@ -77,6 +84,22 @@ def obstacle_text(changes: FleetChanges) -> str:
 def limited(lines: Iterable[str]) -> list[str]:
     """Return the first `MAX_LISTED` lines and, if there are others, a last line "and N more"."""
     return listed_lines([*lines], MAX_LISTED)
+
+
+def unprepared_text(unprepared: Mapping[str, str]) -> str:
+    """Return which adapters cannot be recovered without training rows, and why; empty if all can.
+
+    Adapters with one reason are in one line.
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in unprepared.items():
+        names.setdefault(" ".join(reason.split()), []).append(name)
+    lines = [f"- {listed(found)}: {reason}" for reason, found in names.items()]
+    if not lines:
+        return ""
+    return "\n".join(
+        [f"{len(unprepared)} adapters cannot be recovered without training rows:", *limited(lines)]
+    )
 
 
 def parked_text(item: TransferTask) -> str:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from statistics import median
 from typing import Any, cast
 from uuid import UUID
@@ -26,9 +25,9 @@ from prefect.client.schemas.filters import (
     TaskRunFilterState,
     TaskRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.client.schemas.sorting import FlowRunSort
+from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.deployments import run_deployment
 from pydantic import TypeAdapter
 
@@ -81,8 +80,8 @@ Suspect = tuple[str, BaseRef]
 
 _TASKS = TypeAdapter(tuple[TransferTask, ...])
 _POLL_S = 2.0
-_MAX_DELAY_S = 60.0
-"""Seconds from the end of a shard until `wait` returns, if fewer than `enough_ended` have ended."""
+_MAX_DELAY = timedelta(minutes=1)
+"""Time from the end of a shard until `wait` returns, if fewer than `enough_ended` have ended."""
 _PAGE = 200  # Prefect's own limit for one answer
 _WITHDRAWN = "Withdrawn"
 _STOPPED = (
@@ -257,11 +256,11 @@ def active_shards(family: str, policy: GatePolicy) -> tuple[Shard, ...]:
     wanted = _wanted([family_tag], _NOT_OVER)
     found: list[FlowRun] = []
     with get_client(sync_client=True) as client:
-        for page in count():
+        while True:
             runs = client.read_flow_runs(
                 flow_run_filter=wanted,
                 limit=_PAGE,
-                offset=page * _PAGE,
+                offset=len(found),
                 sort=FlowRunSort.ID_DESC,  # a start between two pages changes other orders
             )
             found += runs
@@ -408,6 +407,8 @@ def wait(
 
     Returns no later than a minute after the first shard of a group has ended.
 
+    The end times are Prefect's, so that this minute includes what a run did between two calls.
+
     Returns the group's name and its ended shards. A poll is one request for 200 shards. `watch`
     reports if no worker serves the queue of a waiting shard. Pass the same one to all calls of a
     run.
@@ -415,7 +416,7 @@ def wait(
     logger = get_run_logger()
     logged: dict[UUID, str] = {}
     ended: dict[UUID, EndedShard] = {}
-    first_end_s: dict[str, float] = {}
+    ended_at: dict[UUID, datetime] = {}
     enough = enough_ended(gpu_slot_count())
     awaited = [shard for group in groups.values() for shard in group]
     with get_client(sync_client=True) as client:
@@ -425,6 +426,7 @@ def wait(
             for shard, run in _with_runs(pending, client):
                 if run is None:
                     ended[shard.run_id] = _deleted(shard)
+                    ended_at[shard.run_id] = _now()
                     continue
                 if run.state is not None and run.state.name != logged.get(shard.run_id, ""):
                     logged[shard.run_id] = run.state.name or ""
@@ -434,18 +436,21 @@ def wait(
                     ended[shard.run_id] = _with_ended_tasks(
                         _ended(run, run.state, shard), shard.run_id, client
                     )
+                    ended_at[shard.run_id] = run.state.timestamp
                 elif _is_waiting(run):
                     waiting.append(run)
             for name, group in groups.items():
-                over = tuple(ended[shard.run_id] for shard in group if shard.run_id in ended)
-                now_s = time.monotonic()
-                if over:
-                    first_end_s.setdefault(name, now_s)
-                is_late = now_s - first_end_s.get(name, now_s) >= _MAX_DELAY_S
+                over = [shard.run_id for shard in group if shard.run_id in ended]
+                now = _now()
+                is_late = now - min((ended_at[one] for one in over), default=now) >= _MAX_DELAY
                 if is_late or len(over) >= min(len(group), enough):
-                    return name, over
+                    return name, tuple(ended[one] for one in over)
             watch.check(waiting, client)
             time.sleep(_POLL_S)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def why_unserved(shards: Sequence[Shard]) -> str:
@@ -487,12 +492,18 @@ def _with_ended_tasks(shard: EndedShard, run_id: UUID, client: SyncPrefectClient
     if not (shard.was_killed and _is_alone(shard)):
         return shard
     over = TaskRunFilterStateType(any_=[StateType.COMPLETED, StateType.FAILED])
-    runs = client.read_task_runs(
-        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])),
-        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=over)),
-        limit=_PAGE,
-    )
-    return replace(shard, ended_tasks=frozenset(run.name for run in runs))
+    found: list[TaskRun] = []
+    while True:
+        runs = client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])),
+            task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=over)),
+            limit=_PAGE,
+            offset=len(found),
+            sort=TaskRunSort.ID_DESC,
+        )
+        found += runs
+        if len(runs) < _PAGE:
+            return replace(shard, ended_tasks=frozenset(run.name for run in found))
 
 
 def _was_stopped(message: str | None) -> bool:

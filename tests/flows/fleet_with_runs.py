@@ -22,7 +22,7 @@ from tasks.shards import EndedShard, Shard
 from tests.lifecycle.fleet import FAMILY, POLICY, MemoryFleet, obstacle_text
 from trans_peft.domain.evaluation import GatePolicy, Verdict
 from trans_peft.domain.fleet import Fleet
-from trans_peft.domain.outcome import TransferTask
+from trans_peft.domain.outcome import Plan, TransferTask
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.lifecycle import transfer
 from trans_peft.lifecycle.apply_verdicts import apply_verdicts
@@ -33,6 +33,7 @@ from trans_peft.lifecycle.reconcile import (
     plan,
     revision,
 )
+from trans_peft.lifecycle.recovery.readiness import unprepared
 
 WRITES = {
     "catalog": ("set_serving", "note_promotion"),
@@ -98,6 +99,7 @@ class FleetWithRuns:
     reads: int = 0
     looks: dict[str, str] = field(default_factory=dict)
     reported: list[int] = field(default_factory=list)
+    plans: list[tuple[Plan, Mapping[str, str]]] = field(default_factory=list)
     successors: list[tuple[str | None, bool]] = field(default_factory=list)
     unserved: str = ""
     clock: str = ""
@@ -133,6 +135,11 @@ class FleetWithRuns:
                 *("start", "active_shards", "suspects", "cancel_shard", "wait", "why_unserved"),
             ):
                 patch.setattr(module.shards, name, getattr(self, f"_{name}"))
+            patch.setattr(
+                module.recovery,
+                "unprepared",
+                lambda fleet, policy: unprepared(fleet, policy.recovery, self.platform.store),
+            )
             patch.setattr(module.limits, "gpu_slot_count", lambda: self.slots)
             patch.setattr(module.worker, "check_clock", lambda: self.clock)
             given = {
@@ -194,7 +201,7 @@ class FleetWithRuns:
     @property
     def _reporting(self) -> SimpleNamespace:
         return SimpleNamespace(
-            publish_plan=lambda plan: None,
+            publish_plan=lambda plan, unprepared=None: self.plans.append((plan, unprepared or {})),
             publish_fleet=lambda *a: self.reported.append(len(self.runs)),
             obstacle_text=obstacle_text,
             limited=limited,

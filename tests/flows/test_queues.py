@@ -97,7 +97,8 @@ def client(monkeypatch):
 
     monkeypatch.setattr(shards, "get_client", lambda sync_client: nullcontext(client))
     monkeypatch.setattr(shards.time, "sleep", sleep)
-    monkeypatch.setattr(shards.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(shards, "_now", lambda: POLLED + timedelta(seconds=now[0]))
+    client.completed = lambda: Completed(timestamp=shards._now())
     client.watch = lambda tell: QueueWatch(tell, lambda: now[0])
     monkeypatch.setattr(shards, "get_run_logger", lambda: SimpleNamespace(info=lambda *_: None))
     monkeypatch.setattr(shards, "gpu_slot_count", lambda: 32)
@@ -115,7 +116,8 @@ def test_a_wait_ends_when_enough_shards_have_ended_and_costs_one_request_a_poll(
     some = waiting_shards(client, 150)
 
     def end_two(now):
-        client.states |= {shard.run_id: Completed() for shard in some[int(now) - 2 : int(now)]}
+        ended = some[int(now) - 2 : int(now)]
+        client.states |= {shard.run_id: client.completed() for shard in ended}
 
     client.at = end_two
     name, ended = shards.wait({"small": some}, client.watch(print))
@@ -128,18 +130,35 @@ def test_a_wait_ends_a_minute_after_the_first_shard_if_fewer_have_ended(client):
 
     def end(now):
         if now == 100:
-            client.states[first.run_id] = Completed()
+            client.states[first.run_id] = client.completed()
         if now == 150:
-            client.states[second.run_id] = Completed()
+            client.states[second.run_id] = client.completed()
 
     client.at = end
     _, ended = shards.wait({"small": some}, client.watch(print))
     assert (client.now[0], len(ended)) == (160.0, 2)
 
 
+def test_the_minute_of_a_group_begins_when_its_shard_ended_whatever_other_groups_do(client):
+    """A run that reads another family for 50 s returns to a family after 10 s."""
+    large, small = waiting_shards(client, 3), waiting_shards(client, 10)
+
+    def end(now):
+        client.states |= {shard.run_id: client.completed() for shard in large}
+
+    client.states[small[0].run_id] = client.completed()
+    client.at = end
+    groups = {"large": large, "small": small}
+    assert shards.wait(groups, client.watch(print))[0] == "large"
+    client.now[0] += 50
+    del groups["large"]
+    name, ended = shards.wait(groups, client.watch(print))
+    assert (name, len(ended), client.now[0]) == ("small", 1, 60.0)
+
+
 def test_a_deleted_run_counts_as_cancelled(client):
     kept, deleted = waiting_shards(client, 2)
-    client.states[kept.run_id] = Completed()
+    client.states[kept.run_id] = client.completed()
     del client.states[deleted.run_id]
     _, ended = shards.wait({"small": [kept, deleted]}, client.watch(print))
     assert [(one.state_name, one.is_cancelled) for one in ended] == [
@@ -153,7 +172,7 @@ def test_a_reconcile_that_waits_reports_it_and_goes_on_waiting(client):
 
     def end(now):
         if now > 100:
-            client.states[shard.run_id] = Completed()
+            client.states[shard.run_id] = client.completed()
 
     client.at = end
     name, (ended,) = shards.wait(
@@ -171,7 +190,7 @@ def test_one_watch_reports_over_several_waits(client):
 
         def end(now, number=number, one=one):
             if now >= 40 * (number + 1):
-                client.states[one.run_id] = Completed()
+                client.states[one.run_id] = client.completed()
 
         client.at = end
         shards.wait({"small": [one]}, watch)

@@ -14,6 +14,7 @@ from tests.lifecycle.fleet import FAMILY, POLICY, SUITE
 from trans_peft.domain.evaluation import Verdict
 from trans_peft.domain.promotion import PromotionPolicy
 from trans_peft.domain.recipe import TrainingRecipe
+from trans_peft.domain.recovery import CompensationPolicy, RecoveryPolicy
 from trans_peft.errors import StoreError
 
 HALF = PromotionPolicy(min_serving_share=0.5)
@@ -67,6 +68,13 @@ class TestOneRun:
         before = upgraded.final_state
         assert upgraded.reconcile(monkeypatch, dry_run=True).name == "Completed"
         assert (upgraded.final_state, upgraded.runs, upgraded.moments) == (before, [], 0)
+
+    def test_a_dry_run_names_the_adapters_without_prompts(self, tmp_path, monkeypatch):
+        recovery = RecoveryPolicy(compensation=CompensationPolicy())
+        upgraded = upgrade(tmp_path / "prompts")
+        upgraded.reconcile(monkeypatch, policy=replace(POLICY, recovery=recovery), dry_run=True)
+        ((plan, unprepared),) = upgraded.plans
+        assert {task.adapter for task in plan.tasks} <= {*unprepared} == {*"abcde"}
 
     def test_starts_a_bounded_number_of_shards_at_a_time(self, undisturbed, tmp_path, monkeypatch):
         monkeypatch.setattr(shards, "max_active", lambda slots: 2 * slots)

@@ -356,8 +356,9 @@ def test_a_killed_shard_was_working_on_the_first_transfer_that_did_not_end(monke
     asked = []
 
     def read_task_runs(**given):
-        asked.append(given["flow_run_filter"].id.any_)
-        return [SimpleNamespace(name=f"transfer a to {V2}")]
+        asked.append((given["flow_run_filter"].id.any_, given["offset"]))
+        others = [SimpleNamespace(name=f"fail of adapter {i}") for i in range(given["limit"])]
+        return [SimpleNamespace(name=f"transfer a to {V2}")] if given["offset"] else others
 
     client, run_id = SimpleNamespace(read_task_runs=read_task_runs), uuid4()
     killed = EndedShard(
@@ -366,7 +367,7 @@ def test_a_killed_shard_was_working_on_the_first_transfer_that_did_not_end(monke
     ended = shards._with_ended_tasks(killed, run_id, client)
     assert interrupted_transfers([ended], plan(A, B, C)) == (B,)
     assert interrupted_transfers([ended], plan(A)) == ()
-    assert asked == [[run_id]]
+    assert asked == [([run_id], 0), ([run_id], 200)]
     completed = replace(killed, is_crashed=False)
     assert shards._with_ended_tasks(completed, run_id, client) is completed
-    assert len(asked) == 1
+    assert len(asked) == 2

@@ -92,9 +92,10 @@ def test_prompts_are_kept_with_the_adapter_and_used_after_an_update(setup, monke
     assert kept == NEW[:40]
     assert not [*setup.platform.work_dir.rglob("prompt-model")]  # it is deleted
 
-    from trans_peft.lifecycle.recovery.prompts import has_prompts, prompts_for
+    from trans_peft.lifecycle.recovery.prompts import prompts_for
+    from trans_peft.lifecycle.recovery.readiness import why_no_prompts
 
-    assert has_prompts(version, DistillationPolicy())
+    assert why_no_prompts(version, DistillationPolicy()) == ""
     found = prompts_for(version, folder, DistillationPolicy(), setup.platform)
     assert {example.prompt for example in found.examples} == set(kept)
     assert found.note == "40 prompts that were kept with the adapter"
@@ -222,12 +223,13 @@ def test_a_prompt_model_that_cannot_be_trained_ends_the_training_before_the_adap
 
 def test_an_adapter_without_its_file_is_not_distilled(setup):
     """The recipe says that there are prompts, but the registry has none."""
-    from trans_peft.lifecycle.recovery.prompts import has_prompts, prompts_for
+    from trans_peft.lifecycle.recovery.prompts import prompts_for
+    from trans_peft.lifecycle.recovery.readiness import why_no_prompts
 
     recipe = replace(setup.source.recipe, synthetic_prompts=SyntheticPrompts(steps=1))
     source, policy = replace(setup.source, recipe=recipe), DistillationPolicy()
-    assert has_prompts(source, policy)
-    assert not has_prompts(setup.source, policy)
+    assert why_no_prompts(source, policy) == ""
+    assert "neither the policy" in why_no_prompts(setup.source, policy)
     with pytest.raises(NotFoundError, match=r"synthetic_prompts.jsonl"):
         prompts_for(source, setup.peft, policy, setup.platform)
 

@@ -9,6 +9,7 @@ from trans_peft.domain.identity import ADDED_LATER
 from trans_peft.errors import InvalidSpecError
 
 __all__ = [
+    "COMPENSABLE_TYPES",
     "MIN_PROMPTS",
     "CompensationPolicy",
     "DistillationPolicy",
@@ -18,6 +19,9 @@ __all__ = [
     "StrategyAttempt",
 ]
 
+
+COMPENSABLE_TYPES = frozenset({"BOTTLENECK", "LORA"})
+"""Types of adapters that can be compensated, in PEFT's spelling. DoRA is a LORA with an option."""
 
 MIN_PROMPTS = 32
 """Prompts below which `compensated` and `distilled` are not tried."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trans_peft.transfer.peft_folder import WEIGHTS_NAME, read_peft_folder
 
-__all__ = ["COMPENSABLE", "LoraMatrices", "low_rank_matrices", "not_compensable"]
+__all__ = ["LoraMatrices", "low_rank_matrices", "not_compensable"]
 
 _PREFIX = "base_model.model."
 _COMPENSATION = "bottleneck_compensation_"
@@ -154,5 +154,3 @@ class BottleneckMatrices(LoraMatrices):
 
 
 _TYPES: Mapping[str, type[LoraMatrices]] = {"LORA": LoraMatrices, "BOTTLENECK": BottleneckMatrices}
-COMPENSABLE = frozenset(_TYPES)
-"""Types of adapters that can have matrices of low rank, in PEFT's spelling."""

@@ -16,6 +16,7 @@ from trans_peft.errors import (
 from trans_peft.lifecycle.base_files import base_folder
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs, recipe_on
 from trans_peft.lifecycle.recovery.prompts import prompts_for
+from trans_peft.lifecycle.recovery.readiness import why_not_distilled
 from trans_peft.lifecycle.recovery.teacher import UNUSABLE, why_no_teacher
 
 __all__ = ["distilled"]
@@ -34,7 +35,7 @@ def distilled(inputs: CandidateInputs) -> Candidate | str:
     policy, recipe = inputs.recovery.distillation, source.recipe
     assert policy is not None
     if recipe is None:
-        return "the adapter has no recipe, so its type and options are unknown"
+        return why_not_distilled(source, policy)
     if reason := why_no_teacher(inputs, policy):
         return reason
     folder = inputs.folder()

@@ -28,7 +28,7 @@ from trans_peft.lifecycle.evaluation import (
 from trans_peft.lifecycle.leakage import with_leakage
 from trans_peft.lifecycle.progress import ProgressCallback
 from trans_peft.lifecycle.recovery.candidates import Candidate, CandidateInputs
-from trans_peft.lifecycle.recovery.prompts import has_prompts
+from trans_peft.lifecycle.recovery.readiness import why_not_compensated, why_not_distilled
 from trans_peft.lifecycle.recovery.strategies import make_candidate
 from trans_peft.lifecycle.sequential import evaluate_sequentially
 from trans_peft.ports import Platform
@@ -44,15 +44,11 @@ def policy_per_strategy(policy: GatePolicy, source: AdapterVersion) -> GatePolic
     nothing names prompts for the adapter, and `compensated` has none for types that it does not
     support. This is known before anything is evaluated, so the level holds.
     """
-    from trans_peft.transfer.low_rank_matrices import COMPENSABLE
-
     recovery = policy.recovery
     compensation, distillation = recovery.compensation, recovery.distillation
-    if compensation is not None and not (
-        source.method in COMPENSABLE and has_prompts(source, compensation)
-    ):
+    if compensation is not None and why_not_compensated(source, compensation):
         recovery = replace(recovery, compensation=None)
-    if distillation is not None and not (source.recipe and has_prompts(source, distillation)):
+    if distillation is not None and why_not_distilled(source, distillation):
         recovery = replace(recovery, distillation=None)
     return replace(policy, recovery=recovery).per_strategy
 

@@ -17,7 +17,7 @@ from trans_peft.errors import DataError
 from trans_peft.lifecycle.synthetic_prompts import kept_prompts, suite_prompts
 from trans_peft.ports import Platform
 
-__all__ = ["Prompts", "has_prompts", "prompts_for"]
+__all__ = ["Prompts", "prompts_for"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,6 @@ class Prompts:
 
     examples: tuple[Example, ...]
     note: str
-
-
-def has_prompts(source: AdapterVersion, policy: PromptsPolicy) -> bool:
-    """Whether the policy or the adapter's recipe gives prompts of the adapter."""
-    recipe = source.recipe
-    return bool(policy.prompts_uri or (recipe and recipe.synthetic_prompts))
 
 
 def prompts_for(

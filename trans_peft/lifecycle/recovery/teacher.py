@@ -13,7 +13,7 @@ from trans_peft.errors import (
     NotFoundError,
 )
 from trans_peft.lifecycle.recovery.candidates import CandidateInputs
-from trans_peft.lifecycle.recovery.prompts import has_prompts
+from trans_peft.lifecycle.recovery.readiness import why_no_prompts
 
 __all__ = ["UNUSABLE", "why_no_teacher"]
 
@@ -33,9 +33,9 @@ def why_no_teacher(inputs: CandidateInputs, policy: PromptsPolicy) -> str:
 
     Nothing gives prompts, or the adapter answers no suite better than by chance.
     """
-    if not has_prompts(inputs.source, policy):
-        return "neither the policy (prompts_uri) nor the recipe (synthetic_prompts) gives prompts"
-    return _at_chance(inputs.source.suites, inputs.reference)
+    return why_no_prompts(inputs.source, policy) or _at_chance(
+        inputs.source.suites, inputs.reference
+    )
 
 
 def _at_chance(suites: Sequence[Suite], reference: Mapping[str, Evaluation]) -> str:
