@@ -58,25 +58,28 @@ SEEDS = (1, 2, 3)
 APPROVED = (20, 5)
 """Numbers of approved prompts after which v1 writes others."""
 PROMPT_MODEL_STEPS = 60
-PRIVATE_ROWS = 64
-"""Rows of a step under differential privacy, whose gradients are computed one by one."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source of prompts: its name, and how they are written before the update, if they are."""
+    """A source of prompts: its name, and how they are written before the update, if they are.
+
+    With `epsilon`, the prompt model has differential privacy, and `private_rows` are the rows of
+    one of its steps.
+    """
 
     name: str
     approved: int = 0
     steps: int = 0
     epsilon: float = field(default=0.0, metadata=ADDED_LATER)
+    private_rows: int = field(default=0, metadata=ADDED_LATER)
 
 
 UNLABELED, OTHER_TASK = Source("unlabeled"), Source("other task")
 WRITTEN = (
     *(Source(f"written after {n}", approved=n) for n in APPROVED),
     Source("prompt model", steps=PROMPT_MODEL_STEPS),
-    Source("prompt model with epsilon 8", steps=PROMPT_MODEL_STEPS, epsilon=8.0),
+    Source("prompt model with epsilon 8", steps=PROMPT_MODEL_STEPS, epsilon=8.0, private_rows=256),
 )
 RANKS = (16, 64)
 """Ranks of the compensation. The first is the policy's default."""
@@ -122,7 +125,7 @@ def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Ex
         approved=DataSource(str(approved)) if source.approved else None,
         steps=source.steps,
         count=POLICY.prompts,
-        privacy=PrivacySettings(source.epsilon, batch_size=PRIVATE_ROWS)
+        privacy=PrivacySettings(source.epsilon, batch_size=source.private_rows)
         if source.epsilon
         else None,
     )

@@ -137,6 +137,22 @@ def test_approved_prompts_are_pinned_and_not_needed_later(setup, monkeypatch):
     assert training.resolve_recipe(version.recipe, setup.platform)[0] == version.recipe
 
 
+def test_a_prompt_model_is_sampled_while_new_prompts_come(setup, monkeypatch):
+    """One of 20 rounds gives a prompt: a model with differential privacy learns little."""
+    from trans_peft.training import prompt_writing
+
+    rounds = []
+
+    def written(model, tokenizer, rows, new_tokens, end, seed):
+        rounds.append(seed)
+        return [NEW[len(rounds) // 20]] if len(rounds) % 20 == 0 and len(rounds) <= 100 else []
+
+    monkeypatch.setattr(prompt_writing, "_written", written)
+    with pytest.raises(DataError, match="5 synthetic prompts could be written"):
+        trained(setup, SyntheticPrompts(steps=2))
+    assert len(rounds) == len(set(rounds)) == 100 + 24
+
+
 def test_too_few_prompts_end_the_training_before_the_adapter(setup, monkeypatch):
     writes(monkeypatch, *NEW[:31])
     with pytest.raises(DataError, match="31 synthetic prompts could be written for kept"):

@@ -29,6 +29,13 @@ __all__ = [
 ]
 
 _NAME = "synthetic_prompts.jsonl"
+_HOW_TO_GET_MORE = {
+    False: "approve more prompts, train the prompt model with more steps, or remove "
+    "synthetic_prompts from the recipe",
+    True: "give privacy a larger batch_size or epsilon, or approve prompts instead. Prompts that a "
+    "second training writes add their epsilon and delta to those of this one",
+}
+"""By whether the prompt model has differential privacy."""
 
 
 def check_synthetic_prompts(recipe: TrainingRecipe, rows: int, store: ArtifactStore) -> None:
@@ -100,8 +107,7 @@ def write_synthetic_prompts(
             f"{len(written)} synthetic prompts could be written for {recipe.adapter}",
             expected=f"at least {MIN_PROMPTS} that differ from each other and from the suites, and "
             "that repeat no rare part of the training prompts (which only privacy allows)",
-            do="approve more prompts, train the prompt model with more steps, or remove "
-            "synthetic_prompts from the recipe",
+            do=_HOW_TO_GET_MORE[settings.privacy is not None],
         )
     write_examples(written, file.with_suffix(".partial")).replace(file)
     return len(written)

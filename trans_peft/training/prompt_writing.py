@@ -33,7 +33,10 @@ _SEPARATORS = ("###", "-----", "=====", "@@@@@", "~~~~~")
 """Lines that end a prompt. The first one that occurs in the fewest prompts is used."""
 _START = "Prompt"  # no tokenizer joins letters and the line break that follows
 _EXAMPLES_SHOWN = 8  # in one pass of the base, in random order
-_ROUNDS = 12
+_ROUNDS = 12  # of the base, after approved prompts
+_SAMPLE_ROUNDS = 240  # of a prompt model
+_FRUITLESS_ROUNDS = 24
+"""Rounds without a new prompt after which a prompt model is not sampled further."""
 _BATCH = 32
 _LENGTH_FACTOR = 1.5  # tokens of a written prompt, relative to the longest example
 _TOP_P = 0.95
@@ -137,15 +140,17 @@ def _distinct(
 ) -> list[Example]:
     """Return the first `count` prompts that match no known text and no earlier prompt."""
     found: list[Example] = []
-    written = 0
+    written = fruitless = 0
     for texts in rounds:
+        before = len(found)
         new = [
             _with_text(shape, text, f"written-{number}")
             for number, text in enumerate(texts, start=written)
         ]
         written += len(new)
         found = distinct_from([*found, *new], known, text=Example.prompt_text, limit=count)
-        if len(found) == count:
+        fruitless = 0 if len(found) > before else fruitless + 1
+        if len(found) == count or fruitless == _FRUITLESS_ROUNDS:
             break
     return found
 
@@ -194,8 +199,8 @@ def _samples(
         longest = max(len(ids) for ids in tokenizer(list(traits.texts))["input_ids"])
         new_tokens = min(new_tokens, longest + len(tokenizer(end)["input_ids"]) + 1)
     rows = [start] * _BATCH
-    for number in range(_ROUNDS * 2):
-        yield _written(model, tokenizer, rows, new_tokens, end, seed * _ROUNDS + number)
+    for number in range(_SAMPLE_ROUNDS):
+        yield _written(model, tokenizer, rows, new_tokens, end, seed * _SAMPLE_ROUNDS + number)
 
 
 def _written(
