@@ -80,11 +80,12 @@ def test_the_output_layer_can_be_left_out(setup):
     assert "100 % of the change of 14 linear modules compensated" in tried.note
 
 
-def test_answers_are_reported_as_progress(setup):
+def test_answers_and_matrices_are_reported_as_progress(setup):
     compensated(setup)
     shown = [str(step) for step in setup.progress if "items" not in step.unit]
     assert shown[0] == "parity: needs-retuning (direct) on v2: 1 of 2 strategies"
-    assert shown[-1] == "parity: answers for compensation on v1: 45 of 45 prompts"
+    assert "parity: answers for compensation on v1: 45 of 45 prompts" in shown
+    assert shown[-1] == "parity: matrices for compensation on v2: 15 of 15 modules"
 
 
 @pytest.mark.parametrize(

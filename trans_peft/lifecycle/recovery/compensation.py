@@ -3,7 +3,7 @@
 No weight is trained. The prompts and the teacher's answers are in memory only.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,8 @@ from trans_peft.models import adapter_weights_sha256
 from trans_peft.text.saved_template import saved_template
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trans_peft.transfer.module_inputs import ModuleInputs
 
 __all__ = ["answering_inputs", "compensated"]
@@ -51,8 +53,13 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
         new_base = base_folder(inputs.base, inputs.platform)
         suite = max(source.suites, key=lambda suite: suite.max_new_tokens)
         progress = inputs.reporter("answers for compensation", "prompts", base=inputs.trained_on)
-        weights = weight_pairs(old_base, new_base)
+        pairs = weight_pairs(old_base, new_base)
         read, answered = answering_inputs(folder, old_base, suite, prompts.examples, progress)
+        weights = _reporting(
+            pairs,
+            {module.weight for module in read.values()},
+            inputs.reporter("matrices for compensation", "modules"),
+        )
         found = compensate(
             folder, weights, read, policy.rank, target, output_layer=policy.output_layer
         )
@@ -68,6 +75,20 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
     return Candidate(
         RecoveryStrategy.COMPENSATED, lambda: target, adapter_weights_sha256(target), note
     )
+
+
+def _reporting(
+    weights: "Iterable[tuple[str, Tensor, Tensor]]",
+    compensated: Collection[str],
+    report: Callable[[int, int], None],
+) -> "Iterator[tuple[str, Tensor, Tensor]]":
+    """Yield the weights, and report how many of the compensated ones the consumer has done."""
+    done = 0
+    for weight in weights:
+        yield weight
+        if weight[0] in compensated:
+            done += 1
+            report(done, len(compensated))
 
 
 def answering_inputs(
