@@ -100,14 +100,18 @@ def module_inputs(
             last = (None, chosen)
             for hook in hooks:
                 hook.remove()
-    joined: dict[tuple[int, ...], Tensor] = {}
-    inputs = {}
+    same: dict[tuple[int, ...], list[str]] = {}
     for name, parts in found.items():
-        shared = tuple(map(id, parts))
-        if parts and shared not in joined:
-            joined[shared] = torch.cat(parts)
         if parts:
-            module = modules[name]
-            weight = names[id(module.weight)]
-            inputs[name] = ModuleInputs(weight, joined[shared], module is head)
-    return inputs
+            same.setdefault(tuple(map(id, parts)), []).append(name)
+    joined: dict[str, Tensor] = {}
+    for sharing in same.values():
+        values = torch.cat(found[sharing[0]])
+        for name in sharing:
+            joined[name] = values
+            found[name].clear()  # so that the inputs of one module only are in memory twice
+    return {
+        name: ModuleInputs(names[id(module.weight)], joined[name], module is head)
+        for name, module in modules.items()
+        if name in joined
+    }
