@@ -39,8 +39,8 @@ def publish_plan(plan: Plan, unprepared: Mapping[str, str] | None = None) -> Non
     warning = unprepared_text(unprepared or {})
     for line in limited(map(str, plan.tasks)):
         logger.info("%s", line)
-    if plan.recovery_cost:
-        logger.info("%s", plan.recovery_cost)
+    for line in filter(None, (plan.total_cost, plan.recovery_cost)):
+        logger.info("%s", line)
     if warning:
         logger.warning("%s", warning)
     for line in limited(map(parked_text, plan.parked)):
@@ -61,8 +61,18 @@ def publish_plan(plan: Plan, unprepared: Mapping[str, str] | None = None) -> Non
             for is_parked, items in ((False, plan.tasks), (True, plan.parked))
             for item in items[:MAX_LISTED]
         ],
-        description=f"{len(plan.tasks)} to judge, {len(plan.parked)} parked; at most {MAX_LISTED} "
-        f"of each are listed\n\n{plan.recovery_cost}\n\n{warning}".rstrip(),
+        description="\n\n".join(
+            filter(
+                None,
+                (
+                    f"{len(plan.tasks)} to judge, {len(plan.parked)} parked; at most {MAX_LISTED} "
+                    "of each are listed",
+                    plan.total_cost,
+                    plan.recovery_cost,
+                    warning,
+                ),
+            )
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from prefect.states import Failed
 from tasks.retries import RETRIES, is_infrastructure_failure
 from tests.lifecycle.fleet import FAMILY, POLICY, SUITE, MemoryFleet, evaluation
 from trans_peft.domain.evaluation import GatePolicy, Verdict
-from trans_peft.domain.outcome import Reason
+from trans_peft.domain.outcome import Plan, Reason
 from trans_peft.domain.recipe import TrainingRecipe
 from trans_peft.domain.recovery import RecoveryPolicy, RecoveryStrategy, StrategyAttempt
 from trans_peft.errors import BaseUnreadableError, NotFoundError, NotServedError, WorkerError
@@ -218,6 +218,22 @@ def test_the_plan_names_the_cost_of_recoveries(fleet, two_bases):
         fleet.platform.registry.record(replace(fleet.judge(task), tried=tried))
     fleet.add_base("v3")
     assert "takes about 40 s more, the median recovery of this family" in cost(policy)
+
+
+@pytest.mark.parametrize(
+    ("estimates", "total"),
+    [
+        ((), ""),
+        ((None, None), ""),
+        ((30.0, 60.0), "about 1.5 minutes on one GPU slot"),
+        ((3600.0, None, 7200.0), "about 4.5 hours on one GPU slot, by the mean of 2 estimates"),
+    ],
+)
+def test_a_plan_states_how_long_its_transfers_take_together(fleet, two_bases, estimates, total):
+    task, _ = fleet.tasks()
+    tasks = tuple(replace(task, estimated_seconds=seconds) for seconds in estimates)
+    found = Plan(FAMILY, tasks).total_cost
+    assert found == (f"all transfers together take {total}" if total else "")
 
 
 def test_a_changed_policy_does_not_repeat_incompatible_transfers(fleet, two_bases):

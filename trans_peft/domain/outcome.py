@@ -200,6 +200,19 @@ class Plan:
     recovery_seconds: float | None = None
 
     @property
+    def total_cost(self) -> str:
+        """How long the tasks take together on one GPU slot, in words; empty without an estimate."""
+        known = [
+            item.estimated_seconds for item in self.tasks if item.estimated_seconds is not None
+        ]
+        if not known:
+            return ""
+        minutes = len(self.tasks) * sum(known) / len(known) / 60
+        took = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+        by = "" if len(known) == len(self.tasks) else f", by the mean of {len(known)} estimates"
+        return f"all transfers together take about {took} on one GPU slot{by}"
+
+    @property
     def recovery_cost(self) -> str:
         """What a recovery adds to the estimates, in words.
 
