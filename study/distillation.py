@@ -9,6 +9,7 @@ it cost after the update. The seconds for writing prompts, before the update, ar
 import argparse
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -29,9 +30,11 @@ from study.distillation_report import (
 from study.free_text import FREE_TEXT, MAX_LENGTH, with_free_text
 from study.plan import STEPS, V1, PlannedTraining, arms
 from study.score_file import Score, ScoreFile
+from trans_peft.analysis.updates import public_rows
 from trans_peft.bases.drift import weight_pairs
 from trans_peft.data import Example, parse_examples, read_prompts, write_examples
 from trans_peft.data.overlap import distinct_from
+from trans_peft.data.rows import NO_ANSWER
 from trans_peft.domain.data import DataSource
 from trans_peft.domain.identity import ADDED_LATER, content_sha256
 from trans_peft.domain.privacy import PrivacySettings
@@ -75,12 +78,15 @@ class Source:
     private_rows: int = field(default=0, metadata=ADDED_LATER)
 
 
-UNLABELED, OTHER_TASK = Source("unlabeled"), Source("other task")
+UNLABELED, OTHER_TASK, GENERIC = (
+    Source(name) for name in ("unlabeled", "other task", "generic text")
+)
 WRITTEN = (
     *(Source(f"written after {n}", approved=n) for n in APPROVED),
     Source("prompt model", steps=PROMPT_MODEL_STEPS),
     Source("prompt model with epsilon 8", steps=PROMPT_MODEL_STEPS, epsilon=8.0, private_rows=256),
 )
+_SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+")
 RANKS = (16, 64)
 """Ranks of the compensation. The first is the policy's default."""
 
@@ -98,6 +104,7 @@ PARTS = (
     Part("plain", (0, RANKS[0]), (UNLABELED,)),
     Part("plain", RANKS[:1], (OTHER_TASK,)),
     Part("plain", RANKS[:1], WRITTEN),
+    Part("plain", RANKS[:1], (GENERIC,)),
     Part("spared", (0, RANKS[0]), (UNLABELED,)),
     Part("plain", RANKS[1:], (UNLABELED,)),
     Part("plain", (0,), WRITTEN),
@@ -113,6 +120,8 @@ def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Ex
     task = job.recipe.adapter
     rows, store = prepared.rows(task), FileStore()
     items = [row.prompt_text() for row in _rows(prepared, task, "eval.jsonl")]
+    if source == GENERIC:
+        return sentences(public_rows())
     if source == OTHER_TASK:
         rows = prepared.rows(next(name for name in prepared.suites if name != task))
     if source in (UNLABELED, OTHER_TASK):
@@ -138,6 +147,18 @@ def prompts(prepared: Prepared, job: TrainingJob, source: Source) -> Sequence[Ex
     found = kept_prompts(folder).prompts
     log(f"{task}, {source.name}: {len(found)} prompts, {time.monotonic() - started_s:.0f} s")
     return found
+
+
+def sentences(texts: Sequence[Example]) -> Sequence[Example]:
+    """Return the sentences of texts that have at least 30 characters, as prompts."""
+    found = (
+        part.strip() for row in texts for part in _SENTENCE_END.split(row.prompt + row.completion)
+    )
+    return [
+        Example(f"sentence-{number}", text, NO_ANSWER)
+        for number, text in enumerate(dict.fromkeys(found))
+        if len(text) >= 30
+    ]
 
 
 def scores(

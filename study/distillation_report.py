@@ -38,6 +38,7 @@ PLAIN, SPARED, NEW = "plain", "spared", "Fine-tune(new)"
 _SOURCES = {
     "unlabeled": "unlabeled prompts",
     "other task": "unlabeled prompts of the other task",
+    "generic text": "sentences of public texts",
     "written after 20": "prompts written after 20 approved ones",
     "written after 5": "prompts written after 5 approved ones",
     "prompt model": "prompts of a prompt model",
