@@ -4,6 +4,7 @@
     trans-peft.base.ready           trans-peft.base.FAMILY.VERSION      family, version
     trans-peft.base.refused         trans-peft.upload.URI
     trans-peft.adapter.judged       trans-peft.adapter.NAME             family, base, verdict
+    trans-peft.adapters.withdrawn   trans-peft.family.FAMILY
     trans-peft.fleet.promoted       trans-peft.family.FAMILY
     trans-peft.promotion.refused    trans-peft.family.FAMILY
 
@@ -16,18 +17,22 @@ event, and two processes that write the same change both send it. No part of thi
 depends on an event. docs/promotion.md shows two automations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefect.events import emit_event
 
 from tasks.origin import origin
+from tasks.reporting import MAX_LISTED
 from trans_peft.domain.base import BaseVersion
 from trans_peft.domain.conventions import EVENT_PREFIX, Event
+from trans_peft.domain.fleet import AliasChange
 from trans_peft.domain.outcome import TransferOutcome
+from trans_peft.errors import listed
 
 __all__ = [
     "adapter_judged",
+    "adapters_withdrawn",
     "base_ready",
     "base_refused",
     "fleet_promoted",
@@ -66,6 +71,16 @@ def adapter_judged(outcome: TransferOutcome) -> None:
             "version": outcome.new_number,
             "attempts": outcome.attempts,
         },
+    )
+
+
+def adapters_withdrawn(family: str, withdrawn: Sequence[AliasChange]) -> None:
+    """Adapters lost the alias by which they served on a base, for instance by a new policy."""
+    what = [f"{change.adapter} ({change.alias})" for change in withdrawn]
+    _emit(
+        Event.ADAPTERS_WITHDRAWN,
+        f"family.{family}",
+        payload={"family": family, "count": len(what), "adapters": listed(what, MAX_LISTED)},
     )
 
 

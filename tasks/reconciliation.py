@@ -51,6 +51,8 @@ def apply_fleet_verdicts(
     while True:
         fleet = reconcile.observe(family, platform())
         fleet, changes = apply_verdicts(fleet, policy, promotion, platform())
+        if withdrawn := [change for change in changes.aliases if change.number is None]:
+            events.adapters_withdrawn(family, withdrawn)
         if changes.promoted is not None:
             events.fleet_promoted(family, str(changes.promoted))
         if changes.is_refused and not changes.already_reported:

@@ -71,6 +71,7 @@ class Event(StrEnum):
     BASE_READY = f"{EVENT_PREFIX}base.ready"
     BASE_REFUSED = f"{EVENT_PREFIX}base.refused"
     ADAPTER_JUDGED = f"{EVENT_PREFIX}adapter.judged"
+    ADAPTERS_WITHDRAWN = f"{EVENT_PREFIX}adapters.withdrawn"
     FLEET_PROMOTED = f"{EVENT_PREFIX}fleet.promoted"
     PROMOTION_REFUSED = f"{EVENT_PREFIX}promotion.refused"
     RECONCILE_REQUESTED = f"{EVENT_PREFIX}reconcile.requested"
