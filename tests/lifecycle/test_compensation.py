@@ -85,6 +85,7 @@ def test_answers_and_matrices_are_reported_as_progress(setup):
     shown = [str(step) for step in setup.progress if "items" not in step.unit]
     assert shown[0] == "parity: needs-retuning (direct) on v2: 1 of 2 strategies"
     assert "parity: answers for compensation on v1: 45 of 45 prompts" in shown
+    assert "parity: inputs for compensation on v1: 45 of 45 prompts" in shown
     assert shown[-1] == "parity: matrices for compensation on v2: 15 of 15 modules"
 
 

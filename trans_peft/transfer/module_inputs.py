@@ -1,6 +1,6 @@
 """Inputs of the linear modules of a base while an adapter processes token sequences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +39,17 @@ class ModuleInputs:
 
 
 def module_inputs(
-    model: PreTrainedModel, adapter: Path, sequences: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    adapter: Path,
+    sequences: Sequence[Sequence[int]],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Mapping[str, ModuleInputs]:
     """Return inputs of the linear modules of a base with an adapter, by the names of the modules.
 
     Two kinds of modules are left out: experts and others that do not receive every token exactly
     once, and modules that the adapter replaces by a trained copy (`modules_to_save`).
     `sequences` are token ids, such as prompts with answers, of about `MAX_TOKENS` in total.
+    `on_progress` is called with the number of processed sequences and that of all.
 
     Raises UnsupportedModelError if the base returns no hidden states.
     """
@@ -96,6 +100,7 @@ def module_inputs(
                 for name, module in modules.items():
                     if module is head and not replaced:
                         keep(name, hidden)
+                on_progress(min(first + _BATCH, len(sequences)), len(sequences))
         finally:
             last = (None, chosen)
             for hook in hooks:

@@ -52,9 +52,17 @@ def compensated(inputs: CandidateInputs) -> Candidate | str:
         old_base = base_folder(inputs.trained_on, inputs.platform)
         new_base = base_folder(inputs.base, inputs.platform)
         suite = max(source.suites, key=lambda suite: suite.max_new_tokens)
-        progress = inputs.reporter("answers for compensation", "prompts", base=inputs.trained_on)
         pairs = weight_pairs(old_base, new_base)
-        read, answered = answering_inputs(folder, old_base, suite, prompts.examples, progress)
+        read, answered = answering_inputs(
+            folder,
+            old_base,
+            suite,
+            prompts.examples,
+            on_answers=inputs.reporter(
+                "answers for compensation", "prompts", base=inputs.trained_on
+            ),
+            on_inputs=inputs.reporter("inputs for compensation", "prompts", base=inputs.trained_on),
+        )
         weights = _reporting(
             pairs,
             {module.weight for module in read.values()},
@@ -96,7 +104,9 @@ def answering_inputs(
     old_base: Path,
     suite: Suite,
     prompts: Sequence[Example],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    on_answers: Callable[[int, int], None] = lambda done, total: None,
+    on_inputs: Callable[[int, int], None] = lambda done, total: None,
 ) -> "tuple[Mapping[str, ModuleInputs], int]":
     """Return the inputs of the modules while an adapter on its old base answers prompts.
 
@@ -135,7 +145,7 @@ def answering_inputs(
             ids,
             max_new_tokens=suite.max_new_tokens,
             stop=suite.stop,
-            on_progress=on_progress,
+            on_progress=on_answers,
         )
     rows = [[*prompt, *answer] for prompt, answer in zip(ids, answers.ids, strict=True)]
-    return module_inputs(old.model, folder, rows), len(rows)
+    return module_inputs(old.model, folder, rows, on_inputs), len(rows)
