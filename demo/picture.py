@@ -82,7 +82,7 @@ def _scores(axes: "Axes", arms: Sequence[Result]) -> None:
         )  # fmt: skip
     axes.set_xticks(
         range(3),
-        ["base v1\n(trained here)", "base v2\n(same adapter bytes)", "base v2\n(registered)"],
+        ["base v1\n(trained here)", "base v2\n(same adapter bytes)", "base v2\n(as registered)"],
     )
     axes.set_xlim(-0.45, 2.45)
     axes.set_ylim(0, 100)
@@ -127,7 +127,7 @@ def _differences(axes: "Axes", arms: Sequence[Result]) -> None:
         color="#B3261E",
         fontsize=10,
     )
-    axes.set_title("change by the update, paired", loc="left")
+    axes.set_title("change from v1 to v2 as registered, paired", loc="left")
     _clean(axes)
     axes.spines["left"].set_visible(False)
 

@@ -156,7 +156,8 @@ class Steps:
         """Set `champion` to v2. Every adapter gets a verdict before v2 serves."""
         new = self._update_to
         self._screen.section(
-            "Upgrade", f"`champion` moves to {new}: every adapter is judged, then it serves"
+            "Upgrade",
+            f"`champion` moves to {new}: every adapter is judged, and serves if it passes",
         )
         self._promote(new)
         if not self._is_settled():
@@ -235,6 +236,7 @@ class Steps:
             ("flow runs", f"{prefect}/runs"),
             ("fleet report", f"{prefect}/artifacts/key/fleet-{FAMILY}"),
             ("password of Prefect's pages", "make login"),
+            ("stop the servers", "make down"),
         ):
             self._screen.console.print(f"  {name:27} {link}", highlight=False, soft_wrap=True)
 

@@ -1,6 +1,7 @@
 """Prefect artifacts for users: the plan and the fleet report of a family."""
 
 from collections.abc import Iterable, Mapping
+from logging import INFO, WARNING
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -36,13 +37,13 @@ def publish_plan(plan: Plan, unprepared: Mapping[str, str] | None = None) -> Non
     `unprepared`: the adapters that cannot be recovered without training rows, with the reasons.
     """
     logger = get_run_logger()
-    warning = unprepared_text(unprepared or {})
+    readiness = "" if unprepared is None else unprepared_text(unprepared)
     for line in limited(map(str, plan.tasks)):
         logger.info("%s", line)
     for line in filter(None, (plan.total_cost, plan.recovery_cost)):
         logger.info("%s", line)
-    if warning:
-        logger.warning("%s", warning)
+    if readiness:
+        logger.log(WARNING if unprepared else INFO, "%s", readiness)
     for line in limited(map(parked_text, plan.parked)):
         logger.warning("%s", line)
     create_table_artifact(
@@ -69,7 +70,7 @@ def publish_plan(plan: Plan, unprepared: Mapping[str, str] | None = None) -> Non
                     "of each are listed",
                     plan.total_cost,
                     plan.recovery_cost,
-                    warning,
+                    readiness,
                 ),
             )
         ),
@@ -97,19 +98,18 @@ def limited(lines: Iterable[str]) -> list[str]:
 
 
 def unprepared_text(unprepared: Mapping[str, str]) -> str:
-    """Return which adapters cannot be recovered without training rows, and why; empty if all can.
+    """Return which adapters cannot be recovered without training rows, and why.
 
     Adapters with one reason are in one line.
     """
+    if not unprepared:
+        return "all adapters have what a recovery without training rows needs"
     names: dict[str, list[str]] = {}
     for name, reason in unprepared.items():
-        names.setdefault(" ".join(reason.split()), []).append(name)
+        names.setdefault(reason, []).append(name)
     lines = [f"- {listed(found)}: {reason}" for reason, found in names.items()]
-    if not lines:
-        return ""
-    return "\n".join(
-        [f"{len(unprepared)} adapters cannot be recovered without training rows:", *limited(lines)]
-    )
+    count = f"{len(unprepared)} adapter{'s' if len(unprepared) > 1 else ''}"
+    return "\n".join([f"{count} cannot be recovered without training rows:", *limited(lines)])
 
 
 def parked_text(item: TransferTask) -> str:

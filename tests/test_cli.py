@@ -640,6 +640,15 @@ def test_transfer_writes_the_verdict_and_the_rebound_adapter(cli, tmp_path):
     assert "evaluating" not in err
 
 
+def test_a_missing_file_of_prompts_is_an_error_before_the_evaluations(cli, tmp_path):
+    uri = f"{tmp_path}/traffic/{{adapter}}.jsonl"
+    (tmp_path / "policy.yaml").write_text(f'recovery: {{compensation: {{prompts_uri: "{uri}"}}}}')
+    code, _, err = cli.run(*TRANSFER, "--out", "x", "--policy", tmp_path / "policy.yaml")
+    assert code == 2
+    assert f"there is no file {tmp_path}/traffic/" in err.replace("\n", "")
+    assert not Path("x").exists()
+
+
 def test_the_recovery_strategies_of_a_policy_are_tried_and_reported(cli, tmp_path):
     policy = "label: strict\nmargin_points: 1\nrecovery: {scales: [0.5, 2.0]}\n"
     (tmp_path / "policy.yaml").write_text(policy)

@@ -21,7 +21,7 @@ from trans_peft.lifecycle.recovery.readiness import unprepared
 from trans_peft.transfer.low_rank_matrices import _TYPES
 
 NOTHING = "neither the policy (prompts_uri) nor the recipe (synthetic_prompts) gives prompts"
-TRAINED_ELSEWHERE = "the adapter has no recipe, so its type and options are unknown"
+TRAINED_ELSEWHERE = "the adapter has no recipe, so its perturbation and options are unknown"
 
 
 def test_the_types_that_can_be_compensated_are_those_that_have_an_implementation():
@@ -53,8 +53,10 @@ def fleet(tmp_path):
     )
 
 
-def test_without_such_a_strategy_nothing_is_missing(fleet, tmp_path):
-    assert unprepared(fleet, RecoveryPolicy(retune_steps=20), store=None) == {}
+def test_without_such_a_strategy_no_adapter_can_be_recovered(fleet):
+    off = "the policy has neither compensation nor distillation"
+    found = unprepared(fleet, RecoveryPolicy(retune_steps=20), store=None)
+    assert found == {"ia3": off, "lora": off, "own": off}
 
 
 def test_an_adapter_needs_prompts_for_a_strategy_that_supports_its_type(fleet):
@@ -81,7 +83,7 @@ def test_files_of_prompts_must_exist_and_not_be_empty(fleet, tmp_path):
     (tmp_path / "own.jsonl").write_bytes(b"")
     found = unprepared(fleet, recovery, store)
     assert [*found] == ["ia3", "lora", "own"]
-    assert str(tmp_path / "lora.jsonl") in found["lora"]
+    assert found["lora"] == f"there is no file {tmp_path}/lora.jsonl"
     assert found["own"] == f"{tmp_path}/own.jsonl is empty"
     for name in ("lora", "own"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "2 + 2 ="}\n')
@@ -103,8 +105,9 @@ def test_one_file_for_all_adapters_is_opened_once(fleet, tmp_path):
 
 
 def test_adapters_with_one_reason_are_in_one_line():
-    assert unprepared_text({}) == ""
-    reasons = {"a": NOTHING, "b": "there is no\n  s3://traffic/b.jsonl", "c": NOTHING}
+    assert unprepared_text({}).startswith("all adapters have what a recovery")
+    assert unprepared_text({"a": NOTHING}).startswith("1 adapter cannot be recovered")
+    reasons = {"a": NOTHING, "b": "there is no s3://traffic/b.jsonl", "c": NOTHING}
     assert unprepared_text(reasons).splitlines() == [
         "3 adapters cannot be recovered without training rows:",
         f"- a, c: {NOTHING}",

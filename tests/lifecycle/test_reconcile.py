@@ -218,6 +218,8 @@ def test_the_plan_names_the_cost_of_recoveries(fleet, two_bases):
         fleet.platform.registry.record(replace(fleet.judge(task), tried=tried))
     fleet.add_base("v3")
     assert "takes about 40 s more, the median recovery of this family" in cost(policy)
+    others = replace(POLICY, recovery=RecoveryPolicy(retune_steps=20))
+    assert cost(others).startswith("the estimates do not include the recovery (re-tuned)")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def transfer(
     policy: Annotated[
         Path | None,
         Parameter(
-            help="Gate policy, as a JSON or YAML file. Default: a margin of 5 points.",
+            help="Gate policy, as a JSON or YAML file. Default: a margin of 5 points, and no "
+            "recovery.",
             show_default=False,
         ),
     ] = None,
@@ -125,6 +126,10 @@ def transfer(
         workspace = Workspace.at(state, shown)
         platform, folder = workspace.platform, workspace.adapter(adapter)
         suites = pin_suites(suites, platform)
+        for strategy in (gate.recovery.compensation, gate.recovery.distillation):
+            if strategy is not None and strategy.prompts_uri:
+                with platform.store.read(strategy.prompts_of(adapter_name(adapter))):
+                    pass  # a missing file is an error before anything is evaluated
         trained_on, candidate = workspace.base_trained_on(old, folder), workspace.base(new, LOCAL)
         if trained_on.fingerprint_sha256 == candidate.fingerprint_sha256:
             raise InvalidSpecError(

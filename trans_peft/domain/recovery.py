@@ -222,4 +222,6 @@ class StrategyAttempt:
         if not self.verdict:
             return f"{self.strategy}: not tried ({self.reason})"
         note = f" ({self.note})" if self.note else ""
-        return f"{self.strategy}{note}: {self.verdict}, {self.seconds:.0f} s"
+        # Evaluations that were made before, or together with others, are not in the seconds.
+        took = f", {self.seconds:.0f} s" if self.seconds >= 0.5 else ""
+        return f"{self.strategy}{note}: {self.verdict}{took}"

@@ -6,6 +6,7 @@ Desired state: every live adapter has a verdict on every ready base version that
 read here, so lost, doubled or reordered ones have no effect on the plan.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from importlib.metadata import version
 from statistics import median
@@ -154,18 +155,20 @@ def with_cost_estimates(found: Plan, fleet: Fleet, platform: Platform) -> Plan:
                         return found
             item = replace(item, estimated_seconds=seconds[item.adapter])
         tasks.append(item)
-    return replace(found, tasks=tuple(tasks), recovery_seconds=_recovery_seconds(fleet))
+    return replace(
+        found, tasks=tuple(tasks), recovery_seconds=_recovery_seconds(fleet, found.recoveries)
+    )
 
 
-def _recovery_seconds(fleet: Fleet) -> float | None:
-    """Return the median duration of the recoveries of a fleet, None without any."""
+def _recovery_seconds(fleet: Fleet, strategies: Collection[RecoveryStrategy]) -> float | None:
+    """Return the median duration of the recoveries of a fleet by these strategies, or None."""
     durations = []
     for adapter in fleet.adapters:
         for outcome in adapter.outcomes:
             attempts = [
                 attempt.seconds
                 for attempt in outcome.tried
-                if attempt.verdict and attempt.strategy is not RecoveryStrategy.DIRECT
+                if attempt.verdict and attempt.strategy in strategies
             ]
             durations += [sum(attempts)] if attempts else []
     return median(durations) if durations else None

@@ -36,20 +36,21 @@ def why_not_compensated(source: AdapterVersion, policy: CompensationPolicy) -> s
 def why_not_distilled(source: AdapterVersion, policy: DistillationPolicy) -> str:
     """Return why the strategy `distilled` is impossible for an adapter; empty if it is not."""
     if source.recipe is None:
-        return "the adapter has no recipe, so its type and options are unknown"
+        return "the adapter has no recipe, so its perturbation and options are unknown"
     return why_no_prompts(source, policy)
 
 
 def unprepared(fleet: Fleet, recovery: RecoveryPolicy, store: ArtifactStore) -> Mapping[str, str]:
     """Return the adapters that no strategy without training rows can recover, with the reasons.
 
-    Empty if the policy has no such strategy. Files that `prompts_uri` names are opened and not
-    parsed, so that they can still have too few prompts. Raises StoreError if the store does not
-    respond.
+    These are all adapters if the policy has no such strategy. Files that `prompts_uri` names are
+    opened and not parsed, so that they can still have too few prompts. Raises StoreError if the
+    store does not respond.
     """
     compensation, distillation = recovery.compensation, recovery.distillation
     if compensation is None and distillation is None:
-        return {}
+        off = "the policy has neither compensation nor distillation"
+        return {adapter.name: off for adapter in fleet.adapters}
 
     @cache
     def why_no_file(uri: str) -> str:
@@ -57,7 +58,7 @@ def unprepared(fleet: Fleet, recovery: RecoveryPolicy, store: ArtifactStore) -> 
             with store.read(uri) as chunks:
                 return "" if any(chunks) else f"{uri} is empty"
         except (AccessError, IntegrityError, NotFoundError) as error:
-            return str(error)
+            return str(error).partition("\n")[0]
 
     def file_of(source: AdapterVersion, policy: PromptsPolicy) -> str:
         return why_no_file(policy.prompts_of(source.adapter)) if policy.prompts_uri else ""
