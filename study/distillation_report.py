@@ -130,11 +130,18 @@ def recoveries(scores: Sequence[Score]) -> Iterator[Recovery]:
     """Yield each task and update with a score of Fine-tune(new) and of direct transfer."""
     for task, update in sorted({(s.task, s.scored_on) for s in scores if s.scored_on != V1}):
         there = {(s.arm, s.seed) for s in scores if s.task == task and s.scored_on == update}
+        # Of seeds with an adapter that was trained anew, which the shares refer to.
+        complete = {
+            s.seed
+            for s in scores
+            if (s.task, s.scored_on, s.arm) == (task, update, PLAIN) and s.trained_on != V1
+        }
         ours = (
             tuple(  # scores on v1 of the same adapters only, so that both columns can be compared
                 s
                 for s in scores
                 if s.task == task
+                and s.seed in complete
                 and (s.scored_on == update or (s.scored_on == V1 and (s.arm, s.seed) in there))
             )
         )

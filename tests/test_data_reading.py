@@ -282,6 +282,16 @@ def test_prompts_are_those_of_complete_rows(tmp_path, shape):
         assert (found.messages or ())[:-1] == (expected.messages or ())[:-1]
 
 
+def test_two_answers_at_the_end_of_a_chat_are_no_part_of_the_prompt(tmp_path):
+    turns = [{"role": "user", "content": "a"}]
+    answers = [{"role": "assistant", "content": text} for text in ("secret", "secret too")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": turns + answers}))
+    (found,), answered, _ = read_prompts(DataSource(str(path)), FileStore())
+    assert answered == 1
+    assert [turn.content for turn in found.messages] == ["a", NO_ANSWER]
+
+
 def test_answers_do_not_leave_the_process_that_parses_prompts(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"prompt": "a", "completion": "secret", "choices": ["secret", "b"], "reference": "secret"}

@@ -9,6 +9,8 @@ from urllib.parse import quote
 import pytest
 
 from trans_peft.domain.places import Places
+from trans_peft.edges import file_store
+from trans_peft.edges.file_store import FileStore
 from trans_peft.edges.memory import MemoryStore
 from trans_peft.edges.stores import SchemeStore
 from trans_peft.errors import AccessError, IntegrityError, NotFoundError, StoreError
@@ -281,3 +283,17 @@ class TestFiles:
     def test_a_file_uri_with_a_host_is_refused(self):
         with pytest.raises(StoreError, match="not a local path"):
             SchemeStore().list("file://host/x")
+
+
+def test_a_local_file_without_permission_is_an_access_error(tmp_path, monkeypatch):
+    """Another attempt does not help, so it is no StoreError."""
+
+    def denied(path, uri):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(file_store, "_open_regular", denied)
+    with (
+        pytest.raises(AccessError, match="cannot be used: Permission denied"),
+        FileStore().read(str(tmp_path / "rows.jsonl")),
+    ):
+        pass

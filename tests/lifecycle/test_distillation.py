@@ -23,6 +23,7 @@ from trans_peft.errors import DataError, EvaluationError, InvalidSpecError, Trai
 from trans_peft.lifecycle.report import report
 from trans_peft.training import distill, prompt_writing
 from trans_peft.training.prompt_writing import like_examples
+from trans_peft.validation.decoding.generation import generate
 from trans_peft.validation.decoding.prefixes import CacheSupport
 
 WORDS = ["red", "blue", "green", "white", "black", "brown", "gray", "pink", "gold", "teal"]
@@ -168,6 +169,22 @@ def test_an_old_base_that_is_gone_leaves_the_direct_verdict(setup):
     assert "v1" in tried.reason
 
 
+def test_a_prompt_that_does_not_fit_with_its_answer_is_left_out(setup, monkeypatch):
+    context = len(max(PROMPTS, key=len)) - 1 + setup.suite.max_new_tokens
+    lengths = []
+
+    def generated(model, tokenizer, ids, **options):
+        lengths.extend(map(len, ids))
+        return generate(model, tokenizer, ids, **options)
+
+    monkeypatch.setattr(distill, "context_of", lambda model: context)
+    monkeypatch.setattr(distill, "generate", generated)
+    _, tried = setup.distilled()
+    assert tried.verdict
+    assert 32 <= len(lengths) < len(PROMPTS)
+    assert max(lengths) + setup.suite.max_new_tokens <= context
+
+
 def test_a_divergence_that_does_not_fall_is_not_judged(setup):
     outcome, tried = setup.distilled(learning_rate=1e-30)
     assert tried.verdict == ""
@@ -176,7 +193,7 @@ def test_a_divergence_that_does_not_fall_is_not_judged(setup):
     assert outcome.strategy is RecoveryStrategy.DIRECT
 
 
-@pytest.mark.parametrize("error", [TrainingError, EvaluationError])
+@pytest.mark.parametrize("error", [TrainingError, EvaluationError, torch.OutOfMemoryError])
 def test_a_training_that_fails_leaves_the_direct_verdict(setup, monkeypatch, error):
     def fail(job, on_event):
         raise error(f"the loss is nan in {job.start}")
@@ -341,6 +358,16 @@ def test_what_all_prompts_share_is_not_compared():
     items = [template.format(PROMPTS[0].upper()), "another text"]
     assert distinct_from(prompts, items, text=str, limit=9) == prompts[1:10]
     assert distinct_from(prompts[:1] * 3, [], text=str) == prompts[:1]
+
+
+def test_items_of_another_template_are_found():
+    """A suite of `instruction` rows, and a file with the same questions as `prompt`."""
+    questions = [f"is the number {n * 7919} odd or even" for n in range(40)]
+    framed = [
+        f"Below is an instruction.\n\n### Instruction:\n{q}\n\n### Response:" for q in questions
+    ]
+    assert distinct_from(questions, framed, text=str) == []
+    assert distinct_from(framed, questions, text=str) == []
 
 
 def test_the_system_message_is_no_part_of_a_prompts_text():

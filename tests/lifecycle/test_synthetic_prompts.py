@@ -172,6 +172,7 @@ def chat(number, system, text):
     [
         (["Be brief."] * 3 + ["I am Jane Roe, born in 1970."], "Be brief."),
         ([f"I am customer {n}." for n in range(4)], None),
+        (["I am a customer of Jane Roe."] * 3 + [""] * 4, None),
         ([""] * 4, None),
     ],
 )
@@ -480,6 +481,15 @@ def test_a_part_is_rare_if_fewer_than_three_texts_have_it():
         ("<jane@example.org>", "jane@example.org"),
         ("x7731a", "(X7731A)"),
         ("2026-11-30", "2026-11-30"),
+        ("1,234,567", "1,234,567"),
+        ("1,234,567", "1234567"),
+        ("4929 1234 5678 9012 12/27", "the card 4929123456789012"),
+        ("4929123456789012", "no 1 4929 1234 5678 9012"),
+        ("078-05-1120", "2. 078 05 1120"),
+        ("078\u201305\u20131120", "078051120"),
+        ("078\u201105\u20111120", "078051120"),
+        ("4929_1234_5678", "492912345678"),
+        ("jane@example.org", "jane\u200b@example.org"),
     ],
 )
 def test_a_rare_number_or_address_is_found_in_any_context(word, again):

@@ -39,20 +39,22 @@ def distinct_from(
 ) -> list[T]:
     """Return the first `limit` candidates that match no text of `items` and no earlier candidate.
 
-    `text` returns a candidate's text. What all candidates begin and end with is not compared:
-    prompts from one template would otherwise all match each other. The order is kept. Time grows
-    with the number of texts that share 5-grams, not with the number of pairs.
+    `text` returns a candidate's text. Words that all candidates, or all items, begin and end with
+    are not compared: prompts from one template would otherwise all match each other, and would not
+    match items of another template. The order is kept. Time grows with the number of texts that
+    share 5-grams, not with the number of pairs.
     """
     pairs = [(candidate, normalized(text(candidate))) for candidate in candidates]
-    before, after = _shared([normal for _, normal in pairs])
+    normal_items = [normalized(item) for item in items]
+    templates = [_shared_words([normal for _, normal in pairs]), _shared_words(normal_items)]
     index = _Index()
-    for item in items:
-        index.add(_grams(normalized(item).removeprefix(before).removesuffix(after)))
+    for item in normal_items:
+        index.add(_grams(_without(templates, item)))
     kept: list[T] = []
     for candidate, normal in pairs:
         if len(kept) == limit:
             break
-        grams = _grams(normal.removeprefix(before).removesuffix(after))
+        grams = _grams(_without(templates, normal))
         if not index.has_near_match(grams):
             index.add(grams)
             kept.append(candidate)

@@ -119,21 +119,19 @@ def examples_from(
 def without_answer(row: Any) -> tuple[Any, bool]:
     """Return a row with `NO_ANSWER` as its answer and without its id, and whether it had an answer.
 
-    In a chat the answer is the last message if it is the assistant's. What is not a row is returned
-    as it is, for `examples_from` to refuse.
+    In a chat the answers are the last messages as far as they are the assistant's. What is not a
+    row is returned as it is, for `examples_from` to refuse.
     """
     if not isinstance(row, dict):
         return row, False
     found = {key: value for key, value in row.items() if key not in _NO_PART_OF_A_PROMPT}
     has_answer = any(row.get(key) is not None for key in ("completion", "output"))
     if isinstance(row.get("messages"), list):
-        turns = row["messages"]
-        last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-        has_answer = last.get("role") == "assistant"
-        found["messages"] = [
-            *(turns[:-1] if has_answer else turns),
-            {"role": "assistant", "content": NO_ANSWER},
-        ]
+        turns = list(row["messages"])
+        while turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+            turns.pop()
+        has_answer = len(turns) < len(row["messages"])
+        found["messages"] = [*turns, {"role": "assistant", "content": NO_ANSWER}]
     elif "instruction" in row:
         found["output"] = NO_ANSWER
     else:

@@ -13,7 +13,13 @@ from typing import BinaryIO
 from urllib.parse import unquote
 
 from trans_peft.domain.places import Places
-from trans_peft.errors import IntegrityError, NotFoundError, StoreError, map_exceptions
+from trans_peft.errors import (
+    AccessError,
+    IntegrityError,
+    NotFoundError,
+    StoreError,
+    map_exceptions,
+)
 from trans_peft.files import is_temporary, open_atomic
 from trans_peft.ports import StoredFile
 
@@ -158,6 +164,10 @@ def _mapped_errors(uri: str) -> AbstractContextManager[None]:
             FileNotFoundError: lambda _: missing,
             NotADirectoryError: lambda _: missing,
             IsADirectoryError: lambda _: missing,
+            PermissionError: lambda e: AccessError(
+                f"{uri} cannot be used: {e.strerror}",
+                do="change its permissions, or run as a user who has them",
+            ),
             OSError: lambda e: StoreError(f"{uri} cannot be used: {e.strerror or e}"),
         }
     )

@@ -21,6 +21,7 @@ from trans_peft.training.job import TrainingJob, TrainingResult
 from trans_peft.training.launch import fit
 from trans_peft.transfer.load_adapter import attached
 from trans_peft.validation.decoding.generation import generate
+from trans_peft.validation.evaluate import context_of
 
 __all__ = ["Distillation", "Distilled"]
 
@@ -134,7 +135,10 @@ class Distillation:
         old = load_base(self.old_base, self.suite.dtype)
         ids = prompt_ids(prompts, old.tokenizer, saved_template(self.adapter))
         # An answer has at least one token. Longer prompts would not be used.
-        ids = [prompt for prompt in ids if len(prompt) < self.job.recipe.optimizer.max_length]
+        longest = self.job.recipe.optimizer.max_length - 1
+        if (context := context_of(old.model)) is not None:
+            longest = min(longest, context - self.suite.max_new_tokens)
+        ids = [prompt for prompt in ids if len(prompt) <= longest]
         with attached(old.model, self.adapter) as model:
             answers = generate(
                 model,

@@ -124,7 +124,7 @@ def sampled(
     `prompt_model` is the PEFT folder of an adapter that was trained on `prompt_model_rows`. A
     prompt that repeats a rare part of `traits.texts` is left out (`RareText`). A chat has one
     message, because the model learned last messages only, and the system message of `traits.shape`,
-    which at least three examples share.
+    which at least three examples and half of all share.
     """
     rare = RareText(traits.texts)
     with attached(base.model, prompt_model) as model:
@@ -274,6 +274,6 @@ def _common_shape(examples: Sequence[Example]) -> Example:
     """Return an example with the most frequent system message, or one without it if it is rare."""
     ((most_frequent, count),) = Counter(map(_system, examples)).most_common(1)
     shape = next(example for example in examples if _system(example) == most_frequent)
-    if count >= SHARED_BY or shape.messages is None:
+    if count >= max(SHARED_BY, len(examples) / 2) or shape.messages is None:
         return shape
     return replace(shape, messages=tuple(t for t in shape.messages if t.role != "system"))

@@ -30,6 +30,7 @@ def distilled(inputs: CandidateInputs) -> Candidate | str:
     """
     from trans_peft.training.distill import Distillation
     from trans_peft.training.job import TrainingJob
+    from trans_peft.validation.decoding.batching import is_out_of_memory
 
     source, base, platform = inputs.source, inputs.base, inputs.platform
     policy, recipe = inputs.recovery.distillation, source.recipe
@@ -71,6 +72,10 @@ def distilled(inputs: CandidateInputs) -> Candidate | str:
         UnsupportedModelError,
     ) as error:
         return f"distillation failed: {error}".replace(str(folder), str(source))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"distillation failed: out of memory: {error}"
     if not found.after < found.before:
         return f"the divergence from its answers on the old base does not fall: {found.change}"
     result = found.training
