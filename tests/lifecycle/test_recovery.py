@@ -295,7 +295,7 @@ def test_the_report_shows_all_strategies_and_the_chance_level(tmp_path):
     setup.transfer(scales=(0.25,))
     page = report(FAMILY, setup.platform).markdown()
     assert "parity 100.0 (chance 50.0)" in page
-    assert "Strategy: direct. Tried: direct: needs-retuning, " in page
+    assert "Strategy: direct. Tried: direct: needs-retuning; rescaled: not tried" in page
     assert "rescaled: not tried (no factor increases" in page
 
 
