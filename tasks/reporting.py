@@ -40,12 +40,17 @@ def publish_plan(plan: Plan, unprepared: Mapping[str, str] | None = None) -> Non
     readiness = "" if unprepared is None else unprepared_text(unprepared)
     for line in limited(map(str, plan.tasks)):
         logger.info("%s", line)
-    for line in filter(None, (plan.total_cost, plan.recovery_cost)):
+    costs = [line for line in (plan.total_cost, plan.recovery_cost) if line]
+    for line in costs:
         logger.info("%s", line)
     if readiness:
         logger.log(WARNING if unprepared else INFO, "%s", readiness)
     for line in limited(map(parked_text, plan.parked)):
         logger.warning("%s", line)
+    counts = (
+        f"{len(plan.tasks)} to judge, {len(plan.parked)} parked; at most {MAX_LISTED} of each are "
+        "listed"
+    )
     create_table_artifact(
         key=artifact_key("plan", plan.family),
         table=[
@@ -62,18 +67,7 @@ def publish_plan(plan: Plan, unprepared: Mapping[str, str] | None = None) -> Non
             for is_parked, items in ((False, plan.tasks), (True, plan.parked))
             for item in items[:MAX_LISTED]
         ],
-        description="\n\n".join(
-            filter(
-                None,
-                (
-                    f"{len(plan.tasks)} to judge, {len(plan.parked)} parked; at most {MAX_LISTED} "
-                    "of each are listed",
-                    plan.total_cost,
-                    plan.recovery_cost,
-                    readiness,
-                ),
-            )
-        ),
+        description="\n\n".join([counts, *costs, readiness]).rstrip(),
     )
 
 
